@@ -1,0 +1,88 @@
+"""The exceptions users see: where it happened, what was found, what was wanted, what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArtefactError",
+    "DataError",
+    "ExportError",
+    "KeeptuneError",
+    "ModelError",
+    "PlanError",
+    "RecipeError",
+    "StatisticsError",
+    "TrainError",
+    "nearest",
+]
+
+
+class KeeptuneError(Exception):
+    """An error a user can act on; the command line prints it and exits with code 2.
+
+    Args:
+        where: The file, key or module concerned.
+        got: What was found there.
+        wanted: What would have been right.
+        next_step: One sentence that says what to do.
+    """
+
+    def __init__(self, where: str, *, got: str, wanted: str, next_step: str) -> None:
+        self.where = where
+        self.got = got
+        self.wanted = wanted
+        self.next_step = next_step
+        super().__init__(f"{where}: got {got}, wanted {wanted}. {next_step}")
+
+
+class RecipeError(KeeptuneError):
+    """A recipe or command-line option is wrong."""
+
+
+class DataError(KeeptuneError):
+    """A data file is missing, malformed, empty or overlaps another."""
+
+
+class ModelError(KeeptuneError):
+    """A model folder cannot be used, or an adapter belongs to another base."""
+
+
+class StatisticsError(KeeptuneError):
+    """A statistic cannot be computed or was not requested."""
+
+
+class PlanError(KeeptuneError):
+    """A method's options do not fit the model."""
+
+
+class TrainError(KeeptuneError):
+    """Training cannot start or go on."""
+
+
+class ExportError(KeeptuneError):
+    """An export does not reproduce the trained model."""
+
+
+class ArtefactError(KeeptuneError):
+    """A file of keeptune's own is damaged or cannot be written."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Say which known name is closest to a misspelt one.
+
+    Args:
+        name: The name that is not known.
+        choices: The names that are.
+
+    Returns:
+        A sentence: the nearest name if one is close, and the whole list.
+
+    >>> nearest("metod", ["method", "model"])
+    'Did you mean "method"? Known: method, model.'
+    """
+    known = sorted(choices)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    listing = f"Known: {', '.join(known)}."
+    return f'Did you mean "{close[0]}"? {listing}' if close else listing

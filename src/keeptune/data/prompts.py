@@ -1,0 +1,77 @@
+"""Templates such as ``"{question}\\nAnswer:"`` filled from a row; a missing field is named."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from keeptune.core.errors import DataError
+from keeptune.data.sources import Row
+
+__all__ = ["fields_of", "pick", "render"]
+
+_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def fields_of(template: str) -> list[str]:
+    """List the fields a template names, in order.
+
+    Args:
+        template: Text with ``{field}`` places; any other brace is literal, so code and JSON need no escapes.
+
+    Returns:
+        The field names.
+
+    >>> fields_of("{question} {json: 1} {answer}")
+    ['question', 'answer']
+    """
+    return _FIELD.findall(template)
+
+
+def render(template: str, row: Row, *, where: str) -> str:
+    """Fill a template with the fields of one row.
+
+    Args:
+        template: Text with ``{field}`` places.
+        row: The row.
+        where: File and line, for error messages.
+
+    Returns:
+        The filled text.
+
+    Raises:
+        DataError: The row lacks a field that the template names.
+
+    >>> render("{q}\\nAnswer:", {"q": "Where?"}, where="x")
+    'Where?\\nAnswer:'
+    """
+    return _FIELD.sub(lambda match: str(_field(match.group(1), row, where)), template)
+
+
+def pick(template: str, row: Row, *, where: str) -> Any:
+    """Like :func:`render`, but a template that is one bare field gives the field's own value.
+
+    Args:
+        template: ``"{choices}"`` gives the list itself; anything else is rendered as text.
+        row: The row.
+        where: File and line, for error messages.
+
+    Returns:
+        The field's value, or the filled text.
+
+    >>> pick("{choices}", {"choices": ["a", "b"]}, where="x")
+    ['a', 'b']
+    """
+    match = _FIELD.fullmatch(template)
+    return _field(match.group(1), row, where) if match else render(template, row, where=where)
+
+
+def _field(name: str, row: Row, where: str) -> Any:
+    if name not in row:
+        raise DataError(
+            where,
+            got=f"fields {', '.join(map(str, row))}",
+            wanted=f'the field "{name}" that the template names',
+            next_step="Rename the field in the template or in the data.",
+        )
+    return row[name]

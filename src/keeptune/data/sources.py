@@ -1,0 +1,64 @@
+"""Rows from JSONL files: every malformed line is named by its number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keeptune.core.errors import DataError
+
+__all__ = ["Row", "read_jsonl"]
+
+Row = Mapping[str, Any]
+
+
+def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
+    """Read a JSON-lines file of objects.
+
+    Args:
+        path: The file; blank lines are skipped.
+        where: The recipe key that named the file, for error messages (``"knowledge.file"``).
+
+    Returns:
+        One mapping per line, in file order.
+
+    Raises:
+        DataError: The file is missing, is not UTF-8, has a line that is not a JSON object, or has no rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(
+            f"{where} {path}",
+            got="no such file",
+            wanted="a JSONL file, one object a line",
+            next_step="Check the path; relative paths are taken from the recipe's folder.",
+        )
+    rows: list[Row] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                rows.append(_parse(line, f"{where} {path} line {number}"))
+    if not rows:
+        raise DataError(
+            f"{where} {path}", got="no rows", wanted="at least one object", next_step="Fill the file."
+        )
+    return rows
+
+
+def _parse(line: bytes, where: str) -> Row:
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            where, got=f"{error}", wanted="one JSON object in UTF-8", next_step="Mend or remove the line."
+        ) from error
+    if not isinstance(value, dict):
+        raise DataError(
+            where,
+            got=f"a JSON {type(value).__name__}",
+            wanted="a JSON object",
+            next_step='Write the line as {"field": value}.',
+        )
+    return value
