@@ -1,0 +1,52 @@
+"""Greedy answers of a causal language model in batches, and the share of them that is exactly right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def greedy_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int = 24, batch: int = 128
+) -> list[str]:
+    """The greedy continuation of every prompt, up to the end-of-text token, which is left out.
+
+    Prompts are padded on the left.  A continuation that does not end within ``new_tokens`` is returned with
+    a mark at its end, so that it never equals an answer.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers = [""] * len(prompts)
+    was_training = bool(model.training)
+    model.eval()
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        inputs = tokenizer([prompts[i] for i in part], return_tensors="pt", padding=True, padding_side="left")
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        width = inputs["input_ids"].shape[1]
+        for index, tokens in zip(part, out[:, width:].tolist(), strict=True):
+            answers[index] = _cut(tokenizer, tokens)
+    model.train(was_training)
+    return answers
+
+
+def _cut(tokenizer: Any, tokens: list[int]) -> str:
+    if tokenizer.eos_token_id not in tokens:
+        return str(tokenizer.decode(tokens)) + " [no end]"
+    return str(tokenizer.decode(tokens[: tokens.index(tokenizer.eos_token_id)]))
+
+
+def exact_match(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], new_tokens: int = 24) -> float:
+    """The share of (prompt, answer) pairs whose greedy continuation is exactly a space and the answer."""
+    got = greedy_answers(model, tokenizer, [prompt for prompt, _ in pairs], new_tokens)
+    right = sum(text == " " + answer for text, (_, answer) in zip(got, pairs, strict=True))
+    return right / max(len(pairs), 1)
