@@ -1,0 +1,192 @@
+"""install: put a plan into a model the user already has; the result is a stock PeftModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from keeptune.adapter.anchor import (
+    ANCHOR_NAME,
+    Anchor,
+    add_twin,
+    keep_active,
+    resolve,
+    write_residual,
+)
+from keeptune.core.errors import PlanError, TrainError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Plan, TargetPlan
+
+__all__ = ["check_frozen", "install", "lora_layer", "restore_factors", "trained_factors"]
+
+
+def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> PreTrainedModel | PeftModel:
+    """Put a plan into a model; the model computes what it did before, to rounding.
+
+    Stock PEFT layers, no custom forward: any trainer, merger or server that knows PEFT can go on from here.
+    Frozen factors stay frozen through ``set_adapter``, reload and resume.
+
+    Args:
+        model: The base model the plan was made for; it is changed in place.
+        plan: The plan. One with scope ``"all"`` makes every weight trainable and adds nothing.
+        anchor: How a start that is a part of W is taken out of W (:mod:`keeptune.adapter.anchor`).
+
+    Returns:
+        A ``PeftModel``, or the model itself for full fine-tuning.
+
+    Raises:
+        PlanError: The plan was made for another model, or the model is already wrapped by PEFT.
+    """
+    _check_fits(model, plan)
+    if plan.scope == "all":
+        return model.requires_grad_(True)
+    kind = resolve(anchor, model.dtype)
+    anchored = {t.target.name: t for t in plan.targets if t.anchored}
+    # get_peft_model draws factors that are overwritten below; the caller's random state is left alone.
+    with torch.random.fork_rng():
+        wrapped = get_peft_model(model, _config(plan.targets, plan.peft))
+        if anchored and kind == "twin":
+            wrapped.add_adapter(ANCHOR_NAME, _config(list(anchored.values()), {}))
+    assert isinstance(wrapped, PeftModel)
+    for target_plan in plan.targets:
+        layer = lora_layer(wrapped, target_plan.target.name)
+        _fill(layer, target_plan.init)
+        if target_plan.anchored:
+            (add_twin if kind == "twin" else write_residual)(layer, target_plan)
+        _freeze(layer, target_plan)
+    if anchored and kind == "twin":
+        keep_active(wrapped)
+    return wrapped
+
+
+def lora_layer(model: PeftModel, name: str) -> Any:
+    """Find the PEFT layer that wraps a target.
+
+    Args:
+        model: The installed model.
+        name: The target's name in the base model.
+
+    Returns:
+        The LoRA layer.
+    """
+    return model.base_model.model.get_submodule(name)
+
+
+def trained_factors(model: PeftModel, plan: Plan) -> dict[str, LowRank]:
+    """Read the factors as they are now, float32 on the CPU, without scale or anchor.
+
+    Args:
+        model: The installed model.
+        plan: Its plan.
+
+    Returns:
+        Target name to factors.
+    """
+    found = {}
+    for target_plan in plan.targets:
+        layer = lora_layer(model, target_plan.target.name)
+        factors = LowRank(B=layer.lora_B["default"].weight.detach(), A=layer.lora_A["default"].weight.detach())
+        found[target_plan.target.name] = factors.to(torch.float32, "cpu")
+    return found
+
+
+def restore_factors(model: PeftModel, factors: Mapping[str, LowRank]) -> None:
+    """Put trained factors back into an installed model.
+
+    Args:
+        model: The installed model.
+        factors: From :func:`trained_factors`.
+    """
+    for name, change in factors.items():
+        _fill(lora_layer(model, name), change)
+
+
+def check_frozen(model: PeftModel, plan: Plan) -> None:
+    """Assert that exactly the factors the plan trains are trainable.
+
+    Args:
+        model: The installed model.
+        plan: Its plan.
+
+    Raises:
+        TrainError: A factor is trainable that should be frozen, or the other way round.
+    """
+    expected = {
+        f"base_model.model.{t.target.name}.lora_{factor}.default.weight"
+        for t in plan.targets
+        for factor in t.trainable
+    }
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if trainable != expected:
+        wrong = sorted(trainable ^ expected)
+        raise TrainError(
+            f"parameter {wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""),
+            got="trainable" if wrong[0] in trainable else "frozen",
+            wanted="the opposite, by the plan",
+            next_step="Do not change requires_grad between install and training.",
+        )
+
+
+def _config(targets: tuple[TargetPlan, ...] | list[TargetPlan], extra: Mapping[str, Any]) -> LoraConfig:
+    ranks = {t.target.name: t.decision.rank for t in targets}
+    alphas = {t.target.name: t.scale * t.decision.rank for t in targets}
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(ranks),
+        rank_pattern={name: r for name, r in ranks.items() if r != rank},
+        alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
+        fan_in_fan_out=targets[0].target.transposed,
+        **extra,
+    )
+
+
+def _fill(layer: Any, change: LowRank) -> None:
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(change.A)
+        layer.lora_B["default"].weight.copy_(change.B)
+
+
+def _freeze(layer: Any, target_plan: TargetPlan) -> None:
+    # PEFT re-applies this list in set_adapter and load_adapter, where it would else unfreeze everything.
+    frozen = {"default": tuple(f"lora_{f}" for f in ("A", "B") if f not in target_plan.trainable)}
+    if ANCHOR_NAME in layer.lora_A:
+        frozen[ANCHOR_NAME] = ("lora_A", "lora_B")
+    layer.frozen_peft_weight_names = {name: weights for name, weights in frozen.items() if weights}
+    layer._freeze_non_trainable_peft_weights(list(frozen))
+
+
+def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
+    if isinstance(model, PeftModel):
+        raise PlanError(
+            "install",
+            got="a model already wrapped by PEFT",
+            wanted="the base model",
+            next_step="Merge and unload its adapter, or load the base again.",
+        )
+    for target_plan in plan.targets:
+        target = target_plan.target
+        shape = (target.out_features, target.in_features)
+        found = _weight_shape(model, target.name)
+        if found != (shape[::-1] if target.transposed else shape):
+            raise PlanError(
+                f"install, target {target.name}",
+                got="no such module" if found is None else f"a weight of shape {found}",
+                wanted=f"shape {shape}",
+                next_step="The plan was made for another model; make a plan for this one.",
+            )
+
+
+def _weight_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
+    try:
+        weight = model.get_submodule(name).weight
+    except AttributeError:
+        return None
+    return tuple(weight.shape) if isinstance(weight, Tensor) else None

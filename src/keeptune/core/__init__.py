@@ -1,0 +1,1 @@
+"""The nouns: targets, weight changes, plans, artefacts, errors."""

@@ -1,0 +1,290 @@
+"""Canonical JSON, content keys, fingerprints and atomic writes: what makes a run resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors_bytes
+from safetensors.torch import save as save_safetensors_bytes
+from torch import Tensor, nn
+
+from keeptune.core.errors import ArtefactError
+
+__all__ = [
+    "atomic_directory",
+    "canonical_json",
+    "content_key",
+    "explain_full_disk",
+    "file_fingerprint",
+    "model_fingerprint",
+    "read_json",
+    "read_tensors",
+    "tensor_fingerprint",
+    "write_bytes",
+    "write_json",
+    "write_tensors",
+]
+
+
+def canonical_json(value: Any) -> str:
+    """Write a value as JSON in one way only: sorted keys, no spaces, no NaN.
+
+    Args:
+        value: Built-in types, frozen dataclasses, sets, paths.
+
+    Returns:
+        The text.
+
+    >>> canonical_json({"b": 1, "a": (1, 2)})
+    '{"a":[1,2],"b":1}'
+    """
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), default=_plain, allow_nan=False, ensure_ascii=False
+    )
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, frozenset | set):
+        return sorted(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"canonical_json: cannot write a {type(value).__name__}")
+
+
+def content_key(value: Any) -> str:
+    """Name a value by its content.
+
+    Args:
+        value: Anything :func:`canonical_json` takes.
+
+    Returns:
+        64 hexadecimal digits (SHA-256 of the canonical JSON).
+    """
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """Name a tensor by its dtype, shape and bytes.
+
+    Args:
+        tensor: Any dense tensor.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Name a model by every parameter it holds.
+
+    Args:
+        model: The base model, before anything was installed into it.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    named = {name: tensor_fingerprint(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    return content_key(named)
+
+
+def file_fingerprint(paths: Iterable[Path]) -> str:
+    """Name files by their bytes, whatever they are called.
+
+    Args:
+        paths: Files, in the order that matters.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one clear error, whichever library met it.
+
+    Args:
+        path: What was being written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ArtefactError: The disk is full or cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        # safetensors and torch.save report the operating system's error only in their text.
+        told = any(mark in str(error) for mark in ("No space left", "code: 28", "failed writing file"))
+        if not told and getattr(error, "errno", None) not in codes:
+            raise
+        raise ArtefactError(
+            str(path),
+            got=getattr(error, "strerror", None) or str(error),
+            wanted="room to write",
+            next_step="Free space or choose another output; nothing was left half-written. "
+            "The same command goes on from here.",
+        ) from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: The file; its folder is made.
+        data: The content.
+
+    Raises:
+        ArtefactError: The disk is full or cannot be written.
+    """
+    with explain_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON whole or not at all.
+
+    Args:
+        path: The file.
+        value: Anything :func:`canonical_json` takes.
+
+    Raises:
+        ArtefactError: The disk is full or cannot be written.
+    """
+    text = json.dumps(json.loads(canonical_json(value)), indent=2, ensure_ascii=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON that keeptune wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The value.
+
+    Raises:
+        ArtefactError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(
+            str(path), got=str(error), wanted="a JSON file", next_step="Remove it and run the stage again."
+        ) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file whole or not at all.
+
+    Args:
+        path: The file.
+        tensors: Name to tensor, any device.
+        metadata: Text to text, stored in the header.
+
+    Returns:
+        SHA-256 of the bytes.
+
+    Raises:
+        ArtefactError: The disk is full or cannot be written.
+    """
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    data = save_safetensors_bytes(ready, metadata=dict(metadata or {}))
+    write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Read a safetensors file and check that it is the one that was written.
+
+    Args:
+        path: The file.
+        sha256: What :func:`write_tensors` returned.
+
+    Returns:
+        Name to tensor, on the CPU.
+
+    Raises:
+        ArtefactError: The file is missing, damaged or another one.
+    """
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("bytes that do not match their checksum")
+        tensors: dict[str, Tensor] = load_safetensors_bytes(data)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArtefactError(
+            str(path),
+            got=str(error),
+            wanted="the file as it was written",
+            next_step="Remove its folder and run the stage again.",
+        ) from error
+    return tensors
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Fill a folder that appears whole or not at all, replacing the one there.
+
+    Args:
+        path: The folder.
+
+    Yields:
+        A temporary folder beside it to write into.
+
+    Raises:
+        ArtefactError: The disk is full or cannot be written.
+    """
+    with explain_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        os.chmod(fresh, 0o755)
+        try:
+            yield fresh
+            if path.exists():
+                stale = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+                os.replace(path, stale / path.name)
+                os.replace(fresh, path)
+                shutil.rmtree(stale)
+            else:
+                os.replace(fresh, path)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise

@@ -1,0 +1,146 @@
+"""LowRank: a weight change B A, the only form in which keeptune holds one, and its algebra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LowRank"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """A weight change ``B A``.
+
+    Laws: ``x.minus(y).dense() == x.dense() - y.dense()``; ``x.scaled(s).dense() == s * x.dense()``;
+    ``x.padded(r).dense() == x.dense()``; ``x.truncated(r)`` is the nearest matrix of rank r (Eckart-Young);
+    ``x.norm_squared() == (x.dense() ** 2).sum()``.
+
+    Args:
+        B: ``(m, r)``.
+        A: ``(r, n)``.
+
+    Raises:
+        ValueError: The shapes do not fit each other.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        """Check that the factors fit each other."""
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(f"LowRank: B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not fit")
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of B; the rank as a matrix may be lower."""
+        return self.B.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)`` of the product."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def is_zero(self) -> bool:
+        """True when one of the factors is zero, as at the start of plain LoRA."""
+        return not (bool(self.B.any()) and bool(self.A.any()))
+
+    def dense(self) -> Tensor:
+        """Form the product.
+
+        Returns:
+            ``B A``, ``(m, n)``.
+        """
+        return self.B @ self.A
+
+    def scaled(self, factor: float) -> LowRank:
+        """Multiply by a number, folded into B.
+
+        Args:
+            factor: The number.
+
+        Returns:
+            ``(factor B) A``.
+        """
+        return LowRank(self.B * factor, self.A)
+
+    def minus(self, other: LowRank) -> LowRank:
+        """Subtract exactly: rank r + r', or r when the two share A (a frozen A) or B.
+
+        Args:
+            other: A change of the same shape.
+
+        Returns:
+            A change whose product is the difference.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        if self.shape != other.shape:
+            raise ValueError(f"LowRank.minus: shapes {self.shape} and {other.shape} differ")
+        if torch.equal(self.A, other.A):
+            return LowRank(self.B - other.B, self.A)
+        if torch.equal(self.B, other.B):
+            return LowRank(self.B, self.A - other.A)
+        return LowRank(torch.cat([self.B, -other.B], dim=1), torch.cat([self.A, other.A], dim=0))
+
+    def padded(self, rank: int) -> LowRank:
+        """Append zero columns to B and zero rows to A.
+
+        Args:
+            rank: The rank wanted, at least the present one.
+
+        Returns:
+            The same change at that rank.
+
+        Raises:
+            ValueError: The rank wanted is smaller than the present one.
+        """
+        extra = rank - self.rank
+        if extra < 0:
+            raise ValueError(f"LowRank.padded: rank {self.rank} cannot shrink to {rank}; use truncated")
+        B = torch.cat([self.B, self.B.new_zeros(self.B.shape[0], extra)], dim=1)
+        A = torch.cat([self.A, self.A.new_zeros(extra, self.A.shape[1])], dim=0)
+        return LowRank(B, A)
+
+    def truncated(self, rank: int) -> LowRank:
+        """Take the nearest change of a smaller rank, by QR of the factors and an r x r SVD.
+
+        Args:
+            rank: The rank wanted; a larger one than the present gives the same change, balanced.
+
+        Returns:
+            The nearest change in Frobenius norm, with ``BᵀB = AAᵀ`` (balanced factors).
+        """
+        Q_B, R_B = torch.linalg.qr(self.B.double())
+        Q_A, R_A = torch.linalg.qr(self.A.double().T)
+        U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+        k = min(rank, S.shape[0])
+        root = S[:k].sqrt()
+        B = Q_B @ (U[:, :k] * root)
+        A = (root[:, None] * Vh[:k]) @ Q_A.T
+        return LowRank(B.to(self.B.dtype), A.to(self.A.dtype))
+
+    def norm_squared(self) -> Tensor:
+        """Squared Frobenius norm from r x r Gram matrices, never forming the m x n product.
+
+        Returns:
+            ``‖B A‖² = sum((BᵀB) ∘ (AAᵀ))``, a scalar.
+        """
+        return ((self.B.T @ self.B) * (self.A @ self.A.T)).sum()
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LowRank:
+        """Convert both factors.
+
+        Args:
+            dtype: The wanted dtype.
+            device: The wanted device; None keeps it.
+
+        Returns:
+            The converted change.
+        """
+        return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype))

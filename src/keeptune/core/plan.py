@@ -1,0 +1,272 @@
+"""Plan: what a method decided, target by target, with the factors training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from keeptune.core.artefact import (
+    atomic_directory,
+    content_key,
+    read_json,
+    read_tensors,
+    tensor_fingerprint,
+    write_json,
+    write_tensors,
+)
+from keeptune.core.errors import ArtefactError, PlanError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.target import Target
+
+__all__ = ["Decision", "Factor", "Plan", "Scope", "TargetPlan"]
+
+Factor = Literal["A", "B"]
+Scope = Literal["adapter", "all"]
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a method allots to one target.
+
+    Args:
+        rank: 0 leaves the target alone.
+        rows: Output nodes the change is confined to (LoKI); None is all of them.
+    """
+
+    rank: int
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetPlan:
+    """How one target is trained.
+
+    Args:
+        target: The target.
+        decision: Its rank and rows.
+        init: The factors at the first step, float32; the change that acts is ``scale * (B A)``.
+        scale: alpha / rank.
+        trainable: Which factors are trained; the others stay as they are.
+        evidence: Name to 1-D tensor: spectra and scores behind the decision, for tables and plots.
+    """
+
+    target: Target
+    decision: Decision
+    init: LowRank
+    scale: float
+    trainable: frozenset[Factor]
+    evidence: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def anchored(self) -> bool:
+        """True when the start is a part of W, which must then be taken out of W (an anchor)."""
+        return not self.init.is_zero
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of trained numbers."""
+        sizes = {"B": self.init.B.numel(), "A": self.init.A.numel()}
+        return sum(sizes[name] for name in self.trainable)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A method's whole decision about a model: saved before training, loaded by every resume.
+
+    Args:
+        method: The method's registered name.
+        options: The method's options.
+        targets: Targets with a rank above 0, in model order.
+        scope: ``"adapter"`` trains the targets' factors, ``"all"`` every weight (full fine-tuning).
+        peft: Extra ``LoraConfig`` fields, such as ``lora_dropout``.
+        provenance: Keys of what the plan was made from: model, data, statistics, versions.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    targets: tuple[TargetPlan, ...]
+    scope: Scope = "adapter"
+    peft: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that an adapter plan has something to train.
+
+        Raises:
+            PlanError: There is no target.
+        """
+        if self.scope == "adapter" and not self.targets:
+            raise PlanError(
+                f"method {self.method}",
+                got="no target with a rank above 0",
+                wanted="at least one",
+                next_step="Check the recipe's targets and ranks.",
+            )
+
+    @property
+    def key(self) -> str:
+        """The plan's content key: equal plans have equal keys, bit for bit."""
+        return content_key(self._record() | {"factors": self._fingerprints()})
+
+    def __getitem__(self, name: str) -> TargetPlan:
+        """Look a target's plan up by module name.
+
+        Args:
+            name: ``"model.layers.0.self_attn.q_proj"``.
+
+        Returns:
+            Its plan.
+
+        Raises:
+            KeyError: The target is not in the plan.
+        """
+        for target_plan in self.targets:
+            if target_plan.target.name == name:
+                return target_plan
+        raise KeyError(name)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Tell the plan as rows for a table.
+
+        Returns:
+            One row per target: target, layer, role, shape, rank, scale, trained parameters, evidence.
+        """
+        return [
+            {
+                "target": t.target.name,
+                "layer": t.target.layer,
+                "role": t.target.role,
+                "shape": [t.target.out_features, t.target.in_features],
+                "rank": t.decision.rank,
+                "scale": t.scale,
+                "trains": sorted(t.trainable),
+                "trained_parameters": t.trained_parameters,
+                "evidence": {name: value.tolist() for name, value in t.evidence.items()},
+            }
+            for t in self.targets
+        ]
+
+    def diff(self, other: Plan) -> list[str]:
+        """Say where two plans differ.
+
+        Args:
+            other: The plan to compare with.
+
+        Returns:
+            One line per difference; empty when the plans are equal.
+        """
+        lines = []
+        if self.method != other.method or dict(self.options) != dict(other.options):
+            lines.append(f"method: {self.method} {dict(self.options)} | {other.method} {dict(other.options)}")
+        mine = {t.target.name: t for t in self.targets}
+        theirs = {t.target.name: t for t in other.targets}
+        for name in sorted(mine.keys() | theirs.keys()):
+            a, b = mine.get(name), theirs.get(name)
+            if a is None or b is None:
+                lines.append(f"{name}: only in the {'second' if a is None else 'first'} plan")
+            elif (a.decision, a.scale, a.trainable) != (b.decision, b.scale, b.trainable):
+                lines.append(f"{name}: rank {a.decision.rank} | {b.decision.rank}, scale {a.scale} | {b.scale}")
+            elif not (torch.equal(a.init.B, b.init.B) and torch.equal(a.init.A, b.init.A)):
+                gap = a.init.minus(b.init).norm_squared().sqrt() / b.init.norm_squared().sqrt().clamp_min(1e-30)
+                lines.append(f"{name}: same rank, starting change differs by {float(gap):.2e} (relative)")
+        return lines
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``plan.json``, ``factors.safetensors`` and ``evidence.safetensors``, whole or not at all.
+
+        Args:
+            folder: Where; a folder there is replaced.
+        """
+        with atomic_directory(Path(folder)) as fresh:
+            factors = {f"{t.target.name}.{k}": v for t in self.targets for k, v in _factors(t.init).items()}
+            evidence = {f"{t.target.name}:{k}": v for t in self.targets for k, v in t.evidence.items()}
+            files = {
+                "factors.safetensors": write_tensors(fresh / "factors.safetensors", factors),
+                "evidence.safetensors": write_tensors(fresh / "evidence.safetensors", evidence),
+            }
+            write_json(fresh / "plan.json", self._record() | {"files": files})
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Plan:
+        """Read a saved plan; ``Plan.load`` after ``save`` is the identity.
+
+        Args:
+            folder: A folder that :meth:`save` wrote.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ArtefactError: The folder is not a plan, or is damaged.
+        """
+        folder = Path(folder)
+        record = read_json(folder / "plan.json")
+        if record.get("format") != _FORMAT:
+            raise ArtefactError(
+                str(folder),
+                got=f"plan format {record.get('format')}",
+                wanted=f"format {_FORMAT}",
+                next_step="Make the plan again with this version of keeptune.",
+            )
+        files = record["files"]
+        factors = read_tensors(folder / "factors.safetensors", files["factors.safetensors"])
+        evidence = read_tensors(folder / "evidence.safetensors", files["evidence.safetensors"])
+        return cls(
+            method=record["method"],
+            options=record["options"],
+            targets=tuple(_load_target(row, factors, evidence) for row in record["targets"]),
+            scope=record["scope"],
+            peft=record["peft"],
+            provenance=record["provenance"],
+        )
+
+    def _record(self) -> dict[str, Any]:
+        rows = [
+            {
+                "target": t.target,
+                "decision": t.decision,
+                "scale": t.scale,
+                "trainable": sorted(t.trainable),
+            }
+            for t in self.targets
+        ]
+        return {
+            "format": _FORMAT,
+            "method": self.method,
+            "options": dict(self.options),
+            "scope": self.scope,
+            "peft": dict(self.peft),
+            "provenance": dict(self.provenance),
+            "targets": rows,
+        }
+
+    def _fingerprints(self) -> dict[str, str]:
+        return {
+            f"{t.target.name}.{name}": tensor_fingerprint(value)
+            for t in self.targets
+            for name, value in _factors(t.init).items()
+        }
+
+
+def _factors(change: LowRank) -> dict[str, Tensor]:
+    return {"B": change.B, "A": change.A}
+
+
+def _load_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence: Mapping[str, Tensor]) -> TargetPlan:
+    target = Target(**row["target"])
+    rows = row["decision"]["rows"]
+    prefix = f"{target.name}:"
+    return TargetPlan(
+        target=target,
+        decision=Decision(row["decision"]["rank"], tuple(rows) if rows is not None else None),
+        init=LowRank(B=factors[f"{target.name}.B"], A=factors[f"{target.name}.A"]),
+        scale=row["scale"],
+        trainable=frozenset(row["trainable"]),
+        evidence={k.removeprefix(prefix): v for k, v in evidence.items() if k.startswith(prefix)},
+    )

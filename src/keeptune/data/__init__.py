@@ -1,0 +1,1 @@
+"""From JSONL to tokens and masks."""

@@ -1,0 +1,42 @@
+"""Gram matrices X^T X of tall X: only the upper blocks are multiplied, sums are kept in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_gram", "symmetric"]
+
+_BLOCKS = 8
+_SMALL = 256
+
+
+def add_gram(total: Tensor, X: Tensor) -> None:
+    """Add ``Xᵀ X`` to the upper blocks of a running sum, in place.
+
+    The product of each batch is formed in float32 and summed in float64, so a long sum loses nothing.
+    Only blocks on or above the diagonal are formed: (b + 1) / 2b of the multiplications for b blocks.
+    Law: ``symmetric(total) == Xᵀ X`` after one call on zeros.
+
+    Args:
+        total: ``(n, n)``, float64; its lower blocks are left as they are.
+        X: ``(N, n)``, one row per token.
+    """
+    X = X.float()
+    n = X.shape[1]
+    step = n if n <= _SMALL else -(-n // _BLOCKS)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        total[start:stop, start:] += X[:, start:stop].T @ X[:, start:]
+
+
+def symmetric(total: Tensor) -> Tensor:
+    """Complete a matrix from its upper triangle.
+
+    Args:
+        total: ``(n, n)``, right on and above the diagonal.
+
+    Returns:
+        The symmetric matrix, ``(n, n)``.
+    """
+    return torch.triu(total) + torch.triu(total, 1).T

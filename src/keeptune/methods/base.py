@@ -1,0 +1,219 @@
+"""What a method is, where methods are found, and how a plan is made from one.
+
+A method is a frozen dataclass whose fields are its options, in one file of this package or under the
+entry-point group ``keeptune.methods``. A plan is made by map, reduce, map: ``score`` and ``build`` see one
+target at a time, ``allocate`` sees the small scores of all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from torch import Tensor
+
+import keeptune.methods
+from keeptune.core.errors import PlanError, RecipeError, nearest
+from keeptune.core.plan import Decision, Plan, Scope, TargetPlan
+from keeptune.core.target import Target
+from keeptune.stats.collect import StatsView
+from keeptune.stats.request import Request
+
+__all__ = ["Method", "allot_rank", "make_plan", "method_named", "methods"]
+
+S = TypeVar("S")
+
+
+class Method(Protocol[S]):
+    """A way to choose ranks and starting factors; S is a target's small summary (float, vector, None).
+
+    Laws (``tests/contract``): equal inputs give bit-equal plans; ``requests`` are sufficient; ranks sum to at
+    most the budget; installing the plan leaves the model's output unchanged.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    scope: ClassVar[Scope]
+
+    def requests(self, target: Target) -> frozenset[Request]:
+        """Say which statistics the target needs.
+
+        Args:
+            target: The target.
+
+        Returns:
+            The requests; empty for a method without data.
+        """
+        ...
+
+    def score(self, target: Target, weight: Tensor, stats: StatsView) -> S:
+        """Summarise one target.
+
+        Args:
+            target: The target.
+            weight: ``(m, n)``, float32.
+            stats: What it requested.
+
+        Returns:
+            The summary.
+        """
+        ...
+
+    def allocate(self, scores: Mapping[Target, S]) -> Mapping[Target, Decision]:
+        """Decide ranks over the whole model.
+
+        Args:
+            scores: All summaries.
+
+        Returns:
+            A decision for every target; rank 0 leaves it alone.
+        """
+        ...
+
+    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
+        """Make one target's starting factors.
+
+        Args:
+            target: The target.
+            weight: ``(m, n)``, float32.
+            stats: What it requested.
+            decision: Its rank.
+
+        Returns:
+            The target's plan.
+        """
+        ...
+
+    def peft(self) -> Mapping[str, Any]:
+        """Give extra ``LoraConfig`` fields.
+
+        Returns:
+            Field to value, such as ``{"lora_dropout": 0.05}``.
+        """
+        ...
+
+
+def make_plan(
+    method: Method[S],
+    targets: Sequence[Target],
+    weight_of: Callable[[Target], Tensor],
+    stats_of: Callable[[Target], StatsView],
+    *,
+    provenance: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Run a method over a model: score each target, allocate over all, build each.
+
+    Args:
+        method: The method.
+        targets: From :func:`keeptune.model.blocks.find_targets`.
+        weight_of: Reads a target's weight, ``(m, n)`` float32; called once per target and phase.
+        stats_of: Gives a target's statistics.
+        provenance: Keys of what the plan was made from.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: An option does not fit a target, or no target is left.
+    """
+    scores = {target: method.score(target, weight_of(target), stats_of(target)) for target in targets}
+    decisions = method.allocate(scores)
+    built = [
+        method.build(target, weight_of(target), stats_of(target), decisions[target])
+        for target in targets
+        if decisions[target].rank > 0
+    ]
+    assert dataclasses.is_dataclass(method) and not isinstance(method, type)
+    return Plan(
+        method=method.name,
+        options=dataclasses.asdict(method),
+        targets=tuple(built),
+        scope=method.scope,
+        peft=method.peft(),
+        provenance=dict(provenance or {}),
+    )
+
+
+def allot_rank(target: Target, rank: int, method: str) -> Decision:
+    """Give a target the wanted rank, or say that it cannot have it.
+
+    Args:
+        target: The target.
+        rank: The rank wanted.
+        method: The method's name, for the error message.
+
+    Returns:
+        The decision.
+
+    Raises:
+        PlanError: The rank is below 1 or above ``min(m, n)``.
+    """
+    if not 1 <= rank <= target.max_rank:
+        raise PlanError(
+            f"method {method}, target {target.name}",
+            got=f"rank {rank}",
+            wanted=f"1 to {target.max_rank} for a {target.out_features} x {target.in_features} map",
+            next_step=f"Lower `method.rank`, or leave the role {target.role} out of `targets`.",
+        )
+    return Decision(rank)
+
+
+def methods() -> dict[str, type[Any]]:
+    """Find every method: the files of this package and the entry points ``keeptune.methods``.
+
+    Returns:
+        Name to class, sorted by name.
+
+    Raises:
+        RecipeError: Two methods share a name.
+    """
+    found: dict[str, type[Any]] = {}
+    classes = [c for module in _modules() for c in _classes(module)]
+    classes += [point.load() for point in entry_points(group="keeptune.methods")]
+    for cls in classes:
+        if found.setdefault(cls.name, cls) is not cls:
+            raise RecipeError(
+                f"method {cls.name}",
+                got=f"two of that name: {found[cls.name]} and {cls}",
+                wanted="one",
+                next_step="Uninstall one of the packages or rename its method.",
+            )
+    return dict(sorted(found.items()))
+
+
+def method_named(name: str) -> type[Any]:
+    """Look a method up.
+
+    Args:
+        name: Its registered name, such as ``"lora-null"``.
+
+    Returns:
+        The class.
+
+    Raises:
+        RecipeError: There is none; the message shows the nearest name.
+    """
+    known = methods()
+    if name not in known:
+        raise RecipeError(
+            "method.name", got=f'"{name}"', wanted="the name of a method", next_step=nearest(name, known)
+        )
+    return known[name]
+
+
+def _modules() -> list[Any]:
+    names = sorted(info.name for info in pkgutil.iter_modules(keeptune.methods.__path__))
+    return [importlib.import_module(f"keeptune.methods.{name}") for name in names if name != "base"]
+
+
+def _classes(module: Any) -> list[type[Any]]:
+    return [
+        cls
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if cls.__module__ == module.__name__ and dataclasses.is_dataclass(cls) and hasattr(cls, "paper")
+    ]

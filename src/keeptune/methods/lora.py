@@ -1,0 +1,97 @@
+"""Plain LoRA, the baseline.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
+
+    y = W x + (alpha / r) B A x                                          (1)
+    A ~ U(-1/sqrt(n), 1/sqrt(n)),  B = 0                                 (2)
+
+(2) is what PEFT does (Kaiming-uniform with a = sqrt 5); the paper draws A from a Gaussian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.target import Target
+from keeptune.methods.base import allot_rank
+from keeptune.stats.collect import StatsView
+from keeptune.stats.request import Request
+
+__all__ = ["Lora", "draw_A"]
+
+
+def draw_A(r: int, n: int, generator: torch.Generator) -> Tensor:
+    """Draw the down-projection (eq. 2).
+
+    Args:
+        r: Rank.
+        n: Input features.
+        generator: Where the randomness comes from.
+
+    Returns:
+        ``(r, n)``, uniform in ±1/sqrt(n).
+    """
+    return (torch.rand(r, n, generator=generator) * 2 - 1) / math.sqrt(n)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Plain LoRA.
+
+    Args:
+        rank: r, at every target.
+        alpha: Scale numerator; None is 2 r, the usual choice.
+        dropout: Dropout before A, during training.
+        use_rslora: Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023).
+        seed: Seed of A; the recipe gives the training seed unless told otherwise.
+    """
+
+    name: ClassVar[str] = "lora"
+    paper: ClassVar[str] = "Hu et al., LoRA, ICLR 2022"
+    scope: ClassVar[Scope] = "adapter"
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    use_rslora: bool = False
+    seed: int = 0
+
+    def requests(self, target: Target) -> frozenset[Request]:
+        """Need nothing."""
+        return frozenset()
+
+    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
+        """Treat all targets alike."""
+
+    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
+        """Give every target the same rank."""
+        return {target: allot_rank(target, self.rank, self.name) for target in scores}
+
+    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
+        """Draw A, set B to zero (eq. 2)."""
+        # One stream per target, so that a target's factors do not depend on which others are tuned.
+        digest = hashlib.sha256(f"{self.seed}:{target.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        A = draw_A(decision.rank, target.in_features, generator)
+        alpha = 2.0 * decision.rank if self.alpha is None else self.alpha
+        divisor = math.sqrt(decision.rank) if self.use_rslora else decision.rank
+        return TargetPlan(
+            target=target,
+            decision=decision,
+            init=LowRank(B=torch.zeros(target.out_features, decision.rank), A=A),
+            scale=alpha / divisor,
+            trainable=frozenset({"A", "B"}),
+        )
+
+    def peft(self) -> Mapping[str, Any]:
+        """Hand dropout to PEFT."""
+        return {"lora_dropout": self.dropout} if self.dropout else {}

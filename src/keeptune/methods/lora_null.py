@@ -1,0 +1,158 @@
+"""LoRA-Null: start the adapter in the null space of what the model reads when it recalls knowledge.
+
+Tang et al., "LoRA-Null: Low-Rank Adaptation via Null Space for Large Language Models", 2025.
+
+X (n x N) are a target's inputs on knowledge data, Ω = X Xᵀ / N their covariance.
+
+    B A X ≈ 0  if  A X ≈ 0                                               (5, 6)
+    U_null: the r left singular vectors of X with the smallest singular values
+            = the eigenvectors of Ω with the smallest eigenvalues        (7-9)
+    W0 U_null U_nullᵀ = U' S' V'ᵀ                                         (10)
+    B = U' sqrt(S'),  A = sqrt(S') V'ᵀ                                    (11, 12)
+    W0' = W0 - B A                                                       (residual, frozen)
+
+v1 trains A and B; v2 freezes A, so B A X stays ≈ 0 for every B (14).
+
+(10) is computed from the thin SVD of W0 U_null, and Ω's bottom in float64: the released code accumulates
+Ω in float16, where the bottom of the spectrum is rounding noise (``docs/methods/lora-null.md``).
+The paper has no alpha: the scale is 1. The paper says "column space" of A in Theorem 1; it is the row space.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Decision, Factor, Scope, TargetPlan
+from keeptune.core.target import Target
+from keeptune.linalg.eigen import bottom_eigenvectors
+from keeptune.linalg.svd import projected_svd
+from keeptune.methods.base import allot_rank
+from keeptune.stats.collect import StatsView
+from keeptune.stats.covariance import InputCovariance, ReleasedCovariance
+from keeptune.stats.request import Request
+
+__all__ = ["LoraNull", "null_factors", "released_null_space"]
+
+_log = logging.getLogger(__name__)
+
+
+def null_factors(W: Tensor, U: Tensor) -> tuple[LowRank, Tensor]:
+    """Split the part of W that reads span(U) into balanced factors (eqs. 10-12).
+
+    Laws: ``B A == W U Uᵀ``; ``A Aᵀ == Bᵀ B == diag(S)``; the rows of A lie in span(U).
+
+    Args:
+        W: ``(m, n)``.
+        U: ``(n, r)``, orthonormal columns.
+
+    Returns:
+        The factors, float32, and the singular values ``(r,)``, descending.
+    """
+    P, S, Vh = projected_svd(W, U)
+    root = S.sqrt()
+    return LowRank(B=(P * root).float(), A=(root[:, None] * Vh).float()), S.float()
+
+
+def released_null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Take the last r left singular vectors of a float32 SVD, as the released code does.
+
+    Of a float16 sum a good part of the small eigenvalues is negative; an SVD ranks them by size.
+
+    Args:
+        omega: ``(n, n)``.
+        r: How many.
+
+    Returns:
+        The singular values ``(r,)``, descending, and the vectors ``(n, r)``.
+    """
+    U, S, _ = torch.linalg.svd(omega)
+    return S[-r:], U[:, -r:].contiguous()
+
+
+@dataclass(frozen=True)
+class LoraNull:
+    """LoRA-Null.
+
+    Args:
+        rank: r, at every target.
+        variant: ``"v1"`` trains A and B, ``"v2"`` trains B only.
+        covariance: ``"exact"``, or ``"released"``: the released code's float16 sums of rescaled inputs, its
+            float32 SVD that ranks eigenvalues by size whatever their sign, and factors rounded to float16.
+    """
+
+    name: ClassVar[str] = "lora-null"
+    paper: ClassVar[str] = "Tang et al., LoRA-Null, 2025"
+    scope: ClassVar[Scope] = "adapter"
+
+    rank: int = 8
+    variant: Literal["v1", "v2"] = "v1"
+    covariance: Literal["exact", "released"] = "exact"
+
+    @classmethod
+    def as_released(cls, rank: int = 128, variant: Literal["v1", "v2"] = "v1") -> LoraNull:
+        """Do what the authors' repository does, for comparison with the paper's equations.
+
+        Its data differ too: packed random windows of NQ-open questions, 2,048 tokens; those go into the
+        recipe's ``knowledge`` section.
+
+        Args:
+            rank: r.
+            variant: ``"v1"`` or ``"v2"``.
+
+        Returns:
+            The method.
+        """
+        return cls(rank=rank, variant=variant, covariance="released")
+
+    @property
+    def _request(self) -> Request:
+        return InputCovariance("knowledge") if self.covariance == "exact" else ReleasedCovariance("knowledge")
+
+    def requests(self, target: Target) -> frozenset[Request]:
+        """Need the input covariance on knowledge data."""
+        return frozenset({self._request})
+
+    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
+        """Treat all targets alike."""
+
+    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
+        """Give every target the same rank."""
+        return {target: allot_rank(target, self.rank, self.name) for target in scores}
+
+    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
+        """Find the null space and split the part of W that reads it (eqs. 7-12)."""
+        omega = stats[self._request]
+        if self.covariance == "exact":
+            values, U = bottom_eigenvectors(omega, decision.rank)
+            init, S = null_factors(weight, U)
+        else:
+            values, U = released_null_space(omega, decision.rank)
+            init, S = null_factors(weight, U)
+            init = init.to(torch.float16).to(torch.float32)
+        if S[-1] <= 1e-6 * S[0]:
+            # A's last rows are zero there; v2 could never use them.
+            used = int((S > 1e-6 * S[0]).sum())
+            _log.warning("%s: W reads only %d of the %d null directions", target.name, used, len(S))
+        trainable: frozenset[Factor] = frozenset({"A", "B"} if self.variant == "v1" else {"B"})
+        return TargetPlan(
+            target=target,
+            decision=decision,
+            init=init,
+            scale=1.0,
+            trainable=trainable,
+            evidence={
+                "null_variance": (values.clamp_min(0) / omega.double().diagonal().mean()).float(),
+                "singular_values": S,
+            },
+        )
+
+    def peft(self) -> Mapping[str, Any]:
+        """Need nothing from PEFT."""
+        return {}

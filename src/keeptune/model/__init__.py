@@ -1,0 +1,1 @@
+"""Loading models, finding their linear maps, passing data through them."""

@@ -1,0 +1,169 @@
+"""What keeptune knows about architectures: which modules are linear maps, and which share an input.
+
+Nothing here names an architecture. Linear maps are found by type, layers by the number in the module path,
+roles by the shortest path suffix that is unique in its block, and shared inputs by watching which tensor
+reaches which module in one tiny forward pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from keeptune.core.errors import ModelError, PlanError, nearest
+from keeptune.core.target import Target
+
+__all__ = ["body", "find_targets", "roles_of"]
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def find_targets(model: PreTrainedModel, roles: Iterable[str] | None = None) -> list[Target]:
+    """Find the linear maps of a model that a method may change.
+
+    Args:
+        model: The base model, before anything was installed into it.
+        roles: Roles to keep, such as ``["q_proj", "down_proj"]``; None keeps all but the head.
+
+    Returns:
+        The targets, in model order.
+
+    Raises:
+        PlanError: A role does not exist in this model; the message lists those that do.
+        ModelError: The model has no linear maps.
+    """
+    modules = _linear_modules(model)
+    if not modules:
+        raise ModelError(
+            type(model).__name__,
+            got="no nn.Linear or Conv1D module besides the head",
+            wanted="a transformer with linear maps",
+            next_step="Check that the model is not already wrapped by PEFT or quantised.",
+        )
+    role_of = roles_of(modules)
+    wanted = None if roles is None else list(roles)
+    known = sorted(set(role_of.values()))
+    for role in wanted or ():
+        if role not in known:
+            raise PlanError(
+                f"targets: {role}",
+                got=f"a role that {type(model).__name__} does not have",
+                wanted="a role of this model",
+                next_step=nearest(role, known),
+            )
+    groups = _input_groups(model, modules)
+    return [
+        _target(name, module, role_of[name], groups[name])
+        for name, module in modules.items()
+        if wanted is None or role_of[name] in wanted
+    ]
+
+
+def roles_of(names: Iterable[str]) -> dict[str, str]:
+    """Name the role of each module: the shortest suffix of its path that is unique in its block.
+
+    Args:
+        names: Module paths.
+
+    Returns:
+        Path to role.
+
+    >>> roles_of(["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"])["h.0.attn.c_attn"]
+    'c_attn'
+    >>> roles_of(["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"])["h.0.mlp.c_proj"]
+    'mlp.c_proj'
+    """
+    names = list(names)
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        blocks.setdefault(_block_of(name)[0], []).append(name)
+    return {
+        name: _shortest_unique_suffix(name, members)
+        for members in blocks.values()
+        for name in members
+    }
+
+
+def body(model: PreTrainedModel) -> nn.Module:
+    """Find the part of the model below its head: all a statistic of the inputs needs.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The transformer without its output projection, or the model itself if it has no such part.
+    """
+    inner = getattr(model, model.base_model_prefix, None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def _target(name: str, module: nn.Module, role: str, group: str) -> Target:
+    transposed = isinstance(module, Conv1D)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    out_features, in_features = weight.T.shape if transposed else weight.shape
+    return Target(
+        name=name,
+        layer=_block_of(name)[1],
+        role=role,
+        out_features=out_features,
+        in_features=in_features,
+        input_group=group,
+        transposed=transposed,
+    )
+
+
+def _block_of(name: str) -> tuple[str, int]:
+    match = _LAYER.search(name)
+    return (name[: match.end()], int(match.group(1))) if match else ("", -1)
+
+
+def _shortest_unique_suffix(name: str, members: Sequence[str]) -> str:
+    parts = name.split(".")
+    for size in range(1, len(parts)):
+        suffix = ".".join(parts[-size:])
+        if sum(other == suffix or other.endswith("." + suffix) for other in members) == 1:
+            return suffix
+    return name
+
+
+def _input_groups(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Group modules fed by the same tensor, named after the first of them; unreached ones stand alone."""
+    seen: list[tuple[Tensor, str]] = []  # keeps the tensors alive, so that equal means the same tensor
+    groups = {name: name for name in modules}
+
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            leader = next((first for tensor, first in seen if tensor is inputs[0]), name)
+            groups[name] = leader
+            if leader == name:
+                seen.append((inputs[0], name))
+
+        return modules[name].register_forward_pre_hook(hook)
+
+    handles = [watch(name) for name in modules]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            model(input_ids=probe, attention_mask=torch.ones_like(probe))
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    return groups

@@ -1,0 +1,142 @@
+"""Load a base model and its tokenizer from a folder or the hub: safetensors only, no remote code unasked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from keeptune.core.errors import ModelError
+
+__all__ = ["Dtype", "load_model", "load_tokenizer"]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: Dtype = "auto",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model for analysis and tuning, in evaluation mode.
+
+    Args:
+        name: A folder, or a hub id.
+        dtype: ``"auto"`` takes what the model's config says.
+        device: Where the weights go.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run Python code that the model's repository brings.
+        allow_pickle: Read ``.bin`` weights, which can run code when loaded.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: There is no such model, no safetensors weights, or code that was not allowed.
+    """
+    _check_folder(name, allow_pickle)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(name, error) from error
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; one without a padding token pads with its end of text.
+
+    Padding is always masked here, so which token pads changes nothing.
+
+    Args:
+        name: A folder, or a hub id.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run Python code that the model's repository brings.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ModelError: There is no tokenizer, or it has neither a padding nor an end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, use_fast=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(name, error) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                name,
+                got="a tokenizer without padding and end-of-text tokens",
+                wanted="at least one of them",
+                next_step="Set pad_token or eos_token in tokenizer_config.json.",
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def _check_folder(name: str, allow_pickle: bool) -> None:
+    folder = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if not folder.is_dir():
+        if looks_local and not _is_plain_hub_name(name):
+            raise ModelError(
+                f"model {name}",
+                got="no such folder",
+                wanted="a model folder or a hub id such as org/name",
+                next_step="Check the path; relative paths are taken from the recipe's folder.",
+            )
+        return
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model {name}",
+            got="a folder without config.json",
+            wanted="a Transformers model folder",
+            next_step="An adapter folder goes to --adapter; the model is its base.",
+        )
+    if not any(folder.glob("*.safetensors")) and not (allow_pickle and any(folder.glob("*.bin"))):
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        raise ModelError(
+            f"model {name}",
+            got=f"pickled weights only ({', '.join(pickled)})" if pickled else "a folder without weights",
+            wanted="model.safetensors",
+            next_step="Convert the weights with save_pretrained, or set allow_pickle: true if you trust them."
+            if pickled
+            else "Copy the weights into the folder.",
+        )
+
+
+def _is_plain_hub_name(name: str) -> bool:
+    return "/" not in name and not name.startswith((".", "~"))
+
+
+def _cannot_load(name: str, error: Exception) -> ModelError:
+    text: Any = str(error).strip().split("\n")[0]
+    return ModelError(
+        f"model {name}",
+        got=f"{type(error).__name__}: {text}",
+        wanted="a model that Transformers loads from safetensors",
+        next_step="Check the name and the network; remote code runs only with trust_remote_code: true.",
+    )

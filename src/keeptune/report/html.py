@@ -1,0 +1,369 @@
+"""Write a report as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from keeptune.core.errors import ArtefactError
+from keeptune.report import plots
+from keeptune.report.records import Report, ReportLike, Run, as_report
+from keeptune.report.style import looks
+from keeptune.report.summary import mean_of, methods, series
+from keeptune.report.tables import comparison_columns
+from keeptune.report.verdict import method_sentences, verdict
+from keeptune.report.wording import count, duration, gap, listing, number
+
+__all__ = ["render_html", "write_html"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure on the page: inline SVG and what it shows."""
+
+    svg: Markup
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A plain table on the page: headings and rows of text."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def write_html(report: ReportLike, path: str | os.PathLike[str]) -> None:
+    """Write the report as one self-contained HTML file, replacing the file in one step.
+
+    Args:
+        report: The report.
+        path: The file; its folder must exist.
+
+    Raises:
+        ArtefactError: The report is malformed or the file cannot be written.
+    """
+    text = render_html(report)
+    target = Path(path)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, target)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise ArtefactError(
+            str(target),
+            got=error.strerror or type(error).__name__,
+            wanted="a file that can be written",
+            next_step="Choose a path in a folder that exists and that you may write to.",
+        ) from error
+
+
+def render_html(report: ReportLike) -> str:
+    """Make the page.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The HTML; the same report always gives the same text.
+
+    Raises:
+        ArtefactError: The report is malformed.
+    """
+    parsed = as_report(report)
+    environment = Environment(
+        loader=PackageLoader("keeptune.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    labels = [method.label for method in methods(parsed)]
+    return environment.get_template("report.html.j2").render(
+        base=parsed.base,
+        base_name=Path(parsed.base).name or parsed.base,
+        created=parsed.created,
+        version=parsed.version,
+        verdict=verdict(parsed),
+        sentences=method_sentences(parsed) if len(labels) > 1 else [],
+        caution=_caution(parsed),
+        columns=comparison_columns(parsed),
+        colours=[look.colour for look in looks(parsed).values()],
+        sections=_sections(parsed),
+        options=_options(parsed),
+        divergence=_divergence(parsed),
+        runs=_runs(parsed),
+        several_seeds=len(parsed.runs) > len(labels),
+    )
+
+
+def _caution(report: Report) -> str:
+    """Say what the intervals leave out.
+
+    Args:
+        report: The report.
+
+    Returns:
+        A sentence or two.
+    """
+    single = [method.label for method in methods(report) if len(method.runs) == 1]
+    known = any(item.low == item.low for run in report.runs for item in run.benchmarks)
+    if not report.runs or not known:
+        return ""
+    if not single:
+        return "Intervals cover both the sampled questions and the seeds."
+    who = "Every method" if len(single) == len(methods(report)) else listing(single)
+    verb = "was" if len(single) == 1 or who == "Every method" else "were each"
+    return (
+        f"{who} {verb} trained with one seed, so the intervals cover the sampled questions but not "
+        "the luck of the seed."
+    )
+
+
+def _sections(report: Report) -> list[tuple[str, str, list[Picture]]]:
+    """Draw everything the report has data for.
+
+    Args:
+        report: The report.
+
+    Returns:
+        Heading, an explanation and the pictures of each section that has any.
+    """
+    draw = _Drawer()
+    kinds = [item.name for item in series(report, "knowledge")]
+    relations = [(name, plots.forgetting_by_relation(report, name)) for name in kinds]
+    sections = [
+        (
+            "Learned against kept",
+            "Up and to the right is better. Large markers are means, small ones seeds, bars 95% intervals.",
+            draw.all([("What each method learned against what it kept", plots.tradeoff(report))]),
+        ),
+        (
+            "Forgetting by benchmark",
+            "What was lost on each knowledge benchmark, with 95% intervals. Zero means nothing forgotten.",
+            draw.all([("What each method lost on each benchmark", plots.forgetting_by_benchmark(report))]),
+        ),
+        (
+            "Forgetting by relation",
+            "The relation most forgotten on average comes first. Rows with few questions (n) are noisy.",
+            draw.all([(f"What was lost on each relation of {name}", figure) for name, figure in relations]),
+        ),
+        (
+            "Training loss",
+            "Smoothed, averaged over seeds; the raw values are faint.",
+            draw.all([("Training loss of each method", plots.loss_curves(report))]),
+        ),
+        ("Plan: ranks", _uniform_words(report), draw.all(_rank_figures(report), named=True)),
+        (
+            "Plan: evidence",
+            "The spectra the plans were made from, one line for each layer.",
+            draw.all(_spectrum_figures(report), named=True),
+        ),
+    ]
+    return [
+        section for section in sections if section[2] or (section[0] == "Plan: ranks" and section[1] != "")
+    ]
+
+
+class _Drawer:
+    """Turns figures into inline SVG whose ids do not clash on one page."""
+
+    def __init__(self) -> None:
+        self._drawn = 0
+
+    def all(self, figures: Sequence[tuple[str, Figure | None]], named: bool = False) -> list[Picture]:
+        """Draw the figures that exist.
+
+        Args:
+            figures: Pairs of a description and a figure or None.
+            named: Whether a single figure needs its caption too.
+
+        Returns:
+            The pictures; descriptions become captions where there are several.
+        """
+        found = [(words, figure) for words, figure in figures if figure is not None]
+        pictures = []
+        for words, figure in found:
+            self._drawn += 1
+            caption = words if named or len(found) > 1 else ""
+            pictures.append(Picture(_inline(plots.svg(figure), f"f{self._drawn}-"), words, caption))
+        return pictures
+
+
+def _inline(text: str, prefix: str) -> Markup:
+    """Make an SVG document fit to stand inside a page.
+
+    Args:
+        text: The document.
+        prefix: What to put before every id.
+
+    Returns:
+        The bare element, without prolog, metadata and clashing ids.
+    """
+    body = text[text.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\bid="', f'id="{prefix}', body)
+    body = re.sub(r'(xlink:href="|url\()#', rf"\g<1>#{prefix}", body)
+    width = re.match(r'<svg[^>]*\bwidth="([\d.]+)pt"', body)
+    if width and float(width[1]) > 430:
+        body = body.replace("<svg", '<svg class="wide"', 1)
+    # Matplotlib escapes the text it draws, so the document holds no markup of the report's.
+    return Markup(body)  # noqa: S704
+
+
+def _rank_figures(report: Report) -> list[tuple[str, Figure | None]]:
+    """Draw the ranks of methods whose ranks differ.
+
+    Args:
+        report: The report.
+
+    Returns:
+        Descriptions and figures.
+    """
+    labels = [method.label for method in methods(report)]
+    varied = [label for label in labels if plots.uniform_rank(report, label) is None]
+    return [(f"Ranks of {label} by layer and role", plots.rank_map(report, label)) for label in varied]
+
+
+def _uniform_words(report: Report) -> str:
+    """Say which methods use one rank everywhere.
+
+    Args:
+        report: The report.
+
+    Returns:
+        A sentence, empty when there is no such method.
+    """
+    by_rank: dict[int, list[str]] = {}
+    for method in methods(report):
+        rank = plots.uniform_rank(report, method.label)
+        if rank is not None:
+            by_rank.setdefault(rank, []).append(method.label)
+    parts = [
+        f"{listing(labels)} {'uses' if len(labels) == 1 else 'use'} rank {rank} everywhere"
+        for rank, labels in by_rank.items()
+    ]
+    return f"{'; '.join(parts)}." if parts else ""
+
+
+def _spectrum_figures(report: Report) -> list[tuple[str, Figure | None]]:
+    """Draw every kind of evidence once, also when several methods share it.
+
+    Args:
+        report: The report.
+
+    Returns:
+        Descriptions and figures.
+    """
+    users: dict[tuple[str, tuple[tuple[float, ...], ...]], list[str]] = {}
+    for method in methods(report):
+        plan = next((run.plan for run in method.runs if run.plan), ())
+        for name in plots.evidence_names(report, method.label):
+            users.setdefault((name, tuple(row.evidence.get(name, ()) for row in plan)), []).append(method.label)
+    return [
+        (f"{name.replace('_', ' ').capitalize()}: {listing(labels)}", plots.spectra(report, labels[0], name))
+        for (name, _), labels in users.items()
+    ]
+
+
+def _options(report: Report) -> Grid | None:
+    """Tabulate the options of the methods.
+
+    Args:
+        report: The report.
+
+    Returns:
+        One row for each method; None when there are no options.
+    """
+    found = methods(report)
+    keys = list(dict.fromkeys(key for run in report.runs for key in run.options))
+    if not keys:
+        return None
+    rows = []
+    for method in found:
+        cells = [_values([run.options.get(key) for run in method.runs]) for key in keys]
+        rows.append((method.label, *cells))
+    return Grid(("method", *(key.replace("_", " ") for key in keys)), tuple(rows))
+
+
+def _values(values: Sequence[object]) -> str:
+    """Print an option, all its values where seeds differ.
+
+    Args:
+        values: The values.
+
+    Returns:
+        The text.
+    """
+    texts = ["–" if item is None else f"{item:g}" if isinstance(item, float) else str(item) for item in values]
+    return ", ".join(dict.fromkeys(texts))
+
+
+def _divergence(report: Report) -> Grid | None:
+    """Tabulate the divergence from the base model.
+
+    Args:
+        report: The report.
+
+    Returns:
+        One row for each method, one column for each benchmark; None when it was not measured.
+    """
+    names = list(
+        dict.fromkeys(item.name for run in report.runs for item in run.benchmarks if item.kl is not None)
+    )
+    if not names:
+        return None
+    rows = []
+    for method in methods(report):
+        found = [mean_of(method, _divergence_on(name)) for name in names]
+        rows.append((method.label, *("–" if item is None else number(item.mean) for item in found)))
+    return Grid(("method", *names), tuple(rows))
+
+
+def _divergence_on(name: str) -> Callable[[Run], float | None]:
+    """Make a reader of the divergence on one benchmark.
+
+    Args:
+        name: The benchmark.
+
+    Returns:
+        A function of a run.
+    """
+    return lambda run: next((item.kl for item in run.benchmarks if item.name == name), None)
+
+
+def _runs(report: Report) -> Grid:
+    """Tabulate the runs.
+
+    Args:
+        report: The report.
+
+    Returns:
+        One row for each run.
+    """
+    stages = list(dict.fromkeys(key for run in report.runs for key in run.seconds))
+    heads = ("method", "seed", "K", "T", "KT", "trained", *stages, "export gap", "adapter")
+    rows = tuple(
+        (
+            run.label,
+            str(run.seed),
+            number(run.K),
+            number(run.T),
+            number(run.KT),
+            count(run.trained_parameters),
+            *(duration(run.seconds[key]) if key in run.seconds else "–" for key in stages),
+            gap(run.export_gap),
+            run.adapter,
+        )
+        for run in report.runs
+    )
+    return Grid(heads, rows)

@@ -1,0 +1,1 @@
+"""Statistics: requested by methods, collected in one pass, kept under content keys."""

@@ -1,0 +1,193 @@
+"""Collect what methods request, once: what the store has is not computed again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from keeptune.core.errors import StatisticsError
+from keeptune.core.target import Target
+from keeptune.data.calibration import Batch, Calibration
+from keeptune.model.runner import ResidentRunner, Sink
+from keeptune.stats.request import DataRole, Request
+from keeptune.stats.store import Source, StatStore, entry_recipe
+
+__all__ = ["Statistics", "StatsView", "collect"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StatsView:
+    """The statistics one target asked for; anything else is refused.
+
+    Args:
+        target: The target.
+        requests: What it asked for.
+        store: Where the values are; they are read one at a time.
+        sources: Model and data, per data role.
+    """
+
+    target: Target
+    requests: frozenset[Request]
+    store: StatStore
+    sources: Mapping[DataRole, Source]
+
+    def __getitem__(self, request: Request) -> Tensor:
+        """Read one statistic from the store.
+
+        Args:
+            request: One of the requests.
+
+        Returns:
+            The statistic, float32, on the CPU.
+
+        Raises:
+            StatisticsError: It was not requested, or the store lost it.
+        """
+        if request not in self.requests:
+            raise StatisticsError(
+                self.target.name,
+                got=f"a read of {request}",
+                wanted=f"one of the requested statistics: {sorted(map(str, self.requests)) or 'none'}",
+                next_step="Return it from the method's requests().",
+            )
+        value = self.store.get(entry_recipe(request, self.target, self.sources[request.data]))
+        if value is None:
+            raise StatisticsError(
+                self.target.name,
+                got=f"no {request} in {self.store.folder}",
+                wanted="the entry that was collected",
+                next_step="Run the stats stage again; nothing else may empty the store meanwhile.",
+            )
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Collected statistics of a set of targets.
+
+    Args:
+        store: Where the values are.
+        sources: Model and data, per data role.
+        requests: Per target name.
+    """
+
+    store: StatStore
+    sources: Mapping[DataRole, Source]
+    requests: Mapping[str, frozenset[Request]]
+
+    def view(self, target: Target) -> StatsView:
+        """Give one target's statistics.
+
+        Args:
+            target: The target.
+
+        Returns:
+            A view on what it asked for.
+        """
+        return StatsView(target, self.requests[target.name], self.store, self.sources)
+
+
+def collect(
+    runner: ResidentRunner,
+    targets: Sequence[Target],
+    requests: Mapping[str, frozenset[Request]],
+    data: Mapping[DataRole, Calibration],
+    store: StatStore,
+    *,
+    model_fingerprint: str,
+    sites_at_once: int | None = None,
+    batch_tokens: int = 4096,
+) -> Statistics:
+    """Compute the statistics that are requested and not in the store yet.
+
+    Args:
+        runner: Runs the base model.
+        targets: The targets.
+        requests: What each target (by name) needs; targets of one input group share entries.
+        data: Tokens per data role.
+        store: Where entries are looked up and kept.
+        model_fingerprint: From :func:`keeptune.core.artefact.model_fingerprint`.
+        sites_at_once: How many covariances may be in memory together; None is all of them. 1 needs
+            the least memory and one (shortened) pass over the data per input group.
+        batch_tokens: Tokens per forward pass, padding included; it changes speed and memory only.
+
+    Returns:
+        Access to all of them.
+
+    Raises:
+        StatisticsError: Data of a role is requested but not given, or activations are not finite.
+    """
+    dtype = str(runner.model.dtype)
+    sources: dict[DataRole, Source] = {
+        role: Source(model_fingerprint, tokens.fingerprint, dtype) for role, tokens in data.items()
+    }
+    missing = _missing(targets, requests, sources, store)
+    waves = [w for sites in missing.values() for w in _chunks(sites, sites_at_once or len(sites))]
+    shown = tqdm(waves, desc="statistics", delay=2, disable=None if len(waves) > 1 else True, leave=False)
+    for wave in shown:
+        request = wave[0][0]
+        batches = data[request.data].batches(1 if request.examples_alone else batch_tokens)
+        _run_wave(runner, batches, sources[request.data], wave, store, title="" if len(waves) > 1 else "statistics")
+    return Statistics(store, sources, dict(requests))
+
+
+_Site = tuple[Request, Target]
+
+
+def _missing(
+    targets: Iterable[Target],
+    requests: Mapping[str, frozenset[Request]],
+    sources: Mapping[DataRole, Source],
+    store: StatStore,
+) -> dict[tuple[DataRole, bool], list[_Site]]:
+    """List what the store lacks, by the pass it needs: which data, and whether each example goes alone."""
+    missing: dict[tuple[DataRole, bool], list[_Site]] = {}
+    seen: set[tuple[Request, str]] = set()
+    kept = 0
+    for target in targets:
+        for request in sorted(requests[target.name], key=str):
+            if (request, request.site(target)) in seen:
+                continue
+            seen.add((request, request.site(target)))
+            if request.data not in sources:
+                raise StatisticsError(
+                    target.name,
+                    got=f"no {request.data} data",
+                    wanted=f"{request.data} data for {request}",
+                    next_step=f"Give the recipe a `{request.data}` section.",
+                )
+            if store.get(entry_recipe(request, target, sources[request.data])) is None:
+                missing.setdefault((request.data, request.examples_alone), []).append((request, target))
+            else:
+                kept += 1
+    if kept:
+        _log.info("statistics: %d of %d taken from %s", kept, len(seen), store.folder)
+    return missing
+
+
+def _chunks(sites: list[_Site], size: int) -> list[list[_Site]]:
+    return [sites[start : start + size] for start in range(0, len(sites), size)]
+
+
+def _run_wave(
+    runner: ResidentRunner,
+    batches: Sequence[Batch],
+    source: Source,
+    wave: Sequence[_Site],
+    store: StatStore,
+    *,
+    title: str,
+) -> None:
+    sums = [(request.site(target), request.accumulator(target, runner.model.device)) for request, target in wave]
+    sinks: dict[str, list[Sink]] = {}
+    for site, total in sums:
+        sinks.setdefault(site, []).append(total.add)
+    runner.forward(batches, sinks, title=title)
+    for (request, target), (site, total) in zip(wave, sums, strict=True):
+        store.put(entry_recipe(request, target, source), total.result(site))

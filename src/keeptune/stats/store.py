@@ -1,0 +1,112 @@
+"""StatStore: statistics on disk under content keys, shared by every method and run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from keeptune.core.artefact import (
+    atomic_directory,
+    content_key,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from keeptune.core.errors import ArtefactError
+from keeptune.core.target import Target
+from keeptune.stats.request import Request
+
+__all__ = ["Source", "StatStore", "entry_recipe"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a statistic was taken from; part of every key.
+
+    Args:
+        model: Fingerprint of the model's weights.
+        data: Fingerprint of the token ids.
+        dtype: The dtype the model ran in.
+    """
+
+    model: str
+    data: str
+    dtype: str
+
+
+def entry_recipe(request: Request, target: Target, source: Source) -> dict[str, Any]:
+    """Write down all that determines a statistic; its content key names the entry.
+
+    Args:
+        request: The statistic.
+        target: The target.
+        source: Model and data.
+
+    Returns:
+        A JSON-ready mapping.
+    """
+    return {
+        "request": request,
+        "class": type(request).__name__,
+        "version": request.version,
+        "site": request.site(target),
+        "source": source,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class StatStore:
+    """A folder of entries, each a folder with ``recipe.json`` and ``value.safetensors``.
+
+    An entry appears whole or not at all; a damaged one is recomputed, never used.
+
+    Args:
+        folder: The store's folder.
+    """
+
+    folder: Path
+
+    def get(self, recipe: Mapping[str, Any]) -> Tensor | None:
+        """Look an entry up.
+
+        Args:
+            recipe: From :func:`entry_recipe`.
+
+        Returns:
+            The statistic, or None when it is not there or is damaged (which is logged).
+        """
+        entry = self._entry(recipe)
+        if not entry.is_dir():
+            return None
+        try:
+            record = read_json(entry / "recipe.json")
+            return read_tensors(entry / "value.safetensors", record["sha256"])["value"]
+        except (ArtefactError, KeyError, TypeError) as error:
+            _log.warning("statistics: entry %s is damaged and will be recomputed (%s)", entry, error)
+            return None
+
+    def put(self, recipe: Mapping[str, Any], value: Tensor) -> None:
+        """Store an entry, replacing a damaged one.
+
+        Args:
+            recipe: From :func:`entry_recipe`.
+            value: The statistic.
+
+        Raises:
+            ArtefactError: The disk is full or cannot be written.
+        """
+        with atomic_directory(self._entry(recipe)) as fresh:
+            sha256 = write_tensors(fresh / "value.safetensors", {"value": value})
+            write_json(fresh / "recipe.json", {"recipe": recipe, "sha256": sha256})
+
+    def _entry(self, recipe: Mapping[str, Any]) -> Path:
+        key = content_key(recipe)
+        return self.folder / key[:2] / key
