@@ -19,7 +19,7 @@ from keeptune.report.style import looks
 from keeptune.report.summary import mean_of, methods, series
 from keeptune.report.tables import comparison_columns
 from keeptune.report.verdict import method_sentences, verdict
-from keeptune.report.wording import count, duration, gap, listing, number
+from keeptune.report.wording import duration, gap, listing, number
 
 __all__ = ["render_html", "write_html"]
 
@@ -268,7 +268,9 @@ def _spectrum_figures(report: Report) -> list[tuple[str, Figure | None]]:
     for method in methods(report):
         plan = next((run.plan for run in method.runs if run.plan), ())
         for name in plots.evidence_names(report, method.label):
-            users.setdefault((name, tuple(row.evidence.get(name, ()) for row in plan)), []).append(method.label)
+            users.setdefault((name, tuple(row.evidence.get(name, ()) for row in plan)), []).append(
+                method.label
+            )
     return [
         (f"{name.replace('_', ' ').capitalize()}: {listing(labels)}", plots.spectra(report, labels[0], name))
         for (name, _), labels in users.items()
@@ -304,7 +306,9 @@ def _values(values: Sequence[object]) -> str:
     Returns:
         The text.
     """
-    texts = ["–" if item is None else f"{item:g}" if isinstance(item, float) else str(item) for item in values]
+    texts = [
+        "–" if item is None else f"{item:g}" if isinstance(item, float) else str(item) for item in values
+    ]
     return ", ".join(dict.fromkeys(texts))
 
 
@@ -351,7 +355,7 @@ def _runs(report: Report) -> Grid:
         One row for each run.
     """
     stages = list(dict.fromkeys(key for run in report.runs for key in run.seconds))
-    heads = ("method", "seed", "K", "T", "KT", "trained", *stages, "export gap", "adapter")
+    heads = ("method", "seed", "K", "T", "KT", *stages, "export gap", "adapter")
     rows = tuple(
         (
             run.label,
@@ -359,7 +363,6 @@ def _runs(report: Report) -> Grid:
             number(run.K),
             number(run.T),
             number(run.KT),
-            count(run.trained_parameters),
             *(duration(run.seconds[key]) if key in run.seconds else "–" for key in stages),
             gap(run.export_gap),
             run.adapter,

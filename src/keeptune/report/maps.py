@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 
 import numpy
@@ -14,15 +13,17 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, TwoS
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from keeptune.report.heat import cells, short, wrapped
 from keeptune.report.records import PlanRow, Report, ReportLike, as_report
-from keeptune.report.style import INK, MUTED, bare, diverging, finish, page, themed
+from keeptune.report.style import MUTED, bare, diverging, finish, page, themed
 from keeptune.report.summary import Method, Series, combine, methods, series
-from keeptune.report.wording import signed
 
 __all__ = ["evidence_names", "forgetting_by_relation", "rank_map", "spectra", "uniform_rank"]
 
 
-def forgetting_by_relation(report: ReportLike, benchmark: str | None = None, limit: int = 25) -> Figure | None:
+def forgetting_by_relation(
+    report: ReportLike, benchmark: str | None = None, limit: int = 25
+) -> Figure | None:
     """Draw what was lost on each relation as a heat map of relations and methods.
 
     Args:
@@ -58,7 +59,7 @@ def _relation_losses(report: Report, kind: Series) -> dict[str, tuple[int, list[
     """
     found = methods(report)
     sizes: dict[str, int] = {}
-    cells: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    entries: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for method in found:
         for run in method.runs:
             for item in run.benchmarks:
@@ -66,10 +67,10 @@ def _relation_losses(report: Report, kind: Series) -> dict[str, tuple[int, list[
                     sizes[name] = max(sizes.get(name, 0), group.n)
                     loss = group.after - group.before if kind.lower_is_better else group.before - group.after
                     value = loss if kind.lower_is_better else 100 * loss
-                    cells.setdefault((name, method.label), []).append((value, math.nan, math.nan))
+                    entries.setdefault((name, method.label), []).append((value, math.nan, math.nan))
     table = {}
     for name, size in sizes.items():
-        means = [combine(cells.get((name, method.label), [])) for method in found]
+        means = [combine(entries.get((name, method.label), [])) for method in found]
         table[name] = (size, [math.nan if mean is None else mean.mean for mean in means])
     return dict(sorted(table.items(), key=lambda row: (-_mean(row[1][1]), row[0])))
 
@@ -106,78 +107,25 @@ def _relation_figure(
     table = numpy.array([row[1][1] for row in shown], dtype=float)
     top = max(float(numpy.nanmax(numpy.abs(table), initial=0.0)), 1e-9)
     wide = min(max(0.95 * len(labels), 1.4), 4.6)
-    heads = [_wrapped(label, max(int(12.5 * wide / len(labels) / 0.95), 6)) for label in labels]
-    lines = max(head.count("\n") for head in heads) + 1
+    slanted = len(labels) > 5
+    heads = [short(label, 24) if slanted else wrapped(label, 12) for label in labels]
+    lines = 6.5 if slanted else max(head.count("\n") for head in heads) + 1
     with themed():
         figure = page(wide + 2.4, 0.235 * len(shown) + 0.17 * lines + 0.5)
         axes = figure.subplots()
         norm = TwoSlopeNorm(0.0, -top, top)
-        _cells(axes, table, diverging(), norm, 3 if kind.lower_is_better else 0)
-        axes.set_yticks(range(len(shown)), [f"{_short(name)}  (n={row[0]})" for name, row in shown])
+        cells(axes, table, diverging(), norm, 3 if kind.lower_is_better else 0)
+        axes.set_yticks(range(len(shown)), [f"{short(name)}  (n={row[0]})" for name, row in shown])
         axes.set_xticks(range(len(labels)), heads)
         axes.xaxis.tick_top()
+        if slanted:
+            axes.tick_params(axis="x", labelrotation=35)
+            for tick in axes.get_xticklabels():
+                tick.set(ha="left", rotation_mode="anchor")
         unit = "nats/token lost" if kind.lower_is_better else "points lost"
         part = f"{len(shown)} most forgotten of {len(losses)} relations; " if len(shown) < len(losses) else ""
         axes.set_xlabel(f"{part}{unit} on {kind.name}, mean over seeds", fontsize=9)
         return finish(figure)
-
-
-def _cells(axes: Axes, table: numpy.ndarray, colours: Colormap, norm: Normalize, decimals: int) -> None:
-    """Draw a heat map with its numbers in the cells.
-
-    Args:
-        axes: The plot.
-        table: The numbers, rows from top to bottom; NaN leaves a cell empty.
-        colours: The colour map.
-        norm: The scale.
-        decimals: Decimals of the numbers.
-    """
-    high, wide = table.shape
-    edges = (numpy.arange(wide + 1) - 0.5, numpy.arange(high + 1) - 0.5)
-    axes.pcolormesh(
-        *edges, numpy.ma.masked_invalid(table), cmap=colours, norm=norm, edgecolors="white", linewidth=1.5
-    )
-    axes.set_xlim(-0.5, wide - 0.5)
-    axes.set_ylim(high - 0.5, -0.5)
-    for row, column in numpy.ndindex(high, wide):
-        value = float(table[row, column])
-        if math.isfinite(value):
-            red, green, blue, _ = colours(norm(value))
-            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
-            text = signed(value, decimals).lstrip("+")
-            ink = "white" if dark else INK
-            axes.text(column, row, text, color=ink, ha="center", va="center", fontsize=8.5)
-    bare(axes)
-    axes.tick_params(colors=INK, length=0)
-
-
-def _wrapped(text: str, width: int) -> str:
-    """Break a label into lines, also after hyphens.
-
-    Args:
-        text: The label.
-        width: Characters on a line.
-
-    Returns:
-        At most three lines.
-    """
-    lines = textwrap.wrap(text, width, break_long_words=True)
-    if len(lines) > 3:
-        lines = [*lines[:2], f"{lines[2][: width - 1]}…"]
-    return "\n".join(lines)
-
-
-def _short(text: str, most: int = 30) -> str:
-    """Cut a long name.
-
-    Args:
-        text: The name.
-        most: How many characters may stay.
-
-    Returns:
-        The name.
-    """
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def uniform_rank(report: ReportLike, label: str) -> int | None:
@@ -226,14 +174,14 @@ def rank_map(report: ReportLike, label: str) -> Figure | None:
         colours = LinearSegmentedColormap.from_list("rank", ["#eef4f9", "#7fb2d9", "#0b5c96"])
         most = float(numpy.nanmax(table))
         norm = Normalize(0, most)
-        if cell >= 0.24 or (cell >= 0.16 and most < 100):
-            _cells(axes, table, colours, norm, 0)
-        else:
-            _cells(axes, numpy.full_like(table, math.nan), colours, norm, 0)
-            mesh = axes.pcolormesh(numpy.ma.masked_invalid(table), cmap=colours, norm=norm)
-            mesh.set_offset_transform(axes.transData)
+        numbered = cell >= (0.3 if most >= 100 else 0.22)
+        cells(axes, table, colours, norm, 0 if numbered else None)
+        if not numbered:
+            bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, aspect=12, pad=0.02)
+            bar.set_label("rank")
+            bar.outline.set_visible(False)
         _layer_ticks(axes, layers, cell)
-        axes.set_yticks(range(len(roles)), [_short(role, 18) for role in roles])
+        axes.set_yticks(range(len(roles)), [short(role, 18) for role in roles])
         axes.set_xlabel("layer")
         return finish(figure)
 
@@ -309,7 +257,9 @@ def spectra(report: ReportLike, label: str, evidence: str) -> Figure | None:
     Raises:
         ArtefactError: The report is malformed.
     """
-    rows = [row for row in _plan(as_report(report), label) if any(v > 0 for v in row.evidence.get(evidence, ()))]
+    rows = [
+        row for row in _plan(as_report(report), label) if any(v > 0 for v in row.evidence.get(evidence, ()))
+    ]
     roles = list(dict.fromkeys(row.role for row in rows))[:8]
     if not rows:
         return None
@@ -328,7 +278,7 @@ def spectra(report: ReportLike, label: str, evidence: str) -> Figure | None:
             # Shared axes hide tick labels above an empty last panel; this row is the lowest there.
             axes.tick_params(labelbottom=index + wide >= len(roles))
             _spectrum_panel(axes, [row for row in rows if row.role == roles[index]], evidence, shades, depth)
-            axes.set_title(_short(roles[index], 18), fontsize=9.5)
+            axes.set_title(short(roles[index], 18), fontsize=9.5)
         figure.supxlabel("index", fontsize=9.5, color=MUTED)
         figure.supylabel(evidence.replace("_", " "), fontsize=9.5, color=MUTED)
         if len(set(layers)) > 1:
@@ -389,5 +339,4 @@ def _depth_bar(
     bar = figure.colorbar(ScalarMappable(depth, shades), ax=panels, aspect=30, pad=0.02, shrink=0.9)
     bar.set_ticks([layers[0], layers[-1]])
     bar.set_label("layer", labelpad=-6)
-    # Matplotlib's outline spine has its own type and is not among the frame's sides.
     bar.outline.set_visible(False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
-__all__ = ["Label", "point_box", "place", "spread"]
+__all__ = ["Label", "place", "point_box", "spread"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def place(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox]) -> None:
             fontsize=9.5,
             zorder=6,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": label.colour, "lw": 0.6, "shrinkB": 5} if distant else None,
+            arrowprops={"arrowstyle": "-", "color": label.colour, "lw": 0.6, "shrinkB": 5}
+            if distant
+            else None,
         )
         busy.append(_box(axes, label, best))
 
@@ -81,7 +83,9 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     clusters: list[list[int]] = []
     for index in order:
         clusters.append([index])
-        while len(clusters) > 1 and _bottom(clusters[-1], wanted, gap) < _top(clusters[-2], wanted, gap) + gap:
+        while (
+            len(clusters) > 1 and _bottom(clusters[-1], wanted, gap) < _top(clusters[-2], wanted, gap) + gap
+        ):
             last = clusters.pop()
             clusters[-1] += last
     out = [0.0] * len(wanted)

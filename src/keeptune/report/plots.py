@@ -66,7 +66,7 @@ def forgetting_by_benchmark(report: ReportLike) -> Figure | None:
     found = methods(parsed)
     if not shown:
         return None
-    wide = min(len(shown), 3)
+    wide = 2 if len(shown) in (2, 4) else min(len(shown), 3)
     deep = math.ceil(len(shown) / wide)
     with themed():
         row = 0.3 * len(found) + 0.95
@@ -112,7 +112,9 @@ def _dots(axes: Axes, report: Report, found: Sequence[Method], kind: Series) -> 
         if loss.has_interval:
             axes.plot([loss.low, loss.high], [index, index], color=look.colour, lw=2, alpha=0.55, zorder=2)
         fill, shape = look.colour, look.shape
-        axes.scatter([loss.mean], [index], marker=shape, s=48, c=fill, edgecolors="white", linewidths=0.9, zorder=3)
+        axes.scatter(
+            [loss.mean], [index], marker=shape, s=48, c=fill, edgecolors="white", linewidths=0.9, zorder=3
+        )
         text = number(loss.mean) if kind.lower_is_better else points(loss.mean)
         axes.annotate(
             text,
@@ -134,7 +136,8 @@ def _dots(axes: Axes, report: Report, found: Sequence[Method], kind: Series) -> 
     for tick, method in zip(axes.get_yticklabels(), found, strict=False):
         tick.set_color(colours[method.label].text)
     axes.grid(visible=True, axis="x")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    fewer = 3 if kind.lower_is_better else 4
+    axes.xaxis.set_major_locator(MaxNLocator(fewer, steps=[1, 2, 2.5, 5, 10]))
     bare(axes)
     axes.set_title(kind.name)
     axes.set_xlabel("lost, nats/token" if kind.lower_is_better else "lost, points")

@@ -10,6 +10,7 @@ from keeptune.report import fields
 
 __all__ = ["Benchmark", "Group", "PlanRow", "Report", "ReportLike", "Run", "as_report", "parse_report"]
 
+
 @dataclass(frozen=True)
 class Group:
     """The scores on one group (relation) of a benchmark."""
@@ -169,7 +170,9 @@ def _run(item: object, where: str) -> Run:
         adapter=str(fields.need(entry, "adapter", where)),
         export_gap=fields.score(fields.need(entry, "export_gap", where), f"{where}.export_gap"),
         options=fields.mapping(entry.get("options") or {}, f"{where}.options"),
-        trained_parameters=fields.optional_integer(entry.get("trained_parameters"), f"{where}.trained_parameters"),
+        trained_parameters=fields.optional_integer(
+            entry.get("trained_parameters"), f"{where}.trained_parameters"
+        ),
         seconds=fields.numbers(entry.get("seconds") or {}, f"{where}.seconds"),
         loss=_loss(entry.get("loss") or [], f"{where}.loss"),
         plan=tuple(

@@ -142,8 +142,8 @@ def combine(triples: Sequence[Triple]) -> Estimate | None:
     values = tuple(triple[0] for triple in good)
     mean = math.fsum(values) / len(values)
     half = t_half_width(values)
-    lows = [mean - half] + [math.fsum(triple[1] for triple in good) / len(good)]
-    highs = [mean + half] + [math.fsum(triple[2] for triple in good) / len(good)]
+    lows = (mean - half, math.fsum(triple[1] for triple in good) / len(good))
+    highs = (mean + half, math.fsum(triple[2] for triple in good) / len(good))
     low = min((value for value in lows if math.isfinite(value)), default=math.nan)
     high = max((value for value in highs if math.isfinite(value)), default=math.nan)
     return Estimate(mean, low, high, values)

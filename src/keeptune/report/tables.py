@@ -54,6 +54,7 @@ class Column:
 
 _METHOD_WIDTH: Final = 22
 
+
 def comparison_rows(report: ReportLike) -> list[dict[str, Any]]:
     """Put the numbers of a comparison into one row for each method.
 

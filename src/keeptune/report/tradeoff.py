@@ -166,9 +166,10 @@ def _frame_tradeoff(axes: Axes, knowledge: Sequence[Series], task: Sequence[Seri
         knowledge: The knowledge benchmarks of one unit.
         task: The task benchmarks of one unit.
     """
-    names = listing([item.name for item in knowledge])
+    names = _names(knowledge, "knowledge")
     scores = "loss, nats/token" if task[0].lower_is_better else "accuracy"
-    axes.set_xlabel(f"learned: {listing([item.name for item in task])} ({scores} after training)")
+    skill = _names(task, "task")
+    axes.set_xlabel(f"learned: {skill} ({scores} after training)")
     if knowledge[0].lower_is_better:
         axes.set_ylabel(f"forgotten: {names} (nats/token)")
     else:
@@ -177,7 +178,23 @@ def _frame_tradeoff(axes: Axes, knowledge: Sequence[Series], task: Sequence[Seri
     bare(axes, ("left", "bottom"))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.text(1.0, 1.015, "better ↗", ha="right", va="bottom", fontsize=9, color=MUTED, transform=axes.transAxes)
+    axes.text(
+        1.0, 1.015, "better ↗", ha="right", va="bottom", fontsize=9, color=MUTED, transform=axes.transAxes
+    )
+
+
+def _names(chosen: Sequence[Series], role: str) -> str:
+    """Name the benchmarks on an axis, or count them when there are many.
+
+    Args:
+        chosen: The benchmarks.
+        role: Their role.
+
+    Returns:
+        The words.
+    """
+    few = listing([item.name for item in chosen])
+    return few if len(chosen) == 1 or len(few) <= 24 else f"mean of {len(chosen)} {role} benchmarks"
 
 
 def _draw_spot(axes: Axes, spot: _Spot) -> None:
@@ -189,9 +206,13 @@ def _draw_spot(axes: Axes, spot: _Spot) -> None:
     """
     look = spot.look
     if spot.x.has_interval:
-        axes.plot([spot.x.low, spot.x.high], [spot.y.mean] * 2, color=look.colour, lw=1.1, alpha=0.6, zorder=2)
+        axes.plot(
+            [spot.x.low, spot.x.high], [spot.y.mean] * 2, color=look.colour, lw=1.1, alpha=0.6, zorder=2
+        )
     if spot.y.has_interval:
-        axes.plot([spot.x.mean] * 2, [spot.y.low, spot.y.high], color=look.colour, lw=1.1, alpha=0.6, zorder=2)
+        axes.plot(
+            [spot.x.mean] * 2, [spot.y.low, spot.y.high], color=look.colour, lw=1.1, alpha=0.6, zorder=2
+        )
     if len(spot.x.values) == len(spot.y.values) > 1:
         xs, ys = spot.x.values, spot.y.values
         axes.scatter(xs, ys, marker=look.shape, s=16, c=look.colour, alpha=0.55, linewidths=0, zorder=3)
@@ -261,8 +282,7 @@ def _mark_base(axes: Axes, start: float, even: float, near: bool, task: Series) 
             "base model", (start, even), offset, textcoords="offset points", ha=side, color=INK, fontsize=9
         )
     else:
-        low, high = axes.get_xlim()
-        behind = (start < low) != task.lower_is_better
+        behind = (start < axes.get_xlim()[0]) != task.lower_is_better
         words = f"← base model at {number(start)}" if behind else f"base model at {number(start)} →"
         text = axes.annotate(
             words,

@@ -67,7 +67,7 @@ def verdict(report: ReportLike) -> str:
         return "The report holds no runs."
     knowledge, task = yardstick(parsed, "knowledge"), yardstick(parsed, "task")
     if len(standings) == 1:
-        return _sentence(standings[0], knowledge, task)
+        return _sentence(standings[0], knowledge, task, _thing(knowledge))
     keeper, keeping = _keeping(standings, knowledge)
     learning = _learning(standings, task, keeper)
     clauses = [clause for clause in (keeping, learning) if clause]
@@ -89,7 +89,9 @@ def method_sentences(report: ReportLike) -> list[str]:
     """
     parsed = as_report(report)
     knowledge, task = yardstick(parsed, "knowledge"), yardstick(parsed, "task")
-    return [_sentence(standing, knowledge, task) for standing in _standings(parsed)]
+    # The verdict above these sentences spells out which benchmarks "knowledge" is the mean of.
+    thing = _thing(knowledge) if len(knowledge) < 2 else "knowledge"
+    return [_sentence(standing, knowledge, task, thing) for standing in _standings(parsed)]
 
 
 def _standings(report: Report) -> list[_Standing]:
@@ -144,21 +146,24 @@ def _thing(knowledge: Sequence[Series]) -> str:
         The benchmark, or "knowledge" with the list of benchmarks.
     """
     names = [item.name for item in knowledge]
+    if not names:
+        return "knowledge"
     return names[0] if len(names) == 1 else f"knowledge (mean of {listing(names)})"
 
 
-def _sentence(standing: _Standing, knowledge: Sequence[Series], task: Sequence[Series]) -> str:
+def _sentence(standing: _Standing, knowledge: Sequence[Series], task: Sequence[Series], thing: str) -> str:
     """Say what one method learned and lost.
 
     Args:
         standing: Where the method stands.
         knowledge: The knowledge benchmarks of one unit.
         task: The task benchmarks of one unit.
+        thing: How to name the knowledge benchmarks.
 
     Returns:
         The sentence.
     """
-    parts = [_learned_words(standing, task), _lost_words(standing, knowledge)]
+    parts = [_learned_words(standing, task), _lost_words(standing, knowledge, thing)]
     said = [part for part in parts if part]
     return f"{standing.label} {' and '.join(said) if said else 'has no measurements'}."
 
@@ -178,7 +183,9 @@ def _learned_words(standing: _Standing, task: Sequence[Series]) -> str:
         return ""
     names = listing([item.name for item in task])
     if not gain.has_interval:
-        return f"went from {number(score.mean - _towards(gain.mean, task))} to {number(score.mean)} on {names}"
+        return (
+            f"went from {number(score.mean - _towards(gain.mean, task))} to {number(score.mean)} on {names}"
+        )
     reached = f"({names} {number(score.mean - _towards(gain.mean, task))} → {number(score.mean)})"
     if gain.low > 0:
         return f"learned the task {reached}"
@@ -200,12 +207,13 @@ def _towards(gain: float, task: Sequence[Series]) -> float:
     return -gain if task[0].lower_is_better else gain
 
 
-def _lost_words(standing: _Standing, knowledge: Sequence[Series]) -> str:
+def _lost_words(standing: _Standing, knowledge: Sequence[Series], thing: str) -> str:
     """Say what one method lost.
 
     Args:
         standing: Where the method stands.
         knowledge: The knowledge benchmarks of one unit.
+        thing: How to name them.
 
     Returns:
         A phrase with a verb, empty when no knowledge was measured.
@@ -213,7 +221,7 @@ def _lost_words(standing: _Standing, knowledge: Sequence[Series]) -> str:
     loss = standing.loss
     if loss is None:
         return ""
-    kind, thing = knowledge[0], _thing(knowledge)
+    kind = knowledge[0]
     joint = "on" if kind.lower_is_better else "of"
     size = f"{loss_text(abs(loss.mean), kind)} {joint} {thing}"
     verb = "lost" if loss.mean >= 0 else "gained"
@@ -222,8 +230,8 @@ def _lost_words(standing: _Standing, knowledge: Sequence[Series]) -> str:
     if loss.low > 0 or loss.high < 0:
         bounds = loss if loss.low > 0 else Estimate(-loss.mean, -loss.high, -loss.low, loss.values)
         return f"{verb} {size} (95% interval {interval(bounds, kind)})"
-    unit = "" if kind.lower_is_better else " points"
-    return f"lost nothing clear of {thing} (95% interval {interval(loss, kind)}{unit})"
+    unit = " nats/token" if kind.lower_is_better else " points"
+    return f"showed no clear change on {thing} (95% interval {interval(loss, kind)}{unit} lost)"
 
 
 def _keeping(standings: Sequence[_Standing], knowledge: Sequence[Series]) -> tuple[str | None, str]:
@@ -245,11 +253,14 @@ def _keeping(standings: Sequence[_Standing], knowledge: Sequence[Series]) -> tup
     worse = [(item, loss) for item, loss in others if clearly_above(loss, least)]
     same = [(item, loss) for item, loss in others if not clearly_above(loss, least)]
     if not others:
-        return None, f"Only {first.label} was measured on {thing}: it {_lost_words(first, knowledge)}"
+        return None, f"Only {first.label} was measured on {thing}: it {_lost_words(first, knowledge, thing)}"
     if not worse:
         most = max(loss.mean for _, loss in others)
         bounds = f"{_bare(least.mean, kind)} to {loss_text(most, kind)} lost"
-        return None, f"No method is clearly ahead in keeping {thing}: no clear difference ({bounds})"
+        return (
+            None,
+            f"No method is clearly ahead in keeping {thing}: no clear difference to the best ({bounds})",
+        )
     lead = f"{first.label} lost the least of {thing} ({loss_text(least.mean, kind)})"
     ties = [f"{item.label} ({_bare(loss.mean, kind)})" for item, loss in same]
     behind = [f"{item.label} ({_bare(loss.mean, kind)})" for item, loss in worse]
@@ -292,10 +303,11 @@ def _learning(standings: Sequence[_Standing], task: Sequence[Series], keeper: st
     if seen is None:
         behind = [item.label for item, score in found if item is not best and better(top, score)]
         if not behind:
-            return f"on the task ({names}) there is no clear difference either, the best mean being " + (
-                f"{number(top.mean)} ({best.label})"
-            )
-        return f"on the task ({names}) {best.label} ({number(top.mean)}) is clearly ahead of {listing(behind)}"
+            ahead = f"{best.label}, the best ({number(top.mean)})"
+            return f"on the task ({names}) there is no clear difference to {ahead}"
+        return (
+            f"on the task ({names}) {best.label} ({number(top.mean)}) is clearly ahead of {listing(behind)}"
+        )
     item, score = seen
     unlearned = item.gain is not None and not (item.gain.has_interval and item.gain.low > 0)
     warning = ", and it did not clearly learn the task" if unlearned else ""

@@ -1,0 +1,104 @@
+"""Reading reports and putting seeds together."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+
+from keeptune.core.errors import ArtefactError
+from keeptune.report.records import parse_report
+from keeptune.report.summary import combine, forgetting, lost, methods, series, t_half_width
+
+
+@pytest.mark.parametrize("key", ["name", "seed", "K", "T", "KT", "adapter", "export_gap", "benchmarks"])
+def test_missing_key_of_a_run_is_named(minimal: dict[str, Any], key: str) -> None:
+    del minimal["methods"][0][key]
+    with pytest.raises(ArtefactError, match=rf'methods\[0\].*"{key}"'):
+        parse_report(minimal)
+
+
+@pytest.mark.parametrize("key", ["name", "role", "n", "before", "after", "interval"])
+def test_missing_key_of_a_benchmark_is_named(minimal: dict[str, Any], key: str) -> None:
+    del minimal["methods"][0]["benchmarks"][0][key]
+    with pytest.raises(ArtefactError, match=rf'benchmarks\[0\].*"{key}"'):
+        parse_report(minimal)
+
+
+@pytest.mark.parametrize("key", ["base", "methods"])
+def test_missing_top_key_is_named(minimal: dict[str, Any], key: str) -> None:
+    del minimal[key]
+    with pytest.raises(ArtefactError, match=f'"{key}"'):
+        parse_report(minimal)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("role", "other"), ("n", 1.5), ("before", "high"), ("interval", [1.0]), ("groups", 3)]
+)
+def test_wrong_values_are_refused(minimal: dict[str, Any], key: str, value: object) -> None:
+    minimal["methods"][0]["benchmarks"][0][key] = value
+    with pytest.raises(ArtefactError, match=key):
+        parse_report(minimal)
+
+
+def test_null_and_nan_values_become_gaps(minimal: dict[str, Any]) -> None:
+    minimal["methods"][0]["K"] = math.nan
+    minimal["methods"][0]["benchmarks"][0].update(after=None, interval=None)
+    run = parse_report(minimal).runs[0]
+    assert run.K is None
+    assert math.isnan(run.benchmarks[0].after)
+    assert math.isnan(run.benchmarks[0].low)
+
+
+def test_repeated_label_and_seed_stay_apart(minimal: dict[str, Any]) -> None:
+    minimal["methods"].append(copy.deepcopy(minimal["methods"][0]))
+    assert [method.label for method in methods(parse_report(minimal))] == ["lora", "lora (2)"]
+
+
+def test_label_groups_runs(full: dict[str, Any]) -> None:
+    full["methods"][0]["label"] = "lora r8"
+    found = methods(parse_report(full))
+    assert [(item.label, len(item.runs)) for item in found][:2] == [("lora r8", 1), ("lora", 1)]
+
+
+def test_evidence_keeps_lists_only(full: dict[str, Any]) -> None:
+    row = parse_report(full).runs[2].plan[0]
+    assert set(row.evidence) == {"spectrum"}
+
+
+def test_t_interval_of_two_and_three_values() -> None:
+    assert t_half_width([0.0, 2.0]) == pytest.approx(12.7062, rel=1e-4)
+    assert t_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / math.sqrt(3), rel=1e-4)
+    assert math.isnan(t_half_width([1.0]))
+
+
+def test_identical_seeds_keep_the_interval_of_the_items() -> None:
+    found = combine([(1.0, 0.5, 1.5), (1.0, 0.5, 1.5)])
+    assert found is not None
+    assert (found.low, found.high) == (0.5, 1.5)
+
+
+def test_scattered_seeds_widen_the_interval() -> None:
+    found = combine([(0.0, -0.1, 0.1), (2.0, 1.9, 2.1)])
+    assert found is not None
+    assert found.low < -11
+
+
+def test_forgetting_has_the_right_sign_and_unit(full: dict[str, Any]) -> None:
+    lora = methods(parse_report(full))[0]
+    facts, wiki = forgetting(lora, "facts"), forgetting(lora, "wiki")
+    assert facts is not None and wiki is not None
+    assert facts.mean == pytest.approx(26.9)
+    assert facts.low < facts.mean < facts.high
+    assert wiki.mean == pytest.approx(0.1345)
+    assert forgetting(lora, "nothing") is None
+
+
+def test_a_run_that_lacks_a_benchmark_leaves_the_mean(full: dict[str, Any]) -> None:
+    report = parse_report(full)
+    chosen = series(report, "knowledge")
+    assert lost(methods(report)[0], chosen) is not None
+    del full["methods"][0]["benchmarks"][1], full["methods"][1]["benchmarks"][1]
+    assert lost(methods(parse_report(full))[0], chosen) is None

@@ -1,0 +1,109 @@
+"""Tables hold the right numbers and fit the terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from keeptune.report.tables import (
+    comparison_columns,
+    comparison_rows,
+    markdown_comparison,
+    print_comparison,
+    print_plan,
+)
+
+
+def printed(report: dict[str, Any], width: int) -> str:
+    """Print a comparison into a text.
+
+    Args:
+        report: The report.
+        width: Columns of the terminal.
+
+    Returns:
+        What was printed.
+    """
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    print_comparison(report, console)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_rows_average_the_seeds(full: dict[str, Any]) -> None:
+    rows = comparison_rows(full)
+    assert [row["method"] for row in rows] == ["lora", "lora-null-v1", "milora"]
+    first = rows[0]
+    assert first["seeds"] == [0, 1]
+    assert first["knowledge"]["facts"]["after"] == pytest.approx(0.731)
+    assert first["knowledge"]["facts"]["low"] < -0.29
+    assert first["K"]["high"] - first["K"]["mean"] == pytest.approx(12.7062 * 0.001, rel=1e-3)
+    assert first["KT"] is None
+    assert first["trained_parameters"] == 1234567
+
+
+def test_one_seed_has_no_interval_for_scores(minimal: dict[str, Any]) -> None:
+    row = comparison_rows(minimal)[0]
+    assert row["K"]["mean"] == 0.7
+    assert math.isnan(row["K"]["low"])
+    assert row["task"] == {}
+
+
+def test_cells_are_short_and_empty_columns_go(full: dict[str, Any]) -> None:
+    columns = comparison_columns(full)
+    assert [column.head for column in columns] == [
+        "method",
+        "facts",
+        "wiki",
+        "tools",
+        "K",
+        "T",
+        "trained",
+        "export",
+    ]
+    assert columns[1].cells[1].main == "1.000 → 0.951"
+    assert columns[2].cells[0].note.startswith("[+0.1")
+    assert columns[6].cells[0].main == "1.23 M"
+    assert columns[7].cells[0].main == "1.0e-06"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_print_fits_the_terminal(full: dict[str, Any], width: int) -> None:
+    text = printed(full, width)
+    assert max(map(len, text.splitlines())) <= width
+    for word in ("facts", "wiki", "tools", "1.23 M", "1.0e-06", "lora-null-v1"):
+        assert word in text
+
+
+def test_markup_in_a_name_is_printed_as_it_is(minimal: dict[str, Any]) -> None:
+    minimal["methods"][0]["name"] = "[red]x[/red]"
+    assert "[red]x[/red]" in printed(minimal, 80)
+
+
+def test_a_method_that_lacks_a_benchmark_shows_a_dash(full: dict[str, Any]) -> None:
+    for run in full["methods"][:2]:
+        del run["benchmarks"][1]
+    assert comparison_columns(full)[2].cells[0].main == "–"
+
+
+def test_markdown_escapes_and_aligns(minimal: dict[str, Any]) -> None:
+    minimal["methods"][0]["name"] = "a|b<c"
+    lines = markdown_comparison(minimal).splitlines()
+    assert lines[0] == "| method | facts, knowledge, accuracy | K | export, gap |"
+    assert lines[1] == "| --- | ---: | ---: | ---: |"
+    assert lines[2] == "| a\\|b&lt;c | 0.900 → 0.600 [−40.0, −20.0] | 0.700 | 0 |"
+
+
+def test_plan_table() -> None:
+    console = Console(width=80, file=io.StringIO())
+    rows = [{"layer": layer, "role": "q", "rank": 8, "trained_parameters": 1500} for layer in range(2)]
+    print_plan(rows, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1,500" in text
+    assert "start error" not in text
+    assert "2 targets, 3,000 trained parameters (3.00 k)" in text
+    print_plan([], console)
+    assert "The plan is empty." in console.file.getvalue()  # type: ignore[attr-defined]
