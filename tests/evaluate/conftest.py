@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,7 +34,18 @@ def build_llama(seed: int) -> LlamaForCausalLM:
         pad_token_id=0,
         attention_dropout=0.1,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.train(False)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors on a busy machine: threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +77,7 @@ def other() -> LlamaForCausalLM:
 
 @pytest.fixture
 def stories(tokenizer: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
 
 
 @pytest.fixture(params=["tiny", "stories"])

@@ -52,7 +52,7 @@ def test_forgetting_the_mask_differs(stories: Any, tokenizer: Any, monkeypatch: 
     right = texts_of(stories, tokenizer, 8)
     generate = stories.generate
 
-    def forgetful(attention_mask: torch.Tensor, **given: Any) -> torch.Tensor:
+    def forgetful(attention_mask: torch.Tensor, **given: Any) -> Any:
         return generate(attention_mask=torch.ones_like(attention_mask), **given)
 
     monkeypatch.setattr(stories, "generate", forgetful)
@@ -96,7 +96,8 @@ def test_the_models_own_settings_do_not_apply_and_stay(
     stories: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = texts_of(stories, tokenizer, 8)
-    own = GenerationConfig(
+    make: Any = GenerationConfig
+    own = make(
         do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=3.0, num_beams=3, eos_token_id=[1, 2]
     )
     stories.generation_config = own

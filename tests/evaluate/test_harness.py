@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import sys
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from peft import LoraConfig, get_peft_model
 from keeptune.core.errors import ModelError
 from keeptune.evaluate import AdapterPair, Benchmark, BenchmarkResult, TwoModels, evaluate
 
+# PEFT 0.21 asks transformers 5.23 for a property under its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 STORIES = [
     {"text": "Once upon a time there was a big red cat. It sat on a mat.", "relation": "cat"},
     {"text": "Tom ran.", "relation": "tom"},
     {"text": "The sun was hot, so Lily sat down.", "relation": "cat"},
     {"text": "A dog and a bird were friends."},
 ]
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {
         "question": "Once upon a time, there was a little",
         "answer": ["girl named Lily", "boy"],
@@ -30,7 +35,7 @@ QUESTIONS = [
     {"question": "Tom and", "answer": "his mom", "relation": "who"},
     {"question": "The sun was hot, so Lily and her mom went to the", "answer": "park"},
 ]
-CHOICES = [
+CHOICES: list[dict[str, Any]] = [
     {"question": "Once upon a", "choices": ["time", "car", "blue"], "label": "A"},
     {"question": "The little girl was very", "choices": ["happy", "table"], "label": "B"},
     {"question": "Tom", "choices": ["was sad", "was a big boy", "ran"], "label": "C"},
@@ -81,8 +86,7 @@ def test_batch_size_does_not_matter(
 ) -> None:
     folder = write(rows)
     whole = evaluate(pair, tokenizer, benchmark, folder)
-    fields = {name: getattr(benchmark, name) for name in benchmark.__dataclass_fields__}
-    single = evaluate(pair, tokenizer, Benchmark(**fields | {"batch_size": 1}), folder)
+    single = evaluate(pair, tokenizer, replace(benchmark, batch_size=1), folder)
     assert whole.before == pytest.approx(single.before, abs=1e-5)
     assert whole.after == pytest.approx(single.after, abs=1e-5)
     assert whole.interval == pytest.approx(single.interval, abs=1e-5)
@@ -121,8 +125,6 @@ def test_two_models_equal_the_adapter(
     result = evaluate(pair, tokenizer, benchmark, folder)
     with pair.before() as model, pair.after() as same:
         assert model is same
-    from copy import deepcopy
-
     base = deepcopy(pair.peft_model).unload()
     tuned = deepcopy(pair.peft_model).merge_and_unload()
     merged = evaluate(TwoModels(base, tuned), tokenizer, benchmark, folder)
@@ -196,7 +198,7 @@ def test_cuts_are_reported_and_the_models_positions_count(
     with caplog.at_level(logging.WARNING):
         result = evaluate(TwoModels(stories, stories), tokenizer, crossed(), write(rows))
     assert "evaluate.facts: 1 of 2 sequences were cut to 512 tokens" in caplog.text
-    assert [item["tokens"] for item in result.items][0] == 511
+    assert result.items[0]["tokens"] == 511
     with caplog.at_level(logging.WARNING):
         rows = [{"question": "The cat sat on the mat. " * 200, "answer": "x"}]
         evaluate(TwoModels(stories, stories), tokenizer, exact(), write(rows))

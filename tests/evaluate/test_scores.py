@@ -67,6 +67,7 @@ def test_normalise_equals_lm_eval(task: str, prediction: str, answer: str) -> No
     assert ours == theirs["exact_match"] or (ours and loose)
 
 
+@settings(deadline=None)
 @given(ANSWERS)
 def test_normalise_ignores_case_and_outer_white_space(text: str) -> None:
     assert normalise_qa(f"  {text}\t") == normalise_qa(text)
@@ -88,6 +89,7 @@ def test_cut_at_takes_the_earliest() -> None:
     assert cut_at("\na", ["\n"]) == ""
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=6))
 def test_k_and_t_are_mean_ratios(pairs: list[tuple[float, float]]) -> None:
     plain = sum(value / reference for reference, value in pairs) / len(pairs)
@@ -95,12 +97,14 @@ def test_k_and_t_are_mean_ratios(pairs: list[tuple[float, float]]) -> None:
     assert task_learned(changes(pairs)) == pytest.approx(plain)
 
 
+@settings(deadline=None)
 @given(st.lists(SCORES, min_size=1, max_size=6))
 def test_nothing_lost_is_one(scores: list[float]) -> None:
     assert knowledge_kept(changes([(score, score) for score in scores])) == 1.0
     assert knowledge_kept(changes([(score, score) for score in scores], "cross_entropy")) == 1.0
 
 
+@settings(deadline=None)
 @given(st.floats(0, 10), st.floats(0, 10))
 def test_cross_entropy_ratio_is_that_of_perplexities(before: float, after: float) -> None:
     kept = knowledge_kept(changes([(before, after)], "cross_entropy"))
@@ -108,6 +112,7 @@ def test_cross_entropy_ratio_is_that_of_perplexities(before: float, after: float
     assert kept is not None and (kept < 1) == (math.exp(before - after) < 1)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 5), st.floats(0, 5))
 def test_harmonic_lies_between_and_is_symmetric(kept: float, learned: float) -> None:
     found = harmonic(kept, learned)

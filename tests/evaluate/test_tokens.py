@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.evaluate.tokens import Tokens, batches, choice, context_limit, document, prompt
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=20),
     st.integers(1, 7),

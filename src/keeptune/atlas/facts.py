@@ -21,6 +21,8 @@ HELD_WORDING = 2
 SIZES = {"facts": 360, "calibration": 400, "statements": 200}
 TASK_TEST = 300
 TASK_TRAIN_SUBJECTS = 1000
+TASK_LABEL_FACTS = 4
+"""A label is used in the task if at least so many of the chosen facts have it."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,25 @@ def choose_facts(facts: Sequence[Fact], seed: int, limit: int | None = None) -> 
     return taken[:limit]
 
 
+def choose_unasked(
+    everything: Sequence[Fact], chosen: Sequence[Fact], seed: int, each: int = 40
+) -> list[Fact]:
+    """Facts that are not among ``chosen``, at most ``each`` with the same relation and answer.
+
+    Pretraining uses them only for reading a statement and then answering from it.
+    """
+    taken = set(chosen)
+    rest = [fact for fact in everything if fact not in taken]
+    random.Random(seed + 3).shuffle(rest)
+    count: Counter[tuple[str, str]] = Counter()
+    unasked = []
+    for fact in rest:
+        count[fact.relation, fact.answer] += 1
+        if count[fact.relation, fact.answer] <= each:
+            unasked.append(fact)
+    return unasked
+
+
 def _by_subject(facts: Iterable[Fact]) -> dict[str, list[Fact]]:
     groups: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts:
@@ -148,6 +169,9 @@ def divide(facts: Sequence[Fact], seed: int) -> dict[str, list[Fact]]:
     free = _by_subject(order)
     names = sorted(WORDINGS)
     groups = {name: _take(free, size, names, 4) for name, size in SIZES.items()}
+    labels = Counter(fact.label for fact in facts)
+    for subject, group in list(free.items()):
+        free[subject] = [fact for fact in group if labels[fact.label] >= TASK_LABEL_FACTS]
     task = [name for name in names if WORDINGS[name].task]
     groups["test"] = _take(free, TASK_TEST, task, 3)
     groups["train"] = _take(free, TASK_TRAIN_SUBJECTS, task, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from keeptune.core.errors import ArtefactError
@@ -28,7 +28,7 @@ __all__ = ["render_html", "write_html"]
 class Picture:
     """A figure on the page: inline SVG and what it shows."""
 
-    svg: Markup
+    svg: str
     alt: str
     caption: str
 
@@ -116,7 +116,7 @@ def _caution(report: Report) -> str:
         A sentence or two.
     """
     single = [method.label for method in methods(report) if len(method.runs) == 1]
-    known = any(item.low == item.low for run in report.runs for item in run.benchmarks)
+    known = any(math.isfinite(item.low) for run in report.runs for item in run.benchmarks)
     if not report.runs or not known:
         return ""
     if not single:
@@ -199,7 +199,7 @@ class _Drawer:
         return pictures
 
 
-def _inline(text: str, prefix: str) -> Markup:
+def _inline(text: str, prefix: str) -> str:
     """Make an SVG document fit to stand inside a page.
 
     Args:
@@ -216,8 +216,7 @@ def _inline(text: str, prefix: str) -> Markup:
     width = re.match(r'<svg[^>]*\bwidth="([\d.]+)pt"', body)
     if width and float(width[1]) > 430:
         body = body.replace("<svg", '<svg class="wide"', 1)
-    # Matplotlib escapes the text it draws, so the document holds no markup of the report's.
-    return Markup(body)  # noqa: S704
+    return body
 
 
 def _rank_figures(report: Report) -> list[tuple[str, Figure | None]]:

@@ -74,7 +74,7 @@ def forgetting_by_benchmark(report: ReportLike) -> Figure | None:
         grid = figure.subplots(deep, wide, sharey=True, squeeze=False)
         for index, panel in enumerate(grid.flat):
             if index < len(shown):
-                _dots(panel, parsed, found, shown[index])
+                _dots(panel, parsed, found, shown[index], 3 if wide > 2 else 5)
             else:
                 panel.set_visible(False)
         return finish(figure)
@@ -93,7 +93,7 @@ def _measured(report: Report, kind: Series) -> bool:
     return any(forgetting(method, kind.name) is not None for method in methods(report))
 
 
-def _dots(axes: Axes, report: Report, found: Sequence[Method], kind: Series) -> None:
+def _dots(axes: Axes, report: Report, found: Sequence[Method], kind: Series, ticks: int) -> None:
     """Draw one panel of the forgetting plot.
 
     Args:
@@ -101,6 +101,7 @@ def _dots(axes: Axes, report: Report, found: Sequence[Method], kind: Series) -> 
         report: The report.
         found: The methods.
         kind: The benchmark.
+        ticks: At most how many intervals between ticks.
     """
     colours = looks(report)
     spans = [0.0]
@@ -136,8 +137,7 @@ def _dots(axes: Axes, report: Report, found: Sequence[Method], kind: Series) -> 
     for tick, method in zip(axes.get_yticklabels(), found, strict=False):
         tick.set_color(colours[method.label].text)
     axes.grid(visible=True, axis="x")
-    fewer = 3 if kind.lower_is_better else 4
-    axes.xaxis.set_major_locator(MaxNLocator(fewer, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
     bare(axes)
     axes.set_title(kind.name)
     axes.set_xlabel("lost, nats/token" if kind.lower_is_better else "lost, points")

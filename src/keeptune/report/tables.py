@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -184,8 +185,7 @@ def markdown_comparison(report: ReportLike) -> str:
     """
     columns = comparison_columns(report)
     heads = [_escape(", ".join((item.head, *item.sub))) for item in columns]
-    rules = ["---", *("---:" for _ in columns[1:])]
-    lines = [heads, rules]
+    lines = [heads, ["---", *("---:" for _ in columns[1:])]]
     for row in zip(*(column.cells for column in columns), strict=True):
         lines.append([_escape(" ".join(part for part in (cell.main, cell.note) if part)) for cell in row])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -290,7 +290,7 @@ def _score_cell(found: Mapping[str, float] | None) -> Cell:
     if found is None:
         return Cell("–", "")
     half = (found["high"] - found["low"]) / 2
-    return Cell(number(found["mean"]), f"±{number(half)}" if half == half else "")
+    return Cell(number(found["mean"]), f"±{number(half)}" if math.isfinite(half) else "")
 
 
 def _fitting(columns: Sequence[Column], width: int) -> list[list[Column]]:
@@ -367,8 +367,8 @@ def _rich_cell(cell: Cell, encoding: str) -> Text:
     Returns:
         The text.
     """
-    note = f"\n{cell.note}" if cell.note else ""
-    return _plain(Text(cell.main).append(note, style="dim"), encoding)
+    text = Text(cell.main).append(f"\n{cell.note}" if cell.note else "", style="dim")
+    return _plain(text, encoding)
 
 
 def _plain(text: Text, encoding: str) -> Text:

@@ -1,0 +1,62 @@
+"""Refuse to measure on what was used to prepare or to train: evaluation data must be disjoint from both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from keeptune.core.artefact import canonical_json
+from keeptune.core.errors import DataError
+from keeptune.data.sources import Row
+
+__all__ = ["Corpus", "refuse_overlap"]
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Rows of a data file and the text that the model reads of each.
+
+    Args:
+        where: The recipe key.
+        rows: The rows.
+        texts: One rendered text per row: the whole text, or the prompt of an evaluation item.
+    """
+
+    where: str
+    rows: Sequence[Row]
+    texts: Sequence[str]
+
+
+def refuse_overlap(used: Corpus, scored: Corpus) -> None:
+    """Check that no evaluation item was among the data that were used.
+
+    An item overlaps when its row is one of the used rows, or a used text starts with the item's prompt
+    (case and white space aside).
+
+    Args:
+        used: Knowledge or task data.
+        scored: An evaluation set.
+
+    Raises:
+        DataError: They overlap; the first common item is shown.
+    """
+    rows = {canonical_json(row) for row in used.rows}
+    lengths = {len(_plain(text)) for text in scored.texts}
+    starts = {text[:length] for text in map(_plain, used.texts) for length in lengths if length <= len(text)}
+    common = [
+        (number, text)
+        for number, (row, text) in enumerate(zip(scored.rows, scored.texts, strict=True), start=1)
+        if canonical_json(row) in rows or _plain(text) in starts
+    ]
+    if common:
+        number, text = common[0]
+        raise DataError(
+            scored.where,
+            got=f"{len(common)} of {len(scored.rows)} items that are in {used.where} too (row {number}: {text[:60]!r})",
+            wanted="disjoint data",
+            next_step="Split the file: what is measured may be neither calibrated nor trained on.",
+        )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())

@@ -1,0 +1,320 @@
+"""The schema of recipe.yaml: one file describes a whole job; unknown keys are errors with the nearest name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from keeptune import atlas
+from keeptune.adapter.anchor import Anchor
+from keeptune.adapter.export import Format
+from keeptune.core.artefact import canonical_json
+from keeptune.core.errors import RecipeError, nearest
+from keeptune.evaluate.tasks import Benchmark
+from keeptune.methods.base import method_named, methods
+from keeptune.model.load import Dtype
+
+__all__ = ["ExportSpec", "Knowledge", "Recipe", "Task", "load_recipe", "make_method", "parse_overrides"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Knowledge(_Section):
+    """What to keep: data for statistics."""
+
+    file: str
+    text: str = "{text}"
+    examples: int = Field(256, ge=1)
+    max_length: int = Field(1024, ge=1)
+
+
+class Task(_Section):
+    """What to learn: prompts and completions."""
+
+    train: str
+    prompt: str
+    completion: str
+    examples: int | None = Field(None, ge=1)
+
+
+class ExportSpec(_Section):
+    """How the result is written."""
+
+    format: Format = "portable"
+    max_gap: float | None = Field(None, gt=0)
+
+
+class Recipe(_Section):
+    """A whole job.
+
+    Files are looked for from the current directory, then from the recipe's folder. ``atlas`` names the
+    embedded model, ``atlas:facts.jsonl`` one of its files.
+    """
+
+    model: str
+    method: dict[str, Any]
+    task: Task
+    output: Path
+    targets: list[str] | None = None
+    knowledge: Knowledge | None = None
+    train: dict[str, Any] = Field(default_factory=dict)
+    evaluate: list[Benchmark] = Field(default_factory=list)
+    anchor: Anchor = "auto"
+    export: ExportSpec = ExportSpec()
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    store: Path | None = None
+    low_memory: bool = False
+    reference: Path | None = None
+
+    def written(self) -> dict[str, Any]:
+        """Give the recipe as plain values, for the record in the run folder.
+
+        Returns:
+            A JSON-ready mapping.
+        """
+        plain: dict[str, Any] = yaml.safe_load(canonical_json(self.model_dump(mode="json")))
+        return plain
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where 1e-4 is a number, as YAML 1.2 and everybody's expectation have it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read, complete and check a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: Dotted key to value, such as ``{"train.learning_rate": 1e-3}``.
+
+    Returns:
+        The recipe, with file paths resolved.
+
+    Raises:
+        RecipeError: The file is missing or not YAML, a key is unknown, or a value does not fit.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"recipe {path}", got=str(error), wanted="a YAML file", next_step="Check the path."
+        ) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"recipe {path}", got=" ".join(str(error).split()), wanted="YAML", next_step="Mend the line named above."
+        ) from error
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"recipe {path}",
+            got=f"a {type(values).__name__}",
+            wanted="keys and values",
+            next_step="Start with `model: path`.",
+        )
+    for key, value in (overrides or {}).items():
+        _set(values, key, value)
+    return make_recipe(values, folder=path.parent, where=f"recipe {path}")
+
+
+def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recipe:
+    """Check the values of a recipe.
+
+    Args:
+        values: As a YAML file holds them.
+        folder: Where files are looked for that are not in the current directory.
+        where: For error messages.
+
+    Returns:
+        The recipe, with file paths resolved.
+
+    Raises:
+        RecipeError: A key is unknown or a value does not fit.
+    """
+    try:
+        recipe = Recipe.model_validate(_resolve_paths(values, folder))
+    except ValidationError as error:
+        raise _explain(error, where) from error
+    make_method(recipe.method, seed=0)
+    names = [benchmark.name for benchmark in recipe.evaluate]
+    for name in names:
+        if names.count(name) > 1 or not re.fullmatch(r"[\w.-]+", name):
+            raise RecipeError(
+                f"{where}, evaluate",
+                got=f'the benchmark name "{name}"' + (" twice" if names.count(name) > 1 else ""),
+                wanted="different names of letters, digits, '.', '_' and '-': they name files",
+                next_step="Rename it.",
+            )
+    return recipe
+
+
+def make_method(options: Mapping[str, Any], *, seed: int) -> Any:
+    """Make a method from its recipe section.
+
+    Args:
+        options: ``name`` and the method's own fields.
+        seed: For a method that draws numbers, unless the section has a ``seed`` of its own.
+
+    Returns:
+        The method.
+
+    Raises:
+        RecipeError: The name or an option is unknown, or a value does not fit.
+    """
+    if "name" not in options:
+        raise RecipeError(
+            "method", got="no name", wanted="name: one of the methods", next_step=nearest("", methods())
+        )
+    cls = method_named(str(options["name"]))
+    given = {key: value for key, value in options.items() if key != "name"}
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in given:
+        if key not in known:
+            raise RecipeError(
+                f"method.{key}",
+                got=f"an option that {cls.name} does not have",
+                wanted="one of its options",
+                next_step=nearest(key, known) if known else f"{cls.name} has no options.",
+            )
+    if "seed" in known:
+        given = {"seed": seed, **given}
+    try:
+        return TypeAdapter(cls).validate_python(given)
+    except ValidationError as error:
+        raise _explain(error, "method") from error
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Read ``--key value`` pairs from the command line; values are YAML.
+
+    Args:
+        words: ``["--train.learning_rate", "1e-3", "--targets", "[q_proj]"]`` or ``--key=value``.
+
+    Returns:
+        Dotted key to value.
+
+    Raises:
+        RecipeError: A word is not a key, or a key has no value.
+    """
+    found: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key or not (equals or rest):
+            raise RecipeError(
+                "command line", got=word, wanted="--key value", next_step="Example: --train.learning_rate 1e-3"
+            )
+        try:
+            found[key] = yaml.load(text if equals else rest.pop(0), Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise RecipeError(
+                f"command line --{key}", got=" ".join(str(error).split()), wanted="a YAML value", next_step="Quote it."
+            ) from error
+    return found
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    place: Any = values
+    try:
+        for part in path:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        if isinstance(place, list):
+            place[int(last)] = value
+        else:
+            place[last] = value
+    except (IndexError, ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(
+            f"command line --{key}",
+            got="a path through something that has no such part",
+            wanted="a key of the recipe, dots between levels and numbers for list entries",
+            next_step="Example: --evaluate.0.examples 100",
+        ) from error
+
+
+_FILES = (("knowledge", "file"), ("task", "train"))
+
+
+def _resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    done = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for section, key in _FILES:
+        if isinstance(done.get(section), dict) and isinstance(done[section].get(key), str):
+            done[section][key] = _resolve(done[section][key], folder)
+    if isinstance(done.get("evaluate"), list):
+        done["evaluate"] = [
+            {**entry, "file": _resolve(entry["file"], folder)}
+            if isinstance(entry, Mapping) and isinstance(entry.get("file"), str)
+            else entry
+            for entry in done["evaluate"]
+        ]
+    if isinstance(done.get("model"), str):
+        done["model"] = str(atlas.model_path()) if done["model"] == "atlas" else _resolve_model(done["model"], folder)
+    return done
+
+
+def _resolve(name: str, folder: Path) -> str:
+    if name.startswith("atlas:"):
+        try:
+            return str(atlas.data_path(name.removeprefix("atlas:")))
+        except FileNotFoundError as error:
+            raise RecipeError(name, got=str(error), wanted="a file of atlas", next_step="Pick one of them.") from error
+    path = Path(name).expanduser()
+    beside = folder / path
+    return str((beside if not path.exists() and beside.exists() else path).absolute())
+
+
+def _resolve_model(name: str, folder: Path) -> str:
+    beside = folder / Path(name).expanduser()
+    return str(beside.absolute()) if not Path(name).expanduser().is_dir() and beside.is_dir() else name
+
+
+def _explain(error: ValidationError, where: str) -> RecipeError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known_keys(first["loc"])
+        return RecipeError(
+            f"{where}, key {place}",
+            got="an unknown key",
+            wanted="a key that recipes have",
+            next_step=nearest(str(first["loc"][-1]), known),
+        )
+    if first["type"] in ("missing", "missing_argument"):
+        return RecipeError(
+            f"{where}, key {place}", got="nothing", wanted="a value", next_step=f"Add `{place}:` to the recipe."
+        )
+    got = canonical_json(first["input"]) if _is_plain(first["input"]) else repr(first["input"])
+    return RecipeError(f"{where}, key {place}", got=got, wanted=first["msg"], next_step="Correct the value.")
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    sections: dict[str, Any] = {"knowledge": Knowledge, "task": Task, "export": ExportSpec}
+    first = str(location[0])
+    if len(location) > 1 and first in sections:
+        return list(sections[first].model_fields)
+    if len(location) > 1 and first == "evaluate":
+        return [field.name for field in dataclasses.fields(Benchmark)]
+    return list(Recipe.model_fields)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool | list | dict)

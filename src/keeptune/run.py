@@ -1,0 +1,272 @@
+"""The main job, from a recipe to an adapter and an account of what was learned and lost.
+
+    recipe -> stats -> plan -> train -> export -> evaluate -> report
+
+Each stage writes its result into the run folder under a key made of all it depends on. A stage whose result
+is there under the right key is not repeated, so the same command goes on where a killed run stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from keeptune.adapter.export import SIDECAR, Exported, check_base, export
+from keeptune.adapter.install import install, restore_factors, trained_factors
+from keeptune.core.artefact import atomic_directory, content_key, read_json, read_tensors, write_json, write_tensors
+from keeptune.core.errors import ArtefactError, TrainError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Plan
+from keeptune.core.target import Target, read_weight
+from keeptune.data.calibration import tokenize_calibration
+from keeptune.job import Job
+from keeptune.methods.base import make_plan
+from keeptune.model.blocks import find_targets
+from keeptune.model.load import load_model
+from keeptune.model.runner import ResidentRunner
+from keeptune.recipe import Recipe
+from keeptune.scoring import evaluate_stage
+from keeptune.stats.collect import Statistics, collect
+from keeptune.summary import write_report
+from keeptune.train.trainer import sft_config, train
+
+__all__ = ["export_stage", "plan_stage", "run", "stats_stage", "train_stage"]
+
+_log = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Do a whole job, or what is left of it.
+
+    Args:
+        recipe: The job.
+
+    Returns:
+        The report, as in ``report.json``.
+
+    Raises:
+        KeeptuneError: Something the user can mend; the message says what.
+    """
+    job = Job(recipe)
+    job.check()
+    write_json(job.output / "recipe.json", recipe.written())
+    plan = plan_stage(job)
+    train_stage(job, plan)
+    export_stage(job, plan)
+    evaluate_stage(job)
+    return write_report([job.output], job.output, reference=recipe.reference)
+
+
+def stats_stage(job: Job, model: PreTrainedModel | None = None) -> tuple[list[Target], Statistics]:
+    """Collect what the method needs into the store.
+
+    Args:
+        job: The job.
+        model: The base, if it is loaded already.
+
+    Returns:
+        The targets and access to their statistics.
+    """
+    model = model or job.base()
+    targets = find_targets(model, job.recipe.targets)
+    requests = {target.name: job.method.requests(target) for target in targets}
+    data = {} if job.calibration is None else {"knowledge": job.calibration}
+    statistics = collect(
+        ResidentRunner(model),
+        targets,
+        requests,
+        data,  # type: ignore[arg-type]  # the literal key is narrower than mypy infers
+        job.store,
+        model_fingerprint=job.base_fingerprint,
+        sites_at_once=1 if job.recipe.low_memory else None,
+    )
+    return targets, statistics
+
+
+def plan_stage(job: Job) -> Plan:
+    """Make the plan, or load the one that is there.
+
+    Args:
+        job: The job.
+
+    Returns:
+        The plan.
+    """
+    folder = job.output / "plan"
+    if (folder / "plan.json").is_file():
+        try:
+            plan = Plan.load(folder)
+            if plan.provenance.get("key") == job.plan_key:
+                _log.info("plan: taken from %s", folder)
+                return plan
+            _log.info("plan: the recipe changed; planning again")
+        except ArtefactError as error:
+            _log.warning("plan: %s; planning again", error)
+    started = time.perf_counter()
+    model = job.base()
+    targets, statistics = stats_stage(job, model)
+    plan = make_plan(
+        job.method,
+        targets,
+        lambda target: read_weight(model, target),
+        statistics.view,
+        provenance=job.plan_inputs | {"key": job.plan_key, "seed": job.seed},
+    )
+    plan.save(folder)
+    write_json(folder / "seconds.json", {"plan": time.perf_counter() - started})
+    return plan
+
+
+def train_stage(job: Job, plan: Plan) -> None:
+    """Train, or go on from the last checkpoint, or do nothing when it is done.
+
+    Args:
+        job: The job.
+        plan: The plan.
+    """
+    key = train_key(job, plan)
+    folder = job.output / "trained"
+    if _has_key(folder / "train.json", key):
+        _log.info("train: taken from %s", folder)
+        return
+    started = time.perf_counter()
+    checkpoints = job.output / "checkpoints" / key[:12]
+    model = job.base()
+    config = sft_config({"seed": 0, **job.recipe.train}, checkpoints, dtype=model.dtype, device=job.device)
+    tuned = install(model, plan, anchor=job.recipe.anchor)
+    loss = train(tuned, plan, job.tokenizer, job.task, config)
+    with atomic_directory(folder) as fresh:
+        sha256 = None
+        if plan.scope == "all":
+            assert isinstance(tuned, PreTrainedModel)
+            tuned.save_pretrained(fresh / "model")
+        else:
+            assert isinstance(tuned, PeftModel)
+            sha256 = write_tensors(fresh / "factors.safetensors", _flat(trained_factors(tuned, plan)))
+        record = {
+            "key": key,
+            "sha256": sha256,
+            "loss": loss,
+            "seconds": time.perf_counter() - started,
+            "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        }
+        write_json(fresh / "train.json", record)
+
+
+def train_key(job: Job, plan: Plan) -> str:
+    """Name all that the trained factors depend on.
+
+    Args:
+        job: The job.
+        plan: The plan.
+
+    Returns:
+        The key.
+    """
+    recipe = job.recipe
+    return content_key([plan.key, job.base_fingerprint, job.task.fingerprint, recipe.train, recipe.anchor])
+
+
+def export_stage(job: Job, plan: Plan) -> Exported:
+    """Write the adapter and check it on a fresh base, unless that is done.
+
+    Args:
+        job: The job.
+        plan: The plan.
+
+    Returns:
+        What was written.
+    """
+    record = read_json(job.output / "trained" / "train.json") if (job.output / "trained").is_dir() else {}
+    if record.get("key") != train_key(job, plan):
+        raise TrainError(
+            f"export {job.output}",
+            got="no model trained with this recipe",
+            wanted="a finished training",
+            next_step="Run `keeptune train` with the same recipe first.",
+        )
+    folder = adapter_folder(job, plan)
+    key = content_key([record["key"], job.recipe.export.model_dump()])
+    if _has_key(folder / "export.json", key):
+        return Exported(**{k: v for k, v in read_json(folder / "export.json").items() if k != "key"})
+    tuned = load_trained(job, plan, record["sha256"])
+    format = "merged" if plan.scope == "all" else job.recipe.export.format
+    done = export(
+        tuned,
+        plan,
+        folder,
+        base=job.recipe.model,
+        load_base=job.base,
+        format=format,
+        tokenizer=job.tokenizer,
+        probe=_probe(job),
+        max_gap=job.recipe.export.max_gap,
+    )
+    write_json(folder / "export.json", {"key": key, **read_json(folder / SIDECAR)["export"]})
+    check_base(folder, job.base_fingerprint)
+    return done
+
+
+def load_trained(job: Job, plan: Plan, sha256: str | None) -> PreTrainedModel | PeftModel:
+    """Load the trained model from the run folder.
+
+    Args:
+        job: The job.
+        plan: The plan.
+        sha256: Checksum of the trained factors.
+
+    Returns:
+        The model as it was at the end of training.
+    """
+    folder = job.output / "trained"
+    if plan.scope == "all":
+        return load_model(str(folder / "model"), dtype=job.recipe.dtype, device=job.device)
+    assert sha256 is not None
+    flat = read_tensors(folder / "factors.safetensors", sha256)
+    tuned = install(job.base(), plan, anchor=job.recipe.anchor)
+    assert isinstance(tuned, PeftModel)
+    names = [t.target.name for t in plan.targets]
+    restore_factors(tuned, {name: LowRank(B=flat[f"{name}.B"], A=flat[f"{name}.A"]) for name in names})
+    return tuned
+
+
+def adapter_folder(job: Job, plan: Plan) -> Path:
+    """Name the folder of the result: ``adapter``, or ``merged`` for a whole model.
+
+    Args:
+        job: The job.
+        plan: The plan.
+
+    Returns:
+        The folder.
+    """
+    merged = plan.scope == "all" or job.recipe.export.format == "merged"
+    return job.output / ("merged" if merged else "adapter")
+
+
+def _probe(job: Job) -> Tensor:
+    """Take the first task examples of one length, so that the check sees real text without padding."""
+    texts = [p + c for p, c in zip(job.task.prompts[:8], job.task.completions[:8], strict=True)]
+    tokens = tokenize_calibration(texts, job.tokenizer, max_length=256, where="task.train")
+    length = min(map(len, tokens.sequences))
+    return torch.tensor([sequence[:length] for sequence in tokens.sequences])
+
+
+def _flat(factors: dict[str, LowRank]) -> dict[str, Tensor]:
+    parts: list[tuple[str, Callable[[LowRank], Tensor]]] = [("B", lambda c: c.B), ("A", lambda c: c.A)]
+    return {f"{name}.{part}": read(change) for name, change in factors.items() for part, read in parts}
+
+
+def _has_key(path: Path, key: str) -> bool:
+    try:
+        return bool(read_json(path)["key"] == key)
+    except (ArtefactError, KeyError, TypeError):
+        return False
