@@ -12,7 +12,8 @@ import torch
 def logits_after(model: Any, ids: Sequence[int]) -> torch.Tensor:
     """(L, V) float64 logits of one unpadded sequence."""
     with torch.no_grad():
-        return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].double()
+        logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits
+    return logits[0].double()
 
 
 def greedy_text(
@@ -32,7 +33,7 @@ def greedy_text(
         if token in ends:
             break
         new.append(token)
-    text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     for stop in stops:
         text = text.split(stop)[0]
     return text

@@ -12,7 +12,7 @@ from keeptune.core.errors import DataError, RecipeError, nearest
 from keeptune.data.prompts import pick, render
 from keeptune.data.sources import Row, read_jsonl
 
-__all__ = ["Benchmark", "Item", "Metric", "Role", "load_items"]
+__all__ = ["Benchmark", "Item", "Metric", "Normalisation", "Role", "load_items"]
 
 Metric = Literal["exact_match", "multiple_choice", "cross_entropy"]
 Role = Literal["knowledge", "task"]
@@ -51,7 +51,7 @@ class Benchmark:
         max_length: Tokens. Documents are cut to their first ``max_length`` tokens, prompts to their last;
             a model with fewer positions lowers the limit.
         max_new_tokens: Tokens generated at most (exact_match).
-        batch_size: Sequences per forward pass at most. It never changes a score.
+        batch_size: Sequences per forward pass at most. It changes scores by rounding only.
         group: Field that splits the result, where rows have it.
         stop: A generated text ends before the first of these (exact_match).
         normalise: ``"qa"`` compares answers without case, punctuation and articles; ``"exact"`` as they are,
