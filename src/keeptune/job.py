@@ -67,9 +67,7 @@ class Job:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer."""
         recipe = self.recipe
-        return load_tokenizer(
-            recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
-        )
+        return load_tokenizer(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
 
     def base(self) -> PreTrainedModel:
         """Load a fresh base.
@@ -113,9 +111,7 @@ class Job:
         if self.recipe.knowledge is None:
             return None
         length = self.recipe.knowledge.max_length
-        return tokenize_calibration(
-            self.knowledge_texts, self.tokenizer, max_length=length, where="knowledge"
-        )
+        return tokenize_calibration(self.knowledge_texts, self.tokenizer, max_length=length, where="knowledge")
 
     @cached_property
     def task_rows(self) -> list[Row]:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -180,9 +180,7 @@ def make_method(options: Mapping[str, Any], *, seed: int) -> Any:
         RecipeError: The name or an option is unknown, or a value does not fit.
     """
     if "name" not in options:
-        raise RecipeError(
-            "method", got="no name", wanted="name: one of the methods", next_step=nearest("", methods())
-        )
+        raise RecipeError("method", got="no name", wanted="name: one of the methods", next_step=nearest("", methods()))
     cls = method_named(str(options["name"]))
     given = {key: value for key, value in options.items() if key != "name"}
     known = [field.name for field in dataclasses.fields(cls)]
@@ -255,7 +253,7 @@ _FILES = (("knowledge", "file"), ("task", "train"))
 
 
 def _resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    done = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    done: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for section, key in _FILES:
         if isinstance(done.get(section), dict) and isinstance(done[section].get(key), str):
             done[section][key] = _resolve(done[section][key], folder)
@@ -266,8 +264,9 @@ def _resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             else entry
             for entry in done["evaluate"]
         ]
-    if isinstance(done.get("model"), str):
-        done["model"] = str(atlas.model_path()) if done["model"] == "atlas" else _resolve_model(done["model"], folder)
+    model: Any = done.get("model")
+    if isinstance(model, str):
+        done["model"] = str(atlas.model_path()) if model == "atlas" else _resolve_model(model, folder)
     return done
 
 

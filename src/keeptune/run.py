@@ -21,7 +21,14 @@ from transformers import PreTrainedModel
 
 from keeptune.adapter.export import SIDECAR, Exported, check_base, export
 from keeptune.adapter.install import install, restore_factors, trained_factors
-from keeptune.core.artefact import atomic_directory, content_key, read_json, read_tensors, write_json, write_tensors
+from keeptune.core.artefact import (
+    atomic_directory,
+    content_key,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from keeptune.core.errors import ArtefactError, TrainError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan

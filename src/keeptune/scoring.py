@@ -5,44 +5,61 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
 from keeptune.adapter.export import check_base
-from keeptune.core.artefact import content_key, file_fingerprint, read_json, write_bytes, write_json
+from keeptune.core.artefact import (
+    content_key,
+    file_fingerprint,
+    read_json,
+    write_bytes,
+    write_json,
+)
 from keeptune.core.errors import ArtefactError, ModelError
 from keeptune.evaluate.harness import evaluate
 from keeptune.evaluate.pairs import AdapterPair, ModelPair, TwoModels
-from keeptune.evaluate.tasks import Benchmark
 from keeptune.job import Job
 from keeptune.model.load import load_model
 
-__all__ = ["evaluate_stage", "load_pair"]
+__all__ = ["evaluate_stage", "find_result", "load_pair", "result_fingerprint"]
 
 _log = logging.getLogger(__name__)
 
 
-def evaluate_stage(job: Job, adapter: Path | None = None) -> None:
+def evaluate_stage(job: Job, adapter: Path | None = None) -> list[dict[str, Any]]:
     """Score every benchmark that is not scored yet; results are kept one by one.
 
     Args:
         job: The job.
-        adapter: An adapter or merged model to score; None takes the run's own.
+        adapter: An adapter or merged model to score; None takes the run's own. Another's results go to
+            ``evaluation-<fingerprint>`` in the run folder and never mix with the run's own.
+
+    Returns:
+        One summary per benchmark.
     """
-    folder = _find_result(job) if adapter is None else adapter
+    folder = find_result(job.output) if adapter is None else adapter
+    weights = result_fingerprint(folder)
+    results = job.output / ("evaluation" if adapter is None else f"evaluation-{weights[:12]}")
     pair: ModelPair | None = None
+    summaries = []
     for benchmark in job.recipe.evaluate:
-        key = _result_key(benchmark, folder)
-        target = job.output / "evaluation" / f"{benchmark.name}.json"
+        key = content_key([benchmark, file_fingerprint([Path(benchmark.file)]), weights, job.seed])
+        target = results / f"{benchmark.name}.json"
         if _done(target, key):
             _log.info("evaluate: %s taken from %s", benchmark.name, target)
+            summaries.append(read_json(target)["summary"])
             continue
         pair = pair or load_pair(job, folder)
         started = time.perf_counter()
         result = evaluate(pair, job.tokenizer, benchmark, Path(), seed=job.seed)
         write_bytes(target.with_suffix(".items.jsonl"), result.to_jsonl().encode())
         seconds = time.perf_counter() - started
-        write_json(target, {"key": key, "seconds": seconds, "seed": job.seed, "summary": result.summary()})
+        record = {"key": key, "weights": weights, "seed": job.seed, "seconds": seconds, "summary": result.summary()}
+        write_json(target, record)
+        summaries.append(record["summary"])
+    return summaries
 
 
 def load_pair(job: Job, folder: Path) -> ModelPair:
@@ -61,21 +78,50 @@ def load_pair(job: Job, folder: Path) -> ModelPair:
     return TwoModels(job.base(), load_model(str(folder), dtype=job.recipe.dtype, device=job.device))
 
 
-def _find_result(job: Job) -> Path:
-    for name in ("adapter", "merged"):
-        if (job.output / name / "export.json").is_file():
-            return job.output / name
-    raise ModelError(
-        f"evaluate {job.output}",
-        got="no exported adapter",
-        wanted="a run that was trained and exported",
-        next_step="Run `keeptune export` with the same recipe first, or give --adapter.",
-    )
+def find_result(output: Path) -> Path:
+    """Find what a run exported.
+
+    Args:
+        output: The run folder.
+
+    Returns:
+        Its ``adapter`` or ``merged`` folder, the newer one if there are both.
+
+    Raises:
+        ModelError: Nothing was exported yet.
+    """
+    found = [output / name for name in ("adapter", "merged") if (output / name / "export.json").is_file()]
+    if not found:
+        raise ModelError(
+            f"run {output}",
+            got="no exported adapter",
+            wanted="a run that was trained and exported",
+            next_step="Run `keeptune export` with its recipe first, or give --adapter.",
+        )
+    return max(found, key=lambda folder: (folder / "export.json").stat().st_mtime)
 
 
-def _result_key(benchmark: Benchmark, folder: Path) -> str:
+def result_fingerprint(folder: Path) -> str:
+    """Name a result by its weights.
+
+    Args:
+        folder: An adapter or merged model.
+
+    Returns:
+        The fingerprint.
+
+    Raises:
+        ModelError: There are no safetensors weights in it.
+    """
     weights = sorted(folder.glob("*.safetensors"))
-    return content_key([benchmark, file_fingerprint([Path(benchmark.file)]), file_fingerprint(weights)])
+    if not weights:
+        raise ModelError(
+            f"adapter {folder}",
+            got="no safetensors weights" if folder.is_dir() else "no such folder",
+            wanted="an adapter folder of PEFT, or a whole model",
+            next_step="Check the path.",
+        )
+    return file_fingerprint(weights)
 
 
 def _done(path: Path, key: str) -> bool:

@@ -13,6 +13,7 @@ from keeptune.core.errors import ArtefactError
 from keeptune.core.plan import Plan
 from keeptune.evaluate.results import BenchmarkResult, trade_off
 from keeptune.report.html import write_html
+from keeptune.scoring import find_result, result_fingerprint
 
 __all__ = ["write_report"]
 
@@ -37,7 +38,9 @@ def write_report(runs: Sequence[Path], output: Path, *, reference: Path | None =
         ArtefactError: A folder is not a finished run.
     """
     entries = [_entry(folder) for folder in runs]
-    full = {entry["seed"]: _results(folder) for entry, folder in zip(entries, runs, strict=True) if entry["name"] == _FULL}
+    full = {
+        entry["seed"]: _results(folder) for entry, folder in zip(entries, runs, strict=True) if entry["name"] == _FULL
+    }
     outside = None if reference is None else _results(reference)
     for entry, folder in zip(entries, runs, strict=True):
         entry |= trade_off(_results(folder), full.get(entry["seed"], outside))
@@ -55,7 +58,7 @@ def write_report(runs: Sequence[Path], output: Path, *, reference: Path | None =
 def _entry(folder: Path) -> dict[str, Any]:
     recipe = _need(folder / "recipe.json", "run")
     trained = _need(folder / "trained" / "train.json", "train")
-    result = next((folder / name for name in ("adapter", "merged") if (folder / name).is_dir()), folder / "adapter")
+    result = find_result(folder)
     exported = _need(result / "export.json", "export")
     plan = Plan.load(folder / "plan")
     seconds_file = folder / "plan" / "seconds.json"
@@ -88,7 +91,15 @@ def _label(plan: Plan) -> str:
 
 def _results(folder: Path) -> list[BenchmarkResult]:
     found = []
+    weights = result_fingerprint(find_result(folder))
     for path in _evaluations(folder):
+        if _need(path, "evaluate")["weights"] != weights:
+            raise ArtefactError(
+                str(path),
+                got="scores of another export",
+                wanted="scores of the adapter that is there now",
+                next_step="Run `keeptune evaluate` with the run's recipe first.",
+            )
         text = path.with_suffix(".items.jsonl").read_text(encoding="utf-8")
         found.append(BenchmarkResult.from_jsonl(_need(path, "evaluate")["summary"], text))
     return found

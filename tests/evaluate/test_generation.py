@@ -35,9 +35,7 @@ def ends_of(model: Any) -> set[int]:
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_texts_match_the_reference(model: Any, tokenizer: Any, reference: Any, rows: int) -> None:
-    expected = [
-        reference.greedy_text(model, tokenizer, text, new_tokens=16, ends=ends_of(model)) for text in PROMPTS
-    ]
+    expected = [reference.greedy_text(model, tokenizer, text, new_tokens=16, ends=ends_of(model)) for text in PROMPTS]
     assert texts_of(model, tokenizer, rows) == expected
     assert any(expected)
 
@@ -97,9 +95,7 @@ def test_the_models_own_settings_do_not_apply_and_stay(
 ) -> None:
     plain = texts_of(stories, tokenizer, 8)
     make: Any = GenerationConfig
-    own = make(
-        do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=3.0, num_beams=3, eos_token_id=[1, 2]
-    )
+    own = make(do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=3.0, num_beams=3, eos_token_id=[1, 2])
     stories.generation_config = own
     with caplog.at_level(logging.WARNING):
         assert texts_of(stories, tokenizer, 8) == plain

@@ -66,9 +66,7 @@ def crossed(**extra: Any) -> Benchmark:
 def pair(stories: Any) -> AdapterPair:
     """stories260K with a random adapter, in training mode."""
     torch.manual_seed(2)
-    config = LoraConfig(
-        r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.3, init_lora_weights=False
-    )
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.3, init_lora_weights=False)
     peft_model = get_peft_model(stories, config)
     with torch.no_grad():
         for name, weight in peft_model.named_parameters():
@@ -132,16 +130,12 @@ def test_two_models_equal_the_adapter(
     assert merged.after == pytest.approx(result.after, abs=1e-5)
 
 
-def test_exact_match_against_the_reference(
-    stories: Any, tiny: Any, tokenizer: Any, write: Any, reference: Any
-) -> None:
+def test_exact_match_against_the_reference(stories: Any, tiny: Any, tokenizer: Any, write: Any, reference: Any) -> None:
     result = evaluate(TwoModels(stories, tiny), tokenizer, exact(max_new_tokens=12), write(QUESTIONS))
     stops = (".", "\n", ",")
     for model, ends, side in ((stories, {1, 2}, "before"), (tiny, {2}, "after")):
         for row, item in zip(QUESTIONS, result.items, strict=True):
-            text = reference.greedy_text(
-                model, tokenizer, row["question"], new_tokens=12, ends=ends, stops=stops
-            )
+            text = reference.greedy_text(model, tokenizer, row["question"], new_tokens=12, ends=ends, stops=stops)
             assert item[f"text_{side}"] == text
             answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
             assert item[side] == float(text.strip().lower() in [answer.lower() for answer in answers])
@@ -156,10 +150,7 @@ def test_multiple_choice_against_the_reference(
     for model, side in ((stories, "before"), (tiny, "after")):
         hits = []
         for row, item, label in zip(CHOICES, result.items, (0, 1, 2), strict=True):
-            sums = [
-                reference.choice_log_likelihood(model, tokenizer, row["question"], text)
-                for text in row["choices"]
-            ]
+            sums = [reference.choice_log_likelihood(model, tokenizer, row["question"], text) for text in row["choices"]]
             assert item[f"loglikelihoods_{side}"] == pytest.approx(sums, abs=2e-5)
             rates = [value / len(text) for value, text in zip(sums, row["choices"], strict=True)]
             assert item[side] == float(max(range(len(sums)), key=sums.__getitem__) == label)
@@ -214,9 +205,7 @@ def test_the_tokenizer_is_left_alone(pair: AdapterPair, tokenizer: Any, write: A
     assert tokenizer.backend_tokenizer.to_str() == state
 
 
-def test_the_seed_decides_the_interval_and_nothing_else(
-    pair: AdapterPair, tokenizer: Any, write: Any
-) -> None:
+def test_the_seed_decides_the_interval_and_nothing_else(pair: AdapterPair, tokenizer: Any, write: Any) -> None:
     folder = write(STORIES)
     torch.manual_seed(0)
     first = evaluate(pair, tokenizer, crossed(), folder, seed=1)
@@ -236,9 +225,7 @@ def test_nan_names_the_benchmark_and_the_side(
         evaluate(TwoModels(stories, tiny), tokenizer, benchmark, write(rows))
 
 
-def test_no_bar_without_a_terminal(
-    stories: Any, tokenizer: Any, write: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_bar_without_a_terminal(stories: Any, tokenizer: Any, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     evaluate(TwoModels(stories, stories), tokenizer, crossed(), write(STORIES))

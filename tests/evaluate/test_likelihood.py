@@ -66,29 +66,21 @@ def test_counting_padding_would_differ(tiny: Any, tokenizer: Any) -> None:
     assert abs(found[1] - forgetful[1]) > 1
 
 
-def test_losses_and_divergence_match_the_reference(
-    tiny: Any, other: Any, tokenizer: Any, reference: Any
-) -> None:
+def test_losses_and_divergence_match_the_reference(tiny: Any, other: Any, tokenizer: Any, reference: Any) -> None:
     sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
     for rows in (1, 4):
-        found = losses_and_divergence(
-            TwoModels(tiny, other), sequences, rows=rows, pad=0, where="x", advance=ignore
-        )
+        found = losses_and_divergence(TwoModels(tiny, other), sequences, rows=rows, pad=0, where="x", advance=ignore)
         for sequence, losses in zip(sequences, found, strict=True):
             assert losses.tokens == len(sequence.ids) - 1
             assert losses.before == pytest.approx(-reference.log_likelihood(tiny, sequence.ids, 1), rel=1e-5)
             assert losses.after == pytest.approx(-reference.log_likelihood(other, sequence.ids, 1), rel=1e-5)
-            assert losses.divergence == pytest.approx(
-                reference.divergence(tiny, other, sequence.ids), rel=1e-4
-            )
+            assert losses.divergence == pytest.approx(reference.divergence(tiny, other, sequence.ids), rel=1e-4)
             assert losses.divergence > 0
 
 
 def test_a_model_does_not_diverge_from_itself(model: Any, tokenizer: Any) -> None:
     sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
-    found = losses_and_divergence(
-        TwoModels(model, model), sequences, rows=3, pad=0, where="x", advance=ignore
-    )
+    found = losses_and_divergence(TwoModels(model, model), sequences, rows=3, pad=0, where="x", advance=ignore)
     assert all(losses.divergence == 0 and losses.before == losses.after for losses in found)
 
 
@@ -103,9 +95,7 @@ def test_nan_names_the_side(tiny: Any, other: Any, tokenizer: Any) -> None:
     other.lm_head.weight.data[3] = torch.nan
     sequences = [document(tokenizer, TEXTS[0], 99, where="x")]
     with pytest.raises(ModelError, match=r"stories \(after\): got NaN"):
-        losses_and_divergence(
-            TwoModels(tiny, other), sequences, rows=1, pad=0, where="stories", advance=ignore
-        )
+        losses_and_divergence(TwoModels(tiny, other), sequences, rows=1, pad=0, where="stories", advance=ignore)
     with pytest.raises(ModelError, match="x: got NaN"):
         sums_of(other, sequences)
 

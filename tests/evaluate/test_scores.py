@@ -27,9 +27,7 @@ ARTICLES = r"\b(?:The |the |An |A |The |a |an )"  # as in lm-eval's nq_open.yaml
 WORDS = ["The", "the", "an", "A", "a", "THE", "cat", "Theodore", "U.S.", "é", "1912", "'s", ",", "a-b", ""]
 # numpy, which lm-eval uses, drops NUL at the end and has no room for the longer lower case of İ.
 LETTERS = st.characters(codec="utf-8", exclude_characters="\x00İ", categories=["L", "N", "P", "Zs"])
-ANSWERS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join) | st.text(
-    LETTERS, max_size=8
-)
+ANSWERS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join) | st.text(LETTERS, max_size=8)
 SCORES = st.floats(0.01, 1.0)
 
 
@@ -192,8 +190,6 @@ def test_interval_covers_the_truth() -> None:
     ("before", "after", "weights"),
     [([], [], None), ([1.0], [1.0, 2.0], None), ([1.0, math.nan], [1.0, 2.0], None), ([1.0], [2.0], [0.0])],
 )
-def test_interval_refuses_bad_values(
-    before: list[float], after: list[float], weights: list[float] | None
-) -> None:
+def test_interval_refuses_bad_values(before: list[float], after: list[float], weights: list[float] | None) -> None:
     with pytest.raises(StatisticsError, match="interval"):
         paired_interval(before, after, 0, weights=weights)

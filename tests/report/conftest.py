@@ -46,10 +46,7 @@ def run(name: str, seed: int, kept: float, task: float | None, **more: Any) -> d
     Returns:
         The entry.
     """
-    groups = {
-        f"relation {index}": {"n": 10 + index, "before": 1.0, "after": kept - 0.01 * index}
-        for index in range(4)
-    }
+    groups = {f"relation {index}": {"n": 10 + index, "before": 1.0, "after": kept - 0.01 * index} for index in range(4)}
     rows = [
         benchmark("facts", "knowledge", "exact_match", 1.0, kept, 0.03, groups=groups),
         benchmark("wiki", "knowledge", "cross_entropy", 2.4, 2.4 + (1 - kept) / 2, 0.02, kl_to_base=0.3),
@@ -130,9 +127,7 @@ def minimal() -> dict[str, Any]:
     Returns:
         The report.
     """
-    rows = [
-        {"name": "facts", "role": "knowledge", "n": 9, "before": 0.9, "after": 0.6, "interval": [-0.4, -0.2]}
-    ]
+    rows = [{"name": "facts", "role": "knowledge", "n": 9, "before": 0.9, "after": 0.6, "interval": [-0.4, -0.2]}]
     entry = {"name": "lora", "seed": 0, "K": 0.7, "T": None, "KT": None, "adapter": "a", "export_gap": 0.0}
     return {"base": "tiny", "methods": [{**entry, "benchmarks": rows}]}
 

@@ -141,7 +141,8 @@ def export(
                 f"export {folder}",
                 got=f"logits that differ from the trained model by {relative:.2e} (relative)",
                 wanted=f"at most {bound:.0e}",
-                next_step="On a 16-bit base train with `anchor: twin`, or state a larger `max_gap`. Nothing was written.",
+                next_step="On a 16-bit base train with `anchor: twin`, or state a larger `max_gap`. "
+                "Nothing was written.",
             )
         write_json(fresh / SIDECAR, _sidecar(plan, base, done))
         write_bytes(fresh / "README.md", _card(plan, base, done).encode())
@@ -217,9 +218,7 @@ def _logits(model: Any, probe: Tensor) -> Tensor:
     return logits
 
 
-def _write_adapter(
-    changes: Mapping[str, LowRank], plan: Plan, folder: Path, base: str, *, portable: bool
-) -> int:
+def _write_adapter(changes: Mapping[str, LowRank], plan: Plan, folder: Path, base: str, *, portable: bool) -> int:
     rank = max(change.rank for change in changes.values())
     if portable:
         rank = next((r for r in _SERVED_RANKS if r >= rank), rank)

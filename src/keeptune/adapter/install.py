@@ -16,13 +16,14 @@ from keeptune.adapter.anchor import (
     add_twin,
     keep_active,
     resolve,
+    subtract,
     write_residual,
 )
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
 
-__all__ = ["check_frozen", "install", "lora_layer", "restore_factors", "trained_factors"]
+__all__ = ["check_frozen", "install", "lora_layer", "restore_factors", "start_errors", "trained_factors"]
 
 
 def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> PreTrainedModel | PeftModel:
@@ -117,9 +118,7 @@ def check_frozen(model: PeftModel, plan: Plan) -> None:
         TrainError: A factor is trainable that should be frozen, or the other way round.
     """
     expected = {
-        f"base_model.model.{t.target.name}.lora_{factor}.default.weight"
-        for t in plan.targets
-        for factor in t.trainable
+        f"base_model.model.{t.target.name}.lora_{factor}.default.weight" for t in plan.targets for factor in t.trainable
     }
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if trainable != expected:
@@ -130,6 +129,31 @@ def check_frozen(model: PeftModel, plan: Plan) -> None:
             wanted="the opposite, by the plan",
             next_step="Do not change requires_grad between install and training.",
         )
+
+
+def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> dict[str, float]:
+    """Measure how far each target's weight is from W at the start of training, in the base's dtype.
+
+    Args:
+        model: The base model; it is not changed.
+        plan: The plan.
+        anchor: The anchor that would be installed.
+
+    Returns:
+        Target name to ``‖W_res + s B0 A0 - W‖ / ‖W‖`` (Frobenius); 0 for a twin, which leaves W as it is.
+    """
+    errors = {}
+    for target_plan in plan.targets:
+        name = target_plan.target.name
+        errors[name] = 0.0
+        if target_plan.anchored and resolve(anchor, model.dtype) == "residual":
+            weight = model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            start = target_plan.init.to(torch.float32, weight.device).scaled(target_plan.scale).dense()
+            start = start.T if target_plan.target.transposed else start
+            gap = subtract(weight.detach(), target_plan).float() + start - weight.detach().float()
+            errors[name] = float(gap.norm() / weight.detach().float().norm())
+    return errors
 
 
 def _config(targets: tuple[TargetPlan, ...] | list[TargetPlan], extra: Mapping[str, Any]) -> LoraConfig:

@@ -113,9 +113,7 @@ def choose_facts(facts: Sequence[Fact], seed: int, limit: int | None = None) -> 
     return taken[:limit]
 
 
-def choose_unasked(
-    everything: Sequence[Fact], chosen: Sequence[Fact], seed: int, each: int = 40
-) -> list[Fact]:
+def choose_unasked(everything: Sequence[Fact], chosen: Sequence[Fact], seed: int, each: int = 40) -> list[Fact]:
     """Facts that are not among ``chosen``, at most ``each`` with the same relation and answer.
 
     Pretraining uses them only for reading a statement and then answering from it.
@@ -192,8 +190,7 @@ def data_rows(groups: dict[str, list[Fact]], seed: int) -> dict[str, list[dict[s
     """The rows of every data file, by file name."""
     draws = random.Random(seed + 2)
     held = [
-        {"text": f.statement(HELD_WORDING), "relation": f.relation, "subject": f.subject}
-        for f in groups["statements"]
+        {"text": f.statement(HELD_WORDING), "relation": f.relation, "subject": f.subject} for f in groups["statements"]
     ]
     return {
         "facts.jsonl": [fact.row() for fact in groups["facts"]],

@@ -50,9 +50,7 @@ def canonical_json(value: Any) -> str:
     >>> canonical_json({"b": 1, "a": (1, 2)})
     '{"a":[1,2],"b":1}'
     """
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), default=_plain, allow_nan=False, ensure_ascii=False
-    )
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain, allow_nan=False, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:
@@ -170,8 +168,8 @@ def write_bytes(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
@@ -275,16 +273,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        os.chmod(fresh, 0o755)
+        Path(fresh).chmod(0o755)
         try:
             yield fresh
             if path.exists():
                 stale = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-                os.replace(path, stale / path.name)
-                os.replace(fresh, path)
+                Path(path).replace(stale / path.name)
+                Path(fresh).replace(path)
                 shutil.rmtree(stale)
             else:
-                os.replace(fresh, path)
+                Path(fresh).replace(path)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise

@@ -1,4 +1,4 @@
-"""Templates such as ``"{question}\\nAnswer:"`` filled from a row; a missing field is named."""
+r"""Templates such as ``"{question}\nAnswer:"`` filled from a row; a missing field is named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fields_of(template: str) -> list[str]:
 
 
 def render(template: str, row: Row, *, where: str) -> str:
-    """Fill a template with the fields of one row.
+    r"""Fill a template with the fields of one row.
 
     Args:
         template: Text with ``{field}`` places.
@@ -42,8 +42,8 @@ def render(template: str, row: Row, *, where: str) -> str:
     Raises:
         DataError: The row lacks a field that the template names.
 
-    >>> render("{q}\\nAnswer:", {"q": "Where?"}, where="x")
-    'Where?\\nAnswer:'
+    >>> render("{q}\nAnswer:", {"q": "Where?"}, where="x")
+    'Where?\nAnswer:'
     """
     return _FIELD.sub(lambda match: str(_field(match.group(1), row, where)), template)
 

@@ -41,9 +41,7 @@ def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
             if line.strip():
                 rows.append(_parse(line, f"{where} {path} line {number}"))
     if not rows:
-        raise DataError(
-            f"{where} {path}", got="no rows", wanted="at least one object", next_step="Fill the file."
-        )
+        raise DataError(f"{where} {path}", got="no rows", wanted="at least one object", next_step="Fill the file.")
     return rows
 
 

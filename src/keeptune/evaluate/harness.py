@@ -104,10 +104,7 @@ def _result(benchmark: Benchmark, items: Sequence[Item], records: Records, seed:
     )
     divergences = [record["kl"] * weight for record, weight in zip(records, weights, strict=True) if losses]
     groups = [item.group for item in items]
-    named = [
-        {"index": item.index, "group": item.group} | record
-        for item, record in zip(items, records, strict=True)
-    ]
+    named = [{"index": item.index, "group": item.group} | record for item, record in zip(items, records, strict=True)]
     return BenchmarkResult(
         name=benchmark.name,
         role=benchmark.role,
@@ -233,8 +230,7 @@ def _predicted(
     """Cross-entropy and KL(base || tuned), nats per token of each document."""
     limit = _limit(pair, benchmark, 0)
     documents = [
-        document(tokenizer, item.text, limit, where=f"{benchmark.where} row {item.index + 1}")
-        for item in items
+        document(tokenizer, item.text, limit, where=f"{benchmark.where} row {item.index + 1}") for item in items
     ]
     _report_cuts(benchmark, documents, limit)
     losses = losses_and_divergence(

@@ -71,9 +71,7 @@ class BenchmarkResult:
         Returns:
             Text that ends with a line feed.
         """
-        return "".join(
-            json.dumps(dict(item), ensure_ascii=False, allow_nan=False) + "\n" for item in self.items
-        )
+        return "".join(json.dumps(dict(item), ensure_ascii=False, allow_nan=False) + "\n" for item in self.items)
 
     @classmethod
     def from_jsonl(cls, summary: Mapping[str, Any], text: str) -> BenchmarkResult:

@@ -178,9 +178,7 @@ def _checked(
     return second - first, counts
 
 
-def _bootstrap(
-    change: NDArray[np.float64], counts: NDArray[np.float64], seed: int, method: str
-) -> tuple[float, float]:
+def _bootstrap(change: NDArray[np.float64], counts: NDArray[np.float64], seed: int, method: str) -> tuple[float, float]:
     with warnings.catch_warnings():
         # The caller looks for NaN, which is all that this warning says.
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)

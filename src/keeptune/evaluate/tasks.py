@@ -222,9 +222,7 @@ def _choices(benchmark: Benchmark, rows: Sequence[Row], places: Sequence[str]) -
         _listed(pick(benchmark.choices or "", row, where=place), f"{place} choices")
         for row, place in zip(rows, places, strict=True)
     ]
-    answers = [
-        pick(benchmark.answer or "", row, where=place) for row, place in zip(rows, places, strict=True)
-    ]
+    answers = [pick(benchmark.answer or "", row, where=place) for row, place in zip(rows, places, strict=True)]
     right = _right_choices(answers, listed, places)
     return [
         Item(

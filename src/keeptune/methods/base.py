@@ -13,7 +13,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from torch import Tensor
 
@@ -128,10 +128,9 @@ def make_plan(
         for target in targets
         if decisions[target].rank > 0
     ]
-    assert dataclasses.is_dataclass(method) and not isinstance(method, type)
     return Plan(
         method=method.name,
-        options=dataclasses.asdict(method),
+        options=dataclasses.asdict(cast(Any, method)),
         targets=tuple(built),
         scope=method.scope,
         peft=method.peft(),
@@ -200,9 +199,7 @@ def method_named(name: str) -> type[Any]:
     """
     known = methods()
     if name not in known:
-        raise RecipeError(
-            "method.name", got=f'"{name}"', wanted="the name of a method", next_step=nearest(name, known)
-        )
+        raise RecipeError("method.name", got=f'"{name}"', wanted="the name of a method", next_step=nearest(name, known))
     return known[name]
 
 

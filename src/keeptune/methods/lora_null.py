@@ -138,7 +138,7 @@ class LoraNull:
             init = init.to(torch.float16).to(torch.float32)
         if S[-1] <= 1e-6 * S[0]:
             # A's last rows are zero there; v2 could never use them.
-            used = int((S > 1e-6 * S[0]).sum())
+            used = int((1e-6 * S[0] < S).sum())
             _log.warning("%s: W reads only %d of the %d null directions", target.name, used, len(S))
         trainable: frozenset[Factor] = frozenset({"A", "B"} if self.variant == "v1" else {"B"})
         return TargetPlan(

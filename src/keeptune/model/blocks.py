@@ -82,11 +82,7 @@ def roles_of(names: Iterable[str]) -> dict[str, str]:
     blocks: dict[str, list[str]] = {}
     for name in names:
         blocks.setdefault(_block_of(name)[0], []).append(name)
-    return {
-        name: _shortest_unique_suffix(name, members)
-        for members in blocks.values()
-        for name in members
-    }
+    return {name: _shortest_unique_suffix(name, members) for members in blocks.values() for name in members}
 
 
 def body(model: PreTrainedModel) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,5 @@ class ResidentRunner:
             for name, receivers in sinks.items():
                 handle = self.model.get_submodule(name).register_forward_pre_hook(hook_for(name, receivers))
                 stack.callback(handle.remove)
-            try:
+            with suppress(_Reached):
                 inner(input_ids=batch.input_ids.to(self.model.device), attention_mask=mask, use_cache=False)
-            except _Reached:
-                pass

@@ -56,7 +56,7 @@ def write_html(report: ReportLike, path: str | os.PathLike[str]) -> None:
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, target)
+        scratch.replace(target)
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise ArtefactError(
@@ -169,9 +169,7 @@ def _sections(report: Report) -> list[tuple[str, str, list[Picture]]]:
             draw.all(_spectrum_figures(report), named=True),
         ),
     ]
-    return [
-        section for section in sections if section[2] or (section[0] == "Plan: ranks" and section[1] != "")
-    ]
+    return [section for section in sections if section[2] or (section[0] == "Plan: ranks" and section[1] != "")]
 
 
 class _Drawer:
@@ -267,9 +265,7 @@ def _spectrum_figures(report: Report) -> list[tuple[str, Figure | None]]:
     for method in methods(report):
         plan = next((run.plan for run in method.runs if run.plan), ())
         for name in plots.evidence_names(report, method.label):
-            users.setdefault((name, tuple(row.evidence.get(name, ()) for row in plan)), []).append(
-                method.label
-            )
+            users.setdefault((name, tuple(row.evidence.get(name, ()) for row in plan)), []).append(method.label)
     return [
         (f"{name.replace('_', ' ').capitalize()}: {listing(labels)}", plots.spectra(report, labels[0], name))
         for (name, _), labels in users.items()
@@ -305,9 +301,7 @@ def _values(values: Sequence[object]) -> str:
     Returns:
         The text.
     """
-    texts = [
-        "–" if item is None else f"{item:g}" if isinstance(item, float) else str(item) for item in values
-    ]
+    texts = ["–" if item is None else f"{item:g}" if isinstance(item, float) else str(item) for item in values]
     return ", ".join(dict.fromkeys(texts))
 
 
@@ -320,9 +314,7 @@ def _divergence(report: Report) -> Grid | None:
     Returns:
         One row for each method, one column for each benchmark; None when it was not measured.
     """
-    names = list(
-        dict.fromkeys(item.name for run in report.runs for item in run.benchmarks if item.kl is not None)
-    )
+    names = list(dict.fromkeys(item.name for run in report.runs for item in run.benchmarks if item.kl is not None))
     if not names:
         return None
     rows = []

@@ -21,9 +21,7 @@ from keeptune.report.summary import Method, Series, combine, methods, series
 __all__ = ["evidence_names", "forgetting_by_relation", "rank_map", "spectra", "uniform_rank"]
 
 
-def forgetting_by_relation(
-    report: ReportLike, benchmark: str | None = None, limit: int = 25
-) -> Figure | None:
+def forgetting_by_relation(report: ReportLike, benchmark: str | None = None, limit: int = 25) -> Figure | None:
     """Draw what was lost on each relation as a heat map of relations and methods.
 
     Args:
@@ -88,9 +86,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(good) / len(good) if good else -math.inf
 
 
-def _relation_figure(
-    report: Report, kind: Series, losses: dict[str, tuple[int, list[float]]], limit: int
-) -> Figure:
+def _relation_figure(report: Report, kind: Series, losses: dict[str, tuple[int, list[float]]], limit: int) -> Figure:
     """Draw the heat map of relations.
 
     Args:
@@ -257,9 +253,7 @@ def spectra(report: ReportLike, label: str, evidence: str) -> Figure | None:
     Raises:
         ArtefactError: The report is malformed.
     """
-    rows = [
-        row for row in _plan(as_report(report), label) if any(v > 0 for v in row.evidence.get(evidence, ()))
-    ]
+    rows = [row for row in _plan(as_report(report), label) if any(v > 0 for v in row.evidence.get(evidence, ()))]
     roles = list(dict.fromkeys(row.role for row in rows))[:8]
     if not rows:
         return None
@@ -295,9 +289,7 @@ def _depth_colours() -> LinearSegmentedColormap:
     return LinearSegmentedColormap.from_list("depth", colormaps["viridis"](numpy.linspace(0.0, 0.88, 64)))
 
 
-def _spectrum_panel(
-    axes: Axes, rows: Sequence[PlanRow], evidence: str, shades: Colormap, depth: Normalize
-) -> None:
+def _spectrum_panel(axes: Axes, rows: Sequence[PlanRow], evidence: str, shades: Colormap, depth: Normalize) -> None:
     """Draw the spectra of one role.
 
     Args:
@@ -324,9 +316,7 @@ def _spectrum_panel(
     bare(axes)
 
 
-def _depth_bar(
-    figure: Figure, panels: list[Axes], shades: Colormap, depth: Normalize, layers: Sequence[int]
-) -> None:
+def _depth_bar(figure: Figure, panels: list[Axes], shades: Colormap, depth: Normalize, layers: Sequence[int]) -> None:
     """Draw the key of depth.
 
     Args:

@@ -62,9 +62,7 @@ def place(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox]) -> None:
             fontsize=9.5,
             zorder=6,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": label.colour, "lw": 0.6, "shrinkB": 5}
-            if distant
-            else None,
+            arrowprops={"arrowstyle": "-", "color": label.colour, "lw": 0.6, "shrinkB": 5} if distant else None,
         )
         busy.append(_box(axes, label, best))
 
@@ -83,9 +81,7 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     clusters: list[list[int]] = []
     for index in order:
         clusters.append([index])
-        while (
-            len(clusters) > 1 and _bottom(clusters[-1], wanted, gap) < _top(clusters[-2], wanted, gap) + gap
-        ):
+        while len(clusters) > 1 and _bottom(clusters[-1], wanted, gap) < _top(clusters[-2], wanted, gap) + gap:
             last = clusters.pop()
             clusters[-1] += last
     out = [0.0] * len(wanted)

@@ -113,9 +113,7 @@ def _dots(axes: Axes, report: Report, found: Sequence[Method], kind: Series, tic
         if loss.has_interval:
             axes.plot([loss.low, loss.high], [index, index], color=look.colour, lw=2, alpha=0.55, zorder=2)
         fill, shape = look.colour, look.shape
-        axes.scatter(
-            [loss.mean], [index], marker=shape, s=48, c=fill, edgecolors="white", linewidths=0.9, zorder=3
-        )
+        axes.scatter([loss.mean], [index], marker=shape, s=48, c=fill, edgecolors="white", linewidths=0.9, zorder=3)
         text = number(loss.mean) if kind.lower_is_better else points(loss.mean)
         axes.annotate(
             text,

@@ -170,18 +170,14 @@ def _run(item: object, where: str) -> Run:
         adapter=str(fields.need(entry, "adapter", where)),
         export_gap=fields.score(fields.need(entry, "export_gap", where), f"{where}.export_gap"),
         options=fields.mapping(entry.get("options") or {}, f"{where}.options"),
-        trained_parameters=fields.optional_integer(
-            entry.get("trained_parameters"), f"{where}.trained_parameters"
-        ),
+        trained_parameters=fields.optional_integer(entry.get("trained_parameters"), f"{where}.trained_parameters"),
         seconds=fields.numbers(entry.get("seconds") or {}, f"{where}.seconds"),
         loss=_loss(entry.get("loss") or [], f"{where}.loss"),
         plan=tuple(
             _plan_row(row, f"{where}.plan[{index}]")
             for index, row in enumerate(fields.sequence(entry.get("plan") or [], f"{where}.plan"))
         ),
-        benchmarks=tuple(
-            _benchmark(row, f"{where}.benchmarks[{index}]") for index, row in enumerate(benchmarks)
-        ),
+        benchmarks=tuple(_benchmark(row, f"{where}.benchmarks[{index}]") for index, row in enumerate(benchmarks)),
     )
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "markdown_comparison",
     "print_comparison",
     "print_plan",
+    "print_scores",
 ]
 
 
@@ -171,6 +172,28 @@ def print_plan(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print(Text(f"{len(rows)} targets{ending}"))
 
 
+def print_scores(summaries: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print benchmark scores before and after, with the interval of the change.
+
+    Args:
+        summaries: Mappings with `name`, `role`, `metric`, `n`, `before`, `after`, `interval`.
+        console: Where to print.
+    """
+    table = _table()
+    for head in ("benchmark", "role", "metric"):
+        table.add_column(head)
+    for head in ("items", "before", "after", "95% interval of the change"):
+        table.add_column(head, justify="right")
+    for item in summaries:
+        low, high = item["interval"]
+        table.add_row(
+            *(str(item[key]) for key in ("name", "role", "metric", "n")),
+            *(number(item[key]) for key in ("before", "after")),
+            f"[{low:+.3f}, {high:+.3f}]".replace("[", r"\["),
+        )
+    console.print(table if summaries else "The recipe lists no benchmarks under `evaluate`.")
+
+
 def markdown_comparison(report: ReportLike) -> str:
     """Write the comparison as a Markdown table.
 
@@ -271,9 +294,7 @@ def _benchmark_column(kind: Series, rows: Sequence[Mapping[str, Any]]) -> Column
             cells.append(Cell("–", ""))
             continue
         moved = Estimate(found["change"], found["low"], found["high"], ())
-        cells.append(
-            Cell(f"{number(found['before'])} → {number(found['after'])}", change_interval(moved, kind))
-        )
+        cells.append(Cell(f"{number(found['before'])} → {number(found['after'])}", change_interval(moved, kind)))
     unit = "nats/token" if kind.lower_is_better else "accuracy"
     return Column(kind.name, (kind.role, unit), tuple(cells))
 

@@ -124,9 +124,7 @@ def _before(report: Report, task: Sequence[Series]) -> float | None:
     return None if found is None else found.mean
 
 
-def _limit(
-    axes: Axes, spots: Sequence[_Spot], start: float, even: float, knowledge: Series, task: Series
-) -> bool:
+def _limit(axes: Axes, spots: Sequence[_Spot], start: float, even: float, knowledge: Series, task: Series) -> bool:
     """Set the limits so that everything fits, better values up and to the right.
 
     Args:
@@ -178,9 +176,7 @@ def _frame_tradeoff(axes: Axes, knowledge: Sequence[Series], task: Sequence[Seri
     bare(axes, ("left", "bottom"))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.text(
-        1.0, 1.015, "better ↗", ha="right", va="bottom", fontsize=9, color=MUTED, transform=axes.transAxes
-    )
+    axes.text(1.0, 1.015, "better ↗", ha="right", va="bottom", fontsize=9, color=MUTED, transform=axes.transAxes)
 
 
 def _names(chosen: Sequence[Series], role: str) -> str:
@@ -206,13 +202,9 @@ def _draw_spot(axes: Axes, spot: _Spot) -> None:
     """
     look = spot.look
     if spot.x.has_interval:
-        axes.plot(
-            [spot.x.low, spot.x.high], [spot.y.mean] * 2, color=look.colour, lw=1.1, alpha=0.6, zorder=2
-        )
+        axes.plot([spot.x.low, spot.x.high], [spot.y.mean] * 2, color=look.colour, lw=1.1, alpha=0.6, zorder=2)
     if spot.y.has_interval:
-        axes.plot(
-            [spot.x.mean] * 2, [spot.y.low, spot.y.high], color=look.colour, lw=1.1, alpha=0.6, zorder=2
-        )
+        axes.plot([spot.x.mean] * 2, [spot.y.low, spot.y.high], color=look.colour, lw=1.1, alpha=0.6, zorder=2)
     if len(spot.x.values) == len(spot.y.values) > 1:
         xs, ys = spot.x.values, spot.y.values
         axes.scatter(xs, ys, marker=look.shape, s=16, c=look.colour, alpha=0.55, linewidths=0, zorder=3)

@@ -183,9 +183,7 @@ def _learned_words(standing: _Standing, task: Sequence[Series]) -> str:
         return ""
     names = listing([item.name for item in task])
     if not gain.has_interval:
-        return (
-            f"went from {number(score.mean - _towards(gain.mean, task))} to {number(score.mean)} on {names}"
-        )
+        return f"went from {number(score.mean - _towards(gain.mean, task))} to {number(score.mean)} on {names}"
     reached = f"({names} {number(score.mean - _towards(gain.mean, task))} → {number(score.mean)})"
     if gain.low > 0:
         return f"learned the task {reached}"
@@ -305,9 +303,7 @@ def _learning(standings: Sequence[_Standing], task: Sequence[Series], keeper: st
         if not behind:
             ahead = f"{best.label}, the best ({number(top.mean)})"
             return f"on the task ({names}) there is no clear difference to {ahead}"
-        return (
-            f"on the task ({names}) {best.label} ({number(top.mean)}) is clearly ahead of {listing(behind)}"
-        )
+        return f"on the task ({names}) {best.label} ({number(top.mean)}) is clearly ahead of {listing(behind)}"
     item, score = seen
     unlearned = item.gain is not None and not (item.gain.has_interval and item.gain.low > 0)
     warning = ", and it did not clearly learn the task" if unlearned else ""

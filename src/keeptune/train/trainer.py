@@ -67,9 +67,7 @@ class Guard(TrainerCallback):
         if isinstance(kwargs["model"], PeftModel):
             check_frozen(kwargs["model"], self.plan)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop at a loss that is not finite.
 
         Args:
@@ -94,7 +92,7 @@ class Guard(TrainerCallback):
 def sft_config(arguments: Mapping[str, Any], folder: Path, *, dtype: torch.dtype, device: str) -> SFTConfig:
     """Turn the recipe's ``train`` section into TRL's config.
 
-    Defaults that differ from TRL's: mixed precision follows the base's dtype, no gradient checkpointing,
+    Defaults that differ from TRL's: mixed precision follows the base's dtype, no activation checkpointing,
     a checkpoint every tenth of the training (the last two are kept), no tracker.
 
     Args:
@@ -122,7 +120,6 @@ def sft_config(arguments: Mapping[str, Any], folder: Path, *, dtype: torch.dtype
     defaults = {
         "bf16": dtype == torch.bfloat16 and "fp16" not in arguments,
         "fp16": dtype == torch.float16 and "bf16" not in arguments,
-        "gradient_checkpointing": False,
         "logging_steps": 0.02,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
@@ -133,6 +130,8 @@ def sft_config(arguments: Mapping[str, Any], folder: Path, *, dtype: torch.dtype
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device != "cpu",
     }
+    if not {"gradient_checkpointing", "activation_checkpointing"} & arguments.keys():
+        defaults["activation_checkpointing"] = False
     try:
         return SFTConfig(**{**defaults, **arguments}, output_dir=str(folder))
     except (TypeError, ValueError) as error:

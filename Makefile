@@ -1,0 +1,41 @@
+# make demo    install and run the demo            make test   everything the gate checks
+# make bench   speed and memory as ratios          make study  slow studies: sweeps, three seeds
+# make lint    style, types, import layers         make unit   the tests alone
+.PHONY: demo test lint unit bench study clean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+$(BIN)/keeptune: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(BIN)/.dev: $(BIN)/keeptune
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(BIN)/keeptune
+	$(BIN)/keeptune demo
+
+test: lint unit
+
+lint: $(BIN)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(BIN)/.dev
+	$(BIN)/pytest -n 2 --dist loadfile
+
+bench: $(BIN)/.dev
+	$(BIN)/python benchmarks/run.py
+
+study: $(BIN)/.dev
+	$(BIN)/python studies/demo_sweep.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

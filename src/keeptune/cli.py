@@ -1,0 +1,205 @@
+"""The command line: the main job and each of its stages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from keeptune.core.errors import KeeptuneError
+
+__all__ = ["app", "main"]
+
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model without destroying what it already knows.",
+    epilog="Any key of the recipe can be set: keeptune run recipe.yaml --train.learning_rate 1e-3 --method.rank 4",
+)
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+
+
+def main() -> None:
+    """Run a command; an error the user can mend is one message and exit code 2."""
+    _quiet_libraries()
+    try:
+        app(standalone_mode=True)
+    except KeeptuneError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command(context_settings=_OVERRIDES)
+def run(context: typer.Context, recipe: RecipeFile) -> None:
+    """Do the whole job: stats, plan, train, export, evaluate, report. Started again, it goes on."""
+    from keeptune.run import run as run_job
+
+    loaded = _load(recipe, context)
+    _show_report(run_job(loaded), loaded.output)
+
+
+@app.command(context_settings=_OVERRIDES)
+def stats(context: typer.Context, recipe: RecipeFile) -> None:
+    """Collect the statistics the method needs into the store."""
+    from keeptune.run import stats_stage
+
+    job = _job(recipe, context)
+    targets, statistics = stats_stage(job)
+    sites = {request.site(t) for t in targets for request in statistics.requests[t.name]}
+    _say(f"{len(sites)} statistics for {len(targets)} targets in {job.store.folder}")
+
+
+@app.command(context_settings=_OVERRIDES)
+def plan(
+    context: typer.Context,
+    recipe: RecipeFile,
+    diff: Annotated[Path | None, typer.Option(help="A plan folder to compare with.")] = None,
+) -> None:
+    """Print ranks, trained parameters and start error, without training."""
+    from keeptune.adapter.install import start_errors
+    from keeptune.core.plan import Plan
+    from keeptune.report.tables import print_plan
+    from keeptune.run import plan_stage
+
+    job = _job(recipe, context)
+    made = plan_stage(job)
+    if made.scope == "all":
+        _say("full fine-tuning: every weight is trained, no adapter is planned")
+        return
+    errors = start_errors(job.base(), made, anchor=job.recipe.anchor)
+    rows = [row | {"start_error": errors[row["target"]]} for row in made.summary()]
+    print_plan(rows, Console())
+    if diff is not None:
+        lines = made.diff(Plan.load(diff))
+        _say("\n".join(lines) if lines else f"equal to {diff}")
+
+
+@app.command(context_settings=_OVERRIDES)
+def train(context: typer.Context, recipe: RecipeFile) -> None:
+    """Train by the plan (made if it is not there), going on from the last checkpoint."""
+    from keeptune.run import plan_stage, train_stage
+
+    job = _job(recipe, context)
+    train_stage(job, plan_stage(job))
+    _say(f"trained factors in {job.output / 'trained'}")
+
+
+@app.command(context_settings=_OVERRIDES)
+def export(context: typer.Context, recipe: RecipeFile) -> None:
+    """Write the trained adapter and check it on a freshly loaded base."""
+    from keeptune.run import export_stage, plan_stage
+
+    job = _job(recipe, context)
+    _show_export(export_stage(job, plan_stage(job)))
+
+
+@app.command(context_settings=_OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    recipe: RecipeFile,
+    adapter: Annotated[Path | None, typer.Option(help="Any PEFT adapter for the same base.")] = None,
+) -> None:
+    """Score the exported adapter and the base on the same items."""
+    from keeptune.report.tables import print_scores
+    from keeptune.scoring import evaluate_stage
+
+    print_scores(evaluate_stage(_job(recipe, context), adapter), Console())
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A LoRA adapter folder.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Where the merged model goes.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base; default: what the adapter names.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+) -> None:
+    """Merge an adapter into its base and check the merged model."""
+    from keeptune.merging import merge_adapter
+
+    gap = merge_adapter(adapter, output, base=base, dtype=dtype)
+    _say(f"merged model in {output}; largest difference in logits {gap:.1e}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="Where the report goes; default: the first run.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="A run of full fine-tuning that T is relative to.")] = None,
+) -> None:
+    """Join finished runs into one report.json and report.html."""
+    from keeptune.summary import write_report
+
+    folder = output or runs[0]
+    _show_report(write_report(runs, folder, reference=reference), folder)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="How many training seeds.")] = 1,
+) -> None:
+    """Compare LoRA, LoRA-Null v1 and v2 and full fine-tuning on the embedded model, in about three minutes."""
+    from keeptune.demo import demo as run_demo
+
+    _show_report(run_demo(output, seeds=range(seeds)), output)
+
+
+def _load(recipe: Path, context: typer.Context) -> Any:
+    from keeptune.recipe import load_recipe, parse_overrides
+
+    return load_recipe(recipe, parse_overrides(context.args))
+
+
+def _job(recipe: Path, context: typer.Context) -> Any:
+    from keeptune.core.artefact import write_json
+    from keeptune.job import Job
+
+    job = Job(_load(recipe, context))
+    job.check()
+    write_json(job.output / "recipe.json", job.recipe.written())
+    return job
+
+
+def _show_report(report: dict[str, Any], folder: Path) -> None:
+    from keeptune.report.tables import print_comparison
+
+    print_comparison(report, Console())
+    _say(f"report: {folder / 'report.html'}")
+
+
+def _show_export(done: Any) -> None:
+    _say(f"{done.format} in {done.folder}, rank {done.rank}")
+    _say(f"gap to the trained model on a fresh base: {done.gap:.1e} in logits, {done.relative_gap:.1e} relative")
+    _say(f"serve: {done.serve}")
+
+
+def _say(text: str) -> None:
+    Console(soft_wrap=True, highlight=False).print(text, markup=False)
+
+
+def _quiet_libraries() -> None:
+    """Show keeptune's own messages and bars, not those of the libraries below it."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("keeptune").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "--help" in sys.argv:
+        return
+    import warnings
+
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()

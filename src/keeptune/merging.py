@@ -1,0 +1,47 @@
+"""keeptune merge: an adapter and its base to one whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+from keeptune.adapter.export import check_base, merge
+from keeptune.core.artefact import model_fingerprint, read_json
+from keeptune.core.errors import ModelError, RecipeError
+from keeptune.model.load import Dtype, load_model, load_tokenizer
+
+__all__ = ["merge_adapter"]
+
+
+def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype: str = "auto") -> float:
+    """Merge an adapter into its base and write the whole model, with its tokenizer.
+
+    Args:
+        adapter: A LoRA adapter folder.
+        output: Where the model goes.
+        base: Path or hub id; None takes what the adapter names.
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+
+    Returns:
+        The largest difference in logits between adapter on base and merged model.
+
+    Raises:
+        ModelError: The folder is not an adapter, or is one for another base.
+        RecipeError: The dtype is unknown.
+    """
+    config = adapter / "adapter_config.json"
+    if not config.is_file():
+        raise ModelError(
+            f"adapter {adapter}",
+            got="no adapter_config.json",
+            wanted="a PEFT adapter folder",
+            next_step="Give the `adapter` folder of a run.",
+        )
+    chosen = next((known for known in get_args(Dtype) if known == dtype), None)
+    if chosen is None:
+        raise RecipeError("--dtype", got=dtype, wanted=", ".join(get_args(Dtype)), next_step="Pick one.")
+    name = base or str(read_json(config)["base_model_name_or_path"])
+    check_base(adapter, model_fingerprint(load_model(name, dtype=chosen)))
+    gap = merge(adapter, output, load_base=lambda: load_model(name, dtype=chosen))
+    load_tokenizer(name).save_pretrained(output)
+    return gap
