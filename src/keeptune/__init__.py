@@ -1,1 +1,60 @@
 """keeptune: fine-tune a language model without destroying what it already knows."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keeptune.adapter.install import install
+    from keeptune.api import evaluate, export, plan
+    from keeptune.core.errors import KeeptuneError
+    from keeptune.core.low_rank import LowRank
+    from keeptune.core.plan import Plan
+    from keeptune.evaluate.pairs import AdapterPair, TwoModels
+    from keeptune.evaluate.tasks import Benchmark
+    from keeptune.methods.full import Full
+    from keeptune.methods.lora import Lora
+    from keeptune.methods.lora_null import LoraNull
+    from keeptune.train.trainer import Guard
+
+__all__ = [
+    "AdapterPair",
+    "Benchmark",
+    "Full",
+    "Guard",
+    "KeeptuneError",
+    "Lora",
+    "LoraNull",
+    "LowRank",
+    "Plan",
+    "TwoModels",
+    "evaluate",
+    "export",
+    "install",
+    "plan",
+]
+
+_HOMES = {
+    "AdapterPair": "evaluate.pairs",
+    "Benchmark": "evaluate.tasks",
+    "Full": "methods.full",
+    "Guard": "train.trainer",
+    "KeeptuneError": "core.errors",
+    "Lora": "methods.lora",
+    "LoraNull": "methods.lora_null",
+    "LowRank": "core.low_rank",
+    "Plan": "core.plan",
+    "TwoModels": "evaluate.pairs",
+    "evaluate": "api",
+    "export": "api",
+    "install": "adapter.install",
+    "plan": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used, so that ``import keeptune`` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module keeptune has no attribute {name}")
+    return getattr(importlib.import_module(f"keeptune.{_HOMES[name]}"), name)

@@ -20,6 +20,7 @@ from keeptune.data.sft import TaskExamples, task_examples
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.model.load import load_model, load_tokenizer
 from keeptune.recipe import Recipe, make_method
+from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
 
 __all__ = ["Job"]
@@ -112,6 +113,11 @@ class Job:
             return None
         length = self.recipe.knowledge.max_length
         return tokenize_calibration(self.knowledge_texts, self.tokenizer, max_length=length, where="knowledge")
+
+    @property
+    def data(self) -> dict[DataRole, Calibration]:
+        """The tokens that statistics are taken over, per data role."""
+        return {} if self.calibration is None else {"knowledge": self.calibration}
 
     @cached_property
     def task_rows(self) -> list[Row]:

@@ -32,16 +32,14 @@ from keeptune.core.artefact import (
 from keeptune.core.errors import ArtefactError, TrainError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
-from keeptune.core.target import Target, read_weight
+from keeptune.core.target import Target
 from keeptune.data.calibration import tokenize_calibration
 from keeptune.job import Job
-from keeptune.methods.base import make_plan
-from keeptune.model.blocks import find_targets
 from keeptune.model.load import load_model
-from keeptune.model.runner import ResidentRunner
+from keeptune.planning import plan_for, statistics_for
 from keeptune.recipe import Recipe
 from keeptune.scoring import evaluate_stage
-from keeptune.stats.collect import Statistics, collect
+from keeptune.stats.collect import Statistics
 from keeptune.summary import write_report
 from keeptune.train.trainer import sft_config, train
 
@@ -72,30 +70,24 @@ def run(recipe: Recipe) -> dict[str, Any]:
     return write_report([job.output], job.output, reference=recipe.reference)
 
 
-def stats_stage(job: Job, model: PreTrainedModel | None = None) -> tuple[list[Target], Statistics]:
+def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
     """Collect what the method needs into the store.
 
     Args:
         job: The job.
-        model: The base, if it is loaded already.
 
     Returns:
         The targets and access to their statistics.
     """
-    model = model or job.base()
-    targets = find_targets(model, job.recipe.targets)
-    requests = {target.name: job.method.requests(target) for target in targets}
-    data = {} if job.calibration is None else {"knowledge": job.calibration}
-    statistics = collect(
-        ResidentRunner(model),
-        targets,
-        requests,
-        data,  # type: ignore[arg-type]  # the literal key is narrower than mypy infers
+    return statistics_for(
+        job.base(),
+        job.method,
         job.store,
-        model_fingerprint=job.base_fingerprint,
-        sites_at_once=1 if job.recipe.low_memory else None,
+        data=job.data,
+        roles=job.recipe.targets,
+        fingerprint=job.base_fingerprint,
+        low_memory=job.recipe.low_memory,
     )
-    return targets, statistics
 
 
 def plan_stage(job: Job) -> Plan:
@@ -118,13 +110,14 @@ def plan_stage(job: Job) -> Plan:
         except ArtefactError as error:
             _log.warning("plan: %s; planning again", error)
     started = time.perf_counter()
-    model = job.base()
-    targets, statistics = stats_stage(job, model)
-    plan = make_plan(
+    plan = plan_for(
+        job.base(),
         job.method,
-        targets,
-        lambda target: read_weight(model, target),
-        statistics.view,
+        job.store,
+        data=job.data,
+        roles=job.recipe.targets,
+        fingerprint=job.base_fingerprint,
+        low_memory=job.recipe.low_memory,
         provenance=job.plan_inputs | {"key": job.plan_key, "seed": job.seed},
     )
     plan.save(folder)

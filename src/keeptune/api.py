@@ -1,0 +1,142 @@
+"""The Python interface: a plan for a model you already have, and an export of what you trained.
+
+plan = keeptune.plan(model, tokenizer, keeptune.LoraNull(rank=8), knowledge=texts)
+tuned = keeptune.install(model, plan)            # a PeftModel: train it with TRL or Transformers
+keeptune.export(tuned, plan, "adapter", base=path)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keeptune.adapter import export as exporting
+from keeptune.adapter.export import Exported, Format
+from keeptune.core.plan import Plan
+from keeptune.data.calibration import tokenize_calibration
+from keeptune.evaluate.harness import evaluate as evaluate_one
+from keeptune.evaluate.pairs import ModelPair
+from keeptune.evaluate.results import BenchmarkResult
+from keeptune.evaluate.tasks import Benchmark
+from keeptune.methods.base import Method
+from keeptune.model.load import load_model
+from keeptune.planning import plan_for
+from keeptune.stats.store import StatStore
+
+__all__ = ["evaluate", "export", "plan"]
+
+
+def plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method[Any],
+    *,
+    knowledge: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    max_length: int = 1024,
+    store: Path | str | None = None,
+    low_memory: bool = False,
+) -> Plan:
+    """Collect the statistics a method needs and make its plan.
+
+    Args:
+        model: The base model, as loaded; it is not changed.
+        tokenizer: Its tokenizer.
+        method: Such as ``LoraNull(rank=8)``.
+        knowledge: Texts that hold what the model should keep.
+        targets: Roles, such as ``["q_proj", "down_proj"]``; None is all linear maps but the head.
+        max_length: Texts are cut to this many tokens.
+        store: Folder where statistics are kept for later plans; None keeps them for this call only.
+        low_memory: Hold the covariance of one input group at a time.
+
+    Returns:
+        The plan, for :func:`keeptune.install`.
+
+    Raises:
+        PlanError: A role does not exist, or an option does not fit a target.
+        StatisticsError: The method needs knowledge and none is given, or activations are not finite.
+        DataError: A text has no tokens.
+    """
+    tokens = (
+        None
+        if knowledge is None
+        else tokenize_calibration(knowledge, tokenizer, max_length=max_length, where="knowledge")
+    )
+    with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
+        return plan_for(
+            model,
+            method,
+            StatStore(Path(scratch if store is None else store)),
+            data={} if tokens is None else {"knowledge": tokens},
+            roles=targets,
+            low_memory=low_memory,
+            provenance={"knowledge": None if tokens is None else tokens.fingerprint},
+        )
+
+
+def export(
+    model: Any,
+    plan: Plan,
+    folder: Path | str,
+    *,
+    base: str,
+    format: Format = "portable",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    probe: Tensor | None = None,
+    max_gap: float | None = None,
+) -> Exported:
+    """Write what was trained as an adapter for the untouched base, and check it on a fresh copy of it.
+
+    Args:
+        model: The trained model.
+        plan: Its plan.
+        folder: Where; it appears whole or not at all.
+        base: Path or hub id of the base.
+        format: ``"portable"``, ``"peft"`` or ``"merged"``.
+        tokenizer: Saved along when given.
+        probe: Token ids ``(batch, length)`` for the check; None draws some.
+        max_gap: Largest relative gap in logits allowed; None takes the bound for the base's dtype.
+
+    Returns:
+        Where it is and how large the gap is.
+
+    Raises:
+        ExportError: The gap is above the bound, or the format does not fit the plan.
+    """
+    names: Any = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
+    return exporting.export(
+        model,
+        plan,
+        folder,
+        base=base,
+        load_base=lambda: load_model(base, dtype=names[str(model.dtype)], device=model.device),
+        format=format,
+        tokenizer=tokenizer,
+        probe=probe,
+        max_gap=max_gap,
+    )
+
+
+def evaluate(
+    pair: ModelPair, tokenizer: PreTrainedTokenizerBase, benchmarks: Sequence[Benchmark], *, seed: int = 0
+) -> list[BenchmarkResult]:
+    """Score benchmarks before and after tuning, on the same items.
+
+    Args:
+        pair: ``AdapterPair(peft_model)`` or ``TwoModels(base, tuned)``.
+        tokenizer: The tokenizer.
+        benchmarks: What to score.
+        seed: Seed of the bootstrap intervals.
+
+    Returns:
+        One result per benchmark, with per-item records.
+
+    Raises:
+        DataError: A file is missing or malformed.
+    """
+    return [evaluate_one(pair, tokenizer, benchmark, Path(), seed=seed) for benchmark in benchmarks]

@@ -1,0 +1,105 @@
+"""From a loaded model and data to statistics and a plan: what the job and the Python interface share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from keeptune.core.artefact import model_fingerprint
+from keeptune.core.plan import Plan
+from keeptune.core.target import Target, read_weight
+from keeptune.data.calibration import Calibration
+from keeptune.methods.base import Method, make_plan
+from keeptune.model.blocks import find_targets
+from keeptune.model.runner import ResidentRunner
+from keeptune.stats.collect import Statistics, collect
+from keeptune.stats.request import DataRole
+from keeptune.stats.store import StatStore
+
+__all__ = ["plan_for", "statistics_for"]
+
+
+def statistics_for(
+    model: PreTrainedModel,
+    method: Method[Any],
+    store: StatStore,
+    *,
+    data: Mapping[DataRole, Calibration],
+    roles: Sequence[str] | None = None,
+    fingerprint: str | None = None,
+    low_memory: bool = False,
+) -> tuple[list[Target], Statistics]:
+    """Collect what a method requests of a model; what the store has is not computed again.
+
+    Args:
+        model: The base model.
+        method: The method.
+        store: Where entries are looked up and kept.
+        data: Tokens per data role.
+        roles: Roles of the targets; None is all linear maps but the head.
+        fingerprint: Of the model's weights, if it is known already.
+        low_memory: Hold the covariance of one input group at a time, at one pass over the data per group.
+
+    Returns:
+        The targets and access to their statistics.
+
+    Raises:
+        PlanError: A role does not exist.
+        StatisticsError: Data that are requested are not given, or activations are not finite.
+    """
+    targets = find_targets(model, roles)
+    statistics = collect(
+        ResidentRunner(model),
+        targets,
+        {target.name: method.requests(target) for target in targets},
+        data,
+        store,
+        model_fingerprint=fingerprint or model_fingerprint(model),
+        sites_at_once=1 if low_memory else None,
+    )
+    return targets, statistics
+
+
+def plan_for(
+    model: PreTrainedModel,
+    method: Method[Any],
+    store: StatStore,
+    *,
+    data: Mapping[DataRole, Calibration],
+    roles: Sequence[str] | None = None,
+    fingerprint: str | None = None,
+    low_memory: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Make a method's plan for a model, collecting what it needs.
+
+    Args:
+        model: The base model.
+        method: The method.
+        store: Where statistics are looked up and kept.
+        data: Tokens per data role.
+        roles: Roles of the targets; None is all linear maps but the head.
+        fingerprint: Of the model's weights, if it is known already.
+        low_memory: Hold the covariance of one input group at a time.
+        provenance: What the plan was made from, for the record.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: A role does not exist, or an option does not fit a target.
+        StatisticsError: Data that are requested are not given, or activations are not finite.
+    """
+    fingerprint = fingerprint or model_fingerprint(model)
+    targets, statistics = statistics_for(
+        model, method, store, data=data, roles=roles, fingerprint=fingerprint, low_memory=low_memory
+    )
+    return make_plan(
+        method,
+        targets,
+        lambda target: read_weight(model, target),
+        statistics.view,
+        provenance={"model": fingerprint, **(provenance or {})},
+    )
