@@ -277,12 +277,27 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         try:
             yield fresh
             if path.exists():
-                stale = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-                Path(path).replace(stale / path.name)
-                Path(fresh).replace(path)
-                shutil.rmtree(stale)
+                _exchange(fresh, path)
             else:
                 Path(fresh).replace(path)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
+
+
+def _exchange(fresh: Path, path: Path) -> None:
+    """Put a folder in the place of another; when that fails, the old one is put back."""
+    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    old = beside / path.name
+    try:
+        path.replace(old)
+        try:
+            fresh.replace(path)
+        except BaseException:
+            old.replace(path)
+            raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.rmdir()  # the empty folder only: if the old one could not be put back, it is still in there
+        raise
+    shutil.rmtree(beside)

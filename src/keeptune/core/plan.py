@@ -170,8 +170,15 @@ class Plan:
             a, b = mine.get(name), theirs.get(name)
             if a is None or b is None:
                 lines.append(f"{name}: only in the {'second' if a is None else 'first'} plan")
+            elif a.init.shape != b.init.shape:
+                sizes = [" x ".join(map(str, t.init.shape)) for t in (a, b)]
+                lines.append(f"{name}: {sizes[0]} | {sizes[1]}")
             elif (a.decision, a.scale, a.trainable) != (b.decision, b.scale, b.trainable):
-                lines.append(f"{name}: rank {a.decision.rank} | {b.decision.rank}, scale {a.scale} | {b.scale}")
+                trains = [" ".join(sorted(t.trainable)) for t in (a, b)]
+                lines.append(
+                    f"{name}: rank {a.decision.rank} | {b.decision.rank}, scale {a.scale} | {b.scale}, "
+                    f"trains {trains[0]} | {trains[1]}"
+                )
             elif not (torch.equal(a.init.B, b.init.B) and torch.equal(a.init.A, b.init.A)):
                 gap = a.init.minus(b.init).norm_squared().sqrt() / b.init.norm_squared().sqrt().clamp_min(1e-30)
                 lines.append(f"{name}: same rank, starting change differs by {float(gap):.2e} (relative)")
@@ -207,24 +214,33 @@ class Plan:
         """
         folder = Path(folder)
         record = read_json(folder / "plan.json")
-        if record.get("format") != _FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        if found != _FORMAT:
             raise ArtefactError(
                 str(folder),
-                got=f"plan format {record.get('format')}",
+                got=f"plan format {found}",
                 wanted=f"format {_FORMAT}",
                 next_step="Make the plan again with this version of keeptune.",
             )
-        files = record["files"]
-        factors = read_tensors(folder / "factors.safetensors", files["factors.safetensors"])
-        evidence = read_tensors(folder / "evidence.safetensors", files["evidence.safetensors"])
-        return cls(
-            method=record["method"],
-            options=record["options"],
-            targets=tuple(_load_target(row, factors, evidence) for row in record["targets"]),
-            scope=record["scope"],
-            peft=record["peft"],
-            provenance=record["provenance"],
-        )
+        try:
+            files = record["files"]
+            factors = read_tensors(folder / "factors.safetensors", files["factors.safetensors"])
+            evidence = read_tensors(folder / "evidence.safetensors", files["evidence.safetensors"])
+            return cls(
+                method=record["method"],
+                options=record["options"],
+                targets=tuple(_load_target(row, factors, evidence) for row in record["targets"]),
+                scope=record["scope"],
+                peft=record["peft"],
+                provenance=record["provenance"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtefactError(
+                str(folder / "plan.json"),
+                got=f"{type(error).__name__}: {error}",
+                wanted="a plan as it was saved",
+                next_step="Remove the folder and make the plan again.",
+            ) from error
 
     def _record(self) -> dict[str, Any]:
         rows = [
