@@ -1,0 +1,288 @@
+"""Tiny random models, calibration data and the few steps from a model to a plan that most tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from keeptune.core.artefact import model_fingerprint
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Decision, Plan, TargetPlan
+from keeptune.core.target import Target, read_weight
+from keeptune.data.calibration import Batch, Calibration
+from keeptune.methods.base import Method, make_plan
+from keeptune.model.blocks import find_targets
+from keeptune.model.load import load_model
+from keeptune.model.runner import ResidentRunner, Sink
+from keeptune.stats.collect import Statistics, collect
+from keeptune.stats.store import StatStore
+
+VOCAB = 64
+HIDDEN = 32
+Factory = Callable[..., PreTrainedModel]
+
+
+def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
+    """Grouped queries: k_proj and v_proj have 16 outputs, the others 32 or more."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **extra,
+    )
+    return _seeded(LlamaForCausalLM, config, seed, dtype)
+
+
+def qwen2(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
+    """Biases in q, k and v, and a head tied to the embedding."""
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **extra,
+    )
+    return _seeded(Qwen2ForCausalLM, config, seed, dtype)
+
+
+def gpt2(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
+    """Conv1D, which stores W as (n, m); absolute positions; dropout in training mode."""
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=HIDDEN,
+        n_inner=48,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **extra,
+    )
+    return _seeded(GPT2LMHeadModel, config, seed, dtype)
+
+
+MODELS: dict[str, Factory] = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2}
+
+
+def _seeded(cls: type[Any], config: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = cls(config)
+        with torch.no_grad():  # biases and norms start as zeros and ones, which would hide a mistake
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1:
+                    start = 1.0 if "norm" in name or "ln_" in name else 0.0
+                    parameter.copy_(start * (name.endswith("weight")) + 0.1 * torch.randn_like(parameter))
+            # Padding looks like text, as where the end-of-text token pads: only the mask tells them apart.
+            model.get_input_embeddings().weight[0].normal_(std=config.initializer_range)
+    ready: PreTrainedModel = model.to(dtype).eval()
+    return ready
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model on disk, loaded afresh on demand."""
+
+    folder: Path
+
+    def load(self) -> PreTrainedModel:
+        return load_model(str(self.folder))
+
+
+def save(model: PreTrainedModel, folder: Path) -> Saved:
+    """Write a model as safetensors, for a base that is loaded afresh."""
+    model.save_pretrained(folder)
+    return Saved(folder)
+
+
+def calibration(seed: int = 0, lengths: Sequence[int] = (3, 17, 9, 24, 5, 30, 12, 21, 8, 28)) -> Calibration:
+    """Random token sequences of different lengths; more tokens than any input has features."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+    return Calibration(tuple(map(tuple, rows)), pad_id=0)
+
+
+def tokens(seed: int = 0, shape: tuple[int, int] = (4, 20)) -> Tensor:
+    """Token ids without padding."""
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits without gradients, in the model's present mode, float32."""
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids).logits
+    return found.float()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Frobenius distance over the size of b."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300))
+
+
+@dataclass
+class Bench:
+    """A model with its targets and data: from here to statistics and plans."""
+
+    model: PreTrainedModel
+    folder: Path
+    data: Calibration = field(default_factory=calibration)
+    roles: Sequence[str] | None = None
+
+    def targets(self) -> list[Target]:
+        return find_targets(self.model, self.roles)
+
+    def collect(self, method: Method[Any], *, runner: ResidentRunner | None = None, **options: Any) -> Statistics:
+        targets = self.targets()
+        return collect(
+            runner or ResidentRunner(self.model),
+            targets,
+            {target.name: method.requests(target) for target in targets},
+            {"knowledge": self.data},
+            StatStore(self.folder),
+            model_fingerprint=model_fingerprint(self.model),
+            **options,
+        )
+
+    def plan(self, method: Method[Any], *, runner: ResidentRunner | None = None, **options: Any) -> Plan:
+        statistics = self.collect(method, runner=runner, **options)
+        return make_plan(method, self.targets(), lambda target: read_weight(self.model, target), statistics.view)
+
+
+@dataclass(frozen=True)
+class RepaddingRunner(ResidentRunner):
+    """Changes each batch before it is run: other padding, a forgotten mask."""
+
+    change: Callable[[Batch], Batch] = lambda batch: batch
+
+    def forward(self, batches: Sequence[Batch], sinks: Any, *, title: str) -> None:
+        super().forward([self.change(batch) for batch in batches], sinks, title=title)
+
+
+def padded_left(batch: Batch) -> Batch:
+    """The same rows with the padding in front."""
+    lengths = batch.attention_mask.sum(1).tolist()
+    turn = [batch.attention_mask.shape[1] - length for length in lengths]
+    return Batch(
+        torch.stack([row.roll(by) for row, by in zip(batch.input_ids, turn, strict=True)]),
+        torch.stack([row.roll(by) for row, by in zip(batch.attention_mask, turn, strict=True)]),
+    )
+
+
+def mask_forgotten(batch: Batch) -> Batch:
+    """The same tokens with padding taken for text."""
+    return Batch(batch.input_ids, torch.ones_like(batch.attention_mask))
+
+
+class Rows:
+    """A sink that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, rows: Tensor) -> None:
+        self.seen.append(rows.clone())
+
+    @property
+    def stacked(self) -> Tensor:
+        return torch.cat(self.seen)
+
+
+def inputs_of(model: PreTrainedModel, names: Sequence[str], data: Calibration) -> dict[str, Tensor]:
+    """Every real token's input row at the named modules, ``(N, n)``, by the library's runner."""
+    kept = {name: Rows() for name in names}
+    sinks: dict[str, list[Sink]] = {name: [rows] for name, rows in kept.items()}
+    ResidentRunner(model).forward(data.batches(), sinks, title="")
+    return {name: rows.stacked for name, rows in kept.items()}
+
+
+def handmade_plan(
+    model: PreTrainedModel,
+    *,
+    ranks: Sequence[int] = (2, 5, 3, 7),
+    scales: Sequence[float] = (1.0, 0.5, 2.0),
+    anchored: bool = True,
+    trainable: Sequence[str] = ("A", "B"),
+) -> Plan:
+    """A plan with another rank and scale at every target, from no method."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for index, target in enumerate(find_targets(model)):
+        rank = ranks[index % len(ranks)]
+        B = torch.randn(target.out_features, rank, generator=generator) * 0.2
+        rows.append(
+            TargetPlan(
+                target=target,
+                decision=Decision(rank),
+                init=LowRank(
+                    B=B if anchored else torch.zeros_like(B),
+                    A=torch.randn(rank, target.in_features, generator=generator) * 0.2,
+                ),
+                scale=scales[index % len(scales)],
+                trainable=frozenset(trainable),  # type: ignore[arg-type]
+            )
+        )
+    return Plan(method="by-hand", options={}, targets=tuple(rows))
+
+
+def train_steps(model: Any, *, steps: int = 5, seed: int = 3, rate: float = 1e-2, everything: bool = False) -> None:
+    """AdamW with weight decay on random tokens, without dropout; ``everything`` hands it frozen parameters too."""
+    parameters = [p for p in model.parameters() if everything or p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.1)
+    for step in range(steps):
+        ids = tokens(seed + step)
+        optimiser.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter, by name."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@contextmanager
+def counted_passes(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Count how often the model's embedding is used, that is, forward passes."""
+    count = [0]
+
+    def hook(*_: Any) -> None:
+        count[0] += 1
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield count
+    finally:
+        handle.remove()
