@@ -47,8 +47,10 @@ def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
 
 def _parse(line: bytes, where: str) -> Row:
     try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(line, parse_constant=_refuse_constant)
+        if rb"\ud" in line.lower():  # half of a surrogate pair is valid JSON but no text
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
         raise DataError(
             where, got=f"{error}", wanted="one JSON object in UTF-8", next_step="Mend or remove the line."
         ) from error
@@ -60,3 +62,7 @@ def _parse(line: bytes, where: str) -> Row:
             next_step='Write the line as {"field": value}.',
         )
     return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name}, which is not JSON")
