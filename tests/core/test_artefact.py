@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from tests.models import MODELS
 
 from keeptune.core.artefact import (
     atomic_directory,
@@ -29,7 +30,6 @@ from keeptune.core.artefact import (
     write_tensors,
 )
 from keeptune.core.errors import ArtefactError
-from tests.models import MODELS
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),

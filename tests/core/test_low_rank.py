@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.models import relative
 
 from keeptune.core.low_rank import LowRank
-from tests.models import relative
 
 sizes = st.integers(1, 9)
 seeds = st.integers(0, 2**31 - 1)

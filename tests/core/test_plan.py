@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models import MODELS
 
 from keeptune.core.errors import ArtefactError, PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.core.target import Target, read_weight
-from tests.models import MODELS
 
 
 def target(name: str = "model.layers.0.mlp.up_proj", m: int = 6, n: int = 5) -> Target:
