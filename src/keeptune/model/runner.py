@@ -76,4 +76,12 @@ class ResidentRunner:
                 handle = self.model.get_submodule(name).register_forward_pre_hook(hook_for(name, receivers))
                 stack.callback(handle.remove)
             with suppress(_Reached):
-                inner(input_ids=batch.input_ids.to(self.model.device), attention_mask=mask, use_cache=False)
+                ids = batch.input_ids.to(self.model.device)
+                inner(input_ids=ids, attention_mask=mask, use_cache=False, **_positions(mask))
+
+
+def _positions(mask: Tensor) -> dict[str, Tensor]:
+    """Count positions from the first real token where padding stands in front; models count it otherwise."""
+    if bool(mask[:, 0].all()):
+        return {}
+    return {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
