@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from tests.models import MODELS, Rows, calibration, inputs_of
+from tests.reference.statistics_reference import stacked_inputs
+from torch import Tensor
+
+from keeptune.data.calibration import Calibration
+from keeptune.model.blocks import find_targets
+from keeptune.model.runner import ResidentRunner
+
+SITES = {
+    "llama": "model.layers.1.mlp.down_proj",
+    "qwen2": "model.layers.1.mlp.down_proj",
+    "gpt2": "transformer.h.1.mlp.c_proj",
+}
+DATA = calibration(lengths=(3, 11, 7))
+
+
+def sorted_rows(X: Tensor) -> Tensor:
+    """Rows in an order that does not depend on batching."""
+    return X[X[:, 0].argsort()]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("architecture", MODELS)
+def test_a_sink_sees_each_real_token_once_and_padding_never(architecture: str, side: str) -> None:
+    model, site, rows = MODELS[architecture](), SITES[architecture], Rows()
+    ResidentRunner(model).forward(DATA.batches(padding_side=side), {site: [rows]}, title="")
+    wanted = stacked_inputs(model, site, DATA).T.float()
+    assert rows.stacked.shape == wanted.shape == (DATA.tokens, 48)
+    torch.testing.assert_close(sorted_rows(rows.stacked), sorted_rows(wanted), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_what_the_padding_holds_reaches_no_row(architecture: str) -> None:
+    model, site = MODELS[architecture](), SITES[architecture]
+    found = [inputs_of(model, [site], Calibration(DATA.sequences, pad_id=pad))[site] for pad in (0, 40)]
+    assert torch.equal(*found)
+
+
+def test_a_sink_is_called_once_per_batch() -> None:
+    model, rows = MODELS["llama"](), Rows()
+    ResidentRunner(model).forward(DATA.batches(1), {SITES["llama"]: [rows, rows]}, title="")
+    assert [len(x) for x in rows.seen] == [11, 11, 7, 7, 3, 3]
+
+
+def test_all_modules_are_watched_in_one_pass() -> None:
+    model = MODELS["llama"]()
+    names = [target.name for target in find_targets(model)]
+    assert {name: x.shape for name, x in inputs_of(model, names, DATA).items()} == {
+        target.name: (DATA.tokens, target.in_features) for target in find_targets(model)
+    }
+
+
+def test_the_pass_ends_when_every_watched_module_was_reached() -> None:
+    model, later = MODELS["llama"](), []
+    model.model.layers[1].register_forward_pre_hook(lambda *_: later.append(1))
+    ResidentRunner(model).forward(DATA.batches(), {"model.layers.0.mlp.up_proj": [Rows()]}, title="")
+    assert later == []
+    ResidentRunner(model).forward(DATA.batches(), {"model.layers.1.mlp.up_proj": [Rows()]}, title="")
+    assert later == [1]
+
+
+def fails(_: Tensor) -> None:
+    raise ZeroDivisionError("mine")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sink", [lambda _: None, fails], ids=["ends", "fails"])
+@pytest.mark.parametrize("architecture", MODELS)
+def test_hooks_are_gone_and_the_mode_restored_even_after_an_exception(
+    architecture: str, sink: object, training: bool
+) -> None:
+    model = MODELS[architecture]().train(training)
+    with pytest.raises(ZeroDivisionError, match="mine") if sink is fails else nullcontext():
+        ResidentRunner(model).forward(DATA.batches(), {SITES[architecture]: [sink]}, title="")  # type: ignore[list-item]
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert model.training is training
+
+
+def test_dropout_is_off_and_no_gradient_is_kept() -> None:
+    model = MODELS["gpt2"]().train()
+    first, second = (inputs_of(model, [SITES["gpt2"]], DATA)[SITES["gpt2"]] for _ in range(2))
+    assert torch.equal(first, second)
+    assert not first.requires_grad
