@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keeptune.adapter.install import install
-    from keeptune.api import evaluate, export, plan
+    from keeptune.api import export, measure, plan
     from keeptune.core.errors import KeeptuneError
     from keeptune.core.low_rank import LowRank
     from keeptune.core.plan import Plan
@@ -29,7 +29,7 @@ __all__ = [
     "LowRank",
     "Plan",
     "TwoModels",
-    "evaluate",
+    "measure",
     "export",
     "install",
     "plan",
@@ -46,7 +46,7 @@ _HOMES = {
     "LowRank": "core.low_rank",
     "Plan": "core.plan",
     "TwoModels": "evaluate.pairs",
-    "evaluate": "api",
+    "measure": "api",
     "export": "api",
     "install": "adapter.install",
     "plan": "api",

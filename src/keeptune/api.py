@@ -28,7 +28,7 @@ from keeptune.model.load import load_model
 from keeptune.planning import plan_for
 from keeptune.stats.store import StatStore
 
-__all__ = ["evaluate", "export", "plan"]
+__all__ = ["export", "measure", "plan"]
 
 
 def plan(
@@ -122,7 +122,7 @@ def export(
     )
 
 
-def evaluate(
+def measure(
     pair: ModelPair, tokenizer: PreTrainedTokenizerBase, benchmarks: Sequence[Benchmark], *, seed: int = 0
 ) -> list[BenchmarkResult]:
     """Score benchmarks before and after tuning, on the same items.

@@ -1,0 +1,52 @@
+"""Peak memory of `plan` over the loaded model, with all covariances at once and one at a time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+WIDTH, LAYERS = 512, 8
+_PROBE = """
+import resource, sys, tempfile, time, torch
+from pathlib import Path
+torch.manual_seed(0)
+from transformers import LlamaConfig, LlamaForCausalLM
+from keeptune.data.calibration import Calibration
+from keeptune.methods.lora_null import LoraNull
+from keeptune.planning import plan_for
+from keeptune.stats.store import StatStore
+width, layers, low = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "low"
+config = LlamaConfig(hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
+                     num_attention_heads=8, num_key_value_heads=4, vocab_size=4096)
+model = LlamaForCausalLM(config).eval()
+tokens = Calibration(tuple(map(tuple, torch.randint(4096, (32, 128)).tolist())), 0)
+with torch.no_grad():
+    for batch in tokens.batches():
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+started = time.perf_counter()
+with tempfile.TemporaryDirectory() as folder:
+    plan_for(model, LoraNull(rank=16), StatStore(Path(folder)), data={"knowledge": tokens}, low_memory=low)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) / 1024, time.perf_counter() - started)
+"""
+
+
+def rows() -> list[dict[str, str]]:
+    """Measure each way in a process of its own: peak resident memory above that of a forward pass."""
+    found = {}
+    for way in ("all", "low"):
+        words = [sys.executable, "-c", _PROBE, str(WIDTH), str(LAYERS), way]
+        text = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        found[way] = tuple(map(float, text.split()[-2:]))
+    one = (WIDTH * 11 // 4) ** 2 * 8 / 2**20
+    return [
+        {
+            "benchmark": f"plan of LoRA-Null, {LAYERS} layers of {WIDTH}: peak memory above a forward pass",
+            "plain": f"{found['all'][0]:.0f} MiB in {found['all'][1]:.1f} s",
+            "keeptune": f"{found['low'][0]:.0f} MiB in {found['low'][1]:.1f} s with low_memory",
+            "ratio": f"{found['all'][0] / max(found['low'][0], 1):.1f} x less memory, "
+            f"{found['low'][1] / found['all'][1]:.1f} x the time",
+            "check": f"largest covariance {one:.0f} MiB (float64)",
+        }
+    ]

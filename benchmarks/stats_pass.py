@@ -1,0 +1,62 @@
+"""The statistics pass against a plain forward pass over the same tokens."""
+
+from __future__ import annotations
+
+import torch
+from timing import compare
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from keeptune.data.calibration import Calibration
+from keeptune.model.blocks import find_targets
+from keeptune.model.runner import ResidentRunner
+from keeptune.stats.covariance import CovarianceAccumulator, InputCovariance
+
+WIDTH, LAYERS, VOCABULARY = 512, 4, 8192
+
+
+def rows() -> list[dict[str, str]]:
+    """Time a pass with and without covariances: each input once, and once per target."""
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH * 11 // 4,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=VOCABULARY,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(VOCABULARY, (16, 256)).tolist()
+    batches = Calibration(tuple(map(tuple, ids)), 0).batches(4096)
+    targets = find_targets(model)
+    runner = ResidentRunner(model)
+
+    def forward() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+    def collect(per_target: bool) -> None:
+        sums = {}
+        for target in targets:
+            site = target.name if per_target else InputCovariance("knowledge").site(target)
+            if site not in sums:
+                sums[site] = CovarianceAccumulator(target.in_features, model.device)
+        runner.forward(batches, {site: [total.add] for site, total in sums.items()}, title="")
+        for site, total in sums.items():
+            total.result(site)
+
+    times = compare(
+        {"forward": forward, "shared": lambda: collect(False), "per target": lambda: collect(True)}, rounds=5
+    )
+    name = f"statistics pass, {LAYERS} layers of {WIDTH}, 4096 tokens"
+    return [
+        {
+            "benchmark": f"{name}, {label}",
+            "plain": f"{times['forward']:.3f} s forward",
+            "keeptune": f"{times[key]:.3f} s",
+            "ratio": f"{times[key] / times['forward']:.2f} x a forward pass",
+            "check": f"{len(targets)} targets",
+        }
+        for label, key in (("each input once", "shared"), ("each target on its own", "per target"))
+    ]

@@ -1,0 +1,79 @@
+"""Write docs/methods/*.md from the methods' own docstrings; text below the marker is kept.
+
+`python docs/generate.py` writes, `python docs/generate.py --check` fails when a page is out of date.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from keeptune.methods.base import methods
+
+MARKER = "<!-- written by hand below this line -->"
+FOLDER = Path(__file__).parent / "methods"
+
+
+def page(cls: type, old: str) -> str:
+    """Write one method's page.
+
+    Args:
+        cls: The method.
+        old: The page as it is; what stands below the marker is kept.
+
+    Returns:
+        The page.
+    """
+    module = inspect.getmodule(cls)
+    assert module is not None
+    notes = old.partition(MARKER)[2].strip()
+    told = _told(cls)
+    options = [
+        f"| `{field.name}` | `{_yaml(field.default)}` | {told[field.name]} |" for field in dataclasses.fields(cls)
+    ]
+    recipe = ", ".join([f"name: {cls.name}", *(f"{f.name}: {_yaml(f.default)}" for f in dataclasses.fields(cls))])
+    parts = [
+        f"# `{cls.name}`",
+        "```text\n" + inspect.getdoc(module).strip() + "\n```",
+        "## Options",
+        "| option | default | |\n| --- | --- | --- |\n" + "\n".join(options) if options else "None.",
+        "```yaml\nmethod: {" + recipe + "}\n```",
+        f"Source: `src/{module.__name__.replace('.', '/')}.py`",
+        MARKER,
+    ]
+    return "\n\n".join(parts) + "\n" + (f"\n{notes}\n" if notes else "")
+
+
+def _told(cls: type) -> dict[str, str]:
+    """Read what the class's docstring tells of each option."""
+    text = (inspect.getdoc(cls) or "").partition("Args:\n")[2]
+    entries = re.split(r"\n(?=    \w+: )", "\n" + text)
+    pairs = [entry.strip().partition(": ") for entry in entries if entry.strip()]
+    return {name: " ".join(words.split()).replace("``", "`") for name, _, words in pairs}
+
+
+def _yaml(value: object) -> str:
+    words = {"None": "null", "True": "true", "False": "false"}
+    return words.get(str(value), str(value))
+
+
+def main() -> None:
+    """Write or check every page."""
+    stale = []
+    for name, cls in methods().items():
+        path = FOLDER / f"{name}.md"
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        new = page(cls, old)
+        if new != old:
+            stale.append(path)
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        sys.exit(f"out of date: {', '.join(map(str, stale))}; run `python docs/generate.py`")
+
+
+if __name__ == "__main__":
+    main()
