@@ -161,13 +161,9 @@ def _load(recipe: Path, context: typer.Context) -> Any:
 
 
 def _job(recipe: Path, context: typer.Context) -> Any:
-    from keeptune.core.artefact import write_json
-    from keeptune.job import Job
+    from keeptune.run import start
 
-    job = Job(_load(recipe, context))
-    job.check()
-    write_json(job.output / "recipe.json", job.recipe.written())
-    return job
+    return start(_load(recipe, context))
 
 
 def _show_report(report: dict[str, Any], folder: Path) -> None:
@@ -192,7 +188,7 @@ def _quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("keeptune").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "--help" in sys.argv:
+    if "--help" in sys.argv or len(sys.argv) == 1:
         return
     import warnings
 

@@ -10,20 +10,24 @@ from typing import Any
 import platformdirs
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from keeptune.core.artefact import content_key, model_fingerprint
 from keeptune.core.errors import RecipeError
+from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration, tokenize_calibration
 from keeptune.data.overlap import Corpus, refuse_overlap
 from keeptune.data.prompts import render
 from keeptune.data.sft import TaskExamples, task_examples
 from keeptune.data.sources import Row, read_jsonl
-from keeptune.model.load import load_model, load_tokenizer
+from keeptune.evaluate.tasks import load_items
+from keeptune.model.load import load_config, load_model, load_tokenizer
 from keeptune.recipe import Recipe, make_method
 from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
+from keeptune.train.trainer import check_arguments, sft_config
 
-__all__ = ["Job"]
+__all__ = ["Job", "check_folder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +55,21 @@ class Job:
     @property
     def seed(self) -> int:
         """The training seed, recorded with every result."""
-        return int(self.recipe.train.get("seed", 0))
+        return int(check_arguments(self.recipe.train).get("seed", 0))
 
     @property
     def store(self) -> StatStore:
         """The store of statistics; one for all runs of a user unless the recipe names another."""
         folder = self.recipe.store or Path(platformdirs.user_cache_dir("keeptune")) / "statistics"
         return StatStore(folder)
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How many positions the base has, from its config; None where it names no limit."""
+        recipe = self.recipe
+        config = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return limit
 
     @cached_property
     def method(self) -> Any:
@@ -112,6 +124,7 @@ class Job:
         if self.recipe.knowledge is None:
             return None
         length = self.recipe.knowledge.max_length
+        length = min(length, self.positions or length)
         return tokenize_calibration(self.knowledge_texts, self.tokenizer, max_length=length, where="knowledge")
 
     @property
@@ -130,27 +143,56 @@ class Job:
         task = self.recipe.task
         return task_examples(self.task_rows, prompt=task.prompt, completion=task.completion, where="task.train")
 
+    def config(self, name: str, dtype: torch.dtype) -> SFTConfig:
+        """Make the trainer's config.
+
+        Args:
+            name: Folder of the checkpoints.
+            dtype: The base's dtype.
+
+        Returns:
+            The config; it takes ``train.seed``, else 0.
+
+        Raises:
+            RecipeError: A field of ``train`` does not exist or has a wrong value.
+        """
+        arguments = {"seed": 0, **self.recipe.train}
+        checkpoints = self.output / "checkpoints" / name
+        return sft_config(arguments, checkpoints, dtype=dtype, device=self.device, positions=self.positions)
+
     def check(self) -> None:
-        """Check all data before anything is computed: files, fields, and that evaluation data are disjoint.
+        """Check all there is to check before anything is computed or written.
 
         Raises:
             DataError: A file is missing or malformed, or an evaluation set overlaps the data that are used.
-            RecipeError: The method needs knowledge data and there is none.
+            RecipeError: The method needs knowledge data and there are none, there is no such device, or the
+                output cannot be a folder.
+            ModelError: The model's folder cannot be used.
         """
+        check_folder("output", self.output)
+        check_folder("store", self.store.folder)
+        _check_device(self.device)
+        self._check_needs()
         used = [Corpus("task.train", self.task_rows, self.task.prompts)]
         if self.recipe.knowledge is not None:
             used.append(Corpus("knowledge.file", self.knowledge_rows, self.knowledge_texts))
         for benchmark in self.recipe.evaluate:
-            where = f"evaluate.{benchmark.name}"
-            rows = read_jsonl(benchmark.file, where=f"{where}.file")[: benchmark.examples]
-            template = benchmark.text if benchmark.prompt is None else benchmark.prompt
-            assert template is not None
-            scored = Corpus(where, rows, _render_all(rows, template, where))
+            items = load_items(benchmark, Path())
+            rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]
+            scored = Corpus(benchmark.where, rows, [item.prompt or item.text for item in items])
             for corpus in used:
                 refuse_overlap(corpus, scored)
-        if not self.output.is_dir() and self.output.exists():
+        self.config("", torch.float32)
+
+    def _check_needs(self) -> None:
+        anything = Target(name="", layer=0, role="", out_features=1, in_features=1, input_group="")
+        needs = {request.data for request in self.method.requests(anything)}
+        if "knowledge" in needs and self.recipe.knowledge is None:
             raise RecipeError(
-                "output", got=f"{self.output}, a file", wanted="a folder", next_step="Choose another output."
+                f"method {self.method.name}",
+                got="no `knowledge` section in the recipe",
+                wanted="data that hold what the model should keep",
+                next_step='Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.',
             )
 
     @property
@@ -172,3 +214,36 @@ class Job:
 
 def _render_all(rows: list[Row], template: str, where: str) -> list[str]:
     return [render(template, row, where=f"{where} row {n}") for n, row in enumerate(rows, start=1)]
+
+
+def check_folder(where: str, folder: Path) -> None:
+    """Check that a folder is there or can be made.
+
+    Args:
+        where: The recipe key or option.
+        folder: The folder.
+
+    Raises:
+        RecipeError: The path or one above it is a file.
+    """
+    present = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    if present.exists() and not present.is_dir():
+        raise RecipeError(
+            where, got=f"{folder}, where {present} is a file", wanted="a folder", next_step=f"Choose another {where}."
+        )
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(
+            "device", got=name, wanted="auto, cpu, cuda or cuda:0", next_step="Correct the value."
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            "device",
+            got=f"{name}, with {torch.cuda.device_count()} CUDA devices at hand",
+            wanted="a device that this machine has",
+            next_step="Set `device: auto` or `device: cpu`.",
+        )

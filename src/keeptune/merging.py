@@ -27,21 +27,25 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype
 
     Raises:
         ModelError: The folder is not an adapter, or is one for another base.
+        ExportError: The output holds something else, or the merged model gives no numbers.
         RecipeError: The dtype is unknown.
     """
-    config = adapter / "adapter_config.json"
-    if not config.is_file():
-        raise ModelError(
-            f"adapter {adapter}",
-            got="no adapter_config.json",
-            wanted="a PEFT adapter folder",
-            next_step="Give the `adapter` folder of a run.",
-        )
     chosen = next((known for known in get_args(Dtype) if known == dtype), None)
     if chosen is None:
         raise RecipeError("--dtype", got=dtype, wanted=", ".join(get_args(Dtype)), next_step="Pick one.")
-    name = base or str(read_json(config)["base_model_name_or_path"])
+    name = base or _base_of(adapter)
     check_base(adapter, model_fingerprint(load_model(name, dtype=chosen)))
-    gap = merge(adapter, output, load_base=lambda: load_model(name, dtype=chosen))
-    load_tokenizer(name).save_pretrained(output)
-    return gap
+    return merge(adapter, output, load_base=lambda: load_model(name, dtype=chosen), tokenizer=load_tokenizer(name))
+
+
+def _base_of(adapter: Path) -> str:
+    config = adapter / "adapter_config.json"
+    named = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    if not named:
+        raise ModelError(
+            f"adapter {adapter}",
+            got="an adapter_config.json that names no base" if config.is_file() else "no adapter_config.json",
+            wanted="a PEFT adapter folder",
+            next_step="Give the `adapter` folder of a run; --base names the base.",
+        )
+    return str(named)

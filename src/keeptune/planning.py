@@ -13,6 +13,7 @@ from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.methods.base import Method, make_plan
 from keeptune.model.blocks import find_targets
+from keeptune.model.load import refuse_not_finite
 from keeptune.model.runner import ResidentRunner
 from keeptune.stats.collect import Statistics, collect
 from keeptune.stats.request import DataRole
@@ -90,8 +91,10 @@ def plan_for(
 
     Raises:
         PlanError: A role does not exist, or an option does not fit a target.
+        ModelError: A weight is NaN or infinite.
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
+    refuse_not_finite(model)
     fingerprint = fingerprint or model_fingerprint(model)
     targets, statistics = statistics_for(
         model, method, store, data=data, roles=roles, fingerprint=fingerprint, low_memory=low_memory

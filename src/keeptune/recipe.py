@@ -6,10 +6,10 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from keeptune import atlas
 from keeptune.adapter.anchor import Anchor
@@ -19,8 +19,12 @@ from keeptune.core.errors import RecipeError, nearest
 from keeptune.evaluate.tasks import Benchmark
 from keeptune.methods.base import method_named, methods
 from keeptune.model.load import Dtype
+from keeptune.train.trainer import check_arguments
 
 __all__ = ["ExportSpec", "Knowledge", "Recipe", "Task", "load_recipe", "make_method", "parse_overrides"]
+
+
+_Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class _Section(BaseModel):
@@ -62,7 +66,7 @@ class Recipe(_Section):
     model: str
     method: dict[str, Any]
     task: Task
-    output: Path
+    output: _Folder
     targets: list[str] | None = None
     knowledge: Knowledge | None = None
     train: dict[str, Any] = Field(default_factory=dict)
@@ -74,9 +78,9 @@ class Recipe(_Section):
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
-    store: Path | None = None
+    store: _Folder | None = None
     low_memory: bool = False
-    reference: Path | None = None
+    reference: _Folder | None = None
 
     def written(self) -> dict[str, Any]:
         """Give the recipe as plain values, for the record in the run folder.
@@ -154,6 +158,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recip
     except ValidationError as error:
         raise _explain(error, where) from error
     make_method(recipe.method, seed=0)
+    check_arguments(recipe.train)
     names = [benchmark.name for benchmark in recipe.evaluate]
     for name in names:
         if names.count(name) > 1 or not re.fullmatch(r"[\w.-]+", name):
@@ -219,7 +224,10 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key or not (equals or rest):
             raise RecipeError(
-                "command line", got=word, wanted="--key value", next_step="Example: --train.learning_rate 1e-3"
+                "command line",
+                got=word,
+                wanted="--key value, after the recipe",
+                next_step="Example: keeptune run recipe.yaml --train.learning_rate 1e-3",
             )
         try:
             found[key] = yaml.load(text if equals else rest.pop(0), Loader=_Loader)
@@ -235,12 +243,14 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     place: Any = values
     try:
         for part in path:
-            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+            if isinstance(place, dict) and place.get(part) is None:
+                place[part] = {}
+            place = place[int(part)] if isinstance(place, list) else place[part]
         if isinstance(place, list):
             place[int(last)] = value
         else:
             place[last] = value
-    except (IndexError, ValueError, TypeError, AttributeError) as error:
+    except (IndexError, ValueError, TypeError, KeyError) as error:
         raise RecipeError(
             f"command line --{key}",
             got="a path through something that has no such part",

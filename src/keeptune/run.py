@@ -9,8 +9,10 @@ is there under the right key is not repeated, so the same command goes on where 
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keeptune.adapter.export import SIDECAR, Exported, check_base, export
+from keeptune.adapter.export import SIDECAR, Exported, export
 from keeptune.adapter.install import install, restore_factors, trained_factors
 from keeptune.core.artefact import (
     atomic_directory,
@@ -38,14 +40,15 @@ from keeptune.job import Job
 from keeptune.model.load import load_model
 from keeptune.planning import plan_for, statistics_for
 from keeptune.recipe import Recipe
-from keeptune.scoring import evaluate_stage
+from keeptune.scoring import evaluate_stage, find_result
 from keeptune.stats.collect import Statistics
 from keeptune.summary import write_report
-from keeptune.train.trainer import sft_config, train
+from keeptune.train.trainer import train
 
-__all__ = ["export_stage", "plan_stage", "run", "stats_stage", "train_stage"]
+__all__ = ["export_stage", "plan_stage", "run", "start", "stats_stage", "train_stage"]
 
 _log = logging.getLogger(__name__)
+_STAGE_FOLDERS = ("plan", "trained", "adapter", "merged")
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -60,14 +63,36 @@ def run(recipe: Recipe) -> dict[str, Any]:
     Raises:
         KeeptuneError: Something the user can mend; the message says what.
     """
-    job = Job(recipe)
-    job.check()
-    write_json(job.output / "recipe.json", recipe.written())
+    job = start(recipe)
     plan = plan_stage(job)
     train_stage(job, plan)
     export_stage(job, plan)
     evaluate_stage(job)
-    return write_report([job.output], job.output, reference=recipe.reference)
+    return write_report([job.output], job.output, reference=recipe.reference, keep=True)
+
+
+def start(recipe: Recipe) -> Job:
+    """Check a recipe with its data and open its run folder.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        The job.
+
+    Raises:
+        KeeptuneError: Something the user can mend; nothing was written then.
+    """
+    job = Job(recipe)
+    job.check()
+    for stage in _STAGE_FOLDERS:
+        for left in job.output.glob(f".{stage}.*"):
+            _log.info("%s: left over by a killed run, removed", left)
+            shutil.rmtree(left, ignore_errors=True)
+    record = recipe.written()
+    if not _holds(job.output / "recipe.json", record):
+        write_json(job.output / "recipe.json", record)
+    return job
 
 
 def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
@@ -138,9 +163,8 @@ def train_stage(job: Job, plan: Plan) -> None:
         _log.info("train: taken from %s", folder)
         return
     started = time.perf_counter()
-    checkpoints = job.output / "checkpoints" / key[:12]
     model = job.base()
-    config = sft_config({"seed": 0, **job.recipe.train}, checkpoints, dtype=model.dtype, device=job.device)
+    config = job.config(key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
     loss = train(tuned, plan, job.tokenizer, job.task, config)
     with atomic_directory(folder) as fresh:
@@ -153,6 +177,9 @@ def train_stage(job: Job, plan: Plan) -> None:
             sha256 = write_tensors(fresh / "factors.safetensors", _flat(trained_factors(tuned, plan)))
         record = {
             "key": key,
+            "plan": plan.key,
+            "base": job.recipe.model,
+            "arguments": job.recipe.train,
             "sha256": sha256,
             "loss": loss,
             "seconds": time.perf_counter() - started,
@@ -196,7 +223,10 @@ def export_stage(job: Job, plan: Plan) -> Exported:
     folder = adapter_folder(job, plan)
     key = content_key([record["key"], job.recipe.export.model_dump()])
     if _has_key(folder / "export.json", key):
-        return Exported(**{k: v for k, v in read_json(folder / "export.json").items() if k != "key"})
+        _log.info("export: taken from %s", folder)
+        if find_result(job.output) != folder:
+            (folder / "export.json").touch()  # the newer of `adapter` and `merged` is the run's result
+        return Exported(**read_json(folder / SIDECAR)["export"])
     tuned = load_trained(job, plan, record["sha256"])
     format = "merged" if plan.scope == "all" else job.recipe.export.format
     done = export(
@@ -210,8 +240,7 @@ def export_stage(job: Job, plan: Plan) -> Exported:
         probe=_probe(job),
         max_gap=job.recipe.export.max_gap,
     )
-    write_json(folder / "export.json", {"key": key, **read_json(folder / SIDECAR)["export"]})
-    check_base(folder, job.base_fingerprint)
+    write_json(folder / "export.json", {"key": key, "train": record["key"], **asdict(done)})
     return done
 
 
@@ -263,6 +292,13 @@ def _probe(job: Job) -> Tensor:
 def _flat(factors: dict[str, LowRank]) -> dict[str, Tensor]:
     parts: list[tuple[str, Callable[[LowRank], Tensor]]] = [("B", lambda c: c.B), ("A", lambda c: c.A)]
     return {f"{name}.{part}": read(change) for name, change in factors.items() for part, read in parts}
+
+
+def _holds(path: Path, value: Any) -> bool:
+    try:
+        return bool(read_json(path) == value)
+    except ArtefactError:
+        return False
 
 
 def _has_key(path: Path, key: str) -> bool:

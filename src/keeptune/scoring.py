@@ -7,9 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
-from keeptune.adapter.export import check_base
+from keeptune.adapter.export import check_base, load_adapter
 from keeptune.core.artefact import (
     content_key,
     file_fingerprint,
@@ -45,7 +43,8 @@ def evaluate_stage(job: Job, adapter: Path | None = None) -> list[dict[str, Any]
     pair: ModelPair | None = None
     summaries = []
     for benchmark in job.recipe.evaluate:
-        key = content_key([benchmark, file_fingerprint([Path(benchmark.file)]), weights, job.seed])
+        data = file_fingerprint([Path(benchmark.file)])
+        key = content_key([benchmark, data, weights, job.base_fingerprint, job.seed])
         target = results / f"{benchmark.name}.json"
         if _done(target, key):
             _log.info("evaluate: %s taken from %s", benchmark.name, target)
@@ -56,7 +55,14 @@ def evaluate_stage(job: Job, adapter: Path | None = None) -> list[dict[str, Any]
         result = evaluate(pair, job.tokenizer, benchmark, Path(), seed=job.seed)
         write_bytes(target.with_suffix(".items.jsonl"), result.to_jsonl().encode())
         seconds = time.perf_counter() - started
-        record = {"key": key, "weights": weights, "seed": job.seed, "seconds": seconds, "summary": result.summary()}
+        record = {
+            "key": key,
+            "weights": weights,
+            "benchmark": benchmark,
+            "seed": job.seed,
+            "seconds": seconds,
+            "summary": result.summary(),
+        }
         write_json(target, record)
         summaries.append(record["summary"])
     return summaries
@@ -74,7 +80,7 @@ def load_pair(job: Job, folder: Path) -> ModelPair:
     """
     if (folder / "adapter_config.json").is_file():
         check_base(folder, job.base_fingerprint)
-        return AdapterPair(PeftModel.from_pretrained(job.base(), str(folder)))
+        return AdapterPair(load_adapter(job.base(), folder))
     return TwoModels(job.base(), load_model(str(folder), dtype=job.recipe.dtype, device=job.device))
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from keeptune.core.artefact import read_json, write_json
+from keeptune.core.artefact import canonical_json, read_json, write_json
 from keeptune.core.errors import ArtefactError
 from keeptune.core.plan import Plan
 from keeptune.evaluate.results import BenchmarkResult, trade_off
@@ -20,7 +20,9 @@ __all__ = ["write_report"]
 _FULL = "full"
 
 
-def write_report(runs: Sequence[Path], output: Path, *, reference: Path | None = None) -> dict[str, Any]:
+def write_report(
+    runs: Sequence[Path], output: Path, *, reference: Path | None = None, keep: bool = False
+) -> dict[str, Any]:
     """Join run folders into one report.
 
     T and KT are relative to full fine-tuning with the same seed (FARSS eq. 37): one of the runs, or the run
@@ -30,58 +32,84 @@ def write_report(runs: Sequence[Path], output: Path, *, reference: Path | None =
         runs: Run folders, in the order to show them.
         output: Where ``report.json`` and ``report.html`` go.
         reference: Run folder of full fine-tuning that is not itself in the report.
+        keep: Leave the files alone when they already say the same.
 
     Returns:
         The report.
 
     Raises:
-        ArtefactError: A folder is not a finished run.
+        ArtefactError: A folder is not a finished run, its parts are of different recipes, or the runs are not
+            of one base.
     """
     entries = [_entry(folder) for folder in runs]
+    _need_one_base([*runs, *([] if reference is None else [reference])])
     full = {
         entry["seed"]: _results(folder) for entry, folder in zip(entries, runs, strict=True) if entry["name"] == _FULL
     }
     outside = None if reference is None else _results(reference)
     for entry, folder in zip(entries, runs, strict=True):
         entry |= trade_off(_results(folder), full.get(entry["seed"], outside))
-    report = {
-        "base": entries[0]["base"],
-        "version": version("keeptune"),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "methods": entries,
-    }
-    write_json(output / "report.json", report)
-    write_html(report, output / "report.html")
+    report = {"base": entries[0]["base"], "version": version("keeptune"), "methods": entries}
+    record, page = output / "report.json", output / "report.html"
+    if keep and record.is_file() and page.is_file():
+        there: dict[str, Any] = read_json(record)
+        if report == {key: value for key, value in there.items() if key != "created"}:
+            return there
+    report["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_json(record, report)
+    write_html(report, page)
     return report
 
 
 def _entry(folder: Path) -> dict[str, Any]:
-    recipe = _need(folder / "recipe.json", "run")
     trained = _need(folder / "trained" / "train.json", "train")
     result = find_result(folder)
     exported = _need(result / "export.json", "export")
     plan = Plan.load(folder / "plan")
+    _need_same(folder, "train", trained["plan"], plan.key)
+    _need_same(folder, "export", exported["train"], trained["key"])
     seconds_file = folder / "plan" / "seconds.json"
     return {
         "name": _label(plan),
         "method": plan.method,
-        "seed": int(recipe["train"].get("seed", 0)),
-        "base": recipe["model"],
+        "seed": int(trained["arguments"].get("seed", 0)),
+        "base": trained["base"],
         "adapter": str(result),
         "export_gap": exported["gap"],
         "export_relative_gap": exported["relative_gap"],
         "serve": exported["serve"],
-        "options": dict(plan.options) | {f"train.{k}": v for k, v in recipe["train"].items()},
+        "options": dict(plan.options) | {f"train.{k}": v for k, v in trained["arguments"].items()},
         "trained_parameters": trained["trained_parameters"],
         "seconds": {
             "plan": read_json(seconds_file)["plan"] if seconds_file.is_file() else None,
             "train": trained["seconds"],
-            "evaluate": sum(_need(path, "evaluate")["seconds"] for path in _evaluations(folder)),
+            "evaluate": sum(_need(path, "evaluate")["seconds"] for path in _evaluations(folder).values()),
         },
         "loss": trained["loss"],
         "plan": plan.summary(),
         "benchmarks": [result.summary() for result in _results(folder)],
     }
+
+
+def _need_same(folder: Path, stage: str, made_with: str, key: str) -> None:
+    if made_with != key:
+        raise ArtefactError(
+            str(folder),
+            got=f"the {stage} stage of another recipe than the stage before it",
+            wanted="stages of one recipe",
+            next_step=f"Run `keeptune run` (or `keeptune {stage}` and what follows) with the run's recipe.",
+        )
+
+
+def _need_one_base(runs: Sequence[Path]) -> None:
+    bases = {Plan.load(folder / "plan").provenance.get("model") for folder in runs}
+    if len(bases) > 1:
+        raise ArtefactError(
+            ", ".join(map(str, runs)),
+            got=f"runs on {len(bases)} different bases",
+            wanted="runs on one base",
+            next_step="Write one report for each base.",
+        )
 
 
 def _label(plan: Plan) -> str:
@@ -92,22 +120,25 @@ def _label(plan: Plan) -> str:
 def _results(folder: Path) -> list[BenchmarkResult]:
     found = []
     weights = result_fingerprint(find_result(folder))
-    for path in _evaluations(folder):
-        if _need(path, "evaluate")["weights"] != weights:
+    for benchmark, path in _evaluations(folder).items():
+        record = _need(path, "evaluate")
+        items = path.with_suffix(".items.jsonl")
+        current = record["weights"] == weights and canonical_json(record["benchmark"]) == benchmark
+        if not current or not items.is_file():
             raise ArtefactError(
                 str(path),
-                got="scores of another export",
-                wanted="scores of the adapter that is there now",
+                got="scores of another export or benchmark" if items.is_file() else "no scores of the items",
+                wanted="scores of the adapter and the recipe that are there now",
                 next_step="Run `keeptune evaluate` with the run's recipe first.",
             )
-        text = path.with_suffix(".items.jsonl").read_text(encoding="utf-8")
-        found.append(BenchmarkResult.from_jsonl(_need(path, "evaluate")["summary"], text))
+        found.append(BenchmarkResult.from_jsonl(record["summary"], items.read_text(encoding="utf-8")))
     return found
 
 
-def _evaluations(folder: Path) -> list[Path]:
-    names = [entry["name"] for entry in _need(folder / "recipe.json", "run")["evaluate"]]
-    return [folder / "evaluation" / f"{name}.json" for name in names]
+def _evaluations(folder: Path) -> dict[str, Path]:
+    """Map each benchmark of the recipe, as canonical JSON, to where its scores are."""
+    entries = _need(folder / "recipe.json", "run")["evaluate"]
+    return {canonical_json(entry): folder / "evaluation" / f"{entry['name']}.json" for entry in entries}
 
 
 def _need(path: Path, stage: str) -> Any:

@@ -10,6 +10,7 @@ model is measured; above the bound the export fails and leaves nothing.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +34,17 @@ from keeptune.core.errors import ExportError, ModelError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 
-__all__ = ["SIDECAR", "Exported", "Format", "change_of", "check_base", "export", "merge", "random_probe"]
+__all__ = [
+    "SIDECAR",
+    "Exported",
+    "Format",
+    "change_of",
+    "check_base",
+    "export",
+    "load_adapter",
+    "merge",
+    "random_probe",
+]
 
 Format = Literal["portable", "peft", "merged"]
 SIDECAR = "keeptune.json"
@@ -112,7 +124,8 @@ def export(
         Where it is and how large the gap is.
 
     Raises:
-        ExportError: The gap is above the bound, or the format does not fit the plan.
+        ExportError: The gap is above the bound, the format does not fit the plan, or the folder holds something
+            that keeptune did not write.
     """
     if plan.scope == "all" and format != "merged":
         raise ExportError(
@@ -121,6 +134,7 @@ def export(
             wanted='"merged"',
             next_step="A change of every weight has no adapter form.",
         )
+    _refuse_foreign(Path(folder))
     probe = random_probe(model) if probe is None else probe
     wanted = _logits(model, probe)
     bound = _BOUNDS[model.dtype] if max_gap is None else max_gap
@@ -149,25 +163,101 @@ def export(
     return done
 
 
-def merge(adapter: Path | str, folder: Path | str, *, load_base: Callable[[], PreTrainedModel]) -> float:
+def merge(
+    adapter: Path | str,
+    folder: Path | str,
+    *,
+    load_base: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> float:
     """Merge an adapter into its base and write the whole model.
 
     Args:
         adapter: Any LoRA adapter that PEFT loads.
         folder: Where the model goes.
         load_base: Loads a fresh base.
+        tokenizer: Saved along when given.
 
     Returns:
         The largest difference in logits between adapter on base and merged model.
+
+    Raises:
+        ModelError: The adapter does not fit the base.
+        ExportError: The folder holds something else, or the merged model gives no numbers.
     """
-    wrapped = PeftModel.from_pretrained(load_base(), str(adapter))
+    folder = Path(folder)
+    _refuse_foreign(folder)
+    wrapped = load_adapter(load_base(), Path(adapter))
     probe = random_probe(wrapped)
     wanted = _logits(wrapped, probe)
     merged: Any = wrapped.merge_and_unload()
-    with atomic_directory(Path(folder)) as fresh:
+    with atomic_directory(folder) as fresh:
         merged.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
         again = type(merged).from_pretrained(fresh, dtype=merged.dtype, use_safetensors=True)
-        return float((_logits(again, probe) - wanted).abs().max())
+        gap = float((_logits(again, probe.to(again.device)) - wanted).abs().max())
+        if not math.isfinite(gap):
+            raise ExportError(
+                f"merge to {folder}",
+                got="logits that are NaN or infinite",
+                wanted="a finite difference to the adapter on its base",
+                next_step="Check the adapter's weights, or merge with --dtype float32. Nothing was written.",
+            )
+        write_json(fresh / SIDECAR, {"base": wrapped.peft_config["default"].base_model_name_or_path, "gap": gap})
+    return gap
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put an adapter from disk on a base, by stock PEFT, from safetensors only.
+
+    Args:
+        model: The base.
+        folder: The adapter's folder.
+
+    Returns:
+        The model with the adapter, in evaluation mode.
+
+    Raises:
+        ModelError: The folder holds no adapter for this base.
+    """
+    _need_safetensors(folder)
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(folder))
+    # RuntimeError: other shapes; ValueError: other module names; TypeError and KeyError: another config.
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"adapter {folder}",
+            got=" ".join(str(error).split())[:300],
+            wanted=f"a PEFT adapter for this base ({model.name_or_path})",
+            next_step="Pass the base that the adapter was trained on.",
+        ) from error
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Never replace what keeptune did not write; its own results have a sidecar."""
+    if not folder.exists() or (folder / SIDECAR).is_file() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    raise ExportError(
+        str(folder),
+        got="something that keeptune did not write",
+        wanted="a new or an empty folder",
+        next_step="Choose another folder, or remove this one.",
+    )
+
+
+def _need_safetensors(folder: Path) -> None:
+    wanted = ("adapter_config.json", "adapter_model.safetensors")
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"adapter {folder}",
+            got=f"no {missing[0]}" if folder.is_dir() else "no such folder",
+            wanted="a PEFT adapter with safetensors weights; pickled ones are not loaded",
+            next_step="Give the `adapter` folder of a run.",
+        )
 
 
 def check_base(adapter: Path | str, fingerprint: str) -> None:
@@ -184,7 +274,7 @@ def check_base(adapter: Path | str, fingerprint: str) -> None:
     if not sidecar.is_file():
         return
     record = read_json(sidecar)
-    made_for = record["provenance"].get("model")
+    made_for = record.get("provenance", {}).get("model")
     if made_for is not None and made_for != fingerprint:
         raise ModelError(
             f"adapter {adapter}",

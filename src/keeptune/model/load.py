@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -15,7 +17,7 @@ from transformers import (
 
 from keeptune.core.errors import ModelError
 
-__all__ = ["Dtype", "load_model", "load_tokenizer"]
+__all__ = ["Dtype", "load_config", "load_model", "load_tokenizer", "refuse_not_finite"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -43,21 +45,72 @@ def load_model(
         The model.
 
     Raises:
-        ModelError: There is no such model, no safetensors weights, or code that was not allowed.
+        ModelError: There is no such model, its safetensors weights are missing, incomplete or damaged, or it
+            brings code that was not allowed.
     """
     _check_folder(name, allow_pickle)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
+        model, info = AutoModelForCausalLM.from_pretrained(
+            _expanded(name),
             dtype=dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    # RuntimeError: weights of other shapes than the config says.
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(name, error) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"model {name}",
+            got=f"no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            wanted="weights for every module; Transformers would draw random ones",
+            next_step="Copy the whole model, and check that it is a causal language model.",
+        )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load a model's config alone.
+
+    Args:
+        name: A folder, or a hub id.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run Python code that the model's repository brings.
+
+    Returns:
+        The config.
+
+    Raises:
+        ModelError: There is no such model, or it brings code that was not allowed.
+    """
+    _check_folder(name, allow_pickle=True)
+    try:
+        return AutoConfig.from_pretrained(_expanded(name), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(name, error) from error
+
+
+def refuse_not_finite(model: PreTrainedModel) -> None:
+    """Check that every weight is a number.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ModelError: A weight is NaN or infinite; the message names the parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(
+                f"model {model.name_or_path or type(model).__name__}, parameter {name}",
+                got="NaN or infinite weights",
+                wanted="finite weights",
+                next_step="Get the model's files again, or load it in the dtype it was saved in.",
+            )
 
 
 def load_tokenizer(
@@ -80,7 +133,7 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code, use_fast=True
+            _expanded(name), revision=revision, trust_remote_code=trust_remote_code, use_fast=True
         )
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(name, error) from error
@@ -128,12 +181,18 @@ def _check_folder(name: str, allow_pickle: bool) -> None:
         )
 
 
+def _expanded(name: str) -> str:
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
 def _is_plain_hub_name(name: str) -> bool:
     return "/" not in name and not name.startswith((".", "~"))
 
 
 def _cannot_load(name: str, error: Exception) -> ModelError:
     text: Any = str(error).strip().split("\n")[0]
+    if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in text:
+        text = "the weights have other shapes than config.json says"
     return ModelError(
         f"model {name}",
         got=f"{type(error).__name__}: {text}",

@@ -8,12 +8,17 @@ import logging
 import math
 import shutil
 import sys
+import types
+import typing
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,14 +32,24 @@ from trl import SFTConfig, SFTTrainer
 
 from keeptune.adapter.install import check_frozen
 from keeptune.core.artefact import explain_full_disk
-from keeptune.core.errors import RecipeError, TrainError, nearest
+from keeptune.core.errors import DataError, RecipeError, TrainError, nearest
 from keeptune.core.plan import Plan
 from keeptune.data.sft import TaskExamples
 
-__all__ = ["Guard", "last_complete_checkpoint", "sft_config", "train"]
+__all__ = ["Guard", "check_arguments", "last_complete_checkpoint", "sft_config", "train"]
 
 _log = logging.getLogger(__name__)
 _OURS = {"output_dir": "output", "resume_from_checkpoint": "output", "completion_only_loss": "task"}
+_SCALARS = {int, float, bool, str, type(None)}
+_LEAST = {
+    "seed": 0,
+    "learning_rate": 0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 0,
+    "save_steps": 0,
+    "max_length": 1,
+}
 
 
 class Guard(TrainerCallback):
@@ -79,17 +94,84 @@ class Guard(TrainerCallback):
         Raises:
             TrainError: The loss is NaN or infinite.
         """
-        loss = kwargs["logs"].get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise TrainError(
-                f"training step {state.global_step}",
-                got=f"loss {loss}",
-                wanted="a finite loss",
-                next_step="Lower train.learning_rate, or train in float32 or bfloat16.",
+        losses = [kwargs["logs"].get(key, 0.0) for key in ("loss", "train_loss")]
+        if not all(map(math.isfinite, losses)):
+            raise _diverged(state.global_step, f"loss {losses[0] if losses[0] else losses[1]}", "a finite loss")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the last step left numbers.
+
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            control: The trainer's control.
+            **kwargs: Holds the model.
+
+        Raises:
+            TrainError: A trained parameter is NaN or infinite.
+        """
+        for name, parameter in kwargs["model"].named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise _diverged(state.global_step, f"NaN or infinite numbers in {name}", "finite parameters")
+
+
+def _diverged(step: int, got: str, wanted: str) -> TrainError:
+    advice = "Lower train.learning_rate, or train in float32 or bfloat16."
+    return TrainError(f"training step {step}", got=got, wanted=wanted, next_step=advice)
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the names and the plain values of the recipe's ``train`` section.
+
+    Args:
+        arguments: Any fields of ``SFTConfig`` (all of ``TrainingArguments`` among them).
+
+    Returns:
+        The section with numbers as numbers: ``"1e-4"`` in quotes is one too.
+
+    Raises:
+        RecipeError: A field does not exist, is keeptune's own, or has a wrong value.
+    """
+    hints = typing.get_type_hints(SFTConfig)
+    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    checked = {}
+    for key, value in arguments.items():
+        if key in _OURS or key not in known:
+            raise RecipeError(
+                f"train.{key}",
+                got="a key that keeptune sets itself" if key in _OURS else "an unknown key",
+                wanted="a field of TRL's SFTConfig or Transformers' TrainingArguments",
+                next_step=f"Use `{_OURS[key]}` instead."
+                if key in _OURS
+                else nearest(str(key), known).split(" Known")[0],
             )
+        checked[key] = _check_value(key, value, hints[key])
+    return checked
 
 
-def sft_config(arguments: Mapping[str, Any], folder: Path, *, dtype: torch.dtype, device: str) -> SFTConfig:
+def _check_value(key: str, value: Any, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not _SCALARS.issuperset(kinds):
+        return value
+    try:
+        value = TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise RecipeError(
+            f"train.{key}", got=repr(value), wanted=error.errors()[0]["msg"], next_step="Correct the value."
+        ) from error
+    least = _LEAST.get(key)
+    if least is not None and value is not None and not least <= value < math.inf:
+        raise RecipeError(
+            f"train.{key}", got=str(value), wanted=f"a number of at least {least}", next_step="Correct the value."
+        )
+    return value
+
+
+def sft_config(
+    arguments: Mapping[str, Any], folder: Path, *, dtype: torch.dtype, device: str, positions: int | None = None
+) -> SFTConfig:
     """Turn the recipe's ``train`` section into TRL's config.
 
     Defaults that differ from TRL's: mixed precision follows the base's dtype, no activation checkpointing,
@@ -100,6 +182,8 @@ def sft_config(arguments: Mapping[str, Any], folder: Path, *, dtype: torch.dtype
         folder: Where checkpoints go.
         dtype: The base model's dtype.
         device: ``"cpu"`` or a CUDA device.
+        positions: How many positions the base has; examples are cut to it, and to 1,024 tokens, unless
+            ``max_length`` says otherwise.
 
     Returns:
         The config.
@@ -107,33 +191,25 @@ def sft_config(arguments: Mapping[str, Any], folder: Path, *, dtype: torch.dtype
     Raises:
         RecipeError: A field does not exist, is keeptune's own, or has a wrong value.
     """
-    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
-    for key in arguments:
-        if key in _OURS or key not in known:
-            raise RecipeError(
-                f"train.{key}",
-                got="a key that keeptune sets itself" if key in _OURS else "an unknown key",
-                wanted="a field of TRL's SFTConfig or Transformers' TrainingArguments",
-                next_step=f"Use `{_OURS[key]}` instead." if key in _OURS else nearest(key, known).split(" Known")[0],
-            )
-    quiet = not sys.stderr.isatty()
+    checked = check_arguments(arguments)
     defaults = {
-        "bf16": dtype == torch.bfloat16 and "fp16" not in arguments,
-        "fp16": dtype == torch.float16 and "bf16" not in arguments,
+        "bf16": dtype == torch.bfloat16 and "fp16" not in checked,
+        "fp16": dtype == torch.float16 and "bf16" not in checked,
         "logging_steps": 0.02,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": 0.1,
         "save_total_limit": 2,
         "report_to": "none",
-        "disable_tqdm": quiet,
+        "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device != "cpu",
+        "max_length": min(1024, positions or 1024),
     }
-    if not {"gradient_checkpointing", "activation_checkpointing"} & arguments.keys():
+    if not {"gradient_checkpointing", "activation_checkpointing"} & checked.keys():
         defaults["activation_checkpointing"] = False
     try:
-        return SFTConfig(**{**defaults, **arguments}, output_dir=str(folder))
+        return SFTConfig(**{**defaults, **checked}, output_dir=str(folder))
     except (TypeError, ValueError) as error:
         raise RecipeError(
             "train", got=str(error), wanted="values that SFTConfig takes", next_step="Correct the recipe."
@@ -141,9 +217,10 @@ def sft_config(arguments: Mapping[str, Any], folder: Path, *, dtype: torch.dtype
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Find the newest checkpoint that was written to its end; half-written ones are removed.
+    """Find the newest checkpoint that a run can go on from; newer ones that are not whole are removed.
 
-    ``trainer_state.json`` is the last file that ``Trainer`` writes of a checkpoint.
+    ``trainer_state.json`` is the last file that ``Trainer`` writes of a checkpoint. One without the states of
+    the random numbers (``save_only_model``) cannot be gone on from.
 
     Args:
         folder: Where checkpoints are.
@@ -151,16 +228,28 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     Returns:
         The checkpoint's folder, or None.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            _log.warning("training: %s was not written to its end and is removed", path)
-            shutil.rmtree(path)
-        else:
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    for path in sorted(numbered, key=lambda path: -int(path.name.rpartition("-")[2])):
+        if _is_whole(path):
             return path
+        _log.warning("training: %s was not written to its end and is removed", path)
+        shutil.rmtree(path)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Check that every file ends where it should; a safetensors header states the size, a zip ends in its index."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        weights = list(checkpoint.rglob("*.safetensors"))
+        for path in weights:
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    random_states = list(checkpoint.glob("rng_state*.pth"))  # without them the run would go on otherwise
+    saved = [*checkpoint.glob("*.pt"), *random_states]
+    return bool(weights) and bool(random_states) and all(map(zipfile.is_zipfile, saved))
 
 
 def train(
@@ -183,21 +272,16 @@ def train(
         The loss curve: ``{"step": .., "loss": .., "learning_rate": ..}`` per logged step, nats per token.
 
     Raises:
-        TrainError: A frozen factor would be trained, or the loss is not finite.
+        TrainError: A frozen factor would be trained, the loss is not finite, or TRL cannot train with these
+            arguments.
+        DataError: No example has a completion within ``max_length``.
         ArtefactError: The disk is full.
     """
     folder = Path(config.output_dir)
     resume = last_complete_checkpoint(folder)
     if resume is not None:
         _log.info("training: going on from %s", resume)
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=examples.dataset(),
-        processing_class=tokenizer,
-        callbacks=[Guard(plan)],
-    )
-    trainer.remove_callback(PrinterCallback)
+    trainer = _trainer(model, plan, tokenizer, examples, config)
     with explain_full_disk(folder):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return [
@@ -205,3 +289,47 @@ def train(
         for row in trainer.state.log_history
         if "loss" in row
     ]
+
+
+def _trainer(
+    model: PreTrainedModel | PeftModel,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: TaskExamples,
+    config: SFTConfig,
+) -> Any:
+    folder = Path(config.output_dir)
+    try:
+        with explain_full_disk(folder):
+            trainer = SFTTrainer(
+                model=model,
+                args=config,
+                train_dataset=examples.dataset(),
+                processing_class=tokenizer,
+                callbacks=[Guard(plan)],
+            )
+    except (TypeError, ValueError) as error:
+        raise TrainError(
+            "train", got=str(error), wanted="arguments that TRL's SFTTrainer can train with", next_step="Correct them."
+        ) from error
+    trainer.remove_callback(PrinterCallback)
+    _report_cuts(len(examples.prompts), len(trainer.train_dataset), config)
+    return trainer
+
+
+def _report_cuts(given: int, kept: int, config: SFTConfig) -> None:
+    """Tell about examples that TRL left out because cutting them to ``max_length`` cut off the completion."""
+    if kept == 0:
+        raise DataError(
+            "task.train",
+            got=f"{given} examples, all with prompts of train.max_length ({config.max_length}) tokens or more",
+            wanted="room for completions",
+            next_step="Raise train.max_length or shorten the prompts.",
+        )
+    if kept < given and not config.packing:
+        _log.warning(
+            "training: %d of %d examples are left out: their prompts alone fill train.max_length (%d tokens)",
+            given - kept,
+            given,
+            config.max_length,
+        )
