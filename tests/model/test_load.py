@@ -78,7 +78,7 @@ def test_a_home_folder_is_written_with_a_tilde(saved: Path, monkeypatch: pytest.
         (lambda folder: (folder / "config.json").write_text("{"), "got"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "unheard-of"}'), "unheard-of"),
         (cut_weights, "Safetensor"),
-        (other_shapes, "mismatch"),
+        (other_shapes, "other shapes"),
     ],
     ids=["no-config", "no-weights", "pickled", "config-cut", "unknown-type", "weights-cut", "weights-of-another"],
 )
