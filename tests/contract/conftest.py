@@ -1,0 +1,91 @@
+"""The methods and models that every law is checked on, and one saved base and one plan of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.models import MODELS, Bench, Saved, calibration, save
+from transformers import PreTrainedModel
+
+from keeptune.core.plan import Plan
+from keeptune.methods.base import methods
+
+# The options a method is checked with; one that is not listed is checked with its defaults at rank 4.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{"rank": 4}, {"rank": 4, "use_rslora": True, "alpha": 6.0}],
+    "lora-null": [
+        {"rank": 4, "variant": "v1"},
+        {"rank": 4, "variant": "v2"},
+        {"rank": 4, "covariance": "released"},
+    ],
+}
+
+
+def options_of(cls: type[Any]) -> list[dict[str, Any]]:
+    """The options to check a method with."""
+    has_rank = any(field.name == "rank" for field in dataclasses.fields(cls))
+    return OPTIONS.get(cls.name, [{"rank": 4} if has_rank else {}])
+
+
+CASES = {
+    " ".join([name, *(f"{k}={v}" for k, v in options.items())]): cls(**options)
+    for name, cls in methods().items()
+    for options in options_of(cls)
+}
+ADAPTERS = {name: method for name, method in CASES.items() if method.scope == "adapter"}
+WHOLE = {name: method for name, method in CASES.items() if method.scope == "all"}
+
+
+@dataclass(frozen=True)
+class World:
+    """A tiny architecture on disk, and the store that all its plans share."""
+
+    saved: Saved
+    store: Path
+
+    def bench(self, store: Path | None = None) -> Bench:
+        return Bench(self.base(), store or self.store, calibration())
+
+    def base(self) -> PreTrainedModel:
+        return self.saved.load()
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
+    @cache
+    def make(architecture: str) -> World:
+        folder = tmp_path_factory.mktemp(architecture)
+        return World(save(MODELS[architecture](), folder / "base"), folder / "store")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plans(worlds: Callable[[str], World]) -> Callable[[str, str], Plan]:
+    """The plan of a case on an architecture, made once."""
+
+    @cache
+    def make(case: str, architecture: str) -> Plan:
+        return worlds(architecture).bench().plan(CASES[case])
+
+    return make
+
+
+@pytest.fixture(params=MODELS)
+def world(request: pytest.FixtureRequest, worlds: Callable[[str], World]) -> Iterator[World]:
+    """One architecture; the bytes of its base on disk must be the same afterwards."""
+    made = worlds(request.param)
+    before = {path.name: path.read_bytes() for path in made.saved.folder.iterdir()}
+    yield made
+    assert {path.name: path.read_bytes() for path in made.saved.folder.iterdir()} == before
+
+
+@pytest.fixture
+def plan_of(request: pytest.FixtureRequest, world: World, plans: Callable[[str, str], Plan]) -> Callable[[str], Plan]:
+    return lambda case: plans(case, request.node.callspec.params["world"])

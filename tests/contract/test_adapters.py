@@ -1,0 +1,243 @@
+"""Laws of install, training and export, for every registered method on every tiny architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from peft import PeftModel
+from tests.contract.conftest import ADAPTERS, WHOLE, World
+from tests.models import copies, logits, tokens, train_steps
+
+from keeptune.adapter.anchor import ANCHOR_NAME, Anchor
+from keeptune.adapter.export import Format, change_of, export
+from keeptune.adapter.install import check_frozen, install, trained_factors
+from keeptune.core.errors import ExportError
+from keeptune.core.plan import Plan
+from keeptune.model.load import load_model
+
+every_adapter = pytest.mark.parametrize("case", ADAPTERS)
+every_anchor = pytest.mark.parametrize("anchor", ["twin", "residual"])
+PlanOf = Callable[[str], Plan]
+
+
+def off_by(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference over the largest logit."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def installed(world: World, plan: Plan, anchor: Anchor = "twin") -> PeftModel:
+    found = install(world.base(), plan, anchor=anchor)
+    assert isinstance(found, PeftModel)
+    return found
+
+
+def tuned(world: World, plan: Plan, anchor: Anchor = "twin") -> PeftModel:
+    model = installed(world, plan, anchor)
+    train_steps(model)
+    return model.eval()
+
+
+def exported(world: World, model: Any, plan: Plan, folder: Path, format: Format) -> Any:
+    """Export, and load what was written with nothing but PEFT and Transformers."""
+    export(model, plan, folder, base=str(world.saved.folder), load_base=world.base, format=format)
+    if format == "merged":
+        return load_model(str(folder))
+    return PeftModel.from_pretrained(world.base(), str(folder)).eval()
+
+
+# Install
+
+
+@every_adapter
+@every_anchor
+def test_install_leaves_the_output_unchanged(case: str, world: World, plan_of: PlanOf, anchor: Anchor) -> None:
+    wanted = logits(world.base(), tokens())
+    model = installed(world, plan_of(case), anchor)
+    assert off_by(logits(model, tokens()), wanted) < 1e-5
+    assert any(p.requires_grad for p in model.parameters())
+
+
+@every_adapter
+def test_a_twin_leaves_the_output_of_a_16_bit_base_unchanged(case: str, world: World, plan_of: PlanOf) -> None:
+    """B0 A0 - B0 A0 is formed in float32, so that nothing but a rare last bit can change."""
+    wanted = logits(world.base().to(torch.bfloat16), tokens())
+    found = logits(install(world.base().to(torch.bfloat16), plan_of(case), anchor="twin"), tokens())
+    assert off_by(found, wanted) < 1e-2
+    assert float((found == wanted).float().mean()) > 0.9
+
+
+@every_adapter
+@every_anchor
+def test_exactly_the_planned_factors_are_trainable(case: str, world: World, plan_of: PlanOf, anchor: Anchor) -> None:
+    model = installed(world, plan_of(case), anchor)
+    check_frozen(model, plan_of(case))
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count == sum(t.trained_parameters for t in plan_of(case).targets)
+
+
+# Frozen stays frozen
+
+
+def leave_alone(model: PeftModel) -> None:
+    """The plain case."""
+
+
+def set_default(model: PeftModel) -> None:
+    """As Trainer does when it resumes."""
+    model.set_adapter("default")
+
+
+def disable_and_enable(model: PeftModel) -> None:
+    """As an evaluation of the base in the middle of training; PEFT sets requires_grad anew when it ends."""
+    with model.disable_adapter():
+        logits(model, tokens())
+
+
+def merge_and_unmerge(model: PeftModel) -> None:
+    """As some generation callbacks do."""
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+@every_adapter
+@every_anchor
+@pytest.mark.parametrize("event", [leave_alone, set_default, disable_and_enable])
+def test_untrained_factors_get_no_gradient_and_keep_their_bits(
+    case: str, world: World, plan_of: PlanOf, anchor: Anchor, event: Callable[[PeftModel], None]
+) -> None:
+    """Every parameter is handed to AdamW with weight decay: only requires_grad protects it."""
+    plan = plan_of(case)
+    model = installed(world, plan, anchor)
+    event(model)
+    before = copies(model)
+    train_steps(model, steps=2, everything=True)
+    trained = {f"base_model.model.{t.target.name}.lora_{f}.default.weight" for t in plan.targets for f in t.trainable}
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            assert not torch.equal(parameter, before[name]), name
+        else:
+            assert parameter.grad is None, name
+            assert torch.equal(parameter, before[name]), name
+    check_frozen(model, plan)
+
+
+@every_adapter
+@every_anchor
+@pytest.mark.parametrize("event", [set_default, disable_and_enable, merge_and_unmerge])
+def test_what_peft_switches_on_and_off_changes_no_output(
+    case: str, world: World, plan_of: PlanOf, anchor: Anchor, event: Callable[[PeftModel], None]
+) -> None:
+    model = tuned(world, plan_of(case), anchor)
+    wanted = logits(model, tokens())
+    event(model)
+    assert off_by(logits(model, tokens()), wanted) < 1e-5
+
+
+@every_adapter
+def test_disabling_an_installed_twin_gives_the_base_back_exactly(case: str, world: World, plan_of: PlanOf) -> None:
+    model = tuned(world, plan_of(case))
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens()), logits(world.base(), tokens()))
+    assert off_by(logits(model, tokens()), logits(world.base(), tokens())) > 1e-3
+
+
+# Export
+
+
+@every_adapter
+@pytest.mark.parametrize("format", get_args(Format))
+def test_an_export_reloads_without_keeptune_on_a_fresh_base_with_the_same_logits(
+    case: str, world: World, plan_of: PlanOf, format: Format, tmp_path: Path
+) -> None:
+    model = tuned(world, plan_of(case))
+    wanted = logits(model, tokens(9))
+    assert off_by(logits(world.base(), tokens(9)), wanted) > 1e-2  # training changed something
+    again = exported(world, model, plan_of(case), tmp_path / "out", format)
+    assert off_by(logits(again, tokens(9)), wanted) < 1e-5
+
+
+@every_adapter
+def test_a_residual_exports_the_same_as_a_twin(case: str, world: World, plan_of: PlanOf, tmp_path: Path) -> None:
+    model = tuned(world, plan_of(case), "residual")
+    again = exported(world, model, plan_of(case), tmp_path / "out", "portable")
+    assert off_by(logits(again, tokens(9)), logits(model, tokens(9))) < 1e-5
+
+
+@every_adapter
+@pytest.mark.parametrize("format", ["portable", "peft"])
+def test_disabling_an_exported_adapter_gives_the_base_back_exactly(
+    case: str, world: World, plan_of: PlanOf, format: Format, tmp_path: Path
+) -> None:
+    again = exported(world, tuned(world, plan_of(case)), plan_of(case), tmp_path / "out", format)
+    with again.disable_adapter():
+        assert torch.equal(logits(again, tokens()), logits(world.base(), tokens()))
+
+
+@every_adapter
+def test_an_untrained_export_changes_nothing(case: str, world: World, plan_of: PlanOf, tmp_path: Path) -> None:
+    """The change is exactly zero: B0 A0 - B0 A0."""
+    model = installed(world, plan_of(case))
+    assert all(not change.dense().any() for change in change_of(model, plan_of(case)).values())
+    again = exported(world, model, plan_of(case), tmp_path / "out", "portable")
+    assert torch.equal(logits(again, tokens()), logits(world.base(), tokens()))
+
+
+@every_adapter
+def test_training_does_not_depend_on_the_random_state_of_install(case: str, world: World, plan_of: PlanOf) -> None:
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = installed(world, plan_of(case))
+        assert torch.initial_seed() == seed
+        found.append(trained_factors(model, plan_of(case)))
+    for name, factors in found[0].items():
+        assert torch.equal(factors.A, found[1][name].A)
+        assert torch.equal(factors.B, found[1][name].B)
+
+
+@every_adapter
+def test_the_twin_is_no_part_of_the_export(case: str, world: World, plan_of: PlanOf, tmp_path: Path) -> None:
+    again = exported(world, tuned(world, plan_of(case)), plan_of(case), tmp_path / "out", "portable")
+    assert list(again.peft_config) == ["default"]
+    assert not any(ANCHOR_NAME in name for name, _ in again.named_parameters())
+
+
+# Methods that train every weight
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_full_tuning_makes_every_weight_trainable_and_adds_nothing(case: str, world: World, plan_of: PlanOf) -> None:
+    base = world.base()
+    wanted, names = logits(base, tokens()), [name for name, _ in base.named_parameters()]
+    model = install(base, plan_of(case))
+    assert model is base
+    assert all(p.requires_grad for p in model.parameters())
+    assert [name for name, _ in model.named_parameters()] == names
+    assert torch.equal(logits(model, tokens()), wanted)
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_fully_tuned_model_is_exported_merged_and_reloads(
+    case: str, world: World, plan_of: PlanOf, tmp_path: Path
+) -> None:
+    model = install(world.base(), plan_of(case))
+    before = copies(model)
+    train_steps(model)
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    again = exported(world, model, plan_of(case), tmp_path / "out", "merged")
+    assert torch.equal(logits(again, tokens(9)), logits(model, tokens(9)))
+
+
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("format", ["portable", "peft"])
+def test_a_fully_tuned_model_has_no_adapter_form(
+    case: str, world: World, plan_of: PlanOf, format: Format, tmp_path: Path
+) -> None:
+    model = install(world.base(), plan_of(case))
+    with pytest.raises(ExportError, match="A change of every weight has no adapter form"):
+        exported(world, model, plan_of(case), tmp_path / "out", format)
+    assert list(tmp_path.iterdir()) == []
