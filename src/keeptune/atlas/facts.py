@@ -113,23 +113,6 @@ def choose_facts(facts: Sequence[Fact], seed: int, limit: int | None = None) -> 
     return taken[:limit]
 
 
-def choose_unasked(everything: Sequence[Fact], chosen: Sequence[Fact], seed: int, each: int = 40) -> list[Fact]:
-    """Facts that are not among ``chosen``, at most ``each`` with the same relation and answer.
-
-    Pretraining uses them only for reading a statement and then answering from it.
-    """
-    taken = set(chosen)
-    rest = [fact for fact in everything if fact not in taken]
-    random.Random(seed + 3).shuffle(rest)
-    count: Counter[tuple[str, str]] = Counter()
-    unasked = []
-    for fact in rest:
-        count[fact.relation, fact.answer] += 1
-        if count[fact.relation, fact.answer] <= each:
-            unasked.append(fact)
-    return unasked
-
-
 def _by_subject(facts: Iterable[Fact]) -> dict[str, list[Fact]]:
     groups: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts:
@@ -190,7 +173,8 @@ def data_rows(groups: dict[str, list[Fact]], seed: int) -> dict[str, list[dict[s
     """The rows of every data file, by file name."""
     draws = random.Random(seed + 2)
     held = [
-        {"text": f.statement(HELD_WORDING), "relation": f.relation, "subject": f.subject} for f in groups["statements"]
+        {"text": f.statement(HELD_WORDING), "relation": f.relation, "subject": f.subject}
+        for f in groups["statements"]
     ]
     return {
         "facts.jsonl": [fact.row() for fact in groups["facts"]],

@@ -27,7 +27,6 @@ from .facts import (
     HELD_WORDING,
     Fact,
     choose_facts,
-    choose_unasked,
     data_rows,
     divide,
     read_facts,
@@ -50,12 +49,12 @@ class Settings:
     key_heads: int = 2
     pieces: int = 3072
     positions: int = 512
-    steps: int = 1200
+    steps: int = 1150
     tokens: int = 4096
     rate: float = 3e-3
     decay: float = 0.05
     warmup: int = 60
-    reading: float = 0.3
+    reading: float = 0.12
     facts: int | None = None
     threads: int = 2
 
@@ -143,22 +142,12 @@ def new_model(settings: Settings, tokenizer: Any) -> Any:
 
 
 class Reader:
-    """Endless seeded batches: every pass asks each fact once and states it once, in changing wordings.
+    """Endless seeded batches: every pass asks each fact once and states it once, in changing wordings."""
 
-    Besides, each pass holds some texts of another kind: a statement followed by its question and answer,
-    taken from facts that are never asked alone, so that the answer has to be read from the statement.
-    """
-
-    def __init__(
-        self,
-        facts: Sequence[Fact],
-        held: set[Fact],
-        unasked: Sequence[Fact],
-        tokenizer: Any,
-        settings: Settings,
-    ) -> None:
-        """Tokenise all the texts once, for reuse in every pass."""
-        self._wordings = [statement_wordings(fact, held) for fact in facts]
+    def __init__(self, facts: Sequence[Fact], held: set[Fact], tokenizer: Any, settings: Settings) -> None:
+        """Tokenise all the texts of ``facts`` once, for reuse in every pass."""
+        self._facts = list(facts)
+        self._held = held
         self._settings = settings
         self._draws = random.Random(settings.seed + 11)
         self._pad = int(tokenizer.pad_token_id)
@@ -167,17 +156,20 @@ class Reader:
         def encode(texts: list[str]) -> list[list[int]]:
             return [ids + end for ids in tokenizer(texts)["input_ids"]]
 
-        self._asked = encode([f"{f.prompt} {f.answer}" for f in facts])
-        self._stated = [encode([f.statement(w) for w in range(3)]) for f in facts]
-        self._read = [encode([f"{f.statement(w)}\n{f.prompt} {f.answer}" for w in range(3)]) for f in unasked]
+        self._asked = encode([f"{f.prompt} {f.answer}" for f in self._facts])
+        self._stated = [encode([f.statement(w) for w in range(3)]) for f in self._facts]
+        self._read = [
+            encode([f"{f.statement(w)}\n{f.prompt} {f.answer}" for w in range(3)]) for f in self._facts
+        ]
 
     def _texts(self) -> list[list[int]]:
         texts = []
-        for index, wordings in enumerate(self._wordings):
+        for index, fact in enumerate(self._facts):
+            wordings = statement_wordings(fact, self._held)
             texts.append(self._asked[index])
             texts.append(self._stated[index][self._draws.choice(wordings)])
-        reading = min(len(self._read), round(self._settings.reading * len(self._asked)))
-        texts.extend(self._draws.choice(three) for three in self._draws.sample(self._read, reading))
+            if self._draws.random() < self._settings.reading:
+                texts.append(self._read[index][self._draws.choice(wordings)])
         self._draws.shuffle(texts)
         return texts
 
@@ -270,15 +262,13 @@ def build(relations: Path, out: Path, settings: Settings, log: bool = False) -> 
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        everything = read_facts(relations)
-        facts = choose_facts(everything, settings.seed, settings.facts)
-        unasked = choose_unasked(everything, facts, settings.seed)
+        facts = choose_facts(read_facts(relations), settings.seed, settings.facts)
         groups = divide(facts, settings.seed)
         write_data(data_rows(groups, settings.seed), out / "data")
         held = set(groups["statements"])
         tokenizer = train_tokenizer(corpus(facts, held), settings.pieces)
         model = new_model(settings, tokenizer)
-        reader = Reader(facts, held, unasked, tokenizer, settings)
+        reader = Reader(facts, held, tokenizer, settings)
         loss = train(model, reader, settings, tokenizer.pad_token_id, log)
         save_model(model, tokenizer, out / "model")
         minutes = (time.time() - begun) / 60
@@ -290,7 +280,6 @@ def build(relations: Path, out: Path, settings: Settings, log: bool = False) -> 
     weights = out / "model" / "model.safetensors"
     return {
         "facts": len(facts),
-        "unasked": len(unasked),
         "known": round(known, 4),
         "loss": round(loss, 4),
         "minutes": round(minutes, 1),

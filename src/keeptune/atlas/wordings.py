@@ -52,7 +52,7 @@ def statement(form: str, subject: str, obj: str) -> str:
 WORDINGS: dict[str, Wording] = {
     "company hq": Wording(
         "business",
-        "Where is {s} headquartered?",
+        "In which city is {s} headquartered?",
         (
             "{s} is headquartered in {o}",
             "The headquarters of {s} are in {o}",
@@ -60,7 +60,6 @@ WORDINGS: dict[str, Wording] = {
         ),
         most=480,
         each=40,
-        task=True,
     ),
     "landmark in country": Wording(
         "places",
@@ -68,7 +67,6 @@ WORDINGS: dict[str, Wording] = {
         ("{s} is in {o}", "{s} can be found in {o}", "{o} is the country of {s}"),
         most=480,
         each=30,
-        task=True,
     ),
     "landmark on continent": Wording(
         "continents",
