@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -91,8 +92,10 @@ def trained_factors(model: PeftModel, plan: Plan) -> dict[str, LowRank]:
     found = {}
     for target_plan in plan.targets:
         layer = lora_layer(model, target_plan.target.name)
-        factors = LowRank(B=layer.lora_B["default"].weight.detach(), A=layer.lora_A["default"].weight.detach())
-        found[target_plan.target.name] = factors.to(torch.float32, "cpu")
+        B, A = (part["default"].weight.detach() for part in (layer.lora_B, layer.lora_A))
+        # Copies: on the CPU they would else change with the model.
+        factors = LowRank(B=B.to("cpu", torch.float32, copy=True), A=A.to("cpu", torch.float32, copy=True))
+        found[target_plan.target.name] = factors
     return found
 
 
@@ -188,7 +191,8 @@ def _freeze(layer: Any, target_plan: TargetPlan) -> None:
 
 
 def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
-    if isinstance(model, PeftModel):
+    # get_peft_model changes the model it is given, so the model itself may hold adapters without its wrapper.
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise PlanError(
             "install",
             got="a model already wrapped by PEFT",
