@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,16 +45,18 @@ WHOLE = {name: method for name, method in CASES.items() if method.scope == "all"
 
 @dataclass(frozen=True)
 class World:
-    """A tiny architecture on disk, and the store that all its plans share."""
+    """A tiny architecture on disk, the same loaded once, and the store that all its plans share."""
 
     saved: Saved
     store: Path
+    loaded: PreTrainedModel
 
     def bench(self, store: Path | None = None) -> Bench:
         return Bench(self.base(), store or self.store, calibration())
 
     def base(self) -> PreTrainedModel:
-        return self.saved.load()
+        """A fresh base; copying the loaded one is faster than loading it again."""
+        return copy.deepcopy(self.loaded)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +64,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
     @cache
     def make(architecture: str) -> World:
         folder = tmp_path_factory.mktemp(architecture)
-        return World(save(MODELS[architecture](), folder / "base"), folder / "store")
+        saved = save(MODELS[architecture](), folder / "base")
+        return World(saved, folder / "store", saved.load())
 
     return make
 

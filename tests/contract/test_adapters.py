@@ -46,7 +46,7 @@ def exported(world: World, model: Any, plan: Plan, folder: Path, format: Format)
     export(model, plan, folder, base=str(world.saved.folder), load_base=world.base, format=format)
     if format == "merged":
         return load_model(str(folder))
-    return PeftModel.from_pretrained(world.base(), str(folder)).eval()
+    return PeftModel.from_pretrained(world.saved.load(), str(folder)).eval()
 
 
 # Install
