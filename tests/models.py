@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -149,7 +150,13 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 def relative(a: Tensor, b: Tensor) -> float:
     """Frobenius distance over the size of b."""
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300))
+    with torch.no_grad():
+        return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300))
+
+
+def off_by(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 @dataclass
@@ -286,3 +293,13 @@ def counted_passes(model: PreTrainedModel) -> Iterator[list[int]]:
         yield count
     finally:
         handle.remove()
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, hidden files too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    """Stand in for any call that writes."""
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.models import MODELS, copies, handmade_plan, logits, relative, tokens, train_steps
+from tests.models import MODELS, copies, handmade_plan, logits, off_by, relative, tokens, train_steps
 
 from keeptune.adapter.anchor import ANCHOR_NAME, resolve
 from keeptune.adapter.export import change_of
@@ -31,10 +31,6 @@ def installed(
     base = MODELS[architecture](dtype=dtype)
     made = handmade_plan(base, **plan)
     return install(base, made, anchor=anchor), made
-
-
-def off_by(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 # What install makes

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tests.contract.conftest import ADAPTERS, WHOLE, World
-from tests.models import copies, logits, tokens, train_steps
+from tests.models import copies, logits, off_by, tokens, train_steps
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor
 from keeptune.adapter.export import Format, change_of, export
@@ -22,11 +22,6 @@ from keeptune.model.load import load_model
 every_adapter = pytest.mark.parametrize("case", ADAPTERS)
 every_anchor = pytest.mark.parametrize("anchor", ["twin", "residual"])
 PlanOf = Callable[[str], Plan]
-
-
-def off_by(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference over the largest logit."""
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def installed(world: World, plan: Plan, anchor: Anchor = "twin") -> PeftModel:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from tests.models import MODELS
+from tests.models import MODELS, full_disk, names_in
 
 from keeptune.core.artefact import (
     atomic_directory,
@@ -37,14 +37,6 @@ json_values = st.recursive(
     max_leaves=12,
 ).filter(lambda value: "\\ud" not in ascii(value))
 quick = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def full_disk(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def full_disk_at(call: int, real: Callable[..., Any]) -> Callable[..., Any]:
