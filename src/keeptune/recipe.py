@@ -230,12 +230,19 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
                 next_step="Example: keeptune run recipe.yaml --train.learning_rate 1e-3",
             )
         try:
-            found[key] = yaml.load(text if equals else rest.pop(0), Loader=_Loader)
+            found[key] = _override(text if equals else rest.pop(0))
         except yaml.YAMLError as error:
             raise RecipeError(
                 f"command line --{key}", got=" ".join(str(error).split()), wanted="a YAML value", next_step="Quote it."
             ) from error
     return found
+
+
+def _override(text: str) -> Any:
+    value = yaml.load(text, Loader=_Loader)
+    # To YAML, the template {answer} is a mapping without values.
+    template = isinstance(value, dict) and value and all(part is None for part in value.values())
+    return text if template else value
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -38,6 +38,16 @@ __all__ = [
 ]
 
 
+_WRITE_MARKS = (
+    "No space left",
+    "code: 28",
+    "failed writing file",
+    "PytorchStreamWriter",
+    "unexpected pos",
+    "iostream error",
+)
+
+
 def canonical_json(value: Any) -> str:
     """Write a value as JSON in one way only: sorted keys, no spaces, no NaN.
 
@@ -136,14 +146,14 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-        # safetensors and torch.save report the operating system's error only in their text.
-        told = any(mark in str(error) for mark in ("No space left", "code: 28", "failed writing file"))
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+        # safetensors reports the operating system's error only in its text, torch.save not even there.
+        told = any(mark in str(error) for mark in _WRITE_MARKS)
         if not told and getattr(error, "errno", None) not in codes:
             raise
         raise ArtefactError(
             str(path),
-            got=getattr(error, "strerror", None) or str(error),
+            got=getattr(error, "strerror", None) or f"a failed write ({str(error).splitlines()[0]})",
             wanted="room to write",
             next_step="Free space or choose another output; nothing was left half-written. "
             "The same command goes on from here.",
@@ -224,7 +234,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         ArtefactError: The disk is full or cannot be written.
     """
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    data = save_safetensors_bytes(ready, metadata=dict(metadata or {}))
+    # Without tensors, safetensors writes a broken header for empty metadata.
+    data = save_safetensors_bytes(ready, metadata=dict(metadata) if metadata else None)
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
 

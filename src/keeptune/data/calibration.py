@@ -103,11 +103,11 @@ def tokenize_calibration(
     if not texts:
         raise DataError(where, got="no texts", wanted="at least one", next_step="Fill the knowledge file.")
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    for number, ids in enumerate(encoded, start=1):
-        if not ids:
+    for number, (text, ids) in enumerate(zip(texts, encoded, strict=True), start=1):
+        if not ids or not text.strip():  # some tokenizers make a start token of nothing
             raise DataError(
                 f"{where} example {number}",
-                got="no tokens",
+                got="an empty text" if ids else "no tokens",
                 wanted="a text that is not empty",
                 next_step="Remove the row or change the template.",
             )

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
@@ -53,6 +54,9 @@ class Lora:
         dropout: Dropout before A, during training.
         use_rslora: Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023).
         seed: Seed of A; the recipe gives the training seed unless told otherwise.
+
+    Raises:
+        PlanError: alpha is not above 0, or dropout is not in [0, 1).
     """
 
     name: ClassVar[str] = "lora"
@@ -64,6 +68,19 @@ class Lora:
     dropout: float = 0.0
     use_rslora: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            PlanError: alpha is not above 0, or dropout is not in [0, 1).
+        """
+        if not 0 <= self.dropout < 1:
+            raise PlanError(
+                "method.dropout", got=str(self.dropout), wanted="at least 0 and below 1", next_step="Correct the value."
+            )
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise PlanError("method.alpha", got=str(self.alpha), wanted="a number above 0", next_step="Correct it.")
 
     def requests(self, target: Target) -> frozenset[Request]:
         """Need nothing."""

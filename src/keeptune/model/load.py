@@ -135,7 +135,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             _expanded(name), revision=revision, trust_remote_code=trust_remote_code, use_fast=True
         )
-    except (OSError, ValueError, ImportError) as error:
+    # KeyError and TypeError: a tokenizer.json of another form.
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise _cannot_load(name, error) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
