@@ -1,0 +1,36 @@
+"""The examples run from the command line and say what they found."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+
+
+def run(folder: Path, code: str) -> str:
+    words = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); {code}"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_python_api(tmp_path: Path) -> None:
+    out = run(tmp_path, "import python_api, pathlib; python_api.main(pathlib.Path('out'), steps=5)")
+    assert re.search(r"facts: 0\.9\d\d -> 0\.\d+", out)
+
+
+def test_stories260k(tmp_path: Path) -> None:
+    code = (
+        f"import stories260k, pathlib; stories260k.main(pathlib.Path({str(SHARED)!r}), pathlib.Path('out'), steps=20)"
+    )
+    out = run(tmp_path, code)
+    found = re.search(r"problems: (\d\.\d+) -> (\d\.\d+) nats", out)
+    assert found is not None
+    assert float(found[2]) < float(found[1]) - 0.3, "the task is learned"
+    stories = re.search(r"stories: (\d\.\d+) -> (\d\.\d+) nats", out)
+    assert stories is not None
+    assert 1.0 < float(stories[1]) < 1.5, "the base knows its stories"
