@@ -284,3 +284,12 @@ def test_other_errors_pass_unchanged(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as caught, explain_full_disk(tmp_path):
         raise error
     assert caught.value is error
+
+
+def test_model_fingerprint_changes_with_the_config_that_changes_the_function() -> None:
+    model = MODELS["llama"]()
+    start = model_fingerprint(model)
+    model.config.use_cache = not model.config.use_cache
+    assert model_fingerprint(model) == start
+    model.config.rms_norm_eps *= 10
+    assert model_fingerprint(model) != start

@@ -102,8 +102,25 @@ def tensor_fingerprint(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+_NOT_THE_FUNCTION = {  # config fields that do not change what a model computes of given tokens
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "pad_token_id",
+    "return_dict",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
 def model_fingerprint(model: nn.Module) -> str:
-    """Name a model by every parameter it holds.
+    """Name a model by what it computes: every weight, and the config that says how they are used.
 
     Args:
         model: The base model, before anything was installed into it.
@@ -111,8 +128,11 @@ def model_fingerprint(model: nn.Module) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    named = {name: tensor_fingerprint(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    return content_key(named)
+    weights = {name: tensor_fingerprint(value) for name, value in model.state_dict().items()}
+    config = getattr(model, "config", None)
+    fields = {} if config is None else config.to_dict()
+    used = {key: value for key, value in fields.items() if key not in _NOT_THE_FUNCTION and not key.startswith("_")}
+    return content_key([weights, json.loads(json.dumps(used, default=str))])
 
 
 def file_fingerprint(paths: Iterable[Path]) -> str:

@@ -148,7 +148,7 @@ class LoraNull:
             scale=1.0,
             trainable=trainable,
             evidence={
-                "null_variance": (values.clamp_min(0) / omega.double().diagonal().mean()).float(),
+                "null_variance": (values.clamp_min(0) / omega.double().diagonal().mean().clamp_min(1e-300)).float(),
                 "singular_values": S,
             },
         )

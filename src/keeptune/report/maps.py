@@ -120,7 +120,7 @@ def _relation_figure(report: Report, kind: Series, losses: dict[str, tuple[int, 
                 tick.set(ha="left", rotation_mode="anchor")
         unit = "nats/token lost" if kind.lower_is_better else "points lost"
         part = f"{len(shown)} most forgotten of {len(losses)} relations; " if len(shown) < len(losses) else ""
-        axes.set_xlabel(f"{part}{unit} on {kind.name}, mean over seeds", fontsize=9)
+        axes.set_xlabel(f"{part}{unit} on {kind.name},\nmean over seeds", fontsize=9)
         return finish(figure)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,9 +104,16 @@ class StatStore:
         Raises:
             ArtefactError: The disk is full or cannot be written.
         """
-        with atomic_directory(self._entry(recipe)) as fresh:
-            sha256 = write_tensors(fresh / "value.safetensors", {"value": value})
-            write_json(fresh / "recipe.json", {"recipe": recipe, "sha256": sha256})
+        entry = self._entry(recipe)
+        try:
+            with atomic_directory(entry) as fresh:
+                sha256 = write_tensors(fresh / "value.safetensors", {"value": value})
+                write_json(fresh / "recipe.json", {"recipe": recipe, "sha256": sha256})
+        except OSError as error:
+            # Another run stored the same content under the same key meanwhile: theirs is as good.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or self.get(recipe) is None:
+                raise
+            _log.info("statistics: %s was stored by another run meanwhile", entry)
 
     def _entry(self, recipe: Mapping[str, Any]) -> Path:
         key = content_key(recipe)
