@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from keeptune.adapter.export import check_base, merge
+from keeptune.adapter.export import SIDECAR, check_base, merge
 from keeptune.core.artefact import model_fingerprint, read_json
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.model.load import Dtype, load_model, load_tokenizer
@@ -34,8 +34,15 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype
     if chosen is None:
         raise RecipeError("--dtype", got=dtype, wanted=", ".join(get_args(Dtype)), next_step="Pick one.")
     name = base or _base_of(adapter)
-    check_base(adapter, model_fingerprint(load_model(name, dtype=chosen)))
+    check_base(adapter, model_fingerprint(load_model(name, dtype=_trained_in(adapter) or chosen)))
     return merge(adapter, output, load_base=lambda: load_model(name, dtype=chosen), tokenizer=load_tokenizer(name))
+
+
+def _trained_in(adapter: Path) -> Dtype | None:
+    """Tell the dtype that the base was loaded in; fingerprints differ between dtypes."""
+    sidecar = adapter / SIDECAR
+    dtype: Dtype | None = read_json(sidecar).get("provenance", {}).get("dtype") if sidecar.is_file() else None
+    return dtype
 
 
 def _base_of(adapter: Path) -> str:

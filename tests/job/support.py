@@ -120,7 +120,10 @@ class Said:
 
 
 def keeptune(*words: object, capsys: pytest.CaptureFixture[str]) -> Said:
-    """Run the command line in this process, with the error handling of the installed command."""
+    """Run the command line in this process, with the error handling of the installed command.
+
+    pytest has its own log handlers, so stderr holds errors only; stages' messages are in ``caplog``.
+    """
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["keeptune", *map(str, words)])

@@ -251,8 +251,10 @@ def full_disk(*_: object, **__: object) -> None:
 
 @pytest.mark.parametrize("stage", ["plan", "trained", "adapter", "evaluation", "report.html"])
 def test_a_disk_that_fills_up(
-    command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    command: Callable[..., Said], recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
+    given = recipe_values(train={"max_steps": 1})
+    given = {"train": given["train"], "evaluate": given["evaluate"][:1]}
     real = artefact.tempfile.mkstemp
 
     def mkstemp(*args: Any, **options: Any) -> tuple[int, str]:
@@ -264,12 +266,12 @@ def test_a_disk_that_fills_up(
         patch.setattr(artefact.tempfile, "mkstemp", mkstemp)
         if stage == "report.html":
             patch.setattr(Path, "write_text", full_for_pages(Path.write_text))
-        said = command()
+        said = command(**given)
     assert_told(said, "No space left on device")
     left = tmp_path / "out" / stage
     assert not left.is_dir() or not list(left.iterdir())
     assert not list((tmp_path / "out").glob(".*"))
-    assert command().code == 0
+    assert command(**given).code == 0
 
 
 def full_for_pages(real: Callable[..., int]) -> Callable[..., int]:

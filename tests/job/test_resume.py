@@ -241,6 +241,7 @@ def test_killed_in_a_stage_leaves_the_old_result_or_none(
 ) -> None:
     """Die when the last file of a stage is about to be written; then go on."""
     given = recipe_values(train=TRAIN | {"max_steps": 2})
+    given["evaluate"] = given["evaluate"][:1]
     output = tmp_path / "out"
     if before:
         run(recipe_of(given))
@@ -262,7 +263,7 @@ def test_killed_in_a_stage_leaves_the_old_result_or_none(
     here = {p: p.read_bytes() for p in (output / stage).rglob("*.json") if p.is_file()}
     assert here == {p: content for p, content in old.items() if p.suffix == ".json"}
     report = run(recipe_of(given))
-    assert [b["n"] for b in report["methods"][0]["benchmarks"]] == [3, 3, 3]
+    assert [b["n"] for b in report["methods"][0]["benchmarks"]] == [3]
     assert not list(output.glob(".*"))
 
 

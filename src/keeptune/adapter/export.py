@@ -187,6 +187,13 @@ def merge(
     """
     folder = Path(folder)
     _refuse_foreign(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ExportError(
+            f"merge to {folder}",
+            got="an adapter there",
+            wanted="a folder for a whole model",
+            next_step="Choose another.",
+        )
     wrapped = load_adapter(load_base(), Path(adapter))
     probe = random_probe(wrapped)
     wanted = _logits(wrapped, probe)
@@ -280,7 +287,7 @@ def check_base(adapter: Path | str, fingerprint: str) -> None:
             f"adapter {adapter}",
             got="a base whose weights are not the ones it was made for",
             wanted=f"{record['base']} (fingerprint {made_for[:12]}, not {fingerprint[:12]})",
-            next_step="Pass the base that the adapter was trained on.",
+            next_step="Pass the base that the adapter was trained on, in the dtype it was trained in.",
         )
 
 

@@ -173,8 +173,7 @@ def data_rows(groups: dict[str, list[Fact]], seed: int) -> dict[str, list[dict[s
     """The rows of every data file, by file name."""
     draws = random.Random(seed + 2)
     held = [
-        {"text": f.statement(HELD_WORDING), "relation": f.relation, "subject": f.subject}
-        for f in groups["statements"]
+        {"text": f.statement(HELD_WORDING), "relation": f.relation, "subject": f.subject} for f in groups["statements"]
     ]
     return {
         "facts.jsonl": [fact.row() for fact in groups["facts"]],

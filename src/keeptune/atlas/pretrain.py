@@ -158,9 +158,7 @@ class Reader:
 
         self._asked = encode([f"{f.prompt} {f.answer}" for f in self._facts])
         self._stated = [encode([f.statement(w) for w in range(3)]) for f in self._facts]
-        self._read = [
-            encode([f"{f.statement(w)}\n{f.prompt} {f.answer}" for w in range(3)]) for f in self._facts
-        ]
+        self._read = [encode([f"{f.statement(w)}\n{f.prompt} {f.answer}" for w in range(3)]) for f in self._facts]
 
     def _texts(self) -> list[list[int]]:
         texts = []

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors_bytes
 from safetensors.torch import save as save_safetensors_bytes
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from keeptune.core.errors import ArtefactError
 
@@ -128,7 +129,8 @@ def model_fingerprint(model: nn.Module) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    weights = {name: tensor_fingerprint(value) for name, value in model.state_dict().items()}
+    named = tqdm(model.state_dict().items(), desc="fingerprint", delay=2, disable=None, leave=False)
+    weights = {name: tensor_fingerprint(value) for name, value in named}
     config = getattr(model, "config", None)
     fields = {} if config is None else config.to_dict()
     used = {key: value for key, value in fields.items() if key not in _NOT_THE_FUNCTION and not key.startswith("_")}

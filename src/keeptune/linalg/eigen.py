@@ -33,7 +33,11 @@ def bottom_eigenvectors(C: Tensor, r: int) -> tuple[Tensor, Tensor]:
     if C.device.type != "cpu":
         values, U = torch.linalg.eigh(C.double())
         return values[:r], canonical_signs(U[:, :r])
-    found, vectors = scipy.linalg.eigh(C.double().numpy(), subset_by_index=(0, r - 1), driver="evr")
+    # A column-major copy that LAPACK may overwrite saves two copies of an n x n matrix.
+    matrix = C.to(torch.float64, copy=True).T.numpy()
+    found, vectors = scipy.linalg.eigh(
+        matrix, lower=False, subset_by_index=(0, r - 1), driver="evr", overwrite_a=True, check_finite=False
+    )
     return torch.from_numpy(found), canonical_signs(torch.from_numpy(vectors))
 
 

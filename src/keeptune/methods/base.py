@@ -11,11 +11,12 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from torch import Tensor
+from tqdm.auto import tqdm
 
 import keeptune.methods
 from keeptune.core.errors import PlanError, RecipeError, nearest
@@ -121,12 +122,14 @@ def make_plan(
     Raises:
         PlanError: An option does not fit a target, or no target is left.
     """
-    scores = {target: method.score(target, weight_of(target), stats_of(target)) for target in targets}
+    scores = {
+        target: method.score(target, weight_of(target), stats_of(target)) for target in _shown(targets, "plan: scores")
+    }
     decisions = method.allocate(scores)
+    chosen = [target for target in targets if decisions[target].rank > 0]
     built = [
         method.build(target, weight_of(target), stats_of(target), decisions[target])
-        for target in targets
-        if decisions[target].rank > 0
+        for target in _shown(chosen, "plan: factors")
     ]
     return Plan(
         method=method.name,
@@ -136,6 +139,10 @@ def make_plan(
         peft=method.peft(),
         provenance=dict(provenance or {}),
     )
+
+
+def _shown(targets: Sequence[Target], title: str) -> Iterable[Target]:
+    return tqdm(targets, desc=title, delay=2, disable=None, leave=False)
 
 
 def allot_rank(target: Target, rank: int, method: str) -> Decision:
