@@ -283,7 +283,7 @@ def full_for_pages(real: Callable[..., int]) -> Callable[..., int]:
     return write_text
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["full"])
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(
     command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -49,7 +49,7 @@ __all__ = [
 Format = Literal["portable", "peft", "merged"]
 SIDECAR = "keeptune.json"
 _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM accepts
-_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,18 +137,21 @@ def export(
     _refuse_foreign(Path(folder))
     probe = random_probe(model) if probe is None else probe
     wanted = _logits(model, probe)
-    bound = _BOUNDS[model.dtype] if max_gap is None else max_gap
     with atomic_directory(Path(folder)) as fresh:
         if format == "merged":
-            rank = _write_merged(model, plan, fresh, load_base)
-            again: Any = type(load_base()).from_pretrained(fresh, dtype=model.dtype, use_safetensors=True)
+            rank, merged = 0, load_base()
+            _write_merged(model, plan, fresh, merged)
+            dtype = merged.dtype
+            again: Any = type(merged).from_pretrained(fresh, dtype=dtype, use_safetensors=True)
         else:
             rank = _write_adapter(change_of(model, plan), plan, fresh, base, portable=format == "portable")
+            dtype = model.dtype
             again = PeftModel.from_pretrained(load_base(), str(fresh))
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         gap = float((_logits(again, probe) - wanted).abs().max())
         relative = gap / max(float(wanted.abs().max()), 1e-30)
+        bound = _BOUNDS[dtype] if max_gap is None else max_gap
         done = Exported(str(folder), format, rank, gap, relative, bound, _serve_line(format, rank, base, folder))
         if not relative <= bound:
             raise ExportError(
@@ -341,15 +344,13 @@ def _write_adapter(changes: Mapping[str, LowRank], plan: Plan, folder: Path, bas
     return rank
 
 
-def _write_merged(
-    model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, load_base: Callable[[], PreTrainedModel]
-) -> int:
+def _write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, fresh: PreTrainedModel) -> None:
+    """Write the whole model in the base's dtype, whatever it was trained in."""
     if plan.scope == "all":
-        assert isinstance(model, PreTrainedModel)
-        model.save_pretrained(folder)
-        return 0
+        fresh.load_state_dict(model.state_dict())
+        fresh.save_pretrained(folder)
+        return
     assert isinstance(model, PeftModel)
-    fresh = load_base()
     with torch.no_grad():
         for name, change in change_of(model, plan).items():
             weight = fresh.get_submodule(name).weight
@@ -358,7 +359,6 @@ def _write_merged(
             delta = delta.T if plan[name].target.transposed else delta
             weight.copy_((weight.float() + delta).to(weight.dtype))
     fresh.save_pretrained(folder)
-    return 0
 
 
 def _serve_line(format: Format, rank: int, base: str, folder: Path | str) -> str:

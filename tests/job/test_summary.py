@@ -1,0 +1,120 @@
+"""Joining runs into one report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.job.support import METHODS, MODEL, keeptune, recipe_of
+
+from keeptune.atlas import model_path
+from keeptune.core.artefact import read_json, write_json
+from keeptune.core.errors import ArtefactError, KeeptuneError
+from keeptune.run import plan_stage, run, start
+from keeptune.summary import write_report
+
+Values = Callable[..., dict[str, Any]]
+Finished = Callable[[str], Path]
+
+
+def test_runs_join_in_their_order(finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [finished(name) for name in ("lora", "full", "lora-null-v2")]
+    said = keeptune("report", *runs, "--output", tmp_path / "joint", capsys=capsys)
+    assert said.code == 0, said.err
+    report = json.loads((tmp_path / "joint" / "report.json").read_text(encoding="utf-8"))
+    assert [entry["name"] for entry in report["methods"]] == ["lora", "full", "lora-null-v2"]
+    assert report["base"] == str(MODEL)
+    assert (tmp_path / "joint" / "report.html").stat().st_size > 10_000
+    for entry, folder in zip(report["methods"], runs, strict=True):
+        alone = read_json(folder / "report.json")["methods"][0]
+        assert {k: v for k, v in entry.items() if k not in ("T", "KT")} == {
+            k: v for k, v in alone.items() if k not in ("T", "KT")
+        }
+
+
+def pretend(folder: Path, source: Path, *, right: int) -> Path:
+    """A copy of a run whose task benchmark has this many right answers after training."""
+    shutil.copytree(source, folder)
+    path = folder / "evaluation" / "sums.json"
+    record = read_json(path)
+    items = path.with_suffix(".items.jsonl")
+    rows = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"before": 0.0, "after": float(index < right)} for index, row in enumerate(rows)]
+    items.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    record["summary"] |= {"before": 0.0, "after": right / 3}
+    write_json(path, record)
+    return folder
+
+
+def test_learning_is_relative_to_full_fine_tuning(finished: Finished, tmp_path: Path) -> None:
+    lora = pretend(tmp_path / "lora", finished("lora"), right=1)
+    full = pretend(tmp_path / "full", finished("full"), right=2)
+    joint = write_report([lora, full], tmp_path / "joint")["methods"]
+    assert [entry["T"] for entry in joint] == pytest.approx([0.5, 1.0])
+    alone = write_report([lora], tmp_path / "alone", reference=full)["methods"]
+    assert alone[0]["T"] == pytest.approx(0.5)
+    assert alone[0]["KT"] == joint[0]["KT"]
+    assert write_report([lora], tmp_path / "alone")["methods"][0]["T"] is None
+
+
+def test_a_reference_in_the_recipe(recipe_values: Values, finished: Finished, tmp_path: Path) -> None:
+    full = pretend(tmp_path / "full", finished("full"), right=2)
+    report = run(recipe_of(recipe_values(reference=str(full))))
+    assert report["methods"][0]["T"] == 0
+
+
+def test_kept_reports_are_not_written_again(finished: Finished, tmp_path: Path) -> None:
+    first = write_report([finished("lora")], tmp_path)
+    stamp = (tmp_path / "report.json").stat().st_mtime_ns
+    assert write_report([finished("lora")], tmp_path, keep=True) == first
+    assert (tmp_path / "report.json").stat().st_mtime_ns == stamp
+    write_report([finished("lora-null-v1")], tmp_path, keep=True)
+    assert (tmp_path / "report.json").stat().st_mtime_ns != stamp
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "stage"),
+    [
+        ("trained/train.json", "plan", "train"),
+        ("adapter/export.json", "train", "export"),
+        ("evaluation/sums.json", "weights", "evaluate"),
+        ("evaluation/sums.json", "benchmark", "evaluate"),
+    ],
+)
+def test_stages_of_different_recipes_do_not_mix(
+    finished: Finished, tmp_path: Path, path: str, key: str, stage: str
+) -> None:
+    folder = Path(shutil.copytree(finished("lora"), tmp_path / "run"))
+    write_json(folder / path, read_json(folder / path) | {key: "of another recipe"})
+    with pytest.raises(ArtefactError, match=f"keeptune {stage}"):
+        write_report([folder], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_files_that_are_gone(finished: Finished, tmp_path: Path) -> None:
+    for path in ("recipe.json", "evaluation/sums.json", "evaluation/sums.items.jsonl", "plan/plan.json"):
+        folder = Path(shutil.copytree(finished("lora"), tmp_path / path.replace("/", "-")))
+        (folder / path).unlink()
+        with pytest.raises(KeeptuneError):
+            write_report([folder], tmp_path / "report")
+    with pytest.raises(KeeptuneError, match="nowhere"):
+        write_report([tmp_path / "nowhere"], tmp_path / "report")
+
+
+def test_a_plan_changed_after_training(recipe_values: Values, finished: Finished, tmp_path: Path) -> None:
+    """``keeptune plan`` with another rank leaves the run's adapter, which the new plan no longer describes."""
+    shutil.copytree(finished("lora"), tmp_path / "out")
+    plan_stage(start(recipe_of(recipe_values(method=METHODS["lora"] | {"rank": 2}))))
+    with pytest.raises(ArtefactError, match="another recipe"):
+        write_report([tmp_path / "out"], tmp_path / "out")
+
+
+def test_runs_on_different_bases_do_not_join(recipe_values: Values, finished: Finished, tmp_path: Path) -> None:
+    other = run(recipe_of(recipe_values(model=str(model_path()), evaluate=[])))
+    assert other["base"] == str(model_path())
+    with pytest.raises(ArtefactError, match="2 different bases"):
+        write_report([finished("lora"), tmp_path / "out"], tmp_path / "joint")
