@@ -257,7 +257,7 @@ def load_trained(job: Job, plan: Plan, sha256: str | None) -> PreTrainedModel | 
     """
     folder = job.output / "trained"
     if plan.scope == "all":
-        return load_model(str(folder / "model"), dtype=job.recipe.dtype, device=job.device)
+        return load_model(str(folder / "model"), dtype="float32", device=job.device)
     assert sha256 is not None
     flat = read_tensors(folder / "factors.safetensors", sha256)
     tuned = install(job.base(), plan, anchor=job.recipe.anchor)

@@ -393,3 +393,23 @@ def test_merge_refuses_a_folder_without_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="adapter"):
         merge(tmp_path / "absent", tmp_path / "merged", load_base=other_base)
     assert names_in(tmp_path) == []
+
+
+def test_full_tuning_of_a_16_bit_base_trains_in_float32_and_is_written_in_the_bases_dtype(tmp_path: Path) -> None:
+    saved = save(MODELS["llama"](dtype=torch.bfloat16), tmp_path / "base")
+    base = str(saved.folder)
+    tuned = install(load_model(base), Plan("full", {}, (), scope="all"))
+    assert tuned.dtype == torch.float32
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.mul_(1 + 2**-12)  # a step that bfloat16 would round away
+    done = export(
+        tuned,
+        Plan("full", {}, (), scope="all"),
+        tmp_path / "merged",
+        base=base,
+        load_base=lambda: load_model(base),
+        format="merged",
+    )
+    assert load_model(str(tmp_path / "merged")).dtype == torch.bfloat16
+    assert 0 < done.relative_gap <= done.bound == 1e-1

@@ -46,7 +46,8 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
     """
     _check_fits(model, plan)
     if plan.scope == "all":
-        return model.requires_grad_(True)
+        # Small updates to 16-bit weights round away; adapters are trained in float32, so the reference is too.
+        return model.to(torch.float32).requires_grad_(True)
     kind = resolve(anchor, model.dtype)
     anchored = {t.target.name: t for t in plan.targets if t.anchored}
     # get_peft_model draws factors that are overwritten below; the caller's random state is left alone.
