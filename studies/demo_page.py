@@ -1,6 +1,6 @@
 """docs/demo.md and docs/tradeoff.png from a demo of three seeds.
 
-Run it: `make study`, or `keeptune demo --seeds 3 --output runs/demo3` and then `python studies/demo_page.py runs/demo3`.
+Run it: `make study`; or `keeptune demo --seeds 3 --output runs/demo3`, then `python studies/demo_page.py runs/demo3`.
 """
 
 from __future__ import annotations
