@@ -68,7 +68,7 @@ def plan(
     """Print ranks, trained parameters and start error, without training."""
     from keeptune.adapter.install import start_errors
     from keeptune.core.plan import Plan
-    from keeptune.report.tables import print_plan
+    from keeptune.report.stages import print_plan
     from keeptune.run import plan_stage
 
     job = _job(recipe, context)
@@ -110,7 +110,7 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="Any PEFT adapter for the same base.")] = None,
 ) -> None:
     """Score the exported adapter and the base on the same items."""
-    from keeptune.report.tables import print_scores
+    from keeptune.report.stages import print_scores
     from keeptune.scoring import evaluate_stage
 
     print_scores(evaluate_stage(_job(recipe, context), adapter), Console())

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from keeptune.report.stages import print_plan, print_scores
 from keeptune.report.tables import (
     comparison_columns,
     comparison_rows,
     markdown_comparison,
     print_comparison,
-    print_plan,
 )
 
 
@@ -107,3 +107,14 @@ def test_plan_table() -> None:
     assert "2 targets, 3,000 trained parameters (3.00 k)" in text
     print_plan([], console)
     assert "The plan is empty." in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_scores_are_printed_with_their_interval() -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    item = {"name": "facts", "role": "knowledge", "metric": "exact_match", "n": 360}
+    print_scores([item | {"before": 0.994, "after": 0.852, "interval": [-0.18, -0.108]}], console)
+    text = console.export_text()
+    assert "facts" in text and "0.994" in text and "0.852" in text
+    assert "[-0.180, -0.108]" in text
+    print_scores([], console)
+    assert "no benchmarks" in console.export_text()

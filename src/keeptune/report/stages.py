@@ -1,0 +1,78 @@
+"""Tables of single stages for the terminal: a plan, and scores before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from keeptune.report.wording import count, gap, number
+
+__all__ = ["print_plan", "print_scores", "table_frame"]
+
+
+def print_plan(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print a plan: layer, role, rank, trained parameters and start error of every target.
+
+    Args:
+        rows: Mappings with any of `layer`, `role`, `rank`, `trained_parameters`, `start_error`.
+        console: Where to print.
+    """
+    table = table_frame()
+    writers: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "layer": ("layer", lambda value: "–" if value is None else str(value)),
+        "role": ("role", lambda value: "–" if value is None else str(value)),
+        "rank": ("rank", lambda value: "–" if value is None else str(value)),
+        "trained_parameters": ("trained params", lambda value: "–" if value is None else f"{value:,}"),
+        "start_error": ("start error", gap),
+    }
+    shown = [key for key in writers if any(row.get(key) is not None for row in rows)]
+    for key in shown:
+        table.add_column(writers[key][0], justify="left" if key == "role" else "right")
+    for index, row in enumerate(rows):
+        last = index + 1 == len(rows) or rows[index + 1].get("layer") != row.get("layer")
+        cells = [Text(writers[key][1](row.get(key))) for key in shown]
+        table.add_row(*cells, end_section=last)
+    if not shown:
+        console.print("The plan is empty.")
+        return
+    console.print(table)
+    total = sum(row.get("trained_parameters") or 0 for row in rows)
+    ending = f", {total:,} trained parameters ({count(total)})" if total else ""
+    console.print(Text(f"{len(rows)} targets{ending}"))
+
+
+def print_scores(summaries: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print benchmark scores before and after, with the interval of the change.
+
+    Args:
+        summaries: Mappings with `name`, `role`, `metric`, `n`, `before`, `after`, `interval`.
+        console: Where to print.
+    """
+    table = table_frame()
+    for head in ("benchmark", "role", "metric"):
+        table.add_column(head)
+    for head in ("items", "before", "after", "95% interval of the change"):
+        table.add_column(head, justify="right")
+    for item in summaries:
+        low, high = item["interval"]
+        table.add_row(
+            *(str(item[key]) for key in ("name", "role", "metric", "n")),
+            *(number(item[key]) for key in ("before", "after")),
+            f"[{low:+.3f}, {high:+.3f}]".replace("[", r"\["),
+        )
+    console.print(table if summaries else "The recipe lists no benchmarks under `evaluate`.")
+
+
+def table_frame() -> Table:
+    """Make an empty table in the house style.
+
+    Returns:
+        The table.
+    """
+    tight = (0, 1, 0, 0)
+    return Table(box=box.SIMPLE_HEAD, padding=tight, show_edge=False, pad_edge=False, header_style="bold")
