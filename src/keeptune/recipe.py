@@ -16,6 +16,7 @@ from keeptune.adapter.anchor import Anchor
 from keeptune.adapter.export import Format
 from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError, nearest
+from keeptune.data import hub
 from keeptune.evaluate.tasks import Benchmark
 from keeptune.methods.base import method_named, methods
 from keeptune.model.load import Dtype
@@ -60,7 +61,7 @@ class Recipe(_Section):
     """A whole job.
 
     Files are looked for from the current directory, then from the recipe's folder. ``atlas`` names the
-    embedded model, ``atlas:facts.jsonl`` one of its files.
+    embedded model, ``atlas:facts.jsonl`` one of its files, ``hf://datasets/org/name/file.jsonl`` one on the hub.
     """
 
     model: str
@@ -293,6 +294,8 @@ def _resolve(name: str, folder: Path) -> str:
             return str(atlas.data_path(name.removeprefix("atlas:")))
         except FileNotFoundError as error:
             raise RecipeError(name, got=str(error), wanted="a file of atlas", next_step="Pick one of them.") from error
+    if name.startswith(hub.PREFIX):
+        return str(hub.fetch(name))
     path = Path(name).expanduser()
     beside = folder / path
     return str((beside if not path.exists() and beside.exists() else path).absolute())

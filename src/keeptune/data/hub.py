@@ -1,0 +1,49 @@
+"""Data files on the Hugging Face hub: ``hf://datasets/org/name[@revision]/path/file.jsonl``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from keeptune.core.errors import DataError
+
+__all__ = ["PREFIX", "fetch"]
+
+PREFIX = "hf://"
+_NAME = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
+
+
+def fetch(name: str) -> Path:
+    """Download a data file into the hub's cache, or find it there.
+
+    Args:
+        name: ``hf://datasets/org/name/file.jsonl``, with ``@revision`` after the name if one is wanted.
+
+    Returns:
+        The local file.
+
+    Raises:
+        DataError: The name has another form, or the hub does not give the file.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise DataError(
+            name,
+            got="a hub name of another form",
+            wanted="hf://datasets/org/name/file.jsonl",
+            next_step="Name one file of a dataset repository.",
+        )
+    try:
+        found = hf_hub_download(match["repo"], match["file"], repo_type="dataset", revision=match["revision"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise DataError(
+            name,
+            got=f"{type(error).__name__}: {first}",
+            wanted="a file that the hub gives",
+            next_step="Check the name, the network and your access (`hf auth login`).",
+        ) from error
+    return Path(found)
