@@ -120,7 +120,7 @@ def _relation_figure(report: Report, kind: Series, losses: dict[str, tuple[int, 
                 tick.set(ha="left", rotation_mode="anchor")
         unit = "nats/token lost" if kind.lower_is_better else "points lost"
         part = f"{len(shown)} most forgotten of {len(losses)} relations; " if len(shown) < len(losses) else ""
-        axes.set_xlabel(f"{part}{unit} on {kind.name},\nmean over seeds", fontsize=9)
+        axes.set_xlabel(f"{part}{unit} on {kind.name},\nmean over seeds", fontsize=9, loc="right")
         return finish(figure)
 
 
@@ -307,7 +307,9 @@ def _spectrum_panel(axes: Axes, rows: Sequence[PlanRow], evidence: str, shades: 
         shown = numpy.where(values[places] > 0, values[places], math.nan)
         axes.plot(places, shown, color=shades(depth(row.layer or 0)), lw=1.1, alpha=0.9)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(numticks=5))
+    low, high = axes.get_ylim()
+    steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)  # a panel of less than two decades needs more ticks
+    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=5))
     axes.yaxis.set_minor_locator(NullLocator())
     # The usual log labels are mathematics, which the theme turns off.
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
