@@ -24,11 +24,11 @@ RATES = {
     "lora-null-v1": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     "lora-null-v2": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
 }
-LOOKS = {
-    "full": ("#0072b2", "o"),
-    "lora": ("#d55e00", "s"),
-    "lora-null-v1": ("#009e73", "^"),
-    "lora-null-v2": ("#cc79a7", "D"),
+LOOKS: dict[str, tuple[str, str, tuple[int, int], str]] = {  # colour, marker, where the rate is written
+    "full": ("#0072b2", "o", (7, 4), "left"),
+    "lora": ("#d55e00", "s", (-7, -11), "right"),
+    "lora-null-v1": ("#009e73", "^", (6, 3), "left"),
+    "lora-null-v2": ("#a0408a", "D", (-6, -13), "right"),
 }
 Point = dict[str, Any]
 
@@ -88,7 +88,7 @@ def picture(found: dict[str, list[Point]]) -> Figure:
     figure = Figure(figsize=(7.4, 4.6), layout="constrained")
     axes = figure.subplots()
     for name, points in found.items():
-        colour, marker = LOOKS[name]
+        colour, marker, offset, side = LOOKS[name]
         x = [p["topics"] for p in points]
         y = [100 * p["facts"] / p["before"] for p in points]
         bars = [[100 * (p["facts"] - p["before"] - p["low"]) / p["before"] for p in points]]
@@ -97,7 +97,9 @@ def picture(found: dict[str, list[Point]]) -> Figure:
             x, y, yerr=bars, color=colour, marker=marker, markersize=7, linewidth=1.6, elinewidth=0.8, label=name
         )
         for p, at_x, at_y in zip(points, x, y, strict=True):
-            axes.annotate(f"{p['rate']:g}", (at_x, at_y), (5, 5), textcoords="offset points", fontsize=7, color=colour)
+            rate = f"{p['rate']:.1e}".replace(".0e", "e").replace("e-0", "e-")
+            style = {"textcoords": "offset points", "fontsize": 7, "color": colour, "ha": side}
+            axes.annotate(rate, (at_x, at_y), offset, **style)
     axes.axhline(100, color="#999999", linewidth=0.8, linestyle="--")
     axes.set(xlabel="learned: topics (accuracy after training)", ylabel="kept: facts (% of the base)", ylim=(0, 105))
     axes.grid(color="#e6e6e6", linewidth=0.6)

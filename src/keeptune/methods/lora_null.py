@@ -55,9 +55,9 @@ def null_factors(W: Tensor, U: Tensor) -> tuple[LowRank, Tensor]:
     Returns:
         The factors, float32, and the singular values ``(r,)``, descending.
     """
-    P, S, Vh = projected_svd(W, U)
+    P, S, Vh = projected_svd(W, U.float())  # float32 as W is; only the search for U needs float64
     root = S.sqrt()
-    return LowRank(B=(P * root).float(), A=(root[:, None] * Vh).float()), S.float()
+    return LowRank(B=P * root, A=root[:, None] * Vh), S
 
 
 def released_null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
