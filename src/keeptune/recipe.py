@@ -209,6 +209,8 @@ def make_method(options: Mapping[str, Any], *, seed: int) -> Any:
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """Read ``--key value`` pairs from the command line; values are YAML.
 
+    A switch of the recipe (``low_memory``) may stand alone, and dashes may stand for underscores.
+
     Args:
         words: ``["--train.learning_rate", "1e-3", "--targets", "[q_proj]"]`` or ``--key=value``.
 
@@ -223,6 +225,10 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     while rest:
         word = rest.pop(0)
         key, equals, text = word.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if word.startswith("--") and key in _SWITCHES and not equals and not (rest and _is_value(rest[0])):
+            found[key] = True
+            continue
         if not word.startswith("--") or not key or not (equals or rest):
             raise RecipeError(
                 "command line",
@@ -237,6 +243,13 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
                 f"command line --{key}", got=" ".join(str(error).split()), wanted="a YAML value", next_step="Quote it."
             ) from error
     return found
+
+
+_SWITCHES = frozenset(name for name, field in Recipe.model_fields.items() if field.annotation is bool)
+
+
+def _is_value(word: str) -> bool:
+    return not word.startswith("--")
 
 
 def _override(text: str) -> Any:

@@ -317,3 +317,16 @@ def test_overrides_of_parts_that_are_not_there(example: Path, key: str) -> None:
 def test_data_errors_keep_their_kind(recipe_values: Values) -> None:
     with pytest.raises(DataError, match=r"knowledge\.file"):
         Job(recipe_of(recipe_values(knowledge={"file": "nowhere.jsonl"}))).check()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--low-memory"], {"low_memory": True}),
+        (["--low-memory", "--method.rank", "4"], {"low_memory": True, "method.rank": 4}),
+        (["--low_memory", "false"], {"low_memory": False}),
+        (["--trust-remote-code=true"], {"trust_remote_code": True}),
+    ],
+)
+def test_a_switch_may_stand_alone_and_dashes_are_underscores(words: list[str], found: dict[str, object]) -> None:
+    assert parse_overrides(words) == found
