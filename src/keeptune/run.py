@@ -89,10 +89,16 @@ def start(recipe: Recipe) -> Job:
         for left in job.output.glob(f".{stage}.*"):
             _log.info("%s: left over by a killed run, removed", left)
             shutil.rmtree(left, ignore_errors=True)
-    record = recipe.written()
-    if not _holds(job.output / "recipe.json", record):
-        write_json(job.output / "recipe.json", record)
+    if job.output.is_dir():
+        _record(job)
     return job
+
+
+def _record(job: Job) -> None:
+    """Keep the recipe in the run folder; a new folder gets it with its first result, so that an error leaves none."""
+    written = job.recipe.written()
+    if not _holds(job.output / "recipe.json", written):
+        write_json(job.output / "recipe.json", written)
 
 
 def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
@@ -146,6 +152,7 @@ def plan_stage(job: Job) -> Plan:
         provenance=job.plan_inputs | {"key": job.plan_key, "seed": job.seed},
     )
     plan.save(folder)
+    _record(job)
     write_json(folder / "seconds.json", {"plan": time.perf_counter() - started})
     return plan
 

@@ -123,14 +123,14 @@ def test_data_that_overlap(command: Callable[..., Said], tmp_path: Path, data: P
 def test_ranks_that_no_target_allows(command: Callable[..., Said], tmp_path: Path, rank: int) -> None:
     said = command(method={"name": "lora", "rank": rank})
     assert_told(said, "q_proj", f"rank {rank}", "1 to 64", "method.rank")
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"recipe.json"}
+    assert_nothing_written(tmp_path)
 
 
 def test_unknown_roles(command: Callable[..., Said], tmp_path: Path) -> None:
     said = command(targets=["q_prj"])
     assert_told(said, "q_prj", '"q_proj"', "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
     assert_told(command(targets=[]), "targets")
-    assert not (tmp_path / "out" / "plan").exists()
+    assert_nothing_written(tmp_path)
 
 
 def test_a_method_that_needs_knowledge(

@@ -33,7 +33,7 @@ def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
             f"{where} {path}",
             got="no such file",
             wanted="a JSONL file, one object a line",
-            next_step="Check the path; relative paths are taken from the recipe's folder.",
+            next_step="Check the path; relative paths start at the current directory, then at the recipe's folder.",
         )
     rows: list[Row] = []
     with path.open("rb") as file:

@@ -160,7 +160,7 @@ def _check_folder(name: str, allow_pickle: bool) -> None:
                 f"model {name}",
                 got="no such folder",
                 wanted="a model folder or a hub id such as org/name",
-                next_step="Check the path; relative paths are taken from the recipe's folder.",
+                next_step="Check the path; relative paths start at the current directory, then at the recipe's folder.",
             )
         return
     if not (folder / "config.json").is_file():
