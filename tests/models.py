@@ -303,3 +303,10 @@ def names_in(folder: Path) -> list[str]:
 def full_disk(*_: Any, **__: Any) -> None:
     """Stand in for any call that writes."""
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class GivenStats(dict[Any, Tensor]):
+    """Statistics at hand, with the interface of a StatsView."""
+
+    def derive(self, request: Any, function: Callable[..., Any], *options: Any) -> Any:
+        return function(self[request], *options)

@@ -10,13 +10,16 @@ import pytest
 import torch
 from tests.contract.conftest import ADAPTERS, CASES, WHOLE, World
 from tests.models import Bench, RepaddingRunner, mask_forgotten, padded_left, relative
+from torch import Tensor
 
 from keeptune.core.artefact import model_fingerprint
 from keeptune.core.errors import ArtefactError, PlanError, StatisticsError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
+from keeptune.linalg.eigen import bottom_eigenvectors
 from keeptune.methods.base import make_plan, methods
+from keeptune.methods.lora_null import LoraNull
 from keeptune.model.runner import ResidentRunner
 from keeptune.stats.collect import StatsView
 from keeptune.stats.covariance import InputCovariance, ReleasedCovariance
@@ -242,3 +245,17 @@ def test_other_knowledge_gives_another_plan(case: str, world: World, plan_of: Pl
 def test_a_method_of_every_weight_plans_no_adapter(case: str, plan_of: PlanOf) -> None:
     made = plan_of(case)
     assert (made.scope, made.targets, made.summary()) == ("all", (), [])
+
+
+def test_targets_of_one_input_group_share_one_eigenproblem(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, method = world.bench(), LoraNull(rank=4)
+    statistics, solved = bench.collect(method), []
+
+    def counted(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        solved.append(r)
+        return bottom_eigenvectors(omega, r)
+
+    monkeypatch.setattr("keeptune.methods.lora_null.bottom_eigenvectors", counted)
+    targets = bench.targets()
+    make_plan(method, targets, lambda target: read_weight(bench.model, target), statistics.view)
+    assert len(solved) == len({target.input_group for target in targets})

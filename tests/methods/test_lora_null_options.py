@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models import GivenStats
 from torch import Tensor
 
 from keeptune.core.plan import Decision
@@ -24,7 +25,7 @@ def built(weight: Tensor | None = None, **options: Any) -> Any:
     method = LoraNull(**{"rank": 3} | options)
     (request,) = method.requests(TARGET)
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)) if weight is None else weight
-    return method.build(TARGET, weight, {request: omega()}, Decision(3))  # type: ignore[arg-type]
+    return method.build(TARGET, weight, GivenStats({request: omega()}), Decision(3))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("variant", "trained"), [("v1", {"A", "B"}), ("v2", {"B"})])

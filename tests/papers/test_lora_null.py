@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tests.models import MODELS, Bench, calibration, relative, train_steps
+from tests.models import MODELS, Bench, GivenStats, calibration, relative, train_steps
 from tests.reference.lora_null_reference import factors, leakage, null_basis
 from tests.reference.statistics_reference import stacked_inputs
 from torch import Tensor
@@ -50,10 +49,10 @@ def weight() -> Tensor:
     return normal(M, N_IN, seed=9).float()
 
 
-def statistics(X: Tensor, *, batch: int = 64) -> dict[Any, Tensor]:
+def statistics(X: Tensor, *, batch: int = 64) -> GivenStats:
     """Both covariances, by the library's accumulators."""
     rows = X.T.float()
-    found = {}
+    found = GivenStats()
     for request in (InputCovariance("knowledge"), ReleasedCovariance("knowledge")):
         total = request.accumulator(TARGET, torch.device("cpu"))
         for part in rows.split(batch):

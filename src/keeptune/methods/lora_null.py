@@ -38,7 +38,7 @@ from keeptune.stats.collect import StatsView
 from keeptune.stats.covariance import InputCovariance, ReleasedCovariance
 from keeptune.stats.request import Request
 
-__all__ = ["LoraNull", "null_factors", "released_null_space"]
+__all__ = ["LoraNull", "null_factors", "null_space", "released_null_space"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,24 @@ def null_factors(W: Tensor, U: Tensor) -> tuple[LowRank, Tensor]:
     return LowRank(B=P * root, A=root[:, None] * Vh), S
 
 
+def null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Find U_null (eqs. 7-9).
+
+    Args:
+        omega: ``(n, n)``.
+        r: How many directions.
+
+    Returns:
+        Their variances relative to the mean one ``(r,)``, ascending, and the directions ``(n, r)``, float64.
+    """
+    values, U = bottom_eigenvectors(omega, r)
+    return _relative(values, omega), U
+
+
+def _relative(values: Tensor, omega: Tensor) -> Tensor:
+    return (values.clamp_min(0) / omega.double().diagonal().mean().clamp_min(1e-300)).float()
+
+
 def released_null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Take the last r left singular vectors of a float32 SVD, as the released code does.
 
@@ -70,10 +88,10 @@ def released_null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
         r: How many.
 
     Returns:
-        The singular values ``(r,)``, descending, and the vectors ``(n, r)``.
+        The singular values relative to the mean variance ``(r,)``, descending, and the vectors ``(n, r)``.
     """
     U, S, _ = torch.linalg.svd(omega)
-    return S[-r:], U[:, -r:].contiguous()
+    return _relative(S[-r:], omega), U[:, -r:].contiguous()
 
 
 @dataclass(frozen=True)
@@ -128,13 +146,10 @@ class LoraNull:
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Find the null space and split the part of W that reads it (eqs. 7-12)."""
-        omega = stats[self._request]
-        if self.covariance == "exact":
-            values, U = bottom_eigenvectors(omega, decision.rank)
-            init, S = null_factors(weight, U)
-        else:
-            values, U = released_null_space(omega, decision.rank)
-            init, S = null_factors(weight, U)
+        search = null_space if self.covariance == "exact" else released_null_space
+        variance, U = stats.derive(self._request, search, decision.rank)
+        init, S = null_factors(weight, U)
+        if self.covariance == "released":
             init = init.to(torch.float16).to(torch.float32)
         if S[-1] <= 1e-6 * S[0]:
             # A's last rows are zero there; v2 could never use them.
@@ -147,10 +162,7 @@ class LoraNull:
             init=init,
             scale=1.0,
             trainable=trainable,
-            evidence={
-                "null_variance": (values.clamp_min(0) / omega.double().diagonal().mean().clamp_min(1e-300)).float(),
-                "singular_values": S,
-            },
+            evidence={"null_variance": variance.clone(), "singular_values": S},  # safetensors shares no memory
         )
 
     def peft(self) -> Mapping[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError
 from keeptune.core.target import Target
 from keeptune.data.calibration import Batch, Calibration
@@ -19,6 +21,7 @@ from keeptune.stats.store import Source, StatStore, entry_recipe
 __all__ = ["Statistics", "StatsView", "collect"]
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +33,14 @@ class StatsView:
         requests: What it asked for.
         store: Where the values are; they are read one at a time.
         sources: Model and data, per data role.
+        memo: The last result of :meth:`derive`, shared by the views of one collection.
     """
 
     target: Target
     requests: frozenset[Request]
     store: StatStore
     sources: Mapping[DataRole, Source]
+    memo: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, request: Request) -> Tensor:
         """Read one statistic from the store.
@@ -66,6 +71,31 @@ class StatsView:
             )
         return value
 
+    def derive(self, request: Request, function: Callable[..., T], *options: Any) -> T:
+        """Compute something from a statistic once for all targets that share it, such as q, k and v.
+
+        Only the last result is kept: targets of one input group follow each other.
+
+        Args:
+            request: One of the requests.
+            function: A pure function of the statistic and the options.
+            *options: Plain values.
+
+        Returns:
+            ``function(self[request], *options)``.
+
+        Raises:
+            StatisticsError: The statistic was not requested, or the store lost it.
+        """
+        entry = entry_recipe(request, self.target, self.sources[request.data])
+        key = content_key([entry, function.__module__, function.__qualname__, options])
+        if key not in self.memo or request not in self.requests:
+            value = function(self[request], *options)
+            self.memo.clear()
+            self.memo[key] = value
+        found: T = self.memo[key]
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
@@ -80,6 +110,7 @@ class Statistics:
     store: StatStore
     sources: Mapping[DataRole, Source]
     requests: Mapping[str, frozenset[Request]]
+    memo: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def view(self, target: Target) -> StatsView:
         """Give one target's statistics.
@@ -90,7 +121,7 @@ class Statistics:
         Returns:
             A view on what it asked for.
         """
-        return StatsView(target, self.requests[target.name], self.store, self.sources)
+        return StatsView(target, self.requests[target.name], self.store, self.sources, self.memo)
 
 
 def collect(
