@@ -7,8 +7,7 @@ from scipy.linalg import subspace_angles
 from timing import compare
 from torch import Tensor
 
-from keeptune.linalg.eigen import bottom_eigenvectors
-from keeptune.methods.lora_null import null_factors
+from keeptune.methods.lora_null import null_factors, null_space
 
 N, R = 1024, 64
 
@@ -30,7 +29,7 @@ def rows() -> list[dict[str, str]]:
     weights = [torch.randn(N, N, generator=generator) for _ in range(3)]
 
     def ours(count: int) -> list[Tensor]:
-        U = bottom_eigenvectors(omega, R)[1]
+        U = null_space(omega, R)[1]
         return [null_factors(W, U)[0].A for W in weights[:count]]
 
     def plain(count: int) -> list[Tensor]:
