@@ -14,9 +14,8 @@ import torch
 import keeptune.atlas as atlas
 from keeptune.atlas import data_path, model_path
 from keeptune.atlas.facts import choose_facts, divide, read_facts
-from keeptune.atlas.measure import fact_pairs, read_rows, task_pairs
 from keeptune.atlas.pretrain import Settings, build
-from keeptune.atlas.score import exact_match, greedy_answers
+from keeptune.atlas.score import exact_match, fact_pairs, greedy_answers, read_rows, task_pairs
 from keeptune.atlas.wordings import WORDINGS, article, statement
 
 NAMES = ["calibration.jsonl", "facts.jsonl", "statements.jsonl", "topics.test.jsonl", "topics.train.jsonl"]

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from keeptune.atlas.wordings import QUESTION_FORM, TOPIC_FORM
+
+Pairs = list[tuple[str, str]]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def fact_pairs(path: Path) -> Pairs:
+    """(prompt, answer) pairs of a file of questions."""
+    return [(QUESTION_FORM.format(question=row["question"]), row["answer"]) for row in read_rows(path)]
+
+
+def task_pairs(path: Path) -> Pairs:
+    """(prompt, answer) pairs of a file of the topic task."""
+    return [(TOPIC_FORM.format(text=row["text"]), row["topic"]) for row in read_rows(path)]
 
 
 def greedy_answers(
