@@ -26,6 +26,7 @@ from keeptune.adapter.install import install, restore_factors, trained_factors
 from keeptune.core.artefact import (
     atomic_directory,
     content_key,
+    has_key,
     read_json,
     read_tensors,
     write_json,
@@ -166,7 +167,7 @@ def train_stage(job: Job, plan: Plan) -> None:
     """
     key = train_key(job, plan)
     folder = job.output / "trained"
-    if _has_key(folder / "train.json", key):
+    if has_key(folder / "train.json", key):
         _log.info("train: taken from %s", folder)
         return
     started = time.perf_counter()
@@ -229,7 +230,7 @@ def export_stage(job: Job, plan: Plan) -> Exported:
         )
     folder = adapter_folder(job, plan)
     key = content_key([record["key"], job.recipe.export.model_dump()])
-    if _has_key(folder / "export.json", key):
+    if has_key(folder / "export.json", key):
         _log.info("export: taken from %s", folder)
         if find_result(job.output) != folder:
             (folder / "export.json").touch()  # the newer of `adapter` and `merged` is the run's result
@@ -305,11 +306,4 @@ def _holds(path: Path, value: Any) -> bool:
     try:
         return bool(read_json(path) == value)
     except ArtefactError:
-        return False
-
-
-def _has_key(path: Path, key: str) -> bool:
-    try:
-        return bool(read_json(path)["key"] == key)
-    except (ArtefactError, KeyError, TypeError):
         return False

@@ -11,11 +11,12 @@ from keeptune.adapter.export import check_base, load_adapter
 from keeptune.core.artefact import (
     content_key,
     file_fingerprint,
+    has_key,
     read_json,
     write_bytes,
     write_json,
 )
-from keeptune.core.errors import ArtefactError, ModelError
+from keeptune.core.errors import ModelError
 from keeptune.evaluate.harness import evaluate
 from keeptune.evaluate.pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.job import Job
@@ -46,14 +47,15 @@ def evaluate_stage(job: Job, adapter: Path | None = None) -> list[dict[str, Any]
         data = file_fingerprint([Path(benchmark.file)])
         key = content_key([benchmark, data, weights, job.base_fingerprint, job.seed])
         target = results / f"{benchmark.name}.json"
-        if _done(target, key):
+        items = target.with_suffix(".items.jsonl")
+        if has_key(target, key) and items.is_file():
             _log.info("evaluate: %s taken from %s", benchmark.name, target)
             summaries.append(read_json(target)["summary"])
             continue
         pair = pair or load_pair(job, folder)
         started = time.perf_counter()
         result = evaluate(pair, job.tokenizer, benchmark, Path(), seed=job.seed)
-        write_bytes(target.with_suffix(".items.jsonl"), result.to_jsonl().encode())
+        write_bytes(items, result.to_jsonl().encode())
         seconds = time.perf_counter() - started
         record = {
             "key": key,
@@ -128,10 +130,3 @@ def result_fingerprint(folder: Path) -> str:
             next_step="Check the path.",
         )
     return file_fingerprint(weights)
-
-
-def _done(path: Path, key: str) -> bool:
-    try:
-        return bool(read_json(path)["key"] == key) and path.with_suffix(".items.jsonl").is_file()
-    except (ArtefactError, KeyError, TypeError):
-        return False

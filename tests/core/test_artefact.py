@@ -21,6 +21,7 @@ from keeptune.core.artefact import (
     content_key,
     explain_full_disk,
     file_fingerprint,
+    has_key,
     model_fingerprint,
     read_json,
     read_tensors,
@@ -293,3 +294,14 @@ def test_model_fingerprint_changes_with_the_config_that_changes_the_function() -
     assert model_fingerprint(model) == start
     model.config.rms_norm_eps *= 10
     assert model_fingerprint(model) != start
+
+
+def test_has_key_holds_only_for_a_whole_record_of_that_key(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    assert not has_key(path, "a")
+    write_json(path, {"key": "a"})
+    assert has_key(path, "a")
+    assert not has_key(path, "b")
+    for damaged in ('{"other": 1}', "[1]", '{"key": "a"'):
+        path.write_text(damaged, encoding="utf-8")
+        assert not has_key(path, "a")

@@ -29,6 +29,7 @@ __all__ = [
     "content_key",
     "explain_full_disk",
     "file_fingerprint",
+    "has_key",
     "model_fingerprint",
     "read_json",
     "read_tensors",
@@ -260,6 +261,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     data = save_safetensors_bytes(ready, metadata=dict(metadata) if metadata else None)
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
+
+
+def has_key(path: Path, key: str) -> bool:
+    """Tell whether a stage's record is there and was made from the same things.
+
+    Args:
+        path: JSON that keeptune wrote, with a ``key``.
+        key: The key wanted.
+
+    Returns:
+        False when it is missing, damaged or of another key.
+    """
+    try:
+        return bool(read_json(path)["key"] == key)
+    except (ArtefactError, KeyError, TypeError):
+        return False
 
 
 def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
