@@ -206,7 +206,7 @@ def merge(
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         again = type(merged).from_pretrained(fresh, dtype=merged.dtype, use_safetensors=True)
-        gap = float((_logits(again, probe.to(again.device)) - wanted).abs().max())
+        gap = float((_logits(again, probe) - wanted).abs().max())
         if not math.isfinite(gap):
             raise ExportError(
                 f"merge to {folder}",
