@@ -49,6 +49,7 @@ CHANGES: dict[str, Callable[[], Plan]] = {
     "trainable": lambda: plan(target_plan(trainable=frozenset({"B"}))),
     "rows": lambda: plan(target_plan(decision=Decision(2, rows=(0, 3)))),
     "rank": lambda: plan(target_plan(rank=3)),
+    "removed": lambda: plan(target_plan(removed=LowRank(torch.ones(6, 2), torch.ones(2, 5)))),
     "name": lambda: plan(target_plan(name="model.layers.1.mlp.up_proj")),
     "more": lambda: plan(target_plan(), target_plan(name="model.layers.1.mlp.up_proj")),
 }
@@ -72,6 +73,7 @@ def test_save_and_load_is_the_identity(tmp_path: Path, change: str) -> None:
     assert found.diff(made) == []
     for a, b in zip(found.targets, made.targets, strict=True):
         assert (a.target, a.decision, a.scale, a.trainable) == (b.target, b.decision, b.scale, b.trainable)
+        assert torch.equal(a.anchor.dense(), b.anchor.dense())
         assert a.evidence.keys() == b.evidence.keys()
         assert all(torch.equal(a.evidence[name], b.evidence[name]) for name in b.evidence)
 
@@ -123,7 +125,10 @@ def test_an_adapter_plan_without_targets_is_refused_and_full_tuning_needs_none()
 
 def test_anchored_unless_the_start_is_zero() -> None:
     assert target_plan().anchored
-    assert not target_plan(init=LowRank(torch.zeros(6, 2), torch.ones(2, 5))).anchored
+    zero, part = LowRank(torch.zeros(6, 2), torch.ones(2, 5)), LowRank(torch.ones(6, 2), torch.ones(2, 5))
+    assert not target_plan(init=zero).anchored
+    assert target_plan(init=zero, removed=part).anchored
+    assert target_plan(init=zero, removed=part).anchor is part
 
 
 def test_trained_parameters_count_the_trained_factors() -> None:
@@ -164,6 +169,7 @@ def test_equal_plans_do_not_differ() -> None:
         ("rank", "rank 2 | 3"),
         ("trainable", "trains A B | B"),
         ("factors", "starting change differs by"),
+        ("removed", "same start, taken out of W differs by"),
         ("more", "model.layers.1.mlp.up_proj: only in the second plan"),
     ],
 )

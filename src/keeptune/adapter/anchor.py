@@ -49,7 +49,7 @@ def subtract(weight: Tensor, target_plan: TargetPlan) -> Tensor:
     Returns:
         The residual, shaped like ``weight``.
     """
-    start = target_plan.init.to(torch.float32, weight.device).scaled(target_plan.scale).dense()
+    start = target_plan.anchor.to(torch.float32, weight.device).scaled(target_plan.scale).dense()
     start = start.T if target_plan.target.transposed else start
     return (weight.float() - start).to(weight.dtype)
 
@@ -74,8 +74,8 @@ def add_twin(layer: Any, target_plan: TargetPlan) -> None:
         target_plan: The target's plan.
     """
     with torch.no_grad():
-        layer.lora_A[ANCHOR_NAME].weight.copy_(target_plan.init.A)
-        layer.lora_B[ANCHOR_NAME].weight.copy_(-target_plan.init.B)
+        layer.lora_A[ANCHOR_NAME].weight.copy_(target_plan.anchor.A)
+        layer.lora_B[ANCHOR_NAME].weight.copy_(-target_plan.anchor.B)
 
 
 def keep_active(model: PeftModel) -> None:

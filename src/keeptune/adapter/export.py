@@ -89,7 +89,7 @@ def change_of(model: PeftModel, plan: Plan) -> dict[str, LowRank]:
     changes = {}
     for name, factors in trained_factors(model, plan).items():
         target_plan = plan[name]
-        change = factors.minus(target_plan.init) if target_plan.anchored else factors
+        change = factors.minus(target_plan.anchor) if target_plan.anchored else factors
         changes[name] = change.scaled(target_plan.scale)
     return changes
 

@@ -144,7 +144,8 @@ def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto")
         anchor: The anchor that would be installed.
 
     Returns:
-        Target name to ``‖W_res + s B0 A0 - W‖ / ‖W‖`` (Frobenius); 0 for a twin, which leaves W as it is.
+        Target name to ``‖W_res + s B0 A0 - W‖ / ‖W‖`` (Frobenius), where ``B0 A0`` is what was taken out; 0 for a
+        twin, which leaves W as it is.
     """
     errors = {}
     for target_plan in plan.targets:
@@ -153,7 +154,7 @@ def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto")
         if target_plan.anchored and resolve(anchor, model.dtype) == "residual":
             weight = model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            start = target_plan.init.to(torch.float32, weight.device).scaled(target_plan.scale).dense()
+            start = target_plan.anchor.to(torch.float32, weight.device).scaled(target_plan.scale).dense()
             start = start.T if target_plan.target.transposed else start
             gap = subtract(weight.detach(), target_plan).float() + start - weight.detach().float()
             errors[name] = float(gap.norm() / weight.detach().float().norm())

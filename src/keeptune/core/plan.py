@@ -54,6 +54,8 @@ class TargetPlan:
         scale: alpha / rank.
         trainable: Which factors are trained; the others stay as they are.
         evidence: Name to 1-D tensor: spectra and scores behind the decision, for tables and plots.
+        removed: The part of W taken out at the start, without the scale; None takes ``init``, and the model's
+            output does not change.
     """
 
     target: Target
@@ -62,11 +64,17 @@ class TargetPlan:
     scale: float
     trainable: frozenset[Factor]
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    removed: LowRank | None = None
+
+    @property
+    def anchor(self) -> LowRank:
+        """What is taken out of W at the start, without the scale: the start itself, unless told otherwise."""
+        return self.init if self.removed is None else self.removed
 
     @property
     def anchored(self) -> bool:
-        """True when the start is a part of W, which must then be taken out of W (an anchor)."""
-        return not self.init.is_zero
+        """True when something is taken out of W at the start."""
+        return not self.anchor.is_zero
 
     @property
     def trained_parameters(self) -> int:
@@ -180,8 +188,9 @@ class Plan:
                     f"trains {trains[0]} | {trains[1]}"
                 )
             elif not (torch.equal(a.init.B, b.init.B) and torch.equal(a.init.A, b.init.A)):
-                gap = a.init.minus(b.init).norm_squared().sqrt() / b.init.norm_squared().sqrt().clamp_min(1e-30)
-                lines.append(f"{name}: same rank, starting change differs by {float(gap):.2e} (relative)")
+                lines.append(f"{name}: same rank, starting change differs by {_gap(a.init, b.init):.2e} (relative)")
+            elif not (torch.equal(a.anchor.B, b.anchor.B) and torch.equal(a.anchor.A, b.anchor.A)):
+                lines.append(f"{name}: same start, taken out of W differs by {_gap(a.anchor, b.anchor):.2e} (relative)")
         return lines
 
     def save(self, folder: Path | str) -> None:
@@ -191,7 +200,7 @@ class Plan:
             folder: Where; a folder there is replaced.
         """
         with atomic_directory(Path(folder)) as fresh:
-            factors = {f"{t.target.name}.{k}": v for t in self.targets for k, v in _factors(t.init).items()}
+            factors = {f"{t.target.name}.{k}": v for t in self.targets for k, v in _factors(t).items()}
             evidence = {f"{t.target.name}:{k}": v for t in self.targets for k, v in t.evidence.items()}
             files = {
                 "factors.safetensors": write_tensors(fresh / "factors.safetensors", factors),
@@ -266,22 +275,33 @@ class Plan:
         return {
             f"{t.target.name}.{name}": tensor_fingerprint(value)
             for t in self.targets
-            for name, value in _factors(t.init).items()
+            for name, value in _factors(t).items()
         }
 
 
-def _factors(change: LowRank) -> dict[str, Tensor]:
-    return {"B": change.B, "A": change.A}
+def _gap(a: LowRank, b: LowRank) -> float:
+    return float(a.minus(b).norm_squared().sqrt() / b.norm_squared().sqrt().clamp_min(1e-30))
+
+
+def _factors(target_plan: TargetPlan) -> dict[str, Tensor]:
+    found = {"B": target_plan.init.B, "A": target_plan.init.A}
+    if target_plan.removed is not None:
+        found |= {"removed.B": target_plan.removed.B, "removed.A": target_plan.removed.A}
+    return found
 
 
 def _load_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence: Mapping[str, Tensor]) -> TargetPlan:
     target = Target(**row["target"])
     rows = row["decision"]["rows"]
     prefix = f"{target.name}:"
+    removed = None
+    if f"{target.name}.removed.B" in factors:
+        removed = LowRank(B=factors[f"{target.name}.removed.B"], A=factors[f"{target.name}.removed.A"])
     return TargetPlan(
         target=target,
         decision=Decision(row["decision"]["rank"], tuple(rows) if rows is not None else None),
         init=LowRank(B=factors[f"{target.name}.B"], A=factors[f"{target.name}.A"]),
+        removed=removed,
         scale=row["scale"],
         trainable=frozenset(row["trainable"]),
         evidence={k.removeprefix(prefix): v for k, v in evidence.items() if k.startswith(prefix)},
