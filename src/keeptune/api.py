@@ -38,6 +38,7 @@ def plan(
     *,
     knowledge: Sequence[str] | None = None,
     targets: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
     max_length: int = 1024,
     store: Path | str | None = None,
     low_memory: bool = False,
@@ -50,6 +51,7 @@ def plan(
         method: Such as ``LoraNull(rank=8)``.
         knowledge: Texts that hold what the model should keep.
         targets: Roles, such as ``["q_proj", "down_proj"]``; None is all linear maps but the head.
+        layers: Indices of the blocks to tune, such as ``[4, 5, 6, 7]``; None is all.
         max_length: Texts are cut to this many tokens.
         store: Folder where statistics are kept for later plans; None keeps them for this call only.
         low_memory: Hold the covariance of one input group at a time.
@@ -58,7 +60,7 @@ def plan(
         The plan, for :func:`keeptune.install`.
 
     Raises:
-        PlanError: A role does not exist, or an option does not fit a target.
+        PlanError: A role or a block does not exist, or an option does not fit a target.
         StatisticsError: The method needs knowledge and none is given, or activations are not finite.
         DataError: A text has no tokens.
     """
@@ -74,6 +76,7 @@ def plan(
             StatStore(Path(scratch if store is None else store)),
             data={} if tokens is None else {"knowledge": tokens},
             roles=targets,
+            layers=layers,
             low_memory=low_memory,
             provenance={"knowledge": None if tokens is None else tokens.fingerprint},
         )

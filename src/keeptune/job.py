@@ -22,6 +22,7 @@ from keeptune.data.sft import TaskExamples, task_examples
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluate.tasks import load_items
 from keeptune.model.load import load_config, load_model, load_tokenizer
+from keeptune.planning import refuse_layers
 from keeptune.recipe import Recipe, make_method
 from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
@@ -167,6 +168,7 @@ class Job:
             DataError: A file is missing or malformed, or an evaluation set overlaps the data that are used.
             RecipeError: The method needs knowledge data and there are none, there is no such device, or the
                 output cannot be a folder.
+            PlanError: The method cannot be confined to some layers.
             ModelError: The model's folder cannot be used.
         """
         check_folder("output", self.output)
@@ -185,6 +187,7 @@ class Job:
         self.config("", torch.float32)
 
     def _check_needs(self) -> None:
+        refuse_layers(self.method, self.recipe.layers)
         anything = Target(name="", layer=0, role="", out_features=1, in_features=1, input_group="")
         needs = {request.data for request in self.method.requests(anything)}
         if "knowledge" in needs and self.recipe.knowledge is None:
@@ -207,6 +210,7 @@ class Job:
             "model": self.base_fingerprint,
             "method": [self.method.name, self.method],
             "targets": self.recipe.targets,
+            "layers": None if self.recipe.layers is None else sorted(set(self.recipe.layers)),
             "knowledge": None if self.calibration is None else self.calibration.fingerprint,
             "dtype": self.recipe.dtype,
         }

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from keeptune.core.artefact import model_fingerprint
+from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
@@ -19,7 +20,26 @@ from keeptune.stats.collect import Statistics, collect
 from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
 
-__all__ = ["plan_for", "statistics_for"]
+__all__ = ["plan_for", "refuse_layers", "statistics_for"]
+
+
+def refuse_layers(method: Method[Any], layers: Sequence[int] | None) -> None:
+    """Refuse to confine a method to blocks that trains every weight anyway.
+
+    Args:
+        method: The method.
+        layers: The blocks wanted; None is all.
+
+    Raises:
+        PlanError: There are blocks, and the method has no targets to choose from.
+    """
+    if layers is not None and method.scope == "all":
+        raise PlanError(
+            f"method {method.name}",
+            got=f"layers {list(layers)}",
+            wanted="no `layers`: it trains every weight of the model",
+            next_step="Leave `layers` out (or set it to null), or take a method that trains adapters.",
+        )
 
 
 def statistics_for(
@@ -29,6 +49,7 @@ def statistics_for(
     *,
     data: Mapping[DataRole, Calibration],
     roles: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
     fingerprint: str | None = None,
     low_memory: bool = False,
 ) -> tuple[list[Target], Statistics]:
@@ -40,6 +61,7 @@ def statistics_for(
         store: Where entries are looked up and kept.
         data: Tokens per data role.
         roles: Roles of the targets; None is all linear maps but the head.
+        layers: Blocks of the targets; None is all.
         fingerprint: Of the model's weights, if it is known already.
         low_memory: Hold the covariance of one input group at a time, at one pass over the data per group.
 
@@ -47,10 +69,11 @@ def statistics_for(
         The targets and access to their statistics.
 
     Raises:
-        PlanError: A role does not exist.
+        PlanError: A role or a block does not exist, or the method cannot be confined to blocks.
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
-    targets = find_targets(model, roles)
+    refuse_layers(method, layers)
+    targets = find_targets(model, roles, layers)
     statistics = collect(
         ResidentRunner(model),
         targets,
@@ -70,6 +93,7 @@ def plan_for(
     *,
     data: Mapping[DataRole, Calibration],
     roles: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
     fingerprint: str | None = None,
     low_memory: bool = False,
     provenance: Mapping[str, Any] | None = None,
@@ -82,6 +106,7 @@ def plan_for(
         store: Where statistics are looked up and kept.
         data: Tokens per data role.
         roles: Roles of the targets; None is all linear maps but the head.
+        layers: Blocks of the targets; None is all.
         fingerprint: Of the model's weights, if it is known already.
         low_memory: Hold the covariance of one input group at a time.
         provenance: What the plan was made from, for the record.
@@ -90,14 +115,14 @@ def plan_for(
         The plan.
 
     Raises:
-        PlanError: A role does not exist, or an option does not fit a target.
+        PlanError: A role or a block does not exist, or an option does not fit a target or the blocks.
         ModelError: A weight is NaN or infinite.
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
     refuse_not_finite(model)
     fingerprint = fingerprint or model_fingerprint(model)
     targets, statistics = statistics_for(
-        model, method, store, data=data, roles=roles, fingerprint=fingerprint, low_memory=low_memory
+        model, method, store, data=data, roles=roles, layers=layers, fingerprint=fingerprint, low_memory=low_memory
     )
     return make_plan(
         method,

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from keeptune import atlas
 from keeptune.adapter.anchor import Anchor
@@ -21,11 +30,22 @@ from keeptune.evaluate.tasks import Benchmark
 from keeptune.methods.base import method_named, methods
 from keeptune.model.load import Dtype
 from keeptune.train.trainer import check_arguments
+from keeptune.values import override_value, read_values, spelt_out
 
-__all__ = ["ExportSpec", "Knowledge", "Recipe", "Task", "load_recipe", "make_method", "parse_overrides"]
+__all__ = [
+    "ExportSpec",
+    "Knowledge",
+    "Recipe",
+    "Task",
+    "load_recipe",
+    "make_method",
+    "make_recipe",
+    "parse_overrides",
+]
 
 
 _Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+_Layer = Annotated[StrictInt, Field(ge=0)]
 
 
 class _Section(BaseModel):
@@ -65,10 +85,11 @@ class Recipe(_Section):
     """
 
     model: str
-    method: dict[str, Any]
+    method: Annotated[dict[str, Any], BeforeValidator(spelt_out)]
     task: Task
     output: _Folder
     targets: list[str] | None = None
+    layers: Annotated[list[_Layer], Field(min_length=1)] | None = None
     knowledge: Knowledge | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate: list[Benchmark] = Field(default_factory=list)
@@ -93,17 +114,6 @@ class Recipe(_Section):
         return plain
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML where 1e-4 is a number, as YAML 1.2 and everybody's expectation have it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
 def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read, complete and check a recipe.
 
@@ -118,26 +128,7 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) ->
         RecipeError: The file is missing or not YAML, a key is unknown, or a value does not fit.
     """
     path = Path(path)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"recipe {path}", got=str(error), wanted="a YAML file", next_step="Check the path."
-        ) from error
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"recipe {path}", got=" ".join(str(error).split()), wanted="YAML", next_step="Mend the line named above."
-        ) from error
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"recipe {path}",
-            got=f"a {type(values).__name__}",
-            wanted="keys and values",
-            next_step="Start with `model: path`.",
-        )
-    for key, value in (overrides or {}).items():
-        _set(values, key, value)
-    return make_recipe(values, folder=path.parent, where=f"recipe {path}")
+    return make_recipe(read_values(path, overrides), folder=path.parent, where=f"recipe {path}")
 
 
 def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recipe:
@@ -237,7 +228,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
                 next_step="Example: keeptune run recipe.yaml --train.learning_rate 1e-3",
             )
         try:
-            found[key] = _override(text if equals else rest.pop(0))
+            found[key] = override_value(text if equals else rest.pop(0))
         except yaml.YAMLError as error:
             raise RecipeError(
                 f"command line --{key}", got=" ".join(str(error).split()), wanted="a YAML value", next_step="Quote it."
@@ -250,34 +241,6 @@ _SWITCHES = frozenset(name for name, field in Recipe.model_fields.items() if fie
 
 def _is_value(word: str) -> bool:
     return not word.startswith("--")
-
-
-def _override(text: str) -> Any:
-    value = yaml.load(text, Loader=_Loader)
-    # To YAML, the template {answer} is a mapping without values.
-    template = isinstance(value, dict) and value and all(part is None for part in value.values())
-    return text if template else value
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    place: Any = values
-    try:
-        for part in path:
-            if isinstance(place, dict) and place.get(part) is None:
-                place[part] = {}
-            place = place[int(part)] if isinstance(place, list) else place[part]
-        if isinstance(place, list):
-            place[int(last)] = value
-        else:
-            place[last] = value
-    except (IndexError, ValueError, TypeError, KeyError) as error:
-        raise RecipeError(
-            f"command line --{key}",
-            got="a path through something that has no such part",
-            wanted="a key of the recipe, dots between levels and numbers for list entries",
-            next_step="Example: --evaluate.0.examples 100",
-        ) from error
 
 
 _FILES = (("knowledge", "file"), ("task", "train"))

@@ -117,6 +117,7 @@ def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
         job.store,
         data=job.data,
         roles=job.recipe.targets,
+        layers=job.recipe.layers,
         fingerprint=job.base_fingerprint,
         low_memory=job.recipe.low_memory,
     )
@@ -148,6 +149,7 @@ def plan_stage(job: Job) -> Plan:
         job.store,
         data=job.data,
         roles=job.recipe.targets,
+        layers=job.recipe.layers,
         fingerprint=job.base_fingerprint,
         low_memory=job.recipe.low_memory,
         provenance=job.plan_inputs | {"key": job.plan_key, "seed": job.seed},

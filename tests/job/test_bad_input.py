@@ -133,6 +133,12 @@ def test_unknown_roles(command: Callable[..., Said], tmp_path: Path) -> None:
     assert_nothing_written(tmp_path)
 
 
+def test_layers_that_are_not_there(command: Callable[..., Said], tmp_path: Path) -> None:
+    assert_told(command(layers=[4, 5]), "layers", "got 5", "0 to 4", "5 blocks")
+    assert_told(command(method="full", layers=[0]), "full", "every weight")
+    assert_nothing_written(tmp_path)
+
+
 def test_a_method_that_needs_knowledge(
     command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

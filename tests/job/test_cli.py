@@ -89,6 +89,15 @@ def test_plan_of_full_fine_tuning(recipe_values: Values, tmp_path: Path, capsys:
     assert "every weight is trained" in keeptune("plan", recipe, capsys=capsys).out
 
 
+def test_a_method_in_short_and_its_options(
+    recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values())
+    said = keeptune("plan", recipe, "--method", "lora", "--method.rank", 2, "--layers", "[1]", capsys=capsys)
+    assert said.code == 0
+    assert "7 targets, 2,312 trained parameters" in said.out
+
+
 def test_plan_diff(recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, first = write_recipe(tmp_path / "recipe.yaml", recipe_values()), tmp_path / "first"
     assert keeptune("plan", recipe, "--output", first, capsys=capsys).code == 0

@@ -162,6 +162,31 @@ def test_unknown_method_shows_the_nearest(example: Path) -> None:
         load_recipe(example, {"method": {"name": "full", "rank": 4}})
 
 
+def test_a_method_in_short(example: Path) -> None:
+    assert load_recipe(example, {"method": "lora"}).method == {"name": "lora"}
+    assert load_recipe(example, {"method": "lora", "method.rank": 3}).method == {"name": "lora", "rank": 3}
+    assert load_recipe(example, {"method.rank": 3, "method": "lora"}).method == {"name": "lora", "rank": 3}
+    example.write_text(EXAMPLE.replace("{name: lora-null, rank: 8, variant: v1}", "lora-null"), encoding="utf-8")
+    assert load_recipe(example).method == {"name": "lora-null"}
+    assert load_recipe(example, {"method.variant": "v2"}).method == {"name": "lora-null", "variant": "v2"}
+    with pytest.raises(RecipeError, match='Did you mean "lora"'):
+        load_recipe(example, {"method": "loar"})
+
+
+def test_layers(recipe_values: Values) -> None:
+    assert recipe_of(recipe_values()).layers is None
+    one, other, rest = (Job(recipe_of(recipe_values(layers=layers))) for layers in ([3, 1, 3], [1, 3], [1, 2]))
+    assert one.recipe.layers == [3, 1, 3]
+    assert one.plan_key == other.plan_key != rest.plan_key
+    assert Job(recipe_of(recipe_values())).plan_key not in (one.plan_key, rest.plan_key)
+
+
+def test_full_fine_tuning_has_no_layers(recipe_values: Values) -> None:
+    with pytest.raises(PlanError, match="every weight"):
+        Job(recipe_of(recipe_values(method="full", layers=[0]))).check()
+    Job(recipe_of(recipe_values(method="full", layers=None))).check()
+
+
 def test_a_key_that_is_no_text(example: Path) -> None:
     example.write_text(EXAMPLE + "1: 2\n", encoding="utf-8")
     with pytest.raises(RecipeError, match="1"):
@@ -189,12 +214,19 @@ def test_missing_keys_are_named(example: Path, key: str) -> None:
     ("key", "value"),
     [
         ("model", 3),
-        ("method", "lora"),
+        ("method", 3),
+        ("method", ["lora"]),
         ("method.rank", "many"),
         ("method.rank", 2.5),
         ("method.variant", "v3"),
         ("targets", "q_proj"),
         ("targets", [1]),
+        ("layers", "0-3"),
+        ("layers", []),
+        ("layers", ["0"]),
+        ("layers", [1.0]),
+        ("layers", [True]),
+        ("layers", [-1]),
         ("knowledge", "file.jsonl"),
         ("knowledge.examples", 0),
         ("knowledge.max_length", 0),

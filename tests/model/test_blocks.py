@@ -77,6 +77,23 @@ def test_the_group_does_not_depend_on_which_roles_are_asked_for() -> None:
     assert find_targets(model, ["v_proj"]) == [every[f"model.layers.{i}.self_attn.v_proj"] for i in (0, 1)]
 
 
+@pytest.mark.parametrize("architecture", MODELS)
+def test_layers_are_chosen_by_their_index(architecture: str) -> None:
+    model = MODELS[architecture]()
+    every = find_targets(model)
+    assert find_targets(model, layers=[1]) == [t for t in every if t.layer == 1] != []
+    assert find_targets(model, layers=[1, 0, 1]) == every
+    role = ROLES[architecture][0]
+    assert find_targets(model, [role], [0]) == [t for t in every if (t.layer, t.role) == (0, role)]
+
+
+@pytest.mark.parametrize(("layers", "got"), [([0, 2], "2"), ([-1], "-1"), ([5, 2, 1], "2, 5"), ([], "none")])
+def test_a_layer_that_is_not_there_is_refused_with_the_number_of_blocks(layers: list[int], got: str) -> None:
+    with pytest.raises(PlanError, match="0 to 1: the model has 2 blocks") as caught:
+        find_targets(MODELS["llama"](), layers=layers)
+    assert (caught.value.where, caught.value.got) == ("layers", got)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_the_head_is_no_target_tied_or_not(architecture: str, tied: bool) -> None:

@@ -23,18 +23,21 @@ __all__ = ["body", "find_targets", "roles_of"]
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-def find_targets(model: PreTrainedModel, roles: Iterable[str] | None = None) -> list[Target]:
+def find_targets(
+    model: PreTrainedModel, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None
+) -> list[Target]:
     """Find the linear maps of a model that a method may change.
 
     Args:
         model: The base model, before anything was installed into it.
         roles: Roles to keep, such as ``["q_proj", "down_proj"]``; None keeps all but the head.
+        layers: Indices of the blocks to keep, such as ``[4, 5, 6, 7]``; None keeps all, and what is outside blocks.
 
     Returns:
         The targets, in model order.
 
     Raises:
-        PlanError: A role does not exist in this model; the message lists those that do.
+        PlanError: A role does not exist in this model; the message lists those that do. Or a block does not.
         ModelError: The model has no linear maps.
     """
     modules = _linear_modules(model)
@@ -56,11 +59,12 @@ def find_targets(model: PreTrainedModel, roles: Iterable[str] | None = None) -> 
                 wanted="a role of this model",
                 next_step=nearest(role, known),
             )
+    kept = None if layers is None else _known_layers(layers, modules)
     groups = _input_groups(model, modules)
     return [
         _target(name, module, role_of[name], groups[name])
         for name, module in modules.items()
-        if wanted is None or role_of[name] in wanted
+        if (wanted is None or role_of[name] in wanted) and (kept is None or _block_of(name)[1] in kept)
     ]
 
 
@@ -105,6 +109,22 @@ def _linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
+
+
+def _known_layers(layers: Iterable[int], names: Iterable[str]) -> frozenset[int]:
+    wanted = frozenset(layers)
+    known = sorted({layer for _, layer in map(_block_of, names) if layer >= 0})
+    unknown = sorted(wanted - set(known))
+    if unknown or not wanted:
+        raise PlanError(
+            "layers",
+            got=", ".join(map(str, unknown)) or "none",
+            wanted=f"some of {known[0]} to {known[-1]}: the model has {len(known)} blocks"
+            if known
+            else "no `layers`: this model has no numbered blocks",
+            next_step="List the blocks to tune, such as layers: [0, 1]; leave the key out to tune all.",
+        )
+    return wanted
 
 
 def _target(name: str, module: nn.Module, role: str, group: str) -> Target:
