@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from keeptune.adapter.export import SIDECAR, check_base, merge
+from keeptune.adapter.load import SIDECAR, check_base
+from keeptune.adapter.merged import merge
 from keeptune.core.artefact import model_fingerprint, read_json
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.model.load import Dtype, load_model, load_tokenizer

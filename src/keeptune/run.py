@@ -21,8 +21,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keeptune.adapter.export import SIDECAR, Exported, export
+from keeptune.adapter.export import Exported, export
 from keeptune.adapter.install import install, restore_factors, trained_factors
+from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import (
     atomic_directory,
     content_key,

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from keeptune.adapter.export import check_base, load_adapter
+from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import (
     content_key,
     file_fingerprint,

@@ -29,8 +29,12 @@ from tests.models import (
 from tests.reference.export_reference import change, tuned_weight
 from transformers import PreTrainedModel
 
-from keeptune.adapter.export import SIDECAR, change_of, check_base, export, merge, random_probe
+from keeptune.adapter.export import export
 from keeptune.adapter.install import install, trained_factors
+from keeptune.adapter.load import SIDECAR, check_base
+from keeptune.adapter.merged import merge
+from keeptune.adapter.portable import change_of
+from keeptune.adapter.probe import random_probe
 from keeptune.core.artefact import model_fingerprint, read_json
 from keeptune.core.errors import ArtefactError, ExportError, ModelError
 from keeptune.core.plan import Plan

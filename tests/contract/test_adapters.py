@@ -13,8 +13,9 @@ from tests.contract.conftest import ADAPTERS, WHOLE, World
 from tests.models import copies, logits, off_by, tokens, train_steps
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor
-from keeptune.adapter.export import Format, change_of, export
+from keeptune.adapter.export import Format, export
 from keeptune.adapter.install import check_frozen, install, trained_factors
+from keeptune.adapter.portable import change_of
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
 from keeptune.model.load import load_model

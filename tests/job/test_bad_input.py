@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.job.support import METHODS, MODEL, Said, keeptune, read_jsonl, write_jsonl, write_recipe
 
-from keeptune.adapter.export import SIDECAR
+from keeptune.adapter.load import SIDECAR
 from keeptune.core import artefact
 from keeptune.core.artefact import read_json
 

@@ -13,8 +13,8 @@ from tests.reference.statistics_reference import stacked_inputs
 from torch import Tensor
 
 from keeptune.adapter.anchor import subtract
-from keeptune.adapter.export import change_of
 from keeptune.adapter.install import install, trained_factors
+from keeptune.adapter.portable import change_of
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.lora_null import LoraNull, null_factors

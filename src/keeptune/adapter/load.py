@@ -1,0 +1,99 @@
+"""Adapters and models on disk: put on a base, checked against it, and never written over what is not ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from keeptune.core.artefact import read_json
+from keeptune.core.errors import ExportError, ModelError
+
+__all__ = ["SIDECAR", "check_base", "load_adapter", "refuse_foreign"]
+
+SIDECAR = "keeptune.json"
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put an adapter from disk on a base, by stock PEFT, from safetensors only.
+
+    Args:
+        model: The base.
+        folder: The adapter's folder.
+
+    Returns:
+        The model with the adapter, in evaluation mode.
+
+    Raises:
+        ModelError: The folder holds no adapter for this base.
+    """
+    _need_safetensors(folder)
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(folder))
+    # RuntimeError: other shapes; ValueError: other module names; TypeError and KeyError: another config.
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"adapter {folder}",
+            got=" ".join(str(error).split())[:300],
+            wanted=f"a PEFT adapter for this base ({model.name_or_path})",
+            next_step="Pass the base that the adapter was trained on.",
+        ) from error
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def check_base(adapter: Path | str, fingerprint: str) -> None:
+    """Refuse an adapter that was made for another base.
+
+    Args:
+        adapter: The adapter's folder; one without keeptune's sidecar is not checked.
+        fingerprint: Of the base at hand.
+
+    Raises:
+        ModelError: The adapter belongs to another base.
+    """
+    sidecar = Path(adapter) / SIDECAR
+    if not sidecar.is_file():
+        return
+    record = read_json(sidecar)
+    made_for = record.get("provenance", {}).get("model")
+    if made_for is not None and made_for != fingerprint:
+        raise ModelError(
+            f"adapter {adapter}",
+            got="a base whose weights are not the ones it was made for",
+            wanted=f"{record['base']} (fingerprint {made_for[:12]}, not {fingerprint[:12]})",
+            next_step="Pass the base that the adapter was trained on, in the dtype it was trained in.",
+        )
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Never replace what keeptune did not write; its own results have a sidecar.
+
+    Args:
+        folder: Where something is to be written.
+
+    Raises:
+        ExportError: Something else is there.
+    """
+    if not folder.exists() or (folder / SIDECAR).is_file() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    raise ExportError(
+        str(folder),
+        got="something that keeptune did not write",
+        wanted="a new or an empty folder",
+        next_step="Choose another folder, or remove this one.",
+    )
+
+
+def _need_safetensors(folder: Path) -> None:
+    wanted = ("adapter_config.json", "adapter_model.safetensors")
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"adapter {folder}",
+            got=f"no {missing[0]}" if folder.is_dir() else "no such folder",
+            wanted="a PEFT adapter with safetensors weights; pickled ones are not loaded",
+            next_step="Give the `adapter` folder of a run.",
+        )

@@ -1,0 +1,98 @@
+"""Whole models: the trained change, or an adapter from disk, merged into its base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
+from keeptune.adapter.portable import change_of
+from keeptune.adapter.probe import logits_of, random_probe
+from keeptune.core.artefact import atomic_directory, write_json
+from keeptune.core.errors import ExportError
+from keeptune.core.plan import Plan
+
+__all__ = ["merge", "write_merged"]
+
+
+def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, fresh: PreTrainedModel) -> None:
+    """Write the whole model in the base's dtype, whatever it was trained in.
+
+    Args:
+        model: The trained model.
+        plan: Its plan.
+        folder: Where.
+        fresh: A freshly loaded base; it is changed.
+    """
+    if plan.scope == "all":
+        fresh.load_state_dict(model.state_dict())
+        fresh.save_pretrained(folder)
+        return
+    assert isinstance(model, PeftModel)
+    with torch.no_grad():
+        for name, change in change_of(model, plan).items():
+            weight = fresh.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            delta = change.to(torch.float32, weight.device).dense()
+            delta = delta.T if plan[name].target.transposed else delta
+            weight.copy_((weight.float() + delta).to(weight.dtype))
+    fresh.save_pretrained(folder)
+
+
+def merge(
+    adapter: Path | str,
+    folder: Path | str,
+    *,
+    load_base: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> float:
+    """Merge an adapter into its base and write the whole model.
+
+    Args:
+        adapter: Any LoRA adapter that PEFT loads.
+        folder: Where the model goes.
+        load_base: Loads a fresh base.
+        tokenizer: Saved along when given.
+
+    Returns:
+        The largest difference in logits between adapter on base and merged model.
+
+    Raises:
+        ModelError: The adapter does not fit the base.
+        ExportError: The folder holds something else, or the merged model gives no numbers.
+    """
+    folder = Path(folder)
+    refuse_foreign(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ExportError(
+            f"merge to {folder}",
+            got="an adapter there",
+            wanted="a folder for a whole model",
+            next_step="Choose another.",
+        )
+    wrapped = load_adapter(load_base(), Path(adapter))
+    probe = random_probe(wrapped)
+    wanted = logits_of(wrapped, probe)
+    merged: Any = wrapped.merge_and_unload()
+    with atomic_directory(folder) as fresh:
+        merged.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        again = type(merged).from_pretrained(fresh, dtype=merged.dtype, use_safetensors=True)
+        gap = float((logits_of(again, probe) - wanted).abs().max())
+        if not math.isfinite(gap):
+            raise ExportError(
+                f"merge to {folder}",
+                got="logits that are NaN or infinite",
+                wanted="a finite difference to the adapter on its base",
+                next_step="Check the adapter's weights, or merge with --dtype float32. Nothing was written.",
+            )
+        write_json(fresh / SIDECAR, {"base": wrapped.peft_config["default"].base_model_name_or_path, "gap": gap})
+    return gap
