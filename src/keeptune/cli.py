@@ -116,6 +116,34 @@ def evaluate(
     print_scores(evaluate_stage(_job(recipe, context), adapter), Console())
 
 
+@app.command(context_settings=_OVERRIDES)
+def sweep(
+    context: typer.Context,
+    recipe: RecipeFile,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the points; run nothing.")] = False,
+) -> None:
+    """Run a recipe at several points and seeds (its keys `sweep` and `seeds`), and join them into one report."""
+    from keeptune.recipe import parse_overrides
+    from keeptune.report.stages import print_points
+    from keeptune.sweep import load_sweep, run_sweep
+
+    loaded = load_sweep(recipe, parse_overrides(context.args))
+    if dry_run:
+        print_points([(p.name, p.x, p.settings, list(p.recipes)) for p in loaded.points], Console())
+        _say(f"{sum(len(p.recipes) for p in loaded.points)} runs below {loaded.output}")
+        return
+    swept = run_sweep(loaded)
+    if swept.report is not None:
+        _show_report(swept.report, loaded.output)
+        _say(f"numbers: {loaded.output / 'sweep.json'}")
+    if swept.figure:
+        _say(f"figure: {loaded.output / 'sweep.png'}")
+    for folder, message in swept.failed.items():
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {folder}: {message}", markup=False)
+    if swept.failed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A LoRA adapter folder.", show_default=False)],

@@ -145,6 +145,13 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recip
     Raises:
         RecipeError: A key is unknown or a value does not fit.
     """
+    if "sweep" in values:
+        raise RecipeError(
+            f"{where}, key sweep",
+            got="a sweep",
+            wanted="the recipe of one run",
+            next_step="Run `keeptune sweep` with it.",
+        )
     try:
         recipe = Recipe.model_validate(_resolve_paths(values, folder))
     except ValidationError as error:

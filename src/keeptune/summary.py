@@ -21,7 +21,12 @@ _FULL = "full"
 
 
 def write_report(
-    runs: Sequence[Path], output: Path, *, reference: Path | None = None, keep: bool = False
+    runs: Sequence[Path],
+    output: Path,
+    *,
+    reference: Path | None = None,
+    labels: Sequence[str] | None = None,
+    keep: bool = False,
 ) -> dict[str, Any]:
     """Join run folders into one report.
 
@@ -32,6 +37,7 @@ def write_report(
         runs: Run folders, in the order to show them.
         output: Where ``report.json`` and ``report.html`` go.
         reference: Run folder of full fine-tuning that is not itself in the report.
+        labels: What to call each run; None names them by their methods and what they differ in.
         keep: Leave the files alone when they already say the same.
 
     Returns:
@@ -42,7 +48,11 @@ def write_report(
             of one base.
     """
     entries = [_entry(folder) for folder in runs]
-    _tell_apart(entries)
+    if labels is None:
+        _tell_apart(entries)
+    else:
+        for entry, label in zip(entries, labels, strict=True):
+            entry["label"] = label
     _need_one_base([*runs, *([] if reference is None else [reference])])
     full = _references(entries, runs)
     outside = None if reference is None else _results(reference)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from keeptune.report.wording import count, gap, number
 
-__all__ = ["print_plan", "print_scores", "table_frame"]
+__all__ = ["print_plan", "print_points", "print_scores", "table_frame"]
 
 
 def print_plan(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -44,6 +44,25 @@ def print_plan(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     total = sum(row.get("trained_parameters") or 0 for row in rows)
     ending = f", {total:,} trained parameters ({count(total)})" if total else ""
     console.print(Text(f"{len(rows)} targets{ending}"))
+
+
+def print_points(
+    points: Sequence[tuple[str, float | None, Mapping[str, Any], Sequence[int]]], console: Console
+) -> None:
+    """Print the points of a sweep and what each changes.
+
+    Args:
+        points: Name, place on the axis, dotted key to value, and seeds of each point.
+        console: Where to print.
+    """
+    table = table_frame()
+    for head in ("point", "x", "changes", "seeds"):
+        table.add_column(head, justify="right" if head == "x" else "left")
+    for name, x, settings, seeds in points:
+        changes = "\n".join(f"{key}: {value}" for key, value in settings.items()) or "nothing"
+        cells = (name, "–" if x is None else f"{x:g}", changes, ", ".join(map(str, seeds)))
+        table.add_row(*map(Text, cells))
+    console.print(table)
 
 
 def print_scores(summaries: Sequence[Mapping[str, Any]], console: Console) -> None:
