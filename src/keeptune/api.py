@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keeptune.adapter import export as exporting
 from keeptune.adapter.export import Exported, Format
 from keeptune.core.plan import Plan
-from keeptune.data.calibration import tokenize_calibration
+from keeptune.data.calibration import Calibration, tokenize_calibration
+from keeptune.data.sft import TaskExamples, task_calibration
 from keeptune.evaluate.harness import evaluate as evaluate_one
 from keeptune.evaluate.pairs import ModelPair
 from keeptune.evaluate.results import BenchmarkResult
@@ -26,6 +27,7 @@ from keeptune.evaluate.tasks import Benchmark
 from keeptune.methods.base import Method
 from keeptune.model.load import load_model
 from keeptune.planning import plan_for
+from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
 
 __all__ = ["export", "measure", "plan"]
@@ -37,6 +39,7 @@ def plan(
     method: Method[Any],
     *,
     knowledge: Sequence[str] | None = None,
+    task: Sequence[tuple[str, str]] | None = None,
     targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     max_length: int = 1024,
@@ -50,6 +53,7 @@ def plan(
         tokenizer: Its tokenizer.
         method: Such as ``LoraNull(rank=8)``.
         knowledge: Texts that hold what the model should keep.
+        task: Prompts and completions, for methods that look at the task; all of them are used.
         targets: Roles, such as ``["q_proj", "down_proj"]``; None is all linear maps but the head.
         layers: Indices of the blocks to tune, such as ``[4, 5, 6, 7]``; None is all.
         max_length: Texts are cut to this many tokens.
@@ -61,24 +65,25 @@ def plan(
 
     Raises:
         PlanError: A role or a block does not exist, or an option does not fit a target.
-        StatisticsError: The method needs knowledge and none is given, or activations are not finite.
+        StatisticsError: The method needs knowledge or a task and none is given, or activations are not finite.
         DataError: A text has no tokens.
     """
-    tokens = (
-        None
-        if knowledge is None
-        else tokenize_calibration(knowledge, tokenizer, max_length=max_length, where="knowledge")
-    )
+    data: dict[DataRole, Calibration] = {}
+    if knowledge is not None:
+        data["knowledge"] = tokenize_calibration(knowledge, tokenizer, max_length=max_length, where="knowledge")
+    if task is not None:
+        examples = TaskExamples(tuple(prompt for prompt, _ in task), tuple(completion for _, completion in task))
+        data["task"] = task_calibration(examples, tokenizer, max_length=max_length, examples=len(task), seed=0)
     with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
         return plan_for(
             model,
             method,
             StatStore(Path(scratch if store is None else store)),
-            data={} if tokens is None else {"knowledge": tokens},
+            data=data,
             roles=targets,
             layers=layers,
             low_memory=low_memory,
-            provenance={"knowledge": None if tokens is None else tokens.fingerprint},
+            provenance={"knowledge": None} | {role: tokens.fingerprint for role, tokens in data.items()},
         )
 
 

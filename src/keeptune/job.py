@@ -18,7 +18,7 @@ from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration, tokenize_calibration
 from keeptune.data.overlap import Corpus, refuse_overlap
 from keeptune.data.prompts import render
-from keeptune.data.sft import TaskExamples, task_examples
+from keeptune.data.sft import TaskExamples, task_calibration, task_examples
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluate.tasks import load_items
 from keeptune.model.load import load_config, load_model, load_tokenizer
@@ -131,7 +131,27 @@ class Job:
     @property
     def data(self) -> dict[DataRole, Calibration]:
         """The tokens that statistics are taken over, per data role."""
-        return {} if self.calibration is None else {"knowledge": self.calibration}
+        found: dict[DataRole, Calibration] = {}
+        if self.calibration is not None:
+            found["knowledge"] = self.calibration
+        if "task" in self.needs:
+            found["task"] = self.task_calibration
+        return found
+
+    @cached_property
+    def needs(self) -> set[DataRole]:
+        """Which data the method takes statistics over."""
+        anything = Target(name="", layer=0, role="", out_features=1, in_features=1, input_group="")
+        return {request.data for request in self.method.requests(anything)}
+
+    @cached_property
+    def task_calibration(self) -> Calibration:
+        """A sample of the task as tokens, for statistics of inputs and gradients."""
+        wanted = self.recipe.task.calibration
+        length = min(wanted.max_length, self.positions or wanted.max_length)
+        return task_calibration(
+            self.task, self.tokenizer, max_length=length, examples=wanted.examples, seed=wanted.seed
+        )
 
     @cached_property
     def task_rows(self) -> list[Row]:
@@ -188,9 +208,7 @@ class Job:
 
     def _check_needs(self) -> None:
         refuse_layers(self.method, self.recipe.layers)
-        anything = Target(name="", layer=0, role="", out_features=1, in_features=1, input_group="")
-        needs = {request.data for request in self.method.requests(anything)}
-        if "knowledge" in needs and self.recipe.knowledge is None:
+        if "knowledge" in self.needs and self.recipe.knowledge is None:
             raise RecipeError(
                 f"method {self.method.name}",
                 got="no `knowledge` section in the recipe",
@@ -206,7 +224,8 @@ class Job:
     @cached_property
     def plan_inputs(self) -> dict[str, Any]:
         """What the plan is made from."""
-        return {
+        task = {"task": self.task_calibration.fingerprint} if "task" in self.needs else {}
+        return task | {
             "model": self.base_fingerprint,
             "method": [self.method.name, self.method],
             "targets": self.recipe.targets,

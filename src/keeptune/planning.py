@@ -66,7 +66,7 @@ def statistics_for(
         low_memory: Hold the covariance of one input group at a time, at one pass over the data per group.
 
     Returns:
-        The targets and access to their statistics.
+        The targets and access to their statistics; experts that no token reached are left out.
 
     Raises:
         PlanError: A role or a block does not exist, or the method cannot be confined to blocks.
@@ -83,7 +83,7 @@ def statistics_for(
         model_fingerprint=fingerprint or model_fingerprint(model),
         sites_at_once=1 if low_memory else None,
     )
-    return targets, statistics
+    return [target for target in targets if target.name not in statistics.unseen], statistics
 
 
 def plan_for(

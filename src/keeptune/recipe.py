@@ -37,6 +37,7 @@ __all__ = [
     "Knowledge",
     "Recipe",
     "Task",
+    "TaskCalibration",
     "load_recipe",
     "make_method",
     "make_recipe",
@@ -61,6 +62,14 @@ class Knowledge(_Section):
     max_length: int = Field(1024, ge=1)
 
 
+class TaskCalibration(_Section):
+    """How much of the task statistics of inputs and gradients are taken from."""
+
+    examples: int = Field(256, ge=1)
+    max_length: int = Field(1024, ge=2)
+    seed: int = Field(0, ge=0)
+
+
 class Task(_Section):
     """What to learn: prompts and completions."""
 
@@ -68,6 +77,7 @@ class Task(_Section):
     prompt: str
     completion: str
     examples: int | None = Field(None, ge=1)
+    calibration: TaskCalibration = TaskCalibration()
 
 
 class ExportSpec(_Section):
@@ -311,6 +321,8 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
 def _known_keys(location: Sequence[str | int]) -> list[str]:
     sections: dict[str, Any] = {"knowledge": Knowledge, "task": Task, "export": ExportSpec}
     first = str(location[0])
+    if location[:2] == ("task", "calibration"):
+        return list(TaskCalibration.model_fields)
     if len(location) > 1 and first in sections:
         return list(sections[first].model_fields)
     if len(location) > 1 and first == "evaluate":

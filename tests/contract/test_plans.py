@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,10 @@ ASKING = [case for case, method in ADAPTERS.items() if method.requests(ANY)]
 MERGING = [
     case
     for case in ASKING
-    if all(hasattr(r.accumulator(ANY, torch.device("cpu")), "merge") for r in ADAPTERS[case].requests(ANY))
+    if all(
+        hasattr(r.accumulator(ANY, torch.device("cpu"), lambda: torch.eye(8)), "merge")
+        for r in ADAPTERS[case].requests(ANY)
+    )
 ]
 asking = pytest.mark.parametrize("case", ASKING)
 PlanOf = Callable[[str], Plan]
@@ -198,7 +202,7 @@ def test_the_plan_does_not_depend_on_the_number_of_shards(
     for target, request in _sites(bench, case):
         parts = []
         for shard in range(shards):
-            total = request.accumulator(target, bench.model.device)
+            total = request.accumulator(target, bench.model.device, partial(read_weight, bench.model, target))
             part = Calibration(bench.data.sequences[shard::shards], bench.data.pad_id)
             ResidentRunner(bench.model).forward(part.batches(), {request.site(target): [total.add]}, title="")
             parts.append(total)

@@ -54,7 +54,7 @@ def statistics(X: Tensor, *, batch: int = 64) -> GivenStats:
     rows = X.T.float()
     found = GivenStats()
     for request in (InputCovariance("knowledge"), ReleasedCovariance("knowledge")):
-        total = request.accumulator(TARGET, torch.device("cpu"))
+        total = request.accumulator(TARGET, torch.device("cpu"), lambda: torch.zeros(0))
         for part in rows.split(batch):
             total.add(part)
         found[request] = total.result(TARGET.name)

@@ -1,4 +1,4 @@
-"""Knowledge data for statistics: text to token batches with a mask, packed by length."""
+"""Data for statistics: token batches with masks, packed by length."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from keeptune.core.errors import DataError
 
 __all__ = ["Batch", "Calibration", "tokenize_calibration"]
 
+_Row = tuple[tuple[int, ...], int]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
@@ -22,10 +24,12 @@ class Batch:
     Args:
         input_ids: ``(batch, length)``, integer.
         attention_mask: ``(batch, length)``, 1 for a token, 0 for padding.
+        loss_mask: ``(batch, length)``, 1 for a token that the model learns to write; None without a task.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    loss_mask: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +39,12 @@ class Calibration:
     Args:
         sequences: Token ids per text.
         pad_id: The id that fills up a batch; always masked.
+        prompts: Tokens of each text that are read only; the model learns to write the rest. None without a task.
     """
 
     sequences: tuple[tuple[int, ...], ...]
     pad_id: int
+    prompts: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -47,40 +53,45 @@ class Calibration:
 
     @property
     def fingerprint(self) -> str:
-        """Content key of the token ids, whatever their order."""
-        return content_key(sorted(self.sequences))
+        """Content key of the token ids and what is learned of them, whatever their order."""
+        return content_key(sorted(self.sequences) if self.prompts is None else sorted(self._rows()))
 
-    def batches(self, tokens: int = 4096, *, padding_side: str = "right") -> list[Batch]:
+    def batches(self, tokens: int = 4096, *, padding_side: str = "right", padded: bool = True) -> list[Batch]:
         """Form batches of about equal size from texts of about equal length.
 
         Args:
             tokens: Tokens per batch, padding included; a longer text is a batch of its own.
             padding_side: ``"right"`` or ``"left"``.
+            padded: False puts only texts of one length into a batch, so that no batch holds padding.
 
         Returns:
             The batches, longest texts first (memory problems show at once).
         """
         found: list[Batch] = []
-        rows: list[tuple[int, ...]] = []
-        for sequence in sorted(self.sequences, key=lambda s: (-len(s), s)):
-            if rows and (len(rows) + 1) * len(rows[0]) > tokens:
-                found.append(_pad(rows, self.pad_id, padding_side))
+        rows: list[_Row] = []
+        for row in sorted(self._rows(), key=lambda row: (-len(row[0]), row)):
+            longest = len(rows[0][0]) if rows else 0
+            if rows and ((len(rows) + 1) * longest > tokens or not (padded or len(row[0]) == longest)):
+                found.append(self._pad(rows, padding_side))
                 rows = []
-            rows.append(sequence)
+            rows.append(row)
         if rows:
-            found.append(_pad(rows, self.pad_id, padding_side))
+            found.append(self._pad(rows, padding_side))
         return found
 
+    def _rows(self) -> list[_Row]:
+        return list(zip(self.sequences, self.prompts or [0] * len(self.sequences), strict=True))
 
-def _pad(rows: Sequence[tuple[int, ...]], pad_id: int, side: str) -> Batch:
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad_id)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for index, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids[index, place] = torch.tensor(row)
-        mask[index, place] = 1
-    return Batch(ids, mask)
+    def _pad(self, rows: Sequence[_Row], side: str) -> Batch:
+        length = max(len(ids) for ids, _ in rows)
+        ids = torch.full((len(rows), length), self.pad_id)
+        mask, learned = torch.zeros(2, len(rows), length, dtype=torch.long)
+        for index, (row, prompt) in enumerate(rows):
+            start = 0 if side == "right" else length - len(row)
+            ids[index, start : start + len(row)] = torch.tensor(row)
+            mask[index, start : start + len(row)] = 1
+            learned[index, start + prompt : start + len(row)] = 1
+        return Batch(ids, mask, None if self.prompts is None else learned)
 
 
 def tokenize_calibration(

@@ -1,17 +1,21 @@
-"""Task data for TRL: prompt and completion columns; the loss is taken on the completion only."""
+"""Task data: prompts and completions, for TRL and for statistics; the loss is taken on the completion only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.artefact import content_key
+from keeptune.core.errors import DataError
+from keeptune.data.calibration import Calibration
 from keeptune.data.prompts import render
 from keeptune.data.sources import Row
 
-__all__ = ["TaskExamples", "task_examples"]
+__all__ = ["TaskExamples", "draw_rows", "task_calibration", "task_examples"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +64,60 @@ def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: s
         prompts=tuple(render(prompt, row, where=place) for row, place in zip(rows, places, strict=True)),
         completions=tuple(render(completion, row, where=place) for row, place in zip(rows, places, strict=True)),
     )
+
+
+def draw_rows(count: int, size: int, seed: int) -> list[int]:
+    """Draw rows without replacement; a smaller draw with the same seed is part of a larger one.
+
+    Args:
+        count: How many rows there are.
+        size: How many are wanted; all, if there are fewer.
+        seed: The seed.
+
+    Returns:
+        Their indices, in the order of the draw.
+    """
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order[:size]
+
+
+def task_calibration(
+    task: TaskExamples, tokenizer: PreTrainedTokenizerBase, *, max_length: int, examples: int, seed: int
+) -> Calibration:
+    """Tokenise a sample of the task as TRL does for training, for statistics of inputs and gradients.
+
+    Args:
+        task: Prompts and completions.
+        tokenizer: The model's tokenizer; its end-of-text token closes each completion.
+        max_length: Longer examples are cut to this many tokens.
+        examples: How many examples are drawn.
+        seed: Seed of the draw.
+
+    Returns:
+        The tokens, with the length of each prompt. Examples whose prompt fills ``max_length`` are left out.
+
+    Raises:
+        DataError: No example is left.
+    """
+    rows = draw_rows(len(task.prompts), examples, seed)
+    end = tokenizer.eos_token or ""
+    completions = [task.completions[i] + ("" if task.completions[i].endswith(end) else end) for i in rows]
+    prompts = [task.prompts[i] for i in rows]
+    read = tokenizer(prompts)["input_ids"]
+    whole = tokenizer([p + c for p, c in zip(prompts, completions, strict=True)])["input_ids"]
+    kept = [(tuple(ids[:max_length]), _common(start, ids)) for start, ids in zip(read, whole, strict=True)]
+    kept = [(ids, start) for ids, start in kept if start < len(ids)]
+    if not kept:
+        raise DataError(
+            "task.train",
+            got=f"{len(rows)} examples without a completion within {max_length} tokens",
+            wanted="at least one",
+            next_step="Raise task.calibration.max_length or shorten the prompts.",
+        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return Calibration(tuple(ids for ids, _ in kept), int(pad), tuple(start for _, start in kept))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Count equal leading tokens: a token may span the end of the prompt, and then it is learned."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

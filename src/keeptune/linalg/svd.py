@@ -2,10 +2,73 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
-__all__ = ["projected_svd"]
+from keeptune.core.errors import StatisticsError
+
+__all__ = ["exact_svd", "projected_svd"]
+
+_log = logging.getLogger(__name__)
+
+
+def exact_svd(W: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose ``W = U diag(S) Vᵀ``, with signs that do not depend on the solver.
+
+    LAPACK's divide and conquer can fail to converge; then float64 is tried, then the Gram matrix of the shorter
+    side (which resolves singular values down to 1e-8 of the largest), and the log says so.
+    Laws: ``U diag(S) Vᵀ == W``; ``UᵀU == V Vᵀ == I``; S descends; the largest entry of each ``u_i`` is positive.
+
+    Args:
+        W: ``(m, n)``, float32.
+        where: The module's name, for messages.
+
+    Returns:
+        ``U (m, k)``, ``S (k,)`` descending, ``Vᵀ (k, n)`` with k = min(m, n), float32.
+
+    Raises:
+        StatisticsError: W is NaN or infinite somewhere.
+    """
+    if not bool(torch.isfinite(W).all()):
+        raise StatisticsError(
+            where,
+            got="NaN or infinite numbers in its weight",
+            wanted="finite ones",
+            next_step="Get the model's files again, or load it in the dtype it was saved in.",
+        )
+    try:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        _log.warning("%s: the SVD did not converge in float32; trying float64", where)
+        U, S, Vh = _patient_svd(W.double(), where)
+    largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
+    return (U * signs).float(), S.float(), (Vh * signs.T).float()
+
+
+def _patient_svd(W: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        _log.warning("%s: nor in float64; taking the eigenvectors of its Gram matrix", where)
+        return _gram_svd(W) if W.shape[0] <= W.shape[1] else _transposed(_gram_svd(W.T))
+    return U, S, Vh
+
+
+def _gram_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose a wide matrix by ``W Wᵀ = U S² Uᵀ``; QR makes V orthonormal where S is zero."""
+    U = torch.linalg.eigh(W @ W.T)[1].flip(1)
+    Q, R = torch.linalg.qr(W.T @ U)
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R.dtype)
+    S, order = R.diagonal().abs().sort(descending=True, stable=True)
+    return U[:, order], S, (Q * signs)[:, order].T
+
+
+def _transposed(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = parts
+    return Vh.T, S, U.T
 
 
 def projected_svd(W: Tensor, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:

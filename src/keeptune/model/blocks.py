@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from keeptune.core.errors import ModelError, PlanError, nearest
 from keeptune.core.target import Target
 
-__all__ = ["body", "find_targets", "roles_of"]
+__all__ = ["body", "find_targets", "is_nested", "roles_of"]
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -87,6 +87,21 @@ def roles_of(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         blocks.setdefault(_block_of(name)[0], []).append(name)
     return {name: _shortest_unique_suffix(name, members) for members in blocks.values() for name in members}
+
+
+def is_nested(name: str) -> bool:
+    """Tell whether a module is numbered inside its block, as experts are: it may see a part of the tokens only.
+
+    Args:
+        name: Its path.
+
+    Returns:
+        True when it is.
+
+    >>> is_nested("model.layers.0.mlp.experts.3.up_proj"), is_nested("model.layers.0.mlp.up_proj")
+    (True, False)
+    """
+    return len(_LAYER.findall(name)) > 1
 
 
 def body(model: PreTrainedModel) -> nn.Module:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import body
 
-__all__ = ["ResidentRunner", "Sink"]
+__all__ = ["Labels", "ResidentRunner", "Sink", "Taps", "drawn_labels", "summed_loss"]
 
 Sink = Callable[[Tensor], None]
+Labels = Literal["true", "sampled"]
 
 
 class _Reached(Exception):
@@ -24,8 +29,23 @@ class _Reached(Exception):
 
 
 @dataclass(frozen=True)
+class Taps:
+    """What receives the rows of a backward pass, by module name.
+
+    Args:
+        inputs: Get ``h``, ``(tokens, in_features)``.
+        gradients: Get ``δ = d loss / d y``, ``(tokens, out_features)``.
+        pairs: Get both at once.
+    """
+
+    inputs: dict[str, list[Sink]] = field(default_factory=dict)
+    gradients: dict[str, list[Sink]] = field(default_factory=dict)
+    pairs: dict[str, list[Callable[[Tensor, Tensor], None]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ResidentRunner:
-    """Runs a model that is wholly in memory, without gradients, dropout, caches or its head.
+    """Runs a model that is wholly in memory: in evaluation mode, with frozen weights and no caches.
 
     Padding never leaves the runner: a sink sees only the rows of real tokens.
 
@@ -36,7 +56,7 @@ class ResidentRunner:
     model: PreTrainedModel
 
     def forward(self, batches: Sequence[Batch], sinks: Mapping[str, Sequence[Sink]], *, title: str) -> None:
-        """Pass all batches once; each sink gets the inputs of its module, one call per batch.
+        """Pass all batches once without the head; each sink gets the inputs of its module, one call per batch.
 
         The pass of a batch ends as soon as every watched module has been reached.
 
@@ -46,23 +66,36 @@ class ResidentRunner:
             title: What the progress bar says; empty for no bar.
         """
         inner = body(self.model)
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                for batch in tqdm(batches, desc=title, delay=2, disable=None if title else True, leave=False):
-                    self._pass(inner, batch, sinks)
-        finally:
-            self.model.train(training)
+        with _still(self.model), torch.no_grad():
+            for batch in _shown(batches, title):
+                self._pass(inner, batch, sinks)
+
+    def backward(self, batches: Sequence[Batch], taps: Taps, *, labels: Labels, seed: int, title: str) -> None:
+        """Pass all batches forth and back once; weights are frozen, so only activations get gradients.
+
+        The loss is the sum over the tokens to be learned (:func:`summed_loss`), so that gradients do not depend
+        on what else is in a batch.
+
+        Args:
+            batches: Token batches of a task, with loss masks.
+            taps: What receives inputs and gradients.
+            labels: ``"true"`` takes the data's tokens (the empirical Fisher), ``"sampled"`` draws them from the
+                model's own distribution (the Fisher itself).
+            seed: Seed of the drawn labels.
+            title: What the progress bar says; empty for no bar.
+        """
+        with _still(self.model), torch.enable_grad():
+            for batch in _shown(batches, title):
+                self._sweep(batch, taps, labels, seed)
 
     def _pass(self, inner: nn.Module, batch: Batch, sinks: Mapping[str, Sequence[Sink]]) -> None:
-        mask = batch.attention_mask.to(self.model.device)
-        rows = slice(None) if bool(mask.all()) else mask.reshape(-1).nonzero().squeeze(1)
         waiting = set(sinks)
+        mask = batch.attention_mask.to(self.model.device)
+        real = _Real(mask)
 
         def hook_for(name: str, receivers: Sequence[Sink]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                found = inputs[0].reshape(-1, inputs[0].shape[-1])[rows]
+                found = real.rows(inputs[0], name)
                 for receive in receivers:
                     receive(found)
                 waiting.discard(name)
@@ -76,12 +109,135 @@ class ResidentRunner:
                 handle = self.model.get_submodule(name).register_forward_pre_hook(hook_for(name, receivers))
                 stack.callback(handle.remove)
             with suppress(_Reached):
-                ids = batch.input_ids.to(self.model.device)
-                inner(input_ids=ids, attention_mask=mask, use_cache=False, **_positions(mask))
+                inner(**_arguments(batch, mask))
+
+    def _sweep(self, batch: Batch, taps: Taps, labels: Labels, seed: int) -> None:
+        mask = batch.attention_mask.to(self.model.device)
+        real = _Real(mask)
+
+        def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                pairs, gradients = taps.pairs.get(name, []), taps.gradients.get(name, [])
+                h = real.rows(inputs[0].detach(), name)
+                for receive in taps.inputs.get(name, []):
+                    receive(h)
+
+                def arrived(gradient: Tensor) -> None:
+                    delta = real.rows(gradient, name)
+                    for receive in gradients:
+                        receive(delta)
+                    for receive_both in pairs:
+                        receive_both(h, delta)
+
+                if gradients or pairs:
+                    output.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+            return hook
+
+        def start(_: nn.Module, __: Any, output: Tensor) -> None:
+            output.requires_grad_(True)  # weights are frozen; the graph begins at the embedding
+
+        with ExitStack() as stack:
+            stack.callback(self.model.get_input_embeddings().register_forward_hook(start).remove)
+            for name in {*taps.inputs, *taps.gradients, *taps.pairs}:
+                stack.callback(self.model.get_submodule(name).register_forward_hook(hook_for(name)).remove)
+            logits = self.model(**_arguments(batch, mask)).logits
+            torch.autograd.backward(summed_loss(logits, batch, labels=labels, seed=seed))
 
 
-def _positions(mask: Tensor) -> dict[str, Tensor]:
+def summed_loss(logits: Tensor, batch: Batch, *, labels: Labels, seed: int) -> Tensor:
+    """Sum the cross-entropy over the tokens to be learned, in nats.
+
+    Law: the loss of a batch is the sum of the losses of its texts, whatever the padding.
+
+    Args:
+        logits: ``(batch, length, vocabulary)``.
+        batch: Tokens with a loss mask.
+        labels: The data's tokens or drawn ones.
+        seed: Seed of the drawn labels.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        StatisticsError: The batch has no loss mask.
+    """
+    if batch.loss_mask is None:
+        raise StatisticsError(
+            "statistics", got="texts without a task", wanted="prompts and completions", next_step="Pass task data."
+        )
+    # The first token of a text is never predicted.
+    learned = batch.loss_mask[:, 1:].bool() & batch.attention_mask[:, :-1].bool()
+    chosen = logits[:, :-1][learned.to(logits.device)].float()
+    wanted = batch.input_ids[:, 1:][learned] if labels == "true" else drawn_labels(chosen, batch, learned, seed)
+    return functional.cross_entropy(chosen, wanted.to(logits.device), reduction="sum")
+
+
+def drawn_labels(logits: Tensor, batch: Batch, learned: Tensor, seed: int) -> Tensor:
+    """Draw labels from the model's distribution; each text has its own stream, whatever batch it is in.
+
+    Args:
+        logits: ``(labels, vocabulary)``.
+        batch: Where the texts are.
+        learned: ``(batch, length - 1)``, True where a label is wanted.
+        seed: The seed.
+
+    Returns:
+        ``(labels,)``.
+    """
+    parts = []
+    for ids, mask, wanted in zip(batch.input_ids, batch.attention_mask, learned, strict=True):
+        text = f"{seed}:{ids[mask.bool()].tolist()}"
+        stream = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        parts.append(torch.rand(int(wanted.sum()), generator=torch.Generator().manual_seed(stream)))
+    edges = logits.detach().double().softmax(dim=-1).cumsum(dim=-1)
+    found = torch.searchsorted(edges, torch.cat(parts).to(edges)[:, None]).squeeze(1)
+    return found.clamp_max(logits.shape[-1] - 1)
+
+
+class _Real:
+    """The rows of a batch that are real tokens."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.count = mask.numel()
+        self.places = None if bool(mask.all()) else mask.reshape(-1).nonzero().squeeze(1)
+
+    def rows(self, values: Tensor, name: str) -> Tensor:
+        """Take them; a module that sees other rows (an expert) needs batches without padding."""
+        found = values.reshape(-1, values.shape[-1])
+        if self.places is None:
+            return found
+        if found.shape[0] != self.count:
+            raise StatisticsError(
+                name,
+                got=f"{found.shape[0]} rows for {self.count} tokens, some of them padding",
+                wanted="one row per token, or batches without padding",
+                next_step="Leave the module out of the targets, or collect with texts of one length per batch.",
+            )
+        return found[self.places]
+
+
+@contextmanager
+def _still(model: PreTrainedModel) -> Iterator[None]:
+    """Hold a model in evaluation mode with frozen weights, and give it back as it was."""
+    training = model.training
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _shown(batches: Sequence[Batch], title: str) -> Any:
+    return tqdm(batches, desc=title, delay=2, disable=None if title else True, leave=False)
+
+
+def _arguments(batch: Batch, mask: Tensor) -> dict[str, Any]:
     """Count positions from the first real token where padding stands in front; models count it otherwise."""
-    if bool(mask[:, 0].all()):
-        return {}
-    return {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids.to(mask.device), "attention_mask": mask}
+    if not bool(mask[:, 0].all()):
+        arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    return arguments | {"use_cache": False}

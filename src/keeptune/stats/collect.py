@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -12,11 +14,13 @@ from tqdm.auto import tqdm
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError
-from keeptune.core.target import Target
+from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Batch, Calibration
-from keeptune.model.runner import ResidentRunner, Sink
-from keeptune.stats.request import DataRole, Request
+from keeptune.model.blocks import is_nested
+from keeptune.model.runner import Labels, ResidentRunner, Taps
+from keeptune.stats.request import Accumulator, DataRole, Request
 from keeptune.stats.store import Source, StatStore, entry_recipe
+from keeptune.stats.unseen import UnseenError
 
 __all__ = ["Statistics", "StatsView", "collect"]
 
@@ -105,11 +109,13 @@ class Statistics:
         store: Where the values are.
         sources: Model and data, per data role.
         requests: Per target name.
+        unseen: Experts that no token reached: they have no statistics, and nothing is guessed in their place.
     """
 
     store: StatStore
     sources: Mapping[DataRole, Source]
     requests: Mapping[str, frozenset[Request]]
+    unseen: frozenset[str] = frozenset()
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def view(self, target: Target) -> StatsView:
@@ -159,16 +165,48 @@ def collect(
         role: Source(model_fingerprint, tokens.fingerprint, dtype) for role, tokens in data.items()
     }
     missing = _missing(targets, requests, sources, store)
-    waves = [w for sites in missing.values() for w in _chunks(sites, sites_at_once or len(sites))]
-    shown = tqdm(waves, desc="statistics", delay=2, disable=None if len(waves) > 1 else True, leave=False)
-    for wave in shown:
-        request = wave[0][0]
-        batches = data[request.data].batches(1 if request.examples_alone else batch_tokens)
-        _run_wave(runner, batches, sources[request.data], wave, store, title="" if len(waves) > 1 else "statistics")
-    return Statistics(store, sources, dict(requests))
+    waves = [(need, wave) for need, sites in missing.items() for wave in _chunks(sites, sites_at_once or len(sites))]
+    # An expert sees some tokens only, so that padding could not be told from text: its batches hold none.
+    padded = not any(is_nested(target.name) for target in targets)
+    unseen: set[str] = set()
+    for need, wave in tqdm(waves, desc="statistics", delay=2, disable=None if len(waves) > 1 else True, leave=False):
+        batches = data[need.data].batches(1 if need.examples_alone else batch_tokens, padded=padded)
+        totals = _run_wave(runner, batches, need, wave, title="" if len(waves) > 1 else "statistics")
+        for (request, target), total in zip(wave, totals, strict=True):
+            if not _keep(store, request, target, total, sources[request.data]):
+                unseen |= {t.name for t in targets if (request, request.site(target)) in _sites(requests, t)}
+    if unseen:
+        names = ", ".join(sorted(unseen))
+        _log.warning("statistics: no token reached %d of %d targets: %s", len(unseen), len(targets), names)
+    return Statistics(store, sources, dict(requests), frozenset(unseen))
+
+
+def _keep(store: StatStore, request: Request, target: Target, total: Accumulator, source: Source) -> bool:
+    """Store a finished sum; False when it is an expert's that no token reached."""
+    try:
+        store.put(entry_recipe(request, target, source), total.result(request.site(target)))
+    except UnseenError:
+        if not is_nested(target.name):
+            raise
+        return False
+    return True
+
+
+def _sites(requests: Mapping[str, frozenset[Request]], target: Target) -> set[tuple[Request, str]]:
+    return {(request, request.site(target)) for request in requests[target.name]}
 
 
 _Site = tuple[Request, Target]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A pass over the data: sites with equal passes are served together."""
+
+    data: DataRole
+    examples_alone: bool
+    labels: Labels | None
+    seed: int
 
 
 def _missing(
@@ -176,11 +214,11 @@ def _missing(
     requests: Mapping[str, frozenset[Request]],
     sources: Mapping[DataRole, Source],
     store: StatStore,
-) -> dict[tuple[DataRole, bool], list[_Site]]:
-    """List what the store lacks, by the pass it needs: which data, and whether each example goes alone."""
-    missing: dict[tuple[DataRole, bool], list[_Site]] = {}
+) -> dict[_Pass, list[_Site]]:
+    """List what the store lacks, by the pass it needs; inputs are taken along with gradients where both are needed."""
+    missing: dict[_Pass, list[_Site]] = {}
     seen: set[tuple[Request, str]] = set()
-    kept = 0
+    kept: Counter[str] = Counter()
     for target in targets:
         for request in sorted(requests[target.name], key=str):
             if (request, request.site(target)) in seen:
@@ -194,11 +232,19 @@ def _missing(
                     next_step=f"Give the recipe a `{request.data}` section.",
                 )
             if store.get(entry_recipe(request, target, sources[request.data])) is None:
-                missing.setdefault((request.data, request.examples_alone), []).append((request, target))
+                need = _Pass(request.data, request.examples_alone, request.labels, request.seed)
+                missing.setdefault(need, []).append((request, target))
             else:
-                kept += 1
-    if kept:
-        _log.info("statistics: %d of %d taken from %s", kept, len(seen), store.folder)
+                kept[str(request)] += 1
+    asked = Counter(str(request) for request, _ in seen)
+    for name, count in kept.items():
+        _log.info("statistics: %d of %d %s taken from %s", count, asked[name], name, store.folder)
+    for need in [need for need in missing if need.labels is None]:
+        host = next(
+            (n for n in missing if n.labels and (n.data, n.examples_alone) == (need.data, need.examples_alone)), None
+        )
+        if host is not None:
+            missing[host] += missing.pop(need)
     return missing
 
 
@@ -207,18 +253,18 @@ def _chunks(sites: list[_Site], size: int) -> list[list[_Site]]:
 
 
 def _run_wave(
-    runner: ResidentRunner,
-    batches: Sequence[Batch],
-    source: Source,
-    wave: Sequence[_Site],
-    store: StatStore,
-    *,
-    title: str,
-) -> None:
-    sums = [(request.site(target), request.accumulator(target, runner.model.device)) for request, target in wave]
-    sinks: dict[str, list[Sink]] = {}
-    for site, total in sums:
-        sinks.setdefault(site, []).append(total.add)
-    runner.forward(batches, sinks, title=title)
-    for (request, target), (site, total) in zip(wave, sums, strict=True):
-        store.put(entry_recipe(request, target, source), total.result(site))
+    runner: ResidentRunner, batches: Sequence[Batch], need: _Pass, wave: Sequence[_Site], *, title: str
+) -> list[Accumulator]:
+    model = runner.model
+    totals: list[Accumulator] = []
+    taps = Taps()
+    for request, target in wave:
+        total = request.accumulator(target, model.device, partial(read_weight, model, target))
+        sinks: Any = {"forward": taps.inputs, "backward": taps.gradients, "joint": taps.pairs}[request.kind]
+        sinks.setdefault(request.site(target), []).append(total.add)
+        totals.append(total)
+    if need.labels is None or not (taps.gradients or taps.pairs):
+        runner.forward(batches, taps.inputs, title=title)
+    else:
+        runner.backward(batches, taps, labels=need.labels, seed=need.seed, title=title)
+    return totals

@@ -1,4 +1,4 @@
-"""Input covariances: ``Ω = E[h hᵀ]`` as it should be, and as LoRA-Null's released code computes it."""
+"""Covariances ``E[h hᵀ]`` of inputs and ``E[δ δᵀ]`` of gradients, and what LoRA-Null's released code takes for one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from keeptune.core.errors import StatisticsError
 from keeptune.core.target import Target
 from keeptune.linalg.gram import add_gram, symmetric
-from keeptune.stats.request import DataRole, PassKind
+from keeptune.model.runner import Labels
+from keeptune.stats.request import DataRole, PassKind, WeightReader
+from keeptune.stats.unseen import finite, need_tokens
 
-__all__ = ["CovarianceAccumulator", "InputCovariance", "ReleasedAccumulator", "ReleasedCovariance"]
+__all__ = [
+    "CovarianceAccumulator",
+    "GradientCovariance",
+    "InputCovariance",
+    "ReleasedAccumulator",
+    "ReleasedCovariance",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +34,45 @@ class InputCovariance:
     data: DataRole
     version: ClassVar[int] = 1
     kind: ClassVar[PassKind] = "forward"
+    labels: ClassVar[Labels | None] = None
+    seed: ClassVar[int] = 0
     examples_alone: ClassVar[bool] = False
 
     def site(self, target: Target) -> str:
         """Name the input group: q/k/v share one covariance."""
         return target.input_group
 
-    def accumulator(self, target: Target, device: torch.device) -> CovarianceAccumulator:
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> CovarianceAccumulator:
         """Start a sum."""
         return CovarianceAccumulator(target.in_features, device)
+
+
+@dataclass(frozen=True, slots=True)
+class GradientCovariance:
+    """``Σ_δ = E[δ δᵀ]``, ``(m, m)``, where δ = d loss / d y of the loss summed over the tokens to be learned.
+
+    Uncentred, mean over all unmasked tokens, those of the prompt too: they act on the loss through attention.
+
+    Args:
+        data: Which data; they must hold completions.
+        labels: ``"true"`` takes the data's tokens (empirical Fisher), ``"sampled"`` the model's own (Fisher).
+        seed: Seed of the drawn labels.
+    """
+
+    data: DataRole
+    labels: Labels
+    seed: int = 0
+    version: ClassVar[int] = 1
+    kind: ClassVar[PassKind] = "backward"
+    examples_alone: ClassVar[bool] = False
+
+    def site(self, target: Target) -> str:
+        """Name the target itself: every map has outputs of its own."""
+        return target.name
+
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> CovarianceAccumulator:
+        """Start a sum."""
+        return CovarianceAccumulator(target.out_features, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,37 +88,39 @@ class ReleasedCovariance:
     data: DataRole
     version: ClassVar[int] = 1
     kind: ClassVar[PassKind] = "forward"
+    labels: ClassVar[Labels | None] = None
+    seed: ClassVar[int] = 0
     examples_alone: ClassVar[bool] = True
 
     def site(self, target: Target) -> str:
         """Name the input group."""
         return target.input_group
 
-    def accumulator(self, target: Target, device: torch.device) -> ReleasedAccumulator:
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> ReleasedAccumulator:
         """Start a sum."""
         return ReleasedAccumulator(target.in_features, device)
 
 
 @dataclass
 class CovarianceAccumulator:
-    """Sums ``h hᵀ`` over tokens.
+    """Sums ``x xᵀ`` over tokens.
 
     Laws: the result does not depend on how rows are split over ``add`` calls or over accumulators that
     are merged, nor on their order (to float64 rounding of the sum).
 
     Args:
-        in_features: n.
+        features: n.
         device: Where the ``(n, n)`` sum is kept.
     """
 
-    in_features: int
+    features: int
     device: torch.device
     tokens: int = 0
     total: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         """Start from zero."""
-        shape = (self.in_features, self.in_features)
+        shape = (self.features, self.features)
         self.total = torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def add(self, rows: Tensor) -> None:
@@ -112,16 +151,10 @@ class CovarianceAccumulator:
             ``(n, n)``, float32, on the CPU.
 
         Raises:
-            StatisticsError: No token was seen, or an activation was NaN or infinite.
+            StatisticsError: No token was seen, or a row was NaN or infinite.
         """
-        if self.tokens == 0:
-            raise StatisticsError(
-                module,
-                got="no tokens",
-                wanted="at least one unpadded token",
-                next_step="The data never reached this module; leave it out of the targets.",
-            )
-        return _finite(symmetric(self.total / self.tokens).float().cpu(), module)
+        need_tokens(self.tokens, module)
+        return finite(symmetric(self.total / self.tokens).float().cpu(), module)
 
 
 @dataclass
@@ -135,6 +168,7 @@ class ReleasedAccumulator:
 
     in_features: int
     device: torch.device
+    tokens: int = 0
     total: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,6 +185,7 @@ class ReleasedAccumulator:
         x = rows.to(self.device, torch.float16)
         # The largest signed value, then its size: the released code's order, not the largest size.
         x = x / x.max().abs()
+        self.tokens += rows.shape[0]
         self.total += (x.T @ x) / 256
 
     def result(self, module: str) -> Tensor:
@@ -163,17 +198,7 @@ class ReleasedAccumulator:
             ``(n, n)``, float32 holding float16 values, on the CPU.
 
         Raises:
-            StatisticsError: The float16 sum is not finite.
+            StatisticsError: No token was seen, or the float16 sum is not finite.
         """
-        return _finite(self.total.float().cpu(), module)
-
-
-def _finite(matrix: Tensor, module: str) -> Tensor:
-    if not torch.isfinite(matrix).all():
-        raise StatisticsError(
-            module,
-            got="NaN or infinite activations in its input",
-            wanted="finite activations",
-            next_step="Load the model in float32 or bfloat16 and check the weights of the modules before it.",
-        )
-    return matrix
+        need_tokens(self.tokens, module)
+        return finite(self.total.float().cpu(), module)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from keeptune.core.target import Target
+from keeptune.model.runner import Labels
 
-__all__ = ["Accumulator", "DataRole", "PassKind", "Request"]
+__all__ = ["Accumulator", "DataRole", "PassKind", "Request", "WeightReader"]
 
 DataRole = Literal["knowledge", "task"]
-PassKind = Literal["forward"]
+PassKind = Literal["forward", "backward", "joint"]  # what is added: inputs h, output gradients δ, or both at once
+WeightReader = Callable[[], Tensor]
 
 
 class Accumulator(Protocol):
     """Sums a statistic over rows; the result does not depend on how rows are split over calls."""
 
-    def add(self, rows: Tensor) -> None:
-        """Add the rows of one batch.
-
-        Args:
-            rows: ``(tokens, n)``; padding already removed.
-        """
+    @property
+    def add(self) -> Callable[..., None]:
+        """Add the rows of one batch, padding already removed: ``h (tokens, n)``, ``δ (tokens, m)``, or h and δ."""
         ...
 
     def result(self, module: str) -> Tensor:
@@ -50,6 +50,16 @@ class Request(Protocol):
         """Which data the statistic is taken over."""
         ...
 
+    @property
+    def labels(self) -> Labels | None:
+        """Where the loss takes its labels from; None without a loss."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of drawn labels."""
+        ...
+
     def site(self, target: Target) -> str:
         """Name where it is measured; targets with equal sites share one entry.
 
@@ -61,12 +71,13 @@ class Request(Protocol):
         """
         ...
 
-    def accumulator(self, target: Target, device: torch.device) -> Accumulator:
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> Accumulator:
         """Start a sum.
 
         Args:
             target: A target of the site.
             device: Where the sum is kept.
+            weight: Reads the target's weight, ``(m, n)`` float32, for sums that need it.
 
         Returns:
             An empty accumulator.
