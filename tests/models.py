@@ -29,7 +29,7 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.methods.base import Method, make_plan
 from keeptune.model.blocks import find_targets
 from keeptune.model.load import load_model
-from keeptune.model.runner import ResidentRunner, Sink
+from keeptune.model.runner import Labels, ResidentRunner, Sink, Taps
 from keeptune.stats.collect import Statistics, collect
 from keeptune.stats.store import StatStore
 
@@ -136,6 +136,12 @@ def calibration(seed: int = 0, lengths: Sequence[int] = (3, 17, 9, 24, 5, 30, 12
     return Calibration(tuple(map(tuple, rows)), pad_id=0)
 
 
+def task(seed: int = 7, lengths: Sequence[int] = (19, 6, 11, 26, 9, 14, 30, 8, 22, 16)) -> Calibration:
+    """The same with a prompt of about half of each text."""
+    made = calibration(seed, lengths)
+    return Calibration(made.sequences, made.pad_id, tuple(length // 2 for length in lengths))
+
+
 def tokens(seed: int = 0, shape: tuple[int, int] = (4, 20)) -> Tensor:
     """Token ids without padding."""
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
@@ -166,6 +172,7 @@ class Bench:
     model: PreTrainedModel
     folder: Path
     data: Calibration = field(default_factory=calibration)
+    task: Calibration = field(default_factory=task)
     roles: Sequence[str] | None = None
 
     def targets(self) -> list[Target]:
@@ -177,7 +184,7 @@ class Bench:
             runner or ResidentRunner(self.model),
             targets,
             {target.name: method.requests(target) for target in targets},
-            {"knowledge": self.data},
+            {"knowledge": self.data, "task": self.task},
             StatStore(self.folder),
             model_fingerprint=model_fingerprint(self.model),
             **options,
@@ -197,20 +204,25 @@ class RepaddingRunner(ResidentRunner):
     def forward(self, batches: Sequence[Batch], sinks: Any, *, title: str) -> None:
         super().forward([self.change(batch) for batch in batches], sinks, title=title)
 
+    def backward(self, batches: Sequence[Batch], taps: Taps, *, labels: Labels, seed: int, title: str) -> None:
+        super().backward([self.change(batch) for batch in batches], taps, labels=labels, seed=seed, title=title)
+
 
 def padded_left(batch: Batch) -> Batch:
     """The same rows with the padding in front."""
     lengths = batch.attention_mask.sum(1).tolist()
     turn = [batch.attention_mask.shape[1] - length for length in lengths]
-    return Batch(
-        torch.stack([row.roll(by) for row, by in zip(batch.input_ids, turn, strict=True)]),
-        torch.stack([row.roll(by) for row, by in zip(batch.attention_mask, turn, strict=True)]),
-    )
+
+    def turned(rows: Tensor) -> Tensor:
+        return torch.stack([row.roll(by) for row, by in zip(rows, turn, strict=True)])
+
+    learned = None if batch.loss_mask is None else turned(batch.loss_mask)
+    return Batch(turned(batch.input_ids), turned(batch.attention_mask), learned)
 
 
 def mask_forgotten(batch: Batch) -> Batch:
     """The same tokens with padding taken for text."""
-    return Batch(batch.input_ids, torch.ones_like(batch.attention_mask))
+    return Batch(batch.input_ids, torch.ones_like(batch.attention_mask), batch.loss_mask)
 
 
 class Rows:

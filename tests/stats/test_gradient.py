@@ -1,0 +1,157 @@
+"""Gradient statistics against autograd one text at a time, and what they must not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tests.models import MODELS, Bench, RepaddingRunner, mask_forgotten, padded_left, relative, task
+from tests.reference.gradient_reference import rows_of
+from torch import Tensor
+
+from keeptune.core.errors import StatisticsError
+from keeptune.core.target import Target, read_weight
+from keeptune.data.calibration import Batch, Calibration
+from keeptune.linalg.svd import exact_svd
+from keeptune.model.runner import ResidentRunner, drawn_labels, summed_loss
+from keeptune.stats.collect import Statistics
+from keeptune.stats.covariance import GradientCovariance, InputCovariance
+from keeptune.stats.gradient import DirectionVariances, WeightGradient
+from keeptune.stats.request import Request
+
+INPUT, GRADIENT = InputCovariance("task"), GradientCovariance("task", "true")
+WEIGHT, DIRECTIONS = WeightGradient("task", "true"), DirectionVariances("task", "true")
+SAMPLED = GradientCovariance("task", "sampled")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Nothing but requests."""
+
+    wanted: tuple[Request, ...]
+    name: ClassVar[str] = "asking"
+
+    def requests(self, target: Target) -> frozenset[Request]:
+        return frozenset(self.wanted)
+
+
+def collected(bench: Bench, *wanted: Request, **options: Any) -> Statistics:
+    return bench.collect(Asking(wanted), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_all_statistics_equal_autograd_one_text_at_a_time(architecture: str, tmp_path: Path) -> None:
+    bench = Bench(MODELS[architecture](), tmp_path)
+    statistics = collected(bench, INPUT, GRADIENT, WEIGHT, DIRECTIONS)
+    for target in bench.targets():
+        view, rows = statistics.view(target), rows_of(bench.model, target.name, bench.task)
+        n = rows.h.shape[0]
+        assert n == bench.task.tokens
+        gradient = rows.gradient.T if target.transposed else rows.gradient
+        U, _, Vh = exact_svd(read_weight(bench.model, target), target.name)
+        along = torch.stack([(rows.h @ Vh.T).square().mean(0), (rows.delta @ U).square().mean(0)])
+        assert relative(view[INPUT], rows.h.T @ rows.h / n) < 1e-5
+        assert relative(view[GRADIENT], rows.delta.T @ rows.delta / n) < 1e-5
+        assert relative(view[WEIGHT], gradient / n) < 1e-5
+        assert relative(view[DIRECTIONS][0], along[0]) < 1e-5
+        assert relative(view[DIRECTIONS][1], along[1]) < 1e-5
+
+
+@pytest.mark.parametrize("request_", [GRADIENT, WEIGHT, DIRECTIONS, SAMPLED], ids=str)
+def test_batches_and_padding_do_not_matter_and_a_forgotten_mask_does(request_: Request, tmp_path: Path) -> None:
+    model = MODELS["llama"]()
+    wanted = collected(Bench(model, tmp_path / "a"), request_)
+    alone = collected(Bench(model, tmp_path / "b"), request_, batch_tokens=1)
+    left = collected(Bench(model, tmp_path / "c"), request_, runner=RepaddingRunner(model, padded_left))
+    wrong = collected(Bench(model, tmp_path / "d"), request_, runner=RepaddingRunner(model, mask_forgotten))
+    frugal = collected(Bench(model, tmp_path / "e"), request_, sites_at_once=1)
+    for target in Bench(model, tmp_path).targets():
+        value = wanted.view(target)[request_]
+        for other in (alone, left, frugal):
+            assert relative(other.view(target)[request_], value) < 1e-5, target.name
+        assert relative(wrong.view(target)[request_], value) > 1e-2, target.name
+
+
+def test_one_sweep_serves_inputs_and_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, passes = Bench(MODELS["llama"](), tmp_path), []
+    for name in ("forward", "backward"):
+        plain: Callable[..., None] = getattr(ResidentRunner, name)
+        monkeypatch.setattr(
+            ResidentRunner, name, lambda *a, _n=name, _p=plain, **k: (passes.append(_n), _p(*a, **k))[1]
+        )
+    collected(bench, INPUT, GRADIENT, WEIGHT)
+    assert passes == ["backward"]
+    collected(bench, INPUT, GRADIENT, WEIGHT)
+    assert passes == ["backward"]
+    collected(bench, SAMPLED)
+    assert passes == ["backward", "backward"]
+
+
+def test_the_model_is_given_back_as_it_was(tmp_path: Path) -> None:
+    bench = Bench(MODELS["gpt2"]().train(), tmp_path)  # dropout, were it not in evaluation mode
+    first = next(bench.model.parameters())
+    first.requires_grad_(False)
+    asked = {name: p.requires_grad for name, p in bench.model.named_parameters()}
+    again = Bench(MODELS["gpt2"](), tmp_path / "other")
+    for target in bench.targets():
+        found, wanted = (collected(b, GRADIENT).view(target)[GRADIENT] for b in (bench, again))
+        assert torch.equal(found, wanted)
+    assert bench.model.training
+    assert {name: p.requires_grad for name, p in bench.model.named_parameters()} == asked
+    assert all(p.grad is None for p in bench.model.parameters())
+
+
+def test_what_is_learned_is_part_of_the_key(tmp_path: Path) -> None:
+    """The same texts with other prompts have other gradients."""
+    made = task()
+    assert made.prompts is not None
+    other = Calibration(made.sequences, made.pad_id, tuple(p - 1 for p in made.prompts))
+    turned = Calibration(made.sequences[::-1], made.pad_id, made.prompts[::-1])
+    assert len({made.fingerprint, other.fingerprint, Calibration(made.sequences, made.pad_id).fingerprint}) == 3
+    assert turned.fingerprint == made.fingerprint
+
+
+def test_knowledge_without_completions_has_no_loss(tmp_path: Path) -> None:
+    with pytest.raises(StatisticsError, match="texts without a task"):
+        collected(Bench(MODELS["llama"](), tmp_path), GradientCovariance("knowledge", "true"))
+
+
+# Labels
+
+
+def one_batch(*sequences: tuple[int, ...], prompt: int = 1) -> Batch:
+    (batch,) = Calibration(sequences, 0, (prompt,) * len(sequences)).batches()
+    return batch
+
+
+def test_the_loss_of_a_batch_is_the_sum_of_the_losses_of_its_texts() -> None:
+    model = MODELS["llama"]()
+    texts = [(5, 9, 11, 20), (7, 30, 8), (4, 6, 9, 33, 12, 10)]
+
+    def loss(*sequences: tuple[int, ...]) -> Tensor:
+        batch = one_batch(*sequences, prompt=2)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return summed_loss(logits, batch, labels="true", seed=0)
+
+    torch.testing.assert_close(loss(*texts), torch.stack([loss(text) for text in texts]).sum())
+
+
+def test_drawn_labels_follow_the_model_and_their_seed() -> None:
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0]).repeat(1, 1)
+    batch = one_batch((3, 1))
+    learned = torch.ones(1, 1, dtype=torch.bool)
+    found = torch.cat([drawn_labels(logits, batch, learned, seed) for seed in range(4000)])
+    shares = torch.bincount(found, minlength=4) / len(found)
+    assert (shares - logits[0].softmax(0)).abs().max() < 0.03
+    assert drawn_labels(logits, batch, learned, 5).equal(drawn_labels(logits, batch, learned, 5))
+
+
+def test_a_label_that_the_model_excludes_is_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    learned = torch.ones(1, 1, dtype=torch.bool)
+    found = [int(drawn_labels(logits, one_batch((2, 2)), learned, seed)) for seed in range(50)]
+    assert set(found) == {1}
