@@ -21,7 +21,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.linalg.eigen import bottom_eigenvectors
 from keeptune.methods.base import make_plan, methods
 from keeptune.methods.lora_null import LoraNull
-from keeptune.model.runner import ResidentRunner
+from keeptune.model.runner import ResidentRunner, Taps
 from keeptune.stats.collect import StatsView
 from keeptune.stats.covariance import InputCovariance, ReleasedCovariance
 from keeptune.stats.store import Source, StatStore, entry_recipe
@@ -170,6 +170,8 @@ def test_the_plan_does_not_depend_on_the_order_of_examples(
     """Batches are formed by length, so the bits are the same."""
     bench = world.bench(tmp_path)
     bench.data = Calibration(bench.data.sequences[::-1], bench.data.pad_id)
+    assert bench.task.prompts is not None
+    bench.task = Calibration(bench.task.sequences[::-1], bench.task.pad_id, bench.task.prompts[::-1])
     assert bench.plan(CASES[case]).key == plan_of(case).key
 
 
@@ -183,7 +185,8 @@ def test_the_plan_does_not_depend_on_the_padding_side(case: str, world: World, p
 @asking
 def test_the_plan_does_not_depend_on_the_padding_id(case: str, world: World, plan_of: PlanOf, tmp_path: Path) -> None:
     bench = world.bench(tmp_path)
-    bench.data = Calibration(bench.data.sequences, pad_id=5)
+    bench.data = dataclasses.replace(bench.data, pad_id=5)
+    bench.task = dataclasses.replace(bench.task, pad_id=5)
     assert bench.plan(CASES[case]).key == plan_of(case).key
 
 
@@ -198,13 +201,20 @@ def test_the_plan_does_not_depend_on_the_number_of_shards(
     case: str, world: World, plan_of: PlanOf, shards: int, tmp_path: Path
 ) -> None:
     method, bench = CASES[case], world.bench(tmp_path)
-    source = Source(model_fingerprint(bench.model), bench.data.fingerprint, str(bench.model.dtype))
     for target, request in _sites(bench, case):
+        data = bench.data if request.data == "knowledge" else bench.task
+        source = Source(model_fingerprint(bench.model), data.fingerprint, str(bench.model.dtype))
         parts = []
         for shard in range(shards):
             total = request.accumulator(target, bench.model.device, partial(read_weight, bench.model, target))
-            part = Calibration(bench.data.sequences[shard::shards], bench.data.pad_id)
-            ResidentRunner(bench.model).forward(part.batches(), {request.site(target): [total.add]}, title="")
+            prompts = None if data.prompts is None else data.prompts[shard::shards]
+            part = Calibration(data.sequences[shard::shards], data.pad_id, prompts).batches()
+            if request.kind == "forward":
+                ResidentRunner(bench.model).forward(part, {request.site(target): [total.add]}, title="")
+            else:
+                kind = "gradients" if request.kind == "backward" else "pairs"
+                taps = Taps(**{kind: {request.site(target): [total.add]}})
+                ResidentRunner(bench.model).backward(part, taps, labels=request.labels, seed=request.seed, title="")
             parts.append(total)
         for other in parts[:-1]:
             parts[-1].merge(other)
