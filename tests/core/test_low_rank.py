@@ -125,3 +125,14 @@ def test_truncated_works_in_float64_and_returns_the_dtype_of_the_factors() -> No
 def test_factors_that_do_not_fit_are_refused(wrong: Callable[[], LowRank]) -> None:
     with pytest.raises(ValueError, match="LowRank"):
         wrong()
+
+
+def test_triplets_are_split_evenly() -> None:
+    U = torch.linalg.qr(torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    V = torch.linalg.qr(torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    S = torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64)
+    found = LowRank.from_triplets(U, S, V.T)
+    assert found.B.dtype == found.A.dtype == torch.float32
+    assert torch.allclose(found.dense().double(), (U * S) @ V.T, atol=1e-6)
+    for gram in (found.B.T @ found.B, found.A @ found.A.T):
+        assert torch.allclose(gram.double(), torch.diag(S), atol=1e-6)

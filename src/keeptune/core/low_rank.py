@@ -34,6 +34,23 @@ class LowRank:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise ValueError(f"LowRank: B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not fit")
 
+    @classmethod
+    def from_triplets(cls, U: Tensor, S: Tensor, Vh: Tensor) -> LowRank:
+        """Split singular triplets evenly: ``B = U sqrt(S)``, ``A = sqrt(S) Vᵀ``.
+
+        Laws: ``B A == U diag(S) Vᵀ``; ``BᵀB == A Aᵀ == diag(S)``.
+
+        Args:
+            U: ``(m, r)``, orthonormal columns.
+            S: ``(r,)``, not negative.
+            Vh: ``(r, n)``, orthonormal rows.
+
+        Returns:
+            The balanced factors, float32.
+        """
+        root = S.sqrt()
+        return cls(B=(U * root).float(), A=(root[:, None] * Vh).float())
+
     @property
     def rank(self) -> int:
         """Number of columns of B; the rank as a matrix may be lower."""

@@ -8,13 +8,17 @@ target at a time, ``allocate`` sees the small scores of all.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import inspect
+import logging
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,7 +29,19 @@ from keeptune.core.target import Target
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
-__all__ = ["Method", "allot_rank", "make_plan", "method_named", "methods"]
+__all__ = [
+    "Method",
+    "allot_rank",
+    "check_scaling",
+    "dropout_field",
+    "generator_for",
+    "make_plan",
+    "method_named",
+    "methods",
+    "warn_of_zeros",
+]
+
+_log = logging.getLogger(__name__)
 
 S = TypeVar("S")
 
@@ -167,6 +183,68 @@ def allot_rank(target: Target, rank: int, method: str) -> Decision:
             next_step=f"Lower `method.rank`, or leave the role {target.role} out of `targets`.",
         )
     return Decision(rank)
+
+
+def check_scaling(alpha: float | None, dropout: float) -> None:
+    """Check the options that LoRA and its relatives share.
+
+    Args:
+        alpha: Scale numerator, or None for the method's own.
+        dropout: Dropout before A.
+
+    Raises:
+        PlanError: alpha is not above 0, or dropout is not in [0, 1).
+    """
+    if not 0 <= dropout < 1:
+        raise PlanError(
+            "method.dropout", got=str(dropout), wanted="at least 0 and below 1", next_step="Correct the value."
+        )
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise PlanError("method.alpha", got=str(alpha), wanted="a number above 0", next_step="Correct it.")
+
+
+def dropout_field(dropout: float) -> dict[str, Any]:
+    """Hand dropout to PEFT.
+
+    Args:
+        dropout: Dropout before A.
+
+    Returns:
+        The ``LoraConfig`` field; nothing for 0.
+    """
+    return {"lora_dropout": dropout} if dropout else {}
+
+
+def generator_for(target: Target, seed: int) -> torch.Generator:
+    """Give a target a stream of random numbers of its own, whichever other targets are planned.
+
+    Args:
+        target: The target.
+        seed: The method's seed.
+
+    Returns:
+        A generator on the CPU.
+    """
+    digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def warn_of_zeros(target: Target, S: Tensor, weight: Tensor) -> None:
+    """Say when a start that is balanced has directions in which both factors are zero: they get no gradient.
+
+    Args:
+        target: The target.
+        S: Singular values of the start ``(r,)``.
+        weight: ``(m, n)``.
+    """
+    zeros = int((1e-7 * weight.norm() >= S).sum())
+    if zeros:
+        _log.warning(
+            "%s: %d of the %d singular values it starts from are zero; these directions cannot be trained",
+            target.name,
+            zeros,
+            len(S),
+        )
 
 
 def methods() -> dict[str, type[Any]]:

@@ -10,7 +10,6 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
-from keeptune.methods.base import allot_rank
+from keeptune.methods.base import allot_rank, check_scaling, dropout_field, generator_for
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -75,12 +73,7 @@ class Lora:
         Raises:
             PlanError: alpha is not above 0, or dropout is not in [0, 1).
         """
-        if not 0 <= self.dropout < 1:
-            raise PlanError(
-                "method.dropout", got=str(self.dropout), wanted="at least 0 and below 1", next_step="Correct the value."
-            )
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise PlanError("method.alpha", got=str(self.alpha), wanted="a number above 0", next_step="Correct it.")
+        check_scaling(self.alpha, self.dropout)
 
     def requests(self, target: Target) -> frozenset[Request]:
         """Need nothing."""
@@ -95,10 +88,7 @@ class Lora:
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Draw A, set B to zero (eq. 2)."""
-        # One stream per target, so that a target's factors do not depend on which others are tuned.
-        digest = hashlib.sha256(f"{self.seed}:{target.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        A = draw_A(decision.rank, target.in_features, generator)
+        A = draw_A(decision.rank, target.in_features, generator_for(target, self.seed))
         alpha = 2.0 * decision.rank if self.alpha is None else self.alpha
         divisor = math.sqrt(decision.rank) if self.use_rslora else decision.rank
         return TargetPlan(
@@ -111,4 +101,4 @@ class Lora:
 
     def peft(self) -> Mapping[str, Any]:
         """Hand dropout to PEFT."""
-        return {"lora_dropout": self.dropout} if self.dropout else {}
+        return dropout_field(self.dropout)
