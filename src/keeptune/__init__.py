@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from keeptune.methods.full import Full
     from keeptune.methods.lora import Lora
     from keeptune.methods.lora_null import LoraNull
+    from keeptune.methods.mica import Mica
+    from keeptune.methods.milora import Milora
+    from keeptune.methods.olora import Olora
+    from keeptune.methods.pissa import Pissa
     from keeptune.train.trainer import Guard
 
 __all__ = [
@@ -27,6 +31,10 @@ __all__ = [
     "Lora",
     "LoraNull",
     "LowRank",
+    "Mica",
+    "Milora",
+    "Olora",
+    "Pissa",
     "Plan",
     "TwoModels",
     "measure",
@@ -44,6 +52,10 @@ _HOMES = {
     "Lora": "methods.lora",
     "LoraNull": "methods.lora_null",
     "LowRank": "core.low_rank",
+    "Mica": "methods.mica",
+    "Milora": "methods.milora",
+    "Olora": "methods.olora",
+    "Pissa": "methods.pissa",
     "Plan": "core.plan",
     "TwoModels": "evaluate.pairs",
     "measure": "api",

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tests.methods.support import SHAPES, UNIQUE, WEIGHTS, built, residual, target_of, weight, with_singular_values
+from tests.models import relative
+from tests.reference.peft_reference import signed_like, start
+
+from keeptune.adapter.anchor import subtract
+from keeptune.core.errors import PlanError
+from keeptune.methods.base import allot_rank
+from keeptune.methods.pissa import Pissa
+
+R = 4
+shapes = pytest.mark.parametrize("shape", SHAPES)
+weights = pytest.mark.parametrize("name", WEIGHTS)
+scales = pytest.mark.parametrize("alpha", [None, 2.0, 8.0])
+
+
+@shapes
+@weights
+@scales
+def test_residual_and_start_make_the_weight(shape: str, name: str, alpha: float | None) -> None:
+    W = weight(name, shape)
+    plan = built(Pissa(rank=R, alpha=alpha), W)
+    assert relative(subtract(W, plan) + plan.init.scaled(plan.scale).dense(), W) < 1e-6
+
+
+@shapes
+@weights
+@scales
+def test_the_start_has_the_largest_singular_values_and_the_residual_the_others(
+    shape: str, name: str, alpha: float | None
+) -> None:
+    W = weight(name, shape)
+    plan, S = built(Pissa(rank=R, alpha=alpha), W), torch.linalg.svdvals(W.double())
+    taken = torch.linalg.svdvals((plan.scale * plan.init.dense()).double())
+    assert relative(taken[:R], S[:R]) < 1e-6
+    left = torch.linalg.svdvals(residual(W, plan))
+    assert float((left[:-R] - S[R:]).abs().max()) < 1e-6 * float(S[0])
+    assert relative(plan.evidence["singular_values"], S[:R]) < 1e-6
+
+
+@shapes
+@pytest.mark.parametrize("name", UNIQUE)
+@scales
+def test_the_factors_are_pefts_up_to_signs(shape: str, name: str, alpha: float | None) -> None:
+    W = weight(name, shape)
+    plan = built(Pissa(rank=R, alpha=alpha), W)
+    peft, left, scale = start(W, "pissa", R, alpha or R)
+    assert plan.scale == scale
+    found = signed_like(plan.init, peft)
+    assert relative(found.A, peft.A) < 1e-4
+    assert relative(found.B, peft.B) < 1e-4
+    assert relative(residual(W, plan), left) < 1e-4
+
+
+@shapes
+def test_the_factors_are_balanced(shape: str) -> None:
+    plan = built(Pissa(rank=R, alpha=8.0), weight("random", shape))
+    S = torch.diag(plan.evidence["singular_values"]) / plan.scale
+    assert relative(plan.init.B.T @ plan.init.B, S) < 1e-5
+    assert relative(plan.init.A @ plan.init.A.T, S) < 1e-5
+
+
+@shapes
+@weights
+@pytest.mark.parametrize("svd", ["exact", "fast"])
+def test_the_full_rank_takes_all_of_the_weight(shape: str, name: str, svd: str) -> None:
+    W = weight(name, shape)
+    plan = built(Pissa(rank=min(W.shape), svd=svd), W)  # type: ignore[arg-type]
+    assert relative(plan.init.dense(), W) < 1e-5
+
+
+# The fast SVD
+
+
+@shapes
+def test_many_iterations_make_the_fast_factors_the_exact_ones(shape: str) -> None:
+    W = weight("random", shape)
+    fast, exact = built(Pissa(rank=R, svd="fast", niter=200), W), built(Pissa(rank=R), W)
+    assert relative(fast.init.A, exact.init.A) < 1e-3
+    assert relative(fast.init.B, exact.init.B) < 1e-3
+
+
+def test_the_fast_svd_keeps_most_of_what_the_exact_one_keeps() -> None:
+    W = with_singular_values((96, 64), torch.logspace(0, -1, 64)).float()
+    sizes = [float(built(Pissa(rank=8, svd="fast", niter=n), W).init.norm_squared()) for n in (0, 1, 4)]
+    exact = float(built(Pissa(rank=8), W).init.norm_squared())
+    assert 0.5 * exact < sizes[0] < sizes[1] < sizes[2] <= exact * (1 + 1e-6)
+    assert sizes[2] > 0.995 * exact
+
+
+def test_the_fast_svd_depends_on_its_seed_and_target_alone() -> None:
+    W, method = weight("random"), Pissa(rank=R, svd="fast", niter=0)
+    torch.manual_seed(1)
+    first = built(method, W).init.A
+    torch.manual_seed(2)
+    assert torch.equal(built(method, W).init.A, first)
+    assert not torch.equal(built(Pissa(rank=R, svd="fast", niter=0, seed=1), W).init.A, first)
+    assert not torch.equal(built(method, W, name="h.1.up").init.A, first)
+
+
+def test_the_exact_svd_has_no_seed() -> None:
+    W = weight("random")
+    assert torch.equal(built(Pissa(rank=R, seed=1), W, name="h.1.up").init.A, built(Pissa(rank=R), W).init.A)
+
+
+# What does not fit
+
+
+def test_a_weight_of_small_rank_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        built(Pissa(rank=12), weight("deficient"))
+    assert "h.0.up: 4 of the 12 singular values it starts from are zero" in caplog.text
+
+
+def test_a_weight_of_full_rank_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        built(Pissa(rank=12), weight("falling"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [({"alpha": 0.0}, "alpha"), ({"alpha": -1.0}, "alpha"), ({"dropout": 1.0}, "dropout"), ({"niter": -1}, "niter")],
+)
+def test_options_out_of_range_are_refused(options: dict[str, float], where: str) -> None:
+    with pytest.raises(PlanError, match=rf"method\.{where}"):
+        Pissa(**options)  # type: ignore[arg-type]
+
+
+def test_a_rank_above_the_smaller_side_is_refused() -> None:
+    target = target_of(weight("random"))
+    assert Pissa(rank=16).allocate({target: None}) == {target: allot_rank(target, 16, "pissa")}
+    with pytest.raises(PlanError, match="rank 17"):
+        Pissa(rank=17).allocate({target: None})
+
+
+def test_dropout_is_handed_to_peft() -> None:
+    assert Pissa(dropout=0.05).peft() == {"lora_dropout": 0.05}
+    assert Pissa().peft() == {}
