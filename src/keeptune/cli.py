@@ -145,6 +145,30 @@ def sweep(
 
 
 @app.command()
+def energy(
+    model: Annotated[str, typer.Argument(help="atlas, a folder or a hub id.", show_default=False)],
+    top: Annotated[int, typer.Option(min=1, help="How many singular values.")] = 5,
+    output: Annotated[Path, typer.Option(help="The figure; the numbers go beside it as .json.")] = Path("energy.png"),
+    targets: Annotated[str | None, typer.Option(help="Roles, such as q_proj,down_proj; default: all.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Show how much of each weight's energy its largest singular values hold, layer by layer (FARSS Fig. 1)."""
+    from keeptune.energy import energy as measure_energy
+    from keeptune.report.grid import print_grid
+
+    roles = None if targets is None else [role.strip() for role in targets.strip("[] ").split(",")]
+    found = measure_energy(model, output, top=top, roles=roles, device=device)
+    cells: dict[tuple[int | None, str], list[str]] = {}
+    for row in found["rows"]:
+        text = "–" if row["energy"] is None else f"{row['energy']:.3f}"
+        cells.setdefault((row["layer"], row["role"]), []).append(text)
+    cells |= {(int(layer), "mean"): [f"{value:.3f}"] for layer, value in found["mean"].items()}
+    print_grid(cells, Console())
+    _say(f"share of the squared singular values in the top {top}")
+    _say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A LoRA adapter folder.", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Where the merged model goes.", show_default=False)],

@@ -28,7 +28,7 @@ from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
 from keeptune.train.trainer import check_arguments, sft_config
 
-__all__ = ["Job", "check_folder"]
+__all__ = ["Job", "check_device", "check_folder", "device_named"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,7 @@ class Job:
     @property
     def device(self) -> str:
         """Where the model runs; ``auto`` is CUDA where there is a GPU."""
-        if self.recipe.device != "auto":
-            return self.recipe.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return device_named(self.recipe.device)
 
     @property
     def seed(self) -> int:
@@ -193,7 +191,7 @@ class Job:
         """
         check_folder("output", self.output)
         check_folder("store", self.store.folder)
-        _check_device(self.device)
+        check_device(self.device)
         self._check_needs()
         used = [Corpus("task.train", self.task_rows, self.task.prompts)]
         if self.recipe.knowledge is not None:
@@ -256,7 +254,29 @@ def check_folder(where: str, folder: Path) -> None:
         )
 
 
-def _check_device(name: str) -> None:
+def device_named(name: str) -> str:
+    """Say which device a name stands for.
+
+    Args:
+        name: Of a device, or ``auto``: CUDA where there is a GPU.
+
+    Returns:
+        The device.
+    """
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str) -> None:
+    """Check that this machine has a device.
+
+    Args:
+        name: Such as ``cuda:0``.
+
+    Raises:
+        RecipeError: It is no device, or not here.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -42,6 +42,7 @@ __all__ = [
     "make_method",
     "make_recipe",
     "parse_overrides",
+    "resolve_model",
 ]
 
 
@@ -277,7 +278,7 @@ def _resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         ]
     model: Any = done.get("model")
     if isinstance(model, str):
-        done["model"] = str(atlas.model_path()) if model == "atlas" else _resolve_model(model, folder)
+        done["model"] = resolve_model(model, folder)
     return done
 
 
@@ -294,7 +295,18 @@ def _resolve(name: str, folder: Path) -> str:
     return str((beside if not path.exists() and beside.exists() else path).absolute())
 
 
-def _resolve_model(name: str, folder: Path) -> str:
+def resolve_model(name: str, folder: Path = Path()) -> str:
+    """Find the model that a name stands for.
+
+    Args:
+        name: ``atlas``, a folder or a hub id.
+        folder: Where a folder is looked for that is not in the current directory.
+
+    Returns:
+        A path, or the hub id.
+    """
+    if name == "atlas":
+        return str(atlas.model_path())
     beside = folder / Path(name).expanduser()
     return str(beside.absolute()) if not Path(name).expanduser().is_dir() and beside.is_dir() else name
 

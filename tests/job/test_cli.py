@@ -15,7 +15,7 @@ import pytest
 from tests.job.support import METHODS, keeptune, write_recipe
 
 Values = Callable[..., dict[str, Any]]
-COMMANDS = ["demo", "run", "stats", "plan", "train", "evaluate", "export", "merge", "report", "sweep"]
+COMMANDS = ["demo", "run", "stats", "plan", "train", "evaluate", "export", "merge", "report", "sweep", "energy"]
 HELP = """
 import sys
 sys.argv = ["keeptune", *{words}]
