@@ -49,7 +49,7 @@ def page(cls: type, old: str) -> str:
 
 def _told(cls: type) -> dict[str, str]:
     """Read what the class's docstring tells of each option."""
-    text = (inspect.getdoc(cls) or "").partition("Args:\n")[2]
+    text = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
     entries = re.split(r"\n(?=    \w+: )", "\n" + text)
     pairs = [entry.strip().partition(": ") for entry in entries if entry.strip()]
     return {name: " ".join(words.split()).replace("``", "`") for name, _, words in pairs}

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from keeptune.evaluate.tasks import Benchmark
     from keeptune.methods.full import Full
     from keeptune.methods.lora import Lora
+    from keeptune.methods.lora_fa import LoraFA
     from keeptune.methods.lora_null import LoraNull
     from keeptune.methods.mica import Mica
     from keeptune.methods.milora import Milora
     from keeptune.methods.olora import Olora
     from keeptune.methods.pissa import Pissa
-    from keeptune.train.trainer import Guard
+    from keeptune.train.attach import attach
+    from keeptune.train.guard import Guard
 
 __all__ = [
     "AdapterPair",
@@ -29,6 +31,7 @@ __all__ = [
     "Guard",
     "KeeptuneError",
     "Lora",
+    "LoraFA",
     "LoraNull",
     "LowRank",
     "Mica",
@@ -37,6 +40,7 @@ __all__ = [
     "Pissa",
     "Plan",
     "TwoModels",
+    "attach",
     "measure",
     "export",
     "install",
@@ -47,9 +51,10 @@ _HOMES = {
     "AdapterPair": "evaluate.pairs",
     "Benchmark": "evaluate.tasks",
     "Full": "methods.full",
-    "Guard": "train.trainer",
+    "Guard": "train.guard",
     "KeeptuneError": "core.errors",
     "Lora": "methods.lora",
+    "LoraFA": "methods.lora_fa",
     "LoraNull": "methods.lora_null",
     "LowRank": "core.low_rank",
     "Mica": "methods.mica",
@@ -58,6 +63,7 @@ _HOMES = {
     "Pissa": "methods.pissa",
     "Plan": "core.plan",
     "TwoModels": "evaluate.pairs",
+    "attach": "train.attach",
     "measure": "api",
     "export": "api",
     "install": "adapter.install",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.export import Exported, export
-from keeptune.adapter.install import install, restore_factors, trained_factors
+from keeptune.adapter.install import install, restore_state, trained_state
 from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import (
     atomic_directory,
@@ -34,7 +33,6 @@ from keeptune.core.artefact import (
     write_tensors,
 )
 from keeptune.core.errors import ArtefactError, TrainError
-from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
 from keeptune.data.calibration import tokenize_calibration
@@ -185,7 +183,7 @@ def train_stage(job: Job, plan: Plan) -> None:
             tuned.save_pretrained(fresh / "model")
         else:
             assert isinstance(tuned, PeftModel)
-            sha256 = write_tensors(fresh / "factors.safetensors", _flat(trained_factors(tuned, plan)))
+            sha256 = write_tensors(fresh / "factors.safetensors", trained_state(tuned, plan))
         record = {
             "key": key,
             "plan": plan.key,
@@ -270,11 +268,9 @@ def load_trained(job: Job, plan: Plan, sha256: str | None) -> PreTrainedModel | 
     if plan.scope == "all":
         return load_model(str(folder / "model"), dtype="float32", device=job.device)
     assert sha256 is not None
-    flat = read_tensors(folder / "factors.safetensors", sha256)
     tuned = install(job.base(), plan, anchor=job.recipe.anchor)
     assert isinstance(tuned, PeftModel)
-    names = [t.target.name for t in plan.targets]
-    restore_factors(tuned, {name: LowRank(B=flat[f"{name}.B"], A=flat[f"{name}.A"]) for name in names})
+    restore_state(tuned, plan, read_tensors(folder / "factors.safetensors", sha256))
     return tuned
 
 
@@ -298,11 +294,6 @@ def _probe(job: Job) -> Tensor:
     tokens = tokenize_calibration(texts, job.tokenizer, max_length=256, where="task.train")
     length = min(map(len, tokens.sequences))
     return torch.tensor([sequence[:length] for sequence in tokens.sequences])
-
-
-def _flat(factors: dict[str, LowRank]) -> dict[str, Tensor]:
-    parts: list[tuple[str, Callable[[LowRank], Tensor]]] = [("B", lambda c: c.B), ("A", lambda c: c.A)]
-    return {f"{name}.{part}": read(change) for name, change in factors.items() for part, read in parts}
 
 
 def _holds(path: Path, value: Any) -> bool:

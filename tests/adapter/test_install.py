@@ -14,9 +14,10 @@ from keeptune.adapter.install import (
     check_frozen,
     install,
     lora_layer,
-    restore_factors,
+    restore_state,
     start_errors,
     trained_factors,
+    trained_state,
 )
 from keeptune.adapter.portable import change_of
 from keeptune.core.errors import PlanError, TrainError
@@ -184,14 +185,15 @@ def test_start_errors_are_rounding_of_the_residual_and_nothing_for_a_twin(archit
 
 
 @every_model
-def test_trained_factors_go_out_and_in(architecture: str) -> None:
+def test_the_trained_state_goes_out_and_in(architecture: str) -> None:
     model, plan = installed(architecture)
     train_steps(model)
-    kept = trained_factors(model, plan)
+    kept = trained_state(model, plan)
+    assert kept.keys() == {f"{t.target.name}.{factor}" for t in plan.targets for factor in "AB"}
     fresh, _ = installed(architecture)
-    restore_factors(fresh, kept)
+    restore_state(fresh, plan, kept)
     assert torch.equal(logits(fresh, tokens()), logits(model.eval(), tokens()))
-    assert all(torch.equal(factors.A, kept[name].A) for name, factors in trained_factors(fresh, plan).items())
+    assert all(torch.equal(value, kept[name]) for name, value in trained_state(fresh, plan).items())
 
 
 def test_factors_that_were_read_do_not_change_when_training_goes_on() -> None:

@@ -20,6 +20,7 @@ from keeptune.methods.base import methods
 # The options a method is checked with; one that is not listed is checked with its defaults at rank 4.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"rank": 4}, {"rank": 4, "use_rslora": True, "alpha": 6.0}],
+    "lora-fa": [{"rank": 4}, {"rank": 4, "optimizer": "preconditioned", "alpha": 6.0}],
     "lora-null": [
         {"rank": 4, "variant": "v1"},
         {"rank": 4, "variant": "v2"},

@@ -14,7 +14,7 @@ from tests.models import copies, logits, off_by, tokens, train_steps
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor
 from keeptune.adapter.export import Format, export
-from keeptune.adapter.install import check_frozen, install, trained_factors
+from keeptune.adapter.install import check_frozen, install, trained_names, trained_state
 from keeptune.adapter.portable import change_of
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
@@ -111,7 +111,7 @@ def test_untrained_factors_get_no_gradient_and_keep_their_bits(
     event(model)
     before = copies(model)
     train_steps(model, steps=2, everything=True)
-    trained = {f"base_model.model.{t.target.name}.lora_{f}.default.weight" for t in plan.targets for f in t.trainable}
+    trained = trained_names(plan)
     for name, parameter in model.named_parameters():
         if name in trained:
             assert not torch.equal(parameter, before[name]), name
@@ -189,10 +189,9 @@ def test_training_does_not_depend_on_the_random_state_of_install(case: str, worl
         torch.manual_seed(seed)
         model = installed(world, plan_of(case))
         assert torch.initial_seed() == seed
-        found.append(trained_factors(model, plan_of(case)))
-    for name, factors in found[0].items():
-        assert torch.equal(factors.A, found[1][name].A)
-        assert torch.equal(factors.B, found[1][name].B)
+        found.append(trained_state(model, plan_of(case)))
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name])
 
 
 @every_adapter

@@ -67,15 +67,18 @@ def test_save_and_load_is_the_identity(case: str, plan_of: PlanOf, tmp_path: Pat
     made.save(tmp_path / "plan")
     found = Plan.load(tmp_path / "plan")
     assert found.key == made.key
-    assert (found.method, found.scope, dict(found.options), dict(found.peft)) == (
+    assert (found.method, found.scope, dict(found.options), dict(found.peft), dict(found.training)) == (
         made.method,
         made.scope,
         dict(made.options),
         dict(made.peft),
+        dict(made.training),
     )
     assert found.summary() == made.summary()
     for a, b in zip(found.targets, made.targets, strict=True):
         assert all(torch.equal(a.evidence[name], value) for name, value in b.evidence.items())
+        assert a.vectors.keys() == b.vectors.keys()
+        assert all(torch.equal(a.vectors[name], value) for name, value in b.vectors.items())
 
 
 @every_adapter

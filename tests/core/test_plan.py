@@ -49,6 +49,8 @@ CHANGES: dict[str, Callable[[], Plan]] = {
     "trainable": lambda: plan(target_plan(trainable=frozenset({"B"}))),
     "rows": lambda: plan(target_plan(decision=Decision(2, rows=(0, 3)))),
     "rank": lambda: plan(target_plan(rank=3)),
+    "training": lambda: plan(training={"optimizer": "lora-fa"}),
+    "vectors": lambda: plan(target_plan(vectors={"magnitude": torch.ones(6)})),
     "removed": lambda: plan(target_plan(removed=LowRank(torch.ones(6, 2), torch.ones(2, 5)))),
     "name": lambda: plan(target_plan(name="model.layers.1.mlp.up_proj")),
     "more": lambda: plan(target_plan(), target_plan(name="model.layers.1.mlp.up_proj")),
@@ -76,6 +78,9 @@ def test_save_and_load_is_the_identity(tmp_path: Path, change: str) -> None:
         assert torch.equal(a.anchor.dense(), b.anchor.dense())
         assert a.evidence.keys() == b.evidence.keys()
         assert all(torch.equal(a.evidence[name], b.evidence[name]) for name in b.evidence)
+        assert a.vectors.keys() == b.vectors.keys()
+        assert all(torch.equal(a.vectors[name], b.vectors[name]) for name in b.vectors)
+    assert (found.scope, found.peft, found.training) == (made.scope, made.peft, made.training)
 
 
 @pytest.mark.parametrize("file", ["factors.safetensors", "evidence.safetensors", "plan.json"])
@@ -170,6 +175,8 @@ def test_equal_plans_do_not_differ() -> None:
         ("trainable", "trains A B | B"),
         ("factors", "starting change differs by"),
         ("removed", "same start, taken out of W differs by"),
+        ("vectors", "same factors, another start of magnitude"),
+        ("training", "training: {} | {'optimizer': 'lora-fa'}"),
         ("more", "model.layers.1.mlp.up_proj: only in the second plan"),
     ],
 )

@@ -33,6 +33,8 @@ from keeptune.train.trainer import last_complete_checkpoint
 Values = Callable[..., dict[str, Any]]
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"method": METHODS["lora"]},
+    "lora-fa": {"method": METHODS["lora-fa"]},
+    "lora-fa-preconditioned": {"method": METHODS["lora-fa-preconditioned"]},
     "v1-residual": {"method": METHODS["lora-null-v1"], "anchor": "residual"},
     "v1-twin": {"method": METHODS["lora-null-v1"], "anchor": "twin"},
     "v2-twin": {"method": METHODS["lora-null-v2"], "anchor": "twin"},

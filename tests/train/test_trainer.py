@@ -24,7 +24,8 @@ from keeptune.model.load import load_model, load_tokenizer
 from keeptune.planning import plan_for
 from keeptune.stats.store import StatStore
 from keeptune.train import trainer as training
-from keeptune.train.trainer import Guard, check_arguments, sft_config, train
+from keeptune.train.guard import Guard
+from keeptune.train.trainer import check_arguments, sft_config, train
 
 MODEL = str(Path(__file__).parents[3] / "shared" / "models" / "stories260K")
 EXAMPLES = TaskExamples(

@@ -22,9 +22,23 @@ from keeptune.adapter.anchor import (
 )
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Plan, TargetPlan
+from keeptune.core.plan import Factor, Plan, TargetPlan
 
-__all__ = ["check_frozen", "install", "lora_layer", "restore_factors", "start_errors", "trained_factors"]
+__all__ = [
+    "check_frozen",
+    "install",
+    "lora_layer",
+    "restore_state",
+    "start_errors",
+    "trained_factors",
+    "trained_names",
+    "trained_state",
+]
+
+_PARAMETERS: Mapping[Factor, str] = {
+    "A": "lora_A.default.weight",
+    "B": "lora_B.default.weight",
+}
 
 
 def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> PreTrainedModel | PeftModel:
@@ -80,6 +94,38 @@ def lora_layer(model: PeftModel, name: str) -> Any:
     return model.base_model.model.get_submodule(name)
 
 
+def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
+    """Read what a plan put into a model as it is now, float32 on the CPU, without scale or anchor.
+
+    Args:
+        model: The installed model.
+        plan: Its plan.
+
+    Returns:
+        ``"model.layers.0.mlp.up_proj.B"`` and the like to tensor; frozen factors too.
+    """
+    # Copies: on the CPU they would else change with the model.
+    return {
+        f"{t.target.name}.{factor}": _parameter(model, t, factor).detach().to("cpu", torch.float32, copy=True)
+        for t in plan.targets
+        for factor in _held(t)
+    }
+
+
+def restore_state(model: PeftModel, plan: Plan, state: Mapping[str, Tensor]) -> None:
+    """Put the state of a trained model back into an installed one.
+
+    Args:
+        model: The installed model.
+        plan: Its plan.
+        state: From :func:`trained_state`.
+    """
+    with torch.no_grad():
+        for target_plan in plan.targets:
+            for factor in _held(target_plan):
+                _parameter(model, target_plan, factor).copy_(state[f"{target_plan.target.name}.{factor}"])
+
+
 def trained_factors(model: PeftModel, plan: Plan) -> dict[str, LowRank]:
     """Read the factors as they are now, float32 on the CPU, without scale or anchor.
 
@@ -90,25 +136,32 @@ def trained_factors(model: PeftModel, plan: Plan) -> dict[str, LowRank]:
     Returns:
         Target name to factors.
     """
-    found = {}
-    for target_plan in plan.targets:
-        layer = lora_layer(model, target_plan.target.name)
-        B, A = (part["default"].weight.detach() for part in (layer.lora_B, layer.lora_A))
-        # Copies: on the CPU they would else change with the model.
-        factors = LowRank(B=B.to("cpu", torch.float32, copy=True), A=A.to("cpu", torch.float32, copy=True))
-        found[target_plan.target.name] = factors
-    return found
+    state = trained_state(model, plan)
+    names = [target_plan.target.name for target_plan in plan.targets]
+    return {name: LowRank(B=state[f"{name}.B"], A=state[f"{name}.A"]) for name in names}
 
 
-def restore_factors(model: PeftModel, factors: Mapping[str, LowRank]) -> None:
-    """Put trained factors back into an installed model.
+def trained_names(plan: Plan) -> set[str]:
+    """Name the parameters that a plan trains.
 
     Args:
-        model: The installed model.
-        factors: From :func:`trained_factors`.
+        plan: A plan that trains an adapter.
+
+    Returns:
+        Names as in ``named_parameters()`` of the installed model.
     """
-    for name, change in factors.items():
-        _fill(lora_layer(model, name), change)
+    return {f"base_model.model.{t.target.name}.{_PARAMETERS[factor]}" for t in plan.targets for factor in t.trainable}
+
+
+def _held(target_plan: TargetPlan) -> list[Factor]:
+    """Which of a target's tensors make up its state."""
+    return [factor for factor in _PARAMETERS if factor in target_plan.trainable or factor in ("A", "B")]
+
+
+def _parameter(model: PeftModel, target_plan: TargetPlan, factor: Factor) -> nn.Parameter:
+    parameter = lora_layer(model, target_plan.target.name).get_parameter(_PARAMETERS[factor])
+    assert isinstance(parameter, nn.Parameter)
+    return parameter
 
 
 def check_frozen(model: PeftModel, plan: Plan) -> None:
@@ -121,9 +174,7 @@ def check_frozen(model: PeftModel, plan: Plan) -> None:
     Raises:
         TrainError: A factor is trainable that should be frozen, or the other way round.
     """
-    expected = {
-        f"base_model.model.{t.target.name}.lora_{factor}.default.weight" for t in plan.targets for factor in t.trainable
-    }
+    expected = trained_names(plan)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if trainable != expected:
         wrong = sorted(trainable ^ expected)

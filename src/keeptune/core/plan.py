@@ -25,8 +25,8 @@ from keeptune.core.target import Target
 
 __all__ = ["Decision", "Factor", "Plan", "Scope", "TargetPlan"]
 
-Factor = Literal["A", "B"]
-Scope = Literal["adapter", "all"]
+Factor = Literal["A", "B", "magnitude", "diag", "U_low", "S_low", "V_low"]
+Scope = Literal["adapter", "subspace", "all"]
 _FORMAT = 1
 
 
@@ -56,6 +56,8 @@ class TargetPlan:
         evidence: Name to 1-D tensor: spectra and scores behind the decision, for tables and plots.
         removed: The part of W taken out at the start, without the scale; None takes ``init``, and the model's
             output does not change.
+        vectors: What a method trains besides A and B, at the first step, float32: ``magnitude`` ``(m,)``, the
+            lengths of W's rows (DoRA), or ``diag`` ``(r,)``, with which the change is ``scale * (B diag A)`` (KaSA).
     """
 
     target: Target
@@ -65,6 +67,7 @@ class TargetPlan:
     trainable: frozenset[Factor]
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
     removed: LowRank | None = None
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def anchor(self) -> LowRank:
@@ -79,7 +82,9 @@ class TargetPlan:
     @property
     def trained_parameters(self) -> int:
         """Number of trained numbers."""
-        sizes = {"B": self.init.B.numel(), "A": self.init.A.numel()}
+        m, n, r = self.target.out_features, self.target.in_features, self.decision.rank
+        factors = {"B": self.init.B, "A": self.init.A, **self.vectors}
+        sizes = {name: value.numel() for name, value in factors.items()} | {"U_low": m * r, "S_low": r, "V_low": r * n}
         return sum(sizes[name] for name in self.trainable)
 
 
@@ -91,8 +96,11 @@ class Plan:
         method: The method's registered name.
         options: The method's options.
         targets: Targets with a rank above 0, in model order.
-        scope: ``"adapter"`` trains the targets' factors, ``"all"`` every weight (full fine-tuning).
+        scope: ``"adapter"`` trains the targets' factors, ``"subspace"`` their weights but for the top singular
+            directions (OSF), ``"all"`` every weight (full fine-tuning).
         peft: Extra ``LoraConfig`` fields, such as ``lora_dropout``.
+        training: What the method asks of the trainer, as plain values: an ``optimizer``, a ``penalty``
+            (:mod:`keeptune.train.attach`).
         provenance: Keys of what the plan was made from: model, data, statistics, versions.
     """
 
@@ -101,6 +109,7 @@ class Plan:
     targets: tuple[TargetPlan, ...]
     scope: Scope = "adapter"
     peft: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,7 +118,7 @@ class Plan:
         Raises:
             PlanError: There is no target.
         """
-        if self.scope == "adapter" and not self.targets:
+        if self.scope != "all" and not self.targets:
             raise PlanError(
                 f"method {self.method}",
                 got="no target with a rank above 0",
@@ -172,6 +181,8 @@ class Plan:
         lines = []
         if self.method != other.method or dict(self.options) != dict(other.options):
             lines.append(f"method: {self.method} {dict(self.options)} | {other.method} {dict(other.options)}")
+        if dict(self.training) != dict(other.training):
+            lines.append(f"training: {dict(self.training)} | {dict(other.training)}")
         mine = {t.target.name: t for t in self.targets}
         theirs = {t.target.name: t for t in other.targets}
         for name in sorted(mine.keys() | theirs.keys()):
@@ -191,6 +202,8 @@ class Plan:
                 lines.append(f"{name}: same rank, starting change differs by {_gap(a.init, b.init):.2e} (relative)")
             elif not (torch.equal(a.anchor.B, b.anchor.B) and torch.equal(a.anchor.A, b.anchor.A)):
                 lines.append(f"{name}: same start, taken out of W differs by {_gap(a.anchor, b.anchor):.2e} (relative)")
+            elif not _equal(a.vectors, b.vectors):
+                lines.append(f"{name}: same factors, another start of {', '.join(sorted({*a.vectors, *b.vectors}))}")
         return lines
 
     def save(self, folder: Path | str) -> None:
@@ -200,7 +213,7 @@ class Plan:
             folder: Where; a folder there is replaced.
         """
         with atomic_directory(Path(folder)) as fresh:
-            factors = {f"{t.target.name}.{k}": v for t in self.targets for k, v in _factors(t).items()}
+            factors = {f"{t.target.name}{k}": v for t in self.targets for k, v in _factors(t).items()}
             evidence = {f"{t.target.name}:{k}": v for t in self.targets for k, v in t.evidence.items()}
             files = {
                 "factors.safetensors": write_tensors(fresh / "factors.safetensors", factors),
@@ -241,6 +254,7 @@ class Plan:
                 targets=tuple(_load_target(row, factors, evidence) for row in record["targets"]),
                 scope=record["scope"],
                 peft=record["peft"],
+                training=record["training"],
                 provenance=record["provenance"],
             )
         except (KeyError, TypeError) as error:
@@ -267,13 +281,14 @@ class Plan:
             "options": dict(self.options),
             "scope": self.scope,
             "peft": dict(self.peft),
+            "training": dict(self.training),
             "provenance": dict(self.provenance),
             "targets": rows,
         }
 
     def _fingerprints(self) -> dict[str, str]:
         return {
-            f"{t.target.name}.{name}": tensor_fingerprint(value)
+            f"{t.target.name}{name}": tensor_fingerprint(value)
             for t in self.targets
             for name, value in _factors(t).items()
         }
@@ -283,17 +298,20 @@ def _gap(a: LowRank, b: LowRank) -> float:
     return float(a.minus(b).norm_squared().sqrt() / b.norm_squared().sqrt().clamp_min(1e-30))
 
 
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def _factors(target_plan: TargetPlan) -> dict[str, Tensor]:
-    found = {"B": target_plan.init.B, "A": target_plan.init.A}
+    found = {".B": target_plan.init.B, ".A": target_plan.init.A}
     if target_plan.removed is not None:
-        found |= {"removed.B": target_plan.removed.B, "removed.A": target_plan.removed.A}
-    return found
+        found |= {".removed.B": target_plan.removed.B, ".removed.A": target_plan.removed.A}
+    return found | {f":{name}": value for name, value in target_plan.vectors.items()}
 
 
 def _load_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence: Mapping[str, Tensor]) -> TargetPlan:
     target = Target(**row["target"])
     rows = row["decision"]["rows"]
-    prefix = f"{target.name}:"
     removed = None
     if f"{target.name}.removed.B" in factors:
         removed = LowRank(B=factors[f"{target.name}.removed.B"], A=factors[f"{target.name}.removed.A"])
@@ -304,5 +322,10 @@ def _load_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence
         removed=removed,
         scale=row["scale"],
         trainable=frozenset(row["trainable"]),
-        evidence={k.removeprefix(prefix): v for k, v in evidence.items() if k.startswith(prefix)},
+        evidence=_named(evidence, f"{target.name}:"),
+        vectors=_named(factors, f"{target.name}:"),
     )
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

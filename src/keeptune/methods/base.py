@@ -50,7 +50,11 @@ class Method(Protocol[S]):
     """A way to choose ranks and starting factors; S is a target's small summary (float, vector, None).
 
     Laws (``tests/contract``): equal inputs give bit-equal plans; ``requests`` are sufficient; ranks sum to at
-    most the budget; installing the plan leaves the model's output unchanged.
+    most the budget; installing the plan leaves the model's output unchanged, unless the class sets
+    ``moves_start: ClassVar[bool] = True`` (KaSA drops a part of W for good).
+
+    A method that asks something of the trainer has a sixth function, ``training()``, which gives the plan's
+    ``training`` values: an ``optimizer``, a ``penalty`` (:mod:`keeptune.train.attach`).
     """
 
     name: ClassVar[str]
@@ -153,8 +157,14 @@ def make_plan(
         targets=tuple(built),
         scope=method.scope,
         peft=method.peft(),
+        training=_training(method),
         provenance=dict(provenance or {}),
     )
+
+
+def _training(method: Any) -> Mapping[str, Any]:
+    asked: Mapping[str, Any] = method.training() if hasattr(method, "training") else {}
+    return asked
 
 
 def _shown(targets: Sequence[Target], title: str) -> Iterable[Target]:

@@ -25,7 +25,7 @@ from keeptune.methods.base import allot_rank, check_scaling, dropout_field, gene
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
-__all__ = ["Lora", "draw_A"]
+__all__ = ["Lora", "draw_A", "draw_start", "scale_of"]
 
 
 def draw_A(r: int, n: int, generator: torch.Generator) -> Tensor:
@@ -40,6 +40,36 @@ def draw_A(r: int, n: int, generator: torch.Generator) -> Tensor:
         ``(r, n)``, uniform in ±1/sqrt(n).
     """
     return (torch.rand(r, n, generator=generator) * 2 - 1) / math.sqrt(n)
+
+
+def draw_start(target: Target, r: int, seed: int) -> LowRank:
+    """Draw A and set B to zero (eq. 2), with one stream per target.
+
+    Law: a target's factors do not depend on which others are tuned.
+
+    Args:
+        target: The target.
+        r: Rank.
+        seed: The seed of all targets.
+
+    Returns:
+        The factors at the first step.
+    """
+    return LowRank(B=torch.zeros(target.out_features, r), A=draw_A(r, target.in_features, generator_for(target, seed)))
+
+
+def scale_of(r: int, alpha: float | None, use_rslora: bool = False) -> float:
+    """Give the scale of eq. 1.
+
+    Args:
+        r: Rank.
+        alpha: Its numerator; None is 2 r.
+        use_rslora: Divide by sqrt(r) instead of r.
+
+    Returns:
+        s.
+    """
+    return (2.0 * r if alpha is None else alpha) / (math.sqrt(r) if use_rslora else r)
 
 
 @dataclass(frozen=True)
@@ -88,14 +118,11 @@ class Lora:
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Draw A, set B to zero (eq. 2)."""
-        A = draw_A(decision.rank, target.in_features, generator_for(target, self.seed))
-        alpha = 2.0 * decision.rank if self.alpha is None else self.alpha
-        divisor = math.sqrt(decision.rank) if self.use_rslora else decision.rank
         return TargetPlan(
             target=target,
             decision=decision,
-            init=LowRank(B=torch.zeros(target.out_features, decision.rank), A=A),
-            scale=alpha / divisor,
+            init=draw_start(target, decision.rank, self.seed),
+            scale=scale_of(decision.rank, self.alpha, self.use_rslora),
             trainable=frozenset({"A", "B"}),
         )
 

@@ -23,20 +23,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
-from keeptune.adapter.install import check_frozen
 from keeptune.core.artefact import explain_full_disk
 from keeptune.core.errors import DataError, RecipeError, TrainError, nearest
 from keeptune.core.plan import Plan
 from keeptune.data.sft import TaskExamples
+from keeptune.train.attach import attach
 
-__all__ = ["Guard", "check_arguments", "last_complete_checkpoint", "sft_config", "train"]
+__all__ = ["check_arguments", "last_complete_checkpoint", "sft_config", "train"]
 
 _log = logging.getLogger(__name__)
 _OURS = {"output_dir": "output", "resume_from_checkpoint": "output", "completion_only_loss": "task"}
@@ -50,76 +46,6 @@ _LEAST = {
     "save_steps": 0,
     "max_length": 1,
 }
-
-
-class Guard(TrainerCallback):
-    """Checks what must hold while training; add it to your own trainer too.
-
-    At the start: exactly the factors that the plan trains are trainable. While training: the loss is finite.
-
-    Args:
-        plan: The plan that was installed.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        """Remember the plan."""
-        self.plan = plan
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Check the frozen factors, after any checkpoint was loaded.
-
-        Args:
-            args: The trainer's arguments.
-            state: The trainer's state.
-            control: The trainer's control.
-            **kwargs: Holds the model.
-
-        Raises:
-            TrainError: A frozen factor is trainable or the other way round.
-        """
-        if isinstance(kwargs["model"], PeftModel):
-            check_frozen(kwargs["model"], self.plan)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop at a loss that is not finite.
-
-        Args:
-            args: The trainer's arguments.
-            state: The trainer's state.
-            control: The trainer's control.
-            **kwargs: Holds the logs.
-
-        Raises:
-            TrainError: The loss is NaN or infinite.
-        """
-        losses = [kwargs["logs"].get(key, 0.0) for key in ("loss", "train_loss")]
-        if not all(map(math.isfinite, losses)):
-            raise _diverged(state.global_step, f"loss {losses[0] if losses[0] else losses[1]}", "a finite loss")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Check that the last step left numbers.
-
-        Args:
-            args: The trainer's arguments.
-            state: The trainer's state.
-            control: The trainer's control.
-            **kwargs: Holds the model.
-
-        Raises:
-            TrainError: A trained parameter is NaN or infinite.
-        """
-        for name, parameter in kwargs["model"].named_parameters():
-            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise _diverged(state.global_step, f"NaN or infinite numbers in {name}", "finite parameters")
-
-
-def _diverged(step: int, got: str, wanted: str) -> TrainError:
-    advice = "Lower train.learning_rate, or train in float32 or bfloat16."
-    return TrainError(f"training step {step}", got=got, wanted=wanted, next_step=advice)
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,7 +195,8 @@ def train(
         config: From :func:`sft_config`; its ``output_dir`` holds the checkpoints.
 
     Returns:
-        The loss curve: ``{"step": .., "loss": .., "learning_rate": ..}`` per logged step, nats per token.
+        The loss curve: ``{"step": .., "loss": .., "learning_rate": ..}`` per logged step, nats per token, without
+        any penalty, which is told apart as ``"penalty"``.
 
     Raises:
         TrainError: A frozen factor would be trained, the loss is not finite, or TRL cannot train with these
@@ -284,11 +211,12 @@ def train(
     trainer = _trainer(model, plan, tokenizer, examples, config)
     with explain_full_disk(folder):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return [
-        {"step": row["step"], "loss": row["loss"], "learning_rate": row["learning_rate"]}
-        for row in trainer.state.log_history
-        if "loss" in row
-    ]
+    return [_point(row) for row in trainer.state.log_history if "loss" in row]
+
+
+def _point(row: Mapping[str, float]) -> dict[str, float]:
+    point = {"step": row["step"], "loss": row.get("task_loss", row["loss"]), "learning_rate": row["learning_rate"]}
+    return point | ({"penalty": row["penalty"]} if "penalty" in row else {})
 
 
 def _trainer(
@@ -306,12 +234,12 @@ def _trainer(
                 args=config,
                 train_dataset=examples.dataset(),
                 processing_class=tokenizer,
-                callbacks=[Guard(plan)],
             )
     except (TypeError, ValueError) as error:
         raise TrainError(
             "train", got=str(error), wanted="arguments that TRL's SFTTrainer can train with", next_step="Correct them."
         ) from error
+    attach(trainer, plan)
     trainer.remove_callback(PrinterCallback)
     _report_cuts(len(examples.prompts), len(trainer.train_dataset), config)
     return trainer

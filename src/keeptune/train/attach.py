@@ -1,0 +1,87 @@
+"""attach: give any Hugging Face or TRL trainer what a plan asks of it besides the model.
+
+A plan says it in plain values (``Plan.training``), which are saved with it and part of its key:
+
+    {"optimizer": "lora-fa"}                           PEFT's preconditioned optimiser (methods/lora_fa.py)
+    {"penalty": {"name": "kasa", "beta": 1e-4, ...}}   a term of the loss (train/penalty.py)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peft import PeftModel
+from peft.optimizers import create_lorafa_optimizer
+
+from keeptune.core.errors import TrainError, nearest
+from keeptune.core.plan import Plan
+from keeptune.train.guard import Guard
+from keeptune.train.penalty import PENALTIES, add_penalty
+
+__all__ = ["attach"]
+
+
+def attach(trainer: Any, plan: Plan) -> None:
+    """Give a trainer the plan's optimiser, penalty and :class:`Guard`; a second call changes nothing.
+
+    Args:
+        trainer: A ``transformers.Trainer`` or any of TRL's, with the installed model, before ``train()``.
+        plan: The plan that was installed.
+
+    Raises:
+        TrainError: The plan asks for something that this version does not know, or the trainer's arguments
+            choose another optimiser than the plan.
+    """
+    guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Guard)]
+    if any(guard.attached for guard in guards):
+        return
+    for key, value in plan.training.items():
+        _known(key, _PARTS, "training")
+        _PARTS[key](trainer, plan, value)
+    guard = guards[0] if guards else Guard(plan)
+    if not guards:
+        trainer.add_callback(guard)
+    guard.attached = True
+
+
+def _attach_optimizer(trainer: Any, plan: Plan, name: str) -> None:
+    _known(name, _OPTIMIZERS, "training.optimizer")
+    default = next(field.default for field in dataclasses.fields(trainer.args) if field.name == "optim")
+    if trainer.args.optim != default:
+        raise TrainError(
+            "train.optim",
+            got=str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+            wanted=f"no optim: the method {plan.method} makes its own ({name})",
+            next_step="Leave `train.optim` out, or choose the method's `optimizer: adamw`.",
+        )
+    trainer.optimizer = _OPTIMIZERS[name](trainer.model, trainer.args)
+
+
+def _attach_penalty(trainer: Any, plan: Plan, spec: Mapping[str, Any]) -> None:
+    options = {key: value for key, value in spec.items() if key != "name"}
+    _known(spec["name"], PENALTIES, "training.penalty")
+    add_penalty(trainer, lambda model: PENALTIES[spec["name"]](model, plan, **options))
+
+
+def _lora_fa(model: PeftModel, args: Any) -> Any:
+    """Make PEFT's optimiser; it reads each layer's own scale, so r and lora_alpha of the config do not matter."""
+    config = model.peft_config["default"]
+    made = create_lorafa_optimizer(
+        model, r=config.r, lora_alpha=config.lora_alpha, lr=args.learning_rate, weight_decay=args.weight_decay
+    )
+    for group in made.param_groups:
+        group["betas"] = (args.adam_beta1, args.adam_beta2)
+    return made
+
+
+def _known(name: str, choices: Mapping[str, Any], where: str) -> None:
+    if name not in choices:
+        raise TrainError(
+            f"plan, {where}", got=f'"{name}"', wanted="one that this version knows", next_step=nearest(name, choices)
+        )
+
+
+_PARTS: Mapping[str, Callable[[Any, Plan, Any], None]] = {"optimizer": _attach_optimizer, "penalty": _attach_penalty}
+_OPTIMIZERS = {"lora-fa": _lora_fa}

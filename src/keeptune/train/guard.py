@@ -1,0 +1,96 @@
+"""Guard: what must hold while training, checked in any trainer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from keeptune.adapter.install import check_frozen
+from keeptune.core.errors import TrainError
+from keeptune.core.plan import Plan
+
+__all__ = ["Guard"]
+
+
+class Guard(TrainerCallback):
+    """Checks what must hold while training; add it to your own trainer too.
+
+    At the start: exactly the factors that the plan trains are trainable, and the trainer has what the plan asks
+    of it. While training: the loss is finite.
+
+    Args:
+        plan: The plan that was installed.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        """Remember the plan."""
+        self.plan = plan
+        self.attached = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the frozen factors, after any checkpoint was loaded.
+
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            control: The trainer's control.
+            **kwargs: Holds the model.
+
+        Raises:
+            TrainError: A frozen factor is trainable or the other way round, or the plan's optimiser or penalty
+                is missing.
+        """
+        if self.plan.training and not self.attached:
+            raise TrainError(
+                f"training with {self.plan.method}",
+                got=f"a trainer without the plan's {' and '.join(self.plan.training)}",
+                wanted="one that has it",
+                next_step="Call keeptune.attach(trainer, plan) before trainer.train().",
+            )
+        if isinstance(kwargs["model"], PeftModel):
+            check_frozen(kwargs["model"], self.plan)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop at a loss that is not finite.
+
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            control: The trainer's control.
+            **kwargs: Holds the logs.
+
+        Raises:
+            TrainError: The loss is NaN or infinite.
+        """
+        losses = [kwargs["logs"].get(key, 0.0) for key in ("loss", "train_loss")]
+        if not all(map(math.isfinite, losses)):
+            raise _diverged(state.global_step, f"loss {losses[0] if losses[0] else losses[1]}", "a finite loss")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the last step left numbers.
+
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            control: The trainer's control.
+            **kwargs: Holds the model.
+
+        Raises:
+            TrainError: A trained parameter is NaN or infinite.
+        """
+        for name, parameter in kwargs["model"].named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise _diverged(state.global_step, f"NaN or infinite numbers in {name}", "finite parameters")
+
+
+def _diverged(step: int, got: str, wanted: str) -> TrainError:
+    advice = "Lower train.learning_rate, or train in float32 or bfloat16."
+    return TrainError(f"training step {step}", got=got, wanted=wanted, next_step=advice)
