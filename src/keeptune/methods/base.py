@@ -16,7 +16,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from keeptune.stats.request import Request
 
 __all__ = [
     "Method",
+    "Noted",
+    "Searched",
     "allot_rank",
     "check_scaling",
     "dropout_field",
@@ -119,6 +121,41 @@ class Method(Protocol[S]):
         ...
 
 
+@runtime_checkable
+class Noted(Protocol):
+    """A method that has something to say about its decisions, besides the ranks."""
+
+    def notes(self, decisions: Mapping[Target, Decision]) -> list[str]:
+        """Say it.
+
+        Args:
+            decisions: From ``allocate``.
+
+        Returns:
+            Sentences, shown with the plan.
+        """
+        ...
+
+
+@runtime_checkable
+class Searched(Protocol):
+    """A method with an option that short training runs decide, before a plan is made."""
+
+    search_steps: int
+    search_examples: int
+
+    def candidates(self, blocks: int) -> Sequence[Any]:
+        """List what to try.
+
+        Args:
+            blocks: How many blocks the model has.
+
+        Returns:
+            Methods; nothing when all options are given.
+        """
+        ...
+
+
 def make_plan(
     method: Method[S],
     targets: Sequence[Target],
@@ -146,6 +183,7 @@ def make_plan(
         target: method.score(target, weight_of(target), stats_of(target)) for target in _shown(targets, "plan: scores")
     }
     decisions = method.allocate(scores)
+    notes = [*(provenance or {}).get("notes", ()), *(method.notes(decisions) if isinstance(method, Noted) else ())]
     chosen = [target for target in targets if decisions[target].rank > 0]
     built = [
         method.build(target, weight_of(target), stats_of(target), decisions[target])
@@ -158,7 +196,7 @@ def make_plan(
         scope=method.scope,
         peft=method.peft(),
         training=_training(method),
-        provenance=dict(provenance or {}),
+        provenance=dict(provenance or {}) | ({"notes": notes} if notes else {}),
     )
 
 
