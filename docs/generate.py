@@ -57,7 +57,8 @@ def _told(cls: type) -> dict[str, str]:
 
 def _yaml(value: object) -> str:
     words = {"None": "null", "True": "true", "False": "false"}
-    return words.get(str(value), str(value))
+    text = str(list(value)) if isinstance(value, tuple) else str(value)
+    return words.get(text, text)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterPair",
     "Benchmark",
+    "Farss",
     "Full",
     "Guard",
     "KeeptuneError",
@@ -50,6 +51,7 @@ __all__ = [
 _HOMES = {
     "AdapterPair": "evaluate.pairs",
     "Benchmark": "evaluate.tasks",
+    "Farss": "methods.farss",
     "Full": "methods.full",
     "Guard": "train.guard",
     "KeeptuneError": "core.errors",

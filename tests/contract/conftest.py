@@ -19,6 +19,19 @@ from keeptune.methods.base import methods
 
 # The options a method is checked with; one that is not listed is checked with its defaults at rank 4.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "farss": [
+        {"rank": 4, "boundary": 1, "r_max": 4, "r_avg": 3},
+        {
+            "rank": 4,
+            "boundary": 1,
+            "r_max": 4,
+            "r_avg": 3,
+            "ranks": "exact-budget",
+            "scores": "streaming",
+            "alpha": 6.0,
+        },
+        {"rank": 4, "variant": "farss-init", "labels": "sampled"},
+    ],
     "lora": [{"rank": 4}, {"rank": 4, "use_rslora": True, "alpha": 6.0}],
     "lora-fa": [{"rank": 4}, {"rank": 4, "optimizer": "preconditioned", "alpha": 6.0}],
     "lora-null": [
@@ -43,6 +56,8 @@ CASES = {
     for name, cls in methods().items()
     for options in options_of(cls)
 }
+# Methods whose ranks at one target depend on the others.
+COUPLED = {case for case, method in CASES.items() if method.name in ("farss", "eva")}
 ADAPTERS = {name: method for name, method in CASES.items() if method.scope == "adapter"}
 WHOLE = {name: method for name, method in CASES.items() if method.scope == "all"}
 

@@ -11,18 +11,20 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import json
 import logging
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import keeptune.methods
+from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import PlanError, RecipeError, nearest
 from keeptune.core.plan import Decision, Plan, Scope, TargetPlan
 from keeptune.core.target import Target
@@ -191,7 +193,7 @@ def make_plan(
     ]
     return Plan(
         method=method.name,
-        options=dataclasses.asdict(cast(Any, method)),
+        options=json.loads(canonical_json(method)),  # as a saved plan has them: tuples are lists
         targets=tuple(built),
         scope=method.scope,
         peft=method.peft(),

@@ -41,11 +41,10 @@ from keeptune.core.target import Target
 from keeptune.linalg.budget import clipped_shares, exact_shares
 from keeptune.linalg.svd import exact_svd
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
-from keeptune.model.runner import Labels
 from keeptune.stats.collect import StatsView
 from keeptune.stats.covariance import GradientCovariance, InputCovariance
 from keeptune.stats.gradient import DirectionVariances
-from keeptune.stats.request import Request
+from keeptune.stats.request import Labels, Request
 
 __all__ = ["Farss", "direction_scores", "importance", "inverse_weights"]
 
@@ -97,8 +96,8 @@ def direction_scores(S: Tensor, variances: Tensor) -> Tensor:
     Returns:
         s, ``(k,)``, float64: products of small gradients vanish in float32.
     """
-    lam, gam = variances.double().clamp_min(0)
-    return S.double().square() * lam * gam
+    s: Tensor = S.double().square() * variances.double().clamp_min(0).prod(dim=0)
+    return s
 
 
 @dataclass(frozen=True)

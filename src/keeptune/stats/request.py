@@ -11,7 +11,7 @@ from torch import Tensor
 from keeptune.core.target import Target
 from keeptune.model.runner import Labels
 
-__all__ = ["Accumulator", "DataRole", "PassKind", "Request", "WeightReader"]
+__all__ = ["Accumulator", "DataRole", "Labels", "PassKind", "Request", "WeightReader"]
 
 DataRole = Literal["knowledge", "task"]
 PassKind = Literal["forward", "backward", "joint"]  # what is added: inputs h, output gradients δ, or both at once
