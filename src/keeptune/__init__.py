@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from keeptune.core.plan import Plan
     from keeptune.evaluate.pairs import AdapterPair, TwoModels
     from keeptune.evaluate.tasks import Benchmark
+    from keeptune.methods.farss import Farss
     from keeptune.methods.full import Full
     from keeptune.methods.lora import Lora
     from keeptune.methods.lora_fa import LoraFA
