@@ -1,0 +1,32 @@
+"""Every file in recipes/ is a recipe that could run as it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from keeptune.job import Job
+from keeptune.recipe import load_recipe
+from keeptune.sweep import load_sweep
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_could_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "sweep" not in yaml.safe_load(path.read_text(encoding="utf-8")):
+        Job(load_recipe(path)).check()
+        return
+    sweep = load_sweep(path)
+    assert sweep.output.name == path.stem
+    assert "full" in [point.name for point in sweep.points], "without it there is no T"
+    settings = [sorted(point.settings.items()) for point in sweep.points]
+    assert all(settings.count(one) == 1 for one in settings)
+
+
+def test_there_are_recipes() -> None:
+    assert len(FILES) >= 2
