@@ -68,6 +68,7 @@ def plan(
     """Print ranks, trained parameters and start error, without training."""
     from keeptune.adapter.install import start_errors
     from keeptune.core.plan import Plan
+    from keeptune.report.diff import print_diff
     from keeptune.report.stages import print_plan
     from keeptune.run import plan_stage
 
@@ -78,10 +79,12 @@ def plan(
         return
     errors = start_errors(job.base(), made, anchor=job.recipe.anchor)
     rows = [row | {"start_error": errors[row["target"]]} for row in made.summary()]
-    print_plan(rows, Console())
+    print_plan(rows, Console(), made.provenance.get("notes", ()))
     if diff is not None:
-        lines = made.diff(Plan.load(diff))
-        _say("\n".join(lines) if lines else f"equal to {diff}")
+        other = Plan.load(diff)
+        _say(f"\nthis plan | {diff}")
+        if not print_diff(made, other, Console()):
+            _say(f"equal to {diff}")
 
 
 @app.command(context_settings=_OVERRIDES)

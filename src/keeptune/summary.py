@@ -96,6 +96,7 @@ def _entry(folder: Path) -> dict[str, Any]:
         },
         "loss": trained["loss"],
         "plan": plan.summary(),
+        "notes": list(plan.provenance.get("notes", [])),
         "benchmarks": [result.summary() for result in _results(folder)],
     }
 

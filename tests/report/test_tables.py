@@ -109,6 +109,26 @@ def test_plan_table() -> None:
     assert "The plan is empty." in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_plan_of_different_ranks_is_a_grid_with_what_it_rests_on() -> None:
+    console = Console(width=80, file=io.StringIO())
+    sizes = {(0, "q"): (3, 0.5), (0, "v"): (1, 7e-6), (1, "q"): (12, None)}
+    rows = [
+        {"layer": layer, "role": role, "rank": rank, "trained_parameters": 10, "start_error": rank * 1e-7}
+        | {"evidence": {} if weight is None else {"importance": [weight], "spectrum": [3.0, 2.0]}}
+        for (layer, role), (rank, weight) in sizes.items()
+    ]
+    print_plan(rows, console, ["16 of 24 ranks allotted", "[b]as it is[/b]"])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    assert lines[0] == ["rank"]
+    assert (lines[1], lines[3], lines[4]) == (["layer", "q", "v"], ["0", "3", "1"], ["1", "12"])
+    assert lines[5] == ["importance"]
+    assert lines[8] == ["0", "0.5", "7e-06"]
+    assert lines[9:11] == [["16", "of", "24", "ranks", "allotted"], ["[b]as", "it", "is[/b]"]]
+    assert lines[11] == ["start", "error:", "at", "most", "1.2e-06"]
+    assert lines[12] == ["3", "targets,", "30", "trained", "parameters", "(30)"]
+
+
 def test_scores_are_printed_with_their_interval() -> None:
     console = Console(width=100, record=True, file=io.StringIO())
     item = {"name": "facts", "role": "knowledge", "metric": "exact_match", "n": 360}

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from keeptune.report.stages import table_frame
+__all__ = ["print_grid", "table_frame"]
 
-__all__ = ["print_grid"]
+
+def table_frame() -> Table:
+    """Make an empty table in the house style.
+
+    Returns:
+        The table.
+    """
+    tight = (0, 1, 0, 0)
+    return Table(box=box.SIMPLE_HEAD, padding=tight, show_edge=False, pad_edge=False, header_style="bold")
 
 
 def print_grid(cells: Mapping[tuple[int | None, str], Sequence[str]], console: Console) -> None:

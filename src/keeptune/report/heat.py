@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Callable
 
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, Normalize
 
 from keeptune.report.style import INK, bare
-from keeptune.report.wording import signed
 
 __all__ = ["cells", "short", "wrapped"]
 
 
-def cells(axes: Axes, table: numpy.ndarray, colours: Colormap, norm: Normalize, decimals: int | None) -> None:
+def cells(
+    axes: Axes, table: numpy.ndarray, colours: Colormap, norm: Normalize, write: Callable[[float], str] | None
+) -> None:
     """Draw a heat map with its numbers in the cells.
 
     Args:
@@ -23,7 +25,7 @@ def cells(axes: Axes, table: numpy.ndarray, colours: Colormap, norm: Normalize, 
         table: The numbers, rows from top to bottom; NaN leaves a cell empty.
         colours: The colour map.
         norm: The scale.
-        decimals: Decimals of the numbers; None draws none.
+        write: Prints a number; None draws none.
     """
     high, wide = table.shape
     edges = (numpy.arange(wide + 1) - 0.5, numpy.arange(high + 1) - 0.5)
@@ -33,18 +35,17 @@ def cells(axes: Axes, table: numpy.ndarray, colours: Colormap, norm: Normalize, 
         cmap=colours,
         norm=norm,
         edgecolors="white",
-        linewidth=1.5 if decimals is not None else 0.6,
+        linewidth=1.5 if write is not None else 0.6,
     )
     axes.set_xlim(-0.5, wide - 0.5)
     axes.set_ylim(high - 0.5, -0.5)
     for row, column in numpy.ndindex(high, wide):
         value = float(table[row, column])
-        if decimals is not None and math.isfinite(value):
+        if write is not None and math.isfinite(value):
             red, green, blue, _ = colours(norm(value))
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
-            text = signed(value, decimals).lstrip("+")
             ink = "white" if dark else INK
-            axes.text(column, row, text, color=ink, ha="center", va="center", fontsize=8.5)
+            axes.text(column, row, write(value), color=ink, ha="center", va="center", fontsize=8.5)
     bare(axes)
     axes.tick_params(colors=INK, length=0)
 

@@ -101,6 +101,7 @@ def render_html(report: ReportLike) -> str:
         sections=_sections(parsed),
         options=_options(parsed),
         divergence=_divergence(parsed),
+        notes=_notes(parsed),
         runs=_runs(parsed),
         several_seeds=len(parsed.runs) > len(labels),
     )
@@ -218,7 +219,7 @@ def _inline(text: str, prefix: str) -> str:
 
 
 def _rank_figures(report: Report) -> list[tuple[str, Figure | None]]:
-    """Draw the ranks of methods whose ranks differ.
+    """Draw the ranks of methods whose ranks differ, each beside the importances it rests on.
 
     Args:
         report: The report.
@@ -227,8 +228,12 @@ def _rank_figures(report: Report) -> list[tuple[str, Figure | None]]:
         Descriptions and figures.
     """
     labels = [method.label for method in methods(report)]
-    varied = [label for label in labels if plots.uniform_rank(report, label) is None]
-    return [(f"Ranks of {label} by layer and role", plots.rank_map(report, label)) for label in varied]
+    figures = []
+    for label in labels:
+        if plots.uniform_rank(report, label) is None:
+            figures.append((f"Ranks of {label} by layer and role", plots.rank_map(report, label)))
+        figures.append((f"Importances behind {label} by layer and role", plots.importance_map(report, label)))
+    return figures
 
 
 def _uniform_words(report: Report) -> str:
@@ -253,7 +258,7 @@ def _uniform_words(report: Report) -> str:
 
 
 def _spectrum_figures(report: Report) -> list[tuple[str, Figure | None]]:
-    """Draw every kind of evidence once, also when several methods share it.
+    """Draw every kind of evidence once, also when several methods share it; kept values in the whole spectrum.
 
     Args:
         report: The report.
@@ -262,14 +267,36 @@ def _spectrum_figures(report: Report) -> list[tuple[str, Figure | None]]:
         Descriptions and figures.
     """
     users: dict[tuple[str, tuple[tuple[float, ...], ...]], list[str]] = {}
+    whole = []
     for method in methods(report):
         plan = next((run.plan for run in method.runs if run.plan), ())
+        kept = plots.kept_spectra(report, method.label)
+        if kept is not None:
+            whole.append((f"Spectra, and what is kept of them: {method.label}", kept))
         for name in plots.evidence_names(report, method.label):
+            if kept is not None and name in ("spectrum", "singular_values"):
+                continue
             users.setdefault((name, tuple(row.evidence.get(name, ()) for row in plan)), []).append(method.label)
-    return [
+    return whole + [
         (f"{name.replace('_', ' ').capitalize()}: {listing(labels)}", plots.spectra(report, labels[0], name))
         for (name, _), labels in users.items()
     ]
+
+
+def _notes(report: Report) -> list[tuple[str, tuple[str, ...]]]:
+    """Collect what methods have to say about their plans.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The notes of each method that has any, each note once.
+    """
+    found = [
+        (method.label, tuple(dict.fromkeys(note for run in method.runs for note in run.notes)))
+        for method in methods(report)
+    ]
+    return [(label, notes) for label, notes in found if notes]
 
 
 def _options(report: Report) -> Grid | None:

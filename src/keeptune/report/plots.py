@@ -9,15 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from keeptune.report.maps import (
-    evidence_names,
-    forgetting_by_relation,
-    rank_map,
-    spectra,
-    uniform_rank,
-)
+from keeptune.report.layers import importance_map, rank_map, uniform_rank
+from keeptune.report.maps import forgetting_by_relation
 from keeptune.report.placing import spread
 from keeptune.report.records import Report, ReportLike, as_report
+from keeptune.report.spectra import evidence_names, kept_spectra, spectra
 from keeptune.report.style import (
     MUTED,
     RULE,
@@ -39,6 +35,8 @@ __all__ = [
     "evidence_names",
     "forgetting_by_benchmark",
     "forgetting_by_relation",
+    "importance_map",
+    "kept_spectra",
     "loss_curves",
     "png",
     "rank_map",

@@ -55,6 +55,16 @@ class PlanRow:
     rank: int | None
     evidence: Mapping[str, tuple[float, ...]]
 
+    @property
+    def importance(self) -> float | None:
+        """The importance the rank rests on.
+
+        Returns:
+            The number, None where the method weighs no importances.
+        """
+        values = self.evidence.get("importance", ())
+        return values[0] if len(values) == 1 and math.isfinite(values[0]) else None
+
 
 @dataclass(frozen=True)
 class Run:
@@ -73,6 +83,7 @@ class Run:
     seconds: Mapping[str, float]
     loss: tuple[tuple[float, float], ...]
     plan: tuple[PlanRow, ...]
+    notes: tuple[str, ...]
     benchmarks: tuple[Benchmark, ...]
 
 
@@ -177,6 +188,7 @@ def _run(item: object, where: str) -> Run:
             _plan_row(row, f"{where}.plan[{index}]")
             for index, row in enumerate(fields.sequence(entry.get("plan") or [], f"{where}.plan"))
         ),
+        notes=tuple(str(note) for note in fields.sequence(entry.get("notes") or [], f"{where}.notes")),
         benchmarks=tuple(_benchmark(row, f"{where}.benchmarks[{index}]") for index, row in enumerate(benchmarks)),
     )
 
@@ -240,7 +252,7 @@ def _plan_row(item: object, where: str) -> PlanRow:
         where: Its place in the file.
 
     Returns:
-        The row; evidence that is not a list of two or more numbers is left out.
+        The row; evidence that is not a list of numbers is left out.
     """
     entry = fields.mapping(item, where)
     target = str(entry.get("target") or "")
@@ -249,7 +261,7 @@ def _plan_row(item: object, where: str) -> PlanRow:
     numbers = {
         key: tuple(fields.value(number, f"{where}.evidence.{key}") for number in value)
         for key, value in kept.items()
-        if len(value) > 1 and not isinstance(value[0], list | tuple | str | Mapping)
+        if len(value) > 0 and not isinstance(value[0], list | tuple | str | Mapping)
     }
     return PlanRow(
         target=target,

@@ -5,23 +5,67 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from keeptune.report.wording import count, gap, number
+from keeptune.report.grid import print_grid, table_frame
+from keeptune.report.wording import count, gap, importance, number
 
-__all__ = ["print_plan", "print_points", "print_scores", "table_frame"]
+__all__ = ["print_plan", "print_points", "print_scores"]
 
 
-def print_plan(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print a plan: layer, role, rank, trained parameters and start error of every target.
+def print_plan(rows: Sequence[Mapping[str, Any]], console: Console, notes: Sequence[str] = ()) -> None:
+    """Print a plan: a line for each target, or ranks by layer and role where they differ, and what they rest on.
 
     Args:
-        rows: Mappings with any of `layer`, `role`, `rank`, `trained_parameters`, `start_error`.
+        rows: Mappings with any of `layer`, `role`, `rank`, `trained_parameters`, `start_error`, and `evidence`, in
+            which `importance` is a list of one number.
         console: Where to print.
+        notes: What the method has to say about the plan.
     """
+    if not rows:
+        console.print("The plan is empty.")
+        return
+    ranks = {row.get("rank") for row in rows}
+    if len(ranks) > 1:
+        _say(console, "rank")
+        print_grid(_cells(rows, lambda row: str(row.get("rank"))), console)
+    else:
+        console.print(_target_table(rows))
+    found = [row for row in rows if _importance(row) is not None]
+    if found:
+        _say(console, "\nimportance")
+        print_grid(_cells(found, lambda row: importance(_importance(row))), console)
+    for index, note in enumerate(notes):
+        _say(console, f"\n{note}" if index == 0 else note)
+    errors = [row["start_error"] for row in rows if row.get("start_error") is not None]
+    if errors and len(ranks) > 1:
+        _say(console, f"start error: at most {gap(max(errors))}")
+    total = sum(row.get("trained_parameters") or 0 for row in rows)
+    ending = f", {total:,} trained parameters ({count(total)})" if total else ""
+    _say(console, f"{len(rows)} targets{ending}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(Text(text), soft_wrap=True)
+
+
+def _cells(
+    rows: Sequence[Mapping[str, Any]], write: Callable[[Mapping[str, Any]], str]
+) -> dict[tuple[int | None, str], list[str]]:
+    cells: dict[tuple[int | None, str], list[str]] = {}
+    for row in rows:
+        cells.setdefault((row.get("layer"), str(row.get("role"))), []).append(write(row))
+    return cells
+
+
+def _importance(row: Mapping[str, Any]) -> float | None:
+    values = (row.get("evidence") or {}).get("importance")
+    return float(values[0]) if isinstance(values, list | tuple) and len(values) == 1 else None
+
+
+def _target_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = table_frame()
     writers: dict[str, tuple[str, Callable[[Any], str]]] = {
         "layer": ("layer", lambda value: "–" if value is None else str(value)),
@@ -37,13 +81,7 @@ def print_plan(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         last = index + 1 == len(rows) or rows[index + 1].get("layer") != row.get("layer")
         cells = [Text(writers[key][1](row.get(key))) for key in shown]
         table.add_row(*cells, end_section=last)
-    if not shown:
-        console.print("The plan is empty.")
-        return
-    console.print(table)
-    total = sum(row.get("trained_parameters") or 0 for row in rows)
-    ending = f", {total:,} trained parameters ({count(total)})" if total else ""
-    console.print(Text(f"{len(rows)} targets{ending}"))
+    return table
 
 
 def print_points(
@@ -85,13 +123,3 @@ def print_scores(summaries: Sequence[Mapping[str, Any]], console: Console) -> No
             f"[{low:+.3f}, {high:+.3f}]".replace("[", r"\["),
         )
     console.print(table if summaries else "The recipe lists no benchmarks under `evaluate`.")
-
-
-def table_frame() -> Table:
-    """Make an empty table in the house style.
-
-    Returns:
-        The table.
-    """
-    tight = (0, 1, 0, 0)
-    return Table(box=box.SIMPLE_HEAD, padding=tight, show_edge=False, pad_edge=False, header_style="bold")

@@ -10,8 +10,8 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
+from keeptune.report.grid import table_frame
 from keeptune.report.records import Benchmark, ReportLike, Run, as_report
-from keeptune.report.stages import table_frame
 from keeptune.report.summary import (
     Estimate,
     Method,

@@ -12,6 +12,7 @@ __all__ = [
     "count",
     "duration",
     "gap",
+    "importance",
     "interval",
     "listing",
     "loss_text",
@@ -165,6 +166,21 @@ def gap(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return "0" if value == 0 else f"{value:.1e}"
+
+
+def importance(value: float | None) -> str:
+    """Print an importance, which may be of any size.
+
+    Args:
+        value: The importance.
+
+    Returns:
+        Three digits, for example "0.0312" or "3.12e-07".
+
+    >>> importance(0.031249), importance(3.12e-7), importance(0.0), importance(None)
+    ('0.0312', '3.12e-07', '0', '–')
+    """
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
