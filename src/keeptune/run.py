@@ -41,6 +41,7 @@ from keeptune.model.load import load_model
 from keeptune.planning import plan_for, statistics_for
 from keeptune.recipe import Recipe
 from keeptune.scoring import evaluate_stage, find_result
+from keeptune.search import settle
 from keeptune.stats.collect import Statistics
 from keeptune.summary import write_report
 from keeptune.train.trainer import train
@@ -132,10 +133,14 @@ def plan_stage(job: Job) -> Plan:
         The plan.
     """
     folder = job.output / "plan"
+    settled = settle(job)
+    inputs = job.plan_inputs | {"method": [settled.method.name, settled.method]}
+    inputs |= {"notes": list(settled.notes)} if settled.notes else {}
+    key = content_key(inputs)
     if (folder / "plan.json").is_file():
         try:
             plan = Plan.load(folder)
-            if plan.provenance.get("key") == job.plan_key:
+            if plan.provenance.get("key") == key:
                 _log.info("plan: taken from %s", folder)
                 return plan
             _log.info("plan: the recipe changed; planning again")
@@ -144,14 +149,14 @@ def plan_stage(job: Job) -> Plan:
     started = time.perf_counter()
     plan = plan_for(
         job.base(),
-        job.method,
+        settled.method,
         job.store,
         data=job.data,
         roles=job.recipe.targets,
         layers=job.recipe.layers,
         fingerprint=job.base_fingerprint,
         low_memory=job.recipe.low_memory,
-        provenance=job.plan_inputs | {"key": job.plan_key, "seed": job.seed},
+        provenance=inputs | {"key": key, "seed": job.seed},
     )
     plan.save(folder)
     _record(job)

@@ -143,8 +143,20 @@ class Noted(Protocol):
 class Searched(Protocol):
     """A method with an option that short training runs decide, before a plan is made."""
 
-    search_steps: int
-    search_examples: int
+    @property
+    def boundary(self) -> Any:
+        """``"auto"`` while it is undecided."""
+        ...
+
+    @property
+    def search_steps(self) -> int:
+        """Optimiser steps of one trial."""
+        ...
+
+    @property
+    def search_examples(self) -> int:
+        """Examples and texts that a trial is scored on."""
+        ...
 
     def candidates(self, blocks: int) -> Sequence[Any]:
         """List what to try.

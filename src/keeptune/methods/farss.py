@@ -225,7 +225,9 @@ class Farss:
             return ()
         first, last = (share * blocks for share in self.boundary_range)
         tried = range(max(math.ceil(first - 1e-9), 1), max(math.floor(last + 1e-9), 1) + 1)
-        return tuple(dataclasses.replace(self, boundary=boundary) for boundary in tried)
+        # The range is spent: a boundary tried under another range is the same trial.
+        spent = type(self).boundary_range
+        return tuple(dataclasses.replace(self, boundary=boundary, boundary_range=spent) for boundary in tried)
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> float | None:
         """Measure the importance of a shallow target (eq. 8)."""
