@@ -230,6 +230,7 @@ def _draw(trials: Sequence[Trial], path: Path) -> None:
         }
         for trial in trials
     ]
-    figure = sweep_figure({"rows": rows, "axis": "boundary"})
+    caption = "short runs; K relative to the base, T to the candidate that learned most"
+    figure = sweep_figure({"rows": rows, "axis": "boundary", "caption": caption})
     if figure is not None:
         png(figure, path)

@@ -148,8 +148,11 @@ def _need_one_base(runs: Sequence[Path]) -> None:
 
 
 def _label(plan: Plan) -> str:
-    variant = plan.options.get("variant")
-    return plan.method if variant is None else f"{plan.method}-{variant}"
+    """Name a run by its method and, where the method has several, the variant or mode."""
+    variant = plan.options.get("variant") or plan.options.get("mode")
+    if variant is None or variant.startswith(plan.method):
+        return variant or plan.method
+    return f"{plan.method}-{variant}"
 
 
 def _results(folder: Path) -> list[BenchmarkResult]:

@@ -51,7 +51,7 @@ def sweep_figure(sweep: Mapping[str, Any]) -> Figure | None:
 
     Args:
         sweep: As in ``sweep.json``: ``rows`` (``name``, ``x``, ``seed``, ``method``, ``K``, ``T``, ``KT``,
-            ``benchmarks``) and ``axis``.
+            ``benchmarks``) and ``axis``; a ``caption`` replaces the usual one.
 
     Returns:
         The figure; None when there is no number to draw.
@@ -77,7 +77,8 @@ def sweep_figure(sweep: Mapping[str, Any]) -> Figure | None:
         _ticks(grid.flat[-1], axis)
         several = len({row["seed"] for row in rows}) > 1
         words = "marks: means over seeds; dots: seeds; bars: their range" if several else "bars: 95% intervals"
-        figure.supxlabel(f"{words}; dotted: the base model", fontsize=8.5, color=MUTED, x=0.99, ha="right")
+        caption = sweep.get("caption") or f"{words}; dotted: the base model"
+        figure.supxlabel(caption, fontsize=8.5, color=MUTED, x=0.99, ha="right")
         return finish(figure)
 
 
