@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from keeptune.core.plan import Plan
     from keeptune.evaluate.pairs import AdapterPair, TwoModels
     from keeptune.evaluate.tasks import Benchmark
+    from keeptune.methods.dora import Dora
     from keeptune.methods.farss import Farss
     from keeptune.methods.full import Full
+    from keeptune.methods.kasa import Kasa
     from keeptune.methods.lora import Lora
     from keeptune.methods.lora_fa import LoraFA
     from keeptune.methods.lora_null import LoraNull
@@ -28,9 +30,11 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterPair",
     "Benchmark",
+    "Dora",
     "Farss",
     "Full",
     "Guard",
+    "Kasa",
     "KeeptuneError",
     "Lora",
     "LoraFA",
@@ -52,9 +56,11 @@ __all__ = [
 _HOMES = {
     "AdapterPair": "evaluate.pairs",
     "Benchmark": "evaluate.tasks",
+    "Dora": "methods.dora",
     "Farss": "methods.farss",
     "Full": "methods.full",
     "Guard": "train.guard",
+    "Kasa": "methods.kasa",
     "KeeptuneError": "core.errors",
     "Lora": "methods.lora",
     "LoraFA": "methods.lora_fa",

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keeptune.adapter.export import Exported, export
+from keeptune.adapter.export import Exported, export, format_for
 from keeptune.adapter.install import install, restore_state, trained_state
 from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import (
@@ -242,14 +242,13 @@ def export_stage(job: Job, plan: Plan) -> Exported:
             (folder / "export.json").touch()  # the newer of `adapter` and `merged` is the run's result
         return Exported(**read_json(folder / SIDECAR)["export"])
     tuned = load_trained(job, plan, record["sha256"])
-    format = "merged" if plan.scope == "all" else job.recipe.export.format
     done = export(
         tuned,
         plan,
         folder,
         base=job.recipe.model,
         load_base=job.base,
-        format=format,
+        format=job.recipe.export.format,
         tokenizer=job.tokenizer,
         probe=_probe(job),
         max_gap=job.recipe.export.max_gap,
@@ -289,8 +288,8 @@ def adapter_folder(job: Job, plan: Plan) -> Path:
     Returns:
         The folder.
     """
-    merged = plan.scope == "all" or job.recipe.export.format == "merged"
-    return job.output / ("merged" if merged else "adapter")
+    format, _ = format_for(plan, job.recipe.export.format)
+    return job.output / ("merged" if format == "merged" else "adapter")
 
 
 def _probe(job: Job) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any, get_args
 import pytest
 import torch
 from peft import PeftModel
-from tests.contract.conftest import ADAPTERS, WHOLE, World
-from tests.models import copies, logits, off_by, tokens, train_steps
+from tests.contract.conftest import ADAPTERS, LOW_RANK, MOVING, RESCALING, STILL, WHOLE, World
+from tests.models import Bench, copies, logits, off_by, tokens, train_steps
+from torch import Tensor
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor
 from keeptune.adapter.export import Format, export
@@ -21,6 +22,10 @@ from keeptune.core.plan import Plan
 from keeptune.model.load import load_model
 
 every_adapter = pytest.mark.parametrize("case", ADAPTERS)
+every_still = pytest.mark.parametrize("case", STILL)
+every_moving = pytest.mark.parametrize("case", MOVING)
+every_low_rank = pytest.mark.parametrize("case", LOW_RANK)
+every_rescaling = pytest.mark.parametrize("case", RESCALING)
 every_anchor = pytest.mark.parametrize("anchor", ["twin", "residual"])
 PlanOf = Callable[[str], Plan]
 
@@ -39,8 +44,8 @@ def tuned(world: World, plan: Plan, anchor: Anchor = "twin") -> PeftModel:
 
 def exported(world: World, model: Any, plan: Plan, folder: Path, format: Format) -> Any:
     """Export, and load what was written with nothing but PEFT and Transformers."""
-    export(model, plan, folder, base=str(world.saved.folder), load_base=world.base, format=format)
-    if format == "merged":
+    done = export(model, plan, folder, base=str(world.saved.folder), load_base=world.base, format=format)
+    if done.format == "merged":
         return load_model(str(folder))
     return PeftModel.from_pretrained(world.saved.load(), str(folder)).eval()
 
@@ -48,7 +53,7 @@ def exported(world: World, model: Any, plan: Plan, folder: Path, format: Format)
 # Install
 
 
-@every_adapter
+@every_still
 @every_anchor
 def test_install_leaves_the_output_unchanged(case: str, world: World, plan_of: PlanOf, anchor: Anchor) -> None:
     wanted = logits(world.base(), tokens())
@@ -57,11 +62,40 @@ def test_install_leaves_the_output_unchanged(case: str, world: World, plan_of: P
     assert any(p.requires_grad for p in model.parameters())
 
 
-@every_adapter
-def test_a_twin_leaves_the_output_of_a_16_bit_base_unchanged(case: str, world: World, plan_of: PlanOf) -> None:
+@every_moving
+@every_anchor
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_method_that_drops_a_part_of_W_starts_from_W_without_it(
+    case: str, world: World, plan_of: PlanOf, anchor: Anchor, dtype: torch.dtype
+) -> None:
+    """The exemption from the law above; that it does change the output shows that it is one."""
+    base, plan = world.base().to(dtype), plan_of(case)
+    before = logits(base, tokens())
+    with torch.no_grad():
+        for t in plan.targets:
+            weight = base.get_submodule(t.target.name).weight
+            assert isinstance(weight, torch.Tensor)
+            turned = weight.T if t.target.transposed else weight
+            U, S, Vh = torch.linalg.svd(turned.float(), full_matrices=False)
+            turned.copy_((U[:, : -t.decision.rank] * S[: -t.decision.rank]) @ Vh[: -t.decision.rank])
+    found = logits(install(world.base().to(dtype), plan, anchor=anchor), tokens())
+    assert off_by(found, logits(base, tokens())) < (1e-5 if dtype == torch.float32 else 5e-2)
+    assert off_by(found, before) > 1e-1
+
+
+def test_only_kasa_starts_from_less_than_W() -> None:
+    assert {method.name for method in MOVING.values()} == {"kasa"}
+
+
+@every_still
+def test_a_twin_leaves_the_output_of_a_16_bit_base_unchanged(
+    case: str, world: World, plan_of: PlanOf, tmp_path: Path
+) -> None:
     """B0 A0 - B0 A0 is formed in float32, so that nothing but a rare last bit can change."""
-    wanted = logits(world.base().to(torch.bfloat16), tokens())
-    found = logits(install(world.base().to(torch.bfloat16), plan_of(case), anchor="twin"), tokens())
+    wanted, plan = logits(world.base().to(torch.bfloat16), tokens()), plan_of(case)
+    if case in RESCALING:  # the lengths are those of the rounded rows
+        plan = Bench(world.base().to(torch.bfloat16), tmp_path).plan(STILL[case])
+    found = logits(install(world.base().to(torch.bfloat16), plan, anchor="twin"), tokens())
     assert off_by(found, wanted) < 1e-2
     assert float((found == wanted).float().mean()) > 0.9
 
@@ -163,7 +197,37 @@ def test_a_residual_exports_the_same_as_a_twin(case: str, world: World, plan_of:
     assert off_by(logits(again, tokens(9)), logits(model, tokens(9))) < 1e-5
 
 
+@every_rescaling
+def test_what_is_no_low_rank_change_is_merged_and_the_log_says_why(
+    case: str, world: World, plan_of: PlanOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, base = tuned(world, plan_of(case)), str(world.saved.folder)
+    done = export(model, plan_of(case), tmp_path / "out", base=base, load_base=world.base)
+    assert (done.format, done.rank) == ("merged", 0)
+    assert "no change of low rank, and vLLM refuses DoRA adapters" in done.note
+    assert done.note in caplog.text
+    assert done.note in (tmp_path / "out" / "README.md").read_text()
+
+
+def rows_apart(before: Tensor, after: Tensor, transposed: bool) -> Tensor:
+    return (after - before).T if transposed else after - before
+
+
 @every_adapter
+def test_what_is_exported_as_lora_has_a_change_of_low_rank(
+    case: str, world: World, plan_of: PlanOf, tmp_path: Path
+) -> None:
+    """And what is not, has not: the exemption of the rescaling methods is a fact about them."""
+    model, base = tuned(world, plan_of(case)), world.base()
+    merged = exported(world, model, plan_of(case), tmp_path / "out", "merged")
+    for t in plan_of(case).targets:
+        name = f"{t.target.name}.weight"
+        delta = rows_apart(base.get_parameter(name), merged.get_parameter(name), t.target.transposed).detach()
+        values = torch.linalg.svdvals(delta.double())
+        assert bool(values[2 * t.decision.rank] < 1e-4 * values[0]) == (case in LOW_RANK), t.target.name
+
+
+@every_low_rank
 @pytest.mark.parametrize("format", ["portable", "peft"])
 def test_disabling_an_exported_adapter_gives_the_base_back_exactly(
     case: str, world: World, plan_of: PlanOf, format: Format, tmp_path: Path
@@ -173,13 +237,40 @@ def test_disabling_an_exported_adapter_gives_the_base_back_exactly(
         assert torch.equal(logits(again, tokens()), logits(world.base(), tokens()))
 
 
-@every_adapter
+@every_rescaling
+def test_disabling_an_exported_adapter_of_new_lengths_gives_the_base_back_exactly(
+    case: str, world: World, plan_of: PlanOf, tmp_path: Path
+) -> None:
+    again = exported(world, tuned(world, plan_of(case)), plan_of(case), tmp_path / "out", "peft")
+    with again.disable_adapter():
+        assert torch.equal(logits(again, tokens()), logits(world.base(), tokens()))
+
+
+@pytest.mark.parametrize("case", [case for case in STILL if case in LOW_RANK])
 def test_an_untrained_export_changes_nothing(case: str, world: World, plan_of: PlanOf, tmp_path: Path) -> None:
     """The change is exactly zero: B0 A0 - B0 A0."""
     model = installed(world, plan_of(case))
     assert all(not change.dense().any() for change in change_of(model, plan_of(case)).values())
     again = exported(world, model, plan_of(case), tmp_path / "out", "portable")
     assert torch.equal(logits(again, tokens()), logits(world.base(), tokens()))
+
+
+@every_rescaling
+def test_an_untrained_export_leaves_the_lengths_of_rows(
+    case: str, world: World, plan_of: PlanOf, tmp_path: Path
+) -> None:
+    for format in ("peft", "merged"):
+        model = installed(world, plan_of(case))
+        again = exported(world, model, plan_of(case), tmp_path / format, format)
+        assert off_by(logits(again, tokens()), logits(world.base(), tokens())) < 1e-6
+
+
+@every_moving
+def test_an_untrained_export_takes_out_what_is_dropped(case: str, world: World, plan_of: PlanOf) -> None:
+    model = installed(world, plan_of(case))
+    for name, change in change_of(model, plan_of(case)).items():
+        t = plan_of(case)[name]
+        torch.testing.assert_close(change.dense(), -t.scale * t.anchor.dense(), rtol=0, atol=1e-6)
 
 
 @every_adapter
@@ -194,7 +285,7 @@ def test_training_does_not_depend_on_the_random_state_of_install(case: str, worl
         assert torch.equal(value, found[1][name])
 
 
-@every_adapter
+@every_low_rank
 def test_the_twin_is_no_part_of_the_export(case: str, world: World, plan_of: PlanOf, tmp_path: Path) -> None:
     again = exported(world, tuned(world, plan_of(case)), plan_of(case), tmp_path / "out", "portable")
     assert list(again.peft_config) == ["default"]
@@ -228,11 +319,13 @@ def test_a_fully_tuned_model_is_exported_merged_and_reloads(
 
 
 @pytest.mark.parametrize("case", WHOLE)
-@pytest.mark.parametrize("format", ["portable", "peft"])
 def test_a_fully_tuned_model_has_no_adapter_form(
-    case: str, world: World, plan_of: PlanOf, format: Format, tmp_path: Path
+    case: str, world: World, plan_of: PlanOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = install(world.base(), plan_of(case))
     with pytest.raises(ExportError, match="A change of every weight has no adapter form"):
-        exported(world, model, plan_of(case), tmp_path / "out", format)
+        exported(world, model, plan_of(case), tmp_path / "out", "peft")
     assert list(tmp_path.iterdir()) == []
+    done = export(model, plan_of(case), tmp_path / "out", base="", load_base=world.base)
+    assert (done.format, done.note) == ("merged", "A change of every weight has no adapter form")
+    assert done.note in caplog.text

@@ -19,6 +19,8 @@ MODEL = SHARED / "models" / "stories260K"
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
+    "dora": {"name": "dora", "rank": 4, "dropout": 0.1},
+    "kasa": {"name": "kasa", "rank": 4, "beta": 0.01, "gamma": 0.01, "dropout": 0.1},
     "lora-fa": {"name": "lora-fa", "rank": 4, "dropout": 0.1},
     "lora-fa-preconditioned": {"name": "lora-fa", "rank": 4, "optimizer": "preconditioned"},
     "lora-null-v1": {"name": "lora-null", "rank": 4, "variant": "v1"},

@@ -33,6 +33,9 @@ from keeptune.train.trainer import last_complete_checkpoint
 Values = Callable[..., dict[str, Any]]
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"method": METHODS["lora"]},
+    "dora": {"method": METHODS["dora"]},
+    "kasa-residual": {"method": METHODS["kasa"], "anchor": "residual"},
+    "kasa-twin": {"method": METHODS["kasa"], "anchor": "twin"},
     "lora-fa": {"method": METHODS["lora-fa"]},
     "lora-fa-preconditioned": {"method": METHODS["lora-fa-preconditioned"]},
     "v1-residual": {"method": METHODS["lora-null-v1"], "anchor": "residual"},

@@ -8,8 +8,8 @@ from tests.methods.support import SHAPES, UNIQUE, WEIGHTS, built, weight
 from tests.models import MODELS, Bench, calibration, relative, train_steps
 from tests.reference.peft_reference import start
 
-from keeptune.adapter.export import change_of
 from keeptune.adapter.install import install
+from keeptune.adapter.portable import change_of
 from keeptune.core.errors import PlanError
 from keeptune.methods.mica import Mica
 from keeptune.methods.milora import Milora

@@ -19,6 +19,7 @@ from keeptune.adapter.install import install, lora_layer, trained_state
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
 from keeptune.data.sft import TaskExamples
+from keeptune.methods.kasa import Kasa, orthogonality
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_fa import LoraFA
 from keeptune.model.load import load_model, load_tokenizer
@@ -26,7 +27,7 @@ from keeptune.planning import plan_for
 from keeptune.stats.store import StatStore
 from keeptune.train.attach import attach
 from keeptune.train.guard import Guard
-from keeptune.train.penalty import add_penalty
+from keeptune.train.penalty import add_penalty, kasa
 from keeptune.train.trainer import train
 
 MODEL = str(Path(__file__).parents[3] / "shared" / "models" / "stories260K")
@@ -176,6 +177,57 @@ def test_evaluation_losses_have_no_penalty(lora: Plan, tmp_path: Path) -> None:
     wanted = made.evaluate(made.train_dataset)["eval_loss"]
     add_penalty(made, squares)
     assert made.evaluate(made.train_dataset)["eval_loss"] == wanted
+
+
+# KaSA's
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("anchor", ["twin", "residual"])
+def test_kasas_regularisers_count_once_per_step_whatever_the_accumulation(
+    trainer: str, anchor: Any, tmp_path: Path
+) -> None:
+    plan, found = planned(Kasa(rank=2, beta=0.5, gamma=0.5)), {}
+    for size in (8, 1):
+        model = install(load_model(MODEL), plan, anchor=anchor)
+        extra = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_grad_norm": 1.0}
+        made = TRAINERS[trainer](model, tmp_path, **extra)
+        attach(made, plan)
+        made.train()
+        found[size] = trained_state(model, plan)
+    assert largest_gap(found[8], found[1]) < 1e-6
+    for t in plan.targets:
+        assert not torch.equal(found[8][f"{t.target.name}.diag"], t.vectors["diag"])
+
+
+def test_kasas_regularisers_make_factors_more_orthogonal_and_without_weights_change_nothing(tmp_path: Path) -> None:
+    gaps, states = [], []
+    for gamma in (0.0, 50.0):
+        plan = planned(Kasa(rank=2, beta=0.0, gamma=gamma))
+        model = tuned(plan)
+        made = trl_trainer(model, tmp_path, max_steps=5)
+        attach(made, plan)
+        made.train()
+        layers = [lora_layer(model, t.target.name) for t in plan.targets]
+        parts = [(layer.lora_B["default"].weight, layer.lora_A["default"].weight) for layer in layers]
+        gaps.append(float(torch.stack([orthogonality(B, A, "gram").detach() for B, A in parts]).mean()))
+        states.append(trained_state(model, plan))
+    assert gaps[1] < gaps[0] - 0.01
+    bare = tuned(plan)
+    trl_trainer(bare, tmp_path, max_steps=5).train()
+    assert largest_gap(states[0], trained_state(bare, plan)) == 0.0
+
+
+def test_the_loss_curve_of_kasa_is_the_tasks_with_the_penalty_apart(tmp_path: Path) -> None:
+    plan = planned(Kasa(rank=2, beta=0.5, gamma=0.5))
+    extra = arguments(tmp_path, bf16=False, activation_checkpointing=False)
+    loss = train(tuned(plan), plan, TOKENIZER, EXAMPLES, SFTConfig(**extra))
+    fresh = tuned(plan)
+    bare = trl_trainer(fresh, tmp_path)
+    bare.train()
+    assert loss[0]["loss"] == pytest.approx(bare.state.log_history[0]["loss"], rel=1e-5)
+    start = kasa(tuned(plan), plan, beta=0.5, gamma=0.5, regularizer="gram")
+    assert loss[0]["penalty"] == pytest.approx(float(start.detach()), rel=1e-5)
 
 
 # The optimiser

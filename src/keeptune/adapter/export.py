@@ -10,6 +10,7 @@ model is measured; above the bound the export fails and leaves nothing.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,14 +23,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.adapter.merged import write_merged
-from keeptune.adapter.portable import change_of, write_lora
+from keeptune.adapter.portable import write_lora
 from keeptune.adapter.probe import logits_of, random_probe
 from keeptune.core.artefact import atomic_directory, write_bytes, write_json
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
 
-__all__ = ["Exported", "Format", "export"]
+__all__ = ["Exported", "Format", "export", "format_for"]
 
+_log = logging.getLogger(__name__)
 Format = Literal["portable", "peft", "merged"]
 _BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-4}
 
@@ -46,6 +48,7 @@ class Exported:
         relative_gap: The same over the largest logit.
         bound: The relative gap above which the export would have failed.
         serve: How to serve it.
+        note: Why the format is not the one that was asked for; empty when it is.
     """
 
     folder: str
@@ -55,6 +58,46 @@ class Exported:
     relative_gap: float
     bound: float
     serve: str
+    note: str = ""
+
+
+def format_for(plan: Plan, wanted: Format) -> tuple[Format, str]:
+    """Find the format a plan's result can have: what has no form as a portable LoRA is merged.
+
+    Args:
+        plan: The plan.
+        wanted: The format asked for.
+
+    Returns:
+        The format, and why it is not the one asked for (empty when it is).
+
+    Raises:
+        ExportError: An adapter with ranks of its own was asked for by name and there is none.
+    """
+    reason = _no_lora(plan)
+    if wanted == "merged" or not reason or (wanted == "peft" and plan.scope == "adapter"):
+        return wanted, ""
+    if wanted == "peft":
+        raise ExportError(
+            f"export of {plan.method}",
+            got='format "peft"',
+            wanted='"merged"',
+            next_step=f"{reason}. Set `export: {{format: merged}}`.",
+        )
+    return "merged", reason
+
+
+def _no_lora(plan: Plan) -> str:
+    if plan.scope == "all":
+        return "A change of every weight has no adapter form"
+    if plan.scope == "subspace":
+        return "A change of all but the top singular directions is not of low rank and has no adapter form"
+    if any("magnitude" in target_plan.vectors for target_plan in plan.targets):
+        return (
+            "New lengths for a weight's rows are no change of low rank, and vLLM refuses DoRA adapters"
+            " (format peft writes one for PEFT)"
+        )
+    return ""
 
 
 def export(
@@ -77,7 +120,8 @@ def export(
         folder: Where; it appears whole or not at all.
         base: Path or hub id of the base, written into the adapter's config.
         load_base: Loads a fresh base.
-        format: ``"portable"``, ``"peft"`` or ``"merged"``; full fine-tuning can only be merged.
+        format: ``"portable"``, ``"peft"`` or ``"merged"``. What has no form as a portable LoRA is merged, and the
+            log and ``note`` say why.
         tokenizer: Saved along when given.
         probe: Token ids ``(batch, length)`` for the check; None draws some.
         max_gap: Largest relative gap allowed; None takes 1e-4 for a float32 base, 2e-2 for float16 and
@@ -90,13 +134,9 @@ def export(
         ExportError: The gap is above the bound, the format does not fit the plan, or the folder holds something
             that keeptune did not write.
     """
-    if plan.scope == "all" and format != "merged":
-        raise ExportError(
-            f"export {folder}",
-            got=f'format "{format}" for full fine-tuning',
-            wanted='"merged"',
-            next_step="A change of every weight has no adapter form.",
-        )
+    format, note = format_for(plan, format)
+    if note:
+        _log.warning("export %s: merged into a whole model. %s", folder, note)
     refuse_foreign(Path(folder))
     probe = random_probe(model) if probe is None else probe
     wanted = logits_of(model, probe)
@@ -107,7 +147,7 @@ def export(
             dtype = merged.dtype
             again: Any = type(merged).from_pretrained(fresh, dtype=dtype, use_safetensors=True)
         else:
-            rank = write_lora(change_of(model, plan), plan, fresh, base, portable=format == "portable")
+            rank = write_lora(model, plan, fresh, base, portable=format == "portable")
             dtype = model.dtype
             again = PeftModel.from_pretrained(load_base(), str(fresh))
         if tokenizer is not None:
@@ -115,7 +155,8 @@ def export(
         gap = float((logits_of(again, probe) - wanted).abs().max())
         relative = gap / max(float(wanted.abs().max()), 1e-30)
         bound = _BOUNDS[dtype] if max_gap is None else max_gap
-        done = Exported(str(folder), format, rank, gap, relative, bound, _serve_line(format, rank, base, folder))
+        serve = _serve_line(plan, format, rank, base, folder)
+        done = Exported(str(folder), format, rank, gap, relative, bound, serve, note)
         if not relative <= bound:
             raise ExportError(
                 f"export {folder}",
@@ -129,9 +170,11 @@ def export(
     return done
 
 
-def _serve_line(format: Format, rank: int, base: str, folder: Path | str) -> str:
+def _serve_line(plan: Plan, format: Format, rank: int, base: str, folder: Path | str) -> str:
     if format == "merged":
         return f"vllm serve {folder}"
+    if _no_lora(plan):
+        return f"keeptune merge {folder} merged && vllm serve merged"
     return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}"
 
 
@@ -148,6 +191,7 @@ def _sidecar(plan: Plan, base: str, done: Exported) -> dict[str, Any]:
 
 def _card(plan: Plan, base: str, done: Exported) -> str:
     options = json.dumps(dict(plan.options))
+    note = f"\nA merged model. {done.note}.\n" if done.note else ""
     return f"""---
 base_model: {base}
 library_name: {"transformers" if done.format == "merged" else "peft"}
@@ -157,6 +201,6 @@ tags: [keeptune, {plan.method}]
 Tuned from `{base}` by keeptune with the method `{plan.method}` ({options}).
 
 Checked on a freshly loaded base: largest difference in logits {done.gap:.1e}, relative {done.relative_gap:.1e}.
-
+{note}
     {done.serve}
 """

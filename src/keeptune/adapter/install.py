@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,6 +20,7 @@ from keeptune.adapter.anchor import (
     subtract,
     write_residual,
 )
+from keeptune.adapter.diagonal import add_diagonal
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Factor, Plan, TargetPlan
@@ -38,11 +39,13 @@ __all__ = [
 _PARAMETERS: Mapping[Factor, str] = {
     "A": "lora_A.default.weight",
     "B": "lora_B.default.weight",
+    "magnitude": "lora_magnitude_vector.default.weight",
+    "diag": "lora_diag.default",
 }
 
 
 def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> PreTrainedModel | PeftModel:
-    """Put a plan into a model; the model computes what it did before, to rounding.
+    """Put a plan into a model; the model computes what it did before, to rounding (not for KaSA, which drops a part).
 
     Stock PEFT layers, no custom forward: any trainer, merger or server that knows PEFT can go on from here.
     Frozen factors stay frozen through ``set_adapter``, reload and resume.
@@ -64,20 +67,27 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
         return model.to(torch.float32).requires_grad_(True)
     kind = resolve(anchor, model.dtype)
     anchored = {t.target.name: t for t in plan.targets if t.anchored}
+    peft = dict(plan.peft)
+    kasa = peft.pop("kasa_config", None)
     # get_peft_model draws factors that are overwritten below; the caller's random state is left alone.
     with torch.random.fork_rng():
-        wrapped = get_peft_model(model, _config(plan.targets, plan.peft))
+        wrapped = get_peft_model(model, _config(plan.targets, peft))
         if anchored and kind == "twin":
             wrapped.add_adapter(ANCHOR_NAME, _config(list(anchored.values()), {}))
     assert isinstance(wrapped, PeftModel)
     for target_plan in plan.targets:
         layer = lora_layer(wrapped, target_plan.target.name)
-        _fill(layer, target_plan.init)
+        if "diag" in target_plan.vectors:
+            add_diagonal(layer, target_plan.vectors["diag"])
+        _fill(wrapped, target_plan)
         if target_plan.anchored:
             (add_twin if kind == "twin" else write_residual)(layer, target_plan)
         _freeze(layer, target_plan)
     if anchored and kind == "twin":
         keep_active(wrapped)
+    if kasa is not None:
+        # Only now: PEFT refuses a twin beside KaSA, since its own KaSA rewrites the base weights that both share.
+        wrapped.peft_config["default"].kasa_config = KasaConfig(**kasa)
     return wrapped
 
 
@@ -228,10 +238,11 @@ def _config(targets: tuple[TargetPlan, ...] | list[TargetPlan], extra: Mapping[s
     )
 
 
-def _fill(layer: Any, change: LowRank) -> None:
+def _fill(model: PeftModel, target_plan: TargetPlan) -> None:
+    start: dict[Factor, Tensor] = {"A": target_plan.init.A, "B": target_plan.init.B, **target_plan.vectors}
     with torch.no_grad():
-        layer.lora_A["default"].weight.copy_(change.A)
-        layer.lora_B["default"].weight.copy_(change.B)
+        for factor, value in start.items():
+            _parameter(model, target_plan, factor).copy_(value)
 
 
 def _freeze(layer: Any, target_plan: TargetPlan) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
-from keeptune.adapter.portable import change_of
+from keeptune.adapter.portable import change_of, magnitudes_of
 from keeptune.adapter.probe import logits_of, random_probe
 from keeptune.core.artefact import atomic_directory, write_json
 from keeptune.core.errors import ExportError
@@ -36,13 +36,16 @@ def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, f
         fresh.save_pretrained(folder)
         return
     assert isinstance(model, PeftModel)
+    magnitudes = magnitudes_of(model, plan)
     with torch.no_grad():
         for name, change in change_of(model, plan).items():
             weight = fresh.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            delta = change.to(torch.float32, weight.device).dense()
-            delta = delta.T if plan[name].target.transposed else delta
-            weight.copy_((weight.float() + delta).to(weight.dtype))
+            turned = weight.T if plan[name].target.transposed else weight
+            tuned = turned.float() + change.to(torch.float32, weight.device).dense()
+            if name in magnitudes:
+                tuned *= (magnitudes[name].to(weight.device) / tuned.norm(dim=1))[:, None]
+            turned.copy_(tuned.to(weight.dtype))
     fresh.save_pretrained(folder)
 
 

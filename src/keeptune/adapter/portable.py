@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
+from torch import Tensor
 
-from keeptune.adapter.install import trained_factors
+from keeptune.adapter.install import trained_state
 from keeptune.core.artefact import write_tensors
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 
-__all__ = ["change_of", "write_lora"]
+__all__ = ["change_of", "magnitudes_of", "write_lora"]
 
 _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM accepts
 
 
 def change_of(model: PeftModel, plan: Plan) -> dict[str, LowRank]:
-    """Compute each target's change relative to the original base: ``s (B A - B0 A0)``, exactly.
+    """Compute each target's change relative to the original base: ``s (B diag A - B0 A0)``, exactly.
 
     Args:
         model: The trained model.
         plan: Its plan.
 
     Returns:
-        Target name to change, scale folded into B; rank r, or 2 r where the start was a part of W and both
-        factors were trained.
+        Target name to change, scale and diagonal folded into B; rank r, or 2 r where a part of W was taken out
+        and both factors were trained. For DoRA, the change of the direction, before rows get their lengths.
     """
-    changes = {}
-    for name, factors in trained_factors(model, plan).items():
-        target_plan = plan[name]
+    state, changes = trained_state(model, plan), {}
+    for target_plan in plan.targets:
+        name = target_plan.target.name
+        B = state[f"{name}.B"] * state[f"{name}.diag"] if "diag" in target_plan.vectors else state[f"{name}.B"]
+        factors = LowRank(B=B, A=state[f"{name}.A"])
         change = factors.minus(target_plan.anchor) if target_plan.anchored else factors
         changes[name] = change.scaled(target_plan.scale)
     return changes
 
 
-def write_lora(changes: Mapping[str, LowRank], plan: Plan, folder: Path, base: str, *, portable: bool) -> int:
+def magnitudes_of(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
+    """Read the trained lengths of the weights' rows (DoRA).
+
+    Args:
+        model: The trained model.
+        plan: Its plan.
+
+    Returns:
+        Target name to ``(m,)``; empty for a plan without them.
+    """
+    state = trained_state(model, plan)
+    names = [t.target.name for t in plan.targets if "magnitude" in t.vectors]
+    return {name: state[f"{name}.magnitude"] for name in names}
+
+
+def write_lora(model: PeftModel, plan: Plan, folder: Path, base: str, *, portable: bool) -> int:
     """Write an adapter's config and tensors.
 
     Args:
-        changes: From :func:`change_of`.
-        plan: The plan.
+        model: The trained model.
+        plan: Its plan.
         folder: Where.
         base: Path or hub id of the base, written into the config.
         portable: Pad to one rank that servers allow; else each target keeps its own.
@@ -49,6 +66,7 @@ def write_lora(changes: Mapping[str, LowRank], plan: Plan, folder: Path, base: s
     Returns:
         The adapter's rank.
     """
+    changes, magnitudes = change_of(model, plan), magnitudes_of(model, plan)
     rank = max(change.rank for change in changes.values())
     if portable:
         rank = next((r for r in _SERVED_RANKS if r >= rank), rank)
@@ -63,10 +81,11 @@ def write_lora(changes: Mapping[str, LowRank], plan: Plan, folder: Path, base: s
         rank_pattern=ranks,
         alpha_pattern=ranks,
         fan_in_fan_out=plan.targets[0].target.transposed,
+        use_dora=bool(magnitudes),
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    tensors = {}
+    tensors = {f"base_model.model.{name}.lora_magnitude_vector.weight": value for name, value in magnitudes.items()}
     for name, change in changes.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = change.A
         tensors[f"base_model.model.{name}.lora_B.weight"] = change.B

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class TargetPlan:
     trainable: frozenset[Factor]
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
     removed: LowRank | None = None
-    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    vectors: Mapping[Factor, Tensor] = field(default_factory=dict)
 
     @property
     def anchor(self) -> LowRank:
@@ -298,7 +298,7 @@ def _gap(a: LowRank, b: LowRank) -> float:
     return float(a.minus(b).norm_squared().sqrt() / b.norm_squared().sqrt().clamp_min(1e-30))
 
 
-def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+def _equal(a: Mapping[Factor, Tensor], b: Mapping[Factor, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -323,7 +323,7 @@ def _load_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence
         scale=row["scale"],
         trainable=frozenset(row["trainable"]),
         evidence=_named(evidence, f"{target.name}:"),
-        vectors=_named(factors, f"{target.name}:"),
+        vectors=cast("dict[Factor, Tensor]", _named(factors, f"{target.name}:")),
     )
 
 

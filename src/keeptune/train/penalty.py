@@ -16,10 +16,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from keeptune.adapter.install import lora_layer
+from keeptune.core.plan import Plan
+from keeptune.methods.kasa import Regularizer, orthogonality
+
 __all__ = ["PENALTIES", "Penalty", "add_penalty"]
 
 Penalty = Callable[..., Tensor]
-PENALTIES: Mapping[str, Penalty] = {}
 
 
 class _Mean:
@@ -73,6 +76,32 @@ def add_penalty(trainer: Any, penalty: Callable[[PeftModel], Tensor]) -> None:
         log(logs, *args, **kwargs)
 
     trainer.compute_loss, trainer.log = with_penalty, with_parts
+
+
+def kasa(model: PeftModel, plan: Plan, *, beta: float, gamma: float, regularizer: Regularizer) -> Tensor:
+    """Compute KaSA's two regularisers, the mean over the targets, float32.
+
+    Args:
+        model: The model in training.
+        plan: Its plan.
+        beta: Weight of sum d².
+        gamma: Weight of the distance of B and A from orthonormal ones.
+        regularizer: The form of that distance.
+
+    Returns:
+        ``beta L_2 + gamma L_3`` (methods/kasa.py), a scalar.
+    """
+    terms = []
+    for target_plan in plan.targets:
+        # Looked up at each step: sharding and checkpoints may replace parameters.
+        layer = lora_layer(model, target_plan.target.name)
+        d = layer.lora_diag["default"].float()
+        B, A = (part["default"].weight.float() for part in (layer.lora_B, layer.lora_A))
+        terms.append(beta * (d**2).sum() + gamma * orthogonality(B, A, regularizer))
+    return torch.stack(terms).mean()
+
+
+PENALTIES: Mapping[str, Penalty] = {"kasa": kasa}
 
 
 def _is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
