@@ -124,10 +124,8 @@ def plan_for(
     targets, statistics = statistics_for(
         model, method, store, data=data, roles=roles, layers=layers, fingerprint=fingerprint, low_memory=low_memory
     )
-    return make_plan(
-        method,
-        targets,
-        lambda target: read_weight(model, target),
-        statistics.view,
-        provenance={"model": fingerprint, **(provenance or {})},
-    )
+    made_from = {"model": fingerprint, **(provenance or {})}
+    if statistics.unseen:
+        names = ", ".join(sorted(statistics.unseen))
+        made_from["notes"] = [*made_from.get("notes", ()), f"no token of the data reached {names}: left alone"]
+    return make_plan(method, targets, lambda target: read_weight(model, target), statistics.view, provenance=made_from)

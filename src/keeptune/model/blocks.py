@@ -7,6 +7,7 @@ reaches which module in one tiny forward pass.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 
@@ -20,6 +21,7 @@ from keeptune.core.target import Target
 
 __all__ = ["body", "find_targets", "is_nested", "roles_of"]
 
+_log = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -48,6 +50,7 @@ def find_targets(
             wanted="a transformer with linear maps",
             next_step="Check that the model is not already wrapped by PEFT or quantised.",
         )
+    _warn_of_fused_experts(model)
     role_of = roles_of(modules)
     wanted = None if roles is None else list(roles)
     known = sorted(set(role_of.values()))
@@ -140,6 +143,17 @@ def _known_layers(layers: Iterable[int], names: Iterable[str]) -> frozenset[int]
             next_step="List the blocks to tune, such as layers: [0, 1]; leave the key out to tune all.",
         )
     return wanted
+
+
+def _warn_of_fused_experts(model: PreTrainedModel) -> None:
+    fused = [
+        name
+        for name, module in model.named_modules()
+        if any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
+    ]
+    if fused:
+        more = f" and {len(fused) - 1} more" if len(fused) > 1 else ""
+        _log.warning("%s%s: fused expert weights (3-D) are no linear maps here and are left alone", fused[0], more)
 
 
 def _target(name: str, module: nn.Module, role: str, group: str) -> Target:
