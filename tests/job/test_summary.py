@@ -36,6 +36,18 @@ def test_runs_join_in_their_order(finished: Finished, tmp_path: Path, capsys: py
         }
 
 
+def test_what_a_method_says_about_its_plan_reaches_the_report(recipe_values: Values, tmp_path: Path) -> None:
+    farss = {"name": "farss", "rank": 4, "r_max": 4, "r_avg": 3, "boundary": 2}
+    given = recipe_values(method=farss, targets=["q_proj", "v_proj"])
+    (entry,) = run(recipe_of(given | {"train": given["train"] | {"max_steps": 1}}))["methods"]
+    assert entry["name"] == "farss"
+    (note,) = entry["notes"]
+    assert note.startswith("4 targets in blocks below 2 are shallow")
+    assert note in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    shallow = [row for row in entry["plan"] if row["layer"] < 2]
+    assert all(len(row["evidence"]["importance"]) == 1 for row in shallow)
+
+
 def pretend(folder: Path, source: Path, *, right: int) -> Path:
     """A copy of a run whose task benchmark has this many right answers after training."""
     shutil.copytree(source, folder)

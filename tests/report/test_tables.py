@@ -123,7 +123,7 @@ def test_a_plan_of_different_ranks_is_a_grid_with_what_it_rests_on() -> None:
     assert lines[0] == ["rank"]
     assert (lines[1], lines[3], lines[4]) == (["layer", "q", "v"], ["0", "3", "1"], ["1", "12"])
     assert lines[5] == ["importance"]
-    assert lines[8] == ["0", "0.5", "7e-06"]
+    assert lines[8] == ["0", "5.0e-01", "7.0e-06"]
     assert lines[9:11] == [["16", "of", "24", "ranks", "allotted"], ["[b]as", "it", "is[/b]"]]
     assert lines[11] == ["start", "error:", "at", "most", "1.2e-06"]
     assert lines[12] == ["3", "targets,", "30", "trained", "parameters", "(30)"]

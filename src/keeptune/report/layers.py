@@ -74,8 +74,8 @@ def importance_map(report: ReportLike, label: str) -> Figure | None:
     Raises:
         ArtefactError: The report is malformed.
     """
-    positive = _positive(plan_of(as_report(report), label))
-    found = _table(positive, lambda row: row.importance)
+    rows = plan_of(as_report(report), label)
+    found = _table(rows, lambda row: row.importance if (row.importance or 0) > 0 else None)
     if found is None:
         return None
     low, high = float(numpy.nanmin(found.values)), float(numpy.nanmax(found.values))
@@ -84,10 +84,6 @@ def importance_map(report: ReportLike, label: str) -> Figure | None:
     return _map(
         found, colours, norm, lambda value: f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e"), 0.5, "importance"
     )
-
-
-def _positive(rows: Sequence[PlanRow]) -> list[PlanRow]:
-    return [row for row in rows if (row.importance or 0) > 0]
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,8 @@ def _table(rows: Sequence[PlanRow], read: Callable[[PlanRow], float | None]) -> 
     ]
     if not placed:
         return None
-    layers = sorted({layer for layer, _, _ in placed})
+    # All layers of the plan, so that maps of one plan stand in line.
+    layers = sorted({row.layer for row in rows if row.layer is not None})
     roles = list(dict.fromkeys(role for _, role, _ in placed))
     values = numpy.full((len(roles), len(layers)), math.nan)
     for layer, role, value in placed:

@@ -175,12 +175,12 @@ def importance(value: float | None) -> str:
         value: The importance.
 
     Returns:
-        Three digits, for example "0.0312" or "3.12e-07".
+        Two digits, for example "3.1e-07".
 
     >>> importance(0.031249), importance(3.12e-7), importance(0.0), importance(None)
-    ('0.0312', '3.12e-07', '0', '–')
+    ('3.1e-02', '3.1e-07', '0', '–')
     """
-    return "–" if value is None or not math.isfinite(value) else f"{value:.3g}"
+    return gap(value)
 
 
 def duration(seconds: float) -> str:
