@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from keeptune.core.errors import ArtefactError
-from keeptune.report import plots
-from keeptune.report.records import Report, ReportLike, Run, as_report
+from keeptune.report import details, plots
+from keeptune.report.records import Report, ReportLike, as_report
 from keeptune.report.style import looks
-from keeptune.report.summary import mean_of, methods, series
+from keeptune.report.summary import methods, series
 from keeptune.report.tables import comparison_columns
 from keeptune.report.verdict import method_sentences, verdict
-from keeptune.report.wording import duration, gap, listing, number
+from keeptune.report.wording import listing
 
 __all__ = ["render_html", "write_html"]
+
+_MOST_SENTENCES: Final = 8  # above, the table below says it better
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,6 @@ class Picture:
     svg: str
     alt: str
     caption: str
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A plain table on the page: headings and rows of text."""
-
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def write_html(report: ReportLike, path: str | os.PathLike[str]) -> None:
@@ -88,21 +83,23 @@ def render_html(report: ReportLike) -> str:
         lstrip_blocks=True,
     )
     labels = [method.label for method in methods(parsed)]
+    common, options = details.options(parsed)
     return environment.get_template("report.html.j2").render(
         base=parsed.base,
         base_name=Path(parsed.base).name or parsed.base,
         created=parsed.created,
         version=parsed.version,
         verdict=verdict(parsed),
-        sentences=method_sentences(parsed) if len(labels) > 1 else [],
+        sentences=method_sentences(parsed) if 1 < len(labels) <= _MOST_SENTENCES else [],
         caution=_caution(parsed),
         columns=comparison_columns(parsed),
         colours=[look.colour for look in looks(parsed).values()],
         sections=_sections(parsed),
-        options=_options(parsed),
-        divergence=_divergence(parsed),
-        notes=_notes(parsed),
-        runs=_runs(parsed),
+        options=options,
+        common=common,
+        divergence=details.divergence(parsed),
+        notes=details.notes(parsed),
+        runs=details.runs(parsed),
         several_seeds=len(parsed.runs) > len(labels),
     )
 
@@ -281,110 +278,3 @@ def _spectrum_figures(report: Report) -> list[tuple[str, Figure | None]]:
         (f"{name.replace('_', ' ').capitalize()}: {listing(labels)}", plots.spectra(report, labels[0], name))
         for (name, _), labels in users.items()
     ]
-
-
-def _notes(report: Report) -> list[tuple[str, tuple[str, ...]]]:
-    """Collect what methods have to say about their plans.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The notes of each method that has any, each note once.
-    """
-    found = [
-        (method.label, tuple(dict.fromkeys(note for run in method.runs for note in run.notes)))
-        for method in methods(report)
-    ]
-    return [(label, notes) for label, notes in found if notes]
-
-
-def _options(report: Report) -> Grid | None:
-    """Tabulate the options of the methods.
-
-    Args:
-        report: The report.
-
-    Returns:
-        One row for each method; None when there are no options.
-    """
-    found = methods(report)
-    keys = list(dict.fromkeys(key for run in report.runs for key in run.options))
-    if not keys:
-        return None
-    rows = []
-    for method in found:
-        cells = [_values([run.options.get(key) for run in method.runs]) for key in keys]
-        rows.append((method.label, *cells))
-    return Grid(("method", *(key.replace("_", " ") for key in keys)), tuple(rows))
-
-
-def _values(values: Sequence[object]) -> str:
-    """Print an option, all its values where seeds differ.
-
-    Args:
-        values: The values.
-
-    Returns:
-        The text.
-    """
-    texts = ["–" if item is None else f"{item:g}" if isinstance(item, float) else str(item) for item in values]
-    return ", ".join(dict.fromkeys(texts))
-
-
-def _divergence(report: Report) -> Grid | None:
-    """Tabulate the divergence from the base model.
-
-    Args:
-        report: The report.
-
-    Returns:
-        One row for each method, one column for each benchmark; None when it was not measured.
-    """
-    names = list(dict.fromkeys(item.name for run in report.runs for item in run.benchmarks if item.kl is not None))
-    if not names:
-        return None
-    rows = []
-    for method in methods(report):
-        found = [mean_of(method, _divergence_on(name)) for name in names]
-        rows.append((method.label, *("–" if item is None else number(item.mean) for item in found)))
-    return Grid(("method", *names), tuple(rows))
-
-
-def _divergence_on(name: str) -> Callable[[Run], float | None]:
-    """Make a reader of the divergence on one benchmark.
-
-    Args:
-        name: The benchmark.
-
-    Returns:
-        A function of a run.
-    """
-    return lambda run: next((item.kl for item in run.benchmarks if item.name == name), None)
-
-
-def _runs(report: Report) -> Grid:
-    """Tabulate the runs.
-
-    Args:
-        report: The report.
-
-    Returns:
-        One row for each run.
-    """
-    stages = list(dict.fromkeys(key for run in report.runs for key in run.seconds))
-    heads = ("method", "seed", "K", "T", "KT", *stages, "export gap", "adapter")
-    rows = tuple(
-        (
-            run.label,
-            str(run.seed),
-            number(run.K),
-            number(run.T),
-            number(run.KT),
-            *(duration(run.seconds[key]) if key in run.seconds else "–" for key in stages),
-            gap(run.export_gap),
-            run.adapter,
-        )
-        for run in report.runs
-    )
-    return Grid(heads, rows)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
 __all__ = ["Label", "place", "point_box", "spread"]
+
+_ROUNDS: Final = 3  # a label placed early may give way to the later ones
+_FEW: Final = 8  # above, a label needs a line to its point sooner
 
 
 @dataclass(frozen=True)
@@ -38,18 +42,31 @@ def point_box(axes: Axes, x: float, y: float, radius: float) -> Bbox:
 
 
 def place(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox]) -> None:
-    """Write the labels, each at the free place nearest to its point.
+    """Write the labels, each at the free place nearest to its point and to no other.
 
     Args:
         axes: The plot, its limits and layout final.
         labels: The labels.
         taken: Boxes in pixels that labels should not cover.
     """
-    busy = list(taken)
-    for label in labels:
-        best = min(_places(), key=lambda spot: _cost(_box(axes, label, spot), axes, busy) + _far(spot))
-        across, up = best
-        distant = _far(best) > 30
+    points = [(float(x), float(y)) for x, y in (axes.transData.transform((label.x, label.y)) for label in labels)]
+    sizes = [_size(axes, label) for label in labels]
+    spots: dict[int, tuple[float, float]] = {}
+    for _ in range(_ROUNDS if len(labels) > 1 else 1):
+        for index in range(len(labels)):
+            busy = [*taken, *(_box(axes, points[at], sizes[at], spot) for at, spot in spots.items() if at != index)]
+            spots[index] = min(
+                _places(),
+                key=lambda spot: (
+                    _cost(box := _box(axes, points[index], sizes[index], spot), axes, busy)
+                    + _far(spot)
+                    + _confusion(box, points, index)
+                ),
+            )
+    for index, label in enumerate(labels):
+        across, up = best = spots[index]
+        distant = _far(best) > (30 if len(labels) <= _FEW else 14)
+        distant |= _confusion(_box(axes, points[index], sizes[index], best), points, index) > 0
         axes.annotate(
             label.text,
             (label.x, label.y),
@@ -64,7 +81,6 @@ def place(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox]) -> None:
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": label.colour, "lw": 0.6, "shrinkB": 5} if distant else None,
         )
-        busy.append(_box(axes, label, best))
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
@@ -160,28 +176,69 @@ def _far(spot: tuple[float, float]) -> float:
     return float((spot[0] ** 2 + spot[1] ** 2) ** 0.5)
 
 
-def _box(axes: Axes, label: Label, spot: tuple[float, float]) -> Bbox:
-    """Measure a label at a place.
+def _size(axes: Axes, label: Label) -> tuple[float, float]:
+    """Measure a label.
 
     Args:
         axes: The plot.
         label: The label.
-        spot: Its offset.
+
+    Returns:
+        Width and height in pixels.
+    """
+    probe = axes.text(0, 0, label.text, fontweight="bold", fontsize=9.5)
+    size = probe.get_window_extent()
+    probe.remove()
+    return size.width, size.height
+
+
+def _box(axes: Axes, point: tuple[float, float], size: tuple[float, float], spot: tuple[float, float]) -> Bbox:
+    """Put a label at a place.
+
+    Args:
+        axes: The plot.
+        point: Its point in pixels.
+        size: Its width and height in pixels.
+        spot: Its offset in points of type.
 
     Returns:
         Its box in pixels with a little air.
     """
     figure = axes.get_figure(root=True)
-    if figure is None:
-        return Bbox.null()
-    probe = axes.text(0, 0, label.text, fontweight="bold", fontsize=9.5)
-    size = probe.get_window_extent()
-    probe.remove()
-    scale = figure.dpi / 72
-    x, y = axes.transData.transform((label.x, label.y))
-    x, y = x + spot[0] * scale, y + spot[1] * scale
-    left = {"left": x, "right": x - size.width, "center": x - size.width / 2}[_side(spot[0])]
-    return Bbox.from_bounds(left - 2, y - size.height / 2 - 1, size.width + 4, size.height + 2)
+    scale = 1.0 if figure is None else figure.dpi / 72
+    x, y = point[0] + spot[0] * scale, point[1] + spot[1] * scale
+    left = {"left": x, "right": x - size[0], "center": x - size[0] / 2}[_side(spot[0])]
+    return Bbox.from_bounds(left - 2, y - size[1] / 2 - 1, size[0] + 4, size[1] + 2)
+
+
+def _confusion(box: Bbox, points: Sequence[tuple[float, float]], own: int) -> float:
+    """Weigh how easily a label is taken for another point's.
+
+    Args:
+        box: The label's box.
+        points: All points in pixels.
+        own: Which is its own.
+
+    Returns:
+        How many pixels nearer another point is than its own; 0 when its own is the nearest.
+    """
+    gaps = [_gap(box, point) for point in points]
+    return max(gaps[own] - min((gap for at, gap in enumerate(gaps) if at != own), default=gaps[own]), 0.0)
+
+
+def _gap(box: Bbox, point: tuple[float, float]) -> float:
+    """Measure how far a point is from a box.
+
+    Args:
+        box: The box.
+        point: The point.
+
+    Returns:
+        The distance, 0 inside.
+    """
+    across = max(box.x0 - point[0], 0.0, point[0] - box.x1)
+    up = max(box.y0 - point[1], 0.0, point[1] - box.y1)
+    return float((across**2 + up**2) ** 0.5)
 
 
 def _cost(box: Bbox, axes: Axes, busy: Sequence[Bbox]) -> float:

@@ -158,13 +158,14 @@ def loss_curves(report: ReportLike) -> Figure | None:
         return None
     colours = looks(parsed)
     with themed():
-        figure = page(7.0, 3.6)
+        figure = page(7.0, max(3.6, 0.22 * len(drawn) + 1.2))
         axes = figure.subplots()
+        few = len(drawn) <= 8
         for method, curve in drawn:
             colour = colours[method.label].colour
-            for run in method.runs:
+            for run in method.runs if few else ():
                 axes.plot(*_thin(run.loss), color=colour, lw=0.6, alpha=0.22, zorder=2)
-            axes.plot(*_thin(curve), color=colour, lw=1.8, zorder=3)
+            axes.plot(*_thin(curve), color=colour, lw=1.8 if few else 1.2, zorder=3)
         raw = sorted(loss for method, _ in drawn for run in method.runs for _, loss in run.loss)
         low, high = ends([raw[0], raw[min(len(raw) - 1, int(0.995 * len(raw)))]], 0.01)
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
@@ -193,15 +194,20 @@ def _end_labels(
     low, high = axes.get_ylim()
     height = axes.get_window_extent().height * 72 / figure.dpi
     gap = 12.5 * (high - low) / height
-    edge = axes.get_xlim()[1]
+    left, edge = axes.get_xlim()
     moved = spread([point[1] for _, point in tips], gap)
     shift = max(0.0, low - min(moved))
+    far = any(abs(y + shift - point[1]) > gap for (_, point), y in zip(tips, moved, strict=True))
+    tail = edge + 0.05 * (edge - left) if far else edge
     for (label, point), y in zip(tips, moved, strict=True):
+        line = {"arrowstyle": "-", "color": colours[label].text, "lw": 0.6, "relpos": (0.0, 0.5), "patchA": None}
         axes.annotate(
             label,
             point,
-            (edge, y + shift),
+            (tail, y + shift),
             textcoords="data",
+            annotation_clip=False,
+            arrowprops=line if far else None,
             ha="left",
             va="center",
             color=colours[label].text,

@@ -39,9 +39,14 @@ __all__ = [
 INK: Final = "#22262b"
 MUTED: Final = "#5f6872"
 RULE: Final = "#d5dade"
-# Okabe and Ito's colour-blind-safe palette without yellow and black.
-_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00", "#56b4e9", "#7a7a7a")
-# One more shape than colours, so that pairs repeat only after 56 methods.
+# Okabe and Ito's colour-blind-safe palette without yellow and black, then darker and paler tones for many methods.
+_FIRST: Final = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00", "#56b4e9", "#7a7a7a")
+_MORE: Final = (
+    *("#332288", "#882255", "#117733", "#cc6677", "#7a5c00", "#5b3a1e"),
+    *("#44aa99", "#222222", "#b0a0d8", "#999933"),
+)
+_COLOURS: Final = (*_FIRST, *_MORE)
+# The numbers of colours and shapes have no common divisor, so that pairs repeat only after 136 methods.
 _SHAPES: Final = ("o", "s", "^", "D", "v", "P", "X", "h")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,6 +38,8 @@ from keeptune.report.wording import listing, number
 
 __all__ = ["tradeoff"]
 
+_FEW: Final = 8  # above, seeds and intervals stand back so that means and labels can be read
+
 
 @dataclass(frozen=True)
 class _Spot:
@@ -67,14 +70,14 @@ def tradeoff(report: ReportLike) -> Figure | None:
     if not spots or start is None:
         return None
     with themed():
-        figure = page(7.0, 4.6)
+        figure = page(7.0, min(4.6 + 0.15 * max(len(spots) - _FEW, 0), 6.4))
         axes = figure.subplots()
         even = 0.0 if knowledge[0].lower_is_better else 100.0
         near = _limit(axes, spots, start, even, knowledge[0], task[0])
         _frame_tradeoff(axes, knowledge, task)
         axes.axhline(even, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
         for spot in spots:
-            _draw_spot(axes, spot)
+            _draw_spot(axes, spot, 1.0 if len(spots) <= _FEW else 0.55)
         finish(figure)
         taken = _taken(axes, spots, even)
         taken += _mark_base(axes, start, even, near, task[0])
@@ -193,21 +196,25 @@ def _names(chosen: Sequence[Series], role: str) -> str:
     return few if len(chosen) == 1 or len(few) <= 24 else f"mean of {len(chosen)} {role} benchmarks"
 
 
-def _draw_spot(axes: Axes, spot: _Spot) -> None:
+def _draw_spot(axes: Axes, spot: _Spot, strength: float) -> None:
     """Draw a method: seeds small, the mean large, intervals as thin bars.
 
     Args:
         axes: The plot.
         spot: The method.
+        strength: How strong seeds and bars are, 1 where there are few methods.
     """
     look = spot.look
+    bar: dict[str, Any] = {"color": look.colour, "lw": 1.1 * strength, "alpha": 0.6 * strength, "zorder": 2}
     if spot.x.has_interval:
-        axes.plot([spot.x.low, spot.x.high], [spot.y.mean] * 2, color=look.colour, lw=1.1, alpha=0.6, zorder=2)
+        axes.plot([spot.x.low, spot.x.high], [spot.y.mean] * 2, **bar)
     if spot.y.has_interval:
-        axes.plot([spot.x.mean] * 2, [spot.y.low, spot.y.high], color=look.colour, lw=1.1, alpha=0.6, zorder=2)
+        axes.plot([spot.x.mean] * 2, [spot.y.low, spot.y.high], **bar)
     if len(spot.x.values) == len(spot.y.values) > 1:
         xs, ys = spot.x.values, spot.y.values
-        axes.scatter(xs, ys, marker=look.shape, s=16, c=look.colour, alpha=0.55, linewidths=0, zorder=3)
+        axes.scatter(
+            xs, ys, marker=look.shape, s=16 * strength, c=look.colour, alpha=0.55 * strength, linewidths=0, zorder=3
+        )
     axes.scatter(
         [spot.x.mean],
         [spot.y.mean],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from keeptune.report.records import Report, ReportLike, as_report
 from keeptune.report.summary import (
@@ -21,6 +22,8 @@ from keeptune.report.summary import (
 from keeptune.report.wording import interval, listing, loss_text, number, points
 
 __all__ = ["method_sentences", "verdict", "yardstick"]
+
+_MOST_NAMED: Final = 5
 
 
 @dataclass(frozen=True)
@@ -260,10 +263,25 @@ def _keeping(standings: Sequence[_Standing], knowledge: Sequence[Series]) -> tup
             f"No method is clearly ahead in keeping {thing}: no clear difference to the best ({bounds})",
         )
     lead = f"{first.label} lost the least of {thing} ({loss_text(least.mean, kind)})"
-    ties = [f"{item.label} ({_bare(loss.mean, kind)})" for item, loss in same]
-    behind = [f"{item.label} ({_bare(loss.mean, kind)})" for item, loss in worse]
-    middle = f", with no clear difference to {listing(ties)}, and" if ties else ","
-    return first.label, f"{lead}{middle} clearly less than {listing(behind)}"
+    whole = "all " if len(worse) > _MOST_NAMED else ""
+    middle = f", with no clear difference to {_rivals(same, kind)}, and" if same else ","
+    return first.label, f"{lead}{middle} clearly less than {'' if same else whole}{_rivals(worse, kind)}"
+
+
+def _rivals(others: Sequence[tuple[_Standing, Estimate]], kind: Series) -> str:
+    """Name methods with their losses, or count them when there are many.
+
+    Args:
+        others: The methods and their losses.
+        kind: The benchmark.
+
+    Returns:
+        For example "lora (27) and pissa (41)", or "12 others (20 to 59)".
+    """
+    if len(others) <= _MOST_NAMED:
+        return listing([f"{item.label} ({_bare(loss.mean, kind)})" for item, loss in others])
+    means = sorted(loss.mean for _, loss in others)
+    return f"{len(others)} others ({_bare(means[0], kind)} to {_bare(means[-1], kind)})"
 
 
 def _bare(value: float, kind: Series) -> str:
@@ -303,7 +321,8 @@ def _learning(standings: Sequence[_Standing], task: Sequence[Series], keeper: st
         if not behind:
             ahead = f"{best.label}, the best ({number(top.mean)})"
             return f"on the task ({names}) there is no clear difference to {ahead}"
-        return f"on the task ({names}) {best.label} ({number(top.mean)}) is clearly ahead of {listing(behind)}"
+        whom = listing(behind) if len(behind) <= _MOST_NAMED else f"{len(behind)} others"
+        return f"on the task ({names}) {best.label} ({number(top.mean)}) is clearly ahead of {whom}"
     item, score = seen
     unlearned = item.gain is not None and not (item.gain.has_interval and item.gain.low > 0)
     warning = ", and it did not clearly learn the task" if unlearned else ""
