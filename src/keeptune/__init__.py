@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from keeptune.methods.mica import Mica
     from keeptune.methods.milora import Milora
     from keeptune.methods.olora import Olora
+    from keeptune.methods.osf import Osf
     from keeptune.methods.pissa import Pissa
     from keeptune.train.attach import attach
     from keeptune.train.guard import Guard
@@ -43,6 +44,7 @@ __all__ = [
     "Mica",
     "Milora",
     "Olora",
+    "Osf",
     "Pissa",
     "Plan",
     "TwoModels",
@@ -69,6 +71,7 @@ _HOMES = {
     "Mica": "methods.mica",
     "Milora": "methods.milora",
     "Olora": "methods.olora",
+    "Osf": "methods.osf",
     "Pissa": "methods.pissa",
     "Plan": "core.plan",
     "TwoModels": "evaluate.pairs",

@@ -67,6 +67,7 @@ MOVING = {name: method for name, method in ADAPTERS.items() if getattr(method, "
 STILL = {name: method for name, method in ADAPTERS.items() if name not in MOVING}
 RESCALING = {name: method for name, method in ADAPTERS.items() if method.name == "dora"}
 LOW_RANK = {name: method for name, method in ADAPTERS.items() if name not in RESCALING}
+SUBSPACE = {name: method for name, method in CASES.items() if method.scope == "subspace"}
 WHOLE = {name: method for name, method in CASES.items() if method.scope == "all"}
 
 

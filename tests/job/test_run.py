@@ -22,6 +22,7 @@ from keeptune.run import run
 Finished = Callable[[str], Path]
 Values = Callable[..., dict[str, Any]]
 ENTRY = {"name", "seed", "K", "T", "KT", "adapter", "export_gap", "benchmarks"}
+MERGED = {"full", "dora", "osf"}  # no change of low rank
 BENCHMARK = {"name", "role", "n", "before", "after", "interval"}
 
 
@@ -38,7 +39,7 @@ def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
 @pytest.mark.parametrize("name", METHODS)
 def test_output_holds_the_plan_the_result_and_the_report(finished: Finished, name: str) -> None:
     folder = finished(name)
-    result = "merged" if name == "full" else "adapter"
+    result = "merged" if name in MERGED else "adapter"
     assert {"plan", result, "report.json", "report.html", "trained", "evaluation"} <= {p.name for p in folder.iterdir()}
     assert not list(folder.glob(".*"))
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!")
@@ -66,7 +67,8 @@ def test_report_has_the_schema_of_the_issue(finished: Finished, name: str) -> No
         assert benchmark.keys() >= BENCHMARK
         low, high = benchmark["interval"]
         assert low <= benchmark["after"] - benchmark["before"] <= high
-    assert entry["loss"][0].keys() == {"step", "loss", "learning_rate"}
+    assert entry["loss"][0].keys() - {"penalty"} == {"step", "loss", "learning_rate"}
+    assert ("penalty" in entry["loss"][0]) == (name == "kasa")
     assert [point["step"] for point in entry["loss"]] == [1, 2, 3, 4, 5, 6]
     # Relative to full fine-tuning, which is not in this report and learns nothing in six steps itself.
     assert entry["T"] is None
@@ -77,14 +79,14 @@ def test_report_has_the_schema_of_the_issue(finished: Finished, name: str) -> No
 def test_result_loads_without_keeptune_and_gives_the_scores(finished: Finished, name: str) -> None:
     folder = finished(name)
     base = AutoModelForCausalLM.from_pretrained(MODEL)
-    if name == "full":
+    if name in MERGED:
         tuned = AutoModelForCausalLM.from_pretrained(folder / "merged")
     else:
         tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), folder / "adapter")
     ids = torch.randint(512, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert (tuned(input_ids=ids).logits - base(input_ids=ids).logits).abs().max() > 1e-3
-        if name != "full":
+        if name not in MERGED:
             with tuned.disable_adapter():
                 assert torch.equal(tuned(input_ids=ids).logits, base(input_ids=ids).logits)
 

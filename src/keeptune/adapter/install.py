@@ -21,6 +21,7 @@ from keeptune.adapter.anchor import (
     write_residual,
 )
 from keeptune.adapter.diagonal import add_diagonal
+from keeptune.adapter.subspace import install_subspace
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Factor, Plan, TargetPlan
@@ -41,6 +42,9 @@ _PARAMETERS: Mapping[Factor, str] = {
     "B": "lora_B.default.weight",
     "magnitude": "lora_magnitude_vector.default.weight",
     "diag": "lora_diag.default",
+    "U_low": "osf_svd_params.default.U_low",
+    "S_low": "osf_svd_params.default.S_low",
+    "V_low": "osf_svd_params.default.V_low",
 }
 
 
@@ -65,6 +69,8 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
     if plan.scope == "all":
         # Small updates to 16-bit weights round away; adapters are trained in float32, so the reference is too.
         return model.to(torch.float32).requires_grad_(True)
+    if plan.scope == "subspace":
+        return install_subspace(model, plan)
     kind = resolve(anchor, model.dtype)
     anchored = {t.target.name: t for t in plan.targets if t.anchored}
     peft = dict(plan.peft)
@@ -164,8 +170,9 @@ def trained_names(plan: Plan) -> set[str]:
 
 
 def _held(target_plan: TargetPlan) -> list[Factor]:
-    """Which of a target's tensors make up its state."""
-    return [factor for factor in _PARAMETERS if factor in target_plan.trainable or factor in ("A", "B")]
+    """Which of a target's tensors make up its state: what is trained, and a frozen factor of the same product."""
+    held = target_plan.trainable if "U_low" in target_plan.trainable else target_plan.trainable | {"A", "B"}
+    return [factor for factor in _PARAMETERS if factor in held]
 
 
 def _parameter(model: PeftModel, target_plan: TargetPlan, factor: Factor) -> nn.Parameter:

@@ -12,9 +12,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from keeptune.adapter.install import lora_layer
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.portable import change_of, magnitudes_of
 from keeptune.adapter.probe import logits_of, random_probe
+from keeptune.adapter.subspace import subspace_change
 from keeptune.core.artefact import atomic_directory, write_json
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
@@ -36,13 +38,16 @@ def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, f
         fresh.save_pretrained(folder)
         return
     assert isinstance(model, PeftModel)
-    magnitudes = magnitudes_of(model, plan)
+    low_rank = {} if plan.scope == "subspace" else change_of(model, plan)
+    magnitudes = {} if plan.scope == "subspace" else magnitudes_of(model, plan)
     with torch.no_grad():
-        for name, change in change_of(model, plan).items():
+        for target_plan in plan.targets:
+            name = target_plan.target.name
             weight = fresh.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            turned = weight.T if plan[name].target.transposed else weight
-            tuned = turned.float() + change.to(torch.float32, weight.device).dense()
+            turned = weight.T if target_plan.target.transposed else weight
+            change = low_rank[name].dense() if name in low_rank else subspace_change(lora_layer(model, name))
+            tuned = turned.float() + change.to(weight.device)
             if name in magnitudes:
                 tuned *= (magnitudes[name].to(weight.device) / tuned.norm(dim=1))[:, None]
             turned.copy_(tuned.to(weight.dtype))

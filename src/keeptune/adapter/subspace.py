@@ -1,0 +1,67 @@
+"""OSF: weights trained but for their top singular directions, in stock PEFT layers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft import OSFConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from keeptune.core.plan import Plan
+
+__all__ = ["install_subspace", "subspace_change"]
+
+
+def install_subspace(model: PreTrainedModel, plan: Plan) -> PeftModel:
+    """Wrap the targets in PEFT's OSF layers; the model computes what it did before, to rounding.
+
+    Args:
+        model: The base model; it is changed in place, its weights are not.
+        plan: A plan with scope ``"subspace"``; each target's rank is that of its trained part.
+
+    Returns:
+        A ``PeftModel``.
+    """
+    frozen = {f"^{re.escape(t.target.name)}$": t.target.max_rank - t.decision.rank for t in plan.targets}
+    config = OSFConfig(task_type="CAUSAL_LM", target_modules=[t.target.name for t in plan.targets], rank_pattern=frozen)
+    for target_plan in plan.targets:
+        if target_plan.target.transposed:
+            model.set_submodule(target_plan.target.name, _as_linear(model.get_submodule(target_plan.target.name)))
+    # PEFT rounds singular vectors to the weight's dtype; of a 16-bit base they would not be orthonormal.
+    weights: dict[str, Any] = {t.target.name: model.get_submodule(t.target.name).weight for t in plan.targets}
+    originals = {name: weight.data for name, weight in weights.items()}
+    for name, weight in weights.items():
+        weight.data = originals[name].float()
+    try:
+        wrapped = get_peft_model(model, config)
+    finally:
+        for name, weight in weights.items():
+            weight.data = originals[name]
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def _as_linear(module: Any) -> nn.Linear:
+    """Give a Conv1D the form of the layers that PEFT's OSF takes; weight and bias are shared, not copied."""
+    in_features, out_features = module.weight.shape
+    linear = nn.Linear(in_features, out_features, device="meta")
+    linear.weight = nn.Parameter(module.weight.detach().T, requires_grad=False)
+    linear.bias = module.bias
+    return linear
+
+
+def subspace_change(layer: Any) -> Tensor:
+    """Compute the change of one weight: the trained part less what it was.
+
+    Args:
+        layer: The PEFT layer.
+
+    Returns:
+        ``(m, n)``, float32.
+    """
+    with torch.no_grad():
+        change: Tensor = layer.get_delta_weight("default")
+    return change.float()
