@@ -38,23 +38,23 @@ def exact_svd(W: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
             wanted="finite ones",
             next_step="Get the model's files again, or load it in the dtype it was saved in.",
         )
-    try:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        _log.warning("%s: the SVD did not converge in float32; trying float64", where)
-        U, S, Vh = _patient_svd(W.double(), where)
+    U, S, Vh = _patient_svd(W, where)
     largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
     return (U * signs).float(), S.float(), (Vh * signs.T).float()
 
 
 def _patient_svd(W: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        _log.warning("%s: nor in float64; taking the eigenvectors of its Gram matrix", where)
-        return _gram_svd(W) if W.shape[0] <= W.shape[1] else _transposed(_gram_svd(W.T))
-    return U, S, Vh
+    for dtype in (W.dtype, torch.float64):
+        try:
+            U, S, Vh = torch.linalg.svd(W.to(dtype), full_matrices=False)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            _log.warning("%s: the SVD did not converge in %s", where, str(dtype).removeprefix("torch."))
+        else:
+            return U, S, Vh
+    _log.warning("%s: taking the eigenvectors of its Gram matrix instead", where)
+    W = W.double()
+    return _gram_svd(W) if W.shape[0] <= W.shape[1] else _transposed(_gram_svd(W.T))
 
 
 def _gram_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,5 +84,5 @@ def projected_svd(W: Tensor, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         ``P (m, k)``, ``S (k,)`` descending, ``Vᵀ (k, n)`` with k = min(m, r), in the dtype of U.
     """
-    P, S, Rh = torch.linalg.svd(W.to(U.dtype) @ U, full_matrices=False)
-    return P, S, Rh @ U.T
+    P, S, Rh = _patient_svd(W.to(U.dtype) @ U, "projected weight")
+    return P.to(U.dtype), S.to(U.dtype), Rh.to(U.dtype) @ U.T

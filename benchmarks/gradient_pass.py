@@ -1,0 +1,69 @@
+"""The sweep of input and gradient statistics against one forward/backward pass over the same tokens."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from timing import compare
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from keeptune.data.calibration import Calibration
+from keeptune.model.blocks import find_targets
+from keeptune.model.runner import ResidentRunner, Taps, summed_loss
+from keeptune.stats.collect import collect
+from keeptune.stats.covariance import GradientCovariance, InputCovariance
+from keeptune.stats.gradient import DirectionVariances
+from keeptune.stats.store import StatStore
+
+WIDTH, LAYERS, VOCABULARY, TOKENS = 512, 4, 32000, 2048
+
+
+def rows() -> list[dict[str, str]]:
+    """Time a training pass, a pass with frozen weights, and sweeps with statistics."""
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH * 11 // 4,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=VOCABULARY,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(VOCABULARY, (16, 256)).tolist()
+    data = Calibration(tuple(map(tuple, ids)), 0, (128,) * len(ids))
+    batches, targets, runner = data.batches(TOKENS), find_targets(model), ResidentRunner(model)
+
+    def training() -> None:
+        model.zero_grad()
+        for batch in batches:
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            torch.autograd.backward(summed_loss(logits, batch, labels="true", seed=0))
+
+    def sweep(*requests: object) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            wanted = {target.name: frozenset(requests) for target in targets}
+            store, key = StatStore(Path(folder)), "benchmark"
+            collect(runner, targets, wanted, {"task": data}, store, model_fingerprint=key, batch_tokens=TOKENS)  # type: ignore[arg-type]
+
+    full = (InputCovariance("task"), GradientCovariance("task", "true"))
+    rivals = {
+        "training": training,
+        "frozen": lambda: runner.backward(batches, Taps(), labels="true", seed=0, title=""),
+        "covariances": lambda: sweep(*full),
+        "streaming": lambda: sweep(DirectionVariances("task", "true")),
+    }
+    times = compare(rivals, rounds=3)
+    name = f"input and gradient statistics, {LAYERS} layers of {WIDTH}, 4,096 tokens"
+    return [
+        {
+            "benchmark": f"{name}, {label}",
+            "plain": f"{times['training']:.2f} s training pass, {times['frozen']:.2f} s with frozen weights",
+            "keeptune": f"{times[key]:.2f} s",
+            "ratio": f"{times[key] / times['training']:.2f} x / {times[key] / times['frozen']:.2f} x",
+            "check": f"{len(targets)} targets",
+        }
+        for key, label in (("covariances", "covariances"), ("streaming", "along singular directions"))
+    ]
