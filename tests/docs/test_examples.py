@@ -23,6 +23,14 @@ def test_python_api(tmp_path: Path) -> None:
     assert re.search(r"facts: 0\.9\d\d -> 0\.\d+", out)
 
 
+def test_farss(tmp_path: Path) -> None:
+    out = run(tmp_path, "import farss, pathlib; farss.main(pathlib.Path('out'), steps=5)")
+    assert "7 targets in blocks below 1 are shallow: 42 of 42 ranks" in out
+    ranks = [int(rank) for rank in re.findall(r"importance \S+, rank (\d+)", out)]
+    assert sum(ranks) == 42
+    assert re.search(r"facts: 0\.9\d\d -> 0\.\d+", out)
+
+
 def test_stories260k(tmp_path: Path) -> None:
     code = (
         f"import stories260k, pathlib; stories260k.main(pathlib.Path({str(SHARED)!r}), pathlib.Path('out'), steps=20)"
