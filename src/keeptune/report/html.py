@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -16,15 +15,13 @@ from matplotlib.figure import Figure
 from keeptune.core.errors import ArtefactError
 from keeptune.report import details, plots
 from keeptune.report.records import Report, ReportLike, as_report
-from keeptune.report.style import looks
+from keeptune.report.style import MANY, looks
 from keeptune.report.summary import methods, series
 from keeptune.report.tables import comparison_columns
 from keeptune.report.verdict import method_sentences, verdict
 from keeptune.report.wording import listing
 
 __all__ = ["render_html", "write_html"]
-
-_MOST_SENTENCES: Final = 8  # above, the table below says it better
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def render_html(report: ReportLike) -> str:
         created=parsed.created,
         version=parsed.version,
         verdict=verdict(parsed),
-        sentences=method_sentences(parsed) if 1 < len(labels) <= _MOST_SENTENCES else [],
+        sentences=method_sentences(parsed) if 1 < len(labels) <= MANY else [],
         caution=_caution(parsed),
         columns=comparison_columns(parsed),
         colours=[look.colour for look in looks(parsed).values()],
@@ -137,6 +134,7 @@ def _sections(report: Report) -> list[tuple[str, str, list[Picture]]]:
         Heading, an explanation and the pictures of each section that has any.
     """
     draw = _Drawer()
+    many = len(methods(report)) > MANY
     kinds = [item.name for item in series(report, "knowledge")]
     relations = [(name, plots.forgetting_by_relation(report, name)) for name in kinds]
     sections = [
@@ -157,13 +155,13 @@ def _sections(report: Report) -> list[tuple[str, str, list[Picture]]]:
         ),
         (
             "Training loss",
-            "Smoothed, averaged over seeds; the raw values are faint.",
+            "Smoothed, averaged over seeds." + ("" if many else " The raw values are faint."),
             draw.all([("Training loss of each method", plots.loss_curves(report))]),
         ),
         ("Plan: ranks", _uniform_words(report), draw.all(_rank_figures(report), named=True)),
         (
             "Plan: evidence",
-            "The spectra the plans were made from, one line for each layer.",
+            "The spectra the plans were made from, by layer; dots, or thick parts of strips, are what is kept.",
             draw.all(_spectrum_figures(report), named=True),
         ),
     ]

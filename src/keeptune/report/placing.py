@@ -9,10 +9,11 @@ from typing import Final
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
+from keeptune.report.style import MANY
+
 __all__ = ["Label", "place", "point_box", "spread"]
 
 _ROUNDS: Final = 3  # a label placed early may give way to the later ones
-_FEW: Final = 8  # above, a label needs a line to its point sooner
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def place(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox]) -> None:
             )
     for index, label in enumerate(labels):
         across, up = best = spots[index]
-        distant = _far(best) > (30 if len(labels) <= _FEW else 14)
+        distant = _far(best) > (30 if len(labels) <= MANY else 14)
         distant |= _confusion(_box(axes, points[index], sizes[index], best), points, index) > 0
         axes.annotate(
             label.text,

@@ -15,6 +15,7 @@ from keeptune.report.placing import spread
 from keeptune.report.records import Report, ReportLike, as_report
 from keeptune.report.spectra import evidence_names, kept_spectra, spectra
 from keeptune.report.style import (
+    MANY,
     MUTED,
     RULE,
     Look,
@@ -160,7 +161,7 @@ def loss_curves(report: ReportLike) -> Figure | None:
     with themed():
         figure = page(7.0, max(3.6, 0.22 * len(drawn) + 1.2))
         axes = figure.subplots()
-        few = len(drawn) <= 8
+        few = len(drawn) <= MANY
         for method, curve in drawn:
             colour = colours[method.label].colour
             for run in method.runs if few else ():

@@ -22,6 +22,7 @@ from keeptune.report.summary import methods
 
 __all__ = [
     "INK",
+    "MANY",
     "MUTED",
     "RULE",
     "Look",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 INK: Final = "#22262b"
+MANY: Final = 8  # with more methods, what is drawn stands back so that means and labels can be read
 MUTED: Final = "#5f6872"
 RULE: Final = "#d5dade"
 # Okabe and Ito's colour-blind-safe palette without yellow and black, then darker and paler tones for many methods.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +15,7 @@ from keeptune.report.placing import Label, place, point_box
 from keeptune.report.records import Report, ReportLike, as_report
 from keeptune.report.style import (
     INK,
+    MANY,
     MUTED,
     Look,
     bare,
@@ -37,8 +38,6 @@ from keeptune.report.verdict import yardstick
 from keeptune.report.wording import listing, number
 
 __all__ = ["tradeoff"]
-
-_FEW: Final = 8  # above, seeds and intervals stand back so that means and labels can be read
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,14 @@ def tradeoff(report: ReportLike) -> Figure | None:
     if not spots or start is None:
         return None
     with themed():
-        figure = page(7.0, min(4.6 + 0.15 * max(len(spots) - _FEW, 0), 6.4))
+        figure = page(7.0, min(4.6 + 0.15 * max(len(spots) - MANY, 0), 6.4))
         axes = figure.subplots()
         even = 0.0 if knowledge[0].lower_is_better else 100.0
         near = _limit(axes, spots, start, even, knowledge[0], task[0])
         _frame_tradeoff(axes, knowledge, task)
         axes.axhline(even, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
         for spot in spots:
-            _draw_spot(axes, spot, 1.0 if len(spots) <= _FEW else 0.55)
+            _draw_spot(axes, spot, 1.0 if len(spots) <= MANY else 0.55)
         finish(figure)
         taken = _taken(axes, spots, even)
         taken += _mark_base(axes, start, even, near, task[0])
