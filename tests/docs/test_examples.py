@@ -42,3 +42,13 @@ def test_stories260k(tmp_path: Path) -> None:
     stories = re.search(r"stories: (\d\.\d+) -> (\d\.\d+) nats", out)
     assert stories is not None
     assert 1.0 < float(stories[1]) < 1.5, "the base knows its stories"
+
+
+def test_beyond_two_factors(tmp_path: Path) -> None:
+    code = "import beyond_two_factors, pathlib; beyond_two_factors.main(pathlib.Path('out'), steps=4)"
+    out = run(tmp_path, code)
+    assert re.search(r"dora: loss \d+\.\d+, penalty 0\.0000\n", out)
+    assert re.search(r"dora: merged, gap \de[-+]0\d\. New lengths for a weight's rows", out)
+    assert re.search(r"dora: peft of rank 8, gap \de[-+]0\d\n", out)
+    assert re.search(r"kasa: loss \d+\.\d+, penalty 0\.\d*[1-9]\d*\n", out)
+    assert re.search(r"kasa: portable, gap \de[-+]0\d\. To serve: .*--max-lora-rank 16 ", out)

@@ -257,6 +257,20 @@ def test_the_preconditioned_optimiser_steps_by_the_gradient_times_the_inverse_gr
     assert plain < 0.95 * count
 
 
+def test_a_target_without_a_gradient_stays_where_it_is(tmp_path: Path) -> None:
+    """As an expert that no token reached; PEFT's optimiser fails on it."""
+    plan = planned(LoraFA(rank=2, optimizer="preconditioned"))
+    model = tuned(plan)
+    made = trl_trainer(model, tmp_path, optim=SFTConfig.optim)
+    attach(made, plan)
+    idle = lora_layer(model, plan.targets[3].target.name).lora_B["default"].weight
+    idle.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    made.train()
+    for name, value in trained_state(model, plan).items():
+        if name.endswith(".B"):
+            assert bool(value.any()) == (name != f"{plan.targets[3].target.name}.B")
+
+
 def test_another_optimiser_than_the_plans_is_refused(tmp_path: Path) -> None:
     plan = planned(LoraFA(rank=2, optimizer="preconditioned"))
     with pytest.raises(TrainError, match=r"train\.optim: got sgd"):

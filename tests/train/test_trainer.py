@@ -12,13 +12,16 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from keeptune.adapter.anchor import Anchor
-from keeptune.adapter.install import install, lora_layer, trained_factors
+from keeptune.adapter.install import install, lora_layer, trained_factors, trained_state
 from keeptune.core.errors import DataError, RecipeError, TrainError
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import tokenize_calibration
 from keeptune.data.sft import TaskExamples
 from keeptune.methods.base import Method
+from keeptune.methods.dora import Dora
+from keeptune.methods.kasa import Kasa
 from keeptune.methods.lora import Lora
+from keeptune.methods.lora_fa import LoraFA
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.load import load_model, load_tokenizer
 from keeptune.planning import plan_for
@@ -44,7 +47,14 @@ def plans(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathF
     store = StatStore(tmp_path_factory.mktemp("store"))
     texts = ["Once upon a time there was a dog.", "Lily and Tom went to the park to play with a big red ball."]
     knowledge = tokenize_calibration(texts, tokenizer, max_length=64, where="test")
-    made: dict[str, Method[Any]] = {"lora": Lora(rank=2), "v1": LoraNull(rank=2), "v2": LoraNull(rank=2, variant="v2")}
+    made: dict[str, Method[Any]] = {
+        "lora": Lora(rank=2),
+        "v1": LoraNull(rank=2),
+        "v2": LoraNull(rank=2, variant="v2"),
+        "fa": LoraFA(rank=2),
+        "dora": Dora(rank=2),
+        "kasa": Kasa(rank=2),
+    }
     return {name: plan_for(load_model(MODEL), m, store, data={"knowledge": knowledge}) for name, m in made.items()}
 
 
@@ -121,7 +131,7 @@ def test_loss_is_on_the_completion_and_its_end(
 
 
 @pytest.mark.parametrize("extra", [{}, {"gradient_checkpointing": True}])
-@pytest.mark.parametrize("name", ["lora", "v1", "v2"])
+@pytest.mark.parametrize("name", ["lora", "v1", "v2", "fa", "dora", "kasa"])
 def test_training_moves_the_trained_factors_only(
     plans: dict[str, Plan], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, extra: dict[str, Any]
 ) -> None:
@@ -129,10 +139,13 @@ def test_training_moves_the_trained_factors_only(
     model = installed(plan)
     loss = train(model, plan, tokenizer, EXAMPLES, config(tmp_path, **extra))
     assert [point["step"] for point in loss] == [1, 2, 3]
+    state = trained_state(model, plan)
     for target, change in trained_factors(model, plan).items():
         start = plan[target].init
         assert torch.equal(change.A, start.A) == ("A" not in plan[target].trainable)
         assert not torch.equal(change.B, start.B)
+        for vector, value in plan[target].vectors.items():
+            assert not torch.equal(state[f"{target}.{vector}"], value)
 
 
 def test_anchors_train_alike(plans: dict[str, Plan], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

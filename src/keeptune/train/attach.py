@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer
 
@@ -73,7 +74,16 @@ def _lora_fa(model: PeftModel, args: Any) -> Any:
     )
     for group in made.param_groups:
         group["betas"] = (args.adam_beta1, args.adam_beta2)
+    made.register_step_pre_hook(_fill_missing_gradients)
     return made
+
+
+def _fill_missing_gradients(optimizer: Any, *_: Any) -> None:
+    """Give zeros to trained parameters that got no gradient (experts without tokens), on which PEFT's would fail."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def _known(name: str, choices: Mapping[str, Any], where: str) -> None:
