@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -19,15 +21,17 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
-from keeptune.core.artefact import model_fingerprint
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.methods.base import Method, make_plan
-from keeptune.model.blocks import find_targets
+from keeptune.model.blocks import body, find_targets, head_of
+from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.load import load_model
 from keeptune.model.runner import Labels, ResidentRunner, Sink, Taps
 from keeptune.stats.collect import Statistics, collect
@@ -95,7 +99,26 @@ def gpt2(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> Pre
     return _seeded(GPT2LMHeadModel, config, seed, dtype)
 
 
-MODELS: dict[str, Factory] = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2}
+def roberta(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
+    """An encoder under a head of three labels; biases everywhere; positions counted from the padding id on."""
+    config = RobertaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=66,
+        initializer_range=0.5,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        num_labels=3,
+        **extra,
+    )
+    return _seeded(RobertaForSequenceClassification, config, seed, dtype)
+
+
+MODELS: dict[str, Factory] = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "roberta": roberta}
 
 
 def _seeded(cls: type[Any], config: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -105,7 +128,7 @@ def _seeded(cls: type[Any], config: Any, seed: int, dtype: torch.dtype) -> PreTr
         with torch.no_grad():  # biases and norms start as zeros and ones, which would hide a mistake
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1:
-                    start = 1.0 if "norm" in name or "ln_" in name else 0.0
+                    start = 1.0 if "norm" in name.lower() or "ln_" in name else 0.0
                     parameter.copy_(start * (name.endswith("weight")) + 0.1 * torch.randn_like(parameter))
             # Padding looks like text, as where the end-of-text token pads: only the mask tells them apart.
             model.get_input_embeddings().weight[0].normal_(std=config.initializer_range)
@@ -115,18 +138,21 @@ def _seeded(cls: type[Any], config: Any, seed: int, dtype: torch.dtype) -> PreTr
 
 @dataclass(frozen=True)
 class Saved:
-    """A model on disk, loaded afresh on demand."""
+    """A model on disk, loaded afresh on demand; a classifier's head is drawn then."""
 
     folder: Path
+    head: Head | None = None
 
-    def load(self) -> PreTrainedModel:
-        return load_model(str(self.folder))
+    def load(self, seed: int = 0) -> PreTrainedModel:
+        head = None if self.head is None else dataclasses.replace(self.head, seed=seed)
+        return load_model(str(self.folder), head=head)
 
 
 def save(model: PreTrainedModel, folder: Path) -> Saved:
-    """Write a model as safetensors, for a base that is loaded afresh."""
-    model.save_pretrained(folder)
-    return Saved(folder)
+    """Write a base as safetensors; of a classifier without its head, as encoders are published."""
+    head = Head.of(model)
+    (model if head is None else body(model)).save_pretrained(folder)
+    return Saved(folder, head)
 
 
 def calibration(seed: int = 0, lengths: Sequence[int] = (3, 17, 9, 24, 5, 30, 12, 21, 8, 28)) -> Calibration:
@@ -140,6 +166,12 @@ def task(seed: int = 7, lengths: Sequence[int] = (19, 6, 11, 26, 9, 14, 30, 8, 2
     """The same with a prompt of about half of each text."""
     made = calibration(seed, lengths)
     return Calibration(made.sequences, made.pad_id, tuple(length // 2 for length in lengths))
+
+
+def shard(data: Calibration, which: slice) -> Calibration:
+    """Some of the texts, with what is learned of them."""
+    parts = (part if part is None else part[which] for part in (data.prompts, data.labels, data.types))
+    return Calibration(data.sequences[which], data.pad_id, *parts)
 
 
 def tokens(seed: int = 0, shape: tuple[int, int] = (4, 20)) -> Tensor:
@@ -175,6 +207,11 @@ class Bench:
     task: Calibration = field(default_factory=task)
     roles: Sequence[str] | None = None
 
+    def __post_init__(self) -> None:
+        if head_of(self.model):
+            labels = tuple(ids[0] % self.model.config.num_labels for ids in self.task.sequences)
+            self.task = Calibration(self.task.sequences, self.task.pad_id, labels=labels)
+
     def targets(self) -> list[Target]:
         return find_targets(self.model, self.roles)
 
@@ -186,13 +223,19 @@ class Bench:
             {target.name: method.requests(target) for target in targets},
             {"knowledge": self.data, "task": self.task},
             StatStore(self.folder),
-            model_fingerprint=model_fingerprint(self.model),
+            model_fingerprint=body_fingerprint(self.model),
             **options,
         )
 
     def plan(self, method: Method[Any], *, runner: ResidentRunner | None = None, **options: Any) -> Plan:
         statistics = self.collect(method, runner=runner, **options)
-        return make_plan(method, self.targets(), lambda target: read_weight(self.model, target), statistics.view)
+        return make_plan(
+            method,
+            self.targets(),
+            lambda target: read_weight(self.model, target),
+            statistics.view,
+            head=head_of(self.model),
+        )
 
 
 @dataclass(frozen=True)
@@ -217,12 +260,14 @@ def padded_left(batch: Batch) -> Batch:
         return torch.stack([row.roll(by) for row, by in zip(rows, turn, strict=True)])
 
     learned = None if batch.loss_mask is None else turned(batch.loss_mask)
-    return Batch(turned(batch.input_ids), turned(batch.attention_mask), learned)
+    return dataclasses.replace(
+        batch, input_ids=turned(batch.input_ids), attention_mask=turned(batch.attention_mask), loss_mask=learned
+    )
 
 
 def mask_forgotten(batch: Batch) -> Batch:
     """The same tokens with padding taken for text."""
-    return Batch(batch.input_ids, torch.ones_like(batch.attention_mask), batch.loss_mask)
+    return dataclasses.replace(batch, attention_mask=torch.ones_like(batch.attention_mask))
 
 
 class Rows:
@@ -273,7 +318,20 @@ def handmade_plan(
                 trainable=frozenset(trainable),  # type: ignore[arg-type]
             )
         )
-    return Plan(method="by-hand", options={}, targets=tuple(rows))
+    head = {"modules_to_save": list(head_of(model))} if head_of(model) else {}
+    return Plan(method="by-hand", options={}, targets=tuple(rows), peft=head)
+
+
+def labels_for(model: Any, ids: Tensor) -> Tensor:
+    """What a model may be trained to say of token ids: the next tokens, or a label each."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return ids[:, 0] % base.config.num_labels if head_of(base) else ids
+
+
+def head_parameters(model: Any, plan: Plan) -> set[str]:
+    """Names of the parameters of an installed classifier's trained head."""
+    heads = tuple(f"base_model.model.{name}.modules_to_save.default." for name in plan.peft.get("modules_to_save", ()))
+    return {name for name, _ in model.named_parameters() if name.startswith(heads)}
 
 
 def train_steps(model: Any, *, steps: int = 5, seed: int = 3, rate: float = 1e-2, everything: bool = False) -> None:
@@ -283,7 +341,7 @@ def train_steps(model: Any, *, steps: int = 5, seed: int = 3, rate: float = 1e-2
     for step in range(steps):
         ids = tokens(seed + step)
         optimiser.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=labels_for(model, ids)).loss.backward()
         optimiser.step()
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from keeptune.core.artefact import model_fingerprint
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.methods.base import Method, make_plan
-from keeptune.model.blocks import find_targets
+from keeptune.model.blocks import find_targets, head_of
+from keeptune.model.head import body_fingerprint
 from keeptune.model.load import refuse_not_finite
 from keeptune.model.runner import ResidentRunner
 from keeptune.stats.collect import Statistics, collect
@@ -80,7 +80,7 @@ def statistics_for(
         {target.name: method.requests(target) for target in targets},
         data,
         store,
-        model_fingerprint=fingerprint or model_fingerprint(model),
+        model_fingerprint=fingerprint or body_fingerprint(model),
         sites_at_once=1 if low_memory else None,
     )
     return [target for target in targets if target.name not in statistics.unseen], statistics
@@ -120,7 +120,7 @@ def plan_for(
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
     refuse_not_finite(model)
-    fingerprint = fingerprint or model_fingerprint(model)
+    fingerprint = fingerprint or body_fingerprint(model)
     targets, statistics = statistics_for(
         model, method, store, data=data, roles=roles, layers=layers, fingerprint=fingerprint, low_memory=low_memory
     )
@@ -128,4 +128,11 @@ def plan_for(
     if statistics.unseen:
         names = ", ".join(sorted(statistics.unseen))
         made_from["notes"] = [*made_from.get("notes", ()), f"no token of the data reached {names}: left alone"]
-    return make_plan(method, targets, lambda target: read_weight(model, target), statistics.view, provenance=made_from)
+    return make_plan(
+        method,
+        targets,
+        lambda target: read_weight(model, target),
+        statistics.view,
+        head=head_of(model),
+        provenance=made_from,
+    )

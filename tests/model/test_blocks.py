@@ -17,18 +17,21 @@ ROLES = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
+    "roberta": ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
 }
 # Role -> (m, n) of W in y = W x.
 SHAPES = {
     "llama": {"q_proj": (32, 32), "k_proj": (16, 32), "gate_proj": (48, 32), "down_proj": (32, 48)},
     "qwen2": {"q_proj": (32, 32), "v_proj": (16, 32), "up_proj": (48, 32), "down_proj": (32, 48)},
     "gpt2": {"c_attn": (96, 32), "attn.c_proj": (32, 32), "c_fc": (48, 32), "mlp.c_proj": (32, 48)},
+    "roberta": {"attention.output.dense": (32, 32), "intermediate.dense": (48, 32), "output.dense": (32, 48)},
 }
 # The roles of a block that are fed by one tensor; every other role stands alone.
 SHARED = {
     "llama": [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}],
     "qwen2": [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}],
     "gpt2": [],
+    "roberta": [{"query", "key", "value"}],
 }
 
 

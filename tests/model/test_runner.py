@@ -7,6 +7,7 @@ import torch
 from tests.models import MODELS, Rows, calibration, inputs_of
 from tests.reference.statistics_reference import stacked_inputs
 from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
 
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
@@ -16,6 +17,7 @@ SITES = {
     "llama": "model.layers.1.mlp.down_proj",
     "qwen2": "model.layers.1.mlp.down_proj",
     "gpt2": "transformer.h.1.mlp.c_proj",
+    "roberta": "roberta.encoder.layer.1.output.dense",
 }
 DATA = calibration(lengths=(3, 11, 7))
 
@@ -87,3 +89,27 @@ def test_dropout_is_off_and_no_gradient_is_kept() -> None:
     first, second = (inputs_of(model, [SITES["gpt2"]], DATA)[SITES["gpt2"]] for _ in range(2))
     assert torch.equal(first, second)
     assert not first.requires_grad
+
+
+def test_the_two_texts_of_a_pair_are_told_apart() -> None:
+    """BERT marks which text a token is from; other padding must not move the marks."""
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=2
+    )
+    model = BertForSequenceClassification(config).eval()
+    types = tuple((0,) * (len(ids) // 2) + (1,) * (len(ids) - len(ids) // 2) for ids in DATA.sequences)
+    site = "bert.encoder.layer.1.output.dense"
+    wanted = []
+    handle = model.get_submodule(site).register_forward_pre_hook(lambda _, inputs: wanted.append(inputs[0][0]))
+    with torch.no_grad():
+        for ids, kinds in zip(DATA.sequences, types, strict=True):
+            model(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([kinds]))
+    handle.remove()
+    pairs = Calibration(DATA.sequences, 0, labels=(0, 1, 1), types=types)
+    assert pairs.fingerprint != Calibration(DATA.sequences, 0, labels=(0, 1, 1)).fingerprint
+    for side in ("right", "left"):
+        rows = Rows()
+        ResidentRunner(model).forward(pairs.batches(padding_side=side), {site: [rows]}, title="")
+        torch.testing.assert_close(sorted_rows(rows.stacked), sorted_rows(torch.cat(wanted)), rtol=1e-4, atol=1e-5)
+    plain = inputs_of(model, [site], DATA)[site]
+    assert (sorted_rows(plain) - sorted_rows(torch.cat(wanted))).abs().max() > 1e-3

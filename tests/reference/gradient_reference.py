@@ -31,12 +31,15 @@ def rows_of(model: PreTrainedModel, name: str, task: Calibration) -> Rows:
 
     handle = module.register_forward_hook(keep)
     model.zero_grad()
-    assert task.prompts is not None
-    for ids, prompt in zip(task.sequences, task.prompts, strict=True):
+    for index, ids in enumerate(task.sequences):
         text = torch.tensor([ids])
-        logits = model(input_ids=text).logits[0, :-1]
-        losses = functional.cross_entropy(logits, text[0, 1:], reduction="none")
-        losses[max(prompt - 1, 0) :].sum().backward()
+        logits = model(input_ids=text).logits
+        if task.labels is not None:
+            functional.cross_entropy(logits[0], torch.tensor(task.labels[index])).backward()
+            continue
+        assert task.prompts is not None
+        losses = functional.cross_entropy(logits[0, :-1], text[0, 1:], reduction="none")
+        losses[max(task.prompts[index] - 1, 0) :].sum().backward()
     handle.remove()
     gradient = module.weight.grad.clone()
     model.zero_grad()

@@ -61,9 +61,12 @@ def test_all_statistics_equal_autograd_one_text_at_a_time(architecture: str, tmp
         assert relative(view[DIRECTIONS][1], along[1]) < 1e-5
 
 
+@pytest.mark.parametrize("architecture", ["llama", "roberta"])
 @pytest.mark.parametrize("request_", [GRADIENT, WEIGHT, DIRECTIONS, SAMPLED], ids=str)
-def test_batches_and_padding_do_not_matter_and_a_forgotten_mask_does(request_: Request, tmp_path: Path) -> None:
-    model = MODELS["llama"]()
+def test_batches_and_padding_do_not_matter_and_a_forgotten_mask_does(
+    request_: Request, architecture: str, tmp_path: Path
+) -> None:
+    model = MODELS[architecture]()
     wanted = collected(Bench(model, tmp_path / "a"), request_)
     alone = collected(Bench(model, tmp_path / "b"), request_, batch_tokens=1)
     left = collected(Bench(model, tmp_path / "c"), request_, runner=RepaddingRunner(model, padded_left))
@@ -74,6 +77,36 @@ def test_batches_and_padding_do_not_matter_and_a_forgotten_mask_does(request_: R
         for other in (alone, left, frugal):
             assert relative(other.view(target)[request_], value) < 1e-5, target.name
         assert relative(wrong.view(target)[request_], value) > 1e-2, target.name
+
+
+def test_gradients_of_a_classifier_depend_on_its_head_and_its_labels(tmp_path: Path) -> None:
+    """Both are part of the key, so that nothing is taken from the store that was made with another one."""
+    model = MODELS["roberta"]()
+    first = Bench(model, tmp_path)
+    wanted = collected(first, GRADIENT)
+    other = Bench(model, tmp_path)
+    assert other.task.labels is not None
+    other.task = Calibration(other.task.sequences, 0, labels=tuple((label + 1) % 3 for label in other.task.labels))
+    changed = MODELS["roberta"]()
+    with torch.no_grad():
+        changed.classifier.out_proj.weight.neg_()
+    target = first.targets()[-1]
+    for bench in (other, Bench(changed, tmp_path)):
+        found = collected(bench, GRADIENT)
+        assert relative(found.view(target)[GRADIENT], wanted.view(target)[GRADIENT]) > 1e-2
+    knowledge = InputCovariance("knowledge")
+    stored = len(list(tmp_path.rglob("recipe.json")))
+    collected(first, knowledge)
+    entries = len(list(tmp_path.rglob("recipe.json")))
+    collected(Bench(changed, tmp_path), knowledge)
+    assert len(list(tmp_path.rglob("recipe.json"))) == entries > stored
+
+
+def test_a_classifier_needs_labels(tmp_path: Path) -> None:
+    bench = Bench(MODELS["roberta"](), tmp_path)
+    bench.task = task()
+    with pytest.raises(StatisticsError, match="prompts and completions, or labels"):
+        collected(bench, GRADIENT)
 
 
 def test_one_sweep_serves_inputs_and_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

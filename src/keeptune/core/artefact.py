@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ _NOT_THE_FUNCTION = {  # config fields that do not change what a model computes 
     "label2id",
     "name_or_path",
     "pad_token_id",
+    "problem_type",
     "return_dict",
     "task_specific_params",
     "torch_dtype",
@@ -121,17 +122,19 @@ _NOT_THE_FUNCTION = {  # config fields that do not change what a model computes 
 }
 
 
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> str:
     """Name a model by what it computes: every weight, and the config that says how they are used.
 
     Args:
         model: The base model, before anything was installed into it.
+        without: Modules to leave out, such as a head that is drawn at random.
 
     Returns:
         64 hexadecimal digits.
     """
     named = tqdm(model.state_dict().items(), desc="fingerprint", delay=2, disable=None, leave=False)
-    weights = {name: tensor_fingerprint(value) for name, value in named}
+    left_out = tuple(f"{module}." for module in without)
+    weights = {name: tensor_fingerprint(value) for name, value in named if not name.startswith(left_out)}
     config = getattr(model, "config", None)
     fields = {} if config is None else config.to_dict()
     used = {key: value for key, value in fields.items() if key not in _NOT_THE_FUNCTION and not key.startswith("_")}

@@ -14,7 +14,7 @@ from keeptune.core.errors import DataError
 
 __all__ = ["Batch", "Calibration", "tokenize_calibration"]
 
-_Row = tuple[tuple[int, ...], int]
+_Row = tuple[tuple[int, ...], int, float, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,12 +24,16 @@ class Batch:
     Args:
         input_ids: ``(batch, length)``, integer.
         attention_mask: ``(batch, length)``, 1 for a token, 0 for padding.
-        loss_mask: ``(batch, length)``, 1 for a token that the model learns to write; None without a task.
+        loss_mask: ``(batch, length)``, 1 for a token that the model learns to write; None without such a task.
+        labels: ``(batch,)``, what a classifier learns to say of each text; None without such a task.
+        token_type_ids: ``(batch, length)``, which text of a pair a token is from; None where models need not know.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     loss_mask: Tensor | None = None
+    labels: Tensor | None = None
+    token_type_ids: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +43,16 @@ class Calibration:
     Args:
         sequences: Token ids per text.
         pad_id: The id that fills up a batch; always masked.
-        prompts: Tokens of each text that are read only; the model learns to write the rest. None without a task.
+        prompts: Tokens of each text that are read only; the model learns to write the rest. None without such a task.
+        labels: Index of the label of each text, or its score. None without such a task.
+        types: Which text of a pair each token is from. None where models need not know.
     """
 
     sequences: tuple[tuple[int, ...], ...]
     pad_id: int
     prompts: tuple[int, ...] | None = None
+    labels: tuple[int, ...] | tuple[float, ...] | None = None
+    types: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -54,7 +62,9 @@ class Calibration:
     @property
     def fingerprint(self) -> str:
         """Content key of the token ids and what is learned of them, whatever their order."""
-        return content_key(sorted(self.sequences) if self.prompts is None else sorted(self._rows()))
+        if self.prompts is None and self.labels is None:
+            return content_key(sorted(self.sequences))
+        return content_key([self.prompts is None, self.types is None, sorted(self._rows())])
 
     def batches(self, tokens: int = 4096, *, padding_side: str = "right", padded: bool = True) -> list[Batch]:
         """Form batches of about equal size from texts of about equal length.
@@ -80,18 +90,27 @@ class Calibration:
         return found
 
     def _rows(self) -> list[_Row]:
-        return list(zip(self.sequences, self.prompts or [0] * len(self.sequences), strict=True))
+        count = len(self.sequences)
+        parts = self.prompts or [0] * count, self.labels or [0] * count, self.types or [()] * count
+        return list(zip(self.sequences, *parts, strict=True))
 
     def _pad(self, rows: Sequence[_Row], side: str) -> Batch:
-        length = max(len(ids) for ids, _ in rows)
+        length = max(len(row[0]) for row in rows)
         ids = torch.full((len(rows), length), self.pad_id)
-        mask, learned = torch.zeros(2, len(rows), length, dtype=torch.long)
-        for index, (row, prompt) in enumerate(rows):
+        mask, learned, types = torch.zeros(3, len(rows), length, dtype=torch.long)
+        for index, (row, prompt, _, kinds) in enumerate(rows):
             start = 0 if side == "right" else length - len(row)
             ids[index, start : start + len(row)] = torch.tensor(row)
             mask[index, start : start + len(row)] = 1
             learned[index, start + prompt : start + len(row)] = 1
-        return Batch(ids, mask, None if self.prompts is None else learned)
+            types[index, start : start + len(kinds)] = torch.tensor(kinds, dtype=torch.long)
+        return Batch(
+            ids,
+            mask,
+            loss_mask=None if self.prompts is None else learned,
+            labels=None if self.labels is None else torch.tensor([label for _, _, label, _ in rows]),
+            token_type_ids=None if self.types is None else types,
+        )
 
 
 def tokenize_calibration(

@@ -176,6 +176,7 @@ def make_plan(
     weight_of: Callable[[Target], Tensor],
     stats_of: Callable[[Target], StatsView],
     *,
+    head: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Run a method over a model: score each target, allocate over all, build each.
@@ -185,6 +186,7 @@ def make_plan(
         targets: From :func:`keeptune.model.blocks.find_targets`.
         weight_of: Reads a target's weight, ``(m, n)`` float32; called once per target and phase.
         stats_of: Gives a target's statistics.
+        head: Modules of a classifier that are trained in full beside the factors.
         provenance: Keys of what the plan was made from.
 
     Returns:
@@ -208,7 +210,7 @@ def make_plan(
         options=json.loads(canonical_json(method)),  # as a saved plan has them: tuples are lists
         targets=tuple(built),
         scope=method.scope,
-        peft=method.peft(),
+        peft=dict(method.peft()) | ({"modules_to_save": list(head)} if head and method.scope == "adapter" else {}),
         training=_training(method),
         provenance=dict(provenance or {}) | ({"notes": notes} if notes else {}),
     )

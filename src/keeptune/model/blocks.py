@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from keeptune.core.errors import ModelError, PlanError, nearest
 from keeptune.core.target import Target
 
-__all__ = ["body", "find_targets", "is_nested", "roles_of"]
+__all__ = ["body", "find_targets", "first_position", "head_of", "is_nested", "positions", "roles_of"]
 
 _log = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -84,6 +84,8 @@ def roles_of(names: Iterable[str]) -> dict[str, str]:
     'c_attn'
     >>> roles_of(["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"])["h.0.mlp.c_proj"]
     'mlp.c_proj'
+    >>> roles_of(["h.0.attn.out.dense", "h.0.out.dense"])["h.0.out.dense"]
+    'out.dense'
     """
     names = list(names)
     blocks: dict[str, list[str]] = {}
@@ -120,12 +122,59 @@ def body(model: PreTrainedModel) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def head_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """Find the head of a sequence classifier: all beside the transformer, drawn at random and trained in full.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Names of the head's modules; empty for a language model, whose output projection is no such head.
+    """
+    inner = body(model)
+    if inner is model or not type(model).__name__.endswith("ForSequenceClassification"):
+        return ()
+    beside = ((name, module) for name, module in model.named_children() if module is not inner)
+    return tuple(name for name, module in beside if any(True for _ in module.parameters()))
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Say which position the first token has: 0, but in RoBERTa and its kin those up to the padding id are taken.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The position.
+    """
+    for name, module in body(model).named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Say how many positions a model has for tokens.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Tokens, or None for a model that names no limit.
+    """
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else limit - first_position(model)
+
+
 def _linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    head = model.get_output_embeddings()
+    head, classifies = model.get_output_embeddings(), bool(head_of(model))
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        # Of a classifier, neither the head nor a pooler: they are trained in full, or not at all.
+        and (not classifies or _LAYER.search(name))
     }
 
 
@@ -178,12 +227,14 @@ def _block_of(name: str) -> tuple[str, int]:
 
 
 def _shortest_unique_suffix(name: str, members: Sequence[str]) -> str:
-    parts = name.split(".")
+    # The whole path in the block is a role even where another path ends in it: BERT has output.dense and
+    # attention.output.dense.
+    parts = name.removeprefix(_block_of(name)[0]).split(".")
     for size in range(1, len(parts)):
         suffix = ".".join(parts[-size:])
         if sum(other == suffix or other.endswith("." + suffix) for other in members) == 1:
             return suffix
-    return name
+    return ".".join(parts)
 
 
 def _input_groups(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, str]:

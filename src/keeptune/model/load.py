@@ -10,14 +10,17 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from keeptune.core.errors import ModelError
+from keeptune.model.blocks import head_of, positions
+from keeptune.model.head import Head
 
-__all__ = ["Dtype", "load_config", "load_model", "load_tokenizer", "refuse_not_finite"]
+__all__ = ["Dtype", "load_model", "load_positions", "load_tokenizer", "refuse_not_finite"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -30,8 +33,9 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    head: Head | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model for analysis and tuning, in evaluation mode.
+    """Load a causal language model or a sequence classifier for analysis and tuning, in evaluation mode.
 
     Args:
         name: A folder, or a hub id.
@@ -40,6 +44,8 @@ def load_model(
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run Python code that the model's repository brings.
         allow_pickle: Read ``.bin`` weights, which can run code when loaded.
+        head: The head of a sequence classifier, drawn from its seed if the base has none; None loads a causal
+            language model.
 
     Returns:
         The model.
@@ -49,49 +55,83 @@ def load_model(
             brings code that was not allowed.
     """
     _check_folder(name, allow_pickle)
+    kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            _expanded(name),
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0 if head is None else head.seed)
+            model, info = kind.from_pretrained(
+                _expanded(name),
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                **({} if head is None else head.config),
+            )
     # RuntimeError: weights of other shapes than the config says.
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(name, error) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    drawn = () if head is None else tuple(f"{module}." for module in head_of(model))
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(drawn))
+    if missing:
         raise ModelError(
             f"model {name}",
             got=f"no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
             wanted="weights for every module; Transformers would draw random ones",
-            next_step="Copy the whole model, and check that it is a causal language model.",
+            next_step="Copy the whole model, and check that it is a causal language model."
+            if head is None
+            else "Copy the whole model; only the head may be missing.",
+        )
+    if head is not None and not info["missing_keys"]:
+        _check_labels(
+            name,
+            head,
+            AutoConfig.from_pretrained(_expanded(name), revision=revision, trust_remote_code=trust_remote_code),
         )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load a model's config alone.
+def _check_labels(name: str, head: Head, config: Any) -> None:
+    """Refuse a head that the base brings if it tells the same labels apart in another order."""
+    brought = [config.id2label[index] for index in sorted(config.id2label)]
+    if sorted(brought) == sorted(head.labels) and brought != list(head.labels):
+        raise ModelError(
+            f"model {name}",
+            got=f"a head for the labels {', '.join(brought)}",
+            wanted=f"the order {', '.join(head.labels)}",
+            next_step=f"Set task.labels: [{', '.join(brought)}].",
+        )
+
+
+def load_positions(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, head: Head | None = None
+) -> int | None:
+    """Say how many positions a model has for tokens, without loading its weights.
 
     Args:
         name: A folder, or a hub id.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run Python code that the model's repository brings.
+        head: The head of a sequence classifier; None for a causal language model.
 
     Returns:
-        The config.
+        Tokens, or None for a model that names no limit.
 
     Raises:
         ModelError: There is no such model, or it brings code that was not allowed.
     """
     _check_folder(name, allow_pickle=True)
     try:
-        return AutoConfig.from_pretrained(_expanded(name), revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(_expanded(name), revision=revision, trust_remote_code=trust_remote_code)
+        if head is None:
+            limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+            return limit
+        with torch.device("meta"):
+            model: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(name, error) from error
+    return positions(model)
 
 
 def refuse_not_finite(model: PreTrainedModel) -> None:

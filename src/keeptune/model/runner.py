@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,9 +17,10 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Batch
-from keeptune.model.blocks import body
+from keeptune.model.blocks import body, head_of
+from keeptune.model.head import sequence_losses
 
-__all__ = ["Labels", "ResidentRunner", "Sink", "Taps", "drawn_labels", "summed_loss"]
+__all__ = ["Labels", "ResidentRunner", "Sink", "Taps", "drawn_classes", "drawn_labels", "summed_loss"]
 
 Sink = Callable[[Tensor], None]
 Labels = Literal["true", "sampled"]
@@ -68,7 +70,7 @@ class ResidentRunner:
         inner = body(self.model)
         with _still(self.model), torch.no_grad():
             for batch in _shown(batches, title):
-                self._pass(inner, batch, sinks)
+                self._pass(inner, self._ready(batch), sinks)
 
     def backward(self, batches: Sequence[Batch], taps: Taps, *, labels: Labels, seed: int, title: str) -> None:
         """Pass all batches forth and back once; weights are frozen, so only activations get gradients.
@@ -77,7 +79,7 @@ class ResidentRunner:
         on what else is in a batch.
 
         Args:
-            batches: Token batches of a task, with loss masks.
+            batches: Token batches of a task, with loss masks or labels.
             taps: What receives inputs and gradients.
             labels: ``"true"`` takes the data's tokens (the empirical Fisher), ``"sampled"`` draws them from the
                 model's own distribution (the Fisher itself).
@@ -86,7 +88,20 @@ class ResidentRunner:
         """
         with _still(self.model), torch.enable_grad():
             for batch in _shown(batches, title):
-                self._sweep(batch, taps, labels, seed)
+                self._sweep(self._ready(batch), taps, labels, seed)
+
+    def _ready(self, batch: Batch) -> Batch:
+        """Put the padding behind the tokens for a classifier: an encoder's head reads the first of them."""
+        if not head_of(self.model):
+            return batch
+        order = batch.attention_mask.argsort(dim=1, descending=True, stable=True)
+        types = batch.token_type_ids
+        return replace(
+            batch,
+            input_ids=batch.input_ids.gather(1, order),
+            attention_mask=batch.attention_mask.gather(1, order),
+            token_type_ids=None if types is None else types.gather(1, order),
+        )
 
     def _pass(self, inner: nn.Module, batch: Batch, sinks: Mapping[str, Sequence[Sink]]) -> None:
         waiting = set(sinks)
@@ -146,13 +161,13 @@ class ResidentRunner:
 
 
 def summed_loss(logits: Tensor, batch: Batch, *, labels: Labels, seed: int) -> Tensor:
-    """Sum the cross-entropy over the tokens to be learned, in nats.
+    """Sum the cross-entropy over the tokens to be learned, in nats; of a classifier, the loss over the texts.
 
     Law: the loss of a batch is the sum of the losses of its texts, whatever the padding.
 
     Args:
-        logits: ``(batch, length, vocabulary)``.
-        batch: Tokens with a loss mask.
+        logits: ``(batch, length, vocabulary)``, or a classifier's ``(batch, labels)``.
+        batch: Tokens with a loss mask, or with labels.
         labels: The data's tokens or drawn ones.
         seed: Seed of the drawn labels.
 
@@ -160,11 +175,17 @@ def summed_loss(logits: Tensor, batch: Batch, *, labels: Labels, seed: int) -> T
         A scalar.
 
     Raises:
-        StatisticsError: The batch has no loss mask.
+        StatisticsError: The batch has no loss mask, or no labels for a classifier.
     """
-    if batch.loss_mask is None:
+    if batch.labels is not None and logits.ndim == 2:
+        wanted = batch.labels if labels == "true" else drawn_classes(logits, batch, seed)
+        return sequence_losses(logits, wanted.to(logits.device)).sum()
+    if batch.loss_mask is None or logits.ndim == 2:
         raise StatisticsError(
-            "statistics", got="texts without a task", wanted="prompts and completions", next_step="Pass task data."
+            "statistics",
+            got="texts without a task",
+            wanted="prompts and completions, or labels",
+            next_step="Pass task data.",
         )
     # The first token of a text is never predicted.
     learned = batch.loss_mask[:, 1:].bool() & batch.attention_mask[:, :-1].bool()
@@ -185,13 +206,40 @@ def drawn_labels(logits: Tensor, batch: Batch, learned: Tensor, seed: int) -> Te
     Returns:
         ``(labels,)``.
     """
-    parts = []
-    for ids, mask, wanted in zip(batch.input_ids, batch.attention_mask, learned, strict=True):
+    streams = zip(_streams(batch, seed), learned, strict=True)
+    parts = [torch.rand(int(wanted.sum()), generator=stream) for stream, wanted in streams]
+    return _drawn(logits, torch.cat(parts))
+
+
+def drawn_classes(logits: Tensor, batch: Batch, seed: int) -> Tensor:
+    """Draw what a classifier might say of each text, from its own distribution.
+
+    The squared error is, but for a constant, the negative log-density of a normal distribution of variance 1/2.
+
+    Args:
+        logits: ``(batch, labels)``; one column is a score.
+        batch: Where the texts are.
+        seed: The seed.
+
+    Returns:
+        ``(batch,)``, indices of labels or scores.
+    """
+    if logits.shape[-1] == 1:
+        noise = torch.cat([torch.randn(1, generator=stream) for stream in _streams(batch, seed)])
+        return logits.detach()[:, 0].float() + noise.to(logits.device) / math.sqrt(2)
+    return _drawn(logits, torch.cat([torch.rand(1, generator=stream) for stream in _streams(batch, seed)]))
+
+
+def _streams(batch: Batch, seed: int) -> Iterator[torch.Generator]:
+    for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
         text = f"{seed}:{ids[mask.bool()].tolist()}"
         stream = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        parts.append(torch.rand(int(wanted.sum()), generator=torch.Generator().manual_seed(stream)))
+        yield torch.Generator().manual_seed(stream)
+
+
+def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
     edges = logits.detach().double().softmax(dim=-1).cumsum(dim=-1)
-    found = torch.searchsorted(edges, torch.cat(parts).to(edges)[:, None]).squeeze(1)
+    found = torch.searchsorted(edges, uniform.to(edges)[:, None]).squeeze(1)
     return found.clamp_max(logits.shape[-1] - 1)
 
 
@@ -238,6 +286,8 @@ def _shown(batches: Sequence[Batch], title: str) -> Any:
 def _arguments(batch: Batch, mask: Tensor) -> dict[str, Any]:
     """Count positions from the first real token where padding stands in front; models count it otherwise."""
     arguments: dict[str, Any] = {"input_ids": batch.input_ids.to(mask.device), "attention_mask": mask}
+    if batch.token_type_ids is not None:
+        arguments["token_type_ids"] = batch.token_type_ids.to(mask.device)
     if not bool(mask[:, 0].all()):
         arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
     return arguments | {"use_cache": False}

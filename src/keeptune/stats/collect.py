@@ -11,18 +11,20 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import is_nested
+from keeptune.model.head import head_fingerprint
 from keeptune.model.runner import Labels, ResidentRunner, Taps
 from keeptune.stats.request import Accumulator, DataRole, Request
 from keeptune.stats.store import Source, StatStore, entry_recipe
 from keeptune.stats.unseen import UnseenError
 
-__all__ = ["Statistics", "StatsView", "collect"]
+__all__ = ["Statistics", "StatsView", "collect", "source_of"]
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -149,7 +151,7 @@ def collect(
         requests: What each target (by name) needs; targets of one input group share entries.
         data: Tokens per data role.
         store: Where entries are looked up and kept.
-        model_fingerprint: From :func:`keeptune.core.artefact.model_fingerprint`.
+        model_fingerprint: From :func:`keeptune.model.head.body_fingerprint`.
         sites_at_once: How many covariances may be in memory together; None is all of them. 1 needs
             the least memory and one (shortened) pass over the data per input group.
         batch_tokens: Tokens per forward pass, padding included; it changes speed and memory only.
@@ -160,10 +162,7 @@ def collect(
     Raises:
         StatisticsError: Data of a role is requested but not given, or activations are not finite.
     """
-    dtype = str(runner.model.dtype)
-    sources: dict[DataRole, Source] = {
-        role: Source(model_fingerprint, tokens.fingerprint, dtype) for role, tokens in data.items()
-    }
+    sources = {role: source_of(runner.model, model_fingerprint, tokens) for role, tokens in data.items()}
     missing = _missing(targets, requests, sources, store)
     waves = [(need, wave) for need, sites in missing.items() for wave in _chunks(sites, sites_at_once or len(sites))]
     # An expert sees some tokens only, so that padding could not be told from text: its batches hold none.
@@ -179,6 +178,22 @@ def collect(
         names = ", ".join(sorted(unseen))
         _log.warning("statistics: no token reached %d of %d targets: %s", len(unseen), len(targets), names)
     return Statistics(store, sources, dict(requests), frozenset(unseen))
+
+
+def source_of(model: PreTrainedModel, fingerprint: str, data: Calibration) -> Source:
+    """Name what statistics are taken from; where labels are learned, the classifier's head is a part of it.
+
+    Args:
+        model: The base model.
+        fingerprint: From :func:`keeptune.model.head.body_fingerprint`.
+        data: The tokens.
+
+    Returns:
+        The source.
+    """
+    if data.labels is not None:
+        fingerprint = content_key([fingerprint, head_fingerprint(model)])
+    return Source(fingerprint, data.fingerprint, str(model.dtype))
 
 
 def _keep(store: StatStore, request: Request, target: Target, total: Accumulator, source: Source) -> bool:

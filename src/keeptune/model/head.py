@@ -1,0 +1,97 @@
+"""The head of a sequence classifier: which labels it tells apart, how it is drawn, the loss it is trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from keeptune.core.artefact import content_key, model_fingerprint, tensor_fingerprint
+from keeptune.model.blocks import head_of
+
+__all__ = ["Head", "body_fingerprint", "head_fingerprint", "sequence_losses"]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A classification head that a base model may lack.
+
+    Args:
+        labels: What it tells apart, in the order of its outputs; empty for one that gives a score.
+        seed: A base without a head gets a random one; the same seed gives the same.
+    """
+
+    labels: tuple[str, ...]
+    seed: int = 0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Fields of a Transformers config."""
+        if not self.labels:
+            return {"num_labels": 1, "problem_type": "regression"}
+        return {
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: index for index, label in enumerate(self.labels)},
+            "problem_type": "single_label_classification",
+        }
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Head | None:
+        """Read the head of a model.
+
+        Args:
+            model: Any model.
+
+        Returns:
+            Its head, or None for a language model.
+        """
+        if not head_of(model):
+            return None
+        names = model.config.id2label
+        return cls(tuple(names[index] for index in sorted(names)) if len(names) > 1 else ())
+
+
+def body_fingerprint(model: PreTrainedModel) -> str:
+    """Name a base model by all that it brings: without a classifier's head, which belongs to the adapter.
+
+    Args:
+        model: The base model, before anything was installed into it.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return model_fingerprint(model, without=head_of(model))
+
+
+def head_fingerprint(model: PreTrainedModel) -> str:
+    """Name a classifier's head by its weights: gradients depend on it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    heads = {name: model.get_submodule(name).state_dict() for name in head_of(model)}
+    return content_key({name: {k: tensor_fingerprint(v) for k, v in state.items()} for name, state in heads.items()})
+
+
+def sequence_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Compute each example's loss: cross-entropy, or the squared error of a score.
+
+    Law: summed over examples, it does not depend on how they are batched.
+
+    Args:
+        logits: ``(batch, labels)``; one column is a score.
+        labels: ``(batch,)``, indices of labels, or the right scores.
+        smoothing: Share of the target that is spread over all labels.
+
+    Returns:
+        ``(batch,)``, float32.
+    """
+    if logits.shape[-1] == 1:
+        return (logits[:, 0].float() - labels.float()) ** 2
+    return functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
