@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +26,7 @@ from keeptune.evaluate.pairs import ModelPair
 from keeptune.evaluate.results import BenchmarkResult
 from keeptune.evaluate.tasks import Benchmark
 from keeptune.methods.base import Method
+from keeptune.model.head import Head
 from keeptune.model.load import load_model
 from keeptune.planning import plan_for
 from keeptune.stats.request import DataRole
@@ -116,13 +118,14 @@ def export(
     Raises:
         ExportError: The gap is above the bound, or the format does not fit the plan.
     """
+    head = Head.of(model.get_base_model() if isinstance(model, PeftModel) else model)
     names: Any = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
     return exporting.export(
         model,
         plan,
         folder,
         base=base,
-        load_base=lambda: load_model(base, dtype=names[str(model.dtype)], device=model.device),
+        load_base=lambda: load_model(base, dtype=names[str(model.dtype)], device=model.device, head=head),
         format=format,
         tokenizer=tokenizer,
         probe=probe,

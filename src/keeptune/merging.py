@@ -7,8 +7,9 @@ from typing import get_args
 
 from keeptune.adapter.load import SIDECAR, check_base
 from keeptune.adapter.merged import merge
-from keeptune.core.artefact import model_fingerprint, read_json
+from keeptune.core.artefact import read_json
 from keeptune.core.errors import ModelError, RecipeError
+from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.load import Dtype, load_model, load_tokenizer
 
 __all__ = ["merge_adapter"]
@@ -35,8 +36,26 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype
     if chosen is None:
         raise RecipeError("--dtype", got=dtype, wanted=", ".join(get_args(Dtype)), next_step="Pick one.")
     name = base or _base_of(adapter)
-    check_base(adapter, model_fingerprint(load_model(name, dtype=_trained_in(adapter) or chosen)))
-    return merge(adapter, output, load_base=lambda: load_model(name, dtype=chosen), tokenizer=load_tokenizer(name))
+    head = _head(adapter)
+    trained_on = load_model(name, dtype=_trained_in(adapter) or chosen, head=head)
+    check_base(adapter, body_fingerprint(trained_on), None if head is None else head.labels)
+    return merge(
+        adapter, output, load_base=lambda: load_model(name, dtype=chosen, head=head), tokenizer=load_tokenizer(name)
+    )
+
+
+def _head(adapter: Path) -> Head | None:
+    """Read which head the adapter brings; the base's own may be any, as it is replaced."""
+    labels = read_json(adapter / SIDECAR).get("labels") if (adapter / SIDECAR).is_file() else None
+    config = adapter / "adapter_config.json"
+    if labels is None and config.is_file() and read_json(config).get("task_type") == "SEQ_CLS":
+        raise ModelError(
+            f"adapter {adapter}",
+            got=f"a classifier without keeptune's {SIDECAR}",
+            wanted="the labels that it tells apart",
+            next_step="Merge it with PEFT: load the base with its number of labels, then merge_and_unload().",
+        )
+    return None if labels is None else Head(tuple(labels))
 
 
 def _trained_in(adapter: Path) -> Dtype | None:

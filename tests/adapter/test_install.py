@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tests.models import MODELS, copies, handmade_plan, logits, off_by, relative, tokens, train_steps
 
 from keeptune.adapter.anchor import ANCHOR_NAME, resolve
+from keeptune.adapter.head import trained_head
 from keeptune.adapter.install import (
     check_frozen,
     install,
@@ -189,7 +190,8 @@ def test_the_trained_state_goes_out_and_in(architecture: str) -> None:
     model, plan = installed(architecture)
     train_steps(model)
     kept = trained_state(model, plan)
-    assert kept.keys() == {f"{t.target.name}.{factor}" for t in plan.targets for factor in "AB"}
+    factors = {f"{t.target.name}.{factor}" for t in plan.targets for factor in "AB"}
+    assert kept.keys() == factors | trained_head(model, plan).keys()
     fresh, _ = installed(architecture)
     restore_state(fresh, plan, kept)
     assert torch.equal(logits(fresh, tokens()), logits(model.eval(), tokens()))

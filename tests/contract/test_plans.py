@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from tests.contract.conftest import ADAPTERS, CASES, COUPLED, WHOLE, World
-from tests.models import Bench, RepaddingRunner, mask_forgotten, padded_left, relative
+from tests.models import Bench, RepaddingRunner, mask_forgotten, padded_left, relative, shard
 from torch import Tensor
 
-from keeptune.core.artefact import model_fingerprint
 from keeptune.core.errors import ArtefactError, PlanError, StatisticsError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target, read_weight
@@ -21,10 +20,11 @@ from keeptune.data.calibration import Calibration
 from keeptune.linalg.eigen import bottom_eigenvectors
 from keeptune.methods.base import make_plan, methods
 from keeptune.methods.lora_null import LoraNull
+from keeptune.model.head import body_fingerprint
 from keeptune.model.runner import ResidentRunner, Taps
-from keeptune.stats.collect import StatsView
+from keeptune.stats.collect import StatsView, source_of
 from keeptune.stats.covariance import InputCovariance, ReleasedCovariance
-from keeptune.stats.store import Source, StatStore, entry_recipe
+from keeptune.stats.store import StatStore, entry_recipe
 
 every_case = pytest.mark.parametrize("case", CASES)
 every_adapter = pytest.mark.parametrize("case", ADAPTERS)
@@ -41,7 +41,7 @@ MERGING = [
 ]
 asking = pytest.mark.parametrize("case", ASKING)
 PlanOf = Callable[[str], Plan]
-TOLERANCE = 1e-4  # of B A, where other batches round otherwise in float32
+TOLERANCE = 5e-4  # of B A, where other batches round otherwise in float32; directions of an encoder are close
 
 
 def largest_difference(a: Plan, b: Plan) -> float:
@@ -173,8 +173,7 @@ def test_the_plan_does_not_depend_on_the_order_of_examples(
     """Batches are formed by length, so the bits are the same."""
     bench = world.bench(tmp_path)
     bench.data = Calibration(bench.data.sequences[::-1], bench.data.pad_id)
-    assert bench.task.prompts is not None
-    bench.task = Calibration(bench.task.sequences[::-1], bench.task.pad_id, bench.task.prompts[::-1])
+    bench.task = shard(bench.task, slice(None, None, -1))
     assert bench.plan(CASES[case]).key == plan_of(case).key
 
 
@@ -206,12 +205,11 @@ def test_the_plan_does_not_depend_on_the_number_of_shards(
     method, bench = CASES[case], world.bench(tmp_path)
     for target, request in _sites(bench, case):
         data = bench.data if request.data == "knowledge" else bench.task
-        source = Source(model_fingerprint(bench.model), data.fingerprint, str(bench.model.dtype))
+        source = source_of(bench.model, body_fingerprint(bench.model), data)
         parts = []
-        for shard in range(shards):
+        for number in range(shards):
             total = request.accumulator(target, bench.model.device, partial(read_weight, bench.model, target))
-            prompts = None if data.prompts is None else data.prompts[shard::shards]
-            part = Calibration(data.sequences[shard::shards], data.pad_id, prompts).batches()
+            part = shard(data, slice(number, None, shards)).batches()
             if request.kind == "forward":
                 ResidentRunner(bench.model).forward(part, {request.site(target): [total.add]}, title="")
             else:
@@ -246,16 +244,15 @@ def test_negative_control_a_forgotten_mask_gives_another_plan(
         assert found.key == plan_of(case).key
     else:
         assert found.key != plan_of(case).key
-        assert largest_difference(found, plan_of(case)) > 1000 * TOLERANCE
+        assert largest_difference(found, plan_of(case)) > 200 * TOLERANCE
 
 
 @asking
 def test_other_data_give_another_plan(case: str, world: World, plan_of: PlanOf, tmp_path: Path) -> None:
     bench = world.bench(tmp_path)
     bench.data = Calibration(bench.data.sequences[:6], bench.data.pad_id)
-    assert bench.task.prompts is not None
-    bench.task = Calibration(bench.task.sequences[:6], bench.task.pad_id, bench.task.prompts[:6])
-    assert largest_difference(bench.plan(CASES[case]), plan_of(case)) > 1000 * TOLERANCE
+    bench.task = shard(bench.task, slice(6))
+    assert largest_difference(bench.plan(CASES[case]), plan_of(case)) > 200 * TOLERANCE
 
 
 # Methods that train every weight

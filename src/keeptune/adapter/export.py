@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from keeptune.adapter.head import labels_of
 from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.adapter.merged import write_merged
 from keeptune.adapter.portable import write_lora
@@ -47,7 +48,7 @@ class Exported:
         gap: Largest difference in logits to the trained model on the probe, absolute.
         relative_gap: The same over the largest logit.
         bound: The relative gap above which the export would have failed.
-        serve: How to serve it.
+        serve: How to serve it, or how to load a classifier.
         note: Why the format is not the one that was asked for; empty when it is.
     """
 
@@ -155,7 +156,8 @@ def export(
         gap = float((logits_of(again, probe) - wanted).abs().max())
         relative = gap / max(float(wanted.abs().max()), 1e-30)
         bound = _BOUNDS[dtype] if max_gap is None else max_gap
-        serve = _serve_line(plan, format, rank, base, folder)
+        labels = labels_of(model)
+        serve = _serve_line(plan, format, rank, base, folder, labels)
         done = Exported(str(folder), format, rank, gap, relative, bound, serve, note)
         if not relative <= bound:
             raise ExportError(
@@ -165,12 +167,18 @@ def export(
                 next_step="On a 16-bit base train with `anchor: twin`, or state a larger `max_gap`. "
                 "Nothing was written.",
             )
-        write_json(fresh / SIDECAR, _sidecar(plan, base, done))
-        write_bytes(fresh / "README.md", _card(plan, base, done).encode())
+        write_json(fresh / SIDECAR, _sidecar(plan, base, done, labels))
+        write_bytes(fresh / "README.md", _card(plan, base, done, labels).encode())
     return done
 
 
-def _serve_line(plan: Plan, format: Format, rank: int, base: str, folder: Path | str) -> str:
+def _serve_line(
+    plan: Plan, format: Format, rank: int, base: str, folder: Path | str, labels: Sequence[str] | None
+) -> str:
+    if labels is not None:  # vLLM serves no classifier with an adapter
+        load = "AutoModelForSequenceClassification.from_pretrained"
+        whole = f'{load}("{base}", num_labels={max(1, len(labels))})'
+        return f'{load}("{folder}")' if format == "merged" else f'PeftModel.from_pretrained({whole}, "{folder}")'
     if format == "merged":
         return f"vllm serve {folder}"
     if _no_lora(plan):
@@ -178,9 +186,10 @@ def _serve_line(plan: Plan, format: Format, rank: int, base: str, folder: Path |
     return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}"
 
 
-def _sidecar(plan: Plan, base: str, done: Exported) -> dict[str, Any]:
+def _sidecar(plan: Plan, base: str, done: Exported, labels: list[str] | None) -> dict[str, Any]:
     return {
         "base": base,
+        "labels": labels,
         "method": plan.method,
         "options": dict(plan.options),
         "provenance": dict(plan.provenance),
@@ -189,9 +198,10 @@ def _sidecar(plan: Plan, base: str, done: Exported) -> dict[str, Any]:
     }
 
 
-def _card(plan: Plan, base: str, done: Exported) -> str:
+def _card(plan: Plan, base: str, done: Exported, labels: list[str] | None) -> str:
     options = json.dumps(dict(plan.options))
     note = f"\nA merged model. {done.note}.\n" if done.note else ""
+    note += f"\nLabels, in the order of the outputs: {', '.join(labels)}.\n" if labels else ""
     return f"""---
 base_model: {base}
 library_name: {"transformers" if done.format == "merged" else "peft"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from keeptune.adapter.anchor import (
     write_residual,
 )
 from keeptune.adapter.diagonal import add_diagonal
+from keeptune.adapter.head import head_names, keep_precise, restore_head, task_type, trained_head
 from keeptune.adapter.subspace import install_subspace
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.low_rank import LowRank
@@ -77,10 +79,12 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
     kasa = peft.pop("kasa_config", None)
     # get_peft_model draws factors that are overwritten below; the caller's random state is left alone.
     with torch.random.fork_rng():
-        wrapped = get_peft_model(model, _config(plan.targets, peft))
+        wrapped = get_peft_model(model, _config(plan, plan.targets, peft))
+        assert isinstance(wrapped, PeftModel)
         if anchored and kind == "twin":
-            wrapped.add_adapter(ANCHOR_NAME, _config(list(anchored.values()), {}))
-    assert isinstance(wrapped, PeftModel)
+            # PeftModel's own: the one for classifiers would give the twin a head, and two heads cannot be active.
+            PeftModel.add_adapter(wrapped, ANCHOR_NAME, _config(plan, list(anchored.values()), {}))
+    keep_precise(wrapped, plan)
     for target_plan in plan.targets:
         layer = lora_layer(wrapped, target_plan.target.name)
         if "diag" in target_plan.vectors:
@@ -118,14 +122,14 @@ def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
         plan: Its plan.
 
     Returns:
-        ``"model.layers.0.mlp.up_proj.B"`` and the like to tensor; frozen factors too.
+        ``"model.layers.0.mlp.up_proj.B"`` and the like to tensor; frozen factors too, and a classifier's head.
     """
     # Copies: on the CPU they would else change with the model.
     return {
         f"{t.target.name}.{factor}": _parameter(model, t, factor).detach().to("cpu", torch.float32, copy=True)
         for t in plan.targets
         for factor in _held(t)
-    }
+    } | trained_head(model, plan)
 
 
 def restore_state(model: PeftModel, plan: Plan, state: Mapping[str, Tensor]) -> None:
@@ -140,6 +144,7 @@ def restore_state(model: PeftModel, plan: Plan, state: Mapping[str, Tensor]) -> 
         for target_plan in plan.targets:
             for factor in _held(target_plan):
                 _parameter(model, target_plan, factor).copy_(state[f"{target_plan.target.name}.{factor}"])
+    restore_head(model, plan, state)
 
 
 def trained_factors(model: PeftModel, plan: Plan) -> dict[str, LowRank]:
@@ -157,16 +162,21 @@ def trained_factors(model: PeftModel, plan: Plan) -> dict[str, LowRank]:
     return {name: LowRank(B=state[f"{name}.B"], A=state[f"{name}.A"]) for name in names}
 
 
-def trained_names(plan: Plan) -> set[str]:
+def trained_names(model: PeftModel, plan: Plan) -> set[str]:
     """Name the parameters that a plan trains.
 
     Args:
+        model: The installed model.
         plan: A plan that trains an adapter.
 
     Returns:
         Names as in ``named_parameters()`` of the installed model.
     """
-    return {f"base_model.model.{t.target.name}.{_PARAMETERS[factor]}" for t in plan.targets for factor in t.trainable}
+    factors = {f"{t.target.name}.{_PARAMETERS[factor]}" for t in plan.targets for factor in t.trainable}
+    heads = tuple(f"{name}.modules_to_save.default." for name in head_names(plan))
+    inner = model.base_model.model
+    head = {name for name, _ in inner.named_parameters() if name.startswith(heads)}
+    return {f"base_model.model.{name}" for name in factors | head}
 
 
 def _held(target_plan: TargetPlan) -> list[Factor]:
@@ -182,7 +192,7 @@ def _parameter(model: PeftModel, target_plan: TargetPlan, factor: Factor) -> nn.
 
 
 def check_frozen(model: PeftModel, plan: Plan) -> None:
-    """Assert that exactly the factors the plan trains are trainable.
+    """Assert that exactly the factors the plan trains are trainable, and a classifier's head.
 
     Args:
         model: The installed model.
@@ -191,7 +201,7 @@ def check_frozen(model: PeftModel, plan: Plan) -> None:
     Raises:
         TrainError: A factor is trainable that should be frozen, or the other way round.
     """
-    expected = trained_names(plan)
+    expected = trained_names(model, plan)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if trainable != expected:
         wrong = sorted(trainable ^ expected)
@@ -229,19 +239,19 @@ def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto")
     return errors
 
 
-def _config(targets: tuple[TargetPlan, ...] | list[TargetPlan], extra: Mapping[str, Any]) -> LoraConfig:
+def _config(plan: Plan, targets: Sequence[TargetPlan], extra: Mapping[str, Any]) -> LoraConfig:
     ranks = {t.target.name: t.decision.rank for t in targets}
     alphas = {t.target.name: t.scale * t.decision.rank for t in targets}
     rank, alpha = max(ranks.values()), max(alphas.values())
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type(plan),
         r=rank,
         lora_alpha=alpha,
         target_modules=list(ranks),
         rank_pattern={name: r for name, r in ranks.items() if r != rank},
         alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
         fan_in_fan_out=targets[0].target.transposed,
-        **extra,
+        **copy.deepcopy(dict(extra)),  # PEFT adds to the list of modules_to_save
     )
 
 

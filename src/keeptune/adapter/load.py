@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
@@ -44,15 +45,16 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return wrapped
 
 
-def check_base(adapter: Path | str, fingerprint: str) -> None:
-    """Refuse an adapter that was made for another base.
+def check_base(adapter: Path | str, fingerprint: str, labels: Sequence[str] | None = None) -> None:
+    """Refuse an adapter that was made for another base, or a classifier of other labels.
 
     Args:
         adapter: The adapter's folder; one without keeptune's sidecar is not checked.
-        fingerprint: Of the base at hand.
+        fingerprint: Of the base at hand, without a classifier's head.
+        labels: Of the classifier at hand, in the order of its outputs; empty for scores, None for a language model.
 
     Raises:
-        ModelError: The adapter belongs to another base.
+        ModelError: The adapter belongs to another base, or tells other labels apart.
     """
     sidecar = Path(adapter) / SIDECAR
     if not sidecar.is_file():
@@ -66,6 +68,20 @@ def check_base(adapter: Path | str, fingerprint: str) -> None:
             wanted=f"{record['base']} (fingerprint {made_for[:12]}, not {fingerprint[:12]})",
             next_step="Pass the base that the adapter was trained on, in the dtype it was trained in.",
         )
+    learned = record.get("labels")
+    if learned != (None if labels is None else list(labels)):
+        raise ModelError(
+            f"adapter {adapter}",
+            got=_told(labels),
+            wanted=_told(learned),
+            next_step="Use the task.kind and the task.labels, in this order, that the adapter was trained with.",
+        )
+
+
+def _told(labels: Sequence[str] | None) -> str:
+    if labels is None:
+        return "a language model"
+    return f"a classifier of {', '.join(labels)}" if labels else "a model that gives a score"
 
 
 def refuse_foreign(folder: Path) -> None:

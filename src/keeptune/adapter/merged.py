@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from keeptune.adapter.head import put_head, trained_head
 from keeptune.adapter.install import lora_layer
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.portable import change_of, magnitudes_of
@@ -51,6 +52,7 @@ def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, f
             if name in magnitudes:
                 tuned *= (magnitudes[name].to(weight.device) / tuned.norm(dim=1))[:, None]
             turned.copy_(tuned.to(weight.dtype))
+    put_head(fresh, plan, trained_head(model, plan))
     fresh.save_pretrained(folder)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
+from keeptune.adapter.head import head_names, task_type, trained_head
 from keeptune.adapter.install import trained_state
 from keeptune.core.artefact import write_tensors
 from keeptune.core.low_rank import LowRank
@@ -73,7 +74,7 @@ def write_lora(model: PeftModel, plan: Plan, folder: Path, base: str, *, portabl
         changes = {name: change.padded(rank) for name, change in changes.items()}
     ranks = {name: change.rank for name, change in changes.items() if change.rank != rank}
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type(plan),
         base_model_name_or_path=base,
         r=rank,
         lora_alpha=rank,
@@ -82,10 +83,12 @@ def write_lora(model: PeftModel, plan: Plan, folder: Path, base: str, *, portabl
         alpha_pattern=ranks,
         fan_in_fan_out=plan.targets[0].target.transposed,
         use_dora=bool(magnitudes),
+        modules_to_save=list(head_names(plan)) or None,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
     tensors = {f"base_model.model.{name}.lora_magnitude_vector.weight": value for name, value in magnitudes.items()}
+    tensors |= {f"base_model.model.{name}": value for name, value in trained_head(model, plan).items()}
     for name, change in changes.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = change.A
         tensors[f"base_model.model.{name}.lora_B.weight"] = change.B

@@ -1,0 +1,121 @@
+"""A classifier's head beside the adapter: trained in full, in PEFT's ``modules_to_save``, and part of the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from keeptune.core.plan import Plan
+
+__all__ = ["head_names", "keep_precise", "labels_of", "put_head", "restore_head", "task_type", "trained_head"]
+
+
+def head_names(plan: Plan) -> tuple[str, ...]:
+    """Name the modules that are trained in full beside the factors.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        Module names; empty for a language model.
+    """
+    return tuple(plan.peft.get("modules_to_save") or ())
+
+
+def task_type(plan: Plan) -> str:
+    """Name PEFT's kind of task.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        ``"SEQ_CLS"`` with a head, else ``"CAUSAL_LM"``.
+    """
+    return "SEQ_CLS" if head_names(plan) else "CAUSAL_LM"
+
+
+def labels_of(model: PreTrainedModel | PeftModel) -> list[str] | None:
+    """Read the labels of a classifier.
+
+    Args:
+        model: Any model, with or without an adapter.
+
+    Returns:
+        The labels in the order of the outputs; empty for one output that is a score, None for a language model.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not type(base).__name__.endswith("ForSequenceClassification"):
+        return None
+    names = base.config.id2label
+    return [names[index] for index in sorted(names)] if len(names) > 1 else []
+
+
+def keep_precise(model: PeftModel, plan: Plan) -> None:
+    """Train the head in float32, as the factors are: small updates to 16-bit weights round away.
+
+    Args:
+        model: The installed model.
+        plan: Its plan.
+    """
+
+    def widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(part.float() if isinstance(part, Tensor) and part.is_floating_point() else part for part in inputs)
+
+    for module in _trained(model, plan).values():
+        if any(parameter.dtype != torch.float32 for parameter in module.parameters()):
+            module.to(torch.float32).register_forward_pre_hook(widen)
+
+
+def trained_head(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
+    """Read the head as it is now, float32 on the CPU.
+
+    Args:
+        model: The installed model.
+        plan: Its plan.
+
+    Returns:
+        Parameter and buffer names in the base model to values.
+    """
+    return {
+        f"{name}.{key}": value.detach().to("cpu", torch.float32, copy=True)
+        for name, module in _trained(model, plan).items()
+        for key, value in module.state_dict().items()
+    }
+
+
+def restore_head(model: PeftModel, plan: Plan, values: Mapping[str, Tensor]) -> None:
+    """Put a trained head back into an installed model.
+
+    Args:
+        model: The installed model.
+        plan: Its plan.
+        values: From :func:`trained_head`; other names are left aside.
+    """
+    for name, module in _trained(model, plan).items():
+        _load(module, name, values)
+
+
+def put_head(base: PreTrainedModel, plan: Plan, values: Mapping[str, Tensor]) -> None:
+    """Put a trained head in the place of a base's own.
+
+    Args:
+        base: The base model.
+        plan: The plan.
+        values: From :func:`trained_head`.
+    """
+    for name in head_names(plan):
+        _load(base.get_submodule(name), name, values)
+
+
+def _trained(model: PeftModel, plan: Plan) -> dict[str, nn.Module]:
+    return {name: model.base_model.model.get_submodule(f"{name}.modules_to_save.default") for name in head_names(plan)}
+
+
+def _load(module: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
+    prefix = f"{name}."
+    module.load_state_dict({key.removeprefix(prefix): v for key, v in values.items() if key.startswith(prefix)})
