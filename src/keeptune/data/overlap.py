@@ -19,7 +19,8 @@ class Corpus:
     Args:
         where: The recipe key.
         rows: The rows.
-        texts: One rendered text per row: the whole text, or the prompt of an evaluation item.
+        texts: One rendered text per row: the whole text, or the prompt of an evaluation item; with a NUL at its end
+            it overlaps an equal text only.
     """
 
     where: str
@@ -49,7 +50,7 @@ def refuse_overlap(used: Corpus, scored: Corpus) -> None:
         if canonical_json(row) in rows or _plain(text) in starts
     ]
     if common:
-        number, text = common[0]
+        number, text = common[0][0], common[0][1].strip("\0")
         raise DataError(
             scored.where,
             got=f"{len(common)} of {len(scored.rows)} items that are in {used.where} too (row {number}: {text[:60]!r})",

@@ -10,21 +10,22 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from keeptune.evaluate.classification import classified, need_language_model
 from keeptune.evaluate.generation import greedy_texts
 from keeptune.evaluate.likelihood import log_likelihoods, losses_and_divergence
 from keeptune.evaluate.pairs import ModelPair, Side, scoring
 from keeptune.evaluate.results import BenchmarkResult, grouped, rate
 from keeptune.evaluate.scores import exact_match, paired_interval
-from keeptune.evaluate.tasks import Benchmark, Item, load_items
+from keeptune.evaluate.tasks import LABELS, SCORES, Benchmark, Item, load_items
 from keeptune.evaluate.tokens import (
     Tokens,
     choice,
     context_limit,
     document,
     padding_id,
-    positions,
     prompt,
 )
+from keeptune.model.blocks import positions
 
 __all__ = ["evaluate", "score_items"]
 
@@ -86,11 +87,14 @@ def score_items(
         "multiple_choice": _chosen,
         "cross_entropy": _predicted,
     }
-    passes = 2 * len(items) if benchmark.metric == "exact_match" else len(items)
+    passes = len(items) if benchmark.metric == "cross_entropy" else 2 * len(items)
     if benchmark.metric == "multiple_choice":
         passes = 2 * sum(len(item.choices) for item in items)
     disable = None if progress else True
     with tqdm(total=passes, desc=benchmark.name, unit="seq", disable=disable, delay=2) as bar:
+        if benchmark.metric in (*LABELS, *SCORES):
+            return classified(pair, tokenizer, benchmark, items, seed=seed, advance=bar.update)
+        need_language_model(pair, benchmark)
         records = scorers[benchmark.metric](pair, tokenizer, benchmark, items, bar.update)
     return _result(benchmark, items, records, seed)
 

@@ -9,25 +9,30 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from keeptune.core.errors import DataError, RecipeError, nearest
+from keeptune.data.labelled import label_of, score_of, texts_of
 from keeptune.data.prompts import pick, render
 from keeptune.data.sources import Row, read_jsonl
 
-__all__ = ["Benchmark", "Item", "Metric", "Normalisation", "Role", "load_items"]
+__all__ = ["LABELS", "SCORES", "Benchmark", "Item", "Metric", "Normalisation", "Role", "load_items"]
 
-Metric = Literal["exact_match", "multiple_choice", "cross_entropy"]
+Metric = Literal["exact_match", "multiple_choice", "cross_entropy", "accuracy", "f1", "matthews", "pearson", "spearman"]
+LABELS = ("accuracy", "f1", "matthews")  # of a classifier's labels
+SCORES = ("pearson", "spearman")  # of a regression's scores
 Role = Literal["knowledge", "task"]
 Normalisation = Literal["qa", "exact"]
 
-_TEMPLATES = ("prompt", "answer", "choices", "text")
+_TEMPLATES = ("prompt", "answer", "choices", "text", "text_pair")
 _NEEDED: dict[str, tuple[str, ...]] = {
     "exact_match": ("prompt", "answer"),
     "multiple_choice": ("prompt", "choices", "answer"),
     "cross_entropy": ("text",),
+    **dict.fromkeys((*LABELS, *SCORES), ("text", "answer")),
 }
 _EXAMPLES = {
     "exact_match": 'prompt: "{question}\\nAnswer:", answer: "{answer}"',
     "multiple_choice": 'prompt: "{question}\\nAnswer:", choices: "{choices}", answer: "{label}"',
     "cross_entropy": 'text: "{text}"',
+    **dict.fromkeys((*LABELS, *SCORES), 'text: "{sentence}", answer: "{label}"'),
 }
 
 
@@ -40,13 +45,16 @@ class Benchmark:
         role: ``"knowledge"`` is what should be kept, ``"task"`` is what should be learnt.
         file: JSONL file; a relative path is taken from the recipe's folder.
         metric: ``exact_match`` generates an answer; ``multiple_choice`` compares the log-likelihoods of
-            given answers; ``cross_entropy`` is in nats per token.
+            given answers; ``cross_entropy`` is in nats per token. Of a classifier ``accuracy``, ``f1`` (of the second
+            of two labels, as GLUE has it; of more labels the mean over labels) and ``matthews``; of a regression
+            ``pearson`` and ``spearman``.
         prompt: Template of the text before the answer (exact_match, multiple_choice).
         answer: Template of the right answer. For exact_match a string or a list of accepted strings; for
             multiple_choice the choice's index from 0, its letter, its own text, or its label where the
-            choices have labels. A whole file is read in one of these ways.
+            choices have labels. A whole file is read in one of these ways. Of a classifier the label or the score.
         choices: Template of the choices: a list, or ``{"text": [...], "label": [...]}``.
-        text: Template of a document (cross_entropy).
+        text: Template of a document (cross_entropy), or of what a classifier reads.
+        text_pair: Template of the other text, where a classifier reads pairs.
         examples: Number of rows from the top of the file; None takes them all.
         max_length: Tokens. Documents are cut to their first ``max_length`` tokens, prompts to their last;
             a model with fewer positions lowers the limit.
@@ -71,6 +79,7 @@ class Benchmark:
     answer: str | None = None
     choices: str | None = None
     text: str | None = None
+    text_pair: str | None = None
     examples: int | None = None
     max_length: int = 1024
     max_new_tokens: int = 32
@@ -81,6 +90,7 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         self._check_words()
+        self._check_role()
         self._check_templates()
         self._check_numbers()
 
@@ -105,11 +115,21 @@ class Benchmark:
                     next_step=nearest(str(value), words),
                 )
 
+    def _check_role(self) -> None:
+        if self.role == "knowledge" and self.metric in (*LABELS, *SCORES):
+            raise RecipeError(
+                f"{self.where}.role",
+                got=f"knowledge, measured by {self.metric}",
+                wanted="role: task",
+                next_step="A classifier's head answers for its own task only; what the encoder keeps is not measured.",
+            )
+
     def _check_templates(self) -> None:
         needed = _NEEDED[self.metric]
         for field in _TEMPLATES:
             given = getattr(self, field) is not None
-            if given == (field in needed):
+            optional = field == "text_pair" and self.metric in (*LABELS, *SCORES)
+            if given == (field in needed) or optional:
                 continue
             wrong = f'"{field}", which it does not use' if given else f'no "{field}"'
             raise RecipeError(
@@ -153,7 +173,9 @@ class Item:
         answers: Accepted answers (exact_match).
         choices: Texts to choose from (multiple_choice).
         label: Index of the right choice; None where there are no choices.
-        text: The document (cross_entropy).
+        text: The document (cross_entropy), or what a classifier reads.
+        text_pair: The other text of a pair.
+        score: The right score (pearson, spearman).
         group: Value of the benchmark's group field, if the row has it.
     """
 
@@ -163,6 +185,8 @@ class Item:
     choices: tuple[str, ...] = ()
     label: int | None = None
     text: str = ""
+    text_pair: str | None = None
+    score: float | None = None
     group: str | None = None
 
 
@@ -186,6 +210,7 @@ def load_items(benchmark: Benchmark, folder: Path) -> list[Item]:
         "exact_match": _questions,
         "multiple_choice": _choices,
         "cross_entropy": _documents,
+        **dict.fromkeys((*LABELS, *SCORES), _labelled),
     }
     return readers[benchmark.metric](benchmark, rows, places)
 
@@ -215,6 +240,23 @@ def _documents(benchmark: Benchmark, rows: Sequence[Row], places: Sequence[str])
             )
         items.append(Item(index=index, text=text, group=_group(benchmark, row)))
     return items
+
+
+def _labelled(benchmark: Benchmark, rows: Sequence[Row], places: Sequence[str]) -> list[Item]:
+    texts = texts_of(rows, text=benchmark.text or "", text_pair=benchmark.text_pair, where=benchmark.where)
+    seconds = texts.second or [None] * len(rows)
+    answer, scored = benchmark.answer or "", benchmark.metric in SCORES
+    return [
+        Item(
+            index=index,
+            text=texts.first[index],
+            text_pair=seconds[index],
+            answers=() if scored else (label_of(row, answer, where=f"{place} answer"),),
+            score=score_of(row, answer, where=f"{place} answer") if scored else None,
+            group=_group(benchmark, row),
+        )
+        for index, (row, place) in enumerate(zip(rows, places, strict=True))
+    ]
 
 
 def _choices(benchmark: Benchmark, rows: Sequence[Row], places: Sequence[str]) -> list[Item]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError, RecipeError
 
@@ -20,7 +20,6 @@ __all__ = [
     "context_limit",
     "document",
     "padding_id",
-    "positions",
     "prompt",
 ]
 
@@ -55,19 +54,6 @@ class Batch:
     members: tuple[int, ...]
     ids: Tensor
     mask: Tensor
-
-
-def positions(model: PreTrainedModel) -> int | None:
-    """Say how many positions a model has.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Tokens, or None for a model that names no limit.
-    """
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
