@@ -12,16 +12,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from keeptune.core.artefact import content_key, model_fingerprint
+from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration, tokenize_calibration
+from keeptune.data.labelled import LabelledExamples, Texts
 from keeptune.data.overlap import Corpus, refuse_overlap
 from keeptune.data.prompts import render
-from keeptune.data.sft import TaskExamples, task_calibration, task_examples
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluate.tasks import load_items
-from keeptune.model.load import load_config, load_model, load_tokenizer
+from keeptune.learning import Examples, check_benchmark, item_texts, read_task, sample, used_texts
+from keeptune.model.head import Head, body_fingerprint
+from keeptune.model.load import load_model, load_positions, load_tokenizer
 from keeptune.planning import refuse_layers
 from keeptune.recipe import Recipe, make_method
 from keeptune.stats.request import DataRole
@@ -66,9 +68,9 @@ class Job:
     def positions(self) -> int | None:
         """How many positions the base has, from its config; None where it names no limit."""
         recipe = self.recipe
-        config = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-        limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return limit
+        return load_positions(
+            recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, head=self.head
+        )
 
     @cached_property
     def method(self) -> Any:
@@ -95,12 +97,13 @@ class Job:
             revision=recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
             allow_pickle=recipe.allow_pickle,
+            head=self.head,
         )
 
     @cached_property
     def base_fingerprint(self) -> str:
         """Fingerprint of the base's weights."""
-        return model_fingerprint(self.base())
+        return body_fingerprint(self.base())
 
     @cached_property
     def knowledge_rows(self) -> list[Row]:
@@ -145,11 +148,7 @@ class Job:
     @cached_property
     def task_calibration(self) -> Calibration:
         """A sample of the task as tokens, for statistics of inputs and gradients."""
-        wanted = self.recipe.task.calibration
-        length = min(wanted.max_length, self.positions or wanted.max_length)
-        return task_calibration(
-            self.task, self.tokenizer, max_length=length, examples=wanted.examples, seed=wanted.seed
-        )
+        return sample(self.task, self.tokenizer, self.recipe.task.calibration, self.positions)
 
     @cached_property
     def task_rows(self) -> list[Row]:
@@ -157,10 +156,14 @@ class Job:
         return read_jsonl(self.recipe.task.train, where="task.train")[: self.recipe.task.examples]
 
     @cached_property
-    def task(self) -> TaskExamples:
-        """The task as prompts and completions."""
-        task = self.recipe.task
-        return task_examples(self.task_rows, prompt=task.prompt, completion=task.completion, where="task.train")
+    def task(self) -> Examples:
+        """The task as prompts and completions, or as texts with labels or scores."""
+        return read_task(self.recipe.task, self.task_rows)
+
+    @cached_property
+    def head(self) -> Head | None:
+        """The classification head, drawn with the run's seed where the base has none; None for a language model."""
+        return Head(self.task.names, self.seed) if isinstance(self.task, LabelledExamples) else None
 
     def config(self, name: str, dtype: torch.dtype) -> SFTConfig:
         """Make the trainer's config.
@@ -193,13 +196,15 @@ class Job:
         check_folder("store", self.store.folder)
         check_device(self.device)
         self._check_needs()
-        used = [Corpus("task.train", self.task_rows, self.task.prompts)]
+        used = [Corpus("task.train", self.task_rows, used_texts(self.task))]
         if self.recipe.knowledge is not None:
-            used.append(Corpus("knowledge.file", self.knowledge_rows, self.knowledge_texts))
+            texts = self.knowledge_texts if self.head is None else Texts(tuple(self.knowledge_texts)).whole
+            used.append(Corpus("knowledge.file", self.knowledge_rows, texts))
         for benchmark in self.recipe.evaluate:
             items = load_items(benchmark, Path())
+            check_benchmark(self.recipe.task.kind, self.task, benchmark, items)
             rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]
-            scored = Corpus(benchmark.where, rows, [item.prompt or item.text for item in items])
+            scored = Corpus(benchmark.where, rows, item_texts(items))
             for corpus in used:
                 refuse_overlap(corpus, scored)
         self.config("", torch.float32)
@@ -222,7 +227,9 @@ class Job:
     @cached_property
     def plan_inputs(self) -> dict[str, Any]:
         """What the plan is made from."""
-        task = {"task": self.task_calibration.fingerprint} if "task" in self.needs else {}
+        task: dict[str, Any] = {"task": self.task_calibration.fingerprint} if "task" in self.needs else {}
+        if self.head is not None:
+            task["head"] = self.head
         return task | {
             "model": self.base_fingerprint,
             "method": [self.method.name, self.method],

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -18,7 +18,10 @@ from pydantic import (
     StrictInt,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
+from transformers import TrainingArguments
+from trl import SFTConfig
 
 from keeptune import atlas
 from keeptune.adapter.anchor import Anchor
@@ -34,6 +37,7 @@ from keeptune.values import override_value, read_values, spelt_out
 
 __all__ = [
     "ExportSpec",
+    "Kind",
     "Knowledge",
     "Recipe",
     "Task",
@@ -46,6 +50,14 @@ __all__ = [
 ]
 
 
+Kind = Literal["completion", "classification", "regression"]
+# Keys that a kind needs, and those that it may have.
+_KIND_KEYS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "completion": (("prompt", "completion"), ()),
+    "classification": (("text", "label"), ("text_pair", "labels")),
+    "regression": (("text", "label"), ("text_pair",)),
+}
+_KINDS_KEYS = tuple(dict.fromkeys(key for keys in _KIND_KEYS.values() for part in keys for key in part))
 _Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 _Layer = Annotated[StrictInt, Field(ge=0)]
 
@@ -72,13 +84,44 @@ class TaskCalibration(_Section):
 
 
 class Task(_Section):
-    """What to learn: prompts and completions."""
+    """What to learn: prompts and completions, or texts with a label or a score each."""
 
     train: str
-    prompt: str
-    completion: str
+    kind: Kind = "completion"
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    labels: Annotated[list[str], Field(min_length=2)] | None = None
     examples: int | None = Field(None, ge=1)
     calibration: TaskCalibration = TaskCalibration()
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Task:
+        needed, allowed = _KIND_KEYS[self.kind]
+        given = [key for key in _KINDS_KEYS if getattr(self, key) is not None]
+        for key in given:
+            if key not in (*needed, *allowed):
+                raise RecipeError(
+                    f"recipe, key task.{key}",
+                    got=f"a key that kind {self.kind} does not use",
+                    wanted=f"the keys {', '.join((*needed, *allowed))}",
+                    next_step=f"Remove it, or set task.kind: {' or '.join(_KIND_KEYS)}.",
+                )
+        for key in needed:
+            if key not in given:
+                raise RecipeError(
+                    f"recipe, key task.{key}",
+                    got="nothing",
+                    wanted=f"a value, for kind {self.kind}",
+                    next_step=f"Add `{key}:` to the task, or set task.kind: {' or '.join(_KIND_KEYS)}.",
+                )
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise RecipeError(
+                "recipe, key task.labels", got=str(self.labels), wanted="different labels", next_step="Name each once."
+            )
+        return self
 
 
 class ExportSpec(_Section):
@@ -168,7 +211,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recip
     except ValidationError as error:
         raise _explain(error, where) from error
     make_method(recipe.method, seed=0)
-    check_arguments(recipe.train)
+    check_arguments(recipe.train, SFTConfig if recipe.task.kind == "completion" else TrainingArguments)
     names = [benchmark.name for benchmark in recipe.evaluate]
     for name in names:
         if names.count(name) > 1 or not re.fullmatch(r"[\w.-]+", name):

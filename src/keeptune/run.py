@@ -15,9 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.export import Exported, export, format_for
@@ -35,8 +33,8 @@ from keeptune.core.artefact import (
 from keeptune.core.errors import ArtefactError, TrainError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
-from keeptune.data.calibration import tokenize_calibration
 from keeptune.job import Job
+from keeptune.learning import probe_of, train_on
 from keeptune.model.load import load_model
 from keeptune.planning import plan_for, statistics_for
 from keeptune.recipe import Recipe
@@ -44,7 +42,6 @@ from keeptune.scoring import evaluate_stage, find_result
 from keeptune.search import settle
 from keeptune.stats.collect import Statistics
 from keeptune.summary import write_report
-from keeptune.train.trainer import train
 
 __all__ = ["export_stage", "plan_stage", "run", "start", "stats_stage", "train_stage"]
 
@@ -180,7 +177,7 @@ def train_stage(job: Job, plan: Plan) -> None:
     model = job.base()
     config = job.config(key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
-    loss = train(tuned, plan, job.tokenizer, job.task, config)
+    loss = train_on(job.task, tuned, plan, job.tokenizer, config)
     with atomic_directory(folder) as fresh:
         sha256 = None
         if plan.scope == "all":
@@ -195,6 +192,7 @@ def train_stage(job: Job, plan: Plan) -> None:
             "base": job.recipe.model,
             "arguments": job.recipe.train,
             "sha256": sha256,
+            "labels": None if job.head is None else list(job.head.labels),
             "loss": loss,
             "seconds": time.perf_counter() - started,
             "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
@@ -250,7 +248,7 @@ def export_stage(job: Job, plan: Plan) -> Exported:
         load_base=job.base,
         format=job.recipe.export.format,
         tokenizer=job.tokenizer,
-        probe=_probe(job),
+        probe=probe_of(job.task, job.tokenizer, min(256, job.positions or 256)),
         max_gap=job.recipe.export.max_gap,
     )
     write_json(folder / "export.json", {"key": key, "train": record["key"], **asdict(done)})
@@ -270,7 +268,7 @@ def load_trained(job: Job, plan: Plan, sha256: str | None) -> PreTrainedModel | 
     """
     folder = job.output / "trained"
     if plan.scope == "all":
-        return load_model(str(folder / "model"), dtype="float32", device=job.device)
+        return load_model(str(folder / "model"), dtype="float32", device=job.device, head=job.head)
     assert sha256 is not None
     tuned = install(job.base(), plan, anchor=job.recipe.anchor)
     assert isinstance(tuned, PeftModel)
@@ -290,14 +288,6 @@ def adapter_folder(job: Job, plan: Plan) -> Path:
     """
     format, _ = format_for(plan, job.recipe.export.format)
     return job.output / ("merged" if format == "merged" else "adapter")
-
-
-def _probe(job: Job) -> Tensor:
-    """Take the first task examples of one length, so that the check sees real text without padding."""
-    texts = [p + c for p, c in zip(job.task.prompts[:8], job.task.completions[:8], strict=True)]
-    tokens = tokenize_calibration(texts, job.tokenizer, max_length=256, where="task.train")
-    length = min(map(len, tokens.sequences))
-    return torch.tensor([sequence[:length] for sequence in tokens.sequences])
 
 
 def _holds(path: Path, value: Any) -> bool:

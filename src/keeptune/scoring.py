@@ -81,9 +81,9 @@ def load_pair(job: Job, folder: Path) -> ModelPair:
         The model before and after.
     """
     if (folder / "adapter_config.json").is_file():
-        check_base(folder, job.base_fingerprint)
+        check_base(folder, job.base_fingerprint, None if job.head is None else job.head.labels)
         return AdapterPair(load_adapter(job.base(), folder))
-    return TwoModels(job.base(), load_model(str(folder), dtype=job.recipe.dtype, device=job.device))
+    return TwoModels(job.base(), load_model(str(folder), dtype=job.recipe.dtype, device=job.device, head=job.head))
 
 
 def find_result(output: Path) -> Path:

@@ -11,7 +11,7 @@ import sys
 import types
 import typing
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
@@ -32,7 +33,7 @@ from keeptune.core.plan import Plan
 from keeptune.data.sft import TaskExamples
 from keeptune.train.attach import attach
 
-__all__ = ["check_arguments", "last_complete_checkpoint", "sft_config", "train"]
+__all__ = ["check_arguments", "fit", "last_complete_checkpoint", "sft_config", "train"]
 
 _log = logging.getLogger(__name__)
 _OURS = {"output_dir": "output", "resume_from_checkpoint": "output", "completion_only_loss": "task"}
@@ -48,11 +49,12 @@ _LEAST = {
 }
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def check_arguments(arguments: Mapping[str, Any], kind: type[TrainingArguments] = SFTConfig) -> dict[str, Any]:
     """Check the names and the plain values of the recipe's ``train`` section.
 
     Args:
         arguments: Any fields of ``SFTConfig`` (all of ``TrainingArguments`` among them).
+        kind: ``TrainingArguments`` allows its own fields and ``max_length`` only, as for a classifier.
 
     Returns:
         The section with numbers as numbers: ``"1e-4"`` in quotes is one too.
@@ -61,14 +63,16 @@ def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         RecipeError: A field does not exist, is keeptune's own, or has a wrong value.
     """
     hints = typing.get_type_hints(SFTConfig)
-    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    known = {field.name for field in dataclasses.fields(kind) if field.init} | {"max_length"}
     checked = {}
     for key, value in arguments.items():
         if key in _OURS or key not in known:
             raise RecipeError(
                 f"train.{key}",
                 got="a key that keeptune sets itself" if key in _OURS else "an unknown key",
-                wanted="a field of TRL's SFTConfig or Transformers' TrainingArguments",
+                wanted="a field of TRL's SFTConfig or Transformers' TrainingArguments"
+                if kind is SFTConfig
+                else "a field of Transformers' TrainingArguments, or max_length",
                 next_step=f"Use `{_OURS[key]}` instead."
                 if key in _OURS
                 else nearest(str(key), known).split(" Known")[0],
@@ -204,11 +208,26 @@ def train(
         DataError: No example has a completion within ``max_length``.
         ArtefactError: The disk is full.
     """
-    folder = Path(config.output_dir)
+    return fit(lambda: _trainer(model, plan, tokenizer, examples, config), Path(config.output_dir))
+
+
+def fit(make: Callable[[], Any], folder: Path) -> list[dict[str, float]]:
+    """Run a trainer from the last checkpoint that is whole, or from the start.
+
+    Args:
+        make: Makes the trainer.
+        folder: Where its checkpoints are.
+
+    Returns:
+        The loss curve: ``{"step": .., "loss": .., "learning_rate": ..}`` per logged step.
+
+    Raises:
+        ArtefactError: The disk is full.
+    """
     resume = last_complete_checkpoint(folder)
     if resume is not None:
         _log.info("training: going on from %s", resume)
-    trainer = _trainer(model, plan, tokenizer, examples, config)
+    trainer = make()
     with explain_full_disk(folder):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return [_point(row) for row in trainer.state.log_history if "loss" in row]
