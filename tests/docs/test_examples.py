@@ -52,3 +52,11 @@ def test_beyond_two_factors(tmp_path: Path) -> None:
     assert re.search(r"dora: peft of rank 8, gap \de[-+]0\d\n", out)
     assert re.search(r"kasa: loss \d+\.\d+, penalty 0\.\d*[1-9]\d*\n", out)
     assert re.search(r"kasa: portable, gap \de[-+]0\d\. To serve: .*--max-lora-rank 16 ", out)
+
+
+def test_encoder(tmp_path: Path) -> None:
+    out = run(tmp_path, "import encoder, pathlib; encoder.main(pathlib.Path('out'), steps=10)")
+    assert re.search(r"lora, relations-accuracy: 0\.\d\d\d -> 0\.\d\d\d, change \[[+-]", out)
+    assert re.search(r"lora-null, relations-matthews: -?0\.\d\d\d -> -?0\.\d\d\d", out)
+    assert "AutoModelForSequenceClassification.from_pretrained(" in out
+    assert (tmp_path / "out" / "report.html").is_file()
