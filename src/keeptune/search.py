@@ -98,12 +98,20 @@ def settle(job: Job) -> Settled:
         The method to plan with.
 
     Raises:
-        RecipeError: A search is needed, and there is no knowledge to weigh the task against.
+        RecipeError: A search is needed, and there is no knowledge to weigh the task against, or the model is a
+            classifier, whose knowledge no head can tell.
         DataError: There are too few task examples to hold some out.
     """
     method = job.method
     if not isinstance(method, Searched) or method.boundary != "auto":
         return Settled(method)
+    if job.head is not None:
+        raise RecipeError(
+            "method.boundary",
+            got=f"auto, with task.kind {job.recipe.task.kind}",
+            wanted="a number of blocks: what an encoder keeps of its knowledge cannot be scored by its head",
+            next_step="Give the boundary, an eighth to a quarter of the depth; of 12 blocks 2 or 3.",
+        )
     blocks = 1 + max(target.layer for target in find_targets(job.base()))
     candidates = method.candidates(blocks)
     if len(candidates) < 2:
@@ -180,6 +188,7 @@ def _slices(job: Job, wanted: int) -> _Slices:
             wanted="knowledge texts, which the search weighs against the task",
             next_step="Add `knowledge`, or give the boundary as a number of blocks.",
         )
+    assert isinstance(job.task, TaskExamples)
     count = len(job.task.prompts)
     held = min(wanted, count // 5)  # the rest must still teach the task
     if held < 1:
