@@ -20,12 +20,14 @@ from keeptune.adapter import export as exporting
 from keeptune.adapter.export import Exported, Format
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration, tokenize_calibration
+from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_calibration
 from keeptune.data.sft import TaskExamples, task_calibration
 from keeptune.evaluate.harness import evaluate as evaluate_one
 from keeptune.evaluate.pairs import ModelPair
 from keeptune.evaluate.results import BenchmarkResult
 from keeptune.evaluate.tasks import Benchmark
 from keeptune.methods.base import Method
+from keeptune.model.blocks import positions
 from keeptune.model.head import Head
 from keeptune.model.load import load_model
 from keeptune.planning import plan_for
@@ -41,7 +43,7 @@ def plan(
     method: Method[Any],
     *,
     knowledge: Sequence[str] | None = None,
-    task: Sequence[tuple[str, str]] | None = None,
+    task: Sequence[tuple[str, str]] | Sequence[tuple[str, float]] | None = None,
     targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     max_length: int = 1024,
@@ -55,10 +57,11 @@ def plan(
         tokenizer: Its tokenizer.
         method: Such as ``LoraNull(rank=8)``.
         knowledge: Texts that hold what the model should keep.
-        task: Prompts and completions, for methods that look at the task; all of them are used.
+        task: Prompts and completions, for methods that look at the task; all of them are used. Of a classifier texts
+            and labels (those of its config), or scores.
         targets: Roles, such as ``["q_proj", "down_proj"]``; None is all linear maps but the head.
         layers: Indices of the blocks to tune, such as ``[4, 5, 6, 7]``; None is all.
-        max_length: Texts are cut to this many tokens.
+        max_length: Texts are cut to this many tokens, or to the model's positions.
         store: Folder where statistics are kept for later plans; None keeps them for this call only.
         low_memory: Hold the covariance of one input group at a time.
 
@@ -68,14 +71,14 @@ def plan(
     Raises:
         PlanError: A role or a block does not exist, or an option does not fit a target.
         StatisticsError: The method needs knowledge or a task and none is given, or activations are not finite.
-        DataError: A text has no tokens.
+        DataError: A text has no tokens, or a label is not one of the classifier's.
     """
+    max_length = min(max_length, positions(model) or max_length)
     data: dict[DataRole, Calibration] = {}
     if knowledge is not None:
         data["knowledge"] = tokenize_calibration(knowledge, tokenizer, max_length=max_length, where="knowledge")
     if task is not None:
-        examples = TaskExamples(tuple(prompt for prompt, _ in task), tuple(completion for _, completion in task))
-        data["task"] = task_calibration(examples, tokenizer, max_length=max_length, examples=len(task), seed=0)
+        data["task"] = _task_calibration(Head.of(model), task, tokenizer, max_length)
     with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
         return plan_for(
             model,
@@ -87,6 +90,21 @@ def plan(
             low_memory=low_memory,
             provenance={"knowledge": None} | {role: tokens.fingerprint for role, tokens in data.items()},
         )
+
+
+def _task_calibration(
+    head: Head | None,
+    task: Sequence[tuple[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> Calibration:
+    read, said = (tuple(part) for part in zip(*task, strict=True))
+    if head is None:
+        examples = TaskExamples(read, said)
+        return task_calibration(examples, tokenizer, max_length=max_length, examples=len(task), seed=0)
+    labels = label_indices(said, head.labels, where="task") if head.labels else tuple(map(float, said))
+    labelled = LabelledExamples(Texts(read), labels, head.labels)
+    return labelled_calibration(labelled, tokenizer, max_length=max_length, examples=len(task), seed=0)
 
 
 def export(

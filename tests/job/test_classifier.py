@@ -115,6 +115,15 @@ def test_the_whole_job(make: Make, method: dict[str, Any], tmp_path: Path) -> No
     assert [labels[place] for place in logits.argmax(-1)] == [item["label_after"] for item in items]
 
 
+def test_farss_takes_gradients_of_the_classifiers_loss(make: Make, tmp_path: Path) -> None:
+    """And asks for the boundary, which its search could not score."""
+    farss = {"name": "farss", "rank": 4, "boundary": 1}
+    (entry,) = run(recipe_of(make(method=farss)))["methods"]
+    assert len({row["rank"] for row in entry["plan"]}) > 1
+    with pytest.raises(RecipeError, match=r"method\.boundary.*kind classification"):
+        run(recipe_of(make(method=farss | {"boundary": "auto"}, output=str(tmp_path / "auto"))))
+
+
 def test_the_task_is_learned(make: Make) -> None:
     given = make(train={"learning_rate": 1e-2, "num_train_epochs": 12, "per_device_train_batch_size": 16})
     (entry,) = run(recipe_of(given))["methods"]
