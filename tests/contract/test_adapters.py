@@ -328,8 +328,10 @@ def test_exactly_the_planned_parts_are_trained(
     check_frozen(model, plan)
     before = copies(model)
     train_steps(model, steps=2, everything=True)
-    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == trained_names(plan)
-    count = sum(before[name].numel() for name in trained_names(plan))
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == trained_names(
+        model, plan
+    )
+    count = sum(before[name].numel() for name in trained_names(model, plan) - head_parameters(model, plan))
     assert count == sum(t.trained_parameters for t in plan.targets)
 
 
@@ -352,7 +354,7 @@ def test_a_subspace_method_is_exported_merged_and_says_why(
     assert done.format == "merged"
     assert "not of low rank" in done.note
     assert done.note in caplog.text
-    again, base = load_model(str(tmp_path / "out")), world.base()
+    again, base = load_model(str(tmp_path / "out"), head=world.saved.head), world.base()
     assert off_by(logits(again, tokens(9)), logits(model, tokens(9))) < 1e-5
     for t in plan.targets:
         delta = again.get_parameter(f"{t.target.name}.weight") - base.get_parameter(f"{t.target.name}.weight")

@@ -10,6 +10,7 @@ from peft import OSFConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from keeptune.adapter.head import head_names, keep_precise, task_type
 from keeptune.core.plan import Plan
 
 __all__ = ["install_subspace", "subspace_change"]
@@ -26,7 +27,12 @@ def install_subspace(model: PreTrainedModel, plan: Plan) -> PeftModel:
         A ``PeftModel``.
     """
     frozen = {f"^{re.escape(t.target.name)}$": t.target.max_rank - t.decision.rank for t in plan.targets}
-    config = OSFConfig(task_type="CAUSAL_LM", target_modules=[t.target.name for t in plan.targets], rank_pattern=frozen)
+    config = OSFConfig(
+        task_type=task_type(plan),
+        target_modules=[t.target.name for t in plan.targets],
+        rank_pattern=frozen,
+        modules_to_save=list(head_names(plan)) or None,
+    )
     for target_plan in plan.targets:
         if target_plan.target.transposed:
             model.set_submodule(target_plan.target.name, _as_linear(model.get_submodule(target_plan.target.name)))
@@ -41,6 +47,7 @@ def install_subspace(model: PreTrainedModel, plan: Plan) -> PeftModel:
         for name, weight in weights.items():
             weight.data = originals[name]
     assert isinstance(wrapped, PeftModel)
+    keep_precise(wrapped, plan)
     return wrapped
 
 

@@ -210,7 +210,7 @@ def make_plan(
         options=json.loads(canonical_json(method)),  # as a saved plan has them: tuples are lists
         targets=tuple(built),
         scope=method.scope,
-        peft=dict(method.peft()) | ({"modules_to_save": list(head)} if head and method.scope == "adapter" else {}),
+        peft=dict(method.peft()) | ({"modules_to_save": list(head)} if head and method.scope != "all" else {}),
         training=_training(method),
         provenance=dict(provenance or {}) | ({"notes": notes} if notes else {}),
     )
