@@ -34,6 +34,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rank": 4, "variant": "farss-init", "labels": "sampled"},
     ],
     "kasa": [{"rank": 4}, {"rank": 4, "alpha": 6.0, "regularizer": "released"}],
+    "corda": [{"rank": 4, "mode": "kpm"}, {"rank": 4, "mode": "ipm", "alpha": 6.0}, {"rank": 4, "damping": 0.0}],
     "lora": [{"rank": 4}, {"rank": 4, "use_rslora": True, "alpha": 6.0}],
     "lora-fa": [{"rank": 4}, {"rank": 4, "optimizer": "preconditioned", "alpha": 6.0}],
     "lora-null": [
@@ -41,6 +42,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rank": 4, "variant": "v2"},
         {"rank": 4, "covariance": "released"},
     ],
+    "lora-ga": [{"rank": 4}, {"rank": 4, "factors": "peft", "direction": "A2rBr", "scale": "weight_svd"}],
     "milora": [{"rank": 4, "alpha": 6.0}],
     "olora": [{"rank": 4}, {"rank": 4, "alpha": 6.0}],
     "pissa": [{"rank": 4, "alpha": 6.0}, {"rank": 4, "svd": "fast", "niter": 2}],

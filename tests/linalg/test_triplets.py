@@ -8,7 +8,7 @@ from tests.methods.support import SHAPES, UNIQUE, WEIGHTS, normal, weight, with_
 from tests.models import relative
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
+from keeptune.core.errors import StatisticsError
 from keeptune.linalg.triplets import end_triplets, random_triplets
 
 End = Literal["top", "bottom"]
@@ -93,7 +93,7 @@ def test_a_matrix_of_zeros_has_orthonormal_vectors_and_zeros(end: End) -> None:
 def test_what_is_not_finite_is_refused_with_the_module(bad: float) -> None:
     M = normal(6, 9)
     M[2, 3] = bad
-    with pytest.raises(PlanError, match=r"model\.layers\.1\.up: got NaN or infinite"):
+    with pytest.raises(StatisticsError, match=r"model\.layers\.1\.up: got NaN or infinite"):
         end_triplets(M, 2, "top", "model.layers.1.up")
 
 

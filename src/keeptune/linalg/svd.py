@@ -22,11 +22,11 @@ def exact_svd(W: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
     Laws: ``U diag(S) Vᵀ == W``; ``UᵀU == V Vᵀ == I``; S descends; the largest entry of each ``u_i`` is positive.
 
     Args:
-        W: ``(m, n)``, float32.
+        W: ``(m, n)``, float32 or float64.
         where: The module's name, for messages.
 
     Returns:
-        ``U (m, k)``, ``S (k,)`` descending, ``Vᵀ (k, n)`` with k = min(m, n), float32.
+        ``U (m, k)``, ``S (k,)`` descending, ``Vᵀ (k, n)`` with k = min(m, n), in W's dtype.
 
     Raises:
         StatisticsError: W is NaN or infinite somewhere.
@@ -41,7 +41,7 @@ def exact_svd(W: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = _patient_svd(W, where)
     largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
-    return (U * signs).float(), S.float(), (Vh * signs.T).float()
+    return (U * signs).to(W.dtype), S.to(W.dtype), (Vh * signs.T).to(W.dtype)
 
 
 def _patient_svd(W: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
+from keeptune.core.errors import StatisticsError
 from keeptune.linalg.eigen import bottom_eigenvectors, canonical_signs
-from keeptune.linalg.svd import projected_svd
+from keeptune.linalg.svd import exact_svd, projected_svd
 
 __all__ = ["end_triplets", "random_triplets"]
 
@@ -36,7 +36,7 @@ def end_triplets(M: Tensor, r: int, end: Literal["top", "bottom"], where: str) -
         ``U (m, r)``, ``S (r,)`` and ``Vᵀ (r, n)``, float64, the largest entry of each column of U positive.
 
     Raises:
-        PlanError: M is not finite.
+        StatisticsError: M is not finite.
         ValueError: r is out of range.
     """
     if M.shape[0] < M.shape[1]:
@@ -49,13 +49,13 @@ def _end(M: Tensor, r: int, end: Literal["top", "bottom"], where: str) -> tuple[
     M = M.double()
     gram = M.T @ M
     if not bool(torch.isfinite(gram.diagonal()).all()):
-        raise PlanError(
+        raise StatisticsError(
             where, got="NaN or infinite entries", wanted="finite ones", next_step="Check the module's weights and data."
         )
     U, S, Vh = projected_svd(M, bottom_eigenvectors(-gram if end == "top" else gram, r)[1])
     if bool(S[-1] <= _RESOLVED * gram.trace().sqrt()):
         # The left vectors of zeros cannot be had from M V = 0.
-        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        U, S, Vh = exact_svd(M, where)
         keep = slice(0, r) if end == "top" else slice(len(S) - r, None)
         return U[:, keep], S[keep], Vh[keep]
     return U, S, Vh

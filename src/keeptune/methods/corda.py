@@ -1,0 +1,147 @@
+"""CorDA: choose the directions of W by what they do to the inputs, not by their size in W alone.
+
+Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware
+Parameter-Efficient Fine-tuning", NeurIPS 2024.
+
+    C = E[x xᵀ]                                   inputs on chosen data             (1)
+    W C = U S Vᵀ                                                                    (2)
+    W = Σ_i u_i s_i (v_iᵀ C⁻¹)                                                      (3)
+    B = U_r sqrt(S_r),  A = sqrt(S_r) V_rᵀ C⁻¹                                      (4)
+    W' = W - B A                                  frozen                            (5)
+
+``kpm`` (knowledge-preserved mode) takes the last r with C from knowledge: what they write is smallest there.
+``ipm`` (instruction-previewed mode) takes the first r with C from the task.
+
+No inverse is needed: V_rᵀ C⁻¹ = S_r⁻¹ U_rᵀ W, so that B A = U_r U_rᵀ W, whatever C's condition. (2) is done in
+float64: in float32 the last r of a falling spectrum are rounding noise.
+
+The paper adds to C's diagonal 0.01 of its mean, and doubles that until C can be inverted; ``damping`` is that share,
+never doubled. C is divided by its mean variance first: B A does not depend on C's size, but the paper's balance of B
+and A does, and so would change with the units of the inputs. Where s_i is below 1e-4 of what W holds along u_i
+(possible without damping only), 1e-4 stands in for it in (4): A stays bounded and B A the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from keeptune.core.errors import PlanError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.target import Target
+from keeptune.linalg.triplets import end_triplets
+from keeptune.methods.base import allot_rank, check_scaling, dropout_field
+from keeptune.stats.collect import StatsView
+from keeptune.stats.covariance import InputCovariance
+from keeptune.stats.request import Request
+
+__all__ = ["Corda", "conditioned", "oriented_factors"]
+
+_LEAST_GAIN = 1e-4
+
+
+def conditioned(C: Tensor, damping: float) -> Tensor:
+    """Divide by the mean variance and add to the diagonal.
+
+    Law: ``conditioned(c C, d) == conditioned(C, d)`` for c > 0; the identity for inputs that are all zero.
+
+    Args:
+        C: ``(n, n)``.
+        damping: Share of the mean variance.
+
+    Returns:
+        ``(n, n)``, float64.
+    """
+    C = C.double()
+    mean, eye = C.diagonal().mean(), torch.eye(len(C), dtype=torch.float64, device=C.device)
+    return C / mean + damping * eye if mean > 0 else eye
+
+
+def oriented_factors(W: Tensor, C: Tensor, r: int, end: Literal["top", "bottom"], where: str) -> tuple[LowRank, Tensor]:
+    """Split the part of W that writes into r left singular vectors of ``W C`` (2-4).
+
+    Laws: ``B A == U_r U_rᵀ W``; ``B == U_r sqrt(S_r)``; for C = I the balanced triplets of W.
+
+    Args:
+        W: ``(m, n)``.
+        C: ``(n, n)``, float64.
+        r: How many.
+        end: The largest or the smallest.
+        where: The module's name, for error messages.
+
+    Returns:
+        The factors, float32, and S ``(r,)``, descending, float64.
+    """
+    W = W.double()
+    U, S, _ = end_triplets(W @ C, r, end, where)
+    part = U.T @ W
+    root = torch.maximum(S, _LEAST_GAIN * part.norm(dim=1)).sqrt()
+    return LowRank(B=(U * root).float(), A=(part / root.clamp_min(1e-150)[:, None]).float()), S
+
+
+@dataclass(frozen=True)
+class Corda:
+    """CorDA.
+
+    Args:
+        rank: r, at every target.
+        mode: ``"kpm"`` keeps knowledge and needs knowledge data; ``"ipm"`` learns fast and needs task data.
+        alpha: Scale numerator; None is r, the paper's scale of 1.
+        dropout: Dropout before A, during training.
+        damping: Added to C's diagonal, as a share of its mean; 0.01 in the paper.
+    """
+
+    name: ClassVar[str] = "corda"
+    paper: ClassVar[str] = "Yang et al., CorDA, NeurIPS 2024"
+    scope: ClassVar[Scope] = "adapter"
+
+    rank: int = 8
+    mode: Literal["kpm", "ipm"] = "kpm"
+    alpha: float | None = None
+    dropout: float = 0.0
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse alpha, dropout or damping out of range with a PlanError."""
+        check_scaling(self.alpha, self.dropout)
+        if not 0 <= self.damping < float("inf"):
+            raise PlanError("method.damping", got=str(self.damping), wanted="0 or more", next_step="Correct the value.")
+
+    @property
+    def _request(self) -> Request:
+        return InputCovariance("knowledge" if self.mode == "kpm" else "task")
+
+    def requests(self, target: Target) -> frozenset[Request]:
+        """Need the input covariance on knowledge (kpm) or on the task (ipm)."""
+        return frozenset({self._request})
+
+    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
+        """Treat all targets alike."""
+
+    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
+        """Give every target the same rank."""
+        return {target: allot_rank(target, self.rank, self.name) for target in scores}
+
+    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
+        """Decompose W C and split W along its left singular vectors (1-4)."""
+        C = stats.derive(self._request, conditioned, self.damping).to(weight.device)
+        end: Literal["top", "bottom"] = "bottom" if self.mode == "kpm" else "top"
+        init, S = oriented_factors(weight, C, decision.rank, end, target.name)
+        scale = 1.0 if self.alpha is None else self.alpha / decision.rank
+        return TargetPlan(
+            target=target,
+            decision=decision,
+            init=LowRank(B=init.B / scale**0.5, A=init.A / scale**0.5),
+            scale=scale,
+            trainable=frozenset({"A", "B"}),
+            evidence={"oriented_singular_values": S.float()},
+        )
+
+    def peft(self) -> Mapping[str, Any]:
+        """Hand dropout to PEFT."""
+        return dropout_field(self.dropout)
