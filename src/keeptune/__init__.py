@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from keeptune.core.plan import Plan
     from keeptune.evaluate.pairs import AdapterPair, TwoModels
     from keeptune.evaluate.tasks import Benchmark
+    from keeptune.methods.corda import Corda
     from keeptune.methods.dora import Dora
+    from keeptune.methods.eva import Eva
     from keeptune.methods.farss import Farss
     from keeptune.methods.full import Full
     from keeptune.methods.kasa import Kasa
     from keeptune.methods.lora import Lora
     from keeptune.methods.lora_fa import LoraFA
+    from keeptune.methods.lora_ga import LoraGA
     from keeptune.methods.lora_null import LoraNull
     from keeptune.methods.mica import Mica
     from keeptune.methods.milora import Milora
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterPair",
     "Benchmark",
+    "Corda",
     "Dora",
+    "Eva",
     "Farss",
     "Full",
     "Guard",
@@ -39,6 +44,7 @@ __all__ = [
     "KeeptuneError",
     "Lora",
     "LoraFA",
+    "LoraGA",
     "LoraNull",
     "LowRank",
     "Mica",
@@ -58,7 +64,9 @@ __all__ = [
 _HOMES = {
     "AdapterPair": "evaluate.pairs",
     "Benchmark": "evaluate.tasks",
+    "Corda": "methods.corda",
     "Dora": "methods.dora",
+    "Eva": "methods.eva",
     "Farss": "methods.farss",
     "Full": "methods.full",
     "Guard": "train.guard",
@@ -66,6 +74,7 @@ _HOMES = {
     "KeeptuneError": "core.errors",
     "Lora": "methods.lora",
     "LoraFA": "methods.lora_fa",
+    "LoraGA": "methods.lora_ga",
     "LoraNull": "methods.lora_null",
     "LowRank": "core.low_rank",
     "Mica": "methods.mica",

@@ -172,9 +172,9 @@ def by_peft(bench: Bench, rho: float, alpha: int) -> dict[str, Any]:
     return {n.removeprefix(prefix): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
-@pytest.mark.parametrize("rho", [1.0, 2.0])
-def test_ranks_scale_and_subspaces_are_pefts(rho: float, tmp_path: Path) -> None:
-    """From one batch, where PEFT's incremental components are exact; it too centres, and leaves padding out."""
+@pytest.mark.parametrize(("rho", "bound"), [(1.0, 0.2), (2.0, 0.02)])
+def test_ranks_scale_and_subspaces_are_pefts(rho: float, bound: float, tmp_path: Path) -> None:
+    """From one batch; PEFT too centres, and leaves padding out. Its SVD is a randomised one of 2 rho rank vectors."""
     bench = Bench(MODELS["llama"](), tmp_path, roles=["q_proj", "o_proj", "up_proj", "down_proj"])
     plan = bench.plan(Eva(rank=R, rho=rho, alpha=6.0))
     layers = by_peft(bench, rho, 6)
@@ -183,7 +183,7 @@ def test_ranks_scale_and_subspaces_are_pefts(rho: float, tmp_path: Path) -> None
         layer, A = layers[target_plan.target.name], target_plan.init.A
         theirs = layer.lora_A["default"].weight.detach()
         assert layer.scaling["default"] == pytest.approx(target_plan.scale)
-        assert relative(A.T @ A, theirs.T @ theirs) < 0.02  # PEFT's SVD is a randomised one
+        assert relative(A.T @ A, theirs.T @ theirs) < bound
 
 
 def test_targets_that_share_an_input_get_pefts_ranks_between_them(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from keeptune.adapter.anchor import subtract
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.methods.lora_ga import LoraGa
+from keeptune.methods.lora_ga import LoraGA
 from keeptune.stats.gradient import WeightGradient
 
 R = 4
@@ -33,7 +33,7 @@ def gradient(shape: str) -> Tensor:
 
 
 def planned(W: Tensor, G: Tensor, **options: Any) -> Any:
-    return built(LoraGa(**{"rank": R} | options), W, stats=GivenStats({GRADIENT: G}))
+    return built(LoraGA(**{"rank": R} | options), W, stats=GivenStats({GRADIENT: G}))
 
 
 def by_peft(W: Tensor, G: Tensor, alpha: float, **options: Any) -> tuple[LowRank, Tensor, float]:
@@ -123,14 +123,14 @@ def test_random_directions_are_the_seeds_and_the_targets(shape: str) -> None:
     torch.manual_seed(9)
     assert torch.equal(planned(W, G, direction="random").init.A, first)
     assert not torch.equal(planned(W, G, direction="random", seed=1).init.A, first)
-    method = LoraGa(rank=R, direction="random")
+    method = LoraGA(rank=R, direction="random")
     assert not torch.equal(built(method, W, stats=GivenStats({GRADIENT: G}), name="h.1.up").init.A, first)
 
 
 def test_a_target_without_a_gradient_is_left_alone_and_said(caplog: pytest.LogCaptureFixture) -> None:
     W = weight("random")
     one, other = target_of(W), target_of(W, "h.1.up")
-    method = LoraGa(rank=R)
+    method = LoraGA(rank=R)
     with caplog.at_level(logging.WARNING):
         score = method.score(other, W, GivenStats({GRADIENT: torch.zeros_like(W)}))  # type: ignore[arg-type]
         decisions = method.allocate({one: 1.0, other: score})
@@ -147,9 +147,9 @@ def test_a_gradient_of_small_rank_gives_orthonormal_factors_all_the_same() -> No
 
 def test_twice_the_rank_must_fit_the_target() -> None:
     target = target_of(weight("random"))
-    assert LoraGa(rank=8).allocate({target: 1.0})[target].rank == 8
+    assert LoraGA(rank=8).allocate({target: 1.0})[target].rank == 8
     with pytest.raises(PlanError, match=r"2 x rank.*h\.0\.up: got rank 18, wanted 1 to 16"):
-        LoraGa(rank=9).allocate({target: 1.0})
+        LoraGA(rank=9).allocate({target: 1.0})
 
 
 @pytest.mark.parametrize(
@@ -158,18 +158,18 @@ def test_twice_the_rank_must_fit_the_target() -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, float], where: str) -> None:
     with pytest.raises(PlanError, match=rf"method\.{where}"):
-        LoraGa(**options)  # type: ignore[arg-type]
+        LoraGA(**options)  # type: ignore[arg-type]
 
 
 def test_dropout_is_handed_to_peft() -> None:
-    assert LoraGa(dropout=0.05).peft() == {"lora_dropout": 0.05}
+    assert LoraGA(dropout=0.05).peft() == {"lora_dropout": 0.05}
 
 
 @pytest.mark.parametrize("architecture", MODELS)
 def test_the_gradient_is_that_of_the_summed_loss(architecture: str, tmp_path: Path) -> None:
     """The span of A and B is that of autograd's gradient, one text at a time."""
     bench = Bench(MODELS[architecture](), tmp_path / "store")
-    plan = bench.plan(LoraGa(rank=R, scale="unit"))
+    plan = bench.plan(LoraGA(rank=R, scale="unit"))
     model, task = bench.model, bench.task
     assert task.prompts is not None
     model.requires_grad_(True)

@@ -34,14 +34,14 @@ from keeptune.stats.collect import StatsView
 from keeptune.stats.gradient import WeightGradient
 from keeptune.stats.request import Request
 
-__all__ = ["LoraGa"]
+__all__ = ["LoraGA"]
 
 _log = logging.getLogger(__name__)
 _GRADIENT = WeightGradient("task", labels="true")
 
 
 @dataclass(frozen=True)
-class LoraGa:
+class LoraGA:
     """LoRA-GA.
 
     Args:
