@@ -172,18 +172,21 @@ def by_peft(bench: Bench, rho: float, alpha: int) -> dict[str, Any]:
     return {n.removeprefix(prefix): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
-@pytest.mark.parametrize(("rho", "bound"), [(1.0, 0.2), (2.0, 0.02)])
-def test_ranks_scale_and_subspaces_are_pefts(rho: float, bound: float, tmp_path: Path) -> None:
-    """From one batch; PEFT too centres, and leaves padding out. Its SVD is a randomised one of 2 rho rank vectors."""
+@pytest.mark.parametrize(("rho", "sharp"), [(1.0, 2), (2.0, 4)])
+def test_ranks_scale_and_subspaces_are_pefts(rho: float, sharp: int, tmp_path: Path) -> None:
+    """From one batch; PEFT too centres, and leaves padding out.
+
+    Its SVD is a randomised one of 2 rho rank vectors, of which the first quarter are sharp enough.
+    """
     bench = Bench(MODELS["llama"](), tmp_path, roles=["q_proj", "o_proj", "up_proj", "down_proj"])
     plan = bench.plan(Eva(rank=R, rho=rho, alpha=6.0))
     layers = by_peft(bench, rho, 6)
     assert {t.target.name: t.decision.rank for t in plan.targets} == {n: m.r["default"] for n, m in layers.items()}
     for target_plan in plan.targets:
-        layer, A = layers[target_plan.target.name], target_plan.init.A
-        theirs = layer.lora_A["default"].weight.detach()
+        layer, A = layers[target_plan.target.name], target_plan.init.A[:sharp]
+        theirs = layer.lora_A["default"].weight.detach()[:sharp]
         assert layer.scaling["default"] == pytest.approx(target_plan.scale)
-        assert relative(A.T @ A, theirs.T @ theirs) < bound
+        assert relative(A.T @ A, theirs.T @ theirs) < 0.1
 
 
 def test_targets_that_share_an_input_get_pefts_ranks_between_them(tmp_path: Path) -> None:
