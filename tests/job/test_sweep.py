@@ -120,11 +120,11 @@ def test_dry_run_lists_the_points_and_writes_nothing(
 
 def test_points_set_sections_before_parts_and_do_not_leak(write: Callable[..., Path]) -> None:
     points = [
-        {"name": "a", "method.rank": 2, "method": "lora-null", "targets": ["q_proj"]},
         {"name": "b", "train.weight_decay": 0.1},
+        {"name": "a", "method.rank": 2, "method": "lora-null", "targets": ["q_proj"]},
     ]
     loaded = load_sweep(write(points, seeds=[4]))
-    a, b = (point.recipes[4] for point in loaded.points)
+    b, a = (point.recipes[4] for point in loaded.points)
     assert a.method == {"name": "lora-null", "rank": 2}
     assert b.method["name"] == "lora"
     assert (a.targets, b.targets) == (["q_proj"], None)

@@ -13,8 +13,9 @@ from matplotlib.text import Annotation
 
 from keeptune.report import details, plots
 from keeptune.report.html import render_html
+from keeptune.report.placing import Label, place
 from keeptune.report.records import parse_report
-from keeptune.report.style import looks
+from keeptune.report.style import looks, page, themed
 from keeptune.report.verdict import verdict
 
 NAMES = [f"method-{letter}" for letter in "abcdefghijklmnop"]
@@ -60,6 +61,18 @@ def test_labels_do_not_overlap_and_far_ones_have_a_line(many: dict[str, Any]) ->
     assert all(gap(name, name) <= min(gap(name, other) for other in NAMES) for name in alone)
 
 
+def test_a_label_keeps_away_from_the_points_of_others() -> None:
+    with themed():
+        figure = page(6.0, 4.0)
+        axes = figure.subplots()
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        figure.draw_without_rendering()
+        place(axes, [Label(50, 50, "left", "black"), Label(53, 50, "right", "black")], [])
+    one, two = (item for item in axes.texts if isinstance(item, Annotation))
+    assert one.xyann[0] < 0 < two.xyann[0], "each on its own side, although no marker was said to be in the way"
+
+
 def test_losses_end_at_labels_in_their_order(many: dict[str, Any]) -> None:
     figure = plots.loss_curves(many)
     assert figure is not None
@@ -80,9 +93,9 @@ def test_the_verdict_counts_what_it_cannot_name(make: Callable[..., dict[str, An
     assert "no clear difference to tied (2.0), and clearly less than 16 others" in verdict(report)
     report = make(("a", 0.8, 0.9), *((name, 0.8, 0.5) for name in NAMES))
     assert "a (0.900) is clearly ahead of 16 others" in verdict(report)
-    page = render_html(many)
-    assert "<li>" not in page
-    assert "raw values" not in page
+    text = render_html(many)
+    assert "<li>" not in text
+    assert "raw values" not in text
 
 
 def test_options_tell_the_common_from_the_rare(many: dict[str, Any]) -> None:
@@ -92,9 +105,9 @@ def test_options_tell_the_common_from_the_rare(many: dict[str, Any]) -> None:
     assert grid.heads == ("method", "train.learning rate", "its own")
     assert grid.rows[0] == ("method-a", "0.0001", "–")
     assert grid.rows[3] == ("method-d", "0.001", "beta 2")
-    page = render_html(many)
-    assert "The same for all: rank 8." in page
-    assert re.search(r'<td class="path">beta 2</td>', page)
+    text = render_html(many)
+    assert "The same for all: rank 8." in text
+    assert re.search(r'<td class="path">beta 2</td>', text)
 
 
 def test_options_of_one_method_and_of_none(minimal: dict[str, Any]) -> None:

@@ -57,6 +57,7 @@ def test_one_seed_shows_the_interval_of_the_items() -> None:
     assert figure is not None
     bars = [numpy.asarray(line.get_ydata()).tolist() for line in figure.axes[1].lines]
     assert pytest.approx([0.8, 1.0]) in bars
+    assert pytest.approx([0.35, 0.55]) in bars
 
 
 def test_full_fine_tuning_without_x_is_a_level_and_other_points_make_categories() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
@@ -12,8 +11,6 @@ from matplotlib.transforms import Bbox
 from keeptune.report.style import MANY
 
 __all__ = ["Label", "place", "point_box", "spread"]
-
-_ROUNDS: Final = 3  # a label placed early may give way to the later ones
 
 
 @dataclass(frozen=True)
@@ -52,22 +49,17 @@ def place(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox]) -> None:
     """
     points = [(float(x), float(y)) for x, y in (axes.transData.transform((label.x, label.y)) for label in labels)]
     sizes = [_size(axes, label) for label in labels]
-    spots: dict[int, tuple[float, float]] = {}
-    for _ in range(_ROUNDS if len(labels) > 1 else 1):
-        for index in range(len(labels)):
-            busy = [*taken, *(_box(axes, points[at], sizes[at], spot) for at, spot in spots.items() if at != index)]
-            spots[index] = min(
-                _places(),
-                key=lambda spot: (
-                    _cost(box := _box(axes, points[index], sizes[index], spot), axes, busy)
-                    + _far(spot)
-                    + _confusion(box, points, index)
-                ),
-            )
+    busy = list(taken)
     for index, label in enumerate(labels):
-        across, up = best = spots[index]
+
+        def weigh(spot: tuple[float, float], at: int = index) -> float:
+            box = _box(axes, points[at], sizes[at], spot)
+            return _cost(box, axes, busy) + _far(spot) + _confusion(box, points, at)
+
+        across, up = best = min(_places(), key=weigh)
+        box = _box(axes, points[index], sizes[index], best)
         distant = _far(best) > (30 if len(labels) <= MANY else 14)
-        distant |= _confusion(_box(axes, points[index], sizes[index], best), points, index) > 0
+        distant |= _confusion(box, points, index) > 0
         axes.annotate(
             label.text,
             (label.x, label.y),
@@ -82,6 +74,7 @@ def place(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox]) -> None:
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": label.colour, "lw": 0.6, "shrinkB": 5} if distant else None,
         )
+        busy.append(box)
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
