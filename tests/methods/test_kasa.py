@@ -141,6 +141,15 @@ def test_the_diagonal_is_trained_and_kept_by_peft(tmp_path: Path) -> None:
             assert not torch.equal(value, plan[name.removesuffix(".diag")].vectors["diag"])
 
 
+def test_the_diagonal_is_frozen_and_unfrozen_with_the_factors(tmp_path: Path) -> None:
+    model = installed(planned(tmp_path))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_diag" in name for name in trained)
+    with model.disable_adapter():
+        assert not any(p.requires_grad for p in model.parameters())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+
 # Regularisers
 
 

@@ -299,11 +299,12 @@ def test_a_trainer_without_what_the_plan_asks_for_does_not_start(trainer: str, t
     made.train()
 
 
-def test_attaching_twice_adds_nothing(lora: Plan, tmp_path: Path) -> None:
-    made = trl_trainer(tuned(lora), tmp_path)
-    attach(made, lora)
+def test_attaching_twice_adds_nothing(tmp_path: Path) -> None:
+    plan = planned(Kasa(rank=2))
+    made = trl_trainer(tuned(plan), tmp_path)
+    attach(made, plan)
     before = (made.compute_loss, made.log, len(made.callback_handler.callbacks))
-    attach(made, lora)
+    attach(made, plan)
     assert (made.compute_loss, made.log, len(made.callback_handler.callbacks)) == before
 
 
