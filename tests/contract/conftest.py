@@ -19,7 +19,8 @@ from keeptune.methods.base import methods
 
 # The options a method is checked with; one that is not listed is checked with its defaults at rank 4.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "dora": [{"rank": 4}, {"rank": 4, "use_rslora": True, "alpha": 6.0}],
+    "corda": [{"rank": 4, "mode": "kpm"}, {"rank": 4, "mode": "ipm", "alpha": 6.0}, {"rank": 4, "damping": 0.0}],
+    "dora": [{"rank": 4, "use_rslora": True, "alpha": 6.0}],
     "farss": [
         {"rank": 4, "boundary": 1, "r_max": 4, "r_avg": 3},
         {
@@ -33,10 +34,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         },
         {"rank": 4, "variant": "farss-init", "labels": "sampled"},
     ],
-    "kasa": [{"rank": 4}, {"rank": 4, "alpha": 6.0, "regularizer": "released"}],
-    "corda": [{"rank": 4, "mode": "kpm"}, {"rank": 4, "mode": "ipm", "alpha": 6.0}, {"rank": 4, "damping": 0.0}],
+    "kasa": [{"rank": 4, "alpha": 6.0, "regularizer": "released"}],
     "lora": [{"rank": 4}, {"rank": 4, "use_rslora": True, "alpha": 6.0}],
-    "lora-fa": [{"rank": 4}, {"rank": 4, "optimizer": "preconditioned", "alpha": 6.0}],
+    "lora-fa": [{"rank": 4, "optimizer": "preconditioned", "alpha": 6.0}],
     "lora-null": [
         {"rank": 4, "variant": "v1"},
         {"rank": 4, "variant": "v2"},
