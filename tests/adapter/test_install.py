@@ -289,3 +289,19 @@ def test_a_plan_for_another_model_is_refused_and_the_model_left_alone(other: Cal
         install(model, handmade_plan(MODELS["llama"]()))
     assert copies(model).keys() == before.keys()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_the_head_of_a_16_bit_classifier_is_trained_in_float32() -> None:
+    """A step of 1e-4 on weights around 0.5 would round away in bfloat16."""
+    base = MODELS["roberta"](dtype=torch.bfloat16)
+    wanted = logits(base, tokens())
+    plan = handmade_plan(base, anchored=False)
+    model = install(base, plan)
+    assert isinstance(model, PeftModel)
+    assert relative(logits(model, tokens()), wanted) < 1e-2
+    before = trained_head(model, plan)
+    assert {p.dtype for name, p in model.named_parameters() if p.requires_grad} == {torch.float32}
+    train_steps(model, steps=1, rate=1e-4)
+    for name, value in trained_head(model, plan).items():
+        moved = (value - before[name]).abs()
+        assert float((moved > 5e-5).float().mean()) > 0.9, name
