@@ -115,6 +115,28 @@ def test_the_whole_job(make: Make, method: dict[str, Any], tmp_path: Path) -> No
     assert [labels[place] for place in logits.argmax(-1)] == [item["label_after"] for item in items]
 
 
+@pytest.mark.parametrize(
+    ("method", "format", "result"),
+    [
+        ({"name": "dora", "rank": 4}, "portable", "merged"),
+        ({"name": "dora", "rank": 4}, "peft", "adapter"),
+        ({"name": "kasa", "rank": 4, "beta": 0.01, "gamma": 0.01}, "portable", "adapter"),
+        ({"name": "lora-fa", "rank": 4, "optimizer": "preconditioned"}, "portable", "adapter"),
+        ({"name": "osf"}, "portable", "merged"),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else value,
+)
+def test_what_is_more_than_two_factors_is_trained_with_the_head_and_exported_with_it(
+    make: Make, method: dict[str, Any], format: str, result: str, tmp_path: Path
+) -> None:
+    """Every export is checked on a freshly loaded base, its head included."""
+    (entry,) = run(recipe_of(make(method=method, export={"format": format})))["methods"]
+    assert Path(entry["adapter"]) == tmp_path / "out" / result
+    assert entry["export_relative_gap"] < 1e-4
+    accuracy = next(b for b in entry["benchmarks"] if b["name"] == "accuracy")
+    assert accuracy["after"] != accuracy["before"]
+
+
 def test_farss_takes_gradients_of_the_classifiers_loss(make: Make, tmp_path: Path) -> None:
     """And asks for the boundary, which its search could not score."""
     farss = {"name": "farss", "rank": 4, "boundary": 1}
