@@ -39,4 +39,5 @@ def symmetric(total: Tensor) -> Tensor:
     Returns:
         The symmetric matrix, ``(n, n)``.
     """
-    return torch.triu(total) + torch.triu(total, 1).T
+    upper = torch.triu(total)
+    return upper.add_(torch.triu(total, 1).T)

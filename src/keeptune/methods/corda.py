@@ -57,9 +57,12 @@ def conditioned(C: Tensor, damping: float) -> Tensor:
     Returns:
         ``(n, n)``, float64.
     """
-    C = C.double()
-    mean, eye = C.diagonal().mean(), torch.eye(len(C), dtype=torch.float64, device=C.device)
-    return C / mean + damping * eye if mean > 0 else eye
+    C = C.to(torch.float64, copy=True)
+    if not C.any():
+        return torch.eye(len(C), dtype=torch.float64, device=C.device)
+    C /= C.diagonal().mean()
+    C.diagonal().add_(damping)
+    return C
 
 
 def oriented_factors(W: Tensor, C: Tensor, r: int, end: Literal["top", "bottom"], where: str) -> tuple[LowRank, Tensor]:

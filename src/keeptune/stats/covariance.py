@@ -154,7 +154,10 @@ class CovarianceAccumulator:
             StatisticsError: No token was seen, or a row was NaN or infinite.
         """
         need_tokens(self.tokens, module)
-        return finite(symmetric(self.total / self.tokens).float().cpu(), module)
+        mean = torch.empty_like(self.total, dtype=torch.float32)
+        for start in range(0, len(mean), 256):  # a float64 copy of the whole would be the peak of memory
+            mean[start : start + 256] = self.total[start : start + 256] / self.tokens
+        return finite(symmetric(mean).cpu(), module)
 
 
 @dataclass
