@@ -141,7 +141,7 @@ def collect(
     *,
     model_fingerprint: str,
     sites_at_once: int | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 1024,
 ) -> Statistics:
     """Compute the statistics that are requested and not in the store yet.
 
