@@ -60,3 +60,12 @@ def test_encoder(tmp_path: Path) -> None:
     assert re.search(r"lora-null, relations-matthews: -?0\.\d\d\d -> -?0\.\d\d\d", out)
     assert "AutoModelForSequenceClassification.from_pretrained(" in out
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_starting_points(tmp_path: Path) -> None:
+    out = run(tmp_path, "import starting_points, pathlib; starting_points.main(pathlib.Path('out'), steps=6)")
+    for name in ("milora", "corda"):
+        found = re.search(rf"{name}: loss (\d\.\d+) -> (\d\.\d+)", out)
+        assert found is not None
+        assert float(found[2]) < float(found[1]) - 0.1, "the task is learned"
+        assert (tmp_path / "out" / name / "adapter_model.safetensors").is_file()
