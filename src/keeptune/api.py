@@ -63,7 +63,7 @@ def plan(
         layers: Indices of the blocks to tune, such as ``[4, 5, 6, 7]``; None is all.
         max_length: Texts are cut to this many tokens, or to the model's positions.
         store: Folder where statistics are kept for later plans; None keeps them for this call only.
-        low_memory: Hold the covariance of one input group at a time.
+        low_memory: Hold no more covariances at a time than take the memory of the largest.
 
     Returns:
         The plan, for :func:`keeptune.install`.

@@ -63,7 +63,7 @@ def statistics_for(
         roles: Roles of the targets; None is all linear maps but the head.
         layers: Blocks of the targets; None is all.
         fingerprint: Of the model's weights, if it is known already.
-        low_memory: Hold the covariance of one input group at a time, at one pass over the data per group.
+        low_memory: Hold no more covariances at a time than take the memory of the largest; it takes more passes.
 
     Returns:
         The targets and access to their statistics; experts that no token reached are left out.
@@ -81,7 +81,7 @@ def statistics_for(
         data,
         store,
         model_fingerprint=fingerprint or body_fingerprint(model),
-        sites_at_once=1 if low_memory else None,
+        low_memory=low_memory,
     )
     return [target for target in targets if target.name not in statistics.unseen], statistics
 
@@ -108,7 +108,7 @@ def plan_for(
         roles: Roles of the targets; None is all linear maps but the head.
         layers: Blocks of the targets; None is all.
         fingerprint: Of the model's weights, if it is known already.
-        low_memory: Hold the covariance of one input group at a time.
+        low_memory: Hold no more covariances at a time than take the memory of the largest.
         provenance: What the plan was made from, for the record.
 
     Returns:

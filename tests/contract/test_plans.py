@@ -201,7 +201,7 @@ def test_the_plan_does_not_depend_on_the_padding_id(case: str, world: World, pla
 
 @asking
 def test_low_memory_gives_a_bit_equal_plan(case: str, world: World, plan_of: PlanOf, tmp_path: Path) -> None:
-    assert world.bench(tmp_path).plan(CASES[case], sites_at_once=1).key == plan_of(case).key
+    assert world.bench(tmp_path).plan(CASES[case], low_memory=True).key == plan_of(case).key
 
 
 @pytest.mark.parametrize("case", MERGING)

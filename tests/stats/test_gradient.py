@@ -71,7 +71,7 @@ def test_batches_and_padding_do_not_matter_and_a_forgotten_mask_does(
     alone = collected(Bench(model, tmp_path / "b"), request_, batch_tokens=1)
     left = collected(Bench(model, tmp_path / "c"), request_, runner=RepaddingRunner(model, padded_left))
     wrong = collected(Bench(model, tmp_path / "d"), request_, runner=RepaddingRunner(model, mask_forgotten))
-    frugal = collected(Bench(model, tmp_path / "e"), request_, sites_at_once=1)
+    frugal = collected(Bench(model, tmp_path / "e"), request_, low_memory=True)
     for target in Bench(model, tmp_path).targets():
         value = wanted.view(target)[request_]
         for other in (alone, left, frugal):

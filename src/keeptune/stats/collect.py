@@ -140,7 +140,7 @@ def collect(
     store: StatStore,
     *,
     model_fingerprint: str,
-    sites_at_once: int | None = None,
+    low_memory: bool = False,
     batch_tokens: int = 1024,
 ) -> Statistics:
     """Compute the statistics that are requested and not in the store yet.
@@ -152,8 +152,8 @@ def collect(
         data: Tokens per data role.
         store: Where entries are looked up and kept.
         model_fingerprint: From :func:`keeptune.model.head.body_fingerprint`.
-        sites_at_once: How many covariances may be in memory together; None is all of them. 1 needs
-            the least memory and one (shortened) pass over the data per input group.
+        low_memory: Hold no more sums at a time than take the memory of the largest, at one (shortened) pass over
+            the data for each such share.
         batch_tokens: Tokens per forward pass, padding included; it changes speed and memory only.
 
     Returns:
@@ -164,7 +164,7 @@ def collect(
     """
     sources = {role: source_of(runner.model, model_fingerprint, tokens) for role, tokens in data.items()}
     missing = _missing(targets, requests, sources, store)
-    waves = [(need, wave) for need, sites in missing.items() for wave in _chunks(sites, sites_at_once or len(sites))]
+    waves = [(need, wave) for need, sites in missing.items() for wave in (_shares(sites) if low_memory else [sites])]
     # An expert sees some tokens only, so that padding could not be told from text: its batches hold none.
     padded = not any(is_nested(target.name) for target in targets)
     unseen: set[str] = set()
@@ -263,8 +263,22 @@ def _missing(
     return missing
 
 
-def _chunks(sites: list[_Site], size: int) -> list[list[_Site]]:
-    return [sites[start : start + size] for start in range(0, len(sites), size)]
+def _shares(sites: Sequence[_Site]) -> list[list[_Site]]:
+    """Split sites into shares whose sums together are no larger than the largest single one (first fit)."""
+    sizes = [_size(request, target) for request, target in sites]
+    room = [0] * len(sites)
+    shares: list[list[_Site]] = [[] for _ in sites]
+    for site, size in zip(sites, sizes, strict=True):
+        place = next(i for i, used in enumerate(room) if used + size <= max(sizes))
+        room[place] += size
+        shares[place].append(site)
+    return [share for share in shares if share]
+
+
+def _size(request: Request, target: Target) -> int:
+    """Count the numbers in a sum."""
+    m, n = target.out_features, target.in_features
+    return {"forward": n * n, "backward": m * m, "joint": m * n}[request.kind]
 
 
 def _run_wave(
