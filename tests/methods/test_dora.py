@@ -15,6 +15,7 @@ from keeptune.core.plan import Plan
 from keeptune.core.target import read_weight
 from keeptune.methods.dora import Dora
 from keeptune.methods.lora import Lora
+from keeptune.model.head import Head
 from keeptune.model.load import load_model
 
 every_model = pytest.mark.parametrize("architecture", MODELS)
@@ -74,7 +75,7 @@ def test_merged_rows_have_the_trained_lengths_and_the_directions_of_V(tmp_path: 
     train_steps(model, steps=3)
     state = trained_state(model, plan)
     write_merged(model, plan, tmp_path / "out", MODELS[architecture]())
-    found, fresh = load_model(str(tmp_path / "out")), MODELS[architecture]()
+    found, fresh = load_model(str(tmp_path / "out"), head=Head.of(base)), MODELS[architecture]()
     for t in plan.targets:
         name = t.target.name
         W, after = read_weight(fresh, t.target), read_weight(found, t.target)
@@ -103,7 +104,7 @@ def test_a_frozen_magnitude_is_told(tmp_path: Path) -> None:
     model: Any = install(MODELS["llama"](), plan)
     check_frozen(model, plan)
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector.default.weight"
-    assert name in trained_names(plan)
+    assert name in trained_names(model, plan)
     model.get_parameter(name).requires_grad_(False)
     with pytest.raises(TrainError, match=f"parameter {name}: got frozen"):
         check_frozen(model, plan)

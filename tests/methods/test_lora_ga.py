@@ -165,9 +165,9 @@ def test_dropout_is_handed_to_peft() -> None:
     assert LoraGA(dropout=0.05).peft() == {"lora_dropout": 0.05}
 
 
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture", [name for name in MODELS if name != "roberta"])
 def test_the_gradient_is_that_of_the_summed_loss(architecture: str, tmp_path: Path) -> None:
-    """The span of A and B is that of autograd's gradient, one text at a time."""
+    """The span of A and B is that of autograd's gradient, one text at a time (of a language model)."""
     bench = Bench(MODELS[architecture](), tmp_path / "store")
     plan = bench.plan(LoraGA(rank=R, scale="unit"))
     model, task = bench.model, bench.task

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import OSFConfig, get_peft_model
-from tests.models import MODELS, Bench, logits, off_by, tokens, train_steps
+from tests.models import MODELS, Bench, labels_for, logits, off_by, tokens, train_steps
 from torch import Tensor
 
 from keeptune.adapter.install import install, lora_layer, trained_state
@@ -28,7 +28,7 @@ def descend(model: Any, steps: int = 4) -> None:
     for step in range(steps):
         ids = tokens(step)
         optimiser.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=labels_for(model, ids)).loss.backward()
         optimiser.step()
 
 
