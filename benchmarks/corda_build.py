@@ -17,7 +17,7 @@ EXAMPLES, LENGTH, ROUNDS = 32, 128, 3
 
 # Each way in a process of its own: seconds, and the peak of resident memory above that of the loaded model.
 _PROBE = f"""
-import resource, sys, tempfile, time, torch
+import sys, tempfile, time, torch
 from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
@@ -33,7 +33,8 @@ model = LlamaForCausalLM(LlamaConfig(hidden_size={WIDTH}, intermediate_size={INN
     num_attention_heads=16, num_key_value_heads=8, vocab_size=2048)).eval()
 ids = torch.randint(2048, ({EXAMPLES}, {LENGTH}))
 roles = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# VmHWM, not ru_maxrss: that one starts at the size of the process that started this one.
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 with torch.no_grad():
     model(ids[:1])
 before, start, way = peak(), time.perf_counter(), sys.argv[1]
