@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.models import MODELS, Bench, GivenStats, relative
+from tests.models import MODELS, Bench, GivenStats, RepaddingRunner, relative
 from tests.reference import farss_reference as reference
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from keeptune.core.errors import PlanError
 from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.core.target import Target, read_weight
 from keeptune.linalg.budget import clipped_shares, exact_shares
+from keeptune.methods.corda import Corda
 from keeptune.methods.farss import Farss, direction_scores, importance, inverse_weights
 from keeptune.methods.milora import Milora
 from keeptune.methods.pissa import Pissa
@@ -255,6 +256,18 @@ def test_the_plan_notes_the_budget_that_was_realised(bench: Bench) -> None:
     assert f"{sum(t.decision.rank for t in shallow)} of {6 * 7} ranks" in found.provenance["notes"][0]
     assert all("importance" in t.evidence for t in shallow)
     assert not any("importance" in t.evidence for t in found.targets if t.target.layer == 1)
+
+
+def test_a_second_method_on_the_same_task_costs_no_pass(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    plan(bench, Farss(rank=4, boundary=1))
+
+    def never(_: object) -> Any:
+        raise AssertionError("the store has everything")
+
+    with caplog.at_level(logging.INFO):
+        made = bench.plan(Corda(rank=4, mode="ipm"), runner=RepaddingRunner(bench.model, never))
+    assert len(made.targets) == 14
+    assert "8 of 8 InputCovariance(data='task') taken from" in caplog.text
 
 
 # Hard cases
