@@ -165,9 +165,11 @@ def by_peft(bench: Bench, rho: float, alpha: int) -> dict[str, Any]:
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=rho, use_label_mask=False),
     )
-    model = get_peft_model(bench.model, config, low_cpu_mem_usage=True)
-    data = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    initialize_lora_eva_weights(model, [data], show_progress_bar=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # PEFT's randomised SVDs draw from the global state
+        model = get_peft_model(bench.model, config, low_cpu_mem_usage=True)
+        data = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        initialize_lora_eva_weights(model, [data], show_progress_bar=False)
     prefix = "base_model.model."
     return {n.removeprefix(prefix): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
 

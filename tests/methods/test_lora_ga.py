@@ -55,7 +55,7 @@ def test_with_pefts_factors_the_start_is_pefts(shape: str, direction: str, scale
     assert relative(signed_like(plan.init, peft).A, peft.A) < 1e-3
     columns = (plan.init.B * peft.B).sum(0).sign()
     # PEFT takes the weight's largest singular value from a randomised SVD that carries no extra vectors along.
-    assert relative(plan.init.B * columns, peft.B) < (0.02 if scale == "weight_svd" else 1e-3)
+    assert relative(plan.init.B * columns, peft.B) < (0.05 if scale == "weight_svd" else 1e-3)
     assert relative(residual(W, plan) + plan.scale * plan.init.dense(), W) < 1e-6
     assert relative(left + s * peft.dense(), W) < 1e-5
 

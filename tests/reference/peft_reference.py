@@ -33,7 +33,9 @@ def start(W: Tensor, init: str, r: int, alpha: float, **options: Any) -> tuple[L
 def start_of(model: OneLinear, init: str, r: int, alpha: float, **options: Any) -> tuple[LowRank, Tensor, float]:
     """The same for a model that PEFT has prepared already."""
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=["up"], init_lora_weights=init, **options)  # type: ignore[arg-type]
-    layer = get_peft_model(model, config).base_model.model.up  # type: ignore[arg-type]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # PEFT's randomised SVDs draw from the global state
+        layer = get_peft_model(model, config).base_model.model.up  # type: ignore[arg-type]
     factors = LowRank(B=layer.lora_B["default"].weight.detach(), A=layer.lora_A["default"].weight.detach())
     return factors, layer.get_base_layer().weight.detach(), layer.scaling["default"]
 
