@@ -26,11 +26,12 @@ from keeptune.adapter.install import install
 from keeptune.core.artefact import content_key, has_key, read_json, write_json
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.data.calibration import Calibration
-from keeptune.data.sft import TaskExamples, draw_rows, task_calibration
+from keeptune.data.sft import TaskExamples, draw_rows
 from keeptune.evaluate.likelihood import log_likelihoods
 from keeptune.evaluate.scores import harmonic
 from keeptune.evaluate.tokens import Tokens
 from keeptune.job import Job
+from keeptune.learning import sample
 from keeptune.methods.base import Searched
 from keeptune.model.blocks import find_targets
 from keeptune.planning import plan_for
@@ -200,15 +201,14 @@ def _slices(job: Job, wanted: int) -> _Slices:
         )
     order = draw_rows(count, count, seed=1)
     options = job.recipe.task.calibration
-    length = min(options.max_length, job.positions or options.max_length)
     rest = _part(job.task, sorted(order[held:]))
-    calibration = task_calibration(rest, job.tokenizer, max_length=length, examples=options.examples, seed=options.seed)
-    scored = task_calibration(_part(job.task, order[:held]), job.tokenizer, max_length=length, examples=held, seed=0)
+    everything = options.model_copy(update={"examples": held, "seed": 0})
+    scored = sample(_part(job.task, order[:held]), job.tokenizer, everything, job.positions)
     texts = job.calibration.sequences
     drawn = draw_rows(len(texts), wanted, seed=1)
     return _Slices(
         task=rest,
-        calibration=calibration,
+        calibration=sample(rest, job.tokenizer, options, job.positions),
         held_out=[
             Tokens(ids, max(start, 1), False) for ids, start in zip(scored.sequences, scored.prompts or (), strict=True)
         ],

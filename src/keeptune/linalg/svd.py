@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import StatisticsError
+from keeptune.linalg.eigen import canonical_signs
 
-__all__ = ["exact_svd", "projected_svd"]
+__all__ = ["exact_svd", "projected_svd", "signed_triplets"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,10 +39,26 @@ def exact_svd(W: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
             wanted="finite ones",
             next_step="Get the model's files again, or load it in the dtype it was saved in.",
         )
-    U, S, Vh = _patient_svd(W, where)
-    largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
-    return (U * signs).to(W.dtype), S.to(W.dtype), (Vh * signs.T).to(W.dtype)
+    U, S, Vh = signed_triplets(*_patient_svd(W, where))
+    return U.to(W.dtype), S.to(W.dtype), Vh.to(W.dtype)
+
+
+def signed_triplets(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give singular triplets signs that do not depend on the solver.
+
+    Laws: ``U diag(S) Vᵀ`` is what it was; the largest entry of each ``u_i`` is positive.
+
+    Args:
+        U: ``(m, r)``.
+        S: ``(r,)``.
+        Vh: ``(r, n)``.
+
+    Returns:
+        The triplets, some of them negated on both sides.
+    """
+    signed = canonical_signs(U)
+    flipped = (signed * U).sum(0) < 0
+    return signed, S, torch.where(flipped[:, None], -Vh, Vh).contiguous()
 
 
 def _patient_svd(W: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import StatisticsError
-from keeptune.linalg.eigen import bottom_eigenvectors, canonical_signs
-from keeptune.linalg.svd import exact_svd, projected_svd
+from keeptune.linalg.eigen import bottom_eigenvectors
+from keeptune.linalg.svd import exact_svd, projected_svd, signed_triplets
 
 __all__ = ["end_triplets", "random_triplets"]
 
@@ -41,8 +41,8 @@ def end_triplets(M: Tensor, r: int, end: Literal["top", "bottom"], where: str) -
     """
     if M.shape[0] < M.shape[1]:
         V, S, Uh = _end(M.T, r, end, where)
-        return _signed(Uh.T, S, V.T)
-    return _signed(*_end(M, r, end, where))
+        return signed_triplets(Uh.T, S, V.T)
+    return signed_triplets(*_end(M, r, end, where))
 
 
 def _end(M: Tensor, r: int, end: Literal["top", "bottom"], where: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,10 +86,4 @@ def random_triplets(
     for _ in range(niter):
         Q = torch.linalg.qr(M @ torch.linalg.qr(M.T @ Q)[0])[0]
     U, S, Vh = torch.linalg.svd(Q.T @ M, full_matrices=False)
-    return _signed((Q @ U)[:, :r], S[:r], Vh[:r])
-
-
-def _signed(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    signed = canonical_signs(U)
-    flipped = (signed * U).sum(0) < 0
-    return signed, S, torch.where(flipped[:, None], -Vh, Vh).contiguous()
+    return signed_triplets((Q @ U)[:, :r], S[:r], Vh[:r])

@@ -299,11 +299,11 @@ class Farss:
         order = torch.argsort(s, descending=True, stable=True)
         chosen = order[-r:] if self._takes_low(target, r) else order[:r]
         scale = 1.0 if self.alpha is None else self.alpha / r
-        root = (S[chosen] / (1.0 if self.selection == "released" else scale)).sqrt()
+        sizes = S[chosen] / (1.0 if self.selection == "released" else scale)
         return TargetPlan(
             target=target,
             decision=decision,
-            init=LowRank(B=U[:, chosen] * root, A=root[:, None] * Vh[chosen]),
+            init=LowRank.from_triplets(U[:, chosen], sizes, Vh[chosen]),
             scale=scale,
             trainable=frozenset({"A", "B"}),
             evidence=evidence | {"singular_values": S[chosen], "direction_score": s[chosen].float()},

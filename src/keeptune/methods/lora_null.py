@@ -56,8 +56,7 @@ def null_factors(W: Tensor, U: Tensor) -> tuple[LowRank, Tensor]:
         The factors, float32, and the singular values ``(r,)``, descending.
     """
     P, S, Vh = projected_svd(W, U.float())  # float32 as W is; only the search for U needs float64
-    root = S.sqrt()
-    return LowRank(B=P * root, A=root[:, None] * Vh), S
+    return LowRank.from_triplets(P, S, Vh), S
 
 
 def null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
