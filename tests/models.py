@@ -34,6 +34,7 @@ from keeptune.model.blocks import body, find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.load import load_model
 from keeptune.model.runner import Labels, ResidentRunner, Sink, Taps
+from keeptune.planning import asked_penalties, with_penalties
 from keeptune.stats.collect import Statistics, collect
 from keeptune.stats.store import StatStore
 
@@ -227,14 +228,29 @@ class Bench:
             **options,
         )
 
-    def plan(self, method: Method[Any], *, runner: ResidentRunner | None = None, **options: Any) -> Plan:
+    def plan(
+        self,
+        method: Method[Any],
+        penalties: Sequence[Any] = (),
+        *,
+        runner: ResidentRunner | None = None,
+        **options: Any,
+    ) -> Plan:
         statistics = self.collect(method, runner=runner, **options)
-        return make_plan(
+        plan = make_plan(
             method,
             self.targets(),
             lambda target: read_weight(self.model, target),
             statistics.view,
             head=head_of(self.model),
+        )
+        return with_penalties(
+            plan,
+            asked_penalties(method, penalties),
+            runner or ResidentRunner(self.model),
+            {"knowledge": self.data, "task": self.task},
+            StatStore(self.folder),
+            model_fingerprint=body_fingerprint(self.model),
         )
 
 

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from keeptune.methods.olora import Olora
     from keeptune.methods.osf import Osf
     from keeptune.methods.pissa import Pissa
+    from keeptune.penalties.l2 import L2
     from keeptune.train.attach import attach
     from keeptune.train.guard import Guard
+    from keeptune.train.penalty import Penalties
 
 __all__ = [
     "AdapterPair",
@@ -42,6 +44,7 @@ __all__ = [
     "Guard",
     "Kasa",
     "KeeptuneError",
+    "L2",
     "Lora",
     "LoraFA",
     "LoraGA",
@@ -51,6 +54,7 @@ __all__ = [
     "Milora",
     "Olora",
     "Osf",
+    "Penalties",
     "Pissa",
     "Plan",
     "TwoModels",
@@ -72,6 +76,7 @@ _HOMES = {
     "Guard": "train.guard",
     "Kasa": "methods.kasa",
     "KeeptuneError": "core.errors",
+    "L2": "penalties.l2",
     "Lora": "methods.lora",
     "LoraFA": "methods.lora_fa",
     "LoraGA": "methods.lora_ga",
@@ -81,6 +86,7 @@ _HOMES = {
     "Milora": "methods.milora",
     "Olora": "methods.olora",
     "Osf": "methods.osf",
+    "Penalties": "train.penalty",
     "Pissa": "methods.pissa",
     "Plan": "core.plan",
     "TwoModels": "evaluate.pairs",

@@ -30,6 +30,7 @@ from keeptune.methods.base import Method
 from keeptune.model.blocks import positions
 from keeptune.model.head import Head
 from keeptune.model.load import load_model
+from keeptune.penalties.base import PenaltySpec
 from keeptune.planning import plan_for
 from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
@@ -44,6 +45,7 @@ def plan(
     *,
     knowledge: Sequence[str] | None = None,
     task: Sequence[tuple[str, str]] | Sequence[tuple[str, float]] | None = None,
+    penalties: Sequence[PenaltySpec] = (),
     targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     max_length: int = 1024,
@@ -59,6 +61,7 @@ def plan(
         knowledge: Texts that hold what the model should keep.
         task: Prompts and completions, for methods that look at the task; all of them are used. Of a classifier texts
             and labels (those of its config), or scores.
+        penalties: Terms of the loss, such as ``L2(strength=1.0)``; :func:`keeptune.attach` gives them to a trainer.
         targets: Roles, such as ``["q_proj", "down_proj"]``; None is all linear maps but the head.
         layers: Indices of the blocks to tune, such as ``[4, 5, 6, 7]``; None is all.
         max_length: Texts are cut to this many tokens, or to the model's positions.
@@ -85,6 +88,7 @@ def plan(
             method,
             StatStore(Path(scratch if store is None else store)),
             data=data,
+            penalties=penalties,
             roles=targets,
             layers=layers,
             low_memory=low_memory,

@@ -24,8 +24,9 @@ from keeptune.evaluate.tasks import load_items
 from keeptune.learning import Examples, check_benchmark, item_texts, read_task, sample, used_texts
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.load import load_model, load_positions, load_tokenizer
-from keeptune.planning import refuse_layers
-from keeptune.recipe import Recipe, make_method
+from keeptune.penalties.base import PenaltySpec
+from keeptune.planning import asked_penalties, refuse_layers, refuse_penalties
+from keeptune.recipe import Recipe, make_method, make_penalties
 from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
 from keeptune.train.trainer import check_arguments, sft_config
@@ -76,6 +77,11 @@ class Job:
     def method(self) -> Any:
         """The method, with its seed."""
         return make_method(self.recipe.method, seed=self.seed)
+
+    @cached_property
+    def penalties(self) -> tuple[PenaltySpec, ...]:
+        """The penalties that the recipe adds to the method's own."""
+        return make_penalties(self.recipe.penalties)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -141,9 +147,10 @@ class Job:
 
     @cached_property
     def needs(self) -> set[DataRole]:
-        """Which data the method takes statistics over."""
+        """Which data the method and the penalties take statistics over."""
         anything = Target(name="", layer=0, role="", out_features=1, in_features=1, input_group="")
-        return {request.data for request in self.method.requests(anything)}
+        asked = asked_penalties(self.method, self.penalties)
+        return {request.data for request in self.method.requests(anything)}.union(*(p.data for p in asked))
 
     @cached_property
     def task_calibration(self) -> Calibration:
@@ -211,9 +218,12 @@ class Job:
 
     def _check_needs(self) -> None:
         refuse_layers(self.method, self.recipe.layers)
+        refuse_penalties(self.method, asked_penalties(self.method, self.penalties))
         if "knowledge" in self.needs and self.recipe.knowledge is None:
             raise RecipeError(
-                f"method {self.method.name}",
+                " and ".join(
+                    [f"method {self.method.name}", *(f"penalty {penalty.name}" for penalty in self.penalties)]
+                ),
                 got="no `knowledge` section in the recipe",
                 wanted="data that hold what the model should keep",
                 next_step='Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.',
@@ -230,6 +240,8 @@ class Job:
         task: dict[str, Any] = {"task": self.task_calibration.fingerprint} if "task" in self.needs else {}
         if self.head is not None:
             task["head"] = self.head
+        if self.penalties:
+            task["penalties"] = [[penalty.name, penalty] for penalty in self.penalties]
         return task | {
             "model": self.base_fingerprint,
             "method": [self.method.name, self.method],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,16 +12,49 @@ from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
-from keeptune.methods.base import Method, make_plan
-from keeptune.model.blocks import find_targets, head_of
+from keeptune.methods.base import Method, make_plan, penalties_of
+from keeptune.model.blocks import depth, find_targets, head_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.load import refuse_not_finite
 from keeptune.model.runner import ResidentRunner
+from keeptune.penalties.base import PenaltySpec, Site, notes_of, penalty_plan
 from keeptune.stats.collect import Statistics, collect
 from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
 
-__all__ = ["plan_for", "refuse_layers", "statistics_for"]
+__all__ = ["asked_penalties", "plan_for", "refuse_layers", "refuse_penalties", "statistics_for", "with_penalties"]
+
+
+def asked_penalties(method: Method[Any], extra: Sequence[PenaltySpec] = ()) -> tuple[PenaltySpec, ...]:
+    """List the penalties of a run: the method's own, then others; strength 0 is none.
+
+    Args:
+        method: The method.
+        extra: Those asked for besides.
+
+    Returns:
+        The penalties.
+    """
+    return tuple(penalty for penalty in (*penalties_of(method), *extra) if penalty.strength > 0)
+
+
+def refuse_penalties(method: Method[Any], penalties: Sequence[PenaltySpec]) -> None:
+    """Refuse penalties on a method that changes whole weights: they act on low-rank factors.
+
+    Args:
+        method: The method.
+        penalties: The penalties wanted.
+
+    Raises:
+        PlanError: There are penalties, and the method trains no factors.
+    """
+    if penalties and method.scope != "adapter":
+        raise PlanError(
+            f"method {method.name}",
+            got=f"the penalties {', '.join(penalty.name for penalty in penalties)}",
+            wanted="no `penalties`: it changes whole weights, and penalties act on low-rank factors",
+            next_step="Leave `penalties` out, or take a method that trains adapters.",
+        )
 
 
 def refuse_layers(method: Method[Any], layers: Sequence[int] | None) -> None:
@@ -92,6 +126,7 @@ def plan_for(
     store: StatStore,
     *,
     data: Mapping[DataRole, Calibration],
+    penalties: Sequence[PenaltySpec] = (),
     roles: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     fingerprint: str | None = None,
@@ -105,6 +140,7 @@ def plan_for(
         method: The method.
         store: Where statistics are looked up and kept.
         data: Tokens per data role.
+        penalties: Terms of the loss besides the method's own.
         roles: Roles of the targets; None is all linear maps but the head.
         layers: Blocks of the targets; None is all.
         fingerprint: Of the model's weights, if it is known already.
@@ -115,12 +151,15 @@ def plan_for(
         The plan.
 
     Raises:
-        PlanError: A role or a block does not exist, or an option does not fit a target or the blocks.
+        PlanError: A role or a block does not exist, an option does not fit a target or the blocks, or the method
+            takes no penalties.
         ModelError: A weight is NaN or infinite.
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
     refuse_not_finite(model)
     fingerprint = fingerprint or body_fingerprint(model)
+    asked = asked_penalties(method, penalties)
+    refuse_penalties(method, asked)
     targets, statistics = statistics_for(
         model, method, store, data=data, roles=roles, layers=layers, fingerprint=fingerprint, low_memory=low_memory
     )
@@ -128,7 +167,7 @@ def plan_for(
     if statistics.unseen:
         names = ", ".join(sorted(statistics.unseen))
         made_from["notes"] = [*made_from.get("notes", ()), f"no token of the data reached {names}: left alone"]
-    return make_plan(
+    made = make_plan(
         method,
         targets,
         lambda target: read_weight(model, target),
@@ -136,3 +175,65 @@ def plan_for(
         head=head_of(model),
         provenance=made_from,
     )
+    return with_penalties(
+        made, asked, ResidentRunner(model), data, store, model_fingerprint=fingerprint, low_memory=low_memory
+    )
+
+
+def with_penalties(
+    plan: Plan,
+    penalties: Sequence[PenaltySpec],
+    runner: ResidentRunner,
+    data: Mapping[DataRole, Calibration],
+    store: StatStore,
+    *,
+    model_fingerprint: str,
+    low_memory: bool = False,
+) -> Plan:
+    """Add penalties to a plan, collecting what they need; only now, for curvature may be taken at its factors.
+
+    Args:
+        plan: The plan.
+        penalties: What to add.
+        runner: Runs the base model.
+        data: Tokens per data role.
+        store: Where statistics are looked up and kept.
+        model_fingerprint: Of the model's weights.
+        low_memory: Hold no more sums at a time than take the memory of the largest.
+
+    Returns:
+        The plan with the penalties.
+
+    Raises:
+        PlanError: An option does not fit the model, or no token of the data reached a target.
+        StatisticsError: Data that are requested are not given, or activations are not finite.
+    """
+    if not penalties:
+        return plan
+    statistics = collect(
+        runner,
+        [t.target for t in plan.targets],
+        {t.target.name: frozenset().union(*(penalty.requests(t) for penalty in penalties)) for t in plan.targets},
+        data,
+        store,
+        model_fingerprint=model_fingerprint,
+        low_memory=low_memory,
+    )
+    if statistics.unseen:
+        raise PlanError(
+            f"penalties {', '.join(penalty.name for penalty in penalties)}",
+            got=f"no token of the knowledge that reached {', '.join(sorted(statistics.unseen))}",
+            wanted="knowledge that reaches every target",
+            next_step="Give more knowledge, or leave these targets out.",
+        )
+    model = runner.model
+    count, blocks = len(plan.targets), depth(model)
+
+    def sites() -> Iterator[Site]:
+        for t in plan.targets:
+            yield Site(t, read_weight(model, t.target), statistics.view(t.target), count, blocks)
+
+    made = [penalty_plan(penalty, sites()) for penalty in penalties]
+    notes = [*plan.provenance.get("notes", ()), *(note for penalty in penalties for note in notes_of(penalty, plan))]
+    provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
+    return replace(plan, penalties=tuple(made), provenance=provenance)

@@ -32,6 +32,7 @@ from keeptune.data import hub
 from keeptune.evaluate.tasks import Benchmark
 from keeptune.methods.base import method_named, methods
 from keeptune.model.load import Dtype
+from keeptune.penalties.base import PenaltySpec, penalties, penalty_named
 from keeptune.train.trainer import check_arguments
 from keeptune.values import override_value, read_values, spelt_out
 
@@ -44,6 +45,7 @@ __all__ = [
     "TaskCalibration",
     "load_recipe",
     "make_method",
+    "make_penalties",
     "make_recipe",
     "parse_overrides",
     "resolve_model",
@@ -145,6 +147,7 @@ class Recipe(_Section):
     targets: list[str] | None = None
     layers: Annotated[list[_Layer], Field(min_length=1)] | None = None
     knowledge: Knowledge | None = None
+    penalties: list[Annotated[dict[str, Any], BeforeValidator(spelt_out)]] = Field(default_factory=list)
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate: list[Benchmark] = Field(default_factory=list)
     anchor: Anchor = "auto"
@@ -211,6 +214,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recip
     except ValidationError as error:
         raise _explain(error, where) from error
     make_method(recipe.method, seed=0)
+    make_penalties(recipe.penalties)
     check_arguments(recipe.train, SFTConfig if recipe.task.kind == "completion" else TrainingArguments)
     names = [benchmark.name for benchmark in recipe.evaluate]
     for name in names:
@@ -256,6 +260,29 @@ def make_method(options: Mapping[str, Any], *, seed: int) -> Any:
         return TypeAdapter(cls).validate_python(given)
     except ValidationError as error:
         raise _explain(error, "method") from error
+
+
+def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[PenaltySpec, ...]:
+    """Make the penalties of a recipe.
+
+    Args:
+        sections: Each a ``name`` and the penalty's own fields.
+
+    Returns:
+        The penalties.
+
+    Raises:
+        RecipeError: A name or an option is unknown, or a value does not fit.
+    """
+    made = []
+    for section in sections:
+        if "name" not in section:
+            raise RecipeError(
+                "penalties", got="no name", wanted="name: one of the penalties", next_step=nearest("", penalties())
+            )
+        options = {key: value for key, value in section.items() if key != "name"}
+        made.append(penalty_named(str(section["name"]), options))
+    return tuple(made)
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:

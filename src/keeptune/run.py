@@ -149,6 +149,7 @@ def plan_stage(job: Job) -> Plan:
         settled.method,
         job.store,
         data=job.data,
+        penalties=job.penalties,
         roles=job.recipe.targets,
         layers=job.recipe.layers,
         fingerprint=job.base_fingerprint,

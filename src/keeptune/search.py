@@ -33,7 +33,7 @@ from keeptune.evaluate.tokens import Tokens
 from keeptune.job import Job
 from keeptune.learning import sample
 from keeptune.methods.base import Searched
-from keeptune.model.blocks import find_targets
+from keeptune.model.blocks import depth
 from keeptune.planning import plan_for
 from keeptune.report.plots import png
 from keeptune.report.sweep import sweep_figure
@@ -113,7 +113,7 @@ def settle(job: Job) -> Settled:
             wanted="a number of blocks: what an encoder keeps of its knowledge cannot be scored by its head",
             next_step="Give the boundary, an eighth to a quarter of the depth; of 12 blocks 2 or 3.",
         )
-    blocks = 1 + max(target.layer for target in find_targets(job.base()))
+    blocks = depth(job.base())
     candidates = method.candidates(blocks)
     if len(candidates) < 2:
         only = candidates[0] if candidates else method
@@ -163,6 +163,7 @@ def _trial(job: Job, candidate: Any, slices: _Slices, folder: Path, key: str) ->
             candidate,
             job.store,
             data=data,
+            penalties=job.penalties,
             roles=recipe.targets,
             layers=recipe.layers,
             fingerprint=job.base_fingerprint,

@@ -14,8 +14,9 @@ from keeptune.adapter.portable import change_of
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target, read_weight
-from keeptune.methods.kasa import Kasa, Regularizer, dropped_part, orthogonality
-from keeptune.train.penalty import kasa
+from keeptune.methods.kasa import Kasa, dropped_part
+from keeptune.penalties.kasa import KasaRegularizers, Orthogonality, Regularizer, orthogonality
+from keeptune.train.penalty import Penalties
 
 every_model = pytest.mark.parametrize("architecture", MODELS)
 every_form = pytest.mark.parametrize("form", ["gram", "released"])
@@ -96,9 +97,7 @@ def test_it_trains_as_pefts_kasa_does(tmp_path: Path, architecture: str, anchor:
         torch.testing.assert_close(value, b[name], rtol=1e-3, atol=2e-4)
     assert off_by(logits(ours, tokens(9)), logits(theirs, tokens(9))) < 1e-4
     mean = theirs.base_model._get_kasa_loss() / len(names)
-    options: Any = plan.training["penalty"]
-    found = kasa(theirs, plan, **{key: value for key, value in options.items() if key != "name"})
-    torch.testing.assert_close(found, mean)
+    torch.testing.assert_close(Penalties(theirs, plan).step(), mean.detach())
     torch.testing.assert_close(ours.base_model._get_kasa_loss(), mean * len(names), rtol=1e-3, atol=0)
 
 
@@ -174,10 +173,8 @@ def test_at_the_start_and_at_orthonormal_factors_gradients_are_finite(form: Regu
     """B = 0 at the first step; the norm of zero has no derivative."""
     eye = torch.eye(9)
     for B, A in ((torch.zeros(9, 3), matrix(3, 7)), (eye[:, :3].clone(), eye[:3, :7].clone())):
-        B.requires_grad_(), A.requires_grad_()
-        orthogonality(B, A, form).backward()
-        assert torch.isfinite(B.grad).all()
-        assert torch.isfinite(A.grad).all()
+        _, found = Orthogonality(1.0, 1.0, form).value_and_grad({"A": A, "B": B, "diag": torch.ones(3)})
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in found.values())
 
 
 def test_of_orthonormal_factors_the_gram_form_is_zero_and_the_released_one_is_not() -> None:
@@ -196,10 +193,23 @@ def test_the_penalty_is_the_mean_over_targets_of_both_terms(tmp_path: Path, form
     for t in plan.targets:
         B, d, A = (state[f"{t.target.name}.{part}"].double() for part in ("B", "diag", "A"))
         total += 0.3 * float((d * d).sum()) + 0.2 * float(kasa_reference.orthogonality(B, A, form))
-    found = kasa(model, plan, beta=0.3, gamma=0.2, regularizer=form)
-    assert float(found.detach()) == pytest.approx(total / len(plan.targets), rel=1e-5)
-    found.backward()
+    model.zero_grad()
+    found = Penalties(model, plan).step()
+    assert float(found) == pytest.approx(total / len(plan.targets), rel=1e-5)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@every_form
+def test_the_gradient_of_both_terms_is_that_of_autograd(form: Regularizer) -> None:
+    B, A = matrix(11, 3).double().requires_grad_(), matrix(3, 7, 1).double().requires_grad_()
+    d = matrix(1, 3, 2)[0].double().requires_grad_()
+    wanted = 0.3 * d.square().sum() + 0.2 * kasa_reference.orthogonality(B, A, form)
+    wanted.backward()
+    with torch.no_grad():
+        value, found = Orthogonality(0.3, 0.2, form).value_and_grad({"A": A, "B": B, "diag": d})
+    torch.testing.assert_close(value, wanted.detach())
+    for factor, wanted_grad in (("A", A.grad), ("B", B.grad), ("diag", d.grad)):
+        torch.testing.assert_close(found[factor], wanted_grad)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("option", ["beta", "gamma"])
@@ -211,7 +221,9 @@ def test_weights_that_make_no_sense_are_refused(option: str, value: float) -> No
 
 def test_the_plan_asks_for_the_penalty_and_the_key_depends_on_it(tmp_path: Path) -> None:
     plan = planned(tmp_path)
-    assert plan.training == {"penalty": {"name": "kasa", "beta": 1e-4, "gamma": 1e-3, "regularizer": "gram"}}
+    assert Kasa().penalties() == (KasaRegularizers(1e-4, 1e-3, "gram"),)
+    (penalty,) = plan.penalties
+    assert (penalty.name, penalty.options["gamma"]) == ("kasa", 1e-3)
     keys = {planned(tmp_path, **options).key for options in ({}, {"beta": 0.1}, {"gamma": 0.1})}
     assert len(keys) == 3
     assert Kasa().requests(Target("up", 0, "up", 8, 8, input_group="up")) == frozenset()

@@ -30,6 +30,7 @@ from keeptune.core.plan import Factor, Plan, TargetPlan
 
 __all__ = [
     "check_frozen",
+    "held_parameters",
     "install",
     "lora_layer",
     "restore_state",
@@ -177,6 +178,19 @@ def trained_names(model: PeftModel, plan: Plan) -> set[str]:
     inner = model.base_model.model
     head = {name for name, _ in inner.named_parameters() if name.startswith(heads)}
     return {f"base_model.model.{name}" for name in factors | head}
+
+
+def held_parameters(model: PeftModel, target_plan: TargetPlan) -> dict[Factor, nn.Parameter]:
+    """Look up what makes up a target's change, as the model holds it now: trained factors and frozen ones.
+
+    Args:
+        model: The installed model.
+        target_plan: How the target is trained.
+
+    Returns:
+        Factor to parameter.
+    """
+    return {factor: _parameter(model, target_plan, factor) for factor in _held(target_plan)}
 
 
 def _held(target_plan: TargetPlan) -> list[Factor]:

@@ -23,7 +23,7 @@ from keeptune.core.errors import ArtefactError, PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 
-__all__ = ["Decision", "Factor", "Plan", "Scope", "TargetPlan"]
+__all__ = ["Decision", "Factor", "PenaltyPlan", "Plan", "Scope", "TargetPlan"]
 
 Factor = Literal["A", "B", "magnitude", "diag", "U_low", "S_low", "V_low"]
 Scope = Literal["adapter", "subspace", "all"]
@@ -89,6 +89,21 @@ class TargetPlan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PenaltyPlan:
+    """A term of the loss that acts on what is trained (:mod:`keeptune.penalties`).
+
+    Args:
+        name: Its registered name.
+        options: Its options.
+        tensors: What training needs of it: weights and curvature, by name.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """A method's whole decision about a model: saved before training, loaded by every resume.
 
@@ -99,8 +114,9 @@ class Plan:
         scope: ``"adapter"`` trains the targets' factors, ``"subspace"`` their weights but for the top singular
             directions (OSF), ``"all"`` every weight (full fine-tuning).
         peft: Extra ``LoraConfig`` fields, such as ``lora_dropout``.
-        training: What the method asks of the trainer, as plain values: an ``optimizer``, a ``penalty``
+        training: What the method asks of the trainer, as plain values: an ``optimizer``
             (:mod:`keeptune.train.attach`).
+        penalties: Terms of the loss, the method's own and those of the recipe.
         provenance: Keys of what the plan was made from: model, data, statistics, versions.
     """
 
@@ -110,6 +126,7 @@ class Plan:
     scope: Scope = "adapter"
     peft: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    penalties: tuple[PenaltyPlan, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -183,6 +200,11 @@ class Plan:
             lines.append(f"method: {self.method} {dict(self.options)} | {other.method} {dict(other.options)}")
         if dict(self.training) != dict(other.training):
             lines.append(f"training: {dict(self.training)} | {dict(other.training)}")
+        terms = [[f"{p.name} {dict(p.options)}" for p in plan.penalties] for plan in (self, other)]
+        if terms[0] != terms[1]:
+            lines.append(f"penalties: {'; '.join(terms[0]) or 'none'} | {'; '.join(terms[1]) or 'none'}")
+        elif _prints(self.penalties) != _prints(other.penalties):
+            lines.append("penalties: same options, another curvature or weight")
         mine = {t.target.name: t for t in self.targets}
         theirs = {t.target.name: t for t in other.targets}
         for name in sorted(mine.keys() | theirs.keys()):
@@ -207,7 +229,7 @@ class Plan:
         return lines
 
     def save(self, folder: Path | str) -> None:
-        """Write ``plan.json``, ``factors.safetensors`` and ``evidence.safetensors``, whole or not at all.
+        """Write ``plan.json`` and the tensors of factors, evidence and penalties, whole or not at all.
 
         Args:
             folder: Where; a folder there is replaced.
@@ -219,6 +241,9 @@ class Plan:
                 "factors.safetensors": write_tensors(fresh / "factors.safetensors", factors),
                 "evidence.safetensors": write_tensors(fresh / "evidence.safetensors", evidence),
             }
+            if self.penalties:
+                held = {f"{i}:{k}": v for i, p in enumerate(self.penalties) for k, v in p.tensors.items()}
+                files["penalties.safetensors"] = write_tensors(fresh / "penalties.safetensors", held)
             write_json(fresh / "plan.json", self._record() | {"files": files})
 
     @classmethod
@@ -248,6 +273,8 @@ class Plan:
             files = record["files"]
             factors = read_tensors(folder / "factors.safetensors", files["factors.safetensors"])
             evidence = read_tensors(folder / "evidence.safetensors", files["evidence.safetensors"])
+            penalties = record.get("penalties", [])
+            held = read_tensors(folder / "penalties.safetensors", files["penalties.safetensors"]) if penalties else {}
             return cls(
                 method=record["method"],
                 options=record["options"],
@@ -255,6 +282,9 @@ class Plan:
                 scope=record["scope"],
                 peft=record["peft"],
                 training=record["training"],
+                penalties=tuple(
+                    PenaltyPlan(row["name"], row["options"], _named(held, f"{i}:")) for i, row in enumerate(penalties)
+                ),
                 provenance=record["provenance"],
             )
         except (KeyError, TypeError) as error:
@@ -284,14 +314,22 @@ class Plan:
             "training": dict(self.training),
             "provenance": dict(self.provenance),
             "targets": rows,
-        }
+        } | (
+            {"penalties": [{"name": p.name, "options": dict(p.options)} for p in self.penalties]}
+            if self.penalties
+            else {}
+        )
 
     def _fingerprints(self) -> dict[str, str]:
         return {
             f"{t.target.name}{name}": tensor_fingerprint(value)
             for t in self.targets
             for name, value in _factors(t).items()
-        }
+        } | _prints(self.penalties)
+
+
+def _prints(penalties: tuple[PenaltyPlan, ...]) -> dict[str, str]:
+    return {f"{i}:{k}": tensor_fingerprint(v) for i, p in enumerate(penalties) for k, v in p.tensors.items()}
 
 
 def _gap(a: LowRank, b: LowRank) -> float:

@@ -28,6 +28,7 @@ from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import PlanError, RecipeError, nearest
 from keeptune.core.plan import Decision, Plan, Scope, TargetPlan
 from keeptune.core.target import Target
+from keeptune.penalties.base import PenaltySpec
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -42,6 +43,7 @@ __all__ = [
     "make_plan",
     "method_named",
     "methods",
+    "penalties_of",
     "warn_of_zeros",
 ]
 
@@ -58,7 +60,7 @@ class Method(Protocol[S]):
     ``moves_start: ClassVar[bool] = True`` (KaSA drops a part of W for good).
 
     A method that asks something of the trainer has a sixth function, ``training()``, which gives the plan's
-    ``training`` values: an ``optimizer``, a ``penalty`` (:mod:`keeptune.train.attach`).
+    ``training`` values (:mod:`keeptune.train.attach`); one with terms of the loss has ``penalties()``.
     """
 
     name: ClassVar[str]
@@ -214,6 +216,18 @@ def make_plan(
         training=_training(method),
         provenance=dict(provenance or {}) | ({"notes": notes} if notes else {}),
     )
+
+
+def penalties_of(method: Any) -> tuple[PenaltySpec, ...]:
+    """List the terms of the loss that a method brings along.
+
+    Args:
+        method: The method.
+
+    Returns:
+        Its penalties; empty for most.
+    """
+    return tuple(method.penalties()) if hasattr(method, "penalties") else ()
 
 
 def _training(method: Any) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,12 +30,11 @@ from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field, generator_for
 from keeptune.methods.lora import draw_A, scale_of
+from keeptune.penalties.kasa import KasaRegularizers, Regularizer
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
-__all__ = ["Kasa", "Regularizer", "dropped_part", "orthogonality"]
-
-Regularizer = Literal["gram", "released"]
+__all__ = ["Kasa", "dropped_part"]
 
 
 def dropped_part(W: Tensor, r: int, where: str) -> tuple[LowRank, Tensor]:
@@ -53,28 +52,6 @@ def dropped_part(W: Tensor, r: int, where: str) -> tuple[LowRank, Tensor]:
     """
     U, S, Vh = end_triplets(W, r, "bottom", where)
     return LowRank(B=(U * S).float(), A=Vh.float()), S.float()
-
-
-def orthogonality(B: Tensor, A: Tensor, form: Regularizer) -> Tensor:
-    """Measure how far B's columns and A's rows are from orthonormal ones (eq. 11).
-
-    Law: ``"released"`` equals ``‖B Bᵀ - I_m‖ + ‖Aᵀ A - I_n‖`` without forming an m x m or n x n matrix.
-
-    Args:
-        B: ``(m, r)``.
-        A: ``(r, n)``.
-        form: Which matrices are compared with the identity.
-
-    Returns:
-        L_3, a scalar.
-    """
-    r = A.shape[0]
-    eye = torch.eye(r, device=A.device, dtype=A.dtype)
-    gaps = [torch.linalg.norm(B.T @ B - eye), torch.linalg.norm(A @ A.T - eye)]
-    if form == "gram":
-        return torch.stack(gaps).sum()
-    sizes = (B.shape[0], A.shape[1])
-    return torch.stack([(gap**2 + (size - r)).sqrt() for gap, size in zip(gaps, sizes, strict=True)]).sum()
 
 
 @dataclass(frozen=True)
@@ -157,7 +134,6 @@ class Kasa:
         """Let the adapter's config say KaSA."""
         return {"kasa_config": {"beta": self.beta, "gamma": self.gamma}, **dropout_field(self.dropout)}
 
-    def training(self) -> Mapping[str, Any]:
+    def penalties(self) -> tuple[KasaRegularizers]:
         """Ask for both regularisers."""
-        form = self.regularizer
-        return {"penalty": {"name": "kasa", "beta": self.beta, "gamma": self.gamma, "regularizer": form}}
+        return (KasaRegularizers(self.beta, self.gamma, self.regularizer),)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from keeptune.core.errors import ModelError, PlanError, nearest
 from keeptune.core.target import Target
 
-__all__ = ["body", "find_targets", "first_position", "head_of", "is_nested", "positions", "roles_of"]
+__all__ = ["body", "depth", "find_targets", "first_position", "head_of", "is_nested", "positions", "roles_of"]
 
 _log = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -107,6 +107,18 @@ def is_nested(name: str) -> bool:
     (True, False)
     """
     return len(_LAYER.findall(name)) > 1
+
+
+def depth(model: PreTrainedModel) -> int:
+    """Count the blocks of a model.
+
+    Args:
+        model: The base model.
+
+    Returns:
+        How many there are.
+    """
+    return 1 + max((_block_of(name)[1] for name in _linear_modules(model)), default=-1)
 
 
 def body(model: PreTrainedModel) -> nn.Module:

@@ -2,8 +2,9 @@
 
 A plan says it in plain values (``Plan.training``), which are saved with it and part of its key:
 
-    {"optimizer": "lora-fa"}                           PEFT's preconditioned optimiser (methods/lora_fa.py)
-    {"penalty": {"name": "kasa", "beta": 1e-4, ...}}   a term of the loss (train/penalty.py)
+    {"optimizer": "lora-fa"}      PEFT's preconditioned optimiser (methods/lora_fa.py)
+
+and in ``Plan.penalties``, terms of the loss (train/penalty.py).
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from peft.optimizers import create_lorafa_optimizer
 from keeptune.core.errors import TrainError, nearest
 from keeptune.core.plan import Plan
 from keeptune.train.guard import Guard
-from keeptune.train.penalty import PENALTIES, add_penalty
+from keeptune.train.penalty import add_penalties
 
 __all__ = ["attach"]
 
 
 def attach(trainer: Any, plan: Plan) -> None:
-    """Give a trainer the plan's optimiser, penalty and :class:`Guard`; a second call changes nothing.
+    """Give a trainer the plan's optimiser, penalties and :class:`Guard`; a second call changes nothing.
 
     Args:
         trainer: A ``transformers.Trainer`` or any of TRL's, with the installed model, before ``train()``.
@@ -33,7 +34,7 @@ def attach(trainer: Any, plan: Plan) -> None:
 
     Raises:
         TrainError: The plan asks for something that this version does not know, or the trainer's arguments
-            choose another optimiser than the plan.
+            choose another optimiser than the plan, or the back-end cannot count a penalty exactly once.
     """
     guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Guard)]
     if any(guard.attached for guard in guards):
@@ -41,6 +42,8 @@ def attach(trainer: Any, plan: Plan) -> None:
     for key, value in plan.training.items():
         _known(key, _PARTS, "training")
         _PARTS[key](trainer, plan, value)
+    if plan.penalties:
+        add_penalties(trainer, plan)
     guard = guards[0] if guards else Guard(plan)
     if not guards:
         trainer.add_callback(guard)
@@ -58,12 +61,6 @@ def _attach_optimizer(trainer: Any, plan: Plan, name: str) -> None:
             next_step="Leave `train.optim` out, or choose the method's `optimizer: adamw`.",
         )
     trainer.optimizer = _OPTIMIZERS[name](trainer.model, trainer.args)
-
-
-def _attach_penalty(trainer: Any, plan: Plan, spec: Mapping[str, Any]) -> None:
-    options = {key: value for key, value in spec.items() if key != "name"}
-    _known(spec["name"], PENALTIES, "training.penalty")
-    add_penalty(trainer, lambda model: PENALTIES[spec["name"]](model, plan, **options))
 
 
 def _lora_fa(model: PeftModel, args: Any) -> Any:
@@ -93,5 +90,5 @@ def _known(name: str, choices: Mapping[str, Any], where: str) -> None:
         )
 
 
-_PARTS: Mapping[str, Callable[[Any, Plan, Any], None]] = {"optimizer": _attach_optimizer, "penalty": _attach_penalty}
+_PARTS: Mapping[str, Callable[[Any, Plan, Any], None]] = {"optimizer": _attach_optimizer}
 _OPTIMIZERS = {"lora-fa": _lora_fa}

@@ -46,10 +46,11 @@ class Guard(TrainerCallback):
             TrainError: A frozen factor is trainable or the other way round, or the plan's optimiser or penalty
                 is missing.
         """
-        if self.plan.training and not self.attached:
+        asked = [*self.plan.training, *(f"penalty {penalty.name}" for penalty in self.plan.penalties)]
+        if asked and not self.attached:
             raise TrainError(
                 f"training with {self.plan.method}",
-                got=f"a trainer without the plan's {' and '.join(self.plan.training)}",
+                got=f"a trainer without the plan's {' and '.join(asked)}",
                 wanted="one that has it",
                 next_step="Call keeptune.attach(trainer, plan) before trainer.train().",
             )
@@ -68,9 +69,11 @@ class Guard(TrainerCallback):
         Raises:
             TrainError: The loss is NaN or infinite.
         """
-        losses = [kwargs["logs"].get(key, 0.0) for key in ("loss", "train_loss")]
+        losses = [kwargs["logs"].get(key, 0.0) for key in ("loss", "penalty", "train_loss")]
         if not all(map(math.isfinite, losses)):
-            raise _diverged(state.global_step, f"loss {losses[0] if losses[0] else losses[1]}", "a finite loss")
+            raise _diverged(
+                state.global_step, f"loss or penalty {next(x for x in losses if not math.isfinite(x))}", "a finite one"
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -200,7 +200,7 @@ def train(
 
     Returns:
         The loss curve: ``{"step": .., "loss": .., "learning_rate": ..}`` per logged step, nats per token, without
-        any penalty, which is told apart as ``"penalty"``.
+        any penalty; those are told apart, with the drift of each layer.
 
     Raises:
         TrainError: A frozen factor would be trained, the loss is not finite, or TRL cannot train with these
@@ -234,8 +234,10 @@ def fit(make: Callable[[], Any], folder: Path) -> list[dict[str, float]]:
 
 
 def _point(row: Mapping[str, float]) -> dict[str, float]:
-    point = {"step": row["step"], "loss": row.get("task_loss", row["loss"]), "learning_rate": row["learning_rate"]}
-    return point | ({"penalty": row["penalty"]} if "penalty" in row else {})
+    kept = ("step", "loss", "learning_rate", "penalty", "penalty_grad_norm")
+    return {key: row[key] for key in kept if key in row} | {
+        key: value for key, value in row.items() if key.startswith(("penalty/", "drift/"))
+    }
 
 
 def _trainer(

@@ -1,0 +1,357 @@
+"""What a penalty is, where penalties are found, and how a plan gets them.
+
+    L = L_task + sum of penalties        each once per optimiser step (train/penalty.py)
+
+A penalty is declared by a frozen dataclass whose fields are its options. It says which statistics it needs, makes
+the tensors that training needs (saved with the plan, so that a resumed run goes on with the same ones), and binds
+them, target by target, to a :class:`Term`: the value and the gradient in closed form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import math
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+import keeptune.penalties
+from keeptune.core.artefact import canonical_json
+from keeptune.core.errors import PlanError, RecipeError, nearest
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Factor, PenaltyPlan, Plan, TargetPlan
+from keeptune.stats.collect import StatsView
+from keeptune.stats.request import DataRole, Request
+
+__all__ = [
+    "NORM",
+    "OnChange",
+    "OnFactors",
+    "Penalty",
+    "PenaltySpec",
+    "Remarking",
+    "Site",
+    "Term",
+    "check_strength",
+    "notes_of",
+    "penalties",
+    "penalty_named",
+    "penalty_plan",
+    "start_of",
+    "terms_of",
+]
+
+NORM = "norm"  # ‖W‖ of each target, which drifts are measured against
+Factors = Mapping[Factor, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A target, as a penalty sees it when a plan is made.
+
+    Args:
+        plan: How the target is trained.
+        weight: W, ``(m, n)``, float32.
+        stats: What the penalty requested.
+        targets: How many targets the plan has.
+        blocks: How many blocks the model has.
+    """
+
+    plan: TargetPlan
+    weight: Tensor
+    stats: StatsView
+    targets: int
+    blocks: int
+
+
+class Penalty(Protocol):
+    """A function of a target's factors ``B (m, r)`` and ``A (r, n)``.
+
+    Law: ``value_and_grad`` gives ``value`` and what autograd gives of it, without an m x n matrix.
+    """
+
+    def value(self, delta: LowRank) -> Tensor:
+        """Compute it.
+
+        Args:
+            delta: The factors in training.
+
+        Returns:
+            A scalar.
+        """
+        ...
+
+    def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
+        """Compute it and its gradient.
+
+        Args:
+            delta: The factors in training.
+
+        Returns:
+            A scalar, and d value / d B with d value / d A.
+        """
+        ...
+
+
+class Term(Protocol):
+    """A function of all that is trained of a target: ``A``, ``B``, and what a method has besides."""
+
+    def value_and_grad(self, factors: Factors) -> tuple[Tensor, Factors]:
+        """Compute it and its gradient.
+
+        Args:
+            factors: Factor to value.
+
+        Returns:
+            A scalar, and the gradient of those factors that it depends on.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnFactors:
+    """A penalty on A and B as they are.
+
+    Args:
+        penalty: The penalty.
+    """
+
+    penalty: Penalty
+
+    def value_and_grad(self, factors: Factors) -> tuple[Tensor, Factors]:
+        """Hand A and B over."""
+        value, grad = self.penalty.value_and_grad(LowRank(factors["B"], factors["A"]))
+        return value, {"A": grad.A, "B": grad.B}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnChange:
+    """A penalty on the weight change, which is ``B A``, or ``B diag(d) A`` where there is a diagonal (KaSA).
+
+    Args:
+        penalty: The penalty.
+    """
+
+    penalty: Penalty
+
+    def value_and_grad(self, factors: Factors) -> tuple[Tensor, Factors]:
+        """Take the diagonal into B; the chain rule takes it out again."""
+        B, A, d = factors["B"], factors["A"], factors.get("diag")
+        if d is None:
+            return OnFactors(self.penalty).value_and_grad(factors)
+        value, grad = self.penalty.value_and_grad(LowRank(B * d, A))
+        return value, {"A": grad.A, "B": grad.B * d, "diag": (grad.B * B).sum(dim=0)}
+
+
+class PenaltySpec(Protocol):
+    """What a recipe's ``penalties`` names: a frozen dataclass, its fields the options.
+
+    Laws (``tests/contract``): strength 0 is plain training bit for bit; a saved and loaded plan binds to the same
+    terms; no term has a value or a gradient where nothing has changed yet, but for one on the factors themselves.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def strength(self) -> float:
+        """What the penalty is multiplied by; 0 leaves it out."""
+        ...
+
+    @property
+    def data(self) -> frozenset[DataRole]:
+        """Which data it needs."""
+        ...
+
+    def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
+        """Say which statistics a target needs.
+
+        Args:
+            target_plan: How the target is trained: curvature may be taken at its first factors.
+
+        Returns:
+            The requests; empty for a penalty without data.
+        """
+        ...
+
+    def tensors(self, site: Site) -> Mapping[str, Tensor]:
+        """Make what training needs, for one target.
+
+        Args:
+            site: The target, its weight and statistics.
+
+        Returns:
+            Name to tensor, saved with the plan. Names carry their target, or the input group of targets that share
+            one, such as ``"Omega:model.layers.0.mlp.up_proj"``.
+        """
+        ...
+
+    def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
+        """Make the penalty of one target.
+
+        Args:
+            target_plan: How the target is trained.
+            tensors: Those of the whole plan, on the device of the training.
+
+        Returns:
+            Its value and gradient.
+        """
+        ...
+
+
+@runtime_checkable
+class Remarking(Protocol):
+    """A penalty that has something to say about what it can and cannot hold."""
+
+    def notes(self, plan: Plan) -> list[str]:
+        """Say it.
+
+        Args:
+            plan: What is trained.
+
+        Returns:
+            Sentences.
+        """
+        ...
+
+
+def penalty_plan(penalty: PenaltySpec, sites: Iterable[Site]) -> PenaltyPlan:
+    """Make a penalty's part of a plan.
+
+    Args:
+        penalty: The penalty.
+        sites: The plan's targets, one at a time.
+
+    Returns:
+        Its name, options and tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for site in sites:
+        tensors |= penalty.tensors(site)
+        tensors[f"{NORM}:{site.plan.target.name}"] = torch.linalg.norm(site.weight).cpu()
+    return PenaltyPlan(penalty.name, json.loads(canonical_json(penalty)), tensors)
+
+
+def terms_of(plan: PenaltyPlan, targets: Sequence[TargetPlan], tensors: Mapping[str, Tensor]) -> list[Term]:
+    """Bind a saved penalty to the targets of its plan.
+
+    Args:
+        plan: The penalty's part of the plan.
+        targets: The plan's targets.
+        tensors: The penalty's tensors, on the device of the training.
+
+    Returns:
+        One term per target.
+    """
+    penalty = penalty_named(plan.name, plan.options)
+    return [penalty.bind(target_plan, tensors) for target_plan in targets]
+
+
+def start_of(target_plan: TargetPlan, device: torch.device) -> LowRank | None:
+    """Give the factors that a change is counted from, with the diagonal taken into B.
+
+    Args:
+        target_plan: How the target is trained.
+        device: Where they are needed.
+
+    Returns:
+        ``B_0`` and ``A_0``; None where their product is zero.
+    """
+    start, diagonal = target_plan.init, target_plan.vectors.get("diag")
+    start = start if diagonal is None else LowRank(start.B * diagonal, start.A)
+    return None if start.is_zero else start.to(torch.float32, device)
+
+
+def notes_of(penalty: PenaltySpec, plan: Plan) -> list[str]:
+    """Ask a penalty what there is to know about it on a plan.
+
+    Args:
+        penalty: The penalty.
+        plan: The plan.
+
+    Returns:
+        Sentences, shown with the plan.
+    """
+    return list(penalty.notes(plan)) if isinstance(penalty, Remarking) else []
+
+
+def check_strength(strength: float, where: str) -> None:
+    """Check a penalty's strength.
+
+    Args:
+        strength: The strength.
+        where: The penalty's name.
+
+    Raises:
+        PlanError: It is below 0 or not finite.
+    """
+    if not 0 <= strength < math.inf:
+        raise PlanError(
+            f"penalty {where}, strength", got=str(strength), wanted="0 or more", next_step="Correct the value."
+        )
+
+
+def penalties() -> dict[str, type[Any]]:
+    """Find every penalty: the files of this package and the entry points ``keeptune.penalties``.
+
+    Returns:
+        Name to class, sorted by name.
+    """
+    names = sorted(info.name for info in pkgutil.iter_modules(keeptune.penalties.__path__) if info.name != "base")
+    modules = [importlib.import_module(f"keeptune.penalties.{name}") for name in names]
+    classes = [
+        cls
+        for module in modules
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if cls.__module__ == module.__name__ and dataclasses.is_dataclass(cls) and hasattr(cls, "name")
+    ]
+    classes += [point.load() for point in entry_points(group="keeptune.penalties")]
+    return {cls.name: cls for cls in sorted(classes, key=lambda cls: cls.name)}
+
+
+def penalty_named(name: str, options: Mapping[str, Any]) -> Any:
+    """Make a penalty from its name and options.
+
+    Args:
+        name: Its registered name, such as ``"l2"``.
+        options: Its fields.
+
+    Returns:
+        The penalty.
+
+    Raises:
+        RecipeError: The name or an option is unknown, or a value does not fit.
+    """
+    known = penalties()
+    if name not in known:
+        raise RecipeError("penalties", got=f'"{name}"', wanted="the name of a penalty", next_step=nearest(name, known))
+    cls = known[name]
+    fields = [field.name for field in dataclasses.fields(cls)]
+    for key in options:
+        if key not in fields:
+            raise RecipeError(
+                f"penalties, {name}, key {key}",
+                got=f"an option that {name} does not have",
+                wanted="one of its options",
+                next_step=nearest(key, fields),
+            )
+    try:
+        return TypeAdapter(cls).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RecipeError(
+            f"penalties, {name}, key {place}",
+            got=repr(first["input"]),
+            wanted=first["msg"],
+            next_step="Correct the value.",
+        ) from error

@@ -1,0 +1,163 @@
+"""L2: hold the size of the weight change, or of the factors, with a weight per layer.
+
+Zhang, Xie, Zhang, "L2-LoRA: Improving Low-Rank Adaptation with Layer-Specific Regularization".
+
+    P = eta sum_l lambda_l ‖ΔW_l‖²               ΔW = s (B A - B_0 A_0), Frobenius         (7)
+    P = eta sum_l lambda_l (‖A_l‖² + ‖B_l‖²)     on the trained parameters themselves       (5)
+    ‖B A‖² = sum((BᵀB) ∘ (A Aᵀ))                                                            (a)
+
+The two equations are not the same penalty; (7) does not depend on how a change is split into factors. The paper
+gives no eta, and an absolute one means something else for every model. ``unit="relative"`` therefore takes
+
+    P = eta mean_t lambda_l(t) ‖ΔW_t‖² / ‖W_t‖²                                             (b)
+
+over the targets t: the mean squared relative change. ``unit="absolute"`` is (7) as it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from keeptune.core.errors import PlanError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import TargetPlan
+from keeptune.linalg.factor import Identity
+from keeptune.penalties.base import OnChange, OnFactors, Site, Term, check_strength, start_of
+from keeptune.penalties.kronecker import KroneckerChange
+from keeptune.penalties.layers import check_layers, cubic_weights
+from keeptune.stats.request import DataRole, Request
+
+__all__ = ["L2", "FactorNorm", "Schedule", "layer_weight"]
+
+Schedule = Literal["uniform", "cubic"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FactorNorm:
+    """``w (‖A‖² + ‖B‖²)`` (eq. 5).
+
+    Args:
+        weight: w, a number or a scalar tensor.
+    """
+
+    weight: float | Tensor
+
+    def value(self, delta: LowRank) -> Tensor:
+        """Compute it."""
+        return self.weight * (delta.A.square().sum() + delta.B.square().sum())
+
+    def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
+        """Compute it; the gradients are ``2 w B`` and ``2 w A``."""
+        return self.value(delta), LowRank(B=2 * self.weight * delta.B, A=2 * self.weight * delta.A)
+
+
+@dataclass(frozen=True)
+class L2:
+    """The squared size of the change, weighted by layer.
+
+    Args:
+        strength: eta. With the relative unit, what a change as large as W itself costs, in nats.
+        layers: Weight of each block: ``"uniform"``, ``"cubic"`` (eq. 8), or a list, from block 0.
+        on: ``"change"`` takes ``s B A`` (eq. 7), ``"factors"`` A and B (eq. 5).
+        unit: ``"relative"`` measures each change against its W (b), ``"absolute"`` takes eq. 7 as it is.
+        first: l_i as a share of the depth (cubic).
+        last: l_f as a share of the depth (cubic).
+        floor: tau, the least weight (cubic).
+
+    Raises:
+        PlanError: An option is out of range.
+    """
+
+    name: ClassVar[str] = "l2"
+    paper: ClassVar[str] = "Zhang et al., L2-LoRA"
+
+    strength: float = 1.0
+    layers: Schedule | tuple[float, ...] = "uniform"
+    on: Literal["change", "factors"] = "change"
+    unit: Literal["relative", "absolute"] = "relative"
+    first: float = 1 / 3
+    last: float = 2 / 3
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            PlanError: One is out of range.
+        """
+        check_strength(self.strength, self.name)
+        check_layers(self.layers, "penalty l2, layers")
+        if not 0 <= self.first < self.last <= 1 or not 0 <= self.floor <= 1:
+            raise PlanError(
+                "penalty l2",
+                got=f"first {self.first}, last {self.last}, floor {self.floor}",
+                wanted="0 <= first < last <= 1 and 0 <= floor <= 1",
+                next_step="Correct them.",
+            )
+
+    @property
+    def data(self) -> frozenset[DataRole]:
+        """Need nothing."""
+        return frozenset()
+
+    def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
+        """Need nothing."""
+        return frozenset()
+
+    def tensors(self, site: Site) -> Mapping[str, Tensor]:
+        """Keep eta lambda_l, over the number of targets and ‖W‖² where the unit is relative."""
+        weight = layer_weight(self.layers, site, self.first, self.last, self.floor) * self.strength
+        if self.unit == "relative":
+            weight = weight / (site.targets * float(site.weight.double().square().sum()))
+        return {f"weight:{site.plan.target.name}": torch.tensor(weight)}
+
+    def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
+        """Make (7) or (5) of one target."""
+        target, weight = target_plan.target, tensors[f"weight:{target_plan.target.name}"]
+        if self.on == "factors":
+            return OnFactors(FactorNorm(weight))
+        one = torch.ones_like(weight)
+        return OnChange(
+            KroneckerChange(
+                Omega=Identity(target.in_features, one),
+                Gamma=Identity(target.out_features, one),
+                scale=target_plan.scale,
+                weight=weight,
+                start=start_of(target_plan, weight.device),
+            )
+        )
+
+
+def layer_weight(layers: Schedule | tuple[float, ...], site: Site, first: float, last: float, floor: float) -> float:
+    """Look up the weight of a target's block; a target outside any block has the weight 1.
+
+    Args:
+        layers: The schedule or the list.
+        site: The target.
+        first: l_i as a share of the depth.
+        last: l_f as a share of the depth.
+        floor: tau.
+
+    Returns:
+        lambda_l.
+
+    Raises:
+        PlanError: The list is not as long as the model is deep.
+    """
+    layer = site.plan.target.layer
+    if layers == "uniform" or layer < 0:
+        return 1.0
+    weights = cubic_weights(site.blocks, first, last, floor) if layers == "cubic" else list(layers)
+    if len(weights) != site.blocks:
+        raise PlanError(
+            "penalty l2, layers",
+            got=f"{len(weights)} weights",
+            wanted=f"{site.blocks}, one per block of the model",
+            next_step="Give one for each, also for blocks that are not tuned.",
+        )
+    return float(weights[layer])
