@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -36,6 +36,7 @@ from keeptune.model.load import load_model
 from keeptune.model.runner import Labels, ResidentRunner, Sink, Taps
 from keeptune.planning import asked_penalties, with_penalties
 from keeptune.stats.collect import Statistics, collect
+from keeptune.stats.request import Request
 from keeptune.stats.store import StatStore
 
 VOCAB = 64
@@ -252,6 +253,20 @@ class Bench:
             StatStore(self.folder),
             model_fingerprint=body_fingerprint(self.model),
         )
+
+
+@dataclass(frozen=True)
+class _Asking:
+    wanted: tuple[Request, ...]
+    name: ClassVar[str] = "asking"
+
+    def requests(self, target: Target) -> frozenset[Request]:
+        return frozenset(self.wanted)
+
+
+def asking(*wanted: Request) -> Any:
+    """Something that has nothing but requests, the same of every target."""
+    return _Asking(wanted)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keeptune.adapter import export as exporting
 from keeptune.adapter.export import Exported, Format
 from keeptune.core.plan import Plan
-from keeptune.data.calibration import Calibration, tokenize_calibration
+from keeptune.data.calibration import Calibration
+from keeptune.data.knowledge import knowledge_calibration, knowledge_of
 from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_calibration
 from keeptune.data.sft import TaskExamples, task_calibration
 from keeptune.evaluate.harness import evaluate as evaluate_one
@@ -43,7 +44,7 @@ def plan(
     tokenizer: PreTrainedTokenizerBase,
     method: Method[Any],
     *,
-    knowledge: Sequence[str] | None = None,
+    knowledge: Sequence[str] | Sequence[tuple[str, str]] | None = None,
     task: Sequence[tuple[str, str]] | Sequence[tuple[str, float]] | None = None,
     penalties: Sequence[PenaltySpec] = (),
     targets: Sequence[str] | None = None,
@@ -58,7 +59,7 @@ def plan(
         model: The base model, as loaded; it is not changed.
         tokenizer: Its tokenizer.
         method: Such as ``LoraNull(rank=8)``.
-        knowledge: Texts that hold what the model should keep.
+        knowledge: Texts that hold what the model should keep, or prompts and completions.
         task: Prompts and completions, for methods that look at the task; all of them are used. Of a classifier texts
             and labels (those of its config), or scores.
         penalties: Terms of the loss, such as ``L2(strength=1.0)``; :func:`keeptune.attach` gives them to a trainer.
@@ -79,7 +80,7 @@ def plan(
     max_length = min(max_length, positions(model) or max_length)
     data: dict[DataRole, Calibration] = {}
     if knowledge is not None:
-        data["knowledge"] = tokenize_calibration(knowledge, tokenizer, max_length=max_length, where="knowledge")
+        data["knowledge"] = knowledge_calibration(knowledge_of(knowledge), tokenizer, max_length=max_length)
     if task is not None:
         data["task"] = _task_calibration(Head.of(model), task, tokenizer, max_length)
     with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:

@@ -15,10 +15,10 @@ from trl import SFTConfig
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
 from keeptune.core.target import Target
-from keeptune.data.calibration import Calibration, tokenize_calibration
+from keeptune.data.calibration import Calibration
+from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_calibration, knowledge_set
 from keeptune.data.labelled import LabelledExamples, Texts
 from keeptune.data.overlap import Corpus, refuse_overlap
-from keeptune.data.prompts import render
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluate.tasks import load_items
 from keeptune.learning import Examples, check_benchmark, item_texts, read_task, sample, used_texts
@@ -27,7 +27,8 @@ from keeptune.model.load import load_model, load_positions, load_tokenizer
 from keeptune.penalties.base import PenaltySpec
 from keeptune.planning import asked_penalties, refuse_layers, refuse_penalties
 from keeptune.recipe import Recipe, make_method, make_penalties
-from keeptune.stats.request import DataRole
+from keeptune.stats.collect import source_name
+from keeptune.stats.request import DataRole, Request
 from keeptune.stats.store import StatStore
 from keeptune.train.trainer import check_arguments, sft_config
 
@@ -112,28 +113,36 @@ class Job:
         return body_fingerprint(self.base())
 
     @cached_property
-    def knowledge_rows(self) -> list[Row]:
-        """The knowledge rows that are used."""
-        knowledge = self.recipe.knowledge
-        if knowledge is None:
-            return []
-        return read_jsonl(knowledge.file, where="knowledge.file")[: knowledge.examples]
+    def knowledge_rows(self) -> list[list[Row]]:
+        """The knowledge rows that are used, of each set."""
+        sets = self.recipe.knowledge_sets
+        return [read_jsonl(part.file, where=f"{self._where(i)}.file")[: part.examples] for i, part in enumerate(sets)]
 
     @cached_property
-    def knowledge_texts(self) -> list[str]:
-        """The knowledge rows as text."""
-        if self.recipe.knowledge is None:
-            return []
-        return _render_all(self.knowledge_rows, self.recipe.knowledge.text, "knowledge")
+    def knowledge(self) -> list[KnowledgeSet]:
+        """The knowledge sets as texts, or as prompts and completions."""
+        return [
+            knowledge_set(
+                rows, text=part.text, prompt=part.prompt, completion=part.completion, where=self._where(index)
+            )
+            for index, (part, rows) in enumerate(zip(self.recipe.knowledge_sets, self.knowledge_rows, strict=True))
+        ]
+
+    def _where(self, index: int) -> str:
+        return f"knowledge.{index}" if isinstance(self.recipe.knowledge, list) else "knowledge"
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """The knowledge data as tokens."""
-        if self.recipe.knowledge is None:
+        """The knowledge data as tokens, those of all sets."""
+        if not self.knowledge:
             return None
-        length = self.recipe.knowledge.max_length
-        length = min(length, self.positions or length)
-        return tokenize_calibration(self.knowledge_texts, self.tokenizer, max_length=length, where="knowledge")
+        lengths = [part.max_length for part in self.recipe.knowledge_sets]
+        return joined_knowledge(
+            [
+                knowledge_calibration(part, self.tokenizer, max_length=min(length, self.positions or length))
+                for part, length in zip(self.knowledge, lengths, strict=True)
+            ]
+        )
 
     @property
     def data(self) -> dict[DataRole, Calibration]:
@@ -146,11 +155,15 @@ class Job:
         return found
 
     @cached_property
+    def requests(self) -> frozenset[Request]:
+        """The statistics that the method takes of some target."""
+        return frozenset(self.method.requests(Target("", 0, "", out_features=1, in_features=1, input_group="")))
+
+    @cached_property
     def needs(self) -> set[DataRole]:
         """Which data the method and the penalties take statistics over."""
-        anything = Target(name="", layer=0, role="", out_features=1, in_features=1, input_group="")
         asked = asked_penalties(self.method, self.penalties)
-        return {request.data for request in self.method.requests(anything)}.union(*(p.data for p in asked))
+        return {request.data for request in self.requests}.union(*(p.data for p in asked))
 
     @cached_property
     def task_calibration(self) -> Calibration:
@@ -204,9 +217,9 @@ class Job:
         check_device(self.device)
         self._check_needs()
         used = [Corpus("task.train", self.task_rows, used_texts(self.task))]
-        if self.recipe.knowledge is not None:
-            texts = self.knowledge_texts if self.head is None else Texts(tuple(self.knowledge_texts)).whole
-            used.append(Corpus("knowledge.file", self.knowledge_rows, texts))
+        for part, rows in zip(self.knowledge, self.knowledge_rows, strict=True):
+            texts = part.texts if self.head is None else Texts(tuple(part.texts)).whole
+            used.append(Corpus(f"{part.where}.file", rows, texts))
         for benchmark in self.recipe.evaluate:
             items = load_items(benchmark, Path())
             check_benchmark(self.recipe.task.kind, self.task, benchmark, items)
@@ -237,12 +250,20 @@ class Job:
     @cached_property
     def plan_inputs(self) -> dict[str, Any]:
         """What the plan is made from."""
-        task: dict[str, Any] = {"task": self.task_calibration.fingerprint} if "task" in self.needs else {}
+        more: dict[str, Any] = {"task": self.task_calibration.fingerprint} if "task" in self.needs else {}
         if self.head is not None:
-            task["head"] = self.head
+            more["head"] = self.head
+        # Which examples come first depends on sets and order; all together do not.
+        for request in self.requests:
+            if request.examples is not None and request.data in self.data:
+                more[source_name(request)] = self.data[request.data].first(request.examples).fingerprint
         if self.penalties:
-            task["penalties"] = [[penalty.name, penalty] for penalty in self.penalties]
-        return task | {
+            more["penalties"] = [[penalty.name, penalty] for penalty in self.penalties]
+        if self.calibration is not None and any(
+            "knowledge" in penalty.data for penalty in asked_penalties(self.method, self.penalties)
+        ):
+            more["knowledge in order"] = content_key([self.calibration.sequences, self.calibration.sets])
+        return more | {
             "model": self.base_fingerprint,
             "method": [self.method.name, self.method],
             "targets": self.recipe.targets,
@@ -250,10 +271,6 @@ class Job:
             "knowledge": None if self.calibration is None else self.calibration.fingerprint,
             "dtype": self.recipe.dtype,
         }
-
-
-def _render_all(rows: list[Row], template: str, where: str) -> list[str]:
-    return [render(template, row, where=f"{where} row {n}") for n, row in enumerate(rows, start=1)]
 
 
 def check_folder(where: str, folder: Path) -> None:

@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StrictInt,
     TypeAdapter,
@@ -33,6 +31,7 @@ from keeptune.evaluate.tasks import Benchmark
 from keeptune.methods.base import method_named, methods
 from keeptune.model.load import Dtype
 from keeptune.penalties.base import PenaltySpec, penalties, penalty_named
+from keeptune.sections import Knowledge, KnowledgeSets, Section, without_tags
 from keeptune.train.trainer import check_arguments
 from keeptune.values import override_value, read_values, spelt_out
 
@@ -64,20 +63,7 @@ _Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 _Layer = Annotated[StrictInt, Field(ge=0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Knowledge(_Section):
-    """What to keep: data for statistics."""
-
-    file: str
-    text: str = "{text}"
-    examples: int = Field(256, ge=1)
-    max_length: int = Field(1024, ge=1)
-
-
-class TaskCalibration(_Section):
+class TaskCalibration(Section):
     """How much of the task statistics of inputs and gradients are taken from."""
 
     examples: int = Field(256, ge=1)
@@ -85,7 +71,7 @@ class TaskCalibration(_Section):
     seed: int = Field(0, ge=0)
 
 
-class Task(_Section):
+class Task(Section):
     """What to learn: prompts and completions, or texts with a label or a score each."""
 
     train: str
@@ -126,14 +112,14 @@ class Task(_Section):
         return self
 
 
-class ExportSpec(_Section):
+class ExportSpec(Section):
     """How the result is written."""
 
     format: Format = "portable"
     max_gap: float | None = Field(None, gt=0)
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole job.
 
     Files are looked for from the current directory, then from the recipe's folder. ``atlas`` names the
@@ -146,7 +132,7 @@ class Recipe(_Section):
     output: _Folder
     targets: list[str] | None = None
     layers: Annotated[list[_Layer], Field(min_length=1)] | None = None
-    knowledge: Knowledge | None = None
+    knowledge: KnowledgeSets | None = None
     penalties: list[Annotated[dict[str, Any], BeforeValidator(spelt_out)]] = Field(default_factory=list)
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate: list[Benchmark] = Field(default_factory=list)
@@ -160,6 +146,13 @@ class Recipe(_Section):
     store: _Folder | None = None
     low_memory: bool = False
     reference: _Folder | None = None
+
+    @property
+    def knowledge_sets(self) -> tuple[Knowledge, ...]:
+        """The sets of knowledge data, none or more."""
+        if self.knowledge is None:
+            return ()
+        return tuple(self.knowledge) if isinstance(self.knowledge, list) else (self.knowledge,)
 
     def written(self) -> dict[str, Any]:
         """Give the recipe as plain values, for the record in the run folder.
@@ -331,25 +324,26 @@ def _is_value(word: str) -> bool:
     return not word.startswith("--")
 
 
-_FILES = (("knowledge", "file"), ("task", "train"))
+_FILES = (("knowledge", "file"), ("task", "train"), ("evaluate", "file"))
 
 
 def _resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    done: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    done = dict(values)
     for section, key in _FILES:
-        if isinstance(done.get(section), dict) and isinstance(done[section].get(key), str):
-            done[section][key] = _resolve(done[section][key], folder)
-    if isinstance(done.get("evaluate"), list):
-        done["evaluate"] = [
-            {**entry, "file": _resolve(entry["file"], folder)}
-            if isinstance(entry, Mapping) and isinstance(entry.get("file"), str)
-            else entry
-            for entry in done["evaluate"]
-        ]
+        part = done.get(section)
+        done[section] = [_found(p, key, folder) for p in part] if isinstance(part, list) else _found(part, key, folder)
+        if section not in values:
+            del done[section]
     model: Any = done.get("model")
     if isinstance(model, str):
         done["model"] = resolve_model(model, folder)
     return done
+
+
+def _found(section: Any, key: str, folder: Path) -> Any:
+    if isinstance(section, Mapping) and isinstance(section.get(key), str):
+        return {**section, key: _resolve(section[key], folder)}
+    return section
 
 
 def _resolve(name: str, folder: Path) -> str:
@@ -383,14 +377,15 @@ def resolve_model(name: str, folder: Path = Path()) -> str:
 
 def _explain(error: ValidationError, where: str) -> RecipeError:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    location = without_tags(first["loc"])
+    place = ".".join(str(part) for part in location)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _known_keys(first["loc"])
+        known = _known_keys(location)
         return RecipeError(
             f"{where}, key {place}",
             got="an unknown key",
             wanted="a key that recipes have",
-            next_step=nearest(str(first["loc"][-1]), known),
+            next_step=nearest(str(location[-1]), known),
         )
     if first["type"] in ("missing", "missing_argument"):
         return RecipeError(

@@ -29,6 +29,20 @@ def test_layers_and_targets_of_a_plan() -> None:
         keeptune.plan(model, tokenizer, keeptune.Full(), layers=[0])
 
 
+def test_knowledge_as_texts_or_as_pairs() -> None:
+    model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
+    pairs = [("Once upon a", " time"), ("There was", " a dog")]
+    data = [[read + said for read, said in pairs], pairs, ["Once", ("a", "b")]]
+    plans = [
+        keeptune.plan(model, tokenizer, keeptune.LoraNull(rank=2), targets=["q_proj"], layers=[0], knowledge=given)
+        for given in data[:2]
+    ]
+    assert plans[0].provenance["knowledge"] != plans[1].provenance["knowledge"]
+    assert torch.equal(plans[0].targets[0].init.A, plans[1].targets[0].init.A)
+    with pytest.raises(DataError, match="different forms"):
+        keeptune.plan(model, tokenizer, keeptune.LoraNull(rank=2), knowledge=data[2])  # type: ignore[arg-type]
+
+
 def test_a_classifier_that_one_has_already(tmp_path: Path) -> None:
     texts = ["Piano is what she plays.", "He speaks Finnish.", "She plays the harp.", "They grew up with Greek."]
     make_encoder(tmp_path / "encoder", texts)

@@ -346,6 +346,62 @@ def test_overrides_of_parts_that_are_not_there(example: Path, key: str) -> None:
         load_recipe(example, {key: 1})
 
 
+def test_knowledge_of_several_sets(recipe_values: Values) -> None:
+    """One section or a list; texts, or prompts with completions; each file takes part in the overlap check."""
+    given = recipe_values()
+    section, stories, sums = given["knowledge"], given["evaluate"][0], given["task"]
+    pairs = {"file": sums["train"], "prompt": "{question}\nAnswer:", "completion": " {answer}", "examples": 5}
+    one, listed = (Job(recipe_of(recipe_values(knowledge=value))) for value in (section, [section]))
+    both = Job(recipe_of(recipe_values(knowledge=[section, pairs])))
+    assert recipe_of(both.recipe.written()) == both.recipe
+    assert one.calibration == listed.calibration
+    assert one.plan_key == listed.plan_key != both.plan_key
+    assert one.calibration is not None
+    assert one.calibration.prompts is None
+    assert both.calibration is not None
+    assert both.calibration.sets == (8, 5)
+    assert both.calibration.sequences[:8] == one.calibration.sequences
+    assert both.calibration.prompts is not None
+    assert both.calibration.prompts[:8] == (0,) * 8
+    assert min(both.calibration.prompts[8:]) > 5
+    both.check()
+    overlapping = section | {"file": stories["file"]}
+    with pytest.raises(DataError, match=r"evaluate\.stories.*knowledge\.1\.file too"):
+        Job(recipe_of(recipe_values(knowledge=[section, overlapping]))).check()
+    with pytest.raises(DataError, match=r"knowledge\.1 row 1.*nothing"):
+        Job(recipe_of(recipe_values(knowledge=[section, pairs | {"prompt": "{nothing}"}]))).check()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"prompt": "{q}"}, {"completion": "{a}"}, {"text": "{q}", "prompt": "{q}", "completion": "{a}"}],
+    ids=" and ".join,
+)
+def test_knowledge_has_one_of_two_forms(recipe_values: Values, form: dict[str, str]) -> None:
+    for knowledge in ({"file": "a.jsonl"} | form, [{"file": "b.jsonl"}, {"file": "a.jsonl"} | form]):
+        with pytest.raises(RecipeError, match=rf"a\.jsonl: got {' and '.join(form)}, wanted either text, or"):
+            recipe_of(recipe_values(knowledge=knowledge))
+
+
+@pytest.mark.parametrize(
+    ("knowledge", "told"),
+    [
+        ([{"file": "a", "exmples": 3}], r"knowledge\.0\.exmples: .*examples"),
+        ([{"file": "a"}, {"text": "b"}], r"knowledge\.1\.file: got nothing"),
+        ([], r"key knowledge: got \[\]"),
+        ([{"file": "a", "examples": 0}], r"knowledge\.0\.examples: got 0"),
+        ({"file": "a", "examples": 0}, r"key knowledge\.examples: got 0"),
+        ({"file": "a", "exmples": 1}, r"key knowledge\.exmples: .*examples"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_knowledge_is_told_with_its_place(
+    recipe_values: Values, knowledge: object, told: str
+) -> None:
+    with pytest.raises(RecipeError, match=told):
+        recipe_of(recipe_values(knowledge=knowledge))
+
+
 def test_data_errors_keep_their_kind(recipe_values: Values) -> None:
     with pytest.raises(DataError, match=r"knowledge\.file"):
         Job(recipe_of(recipe_values(knowledge={"file": "nowhere.jsonl"}))).check()

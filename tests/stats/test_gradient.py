@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from tests.models import MODELS, Bench, RepaddingRunner, mask_forgotten, padded_left, relative, task
+from tests.models import MODELS, Bench, RepaddingRunner, asking, mask_forgotten, padded_left, relative, task
 from tests.reference.gradient_reference import rows_of
 from torch import Tensor
 
 from keeptune.core.errors import StatisticsError
-from keeptune.core.target import Target, read_weight
+from keeptune.core.target import read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.linalg.svd import exact_svd
 from keeptune.model.runner import ResidentRunner, drawn_labels, summed_loss
@@ -28,19 +27,8 @@ WEIGHT, DIRECTIONS = WeightGradient("task", "true"), DirectionVariances("task", 
 SAMPLED = GradientCovariance("task", "sampled")
 
 
-@dataclass(frozen=True)
-class Asking:
-    """Nothing but requests."""
-
-    wanted: tuple[Request, ...]
-    name: ClassVar[str] = "asking"
-
-    def requests(self, target: Target) -> frozenset[Request]:
-        return frozenset(self.wanted)
-
-
 def collected(bench: Bench, *wanted: Request, **options: Any) -> Statistics:
-    return bench.collect(Asking(wanted), **options)  # type: ignore[arg-type]
+    return bench.collect(asking(*wanted), **options)
 
 
 @pytest.mark.parametrize("architecture", MODELS)
@@ -148,9 +136,37 @@ def test_what_is_learned_is_part_of_the_key(tmp_path: Path) -> None:
     assert turned.fingerprint == made.fingerprint
 
 
-def test_knowledge_without_completions_has_no_loss(tmp_path: Path) -> None:
-    with pytest.raises(StatisticsError, match="texts without a task"):
-        collected(Bench(MODELS["llama"](), tmp_path), GradientCovariance("knowledge", "true"))
+def test_of_knowledge_without_prompts_the_whole_text_is_learned(tmp_path: Path) -> None:
+    """All tokens but the first, as if each prompt were empty or the first token."""
+    model, request = MODELS["llama"](), GradientCovariance("knowledge", "true")
+    texts = task().sequences
+    found = [
+        collected(Bench(model, tmp_path / str(index), data=Calibration(texts, 0, prompts)), request)
+        for index, prompts in enumerate([None, (0,) * len(texts), (1,) * len(texts), (2,) * len(texts)])
+    ]
+    for target in Bench(model, tmp_path).targets():
+        whole, empty, first, second = (statistics.view(target)[request] for statistics in found)
+        assert torch.equal(empty, whole)
+        assert torch.equal(first, whole)
+        if target.role not in ("q_proj", "k_proj"):  # the first token attends to itself whatever they say
+            assert relative(second, whole) > 1e-3
+
+
+def test_what_is_no_number_names_the_module_and_the_batch(tmp_path: Path) -> None:
+    """Of gradients too, and of the first module that meets it."""
+    model = MODELS["llama"]()
+    data = Calibration(((3, 4, 5), (6, 7, 8, 9), (10, 11)), 0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = float("inf")
+    with pytest.raises(StatisticsError, match=r"layers\.0\..*: got NaN or infinite inputs in batch 1 of 3, wanted"):
+        collected(Bench(model, tmp_path / "a", data=data), InputCovariance("knowledge"), batch_tokens=1)
+    model, last = MODELS["llama"](), Bench(MODELS["llama"](), tmp_path).targets()[-1].name
+    model.lm_head.register_full_backward_hook(lambda *_: (torch.full((1, 2, 32), float("nan")),))
+    with pytest.raises(StatisticsError, match=r"NaN or infinite gradients in batch 1 of 1") as caught:
+        collected(
+            Bench(model, tmp_path / "b", data=Calibration(((10, 11),), 0)), GradientCovariance("knowledge", "true")
+        )
+    assert caught.value.where == last
 
 
 # Labels

@@ -8,16 +8,19 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tests.models import MODELS, Bench, calibration, counted_passes, relative
+from tests.models import MODELS, Bench, asking, calibration, counted_passes, relative
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError
 from keeptune.core.target import Target
+from keeptune.data.knowledge import joined_knowledge
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.runner import ResidentRunner
 from keeptune.stats.collect import collect
-from keeptune.stats.covariance import InputCovariance, ReleasedCovariance
+from keeptune.stats.covariance import GradientCovariance, InputCovariance, ReleasedCovariance
+from keeptune.stats.gradient import WeightGradient
+from keeptune.stats.mean import InputMean
 from keeptune.stats.store import Source, StatStore, entry_recipe
 
 TARGET = Target("h.1.k", 1, "k", 4, 6, input_group="h.1.q")
@@ -81,6 +84,39 @@ def test_an_entry_can_be_put_again(tmp_path: Path) -> None:
 )
 def test_the_key_changes_with_all_that_determines_the_value(other: Callable[[], dict[str, Any]]) -> None:
     assert content_key(other()) != content_key(recipe())
+
+
+@pytest.mark.parametrize(
+    ("request_", "key"),
+    [
+        (InputCovariance("knowledge"), "9e907d8cd3b2023bda736a24e37695a790fe8a69b2dcd56486216af91d0478d0"),
+        (GradientCovariance("task", "sampled"), "68b4855781348b487ed751dc327508bf769c0cde835e905c7f0700d0b284e6db"),
+        (WeightGradient("task", "true"), "d2081e8c9c789b1d2928245e278fdd1b0eee8ddc3249f224430bf44b8066cd58"),
+        (InputMean("task"), "6cf50fbeedcd5fc3079e98edefb694266dcf6aa051fcf1baaf6ab7f9f6ee4f6d"),
+    ],
+    ids=str,
+)
+def test_the_keys_are_those_of_earlier_versions(request_: Any, key: str) -> None:
+    """Stores that users have filled stay warm."""
+    assert content_key(recipe(request_)) == key
+
+
+def test_some_examples_of_each_set(tmp_path: Path) -> None:
+    """The key is that of the examples, so that the same ones alone are found again."""
+    parts = [calibration(1, (6, 9, 4)), calibration(2, (12, 5))]
+    few = joined_knowledge([part.first(2) for part in parts])
+    some, every = InputCovariance("knowledge", examples=2), InputCovariance("knowledge")
+    made = Bench(MODELS["llama"](), tmp_path / "store", data=joined_knowledge(parts))
+    both = made.collect(asking(some, every))
+    alone = Bench(made.model, tmp_path / "alone", data=few).collect(asking(every))
+    again = Bench(made.model, tmp_path / "store", data=few)
+    for target in made.targets():
+        wanted = alone.view(target)[every]
+        assert torch.equal(both.view(target)[some], wanted)
+        assert relative(both.view(target)[every], wanted) > 1e-2
+    stored = len(entries(StatStore(tmp_path / "store")))
+    again.collect(asking(every))
+    assert len(entries(StatStore(tmp_path / "store"))) == stored
 
 
 def test_the_key_does_not_change_with_what_does_not() -> None:
@@ -262,6 +298,6 @@ def test_weights_that_are_no_numbers_are_told_with_the_first_module_after_them(
     made = Bench(model, tmp_path / "store")
     targets = [target for target in made.targets() if target.layer == 0]
     model.get_parameter(f"{targets[-1].name}.weight").data[0, 0] = float("nan")
-    with pytest.raises(StatisticsError, match="got NaN or infinite activations") as caught:
+    with pytest.raises(StatisticsError, match=r"got NaN or infinite inputs in batch 1 of 1, ") as caught:
         made.collect(LoraNull(rank=1))
     assert ".1." in caught.value.where

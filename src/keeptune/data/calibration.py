@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Calibration:
         prompts: Tokens of each text that are read only; the model learns to write the rest. None without such a task.
         labels: Index of the label of each text, or its score. None without such a task.
         types: Which text of a pair each token is from. None where models need not know.
+        sets: How many texts are of the first set, of the second and so on; empty where all are of one.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -53,11 +54,46 @@ class Calibration:
     prompts: tuple[int, ...] | None = None
     labels: tuple[int, ...] | tuple[float, ...] | None = None
     types: tuple[tuple[int, ...], ...] | None = None
+    sets: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Number of tokens."""
         return sum(map(len, self.sequences))
+
+    @property
+    def learned(self) -> int:
+        """Number of tokens that the model learns to write: none of a prompt, and never the first of a text.
+
+        Of a classifier, the number of texts.
+        """
+        if self.labels is not None:
+            return len(self.sequences)
+        starts = self.prompts or (0,) * len(self.sequences)
+        return sum(len(ids) - max(start, 1) for ids, start in zip(self.sequences, starts, strict=True))
+
+    def first(self, examples: int) -> Calibration:
+        """Take the first texts of each set.
+
+        Args:
+            examples: How many of each; all, where a set has fewer.
+
+        Returns:
+            Those texts.
+        """
+        kept: list[int] = []
+        end = 0
+        for size in self.sets or (len(self.sequences),):
+            kept += range(end, end + min(size, examples))
+            end += size
+        return replace(
+            self,
+            sequences=tuple(self.sequences[i] for i in kept),
+            prompts=self.prompts and tuple(self.prompts[i] for i in kept),
+            labels=self.labels and tuple(self.labels[i] for i in kept),
+            types=self.types and tuple(self.types[i] for i in kept),
+            sets=tuple(min(size, examples) for size in self.sets),
+        )
 
     @property
     def fingerprint(self) -> str:

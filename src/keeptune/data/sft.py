@@ -15,7 +15,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.prompts import render
 from keeptune.data.sources import Row
 
-__all__ = ["TaskExamples", "draw_rows", "task_calibration", "task_examples"]
+__all__ = ["TaskExamples", "draw_rows", "task_calibration", "task_examples", "tokenize_pairs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +102,7 @@ def task_calibration(
     rows = draw_rows(len(task.prompts), examples, seed)
     end = tokenizer.eos_token or ""
     completions = [task.completions[i] + ("" if task.completions[i].endswith(end) else end) for i in rows]
-    prompts = [task.prompts[i] for i in rows]
-    read = tokenizer(prompts)["input_ids"]
-    whole = tokenizer([p + c for p, c in zip(prompts, completions, strict=True)])["input_ids"]
-    kept = [(tuple(ids[:max_length]), _common(start, ids)) for start, ids in zip(read, whole, strict=True)]
-    kept = [(ids, start) for ids, start in kept if start < len(ids)]
+    kept = tokenize_pairs([task.prompts[i] for i in rows], completions, tokenizer, max_length=max_length)
     if not kept:
         raise DataError(
             "task.train",
@@ -116,6 +112,26 @@ def task_calibration(
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Calibration(tuple(ids for ids, _ in kept), int(pad), tuple(start for _, start in kept))
+
+
+def tokenize_pairs(
+    prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> list[tuple[tuple[int, ...], int]]:
+    """Tokenise each prompt with its completion as one text.
+
+    Args:
+        prompts: What the model reads.
+        completions: What follows.
+        tokenizer: The model's tokenizer.
+        max_length: Longer texts are cut to this many tokens.
+
+    Returns:
+        Token ids and the number of leading ones that the prompt is, without the texts whose prompt leaves no room.
+    """
+    read = tokenizer(list(prompts))["input_ids"]
+    whole = tokenizer([p + c for p, c in zip(prompts, completions, strict=True)])["input_ids"]
+    cut = [(tuple(ids[:max_length]), _common(start, ids)) for start, ids in zip(read, whole, strict=True)]
+    return [(ids, start) for ids, start in cut if start < len(ids)]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

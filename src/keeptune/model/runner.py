@@ -69,8 +69,8 @@ class ResidentRunner:
         """
         inner = body(self.model)
         with _still(self.model), torch.no_grad():
-            for batch in _shown(batches, title):
-                self._pass(inner, self._ready(batch), sinks)
+            for number, batch in enumerate(_shown(batches, title), start=1):
+                self._pass(inner, self._ready(batch), sinks).check(f"batch {number} of {len(batches)}")
 
     def backward(self, batches: Sequence[Batch], taps: Taps, *, labels: Labels, seed: int, title: str) -> None:
         """Pass all batches forth and back once; weights are frozen, so only activations get gradients.
@@ -79,7 +79,7 @@ class ResidentRunner:
         on what else is in a batch.
 
         Args:
-            batches: Token batches of a task, with loss masks or labels.
+            batches: Token batches.
             taps: What receives inputs and gradients.
             labels: ``"true"`` takes the data's tokens (the empirical Fisher), ``"sampled"`` draws them from the
                 model's own distribution (the Fisher itself).
@@ -87,8 +87,8 @@ class ResidentRunner:
             title: What the progress bar says; empty for no bar.
         """
         with _still(self.model), torch.enable_grad():
-            for batch in _shown(batches, title):
-                self._sweep(self._ready(batch), taps, labels, seed)
+            for number, batch in enumerate(_shown(batches, title), start=1):
+                self._sweep(self._ready(batch), taps, labels, seed).check(f"batch {number} of {len(batches)}")
 
     def _ready(self, batch: Batch) -> Batch:
         """Put the padding behind the tokens for a classifier: an encoder's head reads the first of them."""
@@ -103,14 +103,14 @@ class ResidentRunner:
             token_type_ids=None if types is None else types.gather(1, order),
         )
 
-    def _pass(self, inner: nn.Module, batch: Batch, sinks: Mapping[str, Sequence[Sink]]) -> None:
+    def _pass(self, inner: nn.Module, batch: Batch, sinks: Mapping[str, Sequence[Sink]]) -> _Real:
         waiting = set(sinks)
         mask = batch.attention_mask.to(self.model.device)
         real = _Real(mask)
 
         def hook_for(name: str, receivers: Sequence[Sink]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                found = real.rows(inputs[0], name)
+                found = real.rows(inputs[0], name, "inputs")
                 for receive in receivers:
                     receive(found)
                 waiting.discard(name)
@@ -125,20 +125,21 @@ class ResidentRunner:
                 stack.callback(handle.remove)
             with suppress(_Reached):
                 inner(**_arguments(batch, mask))
+        return real
 
-    def _sweep(self, batch: Batch, taps: Taps, labels: Labels, seed: int) -> None:
+    def _sweep(self, batch: Batch, taps: Taps, labels: Labels, seed: int) -> _Real:
         mask = batch.attention_mask.to(self.model.device)
         real = _Real(mask)
 
         def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
                 pairs, gradients = taps.pairs.get(name, []), taps.gradients.get(name, [])
-                h = real.rows(inputs[0].detach(), name)
+                h = real.rows(inputs[0].detach(), name, "inputs")
                 for receive in taps.inputs.get(name, []):
                     receive(h)
 
                 def arrived(gradient: Tensor) -> None:
-                    delta = real.rows(gradient, name)
+                    delta = real.rows(gradient, name, "gradients")
                     for receive in gradients:
                         receive(delta)
                     for receive_both in pairs:
@@ -158,6 +159,7 @@ class ResidentRunner:
                 stack.callback(self.model.get_submodule(name).register_forward_hook(hook_for(name)).remove)
             logits = self.model(**_arguments(batch, mask)).logits
             torch.autograd.backward(summed_loss(logits, batch, labels=labels, seed=seed))
+        return real
 
 
 def summed_loss(logits: Tensor, batch: Batch, *, labels: Labels, seed: int) -> Tensor:
@@ -167,7 +169,8 @@ def summed_loss(logits: Tensor, batch: Batch, *, labels: Labels, seed: int) -> T
 
     Args:
         logits: ``(batch, length, vocabulary)``, or a classifier's ``(batch, labels)``.
-        batch: Tokens with a loss mask, or with labels.
+        batch: Tokens, with a loss mask or with labels; without either, whole texts are learned but for their first
+            token.
         labels: The data's tokens or drawn ones.
         seed: Seed of the drawn labels.
 
@@ -175,20 +178,21 @@ def summed_loss(logits: Tensor, batch: Batch, *, labels: Labels, seed: int) -> T
         A scalar.
 
     Raises:
-        StatisticsError: The batch has no loss mask, or no labels for a classifier.
+        StatisticsError: The batch has no labels for a classifier.
     """
     if batch.labels is not None and logits.ndim == 2:
         wanted = batch.labels if labels == "true" else drawn_classes(logits, batch, seed)
         return sequence_losses(logits, wanted.to(logits.device)).sum()
-    if batch.loss_mask is None or logits.ndim == 2:
+    if logits.ndim == 2:
         raise StatisticsError(
             "statistics",
             got="texts without a task",
             wanted="prompts and completions, or labels",
             next_step="Pass task data.",
         )
+    whole = batch.attention_mask if batch.loss_mask is None else batch.loss_mask
     # The first token of a text is never predicted.
-    learned = batch.loss_mask[:, 1:].bool() & batch.attention_mask[:, :-1].bool()
+    learned = whole[:, 1:].bool() & batch.attention_mask[:, :-1].bool()
     chosen = logits[:, :-1][learned.to(logits.device)].float()
     wanted = batch.input_ids[:, 1:][learned] if labels == "true" else drawn_labels(chosen, batch, learned, seed)
     return functional.cross_entropy(chosen, wanted.to(logits.device), reduction="sum")
@@ -249,10 +253,30 @@ class _Real:
     def __init__(self, mask: Tensor) -> None:
         self.count = mask.numel()
         self.places = None if bool(mask.all()) else mask.reshape(-1).nonzero().squeeze(1)
+        self.largest: dict[tuple[str, str], Tensor] = {}
 
-    def rows(self, values: Tensor, name: str) -> Tensor:
+    def rows(self, values: Tensor, name: str, what: str) -> Tensor:
         """Take them; a module that sees other rows (an expert) needs batches without padding."""
-        found = values.reshape(-1, values.shape[-1])
+        found = self._taken(values.reshape(-1, values.shape[-1]), name)
+        if found.numel():
+            self.largest[name, what] = torch.linalg.vector_norm(found, torch.inf)
+        return found
+
+    def check(self, place: str) -> None:
+        """Refuse rows that are not numbers; where they were first met is where they come from."""
+        if not self.largest:
+            return
+        ok = torch.stack([value.float() for value in self.largest.values()]).isfinite().tolist()
+        for (name, what), fine in zip(self.largest, ok, strict=True):
+            if not fine:
+                raise StatisticsError(
+                    name,
+                    got=f"NaN or infinite {what} in {place}",
+                    wanted="finite ones",
+                    next_step="Load the model in float32 or bfloat16 and check the weights of the modules before it.",
+                )
+
+    def _taken(self, found: Tensor, name: str) -> Tensor:
         if self.places is None:
             return found
         if found.shape[0] != self.count:

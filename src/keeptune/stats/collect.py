@@ -24,7 +24,7 @@ from keeptune.stats.request import Accumulator, DataRole, Request
 from keeptune.stats.store import Source, StatStore, entry_recipe
 from keeptune.stats.unseen import UnseenError
 
-__all__ = ["Statistics", "StatsView", "collect", "source_of"]
+__all__ = ["Statistics", "StatsView", "collect", "source_name", "source_of"]
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,14 +38,14 @@ class StatsView:
         target: The target.
         requests: What it asked for.
         store: Where the values are; they are read one at a time.
-        sources: Model and data, per data role.
+        sources: Model and data, by :func:`source_name`.
         memo: The last result of :meth:`derive`, shared by the views of one collection.
     """
 
     target: Target
     requests: frozenset[Request]
     store: StatStore
-    sources: Mapping[DataRole, Source]
+    sources: Mapping[str, Source]
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, request: Request) -> Tensor:
@@ -67,7 +67,7 @@ class StatsView:
                 wanted=f"one of the requested statistics: {sorted(map(str, self.requests)) or 'none'}",
                 next_step="Return it from the method's requests().",
             )
-        value = self.store.get(entry_recipe(request, self.target, self.sources[request.data]))
+        value = self.store.get(entry_recipe(request, self.target, self.sources[source_name(request)]))
         if value is None:
             raise StatisticsError(
                 self.target.name,
@@ -93,7 +93,7 @@ class StatsView:
         Raises:
             StatisticsError: The statistic was not requested, or the store lost it.
         """
-        entry = entry_recipe(request, self.target, self.sources[request.data])
+        entry = entry_recipe(request, self.target, self.sources[source_name(request)])
         key = content_key([entry, function.__module__, function.__qualname__, options])
         if key not in self.memo or request not in self.requests:
             value = function(self[request], *options)
@@ -109,13 +109,13 @@ class Statistics:
 
     Args:
         store: Where the values are.
-        sources: Model and data, per data role.
+        sources: Model and data, by :func:`source_name`.
         requests: Per target name.
         unseen: Experts that no token reached: they have no statistics, and nothing is guessed in their place.
     """
 
     store: StatStore
-    sources: Mapping[DataRole, Source]
+    sources: Mapping[str, Source]
     requests: Mapping[str, frozenset[Request]]
     unseen: frozenset[str] = frozenset()
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -162,22 +162,44 @@ def collect(
     Raises:
         StatisticsError: Data of a role is requested but not given, or activations are not finite.
     """
-    sources = {role: source_of(runner.model, model_fingerprint, tokens) for role, tokens in data.items()}
+    used = _used(requests, data)
+    sources = {name: source_of(runner.model, model_fingerprint, tokens) for name, tokens in used.items()}
     missing = _missing(targets, requests, sources, store)
     waves = [(need, wave) for need, sites in missing.items() for wave in (_shares(sites) if low_memory else [sites])]
     # An expert sees some tokens only, so that padding could not be told from text: its batches hold none.
     padded = not any(is_nested(target.name) for target in targets)
     unseen: set[str] = set()
     for need, wave in tqdm(waves, desc="statistics", delay=2, disable=None if len(waves) > 1 else True, leave=False):
-        batches = data[need.data].batches(1 if need.examples_alone else batch_tokens, padded=padded)
+        batches = used[need.source].batches(1 if need.examples_alone else batch_tokens, padded=padded)
         totals = _run_wave(runner, batches, need, wave, title="" if len(waves) > 1 else "statistics")
         for (request, target), total in zip(wave, totals, strict=True):
-            if not _keep(store, request, target, total, sources[request.data]):
+            if not _keep(store, request, target, total, sources[source_name(request)]):
                 unseen |= {t.name for t in targets if (request, request.site(target)) in _sites(requests, t)}
     if unseen:
         names = ", ".join(sorted(unseen))
         _log.warning("statistics: no token reached %d of %d targets: %s", len(unseen), len(targets), names)
     return Statistics(store, sources, dict(requests), frozenset(unseen))
+
+
+def source_name(request: Request) -> str:
+    """Name the data that a request uses: those of its role, or some of them.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The name.
+    """
+    return request.data if request.examples is None else f"{request.data}, {request.examples} of each set"
+
+
+def _used(requests: Mapping[str, frozenset[Request]], data: Mapping[DataRole, Calibration]) -> dict[str, Calibration]:
+    """Take the examples that requests name of each set of the data; all of them under the role's name."""
+    used: dict[str, Calibration] = dict(data.items())
+    for request in frozenset[Request]().union(*requests.values()):
+        if request.examples is not None and request.data in data:
+            used[source_name(request)] = data[request.data].first(request.examples)
+    return used
 
 
 def source_of(model: PreTrainedModel, fingerprint: str, data: Calibration) -> Source:
@@ -218,7 +240,7 @@ _Site = tuple[Request, Target]
 class _Pass:
     """A pass over the data: sites with equal passes are served together."""
 
-    data: DataRole
+    source: str
     examples_alone: bool
     labels: Labels | None
     seed: int
@@ -227,7 +249,7 @@ class _Pass:
 def _missing(
     targets: Iterable[Target],
     requests: Mapping[str, frozenset[Request]],
-    sources: Mapping[DataRole, Source],
+    sources: Mapping[str, Source],
     store: StatStore,
 ) -> dict[_Pass, list[_Site]]:
     """List what the store lacks, by the pass it needs; inputs are taken along with gradients where both are needed."""
@@ -239,15 +261,15 @@ def _missing(
             if (request, request.site(target)) in seen:
                 continue
             seen.add((request, request.site(target)))
-            if request.data not in sources:
+            if source_name(request) not in sources:
                 raise StatisticsError(
                     target.name,
                     got=f"no {request.data} data",
                     wanted=f"{request.data} data for {request}",
                     next_step=f"Give the recipe a `{request.data}` section.",
                 )
-            if store.get(entry_recipe(request, target, sources[request.data])) is None:
-                need = _Pass(request.data, request.examples_alone, request.labels, request.seed)
+            if store.get(entry_recipe(request, target, sources[source_name(request)])) is None:
+                need = _Pass(source_name(request), request.examples_alone, request.labels, request.seed)
                 missing.setdefault(need, []).append((request, target))
             else:
                 kept[str(request)] += 1
@@ -256,7 +278,8 @@ def _missing(
         _log.info("statistics: %d of %d %s taken from %s", count, asked[name], name, store.folder)
     for need in [need for need in missing if need.labels is None]:
         host = next(
-            (n for n in missing if n.labels and (n.data, n.examples_alone) == (need.data, need.examples_alone)), None
+            (n for n in missing if n.labels and (n.source, n.examples_alone) == (need.source, need.examples_alone)),
+            None,
         )
         if host is not None:
             missing[host] += missing.pop(need)
@@ -265,7 +288,7 @@ def _missing(
 
 def _shares(sites: Sequence[_Site]) -> list[list[_Site]]:
     """Split sites into shares whose sums together are no larger than the largest single one (first fit)."""
-    sizes = [_size(request, target) for request, target in sites]
+    sizes = [request.numbers(target) for request, target in sites]
     room = [0] * len(sites)
     shares: list[list[_Site]] = [[] for _ in sites]
     for site, size in zip(sites, sizes, strict=True):
@@ -273,12 +296,6 @@ def _shares(sites: Sequence[_Site]) -> list[list[_Site]]:
         room[place] += size
         shares[place].append(site)
     return [share for share in shares if share]
-
-
-def _size(request: Request, target: Target) -> int:
-    """Count the numbers in a sum."""
-    m, n = target.out_features, target.in_features
-    return {"forward": n * n, "backward": m * m, "joint": m * n}[request.kind]
 
 
 def _run_wave(

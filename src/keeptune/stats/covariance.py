@@ -29,14 +29,20 @@ class InputCovariance:
 
     Args:
         data: Which data.
+        examples: How many examples of each set, the first ones; None is all.
     """
 
     data: DataRole
+    examples: int | None = None
     version: ClassVar[int] = 1
     kind: ClassVar[PassKind] = "forward"
     labels: ClassVar[Labels | None] = None
     seed: ClassVar[int] = 0
     examples_alone: ClassVar[bool] = False
+
+    def numbers(self, target: Target) -> int:
+        """Count the sum's numbers: ``n²``."""
+        return target.in_features**2
 
     def site(self, target: Target) -> str:
         """Name the input group: q/k/v share one covariance."""
@@ -54,17 +60,23 @@ class GradientCovariance:
     Uncentred, mean over all unmasked tokens, those of the prompt too: they act on the loss through attention.
 
     Args:
-        data: Which data; they must hold completions.
+        data: Which data; without prompts and completions, whole texts are learned, all tokens but the first.
         labels: ``"true"`` takes the data's tokens (empirical Fisher), ``"sampled"`` the model's own (Fisher).
         seed: Seed of the drawn labels.
+        examples: How many examples of each set, the first ones; None is all.
     """
 
     data: DataRole
     labels: Labels
     seed: int = 0
+    examples: int | None = None
     version: ClassVar[int] = 1
     kind: ClassVar[PassKind] = "backward"
     examples_alone: ClassVar[bool] = False
+
+    def numbers(self, target: Target) -> int:
+        """Count the sum's numbers: ``m²``."""
+        return target.out_features**2
 
     def site(self, target: Target) -> str:
         """Name the target itself: every map has outputs of its own."""
@@ -91,6 +103,11 @@ class ReleasedCovariance:
     labels: ClassVar[Labels | None] = None
     seed: ClassVar[int] = 0
     examples_alone: ClassVar[bool] = True
+    examples: ClassVar[int | None] = None
+
+    def numbers(self, target: Target) -> int:
+        """Count the sum's numbers: ``n²``."""
+        return target.in_features**2
 
     def site(self, target: Target) -> str:
         """Name the input group."""

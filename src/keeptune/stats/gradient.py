@@ -33,6 +33,11 @@ class WeightGradient:
     version: ClassVar[int] = 1
     kind: ClassVar[PassKind] = "joint"
     examples_alone: ClassVar[bool] = False
+    examples: ClassVar[int | None] = None
+
+    def numbers(self, target: Target) -> int:
+        """Count the sum's numbers: ``mn``."""
+        return target.out_features * target.in_features
 
     def site(self, target: Target) -> str:
         """Name the target itself."""
@@ -116,6 +121,11 @@ class DirectionVariances:
     version: ClassVar[int] = 1
     kind: ClassVar[PassKind] = "joint"
     examples_alone: ClassVar[bool] = False
+    examples: ClassVar[int | None] = None
+
+    def numbers(self, target: Target) -> int:
+        """Count the sum's numbers: with the directions, about ``mn``."""
+        return target.out_features * target.in_features
 
     def site(self, target: Target) -> str:
         """Name the target itself."""

@@ -30,6 +30,11 @@ class InputMean:
     labels: ClassVar[Labels | None] = None
     seed: ClassVar[int] = 0
     examples_alone: ClassVar[bool] = False
+    examples: ClassVar[int | None] = None
+
+    def numbers(self, target: Target) -> int:
+        """Count the sum's numbers: ``n``."""
+        return target.in_features
 
     def site(self, target: Target) -> str:
         """Name the input group."""

@@ -60,6 +60,25 @@ class Request(Protocol):
         """Seed of drawn labels."""
         ...
 
+    @property
+    def examples(self) -> int | None:
+        """How many examples of each set of the data are used, the first ones; None is all.
+
+        Not a part of the cache key itself: the data's fingerprint is that of the examples used.
+        """
+        ...
+
+    def numbers(self, target: Target) -> int:
+        """Count the numbers that its sum holds.
+
+        Args:
+            target: A target of the site.
+
+        Returns:
+            How many.
+        """
+        ...
+
     def site(self, target: Target) -> str:
         """Name where it is measured; targets with equal sites share one entry.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 from collections.abc import Mapping
@@ -54,8 +55,14 @@ def entry_recipe(request: Request, target: Target, source: Source) -> dict[str, 
     Returns:
         A JSON-ready mapping.
     """
+    # What names the data is their fingerprint; what is not compared (tensors) has its own in another field.
+    named = {
+        field.name: getattr(request, field.name)
+        for field in dataclasses.fields(request)  # type: ignore[arg-type]
+        if field.compare and field.name != "examples"
+    }
     return {
-        "request": request,
+        "request": named,
         "class": type(request).__name__,
         "version": request.version,
         "site": request.site(target),
