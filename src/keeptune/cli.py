@@ -127,24 +127,33 @@ def sweep(
 ) -> None:
     """Run a recipe at several points and seeds (its keys `sweep` and `seeds`), and join them into one report."""
     from keeptune.recipe import parse_overrides
-    from keeptune.report.stages import print_points
     from keeptune.sweep import load_sweep, run_sweep
 
     loaded = load_sweep(recipe, parse_overrides(context.args))
     if dry_run:
-        print_points([(p.name, p.x, p.settings, list(p.recipes)) for p in loaded.points], Console())
-        _say(f"{sum(len(p.recipes) for p in loaded.points)} runs below {loaded.output}")
+        _list_points(loaded)
         return
-    swept = run_sweep(loaded)
-    if swept.report is not None:
-        _show_report(swept.report, loaded.output)
-        _say(f"numbers: {loaded.output / 'sweep.json'}")
-    if swept.figure:
-        _say(f"figure: {loaded.output / 'sweep.png'}")
-    for folder, message in swept.failed.items():
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {folder}: {message}", markup=False)
-    if swept.failed:
-        raise typer.Exit(1)
+    _show_sweep(loaded, run_sweep(loaded))
+
+
+@app.command(context_settings=_OVERRIDES)
+def layers(
+    context: typer.Context,
+    recipe: RecipeFile,
+    study: Annotated[str, typer.Option(help="single: one at a time; bottom or top: the lowest or highest few.")],
+    numbers: Annotated[str | None, typer.Option(help="How many layers, such as 2,4,6; for bottom and top.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs; run nothing.")] = False,
+) -> None:
+    """Study what tuning each layer gains and costs (L2-LoRA Fig. 4, Tables 5 and 6), each cell a run of one recipe."""
+    from keeptune.layers import load_study
+    from keeptune.recipe import parse_overrides
+    from keeptune.sweep import run_sweep
+
+    loaded = load_study(recipe, study, parse_overrides(context.args), _whole_numbers("--numbers", numbers))
+    if dry_run:
+        _list_points(loaded)
+        return
+    _show_sweep(loaded, run_sweep(loaded))
 
 
 @app.command()
@@ -221,11 +230,55 @@ def _job(recipe: Path, context: typer.Context) -> Any:
     return start(_load(recipe, context))
 
 
+def _list_points(loaded: Any) -> None:
+    from keeptune.report.stages import print_points
+
+    print_points([(p.name, p.x, p.settings, list(p.recipes)) for p in loaded.points], Console())
+    runs = [recipe.output for point in loaded.points for recipe in point.recipes.values()]
+    _say(f"{len(runs)} runs below {runs[0].parent}")
+
+
+def _show_sweep(loaded: Any, swept: Any) -> None:
+    from keeptune.report.benefit import print_benefits
+    from keeptune.report.studies import print_study
+
+    if swept.report is not None:
+        if "study" in swept.record:
+            print_study(swept.record, Console())
+        else:
+            _print_comparison(swept.report)
+        if "benefit" in swept.record:
+            print_benefits(swept.record, Console())
+        _say(f"report: {loaded.output / 'report.html'}")
+        _say(f"numbers: {loaded.output / loaded.name}.json")
+    if swept.figure:
+        _say(f"figure: {loaded.output / loaded.name}.png")
+    for folder, message in swept.failed.items():
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {folder}: {message}", markup=False)
+    if swept.failed:
+        raise typer.Exit(1)
+
+
+def _whole_numbers(option: str, text: str | None) -> list[int] | None:
+    from keeptune.core.errors import RecipeError
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.strip("[] ").split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise RecipeError(option, got=text, wanted="whole numbers", next_step=f"Example: {option} 2,4,6")
+    return [int(part) for part in parts]
+
+
 def _show_report(report: dict[str, Any], folder: Path) -> None:
+    _print_comparison(report)
+    _say(f"report: {folder / 'report.html'}")
+
+
+def _print_comparison(report: dict[str, Any]) -> None:
     from keeptune.report.tables import print_comparison
 
     print_comparison(report, Console())
-    _say(f"report: {folder / 'report.html'}")
 
 
 def _show_export(done: Any) -> None:

@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from keeptune.core.artefact import write_json
 from keeptune.core.errors import KeeptuneError, RecipeError
+from keeptune.grid import read_section
 from keeptune.job import Job
 from keeptune.model.blocks import find_targets
 from keeptune.recipe import Recipe, make_recipe
@@ -24,7 +27,7 @@ from keeptune.run import run
 from keeptune.summary import write_report
 from keeptune.values import read_values, set_value
 
-__all__ = ["Point", "Sweep", "Swept", "load_sweep", "run_sweep"]
+__all__ = ["Point", "Sweep", "Swept", "load_sweep", "make_sweep", "run_sweep"]
 
 _log = logging.getLogger(__name__)
 
@@ -66,11 +69,15 @@ class Sweep:
         output: Where the joint report goes; runs are in folders below.
         points: The points, in the recipe's order.
         reference: Run folder of full fine-tuning outside the sweep, for T.
+        about: What the record says beside the runs: ``grid``, ``baseline``, ``study``.
+        name: Of the record and the figure.
     """
 
     output: Path
     points: tuple[Point, ...]
     reference: Path | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "sweep"
 
 
 @dataclass(frozen=True)
@@ -81,18 +88,21 @@ class Swept:
         report: The joint report; None where every run failed.
         failed: Run folder to the message of what failed.
         figure: Whether ``sweep.png`` could be drawn: there are numbers to draw.
+        record: What ``sweep.json`` holds.
     """
 
     report: dict[str, Any] | None
     failed: Mapping[str, str] = field(default_factory=dict)
     figure: bool = False
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_sweep(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Sweep:
     """Read a recipe with a ``sweep`` section and check every point, with its data and the model's targets.
 
     Args:
-        path: The YAML file: a run's recipe with ``sweep``, a list of points, and ``seeds``.
+        path: The YAML file: a run's recipe with ``sweep`` (a list of points, or a grid: :mod:`keeptune.grid`), and
+            ``seeds``.
         overrides: Dotted key to value, set before the points' own.
 
     Returns:
@@ -104,11 +114,43 @@ def load_sweep(path: Path | str, overrides: Mapping[str, Any] | None = None) -> 
     path = Path(path)
     values = read_values(path, overrides)
     where = f"recipe {path}"
-    raw, seeds = _raw_points(values.pop("sweep", None), where), _seeds(values, where)
+    raw, about = read_section(values.pop("sweep", None), where)
+    return make_sweep(path, values, raw, about=about)
+
+
+def make_sweep(
+    path: Path,
+    values: dict[str, Any],
+    raw: Any,
+    *,
+    about: Mapping[str, Any] | None = None,
+    name: str = "sweep",
+    below: str = "",
+    model: PreTrainedModel | None = None,
+) -> Sweep:
+    """Make a sweep from a recipe's values and its points, and check every point.
+
+    Args:
+        path: The recipe's file.
+        values: The recipe with ``seeds``, which is taken out.
+        raw: A mapping for each point: ``name``, ``x``, and the dotted keys that it changes.
+        about: What the record says beside the runs.
+        name: Of the record and the figure.
+        below: Folder in the recipe's output for report, record and figure; the runs stand in the output itself.
+        model: The base, if it is loaded already.
+
+    Returns:
+        The sweep.
+
+    Raises:
+        KeeptuneError: Something the user can mend, with the point it is about; nothing was written then.
+    """
+    where = f"recipe {path}"
+    entries, seeds = _raw_points(raw, where), _seeds(values, where)
     base = make_recipe(values, folder=path.parent, where=where)
-    points = tuple(_point(entry, values, seeds, base.output, path) for entry in raw)
-    _check(points)
-    return Sweep(base.output, points, base.reference)
+    points = tuple(_point(entry, values, seeds, base.output, path) for entry in entries)
+    _check(points, model)
+    return Sweep(base.output / below, points, base.reference, about or {}, name)
 
 
 def run_sweep(sweep: Sweep) -> Swept:
@@ -119,7 +161,7 @@ def run_sweep(sweep: Sweep) -> Swept:
 
     Returns:
         The joint report, also written to ``report.json`` and ``report.html`` with ``sweep.json`` and ``sweep.png``
-        beside them, and the messages of the runs that failed.
+        (or the sweep's own name) beside them, and the messages of the runs that failed.
 
     Raises:
         ArtefactError: The finished runs cannot be joined.
@@ -129,11 +171,11 @@ def run_sweep(sweep: Sweep) -> Swept:
     for seed in seeds:
         for point in sweep.points:
             recipe = point.recipes[seed]
-            _log.info("sweep: %s, seed %d", point.name, seed)
+            _log.info("%s: %s, seed %d", sweep.name, point.name, seed)
             message = _attempt(recipe)
             if message is not None:
                 failed[str(recipe.output)] = message
-                _log.warning("sweep: %s, seed %d failed: %s", point.name, seed, message)
+                _log.warning("%s: %s, seed %d failed: %s", sweep.name, point.name, seed, message)
     done = [(point, seed) for point in sweep.points for seed in seeds if str(point.recipes[seed].output) not in failed]
     if not done:
         return Swept(None, failed)
@@ -144,9 +186,10 @@ def run_sweep(sweep: Sweep) -> Swept:
         labels=[point.name for point, _ in done],
     )
     rows = [_row(point, seed, entry) for (point, seed), entry in zip(done, report["methods"], strict=True)]
-    record = {"axis": _axis(sweep.points), "rows": rows, "failed": failed}
-    write_json(sweep.output / "sweep.json", record)
-    return Swept(report, failed, _draw(record, sweep.output / "sweep.png"))
+    record = {"axis": _axis(sweep.points), **sweep.about, "rows": rows, "failed": failed}
+    record |= _findings(record)
+    write_json(sweep.output / f"{sweep.name}.json", record)
+    return Swept(report, failed, _draw(record, sweep.output / f"{sweep.name}.png"), record)
 
 
 def _attempt(recipe: Recipe) -> str | None:
@@ -161,11 +204,24 @@ def _attempt(recipe: Recipe) -> str | None:
     return None
 
 
+def _findings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the runs together: gains and drops per layer, or the benefit of each cell of a grid."""
+    from keeptune.report.benefit import benefits
+    from keeptune.report.studies import study_rows
+
+    if "study" in record:
+        return {"summary": study_rows(record)}
+    return {"benefit": found} if (found := benefits(record)) else {}
+
+
 def _draw(record: Mapping[str, Any], path: Path) -> bool:
+    from keeptune.report.benefit import benefit_figure
+    from keeptune.report.studies import study_figure
     from keeptune.report.style import png
     from keeptune.report.sweep import sweep_figure
 
-    figure = sweep_figure(record)
+    draw = study_figure if "study" in record else benefit_figure if "benefit" in record else sweep_figure
+    figure = draw(record)
     if figure is not None:
         png(figure, path)
     return figure is not None
@@ -271,12 +327,12 @@ def _point(
     return Point(name, settings, None if x is None else float(x), recipes)
 
 
-def _check(points: Sequence[Point]) -> None:
+def _check(points: Sequence[Point], model: PreTrainedModel | None) -> None:
     """Check each point as its run would, and its targets against the model, which is loaded once."""
     jobs = {point.name: Job(next(iter(point.recipes.values()))) for point in points}
     for name, job in jobs.items():
         _placed(f"sweep point {name}", job.check)
-    model = next(iter(jobs.values())).base()
+    model = next(iter(jobs.values())).base() if model is None else model
     for name, job in jobs.items():
         recipe = job.recipe
         _placed(f"sweep point {name}", lambda recipe=recipe: find_targets(model, recipe.targets, recipe.layers))
