@@ -75,6 +75,14 @@ def test_full_fine_tuning_without_x_is_a_level_and_other_points_make_categories(
     assert points_of(figure.axes[0], "K") == ([0, 1, 2], [1.0, 0.5, 0.25])
 
 
+def test_a_baseline_is_a_level_too() -> None:
+    rows = [row("a", 1, 0, 1.0), row("b", 2, 0, 0.5), row("plain", None, 0, 0.25, method="lora")]
+    figure = sweep_figure(sweep(rows) | {"baseline": "plain"})
+    assert figure is not None
+    assert ticks(figure.axes[-1]) == ["1", "2"]
+    assert any(set(numpy.asarray(line.get_ydata())) == {0.25} for line in figure.axes[0].lines)
+
+
 @pytest.mark.parametrize(("xs", "scale"), [((8, 16, 256), "log"), ((0, 16, 256), "linear"), ((1, 2, 4), "linear")])
 def test_wide_ranges_are_logarithmic(xs: tuple[int, ...], scale: str) -> None:
     figure = sweep_figure(sweep([row(str(x), x, 0, 0.9) for x in xs]))

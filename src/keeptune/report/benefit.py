@@ -93,7 +93,7 @@ def benefit_figure(record: Mapping[str, Any]) -> Figure | None:
     if not tables:
         return None
     (down, downs), (across, acrosses) = record["grid"]["axes"].items()
-    wide = min(len(tables), 3)
+    wide = 2 if len(tables) == 4 else min(len(tables), 3)
     high = math.ceil(len(tables) / wide)
     tops = {unit: _largest(tables, unit) for unit in {table["unit"] for table in tables}}
     with themed():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from matplotlib.axes import Axes
@@ -22,7 +22,8 @@ __all__ = ["print_study", "study_figure", "study_rows"]
 
 _BLUES: Final = ("#0072b2", "#3a87b8", "#7fb2d9", "#332288")
 _REDS: Final = ("#d55e00", "#b0482a", "#e69f00", "#882255")
-_SHAPES: Final = ("o", "s", "^", "D", "v", "P")
+_ROUND: Final = ("o", "p", "h", "8")
+_CORNERED: Final = ("s", "^", "D", "v")
 _TITLES: Final = {
     "single": "tuning one layer at a time",
     "bottom": "tuning the lowest layers",
@@ -71,7 +72,7 @@ def study_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def print_study(record: Mapping[str, Any], console: Console) -> None:
-    """Print a row for each cell; for bottom and top, the first is the base model.
+    """Print a row for each cell, ± half the 95% interval; for bottom and top, the first is the base model.
 
     Args:
         record: As in ``layers.json``, with ``summary``.
@@ -115,7 +116,8 @@ def study_figure(record: Mapping[str, Any]) -> Figure | None:
         for axes, unit in zip(figure.subplots(len(units), 1, sharex=True, squeeze=False).flat, units, strict=True):
             (_effects if single else _scores)(axes, [row for row in rows if row["unit"] == unit])
             _frame(axes, sorted({row["x"] for row in rows if row["x"] is not None} | (set() if single else {0})))
-            axes.set_ylabel(_axis_name(unit, single=single))
+            measures = dict.fromkeys(row["measure"] for row in rows if row["unit"] == unit)
+            axes.set_ylabel(_axis_name(unit, measures if single else ()))
         figure.axes[0].set_title(_TITLES[record["study"]])
         figure.axes[-1].set_xlabel(record["axis"], color=INK)
         level = "dashed: all of them; " if single and any(row["x"] is None for row in rows) else ""
@@ -174,9 +176,9 @@ def _scores(axes: Axes, rows: Rows) -> None:
 def _looks(rows: Rows) -> list[tuple[str, str, str]]:
     kinds = {row["benchmark"]: row["role"] for row in rows}
     found = []
-    for role, colours in (("task", _BLUES), ("knowledge", _REDS)):
+    for role, colours, shapes in (("task", _BLUES, _ROUND), ("knowledge", _REDS, _CORNERED)):
         for index, name in enumerate(name for name, own in kinds.items() if own == role):
-            found.append((name, colours[index % len(colours)], _SHAPES[index % len(_SHAPES)]))
+            found.append((name, colours[index % len(colours)], shapes[index % len(shapes)]))
     return found
 
 
@@ -188,15 +190,16 @@ def _line(
         [place[1] for place in places],
         color=colour,
         marker=shape,
-        ms=7,
+        ms=5.5,
         mec="white",
+        mew=0.6,
         lw=1.6,
         zorder=4,
         label=label,
     )
     for x, _, low, high in places:
         if low is not None and high is not None:
-            axes.plot([x, x], [low, high], color=colour, lw=1.3, alpha=0.6, zorder=2)
+            axes.plot([x, x], [low, high], color=colour, lw=1.6, alpha=0.7, zorder=3)
 
 
 def _frame(axes: Axes, places: Sequence[float]) -> None:
@@ -211,10 +214,11 @@ def _frame(axes: Axes, places: Sequence[float]) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, labelcolor="linecolor")
 
 
-def _axis_name(unit: str, *, single: bool) -> str:
+def _axis_name(unit: str, measures: Iterable[str]) -> str:
+    told = " or ".join(sorted(measures, reverse=True))
     if unit == "points":
-        return "points gained, dropped" if single else "score, %"
-    return "nats/token gained, dropped" if single else "nats/token"
+        return f"{told}, points" if told else "score, %"
+    return f"{told}, nats/token" if told else "nats/token"
 
 
 def _texts(row: Mapping[str, Any] | None) -> tuple[str, str]:
@@ -223,5 +227,5 @@ def _texts(row: Mapping[str, Any] | None) -> tuple[str, str]:
     decimals = 3 if row["unit"] == "nats" else 1
     text = signed(row["mean"], decimals)
     if row["low"] is not None:
-        text += f" [{signed(row['low'], decimals)}, {signed(row['high'], decimals)}]".replace("[", r"\[")
+        text += f" ±{(row['high'] - row['low']) / 2:.{decimals}f}"
     return number(row["after"]), text

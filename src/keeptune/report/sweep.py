@@ -45,13 +45,13 @@ class _Axis:
 def sweep_figure(sweep: Mapping[str, Any]) -> Figure | None:
     """Plot K, T and KT against the points of a sweep, with the scores of each benchmark below.
 
-    The axis is numeric where every point but full fine-tuning has an ``x``; full fine-tuning is then a dashed
-    level. Marks are means over seeds, small dots the seeds, bars their range; with one seed, bars of scores are
+    The axis is numeric where every point but full fine-tuning and the baseline has an ``x``; these are then dashed
+    levels. Marks are means over seeds, small dots the seeds, bars their range; with one seed, bars of scores are
     95% intervals over the items.
 
     Args:
         sweep: As in ``sweep.json``: ``rows`` (``name``, ``x``, ``seed``, ``method``, ``K``, ``T``, ``KT``,
-            ``benchmarks``) and ``axis``; a ``caption`` replaces the usual one.
+            ``benchmarks``) and ``axis``, perhaps ``baseline``; a ``caption`` replaces the usual one.
 
     Returns:
         The figure; None when there is no number to draw.
@@ -118,7 +118,8 @@ def _axis(sweep: Mapping[str, Any]) -> _Axis:
     names = list(dict.fromkeys(row["name"] for row in sweep["rows"]))
     placed = [name for name in names if first[name]["x"] is not None]
     others = [name for name in names if first[name]["x"] is None]
-    if not placed or any(first[name]["method"] != _FULL for name in others):
+    compared = sweep.get("baseline")
+    if not placed or any(first[name]["method"] != _FULL and name != compared for name in others):
         return _Axis({name: float(index) for index, name in enumerate(names)}, [], False, False, "")
     places = {name: float(first[name]["x"]) for name in sorted(placed, key=lambda name: float(first[name]["x"]))}
     low, high = min(places.values()), max(places.values())

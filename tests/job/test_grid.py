@@ -1,0 +1,122 @@
+"""A grid is the product of its axes as points, with a baseline beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.job.support import keeptune, write_recipe
+
+from keeptune.core.artefact import read_json
+from keeptune.core.errors import RecipeError
+from keeptune.grid import read_section
+from keeptune.sweep import load_sweep
+
+Values = Callable[..., dict[str, Any]]
+
+
+def names(section: Any) -> list[str]:
+    return [point["name"] for point in read_section(section, "recipe")[0]]
+
+
+def test_cells_are_the_product_in_order() -> None:
+    points, about = read_section({"grid": {"method.strength": [0.1, 1], "method.batches": [1, 2, 3]}}, "recipe")
+    assert [point["name"] for point in points][:4] == [
+        "strength 0.1, batches 1",
+        "strength 0.1, batches 2",
+        "strength 0.1, batches 3",
+        "strength 1, batches 1",
+    ]
+    assert points[5] == {"name": "strength 1, batches 3", "method.strength": 1, "method.batches": 3}
+    assert about["grid"]["cells"]["strength 1, batches 3"] == [1, 2]
+    assert about["grid"]["axes"] == {"method.strength": [0.1, 1], "method.batches": [1, 2, 3]}
+
+
+def test_one_axis_of_numbers_has_places() -> None:
+    assert [p["x"] for p in read_section({"grid": {"method.rank": [2, 4]}}, "recipe")[0]] == [2, 4]
+    assert all("x" not in p for p in read_section({"grid": {"method": ["lora", "dora"]}}, "recipe")[0])
+    assert all("x" not in p for p in read_section({"grid": {"low_memory": [True, False]}}, "recipe")[0])
+
+
+def test_names_tell_values_apart() -> None:
+    assert names({"grid": {"method.rank": [2], "penalties.0.rank": [1]}}) == ["method.rank 2, penalties.0.rank 1"]
+    assert names({"grid": {"layers": [[0, 1], None]}}) == ["layers 0,1", "layers none"]
+    assert names({"grid": {"method": [{"name": "lora", "rank": 2}]}}) == ["method name lora rank 2"]
+    assert names({"grid": {"train.learning_rate": [1e-3, 0.00012]}}) == ["learning_rate 0.001", "learning_rate 0.00012"]
+    with pytest.raises(RecipeError, match="two cells"):
+        read_section({"grid": {"task.prompt": ["{a}:", "{a}?"]}}, "recipe")
+
+
+def test_a_baseline_is_a_point_or_settings() -> None:
+    grid = {"method.rank": [2, 4]}
+    points, about = read_section({"grid": grid, "baseline": {"method": "lora"}}, "recipe")
+    assert points[-1] == {"name": "baseline", "method": "lora"}
+    assert about["baseline"] == "baseline"
+    listed = [{"name": "full", "method": "full"}]
+    points, about = read_section({"grid": grid, "points": listed, "baseline": "full"}, "recipe")
+    assert ([p["name"] for p in points], about["baseline"]) == (["rank 2", "rank 4", "full"], "full")
+    assert read_section({"grid": grid, "baseline": "rank 4"}, "recipe")[1]["baseline"] == "rank 4"
+    points, about = read_section({"points": listed, "baseline": {}}, "recipe")
+    assert (points, about) == ([*listed, {"name": "baseline"}], {"baseline": "baseline"})
+
+
+@pytest.mark.parametrize(
+    ("section", "marks"),
+    [
+        ({"gird": {}}, ["sweep.gird", '"grid"']),
+        ({"grid": {}}, ["sweep.grid", "{}"]),
+        ({"grid": [1]}, ["sweep.grid", "[1]"]),
+        ({"grid": {"method.rank": 2}}, ["sweep.grid.method.rank", "got 2"]),
+        ({"grid": {"method.rank": []}}, ["sweep.grid.method.rank"]),
+        ({"grid": {"method.rank": [2, 2]}}, ["different values"]),
+        ({"grid": {"method.rank": [2]}, "points": {}}, ["sweep.points"]),
+        ({"grid": {"method.rank": [2]}, "baseline": "rank 3"}, ["sweep.baseline", '"rank 2"']),
+        ({"grid": {"method.rank": [2]}, "baseline": ["a"]}, ["sweep.baseline"]),
+        ({"baseline": "a"}, ["sweep.baseline", "no point"]),
+    ],
+)
+def test_wrong_grids(section: Any, marks: list[str]) -> None:
+    with pytest.raises(RecipeError) as raised:
+        read_section(section, "recipe")
+    for mark in marks:
+        assert mark in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "marks"),
+    [
+        ({}, ["key sweep"]),
+        ({"grid": {"method.rnak": [2]}}, ["rnak", '"rank"']),
+        ({"grid": {"train.seed": [2]}}, ["`seeds`"]),
+        ({"grid": {"method.rank": [2]}, "points": [{"name": "rank 2"}]}, ['"rank 2" twice']),
+        ({"grid": {"task.prompt": ["{question}" + "x" * 90]}}, ["at most 80"]),
+    ],
+)
+def test_cells_are_checked_as_points_are(recipe_values: Values, tmp_path: Path, section: Any, marks: list[str]) -> None:
+    given = recipe_values()
+    del given["train"]["seed"]
+    with pytest.raises(RecipeError) as raised:
+        load_sweep(write_recipe(tmp_path / "grid.yaml", given | {"sweep": section}))
+    for mark in marks:
+        assert mark in str(raised.value)
+
+
+def test_a_grid_gives_benefits_over_its_baseline(
+    recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = recipe_values(targets=["q_proj"])
+    given["train"] = {k: v for k, v in given["train"].items() if k != "seed"} | {"max_steps": 1}
+    given["evaluate"] = given["evaluate"][:1]
+    grid = {"method.rank": [1, 2], "train.learning_rate": [0.01, 0.1]}
+    recipe = write_recipe(tmp_path / "grid.yaml", given | {"sweep": {"grid": grid, "baseline": {"method.rank": 3}}})
+    said = keeptune("sweep", recipe, capsys=capsys)
+    assert said.code == 0, said.err
+    record = read_json(tmp_path / "out" / "sweep.json")
+    after = {row["name"]: row["benchmarks"][0]["after"] for row in record["rows"]}
+    (table,) = record["benefit"]
+    cell = table["cells"][1][0]["mean"]
+    assert cell == pytest.approx(after["baseline"] - after["rank 2, learning_rate 0.01"])
+    assert "stories (keep): nats/token over baseline" in said.out
+    assert (tmp_path / "out" / "sweep.png").stat().st_size > 10_000
