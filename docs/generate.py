@@ -1,4 +1,4 @@
-"""Write docs/methods/*.md from the methods' own docstrings; text below the marker is kept.
+"""Write docs/methods/*.md and docs/penalties/*.md from the code's own docstrings; text below the marker is kept.
 
 `python docs/generate.py` writes, `python docs/generate.py --check` fails when a page is out of date.
 """
@@ -12,17 +12,19 @@ import sys
 from pathlib import Path
 
 from keeptune.methods.base import methods
+from keeptune.penalties.base import penalties
 
 MARKER = "<!-- written by hand below this line -->"
-FOLDER = Path(__file__).parent / "methods"
+DOCS = Path(__file__).parent
 
 
-def page(cls: type, old: str) -> str:
-    """Write one method's page.
+def page(cls: type, old: str, example: str = "method: {{{}}}") -> str:
+    """Write the page of one method or penalty.
 
     Args:
-        cls: The method.
+        cls: The method or the penalty.
         old: The page as it is; what stands below the marker is kept.
+        example: How a recipe names it.
 
     Returns:
         The page.
@@ -40,7 +42,7 @@ def page(cls: type, old: str) -> str:
         "```text\n" + inspect.getdoc(module).strip() + "\n```",
         "## Options",
         "| option | default | |\n| --- | --- | --- |\n" + "\n".join(options) if options else "None.",
-        "```yaml\nmethod: {" + recipe + "}\n```",
+        "```yaml\n" + example.format(recipe) + "\n```",
         f"Source: `src/{module.__name__.replace('.', '/')}.py`",
         MARKER,
     ]
@@ -64,10 +66,12 @@ def _yaml(value: object) -> str:
 def main() -> None:
     """Write or check every page."""
     stale = []
-    for name, cls in methods().items():
-        path = FOLDER / f"{name}.md"
+    pages = [("methods", cls, "method: {{{}}}") for cls in methods().values()]
+    pages += [("penalties", cls, "penalties: [{{{}}}]") for cls in penalties().values()]
+    for folder, cls, example in pages:
+        path = DOCS / folder / f"{cls.name}.md"
         old = path.read_text(encoding="utf-8") if path.exists() else ""
-        new = page(cls, old)
+        new = page(cls, old, example)
         if new != old:
             stale.append(path)
             if "--check" not in sys.argv:

@@ -11,7 +11,8 @@ gives no eta, and an absolute one means something else for every model. ``unit="
 
     P = eta mean_t lambda_l(t) ‖ΔW_t‖² / ‖W_t‖²                                             (b)
 
-over the targets t: the mean squared relative change. ``unit="absolute"`` is (7) as it is written.
+over the targets t: the mean squared relative change; on the factors, against their squares at the start.
+``unit="absolute"`` is (7), or (5), as it is written.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.penalties.layers import check_layers, cubic_weights
 from keeptune.stats.request import DataRole, Request
 
-__all__ = ["L2", "FactorNorm", "Schedule", "layer_weight"]
+__all__ = ["L2", "FactorNorm", "Layers", "layer_weight"]
 
-Schedule = Literal["uniform", "cubic"]
+Layers = Literal["uniform", "cubic"] | tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +65,8 @@ class L2:
         strength: eta. With the relative unit, what a change as large as W itself costs, in nats.
         layers: Weight of each block: ``"uniform"``, ``"cubic"`` (eq. 8), or a list, from block 0.
         on: ``"change"`` takes ``s B A`` (eq. 7), ``"factors"`` A and B (eq. 5).
-        unit: ``"relative"`` measures each change against its W (b), ``"absolute"`` takes eq. 7 as it is.
+        unit: ``"relative"`` measures each change against its W (b), and factors against their start; ``"absolute"``
+            takes the equation as it is.
         first: l_i as a share of the depth (cubic).
         last: l_f as a share of the depth (cubic).
         floor: tau, the least weight (cubic).
@@ -77,7 +79,7 @@ class L2:
     paper: ClassVar[str] = "Zhang et al., L2-LoRA"
 
     strength: float = 1.0
-    layers: Schedule | tuple[float, ...] = "uniform"
+    layers: Layers = "uniform"
     on: Literal["change", "factors"] = "change"
     unit: Literal["relative", "absolute"] = "relative"
     first: float = 1 / 3
@@ -110,10 +112,12 @@ class L2:
         return frozenset()
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
-        """Keep eta lambda_l, over the number of targets and ‖W‖² where the unit is relative."""
+        """Keep eta lambda_l; where the unit is relative, over the number of targets and what is compared with."""
         weight = layer_weight(self.layers, site, self.first, self.last, self.floor) * self.strength
         if self.unit == "relative":
-            weight = weight / (site.targets * float(site.weight.double().square().sum()))
+            start = (site.plan.init.A, site.plan.init.B) if self.on == "factors" else (site.weight,)
+            whole = sum(float(part.double().square().sum()) for part in start)
+            weight = weight / (site.targets * whole) if whole else 0.0
         return {f"weight:{site.plan.target.name}": torch.tensor(weight)}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
@@ -133,7 +137,7 @@ class L2:
         )
 
 
-def layer_weight(layers: Schedule | tuple[float, ...], site: Site, first: float, last: float, floor: float) -> float:
+def layer_weight(layers: Layers, site: Site, first: float, last: float, floor: float) -> float:
     """Look up the weight of a target's block; a target outside any block has the weight 1.
 
     Args:

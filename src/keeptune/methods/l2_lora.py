@@ -1,0 +1,134 @@
+"""L2-LoRA: LoRA with a squared penalty on the weight change, strong where knowledge lives and weak elsewhere.
+
+Zhang, Xie, Zhang, "L2-LoRA: Improving Low-Rank Adaptation with Layer-Specific Regularization".
+
+    IE_(k,l)  = sum_t p(y_t | x_noise, v_(t,l)) - p(y_t | x_noise)                          (2)
+    AIE_l     = mean_k IE_(k,l),   NAIE_l = AIE_l over the largest of them                   (3)
+    L         = L_task + eta sum_l NAIE_l ‖ΔW_l‖²                                            (7)
+    NAIE_l   ~= 1 for l < l_i; tau + (1 - tau) (1 - (l - l_i) / (l_f - l_i))³; tau for l > l_f (8)
+
+(2) and (3) are measured by ``stats/tracing.py`` on knowledge with answers (``layers="naie"``). (8) stands in for them
+(``layers="cubic"``): it is what the paper's runs appear to use, and it is not taken from data. The penalty is
+``penalties/l2.py``. Not in the paper: eta, tau, what the norm is, whether alpha / r is in it. Here the norm is that of
+Frobenius, of s B A; ``unit="relative"`` divides each target's square by ‖W‖², so that one strength means the same on
+every model, and ``as_paper()`` is (7) as written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.target import Target
+from keeptune.methods.base import allot_rank, check_scaling, dropout_field
+from keeptune.methods.lora import draw_start, scale_of
+from keeptune.penalties.l2 import L2, Layers
+from keeptune.stats.collect import StatsView
+from keeptune.stats.request import Request
+
+__all__ = ["L2Lora"]
+
+
+@dataclass(frozen=True)
+class L2Lora:
+    """L2-LoRA.
+
+    Args:
+        rank: r, at every target.
+        alpha: Scale numerator; None is 2 r, the usual choice.
+        strength: eta. With the relative unit, what a change as large as W itself costs, in nats.
+        layers: Weight of each block: ``"cubic"`` (eq. 8), ``"naie"`` (eqs. 2 and 3, measured on the knowledge),
+            ``"uniform"``, or a list, from block 0.
+        on: ``"change"`` takes ``s B A`` (eq. 7), ``"factors"`` A and B (eq. 5).
+        unit: ``"relative"`` measures each change against its W, ``"absolute"`` takes eq. 7 as it is.
+        first: l_i as a share of the depth.
+        last: l_f as a share of the depth.
+        floor: tau, the least weight of the schedule.
+        dropout: Dropout before A, during training.
+        seed: Seed of A; the recipe gives the training seed unless told otherwise.
+
+    Raises:
+        PlanError: An option is out of range.
+    """
+
+    name: ClassVar[str] = "l2-lora"
+    paper: ClassVar[str] = "Zhang et al., L2-LoRA"
+    scope: ClassVar[Scope] = "adapter"
+
+    rank: int = 8
+    alpha: float | None = None
+    strength: float = 1.0
+    layers: Layers = "cubic"
+    on: Literal["change", "factors"] = "change"
+    unit: Literal["relative", "absolute"] = "relative"
+    first: float = 1 / 3
+    last: float = 2 / 3
+    floor: float = 0.0
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            PlanError: One is out of range.
+        """
+        check_scaling(self.alpha, self.dropout)
+        self.penalties()
+
+    @classmethod
+    def as_paper(cls, strength: float, *, rank: int = 32, layers: Layers = "cubic") -> L2Lora:
+        """Take eq. 7 as it is written, with the paper's rank.
+
+        Args:
+            strength: eta, which the paper does not give.
+            rank: r.
+            layers: Weights of the blocks.
+
+        Returns:
+            The method.
+        """
+        return cls(rank=rank, strength=strength, layers=layers, unit="absolute")
+
+    def requests(self, target: Target) -> frozenset[Request]:
+        """Need nothing for the factors; the penalty asks for itself."""
+        return frozenset()
+
+    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
+        """Treat all targets alike."""
+
+    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
+        """Give every target the same rank."""
+        return {target: allot_rank(target, self.rank, self.name) for target in scores}
+
+    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
+        """Start as LoRA does."""
+        return TargetPlan(
+            target=target,
+            decision=decision,
+            init=draw_start(target, decision.rank, self.seed),
+            scale=scale_of(decision.rank, self.alpha),
+            trainable=frozenset({"A", "B"}),
+        )
+
+    def peft(self) -> Mapping[str, Any]:
+        """Hand dropout to PEFT."""
+        return dropout_field(self.dropout)
+
+    def penalties(self) -> tuple[L2]:
+        """Ask for (7)."""
+        return (
+            L2(
+                strength=self.strength,
+                layers=self.layers,
+                on=self.on,
+                unit=self.unit,
+                first=self.first,
+                last=self.last,
+                floor=self.floor,
+            ),
+        )

@@ -1,0 +1,126 @@
+"""LaLoRA: LoRA with a Laplace penalty that holds it where the model's loss on surrogate data is curved.
+
+Sliwa, Schneider, Hennig, Hernandez-Lobato, "Mitigating Forgetting in Low Rank Adaptation", arXiv 2512.17720.
+**Our reading**: the abstract and the captions of its figures were at hand, not its equations.
+
+    (I)  at the start (A_0, B_0), on a few batches of each surrogate set: F, the Fisher of the adapter's weights
+    (II) L = L_task + λ/2 (θ - θ_0)ᵀ F (θ - θ_0),   θ = (A, B)
+
+F is diagonal (``diag``), Kronecker-factored per weight (``b-kfac``), or with A and B of one adapter coupled
+(``b-tri-kfac``): equations (1) to (3) of ``penalties/laplace.py``. Not known to us: the flavour of the Fisher (here the
+model's own labels, sums over tokens), damping (here none), the grid of λ, and what is done about A: **at B_0 = 0 the
+Fisher of A is zero in all three forms, and b-tri-kfac is b-kfac**. The forms on the weight change, ``delta-kfac``,
+``delta-act`` and ``l2``, have no such blind spot; they are ours (and that of EWC-LoRA and TAK in spirit).
+
+The paper finds two batches per set best; ``batches`` times ``batch_size`` examples are taken of each set of the
+recipe's ``knowledge``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.target import Target
+from keeptune.methods.base import allot_rank, check_scaling, dropout_field
+from keeptune.methods.lora import draw_start, scale_of
+from keeptune.penalties.laplace import Curvature, Laplace
+from keeptune.stats.collect import StatsView
+from keeptune.stats.request import Labels, Request
+
+__all__ = ["Lalora"]
+
+
+@dataclass(frozen=True)
+class Lalora:
+    """LaLoRA, our reading.
+
+    Args:
+        rank: r, at every target.
+        alpha: Scale numerator; None is 2 r, the usual choice.
+        strength: λ: how much a nat lost on the knowledge weighs; for ``delta-act`` and ``l2`` what a relative drift
+            of 1 costs.
+        curvature: ``diag``, ``b-kfac``, ``b-tri-kfac`` as in the paper; ``delta-kfac``, ``delta-act``, ``l2`` on the
+            weight change.
+        labels: ``"sampled"`` is the Fisher, ``"true"`` the empirical one.
+        batches: Batches of each knowledge set; None is all of it.
+        batch_size: Examples per batch.
+        rho: Damping of the output factor towards the identity.
+        rho_input: The same of the input factor.
+        factor_rank: Directions of each factor that are kept; None keeps all.
+        dropout: Dropout before A, during training; the curvature is taken without.
+        seed: Seed of A; the recipe gives the training seed unless told otherwise.
+
+    Raises:
+        PlanError: An option is out of range.
+    """
+
+    name: ClassVar[str] = "lalora"
+    paper: ClassVar[str] = "Sliwa et al., LaLoRA, 2512.17720 (our reading)"
+    scope: ClassVar[Scope] = "adapter"
+
+    rank: int = 8
+    alpha: float | None = None
+    strength: float = 1.0
+    curvature: Curvature = "b-kfac"
+    labels: Labels = "sampled"
+    batches: int | None = 2
+    batch_size: int = 8
+    rho: float = 0.0
+    rho_input: float = 0.0
+    factor_rank: int | None = None
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            PlanError: One is out of range.
+        """
+        check_scaling(self.alpha, self.dropout)
+        self.penalties()
+
+    def requests(self, target: Target) -> frozenset[Request]:
+        """Need nothing for the factors; the penalty asks for itself."""
+        return frozenset()
+
+    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
+        """Treat all targets alike."""
+
+    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
+        """Give every target the same rank."""
+        return {target: allot_rank(target, self.rank, self.name) for target in scores}
+
+    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
+        """Start as LoRA does."""
+        return TargetPlan(
+            target=target,
+            decision=decision,
+            init=draw_start(target, decision.rank, self.seed),
+            scale=scale_of(decision.rank, self.alpha),
+            trainable=frozenset({"A", "B"}),
+        )
+
+    def peft(self) -> Mapping[str, Any]:
+        """Hand dropout to PEFT."""
+        return dropout_field(self.dropout)
+
+    def penalties(self) -> tuple[Laplace]:
+        """Ask for (II)."""
+        return (
+            Laplace(
+                strength=self.strength,
+                curvature=self.curvature,
+                labels=self.labels,
+                batches=self.batches,
+                batch_size=self.batch_size,
+                rho=self.rho,
+                rho_input=self.rho_input,
+                factor_rank=self.factor_rank,
+            ),
+        )
