@@ -46,7 +46,7 @@ from keeptune.stats.request import DataRole, Labels, Request
 
 __all__ = ["Curvature", "Laplace"]
 
-Curvature = Literal["diag", "b-kfac", "b-tri-kfac", "delta-kfac", "delta-act", "l2"]
+Curvature = Literal["delta-kfac", "delta-act", "l2"]
 _TANGENT = ("diag", "b-kfac", "b-tri-kfac")
 _OMEGA = ("b-kfac", "b-tri-kfac", "delta-kfac", "delta-act")
 _GAMMA = ("b-kfac", "b-tri-kfac", "delta-kfac")
@@ -164,10 +164,10 @@ class Laplace:
         ]
 
     def _inputs(self) -> InputCovariance:
-        return InputCovariance("knowledge")
+        return InputCovariance("knowledge", self.examples)
 
     def _gradients(self) -> GradientCovariance:
-        return GradientCovariance("knowledge", self.labels, self.label_seed)
+        return GradientCovariance("knowledge", self.labels, self.label_seed, self.examples)
 
     def _factors(self, site: Site) -> tuple[Factor, Factor]:
         target, one = site.plan.target, torch.ones((), device=site.weight.device)
