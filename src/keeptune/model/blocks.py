@@ -7,6 +7,7 @@ reaches which module in one tiny forward pass.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,18 @@ from transformers.pytorch_utils import Conv1D
 from keeptune.core.errors import ModelError, PlanError, nearest
 from keeptune.core.target import Target
 
-__all__ = ["body", "depth", "find_targets", "first_position", "head_of", "is_nested", "positions", "roles_of"]
+__all__ = [
+    "blocks_of",
+    "body",
+    "depth",
+    "find_targets",
+    "first_position",
+    "head_of",
+    "is_nested",
+    "parts_of",
+    "positions",
+    "roles_of",
+]
 
 _log = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -132,6 +144,47 @@ def body(model: PreTrainedModel) -> nn.Module:
     """
     inner = getattr(model, model.base_model_prefix, None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Find the blocks of a model: the numbered modules that hold linear maps, from the input to the output.
+
+    Args:
+        model: The model; it may carry adapters.
+
+    Returns:
+        The blocks.
+
+    Raises:
+        ModelError: It has no numbered blocks, or more than one stack of them.
+    """
+    found = dict.fromkeys(_block_of(name)[0].rstrip(".") for name in _linear_modules(model))
+    names = [name for name in found if name]
+    stacks = {name.rpartition(".")[0] for name in names}
+    if len(stacks) != 1:
+        raise ModelError(
+            type(model).__name__,
+            got=f"{len(stacks)} stacks of blocks",
+            wanted="one stack of numbered blocks, as causal language models have",
+            next_step="Use a causal language model.",
+        )
+    return tuple(model.get_submodule(name) for name in sorted(names, key=lambda name: int(name.rpartition(".")[2])))
+
+
+def parts_of(block: nn.Module) -> dict[str, nn.Module]:
+    """Find a block's attention, which takes a mask, and its MLP, the other child that holds linear maps.
+
+    Args:
+        block: A block.
+
+    Returns:
+        ``"attention"`` and ``"mlp"``, those of them that are one module of the block.
+    """
+    holders = [child for child in block.children() if any(isinstance(m, nn.Linear | Conv1D) for m in child.modules())]
+    takes = [child for child in holders if "attention_mask" in inspect.signature(child.forward).parameters]
+    others = [child for child in holders if child not in takes and not isinstance(child, nn.Linear | Conv1D)]
+    found = {"attention": takes, "mlp": others}
+    return {name: modules[0] for name, modules in found.items() if len(modules) == 1}
 
 
 def head_of(model: PreTrainedModel) -> tuple[str, ...]:

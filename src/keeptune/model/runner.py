@@ -20,7 +20,17 @@ from keeptune.data.calibration import Batch
 from keeptune.model.blocks import body, head_of
 from keeptune.model.head import sequence_losses
 
-__all__ = ["Labels", "ResidentRunner", "Sink", "Taps", "drawn_classes", "drawn_labels", "summed_loss"]
+__all__ = [
+    "Labels",
+    "ResidentRunner",
+    "Sink",
+    "Taps",
+    "arguments_of",
+    "drawn_classes",
+    "drawn_labels",
+    "still",
+    "summed_loss",
+]
 
 Sink = Callable[[Tensor], None]
 Labels = Literal["true", "sampled"]
@@ -68,7 +78,7 @@ class ResidentRunner:
             title: What the progress bar says; empty for no bar.
         """
         inner = body(self.model)
-        with _still(self.model), torch.no_grad():
+        with still(self.model), torch.no_grad():
             for number, batch in enumerate(_shown(batches, title), start=1):
                 self._pass(inner, self._ready(batch), sinks).check(f"batch {number} of {len(batches)}")
 
@@ -86,7 +96,7 @@ class ResidentRunner:
             seed: Seed of the drawn labels.
             title: What the progress bar says; empty for no bar.
         """
-        with _still(self.model), torch.enable_grad():
+        with still(self.model), torch.enable_grad():
             for number, batch in enumerate(_shown(batches, title), start=1):
                 self._sweep(self._ready(batch), taps, labels, seed).check(f"batch {number} of {len(batches)}")
 
@@ -124,7 +134,7 @@ class ResidentRunner:
                 handle = self.model.get_submodule(name).register_forward_pre_hook(hook_for(name, receivers))
                 stack.callback(handle.remove)
             with suppress(_Reached):
-                inner(**_arguments(batch, mask))
+                inner(**arguments_of(batch, mask))
         return real
 
     def _sweep(self, batch: Batch, taps: Taps, labels: Labels, seed: int) -> _Real:
@@ -157,7 +167,7 @@ class ResidentRunner:
             stack.callback(self.model.get_input_embeddings().register_forward_hook(start).remove)
             for name in {*taps.inputs, *taps.gradients, *taps.pairs}:
                 stack.callback(self.model.get_submodule(name).register_forward_hook(hook_for(name)).remove)
-            logits = self.model(**_arguments(batch, mask)).logits
+            logits = self.model(**arguments_of(batch, mask)).logits
             torch.autograd.backward(summed_loss(logits, batch, labels=labels, seed=seed))
         return real
 
@@ -290,8 +300,15 @@ class _Real:
 
 
 @contextmanager
-def _still(model: PreTrainedModel) -> Iterator[None]:
-    """Hold a model in evaluation mode with frozen weights, and give it back as it was."""
+def still(model: PreTrainedModel) -> Iterator[None]:
+    """Hold a model in evaluation mode with frozen weights, and give it back as it was.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
     training = model.training
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
@@ -307,8 +324,16 @@ def _shown(batches: Sequence[Batch], title: str) -> Any:
     return tqdm(batches, desc=title, delay=2, disable=None if title else True, leave=False)
 
 
-def _arguments(batch: Batch, mask: Tensor) -> dict[str, Any]:
-    """Count positions from the first real token where padding stands in front; models count it otherwise."""
+def arguments_of(batch: Batch, mask: Tensor) -> dict[str, Any]:
+    """Say what a model is called with: positions count from the first real token, where padding stands in front.
+
+    Args:
+        batch: Tokens.
+        mask: Its attention mask, on the model's device.
+
+    Returns:
+        Keyword arguments of the model.
+    """
     arguments: dict[str, Any] = {"input_ids": batch.input_ids.to(mask.device), "attention_mask": mask}
     if batch.token_type_ids is not None:
         arguments["token_type_ids"] = batch.token_type_ids.to(mask.device)

@@ -1,0 +1,325 @@
+"""Whole passes for causal tracing: what every block saw, and runs in which hidden states of another are restored."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from keeptune.core.errors import ModelError, StatisticsError
+from keeptune.data.calibration import Batch
+from keeptune.model.blocks import blocks_of, parts_of
+from keeptune.model.runner import arguments_of
+
+__all__ = ["Kept", "Kind", "Sites", "Texts", "full_pass", "hidden_of", "plain_answers", "probabilities", "put", "take"]
+
+Kind = Literal["block", "attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The modules whose outputs are restored.
+
+    Args:
+        model: The model.
+        blocks: Its blocks.
+        outputs: The blocks, or the attention or MLP of each.
+        window: How many neighbouring layers are restored together.
+    """
+
+    model: PreTrainedModel
+    blocks: tuple[nn.Module, ...]
+    outputs: tuple[nn.Module, ...]
+    window: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, kind: Kind, window: int) -> Sites:
+        """Find them.
+
+        Args:
+            model: A causal language model.
+            kind: Block outputs, or those of attention or MLP.
+            window: Layers restored together around each; block outputs are always restored alone.
+
+        Returns:
+            The sites.
+
+        Raises:
+            ModelError: The blocks have no such part of their own.
+        """
+        blocks = blocks_of(model)
+        if kind == "block":
+            return cls(model, blocks, blocks, 1)
+        parts = [parts_of(block) for block in blocks]
+        if not all(kind in found for found in parts):
+            raise ModelError(
+                type(model).__name__,
+                got=f"blocks without one module that is their {kind}",
+                wanted="one in each block",
+                next_step="Trace block outputs.",
+            )
+        return cls(model, blocks, tuple(found[kind] for found in parts), window)
+
+    def restored(self, layer: int) -> range:
+        """List the layers restored together, as ROME counts them: the window's extra layer lies below.
+
+        Args:
+            layer: The layer in the middle.
+
+        Returns:
+            The layers.
+        """
+        return range(max(0, layer - self.window // 2), min(len(self.blocks), layer - (-self.window // 2)))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A batch of prompts with their answers, the padding on either side.
+
+    Args:
+        batch: The tokens.
+        mask: The attention mask, on the model's device.
+        start: ``(B,)``, the column of the first token.
+        prompts: ``(B,)``, tokens of the prompt, S.
+        places: ``(B, T)``, the columns whose outputs predict the answer tokens; a shorter answer repeats its last.
+        wanted: ``(B, T)``, the answer tokens.
+        answered: ``(B, T)``, False for the repeats.
+    """
+
+    batch: Batch
+    mask: Tensor
+    start: Tensor
+    prompts: Tensor
+    places: Tensor
+    wanted: Tensor
+    answered: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> Texts:
+        """Prepare a batch.
+
+        Args:
+            batch: Tokens with a loss mask.
+            device: Where the model is.
+
+        Returns:
+            The texts.
+
+        Raises:
+            StatisticsError: The answers are not known, or a text has no prompt or no answer.
+        """
+        if batch.loss_mask is None:
+            raise StatisticsError(
+                "causal tracing",
+                got="texts without an answer",
+                wanted="prompts and completions: the probability of the answer is measured",
+                next_step="Give the data section `prompt` and `completion` templates instead of `text`.",
+            )
+        mask = batch.attention_mask.to(device)
+        start, lengths = mask.argmax(dim=1), mask.sum(dim=1)
+        answers = batch.loss_mask.to(device).sum(dim=1)
+        prompts = lengths - answers
+        if not bool((prompts > 0).all() and (answers > 0).all()):
+            raise StatisticsError(
+                "causal tracing",
+                got="a text without a prompt" if bool((answers > 0).all()) else "a text without an answer",
+                wanted="at least one token of each",
+                next_step="Remove the example, or raise max_length.",
+            )
+        steps = torch.arange(int(answers.max()), device=device)[None]
+        places = start[:, None] + prompts[:, None] - 1 + steps.minimum(answers[:, None] - 1)
+        wanted = batch.input_ids.to(device).gather(1, places + 1)
+        return cls(batch, mask, start, prompts, places, wanted, steps < answers[:, None])
+
+    @property
+    def width(self) -> int:
+        """Columns, padding included."""
+        return self.mask.shape[1]
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def arguments(self, rows: int = 1) -> dict[str, Any]:
+        """Say what the model is called with.
+
+        Args:
+            rows: How often the batch is repeated.
+
+        Returns:
+            Keyword arguments.
+        """
+        plain = Batch(self.batch.input_ids.repeat(rows, 1), self.batch.attention_mask)
+        return arguments_of(plain, self.mask.repeat(rows, 1))
+
+
+@dataclass
+class Kept:
+    """What a pass left behind.
+
+    Args:
+        inputs: ``(B, W, hidden)`` of each block, and the output of the last.
+        outputs: ``(B, W, hidden)`` of each restored module.
+        calls: What else each block was given.
+        cache: Keys and values of the whole text.
+        answers: ``(B, T)``, probabilities of the answer tokens.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    calls: list[inspect.BoundArguments] = field(default_factory=list)
+    cache: DynamicCache | None = None
+    answers: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def full_pass(sites: Sites, texts: Texts, *, noise: Tensor | None = None, cached: bool = False) -> Kept:
+    """Run the model once and keep what its blocks saw.
+
+    Args:
+        sites: The model.
+        texts: The texts.
+        noise: ``(B, W, hidden)``, added to the token embeddings; None for the clean run.
+        cached: Keep keys and values too.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        ModelError: A restored module's output is no hidden state of each token.
+    """
+    kept = Kept(cache=DynamicCache() if cached else None)
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = inspect.signature(block.forward).bind(*args, **kwargs)
+        kept.inputs.append(next(iter(call.arguments.values())))
+        kept.calls.append(call)
+
+    with ExitStack() as stack:
+        _add_noise(sites, noise, stack)
+        for block in sites.blocks:
+            stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for module in sites.outputs:
+            stack.callback(module.register_forward_hook(lambda *seen: kept.outputs.append(hidden_of(seen[2]))).remove)
+        last = sites.blocks[-1].register_forward_hook(lambda *seen: kept.inputs.append(hidden_of(seen[2])))
+        stack.callback(last.remove)
+        extra = {"use_cache": True, "past_key_values": kept.cache} if cached else {}
+        logits = sites.model(**(texts.arguments() | extra)).logits
+    if any(hidden.shape != kept.inputs[0].shape for hidden in (*kept.inputs, *kept.outputs)):
+        raise ModelError(
+            type(sites.model).__name__,
+            got="a module whose output has another form than the hidden states",
+            wanted="one vector per token, as wide as the model",
+            next_step="Trace block outputs.",
+        )
+    kept.answers = probabilities(take(logits, texts.places), texts.wanted)
+    return kept
+
+
+def plain_answers(
+    sites: Sites, texts: Texts, clean: Kept, noise: Tensor, states: Sequence[tuple[int, Tensor]], rows: int
+) -> Tensor:
+    """Restore states one run each, by hooks on the modules: works on any model, and is the measure of the fast way.
+
+    Args:
+        sites: Where.
+        texts: The texts.
+        clean: The clean run.
+        noise: ``(B, W, hidden)``.
+        states: The layer, and ``(B, W)``, True at the columns where its output is restored.
+        rows: Runs per pass.
+
+    Returns:
+        ``(states, B, T)``, the probabilities of the answer tokens.
+    """
+    found = []
+    for first in range(0, len(states), rows):
+        some = states[first : first + rows]
+        with ExitStack() as stack:
+            _add_noise(sites, noise.repeat(len(some), 1, 1), stack)
+            for number, module in enumerate(sites.outputs):
+                chosen = torch.cat([at if number in sites.restored(layer) else at & False for layer, at in some])
+                hook = _restoring(chosen, clean.outputs[number].repeat(len(some), 1, 1))
+                stack.callback(module.register_forward_hook(hook).remove)
+            logits = sites.model(**texts.arguments(len(some))).logits
+        places, wanted = (part.repeat(len(some), 1) for part in (texts.places, texts.wanted))
+        answers = probabilities(take(logits, places), wanted)
+        found.append(answers.reshape(len(some), len(texts), -1))
+    return torch.cat(found)
+
+
+def probabilities(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Compute the probability of one token at each place, in float32 or better.
+
+    Args:
+        logits: ``(..., vocabulary)``.
+        wanted: ``(...)``, token ids.
+
+    Returns:
+        ``(...)``.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    chosen = logits.gather(-1, wanted[..., None]).squeeze(-1)
+    return (chosen - logits.logsumexp(dim=-1)).exp()
+
+
+def take(values: Tensor, columns: Tensor) -> Tensor:
+    """Take columns of each text.
+
+    Args:
+        values: ``(B, W, ...)``, or ``(1, W, ...)`` for all texts alike.
+        columns: ``(B, Q)``.
+
+    Returns:
+        ``(B, Q, ...)``.
+    """
+    rows = torch.arange(len(columns), device=columns.device)[:, None] if len(values) > 1 else columns * 0
+    return values[rows, columns]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Take the hidden states out of what a module returned.
+
+    Args:
+        output: The tensor, or a tuple that starts with it.
+
+    Returns:
+        The tensor.
+    """
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def put(output: Any, hidden: Tensor) -> Any:
+    """Put other hidden states into what a module returned.
+
+    Args:
+        output: The tensor, or a tuple that starts with it.
+        hidden: What takes its place.
+
+    Returns:
+        The same form.
+    """
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _restoring(chosen: Tensor, values: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return put(output, torch.where(chosen[..., None], values, hidden_of(output)))
+
+    return hook
+
+
+def _add_noise(sites: Sites, noise: Tensor | None, stack: ExitStack) -> None:
+    if noise is None:
+        return
+    embedding: Any = sites.model.get_input_embeddings()
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output + noise.to(output)
+
+    stack.callback(embedding.register_forward_hook(hook).remove)
