@@ -22,6 +22,7 @@ from keeptune.model.head import head_fingerprint
 from keeptune.model.runner import Labels, ResidentRunner, Taps
 from keeptune.stats.request import Accumulator, DataRole, Request
 from keeptune.stats.store import Source, StatStore, entry_recipe
+from keeptune.stats.tracing import LayerEffect, traced_effects
 from keeptune.stats.unseen import UnseenError
 
 __all__ = ["Statistics", "StatsView", "collect", "source_name", "source_of"]
@@ -165,6 +166,11 @@ def collect(
     used = _used(requests, data)
     sources = {name: source_of(runner.model, model_fingerprint, tokens) for name, tokens in used.items()}
     missing = _missing(targets, requests, sources, store)
+    for request, target in missing.pop(_TRACE, []):
+        assert isinstance(request, LayerEffect)
+        name = source_name(request)
+        effects = traced_effects(runner.model, used[name], request, store, sources[name])
+        store.put(entry_recipe(request, target, sources[name]), effects)
     waves = [(need, wave) for need, sites in missing.items() for wave in (_shares(sites) if low_memory else [sites])]
     # An expert sees some tokens only, so that padding could not be told from text: its batches hold none.
     padded = not any(is_nested(target.name) for target in targets)
@@ -246,6 +252,9 @@ class _Pass:
     seed: int
 
 
+_TRACE = _Pass("", examples_alone=False, labels=None, seed=0)  # traces make their own passes
+
+
 def _missing(
     targets: Iterable[Target],
     requests: Mapping[str, frozenset[Request]],
@@ -270,13 +279,14 @@ def _missing(
                 )
             if store.get(entry_recipe(request, target, sources[source_name(request)])) is None:
                 need = _Pass(source_name(request), request.examples_alone, request.labels, request.seed)
+                need = _TRACE if request.kind == "trace" else need
                 missing.setdefault(need, []).append((request, target))
             else:
                 kept[str(request)] += 1
     asked = Counter(str(request) for request, _ in seen)
     for name, count in kept.items():
         _log.info("statistics: %d of %d %s taken from %s", count, asked[name], name, store.folder)
-    for need in [need for need in missing if need.labels is None]:
+    for need in [need for need in missing if need.labels is None and need is not _TRACE]:
         host = next(
             (n for n in missing if n.labels and (n.source, n.examples_alone) == (need.source, need.examples_alone)),
             None,

@@ -14,7 +14,8 @@ from keeptune.model.runner import Labels
 __all__ = ["Accumulator", "DataRole", "Labels", "PassKind", "Request", "WeightReader"]
 
 DataRole = Literal["knowledge", "task"]
-PassKind = Literal["forward", "backward", "joint"]  # what is added: inputs h, output gradients δ, or both at once
+# What is added: inputs h, output gradients δ, or both at once; a trace adds nothing.
+PassKind = Literal["forward", "backward", "joint", "trace"]
 WeightReader = Callable[[], Tensor]
 
 
