@@ -43,6 +43,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "v1-twin": {"method": METHODS["lora-null-v1"], "anchor": "twin"},
     "v2-twin": {"method": METHODS["lora-null-v2"], "anchor": "twin"},
     "full": {"method": METHODS["full"]},
+    "l2-lora": {"method": {"name": "l2-lora", "rank": 4, "strength": 5.0}},
+    "v1-delta-act": {"method": METHODS["lora-null-v1"], "anchor": "twin", "penalties": [{"name": "laplace"}]},
+    "lora-delta-kfac": {"method": METHODS["lora"], "penalties": [{"name": "laplace", "curvature": "delta-kfac"}]},
 }
 # The schedule, the order of the data and dropout must all go on where they were.
 TRAIN = {"learning_rate": 5e-3, "max_steps": 6, "per_device_train_batch_size": 4, "seed": 3, "save_steps": 2}

@@ -1,0 +1,201 @@
+"""Laws of every registered penalty, with every method that trains an adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tests.contract.conftest import ADAPTERS, CASES, SUBSPACE, WHOLE, World
+from tests.models import train_steps
+from torch import Tensor, nn
+
+from keeptune.adapter.install import held_parameters, install
+from keeptune.core.errors import PlanError
+from keeptune.core.plan import Plan
+from keeptune.penalties.base import penalties, penalty_named
+from keeptune.planning import asked_penalties, refuse_penalties
+from keeptune.train.penalty import Penalties
+
+# The options a penalty is checked with.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "kasa": [],  # part of its method
+    "l2": [{}, {"layers": (2.0, 0.5), "unit": "absolute"}, {"on": "factors"}],
+    "laplace": [
+        {"curvature": "delta-act", "batches": 1, "batch_size": 6},
+        {"curvature": "delta-kfac", "rho": 0.1, "strength": 30.0},
+        {"curvature": "l2"},
+    ],
+}
+PENALTIES = {
+    " ".join([name, *(f"{key}={value}" for key, value in options.items())]): penalty_named(name, options)
+    for name, cases in OPTIONS.items()
+    for options in cases
+}
+# What they hold is not a change, so that there is something to hold at the start.
+ON_FACTORS = {name for name in PENALTIES if "on=factors" in name}
+BY_LABELS = {name for name in PENALTIES if "kfac" in name or "diag" in name}
+PlanOf = Callable[[str, str, str], Plan]
+every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
+every_pair = pytest.mark.parametrize(
+    ("case", "penalty"), [(case, penalty) for case in ADAPTERS for penalty in PENALTIES]
+)
+# Every architecture, with a start at zero, one that is a part of W, a frozen factor, and singular values.
+every_place = pytest.mark.parametrize(
+    ("architecture", "case", "penalty"),
+    [
+        (architecture, case, penalty)
+        for architecture in ("qwen2", "gpt2", "roberta")
+        for case in ("lora rank=4", "pissa rank=4 alpha=6.0", "lora-null rank=4 variant=v2")
+        for penalty in PENALTIES
+        if architecture != "roberta" or penalty not in BY_LABELS
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def penalised(worlds: Callable[[str], World]) -> PlanOf:
+    @cache
+    def make(architecture: str, case: str, penalty: str) -> Plan:
+        return worlds(architecture).bench().plan(CASES[case], [PENALTIES[penalty]])
+
+    return make
+
+
+def installed(world: World, plan: Plan) -> PeftModel:
+    model = install(world.base(), plan)
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def gradients(model: PeftModel, plan: Plan) -> tuple[float, list[Tensor]]:
+    """The value of all penalties, and the gradient of each held parameter; zeros where there is none."""
+    model.zero_grad()
+    value = Penalties(model, plan).step()
+    return float(value), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in held(model, plan)]
+
+
+def held(model: PeftModel, plan: Plan) -> list[nn.Parameter]:
+    return [p for t in plan.targets for p in held_parameters(model, t).values()]
+
+
+def test_every_registered_penalty_is_checked() -> None:
+    assert OPTIONS.keys() == penalties().keys()
+
+
+def check_slope(world: World, plan: Plan) -> None:
+    """The gradient is the slope of the value along it, and frozen factors have none."""
+    model = installed(world, plan)
+    train_steps(model, steps=3, rate=1e-2)
+    value, found = gradients(model, plan)
+    assert value > 0
+    parameters = held(model, plan)
+    assert all(not g.any() for g, p in zip(found, parameters, strict=True) if not p.requires_grad)
+    squares = sum(float(g.double().square().sum()) for g in found)
+    assert squares > 0
+    step = 1e-2 * value / squares  # lowers or raises the value by about a hundredth
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, g in zip(parameters, found, strict=True):
+                p.add_(g, alpha=sign * step)
+            values.append(gradients(model, plan)[0])
+            for p, g in zip(parameters, found, strict=True):
+                p.add_(g, alpha=-sign * step)
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(squares, rel=2e-2)
+
+
+@every_pair
+def test_the_gradient_is_the_slope_of_the_value(
+    case: str, penalty: str, worlds: Callable[[str], World], penalised: PlanOf
+) -> None:
+    check_slope(worlds("llama"), penalised("llama", case, penalty))
+
+
+@every_place
+def test_the_gradient_is_the_slope_of_the_value_on_every_architecture(
+    architecture: str, case: str, penalty: str, worlds: Callable[[str], World], penalised: PlanOf
+) -> None:
+    check_slope(worlds(architecture), penalised(architecture, case, penalty))
+
+
+@every_pair
+def test_nothing_is_held_before_anything_has_changed(
+    case: str, penalty: str, worlds: Callable[[str], World], penalised: PlanOf
+) -> None:
+    plan = penalised("llama", case, penalty)
+    # KaSA's own regularisers hold its start already.
+    plan = dataclasses.replace(plan, penalties=tuple(p for p in plan.penalties if p.name != "kasa"))
+    value, found = gradients(installed(worlds("llama"), plan), plan)
+    if penalty in ON_FACTORS:
+        assert value > 0
+    else:
+        assert value == 0
+        assert not any(bool(g.any()) for g in found)
+
+
+@every_penalty
+@pytest.mark.parametrize("case", ["lora rank=4", "pissa rank=4 alpha=6.0"])
+def test_a_saved_plan_holds_the_same(
+    case: str, penalty: str, worlds: Callable[[str], World], penalised: PlanOf, tmp_path: Path
+) -> None:
+    plan = penalised("llama", case, penalty)
+    plan.save(tmp_path / "plan")
+    loaded = Plan.load(tmp_path / "plan")
+    assert loaded.key == plan.key
+    assert loaded.diff(plan) == []
+    found = []
+    for made in (plan, loaded):
+        model = installed(worlds("llama"), made)
+        train_steps(model, steps=2)
+        found.append(gradients(model, made))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+@every_penalty
+def test_strength_zero_is_the_plan_without_it_and_another_strength_another_plan(
+    penalty: str, worlds: Callable[[str], World], penalised: PlanOf
+) -> None:
+    bench = worlds("llama").bench()
+    plain = bench.plan(CASES["lora rank=4"])
+    none = dataclasses.replace(PENALTIES[penalty], strength=0.0)
+    assert bench.plan(CASES["lora rank=4"], [none]).key == plain.key
+    made = penalised("llama", "lora rank=4", penalty)
+    assert made.key != plain.key
+    double = dataclasses.replace(PENALTIES[penalty], strength=2 * PENALTIES[penalty].strength)
+    again = bench.plan(CASES["lora rank=4"], [double])
+    assert again.key != made.key
+    assert any(line.startswith("penalties: ") for line in again.diff(made))
+    values = []
+    for plan in (made, again):
+        model = installed(worlds("llama"), plan)
+        train_steps(model, steps=2)
+        values.append(gradients(model, plan)[0])
+    assert values[1] == pytest.approx(2 * values[0], rel=1e-5)
+
+
+@every_penalty
+def test_two_penalties_add_up(penalty: str, worlds: Callable[[str], World], penalised: PlanOf) -> None:
+    bench = worlds("llama").bench()
+    other = penalty_named("l2", {"strength": 3.0})
+    plans = [bench.plan(CASES["lora rank=4"], asked) for asked in ([PENALTIES[penalty]], [other])]
+    both = bench.plan(CASES["lora rank=4"], [PENALTIES[penalty], other])
+    model = installed(worlds("llama"), both)
+    train_steps(model, steps=2)
+    value, found = gradients(model, both)
+    (value_a, a), (value_b, b) = (gradients(model, plan) for plan in plans)
+    assert value == pytest.approx(value_a + value_b, rel=1e-6)
+    for whole, x, y in zip(found, a, b, strict=True):
+        torch.testing.assert_close(whole, x + y)
+
+
+@pytest.mark.parametrize("case", [*WHOLE, *SUBSPACE])
+def test_methods_that_change_whole_weights_take_no_penalty(case: str, worlds: Callable[[str], World]) -> None:
+    with pytest.raises(PlanError, match="changes whole weights"):
+        refuse_penalties(CASES[case], asked_penalties(CASES[case], [penalty_named("l2", {})]))
