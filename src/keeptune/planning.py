@@ -234,6 +234,7 @@ def with_penalties(
             yield Site(t, read_weight(model, t.target), statistics.view(t.target), count, blocks)
 
     made = [penalty_plan(penalty, sites()) for penalty in penalties]
-    notes = [*plan.provenance.get("notes", ()), *(note for penalty in penalties for note in notes_of(penalty, plan))]
+    said = [note for penalty, its in zip(penalties, made, strict=True) for note in notes_of(penalty, plan, its)]
+    notes = [*plan.provenance.get("notes", ()), *said]
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
     return replace(plan, penalties=tuple(made), provenance=provenance)

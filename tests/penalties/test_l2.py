@@ -9,17 +9,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.models import MODELS, Bench, train_steps
+from tests.models import MODELS, Bench, task, train_steps
 
 from keeptune.adapter.install import install, trained_state
-from keeptune.core.errors import KeeptuneError, PlanError
+from keeptune.core.errors import KeeptuneError, PlanError, StatisticsError
 from keeptune.core.plan import Plan
 from keeptune.core.target import read_weight
 from keeptune.methods.lora import Lora
 from keeptune.methods.pissa import Pissa
+from keeptune.model.head import body_fingerprint
+from keeptune.model.runner import ResidentRunner
 from keeptune.penalties.base import penalty_named
 from keeptune.penalties.l2 import L2
-from keeptune.penalties.layers import cubic_weights, normalised
+from keeptune.penalties.layers import cubic_weights
+from keeptune.stats.collect import collect
+from keeptune.stats.store import StatStore
 from keeptune.train.penalty import Penalties
 
 
@@ -107,10 +111,37 @@ def test_the_schedule_is_eq_8() -> None:
     assert found[8:] == pytest.approx([0.1] * 4)
 
 
-def test_measured_effects_are_divided_by_the_largest_and_harm_is_none() -> None:
-    assert normalised(torch.tensor([0.1, 0.4, -0.2])) == pytest.approx([0.25, 1.0, 0.0])
-    with pytest.raises(PlanError, match="noise_scale"):
-        normalised(torch.tensor([0.0, -0.1]))
+def test_measured_weights_are_the_effects_over_the_largest(tmp_path: Path) -> None:
+    bench = Bench(MODELS["llama"](), tmp_path, data=task(3))
+    penalty = L2(layers="naie", unit="absolute", trace_examples=4)
+    plan = bench.plan(Lora(rank=4), [penalty])
+    (request,) = penalty.requests(plan.targets[0])
+    effects = collect(
+        ResidentRunner(bench.model),
+        bench.targets(),
+        {t.name: frozenset({request}) for t in bench.targets()},
+        {"knowledge": task(3)},
+        StatStore(tmp_path),
+        model_fingerprint=body_fingerprint(bench.model),
+    ).view(bench.targets()[0])[request]
+    assert effects.shape == (4, 2)
+    average = effects.double().mean(dim=0)
+    wanted = (average / average.max()).clamp_min(0)
+    for t in plan.targets:
+        found = plan.penalties[0].tensors[f"weight:{t.target.name}"]
+        assert float(found) == pytest.approx(float(wanted[t.target.layer]), rel=1e-5)
+    assert "weights of the layers from 0 on" in plan.provenance["notes"][0]
+
+
+def test_measured_weights_need_knowledge_with_answers(tmp_path: Path) -> None:
+    with pytest.raises(StatisticsError, match="prompts and completions"):
+        planned(tmp_path, L2(layers="naie"))
+
+
+def test_on_the_factors_the_relative_unit_compares_with_the_start(tmp_path: Path) -> None:
+    plan = planned(tmp_path, L2(strength=0.7, on="factors"))
+    model = install(MODELS["llama"](), plan)
+    assert float(Penalties(model, plan).step()) == pytest.approx(0.7, rel=1e-5)
 
 
 def test_weights_of_another_depth_are_refused(tmp_path: Path) -> None:
@@ -127,6 +158,8 @@ def test_weights_of_another_depth_are_refused(tmp_path: Path) -> None:
         ({"layers": ()}, "layers"),
         ({"first": 0.7, "last": 0.6}, "first < last"),
         ({"floor": 1.5}, "floor"),
+        ({"noise_fraction": 0.0}, "noise_fraction"),
+        ({"noise_scale": -1.0}, "noise_scale"),
         ({"layers": "cubical"}, "layers"),
         ({"strenght": 1.0}, 'Did you mean "strength"'),
     ],

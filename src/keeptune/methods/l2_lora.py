@@ -29,6 +29,7 @@ from keeptune.methods.lora import draw_start, scale_of
 from keeptune.penalties.l2 import L2, Layers
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
+from keeptune.stats.tracing import Reading
 
 __all__ = ["L2Lora"]
 
@@ -48,6 +49,10 @@ class L2Lora:
         first: l_i as a share of the depth.
         last: l_f as a share of the depth.
         floor: tau, the least weight of the schedule.
+        reading: Which reading of eq. 2 (naie).
+        noise_fraction: Share of a prompt's tokens that get noise (naie).
+        noise_scale: Its standard deviation, in units of that of the token embeddings (naie).
+        trace_examples: How many examples of each knowledge set are traced (naie).
         dropout: Dropout before A, during training.
         seed: Seed of A; the recipe gives the training seed unless told otherwise.
 
@@ -68,6 +73,10 @@ class L2Lora:
     first: float = 1 / 3
     last: float = 2 / 3
     floor: float = 0.0
+    reading: Reading = "positions"
+    noise_fraction: float = 0.5
+    noise_scale: float = 3.0
+    trace_examples: int | None = 32
     dropout: float = 0.0
     seed: int = 0
 
@@ -130,5 +139,9 @@ class L2Lora:
                 first=self.first,
                 last=self.last,
                 floor=self.floor,
+                reading=self.reading,
+                noise_fraction=self.noise_fraction,
+                noise_scale=self.noise_scale,
+                trace_examples=self.trace_examples,
             ),
         )

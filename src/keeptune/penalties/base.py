@@ -212,11 +212,12 @@ class PenaltySpec(Protocol):
 class Remarking(Protocol):
     """A penalty that has something to say about what it can and cannot hold."""
 
-    def notes(self, plan: Plan) -> list[str]:
+    def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
         """Say it.
 
         Args:
             plan: What is trained.
+            tensors: What the penalty made of it.
 
         Returns:
             Sentences.
@@ -271,17 +272,18 @@ def start_of(target_plan: TargetPlan, device: torch.device) -> LowRank | None:
     return None if start.is_zero else start.to(torch.float32, device)
 
 
-def notes_of(penalty: PenaltySpec, plan: Plan) -> list[str]:
+def notes_of(penalty: PenaltySpec, plan: Plan, made: PenaltyPlan) -> list[str]:
     """Ask a penalty what there is to know about it on a plan.
 
     Args:
         penalty: The penalty.
         plan: The plan.
+        made: The penalty's part of it.
 
     Returns:
         Sentences, shown with the plan.
     """
-    return list(penalty.notes(plan)) if isinstance(penalty, Remarking) else []
+    return list(penalty.notes(plan, made.tensors)) if isinstance(penalty, Remarking) else []
 
 
 def check_strength(strength: float, where: str) -> None:

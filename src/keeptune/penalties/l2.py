@@ -17,7 +17,7 @@ over the targets t: the mean squared relative change; on the factors, against th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,16 +26,18 @@ from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import TargetPlan
+from keeptune.core.plan import Plan, TargetPlan
 from keeptune.linalg.factor import Identity
 from keeptune.penalties.base import OnChange, OnFactors, Site, Term, check_strength, start_of
 from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.penalties.layers import check_layers, cubic_weights
 from keeptune.stats.request import DataRole, Request
+from keeptune.stats.tracing import LayerEffect, Reading, average_effect, normalised_effect
 
-__all__ = ["L2", "FactorNorm", "Layers", "layer_weight"]
+__all__ = ["L2", "FactorNorm", "Layers"]
 
-Layers = Literal["uniform", "cubic"] | tuple[float, ...]
+Layers = Literal["uniform", "cubic", "naie"] | tuple[float, ...]
+_MEASURED = "layer weights"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,13 +65,19 @@ class L2:
 
     Args:
         strength: eta. With the relative unit, what a change as large as W itself costs, in nats.
-        layers: Weight of each block: ``"uniform"``, ``"cubic"`` (eq. 8), or a list, from block 0.
+        layers: Weight of each block: ``"uniform"``, ``"cubic"`` (eq. 8), ``"naie"`` (eqs. 2 and 3, measured on the
+            knowledge, which then needs prompts and completions), or a list, from block 0.
         on: ``"change"`` takes ``s B A`` (eq. 7), ``"factors"`` A and B (eq. 5).
         unit: ``"relative"`` measures each change against its W (b), and factors against their start; ``"absolute"``
             takes the equation as it is.
         first: l_i as a share of the depth (cubic).
         last: l_f as a share of the depth (cubic).
         floor: tau, the least weight (cubic).
+        reading: Which reading of eq. 2 (naie).
+        noise_fraction: Share of a prompt's tokens that get noise (naie).
+        noise_scale: Its standard deviation, in units of that of the token embeddings (naie).
+        noise_seed: Its seed (naie).
+        trace_examples: How many examples of each knowledge set are traced, the first ones (naie).
 
     Raises:
         PlanError: An option is out of range.
@@ -85,6 +93,11 @@ class L2:
     first: float = 1 / 3
     last: float = 2 / 3
     floor: float = 0.0
+    reading: Reading = "positions"
+    noise_fraction: float = 0.5
+    noise_scale: float = 3.0
+    noise_seed: int = 0
+    trace_examples: int | None = 32
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -101,24 +114,32 @@ class L2:
                 wanted="0 <= first < last <= 1 and 0 <= floor <= 1",
                 next_step="Correct them.",
             )
+        if not 0 < self.noise_fraction <= 1 or not 0 < self.noise_scale < float("inf"):
+            raise PlanError(
+                "penalty l2",
+                got=f"noise_fraction {self.noise_fraction}, noise_scale {self.noise_scale}",
+                wanted="a fraction above 0 and at most 1, and a scale above 0",
+                next_step="Correct them.",
+            )
 
     @property
     def data(self) -> frozenset[DataRole]:
-        """Need nothing."""
-        return frozenset()
+        """Need knowledge where weights are measured."""
+        return frozenset({"knowledge"}) if self.layers == "naie" else frozenset()
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Need nothing."""
-        return frozenset()
+        """Need the effect of each layer where weights are measured."""
+        return frozenset({self._trace()}) if self.layers == "naie" else frozenset()
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
         """Keep eta lambda_l; where the unit is relative, over the number of targets and what is compared with."""
-        weight = layer_weight(self.layers, site, self.first, self.last, self.floor) * self.strength
+        weights = self._weights(site)
+        weight = _weight_of(weights, site) * self.strength
         if self.unit == "relative":
             start = (site.plan.init.A, site.plan.init.B) if self.on == "factors" else (site.weight,)
             whole = sum(float(part.double().square().sum()) for part in start)
             weight = weight / (site.targets * whole) if whole else 0.0
-        return {f"weight:{site.plan.target.name}": torch.tensor(weight)}
+        return {f"weight:{site.plan.target.name}": torch.tensor(weight), _MEASURED: torch.tensor(weights)}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Make (7) or (5) of one target."""
@@ -136,27 +157,37 @@ class L2:
             )
         )
 
+    def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Tell the weights of the layers where they differ."""
+        weights = tensors[_MEASURED].tolist()
+        if len(set(weights)) == 1:
+            return []
+        return [f"penalty l2, weights of the layers from 0 on: {' '.join(f'{weight:.3g}' for weight in weights)}"]
 
-def layer_weight(layers: Layers, site: Site, first: float, last: float, floor: float) -> float:
-    """Look up the weight of a target's block; a target outside any block has the weight 1.
+    def _weights(self, site: Site) -> list[float]:
+        if self.layers == "uniform":
+            return [1.0] * site.blocks
+        if self.layers == "cubic":
+            return cubic_weights(site.blocks, self.first, self.last, self.floor)
+        if self.layers == "naie":
+            average, _ = average_effect(site.stats[self._trace()])
+            measured: list[float] = normalised_effect(average).tolist()
+            return measured
+        return list(self.layers)
 
-    Args:
-        layers: The schedule or the list.
-        site: The target.
-        first: l_i as a share of the depth.
-        last: l_f as a share of the depth.
-        floor: tau.
+    def _trace(self) -> LayerEffect:
+        return LayerEffect(
+            "knowledge",
+            self.reading,
+            self.noise_fraction,
+            self.noise_scale,
+            self.noise_seed,
+            examples=self.trace_examples,
+        )
 
-    Returns:
-        lambda_l.
 
-    Raises:
-        PlanError: The list is not as long as the model is deep.
-    """
-    layer = site.plan.target.layer
-    if layers == "uniform" or layer < 0:
-        return 1.0
-    weights = cubic_weights(site.blocks, first, last, floor) if layers == "cubic" else list(layers)
+def _weight_of(weights: Sequence[float], site: Site) -> float:
+    """Look up the weight of a target's block; a target outside any block has the weight 1."""
     if len(weights) != site.blocks:
         raise PlanError(
             "penalty l2, layers",
@@ -164,4 +195,5 @@ def layer_weight(layers: Layers, site: Site, first: float, last: float, floor: f
             wanted=f"{site.blocks}, one per block of the model",
             next_step="Give one for each, also for blocks that are not tuned.",
         )
-    return float(weights[layer])
+    layer = site.plan.target.layer
+    return float(weights[layer]) if layer >= 0 else 1.0

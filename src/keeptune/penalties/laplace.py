@@ -150,7 +150,7 @@ class Laplace:
             Gamma = factor_from(tensors, f"Gamma:{target.name}:")
         return OnChange(KroneckerChange(Omega, Gamma, target_plan.scale, weight, start_of(target_plan, weight.device)))
 
-    def notes(self, plan: Plan) -> list[str]:
+    def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
         """Say what the form cannot see from where the plan starts."""
         if self.curvature not in _TANGENT:
             return []

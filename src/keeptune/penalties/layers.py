@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from keeptune.core.errors import PlanError
 
-__all__ = ["check_layers", "cubic_weights", "normalised"]
+__all__ = ["check_layers", "cubic_weights"]
 
 
 def cubic_weights(blocks: int, start: float = 1 / 3, end: float = 2 / 3, floor: float = 0.0) -> list[float]:
@@ -36,30 +34,6 @@ def cubic_weights(blocks: int, start: float = 1 / 3, end: float = 2 / 3, floor: 
     for layer in range(blocks):
         passed = min(max((layer - first) / (last - first), 0.0), 1.0)
         weights.append(floor + (1 - floor) * (1 - passed) ** 3)
-    return weights
-
-
-def normalised(effects: Tensor) -> list[float]:
-    """Normalise measured effects to a largest one of 1 (NAIE); a layer that harms gets 0.
-
-    Args:
-        effects: AIE per block, ``(L,)``.
-
-    Returns:
-        One weight per block.
-
-    Raises:
-        PlanError: No layer has an effect above 0.
-    """
-    largest = float(effects.max())
-    if not largest > 0 or not math.isfinite(largest):
-        raise PlanError(
-            "penalty l2, layers naie",
-            got=f"effects of the layers of at most {largest:.3g}",
-            wanted="a layer whose restored state helps",
-            next_step="Raise `noise_scale` or `noise_fraction`, or take knowledge that the model answers rightly.",
-        )
-    weights: list[float] = (effects / largest).clamp_min(0).tolist()
     return weights
 
 

@@ -20,7 +20,7 @@ from keeptune.model.tracing import Kind, Noise, Reading, Traced, Tracer, embeddi
 from keeptune.stats.request import Accumulator, DataRole, PassKind, WeightReader
 from keeptune.stats.store import Source, StatStore
 
-__all__ = ["LayerEffect", "Norm", "average_effect", "normalised_effect", "trace_texts", "traced_effects"]
+__all__ = ["LayerEffect", "Norm", "Reading", "average_effect", "normalised_effect", "trace_texts", "traced_effects"]
 
 _log = logging.getLogger(__name__)
 Norm = Literal["max", "sum"]
