@@ -158,6 +158,11 @@ def _sections(report: Report) -> list[tuple[str, str, list[Picture]]]:
             "Smoothed, averaged over seeds." + ("" if many else " The raw values are faint."),
             draw.all([("Training loss of each method", plots.loss_curves(report))]),
         ),
+        (
+            "Penalties",
+            "What they cost while training, and how far each layer moved; of several seeds the first.",
+            draw.all([("Penalty and drift of each method", plots.penalty_figure(report))]),
+        ),
         ("Plan: ranks", _uniform_words(report), draw.all(_rank_figures(report), named=True)),
         (
             "Plan: evidence",

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from keeptune.report.drift import penalty_figure
 from keeptune.report.layers import importance_map, rank_map, uniform_rank
 from keeptune.report.maps import forgetting_by_relation
 from keeptune.report.placing import spread
@@ -39,6 +40,7 @@ __all__ = [
     "importance_map",
     "kept_spectra",
     "loss_curves",
+    "penalty_figure",
     "png",
     "rank_map",
     "spectra",

@@ -67,6 +67,15 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """What penalties cost at a step, and how far each layer was from its start."""
+
+    step: float
+    penalty: float
+    layers: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class Run:
     """One method trained with one seed."""
 
@@ -82,6 +91,7 @@ class Run:
     trained_parameters: int | None
     seconds: Mapping[str, float]
     loss: tuple[tuple[float, float], ...]
+    drift: tuple[Drift, ...]
     plan: tuple[PlanRow, ...]
     notes: tuple[str, ...]
     benchmarks: tuple[Benchmark, ...]
@@ -184,6 +194,7 @@ def _run(item: object, where: str) -> Run:
         trained_parameters=fields.optional_integer(entry.get("trained_parameters"), f"{where}.trained_parameters"),
         seconds=fields.numbers(entry.get("seconds") or {}, f"{where}.seconds"),
         loss=_loss(entry.get("loss") or [], f"{where}.loss"),
+        drift=_drift(entry.get("loss") or [], f"{where}.loss"),
         plan=tuple(
             _plan_row(row, f"{where}.plan[{index}]")
             for index, row in enumerate(fields.sequence(entry.get("plan") or [], f"{where}.plan"))
@@ -290,3 +301,31 @@ def _loss(items: object, where: str) -> tuple[tuple[float, float], ...]:
         if math.isfinite(step) and math.isfinite(loss):
             pairs.append((step, loss))
     return tuple(pairs)
+
+
+_LAYER = "drift/layer_"
+
+
+def _drift(items: object, where: str) -> tuple[Drift, ...]:
+    """Parse what a loss history tells of penalties.
+
+    Args:
+        items: The raw list of steps.
+        where: Its place in the file.
+
+    Returns:
+        One for each step with a penalty; what is outside any block has layer -1 and is left out.
+    """
+    found = []
+    for index, item in enumerate(fields.sequence(items, where)):
+        entry = fields.mapping(item, f"{where}[{index}]")
+        if "penalty" not in entry:
+            continue
+        layers = {
+            int(key.removeprefix(_LAYER)): fields.value(value, f"{where}[{index}].{key}")
+            for key, value in entry.items()
+            if key.startswith(_LAYER) and key.removeprefix(_LAYER).isdecimal()
+        }
+        step = fields.value(fields.need(entry, "step", f"{where}[{index}]"), f"{where}[{index}].step")
+        found.append(Drift(step, fields.value(entry["penalty"], f"{where}[{index}].penalty"), layers))
+    return tuple(found)

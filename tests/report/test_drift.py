@@ -1,0 +1,66 @@
+"""The figure of penalties: which runs it shows, and that its lines are the numbers of the record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from keeptune.core.errors import ArtefactError
+from keeptune.report import plots
+from keeptune.report.html import render_html
+from keeptune.report.records import parse_report
+
+
+def penalised(report: dict[str, Any]) -> dict[str, Any]:
+    """The second method held: its penalty rises, layer 1 moves twice as far as layer 0."""
+    for run in report["methods"]:
+        if run["name"] == "lora-null-v1":
+            for row in run["loss"]:
+                row |= {
+                    "penalty": 0.01 * row["step"],
+                    "penalty/l2": 0.01 * row["step"],
+                    "drift/layer_0": 0.02 * row["step"],
+                    "drift/layer_1": 0.04 * row["step"],
+                    "drift/layer_-1": 9.0,
+                }
+    return report
+
+
+def test_without_penalties_there_is_no_figure(full: dict[str, Any], minimal: dict[str, Any]) -> None:
+    assert plots.penalty_figure(full) is None
+    assert plots.penalty_figure(minimal) is None
+
+
+def test_the_record_keeps_penalty_and_drift_of_every_step(full: dict[str, Any]) -> None:
+    runs = parse_report(penalised(full)).runs
+    held = [run for run in runs if run.drift]
+    assert {run.name for run in held} == {"lora-null-v1"}
+    assert [(row.step, row.penalty, dict(row.layers)) for row in held[0].drift][:2] == [
+        (0, 0.0, {0: 0.0, 1: 0.0}),
+        (1, 0.01, {0: 0.02, 1: 0.04}),
+    ]
+
+
+def test_a_penalty_that_is_no_number_is_refused(full: dict[str, Any]) -> None:
+    report = penalised(full)
+    report["methods"][2]["loss"][3]["penalty"] = "much"
+    with pytest.raises(ArtefactError, match=r"loss\[3\]\.penalty"):
+        parse_report(report)
+
+
+def test_lines_are_the_numbers_of_the_record(full: dict[str, Any]) -> None:
+    figure = plots.penalty_figure(penalised(full))
+    assert figure is not None
+    left, right = figure.axes[:2]
+    assert left.get_title(loc="left").startswith("lora-null-v1")
+    lines = {line.get_label(): list(map(float, line.get_ydata())) for line in left.lines}  # type: ignore[arg-type]
+    assert lines["penalty"] == pytest.approx([0.01 * step for step in range(20)])
+    assert lines["task loss"] == pytest.approx([2 / (1 + step) for step in range(20)])
+    drifts = [float(line.get_ydata()[-1]) for line in right.lines]  # type: ignore[index]
+    assert drifts == pytest.approx([0.38, 0.76])
+
+
+def test_the_page_has_a_section_for_it(full: dict[str, Any]) -> None:
+    assert "<h2>Penalties</h2>" not in render_html(full)
+    assert "<h2>Penalties</h2>" in render_html(penalised(full))
