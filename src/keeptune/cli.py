@@ -168,8 +168,7 @@ def energy(
     from keeptune.energy import energy as measure_energy
     from keeptune.report.grid import print_grid
 
-    roles = None if targets is None else [role.strip() for role in targets.strip("[] ").split(",")]
-    found = measure_energy(model, output, top=top, roles=roles, device=device)
+    found = measure_energy(model, output, top=top, roles=_roles(targets), device=device)
     cells: dict[tuple[int | None, str], list[str]] = {}
     for row in found["rows"]:
         text = "–" if row["energy"] is None else f"{row['energy']:.3f}"
@@ -177,6 +176,23 @@ def energy(
     cells |= {(int(layer), "mean"): [f"{value:.3f}"] for layer, value in found["mean"].items()}
     print_grid(cells, Console())
     _say(f"share of the squared singular values in the top {top}")
+    _say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
+
+
+@app.command()
+def change(
+    trained: Annotated[list[str], typer.Argument(help="Adapter folders, run folders or models.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base; default: what each names.")] = None,
+    output: Annotated[Path, typer.Option(help="The figure; the numbers go beside it as .json.")] = Path("change.png"),
+    targets: Annotated[str | None, typer.Option(help="Roles, such as q_proj,down_proj; default: all.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Show how far training moved each weight, by layer and module, of one or more adapters (L2-LoRA Fig. 6)."""
+    from keeptune.change import change as measure_change
+    from keeptune.report.change import print_change
+
+    found = measure_change(trained, output, base=base, roles=_roles(targets), device=device)
+    print_change(found, Console())
     _say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
 
 
@@ -257,6 +273,10 @@ def _show_sweep(loaded: Any, swept: Any) -> None:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {folder}: {message}", markup=False)
     if swept.failed:
         raise typer.Exit(1)
+
+
+def _roles(text: str | None) -> list[str] | None:
+    return None if text is None else [role.strip() for role in text.strip("[] ").split(",")]
 
 
 def _whole_numbers(option: str, text: str | None) -> list[int] | None:

@@ -12,7 +12,7 @@ from keeptune.core.errors import ModelError, RecipeError
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.load import Dtype, load_model, load_tokenizer
 
-__all__ = ["merge_adapter"]
+__all__ = ["base_of", "head_of_adapter", "merge_adapter", "trained_in"]
 
 
 def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype: str = "auto") -> float:
@@ -35,17 +35,27 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype
     chosen = next((known for known in get_args(Dtype) if known == dtype), None)
     if chosen is None:
         raise RecipeError("--dtype", got=dtype, wanted=", ".join(get_args(Dtype)), next_step="Pick one.")
-    name = base or _base_of(adapter)
-    head = _head(adapter)
-    trained_on = load_model(name, dtype=_trained_in(adapter) or chosen, head=head)
+    name = base or base_of(adapter)
+    head = head_of_adapter(adapter)
+    trained_on = load_model(name, dtype=trained_in(adapter) or chosen, head=head)
     check_base(adapter, body_fingerprint(trained_on), None if head is None else head.labels)
     return merge(
         adapter, output, load_base=lambda: load_model(name, dtype=chosen, head=head), tokenizer=load_tokenizer(name)
     )
 
 
-def _head(adapter: Path) -> Head | None:
-    """Read which head the adapter brings; the base's own may be any, as it is replaced."""
+def head_of_adapter(adapter: Path) -> Head | None:
+    """Read which head an adapter brings; the base's own may be any, as it is replaced.
+
+    Args:
+        adapter: The adapter's folder.
+
+    Returns:
+        The head; None for a language model.
+
+    Raises:
+        ModelError: It is a classifier, and nothing says of which labels.
+    """
     labels = read_json(adapter / SIDECAR).get("labels") if (adapter / SIDECAR).is_file() else None
     config = adapter / "adapter_config.json"
     if labels is None and config.is_file() and read_json(config).get("task_type") == "SEQ_CLS":
@@ -58,14 +68,32 @@ def _head(adapter: Path) -> Head | None:
     return None if labels is None else Head(tuple(labels))
 
 
-def _trained_in(adapter: Path) -> Dtype | None:
-    """Tell the dtype that the base was loaded in; fingerprints differ between dtypes."""
+def trained_in(adapter: Path) -> Dtype | None:
+    """Tell the dtype that the base was loaded in; fingerprints differ between dtypes.
+
+    Args:
+        adapter: The adapter's folder.
+
+    Returns:
+        The dtype; None where keeptune did not make the adapter.
+    """
     sidecar = adapter / SIDECAR
     dtype: Dtype | None = read_json(sidecar).get("provenance", {}).get("dtype") if sidecar.is_file() else None
     return dtype
 
 
-def _base_of(adapter: Path) -> str:
+def base_of(adapter: Path) -> str:
+    """Read which base an adapter was made for.
+
+    Args:
+        adapter: The adapter's folder.
+
+    Returns:
+        Path or hub id.
+
+    Raises:
+        ModelError: The adapter names none.
+    """
     config = adapter / "adapter_config.json"
     named = read_json(config).get("base_model_name_or_path") if config.is_file() else None
     if not named:

@@ -1,0 +1,265 @@
+"""keeptune change: how far training moved each weight, for any adapter or tuned model (L2-LoRA Fig. 6).
+
+The change of a LoRA or DoRA adapter is measured on its factors: the product B A is never formed. What has no such form
+(a whole model, an adapter of another kind, one that rewrites its base when loaded: PiSSA) is compared weight by weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from keeptune.adapter.load import SIDECAR, check_base, load_adapter
+from keeptune.core.artefact import read_json, write_json
+from keeptune.core.errors import ModelError, RecipeError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.target import Target, read_weight
+from keeptune.job import check_device, check_folder, device_named
+from keeptune.linalg.change import change_norm, rescaled_change_norm
+from keeptune.merging import base_of, head_of_adapter, trained_in
+from keeptune.model.blocks import find_targets, head_of
+from keeptune.model.head import Head, body_fingerprint
+from keeptune.model.load import Dtype, load_model
+from keeptune.recipe import resolve_model
+from keeptune.report.change import change_figure, totals
+from keeptune.report.style import png
+from keeptune.scoring import find_result
+
+__all__ = ["change", "weight_changes"]
+
+_log = logging.getLogger(__name__)
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others take a part out of the base when loaded
+_TUNED = (BaseTunerLayer, ModulesToSaveWrapper)
+Norms = dict[str, float]
+
+
+def change(
+    sources: Sequence[str],
+    output: Path,
+    *,
+    base: str | None = None,
+    roles: Sequence[str] | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Measure ``||dW||`` and ``||dW|| / ||W||`` of every linear map, for one or several trained models.
+
+    Args:
+        sources: Each a PEFT adapter folder, a run folder of keeptune, or a whole model.
+        output: The figure, ``.png``; the numbers go beside it, into ``.json``.
+        base: The base; None takes what each source names.
+        roles: Roles of the targets; None is all linear maps but the head.
+        device: Where the norms are computed; ``auto`` is CUDA where there is a GPU.
+
+    Returns:
+        ``sources``: for each its ``label``, ``folder``, ``base``, ``rows`` (``target``, ``layer``, ``role``, ``norm``,
+        ``weight``, ``relative``), and ``layers`` and ``roles``, the same put together (root of the sums of squares).
+
+    Raises:
+        RecipeError: The output is no PNG file, a source is given twice, or there is no such device.
+        ModelError: A source or its base cannot be loaded or do not belong together, or a change is not finite.
+        PlanError: A role does not exist.
+    """
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise RecipeError(
+            "--output", got=str(output), wanted="a file that ends in .png", next_step="Example: --output change.png"
+        )
+    check_folder("--output", output.parent)
+    check_device(device := device_named(device))
+    labels = _labels(sources)
+    found = []
+    for source, label in zip(sources, labels, strict=True):
+        name, rows = weight_changes(source, base=base, roles=roles, device=device)
+        for row in rows:
+            if not math.isfinite(row["norm"]):
+                raise ModelError(
+                    f"{source}, {row['target']}",
+                    got="a change that is NaN or infinite",
+                    wanted="finite weights",
+                    next_step="Check the training's losses; the adapter or model is damaged.",
+                )
+        put = {key: totals(rows, key) for key in ("layer", "role")}
+        entry = {"label": label, "folder": source, "base": name, "rows": rows}
+        found.append(entry | {"layers": put["layer"], "roles": put["role"]})
+    record = {"sources": found}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output.with_suffix(".json"), record)
+    figure = change_figure(record)
+    if figure is not None:
+        png(figure, output)
+    return record
+
+
+def weight_changes(
+    source: str, *, base: str | None = None, roles: Sequence[str] | None = None, device: str = "cpu"
+) -> tuple[str, list[dict[str, Any]]]:
+    """Measure the change of every target of one trained model.
+
+    Args:
+        source: A PEFT adapter folder, a run folder of keeptune, or a whole model.
+        base: The base; None takes what the source names.
+        roles: Roles of the targets; None is all linear maps but the head.
+        device: Where the norms are computed.
+
+    Returns:
+        The base, and for each target ``target``, ``layer``, ``role``, ``norm``, ``weight`` (``||W||``) and ``relative``
+        (None where W is zero); 0 for a target that was left alone.
+
+    Raises:
+        ModelError: The source or its base cannot be loaded or do not belong together.
+        PlanError: A role does not exist.
+    """
+    folder = _result_of(source)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    name = resolve_model(base or (base_of(folder) if is_adapter else _named_by(folder, source)))
+    head = head_of_adapter(folder)
+    dtype: Dtype = (trained_in(folder) if is_adapter else None) or "auto"
+
+    def load_base() -> PreTrainedModel:
+        return load_model(name, dtype=dtype, device=device, head=head)
+
+    model = load_base()
+    every, targets = find_targets(model), find_targets(model, roles)
+    weights = {target.name: float(read_weight(model, target).double().norm()) for target in targets}
+    if is_adapter:
+        norms = _of_adapter(folder, model, every, load_base, head)
+    else:
+        tuned = load_model(str(folder) if folder.is_dir() else source, device=device, head=head)
+        norms = _of_model(tuned, model, targets, source)
+    rows = []
+    for target in targets:
+        norm, weight = norms.get(target.name, 0.0), weights[target.name]
+        rows.append(
+            {
+                "target": target.name,
+                "layer": target.layer,
+                "role": target.role,
+                "norm": norm,
+                "weight": weight,
+                "relative": norm / weight if weight > 0 else None,
+            }
+        )
+    return name, rows
+
+
+def _of_adapter(
+    folder: Path,
+    model: PreTrainedModel,
+    targets: Sequence[Target],
+    load_base: Callable[[], PreTrainedModel],
+    head: Head | None,
+) -> Norms:
+    """Measure an adapter on its factors, or merged where it is more than factors over an untouched base."""
+    check_base(folder, body_fingerprint(model), None if head is None else head.labels)
+    wrapped = load_adapter(model, folder)
+    config = wrapped.peft_config["default"]
+    known = {target.name: target for target in targets}
+    inner = wrapped.get_base_model()
+    found = {name: layer for name, layer in inner.named_modules() if isinstance(layer, _TUNED)}
+    outside = sorted(found.keys() - known.keys() - set(head_of(inner)))
+    if outside:
+        _log.warning("%s: %s is no linear map of the model's body; left out", folder, ", ".join(outside))
+    layers = {name: layer for name, layer in found.items() if name in known}
+    plain = config.peft_type == "LORA" and config.init_lora_weights in _PLAIN_STARTS
+    if not plain or not all(_has_factors(layer) for layer in layers.values()):
+        _log.info("%s: not plain LoRA or DoRA; merged into its base to be measured", folder)
+        return _of_model(_merged(wrapped, folder), load_base(), targets, str(folder))
+    return {
+        name: _of_layer(layer, known[name])
+        for name, layer in tqdm(layers.items(), desc="change", delay=2, disable=None, leave=False)
+    }
+
+
+def _has_factors(layer: Any) -> bool:
+    """Tell whether a layer is LoRA's or DoRA's over a linear map."""
+    variant = getattr(layer, "lora_variant", {}).get("default")
+    return isinstance(layer, LoraLinear) and (variant is None or isinstance(variant, DoraLinearVariant))
+
+
+def _of_layer(layer: Any, target: Target) -> float:
+    factors = LowRank(layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach())
+    change = factors.to(torch.float64).scaled(layer.scaling["default"])
+    if "default" not in layer.lora_variant:
+        return float(change.norm_squared().clamp_min(0).sqrt())
+    stored = layer.get_base_layer().weight.detach()
+    lengths = layer.lora_magnitude_vector["default"].weight.detach()
+    return rescaled_change_norm(stored.T if target.transposed else stored, change, lengths)
+
+
+def _merged(wrapped: PeftModel, folder: Path) -> PreTrainedModel:
+    try:
+        return wrapped.merge_and_unload()
+    # AttributeError: prompt tuning and its like have nothing to merge; ValueError, NotImplementedError: a kind or a
+    # base that PEFT does not merge.
+    except (AttributeError, ValueError, NotImplementedError) as error:
+        kind = wrapped.peft_config["default"].peft_type
+        raise ModelError(
+            f"adapter {folder}",
+            got=f"an adapter of type {getattr(kind, 'value', kind)}, which PEFT does not merge into weights",
+            wanted="an adapter that changes weights: LoRA, DoRA or another that can be merged",
+            next_step="Measure another adapter, or merge it yourself and give the whole model.",
+        ) from error
+
+
+def _of_model(tuned: PreTrainedModel, base: PreTrainedModel, targets: Sequence[Target], where: str) -> Norms:
+    """Compare two whole models, weight by weight."""
+    norms = {}
+    for target in tqdm(targets, desc="change", delay=2, disable=None, leave=False):
+        before = read_weight(base, target)
+        try:
+            after = read_weight(tuned, target)
+        except AttributeError as error:
+            raise _other_base(where, base, f"no module {target.name}") from error
+        if after.shape != before.shape:
+            raise _other_base(where, base, f"{target.name} of shape {tuple(after.shape)}, not {tuple(before.shape)}")
+        norms[target.name] = change_norm(before, after)
+    return norms
+
+
+def _other_base(where: str, base: PreTrainedModel, got: str) -> ModelError:
+    return ModelError(
+        where, got=got, wanted=f"a model tuned from {base.name_or_path}", next_step="Name its own base with --base."
+    )
+
+
+def _result_of(source: str) -> Path:
+    """Find the adapter or model that a source stands for: itself, or what a run exported."""
+    folder = Path(source).expanduser()
+    is_run = (folder / "plan").is_dir() and not (folder / "config.json").is_file()
+    return find_result(folder) if is_run else folder
+
+
+def _named_by(folder: Path, source: str) -> str:
+    """Read from keeptune's own record which base a whole model was tuned from."""
+    named = read_json(folder / SIDECAR).get("base") if (folder / SIDECAR).is_file() else None
+    if named is None:
+        raise ModelError(
+            source,
+            got="a whole model that names no base" if folder.is_dir() else "no such folder, and no --base",
+            wanted="the base that it was tuned from",
+            next_step="Name it with --base, or give an adapter folder.",
+        )
+    return str(named)
+
+
+def _labels(sources: Sequence[str]) -> list[str]:
+    """Name each source by its folder, or by the run's that it is in; by its whole path where two would be alike."""
+    named = [_result_of(source).absolute() for source in sources]
+    short = [path.parent.name if path.name in ("adapter", "merged") else path.name for path in named]
+    twice = next((source for source in sources if named.count(_result_of(source).absolute()) > 1), None)
+    if twice is not None:
+        raise RecipeError(
+            "keeptune change", got=f"{twice} twice", wanted="each adapter or model once", next_step="Leave one out."
+        )
+    return [label if short.count(label) == 1 else str(source) for label, source in zip(short, sources, strict=True)]
