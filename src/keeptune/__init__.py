@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from keeptune.methods.osf import Osf
     from keeptune.methods.pissa import Pissa
     from keeptune.penalties.l2 import L2
+    from keeptune.tracing import trace
     from keeptune.train.attach import attach
     from keeptune.train.guard import Guard
     from keeptune.train.penalty import Penalties
@@ -63,6 +64,7 @@ __all__ = [
     "export",
     "install",
     "plan",
+    "trace",
 ]
 
 _HOMES = {
@@ -95,6 +97,7 @@ _HOMES = {
     "export": "api",
     "install": "adapter.install",
     "plan": "api",
+    "trace": "tracing",
 }
 
 

@@ -197,6 +197,60 @@ def change(
 
 
 @app.command()
+def trace(
+    model: Annotated[str, typer.Argument(help="atlas, a folder or a hub id.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Examples, a JSONL file.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help='Template, such as "{question}\\nAnswer:".', show_default=False)],
+    completion: Annotated[str, typer.Option(help='Template of the answer, such as " {answer}".', show_default=False)],
+    adapter: Annotated[
+        str | None, typer.Option(help="What to compare with: an adapter or a run of this model, or another model.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="How many rows are used, the first ones.")] = 100,
+    reading: Annotated[
+        str, typer.Option(help="positions: restore each prompt token; diagonal: the one before each answer token.")
+    ] = "positions",
+    fraction: Annotated[float, typer.Option(help="Share of the prompt's tokens that get noise.")] = 0.5,
+    scale: Annotated[float, typer.Option(help="Noise, in standard deviations of the token embeddings.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    kind: Annotated[str, typer.Option(help="What is restored: block, attention or mlp outputs.")] = "block",
+    window: Annotated[int, typer.Option(help="Layers restored together, for attention and mlp.")] = 10,
+    norm: Annotated[str, typer.Option(help="What NAIE is normalised by: max or sum.")] = "max",
+    example: Annotated[
+        int | None, typer.Option(help="Whose heat map is drawn; default: what noise harms most.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where trace.json, layers.png and heat.png go.")] = Path("trace"),
+    max_length: Annotated[int, typer.Option(min=2, help="Longer examples are cut to this many tokens.")] = 512,
+    store: Annotated[Path | None, typer.Option(help="Store of statistics; default: the user's cache.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens in a pass: memory against speed.")] = 2048,
+) -> None:
+    """Trace which layers bring known answers back after noise (L2-LoRA Figs. 2 and 3), in one model or in two."""
+    from keeptune.locating import Asked, trace_models
+    from keeptune.report.tracing import print_trace
+    from keeptune.tracing import wanted_effect
+
+    asked = Asked(
+        model,
+        data,
+        # A shell hands over what stands for a line end as it is typed.
+        prompt.replace(r"\n", "\n"),
+        completion.replace(r"\n", "\n"),
+        output,
+        adapter=adapter,
+        examples=examples,
+        max_length=max_length,
+        example=example,
+        store=store,
+        device=device,
+        dtype=dtype,
+        chunk=chunk,
+    )
+    print_trace(trace_models(asked, wanted_effect(reading, fraction, scale, seed, kind, window), norm), Console())
+    _say(f"figures: {output / 'layers.png'}, {output / 'heat.png'}, numbers: {output / 'trace.json'}")
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A LoRA adapter folder.", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Where the merged model goes.", show_default=False)],

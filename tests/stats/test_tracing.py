@@ -19,7 +19,16 @@ from keeptune.stats.collect import Statistics, collect, source_of
 from keeptune.stats.covariance import GradientCovariance, InputCovariance
 from keeptune.stats.request import Request
 from keeptune.stats.store import StatStore
-from keeptune.stats.tracing import LayerEffect, average_effect, normalised_effect, trace_texts, traced_effects
+from keeptune.stats.tracing import (
+    LayerEffect,
+    average_effect,
+    is_distinct,
+    layer_weights,
+    normalised_effect,
+    normalised_error,
+    trace_texts,
+    traced_effects,
+)
 
 REQUEST = LayerEffect("knowledge", fraction=0.4)
 
@@ -153,3 +162,32 @@ def test_normalised_effects() -> None:
     torch.testing.assert_close(normalised_effect(7 * average), normalised_effect(average))
     with pytest.raises(StatisticsError, match="no layer with a positive effect"):
         normalised_effect(torch.tensor([-1.0, 0.0]))
+
+
+def test_the_error_of_normalised_effects_is_that_of_many_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true, count = torch.tensor([2.0, 1.0, -0.5]), 50
+
+    def drawn() -> torch.Tensor:
+        shared = torch.randn(count, 1, generator=generator)  # texts differ in all layers at once
+        return true * (1 + 0.5 * shared) + 0.3 * torch.randn(count, 3, generator=generator)
+
+    for norm in ("max", "sum"):
+        found = [drawn() for _ in range(400)]
+        wanted = torch.stack([normalised_effect(average_effect(e)[0], norm) for e in found]).std(dim=0)
+        told = torch.stack([normalised_error(e, norm) for e in found]).mean(dim=0)
+        torch.testing.assert_close(told, wanted, rtol=0.15, atol=2e-3)
+    assert normalised_error(drawn()[:1]).isnan().all()
+
+
+def test_an_effect_that_is_noise_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    noise = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
+    noise -= noise.mean(dim=0) - 0.01
+    assert not is_distinct(noise)
+    layer_weights(noise)
+    assert "NAIE is noise" in caplog.text
+    caplog.clear()
+    clear = noise + torch.tensor([0.0, 2.0, 0.0, 1.0])
+    assert is_distinct(clear)
+    assert layer_weights(clear, "sum").sum() == pytest.approx(1)
+    assert not caplog.text

@@ -20,7 +20,18 @@ from keeptune.model.tracing import Kind, Noise, Reading, Traced, Tracer, embeddi
 from keeptune.stats.request import Accumulator, DataRole, PassKind, WeightReader
 from keeptune.stats.store import Source, StatStore
 
-__all__ = ["LayerEffect", "Norm", "Reading", "average_effect", "normalised_effect", "trace_texts", "traced_effects"]
+__all__ = [
+    "LayerEffect",
+    "Norm",
+    "Reading",
+    "average_effect",
+    "is_distinct",
+    "layer_weights",
+    "normalised_effect",
+    "normalised_error",
+    "trace_texts",
+    "traced_effects",
+]
 
 _log = logging.getLogger(__name__)
 Norm = Literal["max", "sum"]
@@ -192,6 +203,57 @@ def normalised_effect(average: Tensor, norm: Norm = "max") -> Tensor:
             next_step="Raise the share of damaged tokens or the scale of the noise, or take data that the model knows.",
         )
     return kept / size
+
+
+def normalised_error(effects: Tensor, norm: Norm = "max") -> Tensor:
+    """Estimate the standard error of NAIE over texts, by the jackknife: the errors of AIE go together over layers.
+
+    Args:
+        effects: ``(N, L)``.
+        norm: As in :func:`normalised_effect`.
+
+    Returns:
+        ``(L,)``, float64; NaN for one text, or where without some text no layer has a positive effect.
+    """
+    effects = effects.double()
+    count = len(effects)
+    if count == 1:
+        return torch.full_like(effects[0], torch.nan)
+    kept = ((effects.sum(dim=0) - effects) / (count - 1)).clamp_min(0)
+    shares = kept / (kept.amax(dim=1) if norm == "max" else kept.sum(dim=1))[:, None]
+    return ((shares - shares.mean(dim=0)).square().sum(dim=0) * (count - 1) / count).sqrt()
+
+
+def is_distinct(effects: Tensor) -> bool:
+    """Tell whether some layer's effect stands out of the spread over texts; if none does, NAIE says nothing.
+
+    Args:
+        effects: ``(N, L)``.
+
+    Returns:
+        True when a layer's AIE is more than 1.96 standard errors above zero, or where one text leaves no spread.
+    """
+    average, error = average_effect(effects)
+    return bool((average > 1.96 * error.nan_to_num(0.0)).any())
+
+
+def layer_weights(effects: Tensor, norm: Norm = "max") -> Tensor:
+    """Turn the stored statistic into weights of layers: NAIE, as L2-LoRA's penalty takes it (eq. 7).
+
+    Args:
+        effects: ``(N, L)``.
+        norm: ``"max"`` or ``"sum"``.
+
+    Returns:
+        ``(L,)``, float64; a warning is logged where they are noise.
+
+    Raises:
+        StatisticsError: No layer brings anything of the answers back.
+    """
+    weights = normalised_effect(average_effect(effects)[0], norm)
+    if not is_distinct(effects):
+        _log.warning("trace: no layer's effect stands out of the spread over %d texts: NAIE is noise", len(effects))
+    return weights
 
 
 _Text = tuple[tuple[int, ...], int]
