@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Batch
-from keeptune.model.blocks import body, head_of
+from keeptune.model.blocks import body, head_of, is_nested
 from keeptune.model.head import sequence_losses
 
 __all__ = [
@@ -48,11 +48,18 @@ class Taps:
         inputs: Get ``h``, ``(tokens, in_features)``.
         gradients: Get ``δ = d loss / d y``, ``(tokens, out_features)``.
         pairs: Get both at once.
+        texts: Get both at once, and how many rows are of each text.
     """
 
     inputs: dict[str, list[Sink]] = field(default_factory=dict)
     gradients: dict[str, list[Sink]] = field(default_factory=dict)
     pairs: dict[str, list[Callable[[Tensor, Tensor], None]]] = field(default_factory=dict)
+    texts: dict[str, list[Callable[[Tensor, Tensor, Sequence[int]], None]]] = field(default_factory=dict)
+
+    @property
+    def backward(self) -> set[str]:
+        """The modules whose gradients are wanted."""
+        return {*self.gradients, *self.pairs, *self.texts}
 
 
 @dataclass(frozen=True)
@@ -143,19 +150,20 @@ class ResidentRunner:
 
         def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                pairs, gradients = taps.pairs.get(name, []), taps.gradients.get(name, [])
                 h = real.rows(inputs[0].detach(), name, "inputs")
                 for receive in taps.inputs.get(name, []):
                     receive(h)
 
                 def arrived(gradient: Tensor) -> None:
                     delta = real.rows(gradient, name, "gradients")
-                    for receive in gradients:
+                    for receive in taps.gradients.get(name, []):
                         receive(delta)
-                    for receive_both in pairs:
+                    for receive_both in taps.pairs.get(name, []):
                         receive_both(h, delta)
+                    for receive_texts in taps.texts.get(name, []):
+                        receive_texts(h, delta, real.lengths(h, name))
 
-                if gradients or pairs:
+                if name in taps.backward:
                     output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
             return hook
@@ -165,7 +173,7 @@ class ResidentRunner:
 
         with ExitStack() as stack:
             stack.callback(self.model.get_input_embeddings().register_forward_hook(start).remove)
-            for name in {*taps.inputs, *taps.gradients, *taps.pairs}:
+            for name in {*taps.inputs, *taps.backward}:
                 stack.callback(self.model.get_submodule(name).register_forward_hook(hook_for(name)).remove)
             logits = self.model(**arguments_of(batch, mask)).logits
             torch.autograd.backward(summed_loss(logits, batch, labels=labels, seed=seed))
@@ -262,6 +270,7 @@ class _Real:
 
     def __init__(self, mask: Tensor) -> None:
         self.count = mask.numel()
+        self.texts: list[int] = mask.sum(dim=1).tolist()
         self.places = None if bool(mask.all()) else mask.reshape(-1).nonzero().squeeze(1)
         self.largest: dict[tuple[str, str], Tensor] = {}
 
@@ -271,6 +280,17 @@ class _Real:
         if found.numel():
             self.largest[name, what] = torch.linalg.vector_norm(found, torch.inf)
         return found
+
+    def lengths(self, rows: Tensor, name: str) -> Sequence[int]:
+        """Count the rows of each text; an expert sees some of them, in an order of its own."""
+        if rows.shape[0] != sum(self.texts) or is_nested(name):
+            raise StatisticsError(
+                name,
+                got=f"{rows.shape[0]} rows for texts of {sum(self.texts)} tokens",
+                wanted="one row per token",
+                next_step='Take the statistic per="token", or leave the module out of the targets.',
+            )
+        return self.texts
 
     def check(self, place: str) -> None:
         """Refuse rows that are not numbers; where they were first met is where they come from."""

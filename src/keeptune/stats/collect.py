@@ -41,6 +41,7 @@ class StatsView:
         store: Where the values are; they are read one at a time.
         sources: Model and data, by :func:`source_name`.
         memo: The last result of :meth:`derive`, shared by the views of one collection.
+        counts: How many tokens are learned, by :func:`source_name`.
     """
 
     target: Target
@@ -48,6 +49,7 @@ class StatsView:
     store: StatStore
     sources: Mapping[str, Source]
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def __getitem__(self, request: Request) -> Tensor:
         """Read one statistic from the store.
@@ -77,6 +79,17 @@ class StatsView:
                 next_step="Run the stats stage again; nothing else may empty the store meanwhile.",
             )
         return value
+
+    def learned(self, request: Request) -> int:
+        """Count the tokens that are learned in a request's data: the completions, or all but each text's first.
+
+        Args:
+            request: One of the requests.
+
+        Returns:
+            T; of a classifier, the number of texts.
+        """
+        return self.counts[source_name(request)]
 
     def derive(self, request: Request, function: Callable[..., T], *options: Any) -> T:
         """Compute something from a statistic once for all targets that share it, such as q, k and v.
@@ -113,6 +126,8 @@ class Statistics:
         sources: Model and data, by :func:`source_name`.
         requests: Per target name.
         unseen: Experts that no token reached: they have no statistics, and nothing is guessed in their place.
+        memo: The last result of :meth:`StatsView.derive`.
+        counts: How many tokens are learned, by :func:`source_name`.
     """
 
     store: StatStore
@@ -120,6 +135,7 @@ class Statistics:
     requests: Mapping[str, frozenset[Request]]
     unseen: frozenset[str] = frozenset()
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def view(self, target: Target) -> StatsView:
         """Give one target's statistics.
@@ -130,7 +146,7 @@ class Statistics:
         Returns:
             A view on what it asked for.
         """
-        return StatsView(target, self.requests[target.name], self.store, self.sources, self.memo)
+        return StatsView(target, self.requests[target.name], self.store, self.sources, self.memo, self.counts)
 
 
 def collect(
@@ -184,7 +200,8 @@ def collect(
     if unseen:
         names = ", ".join(sorted(unseen))
         _log.warning("statistics: no token reached %d of %d targets: %s", len(unseen), len(targets), names)
-    return Statistics(store, sources, dict(requests), frozenset(unseen))
+    counts = {name: tokens.learned for name, tokens in used.items()}
+    return Statistics(store, sources, dict(requests), frozenset(unseen), counts=counts)
 
 
 def source_name(request: Request) -> str:
@@ -316,10 +333,16 @@ def _run_wave(
     taps = Taps()
     for request, target in wave:
         total = request.accumulator(target, model.device, partial(read_weight, model, target))
-        sinks: Any = {"forward": taps.inputs, "backward": taps.gradients, "joint": taps.pairs}[request.kind]
+        kinds: Any = {
+            "forward": taps.inputs,
+            "backward": taps.gradients,
+            "joint": taps.pairs,
+            "texts": taps.texts,
+        }
+        sinks = kinds[request.kind]
         sinks.setdefault(request.site(target), []).append(total.add)
         totals.append(total)
-    if need.labels is None or not (taps.gradients or taps.pairs):
+    if need.labels is None or not taps.backward:
         runner.forward(batches, taps.inputs, title=title)
     else:
         runner.backward(batches, taps, labels=need.labels, seed=need.seed, title=title)

@@ -14,8 +14,9 @@ from keeptune.model.runner import Labels
 __all__ = ["Accumulator", "DataRole", "Labels", "PassKind", "Request", "WeightReader"]
 
 DataRole = Literal["knowledge", "task"]
-# What is added: inputs h, output gradients δ, or both at once; a trace adds nothing.
-PassKind = Literal["forward", "backward", "joint", "trace"]
+# What is added: inputs h, output gradients δ, both at once, both with the number of rows of each text; a trace adds
+# nothing.
+PassKind = Literal["forward", "backward", "joint", "texts", "trace"]
 WeightReader = Callable[[], Tensor]
 
 
