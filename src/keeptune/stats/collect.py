@@ -295,7 +295,8 @@ def _missing(
                     next_step=f"Give the recipe a `{request.data}` section.",
                 )
             if store.get(entry_recipe(request, target, sources[source_name(request)])) is None:
-                need = _Pass(source_name(request), request.examples_alone, request.labels, request.seed)
+                seed = request.seed if request.labels else 0
+                need = _Pass(source_name(request), request.examples_alone, request.labels, seed)
                 need = _TRACE if request.kind == "trace" else need
                 missing.setdefault(need, []).append((request, target))
             else:
