@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tests.models import HIDDEN, Bench, llama, logits, off_by, relative, tokens, train_steps
+from tests.models import HIDDEN, Bench, asking, llama, logits, off_by, relative, tokens, train_steps
 from tests.reference.gradient_reference import rows_of
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from keeptune.adapter.install import install
+from keeptune.core.errors import StatisticsError
 from keeptune.methods.farss import Farss
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.blocks import find_targets, is_nested
 from keeptune.planning import plan_for
 from keeptune.stats.covariance import GradientCovariance, InputCovariance
+from keeptune.stats.fisher import TokenCount, WeightFisher, tokens_per_learned
 from keeptune.stats.store import StatStore
 
 
@@ -68,6 +70,26 @@ def test_each_expert_is_a_target_with_a_role_of_its_own(model: PreTrainedModel) 
     roles = {target.role for target in find_targets(model)}
     assert {f"{i}.{name}" for i in range(4) for name in ("up_proj", "down_proj")} <= roles
     assert is_nested("model.layers.0.mlp.experts.3.up_proj")
+
+
+def test_an_experts_fisher_is_over_its_own_tokens_and_not_per_text(model: PreTrainedModel, tmp_path: Path) -> None:
+    """It may see all tokens, in an order of its own: which row is of which text is not known."""
+    bench, count = Bench(model, tmp_path), TokenCount("task")
+    token, text = WeightFisher("task", "true", "token"), WeightFisher("task", "true", "text")
+    statistics = bench.collect(asking(count, token))
+    seen = 0.0
+    for target in bench.targets():
+        if target.role.endswith(".up_proj") and target.name not in statistics.unseen:
+            view, rows = statistics.view(target), rows_of(model, target.name, bench.task)
+            seen += float(view[count]) * (target.layer == 0)
+            wanted = rows.delta.square().T @ rows.h.square() / bench.task.learned
+            assert relative(view[token] * tokens_per_learned(view, count), wanted) < 1e-5
+    assert seen == bench.task.tokens
+    with torch.no_grad():  # all tokens to one expert
+        for layer in model.model.layers:
+            layer.mlp.router.bias[0] = 1e9
+    with pytest.raises(StatisticsError, match=r'experts\.0\..*per="token"'):
+        bench.collect(asking(text))
 
 
 def test_statistics_of_an_expert_are_those_of_its_own_tokens(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -24,12 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from keeptune.core.artefact import content_key
-from keeptune.core.errors import StatisticsError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.data.knowledge import joined_knowledge
-from keeptune.model.runner import ResidentRunner, Taps
 from keeptune.stats.covariance import CovarianceAccumulator
 from keeptune.stats.fisher import (
     LoraFisher,
@@ -145,22 +143,6 @@ def test_tokens_per_learned_counts_what_is_used(tmp_path: Path) -> None:
     view = bench.collect(asking(every, some)).view(bench.targets()[0])
     assert tokens_per_learned(view, every) == 36 / (16 + 9)
     assert tokens_per_learned(view, some) == 18 / (5 + 6)
-
-
-def test_an_experts_rows_have_no_texts(tmp_path: Path) -> None:
-    """Its rows come in an order of its own: per text they cannot be summed."""
-    model, seen = MODELS["llama"](), []
-    name = "model.layers.0.mlp.up_proj"
-    taps = Taps(texts={name: [lambda h, delta, lengths: seen.append((len(h), list(lengths)))]})
-    batches = task(lengths=(5, 8)).batches()
-    ResidentRunner(model).backward(batches, taps, labels="true", seed=0, title="")
-    assert seen == [(13, [8, 5])]
-    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda _, inputs: (inputs[0].reshape(-1, 32)[:9],))
-    model.model.layers[0].mlp.up_proj.register_forward_hook(
-        lambda _, __, output: functional.pad(output, (0, 0, 0, 2 * 8 - 9)).reshape(2, 8, 48), prepend=False
-    )
-    with pytest.raises(StatisticsError, match="up_proj"):
-        ResidentRunner(model).backward(batches, taps, labels="true", seed=0, title="")
 
 
 def test_kronecker_factors_are_the_fisher_where_inputs_and_gradients_are_independent() -> None:

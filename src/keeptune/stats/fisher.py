@@ -144,8 +144,12 @@ class WeightFisher:
     seed: int = 0
     examples: int | None = None
     version: ClassVar[int] = 1
-    kind: ClassVar[PassKind] = "texts"
     examples_alone: ClassVar[bool] = False
+
+    @property
+    def kind(self) -> PassKind:
+        """Need to know which row is of which text, where texts are squared."""
+        return "texts" if self.per == "text" else "joint"
 
     def numbers(self, target: Target) -> int:
         """Count the sum's numbers: ``mn``."""
@@ -182,13 +186,13 @@ class WeightFisherAccumulator:
         """Start from zero."""
         self.total = torch.zeros(self.out_features, self.in_features, dtype=torch.float64, device=self.device)
 
-    def add(self, h: Tensor, delta: Tensor, lengths: Sequence[int]) -> None:
+    def add(self, h: Tensor, delta: Tensor, lengths: Sequence[int] = ()) -> None:
         """Add the rows of one batch.
 
         Args:
             h: ``(tokens, n)``.
             delta: ``(tokens, m)``.
-            lengths: How many rows are of each text.
+            lengths: How many rows are of each text, where texts are squared.
         """
         h, delta = h.to(self.device, torch.float32), delta.to(self.device, torch.float32)
         if self.per == "token":
@@ -241,8 +245,12 @@ class LoraFisher:
     seed: int = 0
     examples: int | None = None
     version: ClassVar[int] = 1
-    kind: ClassVar[PassKind] = "texts"
     examples_alone: ClassVar[bool] = False
+
+    @property
+    def kind(self) -> PassKind:
+        """Need to know which row is of which text, where texts are squared."""
+        return "texts" if self.per == "text" else "joint"
 
     def numbers(self, target: Target) -> int:
         """Count the sum's numbers: ``r (m + n)``."""
@@ -307,13 +315,13 @@ class LoraFisherAccumulator:
         self.left = torch.zeros_like(self.factors.B.T, dtype=torch.float64)
         self.right = torch.zeros_like(self.factors.A, dtype=torch.float64)
 
-    def add(self, h: Tensor, delta: Tensor, lengths: Sequence[int]) -> None:
+    def add(self, h: Tensor, delta: Tensor, lengths: Sequence[int] = ()) -> None:
         """Add the rows of one batch.
 
         Args:
             h: ``(tokens, n)``.
             delta: ``(tokens, m)``.
-            lengths: How many rows are of each text.
+            lengths: How many rows are of each text, where texts are squared.
         """
         B, A = self.factors.B, self.factors.A
         h, delta = h.to(A), self.scale * delta.to(B)

@@ -44,8 +44,12 @@ class Request(Protocol):
     """A frozen dataclass that names a statistic; two equal requests are the same statistic."""
 
     version: ClassVar[int]
-    kind: ClassVar[PassKind]
     examples_alone: ClassVar[bool]
+
+    @property
+    def kind(self) -> PassKind:
+        """What is added."""
+        ...
 
     @property
     def data(self) -> DataRole:
