@@ -1,0 +1,234 @@
+"""repair: keep what a weight change does to task inputs, undo what it does to knowledge inputs. In float64.
+
+With covariances Ω_t (task) and Ω_k (knowledge) of a target's inputs h, and a finished change ΔW, repair solves
+
+    min over ΔW' of  E_t ||(ΔW' - ΔW) h||² + μ E_k ||ΔW' h||²                                                    (1)
+
+It is a sum of quadratics, one for each row of ΔW'; setting the gradient to zero, ``(ΔW' - ΔW) Ω_t + μ ΔW' Ω_k = 0``,
+
+    ΔW' = ΔW Ω_t (Ω_t + μ Ω_k)⁻¹                                                                                 (2)
+
+which multiplies ΔW = B A from the right: only A changes. Everything about every μ follows from one eigenproblem
+``Ω_k v = λ Ω_t v`` with ``VᵀΩ_tV = I``, ``VᵀΩ_kV = Λ``: in the coordinates ``C = ΔW V⁻ᵀ`` of the change,
+
+    ΔW' = C diag(1 / (1 + μλ)) Vᵀ                                                                                (3)
+
+λ is how much more a direction is used by the knowledge than by the task; repair shrinks it by 1 / (1 + μλ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keeptune.core.low_rank import LowRank
+
+__all__ = ["Curve", "Directions", "directions", "drift_of", "mu_for_drift", "output_energy", "repaired", "white_like"]
+
+_TOLERANCE = 1e-9  # of log μ
+_LARGEST_MU = 1e30
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Directions:
+    """The joint eigenvectors of the two covariances of an input group, shared by all targets fed by it (q/k/v).
+
+    Laws: ``inverse @ vectors == I``; ``vectorsᵀ Ω_t vectors == I``; ``vectorsᵀ Ω_k vectors == diag(ratios)``.
+
+    Args:
+        ratios: λ, ``(n,)``, ascending, not negative.
+        vectors: V, ``(n, n)``, one direction a column.
+        inverse: ``V⁻¹``, ``(n, n)``.
+    """
+
+    ratios: Tensor
+    vectors: Tensor
+    inverse: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Curve:
+    """A target's relative feature drift as a function of μ, at a cost of n operations for each μ.
+
+    Law: ``at(mu) == drift_of(repaired(change, directions, mu), omega_k, energy)``, not increasing in μ: every term
+    of ``sum e λ / (1 + μλ)²`` falls.
+
+    Args:
+        energies: e, ``(n,)``: squared length of the change along each direction.
+        ratios: λ, ``(n,)``.
+        scale: ``tr(W Ω_k Wᵀ)``, what the drift is relative to.
+    """
+
+    energies: Tensor
+    ratios: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, change: LowRank, along: Directions, scale: float) -> Curve:
+        """Lay a change out along the directions.
+
+        Args:
+            change: ΔW, ``(m, n)``.
+            along: Those of its input group.
+            scale: ``tr(W Ω_k Wᵀ)``.
+
+        Returns:
+            Its curve.
+        """
+        B, A = change.B.double(), change.A.double()
+        coordinates = A @ along.inverse.T
+        return cls(((B.T @ B) @ coordinates * coordinates).sum(0).clamp_min(0), along.ratios, scale)
+
+    def at(self, mu: float) -> float:
+        """Give the drift that repair with μ leaves.
+
+        Args:
+            mu: μ, not negative.
+
+        Returns:
+            ``tr(ΔW' Ω_k ΔW'ᵀ) / tr(W Ω_k Wᵀ)``.
+        """
+        return float((self.energies * self.ratios / (1 + mu * self.ratios).square()).sum()) / self.scale
+
+
+def directions(omega_t: Tensor, omega_k: Tensor, *, damping: float) -> Directions:
+    """Solve ``Ω_k v = λ Ω_t v``, by one Cholesky factorisation and one symmetric eigenproblem.
+
+    Ω_t is taken with ``damping * tr(Ω_t) / n`` added to its diagonal. It has to be: where the task data have no
+    component, (1) does not say what ΔW' does, so that Ω_t has no inverse and the answer would be decided by rounding.
+    Damping says that the task uses every direction a little, ``damping`` of the mean: a direction that neither data
+    set uses is kept, one that only the knowledge uses is removed as soon as μ times its variance passes that little.
+    Covariances are held in float32, so that damping below ``6e-8 n`` is within their rounding.
+
+    Args:
+        omega_t: Ω_t, ``(n, n)``, symmetric positive semi-definite, not zero.
+        omega_k: Ω_k, ``(n, n)``, symmetric positive semi-definite.
+        damping: Share of the mean eigenvalue of Ω_t, above 0.
+
+    Returns:
+        The directions, float64.
+
+    Raises:
+        ValueError: damping is not above 0, or Ω_t has no trace.
+    """
+    n = omega_t.shape[0]
+    mean = float(omega_t.double().trace()) / n
+    if not (damping > 0 and mean > 0):
+        raise ValueError(f"directions: got damping {damping} and mean eigenvalue {mean:g}, wanted both above 0")
+    damped = omega_t.double().clone()
+    damped.diagonal().add_(damping * mean)
+    L = torch.linalg.cholesky(damped)
+    half = torch.linalg.solve_triangular(L, omega_k.double(), upper=False)
+    both = torch.linalg.solve_triangular(L, half.T, upper=False)
+    ratios, Q = torch.linalg.eigh((both + both.T) / 2)
+    # Rounding makes eigenvalues of a null space slightly negative; none is, and drift would rise with μ.
+    return Directions(ratios.clamp_min(0), torch.linalg.solve_triangular(L.T, Q, upper=True), Q.T @ L.T)
+
+
+def white_like(omega_k: Tensor) -> Tensor:
+    """Stand in for Ω_t where there are no task data: white inputs of the knowledge inputs' mean square.
+
+    Then (2) reads ``ΔW' = ΔW (I + μ Ω_k / τ)⁻¹`` with τ the mean eigenvalue of Ω_k: the nearest change in Frobenius
+    norm for a price on its drift. It knows nothing of which directions the task needs.
+
+    Args:
+        omega_k: Ω_k, ``(n, n)``.
+
+    Returns:
+        ``τ I``, ``(n, n)``, float64.
+    """
+    n = omega_k.shape[0]
+    return torch.eye(n, dtype=torch.float64, device=omega_k.device) * (omega_k.double().trace() / n)
+
+
+def repaired(change: LowRank, along: Directions, mu: float) -> LowRank:
+    """Solve (1) for a change in low rank: ``A' = A Ω_t (Ω_t + μ Ω_k)⁻¹``, B as it was.
+
+    Laws: optimal, any other change of this shape has a larger objective; μ = 0 is the change itself, bit for bit;
+    the product does not depend on how it is factored (``B G``, ``G⁻¹ A``); as μ grows, the change falls into the
+    null space of Ω_k.
+
+    Args:
+        change: ΔW, ``(m, n)``.
+        along: From :func:`directions`.
+        mu: μ, finite and not negative.
+
+    Returns:
+        ΔW', B the same tensor, A in the dtype it had.
+
+    Raises:
+        ValueError: mu is negative or not finite.
+    """
+    if not 0 <= mu < float("inf"):
+        raise ValueError(f"repaired: got mu = {mu}, wanted a finite number, not negative")
+    if mu == 0:
+        return change
+    coordinates = change.A.double() @ along.inverse.T
+    A = (coordinates / (1 + mu * along.ratios)) @ along.vectors.T
+    return LowRank(change.B, A.to(change.A.dtype))
+
+
+def output_energy(change: LowRank, omega: Tensor) -> float:
+    """Say how much a change moves the output, ``E ||ΔW h||² = tr(ΔW Ω ΔWᵀ)``, from r x r products.
+
+    Args:
+        change: ΔW, ``(m, n)``.
+        omega: Ω, ``(n, n)``.
+
+    Returns:
+        The mean square over the tokens that Ω was taken over.
+    """
+    B, A = change.B.double(), change.A.double()
+    return max(float(((B.T @ B) * (A @ omega.double() @ A.T)).sum()), 0.0)
+
+
+def drift_of(change: LowRank, omega_k: Tensor, scale: float) -> float:
+    """Measure the relative feature drift ``d = tr(ΔW Ω_k ΔWᵀ) / tr(W Ω_k Wᵀ)``: free of units.
+
+    Args:
+        change: ΔW, ``(m, n)``.
+        omega_k: Ω_k, ``(n, n)``.
+        scale: ``tr(W Ω_k Wᵀ)``.
+
+    Returns:
+        d.
+    """
+    return output_energy(change, omega_k) / scale
+
+
+def mu_for_drift(curves: Sequence[Curve], drift: float) -> float:
+    """Find the one μ at which the mean drift over targets comes down to a budget, by bisection on log μ.
+
+    Law: the mean of ``curve.at(mu)`` is at most ``drift``, and equal to it within rounding unless μ is 0.
+
+    Args:
+        curves: One for each target.
+        drift: The budget, above 0.
+
+    Returns:
+        μ; 0 where the drift is within the budget already.
+
+    Raises:
+        ValueError: There is no curve, or the budget is not above 0.
+    """
+    if not curves or not drift > 0:
+        raise ValueError(f"mu_for_drift: got {len(curves)} curves and drift {drift}, wanted some, and drift above 0")
+
+    def mean(mu: float) -> float:
+        return sum(curve.at(mu) for curve in curves) / len(curves)
+
+    if mean(0.0) <= drift:
+        return 0.0
+    high = 1.0
+    while mean(high) > drift and high < _LARGEST_MU:
+        high *= 10
+    low = high
+    while mean(low) <= drift and low > 1 / _LARGEST_MU:
+        low /= 10
+    while high / low > 1 + _TOLERANCE:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if mean(middle) > drift else (low, middle)
+    return high
