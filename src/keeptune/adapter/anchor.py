@@ -22,6 +22,7 @@ __all__ = ["ANCHOR_NAME", "Anchor", "add_twin", "keep_active", "resolve", "subtr
 
 Anchor = Literal["auto", "twin", "residual"]
 ANCHOR_NAME = "anchor"
+_STARTED = {"default", "ref"}  # adapters with the plan's start: ours, and TRL's frozen copy of it
 
 
 def resolve(anchor: Anchor, dtype: torch.dtype) -> Literal["twin", "residual"]:
@@ -81,8 +82,9 @@ def add_twin(layer: Any, target_plan: TargetPlan) -> None:
 def keep_active(model: PeftModel) -> None:
     """Keep the twin active whatever is called between here and a forward pass.
 
-    ``Trainer`` activates one adapter only when it resumes from a checkpoint, which would drop the anchor
-    without a word. A hook puts it back before every forward pass.
+    ``Trainer`` activates one adapter only when it resumes from a checkpoint, and TRL's DPO, KTO, GRPO and RLOO
+    activate only the copy of the start that they compare with; both would drop the anchor without a word. A hook
+    puts it back before every forward pass, of the model inside too, which ``generate`` calls.
 
     Args:
         model: A model with a twin.
@@ -90,8 +92,8 @@ def keep_active(model: PeftModel) -> None:
 
     def activate(module: nn.Module, *_: Any) -> None:
         active = model.base_model.active_adapters
-        if "default" in active and ANCHOR_NAME not in active:
-            model.base_model.set_adapter(["default", ANCHOR_NAME])
+        if ANCHOR_NAME not in active and _STARTED.intersection(active):
+            model.base_model.set_adapter([*active, ANCHOR_NAME])
 
-    model.register_forward_pre_hook(activate)
+    model.get_base_model().register_forward_pre_hook(activate)
     activate(model)
