@@ -31,9 +31,14 @@ def knowledge() -> Calibration:
     return tokenize_calibration(texts, TOKENIZER, max_length=32, where="knowledge")
 
 
+def task() -> Calibration:
+    data = knowledge()
+    return Calibration(data.sequences, data.pad_id, tuple(len(ids) // 2 for ids in data.sequences))
+
+
 def planned(method: Any, penalties: Sequence[Any] = (), *, store: Path = Path("unused")) -> Plan:
     """A plan; penalties that need statistics need a store of their own."""
-    data: Any = {"knowledge": knowledge()} if store != Path("unused") else {}
+    data: Any = {"knowledge": knowledge(), "task": task()} if store != Path("unused") else {}
     return plan_for(load_model(MODEL), method, StatStore(store), data=data, penalties=penalties)
 
 

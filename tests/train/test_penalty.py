@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models import relative, tokens
+from tests.reference.summed_loss_reference import summed_gradients
 from tests.train.support import (
     EXAMPLES,
     MODEL,
@@ -24,9 +26,16 @@ from trl import SFTConfig
 
 from keeptune.adapter.install import install, lora_layer, trained_state
 from keeptune.core.plan import Plan
+from keeptune.methods.dora import Dora
+from keeptune.methods.farss import Farss
 from keeptune.methods.kasa import Kasa
 from keeptune.methods.lora import Lora
+from keeptune.methods.lora_fa import LoraFA
+from keeptune.methods.lora_null import LoraNull
+from keeptune.methods.mica import Mica
+from keeptune.methods.pissa import Pissa
 from keeptune.model.load import load_model
+from keeptune.penalties.base import penalty_named
 from keeptune.penalties.kasa import orthogonality
 from keeptune.penalties.l2 import L2
 from keeptune.train.attach import attach
@@ -140,6 +149,58 @@ def test_evaluation_losses_have_no_penalty(lora: Plan, tmp_path: Path) -> None:
     wanted = made.evaluate(made.train_dataset)["eval_loss"]
     add_penalties(made, lora)
     assert made.evaluate(made.train_dataset)["eval_loss"] == wanted
+
+
+# Against autograd through the sum
+
+ADDED = {
+    "l2 of the change": [L2(strength=30.0)],
+    "l2 of the change, absolute": [L2(strength=3e-2, unit="absolute")],
+    "l2 of the factors": [L2(strength=30.0, on="factors")],
+    "both": [L2(strength=30.0), SQUARES],
+}
+METHODS: dict[str, Any] = {
+    "lora": Lora(rank=2, alpha=6.0),
+    "pissa": Pissa(rank=2),
+    "lora-null v1": LoraNull(rank=2),
+    "lora-null v2": LoraNull(rank=2, variant="v2"),
+    "farss": Farss(rank=2, r_max=4, r_avg=2, boundary=1),
+    "lora-fa": LoraFA(rank=2),
+    "mica": Mica(rank=2),
+    "dora": Dora(rank=2),
+    "kasa": Kasa(rank=2, beta=0.5, gamma=0.5),
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_gradients_are_those_of_autograd_through_the_sum(name: str, added: str, store: Path) -> None:
+    """Moved factors, one process: every gradient and the value; what is frozen gets none."""
+    method, base = METHODS[name], load_model(MODEL)
+    plan = planned(method, ADDED[added], store=store)
+    model = tuned(plan).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator) + 0.01)
+    ids = tokens(0, (2, 8))
+    specs = [penalty_named(p.name, p.options) for p in plan.penalties]
+    assert len(specs) == len(ADDED[added]) + (name == "kasa")
+    wanted, value = summed_gradients(model, plan, base, specs, ids)
+    model(input_ids=ids, labels=ids).loss.backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = Penalties(model, plan).step()
+    assert float(found) == pytest.approx(value, rel=1e-5)
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == wanted.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert max(relative(plain[name], wanted[name]) for name in wanted) > 0.01
+    for name in wanted:
+        assert relative(got[name], wanted[name]) < 2e-5, name
 
 
 # KaSA's

@@ -10,6 +10,7 @@ import torch
 from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.anchor import (
@@ -118,6 +119,8 @@ def lora_layer(model: PeftModel, name: str) -> Any:
 def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
     """Read what a plan put into a model as it is now, float32 on the CPU, without scale or anchor.
 
+    Where the model is sharded (FSDP2), every process must call it: the shards are gathered.
+
     Args:
         model: The installed model.
         plan: Its plan.
@@ -127,7 +130,7 @@ def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
     """
     # Copies: on the CPU they would else change with the model.
     return {
-        f"{t.target.name}.{factor}": _parameter(model, t, factor).detach().to("cpu", torch.float32, copy=True)
+        f"{t.target.name}.{factor}": _whole(_parameter(model, t, factor)).to("cpu", torch.float32, copy=True)
         for t in plan.targets
         for factor in _held(t)
     } | trained_head(model, plan)
@@ -197,6 +200,11 @@ def _held(target_plan: TargetPlan) -> list[Factor]:
     """Which of a target's tensors make up its state: what is trained, and a frozen factor of the same product."""
     held = target_plan.trainable if "U_low" in target_plan.trainable else target_plan.trainable | {"A", "B"}
     return [factor for factor in _PARAMETERS if factor in held]
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _parameter(model: PeftModel, target_plan: TargetPlan, factor: Factor) -> nn.Parameter:

@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from keeptune.adapter.install import held_parameters
 from keeptune.core.errors import TrainError
@@ -59,6 +60,7 @@ class Penalties:
         self._terms: list[list[tuple[str, Term]]] = []
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
+        self.taken = 0
 
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> Tensor:
@@ -86,6 +88,7 @@ class Penalties:
         found = {"penalty": total, "penalty_grad_norm": norm} | {f"penalty/{name}": v for name, v in sums.items()}
         self._sums = {name: value + self._sums.get(name, 0.0) for name, value in found.items()}
         self._steps += 1
+        self.taken += 1
         return total
 
     def read(self) -> dict[str, float]:
@@ -165,7 +168,28 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
         log(logs, *args, **kwargs)
 
     trainer.training_step, trainer.log = with_penalties, with_parts
+    trainer.add_callback(_Count(penalties, plan))
     return penalties
+
+
+class _Count(TrainerCallback):
+    """Stops a trainer that takes steps without penalties, since its loop has no ``training_step``."""
+
+    def __init__(self, penalties: Penalties, plan: Plan) -> None:
+        self._penalties, self._plan, self._seen = penalties, plan, 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Compare the penalties' count of steps with the trainer's."""
+        self._seen += 1
+        if self._penalties.taken != self._seen:
+            raise TrainError(
+                f"step {state.global_step}",
+                got=f"an optimiser step without the penalties {', '.join(p.name for p in self._plan.penalties)}"
+                if self._penalties.taken < self._seen
+                else f"{self._penalties.taken} penalties in {self._seen} optimiser steps",
+                wanted="a trainer whose loop calls training_step and ends each step at its last micro-batch",
+                next_step="Use another trainer, or call keeptune.Penalties.step in a loop of your own.",
+            )
 
 
 def _refuse(trainer: Any, plan: Plan) -> None:
@@ -234,7 +258,7 @@ def _whole(parameter: nn.Parameter) -> Tensor:
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
     """Add to ``.grad``; every process has the whole gradient, and keeps its shard."""
-    gradient = gradient.to(parameter.dtype)
+    gradient = gradient.to(parameter.dtype if parameter.grad is None else parameter.grad.dtype)
     if isinstance(parameter.data, DTensor):
         mesh = parameter.data.device_mesh
         same = DTensor.from_local(gradient, mesh, [Replicate()] * mesh.ndim, run_check=False)
