@@ -36,6 +36,8 @@ def penalty(model: Any, plan: Plan, base: Any, spec: Any) -> Tensor:
             over = len(plan.targets) * read_weight(base, t.target).double().square().sum()
         if spec.on == "factors":
             size = A.square().sum() + B.square().sum()
+            if spec.unit == "relative":
+                over = len(plan.targets) * sum(part.double().square().sum() for part in (t.init.A, t.init.B))
         else:
             d_0 = t.vectors.get("diag", torch.ones(A.shape[0])).double()
             start = t.init.B.double() @ d_0.diag() @ t.init.A.double()

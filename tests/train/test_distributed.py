@@ -48,7 +48,7 @@ def together(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Mapping[st
         )
         for rank in "01"
     ]  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in running]
+    errors = [process.communicate(timeout=900)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(text[-3000:] for text in errors)
     return {backend: load_file(folder / f"{backend}.safetensors") for backend in BACKENDS}
 
