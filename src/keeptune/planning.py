@@ -227,11 +227,11 @@ def with_penalties(
             next_step="Give more knowledge, or leave these targets out.",
         )
     model = runner.model
-    count, blocks = len(plan.targets), depth(model)
+    targets, blocks = tuple(t.target for t in plan.targets), depth(model)
 
     def sites() -> Iterator[Site]:
         for t in plan.targets:
-            yield Site(t, read_weight(model, t.target), statistics.view(t.target), count, blocks)
+            yield Site(t, read_weight(model, t.target), statistics.view(t.target), targets, blocks)
 
     made = [penalty_plan(penalty, sites()) for penalty in penalties]
     said = [note for penalty, its in zip(penalties, made, strict=True) for note in notes_of(penalty, plan, its)]

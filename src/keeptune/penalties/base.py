@@ -15,7 +15,7 @@ import inspect
 import json
 import math
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -29,11 +29,13 @@ from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import PlanError, RecipeError, nearest
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Factor, PenaltyPlan, Plan, TargetPlan
+from keeptune.core.target import Target
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import DataRole, Request
 
 __all__ = [
     "NORM",
+    "Adaptive",
     "OnChange",
     "OnFactors",
     "Penalty",
@@ -47,7 +49,6 @@ __all__ = [
     "penalty_named",
     "penalty_plan",
     "start_of",
-    "terms_of",
 ]
 
 NORM = "norm"  # ‖W‖ of each target, which drifts are measured against
@@ -62,14 +63,14 @@ class Site:
         plan: How the target is trained.
         weight: W, ``(m, n)``, float32.
         stats: What the penalty requested.
-        targets: How many targets the plan has.
+        targets: All targets of the plan.
         blocks: How many blocks the model has.
     """
 
     plan: TargetPlan
     weight: Tensor
     stats: StatsView
-    targets: int
+    targets: tuple[Target, ...]
     blocks: int
 
 
@@ -209,6 +210,25 @@ class PenaltySpec(Protocol):
 
 
 @runtime_checkable
+class Adaptive(Protocol):
+    """A penalty of which some tensors change while training; they are saved with each checkpoint."""
+
+    state: ClassVar[tuple[str, ...]]
+
+    def update(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Change them in place, after each step.
+
+        Args:
+            tensors: The penalty's own.
+            values: Target to its value in this step.
+
+        Returns:
+            Name to scalar: what to log.
+        """
+        ...
+
+
+@runtime_checkable
 class Remarking(Protocol):
     """A penalty that has something to say about what it can and cannot hold."""
 
@@ -240,21 +260,6 @@ def penalty_plan(penalty: PenaltySpec, sites: Iterable[Site]) -> PenaltyPlan:
         tensors |= penalty.tensors(site)
         tensors[f"{NORM}:{site.plan.target.name}"] = torch.linalg.norm(site.weight).cpu()
     return PenaltyPlan(penalty.name, json.loads(canonical_json(penalty)), tensors)
-
-
-def terms_of(plan: PenaltyPlan, targets: Sequence[TargetPlan], tensors: Mapping[str, Tensor]) -> list[Term]:
-    """Bind a saved penalty to the targets of its plan.
-
-    Args:
-        plan: The penalty's part of the plan.
-        targets: The plan's targets.
-        tensors: The penalty's tensors, on the device of the training.
-
-    Returns:
-        One term per target.
-    """
-    penalty = penalty_named(plan.name, plan.options)
-    return [penalty.bind(target_plan, tensors) for target_plan in targets]
 
 
 def start_of(target_plan: TargetPlan, device: torch.device) -> LowRank | None:

@@ -111,7 +111,7 @@ class KasaRegularizers:
                 wanted="the method kasa",
                 next_step="Take `method: kasa`, which brings this penalty along.",
             )
-        return {f"weight:{site.plan.target.name}": torch.tensor(self.strength / site.targets)}
+        return {f"weight:{site.plan.target.name}": torch.tensor(self.strength / len(site.targets))}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Make the regularisers of one target."""

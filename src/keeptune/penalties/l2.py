@@ -138,7 +138,7 @@ class L2:
         if self.unit == "relative":
             start = (site.plan.init.A, site.plan.init.B) if self.on == "factors" else (site.weight,)
             whole = sum(float(part.double().square().sum()) for part in start)
-            weight = weight / (site.targets * whole) if whole else 0.0
+            weight = weight / (len(site.targets) * whole) if whole else 0.0
         return {f"weight:{site.plan.target.name}": torch.tensor(weight), _MEASURED: torch.tensor(weights)}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:

@@ -38,10 +38,11 @@ from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.linalg.factor import Dense, Factor, Identity, factor_from
+from keeptune.linalg.factor import Factor, Identity, factor_from
 from keeptune.penalties.base import OnChange, Site, Term, check_strength, start_of
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
-from keeptune.stats.covariance import GradientCovariance, InputCovariance
+from keeptune.stats.factors import Covariance, gradient_request, input_request, read_factor
+from keeptune.stats.fisher import TokenCount, tokens_per_learned
 from keeptune.stats.request import DataRole, Labels, Request
 
 __all__ = ["Curvature", "Laplace"]
@@ -120,7 +121,7 @@ class Laplace:
         if self.curvature in _OMEGA:
             found.add(self._inputs())
         if self.curvature in _GAMMA:
-            found.add(self._gradients())
+            found |= {self._gradients(), self._count()}
         return frozenset(found)
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
@@ -132,10 +133,10 @@ class Laplace:
             found |= Omega.tensors(f"Omega:{target.input_group}:")
         if self.curvature in _GAMMA:
             found |= Gamma.tensors(f"Gamma:{target.name}:")
-            weight = self.strength / 2
+            weight = self.strength / 2 * tokens_per_learned(site.stats, self._count())
         else:
             cost = float(quadratic_form(site.weight.double(), Omega.to(torch.float64), Gamma.to(torch.float64)))
-            weight = self.strength / (site.targets * cost) if cost > 0 else 0.0
+            weight = self.strength / (len(site.targets) * cost) if cost > 0 else 0.0
         return found | {f"weight:{target.name}": torch.tensor(weight)}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
@@ -163,18 +164,26 @@ class Laplace:
             "zero: A moves free of cost. delta-kfac and delta-act hold the weight change itself."
         ]
 
-    def _inputs(self) -> InputCovariance:
-        return InputCovariance("knowledge", self.examples)
+    def _inputs(self) -> Covariance:
+        return input_request("knowledge", self.factor_rank, examples=self.examples)
 
-    def _gradients(self) -> GradientCovariance:
-        return GradientCovariance("knowledge", self.labels, self.label_seed, self.examples)
+    def _gradients(self) -> Covariance:
+        return gradient_request(
+            "knowledge", self.labels, self.factor_rank, seed=self.label_seed, examples=self.examples
+        )
+
+    def _count(self) -> TokenCount:
+        return TokenCount("knowledge", self.examples)
 
     def _factors(self, site: Site) -> tuple[Factor, Factor]:
-        target, one = site.plan.target, torch.ones((), device=site.weight.device)
+        target, device = site.plan.target, site.weight.device
+        one = torch.ones((), device=device)
         Omega: Factor = Identity(target.in_features, one)
         Gamma: Factor = Identity(target.out_features, one)
         if self.curvature in _OMEGA:
-            Omega = Dense(site.stats[self._inputs()].to(site.weight.device)).damped(self.rho_input)
+            inputs = self._inputs()
+            Omega = read_factor(inputs, site.stats[inputs]).to(torch.float32, device).damped(self.rho_input)
         if self.curvature in _GAMMA:
-            Gamma = Dense(site.stats[self._gradients()].to(site.weight.device)).damped(self.rho)
+            gradients = self._gradients()
+            Gamma = read_factor(gradients, site.stats[gradients]).to(torch.float32, device).damped(self.rho)
         return Omega, Gamma

@@ -24,13 +24,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from keeptune.adapter.install import held_parameters
 from keeptune.core.errors import TrainError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Factor, Plan
+from keeptune.core.plan import Factor, PenaltyPlan, Plan
 from keeptune.linalg.factor import Identity
-from keeptune.penalties.base import NORM, Term, start_of, terms_of
+from keeptune.penalties.base import NORM, Adaptive, Term, penalty_named, start_of
 from keeptune.penalties.kronecker import KroneckerChange
 
 __all__ = ["Penalties", "add_penalties"]
@@ -57,7 +58,9 @@ class Penalties:
     def __init__(self, model: PeftModel, plan: Plan) -> None:
         """Remember both; parameters are looked up at each step, for sharding may replace them."""
         self._model, self._plan = model, plan
-        self._terms: list[list[tuple[str, Term]]] = []
+        self._specs = [penalty_named(penalty.name, penalty.options) for penalty in plan.penalties]
+        self._state = [_state_of(spec, made) for spec, made in zip(self._specs, plan.penalties, strict=True)]
+        self._terms: list[list[Term]] = []
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self.taken = 0
@@ -75,17 +78,24 @@ class Penalties:
         parameters = [held_parameters(self._model, target_plan) for target_plan in self._plan.targets]
         if not self._terms:
             self._bind([next(iter(found.values())).device for found in parameters])
-        values: dict[str, list[Tensor]] = defaultdict(list)
-        for of_target, terms in zip(parameters, self._terms, strict=True):
-            gradients = _gradients(of_target, terms, values)
+        values: list[dict[str, Tensor]] = [{} for _ in self._specs]
+        squares: list[Tensor] = []
+        for target_plan, of_target, terms in zip(self._plan.targets, parameters, self._terms, strict=True):
+            gradients = _gradients(target_plan.target.name, of_target, terms, values)
             for factor, gradient in gradients.items():
                 _add(of_target[factor], gradient * scale)
-            values["penalty_grad_norm"] += [gradient.square().sum() for gradient in gradients.values()]
-        home = next(iter(parameters[0].values())).device
-        sums = {name: torch.stack([value.to(home) for value in parts]).sum() for name, parts in values.items()}
-        norm = sums.pop("penalty_grad_norm").sqrt()
+            squares += [gradient.square().sum() for gradient in gradients.values()]
+        home = self._home
+        sums: dict[str, Tensor] = {}
+        for spec, parts in zip(self._specs, values, strict=True):
+            name = f"penalty/{spec.name}"
+            sums[name] = (
+                sums.get(name, torch.zeros((), device=home))
+                + torch.stack([value.to(home) for value in parts.values()]).sum()
+            )
         total = torch.stack(list(sums.values())).sum()
-        found = {"penalty": total, "penalty_grad_norm": norm} | {f"penalty/{name}": v for name, v in sums.items()}
+        norm = torch.stack([square.to(home) for square in squares]).sum().sqrt()
+        found = {"penalty": total, "penalty_grad_norm": norm} | sums | self._adapt(values)
         self._sums = {name: value + self._sums.get(name, 0.0) for name, value in found.items()}
         self._steps += 1
         self.taken += 1
@@ -104,16 +114,46 @@ class Penalties:
         self._sums, self._steps = {}, 0
         return means | self._drift()
 
+    def state(self) -> dict[str, list[float]]:
+        """Give what changes while training, such as multipliers: a checkpoint needs it.
+
+        Returns:
+            Plain values, for :meth:`restore`.
+        """
+        return {
+            f"{index}:{name}": value.double().tolist()
+            for index, held in enumerate(self._state)
+            for name, value in held.items()
+        }
+
+    def restore(self, state: Mapping[str, list[float]]) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: From :meth:`state`.
+        """
+        for index, held in enumerate(self._state):
+            for name, value in held.items():
+                value.copy_(torch.tensor(state[f"{index}:{name}"], dtype=torch.float64))
+
     def _bind(self, devices: list[torch.device]) -> None:
-        targets = self._plan.targets
-        on = {device: [_On(p.tensors, device) for p in self._plan.penalties] for device in devices}
+        self._home = devices[0]
+        self._state = [{name: value.to(self._home) for name, value in held.items()} for held in self._state]
+        pairs = list(zip(self._plan.penalties, self._state, strict=True))
+        on = {device: [_On(made.tensors, device, held) for made, held in pairs] for device in dict.fromkeys(devices)}
+        self._own = on[self._home]
         self._terms = [
-            [
-                (plan.name, terms_of(plan, [target_plan], tensors)[0])
-                for plan, tensors in zip(self._plan.penalties, on[device], strict=True)
-            ]
-            for target_plan, device in zip(targets, devices, strict=True)
+            [spec.bind(target_plan, own) for spec, own in zip(self._specs, on[device], strict=True)]
+            for target_plan, device in zip(self._plan.targets, devices, strict=True)
         ]
+
+    def _adapt(self, values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Let penalties change what they change between steps; give what they have to log."""
+        logs: dict[str, Tensor] = {}
+        for spec, own, parts in zip(self._specs, self._own, values, strict=True):
+            if isinstance(spec, Adaptive):
+                logs |= spec.update(own, parts)
+        return logs
 
     @torch.no_grad()
     def _drift(self) -> dict[str, float]:
@@ -169,6 +209,8 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
 
     trainer.training_step, trainer.log = with_penalties, with_parts
     trainer.add_callback(_Count(penalties, plan))
+    if any(penalties.state()):
+        trainer.add_callback(PenaltyState(penalties))
     return penalties
 
 
@@ -190,6 +232,55 @@ class _Count(TrainerCallback):
                 wanted="a trainer whose loop calls training_step and ends each step at its last micro-batch",
                 next_step="Use another trainer, or call keeptune.Penalties.step in a loop of your own.",
             )
+
+
+class PenaltyState(TrainerCallback, ExportableState):
+    """Keeps what penalties change while training in the trainer's checkpoints.
+
+    Args:
+        penalties: The penalties.
+    """
+
+    def __init__(self, penalties: Penalties | None = None) -> None:
+        """Remember the penalties."""
+        self.penalties = penalties
+
+    def state(self) -> dict[str, Any]:
+        """Give it to a checkpoint."""
+        return {"args": {}, "attributes": {"kept": self.penalties.state() if self.penalties else {}}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take it from the checkpoint that training goes on from.
+
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            control: The trainer's control.
+            **kwargs: Not used.
+
+        Raises:
+            TrainError: Trainer replaced this callback by one that knows no penalties, or the checkpoint has none.
+        """
+        if self.penalties is None:
+            raise TrainError(
+                "train.restore_callback_states_from_checkpoint",
+                got="true",
+                wanted="false: keeptune's callbacks restore themselves",
+                next_step="Leave it out.",
+            )
+        if state.global_step == 0:
+            return
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        if kept is None:
+            raise TrainError(
+                f"checkpoint of step {state.global_step}",
+                got="no state of the penalties",
+                wanted="a checkpoint of a run with these penalties",
+                next_step="Train from the start, in another output folder.",
+            )
+        self.penalties.restore(kept["attributes"]["kept"])
 
 
 def _refuse(trainer: Any, plan: Plan) -> None:
@@ -235,15 +326,19 @@ def _refuse(trainer: Any, plan: Plan) -> None:
         )
 
 
+def _state_of(spec: Any, made: PenaltyPlan) -> dict[str, Tensor]:
+    names = spec.state if isinstance(spec, Adaptive) else ()
+    return {name: made.tensors[name].clone() for name in names}
+
+
 def _gradients(
-    parameters: Mapping[Factor, nn.Parameter], terms: list[tuple[str, Term]], values: dict[str, list[Tensor]]
+    target: str, parameters: Mapping[Factor, nn.Parameter], terms: list[Term], values: list[dict[str, Tensor]]
 ) -> dict[Factor, Tensor]:
     """Sum the gradients of a target's terms; note their values."""
     factors = {factor: _whole(parameter) for factor, parameter in parameters.items()}
     summed: dict[Factor, Tensor] = {}
-    for name, term in terms:
-        value, gradients = term.value_and_grad(factors)
-        values[name].append(value)
+    for noted, term in zip(values, terms, strict=True):
+        noted[target], gradients = term.value_and_grad(factors)
         for factor, gradient in gradients.items():
             if parameters[factor].requires_grad:
                 summed[factor] = summed[factor] + gradient if factor in summed else gradient
@@ -270,11 +365,17 @@ def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 
 class _On(Mapping[str, Tensor]):
-    """Tensors on a device, moved when they are first asked for: those of targets that live elsewhere stay."""
+    """Tensors on a device, moved when they are first asked for; those of targets that live elsewhere stay.
 
-    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    Args:
+        tensors: All of them.
+        device: The device.
+        shared: Those that change while training, the same for all devices.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, shared: Mapping[str, Tensor]) -> None:
         self.tensors, self.device = tensors, device
-        self.moved: dict[str, Tensor] = {}
+        self.moved: dict[str, Tensor] = dict(shared)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.moved:

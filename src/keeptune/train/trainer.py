@@ -236,7 +236,9 @@ def fit(make: Callable[[], Any], folder: Path) -> list[dict[str, float]]:
 def _point(row: Mapping[str, float]) -> dict[str, float]:
     kept = ("step", "loss", "learning_rate", "penalty", "penalty_grad_norm")
     return {key: row[key] for key in kept if key in row} | {
-        key: value for key, value in row.items() if key.startswith(("penalty/", "drift/"))
+        key: value
+        for key, value in row.items()
+        if key.startswith(("penalty/", "drift/", "feature_drift", "multiplier"))
     }
 
 
