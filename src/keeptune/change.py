@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -27,22 +28,23 @@ from keeptune.core.errors import ModelError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target, read_weight
 from keeptune.job import check_device, check_folder, device_named
-from keeptune.linalg.change import change_norm, rescaled_change_norm
+from keeptune.linalg.change import Rescaled
 from keeptune.merging import base_of, head_of_adapter, trained_in
 from keeptune.model.blocks import find_targets, head_of
-from keeptune.model.head import Head, body_fingerprint
+from keeptune.model.head import body_fingerprint
 from keeptune.model.load import Dtype, load_model
 from keeptune.recipe import resolve_model
 from keeptune.report.change import change_figure, totals
 from keeptune.report.style import png
 from keeptune.scoring import find_result
 
-__all__ = ["change", "weight_changes"]
+__all__ = ["Change", "change", "labels_of", "open_changes", "result_of", "size_of", "weight_changes"]
 
 _log = logging.getLogger(__name__)
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others take a part out of the base when loaded
 _TUNED = (BaseTunerLayer, ModulesToSaveWrapper)
-Norms = dict[str, float]
+Change = LowRank | Rescaled | Tensor
+Moved = tuple[Target, Tensor, Change | None]
 
 
 def change(
@@ -77,18 +79,10 @@ def change(
         )
     check_folder("--output", output.parent)
     check_device(device := device_named(device))
-    labels = _labels(sources)
+    labels = labels_of(sources)
     found = []
     for source, label in zip(sources, labels, strict=True):
         name, rows = weight_changes(source, base=base, roles=roles, device=device)
-        for row in rows:
-            if not math.isfinite(row["norm"]):
-                raise ModelError(
-                    f"{source}, {row['target']}",
-                    got="a change that is NaN or infinite",
-                    wanted="finite weights",
-                    next_step="Check the training's losses; the adapter or model is damaged.",
-                )
         put = {key: totals(rows, key) for key in ("layer", "role")}
         entry = {"label": label, "folder": source, "base": name, "rows": rows}
         found.append(entry | {"layers": put["layer"], "roles": put["role"]})
@@ -117,10 +111,46 @@ def weight_changes(
         (None where W is zero); 0 for a target that was left alone.
 
     Raises:
+        ModelError: The source or its base cannot be loaded or do not belong together, or a change is not finite.
+        PlanError: A role does not exist.
+    """
+    name, moved = open_changes(source, base=base, roles=roles, device=device)
+    rows = []
+    for target, W, change in moved:
+        norm, weight = 0.0 if change is None else size_of(change), float(W.double().norm())
+        if not math.isfinite(norm):
+            raise ModelError(
+                f"{source}, {target.name}",
+                got="a change that is NaN or infinite",
+                wanted="finite weights",
+                next_step="Check the training's losses; the adapter or model is damaged.",
+            )
+        relative = norm / weight if weight > 0 else None
+        row = {"target": target.name, "layer": target.layer, "role": target.role}
+        rows.append(row | {"norm": norm, "weight": weight, "relative": relative})
+    return name, rows
+
+
+def open_changes(
+    source: str, *, base: str | None = None, roles: Sequence[str] | None = None, device: str = "cpu"
+) -> tuple[str, Iterator[Moved]]:
+    """Load a trained model and its base, and give the change of one target after the other.
+
+    Args:
+        source: A PEFT adapter folder, a run folder of keeptune, or a whole model.
+        base: The base; None takes what the source names.
+        roles: Roles of the targets; None is all linear maps but the head.
+        device: Where the weights are.
+
+    Returns:
+        The base, and for each target its W and its change (None for one left alone): factors where it has them,
+        with new lengths of rows for DoRA, else the difference of the weights.
+
+    Raises:
         ModelError: The source or its base cannot be loaded or do not belong together.
         PlanError: A role does not exist.
     """
-    folder = _result_of(source)
+    folder = result_of(source)
     is_adapter = (folder / "adapter_config.json").is_file()
     name = resolve_model(base or (base_of(folder) if is_adapter else _named_by(folder, source)))
     head = head_of_adapter(folder)
@@ -131,54 +161,43 @@ def weight_changes(
 
     model = load_base()
     every, targets = find_targets(model), find_targets(model, roles)
-    weights = {target.name: float(read_weight(model, target).double().norm()) for target in targets}
+    bar = tqdm(targets, desc="change", delay=2, disable=None, leave=False)
     if is_adapter:
-        norms = _of_adapter(folder, model, every, load_base, head)
-    else:
-        tuned = load_model(str(folder) if folder.is_dir() else source, device=device, head=head)
-        norms = _of_model(tuned, model, targets, source)
-    rows = []
-    for target in targets:
-        norm, weight = norms.get(target.name, 0.0), weights[target.name]
-        rows.append(
-            {
-                "target": target.name,
-                "layer": target.layer,
-                "role": target.role,
-                "norm": norm,
-                "weight": weight,
-                "relative": norm / weight if weight > 0 else None,
-            }
-        )
-    return name, rows
+        check_base(folder, body_fingerprint(model), None if head is None else head.labels)
+        wrapped = load_adapter(model, folder)
+        layers = _layers_of(wrapped, folder, {target.name for target in every})
+        if layers is not None:
+            return name, _from_layers(layers, model, bar)
+        _log.info("%s: not plain LoRA or DoRA; merged into its base to be measured", folder)
+        return name, _between(load_base(), _merged(wrapped, folder), bar, str(folder))
+    tuned = load_model(str(folder) if folder.is_dir() else source, device=device, head=head)
+    return name, _between(model, tuned, bar, source)
 
 
-def _of_adapter(
-    folder: Path,
-    model: PreTrainedModel,
-    targets: Sequence[Target],
-    load_base: Callable[[], PreTrainedModel],
-    head: Head | None,
-) -> Norms:
-    """Measure an adapter on its factors, or merged where it is more than factors over an untouched base."""
-    check_base(folder, body_fingerprint(model), None if head is None else head.labels)
-    wrapped = load_adapter(model, folder)
-    config = wrapped.peft_config["default"]
-    known = {target.name: target for target in targets}
-    inner = wrapped.get_base_model()
+def size_of(change: Change) -> float:
+    """Compute the Frobenius norm of a change, in float64, from its factors where it has them.
+
+    Args:
+        change: The change.
+
+    Returns:
+        The norm.
+    """
+    if isinstance(change, LowRank):
+        return float(change.to(torch.float64).norm_squared().clamp_min(0).sqrt())
+    return change.norm() if isinstance(change, Rescaled) else float(change.double().norm())
+
+
+def _layers_of(wrapped: PeftModel, folder: Path, known: Set[str]) -> dict[str, Any] | None:
+    """Find the layers of a plain LoRA or DoRA by target; None for an adapter that is more than that."""
+    inner, config = wrapped.get_base_model(), wrapped.peft_config["default"]
     found = {name: layer for name, layer in inner.named_modules() if isinstance(layer, _TUNED)}
-    outside = sorted(found.keys() - known.keys() - set(head_of(inner)))
+    outside = sorted(found.keys() - known - set(head_of(inner)))
     if outside:
         _log.warning("%s: %s is no linear map of the model's body; left out", folder, ", ".join(outside))
     layers = {name: layer for name, layer in found.items() if name in known}
     plain = config.peft_type == "LORA" and config.init_lora_weights in _PLAIN_STARTS
-    if not plain or not all(_has_factors(layer) for layer in layers.values()):
-        _log.info("%s: not plain LoRA or DoRA; merged into its base to be measured", folder)
-        return _of_model(_merged(wrapped, folder), load_base(), targets, str(folder))
-    return {
-        name: _of_layer(layer, known[name])
-        for name, layer in tqdm(layers.items(), desc="change", delay=2, disable=None, leave=False)
-    }
+    return layers if plain and all(_has_factors(layer) for layer in layers.values()) else None
 
 
 def _has_factors(layer: Any) -> bool:
@@ -187,14 +206,34 @@ def _has_factors(layer: Any) -> bool:
     return isinstance(layer, LoraLinear) and (variant is None or isinstance(variant, DoraLinearVariant))
 
 
-def _of_layer(layer: Any, target: Target) -> float:
-    factors = LowRank(layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach())
-    change = factors.to(torch.float64).scaled(layer.scaling["default"])
-    if "default" not in layer.lora_variant:
-        return float(change.norm_squared().clamp_min(0).sqrt())
-    stored = layer.get_base_layer().weight.detach()
-    lengths = layer.lora_magnitude_vector["default"].weight.detach()
-    return rescaled_change_norm(stored.T if target.transposed else stored, change, lengths)
+def _from_layers(layers: Mapping[str, Any], model: PreTrainedModel, targets: Iterable[Target]) -> Iterator[Moved]:
+    """Give the factors of each target that has a layer, and new lengths where it has those."""
+    for target in targets:
+        layer = layers.get(target.name)
+        if layer is None:
+            yield target, read_weight(model, target), None
+            continue
+        stored = layer.get_base_layer().weight.detach()
+        W = (stored.T if target.transposed else stored).float()
+        factors = LowRank(layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach())
+        change = factors.to(torch.float64).scaled(layer.scaling["default"])
+        if "default" in layer.lora_variant:
+            yield target, W, Rescaled(W, change, layer.lora_magnitude_vector["default"].weight.detach())
+        else:
+            yield target, W, change
+
+
+def _between(base: PreTrainedModel, tuned: PreTrainedModel, targets: Iterable[Target], where: str) -> Iterator[Moved]:
+    """Give the difference of two whole models, weight by weight."""
+    for target in targets:
+        before = read_weight(base, target)
+        try:
+            after = read_weight(tuned, target)
+        except AttributeError as error:
+            raise _other_base(where, base, f"no module {target.name}") from error
+        if after.shape != before.shape:
+            raise _other_base(where, base, f"{target.name} of shape {tuple(after.shape)}, not {tuple(before.shape)}")
+        yield target, before, after.double() - before.double()
 
 
 def _merged(wrapped: PeftModel, folder: Path) -> PreTrainedModel:
@@ -212,29 +251,24 @@ def _merged(wrapped: PeftModel, folder: Path) -> PreTrainedModel:
         ) from error
 
 
-def _of_model(tuned: PreTrainedModel, base: PreTrainedModel, targets: Sequence[Target], where: str) -> Norms:
-    """Compare two whole models, weight by weight."""
-    norms = {}
-    for target in tqdm(targets, desc="change", delay=2, disable=None, leave=False):
-        before = read_weight(base, target)
-        try:
-            after = read_weight(tuned, target)
-        except AttributeError as error:
-            raise _other_base(where, base, f"no module {target.name}") from error
-        if after.shape != before.shape:
-            raise _other_base(where, base, f"{target.name} of shape {tuple(after.shape)}, not {tuple(before.shape)}")
-        norms[target.name] = change_norm(before, after)
-    return norms
-
-
 def _other_base(where: str, base: PreTrainedModel, got: str) -> ModelError:
     return ModelError(
         where, got=got, wanted=f"a model tuned from {base.name_or_path}", next_step="Name its own base with --base."
     )
 
 
-def _result_of(source: str) -> Path:
-    """Find the adapter or model that a source stands for: itself, or what a run exported."""
+def result_of(source: str) -> Path:
+    """Find the adapter or model that a source stands for: itself, or what a run exported.
+
+    Args:
+        source: An adapter, a run folder, or a model.
+
+    Returns:
+        The folder; for a hub id, one that does not exist.
+
+    Raises:
+        ModelError: The run exported nothing yet.
+    """
     folder = Path(source).expanduser()
     is_run = (folder / "plan").is_dir() and not (folder / "config.json").is_file()
     return find_result(folder) if is_run else folder
@@ -253,13 +287,23 @@ def _named_by(folder: Path, source: str) -> str:
     return str(named)
 
 
-def _labels(sources: Sequence[str]) -> list[str]:
-    """Name each source by its folder, or by the run's that it is in; by its whole path where two would be alike."""
-    named = [_result_of(source).absolute() for source in sources]
+def labels_of(sources: Sequence[str]) -> list[str]:
+    """Name each source by its folder, or by the run's that it is in; by its whole path where two would be alike.
+
+    Args:
+        sources: Adapters, run folders, or models.
+
+    Returns:
+        A label for each.
+
+    Raises:
+        RecipeError: One is given twice.
+    """
+    named = [result_of(source).absolute() for source in sources]
     short = [path.parent.name if path.name in ("adapter", "merged") else path.name for path in named]
-    twice = next((source for source in sources if named.count(_result_of(source).absolute()) > 1), None)
+    twice = next((source for source in sources if named.count(result_of(source).absolute()) > 1), None)
     if twice is not None:
         raise RecipeError(
-            "keeptune change", got=f"{twice} twice", wanted="each adapter or model once", next_step="Leave one out."
+            "command line", got=f"{twice} twice", wanted="each adapter or model once", next_step="Leave one out."
         )
     return [label if short.count(label) == 1 else str(source) for label, source in zip(short, sources, strict=True)]

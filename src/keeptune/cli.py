@@ -251,6 +251,24 @@ def trace(
 
 
 @app.command()
+def curvature(
+    run: Annotated[Path, typer.Argument(help="A run whose plan holds curvature (lalora).", show_default=False)],
+    others: Annotated[list[str] | None, typer.Argument(help="Other runs or adapters on the same base.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base; default: what the run names.")] = None,
+    output: Annotated[Path, typer.Option(help="The figure; the numbers go beside it as .json.")] = Path(
+        "curvature.png"
+    ),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Show where updates go against the curvature of the knowledge, a run's and others' (after LaLoRA Fig. 3a)."""
+    from keeptune.curvature import curvature as measure_curvature
+    from keeptune.report.curvature import print_curvature
+
+    print_curvature(measure_curvature(run, others or [], output, base=base, device=device), Console())
+    _say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A LoRA adapter folder.", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Where the merged model goes.", show_default=False)],

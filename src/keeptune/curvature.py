@@ -1,0 +1,202 @@
+"""keeptune curvature: where updates go against the curvature that a run's plan holds (after LaLoRA Fig. 3a).
+
+    E = W' - W                         the change of a weight, by any training of the same base
+    Ω = U diag(λ) Uᵀ, Γ = V diag(γ) Vᵀ   the curvature of its input and output side, from the plan
+    ||E u_i||², ||Eᵀ v_j||²              how much of the change lies along each direction
+
+Directions are ordered from the stiffest to the most flexible and cut into tenths, of the curvature (the sum of the
+eigenvalues) and of the directions (their number). A change that knows nothing of the curvature puts a tenth into each
+tenth of the directions; one in proportion to it, a tenth into each tenth of the curvature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from keeptune.change import labels_of, open_changes, result_of, size_of
+from keeptune.core.artefact import write_json
+from keeptune.core.errors import ArtefactError, ModelError, RecipeError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Plan
+from keeptune.core.target import Target
+from keeptune.job import check_device, check_folder, device_named
+from keeptune.linalg.change import Rescaled
+from keeptune.linalg.factor import Factor, factor_from
+from keeptune.linalg.profile import Directions, directions, energies, profile
+from keeptune.merging import base_of
+from keeptune.report.curvature import curvature_figure
+from keeptune.report.style import png
+
+__all__ = ["curvature", "profiles_of"]
+
+Side = Literal["input", "output"]
+_NAMES: Mapping[Side, str] = {"input": "Omega", "output": "Gamma"}
+
+
+def curvature(
+    run: Path, others: Sequence[str], output: Path, *, base: str | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Compare where the updates of a run and of others on the same base lie against the run's curvature.
+
+    Args:
+        run: A run folder whose plan has a penalty with curvature; its own updates are measured too.
+        others: Run folders, adapters or models on the same base, such as plain LoRA.
+        output: The figure, ``.png``; the numbers go beside it, into ``.json``.
+        base: The base; None takes what the run names.
+        device: Where it is computed; ``auto`` is CUDA where there is a GPU.
+
+    Returns:
+        ``run``, ``penalty`` (its name and options), and ``sources``: for each its ``label`` and ``folder``, ``targets``
+        and their mean ``sides``: per side ``curvature`` and ``directions`` (shares of the update per tenth, from the
+        stiffest), ``isotropic`` (the share of the directions in each tenth of the curvature) and ``felt`` (curvature
+        per unit of the update, over that of an update that knows nothing of it).
+
+    Raises:
+        ArtefactError: The run's plan holds no curvature.
+        RecipeError: The output is no PNG file, a source is given twice, or there is no such device.
+        ModelError: A source cannot be loaded, is of another base, or changed none of the weights.
+    """
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise RecipeError(
+            "--output", got=str(output), wanted="a file that ends in .png", next_step="Example: --output curvature.png"
+        )
+    check_folder("--output", output.parent)
+    check_device(device := device_named(device))
+    plan = Plan.load(run / "plan")
+    penalty, tensors = _held(plan, run)
+    sources = [str(run), *others]
+    labels = labels_of(sources)
+    folder = result_of(str(run))
+    name = base or (base_of(folder) if (folder / "adapter_config.json").is_file() else None)
+    curves = {side: _factors(tensors, side, [t.target for t in plan.targets]) for side in _NAMES}
+    found = []
+    for source, label in zip(sources, labels, strict=True):
+        targets = profiles_of(source, curves, base=name, device=device)
+        if not targets:
+            raise ModelError(
+                source,
+                got="no change of a weight that the run's curvature is known for",
+                wanted="a training of some of the same targets",
+                next_step="Give a run that trained, with the same `targets` and `layers`.",
+            )
+        found.append({"label": label, "folder": source, "targets": targets, "sides": _means(targets)})
+    record = {"run": str(run), "penalty": penalty, "sources": found}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output.with_suffix(".json"), record)
+    figure = curvature_figure(record)
+    if figure is not None:
+        png(figure, output)
+    return record
+
+
+def profiles_of(
+    source: str, curves: Mapping[Side, Mapping[str, Factor]], *, base: str | None, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Measure where the change of each target lies.
+
+    Args:
+        source: A PEFT adapter folder, a run folder of keeptune, or a whole model.
+        curves: Side to target's name to curvature; targets that share one share the object.
+        base: The base; None takes what the source names.
+        device: Where it is computed.
+
+    Returns:
+        For each target that changed ``target``, ``layer``, ``role``, ``norm`` and ``sides``, as :func:`curvature` says.
+    """
+    _, moved = open_changes(source, base=base, device=device)
+    known: dict[int, Directions | None] = {}  # one decomposition for the targets of a block that share a factor
+    rows: list[dict[str, Any]] = []
+    layer = -1
+    for target, W, change in moved:
+        if target.layer != layer:
+            known, layer = {}, target.layer
+        here = {side: own[target.name] for side, own in curves.items() if target.name in own}
+        if change is None or not here or not size_of(change) > 0:
+            continue
+        flat = change.dense() if isinstance(change, Rescaled) else change
+        sides: dict[str, Any] = {}
+        for side, factor in here.items():
+            size = target.in_features if side == "input" else target.out_features
+            if factor.size != size:
+                raise _other_shape(source, target, tuple(W.shape))
+            if id(factor) not in known:
+                known[id(factor)] = directions(factor.to(torch.float64, W.device))
+            along = known[id(factor)]
+            if along is not None and float((along.values * along.counts).sum()) > 0:
+                sides[side] = _side(flat if side == "input" else _turned(flat), along)
+        if sides:
+            row = {"target": target.name, "layer": target.layer, "role": target.role}
+            rows.append(row | {"norm": size_of(change), "sides": sides})
+    return rows
+
+
+def _side(change: LowRank | Tensor, along: Directions) -> dict[str, Any]:
+    energy, mass = energies(change, along), along.values * along.counts
+    mean = float(mass.sum() / along.counts.sum())
+    return {
+        "curvature": profile(mass, energy).tolist(),
+        "directions": profile(along.counts, energy).tolist(),
+        "isotropic": profile(mass, along.counts).tolist(),
+        "felt": float((energy * along.values).sum() / energy.sum()) / mean,
+    }
+
+
+def _turned(change: LowRank | Tensor) -> LowRank | Tensor:
+    """Turn a change around, for its output side."""
+    return LowRank(change.A.T, change.B.T) if isinstance(change, LowRank) else change.T
+
+
+def _means(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Average over targets, each counting the same."""
+    means: dict[str, Any] = {}
+    for side in _NAMES:
+        own = [row["sides"][side] for row in targets if side in row["sides"]]
+        if not own:
+            continue
+        shares = {
+            key: [math.fsum(values) / len(own) for values in zip(*(one[key] for one in own), strict=True)]
+            for key in ("curvature", "directions", "isotropic")
+        }
+        means[side] = shares | {"felt": math.fsum(one["felt"] for one in own) / len(own), "targets": len(own)}
+    return means
+
+
+def _held(plan: Plan, run: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Find the first penalty of a plan that holds curvature of inputs or outputs."""
+    for penalty in plan.penalties:
+        if any(name.startswith(tuple(f"{kind}:" for kind in _NAMES.values())) for name in penalty.tensors):
+            return {"name": penalty.name, "options": dict(penalty.options)}, penalty.tensors
+    raise ArtefactError(
+        str(run),
+        got=f"a plan of {plan.method} without the curvature of inputs or outputs",
+        wanted="a run with it, such as {name: lalora, curvature: delta-act} or delta-kfac, b-kfac, b-tri-kfac",
+        next_step="Give such a run first, and this one after it, to see both against its curvature.",
+    )
+
+
+def _factors(tensors: Mapping[str, Tensor], side: Side, targets: Sequence[Target]) -> dict[str, Factor]:
+    """Read the curvature of each target that has one; targets fed by one tensor share that of their inputs."""
+    read: dict[str, Factor] = {}
+    found = {}
+    for target in targets:
+        prefix = f"{_NAMES[side]}:{target.input_group if side == 'input' else target.name}:"
+        if prefix not in read and any(name.startswith(prefix) for name in tensors):
+            read[prefix] = factor_from(tensors, prefix)
+        if prefix in read:
+            found[target.name] = read[prefix]
+    return found
+
+
+def _other_shape(source: str, target: Target, shape: tuple[int, ...]) -> ModelError:
+    return ModelError(
+        f"{source}, {target.name}",
+        got=f"a weight of shape {shape}",
+        wanted="the shape that the run's curvature was measured for",
+        next_step="Compare trainings of one base.",
+    )
