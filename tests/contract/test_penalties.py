@@ -25,6 +25,7 @@ from keeptune.train.penalty import Penalties
 # The options a penalty is checked with.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "drift": [{"budget": 0.02}, {"per": "layer", "factor_rank": 8}],
+    "ewc": [{"batches": 1, "batch_size": 6}],
     "kasa": [],  # part of its method
     "l2": [{}, {"layers": (2.0, 0.5), "unit": "absolute"}, {"on": "factors"}],
     "laplace": [
@@ -41,7 +42,7 @@ PENALTIES = {
 }
 # What they hold is not a change, so that there is something to hold at the start.
 ON_FACTORS = {name for name in PENALTIES if "on=factors" in name}
-BY_LABELS = {name for name in PENALTIES if "kfac" in name or "diag" in name}
+BY_LABELS = {name for name in PENALTIES if "kfac" in name or "diag" in name or name.startswith("ewc")}
 PlanOf = Callable[[str, str, str], Plan]
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 every_pair = pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""EWC on the weight change: its definition, autograd, chunks, and F from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.models import MODELS, Bench, asking, relative
+from tests.penalties.test_kronecker import draw
+from tests.reference.curvature_reference import text_gradients
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from keeptune.core.errors import PlanError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Decision, TargetPlan
+from keeptune.penalties.base import Site
+from keeptune.penalties.ewc import DiagonalChange, Ewc
+
+M, N, R = 11, 9, 3
+FISHER = draw(M, N, seed=1).square()
+START = LowRank(draw(M, R, seed=7), draw(R, N, seed=8))
+DELTA = LowRank(draw(M, R, seed=5), draw(R, N, seed=6))
+every_start = pytest.mark.parametrize("start", [None, START], ids=["B_0 = 0", "B_0 A_0"])
+every_chunk = pytest.mark.parametrize("numbers", [1, 4 * N, M * N, 1 << 20])
+
+
+def dense_value(start: LowRank | None, B: Tensor, A: Tensor) -> Tensor:
+    E = 1.7 * (B @ A if start is None else B @ A - start.dense())
+    return 0.6 * (FISHER * E.square()).sum()
+
+
+@every_start
+@every_chunk
+def test_value_and_gradient_are_those_of_the_dense_change(start: LowRank | None, numbers: int) -> None:
+    penalty = DiagonalChange(FISHER, 1.7, 0.6, start, numbers)
+    B, A = DELTA.B.clone().requires_grad_(), DELTA.A.clone().requires_grad_()
+    for wanted in (dense_value(start, B, A), penalty.value(LowRank(B, A))):
+        to_B, to_A = torch.autograd.grad(wanted, (B, A))
+        value, found = penalty.value_and_grad(DELTA)
+        torch.testing.assert_close(value, wanted.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.B, to_B, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.A, to_A, rtol=1e-10, atol=1e-12)
+
+
+@every_start
+def test_another_split_of_the_same_change_has_the_same_value(start: LowRank | None) -> None:
+    penalty, G = DiagonalChange(FISHER, 1.7, 0.6, start), draw(R, R, seed=9) + 3 * torch.eye(R)
+    other = LowRank(DELTA.B @ torch.linalg.inv(G), G @ DELTA.A)
+    torch.testing.assert_close(penalty.value(other), penalty.value(DELTA), rtol=1e-10, atol=0)
+
+
+def test_at_the_start_value_and_gradient_are_zero() -> None:
+    for start, delta in ((START, START), (None, LowRank(torch.zeros_like(DELTA.B), DELTA.A))):
+        value, grad = DiagonalChange(FISHER, 1.7, 0.6, start).value_and_grad(delta)
+        assert float(value) == 0.0
+        assert not grad.B.any()
+        assert not grad.A.any()
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and "slice" not in str(func):
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+@contextmanager
+def largest() -> Iterator[_Largest]:
+    with _Largest() as found:
+        yield found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_as_large_as_the_weight_is_formed(dtype: torch.dtype) -> None:
+    m, n = 64, 48
+    penalty = DiagonalChange(torch.rand(m, n).to(dtype), 1.0, 1.0, None, numbers=4 * n)
+    with torch.no_grad(), largest() as found:
+        penalty.value_and_grad(LowRank(torch.randn(m, 2), torch.randn(2, n)))
+    assert found.numbers <= 4 * n
+
+
+def test_f_is_the_exact_diagonal_per_learned_token(tmp_path: Path) -> None:
+    """From the model to the bound penalty, against the gradients of the texts one by one."""
+    bench = Bench(MODELS["llama"](), tmp_path, roles=["o_proj"])
+    bench.data = bench.task  # with prompts
+    penalty = Ewc(strength=3.0, labels="true", batches=2, batch_size=3)
+    target = bench.targets()[1]
+    weight = bench.model.get_submodule(target.name).weight.detach()
+    init = LowRank(0.1 * draw(32, 2).float(), 0.1 * draw(2, 32, seed=1).float())
+    plan = TargetPlan(target, Decision(2), init, trainable=frozenset({"A", "B"}), scale=0.5)
+    view = bench.collect(asking(*penalty.requests(plan))).view(target)
+    delta = LowRank(draw(32, 2, seed=2).float(), draw(2, 32, seed=3).float())
+    used = bench.data.first(6)
+    F = text_gradients(bench.model, target.name, used).square().sum(0) / used.learned
+    E = 0.5 * (delta.dense() - init.dense())
+    wanted = 1.5 * (F * E.square()).sum()
+    for stored, tolerance in (("float32", 1e-4), ("bfloat16", 1e-2)):
+        kept = Ewc(strength=3.0, labels="true", batches=2, batch_size=3, stored=stored)  # type: ignore[arg-type]
+        tensors = kept.tensors(Site(plan, weight, view, targets=2, blocks=2))
+        assert str(tensors[f"F:{target.name}"].dtype) == f"torch.{stored}"
+        value, grad = kept.bind(plan, tensors).value_and_grad({"B": delta.B, "A": delta.A})
+        assert relative(value, wanted) < tolerance
+        assert grad["B"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{"strength": -1.0}, {"batches": 0}, {"batch_size": 0}], ids=str)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match=f"penalty ewc, {next(iter(options))}"):
+        Ewc(**options)
