@@ -235,6 +235,8 @@ def with_penalties(
 
     made = [penalty_plan(penalty, sites()) for penalty in penalties]
     said = [note for penalty, its in zip(penalties, made, strict=True) for note in notes_of(penalty, plan, its)]
+    if any("magnitude" in t.trainable for t in plan.targets):
+        said.append("penalties hold the change of the directions, s B A; the magnitudes are free")
     notes = [*plan.provenance.get("notes", ()), *said]
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
     return replace(plan, penalties=tuple(made), provenance=provenance)

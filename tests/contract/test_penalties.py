@@ -33,6 +33,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"curvature": "delta-kfac", "rho": 0.1, "strength": 30.0},
         {"curvature": "delta-kfac", "factor_rank": 6, "labels": "true"},
         {"curvature": "l2"},
+        {"curvature": "diag"},
+        {"curvature": "b-kfac"},
+        {"curvature": "b-tri-kfac", "factor_rank": 8},
     ],
 }
 PENALTIES = {
@@ -43,10 +46,18 @@ PENALTIES = {
 # What they hold is not a change, so that there is something to hold at the start.
 ON_FACTORS = {name for name in PENALTIES if "on=factors" in name}
 BY_LABELS = {name for name in PENALTIES if "kfac" in name or "diag" in name or name.startswith("ewc")}
+# The Fisher of A and B alone; KaSA trains singular values between them.
+OF_FACTORS = {name for name in PENALTIES if any(f"curvature={form}" in name for form in ("diag", "b-kfac", "b-tri-kfac"))}
 PlanOf = Callable[[str, str, str], Plan]
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 every_pair = pytest.mark.parametrize(
-    ("case", "penalty"), [(case, penalty) for case in ADAPTERS for penalty in PENALTIES]
+    ("case", "penalty"),
+    [
+        (case, penalty)
+        for case, method in ADAPTERS.items()
+        for penalty in PENALTIES
+        if method.name != "kasa" or penalty not in OF_FACTORS
+    ],
 )
 # Every architecture, with a start at zero, one that is a part of W, a frozen factor, and singular values.
 every_place = pytest.mark.parametrize(
@@ -202,3 +213,16 @@ def test_two_penalties_add_up(penalty: str, worlds: Callable[[str], World], pena
 def test_methods_that_change_whole_weights_take_no_penalty(case: str, worlds: Callable[[str], World]) -> None:
     with pytest.raises(PlanError, match="changes whole weights"):
         refuse_penalties(CASES[case], asked_penalties(CASES[case], [penalty_named("l2", {})]))
+
+
+@pytest.mark.parametrize("penalty", OF_FACTORS)
+def test_forms_on_the_factors_do_not_take_singular_values_between_them(
+    penalty: str, worlds: Callable[[str], World]
+) -> None:
+    with pytest.raises(PlanError, match="singular values between A and B"):
+        worlds("llama").bench().plan(CASES["kasa rank=4 alpha=6.0 regularizer=released"], [PENALTIES[penalty]])
+
+
+def test_of_dora_the_plan_says_what_is_not_held(worlds: Callable[[str], World], penalised: PlanOf) -> None:
+    case = next(case for case, method in CASES.items() if method.name == "dora")
+    assert any("magnitudes are free" in note for note in penalised("llama", case, "l2").provenance["notes"])

@@ -66,7 +66,7 @@ class Lalora:
     rank: int = 8
     alpha: float | None = None
     strength: float = 1.0
-    curvature: Curvature = "delta-act"
+    curvature: Curvature = "b-kfac"
     labels: Labels = "sampled"
     batches: int | None = 2
     batch_size: int = 8

@@ -39,18 +39,20 @@ from torch import Tensor
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.linalg.factor import Factor, Identity, factor_from
-from keeptune.penalties.base import OnChange, Site, Term, check_strength, start_of
+from keeptune.penalties.base import OnChange, OnFactors, Site, Term, check_strength, start_of
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
+from keeptune.penalties.tangent import Diagonal, block_kronecker, coupled_kronecker
 from keeptune.stats.factors import Covariance, gradient_request, input_request, read_factor
-from keeptune.stats.fisher import TokenCount, tokens_per_learned
+from keeptune.stats.fisher import LoraFisher, TokenCount, lora_fisher, split_diagonals, tokens_per_learned
 from keeptune.stats.request import DataRole, Labels, Request
 
 __all__ = ["Curvature", "Laplace"]
 
-Curvature = Literal["delta-kfac", "delta-act", "l2"]
+Curvature = Literal["diag", "b-kfac", "b-tri-kfac", "delta-kfac", "delta-act", "l2"]
 _TANGENT = ("diag", "b-kfac", "b-tri-kfac")
 _OMEGA = ("b-kfac", "b-tri-kfac", "delta-kfac", "delta-act")
 _GAMMA = ("b-kfac", "b-tri-kfac", "delta-kfac")
+_FISHER = ("diag", *_GAMMA)
 
 
 @dataclass(frozen=True)
@@ -116,23 +118,38 @@ class Laplace:
         return None if self.batches is None else self.batches * self.batch_size
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Need the covariances that the form is made of."""
+        """Need the covariances that the form is made of, or the diagonals at the start.
+
+        Raises:
+            PlanError: The form holds A and B, and there are singular values between them.
+        """
         found: set[Request] = set()
+        if self.curvature in _TANGENT and "diag" in target_plan.vectors:
+            raise PlanError(
+                f"penalty laplace, {self.curvature}",
+                got="a method that trains singular values between A and B",
+                wanted="plain factors, whose Fisher it is",
+                next_step="Take delta-kfac, delta-act or l2, which hold the weight change.",
+            )
         if self.curvature in _OMEGA:
             found.add(self._inputs())
         if self.curvature in _GAMMA:
             found |= {self._gradients(), self._count()}
+        if self.curvature == "diag":
+            found |= {self._diagonals(target_plan), self._count()}
         return frozenset(found)
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
-        """Keep Ω per input group, Γ per target, and what the form is multiplied by."""
-        target = site.plan.target
-        found: dict[str, Tensor] = {}
+        """Keep Ω per input group, Γ or the diagonals per target, and what the form is multiplied by."""
+        target, found = site.plan.target, dict[str, Tensor]()
         Omega, Gamma = self._factors(site)
         if self.curvature in _OMEGA:
             found |= Omega.tensors(f"Omega:{target.input_group}:")
         if self.curvature in _GAMMA:
             found |= Gamma.tensors(f"Gamma:{target.name}:")
+        if self.curvature == "diag":
+            found[f"diagonals:{target.name}"] = site.stats[self._diagonals(site.plan)]
+        if self.curvature in _FISHER:
             weight = self.strength / 2 * tokens_per_learned(site.stats, self._count())
         else:
             cost = float(quadratic_form(site.weight.double(), Omega.to(torch.float64), Gamma.to(torch.float64)))
@@ -141,7 +158,12 @@ class Laplace:
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Make the form of one target."""
-        target, weight = target_plan.target, tensors[f"weight:{target_plan.target.name}"]
+        target, scale = target_plan.target, target_plan.scale
+        weight = tensors[f"weight:{target.name}"]
+        first = target_plan.init.to(torch.float32, weight.device)
+        if self.curvature == "diag":
+            fisher = split_diagonals(tensors[f"diagonals:{target.name}"], target.out_features)
+            return OnFactors(Diagonal(fisher, weight, first))
         one = torch.ones_like(weight)
         Omega: Factor = Identity(target.in_features, one)
         Gamma: Factor = Identity(target.out_features, one)
@@ -149,7 +171,11 @@ class Laplace:
             Omega = factor_from(tensors, f"Omega:{target.input_group}:")
         if self.curvature in _GAMMA:
             Gamma = factor_from(tensors, f"Gamma:{target.name}:")
-        return OnChange(KroneckerChange(Omega, Gamma, target_plan.scale, weight, start_of(target_plan, weight.device)))
+        if self.curvature == "b-kfac":
+            return OnFactors(block_kronecker(Omega, Gamma, scale=scale, weight=weight, start=first))
+        if self.curvature == "b-tri-kfac":
+            return OnFactors(coupled_kronecker(Omega, Gamma, scale=scale, weight=weight, start=first))
+        return OnChange(KroneckerChange(Omega, Gamma, scale, weight, start_of(target_plan, weight.device)))
 
     def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
         """Say what the form cannot see from where the plan starts."""
@@ -174,6 +200,16 @@ class Laplace:
 
     def _count(self) -> TokenCount:
         return TokenCount("knowledge", self.examples)
+
+    def _diagonals(self, target_plan: TargetPlan) -> LoraFisher:
+        return lora_fisher(
+            "knowledge",
+            self.labels,
+            target_plan.init,
+            target_plan.scale,
+            seed=self.label_seed,
+            examples=self.examples,
+        )
 
     def _factors(self, site: Site) -> tuple[Factor, Factor]:
         target, device = site.plan.target, site.weight.device
