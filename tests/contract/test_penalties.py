@@ -47,7 +47,9 @@ PENALTIES = {
 ON_FACTORS = {name for name in PENALTIES if "on=factors" in name}
 BY_LABELS = {name for name in PENALTIES if "kfac" in name or "diag" in name or name.startswith("ewc")}
 # The Fisher of A and B alone; KaSA trains singular values between them.
-OF_FACTORS = {name for name in PENALTIES if any(f"curvature={form}" in name for form in ("diag", "b-kfac", "b-tri-kfac"))}
+OF_FACTORS = {
+    name for name in PENALTIES if any(f"curvature={form}" in name for form in ("diag", "b-kfac", "b-tri-kfac"))
+}
 PlanOf = Callable[[str, str, str], Plan]
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 every_pair = pytest.mark.parametrize(
