@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from keeptune import cli_studies
+from keeptune.cli_studies import OVERRIDES, RecipeFile, say, show_comparison
 from keeptune.core.errors import KeeptuneError
 
 __all__ = ["app", "main"]
-
-_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +24,6 @@ app = typer.Typer(
     help="Fine-tune a language model without destroying what it already knows.",
     epilog="Any key of the recipe can be set: keeptune run recipe.yaml --train.learning_rate 1e-3 --method.rank 4",
 )
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
         sys.exit(130)
 
 
-@app.command(context_settings=_OVERRIDES)
+@app.command(context_settings=OVERRIDES)
 def run(context: typer.Context, recipe: RecipeFile) -> None:
     """Do the whole job: stats, plan, train, export, evaluate, report. Started again, it goes on."""
     from keeptune.run import run as run_job
@@ -48,7 +47,7 @@ def run(context: typer.Context, recipe: RecipeFile) -> None:
     _show_report(run_job(loaded), loaded.output)
 
 
-@app.command(context_settings=_OVERRIDES)
+@app.command(context_settings=OVERRIDES)
 def stats(context: typer.Context, recipe: RecipeFile) -> None:
     """Collect the statistics the method needs into the store."""
     from keeptune.run import stats_stage
@@ -56,10 +55,10 @@ def stats(context: typer.Context, recipe: RecipeFile) -> None:
     job = _job(recipe, context)
     targets, statistics = stats_stage(job)
     sites = {request.site(t) for t in targets for request in statistics.requests[t.name]}
-    _say(f"{len(sites)} statistics for {len(targets)} targets in {job.store.folder}")
+    say(f"{len(sites)} statistics for {len(targets)} targets in {job.store.folder}")
 
 
-@app.command(context_settings=_OVERRIDES)
+@app.command(context_settings=OVERRIDES)
 def plan(
     context: typer.Context,
     recipe: RecipeFile,
@@ -75,29 +74,29 @@ def plan(
     job = _job(recipe, context)
     made = plan_stage(job)
     if made.scope == "all":
-        _say("full fine-tuning: every weight is trained, no adapter is planned")
+        say("full fine-tuning: every weight is trained, no adapter is planned")
         return
     errors = start_errors(job.base(), made, anchor=job.recipe.anchor)
     rows = [row | {"start_error": errors[row["target"]]} for row in made.summary()]
     print_plan(rows, Console(), made.provenance.get("notes", ()))
     if diff is not None:
         other = Plan.load(diff)
-        _say(f"\nthis plan | {diff}")
+        say(f"\nthis plan | {diff}")
         if not print_diff(made, other, Console()):
-            _say(f"equal to {diff}")
+            say(f"equal to {diff}")
 
 
-@app.command(context_settings=_OVERRIDES)
+@app.command(context_settings=OVERRIDES)
 def train(context: typer.Context, recipe: RecipeFile) -> None:
     """Train by the plan (made if it is not there), going on from the last checkpoint."""
     from keeptune.run import plan_stage, train_stage
 
     job = _job(recipe, context)
     train_stage(job, plan_stage(job))
-    _say(f"trained factors in {job.output / 'trained'}")
+    say(f"trained factors in {job.output / 'trained'}")
 
 
-@app.command(context_settings=_OVERRIDES)
+@app.command(context_settings=OVERRIDES)
 def export(context: typer.Context, recipe: RecipeFile) -> None:
     """Write the trained adapter and check it on a freshly loaded base."""
     from keeptune.run import export_stage, plan_stage
@@ -106,7 +105,7 @@ def export(context: typer.Context, recipe: RecipeFile) -> None:
     _show_export(export_stage(job, plan_stage(job)))
 
 
-@app.command(context_settings=_OVERRIDES)
+@app.command(context_settings=OVERRIDES)
 def evaluate(
     context: typer.Context,
     recipe: RecipeFile,
@@ -119,81 +118,11 @@ def evaluate(
     print_scores(evaluate_stage(_job(recipe, context), adapter), Console())
 
 
-@app.command(context_settings=_OVERRIDES)
-def sweep(
-    context: typer.Context,
-    recipe: RecipeFile,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the points; run nothing.")] = False,
-) -> None:
-    """Run a recipe at several points and seeds (its keys `sweep` and `seeds`), and join them into one report."""
-    from keeptune.recipe import parse_overrides
-    from keeptune.sweep import load_sweep, run_sweep
-
-    loaded = load_sweep(recipe, parse_overrides(context.args))
-    if dry_run:
-        _list_points(loaded)
-        return
-    _show_sweep(loaded, run_sweep(loaded))
-
-
-@app.command(context_settings=_OVERRIDES)
-def layers(
-    context: typer.Context,
-    recipe: RecipeFile,
-    study: Annotated[str, typer.Option(help="single: one at a time; bottom or top: the lowest or highest few.")],
-    numbers: Annotated[str | None, typer.Option(help="How many layers, such as 2,4,6; for bottom and top.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs; run nothing.")] = False,
-) -> None:
-    """Study what tuning each layer gains and costs (L2-LoRA Fig. 4, Tables 5 and 6), each cell a run of one recipe."""
-    from keeptune.layers import load_study
-    from keeptune.recipe import parse_overrides
-    from keeptune.sweep import run_sweep
-
-    loaded = load_study(recipe, study, parse_overrides(context.args), _whole_numbers("--numbers", numbers))
-    if dry_run:
-        _list_points(loaded)
-        return
-    _show_sweep(loaded, run_sweep(loaded))
-
-
-@app.command()
-def energy(
-    model: Annotated[str, typer.Argument(help="atlas, a folder or a hub id.", show_default=False)],
-    top: Annotated[int, typer.Option(min=1, help="How many singular values.")] = 5,
-    output: Annotated[Path, typer.Option(help="The figure; the numbers go beside it as .json.")] = Path("energy.png"),
-    targets: Annotated[str | None, typer.Option(help="Roles, such as q_proj,down_proj; default: all.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
-    """Show how much of each weight's energy its largest singular values hold, layer by layer (FARSS Fig. 1)."""
-    from keeptune.energy import energy as measure_energy
-    from keeptune.report.grid import print_grid
-
-    found = measure_energy(model, output, top=top, roles=_roles(targets), device=device)
-    cells: dict[tuple[int | None, str], list[str]] = {}
-    for row in found["rows"]:
-        text = "–" if row["energy"] is None else f"{row['energy']:.3f}"
-        cells.setdefault((row["layer"], row["role"]), []).append(text)
-    cells |= {(int(layer), "mean"): [f"{value:.3f}"] for layer, value in found["mean"].items()}
-    print_grid(cells, Console())
-    _say(f"share of the squared singular values in the top {top}")
-    _say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
-
-
-@app.command()
-def change(
-    trained: Annotated[list[str], typer.Argument(help="Adapter folders, run folders or models.", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="The base; default: what each names.")] = None,
-    output: Annotated[Path, typer.Option(help="The figure; the numbers go beside it as .json.")] = Path("change.png"),
-    targets: Annotated[str | None, typer.Option(help="Roles, such as q_proj,down_proj; default: all.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
-    """Show how far training moved each weight, by layer and module, of one or more adapters (L2-LoRA Fig. 6)."""
-    from keeptune.change import change as measure_change
-    from keeptune.report.change import print_change
-
-    found = measure_change(trained, output, base=base, roles=_roles(targets), device=device)
-    print_change(found, Console())
-    _say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
+app.command(context_settings=OVERRIDES)(cli_studies.sweep)
+app.command(context_settings=OVERRIDES)(cli_studies.layers)
+app.command()(cli_studies.change)
+app.command()(cli_studies.curvature)
+app.command()(cli_studies.energy)
 
 
 @app.command()
@@ -247,25 +176,7 @@ def trace(
         chunk=chunk,
     )
     print_trace(trace_models(asked, wanted_effect(reading, fraction, scale, seed, kind, window), norm), Console())
-    _say(f"figures: {output / 'layers.png'}, {output / 'heat.png'}, numbers: {output / 'trace.json'}")
-
-
-@app.command()
-def curvature(
-    run: Annotated[Path, typer.Argument(help="A run whose plan holds curvature (lalora).", show_default=False)],
-    others: Annotated[list[str] | None, typer.Argument(help="Other runs or adapters on the same base.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base; default: what the run names.")] = None,
-    output: Annotated[Path, typer.Option(help="The figure; the numbers go beside it as .json.")] = Path(
-        "curvature.png"
-    ),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
-    """Show where updates go against the curvature of the knowledge, a run's and others' (after LaLoRA Fig. 3a)."""
-    from keeptune.curvature import curvature as measure_curvature
-    from keeptune.report.curvature import print_curvature
-
-    print_curvature(measure_curvature(run, others or [], output, base=base, device=device), Console())
-    _say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
+    say(f"figures: {output / 'layers.png'}, {output / 'heat.png'}, numbers: {output / 'trace.json'}")
 
 
 @app.command()
@@ -279,7 +190,7 @@ def merge(
     from keeptune.merging import merge_adapter
 
     gap = merge_adapter(adapter, output, base=base, dtype=dtype)
-    _say(f"merged model in {output}; largest difference in logits {gap:.1e}")
+    say(f"merged model in {output}; largest difference in logits {gap:.1e}")
 
 
 @app.command()
@@ -318,69 +229,15 @@ def _job(recipe: Path, context: typer.Context) -> Any:
     return start(_load(recipe, context))
 
 
-def _list_points(loaded: Any) -> None:
-    from keeptune.report.stages import print_points
-
-    print_points([(p.name, p.x, p.settings, list(p.recipes)) for p in loaded.points], Console())
-    runs = [recipe.output for point in loaded.points for recipe in point.recipes.values()]
-    _say(f"{len(runs)} runs below {runs[0].parent}")
-
-
-def _show_sweep(loaded: Any, swept: Any) -> None:
-    from keeptune.report.benefit import print_benefits
-    from keeptune.report.studies import print_study
-
-    if swept.report is not None:
-        if "study" in swept.record:
-            print_study(swept.record, Console())
-        else:
-            _print_comparison(swept.report)
-        if "benefit" in swept.record:
-            print_benefits(swept.record, Console())
-        _say(f"report: {loaded.output / 'report.html'}")
-        _say(f"numbers: {loaded.output / loaded.name}.json")
-    if swept.figure:
-        _say(f"figure: {loaded.output / loaded.name}.png")
-    for folder, message in swept.failed.items():
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {folder}: {message}", markup=False)
-    if swept.failed:
-        raise typer.Exit(1)
-
-
-def _roles(text: str | None) -> list[str] | None:
-    return None if text is None else [role.strip() for role in text.strip("[] ").split(",")]
-
-
-def _whole_numbers(option: str, text: str | None) -> list[int] | None:
-    from keeptune.core.errors import RecipeError
-
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.strip("[] ").split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise RecipeError(option, got=text, wanted="whole numbers", next_step=f"Example: {option} 2,4,6")
-    return [int(part) for part in parts]
-
-
 def _show_report(report: dict[str, Any], folder: Path) -> None:
-    _print_comparison(report)
-    _say(f"report: {folder / 'report.html'}")
-
-
-def _print_comparison(report: dict[str, Any]) -> None:
-    from keeptune.report.tables import print_comparison
-
-    print_comparison(report, Console())
+    show_comparison(report)
+    say(f"report: {folder / 'report.html'}")
 
 
 def _show_export(done: Any) -> None:
-    _say(f"{done.format} in {done.folder}, rank {done.rank}")
-    _say(f"gap to the trained model on a fresh base: {done.gap:.1e} in logits, {done.relative_gap:.1e} relative")
-    _say(f"serve: {done.serve}")
-
-
-def _say(text: str) -> None:
-    Console(soft_wrap=True, highlight=False).print(text, markup=False)
+    say(f"{done.format} in {done.folder}, rank {done.rank}")
+    say(f"gap to the trained model on a fresh base: {done.gap:.1e} in logits, {done.relative_gap:.1e} relative")
+    say(f"serve: {done.serve}")
 
 
 def _quiet_libraries() -> None:
