@@ -6,6 +6,9 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+# Without what they depend on: BackPACK's examples want torchvision, whose wheels for GPUs break Transformers on a PyTorch
+# without.
+WITNESS := curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum unfoldNd
 
 $(BIN)/keeptune: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +18,7 @@ $(BIN)/keeptune: pyproject.toml constraints.txt
 
 $(BIN)/.dev: $(BIN)/keeptune
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(WITNESS)
 	touch $@
 
 demo: $(BIN)/keeptune
