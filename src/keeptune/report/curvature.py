@@ -57,8 +57,8 @@ def curvature_figure(record: Mapping[str, Any]) -> Figure | None:
     if not sides:
         return None
     with themed():
-        figure = page(3.7 * len(sides) + 1.6, 5.6)
-        panels = figure.subplots(2, len(sides), squeeze=False, sharex=True)
+        figure = page(3.7 * len(sides) + 1.6, 5.8)
+        panels = figure.subplots(2, len(sides), squeeze=False)
         for column, side in enumerate(sides):
             own = [source for source in sources if side in source["sides"]]
             for axes, key in zip(panels[:, column], ("curvature", "directions"), strict=True):
