@@ -38,11 +38,11 @@ from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.linalg.factor import Factor, Identity, factor_from
+from keeptune.linalg.factor import Factor, Identity, LowRankPlus, factor_from
 from keeptune.penalties.base import OnChange, OnFactors, Site, Term, check_strength, start_of
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 from keeptune.penalties.tangent import Diagonal, block_kronecker, coupled_kronecker
-from keeptune.stats.factors import Covariance, gradient_request, input_request, read_factor
+from keeptune.stats.factors import Covariance, gradient_request, input_request, read_factor, unpacked
 from keeptune.stats.fisher import LoraFisher, TokenCount, lora_fisher, split_diagonals, tokens_per_learned
 from keeptune.stats.request import DataRole, Labels, Request
 
@@ -149,6 +149,7 @@ class Laplace:
             found |= Gamma.tensors(f"Gamma:{target.name}:")
         if self.curvature == "diag":
             found[f"diagonals:{target.name}"] = site.stats[self._diagonals(site.plan)]
+        found |= self._errors(site)
         if self.curvature in _FISHER:
             weight = self.strength / 2 * tokens_per_learned(site.stats, self._count())
         else:
@@ -178,7 +179,10 @@ class Laplace:
         return OnChange(KroneckerChange(Omega, Gamma, scale, weight, start_of(target_plan, weight.device)))
 
     def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Say what the form cannot see from where the plan starts."""
+        """Say what the form cannot see from where the plan starts, and what factors of low rank leave out."""
+        return [*self._blindness(plan), *self._remainders(tensors)]
+
+    def _blindness(self, plan: Plan) -> list[str]:
         if self.curvature not in _TANGENT:
             return []
         blind = [t for t in plan.targets if not bool(t.init.B.any()) and "A" in t.trainable]
@@ -189,6 +193,37 @@ class Laplace:
             f"penalty laplace, {self.curvature}: B is zero at the start of {whole} targets, where the Fisher of A is "
             "zero: A moves free of cost. delta-kfac and delta-act hold the weight change itself."
         ]
+
+    def _remainders(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        said = []
+        for factor in ("Omega", "Gamma"):
+            errors = {
+                k.removeprefix("error:"): float(v) for k, v in tensors.items() if k.startswith(f"error:{factor}:")
+            }
+            if not errors:
+                continue
+            kept = []
+            for name in errors:
+                made = factor_from(tensors, f"{name}:")
+                kept.append(float(made.share()) if isinstance(made, LowRankPlus) else 1.0)
+            worst = max(errors, key=lambda name: errors[name])
+            said.append(
+                f"penalty laplace, {factor} in {self.factor_rank} directions and a scalar: {min(kept):.1%} to "
+                f"{max(kept):.1%} of the trace in the directions, relative error at most {errors[worst]:.2g} "
+                f"({worst.partition(':')[2]})"
+            )
+        return said
+
+    def _errors(self, site: Site) -> dict[str, Tensor]:
+        """Keep what factors of low rank miss, relative, in Frobenius' norm."""
+        if self.factor_rank is None:
+            return {}
+        target, found = site.plan.target, dict[str, Tensor]()
+        if self.curvature in _OMEGA:
+            found[f"error:Omega:{target.input_group}"] = torch.tensor(unpacked(site.stats[self._inputs()]).error)
+        if self.curvature in _GAMMA:
+            found[f"error:Gamma:{target.name}"] = torch.tensor(unpacked(site.stats[self._gradients()]).error)
+        return found
 
     def _inputs(self) -> Covariance:
         return input_request("knowledge", self.factor_rank, examples=self.examples)
