@@ -17,6 +17,7 @@ from tests.job.support import read_jsonl, recipe_of, write_jsonl
 from tests.job.test_resume import killed_after
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from keeptune.change import weight_changes
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import DataError, KeeptuneError, ModelError, RecipeError
 from keeptune.job import Job
@@ -362,3 +363,14 @@ def test_a_base_that_brings_a_head_keeps_it_and_its_order(make: Make, tmp_path: 
     again["task"] |= {"labels": list(labels.values())[::-1]}
     with pytest.raises(ModelError, match=r"Set task\.labels"):
         Job(recipe_of(again)).base()
+
+
+@pytest.mark.parametrize("format", ["portable", "merged"])
+def test_the_change_of_a_classifiers_weights_is_measured(make: Make, format: str) -> None:
+    given = make(evaluate=[], export={"format": format}, targets=["query"])
+    run(recipe_of(given))
+    base, rows = weight_changes(given["output"])
+    assert base == given["model"]
+    moved = [row["norm"] > 0 for row in rows]
+    assert moved == [row["role"] == "query" for row in rows]
+    assert weight_changes(given["output"], roles=["query"])[1] == [row for row in rows if row["role"] == "query"]
