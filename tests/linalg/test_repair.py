@@ -13,12 +13,12 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.linalg.repair import (
     Curve,
-    Directions,
+    damped,
     directions,
     drift_of,
     mu_for_drift,
     output_energy,
-    repaired,
+    solution,
     white_like,
 )
 
@@ -43,20 +43,25 @@ TASK, KNOWLEDGE = rows(40, 10), rows(50, 20)
 OMEGA_T, OMEGA_K = covariance(TASK), covariance(KNOWLEDGE)
 
 
-def along(damping: float = DAMPING) -> Directions:
-    return directions(OMEGA_T, OMEGA_K, damping=damping)
+DAMPED = damped(OMEGA_T, DAMPING)
+ALONG = directions(DAMPED, OMEGA_K)
+
+
+def repaired(start: LowRank, mu: float, omega_k: Tensor = OMEGA_K) -> LowRank:
+    return solution(DAMPED, omega_k, mu).of(start)
+
+
+def test_damping_is_a_share_of_the_mean_eigenvalue() -> None:
+    mean = float(torch.linalg.eigvalsh(OMEGA_T).mean())
+    assert relative(DAMPED - OMEGA_T, DAMPING * mean * torch.eye(N, dtype=torch.float64)) < 1e-9
+    assert relative(damped(7 * OMEGA_T, DAMPING), 7 * DAMPED) < 1e-12
 
 
 def test_directions_diagonalise_both_covariances() -> None:
-    found = along()
-    damped = OMEGA_T + DAMPING * OMEGA_T.trace() / N * torch.eye(N, dtype=torch.float64)
-    eye = torch.eye(N, dtype=torch.float64)
-    assert relative(found.inverse @ found.vectors, eye) < 1e-9
-    assert relative(found.vectors.T @ damped @ found.vectors, eye) < 1e-9
-    assert relative(found.vectors.T @ OMEGA_K @ found.vectors, found.ratios.diag()) < 1e-9
-    assert torch.equal(found.ratios, found.ratios.sort().values)
-    assert float(found.ratios.min()) >= 0
-    null = directions(OMEGA_T, covariance(rows(30, 50, rank=5)), damping=DAMPING).ratios
+    assert relative(ALONG.inverse.T @ ALONG.inverse, DAMPED) < 1e-9
+    assert relative(ALONG.inverse.T @ ALONG.ratios.diag() @ ALONG.inverse, OMEGA_K) < 1e-9
+    assert torch.equal(ALONG.ratios, ALONG.ratios.sort().values)
+    null = directions(DAMPED, covariance(rows(30, 50, rank=5))).ratios
     assert float(null[: N - 5].max()) < 1e-9 * float(null[-1])
     assert float(null.min()) >= 0
 
@@ -64,20 +69,20 @@ def test_directions_diagonalise_both_covariances() -> None:
 @pytest.mark.parametrize("mu", MUS)
 def test_the_closed_form_is_the_least_squares_solution_on_rows(mu: float) -> None:
     wanted = repaired_by_least_squares(change().dense(), TASK, KNOWLEDGE, mu, DAMPING)
-    assert relative(repaired(change(), along(), mu).dense(), wanted) < 1e-8
+    assert relative(repaired(change(), mu).dense(), wanted) < 1e-8
 
 
 def test_the_closed_form_where_the_data_have_fewer_rows_than_features() -> None:
     task, knowledge = rows(5, 30), rows(4, 40)
-    found = directions(covariance(task), covariance(knowledge), damping=1e-2)
+    found = solution(damped(covariance(task), 1e-2), covariance(knowledge), 0.5).of(change())
     wanted = repaired_by_least_squares(change().dense(), task, knowledge, 0.5, 1e-2)
-    assert relative(repaired(change(), found, 0.5).dense(), wanted) < 1e-8
+    assert relative(found.dense(), wanted) < 1e-8
 
 
 @pytest.mark.parametrize("mu", MUS)
 def test_any_other_change_has_a_larger_objective(mu: float) -> None:
     start = change()
-    best = repaired(start, along(), mu)
+    best = repaired(start, mu)
     least = objective(best.dense(), start.dense(), TASK, KNOWLEDGE, mu, DAMPING)
     for seed in range(20):
         step = draw(M, N, seed=100 + seed) * 10.0 ** -(seed % 4)
@@ -87,7 +92,7 @@ def test_any_other_change_has_a_larger_objective(mu: float) -> None:
 
 def test_mu_zero_gives_the_change_back_bit_for_bit() -> None:
     start = change()  # float64: a way there and back would leave rounding behind
-    found = repaired(start, along(), 0.0)
+    found = repaired(start, 0.0)
     assert torch.equal(found.B, start.B)
     assert torch.equal(found.A, start.A)
 
@@ -95,7 +100,7 @@ def test_mu_zero_gives_the_change_back_bit_for_bit() -> None:
 @pytest.mark.parametrize("mu", MUS)
 def test_only_a_changes(mu: float) -> None:
     start = change().to(torch.float32)
-    found = repaired(start, along(), mu)
+    found = repaired(start, mu)
     assert found.B is start.B
     assert found.A.dtype == torch.float32
     assert found.rank == start.rank
@@ -104,7 +109,7 @@ def test_only_a_changes(mu: float) -> None:
 
 def test_a_large_mu_leaves_only_the_null_space_of_the_knowledge() -> None:
     knowledge = rows(30, 50, rank=5)
-    found = repaired(change(), directions(OMEGA_T, covariance(knowledge), damping=DAMPING), 1e9)
+    found = repaired(change(), 1e9, covariance(knowledge))
     assert float((knowledge @ found.dense().T).norm()) < 1e-6 * float((knowledge @ change().dense().T).norm())
     assert float((TASK @ found.dense().T).norm()) > 0.01 * float((TASK @ change().dense().T).norm())  # not nothing
 
@@ -112,22 +117,41 @@ def test_a_large_mu_leaves_only_the_null_space_of_the_knowledge() -> None:
 def test_the_product_does_not_depend_on_its_factors() -> None:
     start, G = change(), draw(R, R, seed=60)
     other = LowRank(start.B @ G, torch.linalg.solve(G, start.A))
-    assert relative(repaired(other, along(), 0.3).dense(), repaired(start, along(), 0.3).dense()) < 1e-9
-    grids = [Curve.of(c, along(), 1.0).at(0.3) for c in (start, other)]
+    assert relative(repaired(other, 0.3).dense(), repaired(start, 0.3).dense()) < 1e-9
+    grids = [Curve.of(c, ALONG, 1.0).at(0.3) for c in (start, other)]
     assert math.isclose(*grids, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("mu", (0.0, 0.3))
+def test_no_other_change_of_a_lower_rank_has_a_smaller_objective(mu: float) -> None:
+    start, rank = LowRank(draw(M, N, seed=5), torch.eye(N, dtype=torch.float64)), 2
+    best = solution(DAMPED, OMEGA_K, mu).of_rank(start, rank)
+    assert best.rank == rank
+
+    def cost(other: LowRank) -> float:
+        return objective(other.dense(), start.dense(), TASK, KNOWLEDGE, mu, DAMPING)
+
+    least, whole = cost(best), repaired(start, mu)
+    assert cost(whole.truncated(rank)) > least
+    for seed in range(20):
+        size = 10.0 ** -(seed % 4)
+        assert cost(LowRank(best.B + size * draw(M, rank, seed=200 + seed), best.A)) > least
+        assert cost(LowRank(best.B, best.A + size * draw(rank, N, seed=300 + seed))) > least
+    assert drift_of(best, OMEGA_K, 1.0) < drift_of(whole, OMEGA_K, 1.0)
+    assert relative(solution(DAMPED, OMEGA_K, mu).of_rank(start, M).dense(), whole.dense()) < 1e-9
 
 
 def test_a_change_in_whole_is_repaired_as_in_low_rank() -> None:
     start = change()
     whole = LowRank(start.dense(), torch.eye(N, dtype=torch.float64))
-    assert relative(repaired(whole, along(), 0.3).dense(), repaired(start, along(), 0.3).dense()) < 1e-9
+    assert relative(repaired(whole, 0.3).dense(), repaired(start, 0.3).dense()) < 1e-9
 
 
 @pytest.mark.parametrize("mu", (0.0, *MUS))
 def test_curves_give_the_drift_of_the_repaired_change(mu: float) -> None:
     scale = 3.7
-    wanted = drift_of(repaired(change(), along(), mu), OMEGA_K, scale)
-    assert math.isclose(Curve.of(change(), along(), scale).at(mu), wanted, rel_tol=1e-8)
+    wanted = drift_of(repaired(change(), mu), OMEGA_K, scale)
+    assert math.isclose(Curve.of(change(), ALONG, scale).at(mu), wanted, rel_tol=1e-8)
 
 
 def test_the_drift_is_that_of_the_rows() -> None:
@@ -138,7 +162,7 @@ def test_the_drift_is_that_of_the_rows() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_drift_never_rises_with_mu(seed: int) -> None:
     knowledge = rows(30, 70 + seed, rank=1 + 3 * seed)
-    found = directions(covariance(rows(8, 80 + seed)), covariance(knowledge), damping=1e-6)
+    found = directions(damped(covariance(rows(8, 80 + seed)), 1e-6), covariance(knowledge))
     curve = Curve.of(change(seed), found, 1.0)
     grid = [0.0, *(10.0**power for power in range(-8, 9))]
     drifts = [curve.at(mu) for mu in grid]
@@ -148,7 +172,7 @@ def test_the_drift_never_rises_with_mu(seed: int) -> None:
 
 @pytest.mark.parametrize("share", (0.9, 0.3, 1e-3))
 def test_bisection_meets_the_budget_and_never_passes_it(share: float) -> None:
-    curves = [Curve.of(change(seed), along(), 2.0 + seed) for seed in range(3)]
+    curves = [Curve.of(change(seed), ALONG, 2.0 + seed) for seed in range(3)]
     before = sum(curve.at(0.0) for curve in curves) / 3
     mu = mu_for_drift(curves, share * before)
     after = sum(curve.at(mu) for curve in curves) / 3
@@ -157,7 +181,7 @@ def test_bisection_meets_the_budget_and_never_passes_it(share: float) -> None:
 
 
 def test_a_drift_within_the_budget_changes_nothing() -> None:
-    curves = [Curve.of(change(), along(), 1.0)]
+    curves = [Curve.of(change(), ALONG, 1.0)]
     assert mu_for_drift(curves, curves[0].at(0.0)) == 0.0
     assert mu_for_drift(curves, 2 * curves[0].at(0.0)) == 0.0
     assert mu_for_drift(curves, 0.999 * curves[0].at(0.0)) > 0.0
@@ -166,14 +190,13 @@ def test_a_drift_within_the_budget_changes_nothing() -> None:
 def test_without_task_data_the_nearest_change_is_kept() -> None:
     tau = float(OMEGA_K.trace()) / N
     wanted = change().dense() @ torch.linalg.inv(torch.eye(N, dtype=torch.float64) + 0.3 * OMEGA_K / tau)
-    found = directions(white_like(OMEGA_K), OMEGA_K, damping=1e-12)
-    assert relative(repaired(change(), found, 0.3).dense(), wanted) < 1e-9
+    assert relative(solution(white_like(OMEGA_K), OMEGA_K, 0.3).of(change()).dense(), wanted) < 1e-9
 
 
 def test_a_direction_that_no_data_use_is_kept_and_one_that_only_knowledge_uses_is_removed() -> None:
     task, knowledge = torch.zeros(N, N, dtype=torch.float64), torch.zeros(N, N, dtype=torch.float64)
     task[0, 0], knowledge[1, 1] = 1.0, 1.0
-    found = repaired(change(), directions(task, knowledge, damping=1e-4), 10.0).dense()
+    found = solution(damped(task, 1e-4), knowledge, 10.0).of(change()).dense()
     start = change().dense()
     assert relative(found[:, 2:], start[:, 2:]) < 1e-9
     assert relative(found[:, 0], start[:, 0]) < 1e-9
@@ -181,17 +204,17 @@ def test_a_direction_that_no_data_use_is_kept_and_one_that_only_knowledge_uses_i
 
 
 def test_negative_control_the_two_covariances_are_not_alike() -> None:
-    turned = directions(OMEGA_K, OMEGA_T, damping=DAMPING)
-    assert relative(repaired(change(), turned, 1.0).dense(), repaired(change(), along(), 1.0).dense()) > 1e-2
+    turned = solution(damped(OMEGA_K, DAMPING), OMEGA_T, 1.0).of(change())
+    assert relative(turned.dense(), repaired(change(), 1.0).dense()) > 1e-2
 
 
 @pytest.mark.parametrize("mu", (-1.0, math.inf, math.nan))
 def test_wrong_numbers_are_refused(mu: float) -> None:
     with pytest.raises(ValueError, match="mu"):
-        repaired(change(), along(), mu)
+        repaired(change(), mu)
     with pytest.raises(ValueError, match="drift"):
-        mu_for_drift([Curve.of(change(), along(), 1.0)], mu if mu < 0 else 0.0)
+        mu_for_drift([Curve.of(change(), ALONG, 1.0)], mu if mu < 0 else 0.0)
     with pytest.raises(ValueError, match="damping"):
-        directions(OMEGA_T, OMEGA_K, damping=0.0)
+        damped(OMEGA_T, 0.0)
     with pytest.raises(ValueError, match="mean eigenvalue"):
-        directions(torch.zeros(N, N), OMEGA_K, damping=1e-3)
+        damped(torch.zeros(N, N), 1e-3)

@@ -8,12 +8,16 @@ It is a sum of quadratics, one for each row of ΔW'; setting the gradient to zer
 
     ΔW' = ΔW Ω_t (Ω_t + μ Ω_k)⁻¹                                                                                 (2)
 
-which multiplies ΔW = B A from the right: only A changes. Everything about every μ follows from one eigenproblem
-``Ω_k v = λ Ω_t v`` with ``VᵀΩ_tV = I``, ``VᵀΩ_kV = Λ``: in the coordinates ``C = ΔW V⁻ᵀ`` of the change,
+which multiplies ΔW = B A from the right: only A changes. With ``M = Ω_t + μ Ω_k``, the objective of any X is that of
+ΔW' plus ``||(X - ΔW') M^½||²``, so that the best X of rank r is the nearest to ΔW' in that norm (Eckart-Young):
 
-    ΔW' = C diag(1 / (1 + μλ)) Vᵀ                                                                                (3)
+    B = the r leading left singular vectors of ΔW' M^½,  A = Bᵀ ΔW'                                              (3)
 
-λ is how much more a direction is used by the knowledge than by the task; repair shrinks it by 1 / (1 + μλ).
+How (2) depends on μ follows from one eigenproblem ``Ω_k v = λ Ω_t v`` with ``VᵀΩ_tV = I``: along v, (2) shrinks the
+change by ``1 / (1 + μλ)``; λ is how much more the knowledge uses that direction than the task. With the squared
+lengths e of the change along the directions its drift on the knowledge is
+
+    tr(ΔW' Ω_k ΔW'ᵀ) = sum e λ / (1 + μλ)²                                                                       (4)
 """
 
 from __future__ import annotations
@@ -26,7 +30,18 @@ from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
 
-__all__ = ["Curve", "Directions", "directions", "drift_of", "mu_for_drift", "output_energy", "repaired", "white_like"]
+__all__ = [
+    "Curve",
+    "Directions",
+    "Solution",
+    "damped",
+    "directions",
+    "drift_of",
+    "mu_for_drift",
+    "output_energy",
+    "solution",
+    "white_like",
+]
 
 _TOLERANCE = 1e-9  # of log μ
 _LARGEST_MU = 1e30
@@ -36,16 +51,14 @@ _LARGEST_MU = 1e30
 class Directions:
     """The joint eigenvectors of the two covariances of an input group, shared by all targets fed by it (q/k/v).
 
-    Laws: ``inverse @ vectors == I``; ``vectorsᵀ Ω_t vectors == I``; ``vectorsᵀ Ω_k vectors == diag(ratios)``.
+    Laws: ``inverseᵀ inverse == Ω_t`` (damped); ``inverseᵀ diag(ratios) inverse == Ω_k``.
 
     Args:
         ratios: λ, ``(n,)``, ascending, not negative.
-        vectors: V, ``(n, n)``, one direction a column.
-        inverse: ``V⁻¹``, ``(n, n)``.
+        inverse: ``V⁻¹``, ``(n, n)``: what gives a row's length along each direction.
     """
 
     ratios: Tensor
-    vectors: Tensor
     inverse: Tensor
 
 
@@ -53,8 +66,8 @@ class Directions:
 class Curve:
     """A target's relative feature drift as a function of μ, at a cost of n operations for each μ.
 
-    Law: ``at(mu) == drift_of(repaired(change, directions, mu), omega_k, energy)``, not increasing in μ: every term
-    of ``sum e λ / (1 + μλ)²`` falls.
+    Law: ``at(mu) == drift_of(solution(omega_t, omega_k, mu).of(change), omega_k, scale)``, not increasing in μ: every
+    term of (4) falls.
 
     Args:
         energies: e, ``(n,)``: squared length of the change along each direction.
@@ -94,38 +107,49 @@ class Curve:
         return float((self.energies * self.ratios / (1 + mu * self.ratios).square()).sum()) / self.scale
 
 
-def directions(omega_t: Tensor, omega_k: Tensor, *, damping: float) -> Directions:
-    """Solve ``Ω_k v = λ Ω_t v``, by one Cholesky factorisation and one symmetric eigenproblem.
+def damped(omega_t: Tensor, damping: float) -> Tensor:
+    """Add ``damping * tr(Ω_t) / n`` to the diagonal of Ω_t.
 
-    Ω_t is taken with ``damping * tr(Ω_t) / n`` added to its diagonal. It has to be: where the task data have no
-    component, (1) does not say what ΔW' does, so that Ω_t has no inverse and the answer would be decided by rounding.
-    Damping says that the task uses every direction a little, ``damping`` of the mean: a direction that neither data
-    set uses is kept, one that only the knowledge uses is removed as soon as μ times its variance passes that little.
-    Covariances are held in float32, so that damping below ``6e-8 n`` is within their rounding.
+    It has to be: where the task data have no component, (1) does not say what ΔW' does, so that Ω_t has no inverse and
+    the answer would be decided by rounding. Damping says that the task uses every direction a little, ``damping`` of
+    the mean: a direction that neither data set uses is kept, one that only the knowledge uses is removed as soon as μ
+    times its variance passes that little. Covariances are held in float32, with an error of about ``6e-8`` of their
+    largest eigenvalue: damping should be above it.
 
     Args:
         omega_t: Ω_t, ``(n, n)``, symmetric positive semi-definite, not zero.
-        omega_k: Ω_k, ``(n, n)``, symmetric positive semi-definite.
         damping: Share of the mean eigenvalue of Ω_t, above 0.
 
     Returns:
-        The directions, float64.
+        ``(n, n)``, float64.
 
     Raises:
         ValueError: damping is not above 0, or Ω_t has no trace.
     """
-    n = omega_t.shape[0]
-    mean = float(omega_t.double().trace()) / n
+    matrix = omega_t.to(torch.float64, copy=True)
+    mean = float(matrix.trace()) / matrix.shape[0]
     if not (damping > 0 and mean > 0):
-        raise ValueError(f"directions: got damping {damping} and mean eigenvalue {mean:g}, wanted both above 0")
-    damped = omega_t.double().clone()
-    damped.diagonal().add_(damping * mean)
-    L = torch.linalg.cholesky(damped)
+        raise ValueError(f"damped: got damping {damping} and mean eigenvalue {mean:g}, wanted both above 0")
+    matrix.diagonal().add_(damping * mean)
+    return matrix
+
+
+def directions(omega_t: Tensor, omega_k: Tensor) -> Directions:
+    """Solve ``Ω_k v = λ Ω_t v``, by one Cholesky factorisation and one symmetric eigenproblem.
+
+    Args:
+        omega_t: Ω_t, ``(n, n)``, positive definite: :func:`damped`.
+        omega_k: Ω_k, ``(n, n)``, symmetric positive semi-definite.
+
+    Returns:
+        The directions, float64.
+    """
+    L = torch.linalg.cholesky(omega_t.double())
     half = torch.linalg.solve_triangular(L, omega_k.double(), upper=False)
     both = torch.linalg.solve_triangular(L, half.T, upper=False)
     ratios, Q = torch.linalg.eigh((both + both.T) / 2)
     # Rounding makes eigenvalues of a null space slightly negative; none is, and drift would rise with μ.
-    return Directions(ratios.clamp_min(0), torch.linalg.solve_triangular(L.T, Q, upper=True), Q.T @ L.T)
+    return Directions(ratios.clamp_min(0), Q.T @ L.T)
 
 
 def white_like(omega_k: Tensor) -> Tensor:
@@ -144,31 +168,75 @@ def white_like(omega_k: Tensor) -> Tensor:
     return torch.eye(n, dtype=torch.float64, device=omega_k.device) * (omega_k.double().trace() / n)
 
 
-def repaired(change: LowRank, along: Directions, mu: float) -> LowRank:
-    """Solve (1) for a change in low rank: ``A' = A Ω_t (Ω_t + μ Ω_k)⁻¹``, B as it was.
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """(2) for one input group and one μ: one Cholesky factorisation serves every change.
 
-    Laws: optimal, any other change of this shape has a larger objective; μ = 0 is the change itself, bit for bit;
-    the product does not depend on how it is factored (``B G``, ``G⁻¹ A``); as μ grows, the change falls into the
-    null space of Ω_k.
+    Laws: optimal, any other change has a larger objective, and of all changes of rank r none has a smaller one than
+    :meth:`of_rank`; the product does not depend on how the change is factored (``B G``, ``G⁻¹ A``); μ = 0 gives the
+    change itself, bit for bit; as μ grows the change falls into the null space of Ω_k.
 
     Args:
-        change: ΔW, ``(m, n)``.
-        along: From :func:`directions`.
+        omega_t: Ω_t, ``(n, n)``, float64.
+        root: The lower triangular L with ``L Lᵀ = Ω_t + μ Ω_k``; None where μ is 0.
+    """
+
+    omega_t: Tensor
+    root: Tensor | None
+
+    def of(self, change: LowRank) -> LowRank:
+        """Repair a change, leaving B as it is (2).
+
+        Args:
+            change: ΔW, ``(m, n)``.
+
+        Returns:
+            ΔW', B the same tensor, A in the dtype it had.
+        """
+        if self.root is None:
+            return change
+        A = torch.cholesky_solve(self.omega_t @ change.A.double().T, self.root).T
+        return LowRank(change.B, A.to(change.A.dtype).contiguous())
+
+    def of_rank(self, change: LowRank, rank: int) -> LowRank:
+        """Repair a change and take the best change of a lower rank (3).
+
+        Its drift is no larger than that of (2): B Bᵀ is a projection.
+
+        Args:
+            change: ΔW, ``(m, n)``, of any rank.
+            rank: The rank wanted; the change's own or more leaves (2) as it is.
+
+        Returns:
+            The best change of that rank.
+        """
+        whole = self.of(change)
+        if rank >= whole.rank:
+            return whole
+        dense = whole.B.double() @ whole.A.double()
+        root = torch.linalg.cholesky(self.omega_t) if self.root is None else self.root
+        U = torch.linalg.svd(dense @ root, full_matrices=False).U[:, :rank]
+        return LowRank(U.to(change.B.dtype).contiguous(), (U.T @ dense).to(change.A.dtype))
+
+
+def solution(omega_t: Tensor, omega_k: Tensor, mu: float) -> Solution:
+    """Prepare (2) for an input group.
+
+    Args:
+        omega_t: Ω_t, ``(n, n)``, positive definite: :func:`damped`.
+        omega_k: Ω_k, ``(n, n)``, symmetric positive semi-definite.
         mu: μ, finite and not negative.
 
     Returns:
-        ΔW', B the same tensor, A in the dtype it had.
+        What repairs every target of the group.
 
     Raises:
         ValueError: mu is negative or not finite.
     """
     if not 0 <= mu < float("inf"):
-        raise ValueError(f"repaired: got mu = {mu}, wanted a finite number, not negative")
-    if mu == 0:
-        return change
-    coordinates = change.A.double() @ along.inverse.T
-    A = (coordinates / (1 + mu * along.ratios)) @ along.vectors.T
-    return LowRank(change.B, A.to(change.A.dtype))
+        raise ValueError(f"solution: got mu = {mu}, wanted a finite number, not negative")
+    omega_t = omega_t.double()
+    return Solution(omega_t, torch.linalg.cholesky(omega_t + mu * omega_k.double()) if mu else None)
 
 
 def output_energy(change: LowRank, omega: Tensor) -> float:
