@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from keeptune.methods.osf import Osf
     from keeptune.methods.pissa import Pissa
     from keeptune.penalties.l2 import L2
+    from keeptune.repairing import repair
     from keeptune.tracing import trace
     from keeptune.train.attach import attach
     from keeptune.train.guard import Guard
@@ -64,6 +65,7 @@ __all__ = [
     "export",
     "install",
     "plan",
+    "repair",
     "trace",
 ]
 
@@ -97,6 +99,7 @@ _HOMES = {
     "export": "api",
     "install": "adapter.install",
     "plan": "api",
+    "repair": "repairing",
     "trace": "tracing",
 }
 

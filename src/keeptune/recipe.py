@@ -47,6 +47,7 @@ __all__ = [
     "make_penalties",
     "make_recipe",
     "parse_overrides",
+    "resolve_file",
     "resolve_model",
 ]
 
@@ -342,11 +343,23 @@ def _resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _found(section: Any, key: str, folder: Path) -> Any:
     if isinstance(section, Mapping) and isinstance(section.get(key), str):
-        return {**section, key: _resolve(section[key], folder)}
+        return {**section, key: resolve_file(section[key], folder)}
     return section
 
 
-def _resolve(name: str, folder: Path) -> str:
+def resolve_file(name: str, folder: Path = Path()) -> str:
+    """Find the data file that a name stands for.
+
+    Args:
+        name: A path, ``atlas:facts.jsonl`` or ``hf://datasets/org/name/file.jsonl``.
+        folder: Where a file is looked for that is not in the current directory.
+
+    Returns:
+        A path; there need be no such file.
+
+    Raises:
+        RecipeError: atlas has no such file.
+    """
     if name.startswith("atlas:"):
         try:
             return str(atlas.data_path(name.removeprefix("atlas:")))

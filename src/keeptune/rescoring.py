@@ -1,0 +1,76 @@
+"""Score several models tuned from one base on the same items: each against the base, and against the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keeptune.evaluate.harness import evaluate
+from keeptune.evaluate.pairs import TwoModels
+from keeptune.evaluate.results import BenchmarkResult
+from keeptune.evaluate.scores import paired_interval
+from keeptune.evaluate.tasks import Benchmark
+
+__all__ = ["score_models"]
+
+_BY_ITEM = ("exact_match", "multiple_choice", "cross_entropy", "accuracy")  # metrics that are means over items
+
+
+def score_models(
+    base: PreTrainedModel,
+    models: Mapping[str, Callable[[], PreTrainedModel]],
+    tokenizer: PreTrainedTokenizerBase,
+    benchmarks: Sequence[Benchmark],
+    *,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Score benchmarks with a base and each model tuned from it.
+
+    Args:
+        base: The base.
+        models: Label to what loads the model; one is held at a time.
+        tokenizer: Their tokenizer.
+        benchmarks: What to score.
+        seed: Seed of the bootstrap intervals.
+
+    Returns:
+        One row for each benchmark: ``name``, ``role``, ``metric``, ``n``, ``base`` (the base's score) and ``models``:
+        for each label its ``score``, the 95% ``interval`` of its difference to the base, ``kl_to_base`` (of
+        cross-entropies), and ``interval_to_first``, that of its difference to the first model (None for the first,
+        and for metrics that are no means over items).
+    """
+    results: dict[str, dict[str, BenchmarkResult]] = {}
+    for label, load in models.items():
+        pair = TwoModels(base, load())
+        results[label] = {b.name: evaluate(pair, tokenizer, b, Path(), seed=seed) for b in benchmarks}
+    rows = []
+    for benchmark in benchmarks:
+        found = {label: by_name[benchmark.name] for label, by_name in results.items()}
+        first = next(iter(found.values()))
+        entries = {
+            label: {
+                "score": result.after,
+                "interval": list(result.interval),
+                "kl_to_base": result.kl_to_base,
+                "interval_to_first": None if result is first else _between(first, result, seed),
+            }
+            for label, result in found.items()
+        }
+        row = {"name": benchmark.name, "role": benchmark.role, "metric": benchmark.metric, "n": first.n}
+        rows.append(row | {"base": first.before, "models": entries})
+    return rows
+
+
+def _between(first: BenchmarkResult, second: BenchmarkResult, seed: int) -> list[float] | None:
+    """Give the paired interval of the difference between two tuned models."""
+    if first.metric not in _BY_ITEM:
+        return None
+    weights = [float(item.get("tokens", 1)) for item in first.items]
+    before, after = (
+        [item["after"] * weight for item, weight in zip(result.items, weights, strict=True)]
+        for result in (first, second)
+    )
+    return list(paired_interval(before, after, seed, weights=weights))
