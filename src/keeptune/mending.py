@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +190,7 @@ def _besides(folder: Path, base: PreTrainedModel) -> tuple[str, ...]:
 
 def _names_in(folder: Path) -> list[str]:
     with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
-        return [key.removeprefix("base_model.model.") for key in tensors.keys()]  # noqa: SIM118 - not a mapping
+        return [key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in tensors.keys()]  # noqa: SIM118 - not a mapping
 
 
 def _moved_besides(folder: Path, base: PreTrainedModel) -> tuple[str, ...]:
@@ -218,7 +217,7 @@ class Case:
         changes: Target name to ΔW; factors of full size where there is no low-rank form.
         exact: Names of the targets whose change has a low-rank form of its own.
         scales: Target name to ``tr(W Ω_k Wᵀ)``.
-        targets: Those targets that the data reach, targets of one input group following each other.
+        targets: Those targets that the data reach, in model order.
         unseen: Changed targets that no token of the data reached: nothing is guessed, they stay as they are.
         statistics: Covariances of their inputs.
         one_sided: There are no task data.
@@ -294,8 +293,10 @@ class Case:
         return change.to(change.A.dtype, self.device)
 
     def _groups(self, title: str) -> Iterator[tuple[list[Target], Tensor, Tensor]]:
-        groups = [list(members) for _, members in groupby(self.targets, key=lambda target: target.input_group)]
-        for members in tqdm(groups, desc=title, delay=2, disable=None, leave=False):
+        groups: dict[str, list[Target]] = {}
+        for target in self.targets:
+            groups.setdefault(target.input_group, []).append(target)
+        for members in tqdm(groups.values(), desc=title, delay=2, disable=None, leave=False):
             view = self.statistics.view(members[0])
             omega_k = view[InputCovariance("knowledge")].to(self.device, torch.float64)
             task = None if self.one_sided else view[InputCovariance("task")].to(self.device, torch.float64)
@@ -327,7 +328,7 @@ def case_of(source: Source, data: Mapping[DataRole, Calibration], store: StatSto
         store,
         model_fingerprint=source.fingerprint,
     )
-    seen = sorted((t for t in every if t.name not in statistics.unseen), key=lambda target: target.input_group)
+    seen = [target for target in every if target.name not in statistics.unseen]
     scales = {}
     for target in seen:
         omega_k = statistics.view(target).derive(InputCovariance("knowledge"), _doubled)

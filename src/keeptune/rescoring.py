@@ -38,7 +38,7 @@ def score_models(
 
     Returns:
         One row for each benchmark: ``name``, ``role``, ``metric``, ``n``, ``base`` (the base's score) and ``models``:
-        for each label its ``score``, the 95% ``interval`` of its difference to the base, ``kl_to_base`` (of
+        of each its ``label``, ``score``, the 95% ``interval`` of its difference to the base, ``kl_to_base`` (of
         cross-entropies), and ``interval_to_first``, that of its difference to the first model (None for the first,
         and for metrics that are no means over items).
     """
@@ -50,15 +50,16 @@ def score_models(
     for benchmark in benchmarks:
         found = {label: by_name[benchmark.name] for label, by_name in results.items()}
         first = next(iter(found.values()))
-        entries = {
-            label: {
+        entries = [
+            {
+                "label": label,
                 "score": result.after,
                 "interval": list(result.interval),
                 "kl_to_base": result.kl_to_base,
                 "interval_to_first": None if result is first else _between(first, result, seed),
             }
             for label, result in found.items()
-        }
+        ]
         row = {"name": benchmark.name, "role": benchmark.role, "metric": benchmark.metric, "n": first.n}
         rows.append(row | {"base": first.before, "models": entries})
     return rows

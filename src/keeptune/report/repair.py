@@ -58,11 +58,11 @@ def repair_figure(record: Mapping[str, Any]) -> Figure | None:
 
 
 def _point(scores: Sequence[Mapping[str, Any]], label: str, x: float | None) -> dict[str, Any]:
-    benchmarks = [
-        {key: row[key] for key in ("name", "role", "metric")}
-        | {"before": row["base"], "after": row["models"][label]["score"], "interval": row["models"][label]["interval"]}
-        for row in scores
-    ]
+    benchmarks = []
+    for row in scores:
+        found = next(entry for entry in row["models"] if entry["label"] == label)
+        item = {"before": row["base"], "after": found["score"], "interval": found["interval"]}
+        benchmarks.append({key: row[key] for key in ("name", "role", "metric")} | item)
     empty = {"K": None, "T": None, "KT": None}
     return {"name": label, "x": x, "seed": 0, "method": "repair", "benchmarks": benchmarks} | empty
 
@@ -79,11 +79,11 @@ def _print_sweep(record: Mapping[str, Any], console: Console) -> None:
 
 def _print_scores(scores: Sequence[Mapping[str, Any]], console: Console) -> None:
     table = table_frame()
-    for head in ("", "base", *scores[0]["models"]):
+    for head in ("", "base", *(entry["label"] for entry in scores[0]["models"])):
         table.add_column(head, justify="right" if head else "left")
     for row in scores:
         cells = [f"{row['name']} ({'keep' if row['role'] == 'knowledge' else 'learn'})", f"{row['base']:.3f}"]
-        for entry in row["models"].values():
+        for entry in row["models"]:
             low, high = entry["interval_to_first"] or (None, None)
             note = "" if low is None else f"\n{low:+.3f} to {high:+.3f}"
             cells.append(f"{entry['score']:.3f}{note}")
