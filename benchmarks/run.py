@@ -8,7 +8,16 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-ALL = ("lora_null_build", "corda_build", "farss_build", "gradient_pass", "stats_pass", "training_step", "plan_memory")
+ALL = (
+    "lora_null_build",
+    "corda_build",
+    "farss_build",
+    "gradient_pass",
+    "curvature_pass",
+    "stats_pass",
+    "training_step",
+    "plan_memory",
+)
 
 
 def main() -> None:

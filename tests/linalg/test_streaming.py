@@ -79,7 +79,7 @@ def test_how_rows_are_split_does_not_matter() -> None:
 def test_order_matters_by_less_than_the_error_it_tells() -> None:
     X = rows(2000)
     there, back = found(X, 4), found(X.flip(0), 4)
-    assert relative(there.factor.dense(), back.factor.dense()) < 0.2 * there.error
+    assert relative(there.factor.dense(), back.factor.dense()) < 0.4 * there.error
 
 
 @pytest.mark.parametrize("rank", [2, 8, 24])

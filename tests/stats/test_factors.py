@@ -60,6 +60,21 @@ def test_factors_are_near_the_covariances_and_equal_at_full_rank(architecture: s
             assert unpacked(view[few]).error == pytest.approx(least, rel=0.6, abs=1e-4)
 
 
+def test_of_a_bfloat16_model_they_are_float32(tmp_path: Path) -> None:
+    """Products and sums too: what is lost is what the model's own arithmetic loses."""
+    single, half = (Bench(MODELS["llama"](dtype=d), tmp_path / str(d)) for d in (torch.float32, torch.bfloat16))
+    requests = (InputFactor("task", 48), GradientFactor("task", "true", 48), GradientCovariance("task", "true"))
+    exact, rough = single.collect(asking(*requests)), half.collect(asking(*requests))
+    for target in single.targets():
+        for request in requests:
+            found, wanted = rough.view(target)[request], exact.view(target)[request]
+            assert found.dtype == torch.float32
+            assert relative(read_factor(request, found).dense(), read_factor(request, wanted).dense()) < 0.1
+        value = rough.view(target)
+        full = Dense(value[requests[2]])
+        assert relative(read_factor(requests[1], value[requests[1]]).dense(), full.dense()) < 1e-5
+
+
 def test_requests_are_the_covariances_without_a_rank() -> None:
     assert input_request("knowledge", None, examples=3) == InputCovariance("knowledge", 3)
     assert input_request("knowledge", 8, seed=1) == InputFactor("knowledge", 8, 1)

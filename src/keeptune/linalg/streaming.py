@@ -69,6 +69,7 @@ class TopDirections:
     probed: Tensor = field(init=False)
     probes: Tensor = field(init=False)
     buffer: Tensor = field(init=False)
+    start: Tensor = field(init=False)
     filled: int = 0
 
     def __post_init__(self) -> None:
@@ -80,6 +81,8 @@ class TopDirections:
         self.probed = torch.zeros(self.features, _PROBES, dtype=torch.float64, device=self.device)
         self.trace = torch.zeros((), dtype=torch.float64, device=self.device)
         self.buffer = torch.zeros((_KEPT + _FRESH) * self.rank, self.features, dtype=torch.float32, device=self.device)
+        shape = (self.buffer.shape[0], _KEPT * self.rank)
+        self.start = torch.randn(shape, generator=draw, dtype=torch.float32).to(self.device)
 
     def add(self, rows: Tensor) -> None:
         """Take the rows of one batch.
@@ -123,8 +126,7 @@ class TopDirections:
         upper = torch.zeros(self.filled, self.filled, dtype=torch.float64, device=self.device)
         add_gram(upper, S.T)
         gram = symmetric(upper).float()
-        draw = torch.Generator().manual_seed(self.seed)
-        Q = torch.randn(self.filled, kept, generator=draw, dtype=torch.float32).to(self.device)
+        Q = self.start[: self.filled]
         for _ in range(_STEPS):
             Q = _contraction(gram @ Q)
         self.buffer[:kept] = Q.T @ S

@@ -1,0 +1,97 @@
+"""Curvature from two batches of knowledge, all seven kinds of linear maps, against two forward/backward passes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from timing import compare
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from keeptune.core.low_rank import LowRank
+from keeptune.core.target import Target
+from keeptune.data.calibration import Calibration
+from keeptune.model.blocks import find_targets
+from keeptune.model.runner import ResidentRunner, Taps, summed_loss
+from keeptune.stats.collect import collect
+from keeptune.stats.factors import gradient_request, input_request, unpacked
+from keeptune.stats.fisher import TokenCount, WeightFisher, lora_fisher
+from keeptune.stats.request import Request
+from keeptune.stats.store import StatStore
+
+WIDTH, LAYERS, VOCABULARY, TOKENS, RANK = 768, 2, 8192, 1024, 64
+
+
+def rows() -> list[dict[str, str]]:
+    """Time training passes, passes with frozen weights, and what each form of the penalty needs."""
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH * 11 // 4,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=12,
+        num_key_value_heads=6,
+        vocab_size=VOCABULARY,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(VOCABULARY, (8, 256)).tolist()
+    data = Calibration(tuple(map(tuple, ids)), 0, (128,) * len(ids))
+    batches, targets, runner = data.batches(TOKENS), find_targets(model), ResidentRunner(model)
+    errors: list[float] = []
+
+    def training() -> None:
+        model.zero_grad()
+        for batch in batches:
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            torch.autograd.backward(summed_loss(logits, batch, labels="true", seed=0))
+
+    def start(target: Target) -> LowRank:
+        return LowRank(torch.zeros(target.out_features, 16), torch.ones(16, target.in_features))
+
+    def wanted(name: str, target: Target) -> set[Request]:
+        if name == "diag":
+            return {lora_fisher("knowledge", "sampled", start(target), 1.0)}
+        if name == "ewc":
+            return {WeightFisher("knowledge", "sampled")}
+        rank = RANK if name == "low rank" else None
+        return {input_request("knowledge", rank), gradient_request("knowledge", "sampled", rank)}
+
+    def sweep(name: str) -> None:
+        requests = {t.name: frozenset(wanted(name, t) | {TokenCount("knowledge")}) for t in targets}
+        with tempfile.TemporaryDirectory() as folder:
+            store = StatStore(Path(folder))
+            found = collect(
+                runner, targets, requests, {"knowledge": data}, store, model_fingerprint="m", batch_tokens=TOKENS
+            )
+            if name == "low rank" and not errors:
+                request = input_request("knowledge", RANK)
+                errors.extend(unpacked(found.view(target)[request]).error for target in targets)
+
+    forms = {
+        "dense": "dense factors (b-kfac, b-tri-kfac, delta-kfac)",
+        "low rank": f"rank-{RANK} factors",
+        "diag": "diagonals of A and B (diag), r 16",
+        "ewc": "diagonal of W (ewc)",
+    }
+    times = compare(
+        {
+            "training": training,
+            "frozen": lambda: runner.backward(batches, Taps(), labels="sampled", seed=0, title=""),
+            **{name: lambda name=name: sweep(name) for name in forms},  # type: ignore[misc]
+        },
+        rounds=3,
+    )
+    title = f"curvature from 2 batches of 1,024 tokens, {LAYERS} layers of {WIDTH}"
+    return [
+        {
+            "benchmark": f"{title}, {label}",
+            "plain": f"{times['training']:.2f} s training passes, {times['frozen']:.2f} s with frozen weights",
+            "keeptune": f"{times[name]:.2f} s",
+            "ratio": f"{times[name] / times['training']:.2f} x / {times[name] / times['frozen']:.2f} x",
+            "check": f"relative error of input factors {max(errors):.2f} at most"
+            if name == "low rank"
+            else f"{len(targets)} targets",
+        }
+        for name, label in forms.items()
+    ]
