@@ -16,6 +16,7 @@ ALL = (
     "curvature_pass",
     "stats_pass",
     "training_step",
+    "penalty_step",
     "plan_memory",
 )
 
