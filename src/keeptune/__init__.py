@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from keeptune.methods.olora import Olora
     from keeptune.methods.osf import Osf
     from keeptune.methods.pissa import Pissa
+    from keeptune.penalties.decay import Decay
+    from keeptune.penalties.kl import Kl
     from keeptune.penalties.l2 import L2
     from keeptune.repairing import repair
     from keeptune.tracing import trace
@@ -39,6 +41,7 @@ __all__ = [
     "AdapterPair",
     "Benchmark",
     "Corda",
+    "Decay",
     "Dora",
     "Eva",
     "Farss",
@@ -46,6 +49,7 @@ __all__ = [
     "Guard",
     "Kasa",
     "KeeptuneError",
+    "Kl",
     "L2",
     "Lora",
     "LoraFA",
@@ -73,6 +77,7 @@ _HOMES = {
     "AdapterPair": "evaluate.pairs",
     "Benchmark": "evaluate.tasks",
     "Corda": "methods.corda",
+    "Decay": "penalties.decay",
     "Dora": "methods.dora",
     "Eva": "methods.eva",
     "Farss": "methods.farss",
@@ -80,6 +85,7 @@ _HOMES = {
     "Guard": "train.guard",
     "Kasa": "methods.kasa",
     "KeeptuneError": "core.errors",
+    "Kl": "penalties.kl",
     "L2": "penalties.l2",
     "Lora": "methods.lora",
     "LoraFA": "methods.lora_fa",

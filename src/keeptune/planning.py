@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import PlanError
-from keeptune.core.plan import Plan
+from keeptune.core.plan import PenaltyPlan, Plan
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.methods.base import Method, make_plan, penalties_of
@@ -18,6 +18,7 @@ from keeptune.model.head import body_fingerprint
 from keeptune.model.load import refuse_not_finite
 from keeptune.model.runner import ResidentRunner
 from keeptune.penalties.base import PenaltySpec, Site, notes_of, penalty_plan
+from keeptune.penalties.outputs import OfOutputs
 from keeptune.stats.collect import Statistics, collect
 from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
@@ -234,9 +235,26 @@ def with_penalties(
             yield Site(t, read_weight(model, t.target), statistics.view(t.target), targets, blocks)
 
     made = [penalty_plan(penalty, sites()) for penalty in penalties]
+    made = [_with_texts(penalty, its, model, data) for penalty, its in zip(penalties, made, strict=True)]
     said = [note for penalty, its in zip(penalties, made, strict=True) for note in notes_of(penalty, plan, its)]
     if any("magnitude" in t.trainable for t in plan.targets):
         said.append("penalties hold the change of the directions, s B A; the magnitudes are free")
     notes = [*plan.provenance.get("notes", ()), *said]
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
     return replace(plan, penalties=tuple(made), provenance=provenance)
+
+
+def _with_texts(
+    penalty: PenaltySpec, made: PenaltyPlan, model: PreTrainedModel, data: Mapping[DataRole, Calibration]
+) -> PenaltyPlan:
+    """Add the texts that a penalty on answers runs the model on."""
+    if not isinstance(penalty, OfOutputs):
+        return made
+    if head_of(model):
+        raise PlanError(
+            f"penalty {penalty.name}",
+            got="a classifier, whose head is drawn anew: its base has no answers that could be kept",
+            wanted="a model that writes text",
+            next_step="Take a penalty on the weight change: l2, or laplace with delta-act.",
+        )
+    return replace(made, tensors={**made.tensors, **penalty.texts(data)})

@@ -23,7 +23,7 @@ from keeptune.adapter.install import trained_state
 from keeptune.core.plan import Plan
 from keeptune.train.attach import attach
 
-__all__ = ["BACKENDS", "interrupted", "scenarios", "trained"]
+__all__ = ["BACKENDS", "answers", "interrupted", "scenarios", "trained"]
 
 EXAMPLES = 8  # all of them are in each step, so that the order does not matter
 Found = dict[str, Tensor]
@@ -75,6 +75,11 @@ def interrupted(plan: Plan, folder: Path, processes: int, **extra: Any) -> dict[
     return {"whole": whole, "resumed": trained(plan, "transformers", folder, resume=folder / "checkpoint-2", **extra)}
 
 
+def answers(processes: int) -> dict[str, Any]:
+    """Arguments of a training that is long enough for answers to change."""
+    return {"per_device_train_batch_size": EXAMPLES // processes // 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+
+
 def main(plan: Plan, out: Path) -> None:
     """Run every scenario under every back-end; the first process writes what it has."""
     state = PartialState(cpu=True)
@@ -83,6 +88,8 @@ def main(plan: Plan, out: Path) -> None:
             name: trained(plan, trainer, out / "unused", **extra, **sharding)
             for name, trainer, extra in scenarios(state.num_processes)
         } | interrupted(plan, out / backend, state.num_processes, **sharding)
+        if not sharding:
+            found["kl"] = trained(Plan.load(out / "kl"), "transformers", out / "unused", **answers(state.num_processes))
         if state.is_main_process:
             flat = {f"{name}|{key}": value for name, states in found.items() for key, value in states.items()}
             save_file(flat, out / f"{backend}.safetensors")

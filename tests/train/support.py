@@ -27,7 +27,7 @@ EXAMPLES = TaskExamples(
 
 
 def knowledge() -> Calibration:
-    texts = [f"Once upon a time there were {n} little birds." for n in range(8)]
+    texts = [f"Once upon a time there were {n} little birds.{' They sang.' * (n % 3)}" for n in range(8)]
     return tokenize_calibration(texts, TOKENIZER, max_length=32, where="knowledge")
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.train.distributed import BACKENDS, interrupted, scenarios, trained
+from tests.train.distributed import BACKENDS, answers, interrupted, scenarios, trained
 from tests.train.support import planned
 from torch import Tensor
 
 from keeptune.core.plan import Plan
 from keeptune.methods.pissa import Pissa
+from keeptune.penalties.kl import Kl
 from keeptune.penalties.l2 import L2
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +33,16 @@ def plan() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def together(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, Tensor]]:
+def kl(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return planned(Pissa(rank=2), [Kl(strength=5.0, batch_size=3)], store=tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def together(plan: Plan, kl: Plan, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, Tensor]]:
     """What two processes leave, by back-end."""
     folder = tmp_path_factory.mktemp("together")
     plan.save(folder / "plan")
+    kl.save(folder / "kl")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -100,3 +107,18 @@ def test_a_resumed_run_takes_the_steps_of_one_that_was_not_stopped(
             assert torch.equal(both["whole"][key], both["resumed"][key])
     for key in ("log penalty", "log penalty_grad_norm", "log drift/layer_0"):
         assert both["whole"][key][-1] == both["resumed"][key][-1]
+
+
+def test_two_processes_share_the_texts_of_a_penalty_on_answers(
+    kl: Plan, together: Mapping[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Batches of three texts, two of them for the first process, one for the second."""
+    found = part(together["ddp"], "kl")
+    alone, without = (
+        trained(kl, "transformers", tmp_path, penalised=penalised, **answers(1)) for penalised in (True, False)
+    )
+    for key in [key for key in alone if key != "shards"]:
+        torch.testing.assert_close(found[key], alone[key], rtol=1e-3, atol=1e-5)
+    assert float(alone["log penalty/kl"][-1]) > 0.01
+    name = kl.targets[0].target.name
+    assert float((alone[f"{name}.B"] - without[f"{name}.B"]).abs().max()) > 1e-3

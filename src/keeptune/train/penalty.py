@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
@@ -33,18 +32,11 @@ from keeptune.core.plan import Factor, PenaltyPlan, Plan
 from keeptune.linalg.factor import Identity
 from keeptune.penalties.base import NORM, Adaptive, Term, penalty_named, start_of
 from keeptune.penalties.kronecker import KroneckerChange
+from keeptune.penalties.outputs import OfOutputs
+from keeptune.train.outputs import Gradients, Outputs
+from keeptune.train.refusals import refuse_trainer
 
 __all__ = ["Penalties", "add_penalties"]
-
-# Optimisers that change weights inside the backward pass leave no gradient to add to.
-_STEP_IN_BACKWARD = ("lomo", "layerwise")
-_KNOWN = {
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_XPU,
-    DistributedType.FSDP,
-}
 
 
 class Penalties:
@@ -60,6 +52,7 @@ class Penalties:
         self._model, self._plan = model, plan
         self._specs = [penalty_named(penalty.name, penalty.options) for penalty in plan.penalties]
         self._state = [_state_of(spec, made) for spec, made in zip(self._specs, plan.penalties, strict=True)]
+        self._outputs = [Outputs(spec, model, plan) if isinstance(spec, OfOutputs) else None for spec in self._specs]
         self._terms: list[list[Term]] = []
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
@@ -79,12 +72,18 @@ class Penalties:
         if not self._terms:
             self._bind([next(iter(found.values())).device for found in parameters])
         values: list[dict[str, Tensor]] = [{} for _ in self._specs]
-        squares: list[Tensor] = []
+        summed = Gradients()
         for target_plan, of_target, terms in zip(self._plan.targets, parameters, self._terms, strict=True):
-            gradients = _gradients(target_plan.target.name, of_target, terms, values)
-            for factor, gradient in gradients.items():
-                _add(of_target[factor], gradient * scale)
-            squares += [gradient.square().sum() for gradient in gradients.values()]
+            for factor, gradient in _gradients(target_plan.target.name, of_target, terms, values).items():
+                summed.add(of_target[factor], gradient)
+        norms = {}
+        for outputs, own, parts in zip(self._outputs, self._own, values, strict=True):
+            if outputs is not None:
+                parts[""], gradients = outputs.value_and_grad(own, scale)
+                norms[f"penalty_grad_norm/{outputs.name}"] = gradients.norm()
+                summed.join(gradients)
+        for parameter, gradient in summed.items():
+            _add(parameter, gradient * scale)
         home = self._home
         sums: dict[str, Tensor] = {}
         for spec, parts in zip(self._specs, values, strict=True):
@@ -94,8 +93,7 @@ class Penalties:
                 + torch.stack([value.to(home) for value in parts.values()]).sum()
             )
         total = torch.stack(list(sums.values())).sum()
-        norm = torch.stack([square.to(home) for square in squares]).sum().sqrt()
-        found = {"penalty": total, "penalty_grad_norm": norm} | sums | self._adapt(values)
+        found = {"penalty": total, "penalty_grad_norm": summed.norm().to(home)} | norms | sums | self._adapt(values)
         self._sums = {name: value + self._sums.get(name, 0.0) for name, value in found.items()}
         self._steps += 1
         self.taken += 1
@@ -191,7 +189,7 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
     Raises:
         TrainError: The trainer's back-end or optimiser leaves no moment at which a gradient can be added once.
     """
-    _refuse(trainer, plan)
+    refuse_trainer(trainer, plan)
     penalties = Penalties(trainer.model, plan)
     training_step, log = trainer.training_step, trainer.log
 
@@ -281,49 +279,6 @@ class PenaltyState(TrainerCallback, ExportableState):
                 next_step="Train from the start, in another output folder.",
             )
         self.penalties.restore(kept["attributes"]["kept"])
-
-
-def _refuse(trainer: Any, plan: Plan) -> None:
-    """Refuse what cannot count a penalty exactly once, before anything is trained."""
-    where = f"penalties {', '.join(penalty.name for penalty in plan.penalties)}"
-    if plan.scope != "adapter":
-        raise TrainError(
-            where,
-            got=f"the method {plan.method}, which changes whole weights",
-            wanted="a method that trains low-rank factors",
-            next_step="Leave `penalties` out, or take another method.",
-        )
-    kind = trainer.accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED:
-        raise TrainError(
-            where,
-            got="DeepSpeed, whose engine steps inside the backward pass and keeps the gradients to itself",
-            wanted="a single process, DDP or FSDP2",
-            next_step="Use FSDP2 (`fsdp_version: 2`) where the model does not fit one device.",
-        )
-    sharding = trainer.accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
-    if sharding is not None and sharding.fsdp_version != 2:
-        raise TrainError(
-            where,
-            got="FSDP 1, which flattens the factors of several modules into one tensor",
-            wanted="FSDP2",
-            next_step="Set `fsdp_version: 2` in the config of accelerate.",
-        )
-    if kind not in _KNOWN:
-        raise TrainError(
-            where,
-            got=f"the back-end {kind.value}",
-            wanted="a single process, DDP or FSDP2",
-            next_step="Train with one of these.",
-        )
-    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    if any(part in optimizer for part in _STEP_IN_BACKWARD):
-        raise TrainError(
-            where,
-            got=f"the optimiser {optimizer}, which changes weights inside the backward pass",
-            wanted="one that steps after it",
-            next_step="Set train.optim to adamw_torch.",
-        )
 
 
 def _state_of(spec: Any, made: PenaltyPlan) -> dict[str, Tensor]:

@@ -1,0 +1,189 @@
+"""KL to the base on knowledge data: hold what the model says, not the weights it says it with.
+
+    P = strength mean_i KL(p_base(. | x_<i) || p(. | x_<i))          over the learned tokens i of a batch      (1)
+
+in nats per token, the measure of forgetting itself where penalties on the weights are its second order. The batch is
+another one at every optimiser step; it costs a forward and backward pass of ``batch_size`` texts, and a forward pass
+of the base where its answer is not kept from an earlier round.
+
+The base is the model as it starts: its factors are put in for the pass, whatever the anchor. (Without its adapter a
+model with a residual anchor is not the base; KaSA's start is the base less what KaSA drops.) Padding, prompts, the
+first token of a text and dropout do not enter. Which texts come at which step follows from the seed and the number of
+the step, which is in every checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from keeptune.core.errors import PlanError
+from keeptune.core.plan import Factor, TargetPlan
+from keeptune.data.calibration import Calibration
+from keeptune.penalties.base import Site, Term, check_strength
+from keeptune.penalties.outputs import TextBatch
+from keeptune.stats.request import DataRole, Request
+
+__all__ = ["Kl", "kl_divergence", "text_batch"]
+
+_IDS, _LENGTHS, _PROMPTS, _STEP = "ids", "lengths", "prompts", "step"
+
+
+def kl_divergence(base: Tensor, now: Tensor) -> Tensor:
+    """Compute KL(base || now) of each row.
+
+    Laws: never negative, to rounding; 0 where both say the same; a constant added to all logits of a row changes
+    nothing.
+
+    Args:
+        base: Log-probabilities, ``(rows, classes)``.
+        now: Log-probabilities, ``(rows, classes)``.
+
+    Returns:
+        ``(rows,)``, nats.
+    """
+    return (base.exp() * (base - now)).sum(dim=-1)
+
+
+def text_batch(ids: Tensor, lengths: Tensor, prompts: Tensor, *, size: int, seed: int, step: int) -> TextBatch:
+    """Take the texts of a step: all texts in an order drawn once, ``size`` at a time, over and over.
+
+    Laws: equal steps give equal batches; every text comes once in ``ceil(texts / size)`` steps.
+
+    Args:
+        ids: Token ids of all texts, ``(texts, length)``, filled up at the right.
+        lengths: Tokens of each text.
+        prompts: Tokens of each text that are read only.
+        size: Texts in a batch.
+        seed: Seed of the order.
+        step: Number of the step, from 0.
+
+    Returns:
+        The batch.
+    """
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    number = step % -(-len(ids) // size)
+    rows = order[number * size : (number + 1) * size].to(ids.device)
+    longest = int(lengths[rows].max())
+    place = torch.arange(longest, device=ids.device)
+    mask = place < lengths[rows, None]
+    return TextBatch(
+        number=number,
+        input_ids=ids[rows, :longest].long(),
+        attention_mask=mask.long(),
+        learned=mask & (place >= prompts[rows, None].clamp_min(1)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """A penalty that is no function of one target's factors has no term there."""
+
+    def value_and_grad(self, factors: Mapping[Factor, Tensor]) -> tuple[Tensor, Mapping[Factor, Tensor]]:
+        """Give 0 and no gradients."""
+        return torch.zeros((), device=factors["A"].device), {}
+
+
+@dataclass(frozen=True)
+class Kl:
+    """KL to the base on knowledge data, a batch per optimiser step.
+
+    Args:
+        strength: What a nat per token weighs against a nat of the task's loss.
+        batch_size: Texts per step.
+        seed: Seed of their order.
+        kept_mib: How much memory the base's answers may take, so that they are computed once; 0 computes them at
+            every step.
+
+    Raises:
+        PlanError: An option is out of range.
+    """
+
+    name: ClassVar[str] = "kl"
+    paper: ClassVar[str] = "Li and Hoiem, Learning without Forgetting, 1606.09282 (in spirit)"
+    state: ClassVar[tuple[str, ...]] = (_STEP,)
+
+    strength: float = 1.0
+    batch_size: int = 8
+    seed: int = 0
+    kept_mib: int = 256
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            PlanError: One is out of range.
+        """
+        check_strength(self.strength, self.name)
+        for key, least in (("batch_size", 1), ("kept_mib", 0), ("seed", 0)):
+            value: int = getattr(self, key)
+            if value < least:
+                raise PlanError(
+                    f"penalty kl, {key}", got=str(value), wanted=f"{least} or more", next_step="Correct the value."
+                )
+
+    @property
+    def data(self) -> frozenset[DataRole]:
+        """Need knowledge."""
+        return frozenset({"knowledge"})
+
+    def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
+        """Need no statistics, but the tokens themselves."""
+        return frozenset()
+
+    def tensors(self, site: Site) -> Mapping[str, Tensor]:
+        """Keep nothing of a target."""
+        return {}
+
+    def texts(self, data: Mapping[DataRole, Calibration]) -> Mapping[str, Tensor]:
+        """Keep the tokens of the knowledge, in the order they were given in.
+
+        Raises:
+            PlanError: There is no knowledge, or it has nothing to say a word about.
+        """
+        if "knowledge" not in data:
+            raise PlanError(
+                "penalty kl",
+                got="no knowledge",
+                wanted="texts on which the model is held to the base",
+                next_step="Give `knowledge`.",
+            )
+        given = data["knowledge"]
+        long = [index for index, ids in enumerate(given.sequences) if len(ids) > 1]
+        if not long:
+            raise PlanError(
+                "penalty kl",
+                got="knowledge of single tokens",
+                wanted="texts of two tokens or more",
+                next_step="Give longer texts.",
+            )
+        lengths = torch.tensor([len(given.sequences[index]) for index in long])
+        ids = torch.full((len(long), int(lengths.max())), given.pad_id, dtype=torch.int32)
+        for row, index in enumerate(long):
+            ids[row, : lengths[row]] = torch.tensor(given.sequences[index], dtype=torch.int32)
+        prompts = torch.tensor([given.prompts[index] if given.prompts else 0 for index in long])
+        return {_IDS: ids, _LENGTHS: lengths, _PROMPTS: prompts, _STEP: torch.zeros(1, dtype=torch.float64)}
+
+    def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
+        """Act on no target by itself."""
+        return Nothing()
+
+    def batch(self, tensors: Mapping[str, Tensor]) -> TextBatch:
+        """Take the texts of this step."""
+        return text_batch(
+            tensors[_IDS],
+            tensors[_LENGTHS],
+            tensors[_PROMPTS],
+            size=self.batch_size,
+            seed=self.seed,
+            step=int(tensors[_STEP]),
+        )
+
+    def update(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Go on to the next batch."""
+        tensors[_STEP].add_(1)
+        return {}
