@@ -18,6 +18,7 @@ ALL = (
     "training_step",
     "penalty_step",
     "plan_memory",
+    "tracing",
 )
 
 

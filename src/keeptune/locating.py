@@ -30,7 +30,7 @@ from keeptune.tracing import Trace
 
 __all__ = ["Asked", "trace_models"]
 
-_SHORT = 48  # tokens of a prompt whose heat map is read with ease
+_SHORT = 32  # tokens of a prompt whose heat map is read with ease
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,18 +97,25 @@ def test_fast_equals_one_run_per_state_on_real_models(name: str, reading: Readin
 
 @every_reading
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_sliding_window_is_kept(attention: str, reading: Reading) -> None:
-    fields = llama().config.to_dict() | {"sliding_window": 3, "num_hidden_layers": 3, "layer_types": None}
-    fields = {key: value for key, value in fields.items() if key not in ("model_type", "architectures")}
-    torch.manual_seed(0)
-    config = transformers.MistralConfig(**fields, attn_implementation=attention)
-    model = transformers.MistralForCausalLM(config).eval()
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2"])
+def test_sliding_windows_are_kept(family: str, attention: str, reading: Reading) -> None:
+    dropped = ("model_type", "architectures", "layer_types", "head_dim", "rope_parameters")
+    fields = {key: value for key, value in llama().config.to_dict().items() if key not in dropped}
+    fields |= {"sliding_window": 3, "num_hidden_layers": 4}
+    if family == "Qwen2":  # some blocks see all
+        fields |= {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    config = getattr(transformers, f"{family}Config")(**fields, attn_implementation=attention)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     (batch,) = small().batches(padding_side="left")
     tracer = Tracer(model, reading=reading)
     found = traced(model, batch, tracer)
     assert tracer.fits
     for one in found.values():
-        torch.testing.assert_close(one.heat, wanted(model, one, reading), rtol=0, atol=1e-6)
+        reference = wanted(model, one, reading)
+        assert reference.abs().max() > 1e-3
+        torch.testing.assert_close(one.heat, reference, rtol=0, atol=1e-6)
 
 
 @every_reading

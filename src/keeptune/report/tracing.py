@@ -100,6 +100,7 @@ def heat_figure(record: Mapping[str, Any]) -> Figure:
         )
         bar.set_label("probability of the answer brought back")
         bar.outline.set_visible(False)
+        bar.ax.set_ylim(min(0.0, *(float(table.min()) for table in tables)), most)
         figure.suptitle(
             f"example {example['number']}, answer “{short(_word(example['answer']), 40)}”\n* tokens that got noise",
             x=0.01,
