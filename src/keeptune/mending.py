@@ -303,14 +303,24 @@ class Case:
             yield members, white_like(omega_k) if task is None else task, omega_k
 
 
-def case_of(source: Source, data: Mapping[DataRole, Calibration], store: StatStore, *, damping: float) -> Case:
-    """Collect the covariances of a trained model's inputs, on its base.
+def case_of(
+    source: Source,
+    data: Mapping[DataRole, Calibration],
+    store: StatStore,
+    *,
+    damping: float,
+    running: PreTrainedModel | None = None,
+    fingerprint: str = "",
+) -> Case:
+    """Collect the covariances of a trained model's inputs.
 
     Args:
         source: The trained model.
         data: Tokens: ``"knowledge"``, and ``"task"`` where there are such data.
         store: Where covariances are looked up and kept.
         damping: Of Ω_t, a share of its mean eigenvalue.
+        running: The model whose inputs count; None is the base.
+        fingerprint: Of that model's weights.
 
     Returns:
         The case.
@@ -321,12 +331,12 @@ def case_of(source: Source, data: Mapping[DataRole, Calibration], store: StatSto
     every = [target for target in find_targets(source.model) if target.name in source.changes]
     asked = frozenset(InputCovariance(role) for role in data)
     statistics = collect(
-        ResidentRunner(source.model),
+        ResidentRunner(source.model if running is None else running),
         every,
         {target.name: asked for target in every},
         data,
         store,
-        model_fingerprint=source.fingerprint,
+        model_fingerprint=source.fingerprint if running is None else fingerprint,
     )
     seen = [target for target in every if target.name not in statistics.unseen]
     scales = {}

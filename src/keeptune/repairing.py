@@ -62,6 +62,7 @@ def repair(
     base: str | None = None,
     rank: int = RANK,
     damping: float = DAMPING,
+    rounds: int = 1,
     max_length: int = 1024,
     store: Path | str | None = None,
     device: str = "auto",
@@ -82,6 +83,8 @@ def repair(
         base: The base; None takes what the adapter names.
         rank: Of the result, for changes that are not of low rank (DoRA, whole models).
         damping: How much the task uses every direction, as a share of the mean (:func:`keeptune.linalg.repair.damped`).
+        rounds: 2 repairs once more with the inputs that the repaired model sees, in place of the base's: one more pass
+            over the data, for a little more of the task (``docs/repair.md``).
         max_length: Texts are cut to this many tokens, or to the model's positions.
         store: Folder where covariances are kept; None takes the user's own store.
         device: ``auto`` is CUDA where there is a GPU.
@@ -101,7 +104,7 @@ def repair(
         ExportError: The output holds something that keeptune did not write.
     """
     output, clock = Path(output), _Clock()
-    _check(drift, mu, rank, damping, sweep)
+    _check(drift, mu, {"rank": rank, "rounds": rounds}, damping, sweep)
     refuse_foreign(output)
     check_folder("--output", output)
     check_device(device := device_named(device))
@@ -109,16 +112,23 @@ def repair(
     data = _tokens(source, knowledge, task, max_length)
     clock.lap("load")
     folder = Path(platformdirs.user_cache_dir("keeptune")) / "statistics" if store is None else Path(store)
+    budget = (DRIFT if drift is None else drift) if mu is None else None
+    options = {"drift": budget, "rank": rank, "damping": damping, "rounds": rounds}
     case = case_of(source, data, StatStore(folder), damping=damping)
     clock.lap("statistics")
-    budget = (DRIFT if drift is None else drift) if mu is None else None
-    weight = mu if budget is None else mu_for_drift(case.curves(), budget)
-    assert weight is not None
-    changes, rows = case.solve(weight, rank)
+    weight, changes, rows = _solved(case, mu, budget, rank)
     clock.lap("solve")
+    for _ in range(rounds - 1):
+        plan = _plan(source, case, changes, options | {"mu": weight})
+        running: PreTrainedModel = _installed(source, plan).get_base_model()
+        case = case_of(
+            source, data, StatStore(folder), damping=damping, running=running, fingerprint=plan.key + source.fingerprint
+        )
+        clock.lap("statistics")
+        weight, changes, rows = _solved(case, mu, budget, rank)
+        clock.lap("solve")
     total = {"mu": weight, "budget": budget} | _means(rows)
     _tell(total, rows, source, rank)
-    plan = _plan(source, case, changes, {"mu": weight, "drift": budget, "rank": rank, "damping": damping})
     made_from = {
         "model": source.fingerprint,
         "dtype": source.dtype,
@@ -128,7 +138,7 @@ def repair(
         "examples": {role: len(tokens.sequences) for role, tokens in data.items()},
         "repair": total | {"targets": rows, "dropped": list(source.dropped)},
     }
-    plan = replace(plan, provenance=made_from)
+    plan = replace(_plan(source, case, changes, options | {"mu": weight}), provenance=made_from)
     tuned = _installed(source, plan)
     _clean(output)
     done = export(tuned, plan, output, base=source.base, load_base=source.load_base, tokenizer=source.tokenizer)
@@ -159,10 +169,21 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[name], self._started = now - self._started, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._started
+        self._started = now
 
 
-def _check(drift: float | None, mu: float | None, rank: int, damping: float, sweep: Sequence[float]) -> None:
+def _solved(
+    case: Case, mu: float | None, budget: float | None, rank: int
+) -> tuple[float, dict[str, LowRank], list[dict[str, Any]]]:
+    """Repair with the μ that is given, or with the one that meets the budget."""
+    weight = mu_for_drift(case.curves(), budget or DRIFT) if mu is None else mu
+    return weight, *case.solve(weight, rank)
+
+
+def _check(
+    drift: float | None, mu: float | None, counts: Mapping[str, int], damping: float, sweep: Sequence[float]
+) -> None:
     if drift is not None and mu is not None:
         raise RecipeError(
             "repair",
@@ -173,12 +194,12 @@ def _check(drift: float | None, mu: float | None, rank: int, damping: float, swe
     for name, value, right in (
         ("drift", drift, drift is None or 0 < drift < math.inf),
         ("mu", mu, mu is None or 0 <= mu < math.inf),
-        ("rank", rank, rank >= 1),
+        *((name, count, count >= 1) for name, count in counts.items()),
         ("damping", damping, 0 < damping < math.inf),
         ("sweep", list(sweep), all(0 <= other < math.inf for other in sweep)),
     ):
         if not right:
-            wanted = {"drift": "a number above 0", "rank": "at least 1", "damping": "a number above 0"}
+            wanted = {"drift": "a number above 0", "damping": "a number above 0"} | dict.fromkeys(counts, "at least 1")
             raise RecipeError(
                 f"repair, {name}",
                 got=str(value),

@@ -22,6 +22,7 @@ from keeptune.core.artefact import read_json
 from keeptune.core.errors import DataError, KeeptuneError, ModelError, RecipeError
 from keeptune.job import Job
 from keeptune.merging import merge_adapter
+from keeptune.repairing import repair
 from keeptune.run import export_stage, load_trained, plan_stage, run, start, train_stage
 from keeptune.scoring import evaluate_stage
 
@@ -232,6 +233,27 @@ def test_a_base_has_the_same_head_each_time_and_another_with_another_seed(make: 
     assert not torch.equal(first, other.base().classifier.out_proj.weight)
     assert other.base_fingerprint == Job(recipe_of(plain)).base_fingerprint
     assert other.plan_key != Job(recipe_of(plain)).plan_key
+
+
+def test_a_repaired_classifier_keeps_its_head(make: Make, data: Path, tmp_path: Path) -> None:
+    values = make()
+    run(recipe_of(values))
+    texts = [row["sentence"] for row in read_jsonl(data / "knowledge.jsonl", 20)]
+    task = [row["sentence"] for row in read_jsonl(data / "train.jsonl", 40)]
+    given: dict[str, Any] = {"knowledge": texts, "task": task, "store": tmp_path / "store", "device": "cpu"}
+    record = repair(tmp_path / "out", tmp_path / "same", mu=0.0, **given)
+    assert record["dropped"] == []
+    repair(tmp_path / "out", tmp_path / "repaired", mu=1.0, **given)
+    before, same, after = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path / "out" / "adapter", tmp_path / "same", tmp_path / "repaired")
+    )
+    heads = [key for key in before if "lora" not in key]
+    assert heads
+    assert all(torch.equal(before[key], same[key]) for key in before)
+    assert all(torch.equal(before[key], after[key]) for key in heads)
+    assert any(not torch.equal(before[key], after[key]) for key in before if "lora_A" in key)
+    assert read_json(tmp_path / "repaired" / "keeptune.json")["labels"] is not None
 
 
 def test_an_adapter_is_checked_against_encoder_and_labels(make: Make, data: Path, tmp_path: Path) -> None:

@@ -283,6 +283,27 @@ def test_what_else_was_trained_is_named(mend: Mend, bases: Callable[[str], Saved
     assert [row["target"] for row in record["targets"]] == ["model.layers.1.self_attn.o_proj"]
 
 
+def test_a_second_round_takes_the_inputs_of_the_repaired_model(
+    mend: Mend, base: Saved, adapter: Path, tmp_path: Path
+) -> None:
+    mend(mu=0.5, output="one")
+    record = mend(mu=0.5, output="two", rounds=2)
+    running = Saved(tmp_path / "merged")
+    PeftModel.from_pretrained(base.load(), str(tmp_path / "one")).merge_and_unload().save_pretrained(running.folder)
+    names = [row["target"] for row in record["targets"]]
+    known = rows_of(running, KNOWLEDGE, names)
+    task = rows_of(running, [read + said for read, said in TASK], names, end=True)
+    before, after = changes(base, adapter), changes(base, tmp_path / "two")
+    for name in names:
+        wanted = repaired_by_least_squares(before[name], task[name], known[name], 0.5, DAMP)
+        assert relative(after[name], wanted) < 1e-3
+    deep = [name for name in names if ".1." in name]  # the first layer's inputs are the same in both
+    assert (
+        max(relative(after[name], change) for name, change in changes(base, tmp_path / "one").items() if name in deep)
+        > 1e-2
+    )
+
+
 @pytest.mark.parametrize(("change", "moves"), [(padded_left, False), (mask_forgotten, True)])
 def test_padding_never_enters(
     change: Any, moves: bool, mend: Mend, base: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -339,6 +360,7 @@ def test_repaired_twice_is_the_same(mend: Mend, tmp_path: Path) -> None:
         ({"mu": -1.0}, RecipeError, "mu"),
         ({"mu": math.inf}, RecipeError, "mu"),
         ({"rank": 0}, RecipeError, "rank"),
+        ({"rounds": 0}, RecipeError, "rounds"),
         ({"damping": 0.0}, RecipeError, "damping"),
         ({"sweep": [0.1, -1.0]}, RecipeError, "sweep"),
         ({"device": "cuda:99"}, RecipeError, "device"),
