@@ -19,6 +19,8 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_calibration, knowledge_set
 from keeptune.data.labelled import LabelledExamples, Texts
 from keeptune.data.overlap import Corpus, refuse_overlap
+from keeptune.data.replay import with_replay
+from keeptune.data.sft import TaskExamples
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluate.tasks import load_items
 from keeptune.learning import Examples, check_benchmark, item_texts, read_task, sample, used_texts
@@ -181,6 +183,14 @@ class Job:
         return read_task(self.recipe.task, self.task_rows)
 
     @cached_property
+    def trained_examples(self) -> Examples:
+        """What is trained on: the task, with knowledge among it where the recipe asks for replay."""
+        if not self.recipe.replay:
+            return self.task
+        assert isinstance(self.task, TaskExamples)
+        return with_replay(self.task, self.knowledge, self.recipe.replay, self.seed)
+
+    @cached_property
     def head(self) -> Head | None:
         """The classification head, drawn with the run's seed where the base has none; None for a language model."""
         return Head(self.task.names, self.seed) if isinstance(self.task, LabelledExamples) else None
@@ -229,7 +239,24 @@ class Job:
                 refuse_overlap(corpus, scored)
         self.config("", torch.float32)
 
+    def _check_replay(self) -> None:
+        if self.recipe.replay and not isinstance(self.task, TaskExamples):
+            raise RecipeError(
+                "replay",
+                got=f"{self.recipe.replay} with task.kind {self.recipe.task.kind}",
+                wanted="none: knowledge has no labels that a classifier could learn",
+                next_step="Leave it out; a penalty on the weight change holds a classifier, such as laplace.",
+            )
+        if self.recipe.replay and not self.knowledge:
+            raise RecipeError(
+                "replay",
+                got=f"{self.recipe.replay} without a `knowledge` section",
+                wanted="the examples to mix into the task",
+                next_step='Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.',
+            )
+
     def _check_needs(self) -> None:
+        self._check_replay()
         refuse_layers(self.method, self.recipe.layers)
         refuse_penalties(self.method, asked_penalties(self.method, self.penalties))
         if "knowledge" in self.needs and self.recipe.knowledge is None:

@@ -135,6 +135,7 @@ class Recipe(Section):
     layers: Annotated[list[_Layer], Field(min_length=1)] | None = None
     knowledge: KnowledgeSets | None = None
     penalties: list[Annotated[dict[str, Any], BeforeValidator(spelt_out)]] = Field(default_factory=list)
+    replay: float = Field(0.0, ge=0, lt=1)
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate: list[Benchmark] = Field(default_factory=list)
     anchor: Anchor = "auto"

@@ -178,7 +178,7 @@ def train_stage(job: Job, plan: Plan) -> None:
     model = job.base()
     config = job.config(key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
-    loss = train_on(job.task, tuned, plan, job.tokenizer, config)
+    loss = train_on(job.trained_examples, tuned, plan, job.tokenizer, config)
     with atomic_directory(folder) as fresh:
         sha256 = None
         if plan.scope == "all":
@@ -194,6 +194,7 @@ def train_stage(job: Job, plan: Plan) -> None:
             "arguments": job.recipe.train,
             "sha256": sha256,
             "labels": None if job.head is None else list(job.head.labels),
+            "replay": {"share": job.recipe.replay, "examples": len(job.trained_examples) - len(job.task)},
             "loss": loss,
             "seconds": time.perf_counter() - started,
             "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
@@ -212,7 +213,7 @@ def train_key(job: Job, plan: Plan) -> str:
         The key.
     """
     recipe = job.recipe
-    return content_key([plan.key, job.base_fingerprint, job.task.fingerprint, recipe.train, recipe.anchor])
+    return content_key([plan.key, job.base_fingerprint, job.trained_examples.fingerprint, recipe.train, recipe.anchor])
 
 
 def export_stage(job: Job, plan: Plan) -> Exported:

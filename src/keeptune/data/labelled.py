@@ -91,6 +91,10 @@ class LabelledExamples:
     labels: tuple[int, ...] | tuple[float, ...]
     names: tuple[str, ...]
 
+    def __len__(self) -> int:
+        """Count the examples."""
+        return len(self.labels)
+
     @property
     def fingerprint(self) -> str:
         """Content key of texts and labels, in order: training depends on it."""

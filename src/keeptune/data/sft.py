@@ -30,6 +30,10 @@ class TaskExamples:
     prompts: tuple[str, ...]
     completions: tuple[str, ...]
 
+    def __len__(self) -> int:
+        """Count the examples."""
+        return len(self.prompts)
+
     @property
     def fingerprint(self) -> str:
         """Content key of the texts, in order: training depends on it."""

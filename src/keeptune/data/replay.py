@@ -1,0 +1,72 @@
+"""Replay: knowledge examples among those of the task, learned as the task is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from keeptune.data.knowledge import KnowledgeSet
+from keeptune.data.sft import TaskExamples, draw_rows
+
+__all__ = ["replayed", "with_replay"]
+
+_log = logging.getLogger(__name__)
+
+
+def replayed(task: int, share: float) -> int:
+    """Count the knowledge examples that make up a share of the whole.
+
+    Law: ``replayed(n, s) / (n + replayed(n, s))`` is s, to the nearest example.
+
+    Args:
+        task: How many examples the task has.
+        share: From 0 to below 1.
+
+    Returns:
+        The number; at least 1 for a share above 0.
+
+    >>> replayed(95, 0.05), replayed(10, 0.0), replayed(3, 0.01)
+    (5, 0, 1)
+    """
+    return max(round(task * share / (1 - share)), 1) if share > 0 else 0
+
+
+def with_replay(task: TaskExamples, knowledge: Sequence[KnowledgeSet], share: float, seed: int) -> TaskExamples:
+    """Mix knowledge into a task, evenly spread; each set gives in proportion to its size.
+
+    Texts without a prompt become completions of an empty prompt. Knowledge is drawn without replacement, and again
+    from the start when all of it was drawn.
+
+    Args:
+        task: The task; its examples keep their order.
+        knowledge: The sets.
+        share: How much of the mixed examples is knowledge.
+        seed: Seed of the draw.
+
+    Returns:
+        The mixed examples; the task itself for a share of 0.
+    """
+    wanted = replayed(len(task.prompts), share)
+    if not wanted:
+        return task
+    held = [
+        pair
+        for part in knowledge
+        for pair in zip(part.prompts or [""] * len(part.texts), part.completions, strict=True)
+    ]
+    drawn: list[int] = []
+    rounds = 0
+    while len(drawn) < wanted:
+        drawn += draw_rows(len(held), wanted - len(drawn), seed + rounds)
+        rounds += 1
+    if rounds > 1:
+        _log.warning(
+            "replay: %d of %d knowledge examples are wanted: they come up to %d times", wanted, len(held), rounds
+        )
+    pairs = list(zip(task.prompts, task.completions, strict=True))
+    total = len(pairs) + wanted
+    places = {(2 * number + 1) * total // (2 * wanted): held[row] for number, row in enumerate(drawn)}
+    rest = iter(pairs)
+    mixed = [places[place] if place in places else next(rest) for place in range(total)]
+    _log.info("replay: %d of %d training examples are knowledge", wanted, total)
+    return TaskExamples(prompts=tuple(read for read, _ in mixed), completions=tuple(said for _, said in mixed))
