@@ -113,11 +113,12 @@ class TopDirections:
         S = self.buffer[: self.filled].double()
         if self.filled < self.rank:  # fewer tokens than directions: the others have the value 0
             S = torch.cat([S, S.new_zeros(self.rank - self.filled, self.features)])
-        _, singular, Vh = torch.linalg.svd(S, full_matrices=False)
-        values = singular[: self.rank].square() / self.tokens
+        squares, W = torch.linalg.eigh(S @ S.T)
+        values = squares.flip(0)[: self.rank].clamp_min(0) / self.tokens
+        U = _orthonormal(S.T @ W.flip(1)[:, : self.rank])
         trace, left = self.trace / self.tokens, self.features - self.rank
         remainder = (trace - values.sum()).clamp_min(0) / left if left else trace * 0
-        factor = LowRankPlus(canonical_signs(Vh[: self.rank].T), values, remainder)
+        factor = LowRankPlus(canonical_signs(U), values, remainder)
         return Truncated(factor, self._error(factor))
 
     def _compress(self) -> None:
@@ -136,6 +137,13 @@ class TopDirections:
         """Estimate (4), relative."""
         probes, probed = self.probes.double(), self.probed / self.tokens
         return float((probed - factor.apply(probes)).norm() / probed.norm().clamp_min(math.ulp(0.0)))
+
+
+def _orthonormal(Y: Tensor) -> Tensor:
+    """Orthonormalise columns that are orthogonal but for rounding, in their order; a zero column becomes any other."""
+    norms = torch.linalg.vector_norm(Y, dim=0)
+    Q: Tensor = torch.linalg.qr(Y / norms.clamp_min(torch.finfo(Y.dtype).tiny))[0]
+    return Q
 
 
 def _contraction(Y: Tensor) -> Tensor:
