@@ -20,7 +20,7 @@ from keeptune.stats.fisher import TokenCount, WeightFisher, lora_fisher
 from keeptune.stats.request import Request
 from keeptune.stats.store import StatStore
 
-WIDTH, LAYERS, VOCABULARY, TOKENS, RANK = 768, 2, 8192, 1024, 64
+WIDTH, LAYERS, VOCABULARY, TOKENS, RANK = 1024, 1, 8192, 2048, 64
 
 
 def rows() -> list[dict[str, str]]:
@@ -29,13 +29,13 @@ def rows() -> list[dict[str, str]]:
         hidden_size=WIDTH,
         intermediate_size=WIDTH * 11 // 4,
         num_hidden_layers=LAYERS,
-        num_attention_heads=12,
-        num_key_value_heads=6,
+        num_attention_heads=16,
+        num_key_value_heads=8,
         vocab_size=VOCABULARY,
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(VOCABULARY, (8, 256)).tolist()
+    ids = torch.randint(VOCABULARY, (16, 256)).tolist()
     data = Calibration(tuple(map(tuple, ids)), 0, (128,) * len(ids))
     batches, targets, runner = data.batches(TOKENS), find_targets(model), ResidentRunner(model)
     errors: list[float] = []
@@ -82,7 +82,7 @@ def rows() -> list[dict[str, str]]:
         },
         rounds=3,
     )
-    title = f"curvature from 2 batches of 1,024 tokens, {LAYERS} layers of {WIDTH}"
+    title = f"curvature from 2 batches of 2,048 tokens, {LAYERS} layer of {WIDTH}"
     return [
         {
             "benchmark": f"{title}, {label}",
