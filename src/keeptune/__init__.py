@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from keeptune.penalties.decay import Decay
     from keeptune.penalties.kl import Kl
     from keeptune.penalties.l2 import L2
+    from keeptune.penalties.laplace import Laplace
     from keeptune.repairing import repair
     from keeptune.tracing import trace
     from keeptune.train.attach import attach
@@ -55,6 +56,7 @@ __all__ = [
     "LoraFA",
     "LoraGA",
     "LoraNull",
+    "Laplace",
     "LowRank",
     "Mica",
     "Milora",
@@ -91,6 +93,7 @@ _HOMES = {
     "LoraFA": "methods.lora_fa",
     "LoraGA": "methods.lora_ga",
     "LoraNull": "methods.lora_null",
+    "Laplace": "penalties.laplace",
     "LowRank": "core.low_rank",
     "Mica": "methods.mica",
     "Milora": "methods.milora",

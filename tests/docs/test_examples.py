@@ -69,3 +69,12 @@ def test_starting_points(tmp_path: Path) -> None:
         assert found is not None
         assert float(found[2]) < float(found[1]) - 0.1, "the task is learned"
         assert (tmp_path / "out" / name / "adapter_model.safetensors").is_file()
+
+
+def test_penalty_loop(tmp_path: Path) -> None:
+    out = run(tmp_path, "import penalty_loop, pathlib; penalty_loop.main(pathlib.Path('out'), steps=10)")
+    found = re.findall(r"step \d+: loss (\d\.\d+), penalty (\d\.\d+)", out)
+    assert len(found) == 2
+    assert float(found[1][0]) < float(found[0][0]), "the task is learned"
+    assert float(found[1][1]) > 0
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
