@@ -31,7 +31,8 @@ def read_section(section: Any, where: str) -> tuple[Any, dict[str, Any]]:
 
     Returns:
         The points as mappings, and what the record says about them: ``baseline``, the name of a point, and ``grid``
-        with ``axes`` (dotted key to values) and ``cells`` (name of a point to the place of its value on each axis).
+        with ``axes`` (each a ``key`` and its ``values``) and ``cells`` (name of a point to the place of its value on
+        each axis).
 
     Raises:
         RecipeError: A key is unknown, an axis is no list of different values, or there is no such baseline.
@@ -59,7 +60,10 @@ def read_section(section: Any, where: str) -> tuple[Any, dict[str, Any]]:
     if "grid" in section:
         axes = _axes(section["grid"], f"{where}, key sweep.grid")
         points = _cells(axes, f"{where}, key sweep.grid")
-        about["grid"] = {"axes": axes, "cells": {p["name"]: at for p, at in zip(points, _places(axes), strict=True)}}
+        about["grid"] = {
+            "axes": [{"key": key, "values": values} for key, values in axes.items()],  # JSON would sort a mapping
+            "cells": {point["name"]: places for point, places in zip(points, _places(axes), strict=True)},
+        }
     points += listed
     baseline = _baseline(section.get("baseline"), points, f"{where}, key sweep.baseline")
     if baseline is not None:

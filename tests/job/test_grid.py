@@ -31,7 +31,8 @@ def test_cells_are_the_product_in_order() -> None:
     ]
     assert points[5] == {"name": "strength 1, batches 3", "method.strength": 1, "method.batches": 3}
     assert about["grid"]["cells"]["strength 1, batches 3"] == [1, 2]
-    assert about["grid"]["axes"] == {"method.strength": [0.1, 1], "method.batches": [1, 2, 3]}
+    axes = [{"key": "method.strength", "values": [0.1, 1]}, {"key": "method.batches", "values": [1, 2, 3]}]
+    assert about["grid"]["axes"] == axes
 
 
 def test_one_axis_of_numbers_has_places() -> None:
@@ -109,14 +110,16 @@ def test_a_grid_gives_benefits_over_its_baseline(
     given = recipe_values(targets=["q_proj"])
     given["train"] = {k: v for k, v in given["train"].items() if k != "seed"} | {"max_steps": 1}
     given["evaluate"] = given["evaluate"][:1]
-    grid = {"method.rank": [1, 2], "train.learning_rate": [0.01, 0.1]}
+    grid = {"train.learning_rate": [0.01, 0.1], "method.rank": [1, 2]}
     recipe = write_recipe(tmp_path / "grid.yaml", given | {"sweep": {"grid": grid, "baseline": {"method.rank": 3}}})
     said = keeptune("sweep", recipe, capsys=capsys)
     assert said.code == 0, said.err
     record = read_json(tmp_path / "out" / "sweep.json")
+    # Not in the order of the alphabet, in which JSON would put keys.
+    assert [axis["key"] for axis in record["grid"]["axes"]] == ["train.learning_rate", "method.rank"]
     after = {row["name"]: row["benchmarks"][0]["after"] for row in record["rows"]}
     (table,) = record["benefit"]
     cell = table["cells"][1][0]["mean"]
-    assert cell == pytest.approx(after["baseline"] - after["rank 2, learning_rate 0.01"])
+    assert cell == pytest.approx(after["baseline"] - after["learning_rate 0.1, rank 1"])
     assert "stories (keep): nats/token over baseline" in said.out
     assert (tmp_path / "out" / "sweep.png").stat().st_size > 10_000

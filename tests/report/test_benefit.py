@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy
 import pytest
 from rich.console import Console
 
+from keeptune.core.artefact import canonical_json
 from keeptune.report.benefit import benefit_figure, benefits, print_benefits
 from keeptune.report.style import png
 
-AXES = {"method.strength": [0.1, 10], "method.batches": [1, 2, 3]}
+AXES = [{"key": "method.strength", "values": [0.1, 10]}, {"key": "method.batches", "values": [1, 2, 3]}]
 
 
 def run(name: str, seed: int, facts: float, topics: float, text: float = 2.0) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def test_what_failed_is_left_out() -> None:
 
 def test_grids_of_other_sizes_have_no_table() -> None:
     assert benefits({"rows": grid()}) == []
-    assert benefits({"rows": grid(), "grid": {"axes": {"a": [1]}, "cells": {}}}) == []
+    assert benefits({"rows": grid(), "grid": {"axes": [{"key": "a", "values": [1]}], "cells": {}}}) == []
 
 
 def test_the_figure_shows_numbers_with_their_means(tmp_path: Path) -> None:
@@ -130,6 +132,12 @@ def test_the_figure_shows_numbers_with_their_means(tmp_path: Path) -> None:
     red, _, blue = shown[0].collections[0].to_rgba(numpy.array([-13.0]))[0][:3]
     assert blue > red, "a benefit is blue"
     png(figure, tmp_path / "benefit.png")
+
+
+def test_a_record_read_back_is_drawn_alike() -> None:
+    figure = benefit_figure(json.loads(canonical_json(record(grid()))))
+    assert figure is not None
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("method.batches", "method.strength")
 
 
 def test_nothing_to_draw_is_no_figure() -> None:

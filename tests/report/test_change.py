@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from matplotlib.axes import Axes
 from rich.console import Console
 
+from keeptune.core.artefact import canonical_json
 from keeptune.report.change import change_figure, print_change, totals
 
 
@@ -67,6 +69,11 @@ def test_many_layers_have_a_colour_bar_instead_of_numbers() -> None:
     assert figure is not None
     assert not figure.axes[0].texts
     assert len(figure.axes) == 4
+    read_back = json.loads(canonical_json(source("a", [row(n, "q", n / 10) for n in range(40)])))
+    again = change_figure({"sources": [read_back]})
+    assert again is not None
+    profiles = [numpy.asarray(f.axes[1].lines[0].get_xdata()).tolist() for f in (figure, again)]
+    assert profiles == [list(range(40))] * 2, "JSON sorts layers as words"
 
 
 def test_nothing_in_a_block_is_no_figure() -> None:

@@ -65,7 +65,7 @@ def print_benefits(record: Mapping[str, Any], console: Console) -> None:
         record: As in ``sweep.json``, with ``benefit``.
         console: Where to print.
     """
-    (down, downs), (across, acrosses) = record["grid"]["axes"].items()
+    (down, downs), (across, acrosses) = ((axis["key"], axis["values"]) for axis in record["grid"]["axes"])
     for table in record["benefit"]:
         decimals = _decimals(table["unit"])
         frame = table_frame()
@@ -92,7 +92,7 @@ def benefit_figure(record: Mapping[str, Any]) -> Figure | None:
     tables = [table for table in record["benefit"] if numpy.isfinite(_numbers(table)).any()]
     if not tables:
         return None
-    (down, downs), (across, acrosses) = record["grid"]["axes"].items()
+    (down, downs), (across, acrosses) = ((axis["key"], axis["values"]) for axis in record["grid"]["axes"])
     wide = 2 if len(tables) == 4 else min(len(tables), 3)
     high = math.ceil(len(tables) / wide)
     tops = {unit: _largest(tables, unit) for unit in {table["unit"] for table in tables}}
@@ -109,7 +109,7 @@ def benefit_figure(record: Mapping[str, Any]) -> Figure | None:
             _draw(axes, tables[index], tops[tables[index]["unit"]])
             _label(axes.set_xticks, axes.set_xlabel, acrosses, across)
             _label(axes.set_yticks, axes.set_ylabel, downs, down)
-            axes.xaxis.set_label_coords(0.5 * len(acrosses) / (len(acrosses) + 1.12), -0.2)
+            axes.xaxis.label.set_x(0.5 * len(acrosses) / (len(acrosses) + 1))
         figure.supxlabel(_caption(record, tables), fontsize=8.5, color=MUTED, x=0.99, ha="right")
         return finish(figure)
 
@@ -147,7 +147,7 @@ def _balanced(
 
 
 def _table(found: Mapping[tuple[int, int], Mapping[int, float]], grid: Mapping[str, Any]) -> dict[str, Any]:
-    high, wide = (len(values) for values in grid["axes"].values())
+    high, wide = (len(axis["values"]) for axis in grid["axes"])
     places = [[_cell(found.get((down, across), {})) for across in range(wide)] for down in range(high)]
     return {
         "cells": places,

@@ -130,7 +130,7 @@ def _table(rows: Rows, roles: Sequence[str], layers: Sequence[int]) -> numpy.nda
 def _profile(axes: Axes, sources: Rows, layers: Sequence[int], key: str, name: str) -> None:
     scale = 100.0 if key == "relative" else 1.0
     for index, source in enumerate(sources):
-        places = [(int(layer), total[key]) for layer, total in source["layers"].items() if total[key] is not None]
+        places = sorted((int(layer), total[key]) for layer, total in source["layers"].items() if total[key] is not None)
         axes.plot(
             [layers.index(layer) for layer, _ in places],
             [scale * value for _, value in places],
