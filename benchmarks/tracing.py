@@ -16,7 +16,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.model.tracing import Noise, Reading, Traced, Tracer, embedding_std, noise_of
 
 WIDTH, LAYERS, VOCABULARY, PROMPT, ANSWER = 256, 8, 8192, 64, 32
-ROUNDS = 3
+ROUNDS = 1  # processor time hardly depends on what else the machine does
 
 
 def traced(reading: Reading, chunk: int, *, plain: bool = False) -> tuple[float, float, Sequence[Traced]]:
