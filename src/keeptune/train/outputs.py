@@ -65,9 +65,11 @@ class Gradients:
         Returns:
             A scalar.
         """
-        squares = [gradient.square().sum() for _, gradient in self._held.values()]
-        home = squares[0].device if squares else None
-        return torch.stack([square.to(home) for square in squares]).sum().sqrt() if squares else torch.zeros(())
+        norms: list[Tensor] = [torch.linalg.vector_norm(gradient) for _, gradient in self._held.values()]
+        if not norms:
+            return torch.zeros(())
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([part.to(norms[0].device) for part in norms]))
+        return norm
 
 
 class Outputs:

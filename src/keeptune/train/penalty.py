@@ -83,7 +83,7 @@ class Penalties:
                 norms[f"penalty_grad_norm/{outputs.name}"] = gradients.norm()
                 summed.join(gradients)
         for parameter, gradient in summed.items():
-            _add(parameter, gradient * scale)
+            _add(parameter, gradient if scale == 1 else gradient * scale)
         home = self._home
         sums: dict[str, Tensor] = {}
         for spec, parts in zip(self._specs, values, strict=True):
