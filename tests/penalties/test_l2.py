@@ -113,7 +113,7 @@ def test_the_schedule_is_eq_8() -> None:
 
 def test_measured_weights_are_the_effects_over_the_largest(tmp_path: Path) -> None:
     bench = Bench(MODELS["llama"](), tmp_path, data=task(3))
-    penalty = L2(layers="naie", unit="absolute", trace_examples=4)
+    penalty = L2(strength=1.0, layers="naie", unit="absolute", trace_examples=4)
     plan = bench.plan(Lora(rank=4), [penalty])
     (request,) = penalty.requests(plan.targets[0])
     effects = collect(

@@ -66,7 +66,7 @@ class L2Lora:
 
     rank: int = 8
     alpha: float | None = None
-    strength: float = 1.0
+    strength: float = 100.0
     layers: Layers = "cubic"
     on: Literal["change", "factors"] = "change"
     unit: Literal["relative", "absolute"] = "relative"

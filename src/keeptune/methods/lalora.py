@@ -65,7 +65,7 @@ class Lalora:
 
     rank: int = 8
     alpha: float | None = None
-    strength: float = 1.0
+    strength: float = 100.0
     curvature: Curvature = "b-kfac"
     labels: Labels = "sampled"
     batches: int | None = 2

@@ -86,7 +86,7 @@ class L2:
     name: ClassVar[str] = "l2"
     paper: ClassVar[str] = "Zhang et al., L2-LoRA"
 
-    strength: float = 1.0
+    strength: float = 100.0
     layers: Layers = "uniform"
     on: Literal["change", "factors"] = "change"
     unit: Literal["relative", "absolute"] = "relative"

@@ -78,7 +78,7 @@ class Laplace:
     name: ClassVar[str] = "laplace"
     paper: ClassVar[str] = "Sliwa et al., LaLoRA, 2512.17720 (our reading)"
 
-    strength: float = 1.0
+    strength: float = 100.0
     curvature: Curvature = "delta-act"
     labels: Labels = "sampled"
     batches: int | None = None
