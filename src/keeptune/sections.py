@@ -1,15 +1,25 @@
-"""Sections of a recipe that more than one module builds on: what to keep."""
+"""The sections of a recipe: what to keep, what to learn, how the result is written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from keeptune.adapter.export import Format
 from keeptune.core.errors import RecipeError
 
-__all__ = ["Knowledge", "KnowledgeSets", "Section", "without_tags"]
+__all__ = [
+    "ExportSpec",
+    "Kind",
+    "Knowledge",
+    "KnowledgeSets",
+    "Section",
+    "Task",
+    "TaskCalibration",
+    "without_tags",
+]
 
 _TEXT = "{text}"
 _FORMS = ("text", "prompt", "completion")
@@ -72,3 +82,69 @@ def without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
         The keys that the recipe has.
     """
     return tuple(part for part in location if part not in _TAGS)
+
+
+Kind = Literal["completion", "classification", "regression"]
+# Keys that a kind needs, and those that it may have.
+_KIND_KEYS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "completion": (("prompt", "completion"), ()),
+    "classification": (("text", "label"), ("text_pair", "labels")),
+    "regression": (("text", "label"), ("text_pair",)),
+}
+_KINDS_KEYS = tuple(dict.fromkeys(key for keys in _KIND_KEYS.values() for part in keys for key in part))
+
+
+class TaskCalibration(Section):
+    """How much of the task statistics of inputs and gradients are taken from."""
+
+    examples: int = Field(256, ge=1)
+    max_length: int = Field(1024, ge=2)
+    seed: int = Field(0, ge=0)
+
+
+class Task(Section):
+    """What to learn: prompts and completions, or texts with a label or a score each."""
+
+    train: str
+    kind: Kind = "completion"
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    labels: Annotated[list[str], Field(min_length=2)] | None = None
+    examples: int | None = Field(None, ge=1)
+    calibration: TaskCalibration = TaskCalibration()
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Task:
+        needed, allowed = _KIND_KEYS[self.kind]
+        given = [key for key in _KINDS_KEYS if getattr(self, key) is not None]
+        for key in given:
+            if key not in (*needed, *allowed):
+                raise RecipeError(
+                    f"recipe, key task.{key}",
+                    got=f"a key that kind {self.kind} does not use",
+                    wanted=f"the keys {', '.join((*needed, *allowed))}",
+                    next_step=f"Remove it, or set task.kind: {' or '.join(_KIND_KEYS)}.",
+                )
+        for key in needed:
+            if key not in given:
+                raise RecipeError(
+                    f"recipe, key task.{key}",
+                    got="nothing",
+                    wanted=f"a value, for kind {self.kind}",
+                    next_step=f"Add `{key}:` to the task, or set task.kind: {' or '.join(_KIND_KEYS)}.",
+                )
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise RecipeError(
+                "recipe, key task.labels", got=str(self.labels), wanted="different labels", next_step="Name each once."
+            )
+        return self
+
+
+class ExportSpec(Section):
+    """How the result is written."""
+
+    format: Format = "portable"
+    max_gap: float | None = Field(None, gt=0)

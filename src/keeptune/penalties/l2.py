@@ -32,7 +32,7 @@ from keeptune.penalties.base import OnChange, OnFactors, Site, Term, check_stren
 from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.penalties.layers import check_layers, cubic_weights
 from keeptune.stats.request import DataRole, Request
-from keeptune.stats.tracing import LayerEffect, Reading, average_effect, normalised_effect
+from keeptune.stats.tracing import LayerEffect, Reading, layer_weights
 
 __all__ = ["L2", "FactorNorm", "Layers"]
 
@@ -170,10 +170,13 @@ class L2:
         if self.layers == "cubic":
             return cubic_weights(site.blocks, self.first, self.last, self.floor)
         if self.layers == "naie":
-            average, _ = average_effect(site.stats[self._trace()])
-            measured: list[float] = normalised_effect(average).tolist()
-            return measured
+            return self._measured(site)
         return list(self.layers)
+
+    def _measured(self, site: Site) -> list[float]:
+        effects = site.stats.derive(self._trace(), layer_weights)
+        weights: list[float] = effects.tolist()
+        return weights
 
     def _trace(self) -> LayerEffect:
         return LayerEffect(
