@@ -26,7 +26,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from keeptune import atlas
-from keeptune.change import Change, open_changes
 from keeptune.core.artefact import read_json, read_tensors, write_bytes, write_json
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
@@ -47,6 +46,7 @@ from keeptune.stats.collect import Statistics, collect
 from keeptune.stats.covariance import GradientCovariance, InputCovariance
 from keeptune.stats.fisher import TokenCount, tokens_per_learned
 from keeptune.stats.store import StatStore
+from keeptune.studies.change import Change, open_changes
 
 OMEGA, GAMMA = InputCovariance("knowledge"), GradientCovariance("knowledge", "sampled")
 COUNT = TokenCount("knowledge")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from keeptune.core.plan import Plan
     from keeptune.evaluate.pairs import AdapterPair, TwoModels
     from keeptune.evaluate.tasks import Benchmark
+    from keeptune.mending.repair import repair
     from keeptune.methods.corda import Corda
     from keeptune.methods.dora import Dora
     from keeptune.methods.eva import Eva
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
     from keeptune.penalties.kl import Kl
     from keeptune.penalties.l2 import L2
     from keeptune.penalties.laplace import Laplace
-    from keeptune.repairing import repair
-    from keeptune.tracing import trace
+    from keeptune.studies.traced import trace
     from keeptune.train.attach import attach
     from keeptune.train.guard import Guard
     from keeptune.train.penalty import Penalties
@@ -108,8 +108,8 @@ _HOMES = {
     "export": "api",
     "install": "adapter.install",
     "plan": "api",
-    "repair": "repairing",
-    "trace": "tracing",
+    "repair": "mending.repair",
+    "trace": "studies.traced",
 }
 
 

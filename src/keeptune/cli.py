@@ -156,9 +156,9 @@ def trace(
     chunk: Annotated[int, typer.Option(min=1, help="Tokens in a pass: memory against speed.")] = 2048,
 ) -> None:
     """Trace which layers bring known answers back after noise (L2-LoRA Figs. 2 and 3), in one model or in two."""
-    from keeptune.locating import Asked, trace_models
     from keeptune.report.tracing import print_trace
-    from keeptune.tracing import wanted_effect
+    from keeptune.studies.trace import Asked, trace_models
+    from keeptune.studies.traced import wanted_effect
 
     asked = Asked(
         model,

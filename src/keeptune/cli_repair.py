@@ -45,8 +45,8 @@ def repair(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Repair an adapter that has forgotten: keep what it does on the task, undo what it does to the knowledge."""
-    from keeptune.repair_files import Files, read_files
-    from keeptune.repairing import repair as repair_adapter
+    from keeptune.mending.files import Files, read_files
+    from keeptune.mending.repair import repair as repair_adapter
     from keeptune.report.repair import print_repair
 
     data = read_files(adapter, Files(knowledge, text, task, prompt, completion, evaluate, examples, task_examples))

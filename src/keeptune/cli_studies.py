@@ -21,7 +21,7 @@ def sweep(
 ) -> None:
     """Run a recipe at several points and seeds (its keys `sweep` and `seeds`), and join them into one report."""
     from keeptune.recipe import parse_overrides
-    from keeptune.sweep import load_sweep, run_sweep
+    from keeptune.studies.sweep import load_sweep, run_sweep
 
     loaded = load_sweep(recipe, parse_overrides(context.args))
     if dry_run:
@@ -38,9 +38,9 @@ def layers(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs; run nothing.")] = False,
 ) -> None:
     """Study what tuning each layer gains and costs (L2-LoRA Fig. 4, Tables 5 and 6), each cell a run of one recipe."""
-    from keeptune.layers import load_study
     from keeptune.recipe import parse_overrides
-    from keeptune.sweep import run_sweep
+    from keeptune.studies.layers import load_study
+    from keeptune.studies.sweep import run_sweep
 
     loaded = load_study(recipe, study, parse_overrides(context.args), _whole_numbers("--numbers", numbers))
     if dry_run:
@@ -57,8 +57,8 @@ def energy(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Show how much of each weight's energy its largest singular values hold, layer by layer (FARSS Fig. 1)."""
-    from keeptune.energy import energy as measure_energy
     from keeptune.report.grid import print_grid
+    from keeptune.studies.energy import energy as measure_energy
 
     found = measure_energy(model, output, top=top, roles=_roles(targets), device=device)
     cells: dict[tuple[int | None, str], list[str]] = {}
@@ -79,8 +79,8 @@ def change(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Show how far training moved each weight, by layer and module, of one or more adapters (L2-LoRA Fig. 6)."""
-    from keeptune.change import change as measure_change
     from keeptune.report.change import print_change
+    from keeptune.studies.change import change as measure_change
 
     found = measure_change(trained, output, base=base, roles=_roles(targets), device=device)
     print_change(found, Console())
@@ -97,8 +97,8 @@ def curvature(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Show where updates go against the curvature of the knowledge, a run's and others' (after LaLoRA Fig. 3a)."""
-    from keeptune.curvature import curvature as measure_curvature
     from keeptune.report.curvature import print_curvature
+    from keeptune.studies.curvature import curvature as measure_curvature
 
     print_curvature(measure_curvature(run, others or [], output, base=base, device=device), Console())
     say(f"figure: {output}, numbers: {output.with_suffix('.json')}")

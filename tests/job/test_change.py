@@ -13,13 +13,13 @@ from tests.job.support import keeptune
 from tests.models import MODELS, Saved, save
 from torch import Tensor
 
-from keeptune.change import change, weight_changes
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import KeeptuneError, ModelError, PlanError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import read_weight
 from keeptune.model.blocks import find_targets
 from keeptune.model.load import load_model
+from keeptune.studies.change import change, weight_changes
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 3, "lora_alpha": 5},

@@ -17,14 +17,14 @@ from tests.job.support import read_jsonl, recipe_of, write_jsonl
 from tests.job.test_resume import killed_after
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from keeptune.change import weight_changes
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import DataError, KeeptuneError, ModelError, RecipeError
 from keeptune.job import Job
+from keeptune.mending.repair import repair
 from keeptune.merging import merge_adapter
-from keeptune.repairing import repair
 from keeptune.run import export_stage, load_trained, plan_stage, run, start, train_stage
 from keeptune.scoring import evaluate_stage
+from keeptune.studies.change import weight_changes
 
 LORA, FULL = {"name": "lora", "rank": 4, "dropout": 0.1}, {"name": "full"}
 NULL = {"name": "lora-null", "rank": 4}

@@ -16,10 +16,10 @@ from keeptune.core.artefact import read_json
 from keeptune.core.errors import ArtefactError, KeeptuneError, ModelError, RecipeError
 from keeptune.core.plan import Plan
 from keeptune.core.target import read_weight
-from keeptune.curvature import curvature, profiles_of
 from keeptune.linalg.factor import Dense, Factor, Identity, factor_from
 from keeptune.model.load import load_model
 from keeptune.run import run
+from keeptune.studies.curvature import curvature, profiles_of
 
 HELD = {"name": "lalora", "rank": 2, "curvature": "delta-kfac", "batches": 1, "batch_size": 4}
 Make = Callable[..., Path]

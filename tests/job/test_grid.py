@@ -11,8 +11,8 @@ from tests.job.support import keeptune, write_recipe
 
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import RecipeError
-from keeptune.grid import read_section
-from keeptune.sweep import load_sweep
+from keeptune.studies.grid import read_section
+from keeptune.studies.sweep import load_sweep
 
 Values = Callable[..., dict[str, Any]]
 

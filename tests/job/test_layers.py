@@ -12,8 +12,8 @@ from tests.job.support import keeptune, write_recipe
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import KeeptuneError, PlanError, RecipeError
 from keeptune.core.plan import Plan
-from keeptune.layers import load_study
-from keeptune.sweep import Sweep
+from keeptune.studies.layers import load_study
+from keeptune.studies.sweep import Sweep
 
 Values = Callable[..., dict[str, Any]]
 
@@ -93,7 +93,7 @@ def test_layers_are_those_with_targets(write: Callable[..., Path]) -> None:
 def test_a_failing_cell_is_told_and_the_others_go_on(
     write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keeptune import sweep
+    from keeptune.studies import sweep
 
     run = sweep.run
 
@@ -102,7 +102,7 @@ def test_a_failing_cell_is_told_and_the_others_go_on(
             raise RuntimeError("out of memory")
         return run(recipe)
 
-    monkeypatch.setattr("keeptune.sweep.run", breaks)
+    monkeypatch.setattr("keeptune.studies.sweep.run", breaks)
     said = keeptune("layers", write(layers=[3, 4]), "--study", "single", capsys=capsys)
     assert said.code == 1
     assert "layer 4-seed0: RuntimeError: out of memory" in said.err
@@ -156,7 +156,7 @@ def test_numbers_are_whole(write: Callable[..., Path], capsys: pytest.CaptureFix
 
 
 def test_many_layers_still_make_a_folder_name() -> None:
-    from keeptune.layers import _point
+    from keeptune.studies.layers import _point
 
     odd, other = _point(list(range(1, 80, 2))), _point([*range(1, 77, 2), 78, 79])
     assert len(odd["name"]) < 60

@@ -9,7 +9,7 @@ import yaml
 
 from keeptune.job import Job
 from keeptune.recipe import load_recipe
-from keeptune.sweep import load_sweep
+from keeptune.studies.sweep import load_sweep
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "recipes").glob("*.yaml"))

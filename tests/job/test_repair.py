@@ -34,15 +34,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from keeptune import mending, repairing
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import DataError, ExportError, ModelError, RecipeError
 from keeptune.core.target import read_weight
 from keeptune.data.calibration import Calibration
-from keeptune.mending import open_source
+from keeptune.mending import repair as repairing
+from keeptune.mending import sources as mending
+from keeptune.mending.repair import DAMPING, repair
+from keeptune.mending.sources import open_source
 from keeptune.model.blocks import find_targets
 from keeptune.model.load import load_model
-from keeptune.repairing import DAMPING, repair
 
 DAMP = DAMPING
 KINDS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from tests.job.support import keeptune, recipe_of, write_recipe
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import KeeptuneError, PlanError, RecipeError
 from keeptune.run import run
-from keeptune.sweep import load_sweep, run_sweep
+from keeptune.studies.sweep import load_sweep, run_sweep
 
 Values = Callable[..., dict[str, Any]]
 POINTS = [{"name": "rank 2", "x": 2, "method.rank": 2}, {"name": "rank 4", "x": 4, "method.rank": 4}]
@@ -101,9 +101,9 @@ def test_an_error_of_a_library_is_a_failure_too_and_a_bug_is_not(
     def fail(_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("keeptune.sweep.run", fail)
+    monkeypatch.setattr("keeptune.studies.sweep.run", fail)
     assert set(run_sweep(loaded).failed.values()) == {"RuntimeError: out of memory"}
-    monkeypatch.setattr("keeptune.sweep.run", lambda _: {}["no such key"])
+    monkeypatch.setattr("keeptune.studies.sweep.run", lambda _: {}["no such key"])
     with pytest.raises(KeyError):
         run_sweep(loaded)
 
@@ -184,7 +184,7 @@ def test_wrong_sweeps_are_refused_before_the_first_run(
     recipe = write([])
     values = json.loads(recipe.read_text(encoding="utf-8"))
     with pytest.MonkeyPatch.context() as patch:  # JSON cannot hold a key that is no text, YAML can
-        patch.setattr("keeptune.sweep.read_values", lambda *_: values | {"sweep": points})
+        patch.setattr("keeptune.studies.sweep.read_values", lambda *_: values | {"sweep": points})
         with pytest.raises(kind) as raised:
             load_sweep(recipe)
     for mark in marks:

@@ -14,10 +14,10 @@ from tests.models import counted_passes, llama
 import keeptune as library
 from keeptune.adapter.install import install
 from keeptune.core.artefact import read_json
-from keeptune.locating import Asked, trace_models
 from keeptune.methods.lora import Lora
 from keeptune.model.load import load_model, load_tokenizer
-from keeptune.tracing import wanted_effect
+from keeptune.studies.trace import Asked, trace_models
+from keeptune.studies.traced import wanted_effect
 
 STORIES = [
     {"start": "Once upon a time, there was a little girl named", "end": " Lily. She"},
@@ -186,7 +186,7 @@ def test_a_stored_trace_costs_no_pass(stories: Path, tmp_path: Path) -> None:
             seen.append((counting, counting.__enter__()))
             return model
 
-        patch.setattr("keeptune.locating.load_model", loaded)
+        patch.setattr("keeptune.studies.trace.load_model", loaded)
         assert trace_models(asked, request)["models"][0]["texts"] == first["models"][0]["texts"]
         ((counting, count),) = seen
         counting.__exit__(None, None, None)

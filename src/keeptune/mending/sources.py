@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import load_adapter
-from keeptune.change import open_changes, result_of
 from keeptune.core.errors import ModelError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target, read_weight
@@ -34,6 +33,7 @@ from keeptune.stats.collect import Statistics, collect
 from keeptune.stats.covariance import InputCovariance
 from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
+from keeptune.studies.change import open_changes, result_of
 
 __all__ = ["Case", "Source", "case_of", "open_source"]
 

@@ -34,11 +34,11 @@ from keeptune.data.sft import TaskExamples, task_calibration
 from keeptune.evaluate.tasks import Benchmark
 from keeptune.job import check_device, check_folder, device_named
 from keeptune.linalg.repair import mu_for_drift
-from keeptune.mending import Case, Source, case_of, open_source
+from keeptune.mending.scores import score_models
+from keeptune.mending.sources import Case, Source, case_of, open_source
 from keeptune.model.blocks import head_of, positions
 from keeptune.report.repair import repair_figure
 from keeptune.report.style import png
-from keeptune.rescoring import score_models
 from keeptune.stats.request import DataRole
 from keeptune.stats.store import StatStore
 

@@ -5,7 +5,7 @@
     top      the highest 1, 2, ... layers (Table 6)
 
 Each cell is an ordinary run of one recipe with other ``layers``, and studies share their runs: the lowest is layer 0
-alone. The loop over runs and seeds is that of :mod:`keeptune.sweep`.
+alone. The loop over runs and seeds is that of :mod:`keeptune.studies.sweep`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from keeptune.core.errors import PlanError, RecipeError
 from keeptune.job import Job
 from keeptune.model.blocks import find_targets
 from keeptune.recipe import make_recipe
-from keeptune.sweep import Sweep, make_sweep
+from keeptune.studies.sweep import Sweep, make_sweep
 from keeptune.values import read_values
 
 __all__ = ["Study", "load_study", "numbers_of"]

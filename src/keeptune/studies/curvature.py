@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from keeptune.change import labels_of, open_changes, result_of, size_of
 from keeptune.core.artefact import write_json
 from keeptune.core.errors import ArtefactError, ModelError, RecipeError
 from keeptune.core.low_rank import LowRank
@@ -32,6 +31,7 @@ from keeptune.linalg.profile import Directions, directions, energies, profile
 from keeptune.merging import base_of
 from keeptune.report.curvature import curvature_figure
 from keeptune.report.style import png
+from keeptune.studies.change import labels_of, open_changes, result_of, size_of
 
 __all__ = ["curvature", "profiles_of"]
 

@@ -26,7 +26,7 @@ from keeptune.report.style import png
 from keeptune.report.tracing import heat_figure, profile_figure
 from keeptune.stats.store import Source, StatStore
 from keeptune.stats.tracing import LayerEffect, Norm, trace_texts
-from keeptune.tracing import Trace
+from keeptune.studies.traced import Trace
 
 __all__ = ["Asked", "trace_models"]
 

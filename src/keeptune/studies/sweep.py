@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from keeptune.core.artefact import write_json
 from keeptune.core.errors import KeeptuneError, RecipeError
-from keeptune.grid import read_section
 from keeptune.job import Job
 from keeptune.model.blocks import find_targets
 from keeptune.recipe import Recipe, make_recipe
 from keeptune.run import run
+from keeptune.studies.grid import read_section
 from keeptune.summary import write_report
 from keeptune.values import read_values, set_value
 
@@ -101,8 +101,8 @@ def load_sweep(path: Path | str, overrides: Mapping[str, Any] | None = None) -> 
     """Read a recipe with a ``sweep`` section and check every point, with its data and the model's targets.
 
     Args:
-        path: The YAML file: a run's recipe with ``sweep`` (a list of points, or a grid: :mod:`keeptune.grid`), and
-            ``seeds``.
+        path: The YAML file: a run's recipe with ``sweep`` (a list of points, or a grid:
+            :mod:`keeptune.studies.grid`), and ``seeds``.
         overrides: Dotted key to value, set before the points' own.
 
     Returns:

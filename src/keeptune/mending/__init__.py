@@ -1,0 +1,1 @@
+"""keeptune repair: an adapter that has forgotten, mended after training."""
