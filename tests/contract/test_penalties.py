@@ -223,7 +223,7 @@ def test_methods_that_change_whole_weights_take_no_penalty(case: str, worlds: Ca
         refuse_penalties(CASES[case], asked_penalties(CASES[case], [penalty_named("l2", {})]))
 
 
-@pytest.mark.parametrize("penalty", OF_FACTORS)
+@pytest.mark.parametrize("penalty", sorted(OF_FACTORS))
 def test_forms_on_the_factors_do_not_take_singular_values_between_them(
     penalty: str, worlds: Callable[[str], World]
 ) -> None:
