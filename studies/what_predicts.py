@@ -117,7 +117,7 @@ def measured(folder: Path, job: Job, statistics: Statistics, texts: list[Tokens]
     parts: dict[str, list[float]] = {"change": [], "drift": [], "curvature": []}
     blind = 0.0
     started = starts(folder) if entry["method"] in ("lora", "lalora", "l2-lora", "keep") else {}
-    for target, W, change in open_changes(str(folder))[1]:
+    for target, W, change in open_changes(str(folder), base=job.recipe.model)[1]:
         stats = statistics.view(target)
         Omega, Gamma, per_learned = stats[OMEGA].double(), stats[GAMMA].double(), tokens_per_learned(stats, COUNT)
         E, W = dense(change, W), W.double()

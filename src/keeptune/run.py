@@ -36,6 +36,7 @@ from keeptune.core.target import Target
 from keeptune.job import Job
 from keeptune.learning import probe_of, train_on
 from keeptune.model.load import load_model
+from keeptune.penalties.base import conclusions
 from keeptune.planning import plan_for, statistics_for
 from keeptune.recipe import Recipe
 from keeptune.scoring import evaluate_stage, find_result
@@ -196,9 +197,12 @@ def train_stage(job: Job, plan: Plan) -> None:
             "labels": None if job.head is None else list(job.head.labels),
             "replay": {"share": job.recipe.replay, "examples": len(job.trained_examples) - len(job.task)},
             "loss": loss,
+            "notes": conclusions(plan, loss[-1]) if loss else [],
             "seconds": time.perf_counter() - started,
             "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
         }
+        for note in record["notes"]:
+            _log.info("train: %s", note)
         write_json(fresh / "train.json", record)
 
 

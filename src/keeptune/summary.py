@@ -96,7 +96,7 @@ def _entry(folder: Path) -> dict[str, Any]:
         },
         "loss": trained["loss"],
         "plan": plan.summary(),
-        "notes": list(plan.provenance.get("notes", [])),
+        "notes": [*plan.provenance.get("notes", []), *trained.get("notes", [])],
         "benchmarks": [result.summary() for result in _results(folder)],
     }
 

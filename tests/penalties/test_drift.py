@@ -16,7 +16,7 @@ from keeptune.core.plan import Plan
 from keeptune.core.target import read_weight
 from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora
-from keeptune.penalties.base import penalty_named
+from keeptune.penalties.base import conclusions, penalty_named
 from keeptune.penalties.drift import DriftBudget, ascended
 from keeptune.train.penalty import Penalties
 
@@ -119,6 +119,15 @@ def test_the_plan_is_not_changed_by_training_and_the_state_goes_on(tmp_path: Pat
     assert float(again.step()) == float(first.step())
     again.restore(first.state())  # after the tensors are bound too
     assert float(again.step()) == float(first.step())
+
+
+def test_at_the_end_it_says_whether_the_budget_was_met(tmp_path: Path) -> None:
+    for drift, verdict in ((0.0118, "met"), (0.0125, "overdrawn"), (0.0079, "not used up")):
+        (said,) = conclusions(planned(tmp_path, budget=0.01), {"step": 9, "feature_drift": drift})
+        assert said.endswith(f"of 0.01 at the end, {verdict}")
+    each = conclusions(planned(tmp_path, per="layer"), {"feature_drift/group_0": 0.1, "feature_drift/group_1": 0.0})
+    assert [note.rpartition(" ")[2] for note in each] == ["overdrawn", "up"]
+    assert conclusions(Bench(MODELS["llama"](), tmp_path).plan(Lora(rank=4)), {"step": 9}) == []
 
 
 def test_keep_is_lora_under_a_budget(tmp_path: Path) -> None:

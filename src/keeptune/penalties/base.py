@@ -36,6 +36,7 @@ from keeptune.stats.request import DataRole, Request
 __all__ = [
     "NORM",
     "Adaptive",
+    "Concluding",
     "OnChange",
     "OnFactors",
     "Penalty",
@@ -44,6 +45,7 @@ __all__ = [
     "Site",
     "Term",
     "check_strength",
+    "conclusions",
     "notes_of",
     "penalties",
     "penalty_named",
@@ -229,6 +231,23 @@ class Adaptive(Protocol):
 
 
 @runtime_checkable
+class Concluding(Protocol):
+    """A penalty that has something to say when training is over."""
+
+    def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
+        """Say it.
+
+        Args:
+            tensors: What the penalty made of the plan.
+            last: The last row of the training's log.
+
+        Returns:
+            Sentences.
+        """
+        ...
+
+
+@runtime_checkable
 class Remarking(Protocol):
     """A penalty that has something to say about what it can and cannot hold."""
 
@@ -260,6 +279,24 @@ def penalty_plan(penalty: PenaltySpec, sites: Iterable[Site]) -> PenaltyPlan:
         tensors |= penalty.tensors(site)
         tensors[f"{NORM}:{site.plan.target.name}"] = torch.linalg.norm(site.weight).cpu()
     return PenaltyPlan(penalty.name, json.loads(canonical_json(penalty)), tensors)
+
+
+def conclusions(plan: Plan, last: Mapping[str, float]) -> list[str]:
+    """Ask the penalties of a plan what there is to say when training is over.
+
+    Args:
+        plan: The plan.
+        last: The last row of the training's log.
+
+    Returns:
+        Sentences, for the report.
+    """
+    said: list[str] = []
+    for made in plan.penalties:
+        spec = penalty_named(made.name, made.options)
+        if isinstance(spec, Concluding):
+            said += spec.conclude(made.tensors, last)
+    return said
 
 
 def start_of(target_plan: TargetPlan, device: torch.device) -> LowRank | None:
@@ -314,10 +351,9 @@ def penalties() -> dict[str, type[Any]]:
         Name to class, sorted by name.
     """
     names = sorted(info.name for info in pkgutil.iter_modules(keeptune.penalties.__path__) if info.name != "base")
-    modules = [importlib.import_module(f"keeptune.penalties.{name}") for name in names]
     classes = [
         cls
-        for module in modules
+        for module in (importlib.import_module(f"keeptune.penalties.{name}") for name in names)
         for _, cls in inspect.getmembers(module, inspect.isclass)
         if cls.__module__ == module.__name__ and dataclasses.is_dataclass(cls) and hasattr(cls, "name")
     ]

@@ -32,6 +32,7 @@ from keeptune.stats.tracing import LayerEffect, average_effect, normalised_effec
 
 __all__ = ["DriftBudget", "ascended"]
 
+_MET = 0.2  # of the budget
 _LEAST = 0.05  # of the largest weight: a layer without effect gets twenty times the budget, not an endless one
 
 
@@ -195,6 +196,19 @@ class DriftBudget:
         logs |= {f"multiplier{_place(g, len(budget))}": log_multiplier[g].exp() for g in range(len(budget))}
         log_multiplier.copy_(ascended(log_multiplier, drift, budget, self.rate))
         return logs
+
+    def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
+        """Say whether each budget was met within a fifth, was not used up, or was overdrawn."""
+        budgets, said = tensors["budget"].tolist(), []
+        for group, budget in enumerate(budgets):
+            drift = last.get(f"feature_drift{_place(group, len(budgets))}")
+            if drift is None:
+                continue
+            share = drift / budget
+            verdict = "overdrawn" if share > 1 + _MET else "met" if share >= 1 - _MET else "not used up"
+            where = f", group {group}" if len(budgets) > 1 else ""
+            said.append(f"penalty drift{where}: {drift:.2g} of {budget:.2g} at the end, {verdict}")
+        return said
 
     def _groups(self, layers: list[int]) -> dict[int, int]:
         return {layer: index if self.per == "layer" else 0 for index, layer in enumerate(sorted(set(layers)))}
