@@ -35,6 +35,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rank": 4, "variant": "farss-init", "labels": "sampled"},
     ],
     "kasa": [{"rank": 4, "alpha": 6.0, "regularizer": "released"}],
+    # A classifier has no labels for knowledge, so no Fisher: the other forms are checked in test_penalties.py.
+    "lalora": [{"rank": 4, "curvature": "delta-act", "batches": 1}],
     "lora": [{"rank": 4}, {"rank": 4, "use_rslora": True, "alpha": 6.0}],
     "lora-fa": [{"rank": 4, "optimizer": "preconditioned", "alpha": 6.0}],
     "lora-null": [
