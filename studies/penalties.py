@@ -82,8 +82,8 @@ share of knowledge in the data. 256 examples of knowledge, none of them scored. 
 
 ![Kept against learned](all-penalties.png)
 
-| penalty | strength | facts, % | topics, % | training, s |
-| --- | ---: | ---: | ---: | ---: |"""
+| penalty | strength | facts, % | topics, % |
+| --- | ---: | ---: | ---: |"""
 _TRIED = "| penalty | strength: topics / facts |\n| --- | --- |"
 
 
@@ -176,9 +176,8 @@ def page(report: dict[str, Any], found: dict[str, Any]) -> str:
         facts, topics = ([100 * run["benchmarks"][i]["after"] for run in runs] for i in (0, 1))
         mark = "" if found[name]["reached"] else " *"
         strength = "" if found[name]["strength"] is None else f"{found[name]['strength']:g}"
-        seconds = statistics.median(run["seconds"]["train"] for run in runs)
         scores = f"{_spread(facts)} | {_spread(topics)}"
-        rows.append((statistics.mean(facts), f"| {name}{mark} | {strength} | {scores} | {seconds:.0f} |"))
+        rows.append((statistics.mean(facts), f"| {name}{mark} | {strength} | {scores} |"))
     table = "\n".join(row for _, row in sorted(rows, reverse=True))
     tried = "\n".join(
         f"| {name} | "
