@@ -28,7 +28,7 @@ from keeptune.penalties.base import OnChange, Site, Term, start_of
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 from keeptune.stats.factors import Covariance, input_request, read_factor
 from keeptune.stats.request import DataRole, Request
-from keeptune.stats.tracing import LayerEffect, average_effect, normalised_effect
+from keeptune.stats.tracing import LayerEffect, layer_weights
 
 __all__ = ["DriftBudget", "ascended"]
 
@@ -218,8 +218,7 @@ class DriftBudget:
             return [self.budget]
         if self.layers == "uniform":
             return [self.budget] * len(groups)
-        average, _ = average_effect(site.stats[self._trace()])
-        effects = normalised_effect(average).clamp_min(_LEAST).tolist()
+        effects = site.stats.derive(self._trace(), layer_weights).clamp_min(_LEAST).tolist()
         weights = [effects[layer] if layer >= 0 else 1.0 for layer in groups]
         harmonic = len(weights) / sum(1 / weight for weight in weights)
         return [self.budget * harmonic / weight for weight in weights]

@@ -26,6 +26,7 @@ from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import TargetPlan
 from keeptune.penalties.base import OnChange, Site, Term, check_strength, start_of
+from keeptune.penalties.kronecker import change_since
 from keeptune.stats.fisher import Per, TokenCount, WeightFisher, tokens_per_learned
 from keeptune.stats.request import DataRole, Labels, Request
 
@@ -59,13 +60,13 @@ class DiagonalChange:
 
     def value(self, delta: LowRank) -> Tensor:
         """Compute (1)."""
-        L, R = self._change(delta)
+        L, R = change_since(delta, self.start)
         parts = [(held * E).sum() for _, held, E in self._chunks(L, R)]
         return self.weight * torch.stack(parts).sum()
 
     def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
         """Compute (1) and (3)."""
-        L, R = self._change(delta)
+        L, R = change_since(delta, self.start)
         values, to_B, to_A = [], [], torch.zeros_like(delta.A)
         for rows, held, E in self._chunks(L, R):
             values.append((held * E).sum())
@@ -81,13 +82,6 @@ class DiagonalChange:
             rows = slice(first, first + step)
             E = self.scale * (L[rows] @ R)
             yield rows, self.fisher[rows].to(E.dtype) * E, E
-
-    def _change(self, delta: LowRank) -> tuple[Tensor, Tensor]:
-        """Give ``[B - B_0, B_0]`` and ``[A; A - A_0]``: their product is the change, without a difference of large."""
-        if self.start is None:
-            return delta.B, delta.A
-        B_0, A_0 = self.start.B, self.start.A
-        return torch.cat([delta.B - B_0, B_0], dim=1), torch.cat([delta.A, delta.A - A_0])
 
 
 @dataclass(frozen=True)

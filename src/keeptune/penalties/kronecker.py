@@ -21,7 +21,7 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.linalg.factor import Factor
 
-__all__ = ["KroneckerChange", "quadratic_form"]
+__all__ = ["KroneckerChange", "change_since", "quadratic_form"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,12 +47,12 @@ class KroneckerChange:
 
     def value(self, delta: LowRank) -> Tensor:
         """Compute (4)."""
-        L, R = self._change(delta)
+        L, R = change_since(delta, self.start)
         return self.weight * self.scale**2 * ((L.T @ self.Gamma.apply(L)) * (self.Omega.apply(R.T).T @ R.T)).sum()
 
     def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
         """Compute (4) and (5)."""
-        L, R = self._change(delta)
+        L, R = change_since(delta, self.start)
         GL, RO = self.Gamma.apply(L), self.Omega.apply(R.T).T
         LGL, RORt = L.T @ GL, RO @ R.T
         w, r = 2 * self.weight * self.scale**2, delta.rank
@@ -62,12 +62,20 @@ class KroneckerChange:
             RORt_A, BtGL = RORt[:, :r], LGL[:r] + LGL[r:]  # R's first rows are A; B is the sum of L's halves
         return w / 2 * (LGL * RORt).sum(), LowRank(B=w * (GL @ RORt_A), A=w * (BtGL @ RO))
 
-    def _change(self, delta: LowRank) -> tuple[Tensor, Tensor]:
-        """Give L and R of (3)."""
-        if self.start is None:
-            return delta.B, delta.A
-        B_0, A_0 = self.start.B, self.start.A
-        return torch.cat([delta.B - B_0, B_0], dim=1), torch.cat([delta.A, delta.A - A_0])
+
+def change_since(delta: LowRank, start: LowRank | None) -> tuple[Tensor, Tensor]:
+    """Give L and R of (3): ``L R == B A - B_0 A_0``, without a difference of large numbers.
+
+    Args:
+        delta: B and A.
+        start: ``B_0`` and ``A_0``; None where their product is zero.
+
+    Returns:
+        L, ``(m, 2 r)``, and R, ``(2 r, n)``; B and A themselves without a start.
+    """
+    if start is None:
+        return delta.B, delta.A
+    return torch.cat([delta.B - start.B, start.B], dim=1), torch.cat([delta.A, delta.A - start.A])
 
 
 def quadratic_form(weight: Tensor, Omega: Factor, Gamma: Factor) -> Tensor:
