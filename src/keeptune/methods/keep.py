@@ -20,7 +20,7 @@ from torch import Tensor
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
-from keeptune.methods.lora import draw_start, scale_of
+from keeptune.methods.lora import lora_start, scale_of
 from keeptune.penalties.drift import DriftBudget
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
@@ -83,13 +83,7 @@ class Keep:
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Start as LoRA does (1)."""
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=draw_start(target, decision.rank, self.seed),
-            scale=scale_of(decision.rank, self.alpha),
-            trainable=frozenset({"A", "B"}),
-        )
+        return lora_start(target, decision, self.seed, scale_of(decision.rank, self.alpha))
 
     def peft(self) -> Mapping[str, Any]:
         """Hand dropout to PEFT."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
-from keeptune.methods.lora import draw_start, scale_of
+from keeptune.methods.lora import lora_start, scale_of
 from keeptune.penalties.laplace import Curvature, Laplace
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Labels, Request
@@ -98,13 +98,7 @@ class Lalora:
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Start as LoRA does."""
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=draw_start(target, decision.rank, self.seed),
-            scale=scale_of(decision.rank, self.alpha),
-            trainable=frozenset({"A", "B"}),
-        )
+        return lora_start(target, decision, self.seed, scale_of(decision.rank, self.alpha))
 
     def peft(self) -> Mapping[str, Any]:
         """Hand dropout to PEFT."""

@@ -25,7 +25,7 @@ from keeptune.methods.base import allot_rank, check_scaling, dropout_field, gene
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
-__all__ = ["Lora", "draw_A", "draw_start", "scale_of"]
+__all__ = ["Lora", "draw_A", "draw_start", "lora_start", "scale_of"]
 
 
 def draw_A(r: int, n: int, generator: torch.Generator) -> Tensor:
@@ -70,6 +70,27 @@ def scale_of(r: int, alpha: float | None, use_rslora: bool = False) -> float:
         s.
     """
     return (2.0 * r if alpha is None else alpha) / (math.sqrt(r) if use_rslora else r)
+
+
+def lora_start(target: Target, decision: Decision, seed: int, scale: float) -> TargetPlan:
+    """Plan a target as plain LoRA: A drawn, B zero (eq. 2), both trained.
+
+    Args:
+        target: The target.
+        decision: Its rank.
+        seed: The method's seed.
+        scale: s.
+
+    Returns:
+        The target's plan.
+    """
+    return TargetPlan(
+        target=target,
+        decision=decision,
+        init=draw_start(target, decision.rank, seed),
+        scale=scale,
+        trainable=frozenset({"A", "B"}),
+    )
 
 
 @dataclass(frozen=True)
@@ -118,13 +139,7 @@ class Lora:
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Draw A, set B to zero (eq. 2)."""
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=draw_start(target, decision.rank, self.seed),
-            scale=scale_of(decision.rank, self.alpha, self.use_rslora),
-            trainable=frozenset({"A", "B"}),
-        )
+        return lora_start(target, decision, self.seed, scale_of(decision.rank, self.alpha, self.use_rslora))
 
     def peft(self) -> Mapping[str, Any]:
         """Hand dropout to PEFT."""

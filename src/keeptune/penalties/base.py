@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import inspect
 import json
-import math
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import Tensor
 
 import keeptune.penalties
 from keeptune.core.artefact import canonical_json
-from keeptune.core.errors import PlanError, RecipeError, nearest
+from keeptune.core.errors import RecipeError, nearest
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Factor, PenaltyPlan, Plan, TargetPlan
 from keeptune.core.target import Target
@@ -44,7 +43,6 @@ __all__ = [
     "Remarking",
     "Site",
     "Term",
-    "check_strength",
     "conclusions",
     "notes_of",
     "penalties",
@@ -326,22 +324,6 @@ def notes_of(penalty: PenaltySpec, plan: Plan, made: PenaltyPlan) -> list[str]:
         Sentences, shown with the plan.
     """
     return list(penalty.notes(plan, made.tensors)) if isinstance(penalty, Remarking) else []
-
-
-def check_strength(strength: float, where: str) -> None:
-    """Check a penalty's strength.
-
-    Args:
-        strength: The strength.
-        where: The penalty's name.
-
-    Raises:
-        PlanError: It is below 0 or not finite.
-    """
-    if not 0 <= strength < math.inf:
-        raise PlanError(
-            f"penalty {where}, strength", got=str(strength), wanted="0 or more", next_step="Correct the value."
-        )
 
 
 def penalties() -> dict[str, type[Any]]:

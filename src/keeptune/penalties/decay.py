@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from keeptune.core.plan import Factor, TargetPlan
-from keeptune.penalties.base import Site, Term, check_strength
+from keeptune.penalties.base import Site, Term
+from keeptune.penalties.checks import check_strength
 from keeptune.stats.request import DataRole, Request
 
 __all__ = ["Decay", "FactorDecay"]

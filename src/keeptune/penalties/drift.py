@@ -25,6 +25,7 @@ from keeptune.core.errors import PlanError
 from keeptune.core.plan import Factor, TargetPlan
 from keeptune.linalg.factor import Identity, factor_from
 from keeptune.penalties.base import OnChange, Site, Term, start_of
+from keeptune.penalties.checks import check_counts
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 from keeptune.stats.factors import Covariance, input_request, read_factor
 from keeptune.stats.request import DataRole, Request
@@ -124,12 +125,13 @@ class DriftBudget:
                 raise PlanError(
                     f"penalty drift, {key}", got=str(value), wanted="a number above 0", next_step="Correct the value."
                 )
-        for key in ("batches", "batch_size", "factor_rank", "trace_examples"):
-            count: int | None = getattr(self, key)
-            if count is not None and count < 1:
-                raise PlanError(
-                    f"penalty drift, {key}", got=str(count), wanted="1 or more", next_step="Correct the value."
-                )
+        check_counts(
+            self.name,
+            batches=self.batches,
+            batch_size=self.batch_size,
+            factor_rank=self.factor_rank,
+            trace_examples=self.trace_examples,
+        )
         if self.layers == "naie" and self.per == "model":
             raise PlanError(
                 "penalty drift",

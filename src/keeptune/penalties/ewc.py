@@ -22,10 +22,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import TargetPlan
-from keeptune.penalties.base import OnChange, Site, Term, check_strength, start_of
+from keeptune.penalties.base import OnChange, Site, Term, start_of
+from keeptune.penalties.checks import check_counts, check_strength
 from keeptune.penalties.kronecker import change_since
 from keeptune.stats.fisher import Per, TokenCount, WeightFisher, tokens_per_learned
 from keeptune.stats.request import DataRole, Labels, Request
@@ -120,11 +120,7 @@ class Ewc:
             PlanError: One is out of range.
         """
         check_strength(self.strength, self.name)
-        for name, count in (("batches", self.batches), ("batch_size", self.batch_size)):
-            if count is not None and count < 1:
-                raise PlanError(
-                    f"penalty ewc, {name}", got=str(count), wanted="1 or more", next_step="Correct the value."
-                )
+        check_counts(self.name, batches=self.batches, batch_size=self.batch_size)
 
     @property
     def data(self) -> frozenset[DataRole]:

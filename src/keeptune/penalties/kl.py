@@ -24,7 +24,8 @@ from torch import Tensor
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Factor, TargetPlan
 from keeptune.data.calibration import Calibration
-from keeptune.penalties.base import Site, Term, check_strength
+from keeptune.penalties.base import Site, Term
+from keeptune.penalties.checks import check_strength
 from keeptune.penalties.outputs import TextBatch
 from keeptune.stats.request import DataRole, Request
 

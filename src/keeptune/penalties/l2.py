@@ -28,7 +28,8 @@ from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.linalg.factor import Identity
-from keeptune.penalties.base import OnChange, OnFactors, Site, Term, check_strength, start_of
+from keeptune.penalties.base import OnChange, OnFactors, Site, Term, start_of
+from keeptune.penalties.checks import check_strength
 from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.penalties.layers import check_layers, cubic_weights
 from keeptune.stats.request import DataRole, Request

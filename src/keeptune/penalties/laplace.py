@@ -39,7 +39,8 @@ from torch import Tensor
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.linalg.factor import Factor, Identity, LowRankPlus, factor_from
-from keeptune.penalties.base import OnChange, OnFactors, Site, Term, check_strength, start_of
+from keeptune.penalties.base import OnChange, OnFactors, Site, Term, start_of
+from keeptune.penalties.checks import check_counts, check_strength
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 from keeptune.penalties.tangent import Diagonal, block_kronecker, coupled_kronecker
 from keeptune.stats.factors import Covariance, gradient_request, input_request, read_factor, unpacked
@@ -100,12 +101,7 @@ class Laplace:
                 raise PlanError(
                     f"penalty laplace, {key}", got=str(value), wanted="0 to 1", next_step="Correct the value."
                 )
-        for name in ("batches", "batch_size", "factor_rank"):
-            count: int | None = getattr(self, name)
-            if count is not None and count < 1:
-                raise PlanError(
-                    f"penalty laplace, {name}", got=str(count), wanted="1 or more", next_step="Correct the value."
-                )
+        check_counts(self.name, batches=self.batches, batch_size=self.batch_size, factor_rank=self.factor_rank)
 
     @property
     def data(self) -> frozenset[DataRole]:
