@@ -9,7 +9,6 @@ is there under the right key is not repeated, so the same command goes on where 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from keeptune.core.artefact import (
     has_key,
     read_json,
     read_tensors,
+    remove_leftovers,
     write_json,
     write_tensors,
 )
@@ -85,9 +85,7 @@ def start(recipe: Recipe) -> Job:
     job = Job(recipe)
     job.check()
     for stage in _STAGE_FOLDERS:
-        for left in job.output.glob(f".{stage}.*"):
-            _log.info("%s: left over by a killed run, removed", left)
-            shutil.rmtree(left, ignore_errors=True)
+        remove_leftovers(job.output / stage)
     if job.output.is_dir():
         _record(job)
     return job

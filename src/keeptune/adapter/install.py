@@ -278,9 +278,8 @@ def _config(plan: Plan, targets: Sequence[TargetPlan], extra: Mapping[str, Any])
 
 
 def _fill(model: PeftModel, target_plan: TargetPlan) -> None:
-    start: dict[Factor, Tensor] = {"A": target_plan.init.A, "B": target_plan.init.B, **target_plan.vectors}
     with torch.no_grad():
-        for factor, value in start.items():
+        for factor, value in target_plan.start.items():
             _parameter(model, target_plan, factor).copy_(value)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -33,6 +34,7 @@ __all__ = [
     "model_fingerprint",
     "read_json",
     "read_tensors",
+    "remove_leftovers",
     "tensor_fingerprint",
     "write_bytes",
     "write_json",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 
+_log = logging.getLogger(__name__)
 _WRITE_MARKS = (
     "No space left",
     "code: 28",
@@ -336,6 +339,17 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what :func:`atomic_directory` left behind in a run that was killed, and say so.
+
+    Args:
+        path: The folder that was to be written.
+    """
+    for left in path.parent.glob(f".{path.name}.*"):
+        _log.info("%s: left over by a killed run, removed", left)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _exchange(fresh: Path, path: Path) -> None:

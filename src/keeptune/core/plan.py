@@ -75,6 +75,11 @@ class TargetPlan:
         return self.init if self.removed is None else self.removed
 
     @property
+    def start(self) -> dict[Factor, Tensor]:
+        """What is trained, or held beside it, at the first step: A, B and the vectors."""
+        return {"A": self.init.A, "B": self.init.B, **self.vectors}
+
+    @property
     def anchored(self) -> bool:
         """True when something is taken out of W at the start."""
         return not self.anchor.is_zero
@@ -83,8 +88,11 @@ class TargetPlan:
     def trained_parameters(self) -> int:
         """Number of trained numbers."""
         m, n, r = self.target.out_features, self.target.in_features, self.decision.rank
-        factors = {"B": self.init.B, "A": self.init.A, **self.vectors}
-        sizes = {name: value.numel() for name, value in factors.items()} | {"U_low": m * r, "S_low": r, "V_low": r * n}
+        sizes = {name: value.numel() for name, value in self.start.items()} | {
+            "U_low": m * r,
+            "S_low": r,
+            "V_low": r * n,
+        }
         return sum(sizes[name] for name in self.trainable)
 
 

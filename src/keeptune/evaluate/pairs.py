@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError
+from keeptune.core.modes import in_evaluation
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -129,11 +130,5 @@ def scoring(pair: ModelPair, side: Side) -> Iterator[PreTrainedModel]:
     Yields:
         The model.
     """
-    with pair.before() if side == "before" else pair.after() as model, torch.no_grad():
-        modes = [(module, module.training) for module in model.modules()]
-        model.train(False)
-        try:
-            yield model
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    with pair.before() if side == "before" else pair.after() as model, torch.no_grad(), in_evaluation(model):
+        yield model

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from keeptune.adapter.export import export
 from keeptune.adapter.head import restore_head, trained_head
 from keeptune.adapter.install import install, restore_state
 from keeptune.adapter.load import load_adapter, refuse_foreign
-from keeptune.core.artefact import write_json
+from keeptune.core.artefact import remove_leftovers, write_json
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
@@ -140,7 +139,7 @@ def repair(
     }
     plan = replace(_plan(source, case, changes, options | {"mu": weight}), provenance=made_from)
     tuned = _installed(source, plan)
-    _clean(output)
+    remove_leftovers(output)
     done = export(tuned, plan, output, base=source.base, load_base=source.load_base, tokenizer=source.tokenizer)
     clock.lap("export")
     record = total | {"targets": rows, "dropped": list(source.dropped), "examples": made_from["examples"]}
@@ -300,9 +299,3 @@ def _with(tuned: PeftModel, plan: Plan, case: Case, mu: float, rank: int) -> Pre
 
 def _label(mu: float) -> str:
     return f"mu {mu:g}"
-
-
-def _clean(output: Path) -> None:
-    for left in output.parent.glob(f".{output.name}.*"):
-        _log.info("%s: left over by a killed run, removed", left)
-        shutil.rmtree(left, ignore_errors=True)

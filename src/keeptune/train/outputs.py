@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from keeptune.adapter.install import held_parameters
+from keeptune.core.modes import in_evaluation
 from keeptune.core.plan import Plan
 from keeptune.penalties.kl import kl_divergence
 from keeptune.penalties.outputs import TextBatch
@@ -104,7 +105,7 @@ class Outputs:
         trained = [p for p in self._model.parameters() if p.requires_grad]
         value = torch.zeros((), device=batch.input_ids.device)
         found: list[Tensor | None] = [None] * len(trained)
-        with _in_evaluation(self._model):
+        with in_evaluation(self._model):
             if len(own.input_ids):
                 base = self._base(own)
                 with torch.enable_grad():
@@ -155,24 +156,10 @@ def _together(value: Tensor, pairs: list[tuple[nn.Parameter, Tensor]]) -> tuple[
 
 
 @contextmanager
-def _in_evaluation(model: PeftModel) -> Iterator[None]:
-    """Turn dropout off, and on again where it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def _at_start(model: PeftModel, plan: Plan) -> Iterator[None]:
     """Put the plan's first factors in, and then those in training again."""
     held = [
-        (parameter, {"A": t.init.A, "B": t.init.B, **t.vectors}[factor])
-        for t in plan.targets
-        for factor, parameter in held_parameters(model, t).items()
+        (parameter, t.start[factor]) for t in plan.targets for factor, parameter in held_parameters(model, t).items()
     ]
     now = [parameter.data for parameter, _ in held]
     try:
