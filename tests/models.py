@@ -123,6 +123,16 @@ def roberta(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> 
 MODELS: dict[str, Factory] = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "roberta": roberta}
 
 
+def deep(make: Factory, dtype: torch.dtype = torch.float32) -> Any:
+    """The same architecture with four blocks: two are too few to see layers mixed up."""
+    config = make().config
+    fields = config.to_dict() | {"num_hidden_layers": 4, "layer_types": None}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        fresh = make.__globals__[type(make()).__name__](type(config)(**fields))
+    return fresh.to(dtype).eval()
+
+
 def _seeded(cls: type[Any], config: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

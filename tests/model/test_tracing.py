@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.models import HIDDEN, Factory, gpt2, llama, padded_left, qwen2, task, tokens
+from tests.models import HIDDEN, Factory, deep, gpt2, llama, padded_left, qwen2, task, tokens
 from tests.reference.tracing_reference import heat, rome
 from torch import Tensor
 
@@ -27,16 +27,6 @@ READINGS: tuple[Reading, ...] = ("diagonal", "positions")
 every_model = pytest.mark.parametrize("make", [llama, qwen2, gpt2])
 every_reading = pytest.mark.parametrize("reading", READINGS)
 KINDS: tuple[tuple[Kind, int], ...] = (("block", 1), ("attention", 2), ("mlp", 3))
-
-
-def deep(make: Factory, dtype: torch.dtype = torch.float32) -> Any:
-    """The same architecture with four blocks: two are too few to see layers mixed up."""
-    config = make().config
-    fields = config.to_dict() | {"num_hidden_layers": 4, "layer_types": None}
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        fresh = make.__globals__[type(make()).__name__](type(config)(**fields))
-    return fresh.to(dtype).eval()
 
 
 def small(lengths: tuple[int, ...] = (9, 7, 12), prompts: tuple[int, ...] = (4, 5, 5)) -> Calibration:

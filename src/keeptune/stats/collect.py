@@ -20,6 +20,7 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import is_nested
 from keeptune.model.head import head_fingerprint
 from keeptune.model.runner import Labels, ResidentRunner, Taps
+from keeptune.stats.attribution import Attributions, NeuronAttribution, attribute_texts, stored_attributions
 from keeptune.stats.request import Accumulator, DataRole, Request
 from keeptune.stats.store import Source, StatStore, entry_recipe
 from keeptune.stats.tracing import LayerEffect, traced_effects
@@ -63,6 +64,25 @@ class StatsView:
         Raises:
             StatisticsError: It was not requested, or the store lost it.
         """
+        return self._read(request, entry_recipe(request, self.target, self.sources[source_name(request)]))
+
+    def attributions(self, request: NeuronAttribution) -> Attributions:
+        """Open the attributions of texts.
+
+        Args:
+            request: One of the requests.
+
+        Returns:
+            The attributions, read from the store as they are needed.
+
+        Raises:
+            StatisticsError: They were not requested, or the store lost them.
+        """
+        entry = entry_recipe(request, self.target, self.sources[source_name(request)])
+        keys, layers = self._read(request, entry), self._read(request, _layers_of(entry))
+        return stored_attributions(self.store, keys, layers, signed=request.signed)
+
+    def _read(self, request: Request, entry: Mapping[str, Any]) -> Tensor:
         if request not in self.requests:
             raise StatisticsError(
                 self.target.name,
@@ -70,7 +90,7 @@ class StatsView:
                 wanted=f"one of the requested statistics: {sorted(map(str, self.requests)) or 'none'}",
                 next_step="Return it from the method's requests().",
             )
-        value = self.store.get(entry_recipe(request, self.target, self.sources[source_name(request)]))
+        value = self.store.get(entry)
         if value is None:
             raise StatisticsError(
                 self.target.name,
@@ -102,7 +122,7 @@ class StatsView:
             *options: Plain values.
 
         Returns:
-            ``function(self[request], *options)``.
+            ``function(self[request], *options)``; of a ``NeuronAttribution``, ``function`` gets :class:`Attributions`.
 
         Raises:
             StatisticsError: The statistic was not requested, or the store lost it.
@@ -110,7 +130,8 @@ class StatsView:
         entry = entry_recipe(request, self.target, self.sources[source_name(request)])
         key = content_key([entry, function.__module__, function.__qualname__, options])
         if key not in self.memo or request not in self.requests:
-            value = function(self[request], *options)
+            given = self.attributions(request) if isinstance(request, NeuronAttribution) else self[request]
+            value = function(given, *options)
             self.memo.clear()
             self.memo[key] = value
         found: T = self.memo[key]
@@ -183,10 +204,8 @@ def collect(
     sources = {name: source_of(runner.model, model_fingerprint, tokens) for name, tokens in used.items()}
     missing = _missing(targets, requests, sources, store)
     for request, target in missing.pop(_TRACE, []):
-        assert isinstance(request, LayerEffect)
         name = source_name(request)
-        effects = traced_effects(runner.model, used[name], request, store, sources[name])
-        store.put(entry_recipe(request, target, sources[name]), effects)
+        _trace(runner, used[name], request, store, sources[name], entry_recipe(request, target, sources[name]))
     waves = [(need, wave) for need, sites in missing.items() for wave in (_shares(sites) if low_memory else [sites])]
     # An expert sees some tokens only, so that padding could not be told from text: its batches hold none.
     padded = not any(is_nested(target.name) for target in targets)
@@ -202,6 +221,28 @@ def collect(
         _log.warning("statistics: no token reached %d of %d targets: %s", len(unseen), len(targets), names)
     counts = {name: tokens.learned for name, tokens in used.items()}
     return Statistics(store, sources, dict(requests), frozenset(unseen), counts=counts)
+
+
+def _trace(
+    runner: ResidentRunner,
+    data: Calibration,
+    request: Request,
+    store: StatStore,
+    source: Source,
+    entry: Mapping[str, Any],
+) -> None:
+    if isinstance(request, NeuronAttribution):
+        keys, layers = attribute_texts(runner.model, data, request, store, source)
+        store.put(_layers_of(entry), layers)
+        store.put(entry, keys)
+    else:
+        assert isinstance(request, LayerEffect)
+        store.put(entry, traced_effects(runner.model, data, request, store, source))
+
+
+def _layers_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the entry that says which blocks an attribution is of."""
+    return {**entry, "part": "layers"}
 
 
 def source_name(request: Request) -> str:
@@ -294,7 +335,9 @@ def _missing(
                     wanted=f"{request.data} data for {request}",
                     next_step=f"Give the recipe a `{request.data}` section.",
                 )
-            if store.get(entry_recipe(request, target, sources[source_name(request)])) is None:
+            # Attributions are stored text by text: each is looked at again.
+            stored = store.get(entry_recipe(request, target, sources[source_name(request)]))
+            if stored is None or isinstance(request, NeuronAttribution):
                 seed = request.seed if request.labels else 0
                 need = _Pass(source_name(request), request.examples_alone, request.labels, seed)
                 need = _TRACE if request.kind == "trace" else need

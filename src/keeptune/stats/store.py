@@ -91,7 +91,18 @@ class StatStore:
         Returns:
             The statistic, or None when it is not there or is damaged (which is logged).
         """
-        entry = self._entry(recipe)
+        return self.read(content_key(recipe))
+
+    def read(self, key: str) -> Tensor | None:
+        """Look an entry up by its content key.
+
+        Args:
+            key: Of its recipe.
+
+        Returns:
+            As :meth:`get`.
+        """
+        entry = self.folder / key[:2] / key
         if not entry.is_dir():
             return None
         try:

@@ -1,0 +1,99 @@
+"""Where an MLP writes into the hidden states: its down-projection, found by shape and order of calls, not by name."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from keeptune.core.errors import ModelError
+from keeptune.core.target import Target
+from keeptune.model.blocks import blocks_of, find_targets, is_nested
+from keeptune.model.runner import still
+
+__all__ = ["down_projections"]
+
+_log = logging.getLogger(__name__)
+
+
+def down_projections(model: PreTrainedModel) -> tuple[Target, ...]:
+    """Find the down-projection of each block's MLP: the last map outside attention from inner features to hidden ones.
+
+    Args:
+        model: A model without adapters.
+
+    Returns:
+        One target for each block that has one, in order. Blocks without one are named in a warning.
+
+    Raises:
+        ModelError: No block has one, as where all MLPs are mixtures of experts.
+    """
+    targets = find_targets(model)
+    order = _called(model, targets)
+    attention = _in_attention(model)
+    found = []
+    for number in range(len(blocks_of(model))):
+        mine = [t for t in targets if t.layer == number and t.name in order and not _skipped(t, attention)]
+        mine.sort(key=lambda target: order[target.name])
+        downs = [target for index, target in enumerate(mine) if _closes(model, target, mine[:index])]
+        found += downs[-1:]
+    without = sorted(set(range(len(blocks_of(model)))) - {target.layer for target in found})
+    if not found:
+        raise ModelError(
+            type(model).__name__,
+            got=f"blocks of {', '.join(sorted({target.role for target in targets}))}",
+            wanted="in each block an MLP whose last linear map leads from its inner features to the hidden states: "
+            "down_proj of a gated MLP, or c_proj, fc2, dense_4h_to_h of a plain one",
+            next_step="Use a model with such MLPs; mixtures of experts have none of their own.",
+        )
+    if without:
+        _log.warning("%s: blocks %s have no MLP down-projection and are left out", type(model).__name__, without)
+    return tuple(found)
+
+
+def _skipped(target: Target, attention: Sequence[str]) -> bool:
+    return is_nested(target.name) or target.name.startswith(tuple(attention))
+
+
+def _closes(model: PreTrainedModel, target: Target, before: Sequence[Target]) -> bool:
+    """Tell whether a map takes what an earlier one gives (half of it where gate and up are one) to hidden states."""
+    inner = {size for other in before for size in (other.out_features, other.out_features / 2)}
+    hidden: int = model.config.get_text_config().hidden_size
+    return target.out_features == hidden and target.in_features in inner
+
+
+def _in_attention(model: PreTrainedModel) -> list[str]:
+    """Name the modules in a block that take an attention mask."""
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for block in blocks_of(model):
+        for child in block.modules():
+            takes = child is not block and "attention_mask" in inspect.signature(child.forward).parameters
+            if takes and not isinstance(child, nn.Linear | Conv1D):
+                found.append(f"{names[child]}.")
+    return found
+
+
+def _called(model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, int]:
+    """Run two tokens and number the maps in the order of their last calls."""
+    order: dict[str, int] = {}
+    count = iter(range(1 << 30))
+    handles = [
+        model.get_submodule(target.name).register_forward_hook(
+            lambda *_, name=target.name: order.__setitem__(name, next(count))
+        )
+        for target in targets
+    ]
+    try:
+        with still(model), torch.no_grad():
+            probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            model(input_ids=probe, attention_mask=torch.ones_like(probe), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
