@@ -44,6 +44,7 @@ study: $(BIN)/.dev
 	$(BIN)/python studies/demo_page.py runs/demo3
 	$(BIN)/python studies/all_methods.py
 	$(BIN)/python studies/penalties.py
+	$(BIN)/python studies/keep.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

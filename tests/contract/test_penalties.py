@@ -25,7 +25,7 @@ from keeptune.train.penalty import Penalties
 # The options a penalty is checked with.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "decay": [{"strength": 0.3}],
-    "drift": [{"budget": 0.02}, {"per": "layer", "factor_rank": 8}],
+    "drift": [{"budget": 0.02}, {"per": "layer", "factor_rank": 8}, {"curvature": "delta-kfac", "rho": 0.2}],
     "ewc": [{"batches": 1, "batch_size": 6}],
     "kasa": [],  # part of its method
     "kl": [{"batch_size": 4}],

@@ -17,7 +17,8 @@ from keeptune.core.target import read_weight
 from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora
 from keeptune.penalties.base import conclusions, penalty_named
-from keeptune.penalties.drift import DriftBudget, ascended
+from keeptune.penalties.drift import DriftBudget, ascended, excess
+from keeptune.penalties.laplace import Laplace
 from keeptune.train.penalty import Penalties
 
 
@@ -46,7 +47,7 @@ def drifts(model: Any, plan: Plan, folder: Path) -> dict[str, float]:
 
 
 def test_the_drift_is_the_relative_mean_squared_change_of_the_outputs(tmp_path: Path) -> None:
-    plan = planned(tmp_path, budget=0.01, start=2.0)
+    plan = planned(tmp_path, budget=0.01, start=2.0, gain=0.0)
     model = trained(plan)
     wanted = drifts(model, plan, tmp_path)
     mean = sum(wanted.values()) / len(wanted)
@@ -55,6 +56,8 @@ def test_the_drift_is_the_relative_mean_squared_change_of_the_outputs(tmp_path: 
     logs = penalties.read()
     assert logs["feature_drift"] == pytest.approx(mean, rel=1e-4)
     assert logs["multiplier"] == pytest.approx(2.0)
+    for name, d in wanted.items():
+        assert logs[f"feature_drift/{name}"] == pytest.approx(d, rel=1e-4)
 
 
 def test_each_layer_has_its_own_multiplier(tmp_path: Path) -> None:
@@ -74,6 +77,48 @@ def test_budgets_by_effect_are_smaller_where_more_sits_and_have_the_budget_as_th
     budgets = plan.penalties[0].tensors["budget"].tolist()
     assert sum(budgets) / len(budgets) == pytest.approx(0.01)
     assert budgets[0] != budgets[1]
+
+
+def test_the_drift_of_each_target_is_logged_whatever_the_groups(tmp_path: Path) -> None:
+    plan = planned(tmp_path, per="layer", budget=0.01)
+    model = trained(plan)
+    penalties = Penalties(model, plan)
+    penalties.step()
+    logs = penalties.read()
+    for name, d in drifts(model, plan, tmp_path).items():
+        assert logs[f"feature_drift/{name}"] == pytest.approx(d, rel=1e-4)
+
+
+@pytest.mark.parametrize("per", ["model", "layer"])
+def test_a_budget_in_nats_holds_the_second_order_of_the_divergence(tmp_path: Path, per: str) -> None:
+    plan = planned(tmp_path, curvature="delta-kfac", rho=0.3, per=per)
+    model, bench = trained(plan), Bench(MODELS["llama"](), tmp_path)
+    fixed = bench.plan(Lora(rank=4), [Laplace(1.0, "delta-kfac", rho=0.3)])
+    wanted = float(Penalties(model, fixed).step())
+    penalties = Penalties(model, plan)
+    penalties.step()
+    logs = penalties.read()
+    groups = [
+        value for name, value in logs.items() if name == "feature_drift" or name.startswith("feature_drift/group")
+    ]
+    assert len(groups) == (1 if per == "model" else 2)
+    assert sum(groups) / len(groups) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_pressure_is_off_while_there_is_room_and_on_at_once_when_there_is_none(tmp_path: Path) -> None:
+    plan = planned(tmp_path, budget=1e-9, gain=3.0, start=2.0)
+    model = trained(plan)
+    penalties = Penalties(model, plan)
+    penalties.step()
+    assert penalties.read()["multiplier"] == pytest.approx(2.0 * math.exp(-3.0))  # as nothing has drifted yet
+    penalties.step()
+    assert penalties.read()["multiplier"] == pytest.approx(2.0 * math.exp(0.1 + 3.0))
+
+
+def test_the_excess_is_zero_at_the_budget_and_bounded() -> None:
+    budget = torch.full((4,), 0.01, dtype=torch.float64)
+    found = excess(torch.tensor([0.0, 0.005, 0.01, 0.2], dtype=torch.float64), budget)
+    assert found.tolist() == pytest.approx([-1.0, math.log(0.5), 0.0, 1.0])
 
 
 def test_the_multiplier_falls_within_the_budget_and_rises_above() -> None:
@@ -147,6 +192,8 @@ def test_keep_is_lora_under_a_budget(tmp_path: Path) -> None:
         ({"rate": -0.1}, "rate"),
         ({"start": float("inf")}, "start"),
         ({"batches": 0}, "batches"),
+        ({"gain": -1.0}, "gain"),
+        ({"rho": 1.5}, "rho"),
         ({"layers": "naie"}, "per: layer"),
         ({"strength": 2.0}, "strength"),
     ],

@@ -38,7 +38,10 @@ class Keep:
         drift: The mean relative feature drift allowed.
         per: ``"model"`` holds the mean over all targets, ``"layer"`` that of each layer.
         layers: Of ``per="layer"``: ``"uniform"`` or ``"naie"`` budgets.
+        curvature: ``"delta-act"`` budgets the feature drift; with ``"delta-kfac"`` ``drift`` is in nats per token, the
+            second order of the KL to the base, and knowledge data pass backward once as well.
         rate: How far the logarithm of the multiplier moves in a step at most.
+        gain: How far the logarithm of the pressure is from that of the multiplier at most.
         factor_rank: Keep this many directions of Ω, and one number for the others; None keeps all.
         dropout: Dropout before A, during training.
         seed: Seed of A; the recipe gives the training seed unless told otherwise.
@@ -56,7 +59,9 @@ class Keep:
     drift: float = 0.005
     per: Literal["model", "layer"] = "model"
     layers: Literal["uniform", "naie"] = "uniform"
+    curvature: Literal["delta-act", "delta-kfac"] = "delta-act"
     rate: float = 0.1
+    gain: float = 2.0
     factor_rank: int | None = None
     dropout: float = 0.0
     seed: int = 0
@@ -93,6 +98,12 @@ class Keep:
         """Ask for (3)."""
         return (
             DriftBudget(
-                budget=self.drift, per=self.per, layers=self.layers, rate=self.rate, factor_rank=self.factor_rank
+                budget=self.drift,
+                per=self.per,
+                layers=self.layers,
+                curvature=self.curvature,
+                rate=self.rate,
+                gain=self.gain,
+                factor_rank=self.factor_rank,
             ),
         )

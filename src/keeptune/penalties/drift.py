@@ -2,12 +2,17 @@
 
     d_t  = tr(ΔW Ω ΔWᵀ) / tr(W Ω Wᵀ),   Ω = E[h hᵀ] over the tokens of the knowledge          (1)
     D_g  = mean of d_t over the targets t of a group g: the whole model, or one layer          (2)
-    L    = L_task + sum_g λ_g D_g / budget_g                                                  (3)
-    log λ_g <- log λ_g + rate · clip(log(D_g / budget_g), -1, 1)      after each step          (4)
+    L    = L_task + sum_g p_g D_g / budget_g                                                  (3)
+    c_g  = clip(log(D_g / budget_g), -1, 1)
+    log λ_g <- log λ_g + rate · c_g,   log p_g = log λ_g + gain · c_g     after each step      (4)
+    D_g  = groups · sum of n/2 tr(Γ ΔW Ω ΔWᵀ) over the targets of g,  Γ = E[δ δᵀ]             (5)
 
 d_t is the mean squared change of the target's output on knowledge inputs, relative to its size: free of units, from
 r x r products (penalties/kronecker.py). (4) is dual ascent on the constraint D_g <= budget_g: λ_g falls while there is
-room and rises while there is none, so that no strength needs to be found. ``per="layer"`` with ``layers="naie"`` gives
+room and rises while there is none, so that no strength needs to be found. Its second half, the proportional part of a
+PI controller in logarithms, damps it: the pressure p_g is off as soon as there is room again. With
+``curvature="delta-kfac"`` the budget is in nats: (5) is the second order of the KL to the base, per token (δ is the
+gradient at the target's output, n the tokens for each one with a loss). ``per="layer"`` with ``layers="naie"`` gives
 a layer that holds more of the answers (stats/tracing.py) a smaller budget: budget_g = budget · w̄ / w_g, where w̄ is the
 harmonic mean of the weights w, so that the mean of the budgets is the budget.
 """
@@ -22,19 +27,36 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
-from keeptune.core.plan import Factor, TargetPlan
-from keeptune.linalg.factor import Identity, factor_from
+from keeptune.core.plan import Factor as Name
+from keeptune.core.plan import TargetPlan
+from keeptune.linalg.factor import Factor, Identity, factor_from
+from keeptune.model.runner import Labels
 from keeptune.penalties.base import OnChange, Site, Term, start_of
 from keeptune.penalties.checks import check_counts
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
-from keeptune.stats.factors import Covariance, input_request, read_factor
+from keeptune.stats.factors import Covariance, gradient_request, input_request, read_factor
+from keeptune.stats.fisher import TokenCount, tokens_per_learned
 from keeptune.stats.request import DataRole, Request
 from keeptune.stats.tracing import LayerEffect, layer_weights
 
-__all__ = ["DriftBudget", "ascended"]
+__all__ = ["DriftBudget", "ascended", "excess"]
 
 _MET = 0.2  # of the budget
 _LEAST = 0.05  # of the largest weight: a layer without effect gets twenty times the budget, not an endless one
+
+
+def excess(drift: Tensor, budget: Tensor) -> Tensor:
+    """Compute c of (4), by how much the budget is overdrawn: above 0 where it is, below where there is room.
+
+    Args:
+        drift: D, ``(groups,)``.
+        budget: ``(groups,)``.
+
+    Returns:
+        ``(groups,)``, from -1 to 1.
+    """
+    tiny = torch.finfo(drift.dtype).tiny
+    return (drift.clamp_min(tiny) / budget).log().clamp(-1, 1)
 
 
 def ascended(log_multiplier: Tensor, drift: Tensor, budget: Tensor, rate: float) -> Tensor:
@@ -51,30 +73,29 @@ def ascended(log_multiplier: Tensor, drift: Tensor, budget: Tensor, rate: float)
     Returns:
         The next log λ.
     """
-    tiny = torch.finfo(drift.dtype).tiny
-    return log_multiplier + rate * (drift.clamp_min(tiny) / budget).log().clamp(-1, 1)
+    return log_multiplier + rate * excess(drift, budget)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Multiplied:
-    """A term times λ over its budget; both change and are shared by the targets of a group.
+    """A term times p over its budget; both are shared by the targets of a group.
 
     Args:
-        term: d_t over the number of targets of its group.
-        log_multiplier: log λ of all groups, changed in place by :meth:`DriftBudget.update`.
+        term: The target's part of D.
+        log_pressure: log p of all groups, changed in place by :meth:`DriftBudget.update`.
         budget: Of all groups.
         group: The target's.
     """
 
     term: Term
-    log_multiplier: Tensor
+    log_pressure: Tensor
     budget: Tensor
     group: int
 
-    def value_and_grad(self, factors: Mapping[Factor, Tensor]) -> tuple[Tensor, Mapping[Factor, Tensor]]:
+    def value_and_grad(self, factors: Mapping[Name, Tensor]) -> tuple[Tensor, Mapping[Name, Tensor]]:
         """Compute the target's part of (3) and its gradient."""
         value, gradients = self.term.value_and_grad(factors)
-        pressure = (self.log_multiplier[self.group].exp() / self.budget[self.group]).to(value)
+        pressure = (self.log_pressure[self.group].exp() / self.budget[self.group]).to(value)
         return value * pressure, {factor: gradient * pressure for factor, gradient in gradients.items()}
 
 
@@ -87,12 +108,17 @@ class DriftBudget:
         per: ``"model"`` holds the mean over all targets, ``"layer"`` that of each layer.
         layers: Of ``per="layer"``: ``"uniform"`` gives each layer the same budget, ``"naie"`` less where more of the
             answers sits; the knowledge then needs prompts and completions.
+        curvature: ``"delta-act"`` budgets the feature drift (1), ``"delta-kfac"`` nats per token (5).
         rate: How far log λ moves in a step at most.
+        gain: The proportional part: how far log p is from log λ at most.
         start: λ at the first step.
+        labels: Of ``"delta-kfac"``: labels of the gradients, drawn from the model or the data's own.
+        rho: Of ``"delta-kfac"``: damping of Γ towards the identity of its trace.
         batches: How many batches of each knowledge set are used; None is all of it.
         batch_size: Examples per batch; it only says how much ``batches`` is.
         factor_rank: Keep this many directions of Ω, and one number for the others; None keeps all.
         trace_examples: How many examples of each knowledge set are traced (naie).
+        label_seed: Seed of sampled labels.
 
     Raises:
         PlanError: An option is out of range.
@@ -101,17 +127,22 @@ class DriftBudget:
     name: ClassVar[str] = "drift"
     paper: ClassVar[str] = "keeptune"
     strength: ClassVar[float] = 1.0
-    state: ClassVar[tuple[str, ...]] = ("log multiplier",)
+    state: ClassVar[tuple[str, ...]] = ("log multiplier", "log pressure")
 
     budget: float = 0.005
     per: Literal["model", "layer"] = "model"
     layers: Literal["uniform", "naie"] = "uniform"
+    curvature: Literal["delta-act", "delta-kfac"] = "delta-act"
     rate: float = 0.1
+    gain: float = 2.0
     start: float = 1.0
+    labels: Labels = "sampled"
+    rho: float = 0.0
     batches: int | None = None
     batch_size: int = 8
     factor_rank: int | None = None
     trace_examples: int | None = 32
+    label_seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -125,6 +156,13 @@ class DriftBudget:
                 raise PlanError(
                     f"penalty drift, {key}", got=str(value), wanted="a number above 0", next_step="Correct the value."
                 )
+        if not 0 <= self.gain < float("inf") or not 0 <= self.rho <= 1:
+            raise PlanError(
+                "penalty drift",
+                got=f"gain: {self.gain}, rho: {self.rho}",
+                wanted="a gain of at least 0, rho from 0 to 1",
+                next_step="Correct the value.",
+            )
         check_counts(
             self.name,
             batches=self.batches,
@@ -148,36 +186,49 @@ class DriftBudget:
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
         """Need Ω, and the effect of each layer where budgets follow it."""
         traced = {self._trace()} if self.layers == "naie" else set()
-        return frozenset({self._inputs(), *traced})
+        outputs = {self._gradients(), self._count()} if self.curvature == "delta-kfac" else set()
+        return frozenset({self._inputs(), *outputs, *traced})
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
-        """Keep Ω per input group, (1)'s denominator times the group's size, and what belongs to the groups."""
+        """Keep Ω per input group, Γ, what makes a form a target's part of D, and what belongs to the groups."""
         target, one = site.plan.target, torch.ones((), device=site.weight.device)
         Omega = read_factor(self._inputs(), site.stats[self._inputs()]).to(torch.float32, site.weight.device)
-        whole = float(quadratic_form(site.weight.double(), Omega.to(torch.float64), Identity(target.out_features, one)))
         groups = self._groups([peer.layer for peer in site.targets])
-        size = sum(groups[peer.layer] == groups[target.layer] for peer in site.targets)
+        found = dict(Omega.tensors(f"Omega:{target.input_group}:"))
+        if self.curvature == "delta-kfac":
+            Gamma = read_factor(self._gradients(), site.stats[self._gradients()]).to(torch.float32, site.weight.device)
+            found |= Gamma.damped(self.rho).tensors(f"Gamma:{target.name}:")
+            share = len(set(groups.values())) / 2 * tokens_per_learned(site.stats, self._count())
+        else:
+            identity = Identity(target.out_features, one)
+            whole = float(quadratic_form(site.weight.double(), Omega.to(torch.float64), identity))
+            size = sum(groups[peer.layer] == groups[target.layer] for peer in site.targets)
+            share = 1 / (whole * size) if whole > 0 else 0.0
         budget = torch.tensor(self._budgets(site, groups), dtype=torch.float64)
         return {
-            **Omega.tensors(f"Omega:{target.input_group}:"),
-            f"share:{target.name}": torch.tensor(1 / (whole * size) if whole > 0 else 0.0),
+            **found,
+            f"share:{target.name}": torch.tensor(share),
             f"group:{target.name}": torch.tensor(groups[target.layer]),
             "budget": budget,
             "log multiplier": torch.full_like(budget, self.start).log(),
+            "log pressure": torch.full_like(budget, self.start).log() - self.gain,
         }
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Make a target's part of (3)."""
         target, share = target_plan.target, tensors[f"share:{target_plan.target.name}"]
+        Gamma: Factor = Identity(target.out_features, torch.ones_like(share))
+        if self.curvature == "delta-kfac":
+            Gamma = factor_from(tensors, f"Gamma:{target.name}:")
         drift = KroneckerChange(
             Omega=factor_from(tensors, f"Omega:{target.input_group}:"),
-            Gamma=Identity(target.out_features, torch.ones_like(share)),
+            Gamma=Gamma,
             scale=target_plan.scale,
             weight=share,
             start=start_of(target_plan, share.device),
         )
         group = int(tensors[f"group:{target.name}"])
-        return Multiplied(OnChange(drift), tensors["log multiplier"], tensors["budget"], group)
+        return Multiplied(OnChange(drift), tensors["log pressure"], tensors["budget"], group)
 
     def update(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Take the step of (4), in place.
@@ -187,16 +238,18 @@ class DriftBudget:
             values: Target to its part of (3), as it was in this step.
 
         Returns:
-            What to log: D and λ, of each group where there are several.
+            What to log: D and p, of each group where there are several, and each target's own d.
         """
-        log_multiplier, budget = tensors["log multiplier"], tensors["budget"]
-        parts = torch.zeros_like(budget)
-        for name, value in values.items():
-            parts[int(tensors[f"group:{name}"])] += value.to(parts)
-        drift = parts * budget / log_multiplier.exp()
-        logs = {f"feature_drift{_place(g, len(budget))}": drift[g].clone() for g in range(len(budget))}
-        logs |= {f"multiplier{_place(g, len(budget))}": log_multiplier[g].exp() for g in range(len(budget))}
+        log_multiplier, log_pressure, budget = (tensors[k] for k in ("log multiplier", "log pressure", "budget"))
+        group = torch.stack([tensors[f"group:{name}"] for name in values])
+        value = torch.stack(list(values.values())).to(budget) * (budget / log_pressure.exp())[group]
+        drift = torch.zeros_like(budget).index_add_(0, group, value)
+        own = value if self.curvature == "delta-kfac" else value * torch.bincount(group, minlength=len(budget))[group]
+        logs = {f"feature_drift{_place(g, len(budget))}": drift[g] for g in range(len(budget))}
+        logs |= {f"multiplier{_place(g, len(budget))}": log_pressure[g].exp() for g in range(len(budget))}
+        logs |= {f"feature_drift/{name}": own[index] for index, name in enumerate(values)}
         log_multiplier.copy_(ascended(log_multiplier, drift, budget, self.rate))
+        log_pressure.copy_(log_multiplier + self.gain * excess(drift, budget))
         return logs
 
     def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
@@ -228,6 +281,13 @@ class DriftBudget:
     def _inputs(self) -> Covariance:
         examples = None if self.batches is None else self.batches * self.batch_size
         return input_request("knowledge", self.factor_rank, examples=examples)
+
+    def _gradients(self) -> Covariance:
+        examples = None if self.batches is None else self.batches * self.batch_size
+        return gradient_request("knowledge", self.labels, self.factor_rank, seed=self.label_seed, examples=examples)
+
+    def _count(self) -> TokenCount:
+        return TokenCount("knowledge", None if self.batches is None else self.batches * self.batch_size)
 
     def _trace(self) -> LayerEffect:
         return LayerEffect("knowledge", examples=self.trace_examples)
