@@ -30,13 +30,12 @@ from keeptune.core.errors import PlanError
 from keeptune.core.plan import Factor as Name
 from keeptune.core.plan import TargetPlan
 from keeptune.linalg.factor import Factor, Identity, factor_from
-from keeptune.model.runner import Labels
 from keeptune.penalties.base import OnChange, Site, Term, start_of
 from keeptune.penalties.checks import check_counts
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 from keeptune.stats.factors import Covariance, gradient_request, input_request, read_factor
 from keeptune.stats.fisher import TokenCount, tokens_per_learned
-from keeptune.stats.request import DataRole, Request
+from keeptune.stats.request import DataRole, Labels, Request
 from keeptune.stats.tracing import LayerEffect, layer_weights
 
 __all__ = ["DriftBudget", "ascended", "excess"]
