@@ -6,7 +6,7 @@ queries see the corrupted run's keys and values as a prefix and their own as the
 block l, so that one pass serves all layers.
 
 Nothing here names an architecture. The streams go through the model itself; a hook gives each block what it was given
-in the corrupted run (mask, positions), cut to the streams' columns.
+in the corrupted run (mask, positions), cut to the streams' columns (:mod:`keeptune.model.suffix`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from keeptune.model.passes import Kept, Sites, Texts, hidden_of, probabilities, put, take
+from keeptune.model.suffix import Suffix
 
-__all__ = ["Streams", "UnfitError"]
-
-
-class UnfitError(Exception):
-    """The fast way cannot serve this architecture."""
+__all__ = ["Streams"]
 
 
 @dataclass
@@ -53,7 +49,13 @@ class Streams:
     at: Tensor
     alone: bool
     entered: list[int] = field(default_factory=list)
-    masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Prepare what blocks are given."""
+        assert self.noised.cache is not None
+        self.suffix = Suffix(
+            self.noised.calls, self.noised.cache, self.texts.width, self.columns, alone=self.alone, times=0
+        )
 
     def answers(self) -> Tensor:
         """Run them.
@@ -99,6 +101,7 @@ class Streams:
         for _ in new:
             rows.append(torch.where(self.at[..., None], restored, corrupted).flatten(0, 1))
         self.entered += new
+        self.suffix.times = len(self.entered) * len(self.at)
         return torch.cat(rows) if rows else None
 
     def _before(self, number: int) -> Any:
@@ -107,9 +110,7 @@ class Streams:
             joined = self._join(number, hidden)
             if joined is None:
                 return None
-            call = self._call(number)
-            call.arguments[next(iter(call.arguments))] = joined
-            return call.args, call.kwargs
+            return self.suffix.call(number, joined)
 
         return hook
 
@@ -128,98 +129,7 @@ class Streams:
                 return None
             none = torch.zeros_like(self.at)
             chosen = [self.at if number in self.sites.restored(layer) else none for layer in self.entered]
-            values = self._rows(take(self.clean.outputs[number], self.columns))
+            values = self.suffix.rows(take(self.clean.outputs[number], self.columns))
             return put(output, torch.where(torch.cat(chosen).flatten(0, 1)[..., None], values, hidden_of(output)))
 
         return hook
-
-    def _rows(self, values: Tensor) -> Tensor:
-        """Repeat what belongs to the texts for all their streams."""
-        times = len(self.entered) * len(self.at)
-        return (
-            values.expand(times, *values.shape[1:])
-            if len(values) == 1
-            else values.repeat(times, *[1] * (values.ndim - 1))
-        )
-
-    def _call(self, number: int) -> inspect.BoundArguments:
-        """Cut what the corrupted run gave a block to the streams."""
-        given = self.noised.calls[number]
-        call = inspect.BoundArguments(given.signature, type(given.arguments)())
-        main = next(iter(given.arguments))
-        named = dict(given.arguments)
-        extra = next((n for n, p in given.signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
-        flat = {**named, **named.get(extra, {})} if extra else named
-        if not any(value is self.noised.cache for value in flat.values()) or "attention_mask" not in flat:
-            raise UnfitError("a block takes no key-value cache or no attention mask")
-
-        def cut(name: str, value: Any) -> Any:
-            if name == "attention_mask":
-                return self._rows(self._mask(value))
-            if value is self.noised.cache:
-                return _Prefix(self)
-            return self._cut(value)
-
-        for name, value in named.items():
-            if name == extra:
-                call.arguments[name] = {key: cut(key, inner) for key, inner in value.items()}
-            else:
-                call.arguments[name] = value if name == main else cut(name, value)
-        return call
-
-    def _cut(self, value: Any) -> Any:
-        """Take the streams' columns of whatever runs over the columns of a text, such as rotary angles."""
-        if isinstance(value, tuple | list):
-            return type(value)(self._cut(inner) for inner in value)
-        if isinstance(value, dict):
-            return {key: self._cut(inner) for key, inner in value.items()}
-        if not isinstance(value, Tensor) or value.ndim < 2:
-            return value
-        if value.shape[0] in (1, len(self.texts)) and value.shape[1] == self.texts.width:
-            return self._rows(take(value, self.columns))
-        raise UnfitError(f"a block takes a tensor of shape {tuple(value.shape)}")
-
-    @property
-    def _prefix(self) -> int:
-        """Columns of the corrupted run that streams may see."""
-        return int(self.columns.max()) if self.alone else int(self.columns[0, 0])
-
-    def _mask(self, given: Tensor | None) -> Tensor:
-        """Put together the mask over prefix and own columns, from the block's mask over the whole text."""
-        width, columns = self.texts.width, self.columns
-        if id(given) in self.masks:
-            return self.masks[id(given)]
-        full = given if given is not None else columns.new_ones(width, width, dtype=torch.bool).tril()[None, None]
-        if full.ndim != 4 or full.shape[-2:] != (width, width):
-            raise UnfitError(f"an attention mask of shape {tuple(full.shape)}")
-        rows = full.expand(len(columns), -1, -1, -1).take_along_dim(columns[:, None, :, None], dim=2)
-        before = torch.arange(self._prefix, device=columns.device) < columns[..., None]
-        own = rows.take_along_dim(columns[:, None, None, :], dim=3)
-        rest = torch.eye(columns.shape[1], dtype=torch.bool, device=columns.device) if self.alone else None
-        blocked = torch.zeros_like(rows[:1, :1, :1, :1])
-        if blocked.dtype != torch.bool:
-            blocked = torch.full_like(blocked, torch.finfo(blocked.dtype).min)
-        prefix = torch.where(before[:, None], rows[..., : self._prefix], blocked)
-        own = own if rest is None else torch.where(rest, own, blocked)
-        self.masks[id(given)] = torch.cat([prefix, own], dim=-1)
-        return self.masks[id(given)]
-
-
-class _Prefix(DynamicCache):
-    """The corrupted run's keys and values before the streams' own."""
-
-    def __init__(self, streams: Streams) -> None:
-        super().__init__()
-        self.streams = streams
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Join them."""
-        cache, length, rows = self.streams.noised.cache, self.streams._prefix, self.streams._rows
-        assert cache is not None
-        kept: Any = cache.layers[layer_idx]
-        return (
-            torch.cat([rows(kept.keys[..., :length, :]), key_states], dim=-2),
-            torch.cat([rows(kept.values[..., :length, :]), value_states], dim=-2),
-        )

@@ -34,7 +34,8 @@ from keeptune.core.errors import RecipeError, StatisticsError
 from keeptune.data.calibration import Batch
 from keeptune.model.passes import Kept, Kind, Sites, Texts, full_pass, plain_answers
 from keeptune.model.runner import still
-from keeptune.model.streams import Streams, UnfitError
+from keeptune.model.streams import Streams
+from keeptune.model.suffix import UnfitError
 
 __all__ = ["Kind", "Noise", "Reading", "Traced", "Tracer", "embedding_std", "noise_of"]
 
