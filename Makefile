@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 # Without what they depend on: BackPACK's examples want torchvision, whose wheels for GPUs break Transformers on a PyTorch
 # without.
-WITNESS := curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum unfoldNd
+WITNESS := curvlinops-for-pytorch backpack-for-pytorch captum einconv einops linear_operator opt_einsum unfoldNd
 
 $(BIN)/keeptune: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
