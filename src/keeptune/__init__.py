@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keeptune.adapter.install import install
     from keeptune.api import export, measure, plan
+    from keeptune.combining import Combined, Part
     from keeptune.core.errors import KeeptuneError
     from keeptune.core.low_rank import LowRank
     from keeptune.core.plan import Plan
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterPair",
     "Benchmark",
+    "Combined",
     "Corda",
     "Decay",
     "Dora",
@@ -62,6 +64,7 @@ __all__ = [
     "Milora",
     "Olora",
     "Osf",
+    "Part",
     "Penalties",
     "Pissa",
     "Plan",
@@ -78,6 +81,7 @@ __all__ = [
 _HOMES = {
     "AdapterPair": "evaluate.pairs",
     "Benchmark": "evaluate.tasks",
+    "Combined": "combining",
     "Corda": "methods.corda",
     "Decay": "penalties.decay",
     "Dora": "methods.dora",
@@ -99,6 +103,7 @@ _HOMES = {
     "Milora": "methods.milora",
     "Olora": "methods.olora",
     "Osf": "methods.osf",
+    "Part": "combining",
     "Penalties": "train.penalty",
     "Pissa": "methods.pissa",
     "Plan": "core.plan",

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from keeptune.combining import parts_of
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
 from keeptune.core.target import Target
@@ -159,13 +160,14 @@ class Job:
     @cached_property
     def requests(self) -> frozenset[Request]:
         """The statistics that the method takes of some target."""
-        return frozenset(self.method.requests(Target("", 0, "", out_features=1, in_features=1, input_group="")))
+        some = Target("", 0, "", out_features=1, in_features=1, input_group="")
+        return frozenset().union(*(part.method.requests(some) for part in parts_of(self.method)))
 
     @cached_property
     def needs(self) -> set[DataRole]:
         """Which data the method and the penalties take statistics over."""
         asked = asked_penalties(self.method, self.penalties)
-        return {request.data for request in self.requests}.union(*(p.data for p in asked))
+        return {request.data for request in self.requests}.union(*(one.penalty.data for one in asked))
 
     @cached_property
     def task_calibration(self) -> Calibration:
@@ -287,7 +289,7 @@ class Job:
         if self.penalties:
             more["penalties"] = [[penalty.name, penalty] for penalty in self.penalties]
         if self.calibration is not None and any(
-            "knowledge" in penalty.data for penalty in asked_penalties(self.method, self.penalties)
+            "knowledge" in one.penalty.data for one in asked_penalties(self.method, self.penalties)
         ):
             more["knowledge in order"] = content_key([self.calibration.sequences, self.calibration.sets])
         return more | {

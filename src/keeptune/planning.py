@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from keeptune.combining import parts_of, tuned_roles
 from keeptune.core.errors import PlanError
-from keeptune.core.plan import PenaltyPlan, Plan
+from keeptune.core.plan import PenaltyPlan, Plan, TargetPlan
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.methods.base import Method, make_plan, penalties_of
@@ -17,45 +18,98 @@ from keeptune.model.blocks import depth, find_targets, head_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.load import refuse_not_finite
 from keeptune.model.runner import ResidentRunner
-from keeptune.penalties.base import PenaltySpec, Site, notes_of, penalty_plan
+from keeptune.penalties.base import Concluding, PenaltySpec, Site, notes_of, penalty_plan
 from keeptune.penalties.outputs import OfOutputs
 from keeptune.stats.collect import Statistics, collect
-from keeptune.stats.request import DataRole
+from keeptune.stats.request import DataRole, Request
 from keeptune.stats.store import StatStore
 
-__all__ = ["asked_penalties", "plan_for", "refuse_layers", "refuse_penalties", "statistics_for", "with_penalties"]
+__all__ = [
+    "Asked",
+    "asked_penalties",
+    "plan_for",
+    "refuse_layers",
+    "refuse_penalties",
+    "statistics_for",
+    "with_penalties",
+]
 
 
-def asked_penalties(method: Method[Any], extra: Sequence[PenaltySpec] = ()) -> tuple[PenaltySpec, ...]:
+@dataclass(frozen=True)
+class Asked:
+    """A penalty of a run.
+
+    Args:
+        penalty: The penalty.
+        roles: Of the targets it holds; none is all of the plan's.
+    """
+
+    penalty: PenaltySpec
+    roles: Sequence[str] = ()
+
+    def holds(self, target: Target) -> bool:
+        """Say whether it acts on a target.
+
+        Args:
+            target: The target.
+
+        Returns:
+            True where it does.
+        """
+        return not self.roles or target.role in self.roles
+
+
+def asked_penalties(method: Method[Any], extra: Sequence[PenaltySpec] = ()) -> tuple[Asked, ...]:
     """List the penalties of a run: the method's own, then others; strength 0 is none.
+
+    Of several methods, each one's own penalties hold the targets of its roles.
 
     Args:
         method: The method.
-        extra: Those asked for besides.
+        extra: Those asked for besides; they hold all targets.
 
     Returns:
         The penalties.
     """
-    return tuple(penalty for penalty in (*penalties_of(method), *extra) if penalty.strength > 0)
+    own = [Asked(penalty, part.targets) for part in parts_of(method) for penalty in penalties_of(part.method)]
+    return tuple(asked for asked in (*own, *map(Asked, extra)) if asked.penalty.strength > 0)
 
 
-def refuse_penalties(method: Method[Any], penalties: Sequence[PenaltySpec]) -> None:
-    """Refuse penalties on a method that changes whole weights: they act on low-rank factors.
+def refuse_penalties(method: Method[Any], asked: Sequence[Asked]) -> None:
+    """Refuse penalties that a method cannot have: they act on low-rank factors, and each on those of its own roles.
 
     Args:
         method: The method.
-        penalties: The penalties wanted.
+        asked: The penalties wanted.
 
     Raises:
-        PlanError: There are penalties, and the method trains no factors.
+        PlanError: There are penalties, and the method trains no factors; or one of several methods brings a penalty
+            that cannot be confined to its targets, or a second one whose reports could not be told apart.
     """
-    if penalties and method.scope != "adapter":
+    names = [one.penalty.name for one in asked]
+    if asked and method.scope != "adapter":
         raise PlanError(
             f"method {method.name}",
-            got=f"the penalties {', '.join(penalty.name for penalty in penalties)}",
+            got=f"the penalties {', '.join(names)}",
             wanted="no `penalties`: it changes whole weights, and penalties act on low-rank factors",
             next_step="Leave `penalties` out, or take a method that trains adapters.",
         )
+    for one in asked:
+        name = one.penalty.name
+        if one.roles and isinstance(one.penalty, OfOutputs):
+            raise PlanError(
+                f"method {method.name}",
+                got=f"the penalty {name} for {', '.join(one.roles)}",
+                wanted="a penalty on single targets: this one is on what the whole model says",
+                next_step="Take that method alone.",
+            )
+        if isinstance(one.penalty, Concluding) and names.count(name) > 1:
+            raise PlanError(
+                f"method {method.name}",
+                got=f"{names.count(name)} penalties {name}",
+                wanted="one: what each logs and says at the end could not be told apart",
+                next_step=f"Leave one out; under `penalties`, {name} holds all targets.",
+            )
 
 
 def refuse_layers(method: Method[Any], layers: Sequence[int] | None) -> None:
@@ -95,7 +149,7 @@ def statistics_for(
         method: The method.
         store: Where entries are looked up and kept.
         data: Tokens per data role.
-        roles: Roles of the targets; None is all linear maps but the head.
+        roles: Roles of the targets; None is all linear maps but the head, or those that methods side by side name.
         layers: Blocks of the targets; None is all.
         fingerprint: Of the model's weights, if it is known already.
         low_memory: Hold no more covariances at a time than take the memory of the largest; it takes more passes.
@@ -108,7 +162,7 @@ def statistics_for(
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
     refuse_layers(method, layers)
-    targets = find_targets(model, roles, layers)
+    targets = find_targets(model, tuned_roles(method, roles), layers)
     statistics = collect(
         ResidentRunner(model),
         targets,
@@ -142,7 +196,7 @@ def plan_for(
         store: Where statistics are looked up and kept.
         data: Tokens per data role.
         penalties: Terms of the loss besides the method's own.
-        roles: Roles of the targets; None is all linear maps but the head.
+        roles: Roles of the targets; None is all linear maps but the head, or those that methods side by side name.
         layers: Blocks of the targets; None is all.
         fingerprint: Of the model's weights, if it is known already.
         low_memory: Hold no more covariances at a time than take the memory of the largest.
@@ -183,7 +237,7 @@ def plan_for(
 
 def with_penalties(
     plan: Plan,
-    penalties: Sequence[PenaltySpec],
+    asked: Sequence[Asked],
     runner: ResidentRunner,
     data: Mapping[DataRole, Calibration],
     store: StatStore,
@@ -195,7 +249,7 @@ def with_penalties(
 
     Args:
         plan: The plan.
-        penalties: What to add.
+        asked: What to add.
         runner: Runs the base model.
         data: Tokens per data role.
         store: Where statistics are looked up and kept.
@@ -209,12 +263,17 @@ def with_penalties(
         PlanError: An option does not fit the model, or no token of the data reached a target.
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
-    if not penalties:
+    held = [(one.penalty, tuple(t for t in plan.targets if one.holds(t.target))) for one in asked]
+    held = [(penalty, own) for penalty, own in held if own]
+    if not held:
         return plan
+    wanted: dict[str, frozenset[Request]] = {t.target.name: frozenset() for t in plan.targets}
+    for penalty, own in held:
+        wanted |= {t.target.name: wanted[t.target.name] | penalty.requests(t) for t in own}
     statistics = collect(
         runner,
         [t.target for t in plan.targets],
-        {t.target.name: frozenset().union(*(penalty.requests(t) for penalty in penalties)) for t in plan.targets},
+        wanted,
         data,
         store,
         model_fingerprint=model_fingerprint,
@@ -222,22 +281,26 @@ def with_penalties(
     )
     if statistics.unseen:
         raise PlanError(
-            f"penalties {', '.join(penalty.name for penalty in penalties)}",
+            f"penalties {', '.join(penalty.name for penalty, _ in held)}",
             got=f"no token of the knowledge that reached {', '.join(sorted(statistics.unseen))}",
             wanted="knowledge that reaches every target",
             next_step="Give more knowledge, or leave these targets out.",
         )
     model = runner.model
-    targets, blocks = tuple(t.target for t in plan.targets), depth(model)
+    blocks = depth(model)
 
-    def sites() -> Iterator[Site]:
-        for t in plan.targets:
+    def sites(own: Sequence[TargetPlan]) -> Iterator[Site]:
+        targets = tuple(t.target for t in own)
+        for t in own:
             yield Site(t, read_weight(model, t.target), statistics.view(t.target), targets, blocks)
 
-    made = [penalty_plan(penalty, sites()) for penalty in penalties]
-    made = [_with_texts(penalty, its, model, data) for penalty, its in zip(penalties, made, strict=True)]
-    said = [note for penalty, its in zip(penalties, made, strict=True) for note in notes_of(penalty, plan, its)]
-    if any("magnitude" in t.trainable for t in plan.targets):
+    made = [_with_texts(penalty, penalty_plan(penalty, sites(own)), model, data) for penalty, own in held]
+    said = [
+        note
+        for (penalty, own), its in zip(held, made, strict=True)
+        for note in notes_of(penalty, replace(plan, targets=own), its)
+    ]
+    if any("magnitude" in t.trainable for _, own in held for t in own):
         said.append("penalties hold the change of the directions, s B A; the magnitudes are free")
     notes = [*plan.provenance.get("notes", ()), *said]
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance

@@ -22,8 +22,9 @@ from trl import SFTConfig
 
 from keeptune import atlas
 from keeptune.adapter.anchor import Anchor
+from keeptune.combining import Combined, Part, tuned_roles
 from keeptune.core.artefact import canonical_json
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import PlanError, RecipeError, nearest
 from keeptune.data import hub
 from keeptune.evaluate.tasks import Benchmark
 from keeptune.methods.base import method_named, methods
@@ -34,6 +35,7 @@ from keeptune.sections import (
     Kind,
     Knowledge,
     KnowledgeSets,
+    MethodSections,
     Section,
     Task,
     TaskCalibration,
@@ -71,7 +73,7 @@ class Recipe(Section):
     """
 
     model: str
-    method: Annotated[dict[str, Any], BeforeValidator(spelt_out)]
+    method: MethodSections
     task: Task
     output: _Folder
     targets: list[str] | None = None
@@ -151,7 +153,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recip
         recipe = Recipe.model_validate(_resolve_paths(values, folder))
     except ValidationError as error:
         raise _explain(error, where) from error
-    make_method(recipe.method, seed=0)
+    tuned_roles(make_method(recipe.method, seed=0), recipe.targets)
     make_penalties(recipe.penalties)
     check_arguments(recipe.train, SFTConfig if recipe.task.kind == "completion" else TrainingArguments)
     names = [benchmark.name for benchmark in recipe.evaluate]
@@ -166,11 +168,11 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recip
     return recipe
 
 
-def make_method(options: Mapping[str, Any], *, seed: int) -> Any:
-    """Make a method from its recipe section.
+def make_method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, seed: int) -> Any:
+    """Make a method from its recipe section, or several side by side from theirs.
 
     Args:
-        options: ``name`` and the method's own fields.
+        options: ``name`` and the method's own fields; of several methods also their ``targets``.
         seed: For a method that draws numbers, unless the section has a ``seed`` of its own.
 
     Returns:
@@ -178,16 +180,39 @@ def make_method(options: Mapping[str, Any], *, seed: int) -> Any:
 
     Raises:
         RecipeError: The name or an option is unknown, or a value does not fit.
+        PlanError: An option is out of range, or the methods do not fit together.
     """
+    if isinstance(options, Mapping):
+        return _method_of(options, "method", seed)
+    return Combined([_part_of(section, f"method.{index}", seed) for index, section in enumerate(options)])
+
+
+def _part_of(section: Mapping[str, Any], where: str, seed: int) -> Part:
+    roles = section.get("targets")
+    if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
+        raise RecipeError(
+            f"{where}.targets",
+            got="nothing" if roles is None else repr(roles),
+            wanted="the roles that this method is for, since there are several",
+            next_step="Example: targets: [down_proj].",
+        )
+    try:
+        return Part(_method_of({key: value for key, value in section.items() if key != "targets"}, where, seed), roles)
+    except PlanError as error:
+        place = re.sub(r"^method\b", where, error.where)
+        raise PlanError(place, got=error.got, wanted=error.wanted, next_step=error.next_step) from error
+
+
+def _method_of(options: Mapping[str, Any], where: str, seed: int) -> Any:
     if "name" not in options:
-        raise RecipeError("method", got="no name", wanted="name: one of the methods", next_step=nearest("", methods()))
+        raise RecipeError(where, got="no name", wanted="name: one of the methods", next_step=nearest("", methods()))
     cls = method_named(str(options["name"]))
     given = {key: value for key, value in options.items() if key != "name"}
     known = [field.name for field in dataclasses.fields(cls)]
     for key in given:
         if key not in known:
             raise RecipeError(
-                f"method.{key}",
+                f"{where}.{key}",
                 got=f"an option that {cls.name} does not have",
                 wanted="one of its options",
                 next_step=nearest(key, known) if known else f"{cls.name} has no options.",
@@ -197,7 +222,7 @@ def make_method(options: Mapping[str, Any], *, seed: int) -> Any:
     try:
         return TypeAdapter(cls).validate_python(given)
     except ValidationError as error:
-        raise _explain(error, "method") from error
+        raise _explain(error, where) from error
 
 
 def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[PenaltySpec, ...]:

@@ -16,13 +16,14 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from keeptune.adapter.install import install
+from keeptune.combining import parts_of, replaced
 from keeptune.core.artefact import content_key, has_key, read_json, write_json
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.data.calibration import Calibration
@@ -103,9 +104,10 @@ def settle(job: Job) -> Settled:
             classifier, whose knowledge no head can tell.
         DataError: There are too few task examples to hold some out.
     """
-    method = job.method
-    if not isinstance(method, Searched) or method.boundary != "auto":
-        return Settled(method)
+    methods = [part.method for part in parts_of(job.method)]
+    method: Any = next((one for one in methods if isinstance(one, Searched) and one.boundary == "auto"), None)
+    if method is None:
+        return Settled(job.method)
     if job.head is not None:
         raise RecipeError(
             "method.boundary",
@@ -114,16 +116,18 @@ def settle(job: Job) -> Settled:
             next_step="Give the boundary, an eighth to a quarter of the depth; of 12 blocks 2 or 3.",
         )
     blocks = depth(job.base())
-    candidates = method.candidates(blocks)
-    if len(candidates) < 2:
-        only = candidates[0] if candidates else method
-        return Settled(only, (f"boundary {only.boundary}: the only one in the range",) if candidates else ())
+    candidates = {one.boundary: replaced(job.method, method, one) for one in method.candidates(blocks)}
+    if not candidates:
+        return Settled(job.method)
+    if len(candidates) == 1:
+        ((boundary, only),) = candidates.items()
+        return Settled(only, (f"boundary {boundary}: the only one in the range",))
     folder = job.output / "search"
     inputs = {name: value for name, value in job.plan_inputs.items() if name != "method"}
     common = content_key([inputs, job.task.fingerprint, job.recipe.train, job.recipe.anchor])
-    key = content_key([common, candidates])
+    key = content_key([common, list(candidates.values())])
     if not has_key(folder / "search.json", key):
-        trials = _trials(job, candidates, folder, common)
+        trials = _trials(job, candidates, _slices(job, method.search_examples), folder, common, method.search_steps)
         write_json(folder / "search.json", {"key": key, "trials": trials})
         _draw(trials, folder / "curve.png")
     found = [Trial(**trial) for trial in read_json(folder / "search.json")["trials"]]
@@ -133,25 +137,26 @@ def settle(job: Job) -> Settled:
         f"boundary {found[best].boundary} chosen by short runs of {method.search_steps} steps; KT by boundary: {curve}"
     )
     _log.info("search: %s", note)
-    return Settled(candidates[best], (note,))
+    return Settled(candidates[found[best].boundary], (note,))
 
 
-def _trials(job: Job, candidates: Sequence[Any], folder: Path, common: str) -> list[Trial]:
-    slices = _slices(job, candidates[0].search_examples)
+def _trials(
+    job: Job, candidates: Mapping[int, Any], slices: _Slices, folder: Path, common: str, steps: int
+) -> list[Trial]:
     base = _probability(job, job.base(), slices.knowledge)
-    raw = []
-    for candidate in candidates:
+    raw = {}
+    for boundary, candidate in candidates.items():
         key = content_key([common, candidate])
-        raw.append(_trial(job, candidate, slices, folder / f"boundary-{candidate.boundary}", key))
-    best = max(learned for _, learned in raw)
+        raw[boundary] = _trial(job, candidate, slices, folder / f"boundary-{boundary}", key, steps)
+    best = max(learned for _, learned in raw.values())
     trials = []
-    for candidate, (kept, learned) in zip(candidates, raw, strict=True):
+    for boundary, (kept, learned) in raw.items():
         K, T = kept / base, learned / best
-        trials.append(Trial(candidate.boundary, kept, learned, K, T, harmonic(K, T) or 0.0))
+        trials.append(Trial(boundary, kept, learned, K, T, harmonic(K, T) or 0.0))
     return trials
 
 
-def _trial(job: Job, candidate: Any, slices: _Slices, folder: Path, key: str) -> tuple[float, float]:
+def _trial(job: Job, candidate: Any, slices: _Slices, folder: Path, key: str, steps: int) -> tuple[float, float]:
     """Train one candidate for a few steps and score it; done once, however often the search is started."""
     result = folder / "result.json"
     if not has_key(result, key):
@@ -169,7 +174,7 @@ def _trial(job: Job, candidate: Any, slices: _Slices, folder: Path, key: str) ->
             fingerprint=job.base_fingerprint,
             low_memory=recipe.low_memory,
         )
-        arguments = {"seed": 0, **recipe.train, "max_steps": candidate.search_steps}
+        arguments = {"seed": 0, **recipe.train, "max_steps": steps}
         checkpoints = folder / key[:12]
         config = sft_config(arguments, checkpoints, dtype=model.dtype, device=job.device, positions=job.positions)
         tuned = install(model, plan, anchor=recipe.anchor)

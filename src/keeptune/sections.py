@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from keeptune.adapter.export import Format
 from keeptune.core.errors import RecipeError
+from keeptune.values import spelt_out
 
 __all__ = [
     "ExportSpec",
     "Kind",
     "Knowledge",
     "KnowledgeSets",
+    "MethodSections",
     "Section",
     "Task",
     "TaskCalibration",
@@ -23,7 +25,7 @@ __all__ = [
 
 _TEXT = "{text}"
 _FORMS = ("text", "prompt", "completion")
-_TAGS = ("one knowledge section", "several knowledge sections")
+_TAGS = ("one section", "several sections")
 
 
 class Section(BaseModel):
@@ -69,6 +71,13 @@ def _form(value: Any) -> str:
 KnowledgeSets = Annotated[
     Annotated[Knowledge, Tag(_TAGS[0])] | Annotated[list[Knowledge], Field(min_length=1), Tag(_TAGS[1])],
     Discriminator(_form),
+]
+
+
+MethodSections = Annotated[
+    Annotated[dict[str, Any], Tag(_TAGS[0])] | Annotated[list[dict[str, Any]], Field(min_length=1), Tag(_TAGS[1])],
+    Discriminator(_form),
+    BeforeValidator(spelt_out),
 ]
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "method_named",
     "methods",
     "penalties_of",
+    "training_of",
     "warn_of_zeros",
 ]
 
@@ -60,12 +61,17 @@ class Method(Protocol[S]):
     ``moves_start: ClassVar[bool] = True`` (KaSA drops a part of W for good).
 
     A method that asks something of the trainer has a sixth function, ``training()``, which gives the plan's
-    ``training`` values (:mod:`keeptune.train.attach`); one with terms of the loss has ``penalties()``.
+    ``training`` values (:mod:`keeptune.train.attach`); one with terms of the loss has ``penalties()``. One made of
+    others (:mod:`keeptune.combining`) tells their ``options()``, which else are its fields.
     """
 
-    name: ClassVar[str]
     paper: ClassVar[str]
     scope: ClassVar[Scope]
+
+    @property
+    def name(self) -> str:
+        """Its registered name, a ``ClassVar`` of the class."""
+        ...
 
     def requests(self, target: Target) -> frozenset[Request]:
         """Say which statistics the target needs.
@@ -209,11 +215,12 @@ def make_plan(
     ]
     return Plan(
         method=method.name,
-        options=json.loads(canonical_json(method)),  # as a saved plan has them: tuples are lists
+        # As a saved plan has them: tuples are lists.
+        options=json.loads(canonical_json(method.options() if hasattr(method, "options") else method)),
         targets=tuple(built),
         scope=method.scope,
         peft=dict(method.peft()) | ({"modules_to_save": list(head)} if head and method.scope != "all" else {}),
-        training=_training(method),
+        training=training_of(method),
         provenance=dict(provenance or {}) | ({"notes": notes} if notes else {}),
     )
 
@@ -230,7 +237,15 @@ def penalties_of(method: Any) -> tuple[PenaltySpec, ...]:
     return tuple(method.penalties()) if hasattr(method, "penalties") else ()
 
 
-def _training(method: Any) -> Mapping[str, Any]:
+def training_of(method: Any) -> Mapping[str, Any]:
+    """Say what a method asks of the trainer.
+
+    Args:
+        method: The method.
+
+    Returns:
+        The plan's ``training`` values; nothing for most.
+    """
     asked: Mapping[str, Any] = method.training() if hasattr(method, "training") else {}
     return asked
 

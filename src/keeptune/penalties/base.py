@@ -51,7 +51,7 @@ __all__ = [
     "start_of",
 ]
 
-NORM = "norm"  # ‖W‖ of each target, which drifts are measured against
+NORM = "norm"  # ‖W‖ of each target that a penalty holds, which drifts are measured against
 Factors = Mapping[Factor, Tensor]
 
 
@@ -267,7 +267,7 @@ def penalty_plan(penalty: PenaltySpec, sites: Iterable[Site]) -> PenaltyPlan:
 
     Args:
         penalty: The penalty.
-        sites: The plan's targets, one at a time.
+        sites: The targets it holds, one at a time.
 
     Returns:
         Its name, options and tensors.

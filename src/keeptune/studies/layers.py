@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from keeptune.combining import tuned_roles
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import PlanError, RecipeError
 from keeptune.job import Job
@@ -62,7 +63,8 @@ def load_study(
     job = Job(recipe)
     job.check()
     model = job.base()
-    layers = sorted({t.layer for t in find_targets(model, recipe.targets, recipe.layers) if t.layer >= 0})
+    roles = tuned_roles(job.method, recipe.targets)
+    layers = sorted({t.layer for t in find_targets(model, roles, recipe.layers) if t.layer >= 0})
     if not layers:
         raise PlanError(
             where,

@@ -12,11 +12,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from keeptune.combining import tuned_roles
 from keeptune.core.artefact import write_json
 from keeptune.core.errors import KeeptuneError, RecipeError
 from keeptune.job import Job
@@ -334,8 +336,8 @@ def _check(points: Sequence[Point], model: PreTrainedModel | None) -> None:
         _placed(f"sweep point {name}", job.check)
     model = next(iter(jobs.values())).base() if model is None else model
     for name, job in jobs.items():
-        recipe = job.recipe
-        _placed(f"sweep point {name}", lambda recipe=recipe: find_targets(model, recipe.targets, recipe.layers))
+        roles = tuned_roles(job.method, job.recipe.targets)
+        _placed(f"sweep point {name}", partial(find_targets, model, roles, job.recipe.layers))
 
 
 def _placed(where: str, check: Any) -> Any:

@@ -53,7 +53,7 @@ class Penalties:
         self._specs = [penalty_named(penalty.name, penalty.options) for penalty in plan.penalties]
         self._state = [_state_of(spec, made) for spec, made in zip(self._specs, plan.penalties, strict=True)]
         self._outputs = [Outputs(spec, model, plan) if isinstance(spec, OfOutputs) else None for spec in self._specs]
-        self._terms: list[list[Term]] = []
+        self._terms: list[dict[int, Term]] = []
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self.taken = 0
@@ -104,7 +104,7 @@ class Penalties:
 
         Returns:
             ``penalty``, the sum; ``penalty/l2`` and the like; ``penalty_grad_norm``; ``drift/layer_0`` and the
-            like, ``‖ΔW‖ / ‖W‖``, the mean over the layer's targets. Empty where there was no step.
+            like, ``‖ΔW‖ / ‖W‖``, the mean over the layer's targets that a penalty holds. Empty where there was no step.
         """
         if not self._steps:
             return {}
@@ -141,7 +141,11 @@ class Penalties:
         on = {device: [_On(made.tensors, device, held) for made, held in pairs] for device in dict.fromkeys(devices)}
         self._own = on[self._home]
         self._terms = [
-            [spec.bind(target_plan, own) for spec, own in zip(self._specs, on[device], strict=True)]
+            {
+                index: self._specs[index].bind(target_plan, on[device][index])
+                for index, made in enumerate(self._plan.penalties)
+                if f"{NORM}:{target_plan.target.name}" in made.tensors
+            }
             for target_plan, device in zip(self._plan.targets, devices, strict=True)
         ]
 
@@ -158,6 +162,11 @@ class Penalties:
         by_layer: dict[int, list[float]] = defaultdict(list)
         for target_plan in self._plan.targets:
             target = target_plan.target
+            norms = [
+                made.tensors[at] for made in self._plan.penalties if (at := f"{NORM}:{target.name}") in made.tensors
+            ]
+            if not norms:
+                continue
             factors = {name: _whole(p) for name, p in held_parameters(self._model, target_plan).items()}
             B, one = factors["B"] * factors.get("diag", 1.0), torch.ones((), device=factors["B"].device)
             change = KroneckerChange(
@@ -167,7 +176,7 @@ class Penalties:
                 weight=1.0,
                 start=start_of(target_plan, B.device),
             )
-            norm = float(self._plan.penalties[0].tensors[f"{NORM}:{target.name}"])
+            norm = float(norms[0])
             moved = float(change.value(LowRank(B, factors["A"])).clamp_min(0).sqrt())
             by_layer[target.layer].append(moved / norm if norm else 0.0)
         return {f"drift/layer_{layer}": sum(found) / len(found) for layer, found in sorted(by_layer.items())}
@@ -287,13 +296,13 @@ def _state_of(spec: Any, made: PenaltyPlan) -> dict[str, Tensor]:
 
 
 def _gradients(
-    target: str, parameters: Mapping[Factor, nn.Parameter], terms: list[Term], values: list[dict[str, Tensor]]
+    target: str, parameters: Mapping[Factor, nn.Parameter], terms: Mapping[int, Term], values: list[dict[str, Tensor]]
 ) -> dict[Factor, Tensor]:
     """Sum the gradients of a target's terms; note their values."""
     factors = {factor: _whole(parameter) for factor, parameter in parameters.items()}
     summed: dict[Factor, Tensor] = {}
-    for noted, term in zip(values, terms, strict=True):
-        noted[target], gradients = term.value_and_grad(factors)
+    for index, term in terms.items():
+        values[index][target], gradients = term.value_and_grad(factors)
         for factor, gradient in gradients.items():
             if parameters[factor].requires_grad:
                 summed[factor] = summed[factor] + gradient if factor in summed else gradient
