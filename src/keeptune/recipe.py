@@ -183,7 +183,7 @@ def make_method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, see
         PlanError: An option is out of range, or the methods do not fit together.
     """
     if isinstance(options, Mapping):
-        return _method_of(options, "method", seed)
+        return _method_of(options, seed)
     return Combined([_part_of(section, f"method.{index}", seed) for index, section in enumerate(options)])
 
 
@@ -197,22 +197,22 @@ def _part_of(section: Mapping[str, Any], where: str, seed: int) -> Part:
             next_step="Example: targets: [down_proj].",
         )
     try:
-        return Part(_method_of({key: value for key, value in section.items() if key != "targets"}, where, seed), roles)
-    except PlanError as error:
+        return Part(_method_of({key: value for key, value in section.items() if key != "targets"}, seed), roles)
+    except (PlanError, RecipeError) as error:
         place = re.sub(r"^method\b", where, error.where)
-        raise PlanError(place, got=error.got, wanted=error.wanted, next_step=error.next_step) from error
+        raise type(error)(place, got=error.got, wanted=error.wanted, next_step=error.next_step) from error
 
 
-def _method_of(options: Mapping[str, Any], where: str, seed: int) -> Any:
+def _method_of(options: Mapping[str, Any], seed: int) -> Any:
     if "name" not in options:
-        raise RecipeError(where, got="no name", wanted="name: one of the methods", next_step=nearest("", methods()))
+        raise RecipeError("method", got="no name", wanted="name: one of the methods", next_step=nearest("", methods()))
     cls = method_named(str(options["name"]))
     given = {key: value for key, value in options.items() if key != "name"}
     known = [field.name for field in dataclasses.fields(cls)]
     for key in given:
         if key not in known:
             raise RecipeError(
-                f"{where}.{key}",
+                f"method.{key}",
                 got=f"an option that {cls.name} does not have",
                 wanted="one of its options",
                 next_step=nearest(key, known) if known else f"{cls.name} has no options.",
@@ -222,7 +222,7 @@ def _method_of(options: Mapping[str, Any], where: str, seed: int) -> Any:
     try:
         return TypeAdapter(cls).validate_python(given)
     except ValidationError as error:
-        raise _explain(error, where) from error
+        raise _explain(error, "method") from error
 
 
 def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[PenaltySpec, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from tests.job.support import keeptune, write_recipe
 from tests.models import MODELS, Bench, copies, logits, off_by, save, tokens, train_steps
 from torch import Tensor
 
@@ -378,3 +379,23 @@ def test_the_state_of_the_trained_model_holds_every_part(bench_of: Benches) -> N
     state = trained_state(installed(MODELS["llama"](), plan), plan)
     assert {name.rpartition(".")[2] for name in state} == {"A", "B"}
     assert len(state) == 2 * len(plan.targets)
+
+
+# The command line
+
+
+def test_plan_shows_who_has_what_and_compares(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = [{"name": "mica", "rank": 4, "targets": ["down_proj"]}, {"name": "lora-null", "targets": ["q_proj"]}]
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values(method=sections))
+    said = keeptune("stats", recipe, capsys=capsys)
+    assert (said.code, said.out.split(" in ")[0]) == (0, "5 statistics for 10 targets")
+    said = keeptune("plan", recipe, "--method.1.rank", "2", capsys=capsys)
+    assert said.code == 0
+    assert "\n\nlora-null: q_proj\nmica: down_proj\nstart error" in said.out
+    diff = ("--diff", tmp_path / "out" / "plan", "--output", tmp_path / "other")
+    said = keeptune("plan", recipe, "--method.1.rank", "3", *diff, capsys=capsys)
+    assert "method.lora-null.rank: 3 | 2" in said.out
+    assert "ranks that differ: 5 of 10 targets" in said.out
+    assert keeptune("plan", recipe, "--method.rank", "3", capsys=capsys).code == 2

@@ -10,11 +10,12 @@ import pytest
 from tests.job.support import keeptune, write_recipe
 
 from keeptune.core.artefact import read_json
-from keeptune.core.errors import RecipeError
+from keeptune.core.errors import PlanError, RecipeError
 from keeptune.studies.grid import read_section
 from keeptune.studies.sweep import load_sweep
 
 Values = Callable[..., dict[str, Any]]
+SIDE_BY_SIDE = [{"name": "mica", "rank": 2, "targets": ["down_proj"]}, {"name": "lora", "targets": ["q_proj"]}]
 
 
 def names(section: Any) -> list[str]:
@@ -47,7 +48,24 @@ def test_names_tell_values_apart() -> None:
     assert names({"grid": {"method": [{"name": "lora", "rank": 2}]}}) == ["method name lora rank 2"]
     assert names({"grid": {"train.learning_rate": [1e-3, 0.00012]}}) == ["learning_rate 0.001", "learning_rate 0.00012"]
     with pytest.raises(RecipeError, match="two cells"):
+        read_section({"grid": {"method": [SIDE_BY_SIDE, [part | {"rank": 4} for part in SIDE_BY_SIDE]]}}, "recipe")
+    with pytest.raises(RecipeError, match="two cells"):
         read_section({"grid": {"task.prompt": ["{a}:", "{a}?"]}}, "recipe")
+
+
+def test_methods_side_by_side_are_one_value_of_an_axis(recipe_values: Values, tmp_path: Path) -> None:
+    points, about = read_section({"grid": {"method": ["lora", SIDE_BY_SIDE]}}, "recipe")
+    assert [point["name"] for point in points] == ["method lora", "method mica+lora"]
+    assert about["grid"]["cells"] == {"method lora": [0], "method mica+lora": [1]}
+    grid = {"grid": {"method": ["lora", SIDE_BY_SIDE]}, "points": [{"name": "more", "method.1.rank": 4}]}
+    given = recipe_values(method=SIDE_BY_SIDE, sweep=grid)
+    plain, both, more = load_sweep(write_recipe(tmp_path / "recipe.yaml", given)).points
+    assert plain.recipes[0].method == {"name": "lora"}
+    assert both.recipes[0].method == SIDE_BY_SIDE
+    assert more.recipes[0].method == [SIDE_BY_SIDE[0], SIDE_BY_SIDE[1] | {"rank": 4}]
+    wrong = recipe_values(method=SIDE_BY_SIDE, sweep=[{"name": "a", "method.0.targets": ["donw_proj"]}])
+    with pytest.raises(PlanError, match='sweep point a, targets: donw_proj.*"down_proj"'):
+        load_sweep(write_recipe(tmp_path / "wrong.yaml", wrong))
 
 
 def test_a_baseline_is_a_point_or_settings() -> None:

@@ -45,6 +45,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"method": METHODS["full"]},
     "l2-lora": {"method": {"name": "l2-lora", "rank": 4, "strength": 5.0}},
     "v1-delta-act": {"method": METHODS["lora-null-v1"], "anchor": "twin", "penalties": [{"name": "laplace"}]},
+    "side-by-side": {
+        "method": [
+            {"name": "lora-null", "rank": 4, "targets": ["q_proj", "o_proj"]},
+            {"name": "l2-lora", "rank": 4, "strength": 5.0, "targets": ["down_proj"]},
+            {"name": "lora-fa", "rank": 2, "targets": ["up_proj"]},
+        ],
+        "anchor": "twin",
+    },
     "lora-delta-kfac": {"method": METHODS["lora"], "penalties": [{"name": "laplace", "curvature": "delta-kfac"}]},
 }
 # The schedule, the order of the data and dropout must all go on where they were.

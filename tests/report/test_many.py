@@ -110,6 +110,14 @@ def test_options_tell_the_common_from_the_rare(many: dict[str, Any]) -> None:
     assert re.search(r'<td class="path">beta 2</td>', text)
 
 
+def test_lists_among_options_are_told_in_words(many: dict[str, Any]) -> None:
+    for run in many["methods"]:
+        run["options"]["lora.targets"] = ["q_proj", "up_proj"]
+    common, _ = details.options(parse_report(many))
+    assert "q_proj up_proj" in common
+    assert "[" not in common
+
+
 def test_options_of_one_method_and_of_none(minimal: dict[str, Any]) -> None:
     assert details.options(parse_report(minimal)) == ("", None)
     minimal["methods"][0]["options"] = {"rank": 8, "alpha": None}

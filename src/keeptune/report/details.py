@@ -97,8 +97,13 @@ def _values(values: Sequence[object]) -> str:
     Returns:
         The text.
     """
-    texts = ["–" if item is None else f"{item:g}" if isinstance(item, float) else str(item) for item in values]
-    return ", ".join(dict.fromkeys(texts))
+    return ", ".join(dict.fromkeys(map(_value, values)))
+
+
+def _value(item: object) -> str:
+    if isinstance(item, list):
+        return " ".join(map(_value, item))
+    return "–" if item is None else f"{item:g}" if isinstance(item, float) else str(item)
 
 
 def divergence(report: Report) -> Grid | None:

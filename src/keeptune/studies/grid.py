@@ -125,9 +125,13 @@ def spelt(value: Any) -> str:
 
     >>> spelt(0.001), spelt([0, 1]), spelt({"name": "lora", "rank": 8}), spelt(None)
     ('0.001', '0,1', 'name lora rank 8', 'none')
+    >>> spelt([{"name": "mica", "rank": 8, "targets": ["down_proj"]}, {"name": "lora", "targets": ["up_proj"]}])
+    'mica+lora'
     """
     if value is None:
         return "none"
+    if isinstance(value, list) and value and all(isinstance(part, Mapping) and "targets" in part for part in value):
+        return "+".join(spelt(part.get("name")) for part in value)  # methods side by side: all their options are long
     if isinstance(value, Mapping):
         return " ".join(f"{key} {spelt(part)}" for key, part in value.items())
     if isinstance(value, list | tuple):
