@@ -155,7 +155,8 @@ class Combined:
         for part in self.parts:
             if isinstance(part.method, Noted):
                 own = {target: found for target, found in decisions.items() if target.role in part.targets}
-                said += [f"{part.name}: {note}" for note in part.method.notes(own)]
+                told = part.method.notes(own)
+                said += [note if note.startswith(part.name) else f"{part.name}: {note}" for note in told]
         return said
 
     def options(self) -> Mapping[str, Any]:

@@ -295,11 +295,9 @@ def with_penalties(
             yield Site(t, read_weight(model, t.target), statistics.view(t.target), targets, blocks)
 
     made = [_with_texts(penalty, penalty_plan(penalty, sites(own)), model, data) for penalty, own in held]
-    said = [
-        note
-        for (penalty, own), its in zip(held, made, strict=True)
-        for note in notes_of(penalty, replace(plan, targets=own), its)
-    ]
+    said = [f"penalty {one.penalty.name}: {', '.join(one.roles)} only" for one in asked if one.roles]
+    for (penalty, own), its in zip(held, made, strict=True):
+        said += notes_of(penalty, replace(plan, targets=own), its)
     if any("magnitude" in t.trainable for _, own in held for t in own):
         said.append("penalties hold the change of the directions, s B A; the magnitudes are free")
     notes = [*plan.provenance.get("notes", ()), *said]

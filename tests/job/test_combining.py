@@ -326,6 +326,16 @@ def test_value_and_gradient_are_those_of_the_methods_own_plan(held: Any, bench_o
     assert any(gradient is not None and gradient.any() for gradient in gradients[1].values())
 
 
+def test_what_a_penalty_says_is_of_its_own_targets(bench_of: Benches) -> None:
+    """B starts at zero and A is trained, so that the Fisher of factors is blind to A: at all of its own targets."""
+    held = Lalora(rank=2, curvature="diag", batches=1)
+    both = Combined([Part(held, ["down_proj"]), Part(LoraNull(rank=3), ["q_proj"])])
+    told = bench_of().plan(both).provenance["notes"]
+    alone = bench_of(roles=["down_proj"]).plan(held).provenance["notes"]
+    assert told == ["lalora: down_proj", "lora-null: q_proj", "penalty laplace: down_proj only", *alone]
+    assert len(alone) == 1
+
+
 def test_a_budget_on_drift_is_that_of_its_own_targets(bench_of: Benches) -> None:
     both = Combined([Part(Keep(rank=2, per="layer"), ["down_proj"]), Part(Lora(), ["q_proj", "k_proj"])])
     (penalty,) = bench_of().plan(both).penalties
