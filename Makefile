@@ -45,6 +45,7 @@ study: $(BIN)/.dev
 	$(BIN)/python studies/all_methods.py
 	$(BIN)/python studies/penalties.py
 	$(BIN)/python studies/keep.py
+	$(BIN)/python studies/keep_stories.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

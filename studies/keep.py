@@ -168,7 +168,8 @@ def write_data(output: Path) -> None:
     for name, source in (("web", "c4_text/c4.jsonl"), ("stories", "tinystories/stories.jsonl")):
         path = BASE_SHARED / source
         if path.is_file():
-            texts = [json.loads(line)["text"].split() for line in path.read_text(encoding="utf-8").splitlines()]
+            with path.open(encoding="utf-8") as lines:
+                texts = [json.loads(line)["text"].split() for line in lines]
             write_rows(output / f"{name}.jsonl", [{"text": " ".join(words[:20])} for words in texts][:256])
 
 
