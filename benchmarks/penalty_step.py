@@ -1,9 +1,14 @@
-"""A training step with each penalty against the same step without: all seven module kinds, curvature of rank 64."""
+"""A training step with each penalty against the same step without: all seven module kinds, curvature of rank 64.
+
+The adapter of ``keep`` starts as LoRA does (B = 0); that of the others as a part of W, which doubles the rank of what a
+penalty multiplies.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,12 +31,17 @@ KINDS = {
     "delta-act, dense factors": ("laplace", {"curvature": "delta-act"}, None),
     "delta-kfac, dense factors": ("laplace", {"curvature": "delta-kfac"}, None),
 }
+KEEP = {
+    "keep, dense factors": ("drift", {}, None),
+    "keep, factors of rank 64": ("drift", {}, CURVATURE),
+    "keep in nats, dense factors": ("drift", {"curvature": "delta-kfac"}, None),
+}
 
 
-def _plan(model: LlamaForCausalLM, rank: int) -> Plan:
+def _plan(model: LlamaForCausalLM, rank: int, size: float) -> Plan:
     built = []
     for target in find_targets(model):
-        B, A = torch.randn(target.out_features, rank) * 0.02, torch.randn(rank, target.in_features) * 0.02
+        B, A = torch.randn(target.out_features, rank) * size, torch.randn(rank, target.in_features) * 0.02
         built.append(TargetPlan(target, Decision(rank), LowRank(B, A), 1.0, frozenset({"A", "B"})))
     return Plan("benchmark", {}, tuple(built))
 
@@ -47,7 +57,11 @@ def _penalty(plan: Plan, name: str, options: dict[str, Any], rank: int | None) -
     tensors: dict[str, Tensor] = {}
     for t in plan.targets:
         tensors[f"weight:{t.target.name}"] = tensors[f"norm:{t.target.name}"] = torch.tensor(1e-3)
-        if name == "laplace":
+        if name == "drift":
+            tensors |= {f"share:{t.target.name}": torch.tensor(1e-3), f"group:{t.target.name}": torch.tensor(0)}
+            tensors |= {key: torch.zeros(1, dtype=torch.float64) for key in ("log multiplier", "log pressure")}
+            tensors["budget"] = torch.ones(1, dtype=torch.float64)
+        if name != "l2":
             prefix = f"Omega:{t.target.input_group}:"
             if not any(key.startswith(prefix) for key in tensors):
                 tensors |= _factor(t.target.in_features, rank).tensors(prefix)
@@ -55,7 +69,7 @@ def _penalty(plan: Plan, name: str, options: dict[str, Any], rank: int | None) -
     return PenaltyPlan(name, options, tensors)
 
 
-def _rows(rank: int) -> list[dict[str, str]]:
+def _rows(kinds: Mapping[str, tuple[str, dict[str, Any], int | None]], rank: int, size: float) -> list[dict[str, str]]:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=WIDTH,
@@ -66,14 +80,14 @@ def _rows(rank: int) -> list[dict[str, str]]:
         vocab_size=4096,
     )
     base = LlamaForCausalLM(config)
-    plan = _plan(base, rank)
+    plan = _plan(base, rank, size)
     model = install(copy.deepcopy(base), plan, anchor="residual")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, 1e-6)
     ids = torch.randint(4096, (TOKENS // 128, 128))
     held = {
         name: keeptune.Penalties(model, dataclasses.replace(plan, penalties=(_penalty(plan, *kind),)))
-        for name, kind in KINDS.items()
+        for name, kind in kinds.items()
     }
 
     def step(name: str | None) -> None:
@@ -84,8 +98,8 @@ def _rows(rank: int) -> list[dict[str, str]]:
         optimiser.step()
         optimiser.zero_grad()
 
-    times = compare({"without": lambda: step(None)} | {name: lambda n=name: step(n) for name in KINDS}, rounds=7)
-    alone = compare({name: held[name].step for name in KINDS}, rounds=7)
+    times = compare({"without": lambda: step(None)} | {name: lambda n=name: step(n) for name in kinds}, rounds=7)
+    alone = compare({name: held[name].step for name in kinds}, rounds=7)
     optimiser.zero_grad()
     return [
         {
@@ -95,10 +109,11 @@ def _rows(rank: int) -> list[dict[str, str]]:
             "ratio": f"{100 * (times[name] / times['without'] - 1):+.1f}%",
             "check": f"penalty alone {alone[name]:.4f} s, {100 * alone[name] / times['without']:.1f}%",
         }
-        for name in KINDS
+        for name in kinds
     ]
 
 
 def rows() -> list[dict[str, str]]:
     """Time forward, backward, penalty, clipping and AdamW step on the same batch."""
-    return [row for rank in (16, 64) for row in _rows(rank)]
+    started = [row for rank in (16, 64) for row in _rows(KINDS, rank, 0.02)]
+    return started + [row for rank in (8, 16) for row in _rows(KEEP, rank, 0.0)]
