@@ -72,8 +72,11 @@ def test_each_layer_has_its_own_multiplier(tmp_path: Path) -> None:
         assert logs[f"feature_drift/group_{layer}"] == pytest.approx(sum(of_layer) / len(of_layer), rel=1e-4)
 
 
-def test_budgets_by_effect_are_smaller_where_more_sits_and_have_the_budget_as_their_mean(tmp_path: Path) -> None:
-    plan = planned(tmp_path, data=task(3), per="layer", layers="naie", budget=0.01, trace_examples=4)
+@pytest.mark.parametrize("layers", ["naie", "kva"])
+def test_budgets_by_effect_are_smaller_where_more_sits_and_have_the_budget_as_their_mean(
+    tmp_path: Path, layers: str
+) -> None:
+    plan = planned(tmp_path, data=task(3), per="layer", layers=layers, budget=0.01, trace_examples=4)
     budgets = plan.penalties[0].tensors["budget"].tolist()
     assert sum(budgets) / len(budgets) == pytest.approx(0.01)
     assert budgets[0] != budgets[1]

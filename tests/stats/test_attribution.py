@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tests.models import calibration, llama
 from tests.reference.attribution_reference import attribution
 from torch import Tensor
 
+from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.head import body_fingerprint
 from keeptune.model.runner import ResidentRunner
-from keeptune.stats.attribution import Attributions, NeuronAttribution
+from keeptune.stats.attribution import Attributions, NeuronAttribution, layer_profile
 from keeptune.stats.collect import StatsView, collect
 from keeptune.stats.store import StatStore
 
@@ -49,3 +51,10 @@ def test_functions_of_a_statistic_get_attributions(tmp_path: Path) -> None:
     wanted = torch.stack([attribution(model, ids) for ids in sorted(data.sequences)])
     torch.testing.assert_close(values(view), wanted, rtol=0, atol=1e-6)
     assert values(view).dtype == torch.float32
+
+
+def test_the_profile_is_the_mean_size_of_each_layer_relative_to_the_largest() -> None:
+    values = torch.tensor([[[1.0, -2.0], [3.0, 3.0]], [[1.0, 0.0], [-6.0, 0.0]]])  # two texts, two layers, two nodes
+    assert layer_profile(Attributions.of(values)).tolist() == pytest.approx([4 / 12, 1.0])
+    with pytest.raises(StatisticsError, match="no attribution above zero"):
+        layer_profile(Attributions.of(torch.zeros(1, 2, 2)))

@@ -37,7 +37,7 @@ class Keep:
         alpha: Scale numerator; None is 2 r, the usual choice.
         drift: The mean relative feature drift allowed.
         per: ``"model"`` holds the mean over all targets, ``"layer"`` that of each layer.
-        layers: Of ``per="layer"``: ``"uniform"`` or ``"naie"`` budgets.
+        layers: Of ``per="layer"``: ``"uniform"`` budgets, or by ``"naie"`` or ``"kva"``.
         curvature: ``"delta-act"`` budgets the feature drift; with ``"delta-kfac"`` ``drift`` is in nats per token, the
             second order of the KL to the base, and knowledge data pass backward once as well.
         rate: How far the logarithm of the multiplier moves in a step at most.
@@ -58,7 +58,7 @@ class Keep:
     alpha: float | None = None
     drift: float = 0.005
     per: Literal["model", "layer"] = "model"
-    layers: Literal["uniform", "naie"] = "uniform"
+    layers: Literal["uniform", "naie", "kva"] = "uniform"
     curvature: Literal["delta-act", "delta-kfac"] = "delta-act"
     rate: float = 0.1
     gain: float = 2.0

@@ -12,8 +12,10 @@ r x r products (penalties/kronecker.py). (4) is dual ascent on the constraint D_
 room and rises while there is none, so that no strength needs to be found. Its second half, the proportional part of a
 PI controller in logarithms, damps it: the pressure p_g is off as soon as there is room again. With
 ``curvature="delta-kfac"`` the budget is in nats: (5) is the second order of the KL to the base, per token (δ is the
-gradient at the target's output, n the tokens for each one with a loss). ``per="layer"`` with ``layers="naie"`` gives
-a layer that holds more of the answers (stats/tracing.py) a smaller budget: budget_g = budget · w̄ / w_g, where w̄ is the
+gradient at the target's output, n the tokens for each one with a loss).
+
+``per="layer"`` with ``layers="naie"`` or ``"kva"`` gives a layer that holds more of the answers (stats/tracing.py,
+stats/attribution.py) a smaller budget: budget_g = budget · w̄ / w_g, where w̄ is the
 harmonic mean of the weights w, so that the mean of the budgets is the budget.
 """
 
@@ -33,6 +35,7 @@ from keeptune.linalg.factor import Factor, Identity, factor_from
 from keeptune.penalties.base import OnChange, Site, Term, start_of
 from keeptune.penalties.checks import check_counts
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
+from keeptune.stats.attribution import NeuronAttribution, layer_profile
 from keeptune.stats.factors import Covariance, gradient_request, input_request, read_factor
 from keeptune.stats.fisher import TokenCount, tokens_per_learned
 from keeptune.stats.request import DataRole, Labels, Request
@@ -106,7 +109,8 @@ class DriftBudget:
         budget: The mean relative feature drift allowed; 0.005 is half a per cent of what targets put out.
         per: ``"model"`` holds the mean over all targets, ``"layer"`` that of each layer.
         layers: Of ``per="layer"``: ``"uniform"`` gives each layer the same budget, ``"naie"`` less where more of the
-            answers sits; the knowledge then needs prompts and completions.
+            answers sits by causal tracing; the knowledge then needs prompts and completions. ``"kva"`` less where the
+            MLP carries more of the next token (LoKI's attribution).
         curvature: ``"delta-act"`` budgets the feature drift (1), ``"delta-kfac"`` nats per token (5).
         rate: How far log λ moves in a step at most.
         gain: The proportional part: how far log p is from log λ at most.
@@ -116,7 +120,7 @@ class DriftBudget:
         batches: How many batches of each knowledge set are used; None is all of it.
         batch_size: Examples per batch; it only says how much ``batches`` is.
         factor_rank: Keep this many directions of Ω, and one number for the others; None keeps all.
-        trace_examples: How many examples of each knowledge set are traced (naie).
+        trace_examples: How many examples of each knowledge set are traced (naie, kva).
         label_seed: Seed of sampled labels.
 
     Raises:
@@ -130,7 +134,7 @@ class DriftBudget:
 
     budget: float = 0.005
     per: Literal["model", "layer"] = "model"
-    layers: Literal["uniform", "naie"] = "uniform"
+    layers: Literal["uniform", "naie", "kva"] = "uniform"
     curvature: Literal["delta-act", "delta-kfac"] = "delta-act"
     rate: float = 0.1
     gain: float = 2.0
@@ -169,10 +173,10 @@ class DriftBudget:
             factor_rank=self.factor_rank,
             trace_examples=self.trace_examples,
         )
-        if self.layers == "naie" and self.per == "model":
+        if self.layers != "uniform" and self.per == "model":
             raise PlanError(
                 "penalty drift",
-                got="layers: naie with per: model",
+                got=f"layers: {self.layers} with per: model",
                 wanted="a budget for each layer",
                 next_step="Set `per: layer`.",
             )
@@ -184,7 +188,7 @@ class DriftBudget:
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
         """Need Ω, and the effect of each layer where budgets follow it."""
-        traced = {self._trace()} if self.layers == "naie" else set()
+        traced: set[Request] = set() if self.layers == "uniform" else {self._trace()}
         outputs = {self._gradients(), self._count()} if self.curvature == "delta-kfac" else set()
         return frozenset({self._inputs(), *outputs, *traced})
 
@@ -272,7 +276,8 @@ class DriftBudget:
             return [self.budget]
         if self.layers == "uniform":
             return [self.budget] * len(groups)
-        effects = site.stats.derive(self._trace(), layer_weights).clamp_min(_LEAST).tolist()
+        weigh = layer_weights if self.layers == "naie" else layer_profile
+        effects = site.stats.derive(self._trace(), weigh).clamp_min(_LEAST).tolist()
         weights = [effects[layer] if layer >= 0 else 1.0 for layer in groups]
         harmonic = len(weights) / sum(1 / weight for weight in weights)
         return [self.budget * harmonic / weight for weight in weights]
@@ -288,8 +293,9 @@ class DriftBudget:
     def _count(self) -> TokenCount:
         return TokenCount("knowledge", None if self.batches is None else self.batches * self.batch_size)
 
-    def _trace(self) -> LayerEffect:
-        return LayerEffect("knowledge", examples=self.trace_examples)
+    def _trace(self) -> LayerEffect | NeuronAttribution:
+        kind = LayerEffect if self.layers == "naie" else NeuronAttribution
+        return kind("knowledge", examples=self.trace_examples)
 
 
 def _place(group: int, groups: int) -> str:

@@ -22,7 +22,7 @@ from keeptune.model.runner import Labels
 from keeptune.stats.request import Accumulator, DataRole, PassKind, WeightReader
 from keeptune.stats.store import Source, StatStore
 
-__all__ = ["Answer", "Attributions", "NeuronAttribution", "attribute_texts", "stored_attributions"]
+__all__ = ["Answer", "Attributions", "NeuronAttribution", "attribute_texts", "layer_profile", "stored_attributions"]
 
 _log = logging.getLogger(__name__)
 Answer = Literal["own", "gold"]
@@ -158,6 +158,31 @@ class Attributions:
         """
         for first in range(0, self.samples, size):
             yield torch.stack([self.read(at).float() for at in range(first, min(first + size, self.samples))])
+
+
+def layer_profile(attributions: Attributions) -> Tensor:
+    """Say how much of the next token each block's MLP carries: the mean over texts of ``sum_j |Attr_lj|``.
+
+    Args:
+        attributions: Of many texts.
+
+    Returns:
+        ``(L,)``, float64, relative to the largest.
+
+    Raises:
+        StatisticsError: Nothing carries anything.
+    """
+    total = torch.zeros(len(attributions.layers), dtype=torch.float64)
+    for chunk in attributions.chunks():
+        total += chunk.double().abs().sum(dim=(0, 2))
+    if not float(total.max()) > 0:
+        raise StatisticsError(
+            "attribution, profile of the layers",
+            got="no attribution above zero",
+            wanted="a model whose MLPs move the scored token",
+            next_step="Check the knowledge data, or take layers: uniform.",
+        )
+    return total / total.max()
 
 
 def attribute_texts(
