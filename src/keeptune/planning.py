@@ -300,6 +300,8 @@ def with_penalties(
         said += notes_of(penalty, replace(plan, targets=own), its)
     if any("magnitude" in t.trainable for _, own in held for t in own):
         said.append("penalties hold the change of the directions, s B A; the magnitudes are free")
+    if any("bias" in t.trainable for t in plan.targets):
+        said.append("penalties on weights hold the change of W, s B A; the biases are free")
     notes = [*plan.provenance.get("notes", ()), *said]
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
     return replace(plan, penalties=tuple(made), provenance=provenance)

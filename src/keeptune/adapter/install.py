@@ -24,6 +24,7 @@ from keeptune.adapter.anchor import (
 )
 from keeptune.adapter.diagonal import add_diagonal
 from keeptune.adapter.head import head_names, keep_precise, restore_head, task_type, trained_head
+from keeptune.adapter.rows import add_bias, confine
 from keeptune.adapter.subspace import install_subspace
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.low_rank import LowRank
@@ -46,6 +47,7 @@ _PARAMETERS: Mapping[Factor, str] = {
     "B": "lora_B.default.weight",
     "magnitude": "lora_magnitude_vector.default.weight",
     "diag": "lora_diag.default",
+    "bias": "lora_B.default.bias",
     "U_low": "osf_svd_params.default.U_low",
     "S_low": "osf_svd_params.default.S_low",
     "V_low": "osf_svd_params.default.V_low",
@@ -91,6 +93,9 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
         layer = lora_layer(wrapped, target_plan.target.name)
         if "diag" in target_plan.vectors:
             add_diagonal(layer, target_plan.vectors["diag"])
+        if "bias" in target_plan.vectors:
+            add_bias(layer, target_plan.vectors["bias"])
+        confine(layer, target_plan)
         _fill(wrapped, target_plan)
         if target_plan.anchored:
             (add_twin if kind == "twin" else write_residual)(layer, target_plan)
@@ -286,6 +291,8 @@ def _fill(model: PeftModel, target_plan: TargetPlan) -> None:
 def _freeze(layer: Any, target_plan: TargetPlan) -> None:
     # PEFT re-applies this list in set_adapter and load_adapter, where it would else unfreeze everything.
     frozen = {"default": tuple(f"lora_{f}" for f in ("A", "B") if f not in target_plan.trainable)}
+    if "bias" in target_plan.trainable:
+        frozen["default"] = tuple("lora_B_weight" if name == "lora_B" else name for name in frozen["default"])
     if ANCHOR_NAME in layer.lora_A:
         frozen[ANCHOR_NAME] = ("lora_A", "lora_B")
     layer.frozen_peft_weight_names = {name: weights for name, weights in frozen.items() if weights}

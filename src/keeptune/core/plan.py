@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,7 +25,7 @@ from keeptune.core.target import Target
 
 __all__ = ["Decision", "Factor", "PenaltyPlan", "Plan", "Scope", "TargetPlan"]
 
-Factor = Literal["A", "B", "magnitude", "diag", "U_low", "S_low", "V_low"]
+Factor = Literal["A", "B", "magnitude", "diag", "bias", "U_low", "S_low", "V_low"]
 Scope = Literal["adapter", "subspace", "all"]
 _FORMAT = 1
 
@@ -36,7 +36,7 @@ class Decision:
 
     Args:
         rank: 0 leaves the target alone.
-        rows: Output nodes the change is confined to (LoKI); None is all of them.
+        rows: Output nodes the change is confined to (LoKI), ascending; None is all of them.
     """
 
     rank: int
@@ -57,7 +57,8 @@ class TargetPlan:
         removed: The part of W taken out at the start, without the scale; None takes ``init``, and the model's
             output does not change.
         vectors: What a method trains besides A and B, at the first step, float32: ``magnitude`` ``(m,)``, the
-            lengths of W's rows (DoRA), or ``diag`` ``(r,)``, with which the change is ``scale * (B diag A)`` (KaSA).
+            lengths of W's rows (DoRA), ``diag`` ``(r,)``, with which the change is ``scale * (B diag A)`` (KaSA), or
+            ``bias`` ``(m,)``, with which that of b is ``scale * bias`` (LoKI).
     """
 
     target: Target
@@ -85,14 +86,21 @@ class TargetPlan:
         return not self.anchor.is_zero
 
     @property
+    def confined(self) -> frozenset[Factor]:
+        """Trained factors with a row per output of which only the decision's rows are trained: B and the bias."""
+        return frozenset() if self.decision.rows is None else self.trainable & {"B", "bias"}
+
+    @property
     def trained_parameters(self) -> int:
-        """Number of trained numbers."""
+        """Number of trained numbers; outside the decision's rows nothing is."""
         m, n, r = self.target.out_features, self.target.in_features, self.decision.rank
         sizes = {name: value.numel() for name, value in self.start.items()} | {
             "U_low": m * r,
             "S_low": r,
             "V_low": r * n,
         }
+        if self.decision.rows is not None:
+            sizes |= {"B": len(self.decision.rows) * r, "bias": len(self.decision.rows)}
         return sum(sizes[name] for name in self.trainable)
 
 
@@ -186,6 +194,7 @@ class Plan:
                 "role": t.target.role,
                 "shape": [t.target.out_features, t.target.in_features],
                 "rank": t.decision.rank,
+                **({} if t.decision.rows is None else {"rows": len(t.decision.rows)}),
                 "scale": t.scale,
                 "trains": sorted(t.trainable),
                 "trained_parameters": t.trained_parameters,
@@ -224,9 +233,10 @@ class Plan:
                 lines.append(f"{name}: {sizes[0]} | {sizes[1]}")
             elif (a.decision, a.scale, a.trainable) != (b.decision, b.scale, b.trainable):
                 trains = [" ".join(sorted(t.trainable)) for t in (a, b)]
+                others = len(set(a.decision.rows or ()) ^ set(b.decision.rows or ()))
                 lines.append(
                     f"{name}: rank {a.decision.rank} | {b.decision.rank}, scale {a.scale} | {b.scale}, "
-                    f"trains {trains[0]} | {trains[1]}"
+                    f"trains {trains[0]} | {trains[1]}" + (f", {others} rows of only one" if others else "")
                 )
             elif not (torch.equal(a.init.B, b.init.B) and torch.equal(a.init.A, b.init.A)):
                 lines.append(f"{name}: same rank, starting change differs by {_gap(a.init, b.init):.2e} (relative)")
@@ -306,7 +316,8 @@ class Plan:
     def _record(self) -> dict[str, Any]:
         rows = [
             {
-                "target": t.target,
+                # Named only where it is so: plans of before there was a bias keep their keys.
+                "target": {k: v for k, v in asdict(t.target).items() if k != "bias" or v},
                 "decision": t.decision,
                 "scale": t.scale,
                 "trainable": sorted(t.trainable),

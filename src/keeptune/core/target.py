@@ -22,6 +22,7 @@ class Target:
         in_features: n.
         input_group: Equal for targets fed by the same tensor (q/k/v; gate/up): they share one covariance.
         transposed: The module stores ``W`` as ``(in_features, out_features)``, as GPT-2's Conv1D does.
+        bias: There is a b.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Target:
     in_features: int
     input_group: str
     transposed: bool = False
+    bias: bool = False
 
     @property
     def max_rank(self) -> int:

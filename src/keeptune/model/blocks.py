@@ -283,6 +283,7 @@ def _target(name: str, module: nn.Module, role: str, group: str) -> Target:
         in_features=in_features,
         input_group=group,
         transposed=transposed,
+        bias=module.bias is not None,
     )
 
 

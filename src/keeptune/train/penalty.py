@@ -26,9 +26,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from keeptune.adapter.install import held_parameters
+from keeptune.adapter.rows import within_rows
 from keeptune.core.errors import TrainError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Factor, PenaltyPlan, Plan
+from keeptune.core.plan import Factor, PenaltyPlan, Plan, TargetPlan
 from keeptune.linalg.factor import Identity
 from keeptune.penalties.base import NORM, Adaptive, Term, penalty_named, start_of
 from keeptune.penalties.kronecker import KroneckerChange
@@ -74,7 +75,7 @@ class Penalties:
         values: list[dict[str, Tensor]] = [{} for _ in self._specs]
         summed = Gradients()
         for target_plan, of_target, terms in zip(self._plan.targets, parameters, self._terms, strict=True):
-            for factor, gradient in _gradients(target_plan.target.name, of_target, terms, values).items():
+            for factor, gradient in _gradients(target_plan, of_target, terms, values).items():
                 summed.add(of_target[factor], gradient)
         norms = {}
         for outputs, own, parts in zip(self._outputs, self._own, values, strict=True):
@@ -296,17 +297,20 @@ def _state_of(spec: Any, made: PenaltyPlan) -> dict[str, Tensor]:
 
 
 def _gradients(
-    target: str, parameters: Mapping[Factor, nn.Parameter], terms: Mapping[int, Term], values: list[dict[str, Tensor]]
+    target_plan: TargetPlan,
+    parameters: Mapping[Factor, nn.Parameter],
+    terms: Mapping[int, Term],
+    values: list[dict[str, Tensor]],
 ) -> dict[Factor, Tensor]:
-    """Sum the gradients of a target's terms; note their values."""
+    """Sum the gradients of a target's terms, within its rows; note their values."""
     factors = {factor: _whole(parameter) for factor, parameter in parameters.items()}
     summed: dict[Factor, Tensor] = {}
     for index, term in terms.items():
-        values[index][target], gradients = term.value_and_grad(factors)
+        values[index][target_plan.target.name], gradients = term.value_and_grad(factors)
         for factor, gradient in gradients.items():
             if parameters[factor].requires_grad:
                 summed[factor] = summed[factor] + gradient if factor in summed else gradient
-    return summed
+    return {factor: within_rows(target_plan, factor, gradient) for factor, gradient in summed.items()}
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
