@@ -119,6 +119,7 @@ def export(
     *,
     base: str,
     format: Format = "portable",
+    rank: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     probe: Tensor | None = None,
     max_gap: float | None = None,
@@ -131,6 +132,8 @@ def export(
         folder: Where; it appears whole or not at all.
         base: Path or hub id of the base.
         format: ``"portable"``, ``"peft"`` or ``"merged"``.
+        rank: Take the nearest change of this rank where that of the trained one is larger; the result says what is
+            left out.
         tokenizer: Saved along when given.
         probe: Token ids ``(batch, length)`` for the check; None draws some.
         max_gap: Largest relative gap in logits allowed; None takes the bound for the base's dtype.
@@ -150,6 +153,7 @@ def export(
         base=base,
         load_base=lambda: load_model(base, dtype=names[str(model.dtype)], device=model.device, head=head),
         format=format,
+        rank=rank,
         tokenizer=tokenizer,
         probe=probe,
         max_gap=max_gap,

@@ -186,7 +186,7 @@ def train_stage(job: Job, plan: Plan) -> None:
         else:
             assert isinstance(tuned, PeftModel)
             sha256 = write_tensors(fresh / "factors.safetensors", trained_state(tuned, plan))
-        record = {
+        record: dict[str, Any] = {
             "key": key,
             "plan": plan.key,
             "base": job.recipe.model,
@@ -197,11 +197,17 @@ def train_stage(job: Job, plan: Plan) -> None:
             "loss": loss,
             "notes": conclusions(plan, loss[-1]) if loss else [],
             "seconds": time.perf_counter() - started,
-            "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+            "trained_parameters": _trained_parameters(tuned, plan),
         }
         for note in record["notes"]:
             _log.info("train: %s", note)
         write_json(fresh / "train.json", record)
+
+
+def _trained_parameters(tuned: PreTrainedModel | PeftModel, plan: Plan) -> int:
+    """Count what is trained: of a change confined to some rows, those alone."""
+    free: int = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    return free - sum(t.held_back for t in plan.targets)
 
 
 def train_key(job: Job, plan: Plan) -> str:
@@ -251,6 +257,7 @@ def export_stage(job: Job, plan: Plan) -> Exported:
         base=job.recipe.model,
         load_base=job.base,
         format=job.recipe.export.format,
+        rank=job.recipe.export.rank,
         tokenizer=job.tokenizer,
         probe=probe_of(job.task, job.tokenizer, min(256, job.positions or 256)),
         max_gap=job.recipe.export.max_gap,
@@ -290,7 +297,7 @@ def adapter_folder(job: Job, plan: Plan) -> Path:
     Returns:
         The folder.
     """
-    format, _ = format_for(plan, job.recipe.export.format)
+    format, _ = format_for(plan, job.recipe.export.format, job.recipe.export.rank)
     return job.output / ("merged" if format == "merged" else "adapter")
 
 

@@ -157,3 +157,4 @@ class ExportSpec(Section):
 
     format: Format = "portable"
     max_gap: float | None = Field(None, gt=0)
+    rank: int | None = Field(None, ge=1)

@@ -1,7 +1,8 @@
 """export: the trained change, relative to the original base, as files that stock PEFT loads.
 
 ``portable``: scale folded into B, zero-padded to one uniform rank that servers allow, plain config.
-``peft``: per-module ranks in ``rank_pattern``, no padding. ``merged``: a whole model.
+``peft``: per-module ranks in ``rank_pattern``, no padding. ``merged``: a whole model. A change of a larger rank than
+servers take is merged, or, where a ``rank`` is asked for, cut to it by an SVD; the error is stated.
 
 Every export is loaded again by stock PEFT on a freshly loaded base, and the gap in logits to the trained
 model is measured; above the bound the export fails and leaves nothing.
@@ -23,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.head import labels_of
 from keeptune.adapter.load import SIDECAR, refuse_foreign
-from keeptune.adapter.merged import write_merged
-from keeptune.adapter.portable import write_lora
+from keeptune.adapter.merged import put_changes, write_merged
+from keeptune.adapter.portable import SERVED_RANKS, change_of, truncated_changes, write_lora, written_rank
 from keeptune.adapter.probe import logits_of, random_probe
 from keeptune.core.artefact import atomic_directory, write_bytes, write_json
 from keeptune.core.errors import ExportError
@@ -47,9 +48,11 @@ class Exported:
         rank: The adapter's rank; 0 for a merged model.
         gap: Largest difference in logits to the trained model on the probe, absolute.
         relative_gap: The same over the largest logit.
-        bound: The relative gap above which the export would have failed.
+        bound: The relative gap above which the export would have failed; with an ``error``, that to the change of the
+            smaller rank.
         serve: How to serve it, or how to load a classifier.
         note: Why the format is not the one that was asked for; empty when it is.
+        error: What a smaller rank left out of the change, relative (Frobenius); 0 where it is whole.
     """
 
     folder: str
@@ -60,22 +63,31 @@ class Exported:
     bound: float
     serve: str
     note: str = ""
+    error: float = 0.0
 
 
-def format_for(plan: Plan, wanted: Format) -> tuple[Format, str]:
+def format_for(plan: Plan, wanted: Format, rank: int | None = None) -> tuple[Format, str]:
     """Find the format a plan's result can have: what has no form as a portable LoRA is merged.
 
     Args:
         plan: The plan.
         wanted: The format asked for.
+        rank: The largest rank wanted; None is that of the change.
 
     Returns:
         The format, and why it is not the one asked for (empty when it is).
 
     Raises:
-        ExportError: An adapter with ranks of its own was asked for by name and there is none.
+        ExportError: An adapter with ranks of its own, or of a smaller rank, was asked for and there is none.
     """
-    reason = _no_lora(plan)
+    reason = _no_lora(plan, rank)
+    if rank is not None and (wanted == "merged" or reason):
+        raise ExportError(
+            f"export of {plan.method}",
+            got=f"rank {rank}" + (" with format merged" if wanted == "merged" else ""),
+            wanted="none: a merged model has no rank",
+            next_step=f"{reason}. Leave `export.rank` out." if reason else "Leave `export.rank` or the format out.",
+        )
     if wanted == "merged" or not reason or (wanted == "peft" and plan.scope == "adapter"):
         return wanted, ""
     if wanted == "peft":
@@ -88,7 +100,7 @@ def format_for(plan: Plan, wanted: Format) -> tuple[Format, str]:
     return "merged", reason
 
 
-def _no_lora(plan: Plan) -> str:
+def _no_lora(plan: Plan, wanted: int | None = None) -> str:
     if plan.scope == "all":
         return "A change of every weight has no adapter form"
     if plan.scope == "subspace":
@@ -97,6 +109,14 @@ def _no_lora(plan: Plan) -> str:
         return (
             "New lengths for a weight's rows are no change of low rank, and vLLM refuses DoRA adapters"
             " (format peft writes one for PEFT)"
+        )
+    if any("bias" in target_plan.vectors for target_plan in plan.targets):
+        return "Biases were trained, and vLLM refuses adapters with biases (format peft writes one for PEFT)"
+    rank = written_rank(plan)
+    if max(SERVED_RANKS) < min(rank, wanted or rank):
+        return (
+            f"The change has rank {rank}, and vLLM takes adapters of rank {max(SERVED_RANKS)} at most"
+            " (format peft writes one for PEFT; export.rank takes the nearest change of a smaller rank)"
         )
     return ""
 
@@ -109,6 +129,7 @@ def export(
     base: str,
     load_base: Callable[[], PreTrainedModel],
     format: Format = "portable",
+    rank: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     probe: Tensor | None = None,
     max_gap: float | None = None,
@@ -123,10 +144,12 @@ def export(
         load_base: Loads a fresh base.
         format: ``"portable"``, ``"peft"`` or ``"merged"``. What has no form as a portable LoRA is merged, and the
             log and ``note`` say why.
+        rank: Take the nearest change of this rank where that of the trained one is larger; ``error`` says what is left
+            out, and what is written is checked against that change, not against the trained model.
         tokenizer: Saved along when given.
         probe: Token ids ``(batch, length)`` for the check; None draws some.
         max_gap: Largest relative gap allowed; None takes 1e-4 for a float32 base, 2e-2 for float16 and
-            1e-1 for bfloat16.
+            1e-1 for bfloat16. Of a smaller rank, None allows any.
 
     Returns:
         Where it is and how large the gap is.
@@ -135,41 +158,58 @@ def export(
         ExportError: The gap is above the bound, the format does not fit the plan, or the folder holds something
             that keeptune did not write.
     """
-    format, note = format_for(plan, format)
+    format, note = format_for(plan, format, rank)
     if note:
         _log.warning("export %s: merged into a whole model. %s", folder, note)
     refuse_foreign(Path(folder))
     probe = random_probe(model) if probe is None else probe
-    wanted = logits_of(model, probe)
+    wanted, cut, error = logits_of(model, probe), None, 0.0
     with atomic_directory(Path(folder)) as fresh:
         if format == "merged":
-            rank, merged = 0, load_base()
+            written, merged = 0, load_base()
             write_merged(model, plan, fresh, merged)
             dtype = merged.dtype
             again: Any = type(merged).from_pretrained(fresh, dtype=dtype, use_safetensors=True)
         else:
-            rank = write_lora(model, plan, fresh, base, portable=format == "portable")
+            assert isinstance(model, PeftModel)
+            changes = change_of(model, plan)
+            if rank is not None and rank < written_rank(plan):
+                changes, error = truncated_changes(changes, rank)
+                cut = load_base()
+                put_changes(cut, model, plan, changes)
+            written = write_lora(model, plan, changes, fresh, base, portable=format == "portable")
             dtype = model.dtype
             again = PeftModel.from_pretrained(load_base(), str(fresh))
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        gap = float((logits_of(again, probe) - wanted).abs().max())
-        relative = gap / max(float(wanted.abs().max()), 1e-30)
+        found = logits_of(again, probe)
+        gap, relative = _gap(found, wanted)
         bound = _BOUNDS[dtype] if max_gap is None else max_gap
+        if cut is not None:
+            _refuse(folder, "the change of the smaller rank", _gap(found, logits_of(cut, probe))[1], _BOUNDS[dtype])
+        if cut is None or max_gap is not None:
+            _refuse(folder, "the trained model", relative, bound)
         labels = labels_of(model)
-        serve = _serve_line(plan, format, rank, base, folder, labels)
-        done = Exported(str(folder), format, rank, gap, relative, bound, serve, note)
-        if not relative <= bound:
-            raise ExportError(
-                f"export {folder}",
-                got=f"logits that differ from the trained model by {relative:.2e} (relative)",
-                wanted=f"at most {bound:.0e}",
-                next_step="On a 16-bit base train with `anchor: twin`, or state a larger `max_gap`. "
-                "Nothing was written.",
-            )
+        serve = _serve_line(plan, format, written, base, folder, labels)
+        done = Exported(str(folder), format, written, gap, relative, bound, serve, note, error)
         write_json(fresh / SIDECAR, _sidecar(plan, base, done, labels))
         write_bytes(fresh / "README.md", _card(plan, base, done, labels).encode())
     return done
+
+
+def _gap(found: Tensor, wanted: Tensor) -> tuple[float, float]:
+    gap = float((found - wanted).abs().max())
+    return gap, gap / max(float(wanted.abs().max()), 1e-30)
+
+
+def _refuse(folder: Path | str, what: str, relative: float, bound: float) -> None:
+    if not relative <= bound:
+        raise ExportError(
+            f"export {folder}",
+            got=f"logits that differ from {what} by {relative:.2e} (relative)",
+            wanted=f"at most {bound:.0e}",
+            next_step="On a 16-bit base train with `anchor: twin`, or state a larger `max_gap`. Nothing was written.",
+        )
 
 
 def _serve_line(
@@ -181,7 +221,7 @@ def _serve_line(
         return f'{load}("{folder}")' if format == "merged" else f'PeftModel.from_pretrained({whole}, "{folder}")'
     if format == "merged":
         return f"vllm serve {folder}"
-    if _no_lora(plan):
+    if _no_lora(plan, rank):
         return f"keeptune merge {folder} merged && vllm serve merged"
     return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}"
 
@@ -201,6 +241,8 @@ def _sidecar(plan: Plan, base: str, done: Exported, labels: list[str] | None) ->
 def _card(plan: Plan, base: str, done: Exported, labels: list[str] | None) -> str:
     options = json.dumps(dict(plan.options))
     note = f"\nA merged model. {done.note}.\n" if done.note else ""
+    if done.error:
+        note += f"\nCut to a smaller rank: {done.error:.2%} of the trained change (Frobenius) is left out.\n"
     note += f"\nLabels, in the order of the outputs: {', '.join(labels)}.\n" if labels else ""
     return f"""---
 base_model: {base}

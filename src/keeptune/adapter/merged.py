@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keeptune.adapter.head import put_head, trained_head
 from keeptune.adapter.install import lora_layer
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
-from keeptune.adapter.portable import change_of, magnitudes_of
+from keeptune.adapter.portable import biases_of, change_of, magnitudes_of
 from keeptune.adapter.probe import logits_of, random_probe
 from keeptune.adapter.subspace import subspace_change
 from keeptune.core.artefact import atomic_directory, write_json
 from keeptune.core.errors import ExportError
+from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 
-__all__ = ["merge", "write_merged"]
+__all__ = ["merge", "put_changes", "write_merged"]
 
 
 def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, fresh: PreTrainedModel) -> None:
@@ -39,21 +40,37 @@ def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, f
         fresh.save_pretrained(folder)
         return
     assert isinstance(model, PeftModel)
-    low_rank = {} if plan.scope == "subspace" else change_of(model, plan)
+    put_changes(fresh, model, plan, {} if plan.scope == "subspace" else change_of(model, plan))
+    fresh.save_pretrained(folder)
+
+
+def put_changes(fresh: PreTrainedModel, model: PeftModel, plan: Plan, changes: Mapping[str, LowRank]) -> None:
+    """Write a trained change into the weights of a base.
+
+    Args:
+        fresh: A freshly loaded base; it is changed.
+        model: The trained model, for what is no low-rank change.
+        plan: Its plan.
+        changes: Each target's change, where it is of low rank.
+    """
     magnitudes = {} if plan.scope == "subspace" else magnitudes_of(model, plan)
+    biases = {} if plan.scope == "subspace" else biases_of(model, plan)
     with torch.no_grad():
         for target_plan in plan.targets:
             name = target_plan.target.name
-            weight = fresh.get_submodule(name).weight
+            module = fresh.get_submodule(name)
+            weight, bias = module.weight, module.bias
             assert isinstance(weight, Tensor)
             turned = weight.T if target_plan.target.transposed else weight
-            change = low_rank[name].dense() if name in low_rank else subspace_change(lora_layer(model, name))
+            change = changes[name].dense() if name in changes else subspace_change(lora_layer(model, name))
             tuned = turned.float() + change.to(weight.device)
             if name in magnitudes:
                 tuned *= (magnitudes[name].to(weight.device) / tuned.norm(dim=1))[:, None]
             turned.copy_(tuned.to(weight.dtype))
+            if name in biases:
+                assert isinstance(bias, Tensor)
+                bias.copy_((bias.float() + biases[name].to(bias.device)).to(bias.dtype))
     put_head(fresh, plan, trained_head(model, plan))
-    fresh.save_pretrained(folder)
 
 
 def merge(

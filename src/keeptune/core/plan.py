@@ -91,6 +91,12 @@ class TargetPlan:
         return frozenset() if self.decision.rows is None else self.trainable & {"B", "bias"}
 
     @property
+    def held_back(self) -> int:
+        """Numbers of trained tensors that stay as they are: the rows that are not the decision's."""
+        rest = self.target.out_features - len(self.decision.rows or ())
+        return sum(rest * self.start[name].numel() // self.target.out_features for name in self.confined)
+
+    @property
     def trained_parameters(self) -> int:
         """Number of trained numbers; outside the decision's rows nothing is."""
         m, n, r = self.target.out_features, self.target.in_features, self.decision.rank
@@ -99,9 +105,7 @@ class TargetPlan:
             "S_low": r,
             "V_low": r * n,
         }
-        if self.decision.rows is not None:
-            sizes |= {"B": len(self.decision.rows) * r, "bias": len(self.decision.rows)}
-        return sum(sizes[name] for name in self.trainable)
+        return sum(sizes[name] for name in self.trainable) - self.held_back
 
 
 @dataclass(frozen=True, slots=True, eq=False)
