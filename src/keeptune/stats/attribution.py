@@ -22,7 +22,15 @@ from keeptune.model.runner import Labels
 from keeptune.stats.request import Accumulator, DataRole, PassKind, WeightReader
 from keeptune.stats.store import Source, StatStore
 
-__all__ = ["Answer", "Attributions", "NeuronAttribution", "attribute_texts", "layer_profile", "stored_attributions"]
+__all__ = [
+    "Answer",
+    "Attributions",
+    "NeuronAttribution",
+    "attribute_texts",
+    "layer_profile",
+    "places_of",
+    "stored_attributions",
+]
 
 _log = logging.getLogger(__name__)
 Answer = Literal["own", "gold"]
@@ -128,12 +136,14 @@ class Attributions:
         nodes: Nodes of each, D.
         samples: Texts, N.
         read: Gives one text's ``(L, D)``.
+        modules: Names of the down-projections that the nodes are the outputs of, L.
     """
 
     layers: tuple[int, ...]
     nodes: int
     samples: int
     read: Callable[[int], Tensor]
+    modules: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, values: Tensor) -> Attributions:
@@ -193,7 +203,7 @@ def attribute_texts(
     source: Source,
     *,
     chunk: int = 2048,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Target, ...]]:
     """Attribute every text; each is stored by itself, so that an interrupted run goes on, and data sets share texts.
 
     Args:
@@ -205,7 +215,8 @@ def attribute_texts(
         chunk: Tokens in a pass; it changes speed and memory only.
 
     Returns:
-        The store's key of each text, ``(N, 32)`` bytes, in the order of their tokens; and the block numbers, ``(L,)``.
+        The store's key of each text, ``(N, 32)`` bytes, in the order of their tokens; and the
+        down-projections that the nodes are the outputs of, L.
 
     Raises:
         ModelError: The model is no causal language model, or no block has an MLP down-projection.
@@ -226,16 +237,32 @@ def attribute_texts(
             lambda text, value: store.put(_recipe(request, text, source), value),
         )
     rows = [list(bytes.fromhex(keys[text])) for text in texts]
-    return torch.tensor(rows, dtype=torch.uint8), torch.tensor(attributor.layers)
+    return torch.tensor(rows, dtype=torch.uint8), attributor.targets
 
 
-def stored_attributions(store: StatStore, keys: Tensor, layers: Tensor, *, signed: bool = True) -> Attributions:
+def places_of(downs: Sequence[Target]) -> tuple[Tensor, Tensor]:
+    """Write down which down-projections were attributed, as the store keeps it.
+
+    Args:
+        downs: The down-projections.
+
+    Returns:
+        The block numbers, ``(L,)``, and the names as bytes, a line each.
+    """
+    names = "\n".join(target.name for target in downs).encode()
+    return torch.tensor([target.layer for target in downs]), torch.tensor(list(names), dtype=torch.uint8)
+
+
+def stored_attributions(
+    store: StatStore, keys: Tensor, layers: Tensor, names: Tensor, *, signed: bool = True
+) -> Attributions:
     """Open what :func:`attribute_texts` stored.
 
     Args:
         store: The store.
         keys: ``(N, 32)``.
-        layers: ``(L,)``.
+        layers: ``(L,)``, from :func:`places_of`.
+        names: The names, from there too.
         signed: False gives absolute values.
 
     Returns:
@@ -257,7 +284,8 @@ def stored_attributions(store: StatStore, keys: Tensor, layers: Tensor, *, signe
             )
         return value if signed else value.abs()
 
-    return Attributions(tuple(layers.tolist()), int(read(0).shape[-1]), len(keys), read)
+    modules = tuple(bytes(names.tolist()).decode().split("\n"))
+    return Attributions(tuple(layers.tolist()), int(read(0).shape[-1]), len(keys), read, modules)
 
 
 # What is read, and the token to score; None for the model's own.

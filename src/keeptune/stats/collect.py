@@ -20,7 +20,7 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import is_nested
 from keeptune.model.head import head_fingerprint
 from keeptune.model.runner import Labels, ResidentRunner, Taps
-from keeptune.stats.attribution import Attributions, NeuronAttribution, attribute_texts, stored_attributions
+from keeptune.stats.attribution import Attributions, NeuronAttribution, attribute_texts, places_of, stored_attributions
 from keeptune.stats.request import Accumulator, DataRole, Request
 from keeptune.stats.store import Source, StatStore, entry_recipe
 from keeptune.stats.tracing import LayerEffect, traced_effects
@@ -41,7 +41,7 @@ class StatsView:
         requests: What it asked for.
         store: Where the values are; they are read one at a time.
         sources: Model and data, by :func:`source_name`.
-        memo: The last result of :meth:`derive`, shared by the views of one collection.
+        memo: The last result of :meth:`derive` for each function, shared by the views of one collection.
         counts: How many tokens are learned, by :func:`source_name`.
     """
 
@@ -79,8 +79,8 @@ class StatsView:
             StatisticsError: They were not requested, or the store lost them.
         """
         entry = entry_recipe(request, self.target, self.sources[source_name(request)])
-        keys, layers = self._read(request, entry), self._read(request, _layers_of(entry))
-        return stored_attributions(self.store, keys, layers, signed=request.signed)
+        keys, layers, names = (self._read(request, at) for at in (entry, *_places(entry)))
+        return stored_attributions(self.store, keys, layers, names, signed=request.signed)
 
     def _read(self, request: Request, entry: Mapping[str, Any]) -> Tensor:
         if request not in self.requests:
@@ -114,7 +114,7 @@ class StatsView:
     def derive(self, request: Request, function: Callable[..., T], *options: Any) -> T:
         """Compute something from a statistic once for all targets that share it, such as q, k and v.
 
-        Only the last result is kept: targets of one input group follow each other.
+        Only the last result of each function is kept: targets of one input group follow each other.
 
         Args:
             request: One of the requests.
@@ -128,13 +128,12 @@ class StatsView:
             StatisticsError: The statistic was not requested, or the store lost it.
         """
         entry = entry_recipe(request, self.target, self.sources[source_name(request)])
-        key = content_key([entry, function.__module__, function.__qualname__, options])
-        if key not in self.memo or request not in self.requests:
+        name, key = f"{function.__module__}.{function.__qualname__}", content_key([entry, options])
+        if self.memo.get(name, ("",))[0] != key or request not in self.requests:
             given = self.attributions(request) if isinstance(request, NeuronAttribution) else self[request]
             value = function(given, *options)
-            self.memo.clear()
-            self.memo[key] = value
-        found: T = self.memo[key]
+            self.memo[name] = (key, value)
+        found: T = self.memo[name][1]
         return found
 
 
@@ -232,17 +231,18 @@ def _trace(
     entry: Mapping[str, Any],
 ) -> None:
     if isinstance(request, NeuronAttribution):
-        keys, layers = attribute_texts(runner.model, data, request, store, source)
-        store.put(_layers_of(entry), layers)
+        keys, downs = attribute_texts(runner.model, data, request, store, source)
+        for place, value in zip(_places(entry), places_of(downs), strict=True):
+            store.put(place, value)
         store.put(entry, keys)
     else:
         assert isinstance(request, LayerEffect)
         store.put(entry, traced_effects(runner.model, data, request, store, source))
 
 
-def _layers_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the entry that says which blocks an attribution is of."""
-    return {**entry, "part": "layers"}
+def _places(entry: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Name the entries that say which blocks an attribution is of, and which modules in them."""
+    return {**entry, "part": "layers"}, {**entry, "part": "modules"}
 
 
 def source_name(request: Request) -> str:

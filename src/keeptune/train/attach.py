@@ -2,7 +2,8 @@
 
 A plan says it in plain values (``Plan.training``), which are saved with it and part of its key:
 
-    {"optimizer": "lora-fa"}      PEFT's preconditioned optimiser (methods/lora_fa.py)
+    {"optimizer": "lora-fa"}            PEFT's preconditioned optimiser (methods/lora_fa.py)
+    {"learning_rate_factor": 0.4}       times the trainer's learning rate (methods/loki.py)
 
 and in ``Plan.penalties``, terms of the loss (train/penalty.py).
 """
@@ -10,6 +11,7 @@ and in ``Plan.penalties``, terms of the loss (train/penalty.py).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +26,8 @@ from keeptune.train.penalty import add_penalties
 
 __all__ = ["attach"]
 
+_log = logging.getLogger(__name__)
+
 
 def attach(trainer: Any, plan: Plan) -> None:
     """Give a trainer the plan's optimiser, penalties and :class:`Guard`; a second call changes nothing.
@@ -34,12 +38,13 @@ def attach(trainer: Any, plan: Plan) -> None:
 
     Raises:
         TrainError: The plan asks for something that this version does not know, or the trainer's arguments
-            choose another optimiser than the plan, or the back-end cannot count a penalty exactly once.
+            choose another optimiser than the plan, or it has one where the plan scales the learning rate, or the
+            back-end cannot count a penalty exactly once.
     """
     guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Guard)]
     if any(guard.attached for guard in guards):
         return
-    for key, value in plan.training.items():
+    for key, value in sorted(plan.training.items()):  # an optimiser takes the learning rate as it is then
         _known(key, _PARTS, "training")
         _PARTS[key](trainer, plan, value)
     if plan.penalties:
@@ -61,6 +66,20 @@ def _attach_optimizer(trainer: Any, plan: Plan, name: str) -> None:
             next_step="Leave `train.optim` out, or choose the method's `optimizer: adamw`.",
         )
     trainer.optimizer = _OPTIMIZERS[name](trainer.model, trainer.args)
+
+
+def _scale_rate(trainer: Any, plan: Plan, factor: float) -> None:
+    if trainer.optimizer is not None:
+        raise TrainError(
+            f"training with {plan.method}",
+            got="an optimiser of your own, with its own learning rate",
+            wanted="a trainer that makes one from its arguments: the method scales the rate",
+            next_step="Give the trainer no optimiser, or set the method's `rate: fixed`.",
+        )
+    trainer.args.learning_rate *= factor
+    _log.info(
+        "train: the method %s takes %.3g of the learning rate: %.3g", plan.method, factor, trainer.args.learning_rate
+    )
 
 
 def _lora_fa(model: PeftModel, args: Any) -> Any:
@@ -90,5 +109,8 @@ def _known(name: str, choices: Mapping[str, Any], where: str) -> None:
         )
 
 
-_PARTS: Mapping[str, Callable[[Any, Plan, Any], None]] = {"optimizer": _attach_optimizer}
+_PARTS: Mapping[str, Callable[[Any, Plan, Any], None]] = {
+    "learning_rate_factor": _scale_rate,
+    "optimizer": _attach_optimizer,
+}
 _OPTIMIZERS = {"lora-fa": _lora_fa}
