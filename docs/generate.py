@@ -58,6 +58,9 @@ def _told(cls: type) -> dict[str, str]:
 
 
 def _yaml(value: object) -> str:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        return f"{{{', '.join(f'{name}: {_yaml(part)}' for name, part in fields)}}}"
     words = {"None": "null", "True": "true", "False": "false"}
     text = str(list(value)) if isinstance(value, tuple) else str(value)
     return words.get(text, text)

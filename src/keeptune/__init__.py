@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from keeptune.methods.farss import Farss
     from keeptune.methods.full import Full
     from keeptune.methods.kasa import Kasa
+    from keeptune.methods.loki import Loki
     from keeptune.methods.lora import Lora
     from keeptune.methods.lora_fa import LoraFA
     from keeptune.methods.lora_ga import LoraGA
@@ -54,6 +55,7 @@ __all__ = [
     "KeeptuneError",
     "Kl",
     "L2",
+    "Loki",
     "Lora",
     "LoraFA",
     "LoraGA",
@@ -93,6 +95,7 @@ _HOMES = {
     "KeeptuneError": "core.errors",
     "Kl": "penalties.kl",
     "L2": "penalties.l2",
+    "Loki": "methods.loki",
     "Lora": "methods.lora",
     "LoraFA": "methods.lora_fa",
     "LoraGA": "methods.lora_ga",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.contract.conftest import ADAPTERS, LOW_RANK, STILL
+from tests.contract.conftest import ADAPTERS, CAUSAL, LOW_RANK, STILL
 from tests.models import MODELS, VOCAB, Bench, logits, off_by, tokens, train_steps
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
@@ -47,7 +47,7 @@ FUSED = {
 
 
 @pytest.mark.parametrize("architecture", FUSED)
-@pytest.mark.parametrize("case", ADAPTERS)
+@pytest.mark.parametrize("case", [case for case in ADAPTERS if case not in CAUSAL])  # LoKI trains none of these
 def test_a_fused_weight_is_one_target_that_trains_and_exports(case: str, architecture: str, tmp_path: Path) -> None:
     make, shapes = FUSED[architecture]
     make().save_pretrained(tmp_path / "base")

@@ -32,11 +32,14 @@ every_case = pytest.mark.parametrize("case", CASES)
 every_adapter = pytest.mark.parametrize("case", ADAPTERS)
 ANY = Target("h.0.up", 0, "up", 8, 8, input_group="h.0.up")
 ASKING = [case for case, method in ADAPTERS.items() if method.requests(ANY)]
+# Attributions are no sums over batches: their laws of padding, batches and shards are in tests/model and tests/stats.
+TRACING = {case for case in ASKING if all(r.kind == "trace" for r in ADAPTERS[case].requests(ANY))}
 # A float16 sum in the order of the examples, as the released code's, cannot be merged.
 MERGING = [
     case
     for case in ASKING
-    if all(
+    if case not in TRACING
+    and all(
         hasattr(r.accumulator(ANY, torch.device("cpu"), lambda: torch.eye(8)), "merge")
         for r in ADAPTERS[case].requests(ANY)
     )
@@ -47,8 +50,8 @@ TOLERANCE = 5e-4  # of B A, where other batches round otherwise in float32; dire
 
 
 def largest_difference(a: Plan, b: Plan) -> float:
-    """Of the change B A, or of what A reads where all changes start at zero; infinite where ranks differ."""
-    if [(t.target, t.decision.rank) for t in a.targets] != [(t.target, t.decision.rank) for t in b.targets]:
+    """Of the change B A, or of what A reads where all changes start at zero; infinite where ranks or rows differ."""
+    if [(t.target, t.decision) for t in a.targets] != [(t.target, t.decision) for t in b.targets]:
         return math.inf
     pairs = [(x.init, y.init) for x, y in zip(a.targets, b.targets, strict=True)]
     if all(start.is_zero for pair in pairs for start in pair):
@@ -99,7 +102,7 @@ def test_damaged_factors_are_refused(case: str, plan_of: PlanOf, tmp_path: Path)
         Plan.load(tmp_path / "plan")
 
 
-@every_adapter
+@pytest.mark.parametrize("case", [case for case, method in ADAPTERS.items() if method.rank is not None])
 def test_ranks_sum_to_at_most_the_budget(case: str, world: World, plan_of: PlanOf) -> None:
     budget = plan_of(case).options["rank"] * len(world.bench().targets())
     assert 0 < sum(t.decision.rank for t in plan_of(case).targets) <= budget
@@ -108,7 +111,7 @@ def test_ranks_sum_to_at_most_the_budget(case: str, world: World, plan_of: PlanO
         assert target_plan.init.shape == (target_plan.target.out_features, target_plan.target.in_features)
 
 
-@every_adapter
+@pytest.mark.parametrize("case", [case for case, method in ADAPTERS.items() if method.name != "loki"])
 def test_a_rank_too_large_is_refused_with_target_and_role(case: str, world: World) -> None:
     bench = world.bench()
     least = min(target.max_rank for target in bench.targets())
@@ -251,7 +254,7 @@ def test_negative_control_a_forgotten_mask_gives_another_plan(
     """
     bench, method = world.bench(tmp_path), CASES[case]
     found = bench.plan(method, runner=RepaddingRunner(bench.model, mask_forgotten))
-    if all(request.examples_alone for request in method.requests(bench.targets()[0])):
+    if case in TRACING or all(request.examples_alone for request in method.requests(bench.targets()[0])):
         assert found.key == plan_of(case).key
     elif bench.task.prompts is not None and all(
         isinstance(request, WeightGradient) for request in method.requests(bench.targets()[0])

@@ -77,6 +77,32 @@ def test_betas_and_weight_decay_come_from_the_trainers_arguments(tmp_path: Path)
     assert (group["lr"], group["weight_decay"], group["betas"]) == (0.05, 0.3, (0.9, 0.95))
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_plan_may_ask_for_a_share_of_the_learning_rate(trainer: str, tmp_path: Path) -> None:
+    """Once, however often it is attached; steps of SGD are that much shorter."""
+    lora = planned(Lora(rank=2))
+    plan = dataclasses.replace(lora, training={"learning_rate_factor": 0.4})
+    found = []
+    for asked, rate in ((plan, 0.05), (lora, 0.02)):
+        model = tuned(asked)
+        made = TRAINERS[trainer](model, tmp_path, learning_rate=rate)
+        attach(made, asked)
+        attach(made, asked)
+        made.train()
+        assert made.state.log_history[0]["learning_rate"] == pytest.approx(0.02)
+        found.append(trained_state(model, asked))
+    assert all(torch.allclose(found[0][name], value) for name, value in found[1].items())
+
+
+def test_a_rate_cannot_be_scaled_in_an_optimiser_that_is_there(tmp_path: Path) -> None:
+    plan = dataclasses.replace(planned(Lora(rank=2)), training={"learning_rate_factor": 0.4})
+    model = tuned(plan)
+    made = trl_trainer(model, tmp_path)
+    made.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TrainError, match="an optimiser of your own"):
+        attach(made, plan)
+
+
 # attach and Guard
 
 

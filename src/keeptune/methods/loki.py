@@ -9,7 +9,7 @@ is measured by ``stats/attribution.py`` (KVA).
     S_l^t = the k_l nodes of least Attr_l,i^t                                             (7)
     c_l,i = sum_t [i in S_l^t]                                                            (8)
     S_l = the k_l nodes of largest c_l,i                                                  (9)
-    W = [W_S; W_rest],  only W_S is trained                                                (10)
+    W = [W_S; W_rest],  only W_S is trained                                               (10)
     LoKI*: W_S = W_S^0 + s B_S A_S                                                        (11)
 
 Least is least as signed: nodes that speak against what the model says, not those that say little. The arrows of argsort
@@ -19,9 +19,9 @@ text, then the T named most often, so that a block may get many rows or none.
 
 (10) is exactly a LoRA with B = the columns of the identity that S names, frozen, A = 0 and scale 1: of rank |S_l|, with
 ``W_S + A`` for the trained rows. Weight decay therefore pulls W_S towards where it started; in the released code, which
-trains W_S itself, it pulls towards zero. (11) is a LoRA of rank r of which B is zero outside S and stays so. Where the
-down-projection has a bias, its entries S are trained too, as in the released code (Transformers' trainers let no
-weight decay act on biases).
+trains W_S itself, it pulls towards zero. (11) is a LoRA of rank r of which B is zero outside S and stays so (A and B as
+in LoRA; the paper swaps them, and has no s). Where the down-projection has a bias, its entries S are trained too, as in
+the released code (Transformers' trainers let no weight decay act on biases).
 """
 
 from __future__ import annotations
@@ -149,9 +149,9 @@ class Loki:
         return frozenset({self.attribution})
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> Selected | str:
-        """Find the target's rows (eqs. 6-9); of what is no down-projection, say which ones there are."""
+        """Find the target's rows (eqs. 6-9); of what is no down-projection, name one that is."""
         found = self._select(stats)
-        return found.get(target.name, ", ".join(found))
+        return found.get(target.name, next(iter(found)))
 
     def allocate(self, scores: Mapping[Target, Selected | str]) -> Mapping[Target, Decision]:
         """Confine each down-projection to its rows, and leave other targets alone."""
@@ -160,7 +160,7 @@ class Loki:
             raise PlanError(
                 f"method {self.name}",
                 got=f"the targets {', '.join(sorted({target.role for target in scores}))}",
-                wanted=f"the down-projection of an MLP, as {next(iter(scores.values()), 'mlp.down_proj')}",
+                wanted=f"the down-projection of an MLP, as {next(iter(scores.values()))}",
                 next_step="Add its role to `targets`, or leave `targets` and `layers` out.",
             )
         if not any(found.rows for found in downs.values()):
