@@ -144,7 +144,7 @@ def test_what_else_is_asked_for_is_left_alone_and_told(tmp_path: Path) -> None:
     bench = Bench(MODELS["llama"](), tmp_path, roles=["q_proj", "down_proj"])
     plan = bench.plan(Loki())
     assert {t.target.role for t in plan.targets} == {"down_proj"}
-    assert "loki leaves q_proj alone: it trains down-projections" in plan.provenance["notes"]
+    assert "q_proj: left alone, no down-projection" in plan.provenance["notes"]
 
 
 # The change

@@ -216,13 +216,13 @@ class Loki:
         """Say how many rows there are, what got none or fewer ranks, and what is left alone."""
         downs = {target: decision for target, decision in decisions.items() if decision.rows is not None}
         rows = [len(decision.rows or ()) for decision in downs.values()]
-        said = [f"loki: {sum(rows)} of {sum(t.out_features for t in downs)} rows, {min(rows)} to {max(rows)} a block"]
+        said = [f"{sum(rows)} of {sum(t.out_features for t in downs)} rows, {min(rows)} to {max(rows)} a block"]
         fewer = [t.name for t, d in downs.items() if self.rank is not None and 0 < d.rank < self.rank]
         if fewer:
-            said.append(f"loki: {', '.join(fewer)}: fewer rows than rank {self.rank}, which is lowered to their number")
+            said.append(f"{', '.join(fewer)}: fewer rows than rank {self.rank}, which is lowered to their number")
         others = sorted({target.role for target in decisions if target not in downs})
         if others:
-            said.append(f"loki leaves {', '.join(others)} alone: it trains down-projections")
+            said.append(f"{', '.join(others)}: left alone, no down-projection")
         return said
 
     def _select(self, stats: StatsView) -> dict[str, Selected]:
