@@ -19,6 +19,7 @@ ALL = (
     "penalty_step",
     "plan_memory",
     "tracing",
+    "attribution",
     "repair",
 )
 
