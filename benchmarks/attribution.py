@@ -115,7 +115,8 @@ def measured(way: str, layers: int = LAYERS, chunk: int = 2048) -> tuple[float, 
     Returns:
         Medians of seconds and MiB.
     """
-    code = f"import torch; torch.set_num_threads(1); import attribution; print(*attribution.attributed({way!r}, {layers}, {chunk})[:2])"
+    call = f"attribution.attributed({way!r}, {layers}, {chunk})"
+    code = f"import torch, attribution; torch.set_num_threads(1); print(*{call}[:2])"
     found = []
     for _ in range(ROUNDS):
         done = subprocess.run(

@@ -17,6 +17,7 @@ from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
+from keeptune.data.choices import choose_rows, lettered_rows
 from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_calibration, knowledge_set
 from keeptune.data.labelled import LabelledExamples, Texts
 from keeptune.data.overlap import Corpus, refuse_overlap
@@ -118,15 +119,24 @@ class Job:
     @cached_property
     def knowledge_rows(self) -> list[list[Row]]:
         """The knowledge rows that are used, of each set."""
-        sets = self.recipe.knowledge_sets
-        return [read_jsonl(part.file, where=f"{self._where(i)}.file")[: part.examples] for i, part in enumerate(sets)]
+        found = []
+        for index, part in enumerate(self.recipe.knowledge_sets):
+            where = f"{self._where(index)}.file"
+            rows = read_jsonl(part.file, where=where)
+            found.append(choose_rows(rows, part.examples, by=part.by, seed=part.seed, where=where))
+        return found
 
     @cached_property
     def knowledge(self) -> list[KnowledgeSet]:
         """The knowledge sets as texts, or as prompts and completions."""
         return [
             knowledge_set(
-                rows, text=part.text, prompt=part.prompt, completion=part.completion, where=self._where(index)
+                rows if part.choices is None else lettered_rows(rows, part.choices, where=self._where(index)),
+                text=part.text,
+                prompt=part.prompt,
+                completion=part.completion,
+                chat=part.chat,
+                where=self._where(index),
             )
             for index, (part, rows) in enumerate(zip(self.recipe.knowledge_sets, self.knowledge_rows, strict=True))
         ]

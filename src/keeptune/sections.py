@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from keeptune.adapter.export import Format
 from keeptune.core.errors import RecipeError
+from keeptune.data.choices import LOKI_PROMPT
 from keeptune.values import spelt_out
 
 __all__ = [
@@ -41,13 +42,20 @@ class Knowledge(Section):
     text: str | None = None
     prompt: str | None = None
     completion: str | None = None
+    choices: str | None = None
+    chat: bool = False
     examples: int = Field(256, ge=1)
+    by: str | None = None
+    seed: int | None = Field(None, ge=0)
     max_length: int = Field(1024, ge=1)
 
     @model_validator(mode="before")
     @classmethod
     def _default_form(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and all(values.get(key) is None for key in _FORMS):
+            if values.get("choices") is not None:
+                given = {key: value for key, value in values.items() if key not in _FORMS}
+                return {"prompt": LOKI_PROMPT, "completion": "{letter}", "chat": True, **given}
             return {**values, "text": _TEXT}
         return values
 
@@ -60,6 +68,13 @@ class Knowledge(Section):
                 got=" and ".join(given),
                 wanted="either text, or prompt and completion",
                 next_step="Give `text` to keep whole texts, `prompt` and `completion` to keep answers.",
+            )
+        if self.chat and self.prompt is None:
+            raise RecipeError(
+                f"recipe, key knowledge.chat, file {self.file}",
+                got="true for whole texts",
+                wanted="prompts, which a chat's user says",
+                next_step="Give `prompt` and `completion`, or leave `chat` out.",
             )
         return self
 

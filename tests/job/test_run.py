@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.job.support import METHODS, MODEL, read_jsonl, recipe_of, values
+from tests.job.support import METHODS, MODEL, SHARED, read_jsonl, recipe_of, values
 from transformers import AutoModelForCausalLM
 
 from keeptune.core.plan import Plan
@@ -190,6 +190,23 @@ def test_default_targets_roles_and_model_by_relative_path(recipe_values: Values,
     plan = Plan.load(tmp_path / "out" / "plan")
     assert {t.target.role for t in plan.targets} == {"q_proj", "down_proj"}
     assert len(plan.targets) == 10
+
+
+def test_questions_by_subject_in_the_papers_prompt(recipe_values: Values) -> None:
+    from keeptune.job import Job
+
+    mmlu = SHARED / "data" / "mmlu" / "test_20_per_subject.jsonl"
+    given = {"file": str(mmlu), "choices": "{choices}", "by": "subject", "examples": 1, "seed": 3}
+    job = Job(recipe_of(recipe_values(knowledge=given)))
+    assert len({row["subject"] for row in job.knowledge_rows[0]}) == len(job.knowledge_rows[0]) == 57
+    (known,) = job.knowledge
+    assert known.prompts is not None and known.prompts[0].startswith("There is a single choice question about ")
+    assert set(known.completions) <= set("ABCD")
+    calibration = job.data["knowledge"]
+    assert calibration.prompts is not None
+    first = calibration.sequences[0][: calibration.prompts[0]]
+    read = job.tokenizer.decode(first, skip_special_tokens=True).strip()
+    assert read in [prompt.strip() for prompt in known.prompts]
 
 
 def test_knowledge_longer_than_the_positions_of_the_model_is_cut(recipe_values: Values, tmp_path: Path) -> None:

@@ -27,11 +27,13 @@ class KnowledgeSet:
         where: The recipe key, for error messages.
         completions: The whole texts, or what follows each prompt.
         prompts: What the model only reads; None for whole texts, all of which it is to keep.
+        chat: A chat's user says the prompts, where the tokenizer has a chat template: for statistics.
     """
 
     where: str
     completions: tuple[str, ...]
     prompts: tuple[str, ...] | None = None
+    chat: bool = False
 
     @property
     def texts(self) -> list[str]:
@@ -47,6 +49,7 @@ def knowledge_set(
     text: str | None = None,
     prompt: str | None = None,
     completion: str | None = None,
+    chat: bool = False,
     where: str,
 ) -> KnowledgeSet:
     """Render the rows of a set.
@@ -56,6 +59,7 @@ def knowledge_set(
         text: Template of whole texts; else:
         prompt: Template of the prompts.
         completion: Template of the completions, usually starting with a space.
+        chat: Hand prompts over in the tokenizer's chat template, where it has one.
         where: The recipe key, for error messages.
 
     Returns:
@@ -70,7 +74,7 @@ def knowledge_set(
 
     if text is not None:
         return KnowledgeSet(where, filled(text))
-    return KnowledgeSet(where, filled(completion or ""), filled(prompt or ""))
+    return KnowledgeSet(where, filled(completion or ""), filled(prompt or ""), chat)
 
 
 def knowledge_of(examples: Sequence[str] | Sequence[tuple[str, str]]) -> KnowledgeSet:
@@ -126,7 +130,8 @@ def knowledge_calibration(data: KnowledgeSet, tokenizer: PreTrainedTokenizerBase
                 wanted="a completion that is not empty",
                 next_step="Remove the row or change the template.",
             )
-    pairs = tokenize_pairs(data.prompts, data.completions, tokenizer, max_length=max_length)
+    prompts = _said_by_user(data.prompts, tokenizer, data.where) if data.chat else data.prompts
+    pairs = tokenize_pairs(prompts, data.completions, tokenizer, max_length=max_length)
     if not pairs:
         raise DataError(
             data.where,
@@ -139,6 +144,23 @@ def knowledge_calibration(data: KnowledgeSet, tokenizer: PreTrainedTokenizerBase
         _log.warning("%s: %d prompts fill %d tokens and are left out", data.where, dropped, max_length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Calibration(tuple(ids for ids, _ in pairs), int(pad), tuple(start for _, start in pairs))
+
+
+def _said_by_user(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, ...]:
+    if tokenizer.chat_template is None:
+        _log.info("%s: the tokenizer has no chat template: prompts are read as they are", where)
+        return tuple(prompts)
+    # Most templates begin with the token that the tokenizer puts before every text anyway.
+    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    said = (
+        str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        )
+        for prompt in prompts
+    )
+    return tuple(text.removeprefix(tokenizer.bos_token) if begins else text for text in said)
 
 
 def joined_knowledge(parts: Sequence[Calibration]) -> Calibration:
