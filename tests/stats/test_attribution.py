@@ -24,7 +24,14 @@ from keeptune.model.attribution import Attributor
 from keeptune.model.blocks import find_targets
 from keeptune.model.head import body_fingerprint
 from keeptune.model.runner import ResidentRunner
-from keeptune.stats.attribution import Attributions, NeuronAttribution, attribute_texts, layer_profile, stored_attributions
+from keeptune.stats.attribution import (
+    Attributions,
+    NeuronAttribution,
+    attribute_texts,
+    layer_profile,
+    places_of,
+    stored_attributions,
+)
 from keeptune.stats.collect import StatsView, collect, source_of
 from keeptune.stats.store import StatStore
 
@@ -104,8 +111,8 @@ def test_neither_order_nor_shards_nor_passes_matter(tmp_path: Path, attributed: 
     source = source_of(model, "model", data)
     for chunk in (1, 50):
         store = StatStore(tmp_path / str(chunk))
-        keys, layers = attribute_texts(model, data, REQUEST, store, source, chunk=chunk)
-        found = torch.cat(list(stored_attributions(store, keys, layers).chunks(2)))
+        keys, downs = attribute_texts(model, data, REQUEST, store, source, chunk=chunk)
+        found = torch.cat(list(stored_attributions(store, keys, *places_of(downs)).chunks(2)))
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
