@@ -155,8 +155,7 @@ class Combined:
         for part in self.parts:
             if isinstance(part.method, Noted):
                 own = {target: found for target, found in decisions.items() if target.role in part.targets}
-                told = part.method.notes(own)
-                said += [note if note.startswith(part.name) else f"{part.name}: {note}" for note in told]
+                said += [f"{part.name}: {note}" for note in part.method.notes(own)]
         return said
 
     def options(self) -> Mapping[str, Any]:

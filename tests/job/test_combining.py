@@ -28,12 +28,14 @@ from keeptune.methods.kasa import Kasa
 from keeptune.methods.keep import Keep
 from keeptune.methods.l2_lora import L2Lora
 from keeptune.methods.lalora import Lalora
+from keeptune.methods.loki import Loki
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_fa import LoraFA
 from keeptune.methods.lora_ga import LoraGA
 from keeptune.methods.lora_null import LoraNull
 from keeptune.methods.mica import Mica
 from keeptune.methods.osf import Osf
+from keeptune.model.load import load_model
 from keeptune.penalties.l2 import L2
 from keeptune.planning import asked_penalties, plan_for, refuse_penalties
 from keeptune.stats.store import StatStore
@@ -200,6 +202,10 @@ def test_a_method_takes_the_place_of_another() -> None:
         (
             [(LoraFA(optimizer="preconditioned"), ["up"]), (Lora(), ["q"])],
             'got no optimizer of lora, optimizer "lora-fa" of lora-fa, wanted the same of both: the trainer has one',
+        ),
+        (
+            [(Loki(q=20, rate="by-q"), ["down"]), (Lora(), ["q"])],
+            r"got learning_rate_factor 0\.56\d* of loki, no learning_rate_factor of lora, wanted the same of both",
         ),
         ([(Farss(), ["up"]), (Farss(rank=2), ["q"])], "got boundary: auto of two methods"),
     ],
@@ -389,6 +395,44 @@ def test_the_state_of_the_trained_model_holds_every_part(bench_of: Benches) -> N
     state = trained_state(installed(MODELS["llama"](), plan), plan)
     assert {name.rpartition(".")[2] for name in state} == {"A", "B"}
     assert len(state) == 2 * len(plan.targets)
+
+
+# LoKI on the down-projections, another method on the others
+
+DOWN = {"llama": "down_proj", "gpt2": "mlp.c_proj"}
+BESIDE = {"llama": "q_proj", "gpt2": "c_attn"}
+
+
+@pytest.mark.parametrize("beside", [LoraNull(rank=3), Farss(rank=4, boundary=1, r_max=4, r_avg=3), Mica(rank=2)])
+@pytest.mark.parametrize("loki", [Loki(q=20), Loki(q=20, rank=2, selection="global-low")])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_loki_beside_another_method_is_what_each_is_alone(
+    architecture: str, loki: Loki, beside: Any, bench_of: Benches, tmp_path: Path
+) -> None:
+    """Installed, trained and exported; rows that were not selected stay, bit for bit, biases too."""
+    made = [Part(loki, [DOWN[architecture]]), Part(beside, [BESIDE[architecture]])]
+    bench = bench_of(architecture)
+    plan = bench.plan(Combined(made), [L2(strength=0.1)])
+    expected = [t for part in made for t in bench_of(architecture, roles=part.targets).plan(part.method).targets]
+    assert len(plan.targets) == len(expected) == 4
+    assert all(same(plan[t.target.name], t) for t in expected)
+    saved = save(bench.model, tmp_path / "base")
+    model = installed(saved.load(), plan).eval()
+    assert off_by(logits(model, tokens()), logits(bench.model, tokens())) < 1e-5
+    check_frozen(model, plan)
+    train_steps(model, everything=True)
+    check_frozen(model, plan)
+    done = export(model, plan, tmp_path / "out", base=str(saved.folder), load_base=saved.load, format="merged")
+    merged, base = load_model(done.folder), saved.load()
+    for t in plan.targets:
+        after, before = (one.get_submodule(t.target.name) for one in (merged, base))
+        moved = (after.weight != before.weight).any(0 if t.target.transposed else 1)
+        if t.decision.rows is None:
+            assert bool(moved.all())
+        else:
+            assert moved.nonzero().flatten().tolist() == list(t.decision.rows)
+            if after.bias is not None:
+                assert (after.bias != before.bias).nonzero().flatten().tolist() == list(t.decision.rows)
 
 
 # The command line
