@@ -37,6 +37,9 @@ class Part:
     Args:
         method: The method.
         targets: Roles, such as ``["down_proj"]``.
+
+    Raises:
+        PlanError: The roles are one text.
     """
 
     method: Any
@@ -44,7 +47,18 @@ class Part:
     name: str = field(init=False)  # equal options of two methods would else be equal parts, and have equal keys
 
     def __post_init__(self) -> None:
-        """Sort the roles, and note the method's name."""
+        """Sort the roles, and note the method's name.
+
+        Raises:
+            PlanError: The roles are one text.
+        """
+        if isinstance(self.targets, str):
+            raise PlanError(
+                f"method {self.method.name}, targets",
+                got=repr(self.targets),
+                wanted="a list of roles",
+                next_step=f'Write ["{self.targets}"].',
+            )
         object.__setattr__(self, "targets", tuple(sorted(self.targets)))
         object.__setattr__(self, "name", self.method.name)
 

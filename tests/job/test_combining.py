@@ -215,6 +215,11 @@ def test_what_does_not_fit_together_is_refused_with_both_sides(given: Any, messa
         Combined([Part(method, roles) for method, roles in given])
 
 
+def test_roles_as_one_text_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"""targets: got 'up', wanted a list of roles. Write \["up"\]"""):
+        Part(Lora(), "up")
+
+
 def test_what_is_the_same_in_all_parts_is_taken() -> None:
     assert Combined([Part(Lora(dropout=0.1), ["up"]), Part(Mica(dropout=0.1), ["q"])]).peft() == {"lora_dropout": 0.1}
     twice = [Part(LoraFA(rank=rank, optimizer="preconditioned"), [role]) for rank, role in ((2, "up"), (3, "q"))]
@@ -291,11 +296,11 @@ HELD = Lalora(rank=2, curvature="delta-act", batches=1, batch_size=4)
 
 
 def test_a_methods_own_penalty_holds_its_own_targets_and_a_recipes_holds_all(bench_of: Benches) -> None:
-    both = Combined([Part(HELD, ["down_proj"]), Part(LoraNull(rank=3), ["q_proj"])])
+    both = Combined([Part(HELD, ["up_proj", "down_proj"]), Part(LoraNull(rank=3), ["q_proj"])])
     found = bench_of().plan(both, [L2(strength=2.0)]).penalties
     wanted = (
-        *bench_of(roles=["down_proj"]).plan(HELD).penalties,
-        *bench_of(roles=["down_proj", "q_proj"]).plan(Lora(), [L2(strength=2.0)]).penalties,
+        *bench_of(roles=["down_proj", "up_proj"]).plan(HELD).penalties,
+        *bench_of(roles=["down_proj", "up_proj", "q_proj"]).plan(Lora(), [L2(strength=2.0)]).penalties,
     )
     assert [p.name for p in found] == ["laplace", "l2"]
     for one, other in zip(found, wanted, strict=True):
