@@ -282,8 +282,8 @@ def _tokens(logits: Tensor, wanted: Tensor | None) -> Tensor:
 
 
 def _gap(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference over the largest value; what is nothing but rounding counts as nothing."""
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
+    """Largest difference over the largest value; of values near zero, such as where F is near 1, rounding is all."""
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-2))
 
 
 def _watched(nodes: Nodes, batch: Batch, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
