@@ -284,7 +284,7 @@ def test_plain_texts_among_prompts_are_read_whole(tmp_path: Path, caplog: pytest
 def test_the_time_is_projected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         gathered(llama(), calibration(), tmp_path)
-    assert "10 texts take" in caplog.text
+    assert "10 take at most" in caplog.text
 
 
 def test_attributions_at_hand() -> None:

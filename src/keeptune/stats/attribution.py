@@ -325,28 +325,23 @@ def _attribute(
 ) -> None:
     tokens = [token for _, token in texts if token is not None]
     left = Calibration(tuple(ids for ids, _ in texts), pad_id, labels=tuple(tokens) or None)
+    batches = left.batches(chunk)
     with tqdm(total=len(texts), desc="attribution", unit="text", delay=2, disable=None, leave=False) as bar:
-        for number, batch in enumerate(left.batches(chunk)):
+        for number, batch in enumerate(batches):
             start = time.monotonic()
             for text, value in zip(_rows(batch), attributor.attribute(batch, batch.labels), strict=True):
                 keep(text, value)
             bar.update(len(batch.input_ids))
-            if number == 0:
-                _tell(time.monotonic() - start, len(batch.input_ids), len(texts))
+            # The first batch also checks that the fast way applies.
+            if number == min(1, len(batches) - 1):
+                _tell((time.monotonic() - start) / len(batch.input_ids), len(texts))
 
 
-def _tell(seconds: float, done: int, count: int) -> None:
+def _tell(seconds: float, count: int) -> None:
     """Project the time; texts come longest first, so that it is an upper bound."""
-    each = seconds / done
-    minutes, rest = divmod(round(each * count), 60)
-    _log.info(
-        "attribution: %.3g s per text for the longest %d; at that rate %d texts take %d min %d s",
-        each,
-        done,
-        count,
-        minutes,
-        rest,
-    )
+    hours, rest = divmod(round(seconds * count), 3600)
+    spelt = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+    _log.info("attribution: %.2g s for each of the longest texts: %d take at most %s", seconds, count, spelt)
 
 
 def _rows(batch: Batch) -> list[_Text]:
