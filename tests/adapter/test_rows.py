@@ -18,7 +18,7 @@ import keeptune.train.penalty as penalty_module
 from keeptune.adapter.export import export, format_for
 from keeptune.adapter.install import held_parameters, install, lora_layer, trained_names
 from keeptune.adapter.portable import biases_of, change_of, truncated_changes, written_rank
-from keeptune.adapter.rows import within_rows
+from keeptune.adapter.rows import biases_are_no_shards, within_rows
 from keeptune.core.errors import ExportError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
@@ -111,6 +111,24 @@ def test_a_frozen_B_with_a_trained_bias_stays_so(method: str) -> None:
     assert trainable == trained_names(model, plan)
     assert {name.rpartition("default.")[2] for name in trainable} == {"weight", "bias"}
     assert all("lora_A" in name for name in trainable if name.endswith("weight"))
+
+
+@every_model
+@every_form
+def test_a_checkpoint_goes_on_as_trainers_do_it(architecture: str, form: str, tmp_path: Path) -> None:
+    """PEFT writes rows and biases, and loads them into an installed model."""
+    model, plan = installed(architecture, form)
+    train_steps(model)
+    with biases_are_no_shards():
+        model.save_pretrained(str(tmp_path))
+    again, _ = installed(architecture, form)
+    again.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert torch.equal(logits(again.eval(), tokens()), logits(model.eval(), tokens()))
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == trained_names(again, plan)
+    for one in (model, again):
+        train_steps(one, seed=20)
+    assert torch.equal(logits(again, tokens()), logits(model, tokens()))
+    assert not any(change.dense()[OUTSIDE].any() for change in change_of(again, plan).values())
 
 
 def test_negative_control_without_the_hook_other_rows_move() -> None:

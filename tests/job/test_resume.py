@@ -53,6 +53,18 @@ KINDS: dict[str, dict[str, Any]] = {
         ],
         "anchor": "twin",
     },
+    "loki": {"method": {"name": "loki", "q": 10, "rate": "by-q"}},
+    "loki-within-delta-kfac": {
+        "method": {"name": "loki", "q": 30, "rank": 4, "dropout": 0.1},
+        "penalties": [{"name": "laplace", "curvature": "delta-kfac"}],
+    },
+    "loki-beside-lora-null": {
+        "method": [
+            {"name": "loki", "q": 20, "targets": ["down_proj"]},
+            {"name": "lora-null", "rank": 4, "targets": ["q_proj", "up_proj"]},
+        ],
+        "anchor": "twin",
+    },
     "lora-delta-kfac": {"method": METHODS["lora"], "penalties": [{"name": "laplace", "curvature": "delta-kfac"}]},
 }
 # The schedule, the order of the data and dropout must all go on where they were.

@@ -23,7 +23,7 @@ from keeptune.adapter.install import trained_state
 from keeptune.core.plan import Plan
 from keeptune.train.attach import attach
 
-__all__ = ["BACKENDS", "answers", "interrupted", "scenarios", "trained"]
+__all__ = ["BACKENDS", "answers", "interrupted", "rows", "scenarios", "trained"]
 
 EXAMPLES = 8  # all of them are in each step, so that the order does not matter
 Found = dict[str, Tensor]
@@ -80,6 +80,11 @@ def answers(processes: int) -> dict[str, Any]:
     return {"per_device_train_batch_size": EXAMPLES // processes // 2, "gradient_accumulation_steps": 2, "max_steps": 3}
 
 
+def rows(processes: int) -> dict[str, Any]:
+    """Arguments of a training with momentum and weight decay."""
+    return answers(processes) | {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1}
+
+
 def main(plan: Plan, out: Path) -> None:
     """Run every scenario under every back-end; the first process writes what it has."""
     state = PartialState(cpu=True)
@@ -88,6 +93,9 @@ def main(plan: Plan, out: Path) -> None:
             name: trained(plan, trainer, out / "unused", **extra, **sharding)
             for name, trainer, extra in scenarios(state.num_processes)
         } | interrupted(plan, out / backend, state.num_processes, **sharding)
+        found["rows"] = trained(
+            Plan.load(out / "rows"), "transformers", out / "unused", **rows(state.num_processes), **sharding
+        )
         if not sharding:
             found["kl"] = trained(Plan.load(out / "kl"), "transformers", out / "unused", **answers(state.num_processes))
         if state.is_main_process:

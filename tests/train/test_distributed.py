@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.train.distributed import BACKENDS, answers, interrupted, scenarios, trained
+from tests.train.distributed import BACKENDS, answers, interrupted, rows, scenarios, trained
 from tests.train.support import planned
 from torch import Tensor
 
 from keeptune.core.plan import Plan
+from keeptune.methods.loki import Loki
 from keeptune.methods.pissa import Pissa
 from keeptune.penalties.kl import Kl
 from keeptune.penalties.l2 import L2
+from keeptune.penalties.laplace import Laplace
 
 ROOT = Path(__file__).parents[2]
 SQUARES = L2(strength=0.15, on="factors", unit="absolute")
@@ -38,11 +40,21 @@ def kl(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def together(plan: Plan, kl: Plan, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, Tensor]]:
+def confined(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """LoKI* under curvature that ties every row of B to every other."""
+    kfac = Laplace(curvature="delta-kfac", strength=300.0)
+    return planned(Loki(q=20, rank=2), [kfac], store=tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="module")
+def together(
+    plan: Plan, kl: Plan, confined: Plan, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, dict[str, Tensor]]:
     """What two processes leave, by back-end."""
     folder = tmp_path_factory.mktemp("together")
     plan.save(folder / "plan")
     kl.save(folder / "kl")
+    confined.save(folder / "rows")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -107,6 +119,19 @@ def test_a_resumed_run_takes_the_steps_of_one_that_was_not_stopped(
             assert torch.equal(both["whole"][key], both["resumed"][key])
     for key in ("log penalty", "log penalty_grad_norm", "log drift/layer_0"):
         assert both["whole"][key][-1] == both["resumed"][key][-1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_are_not_trained_stay_under_every_back_end(
+    backend: str, confined: Plan, together: Mapping[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """FSDP2 replaces parameters, and with them any hook that they have."""
+    found, alone = part(together[backend], "rows"), trained(confined, "transformers", tmp_path, **rows(1))
+    assert bool(found.pop("shards")) == (backend == "fsdp2")
+    for t in confined.targets:
+        B = found[f"{t.target.name}.B"]
+        assert B.any(dim=1).nonzero().flatten().tolist() == list(t.decision.rows or ())
+        torch.testing.assert_close(B, alone[f"{t.target.name}.B"], rtol=1e-3, atol=1e-5)
 
 
 def test_two_processes_share_the_texts_of_a_penalty_on_answers(

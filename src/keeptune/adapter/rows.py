@@ -10,17 +10,21 @@ copy of the model. What is added to gradients besides has to be confined too (:f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
 from keeptune.core.plan import Factor, TargetPlan
 
-__all__ = ["add_bias", "confine", "within_rows"]
+__all__ = ["add_bias", "biases_are_no_shards", "confine", "within_rows"]
 
 _BUFFER = "frozen_rows"
+_BIASES = r"Adapter '\w+': \d+ LoRA tensor\(s\) have invalid shape: (\S+\.lora_B\.bias:\([1-9]\d*,\)(, )?)+( \(\+|\.)"
 
 
 def add_bias(layer: Any, bias: Tensor) -> None:
@@ -68,6 +72,14 @@ def within_rows(target_plan: TargetPlan, factor: Factor, gradient: Tensor) -> Te
         return gradient
     outside = _outside(target_plan, gradient.device)
     return gradient.masked_fill(outside if gradient.ndim == 1 else outside[:, None], 0)
+
+
+@contextmanager
+def biases_are_no_shards() -> Iterator[None]:
+    """Leave out a warning of PEFT's, which takes a trained bias for a shard of a weight whenever it is saved."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_BIASES, category=PeftWarning)
+        yield
 
 
 def _outside(target_plan: TargetPlan, device: torch.device) -> Tensor:

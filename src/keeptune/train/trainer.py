@@ -27,6 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from keeptune.adapter.rows import biases_are_no_shards
 from keeptune.core.artefact import explain_full_disk
 from keeptune.core.errors import DataError, RecipeError, TrainError, nearest
 from keeptune.core.plan import Plan
@@ -228,7 +229,7 @@ def fit(make: Callable[[], Any], folder: Path) -> list[dict[str, float]]:
     if resume is not None:
         _log.info("training: going on from %s", resume)
     trainer = make()
-    with explain_full_disk(folder):
+    with explain_full_disk(folder), biases_are_no_shards():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return [_point(row) for row in trainer.state.log_history if "loss" in row]
 
