@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from keeptune.adapter.rows import biases_are_no_shards
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import DataError, ExportError, ModelError, RecipeError
 from keeptune.core.target import read_weight
@@ -274,6 +275,10 @@ def test_what_else_was_trained_is_named(mend: Mend, bases: Callable[[str], Saved
     record = mend(biased, base=str(base.folder), mu=0.1)
     assert "model.norm" in record["dropped"]
     assert "model.layers.0.self_attn.q_proj.bias" in record["dropped"]
+    with biases_are_no_shards():
+        of_rows = adapter_of(base, tmp_path / "rows", roles=["q_proj"], lora_bias=True)
+    record = mend(of_rows, "rows repaired", base=str(base.folder), mu=0.1)
+    assert record["dropped"] == [f"model.layers.{i}.self_attn.q_proj.lora_B.bias" for i in range(2)]
     model = base.load()
     with torch.no_grad():
         model.get_submodule("model.layers.1.self_attn.o_proj").weight.add_(0.1)

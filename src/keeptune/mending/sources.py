@@ -38,7 +38,7 @@ from keeptune.studies.change import open_changes, result_of
 __all__ = ["Case", "Source", "case_of", "open_source"]
 
 _log = logging.getLogger(__name__)
-_KEY = re.compile(r"^(.+?)\.(?:lora_A\.|lora_B\.|lora_magnitude_vector\b|weight$)")
+_KEY = re.compile(r"^(.+?)\.(?:lora_A\.|lora_B\.(?!bias$)|lora_magnitude_vector\b|weight$)")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
