@@ -271,6 +271,13 @@ def test_plain_mlps(positions: Any, family: str, role: str) -> None:
     torch.testing.assert_close(quick.attribute(batch), plain.attribute(batch), rtol=0, atol=1e-6)
 
 
+def test_a_map_inside_the_mlp_is_no_down_projection() -> None:
+    model = other("Llama", intermediate_size=32)  # up_proj is as wide as hidden states, too
+    assert [target.name for target in Attributor(model, Integral()).targets] == [
+        f"model.layers.{layer}.mlp.down_proj" for layer in range(4)
+    ]
+
+
 def other(family: str, **extra: Any) -> Any:
     dropped = ("model_type", "architectures", "layer_types", "head_dim", "rope_parameters")
     fields = {key: value for key, value in llama().config.to_dict().items() if key not in dropped}
@@ -304,10 +311,25 @@ def test_half_precision_gives_float32(positions: str) -> None:
     assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
-def test_passes_are_bounded_by_the_chunk() -> None:
+@every_position
+def test_float16_loses_no_small_gradients(positions: str) -> None:
+    model = deep(llama)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # some tokens are so unlikely that float16 cannot hold their gradients
+    (batch,) = small((9, 7)).batches()
+    tokens = torch.stack([outputs(model, ids)[1].argmin() for ids in rows(batch)])
+    wanted = fast(model, batch, tokens, positions=positions, rule="right")
+    assert 0 < wanted[:, -1].abs().max() < 1e-6
+    found = fast(model.half(), batch, tokens, positions=positions, rule="right")
+    for value, right in zip(found.flatten(0, 1), wanted.flatten(0, 1), strict=True):
+        assert (value - right).norm() < 0.1 * right.norm()
+
+
+@every_position
+def test_passes_are_bounded_by_the_chunk(positions: Any) -> None:
     model, chunk = deep(llama), 64
     (batch,) = small((9, 7)).batches()
-    attributor = Attributor(model, Integral(), chunk=chunk)
+    attributor = Attributor(model, Integral(positions=positions), chunk=chunk)
     attributor.fits = True
     streams, heads = [], []
     handles = [block.register_forward_hook(lambda *seen: streams.append(seen[2].shape)) for block in blocks_of(model)]
@@ -315,7 +337,8 @@ def test_passes_are_bounded_by_the_chunk() -> None:
     attributor.attribute(batch)
     for handle in handles:
         handle.remove()
-    assert max(shape[0] * shape[1] for shape in streams[4:]) <= chunk // 4
+    sizes = [shape[0] * shape[1] for shape in streams[4:]]
+    assert max(sizes) <= (chunk // 4 if positions == "last" else chunk)
     assert max(heads) <= chunk * 32
     # The head is computed for the last tokens and the streams alone.
     assert sum(heads) == VOCAB * (2 + 2 * 4 * 7)

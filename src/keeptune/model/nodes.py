@@ -286,24 +286,34 @@ class Nodes:
             stack.callback(self.blocks[-1].register_forward_hook(leave).remove)
             with suppress(_Reached):
                 self._call()
-        scores, slopes = self._scored(final[0], wanted)
+        scores, slopes, sizes = self._scored(final[0], wanted)
         gradients = torch.autograd.grad(final[0], list(ready.values()), slopes)
-        return scores, torch.cat(gradients, dim=1)
+        return scores, torch.cat(gradients, dim=1) * sizes[..., None]
 
-    def _scored(self, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Score the last block's output ``(rows, n, hidden)``, a slice at a time: vocabularies are large."""
+    def _scored(self, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score the last block's output ``(rows, n, hidden)``, a slice at a time: vocabularies are large.
+
+        Gives scores, their gradients over powers of two, and these: a probability near 0 or 1 has gradients that
+        float16 would take for zero.
+        """
         flat = hidden.detach().flatten(0, 1)[:, None]
         tokens = wanted[:, None].expand(hidden.shape[:2]).flatten()
         vocabulary = self.model.config.get_text_config().vocab_size
         size = max(1, self.chunk * flat.shape[-1] // vocabulary)
-        scores, slopes = [], []
+        parts = []
         for first in range(0, len(flat), size):
             some = flat[first : first + size].requires_grad_(True)
             with torch.enable_grad():
-                found = self.score(self._tail(some), tokens[first : first + size])
-            slopes.append(torch.autograd.grad(found.sum(), some)[0])
-            scores.append(found.detach())
-        return torch.cat(scores).reshape(hidden.shape[:2]), torch.cat(slopes).reshape(hidden.shape)
+                logits = self._tail(some)
+                leaf = logits.detach().float().requires_grad_(True)
+                found = self.score(leaf, tokens[first : first + size])
+            (slope,) = torch.autograd.grad(found.sum(), leaf)
+            power = torch.exp2(slope.abs().amax(dim=-1).clamp_min(1e-30).log2().round())
+            (back,) = torch.autograd.grad(logits, some, (slope / power[:, None]).to(logits))
+            parts.append((found.detach(), back[:, 0], power))
+        scores, slopes, powers = (torch.cat(part) for part in zip(*parts, strict=True))
+        form = hidden.shape[:2]
+        return scores.reshape(form), slopes.reshape(hidden.shape), powers.reshape(form)
 
     def _tail(self, hidden: Tensor) -> Tensor:
         """Run what comes after the last block on ``(n, 1, hidden)``; the blocks run on one token, which is dropped."""
