@@ -36,7 +36,7 @@ from keeptune.run import run
 SEEDS = (0, 1, 2)
 RATE = 2e-3
 STEPS = 120
-BUDGET, NATS = 0.0003, 0.003
+BUDGET, NATS = 0.0003, 0.0003
 BASE_SHARED = Path(__file__).parents[2] / "shared" / "data"
 FACT = {"text": "{question}\nAnswer: {answer}"}
 
@@ -87,7 +87,7 @@ def settings() -> list[Setting]:
     """List all rows; a row that two tables share is run once."""
     ask = [
         *(Setting("budget", f"drift {budget:g}", (drift(budget),)) for budget in (0.003, 0.001, 0.0003, 0.0001)),
-        *(Setting("budget", f"nats {budget:g}", (nats(budget),)) for budget in (0.01, 0.003, 0.001)),
+        *(Setting("budget", f"nats {budget:g}", (nats(budget),)) for budget in (0.003, 0.001, 0.0003, 0.0001)),
         Setting("budget", "no budget"),
         *(Setting("rate", f"no budget, {rate:g}", rate=rate) for rate in (5e-4, 1e-3, 4e-3)),
         *(Setting("rate", f"drift {BUDGET:g}, {rate:g}", (drift(),), rate=rate) for rate in (5e-4, 1e-3, 4e-3)),
@@ -100,16 +100,20 @@ def settings() -> list[Setting]:
         Setting("kind", "web text", (drift(),), knowledge={"file": "web.jsonl", "text": "{text}"}),
         Setting("kind", "stories", (drift(),), knowledge={"file": "stories.jsonl", "text": "{text}"}),
         Setting("with", "each layer its budget", (drift(per="layer"),)),
-        Setting(
-            "with",
-            "each layer its budget, by NAIE",
-            (drift(per="layer", layers="naie"),),
-            knowledge={"text": None, "prompt": "{question}\nAnswer:", "completion": " {answer}"},
+        *(
+            Setting(
+                "with",
+                f"each layer its budget, by {layers.upper()}",
+                (drift(per="layer", layers=layers),),
+                knowledge={"text": None, "prompt": "{question}\nAnswer:", "completion": " {answer}"},
+            )
+            for layers in ("naie", "kva")
         ),
         Setting("with", "LoRA-Null v1 and drift", (drift(),), {"name": "lora-null", "rank": 8}),
         Setting("with", "kl 3", ({"name": "kl", "strength": 3.0},)),
         Setting("with", "kl 3 and drift", ({"name": "kl", "strength": 3.0}, drift())),
         Setting("with", "nats, rho 0.5", (nats(rho=0.5),)),
+        Setting("with", "nats and a rate of 4e-3", (nats(),), rate=4e-3),
         Setting("with", "drift, gain 0", (drift(gain=0.0),)),
         *(Setting("targets", f"no budget, {name}", targets=roles) for name, roles in TARGETS.items()),
         *(
