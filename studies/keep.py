@@ -138,7 +138,8 @@ def main(output: Path, docs: Path) -> None:
     write_data(output)
     asked = [one for one in settings() if not (file := source_of(one)) or (output / file).is_file()]
     cells = [(one, seed) for seed in SEEDS for one in asked if seed in one.seeds]
-    cells.sort(key=lambda cell: cell[0].steps)  # the long ones last
+    order = list(_TITLES)
+    cells.sort(key=lambda cell: (cell[0].steps, cell[1] > 0, order.index(cell[0].question)))  # the long ones last
     workers = int(os.environ.get("WORKERS", "2"))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -225,13 +226,13 @@ def cell(output: Path, one: Setting, seed: int) -> dict[str, float]:
 
 _TITLES = {
     "budget": "How much",
+    "with": "What else may help",
+    "kind": "What knowledge data",
+    "amount": "How much knowledge data",
     "rate": "Learning rate",
     "rank": "Rank",
-    "steps": "Ten times longer (one seed)",
     "targets": "Which targets",
-    "amount": "How much knowledge data",
-    "kind": "What knowledge data",
-    "with": "What else may help",
+    "steps": "Ten times longer (one seed)",
 }
 _COLUMNS = "| | facts | other facts | topics | used | pressure |\n| --- | ---: | ---: | ---: | ---: | ---: |"
 _HEAD = """# keep on atlas: all figures

@@ -73,7 +73,7 @@ class Recipe(Section):
     """
 
     model: str
-    method: MethodSections
+    method: MethodSections = Field(default_factory=lambda: {"name": "keep"})  # docs/keep.md says why
     task: Task
     output: _Folder
     targets: list[str] | None = None

@@ -18,6 +18,7 @@ from keeptune.demo import METHODS as DEMO_METHODS
 from keeptune.demo import demo_recipe
 from keeptune.evaluate.tasks import Benchmark
 from keeptune.job import Job
+from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
 from keeptune.recipe import ExportSpec, Knowledge, Task, load_recipe, make_method, parse_overrides
@@ -163,6 +164,12 @@ def test_unknown_method_shows_the_nearest(example: Path) -> None:
         load_recipe(example, {"method": {"name": "full", "rank": 4}})
 
 
+def test_a_recipe_without_a_method_takes_keep(recipe_values: Values) -> None:
+    values = recipe_values()
+    del values["method"]
+    assert make_method(recipe_of(values).method, seed=0) == Keep()
+
+
 def test_a_method_in_short(example: Path) -> None:
     assert load_recipe(example, {"method": "lora"}).method == {"name": "lora"}
     assert load_recipe(example, {"method": "lora", "method.rank": 3}).method == {"name": "lora", "rank": 3}
@@ -245,7 +252,7 @@ def test_a_key_that_is_no_text(example: Path) -> None:
         load_recipe(example, {"train": {1: 2}})
 
 
-@pytest.mark.parametrize("key", ["model", "method", "task", "output", "task.train", "task.prompt", "method.name"])
+@pytest.mark.parametrize("key", ["model", "task", "output", "task.train", "task.prompt", "method.name"])
 def test_missing_keys_are_named(example: Path, key: str) -> None:
     values = yaml.safe_load(EXAMPLE)
     *path, last = key.split(".")
