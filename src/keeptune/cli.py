@@ -238,6 +238,8 @@ def _show_report(report: dict[str, Any], folder: Path) -> None:
 def _show_export(done: Any) -> None:
     say(f"{done.format} in {done.folder}, rank {done.rank}")
     say(f"gap to the trained model on a fresh base: {done.gap:.1e} in logits, {done.relative_gap:.1e} relative")
+    if done.error:
+        say(f"cut to a smaller rank: {done.error:.2%} of the trained change (Frobenius) is left out")
     say(f"serve: {done.serve}")
 
 

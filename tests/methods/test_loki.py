@@ -16,11 +16,14 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from keeptune.adapter.install import check_frozen, install, trained_names
 from keeptune.adapter.portable import biases_of, change_of
+from keeptune.combining import Combined, Part
 from keeptune.core.errors import ModelError, PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
+from keeptune.linalg.voting import count_votes
 from keeptune.methods.loki import Loki, select
 from keeptune.methods.lora import Lora
+from keeptune.methods.lora_null import LoraNull
 from keeptune.stats.attribution import Attributions, NeuronAttribution
 
 DOWN = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj", "neox": "dense_4h_to_h"}
@@ -331,6 +334,7 @@ def test_rows_are_saved_with_the_plan(mode: str, plans: Plans, tmp_path: Path) -
     plan.save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan")
     assert [t.decision for t in loaded.targets] == [t.decision for t in plan.targets]
+    assert [t.target for t in loaded.targets] == [t.target for t in plan.targets]
     assert loaded.key == plan.key
     assert [row["rows"] for row in loaded.summary()] == [len(t.decision.rows or ()) for t in plan.targets]
     found = [
@@ -346,6 +350,31 @@ def test_the_rate_follows_q_only_where_it_is_asked_to() -> None:
     assert factors[10] == 1
     assert factors[30] == pytest.approx(0.4)
     assert factors[5] > 1 > factors[20] > factors[30]
+
+
+def test_what_is_derived_of_one_attribution_is_kept_apart(tmp_path: Path) -> None:
+    bench = Bench(MODELS["llama"](), tmp_path)
+    view = bench.collect(Loki()).view(bench.targets()[0])
+    given: list[tuple[float, Any]] = [(10.0, "layer-balanced"), (30.0, "layer-balanced"), (30.0, "global-high")]
+    found = [{n: s.rows for n, s in view.derive(Loki().attribution, select, *one).items()} for one in given]
+    alone = [{n: s.rows for n, s in select(view.attributions(Loki().attribution), *one).items()} for one in given]
+    assert found == alone
+    assert found[0] != found[1] != found[2]
+
+
+def test_the_votes_are_counted_once_for_all_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside another method too, whose own statistics are looked at between."""
+    bench, counted = Bench(MODELS["llama"](), tmp_path), []
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        counted.append(1)
+        return count_votes(*args, **kwargs)
+
+    monkeypatch.setattr("keeptune.methods.loki.count_votes", watched)
+    bench.plan(Loki())
+    assert len(counted) == 1
+    bench.plan(Combined([Part(Loki(), ["down_proj"]), Part(LoraNull(rank=4), ["q_proj", "up_proj"])]))
+    assert len(counted) == 2
 
 
 def test_options_of_the_attribution_are_the_requests() -> None:
