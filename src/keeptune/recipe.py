@@ -208,21 +208,27 @@ def _method_of(options: Mapping[str, Any], seed: int) -> Any:
         raise RecipeError("method", got="no name", wanted="name: one of the methods", next_step=nearest("", methods()))
     cls = method_named(str(options["name"]))
     given = {key: value for key, value in options.items() if key != "name"}
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key in given:
-        if key not in known:
-            raise RecipeError(
-                f"method.{key}",
-                got=f"an option that {cls.name} does not have",
-                wanted="one of its options",
-                next_step=nearest(key, known) if known else f"{cls.name} has no options.",
-            )
-    if "seed" in known:
+    _check_names(given, cls, "method", cls.name)
+    if any(field.name == "seed" for field in dataclasses.fields(cls)):
         given = {"seed": seed, **given}
     try:
         return TypeAdapter(cls).validate_python(given)
     except ValidationError as error:
         raise _explain(error, "method") from error
+
+
+def _check_names(given: Mapping[str, Any], cls: type[Any], where: str, owner: str) -> None:
+    known = {field.name: field.default for field in dataclasses.fields(cls)}
+    for key, value in given.items():
+        if key not in known:
+            raise RecipeError(
+                f"{where}.{key}",
+                got=f"an option that {owner} does not have",
+                wanted="one of its options",
+                next_step=nearest(key, known) if known else f"{owner} has no options.",
+            )
+        if dataclasses.is_dataclass(known[key]) and isinstance(value, Mapping):  # pydantic takes any key there
+            _check_names(value, type(known[key]), f"{where}.{key}", key)
 
 
 def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[PenaltySpec, ...]:
