@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from keeptune.adapter.install import install
-from keeptune.core.errors import StatisticsError
+from keeptune.core.errors import ModelError, StatisticsError
 from keeptune.methods.farss import Farss
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.blocks import find_targets, is_nested
+from keeptune.model.down import down_projections
 from keeptune.planning import plan_for
 from keeptune.stats.covariance import GradientCovariance, InputCovariance
 from keeptune.stats.fisher import TokenCount, WeightFisher, tokens_per_learned
@@ -152,3 +153,8 @@ def test_fused_experts_are_named_and_not_silently_missed(caplog: pytest.LogCaptu
     assert {target.role for target in targets} >= {"q_proj", "o_proj"}
     assert "model.layers.0.mlp.experts" in caplog.text
     assert "fused" in caplog.text
+
+
+def test_an_experts_last_map_is_no_down_projection_of_the_mlp(model: PreTrainedModel) -> None:
+    with pytest.raises(ModelError, match="mixtures of experts have none of their own"):
+        down_projections(model)
