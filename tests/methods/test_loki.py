@@ -12,7 +12,7 @@ import torch
 from tests.models import MODELS, VOCAB, Bench, copies, labels_for, logits, off_by, relative, tokens, train_steps
 from tests.reference import loki_reference as reference
 from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from keeptune.adapter.install import check_frozen, install, trained_names
 from keeptune.adapter.portable import biases_of, change_of
@@ -26,7 +26,7 @@ from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
 from keeptune.stats.attribution import Attributions, NeuronAttribution
 
-DOWN = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj", "neox": "dense_4h_to_h"}
+DOWN = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj", "neox": "dense_4h_to_h", "opt": "fc2"}
 MODES = {"rows": Loki(q=20), "within": Loki(q=30, rank=3)}
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_model = pytest.mark.parametrize("architecture", DOWN)
@@ -46,20 +46,41 @@ def neox() -> PreTrainedModel:
         bos_token_id=1,
         eos_token_id=2,
     )
+    return with_biases(GPTNeoXForCausalLM, config)
+
+
+def opt() -> PreTrainedModel:
+    """Its fc2 gets rows of tokens without a batch dimension."""
+    config = OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        init_std=0.2,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return with_biases(OPTForCausalLM, config)
+
+
+def with_biases(cls: type[Any], config: Any) -> PreTrainedModel:
+    """Biases start as zeros, which would hide a mistake."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = GPTNeoXForCausalLM(config)
+        model: PreTrainedModel = cls(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name.endswith("dense_4h_to_h.bias"):
+                if name.endswith(("dense_4h_to_h.bias", "fc2.bias")):
                     parameter.normal_(std=0.1)
     return model.eval()
 
 
-FACTORIES: dict[str, Callable[[], PreTrainedModel]] = {
-    **{name: MODELS[name] for name in DOWN if name != "neox"},
-    "neox": neox,
-}
+FACTORIES: dict[str, Callable[[], PreTrainedModel]] = {**MODELS, "neox": neox, "opt": opt}
 
 
 @pytest.fixture(scope="module")
