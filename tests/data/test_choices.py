@@ -55,6 +55,7 @@ def test_rows_by_subject() -> None:
         == choose_rows(rows, 3, by="subject", seed=1, where="x")
         != choose_rows(rows, 3, by="subject", seed=2, where="x")
     )
+    assert choose_rows(rows, 3, by=None, seed=0, where="x") != rows[:3]
     more = choose_rows(rows, 4, by="subject", seed=1, where="x")
     assert all(row in more for row in drawn) and len(more) == 8
     assert choose_rows(rows, 30, by=None, seed=5, where="x") == rows
