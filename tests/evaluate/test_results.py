@@ -58,9 +58,9 @@ def test_damaged_files_are_named() -> None:
 def test_trade_off() -> None:
     results = [RESULT, task("math", 0.4), task("code", 0.3)]
     full = [task("code", 0.3), task("math", 0.8), RESULT]
-    assert trade_off(results, full) == {"K": 0.5, "T": 0.75, "KT": 2 * 0.5 * 0.75 / 1.25}
-    assert trade_off(results) == {"K": 0.5, "T": None, "KT": None}
-    assert trade_off([]) == {"K": None, "T": None, "KT": None}
+    assert trade_off(results, full) == {"K": 0.5, "average_forgetting": 0.5, "T": 0.75, "KT": 2 * 0.5 * 0.75 / 1.25}
+    assert trade_off(results) == {"K": 0.5, "average_forgetting": 0.5, "T": None, "KT": None}
+    assert trade_off([]) == {"K": None, "average_forgetting": None, "T": None, "KT": None}
 
 
 def test_full_fine_tuning_must_have_the_same_benchmarks() -> None:

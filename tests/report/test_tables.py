@@ -45,6 +45,21 @@ def test_rows_average_the_seeds(full: dict[str, Any]) -> None:
     assert first["trained_parameters"] == 1234567
 
 
+def test_average_forgetting_is_what_k_leaves(full: dict[str, Any]) -> None:
+    rows = comparison_rows(full)
+    for row in rows:
+        assert row["average_forgetting"]["mean"] == pytest.approx(1 - row["K"]["mean"])
+    column = next(column for column in comparison_columns(full) if column.head == "forgetting")
+    kept = rows[0]["K"]
+    assert column.cells[0].main == f"{100 * (1 - kept['mean']):.1f}%"
+    assert column.cells[0].note == f"±{100 * (kept['high'] - kept['mean']):.2f}"
+
+
+def test_without_knowledge_there_is_no_forgetting(minimal: dict[str, Any]) -> None:
+    minimal["methods"][0]["K"] = None
+    assert "forgetting" not in [column.head for column in comparison_columns(minimal)]
+
+
 def test_one_seed_has_no_interval_for_scores(minimal: dict[str, Any]) -> None:
     row = comparison_rows(minimal)[0]
     assert row["K"]["mean"] == 0.7
@@ -61,13 +76,14 @@ def test_cells_are_short_and_empty_columns_go(full: dict[str, Any]) -> None:
         "tools",
         "K",
         "T",
+        "forgetting",
         "trained",
         "export",
     ]
     assert columns[1].cells[1].main == "1.000 → 0.951"
     assert columns[2].cells[0].note.startswith("[+0.1")
-    assert columns[6].cells[0].main == "1.23 M"
-    assert columns[7].cells[0].main == "1.0e-06"
+    assert columns[7].cells[0].main == "1.23 M"
+    assert columns[8].cells[0].main == "1.0e-06"
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140])
@@ -92,9 +108,9 @@ def test_a_method_that_lacks_a_benchmark_shows_a_dash(full: dict[str, Any]) -> N
 def test_markdown_escapes_and_aligns(minimal: dict[str, Any]) -> None:
     minimal["methods"][0]["name"] = "a|b<c"
     lines = markdown_comparison(minimal).splitlines()
-    assert lines[0] == "| method | facts, knowledge, accuracy | K | export, gap |"
-    assert lines[1] == "| --- | ---: | ---: | ---: |"
-    assert lines[2] == "| a\\|b&lt;c | 0.900 → 0.600 [−40.0, −20.0] | 0.700 | 0 |"
+    assert lines[0] == "| method | facts, knowledge, accuracy | K | forgetting, average | export, gap |"
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: |"
+    assert lines[2] == "| a\\|b&lt;c | 0.900 → 0.600 [−40.0, −20.0] | 0.700 | 30.0% | 0 |"
 
 
 def test_plan_table() -> None:

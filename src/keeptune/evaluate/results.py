@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keeptune.core.errors import ArtefactError, StatisticsError
-from keeptune.evaluate.scores import Change, harmonic, knowledge_kept, task_learned
+from keeptune.evaluate.scores import Change, average_forgetting, harmonic, knowledge_kept, task_learned
 from keeptune.evaluate.tasks import Metric, Role
 
 __all__ = ["BenchmarkResult", "trade_off"]
@@ -128,21 +128,22 @@ class BenchmarkResult:
 def trade_off(
     results: Sequence[BenchmarkResult], full: Sequence[BenchmarkResult] | None = None
 ) -> dict[str, float | None]:
-    """Compute FARSS's K, T and KT.
+    """Compute FARSS's K, T and KT, and LoKI's average forgetting.
 
     Args:
         results: Results of the model in question.
         full: Results of full fine-tuning on the same benchmarks; None if there was none.
 
     Returns:
-        ``{"K", "T", "KT"}``; None where a score cannot be computed (T and KT without ``full``).
+        ``{"K", "average_forgetting", "T", "KT"}``; None where a score cannot be computed (T and KT without ``full``).
 
     Raises:
         StatisticsError: ``full`` lacks a task benchmark, or has it on other items.
     """
     kept = knowledge_kept(result.change() for result in results if result.role == "knowledge")
+    found = {"K": kept, "average_forgetting": average_forgetting(kept)}
     if full is None:
-        return {"K": kept, "T": None, "KT": None}
+        return {**found, "T": None, "KT": None}
     references = {(result.name, result.metric, result.n): result.after for result in full}
     changes = []
     for result in results:
@@ -158,7 +159,7 @@ def trade_off(
             )
         changes.append(result.change(references[key]))
     learned = task_learned(changes)
-    return {"K": kept, "T": learned, "KT": harmonic(kept, learned)}
+    return {**found, "T": learned, "KT": harmonic(kept, learned)}
 
 
 def grouped(

@@ -9,6 +9,8 @@ i of the method and of full fine-tuning,
     T = \frac1N \sum_i \frac{S_i}{S_i^{(FT)}} \;(37) \qquad
     KT = \frac{2 K T}{K + T} \;(38)
 
+LoKI's average forgetting, the mean relative drop on the knowledge benchmarks, is :math:`1 - K`.
+
 Extension: the paper has accuracies only. For cross-entropies, where lower is better, the ratio is that of the
 perplexities turned over, exp(before - after), so that 1 is "all kept" and less than 1 is worse here too.
 """
@@ -32,6 +34,7 @@ from keeptune.evaluate.tasks import Metric, Normalisation
 
 __all__ = [
     "Change",
+    "average_forgetting",
     "cut_at",
     "exact_match",
     "harmonic",
@@ -257,6 +260,21 @@ def _mean_ratio(changes: Iterable[Change], score: str, reason: str) -> float | N
         else:
             ratios.append(change.ratio)
     return math.fsum(ratios) / len(ratios) if ratios else None
+
+
+def average_forgetting(kept: float | None) -> float | None:
+    """Compute the mean relative drop over knowledge benchmarks, ``mean_j (W_j^(0) - W_j) / W_j^(0)`` (LoKI's Avg).
+
+    Args:
+        kept: K, the mean of ``W_j / W_j^(0)``.
+
+    Returns:
+        ``1 - K``: 0 if nothing was lost, negative if something was gained; None if K is.
+
+    >>> average_forgetting(0.75)
+    0.25
+    """
+    return None if kept is None else 1.0 - kept
 
 
 def harmonic(kept: float | None, learned: float | None) -> float | None:

@@ -147,7 +147,7 @@ def runs(report: Report) -> Grid:
         One row for each run.
     """
     stages = list(dict.fromkeys(key for run in report.runs for key in run.seconds))
-    heads = ("method", "seed", "K", "T", "KT", *stages, "export gap", "adapter")
+    heads = ("method", "seed", "K", "T", "KT", "average forgetting", *stages, "export gap", "adapter")
     rows = tuple(
         (
             run.label,
@@ -155,6 +155,7 @@ def runs(report: Report) -> Grid:
             number(run.K),
             number(run.T),
             number(run.KT),
+            "–" if run.average_forgetting is None else f"{number(100 * run.average_forgetting, 2)}%",
             *(duration(run.seconds[key]) if key in run.seconds else "–" for key in stages),
             gap(run.export_gap),
             run.adapter,

@@ -96,6 +96,15 @@ class Run:
     notes: tuple[str, ...]
     benchmarks: tuple[Benchmark, ...]
 
+    @property
+    def average_forgetting(self) -> float | None:
+        """The mean relative drop on the knowledge benchmarks, LoKI's Avg.
+
+        Returns:
+            1 - K; reports written before there was the key have it too.
+        """
+        return None if self.K is None else 1.0 - self.K
+
 
 @dataclass(frozen=True)
 class Report:

@@ -62,8 +62,8 @@ def comparison_rows(report: ReportLike) -> list[dict[str, Any]]:
 
     Returns:
         Rows with `method`, `seeds` (list), `knowledge` and `task` (by benchmark: `metric`, `n`, `before`,
-        `after`, `change`, `low`, `high`), `K`, `T`, `KT` (each None or `mean`, `low`, `high`, NaN
-        where there is no interval), `trained_parameters` and `export_gap` (the largest of the seeds).
+        `after`, `change`, `low`, `high`), `K`, `average_forgetting`, `T`, `KT` (each None or `mean`, `low`,
+        `high`, NaN where there is no interval), `trained_parameters` and `export_gap` (the largest of the seeds).
 
     Raises:
         ArtefactError: The report is malformed.
@@ -101,8 +101,9 @@ def comparison_columns(report: ReportLike) -> list[Column]:
     columns = [_method_column(rows)]
     for role in ("knowledge", "task"):
         columns += [_benchmark_column(item, rows) for item in series(parsed, role)]
-    for key in ("K", "T", "KT"):
-        columns.append(Column(key, (), tuple(_score_cell(row[key]) for row in rows)))
+    columns += [Column(key, (), tuple(_score_cell(row[key]) for row in rows)) for key in ("K", "T", "KT")]
+    drops = tuple(_score_cell(row["average_forgetting"], percent=True) for row in rows)
+    columns.append(Column("forgetting", ("average",), drops))
     trained = tuple(Cell(count(row["trained_parameters"]), "") for row in rows)
     gaps = tuple(Cell(gap(row["export_gap"]), "") for row in rows)
     columns += [Column("trained", ("params",), trained), Column("export", ("gap",), gaps)]
@@ -164,7 +165,12 @@ def _scores() -> dict[str, Callable[[Run], float | None]]:
     Returns:
         A reader for each score.
     """
-    return {"K": lambda run: run.K, "T": lambda run: run.T, "KT": lambda run: run.KT}
+    return {
+        "K": lambda run: run.K,
+        "average_forgetting": lambda run: run.average_forgetting,
+        "T": lambda run: run.T,
+        "KT": lambda run: run.KT,
+    }
 
 
 def _largest(method: Method, read: Callable[[Run], float | None]) -> float | None:
@@ -243,11 +249,12 @@ def _benchmark_column(kind: Series, rows: Sequence[Mapping[str, Any]]) -> Column
     return Column(kind.name, (kind.role, unit), tuple(cells))
 
 
-def _score_cell(found: Mapping[str, float] | None) -> Cell:
-    """Format K, T or KT.
+def _score_cell(found: Mapping[str, float] | None, *, percent: bool = False) -> Cell:
+    """Format K, T or KT, or average forgetting.
 
     Args:
         found: Mean, low and high end.
+        percent: Whether it is written in per cent.
 
     Returns:
         The cell; below the mean stands half the width of the interval over seeds.
@@ -255,6 +262,9 @@ def _score_cell(found: Mapping[str, float] | None) -> Cell:
     if found is None:
         return Cell("–", "")
     half = (found["high"] - found["low"]) / 2
+    if percent:
+        note = f"±{number(100 * half, 2)}" if math.isfinite(half) else ""
+        return Cell(f"{number(100 * found['mean'], 2)}%", note)
     return Cell(number(found["mean"]), f"±{number(half)}" if math.isfinite(half) else "")
 
 
@@ -290,7 +300,7 @@ def _blocks(columns: Sequence[Column]) -> list[list[Column]]:
     Returns:
         One block for each benchmark, one for the scores, one for the costs.
     """
-    together = {"K": "scores", "T": "scores", "KT": "scores", "trained": "costs", "export": "costs"}
+    together = dict.fromkeys(("K", "T", "KT", "forgetting"), "scores") | dict.fromkeys(("trained", "export"), "costs")
     blocks: dict[str, list[Column]] = {}
     for index, column in enumerate(columns):
         key = str(index) if len(column.sub) == 2 else together[column.head]
