@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError
 from keeptune.core.modes import in_evaluation
+from keeptune.model.suppressing import without_nodes
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["AdapterPair", "ModelPair", "Side", "TwoModels", "scoring"]
+__all__ = ["AdapterPair", "ModelPair", "Side", "SuppressedNodes", "TwoModels", "scoring"]
 
 Side = Literal["before", "after"]
 
@@ -117,6 +118,35 @@ class TwoModels:
             A context that gives it.
         """
         return nullcontext(self.tuned)
+
+
+@dataclass(frozen=True, slots=True)
+class SuppressedNodes:
+    """One model, with and without some rows of its linear maps; its weights stay as they are.
+
+    Args:
+        model: The model.
+        rows: Name of a linear map to its rows that give zero.
+    """
+
+    model: PreTrainedModel
+    rows: Mapping[str, Sequence[int]]
+
+    def before(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model as it is.
+
+        Returns:
+            A context that gives it.
+        """
+        return nullcontext(self.model)
+
+    def after(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model without the rows.
+
+        Returns:
+            A context that gives it.
+        """
+        return without_nodes(self.model, self.rows)
 
 
 @contextmanager
