@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from keeptune.core.errors import ArtefactError
 from keeptune.report import details, plots
+from keeptune.report.nodes import votes_figure
 from keeptune.report.records import Report, ReportLike, as_report
 from keeptune.report.style import MANY, looks
 from keeptune.report.summary import methods, series
@@ -166,7 +167,7 @@ def _sections(report: Report) -> list[tuple[str, str, list[Picture]]]:
         ("Plan: ranks", _uniform_words(report), draw.all(_rank_figures(report), named=True)),
         (
             "Plan: evidence",
-            "The spectra the plans were made from, by layer; dots, or thick parts of strips, are what is kept.",
+            "What the plans were made from, by layer; in spectra dots, or thick parts of strips, are what is kept.",
             draw.all(_spectrum_figures(report), named=True),
         ),
     ]
@@ -269,12 +270,15 @@ def _spectrum_figures(report: Report) -> list[tuple[str, Figure | None]]:
     users: dict[tuple[str, tuple[tuple[float, ...], ...]], list[str]] = {}
     whole = []
     for method in methods(report):
+        voted = votes_figure(report, method.label)
+        if voted is not None:
+            whole.append((f"How many texts name each node, by layer: {method.label}", voted))
         plan = next((run.plan for run in method.runs if run.plan), ())
         kept = plots.kept_spectra(report, method.label)
         if kept is not None:
             whole.append((f"Spectra, and what is kept of them: {method.label}", kept))
         for name in plots.evidence_names(report, method.label):
-            if kept is not None and name in ("spectrum", "singular_values"):
+            if name == "votes" or (kept is not None and name in ("spectrum", "singular_values")):
                 continue
             users.setdefault((name, tuple(row.evidence.get(name, ()) for row in plan)), []).append(method.label)
     return whole + [

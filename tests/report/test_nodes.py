@@ -1,0 +1,135 @@
+"""Figures and tables of nodes show what the records say."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy
+import pytest
+from rich.console import Console
+
+from keeptune.report.html import render_html
+from keeptune.report.nodes import density_figure, overlap_figure, print_overlap, print_suppressed, votes_figure
+
+VOTES = [[0.0, 0.5, 1.0, 0.0], [0.25, 0.25, 0.0, 0.5]]
+
+
+def voted(report: dict[str, Any]) -> dict[str, Any]:
+    """Give the first run of a report a plan with votes."""
+    report["methods"][0]["plan"] = [
+        {"target": f"{layer}.down_proj", "layer": layer, "role": "down_proj", "rank": 1, "evidence": {"votes": votes}}
+        for layer, votes in enumerate(VOTES)
+    ]
+    return report
+
+
+def drawn(axes: Any) -> numpy.ndarray:
+    return numpy.asarray(axes.collections[0].get_array().filled(0.0)).reshape(len(VOTES), -1)
+
+
+def test_a_plan_with_votes_gets_a_strip_for_each_block(minimal: dict[str, Any]) -> None:
+    report = voted(minimal)
+    label = report["methods"][0]["name"]
+    figure = votes_figure(report, label)
+    assert figure is not None
+    assert drawn(figure.axes[0]).tolist() == VOTES
+    text = render_html(report)
+    assert "How many texts name each node" in text
+    assert "Votes:" not in text, "no second picture of the same, as a spectrum"
+
+
+def test_many_nodes_are_averaged_in_bins(minimal: dict[str, Any]) -> None:
+    report = voted(minimal)
+    for row, share in zip(report["methods"][0]["plan"], (0.2, 0.4), strict=True):
+        row["evidence"]["votes"] = [share, 0.0] * 100
+    figure = votes_figure(report, report["methods"][0]["name"])
+    assert figure is not None
+    found = drawn(figure.axes[0])
+    assert found.shape == (2, 64)
+    assert found.mean(axis=1) == pytest.approx([0.1, 0.2], rel=0.02)
+
+
+def test_without_votes_there_is_no_picture(minimal: dict[str, Any]) -> None:
+    name = minimal["methods"][0]["name"]
+    assert votes_figure(minimal, name) is None
+    report = voted(minimal)
+    for row in report["methods"][0]["plan"]:
+        row["evidence"]["votes"] = [0.0] * 4
+    assert votes_figure(report, name) is None
+
+
+def benchmark(after: float) -> dict[str, Any]:
+    scores = {"before": 0.9, "after": after, "interval": [after - 1.0, after - 0.8]}
+    return {"name": "facts", "role": "knowledge", "metric": "exact_match", "n": 10, "groups": {}} | scores
+
+
+def entry(name: str, seed: int, after: float) -> dict[str, Any]:
+    empty = {"T": None, "KT": None, "adapter": "", "export_gap": None}
+    rows = [[0, 1], [2]]
+    return {"name": name, "seed": seed, "K": after / 0.9, "benchmarks": [benchmark(after)], "rows": rows} | empty
+
+
+SUPPRESSED: dict[str, Any] = {
+    "base": "tiny",
+    "q": 5.0,
+    "over": "global",
+    "texts": 7,
+    "nodes": 4,
+    "layers": [1, 3],
+    "profile": [1.0, 0.5],
+    "density": {"q": 5.0, "edges": [0, 1, 2, 3, 4], "highest": VOTES, "lowest": VOTES[::-1]},
+    "methods": [entry("S-H", 0, 0.45), entry("S-L", 0, 0.81), entry("random", 0, 0.9), entry("random", 1, 0.72)],
+    "gaps": [{"name": "facts", "metric": "exact_match", "S-L less S-H": 0.36, "interval": [0.1, 0.5]}],
+}
+
+
+def said(write: Any, record: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    write(record, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_what_suppression_costs_is_told_beside_the_base() -> None:
+    text = said(print_suppressed, SUPPRESSED)
+    assert "3 of 8 nodes give zero (5%, global), attributed over 7 texts" in text
+    for words in ("0.900 → 0.450", "50.0%", "(2 seeds)", "S-L less S-H +0.360, 95% interval +0.100 to +0.500"):
+        assert words in text
+
+
+def test_the_map_has_both_ends_and_the_profile() -> None:
+    figure = density_figure(SUPPRESSED)
+    strips = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    assert [axes.get_title(loc="left") for axes in strips] == ["highest 5% of all nodes", "lowest 5% of all nodes"]
+    assert [drawn(axes).tolist() for axes in strips] == [VOTES, VOTES[::-1]]
+    assert [text.get_text() for text in strips[0].get_yticklabels()] == ["1", "3"]
+    bars = [[patch.get_width() for patch in axes.patches] for axes in figure.axes if len(axes.patches) == 2]
+    assert bars == [[1.0, 0.5], [1.0, 0.5]]
+
+
+LAYER = {"first": 4, "second": 4, "common": 3, "share": 0.75, "chance": 0.4}
+NONE = {"first": 0, "second": 0, "common": 0, "share": None, "chance": None}
+OVERLAP: dict[str, Any] = {
+    "first": {"name": "paper", "texts": 7},
+    "second": {"name": "current", "texts": 5},
+    "by_layer": [{"layer": 1, **LAYER}, {"layer": 3, **NONE}],
+    "all": LAYER,
+}
+
+
+def test_overlaps_are_told_layer_by_layer() -> None:
+    text = said(print_overlap, OVERLAP)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["1", "4", "4", "3", "75.0%", "40.0%"] in lines
+    assert ["3", "0", "0", "0", "–", "–"] in lines
+    assert ["all", "4", "4", "3", "75.0%", "40.0%"] in lines
+    assert "second: current, 5 texts" in text
+
+
+def test_overlaps_are_drawn_with_chance() -> None:
+    (axes,) = overlap_figure(OVERLAP).axes
+    assert [patch.get_height() for patch in axes.patches] == [0.75, 0.0]
+    assert numpy.asarray(axes.collections[0].get_offsets()).tolist()[0] == [0.0, 0.4]
+    assert "none" in [text.get_text() for text in axes.texts]
+    assert axes.get_ylim() == (0.0, 1.0)
