@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from keeptune import cli_repair, cli_studies
+from keeptune import cli_nodes, cli_repair, cli_studies
 from keeptune.cli_studies import OVERRIDES, RecipeFile, say, show_comparison
 from keeptune.core.errors import KeeptuneError
 
@@ -124,6 +124,8 @@ app.command()(cli_studies.change)
 app.command()(cli_studies.curvature)
 app.command()(cli_studies.energy)
 app.command()(cli_repair.repair)
+app.command(context_settings=OVERRIDES)(cli_nodes.suppress)
+app.command(context_settings=OVERRIDES)(cli_nodes.overlap)
 
 
 @app.command()

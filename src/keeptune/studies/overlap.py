@@ -1,0 +1,113 @@
+"""keeptune overlap: how many rows two selections have in common (LoKI's 97.57% of 50 questions a subject to all)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keeptune.combining import parts_of
+from keeptune.core.artefact import content_key, write_json
+from keeptune.core.errors import ModelError, RecipeError
+from keeptune.job import Job
+from keeptune.linalg.overlap import Overlap, overlap_of, overlaps
+from keeptune.methods.loki import Loki
+from keeptune.recipe import Recipe
+from keeptune.report.nodes import overlap_figure
+from keeptune.report.style import png
+from keeptune.stats.attribution import Attributions
+from keeptune.studies.nodes import Side, attributed, check_share, chosen_rows, side_of
+
+__all__ = ["overlap"]
+
+
+def overlap(
+    recipe: Recipe, other: Recipe | None = None, *, first: str = "", second: str = "", q: float | None = None
+) -> dict[str, Any]:
+    """Compare two selections of rows; what the store has is not computed again.
+
+    Args:
+        recipe: A recipe with knowledge; its LoKI (else the default one) says what the sides do not.
+        other: A recipe of the same base with other knowledge, for the second side; None takes the first's.
+        first: Where the first side differs from its recipe: a preset (``release``, ``paper``, ``current``), a
+            selection (``layer-balanced``, ``layer-high``, ``global-low``, ``global-high``) and a number of examples
+            (of each set of knowledge, the first ones) or ``all``, with commas between.
+        second: The same of the second.
+        q: Per cent of the nodes; None takes the recipe's, else 10.
+
+    Returns:
+        ``q``; ``first`` and ``second`` (``name``, ``attribution``, ``selection``, ``texts`` and ``rows`` of each
+        module), ``by_layer`` (``layer``, numbers of rows ``first``, ``second`` and ``common``, ``share``, ``chance``)
+        and the same in ``all``. The folder ``overlap/...`` below the first recipe's output has it as ``overlap.json``,
+        with ``overlap.png``.
+
+    Raises:
+        RecipeError: Both sides are the same, or a word is unknown.
+        ModelError: The recipes are of different bases.
+        KeeptuneError: Something else the user can mend.
+    """
+    jobs = [Job(recipe), Job(recipe if other is None else other)]
+    for job in jobs if other is not None else jobs[:1]:
+        job.check()
+    q = _share_of(jobs[0]) if q is None else q
+    check_share(q)
+    words = (first, second)
+    sides = [side_of(words[0], jobs[0], "--first"), side_of(words[1], jobs[1], "--second")]
+    if other is None and sides[0] == sides[1]:
+        raise RecipeError(
+            "--first, --second",
+            got="two sides that are the same",
+            wanted="two presets, selections or numbers of examples, or a second recipe",
+            next_step="Example: --first paper --second current",
+        )
+    if jobs[0].base_fingerprint != jobs[1].base_fingerprint:
+        raise ModelError(
+            str(jobs[1].recipe.model),
+            got="another base than the first recipe's",
+            wanted="the same: nodes are compared one by one",
+            next_step="Give both recipes the same `model`.",
+        )
+    known = [attributed(job, side.attribution) for job, side in zip(jobs, sides, strict=True)]
+    rows = [chosen_rows(found, q, side.where) for found, side in zip(known, sides, strict=True)]
+    layers = overlaps(rows[0], rows[1], known[0].nodes)
+    told = [
+        {
+            "name": _name(jobs, at, words[at], sides[at], known[at]),
+            "attribution": side.attribution,
+            "selection": side.where,
+            "texts": known[at].samples,
+            "rows": dict(zip(known[at].modules, map(list, rows[at]), strict=True)),
+        }
+        for at, side in enumerate(sides)
+    ]
+    record = {
+        "base": recipe.model,
+        "q": q,
+        "nodes": known[0].nodes,
+        "first": told[0],
+        "second": told[1],
+        "by_layer": [{"layer": at, **_told(one)} for at, one in zip(known[0].layers, layers, strict=True)],
+        "all": _told(overlap_of(layers)),
+    }
+    what = content_key([q, sides, [job.calibration and job.calibration.fingerprint for job in jobs]])
+    folder = recipe.output / "overlap" / what[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "overlap.json", record)
+    png(overlap_figure(record), folder / "overlap.png")
+    return record | {"folder": str(folder)}
+
+
+def _share_of(job: Job) -> float:
+    found = [part.method.q for part in parts_of(job.method) if isinstance(part.method, Loki)]
+    return found[0] if found else Loki().q
+
+
+def _name(jobs: list[Job], at: int, words: str, side: Side, known: Attributions) -> str:
+    """Name a side by what makes it differ."""
+    given = [word.strip() for word in words.split(",") if word.strip()]
+    if jobs[0] is not jobs[1] and jobs[0].recipe.knowledge != jobs[1].recipe.knowledge:
+        given += [", ".join(part.file.rsplit("/", 1)[-1] for part in jobs[at].recipe.knowledge_sets)]
+    return ", ".join(given) or f"{side.where}, {known.samples} texts"
+
+
+def _told(found: Overlap) -> dict[str, Any]:
+    keys = ("first", "second", "common", "share", "chance")
+    return {key: getattr(found, key) for key in keys}
