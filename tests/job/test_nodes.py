@@ -20,7 +20,7 @@ from keeptune.model.load import load_model
 from keeptune.model.suppressing import without_nodes
 from keeptune.stats.attribution import Attributions, NeuronAttribution
 from keeptune.studies import suppress as module
-from keeptune.studies.nodes import chosen_rows, density, side_of
+from keeptune.studies.nodes import attributed, chosen_rows, density, side_of
 from keeptune.studies.overlap import overlap
 from keeptune.studies.suppress import drawn_rows, suppress
 
@@ -67,8 +67,11 @@ def test_suppress(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_what_is_scored_is_the_model_without_the_rows(recipe_values: Values) -> None:
     values = recipe_values(method=LOKI)
     found = suppress(recipe_of(values), q=50, draws=0)
-    entry = found["methods"][0]
+    entry, lowest = found["methods"]
     job = Job(recipe_of(values))
+    attributions = attributed(job, NeuronAttribution(steps=3))
+    assert entry["rows"] == [list(rows) for rows in chosen_rows(attributions, 50, "layer-high")]
+    assert lowest["rows"] == [list(rows) for rows in chosen_rows(attributions, 50, "layer-balanced")]
     model = load_model(job.recipe.model)
     texts = [row["text"] for row in _rows(values["evaluate"][0]["file"])]
     total, tokens = 0.0, 0
