@@ -46,6 +46,7 @@ study: $(BIN)/.dev
 	$(BIN)/python studies/penalties.py
 	$(BIN)/python studies/keep.py
 	$(BIN)/python studies/keep_stories.py
+	$(BIN)/python studies/loki.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
