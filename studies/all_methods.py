@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,15 @@ from keeptune.summary import write_report
 
 WANTED = 0.8
 SEEDS = (0, 1, 2)
+# The same 256 examples with answers known apart from questions: what is attributed is the last token of the question.
+_PROMPTS: dict[str, Any] = {
+    "knowledge": {
+        "file": "atlas:calibration.jsonl",
+        "prompt": "{question}\nAnswer:",
+        "completion": " {answer}",
+        "examples": 256,
+    }
+}
 _FARSS = {"name": "farss", "rank": 8, "r_min": 1, "r_max": 8, "r_avg": 6, "boundary": 1}
 
 
@@ -65,10 +74,12 @@ class Entry:
     Args:
         method: The recipe's ``method`` section.
         start: First learning rate tried.
+        changes: Other keys of the recipe.
     """
 
     method: dict[str, Any]
     start: float
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 ENTRIES: dict[str, Entry] = {
@@ -91,6 +102,11 @@ ENTRIES: dict[str, Entry] = {
     "farss": Entry(_FARSS, 2e-3),
     "farss-init": Entry({"name": "farss", "rank": 8, "variant": "farss-init"}, 2e-3),
     "farss-all-high": Entry({"name": "farss", "rank": 8, "variant": "all-high"}, 1e-3),
+    "loki-5": Entry({"name": "loki", "q": 5}, 4e-3, _PROMPTS),
+    "loki-10": Entry({"name": "loki", "q": 10}, 4e-3, _PROMPTS),
+    "loki-20": Entry({"name": "loki", "q": 20}, 2e-3, _PROMPTS),
+    "loki-30": Entry({"name": "loki", "q": 30}, 2e-3, _PROMPTS),
+    "loki-star": Entry({"name": "loki", "q": 30, "rank": 8}, 4e-3, _PROMPTS),
 }
 
 
@@ -152,7 +168,7 @@ def cell(output: Path, name: str, rate: float, seed: int) -> Path:
     """
     logging.getLogger("keeptune").setLevel(logging.WARNING)
     folder = output / f"{name}-{rate:g}-seed{seed}"
-    values = demo_recipe(ENTRIES[name].method, rate, folder, seed=seed, store=output / "store")
+    values = demo_recipe(ENTRIES[name].method, rate, folder, seed=seed, store=output / "store") | ENTRIES[name].changes
     run(make_recipe(values, folder=Path(), where=f"study {name}"))
     return folder
 
@@ -180,6 +196,7 @@ def start(name: str) -> None:
     """Plan one method with an empty store and print what it took."""
     with tempfile.TemporaryDirectory() as folder:
         values = demo_recipe(ENTRIES[name].method, 1e-3, Path(folder) / "run", seed=0, store=Path(folder) / "store")
+        values |= ENTRIES[name].changes
         job = Job(make_recipe(values, folder=Path(), where=f"study {name}"))
         model, data, fingerprint = job.base(), job.data, job.base_fingerprint
         before, began = _peak(), time.perf_counter()
