@@ -1,6 +1,6 @@
 """Does attribution find the nodes that matter on atlas, and how far do its definitions agree: docs/loki-results.md.
 
-Run it: `make study`, or `python studies/loki.py [folder]` (some minutes on two cores). Attributions and scores are kept, so that it
+Run it: `make study`, or `python studies/loki.py [folder]` (some minutes). Attributions and scores are kept, so that it
 goes on where it was stopped. Training with LoKI is in studies/all_methods.py.
 
 Nodes are attributed over 256 of atlas' 400 questions of calibration, drawn with seeds 0 to 2, and scored on the 360
