@@ -61,6 +61,7 @@ def settings() -> list[Setting]:
         *(Setting(f"LoRA, {rate:g}", rate=rate) for rate in (5e-4, 1e-3, 2e-3)),
         *(Setting(f"drift {b:g}", (_drift(b),)) for b in (0.003, 0.001, 0.0003)),
         *(Setting(f"nats {b:g}", (_drift(b, curvature="delta-kfac"),)) for b in (0.01, 0.003)),
+        *(Setting(f"damped nats {b:g}", (_drift(b, curvature="delta-kfac", rho=0.5),)) for b in (0.03, 0.01)),
         *(Setting(f"kl {s:g}", ({"name": "kl", "strength": s},)) for s in (0.3, 1.0)),
         Setting("l2 30", ({"name": "l2", "strength": 30.0},)),
         Setting("replay 0.3", replay=0.3),

@@ -40,6 +40,7 @@ class Keep:
         layers: Of ``per="layer"``: ``"uniform"`` budgets, or by ``"naie"`` or ``"kva"``.
         curvature: ``"delta-act"`` budgets the feature drift; with ``"delta-kfac"`` ``drift`` is in nats per token, the
             second order of the KL to the base, and knowledge data pass backward once as well.
+        rho: Of ``"delta-kfac"``: damping of Γ towards the identity of its trace.
         rate: How far the logarithm of the multiplier moves in a step at most.
         gain: How far the logarithm of the pressure is from that of the multiplier at most.
         factor_rank: Keep this many directions of Ω, and one number for the others; None keeps all.
@@ -60,6 +61,7 @@ class Keep:
     per: Literal["model", "layer"] = "model"
     layers: Literal["uniform", "naie", "kva"] = "uniform"
     curvature: Literal["delta-act", "delta-kfac"] = "delta-act"
+    rho: float = 0.5
     rate: float = 0.1
     gain: float = 2.0
     factor_rank: int | None = None
@@ -102,6 +104,7 @@ class Keep:
                 per=self.per,
                 layers=self.layers,
                 curvature=self.curvature,
+                rho=self.rho,
                 rate=self.rate,
                 gain=self.gain,
                 factor_rank=self.factor_rank,
