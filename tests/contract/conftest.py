@@ -35,6 +35,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rank": 4, "variant": "farss-init", "labels": "sampled"},
     ],
     "kasa": [{"rank": 4, "alpha": 6.0, "regularizer": "released"}],
+    "keep": [{"rank": 4, "drift": 0.005}, {"rank": 4, "nats": 0.01, "per": "layer"}],
     # A classifier has no labels for knowledge, so no Fisher: the other forms are checked in test_penalties.py.
     "lalora": [{"rank": 4, "curvature": "delta-act", "batches": 1}],
     "loki": [{"q": 10.0}, {"q": 30.0, "rank": 4}, {"q": 20.0, "rank": 2, "selection": "global-high"}],
@@ -73,7 +74,7 @@ STILL = {name: method for name, method in ADAPTERS.items() if name not in MOVING
 RESCALING = {name: method for name, method in ADAPTERS.items() if method.name == "dora"}
 LOW_RANK = {name: method for name, method in ADAPTERS.items() if name not in RESCALING}
 # What is measured on the next token, which a classifier has none of.
-CAUSAL = {name for name, method in CASES.items() if method.name == "loki"}
+CAUSAL = {name for name in CASES if name.startswith("loki") or "nats=" in name}
 SUBSPACE = {name: method for name, method in CASES.items() if method.scope == "subspace"}
 WHOLE = {name: method for name, method in CASES.items() if method.scope == "all"}
 

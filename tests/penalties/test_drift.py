@@ -11,7 +11,7 @@ import torch
 from tests.models import MODELS, Bench, inputs_of, task, train_steps
 
 from keeptune.adapter.install import install, trained_state
-from keeptune.core.errors import KeeptuneError
+from keeptune.core.errors import KeeptuneError, PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import read_weight
 from keeptune.methods.keep import Keep
@@ -181,11 +181,23 @@ def test_at_the_end_it_says_whether_the_budget_was_met(tmp_path: Path) -> None:
 def test_keep_is_lora_under_a_budget(tmp_path: Path) -> None:
     plan = Bench(MODELS["llama"](), tmp_path).plan(Keep(rank=4, drift=0.003))
     (penalty,) = plan.penalties
-    assert (penalty.name, penalty.options["budget"]) == ("drift", 0.003)
+    assert (penalty.name, penalty.options["budget"], penalty.options["curvature"]) == ("drift", 0.003, "delta-act")
     plain = Bench(MODELS["llama"](), tmp_path).plan(Lora(rank=4))
     for a, b in zip(plan.targets, plain.targets, strict=True):
         assert torch.equal(a.init.A, b.init.A)
         assert a.scale == b.scale
+
+
+def test_keep_has_one_budget_in_nats_unless_it_is_one_on_drift() -> None:
+    (found,) = Keep().penalties()
+    assert (found.budget, found.curvature, found.rho) == (0.002, "delta-kfac", 0.5)
+    (found,) = Keep(nats=0.01, rho=0.1).penalties()
+    assert (found.budget, found.curvature, found.rho) == (0.01, "delta-kfac", 0.1)
+    with pytest.raises(PlanError, match="one budget"):
+        Keep(nats=0.01, drift=0.01)
+    for wrong in ({"nats": 0.0}, {"drift": -1.0}):
+        with pytest.raises(PlanError, match="budget"):
+            Keep(**wrong)
 
 
 @pytest.mark.parametrize(

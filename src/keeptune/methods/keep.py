@@ -1,12 +1,15 @@
-"""keep: LoRA under a budget on what it changes for knowledge. keeptune's own.
+"""keep: LoRA under a budget on what it changes for knowledge. keeptune's own (docs/keep.md).
 
     y = W x + s B A x                                     LoRA: A random, B = 0                       (1)
-    d_t = tr(ΔW Ω ΔWᵀ) / tr(W Ω Wᵀ),   Ω = E[h hᵀ]         relative feature drift on knowledge         (2)
-    min L_task   subject to   mean_t d_t <= drift         by dual ascent (penalties/drift.py)         (3)
+    min L_task   subject to   D <= budget                 by dual ascent (penalties/drift.py)         (2)
+    D = mean_t tr(ΔW Ω ΔWᵀ) / tr(W Ω Wᵀ)                  relative feature drift on knowledge         (3)
+    D = sum_t n/2 tr(Γ ΔW Ω ΔWᵀ)                          the KL to the base to second order,         (4)
+                                                          nats per token
 
-Knowledge data pass through the base once, without labels and without a backward pass; training needs r x r products
-and one n x r product per input group besides. There is no strength to tune: a drift of 0.005 says that what the targets
-put out on knowledge moves by half a per cent of its mean square.
+Ω = E[h hᵀ] of a target's inputs, Γ = E[δ δᵀ] of the gradients at its outputs (labels drawn from the model), damped
+towards the identity of its trace; n is the number of tokens for each one with a loss. Knowledge data pass through the
+base once, for (4) backward as well. Training needs r x r products and one n x r product per target besides. There is
+no strength to tune: a budget of 0.002 nats says by how much the answers to the knowledge may move.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from keeptune.core.errors import PlanError
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
@@ -28,27 +32,29 @@ from keeptune.stats.request import Request
 __all__ = ["Keep"]
 
 
+_NATS = 0.002
+
+
 @dataclass(frozen=True)
 class Keep:
-    """LoRA under a drift budget.
+    """LoRA under a budget.
 
     Args:
         rank: r, at every target.
         alpha: Scale numerator; None is 2 r, the usual choice.
-        drift: The mean relative feature drift allowed.
-        per: ``"model"`` holds the mean over all targets, ``"layer"`` that of each layer.
+        nats: The budget in nats per token, to second order (4); 0.002 unless ``drift`` is given.
+        drift: In place of it, the mean relative feature drift allowed (3): no backward pass, and a cheaper step.
+        per: ``"model"`` holds all targets together, ``"layer"`` each layer by itself.
         layers: Of ``per="layer"``: ``"uniform"`` budgets, or by ``"naie"`` or ``"kva"``.
-        curvature: ``"delta-act"`` budgets the feature drift; with ``"delta-kfac"`` ``drift`` is in nats per token, the
-            second order of the KL to the base, and knowledge data pass backward once as well.
-        rho: Of ``"delta-kfac"``: damping of Γ towards the identity of its trace.
+        rho: Of ``nats``: damping of Γ towards the identity of its trace.
         rate: How far the logarithm of the multiplier moves in a step at most.
         gain: How far the logarithm of the pressure is from that of the multiplier at most.
-        factor_rank: Keep this many directions of Ω, and one number for the others; None keeps all.
+        factor_rank: Keep this many directions of Ω and Γ, and one number for the others; None keeps all.
         dropout: Dropout before A, during training.
         seed: Seed of A; the recipe gives the training seed unless told otherwise.
 
     Raises:
-        PlanError: An option is out of range.
+        PlanError: An option is out of range, or there are two budgets.
     """
 
     name: ClassVar[str] = "keep"
@@ -57,10 +63,10 @@ class Keep:
 
     rank: int = 8
     alpha: float | None = None
-    drift: float = 0.005
+    nats: float | None = None
+    drift: float | None = None
     per: Literal["model", "layer"] = "model"
     layers: Literal["uniform", "naie", "kva"] = "uniform"
-    curvature: Literal["delta-act", "delta-kfac"] = "delta-act"
     rho: float = 0.5
     rate: float = 0.1
     gain: float = 2.0
@@ -72,9 +78,16 @@ class Keep:
         """Check the options.
 
         Raises:
-            PlanError: One is out of range.
+            PlanError: One is out of range, or there are two budgets.
         """
         check_scaling(self.alpha, self.dropout)
+        if self.nats is not None and self.drift is not None:
+            raise PlanError(
+                "method keep",
+                got=f"nats: {self.nats} and drift: {self.drift}",
+                wanted="one budget",
+                next_step="Leave one out; a second may stand under `penalties` as {name: drift, budget: ...}.",
+            )
         self.penalties()
 
     def requests(self, target: Target) -> frozenset[Request]:
@@ -97,14 +110,15 @@ class Keep:
         return dropout_field(self.dropout)
 
     def penalties(self) -> tuple[DriftBudget]:
-        """Ask for (3)."""
+        """Ask for the budget."""
+        in_nats = self.drift is None
         return (
             DriftBudget(
-                budget=self.drift,
+                budget=(_NATS if self.nats is None else self.nats) if self.drift is None else self.drift,
                 per=self.per,
                 layers=self.layers,
-                curvature=self.curvature,
-                rho=self.rho,
+                curvature="delta-kfac" if in_nats else "delta-act",
+                rho=self.rho if in_nats else 0.0,
                 rate=self.rate,
                 gain=self.gain,
                 factor_rank=self.factor_rank,

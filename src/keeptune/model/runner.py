@@ -204,9 +204,9 @@ def summed_loss(logits: Tensor, batch: Batch, *, labels: Labels, seed: int) -> T
     if logits.ndim == 2:
         raise StatisticsError(
             "statistics",
-            got="texts without a task",
-            wanted="prompts and completions, or labels",
-            next_step="Pass task data.",
+            got="texts without labels for a classifier, whose gradients are asked for",
+            wanted="labels",
+            next_step="Pass task data; of knowledge, take a form without gradients (keep: drift, laplace: delta-act).",
         )
     whole = batch.attention_mask if batch.loss_mask is None else batch.loss_mask
     # The first token of a text is never predicted.
