@@ -190,7 +190,7 @@ def test_keep_is_lora_under_a_budget(tmp_path: Path) -> None:
 
 def test_keep_has_one_budget_in_nats_unless_it_is_one_on_drift() -> None:
     (found,) = Keep().penalties()
-    assert (found.budget, found.curvature, found.rho) == (0.002, "delta-kfac", 0.5)
+    assert (found.budget, found.curvature, found.rho) == (0.003, "delta-kfac", 0.5)
     (found,) = Keep(nats=0.01, rho=0.1).penalties()
     assert (found.budget, found.curvature, found.rho) == (0.01, "delta-kfac", 0.1)
     with pytest.raises(PlanError, match="one budget"):

@@ -9,7 +9,7 @@
 Ω = E[h hᵀ] of a target's inputs, Γ = E[δ δᵀ] of the gradients at its outputs (labels drawn from the model), damped
 towards the identity of its trace; n is the number of tokens for each one with a loss. Knowledge data pass through the
 base once, for (4) backward as well. Training needs r x r products and one n x r product per target besides. There is
-no strength to tune: a budget of 0.002 nats says by how much the answers to the knowledge may move.
+no strength to tune: a budget of 0.003 nats says by how much the answers to the knowledge may move.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from keeptune.stats.request import Request
 __all__ = ["Keep"]
 
 
-_NATS = 0.002
+_NATS = 0.003
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Keep:
     Args:
         rank: r, at every target.
         alpha: Scale numerator; None is 2 r, the usual choice.
-        nats: The budget in nats per token, to second order (4); 0.002 unless ``drift`` is given.
+        nats: The budget in nats per token, to second order (4); 0.003 unless ``drift`` is given.
         drift: In place of it, the mean relative feature drift allowed (3): no backward pass, and a cheaper step.
         per: ``"model"`` holds all targets together, ``"layer"`` each layer by itself.
         layers: Of ``per="layer"``: ``"uniform"`` budgets, or by ``"naie"`` or ``"kva"``.
