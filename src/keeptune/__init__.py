@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from keeptune.methods.farss import Farss
     from keeptune.methods.full import Full
     from keeptune.methods.kasa import Kasa
+    from keeptune.methods.keep import Keep
+    from keeptune.methods.l2_lora import L2Lora
+    from keeptune.methods.lalora import Lalora
     from keeptune.methods.loki import Loki
     from keeptune.methods.lora import Lora
     from keeptune.methods.lora_fa import LoraFA
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from keeptune.methods.osf import Osf
     from keeptune.methods.pissa import Pissa
     from keeptune.penalties.decay import Decay
+    from keeptune.penalties.drift import DriftBudget
+    from keeptune.penalties.ewc import Ewc
     from keeptune.penalties.kl import Kl
     from keeptune.penalties.l2 import L2
     from keeptune.penalties.laplace import Laplace
@@ -47,14 +52,19 @@ __all__ = [
     "Corda",
     "Decay",
     "Dora",
+    "DriftBudget",
     "Eva",
+    "Ewc",
     "Farss",
     "Full",
     "Guard",
     "Kasa",
+    "Keep",
     "KeeptuneError",
     "Kl",
     "L2",
+    "L2Lora",
+    "Lalora",
     "Loki",
     "Lora",
     "LoraFA",
@@ -87,14 +97,19 @@ _HOMES = {
     "Corda": "methods.corda",
     "Decay": "penalties.decay",
     "Dora": "methods.dora",
+    "DriftBudget": "penalties.drift",
     "Eva": "methods.eva",
+    "Ewc": "penalties.ewc",
     "Farss": "methods.farss",
     "Full": "methods.full",
     "Guard": "train.guard",
     "Kasa": "methods.kasa",
+    "Keep": "methods.keep",
     "KeeptuneError": "core.errors",
     "Kl": "penalties.kl",
     "L2": "penalties.l2",
+    "L2Lora": "methods.l2_lora",
+    "Lalora": "methods.lalora",
     "Loki": "methods.loki",
     "Lora": "methods.lora",
     "LoraFA": "methods.lora_fa",
