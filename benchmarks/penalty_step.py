@@ -35,6 +35,7 @@ KEEP = {
     "keep, dense factors": ("drift", {}, None),
     "keep, factors of rank 64": ("drift", {}, CURVATURE),
     "keep in nats, dense factors": ("drift", {"curvature": "delta-kfac"}, None),
+    "keep in nats, factors of rank 64": ("drift", {"curvature": "delta-kfac"}, CURVATURE),
 }
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import PercentFormatter
 
 from keeptune import atlas
 from keeptune.core.artefact import read_json, write_bytes, write_json
@@ -294,31 +295,34 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-_COLOURS = {
-    "no budget": ("#999999", "LoRA, four learning rates"),
-    "drift": ("#0072b2", "budget on drift"),
-    "nats": ("#009e73", "budget in nats"),
-    "damped nats": ("#d55e00", "budget in nats, damped (rho 0.5)"),
+# First words of a row's label to: colour, name, where its numbers stand, and from which side.
+_FAMILIES: dict[str, tuple[str, str, tuple[int, int], str]] = {
+    "no budget": ("#999999", "LoRA, four learning rates", (6, 5), "left"),
+    "drift": ("#0072b2", "budget on drift", (-8, -12), "right"),
+    "nats": ("#009e73", "budget in nats, not damped", (0, 0), ""),
+    "damped nats": ("#d55e00", "budget in nats", (7, 4), "left"),
+    "kl": ("#222222", "KL to the base, strength 3", (0, 0), ""),
 }
 
 
 def figure(asked: Sequence[Setting], rows: Sequence[Sequence[dict[str, float]]]) -> Any:
-    """Draw facts kept against topics learned: budgets, and plain LoRA at four rates."""
+    """Draw facts kept against topics learned: budgets, plain LoRA at four rates, and one KL."""
     with themed():
         made = page(7.0, 4.6)
         axes = made.subplots()
-        for family, (colour, name) in _COLOURS.items():
+        for family, (colour, name, place, side) in _FAMILIES.items():
             points = [
                 (statistics.mean(s["topics"] for s in scores), statistics.mean(s["facts"] for s in scores), one)
                 for one, scores in zip(asked, rows, strict=True)
-                if one.label.startswith(family)
-                and (one.question == "budget" or (one.question == "rate" and family == "no budget"))
+                if one.label.startswith(family) and (one.question == "budget" or one.label == "kl 3" or is_rate(one))
             ]
             points.sort(key=lambda point: point[0])
             axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=colour, label=name)
-            for x, y, one in points:
+            for x, y, one in points if side else ():
                 text = f"{one.rate:g}" if family == "no budget" else one.label.rpartition(" ")[2]
-                axes.annotate(text, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
+                axes.annotate(text, (x, y), place, textcoords="offset points", fontsize=8, color=colour, ha=side)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel("topics learned", color=MUTED)
         axes.set_ylabel("facts kept", color=MUTED)
         axes.set_title("What a budget keeps at what it lets the model learn", color=INK)
@@ -326,6 +330,11 @@ def figure(asked: Sequence[Setting], rows: Sequence[Sequence[dict[str, float]]])
         axes.legend(frameon=False, fontsize=9, labelcolor="linecolor", loc="lower left")
         bare(axes, ("left", "bottom"))
         return finish(made)
+
+
+def is_rate(one: Setting) -> bool:
+    """Tell the rows of LoRA without a budget at other rates."""
+    return one.question == "rate" and one.label.startswith("no budget")
 
 
 if __name__ == "__main__":
