@@ -46,6 +46,7 @@ study: $(BIN)/.dev
 	$(BIN)/python studies/penalties.py
 	$(BIN)/python studies/keep.py
 	$(BIN)/python studies/keep_stories.py
+	$(BIN)/python studies/repair.py
 	$(BIN)/python studies/loki.py
 
 clean:
