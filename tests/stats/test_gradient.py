@@ -93,7 +93,7 @@ def test_gradients_of_a_classifier_depend_on_its_head_and_its_labels(tmp_path: P
 def test_a_classifier_needs_labels(tmp_path: Path) -> None:
     bench = Bench(MODELS["roberta"](), tmp_path)
     bench.task = task()
-    with pytest.raises(StatisticsError, match="prompts and completions, or labels"):
+    with pytest.raises(StatisticsError, match="texts without labels for a classifier"):
         collected(bench, GRADIENT)
 
 
