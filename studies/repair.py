@@ -44,8 +44,8 @@ WAYS: dict[str, dict[str, Any]] = {
 _HEAD = """# Repair on atlas: all figures
 
 Made by `python studies/repair.py` (part of `make study`); [repair.md](repair.md) says what they mean. A LoRA of rank 8,
-120 steps at 2e-3; mean ± standard deviation over seeds 0 to 2, in per cent. The second round of every μ takes the inputs
-of the model that was repaired at the least μ.
+120 steps at 2e-3; mean ± standard deviation over seeds 0 to 2, in per cent. The second round of every μ takes the
+inputs of the model that was repaired at the least μ.
 
 | | facts | topics |
 | --- | ---: | ---: |"""
