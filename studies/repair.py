@@ -139,7 +139,8 @@ def page(found: Sequence[dict[str, list[float]]]) -> str:
         Markdown.
     """
     lines = [_HEAD]
-    for label in found[0]:
+    repaired = [f"{way}, μ {mu:g}" for way in WAYS for mu in MUS]
+    for label in ["the adapter", *repaired, *(f"scaled by {scale:g}" for scale in SCALES)]:
         spread = [
             f"{100 * statistics.mean(v):.1f} ± {100 * statistics.stdev(v):.1f}"
             for v in zip(*(scores[label] for scores in found), strict=True)
