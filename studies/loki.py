@@ -33,7 +33,8 @@ from keeptune.job import Job
 from keeptune.linalg.overlap import overlap_of, overlaps
 from keeptune.linalg.voting import Rows
 from keeptune.model.suppressing import without_nodes
-from keeptune.recipe import make_recipe, resolve_file
+from keeptune.places import resolve_file
+from keeptune.recipe import make_recipe
 from keeptune.report.nodes import density_figure
 from keeptune.report.plots import png
 from keeptune.report.style import INK, bare, finish, page, themed

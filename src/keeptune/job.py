@@ -26,11 +26,12 @@ from keeptune.data.sft import TaskExamples
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluate.tasks import load_items
 from keeptune.learning import Examples, check_benchmark, item_texts, read_task, sample, used_texts
+from keeptune.making import make_method, make_penalties
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.load import load_model, load_positions, load_tokenizer
 from keeptune.penalties.base import PenaltySpec
 from keeptune.planning import asked_penalties, refuse_layers, refuse_penalties
-from keeptune.recipe import Recipe, make_method, make_penalties
+from keeptune.recipe import Recipe
 from keeptune.stats.collect import source_name
 from keeptune.stats.request import DataRole, Request
 from keeptune.stats.store import StatStore

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from keeptune.adapter.export import Format
-from keeptune.core.errors import RecipeError
+from keeptune.core.artefact import canonical_json
+from keeptune.core.errors import RecipeError, nearest
 from keeptune.data.choices import LOKI_PROMPT
 from keeptune.values import spelt_out
 
@@ -21,7 +22,7 @@ __all__ = [
     "Section",
     "Task",
     "TaskCalibration",
-    "without_tags",
+    "explain",
 ]
 
 _TEXT = "{text}"
@@ -96,18 +97,6 @@ MethodSections = Annotated[
 ]
 
 
-def without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Take the names of alternatives out of the place of an error.
-
-    Args:
-        location: As pydantic gives it.
-
-    Returns:
-        The keys that the recipe has.
-    """
-    return tuple(part for part in location if part not in _TAGS)
-
-
 Kind = Literal["completion", "classification", "regression"]
 # Keys that a kind needs, and those that it may have.
 _KIND_KEYS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -173,3 +162,48 @@ class ExportSpec(Section):
     format: Format = "portable"
     max_gap: float | None = Field(None, gt=0)
     rank: int | None = Field(None, ge=1)
+
+
+def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | int]], Sequence[str]]) -> RecipeError:
+    """Say what is wrong with a value that pydantic refused.
+
+    Args:
+        error: The error; its first finding counts.
+        where: The recipe, or the section.
+        known: Gives the keys that may stand at a place.
+
+    Returns:
+        The error to raise.
+    """
+    first = error.errors()[0]
+    location = _without_tags(first["loc"])
+    place = ".".join(str(part) for part in location)
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return RecipeError(
+            f"{where}, key {place}",
+            got="an unknown key",
+            wanted="a key that recipes have",
+            next_step=nearest(str(location[-1]), list(known(location))),
+        )
+    if first["type"] in ("missing", "missing_argument"):
+        return RecipeError(
+            f"{where}, key {place}", got="nothing", wanted="a value", next_step=f"Add `{place}:` to the recipe."
+        )
+    got = canonical_json(first["input"]) if _is_plain(first["input"]) else repr(first["input"])
+    return RecipeError(f"{where}, key {place}", got=got, wanted=first["msg"], next_step="Correct the value.")
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool | list | dict)
+
+
+def _without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Take the names of alternatives out of the place of an error.
+
+    Args:
+        location: As pydantic gives it.
+
+    Returns:
+        The keys that the recipe has.
+    """
+    return tuple(part for part in location if part not in _TAGS)

@@ -18,10 +18,11 @@ from keeptune.demo import METHODS as DEMO_METHODS
 from keeptune.demo import demo_recipe
 from keeptune.evaluate.tasks import Benchmark
 from keeptune.job import Job
+from keeptune.making import make_method
 from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
-from keeptune.recipe import ExportSpec, Knowledge, Task, load_recipe, make_method, parse_overrides
+from keeptune.recipe import ExportSpec, Knowledge, Task, load_recipe, parse_overrides
 
 Values = Callable[..., dict[str, Any]]
 

@@ -17,7 +17,8 @@ from keeptune.data.sft import draw_rows
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluate.tasks import Benchmark, load_items
 from keeptune.learning import item_texts
-from keeptune.recipe import load_recipe, resolve_file
+from keeptune.places import resolve_file
+from keeptune.recipe import load_recipe
 
 __all__ = ["NONE", "Files", "RepairData", "read_files"]
 

@@ -33,7 +33,7 @@ from keeptune.merging import base_of, head_of_adapter, trained_in
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.load import Dtype, load_model
-from keeptune.recipe import resolve_model
+from keeptune.places import resolve_model
 from keeptune.report.change import change_figure, totals
 from keeptune.report.style import png
 from keeptune.scoring import find_result

@@ -16,7 +16,7 @@ from keeptune.job import check_device, check_folder, device_named
 from keeptune.linalg.energy import top_energy
 from keeptune.model.blocks import find_targets
 from keeptune.model.load import load_model, refuse_not_finite
-from keeptune.recipe import resolve_model
+from keeptune.places import resolve_model
 from keeptune.report.energy import energy_figure, layer_means
 from keeptune.report.style import png
 

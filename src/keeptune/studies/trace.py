@@ -21,7 +21,7 @@ from keeptune.job import check_device, check_folder, device_named
 from keeptune.model.head import body_fingerprint
 from keeptune.model.load import load_model, load_positions, load_tokenizer
 from keeptune.model.tracing import Traced, embedding_std
-from keeptune.recipe import resolve_model
+from keeptune.places import resolve_model
 from keeptune.report.style import png
 from keeptune.report.tracing import heat_figure, profile_figure
 from keeptune.stats.store import Source, StatStore

@@ -1,0 +1,87 @@
+"""Where a recipe's files and models are: beside it, in atlas, or on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keeptune import atlas
+from keeptune.core.errors import RecipeError
+from keeptune.data import hub
+
+__all__ = ["resolve_file", "resolve_model", "resolve_paths"]
+
+_FILES = (("knowledge", "file"), ("task", "train"), ("evaluate", "file"))
+
+
+def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Find the files and the model that a recipe's values name.
+
+    Args:
+        values: As a YAML file holds them.
+        folder: Where a file is looked for that is not in the current directory.
+
+    Returns:
+        A new mapping, with paths in the place of names.
+
+    Raises:
+        RecipeError: atlas has no such file.
+    """
+    done = dict(values)
+    for section, key in _FILES:
+        part = done.get(section)
+        done[section] = [_found(p, key, folder) for p in part] if isinstance(part, list) else _found(part, key, folder)
+        if section not in values:
+            del done[section]
+    model: Any = done.get("model")
+    if isinstance(model, str):
+        done["model"] = resolve_model(model, folder)
+    return done
+
+
+def _found(section: Any, key: str, folder: Path) -> Any:
+    if isinstance(section, Mapping) and isinstance(section.get(key), str):
+        return {**section, key: resolve_file(section[key], folder)}
+    return section
+
+
+def resolve_file(name: str, folder: Path = Path()) -> str:
+    """Find the data file that a name stands for.
+
+    Args:
+        name: A path, ``atlas:facts.jsonl`` or ``hf://datasets/org/name/file.jsonl``.
+        folder: Where a file is looked for that is not in the current directory.
+
+    Returns:
+        A path; there need be no such file.
+
+    Raises:
+        RecipeError: atlas has no such file.
+    """
+    if name.startswith("atlas:"):
+        try:
+            return str(atlas.data_path(name.removeprefix("atlas:")))
+        except FileNotFoundError as error:
+            raise RecipeError(name, got=str(error), wanted="a file of atlas", next_step="Pick one of them.") from error
+    if name.startswith(hub.PREFIX):
+        return str(hub.fetch(name))
+    path = Path(name).expanduser()
+    beside = folder / path
+    return str((beside if not path.exists() and beside.exists() else path).absolute())
+
+
+def resolve_model(name: str, folder: Path = Path()) -> str:
+    """Find the model that a name stands for.
+
+    Args:
+        name: ``atlas``, a folder or a hub id.
+        folder: Where a folder is looked for that is not in the current directory.
+
+    Returns:
+        A path, or the hub id.
+    """
+    if name == "atlas":
+        return str(atlas.model_path())
+    beside = folder / Path(name).expanduser()
+    return str(beside.absolute()) if not Path(name).expanduser().is_dir() and beside.is_dir() else name

@@ -1,0 +1,1 @@
+"""Continual learning: task after task from one recipe, everything scored after each."""
