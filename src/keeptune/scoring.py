@@ -18,6 +18,7 @@ from keeptune.core.artefact import (
 )
 from keeptune.core.errors import ModelError
 from keeptune.evaluate.harness import evaluate
+from keeptune.evaluate.kept import KeptAnswers
 from keeptune.evaluate.pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.job import Job
 from keeptune.model.load import load_model
@@ -27,13 +28,14 @@ __all__ = ["evaluate_stage", "find_result", "load_pair", "result_fingerprint"]
 _log = logging.getLogger(__name__)
 
 
-def evaluate_stage(job: Job, adapter: Path | None = None) -> list[dict[str, Any]]:
+def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers | None = None) -> list[dict[str, Any]]:
     """Score every benchmark that is not scored yet; results are kept one by one.
 
     Args:
         job: The job.
         adapter: An adapter or merged model to score; None takes the run's own. Another's results go to
             ``evaluation-<fingerprint>`` in the run folder and never mix with the run's own.
+        kept: Where the base's answers are, so that it is not asked again; None asks it.
 
     Returns:
         One summary per benchmark.
@@ -54,7 +56,7 @@ def evaluate_stage(job: Job, adapter: Path | None = None) -> list[dict[str, Any]
             continue
         pair = pair or load_pair(job, folder)
         started = time.perf_counter()
-        result = evaluate(pair, job.tokenizer, benchmark, Path(), seed=job.seed)
+        result = evaluate(pair, job.tokenizer, benchmark, Path(), seed=job.seed, kept=kept)
         write_bytes(items, result.to_jsonl().encode())
         seconds = time.perf_counter() - started
         record = {

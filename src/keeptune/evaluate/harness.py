@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.evaluate.classification import classified, need_language_model
 from keeptune.evaluate.generation import greedy_texts
+from keeptune.evaluate.kept import KeptAnswers
 from keeptune.evaluate.likelihood import log_likelihoods, losses_and_divergence
 from keeptune.evaluate.pairs import ModelPair, Side, scoring
 from keeptune.evaluate.results import BenchmarkResult, grouped, rate
@@ -32,6 +33,7 @@ __all__ = ["evaluate", "score_items"]
 _LOG = logging.getLogger(__name__)
 _SIDES: tuple[Side, Side] = ("before", "after")
 Records = list[dict[str, Any]]
+T = TypeVar("T", str, float)
 
 
 def evaluate(
@@ -42,6 +44,7 @@ def evaluate(
     *,
     seed: int = 0,
     progress: bool = True,
+    kept: KeptAnswers | None = None,
 ) -> BenchmarkResult:
     """Score a benchmark before and after fine-tuning.
 
@@ -52,12 +55,13 @@ def evaluate(
         folder: The folder that the benchmark's relative path starts from.
         seed: Seed of the bootstrap interval; nothing else is random.
         progress: Show a bar where stderr is a terminal and the work takes more than two seconds.
+        kept: Where the base's answers are, so that it is not asked again; None asks it.
 
     Returns:
         The scores, their interval and the record of every item.
     """
     items = load_items(benchmark, folder)
-    return score_items(pair, tokenizer, benchmark, items, seed=seed, progress=progress)
+    return score_items(pair, tokenizer, benchmark, items, seed=seed, progress=progress, kept=kept)
 
 
 def score_items(
@@ -68,6 +72,7 @@ def score_items(
     *,
     seed: int = 0,
     progress: bool = True,
+    kept: KeptAnswers | None = None,
 ) -> BenchmarkResult:
     """Score items that are in memory already; see :func:`evaluate`.
 
@@ -78,6 +83,7 @@ def score_items(
         items: Items of the benchmark's metric, at least one.
         seed: Seed of the bootstrap interval.
         progress: Whether to show a bar.
+        kept: Where the base's answers are.
 
     Returns:
         The result.
@@ -95,7 +101,7 @@ def score_items(
         if benchmark.metric in (*LABELS, *SCORES):
             return classified(pair, tokenizer, benchmark, items, seed=seed, advance=bar.update)
         need_language_model(pair, benchmark)
-        records = scorers[benchmark.metric](pair, tokenizer, benchmark, items, bar.update)
+        records = scorers[benchmark.metric](pair, tokenizer, benchmark, items, bar.update, kept)
     return _result(benchmark, items, records, seed)
 
 
@@ -129,6 +135,7 @@ def _generated(
     benchmark: Benchmark,
     items: Sequence[Item],
     advance: Callable[[int], object],
+    kept: KeptAnswers | None,
 ) -> Records:
     """Exact match of greedily generated answers."""
     limit = _limit(pair, benchmark, benchmark.max_new_tokens)
@@ -142,10 +149,10 @@ def _generated(
         for item in items
     ]
     _report_cuts(benchmark, prompts, limit)
-    texts: dict[Side, list[str]] = {}
-    for side in _SIDES:
+
+    def generated(side: Side) -> list[str]:
         with scoring(pair, side) as model:
-            texts[side] = greedy_texts(
+            return greedy_texts(
                 model,
                 tokenizer,
                 prompts,
@@ -156,6 +163,8 @@ def _generated(
                 where=f"{benchmark.where} ({side})",
                 advance=advance,
             )
+
+    texts = _both_sides(generated, benchmark, prompts, kept)
     return [
         {
             "before": exact_match(first, item.answers, normalise=benchmark.normalise),
@@ -176,6 +185,7 @@ def _chosen(
     benchmark: Benchmark,
     items: Sequence[Item],
     advance: Callable[[int], object],
+    kept: KeptAnswers | None,
 ) -> Records:
     """Accuracy of the likeliest choice, and of the likeliest per character."""
     limit = _limit(pair, benchmark, 0)
@@ -191,10 +201,10 @@ def _chosen(
         for text in item.choices
     ]
     _report_cuts(benchmark, sequences, limit)
-    sums: dict[Side, list[float]] = {}
-    for side in _SIDES:
+
+    def scored(side: Side) -> list[float]:
         with scoring(pair, side) as model:
-            sums[side] = log_likelihoods(
+            return log_likelihoods(
                 model,
                 sequences,
                 rows=benchmark.batch_size,
@@ -202,6 +212,8 @@ def _chosen(
                 where=f"{benchmark.where} ({side})",
                 advance=advance,
             )
+
+    sums = _both_sides(scored, benchmark, sequences, kept)
     records, place = [], 0
     for item in items:
         end = place + len(item.choices)
@@ -212,6 +224,14 @@ def _chosen(
         records.append(record)
         place = end
     return records
+
+
+def _both_sides(
+    ask: Callable[[Side], list[T]], benchmark: Benchmark, sequences: Sequence[Tokens], kept: KeptAnswers | None
+) -> dict[Side, list[T]]:
+    """Ask both models, the base only where its answers are not kept."""
+    before = ask("before") if kept is None else kept.get(benchmark, sequences, lambda: ask("before"))
+    return {"before": before, "after": ask("after")}
 
 
 def _accuracies(item: Item, sums: Sequence[float], side: Side) -> Mapping[str, Any]:
@@ -230,6 +250,7 @@ def _predicted(
     benchmark: Benchmark,
     items: Sequence[Item],
     advance: Callable[[int], object],
+    _: KeptAnswers | None,
 ) -> Records:
     """Cross-entropy and KL(base || tuned), nats per token of each document."""
     limit = _limit(pair, benchmark, 0)

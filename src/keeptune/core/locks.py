@@ -1,0 +1,41 @@
+"""Locks between processes: one does what the others would do again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from keeptune.core.artefact import explain_full_disk
+
+__all__ = ["locked"]
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock that belongs to a file; the system lets go of it when the process ends, however it ends.
+
+    The file stays: removing it would let a third process lock another file of the same name.
+
+    Args:
+        path: The file; it and its folder are made.
+        wait: Whether to wait for whoever holds it.
+
+    Yields:
+        True while it is held; False where another process holds it and ``wait`` is not set.
+
+    Raises:
+        ArtefactError: The file cannot be made.
+    """
+    import fcntl  # not on Windows, where nothing else of keeptune needs it
+
+    with contextlib.ExitStack() as opened:
+        with explain_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context(path.open("a"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
