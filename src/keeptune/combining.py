@@ -24,6 +24,7 @@ from keeptune.core.errors import PlanError
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import Method, Noted, Searched, training_of
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -77,6 +78,7 @@ class Combined:
 
     paper: ClassVar[str] = ""
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     parts: Sequence[Part]
 

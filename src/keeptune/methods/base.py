@@ -28,6 +28,7 @@ from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import PlanError, RecipeError, nearest
 from keeptune.core.plan import Decision, Plan, Scope, TargetPlan
 from keeptune.core.target import Target
+from keeptune.methods.strength import Strength
 from keeptune.penalties.base import PenaltySpec
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
@@ -67,6 +68,7 @@ class Method(Protocol[S]):
 
     paper: ClassVar[str]
     scope: ClassVar[Scope]
+    strength_option: ClassVar[Strength | None]
 
     @property
     def name(self) -> str:

@@ -36,6 +36,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.covariance import InputCovariance
 from keeptune.stats.request import Request
@@ -102,6 +103,7 @@ class Corda:
     name: ClassVar[str] = "corda"
     paper: ClassVar[str] = "Yang et al., CorDA, NeurIPS 2024"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     mode: Literal["kpm", "ipm"] = "kpm"

@@ -24,6 +24,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.lora import draw_start, scale_of
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -45,6 +46,7 @@ class Dora:
     name: ClassVar[str] = "dora"
     paper: ClassVar[str] = "Liu et al., DoRA, ICML 2024"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     alpha: float | None = None

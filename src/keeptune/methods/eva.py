@@ -32,6 +32,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.eigen import bottom_eigenvectors
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.covariance import InputCovariance
 from keeptune.stats.mean import InputMean
@@ -98,6 +99,7 @@ class Eva:
     name: ClassVar[str] = "eva"
     paper: ClassVar[str] = "Paischer et al., EVA, 2024"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     alpha: float = 1.0

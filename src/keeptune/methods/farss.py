@@ -41,6 +41,7 @@ from keeptune.core.target import Target
 from keeptune.linalg.budget import clipped_shares, exact_shares
 from keeptune.linalg.svd import exact_svd
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.covariance import GradientCovariance, InputCovariance
 from keeptune.stats.gradient import DirectionVariances
@@ -133,6 +134,7 @@ class Farss:
     name: ClassVar[str] = "farss"
     paper: ClassVar[str] = "Chen et al., FARSS, 2025"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     r_min: int = 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -26,6 +27,7 @@ class Full:
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "full fine-tuning, the usual reference"
     scope: ClassVar[Scope] = "all"
+    strength_option: ClassVar[Strength | None] = None
 
     def requests(self, target: Target) -> frozenset[Request]:
         """Need nothing."""

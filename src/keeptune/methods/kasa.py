@@ -30,6 +30,7 @@ from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field, generator_for
 from keeptune.methods.lora import draw_A, scale_of
+from keeptune.methods.strength import Strength
 from keeptune.penalties.kasa import KasaRegularizers, Regularizer
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
@@ -75,6 +76,7 @@ class Kasa:
     paper: ClassVar[str] = "Wang et al., KaSA, ICLR 2025"
     scope: ClassVar[Scope] = "adapter"
     moves_start: ClassVar[bool] = True
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     alpha: float | None = None

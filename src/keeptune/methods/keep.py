@@ -25,6 +25,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.lora import lora_start, scale_of
+from keeptune.methods.strength import Strength
 from keeptune.penalties.drift import DriftBudget
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
@@ -60,6 +61,7 @@ class Keep:
     name: ClassVar[str] = "keep"
     paper: ClassVar[str] = "keeptune"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = Strength(("drift", "nats"), "divided", default=_NATS)
 
     rank: int = 8
     alpha: float | None = None

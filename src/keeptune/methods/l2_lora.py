@@ -26,6 +26,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.lora import lora_start, scale_of
+from keeptune.methods.strength import Strength
 from keeptune.penalties.l2 import L2, Layers
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
@@ -63,6 +64,7 @@ class L2Lora:
     name: ClassVar[str] = "l2-lora"
     paper: ClassVar[str] = "Zhang et al., L2-LoRA"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = Strength(("strength",), "multiplied")
 
     rank: int = 8
     alpha: float | None = None

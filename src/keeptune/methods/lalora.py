@@ -28,6 +28,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.lora import lora_start, scale_of
+from keeptune.methods.strength import Strength
 from keeptune.penalties.laplace import Curvature, Laplace
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Labels, Request
@@ -62,6 +63,7 @@ class Lalora:
     name: ClassVar[str] = "lalora"
     paper: ClassVar[str] = "Sliwa et al., LaLoRA, 2512.17720 (our reading)"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = Strength(("strength",), "multiplied")
 
     rank: int = 8
     alpha: float | None = None

@@ -41,6 +41,7 @@ from keeptune.core.target import Target
 from keeptune.linalg.voting import count_votes, most_voted, quota
 from keeptune.methods.base import check_scaling, dropout_field
 from keeptune.methods.lora import draw_start, scale_of
+from keeptune.methods.strength import Strength
 from keeptune.stats.attribution import Attributions, NeuronAttribution
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
@@ -108,6 +109,7 @@ class Loki:
     name: ClassVar[str] = "loki"
     paper: ClassVar[str] = "Wang et al., LoKI, AAAI 2026"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = Strength(("q",), "divided")
 
     q: float = 10.0
     rank: int | None = None

@@ -22,6 +22,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field, generator_for
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -111,6 +112,7 @@ class Lora:
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "Hu et al., LoRA, ICLR 2022"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     alpha: float | None = None

@@ -22,6 +22,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.lora import draw_start, scale_of
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -44,6 +45,7 @@ class LoraFA:
     name: ClassVar[str] = "lora-fa"
     paper: ClassVar[str] = "Zhang et al., LoRA-FA, 2023"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     alpha: float | None = None

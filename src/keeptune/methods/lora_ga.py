@@ -30,6 +30,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field, generator_for
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.gradient import WeightGradient
 from keeptune.stats.request import Request
@@ -59,6 +60,7 @@ class LoraGA:
     name: ClassVar[str] = "lora-ga"
     paper: ClassVar[str] = "Wang et al., LoRA-GA, NeurIPS 2024"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     alpha: float | None = None

@@ -34,6 +34,7 @@ from keeptune.core.target import Target
 from keeptune.linalg.eigen import bottom_eigenvectors
 from keeptune.linalg.svd import projected_svd
 from keeptune.methods.base import allot_rank
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.covariance import InputCovariance, ReleasedCovariance
 from keeptune.stats.request import Request
@@ -107,6 +108,7 @@ class LoraNull:
     name: ClassVar[str] = "lora-null"
     paper: ClassVar[str] = "Tang et al., LoRA-Null, 2025"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     variant: Literal["v1", "v2"] = "v1"

@@ -25,6 +25,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -44,6 +45,7 @@ class Mica:
     name: ClassVar[str] = "mica"
     paper: ClassVar[str] = "MiCA, 2026"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     alpha: float | None = None

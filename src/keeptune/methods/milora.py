@@ -24,6 +24,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field, warn_of_zeros
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -43,6 +44,7 @@ class Milora:
     name: ClassVar[str] = "milora"
     paper: ClassVar[str] = "Wang et al., MiLoRA, NAACL 2025"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     alpha: float | None = None

@@ -26,6 +26,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.eigen import canonical_signs
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -62,6 +63,7 @@ class Olora:
     name: ClassVar[str] = "olora"
     paper: ClassVar[str] = "Büyükakyüz, OLoRA, 2024"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     alpha: float | None = None

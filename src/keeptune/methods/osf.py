@@ -27,6 +27,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.svd import exact_svd
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -44,6 +45,7 @@ class Osf:
     name: ClassVar[str] = "osf"
     paper: ClassVar[str] = "Nayak et al., Sculpting Subspaces, 2025"
     scope: ClassVar[Scope] = "subspace"
+    strength_option: ClassVar[Strength | None] = Strength(("preserve",), "odds")
 
     preserve: float = 0.5
 

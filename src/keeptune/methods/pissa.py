@@ -29,6 +29,7 @@ from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets, random_triplets
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field, generator_for, warn_of_zeros
+from keeptune.methods.strength import Strength
 from keeptune.stats.collect import StatsView
 from keeptune.stats.request import Request
 
@@ -51,6 +52,7 @@ class Pissa:
     name: ClassVar[str] = "pissa"
     paper: ClassVar[str] = "Meng et al., PiSSA, NeurIPS 2024"
     scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
 
     rank: int = 8
     alpha: float | None = None
