@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from keeptune.methods.lora import Lora
 from keeptune.penalties.base import conclusions, penalty_named
 from keeptune.penalties.drift import DriftBudget, ascended, excess
 from keeptune.penalties.laplace import Laplace
+from keeptune.stats.attribution import Attributions
 from keeptune.train.penalty import Penalties
 
 
@@ -80,6 +82,15 @@ def test_budgets_by_effect_are_smaller_where_more_sits_and_have_the_budget_as_th
     budgets = plan.penalties[0].tensors["budget"].tolist()
     assert sum(budgets) / len(budgets) == pytest.approx(0.01)
     assert budgets[0] != budgets[1]
+
+
+def test_budgets_follow_the_blocks_that_were_attributed_by_their_numbers() -> None:
+    values = torch.tensor([[[1.0, 1.0], [4.0, 4.0]]])  # of blocks 1 and 3: the profile is 1/4 and 1
+    known = Attributions((1, 3), 2, 1, lambda sample: values[sample])
+    site: Any = SimpleNamespace(stats=SimpleNamespace(derive=lambda request, weigh: weigh(known)))
+    budgets = DriftBudget(per="layer", layers="kva", budget=0.01)._budgets(site, {0: 0, 1: 1, 2: 2, 3: 3})
+    weights = [1.0, 0.25, 1.0, 1.0]  # a block without an MLP is held as the one that holds most
+    assert budgets == pytest.approx([0.01 * (4 / 7) / weight for weight in weights])
 
 
 def test_the_drift_of_each_target_is_logged_whatever_the_groups(tmp_path: Path) -> None:

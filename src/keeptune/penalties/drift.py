@@ -15,8 +15,8 @@ PI controller in logarithms, damps it: the pressure p_g is off as soon as there 
 gradient at the target's output, n the tokens for each one with a loss).
 
 ``per="layer"`` with ``layers="naie"`` or ``"kva"`` gives a layer that holds more of the answers (stats/tracing.py,
-stats/attribution.py) a smaller budget: budget_g = budget · w̄ / w_g, where w̄ is the
-harmonic mean of the weights w, so that the mean of the budgets is the budget.
+stats/attribution.py) a smaller budget: budget_g = budget · w̄ / w_g, where w̄ is the harmonic mean of the weights w, so
+that the mean of the budgets is the budget.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from keeptune.linalg.factor import Factor, Identity, factor_from
 from keeptune.penalties.base import OnChange, Site, Term, start_of
 from keeptune.penalties.checks import check_counts
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
-from keeptune.stats.attribution import NeuronAttribution, layer_profile
+from keeptune.stats.attribution import Attributions, NeuronAttribution, layer_profile
 from keeptune.stats.factors import Covariance, gradient_request, input_request, read_factor
 from keeptune.stats.fisher import TokenCount, tokens_per_learned
 from keeptune.stats.request import DataRole, Labels, Request
@@ -97,7 +97,7 @@ class Multiplied:
     def value_and_grad(self, factors: Mapping[Name, Tensor]) -> tuple[Tensor, Mapping[Name, Tensor]]:
         """Compute the target's part of (3) and its gradient."""
         value, gradients = self.term.value_and_grad(factors)
-        pressure = (self.log_pressure[self.group].exp() / self.budget[self.group]).to(value)
+        pressure = self.log_pressure[self.group].exp().to(value) / self.budget[self.group].to(value)
         return value * pressure, {factor: gradient * pressure for factor, gradient in gradients.items()}
 
 
@@ -186,6 +186,11 @@ class DriftBudget:
         """Need knowledge."""
         return frozenset({"knowledge"})
 
+    @property
+    def examples(self) -> int | None:
+        """How many examples of each knowledge set are used."""
+        return None if self.batches is None else self.batches * self.batch_size
+
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
         """Need Ω, and the effect of each layer where budgets follow it."""
         traced: set[Request] = set() if self.layers == "uniform" else {self._trace()}
@@ -244,8 +249,8 @@ class DriftBudget:
             What to log: D and p, of each group where there are several, and each target's own d.
         """
         log_multiplier, log_pressure, budget = (tensors[k] for k in ("log multiplier", "log pressure", "budget"))
-        group = torch.stack([tensors[f"group:{name}"] for name in values])
-        value = torch.stack(list(values.values())).to(budget) * (budget / log_pressure.exp())[group]
+        group = torch.stack([tensors[f"group:{name}"].to(budget.device) for name in values])
+        value = torch.stack([part.to(budget) for part in values.values()]) * (budget / log_pressure.exp())[group]
         drift = torch.zeros_like(budget).index_add_(0, group, value)
         own = value if self.curvature == "delta-kfac" else value * torch.bincount(group, minlength=len(budget))[group]
         logs = {f"feature_drift{_place(g, len(budget))}": drift[g] for g in range(len(budget))}
@@ -276,26 +281,35 @@ class DriftBudget:
             return [self.budget]
         if self.layers == "uniform":
             return [self.budget] * len(groups)
-        weigh = layer_weights if self.layers == "naie" else layer_profile
-        effects = site.stats.derive(self._trace(), weigh).clamp_min(_LEAST).tolist()
-        weights = [effects[layer] if layer >= 0 else 1.0 for layer in groups]
+        weigh = _traced_weights if self.layers == "naie" else _attributed_weights
+        effects = site.stats.derive(self._trace(), weigh)
+        weights = [max(effects.get(layer, 1.0), _LEAST) for layer in groups]
         harmonic = len(weights) / sum(1 / weight for weight in weights)
         return [self.budget * harmonic / weight for weight in weights]
 
     def _inputs(self) -> Covariance:
-        examples = None if self.batches is None else self.batches * self.batch_size
-        return input_request("knowledge", self.factor_rank, examples=examples)
+        return input_request("knowledge", self.factor_rank, examples=self.examples)
 
     def _gradients(self) -> Covariance:
-        examples = None if self.batches is None else self.batches * self.batch_size
-        return gradient_request("knowledge", self.labels, self.factor_rank, seed=self.label_seed, examples=examples)
+        return gradient_request(
+            "knowledge", self.labels, self.factor_rank, seed=self.label_seed, examples=self.examples
+        )
 
     def _count(self) -> TokenCount:
-        return TokenCount("knowledge", None if self.batches is None else self.batches * self.batch_size)
+        return TokenCount("knowledge", self.examples)
 
     def _trace(self) -> LayerEffect | NeuronAttribution:
         kind = LayerEffect if self.layers == "naie" else NeuronAttribution
         return kind("knowledge", examples=self.trace_examples)
+
+
+def _traced_weights(effects: Tensor) -> dict[int, float]:
+    return dict(enumerate(layer_weights(effects).tolist()))
+
+
+def _attributed_weights(attributions: Attributions) -> dict[int, float]:
+    """Weigh the blocks that have an MLP; the others have no weight."""
+    return dict(zip(attributions.layers, layer_profile(attributions).tolist(), strict=True))
 
 
 def _place(group: int, groups: int) -> str:
