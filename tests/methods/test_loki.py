@@ -20,7 +20,7 @@ from keeptune.combining import Combined, Part
 from keeptune.core.errors import ModelError, PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
-from keeptune.linalg.voting import count_votes
+from keeptune.linalg.voting import Votes, voted
 from keeptune.methods.loki import Loki, select
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
@@ -387,11 +387,11 @@ def test_the_votes_are_counted_once_for_all_targets(tmp_path: Path, monkeypatch:
     """Beside another method too, whose own statistics are looked at between."""
     bench, counted = Bench(MODELS["llama"](), tmp_path), []
 
-    def watched(*args: Any, **kwargs: Any) -> Tensor:
+    def watched(*args: Any, **kwargs: Any) -> Votes:
         counted.append(1)
-        return count_votes(*args, **kwargs)
+        return voted(*args, **kwargs)
 
-    monkeypatch.setattr("keeptune.methods.loki.count_votes", watched)
+    monkeypatch.setattr("keeptune.methods.loki.voted", watched)
     bench.plan(Loki())
     assert len(counted) == 1
     bench.plan(Combined([Part(Loki(), ["down_proj"]), Part(LoraNull(rank=4), ["q_proj", "up_proj"])]))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["count_votes", "lowest", "most_voted", "quota"]
+__all__ = ["count_votes", "lowest", "most_voted", "quota", "voted"]
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -116,3 +117,29 @@ def most_voted(counts: Tensor, k: int, *, whole: bool = False) -> Rows:
     """
     marked = lowest(-counts.flatten(), k).view(counts.shape) if whole else lowest(-counts, k)
     return tuple(tuple(row.nonzero().flatten().tolist()) for row in marked)
+
+
+class Votes(NamedTuple):
+    """What the samples named: rows of each layer, ascending, and how often each node was named, ``(L, D)``."""
+
+    rows: Rows
+    counts: Tensor
+
+
+def voted(chunks: Iterable[Tensor], k: int, *, whole: bool = False, highest: bool = False) -> Votes:
+    """Let the samples name k nodes each and take the k that were named most often (LoKI, eqs. 7 to 9).
+
+    Args:
+        chunks: Scores, ``(n, L, D)`` each.
+        k: How many, of each layer or, where ``whole``, of all.
+        whole: Rank the nodes of all layers together.
+        highest: Name the highest.
+
+    Returns:
+        The rows and the counts.
+
+    Raises:
+        ValueError: A score is NaN, k is out of range, or there is no chunk.
+    """
+    counts = count_votes(chunks, k, whole=whole, highest=highest)
+    return Votes(most_voted(counts, k, whole=whole), counts)

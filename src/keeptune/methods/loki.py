@@ -38,7 +38,7 @@ from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Factor, Scope, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.voting import count_votes, most_voted, quota
+from keeptune.linalg.voting import quota, voted
 from keeptune.methods.base import check_scaling, dropout_field
 from keeptune.methods.lora import draw_start, scale_of
 from keeptune.methods.strength import Strength
@@ -81,8 +81,7 @@ def select(attributions: Attributions, q: float, selection: Selection) -> dict[s
     """
     whole = selection != "layer-balanced"
     k = quota(q, attributions.nodes * (len(attributions.modules) if whole else 1))
-    counts = count_votes(attributions.chunks(), k, whole=whole, highest=selection == "global-high")
-    rows = most_voted(counts, k, whole=whole)
+    rows, counts = voted(attributions.chunks(), k, whole=whole, highest=selection == "global-high")
     votes = counts.float() / attributions.samples
     return {name: Selected(*found) for name, *found in zip(attributions.modules, rows, votes, strict=True)}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from keeptune.combining import parts_of
 from keeptune.core.errors import RecipeError, StatisticsError, nearest
 from keeptune.job import Job
-from keeptune.linalg.voting import Rows, count_votes, most_voted, quota
+from keeptune.linalg.voting import Rows, count_votes, quota, voted
 from keeptune.methods.loki import Loki
 from keeptune.planning import statistics_for
 from keeptune.stats.attribution import Attributions, NeuronAttribution
@@ -22,7 +22,7 @@ __all__ = [
     "PRESETS",
     "Side",
     "Where",
-    "asked_attribution",
+    "asked_loki",
     "attributed",
     "check_share",
     "chosen_rows",
@@ -53,17 +53,16 @@ class Side:
     where: Where = "layer-balanced"
 
 
-def asked_attribution(job: Job) -> NeuronAttribution:
-    """Take the attribution of a recipe's LoKI, or the default one.
+def asked_loki(job: Job) -> Loki:
+    """Take a recipe's LoKI, or the default one.
 
     Args:
         job: The recipe.
 
     Returns:
-        What is measured.
+        Whose attribution, share of nodes and selection are used where nothing else is asked for.
     """
-    found = [part.method for part in parts_of(job.method) if isinstance(part.method, Loki)]
-    return found[0].attribution if found else NeuronAttribution()
+    return next((part.method for part in parts_of(job.method) if isinstance(part.method, Loki)), Loki())
 
 
 def side_of(words: str, job: Job, option: str) -> Side:
@@ -80,7 +79,7 @@ def side_of(words: str, job: Job, option: str) -> Side:
     Raises:
         RecipeError: A word is none of them.
     """
-    found = next((part.method for part in parts_of(job.method) if isinstance(part.method, Loki)), Loki())
+    found = asked_loki(job)
     attribution, where, examples = found.attribution, found.selection, found.attribution.examples
     for word in (part.strip() for part in words.split(",") if part.strip()):
         kind = next((known for known in get_args(Where) if known == word), None)
@@ -173,7 +172,7 @@ def chosen_rows(attributions: Attributions, q: float, where: Where) -> Rows:
             wanted=f"{100 / attributions.nodes:.2g} or more",
             next_step="Raise it, or take nodes of all blocks together.",
         )
-    return most_voted(count_votes(attributions.chunks(), k, whole=whole, highest=highest), k, whole=whole)
+    return voted(attributions.chunks(), k, whole=whole, highest=highest).rows
 
 
 def density(attributions: Attributions, q: float = 5.0) -> dict[str, Any]:

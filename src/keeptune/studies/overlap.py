@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from keeptune.combining import parts_of
 from keeptune.core.artefact import content_key, write_json
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.job import Job
 from keeptune.linalg.overlap import Overlap, overlap_of, overlaps
-from keeptune.methods.loki import Loki
 from keeptune.recipe import Recipe
 from keeptune.report.nodes import overlap_figure
 from keeptune.report.style import png
 from keeptune.stats.attribution import Attributions
-from keeptune.studies.nodes import Side, attributed, check_share, chosen_rows, side_of
+from keeptune.studies.nodes import Side, asked_loki, attributed, check_share, chosen_rows, side_of
 
 __all__ = ["overlap"]
 
@@ -47,7 +45,7 @@ def overlap(
     jobs = [Job(recipe), Job(recipe if other is None else other)]
     for job in jobs if other is not None else jobs[:1]:
         job.check()
-    q = _share_of(jobs[0]) if q is None else q
+    q = asked_loki(jobs[0]).q if q is None else q
     check_share(q)
     words = (first, second)
     sides = [side_of(words[0], jobs[0], "--first"), side_of(words[1], jobs[1], "--second")]
@@ -93,11 +91,6 @@ def overlap(
     write_json(folder / "overlap.json", record)
     png(overlap_figure(record), folder / "overlap.png")
     return record | {"folder": str(folder)}
-
-
-def _share_of(job: Job) -> float:
-    found = [part.method.q for part in parts_of(job.method) if isinstance(part.method, Loki)]
-    return found[0] if found else Loki().q
 
 
 def _name(jobs: list[Job], at: int, words: str, side: Side, known: Attributions) -> str:

@@ -40,7 +40,7 @@ from keeptune.report.nodes import density_figure
 from keeptune.report.plots import forgetting_by_benchmark
 from keeptune.report.style import png
 from keeptune.stats.attribution import Attributions, NeuronAttribution, layer_profile
-from keeptune.studies.nodes import Where, asked_attribution, attributed, check_share, chosen_rows, density
+from keeptune.studies.nodes import Where, asked_loki, attributed, check_share, chosen_rows, density
 
 __all__ = ["Over", "drawn_rows", "suppress"]
 
@@ -97,7 +97,7 @@ def suppress(
             wanted="one or more: what the model knows is scored",
             next_step="Add one to the recipe.",
         )
-    request = asked_attribution(job)
+    request = asked_loki(job).attribution
     attributions = attributed(job, request)
     whole = over == "global"
     kinds: tuple[Where, Where] = ("global-high", "global-low") if whole else ("layer-high", "layer-balanced")
