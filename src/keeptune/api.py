@@ -24,9 +24,9 @@ from keeptune.data.knowledge import knowledge_calibration, knowledge_of
 from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_calibration
 from keeptune.data.sft import TaskExamples, task_calibration
 from keeptune.evaluate.harness import evaluate as evaluate_one
+from keeptune.evaluate.kinds import AnyBenchmark
 from keeptune.evaluate.pairs import ModelPair
 from keeptune.evaluate.results import BenchmarkResult
-from keeptune.evaluate.tasks import Benchmark
 from keeptune.methods.base import Method
 from keeptune.model.blocks import positions
 from keeptune.model.head import Head
@@ -161,7 +161,7 @@ def export(
 
 
 def measure(
-    pair: ModelPair, tokenizer: PreTrainedTokenizerBase, benchmarks: Sequence[Benchmark], *, seed: int = 0
+    pair: ModelPair, tokenizer: PreTrainedTokenizerBase, benchmarks: Sequence[AnyBenchmark], *, seed: int = 0
 ) -> list[BenchmarkResult]:
     """Score benchmarks before and after tuning, on the same items.
 

@@ -20,12 +20,12 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.choices import choose_rows, lettered_rows
 from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_calibration, knowledge_set
 from keeptune.data.labelled import LabelledExamples, Texts
-from keeptune.data.overlap import Corpus, refuse_overlap
+from keeptune.data.overlap import Corpus
 from keeptune.data.replay import with_replay
 from keeptune.data.sft import TaskExamples
 from keeptune.data.sources import Row, read_jsonl
-from keeptune.evaluate.tasks import load_items
-from keeptune.learning import Examples, check_benchmark, item_texts, read_task, sample, used_texts
+from keeptune.evaluate.kinds import refuse_used
+from keeptune.learning import Examples, check_benchmark, read_task, sample, used_texts
 from keeptune.making import make_method, make_penalties
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.load import load_model, load_positions, load_tokenizer
@@ -244,12 +244,8 @@ class Job:
             texts = part.texts if self.head is None else Texts(tuple(part.texts)).whole
             used.append(Corpus(f"{part.where}.file", rows, texts))
         for benchmark in self.recipe.evaluate:
-            items = load_items(benchmark, Path())
-            check_benchmark(self.recipe.task.kind, self.task, benchmark, items)
-            rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]
-            scored = Corpus(benchmark.where, rows, item_texts(items))
-            for corpus in used:
-                refuse_overlap(corpus, scored)
+            check_benchmark(self.recipe.task.kind, self.task, benchmark)
+            refuse_used(used, benchmark)
         self.config("", torch.float32)
 
     def _check_replay(self) -> None:

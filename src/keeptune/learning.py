@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -24,12 +25,14 @@ from keeptune.data.labelled import (
 )
 from keeptune.data.sft import TaskExamples, task_calibration, task_examples
 from keeptune.data.sources import Row
-from keeptune.evaluate.tasks import LABELS, SCORES, Benchmark, Item
+from keeptune.evaluate.kinds import AnyBenchmark
+from keeptune.evaluate.standard import NamedBenchmark
+from keeptune.evaluate.tasks import LABELS, SCORES, load_items
 from keeptune.recipe import Kind, Task, TaskCalibration
 from keeptune.train.classify import train_classifier
 from keeptune.train.trainer import train
 
-__all__ = ["Examples", "check_benchmark", "item_texts", "probe_of", "read_task", "sample", "train_on", "used_texts"]
+__all__ = ["Examples", "check_benchmark", "probe_of", "read_task", "sample", "train_on", "used_texts"]
 
 Examples = TaskExamples | LabelledExamples
 _METRICS: dict[Kind, tuple[str, ...]] = {
@@ -120,36 +123,28 @@ def used_texts(examples: Examples) -> Sequence[str]:
     return examples.prompts if isinstance(examples, TaskExamples) else examples.texts.whole
 
 
-def item_texts(items: Sequence[Item]) -> list[str]:
-    """List what the model reads of each item of a benchmark, as :func:`used_texts` does.
-
-    Args:
-        items: The items.
-
-    Returns:
-        One text per item.
-    """
-    return [
-        Texts((item.text,), None if item.text_pair is None else (item.text_pair,)).whole[0]
-        if item.score is not None or (item.text and item.answers)
-        else item.prompt or item.text
-        for item in items
-    ]
-
-
-def check_benchmark(kind: Kind, examples: Examples, benchmark: Benchmark, items: Sequence[Item]) -> None:
+def check_benchmark(kind: Kind, examples: Examples, benchmark: AnyBenchmark) -> None:
     """Check that a benchmark can be scored by the model that the task makes.
 
     Args:
         kind: The task's kind.
         examples: The task.
         benchmark: The benchmark.
-        items: Its items.
 
     Raises:
         RecipeError: The metric is for another kind of model.
         DataError: An item has a label that is not learned.
     """
+    if isinstance(benchmark, NamedBenchmark):
+        if kind != "completion":
+            raise RecipeError(
+                benchmark.where,
+                got=f"a standard benchmark for task.kind {kind}",
+                wanted="a language model to score, task.kind completion",
+                next_step="Score a classifier on a file: `file`, `text`, `answer` and `metric`.",
+            )
+        return
+    items = load_items(benchmark, Path())
     if benchmark.metric not in _METRICS[kind]:
         raise RecipeError(
             f"{benchmark.where}.metric",

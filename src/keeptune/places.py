@@ -12,7 +12,7 @@ from keeptune.data import hub
 
 __all__ = ["resolve_file", "resolve_model", "resolve_paths"]
 
-_FILES = (("knowledge", "file"), ("task", "train"), ("evaluate", "file"))
+_FILES = (("knowledge", "file"), ("task", "train"), ("evaluate", "file"), ("evaluate", "data"))
 
 
 def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:

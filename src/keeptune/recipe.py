@@ -23,11 +23,14 @@ from keeptune.adapter.anchor import Anchor
 from keeptune.combining import tuned_roles
 from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError
+from keeptune.evaluate.standard import NamedBenchmark
 from keeptune.evaluate.tasks import Benchmark
 from keeptune.making import make_method, make_penalties
 from keeptune.model.load import Dtype
 from keeptune.places import resolve_paths
 from keeptune.sections import (
+    NAMED,
+    AnyBenchmark,
     ExportSpec,
     Kind,
     Knowledge,
@@ -75,7 +78,7 @@ class Recipe(Section):
     penalties: list[Annotated[dict[str, Any], BeforeValidator(spelt_out)]] = Field(default_factory=list)
     replay: float = Field(0.0, ge=0, lt=1)
     train: dict[str, Any] = Field(default_factory=dict)
-    evaluate: list[Benchmark] = Field(default_factory=list)
+    evaluate: list[AnyBenchmark] = Field(default_factory=list)
     anchor: Anchor = "auto"
     export: ExportSpec = ExportSpec()
     dtype: Dtype = "auto"
@@ -215,5 +218,6 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
     if len(location) > 1 and first in sections:
         return list(sections[first].model_fields)
     if len(location) > 1 and first == "evaluate":
-        return [field.name for field in dataclasses.fields(Benchmark)]
+        kind = NamedBenchmark if NAMED in location else Benchmark
+        return [field.name for field in dataclasses.fields(kind)]
     return list(Recipe.model_fields)

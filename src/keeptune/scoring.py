@@ -19,6 +19,7 @@ from keeptune.core.artefact import (
 from keeptune.core.errors import ModelError
 from keeptune.evaluate.harness import evaluate
 from keeptune.evaluate.kept import KeptAnswers
+from keeptune.evaluate.kinds import data_fingerprint
 from keeptune.evaluate.pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.job import Job
 from keeptune.model.load import load_model
@@ -46,7 +47,7 @@ def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers |
     pair: ModelPair | None = None
     summaries = []
     for benchmark in job.recipe.evaluate:
-        data = file_fingerprint([Path(benchmark.file)])
+        data = data_fingerprint(benchmark)
         key = content_key([benchmark, data, weights, job.base_fingerprint, job.seed])
         target = results / f"{benchmark.name}.json"
         items = target.with_suffix(".items.jsonl")

@@ -11,9 +11,12 @@ from keeptune.adapter.export import Format
 from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.data.choices import LOKI_PROMPT
+from keeptune.evaluate.standard import NamedBenchmark
+from keeptune.evaluate.tasks import Benchmark
 from keeptune.values import spelt_out
 
 __all__ = [
+    "AnyBenchmark",
     "ExportSpec",
     "Kind",
     "Knowledge",
@@ -28,6 +31,7 @@ __all__ = [
 _TEXT = "{text}"
 _FORMS = ("text", "prompt", "completion")
 _TAGS = ("one section", "several sections")
+OWN, NAMED = "of a file", "of a name"
 
 
 class Section(BaseModel):
@@ -93,6 +97,19 @@ KnowledgeSets = Annotated[
 MethodSections = Annotated[
     Annotated[dict[str, Any], Tag(_TAGS[0])] | Annotated[list[dict[str, Any]], Field(min_length=1), Tag(_TAGS[1])],
     Discriminator(_form),
+    BeforeValidator(spelt_out),
+]
+
+
+def _source(entry: Any) -> str:
+    """Say which of the two an entry of ``evaluate`` is: a file with a metric, or the name of a standard benchmark."""
+    own = isinstance(entry, Benchmark) or (isinstance(entry, Mapping) and not {"metric", "file"}.isdisjoint(entry))
+    return OWN if own else NAMED
+
+
+AnyBenchmark = Annotated[
+    Annotated[Benchmark, Tag(OWN)] | Annotated[NamedBenchmark, Tag(NAMED)],
+    Discriminator(_source),
     BeforeValidator(spelt_out),
 ]
 
@@ -170,7 +187,7 @@ def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | 
     Args:
         error: The error; its first finding counts.
         where: The recipe, or the section.
-        known: Gives the keys that may stand at a place.
+        known: Gives the keys that may stand at a place, in which alternatives are named.
 
     Returns:
         The error to raise.
@@ -183,7 +200,7 @@ def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | 
             f"{where}, key {place}",
             got="an unknown key",
             wanted="a key that recipes have",
-            next_step=nearest(str(location[-1]), list(known(location))),
+            next_step=nearest(str(location[-1]), list(known(first["loc"]))),
         )
     if first["type"] in ("missing", "missing_argument"):
         return RecipeError(
@@ -206,4 +223,4 @@ def _without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     Returns:
         The keys that the recipe has.
     """
-    return tuple(part for part in location if part not in _TAGS)
+    return tuple(part for part in location if part not in (*_TAGS, OWN, NAMED))

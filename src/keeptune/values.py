@@ -88,6 +88,8 @@ def set_value(values: dict[str, Any], key: str, value: Any, *, where: str) -> No
     place: Any = values
     if path and "method" in values:
         values["method"] = spelt_out(values["method"])
+    if len(path) > 1 and isinstance(values.get("evaluate"), list):
+        values["evaluate"] = [spelt_out(entry) for entry in values["evaluate"]]
     try:
         for part in path:
             if isinstance(place, dict) and place.get(part) is None:
@@ -122,7 +124,7 @@ def override_value(text: str) -> Any:
 
 
 def spelt_out(method: Any) -> Any:
-    """Read the short form ``method: farss`` as ``method: {name: farss}``.
+    """Read the short form ``method: farss`` as ``method: {name: farss}``; the same for a benchmark.
 
     Args:
         method: The section, or a name in its place.

@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.evaluate.classification import classified, need_language_model
 from keeptune.evaluate.generation import greedy_texts
 from keeptune.evaluate.kept import KeptAnswers
+from keeptune.evaluate.kinds import AnyBenchmark
 from keeptune.evaluate.likelihood import log_likelihoods, losses_and_divergence
 from keeptune.evaluate.pairs import ModelPair, Side, scoring
 from keeptune.evaluate.results import BenchmarkResult, grouped, rate
 from keeptune.evaluate.scores import exact_match, paired_interval
+from keeptune.evaluate.standard import NamedBenchmark, score_named
 from keeptune.evaluate.tasks import LABELS, SCORES, Benchmark, Item, load_items
 from keeptune.evaluate.tokens import (
     Tokens,
@@ -39,7 +41,7 @@ T = TypeVar("T", str, float)
 def evaluate(
     pair: ModelPair,
     tokenizer: PreTrainedTokenizerBase,
-    benchmark: Benchmark,
+    benchmark: AnyBenchmark,
     folder: Path,
     *,
     seed: int = 0,
@@ -60,6 +62,8 @@ def evaluate(
     Returns:
         The scores, their interval and the record of every item.
     """
+    if isinstance(benchmark, NamedBenchmark):
+        return score_named(pair, tokenizer, benchmark, seed=seed, progress=progress, kept=kept)
     items = load_items(benchmark, folder)
     return score_items(pair, tokenizer, benchmark, items, seed=seed, progress=progress, kept=kept)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from keeptune.core.errors import ArtefactError, StatisticsError
 from keeptune.evaluate.scores import Change, average_forgetting, harmonic, knowledge_kept, task_learned
-from keeptune.evaluate.tasks import Metric, Role
+from keeptune.evaluate.tasks import Measure, Role
 
 __all__ = ["BenchmarkResult", "trade_off"]
 
@@ -46,7 +46,7 @@ class BenchmarkResult:
 
     name: str
     role: Role
-    metric: Metric
+    metric: Measure
     n: int
     before: float
     after: float

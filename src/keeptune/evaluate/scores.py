@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from keeptune.core.errors import StatisticsError
-from keeptune.evaluate.tasks import Metric, Normalisation
+from keeptune.evaluate.tasks import Measure, Normalisation
 
 __all__ = [
     "Change",
@@ -211,7 +211,7 @@ class Change:
     """
 
     name: str
-    metric: Metric
+    metric: Measure
     reference: float
     value: float
 

@@ -13,9 +13,11 @@ from keeptune.data.labelled import label_of, score_of, texts_of
 from keeptune.data.prompts import pick, render
 from keeptune.data.sources import Row, read_jsonl
 
-__all__ = ["LABELS", "SCORES", "Benchmark", "Item", "Metric", "Normalisation", "Role", "load_items"]
+__all__ = ["LABELS", "SCORES", "Benchmark", "Item", "Measure", "Metric", "Normalisation", "Role", "load_items"]
 
 Metric = Literal["exact_match", "multiple_choice", "cross_entropy", "accuracy", "f1", "matthews", "pearson", "spearman"]
+# What results may be in: the metrics above, and those of standard benchmarks.
+Measure = Metric | Literal["accuracy_norm", "pass_at_1", "prompts_followed", "instructions_followed"]
 LABELS = ("accuracy", "f1", "matthews")  # of a classifier's labels
 SCORES = ("pearson", "spearman")  # of a regression's scores
 Role = Literal["knowledge", "task"]

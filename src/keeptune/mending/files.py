@@ -11,12 +11,11 @@ from typing import Any
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import RecipeError
 from keeptune.data.knowledge import KnowledgeSet, knowledge_set
-from keeptune.data.overlap import Corpus, refuse_overlap
+from keeptune.data.overlap import Corpus
 from keeptune.data.prompts import render
 from keeptune.data.sft import draw_rows
 from keeptune.data.sources import Row, read_jsonl
-from keeptune.evaluate.tasks import Benchmark, load_items
-from keeptune.learning import item_texts
+from keeptune.evaluate.kinds import AnyBenchmark, refuse_used
 from keeptune.places import resolve_file
 from keeptune.recipe import load_recipe
 
@@ -63,7 +62,7 @@ class RepairData:
 
     knowledge: tuple[KnowledgeSet, ...]
     task: Sequence[str] | Sequence[tuple[str, str]] | None
-    benchmarks: tuple[Benchmark, ...]
+    benchmarks: tuple[AnyBenchmark, ...]
 
 
 def read_files(adapter: str, files: Files) -> RepairData:
@@ -86,10 +85,7 @@ def read_files(adapter: str, files: Files) -> RepairData:
     task, corpus = _task(run.get("task") or {}, files)
     benchmarks = () if files.evaluate is None else tuple(load_recipe(files.evaluate).evaluate)
     for benchmark in benchmarks:
-        rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]
-        scored = Corpus(benchmark.where, rows, item_texts(load_items(benchmark, Path())))
-        for other in (*used, *corpus):
-            refuse_overlap(other, scored)
+        refuse_used((*used, *corpus), benchmark)
     return RepairData(tuple(part for _, part in sets), task, benchmarks)
 
 

@@ -30,7 +30,7 @@ from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.data.calibration import Calibration
 from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_calibration, knowledge_of
 from keeptune.data.sft import TaskExamples, task_calibration
-from keeptune.evaluate.tasks import Benchmark
+from keeptune.evaluate.kinds import AnyBenchmark
 from keeptune.job import check_device, check_folder, device_named
 from keeptune.linalg.repair import mu_for_drift
 from keeptune.mending.scores import score_models
@@ -65,7 +65,7 @@ def repair(
     max_length: int = 1024,
     store: Path | str | None = None,
     device: str = "auto",
-    benchmarks: Sequence[Benchmark] = (),
+    benchmarks: Sequence[AnyBenchmark] = (),
     sweep: Sequence[float] = (),
     seed: int = 0,
 ) -> dict[str, Any]:

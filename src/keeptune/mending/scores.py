@@ -9,21 +9,22 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.evaluate.harness import evaluate
+from keeptune.evaluate.kinds import AnyBenchmark
 from keeptune.evaluate.pairs import TwoModels
 from keeptune.evaluate.results import BenchmarkResult
 from keeptune.evaluate.scores import paired_interval
-from keeptune.evaluate.tasks import Benchmark
 
 __all__ = ["score_models"]
 
-_BY_ITEM = ("exact_match", "multiple_choice", "cross_entropy", "accuracy")  # metrics that are means over items
+# Metrics that are no means over items, or whose items have several answers.
+_OF_THE_WHOLE = ("f1", "matthews", "pearson", "spearman", "instructions_followed")
 
 
 def score_models(
     base: PreTrainedModel,
     models: Mapping[str, Callable[[], PreTrainedModel]],
     tokenizer: PreTrainedTokenizerBase,
-    benchmarks: Sequence[Benchmark],
+    benchmarks: Sequence[AnyBenchmark],
     *,
     seed: int,
 ) -> list[dict[str, Any]]:
@@ -60,14 +61,14 @@ def score_models(
             }
             for label, result in found.items()
         ]
-        row = {"name": benchmark.name, "role": benchmark.role, "metric": benchmark.metric, "n": first.n}
+        row = {"name": benchmark.name, "role": benchmark.role, "metric": first.metric, "n": first.n}
         rows.append(row | {"base": first.before, "models": entries})
     return rows
 
 
 def _between(first: BenchmarkResult, second: BenchmarkResult, seed: int) -> list[float] | None:
     """Give the paired interval of the difference between two tuned models."""
-    if first.metric not in _BY_ITEM:
+    if first.metric in _OF_THE_WHOLE:
         return None
     weights = [float(item.get("tokens", 1)) for item in first.items]
     before, after = (

@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from keeptune.core.artefact import (
     content_key,
-    file_fingerprint,
     has_key,
     read_json,
     write_bytes,
@@ -30,6 +29,7 @@ from keeptune.core.artefact import (
 )
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.evaluate.harness import evaluate
+from keeptune.evaluate.kinds import data_fingerprint
 from keeptune.evaluate.pairs import SuppressedNodes
 from keeptune.evaluate.results import BenchmarkResult, trade_off
 from keeptune.evaluate.scores import paired_interval
@@ -148,7 +148,7 @@ def _score(job: Job, model: PreTrainedModel, modules: Sequence[str], variant: _S
     for benchmark in job.recipe.evaluate:
         if benchmark.role != "knowledge":
             continue
-        data = file_fingerprint([Path(benchmark.file)])
+        data = data_fingerprint(benchmark)
         key = content_key([benchmark, data, rows, job.base_fingerprint, job.recipe.dtype, job.seed, _VERSION])
         target = folder / f"{variant.label}-{variant.seed}" / f"{benchmark.name}.json"
         items = target.with_suffix(".items.jsonl")

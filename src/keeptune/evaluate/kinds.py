@@ -1,0 +1,72 @@
+"""What the two kinds of benchmark have in common: a file of the user's own, and a standard benchmark by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from keeptune.core.artefact import file_fingerprint
+from keeptune.data.labelled import Texts
+from keeptune.data.overlap import Corpus, refuse_overlap
+from keeptune.data.sources import read_jsonl
+from keeptune.evaluate.standard import NamedBenchmark
+from keeptune.evaluate.tasks import Benchmark, Item, load_items
+
+__all__ = ["AnyBenchmark", "data_fingerprint", "item_texts", "refuse_used"]
+
+AnyBenchmark = Benchmark | NamedBenchmark
+
+
+def data_fingerprint(benchmark: AnyBenchmark, folder: Path = Path()) -> str:
+    """Name the data that a benchmark is scored on.
+
+    Args:
+        benchmark: The benchmark.
+        folder: The folder that a relative path starts from.
+
+    Returns:
+        The fingerprint; equal for equal data.
+    """
+    if isinstance(benchmark, NamedBenchmark):
+        from keeptune.evaluate.standard.documents import load_documents
+
+        return load_documents(benchmark).fingerprint
+    return file_fingerprint([folder / benchmark.file])
+
+
+def refuse_used(used: Sequence[Corpus], benchmark: AnyBenchmark) -> None:
+    """Check that nothing is scored that was used to prepare or to train.
+
+    Args:
+        used: Knowledge and task data.
+        benchmark: What is scored.
+
+    Raises:
+        DataError: They overlap, or the data of the benchmark cannot be read.
+    """
+    if isinstance(benchmark, NamedBenchmark):
+        from keeptune.evaluate.standard.documents import load_documents, refuse_documents
+
+        refuse_documents(used, load_documents(benchmark))
+        return
+    rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]
+    scored = Corpus(benchmark.where, rows, item_texts(load_items(benchmark, Path())))
+    for corpus in used:
+        refuse_overlap(corpus, scored)
+
+
+def item_texts(items: Sequence[Item]) -> list[str]:
+    """List what the model reads of each item of a benchmark.
+
+    Args:
+        items: The items.
+
+    Returns:
+        One text per item.
+    """
+    return [
+        Texts((item.text,), None if item.text_pair is None else (item.text_pair,)).whole[0]
+        if item.score is not None or (item.text and item.answers)
+        else item.prompt or item.text
+        for item in items
+    ]
