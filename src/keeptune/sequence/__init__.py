@@ -1,1 +1,1 @@
-"""Continual learning: task after task from one recipe, everything scored after each."""
+"""Continual learning: task after task, each with its own method and statistics; one adapter for the original base."""
