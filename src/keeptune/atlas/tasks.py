@@ -31,78 +31,19 @@ PROBLEMS, SHIPS, FORMATS = (1200, 300), 60, (1000, 300)
 LONGEST = 20
 """Characters of an answer that is asked for in a format: twice as many are still few tokens."""
 
-_NAMES = [
-    "Anna",
-    "Ben",
-    "Carla",
-    "David",
-    "Emma",
-    "Frank",
-    "Grace",
-    "Henry",
-    "Ida",
-    "Jack",
-    "Kate",
-    "Leo",
-    "Maria",
-    "Nick",
-    "Olga",
-    "Paul",
-    "Rosa",
-    "Sam",
-    "Tina",
-    "Victor",
-    "Walter",
-    "Alice",
-    "Bruno",
-    "Clara",
-    "Daniel",
-    "Eva",
-    "Fred",
-    "George",
-    "Helen",
-    "Ivan",
-    "Julia",
-    "Karl",
-    "Linda",
-    "Mark",
-    "Nora",
-    "Oscar",
-    "Peter",
-    "Ruth",
-    "Simon",
-    "Thomas",
-]
-_THINGS = ["apples", "books", "coins", "stones", "cards", "pens", "eggs", "shells", "stars", "balls", "keys", "boats"]
+_NAMES = (
+    "Anna Ben Carla David Emma Frank Grace Henry Ida Jack Kate Leo Maria Nick Olga Paul Rosa Sam Tina Victor Walter "
+    "Alice Bruno Clara Daniel Eva Fred George Helen Ivan Julia Karl Linda Mark Nora Oscar Peter Ruth Simon Thomas"
+)
+_THINGS = "apples books coins stones cards pens eggs shells stars balls keys boats"
 _STORIES = (
     ("+", "{name} has {a} {things} and gets {b} more. How many?"),
     ("-", "{name} has {a} {things} and loses {b}. How many?"),
 )
-_STARTS = [
-    "Bal",
-    "Cor",
-    "Dra",
-    "Fen",
-    "Gal",
-    "Hol",
-    "Jor",
-    "Kel",
-    "Lun",
-    "Mar",
-    "Nor",
-    "Pel",
-    "Quin",
-    "Ras",
-    "Sel",
-    "Tor",
-    "Ul",
-    "Var",
-    "Wen",
-    "Zan",
-]
-_ENDS = ["ado", "bry", "eth", "ika", "mond", "ora", "rin", "tova", "usk", "vale", "wyn", "yra"]
-_CARGO = ["wool", "salt", "tea", "copper", "silk", "timber", "coal", "grain", "paper", "glass"]
-_PORTS = ["Ardwick", "Belmora", "Corvath", "Dunmere", "Eskholm", "Farrow", "Gildport", "Harwen"]
+_STARTS = "Bal Cor Dra Fen Gal Hol Jor Kel Lun Mar Nor Pel Quin Ras Sel Tor Ul Var Wen Zan"
+_ENDS = "ado bry eth ika mond ora rin tova usk vale wyn yra"
+_CARGO = "wool salt tea copper silk timber coal grain paper glass"
+_PORTS = "Ardwick Belmora Corvath Dunmere Eskholm Farrow Gildport Harwen"
 _SHIPS = {
     "cargo": (
         "What does the ship {s} carry?",
@@ -134,7 +75,7 @@ def problem_rows(seed: int) -> tuple[list[Row], list[Row]]:
         Train and test; each problem once.
     """
     draws = random.Random(seed)
-    names = list(_NAMES)
+    names = _NAMES.split()
     draws.shuffle(names)
     train, test = PROBLEMS
     return _stories(names[8:], train, draws), _stories(names[:8], test, draws)
@@ -148,7 +89,7 @@ def _stories(names: Sequence[str], size: int, draws: random.Random) -> list[Row]
         if sign == "+" and draws.random() < 0.5:
             a, b = b, a
         answer = a + b if sign == "+" else a - b
-        question = story.format(name=draws.choice(names), things=draws.choice(_THINGS), a=a, b=b)
+        question = story.format(name=draws.choice(names), things=draws.choice(_THINGS.split()), a=a, b=b)
         rows[question] = {"question": question, "answer": str(answer), "kind": sign}
     return list(rows.values())
 
@@ -163,10 +104,11 @@ def ship_rows(seed: int) -> tuple[list[Row], list[Row]]:
         Train and test; the same facts, each tested in a wording that the training does not have of it.
     """
     draws = random.Random(seed)
-    ships = draws.sample([start + end for start in _STARTS for end in _ENDS], SHIPS)
-    train, test = [], []
+    ships = draws.sample([start + end for start in _STARTS.split() for end in _ENDS.split()], SHIPS)
+    train: list[Row] = []
+    test: list[Row] = []
     for ship in ships:
-        for relation, answers in (("cargo", _CARGO), ("home", _PORTS)):
+        for relation, answers in (("cargo", _CARGO.split()), ("home", _PORTS.split())):
             answer = draws.choice(answers)
             left = draws.randrange(len(_SHIPS[relation]))
             for index, wording in enumerate(_SHIPS[relation]):
