@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from cells import each, run_once, spread
 
 from keeptune.core.artefact import read_json, write_bytes, write_json
 from keeptune.demo import demo_recipe
@@ -34,7 +31,6 @@ from keeptune.job import Job
 from keeptune.planning import plan_for
 from keeptune.recipe import make_recipe
 from keeptune.report.plots import png, tradeoff
-from keeptune.run import run
 from keeptune.stats.store import StatStore
 from keeptune.summary import write_report
 
@@ -112,12 +108,10 @@ ENTRIES: dict[str, Entry] = {
 
 def main(output: Path, docs: Path) -> None:
     """Find the rates, run the other seeds, measure the starts, write the page and the picture."""
-    spawn = multiprocessing.get_context("spawn")
     names = [name for name in ENTRIES if len(sys.argv) < 3 or name in sys.argv[2:]]
-    with ProcessPoolExecutor(2, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = dict(zip(names, pool.map(partial(find_rate, output), names), strict=True))
-        cells = [(name, found[name]["rate"], seed) for seed in SEEDS for name in names]
-        folders = list(pool.map(partial(cell, output), *zip(*cells, strict=True)))
+    found = dict(zip(names, each(partial(find_rate, output), names), strict=True))
+    cells = [(name, found[name]["rate"], seed) for seed in SEEDS for name in names]
+    folders = each(partial(cell, output), *zip(*cells, strict=True))
     if len(names) < len(ENTRIES):
         return
     starts = {name: measured(output, name) for name in names}
@@ -166,11 +160,9 @@ def cell(output: Path, name: str, rate: float, seed: int) -> Path:
     Returns:
         The run folder.
     """
-    logging.getLogger("keeptune").setLevel(logging.WARNING)
     folder = output / f"{name}-{rate:g}-seed{seed}"
     values = demo_recipe(ENTRIES[name].method, rate, folder, seed=seed, store=output / "store") | ENTRIES[name].changes
-    run(make_recipe(values, folder=Path(), where=f"study {name}"))
-    return folder
+    return run_once(values, name)
 
 
 def measured(output: Path, name: str) -> dict[str, float]:
@@ -225,10 +217,10 @@ def page(report: dict[str, Any], found: dict[str, Any], starts: dict[str, dict[s
         runs = [entry for entry in report["methods"] if entry["name"] == name]
         facts, topics = ([100 * run["benchmarks"][i]["after"] for run in runs] for i in (0, 1))
         mark = "" if found[name]["reached"] else " *"
-        ratios = [_spread([run[key] for run in runs], 2) for key in ("K", "T", "KT")]
+        ratios = [spread([run[key] for run in runs], 2) for key in ("K", "T", "KT")]
         parameters = f"{runs[0]['trained_parameters'] / 1e3:,.0f} k"
         start = f"{starts[name]['seconds']:.1f} | {starts[name]['mib']:.0f}"
-        scores = f"{_spread(facts, 1)} | {_spread(topics, 1)} | " + " | ".join(ratios)
+        scores = f"{spread(facts, 1)} | {spread(topics, 1)} | " + " | ".join(ratios)
         rows.append(
             (statistics.mean(facts), f"| {name}{mark} | {found[name]['rate']:g} | {scores} | {parameters} | {start} |")
         )
@@ -240,14 +232,6 @@ def page(report: dict[str, Any], found: dict[str, Any], starts: dict[str, dict[s
         for name in found
     )
     return f"{_HEAD}\n{table}\n\n## Rates tried (seed 0)\n\n{_TRIED}\n{tried}\n"
-
-
-def _spread(values: Sequence[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
-    return f"{statistics.mean(known):.{digits}f} ± {deviation:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -10,29 +10,23 @@ Everywhere the task, the knowledge and the scores are those of docs/all-penaltie
 
 from __future__ import annotations
 
-import json
 import logging
-import multiprocessing
-import os
 import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from cells import each, kept, read_rows, spread, write_rows
 from matplotlib.ticker import PercentFormatter
 
 from keeptune import atlas
-from keeptune.core.artefact import read_json, write_bytes, write_json
+from keeptune.core.artefact import read_json, write_bytes
 from keeptune.demo import demo_recipe
-from keeptune.recipe import make_recipe
 from keeptune.report.plots import png
 from keeptune.report.style import INK, MUTED, bare, finish, page, themed
-from keeptune.run import run
 
 SEEDS = (0, 1, 2)
 RATE = 2e-3
@@ -141,10 +135,7 @@ def main(output: Path, docs: Path) -> None:
     cells = [(one, seed) for seed in SEEDS for one in asked if seed in one.seeds]
     order = list(_TITLES)
     cells.sort(key=lambda cell: (cell[0].steps, cell[1] > 0, order.index(cell[0].question)))  # the long ones last
-    workers = int(os.environ.get("WORKERS", "2"))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        scored = list(pool.map(partial(cell, output), *zip(*cells, strict=True)))
+    scored = each(partial(cell, output), *zip(*cells, strict=True))
     rows = [[score for (one, _), score in zip(cells, scored, strict=True) if one == row] for row in asked]
     png(figure(asked, rows), docs / "keep.png")
     write_bytes(docs / "keep-results.md", page_of(asked, rows).encode())
@@ -162,7 +153,7 @@ def other_relations() -> list[str]:
 
 def atlas_rows(name: str) -> list[dict[str, Any]]:
     """Read one of atlas' files."""
-    return [json.loads(line) for line in atlas.data_path(name).read_text(encoding="utf-8").splitlines()]
+    return read_rows(atlas.data_path(name))
 
 
 def write_data(output: Path) -> None:
@@ -174,14 +165,8 @@ def write_data(output: Path) -> None:
     for name, source in (("web", "c4_text/c4.jsonl"), ("stories", "tinystories/stories.jsonl")):
         path = BASE_SHARED / source
         if path.is_file():
-            with path.open(encoding="utf-8") as lines:
-                texts = [json.loads(line)["text"].split() for line in lines]
+            texts = [row["text"].split() for row in read_rows(path)]
             write_rows(output / f"{name}.jsonl", [{"text": " ".join(words[:20])} for words in texts][:256])
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a JSONL file."""
-    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def cell(output: Path, one: Setting, seed: int) -> dict[str, float]:
@@ -196,7 +181,6 @@ def cell(output: Path, one: Setting, seed: int) -> dict[str, float]:
         ``facts``, ``other`` (facts of :func:`other_relations`), ``topics``, and what the budget's own log says last:
         ``drift`` and ``multiplier``, where there is one.
     """
-    logging.getLogger("keeptune").setLevel(logging.WARNING)
     folder = output / f"{one.question}-{one.label}-seed{seed}".replace(" ", "_").replace(",", "")
     values = demo_recipe(dict(one.method), one.rate, folder, seed=seed, store=output / "store", steps=one.steps)
     knowledge = values["knowledge"] | one.knowledge
@@ -206,23 +190,20 @@ def cell(output: Path, one: Setting, seed: int) -> dict[str, float]:
     values["penalties"] = [dict(penalty) for penalty in one.penalties]
     if one.targets:
         values["targets"] = list(one.targets)
-    kept = folder / "scores.json"
-    if kept.is_file() and read_json(kept)["recipe"] == values:
-        scores: dict[str, float] = read_json(kept)["scores"]
-        return scores
-    run(make_recipe(values, folder=Path(), where=f"study {one.label}"))
+    return kept(values, f"{one.question}: {one.label}, seed {seed}", scores_of)
+
+
+def scores_of(folder: Path) -> dict[str, float]:
+    """Read a run's scores."""
     facts, topics = read_json(folder / "report.json")["methods"][0]["benchmarks"][:2]
     groups = [facts["groups"][name] for name in other_relations()]
     last = read_json(folder / "trained" / "train.json")["loss"][-1]
-    found = {
+    return {
         "facts": facts["after"],
         "other": sum(group["after"] * group["n"] for group in groups) / sum(group["n"] for group in groups),
         "topics": topics["after"],
         **{key: last[name] for key, name in (("drift", "feature_drift"), ("multiplier", "multiplier")) if name in last},
     }
-    write_json(kept, {"recipe": values, "scores": found})
-    print(f"{one.question}: {one.label}, seed {seed}: {found}", flush=True)
-    return found
 
 
 _TITLES = {
@@ -286,13 +267,6 @@ def row_of(one: Setting, scores: Sequence[dict[str, float]], *, repeated: bool) 
         pressure = f"{statistics.mean(score['multiplier'] for score in scores):.2g}"
     cells = [spread([100 * score[key] for score in scores]) for key in ("facts", "other", "topics")]
     return f"| {one.label}{' (above)' if repeated else ''} | {' | '.join(cells)} | {used} | {pressure} |"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Write mean ± standard deviation."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 # First words of a row's label to: colour, name, where its numbers stand, and from which side.

@@ -10,24 +10,18 @@ is learned is GSM8K, question and worked answer as text. LoRA of rank 8 at every
 
 from __future__ import annotations
 
-import json
 import logging
-import multiprocessing
-import os
 import statistics
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from cells import each, kept, read_rows, spread, write_rows
 
-from keeptune.core.artefact import read_json, write_bytes, write_json
-from keeptune.recipe import make_recipe
-from keeptune.run import run
+from keeptune.core.artefact import read_json, write_bytes
 
 SHARED = Path(__file__).parents[2] / "shared"
 SEEDS = (0, 1, 2)
@@ -85,10 +79,7 @@ def main(output: Path, docs: Path) -> None:
     write_data(output)
     asked = settings()
     cells = [(one, seed) for seed in SEEDS for one in asked]
-    spawn = multiprocessing.get_context("spawn")
-    workers = int(os.environ.get("WORKERS", "2"))
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        scored = list(pool.map(partial(cell, output), *zip(*cells, strict=True)))
+    scored = each(partial(cell, output), *zip(*cells, strict=True))
     rows = [[score for (one, _), score in zip(cells, scored, strict=True) if one == row] for row in asked]
     write_bytes(docs / "keep-stories.md", page(asked, rows).encode())
 
@@ -107,13 +98,7 @@ def write_data(output: Path) -> None:
         "problems": problems,
         "problems-test": tests,
     }.items():
-        write_bytes(output / f"{name}.jsonl", "".join(json.dumps({"text": r["text"]}) + "\n" for r in rows).encode())
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        write_rows(output / f"{name}.jsonl", [{"text": row["text"]} for row in rows])
 
 
 def cell(output: Path, one: Setting, seed: int) -> dict[str, float]:
@@ -127,7 +112,6 @@ def cell(output: Path, one: Setting, seed: int) -> dict[str, float]:
     Returns:
         The loss of each kind of text, before and after; the KL to the base on stories; the last drift and multiplier.
     """
-    logging.getLogger("keeptune").setLevel(logging.WARNING)
     folder = output / f"{one.label}-seed{seed}".replace(" ", "_").replace(",", "")
     scored = {"stories": "knowledge", "web": "knowledge", "problems": "task"}
     values: dict[str, Any] = {
@@ -160,18 +144,15 @@ def cell(output: Path, one: Setting, seed: int) -> dict[str, float]:
     }
     if one.replay:
         values["replay"] = one.replay
-    kept = folder / "scores.json"
-    if kept.is_file() and read_json(kept)["recipe"] == values:
-        scores: dict[str, float] = read_json(kept)["scores"]
-        return scores
-    run(make_recipe(values, folder=Path(), where=f"study {one.label}"))
+    return kept(values, f"{one.label}, seed {seed}", partial(scores_of, scored))
+
+
+def scores_of(scored: Mapping[str, str], folder: Path) -> dict[str, float]:
+    """Read a run's losses."""
     benchmarks = {b["name"]: b for b in read_json(folder / "report.json")["methods"][0]["benchmarks"]}
     last = read_json(folder / "trained" / "train.json")["loss"][-1]
     found = {f"{name} {when}": benchmarks[name][when] for name in scored for when in ("before", "after")}
-    found |= {"kl": benchmarks["stories"]["kl_to_base"], "drift": last.get("feature_drift", 0.0)}
-    write_json(kept, {"recipe": values, "scores": found})
-    print(f"{one.label}, seed {seed}: {found}", flush=True)
-    return found
+    return found | {"kl": benchmarks["stories"]["kl_to_base"], "drift": last.get("feature_drift", 0.0)}
 
 
 _HEAD = """# keep on a second base: stories260K tuned on word problems
@@ -202,11 +183,6 @@ def page(asked: Sequence[Setting], rows: Sequence[Sequence[dict[str, float]]]) -
         held = f"{statistics.mean(score['drift'] for score in scores):.2g}" if scores[0]["drift"] else ""
         lines.append(f"| {one.label} | {' | '.join(cells)} | {spread([s['kl'] for s in scores], 3)} | {held} |")
     return "\n".join(lines) + "\n"
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Write mean ± standard deviation."""
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -11,23 +11,18 @@ larger strength keeps more, so that no penalty is shown at a strength that makes
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import statistics
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from cells import each, run_once, spread
 
 from keeptune.core.artefact import read_json, write_bytes, write_json
 from keeptune.demo import demo_recipe
-from keeptune.recipe import make_recipe
 from keeptune.report.plots import png, tradeoff
-from keeptune.run import run
 from keeptune.summary import write_report
 
 RATE = 2e-3
@@ -89,12 +84,10 @@ _TRIED = "| penalty | strength: topics / facts |\n| --- | --- |"
 
 def main(output: Path, docs: Path) -> None:
     """Find the strengths, run the other seeds, write the page and the picture."""
-    spawn = multiprocessing.get_context("spawn")
     names = [name for name in ENTRIES if len(sys.argv) < 3 or name in sys.argv[2:]]
-    with ProcessPoolExecutor(2, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = dict(zip(names, pool.map(partial(find_strength, output), names), strict=True))
-        cells = [(name, found[name]["strength"], seed) for seed in SEEDS for name in names]
-        folders = list(pool.map(partial(cell, output), *zip(*cells, strict=True)))
+    found = dict(zip(names, each(partial(find_strength, output), names), strict=True))
+    cells = [(name, found[name]["strength"], seed) for seed in SEEDS for name in names]
+    folders = each(partial(cell, output), *zip(*cells, strict=True))
     if len(names) < len(ENTRIES):
         return
     report = write_report(folders, output)
@@ -148,7 +141,6 @@ def cell(output: Path, name: str, strength: float | None, seed: int) -> Path:
     Returns:
         The run folder.
     """
-    logging.getLogger("keeptune").setLevel(logging.WARNING)
     entry = ENTRIES[name]
     folder = output / f"{name}-{strength or 0:g}-seed{seed}"
     values = demo_recipe(LORA, RATE, folder, seed=seed, store=output / "store") | entry.changes
@@ -156,8 +148,7 @@ def cell(output: Path, name: str, strength: float | None, seed: int) -> Path:
         values["penalties"] = [{**entry.penalty, "strength": strength}]
     elif entry.share:
         values[entry.share] = strength
-    run(make_recipe(values, folder=Path(), where=f"study {name}"))
-    return folder
+    return run_once(values, name)
 
 
 def page(report: dict[str, Any], found: dict[str, Any]) -> str:
@@ -176,7 +167,7 @@ def page(report: dict[str, Any], found: dict[str, Any]) -> str:
         facts, topics = ([100 * run["benchmarks"][i]["after"] for run in runs] for i in (0, 1))
         mark = "" if found[name]["reached"] else " *"
         strength = "" if found[name]["strength"] is None else f"{found[name]['strength']:g}"
-        scores = f"{_spread(facts)} | {_spread(topics)}"
+        scores = f"{spread(facts)} | {spread(topics)}"
         rows.append((statistics.mean(facts), f"| {name}{mark} | {strength} | {scores} |"))
     table = "\n".join(row for _, row in sorted(rows, reverse=True))
     tried = "\n".join(
@@ -186,10 +177,6 @@ def page(report: dict[str, Any], found: dict[str, Any]) -> str:
         for name in found
     )
     return f"{_HEAD}\n{table}\n\n## Strengths tried (seed 0)\n\n{_TRIED}\n{tried}\n"
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 if __name__ == "__main__":

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import os
 import shutil
-import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from cells import each, spread
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,10 +49,7 @@ inputs of the model that was repaired at the least μ.
 
 def main(output: Path, docs: Path) -> None:
     """Train, repair and score, seed by seed; then write the page."""
-    spawn = multiprocessing.get_context("spawn")
-    workers = int(os.environ.get("WORKERS", "2"))
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = list(pool.map(partial(scores_of, output), SEEDS))
+    found = each(partial(scores_of, output), SEEDS)
     write_bytes(docs / "repair-results.md", page(found).encode())
 
 
@@ -70,7 +63,6 @@ def scores_of(output: Path, seed: int) -> dict[str, list[float]]:
     Returns:
         Label to facts and topics.
     """
-    logging.getLogger("keeptune").setLevel(logging.WARNING)
     kept, folder = output / f"scores-seed{seed}.json", output / f"lora-seed{seed}"
     if kept.is_file():
         scores: dict[str, list[float]] = read_json(kept)
@@ -141,11 +133,8 @@ def page(found: Sequence[dict[str, list[float]]]) -> str:
     lines = [_HEAD]
     repaired = [f"{way}, μ {mu:g}" for way in WAYS for mu in MUS]
     for label in ["the adapter", *repaired, *(f"scaled by {scale:g}" for scale in SCALES)]:
-        spread = [
-            f"{100 * statistics.mean(v):.1f} ± {100 * statistics.stdev(v):.1f}"
-            for v in zip(*(scores[label] for scores in found), strict=True)
-        ]
-        lines.append(f"| {label} | {' | '.join(spread)} |")
+        cells = [spread([100 * v for v in values]) for values in zip(*(scores[label] for scores in found), strict=True)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
