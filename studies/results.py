@@ -45,8 +45,8 @@ SHOWN = {
 _HEAD = """# All results of the comparisons
 
 Made by `python studies/results.py` from `keeptune compare recipes/atlas-compare.yaml` and
-`recipes/stories-compare.yaml`; [results.md](results.md) says what they mean. Forgotten and learned are percentage points
-on atlas, nats per token on stories260K. Intervals are Student's, 95%, over three seeds.
+`recipes/stories-compare.yaml`; [results.md](results.md) says what they mean. Forgotten and learned are percentage
+points on atlas, nats per token on stories260K. Intervals are Student's, 95%, over three seeds.
 """
 
 

@@ -10,9 +10,10 @@ what any other rows of the same number lose.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -56,7 +57,7 @@ class _Suppressed:
     label: str
     seed: int
     rows: Rows
-    results: list[BenchmarkResult] = field(default_factory=list)
+    results: tuple[BenchmarkResult, ...] = ()
 
 
 def suppress(
@@ -109,8 +110,7 @@ def suppress(
     ]
     folder = recipe.output / "suppress" / f"q{q:g}-{over}-{content_key([request])[:8]}"
     model = job.base()
-    for variant in variants:
-        _score(job, model, attributions.modules, variant, folder)
+    variants = [_scored(job, model, attributions.modules, variant, folder) for variant in variants]
     record = _record(job, attributions, request, variants) | {"q": q, "over": over}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "suppress.json", record)
@@ -142,8 +142,11 @@ def drawn_rows(like: Rows, nodes: int, seed: int, *, whole: bool) -> Rows:
     return tuple(tuple(sorted(p % nodes for p in places if p // nodes == layer)) for layer in range(len(like)))
 
 
-def _score(job: Job, model: PreTrainedModel, modules: Sequence[str], variant: _Suppressed, folder: Path) -> None:
+def _scored(
+    job: Job, model: PreTrainedModel, modules: Sequence[str], variant: _Suppressed, folder: Path
+) -> _Suppressed:
     """Score each knowledge benchmark that is not scored yet; results are kept one by one."""
+    results = []
     rows = {name: own for name, own in zip(modules, variant.rows, strict=True) if own}
     for benchmark in job.recipe.evaluate:
         if benchmark.role != "knowledge":
@@ -155,13 +158,14 @@ def _score(job: Job, model: PreTrainedModel, modules: Sequence[str], variant: _S
         if has_key(target, key) and items.is_file():
             _log.info("suppress: %s of %s taken from %s", benchmark.name, variant.label, target)
             text = items.read_text(encoding="utf-8")
-            variant.results.append(BenchmarkResult.from_jsonl(read_json(target)["summary"], text))
+            results.append(BenchmarkResult.from_jsonl(read_json(target)["summary"], text))
             continue
         pair = SuppressedNodes(model, rows)
         result = evaluate(pair, job.tokenizer, benchmark, Path(), seed=job.seed)
         write_bytes(items, result.to_jsonl().encode())
         write_json(target, {"key": key, "rows": rows, "summary": result.summary()})
-        variant.results.append(result)
+        results.append(result)
+    return dataclasses.replace(variant, results=tuple(results))
 
 
 def _record(
