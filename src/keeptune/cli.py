@@ -39,10 +39,23 @@ def main() -> None:
 
 
 @app.command(context_settings=OVERRIDES)
-def run(context: typer.Context, recipe: RecipeFile) -> None:
+def run(
+    context: typer.Context,
+    recipe: RecipeFile,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be fetched, trained and scored; fetch and run nothing.")
+    ] = False,
+    flops: Annotated[
+        float | None,
+        typer.Option(help="Of --dry-run: operations a second that times rest on; default: measured on this machine."),
+    ] = None,
+) -> None:
     """Do the whole job: stats, plan, train, export, evaluate, report. Started again, it goes on."""
     from keeptune.run import run as run_job
 
+    if dry_run:
+        _show_dry(recipe, context, flops)
+        return
     loaded = _load(recipe, context)
     _show_report(run_job(loaded), loaded.output)
 
@@ -224,6 +237,19 @@ def _load(recipe: Path, context: typer.Context) -> Any:
     from keeptune.recipe import load_recipe, parse_overrides
 
     return load_recipe(recipe, parse_overrides(context.args))
+
+
+def _show_dry(recipe: Path, context: typer.Context, flops: float | None) -> None:
+    from keeptune.data import hub
+    from keeptune.dry.describe import describe
+    from keeptune.dry.show import print_dry, stated_rate
+    from keeptune.job import device_named
+    from keeptune.recipe import load_recipe, parse_overrides
+
+    loaded = load_recipe(recipe, parse_overrides(context.args), fetch=hub.cached)
+    described = describe(loaded)
+    rate, rate_from = stated_rate(flops, device_named(loaded.device))
+    print_dry(described, Console(), rate=rate, rate_from=rate_from)
 
 
 def _job(recipe: Path, context: typer.Context) -> Any:

@@ -238,7 +238,7 @@ class Job:
         check_folder("output", self.output)
         check_folder("store", self.store.folder)
         check_device(self.device)
-        self._check_needs()
+        self.check_needs()
         used = [Corpus("task.train", self.task_rows, used_texts(self.task))]
         for part, rows in zip(self.knowledge, self.knowledge_rows, strict=True):
             texts = part.texts if self.head is None else Texts(tuple(part.texts)).whole
@@ -249,14 +249,14 @@ class Job:
         self.config("", torch.float32)
 
     def _check_replay(self) -> None:
-        if self.recipe.replay and not isinstance(self.task, TaskExamples):
+        if self.recipe.replay and self.recipe.task.kind != "completion":
             raise RecipeError(
                 "replay",
                 got=f"{self.recipe.replay} with task.kind {self.recipe.task.kind}",
                 wanted="none: knowledge has no labels that a classifier could learn",
                 next_step="Leave it out; a penalty on the weight change holds a classifier, such as laplace.",
             )
-        if self.recipe.replay and not self.knowledge:
+        if self.recipe.replay and self.recipe.knowledge is None:
             raise RecipeError(
                 "replay",
                 got=f"{self.recipe.replay} without a `knowledge` section",
@@ -264,7 +264,13 @@ class Job:
                 next_step='Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.',
             )
 
-    def _check_needs(self) -> None:
+    def check_needs(self) -> None:
+        """Check what shows without the data: that method, penalties and sections fit together.
+
+        Raises:
+            RecipeError: Knowledge data are needed and there are none.
+            PlanError: The method cannot be confined to some layers, or takes no penalties.
+        """
         self._check_replay()
         refuse_layers(self.method, self.recipe.layers)
         refuse_penalties(self.method, asked_penalties(self.method, self.penalties))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,20 @@ from keeptune import atlas
 from keeptune.core.errors import RecipeError
 from keeptune.data import hub
 
-__all__ = ["resolve_file", "resolve_model", "resolve_paths"]
+__all__ = ["Fetch", "resolve_file", "resolve_model", "resolve_paths"]
+
+Fetch = Callable[[str], Path | str]  # from the name of a file on the hub to where it is, or to the name itself
 
 _FILES = (("knowledge", "file"), ("task", "train"), ("evaluate", "file"), ("evaluate", "data"))
 
 
-def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def resolve_paths(values: Mapping[str, Any], folder: Path, fetch: Fetch = hub.fetch) -> dict[str, Any]:
     """Find the files and the model that a recipe's values name.
 
     Args:
         values: As a YAML file holds them.
         folder: Where a file is looked for that is not in the current directory.
+        fetch: Gets the files of the hub.
 
     Returns:
         A new mapping, with paths in the place of names.
@@ -31,7 +34,11 @@ def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     done = dict(values)
     for section, key in _FILES:
         part = done.get(section)
-        done[section] = [_found(p, key, folder) for p in part] if isinstance(part, list) else _found(part, key, folder)
+        done[section] = (
+            [_found(one, key, folder, fetch) for one in part]
+            if isinstance(part, list)
+            else _found(part, key, folder, fetch)
+        )
         if section not in values:
             del done[section]
     model: Any = done.get("model")
@@ -40,18 +47,19 @@ def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return done
 
 
-def _found(section: Any, key: str, folder: Path) -> Any:
+def _found(section: Any, key: str, folder: Path, fetch: Fetch) -> Any:
     if isinstance(section, Mapping) and isinstance(section.get(key), str):
-        return {**section, key: resolve_file(section[key], folder)}
+        return {**section, key: resolve_file(section[key], folder, fetch)}
     return section
 
 
-def resolve_file(name: str, folder: Path = Path()) -> str:
+def resolve_file(name: str, folder: Path = Path(), fetch: Fetch = hub.fetch) -> str:
     """Find the data file that a name stands for.
 
     Args:
         name: A path, ``atlas:facts.jsonl`` or ``hf://datasets/org/name/file.jsonl``.
         folder: Where a file is looked for that is not in the current directory.
+        fetch: Gets the files of the hub.
 
     Returns:
         A path; there need be no such file.
@@ -65,7 +73,7 @@ def resolve_file(name: str, folder: Path = Path()) -> str:
         except FileNotFoundError as error:
             raise RecipeError(name, got=str(error), wanted="a file of atlas", next_step="Pick one of them.") from error
     if name.startswith(hub.PREFIX):
-        return str(hub.fetch(name))
+        return str(fetch(name))
     path = Path(name).expanduser()
     beside = folder / path
     return str((beside if not path.exists() and beside.exists() else path).absolute())

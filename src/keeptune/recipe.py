@@ -23,11 +23,12 @@ from keeptune.adapter.anchor import Anchor
 from keeptune.combining import tuned_roles
 from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError
+from keeptune.data import hub
 from keeptune.evaluate.standard import NamedBenchmark
 from keeptune.evaluate.tasks import Benchmark
 from keeptune.making import make_method, make_penalties
 from keeptune.model.load import Dtype
-from keeptune.places import resolve_paths
+from keeptune.places import Fetch, resolve_paths
 from keeptune.sections import (
     NAMED,
     AnyBenchmark,
@@ -107,12 +108,13 @@ class Recipe(Section):
         return plain
 
 
-def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch) -> Recipe:
     """Read, complete and check a recipe.
 
     Args:
         path: The YAML file.
         overrides: Dotted key to value, such as ``{"train.learning_rate": 1e-3}``.
+        fetch: Gets the files of the hub.
 
     Returns:
         The recipe, with file paths resolved.
@@ -121,16 +123,17 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) ->
         RecipeError: The file is missing or not YAML, a key is unknown, or a value does not fit.
     """
     path = Path(path)
-    return make_recipe(read_values(path, overrides), folder=path.parent, where=f"recipe {path}")
+    return make_recipe(read_values(path, overrides), folder=path.parent, where=f"recipe {path}", fetch=fetch)
 
 
-def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recipe:
+def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: Fetch = hub.fetch) -> Recipe:
     """Check the values of a recipe.
 
     Args:
         values: As a YAML file holds them.
         folder: Where files are looked for that are not in the current directory.
         where: For error messages.
+        fetch: Gets the files of the hub.
 
     Returns:
         The recipe, with file paths resolved.
@@ -146,7 +149,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recip
             next_step="Run `keeptune sweep` with it.",
         )
     try:
-        recipe = Recipe.model_validate(resolve_paths(values, folder))
+        recipe = Recipe.model_validate(resolve_paths(values, folder, fetch))
     except ValidationError as error:
         raise explain(error, where, _known_keys) from error
     tuned_roles(make_method(recipe.method, seed=0), recipe.targets)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from keeptune.core.errors import DataError
 
-__all__ = ["PREFIX", "fetch"]
+__all__ = ["PREFIX", "cached", "fetch"]
 
 PREFIX = "hf://"
 _NAME = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
@@ -28,14 +28,7 @@ def fetch(name: str) -> Path:
     Raises:
         DataError: The name has another form, or the hub does not give the file.
     """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise DataError(
-            name,
-            got="a hub name of another form",
-            wanted="hf://datasets/org/name/file.jsonl",
-            next_step="Name one file of a dataset repository.",
-        )
+    match = _parsed(name)
     try:
         found = hf_hub_download(match["repo"], match["file"], repo_type="dataset", revision=match["revision"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -47,3 +40,32 @@ def fetch(name: str) -> Path:
             next_step="Check the name, the network and your access (`hf auth login`).",
         ) from error
     return Path(found)
+
+
+def cached(name: str) -> Path | str:
+    """Find a data file in the hub's cache, without the network.
+
+    Args:
+        name: As of :func:`fetch`.
+
+    Returns:
+        The local file, or the name where it is not in the cache.
+
+    Raises:
+        DataError: The name has another form.
+    """
+    match = _parsed(name)
+    found = try_to_load_from_cache(match["repo"], match["file"], repo_type="dataset", revision=match["revision"])
+    return Path(found) if isinstance(found, str) else name
+
+
+def _parsed(name: str) -> re.Match[str]:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise DataError(
+            name,
+            got="a hub name of another form",
+            wanted="hf://datasets/org/name/file.jsonl",
+            next_step="Name one file of a dataset repository.",
+        )
+    return match

@@ -3,6 +3,7 @@ r"""Templates such as ``"{question}\nAnswer:"`` filled from a row; a missing fie
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from keeptune.core.errors import DataError
@@ -10,14 +11,15 @@ from keeptune.data.sources import Row
 
 __all__ = ["fields_of", "pick", "render"]
 
-_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)\}")
 
 
 def fields_of(template: str) -> list[str]:
     """List the fields a template names, in order.
 
     Args:
-        template: Text with ``{field}`` places; any other brace is literal, so code and JSON need no escapes.
+        template: Text with ``{field}`` places, ``{turns.0.text}`` inside lists and objects; any other brace is
+            literal, so code and JSON need no escapes.
 
     Returns:
         The field names.
@@ -44,6 +46,8 @@ def render(template: str, row: Row, *, where: str) -> str:
 
     >>> render("{q}\nAnswer:", {"q": "Where?"}, where="x")
     'Where?\nAnswer:'
+    >>> render("{turns.0.text}", {"turns": [{"text": "Where?"}]}, where="x")
+    'Where?'
     """
     return _FIELD.sub(lambda match: str(_field(match.group(1), row, where)), template)
 
@@ -67,11 +71,25 @@ def pick(template: str, row: Row, *, where: str) -> Any:
 
 
 def _field(name: str, row: Row, where: str) -> Any:
-    if name not in row:
-        raise DataError(
-            where,
-            got=f"fields {', '.join(map(str, row))}",
-            wanted=f'the field "{name}" that the template names',
-            next_step="Rename the field in the template or in the data.",
-        )
-    return row[name]
+    if name in row or "." not in name:
+        return _part(row, name, where, name)
+    value: Any = row
+    for part in name.split("."):
+        value = _part(value, part, where, name)
+    return value
+
+
+def _part(value: Any, part: str, where: str, name: str) -> Any:
+    if isinstance(value, Mapping) and part in value:
+        return value[part]
+    if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+        return value[int(part)]
+    held = f"fields {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+    if isinstance(value, list):
+        held = f"a list of {len(value)}"
+    raise DataError(
+        where,
+        got=held if part == name else f'{held} where "{part}" is looked for',
+        wanted=f'the field "{name}" that the template names',
+        next_step="Rename the field in the template or in the data.",
+    )

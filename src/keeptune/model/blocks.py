@@ -323,7 +323,9 @@ def _input_groups(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict
     try:
         with torch.no_grad():
             probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            model(input_ids=probe, attention_mask=torch.ones_like(probe))
+            # A mask's values are looked at, and on the meta device there are none.
+            mask = None if probe.is_meta else torch.ones_like(probe)
+            model(input_ids=probe, attention_mask=mask)
     finally:
         for handle in handles:
             handle.remove()

@@ -92,7 +92,8 @@ def _called(model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, int]
     try:
         with still(model), torch.no_grad():
             probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            model(input_ids=probe, attention_mask=torch.ones_like(probe), use_cache=False)
+            mask = None if probe.is_meta else torch.ones_like(probe)  # its values are looked at
+            model(input_ids=probe, attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,163 @@
+"""What is known without the network: shapes of models, sizes of data files and of benchmarks, each with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["BENCHMARKS", "FILES", "MODELS", "KnownBenchmark", "KnownFile"]
+
+_LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_LLAMA_3 = {**_LLAMA, "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8, "dtype": "bfloat16"}
+
+# From the config.json of each on the hub. Where a paper counts parameters, its count and the one of this shape agree
+# (tests/dry/test_shapes.py).
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "huggyllama/llama-7b": {
+        **_LLAMA,
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "dtype": "float16",
+    },
+    "meta-llama/Llama-2-7b-hf": {
+        **_LLAMA,
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "dtype": "float16",
+    },
+    "meta-llama/Llama-2-13b-hf": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "max_position_embeddings": 4096,
+        "dtype": "float16",
+    },
+    "meta-llama/Meta-Llama-3-8B": {**_LLAMA_3, "max_position_embeddings": 8192},
+    "meta-llama/Llama-3.1-8B": {**_LLAMA_3, "max_position_embeddings": 131072},
+    "meta-llama/Llama-3.1-8B-Instruct": {**_LLAMA_3, "max_position_embeddings": 131072},
+    "meta-llama/Llama-3.2-3B": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 131072,
+        "dtype": "bfloat16",
+    },
+    "mistralai/Mistral-7B-v0.3": {
+        "model_type": "mistral",
+        "vocab_size": 32768,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "sliding_window": None,
+        "max_position_embeddings": 32768,
+        "dtype": "bfloat16",
+    },
+    "google/gemma-2-9b": {
+        "model_type": "gemma2",
+        "vocab_size": 256000,
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "dtype": "float32",
+    },
+    "Qwen/Qwen2.5-0.5B-Instruct": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 32768,
+        "dtype": "bfloat16",
+    },
+    "FacebookAI/roberta-base": {
+        "model_type": "roberta",
+        "vocab_size": 50265,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "dtype": "float32",
+    },
+}
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A data file on the hub.
+
+    Args:
+        rows: How many it has; None where no source says.
+        bytes: Its size; None where no source says.
+    """
+
+    rows: int | None = None
+    bytes: int | None = None
+
+
+# Sizes as the hub's pages show them (1 MB = 10^6 bytes), rows as the data's own papers and cards count them.
+FILES: Mapping[str, KnownFile] = {
+    "hf://datasets/meta-math/MetaMathQA/MetaMathQA-395K.json": KnownFile(395_000, 396_000_000),
+    "hf://datasets/m-a-p/CodeFeedback-Filtered-Instruction/CodeFeedback-Filtered-Instruction.jsonl": KnownFile(
+        156_526, 371_228_314
+    ),
+    "hf://datasets/ise-uiuc/Magicoder-Evol-Instruct-110K/data-evol_instruct-decontaminated.jsonl": KnownFile(
+        111_183, 255_000_000
+    ),
+    "hf://datasets/WizardLMTeam/WizardLM_evol_instruct_V2_196k/WizardLM_evol_instruct_V2_143k.json": KnownFile(
+        143_000, 374_925_619
+    ),
+    "hf://datasets/Lohse/commonsense/commonsense_170k.json": KnownFile(170_420, 97_600_000),
+    "hf://datasets/tatsu-lab/alpaca/data/train-00000-of-00001-a09b74b3ef9c3b56.parquet": KnownFile(52_002, 24_200_000),
+}
+
+
+@dataclass(frozen=True)
+class KnownBenchmark:
+    """A named benchmark.
+
+    Args:
+        items: Items of the split that lm-eval scores.
+    """
+
+    items: int
+
+
+# Items of the split that lm-eval scores: the test split, or the validation split where test answers are not public.
+BENCHMARKS: Mapping[str, KnownBenchmark] = {
+    "triviaqa": KnownBenchmark(17_944),
+    "nq_open": KnownBenchmark(3_610),
+    "webqs": KnownBenchmark(2_032),
+    "mmlu": KnownBenchmark(14_042),
+    "hellaswag": KnownBenchmark(10_042),
+    "winogrande": KnownBenchmark(1_267),
+    "arc_challenge": KnownBenchmark(1_172),
+    "arc_easy": KnownBenchmark(2_376),
+    "piqa": KnownBenchmark(1_838),
+    "boolq": KnownBenchmark(3_270),
+    "openbookqa": KnownBenchmark(500),
+    "social_iqa": KnownBenchmark(1_954),
+    "gsm8k": KnownBenchmark(1_319),
+    "math": KnownBenchmark(5_000),
+    "humaneval": KnownBenchmark(164),
+    "mbpp": KnownBenchmark(500),
+    "ifeval": KnownBenchmark(541),
+}
