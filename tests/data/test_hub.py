@@ -41,3 +41,16 @@ def test_without_a_network_the_error_is_the_users_to_mend(tmp_path: Path, monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="Check the name, the network"):
         hub.fetch("hf://datasets/nobody/nothing/file.jsonl")
+
+
+def test_a_cached_file_is_found_without_asking_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, file, **_: f"/cache/{repo}/{file}")
+    assert hub.cached("hf://datasets/org/name/file.jsonl") == Path("/cache/org/name/file.jsonl")
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: None)
+    assert hub.cached("hf://datasets/org/name/file.jsonl") == "hf://datasets/org/name/file.jsonl"
+    with pytest.raises(DataError, match="another form"):
+        hub.cached("hf://datasets/org")

@@ -134,3 +134,50 @@ def test_a_task_row_without_a_field_is_named(prompt: str, completion: str) -> No
     rows = [{"q": "one", "a": "1", "b": "x"}, {"q": "two", "a": "2"}]
     with pytest.raises(DataError, match=r'task row 2: got fields q, a, wanted the field "b"'):
         task_examples(rows, prompt=prompt, completion=completion, where="task")
+
+
+# The other forms that data have on the hub
+
+
+def test_a_list_of_objects_in_one_json_file_is_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"a": 1},\n {"a": {"b": [2]}}]', encoding="utf-8")
+    assert read_jsonl(tmp_path / "rows.json", where="x") == [{"a": 1}, {"a": {"b": [2]}}]
+
+
+def test_lines_in_a_file_that_is_called_json_are_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8")
+    assert read_jsonl(tmp_path / "rows.json", where="x") == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [('[{"a": 1}, 2]', "row 2: got a JSON int"), ('[{"a": 1}', "Expecting"), ("[]", "no rows")]
+)
+def test_a_wrong_list_is_told(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=told):
+        read_jsonl(tmp_path / "rows.json", where="x")
+
+
+def test_a_parquet_table_is_rows(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"a": 1, "turns": [{"text": "x"}]}, {"a": 2, "turns": []}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert read_jsonl(tmp_path / "rows.parquet", where="x") == rows
+    (tmp_path / "rows.parquet").write_bytes(b"no table")
+    with pytest.raises(DataError, match="a Parquet table"):
+        read_jsonl(tmp_path / "rows.parquet", where="x")
+
+
+def test_a_template_reaches_into_lists_and_objects() -> None:
+    row = {"turns": [{"from": "human", "text": "Hi"}], "a.b": "dotted", "a": "plain"}
+    assert render("{turns.0.text}! {a.b} {a}", row, where="x") == "Hi! dotted plain"
+    assert pick("{turns.0}", row, where="x") == {"from": "human", "text": "Hi"}
+    for template, told in (
+        ("{turns.1.text}", 'a list of 1 where "1"'),
+        ("{turns.0.said}", 'fields from, text where "said"'),
+        ("{a.c}", 'a str where "c"'),
+    ):
+        with pytest.raises(DataError, match=told):
+            render(template, row, where="x")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,12 +14,14 @@ from keeptune.data.sft import TaskExamples
 from keeptune.data.sources import read_jsonl
 from keeptune.dry.known import BENCHMARKS, FILES
 from keeptune.dry.record import Named, Scored
+from keeptune.evaluate.kinds import AnyBenchmark
+from keeptune.evaluate.standard import NamedBenchmark
 from keeptune.evaluate.tasks import Benchmark, Item, load_items
 from keeptune.job import Job
 from keeptune.model.load import load_tokenizer
 from keeptune.recipe import Recipe
 
-__all__ = ["Lengths", "files_of", "needs_of", "rows_of"]
+__all__ = ["Lengths", "fetched_benchmarks", "files_of", "needs_of", "rows_of"]
 
 _SAMPLE = 256  # rows whose tokens are counted, to estimate those of all
 _POSITIONS = 2048  # tokens of an item of a benchmark at most, where neither recipe nor model says
@@ -65,9 +66,8 @@ def _file(what: str, name: str) -> Named:
     return Named(what, name, None, path.stat().st_size if path.exists() else None, at_hand=path.exists())
 
 
-def _path_of(benchmark: Any) -> str | None:
-    found: str | None = benchmark.file if isinstance(benchmark, Benchmark) else benchmark.data
-    return found
+def _path_of(benchmark: AnyBenchmark) -> str | None:
+    return benchmark.file if isinstance(benchmark, Benchmark) else benchmark.data
 
 
 def needs_of(recipe: Recipe) -> list[Named]:
@@ -81,10 +81,21 @@ def needs_of(recipe: Recipe) -> list[Named]:
     """
     fetched = [
         Named("benchmark", f"{one.name} (lm-eval: {one.lm_eval_task})", None, None, at_hand=False)
-        for one in recipe.evaluate
-        if not isinstance(one, Benchmark) and one.data is None
+        for one in fetched_benchmarks(recipe)
     ]
     return [*files_of(recipe), *fetched]
+
+
+def fetched_benchmarks(recipe: Recipe) -> list[NamedBenchmark]:
+    """List the benchmarks whose items lm-eval fetches.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        Those that name no data of their own.
+    """
+    return [one for one in recipe.evaluate if isinstance(one, NamedBenchmark) and one.data is None]
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,7 @@ class Lengths:
     def _capped(self, length: int) -> int:
         return min(length, self.positions or length)
 
-    def longest(self, benchmark: Any) -> int:
+    def longest(self, benchmark: AnyBenchmark) -> int:
         """Say how many tokens an item of a benchmark has at most.
 
         Args:
@@ -160,7 +171,7 @@ class Lengths:
         """
         return self._capped(benchmark.max_length or _POSITIONS)
 
-    def scored(self, benchmark: Any) -> Scored:
+    def scored(self, benchmark: AnyBenchmark) -> Scored:
         """Say what is known of a benchmark.
 
         Args:
@@ -177,7 +188,7 @@ class Lengths:
             known = BENCHMARKS.get(benchmark.task or benchmark.name)
             items = benchmark.examples
             if benchmark.data is None and known is not None:
-                items = min(known.items, benchmark.examples or known.items)
+                items = min(known, benchmark.examples or known)
         return Scored(
             name=benchmark.name,
             role=str(benchmark.role),

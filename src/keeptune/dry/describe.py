@@ -17,7 +17,7 @@ from keeptune.core.target import Target
 from keeptune.data import hub
 from keeptune.data.replay import replayed
 from keeptune.dry import estimate
-from keeptune.dry.data import Lengths, needs_of, rows_of
+from keeptune.dry.data import Lengths, fetched_benchmarks, files_of, needs_of, rows_of
 from keeptune.dry.record import DryRun, Named, Scored, Trained
 from keeptune.dry.shapes import ModelShape, model_shape
 from keeptune.dry.sizes import Size, size_of
@@ -50,13 +50,7 @@ def describe(recipe: Recipe) -> DryRun:
         KeeptuneError: The recipe could not run: the same errors as of a run, as far as they show without the data.
     """
     job = Job(recipe)
-    remote = [named for named in needs_of(recipe) if not named.at_hand and named.name.startswith(hub.PREFIX)]
-    if not remote and Path(recipe.model).expanduser().is_dir():
-        job.check()
-    else:
-        check_folder("output", recipe.output)
-        check_folder("store", job.store.folder)
-        job.check_needs()
+    _check(job)
     shape = model_shape(
         recipe.model,
         dtype=recipe.dtype,
@@ -65,6 +59,21 @@ def describe(recipe: Recipe) -> DryRun:
         trust_remote_code=recipe.trust_remote_code,
     )
     return _Account(job, shape, Lengths(job, shape.positions)).dry_run()
+
+
+def _check(job: Job) -> None:
+    """Check as a run would, or what shows of it while something is to be fetched."""
+    files = files_of(job.recipe)
+    elsewhere = any(named.name.startswith(hub.PREFIX) for named in files) or fetched_benchmarks(job.recipe)
+    if Path(job.recipe.model).expanduser().is_dir() and not elsewhere:
+        job.check()
+        return
+    check_folder("output", job.output)
+    check_folder("store", job.store.folder)
+    job.check_needs()
+    for named in files:
+        if not Path(named.name).is_dir():
+            rows_of(named.name, 1)
 
 
 def _labels(job: Job) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BENCHMARKS", "FILES", "MODELS", "KnownBenchmark", "KnownFile"]
+__all__ = ["BENCHMARKS", "FILES", "MODELS", "KnownFile"]
 
 _LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 _LLAMA_3 = {**_LLAMA, "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8, "dtype": "bfloat16"}
@@ -130,34 +130,23 @@ FILES: Mapping[str, KnownFile] = {
 }
 
 
-@dataclass(frozen=True)
-class KnownBenchmark:
-    """A named benchmark.
-
-    Args:
-        items: Items of the split that lm-eval scores.
-    """
-
-    items: int
-
-
 # Items of the split that lm-eval scores: the test split, or the validation split where test answers are not public.
-BENCHMARKS: Mapping[str, KnownBenchmark] = {
-    "triviaqa": KnownBenchmark(17_944),
-    "nq_open": KnownBenchmark(3_610),
-    "webqs": KnownBenchmark(2_032),
-    "mmlu": KnownBenchmark(14_042),
-    "hellaswag": KnownBenchmark(10_042),
-    "winogrande": KnownBenchmark(1_267),
-    "arc_challenge": KnownBenchmark(1_172),
-    "arc_easy": KnownBenchmark(2_376),
-    "piqa": KnownBenchmark(1_838),
-    "boolq": KnownBenchmark(3_270),
-    "openbookqa": KnownBenchmark(500),
-    "social_iqa": KnownBenchmark(1_954),
-    "gsm8k": KnownBenchmark(1_319),
-    "math": KnownBenchmark(5_000),
-    "humaneval": KnownBenchmark(164),
-    "mbpp": KnownBenchmark(500),
-    "ifeval": KnownBenchmark(541),
+BENCHMARKS: Mapping[str, int] = {
+    "triviaqa": 17_944,
+    "nq_open": 3_610,
+    "webqs": 2_032,
+    "mmlu": 14_042,
+    "hellaswag": 10_042,
+    "winogrande": 1_267,
+    "arc_challenge": 1_172,
+    "arc_easy": 2_376,
+    "piqa": 1_838,
+    "boolq": 3_270,
+    "openbookqa": 500,
+    "social_iqa": 1_954,
+    "gsm8k": 1_319,
+    "math": 5_000,
+    "humaneval": 164,
+    "mbpp": 500,
+    "ifeval": 541,
 }

@@ -74,7 +74,7 @@ class ModelShape:
         Raises:
             PlanError: A role or a block does not exist in this model.
         """
-        return find_targets(self.model, roles, layers)
+        return list(self.linear) if roles is None and layers is None else find_targets(self.model, roles, layers)
 
     @property
     def wide(self) -> int:
