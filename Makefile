@@ -32,7 +32,11 @@ lint: $(BIN)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: $(BIN)/.dev
+# Pages are tested in a browser: Debian's, unless one is there.
+/usr/bin/chromium:
+	(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium) >/dev/null
+
+unit: $(BIN)/.dev /usr/bin/chromium
 	$(BIN)/pytest -n 2 --dist loadfile
 
 bench: $(BIN)/.dev

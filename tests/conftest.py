@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,3 +13,13 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_pages() -> Iterator[None]:
+    """Leave plotly.js, 5 MB, out of pages that only their text is read of; browsers' tests put it back."""
+    from keeptune.report import page
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "plotly_source", lambda: "/* plotly.js */")
+        yield

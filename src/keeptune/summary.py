@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +14,14 @@ from keeptune.core.errors import ArtefactError
 from keeptune.core.plan import Plan
 from keeptune.evaluate.results import BenchmarkResult, trade_off
 from keeptune.report.html import write_html
+from keeptune.report.items import lost_and_gained
+from keeptune.report.repeat import repeat
 from keeptune.scoring import find_result, result_fingerprint
 
 __all__ = ["write_report"]
 
 _FULL = "full"
+_TRACE = Path("trace", "trace.json")  # where `keeptune trace --output <run>/trace` puts it
 
 
 def write_report(
@@ -66,8 +70,42 @@ def write_report(
             return there
     report["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_json(record, report)
-    write_html(report, page)
+    write_html(report, page, _extras(runs, entries, output))
     return report
+
+
+def _extras(runs: Sequence[Path], entries: Sequence[dict[str, Any]], output: Path) -> dict[str, Any]:
+    """Collect what the page shows beside the report: items lost and gained, how to repeat it, causal traces."""
+    labels = [str(entry.get("label") or entry["name"]) for entry in entries]
+    results = (
+        {
+            "label": label,
+            "seed": entry["seed"],
+            "benchmark": result.name,
+            "role": result.role,
+            "metric": result.metric,
+            "items": result.items,
+        }
+        for label, entry, folder in zip(labels, entries, runs, strict=True)
+        for result in _results(folder)
+    )
+    recipes = [folder / "recipe.json" for folder in runs]
+    commands = [("Run it again", "\n".join(shlex.join(["keeptune", "run", str(path)]) for path in recipes))]
+    if list(runs) != [output]:
+        line = shlex.join(["keeptune", "report", *map(str, runs), "--output", str(output)])
+        commands.append(("Join the runs", line))
+    serving = "\n".join(dict.fromkeys(str(entry["serve"]) for entry in entries))
+    commands.append(("Load or serve the result", serving))
+    texts = [
+        (f"Recipe of {label}, seed {entry['seed']}", read_json(path))
+        for label, entry, path in zip(labels, entries, recipes, strict=True)
+    ]
+    traces = {
+        label: read_json(folder / _TRACE)
+        for label, folder in zip(labels, runs, strict=True)
+        if (folder / _TRACE).is_file()
+    }
+    return {"items": lost_and_gained(results), "repeat": repeat(commands, texts), "traces": traces}
 
 
 def _entry(folder: Path) -> dict[str, Any]:

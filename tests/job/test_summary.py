@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.job.support import METHODS, MODEL, keeptune, recipe_of
 
 from keeptune.atlas import model_path
@@ -130,3 +132,32 @@ def test_runs_on_different_bases_do_not_join(recipe_values: Values, finished: Fi
     assert other["base"] == str(model_path())
     with pytest.raises(ArtefactError, match="2 different bases"):
         write_report([finished("lora"), tmp_path / "out"], tmp_path / "joint")
+
+
+def test_the_page_has_the_items_and_how_to_repeat_it_and_the_report_has_not(finished: Finished, tmp_path: Path) -> None:
+    folder = finished("lora")
+    report = write_report([folder], tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    rows = json.loads(found[1])["items"]
+    items = [json.loads(line) for line in (folder / "evaluation/stories.items.jsonl").read_text().splitlines()]
+    changed = [item for item in items if item["before"] != item["after"]]
+    shown = [row for row in rows if row["benchmark"] == "stories"]
+    assert {row["index"] for row in shown} == {item["index"] for item in changed} != set()
+    assert all((row["kind"] == "lost") == (row["after"] > row["before"]) for row in shown)
+    assert "items" not in json.dumps(report)
+    for words in (f"keeptune run {folder}/recipe.json", "keeptune report", "max_steps: 6", torch.__version__):
+        assert words in text
+
+
+def test_a_causal_trace_in_the_run_folder_is_shown(finished: Finished, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished("lora"), tmp_path / "run"))
+    model = {"name": "tiny", "AIE": [0.1, 0.2], "AIE_error": [0.01, 0.01], "heat": [[0.1, 0.2], [0.0, 0.1]]}
+    example = {"prompt": ["The", "sky"], "noised": [1], "answer": "blue"}
+    write_json(folder / "trace" / "trace.json", {"models": [model], "example": example})
+    write_report([folder], tmp_path / "report")
+    text = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Causal tracing</h2>" in text
+    write_report([finished("lora")], tmp_path / "report")
+    assert "<h2>Causal tracing</h2>" not in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

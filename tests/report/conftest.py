@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
+from tests.report.browsing import FLAGS
 
+from keeptune.report import page as page_module
 from keeptune.report.html import render_html
 
 
@@ -143,3 +146,20 @@ def make() -> Callable[..., dict[str, Any]]:
         "base": "tiny",
         "methods": [run(name, 0, kept, task) for name, kept, task in triples],
     }
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Start Chromium; without it the tests that need it fail."""
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=list(FLAGS))
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def with_plotly() -> Iterator[None]:
+    """Put plotly.js back into the pages that a module writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_module, "plotly_source", page_module._plotly)
+        yield

@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from keeptune.core.errors import ArtefactError
-from keeptune.report import details, plots
-from keeptune.report.nodes import votes_figure
+from keeptune.report import details, layer_charts, plots, run_charts
+from keeptune.report.bars import benchmark_tables
+from keeptune.report.charts import Chart
+from keeptune.report.page import render, write_page
 from keeptune.report.records import Report, ReportLike, as_report
-from keeptune.report.style import MANY, looks
-from keeptune.report.summary import methods, series
+from keeptune.report.style import MANY
+from keeptune.report.summary import methods
 from keeptune.report.tables import comparison_columns
 from keeptune.report.verdict import method_sentences, verdict
 from keeptune.report.wording import listing
 
-__all__ = ["render_html", "write_html"]
+__all__ = ["Picture", "render_html", "write_html"]
 
 
 @dataclass(frozen=True)
@@ -34,37 +35,38 @@ class Picture:
     caption: str
 
 
-def write_html(report: ReportLike, path: str | os.PathLike[str]) -> None:
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: figures to explore, and still ones."""
+
+    heading: str
+    words: str
+    charts: tuple[Chart, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+
+
+def write_html(report: ReportLike, path: str | os.PathLike[str], extras: Mapping[str, Any] | None = None) -> None:
     """Write the report as one self-contained HTML file, replacing the file in one step.
 
     Args:
         report: The report.
         path: The file; its folder must exist.
+        extras: See :func:`render_html`.
 
     Raises:
         ArtefactError: The report is malformed or the file cannot be written.
     """
-    text = render_html(report)
-    target = Path(path)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(target)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise ArtefactError(
-            str(target),
-            got=error.strerror or type(error).__name__,
-            wanted="a file that can be written",
-            next_step="Choose a path in a folder that exists and that you may write to.",
-        ) from error
+    write_page(render_html(report, extras), path)
 
 
-def render_html(report: ReportLike) -> str:
+def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> str:
     """Make the page.
 
     Args:
         report: The report.
+        extras: What is not in ``report.json``, each if there is any: ``items`` as from
+            :func:`keeptune.report.items.lost_and_gained`, ``repeat`` as from :func:`keeptune.report.repeat.repeat`, and
+            ``traces``, name to what is in ``trace.json``.
 
     Returns:
         The HTML; the same report always gives the same text.
@@ -72,17 +74,16 @@ def render_html(report: ReportLike) -> str:
     Raises:
         ArtefactError: The report is malformed.
     """
-    parsed = as_report(report)
-    environment = Environment(
-        loader=PackageLoader("keeptune.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    parsed, more = as_report(report), extras or {}
     labels = [method.label for method in methods(parsed)]
     common, options = details.options(parsed)
-    return environment.get_template("report.html.j2").render(
+    tradeoff, sections = run_charts.tradeoff(parsed), _sections(parsed, more.get("traces") or {})
+    charts = [chart for section in sections for chart in section.charts]
+    found = more.get("items")
+    return render(
+        "run.html.j2",
+        charts if tradeoff is None else [tradeoff, *charts],
+        {} if found is None else {"items": found["rows"]},
         base=parsed.base,
         base_name=Path(parsed.base).name or parsed.base,
         created=parsed.created,
@@ -91,13 +92,16 @@ def render_html(report: ReportLike) -> str:
         sentences=method_sentences(parsed) if 1 < len(labels) <= MANY else [],
         caution=_caution(parsed),
         columns=comparison_columns(parsed),
-        colours=[look.colour for look in looks(parsed).values()],
-        sections=_sections(parsed),
+        benchmarks=benchmark_tables(parsed),
+        tradeoff=tradeoff,
+        found=found,
+        sections=sections,
         options=options,
         common=common,
         divergence=details.divergence(parsed),
         notes=details.notes(parsed),
         runs=details.runs(parsed),
+        repeat=more.get("repeat"),
         several_seeds=len(parsed.runs) > len(labels),
     )
 
@@ -125,53 +129,49 @@ def _caution(report: Report) -> str:
     )
 
 
-def _sections(report: Report) -> list[tuple[str, str, list[Picture]]]:
+def _sections(report: Report, traces: Mapping[str, Mapping[str, Any]]) -> list[Section]:
     """Draw everything the report has data for.
 
     Args:
         report: The report.
+        traces: Name to what causal tracing found.
 
     Returns:
-        Heading, an explanation and the pictures of each section that has any.
+        The sections that have something to show.
     """
     draw = _Drawer()
-    many = len(methods(report)) > MANY
-    kinds = [item.name for item in series(report, "knowledge")]
-    relations = [(name, plots.forgetting_by_relation(report, name)) for name in kinds]
+    losses = run_charts.losses(report)
+    uniform = _uniform_words(report)
     sections = [
-        (
-            "Learned against kept",
-            "Up and to the right is better. Large markers are means, small ones seeds, bars 95% intervals.",
-            draw.all([("What each method learned against what it kept", plots.tradeoff(report))]),
-        ),
-        (
-            "Forgetting by benchmark",
-            "What was lost on each knowledge benchmark, with 95% intervals. Zero means nothing forgotten.",
-            draw.all([("What each method lost on each benchmark", plots.forgetting_by_benchmark(report))]),
-        ),
-        (
+        Section(
             "Forgetting by relation",
             "The relation most forgotten on average comes first. Rows with few questions (n) are noisy.",
-            draw.all([(f"What was lost on each relation of {name}", figure) for name, figure in relations]),
+            tuple(run_charts.relations(report)),
         ),
-        (
+        Section(
             "Training loss",
-            "Smoothed, averaged over seeds." + ("" if many else " The raw values are faint."),
-            draw.all([("Training loss of each method", plots.loss_curves(report))]),
+            "Smoothed, averaged over seeds." + ("" if len(methods(report)) > MANY else " The raw values are faint."),
+            () if losses is None else (losses,),
         ),
-        (
+        Section(
             "Penalties",
             "What they cost while training, and how far each layer moved; of several seeds the first.",
-            draw.all([("Penalty and drift of each method", plots.penalty_figure(report))]),
+            tuple(layer_charts.penalties(report)),
         ),
-        ("Plan: ranks", _uniform_words(report), draw.all(_rank_figures(report), named=True)),
-        (
+        Section("Plan: ranks", uniform, tuple(layer_charts.ranks(report))),
+        Section(
             "Plan: evidence",
             "What the plans were made from, by layer; in spectra dots, or thick parts of strips, are what is kept.",
-            draw.all(_spectrum_figures(report), named=True),
+            tuple(layer_charts.votes(report)),
+            tuple(draw.all(_spectrum_figures(report))),
+        ),
+        Section(
+            "Causal tracing",
+            "Which layers bring an answer back after noise on the prompt.",
+            tuple(layer_charts.traces(traces)),
         ),
     ]
-    return [section for section in sections if section[2] or (section[0] == "Plan: ranks" and section[1] != "")]
+    return [part for part in sections if part.charts or part.pictures or (part.heading == "Plan: ranks" and uniform)]
 
 
 class _Drawer:
@@ -180,22 +180,20 @@ class _Drawer:
     def __init__(self) -> None:
         self._drawn = 0
 
-    def all(self, figures: Sequence[tuple[str, Figure | None]], named: bool = False) -> list[Picture]:
+    def all(self, figures: Sequence[tuple[str, Figure | None]]) -> list[Picture]:
         """Draw the figures that exist.
 
         Args:
             figures: Pairs of a description and a figure or None.
-            named: Whether a single figure needs its caption too.
 
         Returns:
-            The pictures; descriptions become captions where there are several.
+            The pictures.
         """
-        found = [(words, figure) for words, figure in figures if figure is not None]
         pictures = []
-        for words, figure in found:
-            self._drawn += 1
-            caption = words if named or len(found) > 1 else ""
-            pictures.append(Picture(_inline(plots.svg(figure), f"f{self._drawn}-"), words, caption))
+        for words, figure in figures:
+            if figure is not None:
+                self._drawn += 1
+                pictures.append(Picture(_inline(plots.svg(figure), f"f{self._drawn}-"), words, words))
         return pictures
 
 
@@ -217,24 +215,6 @@ def _inline(text: str, prefix: str) -> str:
     if width and float(width[1]) > 430:
         body = body.replace("<svg", '<svg class="wide"', 1)
     return body
-
-
-def _rank_figures(report: Report) -> list[tuple[str, Figure | None]]:
-    """Draw the ranks of methods whose ranks differ, each beside the importances it rests on.
-
-    Args:
-        report: The report.
-
-    Returns:
-        Descriptions and figures.
-    """
-    labels = [method.label for method in methods(report)]
-    figures = []
-    for label in labels:
-        if plots.uniform_rank(report, label) is None:
-            figures.append((f"Ranks of {label} by layer and role", plots.rank_map(report, label)))
-        figures.append((f"Importances behind {label} by layer and role", plots.importance_map(report, label)))
-    return figures
 
 
 def _uniform_words(report: Report) -> str:
@@ -270,9 +250,6 @@ def _spectrum_figures(report: Report) -> list[tuple[str, Figure | None]]:
     users: dict[tuple[str, tuple[tuple[float, ...], ...]], list[str]] = {}
     whole = []
     for method in methods(report):
-        voted = votes_figure(report, method.label)
-        if voted is not None:
-            whole.append((f"How many texts name each node, by layer: {method.label}", voted))
         plan = next((run.plan for run in method.runs if run.plan), ())
         kept = plots.kept_spectra(report, method.label)
         if kept is not None:

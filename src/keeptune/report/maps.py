@@ -15,7 +15,7 @@ from keeptune.report.style import diverging, finish, page, themed
 from keeptune.report.summary import Series, combine, methods, series
 from keeptune.report.wording import signed
 
-__all__ = ["forgetting_by_relation"]
+__all__ = ["forgetting_by_relation", "relation_losses"]
 
 
 def forgetting_by_relation(report: ReportLike, benchmark: str | None = None, limit: int = 25) -> Figure | None:
@@ -35,13 +35,13 @@ def forgetting_by_relation(report: ReportLike, benchmark: str | None = None, lim
     parsed = as_report(report)
     for kind in series(parsed, "knowledge"):
         if benchmark in (None, kind.name):
-            losses = _relation_losses(parsed, kind)
+            losses = relation_losses(parsed, kind)
             if losses:
                 return _relation_figure(parsed, kind, losses, limit)
     return None
 
 
-def _relation_losses(report: Report, kind: Series) -> dict[str, tuple[int, list[float]]]:
+def relation_losses(report: Report, kind: Series) -> dict[str, tuple[int, list[float]]]:
     """Average the loss on every relation over the seeds of each method.
 
     Args:

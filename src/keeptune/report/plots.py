@@ -43,8 +43,10 @@ __all__ = [
     "penalty_figure",
     "png",
     "rank_map",
+    "smooth_mean",
     "spectra",
     "svg",
+    "thin",
     "tradeoff",
     "uniform_rank",
 ]
@@ -155,7 +157,7 @@ def loss_curves(report: ReportLike) -> Figure | None:
         ArtefactError: The report is malformed.
     """
     parsed = as_report(report)
-    curves = [(method, _smooth_mean(method)) for method in methods(parsed)]
+    curves = [(method, smooth_mean(method)) for method in methods(parsed)]
     drawn = [(method, curve) for method, curve in curves if len(curve) > 1]
     if not drawn:
         return None
@@ -167,8 +169,8 @@ def loss_curves(report: ReportLike) -> Figure | None:
         for method, curve in drawn:
             colour = colours[method.label].colour
             for run in method.runs if few else ():
-                axes.plot(*_thin(run.loss), color=colour, lw=0.6, alpha=0.22, zorder=2)
-            axes.plot(*_thin(curve), color=colour, lw=1.8 if few else 1.2, zorder=3)
+                axes.plot(*thin(run.loss), color=colour, lw=0.6, alpha=0.22, zorder=2)
+            axes.plot(*thin(curve), color=colour, lw=1.8 if few else 1.2, zorder=3)
         raw = sorted(loss for method, _ in drawn for run in method.runs for _, loss in run.loss)
         low, high = ends([raw[0], raw[min(len(raw) - 1, int(0.995 * len(raw)))]], 0.01)
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
@@ -219,7 +221,7 @@ def _end_labels(
         )
 
 
-def _smooth_mean(method: Method) -> list[tuple[float, float]]:
+def smooth_mean(method: Method) -> list[tuple[float, float]]:
     """Average the seeds at each step and smooth the result over about a twentieth of its length.
 
     Args:
@@ -243,7 +245,7 @@ def _smooth_mean(method: Method) -> list[tuple[float, float]]:
     return smooth
 
 
-def _thin(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def thin(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     """Keep at most about 400 points of a curve, the last one among them.
 
     Args:
