@@ -47,7 +47,7 @@ def test_factors_move_the_option_in_the_stated_direction_and_it_stays_valid(case
 def test_a_factor_above_1_keeps_more(case: str, worlds: Any) -> None:
     """A stronger penalty, a smaller budget, or less that is trained."""
     world: World = worlds("llama")
-    pair = [moved(WITH[case], factor) for factor in (1.0, 3.0)]
+    pair = [moved(WITH[case], factor) for factor in (1.0, 2.0)]  # of loki, more rows than the rank are left
     held = [penalties_of(method) for method in pair]
     if not held[0]:
         more, less = (trained(world.bench().plan(method)) for method in pair)
@@ -55,9 +55,9 @@ def test_a_factor_above_1_keeps_more(case: str, worlds: Any) -> None:
         return
     for weaker, stricter in zip(*held, strict=True):
         if hasattr(weaker, "budget"):
-            assert stricter.budget == pytest.approx(weaker.budget / 3)
+            assert stricter.budget == pytest.approx(weaker.budget / 2)
         else:
-            assert stricter.strength == pytest.approx(weaker.strength * 3)
+            assert stricter.strength == pytest.approx(weaker.strength * 2)
 
 
 def trained(plan: Plan) -> int:

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from tests.models import MODELS, Bench, asking, calibration, counted_passes, relative
+from transformers import PreTrainedModel
 
+import keeptune.stats.collect as collecting
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError
 from keeptune.core.target import Target
@@ -301,3 +305,27 @@ def test_weights_that_are_no_numbers_are_told_with_the_first_module_after_them(
     with pytest.raises(StatisticsError, match=r"got NaN or infinite inputs in batch 1 of 1, ") as caught:
         made.collect(LoraNull(rank=1))
     assert ".1." in caught.value.where
+
+
+def test_what_two_collect_at_the_same_time_is_collected_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen that it is not there; the second waits, and takes what the first has stored."""
+    both = threading.Barrier(2)
+    seen = collecting._absent
+
+    def together(*arguments: Any) -> Any:
+        found = seen(*arguments)
+        both.wait(timeout=60)
+        return found
+
+    monkeypatch.setattr(collecting, "_absent", together)
+    models = [MODELS["llama"]() for _ in range(2)]
+
+    def passes(model: PreTrainedModel) -> int:
+        with counted_passes(model) as count:
+            Bench(model, tmp_path / "store").collect(LoraNull(rank=2))
+        return count[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        counts = list(pool.map(passes, models))
+    monkeypatch.setattr(collecting, "_absent", seen)
+    assert min(counts) == passes(models[0]) < max(counts)

@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -15,16 +14,17 @@ from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError
-from keeptune.core.target import Target, read_weight
-from keeptune.data.calibration import Batch, Calibration
+from keeptune.core.target import Target
+from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import is_nested
 from keeptune.model.head import head_fingerprint
-from keeptune.model.runner import Labels, ResidentRunner, Taps
+from keeptune.model.runner import ResidentRunner
 from keeptune.stats.attribution import Attributions, NeuronAttribution, attribute_texts, places_of, stored_attributions
 from keeptune.stats.request import Accumulator, DataRole, Request
 from keeptune.stats.store import Source, StatStore, entry_recipe
 from keeptune.stats.tracing import LayerEffect, traced_effects
 from keeptune.stats.unseen import UnseenError
+from keeptune.stats.waves import Pass, Site, run_wave, shares
 
 __all__ = ["Statistics", "StatsView", "collect", "source_name", "source_of"]
 
@@ -202,24 +202,55 @@ def collect(
     used = _used(requests, data)
     sources = {name: source_of(runner.model, model_fingerprint, tokens) for name, tokens in used.items()}
     missing = _missing(targets, requests, sources, store)
-    for request, target in missing.pop(_TRACE, []):
-        name = source_name(request)
-        _trace(runner, used[name], request, store, sources[name], entry_recipe(request, target, sources[name]))
-    waves = [(need, wave) for need, sites in missing.items() for wave in (_shares(sites) if low_memory else [sites])]
-    # An expert sees some tokens only, so that padding could not be told from text: its batches hold none.
-    padded = not any(is_nested(target.name) for target in targets)
-    unseen: set[str] = set()
-    for need, wave in tqdm(waves, desc="statistics", delay=2, disable=None if len(waves) > 1 else True, leave=False):
-        batches = used[need.source].batches(1 if need.examples_alone else batch_tokens, padded=padded)
-        totals = _run_wave(runner, batches, need, wave, title="" if len(waves) > 1 else "statistics")
-        for (request, target), total in zip(wave, totals, strict=True):
-            if not _keep(store, request, target, total, sources[source_name(request)]):
-                unseen |= {t.name for t in targets if (request, request.site(target)) in _sites(requests, t)}
+    absent = _absent(missing, sources, store)
+    with store.turn({content_key({**entry, "site": None}) for entry in absent.values()}):
+        for sites in missing.values():  # whoever had its turn before may have stored some meanwhile
+            sites[:] = [site for site in sites if site not in absent or not store.holds(absent[site])]
+        unseen = _fill(runner, targets, requests, used, store, sources, missing, low_memory, batch_tokens)
     if unseen:
         names = ", ".join(sorted(unseen))
         _log.warning("statistics: no token reached %d of %d targets: %s", len(unseen), len(targets), names)
     counts = {name: tokens.learned for name, tokens in used.items()}
     return Statistics(store, sources, dict(requests), frozenset(unseen), counts=counts)
+
+
+def _fill(
+    runner: ResidentRunner,
+    targets: Sequence[Target],
+    requests: Mapping[str, frozenset[Request]],
+    used: Mapping[str, Calibration],
+    store: StatStore,
+    sources: Mapping[str, Source],
+    missing: dict[Pass, list[Site]],
+    low_memory: bool,
+    batch_tokens: int,
+) -> set[str]:
+    """Compute what is missing; give the names of experts that no token reached."""
+    for request, target in missing.pop(_TRACE, []):
+        name = source_name(request)
+        _trace(runner, used[name], request, store, sources[name], entry_recipe(request, target, sources[name]))
+    waves = [
+        (need, wave) for need, sites in missing.items() if sites for wave in (shares(sites) if low_memory else [sites])
+    ]
+    # An expert sees some tokens only, so that padding could not be told from text: its batches hold none.
+    padded = not any(is_nested(target.name) for target in targets)
+    unseen: set[str] = set()
+    for need, wave in tqdm(waves, desc="statistics", delay=2, disable=None if len(waves) > 1 else True, leave=False):
+        batches = used[need.source].batches(1 if need.examples_alone else batch_tokens, padded=padded)
+        totals = run_wave(runner, batches, need, wave, title="" if len(waves) > 1 else "statistics")
+        for (request, target), total in zip(wave, totals, strict=True):
+            if not _keep(store, request, target, total, sources[source_name(request)]):
+                unseen |= {t.name for t in targets if (request, request.site(target)) in _sites(requests, t)}
+    return unseen
+
+
+def _absent(
+    missing: Mapping[Pass, Sequence[Site]], sources: Mapping[str, Source], store: StatStore
+) -> dict[Site, dict[str, Any]]:
+    """Find the entries of sites that are not there at all, damaged or not."""
+    sites = [site for some in missing.values() for site in some]
+    entries = {site: entry_recipe(*site, sources[source_name(site[0])]) for site in sites}
+    return {site: entry for site, entry in entries.items() if not store.holds(entry)}
 
 
 def _trace(
@@ -297,20 +328,7 @@ def _sites(requests: Mapping[str, frozenset[Request]], target: Target) -> set[tu
     return {(request, request.site(target)) for request in requests[target.name]}
 
 
-_Site = tuple[Request, Target]
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """A pass over the data: sites with equal passes are served together."""
-
-    source: str
-    examples_alone: bool
-    labels: Labels | None
-    seed: int
-
-
-_TRACE = _Pass("", examples_alone=False, labels=None, seed=0)  # traces make their own passes
+_TRACE = Pass("", examples_alone=False, labels=None, seed=0)  # traces make their own passes
 
 
 def _missing(
@@ -318,9 +336,9 @@ def _missing(
     requests: Mapping[str, frozenset[Request]],
     sources: Mapping[str, Source],
     store: StatStore,
-) -> dict[_Pass, list[_Site]]:
+) -> dict[Pass, list[Site]]:
     """List what the store lacks, by the pass it needs; inputs are taken along with gradients where both are needed."""
-    missing: dict[_Pass, list[_Site]] = {}
+    missing: dict[Pass, list[Site]] = {}
     seen: set[tuple[Request, str]] = set()
     kept: Counter[str] = Counter()
     for target in targets:
@@ -339,7 +357,7 @@ def _missing(
             stored = store.get(entry_recipe(request, target, sources[source_name(request)]))
             if stored is None or isinstance(request, NeuronAttribution):
                 seed = request.seed if request.labels else 0
-                need = _Pass(source_name(request), request.examples_alone, request.labels, seed)
+                need = Pass(source_name(request), request.examples_alone, request.labels, seed)
                 need = _TRACE if request.kind == "trace" else need
                 missing.setdefault(need, []).append((request, target))
             else:
@@ -355,39 +373,3 @@ def _missing(
         if host is not None:
             missing[host] += missing.pop(need)
     return missing
-
-
-def _shares(sites: Sequence[_Site]) -> list[list[_Site]]:
-    """Split sites into shares whose sums together are no larger than the largest single one (first fit)."""
-    sizes = [request.numbers(target) for request, target in sites]
-    room = [0] * len(sites)
-    shares: list[list[_Site]] = [[] for _ in sites]
-    for site, size in zip(sites, sizes, strict=True):
-        place = next(i for i, used in enumerate(room) if used + size <= max(sizes))
-        room[place] += size
-        shares[place].append(site)
-    return [share for share in shares if share]
-
-
-def _run_wave(
-    runner: ResidentRunner, batches: Sequence[Batch], need: _Pass, wave: Sequence[_Site], *, title: str
-) -> list[Accumulator]:
-    model = runner.model
-    totals: list[Accumulator] = []
-    taps = Taps()
-    for request, target in wave:
-        total = request.accumulator(target, model.device, partial(read_weight, model, target))
-        kinds: Any = {
-            "forward": taps.inputs,
-            "backward": taps.gradients,
-            "joint": taps.pairs,
-            "texts": taps.texts,
-        }
-        sinks = kinds[request.kind]
-        sinks.setdefault(request.site(target), []).append(total.add)
-        totals.append(total)
-    if need.labels is None or not taps.backward:
-        runner.forward(batches, taps.inputs, title=title)
-    else:
-        runner.backward(batches, taps, labels=need.labels, seed=need.seed, title=title)
-    return totals

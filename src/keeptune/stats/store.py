@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from keeptune.core.artefact import (
     write_tensors,
 )
 from keeptune.core.errors import ArtefactError
+from keeptune.core.locks import locked
 from keeptune.core.target import Target
 from keeptune.stats.request import Request
 
@@ -112,6 +114,17 @@ class StatStore:
             _log.warning("statistics: entry %s is damaged and will be recomputed (%s)", entry, error)
             return None
 
+    def holds(self, recipe: Mapping[str, Any]) -> bool:
+        """Say whether an entry is there, without reading it.
+
+        Args:
+            recipe: From :func:`entry_recipe`.
+
+        Returns:
+            True also of a damaged one.
+        """
+        return self._entry(recipe).is_dir()
+
     def put(self, recipe: Mapping[str, Any], value: Tensor) -> None:
         """Store an entry, replacing a damaged one.
 
@@ -132,6 +145,21 @@ class StatStore:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or self.get(recipe) is None:
                 raise
             _log.info("statistics: %s was stored by another run meanwhile", entry)
+
+    @contextlib.contextmanager
+    def turn(self, names: Collection[str]) -> Iterator[None]:
+        """Wait until no other process collects any of some statistics, and have the others wait meanwhile.
+
+        Args:
+            names: Keys of what is to be collected; none waits for nobody.
+
+        Yields:
+            Nothing.
+        """
+        with contextlib.ExitStack() as held:
+            for name in sorted(names):  # in one order, so that no two wait for each other
+                held.enter_context(locked(self.folder / "locks" / name[:32]))
+            yield
 
     def _entry(self, recipe: Mapping[str, Any]) -> Path:
         key = content_key(recipe)
