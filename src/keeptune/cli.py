@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from keeptune import cli_nodes, cli_repair, cli_studies
+from keeptune import cli_compare, cli_nodes, cli_repair, cli_studies
 from keeptune.cli_studies import OVERRIDES, RecipeFile, say, show_comparison
 from keeptune.core.errors import KeeptuneError
 
@@ -132,6 +132,7 @@ def evaluate(
 
 
 app.command(context_settings=OVERRIDES)(cli_studies.sweep)
+app.command(context_settings=OVERRIDES)(cli_compare.compare)
 app.command(context_settings=OVERRIDES)(cli_studies.layers)
 app.command()(cli_studies.change)
 app.command()(cli_studies.curvature)

@@ -141,13 +141,14 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
     Raises:
         RecipeError: A key is unknown or a value does not fit.
     """
-    if "sweep" in values:
-        raise RecipeError(
-            f"{where}, key sweep",
-            got="a sweep",
-            wanted="the recipe of one run",
-            next_step="Run `keeptune sweep` with it.",
-        )
+    for key in ("sweep", "compare"):
+        if key in values:
+            raise RecipeError(
+                f"{where}, key {key}",
+                got="a section for several runs",
+                wanted="the recipe of one run",
+                next_step=f"Run `keeptune {key}` with it.",
+            )
     try:
         recipe = Recipe.model_validate(resolve_paths(values, folder, fetch))
     except ValidationError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 __all__ = [
     "ArtefactError",
@@ -16,7 +17,10 @@ __all__ = [
     "StatisticsError",
     "TrainError",
     "nearest",
+    "placed",
 ]
+
+T = TypeVar("T")
 
 
 class KeeptuneError(Exception):
@@ -86,3 +90,26 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     listing = f"Known: {', '.join(known)}."
     return f'Did you mean "{close[0]}"? {listing}' if close else listing
+
+
+def placed(where: str, do: Callable[[], T]) -> T:
+    """Do something; an error says where in a larger whole it happened.
+
+    Args:
+        where: The place, such as one point of a sweep.
+        do: What to do.
+
+    Returns:
+        What it gives.
+
+    Raises:
+        KeeptuneError: As ``do`` raises it, with the place before its own.
+    """
+    try:
+        return do()
+    except KeeptuneError as error:
+        if where in error.where:
+            raise
+        raise type(error)(
+            f"{where}, {error.where}", got=error.got, wanted=error.wanted, next_step=error.next_step
+        ) from error

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from keeptune.combining import tuned_roles
 from keeptune.core.artefact import write_json
-from keeptune.core.errors import KeeptuneError, RecipeError
+from keeptune.core.errors import KeeptuneError, RecipeError, placed
 from keeptune.job import Job
 from keeptune.model.blocks import find_targets
 from keeptune.recipe import Recipe, make_recipe
@@ -325,7 +325,7 @@ def _point(
             set_value(own, key, copy.deepcopy(value), where=f"{where}, key {key}")
         set_value(own, "train.seed", seed, where=where)
         own["output"] = str(output / f"{name}-seed{seed}")
-        recipes[seed] = _placed(where, lambda own=own: make_recipe(own, folder=path.parent, where=where))
+        recipes[seed] = placed(where, partial(make_recipe, own, folder=path.parent, where=where))
     return Point(name, settings, None if x is None else float(x), recipes)
 
 
@@ -333,20 +333,8 @@ def _check(points: Sequence[Point], model: PreTrainedModel | None) -> None:
     """Check each point as its run would, and its targets against the model, which is loaded once."""
     jobs = {point.name: Job(next(iter(point.recipes.values()))) for point in points}
     for name, job in jobs.items():
-        _placed(f"sweep point {name}", job.check)
+        placed(f"sweep point {name}", job.check)
     model = next(iter(jobs.values())).base() if model is None else model
     for name, job in jobs.items():
         roles = tuned_roles(job.method, job.recipe.targets)
-        _placed(f"sweep point {name}", partial(find_targets, model, roles, job.recipe.layers))
-
-
-def _placed(where: str, check: Any) -> Any:
-    """Do a check; an error says at which point."""
-    try:
-        return check()
-    except KeeptuneError as error:
-        if where in error.where:
-            raise
-        raise type(error)(
-            f"{where}, {error.where}", got=error.got, wanted=error.wanted, next_step=error.next_step
-        ) from error
+        placed(f"sweep point {name}", partial(find_targets, model, roles, job.recipe.layers))

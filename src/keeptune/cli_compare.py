@@ -1,0 +1,83 @@
+"""The command that sets methods, rates, strengths and seeds side by side: compare."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from keeptune.cli_studies import RecipeFile, say
+
+__all__ = ["compare"]
+
+
+def compare(
+    context: typer.Context,
+    recipe: RecipeFile,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the cells; run nothing.")] = False,
+) -> None:
+    """Run methods x rates x strengths x seeds (the recipe's `compare` section). Started again, it goes on."""
+    from keeptune.compare.cells import load_comparison
+    from keeptune.compare.running import run_comparison
+    from keeptune.recipe import parse_overrides
+
+    loaded = load_comparison(recipe, parse_overrides(context.args))
+    if dry_run:
+        _list_cells(loaded)
+        return
+    found = run_comparison(loaded, shlex.join(["keeptune", *sys.argv[1:]]))
+    _show(found)
+    say(f"cells: {loaded.output / 'cells.json'} and cells.parquet, trade-off: {loaded.output / 'front.json'}")
+    for name, message in found.failed.items():
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {name}: {message}", markup=False)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _list_cells(loaded: Any) -> None:
+    from keeptune.compare.cells import grid
+    from keeptune.compare.engine import works_of
+
+    cells = grid(loaded)
+    _, missing = works_of(loaded, cells)
+    table = Table("method", "learning rates", "strengths", "cells", "done", box=None, header_style="bold")
+    for entry in loaded.entries:
+        own = [cell for cell in cells if cell.label == entry.label]
+        rates = ", ".join(f"{rate:g}" for rate in entry.rates)
+        marks = ", ".join(variation.mark or "x1" for variation in entry.variations)
+        done = sum(cell.name not in missing for cell in own)
+        table.add_row(entry.label, rates, marks if len(entry.variations) > 1 else "", str(len(own)), str(done))
+    Console().print(table)
+    say(f"{len(cells)} cells below {loaded.output / 'cells'}, {len(cells) - len(missing)} done")
+
+
+def _show(found: Any) -> None:
+    """Print what each label's points are worth: learned and forgotten at its best point, and at matched score."""
+    front = found.front
+    rows = {row["label"]: row for row in front["matched"]["rows"]}
+    score = front["matched"]["score"]
+    table = Table("method", "learned most", "forgotten there", box=None, header_style="bold")
+    table.add_column("forgotten" if score is None else f"forgotten at {score:.3g}", justify="right")
+    table.add_column("how")
+    for label in front["fronts"]:
+        points = [point for point in front["points"] if point["label"] == label]
+        best = max(points, key=lambda point: (point["learned"]["mean"], -point["forgotten"]["mean"]))
+        row = rows.get(label, {})
+        at = row.get("forgotten")
+        table.add_row(
+            label,
+            _spread(best["learned"]),
+            _spread(best["forgotten"]),
+            "-" if at is None else _spread(at),
+            str(row.get("how", "")),
+        )
+    Console().print(table)
+
+
+def _spread(value: Any) -> str:
+    text = f"{value['mean']:.3f}"
+    return text if value.get("low") is None else f"{text} [{value['low']:.3f}, {value['high']:.3f}]"
