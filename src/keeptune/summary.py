@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def _entry(folder: Path) -> dict[str, Any]:
     _need_same(folder, "export", exported["train"], trained["key"])
     seconds_file = folder / "plan" / "seconds.json"
     return {
-        "name": _label(plan),
+        "name": _label(plan, _need(folder / "recipe.json", "run")),
         "method": plan.method,
         "seed": int(trained["arguments"].get("seed", 0)),
         "base": trained["base"],
@@ -185,12 +185,14 @@ def _need_one_base(runs: Sequence[Path]) -> None:
         )
 
 
-def _label(plan: Plan) -> str:
-    """Name a run by its method and, where the method has several, the variant or mode."""
+def _label(plan: Plan, recipe: Mapping[str, Any]) -> str:
+    """Name a run by its method, the variant or mode of one that has several, and what the recipe adds to it."""
     variant = plan.options.get("variant") or plan.options.get("mode")
-    if variant is None or variant.startswith(plan.method):
-        return variant or plan.method
-    return f"{plan.method}-{variant}"
+    name = plan.method if variant is None else f"{plan.method}-{variant}"
+    if variant is not None and variant.startswith(plan.method):
+        name = variant
+    added = [penalty["name"] for penalty in recipe.get("penalties", ())]
+    return " + ".join([name, *added, *(["replay"] if recipe.get("replay") else [])])
 
 
 def _results(folder: Path) -> list[BenchmarkResult]:

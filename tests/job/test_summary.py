@@ -38,6 +38,14 @@ def test_runs_join_in_their_order(finished: Finished, tmp_path: Path, capsys: py
         }
 
 
+def test_what_a_recipe_adds_to_a_method_is_in_its_name(finished: Finished, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished("lora"), tmp_path / "copy"))
+    recipe = read_json(folder / "recipe.json")
+    write_json(folder / "recipe.json", recipe | {"penalties": [{"name": "kl", "strength": 3.0}], "replay": 0.1})
+    names = [entry["name"] for entry in write_report([finished("lora"), folder], tmp_path / "joint")["methods"]]
+    assert names == ["lora", "lora + kl + replay"]
+
+
 def test_what_a_method_says_about_its_plan_reaches_the_report(recipe_values: Values, tmp_path: Path) -> None:
     farss = {"name": "farss", "rank": 4, "r_max": 4, "r_avg": 3, "boundary": 2}
     given = recipe_values(method=farss, targets=["q_proj", "v_proj"])
