@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from keeptune import cli_compare, cli_nodes, cli_repair, cli_studies
+from keeptune import cli_compare, cli_nodes, cli_repair, cli_sequence, cli_studies
 from keeptune.cli_studies import OVERRIDES, RecipeFile, say, show_comparison
 from keeptune.core.errors import KeeptuneError
 
@@ -50,11 +50,16 @@ def run(
         typer.Option(help="Of --dry-run: operations a second that times rest on; default: measured on this machine."),
     ] = None,
 ) -> None:
-    """Do the whole job: stats, plan, train, export, evaluate, report. Started again, it goes on."""
+    """Do the whole job: stats, plan, train, export, evaluate, report; stage after stage where it has `stages`."""
+    from keeptune.recipe import parse_overrides
     from keeptune.run import run as run_job
 
     if dry_run:
         _show_dry(recipe, context, flops)
+        return
+    overrides = parse_overrides(context.args)
+    if cli_sequence.has_stages(recipe, overrides):
+        cli_sequence.run_stages(recipe, overrides)
         return
     loaded = _load(recipe, context)
     _show_report(run_job(loaded), loaded.output)

@@ -149,6 +149,13 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
                 wanted="the recipe of one run",
                 next_step=f"Run `keeptune {key}` with it.",
             )
+    if "stages" in values:
+        raise RecipeError(
+            f"{where}, key stages",
+            got="a sequence of stages, which has no single task, plan or adapter",
+            wanted="the recipe of one run",
+            next_step="Run `keeptune run` with it, without --dry-run; each stage's own recipe lies in its folder then.",
+        )
     try:
         recipe = Recipe.model_validate(resolve_paths(values, folder, fetch))
     except ValidationError as error:

@@ -14,7 +14,8 @@ __all__ = ["LowRank"]
 class LowRank:
     """A weight change ``B A``.
 
-    Laws: ``x.minus(y).dense() == x.dense() - y.dense()``; ``x.scaled(s).dense() == s * x.dense()``;
+    Laws: ``x.minus(y).dense() == x.dense() - y.dense()``; ``x.plus(y).dense() == x.dense() + y.dense()``;
+    ``x.scaled(s).dense() == s * x.dense()``;
     ``x.padded(r).dense() == x.dense()``; ``x.truncated(r)`` is the nearest matrix of rank r (Eckart-Young);
     ``x.norm_squared() == (x.dense() ** 2).sum()``.
 
@@ -104,6 +105,20 @@ class LowRank:
         if torch.equal(self.B, other.B):
             return LowRank(self.B, self.A - other.A)
         return LowRank(torch.cat([self.B, -other.B], dim=1), torch.cat([self.A, other.A], dim=0))
+
+    def plus(self, other: LowRank) -> LowRank:
+        """Add exactly: rank r + r', or r when the two share A or B.
+
+        Args:
+            other: A change of the same shape.
+
+        Returns:
+            A change whose product is the sum.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        return self.minus(other.scaled(-1.0))
 
     def padded(self, rank: int) -> LowRank:
         """Append zero columns to B and zero rows to A.

@@ -1,0 +1,337 @@
+"""keeptune run, of a recipe with stages: task after task on one model, each an ordinary run.
+
+    base -> stage 1 -> base + change 1 -> stage 2 -> base + changes 1, 2 -> ... -> one adapter for the base
+
+Under the output: ``stages/<stage>`` is the run of a stage on the model as it then stood, ``after/<stage>`` the adapter
+for the original base after it, with its scores, ``models/<stage>`` the whole model that the next stage starts from
+(removed when that is done), ``adapter`` the product. A stage that is done under the right key is not repeated, and
+within a stage everything goes on as in any run.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from keeptune.adapter.export import Exported, format_for
+from keeptune.adapter.load import load_adapter
+from keeptune.adapter.probe import logits_of
+from keeptune.combining import tuned_roles
+from keeptune.core.artefact import (
+    content_key,
+    file_fingerprint,
+    has_key,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
+from keeptune.core.errors import ExportError, KeeptuneError
+from keeptune.evaluate.kept import KeptAnswers
+from keeptune.job import Job
+from keeptune.learning import probe_of
+from keeptune.model.blocks import find_targets
+from keeptune.model.load import load_model
+from keeptune.recipe import Recipe
+from keeptune.run import export_stage, plan_stage, start, train_stage
+from keeptune.scoring import evaluate_stage, result_fingerprint
+from keeptune.sections import ExportSpec
+from keeptune.sequence.product import (
+    add_changes,
+    gap_to,
+    joined,
+    read_changes,
+    write_adapter,
+    write_whole,
+)
+from keeptune.sequence.record import write_record
+from keeptune.sequence.schema import Stage, StageSequence
+
+__all__ = ["run_sequence"]
+
+_log = logging.getLogger(__name__)
+_NOT_IN_KEY = ("model", "output", "store", "device", "evaluate", "export", "reference", "low_memory")
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A finished stage.
+
+    Args:
+        run: Folder of its run's result: an adapter for the model it started from, or a whole model.
+        product: Folder of the product for the original base.
+        record: What ``stage.json`` holds.
+    """
+
+    run: Path
+    product: Path
+    record: dict[str, Any]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the product is a whole model."""
+        return self.product.name == "merged"
+
+
+def run_sequence(sequence: StageSequence) -> dict[str, Any]:
+    """Do all stages, or what is left of them, score after each, and write the product.
+
+    Args:
+        sequence: The sequence.
+
+    Returns:
+        The record, as in ``sequence.json``.
+
+    Raises:
+        KeeptuneError: Something the user can mend; the message names the stage.
+    """
+    base = Job(sequence.whole)
+    _check(sequence, base)
+    done: list[_Done] = []
+    scores: list[list[dict[str, Any]]] = []
+    for stage in sequence.stages:
+        try:
+            done.append(_stage(sequence, base, stage, done))
+            scores.append(_scores(sequence, base, done[-1].product.parent))
+        except KeeptuneError as error:
+            where = f"stage {stage.name}, {error.where}"
+            raise type(error)(where, got=error.got, wanted=error.wanted, next_step=error.next_step) from error
+    final, exported = _final(sequence, base, done[-1])
+    cut = exported is not None and (exported["error"] > 0 or exported["format"] == "merged")
+    return write_record(
+        sequence,
+        [one.record for one in done],
+        scores,
+        adapter=final,
+        export=exported,
+        final=_scores(sequence, base, sequence.output) if cut else None,
+    )
+
+
+def _check(sequence: StageSequence, base: Job) -> None:
+    """Check all stages, with their data and the model's targets, before the first begins."""
+    model = base.base()
+    for stage in sequence.stages:
+        try:
+            job = Job(stage.recipe)
+            job.check()
+            find_targets(model, tuned_roles(job.method, stage.recipe.targets), stage.recipe.layers)
+        except KeeptuneError as error:
+            where = f"stage {stage.name}, {error.where}"
+            raise type(error)(where, got=error.got, wanted=error.wanted, next_step=error.next_step) from error
+    for folder in ("models", "after"):
+        for stage in sequence.stages:
+            remove_leftovers(sequence.output / folder / stage.folder)
+    remove_leftovers(sequence.output / "adapter")
+    remove_leftovers(sequence.output / "merged")
+
+
+def _stage(sequence: StageSequence, base: Job, stage: Stage, done: Sequence[_Done]) -> _Done:
+    """Run a stage on the model as it stands, and add what it changed to the product."""
+    after = sequence.output / "after" / stage.folder
+    key = _key(base, stage, done)
+    there = _taken(sequence, stage, after, key)
+    if there is not None:
+        _log.info("stage %s: taken from %s", stage.name, after)
+        return there
+    _log.info("stage %s, %d of %d", stage.name, stage.number, len(sequence.stages))
+    started = time.perf_counter()
+    start_from = _start_model(sequence, base, done)
+    job = start(_stage_recipe(sequence, stage, start_from))
+    plan = plan_stage(job)
+    format, note = format_for(plan, "portable")
+    whole = format == "merged" or any(one.whole for one in done)
+    if whole:
+        _refuse_rank(sequence.whole.export, stage, note or "A stage before it left a whole model")
+    train_stage(job, plan)
+    result = Path(export_stage(job, plan).folder)
+    product = after / ("merged" if whole else "adapter")
+    remove_leftovers(product)
+    wanted = _logits(job, result)
+    gap, rank = _write_product(sequence, base, stage, done, result, product, wanted, _probe(job))
+    trained = read_json(job.output / "trained" / "train.json")
+    record = {
+        "key": key,
+        "name": stage.name,
+        "method": plan.method,
+        "options": dict(plan.options),
+        "seed": job.seed,
+        "run": str(job.output),
+        "result": str(result),
+        "product": str(product),
+        "weights": result_fingerprint(product),
+        "started_from": job.base_fingerprint,
+        "gap": gap.gap,
+        "relative_gap": gap.relative,
+        "rank": rank,
+        "note": note,
+        "trained_parameters": trained["trained_parameters"],
+        "loss": trained["loss"],
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(after / "stage.json", record)
+    if start_from is not None and not sequence.keep_models:
+        _remove_model(sequence, start_from)
+    _log.info("stage %s: gap to what was trained on a fresh base %.1e, rank %d", stage.name, gap.gap, rank)
+    return _Done(result, product, record)
+
+
+def _taken(sequence: StageSequence, stage: Stage, after: Path, key: str) -> _Done | None:
+    path = after / "stage.json"
+    if not has_key(path, key):
+        return None
+    record = read_json(path)
+    # The output may have been moved since: folders are found from it.
+    run = sequence.output / "stages" / stage.folder
+    result, product = run / Path(record["result"]).name, after / Path(record["product"]).name
+    whole = any(product.glob("*.safetensors")) and result_fingerprint(product) == record["weights"]
+    if not whole or not any(result.glob("*.safetensors")):
+        _log.warning("stage %s: %s is damaged; doing it again", stage.name, product)
+        return None
+    return _Done(result, product, record | {"run": str(run), "result": str(result), "product": str(product)})
+
+
+def _key(base: Job, stage: Stage, done: Sequence[_Done]) -> str:
+    """Name all that a stage's result depends on: the stages before it, its recipe and its data."""
+    recipe = {key: value for key, value in stage.recipe.written().items() if key not in _NOT_IN_KEY}
+    files = [stage.recipe.task.train, *(part.file for part in stage.recipe.knowledge_sets)]
+    before = [done[-1].record["key"], done[-1].record["weights"]] if done else [base.base_fingerprint]
+    return content_key([before, recipe, [file_fingerprint([Path(file)]) for file in files]])
+
+
+def _stage_recipe(sequence: StageSequence, stage: Stage, model: Path | None) -> Recipe:
+    """Give the recipe of a stage's own run, on the model as it stands.
+
+    What earlier stages changed would round away in 16 bits: from the second stage on, models are float32.
+    """
+    changes: dict[str, Any] = {
+        "output": sequence.output / "stages" / stage.folder,
+        "evaluate": [],
+        "export": ExportSpec(max_gap=sequence.whole.export.max_gap),
+    }
+    if model is not None:
+        changes |= {"model": str(model), "revision": None, "dtype": "float32"}
+    return stage.recipe.model_copy(update=changes)
+
+
+def _start_model(sequence: StageSequence, base: Job, done: Sequence[_Done]) -> Path | None:
+    """Find or write the model that the next stage starts from; None is the base itself."""
+    if not done:
+        return None
+    stage = sequence.stages[len(done) - 1]
+    folder = sequence.output / "models" / stage.folder
+    key = content_key([done[-1].record["key"], done[-1].record["weights"]])
+    if has_key(folder.with_suffix(".json"), key) and any(folder.glob("*.safetensors")):
+        return folder
+    dtype = base.base().dtype
+    if len(done) == 1 and dtype != torch.float32:
+        _log.info("the base is %s: from here on stages work in float32, with the memory that takes", dtype)
+    write_whole(base, _model_after(base, done), folder, torch.float32)
+    if not done[-1].whole:
+        probe = _probe(base)
+        adapted = logits_of(load_adapter(base.base(), done[-1].product), probe)
+        again = logits_of(load_model(str(folder), dtype="float32", device=base.device), probe)
+        gap_to(adapted, again, dtype, sequence.whole.export.max_gap, f"model after stage {stage.name}")
+    write_json(folder.with_suffix(".json"), {"key": key})
+    return folder
+
+
+def _model_after(base: Job, done: Sequence[_Done]) -> PreTrainedModel:
+    """Form the model after some stages in float32, from what is on disk."""
+    if not done:
+        return Job(base.recipe.model_copy(update={"dtype": "float32"})).base()
+    last = done[-1]
+    if not last.whole:
+        return add_changes(_model_after(base, ()), read_changes(last.product))
+    if last.run.name == "merged":
+        return load_model(str(last.run), dtype="float32", device=base.device)
+    return add_changes(_model_after(base, done[:-1]), read_changes(last.run))
+
+
+def _remove_model(sequence: StageSequence, folder: Path) -> None:
+    folder.with_suffix(".json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    if not any((sequence.output / "models").iterdir()):
+        (sequence.output / "models").rmdir()
+
+
+def _write_product(
+    sequence: StageSequence,
+    base: Job,
+    stage: Stage,
+    done: Sequence[_Done],
+    result: Path,
+    product: Path,
+    wanted: Tensor,
+    probe: Tensor,
+) -> tuple[Any, int]:
+    """Write what all stages up to this one make of the base, and compare it with the model that was trained."""
+    dtype, max_gap = base.base().dtype, sequence.whole.export.max_gap
+    where = f"product after stage {stage.name}"
+    if product.name == "merged":
+        current = _Done(result, product, {})
+        write_whole(base, _model_after(base, [*done, current]), product, dtype)
+        found = logits_of(load_model(str(product), dtype=base.recipe.dtype, device=base.device), probe)
+        write_json(product / "export.json", {"format": "merged"})
+        return gap_to(found, wanted, dtype, max_gap, where), 0
+    earlier = read_changes(done[-1].product) if done else {}
+    changes = joined(earlier, read_changes(result))
+    options = {"stages": [one.name for one in sequence.stages[: stage.number]]}
+    written = write_adapter(base, changes, product, ExportSpec(max_gap=max_gap), options)
+    found = logits_of(load_adapter(base.base(), product), probe)
+    write_json(product / "export.json", asdict(written))
+    return gap_to(found, wanted, dtype, max_gap, where), max(change.rank for change in changes.values())
+
+
+def _probe(job: Job) -> Tensor:
+    return probe_of(job.task, job.tokenizer, min(256, job.positions or 256))
+
+
+def _logits(job: Job, result: Path) -> Tensor:
+    """Compute the logits of what a stage trained, on the model it started from."""
+    if (result / "adapter_config.json").is_file():
+        return logits_of(load_adapter(job.base(), result), _probe(job))
+    return logits_of(load_model(str(result), dtype=job.recipe.dtype, device=job.device), _probe(job))
+
+
+def _refuse_rank(wanted: ExportSpec, stage: Stage, reason: str) -> None:
+    if wanted.rank is not None or wanted.format == "peft":
+        got = f"rank {wanted.rank}" if wanted.rank is not None else "format peft"
+        raise ExportError(
+            f"export, stage {stage.name}",
+            got=got,
+            wanted="none: the product is a whole model",
+            next_step=f"{reason}. Leave `export.{got.split()[0]}` out, or choose another method for the stage.",
+        )
+    _log.warning("stage %s: the product is a whole model from here on. %s", stage.name, reason)
+
+
+def _scores(sequence: StageSequence, base: Job, folder: Path) -> list[dict[str, Any]]:
+    """Score everything against the original base, on the same items."""
+    job = Job(base.recipe.model_copy(update={"output": folder}))
+    kept = KeptAnswers(sequence.output / "base-answers", content_key([base.base_fingerprint, base.device]))
+    return evaluate_stage(job, kept=kept)
+
+
+def _final(sequence: StageSequence, base: Job, last: _Done) -> tuple[Path, dict[str, Any] | None]:
+    """Write the product as the recipe wants it."""
+    if last.whole:
+        return last.product, None
+    wanted = sequence.whole.export
+    folder = sequence.output / ("merged" if wanted.format == "merged" else "adapter")
+    key = content_key([last.record["key"], last.record["weights"], wanted.model_dump()])
+    if has_key(folder / "export.json", key):
+        (folder / "export.json").touch()  # the newer of `adapter` and `merged` is what is scored
+        return folder, {k: v for k, v in read_json(folder / "export.json").items() if k != "key"}
+    options = {"stages": [stage.name for stage in sequence.stages]}
+    done: Exported = write_adapter(base, read_changes(last.product), folder, wanted, options)
+    write_json(folder / "export.json", {"key": key, **asdict(done)})
+    return folder, asdict(done)
