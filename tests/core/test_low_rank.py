@@ -37,6 +37,16 @@ def test_minus_is_the_difference_of_the_products(m: int, r: int, k: int, n: int,
 
 
 @quick
+@given(sizes, sizes, sizes, sizes, seeds)
+def test_plus_is_the_sum_of_the_products(m: int, r: int, k: int, n: int, seed: int) -> None:
+    x, y = change(m, r, n, seed), change(m, k, n, seed + 1)
+    found = x.plus(y)
+    close(found.dense(), x.dense() + y.dense())
+    assert found.rank == r + k
+    assert x.plus(LowRank(y.B[:, :1] @ x.A.new_ones(1, x.rank), x.A)).rank == x.rank
+
+
+@quick
 @given(sizes, sizes, sizes, seeds, st.sampled_from("AB"))
 def test_minus_keeps_the_rank_when_a_factor_is_shared(m: int, r: int, n: int, seed: int, shared: str) -> None:
     x, other = change(m, r, n, seed), change(m, r, n, seed + 1)

@@ -9,6 +9,7 @@ import yaml
 
 from keeptune.job import Job
 from keeptune.recipe import load_recipe
+from keeptune.sequence.schema import load_sequence
 from keeptune.studies.sweep import load_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +19,10 @@ FILES = sorted((ROOT / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_recipe_could_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if "stages" in yaml.safe_load(path.read_text(encoding="utf-8")):
+        for stage in load_sequence(path).stages:
+            Job(stage.recipe).check()
+        return
     if "sweep" not in yaml.safe_load(path.read_text(encoding="utf-8")):
         Job(load_recipe(path)).check()
         return
