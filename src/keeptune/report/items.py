@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from keeptune.report.heat import short
 
-__all__ = ["ROWS", "lost_and_gained"]
+__all__ = ["ROWS", "lost_and_gained", "read_items"]
 
 ROWS: Final = 2000  # that a page holds at most
 _LONGEST: Final = 600  # characters of a text
@@ -107,3 +109,24 @@ def _first(item: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 def _cut(value: object) -> str:
     return short(str(value), _LONGEST)
+
+
+def read_items(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read the items of a cell from its run folder, as :func:`lost_and_gained` wants them.
+
+    Args:
+        row: Of ``cells.json``.
+
+    Returns:
+        A result for each benchmark whose items are there; a folder that was moved has none.
+    """
+    found = []
+    for benchmark in row["benchmarks"]:
+        path = Path(str(row["folder"])) / "evaluation" / f"{benchmark['name']}.items.jsonl"
+        if not path.is_file():
+            continue
+        # Not splitlines: it also splits at U+2028, which may stand inside a JSON string.
+        items = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        head = {"label": row["name"], "seed": row["seed"], "benchmark": benchmark["name"]}
+        found.append({**head, "role": benchmark["role"], "metric": benchmark["metric"], "items": items})
+    return found

@@ -30,6 +30,7 @@ __all__ = [
     "diverging",
     "ends",
     "finish",
+    "look",
     "looks",
     "page",
     "png",
@@ -70,14 +71,20 @@ def looks(report: Report) -> dict[str, Look]:
     Returns:
         The look of each label, by order of first appearance.
     """
-    return {
-        method.label: Look(
-            _COLOURS[index % len(_COLOURS)],
-            _SHAPES[index % len(_SHAPES)],
-            _darken(_COLOURS[index % len(_COLOURS)]),
-        )
-        for index, method in enumerate(methods(report))
-    }
+    return {method.label: look(index) for index, method in enumerate(methods(report))}
+
+
+def look(index: int) -> Look:
+    """Give the look of a label.
+
+    Args:
+        index: Its place among the labels.
+
+    Returns:
+        Colour, shape, and the colour of its text.
+    """
+    colour = _COLOURS[index % len(_COLOURS)]
+    return Look(colour, _SHAPES[index % len(_SHAPES)], _darken(colour))
 
 
 @contextmanager

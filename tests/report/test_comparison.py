@@ -1,0 +1,219 @@
+"""The page of a comparison holds the numbers of its records, and its figures are valid."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+from tests.report.comparing import made_up
+from tests.report.test_html import headings, island, parsed
+from tests.report.test_run_charts import valid
+
+from keeptune.core.errors import ArtefactError
+from keeptune.report.comparison import (
+    base_score,
+    every_cell,
+    failures,
+    matched_rows,
+    published,
+    render_comparison,
+    sentences,
+    write_comparison,
+)
+from keeptune.report.comparison_charts import Scales, fronts, hypervolumes
+from keeptune.report.comparison_figures import tradeoff_figure
+
+Record = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def records() -> tuple[Record, Record]:
+    return made_up()
+
+
+def test_the_page_is_whole(records: tuple[Record, Record]) -> None:
+    text = render_comparison(*records)
+    parsed(text)
+    assert headings(text) == [
+        "Learned against forgotten",
+        f"At the same task score, {records[1]['matched']['score']:.3g}",
+        "Hypervolume",
+        "Failed, missing and left out",
+        "Every cell",
+        "Repeat this",
+        "How to read this",
+    ]
+    assert set(island(text)["figures"]) == {"tradeoff", "hypervolume"}
+    for words in ("5 labels, 30 settings, 3 seeds", "(1 failed, 1 missing)", "keeptune compare recipe.yaml"):
+        assert words in text
+    assert "OutOfMemoryError: &lt;b&gt;too large&lt;/b&gt;" in text
+
+
+def test_every_setting_is_at_its_means_and_tells_itself(records: tuple[Record, Record]) -> None:
+    cells, front = records
+    chart = fronts(cells["cells"], front, 0.05)
+    assert chart is not None
+    traces = {trace["name"]: trace for trace in valid(chart).figure["data"]}
+    for point in front["points"]:
+        trace = traces[point["label"]]
+        places = list(zip(trace["x"], trace["y"], strict=True))
+        index = places.index((point["learned"]["mean"], 100 * point["forgotten"]["mean"]))
+        told = trace["hovertext"][index]
+        assert f"learning rate: {point['learning_rate']:g}" in told
+        assert (f"scale: {(point['knob'] or {}).get('scale')}" in told) == (point["knob"] is not None)
+        assert ("-open" in trace["marker"]["symbol"][index]) == (point["knob"] is not None)
+        arm = 100 * (point["forgotten"]["high"] - point["forgotten"]["mean"])
+        assert trace["error_y"]["array"][index] == pytest.approx(arm)
+    assert len(traces["keep"]["x"]) == 9
+    assert len(traces["keep, seeds"]["x"]) == 27
+    best = traces["front over all"]
+    assert len(best["x"]) == len(front["front"]) and best["x"] == sorted(best["x"])
+    assert (traces["base model"]["x"], traces["base model"]["y"]) == ([0.05], [0.0])
+    assert set(chart.labels) == set(front["fronts"])
+
+
+def test_with_many_settings_only_fronts_have_bars(records: tuple[Record, Record]) -> None:
+    cells, front = records
+    many = front | {
+        "points": front["points"] + [p | {"name": f"{p['name']}-b", "on_front": False} for p in front["points"]]
+    }
+    chart = fronts(cells["cells"], many, None)
+    assert chart is not None
+    trace = next(trace for trace in chart.figure["data"] if trace["name"] == "keep")
+    barred = [point["name"] for point in many["points"] if point["label"] == "keep"]
+    drawn = [name for name, arm in zip(barred, trace["error_y"]["array"], strict=True) if arm]
+    assert sorted(drawn) == sorted(front["fronts"]["keep"])
+
+
+def test_hypervolumes_have_their_intervals(records: tuple[Record, Record]) -> None:
+    cells, front = records
+    chart = hypervolumes(cells["cells"], front)
+    assert chart is not None
+    trace = valid(chart).figure["data"][0]
+    assert trace["x"] == sorted((item["mean"] for item in front["hypervolume"].values()), reverse=True)
+    label = chart.figure["layout"]["yaxis"]["ticktext"][0]
+    own = front["hypervolume"][label]
+    assert trace["error_x"]["array"][0] == pytest.approx(own["high"] - own["mean"])
+
+
+def test_the_matched_table_and_its_bars(records: tuple[Record, Record]) -> None:
+    cells, front = records
+    rows = {row.label: row for row in matched_rows(cells, front)}
+    own = next(row for row in front["matched"]["rows"] if row["label"] == "keep")
+    assert own["difference"]["high"] < 0
+    assert rows["keep"].bar is not None and rows["keep"].bar.kind == "gain"
+    assert rows["keep"].difference.startswith("−")
+    assert rows["keep"].forgotten.startswith(Scales(front).lost(own["forgotten"]["mean"]))
+    assert rows["lora"].bar is None and rows["lora"].difference == "–"
+
+
+def test_sentences_say_only_what_intervals_support() -> None:
+    def row(label: str, mean: float | None, low: float | None = None, high: float | None = None) -> Record:
+        forgotten = None if mean is None else {"mean": mean, "low": None, "high": None}
+        ends = {"mean": (mean or 0) - 0.2, "low": low, "high": high}
+        return {"label": label, "forgotten": forgotten, "difference": ends if label != "lora" else None}
+
+    rows = [row("a", 0.1, -0.2, -0.1), row("b", 0.15, -0.1, 0.1), row("c", 0.5, 0.1, 0.2), row("d", 0.16)]
+    matched = {"score": 0.8, "baseline": "lora", "rows": [*rows, row("lora", 0.2), row("e", None)]}
+    front = {"units": {"learned": "share", "forgotten": "share"}, "matched": matched}
+    assert sentences({}, front) == [
+        "Where the task score is 0.800, a forgets least: 10 points.",
+        "lora, the baseline, forgets 20 there.",
+        "Clearly less than lora (paired over seeds, 95%): a.",
+        "Clearly more: c.",
+        "No clear difference: b.",
+        "No interval, for want of seeds: d.",
+        "e does not reach it with every seed.",
+    ]
+    nothing = front | {"matched": {"score": 0.9, "baseline": "lora", "rows": [row("e", None)]}}
+    assert sentences({}, nothing) == ["No label reaches the task score 0.900 with every seed."]
+
+
+def test_nats_are_not_points(records: tuple[Record, Record]) -> None:
+    front = records[1] | {"units": {"learned": "nats", "forgotten": "nats"}}
+    scales = Scales(front)
+    assert (scales.unit, scales.factor, scales.lost(0.1234)) == ("nats/token", 1.0, "0.123")
+    assert scales.lost(0.1, signed=True) == "+0.100"
+    assert base_score(records[0]["cells"], front) == -0.05
+
+
+def test_every_cell_is_in_the_table_and_failures_have_reasons(records: tuple[Record, Record]) -> None:
+    cells, front = records
+    rows = every_cell(cells).rows
+    assert len(rows) == len(cells["cells"]) == 90
+    first = dict(zip(every_cell(cells).heads, rows[0], strict=True))
+    assert first["topics"].key == cells["cells"][0]["benchmarks"][1]["after"]
+    told = failures(cells, front)
+    assert [(state, why) for _, state, why in told] == [
+        ("failed", "OutOfMemoryError: <b>too large</b>"),
+        ("missing", "no reason is known"),
+    ]
+    left = front | {"excluded": [*front["excluded"], {"cell": "z", "why": "a score is not a number"}]}
+    assert ("z", "left out", "a score is not a number") in failures(cells, left)
+
+
+def test_published_numbers_stand_beside_ours(records: tuple[Record, Record]) -> None:
+    cells, front = records
+    assert published(cells, front) is None
+    entry = {"label": "keep", "benchmark": "facts", "score": 0.9, "source": "Table 3"}
+    grid = published(cells | {"published": [entry, entry | {"label": "other"}]}, front)
+    assert grid is not None
+    best = max((p for p in front["points"] if p["label"] == "keep"), key=lambda p: p["learned"]["mean"])
+    ours = [c["benchmarks"][0]["after"] for c in cells["cells"] if c["name"] in best["cells"]]
+    assert grid.rows[0] == ("keep", "facts", "0.900", f"{sum(ours) / 3:.3f}", "Table 3")
+    assert grid.rows[1][3] == "–"
+    assert "Published beside ours" in render_comparison(cells | {"published": [entry]}, front)
+
+
+def test_the_choice_is_told_and_ringed(records: tuple[Record, Record]) -> None:
+    cells, front = records
+    chosen = {"max_loss": {"facts": 0.05}, "cell": "keep-seed0", "adapter": "best", "loss": {"facts": 0.031},
+              "learned": 0.8, "forgotten": 0.03}  # fmt: skip
+    text = render_comparison(cells, front | {"choice": chosen})
+    assert "<h2>The choice</h2>" in text and "facts 0.05" in text and "facts 0.031" in text
+    ring = next(t for t in island(text)["figures"]["tradeoff"]["data"] if t["name"] == "choice")
+    assert (ring["x"], ring["y"]) == ([0.8], [3.0])
+
+
+def test_figures_are_saved_beside_the_page(records: tuple[Record, Record], tmp_path: Path) -> None:
+    write_comparison(*records, tmp_path / "report.html")
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {f"{name}.{kind}" for name in ("tradeoff", "hypervolume") for kind in ("png", "svg")}
+    assert imread(tmp_path / "figures" / "tradeoff.png").shape[1] > 1000
+    figure = tradeoff_figure(*records)
+    assert figure is not None
+    labels = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
+    assert labels == {*records[1]["fronts"], "front over all"}
+
+
+def test_items_of_settings_on_the_front_are_read_from_their_folders(tmp_path: Path) -> None:
+    cells, front = copy.deepcopy(made_up())
+    name = next(p["cells"][0] for p in front["points"] if p["on_front"] and not p["knob"])
+    row = next(row for row in cells["cells"] if row["name"] == name)
+    row["folder"] = str(tmp_path)
+    (tmp_path / "evaluation").mkdir()
+    item = {"index": 0, "group": None, "before": 1.0, "after": 0.0, "text_after": "a\u2028b</script>"}
+    (tmp_path / "evaluation" / "facts.items.jsonl").write_text(json.dumps(item, ensure_ascii=False) + "\n", "utf-8")
+    text = render_comparison(cells, front)
+    assert "Items lost and gained" in headings(text)
+    (found,) = island(text)["items"]
+    assert (found["label"], found["said_after"]) == (name, "a\u2028b</script>")
+    assert "\u2028" not in text
+
+
+def test_nothing_finished_and_broken_records(records: tuple[Record, Record]) -> None:
+    cells, front = records
+    empty = {"points": [], "fronts": {}, "front": [], "hypervolume": {}, "units": None, "axes": None, "choice": None,
+             "matched": {"score": None, "baseline": None, "rows": []}, "excluded": [], "notes": []}  # fmt: skip
+    failed = [
+        row | {"status": "failed", "benchmarks": [], "learned": None, "forgotten": None} for row in cells["cells"]
+    ]
+    text = render_comparison(cells | {"cells": failed, "benchmarks": []}, empty)
+    parsed(text)
+    assert "No label has finished cells" in text
+    with pytest.raises(ArtefactError, match="points"):
+        render_comparison(cells, {key: value for key, value in front.items() if key != "points"})
