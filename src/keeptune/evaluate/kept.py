@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from keeptune.core.artefact import content_key, read_json, write_json
 from keeptune.core.errors import ArtefactError
@@ -24,7 +24,7 @@ from keeptune.evaluate.tokens import Tokens
 __all__ = ["KeptAnswers"]
 
 _log = logging.getLogger(__name__)
-T = TypeVar("T", str, float)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,25 @@ class KeptAnswers:
         Returns:
             What ``compute`` gives: a text or a number per sequence.
         """
-        key = content_key([self.base, benchmark, [[tokens.ids, tokens.start] for tokens in sequences]])
-        path = self.folder / f"{benchmark.name}-{key[:16]}.json"
+        parts = [benchmark, [[tokens.ids, tokens.start] for tokens in sequences]]
+        return self.recall(benchmark.name, parts, len(sequences), compute)
+
+    def recall(self, name: str, parts: Any, count: int, compute: Callable[[], list[T]]) -> list[T]:
+        """Read answers, or have them computed and keep them.
+
+        Args:
+            name: The benchmark.
+            parts: What the answers depend on besides the base.
+            count: How many there are.
+            compute: Asks the base.
+
+        Returns:
+            What ``compute`` gives, which JSON must be able to hold.
+        """
+        key = content_key([self.base, parts])
+        path = self.folder / f"{name}-{key[:16]}.json"
         with locked(path.with_suffix(".lock")):
-            found: list[T] | None = _read(path, key, len(sequences))
+            found: list[T] | None = _read(path, key, count)
             if found is None:
                 found = compute()
                 write_json(path, {"key": key, "answers": found, "check": content_key(found)})

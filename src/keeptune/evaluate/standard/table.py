@@ -38,19 +38,21 @@ class Known:
 
     Args:
         task: lm-eval's task or group.
-        folder: Where lm-eval keeps it, below its tasks.
+        folders: Where lm-eval keeps it, below its tasks; none where the task is ours.
         role: What it measures unless the recipe says otherwise.
         shots: Examples in the prompt, lm-eval's own number.
         scorings: By name; ``standard`` is lm-eval's.
+        content: Fields of an item that together say which item it is, to find it in other data.
         code: Whether answers are programs, which are run.
         hub: Whether lm-eval can fetch it; else its data must be named.
     """
 
     task: str
-    folder: str
+    folders: tuple[str, ...]
     role: Role
     shots: int = 0
     scorings: Mapping[str, Scoring] = field(default_factory=dict)
+    content: tuple[str, ...] = ("question",)
     code: bool = False
     hub: bool = True
 
@@ -65,21 +67,23 @@ def _choices(*, normed: bool, adapters: bool = True) -> dict[str, Scoring]:
     return found | ({"llm-adapters": Scoring("exact_match", protocol="llm-adapters")} if adapters else {})
 
 
-def _glue(task: str, metric: Measure = "accuracy", key: str = "acc,none", *, f1: bool = False) -> Known:
-    scorings = {STANDARD: Scoring(metric, key)} | ({"f1": Scoring("f1", "f1,none")} if f1 else {})
-    return Known(task=task, folder=f"glue/{task.partition('_')[0]}", role="task", scorings=scorings)
+def _glue(task: str, *content: str, f1: bool = False) -> Known:
+    score = Scoring("matthews", "mcc,none") if task == "cola" else Scoring("accuracy", "acc,none")
+    scorings = {STANDARD: score} | ({"f1": Scoring("f1", "f1,none")} if f1 else {})
+    folders = (f"glue/{task.partition('_')[0]}",)
+    return Known(task=task, folders=folders, role="task", scorings=scorings, content=content)
 
 
 _METAMATH = Scoring("exact_match", protocol="metamath")
 _PROGRAMS = {STANDARD: Scoring("pass_at_1"), "bigcode": Scoring("pass_at_1", protocol="bigcode")}
 
 NAMES: Mapping[str, Known] = {
-    "triviaqa": Known(task="triviaqa", folder="triviaqa", role="knowledge", scorings=_answers()),
-    "nq_open": Known(task="nq_open", folder="nq_open", role="knowledge", scorings=_answers()),
-    "efficientqa": Known(task="nq_open", folder="nq_open", role="knowledge", scorings=_answers(), hub=False),
+    "triviaqa": Known(task="triviaqa", folders=("triviaqa",), role="knowledge", scorings=_answers()),
+    "nq_open": Known(task="nq_open", folders=("nq_open",), role="knowledge", scorings=_answers()),
+    "efficientqa": Known(task="nq_open", folders=("nq_open",), role="knowledge", scorings=_answers(), hub=False),
     "webqs": Known(
         task="webqs",
-        folder="webqs",
+        folders=("webqs",),
         role="knowledge",
         scorings={
             STANDARD: Scoring("exact_match", "exact_match,none"),
@@ -87,18 +91,58 @@ NAMES: Mapping[str, Known] = {
         },
     ),
     "mmlu": Known(
-        task="mmlu", folder="mmlu/default", role="knowledge", scorings=_choices(normed=False, adapters=False)
+        task="mmlu",
+        folders=("mmlu/default",),
+        role="knowledge",
+        scorings=_choices(normed=False, adapters=False),
+        content=("question", "choices"),
     ),
-    "hellaswag": Known(task="hellaswag", folder="hellaswag", role="knowledge", scorings=_choices(normed=True)),
-    "winogrande": Known(task="winogrande", folder="winogrande", role="knowledge", scorings=_choices(normed=False)),
-    "arc_easy": Known(task="arc_easy", folder="arc", role="knowledge", scorings=_choices(normed=True)),
-    "arc_challenge": Known(task="arc_challenge", folder="arc", role="knowledge", scorings=_choices(normed=True)),
-    "piqa": Known(task="piqa", folder="piqa", role="knowledge", scorings=_choices(normed=True)),
-    "boolq": Known(task="boolq", folder="super_glue/boolq", role="knowledge", scorings=_choices(normed=False)),
-    "openbookqa": Known(task="openbookqa", folder="openbookqa", role="knowledge", scorings=_choices(normed=True)),
+    "hellaswag": Known(
+        task="hellaswag",
+        folders=("hellaswag",),
+        role="knowledge",
+        content=("ctx", "endings"),
+        scorings=_choices(normed=True),
+    ),
+    "winogrande": Known(
+        task="winogrande",
+        folders=("winogrande",),
+        role="knowledge",
+        content=("sentence", "option1", "option2"),
+        scorings=_choices(normed=False),
+    ),
+    "arc_easy": Known(
+        task="arc_easy",
+        folders=("arc",),
+        role="knowledge",
+        content=("question", "choices"),
+        scorings=_choices(normed=True),
+    ),
+    "arc_challenge": Known(
+        task="arc_challenge",
+        folders=("arc",),
+        role="knowledge",
+        content=("question", "choices"),
+        scorings=_choices(normed=True),
+    ),
+    "piqa": Known(
+        task="piqa",
+        folders=("piqa",),
+        role="knowledge",
+        content=("goal", "sol1", "sol2"),
+        scorings=_choices(normed=True),
+    ),
+    "boolq": Known(task="boolq", folders=("super_glue/boolq",), role="knowledge", scorings=_choices(normed=False)),
+    "openbookqa": Known(
+        task="openbookqa",
+        folders=("openbookqa",),
+        role="knowledge",
+        content=("question_stem", "choices"),
+        scorings=_choices(normed=True),
+    ),
     "gsm8k": Known(
         task="gsm8k",
-        folder="gsm8k",
+        folders=("gsm8k",),
         role="task",
         shots=5,
         scorings={
@@ -109,7 +153,8 @@ NAMES: Mapping[str, Known] = {
     ),
     "math": Known(
         task="minerva_math",
-        folder="minerva_math",
+        content=("problem",),
+        folders=("minerva_math", "benchmarks"),
         role="task",
         shots=4,
         scorings={
@@ -118,11 +163,16 @@ NAMES: Mapping[str, Known] = {
             "metamath": _METAMATH,
         },
     ),
-    "humaneval": Known(task="humaneval", folder="humaneval", role="task", scorings=_PROGRAMS, code=True),
-    "mbpp": Known(task="mbpp", folder="mbpp", role="task", shots=3, scorings=_PROGRAMS, code=True),
+    "humaneval": Known(
+        task="humaneval", folders=("humaneval",), role="task", content=("prompt",), scorings=_PROGRAMS, code=True
+    ),
+    "mbpp": Known(
+        task="mbpp", folders=("mbpp",), role="task", content=("text", "code"), shots=3, scorings=_PROGRAMS, code=True
+    ),
     "ifeval": Known(
         task="ifeval",
-        folder="ifeval",
+        content=("prompt",),
+        folders=("ifeval",),
         role="task",
         scorings={
             STANDARD: Scoring("prompts_followed", "prompt_level_strict_acc,none"),
@@ -131,25 +181,27 @@ NAMES: Mapping[str, Known] = {
             "instruction-loose": Scoring("instructions_followed", "inst_level_loose_acc,none"),
         },
     ),
-    "cola": _glue("cola", "matthews", "mcc,none"),
-    "mnli": _glue("mnli"),
-    "mnli_mismatch": _glue("mnli_mismatch"),
-    "mrpc": _glue("mrpc", f1=True),
-    "qnli": _glue("qnli"),
-    "qqp": _glue("qqp", f1=True),
-    "rte": _glue("rte"),
-    "sst2": _glue("sst2"),
-    "wnli": _glue("wnli"),
+    "cola": _glue("cola", "sentence"),
+    "mnli": _glue("mnli", "premise", "hypothesis"),
+    "mnli_mismatch": _glue("mnli_mismatch", "premise", "hypothesis"),
+    "mrpc": _glue("mrpc", "sentence1", "sentence2", f1=True),
+    "qnli": _glue("qnli", "question", "sentence"),
+    "qqp": _glue("qqp", "question1", "question2", f1=True),
+    "rte": _glue("rte", "sentence1", "sentence2"),
+    "sst2": _glue("sst2", "sentence"),
+    "wnli": _glue("wnli", "sentence1", "sentence2"),
     "tinystories": Known(
         task="tinystories",
-        folder="",
+        content=("text",),
+        folders=(),
         role="knowledge",
         scorings={STANDARD: Scoring("cross_entropy", "bits_per_byte,none")},
         hub=False,
     ),
     "c4_text": Known(
         task="c4_text",
-        folder="",
+        content=("text",),
+        folders=(),
         role="knowledge",
         scorings={STANDARD: Scoring("cross_entropy", "bits_per_byte,none")},
         hub=False,

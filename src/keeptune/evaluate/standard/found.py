@@ -1,0 +1,135 @@
+"""Leaving a process and a model as they were found: lm-eval sets seeds, loggers, variables and models as it likes."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from keeptune.core.errors import RecipeError
+
+__all__ = ["INSTALL", "as_found", "engine_version", "model_as_found", "steady_languages"]
+
+INSTALL = 'pip install "keeptune[benchmarks]"'
+_NOISY = ("lm_eval", "datasets", "httpx", "absl")
+
+
+def engine_version(where: str) -> str:
+    """Give the version of lm-eval.
+
+    Args:
+        where: The recipe key, for error messages.
+
+    Returns:
+        The version.
+
+    Raises:
+        RecipeError: It is not installed.
+    """
+    try:
+        return str(importlib.import_module("lm_eval").__version__)
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            where,
+            got=f"a standard benchmark, without lm-eval ({error})",
+            wanted="the library that runs it",
+            next_step=f"Run `{INSTALL}`.",
+        ) from error
+
+
+@contextmanager
+def as_found(where: str) -> Iterator[None]:
+    """Restore random number generators, environment, loggers and progress bars; hush lm-eval meanwhile.
+
+    Args:
+        where: The recipe key, for error messages.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RecipeError: lm-eval is not installed.
+    """
+    environment = dict(os.environ)
+    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    root = logging.getLogger()
+    levels = {name: logging.getLogger(name).level for name in _NOISY}
+    handlers, level = list(root.handlers), root.level
+    try:
+        engine_version(where)
+        for name in _NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with _without_bars():
+            yield
+    finally:
+        for name, own in levels.items():
+            logging.getLogger(name).setLevel(own)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Draw no bars for the building of prompts and data; those of the model stay."""
+    import datasets
+    import lm_eval.api.task
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        with mock.patch.object(lm_eval.api.task, "tqdm", lambda items, **_: items):
+            yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def model_as_found(model: PreTrainedModel) -> Iterator[None]:
+    """Keep lm-eval's wrapper from tying weights, and a model's generation settings as they are.
+
+    Args:
+        model: The model, in evaluation mode.
+
+    Yields:
+        Nothing.
+    """
+    own: Any = model.generation_config
+    with ExitStack() as stack:
+        # Weights that were trained apart would be tied again.
+        stack.enter_context(mock.patch.object(model, "tie_weights", lambda *_, **__: None))
+        model.generation_config = copy.deepcopy(own)
+        stack.callback(setattr, model, "generation_config", own)
+        yield
+
+
+@contextmanager
+def steady_languages() -> Iterator[None]:
+    """Let langdetect, which IFEval's checks ask, say the same each time; it draws without a seed.
+
+    Yields:
+        Nothing.
+    """
+    detect: Any = sys.modules.get("langdetect")
+    with nullcontext() if detect is None else mock.patch.object(detect.DetectorFactory, "seed", 0):
+        yield
