@@ -12,6 +12,7 @@ from keeptune.evaluate.scores import (
     paired_interval,
     task_learned,
 )
+from keeptune.evaluate.standard import NamedBenchmark
 from keeptune.evaluate.tasks import Benchmark, Item, load_items
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Change",
     "Item",
     "ModelPair",
+    "NamedBenchmark",
     "TwoModels",
     "evaluate",
     "exact_match",
