@@ -24,7 +24,7 @@ from fractions import Fraction
 from typing import Any
 
 from keeptune.data.sources import Row
-from keeptune.evaluate.scores import normalise_qa
+from keeptune.evaluate.scores import exact_match
 
 __all__ = [
     "PROTOCOLS",
@@ -232,7 +232,7 @@ def _adapters(name: str) -> Protocol:
 
 
 def _webqs(row: Row, text: str) -> float:
-    return float(normalise_qa(text) in {normalise_qa(answer) for answer in row["answers"]})
+    return exact_match(text, row["answers"])
 
 
 def _first_answer(row: Row) -> str:
