@@ -49,14 +49,14 @@ def test_the_table_is_lm_evals(name: str) -> None:
 
 PROMPTS = {
     "gsm8k": "Question: Janet’s ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes "
-    "muffins for her friends every day with four. She sells the remainder at the farmers' market daily for $2 per fresh duck "
-    "egg. How much in dollars does she make every day at the farmers' market?\nAnswer:",
+    "muffins for her friends every day with four. She sells the remainder at the farmers' market daily for $2 per "
+    "fresh duck egg. How much in dollars does she make every day at the farmers' market?\nAnswer:",
     "nq_open": "Answer these questions:\n\nQ: when was the last time anyone was on the moon?\nA:",
     "webqs": "Question: what does jamaican people speak?\nAnswer:",
-    "mmlu": "The following are multiple choice questions (with answers) about abstract algebra.\n\nStatement 1 | A "
-    "factor group of a non-Abelian group is non-Abelian. Statement 2 | If K is a normal subgroup of H and H is a normal "
-    "subgroup of G, then K is a normal subgroup of G.\nA. True, True\nB. False, False\nC. True, False\nD. False, True\n"
-    "Answer:",
+    "mmlu": "The following are multiple choice questions (with answers) about abstract algebra.\n\n"
+    "Statement 1 | A factor group of a non-Abelian group is non-Abelian. Statement 2 | If K is a normal subgroup of "
+    "H and H is a normal subgroup of G, then K is a normal subgroup of G.\n"
+    "A. True, True\nB. False, False\nC. True, False\nD. False, True\nAnswer:",
     "arc_easy": "Question: Which statement best explains why photosynthesis is the foundation of most food webs?\n"
     "Answer:",
     "boolq": "Question: does ethanol take more energy make that produces?\nAnswer:",
