@@ -149,6 +149,7 @@ def fronts(cells: Cells, front: Mapping[str, Any], base: float | None) -> Chart 
         "xaxis": axis(scales.across),
         "yaxis": axis(scales.up, autorange="reversed"),
         "hovermode": "closest",
+        "legend": {"itemsizing": "constant"},
     }
     shown = tuple(label for label in numbered if any(point["label"] == label for point in found))
     words = "What each setting learned against what it forgot, with the front of each label and of all"

@@ -14,9 +14,9 @@ from keeptune.report.comparison_charts import Scales, labels_of
 from keeptune.report.heat import short
 from keeptune.report.style import INK, MUTED, Look, bare, finish, look, page, png, svg, themed
 
-__all__ = ["hypervolume_figure", "tradeoff_figure", "write_figures"]
+__all__ = ["DASHES", "hypervolume_figure", "save", "tradeoff_figure", "write_figures"]
 
-_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (9, 2)), (0, (9, 2, 1, 2)))
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (9, 2)), (0, (9, 2, 1, 2)))
 
 
 def write_figures(cells: Mapping[str, Any], front: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -77,7 +77,7 @@ def tradeoff_figure(cells: Mapping[str, Any], front: Mapping[str, Any]) -> Figur
             drawn = look(index)
             line = sorted(places[name] for name in front["fronts"].get(label, []) if name in places)
             if len(line) > 1:
-                dash = _DASHES[index % len(_DASHES)]
+                dash = DASHES[index % len(DASHES)]
                 axes.plot(*zip(*line, strict=True), color=drawn.colour, lw=0.9, ls=dash, zorder=2)
             if members:
                 _scatter(axes, members, places, drawn, label, scales)

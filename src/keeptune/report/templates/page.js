@@ -45,7 +45,6 @@
       itemclick: "toggleothers",
       itemdoubleclick: "toggle",
       groupclick: "togglegroup",
-      itemsizing: "constant",
       ...(below ? { orientation: "h", x: 0, y: -0.16, yanchor: "top" } : {}),
       ...(layout.legend || {}),
     };
