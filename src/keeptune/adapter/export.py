@@ -31,11 +31,11 @@ from keeptune.core.artefact import atomic_directory, write_bytes, write_json
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
 
-__all__ = ["Exported", "Format", "export", "format_for"]
+__all__ = ["BOUNDS", "Exported", "Format", "export", "format_for"]
 
 _log = logging.getLogger(__name__)
 Format = Literal["portable", "peft", "merged"]
-_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-4}
+BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +184,9 @@ def export(
             tokenizer.save_pretrained(fresh)
         found = logits_of(again, probe)
         gap, relative = _gap(found, wanted)
-        bound = _BOUNDS[dtype] if max_gap is None else max_gap
+        bound = BOUNDS[dtype] if max_gap is None else max_gap
         if cut is not None:
-            _refuse(folder, "the change of the smaller rank", _gap(found, logits_of(cut, probe))[1], _BOUNDS[dtype])
+            _refuse(folder, "the change of the smaller rank", _gap(found, logits_of(cut, probe))[1], BOUNDS[dtype])
         if cut is None or max_gap is not None:
             _refuse(folder, "the trained model", relative, bound)
         labels = labels_of(model)

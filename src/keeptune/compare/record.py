@@ -130,7 +130,10 @@ def _run_found(folder: Path) -> dict[str, Any]:
 
 def _knob_found(folder: Path) -> dict[str, Any]:
     knob = read_json(folder / "knob.json")
-    records = _scores(folder, knob["benchmarks"], knob["weights"])
+    if knob["message"]:
+        return {"status": "failed", "message": knob["message"]}
+    trained = folder.parent.parent
+    records = _scores(folder, knob["benchmarks"], result_fingerprint(find_result(trained)))
     seconds = {"plan": None, "train": None, "evaluate": math.fsum(record["seconds"] for record in records)}
     return {"seconds": seconds, "benchmarks": [_benchmark(record["summary"]) for record in records]}
 

@@ -21,6 +21,7 @@ from keeptune.core.errors import ModelError, PlanError, nearest
 from keeptune.core.target import Target
 
 __all__ = [
+    "block_number",
     "blocks_of",
     "body",
     "depth",
@@ -285,6 +286,21 @@ def _target(name: str, module: nn.Module, role: str, group: str) -> Target:
         transposed=transposed,
         bias=module.bias is not None,
     )
+
+
+def block_number(name: str) -> int:
+    """Read the number of the block that a module or weight belongs to.
+
+    Args:
+        name: Its path.
+
+    Returns:
+        The number; -1 outside blocks.
+
+    >>> block_number("model.layers.3.mlp.down_proj.weight"), block_number("model.embed_tokens.weight")
+    (3, -1)
+    """
+    return _block_of(name)[1]
 
 
 def _block_of(name: str) -> tuple[str, int]:
