@@ -97,7 +97,7 @@ def parse_max_loss(words: Sequence[str]) -> float | dict[str, float]:
         if len(words) == 1 and "=" not in words[0]:
             return _number(words[0])
         pairs = [word.rpartition("=") for word in words]
-        if all(name and sign for name, sign, _ in pairs):
+        if pairs and all(name and sign for name, sign, _ in pairs):
             return {name: _number(number) for name, _, number in pairs}
     except ValueError:
         pass

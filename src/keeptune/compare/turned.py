@@ -34,7 +34,7 @@ from keeptune.core.artefact import (
     write_json,
     write_tensors,
 )
-from keeptune.core.errors import ArtefactError, ExportError
+from keeptune.core.errors import ArtefactError, ExportError, ModelError
 from keeptune.evaluate.harness import evaluate
 from keeptune.evaluate.kept import KeptAnswers
 from keeptune.evaluate.kinds import data_fingerprint
@@ -48,6 +48,7 @@ __all__ = ["KNOBS", "copy_result", "knob_cell", "knobs_stage", "write_turned"]
 
 _log = logging.getLogger(__name__)
 KNOBS = "knobs"
+_OTHER = "Choose another cell."
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -199,6 +200,8 @@ def write_turned(job: Job, knob: Knob, output: Path) -> Path:
     folder = find_result(job.output)
     refuse_foreign(output)
     bench = _turner(job, folder)
+    if why := bench.refusal(knob):
+        raise ModelError(f"knob {knob.slug}", got=why, wanted="a result that it can be turned on", next_step=_OTHER)
     pair = bench.turn(knob)
     with pair.after() as model:
         probe = random_probe(model)
@@ -233,10 +236,10 @@ def copy_result(folder: Path, fresh: Path, output: Path, *, weights: bool = True
     """
     skipped = ["export.json", *([] if weights else ["*.safetensors", "*.safetensors.index.json"])]
     shutil.copytree(folder, fresh, ignore=shutil.ignore_patterns(*skipped), dirs_exist_ok=True)
+    was = read_json(folder / SIDECAR)["export"]["folder"]
     for name in (SIDECAR, "README.md"):
-        if (fresh / name).is_file():
-            text = (fresh / name).read_text(encoding="utf-8")
-            write_bytes(fresh / name, text.replace(str(folder), str(output)).encode())
+        text = (fresh / name).read_text(encoding="utf-8")
+        write_bytes(fresh / name, text.replace(was, str(output)).encode())
 
 
 def _written(job: Job, pair: ModelPair, folder: Path, fresh: Path, knob: Knob) -> Any:
