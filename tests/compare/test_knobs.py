@@ -208,6 +208,15 @@ def test_a_knob_is_read_back_from_a_row(knob: Any) -> None:
     assert len(knob.slug) < 80
 
 
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=2, unique=True))
+def test_knobs_that_differ_have_folders_of_their_own(factors: list[float]) -> None:
+    one, other = factors
+    assert Scale(one).slug != Scale(other).slug
+    assert Layers((one, 1)).slug != Layers((other, 1)).slug
+    assert Scale(0.5).slug == "scale-0.5"
+    assert Scale(1).slug == "scale-1"
+
+
 @pytest.mark.parametrize("plain", [{"scale": 1.5}, {"layers": []}, {"intruders": float("nan")}, {"size": 1}, {}])
 def test_what_is_no_knob_is_refused(plain: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):

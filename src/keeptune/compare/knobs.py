@@ -86,7 +86,7 @@ class Scale:
     @property
     def slug(self) -> str:
         """Its name as a folder."""
-        return f"scale-{self.factor:g}"
+        return f"scale-{_short(self.factor)}"
 
     @property
     def family(self) -> str:
@@ -139,7 +139,7 @@ class Layers:
     @property
     def slug(self) -> str:
         """Its name as a folder: runs of equal factors, ``4x0.5-4x1``."""
-        runs = "-".join(f"{len(list(run))}x{factor:g}" for factor, run in groupby(self.factors))
+        runs = "-".join(f"{len(list(run))}x{_short(factor)}" for factor, run in groupby(self.factors))
         return f"layers-{runs if len(runs) <= _LONGEST else content_key(self.factors)[:12]}"
 
     @property
@@ -198,7 +198,7 @@ class Intruders:
     @property
     def slug(self) -> str:
         """Its name as a folder."""
-        return f"intruders-{self.keep:g}"
+        return f"intruders-{_short(self.keep)}"
 
     @property
     def family(self) -> str:
@@ -212,6 +212,11 @@ class Intruders:
             ``{"intruders": keep}``.
         """
         return {"intruders": self.keep}
+
+
+def _short(value: float) -> str:
+    """Write a number in as few digits as tell it from every other: knobs that differ have folders of their own."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def _need_share(where: str, value: float) -> None:
