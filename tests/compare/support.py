@@ -17,7 +17,7 @@ def benchmark(name: str, role: str, before: Any, after: Any, metric: str = "exac
         "n": n,
         "before": before,
         "after": after,
-        "interval": [-0.1, 0.1],
+        "interval": [-0.15, 0.1],
     }
 
 
