@@ -9,16 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from keeptune.core.artefact import canonical_json, read_json, write_json
+from keeptune.adapter.load import SIDECAR
+from keeptune.core.artefact import canonical_json, read_json, write_bytes, write_json
 from keeptune.core.errors import ArtefactError
 from keeptune.core.plan import Plan
 from keeptune.evaluate.results import BenchmarkResult, trade_off
+from keeptune.report.card import model_card, same_but_versions
 from keeptune.report.html import write_html
 from keeptune.report.items import lost_and_gained
 from keeptune.report.repeat import repeat
 from keeptune.scoring import find_result, result_fingerprint
 
-__all__ = ["write_report"]
+__all__ = ["write_card", "write_report"]
 
 _FULL = "full"
 _TRACE = Path("trace", "trace.json")  # where `keeptune trace --output <run>/trace` puts it
@@ -36,6 +38,8 @@ def write_report(
 
     T and KT are relative to full fine-tuning with the same seed (FARSS eq. 37): one of the runs, or the run
     folder given as reference. Without one they are null.
+
+    Where the report is a run's own, the model card of its result gets the table of what was kept and lost.
 
     Args:
         runs: Run folders, in the order to show them.
@@ -63,6 +67,9 @@ def write_report(
     for entry, folder in zip(entries, runs, strict=True):
         entry |= trade_off(_results(folder), full.get(entry["seed"], outside))
     report = {"base": entries[0]["base"], "version": version("keeptune"), "methods": entries}
+    for entry, folder in zip(entries, runs, strict=True):
+        if folder == output:
+            write_card(folder, entry)
     record, page = output / "report.json", output / "report.html"
     if keep and record.is_file() and page.is_file():
         there: dict[str, Any] = read_json(record)
@@ -72,6 +79,21 @@ def write_report(
     write_json(record, report)
     write_html(report, page, _extras(runs, entries, output))
     return report
+
+
+def write_card(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Put what was kept and lost into the model card of a run's result; the card of the export knew no scores.
+
+    Args:
+        folder: The run folder.
+        entry: The run, one of the report's ``methods``.
+    """
+    result = find_result(folder)
+    recipe = read_json(folder / "recipe.json")
+    text = model_card(entry, read_json(result / SIDECAR), recipe)
+    card = result / "README.md"
+    if not card.is_file() or not same_but_versions(card.read_text(encoding="utf-8"), text):
+        write_bytes(card, text.encode())
 
 
 def _extras(runs: Sequence[Path], entries: Sequence[dict[str, Any]], output: Path) -> dict[str, Any]:

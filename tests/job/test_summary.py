@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tests.job.support import METHODS, MODEL, keeptune, recipe_of
 
 from keeptune.atlas import model_path
@@ -169,3 +170,24 @@ def test_a_causal_trace_in_the_run_folder_is_shown(finished: Finished, tmp_path:
     assert "<h2>Causal tracing</h2>" in text
     write_report([finished("lora")], tmp_path / "report")
     assert "<h2>Causal tracing</h2>" not in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_card_of_a_run_gets_the_table_and_keeps_the_export(
+    recipe_values: Values, finished: Finished, tmp_path: Path
+) -> None:
+    folder = finished("lora")
+    text = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    (entry,) = read_json(folder / "report.json")["methods"]
+    found = {result.dataset_name: result.metric_value for result in ModelCard(text).data.eval_results}
+    assert found == {item["name"]: pytest.approx(item["after"]) for item in entry["benchmarks"]}
+    shutil.copytree(folder, tmp_path / "out")
+    run(recipe_of(recipe_values()))  # the recipe in the card names another folder now
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "adapter").iterdir()}
+    run(recipe_of(recipe_values()))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "adapter").iterdir()} == stamps
+    (tmp_path / "out" / "adapter" / "README.md").unlink()
+    run(recipe_of(recipe_values()))
+    again = (tmp_path / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert again.replace(str(tmp_path / "out"), str(folder)) == text
+    write_report([folder], tmp_path / "elsewhere")
+    assert (folder / "adapter" / "README.md").read_text(encoding="utf-8") == text
