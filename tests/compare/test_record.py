@@ -122,7 +122,7 @@ def test_a_trade_off_by_hand() -> None:
     assert [(r["label"], r["how"]) for r in found["matched"]["rows"]] == [("keep", "exact"), ("lora", "interpolated")]
     assert found["matched"]["rows"][0]["difference"]["mean"] == pytest.approx((-0.1 - 0.2) / 2)
     assert found["excluded"] == [{"cell": "keep-lr0.002-seed0", "why": "failed: out of memory"}]
-    assert found["notes"] == ["1 cells are left out; `excluded` says why"]
+    assert found["notes"] == ["1 cell is left out; `excluded` says why"]
     assert found["units"] == {"learned": "share", "forgotten": "share"}
 
 
@@ -138,7 +138,10 @@ def test_the_recipe_can_fix_score_reference_and_baseline() -> None:
 
 def test_points_with_fewer_seeds_are_told() -> None:
     found = trade_off_of([row(seed=0), row(seed=1), row("keep")], axes_of(SCORES))
-    assert found["notes"] == ["keep-lr0.001 has 1 of 2 seeds"]
+    assert found["notes"] == ["with fewer than 2 seeds: keep-lr0.001 (1)"]
+    many = [row(seed=0), row(seed=1), *(row(f"m{i}") for i in range(7))]
+    note = trade_off_of(many, axes_of(SCORES))["notes"][0]
+    assert note.endswith("m3-lr0.001 (1), m4-lr0.001 (1) and 2 more")
     assert found["hypervolume"]["keep"]["low"] is None
 
 

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 CELLS, FRONT = "cells.json", "front.json"
+_NAMED = 5
 Status = Literal["done", "failed", "missing"]
 _BENCHMARK = ("name", "role", "metric", "n", "before", "after", "interval")
 
@@ -234,9 +235,12 @@ def _described(point: Point, on_front: bool) -> dict[str, Any]:
 def _notes(points: Sequence[Point], excluded: Sequence[Mapping[str, str]]) -> list[str]:
     """Say what a reader of means should know: points with fewer seeds, and how many cells are left out."""
     most = max((len(point.places) for point in points), default=0)
-    notes = [f"{point.name} has {len(point.places)} of {most} seeds" for point in points if len(point.places) < most]
+    fewer = [f"{point.name} ({len(point.places)})" for point in points if len(point.places) < most]
+    more = f" and {len(fewer) - _NAMED} more" if len(fewer) > _NAMED else ""
+    notes = [f"with fewer than {most} seeds: {', '.join(fewer[:_NAMED])}{more}"] if fewer else []
     if excluded:
-        notes.append(f"{len(excluded)} cells are left out; `excluded` says why")
+        count = "1 cell is" if len(excluded) == 1 else f"{len(excluded)} cells are"
+        notes.append(f"{count} left out; `excluded` says why")
     if most == 1:
         notes.append("with one seed there are no intervals over seeds")
     return notes
