@@ -167,6 +167,22 @@ def test_hypervolumes_are_taken_seed_by_seed() -> None:
     assert found["points"] == 2
 
 
+def test_at_equal_tries_every_choice_of_as_many_points_counts() -> None:
+    three = [point("a", (0.5, 0.1), (0.5, 0.2)), point("b", (0.8, 0.4), (0.8, 0.4)), point("c", (0.2, 0.0), (0.0, 0.0))]
+    found = hypervolumes({"three": three, "one": [point("d", (0.5, 0.1), (0.7, 0.1))]}, (0.0, 0.6))
+    # each point alone: 0.5 x 0.5, 0.8 x 0.2, 0.2 x 0.6 with seed 0; 0.5 x 0.4, 0.8 x 0.2, 0 with seed 1
+    assert found["three"]["equal"] == {"mean": pytest.approx((0.25 + 0.16 + 0.12 + 0.2 + 0.16 + 0) / 6), "points": 1}
+    assert found["one"]["equal"]["mean"] == pytest.approx(found["one"]["mean"])
+
+
+def test_many_points_at_equal_tries_are_drawn_with_a_seed() -> None:
+    many = [point(str(i), (i / 20, (i / 20) ** 2)) for i in range(20)]
+    groups = {"many": many, "few": many[:5]}  # 15504 choices of 5
+    first, again = hypervolumes(groups, (0.0, 1.0)), hypervolumes(groups, (0.0, 1.0))
+    assert first == again
+    assert first["few"]["mean"] < first["many"]["equal"]["mean"] < first["many"]["mean"]
+
+
 def test_a_label_without_a_common_seed_has_a_hypervolume_without_an_interval() -> None:
     points = [point("a", (0.5, 0.1), seeds=(0,)), point("b", (0.8, 0.4), seeds=(1,))]
     found = hypervolumes({"lora": points}, (0.0, 0.6))["lora"]

@@ -11,7 +11,9 @@ The front is what nothing dominates; equal points are both on it. The hypervolum
 
 computed by moocore. The reference point is one for all labels: the base's own score on the task, and the most that any
 scored cell forgot, at least 0; or the one given. The hypervolume of a label is taken seed by seed, over the seeds that
-all its points have. A label with more points has more tries, so compare labels of as many settings.
+all its points have. A label with more points has had more tries at a large one; the hypervolume at equal tries is the
+mean over all choices of m of its points (over 500 seeded ones where there are more), m being the least number of points
+that a label has.
 
 The interval of a mean over seeds is Student's: with 3 seeds a bootstrap has 10 different resamples only.
 """
@@ -22,6 +24,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -48,6 +51,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 Place = tuple[float, float]
+_CHOICES = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,19 +276,33 @@ def hypervolumes(groups: Mapping[str, Sequence[Point]], reference: Place) -> dic
         reference: The reference point of all labels.
 
     Returns:
-        Label to ``mean``, ``low``, ``high``, ``sd``, the ``seeds`` taken, the number of ``points``, and the
-        hypervolume ``of_means``: of the points' means. Without a seed that all points have, it is the mean, without
-        an interval.
+        Label to ``mean``, ``low``, ``high``, ``sd``, the ``seeds`` taken, the number of ``points``, the hypervolume
+        ``of_means`` (of the points' means), and ``equal``: the mean at equal tries, with its number of ``points``.
+        Without a seed that all points have, everything is of the means, without an interval.
     """
     found = {}
+    tries = min((len(points) for points in groups.values()), default=0)
     for label, points in groups.items():
         seeds = common_seeds(points)
         of_means = hypervolume([point.place for point in points], reference)
-        values = [hypervolume([point.places[seed] for point in points], reference) for seed in seeds]
-        over = spread(values or [of_means])
+        by_seed = [[point.places[seed] for point in points] for seed in seeds] or [[point.place for point in points]]
+        over = spread([hypervolume(places, reference) for places in by_seed])
+        equal = {"mean": _at_tries(by_seed, tries, reference), "points": tries}
         numbers = {"mean": over.mean, "low": over.low, "high": over.high, "sd": over.sd}
-        found[label] = {**numbers, "seeds": seeds, "points": len(points), "of_means": of_means}
+        found[label] = {**numbers, "seeds": seeds, "points": len(points), "of_means": of_means, "equal": equal}
     return found
+
+
+def _at_tries(by_seed: Sequence[Sequence[Place]], tries: int, reference: Place) -> float:
+    """Take the mean hypervolume over choices of some points, the same choices for each seed."""
+    size = len(by_seed[0])
+    if math.comb(size, tries) <= _CHOICES:
+        chosen = list(combinations(range(size), tries))
+    else:
+        generator = np.random.default_rng(0)
+        chosen = [tuple(generator.choice(size, tries, replace=False)) for _ in range(_CHOICES)]
+    found = [hypervolume([places[index] for index in some], reference) for places in by_seed for some in chosen]
+    return math.fsum(found) / len(found)
 
 
 def common_seeds(points: Sequence[Point]) -> list[int]:
