@@ -76,15 +76,24 @@ def test_where_only_the_mean_keeps_the_limit_that_is_said(caplog: pytest.LogCapt
 def test_the_upper_end_is_stricter_than_the_mean() -> None:
     records = comparison(("wide", [(0.9, -0.1), (0.9, 0.1)]), ("narrow", [(0.5, 0.0), (0.5, 0.0)]))
     assert choose(*records, 0.01).point == "wide-lr0.001"
-    found = choose(*records, 0.01, estimate="upper")
-    assert (found.point, found.loss) == ("narrow-lr0.001", {"facts": 0.0})
+    found = choose(*records, 0.15, estimate="upper")
+    # seeds that are equal by chance leave the interval over items: after - before is within -0.15 and 0.1
+    assert (found.point, found.loss) == ("narrow-lr0.001", {"facts": 0.15})
     # Student's interval of two seeds: 12.706205 x 0.1
     assert choose(*records, 1.3, estimate="upper").loss["facts"] == pytest.approx(1.2706205)
 
 
+def test_ends_over_items_are_a_mean_over_cells() -> None:
+    records = comparison(("a", [(0.5, 0.0), (0.5, 0.0)]))
+    records[0]["cells"][1]["benchmarks"][1]["interval"] = [-0.05, 0.0]
+    assert choose(*records, 0.2, estimate="upper").loss == {"facts": 0.1}
+    records[0]["cells"][1]["benchmarks"][1]["interval"] = None
+    assert choose(*records, 0.2, estimate="upper").loss == {"facts": 0.0}  # the seeds' alone
+
+
 def test_with_one_seed_the_upper_end_is_that_of_the_items() -> None:
     records = comparison(("a", [(0.9, 0.0)]))
-    assert choose(*records, 0.2, estimate="upper").loss == {"facts": 0.15}  # after - before is within -0.15 and 0.1
+    assert choose(*records, 0.2, estimate="upper").loss == {"facts": 0.15}
     assert choose(*records, {"text": 0.1}, estimate="upper").loss == {"text": 0.1}
     with pytest.raises(RecipeError, match="upper end"):
         choose(*records, 0.14, estimate="upper")

@@ -5,10 +5,10 @@ before for nats), and c_j the most that may be lost of it,
 
     p* = argmax over p of mean_k learned(p, k)   subject to   E[loss_j(p)] <= c_j for all j                (1)
 
-where E is an estimate over the seeds: their mean, or the upper end of an interval: Student's 95% interval over the
-seeds, and with one seed the end of the benchmark's own 95% interval over its items. Of the cells of p*, those that keep
-to c themselves are looked at (all, if none does), and the one with the median learned is taken; of an even number the
-lower one of the two in the middle.
+where E is an estimate: the mean over the seeds, or an upper end, the larger of those of two 95% intervals: Student's
+over the seeds (from two seeds on; two that happen to be equal say nothing), and the benchmark's own over its items, the
+mean of the cells' ends. Of the cells of p*, those that keep to c themselves are looked at (all, if none does), and the
+one with the median learned is taken; of an even number the lower one of the two in the middle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keeptune.adapter.load import refuse_foreign
-from keeptune.compare.axes import loss_of, unit_of
+from keeptune.compare.axes import DIGITS, loss_of, unit_of
 from keeptune.compare.front import spread
 from keeptune.compare.knobs import knob_of
 from keeptune.compare.record import FRONT, read_cells, read_front
@@ -214,13 +214,19 @@ def _estimated(rows: Sequence[Mapping[str, Any]], name: str, estimate: Estimate)
     over = spread(losses)
     if estimate == "mean":
         return over.mean
-    if over.high is not None:
-        return over.high
-    b = next(b for b in rows[0]["benchmarks"] if b["name"] == name)
-    if b["interval"] is None:
+    ends = [_item_end(row, name) for row in rows]
+    known = [end for end in ends if end is not None]
+    over_items = math.fsum(known) / len(known) if len(known) == len(rows) else None
+    return max((end for end in (over.high, over_items) if end is not None), default=None)
+
+
+def _item_end(row: Mapping[str, Any], name: str) -> float | None:
+    """Read the most that a cell lost of a benchmark by its interval over items, which is of after - before."""
+    b = next(b for b in row["benchmarks"] if b["name"] == name)
+    if b["interval"] is None or None in b["interval"]:
         return None
-    low, high = b["interval"]  # of after - before
-    return -float(low) if unit_of(b["metric"]) == "share" else float(high)
+    low, high = b["interval"]
+    return round(-low if unit_of(b["metric"]) == "share" else high, DIGITS)
 
 
 def _median(
@@ -248,7 +254,7 @@ def _nothing(
         )
     point, losses, _ = min(judged, key=lambda entry: max(entry[1][name] - limits[name] for name in limits))
     lost = ", ".join(f"{loss:.4g} of {name}" for name, loss in losses.items())
-    over = "mean over seeds" if estimate == "mean" else "upper end of the 95% interval"
+    over = "mean over seeds" if estimate == "mean" else "upper end of 95% intervals"
     return RecipeError(
         _OPTION,
         got=f"no point within the limits ({asked}); the nearest, {point['name']}, loses {lost} ({over})",
