@@ -226,7 +226,7 @@ def _item_end(row: Mapping[str, Any], name: str) -> float | None:
     if b["interval"] is None or None in b["interval"]:
         return None
     low, high = b["interval"]
-    return round(-low if unit_of(b["metric"]) == "share" else high, DIGITS)
+    return round(float(-low if unit_of(b["metric"]) == "share" else high), DIGITS)
 
 
 def _median(
