@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.report.comparing import made_up
 from tests.report.test_html import headings, island, parsed
 from tests.report.test_run_charts import valid
 
+from keeptune.compare.choice import choose
 from keeptune.core.errors import ArtefactError
 from keeptune.report.comparison import (
     base_score,
@@ -24,7 +26,7 @@ from keeptune.report.comparison import (
     sentences,
     write_comparison,
 )
-from keeptune.report.comparison_charts import Scales, fronts, hypervolumes
+from keeptune.report.comparison_charts import Scales, fronts, hypervolumes, ranges
 from keeptune.report.comparison_figures import tradeoff_figure
 
 Record = dict[str, Any]
@@ -76,17 +78,25 @@ def test_every_setting_is_at_its_means_and_tells_itself(records: tuple[Record, R
     assert set(chart.labels) == set(front["fronts"])
 
 
-def test_with_many_settings_only_fronts_have_bars(records: tuple[Record, Record]) -> None:
+def test_with_many_settings_the_bars_of_a_label_wait_until_it_is_alone(records: tuple[Record, Record]) -> None:
     cells, front = records
-    many = front | {
-        "points": front["points"] + [p | {"name": f"{p['name']}-b", "on_front": False} for p in front["points"]]
-    }
-    chart = fronts(cells["cells"], many, None)
-    assert chart is not None
-    trace = next(trace for trace in chart.figure["data"] if trace["name"] == "keep")
-    barred = [point["name"] for point in many["points"] if point["label"] == "keep"]
-    drawn = [name for name, arm in zip(barred, trace["error_y"]["array"], strict=True) if arm]
-    assert sorted(drawn) == sorted(front["fronts"]["keep"])
+    more = [point | {"name": f"{point['name']}-b", "on_front": False} for point in front["points"]]
+    for points, waiting in ((front["points"], False), (front["points"] + more, True)):
+        chart = fronts(cells["cells"], front | {"points": points}, None)
+        assert chart is not None
+        traces = {trace["name"]: trace for trace in chart.figure["data"]}
+        assert traces["keep"]["error_y"]["visible"] == (not waiting)
+        assert ("error_y" in traces["front over all"]) == waiting
+
+
+def test_intervals_of_two_seeds_do_not_press_the_rest_flat(records: tuple[Record, Record]) -> None:
+    cells, front = copy.deepcopy(records)
+    front["points"][0]["forgotten"] |= {"low": -9.0, "high": 9.0}
+    (left, right), (bottom, top) = ranges(cells["cells"], front, 0.05)
+    assert bottom < 100 and -10 < top < 0, "less forgotten is above"
+    done = [row for row in cells["cells"] if row["status"] == "done"]
+    assert left < 0.05 and right > max(row["learned"] for row in done)
+    assert bottom > 100 * max(row["forgotten"] for row in done)
 
 
 def test_hypervolumes_have_their_intervals(records: tuple[Record, Record]) -> None:
@@ -118,7 +128,7 @@ def test_sentences_say_only_what_intervals_support() -> None:
         return {"label": label, "forgotten": forgotten, "difference": ends if label != "lora" else None}
 
     rows = [row("a", 0.1, -0.2, -0.1), row("b", 0.15, -0.1, 0.1), row("c", 0.5, 0.1, 0.2), row("d", 0.16)]
-    matched = {"score": 0.8, "baseline": "lora", "rows": [*rows, row("lora", 0.2), row("e", None)]}
+    matched = {"score": 0.8, "baseline": "lora", "rows": [*rows, row("lora", 0.2), row("e, rank 2", None)]}
     front = {"units": {"learned": "share", "forgotten": "share"}, "matched": matched}
     assert sentences({}, front) == [
         "Where the task score is 0.800, a forgets least: 10 points.",
@@ -127,7 +137,7 @@ def test_sentences_say_only_what_intervals_support() -> None:
         "Clearly more: c.",
         "No clear difference: b.",
         "No interval, for want of seeds: d.",
-        "e does not reach it with every seed.",
+        "“e, rank 2” does not reach it with every seed.",
     ]
     nothing = front | {"matched": {"score": 0.9, "baseline": "lora", "rows": [row("e", None)]}}
     assert sentences({}, nothing) == ["No label reaches the task score 0.900 with every seed."]
@@ -171,12 +181,16 @@ def test_published_numbers_stand_beside_ours(records: tuple[Record, Record]) -> 
 
 def test_the_choice_is_told_and_ringed(records: tuple[Record, Record]) -> None:
     cells, front = records
-    chosen = {"max_loss": {"facts": 0.05}, "cell": "keep-seed0", "adapter": "best", "loss": {"facts": 0.031},
-              "learned": 0.8, "forgotten": 0.03}  # fmt: skip
-    text = render_comparison(cells, front | {"choice": chosen})
-    assert "<h2>The choice</h2>" in text and "facts 0.05" in text and "facts 0.031" in text
+    chosen = choose(cells, front, {"facts": 0.2})
+    text = render_comparison(cells, front | {"choice": chosen.plain() | {"adapter": "best"}})
+    told = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text[text.index("<h2>The choice</h2>") :]))
+    assert told["may lose"] == "facts 0.200"
+    assert told["setting"] == chosen.point and told["its cell"] == chosen.cell
+    assert told["loses, mean over seeds"] == f"facts {chosen.loss['facts']:.3f}"
+    assert (told["task score"], told["adapter"]) == (f"{chosen.learned:.3f}", "best")
     ring = next(t for t in island(text)["figures"]["tradeoff"]["data"] if t["name"] == "choice")
-    assert (ring["x"], ring["y"]) == ([0.8], [3.0])
+    assert (ring["x"], ring["y"]) == ([chosen.learned], [100 * chosen.forgotten])
+    assert "<h2>The choice</h2>" not in render_comparison(cells, front)
 
 
 def test_figures_are_saved_beside_the_page(records: tuple[Record, Record], tmp_path: Path) -> None:

@@ -171,9 +171,11 @@ def _against(reached: Sequence[Mapping[str, Any]], baseline: str) -> list[str]:
     return [f"{words} {_some(labels)}." for labels, words in said if labels]
 
 
-def _some(labels: Sequence[str]) -> str:
+def _some(names: Sequence[str]) -> str:
+    """List labels, quoting those that hold a comma."""
+    labels = [f"“{name}”" if "," in name else name for name in names]
     if len(labels) <= _MOST_NAMED:
-        return listing(list(labels))
+        return listing(labels)
     return f"{', '.join(labels[:_MOST_NAMED])} and {len(labels) - _MOST_NAMED} more"
 
 
@@ -331,21 +333,30 @@ def _ours(rows: Sequence[Mapping[str, Any]], front: Front, label: str, name: str
     return math.fsum(good) / len(good) if good else None
 
 
-def _choice(front: Front) -> dict[str, Any] | None:
+def _choice(front: Front) -> list[tuple[str, str]]:
+    """Tell what was chosen: names and values; losses are in the unit of each benchmark, shares or nats per token."""
     chosen = front.get("choice")
     if not chosen:
-        return None
-    scales = Scales(front)
-    lost = chosen.get("loss")
-    losses = (
-        ", ".join(f"{name} {number(value)}" for name, value in lost.items())
-        if isinstance(lost, Mapping)
-        else scales.lost(lost)
-    )
-    allowed = chosen["max_loss"]
-    limits = ", ".join(f"{k} {v}" for k, v in allowed.items()) if isinstance(allowed, Mapping) else allowed
-    return {"max_loss": limits, "cell": chosen["cell"], "loss": losses, "learned": number(chosen.get("learned")),
-            "adapter": chosen.get("adapter")}  # fmt: skip
+        return []
+    over = "upper end of the interval" if chosen.get("estimate") == "upper" else "mean over seeds"
+    rows = [
+        ("may lose", _by_benchmark(chosen["max_loss"])),
+        ("setting", chosen.get("point")),
+        (f"loses, {over}", _by_benchmark(chosen.get("loss"))),
+        ("task score", _by_benchmark(chosen.get("learned"))),
+        ("its cell", chosen["cell"]),
+        ("the cell loses", _by_benchmark(chosen.get("cell_loss"))),
+        ("the cell's task score", _by_benchmark(chosen.get("cell_learned"))),
+        ("without a limit", ", ".join(chosen.get("unbound") or []) or None),
+        ("adapter", chosen.get("adapter")),
+    ]
+    return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _by_benchmark(found: Mapping[str, float] | float | None) -> str | None:
+    if isinstance(found, Mapping):
+        return ", ".join(f"{name} {number(value)}" for name, value in found.items()) or None
+    return None if found is None else number(found)
 
 
 def _counts(cells: Mapping[str, Any], front: Front) -> str:

@@ -10,7 +10,7 @@ from keeptune.report.charts import Chart, Mark, axis, errors, hover, mark, plain
 from keeptune.report.run_charts import base_star
 from keeptune.report.wording import count, duration, number, points
 
-__all__ = ["Points", "Scales", "cost", "fronts", "hypervolumes", "labels_of", "setting_rows"]
+__all__ = ["Points", "Scales", "cost", "fronts", "hypervolumes", "labels_of", "ranges", "setting_rows"]
 
 Points = Sequence[Mapping[str, Any]]
 Cells = Sequence[Mapping[str, Any]]
@@ -124,7 +124,7 @@ def fronts(cells: Cells, front: Mapping[str, Any], base: float | None) -> Chart 
     if not found:
         return None
     scales, numbered = Scales(front), labels_of(cells, front)
-    of_fronts = {name for names in front["fronts"].values() for name in names}
+    crowded = len(found) > _CLUTTER
     by_name = {point["name"]: point for point in found}
     traces: list[dict[str, Any]] = []
     for label, index in numbered.items():
@@ -137,23 +137,49 @@ def fronts(cells: Cells, front: Mapping[str, Any], base: float | None) -> Chart 
         rows = [row for row in cells if row["label"] == label and _placed(row)]
         if len(cells) <= _SEEDS and any(len(point["seeds"]) > 1 for point in members):
             traces.append(_singles(label, look, rows, scales))
-        traces.append(_settings(label, look, members, scales, None if len(found) <= _CLUTTER else of_fronts))
+        traces.append(_settings(label, look, members, scales, shown=not crowded))
     over = [by_name[name] for name in front["front"] if name in by_name]
-    traces.insert(0, _best(over, scales))
+    traces.insert(0, _best(over, scales, barred=crowded))
     chosen = front.get("choice") or {}
     if chosen.get("learned") is not None and chosen.get("forgotten") is not None:
         traces.append(_ring(chosen, scales))
     if base is not None:
         traces.append(base_star(base, 0.0))
+    ends = ranges(cells, front, base)
     layout = {
-        "xaxis": axis(scales.across),
-        "yaxis": axis(scales.up, autorange="reversed"),
+        "xaxis": axis(scales.across, range=list(ends[0])),
+        "yaxis": axis(scales.up, range=list(ends[1])),
+        "meta": {"bars": "of the label that is shown alone" if crowded else "all"},
         "hovermode": "closest",
         "legend": {"itemsizing": "constant"},
     }
     shown = tuple(label for label in numbered if any(point["label"] == label for point in found))
     words = "What each setting learned against what it forgot, with the front of each label and of all"
     return Chart("tradeoff", words, "", {"data": traces, "layout": layout}, 560, shown)
+
+
+def ranges(
+    cells: Cells, front: Mapping[str, Any], base: float | None
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Frame what was measured; the intervals of two seeds reach far beyond and are cut off.
+
+    Args:
+        cells: Rows of ``cells.json``.
+        front: As in ``front.json``.
+        base: The base's task score; None where it is not known.
+
+    Returns:
+        The ends of the horizontal axis, and of the vertical one: the least forgotten at its top.
+    """
+    scales = Scales(front)
+    rows = [row for row in cells if _placed(row)]
+    xs = [p["learned"]["mean"] for p in front["points"]] + [row["learned"] for row in rows]
+    ys = [p["forgotten"]["mean"] for p in front["points"]] + [row["forgotten"] for row in rows]
+    xs, ys = ([*xs, base], [*ys, 0.0]) if base is not None else (xs, ys)
+    wide, high = max(max(xs) - min(xs), 0.01), max(max(ys) - min(ys), 0.01)
+    across = (min(xs) - 0.05 * wide, max(xs) + 0.05 * wide)
+    down = (scales.factor * (max(ys) + 0.06 * high), scales.factor * (min(ys) - 0.06 * high))
+    return across, down
 
 
 def _placed(row: Mapping[str, Any]) -> bool:
@@ -175,9 +201,11 @@ def _line(label: str, look: Mark, on: Points, scales: Scales) -> dict[str, Any]:
     }
 
 
-def _best(over: Points, scales: Scales) -> dict[str, Any]:
+def _best(over: Points, scales: Scales, barred: bool) -> dict[str, Any]:
     ordered = sorted(over, key=lambda point: float(point["learned"]["mean"]))
+    bars = _bars(ordered, "--muted", scales, shown=True) if barred else {}
     return {
+        **bars,
         "type": "scatter",
         "mode": "lines",
         "name": "front over all",
@@ -190,7 +218,6 @@ def _best(over: Points, scales: Scales) -> dict[str, Any]:
 
 
 def _ring(chosen: Mapping[str, Any], scales: Scales) -> dict[str, Any]:
-    rows = [("within", chosen.get("max_loss")), ("point", chosen.get("point")), ("cell", chosen.get("cell"))]
     return {
         "type": "scatter",
         "mode": "markers",
@@ -198,7 +225,6 @@ def _ring(chosen: Mapping[str, Any], scales: Scales) -> dict[str, Any]:
         "x": [chosen["learned"]],
         "y": [scales.factor * chosen["forgotten"]],
         "marker": {"symbol": "circle-open", "size": 24, "color": "--ink", "line": {"width": 2.5}},
-        "hovertext": [hover("the choice", rows)],
         "hoverinfo": "skip",
     }
 
@@ -222,13 +248,8 @@ def _singles(label: str, look: Mark, rows: Cells, scales: Scales) -> dict[str, A
     }
 
 
-def _settings(label: str, look: Mark, members: Points, scales: Scales, barred: set[str] | None) -> dict[str, Any]:
+def _settings(label: str, look: Mark, members: Points, scales: Scales, shown: bool) -> dict[str, Any]:
     told = [hover(str(point["name"]), _scores(point, scales) + setting_rows(point)) for point in members]
-    arms = {
-        key: [_arms(point, key, factor, barred) for point in members]
-        for key, factor in (("learned", 1.0), ("forgotten", scales.factor))
-    }
-    bars = {"type": "data", "color": look.colour, "thickness": 0.9, "width": 2}
     return {
         "type": "scatter",
         "mode": "markers",
@@ -236,12 +257,7 @@ def _settings(label: str, look: Mark, members: Points, scales: Scales, barred: s
         "legendgroup": label,
         "x": [point["learned"]["mean"] for point in members],
         "y": [scales.factor * point["forgotten"]["mean"] for point in members],
-        "error_x": {**bars, "array": [a for a, _ in arms["learned"]], "arrayminus": [b for _, b in arms["learned"]]},
-        "error_y": {
-            **bars,
-            "array": [a for a, _ in arms["forgotten"]],
-            "arrayminus": [b for _, b in arms["forgotten"]],
-        },
+        **_bars(members, look.colour, scales, shown),
         "marker": {
             "symbol": [look.symbol if not point.get("knob") else f"{look.symbol}-open" for point in members],
             "size": [12 if point["on_front"] else 9 for point in members],
@@ -254,13 +270,17 @@ def _settings(label: str, look: Mark, members: Points, scales: Scales, barred: s
     }  # fmt: skip
 
 
-def _arms(point: Mapping[str, Any], key: str, factor: float, barred: set[str] | None) -> tuple[float, float]:
-    numbers = point[key]
-    if (
-        numbers.get("low") is None
-        or numbers.get("high") is None
-        or (barred is not None and point["name"] not in barred)
-    ):
+def _bars(points: Points, colour: str, scales: Scales, shown: bool) -> dict[str, Any]:
+    found = {}
+    for name, key, factor in (("error_x", "learned", 1.0), ("error_y", "forgotten", scales.factor)):
+        arms = [_arms(point[key], factor) for point in points]
+        line = {"color": colour, "thickness": 0.9, "width": 2, "visible": shown}
+        found[name] = {"type": "data", "array": [a for a, _ in arms], "arrayminus": [b for _, b in arms], **line}
+    return found
+
+
+def _arms(numbers: Mapping[str, Any], factor: float) -> tuple[float, float]:
+    if numbers.get("low") is None or numbers.get("high") is None:
         return 0.0, 0.0
     return errors(factor * numbers["mean"], factor * numbers["low"], factor * numbers["high"])
 

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from keeptune.core.artefact import write_bytes
-from keeptune.report.comparison_charts import Scales, labels_of
+from keeptune.report.comparison_charts import Scales, labels_of, ranges
 from keeptune.report.heat import short
 from keeptune.report.style import INK, MUTED, Look, bare, finish, look, page, png, svg, themed
 
@@ -81,7 +81,9 @@ def tradeoff_figure(cells: Mapping[str, Any], front: Mapping[str, Any]) -> Figur
                 axes.plot(*zip(*line, strict=True), color=drawn.colour, lw=0.9, ls=dash, zorder=2)
             if members:
                 _scatter(axes, members, places, drawn, label, scales)
-        axes.invert_yaxis()
+        across, down = ranges(cells["cells"], front, None)
+        axes.set_xlim(across)
+        axes.set_ylim(down)
         axes.axhline(0, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=0)
         axes.set_xlabel(scales.across)
         axes.set_ylabel(scales.up)

@@ -89,7 +89,12 @@
 
   const isolate = (plot, label) => {
     const shown = plot.data.map((trace) => (!trace.legendgroup || !label || trace.legendgroup === label ? true : "legendonly"));
-    window.Plotly.restyle(plot, { visible: shown });
+    const change = { visible: shown };
+    if (plot.layout.meta && plot.layout.meta.bars !== "all") {
+      const barred = plot.data.map((trace) => !trace.legendgroup || trace.legendgroup === label);
+      Object.assign(change, { "error_x.visible": barred, "error_y.visible": barred });
+    }
+    window.Plotly.restyle(plot, change);
     plot.dataset.label = label;
     const select = document.querySelector(`select[data-isolates="${plot.id}"]`);
     if (select) select.value = label;
