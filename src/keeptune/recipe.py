@@ -29,6 +29,7 @@ from keeptune.evaluate.tasks import Benchmark
 from keeptune.making import make_method, make_penalties
 from keeptune.model.load import Dtype
 from keeptune.places import Fetch, resolve_paths
+from keeptune.published import Published, check_scores
 from keeptune.sections import (
     NAMED,
     AnyBenchmark,
@@ -90,6 +91,7 @@ class Recipe(Section):
     store: _Folder | None = None
     low_memory: bool = False
     reference: _Folder | None = None
+    published: Published | None = None
 
     @property
     def knowledge_sets(self) -> tuple[Knowledge, ...]:
@@ -172,6 +174,8 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
                 wanted="different names of letters, digits, '.', '_' and '-': they name files",
                 next_step="Rename it.",
             )
+    if recipe.published is not None:
+        check_scores(recipe.published, names, where)
     return recipe
 
 
