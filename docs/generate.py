@@ -1,5 +1,7 @@
 """Write docs/methods/*.md and docs/penalties/*.md from the code's own docstrings; text below the marker is kept.
 
+docs/published.md is written from the recipes of the papers' tables; text above its marker is kept.
+
 `python docs/generate.py` writes, `python docs/generate.py --check` fails when a page is out of date.
 """
 
@@ -13,9 +15,12 @@ from pathlib import Path
 
 from keeptune.methods.base import methods
 from keeptune.penalties.base import penalties
+from keeptune.values import parse_yaml
 
 MARKER = "<!-- written by hand below this line -->"
+TABLES = "<!-- written by docs/generate.py from recipes/ below this line -->"
 DOCS = Path(__file__).parent
+RECIPES = DOCS.parent / "recipes"
 
 
 def page(cls: type, old: str, example: str = "method: {{{}}}") -> str:
@@ -66,9 +71,60 @@ def _yaml(value: object) -> str:
     return words.get(text, text)
 
 
+def tables(old: str) -> str:
+    """Write the page of the papers' tables from the recipes that stand for them.
+
+    Args:
+        old: The page as it is; what stands above the marker is kept.
+
+    Returns:
+        The page.
+    """
+    head = old.partition(TABLES)[0].rstrip()
+    return "\n\n".join([head, TABLES, *map(_table, sorted(RECIPES.glob("*-table*.yaml"), key=_place))]) + "\n"
+
+
+def _place(path: Path) -> tuple[str, int, str]:
+    paper, _, rest = path.stem.partition("-table")
+    number, _, part = rest.partition("-")
+    return paper, int(number), part
+
+
+def _table(path: Path) -> str:
+    values = parse_yaml(path.read_text(encoding="utf-8"))
+    told = values["published"]
+    columns = {"": "method", **{name: name for row in told["rows"] for name in row.get("scores", {})}}
+    others = dict.fromkeys(name for row in told["rows"] for name in row.get("others", {}))
+    heads = [*columns.values(), *(f"*{name}*" for name in others)]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for row in told["rows"]:
+        name = row["method"] + (f" ({row['parameters']})" if "parameters" in row else "")
+        cells = [row.get("scores", {}).get(column) for column in list(columns)[1:]]
+        cells += [row.get("others", {}).get(column) for column in others]
+        lines.append(f"| {' | '.join([name, *('' if cell is None else f'{cell:g}' for cell in cells)])} |")
+    parts = [
+        f"## {told['source']}",
+        f"`recipes/{path.name}`: {values['model']}, "
+        + (
+            f"{len(values['compare']['methods'])} methods" if "compare" in values else f"{len(values['stages'])} stages"
+        ),
+        "\n".join(lines),
+    ]
+    for key, title in (("differs", "What differs:"), ("unknown", "What could not be known:")):
+        if told.get(key):
+            parts.append("\n".join([title, *(f"- {note}" for note in told[key])]))
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     """Write or check every page."""
     stale = []
+    published = DOCS / "published.md"
+    written = published.read_text(encoding="utf-8")
+    if tables(written) != written:
+        stale.append(published)
+        if "--check" not in sys.argv:
+            published.write_text(tables(written), encoding="utf-8")
     pages = [("methods", cls, "method: {{{}}}") for cls in methods().values()]
     pages += [("penalties", cls, "penalties: [{{{}}}]") for cls in penalties().values()]
     for folder, cls, example in pages:

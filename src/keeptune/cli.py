@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from keeptune import cli_compare, cli_nodes, cli_repair, cli_sequence, cli_studies
+from keeptune import cli_compare, cli_dry, cli_nodes, cli_repair, cli_sequence, cli_studies
 from keeptune.cli_studies import OVERRIDES, RecipeFile, say, show_comparison
 from keeptune.core.errors import KeeptuneError
 
@@ -54,10 +54,10 @@ def run(
     from keeptune.recipe import parse_overrides
     from keeptune.run import run as run_job
 
-    if dry_run:
-        _show_dry(recipe, context, flops)
-        return
     overrides = parse_overrides(context.args)
+    if dry_run:
+        cli_dry.dry_run(recipe, overrides, flops)
+        return
     if cli_sequence.has_stages(recipe, overrides):
         cli_sequence.run_stages(recipe, overrides)
         return
@@ -243,19 +243,6 @@ def _load(recipe: Path, context: typer.Context) -> Any:
     from keeptune.recipe import load_recipe, parse_overrides
 
     return load_recipe(recipe, parse_overrides(context.args))
-
-
-def _show_dry(recipe: Path, context: typer.Context, flops: float | None) -> None:
-    from keeptune.data import hub
-    from keeptune.dry.describe import describe
-    from keeptune.dry.show import print_dry, stated_rate
-    from keeptune.job import device_named
-    from keeptune.recipe import load_recipe, parse_overrides
-
-    loaded = load_recipe(recipe, parse_overrides(context.args), fetch=hub.cached)
-    described = describe(loaded)
-    rate, rate_from = stated_rate(flops, device_named(loaded.device))
-    print_dry(described, Console(), rate=rate, rate_from=rate_from)
 
 
 def _job(recipe: Path, context: typer.Context) -> Any:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from keeptune import cli_dry
 from keeptune.cli_studies import RecipeFile, say
 
 __all__ = ["compare"]
@@ -18,17 +19,26 @@ __all__ = ["compare"]
 def compare(
     context: typer.Context,
     recipe: RecipeFile,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the cells; run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells and what they would take; fetch and run nothing.")
+    ] = False,
+    flops: Annotated[
+        float | None,
+        typer.Option(help="Of --dry-run: operations a second that times rest on; default: measured on this machine."),
+    ] = None,
 ) -> None:
     """Run methods x rates x strengths x seeds (the recipe's `compare` section). Started again, it goes on."""
     from keeptune.compare.cells import load_comparison
     from keeptune.compare.running import run_comparison
+    from keeptune.data import hub
     from keeptune.recipe import parse_overrides
 
-    loaded = load_comparison(recipe, parse_overrides(context.args))
+    overrides = parse_overrides(context.args)
     if dry_run:
-        _list_cells(loaded)
+        _list_cells(load_comparison(recipe, overrides, fetch=hub.cached))
+        cli_dry.dry_run(recipe, overrides, flops)
         return
+    loaded = load_comparison(recipe, overrides)
     found = run_comparison(loaded, shlex.join(["keeptune", *sys.argv[1:]]))
     _show(found)
     say(f"cells: {loaded.output / 'cells.json'} and cells.parquet, trade-off: {loaded.output / 'front.json'}")

@@ -13,7 +13,8 @@ from keeptune.sequence.schema import load_sequence
 from keeptune.studies.sweep import load_sweep
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "recipes").glob("*.yaml"))
+# The papers' tables name models and data on the hub: tests/dry/test_published.py checks them without fetching.
+FILES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "-table" not in path.stem]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

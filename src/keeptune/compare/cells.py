@@ -16,9 +16,12 @@ from keeptune.compare.entries import Entry, Variation, read_entries, short, slug
 from keeptune.compare.section import CompareSection, read_section
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError, placed
+from keeptune.data import hub
 from keeptune.job import Job
 from keeptune.making import make_method, make_penalties
 from keeptune.model.blocks import find_targets
+from keeptune.places import Fetch
+from keeptune.published import check_labels
 from keeptune.recipe import Recipe, make_recipe
 from keeptune.values import read_values, set_value
 
@@ -63,6 +66,7 @@ class Comparison:
         entries: What is compared, the baselines among it.
         plain: Label of plain LoRA, which the others are set against; None where there is none.
         base: The recipe without the section and without method, checked.
+        fetch: Gets the files of the hub.
     """
 
     path: Path
@@ -71,6 +75,7 @@ class Comparison:
     entries: tuple[Entry, ...]
     plain: str | None
     base: Recipe
+    fetch: Fetch = hub.fetch
 
     @property
     def output(self) -> Path:
@@ -83,12 +88,15 @@ class Comparison:
         return f"recipe {self.path}"
 
 
-def load_comparison(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Comparison:
+def load_comparison(
+    path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch
+) -> Comparison:
     """Read a recipe with a ``compare`` section.
 
     Args:
         path: The YAML file.
         overrides: Dotted key to value, of the recipe or the section: ``{"compare.seeds": [0, 1]}``.
+        fetch: Gets the files of the hub.
 
     Returns:
         The comparison; its cells are not checked with data and model yet.
@@ -110,7 +118,10 @@ def load_comparison(path: Path | str, overrides: Mapping[str, Any] | None = None
         )
     rates = section.learning_rate or _own_rate(values, where)
     entries, plain = read_entries(section, values, rates, where)
-    return Comparison(path, values, section, entries, plain, make_recipe(values, folder=path.parent, where=where))
+    base = make_recipe(values, folder=path.parent, where=where, fetch=fetch)
+    if base.published is not None:
+        check_labels(base.published, [entry.label for entry in entries], where)
+    return Comparison(path, values, section, entries, plain, base, fetch)
 
 
 def _own_rate(values: Mapping[str, Any], where: str) -> list[float]:
@@ -177,7 +188,7 @@ def cell_of(comparison: Comparison, entry: Entry, variation: Variation, rate: fl
             set_value(own, key, copy.deepcopy(value), where=f"{where}, key {key}")
         set_value(own, "train.seed", seed, where=where)
         own["output"] = str(comparison.output / FOLDER / name)
-        return make_recipe(own, folder=comparison.path.parent, where=where)
+        return make_recipe(own, folder=comparison.path.parent, where=where, fetch=comparison.fetch)
 
     recipe = placed(where, make)
     method = make_method(recipe.method, seed=0).name

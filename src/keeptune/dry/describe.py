@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from keeptune.dry.record import DryRun, Named, Scored, Trained
 from keeptune.dry.shapes import ModelShape, model_shape
 from keeptune.dry.sizes import Size, size_of
 from keeptune.job import Job, check_folder
-from keeptune.model.down import down_projections
 from keeptune.planning import asked_penalties
 from keeptune.recipe import Recipe
 from keeptune.stats.attribution import NeuronAttribution
@@ -37,11 +37,12 @@ _STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "nu
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 
-def describe(recipe: Recipe) -> DryRun:
+def describe(recipe: Recipe, shape: ModelShape | None = None) -> DryRun:
     """Say what a run would fetch, train and score, and what it would take.
 
     Args:
         recipe: Loaded with ``fetch=keeptune.data.hub.cached``, so that nothing was fetched for it.
+        shape: Of its model, if it is known already: the runs of a comparison share one.
 
     Returns:
         The account.
@@ -51,13 +52,14 @@ def describe(recipe: Recipe) -> DryRun:
     """
     job = Job(recipe)
     _check(job)
-    shape = model_shape(
-        recipe.model,
-        dtype=recipe.dtype,
-        revision=recipe.revision,
-        labels=_labels(job),
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    if shape is None:
+        shape = model_shape(
+            recipe.model,
+            dtype=recipe.dtype,
+            revision=recipe.revision,
+            labels=_labels(job),
+            trust_remote_code=recipe.trust_remote_code,
+        )
     return _Account(job, shape, Lengths(job, shape.positions)).dry_run()
 
 
@@ -140,9 +142,9 @@ class _Account:
         method, recipe = self.job.method, self.job.recipe
         targets = self.shape.targets(tuned_roles(method, recipe.targets), recipe.layers)
         parts = parts_of(method)
-        downs: set[str] = set()
+        downs: frozenset[str] = frozenset()
         if any(part.method.name == "loki" for part in parts):
-            downs = {target.name for target in down_projections(self.shape.model)}
+            downs = self.shape.downs
         return {
             target: size_of(part.method, target, downs)
             for target in targets
@@ -258,8 +260,9 @@ class _Account:
         work, untold = 0.0, []
         for (role, backward), numbers in sums.items():
             texts, length = self.lengths.calibration(role)
+            passes = math.ceil(sum(numbers) / max(numbers)) if self.job.recipe.low_memory else 1
             work += estimate.statistics_flops(
-                self.shape, texts * length, length, numbers=sum(numbers), backward=backward
+                self.shape, texts * length, length, numbers=sum(numbers), backward=backward, passes=passes
             )
         for trace in traces:
             texts, length = self.lengths.calibration(trace.data)

@@ -186,20 +186,23 @@ def training_flops(
     return passes * forward_flops(shape, tokens, length) + (0 if whole else 6 * trained * tokens)
 
 
-def statistics_flops(shape: ModelShape, tokens: float, length: float, *, numbers: int, backward: bool) -> float:
+def statistics_flops(
+    shape: ModelShape, tokens: float, length: float, *, numbers: int, backward: bool, passes: int = 1
+) -> float:
     """Count the work of sums of products: a pass over the data, a second one backward for gradients, and 2 per number.
 
     Args:
         shape: The model.
         tokens: How many.
         length: S.
-        numbers: Of all sums that one pass fills.
+        numbers: Of all sums.
         backward: Gradients are needed.
+        passes: Over the data: with ``low_memory`` one for each share of the sums.
 
     Returns:
         Floating-point operations.
     """
-    return (2 if backward else 1) * forward_flops(shape, tokens, length) + 2.0 * numbers * tokens
+    return passes * (2 if backward else 1) * forward_flops(shape, tokens, length) + 2.0 * numbers * tokens
 
 
 def attribution_flops(shape: ModelShape, texts: int, length: float, steps: int) -> float:

@@ -113,6 +113,18 @@ class KnownFile:
     bytes: int | None = None
 
 
+# Rows of GLUE's training and development sets.
+_GLUE: Mapping[str, Mapping[str, int]] = {
+    "sst2": {"train": 67_349, "validation": 872},
+    "mnli": {"train": 392_702, "validation_matched": 9_815},
+    "mrpc": {"train": 3_668, "validation": 408},
+    "cola": {"train": 8_551, "validation": 1_043},
+    "qnli": {"train": 104_743, "validation": 5_463},
+    "qqp": {"train": 363_846, "validation": 40_430},
+    "rte": {"train": 2_490, "validation": 277},
+    "stsb": {"train": 5_749, "validation": 1_500},
+}
+
 # Sizes as the hub's pages show them (1 MB = 10^6 bytes), rows as the data's own papers and cards count them.
 FILES: Mapping[str, KnownFile] = {
     "hf://datasets/meta-math/MetaMathQA/MetaMathQA-395K.json": KnownFile(395_000, 396_000_000),
@@ -127,6 +139,17 @@ FILES: Mapping[str, KnownFile] = {
     ),
     "hf://datasets/Lohse/commonsense/commonsense_170k.json": KnownFile(170_420, 97_600_000),
     "hf://datasets/tatsu-lab/alpaca/data/train-00000-of-00001-a09b74b3ef9c3b56.parquet": KnownFile(52_002, 24_200_000),
+    "hf://datasets/google-research-datasets/nq_open/nq_open/train-00000-of-00001.parquet": KnownFile(87_925),
+    "hf://datasets/cais/mmlu/all/test-00000-of-00001.parquet": KnownFile(14_042),
+    "hf://datasets/Team-ACE/ToolACE/data.json": KnownFile(11_300),
+    "hf://datasets/lightblue/reranker_continuous_filt_max7_train/data/train-00000-of-00018.parquet": KnownFile(
+        None, 310_000_000
+    ),
+    **{
+        f"hf://datasets/nyu-mll/glue/{task}/{split}-00000-of-00001.parquet": KnownFile(rows)
+        for task, splits in _GLUE.items()
+        for split, rows in splits.items()
+    },
 }
 
 

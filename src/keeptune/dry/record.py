@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from keeptune.dry.estimate import TrainingMemory
 from keeptune.dry.shapes import ModelShape
 
-__all__ = ["DryRun", "Named", "Scored", "Trained"]
+__all__ = ["DryRun", "Named", "Part", "Scored", "Trained"]
 
 
 @dataclass(frozen=True)
@@ -118,3 +118,18 @@ class DryRun:
         """Bytes at the peak of the whole run."""
         base = self.shape.size * self.shape.parameters
         return max(self.memory.total, base + self.sums, base + self.cache)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Runs that take the same.
+
+    Args:
+        name: Of a method of a comparison or of a stage; empty for the run of a recipe.
+        runs: How many, over rates and seeds.
+        dry: What one of them would do.
+    """
+
+    name: str
+    runs: int
+    dry: DryRun

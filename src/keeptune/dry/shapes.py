@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from keeptune.core.errors import ModelError
 from keeptune.core.target import Target
 from keeptune.dry.known import MODELS
 from keeptune.model.blocks import depth, find_targets, head_of, positions
+from keeptune.model.down import down_projections
 
 __all__ = ["ModelShape", "model_shape"]
 
@@ -74,7 +76,20 @@ class ModelShape:
         Raises:
             PlanError: A role or a block does not exist in this model.
         """
-        return list(self.linear) if roles is None and layers is None else find_targets(self.model, roles, layers)
+        asked, blocks = None if roles is None else set(roles), None if layers is None else set(layers)
+        unknown = (asked or set()) - {target.role for target in self.linear}
+        if unknown or (blocks or set()) - {target.layer for target in self.linear} or blocks == set():
+            return find_targets(self.model, asked, blocks)  # says what is wrong
+        return [
+            target
+            for target in self.linear
+            if (asked is None or target.role in asked) and (blocks is None or target.layer in blocks)
+        ]
+
+    @cached_property
+    def downs(self) -> frozenset[str]:
+        """Names of the MLPs' down-projections."""
+        return frozenset(target.name for target in down_projections(self.model))
 
     @property
     def wide(self) -> int:

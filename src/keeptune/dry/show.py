@@ -6,14 +6,15 @@ import math
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from keeptune.core.errors import RecipeError
 from keeptune.dry.estimate import gemm_rate
-from keeptune.dry.record import DryRun, Named
+from keeptune.dry.record import DryRun, Named, Part
 from keeptune.report.wording import count, duration
 
-__all__ = ["print_dry", "size", "stated_rate"]
+__all__ = ["print_dry", "print_several", "size", "stated_rate"]
 
 _PARTS = {"statistics": "statistics", "train": "training", "score": "scoring"}
 
@@ -34,11 +35,73 @@ def print_dry(dry: DryRun, console: Console, *, rate: float, rate_from: str) -> 
         ("memory", _memory(dry)),
         ("time", _time(dry, rate, rate_from)),
     ):
-        _say(console, title)
-        for line in lines or ["nothing"]:
-            _say(console, f"  {line}")
+        _section(console, title, lines)
     for note in dry.notes:
         _say(console, f"note: {note}")
+
+
+def print_several(parts: Sequence[Part], console: Console, *, rate: float, rate_from: str) -> None:
+    """Print the account of some runs: what they share once, and a line for each.
+
+    Args:
+        parts: The runs; of one alone, all of its account is printed.
+        console: Where to print.
+        rate: Floating-point operations in a second, on which the times rest.
+        rate_from: Where the rate is from.
+    """
+    first = parts[0].dry
+    if len(parts) == 1:
+        print_dry(first, console, rate=rate, rate_from=rate_from)
+        return
+    needs = dict.fromkeys(named for part in parts for named in part.dry.needs)
+    _section(console, "fetch", _fetch(list(needs)))
+    shape = first.shape
+    _say(console, "train")
+    _say(
+        console,
+        f"  {shape.name}, {count(shape.parameters)} parameters, {shape.dtype}; shape from {shape.source}",
+    )
+    table = Table("", "trained", "steps", "memory", "statistics", "a run", "runs", box=None, header_style="bold")
+    for part in parts:
+        dry, about = part.dry, "~" if part.dry.train.assumed else ""
+        steps = "?" if dry.train.steps is None else f"{dry.train.steps:,}"
+        table.add_row(
+            Text(f"  {part.name}"),
+            f"{about}{count(dry.train.numbers)}",
+            steps,
+            size(dry.memory.total),
+            size(dry.sums) if dry.sums else "",
+            _whole_time(dry, rate),
+            str(part.runs),
+        )
+    console.print(table)
+    _section(console, "score", _score(first))
+    total = [_work(part.dry) for part in parts]
+    runs = sum(part.runs for part in parts)
+    most = "at most " if any(part.dry.bounds for part in parts) else ""
+    if None in total:
+        _say(console, f"{runs} runs; how long is not known")
+    else:
+        seconds = sum(part.runs * (_work(part.dry) or 0.0) for part in parts) / rate
+        _say(console, f"{runs} runs, {most}{duration(seconds)} at {rate:.1e} operations a second ({rate_from})")
+    for note in dict.fromkeys(note for part in parts for note in part.dry.notes):
+        _say(console, f"note: {note}")
+
+
+def _section(console: Console, title: str, lines: Sequence[str]) -> None:
+    _say(console, title)
+    for line in lines or ["nothing"]:
+        _say(console, f"  {line}")
+
+
+def _work(dry: DryRun) -> float | None:
+    parts = [dry.work[part] for part in _PARTS]
+    return None if None in parts else sum(part or 0.0 for part in parts)
+
+
+def _whole_time(dry: DryRun, rate: float) -> str:
+    work = _work(dry)
+    return "?" if work is None else ("<" if dry.bounds else "") + duration(work / rate)
 
 
 def stated_rate(flops: float | None, device: str) -> tuple[float, str]:

@@ -92,8 +92,9 @@ def _called(model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, int]
     try:
         with still(model), torch.no_grad():
             probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            mask = None if probe.is_meta else torch.ones_like(probe)  # its values are looked at
-            model(input_ids=probe, attention_mask=mask, use_cache=False)
+            # A mask's values, and positions' without a cache, are looked at: on the meta device there are none.
+            options = {} if probe.is_meta else {"attention_mask": torch.ones_like(probe), "use_cache": False}
+            model(input_ids=probe, **options)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from keeptune.core.errors import KeeptuneError, RecipeError, nearest
+from keeptune.data import hub
+from keeptune.places import Fetch
 from keeptune.recipe import Recipe, make_recipe
 from keeptune.sections import Section, explain
 from keeptune.values import read_values, set_value
@@ -85,12 +87,15 @@ class StageSequence:
         return self.stages[0].recipe
 
 
-def load_sequence(path: Path | str, overrides: Mapping[str, Any] | None = None) -> StageSequence:
+def load_sequence(
+    path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch
+) -> StageSequence:
     """Read the recipe of a sequence.
 
     Args:
         path: The YAML file.
         overrides: Dotted key to value, set before the stages' own; ``stages.0.train.seed`` sets one of a stage.
+        fetch: Gets the files of the hub.
 
     Returns:
         The sequence, with file paths resolved.
@@ -99,16 +104,17 @@ def load_sequence(path: Path | str, overrides: Mapping[str, Any] | None = None) 
         RecipeError: The file is missing or not YAML, a key is unknown, or a value does not fit.
     """
     path = Path(path)
-    return make_sequence(read_values(path, overrides), folder=path.parent, where=f"recipe {path}")
+    return make_sequence(read_values(path, overrides), folder=path.parent, where=f"recipe {path}", fetch=fetch)
 
 
-def make_sequence(values: Mapping[str, Any], *, folder: Path, where: str) -> StageSequence:
+def make_sequence(values: Mapping[str, Any], *, folder: Path, where: str, fetch: Fetch = hub.fetch) -> StageSequence:
     """Check the values of a recipe with ``stages``.
 
     Args:
         values: As a YAML file holds them: a run's keys, ``stages`` and ``sequence``.
         folder: Where files are looked for that are not in the current directory.
         where: For error messages.
+        fetch: Gets the files of the hub.
 
     Returns:
         The sequence, with file paths resolved.
@@ -125,7 +131,7 @@ def make_sequence(values: Mapping[str, Any], *, folder: Path, where: str) -> Sta
         place = f"{where}, stage {entry['name']}"
         own = _own_values(common, entry, place)
         own = _with_earlier(own, tasks, place)
-        recipe = _placed(place, own, folder)
+        recipe = _placed(place, own, folder, fetch)
         _refuse(recipe, place)
         stages.append(Stage(number, entry["name"], recipe))
         tasks[entry["name"]] = own["task"]
@@ -224,9 +230,9 @@ def _as_knowledge(task: Mapping[str, Any], form: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _placed(where: str, values: Mapping[str, Any], folder: Path) -> Recipe:
+def _placed(where: str, values: Mapping[str, Any], folder: Path, fetch: Fetch) -> Recipe:
     try:
-        return make_recipe(values, folder=folder, where=where)
+        return make_recipe(values, folder=folder, where=where, fetch=fetch)
     except KeeptuneError as error:
         if where in error.where:
             raise
