@@ -19,11 +19,11 @@ from keeptune.compare.record import (
     read_cells,
     read_front,
     row_of,
-    table_of,
     trade_off_of,
     with_axes,
     write_records,
 )
+from keeptune.compare.table import table_of
 from keeptune.core.artefact import file_fingerprint, write_json
 from keeptune.core.errors import ArtefactError, RecipeError
 

@@ -18,7 +18,8 @@ from typing import Any, Literal
 from keeptune.compare.axes import Axes, axes_of, forgotten_of, learned_of
 from keeptune.compare.front import Point, families, hypervolumes, pareto, points_of, reference_point
 from keeptune.compare.matched import matched
-from keeptune.core.artefact import canonical_json, read_json, write_bytes, write_json
+from keeptune.compare.table import table_of
+from keeptune.core.artefact import read_json, write_bytes, write_json
 from keeptune.core.errors import ArtefactError, KeeptuneError
 from keeptune.scoring import find_result, result_fingerprint
 
@@ -30,7 +31,6 @@ __all__ = [
     "read_cells",
     "read_front",
     "row_of",
-    "table_of",
     "trade_off_of",
     "with_axes",
     "write_records",
@@ -244,42 +244,6 @@ def _notes(points: Sequence[Point], excluded: Sequence[Mapping[str, str]]) -> li
     if most == 1:
         notes.append("with one seed there are no intervals over seeds")
     return notes
-
-
-def table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Make a table of rows: one line a cell, benchmarks as columns.
-
-    Args:
-        rows: Rows of ``cells.json``.
-
-    Returns:
-        A pyarrow table; settings and knob are JSON text, of each benchmark ``<name>.before``, ``.after``, ``.low``,
-        ``.high`` (of after - before) and ``.n``.
-    """
-    import pyarrow as pa
-
-    names = list(dict.fromkeys(b["name"] for row in rows for b in row["benchmarks"]))
-    text, number, whole = pa.string(), pa.float64(), pa.int64()
-    columns: dict[str, tuple[Any, list[Any]]] = {
-        key: (text, [row.get(key) for row in rows]) for key in ("name", "label", "of", "method", "status", "message")
-    }
-    for key in ("settings", "knob"):
-        columns[key] = (text, [None if row[key] is None else canonical_json(row[key]) for row in rows])
-    for key in ("learning_rate", "strength", "learned", "forgotten"):
-        columns[key] = (number, [row[key] for row in rows])
-    columns |= {key: (whole, [row[key] for row in rows]) for key in ("seed", "trained_parameters")}
-    for stage in ("plan", "train", "evaluate"):
-        columns[f"seconds.{stage}"] = (number, [row["seconds"][stage] for row in rows])
-    for name in names:
-        found = [next((b for b in row["benchmarks"] if b["name"] == name), None) for row in rows]
-        ends = [(None, None) if b is None or b["interval"] is None else b["interval"] for b in found]
-        for side in ("before", "after"):
-            columns[f"{name}.{side}"] = (number, [b and b[side] for b in found])
-        columns[f"{name}.low"] = (number, [low for low, _ in ends])
-        columns[f"{name}.high"] = (number, [high for _, high in ends])
-        columns[f"{name}.n"] = (whole, [b and b["n"] for b in found])
-    columns["folder"] = (text, [row["folder"] for row in rows])
-    return pa.table({key: pa.array(values, type=kind) for key, (kind, values) in columns.items()})
 
 
 def write_records(

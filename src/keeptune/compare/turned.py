@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from keeptune.adapter.export import BOUNDS
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.probe import logits_of, random_probe
-from keeptune.compare.knobs import Knob, Layers, Scale, interpolate, put_adapter, refusal, turned_adapter
+from keeptune.compare.knobs import Knob, Layers, Scale
 from keeptune.compare.record import Cell
+from keeptune.compare.turning import interpolate, put_adapter, refusal, turned_adapter
 from keeptune.core.artefact import (
     atomic_directory,
     content_key,
