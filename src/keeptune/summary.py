@@ -20,7 +20,7 @@ from keeptune.report.items import lost_and_gained
 from keeptune.report.repeat import repeat
 from keeptune.scoring import find_result, result_fingerprint
 
-__all__ = ["write_card", "write_report"]
+__all__ = ["entry_of", "write_card", "write_report"]
 
 _FULL = "full"
 _TRACE = Path("trace", "trace.json")  # where `keeptune trace --output <run>/trace` puts it
@@ -79,6 +79,21 @@ def write_report(
     write_json(record, report)
     write_html(report, page, _extras(runs, entries, output))
     return report
+
+
+def entry_of(folder: Path) -> dict[str, Any]:
+    """Describe a finished run as a report does, without T and KT, which need full fine-tuning beside it.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        One of the ``methods`` of a report.
+
+    Raises:
+        ArtefactError: It is not a finished run, or its parts are of different recipes.
+    """
+    return _entry(folder) | trade_off(_results(folder))
 
 
 def write_card(folder: Path, entry: Mapping[str, Any]) -> None:

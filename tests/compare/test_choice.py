@@ -168,6 +168,9 @@ def test_the_chosen_result_is_copied_whole(job: Callable[[str], Job], tmp_path: 
     assert {path.name for path in best.iterdir()} == {path.name for path in source.iterdir()} - {"export.json"}
     assert read_json(best / "keeptune.json")["export"]["folder"] == str(best)
     assert read_front(tmp_path)["choice"] == choice
+    card = (best / "README.md").read_text()
+    assert "Chosen by keeptune compare: it learned most of what loses at most stories 10; cell lora-seed0." in card
+    assert str(source) not in card
     assert choose_best(tmp_path, 10) == choice  # again, over the copy
 
 
@@ -180,6 +183,11 @@ def test_a_chosen_knob_is_written(job: Callable[[str], Job], tmp_path: Path) -> 
     best = load_file(tmp_path / "best" / "adapter_model.safetensors")
     name = next(name for name in own if "lora_B" in name)
     assert (best[name] == 0.5 * own[name]).all()
+    card = (tmp_path / "best" / "README.md").read_text()
+    scaled, trained = row_["benchmarks"][0], read_json(run.output / "evaluation" / "stories.json")["summary"]
+    assert f"value: {scaled['after']}" in card
+    assert f"value: {trained['after']}" not in card
+    assert 'Turned after training, which the recipe does not do: {"scale":0.5}' in card.replace("\\", "")
 
 
 @pytest.mark.parametrize("scale", [None, 0.5])

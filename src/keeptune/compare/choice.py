@@ -20,17 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from keeptune.adapter.load import refuse_foreign
+from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.compare.axes import DIGITS, loss_of, unit_of
 from keeptune.compare.front import spread
 from keeptune.compare.knobs import knob_of
 from keeptune.compare.record import FRONT, read_cells, read_front
 from keeptune.compare.turned import copy_result, write_turned
-from keeptune.core.artefact import atomic_directory, read_json, write_json
+from keeptune.core.artefact import atomic_directory, canonical_json, read_json, write_bytes, write_json
 from keeptune.core.errors import ArtefactError, RecipeError, nearest
+from keeptune.evaluate.results import BenchmarkResult, trade_off
 from keeptune.job import Job
 from keeptune.recipe import make_recipe
+from keeptune.report.card import model_card
 from keeptune.scoring import find_result, result_fingerprint
+from keeptune.summary import entry_of
 
 __all__ = ["BEST", "Choice", "Estimate", "choose", "choose_best", "export_choice", "limits_of", "parse_max_loss"]
 
@@ -295,8 +298,29 @@ def export_choice(output: Path, record: Mapping[str, Any], choice: Choice) -> di
     else:
         recipe = make_recipe(read_json(run / "recipe.json"), folder=Path(), where=f"recipe of {run}")
         write_turned(Job(recipe.model_copy(update={"output": run})), knob_of(row["knob"]), best)
+    _write_card(best, run, row, choice)
     adapter = {"adapter": str(best), "weights": result_fingerprint(best)}
     return {**choice.plain(), "max_loss": dict(choice.max_loss), **adapter}
+
+
+def _write_card(best: Path, run: Path, row: Mapping[str, Any], choice: Choice) -> None:
+    """Write the model card of what was chosen, with its own scores: those of a knob's cell, not of the cell beneath."""
+    entry, folder = entry_of(run), Path(row["folder"])
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in choice.max_loss.items())
+    notes = [f"Chosen by keeptune compare: it learned most of what loses at most {limits}; cell {choice.cell}."]
+    if row["knob"] is not None:
+        names = [b["name"] for b in row["benchmarks"]]
+        read = [(folder / f"{name}.json", folder / f"{name}.items.jsonl") for name in names]
+        results = [
+            BenchmarkResult.from_jsonl(read_json(record)["summary"], items.read_text(encoding="utf-8"))
+            for record, items in read
+        ]
+        entry |= trade_off(results) | {"benchmarks": [result.summary() for result in results]}
+        notes.append(f"Turned after training, which the recipe does not do: {canonical_json(row['knob'])}.")
+    text = model_card(
+        entry | {"notes": [*notes, *entry["notes"]]}, read_json(best / SIDECAR), read_json(run / "recipe.json")
+    )
+    write_bytes(best / "README.md", text.encode())
 
 
 def _copy(folder: Path, best: Path) -> None:
