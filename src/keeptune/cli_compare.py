@@ -49,11 +49,13 @@ def compare(
 
 
 def _list_cells(loaded: Any) -> None:
-    from keeptune.compare.cells import grid
+    from keeptune.compare.cells import FOLDER, grid
     from keeptune.compare.engine import works_of
 
     cells = grid(loaded)
-    _, missing = works_of(loaded, cells)
+    # Where no cell has a folder nothing is done, and what is done need not be compared with data that are elsewhere.
+    started = (loaded.output / FOLDER).is_dir()
+    missing = works_of(loaded, cells)[1] if started else {cell.name for cell in cells}
     table = Table("method", "learning rates", "strengths", "cells", "done", box=None, header_style="bold")
     for entry in loaded.entries:
         own = [cell for cell in cells if cell.label == entry.label]

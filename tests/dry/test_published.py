@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.job.support import keeptune
 
 from keeptune.accounts import describe_file
 from keeptune.core.errors import RecipeError
@@ -108,6 +109,14 @@ def _compare_parameters(path: Path, printed: str | None, train: Any) -> None:
         assert 0.8 * found < said < 1.045 * found
     elif not ("lora-null" in path.stem and "instructions" in path.stem and "lora-fa" in train.method):
         assert said == pytest.approx(found, rel=0.012, abs=0.8), (path.stem, train.method)
+
+
+def test_compare_lists_cells_and_what_they_take(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "recipes" / "lora-null-table3.yaml"
+    said = keeptune("compare", path, "--dry-run", "--flops", "4e14", capsys=capsys)
+    assert said.code == 0, said.err
+    for part in ("10 cells below", "lora-null-v2, r 252", "195 M", "10 runs, at most", "Llama-3.2-3B, about 6.4 GB"):
+        assert part in said.out, said.out
 
 
 def test_a_label_or_a_benchmark_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from keeptune.compare.cells import grid, load_comparison
 from keeptune.job import Job
 from keeptune.recipe import load_recipe
 from keeptune.sequence.schema import load_sequence
@@ -20,6 +21,12 @@ FILES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "-table" 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_recipe_could_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if "compare" in yaml.safe_load(path.read_text(encoding="utf-8")):
+        cells = grid(load_comparison(path))
+        for label in {cell.label for cell in cells}:
+            Job(next(cell.recipe for cell in cells if cell.label == label)).check_needs()
+        Job(cells[0].recipe).check()
+        return
     if "stages" in yaml.safe_load(path.read_text(encoding="utf-8")):
         for stage in load_sequence(path).stages:
             Job(stage.recipe).check()
