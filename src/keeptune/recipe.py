@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ class Recipe(Section):
         Returns:
             A JSON-ready mapping.
         """
-        plain: dict[str, Any] = yaml.safe_load(canonical_json(self.model_dump(mode="json")))
+        plain: dict[str, Any] = json.loads(canonical_json(self.model_dump(mode="json")))
         return plain
 
 

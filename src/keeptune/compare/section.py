@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, StrictInt, ValidationError, model_validator
+from pydantic import Field, StrictInt, ValidationError
 
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.sections import Section, explain
@@ -45,12 +45,6 @@ class CompareSection(Section):
     baselines: bool = True
     learned: list[str] | None = None
     forgotten: list[str] | None = None
-
-    @model_validator(mode="after")
-    def _differ(self) -> CompareSection:
-        for key in ("learning_rate", "strength", "seeds", "scales"):
-            refuse_repeats(getattr(self, key) or [], f"recipe, key compare.{key}")
-        return self
 
 
 def refuse_repeats(values: list[Any], where: str) -> None:
@@ -95,9 +89,12 @@ def read_section(values: Mapping[str, Any], where: str) -> CompareSection:
             next_step="Example: compare: {methods: [keep, lora-null], learning_rate: [5e-4, 1e-3, 2e-3]}.",
         )
     try:
-        return CompareSection.model_validate(given)
+        section = CompareSection.model_validate(given)
     except ValidationError as error:
         raise _explained(error, where) from error
+    for key in ("learning_rate", "strength", "seeds", "scales"):
+        refuse_repeats(getattr(section, key) or [], f"{where}, key compare.{key}")
+    return section
 
 
 def _explained(error: ValidationError, where: str) -> RecipeError:

@@ -16,6 +16,7 @@ import logging
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -352,8 +353,7 @@ def methods() -> dict[str, type[Any]]:
         RecipeError: Two methods share a name.
     """
     found: dict[str, type[Any]] = {}
-    classes = [c for module in _modules() for c in _classes(module)]
-    classes += [point.load() for point in entry_points(group="keeptune.methods")]
+    classes = [*_own(), *(point.load() for point in entry_points(group="keeptune.methods"))]
     for cls in classes:
         if found.setdefault(cls.name, cls) is not cls:
             raise RecipeError(
@@ -383,14 +383,13 @@ def method_named(name: str) -> type[Any]:
     return known[name]
 
 
-def _modules() -> list[Any]:
+@cache  # the files of the package do not change while it runs
+def _own() -> tuple[type[Any], ...]:
     names = sorted(info.name for info in pkgutil.iter_modules(keeptune.methods.__path__))
-    return [importlib.import_module(f"keeptune.methods.{name}") for name in names if name != "base"]
-
-
-def _classes(module: Any) -> list[type[Any]]:
-    return [
+    modules = [importlib.import_module(f"keeptune.methods.{name}") for name in names if name != "base"]
+    return tuple(
         cls
+        for module in modules
         for _, cls in inspect.getmembers(module, inspect.isclass)
         if cls.__module__ == module.__name__ and dataclasses.is_dataclass(cls) and hasattr(cls, "paper")
-    ]
+    )
