@@ -64,12 +64,14 @@ class Outcome:
         message: Why it failed.
         seconds: How long it took this time; 0 where it was finished already.
         warnings: What its log warned of.
+        node: Of the cluster, where it ran.
     """
 
     status: Literal["done", "failed", "missing"]
     message: str = ""
     seconds: float = 0.0
     warnings: Sequence[str] = field(default_factory=tuple)
+    node: str = ""
 
 
 def work_of(name: str, recipe: Recipe, base: str, shared: Path, threads: int, known: dict[str, str]) -> Work:

@@ -12,8 +12,10 @@ import contextlib
 import gc
 import logging
 import os
+import platform
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +181,19 @@ def _need_room(nodes: Sequence[Mapping[str, Any]], resources: Resources) -> None
 
 def _task(work: Work, token: str) -> Outcome:
     """Run a cell on a worker, if the worker sees the comparison's folder."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
     marker = work.shared / _MARKER
     if not marker.is_file() or marker.read_text(encoding="utf-8") != token:
         return Outcome(
             "failed",
-            f"node {os.uname().nodename}: {work.shared} is not the folder that the comparison was started in. "
+            f"machine {platform.node()}: {work.shared} is not the folder that the comparison was started in. "
             "All nodes need one shared folder: put `output` and `store` on it.",
+            node=node,
         )
     _quiet()
-    return attempt(work)
+    return replace(attempt(work), node=node)
 
 
 def _quiet() -> None:
