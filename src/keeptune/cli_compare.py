@@ -19,6 +19,10 @@ __all__ = ["compare"]
 def compare(
     context: typer.Context,
     recipe: RecipeFile,
+    max_loss: Annotated[
+        list[str] | None,
+        typer.Option(help="Export the best result that loses at most this share, or benchmark=share, of what it knew."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the cells and what they would take; fetch and run nothing.")
     ] = False,
@@ -29,19 +33,26 @@ def compare(
 ) -> None:
     """Run methods x rates x strengths x seeds (the recipe's `compare` section). Started again, it goes on."""
     from keeptune.compare.cells import load_comparison
+    from keeptune.compare.choice import parse_max_loss
     from keeptune.compare.running import run_comparison
     from keeptune.data import hub
     from keeptune.recipe import parse_overrides
 
+    limits = parse_max_loss(max_loss) if max_loss else None
     overrides = parse_overrides(context.args)
     if dry_run:
         _list_cells(load_comparison(recipe, overrides, fetch=hub.cached))
         cli_dry.dry_run(recipe, overrides, flops)
         return
     loaded = load_comparison(recipe, overrides)
-    found = run_comparison(loaded, shlex.join(["keeptune", *sys.argv[1:]]))
+    found = run_comparison(loaded, shlex.join(["keeptune", *sys.argv[1:]]), limits)
     _show(found)
-    say(f"cells: {loaded.output / 'cells.json'} and cells.parquet, trade-off: {loaded.output / 'front.json'}")
+    say(f"report: {loaded.output / 'report.html'}")
+    say(f"numbers: {loaded.output / 'cells.json'}, cells.parquet and front.json")
+    choice = found.front["choice"]
+    if choice:
+        lost = ", ".join(f"{name} {loss:.3f}" for name, loss in choice["loss"].items())
+        say(f"best: {choice['cell']} in {choice['adapter']}: learned {choice['learned']:.3f}, lost {lost}")
     for name, message in found.failed.items():
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {name}: {message}", markup=False)
     if found.failed:
@@ -75,7 +86,7 @@ def _show(found: Any) -> None:
     table = Table("method", "learned most", "forgotten there", box=None, header_style="bold")
     table.add_column("forgotten" if score is None else f"forgotten at {score:.3g}", justify="right")
     table.add_column("how")
-    for label in front["fronts"]:
+    for label in rows or front["fronts"]:  # those that forget least at the same score first
         points = [point for point in front["points"] if point["label"] == label]
         best = max(points, key=lambda point: (point["learned"]["mean"], -point["forgotten"]["mean"]))
         row = rows.get(label, {})

@@ -12,13 +12,15 @@ import gc
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from keeptune.compare.knobs import knob_of
+from keeptune.compare.turned import KNOBS, knobs_stage
 from keeptune.core.artefact import content_key, file_fingerprint, has_key, read_json, write_json
 from keeptune.core.errors import KeeptuneError
 from keeptune.core.locks import locked
@@ -45,6 +47,7 @@ class Work:
         base: Fingerprint of the base.
         shared: The comparison's folder, where the base's answers are.
         threads: How many threads it may use.
+        knobs: What is turned on its result (:mod:`keeptune.compare.knobs`), as JSON.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Work:
     base: str
     shared: Path
     threads: int = 1
+    knobs: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Outcome:
         seconds: How long it took this time; 0 where it was finished already.
         warnings: What its log warned of.
         node: Of the cluster, where it ran.
+        knobs: What is turned on its result.
     """
 
     status: Literal["done", "failed", "missing"]
@@ -72,6 +77,7 @@ class Outcome:
     seconds: float = 0.0
     warnings: Sequence[str] = field(default_factory=tuple)
     node: str = ""
+    knobs: Sequence[Mapping[str, Any]] = ()
 
 
 def work_of(name: str, recipe: Recipe, base: str, shared: Path, threads: int, known: dict[str, str]) -> Work:
@@ -124,7 +130,8 @@ def finished(work: Work) -> bool:
         if not has_key(folder / _MARK, work.key) or read_json(folder / _MARK)["status"] != "done":
             return False
         scores = [folder / "evaluation" / f"{benchmark.name}.json" for benchmark in work.recipe.evaluate]
-        return find_result(folder).is_dir() and all(path.is_file() for path in scores)
+        turned = [folder / KNOBS / knob_of(knob).slug / "knob.json" for knob in work.knobs]
+        return find_result(folder).is_dir() and all(path.is_file() for path in (*scores, *turned))
     except (KeeptuneError, KeyError, OSError):
         return False
 
@@ -166,7 +173,10 @@ def _stages(work: Work) -> None:
     plan = plan_stage(job)
     train_stage(job, plan)
     export_stage(job, plan)
-    evaluate_stage(job, kept=KeptAnswers(work.shared / _BASE, content_key([work.base, job.device])))
+    kept = KeptAnswers(work.shared / _BASE, content_key([work.base, job.device]))
+    evaluate_stage(job, kept=kept)
+    if work.knobs:
+        knobs_stage(job, [knob_of(knob) for knob in work.knobs], kept=kept)
 
 
 def _let_go() -> None:

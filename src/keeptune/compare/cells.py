@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from keeptune.combining import tuned_roles
+from keeptune.compare.axes import axes_of
 from keeptune.compare.entries import Entry, Variation, read_entries, short, slug
 from keeptune.compare.section import CompareSection, read_section
 from keeptune.core.artefact import content_key
@@ -121,6 +122,11 @@ def load_comparison(
     base = make_recipe(values, folder=path.parent, where=where, fetch=fetch)
     if base.published is not None:
         check_labels(base.published, [entry.label for entry in entries], where)
+    # The metric of a standard benchmark, always a share, is known when it is scored.
+    scored = [
+        {"name": b.name, "role": b.role, "metric": getattr(b, "metric", None) or "accuracy"} for b in base.evaluate
+    ]
+    placed(where, partial(axes_of, scored, section.learned, section.forgotten))
     return Comparison(path, values, section, entries, plain, base, fetch)
 
 

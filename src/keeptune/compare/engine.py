@@ -24,11 +24,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from keeptune.compare.cell import Outcome, Work, attempt, finished, work_of
 from keeptune.compare.cells import Cell, Comparison, check_cells
+from keeptune.compare.knobs import standard_knobs
 from keeptune.compare.section import Resources
 from keeptune.core.artefact import write_bytes
 from keeptune.core.errors import RecipeError
 from keeptune.core.locks import locked
 from keeptune.job import Job
+from keeptune.model.blocks import depth
 from keeptune.model.head import body_fingerprint
 
 __all__ = ["missing_extra", "run_cells", "started_ray", "works_of"]
@@ -62,7 +64,7 @@ def run_cells(comparison: Comparison, cells: Sequence[Cell]) -> dict[str, Outcom
             todo = [works[name] for name in order if name in missing]
             with started_ray(comparison.section.resources):
                 outcomes |= _run(todo, comparison.section.resources, comparison.output)
-    return {cell.name: outcomes[cell.name] for cell in cells}
+    return {cell.name: replace(outcomes[cell.name], knobs=works[cell.name].knobs) for cell in cells}
 
 
 def works_of(
@@ -87,12 +89,23 @@ def works_of(
     known: dict[str, str] = {}
     shared = comparison.output.absolute()
     works = {cell.name: work_of(cell.name, cell.recipe, base, shared, threads, known) for cell in cells}
+    knobs = _knobs(comparison, depth(model))
+    works |= {cell.name: replace(works[cell.name], knobs=knobs) for cell in cells if cell.label == comparison.plain}
     missing = frozenset(name for name, work in works.items() if not finished(work))
     if check:
         check_cells(comparison, [cell for cell in cells if cell.name in missing], model)
     del model  # on a GPU the cells need its memory
     gc.collect()
     return works, missing
+
+
+def _knobs(comparison: Comparison, blocks: int) -> list[dict[str, Any]]:
+    """List what is turned on plain LoRA's finished cells, the baselines that need no training."""
+    section = comparison.section
+    if not section.baselines:
+        return []
+    found = standard_knobs(section.scales, blocks if section.scale_per == "layer" else None, section.intruders)
+    return [knob.plain() for knob in found]
 
 
 @contextlib.contextmanager
@@ -130,7 +143,7 @@ def started_ray(resources: Resources) -> Iterator[Any]:
     if ours:
         try:
             ray.init(
-                address=resources.address,
+                address=resources.address or "local",  # None would join whatever runs on this machine
                 include_dashboard=None if resources.address else False,
                 log_to_driver=False,  # each cell's log is in its folder
                 logging_level=logging.WARNING,

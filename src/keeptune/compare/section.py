@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictInt, ValidationError
 
@@ -40,6 +40,8 @@ class CompareSection(Section):
     strength: list[_Rate] = Field(default=[1.0], min_length=1)
     seeds: list[_Seed] = Field(default=[0, 1, 2], min_length=1)
     scales: list[_Scale] = [0.25, 0.5, 0.75]
+    scale_per: Literal["model", "layer"] = "model"  # layer: by halves of the blocks as well
+    intruders: list[_Scale] = [0.5]
     search: Search | None = None
     resources: Resources = Resources()
     baselines: bool = True
@@ -92,7 +94,7 @@ def read_section(values: Mapping[str, Any], where: str) -> CompareSection:
         section = CompareSection.model_validate(given)
     except ValidationError as error:
         raise _explained(error, where) from error
-    for key in ("learning_rate", "strength", "seeds", "scales"):
+    for key in ("learning_rate", "strength", "seeds", "scales", "intruders"):
         refuse_repeats(getattr(section, key) or [], f"{where}, key compare.{key}")
     return section
 
