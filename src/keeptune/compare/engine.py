@@ -135,6 +135,7 @@ def started_ray(resources: Resources) -> Iterator[Any]:
         RecipeError: Ray is not installed, there is no such cluster, or no node has the resources of one cell.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # not 15, at which any other process starves the cells
     try:
         import ray
     except ImportError as error:
