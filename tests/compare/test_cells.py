@@ -226,3 +226,10 @@ def test_cells_are_checked_with_data_and_targets_before_anything_is_written(load
     with pytest.raises(KeeptuneError, match=r'entry "lora-null".*no `knowledge` section'):
         check_cells(needy, grid(needy))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.yaml"]
+
+
+def test_axes_are_checked_before_anything_is_run(load: Load) -> None:
+    with pytest.raises(RecipeError, match=r'compare\.forgotten: got storis.*Did you mean "stories"'):
+        load(forgotten=["storis"])
+    assert load(forgotten=["stories"]).section.forgotten == ["stories"]
+    assert grid(load(["--evaluate.1.role", "knowledge"])), "without a task there is no trade-off, but there are cells"

@@ -190,3 +190,13 @@ def test_a_table_of_columns_of_mixed_settings() -> None:
     table = table_of([{**r, "learned": math.pi} for r in rows]).to_pylist()
     assert [line["settings"] for line in table] == ['{"method.rank":4}', '{"method.rank":"all"}']
     assert [line["strength"] for line in table] == [None, 3.0]
+
+
+@pytest.mark.parametrize(("side", "lacking"), [(0, "knowledge"), (1, "task")])
+def test_one_side_alone_has_rows_and_no_trade_off(side: int, lacking: str, tmp_path: Path) -> None:
+    """As some published tables: what is scored is told, and that there is nothing to set it against."""
+    cells = [cell(write_run(tmp_path / "a", [SCORES[side]]))]
+    record, front = write_records(tmp_path, cells, base="atlas", command="", recipe={})
+    assert [b["after"] for b in record["cells"][0]["benchmarks"]] == [SCORES[side]["after"]]
+    assert (front["points"], front["excluded"]) == ([], [])
+    assert front["notes"] == [f"no trade-off: `evaluate` has no benchmark with role: {lacking}"]

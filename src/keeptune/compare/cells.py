@@ -126,7 +126,8 @@ def load_comparison(
     scored = [
         {"name": b.name, "role": b.role, "metric": getattr(b, "metric", None) or "accuracy"} for b in base.evaluate
     ]
-    placed(where, partial(axes_of, scored, section.learned, section.forgotten))
+    if len({b["role"] for b in scored}) == 2:  # a published table may score one side alone: it has no trade-off
+        placed(where, partial(axes_of, scored, section.learned, section.forgotten))
     return Comparison(path, values, section, entries, plain, base, fetch)
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -42,6 +42,7 @@ __all__ = [
     "families",
     "hypervolume",
     "hypervolumes",
+    "no_trade_off",
     "pareto",
     "points_of",
     "reference_point",
@@ -332,3 +333,28 @@ def _moocore() -> Any:
             next_step='Run pip install "keeptune[compare]".',
         ) from error
     return moocore
+
+
+def no_trade_off(sides: Collection[str]) -> dict[str, Any]:
+    """Make ``front.json`` of cells that cannot be set against each other.
+
+    Args:
+        sides: The roles of the benchmarks there are, one at most.
+
+    Returns:
+        What it holds.
+    """
+    lacking = [role for role in ("task", "knowledge") if sides and role not in sides]
+    return {
+        "units": None,
+        "axes": None,
+        "points": [],
+        "fronts": {},
+        "front": [],
+        "hypervolume": {},
+        "reference_point": None,
+        "matched": {"score": None, "baseline": None, "rows": []},
+        "excluded": [],
+        "notes": [f"no trade-off: `evaluate` has no benchmark with role: {role}" for role in lacking],
+        "choice": None,
+    }

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keeptune.compare.axes import Axes, axes_of, forgotten_of, learned_of
-from keeptune.compare.front import Point, families, hypervolumes, pareto, points_of, reference_point
+from keeptune.compare.front import (
+    Point,
+    families,
+    hypervolumes,
+    no_trade_off,
+    pareto,
+    points_of,
+    reference_point,
+)
 from keeptune.compare.matched import matched
 from keeptune.compare.table import table_of
 from keeptune.core.artefact import read_json, write_bytes, write_json
@@ -277,14 +285,14 @@ def write_records(
     options = options or Options()
     rows = [_finite(row_of(cell)) for cell in cells]
     benchmarks = _benchmarks(rows)
-    trade_off = _empty()
-    if benchmarks:
+    sides = {b["role"] for b in benchmarks}
+    if len(sides) == 2:
         axes = axes_of(benchmarks, options.learned, options.forgotten)
         rows = with_axes(rows, axes)
         trade_off = trade_off_of(rows, axes, options)
-    else:
+    else:  # nothing is scored yet, or one side alone, as in some published tables
         rows = [{**row, "learned": None, "forgotten": None, "why": ""} for row in rows]
-        trade_off["excluded"] = points_of(rows)[1]
+        trade_off = no_trade_off(sides) | {"excluded": points_of(rows)[1] if not sides else []}
     record = {
         "base": base,
         "version": version("keeptune"),
@@ -317,22 +325,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(part) for key, part in value.items()}
     return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _empty() -> dict[str, Any]:
-    return {
-        "units": None,
-        "axes": None,
-        "points": [],
-        "fronts": {},
-        "front": [],
-        "hypervolume": {},
-        "reference_point": None,
-        "matched": {"score": None, "baseline": None, "rows": []},
-        "excluded": [],
-        "notes": [],
-        "choice": None,
-    }
 
 
 def read_cells(output: Path) -> dict[str, Any]:
