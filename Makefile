@@ -52,6 +52,7 @@ study: $(BIN)/.dev
 	$(BIN)/python studies/keep_stories.py
 	$(BIN)/python studies/repair.py
 	$(BIN)/python studies/loki.py
+	$(BIN)/python studies/sequence.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -57,10 +57,10 @@ def two(make: Make, recipe_of_stages: Any, tmp_path: Path) -> Make:
     """Make a sequence of the stages cats and dogs, two steps each."""
 
     def sequence(dogs: dict[str, Any] | None = None, **changes: Any) -> StageSequence:
-        stages = recipe_of_stages(tmp_path / "out")["stages"][:2]
+        values = recipe_of_stages(tmp_path / "out")
+        stages = values["stages"][:2]
         stages[1] |= dogs or {}
-        changes.setdefault("train", BRIEF)
-        return make(stages=stages, **changes)
+        return make(**{"stages": stages, "train": BRIEF, "evaluate": values["evaluate"][:1]} | changes)
 
     return sequence
 
@@ -310,7 +310,7 @@ def test_killed_in_the_middle_of_training_it_goes_on(finished: Any, recipe_of_st
     assert weights == reference
 
 
-def test_the_command_line(two: Make, recipe_of_stages: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(recipe_of_stages: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = recipe_of_stages(tmp_path / "out", train=BRIEF)
     path = write_recipe(tmp_path / "recipe.yaml", values | {"stages": values["stages"][:1]})
     said = keeptune("run", path, "--sequence.keep_models", "true", capsys=capsys)

@@ -13,16 +13,18 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keeptune.adapter.export import Exported, format_for
+from keeptune.adapter.export import format_for
 from keeptune.adapter.load import load_adapter
 from keeptune.adapter.probe import logits_of
 from keeptune.combining import tuned_roles
@@ -42,9 +44,10 @@ from keeptune.model.blocks import find_targets
 from keeptune.model.load import load_model
 from keeptune.recipe import Recipe
 from keeptune.run import export_stage, plan_stage, start, train_stage
-from keeptune.scoring import evaluate_stage, result_fingerprint
+from keeptune.scoring import evaluate_stage, find_result, result_fingerprint
 from keeptune.sections import ExportSpec
 from keeptune.sequence.product import (
+    Gap,
     add_changes,
     gap_to,
     joined,
@@ -59,6 +62,31 @@ __all__ = ["run_sequence"]
 
 _log = logging.getLogger(__name__)
 _NOT_IN_KEY = ("model", "output", "store", "device", "evaluate", "export", "reference", "low_memory")
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What all stages have in common.
+
+    Args:
+        sequence: The sequence.
+        base: A job on the original base.
+        dtype: Of the base as it is loaded.
+    """
+
+    sequence: StageSequence
+    base: Job
+    dtype: torch.dtype
+
+    @property
+    def output(self) -> Path:
+        """Where everything goes."""
+        return self.sequence.output
+
+    @property
+    def wanted(self) -> ExportSpec:
+        """How the product is written."""
+        return self.sequence.whole.export
 
 
 @dataclass(frozen=True)
@@ -94,17 +122,17 @@ def run_sequence(sequence: StageSequence) -> dict[str, Any]:
         KeeptuneError: Something the user can mend; the message names the stage.
     """
     base = Job(sequence.whole)
-    _check(sequence, base)
+    model = base.base()
+    _check(sequence, model)
+    course = _Course(sequence, base, model.dtype)
+    del model
     done: list[_Done] = []
     scores: list[list[dict[str, Any]]] = []
     for stage in sequence.stages:
-        try:
-            done.append(_stage(sequence, base, stage, done))
-            scores.append(_scores(sequence, base, done[-1].product.parent))
-        except KeeptuneError as error:
-            where = f"stage {stage.name}, {error.where}"
-            raise type(error)(where, got=error.got, wanted=error.wanted, next_step=error.next_step) from error
-    final, exported = _final(sequence, base, done[-1])
+        with _named(stage):
+            done.append(_stage(course, stage, done))
+            scores.append(_scores(course, done[-1].product.parent))
+    final, exported = _final(course, done[-1])
     cut = exported is not None and (exported["error"] > 0 or exported["format"] == "merged")
     return write_record(
         sequence,
@@ -112,51 +140,57 @@ def run_sequence(sequence: StageSequence) -> dict[str, Any]:
         scores,
         adapter=final,
         export=exported,
-        final=_scores(sequence, base, sequence.output) if cut else None,
+        final=_scores(course, sequence.output) if cut else None,
     )
 
 
-def _check(sequence: StageSequence, base: Job) -> None:
+@contextmanager
+def _named(stage: Stage) -> Iterator[None]:
+    """Have an error say at which stage."""
+    try:
+        yield
+    except KeeptuneError as error:
+        where = f"stage {stage.name}, {error.where}"
+        raise type(error)(where, got=error.got, wanted=error.wanted, next_step=error.next_step) from error
+
+
+def _check(sequence: StageSequence, model: PreTrainedModel) -> None:
     """Check all stages, with their data and the model's targets, before the first begins."""
-    model = base.base()
     for stage in sequence.stages:
-        try:
+        with _named(stage):
             job = Job(stage.recipe)
             job.check()
             find_targets(model, tuned_roles(job.method, stage.recipe.targets), stage.recipe.layers)
-        except KeeptuneError as error:
-            where = f"stage {stage.name}, {error.where}"
-            raise type(error)(where, got=error.got, wanted=error.wanted, next_step=error.next_step) from error
-    for folder in ("models", "after"):
-        for stage in sequence.stages:
-            remove_leftovers(sequence.output / folder / stage.folder)
-    remove_leftovers(sequence.output / "adapter")
-    remove_leftovers(sequence.output / "merged")
+    for stage in sequence.stages:
+        remove_leftovers(sequence.output / "models" / stage.folder)
+    for name in ("adapter", "merged"):
+        remove_leftovers(sequence.output / name)
 
 
-def _stage(sequence: StageSequence, base: Job, stage: Stage, done: Sequence[_Done]) -> _Done:
+def _stage(course: _Course, stage: Stage, done: Sequence[_Done]) -> _Done:
     """Run a stage on the model as it stands, and add what it changed to the product."""
-    after = sequence.output / "after" / stage.folder
-    key = _key(base, stage, done)
-    there = _taken(sequence, stage, after, key)
+    after = course.output / "after" / stage.folder
+    key = _key(course, stage, done)
+    there = _taken(course, stage, after, key)
     if there is not None:
         _log.info("stage %s: taken from %s", stage.name, after)
         return there
-    _log.info("stage %s, %d of %d", stage.name, stage.number, len(sequence.stages))
+    _log.info("stage %s, %d of %d", stage.name, stage.number, len(course.sequence.stages))
     started = time.perf_counter()
-    start_from = _start_model(sequence, base, done)
-    job = start(_stage_recipe(sequence, stage, start_from))
+    start_from = _start_model(course, done)
+    job = start(_stage_recipe(course, stage, start_from))
     plan = plan_stage(job)
     format, note = format_for(plan, "portable")
     whole = format == "merged" or any(one.whole for one in done)
     if whole:
-        _refuse_rank(sequence.whole.export, stage, note or "A stage before it left a whole model")
+        _refuse_rank(course.wanted, stage, note or "A stage before it left a whole model")
     train_stage(job, plan)
-    result = Path(export_stage(job, plan).folder)
+    export_stage(job, plan)
+    result = find_result(job.output)
     product = after / ("merged" if whole else "adapter")
     remove_leftovers(product)
-    wanted = _logits(job, result)
-    gap, rank = _write_product(sequence, base, stage, done, result, product, wanted, _probe(job))
+    rank = _write_product(course, stage, done, result, product)
+    gap = _gap(course, job, result, product)
     trained = read_json(job.output / "trained" / "train.json")
     record = {
         "key": key,
@@ -178,19 +212,19 @@ def _stage(sequence: StageSequence, base: Job, stage: Stage, done: Sequence[_Don
         "seconds": time.perf_counter() - started,
     }
     write_json(after / "stage.json", record)
-    if start_from is not None and not sequence.keep_models:
-        _remove_model(sequence, start_from)
+    if start_from is not None and not course.sequence.keep_models:
+        _remove_model(start_from)
     _log.info("stage %s: gap to what was trained on a fresh base %.1e, rank %d", stage.name, gap.gap, rank)
     return _Done(result, product, record)
 
 
-def _taken(sequence: StageSequence, stage: Stage, after: Path, key: str) -> _Done | None:
+def _taken(course: _Course, stage: Stage, after: Path, key: str) -> _Done | None:
     path = after / "stage.json"
     if not has_key(path, key):
         return None
     record = read_json(path)
     # The output may have been moved since: folders are found from it.
-    run = sequence.output / "stages" / stage.folder
+    run = course.output / "stages" / stage.folder
     result, product = run / Path(record["result"]).name, after / Path(record["product"]).name
     whole = any(product.glob("*.safetensors")) and result_fingerprint(product) == record["weights"]
     if not whole or not any(result.glob("*.safetensors")):
@@ -199,48 +233,46 @@ def _taken(sequence: StageSequence, stage: Stage, after: Path, key: str) -> _Don
     return _Done(result, product, record | {"run": str(run), "result": str(result), "product": str(product)})
 
 
-def _key(base: Job, stage: Stage, done: Sequence[_Done]) -> str:
+def _key(course: _Course, stage: Stage, done: Sequence[_Done]) -> str:
     """Name all that a stage's result depends on: the stages before it, its recipe and its data."""
     recipe = {key: value for key, value in stage.recipe.written().items() if key not in _NOT_IN_KEY}
     files = [stage.recipe.task.train, *(part.file for part in stage.recipe.knowledge_sets)]
-    before = [done[-1].record["key"], done[-1].record["weights"]] if done else [base.base_fingerprint]
+    before = [done[-1].record["key"], done[-1].record["weights"]] if done else [course.base.base_fingerprint]
     return content_key([before, recipe, [file_fingerprint([Path(file)]) for file in files]])
 
 
-def _stage_recipe(sequence: StageSequence, stage: Stage, model: Path | None) -> Recipe:
+def _stage_recipe(course: _Course, stage: Stage, model: Path | None) -> Recipe:
     """Give the recipe of a stage's own run, on the model as it stands.
 
     What earlier stages changed would round away in 16 bits: from the second stage on, models are float32.
     """
     changes: dict[str, Any] = {
-        "output": sequence.output / "stages" / stage.folder,
+        "output": course.output / "stages" / stage.folder,
         "evaluate": [],
-        "export": ExportSpec(max_gap=sequence.whole.export.max_gap),
+        "export": ExportSpec(max_gap=course.wanted.max_gap),
     }
     if model is not None:
         changes |= {"model": str(model), "revision": None, "dtype": "float32"}
     return stage.recipe.model_copy(update=changes)
 
 
-def _start_model(sequence: StageSequence, base: Job, done: Sequence[_Done]) -> Path | None:
+def _start_model(course: _Course, done: Sequence[_Done]) -> Path | None:
     """Find or write the model that the next stage starts from; None is the base itself."""
     if not done:
         return None
-    stage = sequence.stages[len(done) - 1]
-    folder = sequence.output / "models" / stage.folder
+    stage = course.sequence.stages[len(done) - 1]
+    folder = course.output / "models" / stage.folder
     key = content_key([done[-1].record["key"], done[-1].record["weights"]])
-    if has_key(folder.with_suffix(".json"), key) and any(folder.glob("*.safetensors")):
+    if has_key(_mark(folder), key) and any(folder.glob("*.safetensors")):
         return folder
-    dtype = base.base().dtype
-    if len(done) == 1 and dtype != torch.float32:
-        _log.info("the base is %s: from here on stages work in float32, with the memory that takes", dtype)
-    write_whole(base, _model_after(base, done), folder, torch.float32)
-    if not done[-1].whole:
-        probe = _probe(base)
-        adapted = logits_of(load_adapter(base.base(), done[-1].product), probe)
-        again = logits_of(load_model(str(folder), dtype="float32", device=base.device), probe)
-        gap_to(adapted, again, dtype, sequence.whole.export.max_gap, f"model after stage {stage.name}")
-    write_json(folder.with_suffix(".json"), {"key": key})
+    if len(done) == 1 and course.dtype != torch.float32:
+        _log.info("the base is %s: from here on stages work in float32, with the memory that takes", course.dtype)
+    write_whole(course.base, _model_after(course.base, done), folder, torch.float32)
+    probe = _probe(course.base)
+    found = logits_of(load_model(str(folder), dtype="float32", device=course.base.device), probe)
+    wanted = logits_of(_load(course.base, done[-1].product), probe)
+    gap_to(found, wanted, course.dtype, course.wanted.max_gap, f"model after stage {stage.name}")
+    write_json(_mark(folder), {"key": key})
     return folder
 
 
@@ -256,50 +288,55 @@ def _model_after(base: Job, done: Sequence[_Done]) -> PreTrainedModel:
     return add_changes(_model_after(base, done[:-1]), read_changes(last.run))
 
 
-def _remove_model(sequence: StageSequence, folder: Path) -> None:
-    folder.with_suffix(".json").unlink(missing_ok=True)
+def _mark(model: Path) -> Path:
+    """Name the file that says what a working model was made from; it is written when the model is verified."""
+    return model.with_name(f"{model.name}.json")
+
+
+def _remove_model(folder: Path) -> None:
+    _mark(folder).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    if not any((sequence.output / "models").iterdir()):
-        (sequence.output / "models").rmdir()
+    if not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
 
 
-def _write_product(
-    sequence: StageSequence,
-    base: Job,
-    stage: Stage,
-    done: Sequence[_Done],
-    result: Path,
-    product: Path,
-    wanted: Tensor,
-    probe: Tensor,
-) -> tuple[Any, int]:
-    """Write what all stages up to this one make of the base, and compare it with the model that was trained."""
-    dtype, max_gap = base.base().dtype, sequence.whole.export.max_gap
-    where = f"product after stage {stage.name}"
+def _write_product(course: _Course, stage: Stage, done: Sequence[_Done], result: Path, product: Path) -> int:
+    """Write what all stages up to this one make of the base; give the rank of the change, 0 for a whole model."""
     if product.name == "merged":
-        current = _Done(result, product, {})
-        write_whole(base, _model_after(base, [*done, current]), product, dtype)
-        found = logits_of(load_model(str(product), dtype=base.recipe.dtype, device=base.device), probe)
+        whole = _model_after(course.base, [*done, _Done(result, product, {})])
+        write_whole(course.base, whole, product, course.dtype)
         write_json(product / "export.json", {"format": "merged"})
-        return gap_to(found, wanted, dtype, max_gap, where), 0
-    earlier = read_changes(done[-1].product) if done else {}
-    changes = joined(earlier, read_changes(result))
-    options = {"stages": [one.name for one in sequence.stages[: stage.number]]}
-    written = write_adapter(base, changes, product, ExportSpec(max_gap=max_gap), options)
-    found = logits_of(load_adapter(base.base(), product), probe)
+        return 0
+    changes = joined(read_changes(done[-1].product) if done else {}, read_changes(result))
+    if not changes:
+        raise ExportError(
+            "training",
+            got="no change of any weight",
+            wanted="a stage that learns",
+            next_step="Raise its learning rate.",
+        )
+    options = {"stages": [one.name for one in course.sequence.stages[: stage.number]]}
+    written = write_adapter(course.base, changes, product, ExportSpec(max_gap=course.wanted.max_gap), options)
     write_json(product / "export.json", asdict(written))
-    return gap_to(found, wanted, dtype, max_gap, where), max(change.rank for change in changes.values())
+    return max(change.rank for change in changes.values())
+
+
+def _gap(course: _Course, job: Job, result: Path, product: Path) -> Gap:
+    """Compare the product on a fresh base with what the stage trained, on the model it started from."""
+    probe = _probe(job)
+    found, wanted = logits_of(_load(course.base, product), probe), logits_of(_load(job, result), probe)
+    return gap_to(found, wanted, course.dtype, course.wanted.max_gap, "product")
 
 
 def _probe(job: Job) -> Tensor:
     return probe_of(job.task, job.tokenizer, min(256, job.positions or 256))
 
 
-def _logits(job: Job, result: Path) -> Tensor:
-    """Compute the logits of what a stage trained, on the model it started from."""
+def _load(job: Job, result: Path) -> PreTrainedModel | PeftModel:
+    """Load what a run or a sequence made: an adapter on its base, or a whole model."""
     if (result / "adapter_config.json").is_file():
-        return logits_of(load_adapter(job.base(), result), _probe(job))
-    return logits_of(load_model(str(result), dtype=job.recipe.dtype, device=job.device), _probe(job))
+        return load_adapter(job.base(), result)
+    return load_model(str(result), dtype=job.recipe.dtype, device=job.device)
 
 
 def _refuse_rank(wanted: ExportSpec, stage: Stage, reason: str) -> None:
@@ -314,24 +351,25 @@ def _refuse_rank(wanted: ExportSpec, stage: Stage, reason: str) -> None:
     _log.warning("stage %s: the product is a whole model from here on. %s", stage.name, reason)
 
 
-def _scores(sequence: StageSequence, base: Job, folder: Path) -> list[dict[str, Any]]:
+def _scores(course: _Course, folder: Path) -> list[dict[str, Any]]:
     """Score everything against the original base, on the same items."""
-    job = Job(base.recipe.model_copy(update={"output": folder}))
-    kept = KeptAnswers(sequence.output / "base-answers", content_key([base.base_fingerprint, base.device]))
-    return evaluate_stage(job, kept=kept)
+    job = Job(course.sequence.whole.model_copy(update={"output": folder}))
+    answers = KeptAnswers(
+        course.output / "base-answers", content_key([course.base.base_fingerprint, course.base.device])
+    )
+    return evaluate_stage(job, kept=answers)
 
 
-def _final(sequence: StageSequence, base: Job, last: _Done) -> tuple[Path, dict[str, Any] | None]:
+def _final(course: _Course, last: _Done) -> tuple[Path, dict[str, Any] | None]:
     """Write the product as the recipe wants it."""
     if last.whole:
         return last.product, None
-    wanted = sequence.whole.export
-    folder = sequence.output / ("merged" if wanted.format == "merged" else "adapter")
-    key = content_key([last.record["key"], last.record["weights"], wanted.model_dump()])
+    folder = course.output / ("merged" if course.wanted.format == "merged" else "adapter")
+    key = content_key([last.record["key"], last.record["weights"], course.wanted.model_dump()])
     if has_key(folder / "export.json", key):
         (folder / "export.json").touch()  # the newer of `adapter` and `merged` is what is scored
         return folder, {k: v for k, v in read_json(folder / "export.json").items() if k != "key"}
-    options = {"stages": [stage.name for stage in sequence.stages]}
-    done: Exported = write_adapter(base, read_changes(last.product), folder, wanted, options)
+    options = {"stages": [stage.name for stage in course.sequence.stages]}
+    done = write_adapter(course.base, read_changes(last.product), folder, course.wanted, options)
     write_json(folder / "export.json", {"key": key, **asdict(done)})
     return folder, asdict(done)

@@ -59,7 +59,9 @@ def write_record(
         "base": sequence.whole.model,
         "version": version("keeptune"),
         "stages": [
-            {key: one[key] for key in kept} | {"folder": one["run"], "adapter": one["product"], "loss": one["loss"]}
+            {key: one[key] for key in kept}
+            | {"folder": one["run"], "adapter": one["product"], "loss": one["loss"]}
+            | {"evaluation": str(Path(one["product"]).parent / "evaluation")}
             for one in stages
         ],
         "benchmarks": benchmarks,
@@ -105,7 +107,7 @@ def measures(
         None, where they are.
     """
     columns = {
-        stage: [i for i, b in enumerate(benchmarks) if b["stage"] == stage and b["metric"] not in _NATS]
+        stage: [i for i, b in enumerate(benchmarks) if b["stage"] == stage]
         for stage in stages
     }
     missing = [stage for stage, found in columns.items() if not found]

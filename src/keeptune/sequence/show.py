@@ -35,7 +35,9 @@ def print_sequence(record: Mapping[str, Any], console: Console) -> None:
     for name, row, intervals in zip(names, record["scores"], record["intervals"], strict=True):
         table.add_row(name, *(_cell(*cell) for cell in zip(row, intervals, strict=True)))
     console.print(table)
-    console.print("below a score: 95% interval of its difference to the base's, on the same items", markup=False)
+    console.print(
+        "below a score: ends of the 95% interval of its difference to the base's, on the same items", markup=False
+    )
     told = [f"{label} {_text(record[name], '.3f')}" for name, label in _MEASURES.items()]
     console.print(", ".join(told), markup=False, highlight=False, soft_wrap=True)
     if record["why"]:
@@ -43,7 +45,7 @@ def print_sequence(record: Mapping[str, Any], console: Console) -> None:
 
 
 def _cell(score: float | None, interval: list[float] | None) -> str:
-    note = "" if interval is None else f"\n{interval[0]:+.3f} to {interval[1]:+.3f}"
+    note = "" if interval is None else f"\n{interval[0]:+.2f} {interval[1]:+.2f}"
     return _text(score, ".3f") + note
 
 
