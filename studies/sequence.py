@@ -68,7 +68,7 @@ def page(found: dict[str, list[dict[str, Any]]], seeds: Sequence[int]) -> str:
     lines = [_HEAD.format(spread=spread), "## At the end", ""]
     names = [b["name"] for b in next(iter(found.values()))[0]["benchmarks"]]
     known = [i for i, b in enumerate(next(iter(found.values()))[0]["benchmarks"]) if b["role"] == "knowledge"]
-    lines += [f"| | {' | '.join(MEASURES.values())} | {' | '.join(f'{names[i]} kept' for i in known)} |"]
+    lines += [f"| | {' | '.join(MEASURES.values())} | {' | '.join(f'{names[i]} at the end' for i in known)} |"]
     lines += ["| --- |" + " ---: |" * (len(MEASURES) + len(known))]
     for way, records in found.items():
         cells = [told([record[key] for record in records]) for key in MEASURES]

@@ -48,4 +48,4 @@ def run_stages(recipe: Path, overrides: Mapping[str, Any]) -> None:
     for stage in record["stages"]:
         say(f"after {stage['name']}: {stage['adapter']}, gap {stage['gap']:.1e} in logits to what was trained")
     say(f"for the original base: {record['adapter']}")
-    say(f"numbers: {sequence.output / 'sequence.json'}")
+    say(f"report: {sequence.output / 'report.html'}, numbers: {sequence.output / 'sequence.json'}")

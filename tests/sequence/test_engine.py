@@ -41,7 +41,7 @@ class Killed(BaseException):
     """Stands for a kill inside this process."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def finished(
     recipe_of_stages: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[StageSequence, dict[str, Any]]:
@@ -50,6 +50,12 @@ def finished(
     values = recipe_of_stages(output, sequence={"keep_models": True})
     sequence = make_sequence(values, folder=Path(), where="recipe")
     return sequence, run_sequence(sequence)
+
+
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages take a second each; the first sequence, made before this, has one."""
+    monkeypatch.setattr(engine, "write_sequence", lambda *_: None)
 
 
 @pytest.fixture
@@ -137,6 +143,7 @@ def test_the_matrix_is_what_the_products_score(finished: Any) -> None:
     (stories,) = record["knowledge"]
     assert (stories["before"], stories["after"]) == (record["scores"][0][0], record["scores"][3][0])
     assert record == read_json(sequence.output / "sequence.json")
+    assert "Backward transfer" in (sequence.output / "report.html").read_text(encoding="utf-8")
 
 
 def test_started_again_it_does_nothing(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,37 +154,25 @@ def test_started_again_it_does_nothing(finished: Any, monkeypatch: pytest.Monkey
     assert {path: path.stat().st_mtime_ns for path in sequence.output.rglob("*.safetensors")} == before
 
 
-def test_working_models_are_removed_and_the_base_is_left_as_it_was(two: Make) -> None:
+def test_what_changed_or_was_damaged_is_done_again_and_nothing_else(two: Make) -> None:
     before = hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest()
     sequence = two()
-    run_sequence(sequence)
-    assert not (sequence.output / "models").exists()
-    assert hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest() == before
-
-
-def test_a_changed_last_stage_is_done_again_on_the_same_model(two: Make) -> None:
-    sequence = two()
     first = run_sequence(sequence)
+    assert not (sequence.output / "models").exists()
     kept = {path: path.stat().st_mtime_ns for path in (sequence.output / "stages" / "1-cats").rglob("*")}
     second = run_sequence(two({"train.learning_rate": 2e-2}))
-    assert {path: path.stat().st_mtime_ns for path in (sequence.output / "stages" / "1-cats").rglob("*")} == kept
     assert second["scores"][:2] == first["scores"][:2]
     assert second["scores"][2] != first["scores"][2]
-    again = run_sequence(two())
-    assert again["scores"] == first["scores"]
-
-
-def test_a_damaged_product_is_made_again(two: Make) -> None:
-    sequence = two()
-    first = run_sequence(sequence)
+    assert {path: path.stat().st_mtime_ns for path in (sequence.output / "stages" / "1-cats").rglob("*")} == kept
     weights = sequence.output / "after" / "1-cats" / "adapter" / "adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-4] + b"\0\0\0\1")
-    assert run_sequence(sequence)["scores"] == first["scores"]
+    assert run_sequence(two())["scores"] == first["scores"]
     assert weights.read_bytes() == content
+    assert hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest() == before
 
 
-def test_a_product_cut_to_a_rank_states_its_error_and_is_scored(two: Make) -> None:
+def test_cut_to_a_rank_the_error_is_stated_and_the_product_scored_and_merged_on_request(two: Make) -> None:
     record = run_sequence(two(export={"rank": 2}))
     assert record["export"]["error"] > 0
     assert {B.shape[1] for B, _ in factors(Path(record["adapter"])).values()} == {8}  # padded
@@ -185,22 +180,19 @@ def test_a_product_cut_to_a_rank_states_its_error_and_is_scored(two: Make) -> No
     results = measure(pair, load_tokenizer(str(MODEL)), two().whole.evaluate)
     assert [row["after"] for row in record["final"]] == pytest.approx([result.after for result in results])
     assert record["final"][0]["after"] != pytest.approx(record["scores"][-1][0], abs=1e-7)
-
-
-def test_merged_on_request(two: Make) -> None:
-    sequence = two(export={"format": "merged"})
-    record = run_sequence(sequence)
+    merged = run_sequence(two(export={"format": "merged"}))
     probe = tokens(shape=(2, 12))
-    found = logits(load_model(record["adapter"]), probe)
-    assert Path(record["adapter"]).name == "merged"
-    assert relative(found, logits(summed(sequence.output, 2), probe)) < 1e-5
+    assert Path(merged["adapter"]).name == "merged"
+    wanted = logits(summed(two().output, 2), probe)
+    assert relative(logits(load_model(merged["adapter"]), probe), wanted) < 1e-5
+    assert merged["final"][0]["after"] == pytest.approx(merged["scores"][-1][0], abs=1e-5)
 
 
 def test_after_full_fine_tuning_the_product_is_a_whole_model(make: Make, recipe_of_stages: Any, tmp_path: Path) -> None:
     stages = recipe_of_stages(tmp_path / "out")["stages"]
     stages[0] |= {"method": "full", "train.learning_rate": 1e-3}
     stages[1] |= {"method": {"name": "lora", "rank": 2}}
-    sequence = make(stages=stages[:2], train=BRIEF)
+    sequence = make(stages=stages[:2], train=BRIEF, evaluate=recipe_of_stages(tmp_path)["evaluate"][:1])
     record = run_sequence(sequence)
     assert record["adapter"] == str(sequence.output / "after" / "2-dogs" / "merged")
     assert "every weight" in record["stages"][0]["note"]
@@ -245,9 +237,11 @@ def test_a_product_that_is_not_what_was_trained_is_refused(two: Make, monkeypatc
         run_sequence(two())
 
 
-def test_errors_name_the_stage_before_anything_is_written(two: Make, data: Path, tmp_path: Path) -> None:
+def test_errors_name_the_stage_before_anything_is_written(
+    two: Make, recipe_of_stages: Any, data: Path, tmp_path: Path
+) -> None:
     task = {"train": str(data / "dogs.test.jsonl"), "prompt": "{question}\nAnswer:", "completion": " {answer}"}
-    sequence = two({"task": task})
+    sequence = two({"task": task}, evaluate=recipe_of_stages(tmp_path / "out")["evaluate"])
     with pytest.raises(KeeptuneError, match=r"stage dogs, evaluate\.dogs.*disjoint"):
         run_sequence(sequence)
     with pytest.raises(KeeptuneError, match=r"stage dogs.*q_projj"):
@@ -264,7 +258,7 @@ def product(output: Path) -> tuple[dict[str, str], Any]:
     return weights, read_json(output / "sequence.json")["scores"]
 
 
-@pytest.mark.parametrize("where", ["_scores", "_final", "write_whole", "_write_product"])
+@pytest.mark.parametrize("where", ["_final", "write_whole", "_write_product"])
 def test_killed_between_stages_it_goes_on(
     where: str, finished: Any, recipe_of_stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,7 +306,8 @@ def test_killed_in_the_middle_of_training_it_goes_on(finished: Any, recipe_of_st
 
 def test_the_command_line(recipe_of_stages: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = recipe_of_stages(tmp_path / "out", train=BRIEF)
-    path = write_recipe(tmp_path / "recipe.yaml", values | {"stages": values["stages"][:1]})
+    short = {"stages": values["stages"][:1], "evaluate": values["evaluate"][:2]}
+    path = write_recipe(tmp_path / "recipe.yaml", values | short)
     said = keeptune("run", path, "--sequence.keep_models", "true", capsys=capsys)
     assert said.code == 0, said.err
     assert "cats (lora)" in said.out

@@ -43,6 +43,7 @@ from keeptune.learning import probe_of
 from keeptune.model.blocks import find_targets
 from keeptune.model.load import load_model
 from keeptune.recipe import Recipe
+from keeptune.report.sequence import write_sequence
 from keeptune.run import export_stage, plan_stage, start, train_stage
 from keeptune.scoring import evaluate_stage, find_result, result_fingerprint
 from keeptune.sections import ExportSpec
@@ -134,7 +135,7 @@ def run_sequence(sequence: StageSequence) -> dict[str, Any]:
             scores.append(_scores(course, done[-1].product.parent))
     final, exported = _final(course, done[-1])
     cut = exported is not None and (exported["error"] > 0 or exported["format"] == "merged")
-    return write_record(
+    record = write_record(
         sequence,
         [one.record for one in done],
         scores,
@@ -142,6 +143,10 @@ def run_sequence(sequence: StageSequence) -> dict[str, Any]:
         export=exported,
         final=_scores(course, sequence.output) if cut else None,
     )
+    page, numbers = sequence.output / "report.html", sequence.output / "sequence.json"
+    if not page.is_file() or page.stat().st_mtime < numbers.stat().st_mtime:
+        write_sequence(record, page)
+    return record
 
 
 @contextmanager
@@ -234,8 +239,10 @@ def _taken(course: _Course, stage: Stage, after: Path, key: str) -> _Done | None
 
 
 def _key(course: _Course, stage: Stage, done: Sequence[_Done]) -> str:
-    """Name all that a stage's result depends on: the stages before it, its recipe and its data."""
+    """Name all that a stage's result depends on: the stages before it, its recipe and its data, wherever they lie."""
     recipe = {key: value for key, value in stage.recipe.written().items() if key not in _NOT_IN_KEY}
+    recipe["task"] = stage.recipe.task.model_dump(exclude={"train"})
+    recipe["knowledge"] = [part.model_dump(exclude={"file"}) for part in stage.recipe.knowledge_sets]
     files = [stage.recipe.task.train, *(part.file for part in stage.recipe.knowledge_sets)]
     before = [done[-1].record["key"], done[-1].record["weights"]] if done else [course.base.base_fingerprint]
     return content_key([before, recipe, [file_fingerprint([Path(file)]) for file in files]])

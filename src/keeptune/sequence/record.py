@@ -107,7 +107,7 @@ def measures(
         None, where they are.
     """
     columns = {
-        stage: [i for i, b in enumerate(benchmarks) if b["stage"] == stage]
+        stage: [i for i, b in enumerate(benchmarks) if b["stage"] == stage and b["metric"] not in _NATS]
         for stage in stages
     }
     missing = [stage for stage, found in columns.items() if not found]
