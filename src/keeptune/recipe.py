@@ -157,7 +157,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
             f"{where}, key stages",
             got="a sequence of stages, which has no single task, plan or adapter",
             wanted="the recipe of one run",
-            next_step="Run `keeptune run` with it, without --dry-run; each stage's own recipe lies in its folder then.",
+            next_step="Run `keeptune run` with it; each stage's own recipe lies in its folder then.",
         )
     try:
         recipe = Recipe.model_validate(resolve_paths(values, folder, fetch))
