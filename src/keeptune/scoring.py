@@ -19,7 +19,7 @@ from keeptune.core.artefact import (
 from keeptune.core.errors import ModelError
 from keeptune.evaluate.harness import evaluate
 from keeptune.evaluate.kept import KeptAnswers
-from keeptune.evaluate.kinds import data_fingerprint
+from keeptune.evaluate.kinds import data_fingerprint, engine_of
 from keeptune.evaluate.pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.job import Job
 from keeptune.model.load import load_model
@@ -64,6 +64,7 @@ def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers |
             "key": key,
             "weights": weights,
             "benchmark": benchmark,
+            "engine": engine_of(benchmark),
             "seed": job.seed,
             "seconds": seconds,
             "summary": result.summary(),

@@ -10,9 +10,12 @@ from keeptune.data.labelled import Texts
 from keeptune.data.overlap import Corpus, refuse_overlap
 from keeptune.data.sources import read_jsonl
 from keeptune.evaluate.standard import NamedBenchmark
+from keeptune.evaluate.standard.documents import load_documents, refuse_documents
+from keeptune.evaluate.standard.found import engine_version
+from keeptune.evaluate.standard.tasks import SEED
 from keeptune.evaluate.tasks import Benchmark, Item, load_items
 
-__all__ = ["AnyBenchmark", "data_fingerprint", "item_texts", "refuse_used"]
+__all__ = ["AnyBenchmark", "data_fingerprint", "engine_of", "item_texts", "refuse_used"]
 
 AnyBenchmark = Benchmark | NamedBenchmark
 
@@ -28,10 +31,22 @@ def data_fingerprint(benchmark: AnyBenchmark, folder: Path = Path()) -> str:
         The fingerprint; equal for equal data.
     """
     if isinstance(benchmark, NamedBenchmark):
-        from keeptune.evaluate.standard.documents import load_documents
-
         return load_documents(benchmark).fingerprint
     return file_fingerprint([folder / benchmark.file])
+
+
+def engine_of(benchmark: AnyBenchmark) -> dict[str, str | int] | None:
+    """Say what runs a benchmark, for its record.
+
+    Args:
+        benchmark: The benchmark.
+
+    Returns:
+        lm-eval's version and the seed that examples for prompts are drawn with; None for a file of the user's own.
+    """
+    if not isinstance(benchmark, NamedBenchmark):
+        return None
+    return {"lm_eval": engine_version(benchmark.where), "seed": SEED}
 
 
 def refuse_used(used: Sequence[Corpus], benchmark: AnyBenchmark) -> None:
@@ -45,8 +60,6 @@ def refuse_used(used: Sequence[Corpus], benchmark: AnyBenchmark) -> None:
         DataError: They overlap, or the data of the benchmark cannot be read.
     """
     if isinstance(benchmark, NamedBenchmark):
-        from keeptune.evaluate.standard.documents import load_documents, refuse_documents
-
         refuse_documents(used, load_documents(benchmark))
         return
     rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]

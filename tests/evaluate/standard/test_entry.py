@@ -49,6 +49,12 @@ def test_every_name_of_the_table_can_stand_alone() -> None:
             assert chosen.metric == row.scorings[scoring].metric
 
 
+def test_every_name_and_scoring_is_in_the_docs() -> None:
+    page = (Path(__file__).parents[3] / "docs/benchmarks.md").read_text("utf-8")
+    words = [*NAMES, *(how for row in NAMES.values() for how in row.scorings)]
+    assert [word for word in words if f"`{word}`" not in page] == []
+
+
 def test_a_name_may_be_any_where_the_task_is_named() -> None:
     assert NamedBenchmark(name="mine", task="gsm8k").known == NAMES["gsm8k"]
     assert NamedBenchmark(name="mine", task="gsm8k_cot").lm_eval_task == "gsm8k_cot"

@@ -41,7 +41,7 @@ class NamedBenchmark:
     data: str | None = None
     examples: int | None = None
     shots: int | None = None
-    batch_size: int = 16
+    batch_size: int = 8
     max_length: int | None = None
     scoring: str = STANDARD
     run_code: bool = False

@@ -229,6 +229,7 @@ _READERS: Mapping[str, Callable[[Row], Row]] = {
     "boolq": _boolq,
     "openbookqa": _openbookqa,
     "gsm8k": _only("question", "answer"),
+    "math": _only("problem", "solution"),
     "humaneval": _only("task_id", "prompt", "test", "entry_point", "canonical_solution"),
     "mbpp": _mbpp,
     "ifeval": _only("key", "prompt", "instruction_id_list", "kwargs"),

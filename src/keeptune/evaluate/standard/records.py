@@ -37,7 +37,7 @@ class Sample:
         others: The task's other metrics that are numbers.
         prompt: All that the model read before its answer, or of several choices before the first.
         question: The item alone, without description and examples.
-        target: What is right.
+        target: What is right; of choices the index of the right one, or of all that are accepted.
         group: The subject, where there are several.
         choices: Texts whose log-likelihoods were compared.
         sums: Their log-likelihoods.
@@ -101,8 +101,8 @@ def _measured(benchmark: NamedBenchmark, leaf: str, rows: Sequence[Mapping[str, 
     first = rows[0]
     if how is not None:
         key, chosen = _key(how)
-        filters = [str(row["filter"]) for row in rows[:8]]
-        return how.metric, key, chosen if chosen in filters else str(first["filter"])
+        assert chosen in {str(row["filter"]) for row in rows}
+        return how.metric, key, chosen
     for key in first["metrics"]:
         if key in _MEASURES:
             return _MEASURES[key], key, str(first["filter"])
@@ -133,7 +133,7 @@ def _sample(metric: Measure, key: str, task: Any, row: Mapping[str, Any], group:
         others={name: float(row[name]) for name in row["metrics"] if isinstance(row[name], int | float)},
         prompt="" if kind == "loglikelihood_rolling" else str(arguments[0][0]),
         question=question if isinstance(question, str) else str(row["target"]),
-        target=row["doc"].get("instruction_id_list", row["target"]),
+        target=row["doc"].get("instruction_id_list", question if several else row["target"]),
         group=group,
         choices=tuple(str(given[0] if several else given[1]).strip() for given in arguments) if compared else (),
         sums=tuple(float(found[0][0]) for found in responses) if compared else (),
@@ -190,7 +190,9 @@ def _answers(one: Sample, two: Sample) -> dict[str, Any]:
     if one.shots:
         found["shots"] = list(one.shots)
     if one.choices:
-        found |= {"label": one.target, "choices": list(one.choices)}
+        right = one.target if isinstance(one.target, list) else [one.target]
+        texts = [one.choices[index] if isinstance(index, int) else str(index) for index in right]
+        found |= {"label": right[0], "answers": texts, "choices": list(one.choices)}
         return found | {"loglikelihoods_before": list(one.sums), "loglikelihoods_after": list(two.sums)}
     right = one.target if isinstance(one.target, list) else [one.target]
     found |= {"answers": [str(answer) for answer in right], "text_before": one.text, "text_after": two.text}

@@ -208,6 +208,9 @@ def _with_data(
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Put rows of local files in the place of the hub's data."""
     first = next(iter(configs.values()))
+    if name == "math":
+        # lm-eval has a task for each subject of the hub's data, alike but for their names.
+        configs = {name: first | {"task": name}}
     splits = [_scored_split(first)]
     shot_split = _shot_split(first)
     if shot_split is not None and first["num_fewshot"]:
