@@ -102,3 +102,9 @@ def test_no_change_and_a_single_item_give_a_point(metric: Metric, labels: int) -
     assert agreement_interval(metric, truth, said, said, 0, labels) == (0.0, 0.0)
     low, high = agreement_interval(metric, truth[:1], said[:1], said[:1] + 1, 0, labels + 1)
     assert low == high
+
+
+def test_an_interval_where_leaving_any_item_out_changes_nothing() -> None:
+    truth, before, after = np.array([0, 1, 0, 1]), np.array([0, 0, 0, 0]), np.array([1, 1, 1, 1])
+    low, high = agreement_interval("matthews", truth, before, after, 0, 2)
+    assert (low, high) == (0.0, 0.0)

@@ -87,8 +87,9 @@ def agreement_interval(
         return point, point
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
-            # Looked for below as NaN, which is all that this warning says.
+            # Looked for below as NaN, which is all that these warnings say.
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
             found = stats.bootstrap(
                 (truth, before, after),
                 change,

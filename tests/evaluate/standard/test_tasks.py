@@ -110,7 +110,7 @@ def test_examples_are_drawn_as_lm_eval_draws_them() -> None:
 
     with as_found("test"):
         task = build_tasks(local("gsm8k", shots=2)).tasks["gsm8k"]
-        rows = [json.loads(line) for line in (DATA / "gsm8k/train.jsonl").read_text("utf-8").splitlines()]
+        rows = [json.loads(line) for line in (DATA / "gsm8k/train.jsonl").read_text("utf-8").split("\n") if line]
         drawn = random.Random(1234)
         for item in range(2):
             first, second = drawn.sample(rows, 2)

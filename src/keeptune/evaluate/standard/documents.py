@@ -116,7 +116,7 @@ def refuse_documents(used: Sequence[Corpus], scored: Documents) -> None:
     """Check that no item was among the data that were used to prepare or to train.
 
     An item was used when one used row, its prompt with it, holds every part of the item (case, punctuation at ends and
-    white space aside): a question, or a question and all its choices. A part of fewer than five words has to be a
+    white space aside): a question, or a question and all its choices. A question of fewer than five words has to be a
     field of the row by itself, or to stand at its start or end: it would be found by chance in longer texts.
 
     Args:
@@ -144,14 +144,14 @@ def _common(corpus: Corpus, items: Sequence[tuple[str, ...]]) -> list[int]:
     """Find the items that one used row holds."""
     starts: dict[tuple[str, ...], list[int]] = {}
     for number, parts in enumerate(items):
-        if parts:
+        if parts and parts[0]:
             starts.setdefault(tuple(parts[0].split()[:_WORDS]), []).append(number)
     lengths = sorted({len(words) for words in starts})
     found: set[int] = set()
     for row, text in zip(corpus.rows, corpus.texts, strict=True):
         fields = [_plain(field) for field in (text.strip("\0"), *_texts(list(row.values())))]
         candidates = {number for field in set(fields) for number in _candidates(field.split(), starts, lengths)}
-        found |= {number for number in candidates - found if all(_holds(fields, part) for part in items[number])}
+        found |= {number for number in candidates - found if _holds(fields, items[number])}
     return sorted(found)
 
 
@@ -160,10 +160,13 @@ def _candidates(words: Sequence[str], starts: Mapping[tuple[str, ...], list[int]
     return [number for window in windows if window in starts for number in starts[window]]
 
 
-def _holds(fields: Sequence[str], part: str) -> bool:
-    if part.count(" ") + 1 >= _WORDS:
-        return any(part in field for field in fields)
-    return any(field == part or field.startswith(f"{part} ") or field.endswith(f" {part}") for field in fields)
+def _holds(fields: Sequence[str], parts: Sequence[str]) -> bool:
+    question = parts[0]
+    if question.count(" ") + 1 < _WORDS:
+        ends = (f"{question} ", f" {question}")
+        if not any(field == question or field.startswith(ends[0]) or field.endswith(ends[1]) for field in fields):
+            return False
+    return all(any(f" {part} " in f" {field} " for field in fields) for part in parts)
 
 
 def _plain(text: str) -> str:
