@@ -116,7 +116,7 @@ def refuse_documents(used: Sequence[Corpus], scored: Documents) -> None:
     """Check that no item was among the data that were used to prepare or to train.
 
     An item was used when one used row, its prompt with it, holds every part of the item (case, punctuation at ends and
-    white space aside): a question, or a question and all its choices. A question of fewer than five words has to be a
+    white space aside): a question, or a question and all its choices. An item of fewer than five words has to be a
     field of the row by itself, or to stand at its start or end: it would be found by chance in longer texts.
 
     Args:
@@ -162,7 +162,7 @@ def _candidates(words: Sequence[str], starts: Mapping[tuple[str, ...], list[int]
 
 def _holds(fields: Sequence[str], parts: Sequence[str]) -> bool:
     question = parts[0]
-    if question.count(" ") + 1 < _WORDS:
+    if sum(part.count(" ") + 1 for part in parts) < _WORDS:
         ends = (f"{question} ", f" {question}")
         if not any(field == question or field.startswith(ends[0]) or field.endswith(ends[1]) for field in fields):
             return False
