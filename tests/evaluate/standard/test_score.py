@@ -391,3 +391,31 @@ def test_tasks_outside_the_table(pair: AdapterPair, tokenizer: Any, tmp_path: Pa
     result = score_named(pair, tokenizer, benchmark, progress=False)
     assert (result.name, result.metric, result.role, result.n) == ("science", "accuracy", "task", 1)
     assert result.items[0]["choices"] == ["a", "b", "c", "water"]
+
+
+def test_filters_and_instructions_are_told_apart(
+    pair: AdapterPair, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    written = ["She makes 18 dollars.", "The answer: 3\n#### 3"]  # right are 18 and 3
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, quiet: written)
+    strict = score_named(pair, tokenizer, local("gsm8k", shots=0), progress=False)
+    flexible = score_named(pair, tokenizer, local("gsm8k", shots=0, scoring="flexible"), progress=False)
+    assert [item["after"] for item in strict.items] == [0.0, 1.0]
+    assert [item["after"] for item in flexible.items] == [1.0, 1.0]
+
+    pytest.importorskip("langdetect")
+    written = ["no comma here", ""]  # of three instructions the first, then of one none
+    result = score_named(pair, tokenizer, local("ifeval", scoring="instruction-strict"), progress=False)
+    counts = [item["instructions"] for item in result.items]
+    assert result.items[0]["after"] == pytest.approx(1 / counts[0])
+    assert result.after == pytest.approx(1 / sum(counts))
+
+
+def test_weights_that_were_trained_apart_are_not_tied(stories: Any, tokenizer: Any) -> None:
+    tuned = copy.deepcopy(stories)
+    tuned.lm_head.weight = torch.nn.Parameter(tuned.lm_head.weight.detach() * 2)
+    result = score_named(TwoModels(stories, tuned), tokenizer, local("openbookqa"), progress=False)
+    assert tuned.lm_head.weight is not tuned.get_input_embeddings().weight
+    assert result.items[0]["loglikelihoods_before"] != result.items[0]["loglikelihoods_after"]
