@@ -94,11 +94,17 @@ def write_found(
         base=comparison.base.model,
         command=command,
         recipe={**comparison.values, "compare": section.model_dump(mode="json")},
-        options=record.Options(learned=section.learned, forgotten=section.forgotten, baseline=comparison.plain),
+        options=record.Options(
+            learned=section.learned,
+            forgotten=section.forgotten,
+            score=section.score,
+            baseline=comparison.plain,
+            reference_point=section.reference_point,
+        ),
     )
     try:
         if max_loss is not None:
-            front = front | {"choice": choose_best(comparison.output, max_loss)}
+            front = front | {"choice": choose_best(comparison.output, max_loss, estimate=section.estimate)}
     finally:
         write_comparison(found, front, comparison.output / "report.html")
     failed = {name: outcome.message for name, outcome in outcomes.items() if outcome.status == "failed"}

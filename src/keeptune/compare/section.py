@@ -47,6 +47,9 @@ class CompareSection(Section):
     baselines: bool = True
     learned: list[str] | None = None
     forgotten: list[str] | None = None
+    score: float | None = None
+    reference_point: tuple[float, float] | None = None
+    estimate: Literal["mean", "upper"] = "mean"  # of what is lost, for --max-loss
 
 
 def refuse_repeats(values: list[Any], where: str) -> None:
