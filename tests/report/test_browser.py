@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Browser
 from tests.report.browsing import Opened, opened
 from tests.report.conftest import full_report
+from tests.report.test_run_charts import with_everything
 
 from keeptune.report.html import write_html
 from keeptune.report.items import lost_and_gained
@@ -41,7 +42,7 @@ def items() -> dict[str, Any]:
 
 def hostile_report() -> dict[str, Any]:
     """A report in which every text that a user or a model can set holds markup."""
-    report = full_report()
+    report = with_everything(full_report())
     for run in report["methods"][:2]:
         run |= {"name": HOSTILE[0], "options": {HOSTILE[1]: HOSTILE[0], HOSTILE[2]: HOSTILE[3]}, "notes": [HOSTILE[1]]}
         groups = run["benchmarks"][0]["groups"]

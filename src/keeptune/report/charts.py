@@ -186,13 +186,18 @@ def heat_map(
     return {
         "data": [trace],
         "layout": {
-            "xaxis": axis(across, **_ticks(columns), showgrid=False, zeroline=False),
-            "yaxis": axis(down, **_ticks(rows), showgrid=False, zeroline=False, autorange="reversed"),
+            "xaxis": axis(
+                across,
+                **_ticks(columns, 20 if max(map(len, columns), default=0) < 8 else 40),
+                showgrid=False,
+                zeroline=False,
+            ),
+            "yaxis": axis(down, **_ticks(rows, 40), showgrid=False, zeroline=False, autorange="reversed"),
         },
     }
 
 
-def _ticks(names: Sequence[str]) -> dict[str, Any]:
-    stride = max(math.ceil(len(names) / 40), 1)
+def _ticks(names: Sequence[str], most: int) -> dict[str, Any]:
+    stride = max(math.ceil(len(names) / most), 1)
     shown = range(0, len(names), stride)
     return {"tickmode": "array", "tickvals": list(shown), "ticktext": [plain(short(names[i], 36)) for i in shown]}

@@ -18,6 +18,7 @@ from keeptune.report.wording import importance
 __all__ = ["penalties", "ranks", "traces", "votes"]
 
 _BINS: Final = 64
+_LEAST: Final = 270  # pixels below which plotly.js has no room for the key of colours
 _STEPS: Final = 120  # of a drift map
 
 
@@ -84,7 +85,7 @@ def _map(
     texts = [[_cell(value, whole) for value in row] for row in table] if len(layers) <= 16 else None
     span = (min(0.0, *(value for row in table for value in row if math.isfinite(value))), top)
     figure = heat_map(table, roles, layers, scale=scale, across="layer", down="", said=said, texts=texts, span=span)
-    return [Chart(name, words, words, figure, 130 + 26 * min(len(roles), 24))]
+    return [Chart(name, words, words, figure, max(130 + 26 * min(len(roles), 24), _LEAST))]
 
 
 def _cell(value: float, whole: bool) -> str:
@@ -121,7 +122,7 @@ def _logarithmic(
     )
     if len(layers) > 12:
         del figure["data"][0]["texttemplate"]
-    return [Chart(name, words, words, figure, 130 + 26 * min(len(roles), 24))]
+    return [Chart(name, words, words, figure, max(130 + 26 * min(len(roles), 24), _LEAST))]
 
 
 def votes(report: Report) -> list[Chart]:
@@ -155,7 +156,7 @@ def votes(report: Report) -> list[Chart]:
             decimals=1,
         )
         words = f"How many texts name each node, by layer: {method.label}"
-        found.append(Chart(f"votes{place}", words, words, figure, 130 + 24 * min(len(rows), 26)))
+        found.append(Chart(f"votes{place}", words, words, figure, max(130 + 24 * min(len(rows), 26), _LEAST)))
     return found
 
 
@@ -188,7 +189,9 @@ def traces(records: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
             )
             figure["data"][0]["reversescale"] = True
             told = f"Causal tracing of one prompt, {model['name']}: tokens by layers, * got noise ({name})"
-            found.append(Chart(f"trace{place}-{number}", told, told, figure, 130 + 20 * min(len(words), 40)))
+            found.append(
+                Chart(f"trace{place}-{number}", told, told, figure, max(130 + 20 * min(len(words), 40), _LEAST))
+            )
     return found
 
 
@@ -272,4 +275,4 @@ def _drift(key: str, label: str, run: Run) -> Chart | None:
     )
     figure["data"][0] |= {"xgap": 0}
     words = f"Drift of each layer while training, ‖ΔW‖ / ‖W‖: {label}"
-    return Chart(key, words, words, figure, 130 + 22 * min(len(layers), 26))
+    return Chart(key, words, words, figure, max(130 + 22 * min(len(layers), 26), _LEAST))

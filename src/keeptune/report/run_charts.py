@@ -223,7 +223,7 @@ def relations(report: Report) -> list[Chart]:
         part = f"the {len(shown)} most forgotten of {len(table)} relations of " if len(shown) < len(table) else ""
         words = f"What was lost on each relation of {kind.name}"
         caption = f"{kind.name}: {part}{unit}, mean over seeds" if not part else f"{part}{kind.name}, {unit}"
-        found.append(Chart(f"relations{place}", words, caption, figure, 130 + 21 * len(names)))
+        found.append(Chart(f"relations{place}", words, caption, figure, max(130 + 21 * len(names), 270)))
     return found
 
 

@@ -68,7 +68,7 @@ def matrices(record: Record) -> list[Chart]:
         figure["layout"]["xaxis"] |= {"side": "top", "title": {"text": ""}}
         figure["layout"]["shapes"] = _frames(record, columns)
         words = f"Scores after each stage, {unit}" + ("" if accuracy else ", lower is better")
-        found.append(Chart(f"matrix{place}", words, words, figure, 110 + 38 * len(table)))
+        found.append(Chart(f"matrix{place}", words, words, figure, max(110 + 38 * len(table), 270)))
     return found
 
 

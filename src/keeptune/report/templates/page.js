@@ -32,6 +32,7 @@
       },
     };
   };
+  const keyed = (figure) => figure.data.some((trace) => trace.type === "heatmap" && !trace.texttemplate);
   const layoutOf = (figure, style) => {
     const layout = resolve(figure.layout, style);
     const many = figure.data.filter((trace) => trace.showlegend !== false && trace.name).length;
@@ -48,8 +49,16 @@
       ...(below ? { orientation: "h", x: 0, y: -0.16, yanchor: "top" } : {}),
       ...(layout.legend || {}),
     };
+    if (narrow() && keyed(figure)) layout.margin.b = 112;
     for (const axis of narrow() ? [layout.xaxis || {}, layout.yaxis || {}] : []) {
       if (axis.title) axis.title.font = { size: 11 };
+      if (axis === layout.xaxis && axis.ticktext && axis.ticktext.length > 9) {
+        const stride = Math.ceil(axis.ticktext.length / 8);
+        if (axis.ticktext.every((text) => text.length < 8)) {
+          axis.tickvals = axis.tickvals.filter((_, place) => place % stride === 0);
+          axis.ticktext = axis.ticktext.filter((_, place) => place % stride === 0);
+        }
+      }
       if (axis.ticktext) axis.ticktext = axis.ticktext.map((text) => (text.length > 20 ? `${text.slice(0, 19)}…` : text));
     }
     return layout;
@@ -58,7 +67,8 @@
     const traces = resolve(figure.data, style);
     for (const trace of narrow() ? traces : []) {
       if (trace.type !== "heatmap") continue;
-      const below = { orientation: "h", y: -0.12, yanchor: "top", thickness: 9, title: { ...trace.colorbar.title, side: "top" } };
+      const below = { orientation: "h", yref: "container", y: 0, yanchor: "bottom", thickness: 9, len: 0.8,
+        title: { text: "" } };
       trace.colorbar = { ...trace.colorbar, ...below, nticks: 4 };
       trace.showscale = !trace.texttemplate;
     }
@@ -77,7 +87,7 @@
     const chars = rows.reduce((sum, trace) => sum + trace.name.length * 7 + 48, 0);
     const below = narrow() || rows.length > 12;
     const lines = below && rows.length > 1 ? Math.ceil(chars / Math.max(plot.clientWidth - 20, 200)) : 0;
-    return Number(plot.dataset.height) + 22 * lines;
+    return Number(plot.dataset.height) + 22 * lines + (narrow() && keyed(figure) ? 70 : 0);
   };
   const draw = (plot) => {
     const figure = data.figures[plot.id];
