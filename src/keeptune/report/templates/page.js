@@ -33,13 +33,14 @@
     };
   };
   const keyed = (figure) => figure.data.some((trace) => trace.type === "heatmap" && !trace.texttemplate);
-  const layoutOf = (figure, style) => {
+  const layoutOf = (figure, style, height) => {
     const layout = resolve(figure.layout, style);
     const many = figure.data.filter((trace) => trace.showlegend !== false && trace.name).length;
     const below = narrow() || many > 12;
     layout.template = template(style);
     layout.uirevision = "kept";
     layout.autosize = true;
+    layout.height = height;
     layout.dragmode = coarse ? false : "zoom";
     layout.margin = { l: 4, r: 8, t: 26, b: 4, ...(layout.margin || {}) };
     layout.legend = {
@@ -92,8 +93,9 @@
   const draw = (plot) => {
     const figure = data.figures[plot.id];
     const style = getComputedStyle(root);
-    plot.style.height = `${heightOf(plot, figure)}px`;
-    return window.Plotly.react(plot, tracesOf(figure, style), layoutOf(figure, style), config);
+    const height = heightOf(plot, figure);
+    plot.style.height = `${height}px`;
+    return window.Plotly.react(plot, tracesOf(figure, style), layoutOf(figure, style, height), config);
   };
   const drawAll = () => Promise.all(plots.map(draw));
 
