@@ -31,9 +31,11 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
-    """First parts of the paths whose files are new, gone or written again; evaluation files with their name."""
+    """First parts of the paths whose files are new, gone or written again; of evaluation files and cards the whole."""
     names = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    return {name if name.startswith("evaluation") else name.split("/")[0] for name in names}
+    return {
+        name if name.startswith("evaluation") or name.endswith("README.md") else name.split("/")[0] for name in names
+    }
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -154,6 +156,7 @@ def test_another_evaluate_entry_scores_that_benchmark_alone(copied: dict[str, An
         "recipe.json",
         "report.json",
         "report.html",
+        "adapter/README.md",  # the card, with the scores
     }
 
 

@@ -99,7 +99,9 @@ class Opened:
         }"""
         x, y = self.page.evaluate(script, [figure, trace, point])
         self.page.mouse.move(x - 40, y - 40)
+        self.page.wait_for_timeout(200)  # what is hovered on the way has gone before the point is
         self.page.mouse.move(x, y)
+        self.page.wait_for_timeout(400)
         self.page.wait_for_selector(f"#{figure} .hoverlayer .hovertext")
         return str(self.page.text_content(f"#{figure} .hoverlayer"))
 
