@@ -41,7 +41,8 @@ def compare(
     limits = parse_max_loss(max_loss) if max_loss else None
     overrides = parse_overrides(context.args)
     if dry_run:
-        _list_cells(load_comparison(recipe, overrides, fetch=hub.cached))
+        listed = load_comparison(recipe, overrides, fetch=hub.cached)
+        (_list_cells if listed.section.search is None else _list_search)(listed)
         cli_dry.dry_run(recipe, overrides, flops)
         return
     loaded = load_comparison(recipe, overrides)
@@ -76,6 +77,24 @@ def _list_cells(loaded: Any) -> None:
         table.add_row(entry.label, rates, marks if len(entry.variations) > 1 else "", str(len(own)), str(done))
     Console().print(table)
     say(f"{len(cells)} cells below {loaded.output / 'cells'}, {len(cells) - len(missing)} done")
+
+
+def _list_search(loaded: Any) -> None:
+    from keeptune.compare.search import read_journal
+    from keeptune.compare.space import spans_of
+
+    table = Table("method", "learning rate", "strength", "trials so far", box=None, header_style="bold")
+    ended = read_journal(loaded.output)
+    for entry in loaded.entries:
+        spans = {name.rpartition(".")[2]: span for name, span in spans_of(entry).items()}
+        rate, strength = (str(spans.get(name, "")) for name in ("rate", "strength"))
+        own = sum(trial.drawn["entry"] == entry.label for trial in ended)
+        table.add_row(entry.label, rate or f"{entry.rates[0]:g}", strength, str(own))
+    Console().print(table)
+    others = len(loaded.section.seeds) - 1
+    then = f", then the settings on the front with {others} more seeds each" if others else ""
+    say(f"a search of {loaded.section.search.trials} trials below {loaded.output / 'cells'}{then}")
+    say("what follows counts the listed settings; the search takes as many cells as it has trials")
 
 
 def _show(found: Any) -> None:

@@ -69,13 +69,12 @@ def test_records_page_and_best_result_of_finished_cells(
     assert "no point within the limits" in tight.err
 
 
-def test_what_cannot_be_chosen_or_searched_is_refused_before_anything_is_run(
+def test_what_cannot_be_chosen_is_refused_before_anything_is_run(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for words, told in [
         (("--max-loss", "storis=0.1"), 'Did you mean "stories"'),
         (("--max-loss", "much"), "one number, or benchmark=number"),
-        (("--compare.search", "{trials: 3}"), "the search is not made yet"),
     ]:
         said = keeptune("compare", write(), *words, capsys=capsys)
         assert said.code == 2

@@ -33,7 +33,7 @@ from keeptune.job import Job
 from keeptune.model.blocks import depth
 from keeptune.model.head import body_fingerprint
 
-__all__ = ["missing_extra", "run_cells", "started_ray", "works_of"]
+__all__ = ["alone", "mark_folder", "missing_extra", "on_worker", "run_cells", "started_ray", "tell", "works_of"]
 
 _log = logging.getLogger(__name__)
 _MARKER = ".shared-folder"
@@ -54,7 +54,7 @@ def run_cells(comparison: Comparison, cells: Sequence[Cell]) -> dict[str, Outcom
         KeeptuneError: Something the user can mend; nothing was run then.
     """
     works, missing = works_of(comparison, cells)
-    with _alone(comparison.output):
+    with alone(comparison.output):
         missing = frozenset(name for name in missing if not finished(works[name]))  # by whoever was at work before
         outcomes = {name: Outcome("done") for name in works if name not in missing}
         if outcomes:
@@ -109,7 +109,18 @@ def _knobs(comparison: Comparison, blocks: int) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
+def alone(output: Path) -> Iterator[None]:
+    """Be the one comparison at work in a folder.
+
+    Args:
+        output: The folder.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RecipeError: Another is at work there.
+    """
     with locked(output / ".lock", wait=False) as ours:
         if not ours:
             raise RecipeError(
@@ -193,8 +204,30 @@ def _need_room(nodes: Sequence[Mapping[str, Any]], resources: Resources) -> None
         )
 
 
-def _task(work: Work, token: str) -> Outcome:
-    """Run a cell on a worker, if the worker sees the comparison's folder."""
+def mark_folder(output: Path) -> str:
+    """Leave a mark by which workers see that the comparison's folder is theirs.
+
+    Args:
+        output: The folder.
+
+    Returns:
+        What the mark says.
+    """
+    token = secrets.token_hex(16)
+    write_bytes(output / _MARKER, token.encode())
+    return token
+
+
+def on_worker(work: Work, token: str) -> Outcome:
+    """Run a cell on a worker, if the worker sees the comparison's folder.
+
+    Args:
+        work: The cell.
+        token: From :func:`mark_folder`.
+
+    Returns:
+        How it ended.
+    """
     import ray
 
     node = ray.get_runtime_context().get_node_id()
@@ -222,10 +255,9 @@ def _quiet() -> None:
 def _run(todo: Sequence[Work], resources: Resources, output: Path) -> dict[str, Outcome]:
     import ray
 
-    token = secrets.token_hex(16)
-    write_bytes(output / _MARKER, token.encode())
+    token = mark_folder(output)
     # Ray takes a new process for each task with a GPU unless told otherwise.
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=_RETRIES, max_calls=0)(_task)
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=_RETRIES, max_calls=0)(on_worker)
     running = {task.remote(work, token): work for work in todo}
     outcomes: dict[str, Outcome] = {}
     with (
@@ -236,7 +268,7 @@ def _run(todo: Sequence[Work], resources: Resources, output: Path) -> dict[str, 
             (ready,), _ = ray.wait(list(running), num_returns=1)
             work = running.pop(ready)
             outcomes[work.name] = _outcome(ready, work)
-            _tell(work.name, outcomes[work.name], len(outcomes), len(todo))
+            tell(work.name, outcomes[work.name], len(outcomes), len(todo))
             bar.update()
     return outcomes
 
@@ -255,7 +287,15 @@ def _outcome(reference: Any, work: Work) -> Outcome:
     return found
 
 
-def _tell(name: str, outcome: Outcome, done: int, total: int) -> None:
+def tell(name: str, outcome: Outcome, done: int, total: int) -> None:
+    """Log how a cell ended.
+
+    Args:
+        name: Its name.
+        outcome: How it ended.
+        done: How many have ended.
+        total: Of how many.
+    """
     for text in dict.fromkeys(outcome.warnings):
         _log.warning("%s: %s", name, text)
     if outcome.status == "failed":

@@ -27,7 +27,7 @@ from keeptune.methods.strength import stronger
 from keeptune.studies.grid import spelt
 from keeptune.values import spelt_out
 
-__all__ = ["Entry", "Variation", "read_entries", "slug"]
+__all__ = ["Entry", "Variation", "by_factor", "by_value", "read_entries", "slug"]
 
 _OWN = ("label", "learning_rate", "strength")
 _FIXED = {
@@ -213,12 +213,38 @@ def _variations(method: Any, own: Any, factors: Sequence[float], where: str) -> 
         if getattr(made, "strength_option", None) is None:
             return (Variation(),)
         own = list(factors)
-    found = []
-    for factor in _numbers(own, where):
-        option, value = stronger(made, factor)
-        changed = {} if factor == 1 else {f"method.{option}": float(f"{value:.10g}")}
-        found.append(Variation(changed, factor, "" if factor == 1 else f"x{short(factor)}"))
-    return tuple(found)
+    return tuple(by_factor(method, factor) for factor in _numbers(own, where))
+
+
+def by_factor(method: Any, factor: float) -> Variation:
+    """Move a method's own strength.
+
+    Args:
+        method: Its section.
+        factor: Above 1 keeps more.
+
+    Returns:
+        The variation.
+
+    Raises:
+        RecipeError: The method has no strength.
+    """
+    option, value = stronger(make_method(method, seed=0), factor)
+    changed = {} if factor == 1 else {f"method.{option}": float(f"{value:.10g}")}
+    return Variation(changed, factor, "" if factor == 1 else f"x{short(factor)}")
+
+
+def by_value(key: str, value: Any) -> Variation:
+    """Set a key of the recipe.
+
+    Args:
+        key: The dotted key.
+        value: Its value.
+
+    Returns:
+        The variation.
+    """
+    return Variation({key: value}, None, f"x{slug(spelt(value))}")
 
 
 def _by_key(own: Mapping[Any, Any], where: str) -> tuple[Variation, ...]:
@@ -235,7 +261,7 @@ def _by_key(own: Mapping[Any, Any], where: str) -> tuple[Variation, ...]:
             where, got=f"a change of {key}", wanted="a key that makes methods differ", next_step="Vary another key."
         )
     refuse_repeats(values, where)
-    return tuple(Variation({str(key): value}, None, f"x{slug(spelt(value))}") for value in values)
+    return tuple(by_value(str(key), value) for value in values)
 
 
 def short(number: float) -> str:

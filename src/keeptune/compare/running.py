@@ -12,8 +12,8 @@ from keeptune.compare.cells import Cell, Comparison, grid
 from keeptune.compare.choice import choose_best, limits_of
 from keeptune.compare.engine import run_cells
 from keeptune.compare.knobs import knob_of
+from keeptune.compare.search import run_search
 from keeptune.compare.turned import knob_cell
-from keeptune.core.errors import RecipeError
 from keeptune.report.comparison import write_comparison
 
 __all__ = ["Compared", "rows_of", "run_comparison", "write_found"]
@@ -51,17 +51,13 @@ def run_comparison(
     Raises:
         KeeptuneError: Something the user can mend; where no cell keeps to ``max_loss``, all else is written.
     """
-    if comparison.section.search is not None:
-        raise RecipeError(
-            f"{comparison.where}, key compare.search",
-            got="a budgeted search",
-            wanted="the whole grid: the search is not made yet",
-            next_step="Leave `search` out, and shorten the lists instead.",
-        )
     if max_loss is not None:
         limits_of([{"name": b.name, "role": b.role} for b in comparison.base.evaluate], [], max_loss)
-    cells = grid(comparison)
-    outcomes = run_cells(comparison, cells)
+    if comparison.section.search is not None:
+        cells, outcomes = run_search(comparison, comparison.section.search)
+    else:
+        cells = grid(comparison)
+        outcomes = run_cells(comparison, cells)
     return write_found(comparison, cells, outcomes, command, max_loss)
 
 
