@@ -241,6 +241,9 @@ def _sampler(seed: int) -> Any:
         def __init__(self) -> None:
             self.own: Any = None
 
+        def __reduce__(self) -> Any:  # Tune pickles its searcher, and pickle finds no class of a function
+            return _sampler, (seed,)
+
         def before_trial(self, study: Any, trial: Any) -> None:
             drawn = int(np.random.SeedSequence([seed, trial.number]).generate_state(1)[0]) % _ENTROPY
             with _quiet_optuna():
