@@ -80,8 +80,8 @@ def _list_cells(loaded: Any) -> None:
 
 
 def _list_search(loaded: Any) -> None:
-    from keeptune.compare.search import read_journal
     from keeptune.compare.space import spans_of
+    from keeptune.compare.study import read_journal
 
     table = Table("method", "learning rate", "strength", "trials so far", box=None, header_style="bold")
     ended = read_journal(loaded.output)

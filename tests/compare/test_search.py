@@ -15,8 +15,8 @@ from keeptune.compare import search as searching
 from keeptune.compare.cells import Comparison, load_comparison
 from keeptune.compare.entries import Entry, Variation
 from keeptune.compare.running import run_comparison
-from keeptune.compare.search import JOURNAL, Trial, new_study, read_journal
 from keeptune.compare.space import Among, Span, dimensions, draw, setting_of, spans_of, strengths_of
+from keeptune.compare.study import JOURNAL, Trial, new_study, read_journal
 from keeptune.core.artefact import read_json, write_json
 from keeptune.core.errors import RecipeError
 

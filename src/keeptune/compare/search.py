@@ -17,7 +17,6 @@ import contextlib
 import logging
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -32,39 +31,16 @@ from keeptune.compare.engine import alone, mark_folder, missing_extra, on_worker
 from keeptune.compare.front import pareto
 from keeptune.compare.section import Resources, Search
 from keeptune.compare.space import ENTRY, dimensions, draw, setting_of, spans_of
+from keeptune.compare.study import JOURNAL, Trial, new_study, quiet_optuna, read_journal
 from keeptune.core.artefact import content_key, has_key, read_json, write_json
-from keeptune.core.errors import KeeptuneError, RecipeError
+from keeptune.core.errors import RecipeError
 
-__all__ = ["JOURNAL", "Trial", "Trials", "new_study", "read_journal", "run_search"]
+__all__ = ["Trials", "run_search"]
 
 _log = logging.getLogger(__name__)
-JOURNAL = "search.json"
+
 _FOLDER = "search"
 _AXES = ("learned", "forgotten")
-_ENTROPY = 2**32
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A trial that has ended.
-
-    Args:
-        params: What Optuna drew.
-        drawn: What was made of it: ``entry``, ``rate`` and ``strength``.
-        cell: Name of its cell.
-        learned: None where it failed.
-        forgotten: None where it failed.
-        message: Why it failed.
-        seconds: How long it took.
-    """
-
-    params: Mapping[str, Any]
-    drawn: Mapping[str, Any]
-    cell: str
-    learned: float | None = None
-    forgotten: float | None = None
-    message: str = ""
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,7 +129,7 @@ def _need_optuna() -> None:
 
 
 def _need_both_sides(comparison: Comparison) -> None:
-    roles = {benchmark.role for benchmark in comparison.base.evaluate}
+    roles = {str(benchmark.role) for benchmark in comparison.base.evaluate}
     if len(roles) != 2:
         raise RecipeError(
             f"{comparison.where}, key compare.search",
@@ -175,107 +151,6 @@ def _trials(comparison: Comparison, search: Search) -> Trials:
     return Trials(comparison, some.base, some.threads, knobs, Path.cwd(), key)
 
 
-def read_journal(output: Path, key: str | None = None) -> list[Trial]:
-    """Read the trials that have ended.
-
-    Args:
-        output: The comparison's folder.
-        key: Of the search; None takes any.
-
-    Returns:
-        The trials; none where there is no journal or it is another search's.
-    """
-    path = output / JOURNAL
-    if not path.is_file():
-        return []
-    try:
-        if key is not None and not has_key(path, key):
-            _log.warning("search: %s is of another search (space, seed, recipe, data or base) and is left aside", path)
-            return []
-        return [Trial(**trial) for trial in read_json(path)["trials"]]
-    except (KeeptuneError, KeyError, TypeError) as error:
-        _log.warning("search: %s cannot be read and is left aside: %s", path, error)
-        return []
-
-
-def new_study(seed: int, ended: Sequence[Trial], again: Sequence[Trial], entries: Sequence[Any]) -> tuple[Any, Any]:
-    """Make Optuna's study, with the trials that have ended told and those that failed next in line.
-
-    Args:
-        seed: Of the search.
-        ended: Finished trials, in their order.
-        again: What is tried first.
-        entries: The comparison's entries.
-
-    Returns:
-        The storage that holds the study, which is named ``search``, and the sampler.
-    """
-    import optuna
-
-    storage = optuna.storages.InMemoryStorage()
-    sampler = _sampler(seed)
-    with _quiet_optuna():
-        study = optuna.create_study(
-            storage=storage, sampler=sampler, study_name=_FOLDER, directions=["maximize", "minimize"]
-        )
-        for trial in ended:
-            own = dimensions(entries, trial.params[ENTRY])
-            study.add_trial(
-                optuna.trial.create_trial(
-                    values=[trial.learned, trial.forgotten],
-                    params=dict(trial.params),
-                    distributions={name: dimension.distribution() for name, dimension in own.items()},
-                )
-            )
-        for trial in again:
-            study.enqueue_trial(dict(trial.params))
-    return storage, sampler
-
-
-def _sampler(seed: int) -> Any:
-    """Seed each trial by its number, so that what is drawn next rests on no state but the trials that have ended."""
-    import numpy as np
-    import optuna
-
-    class ByNumber(optuna.samplers.BaseSampler):
-        def __init__(self) -> None:
-            self.own: Any = None
-
-        def __reduce__(self) -> Any:  # Tune pickles its searcher, and pickle finds no class of a function
-            return _sampler, (seed,)
-
-        def before_trial(self, study: Any, trial: Any) -> None:
-            drawn = int(np.random.SeedSequence([seed, trial.number]).generate_state(1)[0]) % _ENTROPY
-            with _quiet_optuna():
-                self.own = optuna.samplers.TPESampler(seed=drawn, constant_liar=True)
-            self.own.before_trial(study, trial)
-
-        def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
-            return self.own.infer_relative_search_space(study, trial)
-
-        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
-            return self.own.sample_relative(study, trial, search_space)
-
-        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
-            return self.own.sample_independent(study, trial, param_name, param_distribution)
-
-    return ByNumber()
-
-
-@contextlib.contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    import optuna
-
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(level)
-
-
 def _tune(ray: Any, trials: Trials, search: Search, ended: list[Trial], again: Sequence[Trial]) -> list[Trial]:
     for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):  # an interrupt ends the search
         os.environ.setdefault(name, "1")
@@ -288,7 +163,7 @@ def _tune(ray: Any, trials: Trials, search: Search, ended: list[Trial], again: S
     shutil.rmtree(output / _FOLDER, ignore_errors=True)  # Tune's notes on an earlier start; the journal is what counts
     found = list(ended)
     storage, sampler = new_study(search.seed, ended, again, entries)
-    with _quiet_optuna(), _quiet_tune():
+    with quiet_optuna(), _quiet_tune():
         tuner = tune.Tuner(
             tune.with_resources(
                 partial(_trial, trials=trials, token=mark_folder(output)),
