@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from pydantic import Field
 
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.sections import Section
 
-__all__ = ["Published", "PublishedRow", "check_labels", "check_scores"]
+__all__ = ["Published", "PublishedRow", "beside", "check_labels", "check_scores"]
 
 
 class PublishedRow(Section):
@@ -79,3 +80,30 @@ def check_labels(published: Published, labels: Iterable[str], where: str) -> Non
                 wanted="the label of an entry of compare.methods",
                 next_step=nearest(row.label, known),
             )
+
+
+def beside(published: Published | None) -> list[dict[str, Any]]:
+    """List the published scores that stand beside ours in a comparison.
+
+    Args:
+        published: The section, if there is one.
+
+    Returns:
+        ``label``, ``benchmark``, ``score`` (a share where the table is in per cent), ``source`` and ``note`` (the
+        paper's name of the method, and its parameters) of each score of a line that has a label.
+    """
+    if published is None:
+        return []
+    scale = 100 if published.unit == "percent" else 1
+    return [
+        {
+            "label": row.label,
+            "benchmark": name,
+            "score": score / scale,
+            "source": published.source,
+            "note": f"({row.method}{', ' + row.parameters if row.parameters else ''})",
+        }
+        for row in published.rows
+        if row.label is not None
+        for name, score in row.scores.items()
+    ]

@@ -26,6 +26,8 @@ from keeptune.compare.record import (
 from keeptune.compare.table import table_of
 from keeptune.core.artefact import file_fingerprint, write_json
 from keeptune.core.errors import ArtefactError, RecipeError
+from keeptune.published import Published, PublishedRow, beside
+from keeptune.report.comparison import published
 
 SCORES = [benchmark("task", "task", 0.2, 0.6), benchmark("facts", "knowledge", 0.8, 0.7)]
 
@@ -164,6 +166,24 @@ def test_the_files_hold_what_is_returned(tmp_path: Path) -> None:
     assert [line["learned"] for line in table] == [0.6, 0.6, None]
     assert (table[0]["task.low"], table[0]["task.n"], table[0]["seconds.evaluate"]) == (-0.15, 100, 3.0)
     assert (table[0]["settings"], table[0]["knob"]) == ('{"train.learning_rate":0.001}', None)
+
+
+def test_published_scores_stand_in_the_record_and_on_the_page(tmp_path: Path) -> None:
+    rows = [
+        PublishedRow(method="Base", scores={"facts": 90.0}),
+        PublishedRow(method="LoRA", label="lora", parameters="320M", scores={"facts": 71.25}, others={"avg": 3.0}),
+    ]
+    scores = beside(Published(source="Table 9", rows=rows))
+    assert scores == [
+        {"label": "lora", "benchmark": "facts", "score": 0.7125, "source": "Table 9", "note": "(LoRA, 320M)"}
+    ]
+    assert beside(Published(source="Table 9", unit="nats", rows=rows))[0]["score"] == 71.25
+    cells = [cell(write_run(tmp_path / "a", SCORES))]
+    record, front = write_records(tmp_path, cells, base="atlas", command="", recipe={}, published=scores)
+    assert read_cells(tmp_path)["published"] == record["published"] == scores
+    grid = published(record, front)
+    assert grid is not None
+    assert grid.rows == (("lora", "facts", "0.713", "0.700", "Table 9 (LoRA, 320M)"),)
 
 
 def test_a_comparison_of_which_nothing_finished_has_records(tmp_path: Path) -> None:

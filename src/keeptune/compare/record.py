@@ -262,6 +262,7 @@ def write_records(
     command: str,
     recipe: Mapping[str, Any],
     options: Options | None = None,
+    published: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the cells and write ``cells.json``, ``cells.parquet`` and ``front.json``, each whole or not at all.
 
@@ -272,6 +273,7 @@ def write_records(
         command: What repeats the comparison.
         recipe: The recipe.
         options: What it says about axes and tables.
+        published: A paper's scores to stand beside: ``label``, ``benchmark``, ``score``, ``source`` and ``note`` each.
 
     Returns:
         What ``cells.json`` and ``front.json`` hold; the latter's choice is None.
@@ -301,6 +303,7 @@ def write_records(
         "recipe": recipe,
         "benchmarks": benchmarks,
         "cells": rows,
+        **({"published": list(published)} if published else {}),
     }
     table = io.BytesIO()
     pq.write_table(table_of(rows), table)

@@ -14,6 +14,7 @@ from keeptune.compare.engine import run_cells
 from keeptune.compare.knobs import knob_of
 from keeptune.compare.search import run_search
 from keeptune.compare.turned import knob_cell
+from keeptune.published import beside
 from keeptune.report.comparison import write_comparison
 
 __all__ = ["Compared", "rows_of", "run_comparison", "write_found"]
@@ -97,6 +98,7 @@ def write_found(
             baseline=comparison.plain,
             reference_point=section.reference_point,
         ),
+        published=beside(comparison.base.published),
     )
     try:
         if max_loss is not None:
