@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from keeptune.combining import parts_of, tuned_roles
 from keeptune.core.errors import PlanError
-from keeptune.core.plan import PenaltyPlan, Plan, TargetPlan
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Decision, PenaltyPlan, Plan, TargetPlan
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.methods.base import Method, make_plan, penalties_of
@@ -30,6 +31,7 @@ __all__ = [
     "plan_for",
     "refuse_layers",
     "refuse_penalties",
+    "starting_from",
     "statistics_for",
     "with_penalties",
 ]
@@ -232,6 +234,29 @@ def plan_for(
     )
     return with_penalties(
         made, asked, ResidentRunner(model), data, store, model_fingerprint=fingerprint, low_memory=low_memory
+    )
+
+
+def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> tuple[TargetPlan, ...]:
+    """Plan targets that start from changes: installing the plan gives the changed model.
+
+    Args:
+        targets: The targets.
+        changes: Target name to change, of each.
+
+    Returns:
+        Their plans, with both factors trained and nothing taken out of W.
+    """
+    return tuple(
+        TargetPlan(
+            target=target,
+            decision=Decision(changes[target.name].rank),
+            init=changes[target.name],
+            scale=1.0,
+            trainable=frozenset({"A", "B"}),
+            removed=changes[target.name].scaled(0.0),
+        )
+        for target in targets
     )
 
 

@@ -26,7 +26,7 @@ from keeptune.adapter.load import load_adapter, refuse_foreign
 from keeptune.core.artefact import remove_leftovers, write_json
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Plan, TargetPlan
+from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
 from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_calibration, knowledge_of
 from keeptune.data.sft import TaskExamples, task_calibration
@@ -36,6 +36,7 @@ from keeptune.linalg.repair import mu_for_drift
 from keeptune.mending.scores import score_models
 from keeptune.mending.sources import Case, Source, case_of, open_source
 from keeptune.model.blocks import head_of, positions
+from keeptune.planning import starting_from
 from keeptune.report.repair import repair_figure
 from keeptune.report.style import png
 from keeptune.stats.request import DataRole
@@ -266,17 +267,7 @@ def _plan(source: Source, case: Case, changes: Mapping[str, LowRank], options: M
     return Plan(
         method="repair",
         options=options,
-        targets=tuple(
-            TargetPlan(
-                target=target,
-                decision=Decision(changes[target.name].rank),
-                init=changes[target.name],
-                scale=1.0,
-                trainable=frozenset({"A", "B"}),
-                removed=changes[target.name].scaled(0.0),
-            )
-            for target in (*case.targets, *case.unseen)
-        ),
+        targets=starting_from((*case.targets, *case.unseen), changes),
         peft={"modules_to_save": list(head)} if head else {},
     )
 

@@ -27,9 +27,10 @@ from keeptune.adapter.portable import SERVED_RANKS
 from keeptune.core.artefact import atomic_directory, write_json
 from keeptune.core.errors import ExportError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Plan, TargetPlan
+from keeptune.core.plan import Plan
 from keeptune.job import Job
 from keeptune.model.blocks import find_targets
+from keeptune.planning import starting_from
 from keeptune.sections import ExportSpec
 
 __all__ = ["Gap", "add_changes", "gap_to", "joined", "plan_of", "read_changes", "write_adapter", "write_whole"]
@@ -112,18 +113,7 @@ def plan_of(
     return Plan(
         method="sequence",
         options=options,
-        targets=tuple(
-            TargetPlan(
-                target=target,
-                decision=Decision(changes[target.name].rank),
-                init=changes[target.name],
-                scale=1.0,
-                trainable=frozenset({"A", "B"}),
-                removed=changes[target.name].scaled(0.0),
-            )
-            for target in find_targets(model)
-            if target.name in changes
-        ),
+        targets=starting_from([target for target in find_targets(model) if target.name in changes], changes),
         provenance=provenance,
     )
 
