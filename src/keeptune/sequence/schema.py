@@ -7,12 +7,13 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from keeptune.core.errors import KeeptuneError, RecipeError, nearest
+from keeptune.core.errors import RecipeError, nearest, placed
 from keeptune.data import hub
 from keeptune.places import Fetch
 from keeptune.recipe import Recipe, make_recipe
@@ -131,7 +132,7 @@ def make_sequence(values: Mapping[str, Any], *, folder: Path, where: str, fetch:
         place = f"{where}, stage {entry['name']}"
         own = _own_values(common, entry, place)
         own = _with_earlier(own, tasks, place)
-        recipe = _placed(place, own, folder, fetch)
+        recipe = placed(place, partial(make_recipe, own, folder=folder, where=place, fetch=fetch))
         _refuse(recipe, place)
         stages.append(Stage(number, entry["name"], recipe))
         tasks[entry["name"]] = own["task"]
@@ -228,17 +229,6 @@ def _as_knowledge(task: Mapping[str, Any], form: Mapping[str, Any]) -> dict[str,
     if isinstance(task.get("examples"), int):  # what was not trained on is not replayed
         found["examples"] = min(task["examples"], form.get("examples") or 256)
     return found
-
-
-def _placed(where: str, values: Mapping[str, Any], folder: Path, fetch: Fetch) -> Recipe:
-    try:
-        return make_recipe(values, folder=folder, where=where, fetch=fetch)
-    except KeeptuneError as error:
-        if where in error.where:
-            raise
-        raise type(error)(
-            f"{where}, {error.where}", got=error.got, wanted=error.wanted, next_step=error.next_step
-        ) from error
 
 
 def _refuse(recipe: Recipe, where: str) -> None:
