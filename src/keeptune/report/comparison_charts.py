@@ -10,7 +10,7 @@ from keeptune.report.charts import Chart, Mark, axis, errors, hover, mark, plain
 from keeptune.report.run_charts import base_star
 from keeptune.report.wording import count, duration, number, points
 
-__all__ = ["Points", "Scales", "cost", "fronts", "hypervolumes", "labels_of", "ranges", "setting_rows"]
+__all__ = ["Points", "Scales", "by_volume", "cost", "fronts", "hypervolumes", "labels_of", "ranges", "setting_rows"]
 
 Points = Sequence[Mapping[str, Any]]
 Cells = Sequence[Mapping[str, Any]]
@@ -299,6 +299,19 @@ def _scores(point: Mapping[str, Any], scales: Scales) -> list[tuple[str, object]
     ]
 
 
+def by_volume(front: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """List the labels that have a hypervolume, the largest first.
+
+    Args:
+        front: As in ``front.json``.
+
+    Returns:
+        Label to what is known of its hypervolume.
+    """
+    found = {label: item for label, item in front["hypervolume"].items() if item.get("mean") is not None}
+    return dict(sorted(found.items(), key=lambda item: -float(item[1]["mean"])))
+
+
 def hypervolumes(cells: Cells, front: Mapping[str, Any]) -> Chart | None:
     """Draw the hypervolume of each label, the largest on top.
 
@@ -309,10 +322,10 @@ def hypervolumes(cells: Cells, front: Mapping[str, Any]) -> Chart | None:
     Returns:
         The figure; None without hypervolumes.
     """
-    found = {label: item for label, item in front["hypervolume"].items() if item.get("mean") is not None}
+    found = by_volume(front)
     if not found:
         return None
-    ordered = sorted(found, key=lambda label: -float(found[label]["mean"]))
+    ordered = list(found)
     numbered = labels_of(cells, front)
     arms = []
     for label in ordered:

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from keeptune.core.artefact import write_bytes
-from keeptune.report.comparison_charts import Scales, labels_of, ranges
+from keeptune.report.comparison_charts import Scales, by_volume, labels_of, ranges
 from keeptune.report.heat import short
 from keeptune.report.style import INK, MUTED, Look, bare, finish, look, page, png, svg, themed
 
@@ -130,21 +130,19 @@ def hypervolume_figure(cells: Mapping[str, Any], front: Mapping[str, Any]) -> Fi
     Returns:
         The figure; None without hypervolumes.
     """
-    found = {label: item for label, item in front["hypervolume"].items() if item.get("mean") is not None}
+    found = by_volume(front)
     if not found:
         return None
     numbered = labels_of(cells["cells"], front)
-    ordered = sorted(found, key=lambda label: -float(found[label]["mean"]))
     with themed():
-        figure = page(7.0, 0.24 * len(ordered) + 0.9)
+        figure = page(7.0, 0.24 * len(found) + 0.9)
         axes = figure.subplots()
-        for place, label in enumerate(ordered):
-            item = found[label]
+        for place, (label, item) in enumerate(found.items()):
             axes.barh([place], [item["mean"]], height=0.66, color=look(numbered[label]).colour)
             ends = [math.nan if item.get(key) is None else float(item[key]) for key in ("low", "high")]
             axes.plot(ends, [place, place], color=INK, lw=1)
-        axes.set_yticks(range(len(ordered)), [short(label, 30) for label in ordered])
-        axes.set_ylim(len(ordered) - 0.4, -0.6)
+        axes.set_yticks(range(len(found)), [short(label, 30) for label in found])
+        axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_xlim(left=0)
         axes.set_xlabel("hypervolume, 95% intervals over seeds")
         axes.grid(visible=True, axis="x")
