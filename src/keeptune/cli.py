@@ -45,10 +45,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be fetched, trained and scored; fetch and run nothing.")
     ] = False,
-    flops: Annotated[
-        float | None,
-        typer.Option(help="Of --dry-run: operations a second that times rest on; default: measured on this machine."),
-    ] = None,
+    flops: cli_dry.Flops = None,
 ) -> None:
     """Do the whole job: stats, plan, train, export, evaluate, report; stage after stage where it has `stages`."""
     from keeptune.recipe import parse_overrides

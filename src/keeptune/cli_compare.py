@@ -26,10 +26,7 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the cells and what they would take; fetch and run nothing.")
     ] = False,
-    flops: Annotated[
-        float | None,
-        typer.Option(help="Of --dry-run: operations a second that times rest on; default: measured on this machine."),
-    ] = None,
+    flops: cli_dry.Flops = None,
 ) -> None:
     """Run methods x rates x strengths x seeds (the recipe's `compare` section). Started again, it goes on."""
     from keeptune.compare.cells import load_comparison
