@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeptune.data.calibration import Batch
-from keeptune.model.attribution import Attributor, Integral
+from keeptune.model.probes.attribution import Attributor, Integral
 
 WIDTH, LAYERS, VOCABULARY, TOKENS, TEXTS, STEPS = 256, 8, 8192, 256, 4, 7
 ROUNDS = 1  # processor time hardly depends on what else the machine does

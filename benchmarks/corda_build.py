@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from keeptune.adapter.install import install
 from keeptune.data.calibration import Calibration
 from keeptune.methods.corda import Corda
-from keeptune.planning import plan_for
-from keeptune.stats.store import StatStore
+from keeptune.pipeline.planning import plan_for
+from keeptune.statistics.store import StatStore
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(hidden_size={WIDTH}, intermediate_size={INNER}, num_hidden_layers={LAYERS},
     num_attention_heads=16, num_key_value_heads=8, vocab_size=2048)).eval()

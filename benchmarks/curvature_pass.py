@@ -14,11 +14,11 @@ from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import ResidentRunner, Taps, summed_loss
-from keeptune.stats.collect import collect
-from keeptune.stats.factors import gradient_request, input_request, unpacked
-from keeptune.stats.fisher import TokenCount, WeightFisher, lora_fisher
-from keeptune.stats.request import Request
-from keeptune.stats.store import StatStore
+from keeptune.statistics.collect import collect
+from keeptune.statistics.fisher import TokenCount, WeightFisher, lora_fisher
+from keeptune.statistics.low_rank_covariance import gradient_request, input_request, unpacked
+from keeptune.statistics.request import Request
+from keeptune.statistics.store import StatStore
 
 WIDTH, LAYERS, VOCABULARY, TOKENS, RANK = 1024, 1, 8192, 2048, 64
 

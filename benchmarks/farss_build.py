@@ -9,7 +9,7 @@ from torch import Tensor
 from keeptune.core.plan import Decision
 from keeptune.core.target import Target
 from keeptune.methods.farss import Farss
-from keeptune.stats.covariance import GradientCovariance, InputCovariance
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 
 N, R = 1024, 64
 SHAPES = {"q": (N, N), "k": (N // 4, N), "v": (N // 4, N), "o": (N, N)}

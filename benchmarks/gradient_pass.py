@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import ResidentRunner, Taps, summed_loss
-from keeptune.stats.collect import collect
-from keeptune.stats.covariance import GradientCovariance, InputCovariance
-from keeptune.stats.gradient import DirectionVariances
-from keeptune.stats.store import StatStore
+from keeptune.statistics.collect import collect
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance
+from keeptune.statistics.gradient import DirectionVariances
+from keeptune.statistics.store import StatStore
 
 WIDTH, LAYERS, VOCABULARY, TOKENS = 512, 4, 32000, 2048
 

@@ -20,7 +20,7 @@ import keeptune
 from keeptune.adapter.install import install
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, PenaltyPlan, Plan, TargetPlan
-from keeptune.linalg.factor import Dense, Factor, LowRankPlus
+from keeptune.linalg.symmetric import Dense, Factor, LowRankPlus
 from keeptune.model.blocks import find_targets
 
 WIDTH, LAYERS, TOKENS, CURVATURE = 1024, 3, 1024, 64

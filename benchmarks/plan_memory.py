@@ -13,8 +13,8 @@ torch.manual_seed(0)
 from transformers import LlamaConfig, LlamaForCausalLM
 from keeptune.data.calibration import Calibration
 from keeptune.methods.lora_null import LoraNull
-from keeptune.planning import plan_for
-from keeptune.stats.store import StatStore
+from keeptune.pipeline.planning import plan_for
+from keeptune.statistics.store import StatStore
 width, layers, low = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "low"
 config = LlamaConfig(hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
                      num_attention_heads=8, num_key_value_heads=4, vocab_size=4096)

@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
-from keeptune.linalg.repair import Curve, damped, directions, mu_for_drift, solution
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import ResidentRunner
-from keeptune.stats.covariance import CovarianceAccumulator
+from keeptune.posthoc.repair_equations import Curve, damped, directions, mu_for_drift, solution
+from keeptune.statistics.covariance import CovarianceAccumulator
 
 WIDTH, LAYERS, VOCABULARY, RANK, MU = 512, 4, 8192, 16, 0.3
 

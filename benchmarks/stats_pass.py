@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import ResidentRunner
-from keeptune.stats.covariance import CovarianceAccumulator, InputCovariance
+from keeptune.statistics.covariance import CovarianceAccumulator, InputCovariance
 
 WIDTH, LAYERS, VOCABULARY = 512, 4, 8192
 

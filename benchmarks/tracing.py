@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeptune.data.calibration import Calibration
-from keeptune.model.tracing import Noise, Reading, Traced, Tracer, embedding_std, noise_of
+from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, Tracer, embedding_std, noise_of
 
 WIDTH, LAYERS, VOCABULARY, PROMPT, ANSWER = 256, 8, 8192, 64, 32
 ROUNDS = 1  # processor time hardly depends on what else the machine does

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from keeptune.methods.base import methods
 from keeptune.penalties.base import penalties
-from keeptune.values import parse_yaml
+from keeptune.recipe.reading import parse_yaml
 
 MARKER = "<!-- written by hand below this line -->"
 TABLES = "<!-- written by docs/generate.py from recipes/ below this line -->"

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 from transformers.utils import logging
 
 from keeptune import atlas
-from keeptune.recipe import make_recipe
-from keeptune.run import run
-from keeptune.summary import write_report
+from keeptune.pipeline.reporting import write_report
+from keeptune.pipeline.run import run
+from keeptune.recipe.schema import make_recipe
 
 FACTS = Path(__file__).parent / "data" / "facts.jsonl"
 

@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from keeptune.recipe import make_recipe
-from keeptune.run import run
+from keeptune.pipeline.run import run
+from keeptune.recipe.schema import make_recipe
 
 
 def stories(path: Path, count: int) -> list[dict[str, str]]:

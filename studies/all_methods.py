@@ -26,13 +26,13 @@ from typing import Any
 from cells import each, run_once, spread
 
 from keeptune.core.artefact import read_json, write_bytes, write_json
-from keeptune.demo import demo_recipe
-from keeptune.job import Job
-from keeptune.planning import plan_for
-from keeptune.recipe import make_recipe
+from keeptune.pipeline.demo import demo_recipe
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.planning import plan_for
+from keeptune.pipeline.reporting import write_report
+from keeptune.recipe.schema import make_recipe
 from keeptune.report.plots import png, tradeoff
-from keeptune.stats.store import StatStore
-from keeptune.summary import write_report
+from keeptune.statistics.store import StatStore
 
 WANTED = 0.8
 SEEDS = (0, 1, 2)

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from keeptune.core.artefact import read_json, write_bytes, write_json
-from keeptune.recipe import make_recipe
-from keeptune.run import run
+from keeptune.pipeline.run import run
+from keeptune.recipe.schema import make_recipe
 
 __all__ = ["each", "kept", "read_rows", "run_once", "spread", "write_rows"]
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from keeptune.core.artefact import write_bytes
-from keeptune.demo import METHODS, STEPS
+from keeptune.pipeline.demo import METHODS, STEPS
 from keeptune.report.plots import forgetting_by_relation, png, tradeoff
 from keeptune.report.tables import markdown_comparison
 from keeptune.report.verdict import method_sentences, verdict

@@ -13,10 +13,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from keeptune.core.artefact import write_bytes
-from keeptune.demo import METHODS, demo_recipe
-from keeptune.recipe import make_recipe
+from keeptune.pipeline.demo import METHODS, demo_recipe
+from keeptune.pipeline.run import run
+from keeptune.recipe.schema import make_recipe
 from keeptune.report.plots import png
-from keeptune.run import run
 
 RATES = {
     "full": (5e-5, 1e-4, 2e-4, 5e-4, 1e-3),

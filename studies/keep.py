@@ -24,7 +24,7 @@ from matplotlib.ticker import PercentFormatter
 
 from keeptune import atlas
 from keeptune.core.artefact import read_json, write_bytes
-from keeptune.demo import demo_recipe
+from keeptune.pipeline.demo import demo_recipe
 from keeptune.report.plots import png
 from keeptune.report.style import INK, MUTED, bare, finish, page, themed
 

@@ -27,19 +27,19 @@ from torch import Tensor
 
 from keeptune.core.artefact import content_key, read_json, write_bytes, write_json
 from keeptune.data.sources import read_jsonl
-from keeptune.demo import demo_recipe
-from keeptune.evaluate.scores import paired_interval
-from keeptune.job import Job
-from keeptune.linalg.overlap import overlap_of, overlaps
+from keeptune.evaluation.metrics import paired_interval
+from keeptune.linalg.selections import overlap_of, overlaps
 from keeptune.linalg.voting import Rows
-from keeptune.model.suppressing import without_nodes
-from keeptune.places import resolve_file
-from keeptune.recipe import make_recipe
+from keeptune.model.probes.suppression import without_nodes
+from keeptune.pipeline.demo import demo_recipe
+from keeptune.pipeline.job import Job
+from keeptune.recipe.paths import resolve_file
+from keeptune.recipe.schema import make_recipe
 from keeptune.report.nodes import density_figure
 from keeptune.report.plots import png
 from keeptune.report.style import INK, bare, finish, page, themed
-from keeptune.stats.attribution import Attributions, NeuronAttribution, layer_profile
-from keeptune.studies.nodes import PRESETS, Where, attributed, chosen_rows, density
+from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
+from keeptune.studies.node_selections import PRESETS, Where, attributed, chosen_rows, density
 from keeptune.studies.suppress import drawn_rows
 
 SEEDS = (0, 1, 2)

@@ -15,10 +15,10 @@ from keeptune.core.target import read_weight
 from keeptune.data.calibration import tokenize_calibration
 from keeptune.methods.base import make_plan
 from keeptune.methods.lora_null import LoraNull
-from keeptune.model.load import load_model, load_tokenizer
-from keeptune.planning import statistics_for
-from keeptune.stats.covariance import InputCovariance
-from keeptune.stats.store import StatStore
+from keeptune.model.pretrained import load_model, load_tokenizer
+from keeptune.pipeline.planning import statistics_for
+from keeptune.statistics.covariance import InputCovariance
+from keeptune.statistics.store import StatStore
 
 
 def main() -> None:

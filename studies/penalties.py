@@ -21,9 +21,9 @@ from typing import Any
 from cells import each, run_once, spread
 
 from keeptune.core.artefact import read_json, write_bytes, write_json
-from keeptune.demo import demo_recipe
+from keeptune.pipeline.demo import demo_recipe
+from keeptune.pipeline.reporting import write_report
 from keeptune.report.plots import png, tradeoff
-from keeptune.summary import write_report
 
 RATE = 2e-3
 WANTED = 0.8

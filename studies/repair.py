@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import keeptune
 from keeptune import atlas
 from keeptune.core.artefact import read_json, write_bytes, write_json
-from keeptune.demo import demo_recipe
-from keeptune.mending.files import Files, read_files
-from keeptune.recipe import make_recipe
-from keeptune.run import run
+from keeptune.pipeline.demo import demo_recipe
+from keeptune.pipeline.run import run
+from keeptune.posthoc.repair_files import Files, read_files
+from keeptune.recipe.schema import make_recipe
 
 RATE = 2e-3
 SEEDS = (0, 1, 2)

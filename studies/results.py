@@ -20,10 +20,10 @@ from typing import Any
 from cells import spread
 from matplotlib.ticker import PercentFormatter
 
-from keeptune.compare.front import Point, families, pareto, points_of
-from keeptune.compare.matched import matched
-from keeptune.compare.record import read_cells, read_front
 from keeptune.core.artefact import write_bytes
+from keeptune.experiments.comparison.front import Point, families, pareto, points_of
+from keeptune.experiments.comparison.matched import matched
+from keeptune.experiments.comparison.record import read_cells, read_front
 from keeptune.report.plots import png
 from keeptune.report.style import INK, MUTED, bare, finish, page, themed
 

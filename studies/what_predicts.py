@@ -31,22 +31,22 @@ from keeptune.core.errors import ArtefactError, ModelError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration, tokenize_calibration
-from keeptune.demo import demo_recipe
-from keeptune.evaluate.likelihood import losses_and_divergence
-from keeptune.evaluate.tokens import Tokens
-from keeptune.job import Job
-from keeptune.linalg.factor import Dense
+from keeptune.evaluation.likelihood import losses_and_divergence
+from keeptune.evaluation.tokenized import Tokens
+from keeptune.linalg.symmetric import Dense
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import ResidentRunner
 from keeptune.penalties.tangent import block_kronecker
-from keeptune.recipe import make_recipe
+from keeptune.pipeline.demo import demo_recipe
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.scoring import find_result, load_pair
+from keeptune.recipe.schema import make_recipe
 from keeptune.report.plots import png
 from keeptune.report.style import INK, MUTED, bare, finish, page, themed
-from keeptune.scoring import find_result, load_pair
-from keeptune.stats.collect import Statistics, collect
-from keeptune.stats.covariance import GradientCovariance, InputCovariance
-from keeptune.stats.fisher import TokenCount, tokens_per_learned
-from keeptune.stats.store import StatStore
+from keeptune.statistics.collect import Statistics, collect
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance
+from keeptune.statistics.fisher import TokenCount, tokens_per_learned
+from keeptune.statistics.store import StatStore
 from keeptune.studies.change import Change, open_changes
 
 OMEGA, GAMMA = InputCovariance("knowledge"), GradientCovariance("knowledge", "sampled")

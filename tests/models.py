@@ -32,12 +32,12 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.methods.base import Method, make_plan
 from keeptune.model.blocks import body, find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
-from keeptune.model.load import load_model
+from keeptune.model.pretrained import load_model
 from keeptune.model.runner import Labels, ResidentRunner, Sink, Taps
-from keeptune.planning import asked_penalties, with_penalties
-from keeptune.stats.collect import Statistics, collect
-from keeptune.stats.request import Request
-from keeptune.stats.store import StatStore
+from keeptune.pipeline.planning import asked_penalties, with_penalties
+from keeptune.statistics.collect import Statistics, collect
+from keeptune.statistics.request import Request
+from keeptune.statistics.store import StatStore
 
 VOCAB = 64
 HIDDEN = 32

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keeptune.adapter.install import install
     from keeptune.api import export, measure, plan
-    from keeptune.combining import Combined, Part
     from keeptune.core.errors import KeeptuneError
     from keeptune.core.low_rank import LowRank
     from keeptune.core.plan import Plan
-    from keeptune.evaluate.pairs import AdapterPair, TwoModels
-    from keeptune.evaluate.tasks import Benchmark
-    from keeptune.mending.repair import repair
+    from keeptune.evaluation.benchmarks import Benchmark
+    from keeptune.evaluation.model_pairs import AdapterPair, TwoModels
+    from keeptune.methods.combined import Combined, Part
     from keeptune.methods.corda import Corda
     from keeptune.methods.dora import Dora
     from keeptune.methods.eva import Eva
@@ -40,10 +39,11 @@ if TYPE_CHECKING:
     from keeptune.penalties.kl import Kl
     from keeptune.penalties.l2 import L2
     from keeptune.penalties.laplace import Laplace
-    from keeptune.studies.traced import trace
-    from keeptune.train.attach import attach
-    from keeptune.train.guard import Guard
-    from keeptune.train.penalty import Penalties
+    from keeptune.posthoc.repair import repair
+    from keeptune.studies.trace_api import trace
+    from keeptune.training.attach import attach
+    from keeptune.training.guard import Guard
+    from keeptune.training.penalty_engine import Penalties
 
 __all__ = [
     "AdapterPair",
@@ -91,9 +91,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdapterPair": "evaluate.pairs",
-    "Benchmark": "evaluate.tasks",
-    "Combined": "combining",
+    "AdapterPair": "evaluation.model_pairs",
+    "Benchmark": "evaluation.benchmarks",
+    "Combined": "methods.combined",
     "Corda": "methods.corda",
     "Decay": "penalties.decay",
     "Dora": "methods.dora",
@@ -102,7 +102,7 @@ _HOMES = {
     "Ewc": "penalties.ewc",
     "Farss": "methods.farss",
     "Full": "methods.full",
-    "Guard": "train.guard",
+    "Guard": "training.guard",
     "Kasa": "methods.kasa",
     "Keep": "methods.keep",
     "KeeptuneError": "core.errors",
@@ -121,18 +121,18 @@ _HOMES = {
     "Milora": "methods.milora",
     "Olora": "methods.olora",
     "Osf": "methods.osf",
-    "Part": "combining",
-    "Penalties": "train.penalty",
+    "Part": "methods.combined",
+    "Penalties": "training.penalty_engine",
     "Pissa": "methods.pissa",
     "Plan": "core.plan",
-    "TwoModels": "evaluate.pairs",
-    "attach": "train.attach",
+    "TwoModels": "evaluation.model_pairs",
+    "attach": "training.attach",
     "measure": "api",
     "export": "api",
     "install": "adapter.install",
     "plan": "api",
-    "repair": "mending.repair",
-    "trace": "studies.traced",
+    "repair": "posthoc.repair",
+    "trace": "studies.trace_api",
 }
 
 

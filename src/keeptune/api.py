@@ -20,21 +20,21 @@ from keeptune.adapter import export as exporting
 from keeptune.adapter.export import Exported, Format
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
+from keeptune.data.completions import TaskExamples, task_calibration
 from keeptune.data.knowledge import knowledge_calibration, knowledge_of
 from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_calibration
-from keeptune.data.sft import TaskExamples, task_calibration
-from keeptune.evaluate.harness import evaluate as evaluate_one
-from keeptune.evaluate.kinds import AnyBenchmark
-from keeptune.evaluate.pairs import ModelPair
-from keeptune.evaluate.results import BenchmarkResult
+from keeptune.evaluation.harness import evaluate as evaluate_one
+from keeptune.evaluation.kinds import AnyBenchmark
+from keeptune.evaluation.model_pairs import ModelPair
+from keeptune.evaluation.results import BenchmarkResult
 from keeptune.methods.base import Method
 from keeptune.model.blocks import positions
 from keeptune.model.head import Head
-from keeptune.model.load import load_model
+from keeptune.model.pretrained import load_model
 from keeptune.penalties.base import PenaltySpec
-from keeptune.planning import plan_for
-from keeptune.stats.request import DataRole
-from keeptune.stats.store import StatStore
+from keeptune.pipeline.planning import plan_for
+from keeptune.statistics.request import DataRole
+from keeptune.statistics.store import StatStore
 
 __all__ = ["export", "measure", "plan"]
 

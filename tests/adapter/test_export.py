@@ -30,16 +30,16 @@ from tests.reference.export_reference import change, tuned_weight
 from transformers import PreTrainedModel
 
 from keeptune.adapter.export import export
-from keeptune.adapter.head import trained_head
 from keeptune.adapter.install import install, trained_factors
 from keeptune.adapter.load import SIDECAR, check_base
-from keeptune.adapter.merged import merge
 from keeptune.adapter.portable import change_of
 from keeptune.adapter.probe import random_probe
+from keeptune.adapter.trained_head import trained_head
+from keeptune.adapter.whole_model import merge
 from keeptune.core.artefact import model_fingerprint, read_json
 from keeptune.core.errors import ArtefactError, ExportError, ModelError
 from keeptune.core.plan import Plan
-from keeptune.model.load import load_model
+from keeptune.model.pretrained import load_model
 
 every_model = pytest.mark.parametrize("architecture", MODELS)
 

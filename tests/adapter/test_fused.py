@@ -15,7 +15,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 from keeptune.adapter.export import export
 from keeptune.adapter.install import install
 from keeptune.core.target import read_weight
-from keeptune.model.load import load_model
+from keeptune.model.pretrained import load_model
 
 
 def phi3() -> PreTrainedModel:

@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tests.models import MODELS, copies, handmade_plan, logits, off_by, relative, tokens, train_steps
 
 from keeptune.adapter.anchor import ANCHOR_NAME, resolve
-from keeptune.adapter.head import trained_head
 from keeptune.adapter.install import (
     check_frozen,
     install,
@@ -21,6 +20,7 @@ from keeptune.adapter.install import (
     trained_state,
 )
 from keeptune.adapter.portable import change_of
+from keeptune.adapter.trained_head import trained_head
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan
 

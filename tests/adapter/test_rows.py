@@ -14,11 +14,11 @@ from tests.models import MODELS, Bench, Saved, copies, logits, off_by, save, tok
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import keeptune.train.penalty as penalty_module
+import keeptune.training.penalty_engine as penalty_module
 from keeptune.adapter.export import export, format_for
 from keeptune.adapter.install import held_parameters, install, lora_layer, trained_names
 from keeptune.adapter.portable import biases_of, change_of, truncated_changes, written_rank
-from keeptune.adapter.rows import biases_are_no_shards, within_rows
+from keeptune.adapter.selected_rows import biases_are_no_shards, within_rows
 from keeptune.core.errors import ExportError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
@@ -26,9 +26,9 @@ from keeptune.core.target import Target
 from keeptune.methods.base import methods
 from keeptune.methods.loki import Loki
 from keeptune.model.blocks import find_targets
-from keeptune.model.load import load_model
+from keeptune.model.pretrained import load_model
 from keeptune.penalties.base import penalty_named
-from keeptune.train.penalty import Penalties
+from keeptune.training.penalty_engine import Penalties
 
 ROWS = (1, 4, 5, 20)
 OUTSIDE = [i for i in range(32) if i not in ROWS]

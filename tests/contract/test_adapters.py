@@ -19,7 +19,7 @@ from keeptune.adapter.install import check_frozen, install, lora_layer, restore_
 from keeptune.adapter.portable import change_of
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
-from keeptune.model.load import load_model
+from keeptune.model.pretrained import load_model
 
 every_adapter = pytest.mark.parametrize("case", ADAPTERS)
 every_still = pytest.mark.parametrize("case", STILL)

@@ -19,8 +19,8 @@ from keeptune.adapter.install import held_parameters, install
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
 from keeptune.penalties.base import penalties, penalty_named
-from keeptune.planning import asked_penalties, refuse_penalties
-from keeptune.train.penalty import Penalties
+from keeptune.pipeline.planning import asked_penalties, refuse_penalties
+from keeptune.training.penalty_engine import Penalties
 
 # The options a penalty is checked with.
 OPTIONS: dict[str, list[dict[str, Any]]] = {

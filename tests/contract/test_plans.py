@@ -23,10 +23,10 @@ from keeptune.methods.base import make_plan, methods
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.head import body_fingerprint
 from keeptune.model.runner import ResidentRunner, Taps
-from keeptune.stats.collect import StatsView, source_of
-from keeptune.stats.covariance import InputCovariance, ReleasedCovariance
-from keeptune.stats.gradient import WeightGradient
-from keeptune.stats.store import StatStore, entry_recipe
+from keeptune.statistics.collect import StatsView, source_of
+from keeptune.statistics.covariance import InputCovariance, ReleasedCovariance
+from keeptune.statistics.gradient import WeightGradient
+from keeptune.statistics.store import StatStore, entry_recipe
 
 every_case = pytest.mark.parametrize("case", CASES)
 every_adapter = pytest.mark.parametrize("case", ADAPTERS)

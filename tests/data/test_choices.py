@@ -11,10 +11,10 @@ from tests.data.test_calibration import words
 from tokenizers.processors import TemplateProcessing
 
 from keeptune.core.errors import DataError, RecipeError
-from keeptune.data.choices import LOKI_PROMPT, choose_rows, lettered_rows
 from keeptune.data.knowledge import KnowledgeSet, knowledge_calibration, knowledge_set
+from keeptune.data.multiple_choice import LOKI_PROMPT, choose_rows, lettered_rows
 from keeptune.data.sources import read_jsonl
-from keeptune.sections import Knowledge
+from keeptune.recipe.sections import Knowledge
 
 MMLU = Path(__file__).parents[3] / "shared" / "data" / "mmlu" / "test_20_per_subject.jsonl"
 ROW = {"subject": "high_school_physics", "question": "How fast?", "choices": ["1", "2", "B", "4"], "answer": "C"}

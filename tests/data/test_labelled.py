@@ -19,7 +19,7 @@ from keeptune.data.labelled import (
     labelled_calibration,
     scored_examples,
 )
-from keeptune.model.load import load_tokenizer
+from keeptune.model.pretrained import load_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"a": "The sea is blue.", "b": "Water.", "label": "nature", "score": 3},

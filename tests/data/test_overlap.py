@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from keeptune.core.errors import DataError
-from keeptune.data.overlap import Corpus, refuse_overlap
+from keeptune.data.disjoint import Corpus, refuse_overlap
 
 
 def corpus(where: str, *texts: str, rows: list[dict[str, object]] | None = None) -> Corpus:

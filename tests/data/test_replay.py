@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keeptune.data.completions import TaskExamples
 from keeptune.data.knowledge import KnowledgeSet
 from keeptune.data.replay import replayed, with_replay
-from keeptune.data.sft import TaskExamples
 
 TASK = TaskExamples(prompts=tuple(f"q{n}" for n in range(38)), completions=tuple(f"a{n}" for n in range(38)))
 TEXTS = KnowledgeSet("knowledge", tuple(f"text {n}" for n in range(20)))

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from keeptune.core.errors import DataError
-from keeptune.data.prompts import fields_of, pick, render
-from keeptune.data.sft import task_examples
+from keeptune.data.completions import task_examples
 from keeptune.data.sources import read_jsonl
+from keeptune.data.templates import fields_of, pick, render
 
 
 def written(folder: Path, data: bytes) -> Path:

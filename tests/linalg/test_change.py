@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.change import Rescaled
+from keeptune.linalg.rescaled import Rescaled
 
 
 def drawn(seed: int, *shape: int) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from keeptune.linalg.factor import Dense, Factor, Identity, LowRankPlus, factor_from
+from keeptune.linalg.symmetric import Dense, Factor, Identity, LowRankPlus, factor_from
 
 N = 7
 

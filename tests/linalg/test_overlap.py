@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keeptune.linalg.overlap import Overlap, overlap_of, overlaps
+from keeptune.linalg.selections import Overlap, overlap_of, overlaps
 
 NODES = 12
 ROWS = st.frozensets(st.integers(0, NODES - 1)).map(sorted)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.factor import Dense, Factor, Identity, LowRankPlus
-from keeptune.linalg.profile import directions, energies, profile
+from keeptune.linalg.curvature_profile import directions, energies, profile
+from keeptune.linalg.symmetric import Dense, Factor, Identity, LowRankPlus
 
 N = 12
 

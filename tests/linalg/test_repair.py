@@ -11,7 +11,7 @@ from tests.reference.repair_reference import covariance, objective, repaired_by_
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.repair import (
+from keeptune.posthoc.repair_equations import (
     Curve,
     damped,
     directions,

@@ -7,7 +7,7 @@ import torch
 from tests.models import relative
 from torch import Tensor
 
-from keeptune.linalg.streaming import TopDirections, Truncated
+from keeptune.linalg.streaming_eigen import TopDirections, Truncated
 
 CPU = torch.device("cpu")
 N = 48

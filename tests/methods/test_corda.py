@@ -19,7 +19,7 @@ from keeptune.core.errors import PlanError
 from keeptune.methods.corda import Corda, conditioned, oriented_factors
 from keeptune.methods.milora import Milora
 from keeptune.methods.pissa import Pissa
-from keeptune.stats.covariance import InputCovariance
+from keeptune.statistics.covariance import InputCovariance
 
 R = 4
 Mode = Literal["kpm", "ipm"]

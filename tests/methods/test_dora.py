@@ -9,14 +9,14 @@ from peft import LoraConfig, get_peft_model
 from tests.models import MODELS, Bench, copies, logits, off_by, relative, tokens, train_steps
 
 from keeptune.adapter.install import check_frozen, install, lora_layer, trained_names, trained_state
-from keeptune.adapter.merged import write_merged
+from keeptune.adapter.whole_model import write_merged
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan
 from keeptune.core.target import read_weight
 from keeptune.methods.dora import Dora
 from keeptune.methods.lora import Lora
 from keeptune.model.head import Head
-from keeptune.model.load import load_model
+from keeptune.model.pretrained import load_model
 
 every_model = pytest.mark.parametrize("architecture", MODELS)
 

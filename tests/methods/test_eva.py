@@ -19,8 +19,8 @@ from keeptune.core.errors import PlanError
 from keeptune.core.plan import Decision
 from keeptune.core.target import Target
 from keeptune.methods.eva import Eva, components, share_ranks
-from keeptune.stats.covariance import InputCovariance
-from keeptune.stats.mean import InputMean
+from keeptune.statistics.covariance import InputCovariance
+from keeptune.statistics.input_mean import InputMean
 
 R = 4
 

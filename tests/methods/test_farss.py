@@ -19,12 +19,12 @@ from torch import Tensor
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.core.target import Target, read_weight
-from keeptune.linalg.budget import clipped_shares, exact_shares
+from keeptune.linalg.rank_budget import clipped_shares, exact_shares
 from keeptune.methods.corda import Corda
 from keeptune.methods.farss import Farss, direction_scores, importance, inverse_weights
 from keeptune.methods.milora import Milora
 from keeptune.methods.pissa import Pissa
-from keeptune.stats.covariance import GradientCovariance, InputCovariance
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 
 M, N = 12, 9
 INPUT, GRADIENT = InputCovariance("task"), GradientCovariance("task", "true")

@@ -15,8 +15,8 @@ from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target, read_weight
 from keeptune.methods.kasa import Kasa, dropped_part
-from keeptune.penalties.kasa import KasaRegularizers, Orthogonality, Regularizer, orthogonality
-from keeptune.train.penalty import Penalties
+from keeptune.penalties.kasa_regularizers import KasaRegularizers, Orthogonality, Regularizer, orthogonality
+from keeptune.training.penalty_engine import Penalties
 
 every_model = pytest.mark.parametrize("architecture", MODELS)
 every_form = pytest.mark.parametrize("form", ["gram", "released"])

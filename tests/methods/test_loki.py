@@ -16,15 +16,15 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCau
 
 from keeptune.adapter.install import check_frozen, install, trained_names
 from keeptune.adapter.portable import biases_of, change_of
-from keeptune.combining import Combined, Part
 from keeptune.core.errors import ModelError, PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
 from keeptune.linalg.voting import Votes, voted
+from keeptune.methods.combined import Combined, Part
 from keeptune.methods.loki import Loki, select
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
-from keeptune.stats.attribution import Attributions, NeuronAttribution
+from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 
 DOWN = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj", "neox": "dense_4h_to_h", "opt": "fc2"}
 MODES = {"rows": Loki(q=20), "within": Loki(q=30, rank=3)}

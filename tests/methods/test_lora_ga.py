@@ -16,7 +16,7 @@ from keeptune.adapter.anchor import subtract
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.methods.lora_ga import LoraGA
-from keeptune.stats.gradient import WeightGradient
+from keeptune.statistics.gradient import WeightGradient
 
 R = 4
 GRADIENT = WeightGradient("task", labels="true")

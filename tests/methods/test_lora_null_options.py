@@ -11,7 +11,7 @@ from torch import Tensor
 from keeptune.core.plan import Decision
 from keeptune.core.target import Target
 from keeptune.methods.lora_null import LoraNull, released_null_space
-from keeptune.stats.covariance import InputCovariance, ReleasedCovariance
+from keeptune.statistics.covariance import InputCovariance, ReleasedCovariance
 
 TARGET = Target("h.0.up", 0, "up", 6, 8, input_group="h.0.up")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from keeptune.atlas import model_path
 from keeptune.core.errors import ModelError, RecipeError, StatisticsError
 from keeptune.data.calibration import Batch, Calibration
-from keeptune.model.attribution import Attributor, Integral, quadrature
 from keeptune.model.blocks import blocks_of
-from keeptune.model.load import load_model, load_tokenizer
+from keeptune.model.pretrained import load_model, load_tokenizer
+from keeptune.model.probes.attribution import Attributor, Integral, quadrature
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 SHORT: dict[str, Any] = {"steps": 3}
@@ -352,7 +352,7 @@ def test_what_does_not_fit_is_done_plainly(
     (batch,) = small().batches()
     right = fast(model, batch, positions=positions)
     monkeypatch.setattr(
-        "keeptune.model.suffix.Suffix.prefix", property(lambda self: 2, lambda self, value: None), raising=False
+        "keeptune.model.probes.suffix.Suffix.prefix", property(lambda self: 2, lambda self, value: None), raising=False
     )
     attributor = Attributor(model, Integral(positions=positions, steps=3))
     torch.testing.assert_close(attributor.attribute(batch), right, rtol=0, atol=1e-6)

@@ -18,11 +18,11 @@ from keeptune.core.errors import ModelError, StatisticsError
 from keeptune.methods.farss import Farss
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.blocks import find_targets, is_nested
-from keeptune.model.down import down_projections
-from keeptune.planning import plan_for
-from keeptune.stats.covariance import GradientCovariance, InputCovariance
-from keeptune.stats.fisher import TokenCount, WeightFisher, tokens_per_learned
-from keeptune.stats.store import StatStore
+from keeptune.model.down_projections import down_projections
+from keeptune.pipeline.planning import plan_for
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance
+from keeptune.statistics.fisher import TokenCount, WeightFisher, tokens_per_learned
+from keeptune.statistics.store import StatStore
 
 
 class Expert(nn.Module):

@@ -10,7 +10,7 @@ from tests.models import MODELS, save
 
 from keeptune.core.artefact import model_fingerprint
 from keeptune.core.errors import ModelError
-from keeptune.model.load import load_model, load_tokenizer
+from keeptune.model.pretrained import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.core.target import Target
-from keeptune.model.down import down_projections
-from keeptune.model.suppressing import without_nodes
+from keeptune.model.down_projections import down_projections
+from keeptune.model.probes.suppression import without_nodes
 
 IDS = torch.tensor([[1, 5, 9, 14]])
 

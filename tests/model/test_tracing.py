@@ -16,11 +16,11 @@ from torch import Tensor
 from keeptune.atlas import model_path
 from keeptune.core.errors import ModelError, RecipeError, StatisticsError
 from keeptune.data.calibration import Batch, Calibration
-from keeptune.model import tracing
 from keeptune.model.blocks import blocks_of, parts_of
-from keeptune.model.load import load_model, load_tokenizer
-from keeptune.model.passes import Kind, Sites, Texts, full_pass, plain_answers
-from keeptune.model.tracing import Noise, Reading, Traced, Tracer, embedding_std, noise_of
+from keeptune.model.pretrained import load_model, load_tokenizer
+from keeptune.model.probes import causal_tracing as tracing
+from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, Tracer, embedding_std, noise_of
+from keeptune.model.probes.traced_passes import Kind, Sites, Texts, full_pass, plain_answers
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 READINGS: tuple[Reading, ...] = ("diagonal", "positions")

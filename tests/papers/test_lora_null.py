@@ -18,7 +18,7 @@ from keeptune.adapter.portable import change_of
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.lora_null import LoraNull, null_factors
-from keeptune.stats.covariance import InputCovariance, ReleasedCovariance
+from keeptune.statistics.covariance import InputCovariance, ReleasedCovariance
 
 M, N_IN, R = 20, 32, 4
 TARGET = Target("h.0.up", 0, "up", M, N_IN, input_group="h.0.up")

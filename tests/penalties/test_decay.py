@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models import relative, tokens
-from tests.train.support import planned, tuned
+from tests.training.support import planned, tuned
 
 from keeptune.adapter.install import trained_state
 from keeptune.core.errors import PlanError
@@ -15,7 +15,7 @@ from keeptune.methods.lora import Lora
 from keeptune.methods.lora_fa import LoraFA
 from keeptune.methods.pissa import Pissa
 from keeptune.penalties.decay import Decay
-from keeptune.train.penalty import Penalties
+from keeptune.training.penalty_engine import Penalties
 
 
 @pytest.mark.parametrize("method", [Lora(rank=2), LoraFA(rank=2), Pissa(rank=2)], ids=lambda method: method.name)

@@ -20,8 +20,8 @@ from keeptune.methods.lora import Lora
 from keeptune.penalties.base import conclusions, penalty_named
 from keeptune.penalties.drift import DriftBudget, ascended, excess
 from keeptune.penalties.laplace import Laplace
-from keeptune.stats.attribution import Attributions
-from keeptune.train.penalty import Penalties
+from keeptune.statistics.neuron_attribution import Attributions
+from keeptune.training.penalty_engine import Penalties
 
 
 def planned(folder: Path, data: Any = None, **options: Any) -> Plan:

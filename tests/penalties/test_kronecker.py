@@ -8,7 +8,7 @@ from tests.reference import penalty_reference as reference
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.factor import Dense, Factor, Identity, LowRankPlus
+from keeptune.linalg.symmetric import Dense, Factor, Identity, LowRankPlus
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 
 M, N, R = 7, 9, 3

@@ -21,10 +21,10 @@ from keeptune.model.head import body_fingerprint
 from keeptune.model.runner import ResidentRunner
 from keeptune.penalties.base import penalty_named
 from keeptune.penalties.l2 import L2
-from keeptune.penalties.layers import cubic_weights
-from keeptune.stats.collect import collect
-from keeptune.stats.store import StatStore
-from keeptune.train.penalty import Penalties
+from keeptune.penalties.layer_weights import cubic_weights
+from keeptune.statistics.collect import collect
+from keeptune.statistics.store import StatStore
+from keeptune.training.penalty_engine import Penalties
 
 
 def planned(folder: Path, penalty: Any, method: Any = None, architecture: str = "llama") -> Plan:

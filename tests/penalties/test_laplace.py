@@ -17,7 +17,7 @@ from keeptune.methods.lora import Lora
 from keeptune.methods.pissa import Pissa
 from keeptune.penalties.base import penalty_named
 from keeptune.penalties.laplace import Laplace
-from keeptune.train.penalty import Penalties
+from keeptune.training.penalty_engine import Penalties
 
 TANGENT = ("diag", "b-kfac", "b-tri-kfac")
 DELTA = ("delta-kfac", "delta-act", "l2")

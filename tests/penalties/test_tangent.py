@@ -12,7 +12,7 @@ from tests.reference.curvature_reference import block_matrix, coupled_matrix
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.factor import Dense, Factor, Identity
+from keeptune.linalg.symmetric import Dense, Factor, Identity
 from keeptune.penalties.tangent import BlockKronecker, CoupledKronecker, Diagonal, block_kronecker, coupled_kronecker
 
 M, N, R = 7, 9, 3

@@ -1,4 +1,4 @@
-"""Slow, obvious versions of keeptune.evaluate: one item at a time, no batches, no padding, plain loops."""
+"""Slow, obvious versions of keeptune.evaluation: one item at a time, no batches, no padding, plain loops."""
 
 from __future__ import annotations
 

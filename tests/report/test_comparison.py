@@ -14,8 +14,8 @@ from tests.report.comparing import made_up
 from tests.report.test_html import headings, island, parsed
 from tests.report.test_run_charts import valid
 
-from keeptune.compare.choice import choose
 from keeptune.core.errors import ArtefactError
+from keeptune.experiments.comparison.choice import choose
 from keeptune.report.comparison import (
     base_score,
     every_cell,

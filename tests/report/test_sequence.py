@@ -15,6 +15,7 @@ from tests.report.test_html import headings, island, parsed
 from tests.report.test_run_charts import valid
 
 from keeptune.core.errors import ArtefactError
+from keeptune.experiments.sequence.record import measures
 from keeptune.report.sequence import (
     figures,
     final,
@@ -26,7 +27,6 @@ from keeptune.report.sequence import (
     write_sequence,
 )
 from keeptune.report.sequence_charts import course, lines, losses, matrices
-from keeptune.sequence.record import measures
 
 HOSTILE = '</script><img src=x onerror="alert(1)">\u2028'
 

@@ -22,11 +22,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.adapter.head import labels_of
 from keeptune.adapter.load import SIDECAR, refuse_foreign
-from keeptune.adapter.merged import put_changes, write_merged
 from keeptune.adapter.portable import SERVED_RANKS, change_of, truncated_changes, write_lora, written_rank
 from keeptune.adapter.probe import logits_of, random_probe
+from keeptune.adapter.trained_head import labels_of
+from keeptune.adapter.whole_model import put_changes, write_merged
 from keeptune.core.artefact import atomic_directory, write_bytes, write_json
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan

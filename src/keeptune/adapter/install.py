@@ -22,10 +22,10 @@ from keeptune.adapter.anchor import (
     subtract,
     write_residual,
 )
-from keeptune.adapter.diagonal import add_diagonal
-from keeptune.adapter.head import head_names, keep_precise, restore_head, task_type, trained_head
-from keeptune.adapter.rows import add_bias, confine
+from keeptune.adapter.kasa_diagonal import add_diagonal
+from keeptune.adapter.selected_rows import add_bias, confine
 from keeptune.adapter.subspace import install_subspace
+from keeptune.adapter.trained_head import head_names, keep_precise, restore_head, task_type, trained_head
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Factor, Plan, TargetPlan

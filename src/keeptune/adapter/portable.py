@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from keeptune.adapter.head import head_names, task_type, trained_head
 from keeptune.adapter.install import trained_state
+from keeptune.adapter.trained_head import head_names, task_type, trained_head
 from keeptune.core.artefact import write_tensors
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan

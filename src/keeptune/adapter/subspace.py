@@ -10,7 +10,7 @@ from peft import OSFConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from keeptune.adapter.head import head_names, keep_precise, task_type
+from keeptune.adapter.trained_head import head_names, keep_precise, task_type
 from keeptune.core.plan import Plan
 
 __all__ = ["install_subspace", "subspace_change"]

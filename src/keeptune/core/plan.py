@@ -135,7 +135,7 @@ class Plan:
             directions (OSF), ``"all"`` every weight (full fine-tuning).
         peft: Extra ``LoraConfig`` fields, such as ``lora_dropout``.
         training: What the method asks of the trainer, as plain values: an ``optimizer``
-            (:mod:`keeptune.train.attach`).
+            (:mod:`keeptune.training.attach`).
         penalties: Terms of the loss, the method's own and those of the recipe.
         provenance: Keys of what the plan was made from: model, data, statistics, versions.
     """

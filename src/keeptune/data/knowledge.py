@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError
 from keeptune.data.calibration import Calibration, tokenize_calibration
-from keeptune.data.prompts import render
-from keeptune.data.sft import tokenize_pairs
+from keeptune.data.completions import tokenize_pairs
 from keeptune.data.sources import Row
+from keeptune.data.templates import render
 
 __all__ = ["KnowledgeSet", "joined_knowledge", "knowledge_calibration", "knowledge_of", "knowledge_set"]
 

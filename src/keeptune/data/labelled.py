@@ -14,9 +14,9 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
 from keeptune.data.calibration import Calibration
-from keeptune.data.prompts import pick, render
-from keeptune.data.sft import draw_rows
+from keeptune.data.completions import draw_rows
 from keeptune.data.sources import Row
+from keeptune.data.templates import pick, render
 
 __all__ = [
     "Encoded",

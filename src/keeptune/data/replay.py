@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from keeptune.data.completions import TaskExamples, draw_rows
 from keeptune.data.knowledge import KnowledgeSet
-from keeptune.data.sft import TaskExamples, draw_rows
 
 __all__ = ["replayed", "with_replay"]
 

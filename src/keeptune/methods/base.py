@@ -31,8 +31,8 @@ from keeptune.core.plan import Decision, Plan, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.strength import Strength
 from keeptune.penalties.base import PenaltySpec
-from keeptune.stats.collect import StatsView
-from keeptune.stats.request import Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.request import Request
 
 __all__ = [
     "Method",
@@ -63,8 +63,8 @@ class Method(Protocol[S]):
     ``moves_start: ClassVar[bool] = True`` (KaSA drops a part of W for good).
 
     A method that asks something of the trainer has a sixth function, ``training()``, which gives the plan's
-    ``training`` values (:mod:`keeptune.train.attach`); one with terms of the loss has ``penalties()``. One made of
-    others (:mod:`keeptune.combining`) tells their ``options()``, which else are its fields.
+    ``training`` values (:mod:`keeptune.training.attach`); one with terms of the loss has ``penalties()``. One made of
+    others (:mod:`keeptune.methods.combined`) tells their ``options()``, which else are its fields.
     """
 
     paper: ClassVar[str]
@@ -386,7 +386,9 @@ def method_named(name: str) -> type[Any]:
 @cache  # the files of the package do not change while it runs
 def _own() -> tuple[type[Any], ...]:
     names = sorted(info.name for info in pkgutil.iter_modules(keeptune.methods.__path__))
-    modules = [importlib.import_module(f"keeptune.methods.{name}") for name in names if name != "base"]
+    modules = [
+        importlib.import_module(f"keeptune.methods.{name}") for name in names if name not in {"base", "combined"}
+    ]
     return tuple(
         cls
         for module in modules

@@ -37,9 +37,9 @@ from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.strength import Strength
-from keeptune.stats.collect import StatsView
-from keeptune.stats.covariance import InputCovariance
-from keeptune.stats.request import Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.covariance import InputCovariance
+from keeptune.statistics.request import Request
 
 __all__ = ["Corda", "conditioned", "oriented_factors"]
 

@@ -33,10 +33,10 @@ from keeptune.core.target import Target
 from keeptune.linalg.eigen import bottom_eigenvectors
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.strength import Strength
-from keeptune.stats.collect import StatsView
-from keeptune.stats.covariance import InputCovariance
-from keeptune.stats.mean import InputMean
-from keeptune.stats.request import Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.covariance import InputCovariance
+from keeptune.statistics.input_mean import InputMean
+from keeptune.statistics.request import Request
 
 __all__ = ["Eva", "components", "share_ranks"]
 

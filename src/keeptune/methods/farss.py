@@ -38,14 +38,14 @@ from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.budget import clipped_shares, exact_shares
+from keeptune.linalg.rank_budget import clipped_shares, exact_shares
 from keeptune.linalg.svd import exact_svd
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.strength import Strength
-from keeptune.stats.collect import StatsView
-from keeptune.stats.covariance import GradientCovariance, InputCovariance
-from keeptune.stats.gradient import DirectionVariances
-from keeptune.stats.request import Labels, Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance
+from keeptune.statistics.gradient import DirectionVariances
+from keeptune.statistics.request import Labels, Request
 
 __all__ = ["Farss", "direction_scores", "importance", "inverse_weights"]
 
@@ -111,7 +111,7 @@ class Farss:
         r_max: Largest rank in shallow blocks, and never more than a target can have.
         r_avg: Mean rank in shallow blocks that the budget is made of.
         boundary: Blocks below it are shallow; ``"auto"`` searches by short runs (Section 3.1 of the paper names a
-            search without an algorithm; :mod:`keeptune.search`).
+            search without an algorithm; :mod:`keeptune.pipeline.boundary_search`).
         variant: ``"farss"``; ``"farss-init"`` only starts differently: rank R and the smallest scores everywhere
             (Table 4); ``"all-high"``: rank R and the largest scores everywhere (Table 6).
         ranks: ``"paper"`` clips (12), ``"exact-budget"`` shares the budget out to the unit.

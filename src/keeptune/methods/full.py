@@ -14,8 +14,8 @@ from torch import Tensor
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.strength import Strength
-from keeptune.stats.collect import StatsView
-from keeptune.stats.request import Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.request import Request
 
 __all__ = ["Full"]
 

@@ -31,9 +31,9 @@ from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field, generator_for
 from keeptune.methods.lora import draw_A, scale_of
 from keeptune.methods.strength import Strength
-from keeptune.penalties.kasa import KasaRegularizers, Regularizer
-from keeptune.stats.collect import StatsView
-from keeptune.stats.request import Request
+from keeptune.penalties.kasa_regularizers import KasaRegularizers, Regularizer
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.request import Request
 
 __all__ = ["Kasa", "dropped_part"]
 

@@ -27,8 +27,8 @@ from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.lora import lora_start, scale_of
 from keeptune.methods.strength import Strength
 from keeptune.penalties.drift import DriftBudget
-from keeptune.stats.collect import StatsView
-from keeptune.stats.request import Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.request import Request
 
 __all__ = ["Keep"]
 

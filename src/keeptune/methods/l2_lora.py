@@ -7,8 +7,8 @@ Zhang, Xie, Zhang, "L2-LoRA: Improving Low-Rank Adaptation with Layer-Specific R
     L         = L_task + eta sum_l NAIE_l ‖ΔW_l‖²                                            (7)
     NAIE_l   ~= 1 for l < l_i; tau + (1 - tau) (1 - (l - l_i) / (l_f - l_i))³; tau for l > l_f (8)
 
-(2) and (3) are measured by ``stats/tracing.py`` on knowledge with answers (``layers="naie"``). (8) stands in for them
-(``layers="cubic"``): it is what the paper's runs appear to use, and it is not taken from data. The penalty is
+(2) and (3) are measured by ``statistics/layer_effect.py`` on knowledge with answers (``layers="naie"``). (8) stands in
+for them (``layers="cubic"``): it is what the paper's runs appear to use, and it is not taken from data. The penalty is
 ``penalties/l2.py``. Not in the paper: eta, tau, what the norm is, whether alpha / r is in it. Here the norm is that of
 Frobenius, of s B A; ``unit="relative"`` divides each target's square by ‖W‖², so that one strength means the same on
 every model, and ``as_paper()`` is (7) as written.
@@ -28,9 +28,9 @@ from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.lora import lora_start, scale_of
 from keeptune.methods.strength import Strength
 from keeptune.penalties.l2 import L2, Layers
-from keeptune.stats.collect import StatsView
-from keeptune.stats.request import Request
-from keeptune.stats.tracing import Reading
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.layer_effect import Reading
+from keeptune.statistics.request import Request
 
 __all__ = ["L2Lora"]
 

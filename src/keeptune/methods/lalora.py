@@ -30,8 +30,8 @@ from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.lora import lora_start, scale_of
 from keeptune.methods.strength import Strength
 from keeptune.penalties.laplace import Curvature, Laplace
-from keeptune.stats.collect import StatsView
-from keeptune.stats.request import Labels, Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.request import Labels, Request
 
 __all__ = ["Lalora"]
 

@@ -3,7 +3,7 @@
 Wang et al., "LoKI: Low-damage Knowledge Implanting of Large Language Models", AAAI 2026.
 
 A node is an output i of a block's down-projection, and row i of W_down; D to a block, L blocks. Attr_l,i of each text t
-is measured by ``stats/attribution.py`` (KVA).
+is measured by ``statistics/neuron_attribution.py`` (KVA).
 
     T = q/100 L D,   k_l = floor(T / L)                                                   (6)
     S_l^t = the k_l nodes of least Attr_l,i^t                                             (7)
@@ -42,9 +42,9 @@ from keeptune.linalg.voting import quota, voted
 from keeptune.methods.base import check_scaling, dropout_field
 from keeptune.methods.lora import draw_start, scale_of
 from keeptune.methods.strength import Strength
-from keeptune.stats.attribution import Attributions, NeuronAttribution
-from keeptune.stats.collect import StatsView
-from keeptune.stats.request import Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
+from keeptune.statistics.request import Request
 
 __all__ = ["Loki", "Selected", "Selection", "select"]
 

@@ -31,9 +31,9 @@ from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field, generator_for
 from keeptune.methods.strength import Strength
-from keeptune.stats.collect import StatsView
-from keeptune.stats.gradient import WeightGradient
-from keeptune.stats.request import Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.gradient import WeightGradient
+from keeptune.statistics.request import Request
 
 __all__ = ["LoraGA"]
 

@@ -35,9 +35,9 @@ from keeptune.linalg.eigen import bottom_eigenvectors
 from keeptune.linalg.svd import projected_svd
 from keeptune.methods.base import allot_rank
 from keeptune.methods.strength import Strength
-from keeptune.stats.collect import StatsView
-from keeptune.stats.covariance import InputCovariance, ReleasedCovariance
-from keeptune.stats.request import Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.covariance import InputCovariance, ReleasedCovariance
+from keeptune.statistics.request import Request
 
 __all__ = ["LoraNull", "null_factors", "null_space", "released_null_space"]
 

@@ -26,8 +26,8 @@ from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import allot_rank, check_scaling, dropout_field
 from keeptune.methods.strength import Strength
-from keeptune.stats.collect import StatsView
-from keeptune.stats.request import Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.request import Request
 
 __all__ = ["Mica"]
 

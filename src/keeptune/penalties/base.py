@@ -1,6 +1,6 @@
 """What a penalty is, where penalties are found, and how a plan gets them.
 
-    L = L_task + sum of penalties        each once per optimiser step (train/penalty.py)
+    L = L_task + sum of penalties        each once per optimiser step (training/penalty_engine.py)
 
 A penalty is declared by a frozen dataclass whose fields are its options. It says which statistics it needs, makes
 the tensors that training needs (saved with the plan, so that a resumed run goes on with the same ones), and binds
@@ -29,8 +29,8 @@ from keeptune.core.errors import RecipeError, nearest
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Factor, PenaltyPlan, Plan, TargetPlan
 from keeptune.core.target import Target
-from keeptune.stats.collect import StatsView
-from keeptune.stats.request import DataRole, Request
+from keeptune.statistics.collect import StatsView
+from keeptune.statistics.request import DataRole, Request
 
 __all__ = [
     "NORM",

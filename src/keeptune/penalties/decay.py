@@ -20,8 +20,8 @@ from torch import Tensor
 
 from keeptune.core.plan import Factor, TargetPlan
 from keeptune.penalties.base import Site, Term
-from keeptune.penalties.checks import check_strength
-from keeptune.stats.request import DataRole, Request
+from keeptune.penalties.option_checks import check_strength
+from keeptune.statistics.request import DataRole, Request
 
 __all__ = ["Decay", "FactorDecay"]
 

@@ -14,9 +14,9 @@ PI controller in logarithms, damps it: the pressure p_g is off as soon as there 
 ``curvature="delta-kfac"`` the budget is in nats: (5) is the second order of the KL to the base, per token (δ is the
 gradient at the target's output, n the tokens for each one with a loss).
 
-``per="layer"`` with ``layers="naie"`` or ``"kva"`` gives a layer that holds more of the answers (stats/tracing.py,
-stats/attribution.py) a smaller budget: budget_g = budget · w̄ / w_g, where w̄ is the harmonic mean of the weights w, so
-that the mean of the budgets is the budget.
+``per="layer"`` with ``layers="naie"`` or ``"kva"`` gives a layer that holds more of the answers
+(``statistics/layer_effect.py``, ``statistics/neuron_attribution.py``) a smaller budget: budget_g = budget · w̄ / w_g,
+where w̄ is the harmonic mean of the weights w, so that the mean of the budgets is the budget.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from torch import Tensor
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Factor as Name
 from keeptune.core.plan import TargetPlan
-from keeptune.linalg.factor import Factor, Identity, factor_from
+from keeptune.linalg.symmetric import Factor, Identity, factor_from
 from keeptune.penalties.base import OnChange, Site, Term, start_of
-from keeptune.penalties.checks import check_counts
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
-from keeptune.stats.attribution import Attributions, NeuronAttribution, layer_profile
-from keeptune.stats.factors import Covariance, gradient_request, input_request, read_factor
-from keeptune.stats.fisher import TokenCount, tokens_per_learned
-from keeptune.stats.request import DataRole, Labels, Request
-from keeptune.stats.tracing import LayerEffect, layer_weights
+from keeptune.penalties.option_checks import check_counts
+from keeptune.statistics.fisher import TokenCount, tokens_per_learned
+from keeptune.statistics.layer_effect import LayerEffect, layer_weights
+from keeptune.statistics.low_rank_covariance import Covariance, gradient_request, input_request, read_factor
+from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
+from keeptune.statistics.request import DataRole, Labels, Request
 
 __all__ = ["DriftBudget", "ascended", "excess"]
 

@@ -25,10 +25,10 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import TargetPlan
 from keeptune.penalties.base import OnChange, Site, Term, start_of
-from keeptune.penalties.checks import check_counts, check_strength
 from keeptune.penalties.kronecker import change_since
-from keeptune.stats.fisher import Per, TokenCount, WeightFisher, tokens_per_learned
-from keeptune.stats.request import DataRole, Labels, Request
+from keeptune.penalties.option_checks import check_counts, check_strength
+from keeptune.statistics.fisher import Per, TokenCount, WeightFisher, tokens_per_learned
+from keeptune.statistics.request import DataRole, Labels, Request
 
 __all__ = ["DiagonalChange", "Ewc", "Stored"]
 

@@ -25,9 +25,9 @@ from keeptune.core.errors import PlanError
 from keeptune.core.plan import Factor, TargetPlan
 from keeptune.data.calibration import Calibration
 from keeptune.penalties.base import Site, Term
-from keeptune.penalties.checks import check_strength
-from keeptune.penalties.outputs import TextBatch
-from keeptune.stats.request import DataRole, Request
+from keeptune.penalties.on_outputs import TextBatch
+from keeptune.penalties.option_checks import check_strength
+from keeptune.statistics.request import DataRole, Request
 
 __all__ = ["Kl", "kl_divergence", "text_batch"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.factor import Factor
+from keeptune.linalg.symmetric import Factor
 
 __all__ = ["KroneckerChange", "change_since", "quadratic_form"]
 

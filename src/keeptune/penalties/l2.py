@@ -27,13 +27,13 @@ from torch import Tensor
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.linalg.factor import Identity
+from keeptune.linalg.symmetric import Identity
 from keeptune.penalties.base import OnChange, OnFactors, Site, Term, start_of
-from keeptune.penalties.checks import check_strength
 from keeptune.penalties.kronecker import KroneckerChange
-from keeptune.penalties.layers import check_layers, cubic_weights
-from keeptune.stats.request import DataRole, Request
-from keeptune.stats.tracing import LayerEffect, Reading, layer_weights
+from keeptune.penalties.layer_weights import check_layers, cubic_weights
+from keeptune.penalties.option_checks import check_strength
+from keeptune.statistics.layer_effect import LayerEffect, Reading, layer_weights
+from keeptune.statistics.request import DataRole, Request
 
 __all__ = ["L2", "FactorNorm", "Layers"]
 

@@ -38,14 +38,14 @@ from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.linalg.factor import Factor, Identity, LowRankPlus, factor_from
+from keeptune.linalg.symmetric import Factor, Identity, LowRankPlus, factor_from
 from keeptune.penalties.base import OnChange, OnFactors, Site, Term, start_of
-from keeptune.penalties.checks import check_counts, check_strength
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
+from keeptune.penalties.option_checks import check_counts, check_strength
 from keeptune.penalties.tangent import Diagonal, block_kronecker, coupled_kronecker
-from keeptune.stats.factors import Covariance, gradient_request, input_request, read_factor, unpacked
-from keeptune.stats.fisher import LoraFisher, TokenCount, lora_fisher, split_diagonals, tokens_per_learned
-from keeptune.stats.request import DataRole, Labels, Request
+from keeptune.statistics.fisher import LoraFisher, TokenCount, lora_fisher, split_diagonals, tokens_per_learned
+from keeptune.statistics.low_rank_covariance import Covariance, gradient_request, input_request, read_factor, unpacked
+from keeptune.statistics.request import DataRole, Labels, Request
 
 __all__ = ["Curvature", "Laplace"]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.factor import Factor, Identity
+from keeptune.linalg.symmetric import Factor, Identity
 
 __all__ = ["BlockKronecker", "CoupledKronecker", "Diagonal", "block_kronecker", "coupled_kronecker"]
 

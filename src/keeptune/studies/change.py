@@ -27,16 +27,16 @@ from keeptune.core.artefact import read_json, write_json
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target, read_weight
-from keeptune.job import check_device, check_folder, device_named
-from keeptune.linalg.change import Rescaled
-from keeptune.merging import base_of, head_of_adapter, trained_in
+from keeptune.linalg.rescaled import Rescaled
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import body_fingerprint
-from keeptune.model.load import Dtype, load_model
-from keeptune.places import resolve_model
+from keeptune.model.pretrained import Dtype, load_model
+from keeptune.pipeline.job import check_device, check_folder, device_named
+from keeptune.pipeline.merge import base_of, head_of_adapter, trained_in
+from keeptune.pipeline.scoring import find_result
+from keeptune.recipe.paths import resolve_model
 from keeptune.report.change import change_figure, totals
 from keeptune.report.style import png
-from keeptune.scoring import find_result
 
 __all__ = ["Change", "change", "labels_of", "open_changes", "result_of", "size_of", "weight_changes"]
 

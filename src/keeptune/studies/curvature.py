@@ -24,11 +24,11 @@ from keeptune.core.errors import ArtefactError, ModelError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
-from keeptune.job import check_device, check_folder, device_named
-from keeptune.linalg.change import Rescaled
-from keeptune.linalg.factor import Factor, factor_from
-from keeptune.linalg.profile import Directions, directions, energies, profile
-from keeptune.merging import base_of
+from keeptune.linalg.curvature_profile import Directions, directions, energies, profile
+from keeptune.linalg.rescaled import Rescaled
+from keeptune.linalg.symmetric import Factor, factor_from
+from keeptune.pipeline.job import check_device, check_folder, device_named
+from keeptune.pipeline.merge import base_of
 from keeptune.report.curvature import curvature_figure
 from keeptune.report.style import png
 from keeptune.studies.change import labels_of, open_changes, result_of, size_of

@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 from keeptune.core.artefact import write_json
 from keeptune.core.errors import RecipeError
 from keeptune.core.target import read_weight
-from keeptune.job import check_device, check_folder, device_named
-from keeptune.linalg.energy import top_energy
+from keeptune.linalg.spectral_energy import top_energy
 from keeptune.model.blocks import find_targets
-from keeptune.model.load import load_model, refuse_not_finite
-from keeptune.places import resolve_model
+from keeptune.model.pretrained import load_model, refuse_not_finite
+from keeptune.pipeline.job import check_device, check_folder, device_named
+from keeptune.recipe.paths import resolve_model
 from keeptune.report.energy import energy_figure, layer_means
 from keeptune.report.style import png
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from keeptune.core.artefact import content_key, write_json
 from keeptune.core.errors import ModelError, RecipeError
-from keeptune.job import Job
-from keeptune.linalg.overlap import Overlap, overlap_of, overlaps
-from keeptune.recipe import Recipe
+from keeptune.linalg.selections import Overlap, overlap_of, overlaps
+from keeptune.pipeline.job import Job
+from keeptune.recipe.schema import Recipe
 from keeptune.report.nodes import overlap_figure
 from keeptune.report.style import png
-from keeptune.stats.attribution import Attributions
-from keeptune.studies.nodes import Side, asked_loki, attributed, check_share, chosen_rows, side_of
+from keeptune.statistics.neuron_attribution import Attributions
+from keeptune.studies.node_selections import Side, asked_loki, attributed, check_share, chosen_rows, side_of
 
 __all__ = ["overlap"]
 

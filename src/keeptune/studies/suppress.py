@@ -29,19 +29,19 @@ from keeptune.core.artefact import (
     write_json,
 )
 from keeptune.core.errors import RecipeError, nearest
-from keeptune.evaluate.harness import evaluate
-from keeptune.evaluate.kinds import data_fingerprint
-from keeptune.evaluate.pairs import SuppressedNodes
-from keeptune.evaluate.results import BenchmarkResult, trade_off
-from keeptune.evaluate.scores import paired_interval
-from keeptune.job import Job
+from keeptune.evaluation.harness import evaluate
+from keeptune.evaluation.kinds import data_fingerprint
+from keeptune.evaluation.metrics import paired_interval
+from keeptune.evaluation.model_pairs import SuppressedNodes
+from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.linalg.voting import Rows
-from keeptune.recipe import Recipe
+from keeptune.pipeline.job import Job
+from keeptune.recipe.schema import Recipe
 from keeptune.report.nodes import density_figure
 from keeptune.report.plots import forgetting_by_benchmark
 from keeptune.report.style import png
-from keeptune.stats.attribution import Attributions, NeuronAttribution, layer_profile
-from keeptune.studies.nodes import Where, asked_loki, attributed, check_share, chosen_rows, density
+from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
+from keeptune.studies.node_selections import Where, asked_loki, attributed, check_share, chosen_rows, density
 
 __all__ = ["Over", "drawn_rows", "suppress"]
 

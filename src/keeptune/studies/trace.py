@@ -17,16 +17,16 @@ from keeptune.core.errors import DataError, ModelError, RecipeError, nearest
 from keeptune.data.calibration import Calibration
 from keeptune.data.knowledge import knowledge_calibration, knowledge_set
 from keeptune.data.sources import read_jsonl
-from keeptune.job import check_device, check_folder, device_named
 from keeptune.model.head import body_fingerprint
-from keeptune.model.load import load_model, load_positions, load_tokenizer
-from keeptune.model.tracing import Traced, embedding_std
-from keeptune.places import resolve_model
+from keeptune.model.pretrained import load_model, load_positions, load_tokenizer
+from keeptune.model.probes.causal_tracing import Traced, embedding_std
+from keeptune.pipeline.job import check_device, check_folder, device_named
+from keeptune.recipe.paths import resolve_model
 from keeptune.report.style import png
 from keeptune.report.tracing import heat_figure, profile_figure
-from keeptune.stats.store import Source, StatStore
-from keeptune.stats.tracing import LayerEffect, Norm, trace_texts
-from keeptune.studies.traced import Trace
+from keeptune.statistics.layer_effect import LayerEffect, Norm, trace_texts
+from keeptune.statistics.store import Source, StatStore
+from keeptune.studies.trace_api import Trace
 
 __all__ = ["Asked", "trace_models"]
 

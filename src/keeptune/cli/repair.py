@@ -1,0 +1,83 @@
+"""The options of keeptune repair on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from keeptune.cli.studies import say
+from keeptune.core.errors import RecipeError
+
+__all__ = ["repair"]
+
+
+def repair(
+    adapter: Annotated[str, typer.Argument(help="An adapter, a run folder or a tuned model.", show_default=False)],
+    knowledge: Annotated[
+        str | None, typer.Option(help="What to keep, a JSONL file; default: that of the adapter's run.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help='Its template, such as "{question}\\nAnswer: {answer}".')] = None,
+    task: Annotated[
+        str | None, typer.Option(help="The task, a JSONL file; none repairs without; default: that of the run.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help='Its template, such as "{question}\\nAnswer:".')] = None,
+    completion: Annotated[str | None, typer.Option(help='Template of what follows, such as " {answer}".')] = None,
+    drift: Annotated[float | None, typer.Option(help="Relative feature drift that is left; 0.005.")] = None,
+    mu: Annotated[float | None, typer.Option(help="Weight of the knowledge, instead of a drift.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the repaired adapter goes.")] = Path("repaired"),
+    evaluate: Annotated[
+        Path | None, typer.Option(help="A recipe whose benchmarks are scored before and after.")
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="Further values of mu to tell of, such as 0.03,0.1,0.3,1,3.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base; default: what the adapter names.")] = None,
+    rank: Annotated[int, typer.Option(help="Of the result, where the change has no low rank.")] = 64,
+    damping: Annotated[float, typer.Option(help="How much the task uses every direction, of the mean.")] = 1e-3,
+    rounds: Annotated[int, typer.Option(help="2: once more with the inputs of the repaired model.")] = 1,
+    examples: Annotated[int, typer.Option(min=1, help="Knowledge rows used, the first ones.")] = 256,
+    task_examples: Annotated[int, typer.Option(min=1, help="Task rows used, drawn.")] = 256,
+    max_length: Annotated[int, typer.Option(min=1, help="Longer texts are cut to this many tokens.")] = 1024,
+    store: Annotated[Path | None, typer.Option(help="Store of statistics; default: the user's cache.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Repair an adapter that has forgotten: keep what it does on the task, undo what it does to the knowledge."""
+    from keeptune.posthoc.repair import repair as repair_adapter
+    from keeptune.posthoc.repair_files import Files, read_files
+    from keeptune.report.repair import print_repair
+
+    data = read_files(adapter, Files(knowledge, text, task, prompt, completion, evaluate, examples, task_examples))
+    record = repair_adapter(
+        adapter,
+        output,
+        knowledge=data.knowledge,
+        task=data.task,
+        drift=drift,
+        mu=mu,
+        base=base,
+        rank=rank,
+        damping=damping,
+        rounds=rounds,
+        max_length=max_length,
+        store=store,
+        device=device,
+        benchmarks=data.benchmarks,
+        sweep=_numbers("--sweep", sweep),
+    )
+    print_repair(record, Console())
+    seconds = record["seconds"]
+    say(f"statistics {seconds['statistics']:.1f} s, solve {seconds['solve']:.1f} s")
+    if (output / "repair.png").is_file():
+        say(f"figure: {output / 'repair.png'}")
+    say(f"repaired adapter in {output}, gap {record['export']['relative_gap']:.1e}; numbers: repair.json")
+    say(f"serve: {record['export']['serve']}")
+
+
+def _numbers(option: str, text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in text.strip("[] ").split(",")] if text else []
+    except ValueError as error:
+        raise RecipeError(option, got=str(text), wanted="numbers", next_step=f"Example: {option} 0.1,0.3,1") from error

@@ -1,0 +1,108 @@
+"""Questions with choices, such as MMLU's, as prompts; and the choice of rows by subject."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from keeptune.core.errors import DataError
+from keeptune.data.completions import draw_rows
+from keeptune.data.sources import Row
+from keeptune.data.templates import pick
+
+__all__ = ["LOKI_PROMPT", "choose_rows", "lettered_rows"]
+
+# LoKI's, on MMLU (its releases end it with a space and a line break).
+LOKI_PROMPT = (
+    "There is a single choice question about {subject_title}. Answer the question by replying {letters}.\n"
+    "Question: {question}\nChoices:\n{options}\nAnswer: \n"
+)
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def choose_rows(rows: Sequence[Row], count: int, *, by: str | None, seed: int | None, where: str) -> list[Row]:
+    """Take some rows, of the whole file or of each value of a field.
+
+    Args:
+        rows: The rows.
+        count: How many; of each value, where there is a field. All, where there are fewer.
+        by: The field, such as ``subject``; None takes the file as one.
+        seed: Draws them; None takes the first. A smaller draw is part of a larger one.
+        where: The recipe key, for error messages.
+
+    Returns:
+        The rows, in file order.
+
+    Raises:
+        DataError: A row lacks the field.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        value = "" if by is None else str(pick(f"{{{by}}}", row, where=f"{where} row {index + 1}"))
+        groups.setdefault(value, []).append(index)
+    kept: list[int] = []
+    for members in groups.values():
+        kept += members[:count] if seed is None else [members[i] for i in draw_rows(len(members), count, seed)]
+    return [rows[index] for index in sorted(kept)]
+
+
+def lettered_rows(rows: Sequence[Row], choices: str, *, where: str) -> list[Row]:
+    r"""Add what prompts of questions with choices are made of.
+
+    ``options`` are the choices, each after its letter, a line each; ``letters`` names the letters; ``letter`` is that
+    of the right choice, from the field ``answer`` (a letter, an index from 0, or the choice itself); ``subject_title``
+    is ``subject`` as a title. They go before fields of these names.
+
+    Args:
+        rows: The rows.
+        choices: Names the field that holds the list of choices: ``"{choices}"``.
+        where: The recipe key, for error messages.
+
+    Returns:
+        The rows with these fields.
+
+    Raises:
+        DataError: A row has no list of choices, or an answer that is none of them.
+
+    >>> row = {"choices": ["one", "two"], "answer": 1, "subject": "abstract_algebra"}
+    >>> made = lettered_rows([row], "{choices}", where="x")[0]
+    >>> made["options"], made["letters"], made["letter"], made["subject_title"]
+    ('A. one\nB. two', 'A or B', 'B', 'Abstract Algebra')
+    """
+    return [_lettered(row, choices, f"{where} row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _lettered(row: Row, choices: str, where: str) -> Row:
+    listed = pick(choices, row, where=where)
+    if not isinstance(listed, list) or not 2 <= len(listed) <= len(_LETTERS):
+        raise DataError(
+            f"{where} choices",
+            got=f"{listed!r}",
+            wanted="a list of 2 to 26 choices",
+            next_step='Name the field that holds them, alone: choices: "{choices}".',
+        )
+    texts, letters = [str(choice) for choice in listed], _LETTERS[: len(listed)]
+    more: dict[str, Any] = {
+        "options": "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)),
+        "letters": f"{', '.join(letters[:-1])} or {letters[-1]}",
+    }
+    if "answer" in row:
+        more["letter"] = _right(row["answer"], texts, letters, where)
+    if "subject" in row:
+        more["subject_title"] = str(row["subject"]).replace("_", " ").title()
+    return {**row, **more}
+
+
+def _right(answer: Any, texts: Sequence[str], letters: str, where: str) -> str:
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
+        return letters[answer]
+    if isinstance(answer, str) and len(answer) == 1 and answer in letters:
+        return answer
+    if isinstance(answer, str) and texts.count(answer) == 1:
+        return letters[texts.index(answer)]
+    raise DataError(
+        f"{where} answer",
+        got=f"{answer!r}",
+        wanted=f"one of {letters}, an index from 0 to {len(letters) - 1}, or one of the choices",
+        next_step="Correct the row, or give `prompt` and `completion` of your own.",
+    )

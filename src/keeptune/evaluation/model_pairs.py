@@ -1,0 +1,164 @@
+"""A model before and after fine-tuning, and the state it is put into while it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from keeptune.core.errors import ModelError
+from keeptune.core.eval_mode import in_evaluation
+from keeptune.model.probes.suppression import without_nodes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["AdapterPair", "ModelPair", "Side", "SuppressedNodes", "TwoModels", "scoring"]
+
+Side = Literal["before", "after"]
+
+
+class ModelPair(Protocol):
+    """Two models of one vocabulary.
+
+    Law: contexts are entered one at a time, many times, and leave the models as they were.
+    """
+
+    def before(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model as it was before fine-tuning."""
+
+    def after(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model as it is after fine-tuning."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPair:
+    """One model with an adapter: "before" is the model with the adapter off.
+
+    Right only if the weights under the adapter are the original ones. Where a method has subtracted its
+    initial adapter from them, or trained biases or whole modules in place, use :class:`TwoModels`.
+
+    Args:
+        peft_model: The adapted model.
+
+    Raises:
+        ModelError: The adapter cannot be switched off: it is prompt learning, or trains biases.
+    """
+
+    peft_model: PeftModel
+
+    def __post_init__(self) -> None:
+        config: Any = self.peft_model.active_peft_config
+        bias = getattr(config, "bias", "none")
+        if config.is_prompt_learning or bias != "none":
+            found = "prompt learning" if config.is_prompt_learning else f"bias: {bias}"
+            raise ModelError(
+                "evaluate",
+                got=f"an adapter with {found}",
+                wanted="an adapter that can be switched off to give the base model",
+                next_step="Load the base model beside the tuned one and use TwoModels(base, tuned).",
+            )
+
+    @contextmanager
+    def before(self) -> Iterator[PreTrainedModel]:
+        """The model with the adapter off.
+
+        Yields:
+            The transformers model inside the PEFT model.
+        """
+        # PEFT switches gradients on for every adapter weight when it enables the adapter again.
+        trained = [(weight, weight.requires_grad) for weight in self.peft_model.parameters()]
+        try:
+            with self.peft_model.disable_adapter():
+                yield self._inner()
+        finally:
+            for weight, wanted in trained:
+                weight.requires_grad_(wanted)
+
+    def after(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model as it is.
+
+        Returns:
+            A context that gives the transformers model inside the PEFT model.
+        """
+        return nullcontext(self._inner())
+
+    def _inner(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.peft_model.get_base_model())
+
+
+@dataclass(frozen=True, slots=True)
+class TwoModels:
+    """Two models in memory: full fine-tuning, merged models.
+
+    Args:
+        base: The model before fine-tuning.
+        tuned: The model after it.
+    """
+
+    base: PreTrainedModel
+    tuned: PreTrainedModel
+
+    def before(self) -> AbstractContextManager[PreTrainedModel]:
+        """The base model.
+
+        Returns:
+            A context that gives it.
+        """
+        return nullcontext(self.base)
+
+    def after(self) -> AbstractContextManager[PreTrainedModel]:
+        """The tuned model.
+
+        Returns:
+            A context that gives it.
+        """
+        return nullcontext(self.tuned)
+
+
+@dataclass(frozen=True, slots=True)
+class SuppressedNodes:
+    """One model, with and without some rows of its linear maps; its weights stay as they are.
+
+    Args:
+        model: The model.
+        rows: Name of a linear map to its rows that give zero.
+    """
+
+    model: PreTrainedModel
+    rows: Mapping[str, Sequence[int]]
+
+    def before(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model as it is.
+
+        Returns:
+            A context that gives it.
+        """
+        return nullcontext(self.model)
+
+    def after(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model without the rows.
+
+        Returns:
+            A context that gives it.
+        """
+        return without_nodes(self.model, self.rows)
+
+
+@contextmanager
+def scoring(pair: ModelPair, side: Side) -> Iterator[PreTrainedModel]:
+    """Enter one side of a pair in evaluation mode and without gradients; restore every module's mode.
+
+    Args:
+        pair: The pair.
+        side: Which of the two.
+
+    Yields:
+        The model.
+    """
+    with pair.before() if side == "before" else pair.after() as model, torch.no_grad(), in_evaluation(model):
+        yield model

@@ -1,0 +1,206 @@
+"""What an evaluation found: one result per benchmark, one record per item."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keeptune.core.errors import ArtefactError, StatisticsError
+from keeptune.evaluation.benchmarks import Measure, Role
+from keeptune.evaluation.metrics import Change, average_forgetting, harmonic, knowledge_kept, task_learned
+
+__all__ = ["BenchmarkResult", "trade_off"]
+
+_SUMMARY = (
+    "name",
+    "role",
+    "metric",
+    "n",
+    "before",
+    "after",
+    "interval",
+    "kl_to_base",
+    "groups",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult:
+    """Scores of one benchmark before and after fine-tuning.
+
+    Args:
+        name: The benchmark.
+        role: ``"knowledge"`` or ``"task"``.
+        metric: The metric.
+        n: Number of items.
+        before: The base model's score: the share of right answers, or nats per token.
+        after: The tuned model's score.
+        interval: 95% interval of after - before.
+        kl_to_base: KL(base || tuned), nats per token, for cross-entropies; else None.
+        groups: Group name to ``{"n", "before", "after"}``.
+        items: One JSON-ready record per item, with at least index, group, before and after.
+    """
+
+    name: str
+    role: Role
+    metric: Measure
+    n: int
+    before: float
+    after: float
+    interval: tuple[float, float]
+    kl_to_base: float | None
+    groups: Mapping[str, Mapping[str, float]]
+    items: Sequence[Mapping[str, Any]]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the items, ready for JSON.
+
+        Returns:
+            A new dictionary.
+        """
+        values = {field: getattr(self, field) for field in _SUMMARY}
+        groups = {name: dict(entry) for name, entry in self.groups.items()}
+        return values | {"interval": list(self.interval), "groups": groups}
+
+    def to_jsonl(self) -> str:
+        """Write the items' records, one JSON object a line.
+
+        Returns:
+            Text that ends with a line feed.
+        """
+        return "".join(json.dumps(dict(item), ensure_ascii=False, allow_nan=False) + "\n" for item in self.items)
+
+    @classmethod
+    def from_jsonl(cls, summary: Mapping[str, Any], text: str) -> BenchmarkResult:
+        """Put a result together again.
+
+        Args:
+            summary: What :meth:`summary` gave.
+            text: What :meth:`to_jsonl` gave.
+
+        Returns:
+            A result equal to the one that was written.
+
+        Raises:
+            ArtefactError: The summary lacks a key, a line is not JSON, or the number of items is another.
+        """
+        try:
+            # Not splitlines: it also splits at U+2028, which may stand inside a JSON string.
+            items = [json.loads(line) for line in text.split("\n") if line]
+            values = {field: summary[field] for field in _SUMMARY}
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ArtefactError(
+                "evaluation result",
+                got=f"{type(error).__name__}: {error}",
+                wanted="the files that keeptune evaluate wrote",
+                next_step="Evaluate again.",
+            ) from error
+        if len(items) != values["n"]:
+            raise ArtefactError(
+                f"evaluation result {values['name']}",
+                got=f"{len(items)} items",
+                wanted=str(values["n"]),
+                next_step="Evaluate again.",
+            )
+        low, high = values.pop("interval")
+        return cls(**values, interval=(low, high), items=items)
+
+    def change(self, reference: float | None = None) -> Change:
+        """Set the tuned model's score beside a reference, for K and T.
+
+        Args:
+            reference: The score to compare with; None for the base model's.
+
+        Returns:
+            The change.
+        """
+        return Change(
+            name=self.name,
+            metric=self.metric,
+            reference=self.before if reference is None else reference,
+            value=self.after,
+        )
+
+
+def trade_off(
+    results: Sequence[BenchmarkResult], full: Sequence[BenchmarkResult] | None = None
+) -> dict[str, float | None]:
+    """Compute FARSS's K, T and KT, and LoKI's average forgetting.
+
+    Args:
+        results: Results of the model in question.
+        full: Results of full fine-tuning on the same benchmarks; None if there was none.
+
+    Returns:
+        ``{"K", "average_forgetting", "T", "KT"}``; None where a score cannot be computed (T and KT without ``full``).
+
+    Raises:
+        StatisticsError: ``full`` lacks a task benchmark, or has it on other items.
+    """
+    kept = knowledge_kept(result.change() for result in results if result.role == "knowledge")
+    found = {"K": kept, "average_forgetting": average_forgetting(kept)}
+    if full is None:
+        return {**found, "T": None, "KT": None}
+    references = {(result.name, result.metric, result.n): result.after for result in full}
+    changes = []
+    for result in results:
+        key = (result.name, result.metric, result.n)
+        if result.role != "task":
+            continue
+        if key not in references:
+            raise StatisticsError(
+                f"T, benchmark {result.name}",
+                got="no result of full fine-tuning with this name, metric and number of items",
+                wanted="the same task benchmarks for both runs",
+                next_step="Evaluate the full fine-tuning run with this recipe's evaluate list.",
+            )
+        changes.append(result.change(references[key]))
+    learned = task_learned(changes)
+    return {**found, "T": learned, "KT": harmonic(kept, learned)}
+
+
+def grouped(
+    groups: Sequence[str | None],
+    before: Sequence[float],
+    after: Sequence[float],
+    weights: Sequence[float],
+) -> dict[str, dict[str, float]]:
+    """Split a result by group.
+
+    Args:
+        groups: (n,) group of each item; items of group None are left out.
+        before: (n,) sums per item.
+        after: (n,) sums per item.
+        weights: (n,) what each sum is divided by: 1 for a score, the number of tokens for losses.
+
+    Returns:
+        Group name to ``{"n", "before", "after"}``, in the order of first appearance.
+    """
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        if group is not None:
+            members.setdefault(group, []).append(index)
+    return {
+        group: {
+            "n": len(chosen),
+            "before": rate([before[i] for i in chosen], [weights[i] for i in chosen]),
+            "after": rate([after[i] for i in chosen], [weights[i] for i in chosen]),
+        }
+        for group, chosen in members.items()
+    }
+
+
+def rate(sums: Sequence[float], weights: Sequence[float]) -> float:
+    """Divide a total by a total.
+
+    Args:
+        sums: (n,) values.
+        weights: (n,) weights.
+
+    Returns:
+        sum(sums) / sum(weights).
+    """
+    return math.fsum(sums) / math.fsum(weights)

@@ -1,0 +1,355 @@
+"""lm-eval's task objects: its own task files, with the data, the shots and the scoring that an entry names."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from keeptune.core.errors import DataError, ModelError, RecipeError, nearest
+from keeptune.data.sources import Row
+from keeptune.evaluation.standard import programs
+from keeptune.evaluation.standard.entry import NamedBenchmark
+from keeptune.evaluation.standard.local_data import files_of, local_rows, subjects_of
+from keeptune.evaluation.standard.protocols import Protocol, overrides_of, protocol_for
+from keeptune.evaluation.standard.restore import INSTALL
+from keeptune.evaluation.standard.sandbox import open_sandbox
+
+__all__ = ["SEED", "Built", "build_tasks", "noted_shots"]
+
+_LOG = logging.getLogger(__name__)
+SEED = 1234  # lm-eval's own for drawing examples: prompts do not depend on the run's seed
+_ROLLING = {
+    "output_type": "loglikelihood_rolling",
+    "test_split": "test",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
+    "metadata": {"version": 1.0},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The tasks of one benchmark.
+
+    Args:
+        tasks: lm-eval's name to its task object.
+        name: The benchmark's name in the table, or lm-eval's task.
+        runs: Runs answers that are programs.
+        note: What was departed from, for the record; empty where nothing was.
+    """
+
+    tasks: Mapping[str, Any]
+    name: str
+    runs: programs.Runs | None
+    note: str = ""
+
+
+def build_tasks(benchmark: NamedBenchmark, *, run: bool = True) -> Built:
+    """Make lm-eval's task objects, with their data.
+
+    Args:
+        benchmark: The benchmark.
+        run: Whether answers will be scored; False makes no sandbox.
+
+    Returns:
+        The tasks.
+
+    Raises:
+        RecipeError: lm-eval or a library that the task needs is missing, or it has no such task.
+        DataError: The data can neither be fetched nor read, or hold no examples for the prompt.
+    """
+    row = benchmark.known
+    name = benchmark.name if benchmark.task is None else benchmark.task
+    how = benchmark.how
+    protocol = None if how is None or how.protocol is None else protocol_for(how.protocol, name)
+    task, folders = benchmark.lm_eval_task, () if row is None else row.folders
+    if protocol is not None and protocol.task is not None:
+        task, folders = protocol.task[0], (protocol.task[1],)
+    runs = None
+    if row is not None and row.code and run:
+        runs = programs.Runs(name, open_sandbox(benchmark.where))
+    overrides = _overrides(benchmark, name, protocol, runs)
+    if row is not None and not folders:
+        configs = {task: {"task": task, **_ROLLING}}
+    else:
+        with _explained(benchmark):
+            configs = _configs(benchmark, task, folders, resolve=not (row is not None and row.code))
+    configs = {leaf: _with_shots(benchmark, config | overrides) for leaf, config in configs.items()}
+    note = ""
+    if benchmark.data is not None:
+        configs, note = _with_data(benchmark, name, configs)
+    tasks = {leaf: _made(benchmark, config) for leaf, config in configs.items()}
+    if name == "ifeval":
+        _need_sentences(benchmark, tasks[task])
+    return Built(tasks, name, runs, note)
+
+
+# Of IFEval's checks, those that split a text into sentences or words with nltk's data.
+_BY_SENTENCE = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+
+
+def _need_sentences(benchmark: NamedBenchmark, task: Any) -> None:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        rows = list(task.eval_docs)[: benchmark.examples]
+        asking = sum(any(check in _BY_SENTENCE for check in row["instruction_id_list"]) for row in rows)
+        if asking:
+            raise DataError(
+                benchmark.where,
+                got=f"no punkt_tab, nltk's data, which {asking} of {len(rows)} items need",
+                wanted="nltk's punkt_tab",
+                next_step="Run `python -m nltk.downloader punkt_tab` where there is a network, or set NLTK_DATA.",
+            ) from error
+
+
+def _overrides(
+    benchmark: NamedBenchmark, name: str, protocol: Protocol | None, runs: programs.Runs | None
+) -> dict[str, Any]:
+    """Say what differs from lm-eval's task file."""
+    row = benchmark.known
+    process: Any = (lambda doc, results: {programs.METRIC: 0.0}) if runs is None else runs.process
+    fields: dict[str, Any] = {}
+    if row is not None and row.code:
+        fields |= programs.task_overrides(name, process)
+    if protocol is not None:
+        right = protocol.right
+        if right is not None:
+            process = lambda doc, results: {"exact_match": right(doc, results[0])}  # noqa: E731
+        fields |= overrides_of(protocol, process, programs.METRIC if right is None else "exact_match")
+    return fields
+
+
+def _configs(
+    benchmark: NamedBenchmark, task: str, folders: Sequence[str], *, resolve: bool
+) -> dict[str, dict[str, Any]]:
+    """Read lm-eval's task files: one for each leaf of a group."""
+    from lm_eval import tasks as shipped
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    # The index of all of lm-eval takes many seconds to make.
+    paths = [str(Path(shipped.__file__).parent / folder) for folder in folders]
+    manager = shipped.TaskManager(include_path=paths, include_defaults=False) if folders else shipped.TaskManager()
+    index = manager.task_index
+    if task not in index:
+        raise RecipeError(
+            f"{benchmark.where}.task",
+            got=f'"{task}"',
+            wanted="a task of lm-eval",
+            next_step=_nearest_task(task, manager.all_tasks),
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for leaf in _leaves(task, index):
+        path = index[leaf].yaml_path
+        if path is None or "class" in (index[leaf].cfg or {}):
+            raise RecipeError(
+                f"{benchmark.where}.task",
+                got=f'"{leaf}", which is written in Python',
+                wanted="a task of lm-eval that a YAML file describes",
+                next_step="Choose another task, or score your own file with `file` and `metric`.",
+            )
+        # IFEval's file fetches nltk's sentences when it is read, and prints how that went.
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            found[leaf] = load_yaml(path, resolve_func=resolve)
+    return found
+
+
+def _nearest_task(task: str, known: list[str]) -> str:
+    """Name the nearest of thousands of tasks, without the list of the others."""
+    sentence = nearest(task, known).partition(" Known:")[0]
+    return sentence if sentence.startswith("Did you") else "`lm_eval ls tasks` lists them."
+
+
+def _leaves(task: str, index: Mapping[str, Any]) -> Iterator[str]:
+    entry = index[task]
+    kind = entry.kind.name
+    if kind == "TAG":
+        for leaf in sorted(entry.tags):
+            yield from _leaves(leaf, index)
+    elif kind == "GROUP":
+        for part in entry.cfg["task"]:
+            inner = part if isinstance(part, str) else str(part.get("task") or part.get("group"))
+            yield from _leaves(inner, index)
+    else:
+        yield task
+
+
+def _with_shots(benchmark: NamedBenchmark, config: Mapping[str, Any]) -> dict[str, Any]:
+    shots = config.get("num_fewshot") or 0 if benchmark.shots is None else benchmark.shots
+    kept = {key: value for key, value in config.items() if key not in ("tag", "group", "task_list")}
+    return kept | {"num_fewshot": shots}
+
+
+def _scored_split(config: Mapping[str, Any]) -> str:
+    return str(config.get("test_split") or config.get("validation_split"))
+
+
+def _shot_split(config: Mapping[str, Any]) -> str | None:
+    """Name the split that examples are drawn from, by lm-eval's rule; None where the task lists them itself."""
+    own = config.get("fewshot_config") or {}
+    if own.get("split") or config.get("fewshot_split"):
+        return str(own.get("split") or config.get("fewshot_split"))
+    if own.get("samples") is not None:
+        return None
+    return str(config.get("training_split") or config.get("validation_split") or config.get("test_split"))
+
+
+def _with_data(
+    benchmark: NamedBenchmark, name: str, configs: Mapping[str, dict[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Put rows of local files in the place of the hub's data."""
+    first = next(iter(configs.values()))
+    if name == "math":
+        # lm-eval has a task for each subject of the hub's data, alike but for their names.
+        configs = {name: first | {"task": name}}
+    splits = [_scored_split(first)]
+    shot_split = _shot_split(first)
+    if shot_split is not None and first["num_fewshot"]:
+        splits.append(shot_split)
+    paths = files_of(name, Path(str(benchmark.data)), list(dict.fromkeys(splits)), where=benchmark.where)
+    rows = {split: local_rows(name, split, path, where=benchmark.where) for split, path in paths.items()}
+    parts = _by_subject(benchmark, rows, configs) if name == "mmlu" else dict.fromkeys(configs, rows)
+    if len(parts) > 1 and name != "mmlu":
+        raise RecipeError(
+            f"{benchmark.where}.data",
+            got=f"local data for {len(parts)} tasks at once",
+            wanted="one task",
+            next_step=f"Name one of them by `task:`: {', '.join(sorted(parts)[:8])}.",
+        )
+    note, extra = "", {}
+    if name == "boolq" and any("passage" not in row for row in rows[splits[0]]):
+        note = "no passages in these rows: the question stands alone"
+        extra = {"doc_to_text": "Question: {{question}}?\nAnswer:"}
+        _LOG.warning("%s: %s.", benchmark.where, note)
+    return {leaf: _local(configs[leaf] | extra, own, benchmark.where) for leaf, own in parts.items()}, note
+
+
+def _by_subject(
+    benchmark: NamedBenchmark, rows: Mapping[str, list[Row]], configs: Mapping[str, Any]
+) -> dict[str, dict[str, list[Row]]]:
+    found = {split: subjects_of(own) for split, own in rows.items()}
+    scored = next(iter(found.values()))
+    for subject in scored:
+        if f"mmlu_{subject}" not in configs:
+            raise DataError(
+                f"{benchmark.where}.data",
+                got=f'the subject "{subject}"',
+                wanted="a subject of MMLU",
+                next_step=nearest(subject, [leaf.removeprefix("mmlu_") for leaf in configs]),
+            )
+    if len(scored) < len(configs):
+        _LOG.warning("%s: %d of %d subjects are in the data.", benchmark.where, len(scored), len(configs))
+    return {
+        f"mmlu_{subject}": {split: own[subject] for split, own in found.items() if subject in own} for subject in scored
+    }
+
+
+def _local(config: Mapping[str, Any], rows: Mapping[str, list[Row]], where: str) -> dict[str, Any]:
+    from datasets import Dataset
+
+    scored = _scored_split(config)
+    if scored not in rows:
+        raise DataError(where, got="no rows", wanted=f"rows of {config['task']}", next_step="Fill the file.")
+    data = {split: Dataset.from_list([dict(row) for row in own]) for split, own in rows.items()}
+    drop = {
+        key: None
+        for key in ("training_split", "validation_split", "test_split", "fewshot_split")
+        if config.get(key) not in rows
+    }
+    if config.get("fewshot_config") and not config["num_fewshot"]:
+        drop["fewshot_config"] = None
+    return {**config, **drop, "custom_dataset": lambda **_: data, "dataset_kwargs": None}
+
+
+def _made(benchmark: NamedBenchmark, config: dict[str, Any]) -> Any:
+    """Make one task; this is where lm-eval fetches its data."""
+    from lm_eval.api.task import ConfigurableTask
+
+    shots, scored, source = config["num_fewshot"], _scored_split(config), _shot_split(config)
+    if shots and source in (scored, "None"):
+        raise DataError(
+            f"{benchmark.where}.shots",
+            got=f"{shots} examples that would be drawn from the items that are scored",
+            wanted="examples from another split",
+            next_step="Set `shots: 0`, or let `data` name a folder that has the training split as well.",
+        )
+    with _explained(benchmark):
+        task = ConfigurableTask(config=config)
+    task.set_fewshot_seed(SEED)
+    if shots and len(task.sampler.df) < shots:
+        raise DataError(
+            f"{benchmark.where}.shots",
+            got=f"{shots}, with {len(task.sampler.df)} examples to draw from",
+            wanted="no more than there are",
+            next_step="Lower shots.",
+        )
+    return task
+
+
+@contextmanager
+def noted_shots(built: Built) -> Iterator[dict[str, list[tuple[int, ...]]]]:
+    """Note which examples lm-eval draws for each prompt.
+
+    Args:
+        built: The tasks.
+
+    Yields:
+        Task to the examples of each of its prompts in turn, as rows of their split from 0.
+    """
+    noted: dict[str, list[tuple[int, ...]]] = {
+        leaf: [] for leaf, task in built.tasks.items() if task.config.num_fewshot
+    }
+
+    def noting(leaf: str, sampler: Any) -> Any:
+        places = {id(row): place for place, row in enumerate(sampler.df)}
+        draw = sampler.sample
+
+        def sample(*given: Any, **options: Any) -> Any:
+            rows = draw(*given, **options)
+            noted[leaf].append(tuple(places[id(row)] for row in rows))
+            return rows
+
+        return mock.patch.object(sampler, "sample", sample)
+
+    with ExitStack() as stack:
+        for leaf in noted:
+            stack.enter_context(noting(leaf, built.tasks[leaf].sampler))
+        yield noted
+
+
+@contextmanager
+def _explained(benchmark: NamedBenchmark) -> Iterator[None]:
+    """Say what could not be fetched or imported, and what to do."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            benchmark.where,
+            got=f"a task of lm-eval that needs a library which is missing ({' '.join(str(error).split())})",
+            wanted="the libraries of the benchmarks",
+            next_step=f"Run `{INSTALL}`.",
+        ) from error
+    except (OSError, DatasetsError, HfHubHTTPError) as error:
+        raise DataError(
+            benchmark.where,
+            got=f"no data for lm-eval's {benchmark.lm_eval_task}: {' '.join(str(error).split())[:300]}",
+            wanted="a connection to the hub, or the data on this machine",
+            next_step="Run once where the hub can be reached, or give `data: folder` with the JSONL files that "
+            "docs/benchmarks.md names.",
+        ) from error
+    except AssertionError as error:
+        raise ModelError(
+            benchmark.where, got=f"lm-eval refuses: {error}", wanted="a task it can build", next_step="Report it."
+        ) from error

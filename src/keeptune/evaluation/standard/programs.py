@@ -1,0 +1,93 @@
+"""HumanEval and MBPP: lm-eval's prompts and programs, run in our sandbox instead of lm-eval's own process.
+
+lm-eval's task files load ``code_eval`` and run it when they are merely read, so they are read without their functions,
+and what those do is said here: the program of an answer, and MBPP's examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from keeptune.data.sources import Row
+from keeptune.evaluation.standard.sandbox import Outcome, Sandbox
+
+__all__ = ["METRIC", "Runs", "program_of", "task_overrides"]
+
+METRIC = "pass_at_1"
+_EXAMPLES = (2, 3, 4)  # by task_id, as in lm-eval's list
+
+
+def program_of(name: str, row: Row, answer: str) -> str:
+    """Put an answer together with the tests that it has to pass.
+
+    Args:
+        name: ``humaneval`` or ``mbpp``.
+        row: The item.
+        answer: What the model wrote after the prompt.
+
+    Returns:
+        The program, as lm-eval's ``code_eval`` has it.
+    """
+    if name == "humaneval":
+        return f"{row['prompt']}{answer}\n{row['test']}\ncheck({row['entry_point']})"
+    # MBPP's test_setup_code, of one item in 500, is left out there as well.
+    return f"{answer}\n" + "\n".join(row["test_list"][:3])
+
+
+class Runs:
+    """Runs answers, and remembers what became of each in the order of the items.
+
+    Args:
+        name: ``humaneval`` or ``mbpp``.
+        sandbox: Where programs run.
+    """
+
+    def __init__(self, name: str, sandbox: Sandbox) -> None:
+        self.name = name
+        self.sandbox = sandbox
+        self.outcomes: list[Outcome] = []
+
+    def process(self, row: Row, results: Sequence[str]) -> dict[str, float]:
+        """Run the answer to one item; lm-eval's ``process_results``.
+
+        Args:
+            row: The item.
+            results: The answer, alone.
+
+        Returns:
+            The metric: 1 if the program ran to its end.
+        """
+        outcome = self.sandbox.run(program_of(self.name, row, results[0]))
+        self.outcomes.append(outcome)
+        return {METRIC: float(outcome.passed)}
+
+
+def task_overrides(name: str, process: Callable[[Row, Sequence[str]], dict[str, float]]) -> dict[str, Any]:
+    """Replace what lm-eval's task files would run in our process.
+
+    Args:
+        name: ``humaneval`` or ``mbpp``.
+        process: Runs an answer.
+
+    Returns:
+        Fields of the task's configuration.
+    """
+    fields: dict[str, Any] = {
+        "unsafe_code": False,
+        "filter_list": None,
+        "process_results": process,
+        "metric_list": [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True}],
+    }
+    if name == "mbpp":
+        fields["fewshot_config"] = {
+            "sampler": "first_n",
+            "split": "prompt",
+            "process_docs": _examples,
+            "doc_to_target": "{{code}}\n[DONE]",
+        }
+    return fields
+
+
+def _examples(rows: Any) -> list[Row]:
+    return [row for row in rows if row["task_id"] in _EXAMPLES]

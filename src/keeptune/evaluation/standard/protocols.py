@@ -1,0 +1,328 @@
+r"""How papers prompt and score where they do not use lm-eval: each a prompt, stop words, a limit and a pure function.
+
+``metamath``
+    GSM8K and MATH as MetaMath's scripts have them (Yu et al., ICLR 2024), which PiSSA, CorDA, LoRA-Null and FARSS use:
+    the Alpaca prompt, no examples, and only what follows the literal ``The answer is: `` counts. A model that does
+    not write these words scores 0, an untuned base above all.
+``llm-adapters``
+    The commonsense sets as LLM-Adapters has them (Hu et al., EMNLP 2023), which L2-LoRA and FARSS use: the model writes
+    ``answer2``, and the first such word counts. The scripts decode with 4 beams; here as everywhere greedily.
+``bigcode``
+    HumanEval and MBPP as bigcode-evaluation-harness prompts them, which LoRA-Null uses; it samples at temperature 0.2,
+    here one greedy answer is run. FARSS uses evalplus, whose extra tests are not here.
+``generated``
+    WebQS by generation and exact match, as lm-eval has TriviaQA; lm-eval's own WebQS asks whether the likeliest
+    tokens are those of an accepted answer, without writing anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from keeptune.data.sources import Row
+from keeptune.evaluation.metrics import exact_match
+
+__all__ = [
+    "PROTOCOLS",
+    "Protocol",
+    "adapters_answer",
+    "adapters_instruction",
+    "metamath_gold",
+    "metamath_math",
+    "metamath_number",
+    "protocol_for",
+]
+
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response: Let's think step by step."
+)
+# The scripts stop at the bare words too, wherever they stand in a solution.
+_METAMATH_STOPS = ("Instruction:", "Instruction", "Response:", "Response")
+_PHRASE = "The answer is: "
+# One separator at most: of "1,234,567" it takes 1,234. So do the scripts.
+_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """One benchmark as a paper's scripts have it.
+
+    Args:
+        prompt: Row to prompt.
+        target: Row to what is right, for the record.
+        stops: Texts before which an answer ends.
+        new_tokens: Tokens generated at most.
+        right: Row and generated text to 1 or 0; None where the text is a program that is run.
+        task: lm-eval's task that the rows are from, where it is another than the standard one, and its folder.
+    """
+
+    prompt: Callable[[Row], str]
+    target: Callable[[Row], str]
+    stops: tuple[str, ...]
+    new_tokens: int
+    right: Callable[[Row, str], float] | None
+    task: tuple[str, str] | None = None
+
+
+def metamath_number(text: str) -> int | None:
+    """Read the number after the last ``The answer is: ``, rounded.
+
+    Args:
+        text: What the model wrote.
+
+    Returns:
+        The number; None where the phrase or a number after it is missing.
+
+    >>> metamath_number("So 6 + 2 = 8. The answer is: 8")
+    8
+    >>> metamath_number("The answer is: 7/2"), metamath_number("The answer is: $1,200.50")
+    (4, 1200)
+    >>> metamath_number("#### 8") is None
+    True
+    """
+    parts = text.split(_PHRASE)
+    match = _NUMBER.search(parts[-1].strip()) if len(parts) > 1 else None
+    if match is None:
+        return None
+    numerator, slash, denominator = match[0].replace(",", "").partition("/")
+    if not slash:
+        return _rounded(numerator)
+    if numerator in ("", "+", "-"):
+        return None
+    # A division by 0 gives the numerator, as in the scripts.
+    return _rounded(numerator) if int(denominator) == 0 else round(float(Fraction(int(numerator), int(denominator))))
+
+
+def _rounded(number: str) -> int | None:
+    value = float(number)
+    return None if value in (float("inf"), float("-inf")) else round(value)
+
+
+def metamath_gold(answer: str) -> int:
+    """Read the right number of a GSM8K row.
+
+    Args:
+        answer: The row's answer, ending in ``#### 1,234``.
+
+    Returns:
+        The number.
+    """
+    return int(answer.split("#### ")[1].replace(",", ""))
+
+
+def metamath_math(text: str, same: Callable[[str, str], bool], gold: str) -> float:
+    """Compare what follows the last ``The answer is: `` with the right answer of a MATH row.
+
+    Args:
+        text: What the model wrote.
+        same: Whether two answers are the same but for notation (Hendrycks et al., NeurIPS 2021).
+        gold: What stands in the solution's box.
+
+    Returns:
+        1 if they are the same; 0 otherwise, and where the phrase is missing.
+    """
+    parts = text.split(_PHRASE)
+    if len(parts) < 2:
+        return 0.0
+    said = parts[-1].split(".\n")[0].strip().removesuffix(".").strip()
+    return float(same(said, gold))
+
+
+def _gsm8k(row: Row, text: str) -> float:
+    return float(metamath_number(text) == metamath_gold(row["answer"]))
+
+
+def _math(row: Row, text: str) -> float:
+    from lm_eval.tasks.hendrycks_math.utils import is_equiv
+
+    return metamath_math(text, is_equiv, row["answer"])
+
+
+_FORMS: Mapping[str, str] = {
+    "boolq": "Please answer the following question with true or false, question: {question}?",
+    "piqa": "Please choose the correct solution to the question: {goal}\n\nSolution1: {sol1}\n\nSolution2: {sol2}",
+    "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence: {sentence}"
+    "\n\nOption1: {option1} Option2: {option2}",
+}
+_WORDS: Mapping[str, str] = {
+    "piqa": "solution",
+    "winogrande": "option",
+    "hellaswag": "ending",
+    "arc_easy": "answer",
+    "arc_challenge": "answer",
+    "openbookqa": "answer",
+}
+
+
+def adapters_instruction(name: str, row: Row) -> tuple[str, str]:
+    """Put a row into the instruction form of LLM-Adapters.
+
+    Args:
+        name: The benchmark's name in the table.
+        row: With the fields of the hub's data.
+
+    Returns:
+        The instruction and the right word, such as ``answer2``.
+    """
+    if name == "boolq":
+        body, words, right = _FORMS[name].format(**row), ["true", "false"], int(not row["label"])
+        return f"{body}\n\nAnswer format: {'/'.join(words)}", words[right]
+    word = _WORDS[name]
+    if name in _FORMS:
+        body, count = _FORMS[name].format(**row), 2
+        right = int(row["label"]) if name == "piqa" else int(row["answer"]) - 1
+    elif name == "hellaswag":
+        choices, count = row["endings"], len(row["endings"])
+        body = f"Please choose the correct ending to complete the given sentence: {row['activity_label']}: {row['ctx']}"
+        body += "\n\n" + _numbered("Ending", choices)
+        right = int(row["label"])
+    else:
+        choices, count = row["choices"]["text"], len(row["choices"]["text"])
+        question = row["question_stem" if name == "openbookqa" else "question"]
+        body = f"Please choose the correct answer to the question: {question}\n\n" + _numbered("Answer", choices)
+        right = row["choices"]["label"].index(row["answerKey"].strip())
+    words = [f"{word}{number}" for number in range(1, count + 1)]
+    gap = " " if name == "winogrande" else "\n\n"
+    return f"{body}{gap}Answer format: {'/'.join(words)}", words[right]
+
+
+def _numbered(word: str, choices: list[str]) -> str:
+    return " ".join(f"{word}{number}: {choice}" for number, choice in enumerate(choices, start=1))
+
+
+def adapters_answer(name: str, text: str) -> str:
+    """Find the first answer word of a generated text.
+
+    Args:
+        name: The benchmark's name in the table.
+        text: What the model wrote.
+
+    Returns:
+        The word; empty where there is none.
+
+    >>> adapters_answer("arc_easy", " the correct answer is answer3, not answer1")
+    'answer3'
+    """
+    words = ("true", "false") if name == "boolq" else tuple(f"{_WORDS[name]}{number}" for number in range(1, 6))
+    match = re.search("|".join(words), text.strip())
+    return match[0] if match else ""
+
+
+def _adapters(name: str) -> Protocol:
+    def prompt(row: Row) -> str:
+        # The indented form of the scripts: trained and scored on the same odd white space.
+        pad = " " * 16
+        return (
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
+            f"\n\n{pad}### Instruction:\n{pad}{adapters_instruction(name, row)[0]}\n\n{pad}### Response:\n{pad}"
+        )
+
+    return Protocol(
+        prompt=prompt,
+        target=lambda row: adapters_instruction(name, row)[1],
+        stops=(),
+        new_tokens=32,
+        right=lambda row, text: float(adapters_answer(name, text) == adapters_instruction(name, row)[1]),
+    )
+
+
+def _webqs(row: Row, text: str) -> float:
+    return exact_match(text, row["answers"])
+
+
+def _first_answer(row: Row) -> str:
+    answers: list[str] = row["answers"]
+    return answers[0]
+
+
+PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
+    ("metamath", "gsm8k"): Protocol(
+        prompt=lambda row: _ALPACA.format(instruction=row["question"]),
+        target=lambda row: str(metamath_gold(row["answer"])),
+        stops=_METAMATH_STOPS,
+        new_tokens=1024,
+        right=_gsm8k,
+    ),
+    ("metamath", "math"): Protocol(
+        prompt=lambda row: _ALPACA.format(instruction=row["problem"]),
+        target=lambda row: str(row["answer"]),
+        stops=_METAMATH_STOPS,
+        new_tokens=2048,
+        right=_math,
+        task=("hendrycks_math", "hendrycks_math"),
+    ),
+    ("generated", "webqs"): Protocol(
+        prompt=lambda row: f"Question: {row['question']}\nAnswer:",
+        target=_first_answer,
+        stops=("\n", ".", ","),
+        new_tokens=32,
+        right=_webqs,
+    ),
+    ("bigcode", "humaneval"): Protocol(
+        prompt=lambda row: str(row["prompt"]).strip(),
+        target=lambda row: str(row["entry_point"]),
+        stops=("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>"),
+        new_tokens=512,
+        right=None,
+    ),
+    ("bigcode", "mbpp"): Protocol(
+        prompt=lambda row: f'"""\n{row["text"]}\n{row["test_list"][0]}\n"""\n',
+        target=lambda row: "\n".join(row["test_list"]),
+        stops=("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```"),
+        new_tokens=512,
+        right=None,
+    ),
+    **{("llm-adapters", name): _adapters(name) for name in ("boolq", *_WORDS)},
+}
+
+
+def protocol_for(scoring: str, name: str) -> Protocol:
+    """Give the protocol of one benchmark.
+
+    Args:
+        scoring: Its name.
+        name: The benchmark's name in the table.
+
+    Returns:
+        The protocol.
+    """
+    return PROTOCOLS[scoring, name]
+
+
+def overrides_of(protocol: Protocol, process: Callable[[Any, Any], dict[str, float]], metric: str) -> dict[str, Any]:
+    """Put a protocol into the words of an lm-eval task.
+
+    Args:
+        protocol: The protocol.
+        process: lm-eval's ``process_results``.
+        metric: The metric that it gives.
+
+    Returns:
+        Fields of the task's configuration.
+    """
+    return {
+        "output_type": "generate_until",
+        "doc_to_text": protocol.prompt,
+        "doc_to_target": protocol.target,
+        "doc_to_choice": None,
+        "description": "",
+        "gen_prefix": None,
+        "generation_kwargs": {
+            "until": list(protocol.stops),
+            "max_gen_toks": protocol.new_tokens,
+            "do_sample": False,
+            "temperature": 0.0,
+        },
+        "filter_list": None,
+        "process_results": process,
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
+        "num_fewshot": 0,
+        "fewshot_config": None,
+        "fewshot_split": None,
+        "repeats": 1,
+    }

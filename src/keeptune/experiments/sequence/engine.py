@@ -1,0 +1,382 @@
+"""keeptune run, of a recipe with stages: task after task on one model, each an ordinary run.
+
+    base -> stage 1 -> base + change 1 -> stage 2 -> base + changes 1, 2 -> ... -> one adapter for the base
+
+Under the output: ``stages/<stage>`` is the run of a stage on the model as it then stood, ``after/<stage>`` the adapter
+for the original base after it, with its scores, ``models/<stage>`` the whole model that the next stage starts from
+(removed when that is done), ``adapter`` the product. A stage that is done under the right key is not repeated, and
+within a stage everything goes on as in any run.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from keeptune.adapter.export import format_for
+from keeptune.adapter.load import load_adapter
+from keeptune.adapter.probe import logits_of
+from keeptune.core.artefact import (
+    content_key,
+    file_fingerprint,
+    has_key,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
+from keeptune.core.errors import ExportError, KeeptuneError
+from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.experiments.sequence.product import (
+    Gap,
+    add_changes,
+    gap_to,
+    joined,
+    read_changes,
+    write_adapter,
+    write_whole,
+)
+from keeptune.experiments.sequence.record import write_record
+from keeptune.experiments.sequence.schema import Stage, StageSequence
+from keeptune.methods.combined import tuned_roles
+from keeptune.model.blocks import find_targets
+from keeptune.model.pretrained import load_model
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.run import export_stage, plan_stage, start, train_stage
+from keeptune.pipeline.scoring import evaluate_stage, find_result, result_fingerprint
+from keeptune.pipeline.task_kinds import probe_of
+from keeptune.recipe.schema import Recipe
+from keeptune.recipe.sections import ExportSpec
+from keeptune.report.sequence import write_sequence
+
+__all__ = ["run_sequence"]
+
+_log = logging.getLogger(__name__)
+_NOT_IN_KEY = ("model", "output", "store", "device", "evaluate", "export", "reference", "low_memory")
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What all stages have in common.
+
+    Args:
+        sequence: The sequence.
+        base: A job on the original base.
+        dtype: Of the base as it is loaded.
+    """
+
+    sequence: StageSequence
+    base: Job
+    dtype: torch.dtype
+
+    @property
+    def output(self) -> Path:
+        """Where everything goes."""
+        return self.sequence.output
+
+    @property
+    def wanted(self) -> ExportSpec:
+        """How the product is written."""
+        return self.sequence.whole.export
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A finished stage.
+
+    Args:
+        run: Folder of its run's result: an adapter for the model it started from, or a whole model.
+        product: Folder of the product for the original base.
+        record: What ``stage.json`` holds.
+    """
+
+    run: Path
+    product: Path
+    record: dict[str, Any]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the product is a whole model."""
+        return self.product.name == "merged"
+
+
+def run_sequence(sequence: StageSequence) -> dict[str, Any]:
+    """Do all stages, or what is left of them, score after each, and write the product.
+
+    Args:
+        sequence: The sequence.
+
+    Returns:
+        The record, as in ``sequence.json``.
+
+    Raises:
+        KeeptuneError: Something the user can mend; the message names the stage.
+    """
+    base = Job(sequence.whole)
+    model = base.base()
+    _check(sequence, model)
+    course = _Course(sequence, base, model.dtype)
+    del model
+    done: list[_Done] = []
+    scores: list[list[dict[str, Any]]] = []
+    for stage in sequence.stages:
+        with _named(stage):
+            done.append(_stage(course, stage, done))
+            scores.append(_scores(course, done[-1].product.parent))
+    final, exported = _final(course, done[-1])
+    cut = exported is not None and (exported["error"] > 0 or exported["format"] == "merged")
+    record = write_record(
+        sequence,
+        [one.record for one in done],
+        scores,
+        adapter=final,
+        export=exported,
+        final=_scores(course, sequence.output) if cut else None,
+    )
+    page, numbers = sequence.output / "report.html", sequence.output / "sequence.json"
+    if not page.is_file() or page.stat().st_mtime < numbers.stat().st_mtime:
+        write_sequence(record, page)
+    return record
+
+
+@contextmanager
+def _named(stage: Stage) -> Iterator[None]:
+    """Have an error say at which stage."""
+    try:
+        yield
+    except KeeptuneError as error:
+        where = f"stage {stage.name}, {error.where}"
+        raise type(error)(where, got=error.got, wanted=error.wanted, next_step=error.next_step) from error
+
+
+def _check(sequence: StageSequence, model: PreTrainedModel) -> None:
+    """Check all stages, with their data and the model's targets, before the first begins."""
+    for stage in sequence.stages:
+        with _named(stage):
+            job = Job(stage.recipe)
+            job.check()
+            find_targets(model, tuned_roles(job.method, stage.recipe.targets), stage.recipe.layers)
+    for stage in sequence.stages:
+        remove_leftovers(sequence.output / "models" / stage.folder)
+    for name in ("adapter", "merged"):
+        remove_leftovers(sequence.output / name)
+
+
+def _stage(course: _Course, stage: Stage, done: Sequence[_Done]) -> _Done:
+    """Run a stage on the model as it stands, and add what it changed to the product."""
+    after = course.output / "after" / stage.folder
+    key = _key(course, stage, done)
+    there = _taken(course, stage, after, key)
+    if there is not None:
+        _log.info("stage %s: taken from %s", stage.name, after)
+        return there
+    _log.info("stage %s, %d of %d", stage.name, stage.number, len(course.sequence.stages))
+    started = time.perf_counter()
+    start_from = _start_model(course, done)
+    job = start(_stage_recipe(course, stage, start_from))
+    plan = plan_stage(job)
+    format, note = format_for(plan, "portable")
+    whole = format == "merged" or any(one.whole for one in done)
+    if whole:
+        _refuse_rank(course.wanted, stage, note or "A stage before it left a whole model")
+    train_stage(job, plan)
+    export_stage(job, plan)
+    result = find_result(job.output)
+    product = after / ("merged" if whole else "adapter")
+    remove_leftovers(product)
+    rank = _write_product(course, stage, done, result, product)
+    gap = _gap(course, job, result, product)
+    trained = read_json(job.output / "trained" / "train.json")
+    record = {
+        "key": key,
+        "name": stage.name,
+        "method": plan.method,
+        "options": dict(plan.options),
+        "seed": job.seed,
+        "run": str(job.output),
+        "result": str(result),
+        "product": str(product),
+        "weights": result_fingerprint(product),
+        "started_from": job.base_fingerprint,
+        "gap": gap.gap,
+        "relative_gap": gap.relative,
+        "rank": rank,
+        "note": note,
+        "trained_parameters": trained["trained_parameters"],
+        "loss": trained["loss"],
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(after / "stage.json", record)
+    if start_from is not None and not course.sequence.keep_models:
+        _remove_model(start_from)
+    _log.info("stage %s: gap to what was trained on a fresh base %.1e, rank %d", stage.name, gap.gap, rank)
+    return _Done(result, product, record)
+
+
+def _taken(course: _Course, stage: Stage, after: Path, key: str) -> _Done | None:
+    path = after / "stage.json"
+    if not has_key(path, key):
+        return None
+    record = read_json(path)
+    # The output may have been moved since: folders are found from it.
+    run = course.output / "stages" / stage.folder
+    result, product = run / Path(record["result"]).name, after / Path(record["product"]).name
+    whole = any(product.glob("*.safetensors")) and result_fingerprint(product) == record["weights"]
+    if not whole or not any(result.glob("*.safetensors")):
+        _log.warning("stage %s: %s is damaged; doing it again", stage.name, product)
+        return None
+    return _Done(result, product, record | {"run": str(run), "result": str(result), "product": str(product)})
+
+
+def _key(course: _Course, stage: Stage, done: Sequence[_Done]) -> str:
+    """Name all that a stage's result depends on: the stages before it, its recipe and its data, wherever they lie."""
+    recipe = {key: value for key, value in stage.recipe.written().items() if key not in _NOT_IN_KEY}
+    recipe["task"] = stage.recipe.task.model_dump(exclude={"train"})
+    recipe["knowledge"] = [part.model_dump(exclude={"file"}) for part in stage.recipe.knowledge_sets]
+    files = [stage.recipe.task.train, *(part.file for part in stage.recipe.knowledge_sets)]
+    before = [done[-1].record["key"], done[-1].record["weights"]] if done else [course.base.base_fingerprint]
+    return content_key([before, recipe, [file_fingerprint([Path(file)]) for file in files]])
+
+
+def _stage_recipe(course: _Course, stage: Stage, model: Path | None) -> Recipe:
+    """Give the recipe of a stage's own run, on the model as it stands.
+
+    What earlier stages changed would round away in 16 bits: from the second stage on, models are float32.
+    """
+    changes: dict[str, Any] = {
+        "output": course.output / "stages" / stage.folder,
+        "evaluate": [],
+        "export": ExportSpec(max_gap=course.wanted.max_gap),
+    }
+    if model is not None:
+        changes |= {"model": str(model), "revision": None, "dtype": "float32"}
+    return stage.recipe.model_copy(update=changes)
+
+
+def _start_model(course: _Course, done: Sequence[_Done]) -> Path | None:
+    """Find or write the model that the next stage starts from; None is the base itself."""
+    if not done:
+        return None
+    stage = course.sequence.stages[len(done) - 1]
+    folder = course.output / "models" / stage.folder
+    key = content_key([done[-1].record["key"], done[-1].record["weights"]])
+    if has_key(_mark(folder), key) and any(folder.glob("*.safetensors")):
+        return folder
+    if len(done) == 1 and course.dtype != torch.float32:
+        _log.info("the base is %s: from here on stages work in float32, with the memory that takes", course.dtype)
+    write_whole(course.base, _model_after(course.base, done), folder, torch.float32)
+    probe = _probe(course.base)
+    found = logits_of(load_model(str(folder), dtype="float32", device=course.base.device), probe)
+    wanted = logits_of(_load(course.base, done[-1].product), probe)
+    gap_to(found, wanted, course.dtype, course.wanted.max_gap, f"model after stage {stage.name}")
+    write_json(_mark(folder), {"key": key})
+    return folder
+
+
+def _model_after(base: Job, done: Sequence[_Done]) -> PreTrainedModel:
+    """Form the model after some stages in float32, from what is on disk."""
+    if not done:
+        return Job(base.recipe.model_copy(update={"dtype": "float32"})).base()
+    last = done[-1]
+    if not last.whole:
+        return add_changes(_model_after(base, ()), read_changes(last.product))
+    if last.run.name == "merged":
+        return load_model(str(last.run), dtype="float32", device=base.device)
+    return add_changes(_model_after(base, done[:-1]), read_changes(last.run))
+
+
+def _mark(model: Path) -> Path:
+    """Name the file that says what a working model was made from; it is written when the model is verified."""
+    return model.with_name(f"{model.name}.json")
+
+
+def _remove_model(folder: Path) -> None:
+    _mark(folder).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    if not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
+
+
+def _write_product(course: _Course, stage: Stage, done: Sequence[_Done], result: Path, product: Path) -> int:
+    """Write what all stages up to this one make of the base; give the rank of the change, 0 for a whole model."""
+    if product.name == "merged":
+        whole = _model_after(course.base, [*done, _Done(result, product, {})])
+        write_whole(course.base, whole, product, course.dtype)
+        write_json(product / "export.json", {"format": "merged"})
+        return 0
+    changes = joined(read_changes(done[-1].product) if done else {}, read_changes(result))
+    if not changes:
+        raise ExportError(
+            "training",
+            got="no change of any weight",
+            wanted="a stage that learns",
+            next_step="Raise its learning rate.",
+        )
+    options = {"stages": [one.name for one in course.sequence.stages[: stage.number]]}
+    written = write_adapter(course.base, changes, product, ExportSpec(max_gap=course.wanted.max_gap), options)
+    write_json(product / "export.json", asdict(written))
+    return max(change.rank for change in changes.values())
+
+
+def _gap(course: _Course, job: Job, result: Path, product: Path) -> Gap:
+    """Compare the product on a fresh base with what the stage trained, on the model it started from."""
+    probe = _probe(job)
+    found, wanted = logits_of(_load(course.base, product), probe), logits_of(_load(job, result), probe)
+    return gap_to(found, wanted, course.dtype, course.wanted.max_gap, "product")
+
+
+def _probe(job: Job) -> Tensor:
+    return probe_of(job.task, job.tokenizer, min(256, job.positions or 256))
+
+
+def _load(job: Job, result: Path) -> PreTrainedModel | PeftModel:
+    """Load what a run or a sequence made: an adapter on its base, or a whole model."""
+    if (result / "adapter_config.json").is_file():
+        return load_adapter(job.base(), result)
+    return load_model(str(result), dtype=job.recipe.dtype, device=job.device)
+
+
+def _refuse_rank(wanted: ExportSpec, stage: Stage, reason: str) -> None:
+    if wanted.rank is not None or wanted.format == "peft":
+        got = f"rank {wanted.rank}" if wanted.rank is not None else "format peft"
+        raise ExportError(
+            f"export, stage {stage.name}",
+            got=got,
+            wanted="none: the product is a whole model",
+            next_step=f"{reason}. Leave `export.{got.split()[0]}` out, or choose another method for the stage.",
+        )
+    _log.warning("stage %s: the product is a whole model from here on. %s", stage.name, reason)
+
+
+def _scores(course: _Course, folder: Path) -> list[dict[str, Any]]:
+    """Score everything against the original base, on the same items."""
+    job = Job(course.sequence.whole.model_copy(update={"output": folder}))
+    answers = KeptAnswers(
+        course.output / "base-answers", content_key([course.base.base_fingerprint, course.base.device])
+    )
+    return evaluate_stage(job, kept=answers)
+
+
+def _final(course: _Course, last: _Done) -> tuple[Path, dict[str, Any] | None]:
+    """Write the product as the recipe wants it."""
+    if last.whole:
+        return last.product, None
+    folder = course.output / ("merged" if course.wanted.format == "merged" else "adapter")
+    key = content_key([last.record["key"], last.record["weights"], course.wanted.model_dump()])
+    if has_key(folder / "export.json", key):
+        (folder / "export.json").touch()  # the newer of `adapter` and `merged` is what is scored
+        return folder, {k: v for k, v in read_json(folder / "export.json").items() if k != "key"}
+    options = {"stages": [stage.name for stage in course.sequence.stages]}
+    done = write_adapter(course.base, read_changes(last.product), folder, course.wanted, options)
+    write_json(folder / "export.json", {"key": key, **asdict(done)})
+    return folder, asdict(done)

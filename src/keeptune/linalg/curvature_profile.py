@@ -1,0 +1,109 @@
+"""Where a weight change lies against a curvature: its energy along the eigenvectors of a symmetric factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keeptune.core.low_rank import LowRank
+from keeptune.linalg.symmetric import Dense, Factor, LowRankPlus
+
+__all__ = ["Directions", "directions", "energies", "profile"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Directions:
+    """The eigenvectors of F, ``(n, n)``, from the largest eigenvalue on; the last may stand for many of one eigenvalue.
+
+    Args:
+        U: ``(n, k)``, orthonormal columns.
+        values: ``(k,)`` eigenvalues, or ``(k + 1,)`` where the last is that of all directions outside U.
+        counts: How many directions each eigenvalue stands for; they sum to n.
+    """
+
+    U: Tensor
+    values: Tensor
+    counts: Tensor
+
+
+def directions(factor: Factor) -> Directions | None:
+    """Decompose a factor in float64.
+
+    Laws: ``counts.sum() == n``; ``(values * counts).sum() == F.trace()``; values fall.
+
+    Args:
+        factor: F.
+
+    Returns:
+        Its eigenvectors; None for a multiple of the identity, all of whose directions are alike.
+    """
+    if isinstance(factor, Dense):
+        values, U = torch.linalg.eigh(factor.matrix.double())
+        return Directions(U.flip(1), values.flip(0).clamp_min(0), torch.ones_like(values))
+    if not isinstance(factor, LowRankPlus):
+        return None
+    order = factor.values.argsort(descending=True)
+    values, rest = factor.values[order].double(), factor.size - factor.rank
+    counts = torch.ones_like(values)
+    if rest:
+        values = torch.cat([values, factor.remainder.double().reshape(1)])
+        counts = torch.cat([counts, counts.new_tensor([float(rest)])])
+    return Directions(factor.U[:, order].double(), values, counts)
+
+
+def energies(change: LowRank | Tensor, along: Directions) -> Tensor:
+    """Measure how much of a change lies along each direction of its input, ``||E u_i||²``; of factors without E.
+
+    Laws: they sum to ``||E||²``; of the whole complement of U it is what is left.
+
+    Args:
+        change: E, ``(m, n)``.
+        along: Directions of its input.
+
+    Returns:
+        ``(k,)`` or ``(k + 1,)`` as the eigenvalues, float64.
+    """
+    U = along.U
+    if isinstance(change, LowRank):
+        factors = change.to(torch.float64, U.device)
+        C = factors.A @ U
+        found, total = (C * ((factors.B.T @ factors.B) @ C)).sum(0), factors.norm_squared()
+    else:
+        E = change.to(U)
+        found, total = (E @ U).square().sum(0), E.square().sum()
+    found = found.clamp_min(0)
+    if len(along.values) > len(found):
+        found = torch.cat([found, (total - found.sum()).clamp_min(0).reshape(1)])
+    return found
+
+
+def profile(widths: Tensor, energy: Tensor, bins: int = 10) -> Tensor:
+    """Say which share of an energy lies in each of several equal parts of a quantity that directions hold.
+
+    Directions lie side by side in their order, each as wide as what it holds (its eigenvalue, or 1 to count them), its
+    energy spread evenly over its width; the whole is cut into equal parts. Energy of a direction without width counts
+    for the part that it lies in.
+    Laws: the shares sum to 1; energy in proportion to the widths gives equal shares; so does ``bins=1``.
+
+    Args:
+        widths: ``(k,)``, not negative.
+        energy: ``(k,)``, not negative, not all zero.
+        bins: How many parts.
+
+    Returns:
+        ``(bins,)``, float64.
+    """
+    widths, energy = widths.double(), energy.double()
+    total = widths.sum()
+    if not total > 0:
+        return torch.nn.functional.one_hot(torch.tensor(bins - 1, device=energy.device), bins).to(energy)
+    ends = widths.cumsum(0) / total * bins
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    edges = torch.arange(bins, dtype=ends.dtype, device=ends.device)
+    inside = (torch.minimum(ends[:, None], edges + 1) - torch.maximum(starts[:, None], edges)).clamp_min(0)
+    covered = inside.sum(1, keepdim=True)
+    point = torch.nn.functional.one_hot(ends.long().clamp(0, bins - 1), bins).to(inside)
+    shares = torch.where(covered > 1e-12, inside / covered.clamp_min(1e-300), point)
+    return (energy[:, None] * shares).sum(0) / energy.sum()

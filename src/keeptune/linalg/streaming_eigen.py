@@ -1,0 +1,157 @@
+"""The top eigenvectors of X^T X / N from rows X that pass by once, without an n x n matrix.
+
+Rows fill a buffer S, ``(9k, n)``; when it is full it is compressed to 2k rows ``S' = Qᵀ S``, with Q a basis of the
+largest left singular vectors of S, found by two steps of subspace iteration on S Sᵀ. Then
+
+    S'ᵀ S' ≼ Sᵀ S                      whatever Q: nothing is counted twice             (1)
+    F̂ = U diag(λ) Uᵀ + ρ (I - U Uᵀ)    λ, U: top k of SᵀS / N at the end                (2)
+    ρ = (tr F - sum λ) / (n - k)       tr F is summed exactly, so F̂ has the trace of F  (3)
+    ‖F - F̂‖ ≈ ‖(F - F̂) G‖ / sqrt(p)   G (n, p) random signs, F G is summed exactly       (4)
+
+The buffer is filled to the same size however rows are split over calls: the result depends on their order only, and
+on that no more than (4) says. With k = n it is X^T X / N itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from keeptune.linalg.eigen import canonical_signs
+from keeptune.linalg.gram import add_gram, symmetric
+from keeptune.linalg.symmetric import LowRankPlus
+
+__all__ = ["TopDirections", "Truncated"]
+
+_KEPT = 2  # times k rows survive a compression
+_FRESH = 7  # times k rows come before the next: the products of a compression are shared by that many
+_STEPS = 2
+_PROBES = 16
+_SHIFT = 1e-13  # of the trace: what float64 rounds away
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Truncated:
+    """A covariance as its top directions and a scalar for all others.
+
+    Args:
+        factor: F̂.
+        error: ``‖F - F̂‖ / ‖F‖`` in Frobenius norm, estimated from 16 probes.
+    """
+
+    factor: LowRankPlus
+    error: float
+
+
+@dataclass
+class TopDirections:
+    """Finds the top k eigenvectors of a covariance while its rows stream by.
+
+    Laws: the result does not depend on how rows are split over ``add`` calls; ``F̂ - ρ (I - UUᵀ) ≼ F``; the trace is
+    that of F; with k = n it is F.
+
+    Args:
+        features: n.
+        rank: k; at most n directions are kept.
+        device: Where the buffer is.
+        seed: Seed of the subspace iteration's start and of the probes.
+    """
+
+    features: int
+    rank: int
+    device: torch.device
+    seed: int = 0
+    tokens: int = 0
+    trace: Tensor = field(init=False)
+    probed: Tensor = field(init=False)
+    probes: Tensor = field(init=False)
+    buffer: Tensor = field(init=False)
+    start: Tensor = field(init=False)
+    filled: int = 0
+
+    def __post_init__(self) -> None:
+        """Start empty."""
+        self.rank = min(self.rank, self.features)
+        draw = torch.Generator().manual_seed(self.seed)
+        signs = torch.randint(0, 2, (self.features, _PROBES), generator=draw) * 2 - 1
+        self.probes = signs.to(self.device, torch.float32)
+        self.probed = torch.zeros(self.features, _PROBES, dtype=torch.float64, device=self.device)
+        self.trace = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.buffer = torch.zeros((_KEPT + _FRESH) * self.rank, self.features, dtype=torch.float32, device=self.device)
+        shape = (self.buffer.shape[0], _KEPT * self.rank)
+        self.start = torch.randn(shape, generator=draw, dtype=torch.float32).to(self.device)
+
+    def add(self, rows: Tensor) -> None:
+        """Take the rows of one batch.
+
+        Args:
+            rows: ``(tokens, n)``.
+        """
+        X = rows.to(self.device, torch.float32)
+        self.tokens += X.shape[0]
+        self.trace += torch.linalg.vector_norm(X, dtype=torch.float64).square()
+        self.probed += X.T @ (X @ self.probes)
+        while X.shape[0]:
+            room = self.buffer.shape[0] - self.filled
+            part, X = X[:room], X[room:]
+            self.buffer[self.filled : self.filled + part.shape[0]] = part
+            self.filled += part.shape[0]
+            if self.filled == self.buffer.shape[0]:
+                self._compress()
+
+    def result(self) -> Truncated:
+        """Finish.
+
+        Returns:
+            The top directions, on the buffer's device, float64.
+        """
+        if self.filled > _KEPT * self.rank:
+            self._compress()
+        S = self.buffer[: self.filled].double()
+        if self.filled < self.rank:  # fewer tokens than directions: the others have the value 0
+            S = torch.cat([S, S.new_zeros(self.rank - self.filled, self.features)])
+        squares, W = torch.linalg.eigh(S @ S.T)
+        values = squares.flip(0)[: self.rank].clamp_min(0) / self.tokens
+        U = _orthonormal(S.T @ W.flip(1)[:, : self.rank])
+        trace, left = self.trace / self.tokens, self.features - self.rank
+        remainder = (trace - values.sum()).clamp_min(0) / left if left else trace * 0
+        factor = LowRankPlus(canonical_signs(U), values, remainder)
+        return Truncated(factor, self._error(factor))
+
+    def _compress(self) -> None:
+        """Replace the buffer's rows by ``Qᵀ S`` (1)."""
+        S, kept = self.buffer[: self.filled], _KEPT * self.rank
+        upper = torch.zeros(self.filled, self.filled, dtype=torch.float64, device=self.device)
+        add_gram(upper, S.T)
+        gram = symmetric(upper).float()
+        Q = self.start[: self.filled]
+        for _ in range(_STEPS):
+            Q = _contraction(gram @ Q)
+        self.buffer[:kept] = Q.T @ S
+        self.filled = kept
+
+    def _error(self, factor: LowRankPlus) -> float:
+        """Estimate (4), relative."""
+        probes, probed = self.probes.double(), self.probed / self.tokens
+        return float((probed - factor.apply(probes)).norm() / probed.norm().clamp_min(math.ulp(0.0)))
+
+
+def _orthonormal(Y: Tensor) -> Tensor:
+    """Orthonormalise columns that are orthogonal but for rounding, in their order; a zero column becomes any other."""
+    norms = torch.linalg.vector_norm(Y, dim=0)
+    Q: Tensor = torch.linalg.qr(Y / norms.clamp_min(torch.finfo(Y.dtype).tiny))[0]
+    return Q
+
+
+def _contraction(Y: Tensor) -> Tensor:
+    """Orthonormalise columns by Cholesky; where they depend on each other, shorten them: ``QᵀQ ≼ I`` always."""
+    Y = Y.double()
+    gram = Y.T @ Y
+    gram.diagonal().add_(gram.trace() * _SHIFT + torch.finfo(gram.dtype).tiny)
+    # cholesky_ex: rows that are no numbers are for the runner to tell, with the module and the batch.
+    root = torch.linalg.cholesky_ex(gram)[0]
+    Q: Tensor = torch.linalg.solve_triangular(root.T, Y, upper=True, left=False)
+    return Q.float()

@@ -1,0 +1,1 @@
+"""Probes that look into a model: attribution of nodes and causal tracing."""

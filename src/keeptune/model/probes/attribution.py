@@ -1,0 +1,304 @@
+r"""How much each output of a block's MLP says for the next token: LoKI's Knowledge Vector Attribution (KVA).
+
+LoKI (Wang et al., "LoKI: Low-damage Knowledge Implanting of Large Language Models", AAAI 2026). A node is one output
+coordinate j of a block's down-projection, z_l = W_down u_l, and belongs to row j of W_down. Integrated gradients, one
+block at a time, all others at the values that follow:
+
+    Attr_lj(x) = ∫₀¹ ∂F(z'_l + α (z_l - z'_l)) / ∂z_lj dα                                                    (4)
+               ≈ Σ_k w_k ∂F(z'_l + α_k (z_l - z'_l)) / ∂z_lj                                                 (5)
+
+with F the score of one token after the last one of the text, and z' the baseline. The paper and its two releases differ
+in nearly all of it (:class:`Integral` has the options): the paper writes the plain mean of gradients of the logit, both
+releases multiply by (z - z'), as integrated gradients do, and take the probability; the first release scales z at the
+last token only and keeps the left end of each step, the second scales all tokens, from a run on token 0, by trapezoids.
+
+Completeness: multiplied, the attributions of a block sum to F(z) - F(z') as steps grow, where the last token alone is
+scaled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from keeptune.core.errors import ModelError, RecipeError, StatisticsError
+from keeptune.data.calibration import Batch
+from keeptune.model.blocks import blocks_of, head_of
+from keeptune.model.down_projections import down_projections
+from keeptune.model.probes.node_scaling import Nodes
+from keeptune.model.probes.suffix import UnfitError
+from keeptune.model.probes.traced_passes import take
+from keeptune.model.runner import arguments_of, still
+
+__all__ = ["Attributor", "Baseline", "Integral", "Positions", "Rule", "Score", "quadrature"]
+
+_log = logging.getLogger(__name__)
+Positions = Literal["last", "all"]
+Baseline = Literal["zero", "pad"]
+Score = Literal["probability", "logit"]
+Rule = Literal["left", "right", "trapezoid", "gauss-legendre"]
+
+
+@dataclass(frozen=True, slots=True)
+class Integral:
+    """What is integrated, from where, and how.
+
+    Args:
+        positions: Scale the down-projection's output at the last token, or at all; kept is the last token's.
+        baseline: Where the path starts: at zero, or at the output in a run on padding tokens only.
+        pad_token: The padding token's id; the current release takes 0, whatever the tokenizer.
+        target: F: the token's probability or its logit.
+        rule: Which points of [0, 1] are taken, and with which weights.
+        steps: How many points.
+        times_activation: Multiply by z - z'.
+    """
+
+    positions: Positions = "last"
+    baseline: Baseline = "zero"
+    pad_token: int = 0
+    target: Score = "probability"
+    rule: Rule = "left"
+    steps: int = 7
+    times_activation: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        least = 2 if self.rule == "trapezoid" else 1
+        if self.steps < least:
+            raise RecipeError(
+                "attribution.steps",
+                got=f"{self.steps} with rule {self.rule}",
+                wanted=f"{least} or more",
+                next_step="The paper takes 7.",
+            )
+        if self.pad_token < 0:
+            raise RecipeError("attribution.pad_token", got=f"{self.pad_token}", wanted="a token id", next_step="Try 0.")
+
+
+def quadrature(rule: Rule, steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Give a rule's points and weights on [0, 1].
+
+    Law: weights sum to 1. Left and right are exact for constants, the trapezoid for lines, Gauss-Legendre for
+    polynomials of degree 2 m - 1. (Captum's trapezoid weights sum to (m - 1) / m only.)
+
+    Args:
+        rule: The rule.
+        steps: m, the number of points; two or more for the trapezoid.
+
+    Returns:
+        ``α_k`` and ``w_k``.
+
+    >>> quadrature("left", 4)
+    ((0.0, 0.25, 0.5, 0.75), (0.25, 0.25, 0.25, 0.25))
+    >>> quadrature("trapezoid", 3)
+    ((0.0, 0.5, 1.0), (0.25, 0.5, 0.25))
+    """
+    if rule == "gauss-legendre":
+        points, weights = np.polynomial.legendre.leggauss(steps)
+        return tuple(((points + 1) / 2).tolist()), tuple((weights / 2).tolist())
+    if rule == "trapezoid":
+        inner = 1 / (steps - 1)
+        ends = (inner / 2,)
+        return tuple(k * inner for k in range(steps)), (*ends, *(inner,) * (steps - 2), *ends)
+    first = 0 if rule == "left" else 1
+    return tuple((k + first) / steps for k in range(steps)), (1 / steps,) * steps
+
+
+class Attributor:
+    """Attributes batches of texts.
+
+    Args:
+        model: A causal language model without adapters.
+        integral: What is integrated.
+        chunk: Tokens in a pass; it changes speed and memory only.
+        plain: Do one run of the model per point even where the fast way applies.
+    """
+
+    def __init__(self, model: PreTrainedModel, integral: Integral, *, chunk: int = 2048, plain: bool = False) -> None:
+        if head_of(model) or not model.can_generate() or model.config.is_encoder_decoder:
+            raise ModelError(
+                type(model).__name__,
+                got="a model that writes no next token",
+                wanted="a causal language model: the score of the token after the last one is attributed",
+                next_step="Use the base's causal language model.",
+            )
+        self.targets = down_projections(model)
+        self.integral = integral
+        self.points, self.weights = quadrature(integral.rule, integral.steps)
+        self.nodes = Nodes(
+            model,
+            blocks_of(model),
+            tuple(model.get_submodule(target.name) for target in self.targets),
+            tuple(target.layer for target in self.targets),
+            chunk,
+            partial(score, target=integral.target),
+        )
+        # None: not tried yet.
+        self.fits: bool | None = False if plain else None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks that have a down-projection."""
+        return self.nodes.layers
+
+    def attribute(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+        """Attribute the token after the last one of each text.
+
+        Args:
+            batch: Texts, the padding on either side.
+            wanted: ``(B,)``, the token ids to score; None for the model's own most likely ones.
+
+        Returns:
+            ``(B, layers, nodes)``, float32, on the CPU; the sign kept.
+
+        Raises:
+            StatisticsError: An attribution is not finite.
+        """
+        with still(self.nodes.model):
+            found = self._try_fast(batch, wanted) if self.fits is None else None
+            if found is None:
+                found = (self._fast if self.fits else self._plain)(batch, wanted)[0]
+        if not bool(torch.isfinite(found).all()):
+            raise StatisticsError(
+                "attribution",
+                got="NaN or infinite numbers",
+                wanted="finite ones",
+                next_step="Load the model in float32 or bfloat16.",
+            )
+        return found.cpu()
+
+    @property
+    def _pad(self) -> int | None:
+        return self.integral.pad_token if self.integral.baseline == "pad" else None
+
+    def _fast(self, batch: Batch, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Give the attributions and ``(states, B)`` scores."""
+        nodes, whole = self.nodes, self.integral.positions == "all"
+        clean = nodes.clean(batch, whole=whole, pad_token=self._pad)
+        tokens = _tokens(clean.logits, wanted)
+        states = [(at, alpha) for at in range(len(nodes.modules)) for alpha in self.points]
+        scores, gradients = (nodes.all if whole else nodes.last)(clean, tokens, states)
+        gradients = gradients.reshape(len(nodes.modules), len(self.points), *gradients.shape[1:])
+        mean = torch.einsum("lkbd,k->bld", gradients, gradients.new_tensor(self.weights))
+        if not self.integral.times_activation:
+            return mean, scores
+        spans = [output - start for output, start in zip(clean.outputs, clean.starts, strict=True)]
+        return mean * torch.stack([(take(s, clean.last) if whole else s)[:, 0] for s in spans], dim=1), scores
+
+    def _plain(self, batch: Batch, wanted: Tensor | None, some: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Do one run of the whole model for each point, by hooks on the modules: works on any model."""
+        nodes = self.nodes
+        mask = batch.attention_mask.to(nodes.model.device)
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1, keepdim=True)
+        with torch.no_grad():
+            logits, outputs = _watched(nodes, batch, mask)
+            tokens = _tokens(take(logits, last)[:, 0], wanted)
+            starts = [torch.zeros_like(output) for output in outputs]
+            if self._pad is not None:
+                pads = Batch(torch.full_like(batch.input_ids, self._pad), batch.attention_mask)
+                starts = _watched(nodes, pads, mask)[1]
+        here = torch.arange(mask.shape[1], device=mask.device) == last
+        found, scores = [], []
+        for at in range(len(nodes.modules)) if some is None else some:
+            output, start = outputs[at], starts[at]
+            total = torch.zeros_like(output[:, 0])
+            for alpha, weight in zip(self.points, self.weights, strict=True):
+                path = start + alpha * (output - start)
+                leaf = take(path, last).requires_grad_(True)
+                base = output if self.integral.positions == "last" else path
+                handle = nodes.modules[at].register_forward_hook(_replacing(base, here, leaf))
+                with torch.enable_grad():
+                    try:
+                        logits = take(nodes.model(**arguments_of(batch, mask)).logits, last)[:, 0]
+                    finally:
+                        handle.remove()
+                    scored = nodes.score(logits, tokens)
+                    (gradient,) = torch.autograd.grad(scored.sum(), leaf)
+                total += weight * gradient[:, 0]
+                scores.append(scored.detach())
+            found.append(total * take(output - start, last)[:, 0] if self.integral.times_activation else total)
+        return torch.stack(found, dim=1), torch.stack(scores)
+
+    def _try_fast(self, batch: Batch, wanted: Tensor | None) -> Tensor | None:
+        """Attribute the first batch the fast way, and hold one block of its most padded text against the plain way."""
+        wrong = ""
+        try:
+            found, scores = self._fast(batch, wanted)
+        except torch.OutOfMemoryError:
+            raise
+        # What a block of an unforeseen form may raise.
+        except (UnfitError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        else:
+            row = int(batch.attention_mask.sum(dim=1).argmin())
+            one = Batch(batch.input_ids[row : row + 1], batch.attention_mask[row : row + 1])
+            at = (len(self.layers) - 1) // 2
+            plain, levels = self._plain(one, None if wanted is None else wanted[row : row + 1], [at])
+            fast = scores.reshape(len(self.layers), len(self.points), -1)[at, :, row]
+            # In half precision the order of a sum shows.
+            loose = 1e-3 if torch.finfo(self.nodes.model.dtype).eps < 1e-4 else 0.2
+            gaps = _gap(found[row, at], plain[0, 0]), _gap(fast, levels[:, 0])
+            if not max(gaps) <= loose:
+                wrong = f"it differs from one run per point by {max(gaps):.1e}"
+        self.fits = not wrong
+        if wrong:
+            _log.warning(
+                "attribution: %s cannot be attributed the fast way (%s): one run per block and point is done, which "
+                "takes much longer",
+                type(self.nodes.model).__name__,
+                wrong,
+            )
+            return None
+        return found
+
+
+def score(logits: Tensor, wanted: Tensor, target: Score) -> Tensor:
+    """Compute F, in float32 or better.
+
+    Args:
+        logits: ``(..., vocabulary)``.
+        wanted: ``(...)``, token ids.
+        target: Which score.
+
+    Returns:
+        ``(...)``, the probability or the logit.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    chosen = logits.gather(-1, wanted[..., None]).squeeze(-1)
+    return chosen if target == "logit" else (chosen - logits.logsumexp(dim=-1)).exp()
+
+
+def _tokens(logits: Tensor, wanted: Tensor | None) -> Tensor:
+    return logits.float().argmax(dim=-1) if wanted is None else wanted.to(logits.device)
+
+
+def _gap(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference over the largest value; of values near zero, such as where F is near 1, rounding is all."""
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-2))
+
+
+def _watched(nodes: Nodes, batch: Batch, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    outputs: list[Tensor] = []
+    with ExitStack() as stack:
+        for module in nodes.modules:
+            handle = module.register_forward_hook(
+                lambda *seen: outputs.append(seen[2].reshape(*mask.shape, -1).float())
+            )
+            stack.callback(handle.remove)
+        return cast(Tensor, nodes.model(**arguments_of(batch, mask)).logits), outputs
+
+
+def _replacing(base: Tensor, here: Tensor, leaf: Tensor) -> Any:
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return torch.where(here[..., None], leaf, base).to(output.dtype).reshape(output.shape)
+
+    return hook

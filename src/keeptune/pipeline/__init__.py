@@ -1,0 +1,1 @@
+"""The flow of a run, from a recipe to an adapter and its report."""

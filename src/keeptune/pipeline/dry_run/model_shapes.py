@@ -1,0 +1,175 @@
+"""The shape of a model without its weights and without the network: its config, or what is known of its hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from keeptune.core.errors import ModelError
+from keeptune.core.target import Target
+from keeptune.model.blocks import depth, find_targets, head_of, positions
+from keeptune.model.down_projections import down_projections
+from keeptune.pipeline.dry_run.known import MODELS
+
+__all__ = ["ModelShape", "model_shape"]
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What estimates need to know of a model.
+
+    Args:
+        name: The folder or hub id.
+        source: Where the shape is from: ``config.json``, ``the hub's cache`` or ``known shapes``.
+        dtype: Of the weights as they would be loaded.
+        stored: Bytes of the weights' files, in the dtype that the config says.
+        parameters: P, all of them, a classifier's head among them.
+        head_parameters: Of a classifier's head, which is trained in full.
+        vocabulary: V; 0 for a classifier.
+        hidden: h, the size of the hidden states.
+        blocks: L.
+        attention: a, numbers of all query heads together.
+        cached: k, numbers of all key heads together; values are as many.
+        positions: How many tokens fit; None where there is no limit.
+        linear: All linear maps but the head.
+        model: The model on the meta device, which holds shapes only.
+    """
+
+    name: str
+    source: str
+    dtype: str
+    stored: int
+    parameters: int
+    head_parameters: int
+    vocabulary: int
+    hidden: int
+    blocks: int
+    attention: int
+    cached: int
+    positions: int | None
+    linear: tuple[Target, ...]
+    model: PreTrainedModel
+
+    @property
+    def size(self) -> int:
+        """Bytes of one number of the weights."""
+        return _BYTES[self.dtype]
+
+    def targets(self, roles: Iterable[str] | None, layers: Sequence[int] | None) -> list[Target]:
+        """List the linear maps that would be tuned.
+
+        Args:
+            roles: Their roles; None is all.
+            layers: Their blocks; None is all.
+
+        Returns:
+            The targets.
+
+        Raises:
+            PlanError: A role or a block does not exist in this model.
+        """
+        asked, blocks = None if roles is None else set(roles), None if layers is None else set(layers)
+        unknown = (asked or set()) - {target.role for target in self.linear}
+        if unknown or (blocks or set()) - {target.layer for target in self.linear} or blocks == set():
+            return find_targets(self.model, asked, blocks)  # says what is wrong
+        return [
+            target
+            for target in self.linear
+            if (asked is None or target.role in asked) and (blocks is None or target.layer in blocks)
+        ]
+
+    @cached_property
+    def downs(self) -> frozenset[str]:
+        """Names of the MLPs' down-projections."""
+        return frozenset(target.name for target in down_projections(self.model))
+
+    @property
+    def wide(self) -> int:
+        """Numbers that an MLP of one block keeps of each token besides its input: f for GELU, 3 f for a gated one."""
+        first = [target for target in self.linear if target.layer == 0]
+        inner = max((t.in_features for t in first if t.out_features == self.hidden), default=0)
+        gated = sum(target.out_features == inner for target in first) > 1
+        return 3 * inner if gated else inner
+
+
+def model_shape(
+    name: str,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    labels: int | None = None,
+    trust_remote_code: bool = False,
+) -> ModelShape:
+    """Find a model's shape without fetching anything.
+
+    Args:
+        name: A folder, or a hub id: its config in the hub's cache, else what is known of it.
+        dtype: ``"auto"`` takes what the config says.
+        revision: Branch, tag or commit on the hub.
+        labels: Outputs of a classifier's head; None for a causal language model.
+        trust_remote_code: Run Python code that the model's repository brings.
+
+    Returns:
+        The shape.
+
+    Raises:
+        ModelError: There is no config at hand and the shape is not known.
+    """
+    config, source = _config(name, revision, trust_remote_code)
+    kind: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    if labels is not None:
+        config.num_labels = labels
+    with torch.device("meta"):
+        model: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code)
+    own = model.config.get_text_config()
+    heads = own.num_attention_heads
+    width = getattr(own, "head_dim", None) or own.hidden_size // heads
+    said = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    parameters = sum(p.numel() for p in model.parameters())
+    return ModelShape(
+        name=name,
+        source=source,
+        dtype=said if dtype == "auto" else dtype,
+        stored=_BYTES[said] * parameters,
+        parameters=parameters,
+        head_parameters=sum(p.numel() for part in head_of(model) for p in model.get_submodule(part).parameters()),
+        vocabulary=own.vocab_size if labels is None else 0,
+        hidden=own.hidden_size,
+        blocks=depth(model),
+        attention=heads * width,
+        cached=(getattr(own, "num_key_value_heads", None) or heads) * width,
+        positions=positions(model),
+        linear=tuple(find_targets(model)),
+        model=model,
+    )
+
+
+def _config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str]:
+    folder = Path(name).expanduser()
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder) if folder.is_dir() else name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+        return config, "config.json" if folder.is_dir() else "the hub's cache"
+    except (OSError, ValueError, ImportError) as error:
+        if name in MODELS and not folder.is_dir():
+            values = dict(MODELS[name])
+            return AutoConfig.for_model(values.pop("model_type"), **values), "known shapes"
+        first = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"model {name}",
+            got=f"no config at hand ({type(error).__name__}: {first})",
+            wanted="a model folder, a hub id in the hub's cache, or one whose shape keeptune knows",
+            next_step=f"Known are {', '.join(MODELS)}; `hf download {name} config.json` puts a config into the cache.",
+        ) from error

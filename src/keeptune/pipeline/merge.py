@@ -1,0 +1,106 @@
+"""keeptune merge: an adapter and its base to one whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+from keeptune.adapter.load import SIDECAR, check_base
+from keeptune.adapter.whole_model import merge
+from keeptune.core.artefact import read_json
+from keeptune.core.errors import ModelError, RecipeError
+from keeptune.model.head import Head, body_fingerprint
+from keeptune.model.pretrained import Dtype, load_model, load_tokenizer
+
+__all__ = ["base_of", "head_of_adapter", "merge_adapter", "trained_in"]
+
+
+def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype: str = "auto") -> float:
+    """Merge an adapter into its base and write the whole model, with its tokenizer.
+
+    Args:
+        adapter: A LoRA adapter folder.
+        output: Where the model goes.
+        base: Path or hub id; None takes what the adapter names.
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+
+    Returns:
+        The largest difference in logits between adapter on base and merged model.
+
+    Raises:
+        ModelError: The folder is not an adapter, or is one for another base.
+        ExportError: The output holds something else, or the merged model gives no numbers.
+        RecipeError: The dtype is unknown.
+    """
+    chosen = next((known for known in get_args(Dtype) if known == dtype), None)
+    if chosen is None:
+        raise RecipeError("--dtype", got=dtype, wanted=", ".join(get_args(Dtype)), next_step="Pick one.")
+    name = base or base_of(adapter)
+    head = head_of_adapter(adapter)
+    trained_on = load_model(name, dtype=trained_in(adapter) or chosen, head=head)
+    check_base(adapter, body_fingerprint(trained_on), None if head is None else head.labels)
+    return merge(
+        adapter, output, load_base=lambda: load_model(name, dtype=chosen, head=head), tokenizer=load_tokenizer(name)
+    )
+
+
+def head_of_adapter(adapter: Path) -> Head | None:
+    """Read which head an adapter brings; the base's own may be any, as it is replaced.
+
+    Args:
+        adapter: The adapter's folder.
+
+    Returns:
+        The head; None for a language model.
+
+    Raises:
+        ModelError: It is a classifier, and nothing says of which labels.
+    """
+    labels = read_json(adapter / SIDECAR).get("labels") if (adapter / SIDECAR).is_file() else None
+    config = adapter / "adapter_config.json"
+    if labels is None and config.is_file() and read_json(config).get("task_type") == "SEQ_CLS":
+        raise ModelError(
+            f"adapter {adapter}",
+            got=f"a classifier without keeptune's {SIDECAR}",
+            wanted="the labels that it tells apart",
+            next_step="Merge it with PEFT: load the base with its number of labels, then merge_and_unload().",
+        )
+    return None if labels is None else Head(tuple(labels))
+
+
+def trained_in(adapter: Path) -> Dtype | None:
+    """Tell the dtype that the base was loaded in; fingerprints differ between dtypes.
+
+    Args:
+        adapter: The adapter's folder.
+
+    Returns:
+        The dtype; None where keeptune did not make the adapter.
+    """
+    sidecar = adapter / SIDECAR
+    dtype: Dtype | None = read_json(sidecar).get("provenance", {}).get("dtype") if sidecar.is_file() else None
+    return dtype
+
+
+def base_of(adapter: Path) -> str:
+    """Read which base an adapter was made for.
+
+    Args:
+        adapter: The adapter's folder.
+
+    Returns:
+        Path or hub id.
+
+    Raises:
+        ModelError: The adapter names none.
+    """
+    config = adapter / "adapter_config.json"
+    named = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    if not named:
+        raise ModelError(
+            f"adapter {adapter}",
+            got="an adapter_config.json that names no base" if config.is_file() else "no adapter_config.json",
+            wanted="a PEFT adapter folder",
+            next_step="Give the `adapter` folder of a run; --base names the base.",
+        )
+    return str(named)

@@ -1,0 +1,136 @@
+"""The evaluate stage: the exported adapter, as a user will load it, scored on and off on the same items."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from keeptune.adapter.load import check_base, load_adapter
+from keeptune.core.artefact import (
+    content_key,
+    file_fingerprint,
+    has_key,
+    read_json,
+    write_bytes,
+    write_json,
+)
+from keeptune.core.errors import ModelError
+from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.evaluation.harness import evaluate
+from keeptune.evaluation.kinds import data_fingerprint, engine_of
+from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
+from keeptune.model.pretrained import load_model
+from keeptune.pipeline.job import Job
+
+__all__ = ["evaluate_stage", "find_result", "load_pair", "result_fingerprint"]
+
+_log = logging.getLogger(__name__)
+
+
+def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers | None = None) -> list[dict[str, Any]]:
+    """Score every benchmark that is not scored yet; results are kept one by one.
+
+    Args:
+        job: The job.
+        adapter: An adapter or merged model to score; None takes the run's own. Another's results go to
+            ``evaluation-<fingerprint>`` in the run folder and never mix with the run's own.
+        kept: Where the base's answers are, so that it is not asked again; None asks it.
+
+    Returns:
+        One summary per benchmark.
+    """
+    folder = find_result(job.output) if adapter is None else adapter
+    weights = result_fingerprint(folder)
+    results = job.output / ("evaluation" if adapter is None else f"evaluation-{weights[:12]}")
+    pair: ModelPair | None = None
+    summaries = []
+    for benchmark in job.recipe.evaluate:
+        data = data_fingerprint(benchmark)
+        key = content_key([benchmark, data, weights, job.base_fingerprint, job.seed])
+        target = results / f"{benchmark.name}.json"
+        items = target.with_suffix(".items.jsonl")
+        if has_key(target, key) and items.is_file():
+            _log.info("evaluate: %s taken from %s", benchmark.name, target)
+            summaries.append(read_json(target)["summary"])
+            continue
+        pair = pair or load_pair(job, folder)
+        started = time.perf_counter()
+        result = evaluate(pair, job.tokenizer, benchmark, Path(), seed=job.seed, kept=kept)
+        write_bytes(items, result.to_jsonl().encode())
+        seconds = time.perf_counter() - started
+        record = {
+            "key": key,
+            "weights": weights,
+            "benchmark": benchmark,
+            "engine": engine_of(benchmark),
+            "seed": job.seed,
+            "seconds": seconds,
+            "summary": result.summary(),
+        }
+        write_json(target, record)
+        summaries.append(record["summary"])
+    return summaries
+
+
+def load_pair(job: Job, folder: Path) -> ModelPair:
+    """Load a result on a fresh base, by stock PEFT or as a whole model.
+
+    Args:
+        job: The job.
+        folder: An adapter, or a merged model.
+
+    Returns:
+        The model before and after.
+    """
+    if (folder / "adapter_config.json").is_file():
+        check_base(folder, job.base_fingerprint, None if job.head is None else job.head.labels)
+        return AdapterPair(load_adapter(job.base(), folder))
+    return TwoModels(job.base(), load_model(str(folder), dtype=job.recipe.dtype, device=job.device, head=job.head))
+
+
+def find_result(output: Path) -> Path:
+    """Find what a run exported.
+
+    Args:
+        output: The run folder.
+
+    Returns:
+        Its ``adapter`` or ``merged`` folder, the newer one if there are both.
+
+    Raises:
+        ModelError: Nothing was exported yet.
+    """
+    found = [output / name for name in ("adapter", "merged") if (output / name / "export.json").is_file()]
+    if not found:
+        raise ModelError(
+            f"run {output}",
+            got="no exported adapter",
+            wanted="a run that was trained and exported",
+            next_step="Run `keeptune export` with its recipe first, or give --adapter.",
+        )
+    return max(found, key=lambda folder: (folder / "export.json").stat().st_mtime)
+
+
+def result_fingerprint(folder: Path) -> str:
+    """Name a result by its weights.
+
+    Args:
+        folder: An adapter or merged model.
+
+    Returns:
+        The fingerprint.
+
+    Raises:
+        ModelError: There are no safetensors weights in it.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(
+            f"adapter {folder}",
+            got="no safetensors weights" if folder.is_dir() else "no such folder",
+            wanted="an adapter folder of PEFT, or a whole model",
+            next_step="Check the path.",
+        )
+    return file_fingerprint(weights)

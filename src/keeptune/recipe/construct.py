@@ -1,0 +1,104 @@
+"""Methods and penalties from the sections of a recipe; unknown options are errors with the nearest name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from keeptune.core.errors import PlanError, RecipeError, nearest
+from keeptune.methods.base import method_named, methods
+from keeptune.methods.combined import Combined, Part
+from keeptune.penalties.base import PenaltySpec, penalties, penalty_named
+from keeptune.recipe.sections import explain
+
+__all__ = ["make_method", "make_penalties"]
+
+
+def make_method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, seed: int) -> Any:
+    """Make a method from its recipe section, or several side by side from theirs.
+
+    Args:
+        options: ``name`` and the method's own fields; of several methods also their ``targets``.
+        seed: For a method that draws numbers, unless the section has a ``seed`` of its own.
+
+    Returns:
+        The method.
+
+    Raises:
+        RecipeError: The name or an option is unknown, or a value does not fit.
+        PlanError: An option is out of range, or the methods do not fit together.
+    """
+    if isinstance(options, Mapping):
+        return _method_of(options, seed)
+    return Combined([_part_of(section, f"method.{index}", seed) for index, section in enumerate(options)])
+
+
+def _part_of(section: Mapping[str, Any], where: str, seed: int) -> Part:
+    roles = section.get("targets")
+    if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
+        raise RecipeError(
+            f"{where}.targets",
+            got="nothing" if roles is None else repr(roles),
+            wanted="the roles that this method is for, since there are several",
+            next_step="Example: targets: [down_proj].",
+        )
+    try:
+        return Part(_method_of({key: value for key, value in section.items() if key != "targets"}, seed), roles)
+    except (PlanError, RecipeError) as error:
+        place = re.sub(r"^method\b", where, error.where)
+        raise type(error)(place, got=error.got, wanted=error.wanted, next_step=error.next_step) from error
+
+
+def _method_of(options: Mapping[str, Any], seed: int) -> Any:
+    if "name" not in options:
+        raise RecipeError("method", got="no name", wanted="name: one of the methods", next_step=nearest("", methods()))
+    cls = method_named(str(options["name"]))
+    given = {key: value for key, value in options.items() if key != "name"}
+    _check_names(given, cls, "method", cls.name)
+    if any(field.name == "seed" for field in dataclasses.fields(cls)):
+        given = {"seed": seed, **given}
+    try:
+        return TypeAdapter(cls).validate_python(given)
+    except ValidationError as error:
+        raise explain(error, "method", lambda _: [field.name for field in dataclasses.fields(cls)]) from error
+
+
+def _check_names(given: Mapping[str, Any], cls: type[Any], where: str, owner: str) -> None:
+    known = {field.name: field.default for field in dataclasses.fields(cls)}
+    for key, value in given.items():
+        if key not in known:
+            raise RecipeError(
+                f"{where}.{key}",
+                got=f"an option that {owner} does not have",
+                wanted="one of its options",
+                next_step=nearest(key, known) if known else f"{owner} has no options.",
+            )
+        if dataclasses.is_dataclass(known[key]) and isinstance(value, Mapping):  # pydantic takes any key there
+            _check_names(value, type(known[key]), f"{where}.{key}", key)
+
+
+def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[PenaltySpec, ...]:
+    """Make the penalties of a recipe.
+
+    Args:
+        sections: Each a ``name`` and the penalty's own fields.
+
+    Returns:
+        The penalties.
+
+    Raises:
+        RecipeError: A name or an option is unknown, or a value does not fit.
+    """
+    made = []
+    for section in sections:
+        if "name" not in section:
+            raise RecipeError(
+                "penalties", got="no name", wanted="name: one of the penalties", next_step=nearest("", penalties())
+            )
+        options = {key: value for key, value in section.items() if key != "name"}
+        made.append(penalty_named(str(section["name"]), options))
+    return tuple(made)

@@ -1,0 +1,226 @@
+"""The sections of a recipe: what to keep, what to learn, how the result is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from keeptune.adapter.export import Format
+from keeptune.core.artefact import canonical_json
+from keeptune.core.errors import RecipeError, nearest
+from keeptune.data.multiple_choice import LOKI_PROMPT
+from keeptune.evaluation.benchmarks import Benchmark
+from keeptune.evaluation.standard import NamedBenchmark
+from keeptune.recipe.reading import spelt_out
+
+__all__ = [
+    "AnyBenchmark",
+    "ExportSpec",
+    "Kind",
+    "Knowledge",
+    "KnowledgeSets",
+    "MethodSections",
+    "Section",
+    "Task",
+    "TaskCalibration",
+    "explain",
+]
+
+_TEXT = "{text}"
+_FORMS = ("text", "prompt", "completion")
+_TAGS = ("one section", "several sections")
+OWN, NAMED = "of a file", "of a name"
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Knowledge(Section):
+    """A set of what to keep: whole texts, or prompts with their completions; data for statistics."""
+
+    file: str
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    choices: str | None = None
+    chat: bool = False
+    examples: int = Field(256, ge=1)
+    by: str | None = None
+    seed: int | None = Field(None, ge=0)
+    max_length: int = Field(1024, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_form(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and all(values.get(key) is None for key in _FORMS):
+            if values.get("choices") is not None:
+                given = {key: value for key, value in values.items() if key not in _FORMS}
+                return {"prompt": LOKI_PROMPT, "completion": "{letter}", "chat": True, **given}
+            return {**values, "text": _TEXT}
+        return values
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Knowledge:
+        given = [key for key in _FORMS if getattr(self, key) is not None]
+        if given not in (["text"], ["prompt", "completion"]):
+            raise RecipeError(
+                f"recipe, key knowledge, file {self.file}",
+                got=" and ".join(given),
+                wanted="either text, or prompt and completion",
+                next_step="Give `text` to keep whole texts, `prompt` and `completion` to keep answers.",
+            )
+        if self.chat and self.prompt is None:
+            raise RecipeError(
+                f"recipe, key knowledge.chat, file {self.file}",
+                got="true for whole texts",
+                wanted="prompts, which a chat's user says",
+                next_step="Give `prompt` and `completion`, or leave `chat` out.",
+            )
+        return self
+
+
+def _form(value: Any) -> str:
+    return _TAGS[isinstance(value, list | tuple)]
+
+
+KnowledgeSets = Annotated[
+    Annotated[Knowledge, Tag(_TAGS[0])] | Annotated[list[Knowledge], Field(min_length=1), Tag(_TAGS[1])],
+    Discriminator(_form),
+]
+
+
+MethodSections = Annotated[
+    Annotated[dict[str, Any], Tag(_TAGS[0])] | Annotated[list[dict[str, Any]], Field(min_length=1), Tag(_TAGS[1])],
+    Discriminator(_form),
+    BeforeValidator(spelt_out),
+]
+
+
+def _source(entry: Any) -> str:
+    """Say which of the two an entry of ``evaluate`` is: a file with a metric, or the name of a standard benchmark."""
+    own = isinstance(entry, Benchmark) or (isinstance(entry, Mapping) and not {"metric", "file"}.isdisjoint(entry))
+    return OWN if own else NAMED
+
+
+AnyBenchmark = Annotated[
+    Annotated[Benchmark, Tag(OWN)] | Annotated[NamedBenchmark, Tag(NAMED)],
+    Discriminator(_source),
+    BeforeValidator(spelt_out),
+]
+
+
+Kind = Literal["completion", "classification", "regression"]
+# Keys that a kind needs, and those that it may have.
+_KIND_KEYS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "completion": (("prompt", "completion"), ()),
+    "classification": (("text", "label"), ("text_pair", "labels")),
+    "regression": (("text", "label"), ("text_pair",)),
+}
+_KINDS_KEYS = tuple(dict.fromkeys(key for keys in _KIND_KEYS.values() for part in keys for key in part))
+
+
+class TaskCalibration(Section):
+    """How much of the task statistics of inputs and gradients are taken from."""
+
+    examples: int = Field(256, ge=1)
+    max_length: int = Field(1024, ge=2)
+    seed: int = Field(0, ge=0)
+
+
+class Task(Section):
+    """What to learn: prompts and completions, or texts with a label or a score each."""
+
+    train: str
+    kind: Kind = "completion"
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    labels: Annotated[list[str], Field(min_length=2)] | None = None
+    examples: int | None = Field(None, ge=1)
+    calibration: TaskCalibration = TaskCalibration()
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Task:
+        needed, allowed = _KIND_KEYS[self.kind]
+        given = [key for key in _KINDS_KEYS if getattr(self, key) is not None]
+        for key in given:
+            if key not in (*needed, *allowed):
+                raise RecipeError(
+                    f"recipe, key task.{key}",
+                    got=f"a key that kind {self.kind} does not use",
+                    wanted=f"the keys {', '.join((*needed, *allowed))}",
+                    next_step=f"Remove it, or set task.kind: {' or '.join(_KIND_KEYS)}.",
+                )
+        for key in needed:
+            if key not in given:
+                raise RecipeError(
+                    f"recipe, key task.{key}",
+                    got="nothing",
+                    wanted=f"a value, for kind {self.kind}",
+                    next_step=f"Add `{key}:` to the task, or set task.kind: {' or '.join(_KIND_KEYS)}.",
+                )
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise RecipeError(
+                "recipe, key task.labels", got=str(self.labels), wanted="different labels", next_step="Name each once."
+            )
+        return self
+
+
+class ExportSpec(Section):
+    """How the result is written."""
+
+    format: Format = "portable"
+    max_gap: float | None = Field(None, gt=0)
+    rank: int | None = Field(None, ge=1)
+
+
+def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | int]], Sequence[str]]) -> RecipeError:
+    """Say what is wrong with a value that pydantic refused.
+
+    Args:
+        error: The error; its first finding counts.
+        where: The recipe, or the section.
+        known: Gives the keys that may stand at a place, in which alternatives are named.
+
+    Returns:
+        The error to raise.
+    """
+    first = error.errors()[0]
+    location = _without_tags(first["loc"])
+    place = ".".join(str(part) for part in location)
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return RecipeError(
+            f"{where}, key {place}",
+            got="an unknown key",
+            wanted="a key that recipes have",
+            next_step=nearest(str(location[-1]), list(known(first["loc"]))),
+        )
+    if first["type"] in ("missing", "missing_argument"):
+        return RecipeError(
+            f"{where}, key {place}", got="nothing", wanted="a value", next_step=f"Add `{place}:` to the recipe."
+        )
+    got = canonical_json(first["input"]) if _is_plain(first["input"]) else repr(first["input"])
+    return RecipeError(f"{where}, key {place}", got=got, wanted=first["msg"], next_step="Correct the value.")
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool | list | dict)
+
+
+def _without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Take the names of alternatives out of the place of an error.
+
+    Args:
+        location: As pydantic gives it.
+
+    Returns:
+        The keys that the recipe has.
+    """
+    return tuple(part for part in location if part not in (*_TAGS, OWN, NAMED))

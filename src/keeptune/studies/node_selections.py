@@ -1,0 +1,201 @@
+"""What the studies of nodes share: attributions of a recipe's knowledge, selections of rows, and where they lie."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from keeptune.core.errors import RecipeError, StatisticsError, nearest
+from keeptune.linalg.voting import Rows, count_votes, quota, voted
+from keeptune.methods.combined import parts_of
+from keeptune.methods.loki import Loki
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.planning import statistics_for
+from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
+
+__all__ = [
+    "PRESETS",
+    "Side",
+    "Where",
+    "asked_loki",
+    "attributed",
+    "check_share",
+    "chosen_rows",
+    "density",
+    "side_of",
+]
+
+# What is taken: of each block, or of all blocks together, the lowest or the highest.
+Where = Literal["layer-balanced", "layer-high", "global-low", "global-high"]
+PRESETS: Mapping[str, NeuronAttribution] = {
+    "release": NeuronAttribution(),
+    "paper": NeuronAttribution.as_paper(),
+    "current": NeuronAttribution.as_current(),
+}
+_BINS = 64  # of nodes, in a map of where they lie
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of two selections that are compared.
+
+    Args:
+        attribution: What is measured.
+        where: What is taken.
+    """
+
+    attribution: NeuronAttribution
+    where: Where = "layer-balanced"
+
+
+def asked_loki(job: Job) -> Loki:
+    """Take a recipe's LoKI, or the default one.
+
+    Args:
+        job: The recipe.
+
+    Returns:
+        Whose attribution, share of nodes and selection are used where nothing else is asked for.
+    """
+    return next((part.method for part in parts_of(job.method) if isinstance(part.method, Loki)), Loki())
+
+
+def side_of(words: str, job: Job, option: str) -> Side:
+    """Read one side of a comparison: a preset, a selection and a number of examples, each where it is to differ.
+
+    Args:
+        words: Such as ``paper``, ``global-low``, ``50`` or ``paper,global-low,50``; empty for all of the recipe's own.
+        job: The recipe, whose LoKI (or the default) says the rest.
+        option: The option they come from.
+
+    Returns:
+        The side.
+
+    Raises:
+        RecipeError: A word is none of them.
+    """
+    found = asked_loki(job)
+    attribution, where, examples = found.attribution, found.selection, found.attribution.examples
+    for word in (part.strip() for part in words.split(",") if part.strip()):
+        kind = next((known for known in get_args(Where) if known == word), None)
+        if word in PRESETS:
+            attribution = PRESETS[word]
+        elif kind is not None:
+            where = kind
+        elif word == "all":
+            examples = None
+        elif word.isdecimal() and int(word) > 0:
+            examples = int(word)
+        else:
+            known = [*PRESETS, *get_args(Where), "all"]
+            raise RecipeError(
+                option,
+                got=f'"{word}"',
+                wanted=f"{', '.join(known)}, or a number of examples",
+                next_step=nearest(word, known),
+            )
+    return Side(dataclasses.replace(attribution, examples=examples), where)
+
+
+def check_share(q: float) -> None:
+    """Check a share of nodes.
+
+    Args:
+        q: Per cent.
+
+    Raises:
+        RecipeError: It is out of range.
+    """
+    if not 0 < q <= 100:
+        raise RecipeError(
+            "--q", got=f"{q:g}", wanted="above 0 and at most 100: per cent of the nodes", next_step="Example: --q 1"
+        )
+
+
+def attributed(job: Job, request: NeuronAttribution) -> Attributions:
+    """Attribute the nodes of a recipe's base over its knowledge; what the store has is not computed again.
+
+    Args:
+        job: The recipe.
+        request: What to measure.
+
+    Returns:
+        The attributions, read from the store as they are needed.
+
+    Raises:
+        RecipeError: The recipe has no knowledge.
+        KeeptuneError: The model or the data cannot be attributed.
+    """
+    if job.calibration is None:
+        raise RecipeError(
+            "knowledge",
+            got="no `knowledge` section in the recipe",
+            wanted="the texts over which nodes are attributed",
+            next_step='Add for example knowledge: {file: calibration.jsonl, prompt: "{question}\\nAnswer:", '
+            'completion: " {answer}"}.',
+        )
+    targets, statistics = statistics_for(
+        job.base(),
+        Loki(attribution=request),
+        job.store,
+        data={"knowledge": job.calibration},
+        fingerprint=job.base_fingerprint,
+    )
+    return statistics.view(targets[0]).attributions(request)
+
+
+def chosen_rows(attributions: Attributions, q: float, where: Where) -> Rows:
+    """Choose rows by the votes of all texts, as LoKI does (eqs. 6-9) and its controls.
+
+    Args:
+        attributions: Of many texts.
+        q: Per cent of the nodes.
+        where: What is taken.
+
+    Returns:
+        The rows of each down-projection, ascending.
+
+    Raises:
+        StatisticsError: So small a share leaves no row.
+    """
+    whole, highest = where.startswith("global"), where.endswith("high")
+    k = quota(q, attributions.nodes * (len(attributions.layers) if whole else 1))
+    if k == 0:
+        raise StatisticsError(
+            "--q",
+            got=f"{q:g} per cent of {attributions.nodes} nodes, which leaves no row",
+            wanted=f"{100 / attributions.nodes:.2g} or more",
+            next_step="Raise it, or take nodes of all blocks together.",
+        )
+    return voted(attributions.chunks(), k, whole=whole, highest=highest).rows
+
+
+def density(attributions: Attributions, q: float = 5.0) -> dict[str, Any]:
+    """Map where the highest and lowest nodes of all blocks together lie (the paper's Fig. 2).
+
+    Args:
+        attributions: Of many texts.
+        q: Per cent of all nodes that each text names.
+
+    Returns:
+        ``q``, ``edges`` (the first node of each bin, and D), and ``highest`` and ``lowest``: for each block and bin
+        the mean share of texts that name a node.
+    """
+    nodes = attributions.nodes
+    k = quota(q, nodes * len(attributions.layers))
+    edges = [round(place * nodes / min(nodes, _BINS)) for place in range(min(nodes, _BINS) + 1)]
+    found: dict[str, Any] = {"q": q, "edges": edges}
+    for name in ("highest", "lowest"):
+        counts = count_votes(attributions.chunks(), k, whole=True, highest=name == "highest")
+        found[name] = _binned(counts.double() / attributions.samples, edges).tolist()
+    return found
+
+
+def _binned(shares: Tensor, edges: list[int]) -> Tensor:
+    """Average ``(L, D)`` over bins of nodes."""
+    return torch.stack([part.mean(dim=1) for part in torch.tensor_split(shares, edges[1:-1], dim=1)], dim=1)

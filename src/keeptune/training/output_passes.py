@@ -1,0 +1,171 @@
+"""Penalties on the model's answers: the passes they need, beside those of the trainer.
+
+Gradients are taken with respect to the trained parameters by ``torch.autograd.grad``, which fires none of the hooks
+that DDP averages gradients with. Under DDP each process runs its share of the texts, and the sums are added up here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor, nn
+
+from keeptune.adapter.install import held_parameters
+from keeptune.core.eval_mode import in_evaluation
+from keeptune.core.plan import Plan
+from keeptune.penalties.kl import kl_divergence
+from keeptune.penalties.on_outputs import TextBatch
+
+__all__ = ["Gradients", "Outputs"]
+
+_MIB = 2**20
+
+
+class Gradients:
+    """Gradients of parameters, added up."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._held: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add one.
+
+        Args:
+            parameter: The parameter.
+            gradient: Its gradient, float32.
+        """
+        before = self._held.get(id(parameter))
+        self._held[id(parameter)] = (parameter, gradient if before is None else before[1] + gradient)
+
+    def join(self, other: Gradients) -> None:
+        """Add others.
+
+        Args:
+            other: The others.
+        """
+        for parameter, gradient in other.items():
+            self.add(parameter, gradient)
+
+    def items(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Give them.
+
+        Returns:
+            Pairs of parameter and gradient.
+        """
+        return list(self._held.values())
+
+    def norm(self) -> Tensor:
+        """Compute the norm of all together.
+
+        Returns:
+            A scalar.
+        """
+        norms: list[Tensor] = [torch.linalg.vector_norm(gradient) for _, gradient in self._held.values()]
+        if not norms:
+            return torch.zeros(())
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([part.to(norms[0].device) for part in norms]))
+        return norm
+
+
+class Outputs:
+    """A penalty on answers, on the model in training.
+
+    Args:
+        spec: The penalty.
+        model: The installed model, not what wraps it.
+        plan: The plan that was installed.
+    """
+
+    def __init__(self, spec: Any, model: PeftModel, plan: Plan) -> None:
+        """Remember all; the base's answers are kept as far as they fit."""
+        self.name = spec.name
+        self._spec, self._model, self._plan = spec, model, plan
+        self._kept: dict[int, Tensor] = {}
+        self._bytes = 0
+
+    def value_and_grad(self, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Gradients]:
+        """Run the texts of this step.
+
+        Args:
+            tensors: The penalty's own.
+            scale: What a ``GradScaler`` multiplies losses by, so that 16-bit gradients do not vanish on the way.
+
+        Returns:
+            The value, and its gradient without the scale.
+        """
+        batch = self._spec.batch(tensors)
+        count = int(batch.learned.sum())
+        own = _share(batch)
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        value = torch.zeros((), device=batch.input_ids.device)
+        found: list[Tensor | None] = [None] * len(trained)
+        with in_evaluation(self._model):
+            if len(own.input_ids):
+                base = self._base(own)
+                with torch.enable_grad():
+                    loss = self._spec.strength / max(count, 1) * kl_divergence(base, self._answers(own)).sum()
+                    found = list(torch.autograd.grad(loss * scale, trained, allow_unused=True))
+                value = loss.detach()
+        pairs = [
+            (p, torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale)
+            for p, g in zip(trained, found, strict=True)
+        ]
+        return _together(value, pairs)
+
+    def _answers(self, batch: TextBatch) -> Tensor:
+        """Give the log-probabilities of what comes at each learned place, ``(learned tokens, vocabulary)``."""
+        logits: Tensor = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return logits[:, :-1][batch.learned[:, 1:]].float().log_softmax(dim=-1)
+
+    def _base(self, batch: TextBatch) -> Tensor:
+        if batch.number in self._kept:
+            return self._kept[batch.number]
+        with torch.no_grad(), _at_start(self._model, self._plan):
+            found = self._answers(batch)
+        size = found.numel() * found.element_size()
+        if self._bytes + size <= self._spec.kept_mib * _MIB:
+            self._kept[batch.number] = found
+            self._bytes += size
+        return found
+
+
+def _share(batch: TextBatch) -> TextBatch:
+    """Take this process's texts of a batch."""
+    if not dist.is_initialized():
+        return batch
+    rows = slice(dist.get_rank(), None, dist.get_world_size())
+    return TextBatch(batch.number, batch.input_ids[rows], batch.attention_mask[rows], batch.learned[rows])
+
+
+def _together(value: Tensor, pairs: list[tuple[nn.Parameter, Tensor]]) -> tuple[Tensor, Gradients]:
+    """Add up the shares of all processes."""
+    flat = torch.cat([value.float().reshape(1), *(gradient.reshape(-1) for _, gradient in pairs)])
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+    found = Gradients()
+    sizes = [gradient.numel() for _, gradient in pairs]
+    for (parameter, _), part in zip(pairs, torch.split(flat[1:], sizes), strict=True):
+        found.add(parameter, part.view(parameter.shape))
+    return flat[0], found
+
+
+@contextmanager
+def _at_start(model: PeftModel, plan: Plan) -> Iterator[None]:
+    """Put the plan's first factors in, and then those in training again."""
+    held = [
+        (parameter, t.start[factor]) for t in plan.targets for factor, parameter in held_parameters(model, t).items()
+    ]
+    now = [parameter.data for parameter, _ in held]
+    try:
+        for parameter, start in held:
+            parameter.data = start.to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for (parameter, _), value in zip(held, now, strict=True):
+            parameter.data = value

@@ -1,0 +1,357 @@
+"""Penalties: terms of the loss that depend on the trained factors only, once per optimiser step.
+
+    L = L_task + sum over penalties, over targets, of P(A, B)
+
+Their gradients are in closed form and are added to ``.grad`` after the last micro-batch's backward pass and before
+clipping. So they count once whatever the gradient accumulation, the normalisation of the loss and the number of
+processes (gradients are averaged before), and take part in clipping. A hand-written loop does the same:
+
+    penalties = keeptune.Penalties(model, plan)
+    loss.backward()                                  # as often as the step has micro-batches
+    penalties.step()
+    clip_grad_norm_(...); optimizer.step(); optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from keeptune.adapter.install import held_parameters
+from keeptune.adapter.selected_rows import within_rows
+from keeptune.core.errors import TrainError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Factor, PenaltyPlan, Plan, TargetPlan
+from keeptune.linalg.symmetric import Identity
+from keeptune.penalties.base import NORM, Adaptive, Term, penalty_named, start_of
+from keeptune.penalties.kronecker import KroneckerChange
+from keeptune.penalties.on_outputs import OfOutputs
+from keeptune.training.compatibility import refuse_trainer
+from keeptune.training.output_passes import Gradients, Outputs
+
+__all__ = ["Penalties", "add_penalties"]
+
+
+class Penalties:
+    """The penalties of a plan, on the model in training.
+
+    Args:
+        model: The installed model; what wraps it afterwards (DDP, FSDP2) does not matter.
+        plan: The plan that was installed.
+    """
+
+    def __init__(self, model: PeftModel, plan: Plan) -> None:
+        """Remember both; parameters are looked up at each step, for sharding may replace them."""
+        self._model, self._plan = model, plan
+        self._specs = [penalty_named(penalty.name, penalty.options) for penalty in plan.penalties]
+        self._state = [_state_of(spec, made) for spec, made in zip(self._specs, plan.penalties, strict=True)]
+        self._outputs = [Outputs(spec, model, plan) if isinstance(spec, OfOutputs) else None for spec in self._specs]
+        self._terms: list[dict[int, Term]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self.taken = 0
+
+    @torch.no_grad()
+    def step(self, scale: float = 1.0) -> Tensor:
+        """Add the gradients of all penalties to ``.grad``: after the backward pass, before clipping.
+
+        Args:
+            scale: What gradients are scaled by at this moment: ``scaler.get_scale()`` under a ``GradScaler``.
+
+        Returns:
+            The sum of the penalties.
+        """
+        parameters = [held_parameters(self._model, target_plan) for target_plan in self._plan.targets]
+        if not self._terms:
+            self._bind([next(iter(found.values())).device for found in parameters])
+        values: list[dict[str, Tensor]] = [{} for _ in self._specs]
+        summed = Gradients()
+        for target_plan, of_target, terms in zip(self._plan.targets, parameters, self._terms, strict=True):
+            for factor, gradient in _gradients(target_plan, of_target, terms, values).items():
+                summed.add(of_target[factor], gradient)
+        norms = {}
+        for outputs, own, parts in zip(self._outputs, self._own, values, strict=True):
+            if outputs is not None:
+                parts[""], gradients = outputs.value_and_grad(own, scale)
+                norms[f"penalty_grad_norm/{outputs.name}"] = gradients.norm()
+                summed.join(gradients)
+        for parameter, gradient in summed.items():
+            _add(parameter, gradient if scale == 1 else gradient * scale)
+        home = self._home
+        sums: dict[str, Tensor] = {}
+        for spec, parts in zip(self._specs, values, strict=True):
+            name = f"penalty/{spec.name}"
+            sums[name] = (
+                sums.get(name, torch.zeros((), device=home))
+                + torch.stack([value.to(home) for value in parts.values()]).sum()
+            )
+        total = torch.stack(list(sums.values())).sum()
+        found = {"penalty": total, "penalty_grad_norm": summed.norm().to(home)} | norms | sums | self._adapt(values)
+        self._sums = {name: value + self._sums.get(name, 0.0) for name, value in found.items()}
+        self._steps += 1
+        self.taken += 1
+        return total
+
+    def read(self) -> dict[str, float]:
+        """Give the means over the steps since the last reading, and how far each layer is from its start now.
+
+        Returns:
+            ``penalty``, the sum; ``penalty/l2`` and the like; ``penalty_grad_norm``; ``drift/layer_0`` and the
+            like, ``‖ΔW‖ / ‖W‖``, the mean over the layer's targets that a penalty holds. Empty where there was no step.
+        """
+        if not self._steps:
+            return {}
+        means = {name: float(value) / self._steps for name, value in self._sums.items()}
+        self._sums, self._steps = {}, 0
+        return means | self._drift()
+
+    def state(self) -> dict[str, list[float]]:
+        """Give what changes while training, such as multipliers: a checkpoint needs it.
+
+        Returns:
+            Plain values, for :meth:`restore`.
+        """
+        return {
+            f"{index}:{name}": value.double().tolist()
+            for index, held in enumerate(self._state)
+            for name, value in held.items()
+        }
+
+    def restore(self, state: Mapping[str, list[float]]) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: From :meth:`state`.
+        """
+        for index, held in enumerate(self._state):
+            for name, value in held.items():
+                value.copy_(torch.tensor(state[f"{index}:{name}"], dtype=torch.float64))
+
+    def _bind(self, devices: list[torch.device]) -> None:
+        self._home = devices[0]
+        self._state = [{name: value.to(self._home) for name, value in held.items()} for held in self._state]
+        pairs = list(zip(self._plan.penalties, self._state, strict=True))
+        on = {device: [_On(made.tensors, device, held) for made, held in pairs] for device in dict.fromkeys(devices)}
+        self._own = on[self._home]
+        self._terms = [
+            {
+                index: self._specs[index].bind(target_plan, on[device][index])
+                for index, made in enumerate(self._plan.penalties)
+                if f"{NORM}:{target_plan.target.name}" in made.tensors
+            }
+            for target_plan, device in zip(self._plan.targets, devices, strict=True)
+        ]
+
+    def _adapt(self, values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Let penalties change what they change between steps; give what they have to log."""
+        logs: dict[str, Tensor] = {}
+        for spec, own, parts in zip(self._specs, self._own, values, strict=True):
+            if isinstance(spec, Adaptive):
+                logs |= spec.update(own, parts)
+        return logs
+
+    @torch.no_grad()
+    def _drift(self) -> dict[str, float]:
+        by_layer: dict[int, list[float]] = defaultdict(list)
+        for target_plan in self._plan.targets:
+            target = target_plan.target
+            norms = [
+                made.tensors[at] for made in self._plan.penalties if (at := f"{NORM}:{target.name}") in made.tensors
+            ]
+            if not norms:
+                continue
+            factors = {name: _whole(p) for name, p in held_parameters(self._model, target_plan).items()}
+            B, one = factors["B"] * factors.get("diag", 1.0), torch.ones((), device=factors["B"].device)
+            change = KroneckerChange(
+                Omega=Identity(target.in_features, one),
+                Gamma=Identity(target.out_features, one),
+                scale=target_plan.scale,
+                weight=1.0,
+                start=start_of(target_plan, B.device),
+            )
+            norm = float(norms[0])
+            moved = float(change.value(LowRank(B, factors["A"])).clamp_min(0).sqrt())
+            by_layer[target.layer].append(moved / norm if norm else 0.0)
+        return {f"drift/layer_{layer}": sum(found) / len(found) for layer, found in sorted(by_layer.items())}
+
+
+def add_penalties(trainer: Any, plan: Plan) -> Penalties:
+    """Give a trainer the penalties of a plan, once per optimiser step.
+
+    Laws: n micro-batches of b examples give the step of one batch of n b, n processes that of one; evaluation losses
+    have no penalty; ``loss`` in the logs stays the task's own.
+
+    Args:
+        trainer: A ``transformers.Trainer`` or any of TRL's; this one is changed, its class is not.
+        plan: A plan with penalties.
+
+    Returns:
+        The penalties.
+
+    Raises:
+        TrainError: The trainer's back-end or optimiser leaves no moment at which a gradient can be added once.
+    """
+    refuse_trainer(trainer, plan)
+    penalties = Penalties(trainer.model, plan)
+    training_step, log = trainer.training_step, trainer.log
+
+    def with_penalties(*args: Any, **kwargs: Any) -> Any:
+        loss = training_step(*args, **kwargs)
+        if trainer.accelerator.sync_gradients:
+            scaler = trainer.accelerator.scaler
+            penalties.step(1.0 if scaler is None else scaler.get_scale())
+        return loss
+
+    def with_parts(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= penalties.read()
+        log(logs, *args, **kwargs)
+
+    trainer.training_step, trainer.log = with_penalties, with_parts
+    trainer.add_callback(_Count(penalties, plan))
+    if any(penalties.state()):
+        trainer.add_callback(PenaltyState(penalties))
+    return penalties
+
+
+class _Count(TrainerCallback):
+    """Stops a trainer that takes steps without penalties, since its loop has no ``training_step``."""
+
+    def __init__(self, penalties: Penalties, plan: Plan) -> None:
+        self._penalties, self._plan, self._seen = penalties, plan, 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Compare the penalties' count of steps with the trainer's."""
+        self._seen += 1
+        if self._penalties.taken != self._seen:
+            raise TrainError(
+                f"step {state.global_step}",
+                got=f"an optimiser step without the penalties {', '.join(p.name for p in self._plan.penalties)}"
+                if self._penalties.taken < self._seen
+                else f"{self._penalties.taken} penalties in {self._seen} optimiser steps",
+                wanted="a trainer whose loop calls training_step and ends each step at its last micro-batch",
+                next_step="Use another trainer, or call keeptune.Penalties.step in a loop of your own.",
+            )
+
+
+class PenaltyState(TrainerCallback, ExportableState):
+    """Keeps what penalties change while training in the trainer's checkpoints.
+
+    Args:
+        penalties: The penalties.
+    """
+
+    def __init__(self, penalties: Penalties | None = None) -> None:
+        """Remember the penalties."""
+        self.penalties = penalties
+
+    def state(self) -> dict[str, Any]:
+        """Give it to a checkpoint."""
+        return {"args": {}, "attributes": {"kept": self.penalties.state() if self.penalties else {}}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take it from the checkpoint that training goes on from.
+
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            control: The trainer's control.
+            **kwargs: Not used.
+
+        Raises:
+            TrainError: Trainer replaced this callback by one that knows no penalties, or the checkpoint has none.
+        """
+        if self.penalties is None:
+            raise TrainError(
+                "train.restore_callback_states_from_checkpoint",
+                got="true",
+                wanted="false: keeptune's callbacks restore themselves",
+                next_step="Leave it out.",
+            )
+        if state.global_step == 0:
+            return
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        if kept is None:
+            raise TrainError(
+                f"checkpoint of step {state.global_step}",
+                got="no state of the penalties",
+                wanted="a checkpoint of a run with these penalties",
+                next_step="Train from the start, in another output folder.",
+            )
+        self.penalties.restore(kept["attributes"]["kept"])
+
+
+def _state_of(spec: Any, made: PenaltyPlan) -> dict[str, Tensor]:
+    names = spec.state if isinstance(spec, Adaptive) else ()
+    return {name: made.tensors[name].clone() for name in names}
+
+
+def _gradients(
+    target_plan: TargetPlan,
+    parameters: Mapping[Factor, nn.Parameter],
+    terms: Mapping[int, Term],
+    values: list[dict[str, Tensor]],
+) -> dict[Factor, Tensor]:
+    """Sum the gradients of a target's terms, within its rows; note their values."""
+    factors = {factor: _whole(parameter) for factor, parameter in parameters.items()}
+    summed: dict[Factor, Tensor] = {}
+    for index, term in terms.items():
+        values[index][target_plan.target.name], gradients = term.value_and_grad(factors)
+        for factor, gradient in gradients.items():
+            if parameters[factor].requires_grad:
+                summed[factor] = summed[factor] + gradient if factor in summed else gradient
+    return {factor: within_rows(target_plan, factor, gradient) for factor, gradient in summed.items()}
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """Read a parameter in float32; one that is sharded is gathered, which for a low-rank factor is little."""
+    value = parameter.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).float()
+
+
+def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add to ``.grad``; every process has the whole gradient, and keeps its shard."""
+    gradient = gradient.to(parameter.dtype if parameter.grad is None else parameter.grad.dtype)
+    if isinstance(parameter.data, DTensor):
+        mesh = parameter.data.device_mesh
+        same = DTensor.from_local(gradient, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        gradient = same.redistribute(placements=parameter.data.placements)
+    if parameter.grad is None:
+        parameter.grad = gradient.contiguous()
+    else:
+        parameter.grad.add_(gradient)
+
+
+class _On(Mapping[str, Tensor]):
+    """Tensors on a device, moved when they are first asked for; those of targets that live elsewhere stay.
+
+    Args:
+        tensors: All of them.
+        device: The device.
+        shared: Those that change while training, the same for all devices.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, shared: Mapping[str, Tensor]) -> None:
+        self.tensors, self.device = tensors, device
+        self.moved: dict[str, Tensor] = dict(shared)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.moved:
+            self.moved[name] = self.tensors[name].to(self.device)
+        return self.moved[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)

@@ -1,0 +1,210 @@
+"""Programs that a model might write: what they cannot do, and that right ones pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from keeptune.evaluation.standard import sandbox
+from keeptune.evaluation.standard.programs import Runs, program_of
+from keeptune.evaluation.standard.sandbox import Limits, Sandbox, open_sandbox
+
+DATA = Path(__file__).parents[4] / "shared/data"
+CONFINED = Path(sandbox.__file__).with_name("confined.py")
+
+
+@pytest.fixture(scope="module")
+def box() -> Sandbox:
+    return open_sandbox("evaluate.x")
+
+
+@pytest.fixture(scope="module")
+def bare() -> Sandbox:
+    """Without namespaces, as where the kernel gives none."""
+    return Sandbox((), Limits())
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "x = 1\nassert x == 1",
+        "open('a', 'w').write('x')\nassert open('a').read() == 'x'",
+        "import os\nassert os.listdir('.') == [] and dict(os.environ) == {}",
+        "import math, heapq, re, collections, itertools, typing, functools",
+        "import numpy\nassert numpy.ones((2, 2)).sum() == 4",
+        "assert __name__ == '__main__'",
+        "print('a' * 10**6)",
+        "class A:\n    def f(self):\n        return g()\ndef g():\n    return 3\nassert A().f() == 3",
+    ],
+)
+def test_right_programs_pass(box: Sandbox, program: str) -> None:
+    assert box.run(program) == sandbox.Outcome(True, "")
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("assert 1 == 2", "AssertionError"),
+        ("def f(:", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit(0)", "SystemExit"),
+        ("import sys\nsys.exit()", "SystemExit"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("import os\nos._exit(0)", "stopped"),
+        ("import os, signal\nos.abort()", "stopped"),
+        ("x = bytearray(3 * 10**9)", "MemoryError"),
+        ("x = []\nwhile True:\n    x.append(bytearray(10**7))", "MemoryError"),
+        ("def f():\n    return f()\nf()", "RecursionError"),
+        ("input()", "EOFError"),
+        ("open('big', 'wb').write(b'x' * 10**7)", "File too large"),
+        ("a\0b", ""),
+        ("x = '\ud800'", ""),
+    ],
+)
+def test_wrong_programs_fail(box: Sandbox, program: str, said: str) -> None:
+    outcome = box.run(program)
+    assert not outcome.passed
+    assert said in outcome.said
+
+
+FORBIDDEN = [
+    "import socket\nsocket.create_connection(('127.0.0.1', {port}))",
+    "import _socket\n_socket.socket().connect(('127.0.0.1', {port}))",
+    "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:{port}')",
+    "import os\nos.fork()",
+    "import os\nwhile True:\n    os.fork()",
+    "import subprocess\nsubprocess.run(['true'])",
+    "import os\nos.system('true')",
+    "import multiprocessing\np = multiprocessing.Process(target=print)\np.start()\np.join()\nassert p.exitcode == 0",
+    "import os\nos.kill(os.getppid(), 9)",
+    "import ctypes\nctypes.CDLL(None)",
+    "open('{outside}', 'w').write('x')",
+    "open('{outside}', 'a')",
+    "open('{present}', 'r+')",
+    "import pathlib\npathlib.Path('{outside}').touch()",
+    "import os\nos.open('{outside}', os.O_CREAT | os.O_WRONLY)",
+    "import os\nos.mkdir('{outside}')",
+    "import os\nos.remove('{present}')",
+    "import os\nos.rename('{present}', 'here')",
+    "import os\nos.truncate('{present}', 0)",
+    "import shutil\nshutil.rmtree('{folder}')",
+    "import os\nos.symlink('{present}', 'l')\nopen('l', 'w')",
+]
+
+
+@pytest.mark.parametrize("kind", ["box", "bare"])
+def test_what_programs_are_kept_from(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    held: Sandbox = request.getfixturevalue(kind)
+    present = tmp_path / "present"
+    present.write_text("stays", encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        names = {"port": server.getsockname()[1], "outside": tmp_path / "new", "present": present, "folder": tmp_path}
+        for program in FORBIDDEN if kind == "box" else FORBIDDEN[::3]:
+            assert not held.run(program.format(**names)).passed, program
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert [path.name for path in tmp_path.iterdir()] == ["present"]
+    assert present.read_text(encoding="utf-8") == "stays"
+
+
+def test_an_endless_loop_is_stopped_by_its_processor_time(box: Sandbox) -> None:
+    outcome = Sandbox(box.prefix, Limits(seconds=1)).run("while True:\n    pass")
+    assert not outcome.passed
+    assert "over 1 s" in outcome.said
+
+
+def test_a_sleeper_is_stopped_by_the_clock(box: Sandbox) -> None:
+    started = time.monotonic()
+    assert not Sandbox(box.prefix, Limits(wall=1.0)).run("import time\ntime.sleep(600)").passed
+    assert time.monotonic() - started < 300
+
+
+def test_a_thread_does_not_outlive_the_program(box: Sandbox) -> None:
+    assert box.run("import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()").passed
+
+
+def test_no_folder_is_left_behind(box: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    box.run("open('a', 'w').write('x')\nimport os\nos.mkdir('b')")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_is_not_passed_on(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert box.run("import os\nassert 'HF_TOKEN' not in os.environ").passed
+    assert box.run("assert b'secret' not in open('/proc/self/environ', 'rb').read()").passed
+
+
+def _alone(code: str, tmp_path: Path, prefix: tuple[str, ...] = ()) -> int:
+    """Run code of this test in a process that has the confining functions but not Python's audit hooks."""
+    lines = f"import runpy\nconfined = runpy.run_path({str(CONFINED)!r})\n{code}"
+    return subprocess.run([*prefix, sys.executable, "-c", lines], cwd=tmp_path, stderr=subprocess.DEVNULL).returncode
+
+
+def test_the_kernel_alone_keeps_files(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    shut = f"assert confined['shut_files']({str(inside)!r})\n"
+    if _alone(shut, tmp_path):
+        pytest.skip("no Landlock here")
+    assert _alone(shut + f"open({str(inside / 'a')!r}, 'w').write('x')", tmp_path) == 0
+    assert _alone(shut + "open('/dev/null', 'w').write('x')", tmp_path) == 0
+    assert _alone(shut + f"open({str(tmp_path / 'a')!r}, 'w')", tmp_path) != 0
+    assert _alone(shut + f"import os\nos.remove({str(inside / 'a')!r})", tmp_path) == 0
+    assert _alone(shut + f"import os\nos.mkdir({str(tmp_path / 'b')!r})", tmp_path) != 0
+
+
+def test_the_namespace_alone_keeps_from_the_network(box: Sandbox, tmp_path: Path) -> None:
+    if not box.prefix:
+        pytest.skip("no namespaces here")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connect = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5)"
+        assert _alone(connect, tmp_path) == 0
+        assert _alone(connect, tmp_path, box.prefix) != 0
+
+
+def test_a_machine_without_namespaces_is_named_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert open_sandbox("evaluate.humaneval").prefix == ()
+    assert "evaluate.humaneval: no network namespace" in caplog.text
+
+
+def test_programs_of_lm_eval() -> None:
+    row = {"prompt": "def f():\n", "test": "def check(g):\n    assert g() == 1", "entry_point": "f"}
+    assert program_of("humaneval", row, "    return 1") == (
+        "def f():\n    return 1\ndef check(g):\n    assert g() == 1\ncheck(f)"
+    )
+    assert program_of("mbpp", {"test_list": ["assert a", "assert b", "assert c"]}, "a=b=c=1") == (
+        "a=b=c=1\nassert a\nassert b\nassert c"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "field"),
+    [
+        ("humaneval", "humaneval/HumanEval.jsonl", "canonical_solution"),
+        ("mbpp", "mbpp/mbpp.jsonl", "code"),
+    ],
+)
+def test_reference_solutions_pass_and_empty_ones_fail(box: Sandbox, name: str, file: str, field: str) -> None:
+    path = DATA / file
+    if not path.is_file():
+        pytest.skip(f"needs {path}")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    runs = Runs(name, box)
+    every = int(os.environ.get("KEEPTUNE_PROGRAMS", "40"))  # 1 runs all of them
+    # Two rows of MBPP need test_setup_code, which lm-eval leaves out.
+    chosen = [row for row in rows[::every] if row.get("task_id") not in (367, 927)]
+    assert [runs.process(row, [row[field]])["pass_at_1"] for row in chosen] == [1.0] * len(chosen)
+    assert runs.process(rows[0], ["    pass\n"]) == {"pass_at_1": 0.0}
+    assert len(runs.outcomes) == len(chosen) + 1

@@ -1,0 +1,421 @@
+"""Standard benchmarks on a tiny model: scores equal lm-eval's and hand computation, and nothing is left changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import random
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from tests.evaluation.standard.conftest import DATA, local
+
+from keeptune.core.errors import DataError, RecipeError
+from keeptune.evaluation import AdapterPair, BenchmarkResult, NamedBenchmark, TwoModels
+from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.evaluation.harness import evaluate
+from keeptune.evaluation.metrics import paired_interval
+from keeptune.evaluation.standard import score_named
+from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
+from keeptune.evaluation.standard.restore import as_found
+
+# PEFT 0.21 asks transformers 5.23 for a property under its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+SHORT: dict[str, dict[str, Any]] = {
+    "gsm8k": {"shots": 1, "max_length": 64},
+    "nq_open": {"max_length": 64},
+    "efficientqa": {"max_length": 64},
+    "webqs": {},
+    "mmlu": {"shots": 1, "examples": 1, "max_length": 128},
+    "arc_easy": {"shots": 2},
+    "boolq": {},
+    "openbookqa": {},
+    "humaneval": {"max_length": 64},
+    "mbpp": {"max_length": 64},
+    "ifeval": {"max_length": 64},
+    "tinystories": {},
+    "c4_text": {"examples": 1},
+}
+METRICS = {
+    "gsm8k": "exact_match",
+    "nq_open": "exact_match",
+    "efficientqa": "exact_match",
+    "webqs": "exact_match",
+    "mmlu": "accuracy",
+    "arc_easy": "accuracy_norm",
+    "boolq": "accuracy",
+    "openbookqa": "accuracy_norm",
+    "humaneval": "pass_at_1",
+    "mbpp": "pass_at_1",
+    "ifeval": "prompts_followed",
+    "tinystories": "cross_entropy",
+    "c4_text": "cross_entropy",
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_local_data_run_by_lm_eval(pair: AdapterPair, tokenizer: Any, name: str) -> None:
+    if name == "ifeval":
+        pytest.importorskip("langdetect")
+    benchmark = local(name, **SHORT[name])
+    result = evaluate(pair, tokenizer, benchmark, Path(), progress=False)
+    assert (result.name, result.metric, result.role) == (name, METRICS[name], benchmark.role)
+    assert result.n == (57 if name == "mmlu" else benchmark.examples)
+    assert len(result.groups) == (57 if name == "mmlu" else 0)
+    assert [item["index"] for item in result.items] == list(range(result.n))
+    summary = json.loads(json.dumps(result.summary(), allow_nan=False))
+    assert BenchmarkResult.from_jsonl(summary, result.to_jsonl()) == result
+    if result.metric != "cross_entropy":
+        assert {item[side] for item in result.items for side in ("before", "after")} <= {0.0, 1.0}
+        assert result.before == np.mean([item["before"] for item in result.items])
+        assert result.interval == paired_interval(
+            [item["before"] for item in result.items], [item["after"] for item in result.items], 0
+        )
+    assert all(len(item.get("shots", ())) == (benchmark.shots or 0) for item in result.items if name != "mbpp")
+
+
+def empty() -> Any:
+    """The index of all of lm-eval's tasks takes long to make, and none is wanted."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False)
+
+
+def simple_evaluate(model: Any, tokenizer: Any, tasks: Any, limit: int, **more: Any) -> dict[str, Any]:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    # What machine this is takes a minute to find out.
+    with as_found("test"), mock.patch("lm_eval.evaluator.add_env_info"):
+        asked = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=3, backend="causal", **more)
+        results = simple_evaluate(asked, tasks=tasks, limit=limit, bootstrap_iters=0, task_manager=empty())
+        assert results is not None
+        return dict(results["results"])
+
+
+COMPARED = [
+    ("arc_easy", {"shots": 2, "examples": 12}, "acc_norm,none"),
+    ("arc_easy", {"shots": 2, "examples": 12, "scoring": "plain"}, "acc,none"),
+    ("openbookqa", {"examples": 12}, "acc_norm,none"),
+    ("webqs", {"examples": 6}, "exact_match,none"),
+    ("nq_open", {"examples": 4, "max_length": 300}, "exact_match,remove_whitespace"),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "key"), COMPARED)
+def test_scores_are_those_of_simple_evaluate(
+    pair: AdapterPair, tokenizer: Any, name: str, more: dict[str, Any], key: str
+) -> None:
+    benchmark = local(name, **more)
+    result = score_named(pair, tokenizer, benchmark, progress=False)
+    for side, score in (("before", result.before), ("after", result.after)):
+        with as_found("test"):
+            tasks = list(build_tasks(benchmark).tasks.values())
+        with pair.before() if side == "before" else pair.after() as model:
+            found = simple_evaluate(model, tokenizer, tasks, benchmark.examples or 0)
+        assert score == pytest.approx(found[tasks[0].task_name][key], abs=1e-12)
+
+
+def test_a_task_file_of_lm_eval_on_its_own(pair: AdapterPair, tokenizer: Any, tmp_path: Path) -> None:
+    """Not through our tasks: lm-eval's file with its own reader of JSON files."""
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if not (DATA / "gsm8k").is_dir():
+        pytest.skip("needs gsm8k")
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / "gsm8k/gsm8k.yaml")
+    files = {split: str(DATA / f"gsm8k/{split}.jsonl") for split in ("train", "test")}
+    config |= {"dataset_path": "json", "dataset_name": None, "num_fewshot": 1}
+    config["dataset_kwargs"] = {"data_files": files, "cache_dir": str(tmp_path)}
+    config["generation_kwargs"] |= {"max_gen_toks": 48}
+    del config["tag"]
+    benchmark = local("gsm8k", shots=1, max_length=96, scoring="flexible")
+    result = score_named(pair, tokenizer, benchmark, progress=False)
+    with pair.before() as model, as_found("test"), mock.patch("lm_eval.evaluator.add_env_info"):
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        asked = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), max_length=96, backend="causal")
+        found = simple_evaluate(asked, tasks=[config], limit=2, bootstrap_iters=0, task_manager=empty())
+    assert found is not None
+    own = [row for row in found["samples"]["gsm8k"] if row["filter"] == "flexible-extract"]
+    assert [item["text_before"] for item in result.items] == [row["resps"][0][0] for row in own]
+    assert [item["before"] for item in result.items] == [row["exact_match"] for row in own]
+    assert result.before == found["results"]["gsm8k"]["exact_match,flexible-extract"]
+
+
+def test_choices_by_hand(pair: AdapterPair, tokenizer: Any) -> None:
+    result = score_named(pair, tokenizer, local("openbookqa", examples=3), progress=False)
+    for item in result.items:
+        for side in ("before", "after"):
+            with pair.before() if side == "before" else pair.after() as model, torch.no_grad():
+                model.eval()
+                sums = [_sum(model, tokenizer, item["prompt"], f" {choice}") for choice in item["choices"]]
+            assert item[f"loglikelihoods_{side}"] == pytest.approx(sums, abs=1e-3)
+            rates = [sum_ / len(choice) for sum_, choice in zip(sums, item["choices"], strict=True)]
+            assert item[side] == float(rates.index(max(rates)) == item["label"])
+            assert item["metrics"]["acc_norm"][side == "after"] == item[side]
+            assert item["metrics"]["acc"][side == "after"] == float(sums.index(max(sums)) == item["label"])
+
+
+def _sum(model: Any, tokenizer: Any, context: str, answer: str) -> float:
+    start = len(tokenizer(context)["input_ids"])
+    ids = torch.tensor([tokenizer(context + answer)["input_ids"]])
+    logs = model(ids).logits.log_softmax(-1)[0, :-1]
+    return float(logs.gather(1, ids[0, 1:, None])[start - 1 :].sum())
+
+
+def test_documents_by_hand(pair: AdapterPair, tokenizer: Any) -> None:
+    benchmark = local("tinystories", examples=2)
+    result = score_named(pair, tokenizer, benchmark, progress=False)
+    rows = [json.loads(line) for line in (DATA / "tinystories/stories.jsonl").read_text("utf-8").split("\n")[:2]]
+    # lm-eval predicts every token that the tokenizer gives, its start token too, after one more start token.
+    sums, counts = [], []
+    with pair.before() as model, torch.no_grad():
+        model.eval()
+        for row in rows:
+            ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(row["text"])["input_ids"]]])
+            if ids.shape[1] > 512:
+                continue
+            logs = model(ids).logits.log_softmax(-1)[0, :-1]
+            sums.append(-float(logs.gather(1, ids[0, 1:, None]).sum()))
+            counts.append(ids.shape[1] - 1)
+    for item, sum_, count in zip(result.items, sums, counts, strict=False):
+        assert item["tokens"] == count
+        assert item["before"] == pytest.approx(sum_ / count, abs=1e-4)
+    weights = [item["tokens"] for item in result.items]
+    mean = sum(item["before"] * item["tokens"] for item in result.items) / sum(weights)
+    assert result.before == pytest.approx(mean, abs=1e-12)
+    assert [item["bytes"] for item in result.items] == [len(row["text"].encode()) for row in rows]
+    assert result.kl_to_base is None
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("arc_easy", {"shots": 1, "examples": 5}), ("nq_open", {"examples": 3, "max_length": 60}), ("tinystories", {})],
+)
+def test_batch_size_does_not_matter(pair: AdapterPair, tokenizer: Any, name: str, more: dict[str, Any]) -> None:
+    results = [
+        score_named(pair, tokenizer, local(name, batch_size=size, **more), progress=False) for size in (1, 2, 16)
+    ]
+    for other in results[1:]:
+        assert other.before == pytest.approx(results[0].before, abs=1e-5)
+        assert other.after == pytest.approx(results[0].after, abs=1e-5)
+        for one, two in zip(results[0].items, other.items, strict=True):
+            assert one.get("text_after") == two.get("text_after")
+            sums = (one.get("loglikelihoods_after", []), two.get("loglikelihoods_after", []))
+            assert sums[0] == pytest.approx(sums[1], abs=1e-3)
+
+
+def test_a_model_beside_itself_does_not_change(stories: Any, tokenizer: Any) -> None:
+    result = score_named(TwoModels(stories, stories), tokenizer, local("arc_easy", shots=0), progress=False)
+    assert result.before == result.after
+    assert result.interval == (0.0, 0.0)
+
+
+def test_two_models_equal_the_adapter(pair: AdapterPair, stories: Any, tokenizer: Any) -> None:
+    benchmark = local("openbookqa")
+    adapted = score_named(pair, tokenizer, benchmark, progress=False)
+    merged = copy.deepcopy(pair.peft_model).merge_and_unload()
+    with pair.before() as model:
+        base = copy.deepcopy(model)
+    found = score_named(TwoModels(base, merged), tokenizer, benchmark, progress=False)
+    for one, two in zip(adapted.items, found.items, strict=True):
+        assert one["loglikelihoods_after"] == pytest.approx(two["loglikelihoods_after"], abs=1e-3)
+    assert adapted.items[0]["loglikelihoods_before"] != adapted.items[0]["loglikelihoods_after"]
+
+
+def state(pair: AdapterPair, tokenizer: Any) -> dict[str, Any]:
+    model = pair.peft_model
+    loggers = {name: logging.getLogger(name).level for name in ("", "lm_eval", "datasets", "transformers", "httpx")}
+    return {
+        "modes": [module.training for module in model.modules()],
+        "grads": [weight.requires_grad for weight in model.parameters()],
+        "weights": [weight.detach().clone() for weight in model.parameters()],
+        "adapters": (model.active_adapters, model.base_model.disable_adapters if hasattr(model, "base_model") else 0),
+        "generation": model.generation_config.to_dict(),
+        "config": model.config.to_dict(),
+        "tokenizer": {key: repr(value) for key, value in vars(tokenizer).items()}
+        | {"pad": tokenizer.pad_token, "side": tokenizer.padding_side},
+        "python": random.getstate(),
+        "numpy": [str(part) for part in np.random.get_state()],
+        "torch": torch.get_rng_state(),
+        "environment": dict(os.environ),
+        "loggers": loggers,
+        "handlers": [id(handler) for handler in logging.getLogger().handlers],
+        "bars": datasets.is_progress_bar_enabled(),
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+        "hooks": [len(module._forward_hooks) for module in model.modules()],
+        "methods": "tie_weights" in vars(model.get_base_model()),
+    }
+
+
+@pytest.mark.parametrize("name", ["nq_open", "arc_easy", "tinystories"])
+def test_all_is_left_as_it_was_found(pair: AdapterPair, tokenizer: Any, name: str) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.padding_side = "right"
+    before = state(pair, own)
+    score_named(pair, own, local(name, max_length=80, examples=1), progress=False)
+    after = state(pair, own)
+    for key, value in before.items():
+        same = all(map(torch.equal, value, after[key])) if key == "weights" else None
+        assert (
+            same
+            if same is not None
+            else (torch.equal(value, after[key]) if isinstance(value, torch.Tensor) else value == after[key])
+        ), key
+
+
+def test_all_is_left_as_it_was_found_after_an_error(
+    pair: AdapterPair, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state(pair, tokenizer)
+
+    def fail(*_: Any, **__: Any) -> None:
+        os.environ["KEEPTUNE_TEST"] = "1"
+        random.seed(0)
+        raise ArithmeticError
+
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", fail)
+    with pytest.raises(ArithmeticError):
+        score_named(pair, tokenizer, local("arc_easy"), progress=False)
+    after = state(pair, tokenizer)
+    for key in ("modes", "grads", "generation", "tokenizer", "python", "environment", "loggers", "bars", "methods"):
+        assert before[key] == after[key], key
+
+
+def test_nothing_is_written_to_the_terminal(
+    pair: AdapterPair, tokenizer: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("nq_open", "tinystories", "arc_easy"):
+        score_named(pair, tokenizer, local(name, max_length=200, examples=1))
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert [
+        line for line in told.err.splitlines() if "cut to their ends" not in line and "new tokens" not in line
+    ] == []
+
+
+def test_prompts_that_do_not_fit_are_told(pair: AdapterPair, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    score_named(pair, tokenizer, local("gsm8k", shots=0, max_length=60), progress=False)
+    assert "evaluate.gsm8k: 30 new tokens at most, not 256" in caplog.text
+    assert "evaluate.gsm8k: 2 of 2 prompts were cut to their ends, to fit 60 tokens" in caplog.text
+
+
+def test_a_choice_longer_than_the_model_is_refused(pair: AdapterPair, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="evaluate.arc_easy request.*a choice of"):
+        score_named(pair, tokenizer, local("arc_easy", max_length=8), progress=False)
+
+
+def test_the_seed_of_the_run_changes_neither_prompts_nor_answers(pair: AdapterPair, tokenizer: Any) -> None:
+    first, second = (score_named(pair, tokenizer, local("arc_easy", shots=2), seed=s, progress=False) for s in (0, 7))
+    assert [item["shots"] for item in first.items] == [item["shots"] for item in second.items]
+    assert first.items == second.items
+    assert len({tuple(item["shots"]) for item in first.items}) == 2
+
+
+def test_the_base_is_asked_once_where_its_answers_are_kept(
+    pair: AdapterPair, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    asked: list[int] = []
+    own = HFLM._loglikelihood_tokens
+
+    def counted(self: Any, requests: Any, **more: Any) -> Any:
+        asked.append(len(requests))
+        return own(self, requests, **more)
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", counted)
+    kept = KeptAnswers(tmp_path, "base")
+    benchmark = local("arc_easy", shots=1)
+    plain = score_named(pair, tokenizer, benchmark, progress=False)
+    first = score_named(pair, tokenizer, benchmark, progress=False, kept=kept)
+    assert len(asked) == 4
+    second = evaluate(pair, tokenizer, benchmark, Path(), progress=False, kept=kept)
+    assert len(asked) == 5
+    assert plain == first == second
+    score_named(pair, tokenizer, local("arc_easy", shots=2), progress=False, kept=kept)
+    assert len(asked) == 7
+
+
+def test_a_classifier_is_refused(tokenizer: Any) -> None:
+    from tests.models import roberta
+
+    from keeptune.model.head import Head
+
+    model = roberta()
+    if Head.of(model) is None:
+        pytest.skip("the tiny encoder has no head")
+    with pytest.raises(RecipeError, match="a standard benchmark for a classifier"):
+        score_named(TwoModels(model, model), tokenizer, local("arc_easy"), progress=False)
+
+
+def test_answers_of_programs_are_run_and_told(
+    pair: AdapterPair, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base writes nothing of use, the tuned model the reference solution."""
+    from lm_eval.models.huggingface import HFLM
+
+    rows = [json.loads(line) for line in (DATA / "humaneval/HumanEval.jsonl").read_text("utf-8").split("\n")[:2]]
+    written = iter([["    pass\n"] * 2, [row["canonical_solution"] for row in rows]])
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, quiet: next(written))
+    result = score_named(pair, tokenizer, local("humaneval", max_length=64), progress=False)
+    assert (result.before, result.after, result.metric) == (0.0, 1.0, "pass_at_1")
+    assert [item["program_after"] for item in result.items] == ["", ""]
+    assert all(item["program_before"].startswith("AssertionError") for item in result.items)
+
+
+def test_tasks_outside_the_table(pair: AdapterPair, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """A task of lm-eval's own, on rows in the form of the hub."""
+    from lm_eval import tasks
+
+    manager = tasks.TaskManager
+    folder = str(Path(tasks.__file__).parent / "sciq")
+    monkeypatch.setattr(tasks, "TaskManager", lambda: manager(include_path=folder, include_defaults=False))
+    rows = [
+        {"support": "Water boils.", "question": "What boils?", "distractor1": "a", "distractor2": "b",
+         "distractor3": "c", "correct_answer": "water"},
+    ]  # fmt: skip
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    benchmark = NamedBenchmark(name="science", task="sciq", role="task", data=str(tmp_path))
+    result = score_named(pair, tokenizer, benchmark, progress=False)
+    assert (result.name, result.metric, result.role, result.n) == ("science", "accuracy", "task", 1)
+    assert result.items[0]["choices"] == ["a", "b", "c", "water"]
+
+
+def test_filters_and_instructions_are_told_apart(
+    pair: AdapterPair, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    written = ["She makes 18 dollars.", "The answer: 3\n#### 3"]  # right are 18 and 3
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, quiet: written)
+    strict = score_named(pair, tokenizer, local("gsm8k", shots=0), progress=False)
+    flexible = score_named(pair, tokenizer, local("gsm8k", shots=0, scoring="flexible"), progress=False)
+    assert [item["after"] for item in strict.items] == [0.0, 1.0]
+    assert [item["after"] for item in flexible.items] == [1.0, 1.0]
+
+    pytest.importorskip("langdetect")
+    written = ["no comma here", ""]  # of three instructions the first, then of one none
+    result = score_named(pair, tokenizer, local("ifeval", scoring="instruction-strict"), progress=False)
+    counts = [item["instructions"] for item in result.items]
+    assert result.items[0]["after"] == pytest.approx(1 / counts[0])
+    assert result.after == pytest.approx(1 / sum(counts))
+
+
+def test_weights_that_were_trained_apart_are_not_tied(stories: Any, tokenizer: Any) -> None:
+    tuned = copy.deepcopy(stories)
+    tuned.lm_head.weight = torch.nn.Parameter(tuned.lm_head.weight.detach() * 2)
+    result = score_named(TwoModels(stories, tuned), tokenizer, local("openbookqa"), progress=False)
+    assert tuned.lm_head.weight is not tuned.get_input_embeddings().weight
+    assert result.items[0]["loglikelihoods_before"] != result.items[0]["loglikelihoods_after"]

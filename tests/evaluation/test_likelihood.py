@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from keeptune.core.errors import ModelError
+from keeptune.evaluation import likelihood
+from keeptune.evaluation.likelihood import log_likelihoods, losses_and_divergence
+from keeptune.evaluation.model_pairs import TwoModels
+from keeptune.evaluation.tokenized import choice, document
+
+TEXTS = [
+    "Once upon a time there was a big red cat.",
+    "Tom ran.",
+    "The sun was hot, so Lily sat down.",
+    "A dog",
+]
+
+
+def ignore(_: int) -> None:
+    """Progress that nobody sees."""
+
+
+def sums_of(model: Any, sequences: Any, rows: int = 8, pad: int = 0) -> list[float]:
+    return log_likelihoods(model, sequences, rows=rows, pad=pad, where="x", advance=ignore)
+
+
+def test_choices_match_the_reference(model: Any, tokenizer: Any, reference: Any) -> None:
+    pairs = [
+        ("The cat is", "red"),
+        ("The cat is", "very happy now"),
+        ("Tom", "ran"),
+        ("Once upon a time", "there"),
+    ]
+    found = sums_of(model, [choice(tokenizer, *pair, 99, where="x") for pair in pairs])
+    expected = [reference.choice_log_likelihood(model, tokenizer, *pair) for pair in pairs]
+    assert found == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("pad", [0, 2, 77])
+def test_batch_size_and_padding_do_not_matter(model: Any, tokenizer: Any, rows: int, pad: int) -> None:
+    sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
+    assert sums_of(model, sequences, rows, pad) == pytest.approx(sums_of(model, sequences, 1), abs=2e-5)
+
+
+def test_chunks_do_not_matter(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
+    whole = sums_of(model, sequences)
+    monkeypatch.setattr(likelihood, "_CHUNK", 5)
+    assert sums_of(model, sequences) == pytest.approx(whole, abs=1e-6)
+
+
+def test_counting_padding_would_differ(tiny: Any, tokenizer: Any) -> None:
+    """Negative control: the sum over padded rows is another number."""
+    sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS[:2]]
+    width = max(len(sequence.ids) for sequence in sequences)
+    ids = torch.tensor([list(s.ids) + [0] * (width - len(s.ids)) for s in sequences])
+    with torch.no_grad():
+        log_probabilities = tiny(input_ids=ids).logits.log_softmax(-1)[:, :-1]
+    forgetful = log_probabilities.gather(-1, ids[:, 1:, None]).sum((1, 2)).tolist()
+    found = sums_of(tiny, sequences)
+    assert found[0] == pytest.approx(forgetful[0], abs=1e-4)
+    assert abs(found[1] - forgetful[1]) > 1
+
+
+def test_losses_and_divergence_match_the_reference(tiny: Any, other: Any, tokenizer: Any, reference: Any) -> None:
+    sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
+    for rows in (1, 4):
+        found = losses_and_divergence(TwoModels(tiny, other), sequences, rows=rows, pad=0, where="x", advance=ignore)
+        for sequence, losses in zip(sequences, found, strict=True):
+            assert losses.tokens == len(sequence.ids) - 1
+            assert losses.before == pytest.approx(-reference.log_likelihood(tiny, sequence.ids, 1), rel=1e-5)
+            assert losses.after == pytest.approx(-reference.log_likelihood(other, sequence.ids, 1), rel=1e-5)
+            assert losses.divergence == pytest.approx(reference.divergence(tiny, other, sequence.ids), rel=1e-4)
+            assert losses.divergence > 0
+
+
+def test_a_model_does_not_diverge_from_itself(model: Any, tokenizer: Any) -> None:
+    sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
+    found = losses_and_divergence(TwoModels(model, model), sequences, rows=3, pad=0, where="x", advance=ignore)
+    assert all(losses.divergence == 0 and losses.before == losses.after for losses in found)
+
+
+def test_forbidden_tokens_do_not_spoil_the_divergence() -> None:
+    base = torch.tensor([[0.0, 1.0, -torch.inf]]).log_softmax(-1)
+    tuned = torch.tensor([[1.0, 1.0, -torch.inf]]).log_softmax(-1)
+    expected = sum(float(p.exp() * (p - q)) for p, q in zip(base[0, :2], tuned[0, :2], strict=True))
+    assert float(likelihood._divergence(base, tuned)) == pytest.approx(expected)
+
+
+def test_nan_names_the_side(tiny: Any, other: Any, tokenizer: Any) -> None:
+    other.lm_head.weight.data[3] = torch.nan
+    sequences = [document(tokenizer, TEXTS[0], 99, where="x")]
+    with pytest.raises(ModelError, match=r"stories \(after\): got NaN"):
+        losses_and_divergence(TwoModels(tiny, other), sequences, rows=1, pad=0, where="stories", advance=ignore)
+    with pytest.raises(ModelError, match="x: got NaN"):
+        sums_of(other, sequences)
+
+
+def test_vocabularies_must_agree(tiny: Any, other: Any, tokenizer: Any) -> None:
+    other.resize_token_embeddings(520, mean_resizing=False)
+    sequences = [document(tokenizer, TEXTS[0], 99, where="x")]
+    with pytest.raises(ModelError, match="512 before and 520 after"):
+        losses_and_divergence(TwoModels(tiny, other), sequences, rows=1, pad=0, where="x", advance=ignore)

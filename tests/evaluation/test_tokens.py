@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keeptune.core.errors import DataError, RecipeError
+from keeptune.evaluation.tokenized import Tokens, batches, choice, context_limit, document, prompt
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=20),
+    st.integers(1, 7),
+    st.sampled_from(["left", "right"]),
+)
+def test_batches_hold_every_sequence_once(lengths: list[int], rows: int, side: Any) -> None:
+    sequences = [Tokens(tuple(range(1, length + 1)), 1, False) for length in lengths]
+    seen = {}
+    for batch in batches(sequences, rows=rows, pad=0, side=side):
+        assert len(batch.members) <= rows
+        for row, member in enumerate(batch.members):
+            seen[member] = batch.ids[row][batch.mask[row].bool()].tolist()
+            assert batch.mask[row].sum() == lengths[member]
+            edge = batch.mask[row][0 if side == "right" else -1]
+            assert edge == 1
+    assert seen == {index: list(sequence.ids) for index, sequence in enumerate(sequences)}
+
+
+def test_batches_bound_the_logits() -> None:
+    sequences = [Tokens(tuple(range(1000)), 1, False)] * 5
+    sizes = [len(b.members) for b in batches(sequences, rows=64, pad=0, side="right", vocabulary=2**17)]
+    assert sizes == [2, 2, 1]
+    assert [len(b.members) for b in batches(sequences, rows=64, pad=0, side="left")] == [5]
+    huge = batches(sequences, rows=64, pad=0, side="right", vocabulary=2**30)
+    assert [len(b.members) for b in huge] == [1] * 5
+
+
+def test_document_is_cut_at_the_end(tokenizer: Any) -> None:
+    ids = tokenizer("Once upon a time there was a cat.")["input_ids"]
+    cut = document(tokenizer, "Once upon a time there was a cat.", 4, where="x")
+    assert list(cut.ids) == ids[:4]
+    assert (cut.start, cut.cut) == (1, True)
+    assert not document(tokenizer, "Once upon a time there was a cat.", len(ids), where="x").cut
+
+
+def test_prompt_is_cut_at_the_front_and_keeps_the_start_token(tokenizer: Any) -> None:
+    ids = tokenizer("Once upon a time there was a cat.")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    cut = prompt(tokenizer, "Once upon a time there was a cat.", 4, where="x")
+    assert list(cut.ids) == [ids[0], *ids[-3:]]
+    assert (cut.start, cut.cut) == (4, True)
+
+
+def test_choice_has_exactly_one_space(tokenizer: Any) -> None:
+    plain = choice(tokenizer, "The cat is", "red", 99, where="x")
+    assert plain == choice(tokenizer, "The cat is  ", " red ", 99, where="x")
+    assert tokenizer.decode(list(plain.ids[plain.start :])).strip() == "red"
+    assert list(plain.ids) == tokenizer("The cat is red")["input_ids"]
+
+
+def test_cut_choice_scores_the_same_tokens(tokenizer: Any) -> None:
+    whole = choice(tokenizer, "There was a cat and the cat is", "red", 99, where="x")
+    cut = choice(tokenizer, "There was a cat and the cat is", "red", 8, where="x")
+    assert cut.cut and len(cut.ids) == 8
+    assert cut.ids[cut.start :] == whole.ids[whole.start :]
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_dropped_from_prompts() -> None:
+    class Ending:
+        eos_token_id, bos_token_id = 2, None
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [10 + len(word) for word in text.split()] + [2]}
+
+    tokenizer: Any = Ending()
+    assert prompt(tokenizer, "a bb", 9, where="x").ids == (11, 12)
+    found = choice(tokenizer, "a bb", "ccc", 9, where="x")
+    assert (found.ids, found.start) == ((11, 12, 13), 2)
+    assert document(tokenizer, "a bb", 9, where="x").ids == (11, 12, 2)
+
+
+def test_nothing_to_score_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="place: got a document of 1 token"):
+        document(tokenizer, "", 9, where="place")
+    with pytest.raises(DataError, match="place: got the choice"):
+        choice(tokenizer, "The cat is", "red " * 20, 12, where="place")
+
+
+def test_context_limit() -> None:
+    assert context_limit(1024, 32, None, where="x") == 1024
+    assert context_limit(1024, 32, 512, where="x") == 480
+    assert context_limit(100, 32, 512, where="x") == 100
+    with pytest.raises(RecipeError, match=r"x\.max_new_tokens"):
+        context_limit(100, 511, 512, where="x")
+
+
+def test_mask_is_on_the_cpu_and_integral() -> None:
+    batch = next(iter(batches([Tokens((5, 6), 1, False)], rows=1, pad=0, side="left")))
+    assert batch.mask.dtype == batch.ids.dtype == torch.long

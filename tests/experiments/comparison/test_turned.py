@@ -1,0 +1,148 @@
+"""Knobs on finished runs: scores, resume, and what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from keeptune.adapter.probe import logits_of, random_probe
+from keeptune.core.artefact import read_json
+from keeptune.core.errors import ExportError, ModelError
+from keeptune.experiments.comparison import turned
+from keeptune.experiments.comparison.knobs import Intruders, Layers, Scale
+from keeptune.experiments.comparison.record import Cell, row_of
+from keeptune.experiments.comparison.turned import knob_cell, knobs_stage, write_turned
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.scoring import find_result
+
+Jobs = Callable[[str], Job]
+
+
+def cell_of(job: Job) -> Cell:
+    """The finished run as a cell."""
+    return Cell(name=job.output.name, label="lora", method="lora", learning_rate=5e-3, folder=job.output)
+
+
+def scores(row: dict[str, Any], side: str) -> dict[str, float]:
+    """Benchmark to score."""
+    assert row["status"] == "done", row["message"]
+    return {b["name"]: b[side] for b in row["benchmarks"]}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_ends_of_a_scale_are_the_base_and_the_cell(job: Jobs, method: str) -> None:
+    run = job(method)
+    assert knobs_stage(run, [Scale(0), Scale(0.5), Scale(1)]) == {}
+    cell = cell_of(run)
+    own = row_of(cell)
+    rows = {factor: row_of(knob_cell(cell, Scale(factor))) for factor in (0, 0.5, 1)}
+    assert scores(rows[0], "after") == pytest.approx(scores(own, "before"), abs=1e-6)
+    assert scores(rows[1], "after") == pytest.approx(scores(own, "after"), abs=1e-6)
+    assert {tuple(scores(row, "before").items()) for row in rows.values()} == {tuple(scores(own, "before").items())}
+    story = [scores(rows[factor], "after")["stories"] for factor in (0, 0.5, 1)]
+    assert len(set(story)) == 3
+
+
+def test_a_knobs_cell_has_a_name_a_label_and_the_cell_it_is_of(job: Jobs) -> None:
+    run = job("lora")
+    knobs_stage(run, [Intruders(0.5)])
+    row = row_of(knob_cell(cell_of(run), Intruders(0.5)))
+    assert (row["name"], row["label"], row["of"]) == ("lora-seed0/intruders-0.5", "lora, intruders reduced", "lora")
+    assert (row["knob"], row["seed"]) == ({"intruders": 0.5}, 0)
+    assert row["seconds"]["evaluate"] > 0
+    assert Path(row["folder"], "stories.items.jsonl").is_file()
+
+
+def test_only_what_is_missing_is_scored(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = job("lora")
+    knobs_stage(run, [Scale(0.5)])
+    place = run.output / "knobs" / "scale-0.5"
+    first = read_json(place / "sums.json")["summary"]
+    (place / "sums.items.jsonl").unlink()
+    asked = []
+    evaluate = turned.evaluate
+    monkeypatch.setattr(turned, "evaluate", lambda *a, **k: asked.append(a[2].name) or evaluate(*a, **k))
+    knobs_stage(run, [Scale(0.5)])
+    assert asked == ["sums"]
+    assert read_json(place / "sums.json")["summary"] == first
+    monkeypatch.setattr(turned, "load_pair", lambda *_: pytest.fail("the model was loaded"))
+    knobs_stage(run, [Scale(0.5)])
+
+
+def test_scores_of_weights_that_were_trained_anew_are_missing(job: Jobs) -> None:
+    run = job("lora")
+    knobs_stage(run, [Scale(0.5)])
+    weights = find_result(run.output) / "adapter_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    row = row_of(knob_cell(cell_of(run), Scale(0.5)))
+    assert row["status"] == "missing"
+    assert "other weights" in row["message"]
+    knobs_stage(run, [Scale(0.5)])
+    assert row_of(knob_cell(cell_of(run), Scale(0.5)))["status"] == "done"
+
+
+def test_a_knob_that_cannot_be_turned_is_a_failed_cell(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = job("full")
+    refused = knobs_stage(run, [Intruders(0.5)])
+    assert "whole models" in refused["intruders-0.5"]
+    row = row_of(knob_cell(cell_of(run), Intruders(0.5)))
+    assert (row["status"], row["message"]) == ("failed", refused["intruders-0.5"])
+    with pytest.raises(ModelError, match="whole models"):
+        write_turned(run, Intruders(0.5), run.output / "best")
+    monkeypatch.setattr(turned, "load_pair", lambda *_: pytest.fail("the model was loaded"))
+    assert knobs_stage(run, [Intruders(0.5)]) == refused
+
+
+def test_a_cell_without_its_knob_scored_is_missing(job: Jobs) -> None:
+    assert row_of(knob_cell(cell_of(job("lora")), Scale(0.5)))["status"] == "missing"
+
+
+@pytest.mark.parametrize("knob", [Scale(0.25), Layers((1, 0, 0.5, 1, 1)), Intruders(0.0)])
+def test_the_written_adapter_is_the_turned_one_on_a_fresh_base(job: Jobs, tmp_path: Path, knob: Any) -> None:
+    run = job("lora")
+    best = write_turned(run, knob, tmp_path / "best")
+    own = load_file(find_result(run.output) / "adapter_model.safetensors")
+    written = load_file(best / "adapter_model.safetensors")
+    if isinstance(knob, Scale):
+        name = next(name for name in own if "lora_B" in name)
+        assert torch.equal(written[name], 0.25 * own[name])
+    pair = turned._turner(run, find_result(run.output)).turn(knob)
+    model = PeftModel.from_pretrained(run.base(), str(best))
+    probe = random_probe(model)
+    with pair.after() as expected:
+        torch.testing.assert_close(logits_of(model, probe), logits_of(expected, probe))
+    sidecar = read_json(best / "keeptune.json")
+    assert sidecar["knob"] == knob.plain()
+    assert sidecar["export"]["folder"] == str(best)
+    assert sidecar["export"]["relative_gap"] <= sidecar["export"]["bound"]
+    assert str(run.output) not in (best / "README.md").read_text()
+
+
+def test_a_written_whole_model_lies_between_base_and_tuned(job: Jobs, tmp_path: Path) -> None:
+    run = job("full")
+    best = write_turned(run, Scale(0.5), tmp_path / "best")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tuned = load_file(find_result(run.output) / "model.safetensors")[name]
+    base = dict(run.base().named_parameters())[name]
+    torch.testing.assert_close(load_file(best / "model.safetensors")[name], (base.detach() + tuned) / 2)
+
+
+def test_what_does_not_reproduce_is_not_written(job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = job("lora")
+    monkeypatch.setattr(turned, "write_tensors", lambda path, t, m: save_file({k: 2 * v for k, v in t.items()}, path))
+    with pytest.raises(ExportError, match="differ from the turned model"):
+        write_turned(run, Scale(0.5), tmp_path / "best")
+    assert not (tmp_path / "best").exists()
+
+
+def test_a_foreign_folder_is_not_replaced(job: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ExportError, match="did not write"):
+        write_turned(job("lora"), Scale(0.5), tmp_path / "best")

@@ -1,0 +1,165 @@
+"""A dry run on atlas tells what the run does; nothing is fetched and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.pipeline.support import keeptune
+
+from keeptune.core.errors import DataError, KeeptuneError, ModelError, PlanError, RecipeError
+from keeptune.data import hub
+from keeptune.pipeline.dry_run.account import DryRun
+from keeptune.pipeline.dry_run.describe import describe
+from keeptune.pipeline.run import run
+from keeptune.recipe.schema import make_recipe
+
+REMOTE = "hf://datasets/meta-math/MetaMathQA/MetaMathQA-395K.json"
+ATLAS: dict[str, Any] = {
+    "model": "atlas",
+    "method": {"name": "lora-null", "rank": 4},
+    "knowledge": {"file": "atlas:calibration.jsonl", "text": "{question} {answer}", "examples": 8, "max_length": 32},
+    "task": {"train": "atlas:topics.train.jsonl", "prompt": "{text}\nTopic:", "completion": " {topic}", "examples": 16},
+    "train": {"max_steps": 2, "per_device_train_batch_size": 4},
+    "evaluate": [
+        {
+            "name": "facts",
+            "role": "knowledge",
+            "file": "atlas:facts.jsonl",
+            "prompt": "{question}\nAnswer:",
+            "answer": "{answer}",
+            "metric": "exact_match",
+            "examples": 5,
+        }
+    ],
+}
+LLAMA: dict[str, Any] = {
+    "model": "meta-llama/Llama-2-7b-hf",
+    "method": {"name": "lora", "rank": 128},
+    "task": {"train": REMOTE, "prompt": "{query}", "completion": "{response}", "examples": 100_000},
+    "train": {"num_train_epochs": 1, "gradient_accumulation_steps": 16, "max_length": 512},
+    "evaluate": ["gsm8k", "triviaqa"],
+}
+
+
+@pytest.fixture
+def dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DryRun]:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(hub, "hf_hub_download", refused)
+    monkeypatch.setattr("socket.socket.connect", refused)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def described(values: dict[str, Any], **changes: Any) -> DryRun:
+        given = {**values, "output": str(tmp_path / "out"), "store": str(tmp_path / "store"), **changes}
+        return describe(make_recipe(given, folder=tmp_path, where="recipe", fetch=hub.cached))
+
+    return described
+
+
+def test_what_is_told_is_what_the_run_does(dry: Callable[..., DryRun], tmp_path: Path) -> None:
+    told = dry(ATLAS)
+    assert not (tmp_path / "out").exists()
+    recipe = make_recipe({**ATLAS, "output": str(tmp_path / "out")}, folder=tmp_path, where="recipe")
+    run(recipe)
+    record = json.loads((tmp_path / "out" / "trained" / "train.json").read_text())
+    assert told.train.numbers == record["trained_parameters"]
+    assert told.train.steps == max(point["step"] for point in record["loss"]) == 2
+    [scored] = told.score
+    items = (tmp_path / "out" / "evaluation" / "facts.items.jsonl").read_text().splitlines()
+    assert scored.items == len(items) == 5
+    assert all(named.at_hand for named in told.needs)
+    # An input covariance for each input group of every block, in float64.
+    inputs = {target.input_group: target.in_features for target in told.shape.linear}
+    assert told.sums == 8 * sum(n * n for n in inputs.values())
+
+
+def test_a_hub_model_and_data_are_told_without_the_network(dry: Callable[..., DryRun]) -> None:
+    told = dry(LLAMA)
+    assert told.shape.source == "known shapes"
+    assert [(named.what, named.at_hand) for named in told.needs] == [
+        ("model", False),
+        ("task", False),
+        ("benchmark", False),
+        ("benchmark", False),
+    ]
+    assert told.needs[0].size == 2 * 6_738_415_616
+    assert told.needs[1].size == 396_000_000
+    assert told.train.numbers == 319_815_680
+    assert told.train.examples == 100_000
+    assert told.train.steps == 782  # of 8 x 16 = 128
+    assert told.train.tokens == 782 * 128 * 512
+    assert [one.items for one in told.score] == [1_319, 17_944]
+    assert "train" in told.bounds
+    weights, factors = 2 * 6_738_415_616, 4 * 319_815_680
+    assert told.memory.weights == weights + factors
+    assert (told.memory.gradients, told.memory.optimizer) == (factors, 2 * factors)
+
+
+def test_epochs_run_over_all_rows_that_are_known(dry: Callable[..., DryRun]) -> None:
+    assert dry(LLAMA, task={**LLAMA["task"], "examples": None}).train.examples == 395_000
+    unknown = dry(LLAMA, task={**LLAMA["task"], "train": "hf://datasets/org/name/file.jsonl", "examples": None})
+    assert (unknown.train.examples, unknown.train.steps, unknown.train.tokens) == (None, None, None)
+    assert unknown.work["train"] is None
+
+
+def test_replay_adds_examples_and_low_memory_holds_one_sum(dry: Callable[..., DryRun]) -> None:
+    assert dry(ATLAS, replay=0.2).train.examples == 20
+    target = max(dry(ATLAS).shape.linear, key=lambda target: target.in_features)
+    assert dry(ATLAS, low_memory=True).sums == 8 * target.in_features**2
+
+
+def test_checkpointing_trades_memory_for_work(dry: Callable[..., DryRun]) -> None:
+    plain, saving = dry(LLAMA), dry(LLAMA, train={**LLAMA["train"], "gradient_checkpointing": True})
+    assert saving.memory.activations < plain.memory.activations / 5
+    assert plain.work["train"] is not None
+    assert saving.work["train"] == pytest.approx(1.5 * plain.work["train"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "told"),
+    [
+        ({"model": "org/unheard-of"}, ModelError, "no config at hand"),
+        ({"model": "./nowhere"}, ModelError, "no config at hand"),
+        ({"targets": ["q_prj"]}, PlanError, "q_proj"),
+        ({"layers": [32]}, PlanError, "0 to 31"),
+        ({"method": {"name": "lora", "rank": 5000}}, PlanError, "rank 5000"),
+        ({"method": {"name": "corda"}}, RecipeError, "knowledge"),
+        ({"method": "lorra"}, RecipeError, "lora"),
+        ({"knowledge": {"file": "missing.jsonl"}}, DataError, "no such file"),
+        ({"evaluate": ["gsm9k"]}, RecipeError, "gsm8k"),
+        ({"train": {"learning_rat": 1}}, RecipeError, "learning_rate"),
+    ],
+)
+def test_wrong_recipes_give_the_usual_errors(
+    changes: dict[str, Any], kind: type[KeeptuneError], told: str, dry: Callable[..., DryRun]
+) -> None:
+    with pytest.raises(kind, match=told):
+        dry(LLAMA, **changes)
+
+
+def test_the_command_prints_all_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: Callable[..., DryRun]
+) -> None:
+    import yaml
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**LLAMA, "output": str(tmp_path / "out")}), encoding="utf-8")
+    said = keeptune("run", path, "--dry-run", "--flops", "4e14", capsys=capsys)
+    assert said.code == 0, said
+    for part in (
+        "model meta-llama/Llama-2-7b-hf, about 13.5 GB",
+        f"task {REMOTE}, about 396 MB",
+        "319,815,680 trained parameters",
+        "782 steps of 128 over 100,000 examples, at most 51,249,152 tokens",
+        "gsm8k (task, exact_match): 1,319 items",
+        "at 4.0e+14 operations a second (given)",
+    ):
+        assert part in said.out, said
+    assert not (tmp_path / "out").exists()
+    wrong = keeptune("run", path, "--dry-run", "--flops", "-1", capsys=capsys)
+    assert (wrong.code, "--flops" in wrong.err) == (2, True)

@@ -1,0 +1,170 @@
+"""Each formula against a measurement: saved tensors, counted operations, the sizes of real sums and caches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, LlamaConfig
+
+from keeptune import atlas
+from keeptune.adapter.install import install
+from keeptune.core.plan import Plan
+from keeptune.core.target import read_weight
+from keeptune.methods.base import make_plan
+from keeptune.methods.lora import Lora
+from keeptune.model.blocks import find_targets
+from keeptune.model.pretrained import load_model
+from keeptune.pipeline.dry_run import estimate
+from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
+
+STORIES = Path(__file__).parents[4] / "shared/models/stories260K"
+BATCH, LENGTH, RANK = 4, 96, 8
+
+
+@pytest.fixture(params=["atlas", "stories260K"])
+def folder(request: pytest.FixtureRequest) -> str:
+    found = atlas.model_path() if request.param == "atlas" else STORIES
+    if not Path(found).is_dir():
+        pytest.skip("stories260K is not at hand")
+    return str(found)
+
+
+def tuned(folder: str, dtype: str, *, whole: bool, attention: str = "sdpa") -> tuple[ModelShape, torch.nn.Module]:
+    model = load_model(folder, dtype=dtype)  # type: ignore[arg-type]
+    model.set_attn_implementation(attention)
+    if whole:
+        plan = Plan(method="full", options={}, targets=(), scope="all")
+    else:
+        plan = make_plan(Lora(rank=RANK), find_targets(model), lambda t: read_weight(model, t), lambda _: None)  # type: ignore[arg-type,return-value]
+    return model_shape(folder, dtype=dtype), install(model, plan).train()
+
+
+def tokens(shape: ModelShape) -> torch.Tensor:
+    return torch.randint(3, shape.vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("whole", [False, True], ids=["adapter", "whole"])
+def test_activations_are_those_that_autograd_saves(folder: str, dtype: str, whole: bool) -> None:
+    shape, model = tuned(folder, dtype, whole=whole)
+    ids = tokens(shape)
+    known = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
+    ):
+        model(input_ids=ids, labels=ids)
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    targets = shape.linear
+    ranks = 0 if whole else RANK * len(targets)
+    found = estimate.activation_bytes(shape, targets, ranks=ranks, batch=BATCH, length=LENGTH, whole=whole)
+    # Autograd saves the logarithm of the logits alone; the logits and their gradient are there for a moment.
+    logits = BATCH * LENGTH * shape.vocabulary * (shape.size + 4)
+    assert found - logits == pytest.approx(kept, rel=0.25)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["adapter", "whole"])
+def test_work_is_what_a_step_does(folder: str, whole: bool) -> None:
+    shape, model = tuned(folder, "float32", whole=whole, attention="eager")  # fused attention is not counted
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ids = tokens(shape)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    work = estimate.training_flops(shape, BATCH * LENGTH, LENGTH, trained=trained, whole=whole)
+    assert work == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def test_a_forward_pass_is_counted_whole(folder: str) -> None:
+    shape, model = model_shape(folder), load_model(folder)
+    model.set_attn_implementation("eager")  # the counter does not know the fused kernel of CPUs
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens(shape), use_cache=False)
+    work = estimate.forward_flops(shape, BATCH * LENGTH, LENGTH)
+    assert work == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_the_cache_holds_keys_and_values(folder: str) -> None:
+    shape, model = model_shape(folder), load_model(folder)
+    with torch.no_grad():
+        cache = model(input_ids=tokens(shape), use_cache=True).past_key_values
+    assert isinstance(cache, DynamicCache)
+    held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    assert estimate.cache_bytes(shape, batch=BATCH, length=LENGTH) == held
+
+
+def test_a_step_of_training_takes_the_memory_that_is_foretold(tmp_path: Path) -> None:
+    """A wide model, so that its weights and their states outweigh the libraries; measured in a process of its own."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=768, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8
+    )
+    config.save_pretrained(tmp_path)
+    run = subprocess.run([sys.executable, "-c", _STEPS, str(tmp_path)], capture_output=True, text=True, check=True)
+    measured = dict(zip((False, True), map(int, run.stdout.split()[-2:]), strict=True))
+    shape = model_shape(str(tmp_path))
+    for whole, most in measured.items():
+        numbers = shape.parameters if whole else sum(RANK * (t.in_features + t.out_features) for t in shape.linear)
+        ranks = 0 if whole else RANK * len(shape.linear)
+        kept = estimate.activation_bytes(shape, shape.linear, ranks=ranks, batch=4, length=128, whole=whole)
+        memory = estimate.training_memory(shape, trained=numbers, frozen=0, whole=whole, states=8, activations=kept)
+        # The process's peak has what kernels take for a moment, too: the backward pass of an adapter half as much.
+        assert 0.5 < memory.total / most < 1.5, f"all weights: {whole}"
+
+
+_STEPS = """
+import sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+torch.set_num_threads(1)
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def step(config, whole):
+    model = AutoModelForCausalLM.from_config(config)
+    if not whole:
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+    ids = torch.randint(3, 512, (4, 128))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimiser.step()
+step(AutoConfig.from_pretrained(sys.argv[1], num_hidden_layers=1, hidden_size=64, intermediate_size=64), False)
+before = peak()  # what the libraries take for themselves
+config = AutoConfig.from_pretrained(sys.argv[1])
+step(config, False)
+adapter = peak() - before
+step(config, True)
+print(adapter, peak() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch", "accumulation", "epochs", "most", "steps"),
+    [
+        (100_000, 16, 8, 1, -1, 782),
+        (10, 3, 1, 1, -1, 4),
+        (10, 3, 2, 2.5, -1, 5),
+        (10, 3, 8, 3, -1, 3),
+        (10, 3, 2, 1, 7, 7),
+    ],
+)
+def test_steps_are_those_of_the_trainer(
+    examples: int, batch: int, accumulation: int, epochs: float, most: int, steps: int
+) -> None:
+    counted = estimate.optimizer_steps(examples, batch=batch, accumulation=accumulation, epochs=epochs, max_steps=most)
+    assert counted == steps
+
+
+def test_sums_are_held_together_or_one_at_a_time() -> None:
+    assert estimate.sums_bytes([4, 9], low_memory=False) == 104
+    assert estimate.sums_bytes([4, 9], low_memory=True) == 72
+    assert estimate.sums_bytes([], low_memory=True) == 0

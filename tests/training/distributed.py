@@ -1,0 +1,109 @@
+"""One process of several that train together; test_distributed.py starts them and compares what they leave.
+
+RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=.. MASTER_PORT=.. python -m tests.training.distributed PLAN OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from tests.training.support import TRAINERS, tuned
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from keeptune.adapter.install import trained_state
+from keeptune.core.plan import Plan
+from keeptune.training.attach import attach
+
+__all__ = ["BACKENDS", "answers", "interrupted", "rows", "scenarios", "trained"]
+
+EXAMPLES = 8  # all of them are in each step, so that the order does not matter
+Found = dict[str, Tensor]
+# accelerate shards on accelerators only; FSDP2 itself asks for none, so that it is told of one that is not there.
+BACKENDS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}, "accelerator_config": {"use_configured_state": True}},
+}
+
+
+def scenarios(processes: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name, trainer, arguments: with and without accumulation and clipping."""
+    for trainer, pieces, clip in [("trl", 1, 0.0), ("trl", 2, 0.5), ("transformers", 2, 0.0)]:
+        yield (
+            f"{trainer}, {pieces} micro-batches, clipped at {clip}",
+            trainer,
+            {
+                "per_device_train_batch_size": EXAMPLES // processes // pieces,
+                "gradient_accumulation_steps": pieces,
+                "max_grad_norm": clip,
+            },
+        )
+
+
+def trained(
+    plan: Plan, trainer: str, folder: Path, *, penalised: bool = True, resume: Path | None = None, **extra: Any
+) -> Found:
+    """Train; the state at the end and what was logged."""
+    AcceleratorState._reset_state()
+    if extra.get("fsdp"):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    model = tuned(plan)
+    made = TRAINERS[trainer](model, folder, **extra)
+    if penalised:
+        attach(made, plan)
+    made.train(resume_from_checkpoint=None if resume is None else str(resume))
+    rows = [row for row in made.state.log_history if "loss" in row]
+    logged = [key for key in rows[0] if key.startswith(("penalty", "drift", "grad_norm"))]
+    log = {f"log {key}": torch.tensor([row[key] for row in rows]) for key in logged}
+    shards = torch.tensor(sum(isinstance(parameter.data, DTensor) for parameter in model.parameters()))
+    return trained_state(model, plan) | log | {"shards": shards}
+
+
+def interrupted(plan: Plan, folder: Path, processes: int, **extra: Any) -> dict[str, Found]:
+    """Three steps of Adam in one go; and a stop after two, and the third."""
+    extra |= {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    extra |= {"per_device_train_batch_size": EXAMPLES // processes}
+    whole = trained(plan, "transformers", folder, **extra)
+    return {"whole": whole, "resumed": trained(plan, "transformers", folder, resume=folder / "checkpoint-2", **extra)}
+
+
+def answers(processes: int) -> dict[str, Any]:
+    """Arguments of a training that is long enough for answers to change."""
+    return {"per_device_train_batch_size": EXAMPLES // processes // 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+
+
+def rows(processes: int) -> dict[str, Any]:
+    """Arguments of a training with momentum and weight decay."""
+    return answers(processes) | {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1}
+
+
+def main(plan: Plan, out: Path) -> None:
+    """Run every scenario under every back-end; the first process writes what it has."""
+    state = PartialState(cpu=True)
+    for backend, sharding in BACKENDS.items():
+        found = {
+            name: trained(plan, trainer, out / "unused", **extra, **sharding)
+            for name, trainer, extra in scenarios(state.num_processes)
+        } | interrupted(plan, out / backend, state.num_processes, **sharding)
+        found["rows"] = trained(
+            Plan.load(out / "rows"), "transformers", out / "unused", **rows(state.num_processes), **sharding
+        )
+        if not sharding:
+            found["kl"] = trained(Plan.load(out / "kl"), "transformers", out / "unused", **answers(state.num_processes))
+        if state.is_main_process:
+            flat = {f"{name}|{key}": value for name, states in found.items() for key, value in states.items()}
+            save_file(flat, out / f"{backend}.safetensors")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Plan.load(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,74 @@
+"""Trainers on a real tiny model, and what their steps leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from keeptune.adapter.install import install
+from keeptune.core.plan import Plan
+from keeptune.data.calibration import Calibration, tokenize_calibration
+from keeptune.data.completions import TaskExamples
+from keeptune.model.pretrained import load_model, load_tokenizer
+from keeptune.pipeline.planning import plan_for
+from keeptune.statistics.store import StatStore
+
+MODEL = str(Path(__file__).parents[3] / "shared" / "models" / "stories260K")
+TOKENIZER = load_tokenizer(MODEL)
+EXAMPLES = TaskExamples(
+    prompts=tuple(f"Q: what is {n} plus {n}?\nA:" for n in range(8)), completions=tuple(f" {2 * n}" for n in range(8))
+)
+
+
+def knowledge() -> Calibration:
+    texts = [f"Once upon a time there were {n} little birds.{' They sang.' * (n % 3)}" for n in range(8)]
+    return tokenize_calibration(texts, TOKENIZER, max_length=32, where="knowledge")
+
+
+def task() -> Calibration:
+    data = knowledge()
+    return Calibration(data.sequences, data.pad_id, tuple(len(ids) // 2 for ids in data.sequences))
+
+
+def planned(method: Any, penalties: Sequence[Any] = (), *, store: Path = Path("unused")) -> Plan:
+    """A plan; penalties that need statistics need a store of their own."""
+    data: Any = {"knowledge": knowledge(), "task": task()} if store != Path("unused") else {}
+    return plan_for(load_model(MODEL), method, StatStore(store), data=data, penalties=penalties)
+
+
+def arguments(folder: Path, **extra: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder), "max_steps": 2, "learning_rate": 0.05, "optim": "sgd",
+        "lr_scheduler_type": "constant", "per_device_train_batch_size": 8, "report_to": "none", "use_cpu": True,
+        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "dataloader_pin_memory": False,
+    } | extra  # fmt: skip
+
+
+def trl_trainer(model: PeftModel, folder: Path, **extra: Any) -> Any:
+    config = SFTConfig(**arguments(folder, bf16=False, activation_checkpointing=False, **extra))
+    return SFTTrainer(model=model, args=config, train_dataset=EXAMPLES.dataset(), processing_class=TOKENIZER)
+
+
+def plain_trainer(model: PeftModel, folder: Path, **extra: Any) -> Any:
+    rows = [TOKENIZER(p + c)["input_ids"][:16] for p, c in zip(EXAMPLES.prompts, EXAMPLES.completions, strict=True)]
+    data: Any = [{"input_ids": ids, "labels": ids} for ids in rows]
+    return Trainer(model=model, args=TrainingArguments(**arguments(folder, **extra)), train_dataset=data)
+
+
+TRAINERS: dict[str, Callable[..., Any]] = {"trl": trl_trainer, "transformers": plain_trainer}
+
+
+def tuned(plan: Plan) -> PeftModel:
+    model = install(load_model(MODEL), plan)
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def largest_gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((value - b[name]).abs().max()) for name, value in a.items())

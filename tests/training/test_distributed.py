@@ -1,0 +1,149 @@
+"""Two processes under DDP and under FSDP2 take the steps of one, with penalties, accumulation and clipping."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.training.distributed import BACKENDS, answers, interrupted, rows, scenarios, trained
+from tests.training.support import planned
+from torch import Tensor
+
+from keeptune.core.plan import Plan
+from keeptune.methods.loki import Loki
+from keeptune.methods.pissa import Pissa
+from keeptune.penalties.kl import Kl
+from keeptune.penalties.l2 import L2
+from keeptune.penalties.laplace import Laplace
+
+ROOT = Path(__file__).parents[2]
+SQUARES = L2(strength=0.15, on="factors", unit="absolute")
+SCENARIOS = list(scenarios(1))
+PENALTIES = [SQUARES, L2(strength=300.0)]  # the second has no gradient at the start of PiSSA
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return planned(Pissa(rank=2), PENALTIES)
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return planned(Pissa(rank=2), [Kl(strength=5.0, batch_size=3)], store=tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def confined(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """LoKI* under curvature that ties every row of B to every other."""
+    kfac = Laplace(curvature="delta-kfac", strength=300.0)
+    return planned(Loki(q=20, rank=2), [kfac], store=tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="module")
+def together(
+    plan: Plan, kl: Plan, confined: Plan, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, dict[str, Tensor]]:
+    """What two processes leave, by back-end."""
+    folder = tmp_path_factory.mktemp("together")
+    plan.save(folder / "plan")
+    kl.save(folder / "kl")
+    confined.save(folder / "rows")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = [sys.executable, "-m", "tests.training.distributed", str(folder / "plan"), str(folder)]
+    env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+    running = [
+        subprocess.Popen(
+            words, cwd=ROOT, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=900)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(text[-3000:] for text in errors)
+    return {backend: load_file(folder / f"{backend}.safetensors") for backend in BACKENDS}
+
+
+@pytest.fixture(scope="module")
+def alone(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[dict[str, Tensor]]]:
+    """What one process leaves, by scenario: with penalties, and without."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        name: [trained(plan, trainer, folder, penalised=penalised, **extra) for penalised in (True, False)]
+        for name, trainer, extra in SCENARIOS
+    }
+
+
+def part(found: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.partition("|")[2]: value for key, value in found.items() if key.partition("|")[0] == name}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [name for name, *_ in SCENARIOS])
+def test_two_processes_take_the_steps_of_one(
+    backend: str,
+    name: str,
+    plan: Plan,
+    together: Mapping[str, dict[str, Tensor]],
+    alone: Mapping[str, list[dict[str, Tensor]]],
+) -> None:
+    found, (wanted, without) = part(together[backend], name), alone[name]
+    assert bool(found.pop("shards")) == (backend == "fsdp2")
+    assert {key for key in found if key.startswith("log pen")} == {
+        "log penalty", "log penalty/l2", "log penalty_grad_norm",
+    }  # fmt: skip
+    for key, value in found.items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-4, atol=1e-6)
+    gap = max(float((found[f"{t.target.name}.B"] - without[f"{t.target.name}.B"]).abs().max()) for t in plan.targets)
+    assert gap > 1e-4
+
+
+@pytest.mark.parametrize("backend", ["one process", *BACKENDS])
+def test_a_resumed_run_takes_the_steps_of_one_that_was_not_stopped(
+    backend: str, plan: Plan, together: Mapping[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    if backend == "one process":
+        both = interrupted(plan, tmp_path, 1)
+    else:
+        both = {name: part(together[backend], name) for name in ("whole", "resumed")}
+    for t in plan.targets:
+        for key in (f"{t.target.name}.A", f"{t.target.name}.B"):
+            assert torch.equal(both["whole"][key], both["resumed"][key])
+    for key in ("log penalty", "log penalty_grad_norm", "log drift/layer_0"):
+        assert both["whole"][key][-1] == both["resumed"][key][-1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_are_not_trained_stay_under_every_back_end(
+    backend: str, confined: Plan, together: Mapping[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """FSDP2 replaces parameters, and with them any hook that they have."""
+    found, alone = part(together[backend], "rows"), trained(confined, "transformers", tmp_path, **rows(1))
+    assert bool(found.pop("shards")) == (backend == "fsdp2")
+    for t in confined.targets:
+        B = found[f"{t.target.name}.B"]
+        assert B.any(dim=1).nonzero().flatten().tolist() == list(t.decision.rows or ())
+        torch.testing.assert_close(B, alone[f"{t.target.name}.B"], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_share_the_texts_of_a_penalty_on_answers(
+    kl: Plan, together: Mapping[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Batches of three texts, two of them for the first process, one for the second."""
+    found = part(together["ddp"], "kl")
+    alone, without = (
+        trained(kl, "transformers", tmp_path, penalised=penalised, **answers(1)) for penalised in (True, False)
+    )
+    for key in [key for key in alone if key != "shards"]:
+        torch.testing.assert_close(found[key], alone[key], rtol=1e-3, atol=1e-5)
+    assert float(alone["log penalty/kl"][-1]) > 0.01
+    name = kl.targets[0].target.name
+    assert float((alone[f"{name}.B"] - without[f"{name}.B"]).abs().max()) > 1e-3
