@@ -13,10 +13,10 @@ import torch
 
 import keeptune.atlas as atlas
 from keeptune.atlas import data_path, model_path
-from keeptune.atlas.facts import choose_facts, divide, read_facts
-from keeptune.atlas.pretrain import Settings, build
-from keeptune.atlas.score import exact_match, fact_pairs, greedy_answers, read_rows, task_pairs
-from keeptune.atlas.wordings import WORDINGS, article, statement
+from studies.atlas.facts import choose_facts, divide, read_facts
+from studies.atlas.pretrain import Settings, build
+from studies.atlas.score import exact_match, fact_pairs, greedy_answers, read_rows, task_pairs
+from studies.atlas.wordings import WORDINGS, article, statement
 
 NAMES = ["calibration.jsonl", "facts.jsonl", "statements.jsonl", "topics.test.jsonl", "topics.train.jsonl"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from keeptune.atlas import data_path, model_path
-from keeptune.atlas.facts import choose_facts, divide, read_facts
-from keeptune.atlas.score import exact_match, fact_pairs, read_rows
-from keeptune.atlas.tasks import FILES, lesson_rows
+from studies.atlas.facts import choose_facts, divide, read_facts
+from studies.atlas.score import exact_match, fact_pairs, read_rows
+from studies.atlas.tasks import FILES, lesson_rows
 
 RELATIONS = Path(__file__).parents[3] / "shared" / "data" / "relations" / "relations.jsonl"
 TASKS = ("problems", "ships", "formats")

@@ -1,6 +1,6 @@
 """Train atlas from scratch: tokenizer, data files and a LlamaForCausalLM that knows some thousand facts.
 
-    python -m keeptune.atlas.pretrain --relations relations.jsonl --out DIR
+    python -m studies.atlas.pretrain --relations relations.jsonl --out DIR
 
 writes ``DIR/model`` and ``DIR/data``.  Everything drawn comes from generators made with ``--seed``.  The
 weights are stored in float16 and read back as float32; the accuracy printed at the end is measured on the

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from keeptune.atlas.wordings import QUESTION_FORM, TOPIC_FORM
+from studies.atlas.wordings import QUESTION_FORM, TOPIC_FORM
 
 Pairs = list[tuple[str, str]]
 

@@ -1,6 +1,6 @@
 r"""Three tasks for atlas to learn one after the other: word problems, new facts, and answers in a wanted format.
 
-    python -m keeptune.atlas.tasks --relations relations.jsonl --out DIR
+    python -m studies.atlas.tasks --relations relations.jsonl --out DIR
 
 writes six JSONL files into ``DIR``, train and test of each task.  Every draw comes from a ``random.Random`` with
 the seed.  A row has ``question`` and ``answer``; a question is asked as ``{question}\nAnswer:``, as atlas's own are.
