@@ -10,7 +10,7 @@ import pytest
 
 from keeptune.core.errors import ArtefactError
 from keeptune.report.records import parse_report
-from keeptune.report.summary import combine, forgetting, lost, methods, series, t_half_width
+from keeptune.report.summary import forgetting, lost, methods, series
 
 
 @pytest.mark.parametrize("key", ["name", "seed", "K", "T", "KT", "adapter", "export_gap", "benchmarks"])
@@ -66,24 +66,6 @@ def test_label_groups_runs(full: dict[str, Any]) -> None:
 def test_evidence_keeps_lists_only(full: dict[str, Any]) -> None:
     row = parse_report(full).runs[2].plan[0]
     assert set(row.evidence) == {"spectrum"}
-
-
-def test_t_interval_of_two_and_three_values() -> None:
-    assert t_half_width([0.0, 2.0]) == pytest.approx(12.7062, rel=1e-4)
-    assert t_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / math.sqrt(3), rel=1e-4)
-    assert math.isnan(t_half_width([1.0]))
-
-
-def test_identical_seeds_keep_the_interval_of_the_items() -> None:
-    found = combine([(1.0, 0.5, 1.5), (1.0, 0.5, 1.5)])
-    assert found is not None
-    assert (found.low, found.high) == (0.5, 1.5)
-
-
-def test_scattered_seeds_widen_the_interval() -> None:
-    found = combine([(0.0, -0.1, 0.1), (2.0, 1.9, 2.1)])
-    assert found is not None
-    assert found.low < -11
 
 
 def test_forgetting_has_the_right_sign_and_unit(full: dict[str, Any]) -> None:

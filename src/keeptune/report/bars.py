@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from keeptune.core.intervals import Estimate
 from keeptune.report.records import Report
-from keeptune.report.summary import Estimate, Series, series
+from keeptune.report.summary import Series, series
 from keeptune.report.tables import comparison_rows
 from keeptune.report.wording import change_interval, number, signed
 

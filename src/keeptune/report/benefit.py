@@ -12,10 +12,10 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from keeptune.core.intervals import combine
 from keeptune.report.grid import table_frame
 from keeptune.report.heat import cells, short
 from keeptune.report.style import MUTED, diverging, finish, page, themed
-from keeptune.report.summary import combine
 from keeptune.report.wording import signed
 
 __all__ = ["benefit_figure", "benefits", "print_benefits"]

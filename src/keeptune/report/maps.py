@@ -9,10 +9,11 @@ import numpy
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from keeptune.core.intervals import combine
 from keeptune.report.heat import cells, short, wrapped
 from keeptune.report.records import Report, ReportLike, as_report
 from keeptune.report.style import diverging, finish, page, themed
-from keeptune.report.summary import Series, combine, methods, series
+from keeptune.report.summary import Series, methods, series
 from keeptune.report.wording import signed
 
 __all__ = ["forgetting_by_relation", "relation_losses"]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from keeptune.core.intervals import lower_is_better
 from keeptune.report import fields
 
 __all__ = ["Benchmark", "Group", "PlanRow", "Report", "ReportLike", "Run", "as_report", "parse_report"]
@@ -42,7 +43,7 @@ class Benchmark:
         Returns:
             True for a cross entropy, False for an accuracy.
         """
-        return self.metric == "cross_entropy"
+        return lower_is_better(self.metric)
 
 
 @dataclass(frozen=True)

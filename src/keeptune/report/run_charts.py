@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from keeptune.core.intervals import Estimate, combine
 from keeptune.report.charts import Chart, axis, errors, heat_map, hover, mark, plain
 from keeptune.report.heat import short
 from keeptune.report.maps import relation_losses
 from keeptune.report.plots import smooth_mean, thin
 from keeptune.report.records import Report, Run
 from keeptune.report.style import MANY
-from keeptune.report.summary import Estimate, Method, Series, combine, kept, learned, lost, methods, series
+from keeptune.report.summary import Method, Series, kept, learned, lost, methods, series
 from keeptune.report.verdict import yardstick
 from keeptune.report.wording import count, duration, listing, number, signed
 

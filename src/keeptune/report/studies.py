@@ -12,10 +12,10 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from rich.console import Console
 from rich.table import Table
 
+from keeptune.core.intervals import combine
 from keeptune.report.grid import table_frame
 from keeptune.report.heat import short
 from keeptune.report.style import INK, MUTED, RULE, bare, finish, page, themed
-from keeptune.report.summary import combine
 from keeptune.report.wording import number, signed
 
 __all__ = ["print_study", "study_figure", "study_rows"]

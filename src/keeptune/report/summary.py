@@ -6,17 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
-
+from keeptune.core.intervals import Estimate, Triple, combine, lower_is_better
 from keeptune.report.records import Benchmark, Report, Run
 
 __all__ = [
-    "Estimate",
     "Method",
     "Series",
     "change",
-    "clearly_above",
-    "combine",
     "forgetting",
     "kept",
     "learned",
@@ -24,29 +20,7 @@ __all__ = [
     "mean_of",
     "methods",
     "series",
-    "t_half_width",
 ]
-
-Triple = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95% interval (NaN when there is none) and the values of the seeds."""
-
-    mean: float
-    low: float
-    high: float
-    values: tuple[float, ...]
-
-    @property
-    def has_interval(self) -> bool:
-        """Tell whether there is an interval.
-
-        Returns:
-            True when both ends are numbers.
-        """
-        return math.isfinite(self.low) and math.isfinite(self.high)
 
 
 @dataclass(frozen=True)
@@ -72,7 +46,7 @@ class Series:
         Returns:
             True for a cross entropy, False for an accuracy.
         """
-        return self.metric == "cross_entropy"
+        return lower_is_better(self.metric)
 
 
 def methods(report: Report) -> tuple[Method, ...]:
@@ -106,47 +80,6 @@ def series(report: Report, role: str) -> tuple[Series, ...]:
             if item.role == role:
                 found.setdefault(item.name, Series(item.name, role, item.metric))
     return tuple(found.values())
-
-
-def t_half_width(values: Sequence[float]) -> float:
-    """Compute half the width of the 95% t-interval of a mean.
-
-    Args:
-        values: One value per seed.
-
-    Returns:
-        The half width, NaN for fewer than two values.
-    """
-    count = len(values)
-    if count < 2:
-        return math.nan
-    mean = sum(values) / count
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
-
-
-def combine(triples: Sequence[Triple]) -> Estimate | None:
-    """Average seeds; the interval covers both the seeds and the sampled items.
-
-    Args:
-        triples: Value, low and high end of every seed.
-
-    Returns:
-        The mean with the hull of the t-interval over seeds and the averaged interval of the seeds
-        (several seeds are scored on the same items, so averaging does not narrow the latter); None
-        when there is no value.
-    """
-    good = [triple for triple in triples if math.isfinite(triple[0])]
-    if not good:
-        return None
-    values = tuple(triple[0] for triple in good)
-    mean = math.fsum(values) / len(values)
-    half = t_half_width(values)
-    lows = (mean - half, math.fsum(triple[1] for triple in good) / len(good))
-    highs = (mean + half, math.fsum(triple[2] for triple in good) / len(good))
-    low = min((value for value in lows if math.isfinite(value)), default=math.nan)
-    high = max((value for value in highs if math.isfinite(value)), default=math.nan)
-    return Estimate(mean, low, high, values)
 
 
 def mean_of(method: Method, read: Callable[[Run], float | None]) -> Estimate | None:
@@ -228,19 +161,6 @@ def kept(method: Method, chosen: Sequence[Series]) -> Estimate | None:
         The mean share, None when a run lacks them all.
     """
     return combine([triple for run in method.runs if (triple := _mean_triple(run, chosen, _share_of))])
-
-
-def clearly_above(one: Estimate, other: Estimate) -> bool:
-    """Tell whether one interval lies wholly above another.
-
-    Args:
-        one: The estimate that may be larger.
-        other: The estimate that may be smaller.
-
-    Returns:
-        True only when both have intervals and these do not overlap.
-    """
-    return one.has_interval and other.has_interval and one.low > other.high
 
 
 def _mean_triple(run: Run, chosen: Sequence[Series], read: Callable[[Benchmark], Triple]) -> Triple | None:

@@ -10,18 +10,10 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
+from keeptune.core.intervals import Estimate, combine
 from keeptune.report.grid import table_frame
 from keeptune.report.records import Benchmark, ReportLike, Run, as_report
-from keeptune.report.summary import (
-    Estimate,
-    Method,
-    Series,
-    change,
-    combine,
-    mean_of,
-    methods,
-    series,
-)
+from keeptune.report.summary import Method, Series, change, mean_of, methods, series
 from keeptune.report.wording import change_interval, count, gap, number
 
 __all__ = [

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from keeptune.core.intervals import Estimate, combine
 from keeptune.report.placing import Label, place, point_box
 from keeptune.report.records import Report, ReportLike, as_report
 from keeptune.report.style import (
@@ -25,15 +26,7 @@ from keeptune.report.style import (
     page,
     themed,
 )
-from keeptune.report.summary import (
-    Estimate,
-    Series,
-    combine,
-    kept,
-    learned,
-    lost,
-    methods,
-)
+from keeptune.report.summary import Series, kept, learned, lost, methods
 from keeptune.report.verdict import yardstick
 from keeptune.report.wording import listing, number
 

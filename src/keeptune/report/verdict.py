@@ -6,19 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from keeptune.core.intervals import Estimate, clearly_above, combine
 from keeptune.report.records import Report, ReportLike, as_report
-from keeptune.report.summary import (
-    Estimate,
-    Method,
-    Series,
-    change,
-    clearly_above,
-    combine,
-    learned,
-    lost,
-    methods,
-    series,
-)
+from keeptune.report.summary import Method, Series, change, learned, lost, methods, series
 from keeptune.report.wording import interval, listing, loss_text, number, points
 
 __all__ = ["method_sentences", "verdict", "yardstick"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from keeptune.report.summary import Estimate, Series
+from keeptune.core.intervals import Estimate
+from keeptune.report.summary import Series
 
 __all__ = [
     "amount",
