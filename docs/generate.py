@@ -1,6 +1,6 @@
 """Write docs/methods/*.md and docs/penalties/*.md from the code's own docstrings; text below the marker is kept.
 
-docs/published.md is written from the recipes of the papers' tables; text above its marker is kept.
+recipes/PUBLISHED.md is written from the recipes of the papers' tables; text above its marker is kept.
 
 `python docs/generate.py` writes, `python docs/generate.py --check` fails when a page is out of date.
 """
@@ -119,7 +119,7 @@ def _table(path: Path) -> str:
 def main() -> None:
     """Write or check every page."""
     stale = []
-    published = DOCS / "published.md"
+    published = RECIPES / "PUBLISHED.md"
     written = published.read_text(encoding="utf-8")
     if tables(written) != written:
         stale.append(published)

@@ -1,4 +1,4 @@
-"""Every method on atlas, each at a learning rate found by one rule, three seeds: the table in docs/all-methods.md.
+"""Every method on atlas, each at a learning rate found by one rule, three seeds: docs/results/all-methods.md.
 
 Run it: `make study`, or `python studies/all_methods.py [folder]` (about 40 minutes on two cores). Killed and started
 again, it goes on.
@@ -119,9 +119,9 @@ def main(output: Path, docs: Path) -> None:
     for entry, (name, rate, _) in zip(report["methods"], cells, strict=True):
         entry["name"], entry["label"] = name, name
         entry["rate"] = rate
-    png(tradeoff(report), docs / "all-methods.png")
+    png(tradeoff(report), docs / "results" / "all-methods.png")
     write_json(output / "table.json", {"rates": found, "starts": starts})
-    write_bytes(docs / "all-methods.md", page(report, found, starts).encode())
+    write_bytes(docs / "results" / "all-methods.md", page(report, found, starts).encode())
 
 
 def find_rate(output: Path, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""docs/demo.md and docs/tradeoff.png from a demo of three seeds.
+"""docs/results/demo.md and docs/results/tradeoff.png from a demo of three seeds.
 
 Run it: `make study`; or `keeptune demo --seeds 3 --output runs/demo3`, then `python studies/demo_page.py runs/demo3`.
 """

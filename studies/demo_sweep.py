@@ -111,13 +111,13 @@ def picture(found: dict[str, list[Point]]) -> Figure:
 def main(output: Path, docs: Path) -> None:
     """Run the sweep, write the page and the picture."""
     found = sweep(output)
-    png(picture(found), docs / "sweep.png")
+    png(picture(found), docs / "results" / "sweep.png")
     text = (
         "# Learning rates of the demo\n\n"
         "Made by `make study`: rank 8, 120 steps of 32 examples, linear decay, seed 0; 95% paired bootstrap intervals "
         "over items. Up and to the right is better.\n\n![Kept against learned, by learning rate](sweep.png)\n\n"
     )
-    write_bytes(docs / "demo-sweep.md", (text + table(found)).encode())
+    write_bytes(docs / "results" / "demo-sweep.md", (text + table(found)).encode())
 
 
 if __name__ == "__main__":

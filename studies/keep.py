@@ -1,10 +1,10 @@
-"""How far a budget on feature drift goes on atlas: the questions of docs/keep.md, three seeds.
+"""How far a budget on feature drift goes on atlas: the questions of docs/guides/keep.md, three seeds.
 
 Run it: `make study`, or `python studies/keep.py [folder]` (about an hour on two cores). Killed and started again, it
-goes on. It writes docs/keep-results.md and docs/keep.png. Text other than atlas' own is read from ../shared/data; where
-that is missing, its rows are left out.
+goes on. It writes keep-tables.md and keep.png in docs/results. Text other than atlas' own is read from ../shared/data;
+where that is missing, its rows are left out.
 
-Everywhere the task, the knowledge and the scores are those of docs/all-penalties.md: LoRA of rank 8 at every target,
+The task, the knowledge and the scores are those of docs/results/all-penalties.md: LoRA of rank 8 at every target,
 120 steps of 32 examples, a peak rate of 2e-3, unless a row says otherwise.
 """
 
@@ -137,8 +137,8 @@ def main(output: Path, docs: Path) -> None:
     cells.sort(key=lambda cell: (cell[0].steps, cell[1] > 0, order.index(cell[0].question)))  # the long ones last
     scored = each(partial(cell, output), *zip(*cells, strict=True))
     rows = [[score for (one, _), score in zip(cells, scored, strict=True) if one == row] for row in asked]
-    png(figure(asked, rows), docs / "keep.png")
-    write_bytes(docs / "keep-results.md", page_of(asked, rows).encode())
+    png(figure(asked, rows), docs / "results" / "keep.png")
+    write_bytes(docs / "results" / "keep-tables.md", page_of(asked, rows).encode())
 
 
 def source_of(one: Setting) -> str | None:
@@ -219,11 +219,11 @@ _TITLES = {
 _COLUMNS = "| | facts | other facts | topics | used | pressure |\n| --- | ---: | ---: | ---: | ---: | ---: |"
 _HEAD = """# keep on atlas: all figures
 
-Made by `python studies/keep.py` (part of `make study`); [keep.md](keep.md) says what they mean. LoRA, rank 8, 120 steps
-of 32 examples at a peak rate of 2e-3 unless a row says otherwise; mean ± standard deviation over seeds 0 to 2, in per
-cent. *Other facts* are those of 16 of the 33 relations: the rows *half the relations* and *one relation* have none of
-them in their knowledge data. *Used* is the drift (or the nats) at the last step over the budget, *pressure* what it is
-weighed by then.
+Made by `python studies/keep.py` (in `make study`); [keep.md](../guides/keep.md) says what they mean. LoRA, rank 8,
+120 steps of 32 examples at a peak rate of 2e-3 unless a row says otherwise; mean ± standard deviation over seeds 0 to
+2, in per cent. *Other facts* are those of 16 of the 33 relations: the rows *half the relations* and *one relation*
+have none of them in their knowledge data. *Used* is the drift (or the nats) at the last step over the budget,
+*pressure* what it is weighed by then.
 
 ![Kept against learned](keep.png)
 """

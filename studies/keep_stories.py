@@ -1,7 +1,7 @@
 """A second base for keep: stories260K, a storyteller that is tuned on word problems; three seeds.
 
 Run it: `make study`, or `python studies/keep_stories.py [folder]` (about a quarter of an hour on two cores). It needs
-../shared (model and data). Killed and started again, it goes on. It writes docs/keep-stories.md.
+../shared (model and data). Killed and started again, it goes on. It writes docs/results/keep-stories.md.
 
 What is to be kept is the loss on TinyStories, and on web text, which the base is bad at and could get worse at; what
 is learned is GSM8K, question and worked answer as text. LoRA of rank 8 at every target, 120 steps of 8 texts of at most
@@ -81,7 +81,7 @@ def main(output: Path, docs: Path) -> None:
     cells = [(one, seed) for seed in SEEDS for one in asked]
     scored = each(partial(cell, output), *zip(*cells, strict=True))
     rows = [[score for (one, _), score in zip(cells, scored, strict=True) if one == row] for row in asked]
-    write_bytes(docs / "keep-stories.md", page(asked, rows).encode())
+    write_bytes(docs / "results" / "keep-stories.md", page(asked, rows).encode())
 
 
 def write_data(output: Path) -> None:
@@ -157,8 +157,8 @@ def scores_of(scored: Mapping[str, str], folder: Path) -> dict[str, float]:
 
 _HEAD = """# keep on a second base: stories260K tuned on word problems
 
-Made by `python studies/keep_stories.py` (part of `make study`); [keep.md](keep.md) says what it means. Losses in nats
-per token on texts that neither training nor knowledge data hold: lower is better, everywhere. Means ± standard
+Made by `python studies/keep_stories.py` (in `make study`); [keep.md](../guides/keep.md) says what it means. Losses in
+nats per token on texts that neither training nor knowledge data hold: lower is better, everywhere. Means ± standard
 deviation over seeds 0 to 2. LoRA, rank 8, 120 steps of 8 texts, a peak rate of 2e-3 unless a row says otherwise; 128
 stories as knowledge data. *KL* is that to the base on the scored stories.
 

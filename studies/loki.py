@@ -1,4 +1,4 @@
-"""Does attribution find the nodes that matter on atlas, and how far do its definitions agree: docs/loki-results.md.
+"""Does attribution find the nodes that matter on atlas, and how far do its definitions agree?
 
 Run it: `make study`, or `python studies/loki.py [folder]` (some minutes). Attributions and scores are kept, so that it
 goes on where it was stopped. Training with LoKI is in studies/all_methods.py.
@@ -147,9 +147,9 @@ def main(output: Path, docs: Path) -> None:
     beside = _kept(output, "beside", lambda: [besides(facts, output, q) for q in SHARES])
     agreement = _kept(output, "overlaps", lambda: agreements(output))
     where = _kept(output, "where", lambda: _where(Study(output).found()))
-    png(density_figure(where), docs / "loki-nodes.png")
-    png(suppression_figure(cells, base), docs / "loki.png")
-    write_bytes(docs / "loki-results.md", report(cells, base, beside, agreement, where).encode())
+    png(density_figure(where), docs / "results" / "loki-nodes.png")
+    png(suppression_figure(cells, base), docs / "results" / "loki.png")
+    write_bytes(docs / "results" / "loki-tables.md", report(cells, base, beside, agreement, where).encode())
 
 
 def cell(facts: Facts, output: Path, over: str, q: float, seed: int) -> dict[str, Any]:

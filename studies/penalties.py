@@ -1,4 +1,4 @@
-"""Every penalty on atlas, each at a strength found by one rule, three seeds: the table in docs/all-penalties.md.
+"""Every penalty on atlas, each at a strength found by one rule, three seeds: docs/results/all-penalties.md.
 
 Run it: `make study`, or `python studies/penalties.py [folder]` (about half an hour on two cores). Killed and started
 again, it goes on.
@@ -93,9 +93,9 @@ def main(output: Path, docs: Path) -> None:
     report = write_report(folders, output)
     for entry, (name, strength, _) in zip(report["methods"], cells, strict=True):
         entry["name"], entry["label"], entry["strength"] = name, name, strength
-    png(tradeoff(report), docs / "all-penalties.png")
+    png(tradeoff(report), docs / "results" / "all-penalties.png")
     write_json(output / "table.json", {"strengths": found})
-    write_bytes(docs / "all-penalties.md", page(report, found).encode())
+    write_bytes(docs / "results" / "all-penalties.md", page(report, found).encode())
 
 
 def find_strength(output: Path, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What repair wins back on atlas, three seeds: docs/repair-results.md, to which docs/repair.md refers.
+"""What repair wins back on atlas, three seeds: docs/results/repair-tables.md, to which docs/guides/repair.md refers.
 
 Run it: `make study`, or `python studies/repair.py [folder]` (about ten minutes on two cores). Killed and started again,
 it goes on with the next seed. A LoRA of rank 8 that was trained at 2e-3 and has forgotten is repaired at several μ, in
@@ -39,9 +39,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 _HEAD = """# Repair on atlas: all figures
 
-Made by `python studies/repair.py` (part of `make study`); [repair.md](repair.md) says what they mean. A LoRA of rank 8,
-120 steps at 2e-3; mean ± standard deviation over seeds 0 to 2, in per cent. The second round of every μ takes the
-inputs of the model that was repaired at the least μ.
+Made by `python studies/repair.py` (in `make study`); [repair.md](../guides/repair.md) says what they mean. A LoRA of
+rank 8, 120 steps at 2e-3; mean ± standard deviation over seeds 0 to 2, in per cent. The second round of every μ takes
+the inputs of the model that was repaired at the least μ.
 
 | | facts | topics |
 | --- | ---: | ---: |"""
@@ -50,7 +50,7 @@ inputs of the model that was repaired at the least μ.
 def main(output: Path, docs: Path) -> None:
     """Train, repair and score, seed by seed; then write the page."""
     found = each(partial(scores_of, output), SEEDS)
-    write_bytes(docs / "repair-results.md", page(found).encode())
+    write_bytes(docs / "results" / "repair-tables.md", page(found).encode())
 
 
 def scores_of(output: Path, seed: int) -> dict[str, list[float]]:

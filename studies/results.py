@@ -1,4 +1,4 @@
-"""The figures of docs/results.md, from finished comparisons: docs/results-tables.md and docs/results.png.
+"""The figures of docs/results/overview.md, from finished comparisons: overview-tables.md and results.png.
 
     keeptune compare recipes/atlas-compare.yaml
     keeptune compare recipes/stories-compare.yaml
@@ -45,7 +45,7 @@ SHOWN = {
 _HEAD = """# All results of the comparisons
 
 Made by `python studies/results.py` from `keeptune compare recipes/atlas-compare.yaml` and
-`recipes/stories-compare.yaml`; [results.md](results.md) says what they mean. Forgotten and learned are percentage
+`recipes/stories-compare.yaml`; [overview.md](overview.md) says what they mean. Forgotten and learned are percentage
 points on atlas, nats per token on stories260K. Intervals are Student's, 95%, over three seeds.
 """
 
@@ -64,8 +64,8 @@ def main(atlas: Path, stories: Path, docs: Path) -> None:
         title = f"At {-STORIES:.2f} nats per token of word problems"
         parts.append(f"\n### {title}\n\n{matched_table(other['cells'], STORIES, 1)}\n")
         parts.append(f"\n### Every setting\n\n{setting_table(other_front, 1)}\n")
-    png(figure(cells["cells"]), docs / "results.png")
-    write_bytes(docs / "results-tables.md", "".join(parts).encode())
+    png(figure(cells["cells"]), docs / "results" / "results.png")
+    write_bytes(docs / "results" / "overview-tables.md", "".join(parts).encode())
 
 
 def facts_of(cells: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Three tasks one after the other on atlas: docs/sequence-results.md, to which docs/sequence.md refers.
+"""Three tasks one after the other on atlas: docs/results/sequence-tables.md, to which docs/guides/sequence.md refers.
 
 Run it: `make study`, or `python studies/sequence.py [folder] [seeds]` (about seven minutes a seed on one quiet core).
 Killed and started again, it goes on. The recipe is recipes/atlas-sequence.yaml; only method and replay differ.
@@ -34,10 +34,10 @@ MEASURES = {
 }
 _HEAD = """# Three tasks one after the other on atlas: all figures
 
-Made by `python studies/sequence.py` (part of `make study`); [sequence.md](sequence.md) says what they mean. The recipe
-is [atlas-sequence.yaml](../recipes/atlas-sequence.yaml): rank 8 at every target, 120 steps of 32 examples in each
-stage, a peak rate of 4e-3. Scores and measures in per cent{spread}. Replay: 30% of the training examples are knowledge,
-drawn from 256 facts and 128 examples of each stage before. keep: 0.003 nats on the same data.
+Made by `python studies/sequence.py` (in `make study`); [sequence.md](../guides/sequence.md) says what they mean. The
+recipe is [atlas-sequence.yaml](../../recipes/atlas-sequence.yaml): rank 8 at every target, 120 steps of 32 examples
+in each stage, a peak rate of 4e-3. Scores and measures in per cent{spread}. Replay: 30% of the training examples are
+knowledge, drawn from 256 facts and 128 examples of each stage before. keep: 0.003 nats on the same data.
 """
 
 
@@ -51,7 +51,7 @@ def main(output: Path, docs: Path, seeds: Sequence[int]) -> None:
             own = {"output": str(folder), "store": str(output / "store"), "train.seed": seed}
             found[way].append(run_sequence(load_sequence(RECIPE, options | own)))
             print(way, seed, {key: found[way][-1][key] for key in MEASURES}, flush=True)
-    write_bytes(docs / "sequence-results.md", page(found, seeds).encode())
+    write_bytes(docs / "results" / "sequence-tables.md", page(found, seeds).encode())
 
 
 def page(found: dict[str, list[dict[str, Any]]], seeds: Sequence[int]) -> str:

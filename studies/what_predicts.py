@@ -1,7 +1,7 @@
 """What predicts forgetting? Every run of the other studies: facts lost against four measures of how far it moved.
 
 Run it after them: `python studies/what_predicts.py runs/all-methods runs/all-penalties` (some minutes). It writes
-docs/what-predicts.md and docs/what-predicts.png.
+docs/results/what-predicts.md and docs/results/what-predicts.png.
 
     relative change      mean_t ‖E_t‖² / ‖W_t‖²
     feature drift        mean_t tr(E Ω Eᵀ) / tr(W Ω Wᵀ)            Ω = E[h hᵀ] on the knowledge
@@ -88,8 +88,8 @@ def main(roots: list[Path], docs: Path) -> None:
                 continue
         rows.append(read_json(kept) | {"held": bool(Plan.load(folder / "plan").penalties)})
         print(json.dumps(rows[-1]), flush=True)
-    png(figure(rows), docs / "what-predicts.png")
-    write_bytes(docs / "what-predicts.md", text(rows).encode())
+    png(figure(rows), docs / "results" / "what-predicts.png")
+    write_bytes(docs / "results" / "what-predicts.md", text(rows).encode())
 
 
 def known(job: Job, store: Path) -> Statistics:

@@ -1,4 +1,4 @@
-"""keep: LoRA under a budget on what it changes for knowledge. keeptune's own (docs/keep.md).
+"""keep: LoRA under a budget on what it changes for knowledge. keeptune's own (docs/guides/keep.md).
 
     y = W x + s B A x                                     LoRA: A random, B = 0                       (1)
     min L_task   subject to   D <= budget                 by dual ascent (penalties/drift.py)         (2)

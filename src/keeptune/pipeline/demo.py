@@ -15,8 +15,8 @@ __all__ = ["METHODS", "demo", "demo_recipe"]
 
 _log = logging.getLogger(__name__)
 
-# One rule for every method: the lowest learning rate of the sweep (docs/demo-sweep.md) at which it learns the task
-# to 0.8. A lower rate always forgets less, so no method is shown at a rate that makes it look bad.
+# One rule for every method: the lowest learning rate of the sweep at which it learns the task to 0.8.
+# A lower rate always forgets less, so no method is shown at a rate that makes it look bad.
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "full": ({"name": "full"}, 2e-4),
     "lora": ({"name": "lora", "rank": 8, "alpha": 16}, 1e-3),

@@ -84,7 +84,7 @@ def repair(
         rank: Of the result, for changes that are not of low rank (DoRA, whole models).
         damping: How much the task uses every direction, as a share of the mean (``repair_equations.damped``).
         rounds: 2 repairs once more with the inputs that the repaired model sees, in place of the base's: one more pass
-            over the data, for a little more of the task (``docs/repair.md``).
+            over the data, for a little more of the task (``docs/guides/repair.md``).
         max_length: Texts are cut to this many tokens, or to the model's positions.
         store: Folder where covariances are kept; None takes the user's own store.
         device: ``auto`` is CUDA where there is a GPU.

@@ -72,7 +72,7 @@ class Recipe(Section):
     """
 
     model: str
-    method: MethodSections = Field(default_factory=lambda: {"name": "keep"})  # docs/keep.md says why
+    method: MethodSections = Field(default_factory=lambda: {"name": "keep"})  # docs/guides/keep.md says why
     task: Task
     output: _Folder
     targets: list[str] | None = None

@@ -50,7 +50,7 @@ def test_every_name_of_the_table_can_stand_alone() -> None:
 
 
 def test_every_name_and_scoring_is_in_the_docs() -> None:
-    page = (Path(__file__).parents[3] / "docs/benchmarks.md").read_text("utf-8")
+    page = (Path(__file__).parents[3] / "docs/guides/benchmarks.md").read_text("utf-8")
     words = [*NAMES, *(how for row in NAMES.values() for how in row.scorings)]
     assert [word for word in words if f"`{word}`" not in page] == []
 

@@ -18,7 +18,7 @@ class NamedBenchmark:
     """A standard benchmark, run by lm-eval.
 
     Args:
-        name: A name of the table in ``docs/benchmarks.md``, or with ``task`` any name; it names files.
+        name: A name of the table in ``docs/guides/benchmarks.md``, or with ``task`` any name; it names files.
         role: ``"knowledge"`` is what should be kept, ``"task"`` is what should be learnt; None takes the table's.
         task: A name of the table, or another task of lm-eval; None takes ``name``.
         data: Folder or file of JSONL to take the items from; None fetches them from the hub, as lm-eval does.
@@ -107,7 +107,7 @@ class NamedBenchmark:
                 f"{self.where}.run_code",
                 got="false",
                 wanted="leave to run the programs that the model writes: that is how this benchmark is scored",
-                next_step="Add `run_code: true`; docs/benchmarks.md says what the programs can and cannot do.",
+                next_step="Add `run_code: true`; docs/guides/benchmarks.md says what the programs can and cannot do.",
             )
 
     def _check_numbers(self) -> None:

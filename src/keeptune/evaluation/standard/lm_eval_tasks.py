@@ -347,7 +347,7 @@ def _explained(benchmark: NamedBenchmark) -> Iterator[None]:
             got=f"no data for lm-eval's {benchmark.lm_eval_task}: {' '.join(str(error).split())[:300]}",
             wanted="a connection to the hub, or the data on this machine",
             next_step="Run once where the hub can be reached, or give `data: folder` with the JSONL files that "
-            "docs/benchmarks.md names.",
+            "docs/guides/benchmarks.md names.",
         ) from error
     except AssertionError as error:
         raise ModelError(

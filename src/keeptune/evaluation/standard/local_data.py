@@ -121,7 +121,7 @@ def local_rows(name: str, split: str, path: Path, *, where: str) -> list[Row]:
             raise DataError(
                 f"{where}.data {path} row {number}",
                 got=f"a row that cannot be read ({type(error).__name__}: {error})",
-                wanted=f"the fields that lm-eval's {name} has on the hub, or a form that docs/benchmarks.md names",
+                wanted=f"the fields that lm-eval's {name} has on the hub, or a form of docs/guides/benchmarks.md",
                 next_step="Mend the row.",
             ) from error
     if not rows:
