@@ -42,14 +42,15 @@ unit: $(BIN)/.dev /usr/bin/chromium
 bench: $(BIN)/.dev
 	$(BIN)/python benchmarks/run.py
 
+# DATA: a folder with whole data files (assets/SOURCE.md).
 study: $(BIN)/.dev
 	$(BIN)/python studies/demo_sweep.py
 	$(BIN)/keeptune demo --seeds 3 --output runs/demo3
 	$(BIN)/python studies/demo_page.py runs/demo3
 	$(BIN)/python studies/all_methods.py
 	$(BIN)/python studies/penalties.py
-	$(BIN)/python studies/keep.py
-	$(BIN)/python studies/keep_stories.py
+	$(BIN)/python studies/keep.py $(DATA)
+	$(BIN)/python studies/keep_stories.py $(DATA)
 	$(BIN)/python studies/repair.py
 	$(BIN)/python studies/loki.py
 	$(BIN)/python studies/sequence.py

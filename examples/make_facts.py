@@ -1,6 +1,6 @@
 """Make examples/data/facts.jsonl: sentences about facts, with the relation that each is about.
 
-Run it: `python examples/make_facts.py ../shared/data/relations/relations.jsonl`. It draws up to 60 facts of each
+Run it: `python examples/make_facts.py assets/data/relations/relations.jsonl`. It draws up to 60 facts of each
 relation below and writes each in one of three wordings of our own, so that the words alone do not give the relation
 away: "Berlin is in Germany" is a city, "The Louvre is in France" a landmark.
 """

@@ -1,6 +1,6 @@
 """A model trained by somebody else: teach stories260K the text of GSM8K, and measure what its stories lose.
 
-Run it: `python examples/stories260k.py [folder with models/ and data/]` (half a minute on two cores).
+Run it: `python examples/stories260k.py` (half a minute on two cores).
 It writes a recipe and its data files, then does what `keeptune run recipe.yaml` does.
 """
 
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from keeptune.pipeline.run import run
 from keeptune.recipe.schema import make_recipe
+
+ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def stories(path: Path, count: int) -> list[dict[str, str]]:
@@ -25,14 +27,14 @@ def write(path: Path, rows: list[dict[str, str]]) -> str:
     return str(path)
 
 
-def main(shared: Path, output: Path, steps: int = 40) -> None:
+def main(output: Path, steps: int = 40) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    problems = (shared / "data/gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
+    problems = (ASSETS / "data/gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
     train = [json.loads(line) for line in problems[:600]]
     held_out = [{"text": f"{row['question']}\n{row['answer']}"} for row in map(json.loads, problems[600:640])]
-    calibration = stories(shared / "data/tinystories_train_piece/stories.jsonl", 128)
+    calibration = stories(ASSETS / "data/tinystories_train_piece/stories.jsonl", 128)
     values = {
-        "model": str(shared / "models/stories260K"),
+        "model": str(ASSETS / "models/stories260K"),
         "method": {"name": "lora-null", "rank": 8},
         "knowledge": {"file": write(output / "knowledge.jsonl", calibration), "max_length": 256},
         "task": {
@@ -52,7 +54,7 @@ def main(shared: Path, output: Path, steps: int = 40) -> None:
                 "batch_size": 8,
             }
             for name, role, rows in (
-                ("stories", "knowledge", stories(shared / "data/tinystories/stories.jsonl", 60)),
+                ("stories", "knowledge", stories(ASSETS / "data/tinystories/stories.jsonl", 60)),
                 ("problems", "task", held_out),
             )
         ],
@@ -68,5 +70,4 @@ def main(shared: Path, output: Path, steps: int = 40) -> None:
 
 
 if __name__ == "__main__":
-    shared_folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "shared"
-    main(shared_folder, Path("runs/stories260k"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/stories260k"))

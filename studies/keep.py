@@ -1,8 +1,8 @@
 """How far a budget on feature drift goes on atlas: the questions of docs/guides/keep.md, three seeds.
 
-Run it: `make study`, or `python studies/keep.py [folder]` (about an hour on two cores). Killed and started again, it
-goes on. It writes keep-tables.md and keep.png in docs/results. Text other than atlas' own is read from ../shared/data;
-where that is missing, its rows are left out.
+Run it: `make study DATA=folder`, or `python studies/keep.py folder [output]` (about an hour on two cores). The folder
+has the whole files of which assets/data has slices (assets/SOURCE.md says where they are from). Killed and started
+again, it goes on. It writes keep-tables.md and keep.png in docs/results.
 
 The task, the knowledge and the scores are those of docs/results/all-penalties.md: LoRA of rank 8 at every target,
 120 steps of 32 examples, a peak rate of 2e-3, unless a row says otherwise.
@@ -32,7 +32,6 @@ SEEDS = (0, 1, 2)
 RATE = 2e-3
 STEPS = 120
 BUDGET, NATS = 0.0003, 0.001
-BASE_SHARED = Path(__file__).parents[2] / "shared" / "data"
 FACT = {"text": "{question}\nAnswer: {answer}"}
 
 
@@ -127,11 +126,11 @@ TARGETS = {
 }
 
 
-def main(output: Path, docs: Path) -> None:
+def main(data: Path, output: Path, docs: Path) -> None:
     """Run what has not been run, seed by seed, then write the page and the picture."""
     output.mkdir(parents=True, exist_ok=True)
-    write_data(output)
-    asked = [one for one in settings() if not (file := source_of(one)) or (output / file).is_file()]
+    write_data(data, output)
+    asked = settings()
     cells = [(one, seed) for seed in SEEDS for one in asked if seed in one.seeds]
     order = list(_TITLES)
     cells.sort(key=lambda cell: (cell[0].steps, cell[1] > 0, order.index(cell[0].question)))  # the long ones last
@@ -156,17 +155,15 @@ def atlas_rows(name: str) -> list[dict[str, Any]]:
     return read_rows(atlas.data_path(name))
 
 
-def write_data(output: Path) -> None:
+def write_data(data: Path, output: Path) -> None:
     """Write the knowledge files: facts of half the relations, of one, and 20-word pieces of other text."""
     facts, others = atlas_rows("calibration.jsonl"), set(other_relations())
     half = [row for row in facts if row["relation"] not in others]
     write_rows(output / "half.jsonl", half)
     write_rows(output / "one.jsonl", [row for row in half if row["relation"] == "landmark in country"])
     for name, source in (("web", "c4_text/c4.jsonl"), ("stories", "tinystories/stories.jsonl")):
-        path = BASE_SHARED / source
-        if path.is_file():
-            texts = [row["text"].split() for row in read_rows(path)]
-            write_rows(output / f"{name}.jsonl", [{"text": " ".join(words[:20])} for words in texts][:256])
+        texts = [row["text"].split() for row in read_rows(data / source)]
+        write_rows(output / f"{name}.jsonl", [{"text": " ".join(words[:20])} for words in texts][:256])
 
 
 def cell(output: Path, one: Setting, seed: int) -> dict[str, float]:
@@ -312,5 +309,7 @@ def is_rate(one: Setting) -> bool:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python studies/keep.py DATA [OUTPUT]")
     logging.basicConfig(level=logging.WARNING)
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/keep"), Path(__file__).parents[1] / "docs")
+    main(Path(sys.argv[1]), Path([*sys.argv, "runs/keep"][2]), Path(__file__).parents[1] / "docs")

@@ -1,7 +1,8 @@
 """A second base for keep: stories260K, a storyteller that is tuned on word problems; three seeds.
 
-Run it: `make study`, or `python studies/keep_stories.py [folder]` (about a quarter of an hour on two cores). It needs
-../shared (model and data). Killed and started again, it goes on. It writes docs/results/keep-stories.md.
+Run it: `make study DATA=folder`, or `python studies/keep_stories.py folder [output]` (about a quarter of an hour on two
+cores). The folder has the whole files of which assets/data has slices (assets/SOURCE.md says where they are from).
+Killed and started again, it goes on. It writes docs/results/keep-stories.md.
 
 What is to be kept is the loss on TinyStories, and on web text, which the base is bad at and could get worse at; what
 is learned is GSM8K, question and worked answer as text. LoRA of rank 8 at every target, 120 steps of 8 texts of at most
@@ -23,7 +24,7 @@ from cells import each, kept, read_rows, spread, write_rows
 
 from keeptune.core.artefact import read_json, write_bytes
 
-SHARED = Path(__file__).parents[2] / "shared"
+MODEL = Path(__file__).parents[1] / "assets" / "models" / "stories260K"
 SEEDS = (0, 1, 2)
 STEPS, TEXTS, LENGTH = 120, 8, 192
 
@@ -73,10 +74,10 @@ def _drift(budget: float, **options: Any) -> dict[str, Any]:
     return {"name": "drift", "budget": budget, **options}
 
 
-def main(output: Path, docs: Path) -> None:
+def main(data: Path, output: Path, docs: Path) -> None:
     """Run what has not been run, seed by seed, then write the page."""
     output.mkdir(parents=True, exist_ok=True)
-    write_data(output)
+    write_data(data, output)
     asked = settings()
     cells = [(one, seed) for seed in SEEDS for one in asked]
     scored = each(partial(cell, output), *zip(*cells, strict=True))
@@ -84,9 +85,8 @@ def main(output: Path, docs: Path) -> None:
     write_bytes(docs / "results" / "keep-stories.md", page(asked, rows).encode())
 
 
-def write_data(output: Path) -> None:
+def write_data(data: Path, output: Path) -> None:
     """Write disjoint files: knowledge, training and scores."""
-    data = SHARED / "data"
     stories, web = (read_rows(data / name) for name in ("tinystories/stories.jsonl", "c4_text/c4.jsonl"))
     problems = [{"text": f"{row['question']}\n{row['answer']}"} for row in read_rows(data / "gsm8k/train.jsonl")[:2000]]
     tests = [{"text": f"{row['question']}\n{row['answer']}"} for row in read_rows(data / "gsm8k/test.jsonl")[:100]]
@@ -115,7 +115,7 @@ def cell(output: Path, one: Setting, seed: int) -> dict[str, float]:
     folder = output / f"{one.label}-seed{seed}".replace(" ", "_").replace(",", "")
     scored = {"stories": "knowledge", "web": "knowledge", "problems": "task"}
     values: dict[str, Any] = {
-        "model": str(SHARED / "models" / "stories260K"),
+        "model": str(MODEL),
         "method": dict(one.method),
         "penalties": [dict(penalty) for penalty in one.penalties],
         "knowledge": {"file": str(output / f"{one.knowledge}.jsonl"), "text": "{text}", "max_length": LENGTH},
@@ -186,5 +186,7 @@ def page(asked: Sequence[Setting], rows: Sequence[Sequence[dict[str, float]]]) -
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python studies/keep_stories.py DATA [OUTPUT]")
     logging.basicConfig(level=logging.WARNING)
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/keep-stories"), Path(__file__).parents[1] / "docs")
+    main(Path(sys.argv[1]), Path([*sys.argv, "runs/keep-stories"][2]), Path(__file__).parents[1] / "docs")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.assets import DATA
 
 from keeptune.atlas import data_path, model_path
 from studies.atlas.facts import choose_facts, divide, read_facts
 from studies.atlas.score import exact_match, fact_pairs, read_rows
 from studies.atlas.tasks import FILES, lesson_rows
 
-RELATIONS = Path(__file__).parents[3] / "shared" / "data" / "relations" / "relations.jsonl"
+RELATIONS = DATA / "relations" / "relations.jsonl"
 TASKS = ("problems", "ships", "formats")
 OLDER = ("calibration", "facts", "statements", "topics.test", "topics.train")
 

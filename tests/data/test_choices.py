@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.assets import DATA
 from tests.data.test_calibration import words
 from tokenizers.processors import TemplateProcessing
 
@@ -16,7 +16,7 @@ from keeptune.data.multiple_choice import LOKI_PROMPT, choose_rows, lettered_row
 from keeptune.data.sources import read_jsonl
 from keeptune.recipe.sections import Knowledge
 
-MMLU = Path(__file__).parents[3] / "shared" / "data" / "mmlu" / "test_20_per_subject.jsonl"
+MMLU = DATA / "mmlu" / "test_3_per_subject.jsonl"
 ROW = {"subject": "high_school_physics", "question": "How fast?", "choices": ["1", "2", "B", "4"], "answer": "C"}
 
 

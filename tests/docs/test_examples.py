@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared"
 
 
 def run(folder: Path, code: str) -> str:
@@ -32,10 +31,7 @@ def test_farss(tmp_path: Path) -> None:
 
 
 def test_stories260k(tmp_path: Path) -> None:
-    code = (
-        f"import stories260k, pathlib; stories260k.main(pathlib.Path({str(SHARED)!r}), pathlib.Path('out'), steps=20)"
-    )
-    out = run(tmp_path, code)
+    out = run(tmp_path, "import stories260k, pathlib; stories260k.main(pathlib.Path('out'), steps=20)")
     found = re.search(r"problems: (\d\.\d+) -> (\d\.\d+) nats", out)
     assert found is not None
     assert float(found[2]) < float(found[1]) - 0.3, "the task is learned"

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.assets import STORIES
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 TESTS = Path(__file__).parents[1]
-STORIES = TESTS.parents[1] / "shared/models/stories260K"
 
 
 def build_llama(seed: int) -> LlamaForCausalLM:
@@ -60,8 +60,6 @@ def reference() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    if not STORIES.is_dir():
-        pytest.skip(f"needs {STORIES}")
     return AutoTokenizer.from_pretrained(STORIES)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from captum.attr import IntegratedGradients, LayerIntegratedGradients
+from tests.assets import STORIES
 from tests.models import VOCAB, Factory, calibration, deep, gpt2, llama, qwen2, roberta
 from tests.reference.attribution_reference import attribution, downs_of, outputs, scored
 from torch import Tensor
@@ -21,7 +21,6 @@ from keeptune.model.blocks import blocks_of
 from keeptune.model.pretrained import load_model, load_tokenizer
 from keeptune.model.probes.attribution import Attributor, Integral, quadrature
 
-STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 SHORT: dict[str, Any] = {"steps": 3}
 every_model = pytest.mark.parametrize("make", [llama, qwen2, gpt2])
 every_position = pytest.mark.parametrize("positions", ["last", "all"])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from tests.assets import STORIES
 from tests.models import HIDDEN, Factory, deep, gpt2, llama, padded_left, qwen2, task, tokens
 from tests.reference.tracing_reference import heat, rome
 from torch import Tensor
@@ -22,7 +22,6 @@ from keeptune.model.probes import causal_tracing as tracing
 from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, Tracer, embedding_std, noise_of
 from keeptune.model.probes.traced_passes import Kind, Sites, Texts, full_pass, plain_answers
 
-STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 READINGS: tuple[Reading, ...] = ("diagonal", "positions")
 every_model = pytest.mark.parametrize("make", [llama, qwen2, gpt2])
 every_reading = pytest.mark.parametrize("reading", READINGS)

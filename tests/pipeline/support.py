@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.assets import DATA, STORIES
 
 from keeptune.cli import main as cli
 from keeptune.recipe.schema import Recipe, make_recipe
 
-SHARED = Path(__file__).parents[3] / "shared"
-MODEL = SHARED / "models" / "stories260K"
+MODEL = STORIES
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
@@ -41,7 +41,7 @@ def read_jsonl(path: Path, count: int) -> list[dict[str, Any]]:
 
 def _stories(name: str, count: int) -> list[dict[str, Any]]:
     # This model was trained on stories without blank lines.
-    rows = read_jsonl(SHARED / "data" / name / "stories.jsonl", count)
+    rows = read_jsonl(DATA / name / "stories.jsonl", count)
     return [{"text": row["text"].replace("\n\n", "\n")[:200]} for row in rows]
 
 
@@ -51,7 +51,7 @@ def write_data(folder: Path) -> Path:
     write_jsonl(folder / "knowledge.jsonl", _stories("tinystories_train_piece", 8))
     write_jsonl(folder / "stories.jsonl", _stories("tinystories", 3))
     for name, split, count in (("task", "train", 20), ("test", "test", 3)):
-        rows = read_jsonl(SHARED / "data" / "gsm8k" / f"{split}.jsonl", count)
+        rows = read_jsonl(DATA / "gsm8k" / f"{split}.jsonl", count)
         short = [{"question": r["question"][:80], "answer": r["answer"].rpartition("#### ")[2]} for r in rows]
         write_jsonl(folder / f"{name}.jsonl", short)
     animals = ["dog", "cat", "bird"]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.pipeline.support import SHARED, recipe_of
+from tests.assets import DATA
+from tests.pipeline.support import recipe_of
 
 from keeptune.core.errors import RecipeError
 from keeptune.pipeline.job import Job
@@ -21,7 +22,7 @@ pytest.importorskip("lm_eval")
 def test_a_standard_benchmark_in_a_run(
     recipe_values: Callable[..., dict[str, Any]], finished: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    name = {"name": "arc_easy", "data": str(SHARED / "data/commonsense"), "shots": 1, "examples": 3}
+    name = {"name": "arc_easy", "data": str(DATA / "commonsense"), "shots": 1, "examples": 3}
     given = recipe_values(evaluate=[name])
     job = Job(recipe_of(given))
     job.check()

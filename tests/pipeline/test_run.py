@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.pipeline.support import METHODS, MODEL, SHARED, read_jsonl, recipe_of, values
+from tests.assets import DATA
+from tests.pipeline.support import METHODS, MODEL, read_jsonl, recipe_of, values
 from transformers import AutoModelForCausalLM
 
 from keeptune.core.plan import Plan
@@ -198,7 +199,7 @@ def test_default_targets_roles_and_model_by_relative_path(recipe_values: Values,
 def test_questions_by_subject_in_the_papers_prompt(recipe_values: Values) -> None:
     from keeptune.pipeline.job import Job
 
-    mmlu = SHARED / "data" / "mmlu" / "test_20_per_subject.jsonl"
+    mmlu = DATA / "mmlu" / "test_3_per_subject.jsonl"
     given = {"file": str(mmlu), "choices": "{choices}", "by": "subject", "examples": 1, "seed": 3}
     job = Job(recipe_of(recipe_values(knowledge=given)))
     assert len({row["subject"] for row in job.knowledge_rows[0]}) == len(job.knowledge_rows[0]) == 57

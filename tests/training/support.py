@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from tests.assets import STORIES
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -19,7 +20,7 @@ from keeptune.model.pretrained import load_model, load_tokenizer
 from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.store import StatStore
 
-MODEL = str(Path(__file__).parents[3] / "shared" / "models" / "stories260K")
+MODEL = str(STORIES)
 TOKENIZER = load_tokenizer(MODEL)
 EXAMPLES = TaskExamples(
     prompts=tuple(f"Q: what is {n} plus {n}?\nA:" for n in range(8)), completions=tuple(f" {2 * n}" for n in range(8))

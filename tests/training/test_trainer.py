@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from tests.assets import STORIES
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -30,7 +31,7 @@ from keeptune.training import trainer as training
 from keeptune.training.guard import Guard
 from keeptune.training.trainer import check_arguments, sft_config, train
 
-MODEL = str(Path(__file__).parents[3] / "shared" / "models" / "stories260K")
+MODEL = str(STORIES)
 EXAMPLES = TaskExamples(
     prompts=tuple(f"Q: what is {n} plus {n}?\nA:" for n in range(8)), completions=tuple(f" {2 * n}" for n in range(8))
 )

@@ -1,17 +1,16 @@
-"""stories260K with a random adapter, and the shared data."""
+"""stories260K with a random adapter, and benchmarks on the slices of assets/."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.assets import DATA
 
 from keeptune.evaluation import AdapterPair, NamedBenchmark
 
-DATA = Path(__file__).parents[4] / "shared/data"
 FOLDERS = {
     "gsm8k": "gsm8k",
     "nq_open": "nq_open",
@@ -30,12 +29,9 @@ FOLDERS = {
 
 
 def local(name: str, **more: Any) -> NamedBenchmark:
-    """A benchmark on the shared data, cut short."""
-    folder = DATA / FOLDERS[name]
-    if not folder.is_dir():
-        pytest.skip(f"needs {folder}")
+    """A benchmark on a slice of its data, cut short."""
     code = name in ("humaneval", "mbpp")
-    return NamedBenchmark(**{"name": name, "data": str(folder), "examples": 2, "run_code": code} | more)
+    return NamedBenchmark(**{"name": name, "data": str(DATA / FOLDERS[name]), "examples": 2, "run_code": code} | more)
 
 
 @pytest.fixture(autouse=True, scope="session")

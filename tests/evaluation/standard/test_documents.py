@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.evaluation.standard.conftest import DATA, local
+from tests.assets import DATA
+from tests.evaluation.standard.conftest import local
 
 from keeptune.core.errors import DataError
 from keeptune.data.disjoint import Corpus
@@ -91,20 +92,20 @@ def test_empty_texts_overlap_with_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "nq_open", "mmlu", "arc_easy", "boolq", "humaneval", "tinystories"])
-def test_items_of_the_shared_data_are_found_in_their_own_file(name: str) -> None:
-    more: dict[str, Any] = {"examples": 1} if name == "mmlu" else {"examples": 30}
+def test_items_of_local_data_are_found_in_their_own_file(name: str) -> None:
+    more: dict[str, Any] = {"examples": 1} if name == "mmlu" else {"examples": 20}
     benchmark = local(name, shots=0, **more)
     file = {
         "gsm8k": "gsm8k/test.jsonl",
         "nq_open": "nq_open/dev.jsonl",
-        "mmlu": "mmlu/test_20_per_subject.jsonl",
+        "mmlu": "mmlu/test_3_per_subject.jsonl",
         "arc_easy": "commonsense/ARC-Easy.test.jsonl",
         "boolq": "commonsense/boolq.test.jsonl",
         "humaneval": "humaneval/HumanEval.jsonl",
         "tinystories": "tinystories/stories.jsonl",
     }[name]
     rows = [json.loads(line) for line in (DATA / file).read_text("utf-8").split("\n") if line]
-    count = 57 if name == "mmlu" else 30
+    count = 57 if name == "mmlu" else 20
     with pytest.raises(DataError, match=f"{count} of {count} items that are in task.train too"):
         refuse_used([Corpus("task.train", rows, [""] * len(rows))], benchmark)
 
@@ -114,8 +115,8 @@ def test_items_of_the_shared_data_are_found_in_their_own_file(name: str) -> None
     [("gsm8k", "gsm8k/train.jsonl"), ("arc_easy", "commonsense/ARC-Easy.train.jsonl"), ("mmlu", "mmlu/dev.jsonl")],
 )
 def test_training_splits_do_not_overlap(name: str, file: str) -> None:
-    benchmark = local(name, shots=0, examples=3 if name == "mmlu" else 200)
-    rows = [json.loads(line) for line in (DATA / file).read_text("utf-8").split("\n")[:1000] if line]
+    benchmark = local(name, shots=0, examples=3 if name == "mmlu" else 40)
+    rows = [json.loads(line) for line in (DATA / file).read_text("utf-8").split("\n") if line]
     refuse_used([Corpus("task.train", rows, [""] * len(rows))], benchmark)
 
 

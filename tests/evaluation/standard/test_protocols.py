@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.assets import DATA
 
 from keeptune.evaluation.standard.catalogue import NAMES
 from keeptune.evaluation.standard.local_data import local_rows
@@ -19,8 +19,6 @@ from keeptune.evaluation.standard.protocols import (
     metamath_number,
     protocol_for,
 )
-
-DATA = Path(__file__).parents[4] / "shared/data"
 
 
 @pytest.mark.parametrize(
@@ -102,8 +100,6 @@ def test_the_prompt_of_metamath() -> None:
 )
 def test_instructions_are_those_of_llm_adapters(name: str, split: str, file: str) -> None:
     path = DATA / "commonsense" / file
-    if not path.is_file():
-        pytest.skip(f"needs {path}")
     raw = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = local_rows(name, split, path, where="x")
     assert [adapters_instruction(name, row) for row in rows] == [(row["instruction"], row["answer"]) for row in raw]

@@ -15,7 +15,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tests.evaluation.standard.conftest import DATA, local
+from tests.assets import DATA
+from tests.evaluation.standard.conftest import local
 
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.evaluation import AdapterPair, BenchmarkResult, NamedBenchmark, TwoModels
@@ -129,8 +130,6 @@ def test_a_task_file_of_lm_eval_on_its_own(pair: AdapterPair, tokenizer: Any, tm
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    if not (DATA / "gsm8k").is_dir():
-        pytest.skip("needs gsm8k")
     config = load_yaml(Path(lm_eval.tasks.__file__).parent / "gsm8k/gsm8k.yaml")
     files = {split: str(DATA / f"gsm8k/{split}.jsonl") for split in ("train", "test")}
     config |= {"dataset_path": "json", "dataset_name": None, "num_fewshot": 1}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.evaluation.standard.conftest import DATA, local
+from tests.assets import DATA
+from tests.evaluation.standard.conftest import local
 
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.evaluation.standard import NAMES, NamedBenchmark
@@ -85,7 +86,7 @@ def test_prompts_of_programs_are_lm_evals_templates() -> None:
             assert [row["task_id"] for row in rows][:2] == (
                 ["HumanEval/0", "HumanEval/1"] if name == "humaneval" else [11, 12]
             )
-            assert len(task.task_docs) == (164 if name == "humaneval" else 500)
+            assert len(task.task_docs) == (20 if name == "humaneval" else 30)
 
 
 def test_examples_of_mbpp_are_lm_evals() -> None:

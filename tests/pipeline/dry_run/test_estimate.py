@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.assets import STORIES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig
 
@@ -22,16 +23,12 @@ from keeptune.model.pretrained import load_model
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
 
-STORIES = Path(__file__).parents[4] / "shared/models/stories260K"
 BATCH, LENGTH, RANK = 4, 96, 8
 
 
 @pytest.fixture(params=["atlas", "stories260K"])
 def folder(request: pytest.FixtureRequest) -> str:
-    found = atlas.model_path() if request.param == "atlas" else STORIES
-    if not Path(found).is_dir():
-        pytest.skip("stories260K is not at hand")
-    return str(found)
+    return str(atlas.model_path() if request.param == "atlas" else STORIES)
 
 
 def tuned(folder: str, dtype: str, *, whole: bool, attention: str = "sdpa") -> tuple[ModelShape, torch.nn.Module]:
