@@ -23,7 +23,7 @@ from matplotlib.ticker import PercentFormatter
 from keeptune.core.artefact import write_bytes
 from keeptune.experiments.comparison.front import Point, families, pareto, points_of
 from keeptune.experiments.comparison.matched import matched
-from keeptune.experiments.comparison.record import read_cells, read_front
+from keeptune.experiments.comparison.record import read_front, read_runs
 from keeptune.report.plots import png
 from keeptune.report.style import INK, MUTED, bare, finish, page, themed
 
@@ -52,26 +52,26 @@ points on atlas, nats per token on stories260K. Intervals are Student's, 95%, ov
 
 def main(atlas: Path, stories: Path, docs: Path) -> None:
     """Write the page and the picture."""
-    cells, front = read_cells(atlas), read_front(atlas)
+    cells, front = read_runs(atlas), read_front(atlas)
     parts = [_HEAD, f"\n## atlas\n\n{facts_of(cells)}\n"]
     for score in SCORES:
-        parts.append(f"\n### At {score:.0%} of topics learned\n\n{matched_table(cells['cells'], score, 100)}\n")
-    parts.append(f"\n### Chosen on seed 0, shown on seeds 1 and 2\n\n{chosen_table(cells['cells'], SCORES[0])}\n")
+        parts.append(f"\n### At {score:.0%} of topics learned\n\n{matched_table(cells['runs'], score, 100)}\n")
+    parts.append(f"\n### Chosen on seed 0, shown on seeds 1 and 2\n\n{chosen_table(cells['runs'], SCORES[0])}\n")
     parts.append(f"\n### Hypervolume\n\n{volume_table(front)}\n\n### Every setting\n\n{setting_table(front, 100)}\n")
-    if (stories / "cells.json").is_file():
-        other, other_front = read_cells(stories), read_front(stories)
+    if (stories / "runs.json").is_file():
+        other, other_front = read_runs(stories), read_front(stories)
         parts.append(f"\n## stories260K\n\n{facts_of(other)}\n")
         title = f"At {-STORIES:.2f} nats per token of word problems"
-        parts.append(f"\n### {title}\n\n{matched_table(other['cells'], STORIES, 1)}\n")
+        parts.append(f"\n### {title}\n\n{matched_table(other['runs'], STORIES, 1)}\n")
         parts.append(f"\n### Every setting\n\n{setting_table(other_front, 1)}\n")
-    png(figure(cells["cells"]), docs / "results" / "results.png")
+    png(figure(cells["runs"]), docs / "results" / "results.png")
     write_bytes(docs / "results" / "overview-tables.md", "".join(parts).encode())
 
 
 def facts_of(cells: Mapping[str, Any]) -> str:
     """Say how many cells there are and what they took."""
-    rows = cells["cells"]
-    trained = [row for row in rows if row["knob"] is None and row["status"] == "done"]
+    rows = cells["runs"]
+    trained = [row for row in rows if row["variant"] is None and row["status"] == "done"]
     seconds = sum(value or 0.0 for row in rows if row["status"] == "done" for value in row["seconds"].values())
     failed = sum(row["status"] == "failed" for row in rows)
     benchmarks = ", ".join(f"{b['name']} ({b['n']} items)" for b in cells["benchmarks"])
@@ -119,7 +119,7 @@ def told(point: Point) -> str:
     }
     words = [f"rate {about['learning_rate']:g}"] if about["learning_rate"] else []
     words += [f"{key.rpartition('.')[2]} {value:g}" for key, value in rest.items()]
-    words += [f"{key} {value:g}" for key, value in (about["knob"] or {}).items() if isinstance(value, int | float)]
+    words += [f"{key} {value:g}" for key, value in (about["variant"] or {}).items() if isinstance(value, int | float)]
     return ", ".join(words)
 
 

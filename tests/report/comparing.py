@@ -26,7 +26,7 @@ SCALES = (0.5, 0.75, 0.9)
 
 
 def made_up(seeds: int = 3, names: Sequence[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Make ``cells.json`` and ``front.json``.
+    """Make ``runs.json`` and ``front.json``.
 
     Args:
         seeds: How many.
@@ -58,7 +58,7 @@ def made_up(seeds: int = 3, names: Sequence[str] | None = None) -> tuple[dict[st
                             f"{called['lora']}, scaled",
                             *(rate, strength, seed, 0.95 - scale * (0.95 - kept), scale * learned),
                         )
-                        rows.append(knob | {"knob": {"scale": scale}, "of": called["lora"]})
+                        rows.append(knob | {"variant": {"scale": scale}, "of": called["lora"]})
     rows[4] |= {"status": "failed", "message": "OutOfMemoryError: <b>too large</b>", "benchmarks": []}
     rows[7] |= {"status": "missing", "message": "", "benchmarks": []}
     axes = axes_of(BENCHMARKS, None, None)
@@ -71,7 +71,7 @@ def made_up(seeds: int = 3, names: Sequence[str] | None = None) -> tuple[dict[st
         "command": "keeptune compare recipe.yaml",
         "recipe": {"model": "tiny", "compare": {"methods": list(called.values())}},
         "benchmarks": BENCHMARKS,
-        "cells": placed,
+        "runs": placed,
     }
     return cells, front
 
@@ -88,7 +88,7 @@ def row(
         "settings": {},
         "learning_rate": rate,
         "strength": strength,
-        "knob": None,
+        "variant": None,
         "of": None,
         "seed": seed,
         "status": "done",

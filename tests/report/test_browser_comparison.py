@@ -42,7 +42,7 @@ def test_hovering_a_setting_tells_it(laptop: Opened) -> None:
     words = ("keep-lr0.002-x0.3", "learning rate: 0.002", "strength: × 0.3", "method.nats: 0.001", "seeds: 0, 1, 2")
     assert all(word in told for word in words), told
     scaled = laptop.hover("tradeoff", "lora, scaled", 0)
-    assert "scale: 0." in scaled and "turned on: lora" in scaled
+    assert "scale: 0." in scaled and "variant of: lora" in scaled
 
 
 def test_a_label_is_isolated_with_its_front(laptop: Opened) -> None:

@@ -18,7 +18,7 @@ from keeptune.core.errors import ArtefactError
 from keeptune.experiments.comparison.choice import choose
 from keeptune.report.comparison import (
     base_score,
-    every_cell,
+    every_run,
     failures,
     matched_rows,
     published,
@@ -45,7 +45,7 @@ def test_the_page_is_whole(records: tuple[Record, Record]) -> None:
         f"At the same task score, {records[1]['matched']['score']:.3g}",
         "Hypervolume",
         "Failed, missing and left out",
-        "Every cell",
+        "Every run",
         "Repeat this",
         "How to read this",
     ]
@@ -57,7 +57,7 @@ def test_the_page_is_whole(records: tuple[Record, Record]) -> None:
 
 def test_every_setting_is_at_its_means_and_tells_itself(records: tuple[Record, Record]) -> None:
     cells, front = records
-    chart = fronts(cells["cells"], front, 0.05)
+    chart = fronts(cells["runs"], front, 0.05)
     assert chart is not None
     traces = {trace["name"]: trace for trace in valid(chart).figure["data"]}
     for point in front["points"]:
@@ -66,8 +66,8 @@ def test_every_setting_is_at_its_means_and_tells_itself(records: tuple[Record, R
         index = places.index((point["learned"]["mean"], 100 * point["forgotten"]["mean"]))
         told = trace["hovertext"][index]
         assert f"learning rate: {point['learning_rate']:g}" in told
-        assert (f"scale: {(point['knob'] or {}).get('scale')}" in told) == (point["knob"] is not None)
-        assert ("-open" in trace["marker"]["symbol"][index]) == (point["knob"] is not None)
+        assert (f"scale: {(point['variant'] or {}).get('scale')}" in told) == (point["variant"] is not None)
+        assert ("-open" in trace["marker"]["symbol"][index]) == (point["variant"] is not None)
         arm = 100 * (point["forgotten"]["high"] - point["forgotten"]["mean"])
         assert trace["error_y"]["array"][index] == pytest.approx(arm)
     assert len(traces["keep"]["x"]) == 9
@@ -82,7 +82,7 @@ def test_with_many_settings_the_bars_of_a_label_wait_until_it_is_alone(records: 
     cells, front = records
     more = [point | {"name": f"{point['name']}-b", "on_front": False} for point in front["points"]]
     for points, waiting in ((front["points"], False), (front["points"] + more, True)):
-        chart = fronts(cells["cells"], front | {"points": points}, None)
+        chart = fronts(cells["runs"], front | {"points": points}, None)
         assert chart is not None
         traces = {trace["name"]: trace for trace in chart.figure["data"]}
         assert traces["keep"]["error_y"]["visible"] == (not waiting)
@@ -92,16 +92,16 @@ def test_with_many_settings_the_bars_of_a_label_wait_until_it_is_alone(records: 
 def test_intervals_of_two_seeds_do_not_press_the_rest_flat(records: tuple[Record, Record]) -> None:
     cells, front = copy.deepcopy(records)
     front["points"][0]["forgotten"] |= {"low": -9.0, "high": 9.0}
-    (left, right), (bottom, top) = ranges(cells["cells"], front, 0.05)
+    (left, right), (bottom, top) = ranges(cells["runs"], front, 0.05)
     assert bottom < 100 and -10 < top < 0, "less forgotten is above"
-    done = [row for row in cells["cells"] if row["status"] == "done"]
+    done = [row for row in cells["runs"] if row["status"] == "done"]
     assert left < 0.05 and right > max(row["learned"] for row in done)
     assert bottom > 100 * max(row["forgotten"] for row in done)
 
 
 def test_hypervolumes_have_their_intervals(records: tuple[Record, Record]) -> None:
     cells, front = records
-    chart = hypervolumes(cells["cells"], front)
+    chart = hypervolumes(cells["runs"], front)
     assert chart is not None
     trace = valid(chart).figure["data"][0]
     assert trace["x"] == sorted((item["mean"] for item in front["hypervolume"].values()), reverse=True)
@@ -148,21 +148,21 @@ def test_nats_are_not_points(records: tuple[Record, Record]) -> None:
     scales = Scales(front)
     assert (scales.unit, scales.factor, scales.lost(0.1234)) == ("nats/token", 1.0, "0.123")
     assert scales.lost(0.1, signed=True) == "+0.100"
-    assert base_score(records[0]["cells"], front) == -0.05
+    assert base_score(records[0]["runs"], front) == -0.05
 
 
-def test_every_cell_is_in_the_table_and_failures_have_reasons(records: tuple[Record, Record]) -> None:
+def test_every_run_is_in_the_table_and_failures_have_reasons(records: tuple[Record, Record]) -> None:
     cells, front = records
-    rows = every_cell(cells).rows
-    assert len(rows) == len(cells["cells"]) == 90
-    first = dict(zip(every_cell(cells).heads, rows[0], strict=True))
-    assert first["topics"].key == cells["cells"][0]["benchmarks"][1]["after"]
+    rows = every_run(cells).rows
+    assert len(rows) == len(cells["runs"]) == 90
+    first = dict(zip(every_run(cells).heads, rows[0], strict=True))
+    assert first["topics"].key == cells["runs"][0]["benchmarks"][1]["after"]
     told = failures(cells, front)
     assert [(state, why) for _, state, why in told] == [
         ("failed", "OutOfMemoryError: <b>too large</b>"),
         ("missing", "no reason is known"),
     ]
-    left = front | {"excluded": [*front["excluded"], {"cell": "z", "why": "a score is not a number"}]}
+    left = front | {"excluded": [*front["excluded"], {"run": "z", "why": "a score is not a number"}]}
     assert ("z", "left out", "a score is not a number") in failures(cells, left)
 
 
@@ -173,7 +173,7 @@ def test_published_numbers_stand_beside_ours(records: tuple[Record, Record]) -> 
     grid = published(cells | {"published": [entry, entry | {"label": "other"}]}, front)
     assert grid is not None
     best = max((p for p in front["points"] if p["label"] == "keep"), key=lambda p: p["learned"]["mean"])
-    ours = [c["benchmarks"][0]["after"] for c in cells["cells"] if c["name"] in best["cells"]]
+    ours = [c["benchmarks"][0]["after"] for c in cells["runs"] if c["name"] in best["runs"]]
     assert grid.rows[0] == ("keep", "facts", "0.900", f"{sum(ours) / 3:.3f}", "Table 3")
     assert grid.rows[1][3] == "–"
     assert "Published beside ours" in render_comparison(cells | {"published": [entry]}, front)
@@ -185,7 +185,7 @@ def test_the_choice_is_told_and_ringed(records: tuple[Record, Record]) -> None:
     text = render_comparison(cells, front | {"choice": chosen.plain() | {"adapter": "best"}})
     told = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text[text.index("<h2>The choice</h2>") :]))
     assert told["may lose"] == "facts 0.200"
-    assert told["setting"] == chosen.point and told["its cell"] == chosen.cell
+    assert told["setting"] == chosen.point and told["its run"] == chosen.run
     assert told["loses, mean over seeds"] == f"facts {chosen.loss['facts']:.3f}"
     assert (told["task score"], told["adapter"]) == (f"{chosen.learned:.3f}", "best")
     ring = next(t for t in island(text)["figures"]["tradeoff"]["data"] if t["name"] == "choice")
@@ -206,8 +206,8 @@ def test_figures_are_saved_beside_the_page(records: tuple[Record, Record], tmp_p
 
 def test_items_of_settings_on_the_front_are_read_from_their_folders(tmp_path: Path) -> None:
     cells, front = copy.deepcopy(made_up())
-    name = next(p["cells"][0] for p in front["points"] if p["on_front"] and not p["knob"])
-    row = next(row for row in cells["cells"] if row["name"] == name)
+    name = next(p["runs"][0] for p in front["points"] if p["on_front"] and not p["variant"])
+    row = next(row for row in cells["runs"] if row["name"] == name)
     row["folder"] = str(tmp_path)
     (tmp_path / "evaluation").mkdir()
     item = {"index": 0, "group": None, "before": 1.0, "after": 0.0, "text_after": "a\u2028b</script>"}
@@ -223,11 +223,9 @@ def test_nothing_finished_and_broken_records(records: tuple[Record, Record]) -> 
     cells, front = records
     empty = {"points": [], "fronts": {}, "front": [], "hypervolume": {}, "units": None, "axes": None, "choice": None,
              "matched": {"score": None, "baseline": None, "rows": []}, "excluded": [], "notes": []}  # fmt: skip
-    failed = [
-        row | {"status": "failed", "benchmarks": [], "learned": None, "forgotten": None} for row in cells["cells"]
-    ]
-    text = render_comparison(cells | {"cells": failed, "benchmarks": []}, empty)
+    failed = [row | {"status": "failed", "benchmarks": [], "learned": None, "forgotten": None} for row in cells["runs"]]
+    text = render_comparison(cells | {"runs": failed, "benchmarks": []}, empty)
     parsed(text)
-    assert "No label has finished cells" in text
+    assert "No label has finished runs" in text
     with pytest.raises(ArtefactError, match="points"):
         render_comparison(cells, {key: value for key, value in front.items() if key != "points"})

@@ -46,11 +46,11 @@ def compare(
     found = run_comparison(loaded, shlex.join(["keeptune", *sys.argv[1:]]), limits)
     _show(found)
     say(f"report: {loaded.output / 'report.html'}")
-    say(f"numbers: {loaded.output / 'cells.json'}, cells.parquet and front.json")
+    say(f"numbers: {loaded.output / 'runs.json'}, runs.parquet and front.json")
     choice = found.front["choice"]
     if choice:
         lost = ", ".join(f"{name} {loss:.3f}" for name, loss in choice["loss"].items())
-        say(f"best: {choice['cell']} in {choice['adapter']}: learned {choice['learned']:.3f}, lost {lost}")
+        say(f"best: {choice['run']} in {choice['adapter']}: learned {choice['learned']:.3f}, lost {lost}")
     for name, message in found.failed.items():
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {name}: {message}", markup=False)
     if found.failed:

@@ -1,4 +1,4 @@
-"""The page of a comparison: every setting, the fronts, what each label forgets at the same task score, every cell."""
+"""The page of a comparison: every setting, the fronts, what each label forgets at the same task score, every run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_comparison(cells: Mapping[str, Any], front: Front, path: str | os.Path
     """Write a comparison as one self-contained HTML file, and its figures as PNG and SVG into ``figures`` beside it.
 
     Args:
-        cells: As in ``cells.json``.
+        cells: As in ``runs.json``.
         front: As in ``front.json``.
         path: The file; its folder must exist.
 
@@ -44,7 +44,7 @@ def render_comparison(cells: Mapping[str, Any], front: Front) -> str:
     """Make the page.
 
     Args:
-        cells: As in ``cells.json``. With ``published``, a list of ``label``, ``benchmark`` and ``score`` (and perhaps
+        cells: As in ``runs.json``. With ``published``, a list of ``label``, ``benchmark`` and ``score`` (and perhaps
             ``source`` and ``note``), these numbers stand beside ours.
         front: As in ``front.json``.
 
@@ -58,7 +58,7 @@ def render_comparison(cells: Mapping[str, Any], front: Front) -> str:
         return _render(cells, front)
     except (KeyError, TypeError) as error:
         raise ArtefactError(
-            "cells.json or front.json",
+            "runs.json or front.json",
             got=f"{type(error).__name__}: {error}",
             wanted="the records that keeptune compare wrote",
             next_step="Run `keeptune compare` again; it makes them anew from the cells that are there.",
@@ -66,7 +66,7 @@ def render_comparison(cells: Mapping[str, Any], front: Front) -> str:
 
 
 def _render(cells: Mapping[str, Any], front: Front) -> str:
-    rows = cells["cells"]
+    rows = cells["runs"]
     charts = {"tradeoff": fronts(rows, front, base_score(rows, front)), "hypervolume": hypervolumes(rows, front)}
     matched = matched_rows(cells, front)
     found = _items(rows, front)
@@ -89,7 +89,7 @@ def _render(cells: Mapping[str, Any], front: Front) -> str:
         choice=_choice(front),
         notes=front.get("notes") or [],
         failures=failures(cells, front),
-        everything=every_cell(cells),
+        everything=every_run(cells),
         published=published(cells, front),
         found=found,
         repeat=repeat([("Do it again", str(cells["command"]))] if cells.get("command") else [], recipes),
@@ -101,7 +101,7 @@ def base_score(rows: Sequence[Mapping[str, Any]], front: Front) -> float | None:
     """Read the base's own score on the axis of learning.
 
     Args:
-        rows: Rows of ``cells.json``.
+        rows: Rows of ``runs.json``.
         front: As in ``front.json``.
 
     Returns:
@@ -121,7 +121,7 @@ def sentences(cells: Mapping[str, Any], front: Front) -> list[str]:
     """Say what the comparison shows, and no more than its intervals support.
 
     Args:
-        cells: As in ``cells.json``.
+        cells: As in ``runs.json``.
         front: As in ``front.json``.
 
     Returns:
@@ -130,7 +130,7 @@ def sentences(cells: Mapping[str, Any], front: Front) -> list[str]:
     scales, table = Scales(front), front["matched"]
     reached = [row for row in table["rows"] if row["forgotten"] is not None]
     if not table["rows"]:
-        return ["No label has finished cells to compare."]
+        return ["No label has finished runs to compare."]
     if not reached:
         return [f"No label reaches the task score {number(table['score'])} with every seed."]
     best = min(reached, key=lambda row: float(row["forgotten"]["mean"]))
@@ -196,13 +196,13 @@ def matched_rows(cells: Mapping[str, Any], front: Front) -> list[MatchedRow]:
     """Print the table at matched task score; bars to the right forget less than the baseline.
 
     Args:
-        cells: As in ``cells.json``.
+        cells: As in ``runs.json``.
         front: As in ``front.json``.
 
     Returns:
         A row for each label.
     """
-    scales, numbered = Scales(front), labels_of(cells["cells"], front)
+    scales, numbered = Scales(front), labels_of(cells["runs"], front)
     rows = front["matched"]["rows"]
     found = [row.get("difference") or {} for row in rows]
     reach = [abs(d[key]) for d in found for key in ("mean", "low", "high") if d.get(key) is not None]
@@ -237,18 +237,18 @@ class SortedTable:
     rows: tuple[tuple[TableCell, ...], ...]
 
 
-def every_cell(cells: Mapping[str, Any]) -> SortedTable:
+def every_run(cells: Mapping[str, Any]) -> SortedTable:
     """Tabulate all cells.
 
     Args:
-        cells: As in ``cells.json``.
+        cells: As in ``runs.json``.
 
     Returns:
         A row for each cell, with every benchmark after training.
     """
     names = [b["name"] for b in cells["benchmarks"]]
     heads = (
-        "cell",
+        "run",
         "label",
         "rate",
         "strength",
@@ -261,7 +261,7 @@ def every_cell(cells: Mapping[str, Any]) -> SortedTable:
         "setting",
     )
     rows: list[tuple[TableCell, ...]] = []
-    for row in cells["cells"]:
+    for row in cells["runs"]:
         after = {b["name"]: b["after"] for b in row["benchmarks"]}
         setting = [f"{key} {value}" for key, value in setting_rows(row)[4:]]
         numbers = [row.get("learning_rate"), row.get("strength"), row["seed"]]
@@ -284,7 +284,7 @@ def failures(cells: Mapping[str, Any], front: Front) -> list[tuple[str, str, str
     """List the cells that failed, are missing, or are left out of the front, with the reason.
 
     Args:
-        cells: As in ``cells.json``.
+        cells: As in ``runs.json``.
         front: As in ``front.json``.
 
     Returns:
@@ -292,11 +292,11 @@ def failures(cells: Mapping[str, Any], front: Front) -> list[tuple[str, str, str
     """
     found = {
         row["name"]: (str(row["name"]), str(row["status"]), str(row.get("message") or "no reason is known"))
-        for row in cells["cells"]
+        for row in cells["runs"]
         if row["status"] != "done"
     }
     for entry in front.get("excluded") or []:
-        found.setdefault(entry["cell"], (str(entry["cell"]), "left out", str(entry["why"])))
+        found.setdefault(entry["run"], (str(entry["run"]), "left out", str(entry["why"])))
     return list(found.values())
 
 
@@ -304,7 +304,7 @@ def published(cells: Mapping[str, Any], front: Front) -> Grid | None:
     """Put published numbers beside ours: of each label the setting that learned most.
 
     Args:
-        cells: As in ``cells.json``.
+        cells: As in ``runs.json``.
         front: As in ``front.json``.
 
     Returns:
@@ -316,7 +316,7 @@ def published(cells: Mapping[str, Any], front: Front) -> Grid | None:
     rows = []
     for entry in entries:
         label, name = str(entry["label"]), str(entry["benchmark"])
-        ours = _ours(cells["cells"], front, label, name)
+        ours = _ours(cells["runs"], front, label, name)
         source = " ".join(str(entry[key]) for key in ("source", "note") if entry.get(key))
         rows.append((label, name, number(entry["score"]), number(ours), source or "–"))
     return Grid(("label", "benchmark", "published", "ours", "source"), tuple(rows))
@@ -327,7 +327,7 @@ def _ours(rows: Sequence[Mapping[str, Any]], front: Front, label: str, name: str
     if not members:
         return None
     best = max(members, key=lambda point: float(point["learned"]["mean"]))
-    of_point = set(best.get("cells") or [f"{best['name']}-seed{seed}" for seed in best["seeds"]])
+    of_point = set(best.get("runs") or [f"{best['name']}-seed{seed}" for seed in best["seeds"]])
     scores = [b["after"] for row in rows if row["name"] in of_point for b in row["benchmarks"] if b["name"] == name]
     good = [score for score in scores if score is not None]
     return math.fsum(good) / len(good) if good else None
@@ -344,9 +344,9 @@ def _choice(front: Front) -> list[tuple[str, str]]:
         ("setting", chosen.get("point")),
         (f"loses, {over}", _by_benchmark(chosen.get("loss"))),
         ("task score", _by_benchmark(chosen.get("learned"))),
-        ("its cell", chosen["cell"]),
-        ("the cell loses", _by_benchmark(chosen.get("cell_loss"))),
-        ("the cell's task score", _by_benchmark(chosen.get("cell_learned"))),
+        ("its run", chosen["run"]),
+        ("the run loses", _by_benchmark(chosen.get("run_loss"))),
+        ("the run's task score", _by_benchmark(chosen.get("run_learned"))),
         ("without a limit", ", ".join(chosen.get("unbound") or []) or None),
         ("adapter", chosen.get("adapter")),
     ]
@@ -360,13 +360,13 @@ def _by_benchmark(found: Mapping[str, float] | float | None) -> str | None:
 
 
 def _counts(cells: Mapping[str, Any], front: Front) -> str:
-    rows = cells["cells"]
+    rows = cells["runs"]
     states = [row["status"] for row in rows]
     labels, seeds = {row["label"] for row in rows}, {row["seed"] for row in rows}
     other = [f"{states.count(state)} {state}" for state in ("failed", "missing") if state in states]
     ending = f" ({', '.join(other)})" if other else ""
     counted = f"{len(labels)} labels, {len(front['points'])} settings, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    return f"{counted}; {states.count('done')} of {len(rows)} cells finished{ending}"
+    return f"{counted}; {states.count('done')} of {len(rows)} runs finished{ending}"
 
 
 def _items(rows: Sequence[Mapping[str, Any]], front: Front) -> dict[str, Any] | None:
@@ -374,8 +374,8 @@ def _items(rows: Sequence[Mapping[str, Any]], front: Front) -> dict[str, Any] | 
     chosen = []
     for name in front["front"]:
         point = next((p for p in front["points"] if p["name"] == name), None)
-        cells = [] if point is None else point.get("cells") or []
-        row = next((r for r in rows if cells and r["name"] == cells[0] and not r.get("knob")), None)
+        cells = [] if point is None else point.get("runs") or []
+        row = next((r for r in rows if cells and r["name"] == cells[0] and not r.get("variant")), None)
         chosen += [] if row is None else [row]
     results = [result for row in chosen for result in read_items(row)]
     return lost_and_gained(results) if results else None

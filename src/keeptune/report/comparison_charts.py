@@ -78,7 +78,7 @@ def labels_of(cells: Cells, front: Mapping[str, Any]) -> dict[str, int]:
     """Number the labels in the order of the cells, which settles their looks.
 
     Args:
-        cells: Rows of ``cells.json``.
+        cells: Rows of ``runs.json``.
         front: As in ``front.json``.
 
     Returns:
@@ -92,15 +92,15 @@ def setting_rows(row: Mapping[str, Any]) -> list[tuple[str, object]]:
     """List how a cell or point was set.
 
     Args:
-        row: Of ``cells.json`` or ``front.json``.
+        row: Of ``runs.json`` or ``front.json``.
 
     Returns:
         Names and values.
     """
-    rate, strength, knob = row.get("learning_rate"), row.get("strength"), row.get("knob") or {}
+    rate, strength, knob = row.get("learning_rate"), row.get("strength"), row.get("variant") or {}
     rows: list[tuple[str, object]] = [
         ("method", row.get("method")),
-        ("turned on", row.get("of")),
+        ("variant of", row.get("of")),
         ("learning rate", None if rate is None else f"{rate:g}"),
         ("strength", None if strength is None else f"× {strength:g}"),
     ]
@@ -113,7 +113,7 @@ def fronts(cells: Cells, front: Mapping[str, Any], base: float | None) -> Chart 
     """Draw every setting, the front of each label and the front over all.
 
     Args:
-        cells: Rows of ``cells.json``.
+        cells: Rows of ``runs.json``.
         front: As in ``front.json``.
         base: The base's task score; None where it is not known.
 
@@ -164,7 +164,7 @@ def ranges(
     """Frame what was measured; the intervals of two seeds reach far beyond and are cut off.
 
     Args:
-        cells: Rows of ``cells.json``.
+        cells: Rows of ``runs.json``.
         front: As in ``front.json``.
         base: The base's task score; None where it is not known.
 
@@ -259,11 +259,11 @@ def _settings(label: str, look: Mark, members: Points, scales: Scales, shown: bo
         "y": [scales.factor * point["forgotten"]["mean"] for point in members],
         **_bars(members, look.colour, scales, shown),
         "marker": {
-            "symbol": [look.symbol if not point.get("knob") else f"{look.symbol}-open" for point in members],
+            "symbol": [look.symbol if not point.get("variant") else f"{look.symbol}-open" for point in members],
             "size": [12 if point["on_front"] else 9 for point in members],
             "color": look.colour,
-            "line": {"width": [1.6 if point.get("knob") else 0.8 for point in members],
-                     "color": look.colour if all(point.get("knob") for point in members) else "--paper"},
+            "line": {"width": [1.6 if point.get("variant") else 0.8 for point in members],
+                     "color": look.colour if all(point.get("variant") for point in members) else "--paper"},
         },
         "hovertext": told,
         "hoverinfo": "text",
@@ -316,7 +316,7 @@ def hypervolumes(cells: Cells, front: Mapping[str, Any]) -> Chart | None:
     """Draw the hypervolume of each label, the largest on top.
 
     Args:
-        cells: Rows of ``cells.json``.
+        cells: Rows of ``runs.json``.
         front: As in ``front.json``.
 
     Returns:
@@ -381,7 +381,7 @@ def cost(row: Mapping[str, Any]) -> str:
     """Print what a cell trained and how long it took.
 
     Args:
-        row: Of ``cells.json``.
+        row: Of ``runs.json``.
 
     Returns:
         For example "109 k in 21 s".

@@ -23,7 +23,7 @@ def write_figures(cells: Mapping[str, Any], front: Mapping[str, Any], folder: Pa
     """Write what there is to draw.
 
     Args:
-        cells: As in ``cells.json``.
+        cells: As in ``runs.json``.
         front: As in ``front.json``.
         folder: Where; it is made.
 
@@ -56,7 +56,7 @@ def tradeoff_figure(cells: Mapping[str, Any], front: Mapping[str, Any]) -> Figur
     """Draw every setting with the front of each label and of all; up and to the right is better.
 
     Args:
-        cells: As in ``cells.json``.
+        cells: As in ``runs.json``.
         front: As in ``front.json``.
 
     Returns:
@@ -65,7 +65,7 @@ def tradeoff_figure(cells: Mapping[str, Any], front: Mapping[str, Any]) -> Figur
     points = front["points"]
     if not points:
         return None
-    scales, numbered = Scales(front), labels_of(cells["cells"], front)
+    scales, numbered = Scales(front), labels_of(cells["runs"], front)
     places = {point["name"]: (point["learned"]["mean"], scales.factor * point["forgotten"]["mean"]) for point in points}
     with themed():
         figure = page(8.6, max(5.2, 0.2 * len(numbered) + 1.4))
@@ -81,7 +81,7 @@ def tradeoff_figure(cells: Mapping[str, Any], front: Mapping[str, Any]) -> Figur
                 axes.plot(*zip(*line, strict=True), color=drawn.colour, lw=0.9, ls=dash, zorder=2)
             if members:
                 _scatter(axes, members, places, drawn, label, scales)
-        across, down = ranges(cells["cells"], front, None)
+        across, down = ranges(cells["runs"], front, None)
         axes.set_xlim(across)
         axes.set_ylim(down)
         axes.axhline(0, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=0)
@@ -99,15 +99,15 @@ def _scatter(
 ) -> None:
     for first, point in enumerate(members):
         x, y = places[point["name"]]
-        face = "white" if point.get("knob") else drawn.colour
+        face = "white" if point.get("variant") else drawn.colour
         axes.scatter(
             [x],
             [y],
             marker=drawn.shape,
             s=52 if point["on_front"] else 26,
             facecolors=face,
-            edgecolors=drawn.colour if point.get("knob") else "white",
-            linewidths=1.0 if point.get("knob") else 0.6,
+            edgecolors=drawn.colour if point.get("variant") else "white",
+            linewidths=1.0 if point.get("variant") else 0.6,
             zorder=4,
             label=short(label, 30) if first == 0 else None,
         )
@@ -124,7 +124,7 @@ def hypervolume_figure(cells: Mapping[str, Any], front: Mapping[str, Any]) -> Fi
     """Draw the hypervolume of each label as a bar, the largest on top.
 
     Args:
-        cells: As in ``cells.json``.
+        cells: As in ``runs.json``.
         front: As in ``front.json``.
 
     Returns:
@@ -133,7 +133,7 @@ def hypervolume_figure(cells: Mapping[str, Any], front: Mapping[str, Any]) -> Fi
     found = by_volume(front)
     if not found:
         return None
-    numbered = labels_of(cells["cells"], front)
+    numbered = labels_of(cells["runs"], front)
     with themed():
         figure = page(7.0, 0.24 * len(found) + 0.9)
         axes = figure.subplots()

@@ -115,7 +115,7 @@ def read_items(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Read the items of a cell from its run folder, as :func:`lost_and_gained` wants them.
 
     Args:
-        row: Of ``cells.json``.
+        row: Of ``runs.json``.
 
     Returns:
         A result for each benchmark whose items are there; a folder that was moved has none.

@@ -30,7 +30,7 @@ def row(label: str = "lora", rate: float = 1e-3, seed: int = 0, **more: Any) -> 
         "settings": {"train.learning_rate": rate},
         "learning_rate": rate,
         "strength": None,
-        "knob": None,
+        "variant": None,
         "of": None,
         "seed": seed,
         "status": "done",
@@ -46,6 +46,6 @@ def row(label: str = "lora", rate: float = 1e-3, seed: int = 0, **more: Any) -> 
 
 def point(name: str, *places: Place, label: str = "lora", seeds: tuple[int, ...] | None = None) -> Point:
     """A point with the places of seeds 0, 1, ..., unless told."""
-    about = {"method": label, "settings": {}, "knob": None, "learning_rate": None, "strength": None}
+    about = {"method": label, "settings": {}, "variant": None, "learning_rate": None, "strength": None}
     numbered = range(len(places)) if seeds is None else seeds
     return Point(name, label, about, dict(zip(numbered, places, strict=True)), {s: f"{name}-{s}" for s in numbered})

@@ -41,7 +41,7 @@ def comparison(*points: tuple[str, list[tuple[float, float]]], text: float = 2.0
     benchmarks = [{key: b[key] for key in ("name", "role", "metric", "n")} for b in rows[0]["benchmarks"]]
     axes = axes_of(benchmarks)
     rows = with_axes(rows, axes)
-    return {"benchmarks": benchmarks, "cells": rows}, trade_off_of(rows, axes)
+    return {"benchmarks": benchmarks, "runs": rows}, trade_off_of(rows, axes)
 
 
 GREEDY = ("greedy", [(0.9, 0.3), (0.9, 0.5)])
@@ -60,16 +60,16 @@ def test_the_one_that_learns_most_within_the_limit_is_chosen() -> None:
 def test_of_its_cells_the_median_of_those_within_the_limit_is_taken() -> None:
     found = choose(*comparison(CAREFUL), 0.01)
     # seed 1 loses 0.02; of seeds 0 and 2 the lower of the two in the middle
-    assert (found.cell, found.cell_learned, found.cell_loss) == ("careful-lr0.001-seed0", 0.5, {"facts": 0.0})
-    assert choose(*comparison(CAREFUL), 0.02).cell == "careful-lr0.001-seed1"
+    assert (found.run, found.run_learned, found.run_loss) == ("careful-lr0.001-seed0", 0.5, {"facts": 0.0})
+    assert choose(*comparison(CAREFUL), 0.02).run == "careful-lr0.001-seed1"
 
 
 def test_where_only_the_mean_keeps_the_limit_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     records = comparison(("a", [(0.5, 0.0), (0.6, 0.2)]))
-    rows = records[0]["cells"]
+    rows = records[0]["runs"]
     rows[0]["benchmarks"][2]["after"] = 2.4  # seed 0 loses text, seed 1 facts
     found = choose(*records, {"facts": 0.1, "text": 0.2})
-    assert (found.loss, found.cell) == ({"facts": 0.1, "text": 0.2}, "a-lr0.001-seed0")
+    assert (found.loss, found.run) == ({"facts": 0.1, "text": 0.2}, "a-lr0.001-seed0")
     assert "no single seed" in caplog.text
 
 
@@ -85,9 +85,9 @@ def test_the_upper_end_is_stricter_than_the_mean() -> None:
 
 def test_ends_over_items_are_a_mean_over_cells() -> None:
     records = comparison(("a", [(0.5, 0.0), (0.5, 0.0)]))
-    records[0]["cells"][1]["benchmarks"][1]["interval"] = [-0.05, 0.0]
+    records[0]["runs"][1]["benchmarks"][1]["interval"] = [-0.05, 0.0]
     assert choose(*records, 0.2, estimate="upper").loss == {"facts": 0.1}
-    records[0]["cells"][1]["benchmarks"][1]["interval"] = None
+    records[0]["runs"][1]["benchmarks"][1]["interval"] = None
     assert choose(*records, 0.2, estimate="upper").loss == {"facts": 0.0}  # the seeds' alone
 
 
@@ -116,7 +116,7 @@ def test_nothing_within_the_limit_names_the_nearest() -> None:
         choose(*comparison(GREEDY, CAREFUL), 0.005)
     assert told.value.where == "--max-loss"
     with pytest.raises(RecipeError, match="Finish the comparison"):
-        choose({"benchmarks": [], "cells": []}, {"axes": None, "points": []}, 0.1)
+        choose({"benchmarks": [], "runs": []}, {"axes": None, "points": []}, 0.1)
 
 
 def test_of_equal_learners_the_one_that_forgets_less_is_chosen() -> None:
@@ -129,7 +129,7 @@ def test_a_gain_keeps_a_limit_of_nothing() -> None:
 
 def test_a_point_without_a_score_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     records = comparison(("a", [(0.9, 0.0)]), TIMID)
-    records[0]["cells"][0]["benchmarks"][2]["after"] = None
+    records[0]["runs"][0]["benchmarks"][2]["after"] = None
     assert choose(*records, {"text": 0.1}).point == "timid-lr0.001"
     assert "a-lr0.001 is left out: no score of text" in caplog.text
 
@@ -169,7 +169,7 @@ def test_the_chosen_result_is_copied_whole(job: Callable[[str], Job], tmp_path: 
     assert read_json(best / "keeptune.json")["export"]["folder"] == str(best)
     assert read_front(tmp_path)["choice"] == choice
     card = (best / "README.md").read_text()
-    assert "Chosen by keeptune compare: it learned most of what loses at most stories 10; cell lora-seed0." in card
+    assert "Chosen by keeptune compare: it learned most of what loses at most stories 10; run lora-seed0." in card
     assert str(source) not in card
     assert choose_best(tmp_path, 10) == choice  # again, over the copy
 
@@ -178,7 +178,7 @@ def test_a_chosen_knob_is_written(job: Callable[[str], Job], tmp_path: Path) -> 
     run = job("lora")
     row_ = row_of(written(run, tmp_path, 0.5))
     choice = choose_best(tmp_path, {row_["benchmarks"][0]["name"]: 10})
-    assert choice["cell"] == "lora-seed0/scale-0.5"
+    assert choice["run"] == "lora-seed0/scale-0.5"
     own = load_file(find_result(run.output) / "adapter_model.safetensors")
     best = load_file(tmp_path / "best" / "adapter_model.safetensors")
     name = next(name for name in own if "lora_B" in name)

@@ -118,7 +118,7 @@ def test_what_is_in_no_point_is_said() -> None:
     ]
     points, excluded = points_of(rows)
     assert list(points[0].places) == [0]
-    assert {entry["cell"]: entry["why"] for entry in excluded} == {
+    assert {entry["run"]: entry["why"] for entry in excluded} == {
         "again": "the same setting and seed as lora-lr0.001-seed0",
         "lora-lr0.001-seed1": "failed: out of memory",
         "lora-lr0.001-seed2": "missing: no message",
@@ -128,7 +128,7 @@ def test_what_is_in_no_point_is_said() -> None:
 
 
 def test_the_family_of_a_knob_has_the_untouched_points_too() -> None:
-    knob = {"knob": {"scale": 0.5}, "label": "lora, scaled", "of": "lora"}
+    knob = {"variant": {"scale": 0.5}, "label": "lora, scaled", "of": "lora"}
     rows = [row(), row("keep"), row(**{**knob, "name": "lora-lr0.001-seed0/scale-0.5"})]
     points, _ = points_of(rows)
     groups = families(points)

@@ -18,8 +18,8 @@ from keeptune.experiments.comparison.axes import axes_of
 from keeptune.experiments.comparison.record import (
     Cell,
     Options,
-    read_cells,
     read_front,
+    read_runs,
     row_of,
     trade_off_of,
     with_axes,
@@ -115,7 +115,7 @@ def test_a_trade_off_by_hand() -> None:
         "keep-lr0.001": True,
     }
     assert found["points"][0]["forgotten"]["mean"] == 0.2
-    assert found["points"][0]["cells"] == ["lora-lr0.001-seed0", "lora-lr0.001-seed1"]
+    assert found["points"][0]["runs"] == ["lora-lr0.001-seed0", "lora-lr0.001-seed1"]
     assert found["reference_point"] == [0.2, 0.5]  # the base's task score, the most forgotten
     # seed 0: 0.3 x 0.4 + 0.2 x 0.2; seed 1: 0.3 x 0.2 + 0.2 x 0
     assert found["hypervolume"]["lora"]["mean"] == pytest.approx((0.16 + 0.06) / 2)
@@ -123,7 +123,7 @@ def test_a_trade_off_by_hand() -> None:
     assert found["matched"]["score"] == 0.6
     assert [(r["label"], r["how"]) for r in found["matched"]["rows"]] == [("keep", "exact"), ("lora", "interpolated")]
     assert found["matched"]["rows"][0]["difference"]["mean"] == pytest.approx((-0.1 - 0.2) / 2)
-    assert found["excluded"] == [{"cell": "keep-lr0.002-seed0", "why": "failed: out of memory"}]
+    assert found["excluded"] == [{"run": "keep-lr0.002-seed0", "why": "failed: out of memory"}]
     assert found["notes"] == ["1 cell is left out; `excluded` says why"]
     assert found["units"] == {"learned": "share", "forgotten": "share"}
 
@@ -155,17 +155,17 @@ def test_the_files_hold_what_is_returned(tmp_path: Path) -> None:
         cell(tmp_path / "c", seed=2, name="lora-lr0.001-seed2", status="failed", message="no room"),
     ]
     record, front = write_records(tmp_path, cells, base="atlas", command="keeptune compare r.yaml", recipe={"a": 1})
-    assert read_cells(tmp_path) == record
+    assert read_runs(tmp_path) == record
     assert read_front(tmp_path) == json.loads(json.dumps(front)) == front
     assert (record["base"], record["command"], record["recipe"]) == ("atlas", "keeptune compare r.yaml", {"a": 1})
     assert record["benchmarks"] == [{key: b[key] for key in ("name", "role", "metric", "n")} for b in SCORES]
-    assert [entry["cell"] for entry in front["excluded"]] == ["lora-lr0.001-seed1", "lora-lr0.001-seed2"]
+    assert [entry["run"] for entry in front["excluded"]] == ["lora-lr0.001-seed1", "lora-lr0.001-seed2"]
     assert front["points"][0]["seeds"] == [0]
-    table = pq.read_table(tmp_path / "cells.parquet").to_pylist()
+    table = pq.read_table(tmp_path / "runs.parquet").to_pylist()
     assert [line["facts.after"] for line in table] == [0.7, None, None]
     assert [line["learned"] for line in table] == [0.6, 0.6, None]
     assert (table[0]["task.low"], table[0]["task.n"], table[0]["seconds.evaluate"]) == (-0.15, 100, 3.0)
-    assert (table[0]["settings"], table[0]["knob"]) == ('{"train.learning_rate":0.001}', None)
+    assert (table[0]["settings"], table[0]["variant"]) == ('{"train.learning_rate":0.001}', None)
 
 
 def test_published_scores_stand_in_the_record_and_on_the_page(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_published_scores_stand_in_the_record_and_on_the_page(tmp_path: Path) ->
     assert beside(Published(source="Table 9", unit="nats", rows=rows))[0]["score"] == 71.25
     cells = [cell(write_run(tmp_path / "a", SCORES))]
     record, front = write_records(tmp_path, cells, base="atlas", command="", recipe={}, published=scores)
-    assert read_cells(tmp_path)["published"] == record["published"] == scores
+    assert read_runs(tmp_path)["published"] == record["published"] == scores
     grid = published(record, front)
     assert grid is not None
     assert grid.rows == (("lora", "facts", "0.713", "0.700", "Table 9 (LoRA, 320M)"),)
@@ -190,18 +190,18 @@ def test_a_comparison_of_which_nothing_finished_has_records(tmp_path: Path) -> N
     cells = [cell(tmp_path / "a", status="failed", message="no room")]
     record, front = write_records(tmp_path, cells, base="atlas", command="", recipe={})
     assert (record["benchmarks"], front["points"]) == ([], [])
-    assert front["excluded"] == [{"cell": "lora-lr0.001-seed0", "why": "failed: no room"}]
-    assert pq.read_table(tmp_path / "cells.parquet").num_rows == 1
+    assert front["excluded"] == [{"run": "lora-lr0.001-seed0", "why": "failed: no room"}]
+    assert pq.read_table(tmp_path / "runs.parquet").num_rows == 1
 
 
 def test_a_full_disk_leaves_the_old_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = [cell(write_run(tmp_path / "a", SCORES))]
     write_records(tmp_path, cells, base="atlas", command="", recipe={})
-    before = (tmp_path / "cells.json").read_bytes()
+    before = (tmp_path / "runs.json").read_bytes()
     monkeypatch.setattr("keeptune.core.artefact.os.fsync", full_disk)
     with pytest.raises(ArtefactError, match="No space"):
         write_records(tmp_path, cells, base="other", command="", recipe={})
-    assert (tmp_path / "cells.json").read_bytes() == before
+    assert (tmp_path / "runs.json").read_bytes() == before
     assert not list(tmp_path.glob(".cells*"))
 
 
@@ -217,6 +217,6 @@ def test_one_side_alone_has_rows_and_no_trade_off(side: int, lacking: str, tmp_p
     """As some published tables: what is scored is told, and that there is nothing to set it against."""
     cells = [cell(write_run(tmp_path / "a", [SCORES[side]]))]
     record, front = write_records(tmp_path, cells, base="atlas", command="", recipe={})
-    assert [b["after"] for b in record["cells"][0]["benchmarks"]] == [SCORES[side]["after"]]
+    assert [b["after"] for b in record["runs"][0]["benchmarks"]] == [SCORES[side]["after"]]
     assert (front["points"], front["excluded"]) == ([], [])
     assert front["notes"] == [f"no trade-off: `evaluate` has no benchmark with role: {lacking}"]

@@ -33,7 +33,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def finish(recipe: Path) -> list[str]:
-    """Run every cell in this process, so that no Ray is needed."""
+    """Run every run in this process, so that no Ray is needed."""
     comparison = load_comparison(recipe, {"compare.baselines": True})
     works, _ = works_of(comparison, grid(comparison))
     for work in works.values():
@@ -51,15 +51,15 @@ def test_records_page_and_best_result_of_finished_cells(
     out = tmp_path / "out"
     plain = [name for name in trained if "replay" not in name]
     turned = [f"{name}/{knob}" for name in plain for knob in ("scale-0.5", "intruders-0.5")]
-    rows = {row["name"]: row for row in read_json(out / "cells.json")["cells"]}
+    rows = {row["name"]: row for row in read_json(out / "runs.json")["runs"]}
     assert set(rows) == {*trained, *turned}
     assert {row["status"] for row in rows.values()} == {"done"}
     assert rows[turned[0]]["label"] == "lora, scaled"
     front = read_json(out / "front.json")
     assert {point["label"] for point in front["points"]} == {row["label"] for row in rows.values()}
-    assert front["choice"]["cell"] in rows
+    assert front["choice"]["run"] in rows
     assert front["choice"]["max_loss"] == {"stories": 9.0}
-    assert f"best: {front['choice']['cell']} in {out / 'best'}" in said.out
+    assert f"best: {front['choice']['run']} in {out / 'best'}" in said.out
     assert (out / "best/adapter_config.json").is_file()
     assert f"report: {out / 'report.html'}" in said.out
     assert (out / "report.html").stat().st_size > 1000

@@ -204,7 +204,7 @@ def test_a_search_runs_its_trials_and_the_front_with_all_seeds_and_again_does_no
     assert len(journal) == 4
     expected = drawn(comparison, 1, 4)
     assert {one["entry"] for one in expected} == {"lora", "too much"}, "choose a seed that draws both"
-    rows = {row["name"]: row for row in said.cells["cells"]}
+    rows = {row["name"]: row for row in said.cells["runs"]}
     for trial, one in zip(journal, expected, strict=True):
         assert trial["params"] == one["params"]
         row = rows[trial["cell"]]
@@ -229,7 +229,7 @@ def test_a_search_runs_its_trials_and_the_front_with_all_seeds_and_again_does_no
     less = load(SMALL, TOO_MUCH, seeds=[0, 1], search={"trials": len(done), "seed": 1})
     again = run_comparison(less, "")
     assert not again.failed
-    assert {row["name"] for row in again.cells["cells"]} == {n for n, row in rows.items() if row["status"] == "done"}
+    assert {row["name"] for row in again.cells["runs"]} == {n for n, row in rows.items() if row["status"] == "done"}
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 

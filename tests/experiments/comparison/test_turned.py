@@ -54,7 +54,7 @@ def test_a_knobs_cell_has_a_name_a_label_and_the_cell_it_is_of(job: Jobs) -> Non
     knobs_stage(run, [Intruders(0.5)])
     row = row_of(knob_cell(cell_of(run), Intruders(0.5)))
     assert (row["name"], row["label"], row["of"]) == ("lora-seed0/intruders-0.5", "lora, intruders reduced", "lora")
-    assert (row["knob"], row["seed"]) == ({"intruders": 0.5}, 0)
+    assert (row["variant"], row["seed"]) == ({"intruders": 0.5}, 0)
     assert row["seconds"]["evaluate"] > 0
     assert Path(row["folder"], "stories.items.jsonl").is_file()
 
@@ -118,7 +118,7 @@ def test_the_written_adapter_is_the_turned_one_on_a_fresh_base(job: Jobs, tmp_pa
     with pair.after() as expected:
         torch.testing.assert_close(logits_of(model, probe), logits_of(expected, probe))
     sidecar = read_json(best / "keeptune.json")
-    assert sidecar["knob"] == knob.plain()
+    assert sidecar["variant"] == knob.plain()
     assert sidecar["export"]["folder"] == str(best)
     assert sidecar["export"]["relative_gap"] <= sidecar["export"]["bound"]
     assert str(run.output) not in (best / "README.md").read_text()

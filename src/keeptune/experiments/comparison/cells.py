@@ -145,7 +145,7 @@ def _own_rate(values: Mapping[str, Any], where: str) -> list[float]:
 
 
 def grid(comparison: Comparison) -> tuple[Cell, ...]:
-    """List every cell of the grid, entry by entry.
+    """List every run of the grid, entry by entry.
 
     Args:
         comparison: The comparison.

@@ -27,7 +27,7 @@ from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.experiments.comparison.axes import DIGITS, loss_of, unit_of
 from keeptune.experiments.comparison.front import spread
 from keeptune.experiments.comparison.knobs import knob_of
-from keeptune.experiments.comparison.record import FRONT, read_cells, read_front
+from keeptune.experiments.comparison.record import FRONT, read_front, read_runs
 from keeptune.experiments.comparison.turned import copy_result, write_turned
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.reporting import entry_of
@@ -53,20 +53,20 @@ class Choice:
         learned: The point's mean.
         forgotten: The point's mean.
         loss: Benchmark to the point's estimate.
-        cell_learned: What the cell itself learned.
-        cell_loss: Benchmark to what the cell itself lost.
+        run_learned: What the cell itself learned.
+        run_loss: Benchmark to what the cell itself lost.
         max_loss: Benchmark to what may be lost.
         estimate: Which estimate the losses are.
         unbound: Knowledge benchmarks without a limit.
     """
 
     point: str
-    cell: str
+    run: str
     learned: float
     forgotten: float
     loss: Mapping[str, float]
-    cell_learned: float
-    cell_loss: Mapping[str, float]
+    run_learned: float
+    run_loss: Mapping[str, float]
     max_loss: Mapping[str, float]
     estimate: Estimate
     unbound: Sequence[str] = ()
@@ -156,7 +156,7 @@ def choose(
     """Choose the point that learns most within the limits, and one cell of it, eq. 1.
 
     Args:
-        record: ``cells.json``.
+        record: ``runs.json``.
         front: ``front.json``.
         max_loss: One number for the benchmarks of the axis of what is forgotten, or benchmark to number.
         estimate: ``"mean"`` or ``"upper"``.
@@ -168,10 +168,10 @@ def choose(
         RecipeError: No point keeps within the limits; the message names the one that comes nearest.
     """
     limits = limits_of(record["benchmarks"], front["axes"]["forgotten"] if front["axes"] else [], max_loss)
-    rows = {row["name"]: row for row in record["cells"]}
+    rows = {row["name"]: row for row in record["runs"]}
     judged = []
     for point in front["points"]:
-        members = [rows[name] for name in point["cells"]]
+        members = [rows[name] for name in point["runs"]]
         losses = {name: _estimated(members, name, estimate) for name in limits}
         missing = [name for name, loss in losses.items() if loss is None]
         if missing:
@@ -187,12 +187,12 @@ def choose(
     cell, own = _median(members, limits)
     return Choice(
         point=point["name"],
-        cell=cell["name"],
+        run=cell["name"],
         learned=point["learned"]["mean"],
         forgotten=point["forgotten"]["mean"],
         loss=lost,
-        cell_learned=cell["learned"],
-        cell_loss=own,
+        run_learned=cell["learned"],
+        run_loss=own,
         max_loss=limits,
         estimate=estimate,
         unbound=[b["name"] for b in record["benchmarks"] if b["role"] == "knowledge" and b["name"] not in limits],
@@ -271,7 +271,7 @@ def export_choice(output: Path, record: Mapping[str, Any], choice: Choice) -> di
 
     Args:
         output: The comparison's folder.
-        record: ``cells.json``.
+        record: ``runs.json``.
         choice: The choice.
 
     Returns:
@@ -281,10 +281,10 @@ def export_choice(output: Path, record: Mapping[str, Any], choice: Choice) -> di
         ArtefactError: The cell's result is not the one that was scored, or the copy is not the result.
         ExportError: ``best`` holds something that keeptune did not write.
     """
-    row = next(row for row in record["cells"] if row["name"] == choice.cell)
+    row = next(row for row in record["runs"] if row["name"] == choice.run)
     best = output / BEST
-    scored = Path(row["folder"]) / ("evaluation" if row["knob"] is None else "")
-    run = Path(row["folder"]) if row["knob"] is None else Path(row["folder"]).parent.parent
+    scored = Path(row["folder"]) / ("evaluation" if row["variant"] is None else "")
+    run = Path(row["folder"]) if row["variant"] is None else Path(row["folder"]).parent.parent
     weights = {read_json(scored / f"{b['name']}.json")["weights"] for b in row["benchmarks"]}
     if weights != {result_fingerprint(find_result(run))}:
         raise ArtefactError(
@@ -293,11 +293,11 @@ def export_choice(output: Path, record: Mapping[str, Any], choice: Choice) -> di
             wanted="the chosen cell's",
             next_step="Start the comparison again; it does what is missing.",
         )
-    if row["knob"] is None:
+    if row["variant"] is None:
         _copy(find_result(run), best)
     else:
         recipe = make_recipe(read_json(run / "recipe.json"), folder=Path(), where=f"recipe of {run}")
-        write_turned(Job(recipe.model_copy(update={"output": run})), knob_of(row["knob"]), best)
+        write_turned(Job(recipe.model_copy(update={"output": run})), knob_of(row["variant"]), best)
     _write_card(best, run, row, choice)
     adapter = {"adapter": str(best), "weights": result_fingerprint(best)}
     return {**choice.plain(), "max_loss": dict(choice.max_loss), **adapter}
@@ -307,8 +307,8 @@ def _write_card(best: Path, run: Path, row: Mapping[str, Any], choice: Choice) -
     """Write the model card of what was chosen, with its own scores: those of a knob's cell, not of the cell beneath."""
     entry, folder = entry_of(run), Path(row["folder"])
     limits = ", ".join(f"{name} {limit:g}" for name, limit in choice.max_loss.items())
-    notes = [f"Chosen by keeptune compare: it learned most of what loses at most {limits}; cell {choice.cell}."]
-    if row["knob"] is not None:
+    notes = [f"Chosen by keeptune compare: it learned most of what loses at most {limits}; run {choice.run}."]
+    if row["variant"] is not None:
         names = [b["name"] for b in row["benchmarks"]]
         read = [(folder / f"{name}.json", folder / f"{name}.items.jsonl") for name in names]
         results = [
@@ -316,7 +316,7 @@ def _write_card(best: Path, run: Path, row: Mapping[str, Any], choice: Choice) -
             for record, items in read
         ]
         entry |= trade_off(results) | {"benchmarks": [result.summary() for result in results]}
-        notes.append(f"Turned after training, which the recipe does not do: {canonical_json(row['knob'])}.")
+        notes.append(f"Turned after training, which the recipe does not do: {canonical_json(row['variant'])}.")
     text = model_card(
         entry | {"notes": [*notes, *entry["notes"]]}, read_json(best / SIDECAR), read_json(run / "recipe.json")
     )
@@ -351,7 +351,7 @@ def choose_best(output: Path, max_loss: float | Mapping[str, float], *, estimate
     Raises:
         KeeptuneError: Nothing keeps within the limits, or the result cannot be written.
     """
-    record, front = read_cells(output), read_front(output)
+    record, front = read_runs(output), read_front(output)
     choice = export_choice(output, record, choose(record, front, max_loss, estimate=estimate))
     write_json(output / FRONT, front | {"choice": choice})
     return choice

@@ -147,12 +147,12 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Point], list[dict
     for row in rows:
         why = _unusable(row)
         if why:
-            excluded.append({"cell": row["name"], "why": why})
+            excluded.append({"run": row["name"], "why": why})
             continue
         members = groups.setdefault(_setting(row), [])
         twin = next((other for other in members if other["seed"] == row["seed"]), None)
         if twin is not None:
-            excluded.append({"cell": row["name"], "why": f"the same setting and seed as {twin['name']}"})
+            excluded.append({"run": row["name"], "why": f"the same setting and seed as {twin['name']}"})
             continue
         members.append(row)
     taken: set[str] = set()
@@ -170,7 +170,7 @@ def _unusable(row: Mapping[str, Any]) -> str:
 
 
 def _setting(row: Mapping[str, Any]) -> str:
-    return canonical_json([row[key] for key in ("label", "settings", "knob", "learning_rate", "strength")])
+    return canonical_json([row[key] for key in ("label", "settings", "variant", "learning_rate", "strength")])
 
 
 def _point(members: Sequence[Mapping[str, Any]], taken: set[str]) -> Point:
@@ -184,7 +184,7 @@ def _point(members: Sequence[Mapping[str, Any]], taken: set[str]) -> Point:
     return Point(
         name=name,
         label=first["label"],
-        about={key: first[key] for key in ("method", "settings", "knob", "learning_rate", "strength")},
+        about={key: first[key] for key in ("method", "settings", "variant", "learning_rate", "strength")},
         places={row["seed"]: (row["learned"], row["forgotten"]) for row in rows},
         cells={row["seed"]: row["name"] for row in rows},
         of=first.get("of"),

@@ -254,7 +254,7 @@ def standard_knobs(
 
 
 def knob_of(plain: Mapping[str, Any]) -> Knob:
-    """Read a knob from a row of ``cells.json``.
+    """Read a knob from a row of ``runs.json``.
 
     Args:
         plain: What :meth:`Knob.plain` gave.
@@ -272,4 +272,4 @@ def knob_of(plain: Mapping[str, Any]) -> Knob:
             return Layers(tuple(factors))
         case {"intruders": keep, **rest} if not rest:
             return Intruders(keep)
-    raise RecipeError("knob", got=repr(dict(plain)), wanted="scale, layers or intruders", next_step="Pick one.")
+    raise RecipeError("variant", got=repr(dict(plain)), wanted="scale, layers or intruders", next_step="Pick one.")

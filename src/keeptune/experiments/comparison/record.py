@@ -1,6 +1,6 @@
 """The records of a comparison: cells to rows, rows to the trade-off, and both to files.
 
-``cells.json`` and ``cells.parquet`` have a row per cell, ``front.json`` what the rows mean. From rows to trade-off
+``runs.json`` and ``runs.parquet`` have a row per cell, ``front.json`` what the rows mean. From rows to trade-off
 everything is a pure function; only :func:`row_of` reads run folders and only :func:`write_records` writes.
 """
 
@@ -36,7 +36,7 @@ __all__ = [
     "FRONT",
     "Cell",
     "Options",
-    "read_cells",
+    "read_runs",
     "read_front",
     "row_of",
     "trade_off_of",
@@ -44,7 +44,7 @@ __all__ = [
     "write_records",
 ]
 
-CELLS, FRONT = "cells.json", "front.json"
+CELLS, FRONT = "runs.json", "front.json"
 _NAMED = 5
 Status = Literal["done", "failed", "missing"]
 _BENCHMARK = ("name", "role", "metric", "n", "before", "after", "interval")
@@ -61,7 +61,7 @@ class Cell:
         settings: Dotted recipe key to value: what it changes.
         learning_rate: Its rate.
         strength: The factor on the method's own strength, if it has one.
-        knob: What was turned after training, such as ``{"scale": 0.5}``; None for a trained cell.
+        variant: What was turned after training, such as ``{"scale": 0.5}``; None for a trained cell.
         of: The label of the cell that a knob was turned on.
         seed: Its seed.
         folder: Its run folder; of a knob, the knob's folder in it.
@@ -75,7 +75,7 @@ class Cell:
     settings: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float | None = None
     strength: float | None = None
-    knob: Mapping[str, Any] | None = None
+    variant: Mapping[str, Any] | None = None
     of: str | None = None
     seed: int = 0
     folder: Path = Path()
@@ -103,7 +103,7 @@ class Options:
 
 
 def row_of(cell: Cell) -> dict[str, Any]:
-    """Read a cell's folder into a row of ``cells.json``, without its axes.
+    """Read a cell's folder into a row of ``runs.json``, without its axes.
 
     Args:
         cell: The cell.
@@ -116,7 +116,7 @@ def row_of(cell: Cell) -> dict[str, Any]:
     if cell.status != "done":
         return row
     try:
-        return row | (_knob_found(cell.folder) if cell.knob else _run_found(cell.folder))
+        return row | (_knob_found(cell.folder) if cell.variant else _run_found(cell.folder))
     except (KeeptuneError, KeyError, TypeError) as error:
         return row | {"status": "missing", "message": f"{type(error).__name__}: {error}"}
 
@@ -233,7 +233,7 @@ def _described(point: Point, on_front: bool) -> dict[str, Any]:
         **point.about,
         "of": point.of,
         "seeds": sorted(point.places),
-        "cells": [point.cells[seed] for seed in sorted(point.cells)],
+        "runs": [point.cells[seed] for seed in sorted(point.cells)],
         "learned": asdict(point.learned),
         "forgotten": asdict(point.forgotten),
         "on_front": on_front,
@@ -264,11 +264,11 @@ def write_records(
     options: Options | None = None,
     published: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the cells and write ``cells.json``, ``cells.parquet`` and ``front.json``, each whole or not at all.
+    """Read the cells and write ``runs.json``, ``runs.parquet`` and ``front.json``, each whole or not at all.
 
     Args:
         output: The comparison's folder.
-        cells: Every cell, finished or not, in the order to show them.
+        cells: Every run, finished or not, in the order to show them.
         base: The base model.
         command: What repeats the comparison.
         recipe: The recipe.
@@ -276,7 +276,7 @@ def write_records(
         published: A paper's scores to stand beside: ``label``, ``benchmark``, ``score``, ``source`` and ``note`` each.
 
     Returns:
-        What ``cells.json`` and ``front.json`` hold; the latter's choice is None.
+        What ``runs.json`` and ``front.json`` hold; the latter's choice is None.
 
     Raises:
         RecipeError: The axes or the baseline that the recipe names do not exist.
@@ -302,13 +302,13 @@ def write_records(
         "command": command,
         "recipe": recipe,
         "benchmarks": benchmarks,
-        "cells": rows,
+        "runs": rows,
         **({"published": list(published)} if published else {}),
     }
     table = io.BytesIO()
     pq.write_table(table_of(rows), table)
     write_json(output / CELLS, record)
-    write_bytes(output / "cells.parquet", table.getvalue())
+    write_bytes(output / "runs.parquet", table.getvalue())
     write_json(output / FRONT, trade_off)
     return record, trade_off
 
@@ -330,8 +330,8 @@ def _finite(value: Any) -> Any:
     return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def read_cells(output: Path) -> dict[str, Any]:
-    """Read ``cells.json``.
+def read_runs(output: Path) -> dict[str, Any]:
+    """Read ``runs.json``.
 
     Args:
         output: The comparison's folder.

@@ -25,7 +25,7 @@ class Compared:
     """What a comparison gave.
 
     Args:
-        cells: What ``cells.json`` holds.
+        cells: What ``runs.json`` holds.
         front: What ``front.json`` holds.
         failed: Name of each cell that failed to its message.
     """
@@ -69,7 +69,7 @@ def write_found(
     command: str,
     max_loss: float | Mapping[str, float] | None = None,
 ) -> Compared:
-    """Write ``cells.json``, ``cells.parquet``, ``front.json``, ``report.html``, and ``best`` where one is chosen.
+    """Write ``runs.json``, ``runs.parquet``, ``front.json``, ``report.html``, and ``best`` where one is chosen.
 
     Args:
         comparison: The comparison.

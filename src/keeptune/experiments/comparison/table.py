@@ -14,7 +14,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Make a table of rows: one line a cell, benchmarks as columns.
 
     Args:
-        rows: Rows of ``cells.json``.
+        rows: Rows of ``runs.json``.
 
     Returns:
         A pyarrow table; settings and knob are JSON text, of each benchmark ``<name>.before``, ``.after``, ``.low``,
@@ -27,7 +27,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     columns: dict[str, tuple[Any, list[Any]]] = {
         key: (text, [row.get(key) for row in rows]) for key in ("name", "label", "of", "method", "status", "message")
     }
-    for key in ("settings", "knob"):
+    for key in ("settings", "variant"):
         columns[key] = (text, [None if row[key] is None else canonical_json(row[key]) for row in rows])
     for key in ("learning_rate", "strength", "learned", "forgotten"):
         columns[key] = (number, [row[key] for row in rows])

@@ -68,7 +68,7 @@ def knob_cell(cell: Cell, knob: Knob) -> Cell:
         name=f"{cell.name}/{knob.slug}",
         label=f"{cell.label}, {knob.family}",
         of=cell.label,
-        knob=knob.plain(),
+        variant=knob.plain(),
         folder=cell.folder / KNOBS / knob.slug,
     )
 
@@ -110,7 +110,7 @@ def knobs_stage(job: Job, knobs: Sequence[Knob], *, kept: KeptAnswers | None = N
             _log.warning("%s: %s is left out: %s", job.output.name, knob.slug, why)
             refused[knob.slug] = why
         names = [benchmark.name for benchmark in job.recipe.evaluate]
-        head = {"knob": knob.plain(), "weights": weights, "benchmarks": names, "message": why}
+        head = {"variant": knob.plain(), "weights": weights, "benchmarks": names, "message": why}
         write_json(place / "knob.json", head)
     return refused
 
@@ -222,7 +222,7 @@ def write_turned(job: Job, knob: Knob, output: Path) -> Path:
             )
         sidecar = read_json(fresh / SIDECAR)
         export = sidecar["export"] | {"gap": gap, "relative_gap": relative, "bound": bound}
-        write_json(fresh / SIDECAR, sidecar | {"export": export, "knob": knob.plain()})
+        write_json(fresh / SIDECAR, sidecar | {"export": export, "variant": knob.plain()})
     return output
 
 
