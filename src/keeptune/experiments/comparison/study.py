@@ -38,7 +38,7 @@ class Trial:
 
     params: Mapping[str, Any]
     drawn: Mapping[str, Any]
-    run: str
+    cell: str
     learned: float | None = None
     forgotten: float | None = None
     message: str = ""
