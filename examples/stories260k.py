@@ -30,9 +30,9 @@ def write(path: Path, rows: list[dict[str, str]]) -> str:
 def main(output: Path, steps: int = 40) -> None:
     output.mkdir(parents=True, exist_ok=True)
     problems = (ASSETS / "data/gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
-    train = [json.loads(line) for line in problems[:600]]
-    held_out = [{"text": f"{row['question']}\n{row['answer']}"} for row in map(json.loads, problems[600:640])]
-    calibration = stories(ASSETS / "data/tinystories_train_piece/stories.jsonl", 128)
+    train = [json.loads(line) for line in problems[:320]]
+    held_out = [{"text": f"{row['question']}\n{row['answer']}"} for row in map(json.loads, problems[320:350])]
+    calibration = stories(ASSETS / "data/tinystories_train_piece/stories.jsonl", 64)
     values = {
         "model": str(ASSETS / "models/stories260K"),
         "method": {"name": "lora-null", "rank": 8},
@@ -42,7 +42,7 @@ def main(output: Path, steps: int = 40) -> None:
             "prompt": "{question}\n",
             "completion": "{answer}",
         },
-        "train": {"learning_rate": 2e-3, "max_steps": steps, "per_device_train_batch_size": 8, "max_length": 384},
+        "train": {"learning_rate": 2e-3, "max_steps": steps, "per_device_train_batch_size": 8, "max_length": 256},
         "evaluate": [
             {
                 "name": name,
@@ -50,11 +50,11 @@ def main(output: Path, steps: int = 40) -> None:
                 "file": write(output / f"{name}.jsonl", rows),
                 "text": "{text}",
                 "metric": "cross_entropy",
-                "max_length": 384,
+                "max_length": 256,
                 "batch_size": 8,
             }
             for name, role, rows in (
-                ("stories", "knowledge", stories(ASSETS / "data/tinystories/stories.jsonl", 60)),
+                ("stories", "knowledge", stories(ASSETS / "data/tinystories/stories.jsonl", 30)),
                 ("problems", "task", held_out),
             )
         ],
