@@ -76,12 +76,9 @@ def scores_of(output: Path, seed: int) -> dict[str, list[float]]:
         record = keeptune.repair(
             folder,
             output / f"{way}-seed{seed}".replace(" ", "_").replace(",", ""),
+            keeptune.Repair(mu=MUS[0], rounds=options.get("rounds", 1), sweep=MUS, store=output / "store"),
             knowledge=data.knowledge,
             task=data.task,
-            mu=MUS[0],
-            rounds=options.get("rounds", 1),
-            sweep=MUS,
-            store=output / "store",
             benchmarks=recipe.evaluate,
         )
         facts, topics = ({m["label"]: m["score"] for m in row["models"]} for row in record["scores"])

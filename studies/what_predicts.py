@@ -40,6 +40,7 @@ from keeptune.penalties.tangent import block_kronecker
 from keeptune.pipeline.demo import demo_recipe
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import find_result, load_pair
+from keeptune.pipeline.trained_changes import Change, open_changes
 from keeptune.recipe.schema import make_recipe
 from keeptune.report.plots import png
 from keeptune.report.style import INK, MUTED, bare, finish, page, themed
@@ -47,7 +48,6 @@ from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.fisher import TokenCount, tokens_per_learned
 from keeptune.statistics.store import StatStore
-from keeptune.studies.change import Change, open_changes
 
 OMEGA, GAMMA = InputCovariance("knowledge"), GradientCovariance("knowledge", "sampled")
 COUNT = TokenCount("knowledge")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from keeptune.penalties.kl import Kl
     from keeptune.penalties.l2 import L2
     from keeptune.penalties.laplace import Laplace
-    from keeptune.posthoc.repair import repair
+    from keeptune.posthoc.repair import Repair, repair
     from keeptune.studies.trace_api import trace
     from keeptune.training.attach import attach
     from keeptune.training.guard import Guard
@@ -86,6 +86,7 @@ __all__ = [
     "export",
     "install",
     "plan",
+    "Repair",
     "repair",
     "trace",
 ]
@@ -131,6 +132,7 @@ _HOMES = {
     "export": "api",
     "install": "adapter.install",
     "plan": "api",
+    "Repair": "posthoc.repair",
     "repair": "posthoc.repair",
     "trace": "studies.trace_api",
 }

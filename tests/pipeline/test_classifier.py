@@ -23,7 +23,7 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.merge import merge_adapter
 from keeptune.pipeline.run import export_stage, load_trained, plan_stage, run, start, train_stage
 from keeptune.pipeline.scoring import evaluate_stage
-from keeptune.posthoc.repair import repair
+from keeptune.posthoc.repair import Repair, repair
 from keeptune.studies.change import weight_changes
 
 LORA, FULL = {"name": "lora", "rank": 4, "dropout": 0.1}, {"name": "full"}
@@ -240,10 +240,11 @@ def test_a_repaired_classifier_keeps_its_head(make: Make, data: Path, tmp_path: 
     run(recipe_of(values))
     texts = [row["sentence"] for row in read_jsonl(data / "knowledge.jsonl", 20)]
     task = [row["sentence"] for row in read_jsonl(data / "train.jsonl", 40)]
-    given: dict[str, Any] = {"knowledge": texts, "task": task, "store": tmp_path / "store", "device": "cpu"}
-    record = repair(tmp_path / "out", tmp_path / "same", mu=0.0, **given)
+    given: dict[str, Any] = {"knowledge": texts, "task": task}
+    own = {"store": tmp_path / "store", "device": "cpu"}
+    record = repair(tmp_path / "out", tmp_path / "same", Repair(mu=0.0, **own), **given)
     assert record["dropped"] == []
-    repair(tmp_path / "out", tmp_path / "repaired", mu=1.0, **given)
+    repair(tmp_path / "out", tmp_path / "repaired", Repair(mu=1.0, **own), **given)
     before, same, after = (
         load_file(folder / "adapter_model.safetensors")
         for folder in (tmp_path / "out" / "adapter", tmp_path / "same", tmp_path / "repaired")

@@ -45,27 +45,25 @@ def repair(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Repair an adapter that has forgotten: keep what it does on the task, undo what it does to the knowledge."""
+    from keeptune.posthoc.repair import Repair
     from keeptune.posthoc.repair import repair as repair_adapter
     from keeptune.posthoc.repair_files import Files, read_files
     from keeptune.report.repair import print_repair
 
     data = read_files(adapter, Files(knowledge, text, task, prompt, completion, evaluate, examples, task_examples))
-    record = repair_adapter(
-        adapter,
-        output,
-        knowledge=data.knowledge,
-        task=data.task,
+    options = Repair(
         drift=drift,
         mu=mu,
-        base=base,
         rank=rank,
         damping=damping,
         rounds=rounds,
         max_length=max_length,
+        sweep=_numbers("--sweep", sweep),
         store=store,
         device=device,
-        benchmarks=data.benchmarks,
-        sweep=_numbers("--sweep", sweep),
+    )
+    record = repair_adapter(
+        adapter, output, options, knowledge=data.knowledge, task=data.task, base=base, benchmarks=data.benchmarks
     )
     print_repair(record, Console())
     seconds = record["seconds"]

@@ -19,19 +19,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from keeptune.core.artefact import write_json
-from keeptune.core.errors import ArtefactError, ModelError, RecipeError
+from keeptune.core.errors import ArtefactError, ModelError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
 from keeptune.linalg.curvature_profile import Directions, directions, energies, profile
 from keeptune.linalg.rescaled import Rescaled
 from keeptune.linalg.symmetric import Factor, factor_from
-from keeptune.pipeline.job import check_device, check_folder, device_named
 from keeptune.pipeline.merge import base_of
+from keeptune.pipeline.trained_changes import labels_of, open_changes, result_of, size_of
 from keeptune.report.curvature import curvature_figure
-from keeptune.report.style import png
-from keeptune.studies.change import labels_of, open_changes, result_of, size_of
+from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
 __all__ = ["curvature", "profiles_of"]
 
@@ -42,7 +40,7 @@ _NAMES: Mapping[Side, str] = {"input": "Omega", "output": "Gamma"}
 def curvature(
     run: Path, others: Sequence[str], output: Path, *, base: str | None = None, device: str = "auto"
 ) -> dict[str, Any]:
-    """Compare where the updates of a run and of others on the same base lie against the run's curvature.
+    """Compares where the updates of a run and of others on the same base lie against the run's curvature.
 
     Args:
         run: A run folder whose plan has a penalty with curvature; its own updates are measured too.
@@ -62,12 +60,7 @@ def curvature(
         RecipeError: The output is no PNG file, a source is given twice, or there is no such device.
         ModelError: A source cannot be loaded, is of another base, or changed none of the weights.
     """
-    if output.suffix.lower() != ".png" or output.is_dir():
-        raise RecipeError(
-            "--output", got=str(output), wanted="a file that ends in .png", next_step="Example: --output curvature.png"
-        )
-    check_folder("--output", output.parent)
-    check_device(device := device_named(device))
+    device = check_figure_file(output, "curvature.png", device)
     plan = Plan.load(run / "plan")
     penalty, tensors = _held(plan, run)
     sources = [str(run), *others]
@@ -75,7 +68,7 @@ def curvature(
     folder = result_of(str(run))
     name = base or (base_of(folder) if (folder / "adapter_config.json").is_file() else None)
     curves = {side: _factors(tensors, side, [t.target for t in plan.targets]) for side in _NAMES}
-    found = []
+    entries = []
     for source, label in zip(sources, labels, strict=True):
         targets = profiles_of(source, curves, base=name, device=device)
         if not targets:
@@ -85,20 +78,16 @@ def curvature(
                 wanted="a training of some of the same targets",
                 next_step="Give a run that trained, with the same `targets` and `layers`.",
             )
-        found.append({"label": label, "folder": source, "targets": targets, "sides": _means(targets)})
-    record = {"run": str(run), "penalty": penalty, "sources": found}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output.with_suffix(".json"), record)
-    figure = curvature_figure(record)
-    if figure is not None:
-        png(figure, output)
+        entries.append({"label": label, "folder": source, "targets": targets, "sides": _means(targets)})
+    record = {"run": str(run), "penalty": penalty, "sources": entries}
+    write_figure_files(output, record, curvature_figure(record))
     return record
 
 
 def profiles_of(
     source: str, curves: Mapping[Side, Mapping[str, Factor]], *, base: str | None, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Measure where the change of each target lies.
+    """Measures where the change of each target lies.
 
     Args:
         source: A PEFT adapter folder, a run folder of keeptune, or a whole model.
@@ -124,12 +113,17 @@ def profiles_of(
         for side, factor in here.items():
             size = target.in_features if side == "input" else target.out_features
             if factor.size != size:
-                raise _other_shape(source, target, tuple(W.shape))
+                raise ModelError(
+                    f"{source}, {target.name}",
+                    got=f"a weight of shape {tuple(W.shape)}",
+                    wanted="the shape that the run's curvature was measured for",
+                    next_step="Compare trainings of one base.",
+                )
             if id(factor) not in known:
                 known[id(factor)] = directions(factor.to(torch.float64, W.device))
             along = known[id(factor)]
             if along is not None and float((along.values * along.counts).sum()) > 0:
-                sides[side] = _side(flat if side == "input" else _turned(flat), along)
+                sides[side] = _side(flat if side == "input" else _transposed(flat), along)
         if sides:
             row = {"target": target.name, "layer": target.layer, "role": target.role}
             rows.append(row | {"norm": size_of(change), "sides": sides})
@@ -147,13 +141,11 @@ def _side(change: LowRank | Tensor, along: Directions) -> dict[str, Any]:
     }
 
 
-def _turned(change: LowRank | Tensor) -> LowRank | Tensor:
-    """Turn a change around, for its output side."""
+def _transposed(change: LowRank | Tensor) -> LowRank | Tensor:
     return LowRank(change.A.T, change.B.T) if isinstance(change, LowRank) else change.T
 
 
 def _means(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Average over targets, each counting the same."""
     means: dict[str, Any] = {}
     for side in _NAMES:
         own = [row["sides"][side] for row in targets if side in row["sides"]]
@@ -168,7 +160,7 @@ def _means(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _held(plan: Plan, run: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """Find the first penalty of a plan that holds curvature of inputs or outputs."""
+    """Returns the first penalty of a plan that holds curvature of inputs or outputs."""
     for penalty in plan.penalties:
         if any(name.startswith(tuple(f"{kind}:" for kind in _NAMES.values())) for name in penalty.tensors):
             return {"name": penalty.name, "options": dict(penalty.options)}, penalty.tensors
@@ -181,22 +173,13 @@ def _held(plan: Plan, run: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
 
 
 def _factors(tensors: Mapping[str, Tensor], side: Side, targets: Sequence[Target]) -> dict[str, Factor]:
-    """Read the curvature of each target that has one; targets fed by one tensor share that of their inputs."""
+    """Returns the curvature of each target that has one; targets fed by one tensor share that of their inputs."""
     read: dict[str, Factor] = {}
-    found = {}
+    factors = {}
     for target in targets:
         prefix = f"{_NAMES[side]}:{target.input_group if side == 'input' else target.name}:"
         if prefix not in read and any(name.startswith(prefix) for name in tensors):
             read[prefix] = factor_from(tensors, prefix)
         if prefix in read:
-            found[target.name] = read[prefix]
-    return found
-
-
-def _other_shape(source: str, target: Target, shape: tuple[int, ...]) -> ModelError:
-    return ModelError(
-        f"{source}, {target.name}",
-        got=f"a weight of shape {shape}",
-        wanted="the shape that the run's curvature was measured for",
-        next_step="Compare trainings of one base.",
-    )
+            factors[target.name] = read[prefix]
+    return factors

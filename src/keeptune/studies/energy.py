@@ -9,16 +9,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from keeptune.core.artefact import write_json
-from keeptune.core.errors import RecipeError
 from keeptune.core.target import read_weight
 from keeptune.linalg.spectral_energy import top_energy
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import load_model, refuse_not_finite
-from keeptune.pipeline.job import check_device, check_folder, device_named
 from keeptune.recipe.paths import resolve_model
 from keeptune.report.energy import energy_figure, layer_means
-from keeptune.report.style import png
+from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
 __all__ = ["energy"]
 
@@ -26,7 +23,7 @@ __all__ = ["energy"]
 def energy(
     model: str, output: Path, *, top: int = 5, roles: Sequence[str] | None = None, device: str = "auto"
 ) -> dict[str, Any]:
-    """Measure the share of the squared singular values in the top few, for every target of a model.
+    """Measures the share of the squared singular values in the top few, for every target of a model.
 
     Args:
         model: ``atlas``, a folder or a hub id.
@@ -43,30 +40,15 @@ def energy(
         ModelError: The model cannot be loaded, or a weight is not finite.
         PlanError: A role does not exist.
     """
-    if output.suffix.lower() != ".png" or output.is_dir():
-        raise RecipeError(
-            "--output", got=str(output), wanted="a file that ends in .png", next_step="Example: --output energy.png"
-        )
-    check_folder("--output", output.parent)
-    check_device(device := device_named(device))
+    device = check_figure_file(output, "energy.png", device)
     base = load_model(resolve_model(model), device=device)
     refuse_not_finite(base)
     rows = []
     for target in tqdm(find_targets(base, roles), desc="energy", delay=2, disable=None, leave=False):
         share = top_energy(read_weight(base, target), top)
-        rows.append(
-            {
-                "target": target.name,
-                "layer": target.layer,
-                "role": target.role,
-                "energy": None if math.isnan(share) else share,
-            }
-        )
+        row = {"target": target.name, "layer": target.layer, "role": target.role}
+        rows.append(row | {"energy": None if math.isnan(share) else share})
     means = {str(layer): value for layer, value in layer_means(rows).items()}
-    found = {"model": model, "top": top, "rows": rows, "mean": means}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output.with_suffix(".json"), found)
-    figure = energy_figure(rows, top, Path(model).name)
-    if figure is not None:
-        png(figure, output)
-    return found
+    record = {"model": model, "top": top, "rows": rows, "mean": means}
+    write_figure_files(output, record, energy_figure(rows, top, Path(model).name))
+    return record

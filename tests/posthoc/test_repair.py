@@ -41,12 +41,12 @@ from keeptune.core.target import read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import load_model
-from keeptune.posthoc import adapters as mending
-from keeptune.posthoc import repair as repairing
-from keeptune.posthoc.adapters import open_source
-from keeptune.posthoc.repair import DAMPING, repair
+from keeptune.posthoc import repair as repair_module
+from keeptune.posthoc import repair_problem
+from keeptune.posthoc.repair import Repair, repair
+from keeptune.posthoc.trained_models import open_trained
 
-DAMP = DAMPING
+DAMP = Repair().damping
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 3, "lora_alpha": 5},
     "patterns": {"r": 3, "rank_pattern": {"layers.1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 7}},
@@ -111,16 +111,17 @@ def adapter(base: Saved, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def mend(base: Saved, adapter: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def repaired(base: Saved, adapter: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def run(source: Path | str = adapter, output: str = "repaired", **options: Any) -> dict[str, Any]:
-        given: dict[str, Any] = {"knowledge": KNOWLEDGE, "task": TASK, "base": str(base.folder)}
-        given |= {"store": tmp_path / "store", "device": "cpu"} | options
-        return repair(source, tmp_path / output, **given)
+        given = {"knowledge": KNOWLEDGE, "task": TASK, "base": str(base.folder)}
+        given |= {name: options.pop(name) for name in ("knowledge", "task", "base", "benchmarks") if name in options}
+        wanted = Repair(**({"store": tmp_path / "store", "device": "cpu"} | options))
+        return repair(source, tmp_path / output, wanted, **given)
 
     return run
 
 
-Mend = Callable[..., dict[str, Any]]
+Repairing = Callable[..., dict[str, Any]]
 
 
 def changes(base: Saved, adapter: Path | str) -> dict[str, Tensor]:
@@ -139,12 +140,12 @@ def rows_of(base: Saved, texts: list[str], names: list[str], *, end: bool = Fals
 
 @pytest.mark.parametrize("architecture", ["llama", "llama with biases", "gpt2"])
 def test_the_repaired_adapter_is_the_least_squares_solution_on_rows_of_real_tokens(
-    architecture: str, bases: Callable[[str], Saved], mend: Mend, tmp_path: Path
+    architecture: str, bases: Callable[[str], Saved], repaired: Repairing, tmp_path: Path
 ) -> None:
     base = bases(architecture)
     roles = ["c_attn", "mlp.c_proj"] if architecture == "gpt2" else ROLES
     adapter = adapter_of(base, tmp_path / "own", roles=roles, fan_in_fan_out=architecture == "gpt2")
-    record = mend(adapter, base=str(base.folder), mu=0.3)
+    record = repaired(adapter, base=str(base.folder), mu=0.3)
     before, after = changes(base, adapter), changes(base, tmp_path / "repaired")
     names = [name for name, change in before.items() if change.norm() > 0]
     assert {row["target"] for row in record["targets"]} == set(names)
@@ -167,9 +168,9 @@ def test_the_repaired_adapter_is_the_least_squares_solution_on_rows_of_real_toke
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mu_zero_gives_stock_adapters_back(kind: str, base: Saved, mend: Mend, tmp_path: Path) -> None:
+def test_mu_zero_gives_stock_adapters_back(kind: str, base: Saved, repaired: Repairing, tmp_path: Path) -> None:
     adapter = adapter_of(base, tmp_path / kind, **KINDS[kind])
-    mend(adapter, mu=0.0)
+    repaired(adapter, mu=0.0)
     ids = tokens()
     wanted = logits(PeftModel.from_pretrained(base.load(), str(adapter)), ids)
     found = logits(PeftModel.from_pretrained(base.load(), str(tmp_path / "repaired")), ids)
@@ -177,17 +178,17 @@ def test_mu_zero_gives_stock_adapters_back(kind: str, base: Saved, mend: Mend, t
     assert off_by(logits(base.load(), ids), wanted) > 1e-2
 
 
-def test_mu_zero_gives_a_portable_adapter_back_bit_for_bit(base: Saved, mend: Mend, tmp_path: Path) -> None:
+def test_mu_zero_gives_a_portable_adapter_back_bit_for_bit(base: Saved, repaired: Repairing, tmp_path: Path) -> None:
     adapter = adapter_of(base, tmp_path / "plain", r=8, lora_alpha=8)
-    mend(adapter, mu=0.0)
+    repaired(adapter, mu=0.0)
     before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path / "repaired"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_lora_keeps_its_rank_and_its_b(base: Saved, mend: Mend, tmp_path: Path) -> None:
+def test_a_lora_keeps_its_rank_and_its_b(base: Saved, repaired: Repairing, tmp_path: Path) -> None:
     adapter = adapter_of(base, tmp_path / "plain", r=8, lora_alpha=8)
-    mend(adapter, mu=0.5, rank=2)  # a rank for changes that have none of their own
+    repaired(adapter, mu=0.5, rank=2)  # a rank for changes that have none of their own
     before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path / "repaired"))
     assert all(torch.equal(before[key], after[key]) for key in before if "lora_B" in key)
     assert not any(torch.equal(before[key], after[key]) for key in before if "lora_A" in key)
@@ -196,9 +197,9 @@ def test_a_lora_keeps_its_rank_and_its_b(base: Saved, mend: Mend, tmp_path: Path
 
 
 @pytest.mark.parametrize("share", [0.5, 0.05])
-def test_a_budget_is_met_and_never_passed(share: float, mend: Mend, tmp_path: Path) -> None:
-    budget = share * mend(mu=0.0, output="same")["drift"]
-    record = mend(drift=budget)
+def test_a_budget_is_met_and_never_passed(share: float, repaired: Repairing, tmp_path: Path) -> None:
+    budget = share * repaired(mu=0.0, output="same")["drift"]
+    record = repaired(drift=budget)
     assert record["drift"] == pytest.approx(budget, rel=1e-4)
     assert record["drift"] <= budget * (1 + 1e-6)
     assert record["mu"] > 0
@@ -211,18 +212,20 @@ def test_a_budget_is_met_and_never_passed(share: float, mend: Mend, tmp_path: Pa
 
 
 def test_a_drift_within_the_budget_changes_nothing_and_says_so(
-    mend: Mend, base: Saved, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    repaired: Repairing, base: Saved, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="keeptune"):
-        record = mend(drift=1e3)
+        record = repaired(drift=1e3)
     assert record["mu"] == 0
     assert "nothing changes" in caplog.text
     found = changes(base, tmp_path / "repaired")
     assert all(relative(found[name], change) < 1e-6 for name, change in changes(base, adapter).items())
 
 
-def test_without_task_data_the_knowledge_alone_decides(mend: Mend, base: Saved, adapter: Path, tmp_path: Path) -> None:
-    record = mend(task=None, mu=0.4)
+def test_without_task_data_the_knowledge_alone_decides(
+    repaired: Repairing, base: Saved, adapter: Path, tmp_path: Path
+) -> None:
+    record = repaired(task=None, mu=0.4)
     assert record["task_kept"] is None
     before, after = changes(base, adapter), changes(base, tmp_path / "repaired")
     names = [row["target"] for row in record["targets"]]
@@ -236,14 +239,14 @@ def test_without_task_data_the_knowledge_alone_decides(mend: Mend, base: Saved, 
 
 
 def test_dora_and_whole_models_become_plain_lora(
-    mend: Mend, base: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    repaired: Repairing, base: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dora = adapter_of(base, tmp_path / "dora", use_dora=True)
     merged = PeftModel.from_pretrained(base.load(), str(dora)).merge_and_unload()
     merged.save_pretrained(tmp_path / "whole")
     with caplog.at_level(logging.WARNING, logger="keeptune"):
-        first = mend(dora, "from dora", mu=0.3, rank=6)
-        second = mend(str(tmp_path / "whole"), "from whole", mu=0.3, rank=6)
+        first = repaired(dora, "from dora", mu=0.3, rank=6)
+        second = repaired(str(tmp_path / "whole"), "from whole", mu=0.3, rank=6)
     assert "rank 6 cuts off" in caplog.text
     ours, theirs = (changes(base, tmp_path / name) for name in ("from dora", "from whole"))
     names = [row["target"] for row in first["targets"]]
@@ -259,41 +262,41 @@ def test_dora_and_whole_models_become_plain_lora(
 
 
 def test_a_whole_model_at_full_rank_is_repaired_as_the_adapter_it_was_merged_from(
-    mend: Mend, base: Saved, adapter: Path, tmp_path: Path
+    repaired: Repairing, base: Saved, adapter: Path, tmp_path: Path
 ) -> None:
     PeftModel.from_pretrained(base.load(), str(adapter)).merge_and_unload().save_pretrained(tmp_path / "whole")
-    mend(mu=0.3, output="one")
-    record = mend(str(tmp_path / "whole"), "two", mu=0.3, rank=5)
+    repaired(mu=0.3, output="one")
+    record = repaired(str(tmp_path / "whole"), "two", mu=0.3, rank=5)
     one, two = (changes(base, tmp_path / name) for name in ("one", "two"))
     assert all(relative(two[row["target"]], one[row["target"]]) < 1e-3 for row in record["targets"])
     assert max(row["truncation"] for row in record["targets"]) < 1e-4
 
 
-def test_what_else_was_trained_is_named(mend: Mend, bases: Callable[[str], Saved], tmp_path: Path) -> None:
+def test_what_else_was_trained_is_named(repaired: Repairing, bases: Callable[[str], Saved], tmp_path: Path) -> None:
     base = bases("llama with biases")
     biased = adapter_of(base, tmp_path / "biased", bias="lora_only", modules_to_save=["norm"])
-    record = mend(biased, base=str(base.folder), mu=0.1)
+    record = repaired(biased, base=str(base.folder), mu=0.1)
     assert "model.norm" in record["dropped"]
     assert "model.layers.0.self_attn.q_proj.bias" in record["dropped"]
     with biases_are_no_shards():
         of_rows = adapter_of(base, tmp_path / "rows", roles=["q_proj"], lora_bias=True)
-    record = mend(of_rows, "rows repaired", base=str(base.folder), mu=0.1)
+    record = repaired(of_rows, "rows repaired", base=str(base.folder), mu=0.1)
     assert record["dropped"] == [f"model.layers.{i}.self_attn.q_proj.lora_B.bias" for i in range(2)]
     model = base.load()
     with torch.no_grad():
         model.get_submodule("model.layers.1.self_attn.o_proj").weight.add_(0.1)
         model.get_submodule("model.norm").weight.add_(0.1)
     model.save_pretrained(tmp_path / "whole")
-    record = mend(str(tmp_path / "whole"), "two", base=str(base.folder), mu=0.1)
+    record = repaired(str(tmp_path / "whole"), "two", base=str(base.folder), mu=0.1)
     assert record["dropped"] == ["model.norm.weight"]
     assert [row["target"] for row in record["targets"]] == ["model.layers.1.self_attn.o_proj"]
 
 
 def test_a_second_round_takes_the_inputs_of_the_repaired_model(
-    mend: Mend, base: Saved, adapter: Path, tmp_path: Path
+    repaired: Repairing, base: Saved, adapter: Path, tmp_path: Path
 ) -> None:
-    mend(mu=0.5, output="one")
-    record = mend(mu=0.5, output="two", rounds=2)
+    repaired(mu=0.5, output="one")
+    record = repaired(mu=0.5, output="two", rounds=2)
     running = Saved(tmp_path / "merged")
     PeftModel.from_pretrained(base.load(), str(tmp_path / "one")).merge_and_unload().save_pretrained(running.folder)
     names = [row["target"] for row in record["targets"]]
@@ -312,19 +315,19 @@ def test_a_second_round_takes_the_inputs_of_the_repaired_model(
 
 @pytest.mark.parametrize(("change", "moves"), [(padded_left, False), (mask_forgotten, True)])
 def test_padding_never_enters(
-    change: Any, moves: bool, mend: Mend, base: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Any, moves: bool, repaired: Repairing, base: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mend(mu=0.5, output="right")
-    monkeypatch.setattr(mending, "ResidentRunner", lambda model: RepaddingRunner(model, change))
-    mend(mu=0.5, output="changed", store=tmp_path / "other")
+    repaired(mu=0.5, output="right")
+    monkeypatch.setattr(repair_problem, "ResidentRunner", lambda model: RepaddingRunner(model, change))
+    repaired(mu=0.5, output="changed", store=tmp_path / "other")
     right, changed = (changes(base, tmp_path / name) for name in ("right", "changed"))
     gap = max(relative(changed[name], value) for name, value in right.items() if value.norm() > 0)
     assert gap > 1e-2 if moves else gap < 1e-4
 
 
-def test_the_base_is_untouched_and_the_result_is_stock(mend: Mend, base: Saved, tmp_path: Path) -> None:
+def test_the_base_is_untouched_and_the_result_is_stock(repaired: Repairing, base: Saved, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in base.folder.iterdir()}
-    mend(mu=0.5)
+    repaired(mu=0.5)
     assert {path.name: path.read_bytes() for path in base.folder.iterdir()} == before
     wrapped = PeftModel.from_pretrained(base.load(), str(tmp_path / "repaired"))
     with wrapped.disable_adapter():
@@ -332,28 +335,28 @@ def test_the_base_is_untouched_and_the_result_is_stock(mend: Mend, base: Saved, 
 
 
 def test_started_again_it_takes_its_statistics_from_the_store(
-    mend: Mend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    repaired: Repairing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def killed(*_: Any, **__: Any) -> None:
         (tmp_path / ".repaired.left").mkdir()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(repairing, "export", killed)
+        patch.setattr(repair_module, "export", killed)
         with pytest.raises(KeyboardInterrupt):
-            mend(mu=0.5)
+            repaired(mu=0.5)
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="keeptune"):
-        patch.setattr(mending.ResidentRunner, "forward", killed)
-        mend(mu=0.5)
+        patch.setattr(repair_problem.ResidentRunner, "forward", killed)
+        repaired(mu=0.5)
     assert "taken from" in caplog.text
     assert ".repaired.left" not in names_in(tmp_path)
     assert (tmp_path / "repaired" / "repair.json").is_file()
 
 
-def test_repaired_twice_is_the_same(mend: Mend, tmp_path: Path) -> None:
-    mend(mu=0.5)
+def test_repaired_twice_is_the_same(repaired: Repairing, tmp_path: Path) -> None:
+    repaired(mu=0.5)
     first = (tmp_path / "repaired" / "adapter_model.safetensors").read_bytes()
-    mend(mu=0.5, store=tmp_path / "other")
+    repaired(mu=0.5, store=tmp_path / "other")
     assert (tmp_path / "repaired" / "adapter_model.safetensors").read_bytes() == first
 
 
@@ -378,25 +381,25 @@ def test_repaired_twice_is_the_same(mend: Mend, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_refused_and_nothing_written(
-    options: dict[str, Any], error: type[Exception], words: str, mend: Mend, tmp_path: Path
+    options: dict[str, Any], error: type[Exception], words: str, repaired: Repairing, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=words):
-        mend(**options)
+        repaired(**options)
     assert not (tmp_path / "repaired").exists()
 
 
-def test_what_keeptune_did_not_write_is_never_replaced(mend: Mend, tmp_path: Path) -> None:
+def test_what_keeptune_did_not_write_is_never_replaced(repaired: Repairing, tmp_path: Path) -> None:
     (tmp_path / "repaired").mkdir()
     (tmp_path / "repaired" / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ExportError, match="did not write"):
-        mend(mu=0.5)
+        repaired(mu=0.5)
     assert names_in(tmp_path / "repaired") == ["notes.txt"]
 
 
-def test_an_untrained_or_damaged_adapter_is_refused(mend: Mend, base: Saved, tmp_path: Path) -> None:
+def test_an_untrained_or_damaged_adapter_is_refused(repaired: Repairing, base: Saved, tmp_path: Path) -> None:
     get_peft_model(base.load(), LoraConfig(target_modules=ROLES)).save_pretrained(tmp_path / "untrained")
     with pytest.raises(ModelError, match="changed no linear map"):
-        mend(tmp_path / "untrained")
+        repaired(tmp_path / "untrained")
     broken = adapter_of(base, tmp_path / "broken")
     tensors = load_file(broken / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = math.nan
@@ -404,11 +407,11 @@ def test_an_untrained_or_damaged_adapter_is_refused(mend: Mend, base: Saved, tmp
 
     save_file(tensors, broken / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="NaN"):
-        mend(broken)
+        repaired(broken)
 
 
 def test_the_sources_changes_are_those_of_stock_peft(base: Saved, adapter: Path) -> None:
-    source = open_source(str(adapter), str(base.folder), "cpu")
+    source = open_trained(str(adapter), str(base.folder), "cpu")
     wanted = changes(base, adapter)
     assert source.exact == source.changes.keys()
     assert all(relative(change.dense(), wanted[name]) < 1e-5 for name, change in source.changes.items())

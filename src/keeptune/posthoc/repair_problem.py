@@ -1,0 +1,185 @@
+"""What repair needs to know of a trained model: its changes, the covariances of their inputs, and each μ's result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from keeptune.core.low_rank import LowRank
+from keeptune.core.target import Target, read_weight
+from keeptune.data.calibration import Calibration
+from keeptune.model.blocks import find_targets
+from keeptune.model.runner import ResidentRunner
+from keeptune.posthoc.repair_equations import Curve, damped, directions, drift_of, output_energy, solution, white_like
+from keeptune.posthoc.trained_models import TrainedModel
+from keeptune.statistics.collect import Statistics, collect
+from keeptune.statistics.covariance import InputCovariance
+from keeptune.statistics.request import DataRole
+from keeptune.statistics.store import StatStore
+
+__all__ = ["RepairProblem", "repair_problem"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RepairProblem:
+    """A trained model's changes with the covariances of their inputs.
+
+    Args:
+        changes: Target name to ΔW; factors of full size where there is no low-rank form.
+        exact: Names of the targets whose change has a low-rank form of its own.
+        scales: Target name to ``tr(W Ω_k Wᵀ)``.
+        targets: Those targets that the data reach, in model order.
+        unseen: Changed targets that no token of the data reached: nothing is guessed, they stay as they are.
+        statistics: Covariances of their inputs.
+        one_sided: There are no task data.
+        damping: Of Ω_t, a share of its mean eigenvalue.
+        device: Where the algebra is done.
+    """
+
+    changes: Mapping[str, LowRank]
+    exact: frozenset[str]
+    scales: Mapping[str, float]
+    targets: tuple[Target, ...]
+    unseen: tuple[Target, ...]
+    statistics: Statistics
+    one_sided: bool
+    damping: float
+    device: str
+
+    def curves(self) -> list[Curve]:
+        """Returns each target's drift as a function of μ: one eigenproblem for each input group.
+
+        Returns:
+            The curves, in the order of the targets.
+        """
+        curves = []
+        for members, omega_t, omega_k in self._groups("spectra"):
+            along = directions(damped(omega_t, self.damping), omega_k)
+            curves += [Curve.of(self._change(t), along, self.scales[t.name]) for t in members]
+        return curves
+
+    def solve(self, mu: float, rank: int) -> tuple[dict[str, LowRank], list[dict[str, Any]]]:
+        """Repairs all changes with one μ: one Cholesky factorisation for each input group.
+
+        Args:
+            mu: μ.
+            rank: Of the changes that have no low-rank form.
+
+        Returns:
+            Target name to the repaired change on the CPU, float32; and a row for each target seen: ``drift_before``,
+            ``drift``, ``task_kept`` and ``task_error`` (of ``tr(ΔW Ω_t ΔWᵀ)``; None without task data), ``norm_kept``
+            and ``truncation`` (what the rank cut off the change as it was, relative; 0 where it is exact).
+        """
+        solved = {t.name: c.truncated(rank) if c.rank > rank else c for t in self.unseen if (c := self.changes[t.name])}
+        rows = []
+        for members, omega_t, omega_k in self._groups("repair"):
+            repaired = solution(damped(omega_t, self.damping), omega_k, mu)
+            for target in members:
+                change, exact = self._change(target), target.name in self.exact
+                new = repaired.of(change) if exact else repaired.of_rank(change, rank)
+                row = {"target": target.name, "layer": target.layer, "role": target.role, "rank": new.rank}
+                row |= {"truncation": 0.0 if exact else _cut(change, min(rank, new.rank))}
+                rows.append(row | self._account(target, change, new, omega_t, omega_k))
+                solved[target.name] = new.to(torch.float32, "cpu")
+        return solved, rows
+
+    def _account(
+        self, target: Target, change: LowRank, new: LowRank, omega_t: Tensor, omega_k: Tensor
+    ) -> dict[str, float | None]:
+        scale = self.scales[target.name]
+        moved = LowRank(torch.cat([new.B, -change.B], 1), torch.cat([new.A, change.A])).to(torch.float64)
+        before = math.nan if self.one_sided else output_energy(change, omega_t)
+        known = before > 0
+        norm = float(change.to(torch.float64).norm_squared())
+        return {
+            "drift_before": drift_of(change, omega_k, scale),
+            "drift": drift_of(new, omega_k, scale),
+            "task_kept": output_energy(new, omega_t) / before if known else None,
+            "task_error": output_energy(moved, omega_t) / before if known else None,
+            "norm_kept": float(new.to(torch.float64).norm_squared()) / norm,
+        }
+
+    def _change(self, target: Target) -> LowRank:
+        change = self.changes[target.name]
+        return change.to(change.A.dtype, self.device)
+
+    def _groups(self, title: str) -> Iterator[tuple[list[Target], Tensor, Tensor]]:
+        groups: dict[str, list[Target]] = {}
+        for target in self.targets:
+            groups.setdefault(target.input_group, []).append(target)
+        for members in tqdm(groups.values(), desc=title, delay=2, disable=None, leave=False):
+            view = self.statistics.view(members[0])
+            omega_k = view[InputCovariance("knowledge")].to(self.device, torch.float64)
+            task = None if self.one_sided else view[InputCovariance("task")].to(self.device, torch.float64)
+            yield members, white_like(omega_k) if task is None else task, omega_k
+
+
+def repair_problem(
+    trained: TrainedModel,
+    data: Mapping[DataRole, Calibration],
+    store: StatStore,
+    *,
+    damping: float,
+    running: PreTrainedModel | None = None,
+    fingerprint: str = "",
+) -> RepairProblem:
+    """Collects the covariances of a trained model's inputs.
+
+    Args:
+        trained: The trained model.
+        data: Tokens: ``"knowledge"``, and ``"task"`` where there are such data.
+        store: Where covariances are looked up and kept.
+        damping: Of Ω_t, a share of its mean eigenvalue.
+        running: The model whose inputs count; None is the base.
+        fingerprint: Of that model's weights.
+
+    Returns:
+        The problem.
+
+    Raises:
+        StatisticsError: Activations are not finite.
+    """
+    every = [target for target in find_targets(trained.model) if target.name in trained.changes]
+    requests = frozenset(InputCovariance(role) for role in data)
+    statistics = collect(
+        ResidentRunner(trained.model if running is None else running),
+        every,
+        {target.name: requests for target in every},
+        data,
+        store,
+        model_fingerprint=trained.fingerprint if running is None else fingerprint,
+    )
+    seen = [target for target in every if target.name not in statistics.unseen]
+    scales = {}
+    for target in seen:
+        omega_k = statistics.view(target).derive(InputCovariance("knowledge"), _in_float64)
+        W = read_weight(trained.model, target).to(omega_k.device, torch.float64)
+        scales[target.name] = float(((W @ omega_k) * W).sum())
+    return RepairProblem(
+        changes=trained.changes,
+        exact=trained.exact,
+        scales=scales,
+        targets=tuple(target for target in seen if scales[target.name] > 0),
+        unseen=tuple(target for target in every if not scales.get(target.name, 0.0) > 0),
+        statistics=statistics,
+        one_sided="task" not in data,
+        damping=damping,
+        device=trained.device,
+    )
+
+
+def _in_float64(omega: Tensor) -> Tensor:
+    return omega.double()
+
+
+def _cut(change: LowRank, rank: int) -> float:
+    """Returns how much of a change no change of this rank can hold, relative to its size."""
+    values = torch.linalg.svdvals(change.B.double() @ change.A.double()).square()
+    return float((values[rank:].sum() / values.sum()).sqrt())

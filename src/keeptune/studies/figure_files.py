@@ -1,0 +1,53 @@
+"""The files of a study: a figure as PNG, and its numbers beside it as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from keeptune.core.artefact import write_json
+from keeptune.core.errors import RecipeError
+from keeptune.pipeline.job import check_device, check_folder, device_named
+from keeptune.report.style import png
+
+__all__ = ["check_figure_file", "write_figure_files"]
+
+
+def check_figure_file(output: Path, example: str, device: str) -> str:
+    """Checks where a study writes and runs, before anything is computed.
+
+    Args:
+        output: The figure's file.
+        example: A name for the error message, such as ``energy.png``.
+        device: ``auto``, or a device's name.
+
+    Returns:
+        The device's name.
+
+    Raises:
+        RecipeError: The output is no PNG file in a folder that can be written, or there is no such device.
+    """
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise RecipeError(
+            "--output", got=str(output), wanted="a file that ends in .png", next_step=f"Example: --output {example}"
+        )
+    check_folder("--output", output.parent)
+    check_device(device := device_named(device))
+    return device
+
+
+def write_figure_files(output: Path, record: Mapping[str, Any], figure: Figure | None) -> None:
+    """Writes a study's numbers, and its figure where there is something to draw.
+
+    Args:
+        output: The figure's file; the numbers go beside it, into ``.json``.
+        record: The numbers.
+        figure: The figure; None leaves its file out.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output.with_suffix(".json"), record)
+    if figure is not None:
+        png(figure, output)
