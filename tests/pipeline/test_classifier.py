@@ -21,8 +21,9 @@ from keeptune.core.artefact import read_json
 from keeptune.core.errors import DataError, KeeptuneError, ModelError, RecipeError
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.merge import merge_adapter
-from keeptune.pipeline.run import export_stage, load_trained, plan_stage, run, start, train_stage
+from keeptune.pipeline.run import export_stage, plan_stage, run, start, train_stage
 from keeptune.pipeline.scoring import evaluate_stage
+from keeptune.pipeline.training import load_trained
 from keeptune.posthoc.repair import Repair, repair
 from keeptune.studies.change import weight_changes
 
@@ -213,7 +214,7 @@ def test_the_trained_model_is_loaded_with_its_head(make: Make) -> None:
     plan = plan_stage(job)
     train_stage(job, plan)
     record = read_json(job.output / "trained" / "train.json")
-    model = load_trained(job, plan, record["sha256"])
+    model = load_trained(job, plan)
     kept, drawn = trained(job.output), job.base().state_dict()
     for name in ("dense.weight", "out_proj.bias"):
         now = model.get_parameter(f"base_model.model.classifier.modules_to_save.default.{name}")

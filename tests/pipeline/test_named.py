@@ -40,7 +40,7 @@ def test_a_standard_benchmark_in_a_run(
     assert len(path.with_suffix(".items.jsonl").read_text("utf-8").splitlines()) == 3
     with caplog.at_level(logging.INFO):
         assert evaluate_stage(job, adapter) == [summary]
-    assert "evaluate: arc_easy taken from" in caplog.text
+    assert "evaluate arc_easy: taken from" in caplog.text
     other = Job(recipe_of(recipe_values(evaluate=[name | {"examples": 2}])))
     assert evaluate_stage(other, adapter)[0]["n"] == 2
 

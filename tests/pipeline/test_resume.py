@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -178,7 +179,9 @@ def test_the_anchor_is_active_again_after_resume(whole: Any, tmp_path: Path, mon
         train_in(tmp_path / "out", given)
     models = []
     real = installing.install
-    monkeypatch.setattr("keeptune.pipeline.run.install", lambda *a, **k: models.append(real(*a, **k)) or models[-1])
+    monkeypatch.setattr(
+        "keeptune.pipeline.training.install", lambda *a, **k: models.append(real(*a, **k)) or models[-1]
+    )
     train_in(tmp_path / "out", given)
     (model,) = models
     assert set(model.base_model.active_adapters) == {"default", ANCHOR_NAME}
@@ -284,7 +287,7 @@ def test_killed_in_a_stage_leaves_the_old_result_or_none(
     last = {
         "plan": "keeptune.core.plan.write_json",
         "adapter": "keeptune.adapter.export.write_bytes",
-        "evaluation": "keeptune.pipeline.scoring.write_json",
+        "evaluation": "keeptune.pipeline.cache.write_json",
     }
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(last[stage], _die)
@@ -296,14 +299,22 @@ def test_killed_in_a_stage_leaves_the_old_result_or_none(
     assert not list(output.glob(".*"))
 
 
-def test_a_damaged_plan_or_scores_are_made_again(recipe_values: Values, tmp_path: Path) -> None:
+def test_a_damaged_result_is_computed_again(
+    recipe_values: Values, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     given = recipe_values(train=TRAIN | {"max_steps": 1})
     first = run(recipe_of(given))
     output = tmp_path / "out"
-    for path in ("plan/factors.safetensors", "evaluation/sums.json", "adapter/export.json", "recipe.json"):
+    damaged = (
+        *("plan/factors.safetensors", "trained/factors.safetensors", "adapter/adapter_model.safetensors"),
+        *("evaluation/sums.json", "evaluation/stories.items.jsonl", "recipe.json"),
+    )
+    for path in damaged:
         os.truncate(output / path, 7)
     second = run(recipe_of(given))
     assert second["methods"][0]["benchmarks"] == first["methods"][0]["benchmarks"]
+    for stage in ("plan", "train", "export", "evaluate sums", "evaluate stories"):
+        assert re.search(rf"{stage}: \S+ is damaged", caplog.text)
 
 
 def test_stages_alone_in_order_are_the_whole_job(recipe_values: Values, tmp_path: Path) -> None:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from keeptune.adapter.load import check_base, load_adapter
-from keeptune.core.artefact import (
-    content_key,
-    file_fingerprint,
-    has_key,
-    read_json,
-    write_bytes,
-    write_json,
-)
+from keeptune.core.artefact import content_key, file_fingerprint, write_bytes
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.harness import evaluate
-from keeptune.evaluation.kinds import data_fingerprint, engine_of
+from keeptune.evaluation.kinds import AnyBenchmark, data_fingerprint, engine_of
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.model.pretrained import load_model
+from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 
 __all__ = ["evaluate_stage", "find_result", "load_pair", "result_fingerprint"]
-
-_log = logging.getLogger(__name__)
 
 
 def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers | None = None) -> list[dict[str, Any]]:
@@ -44,34 +37,37 @@ def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers |
     folder = find_result(job.output) if adapter is None else adapter
     weights = result_fingerprint(folder)
     results = job.output / ("evaluation" if adapter is None else f"evaluation-{weights[:12]}")
-    pair: ModelPair | None = None
-    summaries = []
-    for benchmark in job.recipe.evaluate:
-        data = data_fingerprint(benchmark)
-        key = content_key([benchmark, data, weights, job.base_fingerprint, job.seed])
-        target = results / f"{benchmark.name}.json"
-        items = target.with_suffix(".items.jsonl")
-        if has_key(target, key) and items.is_file():
-            _log.info("evaluate: %s taken from %s", benchmark.name, target)
-            summaries.append(read_json(target)["summary"])
-            continue
-        pair = pair or load_pair(job, folder)
+    pair = cache(lambda: load_pair(job, folder))  # not loaded where every benchmark is scored
+    return [_score(job, benchmark, pair, results, weights, kept)["summary"] for benchmark in job.recipe.evaluate]
+
+
+def _score(
+    job: Job,
+    benchmark: AnyBenchmark,
+    pair: Callable[[], ModelPair],
+    results: Path,
+    weights: str,
+    kept: KeptAnswers | None,
+) -> dict[str, Any]:
+    key = content_key([benchmark, data_fingerprint(benchmark), weights, job.base_fingerprint, job.seed])
+    stored = Stored(f"evaluate {benchmark.name}", results / f"{benchmark.name}.json", key)
+    items = stored.path.with_suffix(".items.jsonl")
+
+    def score() -> dict[str, Any]:
+        models = pair()
         started = time.perf_counter()
-        result = evaluate(pair, job.tokenizer, benchmark, Path(), seed=job.seed, kept=kept)
+        result = evaluate(models, job.tokenizer, benchmark, Path(), seed=job.seed, kept=kept)
         write_bytes(items, result.to_jsonl().encode())
-        seconds = time.perf_counter() - started
-        record = {
-            "key": key,
+        return {
             "weights": weights,
             "benchmark": benchmark,
             "engine": engine_of(benchmark),
             "seed": job.seed,
-            "seconds": seconds,
+            "seconds": time.perf_counter() - started,
             "summary": result.summary(),
         }
-        write_json(target, record)
-        summaries.append(record["summary"])
-    return summaries
+
+    return stored.get(score, files=[items.name])
 
 
 def load_pair(job: Job, folder: Path) -> ModelPair:

@@ -1,0 +1,124 @@
+"""Results on disk under content keys: what is there under the key is taken, what is not is computed and written."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from keeptune.core.artefact import read_json, write_json
+from keeptune.core.errors import ArtefactError
+
+__all__ = ["Stored", "take"]
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+def take(stage: str, place: Path, key: str, read: Callable[[], tuple[str, T]]) -> T | None:
+    """Returns the result that is at a place, if it is whole and was made under the key.
+
+    The log says whether it was taken, was made from other inputs or is damaged.
+
+    Args:
+        stage: What to call it in the log.
+        place: The file or folder.
+        key: The key of all that the result depends on.
+        read: Reads the key that the result was made under, and the result.
+
+    Returns:
+        The result; None where it is missing, damaged or of another key, and has to be computed.
+    """
+    if not place.exists():
+        return None
+    try:
+        made_under, result = read()
+    except (ArtefactError, OSError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("%s: %s is damaged (%s); computing it again", stage, place, error)
+        return None
+    if made_under != key:
+        _log.info("%s: %s was made from other inputs; computing it again", stage, place)
+        return None
+    _log.info("%s: taken from %s", stage, place)
+    return result
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A result of a stage: a JSON record with its key, and the checksums of the files that belong to it.
+
+    Example::
+
+        record = Stored("evaluate arc", folder / "arc.json", key).get(compute)
+
+    Args:
+        stage: What to call it in the log.
+        path: The record.
+        key: The key of all that the result depends on (:func:`keeptune.core.artefact.content_key`).
+    """
+
+    stage: str
+    path: Path
+    key: str
+
+    def get(self, compute: Callable[[], Mapping[str, Any]], *, files: Iterable[str] = ()) -> dict[str, Any]:
+        """Returns the record, computed and written where it is missing, damaged or of another key.
+
+        Args:
+            compute: Makes the record, and writes the files that belong to it.
+            files: Patterns of these files, relative to the record's folder.
+
+        Returns:
+            The record as it was read.
+        """
+        record = self.read()
+        return self.write(compute(), files=files) if record is None else record
+
+    def read(self) -> dict[str, Any] | None:
+        """Returns the record; None where it is missing, of another key, or it or one of its files is damaged."""
+        return take(self.stage, self.path, self.key, self._read)
+
+    def write(
+        self, record: Mapping[str, Any], *, files: Iterable[str] = (), folder: Path | None = None
+    ) -> dict[str, Any]:
+        """Writes the record, after the files that belong to it: only a record makes a result.
+
+        Args:
+            record: Its fields.
+            files: Patterns of the files, relative to the record's folder.
+            folder: The folder that will take the place of the record's own
+                (:func:`keeptune.core.artefact.atomic_directory`), if it is written there first.
+
+        Returns:
+            The record as it is read.
+
+        Raises:
+            ArtefactError: The disk is full or cannot be written.
+        """
+        path = self.path if folder is None else folder / self.path.name
+        paths = sorted({file for pattern in files for file in path.parent.glob(pattern)})
+        sums = {str(file.relative_to(path.parent)): _checksum(file) for file in paths}
+        write_json(path, {"key": self.key, **record} | ({"files": sums} if sums else {}))
+        written: dict[str, Any] = read_json(path)
+        return written
+
+    def _read(self) -> tuple[str, dict[str, Any]]:
+        record: dict[str, Any] = read_json(self.path)
+        key = str(record["key"])
+        for name, checksum in record.get("files", {}).items() if key == self.key else ():
+            if _checksum(self.path.parent / name) != checksum:
+                raise ArtefactError(
+                    str(self.path.parent / name),
+                    got="bytes that do not match their checksum",
+                    wanted="the file as it was written",
+                    next_step="Run the stage again.",
+                )
+        return key, record
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,59 @@
+"""The export stage: the trained change as an adapter or a merged model, checked on a fresh base."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from keeptune.adapter.export import Exported, export, format_for
+from keeptune.adapter.load import SIDECAR
+from keeptune.core.artefact import content_key, read_json
+from keeptune.core.plan import Plan
+from keeptune.pipeline.cache import Stored
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.scoring import find_result
+from keeptune.pipeline.task_kinds import probe_of
+from keeptune.pipeline.training import load_trained, trained_result
+
+__all__ = ["export_stage"]
+
+
+def export_stage(job: Job, plan: Plan) -> Exported:
+    """Writes the adapter and checks it on a fresh base, where that is not done.
+
+    Args:
+        job: The job.
+        plan: The plan.
+
+    Returns:
+        What was written.
+
+    Raises:
+        TrainError: Nothing was trained with this recipe.
+        ExportError: The result does not reproduce the trained model.
+    """
+    wanted = job.recipe.export
+    format, _ = format_for(plan, wanted.format, wanted.rank)
+    folder = job.output / ("merged" if format == "merged" else "adapter")
+    trained = trained_result(job, plan).key
+    result = Stored("export", folder / "export.json", content_key([trained, wanted.model_dump()]))
+
+    def write() -> dict[str, Any]:
+        done = export(
+            load_trained(job, plan),
+            plan,
+            folder,
+            base=job.recipe.model,
+            load_base=job.base,
+            format=wanted.format,
+            rank=wanted.rank,
+            tokenizer=job.tokenizer,
+            probe=probe_of(job.task, job.tokenizer, min(256, job.positions or 256)),
+            max_gap=wanted.max_gap,
+        )
+        return {"train": trained, **asdict(done)}
+
+    result.get(write, files=["*.safetensors", "*config.json", SIDECAR])
+    if find_result(job.output) != folder:
+        result.path.touch()  # the newer of `adapter` and `merged` is the run's result
+    return Exported(**read_json(folder / SIDECAR)["export"])

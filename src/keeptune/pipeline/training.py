@@ -1,0 +1,115 @@
+"""The train stage: an installed plan, trained on the task, to the trained weights."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from keeptune.adapter.install import install, restore_state, trained_state
+from keeptune.core.artefact import atomic_directory, content_key, read_tensors, write_tensors
+from keeptune.core.errors import TrainError
+from keeptune.core.plan import Plan
+from keeptune.model.pretrained import load_model
+from keeptune.penalties.base import conclusions
+from keeptune.pipeline.cache import Stored
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.task_kinds import train_on
+
+__all__ = ["load_trained", "train_stage", "trained_result"]
+
+_log = logging.getLogger(__name__)
+_FACTORS = "factors.safetensors"
+
+
+def trained_result(job: Job, plan: Plan) -> Stored:
+    """Returns where the trained weights are, under the key of all that they depend on.
+
+    Args:
+        job: The job.
+        plan: The plan.
+
+    Returns:
+        The result; its record is ``train.json``.
+    """
+    recipe = job.recipe
+    inputs = [plan.key, job.base_fingerprint, job.trained_examples.fingerprint, recipe.train, recipe.anchor]
+    return Stored("train", job.output / "trained" / "train.json", content_key(inputs))
+
+
+def train_stage(job: Job, plan: Plan) -> None:
+    """Trains, or goes on from the last checkpoint, or does nothing where it is done.
+
+    Args:
+        job: The job.
+        plan: The plan.
+    """
+    result = trained_result(job, plan)
+    if result.read() is not None:
+        return
+    started = time.perf_counter()
+    model = job.base()
+    config = job.config(result.key[:12], model.dtype)
+    tuned = install(model, plan, anchor=job.recipe.anchor)
+    loss = train_on(job.trained_examples, tuned, plan, job.tokenizer, config)
+    notes = conclusions(plan, loss[-1]) if loss else []
+    for note in notes:
+        _log.info("train: %s", note)
+    record = {
+        "plan": plan.key,
+        "base": job.recipe.model,
+        "arguments": job.recipe.train,
+        "labels": None if job.head is None else list(job.head.labels),
+        "replay": {"share": job.recipe.replay, "examples": len(job.trained_examples) - len(job.task)},
+        "loss": loss,
+        "notes": notes,
+        "seconds": time.perf_counter() - started,
+        "trained_parameters": _trained_parameters(tuned, plan),
+    }
+    with atomic_directory(result.path.parent) as fresh:
+        if plan.scope == "all":
+            assert isinstance(tuned, PreTrainedModel)
+            tuned.save_pretrained(fresh / "model")
+        else:
+            assert isinstance(tuned, PeftModel)
+            write_tensors(fresh / _FACTORS, trained_state(tuned, plan))
+        result.write(record, files=[_FACTORS, "model/*.safetensors"], folder=fresh)
+
+
+def _trained_parameters(tuned: PreTrainedModel | PeftModel, plan: Plan) -> int:
+    """Counts what is trained: of a change confined to some rows, those alone."""
+    free: int = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    return free - sum(t.held_back for t in plan.targets)
+
+
+def load_trained(job: Job, plan: Plan) -> PreTrainedModel | PeftModel:
+    """Loads the trained model from the run folder.
+
+    Args:
+        job: The job.
+        plan: The plan.
+
+    Returns:
+        The model as it was at the end of training.
+
+    Raises:
+        TrainError: Nothing was trained with this recipe, or it is damaged.
+    """
+    result = trained_result(job, plan)
+    record = result.read()
+    if record is None:
+        raise TrainError(
+            f"export {job.output}",
+            got="no model trained with this recipe",
+            wanted="a finished training",
+            next_step="Run `keeptune train` with the same recipe first.",
+        )
+    folder = result.path.parent
+    if plan.scope == "all":
+        return load_model(str(folder / "model"), dtype="float32", device=job.device, head=job.head)
+    tuned = install(job.base(), plan, anchor=job.recipe.anchor)
+    assert isinstance(tuned, PeftModel)
+    restore_state(tuned, plan, read_tensors(folder / _FACTORS, record["files"][_FACTORS]))
+    return tuned
