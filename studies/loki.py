@@ -39,7 +39,7 @@ from keeptune.report.nodes import density_figure
 from keeptune.report.plots import png
 from keeptune.report.style import INK, bare, finish, page, themed
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
-from keeptune.studies.node_selections import PRESETS, Where, attributed, chosen_rows, density
+from keeptune.studies.node_selections import PRESETS, Where, attributions_of, chosen_rows, density
 from keeptune.studies.suppress import drawn_rows
 
 SEEDS = (0, 1, 2)
@@ -82,7 +82,7 @@ class Study:
 
     def found(self, request: NeuronAttribution | None = None) -> Attributions:
         """Attribute the nodes."""
-        return attributed(self.job, request or NeuronAttribution())
+        return attributions_of(self.job, request or NeuronAttribution())
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from keeptune.penalties.l2 import L2
     from keeptune.penalties.laplace import Laplace
     from keeptune.posthoc.repair import Repair, repair
-    from keeptune.studies.trace_api import trace
+    from keeptune.statistics.layer_effect import LayerEffect
+    from keeptune.studies.trace import trace
     from keeptune.training.attach import attach
     from keeptune.training.guard import Guard
     from keeptune.training.penalty_engine import Penalties
@@ -67,6 +68,7 @@ __all__ = [
     "Lalora",
     "Loki",
     "Lora",
+    "LayerEffect",
     "LoraFA",
     "LoraGA",
     "LoraNull",
@@ -113,6 +115,7 @@ _HOMES = {
     "Lalora": "methods.lalora",
     "Loki": "methods.loki",
     "Lora": "methods.lora",
+    "LayerEffect": "statistics.layer_effect",
     "LoraFA": "methods.lora_fa",
     "LoraGA": "methods.lora_ga",
     "LoraNull": "methods.lora_null",
@@ -134,7 +137,7 @@ _HOMES = {
     "plan": "api",
     "Repair": "posthoc.repair",
     "repair": "posthoc.repair",
-    "trace": "studies.trace_api",
+    "trace": "studies.trace",
 }
 
 

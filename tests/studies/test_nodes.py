@@ -20,7 +20,7 @@ from keeptune.model.probes.suppression import without_nodes
 from keeptune.pipeline.job import Job
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 from keeptune.studies import suppress as module
-from keeptune.studies.node_selections import attributed, chosen_rows, density, side_of
+from keeptune.studies.node_selections import attributions_of, chosen_rows, density, side_of
 from keeptune.studies.overlap import overlap
 from keeptune.studies.suppress import drawn_rows, suppress
 
@@ -69,7 +69,7 @@ def test_what_is_scored_is_the_model_without_the_rows(recipe_values: Values) -> 
     found = suppress(recipe_of(values), q=50, draws=0)
     entry, lowest = found["methods"]
     job = Job(recipe_of(values))
-    attributions = attributed(job, NeuronAttribution(steps=3))
+    attributions = attributions_of(job, NeuronAttribution(steps=3))
     assert entry["rows"] == [list(rows) for rows in chosen_rows(attributions, 50, "layer-high")]
     assert lowest["rows"] == [list(rows) for rows in chosen_rows(attributions, 50, "layer-balanced")]
     model = load_model(job.recipe.model)

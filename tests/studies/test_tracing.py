@@ -16,8 +16,8 @@ from keeptune.adapter.install import install
 from keeptune.core.artefact import read_json
 from keeptune.methods.lora import Lora
 from keeptune.model.pretrained import load_model, load_tokenizer
-from keeptune.studies.trace import Asked, trace_models
-from keeptune.studies.trace_api import wanted_effect
+from keeptune.statistics.layer_effect import LayerEffect
+from keeptune.studies.trace_files import TraceOptions, trace_models
 
 STORIES = [
     {"start": "Once upon a time, there was a little girl named", "end": " Lily. She"},
@@ -106,7 +106,7 @@ def test_a_line_end_is_typed_as_such(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_from_python(stories: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
     pairs = [(row["start"], row["end"]) for row in STORIES]
-    found = library.trace(model, tokenizer, pairs, fraction=0.4, seed=3)
+    found = library.trace(model, tokenizer, pairs, LayerEffect("knowledge", fraction=0.4, seed=3))
     words = ("--fraction", 0.4, "--seed", 3, "--store", tmp_path / "store", "--output", tmp_path / "t")
     keeptune("trace", MODEL, "--data", stories, *WORDS, *words, "--adapter", adapter, capsys=capsys)
     base, tuned = read_json(tmp_path / "t" / "trace.json")["models"]
@@ -116,14 +116,15 @@ def test_from_python(stories: Path, adapter: Path, tmp_path: Path, capsys: pytes
     assert found.summary()["clean"] == pytest.approx(base["clean"], abs=1e-6)
 
     wrapped = PeftModel.from_pretrained(model, str(adapter))
-    with_adapter = library.trace(wrapped, tokenizer, pairs, fraction=0.4, seed=3)
+    with_adapter = library.trace(wrapped, tokenizer, pairs, LayerEffect("knowledge", fraction=0.4, seed=3))
     assert with_adapter.average.tolist() == pytest.approx(tuned["AIE"], abs=1e-6)
 
 
 def test_clean_and_corrupted_are_the_same_in_both_readings() -> None:
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
     pairs = [(row["start"], row["end"]) for row in STORIES]
-    first, second = (library.trace(model, tokenizer, pairs, reading=r).summary() for r in ("positions", "diagonal"))
+    readings = [LayerEffect("knowledge"), LayerEffect("knowledge", reading="diagonal")]
+    first, second = (library.trace(model, tokenizer, pairs, request).summary() for request in readings)
     for key in ("clean", "corrupted"):
         assert first[key] == pytest.approx(second[key], abs=1e-6)
 
@@ -174,9 +175,9 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_traced(
 
 
 def test_a_stored_trace_costs_no_pass(stories: Path, tmp_path: Path) -> None:
-    asked = Asked(str(MODEL), stories, "{start}", "{end}", tmp_path / "t", store=tmp_path / "store")
-    request = wanted_effect("positions", 0.5, 3.0, 0, "block", 10)
-    first = trace_models(asked, request)
+    options = TraceOptions(str(MODEL), stories, "{start}", "{end}", tmp_path / "t", store=tmp_path / "store")
+    request = LayerEffect("knowledge")
+    first = trace_models(options, request)
     with pytest.MonkeyPatch.context() as patch:
         seen: list[Any] = []
 
@@ -186,8 +187,8 @@ def test_a_stored_trace_costs_no_pass(stories: Path, tmp_path: Path) -> None:
             seen.append((counting, counting.__enter__()))
             return model
 
-        patch.setattr("keeptune.studies.trace.load_model", loaded)
-        assert trace_models(asked, request)["models"][0]["texts"] == first["models"][0]["texts"]
+        patch.setattr("keeptune.studies.trace_files.load_model", loaded)
+        assert trace_models(options, request)["models"][0]["texts"] == first["models"][0]["texts"]
         ((counting, count),) = seen
         counting.__exit__(None, None, None)
     assert count[0] == 1  # the spread of the embeddings

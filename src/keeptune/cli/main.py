@@ -180,10 +180,10 @@ def trace(
 ) -> None:
     """Trace which layers bring known answers back after noise (L2-LoRA Figs. 2 and 3), in one model or in two."""
     from keeptune.report.tracing import print_trace
-    from keeptune.studies.trace import Asked, trace_models
-    from keeptune.studies.trace_api import wanted_effect
+    from keeptune.statistics.layer_effect import LayerEffect
+    from keeptune.studies.trace_files import TraceOptions, trace_models
 
-    asked = Asked(
+    options = TraceOptions(
         model,
         data,
         # A shell hands over what stands for a line end as it is typed.
@@ -199,7 +199,9 @@ def trace(
         dtype=dtype,
         chunk=chunk,
     )
-    print_trace(trace_models(asked, wanted_effect(reading, fraction, scale, seed, kind, window), norm), Console())
+    checked_later: Any = {"reading": reading, "output": kind}
+    request = LayerEffect("knowledge", fraction=fraction, scale=scale, seed=seed, window=window, **checked_later)
+    print_trace(trace_models(options, request, norm), Console())
     say(f"figures: {output / 'layers.png'}, {output / 'heat.png'}, numbers: {output / 'trace.json'}")
 
 

@@ -1,4 +1,4 @@
-"""What the studies of nodes share: attributions of a recipe's knowledge, selections of rows, and where they lie."""
+"""Attributions of a recipe's knowledge, selections of rows from them, and where the selected nodes lie."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = [
     "PRESETS",
     "Side",
     "Where",
-    "asked_loki",
-    "attributed",
+    "loki_of",
+    "attributions_of",
     "check_share",
     "chosen_rows",
     "density",
@@ -53,20 +53,20 @@ class Side:
     where: Where = "layer-balanced"
 
 
-def asked_loki(job: Job) -> Loki:
-    """Take a recipe's LoKI, or the default one.
+def loki_of(job: Job) -> Loki:
+    """Returns a recipe's LoKI, or the default one.
 
     Args:
         job: The recipe.
 
     Returns:
-        Whose attribution, share of nodes and selection are used where nothing else is asked for.
+        The method whose attribution, share of nodes and selection are the defaults.
     """
     return next((part.method for part in parts_of(job.method) if isinstance(part.method, Loki)), Loki())
 
 
 def side_of(words: str, job: Job, option: str) -> Side:
-    """Read one side of a comparison: a preset, a selection and a number of examples, each where it is to differ.
+    """Reads one side of a comparison: a preset, a selection and a number of examples, each where it is to differ.
 
     Args:
         words: Such as ``paper``, ``global-low``, ``50`` or ``paper,global-low,50``; empty for all of the recipe's own.
@@ -79,8 +79,8 @@ def side_of(words: str, job: Job, option: str) -> Side:
     Raises:
         RecipeError: A word is none of them.
     """
-    found = asked_loki(job)
-    attribution, where, examples = found.attribution, found.selection, found.attribution.examples
+    loki = loki_of(job)
+    attribution, where, examples = loki.attribution, loki.selection, loki.attribution.examples
     for word in (part.strip() for part in words.split(",") if part.strip()):
         kind = next((known for known in get_args(Where) if known == word), None)
         if word in PRESETS:
@@ -103,7 +103,7 @@ def side_of(words: str, job: Job, option: str) -> Side:
 
 
 def check_share(q: float) -> None:
-    """Check a share of nodes.
+    """Checks a share of nodes.
 
     Args:
         q: Per cent.
@@ -117,8 +117,8 @@ def check_share(q: float) -> None:
         )
 
 
-def attributed(job: Job, request: NeuronAttribution) -> Attributions:
-    """Attribute the nodes of a recipe's base over its knowledge; what the store has is not computed again.
+def attributions_of(job: Job, request: NeuronAttribution) -> Attributions:
+    """Attributes the nodes of a recipe's base over its knowledge; what the store has is not computed again.
 
     Args:
         job: The recipe.
@@ -150,7 +150,7 @@ def attributed(job: Job, request: NeuronAttribution) -> Attributions:
 
 
 def chosen_rows(attributions: Attributions, q: float, where: Where) -> Rows:
-    """Choose rows by the votes of all texts, as LoKI does (eqs. 6-9) and its controls.
+    """Selects rows by the votes of all texts, as LoKI does (eqs. 6-9) and its controls.
 
     Args:
         attributions: Of many texts.
@@ -176,7 +176,7 @@ def chosen_rows(attributions: Attributions, q: float, where: Where) -> Rows:
 
 
 def density(attributions: Attributions, q: float = 5.0) -> dict[str, Any]:
-    """Map where the highest and lowest nodes of all blocks together lie (the paper's Fig. 2).
+    """Maps where the highest and lowest nodes of all blocks together lie (the paper's Fig. 2).
 
     Args:
         attributions: Of many texts.
@@ -189,13 +189,12 @@ def density(attributions: Attributions, q: float = 5.0) -> dict[str, Any]:
     nodes = attributions.nodes
     k = quota(q, nodes * len(attributions.layers))
     edges = [round(place * nodes / min(nodes, _BINS)) for place in range(min(nodes, _BINS) + 1)]
-    found: dict[str, Any] = {"q": q, "edges": edges}
+    shares: dict[str, Any] = {"q": q, "edges": edges}
     for name in ("highest", "lowest"):
         counts = count_votes(attributions.chunks(), k, whole=True, highest=name == "highest")
-        found[name] = _binned(counts.double() / attributions.samples, edges).tolist()
-    return found
+        shares[name] = _binned(counts.double() / attributions.samples, edges).tolist()
+    return shares
 
 
 def _binned(shares: Tensor, edges: list[int]) -> Tensor:
-    """Average ``(L, D)`` over bins of nodes."""
     return torch.stack([part.mean(dim=1) for part in torch.tensor_split(shares, edges[1:-1], dim=1)], dim=1)

@@ -1,18 +1,18 @@
-"""keeptune overlap: how many rows two selections have in common (LoKI's 97.57% of 50 questions a subject to all)."""
+"""keeptune overlap: how many rows two selections share (LoKI's 97.57% of 50 questions a subject to all)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from keeptune.core.artefact import content_key, write_json
+from keeptune.core.artefact import content_key
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.linalg.selections import Overlap, overlap_of, overlaps
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
 from keeptune.report.nodes import overlap_figure
-from keeptune.report.style import png
 from keeptune.statistics.neuron_attribution import Attributions
-from keeptune.studies.node_selections import Side, asked_loki, attributed, check_share, chosen_rows, side_of
+from keeptune.studies.figure_files import write_figure_files
+from keeptune.studies.node_selections import Side, attributions_of, check_share, chosen_rows, loki_of, side_of
 
 __all__ = ["overlap"]
 
@@ -20,7 +20,7 @@ __all__ = ["overlap"]
 def overlap(
     recipe: Recipe, other: Recipe | None = None, *, first: str = "", second: str = "", q: float | None = None
 ) -> dict[str, Any]:
-    """Compare two selections of rows; what the store has is not computed again.
+    """Compares two selections of rows; what the store has is not computed again.
 
     Args:
         recipe: A recipe with knowledge; its LoKI (else the default one) says what the sides do not.
@@ -45,28 +45,15 @@ def overlap(
     jobs = [Job(recipe), Job(recipe if other is None else other)]
     for job in jobs if other is not None else jobs[:1]:
         job.check()
-    q = asked_loki(jobs[0]).q if q is None else q
+    q = loki_of(jobs[0]).q if q is None else q
     check_share(q)
     words = (first, second)
     sides = [side_of(words[0], jobs[0], "--first"), side_of(words[1], jobs[1], "--second")]
-    if other is None and sides[0] == sides[1]:
-        raise RecipeError(
-            "--first, --second",
-            got="two sides that are the same",
-            wanted="two presets, selections or numbers of examples, or a second recipe",
-            next_step="Example: --first paper --second current",
-        )
-    if jobs[0].base_fingerprint != jobs[1].base_fingerprint:
-        raise ModelError(
-            str(jobs[1].recipe.model),
-            got="another base than the first recipe's",
-            wanted="the same: nodes are compared one by one",
-            next_step="Give both recipes the same `model`.",
-        )
-    known = [attributed(job, side.attribution) for job, side in zip(jobs, sides, strict=True)]
-    rows = [chosen_rows(found, q, side.where) for found, side in zip(known, sides, strict=True)]
+    _check_sides(jobs, sides, same_recipe=other is None)
+    known = [attributions_of(job, side.attribution) for job, side in zip(jobs, sides, strict=True)]
+    rows = [chosen_rows(attributions, q, side.where) for attributions, side in zip(known, sides, strict=True)]
     layers = overlaps(rows[0], rows[1], known[0].nodes)
-    told = [
+    described = [
         {
             "name": _name(jobs, at, words[at], sides[at], known[at]),
             "attribution": side.attribution,
@@ -80,27 +67,41 @@ def overlap(
         "base": recipe.model,
         "q": q,
         "nodes": known[0].nodes,
-        "first": told[0],
-        "second": told[1],
-        "by_layer": [{"layer": at, **_told(one)} for at, one in zip(known[0].layers, layers, strict=True)],
-        "all": _told(overlap_of(layers)),
+        "first": described[0],
+        "second": described[1],
+        "by_layer": [{"layer": at, **_counts(one)} for at, one in zip(known[0].layers, layers, strict=True)],
+        "all": _counts(overlap_of(layers)),
     }
     what = content_key([q, sides, [job.calibration and job.calibration.fingerprint for job in jobs]])
     folder = recipe.output / "overlap" / what[:12]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "overlap.json", record)
-    png(overlap_figure(record), folder / "overlap.png")
+    write_figure_files(folder / "overlap.png", record, overlap_figure(record))
     return record | {"folder": str(folder)}
 
 
+def _check_sides(jobs: list[Job], sides: list[Side], *, same_recipe: bool) -> None:
+    if same_recipe and sides[0] == sides[1]:
+        raise RecipeError(
+            "--first, --second",
+            got="two sides that are the same",
+            wanted="two presets, selections or numbers of examples, or a second recipe",
+            next_step="Example: --first paper --second current",
+        )
+    if jobs[0].base_fingerprint != jobs[1].base_fingerprint:
+        raise ModelError(
+            str(jobs[1].recipe.model),
+            got="another base than the first recipe's",
+            wanted="the same: nodes are compared one by one",
+            next_step="Give both recipes the same `model`.",
+        )
+
+
 def _name(jobs: list[Job], at: int, words: str, side: Side, known: Attributions) -> str:
-    """Name a side by what makes it differ."""
+    """Names a side by what makes it differ."""
     given = [word.strip() for word in words.split(",") if word.strip()]
     if jobs[0] is not jobs[1] and jobs[0].recipe.knowledge != jobs[1].recipe.knowledge:
         given += [", ".join(part.file.rsplit("/", 1)[-1] for part in jobs[at].recipe.knowledge_sets)]
     return ", ".join(given) or f"{side.where}, {known.samples} texts"
 
 
-def _told(found: Overlap) -> dict[str, Any]:
-    keys = ("first", "second", "common", "share", "chance")
-    return {key: getattr(found, key) for key in keys}
+def _counts(overlap: Overlap) -> dict[str, Any]:
+    return {key: getattr(overlap, key) for key in ("first", "second", "common", "share", "chance")}

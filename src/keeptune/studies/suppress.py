@@ -21,13 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from keeptune.core.artefact import (
-    content_key,
-    has_key,
-    read_json,
-    write_bytes,
-    write_json,
-)
+from keeptune.core.artefact import content_key, has_key, read_json, write_bytes, write_json
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.kinds import data_fingerprint
@@ -41,7 +35,8 @@ from keeptune.report.nodes import density_figure
 from keeptune.report.plots import forgetting_by_benchmark
 from keeptune.report.style import png
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
-from keeptune.studies.node_selections import Where, asked_loki, attributed, check_share, chosen_rows, density
+from keeptune.studies.figure_files import write_figure_files
+from keeptune.studies.node_selections import Where, attributions_of, check_share, chosen_rows, density, loki_of
 
 __all__ = ["Over", "drawn_rows", "suppress"]
 
@@ -63,7 +58,7 @@ class _Suppressed:
 def suppress(
     recipe: Recipe, *, q: float = 1.0, over: str = "layer-balanced", draws: int = 3, seed: int = 0
 ) -> dict[str, Any]:
-    """Score a recipe's base without the highest, the lowest, and as many random nodes; killed and started, it goes on.
+    """Scores a recipe's base without the highest, the lowest, and as many random nodes; a killed run resumes.
 
     Args:
         recipe: A recipe with knowledge, over which nodes are attributed (as its LoKI says, else by default), and with
@@ -98,8 +93,8 @@ def suppress(
             wanted="one or more: what the model knows is scored",
             next_step="Add one to the recipe.",
         )
-    request = asked_loki(job).attribution
-    attributions = attributed(job, request)
+    request = loki_of(job).attribution
+    attributions = attributions_of(job, request)
     whole = over == "global"
     kinds: tuple[Where, Where] = ("global-high", "global-low") if whole else ("layer-high", "layer-balanced")
     highest, lowest = (chosen_rows(attributions, q, kind) for kind in kinds)
@@ -112,17 +107,13 @@ def suppress(
     model = job.base()
     variants = [_scored(job, model, attributions.modules, variant, folder) for variant in variants]
     record = _record(job, attributions, request, variants) | {"q": q, "over": over}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "suppress.json", record)
-    figure = forgetting_by_benchmark(record)
-    if figure is not None:
-        png(figure, folder / "suppress.png")
+    write_figure_files(folder / "suppress.png", record, forgetting_by_benchmark(record))
     png(density_figure(record), folder / "nodes.png")
     return record | {"folder": str(folder)}
 
 
 def drawn_rows(like: Rows, nodes: int, seed: int, *, whole: bool) -> Rows:
-    """Draw as many rows as a selection has.
+    """Draws as many rows as a selection has.
 
     Laws: the number of rows is the same, of each block unless ``whole``; none twice; the same seed draws the same.
 
@@ -145,7 +136,7 @@ def drawn_rows(like: Rows, nodes: int, seed: int, *, whole: bool) -> Rows:
 def _scored(
     job: Job, model: PreTrainedModel, modules: Sequence[str], variant: _Suppressed, folder: Path
 ) -> _Suppressed:
-    """Score each knowledge benchmark that is not scored yet; results are kept one by one."""
+    """Scores each knowledge benchmark that has no result yet; results are kept one by one."""
     results = []
     rows = {name: own for name, own in zip(modules, variant.rows, strict=True) if own}
     for benchmark in job.recipe.evaluate:
@@ -199,7 +190,7 @@ def _record(
 
 
 def _gap(highest: BenchmarkResult, lowest: BenchmarkResult, seed: int) -> Mapping[str, Any]:
-    """Say how much better the model is without the lowest nodes than without the highest, item by item."""
+    """Returns how much better the model scores without the lowest nodes than without the highest, item by item."""
     weights = np.array([float(item.get("tokens", 1)) for item in highest.items])
     first, second = (weights * [item["after"] for item in result.items] for result in (highest, lowest))
     low, high = paired_interval(first, second, seed, weights=weights)

@@ -1,235 +1,181 @@
-"""keeptune trace: which layers bring known answers back, in a model and in its tuned form (L2-LoRA Figs. 2 and 3)."""
+"""Causal tracing from Python: which layers of a loaded model restore known answers.
+
+result = keeptune.trace(model, tokenizer, [("The sky is", " blue"), ...])
+result.average                                   # AIE of each layer
+result.normalised()                              # NAIE: what L2-LoRA weights its penalty by
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
-import platformdirs
+import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.adapter.load import check_base, load_adapter
-from keeptune.core.artefact import content_key, file_fingerprint, write_json
-from keeptune.core.errors import DataError, ModelError, RecipeError, nearest
-from keeptune.data.calibration import Calibration
-from keeptune.data.knowledge import knowledge_calibration, knowledge_set
-from keeptune.data.sources import read_jsonl
-from keeptune.model.head import body_fingerprint
-from keeptune.model.pretrained import load_model, load_positions, load_tokenizer
-from keeptune.model.probes.causal_tracing import Traced, embedding_std
-from keeptune.pipeline.job import check_device, check_folder, device_named
-from keeptune.recipe.paths import resolve_model
-from keeptune.report.style import png
-from keeptune.report.tracing import heat_figure, profile_figure
-from keeptune.statistics.layer_effect import LayerEffect, Norm, trace_texts
-from keeptune.statistics.store import Source, StatStore
-from keeptune.studies.trace_api import Trace
+from keeptune.core.errors import RecipeError, StatisticsError, nearest
+from keeptune.data.knowledge import knowledge_calibration, knowledge_of
+from keeptune.model.blocks import positions
+from keeptune.model.probes.causal_tracing import Kind, Noise, Reading, Traced
+from keeptune.statistics.layer_effect import (
+    LayerEffect,
+    Norm,
+    average_effect,
+    is_distinct,
+    normalised_effect,
+    normalised_error,
+    trace_texts,
+)
 
-__all__ = ["Asked", "trace_models"]
-
-_SHORT = 32  # tokens of a prompt whose heat map is read with ease
+__all__ = ["Trace", "check_effect", "trace"]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What the command traces.
+class Trace:
+    """The effects of one model's layers.
 
     Args:
-        model: ``atlas``, a folder or a hub id.
-        data: A JSONL file.
-        prompt: Template of the prompt.
-        completion: Template of the answer.
-        output: Folder of the results.
-        adapter: An adapter of the model, a run's folder, or another model.
-        examples: The first so many rows are used.
-        max_length: Longer examples are cut to this many tokens.
-        example: Number of the example whose heat map is drawn, from 1; None takes the one that noise harms most.
-        store: Folder where each text's result is kept; None is the user's cache.
-        device: Where the models run.
-        dtype: The type of their weights.
-        chunk: Tokens in a pass with restored states.
+        request: What was measured.
+        texts: Each text's probabilities, in the order of the data.
     """
 
-    model: str
-    data: Path
-    prompt: str
-    completion: str
-    output: Path
-    adapter: str | None = None
-    examples: int = 100
-    max_length: int = 512
-    example: int | None = None
-    store: Path | None = None
-    device: str = "auto"
-    dtype: Any = "auto"
-    chunk: int = 2048
+    request: LayerEffect
+    texts: tuple[Traced, ...]
+
+    @property
+    def effects(self) -> Tensor:
+        """``(N, L)``, ``IE_l`` of each text (eq. 2)."""
+        return torch.stack([text.effect for text in self.texts])
+
+    @property
+    def average(self) -> Tensor:
+        """``(L,)``, AIE (eq. 3)."""
+        return average_effect(self.effects)[0]
+
+    @property
+    def error(self) -> Tensor:
+        """``(L,)``, the standard error of AIE over texts."""
+        return average_effect(self.effects)[1]
+
+    def answer(self, values: Tensor) -> float:
+        """Returns the summed probability of the answer tokens in a text's ``clean`` or ``corrupted``.
+
+        Args:
+            values: ``(K,)``.
+
+        Returns:
+            Σ_t p(y_t).
+        """
+        # In reading B every position has the sum already.
+        return float(values.sum() if self.request.reading == "diagonal" else values[0])
+
+    def normalised(self, norm: Norm = "max") -> Tensor:
+        """Returns AIE normalised over layers.
+
+        Args:
+            norm: ``"max"`` or ``"sum"``; a layer below 0 counts as 0.
+
+        Returns:
+            ``(L,)``, NAIE.
+
+        Raises:
+            StatisticsError: No layer restores anything of the answers.
+        """
+        return normalised_effect(self.average, norm)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the effects and their errors as a record.
+
+        Returns:
+            A JSON-ready mapping; ``clean`` and ``corrupted`` are Σ_t p(y_t), averaged over texts. Errors are standard
+            errors over texts. Where no effect is ``distinct``, NAIE is noise.
+        """
+        texts: list[dict[str, Any]] = [
+            {
+                "clean": self.answer(text.clean),
+                "corrupted": self.answer(text.corrupted),
+                "effect": text.effect.tolist(),
+            }
+            for text in self.texts
+        ]
+        return {
+            "clean": math.fsum(text["clean"] for text in texts) / len(texts),
+            "corrupted": math.fsum(text["corrupted"] for text in texts) / len(texts),
+            "AIE": self.average.tolist(),
+            "AIE_error": _numbers(self.error),
+            "distinct": is_distinct(self.effects),
+            **{f"NAIE_{norm}": _or_none(self, norm) for norm in get_args(Norm)},
+            **{f"NAIE_{norm}_error": _numbers(normalised_error(self.effects, norm)) for norm in get_args(Norm)},
+            "texts": texts,
+        }
 
 
-def trace_models(asked: Asked, request: LayerEffect, norm: str = "max") -> dict[str, Any]:
-    """Trace a model, and its tuned form if there is one, on the same texts with the same noise.
+def trace(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[tuple[str, str]],
+    request: LayerEffect | None = None,
+    *,
+    max_length: int = 512,
+    chunk: int = 2048,
+) -> Trace:
+    """Traces a loaded model.
 
     Args:
-        asked: Which models and data.
-        request: What to measure.
-        norm: What the figure's normalised profile is normalised by.
+        model: A causal language model, or one with an adapter, which is traced as it is switched.
+        tokenizer: Its tokenizer.
+        examples: Prompts and completions that it knows, such as ``("The sky is", " blue")``.
+        request: What is measured: the reading of eq. 2, the noise, the outputs restored; None takes the defaults.
+        max_length: Longer examples are cut to this many tokens, or to the model's positions.
+        chunk: Tokens in a pass with restored states; it changes speed and memory only.
 
     Returns:
-        What is in ``trace.json``; the folder also has ``layers.png`` and ``heat.png``.
+        The trace.
 
     Raises:
-        KeeptuneError: Something the user can mend; nothing was written to the folder then.
+        DataError: An example is empty.
+        ModelError: It has no blocks, or no attention or MLP of its own.
+        RecipeError: A wrong option.
+        StatisticsError: A probability is not finite.
     """
-    check_folder("--output", asked.output)
-    check_folder("--store", _store(asked).folder)
-    check_device(device_named(asked.device))
-    if norm not in get_args(Norm):
-        raise RecipeError("--norm", got=norm, wanted="max or sum", next_step=nearest(norm, get_args(Norm)))
-    name = resolve_model(asked.model)
-    tokenizer = load_tokenizer(name)
-    data = _data(asked, name, tokenizer)
-    chosen, models = None if asked.example is None else asked.example - 1, []
-    for title, model, source in _models(asked, name):
-        found = Trace(
-            request,
-            tuple(
-                trace_texts(model, data, request, store=_store(asked), source=source, chunk=asked.chunk, title=title)
-            ),
-        )
-        chosen = _most_harmed(found) if chosen is None else chosen
-        heat = _heat(model, found.texts[chosen], request, asked.chunk)
-        models.append({"name": title, "embedding_std": embedding_std(model), **found.summary(), "heat": heat.tolist()})
-    assert chosen is not None
-    record = {
-        **_head(asked, request, norm, data),
-        "models": models,
-        "example": _example(chosen + 1, data, request, tokenizer),
-    }
-    asked.output.mkdir(parents=True, exist_ok=True)
-    write_json(asked.output / "trace.json", record)
-    png(profile_figure(record), asked.output / "layers.png")
-    png(heat_figure(record), asked.output / "heat.png")
-    return record
+    request = LayerEffect("knowledge") if request is None else request
+    check_effect(request)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    length = min(max_length, positions(base) or max_length)
+    data = knowledge_calibration(knowledge_of(examples), tokenizer, max_length=length)
+    return Trace(request, tuple(trace_texts(base, data, request, chunk=chunk)))
 
 
-def _data(asked: Asked, name: str, tokenizer: PreTrainedTokenizerBase) -> Calibration:
-    rows = read_jsonl(asked.data, where="--data")[: asked.examples]
-    known = knowledge_set(rows, where="--data", prompt=asked.prompt, completion=asked.completion)
-    empty = next((number for number, text in enumerate(known.prompts or (), start=1) if not text.strip()), None)
-    if empty is not None:
-        raise DataError(
-            f"--data example {empty}",
-            got="an empty prompt",
-            wanted="a prompt that can be damaged",
-            next_step="Change --prompt, or remove the row.",
-        )
-    length = min(asked.max_length, load_positions(name) or asked.max_length)
-    data = knowledge_calibration(known, tokenizer, max_length=length)
-    if asked.example is not None and not 1 <= asked.example <= len(data.sequences):
-        raise RecipeError(
-            "--example",
-            got=str(asked.example),
-            wanted=f"a number from 1 to {len(data.sequences)}",
-            next_step="Count the examples from 1.",
-        )
-    return data
+def check_effect(request: LayerEffect) -> None:
+    """Checks the options of a request that comes from a user.
+
+    Args:
+        request: The request.
+
+    Raises:
+        RecipeError: A wrong option.
+    """
+    for option, value, known in (
+        ("reading", request.reading, get_args(Reading)),
+        ("kind", request.output, get_args(Kind)),
+    ):
+        if value not in known:
+            raise RecipeError(option, got=value, wanted=" or ".join(known), next_step=nearest(value, known))
+    if request.window < 1:
+        raise RecipeError("window", got=str(request.window), wanted="1 or more", next_step="ROME takes 10.")
+    Noise(request.fraction, request.scale, request.seed)  # checks their ranges
 
 
-def _store(asked: Asked) -> StatStore:
-    return StatStore(asked.store or Path(platformdirs.user_cache_dir("keeptune")) / "statistics")
+def _numbers(values: Tensor) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _models(asked: Asked, name: str) -> Iterator[tuple[str, PreTrainedModel, Source]]:
-    """Load one model after the other; an adapter goes onto the first."""
-    device = device_named(asked.device)
-    folder = None if asked.adapter is None else _adapter_folder(asked.adapter)
-    if asked.adapter is not None and folder is None:
-        load_positions(resolve_model(asked.adapter))  # checks that it is there
-    base = load_model(name, dtype=asked.dtype, device=device)
-    fingerprint, vocabulary = body_fingerprint(base), _vocabulary(base)
-    if folder is not None:
-        check_base(folder, fingerprint)
-    yield Path(asked.model).name, base, Source(fingerprint, "", str(base.dtype))
-    if folder is not None:
-        files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
-        wrapped = load_adapter(base, folder)
-        if wrapped.active_peft_config.is_prompt_learning:
-            raise ModelError(
-                f"adapter {folder}",
-                got="an adapter of prompt learning",
-                wanted="one that changes weights: its tokens would be traced as a part of the prompt",
-                next_step="Trace a LoRA adapter or a whole model.",
-            )
-        source = Source(content_key([fingerprint, file_fingerprint(files)]), "", str(base.dtype))
-        yield f"{Path(asked.model).name} + {Path(asked.adapter or '').name}", wrapped.get_base_model(), source
-    elif asked.adapter is not None:
-        del base
-        tuned = load_model(resolve_model(asked.adapter), dtype=asked.dtype, device=device)
-        if _vocabulary(tuned) < vocabulary:
-            raise ModelError(
-                f"model {asked.adapter}",
-                got=f"{_vocabulary(tuned)} token embeddings",
-                wanted=f"those of the first model ({vocabulary}): both are traced on the same tokens",
-                next_step="Trace models that share a tokenizer.",
-            )
-        yield Path(asked.adapter).name, tuned, Source(body_fingerprint(tuned), "", str(tuned.dtype))
-
-
-def _adapter_folder(name: str) -> Path | None:
-    """Find an adapter in a folder or in that of a run; None for a whole model."""
-    folder = Path(name).expanduser()
-    found = (place for place in (folder, folder / "adapter") if (place / "adapter_config.json").is_file())
-    return next(found, None)
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
-
-
-def _most_harmed(found: Trace) -> int:
-    """Choose the example whose answer noise takes away most, among short ones where there are such."""
-    lost = [found.answer(text.clean - text.corrupted) for text in found.texts]
-    short = [index for index, text in enumerate(found.texts) if text.prompt <= _SHORT]
-    return max(short or range(len(lost)), key=lambda index: lost[index])
-
-
-def _heat(model: PreTrainedModel, text: Traced, request: LayerEffect, chunk: int) -> Tensor:
-    """Give the heat map over the prompt's positions, ``(L, S)``, whatever the reading."""
-    if request.reading == "positions":
-        return text.heat
-    other = replace(request, reading="positions")
-    data = Calibration((text.tokens,), 0, (text.prompt,))
-    return trace_texts(model, data, other, chunk=chunk)[0].heat
-
-
-def _head(asked: Asked, request: LayerEffect, norm: str, data: Calibration) -> dict[str, Any]:
-    return {
-        "data": {
-            "file": str(asked.data),
-            "prompt": asked.prompt,
-            "completion": asked.completion,
-            "examples": len(data.sequences),
-            "fingerprint": data.fingerprint,
-        },
-        "reading": request.reading,
-        "kind": request.output,
-        "window": 1 if request.output == "block" else request.window,
-        "noise": {"fraction": request.fraction, "scale": request.scale, "seed": request.seed},
-        "norm": norm,
-    }
-
-
-def _example(
-    number: int, data: Calibration, request: LayerEffect, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    assert data.prompts is not None
-    ids, prompt = data.sequences[number - 1], data.prompts[number - 1]
-    return {
-        "number": number,
-        "prompt": [tokenizer.decode([token]) for token in ids[:prompt]],
-        "answer": tokenizer.decode(list(ids[prompt:])),
-        "noised": request.noise.positions(ids, prompt),
-    }
+def _or_none(result: Trace, norm: Norm) -> list[float] | None:
+    try:
+        return result.normalised(norm).tolist()
+    except StatisticsError:  # a model that does not know the answers has no profile; AIE says so
+        return None

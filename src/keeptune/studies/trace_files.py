@@ -1,0 +1,234 @@
+"""keeptune trace: which layers restore known answers, in a model and in its tuned form (L2-LoRA Figs. 2 and 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import platformdirs
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keeptune.adapter.load import check_base, load_adapter
+from keeptune.core.artefact import content_key, file_fingerprint, write_json
+from keeptune.core.errors import DataError, ModelError, RecipeError, nearest
+from keeptune.data.calibration import Calibration
+from keeptune.data.knowledge import knowledge_calibration, knowledge_set
+from keeptune.data.sources import read_jsonl
+from keeptune.model.head import body_fingerprint
+from keeptune.model.pretrained import load_model, load_positions, load_tokenizer
+from keeptune.model.probes.causal_tracing import Traced, embedding_std
+from keeptune.pipeline.job import check_device, check_folder, device_named
+from keeptune.recipe.paths import resolve_model
+from keeptune.report.style import png
+from keeptune.report.tracing import heat_figure, profile_figure
+from keeptune.statistics.layer_effect import LayerEffect, Norm, trace_texts
+from keeptune.statistics.store import Source, StatStore
+from keeptune.studies.trace import Trace, check_effect
+
+__all__ = ["TraceOptions", "trace_models"]
+
+_SHORT = 32  # tokens of a prompt whose heat map is read with ease
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """The models and data that the command traces.
+
+    Args:
+        model: ``atlas``, a folder or a hub id.
+        data: A JSONL file.
+        prompt: Template of the prompt.
+        completion: Template of the answer.
+        output: Folder of the results.
+        adapter: An adapter of the model, a run's folder, or another model.
+        examples: The first so many rows are used.
+        max_length: Longer examples are cut to this many tokens.
+        example: Number of the example whose heat map is drawn, from 1; None takes the one that noise harms most.
+        store: Folder where each text's result is kept; None is the user's cache.
+        device: Where the models run.
+        dtype: The type of their weights.
+        chunk: Tokens in a pass with restored states.
+    """
+
+    model: str
+    data: Path
+    prompt: str
+    completion: str
+    output: Path
+    adapter: str | None = None
+    examples: int = 100
+    max_length: int = 512
+    example: int | None = None
+    store: Path | None = None
+    device: str = "auto"
+    dtype: Any = "auto"
+    chunk: int = 2048
+
+
+def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max") -> dict[str, Any]:
+    """Traces a model, and its tuned form if there is one, on the same texts with the same noise.
+
+    Args:
+        options: Which models and data.
+        request: What to measure.
+        norm: What the figure's normalised profile is normalised by.
+
+    Returns:
+        What is in ``trace.json``; the folder also has ``layers.png`` and ``heat.png``.
+
+    Raises:
+        KeeptuneError: Something the user can mend; nothing was written to the folder then.
+    """
+    check_effect(request)
+    check_folder("--output", options.output)
+    check_folder("--store", _store(options).folder)
+    check_device(device_named(options.device))
+    if norm not in get_args(Norm):
+        raise RecipeError("--norm", got=norm, wanted="max or sum", next_step=nearest(norm, get_args(Norm)))
+    name = resolve_model(options.model)
+    tokenizer = load_tokenizer(name)
+    data = _data(options, name, tokenizer)
+    chosen, models = None if options.example is None else options.example - 1, []
+    for title, model, source in _models(options, name):
+        texts = trace_texts(
+            model, data, request, store=_store(options), source=source, chunk=options.chunk, title=title
+        )
+        traced = Trace(request, tuple(texts))
+        chosen = _most_harmed(traced) if chosen is None else chosen
+        heat = _heat(model, traced.texts[chosen], request, options.chunk)
+        models.append({"name": title, "embedding_std": embedding_std(model), **traced.summary(), "heat": heat.tolist()})
+    assert chosen is not None
+    record = {
+        **_head(options, request, norm, data),
+        "models": models,
+        "example": _example(chosen + 1, data, request, tokenizer),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_json(options.output / "trace.json", record)
+    png(profile_figure(record), options.output / "layers.png")
+    png(heat_figure(record), options.output / "heat.png")
+    return record
+
+
+def _data(options: TraceOptions, name: str, tokenizer: PreTrainedTokenizerBase) -> Calibration:
+    rows = read_jsonl(options.data, where="--data")[: options.examples]
+    known = knowledge_set(rows, where="--data", prompt=options.prompt, completion=options.completion)
+    empty = next((number for number, text in enumerate(known.prompts or (), start=1) if not text.strip()), None)
+    if empty is not None:
+        raise DataError(
+            f"--data example {empty}",
+            got="an empty prompt",
+            wanted="a prompt that can be damaged",
+            next_step="Change --prompt, or remove the row.",
+        )
+    length = min(options.max_length, load_positions(name) or options.max_length)
+    data = knowledge_calibration(known, tokenizer, max_length=length)
+    if options.example is not None and not 1 <= options.example <= len(data.sequences):
+        raise RecipeError(
+            "--example",
+            got=str(options.example),
+            wanted=f"a number from 1 to {len(data.sequences)}",
+            next_step="Count the examples from 1.",
+        )
+    return data
+
+
+def _store(options: TraceOptions) -> StatStore:
+    return StatStore(options.store or Path(platformdirs.user_cache_dir("keeptune")) / "statistics")
+
+
+def _models(options: TraceOptions, name: str) -> Iterator[tuple[str, PreTrainedModel, Source]]:
+    """Yields one model after the other; an adapter goes onto the first."""
+    device = device_named(options.device)
+    folder = None if options.adapter is None else _adapter_folder(options.adapter)
+    if options.adapter is not None and folder is None:
+        load_positions(resolve_model(options.adapter))  # checks that it is there
+    base = load_model(name, dtype=options.dtype, device=device)
+    fingerprint, vocabulary = body_fingerprint(base), _vocabulary(base)
+    if folder is not None:
+        check_base(folder, fingerprint)
+    yield Path(options.model).name, base, Source(fingerprint, "", str(base.dtype))
+    if folder is not None:
+        files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+        wrapped = load_adapter(base, folder)
+        if wrapped.active_peft_config.is_prompt_learning:
+            raise ModelError(
+                f"adapter {folder}",
+                got="an adapter of prompt learning",
+                wanted="one that changes weights: its tokens would be traced as a part of the prompt",
+                next_step="Trace a LoRA adapter or a whole model.",
+            )
+        source = Source(content_key([fingerprint, file_fingerprint(files)]), "", str(base.dtype))
+        yield f"{Path(options.model).name} + {Path(options.adapter or '').name}", wrapped.get_base_model(), source
+    elif options.adapter is not None:
+        del base
+        tuned = load_model(resolve_model(options.adapter), dtype=options.dtype, device=device)
+        if _vocabulary(tuned) < vocabulary:
+            raise ModelError(
+                f"model {options.adapter}",
+                got=f"{_vocabulary(tuned)} token embeddings",
+                wanted=f"those of the first model ({vocabulary}): both are traced on the same tokens",
+                next_step="Trace models that share a tokenizer.",
+            )
+        yield Path(options.adapter).name, tuned, Source(body_fingerprint(tuned), "", str(tuned.dtype))
+
+
+def _adapter_folder(name: str) -> Path | None:
+    """Returns the folder of an adapter, or of the one in a run's folder; None for a whole model."""
+    folder = Path(name).expanduser()
+    places = (place for place in (folder, folder / "adapter") if (place / "adapter_config.json").is_file())
+    return next(places, None)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def _most_harmed(traced: Trace) -> int:
+    """Returns the example whose answer loses most to the noise, among short ones where there are such."""
+    lost = [traced.answer(text.clean - text.corrupted) for text in traced.texts]
+    short = [index for index, text in enumerate(traced.texts) if text.prompt <= _SHORT]
+    return max(short or range(len(lost)), key=lambda index: lost[index])
+
+
+def _heat(model: PreTrainedModel, text: Traced, request: LayerEffect, chunk: int) -> Tensor:
+    """Returns the heat map over the prompt's positions, ``(L, S)``, whatever the reading."""
+    if request.reading == "positions":
+        return text.heat
+    other = replace(request, reading="positions")
+    data = Calibration((text.tokens,), 0, (text.prompt,))
+    return trace_texts(model, data, other, chunk=chunk)[0].heat
+
+
+def _head(options: TraceOptions, request: LayerEffect, norm: str, data: Calibration) -> dict[str, Any]:
+    return {
+        "data": {
+            "file": str(options.data),
+            "prompt": options.prompt,
+            "completion": options.completion,
+            "examples": len(data.sequences),
+            "fingerprint": data.fingerprint,
+        },
+        "reading": request.reading,
+        "kind": request.output,
+        "window": 1 if request.output == "block" else request.window,
+        "noise": {"fraction": request.fraction, "scale": request.scale, "seed": request.seed},
+        "norm": norm,
+    }
+
+
+def _example(
+    number: int, data: Calibration, request: LayerEffect, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    assert data.prompts is not None
+    ids, prompt = data.sequences[number - 1], data.prompts[number - 1]
+    return {
+        "number": number,
+        "prompt": [tokenizer.decode([token]) for token in ids[:prompt]],
+        "answer": tokenizer.decode(list(ids[prompt:])),
+        "noised": request.noise.positions(ids, prompt),
+    }
