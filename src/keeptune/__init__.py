@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from keeptune.core.errors import KeeptuneError
     from keeptune.core.low_rank import LowRank
     from keeptune.core.plan import Plan
-    from keeptune.evaluation.benchmarks import Benchmark
+    from keeptune.evaluation.benchmarks import FileBenchmark
     from keeptune.evaluation.model_pairs import AdapterPair, TwoModels
     from keeptune.methods.combined import Combined, Part
     from keeptune.methods.corda import Corda
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterPair",
-    "Benchmark",
+    "FileBenchmark",
     "Combined",
     "Corda",
     "Decay",
@@ -95,7 +95,7 @@ __all__ = [
 
 _HOMES = {
     "AdapterPair": "evaluation.model_pairs",
-    "Benchmark": "evaluation.benchmarks",
+    "FileBenchmark": "evaluation.benchmarks",
     "Combined": "methods.combined",
     "Corda": "methods.corda",
     "Decay": "penalties.decay",

@@ -3,8 +3,8 @@
 Laws: what is read back equals what was computed, bit for bit; a damaged file is computed again, never used.
 
 Only answers that need the base alone are kept: generated texts and log-likelihoods. A cross-entropy benchmark also
-measures KL(base || tuned), which needs the logits of both at every token, so its base is run again for each tuned model.
-A classifier's base has a head drawn with the run's seed and is run again as well.
+measures KL(base || tuned), which needs the logits of both at every token, so its base is run for each tuned model.
+A classifier's base has a head drawn with the run's seed and is run each time as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Entries of a recipe's ``evaluate`` list: what all have in common, and benchmarks in a JSONL file of the user's own."""
+"""Entries of a recipe's ``evaluate`` list: what all have in common, and benchmarks in a user's own JSONL file."""
 
 from __future__ import annotations
 

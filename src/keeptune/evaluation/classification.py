@@ -69,7 +69,9 @@ def classified(
         truth = np.array(label_indices([item.answers[0] for item in items], names, where=benchmark.where))
     else:
         truth = np.array([item.score for item in items], dtype=np.float64)
-    records = [_record(item, names, truth[at], {s: v[at] for s, v in predicted.items()}) for at, item in enumerate(items)]
+    records = [
+        _record(item, names, truth[at], {s: v[at] for s, v in predicted.items()}) for at, item in enumerate(items)
+    ]
     sides = [[float(record[side]) for record in records] for side in SIDES]
     groups = [item.group if benchmark.metric == "accuracy" else None for item in items]
     return BenchmarkResult(

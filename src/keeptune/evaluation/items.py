@@ -96,9 +96,7 @@ def _documents(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[s
     texts = [render(benchmark.text or "", row, where=place) for row, place in zip(rows, places, strict=True)]
     for text, place in zip(texts, places, strict=True):
         if not text.strip():
-            raise DataError(
-                place, got="an empty document", wanted="text", next_step="Fill the row or remove it."
-            )
+            raise DataError(place, got="an empty document", wanted="text", next_step="Fill the row or remove it.")
     return [{"text": text} for text in texts]
 
 
@@ -110,7 +108,11 @@ def _labelled(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[st
     for first, second, row, place in zip(texts.first, seconds, rows, places, strict=True):
         where = f"{place} answer"
         scored = benchmark.metric in SCORES
-        right = {"score": score_of(row, answer, where=where)} if scored else {"answers": (label_of(row, answer, where=where),)}
+        right = (
+            {"score": score_of(row, answer, where=where)}
+            if scored
+            else {"answers": (label_of(row, answer, where=where),)}
+        )
         items.append({"text": first, "text_pair": second} | right)
     return items
 

@@ -9,9 +9,9 @@ i of the method and of full fine-tuning,
     T = \frac1N \sum_i \frac{S_i}{S_i^{(FT)}} \;(37) \qquad
     KT = \frac{2 K T}{K + T} \;(38)
 
-LoKI's average forgetting, the mean relative drop on the knowledge benchmarks, is :math:`1 - K`. Extension: the paper has
-accuracies only. For cross-entropies the ratio is that of the inverse perplexities, exp(before - after), so that 1 is "all
-kept" and less than 1 is worse here too.
+LoKI's average forgetting, the mean relative drop on the knowledge benchmarks, is :math:`1 - K`. Extension: the paper
+has accuracies only. For cross-entropies the ratio is that of the inverse perplexities, exp(before - after), so that 1
+is "all kept" and less than 1 is worse here too.
 
 Scores of labels are scikit-learn's and scipy's. A bootstrap needs them for thousands of resamples, so :func:`resampled`
 has them over the last axis of an array, among them the Matthews correlation coefficient for any number of labels
@@ -19,8 +19,8 @@ has them over the last axis of an array, among them the Matthews correlation coe
 
 .. math:: R_K = \frac{c s - \sum_k p_k t_k}{\sqrt{(s^2 - \sum_k p_k^2)(s^2 - \sum_k t_k^2)}}
 
-(s items, c of them right, label k right t_k times and predicted p_k times). An undefined statistic (all predictions equal)
-is 0, as in scikit-learn.
+(s items, c of them right, label k right t_k times and predicted p_k times). An undefined statistic (all predictions
+equal) is 0, as in scikit-learn.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def exact_match(prediction: str, answers: Iterable[str], *, normalise: Normalisa
     >>> exact_match(" the Eiffel tower.", ["Eiffel Tower", "La tour Eiffel"])
     1.0
     """
-    form = {"qa": normalise_qa, "exact": str.strip}[normalise]
+    form: Callable[[str], str] = normalise_qa if normalise == "qa" else str.strip
     predicted = form(prediction)
     return float(predicted != "" and predicted in {form(answer) for answer in answers})
 

@@ -29,7 +29,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples, draw_rows
 from keeptune.evaluation.likelihood import log_likelihoods
 from keeptune.evaluation.metrics import harmonic
-from keeptune.evaluation.tokenized import Tokens
+from keeptune.evaluation.scored_tokens import Passes, ScoredTokens
 from keeptune.methods.base import Searched
 from keeptune.methods.combined import parts_of, replaced
 from keeptune.model.blocks import depth
@@ -86,8 +86,8 @@ class _Slices:
 
     task: TaskExamples
     calibration: Calibration
-    held_out: Sequence[Tokens]
-    knowledge: Sequence[Tokens]
+    held_out: Sequence[ScoredTokens]
+    knowledge: Sequence[ScoredTokens]
 
 
 def settle(job: Job) -> Settled:
@@ -216,9 +216,10 @@ def _slices(job: Job, wanted: int) -> _Slices:
         task=rest,
         calibration=sample(rest, job.tokenizer, options, job.positions),
         held_out=[
-            Tokens(ids, max(start, 1), False) for ids, start in zip(scored.sequences, scored.prompts or (), strict=True)
+            ScoredTokens(ids, max(start, 1), False)
+            for ids, start in zip(scored.sequences, scored.prompts or (), strict=True)
         ],
-        knowledge=[Tokens(texts[index], 1, False) for index in drawn],
+        knowledge=[ScoredTokens(texts[index], 1, False) for index in drawn],
     )
 
 
@@ -226,10 +227,10 @@ def _part(task: TaskExamples, rows: Sequence[int]) -> TaskExamples:
     return TaskExamples(tuple(task.prompts[i] for i in rows), tuple(task.completions[i] for i in rows))
 
 
-def _probability(job: Job, model: PreTrainedModel, sequences: Sequence[Tokens]) -> float:
+def _probability(job: Job, model: PreTrainedModel, sequences: Sequence[ScoredTokens]) -> float:
     """Average the probability per scored token, geometrically."""
     pad = job.tokenizer.pad_token_id or 0
-    sums = log_likelihoods(model, sequences, rows=32, pad=pad, where="search", advance=lambda _: None)
+    sums = log_likelihoods(model, sequences, Passes(rows=32, pad=pad, where="search"))
     return math.exp(math.fsum(sums) / sum(len(tokens.ids) - tokens.start for tokens in sequences))
 
 
