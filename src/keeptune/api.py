@@ -42,7 +42,7 @@ __all__ = ["export", "measure", "plan"]
 def plan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    method: Method[Any],
+    method: Method,
     *,
     knowledge: Sequence[str] | Sequence[tuple[str, str]] | None = None,
     task: Sequence[tuple[str, str]] | Sequence[tuple[str, float]] | None = None,
