@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_modules()})
 
 
+@cache  # the files of the package do not change while it runs
 def _modules() -> dict[str, str]:
     """Returns the module of each public name, from the imports above and the files of methods and penalties."""
     here = Path(__file__)
