@@ -5,6 +5,7 @@ RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=.. MASTER_PORT=.. python -m tests.t
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,4 +107,5 @@ def main(plan: Plan, out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # as in tests/conftest.py
     main(Plan.load(sys.argv[1]), Path(sys.argv[2]))

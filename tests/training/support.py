@@ -37,10 +37,10 @@ def task() -> Calibration:
     return Calibration(data.sequences, data.pad_id, tuple(len(ids) // 2 for ids in data.sequences))
 
 
-def planned(method: Any, penalties: Sequence[Any] = (), *, store: Path = Path("unused")) -> Plan:
-    """A plan; penalties that need statistics need a store of their own."""
+def planned(method: Any, penalties: Sequence[Any] = (), *, store: Path = Path("unused"), layers: Any = (0, 1)) -> Plan:
+    """A plan for the first two of five blocks unless told; penalties that need statistics need a store of their own."""
     data: Any = {"knowledge": knowledge(), "task": task()} if store != Path("unused") else {}
-    return plan_for(load_model(MODEL), method, StatStore(store), data=data, penalties=penalties)
+    return plan_for(load_model(MODEL), method, StatStore(store), data=data, penalties=penalties, layers=layers)
 
 
 def arguments(folder: Path, **extra: Any) -> dict[str, Any]:

@@ -154,10 +154,8 @@ def test_evaluation_losses_have_no_penalty(lora: Plan, tmp_path: Path) -> None:
 # Against autograd through the sum
 
 ADDED = {
-    "l2 of the change": [L2(strength=30.0)],
-    "l2 of the change, absolute": [L2(strength=3e-2, unit="absolute")],
-    "l2 of the factors": [L2(strength=30.0, on="factors")],
-    "both": [L2(strength=30.0), SQUARES],
+    "relative": [L2(strength=30.0), L2(strength=30.0, on="factors")],
+    "absolute": [L2(strength=3e-2, unit="absolute"), SQUARES],
 }
 METHODS: dict[str, Any] = {
     "lora": Lora(rank=2, alpha=6.0),

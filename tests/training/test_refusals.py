@@ -78,10 +78,10 @@ def test_optimisers_that_step_in_the_backward_pass(optim: str, plan: Plan, tmp_p
 @pytest.mark.parametrize("method", [Full(), Osf()], ids=lambda method: method.name)
 def test_methods_that_change_whole_weights(method: Any, plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=rf"method {method.name}: got the penalties l2.*Leave `penalties` out"):
-        planned(method, [L2()])
-    by_hand = dataclasses.replace(planned(method), penalties=plan.penalties)
+        planned(method, [L2()], layers=None)
+    by_hand = dataclasses.replace(planned(method, layers=None), penalties=plan.penalties)
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    trainer = Trainer(model=install(load_model(MODEL), planned(method)), args=arguments)
+    trainer = Trainer(model=install(load_model(MODEL), planned(method, layers=None)), args=arguments)
     with pytest.raises(TrainError, match=rf"penalties l2: got the method {method.name}, which changes whole weights"):
         attach(trainer, by_hand)
 

@@ -17,10 +17,9 @@ from keeptune.model.probes.suppression import without_nodes
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["SIDES", "AdapterPair", "ModelPair", "Side", "SuppressedNodes", "TwoModels", "scoring"]
+__all__ = ["AdapterPair", "ModelPair", "Side", "SuppressedNodes", "TwoModels", "scoring"]
 
 Side = Literal["before", "after"]
-SIDES: tuple[Side, Side] = ("before", "after")
 
 
 class ModelPair(Protocol):
@@ -40,7 +39,7 @@ class ModelPair(Protocol):
 class AdapterPair:
     """One model with an adapter: "before" is the model with the adapter off.
 
-    This holds only if the weights under the adapter are the original ones. Where a method has subtracted its
+    Right only if the weights under the adapter are the original ones. Where a method has subtracted its
     initial adapter from them, or trained biases or whole modules in place, use :class:`TwoModels`.
 
     Args:
@@ -56,17 +55,21 @@ class AdapterPair:
         config: Any = self.peft_model.active_peft_config
         bias = getattr(config, "bias", "none")
         if config.is_prompt_learning or bias != "none":
-            kind = "prompt learning" if config.is_prompt_learning else f"bias: {bias}"
+            found = "prompt learning" if config.is_prompt_learning else f"bias: {bias}"
             raise ModelError(
                 "evaluate",
-                got=f"an adapter with {kind}",
+                got=f"an adapter with {found}",
                 wanted="an adapter that can be switched off to give the base model",
                 next_step="Load the base model beside the tuned one and use TwoModels(base, tuned).",
             )
 
     @contextmanager
     def before(self) -> Iterator[PreTrainedModel]:
-        """The transformers model inside the PEFT model, with the adapter off."""
+        """The model with the adapter off.
+
+        Yields:
+            The transformers model inside the PEFT model.
+        """
         # PEFT switches gradients on for every adapter weight when it enables the adapter again.
         trained = [(weight, weight.requires_grad) for weight in self.peft_model.parameters()]
         try:
@@ -77,7 +80,11 @@ class AdapterPair:
                 weight.requires_grad_(wanted)
 
     def after(self) -> AbstractContextManager[PreTrainedModel]:
-        """The transformers model inside the PEFT model, with the adapter on."""
+        """The model as it is.
+
+        Returns:
+            A context that gives the transformers model inside the PEFT model.
+        """
         return nullcontext(self._inner())
 
     def _inner(self) -> PreTrainedModel:
@@ -97,11 +104,19 @@ class TwoModels:
     tuned: PreTrainedModel
 
     def before(self) -> AbstractContextManager[PreTrainedModel]:
-        """The base model."""
+        """The base model.
+
+        Returns:
+            A context that gives it.
+        """
         return nullcontext(self.base)
 
     def after(self) -> AbstractContextManager[PreTrainedModel]:
-        """The tuned model."""
+        """The tuned model.
+
+        Returns:
+            A context that gives it.
+        """
         return nullcontext(self.tuned)
 
 
@@ -118,17 +133,25 @@ class SuppressedNodes:
     rows: Mapping[str, Sequence[int]]
 
     def before(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model as it is."""
+        """The model as it is.
+
+        Returns:
+            A context that gives it.
+        """
         return nullcontext(self.model)
 
     def after(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model without the rows."""
+        """The model without the rows.
+
+        Returns:
+            A context that gives it.
+        """
         return without_nodes(self.model, self.rows)
 
 
 @contextmanager
 def scoring(pair: ModelPair, side: Side) -> Iterator[PreTrainedModel]:
-    """Enters one side of a pair in evaluation mode and without gradients; restores every module's mode.
+    """Enter one side of a pair in evaluation mode and without gradients; restore every module's mode.
 
     Args:
         pair: The pair.

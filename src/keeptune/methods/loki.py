@@ -27,21 +27,20 @@ the released code (Transformers' trainers let no weight decay act on biases).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.options import Range
-from keeptune.core.plan import Decision, Factor, TargetPlan
+from keeptune.core.plan import Decision, Factor, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.voting import quota, voted
-from keeptune.methods.base import SCALING, Method, Size, dropout_field
-from keeptune.methods.lora import draw_start
+from keeptune.methods.base import check_scaling, dropout_field
+from keeptune.methods.lora import draw_start, scale_of
 from keeptune.methods.strength import Strength
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
@@ -66,7 +65,7 @@ class Selected:
 
 
 def select(attributions: Attributions, q: float, selection: Selection) -> dict[str, Selected]:
-    """Selects rows of all down-projections (eqs. 6-9).
+    """Select rows of all down-projections (eqs. 6-9).
 
     Laws: ``layer-balanced`` gives each the same floor(q D / 100), the others floor(q L D / 100) in all; no row twice;
     neither the order of texts nor a positive affine map of a text's scores in a block (of all blocks together, for the
@@ -84,11 +83,11 @@ def select(attributions: Attributions, q: float, selection: Selection) -> dict[s
     k = quota(q, attributions.nodes * (len(attributions.modules) if whole else 1))
     rows, counts = voted(attributions.chunks(), k, whole=whole, highest=selection == "global-high")
     votes = counts.float() / attributions.samples
-    return {name: Selected(own, share) for name, own, share in zip(attributions.modules, rows, votes, strict=True)}
+    return {name: Selected(*found) for name, *found in zip(attributions.modules, rows, votes, strict=True)}
 
 
 @dataclass(frozen=True)
-class Loki(Method):
+class Loki:
     """LoKI, and LoKI* with a rank.
 
     Args:
@@ -100,21 +99,16 @@ class Loki(Method):
             1 at q = 10 and the paper's 0.4 at q = 30; the rates in between are in an appendix that is not public.
         alpha: Scale numerator of LoKI*; None is 2 r, the usual choice.
         dropout: Dropout before A, during training.
-        seed: Seed of A of LoKI*; the recipe sets the training seed unless its method section has one.
+        seed: Seed of A of LoKI*; the recipe gives the training seed unless told otherwise.
 
     Raises:
-        PlanError: An option is out of range, or ``alpha`` is set without a rank.
+        PlanError: An option is out of range.
     """
 
-    name = "loki"
-    paper = "Wang et al., LoKI, AAAI 2026"
-    strength_option = Strength(("q",), "divided")
-    rows_of_downs = True
-    ranges = {
-        **SCALING,
-        "q": Range(above=0, most=100, advice="It is per cent of the nodes; the paper takes 5 to 30."),
-        "rank": Range(least=1, advice="Leave it out to train whole rows."),
-    }
+    name: ClassVar[str] = "loki"
+    paper: ClassVar[str] = "Wang et al., LoKI, AAAI 2026"
+    scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = Strength(("q",), "divided")
 
     q: float = 10.0
     rank: int | None = None
@@ -126,32 +120,43 @@ class Loki(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the options.
+        """Check the options.
 
         Raises:
-            PlanError: One is out of range, or ``alpha`` is set without a rank.
+            PlanError: One is out of range.
         """
-        super().__post_init__()
+        check_scaling(self.alpha, self.dropout)
+        if not 0 < self.q <= 100:
+            raise PlanError(
+                "method.q",
+                got=f"{self.q}",
+                wanted="above 0 and at most 100: per cent of the nodes",
+                next_step="The paper takes 5 to 30.",
+            )
+        if self.rank is not None and self.rank < 1:
+            raise PlanError(
+                "method.rank", got=f"{self.rank}", wanted="1 or more", next_step="Leave it out to train whole rows."
+            )
         if self.rank is None and self.alpha is not None:
             raise PlanError(
                 "method.alpha",
                 got=f"{self.alpha} without a rank",
                 wanted="none: whole rows are trained as they are",
-                next_step="Leave it out, or set a rank (LoKI*).",
+                next_step="Leave it out, or give a rank (LoKI*).",
             )
 
     def requests(self, target: Target) -> frozenset[Request]:
-        """Returns the attribution of every node; all targets share it."""
+        """Need the attribution of every node; all targets share it."""
         return frozenset({self.attribution})
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> Selected | str:
-        """Returns the target's rows (eqs. 6-9); of what is no down-projection, the name of one."""
-        rows = self._select(stats)
-        return rows.get(target.name, next(iter(rows)))
+        """Find the target's rows (eqs. 6-9); of what is no down-projection, name one that is."""
+        found = self._select(stats)
+        return found.get(target.name, next(iter(found)))
 
     def allocate(self, scores: Mapping[Target, Selected | str]) -> Mapping[Target, Decision]:
-        """Confines each down-projection to its rows, and leaves other targets alone."""
-        downs = {target: selected for target, selected in scores.items() if isinstance(selected, Selected)}
+        """Confine each down-projection to its rows, and leave other targets alone."""
+        downs = {target: found for target, found in scores.items() if isinstance(found, Selected)}
         if not downs:
             raise PlanError(
                 f"method {self.name}",
@@ -159,7 +164,7 @@ class Loki(Method):
                 wanted=f"the down-projection of an MLP, as {next(iter(scores.values()))}",
                 next_step="Add its role to `targets`, or leave `targets` and `layers` out.",
             )
-        if not any(selected.rows for selected in downs.values()):
+        if not any(found.rows for found in downs.values()):
             nodes = next(iter(downs)).out_features
             raise PlanError(
                 "method.q",
@@ -167,7 +172,7 @@ class Loki(Method):
                 wanted=f"{100 / nodes:.2g} or more",
                 next_step="Raise it.",
             )
-        decisions = {target: self._decide(target, selected.rows) for target, selected in downs.items()}
+        decisions = {target: self._decide(target, found.rows) for target, found in downs.items()}
         return {target: decisions.get(target, Decision(0)) for target in scores}
 
     def _decide(self, target: Target, rows: tuple[int, ...]) -> Decision:
@@ -185,59 +190,48 @@ class Loki(Method):
         return Decision(min(self.rank, most), rows)
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Starts with the rows of W as they are (eqs. 10, 11)."""
-        rows, r = decision.rows or (), decision.rank
-        factors: frozenset[Factor] = frozenset({"A"} if self.rank is None else {"A", "B"})
-        return self.planned(
-            target,
-            decision,
-            _one_hot(target, rows) if self.rank is None else draw_start(target, r, self.seed),
-            1.0 if self.rank is None else 2.0 if self.alpha is None else self.alpha / r,
+        """Start with the rows of W as they are (eqs. 10, 11)."""
+        rows, trained = decision.rows or (), self.rank is None
+        init = _one_hot(target, rows) if trained else draw_start(target, decision.rank, self.seed)
+        factors: frozenset[Factor] = frozenset({"A"} if trained else {"A", "B"})
+        return TargetPlan(
+            target=target,
+            decision=decision,
+            init=init,
+            scale=1.0 if trained else scale_of(decision.rank, self.alpha),
             trainable=factors | ({"bias"} if target.bias else frozenset()),
             vectors={"bias": torch.zeros(target.out_features)} if target.bias else {},
             evidence={"votes": self._select(stats)[target.name].votes},
         )
 
-    def size(self, target: Target, downs: Collection[str]) -> Size:
-        """Counts the rows of a down-projection, or the factors within them, and the entries of its bias."""
-        if target.name not in downs:
-            return Size(0, 0)
-        m, n = target.out_features, target.in_features
-        rows = int(self.q * m / 100)
-        bias, held = (rows, m - rows) if target.bias else (0, 0)
-        if self.rank is None:
-            return Size(rows, rows * n + bias, frozen=rows * m + held)
-        r = min(self.rank, rows)
-        return Size(r, r * (rows + n) + bias, frozen=(m - rows) * r + held)
-
     def peft(self) -> Mapping[str, Any]:
-        """Returns the dropout."""
+        """Hand dropout to PEFT."""
         return dropout_field(self.dropout)
 
     def training(self) -> Mapping[str, Any]:
-        """Returns another learning rate where it follows q."""
+        """Ask for another learning rate where it is to follow q."""
         factor = (10 / self.q) ** (math.log(0.4) / math.log(1 / 3))
         return {"learning_rate_factor": factor} if self.rate == "by-q" else {}
 
     def notes(self, decisions: Mapping[Target, Decision]) -> list[str]:
-        """Returns how many rows there are, what got none or fewer ranks, and what is left alone."""
+        """Say how many rows there are, what got none or fewer ranks, and what is left alone."""
         downs = {target: decision for target, decision in decisions.items() if decision.rows is not None}
         rows = [len(decision.rows or ()) for decision in downs.values()]
-        notes = [f"{sum(rows)} of {sum(t.out_features for t in downs)} rows, {min(rows)} to {max(rows)} a block"]
+        said = [f"{sum(rows)} of {sum(t.out_features for t in downs)} rows, {min(rows)} to {max(rows)} a block"]
         fewer = [t.name for t, d in downs.items() if self.rank is not None and 0 < d.rank < self.rank]
         if fewer:
-            notes.append(f"{', '.join(fewer)}: fewer rows than rank {self.rank}, which is lowered to their number")
+            said.append(f"{', '.join(fewer)}: fewer rows than rank {self.rank}, which is lowered to their number")
         others = sorted({target.role for target in decisions if target not in downs})
         if others:
-            notes.append(f"{', '.join(others)}: left alone, no down-projection")
-        return notes
+            said.append(f"{', '.join(others)}: left alone, no down-projection")
+        return said
 
     def _select(self, stats: StatsView) -> dict[str, Selected]:
         return stats.derive(self.attribution, select, self.q, self.selection)
 
 
 def _one_hot(target: Target, rows: tuple[int, ...]) -> LowRank:
-    """Returns ``B = I[:, S]`` and ``A = 0``, for which ``B A`` puts row j of A into row S_j (eq. 10)."""
+    """Make ``B = I[:, S]`` and ``A = 0``, for which ``B A`` puts row j of A into row S_j (eq. 10)."""
     B = torch.zeros(target.out_features, len(rows))
     B[list(rows), range(len(rows))] = 1.0
     return LowRank(B=B, A=torch.zeros(len(rows), target.in_features))

@@ -33,7 +33,7 @@ class Strength:
 
 
 def stronger(method: Any, factor: float) -> tuple[str, float]:
-    """Multiplies how much a method keeps by a factor.
+    """Move a method's strength by a factor.
 
     Args:
         method: The method.
@@ -49,7 +49,7 @@ def stronger(method: Any, factor: float) -> tuple[str, float]:
     >>> stronger(Lalora(strength=100.0), 3)
     ('strength', 300.0)
     """
-    known: Strength | None = method.strength_option
+    known: Strength | None = getattr(method, "strength_option", None)
     if known is None:
         raise RecipeError(
             f"method {method.name}, strength",
@@ -66,7 +66,7 @@ def stronger(method: Any, factor: float) -> tuple[str, float]:
             f"method.{option}",
             got=f"0, with the factor {factor:g}",
             wanted="a value that a factor can move",
-            next_step="Set the value that factor 1 stands for, or leave the factors out.",
+            next_step="Give the value that factor 1 stands for, or no factors.",
         )
     if known.keeps_more == "multiplied":
         return option, value * factor

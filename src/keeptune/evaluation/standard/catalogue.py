@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from keeptune.core.errors import RecipeError, nearest
-from keeptune.evaluation.benchmarks import Role
-from keeptune.evaluation.metrics import Measure
+from keeptune.evaluation.benchmarks import Measure, Role
 
 __all__ = ["NAMES", "STANDARD", "Known", "Scoring", "known"]
 

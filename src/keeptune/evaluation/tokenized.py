@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.errors import DataError, RecipeError
 
 __all__ = [
-    "PaddedBatch",
-    "Passes",
-    "ScoredTokens",
+    "Batch",
+    "Tokens",
+    "batches",
     "choice",
     "context_limit",
     "document",
-    "padded_batches",
     "padding_id",
     "prompt",
 ]
@@ -28,7 +27,7 @@ _LOGITS_AT_ONCE = 2**28  # elements of one batch of logits: 1 GiB in float32
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredTokens:
+class Tokens:
     """A token sequence of which the end is scored.
 
     Args:
@@ -43,7 +42,7 @@ class ScoredTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class PaddedBatch:
+class Batch:
     """Padded sequences.
 
     Args:
@@ -57,37 +56,30 @@ class PaddedBatch:
     mask: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Passes:
-    """How sequences go through a model.
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Choose the token that fills short rows; the mask hides it, so any will do.
 
     Args:
-        rows: Sequences per forward pass at most.
-        pad: Token id of the padding.
-        where: The benchmark and side, for error messages.
-        advance: Called with the number of sequences done after each batch.
+        tokenizer: The tokenizer.
+
+    Returns:
+        The padding token's id, else the end token's, else 0.
     """
-
-    rows: int
-    pad: int
-    where: str
-    advance: Callable[[int], object] = lambda _: None
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the padding token's id, else the end token's, else 0; the mask hides it, so any will do."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(token) for token in known if token is not None), 0)
 
 
-def document(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, where: str) -> ScoredTokens:
-    """Encodes a document, special tokens as the tokenizer adds them; all but the first token are scored.
+def document(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, where: str) -> Tokens:
+    """Encode a document, special tokens as the tokenizer adds them; all but the first token are scored.
 
     Args:
         tokenizer: The tokenizer.
         text: The document.
         limit: Tokens kept, from the start.
         where: The item, for error messages.
+
+    Returns:
+        The tokens.
 
     Raises:
         DataError: There is no token to predict.
@@ -100,11 +92,11 @@ def document(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, where
             wanted="at least two tokens, so that one can be predicted",
             next_step="Remove the row.",
         )
-    return ScoredTokens(tuple(ids[:limit]), 1, len(ids) > limit)
+    return Tokens(tuple(ids[:limit]), 1, len(ids) > limit)
 
 
-def prompt(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, where: str) -> ScoredTokens:
-    """Encodes a prompt to generate from; none of its tokens is scored.
+def prompt(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, where: str) -> Tokens:
+    """Encode a prompt to generate from.
 
     Args:
         tokenizer: The tokenizer.
@@ -112,17 +104,27 @@ def prompt(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, where: 
         limit: Tokens kept, from the end; a leading start token is kept as well.
         where: The item, for error messages.
 
+    Returns:
+        The tokens, none of them scored.
+
     Raises:
         DataError: The prompt has no token.
     """
     ids = _open_ended(tokenizer, text)
     _need_context(ids, where)
     kept = _last(ids, limit, tokenizer)
-    return ScoredTokens(tuple(kept), len(kept), len(ids) > limit)
+    return Tokens(tuple(kept), len(kept), len(ids) > limit)
 
 
-def choice(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, limit: int, *, where: str) -> ScoredTokens:
-    """Encodes a prompt with an answer after exactly one space; the answer's tokens are scored.
+def choice(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    answer: str,
+    limit: int,
+    *,
+    where: str,
+) -> Tokens:
+    """Encode a prompt with an answer after exactly one space; the answer's tokens are scored.
 
     Prompt and answer are encoded together, and the tokens beyond the length of the prompt encoded alone are
     the answer's, as in lm-eval.
@@ -133,6 +135,9 @@ def choice(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, limit: in
         answer: One choice.
         limit: Tokens kept, from the end; a leading start token is kept as well.
         where: The item, for error messages.
+
+    Returns:
+        The tokens.
 
     Raises:
         DataError: Prompt or answer have no token, or the answer alone is longer than the limit.
@@ -150,42 +155,45 @@ def choice(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, limit: in
             next_step="Raise max_length if the choice is long; reword the prompt if it swallows the choice.",
         )
     kept = _last(whole, limit, tokenizer)
-    return ScoredTokens(tuple(kept), len(kept) - length, len(whole) > limit)
+    return Tokens(tuple(kept), len(kept) - length, len(whole) > limit)
 
 
-def context_limit(max_length: int, new_tokens: int, model_limit: int | None, *, where: str) -> int:
-    """Computes how many tokens of a prompt or document can be kept.
+def context_limit(max_length: int, room: int, model_limit: int | None, *, where: str) -> int:
+    """Compute how many tokens of a prompt or document can be kept.
 
     Args:
         max_length: The benchmark's limit, tokens.
-        new_tokens: Tokens that will be generated after it.
+        room: Tokens that will be generated after it.
         model_limit: The model's positions; None for no limit.
         where: The benchmark, for error messages.
+
+    Returns:
+        Tokens.
 
     Raises:
         RecipeError: Generation would leave no room for the prompt.
     """
     if model_limit is None:
         return max_length
-    if model_limit - new_tokens < 2:
+    if model_limit - room < 2:
         raise RecipeError(
             f"{where}.max_new_tokens",
-            got=str(new_tokens),
+            got=str(room),
             wanted=f"at most {model_limit - 2}, for a model with {model_limit} positions",
             next_step="Lower max_new_tokens.",
         )
-    return min(max_length, model_limit - new_tokens)
+    return min(max_length, model_limit - room)
 
 
-def padded_batches(
-    sequences: Sequence[ScoredTokens],
+def batches(
+    sequences: Sequence[Tokens],
     *,
     rows: int,
     pad: int,
     side: Literal["left", "right"],
     vocabulary: int = 0,
-) -> Iterator[PaddedBatch]:
-    """Sorts sequences by length, longest first, and pads them in batches.
+) -> Iterator[Batch]:
+    """Sort sequences by length, longest first, and pad them in batches.
 
     Args:
         sequences: What to batch.
@@ -210,7 +218,7 @@ def padded_batches(
             place = slice(width - len(tokens), width) if side == "left" else slice(len(tokens))
             ids[row, place] = tokens
             mask[row, place] = 1
-        yield PaddedBatch(tuple(members), ids, mask)
+        yield Batch(tuple(members), ids, mask)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -219,7 +227,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _open_ended(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encodes a text to be continued: without the end token that some tokenizers add."""
+    """Encode a text to be continued: without the end token that some tokenizers add."""
     ids = _encode(tokenizer, text)
     ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
     return ids[:-1] if ends else ids
@@ -239,5 +247,5 @@ def _need_context(ids: Sequence[int], where: str) -> None:
             where,
             got="a prompt of no tokens",
             wanted="at least one token before the answer",
-            next_step="Correct the prompt template or the row.",
+            next_step="Mend the prompt template or the row.",
         )
