@@ -55,11 +55,14 @@ def page(cls: type, old: str, example: str = "method: {{{}}}") -> str:
 
 
 def _told(cls: type) -> dict[str, str]:
-    """Read what the class's docstring tells of each option."""
-    text = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
-    entries = re.split(r"\n(?=    \w+: )", "\n" + text)
-    pairs = [entry.strip().partition(": ") for entry in entries if entry.strip()]
-    return {name: " ".join(words.split()).replace("``", "`") for name, _, words in pairs}
+    """Read what the docstrings of the class and of its bases tell of each option."""
+    told: dict[str, str] = {}
+    for base in reversed(inspect.getmro(cls)[:-1]):
+        text = inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+        entries = re.split(r"\n(?=    \w+: )", "\n" + text)
+        pairs = [entry.strip().partition(": ") for entry in entries if entry.strip()]
+        told |= {name: " ".join(words.split()).replace("``", "`") for name, _, words in pairs}
+    return told
 
 
 def _yaml(value: object) -> str:

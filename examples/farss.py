@@ -48,7 +48,7 @@ def main(output: Path, steps: int = 20) -> None:
     print(keeptune.export(tuned, plan, output / "adapter", base=base, tokenizer=tokenizer))
 
     served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(output / "adapter"))
-    facts = keeptune.Benchmark(
+    facts = keeptune.FileBenchmark(
         name="facts",
         role="knowledge",
         file=str(atlas.data_path("facts.jsonl")),

@@ -57,7 +57,7 @@ def main(output: Path, steps: int = 20) -> None:
     from peft import PeftModel
 
     served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(output / "adapter"))
-    facts = keeptune.Benchmark(
+    facts = keeptune.FileBenchmark(
         name="facts",
         role="knowledge",
         file=str(atlas.data_path("facts.jsonl")),

@@ -33,7 +33,7 @@ def main() -> None:
         store = StatStore(Path(folder))
         data = {"knowledge": tokens}
         targets, exact = statistics_for(model, LoraNull(), store, data=data)
-        for label, method in (("exact", LoraNull(rank=8)), ("released", LoraNull.as_released(rank=8))):
+        for label, method in (("exact", LoraNull(rank=8)), ("released", LoraNull(rank=8, covariance="released"))):
             _, statistics_ = statistics_for(model, method, store, data=data)
             plan = make_plan(method, targets, lambda target: read_weight(model, target), statistics_.view)
             for target in targets:

@@ -32,7 +32,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration, tokenize_calibration
 from keeptune.evaluation.likelihood import losses_and_divergence
-from keeptune.evaluation.tokenized import Tokens
+from keeptune.evaluation.scored_tokens import Passes, ScoredTokens
 from keeptune.linalg.symmetric import Dense
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import ResidentRunner
@@ -103,15 +103,15 @@ def known(job: Job, store: Path) -> Statistics:
     return collect(ResidentRunner(model), targets, requests, data, StatStore(store), model_fingerprint=fingerprint)
 
 
-def held_out(job: Job) -> list[Tokens]:
+def held_out(job: Job) -> list[ScoredTokens]:
     """Tokenise facts that are scored and never calibrated on, whole."""
     lines = atlas.data_path("facts.jsonl").read_text(encoding="utf-8").splitlines()[:HELD_OUT]
     texts = [f"{row['question']}\nAnswer: {row['answer']}" for row in map(json.loads, lines)]
     made: Calibration = tokenize_calibration(texts, job.tokenizer, max_length=64, where="facts")
-    return [Tokens(ids, 1, cut=False) for ids in made.sequences]
+    return [ScoredTokens(ids, 1, cut=False) for ids in made.sequences]
 
 
-def measured(folder: Path, job: Job, statistics: Statistics, texts: list[Tokens]) -> dict[str, Any]:
+def measured(folder: Path, job: Job, statistics: Statistics, texts: list[ScoredTokens]) -> dict[str, Any]:
     """Measure one run.
 
     Args:
@@ -140,9 +140,7 @@ def measured(folder: Path, job: Job, statistics: Statistics, texts: list[Tokens]
             scale, first, last = started[target.name]
             form = block_kronecker(Dense(Omega), Dense(Gamma), scale=scale, weight=per_learned / 2, start=first)
             blind += float(form.value(last))
-    found = losses_and_divergence(
-        load_pair(job, find_result(folder)), texts, rows=64, pad=0, where=str(folder), advance=lambda _: None
-    )
+    found = losses_and_divergence(load_pair(job, find_result(folder)), texts, Passes(rows=64, pad=0, where=str(folder)))
     return {
         "run": folder.name,
         "method": entry["method"],

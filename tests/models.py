@@ -227,7 +227,7 @@ class Bench:
     def targets(self) -> list[Target]:
         return find_targets(self.model, self.roles)
 
-    def collect(self, method: Method[Any], *, runner: ResidentRunner | None = None, **options: Any) -> Statistics:
+    def collect(self, method: Method, *, runner: ResidentRunner | None = None, **options: Any) -> Statistics:
         targets = self.targets()
         return collect(
             runner or ResidentRunner(self.model),
@@ -241,7 +241,7 @@ class Bench:
 
     def plan(
         self,
-        method: Method[Any],
+        method: Method,
         penalties: Sequence[Any] = (),
         *,
         runner: ResidentRunner | None = None,

@@ -3,146 +3,57 @@
 from __future__ import annotations
 
 import importlib
+import re
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from keeptune.adapter.install import install
-    from keeptune.api import export, measure, plan
-    from keeptune.core.errors import KeeptuneError
-    from keeptune.core.low_rank import LowRank
-    from keeptune.core.plan import Plan
-    from keeptune.evaluation.benchmarks import Benchmark
-    from keeptune.evaluation.model_pairs import AdapterPair, TwoModels
-    from keeptune.methods.combined import Combined, Part
-    from keeptune.methods.corda import Corda
-    from keeptune.methods.dora import Dora
-    from keeptune.methods.eva import Eva
-    from keeptune.methods.farss import Farss
-    from keeptune.methods.full import Full
-    from keeptune.methods.kasa import Kasa
-    from keeptune.methods.keep import Keep
-    from keeptune.methods.l2_lora import L2Lora
-    from keeptune.methods.lalora import Lalora
-    from keeptune.methods.loki import Loki
-    from keeptune.methods.lora import Lora
-    from keeptune.methods.lora_fa import LoraFA
-    from keeptune.methods.lora_ga import LoraGA
-    from keeptune.methods.lora_null import LoraNull
-    from keeptune.methods.mica import Mica
-    from keeptune.methods.milora import Milora
-    from keeptune.methods.olora import Olora
-    from keeptune.methods.osf import Osf
-    from keeptune.methods.pissa import Pissa
-    from keeptune.penalties.decay import Decay
-    from keeptune.penalties.drift import DriftBudget
-    from keeptune.penalties.ewc import Ewc
-    from keeptune.penalties.kl import Kl
-    from keeptune.penalties.l2 import L2
-    from keeptune.penalties.laplace import Laplace
-    from keeptune.posthoc.repair import Repair, repair
-    from keeptune.statistics.layer_effect import LayerEffect
-    from keeptune.studies.trace import trace
-    from keeptune.training.attach import attach
-    from keeptune.training.guard import Guard
-    from keeptune.training.penalty_engine import Penalties
+if TYPE_CHECKING:  # for editors and type checkers; at run time a name is imported when it is first used
+    from keeptune.adapter.install import install as install
+    from keeptune.api import export as export
+    from keeptune.api import measure as measure
+    from keeptune.api import plan as plan
+    from keeptune.core.errors import KeeptuneError as KeeptuneError
+    from keeptune.core.low_rank import LowRank as LowRank
+    from keeptune.core.plan import Plan as Plan
+    from keeptune.evaluation.benchmarks import FileBenchmark as FileBenchmark
+    from keeptune.evaluation.model_pairs import AdapterPair as AdapterPair
+    from keeptune.evaluation.model_pairs import TwoModels as TwoModels
+    from keeptune.methods.combined import Combined as Combined
+    from keeptune.methods.combined import Part as Part
+    from keeptune.posthoc.repair import Repair as Repair
+    from keeptune.posthoc.repair import repair as repair
+    from keeptune.statistics.layer_effect import LayerEffect as LayerEffect
+    from keeptune.studies.trace import trace as trace
+    from keeptune.training.attach import attach as attach
+    from keeptune.training.guard import Guard as Guard
+    from keeptune.training.penalty_engine import Penalties as Penalties
 
-__all__ = [
-    "AdapterPair",
-    "Benchmark",
-    "Combined",
-    "Corda",
-    "Decay",
-    "Dora",
-    "DriftBudget",
-    "Eva",
-    "Ewc",
-    "Farss",
-    "Full",
-    "Guard",
-    "Kasa",
-    "Keep",
-    "KeeptuneError",
-    "Kl",
-    "L2",
-    "L2Lora",
-    "Lalora",
-    "Loki",
-    "Lora",
-    "LayerEffect",
-    "LoraFA",
-    "LoraGA",
-    "LoraNull",
-    "Laplace",
-    "LowRank",
-    "Mica",
-    "Milora",
-    "Olora",
-    "Osf",
-    "Part",
-    "Penalties",
-    "Pissa",
-    "Plan",
-    "TwoModels",
-    "attach",
-    "measure",
-    "export",
-    "install",
-    "plan",
-    "Repair",
-    "repair",
-    "trace",
-]
-
-_HOMES = {
-    "AdapterPair": "evaluation.model_pairs",
-    "Benchmark": "evaluation.benchmarks",
-    "Combined": "methods.combined",
-    "Corda": "methods.corda",
-    "Decay": "penalties.decay",
-    "Dora": "methods.dora",
-    "DriftBudget": "penalties.drift",
-    "Eva": "methods.eva",
-    "Ewc": "penalties.ewc",
-    "Farss": "methods.farss",
-    "Full": "methods.full",
-    "Guard": "training.guard",
-    "Kasa": "methods.kasa",
-    "Keep": "methods.keep",
-    "KeeptuneError": "core.errors",
-    "Kl": "penalties.kl",
-    "L2": "penalties.l2",
-    "L2Lora": "methods.l2_lora",
-    "Lalora": "methods.lalora",
-    "Loki": "methods.loki",
-    "Lora": "methods.lora",
-    "LayerEffect": "statistics.layer_effect",
-    "LoraFA": "methods.lora_fa",
-    "LoraGA": "methods.lora_ga",
-    "LoraNull": "methods.lora_null",
-    "Laplace": "penalties.laplace",
-    "LowRank": "core.low_rank",
-    "Mica": "methods.mica",
-    "Milora": "methods.milora",
-    "Olora": "methods.olora",
-    "Osf": "methods.osf",
-    "Part": "methods.combined",
-    "Penalties": "training.penalty_engine",
-    "Pissa": "methods.pissa",
-    "Plan": "core.plan",
-    "TwoModels": "evaluation.model_pairs",
-    "attach": "training.attach",
-    "measure": "api",
-    "export": "api",
-    "install": "adapter.install",
-    "plan": "api",
-    "Repair": "posthoc.repair",
-    "repair": "posthoc.repair",
-    "trace": "studies.trace",
-}
+_PACKAGES = ("methods", "penalties")  # every class in their files that has a name is public
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used, so that ``import keeptune`` costs nothing."""
-    if name not in _HOMES:
+    """Imports a public name when it is first used, so that ``import keeptune`` is cheap."""
+    modules = _modules()
+    if name not in modules:
         raise AttributeError(f"module keeptune has no attribute {name}")
-    return getattr(importlib.import_module(f"keeptune.{_HOMES[name]}"), name)
+    globals()[name] = value = getattr(importlib.import_module(modules[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted({*globals(), *_modules()})
+
+
+@cache  # the files of the package do not change while it runs
+def _modules() -> dict[str, str]:
+    """Returns the module of each public name, from the imports above and the files of methods and penalties."""
+    here = Path(__file__)
+    imports = re.findall(r"^    from (\S+) import (\w+) as", here.read_text(encoding="utf-8"), re.M)
+    modules = {name: module for module, name in imports}
+    for path in (path for package in _PACKAGES for path in here.with_name(package).glob("*.py")):
+        classes = re.split(r"^class (?=\w)", path.read_text(encoding="utf-8"), flags=re.M)[1:]
+        named = [text for text in classes if re.search(r'^    name(: ClassVar\[str\])? = "', text, re.M)]
+        modules |= {re.split(r"\W", text)[0]: f"keeptune.{path.parent.name}.{path.stem}" for text in named}
+    return modules

@@ -23,8 +23,8 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples, task_calibration
 from keeptune.data.knowledge import knowledge_calibration, knowledge_of
 from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_calibration
+from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate as evaluate_one
-from keeptune.evaluation.kinds import AnyBenchmark
 from keeptune.evaluation.model_pairs import ModelPair
 from keeptune.evaluation.results import BenchmarkResult
 from keeptune.methods.base import Method
@@ -42,7 +42,7 @@ __all__ = ["export", "measure", "plan"]
 def plan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    method: Method[Any],
+    method: Method,
     *,
     knowledge: Sequence[str] | Sequence[tuple[str, str]] | None = None,
     task: Sequence[tuple[str, str]] | Sequence[tuple[str, float]] | None = None,
@@ -161,7 +161,7 @@ def export(
 
 
 def measure(
-    pair: ModelPair, tokenizer: PreTrainedTokenizerBase, benchmarks: Sequence[AnyBenchmark], *, seed: int = 0
+    pair: ModelPair, tokenizer: PreTrainedTokenizerBase, benchmarks: Sequence[Benchmark], *, seed: int = 0
 ) -> list[BenchmarkResult]:
     """Score benchmarks before and after tuning, on the same items.
 

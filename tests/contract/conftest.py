@@ -69,7 +69,7 @@ COUPLED = {case for case, method in CASES.items() if method.name in ("farss", "e
 ADAPTERS = {name: method for name, method in CASES.items() if method.scope == "adapter"}
 # Declared exemptions, each with a law of its own in test_adapters.py: what starts from less than W, and what is no
 # low-rank change and so has no portable form.
-MOVING = {name: method for name, method in ADAPTERS.items() if getattr(method, "moves_start", False)}
+MOVING = {name: method for name, method in ADAPTERS.items() if method.moves_start}
 STILL = {name: method for name, method in ADAPTERS.items() if name not in MOVING}
 RESCALING = {name: method for name, method in ADAPTERS.items() if method.name == "dora"}
 LOW_RANK = {name: method for name, method in ADAPTERS.items() if name not in RESCALING}

@@ -10,7 +10,7 @@ from tests.contract.conftest import CASES, World
 
 from keeptune.core.errors import RecipeError
 from keeptune.core.plan import Plan
-from keeptune.methods.base import methods, penalties_of
+from keeptune.methods.base import methods
 from keeptune.methods.strength import Strength, stronger
 
 WITH = {case: method for case, method in CASES.items() if method.strength_option}
@@ -48,7 +48,7 @@ def test_a_factor_above_1_keeps_more(case: str, worlds: Any) -> None:
     """A stronger penalty, a smaller budget, or less that is trained."""
     world: World = worlds("llama")
     pair = [moved(WITH[case], factor) for factor in (1.0, 2.0)]  # of loki, more rows than the rank are left
-    held = [penalties_of(method) for method in pair]
+    held = [method.penalties() for method in pair]
     if not held[0]:
         more, less = (trained(world.bench().plan(method)) for method in pair)
         assert less < more
@@ -69,5 +69,3 @@ def test_what_no_factor_moves_is_refused() -> None:
         stronger(methods()["lora"](), 3.0)
     with pytest.raises(RecipeError, match=r"method\.strength: got 0"):
         stronger(methods()["l2-lora"](strength=0.0), 3.0)
-    with pytest.raises(RecipeError, match="no option"):
-        stronger(type("Foreign", (), {"name": "foreign"})(), 3.0)

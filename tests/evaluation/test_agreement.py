@@ -9,9 +9,15 @@ import pytest
 from scipy import stats
 from sklearn import metrics
 
-from keeptune.evaluation.benchmarks import LABELS, SCORES, Metric
-from keeptune.evaluation.label_metrics import agreement, agreement_interval, resampled
-from keeptune.evaluation.metrics import paired_interval
+from keeptune.evaluation.metrics import (
+    LABELS,
+    SCORES,
+    Metric,
+    agreement,
+    agreement_interval,
+    paired_interval,
+    resampled,
+)
 
 CASES: list[tuple[Metric, int]] = [("accuracy", 3), ("f1", 2), ("f1", 4), ("matthews", 2), ("matthews", 5)]
 

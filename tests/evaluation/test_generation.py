@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.generation import greedy_texts
-from keeptune.evaluation.tokenized import prompt
+from keeptune.evaluation.scored_tokens import Passes, prompt
 
 PROMPTS = [
     "Once upon a time",
@@ -22,10 +22,11 @@ PROMPTS = [
 
 
 def texts_of(model: Any, tokenizer: Any, rows: int, **extra: Any) -> list[str]:
-    settings: dict[str, Any] = {"pad": 0, "new_tokens": 16, "stops": ("\n",), "where": "x"} | extra
+    settings: dict[str, Any] = {"new_tokens": 16, "stops": ("\n",)} | extra
+    passes = Passes(rows, settings.pop("pad", 0), settings.pop("where", "x"))
     prompts = [prompt(tokenizer, text, 99, where="x") for text in PROMPTS]
     with torch.no_grad():
-        return greedy_texts(model, tokenizer, prompts, rows=rows, advance=lambda _: None, **settings)
+        return greedy_texts(model, tokenizer, prompts, passes, **settings)
 
 
 def ends_of(model: Any) -> set[int]:

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from keeptune.core.errors import ModelError
-from keeptune.evaluation import AdapterPair, Benchmark, BenchmarkResult, TwoModels, evaluate
+from keeptune.evaluation import AdapterPair, BenchmarkResult, FileBenchmark, TwoModels, evaluate
 
 # PEFT 0.21 asks transformers 5.23 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -43,23 +43,23 @@ CHOICES: list[dict[str, Any]] = [
 FACTS: dict[str, Any] = {"name": "facts", "role": "knowledge", "file": "rows.jsonl"}
 
 
-def exact(**extra: Any) -> Benchmark:
+def exact(**extra: Any) -> FileBenchmark:
     fields = {"metric": "exact_match", "prompt": "{question}", "answer": "{answer}", "stop": (".", "\n", ",")}
-    return Benchmark(**FACTS | fields | extra)
+    return FileBenchmark(**FACTS | fields | extra)
 
 
-def multiple(**extra: Any) -> Benchmark:
+def multiple(**extra: Any) -> FileBenchmark:
     fields = {
         "metric": "multiple_choice",
         "prompt": "{question}",
         "choices": "{choices}",
         "answer": "{label}",
     }
-    return Benchmark(**FACTS | fields | extra)
+    return FileBenchmark(**FACTS | fields | extra)
 
 
-def crossed(**extra: Any) -> Benchmark:
-    return Benchmark(**FACTS | {"metric": "cross_entropy", "text": "{text}"} | extra)
+def crossed(**extra: Any) -> FileBenchmark:
+    return FileBenchmark(**FACTS | {"metric": "cross_entropy", "text": "{text}"} | extra)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ CASES = [(exact(), QUESTIONS), (multiple(), CHOICES), (crossed(), STORIES)]
 
 @pytest.mark.parametrize(("benchmark", "rows"), CASES)
 def test_batch_size_does_not_matter(
-    pair: AdapterPair, tokenizer: Any, write: Any, benchmark: Benchmark, rows: Any
+    pair: AdapterPair, tokenizer: Any, write: Any, benchmark: FileBenchmark, rows: Any
 ) -> None:
     folder = write(rows)
     whole = evaluate(pair, tokenizer, benchmark, folder)
@@ -94,7 +94,7 @@ def test_batch_size_does_not_matter(
 
 @pytest.mark.parametrize(("benchmark", "rows"), CASES)
 def test_results_are_json_and_round_trip(
-    pair: AdapterPair, tokenizer: Any, write: Any, benchmark: Benchmark, rows: Any
+    pair: AdapterPair, tokenizer: Any, write: Any, benchmark: FileBenchmark, rows: Any
 ) -> None:
     result = evaluate(pair, tokenizer, benchmark, write(rows), progress=False)
     summary = json.loads(json.dumps(result.summary(), allow_nan=False))
@@ -107,7 +107,7 @@ def test_results_are_json_and_round_trip(
 
 @pytest.mark.parametrize(("benchmark", "rows"), CASES)
 def test_a_model_beside_itself_does_not_change(
-    stories: Any, tokenizer: Any, write: Any, benchmark: Benchmark, rows: Any
+    stories: Any, tokenizer: Any, write: Any, benchmark: FileBenchmark, rows: Any
 ) -> None:
     result = evaluate(TwoModels(stories, stories), tokenizer, benchmark, write(rows))
     assert result.before == result.after
@@ -117,7 +117,7 @@ def test_a_model_beside_itself_does_not_change(
 
 @pytest.mark.parametrize(("benchmark", "rows"), CASES)
 def test_two_models_equal_the_adapter(
-    pair: AdapterPair, tokenizer: Any, write: Any, benchmark: Benchmark, rows: Any
+    pair: AdapterPair, tokenizer: Any, write: Any, benchmark: FileBenchmark, rows: Any
 ) -> None:
     folder = write(rows)
     result = evaluate(pair, tokenizer, benchmark, folder)
@@ -218,7 +218,7 @@ def test_the_seed_decides_the_interval_and_nothing_else(pair: AdapterPair, token
 
 @pytest.mark.parametrize(("benchmark", "rows"), CASES)
 def test_nan_names_the_benchmark_and_the_side(
-    stories: Any, tiny: Any, tokenizer: Any, write: Any, benchmark: Benchmark, rows: Any
+    stories: Any, tiny: Any, tokenizer: Any, write: Any, benchmark: FileBenchmark, rows: Any
 ) -> None:
     tiny.model.norm.weight.data[0] = math.nan
     with pytest.raises(ModelError, match=r"evaluate\.facts \(after\)"):

@@ -15,13 +15,13 @@ from peft import LoraConfig, get_peft_model
 from tests.models import counted_passes
 from tests.pipeline.support import write_jsonl
 
-from keeptune.evaluation import AdapterPair, Benchmark, evaluate
+from keeptune.evaluation import AdapterPair, FileBenchmark, evaluate
 from keeptune.evaluation.base_answers import KeptAnswers
 
 # PEFT 0.21 asks transformers 5.23 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-EXACT = Benchmark(
+EXACT = FileBenchmark(
     name="exact",
     role="task",
     file="rows.jsonl",
@@ -30,7 +30,7 @@ EXACT = Benchmark(
     answer="{answer}",
     max_new_tokens=4,
 )
-CHOICES = Benchmark(
+CHOICES = FileBenchmark(
     name="choices",
     role="knowledge",
     file="rows.jsonl",
@@ -52,7 +52,7 @@ def asked(stories: Any, tokenizer: Any, tmp_path: Path) -> Callable[..., tuple[A
     torch.manual_seed(2)
     pair = AdapterPair(get_peft_model(stories, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)))
 
-    def score(benchmark: Benchmark, kept: KeptAnswers | None) -> tuple[Any, int]:
+    def score(benchmark: FileBenchmark, kept: KeptAnswers | None) -> tuple[Any, int]:
         with counted_passes(stories) as count:
             result = evaluate(pair, tokenizer, benchmark, tmp_path, kept=kept)
         return result, count[0]
@@ -62,7 +62,7 @@ def asked(stories: Any, tokenizer: Any, tmp_path: Path) -> Callable[..., tuple[A
 
 @pytest.mark.parametrize("benchmark", [EXACT, CHOICES], ids=lambda b: b.name)
 def test_a_result_with_kept_answers_is_the_one_without(
-    asked: Callable[..., tuple[Any, int]], benchmark: Benchmark, tmp_path: Path
+    asked: Callable[..., tuple[Any, int]], benchmark: FileBenchmark, tmp_path: Path
 ) -> None:
     kept = KeptAnswers(tmp_path / "base", "this base")
     alone, passes = asked(benchmark, None)

@@ -9,7 +9,7 @@ from keeptune.core.errors import ModelError
 from keeptune.evaluation import likelihood
 from keeptune.evaluation.likelihood import log_likelihoods, losses_and_divergence
 from keeptune.evaluation.model_pairs import TwoModels
-from keeptune.evaluation.tokenized import choice, document
+from keeptune.evaluation.scored_tokens import Passes, choice, document
 
 TEXTS = [
     "Once upon a time there was a big red cat.",
@@ -19,12 +19,8 @@ TEXTS = [
 ]
 
 
-def ignore(_: int) -> None:
-    """Progress that nobody sees."""
-
-
 def sums_of(model: Any, sequences: Any, rows: int = 8, pad: int = 0) -> list[float]:
-    return log_likelihoods(model, sequences, rows=rows, pad=pad, where="x", advance=ignore)
+    return log_likelihoods(model, sequences, Passes(rows, pad, "x"))
 
 
 def test_choices_match_the_reference(model: Any, tokenizer: Any, reference: Any) -> None:
@@ -69,7 +65,7 @@ def test_counting_padding_would_differ(tiny: Any, tokenizer: Any) -> None:
 def test_losses_and_divergence_match_the_reference(tiny: Any, other: Any, tokenizer: Any, reference: Any) -> None:
     sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
     for rows in (1, 4):
-        found = losses_and_divergence(TwoModels(tiny, other), sequences, rows=rows, pad=0, where="x", advance=ignore)
+        found = losses_and_divergence(TwoModels(tiny, other), sequences, Passes(rows, 0, "x"))
         for sequence, losses in zip(sequences, found, strict=True):
             assert losses.tokens == len(sequence.ids) - 1
             assert losses.before == pytest.approx(-reference.log_likelihood(tiny, sequence.ids, 1), rel=1e-5)
@@ -80,7 +76,7 @@ def test_losses_and_divergence_match_the_reference(tiny: Any, other: Any, tokeni
 
 def test_a_model_does_not_diverge_from_itself(model: Any, tokenizer: Any) -> None:
     sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
-    found = losses_and_divergence(TwoModels(model, model), sequences, rows=3, pad=0, where="x", advance=ignore)
+    found = losses_and_divergence(TwoModels(model, model), sequences, Passes(3, 0, "x"))
     assert all(losses.divergence == 0 and losses.before == losses.after for losses in found)
 
 
@@ -95,7 +91,7 @@ def test_nan_names_the_side(tiny: Any, other: Any, tokenizer: Any) -> None:
     other.lm_head.weight.data[3] = torch.nan
     sequences = [document(tokenizer, TEXTS[0], 99, where="x")]
     with pytest.raises(ModelError, match=r"stories \(after\): got NaN"):
-        losses_and_divergence(TwoModels(tiny, other), sequences, rows=1, pad=0, where="stories", advance=ignore)
+        losses_and_divergence(TwoModels(tiny, other), sequences, Passes(1, 0, "stories"))
     with pytest.raises(ModelError, match="x: got NaN"):
         sums_of(other, sequences)
 
@@ -104,4 +100,4 @@ def test_vocabularies_must_agree(tiny: Any, other: Any, tokenizer: Any) -> None:
     other.resize_token_embeddings(520, mean_resizing=False)
     sequences = [document(tokenizer, TEXTS[0], 99, where="x")]
     with pytest.raises(ModelError, match="512 before and 520 after"):
-        losses_and_divergence(TwoModels(tiny, other), sequences, rows=1, pad=0, where="x", advance=ignore)
+        losses_and_divergence(TwoModels(tiny, other), sequences, Passes(1, 0, "x"))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from keeptune.core.errors import ArtefactError, StatisticsError
-from keeptune.evaluation.results import BenchmarkResult, grouped, rate, trade_off
+from keeptune.evaluation.results import BenchmarkResult, grouped, mean_scores, trade_off
 
 RESULT = BenchmarkResult(
     name="facts",
@@ -74,4 +74,10 @@ def test_groups_and_rates() -> None:
         "a": {"n": 2, "before": 1.0, "after": 0.25},
         "b": {"n": 1, "before": 0.5, "after": 0.25},
     }
-    assert rate([1.0, 2.0], [2.0, 4.0]) == 0.5
+    records = [
+        {"group": None, "before": 0.5, "after": 1.0, "kl": 0.25},
+        {"group": "a", "before": 0.5, "after": 0.25, "kl": 1.0},
+    ]
+    means = mean_scores(records, [2.0, 6.0], 0)
+    assert (means["before"], means["after"], means["kl_to_base"]) == (0.5, 3.5 / 8, 6.5 / 8)
+    assert means["groups"] == {"a": {"n": 1, "before": 0.5, "after": 0.25}}

@@ -11,9 +11,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from keeptune.core.errors import StatisticsError
-from keeptune.evaluation.benchmarks import Metric
 from keeptune.evaluation.metrics import (
     Change,
+    Metric,
     cut_at,
     exact_match,
     harmonic,

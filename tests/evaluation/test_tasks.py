@@ -7,7 +7,8 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from keeptune.core.errors import DataError, RecipeError
-from keeptune.evaluation.benchmarks import Benchmark, load_items
+from keeptune.evaluation.benchmarks import FileBenchmark
+from keeptune.evaluation.items import load_items
 
 QUESTIONS: dict[str, Any] = {
     "name": "facts",
@@ -29,19 +30,19 @@ DOCUMENTS: dict[str, Any] = {
 
 def choices_of(rows: list[dict[str, Any]], write: Any, **extra: Any) -> list[int | None]:
     filled = [{"question": "q"} | row for row in rows]
-    return [item.label for item in load_items(Benchmark(**CHOICES | extra), write(filled))]
+    return [item.label for item in load_items(FileBenchmark(**CHOICES | extra), write(filled))]
 
 
 @pytest.mark.parametrize("fields", [QUESTIONS, CHOICES, DOCUMENTS])
 def test_recipe_examples_are_valid(fields: dict[str, Any]) -> None:
-    benchmark = TypeAdapter(Benchmark).validate_python(fields | {"stop": ["\n", "."]})
+    benchmark = TypeAdapter(FileBenchmark).validate_python(fields | {"stop": ["\n", "."]})
     assert benchmark.stop == ("\n", ".")
-    assert benchmark == Benchmark(**fields, stop=("\n", "."))
+    assert benchmark == FileBenchmark(**fields, stop=("\n", "."))
 
 
 def test_unknown_keys_are_errors() -> None:
     with pytest.raises(ValidationError, match="promt"):
-        TypeAdapter(Benchmark).validate_python(QUESTIONS | {"promt": "x"})
+        TypeAdapter(FileBenchmark).validate_python(QUESTIONS | {"promt": "x"})
 
 
 @pytest.mark.parametrize(
@@ -61,13 +62,13 @@ def test_unknown_keys_are_errors() -> None:
 )
 def test_fields_that_do_not_fit_are_recipe_errors(fields: dict[str, Any], found: str) -> None:
     with pytest.raises(RecipeError, match=r"evaluate\.(facts|s)") as caught:
-        Benchmark(**fields)
+        FileBenchmark(**fields)
     assert found in str(caught.value)
 
 
 def test_a_missing_field_comes_with_an_example() -> None:
     with pytest.raises(RecipeError, match="Write for example") as caught:
-        Benchmark(**QUESTIONS | {"answer": None})
+        FileBenchmark(**QUESTIONS | {"answer": None})
     assert "{answer}" in str(caught.value)
 
 
@@ -77,7 +78,7 @@ def test_questions(write: Any) -> None:
         {"question": "When?", "answer": 1912},
         {"question": "Where?", "answer": "here"},
     ]
-    items = load_items(Benchmark(**QUESTIONS, examples=2), write(rows))
+    items = load_items(FileBenchmark(**QUESTIONS, examples=2), write(rows))
     assert [item.answers for item in items] == [("Ann", "Anna"), ("1912",)]
     assert [item.prompt for item in items] == ["Who?\nAnswer:", "When?\nAnswer:"]
     assert [item.group for item in items] == ["name", None]
@@ -88,19 +89,19 @@ def test_questions(write: Any) -> None:
 def test_bad_answers_name_the_row(answer: Any, write: Any) -> None:
     folder = write([{"question": "q", "answer": "a"}, {"question": "q", "answer": answer}])
     with pytest.raises(DataError, match=r"evaluate\.facts .*rows\.jsonl row 2"):
-        load_items(Benchmark(**QUESTIONS), folder)
+        load_items(FileBenchmark(**QUESTIONS), folder)
 
 
 def test_a_missing_file_and_a_missing_field_are_named(tmp_path: Path, write: Any) -> None:
     with pytest.raises(DataError, match="no such file"):
-        load_items(Benchmark(**QUESTIONS), tmp_path)
+        load_items(FileBenchmark(**QUESTIONS), tmp_path)
     with pytest.raises(DataError, match=r'row 1: .*"answer"'):
-        load_items(Benchmark(**QUESTIONS), write([{"question": "q"}]))
+        load_items(FileBenchmark(**QUESTIONS), write([{"question": "q"}]))
 
 
 def test_an_empty_document_is_an_error(write: Any) -> None:
     with pytest.raises(DataError, match="row 2: got an empty document"):
-        load_items(Benchmark(**DOCUMENTS), write([{"text": "a"}, {"text": " "}]))
+        load_items(FileBenchmark(**DOCUMENTS), write([{"text": "a"}, {"text": " "}]))
 
 
 @pytest.mark.parametrize(

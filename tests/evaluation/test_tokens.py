@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keeptune.core.errors import DataError, RecipeError
-from keeptune.evaluation.tokenized import Tokens, batches, choice, context_limit, document, prompt
+from keeptune.evaluation.scored_tokens import ScoredTokens, choice, context_limit, document, padded_batches, prompt
 
 
 @settings(deadline=None)
@@ -18,9 +18,9 @@ from keeptune.evaluation.tokenized import Tokens, batches, choice, context_limit
     st.sampled_from(["left", "right"]),
 )
 def test_batches_hold_every_sequence_once(lengths: list[int], rows: int, side: Any) -> None:
-    sequences = [Tokens(tuple(range(1, length + 1)), 1, False) for length in lengths]
+    sequences = [ScoredTokens(tuple(range(1, length + 1)), 1, False) for length in lengths]
     seen = {}
-    for batch in batches(sequences, rows=rows, pad=0, side=side):
+    for batch in padded_batches(sequences, rows=rows, pad=0, side=side):
         assert len(batch.members) <= rows
         for row, member in enumerate(batch.members):
             seen[member] = batch.ids[row][batch.mask[row].bool()].tolist()
@@ -31,11 +31,11 @@ def test_batches_hold_every_sequence_once(lengths: list[int], rows: int, side: A
 
 
 def test_batches_bound_the_logits() -> None:
-    sequences = [Tokens(tuple(range(1000)), 1, False)] * 5
-    sizes = [len(b.members) for b in batches(sequences, rows=64, pad=0, side="right", vocabulary=2**17)]
+    sequences = [ScoredTokens(tuple(range(1000)), 1, False)] * 5
+    sizes = [len(b.members) for b in padded_batches(sequences, rows=64, pad=0, side="right", vocabulary=2**17)]
     assert sizes == [2, 2, 1]
-    assert [len(b.members) for b in batches(sequences, rows=64, pad=0, side="left")] == [5]
-    huge = batches(sequences, rows=64, pad=0, side="right", vocabulary=2**30)
+    assert [len(b.members) for b in padded_batches(sequences, rows=64, pad=0, side="left")] == [5]
+    huge = padded_batches(sequences, rows=64, pad=0, side="right", vocabulary=2**30)
     assert [len(b.members) for b in huge] == [1] * 5
 
 
@@ -99,5 +99,5 @@ def test_context_limit() -> None:
 
 
 def test_mask_is_on_the_cpu_and_integral() -> None:
-    batch = next(iter(batches([Tokens((5, 6), 1, False)], rows=1, pad=0, side="left")))
+    batch = next(iter(padded_batches([ScoredTokens((5, 6), 1, False)], rows=1, pad=0, side="left")))
     assert batch.mask.dtype == batch.ids.dtype == torch.long

@@ -21,11 +21,13 @@ from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.core.target import Target, read_weight
 from keeptune.linalg.rank_budget import clipped_shares, exact_shares
 from keeptune.methods.corda import Corda
-from keeptune.methods.farss import Farss, direction_scores, importance, inverse_weights
+from keeptune.methods.farss import Farss
+from keeptune.methods.importance import direction_scores, importance, inverse_weights
 from keeptune.methods.milora import Milora
 from keeptune.methods.pissa import Pissa
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 
+RELEASED = Farss(rank=128, boundary=7, r_max=64, r_avg=50, alpha=128.0, selection="released")
 M, N = 12, 9
 INPUT, GRADIENT = InputCovariance("task"), GradientCovariance("task", "true")
 
@@ -187,7 +189,7 @@ def test_deep_targets_take_the_top_directions_for_every_rank(r: int) -> None:
     low = built(method, shallow, W, sigma_h, sigma_delta, r).evidence["direction_score"]
     assert sorted(top.tolist()) == pytest.approx(s[-r:], rel=1e-4)
     assert sorted(low.tolist()) == pytest.approx(s[:r], rel=1e-4)
-    released = dataclasses.replace(Farss.as_released(), boundary=2)
+    released = dataclasses.replace(RELEASED, boundary=2)
     wrong = built(released, deep, W, sigma_h, sigma_delta, r).evidence["direction_score"]
     assert sorted(wrong.tolist()) == pytest.approx(s[:r], rel=1e-4)
 
@@ -241,9 +243,9 @@ def test_an_alpha_divides_the_spectrum_by_the_scale(bench: Bench) -> None:
         assert relative(b.scale * b.init.dense(), a.init.dense()) < 1e-5
 
 
-def test_as_released_takes_out_more_than_w_has() -> None:
+def test_the_released_options_take_out_more_than_w_has() -> None:
     W, sigma_h, sigma_delta = weight(), psd(N, 1), psd(M, 2)
-    made = built(Farss.as_released(), target(), W, sigma_h, sigma_delta, 4)
+    made = built(RELEASED, target(), W, sigma_h, sigma_delta, 4)
     residual = W - made.scale * made.init.dense()
     u, v = made.init.B[:, 0] / made.init.B[:, 0].norm(), made.init.A[0] / made.init.A[0].norm()
     assert made.scale == 32
@@ -357,8 +359,8 @@ def test_candidates_lie_between_an_eighth_and_a_quarter_of_the_depth(blocks: int
 
 def test_a_wider_range_tries_more_and_a_given_boundary_nothing() -> None:
     assert [c.boundary for c in Farss(boundary_range=(0.2, 0.8)).candidates(4)] == [1, 2, 3]
-    assert Farss(boundary=2).candidates(8) == ()
-    assert Farss(variant="all-high").candidates(8) == ()
+    assert Farss(boundary=2).search is None
+    assert Farss(variant="all-high").search is None
 
 
 def test_inverse_weights_do_not_depend_on_the_unit() -> None:

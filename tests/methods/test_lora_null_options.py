@@ -51,11 +51,6 @@ def test_the_covariance_is_taken_on_knowledge_data(covariance: Any, request_: An
     assert LoraNull(covariance=covariance).requests(TARGET) == {request_}
 
 
-def test_as_released_is_the_released_covariance_at_the_papers_rank() -> None:
-    assert LoraNull.as_released() == LoraNull(rank=128, variant="v1", covariance="released")
-    assert LoraNull.as_released(4, "v2") == LoraNull(rank=4, variant="v2", covariance="released")
-
-
 def test_released_factors_are_float16_values() -> None:
     init = built(covariance="released").init
     assert torch.equal(init.A, init.A.half().float())

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-import keeptune.methods.base as base
+import keeptune.core.registry as registry
 from keeptune.core.errors import PlanError, RecipeError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
@@ -54,19 +54,19 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, meant: str) -> N
 
 
 def test_an_installed_package_adds_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "entry_points", points(Foreign))
+    monkeypatch.setattr(registry, "entry_points", points(Foreign))
     assert method_named("foreign") is Foreign
     assert list(methods()) == sorted({*methods(), "foreign"})
 
 
 def test_two_methods_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "entry_points", points(Impostor))
+    monkeypatch.setattr(registry, "entry_points", points(Impostor))
     with pytest.raises(RecipeError, match="method lora-null: got two of that name"):
         methods()
 
 
 def test_the_same_method_registered_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "entry_points", points(LoraNull, Foreign, Foreign))
+    monkeypatch.setattr(registry, "entry_points", points(LoraNull, Foreign, Foreign))
     assert methods()["lora-null"] is LoraNull
 
 

@@ -13,7 +13,7 @@ from tests.pipeline.support import recipe_of
 
 from keeptune import atlas
 from keeptune.core.errors import DataError, PlanError, RecipeError
-from keeptune.evaluation.benchmarks import Benchmark
+from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.methods.combined import Combined, Part
 from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora
@@ -77,7 +77,7 @@ def test_the_example_of_the_issue(example: Path, tmp_path: Path) -> None:
         ("stories", "knowledge", "cross_entropy"),
         ("arc", "knowledge", "multiple_choice"),
     ]
-    assert recipe.evaluate[3] == Benchmark(
+    assert recipe.evaluate[3] == FileBenchmark(
         name="arc",
         role="knowledge",
         file=str(work / "arc.jsonl"),

@@ -1,16 +1,16 @@
-"""What the base answered, kept for the next run on it: the runs of a comparison ask their base once.
+"""Answers of a base model on disk, so that the runs of a comparison compute them once.
 
 Laws: what is read back equals what was computed, bit for bit; a damaged file is computed again, never used.
 
 Only answers that need the base alone are kept: generated texts and log-likelihoods. A cross-entropy benchmark also
-tells KL(base || tuned), which needs the logits of both at every token, so its base is run again for each tuned model.
-A classifier's base has a head drawn with the run's seed and is run again as well.
+measures KL(base || tuned), which needs the logits of both at every token, so its base is run for each tuned model.
+A classifier's base has a head drawn with the run's seed and is run each time as well.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +18,6 @@ from typing import Any, TypeVar
 from keeptune.core.artefact import content_key, read_json, write_json
 from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import locked
-from keeptune.evaluation.benchmarks import Benchmark
-from keeptune.evaluation.tokenized import Tokens
 
 __all__ = ["KeptAnswers"]
 
@@ -33,51 +31,38 @@ class KeptAnswers:
 
     Args:
         folder: The folder.
-        base: Names all that its answers depend on besides benchmark and tokens: weights and device.
+        base: Names all that the answers depend on besides benchmark and tokens: weights and device.
     """
 
     folder: Path
     base: str
 
-    def get(self, benchmark: Benchmark, sequences: Sequence[Tokens], compute: Callable[[], list[T]]) -> list[T]:
-        """Read the base's answers, or have them computed and keep them; several processes compute them once.
-
-        Args:
-            benchmark: The benchmark.
-            sequences: What the base reads.
-            compute: Asks the base.
-
-        Returns:
-            What ``compute`` gives: a text or a number per sequence.
-        """
-        parts = [benchmark, [[tokens.ids, tokens.start] for tokens in sequences]]
-        return self.recall(benchmark.name, parts, len(sequences), compute)
-
-    def recall(self, name: str, parts: Any, count: int, compute: Callable[[], list[T]]) -> list[T]:
-        """Read answers, or have them computed and keep them.
+    def get(self, name: str, parts: Any, count: int, compute: Callable[[], list[T]]) -> list[T]:
+        """Reads the base's answers, or computes and writes them; several processes compute them once.
 
         Args:
             name: The benchmark.
             parts: What the answers depend on besides the base.
-            count: How many there are.
-            compute: Asks the base.
+            count: Number of answers.
+            compute: Runs the base.
 
         Returns:
-            What ``compute`` gives, which JSON must be able to hold.
+            The value of ``compute``, which JSON must be able to hold.
         """
         key = content_key([self.base, parts])
         path = self.folder / f"{name}-{key[:16]}.json"
         with locked(path.with_suffix(".lock")):
-            found: list[T] | None = _read(path, key, count)
-            if found is None:
-                found = compute()
-                write_json(path, {"key": key, "answers": found, "check": content_key(found)})
-            return found
+            answers: list[T] | None = _read(path, key, count)
+            if answers is None:
+                answers = compute()
+                write_json(path, {"key": key, "answers": answers, "check": content_key(answers)})
+            return answers
 
 
 def _read(path: Path, key: str, count: int) -> list[T] | None:
     if not path.is_file():
         return None
+    reason = "its contents are not those of its key"
     try:
         record = read_json(path)
         answers: list[T] = record["answers"]
@@ -85,7 +70,6 @@ def _read(path: Path, key: str, count: int) -> list[T] | None:
             _log.info("evaluate: the base's answers taken from %s", path)
             return answers
     except (ArtefactError, KeyError, TypeError) as error:
-        _log.warning("evaluate: %s is damaged (%s); the base is asked again", path, error)
-        return None
-    _log.warning("evaluate: %s is damaged; the base is asked again", path)
+        reason = str(error)
+    _log.warning("evaluate: %s is damaged (%s); the base is run again", path, reason)
     return None

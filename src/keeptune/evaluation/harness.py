@@ -4,51 +4,52 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.evaluation.base_answers import KeptAnswers
-from keeptune.evaluation.benchmarks import LABELS, SCORES, Benchmark, Item, load_items
+from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.classification import classified, need_language_model
 from keeptune.evaluation.generation import greedy_texts
-from keeptune.evaluation.kinds import AnyBenchmark
+from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.likelihood import log_likelihoods, losses_and_divergence
-from keeptune.evaluation.metrics import exact_match, paired_interval
-from keeptune.evaluation.model_pairs import ModelPair, Side, scoring
-from keeptune.evaluation.results import BenchmarkResult, grouped, rate
-from keeptune.evaluation.standard import NamedBenchmark, score_named
-from keeptune.evaluation.tokenized import (
-    Tokens,
+from keeptune.evaluation.metrics import LABELS, SCORES, exact_match
+from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, scoring
+from keeptune.evaluation.results import BenchmarkResult, mean_scores
+from keeptune.evaluation.scored_tokens import (
+    Passes,
+    ScoredTokens,
     choice,
     context_limit,
     document,
     padding_id,
     prompt,
 )
+from keeptune.evaluation.standard import NamedBenchmark, score_named
 from keeptune.model.blocks import positions
 
 __all__ = ["evaluate", "score_items"]
 
 _LOG = logging.getLogger(__name__)
-_SIDES: tuple[Side, Side] = ("before", "after")
-Records = list[dict[str, Any]]
+_Records = list[dict[str, Any]]
 T = TypeVar("T", str, float)
 
 
 def evaluate(
     pair: ModelPair,
     tokenizer: PreTrainedTokenizerBase,
-    benchmark: AnyBenchmark,
+    benchmark: Benchmark,
     folder: Path,
     *,
     seed: int = 0,
     progress: bool = True,
     kept: KeptAnswers | None = None,
 ) -> BenchmarkResult:
-    """Score a benchmark before and after fine-tuning.
+    """Scores a benchmark before and after fine-tuning.
 
     Args:
         pair: The models.
@@ -57,13 +58,14 @@ def evaluate(
         folder: The folder that the benchmark's relative path starts from.
         seed: Seed of the bootstrap interval; nothing else is random.
         progress: Show a bar where stderr is a terminal and the work takes more than two seconds.
-        kept: Where the base's answers are, so that it is not asked again; None asks it.
+        kept: The base's answers on disk; None runs the base.
 
     Returns:
         The scores, their interval and the record of every item.
     """
     if isinstance(benchmark, NamedBenchmark):
         return score_named(pair, tokenizer, benchmark, seed=seed, progress=progress, kept=kept)
+    assert isinstance(benchmark, FileBenchmark)
     items = load_items(benchmark, folder)
     return score_items(pair, tokenizer, benchmark, items, seed=seed, progress=progress, kept=kept)
 
@@ -71,234 +73,148 @@ def evaluate(
 def score_items(
     pair: ModelPair,
     tokenizer: PreTrainedTokenizerBase,
-    benchmark: Benchmark,
+    benchmark: FileBenchmark,
     items: Sequence[Item],
     *,
     seed: int = 0,
     progress: bool = True,
     kept: KeptAnswers | None = None,
 ) -> BenchmarkResult:
-    """Score items that are in memory already; see :func:`evaluate`.
-
-    Args:
-        pair: The models.
-        tokenizer: Their tokenizer.
-        benchmark: What to score.
-        items: Items of the benchmark's metric, at least one.
-        seed: Seed of the bootstrap interval.
-        progress: Whether to show a bar.
-        kept: Where the base's answers are.
-
-    Returns:
-        The result.
-    """
-    scorers = {
-        "exact_match": _generated,
-        "multiple_choice": _chosen,
-        "cross_entropy": _predicted,
-    }
+    """Scores items that are in memory already, at least one; see :func:`evaluate`."""
     passes = len(items) if benchmark.metric == "cross_entropy" else 2 * len(items)
     if benchmark.metric == "multiple_choice":
         passes = 2 * sum(len(item.choices) for item in items)
-    disable = None if progress else True
-    with tqdm(total=passes, desc=benchmark.name, unit="seq", disable=disable, delay=2) as bar:
+    with tqdm(total=passes, desc=benchmark.name, unit="seq", disable=None if progress else True, delay=2) as bar:
         if benchmark.metric in (*LABELS, *SCORES):
             return classified(pair, tokenizer, benchmark, items, seed=seed, advance=bar.update)
         need_language_model(pair, benchmark)
-        records = scorers[benchmark.metric](pair, tokenizer, benchmark, items, bar.update, kept)
-    return _result(benchmark, items, records, seed)
-
-
-def _result(benchmark: Benchmark, items: Sequence[Item], records: Records, seed: int) -> BenchmarkResult:
-    """Sum the items' records; losses are weighted by tokens, other scores by items."""
-    losses = benchmark.metric == "cross_entropy"
-    weights = [float(record["tokens"]) if losses else 1.0 for record in records]
-    before, after = (
-        [record[side] * weight for record, weight in zip(records, weights, strict=True)] for side in _SIDES
-    )
-    divergences = [record["kl"] * weight for record, weight in zip(records, weights, strict=True) if losses]
-    groups = [item.group for item in items]
+        scorer = _Scorer(pair, tokenizer, benchmark, items, bar.update, kept)
+        records = {
+            "exact_match": scorer.generated,
+            "multiple_choice": scorer.chosen,
+            "cross_entropy": scorer.predicted,
+        }[benchmark.metric]()
     named = [{"index": item.index, "group": item.group} | record for item, record in zip(items, records, strict=True)]
-    return BenchmarkResult(
-        name=benchmark.name,
-        role=benchmark.role,
-        metric=benchmark.metric,
-        n=len(items),
-        before=rate(before, weights),
-        after=rate(after, weights),
-        interval=paired_interval(before, after, seed, weights=weights),
-        kl_to_base=rate(divergences, weights) if losses else None,
-        groups=grouped(groups, before, after, weights),
-        items=named,
-    )
+    weights = [float(record.get("tokens", 1.0)) for record in records]  # losses are weighted by tokens
+    scores = mean_scores(named, weights, seed)
+    return BenchmarkResult(name=benchmark.name, role=benchmark.role, metric=benchmark.metric, **scores)
 
 
-def _generated(
-    pair: ModelPair,
-    tokenizer: PreTrainedTokenizerBase,
-    benchmark: Benchmark,
-    items: Sequence[Item],
-    advance: Callable[[int], object],
-    kept: KeptAnswers | None,
-) -> Records:
-    """Exact match of greedily generated answers."""
-    limit = _limit(pair, benchmark, benchmark.max_new_tokens)
-    prompts = [
-        prompt(
-            tokenizer,
-            item.prompt,
-            limit,
-            where=f"{benchmark.where} row {item.index + 1}",
+@dataclass(frozen=True, slots=True)
+class _Scorer:
+    """The records of a benchmark's items, one method per metric."""
+
+    pair: ModelPair
+    tokenizer: PreTrainedTokenizerBase
+    benchmark: FileBenchmark
+    items: Sequence[Item]
+    advance: Callable[[int], object]
+    kept: KeptAnswers | None
+
+    def generated(self) -> _Records:
+        """Exact match of greedily generated answers."""
+        benchmark, limit = self.benchmark, self._limit(self.benchmark.max_new_tokens)
+        prompts = [prompt(self.tokenizer, item.prompt, limit, where=self._row(item)) for item in self.items]
+        self._warn_of_cuts(prompts, limit)
+        texts = self._both_sides(
+            prompts,
+            lambda model, passes: greedy_texts(
+                model, self.tokenizer, prompts, passes, new_tokens=benchmark.max_new_tokens, stops=benchmark.stop
+            ),
         )
-        for item in items
-    ]
-    _report_cuts(benchmark, prompts, limit)
+        return [
+            {
+                "before": exact_match(first, item.answers, normalise=benchmark.normalise),
+                "after": exact_match(second, item.answers, normalise=benchmark.normalise),
+                "prompt": item.prompt,
+                "answers": list(item.answers),
+                "text_before": first,
+                "text_after": second,
+                "cut": tokens.cut,
+            }
+            for item, tokens, first, second in zip(self.items, prompts, *texts.values(), strict=True)
+        ]
 
-    def generated(side: Side) -> list[str]:
-        with scoring(pair, side) as model:
-            return greedy_texts(
-                model,
-                tokenizer,
-                prompts,
-                rows=benchmark.batch_size,
-                pad=padding_id(tokenizer),
-                new_tokens=benchmark.max_new_tokens,
-                stops=benchmark.stop,
-                where=f"{benchmark.where} ({side})",
-                advance=advance,
-            )
+    def chosen(self) -> _Records:
+        """Accuracy of the likeliest choice, and of the likeliest per character."""
+        limit = self._limit(0)
+        sequences = [
+            choice(self.tokenizer, item.prompt, text, limit, where=self._row(item))
+            for item in self.items
+            for text in item.choices
+        ]
+        self._warn_of_cuts(sequences, limit)
+        sums = self._both_sides(sequences, lambda model, passes: log_likelihoods(model, sequences, passes))
+        records, place = [], 0
+        for item in self.items:
+            end = place + len(item.choices)
+            record: dict[str, Any] = {"label": item.label, "choices": list(item.choices)}
+            for side in SIDES:
+                record |= _accuracies(item, sums[side][place:end], side)
+            record["cut"] = any(tokens.cut for tokens in sequences[place:end])
+            records.append(record)
+            place = end
+        return records
 
-    texts = _both_sides(generated, benchmark, prompts, kept)
-    return [
-        {
-            "before": exact_match(first, item.answers, normalise=benchmark.normalise),
-            "after": exact_match(second, item.answers, normalise=benchmark.normalise),
-            "prompt": item.prompt,
-            "answers": list(item.answers),
-            "text_before": first,
-            "text_after": second,
-            "cut": tokens.cut,
-        }
-        for item, tokens, first, second in zip(items, prompts, texts["before"], texts["after"], strict=True)
-    ]
+    def predicted(self) -> _Records:
+        """Cross-entropy and KL(base || tuned), nats per token of each document."""
+        limit = self._limit(0)
+        documents = [document(self.tokenizer, item.text, limit, where=self._row(item)) for item in self.items]
+        self._warn_of_cuts(documents, limit)
+        losses = losses_and_divergence(self.pair, documents, self._passes(self.benchmark.where))
+        return [
+            {
+                "before": loss.before / loss.tokens,
+                "after": loss.after / loss.tokens,
+                "kl": loss.divergence / loss.tokens,
+                "tokens": loss.tokens,
+                "cut": tokens.cut,
+            }
+            for tokens, loss in zip(documents, losses, strict=True)
+        ]
 
+    def _both_sides(
+        self, sequences: Sequence[ScoredTokens], compute: Callable[[PreTrainedModel, Passes], list[T]]
+    ) -> dict[Side, list[T]]:
+        """Runs both models, the base only where its answers are not kept."""
 
-def _chosen(
-    pair: ModelPair,
-    tokenizer: PreTrainedTokenizerBase,
-    benchmark: Benchmark,
-    items: Sequence[Item],
-    advance: Callable[[int], object],
-    kept: KeptAnswers | None,
-) -> Records:
-    """Accuracy of the likeliest choice, and of the likeliest per character."""
-    limit = _limit(pair, benchmark, 0)
-    sequences = [
-        choice(
-            tokenizer,
-            item.prompt,
-            text,
-            limit,
-            where=f"{benchmark.where} row {item.index + 1}",
-        )
-        for item in items
-        for text in item.choices
-    ]
-    _report_cuts(benchmark, sequences, limit)
+        def run(side: Side) -> list[T]:
+            with scoring(self.pair, side) as model:
+                return compute(model, self._passes(f"{self.benchmark.where} ({side})"))
 
-    def scored(side: Side) -> list[float]:
-        with scoring(pair, side) as model:
-            return log_likelihoods(
-                model,
-                sequences,
-                rows=benchmark.batch_size,
-                pad=padding_id(tokenizer),
-                where=f"{benchmark.where} ({side})",
-                advance=advance,
-            )
+        if self.kept is None:
+            return {side: run(side) for side in SIDES}
+        parts = [self.benchmark, [[tokens.ids, tokens.start] for tokens in sequences]]
+        before = self.kept.get(self.benchmark.name, parts, len(sequences), lambda: run("before"))
+        return {"before": before, "after": run("after")}
 
-    sums = _both_sides(scored, benchmark, sequences, kept)
-    records, place = [], 0
-    for item in items:
-        end = place + len(item.choices)
-        record: dict[str, Any] = {"label": item.label, "choices": list(item.choices)}
-        for side in _SIDES:
-            record |= _accuracies(item, sums[side][place:end], side)
-        record["cut"] = any(tokens.cut for tokens in sequences[place:end])
-        records.append(record)
-        place = end
-    return records
+    def _passes(self, where: str) -> Passes:
+        return Passes(self.benchmark.batch_size, padding_id(self.tokenizer), where, self.advance)
 
+    def _row(self, item: Item) -> str:
+        return f"{self.benchmark.where} row {item.index + 1}"
 
-def _both_sides(
-    ask: Callable[[Side], list[T]], benchmark: Benchmark, sequences: Sequence[Tokens], kept: KeptAnswers | None
-) -> dict[Side, list[T]]:
-    """Ask both models, the base only where its answers are not kept."""
-    before = ask("before") if kept is None else kept.get(benchmark, sequences, lambda: ask("before"))
-    return {"before": before, "after": ask("after")}
+    def _limit(self, new_tokens: int) -> int:
+        """Returns the tokens kept of each sequence, the same before and after."""
+        known = []
+        for side in SIDES:
+            with scoring(self.pair, side) as model:
+                known.append(positions(model))
+        least = min((limit for limit in known if limit is not None), default=None)
+        return context_limit(self.benchmark.max_length, new_tokens, least, where=self.benchmark.where)
+
+    def _warn_of_cuts(self, sequences: Sequence[ScoredTokens], limit: int) -> None:
+        cut = sum(tokens.cut for tokens in sequences)
+        if cut:
+            where = self.benchmark.where
+            _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", where, cut, len(sequences), limit)
 
 
 def _accuracies(item: Item, sums: Sequence[float], side: Side) -> Mapping[str, Any]:
-    """Compare one item's log-likelihoods; of equal ones the first counts, as in lm-eval."""
+    """Compares one item's log-likelihoods; of equal ones the first counts, as in lm-eval."""
     rates = [value / len(text) for value, text in zip(sums, item.choices, strict=True)]
     return {
         side: float(sums.index(max(sums)) == item.label),
         f"acc_norm_{side}": float(rates.index(max(rates)) == item.label),
         f"loglikelihoods_{side}": list(sums),
     }
-
-
-def _predicted(
-    pair: ModelPair,
-    tokenizer: PreTrainedTokenizerBase,
-    benchmark: Benchmark,
-    items: Sequence[Item],
-    advance: Callable[[int], object],
-    _: KeptAnswers | None,
-) -> Records:
-    """Cross-entropy and KL(base || tuned), nats per token of each document."""
-    limit = _limit(pair, benchmark, 0)
-    documents = [
-        document(tokenizer, item.text, limit, where=f"{benchmark.where} row {item.index + 1}") for item in items
-    ]
-    _report_cuts(benchmark, documents, limit)
-    losses = losses_and_divergence(
-        pair,
-        documents,
-        rows=benchmark.batch_size,
-        pad=padding_id(tokenizer),
-        where=benchmark.where,
-        advance=advance,
-    )
-    return [
-        {
-            "before": found.before / found.tokens,
-            "after": found.after / found.tokens,
-            "kl": found.divergence / found.tokens,
-            "tokens": found.tokens,
-            "cut": tokens.cut,
-        }
-        for tokens, found in zip(documents, losses, strict=True)
-    ]
-
-
-def _limit(pair: ModelPair, benchmark: Benchmark, room: int) -> int:
-    """Tokens kept of each sequence, the same before and after."""
-    known = []
-    for side in _SIDES:
-        with scoring(pair, side) as model:
-            known.append(positions(model))
-    least = min((limit for limit in known if limit is not None), default=None)
-    return context_limit(benchmark.max_length, room, least, where=benchmark.where)
-
-
-def _report_cuts(benchmark: Benchmark, sequences: Sequence[Tokens], limit: int) -> None:
-    cut = sum(tokens.cut for tokens in sequences)
-    if cut:
-        _LOG.warning(
-            "%s: %d of %d sequences were cut to %d tokens.",
-            benchmark.where,
-            cut,
-            len(sequences),
-            limit,
-        )

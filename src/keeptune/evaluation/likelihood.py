@@ -7,7 +7,7 @@ for at most ``_CHUNK`` tokens at a time; sums over tokens are float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.model_pairs import ModelPair, Side, scoring
-from keeptune.evaluation.tokenized import Batch, Tokens, batches
+from keeptune.evaluation.scored_tokens import PaddedBatch, Passes, ScoredTokens, padded_batches
 
-__all__ = ["Losses", "log_likelihoods", "losses_and_divergence"]
+__all__ = ["Losses", "log_likelihoods", "losses_and_divergence", "need_finite"]
 
 _CHUNK = 1024
 
@@ -40,24 +40,13 @@ class Losses:
     divergence: float
 
 
-def log_likelihoods(
-    model: PreTrainedModel,
-    sequences: Sequence[Tokens],
-    *,
-    rows: int,
-    pad: int,
-    where: str,
-    advance: Callable[[int], object],
-) -> list[float]:
-    """Sum the log-probabilities of each sequence's scored tokens.
+def log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], passes: Passes) -> list[float]:
+    """Sums the log-probabilities of each sequence's scored tokens.
 
     Args:
         model: The model, in evaluation mode.
         sequences: Token sequences.
-        rows: Sequences per forward pass at most.
-        pad: Token id of the padding.
-        where: The benchmark and side, for error messages.
-        advance: Told the number of sequences done after each batch.
+        passes: How they go through the model.
 
     Returns:
         One log-likelihood per sequence, nats.
@@ -66,40 +55,27 @@ def log_likelihoods(
         ModelError: The model gives values that are not finite.
     """
     results = [0.0] * len(sequences)
-    width = _vocabulary(model)
-    for batch in batches(sequences, rows=rows, pad=pad, side="right", vocabulary=width):
+    for batch in _batches(sequences, passes, model):
         logits = _logits(model, batch)
         sums = torch.zeros(len(batch.members), dtype=torch.float64)
         for row, column, target in _chunks(batch, sequences):
-            picked = _at(_log_probabilities(logits, row, column), target)
-            sums.index_add_(0, row, picked)
-        _need_finite(sums, where)
+            sums.index_add_(0, row, _at(_log_probabilities(logits, row, column), target))
+        need_finite(sums, passes.where, "log-probabilities")
         for member, value in zip(batch.members, sums.tolist(), strict=True):
             results[member] = value
-        advance(len(batch.members))
+        passes.advance(len(batch.members))
     return results
 
 
-def losses_and_divergence(
-    pair: ModelPair,
-    sequences: Sequence[Tokens],
-    *,
-    rows: int,
-    pad: int,
-    where: str,
-    advance: Callable[[int], object],
-) -> list[Losses]:
-    """Compute each sequence's loss before and after, and KL(base || tuned) on the same tokens.
+def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], passes: Passes) -> list[Losses]:
+    """Computes each sequence's loss before and after, and KL(base || tuned) on the same tokens.
 
     Both models see one batch after the other, so that only one batch of logits of each is held.
 
     Args:
         pair: The models.
         sequences: Token sequences.
-        rows: Sequences per forward pass at most.
-        pad: Token id of the padding.
-        where: The benchmark, for error messages.
-        advance: Told the number of sequences done after each batch.
+        passes: How they go through the models.
 
     Returns:
         One result per sequence.
@@ -109,12 +85,12 @@ def losses_and_divergence(
     """
     results = [Losses(0, 0.0, 0.0, 0.0)] * len(sequences)
     with scoring(pair, "before") as model:
-        width = _vocabulary(model)
-    for batch in batches(sequences, rows=rows, pad=pad, side="right", vocabulary=width):
+        batched = _batches(sequences, passes, model)
+    for batch in batched:
         base, tuned = _side(pair, "before", batch), _side(pair, "after", batch)
         if base.shape != tuned.shape:
             raise ModelError(
-                where,
+                passes.where,
                 got=f"vocabularies of {base.shape[-1]} before and {tuned.shape[-1]} after",
                 wanted="one vocabulary, so that the predictions can be compared",
                 next_step="Give the base model the tuned model's added tokens, or drop this benchmark.",
@@ -126,32 +102,52 @@ def losses_and_divergence(
             sums[1].index_add_(0, row, -_at(second, target))
             sums[2].index_add_(0, row, _divergence(first, second.to(first.device)))
         for side, values in zip(("before", "after", "KL divergence"), sums, strict=True):
-            _need_finite(values, f"{where} ({side})")
+            need_finite(values, f"{passes.where} ({side})", "log-probabilities")
         for member, values in zip(batch.members, sums.T.tolist(), strict=True):
-            count = len(sequences[member].ids) - sequences[member].start
-            results[member] = Losses(count, *values)
-        advance(len(batch.members))
+            results[member] = Losses(len(sequences[member].ids) - sequences[member].start, *values)
+        passes.advance(len(batch.members))
     return results
 
 
-def _side(pair: ModelPair, side: Side, batch: Batch) -> Tensor:
+def need_finite(values: Tensor, where: str, what: str) -> None:
+    """Checks values that a model computed.
+
+    Args:
+        values: The values, of any shape.
+        where: The benchmark and side.
+        what: What they are, in the plural.
+
+    Raises:
+        ModelError: One is NaN or infinite.
+    """
+    if not bool(values.isfinite().all()):
+        raise ModelError(
+            where,
+            got=f"NaN or infinite {what}",
+            wanted="finite values",
+            next_step="Look at the training loss for a jump, or load the model in float32.",
+        )
+
+
+def _batches(sequences: Sequence[ScoredTokens], passes: Passes, model: PreTrainedModel) -> Iterator[PaddedBatch]:
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return padded_batches(sequences, rows=passes.rows, pad=passes.pad, side="right", vocabulary=vocabulary)
+
+
+def _side(pair: ModelPair, side: Side, batch: PaddedBatch) -> Tensor:
     with scoring(pair, side) as model:
         return _logits(model, batch)
 
 
-def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Compute (R, L, V) logits in the model's dtype."""
+def _logits(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:
+    """Computes (R, L, V) logits in the model's dtype."""
     ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().vocab_size)
-
-
-def _chunks(batch: Batch, sequences: Sequence[Tokens]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """List the scored tokens of a batch as (row, column of the logits that predict it, token id)."""
+def _chunks(batch: PaddedBatch, sequences: Sequence[ScoredTokens]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields the scored tokens of a batch as (row, column of the logits that predict it, token id)."""
     spans = [(sequences[member].start, len(sequences[member].ids)) for member in batch.members]
     row = torch.cat([torch.full((end - start,), index) for index, (start, end) in enumerate(spans)])
     column = torch.cat([torch.arange(start - 1, end - 1) for start, end in spans])
@@ -160,29 +156,19 @@ def _chunks(batch: Batch, sequences: Sequence[Tokens]) -> Iterator[tuple[Tensor,
 
 
 def _log_probabilities(logits: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Take (N, V) log-probabilities in float32 from (R, L, V) logits."""
+    """Returns (N, V) log-probabilities in float32 of (R, L, V) logits."""
     picked = logits[row.to(logits.device), column.to(logits.device)]
     return torch.log_softmax(picked.float(), dim=-1)
 
 
 def _at(log_probabilities: Tensor, target: Tensor) -> Tensor:
-    """Take each token's own log-probability: (N,) float64 on the CPU."""
+    """Returns each token's own log-probability: (N,) float64 on the CPU."""
     index = target.to(log_probabilities.device).unsqueeze(-1)
     return log_probabilities.gather(-1, index).squeeze(-1).double().cpu()
 
 
 def _divergence(base: Tensor, tuned: Tensor) -> Tensor:
-    """Compute KL(base || tuned) of (N, V) log-probabilities: (N,) float64 on the CPU."""
+    """Computes KL(base || tuned) of (N, V) log-probabilities: (N,) float64 on the CPU."""
     # Some models forbid tokens with -inf; they contribute 0, where 0 * (-inf + inf) would be NaN.
     terms = torch.where(base > -torch.inf, base.exp() * (base - tuned), 0.0)
     return terms.sum(dim=-1).double().cpu()
-
-
-def _need_finite(values: Tensor, where: str) -> None:
-    if not bool(values.isfinite().all()):
-        raise ModelError(
-            where,
-            got="NaN or infinite log-probabilities",
-            wanted="finite values",
-            next_step="Look at the training loss for a jump, or load the model in float32.",
-        )

@@ -1,4 +1,4 @@
-r"""Answers compared, changes with their intervals, and the summary scores K, T and KT.
+r"""Answers compared, scores of labels, changes with their intervals, and the summary scores K, T and KT.
 
 The summary scores are those of FARSS (appendix A.3). With :math:`W_j` and :math:`W_j^{(0)}` the results on
 knowledge benchmark j after and before fine-tuning, :math:`S_i` and :math:`S_i^{(FT)}` those on task benchmark
@@ -9,10 +9,18 @@ i of the method and of full fine-tuning,
     T = \frac1N \sum_i \frac{S_i}{S_i^{(FT)}} \;(37) \qquad
     KT = \frac{2 K T}{K + T} \;(38)
 
-LoKI's average forgetting, the mean relative drop on the knowledge benchmarks, is :math:`1 - K`.
+LoKI's average forgetting, the mean relative drop on the knowledge benchmarks, is :math:`1 - K`. Extension: the paper
+has accuracies only. For cross-entropies the ratio is that of the inverse perplexities, exp(before - after), so that 1
+is "all kept" and less than 1 is worse here too.
 
-Extension: the paper has accuracies only. For cross-entropies, where lower is better, the ratio is that of the
-perplexities turned over, exp(before - after), so that 1 is "all kept" and less than 1 is worse here too.
+Scores of labels are scikit-learn's and scipy's. A bootstrap needs them for thousands of resamples, so :func:`resampled`
+has them over the last axis of an array, among them the Matthews correlation coefficient for any number of labels
+(Gorodkin 2004),
+
+.. math:: R_K = \frac{c s - \sum_k p_k t_k}{\sqrt{(s^2 - \sum_k p_k^2)(s^2 - \sum_k t_k^2)}}
+
+(s items, c of them right, label k right t_k times and predicted p_k times). An undefined statistic (all predictions
+equal) is 0, as in scikit-learn.
 """
 
 from __future__ import annotations
@@ -22,38 +30,54 @@ import math
 import re
 import string
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from sklearn import metrics
 
 from keeptune.core.errors import StatisticsError
-from keeptune.evaluation.benchmarks import Measure, Normalisation
+from keeptune.core.intervals import lower_is_better
 
 __all__ = [
+    "LABELS",
+    "SCORES",
     "Change",
-    "average_forgetting",
+    "Measure",
+    "Metric",
+    "Normalisation",
+    "agreement",
+    "agreement_interval",
     "cut_at",
     "exact_match",
     "harmonic",
     "knowledge_kept",
-    "normalise_exact",
     "normalise_qa",
     "paired_interval",
+    "resampled",
     "task_learned",
 ]
+
+Metric = Literal["exact_match", "multiple_choice", "cross_entropy", "accuracy", "f1", "matthews", "pearson", "spearman"]
+# Metrics of results: those above, and those of standard benchmarks.
+Measure = Metric | Literal["accuracy_norm", "pass_at_1", "prompts_followed", "instructions_followed"]
+Normalisation = Literal["qa", "exact"]
+LABELS = ("accuracy", "f1", "matthews")  # of a classifier's labels
+SCORES = ("pearson", "spearman")  # of a regression's scores
 
 _LOG = logging.getLogger(__name__)
 _ARTICLES = re.compile(r"\b(?:The |the |An |A |a |an )")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _RESAMPLES = 9999
 _BATCH_ELEMENTS = 2**22  # resampled values held at a time, 32 MiB as float64
+_Values = NDArray[Any]
 
 
 def normalise_qa(text: str) -> str:
-    """Bring an answer into the form in which it is compared.
+    """Returns the form of an answer that is compared: without case, punctuation, articles and outer white space.
 
     White space at the ends, articles followed by a space ("the", "The", but not "THE"), case and ASCII
     punctuation go, in this order, and then white space at the ends again. This is what lm-eval 0.4.13 does
@@ -61,60 +85,32 @@ def normalise_qa(text: str) -> str:
     articles. One difference from both: they strip generated text once, before punctuation goes, and
     references never, so that "Paris ." does not equal "Paris" there and does here.
 
-    Args:
-        text: An answer.
-
-    Returns:
-        Its normal form, possibly empty.
-
     >>> normalise_qa(" The U.S.A. ")
     'usa'
     """
     return _ARTICLES.sub("", text.strip()).lower().translate(_NO_PUNCTUATION).strip()
 
 
-def normalise_exact(text: str) -> str:
-    """Leave an answer as it is but for white space at its ends.
-
-    Args:
-        text: An answer.
-
-    Returns:
-        The stripped answer.
-    """
-    return text.strip()
-
-
 def exact_match(prediction: str, answers: Iterable[str], *, normalise: Normalisation = "qa") -> float:
-    """Say whether a prediction equals one of the accepted answers.
+    """Returns 1.0 if a prediction equals one of the accepted answers, else 0.0.
 
-    A prediction without a letter or digit left is wrong, even if an alias ("?") is as empty as it.
+    A prediction that is empty once normalised is wrong, even if an accepted answer ("?") is as empty.
 
     Args:
         prediction: Generated text.
         answers: Accepted answers.
-        normalise: How both are normalised before they are compared.
-
-    Returns:
-        1.0 or 0.0.
+        normalise: ``"qa"`` compares by :func:`normalise_qa`, ``"exact"`` without white space at the ends.
 
     >>> exact_match(" the Eiffel tower.", ["Eiffel Tower", "La tour Eiffel"])
     1.0
     """
-    form = {"qa": normalise_qa, "exact": normalise_exact}[normalise]
-    found = form(prediction)
-    return float(found != "" and found in {form(answer) for answer in answers})
+    form: Callable[[str], str] = normalise_qa if normalise == "qa" else str.strip
+    predicted = form(prediction)
+    return float(predicted != "" and predicted in {form(answer) for answer in answers})
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
-    r"""Cut a text before the first of several strings.
-
-    Args:
-        text: The text.
-        stops: Strings of one character or more.
-
-    Returns:
-        The text up to the place where the earliest of them begins; the whole text if none occurs.
+    r"""Returns a text up to the earliest of several non-empty strings, the whole text if none occurs.
 
     >>> cut_at("Paris.\nQuestion:", ["\n", "."])
     'Paris'
@@ -126,7 +122,7 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
 def paired_interval(
     before: ArrayLike, after: ArrayLike, seed: int, *, weights: ArrayLike | None = None
 ) -> tuple[float, float]:
-    """Compute a 95% bootstrap interval of the change of a mean, items resampled as pairs.
+    """Computes a 95% bootstrap interval of the change of a mean, items resampled as pairs.
 
     The change is sum(after - before) / sum(weights): with weights 1 the mean difference; with losses summed
     over the tokens of each document and token counts as weights the change in nats per token, where long
@@ -150,19 +146,14 @@ def paired_interval(
     if np.ptp(rates) <= 1e-12 * np.abs(rates).max():
         point = float(change.sum() / counts.sum())
         return point, point
-    interval = _bootstrap(change, counts, seed, "BCa")
-    if not np.isfinite(interval).all():
-        interval = _bootstrap(change, counts, seed, "percentile")
-    return interval
+    return _bootstrap((change, counts), lambda d, w, axis: d.sum(axis=axis) / w.sum(axis=axis), seed)
 
 
 def _checked(
     before: ArrayLike, after: ArrayLike, weights: ArrayLike | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    first, second = (
-        np.asarray(before, dtype=np.float64),
-        np.asarray(after, dtype=np.float64),
-    )
+    """Returns the change and the weight of each item."""
+    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     counts = np.ones_like(first) if weights is None else np.asarray(weights, dtype=np.float64)
     if not first.size or not first.shape == second.shape == counts.shape == (first.size,):
         raise StatisticsError(
@@ -181,33 +172,146 @@ def _checked(
     return second - first, counts
 
 
-def _bootstrap(change: NDArray[np.float64], counts: NDArray[np.float64], seed: int, method: str) -> tuple[float, float]:
-    with warnings.catch_warnings():
-        # The caller looks for NaN, which is all that this warning says.
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        interval = stats.bootstrap(
-            (change, counts),
-            lambda d, w, axis: d.sum(axis=axis) / w.sum(axis=axis),
-            paired=True,
-            vectorized=True,
-            confidence_level=0.95,
-            n_resamples=_RESAMPLES,
-            batch=max(1, _BATCH_ELEMENTS // change.size),
-            method=method,
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
+def _bootstrap(data: tuple[_Values, ...], statistic: Callable[..., _Values], seed: int) -> tuple[float, float]:
+    """Returns the BCa interval of a statistic of paired arrays, or that of percentiles where it is not finite."""
+    for method in ("BCa", "percentile"):
+        with warnings.catch_warnings():
+            # Both warn of the NaN that the check below looks for.
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
+            interval = stats.bootstrap(
+                data,
+                statistic,
+                paired=True,
+                vectorized=True,
+                axis=-1,
+                confidence_level=0.95,
+                n_resamples=_RESAMPLES,
+                batch=max(1, _BATCH_ELEMENTS // data[0].size),
+                method=method,
+                rng=np.random.default_rng(seed),
+            ).confidence_interval
+        if np.isfinite([interval.low, interval.high]).all():
+            break
     return float(interval.low), float(interval.high)
+
+
+def agreement(metric: Metric, truth: _Values, predicted: _Values, labels: int = 0) -> float:
+    """Scores the predictions of a classifier or a regression.
+
+    Args:
+        metric: One of ``LABELS`` or ``SCORES``.
+        truth: (n,) indices of labels, or scores.
+        predicted: (n,) predictions.
+        labels: Number of labels of the classifier.
+
+    Returns:
+        The score. F1 is that of label 1 where there are two labels, else the mean over all labels that are right
+        or predicted somewhere; a correlation of a constant is 0.
+    """
+    if metric in SCORES:
+        if np.ptp(truth) == 0 or np.ptp(predicted) == 0:
+            return 0.0
+        correlate = stats.pearsonr if metric == "pearson" else stats.spearmanr
+        return float(correlate(truth, predicted).statistic)
+    with warnings.catch_warnings():
+        # Of a single label, scikit-learn asks whether it is a regression.
+        warnings.simplefilter("ignore", UserWarning)
+        if metric == "accuracy":
+            return float(metrics.accuracy_score(truth, predicted))
+        if metric == "matthews":
+            return float(metrics.matthews_corrcoef(truth, predicted))
+        average = "binary" if labels == 2 else "macro"
+        return float(metrics.f1_score(truth, predicted, average=average, zero_division=0))
+
+
+def agreement_interval(
+    metric: Metric, truth: _Values, before: _Values, after: _Values, seed: int, labels: int = 0
+) -> tuple[float, float]:
+    """Computes a 95% bootstrap interval of the change of :func:`agreement`, items resampled with both predictions.
+
+    Args:
+        metric: One of ``LABELS`` or ``SCORES``.
+        truth: (n,) right labels or scores.
+        before: (n,) predictions of the base model.
+        after: (n,) predictions of the tuned model.
+        seed: Seed of the resampling.
+        labels: Number of labels of the classifier.
+
+    Returns:
+        Low and high end as of :func:`paired_interval`; equal predictions, or a single item, give a point.
+    """
+    statistic = resampled(metric, labels)
+
+    def change(truth: _Values, before: _Values, after: _Values, axis: int) -> _Values:
+        assert axis == -1
+        return statistic(truth, after) - statistic(truth, before)
+
+    if truth.size < 2 or np.array_equal(before, after):
+        point = float(change(truth, before, after, -1))
+        return point, point
+    return _bootstrap((truth, before, after), change, seed)
+
+
+def resampled(metric: Metric, labels: int = 0) -> Callable[[_Values, _Values], _Values]:
+    """Returns :func:`agreement` as a function of right and predicted values, ``(..., n)`` each, to ``(...,)``.
+
+    Args:
+        metric: One of ``LABELS`` or ``SCORES``.
+        labels: Number of labels of the classifier.
+    """
+    functions: Mapping[str, Callable[[_Values, _Values], _Values]] = {
+        "accuracy": lambda truth, predicted: np.asarray((truth == predicted).mean(axis=-1)),
+        "f1": lambda truth, predicted: _f1(truth, predicted, labels),
+        "matthews": lambda truth, predicted: _matthews(truth, predicted, labels),
+        "pearson": _pearson,
+        "spearman": lambda truth, predicted: _pearson(*(stats.rankdata(v, axis=-1) for v in (truth, predicted))),
+    }
+    return functions[metric]
+
+
+def _counts(truth: _Values, predicted: _Values, labels: int) -> tuple[_Values, _Values, _Values]:
+    """Counts per label how often it is right, predicted, and both: (labels, ...) each, float64."""
+    each = [(truth == k, predicted == k, (truth == k) & (predicted == k)) for k in range(labels)]
+    t, p, both = (np.stack([one.sum(axis=-1) for one in ones]).astype(np.float64) for ones in zip(*each, strict=True))
+    return t, p, both
+
+
+def _f1(truth: _Values, predicted: _Values, labels: int) -> _Values:
+    t, p, both = _counts(truth, predicted, labels)
+    each = _ratio(2 * both, t + p)
+    if labels == 2:
+        return np.asarray(each[1])
+    return _ratio(each.sum(axis=0), ((t + p) > 0).sum(axis=0))
+
+
+def _matthews(truth: _Values, predicted: _Values, labels: int) -> _Values:
+    t, p, both = _counts(truth, predicted, labels)
+    s = float(truth.shape[-1])
+    top = both.sum(axis=0) * s - (p * t).sum(axis=0)
+    return _ratio(top, np.sqrt((s**2 - (p**2).sum(axis=0)) * (s**2 - (t**2).sum(axis=0))))
+
+
+def _pearson(truth: _Values, predicted: _Values) -> _Values:
+    x, y = (v - v.mean(axis=-1, keepdims=True) for v in (truth.astype(np.float64), predicted.astype(np.float64)))
+    # Rounding leaves a little of a constant.
+    x, y = (np.where(np.ptp(raw, axis=-1, keepdims=True) > 0, v, 0.0) for raw, v in ((truth, x), (predicted, y)))
+    return _ratio((x * y).sum(axis=-1), np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1)))
+
+
+def _ratio(top: _Values, bottom: _Values) -> _Values:
+    return np.asarray(np.divide(top, bottom, out=np.zeros_like(top, dtype=np.float64), where=bottom > 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A result beside the one it is measured against.
+    """A result and the one it is measured against.
 
     Args:
         name: The benchmark.
         metric: Its metric; cross-entropies in nats per token, the others fractions.
         reference: The result before fine-tuning (for K) or after full fine-tuning (for T).
-        value: The result of the model in question.
+        value: The result of the model.
     """
 
     name: str
@@ -217,21 +321,21 @@ class Change:
 
     @property
     def ratio(self) -> float | None:
-        """Value over reference, perplexities turned over; None where the reference is 0."""
-        if self.metric == "cross_entropy":
+        """Value over reference, of inverse perplexities for cross-entropies; None where the reference is 0."""
+        if lower_is_better(self.metric):
             return math.exp(self.reference - self.value)
         return self.value / self.reference if self.reference else None
 
 
 def knowledge_kept(changes: Iterable[Change]) -> float | None:
-    """Compute K, the mean share of the original results that is kept (FARSS, eq. 36).
+    """Computes K, the mean share of the original results that is kept (FARSS, eq. 36).
 
     Args:
         changes: Knowledge benchmarks; the reference is the result before fine-tuning.
 
     Returns:
-        1 if nothing was lost; None if no benchmark can tell. A benchmark on which the model scored 0 before
-        cannot measure forgetting; it is left out and a warning logged.
+        1 if nothing was lost. Benchmarks that the model scored 0 on before are left out with a warning; None if there
+        is no other.
 
     >>> knowledge_kept([Change(name="facts", metric="exact_match", reference=0.5, value=0.4)])
     0.8
@@ -240,14 +344,13 @@ def knowledge_kept(changes: Iterable[Change]) -> float | None:
 
 
 def task_learned(changes: Iterable[Change]) -> float | None:
-    """Compute T, the mean result relative to full fine-tuning (FARSS, eq. 37).
+    """Computes T, the mean result relative to full fine-tuning (FARSS, eq. 37).
 
     Args:
         changes: Task benchmarks; the reference is the result after full fine-tuning.
 
     Returns:
-        1 if the method learns as much as full fine-tuning; None if no benchmark can tell. A benchmark on
-        which full fine-tuning scored 0 is left out and a warning logged.
+        1 if the method learns as much as full fine-tuning; None if no benchmark is left, as in :func:`knowledge_kept`.
     """
     return _mean_ratio(changes, "T", "full fine-tuning scored 0 on it")
 
@@ -262,30 +365,8 @@ def _mean_ratio(changes: Iterable[Change], score: str, reason: str) -> float | N
     return math.fsum(ratios) / len(ratios) if ratios else None
 
 
-def average_forgetting(kept: float | None) -> float | None:
-    """Compute the mean relative drop over knowledge benchmarks, ``mean_j (W_j^(0) - W_j) / W_j^(0)`` (LoKI's Avg).
-
-    Args:
-        kept: K, the mean of ``W_j / W_j^(0)``.
-
-    Returns:
-        ``1 - K``: 0 if nothing was lost, negative if something was gained; None if K is.
-
-    >>> average_forgetting(0.75)
-    0.25
-    """
-    return None if kept is None else 1.0 - kept
-
-
 def harmonic(kept: float | None, learned: float | None) -> float | None:
-    """Compute KT, the harmonic mean of K and T (FARSS, eq. 38).
-
-    Args:
-        kept: K.
-        learned: T.
-
-    Returns:
-        KT; 0 if both are 0, None if one is None.
+    """Computes KT, the harmonic mean of K and T (FARSS, eq. 38): 0 if both are 0, None if one is None.
 
     >>> harmonic(1.0, 0.5)
     0.6666666666666666

@@ -17,9 +17,10 @@ from keeptune.model.probes.suppression import without_nodes
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["AdapterPair", "ModelPair", "Side", "SuppressedNodes", "TwoModels", "scoring"]
+__all__ = ["SIDES", "AdapterPair", "ModelPair", "Side", "SuppressedNodes", "TwoModels", "scoring"]
 
 Side = Literal["before", "after"]
+SIDES: tuple[Side, Side] = ("before", "after")
 
 
 class ModelPair(Protocol):
@@ -39,7 +40,7 @@ class ModelPair(Protocol):
 class AdapterPair:
     """One model with an adapter: "before" is the model with the adapter off.
 
-    Right only if the weights under the adapter are the original ones. Where a method has subtracted its
+    This holds only if the weights under the adapter are the original ones. Where a method has subtracted its
     initial adapter from them, or trained biases or whole modules in place, use :class:`TwoModels`.
 
     Args:
@@ -55,21 +56,17 @@ class AdapterPair:
         config: Any = self.peft_model.active_peft_config
         bias = getattr(config, "bias", "none")
         if config.is_prompt_learning or bias != "none":
-            found = "prompt learning" if config.is_prompt_learning else f"bias: {bias}"
+            kind = "prompt learning" if config.is_prompt_learning else f"bias: {bias}"
             raise ModelError(
                 "evaluate",
-                got=f"an adapter with {found}",
+                got=f"an adapter with {kind}",
                 wanted="an adapter that can be switched off to give the base model",
                 next_step="Load the base model beside the tuned one and use TwoModels(base, tuned).",
             )
 
     @contextmanager
     def before(self) -> Iterator[PreTrainedModel]:
-        """The model with the adapter off.
-
-        Yields:
-            The transformers model inside the PEFT model.
-        """
+        """The transformers model inside the PEFT model, with the adapter off."""
         # PEFT switches gradients on for every adapter weight when it enables the adapter again.
         trained = [(weight, weight.requires_grad) for weight in self.peft_model.parameters()]
         try:
@@ -80,11 +77,7 @@ class AdapterPair:
                 weight.requires_grad_(wanted)
 
     def after(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model as it is.
-
-        Returns:
-            A context that gives the transformers model inside the PEFT model.
-        """
+        """The transformers model inside the PEFT model, with the adapter on."""
         return nullcontext(self._inner())
 
     def _inner(self) -> PreTrainedModel:
@@ -104,19 +97,11 @@ class TwoModels:
     tuned: PreTrainedModel
 
     def before(self) -> AbstractContextManager[PreTrainedModel]:
-        """The base model.
-
-        Returns:
-            A context that gives it.
-        """
+        """The base model."""
         return nullcontext(self.base)
 
     def after(self) -> AbstractContextManager[PreTrainedModel]:
-        """The tuned model.
-
-        Returns:
-            A context that gives it.
-        """
+        """The tuned model."""
         return nullcontext(self.tuned)
 
 
@@ -133,25 +118,17 @@ class SuppressedNodes:
     rows: Mapping[str, Sequence[int]]
 
     def before(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model as it is.
-
-        Returns:
-            A context that gives it.
-        """
+        """The model as it is."""
         return nullcontext(self.model)
 
     def after(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model without the rows.
-
-        Returns:
-            A context that gives it.
-        """
+        """The model without the rows."""
         return without_nodes(self.model, self.rows)
 
 
 @contextmanager
 def scoring(pair: ModelPair, side: Side) -> Iterator[PreTrainedModel]:
-    """Enter one side of a pair in evaluation mode and without gradients; restore every module's mode.
+    """Enters one side of a pair in evaluation mode and without gradients; restores every module's mode.
 
     Args:
         pair: The pair.

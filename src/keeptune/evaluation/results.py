@@ -1,30 +1,18 @@
-"""What an evaluation found: one result per benchmark, one record per item."""
+"""Results of benchmarks: the scores, their interval, and one record per item."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from keeptune.core.errors import ArtefactError, StatisticsError
-from keeptune.evaluation.benchmarks import Measure, Role
-from keeptune.evaluation.metrics import Change, average_forgetting, harmonic, knowledge_kept, task_learned
+from keeptune.evaluation.benchmarks import Role
+from keeptune.evaluation.metrics import Change, Measure, harmonic, knowledge_kept, paired_interval, task_learned
 
-__all__ = ["BenchmarkResult", "trade_off"]
-
-_SUMMARY = (
-    "name",
-    "role",
-    "metric",
-    "n",
-    "before",
-    "after",
-    "interval",
-    "kl_to_base",
-    "groups",
-)
+__all__ = ["BenchmarkResult", "grouped", "mean_scores", "trade_off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,30 +44,22 @@ class BenchmarkResult:
     items: Sequence[Mapping[str, Any]]
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the items, ready for JSON.
-
-        Returns:
-            A new dictionary.
-        """
+        """Returns everything but the items, ready for JSON."""
         values = {field: getattr(self, field) for field in _SUMMARY}
         groups = {name: dict(entry) for name, entry in self.groups.items()}
         return values | {"interval": list(self.interval), "groups": groups}
 
     def to_jsonl(self) -> str:
-        """Write the items' records, one JSON object a line.
-
-        Returns:
-            Text that ends with a line feed.
-        """
+        """Returns the items' records, one JSON object a line."""
         return "".join(json.dumps(dict(item), ensure_ascii=False, allow_nan=False) + "\n" for item in self.items)
 
     @classmethod
     def from_jsonl(cls, summary: Mapping[str, Any], text: str) -> BenchmarkResult:
-        """Put a result together again.
+        """Reads a result.
 
         Args:
-            summary: What :meth:`summary` gave.
-            text: What :meth:`to_jsonl` gave.
+            summary: As of :meth:`summary`.
+            text: As of :meth:`to_jsonl`.
 
         Returns:
             A result equal to the one that was written.
@@ -109,29 +89,21 @@ class BenchmarkResult:
         return cls(**values, interval=(low, high), items=items)
 
     def change(self, reference: float | None = None) -> Change:
-        """Set the tuned model's score beside a reference, for K and T.
+        """Returns the tuned model's score with a reference, for K and T; None is the base model's score."""
+        reference = self.before if reference is None else reference
+        return Change(name=self.name, metric=self.metric, reference=reference, value=self.after)
 
-        Args:
-            reference: The score to compare with; None for the base model's.
 
-        Returns:
-            The change.
-        """
-        return Change(
-            name=self.name,
-            metric=self.metric,
-            reference=self.before if reference is None else reference,
-            value=self.after,
-        )
+_SUMMARY = tuple(field.name for field in fields(BenchmarkResult) if field.name != "items")
 
 
 def trade_off(
     results: Sequence[BenchmarkResult], full: Sequence[BenchmarkResult] | None = None
 ) -> dict[str, float | None]:
-    """Compute FARSS's K, T and KT, and LoKI's average forgetting.
+    """Computes FARSS's K, T and KT, and LoKI's average forgetting ``1 - K`` (negative if something was gained).
 
     Args:
-        results: Results of the model in question.
+        results: Results of a model.
         full: Results of full fine-tuning on the same benchmarks; None if there was none.
 
     Returns:
@@ -141,9 +113,9 @@ def trade_off(
         StatisticsError: ``full`` lacks a task benchmark, or has it on other items.
     """
     kept = knowledge_kept(result.change() for result in results if result.role == "knowledge")
-    found = {"K": kept, "average_forgetting": average_forgetting(kept)}
+    scores = {"K": kept, "average_forgetting": None if kept is None else 1.0 - kept}
     if full is None:
-        return {**found, "T": None, "KT": None}
+        return {**scores, "T": None, "KT": None}
     references = {(result.name, result.metric, result.n): result.after for result in full}
     changes = []
     for result in results:
@@ -159,7 +131,34 @@ def trade_off(
             )
         changes.append(result.change(references[key]))
     learned = task_learned(changes)
-    return {**found, "T": learned, "KT": harmonic(kept, learned)}
+    return {**scores, "T": learned, "KT": harmonic(kept, learned)}
+
+
+def mean_scores(records: Sequence[Mapping[str, Any]], weights: Sequence[float], seed: int) -> dict[str, Any]:
+    """Computes the fields of a result that are means over items.
+
+    Args:
+        records: The items' records, with group, before, after, and kl where KL(base || tuned) is measured.
+        weights: (n,) weight of each item: 1 for a score, the number of tokens for a mean loss.
+        seed: Seed of the bootstrap interval.
+
+    Returns:
+        ``n``, ``before``, ``after``, ``interval``, ``kl_to_base``, ``groups`` and ``items``.
+    """
+    before, after, *divergence = (
+        [record[field] * weight for record, weight in zip(records, weights, strict=True)]
+        for field in ("before", "after", "kl")
+        if field in records[0]
+    )
+    return {
+        "n": len(records),
+        "before": _rate(before, weights),
+        "after": _rate(after, weights),
+        "interval": paired_interval(before, after, seed, weights=weights),
+        "kl_to_base": _rate(divergence[0], weights) if divergence else None,
+        "groups": grouped([record["group"] for record in records], before, after, weights),
+        "items": records,
+    }
 
 
 def grouped(
@@ -168,7 +167,7 @@ def grouped(
     after: Sequence[float],
     weights: Sequence[float],
 ) -> dict[str, dict[str, float]]:
-    """Split a result by group.
+    """Computes the means of each group.
 
     Args:
         groups: (n,) group of each item; items of group None are left out.
@@ -186,21 +185,12 @@ def grouped(
     return {
         group: {
             "n": len(chosen),
-            "before": rate([before[i] for i in chosen], [weights[i] for i in chosen]),
-            "after": rate([after[i] for i in chosen], [weights[i] for i in chosen]),
+            "before": _rate([before[i] for i in chosen], [weights[i] for i in chosen]),
+            "after": _rate([after[i] for i in chosen], [weights[i] for i in chosen]),
         }
         for group, chosen in members.items()
     }
 
 
-def rate(sums: Sequence[float], weights: Sequence[float]) -> float:
-    """Divide a total by a total.
-
-    Args:
-        sums: (n,) values.
-        weights: (n,) weights.
-
-    Returns:
-        sum(sums) / sum(weights).
-    """
+def _rate(sums: Sequence[float], weights: Sequence[float]) -> float:
     return math.fsum(sums) / math.fsum(weights)

@@ -1,24 +1,18 @@
-"""What a method is, where methods are found, and how a plan is made from one.
+"""The base class of methods, the list of all methods, and how a plan is made with one.
 
-A method is a frozen dataclass whose fields are its options, in one file of this package or under the
-entry-point group ``keeptune.methods``. A plan is made by map, reduce, map: ``score`` and ``build`` see one
-target at a time, ``allocate`` sees the small scores of all.
+A method is a frozen dataclass whose fields are its options, in one file of this package or of another package under
+the entry-point group ``keeptune.methods``. A plan is made by map, reduce, map: ``score`` and ``build`` see one target
+at a time, ``allocate`` sees the scores of all.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
-import inspect
 import json
-import logging
-import math
-import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +20,11 @@ from tqdm.auto import tqdm
 
 import keeptune.methods
 from keeptune.core.artefact import canonical_json
-from keeptune.core.errors import PlanError, RecipeError, nearest
-from keeptune.core.plan import Decision, Plan, Scope, TargetPlan
+from keeptune.core.errors import PlanError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.options import Options, Range
+from keeptune.core.plan import Decision, Factor, Plan, Scope, TargetPlan
+from keeptune.core.registry import look_up, registered
 from keeptune.core.target import Target
 from keeptune.methods.strength import Strength
 from keeptune.penalties.base import PenaltySpec
@@ -35,49 +32,95 @@ from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import Request
 
 __all__ = [
+    "SCALING",
     "Method",
-    "Noted",
-    "Searched",
+    "RankMethod",
+    "ScaledMethod",
+    "Search",
+    "Size",
     "allot_rank",
-    "check_scaling",
     "dropout_field",
     "generator_for",
     "make_plan",
     "method_named",
     "methods",
-    "penalties_of",
-    "training_of",
-    "warn_of_zeros",
 ]
 
-_log = logging.getLogger(__name__)
-
-S = TypeVar("S")
+SCALING = {"alpha": Range(above=0), "dropout": Range(least=0, below=1)}
 
 
-class Method(Protocol[S]):
-    """A way to choose ranks and starting factors; S is a target's small summary (float, vector, None).
+class Search(NamedTuple):
+    """Short training runs that decide an option.
 
-    Laws (``tests/contract``): equal inputs give bit-equal plans; ``requests`` are sufficient; ranks sum to at
-    most the budget; installing the plan leaves the model's output unchanged, unless the class sets
-    ``moves_start: ClassVar[bool] = True`` (KaSA drops a part of W for good).
-
-    A method that asks something of the trainer has a sixth function, ``training()``, which gives the plan's
-    ``training`` values (:mod:`keeptune.training.attach`); one with terms of the loss has ``penalties()``. One made of
-    others (:mod:`keeptune.methods.combined`) tells their ``options()``, which else are its fields.
+    Args:
+        steps: Optimiser steps of one run.
+        examples: Examples of the task, and of the knowledge, that a run is scored on.
     """
 
+    steps: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a method trains of one target.
+
+    Args:
+        rank: The rank, or the number of rows that are trained.
+        trained: Numbers that are trained.
+        frozen: Numbers of frozen factors beside them.
+        anchored: A part of W is taken out at the start, which needs a frozen twin of the same size on a 16-bit base.
+        assumed: Data decide the rank; this is the average.
+    """
+
+    rank: int
+    trained: int
+    frozen: int = 0
+    anchored: bool = False
+    assumed: bool = False
+
+
+@dataclass(frozen=True)
+class Method(Options):
+    """A way to choose ranks and starting factors. The defaults leave every target alone.
+
+    Laws (``tests/contract``): equal inputs give bit-equal plans; ``requests`` are sufficient; ranks sum to at
+    most the budget; installing the plan leaves the model's output unchanged, unless ``moves_start``.
+
+    Attributes:
+        name: Its registered name.
+        paper: Its source.
+        scope: ``"adapter"`` for low-rank factors; see :class:`keeptune.core.plan.Plan`.
+        strength_option: Which option sets how much it keeps; None where there is none.
+        anchored: Whether a part of W is taken out at the start.
+        moves_start: Whether the model's output changes at the start (KaSA drops a part of W).
+        rows_of_downs: Whether it trains rows of the MLPs' down-projections (LoKI); ``size`` needs to know them.
+    """
+
+    name: ClassVar[str]
     paper: ClassVar[str]
-    scope: ClassVar[Scope]
-    strength_option: ClassVar[Strength | None]
+    scope: ClassVar[Scope] = "adapter"
+    strength_option: ClassVar[Strength | None] = None
+    anchored: ClassVar[bool] = False
+    moves_start: ClassVar[bool] = False
+    rows_of_downs: ClassVar[bool] = False
 
     @property
-    def name(self) -> str:
-        """Its registered name, a ``ClassVar`` of the class."""
-        ...
+    def trains(self) -> frozenset[Factor]:
+        """The factors that are trained, and the vectors beside them."""
+        return frozenset({"A", "B"})
+
+    @property
+    def search(self) -> Search | None:
+        """The short training runs that choose one of ``candidates``; None where nothing is to be chosen."""
+        return None
+
+    def place(self, option: str) -> str:
+        """Returns ``"method.rank"`` for ``"rank"``."""
+        return f"method.{option}"
 
     def requests(self, target: Target) -> frozenset[Request]:
-        """Say which statistics the target needs.
+        """Returns the statistics that a target needs.
 
         Args:
             target: The target.
@@ -85,104 +128,196 @@ class Method(Protocol[S]):
         Returns:
             The requests; empty for a method without data.
         """
-        ...
+        return frozenset()
 
-    def score(self, target: Target, weight: Tensor, stats: StatsView) -> S:
-        """Summarise one target.
+    def score(self, target: Target, weight: Tensor, stats: StatsView) -> Any:
+        """Summarises a target for :meth:`allocate`.
 
         Args:
             target: The target.
-            weight: ``(m, n)``, float32.
-            stats: What it requested.
+            weight: W ``(m, n)``, float32.
+            stats: What was requested.
 
         Returns:
-            The summary.
+            The summary, small; None where all targets are treated alike.
         """
-        ...
+        return None
 
-    def allocate(self, scores: Mapping[Target, S]) -> Mapping[Target, Decision]:
-        """Decide ranks over the whole model.
+    def allocate(self, scores: Mapping[Target, Any]) -> Mapping[Target, Decision]:
+        """Decides the ranks of all targets.
 
         Args:
-            scores: All summaries.
+            scores: Target to its summary.
 
         Returns:
-            A decision for every target; rank 0 leaves it alone.
+            Target to decision; rank 0 leaves a target alone.
         """
-        ...
+        return {target: Decision(0) for target in scores}
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Make one target's starting factors.
+        """Computes the starting factors of a target.
 
         Args:
             target: The target.
-            weight: ``(m, n)``, float32.
-            stats: What it requested.
-            decision: Its rank.
+            weight: W ``(m, n)``, float32.
+            stats: What was requested.
+            decision: Its decision, of a rank above 0.
 
         Returns:
             The target's plan.
+
+        Raises:
+            NotImplementedError: The method allots no ranks.
         """
-        ...
+        raise NotImplementedError(f"{self.name} builds no adapter")
 
-    def peft(self) -> Mapping[str, Any]:
-        """Give extra ``LoraConfig`` fields.
-
-        Returns:
-            Field to value, such as ``{"lora_dropout": 0.05}``.
-        """
-        ...
-
-
-@runtime_checkable
-class Noted(Protocol):
-    """A method that has something to say about its decisions, besides the ranks."""
-
-    def notes(self, decisions: Mapping[Target, Decision]) -> list[str]:
-        """Say it.
+    def size(self, target: Target, downs: Collection[str]) -> Size:
+        """Counts what is trained of a target, before a plan is made.
 
         Args:
-            decisions: From ``allocate``.
+            target: The target.
+            downs: Names of the MLPs' down-projections, where ``rows_of_downs`` is set.
 
         Returns:
-            Sentences, shown with the plan.
+            The size; zero for a target that is left alone.
         """
-        ...
+        return Size(0, 0)
 
+    def peft(self) -> Mapping[str, Any]:
+        """Returns further fields of ``LoraConfig``, such as ``{"lora_dropout": 0.05}``."""
+        return {}
 
-@runtime_checkable
-class Searched(Protocol):
-    """A method with an option that short training runs decide, before a plan is made."""
+    def training(self) -> Mapping[str, Any]:
+        """Returns what the trainer must have, as plain values (:mod:`keeptune.training.attach`)."""
+        return {}
 
-    @property
-    def boundary(self) -> Any:
-        """``"auto"`` while it is undecided."""
-        ...
+    def penalties(self) -> tuple[PenaltySpec, ...]:
+        """Returns the terms of the loss that belong to the method."""
+        return ()
 
-    @property
-    def search_steps(self) -> int:
-        """Optimiser steps of one trial."""
-        ...
+    def notes(self, decisions: Mapping[Target, Decision]) -> list[str]:
+        """Returns sentences about the decisions that are shown with the plan.
 
-    @property
-    def search_examples(self) -> int:
-        """Examples and texts that a trial is scored on."""
-        ...
+        Args:
+            decisions: From :meth:`allocate`.
 
-    def candidates(self, blocks: int) -> Sequence[Any]:
-        """List what to try.
+        Returns:
+            The sentences.
+        """
+        return []
+
+    def options(self) -> Mapping[str, Any]:
+        """Returns the options as they are recorded in the plan."""
+        return dataclasses.asdict(self)
+
+    def candidates(self, blocks: int) -> tuple[Any, ...]:
+        """Returns the methods that :attr:`search` chooses from.
 
         Args:
             blocks: How many blocks the model has.
 
         Returns:
-            Methods; nothing when all options are given.
+            Methods with different values of the option ``boundary``.
         """
-        ...
+        return ()
+
+    def planned(self, target: Target, decision: Decision, init: LowRank, scale: float, **parts: Any) -> TargetPlan:
+        """Returns a target's plan that trains :attr:`trains`.
+
+        Args:
+            target: The target.
+            decision: Its decision.
+            init: The factors at the first step.
+            scale: s.
+            **parts: Further fields of :class:`keeptune.core.plan.TargetPlan`.
+
+        Returns:
+            The plan.
+        """
+        parts = {"trainable": self.trains, **parts}
+        return TargetPlan(target=target, decision=decision, init=init, scale=scale, **parts)
+
+
+@dataclass(frozen=True)
+class RankMethod(Method):
+    """A method that trains factors of one rank at every target.
+
+    Args:
+        rank: r, at every target.
+    """
+
+    rank: int = 8
+
+    def allocate(self, scores: Mapping[Target, Any]) -> Mapping[Target, Decision]:
+        """Decides on the same rank for all targets."""
+        return {target: allot_rank(target, self.rank, self.name) for target in scores}
+
+    def size(self, target: Target, downs: Collection[str]) -> Size:
+        """Counts ``r n`` numbers for A, ``r m`` for B, and those of the vectors."""
+        return self.size_at(target, allot_rank(target, self.rank, self.name).rank)
+
+    def size_at(self, target: Target, r: int, *, assumed: bool = False) -> Size:
+        """Counts what is trained of a target of a given rank.
+
+        Args:
+            target: The target.
+            r: The rank.
+            assumed: Whether data decide the rank.
+
+        Returns:
+            The size.
+        """
+        factors = {"A": r * target.in_features, "B": r * target.out_features}
+        trained = sum(numbers for name, numbers in factors.items() if name in self.trains)
+        frozen = sum(factors.values()) - trained
+        return Size(r, trained + self.vector_size(target, r), frozen, self.anchored, assumed)
+
+    def vector_size(self, target: Target, r: int) -> int:
+        """Counts the numbers that are trained besides A and B.
+
+        Args:
+            target: The target.
+            r: Its rank.
+
+        Returns:
+            The number of numbers.
+        """
+        return 0
+
+
+@dataclass(frozen=True)
+class ScaledMethod(RankMethod):
+    """A method whose change is ``(alpha / r) B A``, with dropout.
+
+    Args:
+        alpha: Scale numerator; None is r, a scale of 1.
+        dropout: Dropout before A, during training.
+    """
+
+    ranges = SCALING
+    default_scale: ClassVar[float] = 1.0
+
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def scale_at(self, r: int) -> float:
+        """Returns the scale of the change.
+
+        Args:
+            r: The rank.
+
+        Returns:
+            s.
+        """
+        return self.default_scale if self.alpha is None else self.alpha / r
+
+    def peft(self) -> Mapping[str, Any]:
+        """Returns the dropout."""
+        return dropout_field(self.dropout)
 
 
 def make_plan(
-    method: Method[S],
+    method: Method,
     targets: Sequence[Target],
     weight_of: Callable[[Target], Tensor],
     stats_of: Callable[[Target], StatsView],
@@ -190,13 +325,13 @@ def make_plan(
     head: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Run a method over a model: score each target, allocate over all, build each.
+    """Plans a model: scores each target, allocates over all, builds each.
 
     Args:
         method: The method.
         targets: From :func:`keeptune.model.blocks.find_targets`.
         weight_of: Reads a target's weight, ``(m, n)`` float32; called once per target and phase.
-        stats_of: Gives a target's statistics.
+        stats_of: Reads a target's statistics.
         head: Modules of a classifier that are trained in full beside the factors.
         provenance: Keys of what the plan was made from.
 
@@ -210,7 +345,7 @@ def make_plan(
         target: method.score(target, weight_of(target), stats_of(target)) for target in _shown(targets, "plan: scores")
     }
     decisions = method.allocate(scores)
-    notes = [*(provenance or {}).get("notes", ()), *(method.notes(decisions) if isinstance(method, Noted) else ())]
+    notes = [*(provenance or {}).get("notes", ()), *method.notes(decisions)]
     chosen = [target for target in targets if decisions[target].rank > 0]
     built = [
         method.build(target, weight_of(target), stats_of(target), decisions[target])
@@ -218,39 +353,13 @@ def make_plan(
     ]
     return Plan(
         method=method.name,
-        # As a saved plan has them: tuples are lists.
-        options=json.loads(canonical_json(method.options() if hasattr(method, "options") else method)),
+        options=json.loads(canonical_json(method.options())),  # as a saved plan has them: tuples are lists
         targets=tuple(built),
         scope=method.scope,
         peft=dict(method.peft()) | ({"modules_to_save": list(head)} if head and method.scope != "all" else {}),
-        training=training_of(method),
+        training=method.training(),
         provenance=dict(provenance or {}) | ({"notes": notes} if notes else {}),
     )
-
-
-def penalties_of(method: Any) -> tuple[PenaltySpec, ...]:
-    """List the terms of the loss that a method brings along.
-
-    Args:
-        method: The method.
-
-    Returns:
-        Its penalties; empty for most.
-    """
-    return tuple(method.penalties()) if hasattr(method, "penalties") else ()
-
-
-def training_of(method: Any) -> Mapping[str, Any]:
-    """Say what a method asks of the trainer.
-
-    Args:
-        method: The method.
-
-    Returns:
-        The plan's ``training`` values; nothing for most.
-    """
-    asked: Mapping[str, Any] = method.training() if hasattr(method, "training") else {}
-    return asked
 
 
 def _shown(targets: Sequence[Target], title: str) -> Iterable[Target]:
@@ -258,7 +367,7 @@ def _shown(targets: Sequence[Target], title: str) -> Iterable[Target]:
 
 
 def allot_rank(target: Target, rank: int, method: str) -> Decision:
-    """Give a target the wanted rank, or say that it cannot have it.
+    """Returns the decision for a rank that a target can have.
 
     Args:
         target: The target.
@@ -281,38 +390,20 @@ def allot_rank(target: Target, rank: int, method: str) -> Decision:
     return Decision(rank)
 
 
-def check_scaling(alpha: float | None, dropout: float) -> None:
-    """Check the options that LoRA and its relatives share.
-
-    Args:
-        alpha: Scale numerator, or None for the method's own.
-        dropout: Dropout before A.
-
-    Raises:
-        PlanError: alpha is not above 0, or dropout is not in [0, 1).
-    """
-    if not 0 <= dropout < 1:
-        raise PlanError(
-            "method.dropout", got=str(dropout), wanted="at least 0 and below 1", next_step="Correct the value."
-        )
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise PlanError("method.alpha", got=str(alpha), wanted="a number above 0", next_step="Correct it.")
-
-
 def dropout_field(dropout: float) -> dict[str, Any]:
-    """Hand dropout to PEFT.
+    """Returns the ``LoraConfig`` field of a dropout; nothing for 0.
 
     Args:
         dropout: Dropout before A.
 
     Returns:
-        The ``LoraConfig`` field; nothing for 0.
+        Field to value.
     """
     return {"lora_dropout": dropout} if dropout else {}
 
 
 def generator_for(target: Target, seed: int) -> torch.Generator:
-    """Give a target a stream of random numbers of its own, whichever other targets are planned.
+    """Returns a target's own stream of random numbers, which does not depend on the other targets.
 
     Args:
         target: The target.
@@ -325,26 +416,8 @@ def generator_for(target: Target, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def warn_of_zeros(target: Target, S: Tensor, weight: Tensor) -> None:
-    """Say when a start that is balanced has directions in which both factors are zero: they get no gradient.
-
-    Args:
-        target: The target.
-        S: Singular values of the start ``(r,)``.
-        weight: ``(m, n)``.
-    """
-    zeros = int((1e-7 * weight.norm() >= S).sum())
-    if zeros:
-        _log.warning(
-            "%s: %d of the %d singular values it starts from are zero; these directions cannot be trained",
-            target.name,
-            zeros,
-            len(S),
-        )
-
-
 def methods() -> dict[str, type[Any]]:
-    """Find every method: the files of this package and the entry points ``keeptune.methods``.
+    """Returns every method: the files of this package and the entry points ``keeptune.methods``.
 
     Returns:
         Name to class, sorted by name.
@@ -352,21 +425,11 @@ def methods() -> dict[str, type[Any]]:
     Raises:
         RecipeError: Two methods share a name.
     """
-    found: dict[str, type[Any]] = {}
-    classes = [*_own(), *(point.load() for point in entry_points(group="keeptune.methods"))]
-    for cls in classes:
-        if found.setdefault(cls.name, cls) is not cls:
-            raise RecipeError(
-                f"method {cls.name}",
-                got=f"two of that name: {found[cls.name]} and {cls}",
-                wanted="one",
-                next_step="Uninstall one of the packages or rename its method.",
-            )
-    return dict(sorted(found.items()))
+    return registered(keeptune.methods, Method, "method")
 
 
 def method_named(name: str) -> type[Any]:
-    """Look a method up.
+    """Returns the method of a name.
 
     Args:
         name: Its registered name, such as ``"lora-null"``.
@@ -377,21 +440,4 @@ def method_named(name: str) -> type[Any]:
     Raises:
         RecipeError: There is none; the message shows the nearest name.
     """
-    known = methods()
-    if name not in known:
-        raise RecipeError("method.name", got=f'"{name}"', wanted="the name of a method", next_step=nearest(name, known))
-    return known[name]
-
-
-@cache  # the files of the package do not change while it runs
-def _own() -> tuple[type[Any], ...]:
-    names = sorted(info.name for info in pkgutil.iter_modules(keeptune.methods.__path__))
-    modules = [
-        importlib.import_module(f"keeptune.methods.{name}") for name in names if name not in {"base", "combined"}
-    ]
-    return tuple(
-        cls
-        for module in modules
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if cls.__module__ == module.__name__ and dataclasses.is_dataclass(cls) and hasattr(cls, "paper")
-    )
+    return look_up(name, methods(), "method.name", "method")

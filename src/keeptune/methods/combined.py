@@ -1,7 +1,7 @@
 """Several methods in one plan, each for its own roles: LoKI for the down projections, LoRA-Null for the others.
 
-A :class:`Combined` is a method like any other: what it asks of a target, allots to it and builds for it is what the
-method of the target's role does. Laws, for every target t of a part p (``tests/test_combining.py``):
+A :class:`Combined` is a method like any other: it does with a target what the method of the target's role does.
+Laws, for every target t of a part p (``tests/pipeline/test_combining.py``):
 
     plan(parts)[t] = plan(p)[t], bit for bit         and the order of the parts does not matter
 
@@ -13,18 +13,16 @@ model, such as dropout, DoRA's forward pass and the optimiser, must be the same 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
-from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import PlanError
-from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.methods.base import Method, Noted, Searched, training_of
-from keeptune.methods.strength import Strength
+from keeptune.methods.base import Method, Size
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import Request
 
@@ -43,12 +41,12 @@ class Part:
         PlanError: The roles are one text.
     """
 
-    method: Any
+    method: Method
     targets: Sequence[str]
     name: str = field(init=False)  # equal options of two methods would else be equal parts, and have equal keys
 
     def __post_init__(self) -> None:
-        """Sort the roles, and note the method's name.
+        """Sorts the roles, and takes the method's name.
 
         Raises:
             PlanError: The roles are one text.
@@ -65,7 +63,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Combined:
+class Combined(Method):
     """Methods side by side.
 
     Args:
@@ -76,19 +74,18 @@ class Combined:
             what there is one of.
     """
 
-    paper: ClassVar[str] = ""
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = None
+    paper = ""
 
     parts: Sequence[Part]
 
     def __post_init__(self) -> None:
-        """Sort and check the parts.
+        """Sorts and checks the parts.
 
         Raises:
             PlanError: They do not fit together.
         """
         object.__setattr__(self, "parts", tuple(sorted(self.parts, key=lambda part: (part.name, part.targets))))
+        object.__setattr__(self, "name", "+".join(part.name for part in self.parts))
         _check_roles(self.parts)
         for part in self.parts:
             if part.method.scope != "adapter":
@@ -98,33 +95,26 @@ class Combined:
                     wanted="methods that train adapters: they are installed as one adapter",
                     next_step=f"Run {part.name} alone, or take another method for these roles.",
                 )
-        if sum(isinstance(part.method, Searched) and part.method.boundary == "auto" for part in self.parts) > 1:
+        if sum(part.method.search is not None for part in self.parts) > 1:
             raise PlanError(
                 f"method {self.name}",
                 got="boundary: auto of two methods",
                 wanted="one at most: the search decides one option",
-                next_step="Give one of them as a number of blocks.",
+                next_step="Set one of them to a number of blocks.",
             )
         self.peft()
         self.training()
 
-    @property
-    def name(self) -> str:
-        """The names of the methods, such as ``"loki+lora-null"``."""
-        return "+".join(part.name for part in self.parts)
-
     def requests(self, target: Target) -> frozenset[Request]:
-        """Need what the method of its role needs."""
-        method = self._of(target)
-        return frozenset() if method is None else method.requests(target)
+        """Returns what the method of the target's role needs."""
+        return self._of(target).requests(target)
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> Any:
-        """Summarise the target as the method of its role does."""
-        method = self._of(target)
-        return None if method is None else method.score(target, weight, stats)
+        """Summarises the target as the method of its role does."""
+        return self._of(target).score(target, weight, stats)
 
     def allocate(self, scores: Mapping[Target, Any]) -> Mapping[Target, Decision]:
-        """Let each method decide over its own targets.
+        """Lets each method decide over its own targets.
 
         Raises:
             PlanError: A part has no targets.
@@ -143,54 +133,46 @@ class Combined:
         return decisions
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Start the target as the method of its role does."""
-        method = self._of(target)
-        assert method is not None, "no rank is given to a target without a method"
-        made: TargetPlan = method.build(target, weight, stats, decision)
-        return made
+        """Starts the target as the method of its role does."""
+        return self._of(target).build(target, weight, stats, decision)
+
+    def size(self, target: Target, downs: Collection[str]) -> Size:
+        """Counts what the method of the target's role trains."""
+        return self._of(target).size(target, downs)
 
     def peft(self) -> Mapping[str, Any]:
-        """Give the fields that all parts ask for.
-
-        Raises:
-            PlanError: They ask for different ones.
-        """
+        """Returns the fields, which must be the same for all parts."""
         return _agreed([(part, part.method.peft()) for part in self.parts], "PEFT has one for the whole adapter")
 
     def training(self) -> Mapping[str, Any]:
-        """Ask what all parts ask of the trainer.
-
-        Raises:
-            PlanError: They ask for different things.
-        """
-        return _agreed([(part, training_of(part.method)) for part in self.parts], "the trainer has one for all targets")
+        """Returns what the trainer must have, the same for all parts."""
+        return _agreed([(part, part.method.training()) for part in self.parts], "the trainer has one for all targets")
 
     def notes(self, decisions: Mapping[Target, Decision]) -> list[str]:
-        """Say which method has which roles, and what each has to say."""
-        said = [f"{part.name}: {', '.join(part.targets)}" for part in self.parts]
+        """Returns which method has which roles, and the notes of each."""
+        notes = [f"{part.name}: {', '.join(part.targets)}" for part in self.parts]
         for part in self.parts:
-            if isinstance(part.method, Noted):
-                own = {target: found for target, found in decisions.items() if target.role in part.targets}
-                said += [f"{part.name}: {note}" for note in part.method.notes(own)]
-        return said
+            own = {target: decision for target, decision in decisions.items() if target.role in part.targets}
+            notes += [f"{part.name}: {note}" for note in part.method.notes(own)]
+        return notes
 
     def options(self) -> Mapping[str, Any]:
-        """Tell the options of all parts, each under its method's name, and its roles where two are of one name."""
+        """Returns the options of all parts, each under its method's name, and its roles where two are of one name."""
         names = [part.name for part in self.parts]
-        told: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         for part in self.parts:
             label = part.name if names.count(part.name) == 1 else f"{part.name} ({' '.join(part.targets)})"
-            told |= {f"{label}.{key}": value for key, value in json.loads(canonical_json(part.method)).items()}
-            told[f"{label}.targets"] = list(part.targets)
-        return told
+            options |= {f"{label}.{key}": value for key, value in part.method.options().items()}
+            options[f"{label}.targets"] = list(part.targets)
+        return options
 
-    def _of(self, target: Target) -> Any:
-        """Find the method of a target's role; None where no part names it."""
-        return next((part.method for part in self.parts if target.role in part.targets), None)
+    def _of(self, target: Target) -> Method:
+        """Returns the method of a target's role, or one that leaves the target alone."""
+        return next((part.method for part in self.parts if target.role in part.targets), Method())
 
 
-def parts_of(method: Method[Any]) -> tuple[Part, ...]:
-    """List the methods that make up a method.
+def parts_of(method: Method) -> tuple[Part, ...]:
+    """Returns the methods that make up a method.
 
     Args:
         method: The method.
@@ -201,13 +183,13 @@ def parts_of(method: Method[Any]) -> tuple[Part, ...]:
     return tuple(method.parts) if isinstance(method, Combined) else (Part(method, ()),)
 
 
-def replaced(method: Method[Any], old: Method[Any], new: Method[Any]) -> Method[Any]:
-    """Put another method in the place of one.
+def replaced(method: Method, old: Method, new: Method) -> Method:
+    """Replaces a method by another one.
 
     Args:
         method: A plain method, or several side by side.
         old: The method itself, or one of its parts'.
-        new: What takes its place, and its roles.
+        new: What takes its place.
 
     Returns:
         The new whole.
@@ -217,8 +199,8 @@ def replaced(method: Method[Any], old: Method[Any], new: Method[Any]) -> Method[
     return Combined([Part(new if part.method is old else part.method, part.targets) for part in method.parts])
 
 
-def tuned_roles(method: Method[Any], roles: Sequence[str] | None) -> list[str] | None:
-    """Say which roles are tuned.
+def tuned_roles(method: Method, roles: Sequence[str] | None) -> list[str] | None:
+    """Returns the roles that are tuned.
 
     Args:
         method: The method.
@@ -243,7 +225,7 @@ def tuned_roles(method: Method[Any], roles: Sequence[str] | None) -> list[str] |
 
 
 def _check_roles(parts: Sequence[Part]) -> None:
-    """Check that there are parts, that each has roles, and each role one part."""
+    """Checks that there are parts, that each has roles, and each role one part."""
     if not parts:
         raise PlanError(
             "method", got="an empty list", wanted="a method at least", next_step="Example: method: {name: lora}."
@@ -255,7 +237,7 @@ def _check_roles(parts: Sequence[Part]) -> None:
                 f"method {part.name}, targets",
                 got="none",
                 wanted="the roles that this method is for",
-                next_step="Give them, such as `targets: [down_proj]`.",
+                next_step="Name them, such as `targets: [down_proj]`.",
             )
         for role in part.targets:
             if role in claimed:
@@ -268,20 +250,20 @@ def _check_roles(parts: Sequence[Part]) -> None:
             claimed[role] = part
 
 
-def _agreed(said: Sequence[tuple[Part, Mapping[str, Any]]], reason: str) -> Mapping[str, Any]:
-    """Give what all say; what one does not say must be said by none."""
-    (first, wanted), *others = said
-    for part, found in others:
-        for key in sorted({*wanted, *found}):
-            if wanted.get(key) != found.get(key):
+def _agreed(values: Sequence[tuple[Part, Mapping[str, Any]]], reason: str) -> Mapping[str, Any]:
+    """Returns the values of all parts, which must be equal."""
+    (first, wanted), *others = values
+    for part, own in others:
+        for key in sorted({*wanted, *own}):
+            if wanted.get(key) != own.get(key):
                 raise PlanError(
                     f"methods {first.name} and {part.name}",
-                    got=f"{_told(key, wanted)} of {first.name}, {_told(key, found)} of {part.name}",
+                    got=f"{_shown(key, wanted)} of {first.name}, {_shown(key, own)} of {part.name}",
                     wanted=f"the same of both: {reason}",
-                    next_step="Give all sections the same options for it, or none.",
+                    next_step="Set the same options for it in all sections, or in none.",
                 )
     return wanted
 
 
-def _told(key: str, found: Mapping[str, Any]) -> str:
-    return f"{key} {json.dumps(found[key])}" if key in found else f"no {key}"
+def _shown(key: str, values: Mapping[str, Any]) -> str:
+    return f"{key} {json.dumps(values[key])}" if key in values else f"no {key}"

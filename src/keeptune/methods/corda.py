@@ -23,20 +23,18 @@ and A does, and so would change with the units of the inputs. Where s_i is below
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.options import Range
+from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
-from keeptune.methods.base import allot_rank, check_scaling, dropout_field
-from keeptune.methods.strength import Strength
+from keeptune.methods.base import ScaledMethod
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.covariance import InputCovariance
 from keeptune.statistics.request import Request
@@ -47,7 +45,7 @@ _LEAST_GAIN = 1e-4
 
 
 def conditioned(C: Tensor, damping: float) -> Tensor:
-    """Divide by the mean variance and add to the diagonal.
+    """Divides C by the mean variance and adds to its diagonal.
 
     Law: ``conditioned(c C, d) == conditioned(C, d)`` for c > 0; the identity for inputs that are all zero.
 
@@ -67,7 +65,7 @@ def conditioned(C: Tensor, damping: float) -> Tensor:
 
 
 def oriented_factors(W: Tensor, C: Tensor, r: int, end: Literal["top", "bottom"], where: str) -> tuple[LowRank, Tensor]:
-    """Split the part of W that writes into r left singular vectors of ``W C`` (2-4).
+    """Splits the part of W that writes into r left singular vectors of ``W C`` (2-4).
 
     Laws: ``B A == U_r U_rᵀ W``; ``B == U_r sqrt(S_r)``; for C = I the balanced triplets of W.
 
@@ -89,64 +87,35 @@ def oriented_factors(W: Tensor, C: Tensor, r: int, end: Literal["top", "bottom"]
 
 
 @dataclass(frozen=True)
-class Corda:
+class Corda(ScaledMethod):
     """CorDA.
 
     Args:
-        rank: r, at every target.
         mode: ``"kpm"`` keeps knowledge and needs knowledge data; ``"ipm"`` learns fast and needs task data.
-        alpha: Scale numerator; None is r, the paper's scale of 1.
-        dropout: Dropout before A, during training.
         damping: Added to C's diagonal, as a share of its mean; 0.01 in the paper.
     """
 
-    name: ClassVar[str] = "corda"
-    paper: ClassVar[str] = "Yang et al., CorDA, NeurIPS 2024"
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = None
+    name = "corda"
+    paper = "Yang et al., CorDA, NeurIPS 2024"
+    anchored = True
+    ranges = {"damping": Range(least=0)}
 
-    rank: int = 8
     mode: Literal["kpm", "ipm"] = "kpm"
-    alpha: float | None = None
-    dropout: float = 0.0
     damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        """Refuse alpha, dropout or damping out of range with a PlanError."""
-        check_scaling(self.alpha, self.dropout)
-        if not 0 <= self.damping < float("inf"):
-            raise PlanError("method.damping", got=str(self.damping), wanted="0 or more", next_step="Correct the value.")
 
     @property
     def _request(self) -> Request:
         return InputCovariance("knowledge" if self.mode == "kpm" else "task")
 
     def requests(self, target: Target) -> frozenset[Request]:
-        """Need the input covariance on knowledge (kpm) or on the task (ipm)."""
+        """Returns the input covariance on knowledge (kpm) or on the task (ipm)."""
         return frozenset({self._request})
 
-    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
-        """Treat all targets alike."""
-
-    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
-        """Give every target the same rank."""
-        return {target: allot_rank(target, self.rank, self.name) for target in scores}
-
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Decompose W C and split W along its left singular vectors (1-4)."""
+        """Decomposes W C and splits W along its left singular vectors (1-4)."""
         C = stats.derive(self._request, conditioned, self.damping).to(weight.device)
         end: Literal["top", "bottom"] = "bottom" if self.mode == "kpm" else "top"
         init, S = oriented_factors(weight, C, decision.rank, end, target.name)
-        scale = 1.0 if self.alpha is None else self.alpha / decision.rank
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=LowRank(B=init.B / scale**0.5, A=init.A / scale**0.5),
-            scale=scale,
-            trainable=frozenset({"A", "B"}),
-            evidence={"oriented_singular_values": S.float()},
-        )
-
-    def peft(self) -> Mapping[str, Any]:
-        """Hand dropout to PEFT."""
-        return dropout_field(self.dropout)
+        scale = self.scale_at(decision.rank)
+        start = LowRank(B=init.B / scale**0.5, A=init.A / scale**0.5)
+        return self.planned(target, decision, start, scale, evidence={"oriented_singular_values": S.float()})

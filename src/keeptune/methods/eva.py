@@ -17,22 +17,20 @@ Targets that share an input have equal ξ; where the budget cuts through a tie, 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.options import Range
+from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.eigen import bottom_eigenvectors
-from keeptune.methods.base import allot_rank, check_scaling, dropout_field
-from keeptune.methods.strength import Strength
+from keeptune.methods.base import SCALING, RankMethod, Size, allot_rank, dropout_field
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.covariance import InputCovariance
 from keeptune.statistics.input_mean import InputMean
@@ -45,7 +43,7 @@ _MEAN = InputMean("task")
 
 
 def components(omega: Tensor, mean: tuple[float, ...], k: int) -> tuple[Tensor, Tensor]:
-    """Find the leading principal components (1-3).
+    """Computes the leading principal components (1-3).
 
     Laws: the columns of V are orthonormal; ξ descends, is not negative and sums to at most 1, to 1 for k = n.
 
@@ -67,7 +65,7 @@ def components(omega: Tensor, mean: tuple[float, ...], k: int) -> tuple[Tensor, 
 
 
 def share_ranks(variance: Mapping[Target, Tensor], budget: int) -> dict[Target, int]:
-    """Give the budget to the largest explained variances over all targets (4).
+    """Shares a budget out to the largest explained variances over all targets (4).
 
     Laws: ranks sum to ``min(budget, all there are)``; no target gets more than it has; no explained variance that is
     left out is above one that is taken; equal ones are taken in the order of the targets.
@@ -86,64 +84,54 @@ def share_ranks(variance: Mapping[Target, Tensor], budget: int) -> dict[Target, 
 
 
 @dataclass(frozen=True)
-class Eva:
+class Eva(RankMethod):
     """EVA.
 
     Args:
         rank: Mean rank; the budget is rank times the number of targets.
         alpha: Scale numerator, over ``rank``; 1 in the paper.
         dropout: Dropout before A, during training.
-        rho: No target gets more than rho * rank; 1 gives every target the same.
+        rho: The largest rank of a target is rho * rank; 1 means the same rank everywhere.
     """
 
-    name: ClassVar[str] = "eva"
-    paper: ClassVar[str] = "Paischer et al., EVA, 2024"
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = None
+    name = "eva"
+    paper = "Paischer et al., EVA, 2024"
+    ranges = {**SCALING, "rho": Range(least=1)}
 
-    rank: int = 8
     alpha: float = 1.0
     dropout: float = 0.0
     rho: float = 2.0
 
-    def __post_init__(self) -> None:
-        """Refuse alpha, dropout or rho out of range with a PlanError."""
-        check_scaling(self.alpha, self.dropout)
-        if not 1 <= self.rho < math.inf:
-            raise PlanError("method.rho", got=str(self.rho), wanted="1 or more", next_step="Correct the value.")
-
     def requests(self, target: Target) -> frozenset[Request]:
-        """Need mean and covariance of the inputs on the task."""
+        """Returns mean and covariance of the inputs on the task."""
         return frozenset({_COVARIANCE, _MEAN})
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> Tensor:
-        """Explain the variance of the inputs (3), as far as the target can use it."""
+        """Returns the explained variance of the inputs (3), as far as the target can use it."""
         allot_rank(target, self.rank, self.name)
         return self._components(target, stats)[0][: target.max_rank]
 
     def allocate(self, scores: Mapping[Target, Tensor]) -> Mapping[Target, Decision]:
-        """Share the budget (4)."""
+        """Shares the budget out (4)."""
         return {t: Decision(rank) for t, rank in share_ranks(scores, self.rank * len(scores)).items()}
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Read the leading principal components (2)."""
+        """Takes the leading principal components (2)."""
         xi, V = self._components(target, stats)
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=LowRank(
-                B=torch.zeros(target.out_features, decision.rank), A=V[:, : decision.rank].T.float().contiguous()
-            ),
-            scale=self.alpha / self.rank,
-            trainable=frozenset({"A", "B"}),
-            evidence={"explained_variance": xi.float()},
-        )
+        A = V[:, : decision.rank].T.float().contiguous()
+        start = LowRank(B=torch.zeros(target.out_features, decision.rank), A=A)
+        evidence = {"explained_variance": xi.float()}
+        return self.planned(target, decision, start, self.alpha / self.rank, evidence=evidence)
+
+    def size(self, target: Target, downs: Collection[str]) -> Size:
+        """Counts the mean rank."""
+        return self.size_at(target, min(self.rank, target.max_rank), assumed=True)
+
+    def peft(self) -> Mapping[str, Any]:
+        """Returns the dropout."""
+        return dropout_field(self.dropout)
 
     def _components(self, target: Target, stats: StatsView) -> tuple[Tensor, Tensor]:
         mean = tuple(stats[_MEAN].tolist())
         k = min(round(self.rho * self.rank), target.in_features)
         return stats.derive(_COVARIANCE, components, mean, k)
-
-    def peft(self) -> Mapping[str, Any]:
-        """Hand dropout to PEFT."""
-        return dropout_field(self.dropout)

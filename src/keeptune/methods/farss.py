@@ -19,94 +19,48 @@ h are a target's inputs and δ the gradients of the loss in its outputs, both on
 ε is not given in the paper; it is 1e-12 of Σ_E I, as in the released code, so that the loss's unit does not matter.
 (12) does not keep the budget of (10): most of what clipping takes is lost. ``ranks="exact-budget"`` shares it out
 to the unit. The released code decides between (16) and (17) by ``r < 128``, not by depth, and scales by 128 / r
-without dividing S by it (``as_released``).
+without dividing S by it (``selection="released"``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.options import Range
+from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.rank_budget import clipped_shares, exact_shares
 from keeptune.linalg.svd import exact_svd
-from keeptune.methods.base import allot_rank, check_scaling, dropout_field
-from keeptune.methods.strength import Strength
+from keeptune.methods.base import ScaledMethod, Search, Size, allot_rank
+from keeptune.methods.importance import direction_scores, importance, shallow_ranks
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.gradient import DirectionVariances
 from keeptune.statistics.request import Labels, Request
 
-__all__ = ["Farss", "direction_scores", "importance", "inverse_weights"]
+__all__ = ["Farss"]
 
-_log = logging.getLogger(__name__)
 _RELEASED_SWITCH = 128
 _INPUT = InputCovariance("task")
 
 
-def importance(W: Tensor, sigma_h: Tensor, sigma_delta: Tensor) -> float:
-    """Measure what a small relative change of W costs (eq. 8), without the third product and the trace.
-
-    Law: ``I == Tr(Σ_δ W Σ_h Wᵀ) / (m n)``.
-
-    Args:
-        W: ``(m, n)``.
-        sigma_h: ``(n, n)``.
-        sigma_delta: ``(m, m)``.
-
-    Returns:
-        I, at least 0.
-    """
-    return max(float(((sigma_delta @ W).double() * (W @ sigma_h)).sum()) / W.numel(), 0.0)
-
-
-def inverse_weights(I: Mapping[Target, float]) -> list[float]:
-    """Weigh targets by the inverse of their importance (eq. 9).
-
-    Laws: scaling every I changes nothing; a larger I never weighs more; all I zero weigh alike.
-
-    Args:
-        I: Importance per target.
-
-    Returns:
-        ω, in the order of the targets.
-    """
-    total = math.fsum(I.values())
-    return [1.0 / (value / total + 1e-12) if total > 0 else 1.0 for value in I.values()]
-
-
-def direction_scores(S: Tensor, variances: Tensor) -> Tensor:
-    """Score singular directions (eq. 15): the loss's curvature along ``S_i u_i v_iᵀ``.
-
-    Law: ``s_i == vec(S_i u_i v_iᵀ)ᵀ (Σ_h ⊗ Σ_δ) vec(S_i u_i v_iᵀ)``.
-
-    Args:
-        S: ``(k,)``.
-        variances: λ and γ, ``(2, k)``.
-
-    Returns:
-        s, ``(k,)``, float64: products of small gradients vanish in float32.
-    """
-    s: Tensor = S.double().square() * variances.double().clamp_min(0).prod(dim=0)
-    return s
-
-
 @dataclass(frozen=True)
-class Farss:
+class Farss(ScaledMethod):
     """FARSS.
+
+    The authors' repository is ``Farss(rank=128, boundary=7, r_max=64, r_avg=50, alpha=128.0, selection="released")``.
 
     Args:
         rank: R, at the targets of deep blocks.
+        alpha: None is the scale 1 everywhere; a number is a scale of alpha / r, and S is divided by it.
         r_min: Least rank in shallow blocks.
         r_max: Largest rank in shallow blocks, and never more than a target can have.
         r_avg: Mean rank in shallow blocks that the budget is made of.
@@ -119,8 +73,6 @@ class Farss:
         label_seed: Seed of sampled labels; not the training seed, so that runs share their statistics.
         scores: ``"covariance"`` takes Σ_h and Σ_δ; ``"streaming"`` sums λ and γ directly, without the matrices,
             where no importance is needed (deep blocks).
-        alpha: None gives every target the scale 1; a number gives alpha / r, and S is divided by it.
-        dropout: Dropout before A, during training.
         selection: ``"depth"`` as the paper says; ``"released"``: ranks below 128 take the smallest scores, others
             the largest, and S is not divided by the scale.
         boundary_range: Shares of the depth that ``boundary="auto"`` searches between.
@@ -131,12 +83,14 @@ class Farss:
         PlanError: A value is out of range.
     """
 
-    name: ClassVar[str] = "farss"
-    paper: ClassVar[str] = "Chen et al., FARSS, 2025"
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = None
+    name = "farss"
+    paper = "Chen et al., FARSS, 2025"
+    anchored = True
+    ranges = {
+        **dict.fromkeys(("r_min", "r_avg", "search_steps", "search_examples"), Range(least=1)),
+        "boundary": Range(least=0),
+    }
 
-    rank: int = 8
     r_min: int = 1
     r_max: int = 8
     r_avg: int = 6
@@ -146,56 +100,37 @@ class Farss:
     labels: Labels = "true"
     label_seed: int = 0
     scores: Literal["covariance", "streaming"] = "covariance"
-    alpha: float | None = None
-    dropout: float = 0.0
     selection: Literal["depth", "released"] = "depth"
     boundary_range: tuple[float, float] = (1 / 8, 1 / 4)
     search_steps: int = 50
     search_examples: int = 64
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            PlanError: A value is out of range.
-        """
-        check_scaling(self.alpha, self.dropout)
+        """Checks the options, also against each other."""
+        super().__post_init__()
         first, last = self.boundary_range
-        wrong = [
-            ("r_min", self.r_min, f"1 to r_max ({self.r_max})", not 1 <= self.r_min <= self.r_max),
-            ("r_avg", self.r_avg, "at least 1", self.r_avg < 1),
-            ("boundary", self.boundary, "auto, or 0 and more", self.boundary != "auto" and self.boundary < 0),
-            ("boundary_range", self.boundary_range, "two shares, 0 < first <= last < 1", not 0 < first <= last < 1),
-            ("search_steps", self.search_steps, "at least 1", self.search_steps < 1),
-            ("search_examples", self.search_examples, "at least 1", self.search_examples < 1),
-        ]
-        for name, got, wanted, bad in wrong:
-            if bad:
-                raise PlanError(f"method.{name}", got=str(got), wanted=wanted, next_step="Correct the value.")
+        for option, wanted, right in (
+            ("boundary_range", "two shares, 0 < first <= last < 1", 0 < first <= last < 1),
+            ("r_min", f"1 to r_max ({self.r_max})", self.r_min <= self.r_max),
+        ):
+            if not right:
+                got = str(getattr(self, option))
+                raise PlanError(self.place(option), got=got, wanted=wanted, next_step="Correct the value.")
 
-    @classmethod
-    def as_released(cls, rank: int = 128, boundary: int = 7, r_max: int = 64, r_avg: int = 50) -> Farss:
-        """Do what the authors' repository does, for comparison with the paper's equations.
+    @property
+    def search(self) -> Search | None:
+        """The search for the boundary."""
+        if self.boundary != "auto" or self.variant != "farss":
+            return None
+        return Search(self.search_steps, self.search_examples)
 
-        Its data differ too: 16 examples rather than 256, padded to 512 tokens that all enter the covariances.
-
-        Args:
-            rank: R.
-            boundary: Shallow blocks; the repository's ``--layer_split_start k`` makes k + 1 of them.
-            r_max: Largest shallow rank.
-            r_avg: Mean shallow rank of the budget; the repository lowers it to ``r_max``.
-
-        Returns:
-            The method.
-        """
-        return cls(
-            rank=rank,
-            boundary=boundary,
-            r_max=r_max,
-            r_avg=min(r_avg, r_max),
-            alpha=float(_RELEASED_SWITCH),
-            selection="released",
-        )
+    def candidates(self, blocks: int) -> tuple[Farss, ...]:
+        """Returns a method for each boundary within the range (Section 3.1)."""
+        first, last = (share * blocks for share in self.boundary_range)
+        boundaries = range(max(math.ceil(first - 1e-9), 1), max(math.floor(last + 1e-9), 1) + 1)
+        # A boundary that was tried under another range is the same trial.
+        default = type(self).boundary_range
+        return tuple(dataclasses.replace(self, boundary=boundary, boundary_range=default) for boundary in boundaries)
 
     @property
     def _gradient(self) -> GradientCovariance:
@@ -206,87 +141,39 @@ class Farss:
         return DirectionVariances("task", self.labels, self.label_seed)
 
     def requests(self, target: Target) -> frozenset[Request]:
-        """Need both covariances on task data, or the variances along singular directions where they are enough."""
+        """Returns both covariances on task data, or the variances along singular directions where they are enough."""
         full: set[Request] = {_INPUT, self._gradient}
         if self.scores == "covariance":
             return frozenset(full)
-        if self.variant == "farss" and self.boundary == "auto":
+        if self.search:
             return frozenset(full | {self._streamed})
         return frozenset(full if self._shallow(target) else {self._streamed})
 
-    def candidates(self, blocks: int) -> tuple[Farss, ...]:
-        """List the boundaries to try (Section 3.1).
-
-        Args:
-            blocks: How many blocks the model has.
-
-        Returns:
-            One method per boundary; nothing when the boundary is given.
-        """
-        if self.boundary != "auto" or self.variant != "farss":
-            return ()
-        first, last = (share * blocks for share in self.boundary_range)
-        tried = range(max(math.ceil(first - 1e-9), 1), max(math.floor(last + 1e-9), 1) + 1)
-        # The range is spent: a boundary tried under another range is the same trial.
-        spent = type(self).boundary_range
-        return tuple(dataclasses.replace(self, boundary=boundary, boundary_range=spent) for boundary in tried)
-
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> float | None:
-        """Measure the importance of a shallow target (eq. 8)."""
-        if not self._shallow(target):
-            return None
-        return importance(weight, stats[_INPUT], stats[self._gradient])
+        """Returns the importance of a shallow target (eq. 8)."""
+        return importance(weight, stats[_INPUT], stats[self._gradient]) if self._shallow(target) else None
 
     def allocate(self, scores: Mapping[Target, float | None]) -> Mapping[Target, Decision]:
-        """Give deep targets R and shallow ones what their importance leaves them (eqs. 9-12)."""
+        """Allots R to deep targets, and to shallow ones what their importance leaves them (eqs. 9-12)."""
         I = {target: value for target, value in scores.items() if value is not None}
         decisions = {target: allot_rank(target, self.rank, self.name) for target in scores if target not in I}
         if I:
-            decisions |= self._shallow_ranks(I)
+            exact = self.ranks == "exact-budget"
+            decisions |= shallow_ranks(I, self.r_avg, self.r_min, self.r_max, exact=exact)
         return {target: decisions[target] for target in scores}
 
-    def _shallow_ranks(self, I: Mapping[Target, float]) -> dict[Target, Decision]:
-        budget = self.r_avg * len(I)
-        high = [min(self.r_max, target.max_rank) for target in I]
-        low = [min(self.r_min, most) for most in high]
-        if not any(I.values()):
-            _log.warning("farss: every gradient is zero; the shallow targets share their ranks evenly")
-        omega = inverse_weights(I)
-        if self.ranks == "paper":
-            found = clipped_shares(omega, budget, low, high)
-        elif sum(low) <= budget <= sum(high):
-            found = exact_shares(omega, budget, low, high)
-        else:
-            raise PlanError(
-                "method.r_avg",
-                got=f"a budget of {budget} ranks for {len(I)} shallow targets",
-                wanted=f"{sum(low)} to {sum(high)}, which r_min and r_max allow",
-                next_step="Change r_avg, r_min or r_max.",
-            )
-        if sum(found) != budget:
-            _log.info("farss: %d of the shallow budget of %d ranks are allotted", sum(found), budget)
-        return {target: Decision(rank) for target, rank in zip(I, found, strict=True)}
-
     def notes(self, decisions: Mapping[Target, Decision]) -> list[str]:
-        """Say what became of the budget.
-
-        Args:
-            decisions: From :meth:`allocate`.
-
-        Returns:
-            Sentences for the plan.
-        """
+        """Returns what became of the budget."""
         shallow = [decision.rank for target, decision in decisions.items() if self._shallow(target)]
         if not shallow:
             return []
-        budget = self.r_avg * len(shallow)
-        return [
-            f"{len(shallow)} targets in blocks below {self.boundary} are shallow: {sum(shallow)} of {budget} ranks "
-            f"of their budget allotted, mean {sum(shallow) / len(shallow):.1f} (r_avg {self.r_avg})"
-        ]
+        count, total = len(shallow), sum(shallow)
+        where = f"{count} targets in blocks below {self.boundary} are shallow"
+        ranks = f"{total} of {self.r_avg * count} ranks of their budget allotted"
+        return [f"{where}: {ranks}, mean {total / count:.1f} (r_avg {self.r_avg})"]
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Start from the chosen singular directions (eqs. 13-17)."""
+        """Starts from the chosen singular directions (eqs. 13-17)."""
         U, S, Vh = exact_svd(weight, target.name)
         evidence = {"spectrum": S}
         if self._streamed in self.requests(target):
@@ -300,20 +187,17 @@ class Farss:
         r = decision.rank
         order = torch.argsort(s, descending=True, stable=True)
         chosen = order[-r:] if self._takes_low(target, r) else order[:r]
-        scale = 1.0 if self.alpha is None else self.alpha / r
+        scale = self.scale_at(r)
         sizes = S[chosen] / (1.0 if self.selection == "released" else scale)
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=LowRank.from_triplets(U[:, chosen], sizes, Vh[chosen]),
-            scale=scale,
-            trainable=frozenset({"A", "B"}),
-            evidence=evidence | {"singular_values": S[chosen], "direction_score": s[chosen].float()},
-        )
+        start = LowRank.from_triplets(U[:, chosen], sizes, Vh[chosen])
+        evidence |= {"singular_values": S[chosen], "direction_score": s[chosen].float()}
+        return self.planned(target, decision, start, scale, evidence=evidence)
 
-    def peft(self) -> Mapping[str, Any]:
-        """Hand dropout to PEFT."""
-        return dropout_field(self.dropout)
+    def size(self, target: Target, downs: Collection[str]) -> Size:
+        """Counts rank R, or the mean rank in shallow blocks; all are taken for shallow before the search."""
+        if not self.search and not self._shallow(target):
+            return super().size(target, downs)
+        return self.size_at(target, min(max(self.r_avg, self.r_min), self.r_max, target.max_rank), assumed=True)
 
     def _shallow(self, target: Target) -> bool:
         if self.variant != "farss":
@@ -323,7 +207,7 @@ class Farss:
                 "method.boundary",
                 got="auto",
                 wanted="a number of blocks for a plan made directly",
-                next_step="Give one, or run a recipe: it searches with short runs before it plans.",
+                next_step="Set one, or run a recipe: it searches with short runs before it plans.",
             )
         return 0 <= target.layer < self.boundary
 

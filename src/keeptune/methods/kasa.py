@@ -18,22 +18,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.options import Range
+from keeptune.core.plan import Decision, Factor, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
-from keeptune.methods.base import allot_rank, check_scaling, dropout_field, generator_for
-from keeptune.methods.lora import draw_A, scale_of
-from keeptune.methods.strength import Strength
+from keeptune.methods.base import generator_for
+from keeptune.methods.lora import LoraStart, draw_A
 from keeptune.penalties.kasa_regularizers import KasaRegularizers, Regularizer
 from keeptune.statistics.collect import StatsView
-from keeptune.statistics.request import Request
 
 __all__ = ["Kasa", "dropped_part"]
 
@@ -56,56 +55,30 @@ def dropped_part(W: Tensor, r: int, where: str) -> tuple[LowRank, Tensor]:
 
 
 @dataclass(frozen=True)
-class Kasa:
+class Kasa(LoraStart):
     """KaSA.
 
     Args:
         rank: r, at every target: as many components are dropped as are learned.
-        alpha: Scale numerator; None is 2 r, the usual choice.
+        seed: Seed of A and d; the recipe sets the training seed unless its method section has one.
         beta: Weight of the singular values' squares. FARSS: 1e-2 on Llama-2, 1e-4 on Llama-3.
         gamma: Weight of orthogonality. FARSS: 1e-4 on Llama-2, 1e-3 on Llama-3.
         regularizer: ``"gram"`` as in the paper and PEFT, ``"released"`` as in the released code.
-        dropout: Dropout before A, during training.
-        seed: Seed of A and d; the recipe gives the training seed unless told otherwise.
-
-    Raises:
-        PlanError: beta or gamma is below 0, alpha or dropout is out of range.
     """
 
-    name: ClassVar[str] = "kasa"
-    paper: ClassVar[str] = "Wang et al., KaSA, ICLR 2025"
-    scope: ClassVar[Scope] = "adapter"
-    moves_start: ClassVar[bool] = True
-    strength_option: ClassVar[Strength | None] = None
+    name = "kasa"
+    paper = "Wang et al., KaSA, ICLR 2025"
+    anchored = True
+    moves_start = True
+    trains = frozenset[Factor]({"A", "B", "diag"})
+    ranges = {"beta": Range(least=0), "gamma": Range(least=0)}
 
-    rank: int = 8
-    alpha: float | None = None
     beta: float = 1e-4
     gamma: float = 1e-3
     regularizer: Regularizer = "gram"
-    dropout: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            PlanError: beta or gamma is below 0, alpha or dropout is out of range.
-        """
-        check_scaling(self.alpha, self.dropout)
-        for name, value in (("beta", self.beta), ("gamma", self.gamma)):
-            if not 0 <= value < float("inf"):
-                raise PlanError(f"method.{name}", got=str(value), wanted="0 or more", next_step="Correct the value.")
-
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Need nothing."""
-        return frozenset()
-
-    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
-        """Treat all targets alike."""
 
     def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
-        """Give every target the same rank; something of W must be left."""
+        """Decides on the same rank for all targets; something of W must be left."""
         for target in scores:
             if self.rank == target.max_rank:
                 raise PlanError(
@@ -114,28 +87,31 @@ class Kasa:
                     wanted=f"1 to {target.max_rank - 1} for a {target.out_features} x {target.in_features} map",
                     next_step=f"Lower `method.rank`, or leave the role {target.role} out of `targets`.",
                 )
-        return {target: allot_rank(target, self.rank, self.name) for target in scores}
+        return super().allocate(scores)
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Find what W loses; draw A and d, set B to zero."""
+        """Finds what W loses; draws A and d, sets B to zero."""
         r, generator = decision.rank, generator_for(target, self.seed)
-        scale = scale_of(r, self.alpha)
+        scale = self.scale_at(r)
         dropped, S = dropped_part(weight, r, target.name)
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=LowRank(B=torch.zeros(target.out_features, r), A=draw_A(r, target.in_features, generator)),
-            scale=scale,
-            trainable=frozenset({"A", "B", "diag"}),
+        return self.planned(
+            target,
+            decision,
+            LowRank(B=torch.zeros(target.out_features, r), A=draw_A(r, target.in_features, generator)),
+            scale,
             removed=dropped.scaled(1 / scale),
             vectors={"diag": torch.randn(r, generator=generator)},
             evidence={"dropped_values": S, "dropped_energy": (S**2).sum()[None] / weight.square().sum()},
         )
 
+    def vector_size(self, target: Target, r: int) -> int:
+        """Counts the singular values."""
+        return r
+
     def peft(self) -> Mapping[str, Any]:
-        """Let the adapter's config say KaSA."""
-        return {"kasa_config": {"beta": self.beta, "gamma": self.gamma}, **dropout_field(self.dropout)}
+        """Returns the options of KaSA, and the dropout."""
+        return {"kasa_config": {"beta": self.beta, "gamma": self.gamma}, **super().peft()}
 
     def penalties(self) -> tuple[KasaRegularizers]:
-        """Ask for both regularisers."""
+        """Returns both regularisers."""
         return (KasaRegularizers(self.beta, self.gamma, self.regularizer),)

@@ -14,57 +14,41 @@ no strength to tune: a budget of 0.003 nats says by how much the answers to the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
-from torch import Tensor
+from typing import Literal
 
 from keeptune.core.errors import PlanError
-from keeptune.core.plan import Decision, Scope, TargetPlan
-from keeptune.core.target import Target
-from keeptune.methods.base import allot_rank, check_scaling, dropout_field
-from keeptune.methods.lora import lora_start, scale_of
+from keeptune.methods.lora import LoraStart
 from keeptune.methods.strength import Strength
 from keeptune.penalties.drift import DriftBudget
-from keeptune.statistics.collect import StatsView
-from keeptune.statistics.request import Request
 
 __all__ = ["Keep"]
-
 
 _NATS = 0.003
 
 
 @dataclass(frozen=True)
-class Keep:
+class Keep(LoraStart):
     """LoRA under a budget.
 
     Args:
-        rank: r, at every target.
-        alpha: Scale numerator; None is 2 r, the usual choice.
-        nats: The budget in nats per token, to second order (4); 0.003 unless ``drift`` is given.
+        nats: The budget in nats per token, to second order (4); 0.003 unless ``drift`` is set.
         drift: In place of it, the mean relative feature drift allowed (3): no backward pass, and a cheaper step.
         per: ``"model"`` holds all targets together, ``"layer"`` each layer by itself.
         layers: Of ``per="layer"``: ``"uniform"`` budgets, or by ``"naie"`` or ``"kva"``.
         rho: Of ``nats``: damping of Γ towards the identity of its trace.
-        rate: How far the logarithm of the multiplier moves in a step at most.
-        gain: How far the logarithm of the pressure is from that of the multiplier at most.
+        rate: The largest step of the multiplier's logarithm.
+        gain: The largest difference between the logarithms of the pressure and of the multiplier.
         factor_rank: Keep this many directions of Ω and Γ, and one number for the others; None keeps all.
-        dropout: Dropout before A, during training.
-        seed: Seed of A; the recipe gives the training seed unless told otherwise.
 
     Raises:
         PlanError: An option is out of range, or there are two budgets.
     """
 
-    name: ClassVar[str] = "keep"
-    paper: ClassVar[str] = "keeptune"
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = Strength(("drift", "nats"), "divided", default=_NATS)
+    name = "keep"
+    paper = "keeptune"
+    strength_option = Strength(("drift", "nats"), "divided", default=_NATS)
 
-    rank: int = 8
-    alpha: float | None = None
     nats: float | None = None
     drift: float | None = None
     per: Literal["model", "layer"] = "model"
@@ -73,16 +57,14 @@ class Keep:
     rate: float = 0.1
     gain: float = 2.0
     factor_rank: int | None = None
-    dropout: float = 0.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the options.
+        """Checks the options.
 
         Raises:
             PlanError: One is out of range, or there are two budgets.
         """
-        check_scaling(self.alpha, self.dropout)
+        super().__post_init__()
         if self.nats is not None and self.drift is not None:
             raise PlanError(
                 "method keep",
@@ -92,27 +74,8 @@ class Keep:
             )
         self.penalties()
 
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Need nothing for the factors; the budget asks for itself."""
-        return frozenset()
-
-    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
-        """Treat all targets alike."""
-
-    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
-        """Give every target the same rank."""
-        return {target: allot_rank(target, self.rank, self.name) for target in scores}
-
-    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Start as LoRA does (1)."""
-        return lora_start(target, decision, self.seed, scale_of(decision.rank, self.alpha))
-
-    def peft(self) -> Mapping[str, Any]:
-        """Hand dropout to PEFT."""
-        return dropout_field(self.dropout)
-
     def penalties(self) -> tuple[DriftBudget]:
-        """Ask for the budget."""
+        """Returns the budget."""
         in_nats = self.drift is None
         return (
             DriftBudget(

@@ -11,37 +11,27 @@ Zhang, Xie, Zhang, "L2-LoRA: Improving Low-Rank Adaptation with Layer-Specific R
 for them (``layers="cubic"``): it is what the paper's runs appear to use, and it is not taken from data. The penalty is
 ``penalties/l2.py``. Not in the paper: eta, tau, what the norm is, whether alpha / r is in it. Here the norm is that of
 Frobenius, of s B A; ``unit="relative"`` divides each target's square by ‖W‖², so that one strength means the same on
-every model, and ``as_paper()`` is (7) as written.
+every model; ``unit="absolute"`` at rank 32 is (7) as written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
-from torch import Tensor
-
-from keeptune.core.plan import Decision, Scope, TargetPlan
-from keeptune.core.target import Target
-from keeptune.methods.base import allot_rank, check_scaling, dropout_field
-from keeptune.methods.lora import lora_start, scale_of
+from keeptune.methods.lora import LoraStart
 from keeptune.methods.strength import Strength
 from keeptune.penalties.l2 import L2, Layers
-from keeptune.statistics.collect import StatsView
 from keeptune.statistics.layer_effect import Reading
-from keeptune.statistics.request import Request
 
 __all__ = ["L2Lora"]
 
 
 @dataclass(frozen=True)
-class L2Lora:
+class L2Lora(LoraStart):
     """L2-LoRA.
 
     Args:
-        rank: r, at every target.
-        alpha: Scale numerator; None is 2 r, the usual choice.
         strength: eta. With the relative unit, what a change as large as W itself costs, in nats.
         layers: Weight of each block: ``"cubic"`` (eq. 8), ``"naie"`` (eqs. 2 and 3, measured on the knowledge),
             ``"uniform"``, or a list, from block 0.
@@ -54,20 +44,15 @@ class L2Lora:
         noise_fraction: Share of a prompt's tokens that get noise (naie).
         noise_scale: Its standard deviation, in units of that of the token embeddings (naie).
         trace_examples: How many examples of each knowledge set are traced (naie).
-        dropout: Dropout before A, during training.
-        seed: Seed of A; the recipe gives the training seed unless told otherwise.
 
     Raises:
         PlanError: An option is out of range.
     """
 
-    name: ClassVar[str] = "l2-lora"
-    paper: ClassVar[str] = "Zhang et al., L2-LoRA"
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = Strength(("strength",), "multiplied")
+    name = "l2-lora"
+    paper = "Zhang et al., L2-LoRA"
+    strength_option = Strength(("strength",), "multiplied")
 
-    rank: int = 8
-    alpha: float | None = None
     strength: float = 100.0
     layers: Layers = "cubic"
     on: Literal["change", "factors"] = "change"
@@ -79,53 +64,14 @@ class L2Lora:
     noise_fraction: float = 0.5
     noise_scale: float = 3.0
     trace_examples: int | None = 32
-    dropout: float = 0.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            PlanError: One is out of range.
-        """
-        check_scaling(self.alpha, self.dropout)
+        """Checks the options, also those of the penalty."""
+        super().__post_init__()
         self.penalties()
 
-    @classmethod
-    def as_paper(cls, strength: float, *, rank: int = 32, layers: Layers = "cubic") -> L2Lora:
-        """Take eq. 7 as it is written, with the paper's rank.
-
-        Args:
-            strength: eta, which the paper does not give.
-            rank: r.
-            layers: Weights of the blocks.
-
-        Returns:
-            The method.
-        """
-        return cls(rank=rank, strength=strength, layers=layers, unit="absolute")
-
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Need nothing for the factors; the penalty asks for itself."""
-        return frozenset()
-
-    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
-        """Treat all targets alike."""
-
-    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
-        """Give every target the same rank."""
-        return {target: allot_rank(target, self.rank, self.name) for target in scores}
-
-    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Start as LoRA does."""
-        return lora_start(target, decision, self.seed, scale_of(decision.rank, self.alpha))
-
-    def peft(self) -> Mapping[str, Any]:
-        """Hand dropout to PEFT."""
-        return dropout_field(self.dropout)
-
     def penalties(self) -> tuple[L2]:
-        """Ask for (7)."""
+        """Returns (7)."""
         return (
             L2(
                 strength=self.strength,

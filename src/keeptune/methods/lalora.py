@@ -18,31 +18,22 @@ recipe's ``knowledge``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
-from torch import Tensor
-
-from keeptune.core.plan import Decision, Scope, TargetPlan
-from keeptune.core.target import Target
-from keeptune.methods.base import allot_rank, check_scaling, dropout_field
-from keeptune.methods.lora import lora_start, scale_of
+from keeptune.methods.lora import LoraStart
 from keeptune.methods.strength import Strength
 from keeptune.penalties.laplace import Curvature, Laplace
-from keeptune.statistics.collect import StatsView
-from keeptune.statistics.request import Labels, Request
+from keeptune.statistics.request import Labels
 
 __all__ = ["Lalora"]
 
 
 @dataclass(frozen=True)
-class Lalora:
+class Lalora(LoraStart):
     """LaLoRA, our reading.
 
     Args:
-        rank: r, at every target.
-        alpha: Scale numerator; None is 2 r, the usual choice.
+        dropout: Dropout before A, during training; the curvature is taken without.
         strength: λ: how much a nat lost on the knowledge weighs; for ``delta-act`` and ``l2`` what a relative drift
             of 1 costs.
         curvature: ``diag``, ``b-kfac``, ``b-tri-kfac`` as in the paper; ``delta-kfac``, ``delta-act``, ``l2`` on the
@@ -53,20 +44,15 @@ class Lalora:
         rho: Damping of the output factor towards the identity.
         rho_input: The same of the input factor.
         factor_rank: Directions of each factor that are kept; None keeps all.
-        dropout: Dropout before A, during training; the curvature is taken without.
-        seed: Seed of A; the recipe gives the training seed unless told otherwise.
 
     Raises:
         PlanError: An option is out of range.
     """
 
-    name: ClassVar[str] = "lalora"
-    paper: ClassVar[str] = "Sliwa et al., LaLoRA, 2512.17720 (our reading)"
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = Strength(("strength",), "multiplied")
+    name = "lalora"
+    paper = "Sliwa et al., LaLoRA, 2512.17720 (our reading)"
+    strength_option = Strength(("strength",), "multiplied")
 
-    rank: int = 8
-    alpha: float | None = None
     strength: float = 100.0
     curvature: Curvature = "b-kfac"
     labels: Labels = "sampled"
@@ -75,39 +61,14 @@ class Lalora:
     rho: float = 0.0
     rho_input: float = 0.0
     factor_rank: int | None = None
-    dropout: float = 0.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            PlanError: One is out of range.
-        """
-        check_scaling(self.alpha, self.dropout)
+        """Checks the options, also those of the penalty."""
+        super().__post_init__()
         self.penalties()
 
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Need nothing for the factors; the penalty asks for itself."""
-        return frozenset()
-
-    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
-        """Treat all targets alike."""
-
-    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
-        """Give every target the same rank."""
-        return {target: allot_rank(target, self.rank, self.name) for target in scores}
-
-    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Start as LoRA does."""
-        return lora_start(target, decision, self.seed, scale_of(decision.rank, self.alpha))
-
-    def peft(self) -> Mapping[str, Any]:
-        """Hand dropout to PEFT."""
-        return dropout_field(self.dropout)
-
     def penalties(self) -> tuple[Laplace]:
-        """Ask for (II)."""
+        """Returns (II)."""
         return (
             Laplace(
                 strength=self.strength,

@@ -27,20 +27,21 @@ the released code (Transformers' trainers let no weight decay act on biases).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Factor, Scope, TargetPlan
+from keeptune.core.options import Range
+from keeptune.core.plan import Decision, Factor, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.voting import quota, voted
-from keeptune.methods.base import check_scaling, dropout_field
-from keeptune.methods.lora import draw_start, scale_of
+from keeptune.methods.base import SCALING, Method, Size, dropout_field
+from keeptune.methods.lora import draw_start
 from keeptune.methods.strength import Strength
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
@@ -65,7 +66,7 @@ class Selected:
 
 
 def select(attributions: Attributions, q: float, selection: Selection) -> dict[str, Selected]:
-    """Select rows of all down-projections (eqs. 6-9).
+    """Selects rows of all down-projections (eqs. 6-9).
 
     Laws: ``layer-balanced`` gives each the same floor(q D / 100), the others floor(q L D / 100) in all; no row twice;
     neither the order of texts nor a positive affine map of a text's scores in a block (of all blocks together, for the
@@ -83,11 +84,11 @@ def select(attributions: Attributions, q: float, selection: Selection) -> dict[s
     k = quota(q, attributions.nodes * (len(attributions.modules) if whole else 1))
     rows, counts = voted(attributions.chunks(), k, whole=whole, highest=selection == "global-high")
     votes = counts.float() / attributions.samples
-    return {name: Selected(*found) for name, *found in zip(attributions.modules, rows, votes, strict=True)}
+    return {name: Selected(own, share) for name, own, share in zip(attributions.modules, rows, votes, strict=True)}
 
 
 @dataclass(frozen=True)
-class Loki:
+class Loki(Method):
     """LoKI, and LoKI* with a rank.
 
     Args:
@@ -99,16 +100,21 @@ class Loki:
             1 at q = 10 and the paper's 0.4 at q = 30; the rates in between are in an appendix that is not public.
         alpha: Scale numerator of LoKI*; None is 2 r, the usual choice.
         dropout: Dropout before A, during training.
-        seed: Seed of A of LoKI*; the recipe gives the training seed unless told otherwise.
+        seed: Seed of A of LoKI*; the recipe sets the training seed unless its method section has one.
 
     Raises:
-        PlanError: An option is out of range.
+        PlanError: An option is out of range, or ``alpha`` is set without a rank.
     """
 
-    name: ClassVar[str] = "loki"
-    paper: ClassVar[str] = "Wang et al., LoKI, AAAI 2026"
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = Strength(("q",), "divided")
+    name = "loki"
+    paper = "Wang et al., LoKI, AAAI 2026"
+    strength_option = Strength(("q",), "divided")
+    rows_of_downs = True
+    ranges = {
+        **SCALING,
+        "q": Range(above=0, most=100, advice="It is per cent of the nodes; the paper takes 5 to 30."),
+        "rank": Range(least=1, advice="Leave it out to train whole rows."),
+    }
 
     q: float = 10.0
     rank: int | None = None
@@ -120,43 +126,32 @@ class Loki:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the options.
+        """Checks the options.
 
         Raises:
-            PlanError: One is out of range.
+            PlanError: One is out of range, or ``alpha`` is set without a rank.
         """
-        check_scaling(self.alpha, self.dropout)
-        if not 0 < self.q <= 100:
-            raise PlanError(
-                "method.q",
-                got=f"{self.q}",
-                wanted="above 0 and at most 100: per cent of the nodes",
-                next_step="The paper takes 5 to 30.",
-            )
-        if self.rank is not None and self.rank < 1:
-            raise PlanError(
-                "method.rank", got=f"{self.rank}", wanted="1 or more", next_step="Leave it out to train whole rows."
-            )
+        super().__post_init__()
         if self.rank is None and self.alpha is not None:
             raise PlanError(
                 "method.alpha",
                 got=f"{self.alpha} without a rank",
                 wanted="none: whole rows are trained as they are",
-                next_step="Leave it out, or give a rank (LoKI*).",
+                next_step="Leave it out, or set a rank (LoKI*).",
             )
 
     def requests(self, target: Target) -> frozenset[Request]:
-        """Need the attribution of every node; all targets share it."""
+        """Returns the attribution of every node; all targets share it."""
         return frozenset({self.attribution})
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> Selected | str:
-        """Find the target's rows (eqs. 6-9); of what is no down-projection, name one that is."""
-        found = self._select(stats)
-        return found.get(target.name, next(iter(found)))
+        """Returns the target's rows (eqs. 6-9); of what is no down-projection, the name of one."""
+        rows = self._select(stats)
+        return rows.get(target.name, next(iter(rows)))
 
     def allocate(self, scores: Mapping[Target, Selected | str]) -> Mapping[Target, Decision]:
-        """Confine each down-projection to its rows, and leave other targets alone."""
-        downs = {target: found for target, found in scores.items() if isinstance(found, Selected)}
+        """Confines each down-projection to its rows, and leaves other targets alone."""
+        downs = {target: selected for target, selected in scores.items() if isinstance(selected, Selected)}
         if not downs:
             raise PlanError(
                 f"method {self.name}",
@@ -164,7 +159,7 @@ class Loki:
                 wanted=f"the down-projection of an MLP, as {next(iter(scores.values()))}",
                 next_step="Add its role to `targets`, or leave `targets` and `layers` out.",
             )
-        if not any(found.rows for found in downs.values()):
+        if not any(selected.rows for selected in downs.values()):
             nodes = next(iter(downs)).out_features
             raise PlanError(
                 "method.q",
@@ -172,7 +167,7 @@ class Loki:
                 wanted=f"{100 / nodes:.2g} or more",
                 next_step="Raise it.",
             )
-        decisions = {target: self._decide(target, found.rows) for target, found in downs.items()}
+        decisions = {target: self._decide(target, selected.rows) for target, selected in downs.items()}
         return {target: decisions.get(target, Decision(0)) for target in scores}
 
     def _decide(self, target: Target, rows: tuple[int, ...]) -> Decision:
@@ -190,48 +185,59 @@ class Loki:
         return Decision(min(self.rank, most), rows)
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Start with the rows of W as they are (eqs. 10, 11)."""
-        rows, trained = decision.rows or (), self.rank is None
-        init = _one_hot(target, rows) if trained else draw_start(target, decision.rank, self.seed)
-        factors: frozenset[Factor] = frozenset({"A"} if trained else {"A", "B"})
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=init,
-            scale=1.0 if trained else scale_of(decision.rank, self.alpha),
+        """Starts with the rows of W as they are (eqs. 10, 11)."""
+        rows, r = decision.rows or (), decision.rank
+        factors: frozenset[Factor] = frozenset({"A"} if self.rank is None else {"A", "B"})
+        return self.planned(
+            target,
+            decision,
+            _one_hot(target, rows) if self.rank is None else draw_start(target, r, self.seed),
+            1.0 if self.rank is None else 2.0 if self.alpha is None else self.alpha / r,
             trainable=factors | ({"bias"} if target.bias else frozenset()),
             vectors={"bias": torch.zeros(target.out_features)} if target.bias else {},
             evidence={"votes": self._select(stats)[target.name].votes},
         )
 
+    def size(self, target: Target, downs: Collection[str]) -> Size:
+        """Counts the rows of a down-projection, or the factors within them, and the entries of its bias."""
+        if target.name not in downs:
+            return Size(0, 0)
+        m, n = target.out_features, target.in_features
+        rows = int(self.q * m / 100)
+        bias, held = (rows, m - rows) if target.bias else (0, 0)
+        if self.rank is None:
+            return Size(rows, rows * n + bias, frozen=rows * m + held)
+        r = min(self.rank, rows)
+        return Size(r, r * (rows + n) + bias, frozen=(m - rows) * r + held)
+
     def peft(self) -> Mapping[str, Any]:
-        """Hand dropout to PEFT."""
+        """Returns the dropout."""
         return dropout_field(self.dropout)
 
     def training(self) -> Mapping[str, Any]:
-        """Ask for another learning rate where it is to follow q."""
+        """Returns another learning rate where it follows q."""
         factor = (10 / self.q) ** (math.log(0.4) / math.log(1 / 3))
         return {"learning_rate_factor": factor} if self.rate == "by-q" else {}
 
     def notes(self, decisions: Mapping[Target, Decision]) -> list[str]:
-        """Say how many rows there are, what got none or fewer ranks, and what is left alone."""
+        """Returns how many rows there are, what got none or fewer ranks, and what is left alone."""
         downs = {target: decision for target, decision in decisions.items() if decision.rows is not None}
         rows = [len(decision.rows or ()) for decision in downs.values()]
-        said = [f"{sum(rows)} of {sum(t.out_features for t in downs)} rows, {min(rows)} to {max(rows)} a block"]
+        notes = [f"{sum(rows)} of {sum(t.out_features for t in downs)} rows, {min(rows)} to {max(rows)} a block"]
         fewer = [t.name for t, d in downs.items() if self.rank is not None and 0 < d.rank < self.rank]
         if fewer:
-            said.append(f"{', '.join(fewer)}: fewer rows than rank {self.rank}, which is lowered to their number")
+            notes.append(f"{', '.join(fewer)}: fewer rows than rank {self.rank}, which is lowered to their number")
         others = sorted({target.role for target in decisions if target not in downs})
         if others:
-            said.append(f"{', '.join(others)}: left alone, no down-projection")
-        return said
+            notes.append(f"{', '.join(others)}: left alone, no down-projection")
+        return notes
 
     def _select(self, stats: StatsView) -> dict[str, Selected]:
         return stats.derive(self.attribution, select, self.q, self.selection)
 
 
 def _one_hot(target: Target, rows: tuple[int, ...]) -> LowRank:
-    """Make ``B = I[:, S]`` and ``A = 0``, for which ``B A`` puts row j of A into row S_j (eq. 10)."""
+    """Returns ``B = I[:, S]`` and ``A = 0``, for which ``B A`` puts row j of A into row S_j (eq. 10)."""
     B = torch.zeros(target.out_features, len(rows))
     B[list(rows), range(len(rows))] = 1.0
     return LowRank(B=B, A=torch.zeros(len(rows), target.in_features))

@@ -19,18 +19,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.options import Range
+from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets
-from keeptune.methods.base import allot_rank, check_scaling, dropout_field, generator_for
-from keeptune.methods.strength import Strength
+from keeptune.methods.base import ScaledMethod, allot_rank, generator_for
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.gradient import WeightGradient
 from keeptune.statistics.request import Request
@@ -42,56 +41,42 @@ _GRADIENT = WeightGradient("task", labels="true")
 
 
 @dataclass(frozen=True)
-class LoraGA:
+class LoraGA(ScaledMethod):
     """LoRA-GA.
 
     Args:
         rank: r, at every target; 2 r directions of the gradient are used.
         alpha: Scale numerator; None is 2 r, the paper's.
-        dropout: Dropout before A, during training.
         direction: Which of the 2 r directions A and B take: ``"ArB2r"`` (A the first r), ``"A2rBr"`` (B the first r),
             ``"ArBr"`` (in turns, B first), or ``"random"``.
         scale: ``"stable"``, ``"unit"``, ``"gd_scale"`` or ``"weight_svd"``.
         stable_gamma: γ of ``"stable"``; 16 in the paper.
         factors: ``"paper"``, or ``"peft"``: as PEFT scales them.
-        seed: Seed of ``"random"``; the recipe gives the training seed unless told otherwise.
+        seed: Seed of ``"random"``; the recipe sets the training seed unless its method section has one.
     """
 
-    name: ClassVar[str] = "lora-ga"
-    paper: ClassVar[str] = "Wang et al., LoRA-GA, NeurIPS 2024"
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = None
+    name = "lora-ga"
+    paper = "Wang et al., LoRA-GA, NeurIPS 2024"
+    anchored = True
+    default_scale = 2.0
+    ranges = {"stable_gamma": Range(above=0)}
 
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
     scale: Literal["stable", "unit", "gd_scale", "weight_svd"] = "stable"
     stable_gamma: float = 16
     factors: Literal["paper", "peft"] = "paper"
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            PlanError: alpha, dropout or stable_gamma is out of range.
-        """
-        check_scaling(self.alpha, self.dropout)
-        if not 0 < self.stable_gamma < float("inf"):
-            got = str(self.stable_gamma)
-            raise PlanError("method.stable_gamma", got=got, wanted="a number above 0", next_step="Correct the value.")
-
     def requests(self, target: Target) -> frozenset[Request]:
-        """Need the weight's gradient on the task."""
+        """Returns the weight's gradient on the task."""
         return frozenset({_GRADIENT})
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> float:
-        """Measure the gradient, to find targets without one."""
+        """Returns the size of the gradient: a target may have none."""
         return float(stats[_GRADIENT].norm())
 
     def allocate(self, scores: Mapping[Target, float]) -> Mapping[Target, Decision]:
-        """Give every target that has a gradient the same rank."""
+        """Decides on the same rank for all targets that have a gradient."""
         tightest = min(scores, key=lambda target: target.max_rank)
         allot_rank(tightest, 2 * self.rank, f"{self.name} (2 x rank)")
         for target, size in scores.items():
@@ -100,20 +85,14 @@ class LoraGA:
         return {t: Decision(self.rank if size > 0 else 0) for t, size in scores.items()}
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Split the gradient's leading directions between A and B (1, 2)."""
+        """Splits the gradient's leading directions between A and B (1, 2)."""
         r = decision.rank
-        s = 2.0 if self.alpha is None else self.alpha / r
+        s = self.scale_at(r)
         U, S, Vh = end_triplets(stats[_GRADIENT].to(weight.device), 2 * r, "top", target.name)
         for_A, for_B = self._split(target, r)
         c_A, c_B = self._scales(target, weight, S[for_B], s)
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=LowRank(B=(U[:, for_B] * c_B).float(), A=(c_A * Vh[for_A]).float()),
-            scale=s,
-            trainable=frozenset({"A", "B"}),
-            evidence={"gradient_singular_values": S.float()},
-        )
+        start = LowRank(B=(U[:, for_B] * c_B).float(), A=(c_A * Vh[for_A]).float())
+        return self.planned(target, decision, start, s, evidence={"gradient_singular_values": S.float()})
 
     def _split(self, target: Target, r: int) -> tuple[Tensor, Tensor]:
         first, second = torch.arange(r), torch.arange(r, 2 * r)
@@ -126,7 +105,7 @@ class LoraGA:
         }[self.direction]
 
     def _scales(self, target: Target, weight: Tensor, S_B: Tensor, s: float) -> tuple[float, Tensor | float]:
-        """Scale A and B (2): numbers, or a number per column of B."""
+        """Returns c of A and of B (2): numbers, or a number per column of B."""
         stable = weight.shape[0] ** 0.25 / self.stable_gamma**0.5
         S_W = end_triplets(weight, len(S_B), "top", target.name)[1] if self.scale == "weight_svd" else S_B
         if self.factors == "paper":
@@ -136,7 +115,3 @@ class LoraGA:
             self.scale
         ]
         return (1 / s if self.scale == "gd_scale" else 1.0), S_B * c_B
-
-    def peft(self) -> Mapping[str, Any]:
-        """Hand dropout to PEFT."""
-        return dropout_field(self.dropout)

@@ -21,20 +21,18 @@ The paper has no alpha: the scale is 1. The paper says "column space" of A in Th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Factor, Scope, TargetPlan
+from keeptune.core.plan import Decision, Factor, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.eigen import bottom_eigenvectors
 from keeptune.linalg.svd import projected_svd
-from keeptune.methods.base import allot_rank
-from keeptune.methods.strength import Strength
+from keeptune.methods.base import RankMethod
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.covariance import InputCovariance, ReleasedCovariance
 from keeptune.statistics.request import Request
@@ -45,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def null_factors(W: Tensor, U: Tensor) -> tuple[LowRank, Tensor]:
-    """Split the part of W that reads span(U) into balanced factors (eqs. 10-12).
+    """Splits the part of W that reads span(U) into balanced factors (eqs. 10-12).
 
     Laws: ``B A == W U Uᵀ``; ``A Aᵀ == Bᵀ B == diag(S)``; the rows of A lie in span(U).
 
@@ -61,7 +59,7 @@ def null_factors(W: Tensor, U: Tensor) -> tuple[LowRank, Tensor]:
 
 
 def null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Find U_null (eqs. 7-9).
+    """Computes U_null (eqs. 7-9).
 
     Args:
         omega: ``(n, n)``.
@@ -74,12 +72,8 @@ def null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return _relative(values, omega), U
 
 
-def _relative(values: Tensor, omega: Tensor) -> Tensor:
-    return (values.clamp_min(0) / omega.double().diagonal().mean().clamp_min(1e-300)).float()
-
-
 def released_null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Take the last r left singular vectors of a float32 SVD, as the released code does.
+    """Returns the last r left singular vectors of a float32 SVD, as the released code does.
 
     Of a float16 sum a good part of the small eigenvalues is negative; an SVD ranks them by size.
 
@@ -94,59 +88,42 @@ def released_null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return _relative(S[-r:], omega), U[:, -r:].contiguous()
 
 
+def _relative(values: Tensor, omega: Tensor) -> Tensor:
+    return (values.clamp_min(0) / omega.double().diagonal().mean().clamp_min(1e-300)).float()
+
+
 @dataclass(frozen=True)
-class LoraNull:
-    """LoRA-Null.
+class LoraNull(RankMethod):
+    """LoRA-Null. The authors' repository: ``LoraNull(rank=128, covariance="released")`` with packed random windows.
 
     Args:
-        rank: r, at every target.
         variant: ``"v1"`` trains A and B, ``"v2"`` trains B only.
         covariance: ``"exact"``, or ``"released"``: the released code's float16 sums of rescaled inputs, its
             float32 SVD that ranks eigenvalues by size whatever their sign, and factors rounded to float16.
     """
 
-    name: ClassVar[str] = "lora-null"
-    paper: ClassVar[str] = "Tang et al., LoRA-Null, 2025"
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = None
+    name = "lora-null"
+    paper = "Tang et al., LoRA-Null, 2025"
+    anchored = True
 
-    rank: int = 8
     variant: Literal["v1", "v2"] = "v1"
     covariance: Literal["exact", "released"] = "exact"
 
-    @classmethod
-    def as_released(cls, rank: int = 128, variant: Literal["v1", "v2"] = "v1") -> LoraNull:
-        """Do what the authors' repository does, for comparison with the paper's equations.
-
-        Its data differ too: packed random windows of NQ-open questions, 2,048 tokens; those go into the
-        recipe's ``knowledge`` section.
-
-        Args:
-            rank: r.
-            variant: ``"v1"`` or ``"v2"``.
-
-        Returns:
-            The method.
-        """
-        return cls(rank=rank, variant=variant, covariance="released")
+    @property
+    def trains(self) -> frozenset[Factor]:
+        """A and B, or B only."""
+        return frozenset({"A", "B"} if self.variant == "v1" else {"B"})
 
     @property
     def _request(self) -> Request:
         return InputCovariance("knowledge") if self.covariance == "exact" else ReleasedCovariance("knowledge")
 
     def requests(self, target: Target) -> frozenset[Request]:
-        """Need the input covariance on knowledge data."""
+        """Returns the input covariance on knowledge data."""
         return frozenset({self._request})
 
-    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
-        """Treat all targets alike."""
-
-    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
-        """Give every target the same rank."""
-        return {target: allot_rank(target, self.rank, self.name) for target in scores}
-
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Find the null space and split the part of W that reads it (eqs. 7-12)."""
+        """Computes the null space and splits the part of W that reads it (eqs. 7-12)."""
         search = null_space if self.covariance == "exact" else released_null_space
         variance, U = stats.derive(self._request, search, decision.rank)
         init, S = null_factors(weight, U)
@@ -156,16 +133,5 @@ class LoraNull:
             # A's last rows are zero there; v2 could never use them.
             used = int((1e-6 * S[0] < S).sum())
             _log.warning("%s: W reads only %d of the %d null directions", target.name, used, len(S))
-        trainable: frozenset[Factor] = frozenset({"A", "B"} if self.variant == "v1" else {"B"})
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=init,
-            scale=1.0,
-            trainable=trainable,
-            evidence={"null_variance": variance.clone(), "singular_values": S},  # safetensors shares no memory
-        )
-
-    def peft(self) -> Mapping[str, Any]:
-        """Need nothing from PEFT."""
-        return {}
+        evidence = {"null_variance": variance.clone(), "singular_values": S}  # safetensors shares no memory
+        return self.planned(target, decision, init, 1.0, evidence=evidence)

@@ -14,21 +14,17 @@ B's columns have length 1, A holds all of W's size. As in PEFT, a scale s other 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.eigen import canonical_signs
-from keeptune.methods.base import allot_rank, check_scaling, dropout_field
-from keeptune.methods.strength import Strength
+from keeptune.methods.base import ScaledMethod
 from keeptune.statistics.collect import StatsView
-from keeptune.statistics.request import Request
 
 __all__ = ["Olora", "leading_qr"]
 
@@ -51,53 +47,13 @@ def leading_qr(W: Tensor, r: int) -> LowRank:
 
 
 @dataclass(frozen=True)
-class Olora:
-    """OLoRA.
+class Olora(ScaledMethod):
+    """OLoRA."""
 
-    Args:
-        rank: r, at every target.
-        alpha: Scale numerator; None is r, a scale of 1.
-        dropout: Dropout before A, during training.
-    """
-
-    name: ClassVar[str] = "olora"
-    paper: ClassVar[str] = "Büyükakyüz, OLoRA, 2024"
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = None
-
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            PlanError: alpha or dropout is out of range.
-        """
-        check_scaling(self.alpha, self.dropout)
-
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Need nothing."""
-        return frozenset()
-
-    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
-        """Treat all targets alike."""
-
-    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
-        """Give every target the same rank."""
-        return {target: allot_rank(target, self.rank, self.name) for target in scores}
+    name = "olora"
+    paper = "Büyükakyüz, OLoRA, 2024"
+    anchored = True
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Decompose W's first columns (1, 2)."""
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=leading_qr(weight, decision.rank),
-            scale=1.0 if self.alpha is None else self.alpha / decision.rank,
-            trainable=frozenset({"A", "B"}),
-        )
-
-    def peft(self) -> Mapping[str, Any]:
-        """Hand dropout to PEFT."""
-        return dropout_field(self.dropout)
+        """Decomposes W's first columns (1, 2)."""
+        return self.planned(target, decision, leading_qr(weight, decision.rank), self.scale_at(decision.rank))

@@ -15,80 +15,62 @@ The change is of rank min(m, n) at most and in general: there is no LoRA of it, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.options import Range
+from keeptune.core.plan import Decision, Factor, Scope, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.svd import exact_svd
+from keeptune.methods.base import Method, Size
 from keeptune.methods.strength import Strength
 from keeptune.statistics.collect import StatsView
-from keeptune.statistics.request import Request
 
 __all__ = ["Osf"]
 
 
 @dataclass(frozen=True)
-class Osf:
+class Osf(Method):
     """OSF.
 
     Args:
         preserve: Share of the min(m, n) singular directions that is frozen, from the top.
     """
 
-    name: ClassVar[str] = "osf"
-    paper: ClassVar[str] = "Nayak et al., Sculpting Subspaces, 2025"
+    name = "osf"
+    paper = "Nayak et al., Sculpting Subspaces, 2025"
     scope: ClassVar[Scope] = "subspace"
-    strength_option: ClassVar[Strength | None] = Strength(("preserve",), "odds")
+    strength_option = Strength(("preserve",), "odds")
+    trains = frozenset[Factor]({"U_low", "S_low", "V_low"})
+    ranges = {"preserve": Range(above=0, below=1)}
 
     preserve: float = 0.5
 
-    def __post_init__(self) -> None:
-        """Check the option.
-
-        Raises:
-            PlanError: preserve is not between 0 and 1.
-        """
-        if not 0 < self.preserve < 1:
-            raise PlanError(
-                "method.preserve", got=str(self.preserve), wanted="above 0 and below 1", next_step="Correct the value."
-            )
-
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Need nothing."""
-        return frozenset()
-
-    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
-        """Treat all targets alike."""
-
     def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
-        """Train the same share of every target; the rank is what is trained."""
-        return {target: Decision(target.max_rank - self._frozen(target)) for target in scores}
+        """Trains the same share of every target; the rank is what is trained."""
+        return {target: Decision(self._trained(target)) for target in scores}
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Show the spectrum; PEFT decomposes W again when the plan is installed, since U_low and V_low are as large."""
+        """Records the spectrum; PEFT decomposes W again at installation, since U_low and V_low are as large."""
         _, S, _ = exact_svd(weight, target.name)
         kept = (S[: -decision.rank] ** 2).sum() / (S**2).sum()
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=LowRank(B=torch.zeros(target.out_features, 0), A=torch.zeros(0, target.in_features)),
-            scale=1.0,
-            trainable=frozenset({"U_low", "S_low", "V_low"}),
-            evidence={"singular_values": S, "frozen_energy": kept[None]},
+        nothing = LowRank(B=torch.zeros(target.out_features, 0), A=torch.zeros(0, target.in_features))
+        return self.planned(
+            target, decision, nothing, 1.0, evidence={"singular_values": S, "frozen_energy": kept[None]}
         )
 
-    def peft(self) -> Mapping[str, Any]:
-        """Need nothing more from PEFT."""
-        return {}
+    def size(self, target: Target, downs: Collection[str]) -> Size:
+        """Counts a singular value and two singular vectors for each direction."""
+        r, each = self._trained(target), target.out_features + target.in_features + 1
+        return Size(r, r * each, frozen=(target.max_rank - r) * each)
 
-    def _frozen(self, target: Target) -> int:
+    def _trained(self, target: Target) -> int:
         frozen = int(target.max_rank * self.preserve)
         if frozen == 0:
             raise PlanError(
@@ -97,4 +79,4 @@ class Osf:
                 wanted="at least one",
                 next_step=f"Raise `method.preserve`, or leave the role {target.role} out of `targets`.",
             )
-        return frozen
+        return target.max_rank - frozen

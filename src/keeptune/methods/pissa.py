@@ -17,89 +17,81 @@ so the model's output is unchanged all the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Scope, TargetPlan
+from keeptune.core.options import Range
+from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.triplets import end_triplets, random_triplets
-from keeptune.methods.base import allot_rank, check_scaling, dropout_field, generator_for, warn_of_zeros
-from keeptune.methods.strength import Strength
+from keeptune.methods.base import ScaledMethod, generator_for
 from keeptune.statistics.collect import StatsView
-from keeptune.statistics.request import Request
 
-__all__ = ["Pissa"]
+__all__ = ["Pissa", "SplitMethod"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Pissa:
+class SplitMethod(ScaledMethod):
+    """A method that starts from singular triplets of W, split into balanced factors and frozen in W without them."""
+
+    anchored = True
+
+    def split(
+        self, target: Target, weight: Tensor, decision: Decision, triplets: tuple[Tensor, Tensor, Tensor]
+    ) -> TargetPlan:
+        """Plans a target that starts from triplets.
+
+        Args:
+            target: The target.
+            weight: W ``(m, n)``.
+            decision: Its rank.
+            triplets: U ``(m, r)``, S ``(r,)``, V transposed ``(r, n)``.
+
+        Returns:
+            The target's plan.
+        """
+        U, S, Vh = triplets
+        zeros = int((1e-7 * weight.norm() >= S).sum())
+        if zeros:  # both factors are zero there, and so are their gradients
+            _log.warning(
+                "%s: %d of the %d singular values it starts from are zero; these directions cannot be trained",
+                target.name,
+                zeros,
+                len(S),
+            )
+        scale = self.scale_at(decision.rank)
+        start = LowRank.from_triplets(U, S / scale, Vh)
+        return self.planned(target, decision, start, scale, evidence={"singular_values": S.float()})
+
+
+@dataclass(frozen=True)
+class Pissa(SplitMethod):
     """PiSSA.
 
     Args:
-        rank: r, at every target.
-        alpha: Scale numerator; None is r, the paper's scale of 1.
-        dropout: Dropout before A, during training.
         svd: ``"exact"``, or ``"fast"``: randomised, for large models.
         niter: Iterations of the fast SVD; the paper uses 1 to 16.
-        seed: Seed of the fast SVD; the recipe gives the training seed unless told otherwise.
+        seed: Seed of the fast SVD; the recipe sets the training seed unless its method section has one.
     """
 
-    name: ClassVar[str] = "pissa"
-    paper: ClassVar[str] = "Meng et al., PiSSA, NeurIPS 2024"
-    scope: ClassVar[Scope] = "adapter"
-    strength_option: ClassVar[Strength | None] = None
+    name = "pissa"
+    paper = "Meng et al., PiSSA, NeurIPS 2024"
+    ranges = {"niter": Range(least=0)}
 
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
     svd: Literal["exact", "fast"] = "exact"
     niter: int = 4
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            PlanError: alpha, dropout or niter is out of range.
-        """
-        check_scaling(self.alpha, self.dropout)
-        if self.niter < 0:
-            raise PlanError("method.niter", got=str(self.niter), wanted="0 or more", next_step="Correct the value.")
-
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Need nothing."""
-        return frozenset()
-
-    def score(self, target: Target, weight: Tensor, stats: StatsView) -> None:
-        """Treat all targets alike."""
-
-    def allocate(self, scores: Mapping[Target, None]) -> Mapping[Target, Decision]:
-        """Give every target the same rank."""
-        return {target: allot_rank(target, self.rank, self.name) for target in scores}
-
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Split W's principal part into balanced factors (1, 2)."""
+        """Splits W's principal part into balanced factors (1, 2)."""
+        r = decision.rank
         if self.svd == "exact":
-            U, S, Vh = end_triplets(weight, decision.rank, "top", target.name)
-        else:
-            generator = generator_for(target, self.seed)
-            U, S, Vh = random_triplets(weight, decision.rank, niter=self.niter, generator=generator)
-        warn_of_zeros(target, S, weight)
-        scale = 1.0 if self.alpha is None else self.alpha / decision.rank
-        return TargetPlan(
-            target=target,
-            decision=decision,
-            init=LowRank.from_triplets(U, S / scale, Vh),
-            scale=scale,
-            trainable=frozenset({"A", "B"}),
-            evidence={"singular_values": S.float()},
-        )
-
-    def peft(self) -> Mapping[str, Any]:
-        """Hand dropout to PEFT."""
-        return dropout_field(self.dropout)
+            return self.split(target, weight, decision, end_triplets(weight, r, "top", target.name))
+        generator = generator_for(target, self.seed)
+        return self.split(target, weight, decision, random_triplets(weight, r, niter=self.niter, generator=generator))

@@ -33,7 +33,7 @@ class Strength:
 
 
 def stronger(method: Any, factor: float) -> tuple[str, float]:
-    """Move a method's strength by a factor.
+    """Multiplies how much a method keeps by a factor.
 
     Args:
         method: The method.
@@ -49,7 +49,7 @@ def stronger(method: Any, factor: float) -> tuple[str, float]:
     >>> stronger(Lalora(strength=100.0), 3)
     ('strength', 300.0)
     """
-    known: Strength | None = getattr(method, "strength_option", None)
+    known: Strength | None = method.strength_option
     if known is None:
         raise RecipeError(
             f"method {method.name}, strength",
@@ -66,7 +66,7 @@ def stronger(method: Any, factor: float) -> tuple[str, float]:
             f"method.{option}",
             got=f"0, with the factor {factor:g}",
             wanted="a value that a factor can move",
-            next_step="Give the value that factor 1 stands for, or no factors.",
+            next_step="Set the value that factor 1 stands for, or leave the factors out.",
         )
     if known.keeps_more == "multiplied":
         return option, value * factor

@@ -29,25 +29,23 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples, draw_rows
 from keeptune.evaluation.likelihood import log_likelihoods
 from keeptune.evaluation.metrics import harmonic
-from keeptune.evaluation.tokenized import Tokens
-from keeptune.methods.base import Searched
+from keeptune.evaluation.scored_tokens import Passes, ScoredTokens
+from keeptune.methods.base import Method
 from keeptune.methods.combined import parts_of, replaced
 from keeptune.model.blocks import depth
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import plan_for
 from keeptune.pipeline.task_kinds import sample
-from keeptune.report.plots import png
-from keeptune.report.sweep import sweep_figure
 from keeptune.statistics.request import DataRole
 from keeptune.training.trainer import sft_config, train
 
-__all__ = ["Settled", "Trial", "settle"]
+__all__ = ["Choice", "Trial", "choose_boundary"]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settled:
+class Choice:
     """A method with nothing left to search.
 
     Args:
@@ -55,7 +53,7 @@ class Settled:
         notes: How it was chosen, for the plan; empty where nothing was searched.
     """
 
-    method: Any
+    method: Method
     notes: tuple[str, ...] = ()
 
 
@@ -86,12 +84,12 @@ class _Slices:
 
     task: TaskExamples
     calibration: Calibration
-    held_out: Sequence[Tokens]
-    knowledge: Sequence[Tokens]
+    held_out: Sequence[ScoredTokens]
+    knowledge: Sequence[ScoredTokens]
 
 
-def settle(job: Job) -> Settled:
-    """Decide what the recipe leaves open; the trials are under ``search`` in the run folder.
+def choose_boundary(job: Job) -> Choice:
+    """Decides an option that the recipe leaves open; the trials are under ``search`` in the run folder.
 
     Args:
         job: The job.
@@ -104,40 +102,35 @@ def settle(job: Job) -> Settled:
             classifier, whose knowledge no head can tell.
         DataError: There are too few task examples to hold some out.
     """
-    methods = [part.method for part in parts_of(job.method)]
-    method: Any = next((one for one in methods if isinstance(one, Searched) and one.boundary == "auto"), None)
-    if method is None:
-        return Settled(job.method)
+    method: Method | None = next((part.method for part in parts_of(job.method) if part.method.search), None)
+    if method is None or method.search is None:
+        return Choice(job.method)
+    search = method.search
     if job.head is not None:
         raise RecipeError(
             "method.boundary",
             got=f"auto, with task.kind {job.recipe.task.kind}",
             wanted="a number of blocks: what an encoder keeps of its knowledge cannot be scored by its head",
-            next_step="Give the boundary, an eighth to a quarter of the depth; of 12 blocks 2 or 3.",
+            next_step="Set the boundary, an eighth to a quarter of the depth; of 12 blocks 2 or 3.",
         )
     blocks = depth(job.base())
     candidates = {one.boundary: replaced(job.method, method, one) for one in method.candidates(blocks)}
-    if not candidates:
-        return Settled(job.method)
     if len(candidates) == 1:
         ((boundary, only),) = candidates.items()
-        return Settled(only, (f"boundary {boundary}: the only one in the range",))
+        return Choice(only, (f"boundary {boundary}: the only one in the range",))
     folder = job.output / "search"
     inputs = {name: value for name, value in job.plan_inputs.items() if name != "method"}
     common = content_key([inputs, job.task.fingerprint, job.recipe.train, job.recipe.anchor])
     key = content_key([common, list(candidates.values())])
     if not has_key(folder / "search.json", key):
-        trials = _trials(job, candidates, _slices(job, method.search_examples), folder, common, method.search_steps)
+        trials = _trials(job, candidates, _slices(job, search.examples), folder, common, search.steps)
         write_json(folder / "search.json", {"key": key, "trials": trials})
-        _draw(trials, folder / "curve.png")
-    found = [Trial(**trial) for trial in read_json(folder / "search.json")["trials"]]
-    best = max(range(len(found)), key=lambda index: found[index].KT)
-    curve = ", ".join(f"{t.boundary}: {t.KT:.4f}" for t in found)
-    note = (
-        f"boundary {found[best].boundary} chosen by short runs of {method.search_steps} steps; KT by boundary: {curve}"
-    )
+    scored = [Trial(**trial) for trial in read_json(folder / "search.json")["trials"]]
+    best = max(scored, key=lambda trial: trial.KT)
+    curve = ", ".join(f"{trial.boundary}: {trial.KT:.4f}" for trial in scored)
+    note = f"boundary {best.boundary} chosen by short runs of {search.steps} steps; KT by boundary: {curve}"
     _log.info("search: %s", note)
-    return Settled(candidates[found[best].boundary], (note,))
+    return Choice(candidates[best.boundary], (note,))
 
 
 def _trials(
@@ -157,7 +150,7 @@ def _trials(
 
 
 def _trial(job: Job, candidate: Any, slices: _Slices, folder: Path, key: str, steps: int) -> tuple[float, float]:
-    """Train one candidate for a few steps and score it; done once, however often the search is started."""
+    """Trains one candidate for a few steps and score it; done once, however often the search is started."""
     result = folder / "result.json"
     if not has_key(result, key):
         _log.info("search: %s", folder.name)
@@ -216,9 +209,10 @@ def _slices(job: Job, wanted: int) -> _Slices:
         task=rest,
         calibration=sample(rest, job.tokenizer, options, job.positions),
         held_out=[
-            Tokens(ids, max(start, 1), False) for ids, start in zip(scored.sequences, scored.prompts or (), strict=True)
+            ScoredTokens(ids, max(start, 1), False)
+            for ids, start in zip(scored.sequences, scored.prompts or (), strict=True)
         ],
-        knowledge=[Tokens(texts[index], 1, False) for index in drawn],
+        knowledge=[ScoredTokens(texts[index], 1, False) for index in drawn],
     )
 
 
@@ -226,26 +220,8 @@ def _part(task: TaskExamples, rows: Sequence[int]) -> TaskExamples:
     return TaskExamples(tuple(task.prompts[i] for i in rows), tuple(task.completions[i] for i in rows))
 
 
-def _probability(job: Job, model: PreTrainedModel, sequences: Sequence[Tokens]) -> float:
-    """Average the probability per scored token, geometrically."""
+def _probability(job: Job, model: PreTrainedModel, sequences: Sequence[ScoredTokens]) -> float:
+    """Returns the mean probability per scored token, geometrically."""
     pad = job.tokenizer.pad_token_id or 0
-    sums = log_likelihoods(model, sequences, rows=32, pad=pad, where="search", advance=lambda _: None)
+    sums = log_likelihoods(model, sequences, Passes(rows=32, pad=pad, where="search"))
     return math.exp(math.fsum(sums) / sum(len(tokens.ids) - tokens.start for tokens in sequences))
-
-
-def _draw(trials: Sequence[Trial], path: Path) -> None:
-    rows = [
-        {
-            "name": f"boundary {trial.boundary}",
-            "x": trial.boundary,
-            "seed": 0,
-            "method": "search",
-            "benchmarks": [],
-            **{key: getattr(trial, key) for key in ("K", "T", "KT")},
-        }
-        for trial in trials
-    ]
-    caption = "short runs; K relative to the base, T to the candidate that learned most"
-    figure = sweep_figure({"rows": rows, "axis": "boundary", "caption": caption})
-    if figure is not None:
-        png(figure, path)

@@ -23,7 +23,7 @@ from keeptune.data.labelled import LabelledExamples, Texts
 from keeptune.data.multiple_choice import choose_rows, lettered_rows
 from keeptune.data.replay import with_replay
 from keeptune.data.sources import Row, read_jsonl
-from keeptune.evaluation.kinds import refuse_used
+from keeptune.evaluation.benchmark_data import refuse_used
 from keeptune.methods.combined import parts_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import load_model, load_positions, load_tokenizer

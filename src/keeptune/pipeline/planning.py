@@ -13,7 +13,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, PenaltyPlan, Plan, TargetPlan
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
-from keeptune.methods.base import Method, make_plan, penalties_of
+from keeptune.methods.base import Method, make_plan
 from keeptune.methods.combined import parts_of, tuned_roles
 from keeptune.model.blocks import depth, find_targets, head_of
 from keeptune.model.head import body_fingerprint
@@ -61,7 +61,7 @@ class Asked:
         return not self.roles or target.role in self.roles
 
 
-def asked_penalties(method: Method[Any], extra: Sequence[PenaltySpec] = ()) -> tuple[Asked, ...]:
+def asked_penalties(method: Method, extra: Sequence[PenaltySpec] = ()) -> tuple[Asked, ...]:
     """List the penalties of a run: the method's own, then others; strength 0 is none.
 
     Of several methods, each one's own penalties hold the targets of its roles.
@@ -73,11 +73,11 @@ def asked_penalties(method: Method[Any], extra: Sequence[PenaltySpec] = ()) -> t
     Returns:
         The penalties.
     """
-    own = [Asked(penalty, part.targets) for part in parts_of(method) for penalty in penalties_of(part.method)]
+    own = [Asked(penalty, part.targets) for part in parts_of(method) for penalty in part.method.penalties()]
     return tuple(asked for asked in (*own, *map(Asked, extra)) if asked.penalty.strength > 0)
 
 
-def refuse_penalties(method: Method[Any], asked: Sequence[Asked]) -> None:
+def refuse_penalties(method: Method, asked: Sequence[Asked]) -> None:
     """Refuse penalties that a method cannot have: they act on low-rank factors, and each on those of its own roles.
 
     Args:
@@ -114,7 +114,7 @@ def refuse_penalties(method: Method[Any], asked: Sequence[Asked]) -> None:
             )
 
 
-def refuse_layers(method: Method[Any], layers: Sequence[int] | None) -> None:
+def refuse_layers(method: Method, layers: Sequence[int] | None) -> None:
     """Refuse to confine a method to blocks that trains every weight anyway.
 
     Args:
@@ -135,7 +135,7 @@ def refuse_layers(method: Method[Any], layers: Sequence[int] | None) -> None:
 
 def statistics_for(
     model: PreTrainedModel,
-    method: Method[Any],
+    method: Method,
     store: StatStore,
     *,
     data: Mapping[DataRole, Calibration],
@@ -179,7 +179,7 @@ def statistics_for(
 
 def plan_for(
     model: PreTrainedModel,
-    method: Method[Any],
+    method: Method,
     store: StatStore,
     *,
     data: Mapping[DataRole, Calibration],

@@ -15,7 +15,7 @@ from keeptune.core.artefact import content_key, read_json, remove_leftovers, wri
 from keeptune.core.errors import ArtefactError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
-from keeptune.pipeline.boundary_search import settle
+from keeptune.pipeline.boundary_search import choose_boundary
 from keeptune.pipeline.cache import take
 from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.job import Job
@@ -103,9 +103,9 @@ def plan_stage(job: Job) -> Plan:
         The plan.
     """
     folder = job.output / "plan"
-    settled = settle(job)
-    inputs = job.plan_inputs | {"method": [settled.method.name, settled.method]}
-    inputs |= {"notes": list(settled.notes)} if settled.notes else {}
+    choice = choose_boundary(job)
+    inputs = job.plan_inputs | {"method": [choice.method.name, choice.method]}
+    inputs |= {"notes": list(choice.notes)} if choice.notes else {}
     key = content_key(inputs)
 
     def saved() -> tuple[str, Plan]:
@@ -117,7 +117,7 @@ def plan_stage(job: Job) -> Plan:
         started = time.perf_counter()
         plan = plan_for(
             job.base(),
-            settled.method,
+            choice.method,
             job.store,
             data=job.data,
             penalties=job.penalties,

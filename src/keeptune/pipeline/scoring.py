@@ -12,8 +12,9 @@ from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import content_key, file_fingerprint, write_bytes
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.evaluation.benchmark_data import data_fingerprint, engine_of
+from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate
-from keeptune.evaluation.kinds import AnyBenchmark, data_fingerprint, engine_of
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.model.pretrained import load_model
 from keeptune.pipeline.cache import Stored
@@ -43,7 +44,7 @@ def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers |
 
 def _score(
     job: Job,
-    benchmark: AnyBenchmark,
+    benchmark: Benchmark,
     pair: Callable[[], ModelPair],
     results: Path,
     weights: str,

@@ -25,9 +25,9 @@ from keeptune.data.labelled import (
     scored_examples,
 )
 from keeptune.data.sources import Row
-from keeptune.evaluation.benchmarks import LABELS, SCORES, load_items
-from keeptune.evaluation.kinds import AnyBenchmark
-from keeptune.evaluation.standard import NamedBenchmark
+from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
+from keeptune.evaluation.items import load_items
+from keeptune.evaluation.metrics import LABELS, SCORES
 from keeptune.recipe.schema import Kind, Task, TaskCalibration
 from keeptune.training.classifier import train_classifier
 from keeptune.training.trainer import train
@@ -123,7 +123,7 @@ def used_texts(examples: Examples) -> Sequence[str]:
     return examples.prompts if isinstance(examples, TaskExamples) else examples.texts.whole
 
 
-def check_benchmark(kind: Kind, examples: Examples, benchmark: AnyBenchmark) -> None:
+def check_benchmark(kind: Kind, examples: Examples, benchmark: Benchmark) -> None:
     """Check that a benchmark can be scored by the model that the task makes.
 
     Args:
@@ -135,7 +135,7 @@ def check_benchmark(kind: Kind, examples: Examples, benchmark: AnyBenchmark) -> 
         RecipeError: The metric is for another kind of model.
         DataError: An item has a label that is not learned.
     """
-    if isinstance(benchmark, NamedBenchmark):
+    if not isinstance(benchmark, FileBenchmark):
         if kind != "completion":
             raise RecipeError(
                 benchmark.where,

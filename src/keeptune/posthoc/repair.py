@@ -30,7 +30,7 @@ from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples, task_calibration
 from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_calibration, knowledge_of
-from keeptune.evaluation.kinds import AnyBenchmark
+from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.model.blocks import head_of, positions
 from keeptune.pipeline.job import check_device, check_folder, device_named
 from keeptune.pipeline.planning import starting_from
@@ -133,7 +133,7 @@ def repair(
     knowledge: Knowledge,
     task: Examples | None = None,
     base: str | None = None,
-    benchmarks: Sequence[AnyBenchmark] = (),
+    benchmarks: Sequence[Benchmark] = (),
 ) -> dict[str, Any]:
     """Keeps what a finished adapter does on the task, and undoes what it does to the knowledge.
 

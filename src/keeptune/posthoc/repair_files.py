@@ -15,7 +15,8 @@ from keeptune.data.disjoint import Corpus
 from keeptune.data.knowledge import KnowledgeSet, knowledge_set
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.data.templates import render
-from keeptune.evaluation.kinds import AnyBenchmark, refuse_used
+from keeptune.evaluation.benchmark_data import refuse_used
+from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.recipe.paths import resolve_file
 from keeptune.recipe.schema import load_recipe
 
@@ -62,7 +63,7 @@ class RepairData:
 
     knowledge: tuple[KnowledgeSet, ...]
     task: Sequence[str] | Sequence[tuple[str, str]] | None
-    benchmarks: tuple[AnyBenchmark, ...]
+    benchmarks: tuple[Benchmark, ...]
 
 
 def read_files(adapter: str, files: Files) -> RepairData:

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate
-from keeptune.evaluation.kinds import AnyBenchmark
 from keeptune.evaluation.metrics import paired_interval
 from keeptune.evaluation.model_pairs import TwoModels
 from keeptune.evaluation.results import BenchmarkResult
@@ -24,7 +24,7 @@ def score_models(
     base: PreTrainedModel,
     models: Mapping[str, Callable[[], PreTrainedModel]],
     tokenizer: PreTrainedTokenizerBase,
-    benchmarks: Sequence[AnyBenchmark],
+    benchmarks: Sequence[Benchmark],
     *,
     seed: int,
 ) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from keeptune.adapter.anchor import Anchor
 from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError
 from keeptune.data import hub
-from keeptune.evaluation.benchmarks import Benchmark
+from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.standard import NamedBenchmark
 from keeptune.methods.combined import tuned_roles
 from keeptune.model.pretrained import Dtype
@@ -34,7 +34,7 @@ from keeptune.recipe.published import Published, check_scores
 from keeptune.recipe.reading import override_value, read_values, spelt_out
 from keeptune.recipe.sections import (
     NAMED,
-    AnyBenchmark,
+    BenchmarkEntry,
     ExportSpec,
     Kind,
     Knowledge,
@@ -81,7 +81,7 @@ class Recipe(Section):
     penalties: list[Annotated[dict[str, Any], BeforeValidator(spelt_out)]] = Field(default_factory=list)
     replay: float = Field(0.0, ge=0, lt=1)
     train: dict[str, Any] = Field(default_factory=dict)
-    evaluate: list[AnyBenchmark] = Field(default_factory=list)
+    evaluate: list[BenchmarkEntry] = Field(default_factory=list)
     anchor: Anchor = "auto"
     export: ExportSpec = ExportSpec()
     dtype: Dtype = "auto"
@@ -234,6 +234,6 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
     if len(location) > 1 and first in sections:
         return list(sections[first].model_fields)
     if len(location) > 1 and first == "evaluate":
-        kind = NamedBenchmark if NAMED in location else Benchmark
+        kind = NamedBenchmark if NAMED in location else FileBenchmark
         return [field.name for field in dataclasses.fields(kind)]
     return list(Recipe.model_fields)

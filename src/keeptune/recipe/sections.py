@@ -11,12 +11,12 @@ from keeptune.adapter.export import Format
 from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.data.multiple_choice import LOKI_PROMPT
-from keeptune.evaluation.benchmarks import Benchmark
+from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.standard import NamedBenchmark
 from keeptune.recipe.reading import spelt_out
 
 __all__ = [
-    "AnyBenchmark",
+    "BenchmarkEntry",
     "ExportSpec",
     "Kind",
     "Knowledge",
@@ -103,12 +103,12 @@ MethodSections = Annotated[
 
 def _source(entry: Any) -> str:
     """Say which of the two an entry of ``evaluate`` is: a file with a metric, or the name of a standard benchmark."""
-    own = isinstance(entry, Benchmark) or (isinstance(entry, Mapping) and not {"metric", "file"}.isdisjoint(entry))
+    own = isinstance(entry, FileBenchmark) or (isinstance(entry, Mapping) and not {"metric", "file"}.isdisjoint(entry))
     return OWN if own else NAMED
 
 
-AnyBenchmark = Annotated[
-    Annotated[Benchmark, Tag(OWN)] | Annotated[NamedBenchmark, Tag(NAMED)],
+BenchmarkEntry = Annotated[
+    Annotated[FileBenchmark, Tag(OWN)] | Annotated[NamedBenchmark, Tag(NAMED)],
     Discriminator(_source),
     BeforeValidator(spelt_out),
 ]

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key, has_key, read_json, write_bytes, write_json
 from keeptune.core.errors import RecipeError, nearest
+from keeptune.evaluation.benchmark_data import data_fingerprint
 from keeptune.evaluation.harness import evaluate
-from keeptune.evaluation.kinds import data_fingerprint
 from keeptune.evaluation.metrics import paired_interval
 from keeptune.evaluation.model_pairs import SuppressedNodes
 from keeptune.evaluation.results import BenchmarkResult, trade_off

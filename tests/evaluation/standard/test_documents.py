@@ -12,7 +12,7 @@ from tests.evaluation.standard.conftest import local
 
 from keeptune.core.errors import DataError
 from keeptune.data.disjoint import Corpus
-from keeptune.evaluation.kinds import data_fingerprint, refuse_used
+from keeptune.evaluation.benchmark_data import data_fingerprint, refuse_used
 from keeptune.evaluation.standard.documents import Documents, _parts, refuse_documents
 from keeptune.evaluation.standard.documents import _plain as plain
 from keeptune.recipe.schema import make_recipe

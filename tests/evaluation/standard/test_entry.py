@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from keeptune.core.errors import RecipeError
-from keeptune.evaluation import Benchmark
+from keeptune.evaluation import FileBenchmark
 from keeptune.evaluation.standard import NAMES, NamedBenchmark
 from keeptune.recipe.schema import Recipe, load_recipe, make_recipe
 
@@ -31,7 +31,7 @@ def test_names_and_files_stand_side_by_side() -> None:
         NamedBenchmark(name="triviaqa", role="knowledge"),
         NamedBenchmark(name="gsm8k", role="task", shots=0, examples=5),
     ]
-    assert isinstance(found[2], Benchmark)
+    assert isinstance(found[2], FileBenchmark)
 
 
 def test_what_is_written_is_read_again_the_same() -> None:

@@ -10,7 +10,6 @@ from tests.models import MODELS, Bench
 
 from keeptune.methods.base import methods
 from keeptune.model.down_projections import down_projections
-from keeptune.pipeline.dry_run.method_sizes import size_of
 
 OPTIONS: dict[str, dict[str, Any]] = {"farss": {"boundary": 1, "r_min": 2, "r_avg": 2, "r_max": 2}, "loki": {"q": 20}}
 KINDS = [(name, OPTIONS.get(name, {})) for name in methods() if name != "full"]
@@ -26,7 +25,7 @@ def test_the_count_is_that_of_the_plan(name: str, options: dict[str, Any], archi
     method = cls(**({"rank": 3} if "rank" in known and name != "loki" else {}), **options)
     plan = Bench(model, tmp_path).plan(method)
     downs = {target.name for target in down_projections(model)}
-    sizes = {target.name: size_of(method, target, downs) for target in Bench(model, tmp_path).targets()}
+    sizes = {target.name: method.size(target, downs) for target in Bench(model, tmp_path).targets()}
     planned = {
         t.target.name: sum(t.start[factor].numel() for factor in t.trainable if factor in t.start) - t.held_back
         for t in plan.targets

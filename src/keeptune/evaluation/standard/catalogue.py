@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from keeptune.core.errors import RecipeError, nearest
-from keeptune.evaluation.benchmarks import Measure, Role
+from keeptune.evaluation.benchmarks import Role
+from keeptune.evaluation.metrics import Measure
 
 __all__ = ["NAMES", "STANDARD", "Known", "Scoring", "known"]
 

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import get_args
 
-from keeptune.core.errors import RecipeError, nearest
-from keeptune.evaluation.benchmarks import Measure, Role
+from keeptune.core.errors import RecipeError
+from keeptune.evaluation.benchmarks import Benchmark, Role
+from keeptune.evaluation.metrics import Measure
 from keeptune.evaluation.standard.catalogue import STANDARD, Known, Scoring, known
 
 __all__ = ["NamedBenchmark"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedBenchmark:
+class NamedBenchmark(Benchmark):
     """A standard benchmark, run by lm-eval.
 
     Args:
         name: A name of the table in ``docs/guides/benchmarks.md``, or with ``task`` any name; it names files.
-        role: ``"knowledge"`` is what should be kept, ``"task"`` is what should be learnt; None takes the table's.
+        role: None takes the table's.
         task: A name of the table, or another task of lm-eval; None takes ``name``.
         data: Folder or file of JSONL to take the items from; None fetches them from the hub, as lm-eval does.
         examples: Number of items, from the top (of each subject, where there are several); None takes them all.
         shots: Examples in the prompt; None takes lm-eval's number.
-        batch_size: Sequences per forward pass at most. It changes scores by rounding only.
         max_length: Tokens of prompt and answer together; None takes what the model has positions for.
         scoring: ``"standard"`` is lm-eval's; the table names others.
-        run_code: Whether programs that the model wrote may be run, in a closed-off process.
+        run_code: Whether programs that the model wrote may be run, in a confined process.
 
     Raises:
         RecipeError: The name is not known, or a value is out of range.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    name: str
     role: Role | None = None
     task: str | None = None
     data: str | None = None
-    examples: int | None = None
     shots: int | None = None
     batch_size: int = 8
     max_length: int | None = None
@@ -47,17 +42,26 @@ class NamedBenchmark:
     run_code: bool = False
 
     def __post_init__(self) -> None:
-        row = known(self.name, self.task, where=self.where)
+        row = self.known
         if self.role is None:
-            # A frozen field is set once, here, so that every reader finds a role.
+            # A frozen field is set once, here, so that every reader has a role.
             object.__setattr__(self, "role", "knowledge" if row is None else row.role)
-        self._check_words()
-        self._check_numbers()
-
-    @property
-    def where(self) -> str:
-        """The recipe key, for error messages."""
-        return f"evaluate.{self.name}"
+        self._check_words(role=get_args(Role), scoring=(STANDARD,) if row is None else tuple(row.scorings))
+        self._check_numbers(examples=1, shots=0, batch_size=1, max_length=8)
+        if row is not None and not row.hub and self.data is None:
+            raise RecipeError(
+                f"{self.where}.data",
+                got="nothing",
+                wanted="the folder or file that holds it: lm-eval cannot fetch this one",
+                next_step="Add `data: path`.",
+            )
+        if row is not None and row.code and not self.run_code:
+            raise RecipeError(
+                f"{self.where}.run_code",
+                got="false",
+                wanted="leave to run the programs that the model writes: that is how this benchmark is scored",
+                next_step="Add `run_code: true`; docs/guides/benchmarks.md says what the programs can and cannot do.",
+            )
 
     @property
     def known(self) -> Known | None:
@@ -80,43 +84,3 @@ class NamedBenchmark:
     def metric(self) -> Measure:
         """The metric, as results name it; of a task outside the table it is known with the results only."""
         return "accuracy" if self.how is None else self.how.metric
-
-    def _check_words(self) -> None:
-        row = self.known
-        words: Mapping[str, tuple[str, ...]] = {
-            "role": get_args(Role),
-            "scoring": (STANDARD,) if row is None else tuple(row.scorings),
-        }
-        for field, allowed in words.items():
-            if getattr(self, field) not in allowed:
-                raise RecipeError(
-                    f"{self.where}.{field}",
-                    got=repr(getattr(self, field)),
-                    wanted=" or ".join(allowed),
-                    next_step=nearest(str(getattr(self, field)), allowed),
-                )
-        if row is not None and not row.hub and self.data is None:
-            raise RecipeError(
-                f"{self.where}.data",
-                got="nothing",
-                wanted="the folder or file that holds it: lm-eval cannot fetch this one",
-                next_step="Add `data: path`.",
-            )
-        if row is not None and row.code and not self.run_code:
-            raise RecipeError(
-                f"{self.where}.run_code",
-                got="false",
-                wanted="leave to run the programs that the model writes: that is how this benchmark is scored",
-                next_step="Add `run_code: true`; docs/guides/benchmarks.md says what the programs can and cannot do.",
-            )
-
-    def _check_numbers(self) -> None:
-        for field, least in (("examples", 1), ("shots", 0), ("batch_size", 1), ("max_length", 8)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise RecipeError(
-                    f"{self.where}.{field}",
-                    got=str(value),
-                    wanted=f"at least {least}",
-                    next_step=f"Raise {field}, or leave it out.",
-                )

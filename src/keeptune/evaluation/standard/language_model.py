@@ -1,4 +1,4 @@
-"""A model as lm-eval asks it, with bars only where a person sees them, and the base's answers kept."""
+"""A model wrapped for lm-eval, with bars only where a person sees them, and the base's answers kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -13,19 +14,46 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError
 from keeptune.evaluation.base_answers import KeptAnswers
-from keeptune.evaluation.model_pairs import Side
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.model.blocks import positions
 
-__all__ = ["fit_length", "make_asked"]
+__all__ = ["Answering", "fit_length", "wrapped_model"]
 
 _LOG = logging.getLogger(__name__)
 _LONGEST = 2048  # of a model that names no limit, lm-eval's own
 _NEW_TOKENS = 256  # lm-eval's own, of a task that names no limit
 
 
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """How a model answers a benchmark.
+
+    Args:
+        benchmark: The benchmark.
+        length: Tokens of prompt and answer together.
+        progress: Whether to show bars, where stderr is a terminal.
+        kept: Answers on disk; None runs the model.
+    """
+
+    benchmark: NamedBenchmark
+    length: int
+    progress: bool
+    kept: KeptAnswers | None
+
+    def warn_of_cuts(self, cut: int, count: int) -> None:
+        """Logs how many prompts were cut."""
+        if cut:
+            _LOG.warning(
+                "%s: %d of %d prompts were cut to their ends, to fit %d tokens.",
+                self.benchmark.where,
+                cut,
+                count,
+                self.length,
+            )
+
+
 def fit_length(benchmark: NamedBenchmark, models: Sequence[PreTrainedModel], tasks: Mapping[str, Any]) -> int:
-    """Choose how many tokens fit, the same before and after, and leave half of them to the prompt.
+    """Chooses how many tokens fit, the same before and after, and leaves half of them to the prompt.
 
     Args:
         benchmark: The benchmark.
@@ -49,26 +77,13 @@ def fit_length(benchmark: NamedBenchmark, models: Sequence[PreTrainedModel], tas
     return length
 
 
-def make_asked(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    benchmark: NamedBenchmark,
-    *,
-    length: int,
-    side: Side,
-    progress: bool,
-    kept: KeptAnswers | None,
-) -> Any:
-    """Wrap a model for lm-eval.
+def wrapped_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answering: Answering) -> Any:
+    """Wraps a model for lm-eval.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer; a copy is used.
-        benchmark: The benchmark.
-        length: Tokens of prompt and answer together.
-        side: Which of the two models it is.
-        progress: Whether to show bars, where stderr is a terminal.
-        kept: Where the base's answers are; None asks the model.
+        answering: How it answers.
 
     Returns:
         An ``lm_eval.api.model.LM``.
@@ -78,41 +93,38 @@ def make_asked(
 
     own = copy.deepcopy(tokenizer)  # lm-eval chooses a padding token and a side for it
     own.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we say what is cut
-    inner = HFLM(
-        pretrained=model,
-        tokenizer=own,
-        backend="causal",
-        batch_size=benchmark.batch_size,
-        max_length=length,
-    )
-    quiet = not (progress and sys.stderr.isatty())
+    size, length = answering.benchmark.batch_size, answering.length
+    inner = HFLM(pretrained=model, tokenizer=own, backend="causal", batch_size=size, max_length=length)
+    quiet = not (answering.progress and sys.stderr.isatty())
 
-    class Asked(LM):
-        """Passes requests on, those of the base to what is kept."""
+    class Answers(LM):
+        """Passes requests on, unless their answers are kept."""
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            _check_fit(inner, benchmark, requests, length)
-            found = self._ask("loglikelihood", requests, lambda: _plain(inner.loglikelihood(requests, quiet)))
-            return [(float(sum_), bool(greedy)) for sum_, greedy in found]
+            _check_choices(inner, answering, requests)
+
+            def run() -> list[list[Any]]:
+                return [[float(sum_), bool(greedy)] for sum_, greedy in inner.loglikelihood(requests, quiet)]
+
+            return [(sum_, greedy) for sum_, greedy in self._get("loglikelihood", requests, run)]
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-            return self._ask("rolling", requests, lambda: _rolling(inner, requests, quiet))
+            return self._get("rolling", requests, lambda: _rolling(inner, requests, quiet))
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            _report_cuts(inner, benchmark, requests, length)
-            return self._ask("generate", requests, lambda: list(inner.generate_until(requests, quiet)))
+            rooms = (length - int(request.args[1].get("max_gen_toks") or _NEW_TOKENS) for request in requests)
+            lengths = (len(inner.tok_encode(request.args[0])) for request in requests)
+            cut = sum(tokens > room for tokens, room in zip(lengths, rooms, strict=True))
+            answering.warn_of_cuts(cut, len(requests))
+            return self._get("generate", requests, lambda: list(inner.generate_until(requests, quiet)))
 
-        def _ask(self, kind: str, requests: Sequence[Any], ask: Callable[[], list[Any]]) -> list[Any]:
-            if kept is None or side == "after":
-                return ask()
+        def _get(self, kind: str, requests: Sequence[Any], run: Callable[[], list[Any]]) -> list[Any]:
+            if answering.kept is None:
+                return run()
             key = [kind, length, [list(request.args) for request in requests]]
-            return kept.recall(benchmark.name, key, len(requests), ask)
+            return answering.kept.get(answering.benchmark.name, key, len(requests), run)
 
-    return Asked()
-
-
-def _plain(found: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
-    return [[float(sum_), bool(greedy)] for sum_, greedy in found]
+    return Answers()
 
 
 def _rolling(inner: Any, requests: Sequence[Any], quiet: bool) -> list[float]:
@@ -121,37 +133,21 @@ def _rolling(inner: Any, requests: Sequence[Any], quiet: bool) -> list[float]:
     def silent(**given: Any) -> Any:
         return score(**(given | {"disable_tqdm": quiet}))
 
-    # lm-eval draws a bar for each batch of windows, whatever it is told.
+    # lm-eval draws a bar for each batch of windows, whatever its argument.
     with mock.patch.object(inner, "_loglikelihood_tokens", silent):
         return [float(sum_) for sum_ in inner.loglikelihood_rolling(requests, quiet)]
 
 
-def _check_fit(inner: Any, benchmark: NamedBenchmark, requests: Sequence[Any], length: int) -> None:
-    cut = 0
+def _check_choices(inner: Any, answering: Answering, requests: Sequence[Any]) -> None:
+    cut, length = 0, answering.length
     for number, request in enumerate(requests, start=1):
         context, answer = (len(inner.tok_encode(text)) for text in request.args)
         if answer > length:
             raise DataError(
-                f"{benchmark.where} request {number}",
+                f"{answering.benchmark.where} request {number}",
                 got=f"a choice of {answer} tokens",
                 wanted=f"at most {length}, what the model has room for",
                 next_step="Raise max_length, or take a model with more positions.",
             )
         cut += context + answer > length + 1
-    _warn(benchmark, cut, len(requests), length)
-
-
-def _report_cuts(inner: Any, benchmark: NamedBenchmark, requests: Sequence[Any], length: int) -> None:
-    cut = 0
-    for request in requests:
-        context, options = request.args
-        room = int(options.get("max_gen_toks") or _NEW_TOKENS)
-        cut += len(inner.tok_encode(context)) > length - room
-    _warn(benchmark, cut, len(requests), length)
-
-
-def _warn(benchmark: NamedBenchmark, cut: int, count: int, length: int) -> None:
-    if cut:
-        _LOG.warning(
-            "%s: %d of %d prompts were cut to their ends, to fit %d tokens.", benchmark.where, cut, count, length
-        )
+    answering.warn_of_cuts(cut, len(requests))

@@ -1,7 +1,7 @@
 """HumanEval and MBPP: lm-eval's prompts and programs, run in our sandbox instead of lm-eval's own process.
 
 lm-eval's task files load ``code_eval`` and run it when they are merely read, so they are read without their functions,
-and what those do is said here: the program of an answer, and MBPP's examples.
+which this module replaces: the program of an answer, and MBPP's examples.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ from typing import Any
 from keeptune.data.sources import Row
 from keeptune.evaluation.standard.sandbox import Outcome, Sandbox
 
-__all__ = ["METRIC", "Runs", "program_of", "task_overrides"]
+__all__ = ["MBPP_EXAMPLES", "METRIC", "Runs", "program_of", "task_overrides"]
 
 METRIC = "pass_at_1"
-_EXAMPLES = (2, 3, 4)  # by task_id, as in lm-eval's list
+MBPP_EXAMPLES = (2, 3, 4)  # by task_id, as in lm-eval's list
 
 
 def program_of(name: str, row: Row, answer: str) -> str:
-    """Put an answer together with the tests that it has to pass.
+    """Returns an answer with the tests that it has to pass, as in lm-eval's ``code_eval``.
 
     Args:
         name: ``humaneval`` or ``mbpp``.
         row: The item.
         answer: What the model wrote after the prompt.
-
-    Returns:
-        The program, as lm-eval's ``code_eval`` has it.
     """
     if name == "humaneval":
         return f"{row['prompt']}{answer}\n{row['test']}\ncheck({row['entry_point']})"
@@ -36,7 +33,7 @@ def program_of(name: str, row: Row, answer: str) -> str:
 
 
 class Runs:
-    """Runs answers, and remembers what became of each in the order of the items.
+    """Runs answers and keeps their outcomes in the order of the items.
 
     Args:
         name: ``humaneval`` or ``mbpp``.
@@ -49,29 +46,18 @@ class Runs:
         self.outcomes: list[Outcome] = []
 
     def process(self, row: Row, results: Sequence[str]) -> dict[str, float]:
-        """Run the answer to one item; lm-eval's ``process_results``.
-
-        Args:
-            row: The item.
-            results: The answer, alone.
-
-        Returns:
-            The metric: 1 if the program ran to its end.
-        """
+        """Runs the one answer to an item: lm-eval's ``process_results``."""
         outcome = self.sandbox.run(program_of(self.name, row, results[0]))
         self.outcomes.append(outcome)
         return {METRIC: float(outcome.passed)}
 
 
 def task_overrides(name: str, process: Callable[[Row, Sequence[str]], dict[str, float]]) -> dict[str, Any]:
-    """Replace what lm-eval's task files would run in our process.
+    """Returns fields of a task's configuration in place of those that run programs in this process.
 
     Args:
         name: ``humaneval`` or ``mbpp``.
         process: Runs an answer.
-
-    Returns:
-        Fields of the task's configuration.
     """
     fields: dict[str, Any] = {
         "unsafe_code": False,
@@ -83,11 +69,7 @@ def task_overrides(name: str, process: Callable[[Row, Sequence[str]], dict[str, 
         fields["fewshot_config"] = {
             "sampler": "first_n",
             "split": "prompt",
-            "process_docs": _examples,
+            "process_docs": lambda rows: [row for row in rows if row["task_id"] in MBPP_EXAMPLES],
             "doc_to_target": "{{code}}\n[DONE]",
         }
     return fields
-
-
-def _examples(rows: Any) -> list[Row]:
-    return [row for row in rows if row["task_id"] in _EXAMPLES]

@@ -1,22 +1,21 @@
-"""lm-eval's samples as records of ours: what was asked, what each model answered, what it scored."""
+"""lm-eval's samples as records of keeptune: the prompt, each model's answer, and its score."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import RecipeError
-from keeptune.evaluation.benchmarks import Measure
-from keeptune.evaluation.standard.catalogue import Scoring
+from keeptune.evaluation.metrics import Measure
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.lm_eval_tasks import Built
 
 __all__ = ["Sample", "read_samples", "records_of"]
 
-# Of tasks that are not in the table: lm-eval's metric and ours.
+# lm-eval's metrics of tasks that are not in the table.
 _MEASURES: Mapping[str, Measure] = {
     "acc": "accuracy",
     "acc_norm": "accuracy_norm",
@@ -28,11 +27,11 @@ _MEASURES: Mapping[str, Measure] = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One item, as lm-eval asked and scored it with one model.
+    """One item, as lm-eval ran and scored it with one model.
 
     Args:
         metric: The metric.
-        value: Its value, of an item: a number; right and said label (f1, matthews); a list, one per instruction;
+        value: Its value, of an item: a number; right and predicted label (f1, matthews); a list, one per instruction;
             log-likelihood and bytes (cross_entropy).
         others: The task's other metrics that are numbers.
         prompt: All that the model read before its answer, or of several choices before the first.
@@ -42,7 +41,7 @@ class Sample:
         choices: Texts whose log-likelihoods were compared.
         sums: Their log-likelihoods.
         text: What the model wrote.
-        said: What stopped a program.
+        stopped: What stopped a program; None where there is none.
         shots: The examples in the prompt, as rows of their split from 0.
     """
 
@@ -56,7 +55,7 @@ class Sample:
     choices: tuple[str, ...]
     sums: tuple[float, ...]
     text: str
-    said: str | None
+    stopped: str | None
     shots: tuple[int, ...]
 
 
@@ -64,45 +63,57 @@ def read_samples(
     benchmark: NamedBenchmark,
     built: Built,
     logged: Mapping[str, Sequence[Mapping[str, Any]]],
-    said: Sequence[str],
     shots: Mapping[str, Sequence[tuple[int, ...]]],
 ) -> list[Sample]:
-    """Read what lm-eval logged.
+    """Reads what lm-eval logged.
 
     Args:
         benchmark: The benchmark.
         built: Its tasks.
         logged: Task to its samples, one for each item and filter.
-        said: What stopped each program, in the order of the items; empty where there are none.
         shots: Task to the examples of each item's prompt; empty where there are none.
 
     Returns:
         One sample per item, task after task, in the order of the items.
 
     Raises:
-        RecipeError: The task is measured in a way that is not known here.
+        RecipeError: The task is measured in a way that is not supported.
     """
-    found = []
+    samples = []
     for leaf, task in built.tasks.items():
-        how, key, chosen = _measured(benchmark, leaf, logged[leaf])
-        own = sorted((row for row in logged[leaf] if row["filter"] == chosen), key=lambda row: row["doc_id"])
+        metric, key, filtered = _measured(benchmark, leaf, logged[leaf][0])
+        rows = sorted((row for row in logged[leaf] if row["filter"] == filtered), key=lambda row: row["doc_id"])
         group = None if len(built.tasks) == 1 else leaf.removeprefix(f"{benchmark.lm_eval_task}_")
-        drawn = shots.get(leaf) or [()] * len(own)
-        found += [
-            replace(_sample(how, key, task, row, group), said=said[at] if said else None, shots=drawn[at])
-            for at, row in enumerate(own)
-        ]
-    return found
+        for at, (row, drawn) in enumerate(zip(rows, shots.get(leaf) or [()] * len(rows), strict=True)):
+            kind = task.OUTPUT_TYPE
+            compared = kind in ("multiple_choice", "loglikelihood")
+            several = compared and task.multiple_input
+            question = task.doc_to_text(row["doc"])
+            arguments, responses = row["arguments"], row["resps"]
+            sample = Sample(
+                metric=metric,
+                value=row[key],
+                others={name: float(row[name]) for name in row["metrics"] if isinstance(row[name], int | float)},
+                prompt="" if kind == "loglikelihood_rolling" else str(arguments[0][0]),
+                question=question if isinstance(question, str) else str(row["target"]),
+                target=row["doc"].get("instruction_id_list", question if several else row["target"]),
+                group=group,
+                choices=tuple(str(given[0 if several else 1]).strip() for given in arguments) if compared else (),
+                sums=tuple(float(response[0][0]) for response in responses) if compared else (),
+                text=str(responses[0][0]) if kind == "generate_until" else "",
+                stopped=built.runs.outcomes[at].stopped if built.runs is not None else None,
+                shots=drawn,
+            )
+            samples.append(sample)
+    return samples
 
 
-def _measured(benchmark: NamedBenchmark, leaf: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Measure, str, str]:
-    """Say which of lm-eval's metrics counts, under which filter, and how results name it."""
+def _measured(benchmark: NamedBenchmark, leaf: str, first: Mapping[str, Any]) -> tuple[Measure, str, str]:
+    """Returns the metric as results name it, its name in lm-eval, and the filter under which it counts."""
     how = benchmark.how
-    first = rows[0]
     if how is not None:
-        key, chosen = _key(how)
-        assert chosen in {str(row["filter"]) for row in rows}
-        return how.metric, key, chosen
+        key, _, filtered = (how.key or f"{how.metric},none").partition(",")
+        return how.metric, key, filtered
     for key in first["metrics"]:
         if key in _MEASURES:
             return _MEASURES[key], key, str(first["filter"])
@@ -114,42 +125,12 @@ def _measured(benchmark: NamedBenchmark, leaf: str, rows: Sequence[Mapping[str, 
     )
 
 
-def _key(how: Scoring) -> tuple[str, str]:
-    if how.key is None:
-        return how.metric, "none"
-    key, _, chosen = how.key.partition(",")
-    return key, chosen
-
-
-def _sample(metric: Measure, key: str, task: Any, row: Mapping[str, Any], group: str | None) -> Sample:
-    arguments, responses = row["arguments"], row["resps"]
-    kind = task.OUTPUT_TYPE
-    compared = kind in ("multiple_choice", "loglikelihood")
-    several = compared and task.multiple_input
-    question = task.doc_to_text(row["doc"])
-    return Sample(
-        metric=metric,
-        value=row[key],
-        others={name: float(row[name]) for name in row["metrics"] if isinstance(row[name], int | float)},
-        prompt="" if kind == "loglikelihood_rolling" else str(arguments[0][0]),
-        question=question if isinstance(question, str) else str(row["target"]),
-        target=row["doc"].get("instruction_id_list", question if several else row["target"]),
-        group=group,
-        choices=tuple(str(given[0] if several else given[1]).strip() for given in arguments) if compared else (),
-        sums=tuple(float(found[0][0]) for found in responses) if compared else (),
-        text=str(responses[0][0]) if kind == "generate_until" else "",
-        said=None,
-        shots=(),
-    )
-
-
 def records_of(
-    benchmark: NamedBenchmark, tokenizer: PreTrainedTokenizerBase, first: Sequence[Sample], second: Sequence[Sample]
+    tokenizer: PreTrainedTokenizerBase, first: Sequence[Sample], second: Sequence[Sample]
 ) -> list[dict[str, Any]]:
-    """Put both models' samples side by side.
+    """Puts both models' samples side by side.
 
     Args:
-        benchmark: The benchmark.
         tokenizer: Counts the tokens of documents.
         first: Samples of the base.
         second: Samples of the tuned model, of the same items.
@@ -163,12 +144,10 @@ def records_of(
         if one.metric == "cross_entropy":
             # As lm-eval scores it: a start token that the tokenizer adds is predicted like any other.
             tokens = len(tokenizer(str(one.target), verbose=False)["input_ids"])
-            size = one.value[1]
             record |= {"before": -one.value[0] / tokens, "after": -two.value[0] / tokens}
-            record |= {"tokens": tokens, "bytes": size}
+            record |= {"tokens": tokens, "bytes": one.value[1]}
         else:
-            record |= {"before": _mark(one), "after": _mark(two)}
-            record |= _answers(one, two)
+            record |= {"before": _score(one), "after": _score(two)} | _answers(one, two)
         if one.metric == "instructions_followed":
             record["instructions"] = len(one.value)
         others = {name: [value, two.others[name]] for name, value in one.others.items() if name in two.others}
@@ -178,7 +157,7 @@ def records_of(
     return records
 
 
-def _mark(sample: Sample) -> float:
+def _score(sample: Sample) -> float:
     value = sample.value
     if sample.metric in ("f1", "matthews"):
         return float(value[0] == value[1])
@@ -186,16 +165,15 @@ def _mark(sample: Sample) -> float:
 
 
 def _answers(one: Sample, two: Sample) -> dict[str, Any]:
-    found: dict[str, Any] = {"prompt": one.question}
+    record: dict[str, Any] = {"prompt": one.question}
     if one.shots:
-        found["shots"] = list(one.shots)
-    if one.choices:
-        right = one.target if isinstance(one.target, list) else [one.target]
-        texts = [one.choices[index] if isinstance(index, int) else str(index) for index in right]
-        found |= {"label": right[0], "answers": texts, "choices": list(one.choices)}
-        return found | {"loglikelihoods_before": list(one.sums), "loglikelihoods_after": list(two.sums)}
+        record["shots"] = list(one.shots)
     right = one.target if isinstance(one.target, list) else [one.target]
-    found |= {"answers": [str(answer) for answer in right], "text_before": one.text, "text_after": two.text}
-    if one.said is not None:
-        found |= {"program_before": one.said, "program_after": two.said}
-    return found
+    if one.choices:
+        texts = [one.choices[index] if isinstance(index, int) else str(index) for index in right]
+        record |= {"label": right[0], "answers": texts, "choices": list(one.choices)}
+        return record | {"loglikelihoods_before": list(one.sums), "loglikelihoods_after": list(two.sums)}
+    record |= {"answers": [str(answer) for answer in right], "text_before": one.text, "text_after": two.text}
+    if one.stopped is not None:
+        record |= {"program_before": one.stopped, "program_after": two.stopped}
+    return record

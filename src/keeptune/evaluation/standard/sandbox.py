@@ -1,10 +1,11 @@
-"""Programs that a model wrote, each run in a process of its own that can do little harm.
+"""Programs that a model wrote, each run in a confined process of its own.
 
-What holds a program, on Linux: limits of processor time, memory, file size and processes (setrlimit); a wall clock
-after which its whole process group is killed; no network, in a network namespace of its own; no change of files but in
-an empty folder that is deleted afterwards (Landlock); no environment; and Python's audit hooks against sockets and
-other processes. Where the kernel gives no namespace or no Landlock, the audit hooks alone stand in for it, and the log
-says so: they stop accidents, not a program that means harm. Reading files is not prevented.
+Everywhere: limits of processor time, memory, file size and open files (setrlimit), a wall clock after which the whole
+process group is killed, an empty folder that is deleted afterwards, no environment, and Python's audit hooks against
+sockets, other processes and changes to files outside the folder. The hooks stop accidents, not attacks. Where
+bubblewrap (``bwrap``) works the kernel holds the program as well: the file system is read-only but for the folder, and
+network and processes are its own; else only the network, where ``unshare`` works. The log says which holds. Reading
+files is allowed.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from keeptune.core.errors import ModelError
 
 __all__ = ["Limits", "Outcome", "Sandbox", "open_sandbox"]
 
 _LOG = logging.getLogger(__name__)
-_NAMESPACES = ("--user", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child")
+_BWRAP = ("--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--dev", "/dev", "--proc", "/proc")
+_UNSHARE = ("--user", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child")
 _CONFINED = Path(__file__).with_name("confined.py")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a program may use.
+    """Resources of a program.
 
     Args:
         seconds: Of processor time.
@@ -55,11 +57,11 @@ class Outcome:
 
     Args:
         passed: Whether it ran to its end without an error.
-        said: What stopped it; empty where nothing did.
+        stopped: What stopped it; empty where nothing did.
     """
 
     passed: bool
-    said: str
+    stopped: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,107 +69,86 @@ class Sandbox:
     """A way to run programs on this machine.
 
     Args:
-        prefix: Command that gives the process namespaces of its own; empty where there are none.
+        prefix: Command that confines the process; empty where there is none.
         limits: What each program may use.
     """
 
     prefix: tuple[str, ...]
-    limits: Limits
+    limits: Limits = Limits()
 
     def run(self, program: str) -> Outcome:
-        """Run a program.
+        """Runs Python source in an empty folder.
 
         Args:
             program: Python source.
-
-        Returns:
-            Whether it ran to its end.
         """
+        # The process repeats the word when the program has run to its end: one that leaves early does not know it.
         word = secrets.token_hex(16)
         with tempfile.TemporaryDirectory(prefix="keeptune-program-") as folder:
-            told = self._started(program, word, folder)
-        if told is None:
-            return Outcome(False, f"stopped: over {self.limits.seconds} s, over its memory, or ended by itself")
-        if told.get("word") == word:
-            return Outcome(True, "")
-        return Outcome(False, str(told.get("error", "ended by itself")))
-
-    def _started(self, program: str, word: str, folder: str) -> dict[str, Any] | None:
-        """Run the process and read what it reports; None where it reports nothing."""
-        limits = self.limits
-        given = json.dumps(
-            {
-                "program": program,
-                "word": word,
-                "folder": folder,
-                "memory": limits.memory,
-                "seconds": limits.seconds,
-                "size": limits.file_size,
-            }
-        )
-        read, write = os.pipe()
-        command = [*self.prefix, sys.executable, "-I", "-B", str(_CONFINED), str(write)]
+            given = {"program": program, "word": word, "folder": folder, **asdict(self.limits)}
+            bind = ("--bind", folder, folder, "--chdir", folder) if "--ro-bind" in self.prefix else ()
+            command = [*self.prefix, *bind, sys.executable, "-I", "-B", str(_CONFINED)]
+            text = self._output(command, folder, json.dumps(given).encode())
         try:
+            report = json.loads(text)
+        except ValueError:
+            return Outcome(False, f"stopped: over {self.limits.seconds} s, over its memory, or ended by itself")
+        passed = report.get("word") == word
+        return Outcome(passed, "" if passed else str(report.get("error", "ended by itself")))
+
+    def _output(self, command: list[str], folder: str, given: bytes) -> bytes:
+        """Runs the process and returns its output, at the latest when its time is over."""
+        with tempfile.TemporaryFile() as output:
             with subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
+                stdout=output,
                 stderr=subprocess.DEVNULL,
                 cwd=folder,
                 env={},
-                pass_fds=(write,),
                 start_new_session=True,
             ) as process:
-                os.close(write)
                 try:
-                    process.communicate(given.encode("utf-8", "surrogatepass"), timeout=limits.wall)
+                    process.communicate(given, timeout=self.limits.wall)
                 except subprocess.TimeoutExpired:
                     pass
                 finally:
-                    # Whatever the program started belongs to its group, and is in the way of nobody else.
+                    # The whole group, so that nothing that the program started is left.
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-            os.set_blocking(read, False)
-            with contextlib.suppress(BlockingIOError):
-                text = os.read(read, 2**16)
-                return json.loads(text) if text else None
-        except json.JSONDecodeError:
-            return None
-        finally:
-            os.close(read)
-        return None
+            output.seek(0)
+            return output.read(2**16)
 
 
-def open_sandbox(where: str, limits: Limits | None = None) -> Sandbox:
-    """Find out how programs can be held on this machine, and check that one runs.
+def open_sandbox(where: str) -> Sandbox:
+    """Returns the tightest sandbox that works on this machine, and logs which it is.
 
     Args:
         where: The recipe key, for messages.
-        limits: What each program may use; None takes the usual.
-
-    Returns:
-        The sandbox.
 
     Raises:
         ModelError: Not even an empty program runs.
     """
-    limits = Limits() if limits is None else limits
-    unshare = shutil.which("unshare")
-    for prefix in ([(unshare, *_NAMESPACES), (unshare, "--net")] if unshare else []) + [()]:
-        sandbox = Sandbox(prefix, limits)
-        with tempfile.TemporaryDirectory(prefix="keeptune-program-") as folder:
-            told = sandbox._started("", "word", folder)
-        if told is None or told.get("word") != "word":
-            continue
-        if not prefix:
-            _LOG.warning("%s: no network namespace here; only Python's own ways to the network are shut.", where)
-        if not told.get("files"):
-            _LOG.warning("%s: no Landlock here; only Python's own ways to other files are shut.", where)
-        return sandbox
+    for prefix, holds in _prefixes():
+        sandbox = Sandbox(prefix)
+        if sandbox.run("").passed:
+            level = logging.INFO if holds.startswith("bubblewrap") else logging.WARNING
+            _LOG.log(level, "%s: programs run with limits of time and memory, and %s.", where, holds)
+            return sandbox
     raise ModelError(
         f"{where}.run_code",
         got="no way to run even an empty program in a process of its own",
         wanted="a machine where Python can be started with limits",
         next_step="Leave this benchmark out here, or raise the limits of the container.",
     )
+
+
+def _prefixes() -> Iterator[tuple[tuple[str, ...], str]]:
+    bwrap, unshare = shutil.which("bwrap"), shutil.which("unshare")
+    if bwrap:
+        yield (bwrap, "--ro-bind", "/", "/", *_BWRAP), "bubblewrap: no network, and no changes outside an empty folder"
+    if unshare:
+        held = "no network; files are kept by Python's audit hooks alone (install bubblewrap for more)"
+        yield (unshare, *_UNSHARE), held
+        yield (unshare, "--net"), held
+    yield (), "network and files are kept by Python's audit hooks alone (install bubblewrap for more)"

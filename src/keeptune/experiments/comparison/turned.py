@@ -34,8 +34,8 @@ from keeptune.core.artefact import (
 )
 from keeptune.core.errors import ArtefactError, ExportError, ModelError
 from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.evaluation.benchmark_data import data_fingerprint
 from keeptune.evaluation.harness import evaluate
-from keeptune.evaluation.kinds import data_fingerprint
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.experiments.comparison.knobs import Knob, Layers, Scale
 from keeptune.experiments.comparison.record import Cell

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.data import hub
 from keeptune.data.completions import TaskExamples
 from keeptune.data.sources import read_jsonl
-from keeptune.evaluation.benchmarks import Benchmark, Item, load_items
-from keeptune.evaluation.kinds import AnyBenchmark
+from keeptune.evaluation.benchmarks import FileBenchmark
+from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.standard import NamedBenchmark
 from keeptune.model.pretrained import load_tokenizer
 from keeptune.pipeline.dry_run.account import Named, Scored
@@ -66,8 +66,8 @@ def _file(what: str, name: str) -> Named:
     return Named(what, name, None, path.stat().st_size if path.exists() else None, at_hand=path.exists())
 
 
-def _path_of(benchmark: AnyBenchmark) -> str | None:
-    return benchmark.file if isinstance(benchmark, Benchmark) else benchmark.data
+def _path_of(benchmark: FileBenchmark | NamedBenchmark) -> str | None:
+    return benchmark.file if isinstance(benchmark, FileBenchmark) else benchmark.data
 
 
 def needs_of(recipe: Recipe) -> list[Named]:
@@ -160,7 +160,7 @@ class Lengths:
     def _capped(self, length: int) -> int:
         return min(length, self.positions or length)
 
-    def longest(self, benchmark: AnyBenchmark) -> int:
+    def longest(self, benchmark: FileBenchmark | NamedBenchmark) -> int:
         """Say how many tokens an item of a benchmark has at most.
 
         Args:
@@ -171,7 +171,7 @@ class Lengths:
         """
         return self._capped(benchmark.max_length or _POSITIONS)
 
-    def scored(self, benchmark: AnyBenchmark) -> Scored:
+    def scored(self, benchmark: FileBenchmark | NamedBenchmark) -> Scored:
         """Say what is known of a benchmark.
 
         Args:
@@ -181,7 +181,7 @@ class Lengths:
             Its items and their tokens.
         """
         mean = None
-        if isinstance(benchmark, Benchmark):
+        if isinstance(benchmark, FileBenchmark):
             items = rows_of(benchmark.file, benchmark.examples)
             mean = None if benchmark.file.startswith(hub.PREFIX) else self._mean(benchmark)
         else:
@@ -198,7 +198,7 @@ class Lengths:
             measured=mean is not None,
         )
 
-    def _mean(self, benchmark: Benchmark) -> float | None:
+    def _mean(self, benchmark: FileBenchmark) -> float | None:
         items = load_items(benchmark, Path())[:_SAMPLE]
         counts = self._counts([text for item in items for text in _texts_of(item)], self.longest(benchmark))
         if not counts:

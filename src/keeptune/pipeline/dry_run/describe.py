@@ -16,11 +16,11 @@ from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.data import hub
 from keeptune.data.replay import replayed
+from keeptune.methods.base import Size
 from keeptune.methods.combined import parts_of, tuned_roles
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import DryRun, Named, Scored, Trained
 from keeptune.pipeline.dry_run.data_sizes import Lengths, fetched_benchmarks, files_of, needs_of, rows_of
-from keeptune.pipeline.dry_run.method_sizes import Size, size_of
 from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
 from keeptune.pipeline.job import Job, check_folder
 from keeptune.pipeline.planning import asked_penalties
@@ -141,16 +141,9 @@ class _Account:
         """Count what each target's method trains."""
         method, recipe = self.job.method, self.job.recipe
         targets = self.shape.targets(tuned_roles(method, recipe.targets), recipe.layers)
-        parts = parts_of(method)
-        downs: frozenset[str] = frozenset()
-        if any(part.method.name == "loki" for part in parts):
-            downs = self.shape.downs
-        return {
-            target: size_of(part.method, target, downs)
-            for target in targets
-            for part in parts
-            if not part.targets or target.role in part.targets
-        }
+        rows_of_downs = any(part.method.rows_of_downs for part in parts_of(method))
+        downs = self.shape.downs if rows_of_downs else frozenset[str]()
+        return {target: method.size(target, downs) for target in targets}
 
     def _train(self, sizes: Mapping[Target, Size]) -> Trained:
         recipe = self.job.recipe

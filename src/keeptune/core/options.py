@@ -1,0 +1,103 @@
+"""Frozen dataclasses whose fields are options, with the range of each in a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from keeptune.core.errors import PlanError
+
+__all__ = ["Options", "Range"]
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The finite numbers that an option may have.
+
+    Args:
+        least: The smallest number.
+        above: A number that is too small.
+        most: The largest number.
+        below: A number that is too large.
+        advice: The next step of the error message.
+
+    >>> str(Range(above=0, most=100)), 0 in Range(above=0)
+    ('above 0 and at most 100', False)
+    """
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    advice: str = "Correct the value."
+
+    def __contains__(self, value: float) -> bool:
+        """Whether a number is within the range."""
+        return (
+            -math.inf < value < (math.inf if self.below is None else self.below)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+        )
+
+    def __str__(self) -> str:
+        """The range in words, for error messages."""
+        if self.least is not None and self.most is not None:
+            return f"{self.least:g} to {self.most:g}"
+        if self.most is None and self.below is None:
+            return f"{self.least:g} or more" if self.above is None else f"a number above {self.above:g}"
+        low = f"at least {self.least:g}" if self.above is None else f"above {self.above:g}"
+        return f"{low} and " + (f"at most {self.most:g}" if self.below is None else f"below {self.below:g}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base class of methods and penalties; ``ranges`` of a class are checked besides those of its bases.
+
+    Raises:
+        PlanError: A number is out of its range. None and words are not checked.
+    """
+
+    ranges: ClassVar[Mapping[str, Range]] = {}
+
+    def __post_init__(self) -> None:
+        """Check every number that has a range.
+
+        Raises:
+            PlanError: One is out of it.
+        """
+        known: dict[str, Range] = {}
+        for cls in reversed(type(self).__mro__):
+            known |= vars(cls).get("ranges", {})
+        for option, allowed in known.items():
+            value = getattr(self, option)
+            if isinstance(value, int | float) and value not in allowed:
+                raise PlanError(self.place(option), got=str(value), wanted=str(allowed), next_step=allowed.advice)
+
+    def place(self, option: str) -> str:
+        """Returns how error messages name an option.
+
+        Args:
+            option: Its name.
+
+        Returns:
+            The option as a recipe names it, or nearly so.
+        """
+        return option
+
+    @classmethod
+    def of(cls, other: Options, **changes: Any) -> Self:
+        """Takes over the options that have the same name in another object.
+
+        Args:
+            other: The other object.
+            **changes: Options that it does not have, or that differ.
+
+        Returns:
+            The new object; an option that is in neither has its default.
+        """
+        shared = {field.name for field in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(other)}
+        return cls(**{name: getattr(other, name) for name in shared} | changes)

@@ -1,0 +1,79 @@
+"""The registered classes of a package: those of its files, and those of other packages under an entry-point group."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any, TypeVar
+
+from keeptune.core.errors import RecipeError, nearest
+
+__all__ = ["look_up", "registered"]
+
+T = TypeVar("T")
+
+
+def registered(package: ModuleType, base: type[T], kind: str) -> dict[str, type[T]]:
+    """Returns all classes of a kind.
+
+    Args:
+        package: The package; its name is that of the entry-point group.
+        base: Their base class. A class is registered if it has a ``name`` of its own.
+        kind: What they are, for the error message, such as ``"method"``.
+
+    Returns:
+        Name to class, sorted by name.
+
+    Raises:
+        RecipeError: Two classes have one name.
+    """
+    classes: dict[str, Any] = {}
+    for cls in (*_own(package, base), *(point.load() for point in entry_points(group=package.__name__))):
+        if classes.setdefault(cls.name, cls) is not cls:
+            raise RecipeError(
+                f"{kind} {cls.name}",
+                got=f"two of that name: {classes[cls.name]} and {cls}",
+                wanted="one",
+                next_step=f"Uninstall one of the packages or rename its {kind}.",
+            )
+    return dict(sorted(classes.items()))
+
+
+def look_up(name: str, known: Mapping[str, T], where: str, kind: str) -> T:
+    """Returns the class of a name.
+
+    Args:
+        name: The name.
+        known: From :func:`registered`.
+        where: The recipe's key, for the error message.
+        kind: What they are, such as ``"method"``.
+
+    Returns:
+        The class.
+
+    Raises:
+        RecipeError: There is none; the message shows the nearest name.
+    """
+    if name not in known:
+        raise RecipeError(where, got=f'"{name}"', wanted=f"the name of a {kind}", next_step=nearest(name, known))
+    return known[name]
+
+
+def _own(package: ModuleType, base: type[Any]) -> list[type[Any]]:
+    return [
+        cls
+        for module in _modules(package)
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if cls.__module__ == module.__name__ and issubclass(cls, base) and "name" in vars(cls)
+    ]
+
+
+@cache  # the files of a package do not change while it runs
+def _modules(package: ModuleType) -> tuple[ModuleType, ...]:
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    return tuple(importlib.import_module(f"{package.__name__}.{name}") for name in names)

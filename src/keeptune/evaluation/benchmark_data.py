@@ -1,0 +1,62 @@
+"""The data that a benchmark is scored on: its fingerprint, what runs it, and the refusal of data used before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from keeptune.core.artefact import file_fingerprint
+from keeptune.data.disjoint import Corpus, refuse_overlap
+from keeptune.data.sources import read_jsonl
+from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
+from keeptune.evaluation.items import load_items
+from keeptune.evaluation.standard import NamedBenchmark
+from keeptune.evaluation.standard.documents import load_documents, refuse_documents
+from keeptune.evaluation.standard.lm_eval_tasks import SEED
+from keeptune.evaluation.standard.restore import engine_version
+
+__all__ = ["data_fingerprint", "engine_of", "refuse_used"]
+
+
+def data_fingerprint(benchmark: Benchmark, folder: Path = Path()) -> str:
+    """Returns a fingerprint of a benchmark's data, equal for equal data.
+
+    Args:
+        benchmark: The benchmark.
+        folder: The folder that a relative path starts from.
+    """
+    if isinstance(benchmark, NamedBenchmark):
+        return load_documents(benchmark).fingerprint
+    return file_fingerprint([folder / _file(benchmark).file])
+
+
+def engine_of(benchmark: Benchmark) -> dict[str, str | int] | None:
+    """Returns lm-eval's version and the seed of its examples for a benchmark's record; None for a user's own file."""
+    if not isinstance(benchmark, NamedBenchmark):
+        return None
+    return {"lm_eval": engine_version(benchmark.where), "seed": SEED}
+
+
+def refuse_used(used: Sequence[Corpus], benchmark: Benchmark) -> None:
+    """Checks that nothing is scored that was used to prepare or to train.
+
+    Args:
+        used: Knowledge and task data.
+        benchmark: What is scored.
+
+    Raises:
+        DataError: They overlap, or the data of the benchmark cannot be read.
+    """
+    if isinstance(benchmark, NamedBenchmark):
+        refuse_documents(used, load_documents(benchmark))
+        return
+    own = _file(benchmark)
+    rows = read_jsonl(own.file, where=f"{own.where}.file")[: own.examples]
+    scored = Corpus(own.where, rows, [item.whole for item in load_items(own, Path())])
+    for corpus in used:
+        refuse_overlap(corpus, scored)
+
+
+def _file(benchmark: Benchmark) -> FileBenchmark:
+    assert isinstance(benchmark, FileBenchmark)
+    return benchmark

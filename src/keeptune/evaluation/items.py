@@ -1,0 +1,212 @@
+"""The items of a benchmark in a JSONL file: questions, choices, documents, or texts for a classifier."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keeptune.core.errors import DataError
+from keeptune.data.labelled import Texts, label_of, score_of, texts_of
+from keeptune.data.sources import Row, read_jsonl
+from keeptune.data.templates import pick, render
+from keeptune.evaluation.benchmarks import FileBenchmark
+from keeptune.evaluation.metrics import SCORES
+
+__all__ = ["Item", "load_items"]
+
+_Choices = tuple[tuple[str, ...], tuple[str, ...]]  # texts, and labels or an empty tuple
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One question or document.
+
+    Args:
+        index: Position of the row in the file, from 0.
+        prompt: Text before the answer; empty for documents.
+        answers: Accepted answers (exact_match), or the right label of a classifier.
+        choices: Texts to choose from (multiple_choice).
+        label: Index of the right choice; None where there are no choices.
+        text: The document (cross_entropy), or what a classifier reads.
+        text_pair: The other text of a pair.
+        score: The right score (pearson, spearman).
+        group: Value of the benchmark's group field, if the row has it.
+    """
+
+    index: int
+    prompt: str = ""
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    label: int | None = None
+    text: str = ""
+    text_pair: str | None = None
+    score: float | None = None
+    group: str | None = None
+
+    @property
+    def whole(self) -> str:
+        """All that the model reads before its answer, as task data have it (:attr:`Texts.whole`)."""
+        if self.score is not None or (self.text and self.answers):
+            return Texts((self.text,), None if self.text_pair is None else (self.text_pair,)).whole[0]
+        return self.prompt or self.text
+
+
+def load_items(benchmark: FileBenchmark, folder: Path) -> list[Item]:
+    """Reads a benchmark's file.
+
+    Args:
+        benchmark: The benchmark.
+        folder: The folder that relative paths start from.
+
+    Returns:
+        One item per row, in file order.
+
+    Raises:
+        DataError: The file cannot be read, a row lacks a field, or an answer does not fit.
+    """
+    path = folder / benchmark.file
+    rows = read_jsonl(path, where=f"{benchmark.where}.file")[: benchmark.examples]
+    places = [f"{benchmark.where} {path} row {number}" for number in range(1, len(rows) + 1)]
+    read = {
+        "exact_match": _questions,
+        "multiple_choice": _multiple_choices,
+        "cross_entropy": _documents,
+    }.get(benchmark.metric, _labelled)
+    group = benchmark.group or ""
+    return [
+        Item(index=index, group=None if row.get(group) is None else str(row[group]), **fields)
+        for index, (row, fields) in enumerate(zip(rows, read(benchmark, rows, places), strict=True))
+    ]
+
+
+def _questions(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": render(benchmark.prompt or "", row, where=place),
+            "answers": _texts(pick(benchmark.answer or "", row, where=place), f"{place} answer"),
+        }
+        for row, place in zip(rows, places, strict=True)
+    ]
+
+
+def _documents(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str]) -> list[dict[str, Any]]:
+    texts = [render(benchmark.text or "", row, where=place) for row, place in zip(rows, places, strict=True)]
+    for text, place in zip(texts, places, strict=True):
+        if not text.strip():
+            raise DataError(place, got="an empty document", wanted="text", next_step="Fill the row or remove it.")
+    return [{"text": text} for text in texts]
+
+
+def _labelled(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str]) -> list[dict[str, Any]]:
+    texts = texts_of(rows, text=benchmark.text or "", text_pair=benchmark.text_pair, where=benchmark.where)
+    seconds = texts.second or [None] * len(rows)
+    answer = benchmark.answer or ""
+    items: list[dict[str, Any]] = []
+    for first, second, row, place in zip(texts.first, seconds, rows, places, strict=True):
+        where = f"{place} answer"
+        scored = benchmark.metric in SCORES
+        right = (
+            {"score": score_of(row, answer, where=where)}
+            if scored
+            else {"answers": (label_of(row, answer, where=where),)}
+        )
+        items.append({"text": first, "text_pair": second} | right)
+    return items
+
+
+def _multiple_choices(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str]) -> list[dict[str, Any]]:
+    placed = list(zip(rows, places, strict=True))
+    listed = [_listed(pick(benchmark.choices or "", row, where=place), f"{place} choices") for row, place in placed]
+    answers = [pick(benchmark.answer or "", row, where=place) for row, place in placed]
+    right = _right_choices(answers, listed, places)
+    return [
+        {"prompt": render(benchmark.prompt or "", row, where=place), "choices": choices[0], "label": label}
+        for (row, place), choices, label in zip(placed, listed, right, strict=True)
+    ]
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    """Reads a string, a number or a list of them as texts without white space at the ends."""
+    values = value if isinstance(value, list) else [value]
+    texts = tuple(str(entry).strip() for entry in values if _is_word(entry))
+    if not texts or len(texts) < len(values) or not all(texts):
+        raise DataError(
+            where,
+            got=repr(value),
+            wanted="a text, or a list of texts, none of them empty",
+            next_step="Correct the row, or name another field in the template.",
+        )
+    return texts
+
+
+def _listed(value: Any, where: str) -> _Choices:
+    """Reads the choices of one row."""
+    labelled = isinstance(value, dict) and set(value) == {"text", "label"}
+    entries = value["text"] if labelled else value
+    texts = _texts(entries, where) if isinstance(entries, list) else ()
+    labels = _texts(value["label"], where) if labelled else ()
+    if len(texts) < 2 or (labelled and len(labels) != len(texts)):
+        raise DataError(
+            where,
+            got=repr(value),
+            wanted='two texts or more: a list, or {"text": [...], "label": [...]} of one length',
+            next_step='Name the field that holds them, alone: choices: "{choices}".',
+        )
+    return texts, labels
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _readings(answer: Any, texts: Sequence[str], labels: Sequence[str]) -> dict[str, int | None]:
+    """Returns which choice an answer names, in each way of reading it."""
+    word = str(answer).strip() if _is_word(answer) else ""
+    # A JSON number is an index, so [4, 2, 1, 0] with the answer 1 means the choice 2.
+    text = answer.strip() if isinstance(answer, str) else ""
+    letter, letters = text.upper(), string.ascii_uppercase[: len(texts)]
+    is_index = word.isascii() and word.isdecimal() and int(word) < len(texts)
+    return {
+        "label": labels.index(word) if word in labels else None,
+        "index from 0": int(word) if is_index else None,
+        "letter": letters.index(letter) if len(letter) == 1 and letter in letters else None,
+        "text": texts.index(text) if text in texts else None,
+    }
+
+
+def _right_choices(answers: Sequence[Any], listed: Sequence[_Choices], places: Sequence[str]) -> list[int]:
+    """Returns the right choices by the one reading of the answers that fits every row of the file.
+
+    A row alone can be unclear (the letter "B" among the choices A, B, AB, O); the file as a whole rarely is.
+    """
+    rows = [_readings(answer, *choices) for answer, choices in zip(answers, listed, strict=True)]
+    readings = {name: [row[name] for row in rows] for name in ("label", "index from 0", "letter", "text")}
+    fitting: dict[str, list[int]] = {}
+    for name, labels in readings.items():
+        known = [label for label in labels if label is not None]
+        if len(known) == len(answers):
+            fitting[name] = known
+    if not fitting:
+        best = max(readings.values(), key=lambda labels: sum(label is not None for label in labels))
+        row = best.index(None)
+        raise DataError(
+            f"{places[row]} answer",
+            got=f"{answers[row]!r} for the choices {list(listed[row][0])}",
+            wanted="the index (from 0), letter, label or text of one choice, in the same way in every row",
+            next_step="Correct the row, or name another field in the template.",
+        )
+    name, chosen = next(iter(fitting.items()))
+    for other, rival in fitting.items():
+        # Labels that came with the choices were written to be matched, so they decide.
+        differing = [] if name == "label" else [i for i, label in enumerate(rival) if label != chosen[i]]
+        if differing:
+            raise DataError(
+                f"{places[differing[0]]} answer",
+                got=f"{answers[differing[0]]!r}, which as {name} and as {other} means different choices",
+                wanted="answers that can be read in one way only",
+                next_step="Write the answer as a JSON number, the choice's index from 0.",
+            )
+    return chosen

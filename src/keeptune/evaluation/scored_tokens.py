@@ -1,0 +1,243 @@
+"""Items as tokens: which of them are scored, how they are cut, sorted, batched and padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from keeptune.core.errors import DataError, RecipeError
+
+__all__ = [
+    "PaddedBatch",
+    "Passes",
+    "ScoredTokens",
+    "choice",
+    "context_limit",
+    "document",
+    "padded_batches",
+    "padding_id",
+    "prompt",
+]
+
+_LOGITS_AT_ONCE = 2**28  # elements of one batch of logits: 1 GiB in float32
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """A token sequence of which the end is scored.
+
+    Args:
+        ids: The whole sequence, L tokens.
+        start: Tokens ``ids[start:]`` are scored, each given all before it; start = L scores none.
+        cut: Whether tokens were left out to keep to a limit.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """Padded sequences.
+
+    Args:
+        members: (R,) positions of the rows in the list that was batched.
+        ids: (R, L) token ids.
+        mask: (R, L) 1 at tokens, 0 at padding.
+    """
+
+    members: tuple[int, ...]
+    ids: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How sequences go through a model.
+
+    Args:
+        rows: Sequences per forward pass at most.
+        pad: Token id of the padding.
+        where: The benchmark and side, for error messages.
+        advance: Called with the number of sequences done after each batch.
+    """
+
+    rows: int
+    pad: int
+    where: str
+    advance: Callable[[int], object] = lambda _: None
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the padding token's id, else the end token's, else 0; the mask hides it, so any will do."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in known if token is not None), 0)
+
+
+def document(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, where: str) -> ScoredTokens:
+    """Encodes a document, special tokens as the tokenizer adds them; all but the first token are scored.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The document.
+        limit: Tokens kept, from the start.
+        where: The item, for error messages.
+
+    Raises:
+        DataError: There is no token to predict.
+    """
+    ids = _encode(tokenizer, text)
+    if len(ids) < 2:
+        raise DataError(
+            where,
+            got=f"a document of {len(ids)} token",
+            wanted="at least two tokens, so that one can be predicted",
+            next_step="Remove the row.",
+        )
+    return ScoredTokens(tuple(ids[:limit]), 1, len(ids) > limit)
+
+
+def prompt(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, where: str) -> ScoredTokens:
+    """Encodes a prompt to generate from; none of its tokens is scored.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The prompt.
+        limit: Tokens kept, from the end; a leading start token is kept as well.
+        where: The item, for error messages.
+
+    Raises:
+        DataError: The prompt has no token.
+    """
+    ids = _open_ended(tokenizer, text)
+    _need_context(ids, where)
+    kept = _last(ids, limit, tokenizer)
+    return ScoredTokens(tuple(kept), len(kept), len(ids) > limit)
+
+
+def choice(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, limit: int, *, where: str) -> ScoredTokens:
+    """Encodes a prompt with an answer after exactly one space; the answer's tokens are scored.
+
+    Prompt and answer are encoded together, and the tokens beyond the length of the prompt encoded alone are
+    the answer's, as in lm-eval.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The prompt; spaces at its end are dropped.
+        answer: One choice.
+        limit: Tokens kept, from the end; a leading start token is kept as well.
+        where: The item, for error messages.
+
+    Raises:
+        DataError: Prompt or answer have no token, or the answer alone is longer than the limit.
+    """
+    context = text.rstrip(" ")
+    start = len(_open_ended(tokenizer, context))
+    whole = _open_ended(tokenizer, f"{context} {answer.strip()}")
+    _need_context(whole[:start], where)
+    length = len(whole) - start
+    if not 0 < length < limit - 1:
+        raise DataError(
+            where,
+            got=f"the choice {answer!r} of {max(length, 0)} tokens",
+            wanted=f"1 to {limit - 2} tokens after the prompt",
+            next_step="Raise max_length if the choice is long; reword the prompt if it swallows the choice.",
+        )
+    kept = _last(whole, limit, tokenizer)
+    return ScoredTokens(tuple(kept), len(kept) - length, len(whole) > limit)
+
+
+def context_limit(max_length: int, new_tokens: int, model_limit: int | None, *, where: str) -> int:
+    """Computes how many tokens of a prompt or document can be kept.
+
+    Args:
+        max_length: The benchmark's limit, tokens.
+        new_tokens: Tokens that will be generated after it.
+        model_limit: The model's positions; None for no limit.
+        where: The benchmark, for error messages.
+
+    Raises:
+        RecipeError: Generation would leave no room for the prompt.
+    """
+    if model_limit is None:
+        return max_length
+    if model_limit - new_tokens < 2:
+        raise RecipeError(
+            f"{where}.max_new_tokens",
+            got=str(new_tokens),
+            wanted=f"at most {model_limit - 2}, for a model with {model_limit} positions",
+            next_step="Lower max_new_tokens.",
+        )
+    return min(max_length, model_limit - new_tokens)
+
+
+def padded_batches(
+    sequences: Sequence[ScoredTokens],
+    *,
+    rows: int,
+    pad: int,
+    side: Literal["left", "right"],
+    vocabulary: int = 0,
+) -> Iterator[PaddedBatch]:
+    """Sorts sequences by length, longest first, and pads them in batches.
+
+    Args:
+        sequences: What to batch.
+        rows: Sequences per batch at most.
+        pad: Token id of the padding.
+        side: Where padding goes.
+        vocabulary: Logits per token, so that a batch's logits stay below 2**28 elements (or one row);
+            0 where logits of whole sequences are not kept.
+
+    Yields:
+        Batches on the CPU; every sequence is in exactly one.
+    """
+    order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index].ids), index))
+    while order:
+        width = len(sequences[order[0]].ids)
+        fitting = max(1, _LOGITS_AT_ONCE // (width * vocabulary)) if vocabulary else rows
+        members, order = order[: min(rows, fitting)], order[min(rows, fitting) :]
+        ids = torch.full((len(members), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, member in enumerate(members):
+            tokens = torch.tensor(sequences[member].ids)
+            place = slice(width - len(tokens), width) if side == "left" else slice(len(tokens))
+            ids[row, place] = tokens
+            mask[row, place] = 1
+        yield PaddedBatch(tuple(members), ids, mask)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose=False: no warning about texts longer than the model, they are cut here.
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _open_ended(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Encodes a text to be continued: without the end token that some tokenizers add."""
+    ids = _encode(tokenizer, text)
+    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ends else ids
+
+
+def _last(ids: list[int], limit: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if len(ids) <= limit:
+        return ids
+    # Many models answer nonsense without their start token.
+    opening = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    return opening + ids[len(ids) - limit + len(opening) :]
+
+
+def _need_context(ids: Sequence[int], where: str) -> None:
+    if not ids:
+        raise DataError(
+            where,
+            got="a prompt of no tokens",
+            wanted="at least one token before the answer",
+            next_step="Correct the prompt template or the row.",
+        )
