@@ -20,7 +20,7 @@ import keeptune
 from keeptune.adapter.install import install
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, PenaltyPlan, Plan, TargetPlan
-from keeptune.linalg.symmetric import Dense, Factor, LowRankPlus
+from keeptune.linalg.symmetric import Dense, LowRankPlus, PsdMatrix
 from keeptune.model.blocks import find_targets
 
 WIDTH, LAYERS, TOKENS, CURVATURE = 1024, 3, 1024, 64
@@ -47,7 +47,7 @@ def _plan(model: LlamaForCausalLM, rank: int, size: float) -> Plan:
     return Plan("benchmark", {}, tuple(built))
 
 
-def _factor(size: int, rank: int | None) -> Factor:
+def _factor(size: int, rank: int | None) -> PsdMatrix:
     if rank is None:
         return Dense(torch.eye(size) + 1.0 / size)
     U = torch.linalg.qr(torch.randn(size, rank))[0]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from keeptune.linalg.symmetric import Dense, Factor, Identity, LowRankPlus, factor_from
+from keeptune.linalg.symmetric import Dense, Identity, LowRankPlus, PsdMatrix, psd_matrix_from
 
 N = 7
 
 
-def _factors() -> dict[str, Factor]:
+def _factors() -> dict[str, PsdMatrix]:
     draw = torch.Generator().manual_seed(0)
     root = torch.randn(N, N, generator=draw, dtype=torch.float64)
     U, _ = torch.linalg.qr(torch.randn(N, 3, generator=draw, dtype=torch.float64))
@@ -62,14 +62,14 @@ def test_damping_outside_its_range_is_refused(kind, rho):
 def test_a_factor_survives_its_tensors_among_others(kind):
     factors = _factors()
     stored = {name: t for other in KINDS for name, t in factors[other].tensors(f"{other}.").items()}
-    found = factor_from(stored, f"{kind}.")
+    found = psd_matrix_from(stored, f"{kind}.")
     assert type(found) is type(factors[kind])
     assert torch.equal(found.dense(), factors[kind].dense())
 
 
 def test_a_missing_factor_is_named():
     with pytest.raises(KeyError, match="Omega"):
-        factor_from(_factors()["dense"].tensors("Gamma."), "Omega.")
+        psd_matrix_from(_factors()["dense"].tensors("Gamma."), "Omega.")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
 from keeptune.linalg.curvature_profile import directions, energies, profile
-from keeptune.linalg.symmetric import Dense, Factor, Identity, LowRankPlus
+from keeptune.linalg.symmetric import Dense, Identity, LowRankPlus, PsdMatrix
 
 N = 12
 
@@ -27,7 +27,7 @@ def low_rank_plus() -> LowRankPlus:
     return LowRankPlus(U, torch.tensor([2.0, 9.0, 5.0], dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64))
 
 
-FACTORS: dict[str, Factor] = {"dense": dense(), "low rank": low_rank_plus()}
+FACTORS: dict[str, PsdMatrix] = {"dense": dense(), "low rank": low_rank_plus()}
 CHANGE = LowRank(drawn(2, 7, 2), drawn(3, 2, N))
 
 

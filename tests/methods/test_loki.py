@@ -18,6 +18,7 @@ from keeptune.adapter.install import check_frozen, install, trained_names
 from keeptune.adapter.portable import biases_of, change_of
 from keeptune.core.errors import ModelError, PlanError
 from keeptune.core.plan import Plan
+from keeptune.core.plan_differences import differences
 from keeptune.core.target import Target
 from keeptune.linalg.voting import Votes, voted
 from keeptune.methods.combined import Combined, Part
@@ -148,7 +149,7 @@ def test_other_definitions_of_the_attribution_give_other_rows(plans: Plans) -> N
     for attribution in (NeuronAttribution.as_paper(), NeuronAttribution(signed=False)):
         other = plans("llama", Loki(attribution=attribution))
         assert [t.decision.rows for t in other.targets] != [t.decision.rows for t in plain.targets]
-        assert any("rows of only one" in line for line in other.diff(plain))
+        assert any("rows of only one" in line for line in differences(other, plain))
 
 
 def test_a_block_may_get_no_rows_of_all(plans: Plans) -> None:

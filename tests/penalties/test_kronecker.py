@@ -8,7 +8,7 @@ from tests.reference import penalty_reference as reference
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.symmetric import Dense, Factor, Identity, LowRankPlus
+from keeptune.linalg.symmetric import Dense, Identity, LowRankPlus, PsdMatrix
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 
 M, N, R = 7, 9, 3
@@ -28,7 +28,7 @@ def low_rank_plus(size: int, seed: int) -> LowRankPlus:
     return LowRankPlus(U, torch.tensor([3.0, 2.0], dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64))
 
 
-def factors(kind: str) -> tuple[Factor, Factor]:
+def factors(kind: str) -> tuple[PsdMatrix, PsdMatrix]:
     """Ω and Γ."""
     one = torch.ones((), dtype=torch.float64)
     return {

@@ -12,12 +12,12 @@ from tests.reference.curvature_reference import block_matrix, coupled_matrix
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.symmetric import Dense, Factor, Identity
+from keeptune.linalg.symmetric import Dense, Identity, PsdMatrix
 from keeptune.penalties.tangent import BlockKronecker, CoupledKronecker, Diagonal, block_kronecker, coupled_kronecker
 
 M, N, R = 7, 9, 3
 S, W = 1.7, 0.6
-FACTORS: dict[str, tuple[Factor, Factor]] = {
+FACTORS: dict[str, tuple[PsdMatrix, PsdMatrix]] = {
     "dense": (Dense(symmetric(N, 1)), Dense(symmetric(M, 2))),
     "low rank": (low_rank_plus(N, 3), low_rank_plus(M, 4)),
     "damped": (Dense(symmetric(N, 1)).damped(0.2), low_rank_plus(M, 4).damped(0.7)),

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
+from keeptune.core.plan_differences import differences
 from keeptune.core.target import Target
 from keeptune.report.diff import print_diff
 
@@ -33,7 +34,7 @@ def told(first: Plan, second: Plan) -> list[str]:
     differ = print_diff(first, second, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    assert differ is bool(text) is bool(first.diff(second))
+    assert differ is bool(text) is bool(differences(first, second))
     return [" ".join(line.split()) for line in text.splitlines() if line.strip() and "──" not in line]
 
 

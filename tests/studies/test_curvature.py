@@ -16,7 +16,7 @@ from keeptune.core.artefact import read_json
 from keeptune.core.errors import ArtefactError, KeeptuneError, ModelError, RecipeError
 from keeptune.core.plan import Plan
 from keeptune.core.target import read_weight
-from keeptune.linalg.symmetric import Dense, Factor, Identity, factor_from
+from keeptune.linalg.symmetric import Dense, Identity, PsdMatrix, psd_matrix_from
 from keeptune.model.pretrained import load_model
 from keeptune.pipeline.run import run
 from keeptune.studies.curvature import curvature, profiles_of
@@ -61,8 +61,8 @@ def test_shares_and_curvature_felt_are_those_of_the_dense_change(make: Make, tmp
             group = row["target"].replace("k_proj", "q_proj")
             assert row["norm"] == pytest.approx(float(E.norm()), rel=1e-4)
             factors = {
-                "input": (E, factor_from(tensors, f"Omega:{group}:")),
-                "output": (E.T, factor_from(tensors, f"Gamma:{row['target']}:")),
+                "input": (E, psd_matrix_from(tensors, f"Omega:{group}:")),
+                "output": (E.T, psd_matrix_from(tensors, f"Gamma:{row['target']}:")),
             }
             for side, (turned, factor) in factors.items():
                 F = factor.dense().double()
@@ -109,14 +109,14 @@ def test_a_change_along_the_stiffest_direction_is_found_there(make: Make) -> Non
     base = read_json(plain / "recipe.json")["model"]
     target = "model.layers.0.self_attn.q_proj"
     E = changed(plain, target, base)
-    curves: dict[Any, dict[str, Factor]] = {"input": {target: Dense(E.T @ E)}, "output": {target: Dense(E @ E.T)}}
+    curves: dict[Any, dict[str, PsdMatrix]] = {"input": {target: Dense(E.T @ E)}, "output": {target: Dense(E @ E.T)}}
     (row,) = profiles_of(str(plain), curves, base=base)
     for side in ("input", "output"):
         # Its own second moment as curvature: in proportion to it, each tenth the same.
         assert row["sides"][side]["curvature"] == pytest.approx([0.1] * 10, abs=1e-3)
         assert row["sides"][side]["directions"][0] > 0.99 or side == "output"
     size = read_weight_shape(base, target)
-    flat: dict[Any, dict[str, Factor]] = {"input": {target: Identity(size, torch.tensor(1.0))}}
+    flat: dict[Any, dict[str, PsdMatrix]] = {"input": {target: Identity(size, torch.tensor(1.0))}}
     assert profiles_of(str(plain), flat, base=base) == []
 
 
@@ -143,7 +143,7 @@ def test_wrong_runs(make: Make, tmp_path: Path, finished: Callable[[str], Path])
     refused(lambda: curvature(held, [], tmp_path / "c.pdf"), RecipeError, ".png")
     refused(lambda: curvature(held, [], out, device="cuda:99"), RecipeError, "cuda:99")
     target = "model.layers.0.self_attn.q_proj"
-    wrong: dict[Any, dict[str, Factor]] = {"input": {target: Dense(torch.eye(3))}}
+    wrong: dict[Any, dict[str, PsdMatrix]] = {"input": {target: Dense(torch.eye(3))}}
     base = read_json(plain / "recipe.json")["model"]
     refused(lambda: profiles_of(str(plain), wrong, base=base), ModelError, target, "shape")
     assert not out.exists()

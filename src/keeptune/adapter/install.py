@@ -28,7 +28,8 @@ from keeptune.adapter.subspace import install_subspace
 from keeptune.adapter.trained_head import head_names, keep_precise, restore_head, task_type, trained_head
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Factor, Plan, TargetPlan
+from keeptune.core.plan import Plan, TargetPlan
+from keeptune.core.trained_tensors import TensorName
 
 __all__ = [
     "check_frozen",
@@ -42,7 +43,7 @@ __all__ = [
     "trained_state",
 ]
 
-_PARAMETERS: Mapping[Factor, str] = {
+_PARAMETERS: Mapping[TensorName, str] = {
     "A": "lora_A.default.weight",
     "B": "lora_B.default.weight",
     "magnitude": "lora_magnitude_vector.default.weight",
@@ -188,7 +189,7 @@ def trained_names(model: PeftModel, plan: Plan) -> set[str]:
     return {f"base_model.model.{name}" for name in factors | head}
 
 
-def held_parameters(model: PeftModel, target_plan: TargetPlan) -> dict[Factor, nn.Parameter]:
+def held_parameters(model: PeftModel, target_plan: TargetPlan) -> dict[TensorName, nn.Parameter]:
     """Look up what makes up a target's change, as the model holds it now: trained factors and frozen ones.
 
     Args:
@@ -201,7 +202,7 @@ def held_parameters(model: PeftModel, target_plan: TargetPlan) -> dict[Factor, n
     return {factor: _parameter(model, target_plan, factor) for factor in _held(target_plan)}
 
 
-def _held(target_plan: TargetPlan) -> list[Factor]:
+def _held(target_plan: TargetPlan) -> list[TensorName]:
     """Which of a target's tensors make up its state: what is trained, and a frozen factor of the same product."""
     held = target_plan.trainable if "U_low" in target_plan.trainable else target_plan.trainable | {"A", "B"}
     return [factor for factor in _PARAMETERS if factor in held]
@@ -212,7 +213,7 @@ def _whole(parameter: nn.Parameter) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _parameter(model: PeftModel, target_plan: TargetPlan, factor: Factor) -> nn.Parameter:
+def _parameter(model: PeftModel, target_plan: TargetPlan, factor: TensorName) -> nn.Parameter:
     parameter = lora_layer(model, target_plan.target.name).get_parameter(_PARAMETERS[factor])
     assert isinstance(parameter, nn.Parameter)
     return parameter

@@ -19,7 +19,8 @@ import torch
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
-from keeptune.core.plan import Factor, TargetPlan
+from keeptune.core.plan import TargetPlan
+from keeptune.core.trained_tensors import TensorName
 
 __all__ = ["add_bias", "biases_are_no_shards", "confine", "within_rows"]
 
@@ -55,7 +56,7 @@ def confine(layer: Any, target_plan: TargetPlan) -> None:
         up.register_forward_hook(_zero_frozen_rows)
 
 
-def within_rows(target_plan: TargetPlan, factor: Factor, gradient: Tensor) -> Tensor:
+def within_rows(target_plan: TargetPlan, factor: TensorName, gradient: Tensor) -> Tensor:
     """Drop the part of a gradient that is outside a plan's rows.
 
     Law: zero outside the rows, the same inside; every gradient of a plan without rows is left as it is.

@@ -41,9 +41,10 @@ __all__ = [
     "write_tensors",
 ]
 
-
 _log = logging.getLogger(__name__)
-_WRITE_MARKS = (
+_DISK_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+# safetensors reports the operating system's error only in its text, torch.save not even there.
+_DISK_TEXTS = (
     "No space left",
     "code: 28",
     "failed writing file",
@@ -51,16 +52,29 @@ _WRITE_MARKS = (
     "unexpected pos",
     "iostream error",
 )
+_NOT_THE_FUNCTION = {  # config fields that do not change what a model computes of given tokens
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def canonical_json(value: Any) -> str:
-    """Write a value as JSON in one way only: sorted keys, no spaces, no NaN.
+    """Returns a value as JSON in its only form: sorted keys, no spaces, no NaN.
 
     Args:
         value: Built-in types, frozen dataclasses, sets, paths.
-
-    Returns:
-        The text.
 
     >>> canonical_json({"b": 1, "a": (1, 2)})
     '{"a":[1,2],"b":1}'
@@ -81,25 +95,19 @@ def _plain(value: Any) -> Any:
 
 
 def content_key(value: Any) -> str:
-    """Name a value by its content.
+    """Returns the SHA-256 of a value's canonical JSON, 64 hexadecimal digits.
 
     Args:
         value: Anything :func:`canonical_json` takes.
-
-    Returns:
-        64 hexadecimal digits (SHA-256 of the canonical JSON).
     """
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
-    """Name a tensor by its dtype, shape and bytes.
+    """Returns the SHA-256 of a tensor's dtype, shape and bytes.
 
     Args:
         tensor: Any dense tensor.
-
-    Returns:
-        64 hexadecimal digits.
     """
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -107,33 +115,12 @@ def tensor_fingerprint(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-_NOT_THE_FUNCTION = {  # config fields that do not change what a model computes of given tokens
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "label2id",
-    "name_or_path",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "task_specific_params",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
-
-
 def model_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> str:
-    """Name a model by what it computes: every weight, and the config that says how they are used.
+    """Returns the content key of what a model computes: every weight, and the config that says how it is used.
 
     Args:
-        model: The base model, before anything was installed into it.
-        without: Modules to leave out, such as a head that is drawn at random.
-
-    Returns:
-        64 hexadecimal digits.
+        model: The base model, before anything is installed into it.
+        without: Modules to leave out, such as a head with random weights.
     """
     named = tqdm(model.state_dict().items(), desc="fingerprint", delay=2, disable=None, leave=False)
     left_out = tuple(f"{module}." for module in without)
@@ -145,13 +132,10 @@ def model_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> str
 
 
 def file_fingerprint(paths: Iterable[Path]) -> str:
-    """Name files by their bytes, whatever they are called.
+    """Returns the SHA-256 of files' bytes, whatever their names.
 
     Args:
         paths: Files, in the order that matters.
-
-    Returns:
-        64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -161,13 +145,10 @@ def file_fingerprint(paths: Iterable[Path]) -> str:
 
 @contextlib.contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one clear error, whichever library met it.
+    """Raises one clear error for a full or read-only disk, whichever library meets it.
 
     Args:
-        path: What was being written.
-
-    Yields:
-        Nothing.
+        path: What is being written.
 
     Raises:
         ArtefactError: The disk is full or cannot be written.
@@ -175,10 +156,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
-        # safetensors reports the operating system's error only in its text, torch.save not even there.
-        told = any(mark in str(error) for mark in _WRITE_MARKS)
-        if not told and getattr(error, "errno", None) not in codes:
+        if getattr(error, "errno", None) not in _DISK_CODES and not any(text in str(error) for text in _DISK_TEXTS):
             raise
         raise ArtefactError(
             str(path),
@@ -190,10 +168,10 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
+    """Writes a file whole or not at all, and makes its folder.
 
     Args:
-        path: The file; its folder is made.
+        path: The file.
         data: The content.
 
     Raises:
@@ -215,7 +193,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON whole or not at all.
+    """Writes readable JSON whole or not at all.
 
     Args:
         path: The file.
@@ -228,36 +206,13 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON that keeptune wrote.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The value.
-
-    Raises:
-        ArtefactError: The file is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtefactError(
-            str(path), got=str(error), wanted="a JSON file", next_step="Remove it and run the stage again."
-        ) from error
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write a safetensors file whole or not at all.
+    """Writes a safetensors file whole or not at all and returns the SHA-256 of its bytes.
 
     Args:
         path: The file.
-        tensors: Name to tensor, any device.
+        tensors: Name to tensor, on any device.
         metadata: Text to text, stored in the header.
-
-    Returns:
-        SHA-256 of the bytes.
 
     Raises:
         ArtefactError: The disk is full or cannot be written.
@@ -269,15 +224,51 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return hashlib.sha256(data).hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """Reads JSON that keeptune wrote.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ArtefactError: The file is missing or is not JSON.
+    """
+    with _refuse_damaged(path, "a JSON file", "Remove it and run the stage again."):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Reads a safetensors file to the CPU and checks its bytes.
+
+    Args:
+        path: The file.
+        sha256: What :func:`write_tensors` returned.
+
+    Raises:
+        ArtefactError: The file is missing, damaged or another one.
+    """
+    with _refuse_damaged(path, "the file as it was written", "Remove its folder and run the stage again."):
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("bytes that do not match their checksum")
+        tensors: dict[str, Tensor] = load_safetensors_bytes(data)
+        return tensors
+
+
+@contextlib.contextmanager
+def _refuse_damaged(path: Path, wanted: str, next_step: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArtefactError(str(path), got=str(error), wanted=wanted, next_step=next_step) from error
+
+
 def has_key(path: Path, key: str) -> bool:
-    """Tell whether a stage's record is there and was made from the same things.
+    """Returns whether a stage's record exists and is of the same key.
 
     Args:
         path: JSON that keeptune wrote, with a ``key``.
         key: The key wanted.
-
-    Returns:
-        False when it is missing, damaged or of another key.
     """
     try:
         return bool(read_json(path)["key"] == key)
@@ -285,37 +276,9 @@ def has_key(path: Path, key: str) -> bool:
         return False
 
 
-def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    """Read a safetensors file and check that it is the one that was written.
-
-    Args:
-        path: The file.
-        sha256: What :func:`write_tensors` returned.
-
-    Returns:
-        Name to tensor, on the CPU.
-
-    Raises:
-        ArtefactError: The file is missing, damaged or another one.
-    """
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise ValueError("bytes that do not match their checksum")
-        tensors: dict[str, Tensor] = load_safetensors_bytes(data)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ArtefactError(
-            str(path),
-            got=str(error),
-            wanted="the file as it was written",
-            next_step="Remove its folder and run the stage again.",
-        ) from error
-    return tensors
-
-
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Fill a folder that appears whole or not at all, replacing the one there.
+    """Writes a folder whole or not at all; one that exists is replaced.
 
     Args:
         path: The folder.
@@ -328,21 +291,21 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        Path(fresh).chmod(0o755)
+        fresh = _folder_beside(path, "")
+        fresh.chmod(0o755)
         try:
             yield fresh
             if path.exists():
                 _exchange(fresh, path)
             else:
-                Path(fresh).replace(path)
+                fresh.replace(path)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what :func:`atomic_directory` left behind in a run that was killed, and say so.
+    """Removes what :func:`atomic_directory` left behind in a run that was killed, and logs it.
 
     Args:
         path: The folder that was to be written.
@@ -352,9 +315,13 @@ def remove_leftovers(path: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def _folder_beside(path: Path, mark: str) -> Path:
+    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{mark}"))
+
+
 def _exchange(fresh: Path, path: Path) -> None:
-    """Put a folder in the place of another; when that fails, the old one is put back."""
-    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    """Replaces a folder by another; when that fails, the old one is put back."""
+    beside = _folder_beside(path, "old.")
     old = beside / path.name
     try:
         path.replace(old)

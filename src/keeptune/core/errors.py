@@ -1,4 +1,4 @@
-"""The exceptions users see: where it happened, what was found, what was wanted, what to do next."""
+"""The exceptions that users see: where, what was got, what was wanted, what to do next."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class KeeptuneError(Exception):
 
     Args:
         where: The file, key or module concerned.
-        got: What was found there.
+        got: What is there.
         wanted: What would have been right.
         next_step: One sentence that says what to do.
     """
@@ -74,14 +74,11 @@ class ArtefactError(KeeptuneError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Say which known name is closest to a misspelt one.
+    """Returns a sentence with the known name nearest to a misspelt one, if one is near, and all known names.
 
     Args:
         name: The name that is not known.
         choices: The names that are.
-
-    Returns:
-        A sentence: the nearest name if one is close, and the whole list.
 
     >>> nearest("metod", ["method", "model"])
     'Did you mean "method"? Known: method, model.'
@@ -93,17 +90,14 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def placed(where: str, do: Callable[[], T]) -> T:
-    """Do something; an error says where in a larger whole it happened.
+    """Returns what a function returns; its errors name the place in a larger whole.
 
     Args:
         where: The place, such as one point of a sweep.
-        do: What to do.
-
-    Returns:
-        What it gives.
+        do: The function.
 
     Raises:
-        KeeptuneError: As ``do`` raises it, with the place before its own.
+        KeeptuneError: As ``do`` raises it, with ``where`` before its own place.
     """
     try:
         return do()

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while: dropout off, and every module back in the mode it was in."""
+"""Evaluation mode inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ __all__ = ["in_evaluation"]
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Hold a model in evaluation mode; parts of it may have been in another mode than the whole.
+    """Sets a model to evaluation mode; afterwards every module is in its own mode again.
 
     Args:
         model: The model.
-
-    Yields:
-        Nothing.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,4 +1,4 @@
-"""Locks between processes: one does what the others would do again."""
+"""Locks between processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["locked"]
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock that belongs to a file; the system lets go of it when the process ends, however it ends.
+    """Holds the lock of a file; the system releases it when the process ends, however it ends.
 
     The file stays: removing it would let a third process lock another file of the same name.
 

@@ -1,4 +1,4 @@
-"""LowRank: a weight change B A, the only form in which keeptune holds one, and its algebra."""
+"""LowRank: a weight change B A, and its algebra."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class LowRank:
     """A weight change ``B A``.
 
     Laws: ``x.minus(y).dense() == x.dense() - y.dense()``; ``x.plus(y).dense() == x.dense() + y.dense()``;
-    ``x.scaled(s).dense() == s * x.dense()``;
-    ``x.padded(r).dense() == x.dense()``; ``x.truncated(r)`` is the nearest matrix of rank r (Eckart-Young);
-    ``x.norm_squared() == (x.dense() ** 2).sum()``.
+    ``x.scaled(s).dense() == s * x.dense()``; ``x.padded(r).dense() == x.dense()``;
+    ``x.norm_squared() == (x.dense() ** 2).sum()``;
+    ``x.truncated(r)`` is the nearest matrix of rank r (Eckart-Young).
 
     Args:
         B: ``(m, r)``.
@@ -37,7 +37,7 @@ class LowRank:
 
     @classmethod
     def from_triplets(cls, U: Tensor, S: Tensor, Vh: Tensor) -> LowRank:
-        """Split singular triplets evenly: ``B = U sqrt(S)``, ``A = sqrt(S) Vᵀ``.
+        """Returns balanced factors of singular triplets, float32: ``B = U sqrt(S)``, ``A = sqrt(S) Vᵀ``.
 
         Laws: ``B A == U diag(S) Vᵀ``; ``BᵀB == A Aᵀ == diag(S)``.
 
@@ -45,55 +45,42 @@ class LowRank:
             U: ``(m, r)``, orthonormal columns.
             S: ``(r,)``, not negative.
             Vh: ``(r, n)``, orthonormal rows.
-
-        Returns:
-            The balanced factors, float32.
         """
         root = S.sqrt()
         return cls(B=(U * root).float(), A=(root[:, None] * Vh).float())
 
     @property
     def rank(self) -> int:
-        """Number of columns of B; the rank as a matrix may be lower."""
+        """The number of columns of B; the rank as a matrix may be lower."""
         return self.B.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(m, n)`` of the product."""
+        """The shape ``(m, n)`` of the product."""
         return self.B.shape[0], self.A.shape[1]
 
     @property
     def is_zero(self) -> bool:
-        """True when one of the factors is zero, as at the start of plain LoRA."""
+        """Whether one of the factors is zero, as at the start of plain LoRA."""
         return not (bool(self.B.any()) and bool(self.A.any()))
 
     def dense(self) -> Tensor:
-        """Form the product.
-
-        Returns:
-            ``B A``, ``(m, n)``.
-        """
+        """Returns the product ``B A``, ``(m, n)``."""
         return self.B @ self.A
 
     def scaled(self, factor: float) -> LowRank:
-        """Multiply by a number, folded into B.
+        """Returns ``(factor B) A``.
 
         Args:
-            factor: The number.
-
-        Returns:
-            ``(factor B) A``.
+            factor: Any number.
         """
         return LowRank(self.B * factor, self.A)
 
     def minus(self, other: LowRank) -> LowRank:
-        """Subtract exactly: rank r + r', or r when the two share A (a frozen A) or B.
+        """Returns the exact difference, of rank r + r', or r where the two share A (a frozen A) or B.
 
         Args:
             other: A change of the same shape.
-
-        Returns:
-            A change whose product is the difference.
 
         Raises:
             ValueError: The shapes differ.
@@ -107,13 +94,10 @@ class LowRank:
         return LowRank(torch.cat([self.B, -other.B], dim=1), torch.cat([self.A, other.A], dim=0))
 
     def plus(self, other: LowRank) -> LowRank:
-        """Add exactly: rank r + r', or r when the two share A or B.
+        """Returns the exact sum, of rank r + r', or r where the two share A or B.
 
         Args:
             other: A change of the same shape.
-
-        Returns:
-            A change whose product is the sum.
 
         Raises:
             ValueError: The shapes differ.
@@ -121,13 +105,10 @@ class LowRank:
         return self.minus(other.scaled(-1.0))
 
     def padded(self, rank: int) -> LowRank:
-        """Append zero columns to B and zero rows to A.
+        """Returns the same change with zero columns appended to B and zero rows to A.
 
         Args:
-            rank: The rank wanted, at least the present one.
-
-        Returns:
-            The same change at that rank.
+            rank: The rank wanted.
 
         Raises:
             ValueError: The rank wanted is smaller than the present one.
@@ -140,13 +121,10 @@ class LowRank:
         return LowRank(B, A)
 
     def truncated(self, rank: int) -> LowRank:
-        """Take the nearest change of a smaller rank, by QR of the factors and an r x r SVD.
+        """Returns the nearest change of a smaller rank, balanced, by QR of the factors and an r x r SVD.
 
         Args:
             rank: The rank wanted; a larger one than the present gives the same change, balanced.
-
-        Returns:
-            The nearest change in Frobenius norm, with ``BᵀB = AAᵀ`` (balanced factors).
         """
         Q_B, R_B = torch.linalg.qr(self.B.double())
         Q_A, R_A = torch.linalg.qr(self.A.double().T)
@@ -158,21 +136,14 @@ class LowRank:
         return LowRank(B.to(self.B.dtype), A.to(self.A.dtype))
 
     def norm_squared(self) -> Tensor:
-        """Squared Frobenius norm from r x r Gram matrices, never forming the m x n product.
-
-        Returns:
-            ``‖B A‖² = sum((BᵀB) ∘ (AAᵀ))``, a scalar.
-        """
+        """Returns ``‖B A‖² = sum((BᵀB) ∘ (AAᵀ))``, a scalar, without the m x n product."""
         return ((self.B.T @ self.B) * (self.A @ self.A.T)).sum()
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LowRank:
-        """Convert both factors.
+        """Returns both factors converted.
 
         Args:
-            dtype: The wanted dtype.
-            device: The wanted device; None keeps it.
-
-        Returns:
-            The converted change.
+            dtype: The dtype.
+            device: The device; None keeps it.
         """
         return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype))

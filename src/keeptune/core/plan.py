@@ -1,13 +1,12 @@
-"""Plan: what a method decided, target by target, with the factors training starts from."""
+"""Plan: a method's decisions, target by target, with the factors at the first step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from keeptune.core.artefact import (
@@ -22,10 +21,10 @@ from keeptune.core.artefact import (
 from keeptune.core.errors import ArtefactError, PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
+from keeptune.core.trained_tensors import TRAINED_TENSORS, TensorName
 
-__all__ = ["Decision", "Factor", "PenaltyPlan", "Plan", "Scope", "TargetPlan"]
+__all__ = ["Decision", "PenaltyPlan", "Plan", "Scope", "TargetPlan"]
 
-Factor = Literal["A", "B", "magnitude", "diag", "bias", "U_low", "S_low", "V_low"]
 Scope = Literal["adapter", "subspace", "all"]
 _FORMAT = 1
 
@@ -52,7 +51,7 @@ class TargetPlan:
         decision: Its rank and rows.
         init: The factors at the first step, float32; the change that acts is ``scale * (B A)``.
         scale: alpha / rank.
-        trainable: Which factors are trained; the others stay as they are.
+        trainable: Which tensors are trained (:mod:`keeptune.core.trained_tensors`); the others stay as they are.
         evidence: Name to 1-D tensor: spectra and scores behind the decision, for tables and plots.
         removed: The part of W taken out at the start, without the scale; None takes ``init``, and the model's
             output does not change.
@@ -65,47 +64,46 @@ class TargetPlan:
     decision: Decision
     init: LowRank
     scale: float
-    trainable: frozenset[Factor]
+    trainable: frozenset[TensorName]
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
     removed: LowRank | None = None
-    vectors: Mapping[Factor, Tensor] = field(default_factory=dict)
+    vectors: Mapping[TensorName, Tensor] = field(default_factory=dict)
 
     @property
     def anchor(self) -> LowRank:
-        """What is taken out of W at the start, without the scale: the start itself, unless told otherwise."""
+        """The part of W taken out at the start, without the scale: ``removed``, or else ``init``."""
         return self.init if self.removed is None else self.removed
 
     @property
-    def start(self) -> dict[Factor, Tensor]:
-        """What is trained, or held beside it, at the first step: A, B and the vectors."""
+    def start(self) -> dict[TensorName, Tensor]:
+        """The tensors at the first step, trained or frozen: A, B and the vectors."""
         return {"A": self.init.A, "B": self.init.B, **self.vectors}
 
     @property
     def anchored(self) -> bool:
-        """True when something is taken out of W at the start."""
+        """Whether something is taken out of W at the start."""
         return not self.anchor.is_zero
 
     @property
-    def confined(self) -> frozenset[Factor]:
-        """Trained factors with a row per output of which only the decision's rows are trained: B and the bias."""
-        return frozenset() if self.decision.rows is None else self.trainable & {"B", "bias"}
+    def confined(self) -> frozenset[TensorName]:
+        """The trained tensors of which only the decision's rows are trained: those with a row per output."""
+        if self.decision.rows is None:
+            return frozenset()
+        return frozenset(name for name in self.trainable if TRAINED_TENSORS[name].axes.startswith("m"))
 
     @property
     def held_back(self) -> int:
-        """Numbers of trained tensors that stay as they are: the rows that are not the decision's."""
-        rest = self.target.out_features - len(self.decision.rows or ())
-        return sum(rest * self.start[name].numel() // self.target.out_features for name in self.confined)
+        """The number of elements of trained tensors that stay as they are: rows other than the decision's."""
+        rows = self.target.out_features - len(self.decision.rows or ())
+        return sum(rows * self._numel(name) // self.target.out_features for name in self.confined)
 
     @property
     def trained_parameters(self) -> int:
-        """Number of trained numbers; outside the decision's rows nothing is."""
-        m, n, r = self.target.out_features, self.target.in_features, self.decision.rank
-        sizes = {name: value.numel() for name, value in self.start.items()} | {
-            "U_low": m * r,
-            "S_low": r,
-            "V_low": r * n,
-        }
-        return sum(sizes[name] for name in self.trainable) - self.held_back
+        """The number of elements that are trained."""
+        return sum(map(self._numel, self.trainable)) - self.held_back
+
+    def _numel(self, name: TensorName) -> int:
+        return TRAINED_TENSORS[name].numel(self.target, self.decision.rank)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +123,7 @@ class PenaltyPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """A method's whole decision about a model: saved before training, loaded by every resume.
+    """A method's decisions about a model: saved before training, loaded by every resume.
 
     Args:
         method: The method's registered name.
@@ -134,10 +132,12 @@ class Plan:
         scope: ``"adapter"`` trains the targets' factors, ``"subspace"`` their weights but for the top singular
             directions (OSF), ``"all"`` every weight (full fine-tuning).
         peft: Extra ``LoraConfig`` fields, such as ``lora_dropout``.
-        training: What the method asks of the trainer, as plain values: an ``optimizer``
-            (:mod:`keeptune.training.attach`).
+        training: What the trainer must have, as plain values: an ``optimizer`` (:mod:`keeptune.training.attach`).
         penalties: Terms of the loss, the method's own and those of the recipe.
         provenance: Keys of what the plan was made from: model, data, statistics, versions.
+
+    Raises:
+        PlanError: An adapter plan has no target.
     """
 
     method: str
@@ -150,11 +150,7 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that an adapter plan has something to train.
-
-        Raises:
-            PlanError: There is no target.
-        """
+        """Check that an adapter plan has something to train."""
         if self.scope != "all" and not self.targets:
             raise PlanError(
                 f"method {self.method}",
@@ -166,16 +162,15 @@ class Plan:
     @property
     def key(self) -> str:
         """The plan's content key: equal plans have equal keys, bit for bit."""
-        return content_key(self._record() | {"factors": self._fingerprints()})
+        tensors = {f"{t.target.name}{name}": value for t in self.targets for name, value in _tensors(t).items()}
+        tensors |= self._penalty_tensors()
+        return content_key(self._record() | {"factors": {k: tensor_fingerprint(v) for k, v in tensors.items()}})
 
     def __getitem__(self, name: str) -> TargetPlan:
-        """Look a target's plan up by module name.
+        """Returns the plan of a target.
 
         Args:
-            name: ``"model.layers.0.self_attn.q_proj"``.
-
-        Returns:
-            Its plan.
+            name: The module's name, ``"model.layers.0.self_attn.q_proj"``.
 
         Raises:
             KeyError: The target is not in the plan.
@@ -186,11 +181,7 @@ class Plan:
         raise KeyError(name)
 
     def summary(self) -> list[dict[str, Any]]:
-        """Tell the plan as rows for a table.
-
-        Returns:
-            One row per target: target, layer, role, shape, rank, scale, trained parameters, evidence.
-        """
+        """Returns the plan as plain values for a table, one row per target."""
         return [
             {
                 "target": t.target.name,
@@ -207,108 +198,44 @@ class Plan:
             for t in self.targets
         ]
 
-    def diff(self, other: Plan) -> list[str]:
-        """Say where two plans differ.
-
-        Args:
-            other: The plan to compare with.
-
-        Returns:
-            One line per difference; empty when the plans are equal.
-        """
-        lines = []
-        if self.method != other.method or dict(self.options) != dict(other.options):
-            lines.append(f"method: {self.method} {dict(self.options)} | {other.method} {dict(other.options)}")
-        if dict(self.training) != dict(other.training):
-            lines.append(f"training: {dict(self.training)} | {dict(other.training)}")
-        terms = [[f"{p.name} {dict(p.options)}" for p in plan.penalties] for plan in (self, other)]
-        if terms[0] != terms[1]:
-            lines.append(f"penalties: {'; '.join(terms[0]) or 'none'} | {'; '.join(terms[1]) or 'none'}")
-        elif _prints(self.penalties) != _prints(other.penalties):
-            lines.append("penalties: same options, another curvature or weight")
-        mine = {t.target.name: t for t in self.targets}
-        theirs = {t.target.name: t for t in other.targets}
-        for name in sorted(mine.keys() | theirs.keys()):
-            a, b = mine.get(name), theirs.get(name)
-            if a is None or b is None:
-                lines.append(f"{name}: only in the {'second' if a is None else 'first'} plan")
-            elif a.init.shape != b.init.shape:
-                sizes = [" x ".join(map(str, t.init.shape)) for t in (a, b)]
-                lines.append(f"{name}: {sizes[0]} | {sizes[1]}")
-            elif (a.decision, a.scale, a.trainable) != (b.decision, b.scale, b.trainable):
-                trains = [" ".join(sorted(t.trainable)) for t in (a, b)]
-                others = len(set(a.decision.rows or ()) ^ set(b.decision.rows or ()))
-                lines.append(
-                    f"{name}: rank {a.decision.rank} | {b.decision.rank}, scale {a.scale} | {b.scale}, "
-                    f"trains {trains[0]} | {trains[1]}" + (f", {others} rows of only one" if others else "")
-                )
-            elif not (torch.equal(a.init.B, b.init.B) and torch.equal(a.init.A, b.init.A)):
-                lines.append(f"{name}: same rank, starting change differs by {_gap(a.init, b.init):.2e} (relative)")
-            elif not (torch.equal(a.anchor.B, b.anchor.B) and torch.equal(a.anchor.A, b.anchor.A)):
-                lines.append(f"{name}: same start, taken out of W differs by {_gap(a.anchor, b.anchor):.2e} (relative)")
-            elif not _equal(a.vectors, b.vectors):
-                lines.append(f"{name}: same factors, another start of {', '.join(sorted({*a.vectors, *b.vectors}))}")
-        return lines
-
     def save(self, folder: Path | str) -> None:
-        """Write ``plan.json`` and the tensors of factors, evidence and penalties, whole or not at all.
+        """Writes ``plan.json`` and the tensors of factors, evidence and penalties, whole or not at all.
 
         Args:
             folder: Where; a folder there is replaced.
         """
+        tensors = {
+            "factors.safetensors": {f"{t.target.name}{k}": v for t in self.targets for k, v in _tensors(t).items()},
+            "evidence.safetensors": {f"{t.target.name}:{k}": v for t in self.targets for k, v in t.evidence.items()},
+        }
+        if self.penalties:
+            tensors["penalties.safetensors"] = self._penalty_tensors()
         with atomic_directory(Path(folder)) as fresh:
-            factors = {f"{t.target.name}{k}": v for t in self.targets for k, v in _factors(t).items()}
-            evidence = {f"{t.target.name}:{k}": v for t in self.targets for k, v in t.evidence.items()}
-            files = {
-                "factors.safetensors": write_tensors(fresh / "factors.safetensors", factors),
-                "evidence.safetensors": write_tensors(fresh / "evidence.safetensors", evidence),
-            }
-            if self.penalties:
-                held = {f"{i}:{k}": v for i, p in enumerate(self.penalties) for k, v in p.tensors.items()}
-                files["penalties.safetensors"] = write_tensors(fresh / "penalties.safetensors", held)
+            files = {name: write_tensors(fresh / name, held) for name, held in tensors.items()}
             write_json(fresh / "plan.json", self._record() | {"files": files})
 
     @classmethod
     def load(cls, folder: Path | str) -> Plan:
-        """Read a saved plan; ``Plan.load`` after ``save`` is the identity.
+        """Reads a saved plan; ``Plan.load`` after ``save`` is the identity.
 
         Args:
             folder: A folder that :meth:`save` wrote.
-
-        Returns:
-            The plan.
 
         Raises:
             ArtefactError: The folder is not a plan, or is damaged.
         """
         folder = Path(folder)
         record = read_json(folder / "plan.json")
-        found = record.get("format") if isinstance(record, dict) else None
-        if found != _FORMAT:
+        version = record.get("format") if isinstance(record, dict) else None
+        if version != _FORMAT:
             raise ArtefactError(
                 str(folder),
-                got=f"plan format {found}",
+                got=f"plan format {version}",
                 wanted=f"format {_FORMAT}",
                 next_step="Make the plan again with this version of keeptune.",
             )
         try:
-            files = record["files"]
-            factors = read_tensors(folder / "factors.safetensors", files["factors.safetensors"])
-            evidence = read_tensors(folder / "evidence.safetensors", files["evidence.safetensors"])
-            penalties = record.get("penalties", [])
-            held = read_tensors(folder / "penalties.safetensors", files["penalties.safetensors"]) if penalties else {}
-            return cls(
-                method=record["method"],
-                options=record["options"],
-                targets=tuple(_load_target(row, factors, evidence) for row in record["targets"]),
-                scope=record["scope"],
-                peft=record["peft"],
-                training=record["training"],
-                penalties=tuple(
-                    PenaltyPlan(row["name"], row["options"], _named(held, f"{i}:")) for i, row in enumerate(penalties)
-                ),
-                provenance=record["provenance"],
-            )
+            return cls._read(folder, record)
         except (KeyError, TypeError) as error:
             raise ArtefactError(
                 str(folder / "plan.json"),
@@ -316,6 +243,27 @@ class Plan:
                 wanted="a plan as it was saved",
                 next_step="Remove the folder and make the plan again.",
             ) from error
+
+    @classmethod
+    def _read(cls, folder: Path, record: Mapping[str, Any]) -> Plan:
+        penalties = record.get("penalties", [])
+        parts = ("factors", "evidence", *(["penalties"] if penalties else []))
+        files = {
+            part: read_tensors(folder / f"{part}.safetensors", record["files"][f"{part}.safetensors"]) for part in parts
+        }
+        return cls(
+            method=record["method"],
+            options=record["options"],
+            targets=tuple(_read_target(row, files["factors"], files["evidence"]) for row in record["targets"]),
+            scope=record["scope"],
+            peft=record["peft"],
+            training=record["training"],
+            penalties=tuple(
+                PenaltyPlan(row["name"], row["options"], _under(files["penalties"], f"{i}:"))
+                for i, row in enumerate(penalties)
+            ),
+            provenance=record["provenance"],
+        )
 
     def _record(self) -> dict[str, Any]:
         rows = [
@@ -328,6 +276,7 @@ class Plan:
             }
             for t in self.targets
         ]
+        penalties = [{"name": p.name, "options": dict(p.options)} for p in self.penalties]
         return {
             "format": _FORMAT,
             "method": self.method,
@@ -337,56 +286,37 @@ class Plan:
             "training": dict(self.training),
             "provenance": dict(self.provenance),
             "targets": rows,
-        } | (
-            {"penalties": [{"name": p.name, "options": dict(p.options)} for p in self.penalties]}
-            if self.penalties
-            else {}
-        )
+            **({"penalties": penalties} if penalties else {}),
+        }
 
-    def _fingerprints(self) -> dict[str, str]:
-        return {
-            f"{t.target.name}{name}": tensor_fingerprint(value)
-            for t in self.targets
-            for name, value in _factors(t).items()
-        } | _prints(self.penalties)
+    def _penalty_tensors(self) -> dict[str, Tensor]:
+        return {f"{i}:{name}": value for i, p in enumerate(self.penalties) for name, value in p.tensors.items()}
 
 
-def _prints(penalties: tuple[PenaltyPlan, ...]) -> dict[str, str]:
-    return {f"{i}:{k}": tensor_fingerprint(v) for i, p in enumerate(penalties) for k, v in p.tensors.items()}
+def _tensors(t: TargetPlan) -> dict[str, Tensor]:
+    tensors = {".B": t.init.B, ".A": t.init.A}
+    if t.removed is not None:
+        tensors |= {".removed.B": t.removed.B, ".removed.A": t.removed.A}
+    return tensors | {f":{name}": value for name, value in t.vectors.items()}
 
 
-def _gap(a: LowRank, b: LowRank) -> float:
-    return float(a.minus(b).norm_squared().sqrt() / b.norm_squared().sqrt().clamp_min(1e-30))
+def _read_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence: Mapping[str, Tensor]) -> TargetPlan:
+    target, rows = Target(**row["target"]), row["decision"]["rows"]
 
+    def pair(part: str) -> LowRank:
+        return LowRank(B=factors[f"{target.name}{part}.B"], A=factors[f"{target.name}{part}.A"])
 
-def _equal(a: Mapping[Factor, Tensor], b: Mapping[Factor, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def _factors(target_plan: TargetPlan) -> dict[str, Tensor]:
-    found = {".B": target_plan.init.B, ".A": target_plan.init.A}
-    if target_plan.removed is not None:
-        found |= {".removed.B": target_plan.removed.B, ".removed.A": target_plan.removed.A}
-    return found | {f":{name}": value for name, value in target_plan.vectors.items()}
-
-
-def _load_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence: Mapping[str, Tensor]) -> TargetPlan:
-    target = Target(**row["target"])
-    rows = row["decision"]["rows"]
-    removed = None
-    if f"{target.name}.removed.B" in factors:
-        removed = LowRank(B=factors[f"{target.name}.removed.B"], A=factors[f"{target.name}.removed.A"])
     return TargetPlan(
         target=target,
         decision=Decision(row["decision"]["rank"], tuple(rows) if rows is not None else None),
-        init=LowRank(B=factors[f"{target.name}.B"], A=factors[f"{target.name}.A"]),
-        removed=removed,
+        init=pair(""),
+        removed=pair(".removed") if f"{target.name}.removed.B" in factors else None,
         scale=row["scale"],
         trainable=frozenset(row["trainable"]),
-        evidence=_named(evidence, f"{target.name}:"),
-        vectors=cast("dict[Factor, Tensor]", _named(factors, f"{target.name}:")),
+        evidence=_under(evidence, f"{target.name}:"),
+        vectors=_under(factors, f"{target.name}:"),
     )
 
 
-def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

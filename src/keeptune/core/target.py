@@ -41,14 +41,11 @@ class Target:
 
 
 def read_weight(model: nn.Module, target: Target) -> Tensor:
-    """Read ``W`` in float32 and in the layout of the equations.
+    """Returns a copy of ``W``, ``(out_features, in_features)``, float32, on the weight's device.
 
     Args:
-        model: The model the target was found in.
-        target: The target.
-
-    Returns:
-        A detached copy, ``(out_features, in_features)``, float32, on the weight's device.
+        model: The base model.
+        target: One of its targets.
     """
     weight = model.get_submodule(target.name).weight
     assert isinstance(weight, Tensor)

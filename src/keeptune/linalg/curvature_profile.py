@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.symmetric import Dense, Factor, LowRankPlus
+from keeptune.linalg.symmetric import Dense, LowRankPlus, PsdMatrix
 
 __all__ = ["Directions", "directions", "energies", "profile"]
 
@@ -28,7 +28,7 @@ class Directions:
     counts: Tensor
 
 
-def directions(factor: Factor) -> Directions | None:
+def directions(factor: PsdMatrix) -> Directions | None:
     """Decompose a factor in float64.
 
     Laws: ``counts.sum() == n``; ``(values * counts).sum() == F.trace()``; values fall.

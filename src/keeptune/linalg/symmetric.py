@@ -9,15 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "Factor", "Identity", "LowRankPlus", "factor_from"]
+__all__ = ["Dense", "PsdMatrix", "Identity", "LowRankPlus", "psd_matrix_from"]
 
 
-class Factor(Protocol):
+class PsdMatrix(Protocol):
     """A symmetric positive semi-definite matrix F, ``(n, n)``, known by what it does.
 
     Laws, for every kind: ``apply(X) == dense() @ X``; ``trace() == dense().trace()``; ``dense()`` is symmetric and
     positive semi-definite; ``damped(rho).dense() == (1 - rho) dense() + rho trace() / n I``, which keeps the trace;
-    ``factor_from(tensors(prefix), prefix)`` is the same factor.
+    ``psd_matrix_from(tensors(prefix), prefix)`` is the same factor.
     """
 
     @property
@@ -52,7 +52,7 @@ class Factor(Protocol):
         """
         ...
 
-    def damped(self, rho: float) -> Factor:
+    def damped(self, rho: float) -> PsdMatrix:
         """Mix with the identity of the same trace.
 
         Args:
@@ -66,7 +66,7 @@ class Factor(Protocol):
         """
         ...
 
-    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Factor:
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> PsdMatrix:
         """Convert.
 
         Args:
@@ -85,7 +85,7 @@ class Factor(Protocol):
             prefix: Stands before each name.
 
         Returns:
-            Tensors by name, for :func:`factor_from`.
+            Tensors by name, for :func:`psd_matrix_from`.
         """
         ...
 
@@ -237,7 +237,7 @@ class LowRankPlus:
         return {f"{prefix}U": self.U, f"{prefix}values": self.values, f"{prefix}remainder": self.remainder}
 
 
-def factor_from(tensors: Mapping[str, Tensor], prefix: str = "") -> Factor:
+def psd_matrix_from(tensors: Mapping[str, Tensor], prefix: str = "") -> PsdMatrix:
     """Read a factor back.
 
     Args:

@@ -23,9 +23,10 @@ from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Options, Range
-from keeptune.core.plan import Decision, Factor, Plan, Scope, TargetPlan
+from keeptune.core.plan import Decision, Plan, Scope, TargetPlan
 from keeptune.core.registry import look_up, registered
 from keeptune.core.target import Target
+from keeptune.core.trained_tensors import TRAINED_TENSORS, TensorName
 from keeptune.methods.strength import Strength
 from keeptune.penalties.base import PenaltySpec
 from keeptune.statistics.collect import StatsView
@@ -106,7 +107,7 @@ class Method(Options):
     rows_of_downs: ClassVar[bool] = False
 
     @property
-    def trains(self) -> frozenset[Factor]:
+    def trains(self) -> frozenset[TensorName]:
         """The factors that are trained, and the vectors beside them."""
         return frozenset({"A", "B"})
 
@@ -253,7 +254,7 @@ class RankMethod(Method):
         return {target: allot_rank(target, self.rank, self.name) for target in scores}
 
     def size(self, target: Target, downs: Collection[str]) -> Size:
-        """Counts ``r n`` numbers for A, ``r m`` for B, and those of the vectors."""
+        """Counts the elements of the tensors that are trained, and of a frozen A or B."""
         return self.size_at(target, allot_rank(target, self.rank, self.name).rank)
 
     def size_at(self, target: Target, r: int, *, assumed: bool = False) -> Size:
@@ -267,22 +268,10 @@ class RankMethod(Method):
         Returns:
             The size.
         """
-        factors = {"A": r * target.in_features, "B": r * target.out_features}
-        trained = sum(numbers for name, numbers in factors.items() if name in self.trains)
-        frozen = sum(factors.values()) - trained
-        return Size(r, trained + self.vector_size(target, r), frozen, self.anchored, assumed)
-
-    def vector_size(self, target: Target, r: int) -> int:
-        """Counts the numbers that are trained besides A and B.
-
-        Args:
-            target: The target.
-            r: Its rank.
-
-        Returns:
-            The number of numbers.
-        """
-        return 0
+        sizes = {name: kind.numel(target, r) for name, kind in TRAINED_TENSORS.items()}
+        trained = sum(sizes[name] for name in self.trains)
+        frozen = sum(sizes[name] for name in ("A", "B") if name not in self.trains)
+        return Size(r, trained, frozen, self.anchored, assumed)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
-from keeptune.core.plan import Decision, Factor, TargetPlan
+from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
+from keeptune.core.trained_tensors import TensorName
 from keeptune.methods.lora import Lora, draw_start
 from keeptune.statistics.collect import StatsView
 
@@ -38,7 +39,7 @@ class Dora(Lora):
 
     name = "dora"
     paper = "Liu et al., DoRA, ICML 2024"
-    trains = frozenset[Factor]({"A", "B", "magnitude"})
+    trains = frozenset[TensorName]({"A", "B", "magnitude"})
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Draws A, sets B to zero and measures the rows of W (eq. 5)."""
@@ -54,10 +55,6 @@ class Dora(Lora):
             )
         start = draw_start(target, r, self.seed)
         return self.planned(target, decision, start, self.scale_at(r), vectors={"magnitude": m})
-
-    def vector_size(self, target: Target, r: int) -> int:
-        """Counts one number per output."""
-        return target.out_features
 
     def peft(self) -> Mapping[str, Any]:
         """Returns the flag of DoRA, and the dropout."""

@@ -26,8 +26,9 @@ from torch import Tensor
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
-from keeptune.core.plan import Decision, Factor, TargetPlan
+from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
+from keeptune.core.trained_tensors import TensorName
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import generator_for
 from keeptune.methods.lora import LoraStart, draw_A
@@ -70,7 +71,7 @@ class Kasa(LoraStart):
     paper = "Wang et al., KaSA, ICLR 2025"
     anchored = True
     moves_start = True
-    trains = frozenset[Factor]({"A", "B", "diag"})
+    trains = frozenset[TensorName]({"A", "B", "diag"})
     ranges = {"beta": Range(least=0), "gamma": Range(least=0)}
 
     beta: float = 1e-4
@@ -103,10 +104,6 @@ class Kasa(LoraStart):
             vectors={"diag": torch.randn(r, generator=generator)},
             evidence={"dropped_values": S, "dropped_energy": (S**2).sum()[None] / weight.square().sum()},
         )
-
-    def vector_size(self, target: Target, r: int) -> int:
-        """Counts the singular values."""
-        return r
 
     def peft(self) -> Mapping[str, Any]:
         """Returns the options of KaSA, and the dropout."""

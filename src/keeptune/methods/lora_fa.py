@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from keeptune.core.plan import Factor
+from keeptune.core.trained_tensors import TensorName
 from keeptune.methods.lora import Lora
 
 __all__ = ["LoraFA"]
@@ -32,7 +32,7 @@ class LoraFA(Lora):
 
     name = "lora-fa"
     paper = "Zhang et al., LoRA-FA, 2023"
-    trains = frozenset[Factor]({"B"})
+    trains = frozenset[TensorName]({"B"})
 
     optimizer: Literal["adamw", "preconditioned"] = "adamw"
 

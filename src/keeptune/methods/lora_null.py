@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Factor, TargetPlan
+from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
+from keeptune.core.trained_tensors import TensorName
 from keeptune.linalg.eigen import bottom_eigenvectors
 from keeptune.linalg.svd import projected_svd
 from keeptune.methods.base import RankMethod
@@ -110,7 +111,7 @@ class LoraNull(RankMethod):
     covariance: Literal["exact", "released"] = "exact"
 
     @property
-    def trains(self) -> frozenset[Factor]:
+    def trains(self) -> frozenset[TensorName]:
         """A and B, or B only."""
         return frozenset({"A", "B"} if self.variant == "v1" else {"B"})
 

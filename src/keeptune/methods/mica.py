@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, Factor, TargetPlan
+from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
+from keeptune.core.trained_tensors import TensorName
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import ScaledMethod
 from keeptune.statistics.collect import StatsView
@@ -34,7 +35,7 @@ class Mica(ScaledMethod):
 
     name = "mica"
     paper = "MiCA, 2026"
-    trains = frozenset[Factor]({"A"})
+    trains = frozenset[TensorName]({"A"})
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Takes W's minor output directions (1, 2)."""

@@ -27,8 +27,9 @@ import keeptune.penalties
 from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Factor, PenaltyPlan, Plan, TargetPlan
+from keeptune.core.plan import PenaltyPlan, Plan, TargetPlan
 from keeptune.core.target import Target
+from keeptune.core.trained_tensors import TensorName
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import DataRole, Request
 
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 NORM = "norm"  # ‖W‖ of each target that a penalty holds, which drifts are measured against
-Factors = Mapping[Factor, Tensor]
+Factors = Mapping[TensorName, Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

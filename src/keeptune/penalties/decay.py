@@ -18,7 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from keeptune.core.plan import Factor, TargetPlan
+from keeptune.core.plan import TargetPlan
+from keeptune.core.trained_tensors import TensorName
 from keeptune.penalties.base import Site, Term
 from keeptune.penalties.option_checks import check_strength
 from keeptune.statistics.request import DataRole, Request
@@ -36,9 +37,9 @@ class FactorDecay:
     """
 
     weight: Tensor
-    trained: tuple[Factor, ...]
+    trained: tuple[TensorName, ...]
 
-    def value_and_grad(self, factors: Mapping[Factor, Tensor]) -> tuple[Tensor, Mapping[Factor, Tensor]]:
+    def value_and_grad(self, factors: Mapping[TensorName, Tensor]) -> tuple[Tensor, Mapping[TensorName, Tensor]]:
         """Compute it; the gradients are ``w A`` and ``w B``."""
         squares = torch.stack([factors[name].square().sum() for name in self.trained])
         return self.weight / 2 * squares.sum(), {name: self.weight * factors[name] for name in self.trained}
@@ -83,5 +84,5 @@ class Decay:
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Make (1) of one target."""
-        names: tuple[Factor, ...] = ("A", "B")
+        names: tuple[TensorName, ...] = ("A", "B")
         return FactorDecay(tensors["strength"], tuple(name for name in names if name in target_plan.trainable))

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
-from keeptune.core.plan import Factor as Name
 from keeptune.core.plan import TargetPlan
-from keeptune.linalg.symmetric import Factor, Identity, factor_from
+from keeptune.core.trained_tensors import TensorName
+from keeptune.linalg.symmetric import Identity, PsdMatrix, psd_matrix_from
 from keeptune.penalties.base import OnChange, Site, Term, start_of
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 from keeptune.penalties.option_checks import check_counts
@@ -94,7 +94,7 @@ class Multiplied:
     budget: Tensor
     group: int
 
-    def value_and_grad(self, factors: Mapping[Name, Tensor]) -> tuple[Tensor, Mapping[Name, Tensor]]:
+    def value_and_grad(self, factors: Mapping[TensorName, Tensor]) -> tuple[Tensor, Mapping[TensorName, Tensor]]:
         """Compute the target's part of (3) and its gradient."""
         value, gradients = self.term.value_and_grad(factors)
         pressure = self.log_pressure[self.group].exp().to(value) / self.budget[self.group].to(value)
@@ -225,11 +225,11 @@ class DriftBudget:
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Make a target's part of (3)."""
         target, share = target_plan.target, tensors[f"share:{target_plan.target.name}"]
-        Gamma: Factor = Identity(target.out_features, torch.ones_like(share))
+        Gamma: PsdMatrix = Identity(target.out_features, torch.ones_like(share))
         if self.curvature == "delta-kfac":
-            Gamma = factor_from(tensors, f"Gamma:{target.name}:")
+            Gamma = psd_matrix_from(tensors, f"Gamma:{target.name}:")
         drift = KroneckerChange(
-            Omega=factor_from(tensors, f"Omega:{target.input_group}:"),
+            Omega=psd_matrix_from(tensors, f"Omega:{target.input_group}:"),
             Gamma=Gamma,
             scale=target_plan.scale,
             weight=share,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
-from keeptune.core.plan import Factor, TargetPlan
+from keeptune.core.plan import TargetPlan
+from keeptune.core.trained_tensors import TensorName
 from keeptune.penalties.base import Site, Term
 from keeptune.statistics.request import DataRole, Request
 
@@ -62,7 +63,7 @@ class Orthogonality:
     gamma: float
     form: Regularizer
 
-    def value_and_grad(self, factors: Mapping[Factor, Tensor]) -> tuple[Tensor, Mapping[Factor, Tensor]]:
+    def value_and_grad(self, factors: Mapping[TensorName, Tensor]) -> tuple[Tensor, Mapping[TensorName, Tensor]]:
         """Compute both and their gradients."""
         B, A, d = factors["B"], factors["A"], factors["diag"]
         (of_B, to_B), (of_A, to_A) = _distance(B, self.form), _distance(A.T, self.form)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
-from keeptune.core.plan import Factor, TargetPlan
+from keeptune.core.plan import TargetPlan
+from keeptune.core.trained_tensors import TensorName
 from keeptune.data.calibration import Calibration
 from keeptune.penalties.base import Site, Term
 from keeptune.penalties.on_outputs import TextBatch
@@ -84,7 +85,7 @@ def text_batch(ids: Tensor, lengths: Tensor, prompts: Tensor, *, size: int, seed
 class Nothing:
     """A penalty that is no function of one target's factors has no term there."""
 
-    def value_and_grad(self, factors: Mapping[Factor, Tensor]) -> tuple[Tensor, Mapping[Factor, Tensor]]:
+    def value_and_grad(self, factors: Mapping[TensorName, Tensor]) -> tuple[Tensor, Mapping[TensorName, Tensor]]:
         """Give 0 and no gradients."""
         return torch.zeros((), device=factors["A"].device), {}
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.symmetric import Factor
+from keeptune.linalg.symmetric import PsdMatrix
 
 __all__ = ["KroneckerChange", "change_since", "quadratic_form"]
 
@@ -39,8 +39,8 @@ class KroneckerChange:
         start: ``B_0`` and ``A_0``; None where ``B_0 A_0 = 0``.
     """
 
-    Omega: Factor
-    Gamma: Factor
+    Omega: PsdMatrix
+    Gamma: PsdMatrix
     scale: float
     weight: float | Tensor
     start: LowRank | None = None
@@ -78,7 +78,7 @@ def change_since(delta: LowRank, start: LowRank | None) -> tuple[Tensor, Tensor]
     return torch.cat([delta.B - start.B, start.B], dim=1), torch.cat([delta.A, delta.A - start.A])
 
 
-def quadratic_form(weight: Tensor, Omega: Factor, Gamma: Factor) -> Tensor:
+def quadratic_form(weight: Tensor, Omega: PsdMatrix, Gamma: PsdMatrix) -> Tensor:
     """Compute ``tr(Γ W Ω Wᵀ)`` of a whole weight: what a change is measured against.
 
     Args:

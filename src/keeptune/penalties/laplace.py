@@ -38,7 +38,7 @@ from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.linalg.symmetric import Factor, Identity, LowRankPlus, factor_from
+from keeptune.linalg.symmetric import Identity, LowRankPlus, PsdMatrix, psd_matrix_from
 from keeptune.penalties.base import OnChange, OnFactors, Site, Term, start_of
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 from keeptune.penalties.option_checks import check_counts, check_strength
@@ -162,12 +162,12 @@ class Laplace:
             fisher = split_diagonals(tensors[f"diagonals:{target.name}"], target.out_features)
             return OnFactors(Diagonal(fisher, weight, first))
         one = torch.ones_like(weight)
-        Omega: Factor = Identity(target.in_features, one)
-        Gamma: Factor = Identity(target.out_features, one)
+        Omega: PsdMatrix = Identity(target.in_features, one)
+        Gamma: PsdMatrix = Identity(target.out_features, one)
         if self.curvature in _OMEGA:
-            Omega = factor_from(tensors, f"Omega:{target.input_group}:")
+            Omega = psd_matrix_from(tensors, f"Omega:{target.input_group}:")
         if self.curvature in _GAMMA:
-            Gamma = factor_from(tensors, f"Gamma:{target.name}:")
+            Gamma = psd_matrix_from(tensors, f"Gamma:{target.name}:")
         if self.curvature == "b-kfac":
             return OnFactors(block_kronecker(Omega, Gamma, scale=scale, weight=weight, start=first))
         if self.curvature == "b-tri-kfac":
@@ -200,7 +200,7 @@ class Laplace:
                 continue
             kept = []
             for name in errors:
-                made = factor_from(tensors, f"{name}:")
+                made = psd_matrix_from(tensors, f"{name}:")
                 kept.append(float(made.share()) if isinstance(made, LowRankPlus) else 1.0)
             worst = max(errors, key=lambda name: errors[name])
             said.append(
@@ -242,11 +242,11 @@ class Laplace:
             examples=self.examples,
         )
 
-    def _factors(self, site: Site) -> tuple[Factor, Factor]:
+    def _factors(self, site: Site) -> tuple[PsdMatrix, PsdMatrix]:
         target, device = site.plan.target, site.weight.device
         one = torch.ones((), device=device)
-        Omega: Factor = Identity(target.in_features, one)
-        Gamma: Factor = Identity(target.out_features, one)
+        Omega: PsdMatrix = Identity(target.in_features, one)
+        Gamma: PsdMatrix = Identity(target.out_features, one)
         if self.curvature in _OMEGA:
             inputs = self._inputs()
             Omega = read_factor(inputs, site.stats[inputs]).to(torch.float32, device).damped(self.rho_input)

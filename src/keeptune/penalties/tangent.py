@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.symmetric import Factor, Identity
+from keeptune.linalg.symmetric import Identity, PsdMatrix
 
 __all__ = ["BlockKronecker", "CoupledKronecker", "Diagonal", "block_kronecker", "coupled_kronecker"]
 
@@ -69,8 +69,8 @@ class BlockKronecker:
         start: ``B_0`` and ``A_0``.
     """
 
-    Omega: Factor
-    Gamma: Factor
+    Omega: PsdMatrix
+    Gamma: PsdMatrix
     P: Tensor
     Q: Tensor
     scale: float
@@ -103,8 +103,8 @@ class CoupledKronecker:
         start: ``B_0`` and ``A_0``.
     """
 
-    Omega: Factor
-    Gamma: Factor
+    Omega: PsdMatrix
+    Gamma: PsdMatrix
     GB: Tensor
     AO: Tensor
     scale: float
@@ -128,7 +128,7 @@ class CoupledKronecker:
 
 
 def block_kronecker(
-    Omega: Factor, Gamma: Factor, *, scale: float, weight: float | Tensor, start: LowRank
+    Omega: PsdMatrix, Gamma: PsdMatrix, *, scale: float, weight: float | Tensor, start: LowRank
 ) -> BlockKronecker:
     """Make (2), with what does not change in training formed once.
 
@@ -147,7 +147,7 @@ def block_kronecker(
 
 
 def coupled_kronecker(
-    Omega: Factor, Gamma: Factor, *, scale: float, weight: float | Tensor, start: LowRank
+    Omega: PsdMatrix, Gamma: PsdMatrix, *, scale: float, weight: float | Tensor, start: LowRank
 ) -> CoupledKronecker:
     """Make (3), with what does not change in training formed once.
 
@@ -165,6 +165,6 @@ def coupled_kronecker(
     return CoupledKronecker(_seen(Omega, start), Gamma, GB, AO, scale, weight, start)
 
 
-def _seen(Omega: Factor, start: LowRank) -> Factor:
+def _seen(Omega: PsdMatrix, start: LowRank) -> PsdMatrix:
     """Leave ``dA Ω`` out where nothing is multiplied with it but zeros: at B_0 = 0."""
     return Omega if bool(start.B.any()) else Identity(Omega.size, start.A.new_zeros(()))

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
+from keeptune.core.plan_differences import differences
 from keeptune.report.grid import print_grid
 
 __all__ = ["print_diff"]
@@ -30,7 +31,7 @@ def print_diff(first: Plan, second: Plan, console: Console) -> bool:
     Returns:
         Whether they differ.
     """
-    lines = first.diff(second)
+    lines = differences(first, second)
     if not lines:
         return False
     for line in _options(first, second):

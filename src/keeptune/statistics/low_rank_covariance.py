@@ -10,7 +10,7 @@ from torch import Tensor
 
 from keeptune.core.target import Target
 from keeptune.linalg.streaming_eigen import TopDirections, Truncated
-from keeptune.linalg.symmetric import Dense, Factor, LowRankPlus
+from keeptune.linalg.symmetric import Dense, LowRankPlus, PsdMatrix
 from keeptune.model.runner import Labels
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.request import DataRole, PassKind, WeightReader
@@ -169,7 +169,7 @@ def gradient_request(
     return GradientFactor(data, labels, rank, seed, examples)
 
 
-def read_factor(request: Covariance, value: Tensor) -> Factor:
+def read_factor(request: Covariance, value: Tensor) -> PsdMatrix:
     """Read a covariance as a factor to multiply with.
 
     Args:

@@ -25,7 +25,7 @@ from keeptune.core.plan import Plan
 from keeptune.core.target import Target
 from keeptune.linalg.curvature_profile import Directions, directions, energies, profile
 from keeptune.linalg.rescaled import Rescaled
-from keeptune.linalg.symmetric import Factor, factor_from
+from keeptune.linalg.symmetric import PsdMatrix, psd_matrix_from
 from keeptune.pipeline.merge import base_of
 from keeptune.pipeline.trained_changes import labels_of, open_changes, result_of, size_of
 from keeptune.report.curvature import curvature_figure
@@ -85,7 +85,7 @@ def curvature(
 
 
 def profiles_of(
-    source: str, curves: Mapping[Side, Mapping[str, Factor]], *, base: str | None, device: str = "cpu"
+    source: str, curves: Mapping[Side, Mapping[str, PsdMatrix]], *, base: str | None, device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """Measures where the change of each target lies.
 
@@ -172,14 +172,14 @@ def _held(plan: Plan, run: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     )
 
 
-def _factors(tensors: Mapping[str, Tensor], side: Side, targets: Sequence[Target]) -> dict[str, Factor]:
+def _factors(tensors: Mapping[str, Tensor], side: Side, targets: Sequence[Target]) -> dict[str, PsdMatrix]:
     """Returns the curvature of each target that has one; targets fed by one tensor share that of their inputs."""
-    read: dict[str, Factor] = {}
+    read: dict[str, PsdMatrix] = {}
     factors = {}
     for target in targets:
         prefix = f"{_NAMES[side]}:{target.input_group if side == 'input' else target.name}:"
         if prefix not in read and any(name.startswith(prefix) for name in tensors):
-            read[prefix] = factor_from(tensors, prefix)
+            read[prefix] = psd_matrix_from(tensors, prefix)
         if prefix in read:
             factors[target.name] = read[prefix]
     return factors

@@ -29,7 +29,8 @@ from keeptune.adapter.install import held_parameters
 from keeptune.adapter.selected_rows import within_rows
 from keeptune.core.errors import TrainError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Factor, PenaltyPlan, Plan, TargetPlan
+from keeptune.core.plan import PenaltyPlan, Plan, TargetPlan
+from keeptune.core.trained_tensors import TensorName
 from keeptune.linalg.symmetric import Identity
 from keeptune.penalties.base import NORM, Adaptive, Term, penalty_named, start_of
 from keeptune.penalties.kronecker import KroneckerChange
@@ -298,13 +299,13 @@ def _state_of(spec: Any, made: PenaltyPlan) -> dict[str, Tensor]:
 
 def _gradients(
     target_plan: TargetPlan,
-    parameters: Mapping[Factor, nn.Parameter],
+    parameters: Mapping[TensorName, nn.Parameter],
     terms: Mapping[int, Term],
     values: list[dict[str, Tensor]],
-) -> dict[Factor, Tensor]:
+) -> dict[TensorName, Tensor]:
     """Sum the gradients of a target's terms, within its rows; note their values."""
     factors = {factor: _whole(parameter) for factor, parameter in parameters.items()}
-    summed: dict[Factor, Tensor] = {}
+    summed: dict[TensorName, Tensor] = {}
     for index, term in terms.items():
         values[index][target_plan.target.name], gradients = term.value_and_grad(factors)
         for factor, gradient in gradients.items():
