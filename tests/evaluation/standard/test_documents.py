@@ -20,7 +20,7 @@ from keeptune.recipe.schema import make_recipe
 
 def scored(*items: tuple[str, ...]) -> Documents:
     parts = [tuple(plain(part) for part in item) for item in items]
-    return Documents("evaluate.x", [{}] * len(items), parts, "key", "")
+    return Documents("evaluate.x", parts, "key")
 
 
 def used(*rows: dict[str, Any]) -> list[Corpus]:

@@ -17,7 +17,6 @@ from keeptune.evaluation.standard.protocols import (
     metamath_gold,
     metamath_math,
     metamath_number,
-    protocol_for,
 )
 
 
@@ -55,7 +54,7 @@ def test_right_numbers_of_gsm8k() -> None:
 
 
 def test_gsm8k_by_metamath() -> None:
-    right = protocol_for("metamath", "gsm8k").right
+    right = PROTOCOLS["metamath", "gsm8k"].right
     assert right is not None
     row = {"question": "?", "answer": "x\n#### 5"}
     assert [right(row, text) for text in ("The answer is: 5", "The answer is: 6", "#### 5", "")] == [1, 0, 0, 0]
@@ -77,13 +76,13 @@ def test_gsm8k_by_metamath() -> None:
 def test_math_by_metamath(text: str, gold: str, score: float) -> None:
     is_equiv = pytest.importorskip("lm_eval.tasks.hendrycks_math.utils").is_equiv
     assert metamath_math(text, is_equiv, gold) == score
-    right = protocol_for("metamath", "math").right
+    right = PROTOCOLS["metamath", "math"].right
     assert right is not None
     assert right({"answer": gold}, text) == score
 
 
 def test_the_prompt_of_metamath() -> None:
-    assert protocol_for("metamath", "gsm8k").prompt({"question": "How many?"}) == (
+    assert PROTOCOLS["metamath", "gsm8k"].prompt({"question": "How many?"}) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nHow many?\n\n### Response: Let's think step by step."
     )
@@ -137,7 +136,7 @@ HANDMADE: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_instructions_from_the_fields_of_the_hub(name: str) -> None:
     row, instruction, right = HANDMADE[name]
     assert adapters_instruction(name, row) == (instruction, right)
-    protocol = protocol_for("llm-adapters", name)
+    protocol = PROTOCOLS["llm-adapters", name]
     assert instruction in protocol.prompt(row)
     assert protocol.right is not None
     assert protocol.right(row, f" the correct answer is {right}") == 1
@@ -162,16 +161,16 @@ def test_the_first_answer_word_counts(name: str, text: str, word: str) -> None:
 
 
 def test_webqs_by_generation() -> None:
-    right = protocol_for("generated", "webqs").right
+    right = PROTOCOLS["generated", "webqs"].right
     assert right is not None
     row = {"question": "q", "answers": ["Jamaican English", "Patois"]}
     assert [right(row, text) for text in (" the jamaican english", "Patois!", "English", "")] == [1, 1, 0, 0]
 
 
 def test_prompts_of_bigcode() -> None:
-    assert protocol_for("bigcode", "humaneval").prompt({"prompt": "\ndef f():\n    "}) == "def f():"
+    assert PROTOCOLS["bigcode", "humaneval"].prompt({"prompt": "\ndef f():\n    "}) == "def f():"
     row = {"text": "Add.", "test_list": ["assert f(1) == 2", "assert f(2) == 3"]}
-    assert protocol_for("bigcode", "mbpp").prompt(row) == '"""\nAdd.\nassert f(1) == 2\n"""\n'
+    assert PROTOCOLS["bigcode", "mbpp"].prompt(row) == '"""\nAdd.\nassert f(1) == 2\n"""\n'
 
 
 def test_every_protocol_of_the_table_is_there() -> None:

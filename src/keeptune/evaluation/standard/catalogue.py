@@ -1,4 +1,4 @@
-"""The names of standard benchmarks: lm-eval's task, its metric, its shots, and how else it may be scored.
+"""The table of standard benchmarks: lm-eval's task, its metric, its shots, and how else it may be scored.
 
 The default of every benchmark is lm-eval's task as it stands: prompt, shots and scoring. ``scoring`` names a departure:
 another of the task's own metrics, or the protocol of a paper's scripts (:mod:`keeptune.evaluation.standard.protocols`).
@@ -40,178 +40,116 @@ class Known:
     Args:
         task: lm-eval's task or group.
         folders: Where lm-eval keeps it, below its tasks; none where the task is ours.
-        role: What it measures unless the recipe says otherwise.
-        shots: Examples in the prompt, lm-eval's own number.
+        role: The role unless the recipe names one.
+        items: Items of the split that is scored on the hub; None where it is not known.
         scorings: By name; ``standard`` is lm-eval's.
-        content: Fields of an item that together say which item it is, to find it in other data.
+        content: Fields of an item that together identify it, to find it in other data.
         code: Whether answers are programs, which are run.
         hub: Whether lm-eval can fetch it; else its data must be named.
     """
 
     task: str
     folders: tuple[str, ...]
-    role: Role
-    shots: int = 0
+    role: Role = "knowledge"
+    items: int | None = None
     scorings: Mapping[str, Scoring] = field(default_factory=dict)
     content: tuple[str, ...] = ("question",)
     code: bool = False
     hub: bool = True
 
 
-def _answers(**more: Scoring) -> dict[str, Scoring]:
-    return {STANDARD: Scoring("exact_match", "exact_match,remove_whitespace"), **more}
-
-
-def _choices(*, normed: bool, adapters: bool = True) -> dict[str, Scoring]:
-    plain, per_character = Scoring("accuracy", "acc,none"), Scoring("accuracy_norm", "acc_norm,none")
-    found = {STANDARD: per_character, "plain": plain} if normed else {STANDARD: plain}
-    return found | ({"llm-adapters": Scoring("exact_match", protocol="llm-adapters")} if adapters else {})
-
-
-def _glue(task: str, *content: str, f1: bool = False) -> Known:
-    score = Scoring("matthews", "mcc,none") if task == "cola" else Scoring("accuracy", "acc,none")
-    scorings = {STANDARD: score} | ({"f1": Scoring("f1", "f1,none")} if f1 else {})
-    folders = (f"glue/{task.partition('_')[0]}",)
-    return Known(task=task, folders=folders, role="task", scorings=scorings, content=content)
-
-
-_METAMATH = Scoring("exact_match", protocol="metamath")
+_ACCURACY, _PER_CHARACTER = Scoring("accuracy", "acc,none"), Scoring("accuracy_norm", "acc_norm,none")
+_F1, _MATTHEWS = Scoring("f1", "f1,none"), Scoring("matthews", "mcc,none")
+_BITS = Scoring("cross_entropy", "bits_per_byte,none")
+_QUESTION = ("question", "choices")
+_ADAPTERS = {"llm-adapters": Scoring("exact_match", protocol="llm-adapters")}
+_ANSWERS = {STANDARD: Scoring("exact_match", "exact_match,remove_whitespace")}
+_CHOICES = {STANDARD: _ACCURACY}
+_NORMED = {STANDARD: _PER_CHARACTER, "plain": _ACCURACY, **_ADAPTERS}
 _PROGRAMS = {STANDARD: Scoring("pass_at_1"), "bigcode": Scoring("pass_at_1", protocol="bigcode")}
+_METAMATH = {"metamath": Scoring("exact_match", protocol="metamath")}
+_WEBQS = {
+    STANDARD: Scoring("exact_match", "exact_match,none"),
+    "generated": Scoring("exact_match", protocol="generated"),
+}
+_GSM8K = {
+    STANDARD: Scoring("exact_match", "exact_match,strict-match"),
+    "flexible": Scoring("exact_match", "exact_match,flexible-extract"),
+    **_METAMATH,
+}
+_MATH = {
+    STANDARD: Scoring("exact_match", "exact_match,none"),
+    "verify": Scoring("exact_match", "math_verify,none"),
+    **_METAMATH,
+}
+_IFEVAL = {
+    STANDARD: Scoring("prompts_followed", "prompt_level_strict_acc,none"),
+    "prompt-loose": Scoring("prompts_followed", "prompt_level_loose_acc,none"),
+    "instruction-strict": Scoring("instructions_followed", "inst_level_strict_acc,none"),
+    "instruction-loose": Scoring("instructions_followed", "inst_level_loose_acc,none"),
+}
+
+
+def _knowledge(task: str, items: int, scorings: Mapping[str, Scoring], *content: str, folder: str = "") -> Known:
+    return Known(task=task, folders=(folder or task,), items=items, scorings=scorings, content=content or ("question",))
+
+
+def _glue(task: str, items: int, *content: str, standard: Scoring = _ACCURACY, f1: bool = False) -> Known:
+    scorings = {STANDARD: standard} | ({"f1": _F1} if f1 else {})
+    folders = (f"glue/{task.partition('_')[0]}",)
+    return Known(task=task, folders=folders, role="task", items=items, scorings=scorings, content=content)
+
+
+def _programs(task: str, items: int, *content: str) -> Known:
+    scorings = _PROGRAMS
+    return Known(task=task, folders=(task,), role="task", items=items, scorings=scorings, content=content, code=True)
+
+
+def _texts(task: str) -> Known:
+    return Known(task=task, folders=(), scorings={STANDARD: _BITS}, content=("text",), hub=False)
+
 
 NAMES: Mapping[str, Known] = {
-    "triviaqa": Known(task="triviaqa", folders=("triviaqa",), role="knowledge", scorings=_answers()),
-    "nq_open": Known(task="nq_open", folders=("nq_open",), role="knowledge", scorings=_answers()),
-    "efficientqa": Known(task="nq_open", folders=("nq_open",), role="knowledge", scorings=_answers(), hub=False),
-    "webqs": Known(
-        task="webqs",
-        folders=("webqs",),
-        role="knowledge",
-        scorings={
-            STANDARD: Scoring("exact_match", "exact_match,none"),
-            "generated": Scoring("exact_match", protocol="generated"),
-        },
-    ),
-    "mmlu": Known(
-        task="mmlu",
-        folders=("mmlu/default",),
-        role="knowledge",
-        scorings=_choices(normed=False, adapters=False),
-        content=("question", "choices"),
-    ),
-    "hellaswag": Known(
-        task="hellaswag",
-        folders=("hellaswag",),
-        role="knowledge",
-        content=("ctx", "endings"),
-        scorings=_choices(normed=True),
-    ),
-    "winogrande": Known(
-        task="winogrande",
-        folders=("winogrande",),
-        role="knowledge",
-        content=("sentence", "option1", "option2"),
-        scorings=_choices(normed=False),
-    ),
-    "arc_easy": Known(
-        task="arc_easy",
-        folders=("arc",),
-        role="knowledge",
-        content=("question", "choices"),
-        scorings=_choices(normed=True),
-    ),
-    "arc_challenge": Known(
-        task="arc_challenge",
-        folders=("arc",),
-        role="knowledge",
-        content=("question", "choices"),
-        scorings=_choices(normed=True),
-    ),
-    "piqa": Known(
-        task="piqa",
-        folders=("piqa",),
-        role="knowledge",
-        content=("goal", "sol1", "sol2"),
-        scorings=_choices(normed=True),
-    ),
-    "boolq": Known(task="boolq", folders=("super_glue/boolq",), role="knowledge", scorings=_choices(normed=False)),
-    "openbookqa": Known(
-        task="openbookqa",
-        folders=("openbookqa",),
-        role="knowledge",
-        content=("question_stem", "choices"),
-        scorings=_choices(normed=True),
-    ),
-    "gsm8k": Known(
-        task="gsm8k",
-        folders=("gsm8k",),
-        role="task",
-        shots=5,
-        scorings={
-            STANDARD: Scoring("exact_match", "exact_match,strict-match"),
-            "flexible": Scoring("exact_match", "exact_match,flexible-extract"),
-            "metamath": _METAMATH,
-        },
-    ),
+    "triviaqa": _knowledge("triviaqa", 17_944, _ANSWERS),
+    "nq_open": _knowledge("nq_open", 3_610, _ANSWERS),
+    "efficientqa": Known(task="nq_open", folders=("nq_open",), scorings=_ANSWERS, hub=False),
+    "webqs": _knowledge("webqs", 2_032, _WEBQS),
+    "mmlu": _knowledge("mmlu", 14_042, _CHOICES, *_QUESTION, folder="mmlu/default"),
+    "hellaswag": _knowledge("hellaswag", 10_042, _NORMED, "ctx", "endings"),
+    "winogrande": _knowledge("winogrande", 1_267, _CHOICES | _ADAPTERS, "sentence", "option1", "option2"),
+    "arc_easy": _knowledge("arc_easy", 2_376, _NORMED, *_QUESTION, folder="arc"),
+    "arc_challenge": _knowledge("arc_challenge", 1_172, _NORMED, *_QUESTION, folder="arc"),
+    "piqa": _knowledge("piqa", 1_838, _NORMED, "goal", "sol1", "sol2"),
+    "boolq": _knowledge("boolq", 3_270, _CHOICES | _ADAPTERS, folder="super_glue/boolq"),
+    "openbookqa": _knowledge("openbookqa", 500, _NORMED, "question_stem", "choices"),
+    "gsm8k": Known(task="gsm8k", folders=("gsm8k",), role="task", items=1_319, scorings=_GSM8K),
     "math": Known(
         task="minerva_math",
-        content=("problem",),
         folders=("minerva_math", "benchmarks"),
         role="task",
-        shots=4,
-        scorings={
-            STANDARD: Scoring("exact_match", "exact_match,none"),
-            "verify": Scoring("exact_match", "math_verify,none"),
-            "metamath": _METAMATH,
-        },
+        items=5_000,
+        scorings=_MATH,
+        content=("problem",),
     ),
-    "humaneval": Known(
-        task="humaneval", folders=("humaneval",), role="task", content=("prompt",), scorings=_PROGRAMS, code=True
-    ),
-    "mbpp": Known(
-        task="mbpp", folders=("mbpp",), role="task", content=("text", "code"), shots=3, scorings=_PROGRAMS, code=True
-    ),
-    "ifeval": Known(
-        task="ifeval",
-        content=("prompt",),
-        folders=("ifeval",),
-        role="task",
-        scorings={
-            STANDARD: Scoring("prompts_followed", "prompt_level_strict_acc,none"),
-            "prompt-loose": Scoring("prompts_followed", "prompt_level_loose_acc,none"),
-            "instruction-strict": Scoring("instructions_followed", "inst_level_strict_acc,none"),
-            "instruction-loose": Scoring("instructions_followed", "inst_level_loose_acc,none"),
-        },
-    ),
-    "cola": _glue("cola", "sentence"),
-    "mnli": _glue("mnli", "premise", "hypothesis"),
-    "mnli_mismatch": _glue("mnli_mismatch", "premise", "hypothesis"),
-    "mrpc": _glue("mrpc", "sentence1", "sentence2", f1=True),
-    "qnli": _glue("qnli", "question", "sentence"),
-    "qqp": _glue("qqp", "question1", "question2", f1=True),
-    "rte": _glue("rte", "sentence1", "sentence2"),
-    "sst2": _glue("sst2", "sentence"),
-    "wnli": _glue("wnli", "sentence1", "sentence2"),
-    "tinystories": Known(
-        task="tinystories",
-        content=("text",),
-        folders=(),
-        role="knowledge",
-        scorings={STANDARD: Scoring("cross_entropy", "bits_per_byte,none")},
-        hub=False,
-    ),
-    "c4_text": Known(
-        task="c4_text",
-        content=("text",),
-        folders=(),
-        role="knowledge",
-        scorings={STANDARD: Scoring("cross_entropy", "bits_per_byte,none")},
-        hub=False,
-    ),
+    "humaneval": _programs("humaneval", 164, "prompt"),
+    "mbpp": _programs("mbpp", 500, "text", "code"),
+    "ifeval": Known(task="ifeval", folders=("ifeval",), role="task", items=541, scorings=_IFEVAL, content=("prompt",)),
+    "cola": _glue("cola", 1_043, "sentence", standard=_MATTHEWS),
+    "mnli": _glue("mnli", 9_815, "premise", "hypothesis"),
+    "mnli_mismatch": _glue("mnli_mismatch", 9_832, "premise", "hypothesis"),
+    "mrpc": _glue("mrpc", 408, "sentence1", "sentence2", f1=True),
+    "qnli": _glue("qnli", 5_463, "question", "sentence"),
+    "qqp": _glue("qqp", 40_430, "question1", "question2", f1=True),
+    "rte": _glue("rte", 277, "sentence1", "sentence2"),
+    "sst2": _glue("sst2", 872, "sentence"),
+    "wnli": _glue("wnli", 71, "sentence1", "sentence2"),
+    "tinystories": _texts("tinystories"),
+    "c4_text": _texts("c4_text"),
 }
 
 
 def known(name: str, task: str | None, *, where: str) -> Known | None:
-    """Look a benchmark up.
+    """Looks a benchmark up.
 
     Args:
         name: The entry's name.

@@ -15,8 +15,8 @@ from keeptune.core.errors import DataError, ModelError, RecipeError, nearest
 from keeptune.data.sources import Row
 from keeptune.evaluation.standard import programs
 from keeptune.evaluation.standard.entry import NamedBenchmark
-from keeptune.evaluation.standard.local_data import files_of, local_rows, subjects_of
-from keeptune.evaluation.standard.protocols import Protocol, overrides_of, protocol_for
+from keeptune.evaluation.standard.local_data import files_of, local_rows
+from keeptune.evaluation.standard.protocols import PROTOCOLS, overrides_of
 from keeptune.evaluation.standard.restore import INSTALL
 from keeptune.evaluation.standard.sandbox import open_sandbox
 
@@ -32,6 +32,10 @@ _ROLLING = {
     "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
     "metadata": {"version": 1.0},
 }
+# Of IFEval's checks, those that split a text into sentences or words with nltk's data.
+_BY_SENTENCE = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+
+_Config = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +44,21 @@ class Built:
 
     Args:
         tasks: lm-eval's name to its task object.
-        name: The benchmark's name in the table, or lm-eval's task.
         runs: Runs answers that are programs.
-        note: What was departed from, for the record; empty where nothing was.
+        note: Departure from lm-eval's task, for the record; empty where there is none.
     """
 
     tasks: Mapping[str, Any]
-    name: str
     runs: programs.Runs | None
     note: str = ""
 
 
 def build_tasks(benchmark: NamedBenchmark, *, run: bool = True) -> Built:
-    """Make lm-eval's task objects, with their data.
+    """Builds lm-eval's task objects, with their data.
 
     Args:
         benchmark: The benchmark.
-        run: Whether answers will be scored; False makes no sandbox.
+        run: Whether answers will be scored; False opens no sandbox.
 
     Returns:
         The tasks.
@@ -65,34 +67,33 @@ def build_tasks(benchmark: NamedBenchmark, *, run: bool = True) -> Built:
         RecipeError: lm-eval or a library that the task needs is missing, or it has no such task.
         DataError: The data can neither be fetched nor read, or hold no examples for the prompt.
     """
-    row = benchmark.known
+    row, how = benchmark.known, benchmark.how
     name = benchmark.name if benchmark.task is None else benchmark.task
-    how = benchmark.how
-    protocol = None if how is None or how.protocol is None else protocol_for(how.protocol, name)
+    protocol = None if how is None or how.protocol is None else PROTOCOLS[how.protocol, name]
     task, folders = benchmark.lm_eval_task, () if row is None else row.folders
-    if protocol is not None and protocol.task is not None:
-        task, folders = protocol.task[0], (protocol.task[1],)
-    runs = None
-    if row is not None and row.code and run:
-        runs = programs.Runs(name, open_sandbox(benchmark.where))
-    overrides = _overrides(benchmark, name, protocol, runs)
+    code = row is not None and row.code
+    runs = programs.Runs(name, open_sandbox(benchmark.where)) if code and run else None
+    overrides: _Config = {}
+    if code:
+        overrides |= programs.task_overrides(
+            name, (lambda *_: {programs.METRIC: 0.0}) if runs is None else runs.process
+        )
+    if protocol is not None:
+        task, folders = protocol.task or (task, folders)
+        overrides |= overrides_of(protocol, programs.METRIC, overrides.get("process_results"))
     if row is not None and not folders:
         configs = {task: {"task": task, **_ROLLING}}
     else:
         with _explained(benchmark):
-            configs = _configs(benchmark, task, folders, resolve=not (row is not None and row.code))
+            configs = _configs(benchmark, task, folders, resolve=not code)
     configs = {leaf: _with_shots(benchmark, config | overrides) for leaf, config in configs.items()}
     note = ""
     if benchmark.data is not None:
         configs, note = _with_data(benchmark, name, configs)
-    tasks = {leaf: _made(benchmark, config) for leaf, config in configs.items()}
+    tasks = {leaf: _task(benchmark, config) for leaf, config in configs.items()}
     if name == "ifeval":
         _need_sentences(benchmark, tasks[task])
-    return Built(tasks, name, runs, note)
-
-
-# Of IFEval's checks, those that split a text into sentences or words with nltk's data.
-_BY_SENTENCE = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+    return Built(tasks, runs, note)
 
 
 def _need_sentences(benchmark: NamedBenchmark, task: Any) -> None:
@@ -102,37 +103,18 @@ def _need_sentences(benchmark: NamedBenchmark, task: Any) -> None:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError as error:
         rows = list(task.eval_docs)[: benchmark.examples]
-        asking = sum(any(check in _BY_SENTENCE for check in row["instruction_id_list"]) for row in rows)
-        if asking:
+        needing = sum(any(check in _BY_SENTENCE for check in row["instruction_id_list"]) for row in rows)
+        if needing:
             raise DataError(
                 benchmark.where,
-                got=f"no punkt_tab, nltk's data, which {asking} of {len(rows)} items need",
+                got=f"no punkt_tab, nltk's data, which {needing} of {len(rows)} items need",
                 wanted="nltk's punkt_tab",
                 next_step="Run `python -m nltk.downloader punkt_tab` where there is a network, or set NLTK_DATA.",
             ) from error
 
 
-def _overrides(
-    benchmark: NamedBenchmark, name: str, protocol: Protocol | None, runs: programs.Runs | None
-) -> dict[str, Any]:
-    """Say what differs from lm-eval's task file."""
-    row = benchmark.known
-    process: Any = (lambda doc, results: {programs.METRIC: 0.0}) if runs is None else runs.process
-    fields: dict[str, Any] = {}
-    if row is not None and row.code:
-        fields |= programs.task_overrides(name, process)
-    if protocol is not None:
-        right = protocol.right
-        if right is not None:
-            process = lambda doc, results: {"exact_match": right(doc, results[0])}  # noqa: E731
-        fields |= overrides_of(protocol, process, programs.METRIC if right is None else "exact_match")
-    return fields
-
-
-def _configs(
-    benchmark: NamedBenchmark, task: str, folders: Sequence[str], *, resolve: bool
-) -> dict[str, dict[str, Any]]:
-    """Read lm-eval's task files: one for each leaf of a group."""
+def _configs(benchmark: NamedBenchmark, task: str, folders: Sequence[str], *, resolve: bool) -> dict[str, _Config]:
+    """Reads lm-eval's task files: one for each leaf of a group."""
     from lm_eval import tasks as shipped
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -141,13 +123,15 @@ def _configs(
     manager = shipped.TaskManager(include_path=paths, include_defaults=False) if folders else shipped.TaskManager()
     index = manager.task_index
     if task not in index:
+        # The nearest of thousands, without the list of the others.
+        sentence = nearest(task, manager.all_tasks).partition(" Known:")[0]
         raise RecipeError(
             f"{benchmark.where}.task",
             got=f'"{task}"',
             wanted="a task of lm-eval",
-            next_step=_nearest_task(task, manager.all_tasks),
+            next_step=sentence if sentence.startswith("Did you") else "`lm_eval ls tasks` lists them.",
         )
-    found: dict[str, dict[str, Any]] = {}
+    configs: dict[str, _Config] = {}
     for leaf in _leaves(task, index):
         path = index[leaf].yaml_path
         if path is None or "class" in (index[leaf].cfg or {}):
@@ -159,14 +143,8 @@ def _configs(
             )
         # IFEval's file fetches nltk's sentences when it is read, and prints how that went.
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            found[leaf] = load_yaml(path, resolve_func=resolve)
-    return found
-
-
-def _nearest_task(task: str, known: list[str]) -> str:
-    """Name the nearest of thousands of tasks, without the list of the others."""
-    sentence = nearest(task, known).partition(" Known:")[0]
-    return sentence if sentence.startswith("Did you") else "`lm_eval ls tasks` lists them."
+            configs[leaf] = load_yaml(path, resolve_func=resolve)
+    return configs
 
 
 def _leaves(task: str, index: Mapping[str, Any]) -> Iterator[str]:
@@ -177,13 +155,12 @@ def _leaves(task: str, index: Mapping[str, Any]) -> Iterator[str]:
             yield from _leaves(leaf, index)
     elif kind == "GROUP":
         for part in entry.cfg["task"]:
-            inner = part if isinstance(part, str) else str(part.get("task") or part.get("group"))
-            yield from _leaves(inner, index)
+            yield from _leaves(part if isinstance(part, str) else str(part.get("task") or part.get("group")), index)
     else:
         yield task
 
 
-def _with_shots(benchmark: NamedBenchmark, config: Mapping[str, Any]) -> dict[str, Any]:
+def _with_shots(benchmark: NamedBenchmark, config: Mapping[str, Any]) -> _Config:
     shots = config.get("num_fewshot") or 0 if benchmark.shots is None else benchmark.shots
     kept = {key: value for key, value in config.items() if key not in ("tag", "group", "task_list")}
     return kept | {"num_fewshot": shots}
@@ -194,7 +171,7 @@ def _scored_split(config: Mapping[str, Any]) -> str:
 
 
 def _shot_split(config: Mapping[str, Any]) -> str | None:
-    """Name the split that examples are drawn from, by lm-eval's rule; None where the task lists them itself."""
+    """Returns the split that examples are drawn from, by lm-eval's rule; None where the task lists them itself."""
     own = config.get("fewshot_config") or {}
     if own.get("split") or config.get("fewshot_split"):
         return str(own.get("split") or config.get("fewshot_split"))
@@ -203,19 +180,17 @@ def _shot_split(config: Mapping[str, Any]) -> str | None:
     return str(config.get("training_split") or config.get("validation_split") or config.get("test_split"))
 
 
-def _with_data(
-    benchmark: NamedBenchmark, name: str, configs: Mapping[str, dict[str, Any]]
-) -> tuple[dict[str, dict[str, Any]], str]:
-    """Put rows of local files in the place of the hub's data."""
+def _with_data(benchmark: NamedBenchmark, name: str, configs: Mapping[str, _Config]) -> tuple[dict[str, _Config], str]:
+    """Puts rows of local files in the place of the hub's data; returns the departure from lm-eval's task as well."""
     first = next(iter(configs.values()))
     if name == "math":
         # lm-eval has a task for each subject of the hub's data, alike but for their names.
         configs = {name: first | {"task": name}}
     splits = [_scored_split(first)]
     shot_split = _shot_split(first)
-    if shot_split is not None and first["num_fewshot"]:
+    if shot_split is not None and first["num_fewshot"] and shot_split not in splits:
         splits.append(shot_split)
-    paths = files_of(name, Path(str(benchmark.data)), list(dict.fromkeys(splits)), where=benchmark.where)
+    paths = files_of(name, Path(str(benchmark.data)), splits, where=benchmark.where)
     rows = {split: local_rows(name, split, path, where=benchmark.where) for split, path in paths.items()}
     parts = _by_subject(benchmark, rows, configs) if name == "mmlu" else dict.fromkeys(configs, rows)
     if len(parts) > 1 and name != "mmlu":
@@ -236,42 +211,40 @@ def _with_data(
 def _by_subject(
     benchmark: NamedBenchmark, rows: Mapping[str, list[Row]], configs: Mapping[str, Any]
 ) -> dict[str, dict[str, list[Row]]]:
-    found = {split: subjects_of(own) for split, own in rows.items()}
-    scored = next(iter(found.values()))
-    for subject in scored:
-        if f"mmlu_{subject}" not in configs:
-            raise DataError(
-                f"{benchmark.where}.data",
-                got=f'the subject "{subject}"',
-                wanted="a subject of MMLU",
-                next_step=nearest(subject, [leaf.removeprefix("mmlu_") for leaf in configs]),
-            )
-    if len(scored) < len(configs):
-        _LOG.warning("%s: %d of %d subjects are in the data.", benchmark.where, len(scored), len(configs))
-    return {
-        f"mmlu_{subject}": {split: own[subject] for split, own in found.items() if subject in own} for subject in scored
-    }
+    """Sorts MMLU's rows: task to split to rows, in the order of the file."""
+    parts: dict[str, dict[str, list[Row]]] = {}
+    for at, (split, own) in enumerate(rows.items()):
+        for row in own:
+            leaf = f"mmlu_{row['subject']}"
+            if at == 0 and leaf not in configs:
+                raise DataError(
+                    f"{benchmark.where}.data",
+                    got=f'the subject "{row["subject"]}"',
+                    wanted="a subject of MMLU",
+                    next_step=nearest(row["subject"], [known.removeprefix("mmlu_") for known in configs]),
+                )
+            if at == 0 or leaf in parts:
+                parts.setdefault(leaf, {}).setdefault(split, []).append(row)
+    if len(parts) < len(configs):
+        _LOG.warning("%s: %d of %d subjects are in the data.", benchmark.where, len(parts), len(configs))
+    return parts
 
 
-def _local(config: Mapping[str, Any], rows: Mapping[str, list[Row]], where: str) -> dict[str, Any]:
+def _local(config: Mapping[str, Any], rows: Mapping[str, list[Row]], where: str) -> _Config:
     from datasets import Dataset
 
-    scored = _scored_split(config)
-    if scored not in rows:
+    if _scored_split(config) not in rows:
         raise DataError(where, got="no rows", wanted=f"rows of {config['task']}", next_step="Fill the file.")
     data = {split: Dataset.from_list([dict(row) for row in own]) for split, own in rows.items()}
-    drop = {
-        key: None
-        for key in ("training_split", "validation_split", "test_split", "fewshot_split")
-        if config.get(key) not in rows
-    }
+    splits = ("training_split", "validation_split", "test_split", "fewshot_split")
+    drop = {key: None for key in splits if config.get(key) not in rows}
     if config.get("fewshot_config") and not config["num_fewshot"]:
         drop["fewshot_config"] = None
     return {**config, **drop, "custom_dataset": lambda **_: data, "dataset_kwargs": None}
 
 
-def _made(benchmark: NamedBenchmark, config: dict[str, Any]) -> Any:
-    """Make one task; this is where lm-eval fetches its data."""
+def _task(benchmark: NamedBenchmark, config: _Config) -> Any:
+    """Builds one task; this is where lm-eval fetches its data."""
     from lm_eval.api.task import ConfigurableTask
 
     shots, scored, source = config["num_fewshot"], _scored_split(config), _shot_split(config)
@@ -297,7 +270,7 @@ def _made(benchmark: NamedBenchmark, config: dict[str, Any]) -> Any:
 
 @contextmanager
 def noted_shots(built: Built) -> Iterator[dict[str, list[tuple[int, ...]]]]:
-    """Note which examples lm-eval draws for each prompt.
+    """Notes which examples lm-eval draws for each prompt.
 
     Args:
         built: The tasks.
@@ -328,7 +301,7 @@ def noted_shots(built: Built) -> Iterator[dict[str, list[tuple[int, ...]]]]:
 
 @contextmanager
 def _explained(benchmark: NamedBenchmark) -> Iterator[None]:
-    """Say what could not be fetched or imported, and what to do."""
+    """Turns failures to fetch or import into errors that name what to do."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -17,6 +17,7 @@ r"""How papers prompt and score where they do not use lm-eval: each a prompt, st
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ __all__ = [
     "metamath_gold",
     "metamath_math",
     "metamath_number",
-    "protocol_for",
+    "overrides_of",
 ]
 
 _ALPACA = (
@@ -58,7 +59,7 @@ class Protocol:
         stops: Texts before which an answer ends.
         new_tokens: Tokens generated at most.
         right: Row and generated text to 1 or 0; None where the text is a program that is run.
-        task: lm-eval's task that the rows are from, where it is another than the standard one, and its folder.
+        task: lm-eval's task that the rows are from, where it is another than the standard one, and its folders.
     """
 
     prompt: Callable[[Row], str]
@@ -66,17 +67,11 @@ class Protocol:
     stops: tuple[str, ...]
     new_tokens: int
     right: Callable[[Row, str], float] | None
-    task: tuple[str, str] | None = None
+    task: tuple[str, tuple[str, ...]] | None = None
 
 
 def metamath_number(text: str) -> int | None:
-    """Read the number after the last ``The answer is: ``, rounded.
-
-    Args:
-        text: What the model wrote.
-
-    Returns:
-        The number; None where the phrase or a number after it is missing.
+    """Returns the number after the last ``The answer is: ``, rounded; None without the phrase or a number after it.
 
     >>> metamath_number("So 6 + 2 = 8. The answer is: 8")
     8
@@ -90,33 +85,20 @@ def metamath_number(text: str) -> int | None:
     if match is None:
         return None
     numerator, slash, denominator = match[0].replace(",", "").partition("/")
-    if not slash:
-        return _rounded(numerator)
-    if numerator in ("", "+", "-"):
-        return None
-    # A division by 0 gives the numerator, as in the scripts.
-    return _rounded(numerator) if int(denominator) == 0 else round(float(Fraction(int(numerator), int(denominator))))
-
-
-def _rounded(number: str) -> int | None:
-    value = float(number)
-    return None if value in (float("inf"), float("-inf")) else round(value)
+    if not slash or (numerator not in ("", "+", "-") and int(denominator) == 0):
+        # A division by 0 gives the numerator, as in the scripts.
+        value = float(numerator)
+        return None if math.isinf(value) else round(value)
+    return None if numerator in ("", "+", "-") else round(float(Fraction(int(numerator), int(denominator))))
 
 
 def metamath_gold(answer: str) -> int:
-    """Read the right number of a GSM8K row.
-
-    Args:
-        answer: The row's answer, ending in ``#### 1,234``.
-
-    Returns:
-        The number.
-    """
+    """Returns the right number of a GSM8K row, whose answer ends in ``#### 1,234``."""
     return int(answer.split("#### ")[1].replace(",", ""))
 
 
 def metamath_math(text: str, same: Callable[[str, str], bool], gold: str) -> float:
-    """Compare what follows the last ``The answer is: `` with the right answer of a MATH row.
+    """Compares what follows the last ``The answer is: `` with the right answer of a MATH row.
 
     Args:
         text: What the model wrote.
@@ -129,12 +111,7 @@ def metamath_math(text: str, same: Callable[[str, str], bool], gold: str) -> flo
     parts = text.split(_PHRASE)
     if len(parts) < 2:
         return 0.0
-    said = parts[-1].split(".\n")[0].strip().removesuffix(".").strip()
-    return float(same(said, gold))
-
-
-def _gsm8k(row: Row, text: str) -> float:
-    return float(metamath_number(text) == metamath_gold(row["answer"]))
+    return float(same(parts[-1].split(".\n")[0].strip().removesuffix(".").strip(), gold))
 
 
 def _math(row: Row, text: str) -> float:
@@ -143,12 +120,6 @@ def _math(row: Row, text: str) -> float:
     return metamath_math(text, is_equiv, row["answer"])
 
 
-_FORMS: Mapping[str, str] = {
-    "boolq": "Please answer the following question with true or false, question: {question}?",
-    "piqa": "Please choose the correct solution to the question: {goal}\n\nSolution1: {sol1}\n\nSolution2: {sol2}",
-    "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence: {sentence}"
-    "\n\nOption1: {option1} Option2: {option2}",
-}
 _WORDS: Mapping[str, str] = {
     "piqa": "solution",
     "winogrande": "option",
@@ -160,7 +131,7 @@ _WORDS: Mapping[str, str] = {
 
 
 def adapters_instruction(name: str, row: Row) -> tuple[str, str]:
-    """Put a row into the instruction form of LLM-Adapters.
+    """Puts a row into the instruction form of LLM-Adapters.
 
     Args:
         name: The benchmark's name in the table.
@@ -170,24 +141,27 @@ def adapters_instruction(name: str, row: Row) -> tuple[str, str]:
         The instruction and the right word, such as ``answer2``.
     """
     if name == "boolq":
-        body, words, right = _FORMS[name].format(**row), ["true", "false"], int(not row["label"])
-        return f"{body}\n\nAnswer format: {'/'.join(words)}", words[right]
-    word = _WORDS[name]
-    if name in _FORMS:
-        body, count = _FORMS[name].format(**row), 2
-        right = int(row["label"]) if name == "piqa" else int(row["answer"]) - 1
+        body = f"Please answer the following question with true or false, question: {row['question']}?"
+        return f"{body}\n\nAnswer format: true/false", "true" if row["label"] else "false"
+    word, gap = _WORDS[name], "\n\n"
+    task = f"Please choose the correct {word} to"
+    if name == "piqa":
+        body, count = f"{task} the question: {row['goal']}\n\nSolution1: {row['sol1']}\n\nSolution2: {row['sol2']}", 2
+        right = int(row["label"])
+    elif name == "winogrande":
+        blank = "Please choose the correct answer to fill in the blank to complete the given sentence"
+        options, count = f"Option1: {row['option1']} Option2: {row['option2']}", 2
+        body, gap, right = f"{blank}: {row['sentence']}\n\n{options}", " ", int(row["answer"]) - 1
     elif name == "hellaswag":
-        choices, count = row["endings"], len(row["endings"])
-        body = f"Please choose the correct ending to complete the given sentence: {row['activity_label']}: {row['ctx']}"
-        body += "\n\n" + _numbered("Ending", choices)
+        listed, count = _numbered("Ending", row["endings"]), len(row["endings"])
+        body = f"{task} complete the given sentence: {row['activity_label']}: {row['ctx']}\n\n{listed}"
         right = int(row["label"])
     else:
-        choices, count = row["choices"]["text"], len(row["choices"]["text"])
-        question = row["question_stem" if name == "openbookqa" else "question"]
-        body = f"Please choose the correct answer to the question: {question}\n\n" + _numbered("Answer", choices)
-        right = row["choices"]["label"].index(row["answerKey"].strip())
+        choices = row["choices"]
+        listed, count = _numbered("Answer", choices["text"]), len(choices["text"])
+        body = f"{task} the question: {row['question_stem' if name == 'openbookqa' else 'question']}\n\n{listed}"
+        right = choices["label"].index(row["answerKey"].strip())
     words = [f"{word}{number}" for number in range(1, count + 1)]
-    gap = " " if name == "winogrande" else "\n\n"
     return f"{body}{gap}Answer format: {'/'.join(words)}", words[right]
 
 
@@ -196,48 +170,30 @@ def _numbered(word: str, choices: list[str]) -> str:
 
 
 def adapters_answer(name: str, text: str) -> str:
-    """Find the first answer word of a generated text.
-
-    Args:
-        name: The benchmark's name in the table.
-        text: What the model wrote.
-
-    Returns:
-        The word; empty where there is none.
+    """Returns the first answer word of a generated text; empty where there is none.
 
     >>> adapters_answer("arc_easy", " the correct answer is answer3, not answer1")
     'answer3'
     """
-    words = ("true", "false") if name == "boolq" else tuple(f"{_WORDS[name]}{number}" for number in range(1, 6))
-    match = re.search("|".join(words), text.strip())
+    words = "true|false" if name == "boolq" else "|".join(f"{_WORDS[name]}{number}" for number in range(1, 6))
+    match = re.search(words, text.strip())
     return match[0] if match else ""
 
 
 def _adapters(name: str) -> Protocol:
-    def prompt(row: Row) -> str:
-        # The indented form of the scripts: trained and scored on the same odd white space.
-        pad = " " * 16
-        return (
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
-            f"\n\n{pad}### Instruction:\n{pad}{adapters_instruction(name, row)[0]}\n\n{pad}### Response:\n{pad}"
-        )
-
+    # The indented form of the scripts: trained and scored on the same odd white space.
+    pad = " " * 16
+    form = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
+        f"\n\n{pad}### Instruction:\n{pad}{{}}\n\n{pad}### Response:\n{pad}"
+    )
     return Protocol(
-        prompt=prompt,
+        prompt=lambda row: form.format(adapters_instruction(name, row)[0]),
         target=lambda row: adapters_instruction(name, row)[1],
         stops=(),
         new_tokens=32,
         right=lambda row, text: float(adapters_answer(name, text) == adapters_instruction(name, row)[1]),
     )
-
-
-def _webqs(row: Row, text: str) -> float:
-    return exact_match(text, row["answers"])
-
-
-def _first_answer(row: Row) -> str:
-    answers: list[str] = row["answers"]
-    return answers[0]
 
 
 PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
@@ -246,7 +202,7 @@ PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
         target=lambda row: str(metamath_gold(row["answer"])),
         stops=_METAMATH_STOPS,
         new_tokens=1024,
-        right=_gsm8k,
+        right=lambda row, text: float(metamath_number(text) == metamath_gold(row["answer"])),
     ),
     ("metamath", "math"): Protocol(
         prompt=lambda row: _ALPACA.format(instruction=row["problem"]),
@@ -254,14 +210,14 @@ PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
         stops=_METAMATH_STOPS,
         new_tokens=2048,
         right=_math,
-        task=("hendrycks_math", "hendrycks_math"),
+        task=("hendrycks_math", ("hendrycks_math",)),
     ),
     ("generated", "webqs"): Protocol(
         prompt=lambda row: f"Question: {row['question']}\nAnswer:",
-        target=_first_answer,
+        target=lambda row: str(row["answers"][0]),
         stops=("\n", ".", ","),
         new_tokens=32,
-        right=_webqs,
+        right=lambda row, text: exact_match(text, row["answers"]),
     ),
     ("bigcode", "humaneval"): Protocol(
         prompt=lambda row: str(row["prompt"]).strip(),
@@ -281,30 +237,16 @@ PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
 }
 
 
-def protocol_for(scoring: str, name: str) -> Protocol:
-    """Give the protocol of one benchmark.
-
-    Args:
-        scoring: Its name.
-        name: The benchmark's name in the table.
-
-    Returns:
-        The protocol.
-    """
-    return PROTOCOLS[scoring, name]
-
-
-def overrides_of(protocol: Protocol, process: Callable[[Any, Any], dict[str, float]], metric: str) -> dict[str, Any]:
-    """Put a protocol into the words of an lm-eval task.
+def overrides_of(protocol: Protocol, run_metric: str, run: Any) -> dict[str, Any]:
+    """Returns a protocol as fields of an lm-eval task's configuration.
 
     Args:
         protocol: The protocol.
-        process: lm-eval's ``process_results``.
-        metric: The metric that it gives.
-
-    Returns:
-        Fields of the task's configuration.
+        run_metric: The metric of answers that are programs.
+        run: lm-eval's ``process_results`` of answers that are programs; None where they are not.
     """
+    right = protocol.right
+    metric = run_metric if right is None else "exact_match"
     return {
         "output_type": "generate_until",
         "doc_to_text": protocol.prompt,
@@ -319,7 +261,7 @@ def overrides_of(protocol: Protocol, process: Callable[[Any, Any], dict[str, flo
             "temperature": 0.0,
         },
         "filter_list": None,
-        "process_results": process,
+        "process_results": run if right is None else lambda doc, results: {metric: right(doc, results[0])},
         "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
         "num_fewshot": 0,
         "fewshot_config": None,

@@ -1,4 +1,4 @@
-"""Leaving a process and a model as they were found: lm-eval sets seeds, loggers, variables and models as it likes."""
+"""Restores a process and a model: lm-eval sets seeds, loggers, variables and models as it likes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -26,13 +26,10 @@ _NOISY = ("lm_eval", "datasets", "httpx", "absl")
 
 
 def engine_version(where: str) -> str:
-    """Give the version of lm-eval.
+    """Returns the version of lm-eval.
 
     Args:
         where: The recipe key, for error messages.
-
-    Returns:
-        The version.
 
     Raises:
         RecipeError: It is not installed.
@@ -50,28 +47,24 @@ def engine_version(where: str) -> str:
 
 @contextmanager
 def as_found(where: str) -> Iterator[None]:
-    """Restore random number generators, environment, loggers and progress bars; hush lm-eval meanwhile.
+    """Restores random number generators, environment, loggers and progress bars; silences lm-eval meanwhile.
 
     Args:
         where: The recipe key, for error messages.
 
-    Yields:
-        Nothing.
-
     Raises:
         RecipeError: lm-eval is not installed.
     """
-    environment = dict(os.environ)
+    engine_version(where)
     python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     root = logging.getLogger()
-    levels = {name: logging.getLogger(name).level for name in _NOISY}
     handlers, level = list(root.handlers), root.level
+    levels = {name: logging.getLogger(name).level for name in _NOISY}
     try:
-        engine_version(where)
         for name in _NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
-        with _without_bars():
+        with mock.patch.dict(os.environ), _without_bars():
             yield
     finally:
         for name, own in levels.items():
@@ -83,14 +76,11 @@ def as_found(where: str) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
-        for name in set(os.environ) - set(environment):
-            del os.environ[name]
-        os.environ.update(environment)
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Draw no bars for the building of prompts and data; those of the model stay."""
+    """Draws no bars for the building of prompts and data; those of the model stay."""
     import datasets
     import lm_eval.api.task
 
@@ -106,30 +96,20 @@ def _without_bars() -> Iterator[None]:
 
 @contextmanager
 def model_as_found(model: PreTrainedModel) -> Iterator[None]:
-    """Keep lm-eval's wrapper from tying weights, and a model's generation settings as they are.
-
-    Args:
-        model: The model, in evaluation mode.
-
-    Yields:
-        Nothing.
-    """
+    """Keeps lm-eval's wrapper from tying weights, and restores a model's generation settings."""
     own: Any = model.generation_config
-    with ExitStack() as stack:
-        # Weights that were trained apart would be tied again.
-        stack.enter_context(mock.patch.object(model, "tie_weights", lambda *_, **__: None))
+    # Weights that were trained apart would be tied again.
+    with mock.patch.object(model, "tie_weights", lambda *_, **__: None):
         model.generation_config = copy.deepcopy(own)
-        stack.callback(setattr, model, "generation_config", own)
-        yield
+        try:
+            yield
+        finally:
+            model.generation_config = own
 
 
 @contextmanager
 def steady_languages() -> Iterator[None]:
-    """Let langdetect, which IFEval's checks ask, say the same each time; it draws without a seed.
-
-    Yields:
-        Nothing.
-    """
+    """Seeds langdetect, which IFEval's checks use and which draws without a seed."""
     detect: Any = sys.modules.get("langdetect")
     with nullcontext() if detect is None else mock.patch.object(detect.DetectorFactory, "seed", 0):
         yield
