@@ -28,7 +28,7 @@ from cells import each, run_once, spread
 from keeptune.core.artefact import read_json, write_bytes, write_json
 from keeptune.pipeline.demo import demo_recipe
 from keeptune.pipeline.job import Job
-from keeptune.pipeline.planning import plan_for
+from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.pipeline.reporting import write_report
 from keeptune.recipe.schema import make_recipe
 from keeptune.report.plots import png, tradeoff
@@ -192,7 +192,13 @@ def start(name: str) -> None:
         job = Job(make_recipe(values, folder=Path(), where=f"study {name}"))
         model, data, fingerprint = job.base(), job.data, job.base_fingerprint
         before, began = _peak(), time.perf_counter()
-        plan_for(model, job.method, StatStore(Path(folder) / "store"), data=data, fingerprint=fingerprint)
+        plan_for(
+            model,
+            job.method,
+            StatStore(Path(folder) / "store"),
+            data=data,
+            options=PlanOptions(fingerprint=fingerprint),
+        )
         print(json.dumps({"seconds": time.perf_counter() - began, "mib": max(_peak() - before, 0)}))
 
 

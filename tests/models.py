@@ -34,7 +34,7 @@ from keeptune.model.blocks import body, find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import load_model
 from keeptune.model.runner import Labels, ResidentRunner, Sink, Taps
-from keeptune.pipeline.planning import asked_penalties, with_penalties
+from keeptune.pipeline.planning import scoped_penalties, with_penalties
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import Request
 from keeptune.statistics.store import StatStore
@@ -257,11 +257,10 @@ class Bench:
         )
         return with_penalties(
             plan,
-            asked_penalties(method, penalties),
+            scoped_penalties(method, penalties),
             runner or ResidentRunner(self.model),
-            {"knowledge": self.data, "task": self.task},
             StatStore(self.folder),
-            model_fingerprint=body_fingerprint(self.model),
+            data={"knowledge": self.data, "task": self.task},
         )
 
 

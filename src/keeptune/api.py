@@ -32,7 +32,7 @@ from keeptune.model.blocks import positions
 from keeptune.model.head import Head
 from keeptune.model.pretrained import load_model
 from keeptune.penalties.base import PenaltySpec
-from keeptune.pipeline.planning import plan_for
+from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
 
@@ -90,10 +90,12 @@ def plan(
             StatStore(Path(scratch if store is None else store)),
             data=data,
             penalties=penalties,
-            roles=targets,
-            layers=layers,
-            low_memory=low_memory,
-            provenance={"knowledge": None} | {role: tokens.fingerprint for role, tokens in data.items()},
+            options=PlanOptions(
+                roles=targets,
+                layers=layers,
+                low_memory=low_memory,
+                provenance={"knowledge": None} | {role: tokens.fingerprint for role, tokens in data.items()},
+            ),
         )
 
 

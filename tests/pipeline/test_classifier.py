@@ -233,7 +233,7 @@ def test_a_base_has_the_same_head_each_time_and_another_with_another_seed(make: 
     assert torch.equal(first, again)
     assert not torch.equal(first, other.base().classifier.out_proj.weight)
     assert other.base_fingerprint == Job(recipe_of(plain)).base_fingerprint
-    assert other.plan_key != Job(recipe_of(plain)).plan_key
+    assert other.plan_inputs != Job(recipe_of(plain)).plan_inputs
 
 
 def test_a_repaired_classifier_keeps_its_head(make: Make, data: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from keeptune.methods.mica import Mica
 from keeptune.methods.osf import Osf
 from keeptune.model.pretrained import load_model
 from keeptune.penalties.l2 import L2
-from keeptune.pipeline.planning import asked_penalties, plan_for, refuse_penalties
+from keeptune.pipeline.planning import PlanOptions, plan_for, refuse_penalties, scoped_penalties
 from keeptune.statistics.store import StatStore
 from keeptune.training.penalty_engine import Penalties
 
@@ -163,7 +163,13 @@ def test_only_the_roles_of_the_parts_are_looked_at(bench_of: Benches, tmp_path: 
     assert tuned_roles(both, None) == ["down_proj", "q_proj"]
     assert (tuned_roles(Lora(), None), tuned_roles(Lora(), ("q_proj",))) == (None, ["q_proj"])
     with pytest.raises(PlanError, match=r"targets: got v_proj, beside methods with `targets` of their own"):
-        plan_for(bench.model, both, StatStore(tmp_path / "own"), data={"knowledge": bench.data}, roles=["v_proj"])
+        plan_for(
+            bench.model,
+            both,
+            StatStore(tmp_path / "own"),
+            data={"knowledge": bench.data},
+            options=PlanOptions(["v_proj"]),
+        )
     with pytest.raises(PlanError, match='targets: q_porj.*Did you mean "q_proj"'):
         wrong = Combined([Part(Lora(), ["q_porj"])])
         plan_for(bench.model, wrong, StatStore(tmp_path / "own"), data={})
@@ -360,7 +366,7 @@ def test_a_budget_on_drift_is_that_of_its_own_targets(bench_of: Benches) -> None
 def test_two_budgets_on_drift_are_refused(bench_of: Benches) -> None:
     with pytest.raises(PlanError, match=r"got 2 penalties drift, wanted one"):
         both = Combined([Part(Keep(), ["down_proj"]), Part(Keep(), ["q_proj"])])
-        refuse_penalties(both, asked_penalties(both))
+        refuse_penalties(both, scoped_penalties(both))
 
 
 def test_a_methods_penalty_on_answers_is_refused_among_several() -> None:
@@ -373,9 +379,9 @@ def test_a_methods_penalty_on_answers_is_refused_among_several() -> None:
 
     both = Combined([Part(Held(), ["down_proj"]), Part(Lora(), ["q_proj"])])
     with pytest.raises(PlanError, match=r"penalty kl for down_proj.*what the whole model says"):
-        refuse_penalties(both, asked_penalties(both))
-    refuse_penalties(Held(), asked_penalties(Held()))
-    refuse_penalties(replaced(both, both.parts[0].method, Lora()), asked_penalties(Lora(), [Kl()]))
+        refuse_penalties(both, scoped_penalties(both))
+    refuse_penalties(Held(), scoped_penalties(Held()))
+    refuse_penalties(replaced(both, both.parts[0].method, Lora()), scoped_penalties(Lora(), [Kl()]))
 
 
 def test_two_parts_with_penalties_of_one_name_hold_their_own(bench_of: Benches) -> None:

@@ -18,8 +18,7 @@ from keeptune.methods.combined import Combined, Part
 from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
-from keeptune.pipeline.demo import METHODS as DEMO_METHODS
-from keeptune.pipeline.demo import demo_recipe
+from keeptune.pipeline.demo import LEARNING_RATE, WAYS, demo_recipe
 from keeptune.pipeline.job import Job
 from keeptune.recipe.construct import make_method
 from keeptune.recipe.schema import ExportSpec, Knowledge, Task, load_recipe, parse_overrides
@@ -132,10 +131,10 @@ def test_home_folders(example: Path) -> None:
     assert recipe.store == Path("~/store").expanduser()
 
 
-@pytest.mark.parametrize("method", DEMO_METHODS)
-def test_demo_recipes_are_right(tmp_path: Path, method: str) -> None:
-    options, rate = DEMO_METHODS[method]
-    recipe = recipe_of(demo_recipe(options, rate, tmp_path / "out", seed=1, store=tmp_path / "store"))
+@pytest.mark.parametrize("way", WAYS)
+def test_demo_recipes_are_right(tmp_path: Path, way: str) -> None:
+    values = demo_recipe(WAYS[way]["method"], LEARNING_RATE, tmp_path / "out", seed=1, store=tmp_path / "store")
+    recipe = recipe_of(values | WAYS[way])
     assert recipe.train["seed"] == 1
     Job(recipe).check()
 
@@ -224,7 +223,7 @@ def test_the_plan_does_not_depend_on_the_order_of_methods(recipe_values: Values)
     jobs = [Job(recipe_of(recipe_values(method=method))) for method in (BOTH, BOTH[::-1])]
     swapped = [one | {"targets": other["targets"]} for one, other in zip(BOTH, BOTH[::-1], strict=True)]
     other = Job(recipe_of(recipe_values(method=swapped)))
-    assert jobs[0].plan_key == jobs[1].plan_key != other.plan_key
+    assert jobs[0].plan_inputs == jobs[1].plan_inputs != other.plan_inputs
     assert jobs[0].needs == {"knowledge"}
     with pytest.raises(RecipeError, match=r"method lora\+lora-null: got no `knowledge` section"):
         Job(recipe_of(recipe_values(method=BOTH, knowledge=None))).check()
@@ -234,8 +233,8 @@ def test_layers(recipe_values: Values) -> None:
     assert recipe_of(recipe_values()).layers is None
     one, other, rest = (Job(recipe_of(recipe_values(layers=layers))) for layers in ([3, 1, 3], [1, 3], [1, 2]))
     assert one.recipe.layers == [3, 1, 3]
-    assert one.plan_key == other.plan_key != rest.plan_key
-    assert Job(recipe_of(recipe_values())).plan_key not in (one.plan_key, rest.plan_key)
+    assert one.plan_inputs == other.plan_inputs != rest.plan_inputs
+    assert Job(recipe_of(recipe_values())).plan_inputs not in (one.plan_inputs, rest.plan_inputs)
 
 
 def test_full_fine_tuning_has_no_layers(recipe_values: Values) -> None:
@@ -413,7 +412,7 @@ def test_knowledge_of_several_sets(recipe_values: Values) -> None:
     both = Job(recipe_of(recipe_values(knowledge=[section, pairs])))
     assert recipe_of(both.recipe.written()) == both.recipe
     assert one.calibration == listed.calibration
-    assert one.plan_key == listed.plan_key != both.plan_key
+    assert one.plan_inputs == listed.plan_inputs != both.plan_inputs
     assert one.calibration is not None
     assert one.calibration.prompts is None
     assert both.calibration is not None

@@ -30,7 +30,7 @@ def dry_run(recipe: Path, overrides: Mapping[str, Any], flops: float | None) -> 
     """
     from keeptune.cli.dry_run_accounts import describe_file
     from keeptune.pipeline.dry_run.show import print_several, stated_rate
-    from keeptune.pipeline.job import device_named
+    from keeptune.pipeline.machine import device_named
 
     described = describe_file(recipe, overrides)
     rate, rate_from = stated_rate(flops, device_named(described.device))

@@ -6,7 +6,7 @@ Laws, for every target t of a part p (``tests/pipeline/test_combining.py``):
     plan(parts)[t] = plan(p)[t], bit for bit         and the order of the parts does not matter
 
 Targets of a role that no part names are left alone. Penalties that a method brings along hold its own targets only
-(:func:`keeptune.pipeline.planning.asked_penalties`). What PEFT's config and the trainer have one of for the whole
+(:func:`keeptune.pipeline.planning.scoped_penalties`). What PEFT's config and the trainer have one of for the whole
 model, such as dropout, DoRA's forward pass and the optimiser, must be the same in all parts.
 """
 

@@ -35,7 +35,6 @@ from keeptune.methods.combined import parts_of, replaced
 from keeptune.model.blocks import depth
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import plan_for
-from keeptune.pipeline.task_kinds import sample
 from keeptune.statistics.request import DataRole
 from keeptune.training.trainer import sft_config, train
 
@@ -162,10 +161,7 @@ def _trial(job: Job, candidate: Any, slices: _Slices, folder: Path, key: str, st
             job.store,
             data=data,
             penalties=job.penalties,
-            roles=recipe.targets,
-            layers=recipe.layers,
-            fingerprint=job.base_fingerprint,
-            low_memory=recipe.low_memory,
+            options=job.plan_options,
         )
         arguments = {"seed": 0, **recipe.train, "max_steps": steps}
         checkpoints = folder / key[:12]
@@ -202,12 +198,12 @@ def _slices(job: Job, wanted: int) -> _Slices:
     options = job.recipe.task.calibration
     rest = _part(job.task, sorted(order[held:]))
     everything = options.model_copy(update={"examples": held, "seed": 0})
-    scored = sample(_part(job.task, order[:held]), job.tokenizer, everything, job.positions)
+    scored = job.kind.calibration(_part(job.task, order[:held]), job.tokenizer, everything, job.positions)
     texts = job.calibration.sequences
     drawn = draw_rows(len(texts), wanted, seed=1)
     return _Slices(
         task=rest,
-        calibration=sample(rest, job.tokenizer, options, job.positions),
+        calibration=job.kind.calibration(rest, job.tokenizer, options, job.positions),
         held_out=[
             ScoredTokens(ids, max(start, 1), False)
             for ids, start in zip(scored.sequences, scored.prompts or (), strict=True)

@@ -1,9 +1,13 @@
-"""keeptune demo: plain LoRA, LoRA-Null v1 and v2 and full fine-tuning on atlas, side by side."""
+"""keeptune demo: plain LoRA, LoRA with 30% replay, LoRA with KL to the base, and keep, on atlas at their defaults.
+
+All four train 120 steps at one learning rate: the lowest of the sweep 2.5e-4, 5e-4, 1e-3, 2e-3 at which each of them
+learns the task to 0.8. A lower rate forgets less, so that none is shown at a rate that makes it look bad.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +15,27 @@ from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.run import run
 from keeptune.recipe.schema import make_recipe
 
-__all__ = ["METHODS", "demo", "demo_recipe"]
+__all__ = ["LEARNING_RATE", "STEPS", "WAYS", "demo", "demo_recipe"]
 
 _log = logging.getLogger(__name__)
 
-# One rule for every method: the lowest learning rate of the sweep at which it learns the task to 0.8.
-# A lower rate always forgets less, so no method is shown at a rate that makes it look bad.
-METHODS: dict[str, tuple[dict[str, Any], float]] = {
-    "full": ({"name": "full"}, 2e-4),
-    "lora": ({"name": "lora", "rank": 8, "alpha": 16}, 1e-3),
-    "lora-null-v1": ({"name": "lora-null", "rank": 8, "variant": "v1"}, 2e-3),
-    "lora-null-v2": ({"name": "lora-null", "rank": 8, "variant": "v2"}, 3.2e-2),
-}
+LEARNING_RATE = 1e-3
 STEPS = 120
+_LORA = {"name": "lora", "rank": 8, "alpha": 16}
+WAYS: dict[str, dict[str, Any]] = {  # what each adds to the recipe
+    "lora": {"method": _LORA},
+    "replay": {"method": _LORA, "replay": 0.3},
+    "kl": {"method": _LORA, "penalties": ["kl"]},
+    "keep": {"method": {"name": "keep"}},
+}
+_QUESTION = {"prompt": "{question}\nAnswer:", "answer": "{answer}", "metric": "exact_match", "max_new_tokens": 16}
+_TOPIC = {"prompt": "{text}\nTopic:", "answer": "{topic}", "metric": "exact_match", "max_new_tokens": 16}
 
 
 def demo_recipe(
-    method: dict[str, Any], learning_rate: float, output: Path, *, seed: int, store: Path, steps: int = STEPS
+    method: Mapping[str, Any], learning_rate: float, output: Path, *, seed: int, store: Path, steps: int = STEPS
 ) -> dict[str, Any]:
-    """Write the recipe of one demo run.
+    """Returns the recipe of one run of the demo.
 
     Args:
         method: The recipe's ``method`` section.
@@ -42,11 +48,9 @@ def demo_recipe(
     Returns:
         A recipe as a YAML file would hold it.
     """
-    question = {"prompt": "{question}\nAnswer:", "answer": "{answer}", "metric": "exact_match"}
-    topic = {"prompt": "{text}\nTopic:", "answer": "{topic}", "metric": "exact_match"}
     return {
         "model": "atlas",
-        "method": method,
+        "method": dict(method),
         "knowledge": {"file": "atlas:calibration.jsonl", "text": "{question}\nAnswer: {answer}", "examples": 256},
         "task": {"train": "atlas:topics.train.jsonl", "prompt": "{text}\nTopic:", "completion": " {topic}"},
         "train": {
@@ -56,8 +60,8 @@ def demo_recipe(
             "seed": seed,
         },
         "evaluate": [
-            {"name": "facts", "role": "knowledge", "file": "atlas:facts.jsonl", "max_new_tokens": 16, **question},
-            {"name": "topics", "role": "task", "file": "atlas:topics.test.jsonl", "max_new_tokens": 16, **topic},
+            {"name": "facts", "role": "knowledge", "file": "atlas:facts.jsonl", **_QUESTION},
+            {"name": "topics", "role": "task", "file": "atlas:topics.test.jsonl", **_TOPIC},
         ],
         "output": str(output),
         "store": str(store),
@@ -66,10 +70,11 @@ def demo_recipe(
 
 
 def demo(output: Path, *, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
-    """Run every method with every seed and join the results.
+    """Runs each of the four with every seed and joins the results.
 
     Args:
-        output: Where; one folder per method and seed, and the joint report. Started again, it goes on.
+        output: The folder; one folder in it per way and seed, and the joint report. A killed demo goes on from where
+            it stopped.
         seeds: Training seeds.
 
     Returns:
@@ -77,10 +82,10 @@ def demo(output: Path, *, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
     """
     runs = []
     for seed in seeds:
-        for name, (method, learning_rate) in METHODS.items():
+        for name, way in WAYS.items():
             folder = output / f"{name}-seed{seed}"
             _log.info("demo: %s, seed %d", name, seed)
-            values = demo_recipe(method, learning_rate, folder, seed=seed, store=output / "store")
+            values = demo_recipe(way["method"], LEARNING_RATE, folder, seed=seed, store=output / "store") | way
             run(make_recipe(values, folder=Path(), where=f"demo {name}"))
             runs.append(folder)
     return write_report(runs, output)

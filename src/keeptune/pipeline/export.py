@@ -12,7 +12,6 @@ from keeptune.core.plan import Plan
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import find_result
-from keeptune.pipeline.task_kinds import probe_of
 from keeptune.pipeline.training import load_trained, trained_result
 
 __all__ = ["export_stage"]
@@ -48,7 +47,7 @@ def export_stage(job: Job, plan: Plan) -> Exported:
             format=wanted.format,
             rank=wanted.rank,
             tokenizer=job.tokenizer,
-            probe=probe_of(job.task, job.tokenizer, min(256, job.positions or 256)),
+            probe=job.probe,
             max_gap=wanted.max_gap,
         )
         return {"train": trained, **asdict(done)}

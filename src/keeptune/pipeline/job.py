@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -19,7 +19,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
 from keeptune.data.disjoint import Corpus
 from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_calibration, knowledge_set
-from keeptune.data.labelled import LabelledExamples, Texts
+from keeptune.data.labelled import Texts
 from keeptune.data.multiple_choice import choose_rows, lettered_rows
 from keeptune.data.replay import with_replay
 from keeptune.data.sources import Row, read_jsonl
@@ -28,8 +28,9 @@ from keeptune.methods.combined import parts_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import load_model, load_positions, load_tokenizer
 from keeptune.penalties.base import PenaltySpec
-from keeptune.pipeline.planning import asked_penalties, refuse_layers, refuse_penalties
-from keeptune.pipeline.task_kinds import Examples, check_benchmark, read_task, sample, used_texts
+from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
+from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
+from keeptune.pipeline.task_kinds import KINDS, TaskKind
 from keeptune.recipe.construct import make_method, make_penalties
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.collect import source_name
@@ -37,7 +38,10 @@ from keeptune.statistics.request import DataRole, Request
 from keeptune.statistics.store import StatStore
 from keeptune.training.trainer import check_arguments, sft_config
 
-__all__ = ["Job", "check_device", "check_folder", "device_named"]
+__all__ = ["Job"]
+
+_PROBE_LENGTH = 256
+_ADD_KNOWLEDGE = 'Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Job:
 
     @property
     def device(self) -> str:
-        """Where the model runs; ``auto`` is CUDA where there is a GPU."""
+        """Where the model runs."""
         return device_named(self.recipe.device)
 
     @property
@@ -67,17 +71,8 @@ class Job:
 
     @property
     def store(self) -> StatStore:
-        """The store of statistics; one for all runs of a user unless the recipe names another."""
-        folder = self.recipe.store or Path(platformdirs.user_cache_dir("keeptune")) / "statistics"
-        return StatStore(folder)
-
-    @cached_property
-    def positions(self) -> int | None:
-        """How many positions the base has, from its config; None where it names no limit."""
-        recipe = self.recipe
-        return load_positions(
-            recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, head=self.head
-        )
+        """The store of statistics."""
+        return statistics_store(self.recipe.store)
 
     @cached_property
     def method(self) -> Any:
@@ -89,27 +84,33 @@ class Job:
         """The penalties that the recipe adds to the method's own."""
         return make_penalties(self.recipe.penalties)
 
+    # The base
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How many positions the base has, from its config; None where it names no limit."""
+        return load_positions(self.recipe.model, head=self.head, **self._source)
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer."""
-        recipe = self.recipe
-        return load_tokenizer(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        return load_tokenizer(self.recipe.model, **self._source)
 
     def base(self) -> PreTrainedModel:
-        """Load a fresh base.
-
-        Returns:
-            The model, in evaluation mode.
-        """
+        """Returns a freshly loaded base, in evaluation mode."""
         recipe = self.recipe
         return load_model(
             recipe.model,
             dtype=recipe.dtype,
             device=self.device,
-            revision=recipe.revision,
-            trust_remote_code=recipe.trust_remote_code,
             allow_pickle=recipe.allow_pickle,
             head=self.head,
+            **self._source,
         )
 
     @cached_property
@@ -118,14 +119,21 @@ class Job:
         return body_fingerprint(self.base())
 
     @cached_property
+    def head(self) -> Head | None:
+        """The classification head, drawn with the run's seed where the base has none; None for a language model."""
+        return self.kind.head(self.task, self.seed)
+
+    # What is to be kept
+
+    @cached_property
     def knowledge_rows(self) -> list[list[Row]]:
         """The knowledge rows that are used, of each set."""
-        found = []
+        sets = []
         for index, part in enumerate(self.recipe.knowledge_sets):
             where = f"{self._where(index)}.file"
             rows = read_jsonl(part.file, where=where)
-            found.append(choose_rows(rows, part.examples, by=part.by, seed=part.seed, where=where))
-        return found
+            sets.append(choose_rows(rows, part.examples, by=part.by, seed=part.seed, where=where))
+        return sets
 
     @cached_property
     def knowledge(self) -> list[KnowledgeSet]:
@@ -158,32 +166,12 @@ class Job:
             ]
         )
 
+    # What is to be learned
+
     @property
-    def data(self) -> dict[DataRole, Calibration]:
-        """The tokens that statistics are taken over, per data role."""
-        found: dict[DataRole, Calibration] = {}
-        if self.calibration is not None:
-            found["knowledge"] = self.calibration
-        if "task" in self.needs:
-            found["task"] = self.task_calibration
-        return found
-
-    @cached_property
-    def requests(self) -> frozenset[Request]:
-        """The statistics that the method takes of some target."""
-        some = Target("", 0, "", out_features=1, in_features=1, input_group="")
-        return frozenset().union(*(part.method.requests(some) for part in parts_of(self.method)))
-
-    @cached_property
-    def needs(self) -> set[DataRole]:
-        """Which data the method and the penalties take statistics over."""
-        asked = asked_penalties(self.method, self.penalties)
-        return {request.data for request in self.requests}.union(*(one.penalty.data for one in asked))
-
-    @cached_property
-    def task_calibration(self) -> Calibration:
-        """A sample of the task as tokens, for statistics of inputs and gradients."""
-        return sample(self.task, self.tokenizer, self.recipe.task.calibration, self.positions)
+    def kind(self) -> TaskKind:
+        """What the task's rows mean."""
+        return KINDS[self.recipe.task.kind]
 
     @cached_property
     def task_rows(self) -> list[Row]:
@@ -191,32 +179,34 @@ class Job:
         return read_jsonl(self.recipe.task.train, where="task.train")[: self.recipe.task.examples]
 
     @cached_property
-    def task(self) -> Examples:
-        """The task as prompts and completions, or as texts with labels or scores."""
-        return read_task(self.recipe.task, self.task_rows)
+    def task(self) -> Any:
+        """The task's examples."""
+        return self.kind.read(self.recipe.task, self.task_rows, "task.train")
 
     @cached_property
-    def trained_examples(self) -> Examples:
-        """What is trained on: the task, with knowledge among it where the recipe asks for replay."""
+    def task_calibration(self) -> Calibration:
+        """A sample of the task as tokens, for statistics of inputs and gradients."""
+        return self.kind.calibration(self.task, self.tokenizer, self.recipe.task.calibration, self.positions)
+
+    @cached_property
+    def trained_examples(self) -> Any:
+        """What is trained on: the task, with knowledge among it where the recipe has replay."""
         if not self.recipe.replay:
             return self.task
         assert isinstance(self.task, TaskExamples)
         return with_replay(self.task, self.knowledge, self.recipe.replay, self.seed)
 
-    @cached_property
-    def head(self) -> Head | None:
-        """The classification head, drawn with the run's seed where the base has none; None for a language model."""
-        return Head(self.task.names, self.seed) if isinstance(self.task, LabelledExamples) else None
+    @property
+    def probe(self) -> Tensor:
+        """Token ids that the check of an export compares logits on, ``(batch, length)``."""
+        return self.kind.probe(self.task, self.tokenizer, min(_PROBE_LENGTH, self.positions or _PROBE_LENGTH))
 
     def config(self, name: str, dtype: torch.dtype) -> SFTConfig:
-        """Make the trainer's config.
+        """Returns the trainer's config; it takes ``train.seed``, else 0.
 
         Args:
             name: Folder of the checkpoints.
             dtype: The base's dtype.
-
-        Returns:
-            The config; it takes ``train.seed``, else 0.
 
         Raises:
             RecipeError: A field of ``train`` does not exist or has a wrong value.
@@ -225,8 +215,70 @@ class Job:
         checkpoints = self.output / "checkpoints" / name
         return sft_config(arguments, checkpoints, dtype=dtype, device=self.device, positions=self.positions)
 
+    # What the plan is made from
+
+    @cached_property
+    def requests(self) -> frozenset[Request]:
+        """The statistics that the method takes of some target."""
+        some = Target("", 0, "", out_features=1, in_features=1, input_group="")
+        return frozenset().union(*(part.method.requests(some) for part in parts_of(self.method)))
+
+    @cached_property
+    def _penalty_data(self) -> set[DataRole]:
+        scoped = scoped_penalties(self.method, self.penalties)
+        return set().union(*(one.penalty.data for one in scoped))
+
+    @cached_property
+    def needs(self) -> set[DataRole]:
+        """Which data the method and the penalties take statistics over."""
+        return {request.data for request in self.requests} | self._penalty_data
+
+    @property
+    def data(self) -> dict[DataRole, Calibration]:
+        """The tokens that statistics are taken over, per data role."""
+        data: dict[DataRole, Calibration] = {}
+        if self.calibration is not None:
+            data["knowledge"] = self.calibration
+        if "task" in self.needs:
+            data["task"] = self.task_calibration
+        return data
+
+    @property
+    def plan_options(self) -> PlanOptions:
+        """Which targets are planned, and how."""
+        recipe = self.recipe
+        return PlanOptions(recipe.targets, recipe.layers, self.base_fingerprint, recipe.low_memory)
+
+    @cached_property
+    def plan_inputs(self) -> dict[str, Any]:
+        """What the plan is made from; its key is made of it."""
+        recipe, calibration = self.recipe, self.calibration
+        inputs: dict[str, Any] = {
+            "model": self.base_fingerprint,
+            "method": [self.method.name, self.method],
+            "targets": recipe.targets,
+            "layers": None if recipe.layers is None else sorted(set(recipe.layers)),
+            "knowledge": None if calibration is None else calibration.fingerprint,
+            "dtype": recipe.dtype,
+        }
+        if "task" in self.needs:
+            inputs["task"] = self.task_calibration.fingerprint
+        if self.head is not None:
+            inputs["head"] = self.head
+        # Which examples come first depends on sets and order; all together do not.
+        for request in self.requests:
+            if request.examples is not None and request.data in self.data:
+                inputs[source_name(request)] = self.data[request.data].first(request.examples).fingerprint
+        if self.penalties:
+            inputs["penalties"] = [[penalty.name, penalty] for penalty in self.penalties]
+        if calibration is not None and "knowledge" in self._penalty_data:
+            inputs["knowledge in order"] = content_key([calibration.sequences, calibration.sets])
+        return inputs
+
+    # Checks
+
     def check(self) -> None:
-        """Check all there is to check before anything is computed or written.
+        """Checks all there is to check before anything is computed or written.
 
         Raises:
             DataError: A file is missing or malformed, or an evaluation set overlaps the data that are used.
@@ -239,132 +291,44 @@ class Job:
         check_folder("store", self.store.folder)
         check_device(self.device)
         self.check_needs()
-        used = [Corpus("task.train", self.task_rows, used_texts(self.task))]
+        used = [Corpus("task.train", self.task_rows, self.kind.texts(self.task))]
         for part, rows in zip(self.knowledge, self.knowledge_rows, strict=True):
             texts = part.texts if self.head is None else Texts(tuple(part.texts)).whole
             used.append(Corpus(f"{part.where}.file", rows, texts))
         for benchmark in self.recipe.evaluate:
-            check_benchmark(self.recipe.task.kind, self.task, benchmark)
+            self.kind.check_benchmark(self.task, benchmark)
             refuse_used(used, benchmark)
         self.config("", torch.float32)
 
-    def _check_replay(self) -> None:
-        if self.recipe.replay and self.recipe.task.kind != "completion":
-            raise RecipeError(
-                "replay",
-                got=f"{self.recipe.replay} with task.kind {self.recipe.task.kind}",
-                wanted="none: knowledge has no labels that a classifier could learn",
-                next_step="Leave it out; a penalty on the weight change holds a classifier, such as laplace.",
-            )
-        if self.recipe.replay and self.recipe.knowledge is None:
-            raise RecipeError(
-                "replay",
-                got=f"{self.recipe.replay} without a `knowledge` section",
-                wanted="the examples to mix into the task",
-                next_step='Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.',
-            )
-
     def check_needs(self) -> None:
-        """Check what shows without the data: that method, penalties and sections fit together.
+        """Checks what shows without the data: that method, penalties and sections fit together.
 
         Raises:
             RecipeError: Knowledge data are needed and there are none.
             PlanError: The method cannot be confined to some layers, or takes no penalties.
         """
-        self._check_replay()
-        refuse_layers(self.method, self.recipe.layers)
-        refuse_penalties(self.method, asked_penalties(self.method, self.penalties))
-        if "knowledge" in self.needs and self.recipe.knowledge is None:
+        recipe = self.recipe
+        if recipe.replay and recipe.task.kind != "completion":
             raise RecipeError(
-                " and ".join(
-                    [f"method {self.method.name}", *(f"penalty {penalty.name}" for penalty in self.penalties)]
-                ),
+                "replay",
+                got=f"{recipe.replay} with task.kind {recipe.task.kind}",
+                wanted="none: knowledge has no labels that a classifier could learn",
+                next_step="Leave it out; a penalty on the weight change holds a classifier, such as laplace.",
+            )
+        if recipe.replay and recipe.knowledge is None:
+            raise RecipeError(
+                "replay",
+                got=f"{recipe.replay} without a `knowledge` section",
+                wanted="the examples to mix into the task",
+                next_step=_ADD_KNOWLEDGE,
+            )
+        refuse_layers(self.method, recipe.layers)
+        refuse_penalties(self.method, scoped_penalties(self.method, self.penalties))
+        if "knowledge" in self.needs and recipe.knowledge is None:
+            names = [f"method {self.method.name}", *(f"penalty {penalty.name}" for penalty in self.penalties)]
+            raise RecipeError(
+                " and ".join(names),
                 got="no `knowledge` section in the recipe",
                 wanted="data that hold what the model should keep",
-                next_step='Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.',
+                next_step=_ADD_KNOWLEDGE,
             )
-
-    @property
-    def plan_key(self) -> str:
-        """Key of all that the plan depends on."""
-        return content_key(self.plan_inputs)
-
-    @cached_property
-    def plan_inputs(self) -> dict[str, Any]:
-        """What the plan is made from."""
-        more: dict[str, Any] = {"task": self.task_calibration.fingerprint} if "task" in self.needs else {}
-        if self.head is not None:
-            more["head"] = self.head
-        # Which examples come first depends on sets and order; all together do not.
-        for request in self.requests:
-            if request.examples is not None and request.data in self.data:
-                more[source_name(request)] = self.data[request.data].first(request.examples).fingerprint
-        if self.penalties:
-            more["penalties"] = [[penalty.name, penalty] for penalty in self.penalties]
-        if self.calibration is not None and any(
-            "knowledge" in one.penalty.data for one in asked_penalties(self.method, self.penalties)
-        ):
-            more["knowledge in order"] = content_key([self.calibration.sequences, self.calibration.sets])
-        return more | {
-            "model": self.base_fingerprint,
-            "method": [self.method.name, self.method],
-            "targets": self.recipe.targets,
-            "layers": None if self.recipe.layers is None else sorted(set(self.recipe.layers)),
-            "knowledge": None if self.calibration is None else self.calibration.fingerprint,
-            "dtype": self.recipe.dtype,
-        }
-
-
-def check_folder(where: str, folder: Path) -> None:
-    """Check that a folder is there or can be made.
-
-    Args:
-        where: The recipe key or option.
-        folder: The folder.
-
-    Raises:
-        RecipeError: The path or one above it is a file.
-    """
-    present = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
-    if present.exists() and not present.is_dir():
-        raise RecipeError(
-            where, got=f"{folder}, where {present} is a file", wanted="a folder", next_step=f"Choose another {where}."
-        )
-
-
-def device_named(name: str) -> str:
-    """Say which device a name stands for.
-
-    Args:
-        name: Of a device, or ``auto``: CUDA where there is a GPU.
-
-    Returns:
-        The device.
-    """
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(name: str) -> None:
-    """Check that this machine has a device.
-
-    Args:
-        name: Such as ``cuda:0``.
-
-    Raises:
-        RecipeError: It is no device, or not here.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(
-            "device", got=name, wanted="auto, cpu, cuda or cuda:0", next_step="Correct the value."
-        ) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            "device",
-            got=f"{name}, with {torch.cuda.device_count()} CUDA devices at hand",
-            wanted="a device that this machine has",
-            next_step="Set `device: auto` or `device: cpu`.",
-        )

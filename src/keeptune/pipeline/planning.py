@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -26,11 +26,12 @@ from keeptune.statistics.request import DataRole, Request
 from keeptune.statistics.store import StatStore
 
 __all__ = [
-    "Asked",
-    "asked_penalties",
+    "PlanOptions",
+    "ScopedPenalty",
     "plan_for",
     "refuse_layers",
     "refuse_penalties",
+    "scoped_penalties",
     "starting_from",
     "statistics_for",
     "with_penalties",
@@ -38,7 +39,29 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanOptions:
+    """Which targets are planned, and how their statistics are collected.
+
+    Args:
+        roles: Roles of the targets; None is all linear maps but the head, or those that methods side by side name.
+        layers: Blocks of the targets; None is all.
+        fingerprint: Of the model's weights, where it is known already.
+        low_memory: Hold no more covariances at a time than take the memory of the largest; it takes more passes.
+        provenance: What the plan is made from, for the record.
+    """
+
+    roles: Sequence[str] | None = None
+    layers: Sequence[int] | None = None
+    fingerprint: str | None = None
+    low_memory: bool = False
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+_DEFAULTS = PlanOptions()
+
+
+@dataclass(frozen=True)
+class ScopedPenalty:
     """A penalty of a run.
 
     Args:
@@ -50,72 +73,66 @@ class Asked:
     roles: Sequence[str] = ()
 
     def holds(self, target: Target) -> bool:
-        """Say whether it acts on a target.
-
-        Args:
-            target: The target.
-
-        Returns:
-            True where it does.
-        """
+        """Returns whether it acts on a target."""
         return not self.roles or target.role in self.roles
 
 
-def asked_penalties(method: Method, extra: Sequence[PenaltySpec] = ()) -> tuple[Asked, ...]:
-    """List the penalties of a run: the method's own, then others; strength 0 is none.
+def scoped_penalties(method: Method, extra: Sequence[PenaltySpec] = ()) -> tuple[ScopedPenalty, ...]:
+    """Lists the penalties of a run: the method's own, then others; those of strength 0 are left out.
 
     Of several methods, each one's own penalties hold the targets of its roles.
 
     Args:
         method: The method.
-        extra: Those asked for besides; they hold all targets.
+        extra: Those of the recipe; they hold all targets.
 
     Returns:
         The penalties.
     """
-    own = [Asked(penalty, part.targets) for part in parts_of(method) for penalty in part.method.penalties()]
-    return tuple(asked for asked in (*own, *map(Asked, extra)) if asked.penalty.strength > 0)
+    own = [ScopedPenalty(penalty, part.targets) for part in parts_of(method) for penalty in part.method.penalties()]
+    return tuple(one for one in (*own, *map(ScopedPenalty, extra)) if one.penalty.strength > 0)
 
 
-def refuse_penalties(method: Method, asked: Sequence[Asked]) -> None:
-    """Refuse penalties that a method cannot have: they act on low-rank factors, and each on those of its own roles.
+def refuse_penalties(method: Method, penalties: Sequence[ScopedPenalty]) -> None:
+    """Refuses penalties that a method cannot have: they act on low-rank factors, and each on those of its own roles.
 
     Args:
         method: The method.
-        asked: The penalties wanted.
+        penalties: The penalties wanted.
 
     Raises:
         PlanError: There are penalties, and the method trains no factors; or one of several methods brings a penalty
-            that cannot be confined to its targets, or a second one whose reports could not be told apart.
+            that cannot be confined to its targets, or a second one whose reports would have the same names.
     """
-    names = [one.penalty.name for one in asked]
-    if asked and method.scope != "adapter":
+    names = [one.penalty.name for one in penalties]
+    where = f"method {method.name}"
+    if penalties and method.scope != "adapter":
         raise PlanError(
-            f"method {method.name}",
+            where,
             got=f"the penalties {', '.join(names)}",
             wanted="no `penalties`: it changes whole weights, and penalties act on low-rank factors",
             next_step="Leave `penalties` out, or take a method that trains adapters.",
         )
-    for one in asked:
+    for one in penalties:
         name = one.penalty.name
         if one.roles and isinstance(one.penalty, OfOutputs):
             raise PlanError(
-                f"method {method.name}",
+                where,
                 got=f"the penalty {name} for {', '.join(one.roles)}",
-                wanted="a penalty on single targets: this one is on what the whole model says",
+                wanted="a penalty on single targets: this one is on the outputs of the whole model",
                 next_step="Take that method alone.",
             )
         if isinstance(one.penalty, Concluding) and names.count(name) > 1:
             raise PlanError(
-                f"method {method.name}",
+                where,
                 got=f"{names.count(name)} penalties {name}",
-                wanted="one: what each logs and says at the end could not be told apart",
+                wanted="one: their logs and notes would have the same names",
                 next_step=f"Leave one out; under `penalties`, {name} holds all targets.",
             )
 
 
 def refuse_layers(method: Method, layers: Sequence[int] | None) -> None:
-    """Refuse to confine a method to blocks that trains every weight anyway.
+    """Refuses to confine a method to blocks that trains every weight anyway.
 
     Args:
         method: The method.
@@ -139,22 +156,16 @@ def statistics_for(
     store: StatStore,
     *,
     data: Mapping[DataRole, Calibration],
-    roles: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
-    fingerprint: str | None = None,
-    low_memory: bool = False,
+    options: PlanOptions = _DEFAULTS,
 ) -> tuple[list[Target], Statistics]:
-    """Collect what a method requests of a model; what the store has is not computed again.
+    """Collects what a method requests of a model; what the store has is not computed again.
 
     Args:
         model: The base model.
         method: The method.
         store: Where entries are looked up and kept.
         data: Tokens per data role.
-        roles: Roles of the targets; None is all linear maps but the head, or those that methods side by side name.
-        layers: Blocks of the targets; None is all.
-        fingerprint: Of the model's weights, if it is known already.
-        low_memory: Hold no more covariances at a time than take the memory of the largest; it takes more passes.
+        options: Which targets, and how.
 
     Returns:
         The targets and access to their statistics; experts that no token reached are left out.
@@ -163,16 +174,16 @@ def statistics_for(
         PlanError: A role or a block does not exist, or the method cannot be confined to blocks.
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
-    refuse_layers(method, layers)
-    targets = find_targets(model, tuned_roles(method, roles), layers)
+    refuse_layers(method, options.layers)
+    targets = find_targets(model, tuned_roles(method, options.roles), options.layers)
     statistics = collect(
         ResidentRunner(model),
         targets,
         {target.name: method.requests(target) for target in targets},
         data,
         store,
-        model_fingerprint=fingerprint or body_fingerprint(model),
-        low_memory=low_memory,
+        model_fingerprint=options.fingerprint or body_fingerprint(model),
+        low_memory=options.low_memory,
     )
     return [target for target in targets if target.name not in statistics.unseen], statistics
 
@@ -184,13 +195,9 @@ def plan_for(
     *,
     data: Mapping[DataRole, Calibration],
     penalties: Sequence[PenaltySpec] = (),
-    roles: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
-    fingerprint: str | None = None,
-    low_memory: bool = False,
-    provenance: Mapping[str, Any] | None = None,
+    options: PlanOptions = _DEFAULTS,
 ) -> Plan:
-    """Make a method's plan for a model, collecting what it needs.
+    """Makes a method's plan for a model, collecting what it needs.
 
     Args:
         model: The base model.
@@ -198,11 +205,7 @@ def plan_for(
         store: Where statistics are looked up and kept.
         data: Tokens per data role.
         penalties: Terms of the loss besides the method's own.
-        roles: Roles of the targets; None is all linear maps but the head, or those that methods side by side name.
-        layers: Blocks of the targets; None is all.
-        fingerprint: Of the model's weights, if it is known already.
-        low_memory: Hold no more covariances at a time than take the memory of the largest.
-        provenance: What the plan was made from, for the record.
+        options: Which targets, and how.
 
     Returns:
         The plan.
@@ -214,31 +217,27 @@ def plan_for(
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
     refuse_not_finite(model)
-    fingerprint = fingerprint or body_fingerprint(model)
-    asked = asked_penalties(method, penalties)
-    refuse_penalties(method, asked)
-    targets, statistics = statistics_for(
-        model, method, store, data=data, roles=roles, layers=layers, fingerprint=fingerprint, low_memory=low_memory
-    )
-    made_from = {"model": fingerprint, **(provenance or {})}
+    options = replace(options, fingerprint=options.fingerprint or body_fingerprint(model))
+    scoped = scoped_penalties(method, penalties)
+    refuse_penalties(method, scoped)
+    targets, statistics = statistics_for(model, method, store, data=data, options=options)
+    provenance = {"model": options.fingerprint, **options.provenance}
     if statistics.unseen:
         names = ", ".join(sorted(statistics.unseen))
-        made_from["notes"] = [*made_from.get("notes", ()), f"no token of the data reached {names}: left alone"]
-    made = make_plan(
+        provenance["notes"] = [*provenance.get("notes", ()), f"no token of the data reached {names}: left alone"]
+    plan = make_plan(
         method,
         targets,
         lambda target: read_weight(model, target),
         statistics.view,
         head=head_of(model),
-        provenance=made_from,
+        provenance=provenance,
     )
-    return with_penalties(
-        made, asked, ResidentRunner(model), data, store, model_fingerprint=fingerprint, low_memory=low_memory
-    )
+    return with_penalties(plan, scoped, ResidentRunner(model), store, data=data, options=options)
 
 
 def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> tuple[TargetPlan, ...]:
-    """Plan targets that start from changes: installing the plan gives the changed model.
+    """Plans targets that start from changes: installing the plan gives the changed model.
 
     Args:
         targets: The targets.
@@ -262,24 +261,22 @@ def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> 
 
 def with_penalties(
     plan: Plan,
-    asked: Sequence[Asked],
+    penalties: Sequence[ScopedPenalty],
     runner: ResidentRunner,
-    data: Mapping[DataRole, Calibration],
     store: StatStore,
     *,
-    model_fingerprint: str,
-    low_memory: bool = False,
+    data: Mapping[DataRole, Calibration],
+    options: PlanOptions = _DEFAULTS,
 ) -> Plan:
-    """Add penalties to a plan, collecting what they need; only now, for curvature may be taken at its factors.
+    """Adds penalties to a plan, collecting what they need; only now, for curvature may be taken at its factors.
 
     Args:
         plan: The plan.
-        asked: What to add.
+        penalties: What to add.
         runner: Runs the base model.
-        data: Tokens per data role.
         store: Where statistics are looked up and kept.
-        model_fingerprint: Of the model's weights.
-        low_memory: Hold no more sums at a time than take the memory of the largest.
+        data: Tokens per data role.
+        options: How statistics are collected.
 
     Returns:
         The plan with the penalties.
@@ -288,21 +285,22 @@ def with_penalties(
         PlanError: An option does not fit the model, or no token of the data reached a target.
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
-    held = [(one.penalty, tuple(t for t in plan.targets if one.holds(t.target))) for one in asked]
+    held = [(one.penalty, tuple(t for t in plan.targets if one.holds(t.target))) for one in penalties]
     held = [(penalty, own) for penalty, own in held if own]
     if not held:
         return plan
-    wanted: dict[str, frozenset[Request]] = {t.target.name: frozenset() for t in plan.targets}
+    model = runner.model
+    requests: dict[str, frozenset[Request]] = {t.target.name: frozenset() for t in plan.targets}
     for penalty, own in held:
-        wanted |= {t.target.name: wanted[t.target.name] | penalty.requests(t) for t in own}
+        requests |= {t.target.name: requests[t.target.name] | penalty.requests(t) for t in own}
     statistics = collect(
         runner,
         [t.target for t in plan.targets],
-        wanted,
+        requests,
         data,
         store,
-        model_fingerprint=model_fingerprint,
-        low_memory=low_memory,
+        model_fingerprint=options.fingerprint or body_fingerprint(model),
+        low_memory=options.low_memory,
     )
     if statistics.unseen:
         raise PlanError(
@@ -311,31 +309,25 @@ def with_penalties(
             wanted="knowledge that reaches every target",
             next_step="Give more knowledge, or leave these targets out.",
         )
-    model = runner.model
-    blocks = depth(model)
-
-    def sites(own: Sequence[TargetPlan]) -> Iterator[Site]:
-        targets = tuple(t.target for t in own)
-        for t in own:
-            yield Site(t, read_weight(model, t.target), statistics.view(t.target), targets, blocks)
-
-    made = [_with_texts(penalty, penalty_plan(penalty, sites(own)), model, data) for penalty, own in held]
-    said = [f"penalty {one.penalty.name}: {', '.join(one.roles)} only" for one in asked if one.roles]
-    for (penalty, own), its in zip(held, made, strict=True):
-        said += notes_of(penalty, replace(plan, targets=own), its)
-    if any("magnitude" in t.trainable for _, own in held for t in own):
-        said.append("penalties hold the change of the directions, s B A; the magnitudes are free")
-    if any("bias" in t.trainable for t in plan.targets):
-        said.append("penalties on weights hold the change of W, s B A; the biases are free")
-    notes = [*plan.provenance.get("notes", ()), *said]
+    plans = []
+    for penalty, own in held:
+        made = penalty_plan(penalty, _sites(own, model, statistics))
+        plans.append(_with_texts(penalty, made, model, data))
+    notes = [*plan.provenance.get("notes", ()), *_penalty_notes(plan, penalties, held, plans)]
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
-    return replace(plan, penalties=tuple(made), provenance=provenance)
+    return replace(plan, penalties=tuple(plans), provenance=provenance)
+
+
+def _sites(own: Sequence[TargetPlan], model: PreTrainedModel, statistics: Statistics) -> Iterator[Site]:
+    targets, blocks = tuple(t.target for t in own), depth(model)
+    for t in own:
+        yield Site(t, read_weight(model, t.target), statistics.view(t.target), targets, blocks)
 
 
 def _with_texts(
     penalty: PenaltySpec, made: PenaltyPlan, model: PreTrainedModel, data: Mapping[DataRole, Calibration]
 ) -> PenaltyPlan:
-    """Add the texts that a penalty on answers runs the model on."""
+    """Adds the texts that a penalty on answers runs the model on."""
     if not isinstance(penalty, OfOutputs):
         return made
     if head_of(model):
@@ -346,3 +338,19 @@ def _with_texts(
             next_step="Take a penalty on the weight change: l2, or laplace with delta-act.",
         )
     return replace(made, tensors={**made.tensors, **penalty.texts(data)})
+
+
+def _penalty_notes(
+    plan: Plan,
+    penalties: Sequence[ScopedPenalty],
+    held: Sequence[tuple[PenaltySpec, Sequence[TargetPlan]]],
+    plans: Sequence[PenaltyPlan],
+) -> list[str]:
+    notes = [f"penalty {one.penalty.name}: {', '.join(one.roles)} only" for one in penalties if one.roles]
+    for (penalty, own), made in zip(held, plans, strict=True):
+        notes += notes_of(penalty, replace(plan, targets=tuple(own)), made)
+    if any("magnitude" in t.trainable for _, own in held for t in own):
+        notes.append("penalties hold the change of the directions, s B A; the magnitudes are free")
+    if any("bias" in t.trainable for t in plan.targets):
+        notes.append("penalties on weights hold the change of W, s B A; the biases are free")
+    return notes

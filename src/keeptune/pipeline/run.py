@@ -9,6 +9,7 @@ the same command goes on where a killed run stopped.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from keeptune.core.artefact import content_key, read_json, remove_leftovers, write_json
@@ -81,16 +82,7 @@ def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
     Returns:
         The targets and access to their statistics.
     """
-    return statistics_for(
-        job.base(),
-        job.method,
-        job.store,
-        data=job.data,
-        roles=job.recipe.targets,
-        layers=job.recipe.layers,
-        fingerprint=job.base_fingerprint,
-        low_memory=job.recipe.low_memory,
-    )
+    return statistics_for(job.base(), job.method, job.store, data=job.data, options=job.plan_options)
 
 
 def plan_stage(job: Job) -> Plan:
@@ -121,11 +113,7 @@ def plan_stage(job: Job) -> Plan:
             job.store,
             data=job.data,
             penalties=job.penalties,
-            roles=job.recipe.targets,
-            layers=job.recipe.layers,
-            fingerprint=job.base_fingerprint,
-            low_memory=job.recipe.low_memory,
-            provenance=inputs | {"key": key, "seed": job.seed},
+            options=replace(job.plan_options, provenance=inputs | {"key": key, "seed": job.seed}),
         )
         plan.save(folder)
         _write_recipe(job)

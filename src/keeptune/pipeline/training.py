@@ -16,7 +16,6 @@ from keeptune.model.pretrained import load_model
 from keeptune.penalties.base import conclusions
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
-from keeptune.pipeline.task_kinds import train_on
 
 __all__ = ["load_trained", "train_stage", "trained_result"]
 
@@ -53,7 +52,7 @@ def train_stage(job: Job, plan: Plan) -> None:
     model = job.base()
     config = job.config(result.key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
-    loss = train_on(job.trained_examples, tuned, plan, job.tokenizer, config)
+    loss = job.kind.train(tuned, plan, job.tokenizer, job.trained_examples, config)
     notes = conclusions(plan, loss[-1]) if loss else []
     for note in notes:
         _log.info("train: %s", note)

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -32,7 +31,7 @@ from keeptune.data.completions import TaskExamples, task_calibration
 from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_calibration, knowledge_of
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.model.blocks import head_of, positions
-from keeptune.pipeline.job import check_device, check_folder, device_named
+from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.planning import starting_from
 from keeptune.posthoc.repair_equations import mu_for_drift
 from keeptune.posthoc.repair_problem import RepairProblem, repair_problem
@@ -121,8 +120,7 @@ class Repair:
 
     def statistics(self) -> StatStore:
         """Returns the store of the covariances."""
-        default = Path(platformdirs.user_cache_dir("keeptune")) / "statistics"
-        return StatStore(default if self.store is None else Path(self.store))
+        return statistics_store(self.store)
 
 
 def repair(

@@ -15,7 +15,7 @@ from keeptune.linalg.voting import Rows, count_votes, quota, voted
 from keeptune.methods.combined import parts_of
 from keeptune.methods.loki import Loki
 from keeptune.pipeline.job import Job
-from keeptune.pipeline.planning import statistics_for
+from keeptune.pipeline.planning import PlanOptions, statistics_for
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 
 __all__ = [
@@ -144,7 +144,7 @@ def attributions_of(job: Job, request: NeuronAttribution) -> Attributions:
         Loki(attribution=request),
         job.store,
         data={"knowledge": job.calibration},
-        fingerprint=job.base_fingerprint,
+        options=PlanOptions(fingerprint=job.base_fingerprint),
     )
     return statistics.view(targets[0]).attributions(request)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import platformdirs
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +19,7 @@ from keeptune.data.sources import read_jsonl
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import load_model, load_positions, load_tokenizer
 from keeptune.model.probes.causal_tracing import Traced, embedding_std
-from keeptune.pipeline.job import check_device, check_folder, device_named
+from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.recipe.paths import resolve_model
 from keeptune.report.style import png
 from keeptune.report.tracing import heat_figure, profile_figure
@@ -137,7 +136,7 @@ def _data(options: TraceOptions, name: str, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _store(options: TraceOptions) -> StatStore:
-    return StatStore(options.store or Path(platformdirs.user_cache_dir("keeptune")) / "statistics")
+    return statistics_store(options.store)
 
 
 def _models(options: TraceOptions, name: str) -> Iterator[tuple[str, PreTrainedModel, Source]]:

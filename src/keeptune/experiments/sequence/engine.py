@@ -54,7 +54,6 @@ from keeptune.model.pretrained import load_model
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.run import export_stage, plan_stage, start, train_stage
 from keeptune.pipeline.scoring import evaluate_stage, find_result, result_fingerprint
-from keeptune.pipeline.task_kinds import probe_of
 from keeptune.recipe.schema import Recipe
 from keeptune.recipe.sections import ExportSpec
 from keeptune.report.sequence import write_sequence
@@ -336,7 +335,7 @@ def _gap(course: _Course, job: Job, result: Path, product: Path) -> Gap:
 
 
 def _probe(job: Job) -> Tensor:
-    return probe_of(job.task, job.tokenizer, min(256, job.positions or 256))
+    return job.probe
 
 
 def _load(job: Job, result: Path) -> PreTrainedModel | PeftModel:

@@ -22,8 +22,9 @@ from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import DryRun, Named, Scored, Trained
 from keeptune.pipeline.dry_run.data_sizes import Lengths, fetched_benchmarks, files_of, needs_of, rows_of
 from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
-from keeptune.pipeline.job import Job, check_folder
-from keeptune.pipeline.planning import asked_penalties
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.machine import check_folder
+from keeptune.pipeline.planning import scoped_penalties
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.neuron_attribution import NeuronAttribution
 from keeptune.statistics.request import DataRole, Request
@@ -228,7 +229,7 @@ class _Account:
     def _requests(self, sizes: Mapping[Target, Size]) -> dict[tuple[Request, str], Target]:
         """List the statistics that method and penalties need, once for each site."""
         found: dict[tuple[Request, str], Target] = {}
-        asked_for = asked_penalties(self.job.method, self.job.penalties)
+        asked_for = scoped_penalties(self.job.method, self.job.penalties)
         for target, size in sizes.items():
             asked: set[Request] = set()
             for part in parts_of(self.job.method):

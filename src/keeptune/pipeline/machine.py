@@ -1,0 +1,73 @@
+"""What a run needs of the machine: its folders, its device and the user's store of statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import platformdirs
+import torch
+
+from keeptune.core.errors import RecipeError
+from keeptune.statistics.store import StatStore
+
+__all__ = ["check_device", "check_folder", "device_named", "statistics_store"]
+
+
+def statistics_store(folder: Path | str | None) -> StatStore:
+    """Returns the store of statistics in a folder.
+
+    Args:
+        folder: The folder; None is the one for all runs of this user.
+
+    Returns:
+        The store.
+    """
+    return StatStore(Path(platformdirs.user_cache_dir("keeptune")) / "statistics" if folder is None else Path(folder))
+
+
+def check_folder(where: str, folder: Path) -> None:
+    """Checks that a folder is there or can be made.
+
+    Args:
+        where: The recipe key or option.
+        folder: The folder.
+
+    Raises:
+        RecipeError: The path or one above it is a file.
+    """
+    present = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    if present.exists() and not present.is_dir():
+        raise RecipeError(
+            where, got=f"{folder}, where {present} is a file", wanted="a folder", next_step=f"Choose another {where}."
+        )
+
+
+def device_named(name: str) -> str:
+    """Returns the device that a name stands for; ``auto`` is CUDA where there is a GPU."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str) -> None:
+    """Checks that this machine has a device.
+
+    Args:
+        name: Such as ``cuda:0``.
+
+    Raises:
+        RecipeError: It is no device, or not here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(
+            "device", got=name, wanted="auto, cpu, cuda or cuda:0", next_step="Correct the value."
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            "device",
+            got=f"{name}, with {torch.cuda.device_count()} CUDA devices at hand",
+            wanted="a device that this machine has",
+            next_step="Set `device: auto` or `device: cpu`.",
+        )

@@ -1,0 +1,110 @@
+"""What a kind of task is: how its rows are read, sampled for statistics, trained on and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from keeptune.core.errors import RecipeError
+from keeptune.data.calibration import Calibration
+from keeptune.data.sources import Row
+from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
+from keeptune.evaluation.items import Item, load_items
+from keeptune.model.head import Head
+from keeptune.recipe.schema import Kind, Task, TaskCalibration
+
+__all__ = ["TaskKind"]
+
+_PROBES = 8
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A kind of task. Its examples are what ``read`` returns: they have a length and a ``fingerprint``.
+
+    Args:
+        name: Its name in a recipe, ``task.kind``.
+        metrics: Metrics of a benchmark of one's own that its model can be scored by.
+        read: From the recipe's section, its rows and the name of the rows for error messages to the examples.
+        sample: From examples, tokenizer, ``max_length``, ``examples`` (how many) and ``seed`` to a draw of them
+            as tokens.
+        train: From the installed model, its plan, tokenizer, examples and config to the loss curve; trains in place.
+        texts: From examples to what the model reads of each.
+        tokens: From the examples, how many of the first ones, tokenizer and ``max_length`` to their token ids.
+        head: From examples and a seed to the classification head, drawn where the base has none.
+        standard: Whether its model can be scored on standard benchmarks.
+        check_items: Checks that its model can answer the items of a benchmark of one's own, which is named.
+    """
+
+    name: Kind
+    metrics: tuple[str, ...]
+    read: Callable[[Task, Sequence[Row], str], Any]
+    sample: Callable[..., Calibration]
+    train: Callable[..., list[dict[str, float]]]
+    texts: Callable[[Any], Sequence[str]]
+    tokens: Callable[[Any, int, PreTrainedTokenizerBase, int], Sequence[Sequence[int]]]
+    head: Callable[[Any, int], Head | None] = lambda examples, seed: None
+    standard: bool = False
+    check_items: Callable[[Any, Sequence[Item], str], Any] = lambda examples, items, where: None
+
+    def calibration(
+        self, examples: Any, tokenizer: PreTrainedTokenizerBase, wanted: TaskCalibration, positions: int | None
+    ) -> Calibration:
+        """Returns the sample that a recipe's ``task.calibration`` describes, cut to the base's positions.
+
+        Raises:
+            DataError: No example has room for what is learned.
+        """
+        length = min(wanted.max_length, positions or wanted.max_length)
+        return self.sample(examples, tokenizer, max_length=length, examples=wanted.examples, seed=wanted.seed)
+
+    def probe(self, examples: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
+        """Returns the first examples cut to one length, so that an export is checked on real text without padding.
+
+        Args:
+            examples: The task.
+            tokenizer: The tokenizer.
+            max_length: Tokens at most.
+
+        Returns:
+            Token ids ``(batch, length)``.
+        """
+        rows = self.tokens(examples, _PROBES, tokenizer, max_length)
+        length = min(map(len, rows))
+        return torch.tensor([row[:length] for row in rows])
+
+    def check_benchmark(self, examples: Any, benchmark: Benchmark) -> None:
+        """Checks that a benchmark can be scored by the model that the task makes.
+
+        Args:
+            examples: The task.
+            benchmark: The benchmark.
+
+        Raises:
+            RecipeError: The metric is for another kind of model.
+            DataError: An item has a label that is not learned.
+        """
+        if not isinstance(benchmark, FileBenchmark):
+            if not self.standard:
+                raise RecipeError(
+                    benchmark.where,
+                    got=f"a standard benchmark for task.kind {self.name}",
+                    wanted="a language model to score, task.kind completion",
+                    next_step="Score a classifier on a file: `file`, `text`, `answer` and `metric`.",
+                )
+            return
+        items = load_items(benchmark, Path())
+        if benchmark.metric not in self.metrics:
+            raise RecipeError(
+                f"{benchmark.where}.metric",
+                got=f"{benchmark.metric} for task.kind {self.name}",
+                wanted=" or ".join(self.metrics),
+                next_step="Choose one of these metrics, or another task.kind.",
+            )
+        self.check_items(examples, items, benchmark.where)
