@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keeptune.cli import dry_run as cli_dry
-from keeptune.cli.studies import RecipeFile, say
+from keeptune.cli.options import Flops, RecipeFile, overrides_of, print_failed, say
 
 __all__ = ["compare"]
 
@@ -26,17 +26,16 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the cells and what they would take; fetch and run nothing.")
     ] = False,
-    flops: cli_dry.Flops = None,
+    flops: Flops = None,
 ) -> None:
     """Run methods x rates x strengths x seeds (the recipe's `compare` section). Started again, it goes on."""
     from keeptune.data import hub
     from keeptune.experiments.comparison.cells import load_comparison
     from keeptune.experiments.comparison.choice import parse_max_loss
     from keeptune.experiments.comparison.running import run_comparison
-    from keeptune.recipe.schema import parse_overrides
 
     limits = parse_max_loss(max_loss) if max_loss else None
-    overrides = parse_overrides(context.args)
+    overrides = overrides_of(context)
     if dry_run:
         listed = load_comparison(recipe, overrides, fetch=hub.cached)
         (_list_cells if listed.section.search is None else _list_search)(listed)
@@ -52,7 +51,7 @@ def compare(
         lost = ", ".join(f"{name} {loss:.3f}" for name, loss in choice["loss"].items())
         say(f"best: {choice['run']} in {choice['adapter']}: learned {choice['learned']:.3f}, lost {lost}")
     for name, message in found.failed.items():
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {name}: {message}", markup=False)
+        print_failed(name, message)
     if found.failed:
         raise typer.Exit(1)
 

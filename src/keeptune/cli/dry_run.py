@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 
-__all__ = ["Flops", "dry_run"]
-
-Flops = Annotated[
-    float | None,
-    typer.Option(help="Of --dry-run: operations a second that times rest on; default: measured on this machine."),
-]
+__all__ = ["dry_run"]
 
 
 def dry_run(recipe: Path, overrides: Mapping[str, Any], flops: float | None) -> None:

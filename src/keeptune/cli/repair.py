@@ -1,4 +1,4 @@
-"""The options of keeptune repair on the command line."""
+"""The command that repairs a finished adapter: repair."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from keeptune.cli.studies import say
-from keeptune.core.errors import RecipeError
+from keeptune.cli.options import Base, Device, Store, numbers_in, say
 
 __all__ = ["repair"]
 
@@ -31,18 +30,16 @@ def repair(
     evaluate: Annotated[
         Path | None, typer.Option(help="A recipe whose benchmarks are scored before and after.")
     ] = None,
-    sweep: Annotated[
-        str | None, typer.Option(help="Further values of mu to tell of, such as 0.03,0.1,0.3,1,3.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="The base; default: what the adapter names.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="Further values of mu to report, such as 0.03,0.1,0.3,1,3.")] = None,
+    base: Base = None,
     rank: Annotated[int, typer.Option(help="Of the result, where the change has no low rank.")] = 64,
     damping: Annotated[float, typer.Option(help="How much the task uses every direction, of the mean.")] = 1e-3,
     rounds: Annotated[int, typer.Option(help="2: once more with the inputs of the repaired model.")] = 1,
     examples: Annotated[int, typer.Option(min=1, help="Knowledge rows used, the first ones.")] = 256,
     task_examples: Annotated[int, typer.Option(min=1, help="Task rows used, drawn.")] = 256,
     max_length: Annotated[int, typer.Option(min=1, help="Longer texts are cut to this many tokens.")] = 1024,
-    store: Annotated[Path | None, typer.Option(help="Store of statistics; default: the user's cache.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    store: Store = None,
+    device: Device = "auto",
 ) -> None:
     """Repair an adapter that has forgotten: keep what it does on the task, undo what it does to the knowledge."""
     from keeptune.posthoc.repair import Repair
@@ -58,7 +55,7 @@ def repair(
         damping=damping,
         rounds=rounds,
         max_length=max_length,
-        sweep=_numbers("--sweep", sweep),
+        sweep=numbers_in("--sweep", sweep),
         store=store,
         device=device,
     )
@@ -72,10 +69,3 @@ def repair(
         say(f"figure: {output / 'repair.png'}")
     say(f"repaired adapter in {output}, gap {record['export']['relative_gap']:.1e}; numbers: repair.json")
     say(f"serve: {record['export']['serve']}")
-
-
-def _numbers(option: str, text: str | None) -> list[float]:
-    try:
-        return [float(part) for part in text.strip("[] ").split(",")] if text else []
-    except ValueError as error:
-        raise RecipeError(option, got=str(text), wanted="numbers", next_step=f"Example: {option} 0.1,0.3,1") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from keeptune.cli.studies import say
+from keeptune.cli.options import say
 
 __all__ = ["has_stages", "run_stages"]
 

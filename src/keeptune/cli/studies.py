@@ -1,4 +1,4 @@
-"""Commands that compare runs and look into what training did: sweep, layers, change, curvature, energy."""
+"""Commands that examine models and what training changed: change, curvature, energy, overlap, suppress, trace."""
 
 from __future__ import annotations
 
@@ -8,64 +8,28 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-__all__ = ["OVERRIDES", "RecipeFile", "change", "curvature", "energy", "layers", "say", "show_comparison", "sweep"]
+from keeptune.cli.options import Base, Device, Dtype, FigureFile, RecipeFile, Roles, Store, load, names_in, say
 
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
-
-
-def sweep(
-    context: typer.Context,
-    recipe: RecipeFile,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the points; run nothing.")] = False,
-) -> None:
-    """Run a recipe at several points and seeds (its keys `sweep` and `seeds`), and join them into one report."""
-    from keeptune.experiments.sweep import load_sweep, run_sweep
-    from keeptune.recipe.schema import parse_overrides
-
-    loaded = load_sweep(recipe, parse_overrides(context.args))
-    if dry_run:
-        _list_points(loaded)
-        return
-    _show_sweep(loaded, run_sweep(loaded))
-
-
-def layers(
-    context: typer.Context,
-    recipe: RecipeFile,
-    study: Annotated[str, typer.Option(help="single: one at a time; bottom or top: the lowest or highest few.")],
-    numbers: Annotated[str | None, typer.Option(help="How many layers, such as 2,4,6; for bottom and top.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs; run nothing.")] = False,
-) -> None:
-    """Study what tuning each layer gains and costs (L2-LoRA Fig. 4, Tables 5 and 6), each cell a run of one recipe."""
-    from keeptune.experiments.layers import load_study
-    from keeptune.experiments.sweep import run_sweep
-    from keeptune.recipe.schema import parse_overrides
-
-    loaded = load_study(recipe, study, parse_overrides(context.args), _whole_numbers("--numbers", numbers))
-    if dry_run:
-        _list_points(loaded)
-        return
-    _show_sweep(loaded, run_sweep(loaded))
+__all__ = ["change", "curvature", "energy", "overlap", "suppress", "trace"]
 
 
 def energy(
     model: Annotated[str, typer.Argument(help="atlas, a folder or a hub id.", show_default=False)],
     top: Annotated[int, typer.Option(min=1, help="How many singular values.")] = 5,
-    output: Annotated[Path, typer.Option(help="The figure; the numbers go beside it as .json.")] = Path("energy.png"),
-    targets: Annotated[str | None, typer.Option(help="Roles, such as q_proj,down_proj; default: all.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    output: FigureFile = Path("energy.png"),
+    targets: Roles = None,
+    device: Device = "auto",
 ) -> None:
     """Show how much of each weight's energy its largest singular values hold, layer by layer (FARSS Fig. 1)."""
     from keeptune.report.grid import print_grid
     from keeptune.studies.energy import energy as measure_energy
 
-    found = measure_energy(model, output, top=top, roles=_roles(targets), device=device)
+    record = measure_energy(model, output, top=top, roles=names_in(targets), device=device)
     cells: dict[tuple[int | None, str], list[str]] = {}
-    for row in found["rows"]:
+    for row in record["rows"]:
         text = "–" if row["energy"] is None else f"{row['energy']:.3f}"
         cells.setdefault((row["layer"], row["role"]), []).append(text)
-    cells |= {(int(layer), "mean"): [f"{value:.3f}"] for layer, value in found["mean"].items()}
+    cells |= {(int(layer), "mean"): [f"{value:.3f}"] for layer, value in record["mean"].items()}
     print_grid(cells, Console())
     say(f"share of the squared singular values in the top {top}")
     say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
@@ -73,28 +37,26 @@ def energy(
 
 def change(
     trained: Annotated[list[str], typer.Argument(help="Adapter folders, run folders or models.", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="The base; default: what each names.")] = None,
-    output: Annotated[Path, typer.Option(help="The figure; the numbers go beside it as .json.")] = Path("change.png"),
-    targets: Annotated[str | None, typer.Option(help="Roles, such as q_proj,down_proj; default: all.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    base: Base = None,
+    output: FigureFile = Path("change.png"),
+    targets: Roles = None,
+    device: Device = "auto",
 ) -> None:
     """Show how far training moved each weight, by layer and module, of one or more adapters (L2-LoRA Fig. 6)."""
     from keeptune.report.change import print_change
     from keeptune.studies.change import change as measure_change
 
-    found = measure_change(trained, output, base=base, roles=_roles(targets), device=device)
-    print_change(found, Console())
+    record = measure_change(trained, output, base=base, roles=names_in(targets), device=device)
+    print_change(record, Console())
     say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
 
 
 def curvature(
     run: Annotated[Path, typer.Argument(help="A run whose plan holds curvature (lalora).", show_default=False)],
     others: Annotated[list[str] | None, typer.Argument(help="Other runs or adapters on the same base.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base; default: what the run names.")] = None,
-    output: Annotated[Path, typer.Option(help="The figure; the numbers go beside it as .json.")] = Path(
-        "curvature.png"
-    ),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    base: Base = None,
+    output: FigureFile = Path("curvature.png"),
+    device: Device = "auto",
 ) -> None:
     """Show where updates go against the curvature of the knowledge, a run's and others' (after LaLoRA Fig. 3a)."""
     from keeptune.report.curvature import print_curvature
@@ -104,65 +66,100 @@ def curvature(
     say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
 
 
-def say(text: str) -> None:
-    """Print a line as it is.
+def suppress(
+    context: typer.Context,
+    recipe: RecipeFile,
+    q: Annotated[float, typer.Option(help="Per cent of the nodes.")] = 1.0,
+    over: Annotated[
+        str, typer.Option(help="layer-balanced: as many of each block; global: of all blocks together.")
+    ] = "layer-balanced",
+    draws: Annotated[int, typer.Option(help="How many random selections of the same size, the control.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the first random selection.")] = 0,
+) -> None:
+    """Score the base without the nodes that attribution finds highest, or lowest, or as many others (LoKI Table 5a)."""
+    from keeptune.report.nodes import print_suppressed
+    from keeptune.studies.suppress import suppress as measure
 
-    Args:
-        text: The line.
-    """
-    Console(soft_wrap=True, highlight=False).print(text, markup=False)
-
-
-def show_comparison(report: dict[str, Any]) -> None:
-    """Print the table of a report.
-
-    Args:
-        report: As in ``report.json``.
-    """
-    from keeptune.report.tables import print_comparison
-
-    print_comparison(report, Console())
-
-
-def _list_points(loaded: Any) -> None:
-    from keeptune.report.stages import print_points
-
-    print_points([(p.name, p.x, p.settings, list(p.recipes)) for p in loaded.points], Console())
-    runs = [recipe.output for point in loaded.points for recipe in point.recipes.values()]
-    say(f"{len(runs)} runs below {runs[0].parent}")
+    record = measure(load(recipe, context), q=q, over=over, draws=draws, seed=seed)
+    print_suppressed(record, Console())
+    say(f"figures and numbers in {record['folder']}")
 
 
-def _show_sweep(loaded: Any, swept: Any) -> None:
-    from keeptune.report.benefit import print_benefits
-    from keeptune.report.studies import print_study
+def overlap(
+    context: typer.Context,
+    recipe: RecipeFile,
+    against: Annotated[
+        Path | None, typer.Option(help="A recipe of the same base with other knowledge, for the second.")
+    ] = None,
+    first: Annotated[
+        str,
+        typer.Option(
+            help="paper, release or current; layer-balanced, global-low or another selection; a number of examples."
+        ),
+    ] = "",
+    second: Annotated[str, typer.Option(help="The same for what it is compared with, such as current,50.")] = "",
+    q: Annotated[float | None, typer.Option(help="Per cent of the nodes; default: the recipe's, or 10.")] = None,
+) -> None:
+    """Compare the rows that two presets, selections, numbers of examples or data sets select (LoKI's 97.57%)."""
+    from keeptune.report.nodes import print_overlap
+    from keeptune.studies.overlap import overlap as measure
 
-    if swept.report is not None:
-        if "study" in swept.record:
-            print_study(swept.record, Console())
-        else:
-            show_comparison(swept.report)
-        if "benefit" in swept.record:
-            print_benefits(swept.record, Console())
-        say(f"report: {loaded.output / 'report.html'}")
-        say(f"numbers: {loaded.output / loaded.name}.json")
-    if swept.figure:
-        say(f"figure: {loaded.output / loaded.name}.png")
-    for folder, message in swept.failed.items():
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {folder}: {message}", markup=False)
-    if swept.failed:
-        raise typer.Exit(1)
+    other = None if against is None else load(against, context)
+    record = measure(load(recipe, context), other, first=first, second=second, q=q)
+    print_overlap(record, Console())
+    say(f"figure and numbers in {record['folder']}")
 
 
-def _roles(text: str | None) -> list[str] | None:
-    return None if text is None else [role.strip() for role in text.strip("[] ").split(",")]
+def trace(
+    model: Annotated[str, typer.Argument(help="atlas, a folder or a hub id.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Examples, a JSONL file.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help='Template, such as "{question}\\nAnswer:".', show_default=False)],
+    completion: Annotated[str, typer.Option(help='Template of the answer, such as " {answer}".', show_default=False)],
+    adapter: Annotated[
+        str | None, typer.Option(help="What to compare with: an adapter or a run of this model, or another model.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="How many rows are used, the first ones.")] = 100,
+    reading: Annotated[
+        str, typer.Option(help="positions: restore each prompt token; diagonal: the one before each answer token.")
+    ] = "positions",
+    fraction: Annotated[float, typer.Option(help="Share of the prompt's tokens that get noise.")] = 0.5,
+    scale: Annotated[float, typer.Option(help="Noise, in standard deviations of the token embeddings.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    kind: Annotated[str, typer.Option(help="What is restored: block, attention or mlp outputs.")] = "block",
+    window: Annotated[int, typer.Option(help="Layers restored together, for attention and mlp.")] = 10,
+    norm: Annotated[str, typer.Option(help="What NAIE is normalised by: max or sum.")] = "max",
+    example: Annotated[
+        int | None, typer.Option(help="Whose heat map is drawn; default: what noise harms most.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where trace.json, layers.png and heat.png go.")] = Path("trace"),
+    max_length: Annotated[int, typer.Option(min=2, help="Longer examples are cut to this many tokens.")] = 512,
+    store: Store = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens in a pass: memory against speed.")] = 2048,
+) -> None:
+    """Trace which layers bring known answers back after noise (L2-LoRA Figs. 2 and 3), in one model or in two."""
+    from keeptune.report.tracing import print_trace
+    from keeptune.statistics.layer_effect import LayerEffect
+    from keeptune.studies.trace_files import TraceOptions, trace_models
 
-
-def _whole_numbers(option: str, text: str | None) -> list[int] | None:
-    from keeptune.core.errors import RecipeError
-
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.strip("[] ").split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise RecipeError(option, got=text, wanted="whole numbers", next_step=f"Example: {option} 2,4,6")
-    return [int(part) for part in parts]
+    options = TraceOptions(
+        model,
+        data,
+        # A shell hands over what stands for a line end as it is typed.
+        prompt.replace(r"\n", "\n"),
+        completion.replace(r"\n", "\n"),
+        output,
+        adapter=adapter,
+        examples=examples,
+        max_length=max_length,
+        example=example,
+        store=store,
+        device=device,
+        dtype=dtype,
+        chunk=chunk,
+    )
+    checked_later: Any = {"reading": reading, "output": kind}
+    request = LayerEffect("knowledge", fraction=fraction, scale=scale, seed=seed, window=window, **checked_later)
+    print_trace(trace_models(options, request, norm), Console())
+    say(f"figures: {output / 'layers.png'}, {output / 'heat.png'}, numbers: {output / 'trace.json'}")

@@ -1,0 +1,112 @@
+"""What commands share: their common arguments and options, how these are read, and how lines are printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from keeptune.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from keeptune.recipe.schema import Recipe
+
+__all__ = [
+    "OVERRIDES",
+    "Base",
+    "Device",
+    "Dtype",
+    "FigureFile",
+    "Flops",
+    "RecipeFile",
+    "Roles",
+    "Store",
+    "load",
+    "names_in",
+    "numbers_in",
+    "overrides_of",
+    "print_failed",
+    "print_report",
+    "say",
+    "whole_numbers_in",
+]
+
+# Commands that take a recipe: every key of it is an option.
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Base = Annotated[str | None, typer.Option(help="The base model; default: the one that the adapter or run names.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+FigureFile = Annotated[Path, typer.Option(help="The figure; its numbers are written beside it as .json.")]
+Flops = Annotated[
+    float | None,
+    typer.Option(help="With --dry-run: operations per second that times are computed from; default: measured here."),
+]
+Roles = Annotated[str | None, typer.Option(help="Roles, such as q_proj,down_proj; default: all.")]
+Store = Annotated[Path | None, typer.Option(help="Store of statistics; default: the user's cache.")]
+
+
+def overrides_of(context: typer.Context) -> dict[str, Any]:
+    """Returns the recipe's keys that are set on the command line, dotted key to value."""
+    from keeptune.recipe.schema import parse_overrides
+
+    return parse_overrides(context.args)
+
+
+def load(recipe: Path, context: typer.Context) -> Recipe:
+    """Returns a recipe with the keys that are set on the command line."""
+    from keeptune.recipe.schema import load_recipe
+
+    return load_recipe(recipe, overrides_of(context))
+
+
+def say(text: str) -> None:
+    """Prints a line as it is."""
+    Console(soft_wrap=True, highlight=False).print(text, markup=False)
+
+
+def print_failed(name: object, message: str) -> None:
+    """Prints to stderr which of several runs failed, and why."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {name}: {message}", markup=False)
+
+
+def print_report(report: dict[str, Any], folder: Path) -> None:
+    """Prints a report's table and where its page is."""
+    from keeptune.report.tables import print_comparison
+
+    print_comparison(report, Console())
+    say(f"report: {folder / 'report.html'}")
+
+
+def names_in(text: str | None) -> list[str] | None:
+    """Returns the names in a list such as ``q_proj,down_proj``; None without one."""
+    return None if text is None else [name.strip() for name in text.strip("[] ").split(",")]
+
+
+def numbers_in(option: str, text: str | None) -> list[float]:
+    """Returns the numbers in a list such as ``0.1,0.3,1``, none without one.
+
+    Raises:
+        RecipeError: A part is no number.
+    """
+    try:
+        return [float(part) for part in text.strip("[] ").split(",")] if text else []
+    except ValueError as error:
+        raise RecipeError(option, got=str(text), wanted="numbers", next_step=f"Example: {option} 0.1,0.3,1") from error
+
+
+def whole_numbers_in(option: str, text: str | None) -> list[int] | None:
+    """Returns the numbers in a list such as ``2,4,6``; None without one.
+
+    Raises:
+        RecipeError: A part is no whole number.
+    """
+    parts = names_in(text)
+    if parts is None:
+        return None
+    if not all(part.isdecimal() for part in parts):
+        raise RecipeError(option, got=str(text), wanted="whole numbers", next_step=f"Example: {option} 2,4,6")
+    return [int(part) for part in parts]
