@@ -139,7 +139,7 @@ def measured(folder: Path, job: Job, statistics: Statistics, texts: list[ScoredT
         if target.name in started:
             scale, first, last = started[target.name]
             form = block_kronecker(Dense(Omega), Dense(Gamma), scale=scale, weight=per_learned / 2, start=first)
-            blind += float(form.value(last))
+            blind += float(form(last)[0])
     found = losses_and_divergence(load_pair(job, find_result(folder)), texts, Passes(rows=64, pad=0, where=str(folder)))
     return {
         "run": folder.name,

@@ -31,7 +31,7 @@ from keeptune.methods.base import Method
 from keeptune.model.blocks import positions
 from keeptune.model.head import Head
 from keeptune.model.pretrained import load_model
-from keeptune.penalties.base import PenaltySpec
+from keeptune.penalties.base import Penalty
 from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
@@ -46,7 +46,7 @@ def plan(
     *,
     knowledge: Sequence[str] | Sequence[tuple[str, str]] | None = None,
     task: Sequence[tuple[str, str]] | Sequence[tuple[str, float]] | None = None,
-    penalties: Sequence[PenaltySpec] = (),
+    penalties: Sequence[Penalty] = (),
     targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     max_length: int = 1024,

@@ -20,8 +20,7 @@ from keeptune.methods.pissa import Pissa
 from keeptune.model.head import body_fingerprint
 from keeptune.model.runner import ResidentRunner
 from keeptune.penalties.base import penalty_named
-from keeptune.penalties.l2 import L2
-from keeptune.penalties.layer_weights import cubic_weights
+from keeptune.penalties.l2 import L2, cubic_weights
 from keeptune.statistics.collect import collect
 from keeptune.statistics.store import StatStore
 from keeptune.training.penalty_engine import Penalties

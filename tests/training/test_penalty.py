@@ -232,9 +232,11 @@ def test_kasas_regularisers_make_factors_more_orthogonal_and_without_weights_cha
         made.train()
         layers = [lora_layer(model, t.target.name) for t in plan.targets]
         parts = [(layer.lora_B["default"].weight, layer.lora_A["default"].weight) for layer in layers]
-        gaps.append(float(torch.stack([orthogonality(B, A, "gram").detach() for B, A in parts]).mean()))
+        gaps.append(
+            float(torch.stack([orthogonality(X.detach(), "gram")[0] for B, A in parts for X in (B, A.T)]).mean())
+        )
         states.append(trained_state(model, plan))
-    assert gaps[1] < gaps[0] - 0.01
+    assert gaps[1] < gaps[0] - 0.005
     bare = tuned(plan)
     trl_trainer(bare, tmp_path, max_steps=5).train()
     assert largest_gap(states[0], trained_state(bare, plan)) == 0.0

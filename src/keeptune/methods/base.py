@@ -28,7 +28,7 @@ from keeptune.core.registry import look_up, registered
 from keeptune.core.target import Target
 from keeptune.core.trained_tensors import TRAINED_TENSORS, TensorName
 from keeptune.methods.strength import Strength
-from keeptune.penalties.base import PenaltySpec
+from keeptune.penalties.base import Penalty
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import Request
 
@@ -192,7 +192,7 @@ class Method(Options):
         """Returns what the trainer must have, as plain values (:mod:`keeptune.training.attach`)."""
         return {}
 
-    def penalties(self) -> tuple[PenaltySpec, ...]:
+    def penalties(self) -> tuple[Penalty, ...]:
         """Returns the terms of the loss that belong to the method."""
         return ()
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.core.trained_tensors import TensorName
 from keeptune.methods.lora import Lora, draw_start
 from keeptune.statistics.collect import StatsView
 
@@ -39,7 +38,7 @@ class Dora(Lora):
 
     name = "dora"
     paper = "Liu et al., DoRA, ICML 2024"
-    trains = frozenset[TensorName]({"A", "B", "magnitude"})
+    trains = frozenset({"A", "B", "magnitude"})
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Draws A, sets B to zero and measures the rows of W (eq. 5)."""

@@ -28,7 +28,6 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.core.trained_tensors import TensorName
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import generator_for
 from keeptune.methods.lora import LoraStart, draw_A
@@ -71,7 +70,7 @@ class Kasa(LoraStart):
     paper = "Wang et al., KaSA, ICLR 2025"
     anchored = True
     moves_start = True
-    trains = frozenset[TensorName]({"A", "B", "diag"})
+    trains = frozenset({"A", "B", "diag"})
     ranges = {"beta": Range(least=0), "gamma": Range(least=0)}
 
     beta: float = 1e-4
@@ -111,4 +110,4 @@ class Kasa(LoraStart):
 
     def penalties(self) -> tuple[KasaRegularizers]:
         """Returns both regularisers."""
-        return (KasaRegularizers(self.beta, self.gamma, self.regularizer),)
+        return (KasaRegularizers.of(self),)

@@ -76,16 +76,6 @@ class Keep(LoraStart):
 
     def penalties(self) -> tuple[DriftBudget]:
         """Returns the budget."""
-        in_nats = self.drift is None
-        return (
-            DriftBudget(
-                budget=(_NATS if self.nats is None else self.nats) if self.drift is None else self.drift,
-                per=self.per,
-                layers=self.layers,
-                curvature="delta-kfac" if in_nats else "delta-act",
-                rho=self.rho if in_nats else 0.0,
-                rate=self.rate,
-                gain=self.gain,
-                factor_rank=self.factor_rank,
-            ),
-        )
+        if self.drift is None:
+            return (DriftBudget.of(self, budget=_NATS if self.nats is None else self.nats, curvature="delta-kfac"),)
+        return (DriftBudget.of(self, budget=self.drift, rho=0.0),)

@@ -72,18 +72,4 @@ class L2Lora(LoraStart):
 
     def penalties(self) -> tuple[L2]:
         """Returns (7)."""
-        return (
-            L2(
-                strength=self.strength,
-                layers=self.layers,
-                on=self.on,
-                unit=self.unit,
-                first=self.first,
-                last=self.last,
-                floor=self.floor,
-                reading=self.reading,
-                noise_fraction=self.noise_fraction,
-                noise_scale=self.noise_scale,
-                trace_examples=self.trace_examples,
-            ),
-        )
+        return (L2.of(self),)

@@ -69,15 +69,4 @@ class Lalora(LoraStart):
 
     def penalties(self) -> tuple[Laplace]:
         """Returns (II)."""
-        return (
-            Laplace(
-                strength=self.strength,
-                curvature=self.curvature,
-                labels=self.labels,
-                batches=self.batches,
-                batch_size=self.batch_size,
-                rho=self.rho,
-                rho_input=self.rho_input,
-                factor_rank=self.factor_rank,
-            ),
-        )
+        return (Laplace.of(self),)

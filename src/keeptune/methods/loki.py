@@ -39,7 +39,6 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.core.trained_tensors import TensorName
 from keeptune.linalg.voting import quota, voted
 from keeptune.methods.base import SCALING, Method, Size, dropout_field
 from keeptune.methods.lora import draw_start
@@ -188,7 +187,7 @@ class Loki(Method):
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Starts with the rows of W as they are (eqs. 10, 11)."""
         rows, r = decision.rows or (), decision.rank
-        factors: frozenset[TensorName] = frozenset({"A"} if self.rank is None else {"A", "B"})
+        factors: frozenset[str] = frozenset({"A"} if self.rank is None else {"A", "B"})
         return self.planned(
             target,
             decision,

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from keeptune.core.trained_tensors import TensorName
 from keeptune.methods.lora import Lora
 
 __all__ = ["LoraFA"]
@@ -32,7 +31,7 @@ class LoraFA(Lora):
 
     name = "lora-fa"
     paper = "Zhang et al., LoRA-FA, 2023"
-    trains = frozenset[TensorName]({"B"})
+    trains = frozenset({"B"})
 
     optimizer: Literal["adamw", "preconditioned"] = "adamw"
 

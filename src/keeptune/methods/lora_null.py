@@ -30,7 +30,6 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.core.trained_tensors import TensorName
 from keeptune.linalg.eigen import bottom_eigenvectors
 from keeptune.linalg.svd import projected_svd
 from keeptune.methods.base import RankMethod
@@ -111,7 +110,7 @@ class LoraNull(RankMethod):
     covariance: Literal["exact", "released"] = "exact"
 
     @property
-    def trains(self) -> frozenset[TensorName]:
+    def trains(self) -> frozenset[str]:
         """A and B, or B only."""
         return frozenset({"A", "B"} if self.variant == "v1" else {"B"})
 

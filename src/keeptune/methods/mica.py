@@ -21,7 +21,6 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.core.trained_tensors import TensorName
 from keeptune.linalg.triplets import end_triplets
 from keeptune.methods.base import ScaledMethod
 from keeptune.statistics.collect import StatsView
@@ -35,7 +34,7 @@ class Mica(ScaledMethod):
 
     name = "mica"
     paper = "MiCA, 2026"
-    trains = frozenset[TensorName]({"A"})
+    trains = frozenset({"A"})
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Takes W's minor output directions (1, 2)."""

@@ -27,7 +27,6 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
-from keeptune.core.trained_tensors import TensorName
 from keeptune.linalg.svd import exact_svd
 from keeptune.methods.base import Method, Size
 from keeptune.methods.strength import Strength
@@ -48,7 +47,7 @@ class Osf(Method):
     paper = "Nayak et al., Sculpting Subspaces, 2025"
     scope: ClassVar[Scope] = "subspace"
     strength_option = Strength(("preserve",), "odds")
-    trains = frozenset[TensorName]({"U_low", "S_low", "V_low"})
+    trains = frozenset({"U_low", "S_low", "V_low"})
     ranges = {"preserve": Range(above=0, below=1)}
 
     preserve: float = 0.5

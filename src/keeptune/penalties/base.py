@@ -1,23 +1,20 @@
-"""What a penalty is, where penalties are found, and how a plan gets them.
+"""The base class of penalties, the list of all penalties, and how a plan gets them.
 
     L = L_task + sum of penalties        each once per optimiser step (training/penalty_engine.py)
 
-A penalty is declared by a frozen dataclass whose fields are its options. It says which statistics it needs, makes
-the tensors that training needs (saved with the plan, so that a resumed run goes on with the same ones), and binds
-them, target by target, to a :class:`Term`: the value and the gradient in closed form.
+A penalty is a frozen dataclass whose fields are its options, in one file of this package or of another package under
+the entry-point group ``keeptune.penalties``. It requests statistics, computes the tensors that training needs (saved
+with the plan, so that a resumed run goes on with the same ones), and binds them, target by target, to a ``Term``: the
+value and the gradient in closed form.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
 import json
-import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -27,25 +24,27 @@ import keeptune.penalties
 from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.core.low_rank import LowRank
+from keeptune.core.options import Options
 from keeptune.core.plan import PenaltyPlan, Plan, TargetPlan
+from keeptune.core.registry import look_up, registered
 from keeptune.core.target import Target
 from keeptune.core.trained_tensors import TensorName
+from keeptune.data.calibration import Calibration
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import DataRole, Request
 
 __all__ = [
     "NORM",
-    "Adaptive",
-    "Concluding",
-    "OnChange",
-    "OnFactors",
+    "Factors",
+    "Form",
+    "OutputPenalty",
     "Penalty",
-    "PenaltySpec",
-    "Remarking",
     "Site",
     "Term",
+    "TextBatch",
     "conclusions",
-    "notes_of",
+    "on_change",
+    "on_factors",
     "penalties",
     "penalty_named",
     "penalty_plan",
@@ -54,6 +53,10 @@ __all__ = [
 
 NORM = "norm"  # ‖W‖ of each target that a penalty holds, which drifts are measured against
 Factors = Mapping[TensorName, Tensor]
+# All that is trained of a target, to the value and the gradient of those factors that it depends on.
+Term = Callable[[Factors], tuple[Tensor, Factors]]
+# B (m, r) and A (r, n), to the value and what autograd gives of it, without an m x n matrix.
+Form = Callable[[LowRank], tuple[Tensor, LowRank]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +67,7 @@ class Site:
         plan: How the target is trained.
         weight: W, ``(m, n)``, float32.
         stats: What the penalty requested.
-        targets: All targets of the plan.
+        targets: All targets that the penalty holds.
         blocks: How many blocks the model has.
     """
 
@@ -75,107 +78,78 @@ class Site:
     blocks: int
 
 
-class Penalty(Protocol):
-    """A function of a target's factors ``B (m, r)`` and ``A (r, n)``.
-
-    Law: ``value_and_grad`` gives ``value`` and what autograd gives of it, without an m x n matrix.
-    """
-
-    def value(self, delta: LowRank) -> Tensor:
-        """Compute it.
-
-        Args:
-            delta: The factors in training.
-
-        Returns:
-            A scalar.
-        """
-        ...
-
-    def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
-        """Compute it and its gradient.
-
-        Args:
-            delta: The factors in training.
-
-        Returns:
-            A scalar, and d value / d B with d value / d A.
-        """
-        ...
-
-
-class Term(Protocol):
-    """A function of all that is trained of a target: ``A``, ``B``, and what a method has besides."""
-
-    def value_and_grad(self, factors: Factors) -> tuple[Tensor, Factors]:
-        """Compute it and its gradient.
-
-        Args:
-            factors: Factor to value.
-
-        Returns:
-            A scalar, and the gradient of those factors that it depends on.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OnFactors:
-    """A penalty on A and B as they are.
+def on_factors(form: Form) -> Term:
+    """Returns the term of a form in A and B as they are.
 
     Args:
-        penalty: The penalty.
+        form: The form.
+
+    Returns:
+        The term.
     """
 
-    penalty: Penalty
-
-    def value_and_grad(self, factors: Factors) -> tuple[Tensor, Factors]:
-        """Hand A and B over."""
-        value, grad = self.penalty.value_and_grad(LowRank(factors["B"], factors["A"]))
+    def term(factors: Factors) -> tuple[Tensor, Factors]:
+        value, grad = form(LowRank(factors["B"], factors["A"]))
         return value, {"A": grad.A, "B": grad.B}
 
+    return term
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OnChange:
-    """A penalty on the weight change, which is ``B A``, or ``B diag(d) A`` where there is a diagonal (KaSA).
+
+def on_change(form: Form) -> Term:
+    """Returns the term of a form in the weight change: ``B A``, or ``B diag(d) A`` where there is a diagonal (KaSA).
 
     Args:
-        penalty: The penalty.
+        form: The form.
+
+    Returns:
+        The term.
     """
 
-    penalty: Penalty
-
-    def value_and_grad(self, factors: Factors) -> tuple[Tensor, Factors]:
-        """Take the diagonal into B; the chain rule takes it out again."""
+    def term(factors: Factors) -> tuple[Tensor, Factors]:
         B, A, d = factors["B"], factors["A"], factors.get("diag")
         if d is None:
-            return OnFactors(self.penalty).value_and_grad(factors)
-        value, grad = self.penalty.value_and_grad(LowRank(B * d, A))
+            return on_factors(form)(factors)
+        value, grad = form(LowRank(B * d, A))
         return value, {"A": grad.A, "B": grad.B * d, "diag": (grad.B * B).sum(dim=0)}
 
+    return term
 
-class PenaltySpec(Protocol):
-    """What a recipe's ``penalties`` names: a frozen dataclass, its fields the options.
+
+@dataclass(frozen=True)
+class Penalty(Options):
+    """A term of the loss on what is trained. The defaults need nothing, hold nothing and report nothing.
 
     Laws (``tests/contract``): strength 0 is plain training bit for bit; a saved and loaded plan binds to the same
     terms; no term has a value or a gradient where nothing has changed yet, but for one on the factors themselves.
+
+    Attributes:
+        name: Its registered name.
+        paper: Its source.
+        state: Names of the tensors that :meth:`update` changes; they are saved with each checkpoint.
+        once: Whether a plan may have it only once, since its logs and conclusions have its name.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    state: ClassVar[tuple[str, ...]] = ()
+    once: ClassVar[bool] = False
 
     @property
     def strength(self) -> float:
-        """What the penalty is multiplied by; 0 leaves it out."""
-        ...
+        """The factor of the penalty, an option of most; 0 leaves the penalty out."""
+        return 1.0
 
     @property
     def data(self) -> frozenset[DataRole]:
-        """Which data it needs."""
-        ...
+        """The data that it needs."""
+        return frozenset()
+
+    def place(self, option: str) -> str:
+        """Returns ``"penalty l2, strength"`` for ``"strength"``."""
+        return f"penalty {self.name}, {option}"
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Say which statistics a target needs.
+        """Returns the statistics that a target needs.
 
         Args:
             target_plan: How the target is trained: curvature may be taken at its first factors.
@@ -183,10 +157,10 @@ class PenaltySpec(Protocol):
         Returns:
             The requests; empty for a penalty without data.
         """
-        ...
+        return frozenset()
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
-        """Make what training needs, for one target.
+        """Computes what training needs, for one target.
 
         Args:
             site: The target, its weight and statistics.
@@ -195,76 +169,118 @@ class PenaltySpec(Protocol):
             Name to tensor, saved with the plan. Names carry their target, or the input group of targets that share
             one, such as ``"Omega:model.layers.0.mlp.up_proj"``.
         """
-        ...
+        return {}
 
-    def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
-        """Make the penalty of one target.
+    def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term | None:
+        """Returns the penalty's term of one target.
 
         Args:
             target_plan: How the target is trained.
             tensors: Those of the whole plan, on the device of the training.
 
         Returns:
-            Its value and gradient.
+            Its value and gradient; None for a penalty on the whole model.
         """
-        ...
-
-
-@runtime_checkable
-class Adaptive(Protocol):
-    """A penalty of which some tensors change while training; they are saved with each checkpoint."""
-
-    state: ClassVar[tuple[str, ...]]
+        return None
 
     def update(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Change them in place, after each step.
+        """Changes the tensors of ``state`` in place, after each step.
 
         Args:
             tensors: The penalty's own.
             values: Target to its value in this step.
 
         Returns:
-            Name to scalar: what to log.
+            Name to scalar, for the log.
         """
-        ...
-
-
-@runtime_checkable
-class Concluding(Protocol):
-    """A penalty that has something to say when training is over."""
-
-    def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
-        """Say it.
-
-        Args:
-            tensors: What the penalty made of the plan.
-            last: The last row of the training's log.
-
-        Returns:
-            Sentences.
-        """
-        ...
-
-
-@runtime_checkable
-class Remarking(Protocol):
-    """A penalty that has something to say about what it can and cannot hold."""
+        return {}
 
     def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Say it.
+        """Returns sentences about what it can and cannot hold, shown with the plan.
 
         Args:
             plan: What is trained.
-            tensors: What the penalty made of it.
+            tensors: The penalty's own.
 
         Returns:
-            Sentences.
+            The sentences.
         """
-        ...
+        return []
+
+    def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
+        """Returns sentences about the finished training, for the report.
+
+        Args:
+            tensors: The penalty's own.
+            last: The last row of the training's log.
+
+        Returns:
+            The sentences.
+        """
+        return []
 
 
-def penalty_plan(penalty: PenaltySpec, sites: Iterable[Site]) -> PenaltyPlan:
-    """Make a penalty's part of a plan.
+@dataclass(frozen=True, slots=True, eq=False)
+class TextBatch:
+    """Texts that the model is run on in a step.
+
+    Args:
+        number: Equal numbers are equal batches, throughout a training.
+        input_ids: ``(texts, length)``.
+        attention_mask: 1 for a token, 0 for padding.
+        learned: True for a token that is predicted, which the first of a text never is.
+    """
+
+    number: int
+    input_ids: Tensor
+    attention_mask: Tensor
+    learned: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputPenalty(Penalty):
+    """A penalty on how far the model's answers are from the base's, (1) of kl.py, on batches of its own.
+
+    The engine runs the model (training/output_passes.py); the gradient is autograd's.
+
+    Args:
+        kept_mib: How much memory the base's answers may take, so that they are computed once; 0 computes them at
+            every step.
+    """
+
+    kept_mib: int = 256
+
+    def texts(self, data: Mapping[DataRole, Calibration]) -> Mapping[str, Tensor]:
+        """Returns the tensors of the texts, saved with the plan.
+
+        Args:
+            data: Tokens per data role.
+
+        Returns:
+            Name to tensor.
+
+        Raises:
+            NotImplementedError: A subclass has no texts.
+        """
+        raise NotImplementedError
+
+    def batch(self, tensors: Mapping[str, Tensor]) -> TextBatch:
+        """Returns the texts of the next step.
+
+        Args:
+            tensors: The penalty's own.
+
+        Returns:
+            The batch.
+
+        Raises:
+            NotImplementedError: A subclass has no batches.
+        """
+        raise NotImplementedError
+
+
+def penalty_plan(penalty: Penalty, sites: Iterable[Site]) -> PenaltyPlan:
+    """Returns a penalty's part of a plan.
 
     Args:
         penalty: The penalty.
@@ -281,7 +297,7 @@ def penalty_plan(penalty: PenaltySpec, sites: Iterable[Site]) -> PenaltyPlan:
 
 
 def conclusions(plan: Plan, last: Mapping[str, float]) -> list[str]:
-    """Ask the penalties of a plan what there is to say when training is over.
+    """Returns what the penalties of a plan report when training is over.
 
     Args:
         plan: The plan.
@@ -290,16 +306,12 @@ def conclusions(plan: Plan, last: Mapping[str, float]) -> list[str]:
     Returns:
         Sentences, for the report.
     """
-    said: list[str] = []
-    for made in plan.penalties:
-        spec = penalty_named(made.name, made.options)
-        if isinstance(spec, Concluding):
-            said += spec.conclude(made.tensors, last)
-    return said
+    own = [(penalty_named(made.name, made.options), made.tensors) for made in plan.penalties]
+    return [sentence for penalty, tensors in own for sentence in penalty.conclude(tensors, last)]
 
 
 def start_of(target_plan: TargetPlan, device: torch.device) -> LowRank | None:
-    """Give the factors that a change is counted from, with the diagonal taken into B.
+    """Returns the factors that a change is counted from, with the diagonal taken into B.
 
     Args:
         target_plan: How the target is trained.
@@ -313,39 +325,20 @@ def start_of(target_plan: TargetPlan, device: torch.device) -> LowRank | None:
     return None if start.is_zero else start.to(torch.float32, device)
 
 
-def notes_of(penalty: PenaltySpec, plan: Plan, made: PenaltyPlan) -> list[str]:
-    """Ask a penalty what there is to know about it on a plan.
-
-    Args:
-        penalty: The penalty.
-        plan: The plan.
-        made: The penalty's part of it.
-
-    Returns:
-        Sentences, shown with the plan.
-    """
-    return list(penalty.notes(plan, made.tensors)) if isinstance(penalty, Remarking) else []
-
-
 def penalties() -> dict[str, type[Any]]:
-    """Find every penalty: the files of this package and the entry points ``keeptune.penalties``.
+    """Returns every penalty: the files of this package and the entry points ``keeptune.penalties``.
 
     Returns:
         Name to class, sorted by name.
+
+    Raises:
+        RecipeError: Two penalties share a name.
     """
-    names = sorted(info.name for info in pkgutil.iter_modules(keeptune.penalties.__path__) if info.name != "base")
-    classes = [
-        cls
-        for module in (importlib.import_module(f"keeptune.penalties.{name}") for name in names)
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if cls.__module__ == module.__name__ and dataclasses.is_dataclass(cls) and hasattr(cls, "name")
-    ]
-    classes += [point.load() for point in entry_points(group="keeptune.penalties")]
-    return {cls.name: cls for cls in sorted(classes, key=lambda cls: cls.name)}
+    return registered(keeptune.penalties, Penalty, "penalty")
 
 
 def penalty_named(name: str, options: Mapping[str, Any]) -> Any:
-    """Make a penalty from its name and options.
+    """Returns a penalty of a name with options.
 
     Args:
         name: Its registered name, such as ``"l2"``.
@@ -357,10 +350,7 @@ def penalty_named(name: str, options: Mapping[str, Any]) -> Any:
     Raises:
         RecipeError: The name or an option is unknown, or a value does not fit.
     """
-    known = penalties()
-    if name not in known:
-        raise RecipeError("penalties", got=f'"{name}"', wanted="the name of a penalty", next_step=nearest(name, known))
-    cls = known[name]
+    cls = look_up(name, penalties(), "penalties", "penalty")
     fields = [field.name for field in dataclasses.fields(cls)]
     for key in options:
         if key not in fields:

@@ -13,76 +13,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from keeptune.core.options import Range
 from keeptune.core.plan import TargetPlan
-from keeptune.core.trained_tensors import TensorName
-from keeptune.penalties.base import Site, Term
-from keeptune.penalties.option_checks import check_strength
-from keeptune.statistics.request import DataRole, Request
+from keeptune.penalties.base import Factors, Penalty, Site, Term
 
-__all__ = ["Decay", "FactorDecay"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FactorDecay:
-    """``w / 2 (‖A‖² + ‖B‖²)`` of the trained ones.
-
-    Args:
-        weight: w, a scalar tensor.
-        trained: Which of A and B.
-    """
-
-    weight: Tensor
-    trained: tuple[TensorName, ...]
-
-    def value_and_grad(self, factors: Mapping[TensorName, Tensor]) -> tuple[Tensor, Mapping[TensorName, Tensor]]:
-        """Compute it; the gradients are ``w A`` and ``w B``."""
-        squares = torch.stack([factors[name].square().sum() for name in self.trained])
-        return self.weight / 2 * squares.sum(), {name: self.weight * factors[name] for name in self.trained}
+__all__ = ["Decay"]
 
 
 @dataclass(frozen=True)
-class Decay:
+class Decay(Penalty):
     """Weight decay on the trained factors, as a part of the loss.
 
     Args:
         strength: What half of all squares is multiplied by.
-
-    Raises:
-        PlanError: An option is out of range.
     """
 
-    name: ClassVar[str] = "decay"
-    paper: ClassVar[str] = "weight decay, coupled"
+    name = "decay"
+    paper = "weight decay, coupled"
+    ranges = {"strength": Range(least=0)}
 
     strength: float = 0.01
 
-    def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            PlanError: One is out of range.
-        """
-        check_strength(self.strength, self.name)
-
-    @property
-    def data(self) -> frozenset[DataRole]:
-        """Need nothing."""
-        return frozenset()
-
-    def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Need nothing."""
-        return frozenset()
-
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
-        """Keep the strength."""
+        """Returns the strength."""
         return {"strength": torch.tensor(self.strength)}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
-        """Make (1) of one target."""
-        names: tuple[TensorName, ...] = ("A", "B")
-        return FactorDecay(tensors["strength"], tuple(name for name in names if name in target_plan.trainable))
+        """Returns (1) of one target."""
+        weight = tensors["strength"]
+        trained = [name for name in ("A", "B") if name in target_plan.trainable]
+
+        def term(factors: Factors) -> tuple[Tensor, Factors]:
+            squares = torch.stack([factors[name].square().sum() for name in trained])
+            return weight / 2 * squares.sum(), {name: weight * factors[name] for name in trained}
+
+        return term

@@ -29,17 +29,15 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
+from keeptune.core.options import Range
 from keeptune.core.plan import TargetPlan
-from keeptune.core.trained_tensors import TensorName
 from keeptune.linalg.symmetric import Identity, PsdMatrix, psd_matrix_from
-from keeptune.penalties.base import OnChange, Site, Term, start_of
+from keeptune.penalties.base import Factors, Site, Term, on_change, start_of
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
-from keeptune.penalties.option_checks import check_counts
-from keeptune.statistics.fisher import TokenCount, tokens_per_learned
+from keeptune.penalties.measured import CovariancePenalty
 from keeptune.statistics.layer_effect import LayerEffect, layer_weights
-from keeptune.statistics.low_rank_covariance import Covariance, gradient_request, input_request, read_factor
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
-from keeptune.statistics.request import DataRole, Labels, Request
+from keeptune.statistics.request import Request
 
 __all__ = ["DriftBudget", "ascended", "excess"]
 
@@ -48,7 +46,7 @@ _LEAST = 0.05  # of the largest weight: a layer without effect gets twenty times
 
 
 def excess(drift: Tensor, budget: Tensor) -> Tensor:
-    """Compute c of (4), by how much the budget is overdrawn: above 0 where it is, below where there is room.
+    """Computes c of (4), by how much the budget is overdrawn: above 0 where it is, below where there is room.
 
     Args:
         drift: D, ``(groups,)``.
@@ -62,7 +60,7 @@ def excess(drift: Tensor, budget: Tensor) -> Tensor:
 
 
 def ascended(log_multiplier: Tensor, drift: Tensor, budget: Tensor, rate: float) -> Tensor:
-    """Take one step of (4).
+    """Computes one step of (4).
 
     Laws: within the budget it falls, above it rises, by at most ``rate``; at the budget it stays.
 
@@ -78,59 +76,36 @@ def ascended(log_multiplier: Tensor, drift: Tensor, budget: Tensor, rate: float)
     return log_multiplier + rate * excess(drift, budget)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Multiplied:
-    """A term times p over its budget; both are shared by the targets of a group.
-
-    Args:
-        term: The target's part of D.
-        log_pressure: log p of all groups, changed in place by :meth:`DriftBudget.update`.
-        budget: Of all groups.
-        group: The target's.
-    """
-
-    term: Term
-    log_pressure: Tensor
-    budget: Tensor
-    group: int
-
-    def value_and_grad(self, factors: Mapping[TensorName, Tensor]) -> tuple[Tensor, Mapping[TensorName, Tensor]]:
-        """Compute the target's part of (3) and its gradient."""
-        value, gradients = self.term.value_and_grad(factors)
-        pressure = self.log_pressure[self.group].exp().to(value) / self.budget[self.group].to(value)
-        return value * pressure, {factor: gradient * pressure for factor, gradient in gradients.items()}
-
-
 @dataclass(frozen=True)
-class DriftBudget:
-    """A budget on the relative feature drift, met by a multiplier that is found while training.
+class DriftBudget(CovariancePenalty):
+    """A budget on the relative feature drift, met by a multiplier that adapts while training.
 
     Args:
         budget: The mean relative feature drift allowed; 0.005 is half a per cent of what targets put out.
         per: ``"model"`` holds the mean over all targets, ``"layer"`` that of each layer.
-        layers: Of ``per="layer"``: ``"uniform"`` gives each layer the same budget, ``"naie"`` less where more of the
+        layers: Of ``per="layer"``: ``"uniform"`` is the same budget for each layer, ``"naie"`` less where more of the
             answers sits by causal tracing; the knowledge then needs prompts and completions. ``"kva"`` less where the
             MLP carries more of the next token (LoKI's attribution).
-        curvature: ``"delta-act"`` budgets the feature drift (1), ``"delta-kfac"`` nats per token (5).
+        curvature: ``"delta-act"`` budgets the feature drift (1), ``"delta-kfac"`` nats per token (5), with ``labels``
+            and ``rho``.
         rate: How far log λ moves in a step at most.
         gain: The proportional part: how far log p is from log λ at most.
         start: λ at the first step.
-        labels: Of ``"delta-kfac"``: labels of the gradients, drawn from the model or the data's own.
-        rho: Of ``"delta-kfac"``: damping of Γ towards the identity of its trace.
-        batches: How many batches of each knowledge set are used; None is all of it.
-        batch_size: Examples per batch; it only says how much ``batches`` is.
-        factor_rank: Keep this many directions of Ω, and one number for the others; None keeps all.
         trace_examples: How many examples of each knowledge set are traced (naie, kva).
-        label_seed: Seed of sampled labels.
 
     Raises:
         PlanError: An option is out of range.
     """
 
-    name: ClassVar[str] = "drift"
-    paper: ClassVar[str] = "keeptune"
-    strength: ClassVar[float] = 1.0
+    name = "drift"
+    paper = "keeptune"
     state: ClassVar[tuple[str, ...]] = ("log multiplier", "log pressure")
+    once = True
+    ranges = {
+        **dict.fromkeys(("budget", "rate", "start"), Range(above=0)),
+        "gain": Range(least=0),
+        "trace_examples": Range(least=1),
+    }
 
     budget: float = 0.005
     per: Literal["model", "layer"] = "model"
@@ -139,40 +114,15 @@ class DriftBudget:
     rate: float = 0.1
     gain: float = 2.0
     start: float = 1.0
-    labels: Labels = "sampled"
-    rho: float = 0.0
-    batches: int | None = None
-    batch_size: int = 8
-    factor_rank: int | None = None
     trace_examples: int | None = 32
-    label_seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the options.
+        """Checks the options.
 
         Raises:
-            PlanError: One is out of range.
+            PlanError: One is out of range, or layers differ where there is one budget.
         """
-        for key in ("budget", "rate", "start"):
-            value: float = getattr(self, key)
-            if not 0 < value < float("inf"):
-                raise PlanError(
-                    f"penalty drift, {key}", got=str(value), wanted="a number above 0", next_step="Correct the value."
-                )
-        if not 0 <= self.gain < float("inf") or not 0 <= self.rho <= 1:
-            raise PlanError(
-                "penalty drift",
-                got=f"gain: {self.gain}, rho: {self.rho}",
-                wanted="a gain of at least 0, rho from 0 to 1",
-                next_step="Correct the value.",
-            )
-        check_counts(
-            self.name,
-            batches=self.batches,
-            batch_size=self.batch_size,
-            factor_rank=self.factor_rank,
-            trace_examples=self.trace_examples,
-        )
+        super().__post_init__()
         if self.layers != "uniform" and self.per == "model":
             raise PlanError(
                 "penalty drift",
@@ -181,40 +131,29 @@ class DriftBudget:
                 next_step="Set `per: layer`.",
             )
 
-    @property
-    def data(self) -> frozenset[DataRole]:
-        """Need knowledge."""
-        return frozenset({"knowledge"})
-
-    @property
-    def examples(self) -> int | None:
-        """How many examples of each knowledge set are used."""
-        return None if self.batches is None else self.batches * self.batch_size
-
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Need Ω, and the effect of each layer where budgets follow it."""
-        traced: set[Request] = set() if self.layers == "uniform" else {self._trace()}
-        outputs = {self._gradients(), self._count()} if self.curvature == "delta-kfac" else set()
-        return frozenset({self._inputs(), *outputs, *traced})
+        """Returns Ω, Γ for nats, and the effect of each layer where budgets follow it."""
+        traced: set[Request] = set() if self.layers == "uniform" else {self._trace}
+        outputs = {self.gradients, self.count} if self.curvature == "delta-kfac" else set()
+        return frozenset({self.inputs, *outputs, *traced})
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
-        """Keep Ω per input group, Γ, what makes a form a target's part of D, and what belongs to the groups."""
-        target, one = site.plan.target, torch.ones((), device=site.weight.device)
-        Omega = read_factor(self._inputs(), site.stats[self._inputs()]).to(torch.float32, site.weight.device)
+        """Returns Ω per input group, Γ, what makes a form a target's part of D, and what belongs to the groups."""
+        target, Omega = site.plan.target, self.read(self.inputs, site)
         groups = self._groups([peer.layer for peer in site.targets])
-        found = dict(Omega.tensors(f"Omega:{target.input_group}:"))
+        tensors = dict(Omega.tensors(f"Omega:{target.input_group}:"))
         if self.curvature == "delta-kfac":
-            Gamma = read_factor(self._gradients(), site.stats[self._gradients()]).to(torch.float32, site.weight.device)
-            found |= Gamma.damped(self.rho).tensors(f"Gamma:{target.name}:")
-            share = len(set(groups.values())) / 2 * tokens_per_learned(site.stats, self._count())
+            Gamma = self.read(self.gradients, site)
+            tensors |= Gamma.damped(self.rho).tensors(f"Gamma:{target.name}:")
+            share = len(set(groups.values())) / 2 * self.tokens_per_learned(site)
         else:
-            identity = Identity(target.out_features, one)
+            identity = Identity(target.out_features, torch.ones((), device=site.weight.device))
             whole = float(quadratic_form(site.weight.double(), Omega.to(torch.float64), identity))
             size = sum(groups[peer.layer] == groups[target.layer] for peer in site.targets)
             share = 1 / (whole * size) if whole > 0 else 0.0
         budget = torch.tensor(self._budgets(site, groups), dtype=torch.float64)
         return {
-            **found,
+            **tensors,
             f"share:{target.name}": torch.tensor(share),
             f"group:{target.name}": torch.tensor(groups[target.layer]),
             "budget": budget,
@@ -223,31 +162,30 @@ class DriftBudget:
         }
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
-        """Make a target's part of (3)."""
+        """Returns a target's part of (3): of D, times p over its budget, which the targets of a group share."""
         target, share = target_plan.target, tensors[f"share:{target_plan.target.name}"]
         Gamma: PsdMatrix = Identity(target.out_features, torch.ones_like(share))
         if self.curvature == "delta-kfac":
             Gamma = psd_matrix_from(tensors, f"Gamma:{target.name}:")
-        drift = KroneckerChange(
+        change = KroneckerChange(
             Omega=psd_matrix_from(tensors, f"Omega:{target.input_group}:"),
             Gamma=Gamma,
             scale=target_plan.scale,
             weight=share,
             start=start_of(target_plan, share.device),
         )
-        group = int(tensors[f"group:{target.name}"])
-        return Multiplied(OnChange(drift), tensors["log pressure"], tensors["budget"], group)
+        drift, group = on_change(change.value_and_grad), int(tensors[f"group:{target.name}"])
+        log_pressure, budget = tensors["log pressure"], tensors["budget"]  # log p is changed in place by `update`
+
+        def term(factors: Factors) -> tuple[Tensor, Factors]:
+            value, gradients = drift(factors)
+            pressure = log_pressure[group].exp().to(value) / budget[group].to(value)
+            return value * pressure, {factor: gradient * pressure for factor, gradient in gradients.items()}
+
+        return term
 
     def update(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Take the step of (4), in place.
-
-        Args:
-            tensors: The penalty's own.
-            values: Target to its part of (3), as it was in this step.
-
-        Returns:
-            What to log: D and p, of each group where there are several, and each target's own d.
-        """
+        """Takes the step of (4); logs D and p, of each group where there are several, and each target's own d."""
         log_multiplier, log_pressure, budget = (tensors[k] for k in ("log multiplier", "log pressure", "budget"))
         group = torch.stack([tensors[f"group:{name}"].to(budget.device) for name in values])
         value = torch.stack([part.to(budget) for part in values.values()]) * (budget / log_pressure.exp())[group]
@@ -261,8 +199,8 @@ class DriftBudget:
         return logs
 
     def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
-        """Say whether each budget was met within a fifth, was not used up, or was overdrawn."""
-        budgets, said = tensors["budget"].tolist(), []
+        """Returns whether each budget was met within a fifth, was not used up, or was overdrawn."""
+        budgets, sentences = tensors["budget"].tolist(), []
         for group, budget in enumerate(budgets):
             drift = last.get(f"feature_drift{_place(group, len(budgets))}")
             if drift is None:
@@ -270,8 +208,8 @@ class DriftBudget:
             share = drift / budget
             verdict = "overdrawn" if share > 1 + _MET else "met" if share >= 1 - _MET else "not used up"
             where = f", group {group}" if len(budgets) > 1 else ""
-            said.append(f"penalty drift{where}: {drift:.2g} of {budget:.2g} at the end, {verdict}")
-        return said
+            sentences.append(f"penalty drift{where}: {drift:.2g} of {budget:.2g} at the end, {verdict}")
+        return sentences
 
     def _groups(self, layers: list[int]) -> dict[int, int]:
         return {layer: index if self.per == "layer" else 0 for index, layer in enumerate(sorted(set(layers)))}
@@ -282,22 +220,12 @@ class DriftBudget:
         if self.layers == "uniform":
             return [self.budget] * len(groups)
         weigh = _traced_weights if self.layers == "naie" else _attributed_weights
-        effects = site.stats.derive(self._trace(), weigh)
+        effects = site.stats.derive(self._trace, weigh)
         weights = [max(effects.get(layer, 1.0), _LEAST) for layer in groups]
         harmonic = len(weights) / sum(1 / weight for weight in weights)
         return [self.budget * harmonic / weight for weight in weights]
 
-    def _inputs(self) -> Covariance:
-        return input_request("knowledge", self.factor_rank, examples=self.examples)
-
-    def _gradients(self) -> Covariance:
-        return gradient_request(
-            "knowledge", self.labels, self.factor_rank, seed=self.label_seed, examples=self.examples
-        )
-
-    def _count(self) -> TokenCount:
-        return TokenCount("knowledge", self.examples)
-
+    @property
     def _trace(self) -> LayerEffect | NeuronAttribution:
         kind = LayerEffect if self.layers == "naie" else NeuronAttribution
         return kind("knowledge", examples=self.trace_examples)
@@ -308,7 +236,7 @@ def _traced_weights(effects: Tensor) -> dict[int, float]:
 
 
 def _attributed_weights(attributions: Attributions) -> dict[int, float]:
-    """Weigh the blocks that have an MLP; the others have no weight."""
+    """Weighs the blocks that have an MLP; the others have no weight."""
     return dict(zip(attributions.layers, layer_profile(attributions).tolist(), strict=True))
 
 

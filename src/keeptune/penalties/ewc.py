@@ -17,29 +17,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
+from keeptune.core.options import Range
 from keeptune.core.plan import TargetPlan
-from keeptune.penalties.base import OnChange, Site, Term, start_of
+from keeptune.penalties.base import Form, Site, Term, on_change, start_of
 from keeptune.penalties.kronecker import change_since
-from keeptune.penalties.option_checks import check_counts, check_strength
-from keeptune.statistics.fisher import Per, TokenCount, WeightFisher, tokens_per_learned
-from keeptune.statistics.request import DataRole, Labels, Request
+from keeptune.penalties.measured import MeasuredPenalty
+from keeptune.statistics.fisher import Per, WeightFisher
+from keeptune.statistics.request import Request
 
-__all__ = ["DiagonalChange", "Ewc", "Stored"]
+__all__ = ["Ewc", "Stored", "diagonal_change"]
 
 Stored = Literal["float32", "bfloat16"]
 _DTYPES: dict[Stored, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NUMBERS = 1 << 20  # in a temporary
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DiagonalChange:
-    """``w sum F ∘ E²`` of the change since the start.
+def diagonal_change(
+    fisher: Tensor, scale: float, weight: float | Tensor, start: LowRank | None = None, numbers: int = _NUMBERS
+) -> Form:
+    """Returns ``w sum F ∘ E²`` of the change since the start (1, 3).
 
     Laws: the value is that of the dense E; it does not depend on the chunks; ``(G A, B G⁻¹)`` has the value of
     ``(A, B)``; it is 0, and so is its gradient, at the start.
@@ -50,107 +52,69 @@ class DiagonalChange:
         weight: w, a number or a scalar tensor.
         start: ``B_0`` and ``A_0``; None where ``B_0 A_0 = 0``.
         numbers: How many numbers a temporary may hold.
+
+    Returns:
+        The form.
     """
 
-    fisher: Tensor
-    scale: float
-    weight: float | Tensor
-    start: LowRank | None = None
-    numbers: int = _NUMBERS
-
-    def value(self, delta: LowRank) -> Tensor:
-        """Compute (1)."""
-        L, R = change_since(delta, self.start)
-        parts = [(held * E).sum() for _, held, E in self._chunks(L, R)]
-        return self.weight * torch.stack(parts).sum()
-
-    def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
-        """Compute (1) and (3)."""
-        L, R = change_since(delta, self.start)
-        values, to_B, to_A = [], [], torch.zeros_like(delta.A)
-        for rows, held, E in self._chunks(L, R):
-            values.append((held * E).sum())
-            to_B.append(held @ delta.A.T)
-            to_A = to_A + delta.B[rows].T @ held
-        w = 2 * self.weight * self.scale
-        return self.weight * torch.stack(values).sum(), LowRank(B=w * torch.cat(to_B), A=w * to_A)
-
-    def _chunks(self, L: Tensor, R: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Go through F by rows: which, ``F ∘ E`` and ``E``."""
-        step = max(self.numbers // R.shape[1], 1)
+    def chunks(L: Tensor, R: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Goes through F by rows: which, ``F ∘ E`` and ``E``."""
+        step = max(numbers // R.shape[1], 1)
         for first in range(0, L.shape[0], step):
             rows = slice(first, first + step)
-            E = self.scale * (L[rows] @ R)
-            yield rows, self.fisher[rows].to(E.dtype) * E, E
+            E = scale * (L[rows] @ R)
+            yield rows, fisher[rows].to(E.dtype) * E, E
+
+    def form(delta: LowRank) -> tuple[Tensor, LowRank]:
+        L, R = change_since(delta, start)
+        values, to_B, to_A = [], [], torch.zeros_like(delta.A)
+        for rows, FE, E in chunks(L, R):
+            values.append((FE * E).sum())
+            to_B.append(FE @ delta.A.T)
+            to_A = to_A + delta.B[rows].T @ FE
+        w = 2 * weight * scale
+        return weight * torch.stack(values).sum(), LowRank(B=w * torch.cat(to_B), A=w * to_A)
+
+    return form
 
 
 @dataclass(frozen=True)
-class Ewc:
+class Ewc(MeasuredPenalty):
     """The diagonal Fisher of the weights, on the weight change.
 
     Args:
         strength: λ; at 1 a nat lost on the knowledge costs a nat of task loss, to second order.
-        labels: ``"sampled"`` draws what the model itself would say (the Fisher), ``"true"`` takes the data's tokens
-            (the empirical Fisher).
         per: ``"text"`` squares the gradient of each text (2), ``"token"`` that of each token.
-        batches: How many batches of each knowledge set are used; None is all of it.
-        batch_size: Examples per batch; it only says how much ``batches`` is.
         stored: The dtype that F is kept in: ``"bfloat16"`` halves its memory, and rounds it by at most 0.4%.
-        label_seed: Seed of sampled labels.
-
-    Raises:
-        PlanError: An option is out of range.
     """
 
-    name: ClassVar[str] = "ewc"
-    paper: ClassVar[str] = "Kirkpatrick et al., EWC, 1612.00796; EWC-LoRA, 2602.17559"
+    name = "ewc"
+    paper = "Kirkpatrick et al., EWC, 1612.00796; EWC-LoRA, 2602.17559"
+    ranges = {"strength": Range(least=0)}
 
     strength: float = 1.0
-    labels: Labels = "sampled"
     per: Per = "text"
-    batches: int | None = None
-    batch_size: int = 8
     stored: Stored = "float32"
-    label_seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            PlanError: One is out of range.
-        """
-        check_strength(self.strength, self.name)
-        check_counts(self.name, batches=self.batches, batch_size=self.batch_size)
 
     @property
-    def data(self) -> frozenset[DataRole]:
-        """Need knowledge."""
-        return frozenset({"knowledge"})
+    def _fisher(self) -> WeightFisher:
+        return WeightFisher("knowledge", self.labels, self.per, self.label_seed, self.examples)
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Need the diagonal Fisher, and what makes it one per learned token."""
-        return frozenset({self._fisher(), self._count()})
+        """Returns the diagonal Fisher, and what makes it one per learned token."""
+        return frozenset({self._fisher, self.count})
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
-        """Keep F over T/N, and ``λ/2 N/T``."""
+        """Returns F over T/N, and ``λ/2 N/T``."""
         name = site.plan.target.name
         return {
-            f"F:{name}": site.stats[self._fisher()].to(_DTYPES[self.stored]),
-            f"weight:{name}": torch.tensor(self.strength / 2 * tokens_per_learned(site.stats, self._count())),
+            f"F:{name}": site.stats[self._fisher].to(_DTYPES[self.stored]),
+            f"weight:{name}": torch.tensor(self.strength / 2 * self.tokens_per_learned(site)),
         }
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
-        """Make (1) of one target."""
+        """Returns (1) of one target."""
         name = target_plan.target.name
         weight = tensors[f"weight:{name}"]
         start = start_of(target_plan, weight.device)
-        return OnChange(DiagonalChange(tensors[f"F:{name}"], target_plan.scale, weight, start))
-
-    def _fisher(self) -> WeightFisher:
-        return WeightFisher("knowledge", self.labels, self.per, self.label_seed, self._examples())
-
-    def _count(self) -> TokenCount:
-        return TokenCount("knowledge", self._examples())
-
-    def _examples(self) -> int | None:
-        return None if self.batches is None else self.batches * self.batch_size
+        return on_change(diagonal_change(tensors[f"F:{name}"], target_plan.scale, weight, start))

@@ -10,70 +10,61 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import TargetPlan
-from keeptune.core.trained_tensors import TensorName
-from keeptune.penalties.base import Site, Term
-from keeptune.statistics.request import DataRole, Request
+from keeptune.penalties.base import Factors, Penalty, Site, Term
 
-__all__ = ["KasaRegularizers", "Orthogonality", "Regularizer", "orthogonality"]
+__all__ = ["KasaRegularizers", "Regularizer", "orthogonality", "regularizers"]
 
 Regularizer = Literal["gram", "released"]
 
 
-def orthogonality(B: Tensor, A: Tensor, form: Regularizer) -> Tensor:
-    """Measure how far B's columns and A's rows are from orthonormal ones (eq. 11).
+def orthogonality(X: Tensor, form: Regularizer) -> tuple[Tensor, Tensor]:
+    """Computes how far the columns of a matrix are from orthonormal ones (eq. 11), and the gradient.
 
-    Law: ``"released"`` equals ``‖B Bᵀ - I_m‖ + ‖Aᵀ A - I_n‖`` without forming an m x m or n x n matrix.
+    Law: ``"released"`` equals ``‖X Xᵀ - I_m‖`` without forming an m x m matrix.
 
     Args:
-        B: ``(m, r)``.
-        A: ``(r, n)``.
-        form: Which matrices are compared with the identity.
+        X: ``(m, r)``: B, or Aᵀ.
+        form: Which matrix is compared with the identity.
 
     Returns:
-        L_3, a scalar.
+        A scalar, and its gradient ``(m, r)``.
     """
-    return _distance(B, form)[0] + _distance(A.T, form)[0]
-
-
-def _distance(X: Tensor, form: Regularizer) -> tuple[Tensor, Tensor]:
-    """Measure ``‖XᵀX - I‖``, or ``‖X Xᵀ - I‖`` of the larger matrix, and its gradient."""
     gap = X.T @ X - torch.eye(X.shape[1], device=X.device, dtype=X.dtype)
     size = torch.linalg.norm(gap) if form == "gram" else (gap.square().sum() + (X.shape[0] - X.shape[1])).sqrt()
     return size, 2 * X @ gap / size.clamp_min(torch.finfo(X.dtype).tiny)
 
 
-@dataclass(frozen=True, slots=True)
-class Orthogonality:
-    """The regularisers of one target.
+def regularizers(beta: float, gamma: float, form: Regularizer) -> Term:
+    """Returns the regularisers of one target.
 
     Args:
         beta: Weight of L_2.
         gamma: Weight of L_3.
         form: Which matrices are compared with the identity.
+
+    Returns:
+        ``beta L_2 + gamma L_3``.
     """
 
-    beta: float
-    gamma: float
-    form: Regularizer
-
-    def value_and_grad(self, factors: Mapping[TensorName, Tensor]) -> tuple[Tensor, Mapping[TensorName, Tensor]]:
-        """Compute both and their gradients."""
+    def term(factors: Factors) -> tuple[Tensor, Factors]:
         B, A, d = factors["B"], factors["A"], factors["diag"]
-        (of_B, to_B), (of_A, to_A) = _distance(B, self.form), _distance(A.T, self.form)
-        value = self.beta * d.square().sum() + self.gamma * (of_B + of_A)
-        return value, {"B": self.gamma * to_B, "A": self.gamma * to_A.T, "diag": 2 * self.beta * d}
+        (of_B, to_B), (of_A, to_A) = orthogonality(B, form), orthogonality(A.T, form)
+        value = beta * d.square().sum() + gamma * (of_B + of_A)
+        return value, {"B": gamma * to_B, "A": gamma * to_A.T, "diag": 2 * beta * d}
+
+    return term
 
 
 @dataclass(frozen=True)
-class KasaRegularizers:
-    """What KaSA asks for; it needs the singular values that only KaSA trains.
+class KasaRegularizers(Penalty):
+    """What KaSA needs, of the singular values that only KaSA trains.
 
     Args:
         beta: Weight of L_2.
@@ -82,25 +73,16 @@ class KasaRegularizers:
         strength: Of both together.
     """
 
-    name: ClassVar[str] = "kasa"
-    paper: ClassVar[str] = "Wang et al., KaSA, ICLR 2025"
+    name = "kasa"
+    paper = "Wang et al., KaSA, ICLR 2025"
 
     beta: float = 1e-4
     gamma: float = 1e-3
     regularizer: Regularizer = "gram"
     strength: float = 1.0
 
-    @property
-    def data(self) -> frozenset[DataRole]:
-        """Need nothing."""
-        return frozenset()
-
-    def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Need nothing."""
-        return frozenset()
-
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
-        """Keep each target's share of the mean.
+        """Returns each target's share of the mean.
 
         Raises:
             PlanError: The method trains no singular values.
@@ -115,6 +97,6 @@ class KasaRegularizers:
         return {f"weight:{site.plan.target.name}": torch.tensor(self.strength / len(site.targets))}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
-        """Make the regularisers of one target."""
+        """Returns the regularisers of one target."""
         share = float(tensors[f"weight:{target_plan.target.name}"])
-        return Orthogonality(self.beta * share, self.gamma * share, self.regularizer)
+        return regularizers(self.beta * share, self.gamma * share, self.regularizer)

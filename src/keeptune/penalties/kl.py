@@ -22,13 +22,10 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
-from keeptune.core.plan import TargetPlan
-from keeptune.core.trained_tensors import TensorName
+from keeptune.core.options import Range
 from keeptune.data.calibration import Calibration
-from keeptune.penalties.base import Site, Term
-from keeptune.penalties.on_outputs import TextBatch
-from keeptune.penalties.option_checks import check_strength
-from keeptune.statistics.request import DataRole, Request
+from keeptune.penalties.base import OutputPenalty, TextBatch
+from keeptune.statistics.request import DataRole
 
 __all__ = ["Kl", "kl_divergence", "text_batch"]
 
@@ -36,9 +33,9 @@ _IDS, _LENGTHS, _PROMPTS, _STEP = "ids", "lengths", "prompts", "step"
 
 
 def kl_divergence(base: Tensor, now: Tensor) -> Tensor:
-    """Compute KL(base || now) of each row.
+    """Computes KL(base || now) of each row.
 
-    Laws: never negative, to rounding; 0 where both say the same; a constant added to all logits of a row changes
+    Laws: never negative, to rounding; 0 where both are the same; a constant added to all logits of a row changes
     nothing.
 
     Args:
@@ -52,7 +49,7 @@ def kl_divergence(base: Tensor, now: Tensor) -> Tensor:
 
 
 def text_batch(ids: Tensor, lengths: Tensor, prompts: Tensor, *, size: int, seed: int, step: int) -> TextBatch:
-    """Take the texts of a step: all texts in an order drawn once, ``size`` at a time, over and over.
+    """Returns the texts of a step: all texts in an order drawn once, ``size`` at a time, over and over.
 
     Laws: equal steps give equal batches; every text comes once in ``ceil(texts / size)`` steps.
 
@@ -81,101 +78,66 @@ def text_batch(ids: Tensor, lengths: Tensor, prompts: Tensor, *, size: int, seed
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Nothing:
-    """A penalty that is no function of one target's factors has no term there."""
-
-    def value_and_grad(self, factors: Mapping[TensorName, Tensor]) -> tuple[Tensor, Mapping[TensorName, Tensor]]:
-        """Give 0 and no gradients."""
-        return torch.zeros((), device=factors["A"].device), {}
-
-
 @dataclass(frozen=True)
-class Kl:
+class Kl(OutputPenalty):
     """KL to the base on knowledge data, a batch per optimiser step.
 
     Args:
         strength: What a nat per token weighs against a nat of the task's loss.
         batch_size: Texts per step.
         seed: Seed of their order.
-        kept_mib: How much memory the base's answers may take, so that they are computed once; 0 computes them at
-            every step.
-
-    Raises:
-        PlanError: An option is out of range.
     """
 
-    name: ClassVar[str] = "kl"
-    paper: ClassVar[str] = "Li and Hoiem, Learning without Forgetting, 1606.09282 (in spirit)"
+    name = "kl"
+    paper = "Li and Hoiem, Learning without Forgetting, 1606.09282 (in spirit)"
     state: ClassVar[tuple[str, ...]] = (_STEP,)
+    ranges = {
+        "strength": Range(least=0),
+        "batch_size": Range(least=1),
+        "kept_mib": Range(least=0),
+        "seed": Range(least=0),
+    }
 
     strength: float = 1.0
     batch_size: int = 8
     seed: int = 0
-    kept_mib: int = 256
-
-    def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            PlanError: One is out of range.
-        """
-        check_strength(self.strength, self.name)
-        for key, least in (("batch_size", 1), ("kept_mib", 0), ("seed", 0)):
-            value: int = getattr(self, key)
-            if value < least:
-                raise PlanError(
-                    f"penalty kl, {key}", got=str(value), wanted=f"{least} or more", next_step="Correct the value."
-                )
 
     @property
     def data(self) -> frozenset[DataRole]:
-        """Need knowledge."""
+        """The knowledge: the tokens themselves, without statistics."""
         return frozenset({"knowledge"})
 
-    def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Need no statistics, but the tokens themselves."""
-        return frozenset()
-
-    def tensors(self, site: Site) -> Mapping[str, Tensor]:
-        """Keep nothing of a target."""
-        return {}
-
     def texts(self, data: Mapping[DataRole, Calibration]) -> Mapping[str, Tensor]:
-        """Keep the tokens of the knowledge, in the order they were given in.
+        """Returns the tokens of the knowledge, in their order.
 
         Raises:
-            PlanError: There is no knowledge, or it has nothing to say a word about.
+            PlanError: There is no knowledge, or no text of it has two tokens.
         """
         if "knowledge" not in data:
             raise PlanError(
                 "penalty kl",
                 got="no knowledge",
                 wanted="texts on which the model is held to the base",
-                next_step="Give `knowledge`.",
+                next_step="Add `knowledge`.",
             )
-        given = data["knowledge"]
-        long = [index for index, ids in enumerate(given.sequences) if len(ids) > 1]
+        knowledge = data["knowledge"]
+        long = [index for index, ids in enumerate(knowledge.sequences) if len(ids) > 1]
         if not long:
             raise PlanError(
                 "penalty kl",
                 got="knowledge of single tokens",
                 wanted="texts of two tokens or more",
-                next_step="Give longer texts.",
+                next_step="Take longer texts.",
             )
-        lengths = torch.tensor([len(given.sequences[index]) for index in long])
-        ids = torch.full((len(long), int(lengths.max())), given.pad_id, dtype=torch.int32)
+        lengths = torch.tensor([len(knowledge.sequences[index]) for index in long])
+        ids = torch.full((len(long), int(lengths.max())), knowledge.pad_id, dtype=torch.int32)
         for row, index in enumerate(long):
-            ids[row, : lengths[row]] = torch.tensor(given.sequences[index], dtype=torch.int32)
-        prompts = torch.tensor([given.prompts[index] if given.prompts else 0 for index in long])
+            ids[row, : lengths[row]] = torch.tensor(knowledge.sequences[index], dtype=torch.int32)
+        prompts = torch.tensor([knowledge.prompts[index] if knowledge.prompts else 0 for index in long])
         return {_IDS: ids, _LENGTHS: lengths, _PROMPTS: prompts, _STEP: torch.zeros(1, dtype=torch.float64)}
 
-    def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
-        """Act on no target by itself."""
-        return Nothing()
-
     def batch(self, tensors: Mapping[str, Tensor]) -> TextBatch:
-        """Take the texts of this step."""
+        """Returns the texts of this step."""
         return text_batch(
             tensors[_IDS],
             tensors[_LENGTHS],
@@ -186,6 +148,6 @@ class Kl:
         )
 
     def update(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Go on to the next batch."""
+        """Goes on to the next batch."""
         tensors[_STEP].add_(1)
         return {}

@@ -46,12 +46,26 @@ class KroneckerChange:
     start: LowRank | None = None
 
     def value(self, delta: LowRank) -> Tensor:
-        """Compute (4)."""
+        """Computes (4).
+
+        Args:
+            delta: B and A.
+
+        Returns:
+            A scalar.
+        """
         L, R = change_since(delta, self.start)
         return self.weight * self.scale**2 * ((L.T @ self.Gamma.apply(L)) * (self.Omega.apply(R.T).T @ R.T)).sum()
 
     def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
-        """Compute (4) and (5)."""
+        """Computes (4) and (5).
+
+        Args:
+            delta: B and A.
+
+        Returns:
+            A scalar, and its gradient.
+        """
         L, R = change_since(delta, self.start)
         GL, RO = self.Gamma.apply(L), self.Omega.apply(R.T).T
         LGL, RORt = L.T @ GL, RO @ R.T
@@ -64,7 +78,7 @@ class KroneckerChange:
 
 
 def change_since(delta: LowRank, start: LowRank | None) -> tuple[Tensor, Tensor]:
-    """Give L and R of (3): ``L R == B A - B_0 A_0``, without a difference of large numbers.
+    """Returns L and R of (3): ``L R == B A - B_0 A_0``, without a difference of large numbers.
 
     Args:
         delta: B and A.
@@ -79,7 +93,7 @@ def change_since(delta: LowRank, start: LowRank | None) -> tuple[Tensor, Tensor]
 
 
 def quadratic_form(weight: Tensor, Omega: PsdMatrix, Gamma: PsdMatrix) -> Tensor:
-    """Compute ``tr(Γ W Ω Wᵀ)`` of a whole weight: what a change is measured against.
+    """Computes ``tr(Γ W Ω Wᵀ)`` of a whole weight: what a change is measured against.
 
     Args:
         weight: W, ``(m, n)``.

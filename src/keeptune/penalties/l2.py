@@ -17,51 +17,58 @@ over the targets t: the mean squared relative change; on the factors, against th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
+from keeptune.core.options import Range
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.linalg.symmetric import Identity
-from keeptune.penalties.base import OnChange, OnFactors, Site, Term, start_of
+from keeptune.penalties.base import Penalty, Site, Term, on_change, on_factors, start_of
 from keeptune.penalties.kronecker import KroneckerChange
-from keeptune.penalties.layer_weights import check_layers, cubic_weights
-from keeptune.penalties.option_checks import check_strength
 from keeptune.statistics.layer_effect import LayerEffect, Reading, layer_weights
 from keeptune.statistics.request import DataRole, Request
 
-__all__ = ["L2", "FactorNorm", "Layers"]
+__all__ = ["L2", "Layers", "cubic_weights"]
 
 Layers = Literal["uniform", "cubic", "naie"] | tuple[float, ...]
 _MEASURED = "layer weights"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FactorNorm:
-    """``w (‖A‖² + ‖B‖²)`` (eq. 5).
+def cubic_weights(blocks: int, start: float = 1 / 3, end: float = 2 / 3, floor: float = 0.0) -> list[float]:
+    """Computes the schedule that stands in for measured weights (L2-LoRA, eq. 8).
+
+    1 for l < l_i; tau + (1 - tau) (1 - (l - l_i) / (l_f - l_i))³ for l_i <= l <= l_f; tau for l > l_f.
+
+    Laws: it never rises; it is within [tau, 1]; 1 at l_i, tau at l_f.
 
     Args:
-        weight: w, a number or a scalar tensor.
+        blocks: L.
+        start: l_i / L; the paper's is 1/3, not rounded.
+        end: l_f / L; the paper's is 2/3.
+        floor: tau.
+
+    Returns:
+        One weight per block, from block 0.
+
+    >>> [round(weight, 3) for weight in cubic_weights(6)]
+    [1.0, 1.0, 1.0, 0.125, 0.0, 0.0]
     """
-
-    weight: float | Tensor
-
-    def value(self, delta: LowRank) -> Tensor:
-        """Compute it."""
-        return self.weight * (delta.A.square().sum() + delta.B.square().sum())
-
-    def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
-        """Compute it; the gradients are ``2 w B`` and ``2 w A``."""
-        return self.value(delta), LowRank(B=2 * self.weight * delta.B, A=2 * self.weight * delta.A)
+    first, last = start * blocks, end * blocks
+    weights = []
+    for layer in range(blocks):
+        passed = min(max((layer - first) / (last - first), 0.0), 1.0)
+        weights.append(floor + (1 - floor) * (1 - passed) ** 3)
+    return weights
 
 
 @dataclass(frozen=True)
-class L2:
+class L2(Penalty):
     """The squared size of the change, weighted by layer.
 
     Args:
@@ -84,8 +91,14 @@ class L2:
         PlanError: An option is out of range.
     """
 
-    name: ClassVar[str] = "l2"
-    paper: ClassVar[str] = "Zhang et al., L2-LoRA"
+    name = "l2"
+    paper = "Zhang et al., L2-LoRA"
+    ranges = {
+        "strength": Range(least=0),
+        "floor": Range(least=0, most=1),
+        "noise_fraction": Range(above=0, most=1),
+        "noise_scale": Range(above=0),
+    }
 
     strength: float = 100.0
     layers: Layers = "uniform"
@@ -101,41 +114,47 @@ class L2:
     trace_examples: int | None = 32
 
     def __post_init__(self) -> None:
-        """Check the options.
+        """Checks the options.
 
         Raises:
             PlanError: One is out of range.
         """
-        check_strength(self.strength, self.name)
-        check_layers(self.layers, "penalty l2, layers")
-        if not 0 <= self.first < self.last <= 1 or not 0 <= self.floor <= 1:
+        super().__post_init__()
+        if not isinstance(self.layers, str) and not (self.layers and all(w in Range(least=0) for w in self.layers)):
             raise PlanError(
-                "penalty l2",
-                got=f"first {self.first}, last {self.last}, floor {self.floor}",
-                wanted="0 <= first < last <= 1 and 0 <= floor <= 1",
-                next_step="Correct them.",
+                "penalty l2, layers",
+                got=str(list(self.layers)),
+                wanted="one weight of 0 or more per block",
+                next_step="Correct the list.",
             )
-        if not 0 < self.noise_fraction <= 1 or not 0 < self.noise_scale < float("inf"):
+        if not 0 <= self.first < self.last <= 1:
             raise PlanError(
                 "penalty l2",
-                got=f"noise_fraction {self.noise_fraction}, noise_scale {self.noise_scale}",
-                wanted="a fraction above 0 and at most 1, and a scale above 0",
+                got=f"first {self.first}, last {self.last}",
+                wanted="0 <= first < last <= 1",
                 next_step="Correct them.",
             )
 
     @property
     def data(self) -> frozenset[DataRole]:
-        """Need knowledge where weights are measured."""
+        """The knowledge where weights are measured."""
         return frozenset({"knowledge"}) if self.layers == "naie" else frozenset()
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Need the effect of each layer where weights are measured."""
-        return frozenset({self._trace()}) if self.layers == "naie" else frozenset()
+        """Returns the effect of each layer where weights are measured."""
+        return frozenset({self._trace}) if self.layers == "naie" else frozenset()
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
-        """Keep eta lambda_l; where the unit is relative, over the number of targets and what is compared with."""
-        weights = self._weights(site)
-        weight = _weight_of(weights, site) * self.strength
+        """Returns eta lambda_l; where the unit is relative, over the number of targets and what is compared with."""
+        weights, layer = self._weights(site), site.plan.target.layer
+        if len(weights) != site.blocks:
+            raise PlanError(
+                "penalty l2, layers",
+                got=f"{len(weights)} weights",
+                wanted=f"{site.blocks}, one per block of the model",
+                next_step="Name one for each, also for blocks that are not tuned.",
+            )
+        weight = (float(weights[layer]) if layer >= 0 else 1.0) * self.strength  # 1 outside any block
         if self.unit == "relative":
             start = (site.plan.init.A, site.plan.init.B) if self.on == "factors" else (site.weight,)
             whole = sum(float(part.double().square().sum()) for part in start)
@@ -143,23 +162,27 @@ class L2:
         return {f"weight:{site.plan.target.name}": torch.tensor(weight), _MEASURED: torch.tensor(weights)}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
-        """Make (7) or (5) of one target."""
+        """Returns (7) or (5) of one target."""
         target, weight = target_plan.target, tensors[f"weight:{target_plan.target.name}"]
         if self.on == "factors":
-            return OnFactors(FactorNorm(weight))
+
+            def norm(delta: LowRank) -> tuple[Tensor, LowRank]:
+                value = weight * (delta.A.square().sum() + delta.B.square().sum())
+                return value, LowRank(B=2 * weight * delta.B, A=2 * weight * delta.A)
+
+            return on_factors(norm)
         one = torch.ones_like(weight)
-        return OnChange(
-            KroneckerChange(
-                Omega=Identity(target.in_features, one),
-                Gamma=Identity(target.out_features, one),
-                scale=target_plan.scale,
-                weight=weight,
-                start=start_of(target_plan, weight.device),
-            )
+        change = KroneckerChange(
+            Omega=Identity(target.in_features, one),
+            Gamma=Identity(target.out_features, one),
+            scale=target_plan.scale,
+            weight=weight,
+            start=start_of(target_plan, weight.device),
         )
+        return on_change(change.value_and_grad)
 
     def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Tell the weights of the layers where they differ."""
+        """Returns the weights of the layers where they differ."""
         weights = tensors[_MEASURED].tolist()
         if len(set(weights)) == 1:
             return []
@@ -171,14 +194,11 @@ class L2:
         if self.layers == "cubic":
             return cubic_weights(site.blocks, self.first, self.last, self.floor)
         if self.layers == "naie":
-            return self._measured(site)
+            weights: list[float] = site.stats.derive(self._trace, layer_weights).tolist()
+            return weights
         return list(self.layers)
 
-    def _measured(self, site: Site) -> list[float]:
-        effects = site.stats.derive(self._trace(), layer_weights)
-        weights: list[float] = effects.tolist()
-        return weights
-
+    @property
     def _trace(self) -> LayerEffect:
         return LayerEffect(
             "knowledge",
@@ -188,16 +208,3 @@ class L2:
             self.noise_seed,
             examples=self.trace_examples,
         )
-
-
-def _weight_of(weights: Sequence[float], site: Site) -> float:
-    """Look up the weight of a target's block; a target outside any block has the weight 1."""
-    if len(weights) != site.blocks:
-        raise PlanError(
-            "penalty l2, layers",
-            got=f"{len(weights)} weights",
-            wanted=f"{site.blocks}, one per block of the model",
-            next_step="Give one for each, also for blocks that are not tuned.",
-        )
-    layer = site.plan.target.layer
-    return float(weights[layer]) if layer >= 0 else 1.0

@@ -31,21 +31,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
+from keeptune.core.options import Range
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.linalg.symmetric import Identity, LowRankPlus, PsdMatrix, psd_matrix_from
-from keeptune.penalties.base import OnChange, OnFactors, Site, Term, start_of
+from keeptune.penalties.base import Site, Term, on_change, on_factors, start_of
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
-from keeptune.penalties.option_checks import check_counts, check_strength
-from keeptune.penalties.tangent import Diagonal, block_kronecker, coupled_kronecker
-from keeptune.statistics.fisher import LoraFisher, TokenCount, lora_fisher, split_diagonals, tokens_per_learned
-from keeptune.statistics.low_rank_covariance import Covariance, gradient_request, input_request, read_factor, unpacked
-from keeptune.statistics.request import DataRole, Labels, Request
+from keeptune.penalties.measured import CovariancePenalty
+from keeptune.penalties.tangent import block_kronecker, coupled_kronecker, diagonal
+from keeptune.statistics.fisher import LoraFisher, lora_fisher, split_diagonals
+from keeptune.statistics.low_rank_covariance import unpacked
+from keeptune.statistics.request import DataRole, Request
 
 __all__ = ["Curvature", "Laplace"]
 
@@ -57,69 +58,34 @@ _FISHER = ("diag", *_GAMMA)
 
 
 @dataclass(frozen=True)
-class Laplace:
+class Laplace(CovariancePenalty):
     """A quadratic penalty by the curvature of the loss on knowledge data.
 
     Args:
         strength: λ.
         curvature: Which form, (1) to (6).
-        labels: ``"sampled"`` draws what the model itself would say (the Fisher), ``"true"`` takes the data's tokens
-            (the empirical Fisher).
-        batches: How many batches of each knowledge set are used; None is all of it.
-        batch_size: Examples per batch; it only says how much ``batches`` is.
-        rho: Damping of Γ towards the identity of its trace: 0 none, 1 leaves the trace only.
-        rho_input: The same of Ω.
-        factor_rank: Keep this many directions of Ω and Γ, and one number for the others; None keeps all.
-        label_seed: Seed of sampled labels.
-
-    Raises:
-        PlanError: An option is out of range.
+        rho_input: Damping of Ω, as ``rho`` is of Γ.
     """
 
-    name: ClassVar[str] = "laplace"
-    paper: ClassVar[str] = "Sliwa et al., LaLoRA, 2512.17720 (our reading)"
+    name = "laplace"
+    paper = "Sliwa et al., LaLoRA, 2512.17720 (our reading)"
+    ranges = {"strength": Range(least=0), "rho_input": Range(least=0, most=1)}
 
     strength: float = 100.0
     curvature: Curvature = "delta-act"
-    labels: Labels = "sampled"
-    batches: int | None = None
-    batch_size: int = 8
-    rho: float = 0.0
     rho_input: float = 0.0
-    factor_rank: int | None = None
-    label_seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            PlanError: One is out of range.
-        """
-        check_strength(self.strength, self.name)
-        for key, value in (("rho", self.rho), ("rho_input", self.rho_input)):
-            if not 0 <= value <= 1:
-                raise PlanError(
-                    f"penalty laplace, {key}", got=str(value), wanted="0 to 1", next_step="Correct the value."
-                )
-        check_counts(self.name, batches=self.batches, batch_size=self.batch_size, factor_rank=self.factor_rank)
 
     @property
     def data(self) -> frozenset[DataRole]:
-        """Need knowledge, but for the plain size of the change."""
+        """The knowledge, but for the plain size of the change."""
         return frozenset() if self.curvature == "l2" else frozenset({"knowledge"})
 
-    @property
-    def examples(self) -> int | None:
-        """How many examples of each knowledge set are used."""
-        return None if self.batches is None else self.batches * self.batch_size
-
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Need the covariances that the form is made of, or the diagonals at the start.
+        """Returns the covariances that the form is made of, or the diagonals at the start.
 
         Raises:
             PlanError: The form holds A and B, and there are singular values between them.
         """
-        found: set[Request] = set()
         if self.curvature in _TANGENT and "diag" in target_plan.vectors:
             raise PlanError(
                 f"penalty laplace, {self.curvature}",
@@ -127,40 +93,44 @@ class Laplace:
                 wanted="plain factors, whose Fisher it is",
                 next_step="Take delta-kfac, delta-act or l2, which hold the weight change.",
             )
+        requests: set[Request] = {self.count} if self.curvature in _FISHER else set()
         if self.curvature in _OMEGA:
-            found.add(self._inputs())
+            requests.add(self.inputs)
         if self.curvature in _GAMMA:
-            found |= {self._gradients(), self._count()}
+            requests.add(self.gradients)
         if self.curvature == "diag":
-            found |= {self._diagonals(target_plan), self._count()}
-        return frozenset(found)
+            requests.add(self._diagonals(target_plan))
+        return frozenset(requests)
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
-        """Keep Ω per input group, Γ or the diagonals per target, and what the form is multiplied by."""
-        target, found = site.plan.target, dict[str, Tensor]()
-        Omega, Gamma = self._factors(site)
+        """Returns Ω per input group, Γ or the diagonals per target, and what the form is multiplied by."""
+        target, one = site.plan.target, torch.ones((), device=site.weight.device)
+        Omega: PsdMatrix = Identity(target.in_features, one)
+        Gamma: PsdMatrix = Identity(target.out_features, one)
+        tensors: dict[str, Tensor] = {}
         if self.curvature in _OMEGA:
-            found |= Omega.tensors(f"Omega:{target.input_group}:")
+            Omega = self.read(self.inputs, site).damped(self.rho_input)
+            tensors |= Omega.tensors(f"Omega:{target.input_group}:")
         if self.curvature in _GAMMA:
-            found |= Gamma.tensors(f"Gamma:{target.name}:")
+            Gamma = self.read(self.gradients, site).damped(self.rho)
+            tensors |= Gamma.tensors(f"Gamma:{target.name}:")
         if self.curvature == "diag":
-            found[f"diagonals:{target.name}"] = site.stats[self._diagonals(site.plan)]
-        found |= self._errors(site)
+            tensors[f"diagonals:{target.name}"] = site.stats[self._diagonals(site.plan)]
         if self.curvature in _FISHER:
-            weight = self.strength / 2 * tokens_per_learned(site.stats, self._count())
+            weight = self.strength / 2 * self.tokens_per_learned(site)
         else:
             cost = float(quadratic_form(site.weight.double(), Omega.to(torch.float64), Gamma.to(torch.float64)))
             weight = self.strength / (len(site.targets) * cost) if cost > 0 else 0.0
-        return found | {f"weight:{target.name}": torch.tensor(weight)}
+        return tensors | self._errors(site) | {f"weight:{target.name}": torch.tensor(weight)}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
-        """Make the form of one target."""
+        """Returns the form of one target."""
         target, scale = target_plan.target, target_plan.scale
         weight = tensors[f"weight:{target.name}"]
         first = target_plan.init.to(torch.float32, weight.device)
         if self.curvature == "diag":
             fisher = split_diagonals(tensors[f"diagonals:{target.name}"], target.out_features)
-            return OnFactors(Diagonal(fisher, weight, first))
+            return on_factors(diagonal(fisher, weight, first))
         one = torch.ones_like(weight)
         Omega: PsdMatrix = Identity(target.in_features, one)
         Gamma: PsdMatrix = Identity(target.out_features, one)
@@ -169,13 +139,14 @@ class Laplace:
         if self.curvature in _GAMMA:
             Gamma = psd_matrix_from(tensors, f"Gamma:{target.name}:")
         if self.curvature == "b-kfac":
-            return OnFactors(block_kronecker(Omega, Gamma, scale=scale, weight=weight, start=first))
+            return on_factors(block_kronecker(Omega, Gamma, scale=scale, weight=weight, start=first))
         if self.curvature == "b-tri-kfac":
-            return OnFactors(coupled_kronecker(Omega, Gamma, scale=scale, weight=weight, start=first))
-        return OnChange(KroneckerChange(Omega, Gamma, scale, weight, start_of(target_plan, weight.device)))
+            return on_factors(coupled_kronecker(Omega, Gamma, scale=scale, weight=weight, start=first))
+        change = KroneckerChange(Omega, Gamma, scale, weight, start_of(target_plan, weight.device))
+        return on_change(change.value_and_grad)
 
     def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Say what the form cannot see from where the plan starts, and what factors of low rank leave out."""
+        """Returns what the form cannot see from where the plan starts, and what factors of low rank leave out."""
         return [*self._blindness(plan), *self._remainders(tensors)]
 
     def _blindness(self, plan: Plan) -> list[str]:
@@ -191,66 +162,33 @@ class Laplace:
         ]
 
     def _remainders(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        said = []
+        notes = []
         for factor in ("Omega", "Gamma"):
-            errors = {
-                k.removeprefix("error:"): float(v) for k, v in tensors.items() if k.startswith(f"error:{factor}:")
-            }
+            prefix = f"error:{factor}:"
+            errors = {k.removeprefix("error:"): float(v) for k, v in tensors.items() if k.startswith(prefix)}
             if not errors:
                 continue
-            kept = []
-            for name in errors:
-                made = psd_matrix_from(tensors, f"{name}:")
-                kept.append(float(made.share()) if isinstance(made, LowRankPlus) else 1.0)
+            made = [psd_matrix_from(tensors, f"{name}:") for name in errors]
+            kept = [float(one.share()) if isinstance(one, LowRankPlus) else 1.0 for one in made]
             worst = max(errors, key=lambda name: errors[name])
-            said.append(
+            notes.append(
                 f"penalty laplace, {factor} in {self.factor_rank} directions and a scalar: {min(kept):.1%} to "
                 f"{max(kept):.1%} of the trace in the directions, relative error at most {errors[worst]:.2g} "
                 f"({worst.partition(':')[2]})"
             )
-        return said
+        return notes
 
     def _errors(self, site: Site) -> dict[str, Tensor]:
-        """Keep what factors of low rank miss, relative, in Frobenius' norm."""
+        """Returns what factors of low rank miss, relative, in Frobenius' norm."""
         if self.factor_rank is None:
             return {}
-        target, found = site.plan.target, dict[str, Tensor]()
+        target, errors = site.plan.target, dict[str, Tensor]()
         if self.curvature in _OMEGA:
-            found[f"error:Omega:{target.input_group}"] = torch.tensor(unpacked(site.stats[self._inputs()]).error)
+            errors[f"error:Omega:{target.input_group}"] = torch.tensor(unpacked(site.stats[self.inputs]).error)
         if self.curvature in _GAMMA:
-            found[f"error:Gamma:{target.name}"] = torch.tensor(unpacked(site.stats[self._gradients()]).error)
-        return found
-
-    def _inputs(self) -> Covariance:
-        return input_request("knowledge", self.factor_rank, examples=self.examples)
-
-    def _gradients(self) -> Covariance:
-        return gradient_request(
-            "knowledge", self.labels, self.factor_rank, seed=self.label_seed, examples=self.examples
-        )
-
-    def _count(self) -> TokenCount:
-        return TokenCount("knowledge", self.examples)
+            errors[f"error:Gamma:{target.name}"] = torch.tensor(unpacked(site.stats[self.gradients]).error)
+        return errors
 
     def _diagonals(self, target_plan: TargetPlan) -> LoraFisher:
-        return lora_fisher(
-            "knowledge",
-            self.labels,
-            target_plan.init,
-            target_plan.scale,
-            seed=self.label_seed,
-            examples=self.examples,
-        )
-
-    def _factors(self, site: Site) -> tuple[PsdMatrix, PsdMatrix]:
-        target, device = site.plan.target, site.weight.device
-        one = torch.ones((), device=device)
-        Omega: PsdMatrix = Identity(target.in_features, one)
-        Gamma: PsdMatrix = Identity(target.out_features, one)
-        if self.curvature in _OMEGA:
-            inputs = self._inputs()
-            Omega = read_factor(inputs, site.stats[inputs]).to(torch.float32, device).damped(self.rho_input)
-        if self.curvature in _GAMMA:
-            gradients = self._gradients()
-            Gamma = read_factor(gradients, site.stats[gradients]).to(torch.float32, device).damped(self.rho)
-        return Omega, Gamma
+        init, scale, seed = target_plan.init, target_plan.scale, self.label_seed
+        return lora_fisher("knowledge", self.labels, init, scale, seed=seed, examples=self.examples)

@@ -16,20 +16,18 @@ At B_0 = 0 all of F_AA, P and the coupling are zero: (3) is (2), and neither see
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
 from keeptune.linalg.symmetric import Identity, PsdMatrix
+from keeptune.penalties.base import Form
 
-__all__ = ["BlockKronecker", "CoupledKronecker", "Diagonal", "block_kronecker", "coupled_kronecker"]
+__all__ = ["block_kronecker", "coupled_kronecker", "diagonal"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Diagonal:
-    """``w q`` of (1).
+def diagonal(fisher: LowRank, weight: float | Tensor, start: LowRank) -> Form:
+    """Returns ``w q`` of (1); the gradients are ``2 w F ∘ d``.
 
     Laws, for every form here: the value is that of the dense matrix; it is 0, and so is its gradient, at the start.
 
@@ -37,100 +35,24 @@ class Diagonal:
         fisher: ``F_BB`` in the place of B, ``F_AA`` in that of A; not negative.
         weight: w, a number or a scalar tensor.
         start: ``B_0`` and ``A_0``.
+
+    Returns:
+        The form.
     """
 
-    fisher: LowRank
-    weight: float | Tensor
-    start: LowRank
+    def form(delta: LowRank) -> tuple[Tensor, LowRank]:
+        dB, dA = delta.B - start.B, delta.A - start.A
+        to_B, to_A = fisher.B * dB, fisher.A * dA
+        value = weight * ((to_B * dB).sum() + (to_A * dA).sum())
+        return value, LowRank(B=2 * weight * to_B, A=2 * weight * to_A)
 
-    def value(self, delta: LowRank) -> Tensor:
-        """Compute (1)."""
-        return self.value_and_grad(delta)[0]
-
-    def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
-        """Compute (1); the gradients are ``2 w F ∘ d``."""
-        dB, dA = delta.B - self.start.B, delta.A - self.start.A
-        to_B, to_A = self.fisher.B * dB, self.fisher.A * dA
-        value = self.weight * ((to_B * dB).sum() + (to_A * dA).sum())
-        return value, LowRank(B=2 * self.weight * to_B, A=2 * self.weight * to_A)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BlockKronecker:
-    """``w q`` of (2). Make it with :func:`block_kronecker`.
-
-    Args:
-        Omega: Ω.
-        Gamma: Γ.
-        P: ``(r, r)``.
-        Q: ``(r, r)``.
-        scale: s.
-        weight: w, a number or a scalar tensor.
-        start: ``B_0`` and ``A_0``.
-    """
-
-    Omega: PsdMatrix
-    Gamma: PsdMatrix
-    P: Tensor
-    Q: Tensor
-    scale: float
-    weight: float | Tensor
-    start: LowRank
-
-    def value(self, delta: LowRank) -> Tensor:
-        """Compute (2)."""
-        return self.value_and_grad(delta)[0]
-
-    def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
-        """Compute (2) and (4)."""
-        dB, dA = delta.B - self.start.B, delta.A - self.start.A
-        to_B, to_A = self.Gamma.apply(dB) @ self.Q, self.P @ self.Omega.apply(dA.T).T
-        w = self.weight * self.scale**2
-        return w * ((to_B * dB).sum() + (to_A * dA).sum()), LowRank(B=2 * w * to_B, A=2 * w * to_A)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CoupledKronecker:
-    """``w q`` of (3). Make it with :func:`coupled_kronecker`.
-
-    Args:
-        Omega: Ω.
-        Gamma: Γ.
-        GB: ``Γ B_0``, ``(m, r)``.
-        AO: ``A_0 Ω``, ``(r, n)``.
-        scale: s.
-        weight: w, a number or a scalar tensor.
-        start: ``B_0`` and ``A_0``.
-    """
-
-    Omega: PsdMatrix
-    Gamma: PsdMatrix
-    GB: Tensor
-    AO: Tensor
-    scale: float
-    weight: float | Tensor
-    start: LowRank
-
-    def value(self, delta: LowRank) -> Tensor:
-        """Compute (3)."""
-        return self.value_and_grad(delta)[0]
-
-    def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
-        """Compute (3) and (5)."""
-        B_0, A_0 = self.start.B, self.start.A
-        dB, dA = delta.B - B_0, delta.A - A_0
-        L, GL = torch.cat([B_0, dB], dim=1), torch.cat([self.GB, self.Gamma.apply(dB)], dim=1)
-        R, RO = torch.cat([dA, A_0]), torch.cat([self.Omega.apply(dA.T).T, self.AO])
-        LGL, RORt, r = L.T @ GL, RO @ R.T, delta.rank
-        w = self.weight * self.scale**2
-        # The first r rows of LᵀΓL are B_0ᵀΓL; the last r columns of RΩRᵀ are RΩA_0ᵀ.
-        return w * (LGL * RORt).sum(), LowRank(B=2 * w * (GL @ RORt[:, r:]), A=2 * w * (LGL[:r] @ RO))
+    return form
 
 
 def block_kronecker(
     Omega: PsdMatrix, Gamma: PsdMatrix, *, scale: float, weight: float | Tensor, start: LowRank
-) -> BlockKronecker:
-    """Make (2), with what does not change in training formed once.
+) -> Form:
+    """Returns ``w q`` of (2) and its gradient (4), with what does not change in training formed once.
 
     Args:
         Omega: Ω.
@@ -140,16 +62,23 @@ def block_kronecker(
         start: ``B_0`` and ``A_0``, in the dtype of the factors.
 
     Returns:
-        The penalty.
+        The form.
     """
     P, Q = start.B.T @ Gamma.apply(start.B), start.A @ Omega.apply(start.A.T)
-    return BlockKronecker(_seen(Omega, start), Gamma, P, Q, scale, weight, start)
+    Omega, w = _seen(Omega, start), weight * scale**2
+
+    def form(delta: LowRank) -> tuple[Tensor, LowRank]:
+        dB, dA = delta.B - start.B, delta.A - start.A
+        to_B, to_A = Gamma.apply(dB) @ Q, P @ Omega.apply(dA.T).T
+        return w * ((to_B * dB).sum() + (to_A * dA).sum()), LowRank(B=2 * w * to_B, A=2 * w * to_A)
+
+    return form
 
 
 def coupled_kronecker(
     Omega: PsdMatrix, Gamma: PsdMatrix, *, scale: float, weight: float | Tensor, start: LowRank
-) -> CoupledKronecker:
-    """Make (3), with what does not change in training formed once.
+) -> Form:
+    """Returns ``w q`` of (3) and its gradient (5), with what does not change in training formed once.
 
     Args:
         Omega: Ω.
@@ -159,12 +88,23 @@ def coupled_kronecker(
         start: ``B_0`` and ``A_0``, in the dtype of the factors.
 
     Returns:
-        The penalty.
+        The form.
     """
-    GB, AO = Gamma.apply(start.B), Omega.apply(start.A.T).T
-    return CoupledKronecker(_seen(Omega, start), Gamma, GB, AO, scale, weight, start)
+    B_0, A_0 = start.B, start.A
+    GB, AO = Gamma.apply(B_0), Omega.apply(A_0.T).T
+    Omega, w = _seen(Omega, start), weight * scale**2
+
+    def form(delta: LowRank) -> tuple[Tensor, LowRank]:
+        dB, dA, r = delta.B - B_0, delta.A - A_0, delta.rank
+        L, GL = torch.cat([B_0, dB], dim=1), torch.cat([GB, Gamma.apply(dB)], dim=1)
+        R, RO = torch.cat([dA, A_0]), torch.cat([Omega.apply(dA.T).T, AO])
+        LGL, RORt = L.T @ GL, RO @ R.T
+        # The first r rows of LᵀΓL are B_0ᵀΓL; the last r columns of RΩRᵀ are RΩA_0ᵀ.
+        return w * (LGL * RORt).sum(), LowRank(B=2 * w * (GL @ RORt[:, r:]), A=2 * w * (LGL[:r] @ RO))
+
+    return form
 
 
 def _seen(Omega: PsdMatrix, start: LowRank) -> PsdMatrix:
-    """Leave ``dA Ω`` out where nothing is multiplied with it but zeros: at B_0 = 0."""
+    """Leaves ``dA Ω`` out where nothing is multiplied with it but zeros: at B_0 = 0."""
     return Omega if bool(start.B.any()) else Identity(Omega.size, start.A.new_zeros(()))

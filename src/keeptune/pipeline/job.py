@@ -27,7 +27,7 @@ from keeptune.evaluation.benchmark_data import refuse_used
 from keeptune.methods.combined import parts_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import load_model, load_positions, load_tokenizer
-from keeptune.penalties.base import PenaltySpec
+from keeptune.penalties.base import Penalty
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind
@@ -80,7 +80,7 @@ class Job:
         return make_method(self.recipe.method, seed=self.seed)
 
     @cached_property
-    def penalties(self) -> tuple[PenaltySpec, ...]:
+    def penalties(self) -> tuple[Penalty, ...]:
         """The penalties that the recipe adds to the method's own."""
         return make_penalties(self.recipe.penalties)
 

@@ -19,8 +19,7 @@ from keeptune.model.blocks import depth, find_targets, head_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import refuse_not_finite
 from keeptune.model.runner import ResidentRunner
-from keeptune.penalties.base import Concluding, PenaltySpec, Site, notes_of, penalty_plan
-from keeptune.penalties.on_outputs import OfOutputs
+from keeptune.penalties.base import OutputPenalty, Penalty, Site, penalty_plan
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import DataRole, Request
 from keeptune.statistics.store import StatStore
@@ -69,7 +68,7 @@ class ScopedPenalty:
         roles: Of the targets it holds; none is all of the plan's.
     """
 
-    penalty: PenaltySpec
+    penalty: Penalty
     roles: Sequence[str] = ()
 
     def holds(self, target: Target) -> bool:
@@ -77,7 +76,7 @@ class ScopedPenalty:
         return not self.roles or target.role in self.roles
 
 
-def scoped_penalties(method: Method, extra: Sequence[PenaltySpec] = ()) -> tuple[ScopedPenalty, ...]:
+def scoped_penalties(method: Method, extra: Sequence[Penalty] = ()) -> tuple[ScopedPenalty, ...]:
     """Lists the penalties of a run: the method's own, then others; those of strength 0 are left out.
 
     Of several methods, each one's own penalties hold the targets of its roles.
@@ -115,14 +114,14 @@ def refuse_penalties(method: Method, penalties: Sequence[ScopedPenalty]) -> None
         )
     for one in penalties:
         name = one.penalty.name
-        if one.roles and isinstance(one.penalty, OfOutputs):
+        if one.roles and isinstance(one.penalty, OutputPenalty):
             raise PlanError(
                 where,
                 got=f"the penalty {name} for {', '.join(one.roles)}",
                 wanted="a penalty on single targets: this one is on the outputs of the whole model",
                 next_step="Take that method alone.",
             )
-        if isinstance(one.penalty, Concluding) and names.count(name) > 1:
+        if one.penalty.once and names.count(name) > 1:
             raise PlanError(
                 where,
                 got=f"{names.count(name)} penalties {name}",
@@ -194,7 +193,7 @@ def plan_for(
     store: StatStore,
     *,
     data: Mapping[DataRole, Calibration],
-    penalties: Sequence[PenaltySpec] = (),
+    penalties: Sequence[Penalty] = (),
     options: PlanOptions = _DEFAULTS,
 ) -> Plan:
     """Makes a method's plan for a model, collecting what it needs.
@@ -325,10 +324,10 @@ def _sites(own: Sequence[TargetPlan], model: PreTrainedModel, statistics: Statis
 
 
 def _with_texts(
-    penalty: PenaltySpec, made: PenaltyPlan, model: PreTrainedModel, data: Mapping[DataRole, Calibration]
+    penalty: Penalty, made: PenaltyPlan, model: PreTrainedModel, data: Mapping[DataRole, Calibration]
 ) -> PenaltyPlan:
     """Adds the texts that a penalty on answers runs the model on."""
-    if not isinstance(penalty, OfOutputs):
+    if not isinstance(penalty, OutputPenalty):
         return made
     if head_of(model):
         raise PlanError(
@@ -343,12 +342,12 @@ def _with_texts(
 def _penalty_notes(
     plan: Plan,
     penalties: Sequence[ScopedPenalty],
-    held: Sequence[tuple[PenaltySpec, Sequence[TargetPlan]]],
+    held: Sequence[tuple[Penalty, Sequence[TargetPlan]]],
     plans: Sequence[PenaltyPlan],
 ) -> list[str]:
     notes = [f"penalty {one.penalty.name}: {', '.join(one.roles)} only" for one in penalties if one.roles]
     for (penalty, own), made in zip(held, plans, strict=True):
-        notes += notes_of(penalty, replace(plan, targets=tuple(own)), made)
+        notes += penalty.notes(replace(plan, targets=tuple(own)), made.tensors)
     if any("magnitude" in t.trainable for _, own in held for t in own):
         notes.append("penalties hold the change of the directions, s B A; the magnitudes are free")
     if any("bias" in t.trainable for t in plan.targets):

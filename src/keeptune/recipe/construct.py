@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from keeptune.core.errors import PlanError, RecipeError, nearest
 from keeptune.methods.base import method_named, methods
 from keeptune.methods.combined import Combined, Part
-from keeptune.penalties.base import PenaltySpec, penalties, penalty_named
+from keeptune.penalties.base import Penalty, penalties, penalty_named
 from keeptune.recipe.sections import explain
 
 __all__ = ["make_method", "make_penalties"]
@@ -81,7 +81,7 @@ def _check_names(given: Mapping[str, Any], cls: type[Any], where: str, owner: st
             _check_names(value, type(known[key]), f"{where}.{key}", key)
 
 
-def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[PenaltySpec, ...]:
+def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[Penalty, ...]:
     """Make the penalties of a recipe.
 
     Args:

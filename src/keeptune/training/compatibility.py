@@ -8,8 +8,7 @@ from accelerate.utils import DistributedType
 
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
-from keeptune.penalties.base import penalty_named
-from keeptune.penalties.on_outputs import OfOutputs
+from keeptune.penalties.base import OutputPenalty, penalty_named
 
 __all__ = ["refuse_trainer"]
 
@@ -58,7 +57,7 @@ def refuse_trainer(trainer: Any, plan: Plan) -> None:
             wanted="FSDP2",
             next_step="Set `fsdp_version: 2` in the config of accelerate.",
         )
-    outputs = [p.name for p in plan.penalties if isinstance(penalty_named(p.name, p.options), OfOutputs)]
+    outputs = [p.name for p in plan.penalties if isinstance(penalty_named(p.name, p.options), OutputPenalty)]
     if sharding is not None and outputs:
         raise TrainError(
             f"penalty {outputs[0]}",

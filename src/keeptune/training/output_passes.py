@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from keeptune.adapter.install import held_parameters
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.plan import Plan
+from keeptune.penalties.base import OutputPenalty, TextBatch
 from keeptune.penalties.kl import kl_divergence
-from keeptune.penalties.on_outputs import TextBatch
 
 __all__ = ["Gradients", "Outputs"]
 
@@ -30,11 +29,11 @@ class Gradients:
     """Gradients of parameters, added up."""
 
     def __init__(self) -> None:
-        """Start with none."""
+        """Starts with none."""
         self._held: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Add one.
+        """Adds one.
 
         Args:
             parameter: The parameter.
@@ -44,7 +43,7 @@ class Gradients:
         self._held[id(parameter)] = (parameter, gradient if before is None else before[1] + gradient)
 
     def join(self, other: Gradients) -> None:
-        """Add others.
+        """Adds others.
 
         Args:
             other: The others.
@@ -53,7 +52,7 @@ class Gradients:
             self.add(parameter, gradient)
 
     def items(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Give them.
+        """Returns all.
 
         Returns:
             Pairs of parameter and gradient.
@@ -61,7 +60,7 @@ class Gradients:
         return list(self._held.values())
 
     def norm(self) -> Tensor:
-        """Compute the norm of all together.
+        """Computes the norm of all together.
 
         Returns:
             A scalar.
@@ -77,20 +76,20 @@ class Outputs:
     """A penalty on answers, on the model in training.
 
     Args:
-        spec: The penalty.
+        penalty: The penalty.
         model: The installed model, not what wraps it.
         plan: The plan that was installed.
     """
 
-    def __init__(self, spec: Any, model: PeftModel, plan: Plan) -> None:
-        """Remember all; the base's answers are kept as far as they fit."""
-        self.name = spec.name
-        self._spec, self._model, self._plan = spec, model, plan
+    def __init__(self, penalty: OutputPenalty, model: PeftModel, plan: Plan) -> None:
+        """Keeps the base's answers as far as they fit."""
+        self.name = penalty.name
+        self._penalty, self._model, self._plan = penalty, model, plan
         self._kept: dict[int, Tensor] = {}
         self._bytes = 0
 
     def value_and_grad(self, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Gradients]:
-        """Run the texts of this step.
+        """Runs the texts of this step.
 
         Args:
             tensors: The penalty's own.
@@ -99,27 +98,27 @@ class Outputs:
         Returns:
             The value, and its gradient without the scale.
         """
-        batch = self._spec.batch(tensors)
+        batch = self._penalty.batch(tensors)
         count = int(batch.learned.sum())
         own = _share(batch)
         trained = [p for p in self._model.parameters() if p.requires_grad]
         value = torch.zeros((), device=batch.input_ids.device)
-        found: list[Tensor | None] = [None] * len(trained)
+        gradients: list[Tensor | None] = [None] * len(trained)
         with in_evaluation(self._model):
             if len(own.input_ids):
                 base = self._base(own)
                 with torch.enable_grad():
-                    loss = self._spec.strength / max(count, 1) * kl_divergence(base, self._answers(own)).sum()
-                    found = list(torch.autograd.grad(loss * scale, trained, allow_unused=True))
+                    loss = self._penalty.strength / max(count, 1) * kl_divergence(base, self._answers(own)).sum()
+                    gradients = list(torch.autograd.grad(loss * scale, trained, allow_unused=True))
                 value = loss.detach()
         pairs = [
             (p, torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale)
-            for p, g in zip(trained, found, strict=True)
+            for p, g in zip(trained, gradients, strict=True)
         ]
         return _together(value, pairs)
 
     def _answers(self, batch: TextBatch) -> Tensor:
-        """Give the log-probabilities of what comes at each learned place, ``(learned tokens, vocabulary)``."""
+        """Returns the log-probabilities at each learned place, ``(learned tokens, vocabulary)``."""
         logits: Tensor = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return logits[:, :-1][batch.learned[:, 1:]].float().log_softmax(dim=-1)
 
@@ -127,16 +126,16 @@ class Outputs:
         if batch.number in self._kept:
             return self._kept[batch.number]
         with torch.no_grad(), _at_start(self._model, self._plan):
-            found = self._answers(batch)
-        size = found.numel() * found.element_size()
-        if self._bytes + size <= self._spec.kept_mib * _MIB:
-            self._kept[batch.number] = found
+            answers = self._answers(batch)
+        size = answers.numel() * answers.element_size()
+        if self._bytes + size <= self._penalty.kept_mib * _MIB:
+            self._kept[batch.number] = answers
             self._bytes += size
-        return found
+        return answers
 
 
 def _share(batch: TextBatch) -> TextBatch:
-    """Take this process's texts of a batch."""
+    """Returns this process's texts of a batch."""
     if not dist.is_initialized():
         return batch
     rows = slice(dist.get_rank(), None, dist.get_world_size())
@@ -144,20 +143,20 @@ def _share(batch: TextBatch) -> TextBatch:
 
 
 def _together(value: Tensor, pairs: list[tuple[nn.Parameter, Tensor]]) -> tuple[Tensor, Gradients]:
-    """Add up the shares of all processes."""
+    """Adds up the shares of all processes."""
     flat = torch.cat([value.float().reshape(1), *(gradient.reshape(-1) for _, gradient in pairs)])
     if dist.is_initialized():
         dist.all_reduce(flat)
-    found = Gradients()
+    gradients = Gradients()
     sizes = [gradient.numel() for _, gradient in pairs]
     for (parameter, _), part in zip(pairs, torch.split(flat[1:], sizes), strict=True):
-        found.add(parameter, part.view(parameter.shape))
-    return flat[0], found
+        gradients.add(parameter, part.view(parameter.shape))
+    return flat[0], gradients
 
 
 @contextmanager
 def _at_start(model: PeftModel, plan: Plan) -> Iterator[None]:
-    """Put the plan's first factors in, and then those in training again."""
+    """Puts the plan's first factors in, and then those in training again."""
     held = [
         (parameter, t.start[factor]) for t in plan.targets for factor, parameter in held_parameters(model, t).items()
     ]

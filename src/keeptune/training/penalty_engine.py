@@ -29,12 +29,11 @@ from keeptune.adapter.install import held_parameters
 from keeptune.adapter.selected_rows import within_rows
 from keeptune.core.errors import TrainError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import PenaltyPlan, Plan, TargetPlan
+from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.trained_tensors import TensorName
 from keeptune.linalg.symmetric import Identity
-from keeptune.penalties.base import NORM, Adaptive, Term, penalty_named, start_of
+from keeptune.penalties.base import NORM, OutputPenalty, Penalty, Term, penalty_named, start_of
 from keeptune.penalties.kronecker import KroneckerChange
-from keeptune.penalties.on_outputs import OfOutputs
 from keeptune.training.compatibility import refuse_trainer
 from keeptune.training.output_passes import Gradients, Outputs
 
@@ -50,11 +49,16 @@ class Penalties:
     """
 
     def __init__(self, model: PeftModel, plan: Plan) -> None:
-        """Remember both; parameters are looked up at each step, for sharding may replace them."""
+        """Looks parameters up at each step, not here: sharding may replace them."""
         self._model, self._plan = model, plan
-        self._specs = [penalty_named(penalty.name, penalty.options) for penalty in plan.penalties]
-        self._state = [_state_of(spec, made) for spec, made in zip(self._specs, plan.penalties, strict=True)]
-        self._outputs = [Outputs(spec, model, plan) if isinstance(spec, OfOutputs) else None for spec in self._specs]
+        self._penalties: list[Penalty] = [penalty_named(made.name, made.options) for made in plan.penalties]
+        self._state = [
+            {name: made.tensors[name].clone() for name in penalty.state}
+            for penalty, made in zip(self._penalties, plan.penalties, strict=True)
+        ]
+        self._outputs = [
+            Outputs(one, model, plan) if isinstance(one, OutputPenalty) else None for one in self._penalties
+        ]
         self._terms: list[dict[int, Term]] = []
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
@@ -62,7 +66,7 @@ class Penalties:
 
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> Tensor:
-        """Add the gradients of all penalties to ``.grad``: after the backward pass, before clipping.
+        """Adds the gradients of all penalties to ``.grad``: after the backward pass, before clipping.
 
         Args:
             scale: What gradients are scaled by at this moment: ``scaler.get_scale()`` under a ``GradScaler``.
@@ -72,37 +76,35 @@ class Penalties:
         """
         parameters = [held_parameters(self._model, target_plan) for target_plan in self._plan.targets]
         if not self._terms:
-            self._bind([next(iter(found.values())).device for found in parameters])
-        values: list[dict[str, Tensor]] = [{} for _ in self._specs]
+            self._bind([next(iter(held.values())).device for held in parameters])
+        values: list[dict[str, Tensor]] = [{} for _ in self._penalties]
         summed = Gradients()
         for target_plan, of_target, terms in zip(self._plan.targets, parameters, self._terms, strict=True):
             for factor, gradient in _gradients(target_plan, of_target, terms, values).items():
                 summed.add(of_target[factor], gradient)
-        norms = {}
+        logs: dict[str, Tensor] = {}
         for outputs, own, parts in zip(self._outputs, self._own, values, strict=True):
             if outputs is not None:
                 parts[""], gradients = outputs.value_and_grad(own, scale)
-                norms[f"penalty_grad_norm/{outputs.name}"] = gradients.norm()
+                logs[f"penalty_grad_norm/{outputs.name}"] = gradients.norm()
                 summed.join(gradients)
         for parameter, gradient in summed.items():
             _add(parameter, gradient if scale == 1 else gradient * scale)
         home = self._home
-        sums: dict[str, Tensor] = {}
-        for spec, parts in zip(self._specs, values, strict=True):
-            name = f"penalty/{spec.name}"
-            sums[name] = (
-                sums.get(name, torch.zeros((), device=home))
-                + torch.stack([value.to(home) for value in parts.values()]).sum()
-            )
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=home))
+        for penalty, own, parts in zip(self._penalties, self._own, values, strict=True):
+            name = f"penalty/{penalty.name}"
+            sums[name] = sums[name] + torch.stack([value.to(home) for value in parts.values()]).sum()
+            logs |= penalty.update(own, parts)
         total = torch.stack(list(sums.values())).sum()
-        found = {"penalty": total, "penalty_grad_norm": summed.norm().to(home)} | norms | sums | self._adapt(values)
-        self._sums = {name: value + self._sums.get(name, 0.0) for name, value in found.items()}
+        logs |= {"penalty": total, "penalty_grad_norm": summed.norm().to(home), **sums}
+        self._sums = {name: value + self._sums.get(name, 0.0) for name, value in logs.items()}
         self._steps += 1
         self.taken += 1
         return total
 
     def read(self) -> dict[str, float]:
-        """Give the means over the steps since the last reading, and how far each layer is from its start now.
+        """Returns the means over the steps since the last reading, and how far each layer is from its start now.
 
         Returns:
             ``penalty``, the sum; ``penalty/l2`` and the like; ``penalty_grad_norm``; ``drift/layer_0`` and the
@@ -115,7 +117,7 @@ class Penalties:
         return means | self._drift()
 
     def state(self) -> dict[str, list[float]]:
-        """Give what changes while training, such as multipliers: a checkpoint needs it.
+        """Returns what changes while training, such as multipliers: a checkpoint needs it.
 
         Returns:
             Plain values, for :meth:`restore`.
@@ -127,7 +129,7 @@ class Penalties:
         }
 
     def restore(self, state: Mapping[str, list[float]]) -> None:
-        """Go on from a checkpoint.
+        """Goes on from a checkpoint.
 
         Args:
             state: From :meth:`state`.
@@ -142,22 +144,15 @@ class Penalties:
         pairs = list(zip(self._plan.penalties, self._state, strict=True))
         on = {device: [_On(made.tensors, device, held) for made, held in pairs] for device in dict.fromkeys(devices)}
         self._own = on[self._home]
-        self._terms = [
-            {
-                index: self._specs[index].bind(target_plan, on[device][index])
-                for index, made in enumerate(self._plan.penalties)
-                if f"{NORM}:{target_plan.target.name}" in made.tensors
-            }
-            for target_plan, device in zip(self._plan.targets, devices, strict=True)
-        ]
-
-    def _adapt(self, values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Let penalties change what they change between steps; give what they have to log."""
-        logs: dict[str, Tensor] = {}
-        for spec, own, parts in zip(self._specs, self._own, values, strict=True):
-            if isinstance(spec, Adaptive):
-                logs |= spec.update(own, parts)
-        return logs
+        self._terms = []
+        for target_plan, device in zip(self._plan.targets, devices, strict=True):
+            terms = {}
+            for index, (penalty, made) in enumerate(zip(self._penalties, self._plan.penalties, strict=True)):
+                if f"{NORM}:{target_plan.target.name}" in made.tensors:
+                    term = penalty.bind(target_plan, on[device][index])
+                    if term is not None:
+                        terms[index] = term
+            self._terms.append(terms)
 
     @torch.no_grad()
     def _drift(self) -> dict[str, float]:
@@ -181,11 +176,11 @@ class Penalties:
             norm = float(norms[0])
             moved = float(change.value(LowRank(B, factors["A"])).clamp_min(0).sqrt())
             by_layer[target.layer].append(moved / norm if norm else 0.0)
-        return {f"drift/layer_{layer}": sum(found) / len(found) for layer, found in sorted(by_layer.items())}
+        return {f"drift/layer_{layer}": sum(shares) / len(shares) for layer, shares in sorted(by_layer.items())}
 
 
 def add_penalties(trainer: Any, plan: Plan) -> Penalties:
-    """Give a trainer the penalties of a plan, once per optimiser step.
+    """Adds the penalties of a plan to a trainer, once per optimiser step.
 
     Laws: n micro-batches of b examples give the step of one batch of n b, n processes that of one; evaluation losses
     have no penalty; ``loss`` in the logs stays the task's own.
@@ -292,22 +287,17 @@ class PenaltyState(TrainerCallback, ExportableState):
         self.penalties.restore(kept["attributes"]["kept"])
 
 
-def _state_of(spec: Any, made: PenaltyPlan) -> dict[str, Tensor]:
-    names = spec.state if isinstance(spec, Adaptive) else ()
-    return {name: made.tensors[name].clone() for name in names}
-
-
 def _gradients(
     target_plan: TargetPlan,
     parameters: Mapping[TensorName, nn.Parameter],
     terms: Mapping[int, Term],
     values: list[dict[str, Tensor]],
 ) -> dict[TensorName, Tensor]:
-    """Sum the gradients of a target's terms, within its rows; note their values."""
+    """Sums the gradients of a target's terms, within its rows, and records their values."""
     factors = {factor: _whole(parameter) for factor, parameter in parameters.items()}
     summed: dict[TensorName, Tensor] = {}
     for index, term in terms.items():
-        values[index][target_plan.target.name], gradients = term.value_and_grad(factors)
+        values[index][target_plan.target.name], gradients = term(factors)
         for factor, gradient in gradients.items():
             if parameters[factor].requires_grad:
                 summed[factor] = summed[factor] + gradient if factor in summed else gradient
@@ -315,13 +305,13 @@ def _gradients(
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
-    """Read a parameter in float32; one that is sharded is gathered, which for a low-rank factor is little."""
+    """Returns a parameter in float32; one that is sharded is gathered, which for a low-rank factor is little."""
     value = parameter.detach()
     return (value.full_tensor() if isinstance(value, DTensor) else value).float()
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add to ``.grad``; every process has the whole gradient, and keeps its shard."""
+    """Adds to ``.grad``; every process has the whole gradient, and keeps its shard."""
     gradient = gradient.to(parameter.dtype if parameter.grad is None else parameter.grad.dtype)
     if isinstance(parameter.data, DTensor):
         mesh = parameter.data.device_mesh

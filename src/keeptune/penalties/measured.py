@@ -1,0 +1,102 @@
+"""What penalties have in common that are measured on the knowledge: how much of it, which labels, which covariances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from keeptune.core.options import Range
+from keeptune.linalg.symmetric import PsdMatrix
+from keeptune.penalties.base import Penalty, Site
+from keeptune.statistics.fisher import TokenCount, tokens_per_learned
+from keeptune.statistics.low_rank_covariance import Covariance, gradient_request, input_request, read_factor
+from keeptune.statistics.request import DataRole, Labels
+
+__all__ = ["CovariancePenalty", "MeasuredPenalty"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredPenalty(Penalty):
+    """A penalty that is measured on the knowledge.
+
+    Args:
+        labels: ``"sampled"`` draws the labels of gradients from the model itself (the Fisher), ``"true"`` takes the
+            data's tokens (the empirical Fisher).
+        batches: How many batches of each knowledge set are used; None is all of it.
+        batch_size: Examples per batch; only ``batches`` depends on it.
+        label_seed: Seed of sampled labels.
+    """
+
+    ranges = {"batches": Range(least=1), "batch_size": Range(least=1)}
+
+    labels: Labels = "sampled"
+    batches: int | None = None
+    batch_size: int = 8
+    label_seed: int = 0
+
+    @property
+    def data(self) -> frozenset[DataRole]:
+        """The knowledge."""
+        return frozenset({"knowledge"})
+
+    @property
+    def examples(self) -> int | None:
+        """How many examples of each knowledge set are used; None is all."""
+        return None if self.batches is None else self.batches * self.batch_size
+
+    @property
+    def count(self) -> TokenCount:
+        """The request for the number of tokens."""
+        return TokenCount("knowledge", self.examples)
+
+    def tokens_per_learned(self, site: Site) -> float:
+        """Returns the number of tokens for each one with a loss: with it a Fisher is that of one learned token.
+
+        Args:
+            site: The target.
+
+        Returns:
+            The ratio.
+        """
+        return tokens_per_learned(site.stats, self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CovariancePenalty(MeasuredPenalty):
+    """A penalty by Ω = E[x xᵀ] of a target's inputs and Γ = E[δ δᵀ] of the gradients at its outputs.
+
+    Args:
+        rho: Damping of Γ towards the identity of its trace: 0 none, 1 leaves the trace only.
+        factor_rank: Keep this many directions of Ω and Γ, and one number for the others; None keeps all.
+    """
+
+    ranges = {"rho": Range(least=0, most=1), "factor_rank": Range(least=1)}
+
+    rho: float = 0.0
+    factor_rank: int | None = None
+
+    @property
+    def inputs(self) -> Covariance:
+        """The request for Ω."""
+        return input_request("knowledge", self.factor_rank, examples=self.examples)
+
+    @property
+    def gradients(self) -> Covariance:
+        """The request for Γ."""
+        return gradient_request(
+            "knowledge", self.labels, self.factor_rank, seed=self.label_seed, examples=self.examples
+        )
+
+    @staticmethod
+    def read(request: Covariance, site: Site) -> PsdMatrix:
+        """Returns a covariance, float32, on the device of the weight.
+
+        Args:
+            request: :attr:`inputs` or :attr:`gradients`.
+            site: The target.
+
+        Returns:
+            The covariance, undamped.
+        """
+        return read_factor(request, site.stats[request]).to(torch.float32, site.weight.device)
