@@ -28,8 +28,7 @@ from torch import Tensor
 from keeptune.core.artefact import content_key, read_json, write_bytes, write_json
 from keeptune.data.sources import read_jsonl
 from keeptune.evaluation.metrics import paired_interval
-from keeptune.linalg.selections import overlap_of, overlaps
-from keeptune.linalg.voting import Rows
+from keeptune.linalg.selections import Rows, overlap_of, overlaps
 from keeptune.model.probes.suppression import without_nodes
 from keeptune.pipeline.demo import demo_recipe
 from keeptune.pipeline.job import Job

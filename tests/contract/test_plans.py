@@ -19,7 +19,7 @@ from keeptune.core.plan import Plan
 from keeptune.core.plan_differences import differences
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
-from keeptune.linalg.eigen import bottom_eigenvectors
+from keeptune.linalg.decompositions import bottom_eigenvectors
 from keeptune.methods.base import make_plan, methods
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.head import body_fingerprint

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from keeptune.linalg.spectral_energy import top_energy
+from keeptune.linalg.decompositions import top_energy
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)

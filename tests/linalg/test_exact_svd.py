@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import StatisticsError
-from keeptune.linalg.svd import exact_svd, projected_svd
+from keeptune.linalg.decompositions import exact_svd, projected_svd
 
 
 def weight(m: int, n: int, rank: int | None = None) -> Tensor:

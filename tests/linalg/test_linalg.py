@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from tests.models import relative
 from torch import Tensor
 
-from keeptune.linalg.eigen import bottom_eigenvectors, canonical_signs
+from keeptune.linalg.decompositions import bottom_eigenvectors, canonical_signs, projected_svd
 from keeptune.linalg.gram import add_gram, symmetric
-from keeptune.linalg.svd import projected_svd
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)

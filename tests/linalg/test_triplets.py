@@ -9,7 +9,7 @@ from tests.models import relative
 from torch import Tensor
 
 from keeptune.core.errors import StatisticsError
-from keeptune.linalg.triplets import end_triplets, random_triplets
+from keeptune.linalg.decompositions import end_triplets, random_triplets
 
 End = Literal["top", "bottom"]
 ends = pytest.mark.parametrize("end", ["top", "bottom"])

@@ -5,7 +5,7 @@ import torch
 from tests.reference import loki_reference as reference
 from torch import Tensor
 
-from keeptune.linalg.voting import count_votes, lowest, most_voted, quota
+from keeptune.linalg.selections import count_votes, lowest, most_voted, quota
 
 SELECTIONS = {
     "layer-balanced": {"whole": False, "highest": False},

@@ -20,7 +20,7 @@ from keeptune.core.errors import ModelError, PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.plan_differences import differences
 from keeptune.core.target import Target
-from keeptune.linalg.voting import Votes, voted
+from keeptune.linalg.selections import Votes, voted
 from keeptune.methods.combined import Combined, Part
 from keeptune.methods.loki import Loki, select
 from keeptune.methods.lora import Lora

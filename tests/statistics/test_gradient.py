@@ -15,7 +15,7 @@ from torch import Tensor
 from keeptune.core.errors import StatisticsError
 from keeptune.core.target import read_weight
 from keeptune.data.calibration import Batch, Calibration
-from keeptune.linalg.svd import exact_svd
+from keeptune.linalg.decompositions import exact_svd
 from keeptune.model.runner import ResidentRunner, drawn_labels, summed_loss
 from keeptune.statistics.collect import Statistics
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance

@@ -1,4 +1,4 @@
-"""Where a weight change lies against a curvature: its energy along the eigenvectors of a symmetric factor."""
+"""The energy of a weight change along the eigenvectors of a curvature."""
 
 from __future__ import annotations
 
@@ -29,15 +29,12 @@ class Directions:
 
 
 def directions(factor: PsdMatrix) -> Directions | None:
-    """Decompose a factor in float64.
+    """Returns the eigenvectors of a matrix in float64; None for a multiple of the identity, which has no own ones.
 
     Laws: ``counts.sum() == n``; ``(values * counts).sum() == F.trace()``; values fall.
 
     Args:
         factor: F.
-
-    Returns:
-        Its eigenvectors; None for a multiple of the identity, all of whose directions are alike.
     """
     if isinstance(factor, Dense):
         values, U = torch.linalg.eigh(factor.matrix.double())
@@ -54,33 +51,30 @@ def directions(factor: PsdMatrix) -> Directions | None:
 
 
 def energies(change: LowRank | Tensor, along: Directions) -> Tensor:
-    """Measure how much of a change lies along each direction of its input, ``||E u_i||²``; of factors without E.
+    """Returns the energy of a change along each direction, ``||E u_i||²``, shaped as the eigenvalues, float64.
 
     Laws: they sum to ``||E||²``; of the whole complement of U it is what is left.
 
     Args:
-        change: E, ``(m, n)``.
+        change: E, ``(m, n)``; of factors it is not formed.
         along: Directions of its input.
-
-    Returns:
-        ``(k,)`` or ``(k + 1,)`` as the eigenvalues, float64.
     """
     U = along.U
     if isinstance(change, LowRank):
         factors = change.to(torch.float64, U.device)
         C = factors.A @ U
-        found, total = (C * ((factors.B.T @ factors.B) @ C)).sum(0), factors.norm_squared()
+        energy, total = (C * ((factors.B.T @ factors.B) @ C)).sum(0), factors.norm_squared()
     else:
         E = change.to(U)
-        found, total = (E @ U).square().sum(0), E.square().sum()
-    found = found.clamp_min(0)
-    if len(along.values) > len(found):
-        found = torch.cat([found, (total - found.sum()).clamp_min(0).reshape(1)])
-    return found
+        energy, total = (E @ U).square().sum(0), E.square().sum()
+    energy = energy.clamp_min(0)
+    if len(along.values) > len(energy):
+        energy = torch.cat([energy, (total - energy.sum()).clamp_min(0).reshape(1)])
+    return energy
 
 
 def profile(widths: Tensor, energy: Tensor, bins: int = 10) -> Tensor:
-    """Say which share of an energy lies in each of several equal parts of a quantity that directions hold.
+    """Returns the share of an energy in each of several equal parts of a quantity that directions hold, float64.
 
     Directions lie side by side in their order, each as wide as what it holds (its eigenvalue, or 1 to count them), its
     energy spread evenly over its width; the whole is cut into equal parts. Energy of a direction without width counts
@@ -91,9 +85,6 @@ def profile(widths: Tensor, energy: Tensor, bins: int = 10) -> Tensor:
         widths: ``(k,)``, not negative.
         energy: ``(k,)``, not negative, not all zero.
         bins: How many parts.
-
-    Returns:
-        ``(bins,)``, float64.
     """
     widths, energy = widths.double(), energy.double()
     total = widths.sum()

@@ -12,7 +12,7 @@ _SMALL = 256
 
 
 def add_gram(total: Tensor, X: Tensor) -> None:
-    """Add ``Xᵀ X`` to the upper blocks of a running sum, in place.
+    """Adds ``Xᵀ X`` to the upper blocks of a running sum, in place.
 
     The product of each batch is formed in float32 and summed in float64, so a long sum loses nothing.
     Only blocks on or above the diagonal are formed: (b + 1) / 2b of the multiplications for b blocks.
@@ -31,13 +31,10 @@ def add_gram(total: Tensor, X: Tensor) -> None:
 
 
 def symmetric(total: Tensor) -> Tensor:
-    """Complete a matrix from its upper triangle.
+    """Returns the symmetric matrix ``(n, n)`` with the upper triangle of another.
 
     Args:
-        total: ``(n, n)``, right on and above the diagonal.
-
-    Returns:
-        The symmetric matrix, ``(n, n)``.
+        total: ``(n, n)``.
     """
     upper = torch.triu(total)
     return upper.add_(torch.triu(total, 1).T)

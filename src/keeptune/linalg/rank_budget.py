@@ -9,23 +9,20 @@ __all__ = ["clipped_shares", "exact_shares"]
 
 
 def clipped_shares(weights: Sequence[float], total: int, low: Sequence[int], high: Sequence[int]) -> list[int]:
-    """Give each its share of a total, rounded and clipped; what clipping takes or adds is not redistributed.
+    """Returns ``clip(round(total w_i / Σ w), low_i, high_i)``; their sum may be anything from Σ low to Σ high.
 
     Args:
         weights: Positive numbers.
         total: What is shared.
         low: Least rank of each.
         high: Largest rank of each.
-
-    Returns:
-        ``clip(round(total w_i / Σ w), low_i, high_i)``; the sum may be anything between Σ low and Σ high.
     """
     scale = total / math.fsum(weights)
     return [min(max(round(scale * w), a), b) for w, a, b in zip(weights, low, high, strict=True)]
 
 
 def exact_shares(weights: Sequence[float], total: int, low: Sequence[int], high: Sequence[int]) -> list[int]:
-    """Share a total out to the unit: what a bound takes or adds goes to those that are not at one.
+    """Returns ranks that sum to a total: what a bound takes or adds goes to those that are not at one.
 
     The real shares are ``clip(θ w_i, low_i, high_i)`` with the θ at which they sum to the total; they are rounded
     down, and the units left over go to the largest remainders (the first of equal ones).
@@ -37,9 +34,6 @@ def exact_shares(weights: Sequence[float], total: int, low: Sequence[int], high:
         total: What is shared, between Σ low and Σ high.
         low: Least rank of each.
         high: Largest rank of each.
-
-    Returns:
-        The ranks.
 
     Raises:
         ValueError: The bounds do not allow the total.

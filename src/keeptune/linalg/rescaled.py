@@ -1,4 +1,4 @@
-"""A low-rank change of a weight whose rows are then given new lengths (DoRA), and its size without the product B A."""
+"""A low-rank change of a weight whose rows then get new lengths (DoRA)."""
 
 from __future__ import annotations
 
@@ -29,26 +29,18 @@ class Rescaled:
     lengths: Tensor
 
     def norm(self) -> float:
-        """Compute it in float64 from ``(c_i - 1)² ||W_i||² + 2 c_i (c_i - 1) W_i·d_i + c_i² ||d_i||²``.
-
-        Returns:
-            ``||W' - W||``.
-        """
+        """Returns ``||W' - W||`` from ``(c_i - 1)² ||W_i||² + 2 c_i (c_i - 1) W_i·d_i + c_i² ||d_i||²``, in float64."""
         c, rows, crossed, own = self._parts()
         squares = (c - 1).square() * rows + 2 * c * (c - 1) * crossed + c.square() * own
         return float(squares.clamp_min(0).sum().sqrt())
 
     def dense(self) -> Tensor:
-        """Form the difference.
-
-        Returns:
-            ``(m, n)``, float64.
-        """
+        """Returns the difference, ``(m, n)``, float64."""
         c, *_ = self._parts()
         return (c - 1)[:, None] * self.W.double() + c[:, None] * self.change.to(torch.float64).dense()
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Give c, ``||W_i||²``, ``W_i·d_i`` and ``||d_i||²``, each ``(m,)``."""
+        """Compute c, ``||W_i||²``, ``W_i·d_i`` and ``||d_i||²``, each ``(m,)``."""
         W, B, A = self.W.double(), self.change.B.double(), self.change.A.double()
         rows = W.square().sum(1)
         crossed = ((W @ A.T) * B).sum(1)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from keeptune.linalg.eigen import canonical_signs
+from keeptune.linalg.decompositions import canonical_signs
 from keeptune.linalg.gram import add_gram, symmetric
 from keeptune.linalg.symmetric import LowRankPlus
 
@@ -48,7 +48,7 @@ class Truncated:
 
 @dataclass
 class TopDirections:
-    """Finds the top k eigenvectors of a covariance while its rows stream by.
+    """The top k eigenvectors of a covariance whose rows stream by.
 
     Laws: the result does not depend on how rows are split over ``add`` calls; ``F̂ - ρ (I - UUᵀ) ≼ F``; the trace is
     that of F; with k = n it is F.
@@ -85,7 +85,7 @@ class TopDirections:
         self.start = torch.randn(shape, generator=draw, dtype=torch.float32).to(self.device)
 
     def add(self, rows: Tensor) -> None:
-        """Take the rows of one batch.
+        """Adds the rows of one batch.
 
         Args:
             rows: ``(tokens, n)``.
@@ -103,11 +103,7 @@ class TopDirections:
                 self._compress()
 
     def result(self) -> Truncated:
-        """Finish.
-
-        Returns:
-            The top directions, on the buffer's device, float64.
-        """
+        """Returns the top directions, on the buffer's device, float64."""
         if self.filled > _KEPT * self.rank:
             self._compress()
         S = self.buffer[: self.filled].double()
@@ -151,7 +147,7 @@ def _contraction(Y: Tensor) -> Tensor:
     Y = Y.double()
     gram = Y.T @ Y
     gram.diagonal().add_(gram.trace() * _SHIFT + torch.finfo(gram.dtype).tiny)
-    # cholesky_ex: rows that are no numbers are for the runner to tell, with the module and the batch.
+    # cholesky_ex raises nothing: NaN rows are reported by the runner, with the module and the batch.
     root = torch.linalg.cholesky_ex(gram)[0]
     Q: Tensor = torch.linalg.solve_triangular(root.T, Y, upper=True, left=False)
     return Q.float()

@@ -1,97 +1,89 @@
-"""Symmetric factors F, n x n, that penalties multiply with: identity, dense, or low rank plus a scalar."""
+"""Symmetric positive semi-definite matrices that penalties multiply with: identity, dense, low rank plus a scalar."""
 
 from __future__ import annotations
 
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "PsdMatrix", "Identity", "LowRankPlus", "psd_matrix_from"]
+__all__ = ["Dense", "Identity", "LowRankPlus", "PsdMatrix", "psd_matrix_from"]
 
 
-class PsdMatrix(Protocol):
-    """A symmetric positive semi-definite matrix F, ``(n, n)``, known by what it does.
+class PsdMatrix(ABC):
+    """A symmetric positive semi-definite matrix F, ``(n, n)``, of size n, known by what it does.
 
     Laws, for every kind: ``apply(X) == dense() @ X``; ``trace() == dense().trace()``; ``dense()`` is symmetric and
     positive semi-definite; ``damped(rho).dense() == (1 - rho) dense() + rho trace() / n I``, which keeps the trace;
-    ``psd_matrix_from(tensors(prefix), prefix)`` is the same factor.
+    ``psd_matrix_from(tensors(prefix), prefix)`` is the same matrix.
     """
 
-    @property
-    def size(self) -> int:
-        """The number of rows n."""
-        ...
+    __slots__ = ()
 
+    size: int
+
+    @abstractmethod
     def apply(self, X: Tensor) -> Tensor:
-        """Multiply.
+        """Returns ``F X``, ``(n, k)``.
 
         Args:
             X: ``(n, k)``.
-
-        Returns:
-            ``F X``, ``(n, k)``.
         """
-        ...
 
+    @abstractmethod
     def trace(self) -> Tensor:
-        """Sum the diagonal.
+        """Returns the trace, a scalar."""
 
-        Returns:
-            A scalar.
-        """
-        ...
-
+    @abstractmethod
     def dense(self) -> Tensor:
-        """Form the matrix.
+        """Returns the matrix, ``(n, n)``."""
 
-        Returns:
-            ``(n, n)``.
-        """
-        ...
+    @abstractmethod
+    def _mixed(self, rho: float) -> Self: ...
 
-    def damped(self, rho: float) -> PsdMatrix:
-        """Mix with the identity of the same trace.
+    def damped(self, rho: float) -> Self:
+        """Returns ``(1 - rho) F + rho tr(F) / n I``.
 
         Args:
             rho: Between 0 (nothing changes) and 1 (only the trace is left).
 
-        Returns:
-            ``(1 - rho) F + rho tr(F) / n I``.
-
         Raises:
             ValueError: rho is not between 0 and 1.
         """
-        ...
+        if not 0 <= rho <= 1:
+            raise ValueError(f"damped: got rho = {rho}, wanted 0 <= rho <= 1")
+        return self._mixed(rho)
 
-    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> PsdMatrix:
-        """Convert.
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
+        """Returns the same matrix converted.
 
         Args:
-            dtype: The wanted dtype.
-            device: The wanted device; None keeps it.
-
-        Returns:
-            The same factor there.
+            dtype: The dtype.
+            device: The device; None keeps it.
         """
-        ...
+        parts = self._parts().items()
+        moved = {name: p.to(device=device, dtype=dtype) if isinstance(p, Tensor) else p for name, p in parts}
+        return type(self)(**moved)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Give what a file needs to hold.
+        """Returns the tensors to save, for :func:`psd_matrix_from`.
 
         Args:
             prefix: Stands before each name.
-
-        Returns:
-            Tensors by name, for :func:`psd_matrix_from`.
         """
-        ...
+        parts = self._parts().items()
+        return {f"{prefix}{name}": p if isinstance(p, Tensor) else torch.tensor(p) for name, p in parts}
+
+    def _parts(self) -> dict[str, Tensor | int]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Identity:
+@dataclass(frozen=True, eq=False)
+class Identity(PsdMatrix):
     """``scale I``.
 
     Args:
@@ -103,33 +95,23 @@ class Identity:
     scale: Tensor
 
     def apply(self, X: Tensor) -> Tensor:
-        """Multiply: ``scale X``."""
+        """Returns ``scale X``."""
         return X * self.scale
 
     def trace(self) -> Tensor:
-        """Sum the diagonal: ``n scale``."""
+        """Returns ``n scale``."""
         return self.scale * self.size
 
     def dense(self) -> Tensor:
-        """Form the matrix, ``(n, n)``."""
+        """Returns the matrix."""
         return torch.eye(self.size, dtype=self.scale.dtype, device=self.scale.device) * self.scale
 
-    def damped(self, rho: float) -> Identity:
-        """Mix with the identity of the same trace: nothing changes."""
-        _check(rho)
+    def _mixed(self, rho: float) -> Identity:
         return self
 
-    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Identity:
-        """Convert."""
-        return Identity(self.size, self.scale.to(device=device, dtype=dtype))
 
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Give ``scale`` and ``size``."""
-        return {f"{prefix}scale": self.scale, f"{prefix}size": torch.tensor(self.size)}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dense:
+@dataclass(frozen=True, eq=False)
+class Dense(PsdMatrix):
     """A matrix as it is.
 
     Args:
@@ -139,40 +121,30 @@ class Dense:
     matrix: Tensor
 
     @property
-    def size(self) -> int:
+    def size(self) -> int:  # type: ignore[override]
         """The number of rows n."""
         return self.matrix.shape[0]
 
     def apply(self, X: Tensor) -> Tensor:
-        """Multiply: ``matrix X``."""
+        """Returns ``matrix X``."""
         return self.matrix @ X
 
     def trace(self) -> Tensor:
-        """Sum the diagonal."""
+        """Returns the trace."""
         return self.matrix.trace()
 
     def dense(self) -> Tensor:
-        """Give the matrix, ``(n, n)``."""
+        """Returns the matrix."""
         return self.matrix
 
-    def damped(self, rho: float) -> Dense:
-        """Mix with the identity of the same trace."""
-        _check(rho)
+    def _mixed(self, rho: float) -> Dense:
         matrix = self.matrix * (1 - rho)
         matrix.diagonal().add_(rho * self.trace() / self.size)
         return Dense(matrix)
 
-    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Dense:
-        """Convert."""
-        return Dense(self.matrix.to(device=device, dtype=dtype))
 
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Give ``matrix``."""
-        return {f"{prefix}matrix": self.matrix}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LowRankPlus:
+@dataclass(frozen=True, eq=False)
+class LowRankPlus(PsdMatrix):
     """``U diag(values) Uᵀ + remainder (I - U Uᵀ)``: some directions as they are, one value for all others.
 
     With the top eigenvectors and the mean of the other eigenvalues it is the nearest matrix of this form in
@@ -189,7 +161,7 @@ class LowRankPlus:
     remainder: Tensor
 
     @property
-    def size(self) -> int:
+    def size(self) -> int:  # type: ignore[override]
         """The number of rows n."""
         return self.U.shape[0]
 
@@ -199,56 +171,38 @@ class LowRankPlus:
         return self.U.shape[1]
 
     def share(self) -> Tensor:
-        """Say how much of the trace the k directions hold.
-
-        Returns:
-            A scalar between 0 and 1; 1 for a zero matrix.
-        """
+        """Returns the share of the trace in the k directions, a scalar; 1 for a zero matrix."""
         trace = self.trace()
         return torch.where(trace > 0, self.values.sum() / trace, torch.ones_like(trace))
 
     def apply(self, X: Tensor) -> Tensor:
-        """Multiply through the k directions, never forming n x n."""
+        """Returns ``F X`` through the k directions, without an n x n matrix."""
         return torch.addmm(X * self.remainder, self.U, (self.values - self.remainder)[:, None] * (self.U.T @ X))
 
     def trace(self) -> Tensor:
-        """Sum the eigenvalues."""
+        """Returns the sum of the eigenvalues."""
         return self.values.sum() + self.remainder * (self.size - self.rank)
 
     def dense(self) -> Tensor:
-        """Form the matrix, ``(n, n)``."""
+        """Returns the matrix."""
         matrix = (self.U * (self.values - self.remainder)) @ self.U.T
         matrix.diagonal().add_(self.remainder)
         return matrix
 
-    def damped(self, rho: float) -> LowRankPlus:
-        """Mix with the identity of the same trace: every eigenvalue moves towards the mean of all."""
-        _check(rho)
+    def _mixed(self, rho: float) -> LowRankPlus:
         mean = self.trace() / self.size
         return LowRankPlus(self.U, (1 - rho) * self.values + rho * mean, (1 - rho) * self.remainder + rho * mean)
 
-    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LowRankPlus:
-        """Convert."""
-        parts = (self.U, self.values, self.remainder)
-        return LowRankPlus(*(part.to(device=device, dtype=dtype) for part in parts))
-
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Give ``U``, ``values`` and ``remainder``."""
-        return {f"{prefix}U": self.U, f"{prefix}values": self.values, f"{prefix}remainder": self.remainder}
-
 
 def psd_matrix_from(tensors: Mapping[str, Tensor], prefix: str = "") -> PsdMatrix:
-    """Read a factor back.
+    """Reads a matrix from its tensors.
 
     Args:
         tensors: Tensors by name, others among them.
-        prefix: What stands before the names of this factor.
-
-    Returns:
-        The factor.
+        prefix: What stands before the names of this matrix.
 
     Raises:
-        KeyError: No factor of that prefix is among them.
+        KeyError: No matrix of that prefix is among them.
     """
     if f"{prefix}matrix" in tensors:
         return Dense(tensors[f"{prefix}matrix"])
@@ -256,9 +210,4 @@ def psd_matrix_from(tensors: Mapping[str, Tensor], prefix: str = "") -> PsdMatri
         return LowRankPlus(tensors[f"{prefix}U"], tensors[f"{prefix}values"], tensors[f"{prefix}remainder"])
     if f"{prefix}scale" in tensors:
         return Identity(int(tensors[f"{prefix}size"]), tensors[f"{prefix}scale"])
-    raise KeyError(f"no factor named {prefix!r} among {sorted(tensors)}")
-
-
-def _check(rho: float) -> None:
-    if not 0 <= rho <= 1:
-        raise ValueError(f"damped: got rho = {rho}, wanted 0 <= rho <= 1")
+    raise KeyError(f"no matrix named {prefix!r} among {sorted(tensors)}")

@@ -29,7 +29,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.eigen import bottom_eigenvectors
+from keeptune.linalg.decompositions import bottom_eigenvectors
 from keeptune.methods.base import SCALING, RankMethod, Size, allot_rank, dropout_field
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.covariance import InputCovariance

@@ -38,7 +38,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.svd import exact_svd
+from keeptune.linalg.decompositions import exact_svd
 from keeptune.methods.base import ScaledMethod, Search, Size, allot_rank
 from keeptune.methods.importance import direction_scores, importance, shallow_ranks
 from keeptune.statistics.collect import StatsView

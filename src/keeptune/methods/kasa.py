@@ -28,7 +28,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.triplets import end_triplets
+from keeptune.linalg.decompositions import end_triplets
 from keeptune.methods.base import generator_for
 from keeptune.methods.lora import LoraStart, draw_A
 from keeptune.penalties.kasa_regularizers import KasaRegularizers, Regularizer

@@ -14,7 +14,7 @@ is measured by ``statistics/neuron_attribution.py`` (KVA).
 
 Least is least as signed: nodes that speak against what the model says, not those that say little. The arrows of argsort
 in (7) and (9) point the other way in the paper; its text is right. Its min-max normalisation changes no vote
-(``linalg/voting.py``). ``global-low`` and ``global-high`` rank the nodes of all blocks together (Table 5): T of each
+(``linalg/selections.py``). ``global-low`` and ``global-high`` rank the nodes of all blocks together (Table 5): T of each
 text, then the T named most often, so that a block may get many rows or none.
 
 (10) is exactly a LoRA with B = the columns of the identity that S names, frozen, A = 0 and scale 1: of rank |S_l|, with
@@ -39,7 +39,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.voting import quota, voted
+from keeptune.linalg.selections import quota, voted
 from keeptune.methods.base import SCALING, Method, Size, dropout_field
 from keeptune.methods.lora import draw_start
 from keeptune.methods.strength import Strength

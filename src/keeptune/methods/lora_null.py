@@ -30,8 +30,7 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.eigen import bottom_eigenvectors
-from keeptune.linalg.svd import projected_svd
+from keeptune.linalg.decompositions import bottom_eigenvectors, projected_svd
 from keeptune.methods.base import RankMethod
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.covariance import InputCovariance, ReleasedCovariance

@@ -21,7 +21,7 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.triplets import end_triplets
+from keeptune.linalg.decompositions import end_triplets
 from keeptune.methods.base import ScaledMethod
 from keeptune.statistics.collect import StatsView
 

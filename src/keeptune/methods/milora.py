@@ -19,7 +19,7 @@ from torch import Tensor
 
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.triplets import end_triplets
+from keeptune.linalg.decompositions import end_triplets
 from keeptune.methods.pissa import SplitMethod
 from keeptune.statistics.collect import StatsView
 

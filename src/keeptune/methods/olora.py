@@ -22,7 +22,7 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.eigen import canonical_signs
+from keeptune.linalg.decompositions import canonical_signs
 from keeptune.methods.base import ScaledMethod
 from keeptune.statistics.collect import StatsView
 

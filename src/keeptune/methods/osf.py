@@ -27,7 +27,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, Scope, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.svd import exact_svd
+from keeptune.linalg.decompositions import exact_svd
 from keeptune.methods.base import Method, Size
 from keeptune.methods.strength import Strength
 from keeptune.statistics.collect import StatsView

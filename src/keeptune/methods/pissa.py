@@ -27,7 +27,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.triplets import end_triplets, random_triplets
+from keeptune.linalg.decompositions import end_triplets, random_triplets
 from keeptune.methods.base import ScaledMethod, generator_for
 from keeptune.statistics.collect import StatsView
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.target import Target
-from keeptune.linalg.svd import exact_svd
+from keeptune.linalg.decompositions import exact_svd
 from keeptune.model.runner import Labels
 from keeptune.statistics.request import DataRole, PassKind, WeightReader
 from keeptune.statistics.validation import finite, need_tokens

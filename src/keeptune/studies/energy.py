@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from keeptune.core.target import read_weight
-from keeptune.linalg.spectral_energy import top_energy
+from keeptune.linalg.decompositions import top_energy
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import load_model, refuse_not_finite
 from keeptune.recipe.paths import resolve_model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import RecipeError, StatisticsError, nearest
-from keeptune.linalg.voting import Rows, count_votes, quota, voted
+from keeptune.linalg.selections import Rows, count_votes, quota, voted
 from keeptune.methods.combined import parts_of
 from keeptune.methods.loki import Loki
 from keeptune.pipeline.job import Job

@@ -28,7 +28,7 @@ from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.metrics import paired_interval
 from keeptune.evaluation.model_pairs import SuppressedNodes
 from keeptune.evaluation.results import BenchmarkResult, trade_off
-from keeptune.linalg.voting import Rows
+from keeptune.linalg.selections import Rows
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
 from keeptune.report.nodes import density_figure
