@@ -14,8 +14,8 @@ is measured by ``statistics/neuron_attribution.py`` (KVA).
 
 Least is least as signed: nodes that speak against what the model says, not those that say little. The arrows of argsort
 in (7) and (9) point the other way in the paper; its text is right. Its min-max normalisation changes no vote
-(``linalg/selections.py``). ``global-low`` and ``global-high`` rank the nodes of all blocks together (Table 5): T of each
-text, then the T named most often, so that a block may get many rows or none.
+(:mod:`keeptune.linalg.selections`). ``global-low`` and ``global-high`` rank the nodes of all blocks together (Table 5):
+T of each text, then the T named most often, so that a block may get many rows or none.
 
 (10) is exactly a LoRA with B = the columns of the identity that S names, frozen, A = 0 and scale 1: of rank |S_l|, with
 ``W_S + A`` for the trained rows. Weight decay therefore pulls W_S towards where it started; in the released code, which
