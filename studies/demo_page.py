@@ -9,11 +9,13 @@ import json
 import sys
 from pathlib import Path
 
+from pictures import relations, tradeoff
+
 from keeptune.core.artefact import write_bytes
 from keeptune.pipeline.demo import METHODS, STEPS
-from keeptune.report.plots import forgetting_by_relation, png, tradeoff
-from keeptune.report.tables import markdown_comparison
-from keeptune.report.verdict import method_sentences, verdict
+from keeptune.report.figures.drawing import png
+from keeptune.report.pages.verdict import method_sentences, verdict
+from keeptune.report.tables.comparison_table import markdown_comparison
 
 DOCS = Path(__file__).parents[1] / "docs"
 MARKER = "<!-- written by hand below this line -->"
@@ -23,9 +25,7 @@ def main(run: Path) -> None:
     """Write the page and its pictures; text below the marker is kept."""
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     seeds = sorted({method["seed"] for method in report["methods"]})
-    figures = {"tradeoff.png": tradeoff(report), "by-relation.png": forgetting_by_relation(report)}
-    for name, figure in figures.items():
-        assert figure is not None
+    for name, figure in {"tradeoff.png": tradeoff(report), "by-relation.png": relations(report)}.items():
         png(figure, DOCS / name)
     page = DOCS / "demo.md"
     old = page.read_text(encoding="utf-8") if page.exists() else ""

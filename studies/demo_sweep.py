@@ -16,7 +16,7 @@ from keeptune.core.artefact import write_bytes
 from keeptune.pipeline.demo import METHODS, demo_recipe
 from keeptune.pipeline.run import run
 from keeptune.recipe.schema import make_recipe
-from keeptune.report.plots import png
+from keeptune.report.figures.drawing import png
 
 RATES = {
     "full": (5e-5, 1e-4, 2e-4, 5e-4, 1e-3),

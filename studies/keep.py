@@ -25,8 +25,7 @@ from matplotlib.ticker import PercentFormatter
 from keeptune import atlas
 from keeptune.core.artefact import read_json, write_bytes
 from keeptune.pipeline.demo import demo_recipe
-from keeptune.report.plots import png
-from keeptune.report.style import INK, MUTED, bare, finish, page, themed
+from keeptune.report.figures.drawing import INK, MUTED, bare, finish, page, png, themed
 
 SEEDS = (0, 1, 2)
 RATE = 2e-3

@@ -34,9 +34,8 @@ from keeptune.pipeline.demo import demo_recipe
 from keeptune.pipeline.job import Job
 from keeptune.recipe.paths import resolve_file
 from keeptune.recipe.schema import make_recipe
-from keeptune.report.nodes import density_figure
-from keeptune.report.plots import png
-from keeptune.report.style import INK, bare, finish, page, themed
+from keeptune.report.figures.drawing import INK, bare, finish, page, png, themed
+from keeptune.report.figures.node_maps import density_figure
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
 from keeptune.studies.node_selections import PRESETS, Where, attributions_of, chosen_rows, density
 from keeptune.studies.suppress import drawn_rows

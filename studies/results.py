@@ -24,8 +24,7 @@ from keeptune.core.artefact import write_bytes
 from keeptune.experiments.comparison.front import Point, families, pareto, points_of
 from keeptune.experiments.comparison.matched import matched
 from keeptune.experiments.comparison.record import read_front, read_runs
-from keeptune.report.plots import png
-from keeptune.report.style import INK, MUTED, bare, finish, page, themed
+from keeptune.report.figures.drawing import INK, MUTED, bare, finish, page, png, themed
 
 Rows = Sequence[Mapping[str, Any]]
 SCORES = (0.8, 0.85)

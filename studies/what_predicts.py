@@ -42,8 +42,7 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import find_result, load_pair
 from keeptune.pipeline.trained_changes import Change, open_changes
 from keeptune.recipe.schema import make_recipe
-from keeptune.report.plots import png
-from keeptune.report.style import INK, MUTED, bare, finish, page, themed
+from keeptune.report.figures.drawing import INK, MUTED, bare, finish, page, png, themed
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.fisher import TokenCount, tokens_per_learned

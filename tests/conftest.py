@@ -25,7 +25,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def small_pages() -> Iterator[None]:
     """Leave plotly.js, 5 MB, out of pages that only their text is read of; browsers' tests put it back."""
-    from keeptune.report import page
+    from keeptune.report.pages import page
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "plotly_source", lambda: "/* plotly.js */")

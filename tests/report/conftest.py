@@ -10,8 +10,10 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 from tests.report.browsing import FLAGS
 
-from keeptune.report import page as page_module
-from keeptune.report.html import render_html
+from keeptune.report.pages import page as page_module
+from keeptune.report.pages.run_page import render_html
+
+PLOTLY = page_module.plotly_source
 
 
 def benchmark(
@@ -161,5 +163,5 @@ def browser() -> Iterator[Browser]:
 def with_plotly() -> Iterator[None]:
     """Put plotly.js back into the pages that a module writes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_module, "plotly_source", page_module._plotly)
+        patch.setattr(page_module, "plotly_source", PLOTLY)
         yield

@@ -13,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from keeptune.core.artefact import canonical_json
-from keeptune.report.benefit import benefit_figure, benefits, print_benefits
-from keeptune.report.style import png
+from keeptune.experiments.effects import benefits
+from keeptune.report.figures.drawing import png
+from keeptune.report.figures.grid_maps import benefit_figure
+from keeptune.report.tables.analyses import print_benefits
 
 AXES = [{"key": "method.strength", "values": [0.1, 10]}, {"key": "method.batches", "values": [1, 2, 3]}]
 
@@ -129,7 +131,7 @@ def test_the_figure_shows_numbers_with_their_means(tmp_path: Path) -> None:
     assert [tick.get_text() for tick in shown[0].get_xticklabels()] == ["1", "2", "3", "mean"]
     assert [tick.get_text() for tick in shown[0].get_yticklabels()] == ["0.1", "10", "mean"]
     assert (shown[0].get_xlabel(), shown[0].get_ylabel()) == ("method.batches", "method.strength")
-    red, _, blue = shown[0].collections[0].to_rgba(numpy.array([-13.0]))[0][:3]
+    red, _, blue = shown[0].collections[0].to_rgba(numpy.array([13.0]))[0][:3]
     assert blue > red, "a benefit is blue"
     png(figure, tmp_path / "benefit.png")
 

@@ -12,9 +12,9 @@ from tests.report.browsing import Opened, opened
 from tests.report.conftest import full_report
 from tests.report.test_run_charts import with_everything
 
-from keeptune.report.html import write_html
-from keeptune.report.items import lost_and_gained
-from keeptune.report.repeat import repeat
+from keeptune.report.pages.items import lost_and_gained
+from keeptune.report.pages.repeat import repeat
+from keeptune.report.pages.run_page import write_html
 
 HOSTILE = (
     "</script><script>alert(1)</script>",

@@ -10,7 +10,7 @@ from playwright.sync_api import Browser
 from tests.report.browsing import Opened, opened
 from tests.report.comparing import made_up
 
-from keeptune.report.comparison import write_comparison
+from keeptune.report.pages.comparison_page import write_comparison
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\u2028'
 
@@ -58,19 +58,19 @@ def test_a_label_is_isolated_with_its_front(laptop: Opened) -> None:
 
 def test_the_table_is_searched_and_sorted_by_keys_too(laptop: Opened) -> None:
     page = laptop.page
-    assert page.inner_text("[data-counts=cells]") == "90 of 90 rows"
-    page.fill("[data-filters=cells]", "keep lr0.001-x3")
-    assert page.inner_text("[data-counts=cells]") == "3 of 90 rows"
-    page.fill("[data-filters=cells]", "outofmemory")
-    assert page.locator("#cells tbody tr:visible").count() == 1
-    page.fill("[data-filters=cells]", "")
-    head = page.locator("#cells th button", has_text="forgotten")
+    assert page.inner_text("[data-counts=runs]") == "90 of 90 rows"
+    page.fill("[data-filters=runs]", "keep lr0.001-x3")
+    assert page.inner_text("[data-counts=runs]") == "3 of 90 rows"
+    page.fill("[data-filters=runs]", "outofmemory")
+    assert page.locator("#runs tbody tr:visible").count() == 1
+    page.fill("[data-filters=runs]", "")
+    head = page.locator("#runs th button", has_text="forgotten")
     for direction, sign in (("ascending", 1), ("descending", -1)):
         head.focus()
         page.keyboard.press("Enter")
-        script = "[...document.querySelectorAll('#cells tbody tr')].map((row) => row.cells[7].dataset.key)"
+        script = "[...document.querySelectorAll('#runs tbody tr')].map((row) => row.cells[7].dataset.key)"
         keys = [float(key) for key in page.evaluate(script) if key is not None]
-        assert page.get_attribute("#cells th[aria-sort]", "aria-sort") == direction
+        assert page.get_attribute("#runs th[aria-sort]", "aria-sort") == direction
         assert keys == sorted(keys, key=lambda key: sign * key)
         assert len(keys) == 88
 

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from tests.report.conftest import run
 
-from keeptune.report.card import model_card, same_but_versions
+from keeptune.report.pages.card import model_card, same_but_versions
 
 EXPORT = {
     "folder": "runs/one/adapter",

@@ -13,7 +13,9 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from keeptune.core.artefact import canonical_json
-from keeptune.report.change import change_figure, print_change, totals
+from keeptune.report.estimates import totals
+from keeptune.report.figures.weights import change_figure
+from keeptune.report.tables.analyses import print_change
 
 
 def row(layer: int, role: str, norm: float, weight: float = 10.0) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import pytest
 from matplotlib.image import imread
 from tests.report.comparing import made_up
 from tests.report.test_html import headings, island, parsed
-from tests.report.test_run_charts import valid
 
 from keeptune.core.errors import ArtefactError
 from keeptune.experiments.comparison.choice import choose
-from keeptune.report.comparison import (
+from keeptune.report.figures.fronts import tradeoff_figure
+from keeptune.report.pages.comparison_charts import Scales, fronts, hypervolumes, ranges
+from keeptune.report.pages.comparison_page import (
     base_score,
     every_run,
     failures,
@@ -26,8 +27,6 @@ from keeptune.report.comparison import (
     sentences,
     write_comparison,
 )
-from keeptune.report.comparison_charts import Scales, fronts, hypervolumes, ranges
-from keeptune.report.comparison_figures import tradeoff_figure
 
 Record = dict[str, Any]
 
@@ -59,7 +58,7 @@ def test_every_setting_is_at_its_means_and_tells_itself(records: tuple[Record, R
     cells, front = records
     chart = fronts(cells["runs"], front, 0.05)
     assert chart is not None
-    traces = {trace["name"]: trace for trace in valid(chart).figure["data"]}
+    traces = {trace["name"]: trace for trace in chart.figure.to_plotly_json()["data"]}
     for point in front["points"]:
         trace = traces[point["label"]]
         places = list(zip(trace["x"], trace["y"], strict=True))
@@ -84,7 +83,7 @@ def test_with_many_settings_the_bars_of_a_label_wait_until_it_is_alone(records: 
     for points, waiting in ((front["points"], False), (front["points"] + more, True)):
         chart = fronts(cells["runs"], front | {"points": points}, None)
         assert chart is not None
-        traces = {trace["name"]: trace for trace in chart.figure["data"]}
+        traces = {trace["name"]: trace for trace in chart.figure.to_plotly_json()["data"]}
         assert traces["keep"]["error_y"]["visible"] == (not waiting)
         assert ("error_y" in traces["front over all"]) == waiting
 
@@ -103,9 +102,9 @@ def test_hypervolumes_have_their_intervals(records: tuple[Record, Record]) -> No
     cells, front = records
     chart = hypervolumes(cells["runs"], front)
     assert chart is not None
-    trace = valid(chart).figure["data"][0]
+    trace = chart.figure.to_plotly_json()["data"][0]
     assert trace["x"] == sorted((item["mean"] for item in front["hypervolume"].values()), reverse=True)
-    label = chart.figure["layout"]["yaxis"]["ticktext"][0]
+    label = chart.figure.to_plotly_json()["layout"]["yaxis"]["ticktext"][0]
     own = front["hypervolume"][label]
     assert trace["error_x"]["array"][0] == pytest.approx(own["high"] - own["mean"])
 

@@ -10,7 +10,8 @@ import pytest
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from keeptune.report.curvature import curvature_figure, print_curvature
+from keeptune.report.figures.weights import curvature_figure
+from keeptune.report.tables.analyses import print_curvature
 
 
 def side(first: float, felt: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.core.plan_differences import differences
 from keeptune.core.target import Target
-from keeptune.report.diff import print_diff
+from keeptune.report.tables.plan_diff import print_diff
 
 
 def target(layer: int, role: str, rank: int = 2, seed: int = 0, **changes: Any) -> TargetPlan:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from keeptune.core.errors import ArtefactError
-from keeptune.report import plots
-from keeptune.report.html import render_html
+from keeptune.report.pages.layer_charts import penalties
+from keeptune.report.pages.run_page import render_html
 from keeptune.report.records import parse_report
 
 
@@ -28,8 +28,7 @@ def penalised(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_without_penalties_there_is_no_figure(full: dict[str, Any], minimal: dict[str, Any]) -> None:
-    assert plots.penalty_figure(full) is None
-    assert plots.penalty_figure(minimal) is None
+    assert penalties(parse_report(full)) == penalties(parse_report(minimal)) == []
 
 
 def test_the_record_keeps_penalty_and_drift_of_every_step(full: dict[str, Any]) -> None:
@@ -50,15 +49,13 @@ def test_a_penalty_that_is_no_number_is_refused(full: dict[str, Any]) -> None:
 
 
 def test_lines_are_the_numbers_of_the_record(full: dict[str, Any]) -> None:
-    figure = plots.penalty_figure(penalised(full))
-    assert figure is not None
-    left, right = figure.axes[:2]
-    assert left.get_title(loc="left").startswith("lora-null-v1")
-    lines = {line.get_label(): list(map(float, line.get_ydata())) for line in left.lines}  # type: ignore[arg-type]
+    costs, drift = penalties(parse_report(penalised(full)))
+    assert costs.alt == "Task loss and penalty: lora-null-v1"
+    lines = {trace.name: list(trace.y) for trace in costs.figure.data}
     assert lines["penalty"] == pytest.approx([0.01 * step for step in range(20)])
     assert lines["task loss"] == pytest.approx([2 / (1 + step) for step in range(20)])
-    drifts = [float(line.get_ydata()[-1]) for line in right.lines]  # type: ignore[index]
-    assert drifts == pytest.approx([0.38, 0.76])
+    (layers,) = drift.figure.data
+    assert [row[-1] for row in layers.z] == pytest.approx([0.38, 0.76])
 
 
 def test_the_page_has_a_section_for_it(full: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ import numpy
 import pytest
 from rich.console import Console
 
-from keeptune.report.energy import energy_figure, layer_means
-from keeptune.report.grid import print_grid
+from keeptune.report.estimates import layer_means
+from keeptune.report.figures.weights import energy_figure
+from keeptune.report.tables.terminal import print_grid
 
 
 def row(layer: int, role: str, energy: float | None) -> dict[str, Any]:

@@ -1,22 +1,20 @@
-"""A report of sixteen methods can be read: labels find their points, sentences stay short, tables narrow."""
+"""A report of sixteen methods can be read: looks differ, sentences stay short, tables narrow."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import combinations
 from typing import Any
 
 import numpy
 import pytest
-from matplotlib.text import Annotation
 
-from keeptune.report import details, plots
-from keeptune.report.html import render_html
-from keeptune.report.placing import Label, place
+from keeptune.report.figures.drawing import look
+from keeptune.report.pages import run_charts, run_tables
+from keeptune.report.pages.parts import Grid
+from keeptune.report.pages.run_page import render_html
+from keeptune.report.pages.verdict import verdict
 from keeptune.report.records import parse_report
-from keeptune.report.style import looks, page, themed
-from keeptune.report.verdict import verdict
 
 NAMES = [f"method-{letter}" for letter in "abcdefghijklmnop"]
 
@@ -32,57 +30,17 @@ def many(make: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     return report
 
 
-def test_every_method_has_a_look_of_its_own(many: dict[str, Any]) -> None:
-    found = looks(parse_report(many))
-    assert len({look.colour for look in found.values()}) == len(NAMES)
-    more = {"base": "b", "methods": [many["methods"][0] | {"name": f"m{n}"} for n in range(100)]}
-    assert len({(look.colour, look.shape) for look in looks(parse_report(more)).values()}) == 100
+def test_every_method_has_a_look_of_its_own() -> None:
+    looks = [look(index) for index in range(136)]
+    assert len({one.colour for one in looks[: len(NAMES)]}) == len(NAMES)
+    assert len({(one.colour, one.shape) for one in looks}) == 136
+    assert looks[3] == look(3)
 
 
-def test_labels_do_not_overlap_and_far_ones_have_a_line(many: dict[str, Any]) -> None:
-    figure = plots.tradeoff(many)
-    assert figure is not None
-    figure.draw_without_rendering()
-    labels = [item for item in figure.axes[0].texts if isinstance(item, Annotation) and item.get_text() in NAMES]
-    assert len(labels) == len(NAMES)
-    lines = {item.get_text(): item.arrow_patch for item in labels}
-    for item in labels:
-        item.arrow_patch = item.arrowprops = None
-    boxes = {item.get_text(): item.get_window_extent() for item in labels}
-    for one, two in combinations(NAMES, 2):
-        assert not boxes[one].overlaps(boxes[two]), (one, two)
-    points = {item.get_text(): figure.axes[0].transData.transform(item.xy) for item in labels}
-
-    def gap(label: str, point: str) -> float:
-        box, (x, y) = boxes[label], points[point]
-        return float(numpy.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1)))
-
-    alone = [name for name in NAMES if lines[name] is None]
-    assert all(gap(name, name) <= min(gap(name, other) for other in NAMES) for name in alone)
-
-
-def test_a_label_keeps_away_from_the_points_of_others() -> None:
-    with themed():
-        figure = page(6.0, 4.0)
-        axes = figure.subplots()
-        axes.set_xlim(0, 100)
-        axes.set_ylim(0, 100)
-        figure.draw_without_rendering()
-        place(axes, [Label(50, 50, "left", "black"), Label(53, 50, "right", "black")], [])
-    one, two = (item for item in axes.texts if isinstance(item, Annotation))
-    assert one.xyann[0] < 0 < two.xyann[0], "each on its own side, although no marker was said to be in the way"
-
-
-def test_losses_end_at_labels_in_their_order(many: dict[str, Any]) -> None:
-    figure = plots.loss_curves(many)
-    assert figure is not None
-    axes = figure.axes[0]
-    assert len(axes.lines) == len(NAMES), "no raw values behind so many curves"
-    labels = [item for item in axes.texts if isinstance(item, Annotation)]
-    heights = {item.get_text(): item.xyann[1] for item in labels}
-    assert sorted(NAMES, key=heights.__getitem__) == NAMES
-    assert len({item.xyann[0] for item in labels}) == 1
-    assert all(item.arrow_patch is not None for item in labels)
+def test_so_many_losses_have_no_raw_values_behind(many: dict[str, Any]) -> None:
+    chart = run_charts.losses(parse_report(many))
+    assert chart is not None
+    assert [trace.name for trace in chart.figure.data] == NAMES
 
 
 def test_the_verdict_counts_what_it_cannot_name(make: Callable[..., dict[str, Any]], many: dict[str, Any]) -> None:
@@ -99,7 +57,7 @@ def test_the_verdict_counts_what_it_cannot_name(make: Callable[..., dict[str, An
 
 
 def test_options_tell_the_common_from_the_rare(many: dict[str, Any]) -> None:
-    common, grid = details.options(parse_report(many))
+    common, grid = run_tables.options(parse_report(many))
     assert common == "rank 8"
     assert grid is not None
     assert grid.heads == ("method", "train.learning rate", "its own")
@@ -113,21 +71,21 @@ def test_options_tell_the_common_from_the_rare(many: dict[str, Any]) -> None:
 def test_lists_among_options_are_told_in_words(many: dict[str, Any]) -> None:
     for run in many["methods"]:
         run["options"]["lora.targets"] = ["q_proj", "up_proj"]
-    common, _ = details.options(parse_report(many))
+    common, _ = run_tables.options(parse_report(many))
     assert "q_proj up_proj" in common
     assert "[" not in common
 
 
 def test_options_of_one_method_and_of_none(minimal: dict[str, Any]) -> None:
-    assert details.options(parse_report(minimal)) == ("", None)
+    assert run_tables.options(parse_report(minimal)) == ("", None)
     minimal["methods"][0]["options"] = {"rank": 8, "alpha": None}
-    common, grid = details.options(parse_report(minimal))
+    common, grid = run_tables.options(parse_report(minimal))
     assert common == ""
-    assert grid == details.Grid(("method", "rank", "alpha"), (("lora", "8", "–"),))
+    assert grid == Grid(("method", "rank", "alpha"), (("lora", "8", "–"),))
 
 
 def test_options_that_are_all_the_same_need_no_table(many: dict[str, Any]) -> None:
     for run in many["methods"]:
         run["options"] = {"rank": 8}
-    assert details.options(parse_report(many)) == ("rank 8", None)
+    assert run_tables.options(parse_report(many)) == ("rank 8", None)
     assert "The same for all: rank 8." in render_html(many)

@@ -9,8 +9,11 @@ import numpy
 import pytest
 from rich.console import Console
 
-from keeptune.report.html import render_html
-from keeptune.report.nodes import density_figure, overlap_figure, print_overlap, print_suppressed, votes_figure
+from keeptune.report.figures.node_maps import density_figure, overlap_figure
+from keeptune.report.pages.layer_charts import votes
+from keeptune.report.pages.run_page import render_html
+from keeptune.report.records import parse_report
+from keeptune.report.tables.analyses import print_overlap, print_suppressed
 
 VOTES = [[0.0, 0.5, 1.0, 0.0], [0.25, 0.25, 0.0, 0.5]]
 
@@ -24,16 +27,10 @@ def voted(report: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def drawn(axes: Any) -> numpy.ndarray:
-    return numpy.asarray(axes.collections[0].get_array().filled(0.0)).reshape(len(VOTES), -1)
-
-
-def test_a_plan_with_votes_gets_a_strip_for_each_block(minimal: dict[str, Any]) -> None:
+def test_a_plan_with_votes_gets_a_row_for_each_block(minimal: dict[str, Any]) -> None:
     report = voted(minimal)
-    label = report["methods"][0]["name"]
-    figure = votes_figure(report, label)
-    assert figure is not None
-    assert drawn(figure.axes[0]).tolist() == VOTES
+    (chart,) = votes(parse_report(report))
+    assert [list(row) for row in chart.figure.data[0].z] == VOTES
     text = render_html(report)
     assert "How many texts name each node" in text
     assert "Votes:" not in text, "no second picture of the same, as a spectrum"
@@ -43,20 +40,18 @@ def test_many_nodes_are_averaged_in_bins(minimal: dict[str, Any]) -> None:
     report = voted(minimal)
     for row, share in zip(report["methods"][0]["plan"], (0.2, 0.4), strict=True):
         row["evidence"]["votes"] = [share, 0.0] * 100
-    figure = votes_figure(report, report["methods"][0]["name"])
-    assert figure is not None
-    found = drawn(figure.axes[0])
-    assert found.shape == (2, 64)
-    assert found.mean(axis=1) == pytest.approx([0.1, 0.2], rel=0.02)
+    (chart,) = votes(parse_report(report))
+    table = numpy.array(chart.figure.data[0].z)
+    assert table.shape == (2, 64)
+    assert table.mean(axis=1) == pytest.approx([0.1, 0.2], rel=0.02)
 
 
 def test_without_votes_there_is_no_picture(minimal: dict[str, Any]) -> None:
-    name = minimal["methods"][0]["name"]
-    assert votes_figure(minimal, name) is None
+    assert votes(parse_report(minimal)) == []
     report = voted(minimal)
     for row in report["methods"][0]["plan"]:
         row["evidence"]["votes"] = [0.0] * 4
-    assert votes_figure(report, name) is None
+    assert votes(parse_report(report)) == []
 
 
 def benchmark(after: float) -> dict[str, Any]:
@@ -102,7 +97,10 @@ def test_the_map_has_both_ends_and_the_profile() -> None:
     figure = density_figure(SUPPRESSED)
     strips = [axes for axes in figure.axes if axes.get_title(loc="left")]
     assert [axes.get_title(loc="left") for axes in strips] == ["highest 5% of all nodes", "lowest 5% of all nodes"]
-    assert [drawn(axes).tolist() for axes in strips] == [VOTES, VOTES[::-1]]
+    assert [numpy.asarray(axes.collections[0].get_array().filled(0.0)).reshape(2, -1).tolist() for axes in strips] == [
+        VOTES,
+        VOTES[::-1],
+    ]
     assert [text.get_text() for text in strips[0].get_yticklabels()] == ["1", "3"]
     bars = [[patch.get_width() for patch in axes.patches] for axes in figure.axes if len(axes.patches) == 2]
     assert bars == [[1.0, 0.5], [1.0, 0.5]]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from keeptune.core.errors import ArtefactError
+from keeptune.report.estimates import forgetting, lost, methods, series
 from keeptune.report.records import parse_report
-from keeptune.report.summary import forgetting, lost, methods, series
 
 
 @pytest.mark.parametrize("key", ["name", "seed", "K", "T", "KT", "adapter", "export_gap", "benchmarks"])

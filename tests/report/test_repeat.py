@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from keeptune.report import repeat as module
-from keeptune.report.repeat import recipe_text, repeat, versions
+from keeptune.report.pages import repeat as module
+from keeptune.report.pages.repeat import recipe_text, repeat, versions
 
 
 def test_recipes_are_yaml_and_texts_stay(tmp_path: Path) -> None:

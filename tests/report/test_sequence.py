@@ -12,12 +12,12 @@ from playwright.sync_api import Browser
 from tests.report.browsing import opened
 from tests.report.sequencing import made_up
 from tests.report.test_html import headings, island, parsed
-from tests.report.test_run_charts import valid
 
 from keeptune.core.errors import ArtefactError
 from keeptune.experiments.sequence.record import measures
-from keeptune.report.sequence import (
-    figures,
+from keeptune.report.figures.stage_matrix import matrix_figure
+from keeptune.report.pages.sequence_charts import course, lines, losses, matrices
+from keeptune.report.pages.sequence_page import (
     final,
     knowledge,
     matrix,
@@ -26,7 +26,6 @@ from keeptune.report.sequence import (
     stages,
     write_sequence,
 )
-from keeptune.report.sequence_charts import course, lines, losses, matrices
 
 HOSTILE = '</script><img src=x onerror="alert(1)">\u2028'
 
@@ -70,21 +69,21 @@ def test_sentences_tell_the_measures() -> None:
 
 
 def test_the_matrix_is_annotated_and_a_frame_marks_each_own_stage() -> None:
-    shares, nats = map(valid, matrices(made_up()))
-    trace = shares.figure["data"][0]
+    shares, nats = matrices(made_up())
+    trace = shares.figure.to_plotly_json()["data"][0]
     assert trace["z"][3][1:] == [0.6, 0.75, 1.0]
     assert trace["text"][3] == ["0.650", "0.600", "0.750", "1.000"]
     assert (trace["zmin"], trace["zmax"]) == (0.0, 1.0)
-    frames = [(f["x0"] + 0.49, f["y0"] + 0.48) for f in shares.figure["layout"]["shapes"]]
+    frames = [(f["x0"] + 0.49, f["y0"] + 0.48) for f in shares.figure.to_plotly_json()["layout"]["shapes"]]
     assert frames == [pytest.approx(corner) for corner in ((1, 1), (2, 2), (3, 3))]
-    assert nats.figure["data"][0]["z"] == [[pytest.approx(2.4 + 0.05 * row)] for row in range(4)]
-    assert nats.figure["layout"]["shapes"] == []
+    assert nats.figure.to_plotly_json()["data"][0]["z"] == [[pytest.approx(2.4 + 0.05 * row)] for row in range(4)]
+    assert nats.figure.layout.shapes == ()
     assert matrix(made_up()).rows[2] == ("after cities", "0.750", "2.500", "0.900", "0.700 *", "0.200")
 
 
 def test_lines_have_the_interval_of_the_change_around_the_score() -> None:
-    chart = valid(lines(made_up())[0])
-    sums = next(trace for trace in chart.figure["data"] if trace["name"] == "sums test")
+    chart = lines(made_up())[0]
+    sums = next(trace for trace in chart.figure.to_plotly_json()["data"] if trace["name"] == "sums test")
     assert sums["y"] == [0.05, 0.8, 0.9, 0.6]
     assert sums["error_y"]["array"] == pytest.approx([0.0, 0.03, 0.03, 0.03])
     assert sums["marker"]["size"] == [8, 15, 8, 8]
@@ -135,7 +134,7 @@ def test_figures_are_saved_and_items_are_found_beside_each_adapter(tmp_path: Pat
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names == {f"{name}.{kind}" for name in ("matrix", "stages") for kind in ("png", "svg")}
     assert imread(tmp_path / "figures" / "matrix.png").shape[1] > 600
-    written = [text.get_text() for text in figures(record)["matrix"].axes[0].texts]
+    written = [text.get_text() for text in matrix_figure(record).axes[0].texts]
     assert "0.600" in written and len(written) == 16
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 import pytest
 
-from keeptune.report import plots
-from keeptune.report.html import render_html
+from keeptune.report.pages.charts import Chart
+from keeptune.report.pages.layer_charts import kept_places, ranks, spectra
+from keeptune.report.pages.run_page import render_html
 from keeptune.report.records import as_report
-from keeptune.report.spectra import kept_places
 
 SPECTRUM = [8.0, 4.0, 2.0, 1.0, 0.5]
 
@@ -51,50 +50,52 @@ def test_equal_values_take_places_of_their_own() -> None:
     assert kept_places([], [1.0]) is None
 
 
-def test_few_layers_show_values_with_dots_at_what_is_kept(minimal: dict[str, Any]) -> None:
-    figure = plots.kept_spectra(report(minimal, 2, [2.0, 0.5]), "lora")
-    assert figure is not None
-    panel = figure.axes[0]
-    assert numpy.asarray(panel.lines[0].get_ydata()).tolist() == SPECTRUM
-    assert numpy.asarray(panel.collections[0].get_offsets()).tolist() == [[2, 2.0], [4, 0.5]]
+def chart_of(report: dict[str, Any], kind: str) -> Chart:
+    (chart,) = [chart for chart in spectra(as_report(report)) if chart.name.startswith(kind)]
+    return chart
 
 
-def test_many_layers_show_strips(minimal: dict[str, Any]) -> None:
-    figure = plots.kept_spectra(report(minimal, 9, [8.0, 4.0, 1.0]), "lora")
-    assert figure is not None
-    whole, thick = figure.axes[0].collections[2:4]
-    assert [part.tolist() for part in whole.get_segments()] == [[[0, 1], [4, 1]]]  # type: ignore[attr-defined]
-    runs = [part.tolist() for part in thick.get_segments()]  # type: ignore[attr-defined]
-    assert runs == [[[-0.5, 1], [1.5, 1]], [[2.5, 1], [3.5, 1]]]
+def test_the_kept_part_of_a_spectrum_is_thick_on_a_thin_strip(minimal: dict[str, Any]) -> None:
+    chart = chart_of(report(minimal, 9, [8.0, 4.0, 1.0]), "kept")
+    thin, thick = chart.figure.data[:2]
+    assert (thin.x[:2], thin.y[:2]) == ((0, 4), (0, 0))
+    assert thick.x[:6] == (-0.5, 1.5, None, 2.5, 3.5, None)
+    assert thick.y[:6] == (0, 0, None, 0, 0, None)
+    assert chart.labels == ("q", "v")
+    assert chart.figure.layout.yaxis.ticktext == tuple(map(str, range(9)))
+
+
+def test_the_whole_spectrum_is_drawn_by_its_values(minimal: dict[str, Any]) -> None:
+    chart = chart_of(report(minimal, 2, [2.0, 0.5]), "spectra")
+    assert chart.figure.data[0].y == tuple(SPECTRUM)
+    assert chart.figure.layout.yaxis.type == "log"
+    many = chart_of(report(minimal, 32, [2.0]), "spectra")
+    assert len(many.figure.data) == 2 * 6
+    assert many.alt == "Spectrum: lora (6 of 32 layers)"
 
 
 def test_what_is_no_part_of_the_spectrum_is_drawn_apart(minimal: dict[str, Any]) -> None:
     made = report(minimal, 2, [3.0, 0.7])
-    assert plots.kept_spectra(made, "lora") is None
-    assert plots.evidence_names(made, "lora") == ["spectrum", "singular_values"]
+    assert [chart.name for chart in spectra(as_report(made))] == ["spectra0", "spectra1"]
     assert "Singular values: lora" in render_html(made)
 
 
 def test_the_page_shows_importance_and_kept_part_and_notes(minimal: dict[str, Any]) -> None:
     page = render_html(report(minimal, 2, [2.0, 0.5]))
     assert "Importances behind lora by layer and role" in page
-    assert "Spectra, and what is kept of them: lora" in page
+    assert "Spectra, and what is kept of them (thick): lora" in page
     assert "Singular values: lora" not in page
     assert "<dd>&lt;i&gt;as&lt;/i&gt; it is</dd>" in page
 
 
-def test_importance_is_drawn_by_its_logarithm(minimal: dict[str, Any]) -> None:
-    made = report(minimal, 3, [2.0])
-    assert as_report(made).runs[0].plan[-1].importance == 1e-3
-    figure = plots.importance_map(made, "lora")
-    assert figure is not None
-    mesh = figure.axes[0].collections[0]
-    values = mesh.get_array()
-    assert values is not None
-    assert values.tolist() == [[0.1, 0.01, 0.001]] * 2
-    assert mesh.norm(0.01) == pytest.approx(0.5)
-    written = [text.get_text() for text in figure.axes[0].texts]
-    assert written == ["1e-1", "1e-2", "1e-3"] * 2
+def test_importance_is_coloured_by_its_logarithm(minimal: dict[str, Any]) -> None:
+    made = as_report(report(minimal, 3, [2.0]))
+    assert made.runs[0].plan[-1].importance == 1e-3
+    (chart,) = [chart for chart in ranks(made) if chart.name == "importances0"]
+    (trace,) = chart.figure.data
+    assert [list(row) for row in trace.z] == [pytest.approx([-1, -2, -3])] * 2
+    assert [list(row) for row in trace.text] == [["1.0e-01", "1.0e-02", "1.0e-03"]] * 2
+    assert trace.colorbar.ticktext == ("1.0e-03", "4.6e-03", "2.2e-02", "1.0e-01")
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [float("nan"), -1.0]])
@@ -102,17 +103,19 @@ def test_no_positive_importance_no_map(minimal: dict[str, Any], weights: list[fl
     made = report(minimal, 1, [2.0])
     for row, weight in zip(made["methods"][0]["plan"], weights, strict=True):
         row["evidence"] = {"importance": [weight]}
-    assert plots.importance_map(made, "lora") is None
+    assert ranks(as_report(made)) == []
 
 
 def test_maps_of_many_layers_and_experts_stay_small(minimal: dict[str, Any]) -> None:
     rows = [
         {"layer": layer, "role": f"experts.{n}", "rank": 1 + n % 3, "evidence": {"importance": [1e-3 * (n + 1)]}}
-        for layer in range(12)
+        for layer in range(20)
         for n in range(128)
     ]
     minimal["methods"][0]["plan"] = rows
-    for figure in (plots.rank_map(minimal, "lora"), plots.importance_map(minimal, "lora")):
-        assert figure is not None
-        assert figure.get_figheight() < 13
-        assert len(figure.axes) == 2, "a key instead of numbers"
+    charts = ranks(as_report(minimal))
+    assert [chart.name for chart in charts] == ["ranks0", "importances0"]
+    for chart in charts:
+        assert chart.height < 800
+        assert chart.figure.data[0].texttemplate is None, "a key instead of numbers"
+        assert len(chart.figure.layout.yaxis.ticktext) <= 40

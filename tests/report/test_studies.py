@@ -11,8 +11,10 @@ import pytest
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from keeptune.report.studies import print_study, study_figure, study_rows
-from keeptune.report.style import png
+from keeptune.experiments.effects import study_rows
+from keeptune.report.figures.drawing import png
+from keeptune.report.figures.layer_effects import study_figure
+from keeptune.report.tables.analyses import print_study
 
 
 def run(name: str, x: float | None, seed: int, facts: float, topics: float, text: float = 2.5) -> dict[str, Any]:

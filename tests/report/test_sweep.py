@@ -10,8 +10,9 @@ import numpy
 import pytest
 from matplotlib.axes import Axes
 
-from keeptune.report.style import png
-from keeptune.report.sweep import sweep_figure
+from keeptune.core.intervals import t_half_width
+from keeptune.report.figures.drawing import png
+from keeptune.report.figures.sweep_lines import sweep_figure
 
 
 def row(name: str, x: float | None, seed: int, k: float, method: str = "farss", **more: Any) -> dict[str, Any]:
@@ -47,7 +48,8 @@ def test_means_over_seeds_stand_at_their_x_in_order() -> None:
     assert points_of(accuracies, "facts (keep)")[1] == pytest.approx([0.9 * 0.95, 0.9 * 0.7])
     assert points_of(accuracies, "topics (learn)")[1] == pytest.approx([0.5, 0.5])
     bars = [numpy.asarray(line.get_ydata()).tolist() for line in scores.lines if len(line.get_xdata()) == 2]
-    assert [0.6, 0.8] in bars, "the range over seeds"
+    half = t_half_width([0.6, 0.8])
+    assert [pytest.approx(0.7 - half), pytest.approx(0.7 + half)] in bars, "the interval over seeds"
     assert accuracies.get_xlabel() == "method.boundary"
     assert ticks(accuracies) == ["1", "4"]
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from keeptune.report.stages import print_plan, print_scores
-from keeptune.report.tables import (
+from keeptune.report.tables.comparison_table import (
     comparison_columns,
     comparison_rows,
     markdown_comparison,
     print_comparison,
 )
+from keeptune.report.tables.plan_tables import print_plan, print_scores
 
 
 def printed(report: dict[str, Any], width: int) -> str:

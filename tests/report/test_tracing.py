@@ -9,7 +9,8 @@ import numpy
 import pytest
 from rich.console import Console
 
-from keeptune.report.tracing import heat_figure, print_trace, profile_figure
+from keeptune.report.figures.trace_maps import heat_figure, profile_figure
+from keeptune.report.tables.analyses import print_trace
 
 
 def model(name: str, average: list[float], *, tokens: int = 3, distinct: bool = True, **more: Any) -> dict[str, Any]:

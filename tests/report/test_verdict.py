@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from keeptune.report.verdict import method_sentences, verdict
+from keeptune.report.pages.verdict import method_sentences, verdict
 
 Make = Callable[..., dict[str, Any]]
 

@@ -85,8 +85,8 @@ def plan(
     from keeptune.adapter.install import start_errors
     from keeptune.core.plan import Plan
     from keeptune.pipeline.run import plan_stage
-    from keeptune.report.diff import print_diff
-    from keeptune.report.stages import print_plan
+    from keeptune.report.tables.plan_diff import print_diff
+    from keeptune.report.tables.plan_tables import print_plan
 
     job = _job(recipe, context)
     made = plan_stage(job)
@@ -135,7 +135,7 @@ def evaluate(
 ) -> None:
     """Score the exported adapter and the base on the same items."""
     from keeptune.pipeline.scoring import evaluate_stage
-    from keeptune.report.stages import print_scores
+    from keeptune.report.tables.plan_tables import print_scores
 
     print_scores(evaluate_stage(_job(recipe, context), adapter), Console())
 

@@ -75,7 +75,7 @@ def print_failed(name: object, message: str) -> None:
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
     """Prints a report's table and where its page is."""
-    from keeptune.report.tables import print_comparison
+    from keeptune.report.tables.comparison_table import print_comparison
 
     print_comparison(report, Console())
     say(f"report: {folder / 'report.html'}")

@@ -45,7 +45,7 @@ def repair(
     from keeptune.posthoc.repair import Repair
     from keeptune.posthoc.repair import repair as repair_adapter
     from keeptune.posthoc.repair_files import Files, read_files
-    from keeptune.report.repair import print_repair
+    from keeptune.report.tables.analyses import print_repair
 
     data = read_files(adapter, Files(knowledge, text, task, prompt, completion, evaluate, examples, task_examples))
     options = Repair(

@@ -21,7 +21,7 @@ def energy(
     device: Device = "auto",
 ) -> None:
     """Show how much of each weight's energy its largest singular values hold, layer by layer (FARSS Fig. 1)."""
-    from keeptune.report.grid import print_grid
+    from keeptune.report.tables.terminal import print_grid
     from keeptune.studies.energy import energy as measure_energy
 
     record = measure_energy(model, output, top=top, roles=names_in(targets), device=device)
@@ -43,7 +43,7 @@ def change(
     device: Device = "auto",
 ) -> None:
     """Show how far training moved each weight, by layer and module, of one or more adapters (L2-LoRA Fig. 6)."""
-    from keeptune.report.change import print_change
+    from keeptune.report.tables.analyses import print_change
     from keeptune.studies.change import change as measure_change
 
     record = measure_change(trained, output, base=base, roles=names_in(targets), device=device)
@@ -59,7 +59,7 @@ def curvature(
     device: Device = "auto",
 ) -> None:
     """Show where updates go against the curvature of the knowledge, a run's and others' (after LaLoRA Fig. 3a)."""
-    from keeptune.report.curvature import print_curvature
+    from keeptune.report.tables.analyses import print_curvature
     from keeptune.studies.curvature import curvature as measure_curvature
 
     print_curvature(measure_curvature(run, others or [], output, base=base, device=device), Console())
@@ -77,7 +77,7 @@ def suppress(
     seed: Annotated[int, typer.Option(help="Of the first random selection.")] = 0,
 ) -> None:
     """Score the base without the nodes that attribution finds highest, or lowest, or as many others (LoKI Table 5a)."""
-    from keeptune.report.nodes import print_suppressed
+    from keeptune.report.tables.analyses import print_suppressed
     from keeptune.studies.suppress import suppress as measure
 
     record = measure(load(recipe, context), q=q, over=over, draws=draws, seed=seed)
@@ -101,7 +101,7 @@ def overlap(
     q: Annotated[float | None, typer.Option(help="Per cent of the nodes; default: the recipe's, or 10.")] = None,
 ) -> None:
     """Compare the rows that two presets, selections, numbers of examples or data sets select (LoKI's 97.57%)."""
-    from keeptune.report.nodes import print_overlap
+    from keeptune.report.tables.analyses import print_overlap
     from keeptune.studies.overlap import overlap as measure
 
     other = None if against is None else load(against, context)
@@ -139,7 +139,7 @@ def trace(
     chunk: Annotated[int, typer.Option(min=1, help="Tokens in a pass: memory against speed.")] = 2048,
 ) -> None:
     """Trace which layers bring known answers back after noise (L2-LoRA Figs. 2 and 3), in one model or in two."""
-    from keeptune.report.tracing import print_trace
+    from keeptune.report.tables.analyses import print_trace
     from keeptune.statistics.layer_effect import LayerEffect
     from keeptune.studies.trace_files import TraceOptions, trace_models
 

@@ -38,7 +38,7 @@ def layers(
 
 def _run_or_list(loaded: Any, dry_run: bool) -> None:
     from keeptune.experiments.sweep import run_sweep
-    from keeptune.report.stages import print_points
+    from keeptune.report.tables.plan_tables import print_points
 
     if not dry_run:
         _show(loaded, run_sweep(loaded))
@@ -49,8 +49,7 @@ def _run_or_list(loaded: Any, dry_run: bool) -> None:
 
 
 def _show(loaded: Any, swept: Any) -> None:
-    from keeptune.report.benefit import print_benefits
-    from keeptune.report.studies import print_study
+    from keeptune.report.tables.analyses import print_benefits, print_study
 
     if swept.report is not None:
         if "study" in swept.record:

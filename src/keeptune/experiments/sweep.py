@@ -208,8 +208,7 @@ def _attempt(recipe: Recipe) -> str | None:
 
 def _findings(record: Mapping[str, Any]) -> dict[str, Any]:
     """Put the runs together: gains and drops per layer, or the benefit of each cell of a grid."""
-    from keeptune.report.benefit import benefits
-    from keeptune.report.studies import study_rows
+    from keeptune.experiments.effects import benefits, study_rows
 
     if "study" in record:
         return {"summary": study_rows(record)}
@@ -217,10 +216,10 @@ def _findings(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _draw(record: Mapping[str, Any], path: Path) -> bool:
-    from keeptune.report.benefit import benefit_figure
-    from keeptune.report.studies import study_figure
-    from keeptune.report.style import png
-    from keeptune.report.sweep import sweep_figure
+    from keeptune.report.figures.drawing import png
+    from keeptune.report.figures.grid_maps import benefit_figure
+    from keeptune.report.figures.layer_effects import study_figure
+    from keeptune.report.figures.sweep_lines import sweep_figure
 
     draw = study_figure if "study" in record else benefit_figure if "benefit" in record else sweep_figure
     figure = draw(record)

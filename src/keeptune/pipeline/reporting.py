@@ -15,10 +15,10 @@ from keeptune.core.errors import ArtefactError
 from keeptune.core.plan import Plan
 from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.pipeline.scoring import find_result, result_fingerprint
-from keeptune.report.card import model_card, same_but_versions
-from keeptune.report.html import write_html
-from keeptune.report.items import lost_and_gained
-from keeptune.report.repeat import repeat
+from keeptune.report.pages.card import model_card, same_but_versions
+from keeptune.report.pages.items import lost_and_gained
+from keeptune.report.pages.repeat import repeat
+from keeptune.report.pages.run_page import write_html
 
 __all__ = ["entry_of", "write_card", "write_report"]
 

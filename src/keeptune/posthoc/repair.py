@@ -37,8 +37,8 @@ from keeptune.posthoc.repair_equations import mu_for_drift
 from keeptune.posthoc.repair_problem import RepairProblem, repair_problem
 from keeptune.posthoc.repair_scores import score_models
 from keeptune.posthoc.trained_models import TrainedModel, open_trained
-from keeptune.report.repair import repair_figure
-from keeptune.report.style import png
+from keeptune.report.figures.drawing import png
+from keeptune.report.figures.sweep_lines import repair_figure
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
 

@@ -1,15 +1,18 @@
-"""Read a `report.json` into typed records, naming the key when something is missing."""
+"""``report.json`` as typed records; errors name the key that is missing or has the wrong kind of value."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Final, NoReturn
 
+from keeptune.core.errors import ArtefactError
 from keeptune.core.intervals import lower_is_better
-from keeptune.report import fields
 
-__all__ = ["Benchmark", "Group", "PlanRow", "Report", "ReportLike", "Run", "as_report", "parse_report"]
+__all__ = ["Benchmark", "Drift", "Group", "PlanRow", "Report", "ReportLike", "Run", "as_report", "parse_report"]
+
+_LAYER: Final = "drift/layer_"
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark of one run, before and after training."""
+    """One benchmark of one run, before and after training; ``low`` and ``high`` are of after - before."""
 
     name: str
     role: str
@@ -38,11 +41,7 @@ class Benchmark:
 
     @property
     def lower_is_better(self) -> bool:
-        """Tell whether a smaller value is a better one.
-
-        Returns:
-            True for a cross entropy, False for an accuracy.
-        """
+        """Whether a smaller value is the better one."""
         return lower_is_better(self.metric)
 
 
@@ -58,11 +57,7 @@ class PlanRow:
 
     @property
     def importance(self) -> float | None:
-        """The importance the rank rests on.
-
-        Returns:
-            The number, None where the method weighs no importances.
-        """
+        """The importance the rank rests on; None where the method weighs no importances."""
         values = self.evidence.get("importance", ())
         return values[0] if len(values) == 1 and math.isfinite(values[0]) else None
 
@@ -99,11 +94,7 @@ class Run:
 
     @property
     def average_forgetting(self) -> float | None:
-        """The mean relative drop on the knowledge benchmarks, LoKI's Avg.
-
-        Returns:
-            1 - K; reports written before there was the key have it too.
-        """
+        """The mean relative drop on the knowledge benchmarks, 1 - K (LoKI's Avg)."""
         return None if self.K is None else 1.0 - self.K
 
 
@@ -117,225 +108,165 @@ class Report:
     created: str | None
 
 
-ReportLike = Mapping[str, object] | Report
+ReportLike = Mapping[str, Any] | Report
 
 
 def as_report(report: ReportLike) -> Report:
-    """Take a report as it is or parse the raw mapping.
-
-    Args:
-        report: A parsed report, or the mapping read from `report.json`.
-
-    Returns:
-        The parsed report.
-
-    Raises:
-        ArtefactError: A required key is missing or has the wrong kind of value.
-    """
+    """Returns a report as it is, or parsed from the mapping read from ``report.json``."""
     return report if isinstance(report, Report) else parse_report(report)
 
 
-def parse_report(raw: Mapping[str, object]) -> Report:
-    """Check and type the content of a `report.json`.
+def parse_report(raw: Mapping[str, Any]) -> Report:
+    """Returns the content of a ``report.json``, checked and typed.
 
     Args:
         raw: The mapping read from the file.
 
     Returns:
-        The parsed report; runs that repeat a label and a seed get a numbered label.
+        The report; runs that repeat a label and a seed get a numbered label, such as "lora (2)".
 
     Raises:
         ArtefactError: A required key is missing or has the wrong kind of value.
     """
-    where = "report.json"
-    top = fields.mapping(raw, where)
-    methods = fields.sequence(fields.need(top, "methods", where), f"{where}: methods")
-    runs = [_run(item, f"{where}: methods[{index}]") for index, item in enumerate(methods)]
-    return Report(
-        base=str(fields.need(top, "base", where)),
-        runs=tuple(_number_repeats(runs)),
-        version=fields.optional_text(top.get("version")),
-        created=fields.optional_text(top.get("created")),
-    )
-
-
-def _number_repeats(runs: Sequence[Run]) -> list[Run]:
-    """Give runs that repeat a label and a seed labels of their own.
-
-    Args:
-        runs: The runs in file order.
-
-    Returns:
-        The runs; the second "lora" with seed 0 is labelled "lora (2)".
-    """
+    top = _Entry(raw, "report.json")
     seen: dict[tuple[str, int], int] = {}
-    out: list[Run] = []
-    for run in runs:
-        count = seen.get((run.label, run.seed), 0) + 1
-        seen[(run.label, run.seed)] = count
-        label = run.label if count == 1 else f"{run.label} ({count})"
-        out.append(Run(**{**run.__dict__, "label": label}))
-    return out
+    runs = []
+    for run in map(_run, top.entries("methods", needed=True, place="report.json: methods")):
+        count = seen[run.label, run.seed] = seen.get((run.label, run.seed), 0) + 1
+        runs.append(run if count == 1 else replace(run, label=f"{run.label} ({count})"))
+    return Report(str(top.need("base")), tuple(runs), top.text("version"), top.text("created"))
 
 
-def _run(item: object, where: str) -> Run:
-    """Parse one entry of `methods`.
+class _Entry:
+    """A mapping in the file; its readers raise an ArtefactError that names the place of a wrong value."""
 
-    Args:
-        item: The raw entry.
-        where: Its place in the file.
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, Mapping):
+            _fail(where, type(value).__name__, "a mapping")
+        self.values: Mapping[str, Any] = value
+        self.where = where
 
-    Returns:
-        The run.
-    """
-    entry = fields.mapping(item, where)
-    name = str(fields.need(entry, "name", where))
-    benchmarks = fields.sequence(fields.need(entry, "benchmarks", where), f"{where}.benchmarks")
+    def need(self, key: str) -> Any:
+        if key not in self.values:
+            _fail(self.where, f'no key "{key}"', f'the key "{key}"')
+        return self.values[key]
+
+    def text(self, key: str) -> str | None:
+        value = self.values.get(key)
+        return None if value is None else str(value)
+
+    def number(self, key: str) -> float:
+        """Returns a number; null becomes NaN."""
+        return _number(self.need(key), f"{self.where}.{key}")
+
+    def score(self, key: str, *, needed: bool = True) -> float | None:
+        """Returns a number, or None when it is null, not finite, or missing where it need not be there."""
+        value = _number(self.need(key) if needed else self.values.get(key), f"{self.where}.{key}")
+        return value if math.isfinite(value) else None
+
+    def whole(self, key: str) -> int:
+        value = self.number(key)
+        if not math.isfinite(value) or value != int(value):
+            _fail(f"{self.where}.{key}", f"{self.values[key]!r}", "a whole number")
+        return int(value)
+
+    def maybe_whole(self, key: str) -> int | None:
+        return None if self.values.get(key) is None else self.whole(key)
+
+    def entry(self, key: str) -> _Entry:
+        """Returns a mapping, empty where there is none."""
+        return _Entry(self.values.get(key) or {}, f"{self.where}.{key}")
+
+    def list(self, key: str, *, needed: bool = False, place: str = "") -> Sequence[Any]:
+        value, where = self.need(key) if needed else self.values.get(key) or [], place or f"{self.where}.{key}"
+        if not isinstance(value, list | tuple):
+            _fail(where, type(value).__name__, "a list")
+        return value
+
+    def entries(self, key: str, *, needed: bool = False, place: str = "") -> Sequence[_Entry]:
+        where = place or f"{self.where}.{key}"
+        items = self.list(key, needed=needed, place=place)
+        return [_Entry(item, f"{where}[{index}]") for index, item in enumerate(items)]
+
+
+def _number(value: object, where: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _fail(where, f"{value!r}", "a number")
+    return float(value)
+
+
+def _fail(where: str, got: str, wanted: str) -> NoReturn:
+    step = "Run the comparison again, or correct the file by hand."
+    raise ArtefactError(where, got=got, wanted=wanted, next_step=step)
+
+
+def _run(entry: _Entry) -> Run:
+    name = str(entry.need("name"))
+    seconds = entry.entry("seconds")
+    times = {str(key): _number(value, f"{seconds.where}.{key}") for key, value in seconds.values.items()}
+    steps = entry.entries("loss")
     return Run(
         name=name,
-        label=str(entry.get("label") or name),
-        seed=fields.integer(fields.need(entry, "seed", where), f"{where}.seed"),
-        K=fields.score(fields.need(entry, "K", where), f"{where}.K"),
-        T=fields.score(fields.need(entry, "T", where), f"{where}.T"),
-        KT=fields.score(fields.need(entry, "KT", where), f"{where}.KT"),
-        adapter=str(fields.need(entry, "adapter", where)),
-        export_gap=fields.score(fields.need(entry, "export_gap", where), f"{where}.export_gap"),
-        options=fields.mapping(entry.get("options") or {}, f"{where}.options"),
-        trained_parameters=fields.optional_integer(entry.get("trained_parameters"), f"{where}.trained_parameters"),
-        seconds=fields.numbers(entry.get("seconds") or {}, f"{where}.seconds"),
-        loss=_loss(entry.get("loss") or [], f"{where}.loss"),
-        drift=_drift(entry.get("loss") or [], f"{where}.loss"),
-        plan=tuple(
-            _plan_row(row, f"{where}.plan[{index}]")
-            for index, row in enumerate(fields.sequence(entry.get("plan") or [], f"{where}.plan"))
+        label=str(entry.values.get("label") or name),
+        seed=entry.whole("seed"),
+        K=entry.score("K"),
+        T=entry.score("T"),
+        KT=entry.score("KT"),
+        adapter=str(entry.need("adapter")),
+        export_gap=entry.score("export_gap"),
+        options=entry.entry("options").values,
+        trained_parameters=entry.maybe_whole("trained_parameters"),
+        seconds={key: value for key, value in times.items() if math.isfinite(value)},
+        loss=tuple(
+            pair for step in steps if all(map(math.isfinite, pair := (step.number("step"), step.number("loss"))))
         ),
-        notes=tuple(str(note) for note in fields.sequence(entry.get("notes") or [], f"{where}.notes")),
-        benchmarks=tuple(_benchmark(row, f"{where}.benchmarks[{index}]") for index, row in enumerate(benchmarks)),
+        drift=tuple(_drift(step) for step in steps if "penalty" in step.values),
+        plan=tuple(map(_plan_row, entry.entries("plan"))),
+        notes=tuple(map(str, entry.list("notes"))),
+        benchmarks=tuple(map(_benchmark, entry.entries("benchmarks", needed=True))),
     )
 
 
-def _benchmark(item: object, where: str) -> Benchmark:
-    """Parse one benchmark of one run.
-
-    Args:
-        item: The raw entry.
-        where: Its place in the file.
-
-    Returns:
-        The benchmark; values that are null or not finite become NaN.
-    """
-    entry = fields.mapping(item, where)
-    role = str(fields.need(entry, "role", where))
+def _benchmark(entry: _Entry) -> Benchmark:
+    role = str(entry.need("role"))
     if role not in ("knowledge", "task"):
-        fields.fail(f"{where}.role", f'"{role}"', '"knowledge" or "task"')
-    interval = fields.need(entry, "interval", where)
-    pair = fields.sequence([None, None] if interval is None else interval, f"{where}.interval")
+        _fail(f"{entry.where}.role", f'"{role}"', '"knowledge" or "task"')
+    pair = [None, None] if entry.need("interval") is None else entry.list("interval")
     if len(pair) != 2:
-        fields.fail(f"{where}.interval", f"{len(pair)} values", "two: low and high")
-    groups = fields.mapping(entry.get("groups") or {}, f"{where}.groups")
+        _fail(f"{entry.where}.interval", f"{len(pair)} values", "two: low and high")
+    groups = entry.entry("groups")
+    each = {str(key): _Entry(value, f"{groups.where}.{key}") for key, value in groups.values.items()}
     return Benchmark(
-        name=str(fields.need(entry, "name", where)),
+        name=str(entry.need("name")),
         role=role,
-        metric=str(entry.get("metric") or "exact_match"),
-        n=fields.integer(fields.need(entry, "n", where), f"{where}.n"),
-        before=fields.value(fields.need(entry, "before", where), f"{where}.before"),
-        after=fields.value(fields.need(entry, "after", where), f"{where}.after"),
-        low=fields.value(pair[0], f"{where}.interval[0]"),
-        high=fields.value(pair[1], f"{where}.interval[1]"),
-        kl=fields.score(entry.get("kl_to_base"), f"{where}.kl_to_base"),
-        groups={str(key): _group(value, f"{where}.groups.{key}") for key, value in groups.items()},
+        metric=entry.text("metric") or "exact_match",
+        n=entry.whole("n"),
+        before=entry.number("before"),
+        after=entry.number("after"),
+        low=_number(pair[0], f"{entry.where}.interval[0]"),
+        high=_number(pair[1], f"{entry.where}.interval[1]"),
+        kl=entry.score("kl_to_base", needed=False),
+        groups={key: Group(one.whole("n"), one.number("before"), one.number("after")) for key, one in each.items()},
     )
 
 
-def _group(item: object, where: str) -> Group:
-    """Parse one group of a benchmark.
-
-    Args:
-        item: The raw entry.
-        where: Its place in the file.
-
-    Returns:
-        The group.
-    """
-    entry = fields.mapping(item, where)
-    return Group(
-        n=fields.integer(fields.need(entry, "n", where), f"{where}.n"),
-        before=fields.value(fields.need(entry, "before", where), f"{where}.before"),
-        after=fields.value(fields.need(entry, "after", where), f"{where}.after"),
-    )
-
-
-def _plan_row(item: object, where: str) -> PlanRow:
-    """Parse one row of a plan.
-
-    Args:
-        item: The raw entry.
-        where: Its place in the file.
-
-    Returns:
-        The row; evidence that is not a list of numbers is left out.
-    """
-    entry = fields.mapping(item, where)
-    target = str(entry.get("target") or "")
-    evidence = fields.mapping(entry.get("evidence") or {}, f"{where}.evidence")
-    kept = {str(key): value for key, value in evidence.items() if isinstance(value, list | tuple)}
+def _plan_row(entry: _Entry) -> PlanRow:
+    """Returns a row of a plan; evidence that is not a list of numbers is left out."""
+    target = entry.text("target") or ""
+    evidence = entry.entry("evidence")
     numbers = {
-        key: tuple(fields.value(number, f"{where}.evidence.{key}") for number in value)
-        for key, value in kept.items()
-        if len(value) > 0 and not isinstance(value[0], list | tuple | str | Mapping)
+        str(key): tuple(_number(number, f"{evidence.where}.{key}") for number in values)
+        for key, values in evidence.values.items()
+        if isinstance(values, list | tuple) and values and not isinstance(values[0], list | tuple | str | Mapping)
     }
-    return PlanRow(
-        target=target,
-        layer=fields.optional_integer(entry.get("layer"), f"{where}.layer"),
-        role=str(entry.get("role") or target.rsplit(".", 1)[-1] or "?"),
-        rank=fields.optional_integer(entry.get("rank"), f"{where}.rank"),
-        evidence=numbers,
-    )
+    role = entry.text("role") or target.rsplit(".", 1)[-1] or "?"
+    return PlanRow(target, entry.maybe_whole("layer"), role, entry.maybe_whole("rank"), numbers)
 
 
-def _loss(items: object, where: str) -> tuple[tuple[float, float], ...]:
-    """Parse a loss history.
-
-    Args:
-        items: The raw list of steps.
-        where: Its place in the file.
-
-    Returns:
-        Pairs of step and loss; values that are not finite are left out.
-    """
-    pairs = []
-    for index, item in enumerate(fields.sequence(items, where)):
-        entry = fields.mapping(item, f"{where}[{index}]")
-        step = fields.value(fields.need(entry, "step", f"{where}[{index}]"), f"{where}[{index}].step")
-        loss = fields.value(fields.need(entry, "loss", f"{where}[{index}]"), f"{where}[{index}].loss")
-        if math.isfinite(step) and math.isfinite(loss):
-            pairs.append((step, loss))
-    return tuple(pairs)
-
-
-_LAYER = "drift/layer_"
-
-
-def _drift(items: object, where: str) -> tuple[Drift, ...]:
-    """Parse what a loss history tells of penalties.
-
-    Args:
-        items: The raw list of steps.
-        where: Its place in the file.
-
-    Returns:
-        One for each step with a penalty; what is outside any block has layer -1 and is left out.
-    """
-    found = []
-    for index, item in enumerate(fields.sequence(items, where)):
-        entry = fields.mapping(item, f"{where}[{index}]")
-        if "penalty" not in entry:
-            continue
-        layers = {
-            int(key.removeprefix(_LAYER)): fields.value(value, f"{where}[{index}].{key}")
-            for key, value in entry.items()
-            if key.startswith(_LAYER) and key.removeprefix(_LAYER).isdecimal()
-        }
-        step = fields.value(fields.need(entry, "step", f"{where}[{index}]"), f"{where}[{index}].step")
-        found.append(Drift(step, fields.value(entry["penalty"], f"{where}[{index}].penalty"), layers))
-    return tuple(found)
+def _drift(step: _Entry) -> Drift:
+    """Returns what a step tells of penalties; what is outside any block has layer -1 and is left out."""
+    names = [key for key in step.values if key.startswith(_LAYER) and key.removeprefix(_LAYER).isdecimal()]
+    layers = {int(key.removeprefix(_LAYER)): step.number(key) for key in names}
+    return Drift(step.number("step"), step.number("penalty"), layers)

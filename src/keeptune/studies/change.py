@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.pipeline.trained_changes import labels_of, not_finite, open_changes, size_of
-from keeptune.report.change import change_figure, totals
+from keeptune.report.estimates import totals
+from keeptune.report.figures.weights import change_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
 __all__ = ["change", "weight_changes"]

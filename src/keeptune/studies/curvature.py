@@ -28,7 +28,7 @@ from keeptune.linalg.rescaled import Rescaled
 from keeptune.linalg.symmetric import PsdMatrix, psd_matrix_from
 from keeptune.pipeline.merge import base_of
 from keeptune.pipeline.trained_changes import labels_of, open_changes, result_of, size_of
-from keeptune.report.curvature import curvature_figure
+from keeptune.report.figures.weights import curvature_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
 __all__ = ["curvature", "profiles_of"]

@@ -14,7 +14,8 @@ from keeptune.linalg.decompositions import top_energy
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import load_model, refuse_not_finite
 from keeptune.recipe.paths import resolve_model
-from keeptune.report.energy import energy_figure, layer_means
+from keeptune.report.estimates import layer_means
+from keeptune.report.figures.weights import energy_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
 __all__ = ["energy"]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from keeptune.core.artefact import write_json
 from keeptune.core.errors import RecipeError
 from keeptune.pipeline.machine import check_device, check_folder, device_named
-from keeptune.report.style import png
+from keeptune.report.figures.drawing import png
 
 __all__ = ["check_figure_file", "write_figure_files"]
 

@@ -9,7 +9,7 @@ from keeptune.core.errors import ModelError, RecipeError
 from keeptune.linalg.selections import Overlap, overlap_of, overlaps
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
-from keeptune.report.nodes import overlap_figure
+from keeptune.report.figures.node_maps import overlap_figure
 from keeptune.statistics.neuron_attribution import Attributions
 from keeptune.studies.figure_files import write_figure_files
 from keeptune.studies.node_selections import Side, attributions_of, check_share, chosen_rows, loki_of, side_of

@@ -31,9 +31,9 @@ from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.linalg.selections import Rows
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
-from keeptune.report.nodes import density_figure
-from keeptune.report.plots import forgetting_by_benchmark
-from keeptune.report.style import png
+from keeptune.report.figures.drawing import png
+from keeptune.report.figures.forgetting import forgetting_by_benchmark
+from keeptune.report.figures.node_maps import density_figure
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
 from keeptune.studies.figure_files import write_figure_files
 from keeptune.studies.node_selections import Where, attributions_of, check_share, chosen_rows, density, loki_of

@@ -21,8 +21,8 @@ from keeptune.model.pretrained import load_model, load_positions, load_tokenizer
 from keeptune.model.probes.causal_tracing import Traced, embedding_std
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.recipe.paths import resolve_model
-from keeptune.report.style import png
-from keeptune.report.tracing import heat_figure, profile_figure
+from keeptune.report.figures.drawing import png
+from keeptune.report.figures.trace_maps import heat_figure, profile_figure
 from keeptune.statistics.layer_effect import LayerEffect, Norm, trace_texts
 from keeptune.statistics.store import Source, StatStore
 from keeptune.studies.trace import Trace, check_effect

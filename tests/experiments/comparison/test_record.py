@@ -27,7 +27,7 @@ from keeptune.experiments.comparison.record import (
 )
 from keeptune.experiments.comparison.table import table_of
 from keeptune.recipe.published import Published, PublishedRow, beside
-from keeptune.report.comparison import published
+from keeptune.report.pages.comparison_page import published
 
 SCORES = [benchmark("task", "task", 0.2, 0.6), benchmark("facts", "knowledge", 0.8, 0.7)]
 

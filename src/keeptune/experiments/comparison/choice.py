@@ -33,7 +33,7 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.reporting import entry_of
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 from keeptune.recipe.schema import make_recipe
-from keeptune.report.card import model_card
+from keeptune.report.pages.card import model_card
 
 __all__ = ["BEST", "Choice", "Estimate", "choose", "choose_best", "export_choice", "limits_of", "parse_max_loss"]
 

@@ -15,7 +15,7 @@ from keeptune.experiments.comparison.knobs import knob_of
 from keeptune.experiments.comparison.search import run_search
 from keeptune.experiments.comparison.turned import knob_cell
 from keeptune.recipe.published import beside
-from keeptune.report.comparison import write_comparison
+from keeptune.report.pages.comparison_page import write_comparison
 
 __all__ = ["Compared", "rows_of", "run_comparison", "write_found"]
 

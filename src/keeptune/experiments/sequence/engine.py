@@ -56,7 +56,7 @@ from keeptune.pipeline.run import export_stage, plan_stage, start, train_stage
 from keeptune.pipeline.scoring import evaluate_stage, find_result, result_fingerprint
 from keeptune.recipe.schema import Recipe
 from keeptune.recipe.sections import ExportSpec
-from keeptune.report.sequence import write_sequence
+from keeptune.report.pages.sequence_page import write_sequence
 
 __all__ = ["run_sequence"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from keeptune.report.grid import table_frame
+from keeptune.report.tables.terminal import table_frame
 
 __all__ = ["print_sequence"]
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from keeptune.core.errors import RecipeError
 from keeptune.pipeline.dry_run.account import DryRun, Named, Part
 from keeptune.pipeline.dry_run.estimate import gemm_rate
-from keeptune.report.wording import count, duration
+from keeptune.report.numbers import count, duration
 
 __all__ = ["print_dry", "print_several", "size", "stated_rate"]
 

@@ -1,0 +1,137 @@
+"""What the cells of a sweep gained and lost: of studies over layers, and of grids over a baseline, seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from keeptune.core.intervals import combine, lower_is_better, mean_of_seeds
+
+__all__ = ["benefits", "study_rows"]
+
+_BOTH: Final = "mean of learned and kept"
+Rows = Sequence[Mapping[str, Any]]
+Places = dict[tuple[int, int], dict[int, float]]
+
+
+def study_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the seeds of each cell of a study put together.
+
+    Args:
+        record: ``rows`` of the study: ``name``, ``x``, ``seed`` and ``benchmarks``.
+
+    Returns:
+        For each cell and benchmark what was gained on the task or dropped of the knowledge (``measure``) with its
+        interval (:mod:`keeptune.core.intervals`), and the scores ``before`` and ``after``.
+    """
+    rows = []
+    for point in dict.fromkeys(row["name"] for row in record["rows"]):
+        runs = [row for row in record["rows"] if row["name"] == point]
+        for name in dict.fromkeys(item["name"] for run in runs for item in run["benchmarks"]):
+            items = [item for run in runs for item in run["benchmarks"] if item["name"] == name]
+            estimate = combine([_effect(item) for item in items])
+            if estimate is None:
+                continue
+            first = items[0]
+            about = {"point": point, "x": runs[0]["x"], "benchmark": name, "role": first["role"], "unit": _unit(first)}
+            scores = {key: math.fsum(item[key] for item in items) / len(items) for key in ("before", "after")}
+            rows.append(
+                {**about, "seeds": [run["seed"] for run in runs], **scores}
+                | {"measure": "drop" if first["role"] == "knowledge" else "gain", "mean": estimate.mean}
+                | {key: getattr(estimate, key) if estimate.has_interval else None for key in ("low", "high")}
+            )
+    return rows
+
+
+def benefits(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the benefit of each cell of a grid of two axes over the baseline, seed by seed.
+
+    Args:
+        record: As in ``sweep.json``: ``rows``, ``grid`` and perhaps ``baseline`` (else the base model).
+
+    Returns:
+        For each benchmark, and for the mean of learned and kept, a table of ``cells`` (``mean``, ``low``, ``high`` and
+        ``seeds``; None where there is none) with the means over ``rows``, ``columns`` and all; empty for other grids.
+    """
+    grid = record.get("grid")
+    if grid is None or len(grid["axes"]) != 2:
+        return []
+    rows: Rows = record["rows"]
+    kinds = {item["name"]: item for row in rows for item in row["benchmarks"]}
+    places = {name: _by_cell(rows, grid, name, record.get("baseline")) for name in kinds}
+    tables = [
+        {"name": name, "role": kind["role"], "unit": _unit(kind), **_table(places[name], grid)}
+        for name, kind in kinds.items()
+    ]
+    sides = [
+        [places[n] for n, kind in kinds.items() if kind["role"] == role and _unit(kind) == "points"]
+        for role in ("task", "knowledge")
+    ]
+    if all(sides):
+        tables.append({"name": _BOTH, "role": "both", "unit": "points", **_table(_balanced(sides), grid)})
+    return tables
+
+
+def _effect(item: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Returns the gain on a task or the drop of knowledge, with its interval."""
+    better = -1.0 if _unit(item) == "nats" else 100.0
+    sign = -better if item["role"] == "knowledge" else better
+    low, high = sorted(sign * end for end in item["interval"])
+    return sign * (item["after"] - item["before"]), low, high
+
+
+def _by_cell(rows: Rows, grid: Mapping[str, Any], name: str, baseline: str | None) -> Places:
+    """Returns the benefit of each cell and seed on one benchmark."""
+    scores: dict[tuple[str, int], Mapping[str, Any]] = {
+        (row["name"], row["seed"]): item for row in rows for item in row["benchmarks"] if item["name"] == name
+    }
+    places: Places = {}
+    for (point, seed), item in scores.items():
+        rival = item["before"] if baseline is None else scores.get((baseline, seed), {}).get("after")
+        if point in grid["cells"] and rival is not None:
+            down, across = grid["cells"][point]
+            sign = -1.0 if _unit(item) == "nats" else 100.0
+            places.setdefault((down, across), {})[seed] = sign * (item["after"] - rival)
+    return places
+
+
+def _balanced(sides: Sequence[Sequence[Places]]) -> Places:
+    """Returns the mean over the benchmarks of each role, then over the two roles, where a run has them all."""
+    every = [one for side in sides for one in side]
+    places: Places = {}
+    for place in every[0]:
+        for seed in every[0][place]:
+            if all(seed in one.get(place, {}) for one in every):
+                means = [math.fsum(one[place][seed] for one in side) / len(side) for side in sides]
+                places.setdefault(place, {})[seed] = sum(means) / 2
+    return places
+
+
+def _table(places: Places, grid: Mapping[str, Any]) -> dict[str, Any]:
+    high, wide = (len(axis["values"]) for axis in grid["axes"])
+    cells = [[_cell(places.get((down, across), {})) for across in range(wide)] for down in range(high)]
+    return {
+        "cells": cells,
+        "rows": [_mean(line) for line in cells],
+        "columns": [_mean([line[across] for line in cells]) for across in range(wide)],
+        "mean": _mean([cell for line in cells for cell in line]),
+    }
+
+
+def _cell(seeds: Mapping[int, float]) -> dict[str, Any] | None:
+    estimate = mean_of_seeds(list(seeds.values()))
+    if estimate is None:
+        return None
+    ends = {key: getattr(estimate, key) if estimate.has_interval else None for key in ("low", "high")}
+    return {"mean": estimate.mean, **ends, "seeds": {str(seed): value for seed, value in seeds.items()}}
+
+
+def _mean(line: Sequence[Mapping[str, Any] | None]) -> float | None:
+    """Returns the mean over cells; one without some of them would not compare with the others."""
+    values = [cell["mean"] for cell in line if cell is not None]
+    return math.fsum(values) / len(values) if values and len(values) == len(line) else None
+
+
+def _unit(benchmark: Mapping[str, Any]) -> str:
+    return "nats" if lower_is_better(benchmark["metric"]) else "points"

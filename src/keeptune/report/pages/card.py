@@ -1,0 +1,164 @@
+"""The model card of a result: the README.md of the hub, with the table of what was kept and lost."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from keeptune.report.numbers import count, duration
+from keeptune.report.pages.repeat import recipe_text, versions
+from keeptune.report.pages.run_tables import benchmark_tables
+from keeptune.report.pages.verdict import verdict
+from keeptune.report.records import as_report
+
+__all__ = ["model_card", "same_but_versions"]
+
+_VERSIONS = "Versions when this card was written: "
+_LOAD = {
+    "adapter": """from peft import PeftModel
+from transformers import {auto}
+
+model = {auto}.from_pretrained({base!r}{more})
+model = PeftModel.from_pretrained(model, {folder!r})""",
+    "model": """from transformers import {auto}
+
+model = {auto}.from_pretrained({folder!r})""",
+}
+
+
+def model_card(entry: Mapping[str, Any], sidecar: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> str:
+    """Returns the model card.
+
+    Args:
+        entry: The run, one of the ``methods`` in ``report.json``.
+        sidecar: ``keeptune.json`` of the result.
+        recipe: The run's recipe; None leaves it out.
+
+    Returns:
+        Markdown with the front matter that the hub reads. There is no license in it: keeptune does not know it.
+    """
+    export = sidecar["export"]
+    base, name = str(sidecar["base"]), f"{entry['name']} on {Path(str(sidecar['base'])).name}"
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(entry, sidecar, name), sort_keys=False, allow_unicode=True)}---",
+        f"# {name}",
+        f"Tuned from `{base}` by keeptune with the method `{entry['name']}`. " + _verdict(entry),
+        "## What was kept and lost",
+        _table(entry),
+        "## Method",
+        _method(entry, sidecar),
+        *_notes(entry, export, sidecar.get("labels")),
+        "## Load",
+        _fenced(_loading(sidecar), "python"),
+    ]
+    if sidecar.get("labels") is None:
+        parts += ["Serve it:", _fenced(str(export["serve"]), "sh")]
+    if recipe is not None:
+        text = _fenced(recipe_text(recipe).rstrip("\n"), "yaml")
+        parts += ["## Recipe", f"Repeat it by `keeptune run recipe.yaml` with:\n\n{text}"]
+    written = ", ".join(f"{key} {value}" for key, value in versions().items() if key != "platform")
+    return "\n\n".join([*parts, f"{_VERSIONS}{written}."]) + "\n"
+
+
+def same_but_versions(one: str, other: str) -> bool:
+    """Returns whether two cards differ in nothing but the versions, which are those of when a card was written."""
+    return one.rpartition(_VERSIONS)[0] == other.rpartition(_VERSIONS)[0] != ""
+
+
+def _front_matter(entry: Mapping[str, Any], sidecar: Mapping[str, Any], name: str) -> dict[str, Any]:
+    merged, labels = sidecar["export"]["format"] == "merged", sidecar.get("labels")
+    task = "text-generation" if labels is None else "text-classification"
+    matter: dict[str, Any] = {
+        "base_model": str(sidecar["base"]),
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": task,
+        "tags": list(dict.fromkeys(["keeptune", str(sidecar["method"]), *([] if merged else ["lora"])])),
+    }
+    results = [
+        {
+            "task": {"type": task},
+            "dataset": {"name": item["name"], "type": item["name"]},
+            "metrics": [{"type": item["metric"], "name": f"{item['metric']}, {item['role']}", "value": item["after"]}],
+        }
+        for item in entry["benchmarks"]
+        if item["after"] is not None and math.isfinite(item["after"])
+    ]
+    return matter | ({"model-index": [{"name": name, "results": results}]} if results else {})
+
+
+def _verdict(entry: Mapping[str, Any]) -> str:
+    if not entry["benchmarks"]:
+        return ""
+    return _plain(verdict({"base": "", "methods": [dict(entry) | {"label": "It"}]}))
+
+
+def _table(entry: Mapping[str, Any]) -> str:
+    report = as_report({"base": "", "methods": [entry]})
+    if not report.runs[0].benchmarks:
+        return "Nothing was measured: the recipe lists no benchmarks."
+    lines = [
+        "| benchmark | role | items | base | tuned | change | 95% interval |",
+        "| --- | --- " + "| ---: " * 5 + "|",
+    ]
+    for table in benchmark_tables(report):
+        for row in table.rows:
+            cells = (table.name, table.role, str(table.n), row.before, row.after, f"{row.change} {table.unit}")
+            lines.append(f"| {' | '.join(map(_plain, cells))} | {row.interval or '–'} |")
+    note = "Both models on the same items; intervals of the change are bootstrapped over items."
+    kept = report.runs[0].K
+    share = "" if kept is None else f" Knowledge kept (K): {kept:.3f}."
+    return "\n".join(lines) + f"\n\n{note}{share}"
+
+
+def _method(entry: Mapping[str, Any], sidecar: Mapping[str, Any]) -> str:
+    seconds = (entry.get("seconds") or {}).get("train")
+    rows = [
+        f"- {_plain(key)}: `{_code(value)}`" for key, value in entry.get("options", {}).items() if value is not None
+    ]
+    trained = entry.get("trained_parameters")
+    rows += [] if trained is None else [f"- trained parameters: {count(trained)}"]
+    rows += [] if seconds is None else [f"- training time: {duration(seconds)}"]
+    export = sidecar["export"]
+    rank = "" if export["format"] == "merged" else f", rank {export['rank']}"
+    rows.append(f"- written as: {export['format']}{rank}")
+    return "\n".join(rows)
+
+
+def _notes(entry: Mapping[str, Any], export: Mapping[str, Any], labels: Sequence[str] | None) -> list[str]:
+    gap, relative = export["gap"], export["relative_gap"]
+    notes = [f"Checked on a freshly loaded base: largest difference in logits {gap:.1e}, relative {relative:.1e}."]
+    if export.get("note"):
+        notes.append(f"A merged model. {export['note']}.")
+    if export.get("error"):
+        notes.append(f"Cut to a smaller rank: {export['error']:.2%} of the trained change (Frobenius) is left out.")
+    if labels:
+        notes.append(f"Labels, in the order of the outputs: {', '.join(labels)}.")
+    return [_plain(note) for note in (*notes, *map(str, entry.get("notes") or []))]
+
+
+def _loading(sidecar: Mapping[str, Any]) -> str:
+    labels, export = sidecar.get("labels"), sidecar["export"]
+    auto = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
+    more = "" if labels is None else f", num_labels={max(1, len(labels))}"
+    kind = "model" if export["format"] == "merged" else "adapter"
+    return _LOAD[kind].format(auto=auto, base=str(sidecar["base"]), more=more, folder=str(export["folder"]))
+
+
+def _fenced(text: str, language: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _code(value: object) -> str:
+    return " ".join(str(value).split()).replace("`", "'")
+
+
+def _plain(text: str) -> str:
+    """Returns a text without markup and table bars."""
+    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return " ".join(safe.split())

@@ -1,0 +1,237 @@
+"""Figures to explore: Plotly figures in one look, and the pieces that they are made of.
+
+Colours are custom properties of the style sheet (``var(--c0)``, ``var(--ink)``, ...), which the page's script looks up,
+so that a figure follows the reader's dark or light theme. Fonts, grid and hover boxes are the script's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import plotly.graph_objects as go
+
+from keeptune.core.intervals import Estimate
+from keeptune.report.numbers import number, short
+
+__all__ = [
+    "LEAST",
+    "MANY",
+    "Chart",
+    "Mark",
+    "arms",
+    "arms_of",
+    "axis",
+    "categories",
+    "figure_of",
+    "heat_map",
+    "hover",
+    "lying_bars",
+    "mark",
+    "plain",
+    "scatter",
+    "thin",
+]
+
+MANY: Final = 8  # with more methods, what is drawn stands back so that means and labels can be read
+LEAST: Final = 270  # pixels below which plotly.js has no room for the key of colours
+_COLOURS: Final = 17
+# The numbers of colours and shapes have no common divisor: pairs repeat only after 136 labels.
+_SYMBOLS: Final = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "hexagon")
+_DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_SCALES: Final[Mapping[str, tuple[str, str, str]]] = {
+    "loss": ("--gain", "--none", "--loss"),
+    "gain": ("--loss", "--none", "--gain"),
+    "cool": ("--cool0", "--cool1", "--cool2"),
+    "warm": ("--warm0", "--warm1", "--warm2"),
+}
+Ends = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure on the page.
+
+    Args:
+        name: Its id.
+        alt: What it shows, for who cannot see it.
+        figure: The figure.
+        height: Pixels.
+        labels: Legend groups to choose one of, where the page offers that.
+        caption: What stands above it; None repeats ``alt``.
+    """
+
+    name: str
+    alt: str
+    figure: go.Figure
+    height: int = 420
+    labels: tuple[str, ...] = ()
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How a label is drawn everywhere: by shape and dashes too, for who cannot see its colour."""
+
+    colour: str
+    symbol: str
+    dash: str
+
+
+def mark(index: int) -> Mark:
+    """Returns the look of a label by its place among the labels."""
+    return Mark(f"var(--c{index % _COLOURS})", _SYMBOLS[index % len(_SYMBOLS)], _DASHES[index % len(_DASHES)])
+
+
+def plain(text: object) -> str:
+    """Returns a text with its markup escaped, of which plotly.js would read some, and with line ends as spaces."""
+    escaped = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return " ".join(escaped.split())
+
+
+def hover(title: str, rows: Sequence[tuple[str, object]], most: int = 60) -> str:
+    """Returns what appears when a point is hovered.
+
+    Args:
+        title: The first line.
+        rows: Names and values, a line each; values of None are left out.
+        most: Characters of a value.
+    """
+    lines = [f"{plain(name)}: {plain(short(str(value), most))}" for name, value in rows if value is not None]
+    return "<br>".join([f"<b>{plain(short(title, most))}</b>", *lines])
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """Returns an axis with a title and further keys of plotly.js."""
+    return {"title": {"text": plain(title)}, **more}
+
+
+def categories(names: Sequence[str], most: int = 1000) -> dict[str, Any]:
+    """Returns the ticks of an axis on which the places 0, 1, ... have names; with too many some are left out."""
+    shown = range(0, len(names), max(math.ceil(len(names) / most), 1))
+    return {"tickmode": "array", "tickvals": list(shown), "ticktext": [plain(short(names[i], 36)) for i in shown]}
+
+
+def figure_of(traces: Sequence[Any], across: Mapping[str, Any], up: Mapping[str, Any], **layout: Any) -> go.Figure:
+    """Returns a figure of traces with its two axes and further keys of the layout."""
+    shared = {"template": go.layout.Template(), "hovermode": "closest"}
+    return go.Figure(list(traces), {**shared, "xaxis": across, "yaxis": up, **layout})
+
+
+def scatter(
+    label: str,
+    x: Sequence[float | None],
+    y: Sequence[float | None],
+    drawn: Mark,
+    mode: str = "lines+markers",
+    **more: Any,
+) -> go.Scatter:
+    """Returns points or a line in the look of a label.
+
+    Args:
+        label: What the legend says, and the group that a reader may choose.
+        x: Places.
+        y: Places; None leaves a gap.
+        drawn: The look.
+        mode: ``"lines"``, ``"markers"`` or both.
+        more: ``hovertext``, or anything of ``plotly.graph_objects.Scatter``, which goes into the look.
+    """
+    line = {"color": drawn.colour, "dash": drawn.dash, "width": 2}
+    marker = {"symbol": drawn.symbol, "size": 7, "color": drawn.colour}
+    style = ({"line": line} if "lines" in mode else {}) | ({"marker": marker} if "markers" in mode else {})
+    trace = go.Scatter(name=plain(label), legendgroup=label, x=list(x), y=list(y), mode=mode, **style)
+    return trace.update(({"hoverinfo": "text"} if "hovertext" in more else {}) | more)
+
+
+def arms(middles: Sequence[float], ends: Ends, colour: str, **more: Any) -> dict[str, Any]:
+    """Returns error bars from the ends of intervals; they have no length where there is no interval."""
+    known = [math.isfinite(low) and math.isfinite(high) for low, high in ends]
+    up = [max(end[1] - mid, 0.0) if ok else 0.0 for mid, end, ok in zip(middles, ends, known, strict=True)]
+    down = [max(mid - end[0], 0.0) if ok else 0.0 for mid, end, ok in zip(middles, ends, known, strict=True)]
+    return {"type": "data", "array": up, "arrayminus": down, "color": colour, "thickness": 1, "width": 3, **more}
+
+
+def arms_of(estimates: Sequence[Estimate], colour: str) -> dict[str, Any]:
+    """Returns the error bars of estimates."""
+    return arms([e.mean for e in estimates], [(e.low, e.high) for e in estimates], colour)
+
+
+def lying_bars(
+    names: Sequence[str], values: Sequence[float], colours: Sequence[str], title: str, **more: Any
+) -> go.Figure:
+    """Returns a bar to the right for each name, the first on top.
+
+    Args:
+        names: The names.
+        values: The lengths.
+        colours: Custom properties.
+        title: What the lengths are.
+        more: Anything of ``plotly.graph_objects.Bar``.
+    """
+    bars = go.Bar(orientation="h", x=list(values), y=list(range(len(names))), marker={"color": list(colours)}, **more)
+    down = {"autorange": "reversed", "showgrid": False, **categories(names)}
+    return figure_of([bars], axis(title), down, bargap=0.28)
+
+
+def heat_map(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    scale: str,
+    across: str,
+    down: str,
+    said: str,
+    texts: Sequence[Sequence[str]] | None = None,
+    span: tuple[float, float] | None = None,
+    decimals: int = 3,
+) -> go.Figure:
+    """Returns a heat map, the first row on top.
+
+    Args:
+        values: Rows of numbers; NaN leaves a cell empty.
+        rows: Names of the rows.
+        columns: Names of the columns.
+        scale: ``"loss"`` or ``"gain"`` (two-sided), ``"cool"`` or ``"warm"``.
+        across: What the columns are.
+        down: What the rows are.
+        said: What the numbers are.
+        texts: What stands in a cell; None prints its number when hovered, and nothing in the cell.
+        span: The ends of the colours; None takes those of the numbers.
+        decimals: Decimals of the numbers.
+    """
+    good = [value for row in values for value in row if math.isfinite(value)]
+    low, high = span or (min(good, default=0.0), max(good, default=1.0))
+    printed = texts or [[number(value, decimals) for value in row] for row in values]
+    place = [f"{plain(name)} %{{customdata[{part}]}}" for part, name in enumerate((down, across))]
+    trace = go.Heatmap(
+        z=[list(row) for row in values],
+        x=list(range(len(columns))),
+        y=list(range(len(rows))),
+        zmin=low,
+        zmax=high if high > low else low + 1,
+        colorscale=[[part / 2, f"var({name})"] for part, name in enumerate(_SCALES[scale])],
+        colorbar={"title": {"text": plain(said), "side": "right"}, "thickness": 12, "outlinewidth": 0},
+        xgap=1,
+        ygap=1,
+        hoverongaps=False,
+        text=[[plain(text) for text in row] for row in printed],
+        customdata=[[[plain(row), plain(column)] for column in columns] for row in rows],
+        hovertemplate=f"{place[0]}<br>{place[1]}<br>{plain(said)}: %{{text}}<extra></extra>",
+        **({"texttemplate": "%{text}"} if texts is not None else {}),
+    )
+    bare = {"showgrid": False, "zeroline": False}
+    most = 20 if max(map(len, columns), default=0) < 8 else 40
+    return figure_of(
+        [trace],
+        axis(across, **categories(columns, most), **bare),
+        axis(down, **categories(rows, 40), **bare, autorange="reversed"),
+    )
+
+
+def thin(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Returns at most about 400 points of a curve, the last one among them, as places and values."""
+    points = [*curve[: -1 : max(len(curve) // 400, 1)], *curve[-1:]]
+    return [x for x, _ in points], [y for _, y in points]

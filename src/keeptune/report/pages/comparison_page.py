@@ -1,0 +1,308 @@
+"""The page of a comparison: every setting, the fronts, what each label forgets at the same task score, every run."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from keeptune.core.errors import ArtefactError
+from keeptune.report.comparisons import Scales, cost, labels_of, setting_rows
+from keeptune.report.figures.fronts import write_figures
+from keeptune.report.numbers import ends, listing, number
+from keeptune.report.pages.comparison_charts import fronts, hypervolumes
+from keeptune.report.pages.items import lost_and_gained, read_items
+from keeptune.report.pages.page import render, write_page
+from keeptune.report.pages.parts import Bar, Grid, bar
+from keeptune.report.pages.repeat import repeat
+
+__all__ = ["render_comparison", "write_comparison"]
+
+_MOST_NAMED: Final = 6
+Front = Mapping[str, Any]
+
+
+def write_comparison(runs: Mapping[str, Any], front: Front, path: str | os.PathLike[str]) -> None:
+    """Writes a comparison as one self-contained HTML file, and its figures as PNG and SVG into ``figures`` beside it.
+
+    Args:
+        runs: As in ``runs.json``.
+        front: As in ``front.json``.
+        path: The file; its folder must exist.
+
+    Raises:
+        ArtefactError: A record lacks something, or a file cannot be written.
+    """
+    write_page(render_comparison(runs, front), path)
+    write_figures(runs, front, Path(path).parent / "figures")
+
+
+def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
+    """Returns the page; the same records always give the same text.
+
+    Args:
+        runs: As in ``runs.json``.
+        front: As in ``front.json``.
+
+    Raises:
+        ArtefactError: A record lacks something.
+    """
+    try:
+        return _render(runs, front)
+    except (KeyError, TypeError) as error:
+        raise ArtefactError(
+            "runs.json or front.json",
+            got=f"{type(error).__name__}: {error}",
+            wanted="the records that keeptune compare wrote",
+            next_step="Run `keeptune compare` again; it makes them anew from the runs that are there.",
+        ) from error
+
+
+def _render(runs: Mapping[str, Any], front: Front) -> str:
+    rows = runs["runs"]
+    charts = {"tradeoff": fronts(rows, front, base_score(rows, front)), "hypervolume": hypervolumes(rows, front)}
+    items = _items(rows, front)
+    recipes = [("Recipe", runs["recipe"])] if runs.get("recipe") else []
+    commands = [("Do it again", str(runs["command"]))] if runs.get("command") else []
+    return render(
+        "comparison.html.j2",
+        [chart for chart in charts.values() if chart is not None],
+        {"items": items["rows"]} if items else {},
+        **charts,
+        base=runs["base"],
+        base_name=Path(str(runs["base"])).name or runs["base"],
+        created=runs.get("created"),
+        version=runs.get("version"),
+        said=sentences(runs, front),
+        score=front["matched"].get("score"),
+        baseline=front["matched"].get("baseline"),
+        matched=matched_rows(runs, front),
+        unit=Scales(front).unit,
+        choice=_choice(front),
+        notes=front.get("notes") or [],
+        failures=failures(runs, front),
+        everything=every_run(runs),
+        published=published(runs, front),
+        found=items,
+        repeat=repeat(commands, recipes),
+        counts=_counts(runs, front),
+    )
+
+
+def base_score(rows: Sequence[Mapping[str, Any]], front: Front) -> float | None:
+    """Returns the base's own score on the axis of learning; None where no run has it."""
+    axes = front.get("axes") or {}
+    for row in rows:
+        before = {b["name"]: b["before"] for b in row["benchmarks"] if b["before"] is not None}
+        names = axes.get("learned") or [b["name"] for b in row["benchmarks"] if b["role"] == "task"]
+        if names and all(name in before for name in names):
+            sign = -1.0 if (front.get("units") or {}).get("learned") == "nats" else 1.0
+            return sign * math.fsum(before[name] for name in names) / len(names)
+    return None
+
+
+def sentences(runs: Mapping[str, Any], front: Front) -> list[str]:
+    """Returns what the comparison shows, and no more than its intervals support."""
+    scales, table = Scales(front), front["matched"]
+    reached = [row for row in table["rows"] if row["forgotten"] is not None]
+    if not table["rows"]:
+        return ["No label has finished runs to compare."]
+    if not reached:
+        return [f"No label reaches the task score {number(table['score'])} with every seed."]
+    best = min(reached, key=lambda row: float(row["forgotten"]["mean"]))
+    lost = f"{scales.spread(best['forgotten'])} {scales.unit}"
+    said = [f"Where the task score is {number(table['score'])}, {best['label']} forgets least: {lost}."]
+    baseline = table.get("baseline")
+    own = next((row for row in reached if row["label"] == baseline), None)
+    if baseline is not None and own is None:
+        said.append(f"{baseline}, the baseline, does not reach this score.")
+    if own is not None:
+        said.append(f"{baseline}, the baseline, forgets {scales.spread(own['forgotten'])} there.")
+        said += _against(reached, str(baseline))
+    missed = [row["label"] for row in table["rows"] if row["forgotten"] is None]
+    if missed:
+        said.append(f"{_some(missed)} {'does' if len(missed) == 1 else 'do'} not reach it with every seed.")
+    return said
+
+
+def _against(reached: Sequence[Mapping[str, Any]], baseline: str) -> list[str]:
+    groups: dict[str, list[str]] = {
+        f"Clearly less than {baseline} (paired over seeds, 95%):": [],
+        "Clearly more:": [],
+        "No clear difference:": [],
+        "No interval, for want of seeds:": [],
+    }
+    less, more, same, unknown = groups.values()
+    for row in reached:
+        if row["label"] != baseline:
+            low, high = ends(row.get("difference"))
+            (unknown if math.isnan(low) else less if high < 0 else more if low > 0 else same).append(row["label"])
+    return [f"{words} {_some(labels)}." for words, labels in groups.items() if labels]
+
+
+def _some(names: Sequence[str]) -> str:
+    """Returns a list of labels, quoting those that hold a comma."""
+    labels = [f"“{name}”" if "," in name else name for name in names]
+    if len(labels) <= _MOST_NAMED:
+        return listing(labels)
+    return f"{', '.join(labels[:_MOST_NAMED])} and {len(labels) - _MOST_NAMED} more"
+
+
+@dataclass(frozen=True)
+class MatchedRow:
+    """A label at the matched task score."""
+
+    label: str
+    index: int
+    forgotten: str
+    how: str
+    difference: str
+    bar: Bar | None
+    points: str
+
+
+def matched_rows(runs: Mapping[str, Any], front: Front) -> list[MatchedRow]:
+    """Returns the table at matched task score; bars to the right forget less than the baseline."""
+    scales, numbered = Scales(front), labels_of(runs["runs"], front)
+    rows = front["matched"]["rows"]
+    differences = [row.get("difference") or {} for row in rows]
+    reach = [abs(d[key]) for d in differences for key in ("mean", "low", "high") if d.get(key) is not None]
+    top = max(reach, default=1.0) or 1.0
+    matched = []
+    for row, difference in zip(rows, differences, strict=True):
+        mean, (low, high) = difference.get("mean"), ends(difference)
+        matched.append(
+            MatchedRow(
+                label=str(row["label"]),
+                index=numbered.get(str(row["label"]), 0),
+                forgotten=scales.spread(row["forgotten"]),
+                how=str(row["how"]),
+                difference=scales.spread(difference, signed=True) if difference else "–",
+                bar=None if mean is None else bar(-mean, -high, -low, top),
+                points=", ".join(map(str, row.get("points") or [])),
+            )
+        )
+    return matched
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """A cell of a table that can be sorted: its text, and the number to sort by if it is one."""
+
+    text: str
+    key: float | None = None
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class SortedTable:
+    """A table that can be sorted and searched."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[TableCell, ...], ...]
+
+
+def every_run(runs: Mapping[str, Any]) -> SortedTable:
+    """Returns a table of all runs."""
+    names = [b["name"] for b in runs["benchmarks"]]
+    first = ("run", "label", "rate", "strength", "seed", "status", "learned", "forgotten")
+    rows: list[tuple[TableCell, ...]] = []
+    for row in runs["runs"]:
+        after = {b["name"]: b["after"] for b in row["benchmarks"]}
+        setting = "; ".join(f"{key} {value}" for key, value in setting_rows(row)[4:])
+        numbers = [row.get("learning_rate"), row.get("strength"), row["seed"]]
+        scores = [row.get("learned"), row.get("forgotten"), *(after.get(name) for name in names)]
+        rows.append(
+            (
+                TableCell(str(row["name"])),
+                TableCell(str(row["label"])),
+                *(TableCell("–" if n is None else f"{n:g}", n) for n in numbers),
+                TableCell(str(row["status"]) + (f": {row['message']}" if row.get("message") else ""), wide=True),
+                *(TableCell(number(n), n) for n in scores),
+                TableCell(cost(row), (row.get("seconds") or {}).get("train")),
+                TableCell(setting or "–", wide=True),
+            )
+        )
+    return SortedTable((*first, *names, "trained", "setting"), tuple(rows))
+
+
+def failures(runs: Mapping[str, Any], front: Front) -> list[tuple[str, str, str]]:
+    """Returns the runs that failed, are missing, or are left out of the front, with the reason."""
+    known = {
+        row["name"]: (str(row["name"]), str(row["status"]), str(row.get("message") or "no reason is known"))
+        for row in runs["runs"]
+        if row["status"] != "done"
+    }
+    for entry in front.get("excluded") or []:
+        known.setdefault(entry["run"], (str(entry["run"]), "left out", str(entry["why"])))
+    return list(known.values())
+
+
+def published(runs: Mapping[str, Any], front: Front) -> Grid | None:
+    """Returns published numbers beside ours, of each label those of the setting that learned most; None without any."""
+    rows = []
+    for entry in runs.get("published") or []:
+        label, name = str(entry["label"]), str(entry["benchmark"])
+        ours = _ours(runs["runs"], front, label, name)
+        source = " ".join(str(entry[key]) for key in ("source", "note") if entry.get(key))
+        rows.append((label, name, number(entry["score"]), number(ours), source or "–"))
+    return Grid(("label", "benchmark", "published", "ours", "source"), tuple(rows)) if rows else None
+
+
+def _ours(rows: Sequence[Mapping[str, Any]], front: Front, label: str, name: str) -> float | None:
+    members = [point for point in front["points"] if point["label"] == label]
+    if not members:
+        return None
+    best = max(members, key=lambda point: float(point["learned"]["mean"]))
+    own = set(best.get("runs") or [f"{best['name']}-seed{seed}" for seed in best["seeds"]])
+    scores = [b["after"] for row in rows if row["name"] in own for b in row["benchmarks"] if b["name"] == name]
+    good = [score for score in scores if score is not None]
+    return math.fsum(good) / len(good) if good else None
+
+
+def _choice(front: Front) -> list[tuple[str, str]]:
+    """Returns what was chosen, as names and values; losses are in the unit of each benchmark."""
+    chosen = front.get("choice")
+    if not chosen:
+        return []
+    over = "upper end of the interval" if chosen.get("estimate") == "upper" else "mean over seeds"
+    rows = [
+        ("may lose", _by_benchmark(chosen["max_loss"])),
+        ("setting", chosen.get("point")),
+        (f"loses, {over}", _by_benchmark(chosen.get("loss"))),
+        ("task score", _by_benchmark(chosen.get("learned"))),
+        ("its run", chosen["run"]),
+        ("the run loses", _by_benchmark(chosen.get("run_loss"))),
+        ("the run's task score", _by_benchmark(chosen.get("run_learned"))),
+        ("without a limit", ", ".join(chosen.get("unbound") or []) or None),
+        ("adapter", chosen.get("adapter")),
+    ]
+    return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _by_benchmark(values: Mapping[str, float] | float | None) -> str | None:
+    if isinstance(values, Mapping):
+        return ", ".join(f"{name} {number(value)}" for name, value in values.items()) or None
+    return None if values is None else number(values)
+
+
+def _counts(runs: Mapping[str, Any], front: Front) -> str:
+    rows = runs["runs"]
+    states = [row["status"] for row in rows]
+    labels, seeds = {row["label"] for row in rows}, {row["seed"] for row in rows}
+    other = [f"{states.count(state)} {state}" for state in ("failed", "missing") if state in states]
+    ending = f" ({', '.join(other)})" if other else ""
+    counted = f"{len(labels)} labels, {len(front['points'])} settings, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    return f"{counted}; {states.count('done')} of {len(rows)} runs finished{ending}"
+
+
+def _items(rows: Sequence[Mapping[str, Any]], front: Front) -> dict[str, Any] | None:
+    """Returns the items of the settings on the front, of each its first trained run."""
+    points = {point["name"]: point for point in front["points"]}
+    by_name = {row["name"]: row for row in rows if not row.get("variant")}
+    firsts = [(points.get(name, {}).get("runs") or [None])[0] for name in front["front"]]
+    results = [result for name in firsts if name in by_name for result in read_items(by_name[name])]
+    return lost_and_gained(results) if results else None

@@ -1,0 +1,315 @@
+"""The figures of a run's page by layer: ranks, evidence, spectra, votes, causal tracing, penalties and drift."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy
+import plotly.graph_objects as go
+
+from keeptune.report.estimates import Method, methods
+from keeptune.report.numbers import gap, listing
+from keeptune.report.pages.charts import LEAST, MANY, Chart, arms, axis, figure_of, heat_map, mark, plain, scatter, thin
+from keeptune.report.records import PlanRow, Report, Run
+
+__all__ = ["penalties", "ranks", "spectra", "traces", "uniform_rank", "votes"]
+
+_BINS: Final = 64
+_STEPS: Final = 120  # of a drift map
+_MOST_LAYERS: Final = 6  # of which spectra are drawn
+_NUMBERED: Final = 16  # layers up to which cells hold numbers
+_WHOLE, _PART = "spectrum", "singular_values"
+Read = Callable[[PlanRow], float | None]
+
+
+def uniform_rank(method: Method) -> int | None:
+    """Returns the rank that a method uses everywhere; None where ranks differ or there is no plan."""
+    ranks = {row.rank for row in method.plan}
+    return ranks.pop() if len(ranks) == 1 else None
+
+
+def ranks(report: Report) -> list[Chart]:
+    """Returns maps of the ranks of methods whose ranks differ, and of every number that a plan has for each target."""
+    charts = []
+    for place, method in enumerate(methods(report)):
+        rows, about = method.plan, f"{method.label} by layer and role"
+        if uniform_rank(method) is None:
+            charts += _map(f"ranks{place}", f"Ranks of {about}", rows, lambda row: row.rank, "rank", "cool")
+        charts += _importances(f"importances{place}", f"Importances behind {about}", rows)
+        sizes: dict[str, set[int]] = {}
+        for row in rows:
+            for name, values in row.evidence.items():
+                sizes.setdefault(name, set()).add(len(values))
+        single = [name for name, lengths in sizes.items() if lengths == {1} and name != "importance"]
+        for index, name in enumerate(single):
+            said = name.replace("_", " ")
+            read: Read = lambda row, name=name: next(iter(row.evidence.get(name, ())), None)  # type: ignore[misc] # noqa: E731
+            charts += _map(f"evidence{place}-{index}", f"{said.capitalize()} of {about}", rows, read, said, "warm")
+    return charts
+
+
+def _placed(rows: Sequence[PlanRow], read: Read) -> tuple[numpy.ndarray, list[str], list[str]] | None:
+    """Returns a table of roles by layers, NaN where there is no number, with the names of its rows and columns."""
+    cells = [(row.layer, row.role, value) for row in rows if row.layer is not None and (value := read(row)) is not None]
+    if not any(math.isfinite(value) for _, _, value in cells):
+        return None
+    # All layers of the plan, so that maps of one plan stand in line.
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    roles = list(dict.fromkeys(role for _, role, _ in cells))
+    table = numpy.full((len(roles), len(layers)), math.nan)
+    for layer, role, value in cells:
+        table[roles.index(role), layers.index(layer)] = value
+    return table, roles, [str(layer) for layer in layers]
+
+
+def _map(name: str, words: str, rows: Sequence[PlanRow], read: Read, said: str, scale: str) -> list[Chart]:
+    placed = _placed(rows, read)
+    if placed is None:
+        return []
+    table, roles, layers = placed
+    good = table[numpy.isfinite(table)]
+    form = ".0f" if (good == good.astype(int)).all() else ".2g"
+    texts = [["" if math.isnan(value) else f"{value:{form}}" for value in row] for row in table]
+    span = (min(0.0, float(good.min())), float(good.max()))
+    shown = texts if len(layers) <= _NUMBERED else None
+    figure = heat_map(
+        *(table.tolist(), roles, layers), scale=scale, across="layer", down="", said=said, texts=shown, span=span
+    )
+    return [_layer_map(name, words, figure, len(roles))]
+
+
+def _importances(name: str, words: str, rows: Sequence[PlanRow]) -> list[Chart]:
+    """Returns a map of importances above zero, coloured by their logarithms; what is written is the number."""
+    placed = _placed(rows, lambda row: math.log10(row.importance) if (row.importance or 0) > 0 else None)  # type: ignore[arg-type]
+    if placed is None:
+        return []
+    table, roles, layers = placed
+    low, high = float(numpy.nanmin(table)), float(numpy.nanmax(table))
+    span = (low, high) if high - low > 0.01 else (low - 0.3, high + 0.3)
+    texts = [["" if math.isnan(value) else gap(10**value) for value in row] for row in table]
+    figure = heat_map(
+        *(table.tolist(), roles, layers),
+        scale="warm",
+        across="layer",
+        down="",
+        said="importance",
+        texts=texts,
+        span=span,
+    )
+    places = [float(place) for place in numpy.linspace(*span, 4)]
+    figure.update_traces(colorbar={"tickvals": places, "ticktext": [gap(10**place) for place in places]})
+    if len(layers) > 12:
+        figure.update_traces(texttemplate=None)
+    return [_layer_map(name, words, figure, len(roles))]
+
+
+def _layer_map(name: str, words: str, figure: go.Figure, rows: int, pixels: int = 26, most: int = 24) -> Chart:
+    return Chart(name, words, figure, max(130 + pixels * min(rows, most), LEAST))
+
+
+def votes(report: Report) -> list[Chart]:
+    """Returns how many texts named each node, block by block, behind plans that count votes (LoKI)."""
+    charts = []
+    for place, method in enumerate(methods(report)):
+        rows = [row for row in method.plan if len(row.evidence.get("votes", ())) > 1]
+        if not rows or len({len(row.evidence["votes"]) for row in rows}) > 1:
+            continue
+        counts = numpy.asarray([row.evidence["votes"] for row in rows], dtype=float)
+        edges = numpy.linspace(0, counts.shape[1], min(counts.shape[1], _BINS) + 1).round().astype(int)
+        table = numpy.add.reduceat(counts, edges[:-1], axis=1) / numpy.diff(edges)
+        if not table.max() > 0:
+            continue
+        columns = [f"{a}" if b - a == 1 else f"{a}–{b - 1}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        figure = heat_map(
+            *(table.tolist(), [str(row.target if row.layer is None else row.layer) for row in rows], columns),
+            scale="cool",
+            across="node",
+            down="layer",
+            said="texts that name the node, mean",
+            span=(0.0, float(table.max())),
+            decimals=1,
+        )
+        words = f"How many texts name each node, by layer: {method.label}"
+        charts.append(_layer_map(f"votes{place}", words, figure, len(rows)))
+    return charts
+
+
+def spectra(report: Report) -> list[Chart]:
+    """Returns what is kept of the weights' spectra, and every kind of spectrum once, also when methods share it."""
+    charts = []
+    users: dict[tuple[str, Any], tuple[tuple[PlanRow, ...], list[str]]] = {}
+    for place, method in enumerate(methods(report)):
+        rows = method.plan
+        kept = [kept_places(row.evidence.get(_WHOLE, ()), row.evidence.get(_PART, ())) for row in rows]
+        whole = [places for places in kept if places is not None]
+        if rows and len(whole) == len(rows):
+            charts.append(_kept(f"kept{place}", method.label, rows, whole))
+        for name in dict.fromkeys(name for row in rows for name, values in row.evidence.items() if len(values) > 1):
+            if name != "votes" and not (name == _PART and len(whole) == len(rows)):
+                evidence = tuple(row.evidence.get(name, ()) for row in rows)
+                users.setdefault((name, evidence), (rows, []))[1].append(method.label)
+    for place, ((name, _), (rows, labels)) in enumerate(users.items()):
+        charts += _spectrum(f"spectra{place}", name, rows, labels)
+    return charts
+
+
+def kept_places(spectrum: Sequence[float], kept: Sequence[float]) -> list[int] | None:
+    """Returns where in a spectrum the kept values stand, each at a place of its own; None when they are no part of it.
+
+    Args:
+        spectrum: The whole spectrum.
+        kept: The values kept, exact up to rounding.
+    """
+    rest = numpy.array(spectrum, dtype=float)
+    if not len(kept) or len(kept) > rest.size or not numpy.isfinite(rest).any():
+        return None
+    top = float(numpy.nanmax(rest))
+    places = []
+    for value in kept:
+        distance = numpy.abs(rest - value)
+        if numpy.isnan(distance).all():
+            return None
+        place = int(numpy.nanargmin(distance))
+        if not distance[place] <= 1e-3 * abs(value) + 1e-6 * top:
+            return None
+        places.append(place)
+        rest[place] = math.nan
+    return places
+
+
+def _kept(name: str, label: str, rows: Sequence[PlanRow], kept: Sequence[Sequence[int]]) -> Chart:
+    """Returns a strip for each target: thin its whole spectrum, thick what is kept of it."""
+    roles = list(dict.fromkeys(row.role for row in rows))
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].layer if rows[i].layer is not None else -1, i))
+    traces = []
+    for index, role in enumerate(roles):
+        whole: list[tuple[float | None, float | None]] = []
+        thick: list[tuple[float | None, float | None]] = []
+        for y, at in enumerate(order):
+            if rows[at].role == role:
+                places = set(kept[at])
+                starts = sorted(place - 0.5 for place in places if place - 1 not in places)
+                stops = sorted(place + 0.5 for place in places if place + 1 not in places)
+                whole += [(0, y), (len(rows[at].evidence[_WHOLE]) - 1, y), (None, None)]
+                for start, stop in zip(starts, stops, strict=True):
+                    thick += [(start, y), (stop, y), (None, None)]
+        faint: dict[str, Any] = {"opacity": 0.35, "showlegend": False, "hoverinfo": "skip"}
+        told = f"{plain(role)}: %{{x:.0f}}<extra></extra>"
+        for strips, width, more in ((whole, 1, faint), (thick, 4, {"hovertemplate": told})):
+            line = {"dash": "solid", "width": width}
+            xs, ys = [x for x, _ in strips], [y for _, y in strips]
+            traces.append(scatter(role, xs, ys, mark(index), "lines", line=line, **more))
+    firsts = [y for y, at in enumerate(order) if y == 0 or rows[at].layer != rows[order[y - 1]].layer]
+    ticks = {"tickmode": "array", "tickvals": firsts, "ticktext": [str(rows[order[y]].layer) for y in firsts]}
+    figure = figure_of(traces, axis("index of the singular value"), axis("layer", **ticks, autorange="reversed"))
+    words = f"Spectra, and what is kept of them (thick): {label}"
+    return Chart(name, words, figure, min(max(130 + 12 * len(rows), LEAST), 900), tuple(roles))
+
+
+def _spectrum(name: str, evidence: str, rows: Sequence[PlanRow], labels: Sequence[str]) -> list[Chart]:
+    """Returns spectra on a logarithmic axis, a line for each target of at most six layers."""
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    chosen = {layers[i] for i in numpy.linspace(0, len(layers) - 1, min(len(layers), _MOST_LAYERS)).round().astype(int)}
+    roles = list(dict.fromkeys(row.role for row in rows))
+    traces: list[Any] = []
+    for row in rows:
+        values = row.evidence.get(evidence, ())
+        if not any(value > 0 for value in values) or (row.layer is not None and row.layer not in chosen):
+            continue
+        xs, ys = thin([(x, value if value > 0 else math.nan) for x, value in enumerate(values)])
+        first = not any(trace.legendgroup == row.role for trace in traces)
+        told = f"{plain(row.role)}, layer {row.layer}<br>%{{x}}: %{{y:.3g}}<extra></extra>"
+        more = {"showlegend": first, "opacity": 0.8, "line": {"width": 1.3, "dash": "solid"}, "hovertemplate": told}
+        traces.append(scatter(row.role, xs, ys, mark(roles.index(row.role)), "lines", **more))
+    if not traces:
+        return []
+    said = evidence.replace("_", " ")
+    part = f" ({len(chosen)} of {len(layers)} layers)" if len(chosen) < len(layers) else ""
+    figure = figure_of(traces, axis("index"), axis(said, type="log"))
+    words = f"{said.capitalize()}: {listing(labels)}{part}"
+    return [Chart(name, words, figure, 380, tuple(roles))]
+
+
+def traces(records: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+    """Returns the layer profiles and the maps of tokens by layers of causal tracing.
+
+    Args:
+        records: Name of a run to its ``trace.json``.
+    """
+    charts = []
+    for place, (name, record) in enumerate(records.items()):
+        charts.append(_profile(f"profile{place}", name, record))
+        noised = set(record["example"]["noised"])
+        words = [f"{word}{'*' if i in noised else ''}" for i, word in enumerate(record["example"]["prompt"])]
+        for index, model in enumerate(record["models"]):
+            table = numpy.asarray(model["heat"], dtype=float).T
+            most = float(numpy.abs(table).max()) or 1.0
+            figure = heat_map(
+                *(table.tolist(), words, [str(layer) for layer in range(table.shape[1])]),
+                scale="gain",
+                across="layer",
+                down="token",
+                said="probability brought back",
+                span=(-most, most),
+            )
+            told = f"Causal tracing of one prompt, {model['name']}: tokens by layers, * got noise ({name})"
+            charts.append(_layer_map(f"trace{place}-{index}", told, figure, len(words), 20, 40))
+    return charts
+
+
+def _profile(key: str, name: str, record: Mapping[str, Any]) -> Chart:
+    lines = []
+    for index, model in enumerate(record["models"]):
+        values, drawn = model["AIE"], mark(index)
+        halves = [1.96 * (error or 0.0) for error in model["AIE_error"]]
+        ends = [(value - half, value + half) for value, half in zip(values, halves, strict=True)]
+        bars = arms(values, ends, drawn.colour)
+        lines.append(scatter(model["name"], range(len(values)), values, drawn, error_y=bars))
+    figure = figure_of(lines, axis("layer"), axis("average indirect effect (AIE)"))
+    return Chart(key, f"Causal tracing: effect of each layer, 95% intervals over texts ({name})", figure, 360)
+
+
+def penalties(report: Report) -> list[Chart]:
+    """Returns task loss and penalty over the steps, and how far each layer moved, for methods with penalties."""
+    shown = [(m.label, m.runs[0]) for m in methods(report) if len(m.runs[0].drift) > 1][:MANY]
+    charts = []
+    for place, (label, run) in enumerate(shown):
+        charts.append(_costs(f"penalty{place}", label, run))
+        charts += _drift(f"drift{place}", label, run)
+    return charts
+
+
+def _costs(key: str, label: str, run: Run) -> Chart:
+    loss = dict(run.loss)
+    steps = [row.step for row in run.drift]
+    curves: dict[str, list[float | None]] = {
+        "task loss": [loss.get(step) for step in steps],
+        "penalty": [row.penalty for row in run.drift],
+    }
+    lines = [scatter(name, steps, values, mark(i), "lines") for i, (name, values) in enumerate(curves.items())]
+    # The loss falls from far above what a penalty costs: the start is cut off.
+    late = [value for values in curves.values() for value in values[len(values) // 5 :] if value is not None]
+    top = 1.1 * max([value for value in late if math.isfinite(value)], default=1.0)
+    figure = figure_of(lines, axis("training step"), axis("nats", range=[0, top or 1.0]))
+    return Chart(key, f"Task loss and penalty: {label}", figure, 330)
+
+
+def _drift(key: str, label: str, run: Run) -> list[Chart]:
+    layers = sorted({layer for row in run.drift for layer in row.layers})
+    if not layers:
+        return []
+    rows = run.drift[:: max(math.ceil(len(run.drift) / _STEPS), 1)]
+    table = [[row.layers.get(layer, math.nan) for row in rows] for layer in layers]
+    figure = heat_map(
+        *(table, [str(layer) for layer in layers], [f"{row.step:g}" for row in rows]),
+        scale="warm",
+        across="training step",
+        down="layer",
+        said="‖ΔW‖ / ‖W‖",
+        span=(0.0, max(value for row in table for value in row if math.isfinite(value))),
+    )
+    figure.update_traces(xgap=0)
+    words = f"Drift of each layer while training, ‖ΔW‖ / ‖W‖: {label}"
+    return [_layer_map(key, words, figure, len(layers), 22, 26)]

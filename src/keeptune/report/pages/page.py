@@ -1,0 +1,131 @@
+"""The page around every report: one HTML file that holds its styles, its scripts, its figures and its data."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import math
+import os
+import pkgutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from keeptune.core.errors import ArtefactError
+from keeptune.report.pages.charts import Chart
+
+__all__ = ["island", "plotly_source", "render", "write_page"]
+
+
+def render(template: str, charts: Sequence[Chart], data: Mapping[str, Any] | None = None, **values: Any) -> str:
+    """Returns a page.
+
+    Args:
+        template: Its file in ``templates``, which extends ``base.html.j2``.
+        charts: All figures that the template places, each with a name of its own.
+        data: What the page's own script reads beside the figures, such as the items to search.
+        values: What the template prints; everything is escaped.
+
+    Returns:
+        The HTML; the same values always give the same text.
+    """
+    environment = Environment(
+        loader=PackageLoader("keeptune.report.pages", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    figures = {chart.name: chart.figure.to_plotly_json() for chart in charts}
+    scripts = [plotly_source(), _source("page.js")]
+    return environment.get_template(template).render(
+        scripts=scripts,
+        style=_source("page.css"),
+        policy=_policy(scripts),
+        island=island({"figures": figures, **(data or {})}),
+        **values,
+    )
+
+
+def island(value: Any) -> str:
+    """Returns JSON that may stand in a ``script`` element: no character in it can end the element.
+
+    Args:
+        value: Plain values; numbers that are not finite become null.
+
+    Returns:
+        JSON without ``<``, ``>``, ``&`` and without the line ends U+2028 and U+2029.
+    """
+    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+@functools.cache
+def plotly_source() -> str:
+    """Returns plotly.js from the installed Python package."""
+    return _script(pkgutil.get_data("plotly", "package_data/plotly.min.js"), "plotly.js")
+
+
+def write_page(text: str, path: str | os.PathLike[str]) -> None:
+    """Writes a page, replacing the file in one step.
+
+    Args:
+        text: The page.
+        path: The file; its folder must exist.
+
+    Raises:
+        ArtefactError: The file cannot be written.
+    """
+    target = Path(path)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(target)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise ArtefactError(
+            str(target),
+            got=error.strerror or type(error).__name__,
+            wanted="a file that can be written",
+            next_step="Choose a path in a folder that exists and that you may write to.",
+        ) from error
+
+
+def _source(name: str) -> str:
+    return _script(pkgutil.get_data("keeptune.report.pages", f"templates/{name}"), name)
+
+
+def _script(content: bytes | None, name: str) -> str:
+    text = "" if content is None else content.decode().replace("\r\n", "\n")
+    if not text or "</script" in text.lower() or "<!--" in text:
+        raise ArtefactError(
+            name,
+            got="no such file" if not text else "a text that would end the element it stands in",
+            wanted="the file of the installed package",
+            next_step="Install keeptune and plotly again.",
+        )
+    return text
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Returns a policy that allows the page's own scripts by their hashes, and no request anywhere."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
+    return (  # plotly.js adds styles of its own
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

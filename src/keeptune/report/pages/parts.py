@@ -1,0 +1,49 @@
+"""Pieces of all pages: plain tables, and bars for changes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["Bar", "Grid", "bar"]
+
+_HALF: Final = 100.0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A plain table on the page: headings and rows of text."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar from the middle of a strip of 200 units: where it begins, how long it is, and its whiskers."""
+
+    kind: str
+    start: float
+    length: float
+    low: float | None
+    high: float | None
+
+
+def bar(value: float, low: float, high: float, scale: float) -> Bar:
+    """Returns the bar of a change; to the right is better.
+
+    Args:
+        value: The change, more is better.
+        low: Lower end of its interval; NaN where there is none.
+        high: Upper end.
+        scale: The largest change that has room.
+    """
+
+    def place(number: float) -> float:
+        return round(_HALF + _HALF * 0.96 * max(-1.0, min(1.0, number / scale)), 2)
+
+    end = place(value)
+    kind = "gain" if value > 0 else "loss" if value < 0 else "none"
+    whiskers = (place(low), place(high)) if math.isfinite(low) and math.isfinite(high) else (None, None)
+    return Bar(kind, min(_HALF, end), round(abs(end - _HALF), 2), *whiskers)

@@ -1,0 +1,216 @@
+"""The figures of a run's page: what was learned against what was kept, what was lost where, and the losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import plotly.graph_objects as go
+
+from keeptune.core.intervals import Estimate, mean_of_seeds
+from keeptune.report.estimates import Method, Series, kept, learned, lost, methods, relation_losses, series, yardstick
+from keeptune.report.numbers import count, duration, estimate_text, listing, number, option_text, short, signed
+from keeptune.report.pages.charts import (
+    LEAST,
+    MANY,
+    Chart,
+    arms_of,
+    axis,
+    figure_of,
+    heat_map,
+    hover,
+    lying_bars,
+    mark,
+    plain,
+    scatter,
+    thin,
+)
+from keeptune.report.records import Report, Run
+
+__all__ = ["base_star", "losses", "relations", "tradeoff"]
+
+_MOST_RELATIONS: Final = 40
+
+
+def tradeoff(report: Report) -> Chart | None:
+    """Returns what was learned against what was kept; hovering a point shows its setting.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The chart; None when the report has no task or no knowledge benchmark.
+    """
+    knowledge, task = yardstick(report, "knowledge"), yardstick(report, "task")
+    if not knowledge or not task:
+        return None
+    nats = knowledge[0].lower_is_better
+    traces: list[Any] = []
+    for index, method in enumerate(methods(report)):
+        traces += _spots(method, index, knowledge, task)
+    names = {item.name for item in task}
+    start = mean_of_seeds([item.before for run in report.runs for item in run.benchmarks if item.name in names])
+    if not traces or start is None:
+        return None
+    traces.append(base_star(start.mean, 0.0 if nats else 100.0))
+    across = f"learned: {_names(task, 'task')} ({'loss, nats/token' if task[0].lower_is_better else 'accuracy'})"
+    unit = "nats/token" if nats else "% of the base"
+    up = f"{'forgotten' if nats else 'kept'}: {_names(knowledge, 'knowledge')} ({unit})"
+    turned = {"autorange": "reversed"}
+    figure = figure_of(
+        traces,
+        axis(across, **(turned if task[0].lower_is_better else {})),
+        axis(up, **(turned if nats else {})),
+    )
+    labels = tuple(method.label for method in methods(report))
+    return Chart("tradeoff", "What each method learned against what it kept", figure, 480, labels, "")
+
+
+def base_star(x: float, y: float) -> go.Scatter:
+    """Returns the star that marks the base model."""
+    marker = {"symbol": "star", "size": 14, "color": "var(--ink)", "line": {"width": 1, "color": "var(--paper)"}}
+    told = [hover("base model", [("learned", number(x)), ("forgotten", "nothing")])]
+    return go.Scatter(mode="markers", name="base model", x=[x], y=[y], marker=marker, hovertext=told, hoverinfo="text")
+
+
+def _spots(method: Method, index: int, knowledge: Sequence[Series], task: Sequence[Series]) -> list[go.Scatter]:
+    """Returns the mean of a method and, below it so that it can be hovered, its seeds."""
+    nats = knowledge[0].lower_is_better
+
+    def place(of: Method) -> tuple[Estimate, Estimate] | None:
+        x, y = learned(of, task), (lost if nats else kept)(of, knowledge)
+        return None if x is None or y is None else (x, y)
+
+    def told(title: str, x: Estimate, y: Estimate, runs: Sequence[Run]) -> str:
+        scores = [("learned", estimate_text(x)), ("forgotten" if nats else "kept", estimate_text(y))]
+        return hover(title, [*scores, *_setting(runs)])
+
+    whole, drawn = place(method), mark(index)
+    if whole is None:
+        return []
+    traces = []
+    singles = [Method(method.label, (run,)) for run in method.runs] if len(method.runs) > 1 else []
+    seeds = [(one.runs[0], at) for one in singles if (at := place(one)) is not None]
+    if seeds:
+        texts = [told(f"{method.label}, seed {run.seed}", x, y, (run,)) for run, (x, y) in seeds]
+        xs, ys = [at[0].mean for _, at in seeds], [at[1].mean for _, at in seeds]
+        look = {"symbol": f"{drawn.symbol}-open", "size": 7, "opacity": 0.8}
+        more = {"hovertext": texts, "marker": look, "showlegend": False, "name": plain(f"{method.label}, seeds")}
+        traces.append(scatter(method.label, xs, ys, drawn, "markers", **more))
+    x, y = whole
+    look = {"size": 13, "line": {"width": 1, "color": "var(--paper)"}}
+    bars = {"error_x": arms_of([x], drawn.colour), "error_y": arms_of([y], drawn.colour)}
+    texts = [told(method.label, x, y, method.runs)]
+    return [*traces, scatter(method.label, [x.mean], [y.mean], drawn, "markers", hovertext=texts, marker=look, **bars)]
+
+
+def _setting(runs: Sequence[Run]) -> list[tuple[str, object]]:
+    """Returns how a method was set and what it cost."""
+    rows: list[tuple[str, object]] = [("seeds" if len(runs) > 1 else "seed", ", ".join(str(run.seed) for run in runs))]
+    for key in dict.fromkeys(key for run in runs for key in run.options):
+        values = dict.fromkeys(option_text(run.options.get(key)) for run in runs)
+        if key != "train.seed" and list(values) != ["–"]:
+            rows.append((key.removeprefix("train.").replace("_", " "), ", ".join(values)))
+    trained = runs[0].trained_parameters
+    rows.append(("trained parameters", None if trained is None else count(trained)))
+    for name in ("K", "T", "KT"):
+        score = mean_of_seeds([value for run in runs if (value := getattr(run, name)) is not None])
+        rows.append((name, None if score is None else number(score.mean)))
+    seconds = [run.seconds["train"] for run in runs if "train" in run.seconds]
+    return [*rows, ("training", duration(sum(seconds) / len(seconds)) if seconds else None)]
+
+
+def _names(chosen: Sequence[Series], role: str) -> str:
+    few = listing([item.name for item in chosen])
+    return few if len(chosen) == 1 or len(few) <= 24 else f"mean of {len(chosen)} {role} benchmarks"
+
+
+def relations(report: Report) -> list[Chart]:
+    """Returns what was lost on each relation: bars for one method, a heat map for several."""
+    labels = [method.label for method in methods(report)]
+    charts = []
+    for place, kind in enumerate(series(report, "knowledge")):
+        table = relation_losses(report, kind)
+        if not table:
+            continue
+        shown = dict(list(table.items())[:_MOST_RELATIONS])
+        names = [f"{short(name, 28)} (n={size})" for name, (size, _) in shown.items()]
+        values = [losses for _, losses in shown.values()]
+        unit, decimals = ("nats/token lost", 3) if kind.lower_is_better else ("points lost", 0)
+        texts = [[signed(v, decimals).lstrip("+") if math.isfinite(v) else "" for v in row] for row in values]
+        if len(labels) == 1:
+            colours = [f"var(--{'loss' if row[0] > 0 else 'gain'})" for row in values]
+            told: dict[str, Any] = {
+                "customdata": [plain(name) for name in names],
+                "hovertemplate": "%{customdata}: %{text}<extra></extra>",
+            }
+            written = {"text": [row[0] for row in texts], "textposition": "outside", "cliponaxis": False}
+            figure = lying_bars(names, [row[0] for row in values], colours, unit, **written, **told)
+        else:
+            top = max((abs(v) for row in values for v in row if math.isfinite(v)), default=1.0) or 1.0
+            figure = heat_map(
+                *(values, names, labels),
+                scale="loss",
+                across="",
+                down="",
+                said=unit,
+                texts=texts if len(labels) <= MANY else None,
+                span=(-top, top),
+                decimals=decimals,
+            )
+            figure.update_xaxes(side="top", tickangle=-40 if len(labels) > 3 else 0)
+        caption = f"{kind.name}: {unit}, mean over seeds"
+        if len(shown) < len(table):
+            caption = f"the {len(shown)} most forgotten of {len(table)} relations of {kind.name}, {unit}"
+        height = max(130 + 21 * len(names), LEAST)
+        words = f"What was lost on each relation of {kind.name}"
+        charts.append(Chart(f"relations{place}", words, figure, height, caption=caption))
+    return charts
+
+
+def losses(report: Report) -> Chart | None:
+    """Returns the training loss of every method, smoothed, with the raw values behind; None without losses."""
+    curves = [(index, method, _smooth_mean(method)) for index, method in enumerate(methods(report))]
+    drawn = [(index, method, curve) for index, method, curve in curves if len(curve) > 1]
+    if not drawn:
+        return None
+    traces = []
+    for index, method, curve in drawn:
+        raw: dict[str, Any] = {
+            "opacity": 0.3,
+            "showlegend": False,
+            "hoverinfo": "skip",
+            "line": {"width": 0.8, "dash": "solid"},
+        }
+        for run in method.runs if len(drawn) <= MANY else ():
+            name = plain(f"{method.label}, seed {run.seed}")
+            traces.append(scatter(method.label, *thin(run.loss), mark(index), "lines", name=name, **raw))
+        told = plain(method.label)
+        words = f"{told}<br>step %{{x}}: %{{y:.4g}}<extra></extra>" if "%{" not in told else "%{x}: %{y}<extra></extra>"
+        traces.append(scatter(method.label, *thin(curve), mark(index), "lines", hovertemplate=words))
+    # The few highest values are cut off, which would press the rest flat.
+    values = sorted(loss for _, method, _ in drawn for run in method.runs for _, loss in run.loss)
+    low, high = values[0], values[min(len(values) - 1, int(0.995 * len(values)))]
+    pad = 0.05 * max(high - low, 0.01)
+    up = axis("training loss (nats/token)", range=[low - pad, high + pad])
+    labels = tuple(method.label for _, method, _ in drawn)
+    figure = figure_of(traces, axis("training step"), up)
+    return Chart("losses", "Training loss of each method", figure, 420, labels, "")
+
+
+def _smooth_mean(method: Method) -> list[tuple[float, float]]:
+    """Returns the mean over the seeds at each step, smoothed over about a twentieth of its length."""
+    by_step: dict[float, list[float]] = {}
+    for run in method.runs:
+        for step, loss in run.loss:
+            by_step.setdefault(step, []).append(loss)
+    steps = sorted(by_step)
+    means = [math.fsum(by_step[step]) / len(by_step[step]) for step in steps]
+    reach = min(len(means) // 40 + 1, 25) if len(means) > 8 else 0
+    smooth = []
+    for index in range(len(means)):
+        # A lopsided window would bend the steep start; the flat end can bear one.
+        window = means[index - min(reach, index) : index + min(reach, index) + 1]
+        smooth.append((steps[index], math.fsum(window) / len(window)))
+    return smooth

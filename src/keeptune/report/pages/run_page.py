@@ -1,0 +1,153 @@
+"""The page of a report: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keeptune.report.estimates import methods
+from keeptune.report.numbers import listing
+from keeptune.report.pages import layer_charts, run_charts, run_tables
+from keeptune.report.pages.charts import MANY, Chart
+from keeptune.report.pages.page import render, write_page
+from keeptune.report.pages.verdict import method_sentences, verdict
+from keeptune.report.records import Report, ReportLike, as_report
+from keeptune.report.tables.comparison_table import comparison_columns
+
+__all__ = ["render_html", "write_html"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    heading: str
+    words: str
+    charts: tuple[Chart, ...] = ()
+
+
+def write_html(report: ReportLike, path: str | os.PathLike[str], extras: Mapping[str, Any] | None = None) -> None:
+    """Writes the report as one self-contained HTML file, replacing the file in one step.
+
+    Args:
+        report: The report.
+        path: The file; its folder must exist.
+        extras: See :func:`render_html`.
+
+    Raises:
+        ArtefactError: The report is malformed or the file cannot be written.
+    """
+    write_page(render_html(report, extras), path)
+
+
+def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> str:
+    """Returns the page.
+
+    Args:
+        report: The report.
+        extras: What is not in ``report.json``, each if there is any: ``items`` as from
+            :func:`keeptune.report.pages.items.lost_and_gained`, ``repeat`` as from
+            :func:`keeptune.report.pages.repeat.repeat`, and ``traces``, name to what is in ``trace.json``.
+
+    Returns:
+        The HTML; the same report always gives the same text.
+
+    Raises:
+        ArtefactError: The report is malformed.
+    """
+    parsed, more = as_report(report), extras or {}
+    count = len(methods(parsed))
+    common, options = run_tables.options(parsed)
+    tradeoff, sections = run_charts.tradeoff(parsed), _sections(parsed, more.get("traces") or {})
+    charts = [chart for section in sections for chart in section.charts]
+    items = more.get("items")
+    return render(
+        "run.html.j2",
+        charts if tradeoff is None else [tradeoff, *charts],
+        {} if items is None else {"items": items["rows"]},
+        base=parsed.base,
+        base_name=Path(parsed.base).name or parsed.base,
+        created=parsed.created,
+        version=parsed.version,
+        verdict=verdict(parsed),
+        sentences=method_sentences(parsed) if 1 < count <= MANY else [],
+        caution=_caution(parsed),
+        columns=comparison_columns(parsed),
+        benchmarks=run_tables.benchmark_tables(parsed),
+        tradeoff=tradeoff,
+        found=items,
+        sections=sections,
+        options=options,
+        common=common,
+        divergence=run_tables.divergence(parsed),
+        notes=run_tables.notes(parsed),
+        runs=run_tables.runs(parsed),
+        repeat=more.get("repeat"),
+        several_seeds=len(parsed.runs) > count,
+    )
+
+
+def _caution(report: Report) -> str:
+    """Returns what the intervals cover."""
+    single = [method.label for method in methods(report) if len(method.runs) == 1]
+    if not any(math.isfinite(item.low) for run in report.runs for item in run.benchmarks):
+        return ""
+    if not single:
+        return "Intervals cover both the sampled questions and the seeds."
+    every = len(single) == len(methods(report))
+    who = "Every method" if every else listing(single)
+    verb = "was" if len(single) == 1 or every else "were each"
+    return (
+        f"{who} {verb} trained with one seed, so the intervals cover the sampled questions but not "
+        "the luck of the seed."
+    )
+
+
+def _sections(report: Report, traces: Mapping[str, Mapping[str, Any]]) -> list[Section]:
+    """Returns the sections that have something to show."""
+    losses = run_charts.losses(report)
+    uniform = _uniform_words(report)
+    raw = "" if len(methods(report)) > MANY else " The raw values are faint."
+    sections = [
+        Section(
+            "Forgetting by relation",
+            "The relation most forgotten on average comes first. Rows with few questions (n) are noisy.",
+            tuple(run_charts.relations(report)),
+        ),
+        Section("Training loss", f"Smoothed, averaged over seeds.{raw}", () if losses is None else (losses,)),
+        Section(
+            "Penalties",
+            "What they cost while training, and how far each layer moved; of several seeds the first.",
+            tuple(layer_charts.penalties(report)),
+        ),
+        Section("Plan: ranks", uniform, tuple(layer_charts.ranks(report))),
+        Section(
+            "Plan: evidence",
+            "What the plans were made from, by layer.",
+            (*layer_charts.votes(report), *layer_charts.spectra(report)),
+        ),
+        Section(
+            "Causal tracing",
+            "Which layers bring an answer back after noise on the prompt.",
+            tuple(layer_charts.traces(traces)),
+        ),
+    ]
+    return [part for part in sections if part.charts or (part.words and part.words == uniform)]
+
+
+def _uniform_words(report: Report) -> str:
+    """Returns which methods use one rank everywhere; empty when there is no such method."""
+    by_rank: dict[int, list[str]] = {}
+    for method in methods(report):
+        rank = layer_charts.uniform_rank(method)
+        if rank is not None:
+            by_rank.setdefault(rank, []).append(method.label)
+    parts = [
+        f"{listing(labels)} {'uses' if len(labels) == 1 else 'use'} rank {rank} everywhere"
+        for rank, labels in by_rank.items()
+    ]
+    return f"{'; '.join(parts)}." if parts else ""

@@ -1,0 +1,152 @@
+"""The tables of a run's page: benchmarks with bars, options, divergence from the base, runs, and notes on plans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from keeptune.core.intervals import mean_of_seeds
+from keeptune.report.estimates import Series, methods, series
+from keeptune.report.numbers import duration, gap, interval_text, number, option_text, signed, unit_of, unit_words
+from keeptune.report.pages.parts import Bar, Grid, bar
+from keeptune.report.records import Report
+from keeptune.report.tables.comparison_table import comparison_rows
+
+__all__ = ["BenchmarkRow", "BenchmarkTable", "benchmark_tables", "divergence", "notes", "options", "runs"]
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """One method on one benchmark."""
+
+    label: str
+    index: int
+    before: str
+    after: str
+    change: str
+    interval: str
+    bar: Bar
+
+
+@dataclass(frozen=True)
+class BenchmarkTable:
+    """One benchmark, a row for each method."""
+
+    name: str
+    role: str
+    metric: str
+    unit: str
+    n: int
+    rows: tuple[BenchmarkRow, ...]
+
+
+def benchmark_tables(report: Report) -> list[BenchmarkTable]:
+    """Returns the benchmarks before and after; bars of one role and unit share a scale."""
+    rows = comparison_rows(report)
+    kinds = [kind for role in ("knowledge", "task") for kind in series(report, role)]
+    own = {
+        kind.name: [(i, row[kind.role][kind.name]) for i, row in enumerate(rows) if kind.name in row[kind.role]]
+        for kind in kinds
+    }
+    reach: dict[tuple[str, bool], float] = {}
+    for kind in kinds:
+        sizes = [abs(numbers[key]) for _, numbers in own[kind.name] for key in ("change", "low", "high")]
+        unit = kind.role, kind.lower_is_better
+        reach[unit] = max([reach.get(unit, 0.0), *filter(math.isfinite, sizes)])
+    tables = []
+    for kind in kinds:
+        scale = reach[kind.role, kind.lower_is_better] or 1.0
+        entries = tuple(_entry(str(rows[i]["method"]), i, numbers, kind, scale) for i, numbers in own[kind.name])
+        if entries:
+            n = max(numbers["n"] for _, numbers in own[kind.name])
+            words = unit_words(unit_of(kind.metric))
+            tables.append(BenchmarkTable(kind.name, kind.role, kind.metric, words, n, entries))
+    return tables
+
+
+def _entry(label: str, index: int, numbers: Mapping[str, Any], kind: Series, scale: float) -> BenchmarkRow:
+    change, low, high = (float(numbers[key]) for key in ("change", "low", "high"))
+    nats = kind.lower_is_better
+    return BenchmarkRow(
+        label,
+        index,
+        number(numbers["before"]),
+        number(numbers["after"]),
+        signed(change, 3) if nats else signed(100 * change, 1),
+        interval_text(low, high, nats),
+        bar(-change, -high, -low, scale) if nats else bar(change, low, high, scale),
+    )
+
+
+def notes(report: Report) -> list[tuple[str, tuple[str, ...]]]:
+    """Returns the notes of each method that has any on its plans, each note once."""
+    each = {m.label: tuple(dict.fromkeys(note for run in m.runs for note in run.notes)) for m in methods(report)}
+    return [(label, own) for label, own in each.items() if own]
+
+
+def options(report: Report) -> tuple[str, Grid | None]:
+    """Returns the options of the methods.
+
+    Returns:
+        What all methods have in common, as text (empty for one method), and a row for each method, where options that
+        few methods have share the last column; None without options.
+    """
+    known = methods(report)
+    keys = list(dict.fromkeys(key for run in report.runs for key in run.options))
+    texts = {
+        (m.label, key): ", ".join(dict.fromkeys(option_text(run.options.get(key)) for run in m.runs))
+        for m in known
+        for key in keys
+    }
+    having = {key: [m.label for m in known if any(key in run.options for run in m.runs)] for key in keys}
+    same = [
+        key
+        for key in keys
+        if len(known) > 1 and len(having[key]) == len(known) and len({texts[m.label, key] for m in known}) == 1
+    ]
+    rare = [key for key in keys if key not in same and len(known) > 4 and 3 * len(having[key]) <= len(known)]
+    shown = [key for key in keys if key not in same and key not in rare]
+    words = {key: key.replace("_", " ") for key in keys}
+    common = ", ".join(f"{words[key]} {texts[known[0].label, key]}" for key in same)
+    if not shown and not rare:
+        return common, None
+    rows = []
+    for method in known:
+        own = "; ".join(f"{words[key]} {texts[method.label, key]}" for key in rare if method.label in having[key])
+        rows.append((method.label, *(texts[method.label, key] for key in shown), *([own or "–"] if rare else [])))
+    return common, Grid(("method", *(words[key] for key in shown), *(["its own"] if rare else [])), tuple(rows))
+
+
+def divergence(report: Report) -> Grid | None:
+    """Returns the divergence from the base model, a row for each method; None when it was not measured."""
+    names = list(dict.fromkeys(item.name for run in report.runs for item in run.benchmarks if item.kl is not None))
+    if not names:
+        return None
+    rows = []
+    for method in methods(report):
+        items = [item for run in method.runs for item in run.benchmarks if item.kl is not None]
+        means = [
+            mean_of_seeds([item.kl for item in items if item.name == name and item.kl is not None]) for name in names
+        ]
+        rows.append((method.label, *("–" if mean is None else number(mean.mean) for mean in means)))
+    return Grid(("method", *names), tuple(rows))
+
+
+def runs(report: Report) -> Grid:
+    """Returns a row for each run."""
+    stages = list(dict.fromkeys(key for run in report.runs for key in run.seconds))
+    rows = tuple(
+        (
+            run.label,
+            str(run.seed),
+            *(number(score) for score in (run.K, run.T, run.KT)),
+            "–" if run.average_forgetting is None else f"{number(100 * run.average_forgetting, 2)}%",
+            *(duration(run.seconds[key]) if key in run.seconds else "–" for key in stages),
+            gap(run.export_gap),
+            run.adapter,
+        )
+        for run in report.runs
+    )
+    return Grid(("method", "seed", "K", "T", "KT", "average forgetting", *stages, "export gap", "adapter"), rows)

@@ -1,0 +1,186 @@
+"""The page of a sequence of stages: what was learned, what of it was kept, and what it did to the knowledge."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from keeptune.core.errors import ArtefactError
+from keeptune.core.intervals import lower_is_better
+from keeptune.report.figures.drawing import save
+from keeptune.report.figures.stage_matrix import matrix_figure, stages_figure
+from keeptune.report.numbers import count, duration, gap, interval_text, number, signed
+from keeptune.report.pages.items import lost_and_gained, read_items
+from keeptune.report.pages.page import render, write_page
+from keeptune.report.pages.parts import Bar, Grid, bar
+from keeptune.report.pages.repeat import repeat
+from keeptune.report.pages.sequence_charts import course, lines, losses, matrices
+from keeptune.report.sequences import Record, own_stage, row_names
+
+__all__ = ["render_sequence", "write_sequence"]
+
+_TRANSFERS: Final = {"backward_transfer": "backward transfer", "forward_transfer": "forward transfer"}
+
+
+def write_sequence(record: Record, path: str | os.PathLike[str]) -> None:
+    """Writes a sequence as one self-contained HTML file, and its figures as PNG and SVG into ``figures`` beside it.
+
+    Args:
+        record: As in ``sequence.json``.
+        path: The file; its folder must exist.
+
+    Raises:
+        ArtefactError: The record lacks something, or a file cannot be written.
+    """
+    write_page(render_sequence(record), path)
+    save({"matrix": matrix_figure(record), "stages": stages_figure(record)}, Path(path).parent / "figures")
+
+
+def render_sequence(record: Record) -> str:
+    """Returns the page; the same record always gives the same text.
+
+    Args:
+        record: As in ``sequence.json``.
+
+    Raises:
+        ArtefactError: The record lacks something.
+    """
+    try:
+        return _render(record)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ArtefactError(
+            "sequence.json",
+            got=f"{type(error).__name__}: {error}",
+            wanted="the record that keeptune wrote",
+            next_step="Run the sequence again; it makes the record anew from the stages that are there.",
+        ) from error
+
+
+def _render(record: Record) -> str:
+    maps, over, progress, lost = matrices(record), lines(record), course(record), losses(record)
+    items = _items(record)
+    commands = [("Do it again", str(record["command"]))] if record.get("command") else []
+    serve = (record.get("export") or {}).get("serve")
+    commands += [("Serve the adapter", str(serve))] if serve else []
+    recipes = [(f"Recipe of stage {name}", recipe) for name, recipe in (record.get("recipes") or {}).items()]
+    return render(
+        "sequence.html.j2",
+        [*maps, *over, *(chart for chart in (progress, lost) if chart is not None)],
+        {"items": items["rows"]} if items else {},
+        base=record["base"],
+        base_name=Path(str(record["base"])).name or record["base"],
+        created=record.get("created"),
+        version=record.get("version"),
+        said=sentences(record),
+        maps=maps,
+        over=over,
+        progress=progress,
+        losses=lost,
+        matrix=matrix(record),
+        knowledge=knowledge(record),
+        each=_each(record),
+        stages=stages(record),
+        final=final(record),
+        adapter=record.get("adapter"),
+        found=items,
+        repeat=repeat(commands, recipes),
+    )
+
+
+def sentences(record: Record) -> list[str]:
+    """Returns what the sequence learned and forgot."""
+    names = [str(stage["name"]) for stage in record["stages"]]
+    said = [f"{len(names)} stage{'s' * (len(names) > 1)}, one after the other: {', '.join(names)}."]
+    if record.get("average_accuracy") is not None:
+        said.append(f"At the end the tasks have an average accuracy of {number(record['average_accuracy'])}.")
+    if record.get("forgetting") is not None:
+        amount = 100 * record["forgetting"]
+        verb = "lost" if amount >= 0 else "gained"
+        words = f"Of what each earlier task had reached at its best, {abs(amount):.1f} points were {verb} on average"
+        said.append(f"{words} (forgetting {number(record['forgetting'])}).")
+    transfers = [
+        f"{words} {signed(float(record[key]), 3)}" for key, words in _TRANSFERS.items() if record.get(key) is not None
+    ]
+    if transfers:
+        said.append(f"{' and '.join(transfers).capitalize()}; negative is worse.")
+    if record.get("why"):
+        said.append(f"Not every measure could be taken: {record['why']}.")
+    return said
+
+
+def matrix(record: Record) -> Grid:
+    """Returns the scores after each stage; a star marks a task's own stage."""
+    own = [own_stage(record, column) for column in range(len(record["benchmarks"]))]
+    rows = [
+        (name, *(number(score) + (" *" if stage == row else "") for score, stage in zip(scores, own, strict=True)))
+        for row, (name, scores) in enumerate(zip(row_names(record), record["scores"], strict=True))
+    ]
+    return Grid(("", *(str(b["name"]) for b in record["benchmarks"])), tuple(rows))
+
+
+def knowledge(record: Record) -> list[tuple[str, str, str, str, Bar]]:
+    """Returns what the whole sequence did to the knowledge: benchmark, scores, change, its interval, and a bar."""
+    rows = []
+    for index, benchmark in enumerate(record["benchmarks"]):
+        before, after = record["scores"][0][index], record["scores"][-1][index]
+        if benchmark["role"] == "knowledge" and before is not None and after is not None:
+            pair = record["intervals"][-1][index] if record.get("intervals") else None
+            low, high = pair or (float("nan"), float("nan"))
+            rows.append((str(benchmark["name"]), lower_is_better(benchmark["metric"]), before, after, low, high))
+    table = []
+    for name, nats, before, after, low, high in rows:
+        same = [row for row in rows if row[1] == nats]
+        sizes = [abs(v) for row in same for v in (row[3] - row[2], row[4], row[5]) if v == v]
+        change, scale = after - before, max(sizes) or 1.0
+        strip = bar(-change, -high, -low, scale) if nats else bar(change, low, high, scale)
+        words = f"{signed(change, 3)} nats/token" if nats else f"{signed(100 * change, 1)} points"
+        table.append((name, f"{number(before)} → {number(after)}", words, interval_text(low, high, nats), strip))
+    return table
+
+
+def _each(record: Record) -> Grid | None:
+    each = record.get("forgetting_of_each") or {}
+    rows = tuple((str(name), number(value)) for name, value in each.items())
+    return Grid(("task", "best before, less the end"), rows) if rows else None
+
+
+def stages(record: Record) -> Grid:
+    """Returns how each stage was made."""
+    heads = ("stage", "method", "seed", "options", "rank so far", "trained", "time", "export gap", "adapter")
+    rows = []
+    for stage in record["stages"]:
+        options = [f"{key} {value}" for key, value in (stage.get("options") or {}).items() if value is not None]
+        seconds = stage.get("seconds")
+        rows.append(
+            (
+                *(str(stage[key]) for key in ("name", "method", "seed")),
+                "; ".join(options) or "–",
+                str(stage.get("rank") or "–"),
+                count(stage.get("trained_parameters")),
+                "–" if seconds is None else duration(float(seconds)),
+                gap(stage.get("gap")),
+                str(stage.get("adapter") or stage.get("folder") or "–"),
+            )
+        )
+    return Grid(heads, tuple(rows))
+
+
+def final(record: Record) -> Grid | None:
+    """Returns the scores of the product where it is not what the last stage left, else None."""
+    if not record.get("final"):
+        return None
+    last = {b["name"]: score for b, score in zip(record["benchmarks"], record["scores"][-1], strict=True)}
+    rows = [(str(row["name"]), number(last.get(row["name"])), number(row["after"])) for row in record["final"]]
+    return Grid(("benchmark", "after the last stage", "the product"), tuple(rows))
+
+
+def _items(record: Record) -> dict[str, Any] | None:
+    """Returns the items of each stage, which are beside its adapter."""
+    results = []
+    for stage in record["stages"]:
+        folder = stage.get("adapter") or stage.get("folder")
+        if folder:
+            row = {"name": f"after {stage['name']}", "seed": stage["seed"], "folder": Path(str(folder)).parent}
+            results += read_items(row | {"benchmarks": record["benchmarks"]})
+    return lost_and_gained(results) if results else None

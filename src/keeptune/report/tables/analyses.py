@@ -1,0 +1,235 @@
+"""Tables of analyses: change, curvature, tracing, overlap, suppression, repair, grids and studies over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from keeptune.report.estimates import totals
+from keeptune.report.numbers import axis_value, number, short, signed, unit_words
+from keeptune.report.tables.comparison_table import print_comparison
+from keeptune.report.tables.terminal import print_grid, say, table
+
+__all__ = [
+    "print_benefits",
+    "print_change",
+    "print_curvature",
+    "print_overlap",
+    "print_repair",
+    "print_study",
+    "print_suppressed",
+    "print_trace",
+]
+
+Record = Mapping[str, Any]
+
+
+def print_change(record: Record, console: Console) -> None:
+    """Prints the relative change, in percent, by layer and role, of one model after the other.
+
+    Args:
+        record: As in ``change.json``.
+        console: Where to print.
+    """
+    for source in record["sources"]:
+        texts: dict[tuple[int | None, str], list[str]] = {}
+        for place, total in totals(source["rows"], "layer", "role").items():
+            texts[place] = [_percent(total["relative"])]
+        texts |= {(int(layer), "all"): [_percent(total["relative"])] for layer, total in source["layers"].items()}
+        say(console, f"\n{source['label']}: change relative to the weights, %")
+        print_grid(texts, console)
+
+
+def print_curvature(record: Record, console: Console) -> None:
+    """Prints, for each model and side, the curvature felt and the shares in its stiffest directions.
+
+    Args:
+        record: As in ``curvature.json``.
+        console: Where to print.
+    """
+    rows = []
+    for source in record["sources"]:
+        for side, felt in source["sides"].items():
+            stiff = sum(felt["curvature"][: len(felt["curvature"]) // 2])
+            shares = (f"{100 * stiff:.1f}%", f"{100 * felt['directions'][0]:.1f}%")
+            rows.append((short(source["label"], 40), side, f"{felt['felt']:.2f}", *shares))
+    heads = ("curvature felt", "in stiffest half of curvature", "in stiffest tenth of directions")
+    console.print(table(("update of", "side", *heads), rows, ("update of", "side")))
+    say(console, "curvature felt: per unit of the update; 1 for one that knows nothing of it")
+
+
+def print_trace(record: Record, console: Console) -> None:
+    """Prints the effects of each layer.
+
+    Args:
+        record: As in ``trace.json``.
+        console: Where to print.
+    """
+    models = record["models"]
+    heads = [head for model in models for head in (f"{short(model['name'], 24)}: AIE", "NAIE")]
+    rows = []
+    for layer in range(len(models[0]["AIE"])):
+        row = [str(layer)]
+        for model in models:
+            error, shares = model["AIE_error"][layer], model[f"NAIE_{record['norm']}"]
+            row.append(f"{model['AIE'][layer]:.4f}" + ("" if error is None else f" ± {1.96 * error:.4f}"))
+            row.append("–" if shares is None else f"{shares[layer]:.3f}")
+        rows.append(row)
+    console.print(table(("layer", *heads), rows))
+    for model in models:
+        chance = "" if model["distinct"] else "; no layer's effect stands out of the spread over texts"
+        probabilities = f"the answer's probability is {model['clean']:.3f}, with noise {model['corrupted']:.3f}"
+        say(console, f"{model['name']}: {probabilities}{chance}")
+    say(console, "AIE: probability brought back, ± half the 95% interval; probabilities are summed over answer tokens")
+
+
+def print_suppressed(record: Record, console: Console) -> None:
+    """Prints what suppression costs.
+
+    Args:
+        record: As in ``suppress.json``.
+        console: Where to print.
+    """
+    count = sum(map(len, record["methods"][0]["rows"]))
+    say(
+        console,
+        f"{count} of {record['nodes'] * len(record['layers'])} nodes give zero ({record['q']:g}%, "
+        f"{record['over']}), attributed over {record['texts']} texts; S-H: the highest, S-L: the lowest",
+    )
+    print_comparison(record, console)
+    for gap in record["gaps"]:
+        low, high = gap["interval"]
+        difference = f"S-L less S-H {gap['S-L less S-H']:+.3f}"
+        say(console, f"{gap['name']}: {difference}, 95% interval {low:+.3f} to {high:+.3f}")
+
+
+def print_overlap(record: Record, console: Console) -> None:
+    """Prints an overlap, layer by layer and in all.
+
+    Args:
+        record: As in ``overlap.json``.
+        console: Where to print.
+    """
+    for side in ("first", "second"):
+        say(console, f"{side}: {record[side]['name']}, {record[side]['texts']} texts")
+    rows = [
+        (
+            *(str(row[key]) for key in ("layer", "first", "second", "common")),
+            *("–" if row[key] is None else f"{row[key]:.1%}" for key in ("share", "chance")),
+        )
+        for row in [*record["by_layer"], {"layer": "all", **record["all"]}]
+    ]
+    console.print(table(("layer", "first", "second", "common", "share", "by chance"), rows))
+
+
+def print_repair(record: Record, console: Console) -> None:
+    """Prints the drift of each target, what is kept of the task, the sweep over μ and the scores.
+
+    Args:
+        record: As in ``repair.json``.
+        console: Where to print.
+    """
+    cells: dict[tuple[int | None, str], list[str]] = {}
+    for row in record["targets"]:
+        text = f"{100 * row['drift_before']:.2f} > {100 * row['drift']:.2f}"
+        cells.setdefault((row["layer"], row["role"]), []).append(text)
+    say(console, "relative feature drift on the knowledge, %, before > after")
+    print_grid(cells, console)
+    say(console, f"mu {record['mu']:.4g}: mean drift {record['drift_before']:.4g} > {record['drift']:.4g}")
+    kept, error = record["task_kept"], record["task_error"]
+    if kept is not None:
+        say(console, f"kept of what the adapter does on the task: {kept:.1%}, relative error {error:.1%}")
+    if "sweep" in record:
+        rows = [
+            (
+                f"{row['mu']:g}",
+                f"{row['drift']:.2g}",
+                *("–" if row[key] is None else f"{row[key]:.1%}" for key in ("task_kept", "task_error")),
+            )
+            for row in record["sweep"]
+        ]
+        console.print(table(("mu", "drift", "kept", "task error"), rows))
+    if "scores" in record:
+        _print_repaired_scores(record["scores"], console)
+
+
+def _print_repaired_scores(scores: Sequence[Record], console: Console) -> None:
+    rows = []
+    for row in scores:
+        cells = [f"{row['name']} ({'keep' if row['role'] == 'knowledge' else 'learn'})", f"{row['base']:.3f}"]
+        for entry in row["models"]:
+            low, high = entry["interval_to_first"] or (None, None)
+            cells.append(f"{entry['score']:.3f}" + ("" if low is None else f"\n{low:+.3f} to {high:+.3f}"))
+        rows.append(cells)
+    console.print(table(("", "base", *(entry["label"] for entry in scores[0]["models"])), rows, ("",)))
+    say(console, "below a score: 95% interval of its difference to the adapter's, on the same items")
+
+
+def print_benefits(record: Record, console: Console) -> None:
+    """Prints the benefit of each cell of a grid over its baseline, a table for each benchmark, with means at the ends.
+
+    Args:
+        record: As in ``sweep.json`` of a grid with two axes: the first runs downwards, the second to the right.
+        console: Where to print.
+    """
+    (down, downs), (across, acrosses) = ((axis["key"], axis["values"]) for axis in record["grid"]["axes"])
+    corner = f"{down.rpartition('.')[2]} \\ {across.rpartition('.')[2]}"
+    for benefit in record["benefit"]:
+        decimals = 3 if benefit["unit"] == "nats" else 1
+        rows = [
+            [axis_value(value), *(_with_half(cell, decimals) for cell in line), _signed(mean, decimals)]
+            for value, line, mean in zip(downs, benefit["cells"], benefit["rows"], strict=True)
+        ]
+        rows.append(["mean", *(_signed(mean, decimals) for mean in [*benefit["columns"], benefit["mean"]])])
+        frame = table([corner, *map(axis_value, acrosses), "mean"], rows, wrap=False)
+        over = record.get("baseline") or "the base model"
+        frame.title = Text(f"{benefit_title(benefit)}: {unit_words(benefit['unit'])} over {over}")
+        console.print(frame)
+
+
+def benefit_title(benefit: Record) -> str:
+    """Returns the name of a benchmark with what it stands for: to keep, or to learn."""
+    word = {"knowledge": "keep", "task": "learn"}.get(benefit["role"])
+    return str(benefit["name"]) if word is None else f"{benefit['name']} ({word})"
+
+
+def print_study(record: Record, console: Console) -> None:
+    """Prints a row for each cell of a study over layers, ± half the 95% interval.
+
+    Args:
+        record: As in ``layers.json``; for bottom and top, the first row is the base model.
+        console: Where to print.
+    """
+    rows = record["summary"]
+    kinds = {row["benchmark"]: row for row in reversed(rows)}
+    names = list(dict.fromkeys(row["benchmark"] for row in rows))
+    heads = [head for name in names for head in (f"{name} after", f"{kinds[name]['measure']}, {kinds[name]['unit']}")]
+    lines = []
+    if record["study"] != "single":
+        lines.append(["none", *(text for name in names for text in (number(kinds[name]["before"]), ""))])
+    for point in dict.fromkeys(row["point"] for row in rows):
+        own = {row["benchmark"]: row for row in rows if row["point"] == point}
+        lines.append([str(point)])
+        for name in names:
+            row = own.get(name)
+            decimals = 3 if kinds[name]["unit"] == "nats" else 1
+            lines[-1] += ["–" if row is None else number(row["after"]), _with_half(row, decimals)]
+    console.print(table(("tuned", *heads), lines, ("tuned",)))
+
+
+def _with_half(cell: Record | None, decimals: int) -> str:
+    if cell is None:
+        return "–"
+    half = "" if cell["low"] is None else f" ±{(cell['high'] - cell['low']) / 2:.{decimals}f}"
+    return signed(cell["mean"], decimals) + half
+
+
+def _signed(value: float | None, decimals: int) -> str:
+    return "–" if value is None else signed(value, decimals)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"

@@ -1,0 +1,176 @@
+"""The table of a comparison: its numbers, and the table for the terminal, Markdown and the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rich.console import Console
+from rich.text import Text
+
+from keeptune.core.intervals import mean_of_seeds
+from keeptune.report.estimates import Method, Series, change, mean_of, methods, series
+from keeptune.report.numbers import count, gap, interval_text, number
+from keeptune.report.records import ReportLike, Run, as_report
+from keeptune.report.tables.terminal import fitting, table_frame
+
+__all__ = ["Cell", "Column", "comparison_columns", "comparison_rows", "markdown_comparison", "print_comparison"]
+
+_METHOD_WIDTH: Final = 22
+_SCORES: Final = ("K", "average_forgetting", "T", "KT")
+_TOGETHER: Final = {"K": "scores", "T": "scores", "KT": "scores", "forgetting": "scores"} | {
+    "trained": "costs",
+    "export": "costs",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: a value and, below it, its interval (may be empty)."""
+
+    main: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A table column: heading, the lines below the heading, and one cell for each method."""
+
+    head: str
+    sub: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+
+def comparison_rows(report: ReportLike) -> list[dict[str, Any]]:
+    """Returns the numbers of a comparison, one row for each method.
+
+    Args:
+        report: The report.
+
+    Returns:
+        Rows with ``method``, ``seeds``, ``knowledge`` and ``task`` (benchmark to ``metric``, ``n``, ``before``,
+        ``after``, ``change``, ``low`` and ``high``), ``K``, ``average_forgetting``, ``T`` and ``KT`` (``mean``, ``low``
+        and ``high``, or None), and the largest ``trained_parameters`` and ``export_gap``.
+    """
+    parsed = as_report(report)
+    rows: list[dict[str, Any]] = []
+    for method in methods(parsed):
+        row: dict[str, Any] = {"method": method.label, "seeds": [run.seed for run in method.runs]}
+        for role in ("knowledge", "task"):
+            each = {item.name: _benchmark_numbers(method, item) for item in series(parsed, role)}
+            row[role] = {name: numbers for name, numbers in each.items() if numbers is not None}
+        for key in _SCORES:
+            score = mean_of(method, lambda run, key=key: getattr(run, key))  # type: ignore[misc]
+            row[key] = {"mean": score.mean, "low": score.low, "high": score.high} if score else None
+        row["trained_parameters"] = _largest(method, lambda run: run.trained_parameters)
+        row["export_gap"] = _largest(method, lambda run: run.export_gap)
+        rows.append(row)
+    return rows
+
+
+def comparison_columns(report: ReportLike) -> list[Column]:
+    """Returns the comparison as texts: first the methods, then a column for each quantity that any method has."""
+    parsed = as_report(report)
+    rows = comparison_rows(parsed)
+    names = (Cell(row["method"], f"({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else "") for row in rows)
+    columns = [_benchmark_column(item, rows) for role in ("knowledge", "task") for item in series(parsed, role)]
+    columns += [Column(key, (), tuple(_score_cell(row[key]) for row in rows)) for key in ("K", "T", "KT")]
+    drops = tuple(_score_cell(row["average_forgetting"], percent=True) for row in rows)
+    trained = tuple(Cell(count(row["trained_parameters"])) for row in rows)
+    gaps = tuple(Cell(gap(row["export_gap"])) for row in rows)
+    columns += [Column("forgetting", ("average",), drops)]
+    columns += [Column("trained", ("params",), trained), Column("export", ("gap",), gaps)]
+    return [Column("method", (), tuple(names)), *(c for c in columns if any(cell.main != "–" for cell in c.cells))]
+
+
+def print_comparison(report: ReportLike, console: Console) -> None:
+    """Prints the comparison; columns that do not fit go into further tables below."""
+    first, *others = comparison_columns(report)
+    blocks = _blocks(others)
+    widths = [sum(_width(column) + 2 for column in block) for block in blocks]
+    for part, group in enumerate(fitting(blocks, widths, console.width - min(_width(first), _METHOD_WIDTH)) or [[]]):
+        if part:
+            console.print()
+        columns = [first, *(column for block in group for column in block)]
+        table = table_frame()
+        for column in columns:
+            head = Text(column.head).append("".join(f"\n{line}" for line in column.sub), style="dim")
+            if column is first:
+                table.add_column(head, max_width=_METHOD_WIDTH, overflow="fold")
+            else:
+                table.add_column(head, justify="right", no_wrap=True)
+        for row in zip(*(column.cells for column in columns), strict=True):
+            texts = [Text(cell.main).append(f"\n{cell.note}" if cell.note else "", style="dim") for cell in row]
+            table.add_row(*(_plain(text, console.encoding) for text in texts))
+        console.print(table)
+    if any(cell.note for column in others for cell in column.cells):
+        note = "In brackets: 95% interval of the change (points, or nats/token); ±: half the 95% interval over seeds."
+        console.print(_plain(Text(note, style="dim"), console.encoding))
+
+
+def markdown_comparison(report: ReportLike) -> str:
+    """Returns the comparison as a Markdown table."""
+    columns = comparison_columns(report)
+    lines = [[_escape(", ".join((item.head, *item.sub))) for item in columns], ["---", *["---:"] * (len(columns) - 1)]]
+    for row in zip(*(column.cells for column in columns), strict=True):
+        lines.append([_escape(" ".join(part for part in (cell.main, cell.note) if part)) for cell in row])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _largest(method: Method, read: Callable[[Run], float | None]) -> float | None:
+    return max((value for value in map(read, method.runs) if value is not None), default=None)
+
+
+def _benchmark_numbers(method: Method, kind: Series) -> dict[str, Any] | None:
+    rows = [item for run in method.runs for item in run.benchmarks if item.name == kind.name]
+    moved = change(method, kind.name)
+    before, after = mean_of_seeds([item.before for item in rows]), mean_of_seeds([item.after for item in rows])
+    if moved is None or before is None or after is None:
+        return None
+    numbers = {"before": before.mean, "after": after.mean, "change": moved.mean, "low": moved.low, "high": moved.high}
+    return {"metric": kind.metric, "n": max(item.n for item in rows), **numbers}
+
+
+def _benchmark_column(kind: Series, rows: Sequence[Mapping[str, Any]]) -> Column:
+    cells = []
+    for row in rows:
+        own = row[kind.role].get(kind.name)
+        scores = "–" if own is None else f"{number(own['before'])} → {number(own['after'])}"
+        cells.append(Cell(scores, "" if own is None else interval_text(own["low"], own["high"], kind.lower_is_better)))
+    return Column(kind.name, (kind.role, "nats/token" if kind.lower_is_better else "accuracy"), tuple(cells))
+
+
+def _score_cell(score: Mapping[str, float] | None, *, percent: bool = False) -> Cell:
+    if score is None:
+        return Cell("–")
+    half, factor, digits = (score["high"] - score["low"]) / 2, 100 if percent else 1, 2 if percent else 3
+    note = f"±{number(factor * half, digits)}" if math.isfinite(half) else ""
+    return Cell(f"{number(factor * score['mean'], digits)}{'%' if percent else ''}", note)
+
+
+def _blocks(columns: Sequence[Column]) -> list[list[Column]]:
+    """Returns the columns in groups that stay together: the scores, and what training cost."""
+    blocks: dict[str, list[Column]] = {}
+    for index, column in enumerate(columns):
+        blocks.setdefault(str(index) if len(column.sub) == 2 else _TOGETHER[column.head], []).append(column)
+    return list(blocks.values())
+
+
+def _width(column: Column) -> int:
+    texts = [column.head, *column.sub, *(part for cell in column.cells for part in (cell.main, cell.note))]
+    return max(Text(text).cell_len for text in texts)
+
+
+def _plain(text: Text, encoding: str) -> Text:
+    """Returns the text with plain characters for signs, for terminals without Unicode."""
+    if encoding.lower().startswith("utf"):
+        return text
+    return Text(text.plain.replace("→", "->").replace("−", "-").replace("–", "-").replace("±", "+-"))
+
+
+def _escape(text: str) -> str:
+    """Returns a text that stays inside its Markdown cell."""
+    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return " ".join(safe.split())

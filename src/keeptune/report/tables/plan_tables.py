@@ -1,0 +1,120 @@
+"""Tables of single stages: a plan, the points of a sweep, and scores before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from keeptune.report.numbers import count, gap, number
+from keeptune.report.tables.terminal import print_grid, say, table, table_frame
+
+__all__ = ["print_plan", "print_points", "print_scores"]
+
+Row = Mapping[str, Any]
+_COLUMNS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
+    "layer": ("layer", str),
+    "role": ("role", str),
+    "rank": ("rank", str),
+    "trained_parameters": ("trained params", lambda value: f"{value:,}"),
+    "start_error": ("start error", gap),
+}
+
+
+def print_plan(rows: Sequence[Row], console: Console, notes: Sequence[str] = ()) -> None:
+    """Prints a plan: a line for each target, or ranks by layer and role where they differ, and the importances.
+
+    Args:
+        rows: The targets, as in ``plan`` of ``report.json``.
+        console: Where to print.
+        notes: Further lines of the method.
+    """
+    if not rows:
+        console.print("The plan is empty.")
+        return
+    ranks = {row.get("rank") for row in rows}
+    if len(ranks) > 1:
+        say(console, "rank")
+        print_grid(_cells(rows, lambda row: str(row.get("rank"))), console)
+    else:
+        console.print(_target_table(rows))
+    weighed = [row for row in rows if _importance(row) is not None]
+    if weighed:
+        say(console, "\nimportance")
+        print_grid(_cells(weighed, lambda row: gap(_importance(row))), console)
+    for index, note in enumerate(notes):
+        say(console, f"\n{note}" if index == 0 else note)
+    errors = [row["start_error"] for row in rows if row.get("start_error") is not None]
+    if errors and len(ranks) > 1:
+        say(console, f"start error: at most {gap(max(errors))}")
+    total = sum(row.get("trained_parameters") or 0 for row in rows)
+    ending = f", {total:,} trained parameters ({count(total)})" if total else ""
+    say(console, f"{len(rows)} targets{ending}")
+
+
+def print_points(points: Sequence[tuple[str, float | None, Row, Sequence[int]]], console: Console) -> None:
+    """Prints the points of a sweep and what each changes.
+
+    Args:
+        points: Name, place on the axis, settings and seeds of each.
+        console: Where to print.
+    """
+    rows = [
+        (
+            name,
+            "–" if x is None else f"{x:g}",
+            "\n".join(f"{key}: {value}" for key, value in settings.items()) or "nothing",
+            ", ".join(map(str, seeds)),
+        )
+        for name, x, settings, seeds in points
+    ]
+    console.print(table(("point", "x", "changes", "seeds"), rows, ("point", "changes", "seeds")))
+
+
+def print_scores(summaries: Sequence[Row], console: Console) -> None:
+    """Prints benchmark scores before and after, with the interval of the change.
+
+    Args:
+        summaries: ``name``, ``role``, ``metric``, ``n``, ``before``, ``after`` and ``interval`` of each benchmark.
+        console: Where to print.
+    """
+    if not summaries:
+        console.print("The recipe lists no benchmarks under `evaluate`.")
+        return
+    rows = [
+        (
+            *(str(item[key]) for key in ("name", "role", "metric", "n")),
+            *(number(item[key]) for key in ("before", "after")),
+            f"[{item['interval'][0]:+.3f}, {item['interval'][1]:+.3f}]",
+        )
+        for item in summaries
+    ]
+    left = ("benchmark", "role", "metric")
+    console.print(table((*left, "items", "before", "after", "95% interval of the change"), rows, left))
+
+
+def _cells(rows: Sequence[Row], write: Callable[[Row], str]) -> dict[tuple[int | None, str], list[str]]:
+    cells: dict[tuple[int | None, str], list[str]] = {}
+    for row in rows:
+        cells.setdefault((row.get("layer"), str(row.get("role"))), []).append(write(row))
+    return cells
+
+
+def _importance(row: Row) -> float | None:
+    values = (row.get("evidence") or {}).get("importance")
+    return float(values[0]) if isinstance(values, list | tuple) and len(values) == 1 else None
+
+
+def _target_table(rows: Sequence[Row]) -> Table:
+    frame = table_frame()
+    shown = {key: column for key, column in _COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    for key, (head, _) in shown.items():
+        frame.add_column(head, justify="left" if key == "role" else "right")
+    for index, row in enumerate(rows):
+        last = index + 1 == len(rows) or rows[index + 1].get("layer") != row.get("layer")
+        cells = ["–" if row.get(key) is None else write(row[key]) for key, (_, write) in shown.items()]
+        frame.add_row(*map(Text, cells), end_section=last)
+    return frame
