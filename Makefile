@@ -37,7 +37,7 @@ lint: $(BIN)/.dev
 	(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium) >/dev/null
 
 unit: $(BIN)/.dev /usr/bin/chromium
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist worksteal
 
 bench: $(BIN)/.dev
 	$(BIN)/python benchmarks/run.py

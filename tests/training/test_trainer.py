@@ -48,7 +48,7 @@ def plans(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathF
     store = StatStore(tmp_path_factory.mktemp("store"))
     texts = ["Once upon a time there was a dog.", "Lily and Tom went to the park to play with a big red ball."]
     knowledge = tokenize_calibration(texts, tokenizer, max_length=64, where="test")
-    made: dict[str, Method[Any]] = {
+    made: dict[str, Method] = {
         "lora": Lora(rank=2),
         "v1": LoraNull(rank=2),
         "v2": LoraNull(rank=2, variant="v2"),
