@@ -20,9 +20,9 @@ from keeptune.adapter import export as exporting
 from keeptune.adapter.export import Exported, Format
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
-from keeptune.data.completions import TaskExamples, task_calibration
-from keeptune.data.knowledge import knowledge_calibration, knowledge_of
-from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_calibration
+from keeptune.data.completions import TaskExamples
+from keeptune.data.knowledge import knowledge_of
+from keeptune.data.labelled import LabelledExamples, Texts, label_indices
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate as evaluate_one
 from keeptune.evaluation.model_pairs import ModelPair
@@ -80,7 +80,7 @@ def plan(
     max_length = min(max_length, positions(model) or max_length)
     data: dict[DataRole, Calibration] = {}
     if knowledge is not None:
-        data["knowledge"] = knowledge_calibration(knowledge_of(knowledge), tokenizer, max_length=max_length)
+        data["knowledge"] = knowledge_of(knowledge).calibration(tokenizer, max_length=max_length)
     if task is not None:
         data["task"] = _task_calibration(Head.of(model), task, tokenizer, max_length)
     with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
@@ -107,11 +107,9 @@ def _task_calibration(
 ) -> Calibration:
     read, said = (tuple(part) for part in zip(*task, strict=True))
     if head is None:
-        examples = TaskExamples(read, said)
-        return task_calibration(examples, tokenizer, max_length=max_length, examples=len(task), seed=0)
+        return TaskExamples(read, said).calibration(tokenizer, max_length=max_length)
     labels = label_indices(said, head.labels, where="task") if head.labels else tuple(map(float, said))
-    labelled = LabelledExamples(Texts(read), labels, head.labels)
-    return labelled_calibration(labelled, tokenizer, max_length=max_length, examples=len(task), seed=0)
+    return LabelledExamples(Texts(read), labels, head.labels).calibration(tokenizer, max_length=max_length)
 
 
 def export(

@@ -11,7 +11,7 @@ from tests.data.test_calibration import words
 from tokenizers.processors import TemplateProcessing
 
 from keeptune.core.errors import DataError, RecipeError
-from keeptune.data.knowledge import KnowledgeSet, knowledge_calibration, knowledge_set
+from keeptune.data.knowledge import KnowledgeSet, knowledge_set
 from keeptune.data.multiple_choice import LOKI_PROMPT, choose_rows, lettered_rows
 from keeptune.data.sources import read_jsonl
 from keeptune.recipe.sections import Knowledge
@@ -87,7 +87,7 @@ def test_choices_alone_take_the_papers_prompt() -> None:
 def test_a_chats_user_says_the_prompt(begins: bool, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = words()
     data = KnowledgeSet("knowledge", (" d",), ("a b",), chat=True)
-    plain = knowledge_calibration(data, tokenizer, max_length=9)
+    plain = data.calibration(tokenizer, max_length=9)
     assert plain.sequences == (tuple(tokenizer("a b d")["input_ids"]),)
     turns = "{% for m in messages %} c {{ m.content }}{% endfor %}"
     tokenizer.chat_template = "{{ bos_token }}" + turns + "{% if add_generation_prompt %} a{% endif %}"
@@ -95,6 +95,6 @@ def test_a_chats_user_says_the_prompt(begins: bool, caplog: pytest.LogCaptureFix
     if begins:
         special = [("b", tokenizer.bos_token_id)]
         tokenizer._tokenizer.post_processor = TemplateProcessing(single="b $A", special_tokens=special)
-    found = knowledge_calibration(data, tokenizer, max_length=9)
+    found = data.calibration(tokenizer, max_length=9)
     assert tokenizer.convert_ids_to_tokens(found.sequences[0]) == ["b", "c", "a", "b", "a", "d"]
     assert found.prompts == (5,)

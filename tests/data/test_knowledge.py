@@ -10,7 +10,7 @@ from tests.models import calibration, task
 
 from keeptune.core.errors import DataError
 from keeptune.data.calibration import Calibration
-from keeptune.data.knowledge import joined_knowledge, knowledge_calibration, knowledge_of, knowledge_set
+from keeptune.data.knowledge import joined_knowledge, knowledge_of, knowledge_set
 
 TEXTS = Calibration(((5, 6, 7), (8, 9), (4, 4, 4, 4)), 0)
 PAIRS = Calibration(((1, 2, 3, 4), (3, 2, 1)), 0, (2, 1))
@@ -37,7 +37,7 @@ def test_texts_and_pairs_from_python() -> None:
 
 def test_the_completion_alone_is_learned_and_nothing_is_appended() -> None:
     read = plain_tokenizer()
-    data = knowledge_calibration(knowledge_of([("a b", " c d"), ("", "a b c")]), read, max_length=8)
+    data = knowledge_of([("a b", " c d"), ("", "a b c")]).calibration(read, max_length=8)
     assert data.sequences == tuple(map(tuple, read(["a b c d", "a b c"])["input_ids"]))
     assert data.prompts == (2, 0)
     assert data.learned == 2 + 2
@@ -45,16 +45,16 @@ def test_the_completion_alone_is_learned_and_nothing_is_appended() -> None:
 
 def test_what_has_no_room_is_left_out_and_nothing_at_all_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     read = plain_tokenizer()
-    data = knowledge_calibration(knowledge_of([("a b c", " d"), ("a", " b c d")]), read, max_length=3)
+    data = knowledge_of([("a b c", " d"), ("a", " b c d")]).calibration(read, max_length=3)
     assert data.sequences == (tuple(read("a b c")["input_ids"]),)
     assert data.prompts == (1,)
     assert "1 prompts fill 3 tokens" in caplog.text
     with pytest.raises(DataError, match="without a completion within 3 tokens"):
-        knowledge_calibration(knowledge_of([("a b c", " d")]), read, max_length=3)
+        knowledge_of([("a b c", " d")]).calibration(read, max_length=3)
     with pytest.raises(DataError, match="example 2: got an empty completion"):
-        knowledge_calibration(knowledge_of([("a", " b"), ("a", " ")]), read, max_length=3)
+        knowledge_of([("a", " b"), ("a", " ")]).calibration(read, max_length=3)
     with pytest.raises(DataError, match="knowledge: got no texts"):
-        knowledge_calibration(knowledge_of([]), read, max_length=3)
+        knowledge_of([]).calibration(read, max_length=3)
 
 
 def test_one_set_is_itself_and_several_are_pooled() -> None:

@@ -13,11 +13,8 @@ from keeptune.core.errors import DataError
 from keeptune.data.labelled import (
     LabelledExamples,
     Texts,
-    classified_examples,
     collator,
-    encode,
-    labelled_calibration,
-    scored_examples,
+    labelled_examples,
 )
 from keeptune.model.pretrained import load_tokenizer
 
@@ -36,7 +33,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 
 def read(rows: list[dict[str, Any]], **options: Any) -> LabelledExamples:
-    return classified_examples(rows, **{"text": "{a}", "text_pair": None, "label": "{label}", "where": "w"} | options)
+    return labelled_examples(rows, **{"text": "{a}", "text_pair": None, "label": "{label}", "where": "w"} | options)
 
 
 def test_labels_are_collected_sorted_or_taken_as_given() -> None:
@@ -47,7 +44,7 @@ def test_labels_are_collected_sorted_or_taken_as_given() -> None:
 
 
 def test_scores_are_numbers() -> None:
-    made = scored_examples(ROWS, text="{a}", text_pair="{b}", label="{score}", where="w")
+    made = labelled_examples(ROWS, text="{a}", text_pair="{b}", label="{score}", scores=True, where="w")
     assert (made.labels, made.names) == ((3.0, 4.5, 0.25), ())
     assert made.texts == Texts(tuple(row["a"] for row in ROWS), tuple(row["b"] for row in ROWS))
 
@@ -75,9 +72,7 @@ def test_rows_that_do_not_fit_are_named(row: dict[str, Any], options: dict[str, 
 @pytest.mark.parametrize("score", ["high", None, True, "nan", "", [3], 10**400])
 def test_a_score_that_is_no_number_is_named(score: Any) -> None:
     with pytest.raises(DataError, match=r"w row 2: got the score .*kind: classification"):
-        scored_examples(
-            [{"a": "x", "s": 1}, {"a": "x", "s": score}], text="{a}", text_pair=None, label="{s}", where="w"
-        )
+        read([{"a": "x", "s": 1}, {"a": "x", "s": score}], label="{s}", scores=True)
 
 
 def test_one_label_alone_cannot_be_told_apart() -> None:
@@ -93,7 +88,7 @@ def test_what_is_learned_is_part_of_the_key() -> None:
 
 def test_texts_are_read_as_the_tokenizer_joins_and_cuts_them(tokenizer: PreTrainedTokenizerBase) -> None:
     texts = read(ROWS, text_pair="{b}").texts
-    whole, cut = encode(tokenizer, texts, 64), encode(tokenizer, texts, 9)
+    whole, cut = texts.encode(tokenizer, 64), texts.encode(tokenizer, 9)
     for index, row in enumerate(ROWS):
         assert whole.columns["input_ids"][index] == tokenizer(row["a"], row["b"])["input_ids"]
     assert (whole.cut, max(map(len, cut.columns["input_ids"]))) == (0, 9)
@@ -101,7 +96,7 @@ def test_texts_are_read_as_the_tokenizer_joins_and_cuts_them(tokenizer: PreTrain
 
 
 def test_a_batch_is_padded_behind_whatever_the_tokenizer_says(tokenizer: PreTrainedTokenizerBase) -> None:
-    encoded = encode(tokenizer, read(ROWS).texts, 64)
+    encoded = read(ROWS).texts.encode(tokenizer, 64)
     tokenizer.padding_side = "left"
     try:
         batch = collator(tokenizer)(encoded.rows([0, 1, 2]))
@@ -114,8 +109,8 @@ def test_a_batch_is_padded_behind_whatever_the_tokenizer_says(tokenizer: PreTrai
 
 def test_a_sample_has_the_tokens_and_labels_of_the_drawn_examples(tokenizer: PreTrainedTokenizerBase) -> None:
     task = read(ROWS, text_pair="{b}")
-    made = labelled_calibration(task, tokenizer, max_length=64, examples=2, seed=1)
-    ids = encode(tokenizer, task.texts, 64).columns["input_ids"]
+    made = task.calibration(tokenizer, max_length=64, examples=2, seed=1)
+    ids = task.texts.encode(tokenizer, 64).columns["input_ids"]
     assert made.labels is not None
     assert len(made.labels) == 2
     for sequence, label in zip(made.sequences, made.labels, strict=True):

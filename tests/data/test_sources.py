@@ -108,7 +108,7 @@ def test_task_examples_are_the_filled_templates_in_order() -> None:
     found = task_examples(ROWS, prompt="{q}?", completion=" {a}", where="task")
     assert found.prompts == ("one?", "two?")
     assert found.completions == (" 1", " 2")
-    assert list(found.dataset()) == [
+    assert list(found.dataset(None, 0)[0]) == [  # type: ignore[arg-type]
         {"prompt": "one?", "completion": " 1"},
         {"prompt": "two?", "completion": " 2"},
     ]

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.adapter.install import install, trained_state
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
-from keeptune.data.labelled import LabelledExamples, classified_examples, collator, encode, scored_examples
+from keeptune.data.labelled import LabelledExamples, collator, labelled_examples
 from keeptune.methods.lora import Lora
 from keeptune.model.head import Head, sequence_losses
 from keeptune.model.pretrained import load_model, load_tokenizer
@@ -27,8 +27,8 @@ from keeptune.training.classifier import train_classifier
 from keeptune.training.trainer import sft_config
 
 ROWS = [row | {"length": len(row["sentence"]) / 10} for row in read_jsonl(FACTS, 16)]
-WORDS = classified_examples(ROWS, text="{sentence}", text_pair=None, label="{relation}", where="test")
-LENGTHS = scored_examples(ROWS, text="{sentence}", text_pair=None, label="{length}", where="test")
+WORDS = labelled_examples(ROWS, text="{sentence}", text_pair=None, label="{relation}", where="test")
+LENGTHS = labelled_examples(ROWS, text="{sentence}", text_pair=None, label="{length}", scores=True, where="test")
 QUICK = {"max_steps": 2, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0, "save_strategy": "no", "seed": 0}
 
 
@@ -69,7 +69,7 @@ def train(made: tuple[PeftModel, Plan], tokenizer: Any, examples: LabelledExampl
 
 
 def losses(model: PeftModel, tokenizer: Any, examples: LabelledExamples, smoothing: float = 0.0) -> Tensor:
-    batch = collator(tokenizer)(encode(tokenizer, examples.texts, 64).rows(range(len(examples.labels))))
+    batch = collator(tokenizer)(examples.texts.encode(tokenizer, 64).rows(range(len(examples.labels))))
     with torch.no_grad():
         return sequence_losses(model(**batch).logits, torch.tensor(examples.labels), smoothing)
 

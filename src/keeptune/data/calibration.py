@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
 
-__all__ = ["Batch", "Calibration", "tokenize_calibration"]
+__all__ = ["Batch", "Calibration", "pad_id_of", "tokenize_calibration"]
 
 _Row = tuple[tuple[int, ...], int, float, tuple[int, ...]]
 
@@ -25,7 +26,7 @@ class Batch:
         input_ids: ``(batch, length)``, integer.
         attention_mask: ``(batch, length)``, 1 for a token, 0 for padding.
         loss_mask: ``(batch, length)``, 1 for a token that the model learns to write; None without such a task.
-        labels: ``(batch,)``, what a classifier learns to say of each text; None without such a task.
+        labels: ``(batch,)``, what a classifier learns of each text; None without such a task.
         token_type_ids: ``(batch, length)``, which text of a pair a token is from; None where models need not know.
     """
 
@@ -58,72 +59,58 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
+        """The number of tokens."""
         return sum(map(len, self.sequences))
 
     @property
     def learned(self) -> int:
-        """Number of tokens that the model learns to write: none of a prompt, and never the first of a text.
-
-        Of a classifier, the number of texts.
-        """
+        """The number of tokens that are learned, without prompts and first tokens; of a classifier, of texts."""
         if self.labels is not None:
             return len(self.sequences)
         starts = self.prompts or (0,) * len(self.sequences)
         return sum(len(ids) - max(start, 1) for ids, start in zip(self.sequences, starts, strict=True))
 
     def first(self, examples: int) -> Calibration:
-        """Take the first texts of each set.
+        """Returns the first texts of each set.
 
         Args:
             examples: How many of each; all, where a set has fewer.
-
-        Returns:
-            Those texts.
         """
         kept: list[int] = []
         end = 0
         for size in self.sets or (len(self.sequences),):
             kept += range(end, end + min(size, examples))
             end += size
-        return replace(
-            self,
-            sequences=tuple(self.sequences[i] for i in kept),
-            prompts=self.prompts and tuple(self.prompts[i] for i in kept),
-            labels=self.labels and tuple(self.labels[i] for i in kept),
-            types=self.types and tuple(self.types[i] for i in kept),
-            sets=tuple(min(size, examples) for size in self.sets),
-        )
+        columns = {name: getattr(self, name) for name in ("sequences", "prompts", "labels", "types")}
+        taken: dict[str, Any] = {name: column and tuple(column[i] for i in kept) for name, column in columns.items()}
+        return replace(self, **taken, sets=tuple(min(size, examples) for size in self.sets))
 
     @property
     def fingerprint(self) -> str:
-        """Content key of the token ids and what is learned of them, whatever their order."""
+        """The content key of the token ids and what is learned of them, whatever their order."""
         if self.prompts is None and self.labels is None:
             return content_key(sorted(self.sequences))
         return content_key([self.prompts is None, self.types is None, sorted(self._rows())])
 
     def batches(self, tokens: int = 4096, *, padding_side: str = "right", padded: bool = True) -> list[Batch]:
-        """Form batches of about equal size from texts of about equal length.
+        """Returns batches of about equal size, of texts of about equal length, longest first to show memory problems.
 
         Args:
             tokens: Tokens per batch, padding included; a longer text is a batch of its own.
             padding_side: ``"right"`` or ``"left"``.
             padded: False puts only texts of one length into a batch, so that no batch holds padding.
-
-        Returns:
-            The batches, longest texts first (memory problems show at once).
         """
-        found: list[Batch] = []
+        batches: list[Batch] = []
         rows: list[_Row] = []
         for row in sorted(self._rows(), key=lambda row: (-len(row[0]), row)):
             longest = len(rows[0][0]) if rows else 0
             if rows and ((len(rows) + 1) * longest > tokens or not (padded or len(row[0]) == longest)):
-                found.append(self._pad(rows, padding_side))
+                batches.append(self._pad(rows, padding_side))
                 rows = []
             rows.append(row)
         if rows:
-            found.append(self._pad(rows, padding_side))
-        return found
+            batches.append(self._pad(rows, padding_side))
+        return batches
 
     def _rows(self) -> list[_Row]:
         count = len(self.sequences)
@@ -152,16 +139,13 @@ class Calibration:
 def tokenize_calibration(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int, where: str
 ) -> Calibration:
-    """Tokenise knowledge texts as the model would read them.
+    """Tokenises whole texts as the model reads them.
 
     Args:
         texts: The texts.
         tokenizer: The model's tokenizer.
         max_length: Longer texts are cut to this many tokens.
         where: The recipe key, for error messages.
-
-    Returns:
-        The calibration data.
 
     Raises:
         DataError: There is no text, or a text has no tokens.
@@ -177,5 +161,13 @@ def tokenize_calibration(
                 wanted="a text that is not empty",
                 next_step="Remove the row or change the template.",
             )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Calibration(tuple(tuple(ids) for ids in encoded), int(pad))
+    return Calibration(tuple(tuple(ids) for ids in encoded), pad_id_of(tokenizer))
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id that fills up batches, which is always masked; 0 where the tokenizer has none.
+
+    Args:
+        tokenizer: The model's tokenizer.
+    """
+    return int(tokenizer.pad_token_id or 0)

@@ -1,25 +1,25 @@
-"""Task data: prompts and completions, for TRL and for statistics; the loss is taken on the completion only."""
+"""Prompts with completions, for TRL and for statistics; the loss is taken on the completions only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
-from keeptune.data.calibration import Calibration
+from keeptune.data.calibration import Calibration, pad_id_of, tokenize_calibration
+from keeptune.data.examples import Examples
 from keeptune.data.sources import Row
-from keeptune.data.templates import render
+from keeptune.data.templates import render_all
 
-__all__ = ["TaskExamples", "draw_rows", "task_calibration", "task_examples", "tokenize_pairs"]
+__all__ = ["TaskExamples", "task_examples", "tokenize_completions"]
 
 
 @dataclass(frozen=True, slots=True)
-class TaskExamples:
+class TaskExamples(Examples):
     """Rendered prompts and completions.
 
     Args:
@@ -31,25 +31,42 @@ class TaskExamples:
     completions: tuple[str, ...]
 
     def __len__(self) -> int:
-        """Count the examples."""
         return len(self.prompts)
 
     @property
     def fingerprint(self) -> str:
-        """Content key of the texts, in order: training depends on it."""
+        """The content key of the texts."""
         return content_key([self.prompts, self.completions])
 
-    def dataset(self) -> Dataset:
-        """Give the columns that ``SFTTrainer`` reads.
+    @property
+    def read_texts(self) -> Sequence[str]:
+        """The prompts."""
+        return self.prompts
 
-        Returns:
-            A dataset with ``prompt`` and ``completion``.
-        """
-        return Dataset.from_dict({"prompt": list(self.prompts), "completion": list(self.completions)})
+    def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, int]:
+        """Returns the columns ``prompt`` and ``completion``; ``SFTTrainer`` tokenises and cuts them itself."""
+        return Dataset.from_dict({"prompt": list(self.prompts), "completion": list(self.completions)}), 0
+
+    def first_tokens(self, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[Sequence[int]]:
+        """Returns the token ids of the first prompts with their completions."""
+        texts = [p + c for p, c in zip(self.prompts[:count], self.completions[:count], strict=True)]
+        return tokenize_calibration(texts, tokenizer, max_length=max_length, where="task.train").sequences
+
+    def _calibration(self, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calibration:
+        end = tokenizer.eos_token or ""
+        completions = [self.completions[i] + ("" if self.completions[i].endswith(end) else end) for i in rows]
+        return tokenize_completions(
+            [self.prompts[i] for i in rows],
+            completions,
+            tokenizer,
+            max_length=max_length,
+            where="task.train",
+            setting="task.calibration.max_length",
+        )
 
 
 def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: str) -> TaskExamples:
-    """Render task rows.
+    """Renders the rows of a task.
 
     Args:
         rows: The rows.
@@ -57,85 +74,46 @@ def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: s
         completion: Template of the completion, usually starting with a space.
         where: The recipe key, for error messages.
 
-    Returns:
-        The examples.
-
     Raises:
         DataError: A row lacks a field.
     """
-    places = [f"{where} row {number}" for number in range(1, len(rows) + 1)]
-    return TaskExamples(
-        prompts=tuple(render(prompt, row, where=place) for row, place in zip(rows, places, strict=True)),
-        completions=tuple(render(completion, row, where=place) for row, place in zip(rows, places, strict=True)),
-    )
+    return TaskExamples(render_all(prompt, rows, where=where), render_all(completion, rows, where=where))
 
 
-def draw_rows(count: int, size: int, seed: int) -> list[int]:
-    """Draw rows without replacement; a smaller draw with the same seed is part of a larger one.
-
-    Args:
-        count: How many rows there are.
-        size: How many are wanted; all, if there are fewer.
-        seed: The seed.
-
-    Returns:
-        Their indices, in the order of the draw.
-    """
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order[:size]
-
-
-def task_calibration(
-    task: TaskExamples, tokenizer: PreTrainedTokenizerBase, *, max_length: int, examples: int, seed: int
+def tokenize_completions(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    where: str,
+    setting: str = "max_length",
 ) -> Calibration:
-    """Tokenise a sample of the task as TRL does for training, for statistics of inputs and gradients.
+    """Tokenises each prompt with its completion as one text; prompts that fill ``max_length`` are left out.
 
     Args:
-        task: Prompts and completions.
-        tokenizer: The model's tokenizer; its end-of-text token closes each completion.
-        max_length: Longer examples are cut to this many tokens.
-        examples: How many examples are drawn.
-        seed: Seed of the draw.
-
-    Returns:
-        The tokens, with the length of each prompt. Examples whose prompt fills ``max_length`` are left out.
+        prompts: What the model reads.
+        completions: What it learns to write.
+        tokenizer: The model's tokenizer.
+        max_length: Longer texts are cut to this many tokens.
+        where: The recipe key, for error messages.
+        setting: The setting that error messages advise to raise.
 
     Raises:
         DataError: No example is left.
     """
-    rows = draw_rows(len(task.prompts), examples, seed)
-    end = tokenizer.eos_token or ""
-    completions = [task.completions[i] + ("" if task.completions[i].endswith(end) else end) for i in rows]
-    kept = tokenize_pairs([task.prompts[i] for i in rows], completions, tokenizer, max_length=max_length)
-    if not kept:
-        raise DataError(
-            "task.train",
-            got=f"{len(rows)} examples without a completion within {max_length} tokens",
-            wanted="at least one",
-            next_step="Raise task.calibration.max_length or shorten the prompts.",
-        )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Calibration(tuple(ids for ids, _ in kept), int(pad), tuple(start for _, start in kept))
-
-
-def tokenize_pairs(
-    prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> list[tuple[tuple[int, ...], int]]:
-    """Tokenise each prompt with its completion as one text.
-
-    Args:
-        prompts: What the model reads.
-        completions: What follows.
-        tokenizer: The model's tokenizer.
-        max_length: Longer texts are cut to this many tokens.
-
-    Returns:
-        Token ids and the number of leading ones that the prompt is, without the texts whose prompt leaves no room.
-    """
     read = tokenizer(list(prompts))["input_ids"]
     whole = tokenizer([p + c for p, c in zip(prompts, completions, strict=True)])["input_ids"]
     cut = [(tuple(ids[:max_length]), _common(start, ids)) for start, ids in zip(read, whole, strict=True)]
-    return [(ids, start) for ids, start in cut if start < len(ids)]
+    kept = [(ids, start) for ids, start in cut if start < len(ids)]
+    if not kept:
+        raise DataError(
+            where,
+            got=f"{len(completions)} examples without a completion within {max_length} tokens",
+            wanted="at least one",
+            next_step=f"Raise {setting} or shorten the prompts.",
+        )
+    return Calibration(tuple(ids for ids, _ in kept), pad_id_of(tokenizer), tuple(start for _, start in kept))
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""Refuse to measure on what was used to prepare or to train: evaluation data must be disjoint from both."""
+"""Evaluation data must be disjoint from what was used to prepare and to train."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Corpus:
 
 
 def refuse_overlap(used: Corpus, scored: Corpus) -> None:
-    """Check that no evaluation item was among the data that were used.
+    """Checks that no evaluation item is among the data that were used.
 
     An item overlaps when its row is one of the used rows, or a used text starts with the item's prompt
     (case and white space aside).

@@ -17,20 +17,17 @@ _NAME = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))
 
 
 def fetch(name: str) -> Path:
-    """Download a data file into the hub's cache, or find it there.
+    """Returns the local copy of a data file, which is downloaded into the hub's cache if it is not there.
 
     Args:
         name: ``hf://datasets/org/name/file.jsonl``, with ``@revision`` after the name if one is wanted.
-
-    Returns:
-        The local file.
 
     Raises:
         DataError: The name has another form, or the hub does not give the file.
     """
     match = _parsed(name)
     try:
-        found = hf_hub_download(match["repo"], match["file"], repo_type="dataset", revision=match["revision"])
+        return Path(hf_hub_download(match["repo"], match["file"], repo_type="dataset", revision=match["revision"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().split("\n")[0]
         raise DataError(
@@ -39,24 +36,20 @@ def fetch(name: str) -> Path:
             wanted="a file that the hub gives",
             next_step="Check the name, the network and your access (`hf auth login`).",
         ) from error
-    return Path(found)
 
 
 def cached(name: str) -> Path | str:
-    """Find a data file in the hub's cache, without the network.
+    """Returns a data file in the hub's cache, without the network; the name where it is not there.
 
     Args:
         name: As of :func:`fetch`.
-
-    Returns:
-        The local file, or the name where it is not in the cache.
 
     Raises:
         DataError: The name has another form.
     """
     match = _parsed(name)
-    found = try_to_load_from_cache(match["repo"], match["file"], repo_type="dataset", revision=match["revision"])
-    return Path(found) if isinstance(found, str) else name
+    path = try_to_load_from_cache(match["repo"], match["file"], repo_type="dataset", revision=match["revision"])
+    return Path(path) if isinstance(path, str) else name
 
 
 def _parsed(name: str) -> re.Match[str]:

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError
 from keeptune.data.calibration import Calibration, tokenize_calibration
-from keeptune.data.completions import tokenize_pairs
+from keeptune.data.completions import tokenize_completions
 from keeptune.data.sources import Row
-from keeptune.data.templates import render
+from keeptune.data.templates import render_all
 
-__all__ = ["KnowledgeSet", "joined_knowledge", "knowledge_calibration", "knowledge_of", "knowledge_set"]
+__all__ = ["KnowledgeSet", "joined_knowledge", "knowledge_of", "knowledge_set"]
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class KnowledgeSet:
         where: The recipe key, for error messages.
         completions: The whole texts, or what follows each prompt.
         prompts: What the model only reads; None for whole texts, all of which it is to keep.
-        chat: A chat's user says the prompts, where the tokenizer has a chat template: for statistics.
+        chat: Prompts are the user's turn of a chat, where the tokenizer has a chat template: for statistics.
     """
 
     where: str
@@ -36,11 +36,44 @@ class KnowledgeSet:
     chat: bool = False
 
     @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each example as a prompt and its completion; the prompt of a whole text is empty."""
+        return list(zip(self.prompts or ("",) * len(self.completions), self.completions, strict=True))
+
+    @property
     def texts(self) -> list[str]:
         """Each example as one text, as the model reads it."""
+        return [prompt + completion for prompt, completion in self.pairs]
+
+    def calibration(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Calibration:
+        """Returns the tokens of the set, with the length of each prompt where there are prompts.
+
+        No end-of-text token is appended to a completion: what ends an answer is a custom of a task, not knowledge.
+        Examples whose prompt fills ``max_length`` are left out, which is logged.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            max_length: Longer examples are cut to this many tokens.
+
+        Raises:
+            DataError: There is no example, an example is empty, or none has room for its completion.
+        """
         if self.prompts is None:
-            return list(self.completions)
-        return [prompt + completion for prompt, completion in zip(self.prompts, self.completions, strict=True)]
+            return tokenize_calibration(self.completions, tokenizer, max_length=max_length, where=self.where)
+        for number, completion in enumerate(self.completions, start=1):
+            if not completion.strip():
+                raise DataError(
+                    f"{self.where} example {number}",
+                    got="an empty completion",
+                    wanted="a completion that is not empty",
+                    next_step="Remove the row or change the template.",
+                )
+        prompts = _user_turns(self.prompts, tokenizer, self.where) if self.chat else self.prompts
+        tokens = tokenize_completions(prompts, self.completions, tokenizer, max_length=max_length, where=self.where)
+        dropped = len(self.completions) - len(tokens.sequences)
+        if dropped:
+            _log.warning("%s: %d prompts fill %d tokens and are left out", self.where, dropped, max_length)
+        return tokens
 
 
 def knowledge_set(
@@ -52,39 +85,30 @@ def knowledge_set(
     chat: bool = False,
     where: str,
 ) -> KnowledgeSet:
-    """Render the rows of a set.
+    """Renders the rows of a set.
 
     Args:
         rows: The rows.
         text: Template of whole texts; else:
         prompt: Template of the prompts.
         completion: Template of the completions, usually starting with a space.
-        chat: Hand prompts over in the tokenizer's chat template, where it has one.
+        chat: Put prompts into the tokenizer's chat template, where it has one.
         where: The recipe key, for error messages.
-
-    Returns:
-        The set.
 
     Raises:
         DataError: A row lacks a field.
     """
-
-    def filled(template: str) -> tuple[str, ...]:
-        return tuple(render(template, row, where=f"{where} row {number}") for number, row in enumerate(rows, start=1))
-
     if text is not None:
-        return KnowledgeSet(where, filled(text))
-    return KnowledgeSet(where, filled(completion or ""), filled(prompt or ""), chat)
+        return KnowledgeSet(where, render_all(text, rows, where=where))
+    completions = render_all(completion or "", rows, where=where)
+    return KnowledgeSet(where, completions, render_all(prompt or "", rows, where=where), chat)
 
 
 def knowledge_of(examples: Sequence[str] | Sequence[tuple[str, str]]) -> KnowledgeSet:
-    """Make a set of texts, or of pairs of a prompt and its completion.
+    """Returns a set of texts, or of pairs of a prompt and its completion.
 
     Args:
         examples: Texts, or pairs.
-
-    Returns:
-        The set.
 
     Raises:
         DataError: There are both.
@@ -100,79 +124,17 @@ def knowledge_of(examples: Sequence[str] | Sequence[tuple[str, str]]) -> Knowled
         )
     if not pairs:
         return KnowledgeSet("knowledge", texts)
-    return KnowledgeSet("knowledge", tuple(said for _, said in pairs), tuple(read for read, _ in pairs))
-
-
-def knowledge_calibration(data: KnowledgeSet, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Calibration:
-    """Tokenise a set.
-
-    No end-of-text token is appended to a completion: what ends an answer is a custom of a task, not knowledge.
-
-    Args:
-        data: The set.
-        tokenizer: The model's tokenizer.
-        max_length: Longer examples are cut to this many tokens.
-
-    Returns:
-        The tokens; with the length of each prompt where there are prompts. Examples whose prompt fills
-        ``max_length`` are left out, which is logged.
-
-    Raises:
-        DataError: There is no example, an example is empty, or none has room for its completion.
-    """
-    if data.prompts is None:
-        return tokenize_calibration(data.completions, tokenizer, max_length=max_length, where=data.where)
-    for number, said in enumerate(data.completions, start=1):
-        if not said.strip():
-            raise DataError(
-                f"{data.where} example {number}",
-                got="an empty completion",
-                wanted="a completion that is not empty",
-                next_step="Remove the row or change the template.",
-            )
-    prompts = _said_by_user(data.prompts, tokenizer, data.where) if data.chat else data.prompts
-    pairs = tokenize_pairs(prompts, data.completions, tokenizer, max_length=max_length)
-    if not pairs:
-        raise DataError(
-            data.where,
-            got=f"{len(data.completions)} examples without a completion within {max_length} tokens",
-            wanted="at least one",
-            next_step="Raise max_length or shorten the prompts.",
-        )
-    if len(pairs) < len(data.completions):
-        dropped = len(data.completions) - len(pairs)
-        _log.warning("%s: %d prompts fill %d tokens and are left out", data.where, dropped, max_length)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Calibration(tuple(ids for ids, _ in pairs), int(pad), tuple(start for _, start in pairs))
-
-
-def _said_by_user(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, ...]:
-    if tokenizer.chat_template is None:
-        _log.info("%s: the tokenizer has no chat template: prompts are read as they are", where)
-        return tuple(prompts)
-    # Most templates begin with the token that the tokenizer puts before every text anyway.
-    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    said = (
-        str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        for prompt in prompts
-    )
-    return tuple(text.removeprefix(tokenizer.bos_token) if begins else text for text in said)
+    prompts, completions = zip(*pairs, strict=True)
+    return KnowledgeSet("knowledge", completions, prompts)
 
 
 def joined_knowledge(parts: Sequence[Calibration]) -> Calibration:
-    """Pool the tokens of sets; which text is of which set is kept.
+    """Returns the tokens of all sets in order; which text is of which set is kept.
 
     Of a set without prompts all tokens are learned, as if its prompts were empty.
 
     Args:
         parts: The sets, one or more.
-
-    Returns:
-        Their texts in order.
     """
     if len(parts) == 1:
         return parts[0]
@@ -185,3 +147,14 @@ def joined_knowledge(parts: Sequence[Calibration]) -> Calibration:
         return whole
     starts = tuple(start for part in parts for start in part.prompts or (0,) * len(part.sequences))
     return replace(whole, prompts=starts)
+
+
+def _user_turns(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, ...]:
+    if tokenizer.chat_template is None:
+        _log.info("%s: the tokenizer has no chat template: prompts are read as they are", where)
+        return tuple(prompts)
+    # Most templates begin with the token that the tokenizer puts before every text anyway.
+    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = (str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns)
+    return tuple(text.removeprefix(tokenizer.bos_token) if begins else text for text in texts)

@@ -1,4 +1,4 @@
-"""Questions with choices, such as MMLU's, as prompts; and the choice of rows by subject."""
+"""Questions with choices, such as MMLU's, as prompts, and draws of rows by subject."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from keeptune.core.errors import DataError
-from keeptune.data.completions import draw_rows
+from keeptune.data.examples import draw_rows
 from keeptune.data.sources import Row
 from keeptune.data.templates import pick
 
@@ -21,7 +21,7 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def choose_rows(rows: Sequence[Row], count: int, *, by: str | None, seed: int | None, where: str) -> list[Row]:
-    """Take some rows, of the whole file or of each value of a field.
+    """Returns some rows, of the whole file or of each value of a field, in file order.
 
     Args:
         rows: The rows.
@@ -29,9 +29,6 @@ def choose_rows(rows: Sequence[Row], count: int, *, by: str | None, seed: int | 
         by: The field, such as ``subject``; None takes the file as one.
         seed: Draws them; None takes the first. A smaller draw is part of a larger one.
         where: The recipe key, for error messages.
-
-    Returns:
-        The rows, in file order.
 
     Raises:
         DataError: A row lacks the field.
@@ -47,7 +44,7 @@ def choose_rows(rows: Sequence[Row], count: int, *, by: str | None, seed: int | 
 
 
 def lettered_rows(rows: Sequence[Row], choices: str, *, where: str) -> list[Row]:
-    r"""Add what prompts of questions with choices are made of.
+    r"""Returns rows with the fields that prompts of questions with choices name.
 
     ``options`` are the choices, each after its letter, a line each; ``letters`` names the letters; ``letter`` is that
     of the right choice, from the field ``answer`` (a letter, an index from 0, or the choice itself); ``subject_title``
@@ -57,9 +54,6 @@ def lettered_rows(rows: Sequence[Row], choices: str, *, where: str) -> list[Row]
         rows: The rows.
         choices: Names the field that holds the list of choices: ``"{choices}"``.
         where: The recipe key, for error messages.
-
-    Returns:
-        The rows with these fields.
 
     Raises:
         DataError: A row has no list of choices, or an answer that is none of them.

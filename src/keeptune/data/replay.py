@@ -1,11 +1,12 @@
-"""Replay: knowledge examples among those of the task, learned as the task is."""
+"""Replay: knowledge examples among those of the task."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
-from keeptune.data.completions import TaskExamples, draw_rows
+from keeptune.data.completions import TaskExamples
+from keeptune.data.examples import draw_rows
 from keeptune.data.knowledge import KnowledgeSet
 
 __all__ = ["replayed", "with_replay"]
@@ -14,16 +15,13 @@ _log = logging.getLogger(__name__)
 
 
 def replayed(task: int, share: float) -> int:
-    """Count the knowledge examples that make up a share of the whole.
+    """Returns the number of knowledge examples that make up a share of the whole; at least 1 for a share above 0.
 
     Law: ``replayed(n, s) / (n + replayed(n, s))`` is s, to the nearest example.
 
     Args:
         task: How many examples the task has.
         share: From 0 to below 1.
-
-    Returns:
-        The number; at least 1 for a share above 0.
 
     >>> replayed(95, 0.05), replayed(10, 0.0), replayed(3, 0.01)
     (5, 0, 1)
@@ -32,7 +30,7 @@ def replayed(task: int, share: float) -> int:
 
 
 def with_replay(task: TaskExamples, knowledge: Sequence[KnowledgeSet], share: float, seed: int) -> TaskExamples:
-    """Mix knowledge into a task, evenly spread; each set gives in proportion to its size.
+    """Returns a task with knowledge mixed in, evenly spread; each set in proportion to its size.
 
     Texts without a prompt become completions of an empty prompt. Knowledge is drawn without replacement, and again
     from the start when all of it was drawn.
@@ -42,18 +40,11 @@ def with_replay(task: TaskExamples, knowledge: Sequence[KnowledgeSet], share: fl
         knowledge: The sets.
         share: How much of the mixed examples is knowledge.
         seed: Seed of the draw.
-
-    Returns:
-        The mixed examples; the task itself for a share of 0.
     """
-    wanted = replayed(len(task.prompts), share)
+    wanted = replayed(len(task), share)
     if not wanted:
         return task
-    held = [
-        pair
-        for part in knowledge
-        for pair in zip(part.prompts or [""] * len(part.texts), part.completions, strict=True)
-    ]
+    held = [pair for part in knowledge for pair in part.pairs]
     drawn: list[int] = []
     rounds = 0
     while len(drawn) < wanted:
@@ -69,4 +60,5 @@ def with_replay(task: TaskExamples, knowledge: Sequence[KnowledgeSet], share: fl
     rest = iter(pairs)
     mixed = [places[place] if place in places else next(rest) for place in range(total)]
     _log.info("replay: %d of %d training examples are knowledge", wanted, total)
-    return TaskExamples(prompts=tuple(read for read, _ in mixed), completions=tuple(said for _, said in mixed))
+    prompts, completions = zip(*mixed, strict=True)
+    return TaskExamples(prompts, completions)

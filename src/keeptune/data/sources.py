@@ -1,4 +1,4 @@
-"""Rows from JSONL files, and from the other forms data have on the hub: every malformed row is named by its number."""
+"""Rows from JSONL, JSON and Parquet files; errors name the row by its number."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ Row = Mapping[str, Any]
 
 
 def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
-    """Read a JSON-lines file of objects, a ``.json`` file with one list of them, or a ``.parquet`` table.
+    """Returns the rows of a JSON-lines file, a ``.json`` file with one list of objects, or a ``.parquet`` table.
 
     Args:
         path: The file; blank lines are skipped.
         where: The recipe key that named the file, for error messages (``"knowledge.file"``).
-
-    Returns:
-        One mapping per line, in file order.
 
     Raises:
         DataError: The file is missing, is not UTF-8, has a line that is not a JSON object, or has no rows.
@@ -44,28 +41,15 @@ def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
 
 def _lines(path: Path, where: str) -> list[Row]:
     with path.open("rb") as file:
-        return [_parse(line, f"{where} line {number}") for number, line in enumerate(file, start=1) if line.strip()]
+        return [_object(line, f"{where} line {number}") for number, line in enumerate(file, start=1) if line.strip()]
 
 
 def _listed(path: Path, where: str) -> list[Row]:
     text = path.read_bytes()
     if not text.lstrip().startswith(b"["):
         return _lines(path, where)  # many .json files on the hub are JSONL
-    try:
-        values = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            where, got=f"{error}", wanted="a list of JSON objects in UTF-8", next_step="Mend it."
-        ) from error
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict):
-            raise DataError(
-                f"{where} row {number}",
-                got=f"a JSON {type(value).__name__}",
-                wanted="a JSON object",
-                next_step='Write the row as {"field": value}.',
-            )
-    return list(values)
+    values = _parse(text, where, "a list of JSON objects in UTF-8")
+    return [_checked(value, f"{where} row {number}") for number, value in enumerate(values, start=1)]
 
 
 def _tabled(path: Path, where: str) -> list[Row]:
@@ -80,21 +64,27 @@ def _tabled(path: Path, where: str) -> list[Row]:
     return rows
 
 
-def _parse(line: bytes, where: str) -> Row:
+def _object(line: bytes, where: str) -> Row:
+    return _checked(_parse(line, where, "one JSON object in UTF-8"), where)
+
+
+def _parse(text: bytes, where: str, wanted: str) -> Any:
     try:
-        value = json.loads(line, parse_constant=_refuse_constant)
-        if rb"\ud" in line.lower():  # half of a surrogate pair is valid JSON but no text
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if rb"\ud" in text.lower():  # half of a surrogate pair is valid JSON but no text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
-        raise DataError(
-            where, got=f"{error}", wanted="one JSON object in UTF-8", next_step="Mend or remove the line."
-        ) from error
+        raise DataError(where, got=f"{error}", wanted=wanted, next_step="Correct or remove it.") from error
+    return value
+
+
+def _checked(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise DataError(
             where,
             got=f"a JSON {type(value).__name__}",
             wanted="a JSON object",
-            next_step='Write the line as {"field": value}.',
+            next_step='Write it as {"field": value}.',
         )
     return value
 

@@ -1,28 +1,25 @@
-r"""Templates such as ``"{question}\nAnswer:"`` filled from a row; a missing field is named."""
+r"""Templates such as ``"{question}\nAnswer:"``, filled from rows."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keeptune.core.errors import DataError
 from keeptune.data.sources import Row
 
-__all__ = ["fields_of", "pick", "render"]
+__all__ = ["fields_of", "pick", "render", "render_all"]
 
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)\}")
 
 
 def fields_of(template: str) -> list[str]:
-    """List the fields a template names, in order.
+    """Returns the names of a template's fields, in order.
 
     Args:
         template: Text with ``{field}`` places, ``{turns.0.text}`` inside lists and objects; any other brace is
             literal, so code and JSON need no escapes.
-
-    Returns:
-        The field names.
 
     >>> fields_of("{question} {json: 1} {answer}")
     ['question', 'answer']
@@ -31,15 +28,12 @@ def fields_of(template: str) -> list[str]:
 
 
 def render(template: str, row: Row, *, where: str) -> str:
-    r"""Fill a template with the fields of one row.
+    r"""Returns a template filled with the fields of one row.
 
     Args:
         template: Text with ``{field}`` places.
         row: The row.
         where: File and line, for error messages.
-
-    Returns:
-        The filled text.
 
     Raises:
         DataError: The row lacks a field that the template names.
@@ -52,16 +46,27 @@ def render(template: str, row: Row, *, where: str) -> str:
     return _FIELD.sub(lambda match: str(_field(match.group(1), row, where)), template)
 
 
-def pick(template: str, row: Row, *, where: str) -> Any:
-    """Like :func:`render`, but a template that is one bare field gives the field's own value.
+def render_all(template: str, rows: Sequence[Row], *, where: str) -> tuple[str, ...]:
+    """Returns a template filled with each of some rows.
 
     Args:
-        template: ``"{choices}"`` gives the list itself; anything else is rendered as text.
+        template: Text with ``{field}`` places.
+        rows: The rows.
+        where: The recipe key, for error messages, which number the rows.
+
+    Raises:
+        DataError: A row lacks a field that the template names.
+    """
+    return tuple(render(template, row, where=f"{where} row {number}") for number, row in enumerate(rows, start=1))
+
+
+def pick(template: str, row: Row, *, where: str) -> Any:
+    """Returns as :func:`render` does, but of a template that is one bare field the field's own value.
+
+    Args:
+        template: ``"{choices}"`` is the list itself; anything else is rendered as text.
         row: The row.
         where: File and line, for error messages.
-
-    Returns:
-        The field's value, or the filled text.
 
     >>> pick("{choices}", {"choices": ["a", "b"]}, where="x")
     ['a', 'b']

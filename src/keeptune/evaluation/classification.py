@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.core.errors import ModelError, RecipeError
-from keeptune.data.labelled import Encoded, Texts, collator, encode, label_indices
+from keeptune.data.labelled import Encoded, Texts, collator, label_indices
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.items import Item
 from keeptune.evaluation.likelihood import need_finite
@@ -56,7 +56,7 @@ def classified(
     """
     names, limit = _labels_and_limit(pair, benchmark)
     seconds = tuple(item.text_pair for item in items if item.text_pair is not None)
-    encoded = encode(tokenizer, Texts(tuple(item.text for item in items), seconds or None), limit)
+    encoded = Texts(tuple(item.text for item in items), seconds or None).encode(tokenizer, limit)
     if encoded.cut:
         _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", benchmark.where, encoded.cut, len(items), limit)
     predicted = {}

@@ -26,7 +26,8 @@ from keeptune.adapter.install import install
 from keeptune.core.artefact import content_key, has_key, read_json, write_json
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.data.calibration import Calibration
-from keeptune.data.completions import TaskExamples, draw_rows
+from keeptune.data.completions import TaskExamples
+from keeptune.data.examples import draw_rows
 from keeptune.evaluation.likelihood import log_likelihoods
 from keeptune.evaluation.metrics import harmonic
 from keeptune.evaluation.scored_tokens import Passes, ScoredTokens

@@ -18,7 +18,7 @@ from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
 from keeptune.data.disjoint import Corpus
-from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_calibration, knowledge_set
+from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_set
 from keeptune.data.labelled import Texts
 from keeptune.data.multiple_choice import choose_rows, lettered_rows
 from keeptune.data.replay import with_replay
@@ -161,7 +161,7 @@ class Job:
         lengths = [part.max_length for part in self.recipe.knowledge_sets]
         return joined_knowledge(
             [
-                knowledge_calibration(part, self.tokenizer, max_length=min(length, self.positions or length))
+                part.calibration(self.tokenizer, max_length=min(length, self.positions or length))
                 for part, length in zip(self.knowledge, lengths, strict=True)
             ]
         )
@@ -291,7 +291,7 @@ class Job:
         check_folder("store", self.store.folder)
         check_device(self.device)
         self.check_needs()
-        used = [Corpus("task.train", self.task_rows, self.kind.texts(self.task))]
+        used = [Corpus("task.train", self.task_rows, self.task.read_texts)]
         for part, rows in zip(self.knowledge, self.knowledge_rows, strict=True):
             texts = part.texts if self.head is None else Texts(tuple(part.texts)).whole
             used.append(Corpus(f"{part.where}.file", rows, texts))

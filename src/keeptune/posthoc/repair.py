@@ -27,8 +27,8 @@ from keeptune.core.errors import DataError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
-from keeptune.data.completions import TaskExamples, task_calibration
-from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_calibration, knowledge_of
+from keeptune.data.completions import TaskExamples
+from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_of
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.model.blocks import head_of, positions
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
@@ -237,16 +237,16 @@ def _tokens(
     if not sets:
         raise DataError("knowledge", got="no texts", wanted="at least one", next_step="Fill the knowledge file.")
     known = [part for part in sets if isinstance(part, KnowledgeSet)] or [knowledge_of(sets)]  # type: ignore[arg-type]
-    parts = [knowledge_calibration(part, trained.tokenizer, max_length=length) for part in known]
+    parts = [part.calibration(trained.tokenizer, max_length=length) for part in known]
     data: dict[DataRole, Calibration] = {"knowledge": joined_knowledge(parts)}
     if task is None:
         return data
     pairs = knowledge_of(task)
     if pairs.prompts is None:
-        data["task"] = knowledge_calibration(replace(pairs, where="task"), trained.tokenizer, max_length=length)
+        data["task"] = replace(pairs, where="task").calibration(trained.tokenizer, max_length=length)
     else:
         examples = TaskExamples(pairs.prompts, pairs.completions)
-        data["task"] = task_calibration(examples, trained.tokenizer, max_length=length, examples=len(task), seed=0)
+        data["task"] = examples.calibration(trained.tokenizer, max_length=length)
     return data
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import RecipeError
-from keeptune.data.completions import draw_rows
 from keeptune.data.disjoint import Corpus
+from keeptune.data.examples import draw_rows
 from keeptune.data.knowledge import KnowledgeSet, knowledge_set
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.data.templates import render

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.core.errors import RecipeError, StatisticsError, nearest
-from keeptune.data.knowledge import knowledge_calibration, knowledge_of
+from keeptune.data.knowledge import knowledge_of
 from keeptune.model.blocks import positions
 from keeptune.model.probes.causal_tracing import Kind, Noise, Reading, Traced
 from keeptune.statistics.layer_effect import (
@@ -146,7 +146,7 @@ def trace(
     check_effect(request)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     length = min(max_length, positions(base) or max_length)
-    data = knowledge_calibration(knowledge_of(examples), tokenizer, max_length=length)
+    data = knowledge_of(examples).calibration(tokenizer, max_length=length)
     return Trace(request, tuple(trace_texts(base, data, request, chunk=chunk)))
 
 

@@ -14,7 +14,7 @@ from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import content_key, file_fingerprint, write_json
 from keeptune.core.errors import DataError, ModelError, RecipeError, nearest
 from keeptune.data.calibration import Calibration
-from keeptune.data.knowledge import knowledge_calibration, knowledge_set
+from keeptune.data.knowledge import knowledge_set
 from keeptune.data.sources import read_jsonl
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import load_model, load_positions, load_tokenizer
@@ -124,7 +124,7 @@ def _data(options: TraceOptions, name: str, tokenizer: PreTrainedTokenizerBase) 
             next_step="Change --prompt, or remove the row.",
         )
     length = min(options.max_length, load_positions(name) or options.max_length)
-    data = knowledge_calibration(known, tokenizer, max_length=length)
+    data = known.calibration(tokenizer, max_length=length)
     if options.example is not None and not 1 <= options.example <= len(data.sequences):
         raise RecipeError(
             "--example",

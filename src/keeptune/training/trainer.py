@@ -256,7 +256,7 @@ def _trainer(
             trainer = SFTTrainer(
                 model=model,
                 args=config,
-                train_dataset=examples.dataset(),
+                train_dataset=examples.dataset(tokenizer, config.max_length)[0],
                 processing_class=tokenizer,
             )
     except (TypeError, ValueError) as error:

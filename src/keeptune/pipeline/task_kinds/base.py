@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import RecipeError
 from keeptune.data.calibration import Calibration
+from keeptune.data.examples import Examples
 from keeptune.data.sources import Row
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.items import Item, load_items
@@ -26,17 +27,13 @@ _PROBES = 8
 
 @dataclass(frozen=True)
 class TaskKind:
-    """A kind of task. Its examples are what ``read`` returns: they have a length and a ``fingerprint``.
+    """A kind of task; ``read`` returns its examples (:class:`keeptune.data.examples.Examples`).
 
     Args:
         name: Its name in a recipe, ``task.kind``.
         metrics: Metrics of a benchmark of one's own that its model can be scored by.
         read: From the recipe's section, its rows and the name of the rows for error messages to the examples.
-        sample: From examples, tokenizer, ``max_length``, ``examples`` (how many) and ``seed`` to a draw of them
-            as tokens.
         train: From the installed model, its plan, tokenizer, examples and config to the loss curve; trains in place.
-        texts: From examples to what the model reads of each.
-        tokens: From the examples, how many of the first ones, tokenizer and ``max_length`` to their token ids.
         head: From examples and a seed to the classification head, drawn where the base has none.
         standard: Whether its model can be scored on standard benchmarks.
         check_items: Checks that its model can answer the items of a benchmark of one's own, which is named.
@@ -44,17 +41,14 @@ class TaskKind:
 
     name: Kind
     metrics: tuple[str, ...]
-    read: Callable[[Task, Sequence[Row], str], Any]
-    sample: Callable[..., Calibration]
+    read: Callable[[Task, Sequence[Row], str], Examples]
     train: Callable[..., list[dict[str, float]]]
-    texts: Callable[[Any], Sequence[str]]
-    tokens: Callable[[Any, int, PreTrainedTokenizerBase, int], Sequence[Sequence[int]]]
     head: Callable[[Any, int], Head | None] = lambda examples, seed: None
     standard: bool = False
     check_items: Callable[[Any, Sequence[Item], str], Any] = lambda examples, items, where: None
 
     def calibration(
-        self, examples: Any, tokenizer: PreTrainedTokenizerBase, wanted: TaskCalibration, positions: int | None
+        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, wanted: TaskCalibration, positions: int | None
     ) -> Calibration:
         """Returns the sample that a recipe's ``task.calibration`` describes, cut to the base's positions.
 
@@ -62,9 +56,9 @@ class TaskKind:
             DataError: No example has room for what is learned.
         """
         length = min(wanted.max_length, positions or wanted.max_length)
-        return self.sample(examples, tokenizer, max_length=length, examples=wanted.examples, seed=wanted.seed)
+        return examples.calibration(tokenizer, max_length=length, examples=wanted.examples, seed=wanted.seed)
 
-    def probe(self, examples: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
+    def probe(self, examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
         """Returns the first examples cut to one length, so that an export is checked on real text without padding.
 
         Args:
@@ -75,7 +69,7 @@ class TaskKind:
         Returns:
             Token ids ``(batch, length)``.
         """
-        rows = self.tokens(examples, _PROBES, tokenizer, max_length)
+        rows = examples.first_tokens(_PROBES, tokenizer, max_length)
         length = min(map(len, rows))
         return torch.tensor([row[:length] for row in rows])
 

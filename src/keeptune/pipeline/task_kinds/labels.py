@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-from transformers import PreTrainedTokenizerBase
-
-from keeptune.data.labelled import (
-    LabelledExamples,
-    Texts,
-    classified_examples,
-    encode,
-    label_indices,
-    labelled_calibration,
-    scored_examples,
-)
+from keeptune.data.labelled import LabelledExamples, label_indices, labelled_examples
 from keeptune.data.sources import Row
 from keeptune.evaluation.items import Item
 from keeptune.evaluation.metrics import LABELS, SCORES
@@ -27,21 +18,16 @@ from keeptune.training.classifier import train_classifier
 __all__ = ["CLASSIFICATION", "REGRESSION"]
 
 
-def _read_scores(task: Task, rows: Sequence[Row], where: str) -> LabelledExamples:
-    return scored_examples(rows, text=task.text or "", text_pair=task.text_pair, label=task.label or "", where=where)
-
-
-def _read_labels(task: Task, rows: Sequence[Row], where: str) -> LabelledExamples:
-    text, label = task.text or "", task.label or ""
-    return classified_examples(rows, text=text, text_pair=task.text_pair, label=label, names=task.labels, where=where)
-
-
-def _tokens(
-    examples: LabelledExamples, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Sequence[Sequence[int]]:
-    second = examples.texts.second
-    texts = Texts(examples.texts.first[:count], second and second[:count])
-    return encode(tokenizer, texts, max_length).columns["input_ids"]
+def _read(task: Task, rows: Sequence[Row], where: str, *, scores: bool) -> LabelledExamples:
+    return labelled_examples(
+        rows,
+        text=task.text or "",
+        text_pair=task.text_pair,
+        label=task.label or "",
+        names=task.labels,
+        scores=scores,
+        where=where,
+    )
 
 
 def _check_labels(examples: LabelledExamples, items: Sequence[Item], where: str) -> None:
@@ -51,13 +37,10 @@ def _check_labels(examples: LabelledExamples, items: Sequence[Item], where: str)
 REGRESSION = TaskKind(
     name="regression",
     metrics=SCORES,
-    read=_read_scores,
-    sample=labelled_calibration,
+    read=partial(_read, scores=True),
     train=train_classifier,
-    texts=lambda examples: examples.texts.whole,
-    tokens=_tokens,
     head=lambda examples, seed: Head(examples.names, seed),
 )
 CLASSIFICATION = replace(
-    REGRESSION, name="classification", metrics=LABELS, read=_read_labels, check_items=_check_labels
+    REGRESSION, name="classification", metrics=LABELS, read=partial(_read, scores=False), check_items=_check_labels
 )
