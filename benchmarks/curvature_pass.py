@@ -13,7 +13,8 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
-from keeptune.model.runner import ResidentRunner, Taps, summed_loss
+from keeptune.model.runner import ResidentRunner, Taps
+from keeptune.model.summed_loss import summed_loss
 from keeptune.statistics.collect import collect
 from keeptune.statistics.fisher import TokenCount, WeightFisher, lora_fisher
 from keeptune.statistics.low_rank_covariance import gradient_request, input_request, unpacked
@@ -58,12 +59,10 @@ def rows() -> list[dict[str, str]]:
         return {input_request("knowledge", rank), gradient_request("knowledge", "sampled", rank)}
 
     def sweep(name: str) -> None:
-        requests = {t.name: frozenset(wanted(name, t) | {TokenCount("knowledge")}) for t in targets}
+        requests = {t: frozenset(wanted(name, t) | {TokenCount("knowledge")}) for t in targets}
         with tempfile.TemporaryDirectory() as folder:
             store = StatStore(Path(folder))
-            found = collect(
-                runner, targets, requests, {"knowledge": data}, store, model_fingerprint="m", batch_tokens=TOKENS
-            )
+            found = collect(runner, requests, {"knowledge": data}, store, model_fingerprint="m", batch_tokens=TOKENS)
             if name == "low rank" and not errors:
                 request = input_request("knowledge", RANK)
                 errors.extend(unpacked(found.view(target)[request]).error for target in targets)

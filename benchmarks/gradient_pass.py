@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
-from keeptune.model.runner import ResidentRunner, Taps, summed_loss
+from keeptune.model.runner import ResidentRunner, Taps
+from keeptune.model.summed_loss import summed_loss
 from keeptune.statistics.collect import collect
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.gradient import DirectionVariances
@@ -44,9 +45,9 @@ def rows() -> list[dict[str, str]]:
 
     def sweep(*requests: object) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            wanted = {target.name: frozenset(requests) for target in targets}
+            wanted = {target: frozenset(requests) for target in targets}
             store, key = StatStore(Path(folder)), "benchmark"
-            collect(runner, targets, wanted, {"task": data}, store, model_fingerprint=key, batch_tokens=TOKENS)  # type: ignore[arg-type]
+            collect(runner, wanted, {"task": data}, store, model_fingerprint=key, batch_tokens=TOKENS)  # type: ignore[arg-type]
 
     full = (InputCovariance("task"), GradientCovariance("task", "true"))
     rivals = {

@@ -12,7 +12,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import ResidentRunner
 from keeptune.posthoc.repair_equations import Curve, damped, directions, mu_for_drift, solution
-from keeptune.statistics.covariance import CovarianceAccumulator
+from keeptune.statistics.covariance import InputCovariance
 
 WIDTH, LAYERS, VOCABULARY, RANK, MU = 512, 4, 8192, 16, 0.3
 
@@ -37,9 +37,10 @@ def rows() -> list[dict[str, str]]:
     changes = {t.name: LowRank(torch.randn(t.out_features, RANK), torch.randn(RANK, t.in_features)) for t in targets}
 
     def collected() -> dict[str, torch.Tensor]:
-        sums = {name: CovarianceAccumulator(group[0].in_features, model.device) for name, group in groups.items()}
+        request = InputCovariance("knowledge")
+        sums = {name: request.accumulator(group[0], model.device, torch.Tensor) for name, group in groups.items()}
         ResidentRunner(model).forward(batches, {name: [total.add] for name, total in sums.items()}, title="")
-        return {name: total.result(name).double() for name, total in sums.items()}
+        return {name: total.result().double() for name, total in sums.items()}
 
     def forward() -> None:
         with torch.no_grad():

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import ResidentRunner
-from keeptune.statistics.covariance import CovarianceAccumulator, InputCovariance
+from keeptune.statistics.covariance import InputCovariance
 
 WIDTH, LAYERS, VOCABULARY = 512, 4, 8192
 
@@ -37,14 +37,14 @@ def rows() -> list[dict[str, str]]:
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
     def collect(per_target: bool) -> None:
-        sums = {}
+        request, sums = InputCovariance("knowledge"), {}
         for target in targets:
-            site = target.name if per_target else InputCovariance("knowledge").site(target)
+            site = target.name if per_target else request.site(target)
             if site not in sums:
-                sums[site] = CovarianceAccumulator(target.in_features, model.device)
+                sums[site] = request.accumulator(target, model.device, torch.Tensor)
         runner.forward(batches, {site: [total.add] for site, total in sums.items()}, title="")
-        for site, total in sums.items():
-            total.result(site)
+        for total in sums.values():
+            total.result()
 
     times = compare(
         {"forward": forward, "shared": lambda: collect(False), "per target": lambda: collect(True)}, rounds=5

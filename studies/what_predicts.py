@@ -95,11 +95,11 @@ def known(job: Job, store: Path) -> Statistics:
     """Collect Ω and Γ over the knowledge that the studies use."""
     model = job.base()
     targets = find_targets(model)
-    requests: Any = {target.name: frozenset({OMEGA, GAMMA, COUNT}) for target in targets}
+    requests: Any = {target: frozenset({OMEGA, GAMMA, COUNT}) for target in targets}
     assert job.calibration is not None
     data: Any = {"knowledge": job.calibration}
     fingerprint = job.base_fingerprint
-    return collect(ResidentRunner(model), targets, requests, data, StatStore(store), model_fingerprint=fingerprint)
+    return collect(ResidentRunner(model), requests, data, StatStore(store), model_fingerprint=fingerprint)
 
 
 def held_out(job: Job) -> list[ScoredTokens]:

@@ -33,7 +33,8 @@ from keeptune.methods.base import Method, make_plan
 from keeptune.model.blocks import body, find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import load_model
-from keeptune.model.runner import Labels, ResidentRunner, Sink, Taps
+from keeptune.model.runner import ResidentRunner, Sink, Taps
+from keeptune.model.summed_loss import Labels
 from keeptune.pipeline.planning import scoped_penalties, with_penalties
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import Request
@@ -228,11 +229,9 @@ class Bench:
         return find_targets(self.model, self.roles)
 
     def collect(self, method: Method, *, runner: ResidentRunner | None = None, **options: Any) -> Statistics:
-        targets = self.targets()
         return collect(
             runner or ResidentRunner(self.model),
-            targets,
-            {target.name: method.requests(target) for target in targets},
+            {target: method.requests(target) for target in self.targets()},
             {"knowledge": self.data, "task": self.task},
             StatStore(self.folder),
             model_fingerprint=body_fingerprint(self.model),

@@ -27,14 +27,15 @@ from keeptune.model.runner import ResidentRunner, Taps
 from keeptune.statistics.collect import StatsView, source_of
 from keeptune.statistics.covariance import InputCovariance, ReleasedCovariance
 from keeptune.statistics.gradient import WeightGradient
-from keeptune.statistics.store import StatStore, entry_recipe
+from keeptune.statistics.request import ModelRequest
+from keeptune.statistics.store import StatStore
 
 every_case = pytest.mark.parametrize("case", CASES)
 every_adapter = pytest.mark.parametrize("case", ADAPTERS)
 ANY = Target("h.0.up", 0, "up", 8, 8, input_group="h.0.up")
 ASKING = [case for case, method in ADAPTERS.items() if method.requests(ANY)]
 # Attributions are no sums over batches: their laws of padding, batches and shards are in tests/model and tests/stats.
-TRACING = {case for case in ASKING if all(r.kind == "trace" for r in ADAPTERS[case].requests(ANY))}
+TRACING = {case for case in ASKING if all(isinstance(r, ModelRequest) for r in ADAPTERS[case].requests(ANY))}
 # A float16 sum in the order of the examples, as the released code's, cannot be merged.
 MERGING = [
     case
@@ -221,16 +222,17 @@ def test_the_plan_does_not_depend_on_the_number_of_shards(
         for number in range(shards):
             total = request.accumulator(target, bench.model.device, partial(read_weight, bench.model, target))
             part = shard(data, slice(number, None, shards)).batches()
-            if request.kind == "forward":
-                ResidentRunner(bench.model).forward(part, {request.site(target): [total.add]}, title="")
+            sinks = {request.site(target): [total.add]}
+            if request.loss is None:
+                ResidentRunner(bench.model).forward(part, sinks, title="")
             else:
-                kind = "gradients" if request.kind == "backward" else "pairs"
-                taps = Taps(**{kind: {request.site(target): [total.add]}})
-                ResidentRunner(bench.model).backward(part, taps, labels=request.labels, seed=request.seed, title="")
+                labels, seed = request.loss
+                taps = Taps(**{request.kind: sinks})
+                ResidentRunner(bench.model).backward(part, taps, labels=labels, seed=seed, title="")
             parts.append(total)
         for other in parts[:-1]:
             parts[-1].merge(other)
-        StatStore(bench.folder).put(entry_recipe(request, target, source), parts[-1].result(target.name))
+        StatStore(bench.folder).put(request.entry(target, source), parts[-1].result())
     forbidden = RepaddingRunner(bench.model, _never)
     assert largest_difference(bench.plan(method, runner=forbidden), plan_of(case)) < TOLERANCE
 

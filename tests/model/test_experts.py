@@ -76,7 +76,7 @@ def test_each_expert_is_a_target_with_a_role_of_its_own(model: PreTrainedModel) 
 def test_an_experts_fisher_is_over_its_own_tokens_and_not_per_text(model: PreTrainedModel, tmp_path: Path) -> None:
     """It may see all tokens, in an order of its own: which row is of which text is not known."""
     bench, count = Bench(model, tmp_path), TokenCount("task")
-    token, text = WeightFisher("task", "true", "token"), WeightFisher("task", "true", "text")
+    token, text = WeightFisher("task", "true", per="token"), WeightFisher("task", "true", per="text")
     statistics = bench.collect(asking(count, token))
     seen = 0.0
     for target in bench.targets():

@@ -32,7 +32,7 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import find_targets, first_position, head_of, positions
 from keeptune.model.head import Head, body_fingerprint, head_fingerprint, sequence_losses
 from keeptune.model.pretrained import load_model, load_positions
-from keeptune.model.runner import drawn_classes, summed_loss
+from keeptune.model.summed_loss import drawn_classes, summed_loss
 
 SIZES = {
     "vocab_size": VOCAB,

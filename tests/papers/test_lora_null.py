@@ -57,7 +57,7 @@ def statistics(X: Tensor, *, batch: int = 64) -> GivenStats:
         total = request.accumulator(TARGET, torch.device("cpu"), lambda: torch.zeros(0))
         for part in rows.split(batch):
             total.add(part)
-        found[request] = total.result(TARGET.name)
+        found[request] = total.result()
     return found
 
 

@@ -117,8 +117,7 @@ def test_measured_weights_are_the_effects_over_the_largest(tmp_path: Path) -> No
     (request,) = penalty.requests(plan.targets[0])
     effects = collect(
         ResidentRunner(bench.model),
-        bench.targets(),
-        {t.name: frozenset({request}) for t in bench.targets()},
+        {t: frozenset({request}) for t in bench.targets()},
         {"knowledge": task(3)},
         StatStore(tmp_path),
         model_fingerprint=body_fingerprint(bench.model),

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from keeptune.data.calibration import Calibration
-from keeptune.model.runner import Labels, drawn_labels
+from keeptune.model.summed_loss import Labels, drawn_labels
 
 
 def text_gradients(

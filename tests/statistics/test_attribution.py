@@ -28,10 +28,7 @@ from keeptune.statistics.collect import StatsView, collect, source_of
 from keeptune.statistics.neuron_attribution import (
     Attributions,
     NeuronAttribution,
-    attribute_texts,
     layer_profile,
-    places_of,
-    stored_attributions,
 )
 from keeptune.statistics.store import StatStore
 
@@ -40,11 +37,9 @@ REQUEST = NeuronAttribution()
 
 def gathered(model: Any, data: Calibration, folder: Path, request: NeuronAttribution = REQUEST) -> StatsView:
     targets = find_targets(model, ["down_proj"])
-    wanted = {target.name: frozenset([request]) for target in targets}
+    wanted = {target: frozenset([request]) for target in targets}
     key = body_fingerprint(model)
-    found = collect(
-        ResidentRunner(model), targets, wanted, {"knowledge": data}, StatStore(folder), model_fingerprint=key
-    )
+    found = collect(ResidentRunner(model), wanted, {"knowledge": data}, StatStore(folder), model_fingerprint=key)
     return found.view(targets[0])
 
 
@@ -111,8 +106,8 @@ def test_neither_order_nor_shards_nor_passes_matter(tmp_path: Path, attributed: 
     source = source_of(model, "model", data)
     for chunk in (1, 50):
         store = StatStore(tmp_path / str(chunk))
-        keys, downs = attribute_texts(model, data, REQUEST, store, source, chunk=chunk)
-        found = torch.cat(list(stored_attributions(store, keys, *places_of(downs)).chunks(2)))
+        parts = REQUEST.measure(model, data, store, source, chunk=chunk)
+        found = torch.cat(list(REQUEST.open(store, parts).chunks(2)))
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 

@@ -9,19 +9,20 @@ import torch
 from tests.models import MODELS, Bench, asking, counted_passes, relative
 
 from keeptune.core.errors import StatisticsError
-from keeptune.linalg.streaming_eigen import TopDirections, Truncated
+from keeptune.core.target import Target
+from keeptune.linalg.streaming_eigen import Truncated
 from keeptune.linalg.symmetric import Dense, LowRankPlus
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.low_rank_covariance import (
     GradientFactor,
     InputFactor,
-    TopAccumulator,
     gradient_request,
     input_request,
     packed,
     read_factor,
     unpacked,
 )
+from keeptune.statistics.running_mean import checked_result
 
 CPU = torch.device("cpu")
 
@@ -76,10 +77,10 @@ def test_of_a_bfloat16_model_they_are_float32(tmp_path: Path) -> None:
 
 
 def test_requests_are_the_covariances_without_a_rank() -> None:
-    assert input_request("knowledge", None, examples=3) == InputCovariance("knowledge", 3)
+    assert input_request("knowledge", None, examples=3) == InputCovariance("knowledge", examples=3)
     assert input_request("knowledge", 8, seed=1) == InputFactor("knowledge", 8, 1)
-    assert gradient_request("knowledge", "true", None, seed=2) == GradientCovariance("knowledge", "true", 2)
-    assert gradient_request("knowledge", "true", 4, examples=5) == GradientFactor("knowledge", "true", 4, 0, 5)
+    assert gradient_request("knowledge", "true", None, seed=2) == GradientCovariance("knowledge", "true", seed=2)
+    assert gradient_request("knowledge", "true", 4, examples=5) == GradientFactor("knowledge", "true", 4, examples=5)
 
 
 def test_one_sweep_serves_factors_of_both_kinds(tmp_path: Path) -> None:
@@ -92,9 +93,9 @@ def test_one_sweep_serves_factors_of_both_kinds(tmp_path: Path) -> None:
 
 
 def test_no_tokens_and_no_numbers_are_told() -> None:
-    total = TopAccumulator(TopDirections(5, 2, CPU))
+    total = InputFactor("task", 2).accumulator(Target("up", 0, "up", 3, 5, "up"), CPU, lambda: torch.zeros(3, 5))
     with pytest.raises(StatisticsError, match=r"h\.0\.up: got no tokens"):
-        total.result("h.0.up")
+        checked_result(total, "h.0.up")
     total.add(torch.full((30, 5), float("nan")))
     with pytest.raises(StatisticsError, match=r"h\.0\.up: got NaN"):
-        total.result("h.0.up")
+        checked_result(total, "h.0.up")

@@ -28,7 +28,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.data.knowledge import joined_knowledge
-from keeptune.statistics.covariance import CovarianceAccumulator
+from keeptune.linalg.gram import add_gram, symmetric
 from keeptune.statistics.fisher import (
     LoraFisher,
     TokenCount,
@@ -38,7 +38,8 @@ from keeptune.statistics.fisher import (
     tokens_per_learned,
 )
 from keeptune.statistics.request import Labels
-from keeptune.statistics.store import Source, entry_recipe
+from keeptune.statistics.running_mean import RunningMean
+from keeptune.statistics.store import Source
 
 CPU = torch.device("cpu")
 COUNT = TokenCount("task")
@@ -73,7 +74,7 @@ def test_diagonals_are_those_of_the_rows(architecture: str, per: Any, tmp_path: 
     bench, s = Bench(MODELS[architecture](), tmp_path), 0.7
     for target in bench.targets()[::4]:
         init = start(target)
-        weight, factors = WeightFisher("task", "true", per), lora_fisher("task", "true", init, s, per=per)
+        weight, factors = WeightFisher("task", "true", per=per), lora_fisher("task", "true", init, s, per=per)
         bench.roles = [target.role]
         view = bench.collect(asking(weight, factors)).view(target)
         rows = rows_of(bench.model, target.name, bench.task)
@@ -126,7 +127,7 @@ def test_the_factors_are_part_of_the_key_by_their_content() -> None:
     target, source = Target("t", 0, "t", 4, 6, "t"), Source("m", "d", "f")
 
     def key(request: LoraFisher) -> str:
-        return content_key(entry_recipe(request, target, source))
+        return content_key(request.entry(target, source))
 
     first, same = (lora_fisher("task", "true", start(target), 1.0) for _ in range(2))
     assert key(first) == key(same)
@@ -155,7 +156,7 @@ def test_kronecker_factors_are_the_fisher_where_inputs_and_gradients_are_indepen
     x = torch.randn(texts, n, dtype=torch.float64)
     p = torch.full((m,), 1 / m, dtype=torch.float64)
     exact = torch.zeros(m * n, m * n, dtype=torch.float64)
-    inputs, gradients = CovarianceAccumulator(n, CPU), CovarianceAccumulator(m, CPU)
+    inputs, gradients = (RunningMean((size, size), CPU, add_gram, symmetric) for size in (n, m))
     for row in x:
         for label in range(m):
             delta = p - functional.one_hot(torch.tensor(label), m)
@@ -164,7 +165,7 @@ def test_kronecker_factors_are_the_fisher_where_inputs_and_gradients_are_indepen
             inputs.add(torch.stack([row, row]))
             gradients.add(torch.stack([delta, torch.zeros_like(delta)]))
     learned, tokens = texts * m, 2 * texts * m
-    Omega, Gamma = inputs.result("x").double(), gradients.result("x").double()
+    Omega, Gamma = inputs.result().double(), gradients.result().double()
     assert inputs.tokens == tokens
     assert relative(tokens / learned * torch.kron(Gamma, Omega), exact / learned) < 1e-5
     logits = torch.zeros(m, dtype=torch.float64)

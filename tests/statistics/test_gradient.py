@@ -16,7 +16,8 @@ from keeptune.core.errors import StatisticsError
 from keeptune.core.target import read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.linalg.decompositions import exact_svd
-from keeptune.model.runner import ResidentRunner, drawn_labels, summed_loss
+from keeptune.model.runner import ResidentRunner
+from keeptune.model.summed_loss import drawn_labels, summed_loss
 from keeptune.statistics.collect import Statistics
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.gradient import DirectionVariances, WeightGradient

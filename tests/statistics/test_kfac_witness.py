@@ -76,7 +76,7 @@ def test_sampled_factors_are_on_average_the_exact_ones_of_curvlinops(tmp_path: P
     Behind the last attention only: elsewhere theirs lets the labels of a text's tokens cancel or add up.
     """
     bench = Bench(MODELS["llama"](), tmp_path, Calibration(TEXTS, 0), roles=["gate_proj", "up_proj", "down_proj"])
-    requests = [GradientCovariance("knowledge", "sampled", seed) for seed in range(40)]
+    requests = [GradientCovariance("knowledge", "sampled", seed=seed) for seed in range(40)]
     count = TokenCount("knowledge")
     statistics = bench.collect(asking(count, *requests))
     targets = [target for target in bench.targets() if target.layer == 1]

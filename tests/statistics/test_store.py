@@ -25,7 +25,7 @@ from keeptune.statistics.collect import collect
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance, ReleasedCovariance
 from keeptune.statistics.gradient import WeightGradient
 from keeptune.statistics.input_mean import InputMean
-from keeptune.statistics.store import Source, StatStore, entry_recipe
+from keeptune.statistics.store import Source, StatStore
 
 TARGET = Target("h.1.k", 1, "k", 4, 6, input_group="h.1.q")
 SOURCE = Source(model="m", data="d", dtype="torch.float32")
@@ -43,7 +43,7 @@ Later.__name__ = "InputCovariance"
 
 
 def recipe(request: Any = KNOWLEDGE, target: Target = TARGET, **source: str) -> dict[str, Any]:
-    return entry_recipe(request, target, dataclasses.replace(SOURCE, **source))
+    return request.entry(target, dataclasses.replace(SOURCE, **source))
 
 
 def entries(store: StatStore) -> list[Path]:
@@ -190,11 +190,11 @@ def test_a_second_collection_computes_nothing(tmp_path: Path) -> None:
 def collect_for(made: Any, targets: list[Target], **options: Any) -> Any:
     return collect(
         ResidentRunner(made.model),
-        targets,
-        {target.name: frozenset({KNOWLEDGE}) for target in targets},
+        {target: frozenset({KNOWLEDGE}) for target in targets},
         {"knowledge": made.data},
         StatStore(made.folder),
-        **{"model_fingerprint": "m"} | options,
+        model_fingerprint="m",
+        **options,
     )
 
 
@@ -204,8 +204,7 @@ def test_a_method_that_asks_for_nothing_costs_no_pass(tmp_path: Path) -> None:
     with counted_passes(made.model) as passes:
         collect(
             ResidentRunner(made.model),
-            targets,
-            {target.name: Lora().requests(target) for target in targets},
+            {target: Lora().requests(target) for target in targets},
             {},
             StatStore(made.folder),
             model_fingerprint="m",
@@ -286,8 +285,7 @@ def test_data_that_are_requested_and_not_given_are_named(tmp_path: Path) -> None
     with pytest.raises(StatisticsError, match=r"Give the recipe a `task` section"):
         collect(
             ResidentRunner(made.model),
-            targets,
-            {target.name: frozenset({InputCovariance("task")}) for target in targets},
+            {target: frozenset({InputCovariance("task")}) for target in targets},
             {"knowledge": made.data},
             StatStore(made.folder),
             model_fingerprint="m",
@@ -310,14 +308,14 @@ def test_weights_that_are_no_numbers_are_told_with_the_first_module_after_them(
 def test_what_two_collect_at_the_same_time_is_collected_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have seen that it is not there; the second waits, and takes what the first has stored."""
     both = threading.Barrier(2)
-    seen = collecting._absent
+    seen = collecting._Collection._absent
 
     def together(*arguments: Any) -> Any:
         found = seen(*arguments)
         both.wait(timeout=60)
         return found
 
-    monkeypatch.setattr(collecting, "_absent", together)
+    monkeypatch.setattr(collecting._Collection, "_absent", together)
     models = [MODELS["llama"]() for _ in range(2)]
 
     def passes(model: PreTrainedModel) -> int:
@@ -327,5 +325,5 @@ def test_what_two_collect_at_the_same_time_is_collected_once(tmp_path: Path, mon
 
     with ThreadPoolExecutor(2) as pool:
         counts = list(pool.map(passes, models))
-    monkeypatch.setattr(collecting, "_absent", seen)
+    monkeypatch.setattr(collecting._Collection, "_absent", seen)
     assert min(counts) == passes(models[0]) < max(counts)

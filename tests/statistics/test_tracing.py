@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models import counted_passes, llama, shard, task
+from torch import Tensor
 
 from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Calibration
@@ -25,20 +26,23 @@ from keeptune.statistics.layer_effect import (
     normalised_effect,
     normalised_error,
     trace_texts,
-    traced_effects,
 )
 from keeptune.statistics.request import Request
-from keeptune.statistics.store import StatStore
+from keeptune.statistics.store import Source, StatStore
 
 REQUEST = LayerEffect("knowledge", fraction=0.4)
 
 
+def traced_effects(model: Any, data: Calibration, request: LayerEffect, store: StatStore, source: Source) -> Tensor:
+    return request.measure(model, data, store, source)[""]
+
+
 def gathered(model: Any, data: Calibration, folder: Path, *requests: Request, **options: Any) -> Statistics:
     targets = find_targets(model)
-    wanted = {target.name: frozenset(requests) for target in targets}
+    wanted = {target: frozenset(requests) for target in targets}
     store, key = StatStore(folder), body_fingerprint(model)
     sources = {"knowledge": data, "task": data}
-    return collect(ResidentRunner(model), targets, wanted, sources, store, model_fingerprint=key, **options)  # type: ignore[arg-type]
+    return collect(ResidentRunner(model), wanted, sources, store, model_fingerprint=key, **options)  # type: ignore[arg-type]
 
 
 def test_every_target_reads_the_one_entry(tmp_path: Path) -> None:

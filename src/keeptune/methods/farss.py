@@ -134,11 +134,11 @@ class Farss(ScaledMethod):
 
     @property
     def _gradient(self) -> GradientCovariance:
-        return GradientCovariance("task", self.labels, self.label_seed)
+        return GradientCovariance("task", self.labels, seed=self.label_seed)
 
     @property
     def _streamed(self) -> DirectionVariances:
-        return DirectionVariances("task", self.labels, self.label_seed)
+        return DirectionVariances("task", self.labels, seed=self.label_seed)
 
     def requests(self, target: Target) -> frozenset[Request]:
         """Returns both covariances on task data, or the variances along singular directions where they are enough."""

@@ -98,7 +98,7 @@ class Ewc(MeasuredPenalty):
 
     @property
     def _fisher(self) -> WeightFisher:
-        return WeightFisher("knowledge", self.labels, self.per, self.label_seed, self.examples)
+        return WeightFisher("knowledge", self.labels, per=self.per, seed=self.label_seed, examples=self.examples)
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
         """Returns the diagonal Fisher, and what makes it one per learned token."""

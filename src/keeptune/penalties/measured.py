@@ -48,7 +48,7 @@ class MeasuredPenalty(Penalty):
     @property
     def count(self) -> TokenCount:
         """The request for the number of tokens."""
-        return TokenCount("knowledge", self.examples)
+        return TokenCount("knowledge", examples=self.examples)
 
     def tokens_per_learned(self, site: Site) -> float:
         """Returns the number of tokens for each one with a loss: with it a Fisher is that of one learned token.

@@ -177,8 +177,7 @@ def statistics_for(
     targets = find_targets(model, tuned_roles(method, options.roles), options.layers)
     statistics = collect(
         ResidentRunner(model),
-        targets,
-        {target.name: method.requests(target) for target in targets},
+        {target: method.requests(target) for target in targets},
         data,
         store,
         model_fingerprint=options.fingerprint or body_fingerprint(model),
@@ -289,12 +288,11 @@ def with_penalties(
     if not held:
         return plan
     model = runner.model
-    requests: dict[str, frozenset[Request]] = {t.target.name: frozenset() for t in plan.targets}
+    requests: dict[Target, frozenset[Request]] = {t.target: frozenset() for t in plan.targets}
     for penalty, own in held:
-        requests |= {t.target.name: requests[t.target.name] | penalty.requests(t) for t in own}
+        requests |= {t.target: requests[t.target] | penalty.requests(t) for t in own}
     statistics = collect(
         runner,
-        [t.target for t in plan.targets],
         requests,
         data,
         store,

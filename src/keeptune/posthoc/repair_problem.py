@@ -150,8 +150,7 @@ def repair_problem(
     requests = frozenset(InputCovariance(role) for role in data)
     statistics = collect(
         ResidentRunner(trained.model if running is None else running),
-        every,
-        {target.name: requests for target in every},
+        dict.fromkeys(every, requests),
         data,
         store,
         model_fingerprint=trained.fingerprint if running is None else fingerprint,

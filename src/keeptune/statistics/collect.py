@@ -1,10 +1,10 @@
-"""Collect what methods request, once: what the store has is not computed again."""
+"""Collects what methods request, once: what the store has is not computed again."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,19 +18,12 @@ from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import is_nested
 from keeptune.model.head import head_fingerprint
-from keeptune.model.runner import ResidentRunner
-from keeptune.statistics.layer_effect import LayerEffect, traced_effects
-from keeptune.statistics.neuron_attribution import (
-    Attributions,
-    NeuronAttribution,
-    attribute_texts,
-    places_of,
-    stored_attributions,
-)
-from keeptune.statistics.passes import Pass, Site, run_wave, shares
-from keeptune.statistics.request import Accumulator, DataRole, Request
-from keeptune.statistics.store import Source, StatStore, entry_recipe
-from keeptune.statistics.validation import UnseenError
+from keeptune.model.runner import Runner
+from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
+from keeptune.statistics.passes import Measured, Pass, run_pass, shares
+from keeptune.statistics.request import DataRole, ModelRequest, Request, RowRequest
+from keeptune.statistics.running_mean import Accumulator, UnseenError, checked_result
+from keeptune.statistics.store import Source, StatStore
 
 __all__ = ["Statistics", "StatsView", "collect", "source_name", "source_of"]
 
@@ -39,27 +32,48 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class StatsView:
-    """The statistics one target asked for; anything else is refused.
+class Statistics:
+    """Collected statistics of a set of targets.
 
     Args:
-        target: The target.
-        requests: What it asked for.
-        store: Where the values are; they are read one at a time.
+        store: Where the values are.
         sources: Model and data, by :func:`source_name`.
-        memo: The last result of :meth:`derive` for each function, shared by the views of one collection.
+        requests: Per target name.
+        unseen: Experts that no token reached: they have no statistics, and nothing is guessed in their place.
+        memo: The last result of :meth:`StatsView.derive` for each function.
         counts: How many tokens are learned, by :func:`source_name`.
     """
 
-    target: Target
-    requests: frozenset[Request]
     store: StatStore
     sources: Mapping[str, Source]
+    requests: Mapping[str, frozenset[Request]]
+    unseen: frozenset[str] = frozenset()
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
     counts: Mapping[str, int] = field(default_factory=dict)
 
+    def view(self, target: Target) -> StatsView:
+        """Returns the statistics that one target requested.
+
+        Args:
+            target: The target.
+        """
+        return StatsView(target, self)
+
+
+@dataclass(frozen=True, slots=True)
+class StatsView:
+    """The statistics one target requested; anything else is refused. Values are read from the store one at a time.
+
+    Args:
+        target: The target.
+        statistics: Those of all targets.
+    """
+
+    target: Target
+    statistics: Statistics
+
     def __getitem__(self, request: Request) -> Tensor:
-        """Read one statistic from the store.
+        """Reads one statistic from the store.
 
         Args:
             request: One of the requests.
@@ -70,10 +84,10 @@ class StatsView:
         Raises:
             StatisticsError: It was not requested, or the store lost it.
         """
-        return self._read(request, entry_recipe(request, self.target, self.sources[source_name(request)]))
+        return self._read(request, "")
 
     def attributions(self, request: NeuronAttribution) -> Attributions:
-        """Open the attributions of texts.
+        """Opens the attributions of texts.
 
         Args:
             request: One of the requests.
@@ -84,30 +98,32 @@ class StatsView:
         Raises:
             StatisticsError: They were not requested, or the store lost them.
         """
-        entry = entry_recipe(request, self.target, self.sources[source_name(request)])
-        keys, layers, names = (self._read(request, at) for at in (entry, *_places(entry)))
-        return stored_attributions(self.store, keys, layers, names, signed=request.signed)
+        return request.open(self.statistics.store, {part: self._read(request, part) for part in request.parts})
 
-    def _read(self, request: Request, entry: Mapping[str, Any]) -> Tensor:
-        if request not in self.requests:
+    def _entry(self, request: Request) -> dict[str, Any]:
+        return request.entry(self.target, self.statistics.sources[source_name(request)])
+
+    def _read(self, request: Request, part: str) -> Tensor:
+        requested = self.statistics.requests[self.target.name]
+        if request not in requested:
             raise StatisticsError(
                 self.target.name,
                 got=f"a read of {request}",
-                wanted=f"one of the requested statistics: {sorted(map(str, self.requests)) or 'none'}",
+                wanted=f"one of the requested statistics: {sorted(map(str, requested)) or 'none'}",
                 next_step="Return it from the method's requests().",
             )
-        value = self.store.get(entry)
+        value = self.statistics.store.get(_part(self._entry(request), part))
         if value is None:
             raise StatisticsError(
                 self.target.name,
-                got=f"no {request} in {self.store.folder}",
+                got=f"no {request} in {self.statistics.store.folder}",
                 wanted="the entry that was collected",
                 next_step="Run the stats stage again; nothing else may empty the store meanwhile.",
             )
         return value
 
     def learned(self, request: Request) -> int:
-        """Count the tokens that are learned in a request's data: the completions, or all but each text's first.
+        """Returns T, how many tokens are learned in a request's data: the completions, or all but each text's first.
 
         Args:
             request: One of the requests.
@@ -115,10 +131,10 @@ class StatsView:
         Returns:
             T; of a classifier, the number of texts.
         """
-        return self.counts[source_name(request)]
+        return self.statistics.counts[source_name(request)]
 
     def derive(self, request: Request, function: Callable[..., T], *options: Any) -> T:
-        """Compute something from a statistic once for all targets that share it, such as q, k and v.
+        """Computes something from a statistic once for all targets that share it, such as q, k and v.
 
         Only the last result of each function is kept: targets of one input group follow each other.
 
@@ -133,52 +149,18 @@ class StatsView:
         Raises:
             StatisticsError: The statistic was not requested, or the store lost it.
         """
-        entry = entry_recipe(request, self.target, self.sources[source_name(request)])
-        name, key = f"{function.__module__}.{function.__qualname__}", content_key([entry, options])
-        if self.memo.get(name, ("",))[0] != key or request not in self.requests:
-            given = self.attributions(request) if isinstance(request, NeuronAttribution) else self[request]
-            value = function(given, *options)
-            self.memo[name] = (key, value)
-        found: T = self.memo[name][1]
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """Collected statistics of a set of targets.
-
-    Args:
-        store: Where the values are.
-        sources: Model and data, by :func:`source_name`.
-        requests: Per target name.
-        unseen: Experts that no token reached: they have no statistics, and nothing is guessed in their place.
-        memo: The last result of :meth:`StatsView.derive`.
-        counts: How many tokens are learned, by :func:`source_name`.
-    """
-
-    store: StatStore
-    sources: Mapping[str, Source]
-    requests: Mapping[str, frozenset[Request]]
-    unseen: frozenset[str] = frozenset()
-    memo: dict[str, Any] = field(default_factory=dict, compare=False)
-    counts: Mapping[str, int] = field(default_factory=dict)
-
-    def view(self, target: Target) -> StatsView:
-        """Give one target's statistics.
-
-        Args:
-            target: The target.
-
-        Returns:
-            A view on what it asked for.
-        """
-        return StatsView(target, self.requests[target.name], self.store, self.sources, self.memo, self.counts)
+        memo = self.statistics.memo
+        name, key = f"{function.__module__}.{function.__qualname__}", content_key([self._entry(request), options])
+        if memo.get(name, ("",))[0] != key or request not in self.statistics.requests[self.target.name]:
+            value = self.attributions(request) if isinstance(request, NeuronAttribution) else self[request]
+            memo[name] = (key, function(value, *options))
+        derived: T = memo[name][1]
+        return derived
 
 
 def collect(
-    runner: ResidentRunner,
-    targets: Sequence[Target],
-    requests: Mapping[str, frozenset[Request]],
+    runner: Runner,
+    requests: Mapping[Target, frozenset[Request]],
     data: Mapping[DataRole, Calibration],
     store: StatStore,
     *,
@@ -186,12 +168,11 @@ def collect(
     low_memory: bool = False,
     batch_tokens: int = 1024,
 ) -> Statistics:
-    """Compute the statistics that are requested and not in the store yet.
+    """Computes the statistics that are requested and not in the store yet.
 
     Args:
         runner: Runs the base model.
-        targets: The targets.
-        requests: What each target (by name) needs; targets of one input group share entries.
+        requests: What each target needs; targets of one input group share entries.
         data: Tokens per data role.
         store: Where entries are looked up and kept.
         model_fingerprint: From :func:`keeptune.model.head.body_fingerprint`.
@@ -207,95 +188,131 @@ def collect(
     """
     used = _used(requests, data)
     sources = {name: source_of(runner.model, model_fingerprint, tokens) for name, tokens in used.items()}
-    missing = _missing(targets, requests, sources, store)
-    absent = _absent(missing, sources, store)
-    with store.turn({content_key({**entry, "site": None}) for entry in absent.values()}):
-        for sites in missing.values():  # whoever had its turn before may have stored some meanwhile
-            sites[:] = [site for site in sites if site not in absent or not store.holds(absent[site])]
-        unseen = _fill(runner, targets, requests, used, store, sources, missing, low_memory, batch_tokens)
+    unseen = _Collection(runner, requests, used, sources, store, low_memory, batch_tokens).run()
     if unseen:
         names = ", ".join(sorted(unseen))
-        _log.warning("statistics: no token reached %d of %d targets: %s", len(unseen), len(targets), names)
+        _log.warning("statistics: no token reached %d of %d targets: %s", len(unseen), len(requests), names)
     counts = {name: tokens.learned for name, tokens in used.items()}
-    return Statistics(store, sources, dict(requests), frozenset(unseen), counts=counts)
+    by_name = {target.name: requested for target, requested in requests.items()}
+    return Statistics(store, sources, by_name, frozenset(unseen), counts=counts)
 
 
-def _fill(
-    runner: ResidentRunner,
-    targets: Sequence[Target],
-    requests: Mapping[str, frozenset[Request]],
-    used: Mapping[str, Calibration],
-    store: StatStore,
-    sources: Mapping[str, Source],
-    missing: dict[Pass, list[Site]],
-    low_memory: bool,
-    batch_tokens: int,
-) -> set[str]:
-    """Compute what is missing; give the names of experts that no token reached."""
-    for request, target in missing.pop(_TRACE, []):
-        name = source_name(request)
-        _trace(runner, used[name], request, store, sources[name], entry_recipe(request, target, sources[name]))
-    waves = [
-        (need, wave) for need, sites in missing.items() if sites for wave in (shares(sites) if low_memory else [sites])
-    ]
-    # An expert sees some tokens only, so that padding could not be told from text: its batches hold none.
-    padded = not any(is_nested(target.name) for target in targets)
-    unseen: set[str] = set()
-    for need, wave in tqdm(waves, desc="statistics", delay=2, disable=None if len(waves) > 1 else True, leave=False):
-        batches = used[need.source].batches(1 if need.examples_alone else batch_tokens, padded=padded)
-        totals = run_wave(runner, batches, need, wave, title="" if len(waves) > 1 else "statistics")
-        for (request, target), total in zip(wave, totals, strict=True):
-            if not _keep(store, request, target, total, sources[source_name(request)]):
-                unseen |= {t.name for t in targets if (request, request.site(target)) in _sites(requests, t)}
-    return unseen
+@dataclass(frozen=True, slots=True)
+class _Collection:
+    """One call of :func:`collect`; ``data`` and ``sources`` are by :func:`source_name`."""
+
+    runner: Runner
+    requests: Mapping[Target, frozenset[Request]]
+    data: Mapping[str, Calibration]
+    sources: Mapping[str, Source]
+    store: StatStore
+    low_memory: bool
+    batch_tokens: int
+
+    def run(self) -> set[str]:
+        """Computes what is missing; returns the names of experts that no token reached."""
+        missing = self._missing()
+        entries = self._absent(missing)
+        with self.store.turn({content_key({**entry, "site": None}) for entry in entries.values()}):
+            # Another process may have stored some meanwhile.
+            missing = [one for one in missing if one not in entries or not self.store.holds(entries[one])]
+            for request, target in missing:
+                if isinstance(request, ModelRequest):
+                    self._measure(request, target)
+            return self._sum([(request, target) for request, target in missing if isinstance(request, RowRequest)])
+
+    def _entry(self, request: Request, target: Target) -> dict[str, Any]:
+        return request.entry(target, self.sources[source_name(request)])
+
+    def _missing(self) -> list[tuple[Request, Target]]:
+        """Lists what the store lacks, once for each site."""
+        missing: list[tuple[Request, Target]] = []
+        seen: set[tuple[Request, str]] = set()
+        kept: Counter[str] = Counter()
+        for target, requested in self.requests.items():
+            for request in sorted(requested, key=str):
+                if (request, request.site(target)) in seen:
+                    continue
+                seen.add((request, request.site(target)))
+                if source_name(request) not in self.sources:
+                    raise StatisticsError(
+                        target.name,
+                        got=f"no {request.data} data",
+                        wanted=f"{request.data} data for {request}",
+                        next_step=f"Give the recipe a `{request.data}` section.",
+                    )
+                stored = self.store.get(self._entry(request, target))
+                if stored is None or (isinstance(request, ModelRequest) and request.by_text):
+                    missing.append((request, target))
+                else:
+                    kept[str(request)] += 1
+        every = Counter(str(request) for request, _ in seen)
+        for name, count in kept.items():
+            _log.info("statistics: %d of %d %s taken from %s", count, every[name], name, self.store.folder)
+        return missing
+
+    def _absent(self, missing: Sequence[tuple[Request, Target]]) -> dict[tuple[Request, Target], dict[str, Any]]:
+        """Returns the entries that are not there at all, damaged or not."""
+        entries = {one: self._entry(*one) for one in missing}
+        return {one: entry for one, entry in entries.items() if not self.store.holds(entry)}
+
+    def _measure(self, request: ModelRequest, target: Target) -> None:
+        name, entry = source_name(request), self._entry(request, target)
+        parts = request.measure(self.runner.model, self.data[name], self.store, self.sources[name])
+        for part, value in parts.items():
+            self.store.put(_part(entry, part), value)
+
+    def _sum(self, missing: Sequence[Measured]) -> set[str]:
+        waves = [
+            (need, wave)
+            for need, measured in _by_pass(missing).items()
+            for wave in (shares(measured) if self.low_memory else [measured])
+        ]
+        # An expert sees some tokens only, so that padding could not be told from text: its batches hold none.
+        padded = not any(is_nested(target.name) for target in self.requests)
+        several = len(waves) > 1
+        unseen: set[str] = set()
+        for need, wave in tqdm(waves, desc="statistics", delay=2, disable=None if several else True, leave=False):
+            tokens = 1 if need.examples_alone else self.batch_tokens
+            batches = self.data[need.source].batches(tokens, padded=padded)
+            totals = run_pass(self.runner, batches, need, wave, title="" if several else "statistics")
+            for (request, target), total in zip(wave, totals, strict=True):
+                if not self._keep(request, target, total):
+                    unseen |= self._sharing(request, request.site(target))
+        return unseen
+
+    def _keep(self, request: RowRequest, target: Target, total: Accumulator) -> bool:
+        """Stores a finished sum; returns False when it is an expert's that no token reached."""
+        try:
+            self.store.put(self._entry(request, target), checked_result(total, request.site(target)))
+        except UnseenError:
+            if not is_nested(target.name):
+                raise
+            return False
+        return True
+
+    def _sharing(self, request: Request, site: str) -> set[str]:
+        """Returns the names of targets that share an entry."""
+        return {t.name for t, requested in self.requests.items() if request in requested and request.site(t) == site}
 
 
-def _absent(
-    missing: Mapping[Pass, Sequence[Site]], sources: Mapping[str, Source], store: StatStore
-) -> dict[Site, dict[str, Any]]:
-    """Find the entries of sites that are not there at all, damaged or not."""
-    sites = [site for some in missing.values() for site in some]
-    entries = {site: entry_recipe(*site, sources[source_name(site[0])]) for site in sites}
-    return {site: entry for site, entry in entries.items() if not store.holds(entry)}
-
-
-def _trace(
-    runner: ResidentRunner,
-    data: Calibration,
-    request: Request,
-    store: StatStore,
-    source: Source,
-    entry: Mapping[str, Any],
-) -> None:
-    if isinstance(request, NeuronAttribution):
-        keys, downs = attribute_texts(runner.model, data, request, store, source)
-        for place, value in zip(_places(entry), places_of(downs), strict=True):
-            store.put(place, value)
-        store.put(entry, keys)
-    else:
-        assert isinstance(request, LayerEffect)
-        store.put(entry, traced_effects(runner.model, data, request, store, source))
-
-
-def _places(entry: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Name the entries that say which blocks an attribution is of, and which modules in them."""
-    return {**entry, "part": "layers"}, {**entry, "part": "modules"}
+def _part(entry: dict[str, Any], part: str) -> dict[str, Any]:
+    return {**entry, "part": part} if part else entry
 
 
 def source_name(request: Request) -> str:
-    """Name the data that a request uses: those of its role, or some of them.
+    """Returns the name of the data that a request uses: those of its role, or some of them.
 
     Args:
         request: The request.
-
-    Returns:
-        The name.
     """
     return request.data if request.examples is None else f"{request.data}, {request.examples} of each set"
 
 
-def _used(requests: Mapping[str, frozenset[Request]], data: Mapping[DataRole, Calibration]) -> dict[str, Calibration]:
-    """Take the examples that requests name of each set of the data; all of them under the role's name."""
+def _used(
+    requests: Mapping[Target, frozenset[Request]], data: Mapping[DataRole, Calibration]
+) -> dict[str, Calibration]:
+    """Takes the examples that requests name of each set of the data; all of them under the role's name."""
     used: dict[str, Calibration] = dict(data.items())
     for request in frozenset[Request]().union(*requests.values()):
         if request.examples is not None and request.data in data:
@@ -304,78 +321,27 @@ def _used(requests: Mapping[str, frozenset[Request]], data: Mapping[DataRole, Ca
 
 
 def source_of(model: PreTrainedModel, fingerprint: str, data: Calibration) -> Source:
-    """Name what statistics are taken from; where labels are learned, the classifier's head is a part of it.
+    """Returns what statistics are taken from; where labels are learned, the classifier's head is a part of it.
 
     Args:
         model: The base model.
         fingerprint: From :func:`keeptune.model.head.body_fingerprint`.
         data: The tokens.
-
-    Returns:
-        The source.
     """
     if data.labels is not None:
         fingerprint = content_key([fingerprint, head_fingerprint(model)])
     return Source(fingerprint, data.fingerprint, str(model.dtype))
 
 
-def _keep(store: StatStore, request: Request, target: Target, total: Accumulator, source: Source) -> bool:
-    """Store a finished sum; False when it is an expert's that no token reached."""
-    try:
-        store.put(entry_recipe(request, target, source), total.result(request.site(target)))
-    except UnseenError:
-        if not is_nested(target.name):
-            raise
-        return False
-    return True
-
-
-def _sites(requests: Mapping[str, frozenset[Request]], target: Target) -> set[tuple[Request, str]]:
-    return {(request, request.site(target)) for request in requests[target.name]}
-
-
-_TRACE = Pass("", examples_alone=False, labels=None, seed=0)  # traces make their own passes
-
-
-def _missing(
-    targets: Iterable[Target],
-    requests: Mapping[str, frozenset[Request]],
-    sources: Mapping[str, Source],
-    store: StatStore,
-) -> dict[Pass, list[Site]]:
-    """List what the store lacks, by the pass it needs; inputs are taken along with gradients where both are needed."""
-    missing: dict[Pass, list[Site]] = {}
-    seen: set[tuple[Request, str]] = set()
-    kept: Counter[str] = Counter()
-    for target in targets:
-        for request in sorted(requests[target.name], key=str):
-            if (request, request.site(target)) in seen:
-                continue
-            seen.add((request, request.site(target)))
-            if source_name(request) not in sources:
-                raise StatisticsError(
-                    target.name,
-                    got=f"no {request.data} data",
-                    wanted=f"{request.data} data for {request}",
-                    next_step=f"Give the recipe a `{request.data}` section.",
-                )
-            # Attributions are stored text by text: each is looked at again.
-            stored = store.get(entry_recipe(request, target, sources[source_name(request)]))
-            if stored is None or isinstance(request, NeuronAttribution):
-                seed = request.seed if request.labels else 0
-                need = Pass(source_name(request), request.examples_alone, request.labels, seed)
-                need = _TRACE if request.kind == "trace" else need
-                missing.setdefault(need, []).append((request, target))
-            else:
-                kept[str(request)] += 1
-    asked = Counter(str(request) for request, _ in seen)
-    for name, count in kept.items():
-        _log.info("statistics: %d of %d %s taken from %s", count, asked[name], name, store.folder)
-    for need in [need for need in missing if need.labels is None and need is not _TRACE]:
-        host = next(
-            (n for n in missing if n.labels and (n.source, n.examples_alone) == (need.source, need.examples_alone)),
-            None,
-        )
+def _by_pass(missing: Sequence[Measured]) -> dict[Pass, list[Measured]]:
+    """Groups sums by the pass they need; inputs are taken along with gradients where both are needed."""
+    passes: dict[Pass, list[Measured]] = {}
+    for request, target in missing:
+        need = Pass(source_name(request), request.examples_alone, request.loss)
+        passes.setdefault(need, []).append((request, target))
+    for need in [need for need in passes if need.loss is None]:
+        hosts = (p for p in passes if p.loss and (p.source, p.examples_alone) == (need.source, need.examples_alone))
+        host = next(hosts, None)
         if host is not None:
-            missing[host] += missing.pop(need)
-    return missing
+            passes[host] += passes.pop(need)
+    return passes

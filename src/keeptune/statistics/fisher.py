@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,29 +30,18 @@ from keeptune.core.artefact import content_key, tensor_fingerprint
 from keeptune.core.errors import StatisticsError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
-from keeptune.model.runner import Labels
+from keeptune.model.summed_loss import Labels
 from keeptune.statistics.collect import StatsView
-from keeptune.statistics.request import DataRole, PassKind, WeightReader
-from keeptune.statistics.validation import finite, need_tokens
+from keeptune.statistics.request import DataRole, GradientRequest, PassKind, RowRequest, WeightReader
+from keeptune.statistics.running_mean import RunningMean
 
-__all__ = [
-    "LoraFisher",
-    "LoraFisherAccumulator",
-    "Per",
-    "TokenCount",
-    "TokenCounter",
-    "WeightFisher",
-    "WeightFisherAccumulator",
-    "lora_fisher",
-    "split_diagonals",
-    "tokens_per_learned",
-]
+__all__ = ["LoraFisher", "Per", "TokenCount", "WeightFisher", "lora_fisher", "split_diagonals", "tokens_per_learned"]
 
 Per = Literal["text", "token"]
 
 
 def tokens_per_learned(stats: StatsView, count: TokenCount) -> float:
-    """Compute N/T, which turns means over tokens into the Fisher per learned token.
+    """Computes N/T, which turns means over tokens into the Fisher per learned token.
 
     Args:
         stats: A target's statistics, :class:`TokenCount` among them.
@@ -64,205 +54,124 @@ def tokens_per_learned(stats: StatsView, count: TokenCount) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenCount:
-    """``N``, the number of unmasked tokens that reach a target: all of them, but for experts. A scalar.
-
-    Args:
-        data: Which data.
-        examples: How many examples of each set, the first ones; None is all.
-    """
-
-    data: DataRole
-    examples: int | None = None
-    version: ClassVar[int] = 1
-    kind: ClassVar[PassKind] = "forward"
-    labels: ClassVar[Labels | None] = None
-    seed: ClassVar[int] = 0
-    examples_alone: ClassVar[bool] = False
+class TokenCount(RowRequest):
+    """``N``, the number of unmasked tokens that reach a target: all of them, but for experts. A scalar."""
 
     def numbers(self, target: Target) -> int:
-        """Count the sum's numbers: one."""
+        """Returns one."""
         return 1
 
-    def site(self, target: Target) -> str:
-        """Name the input group."""
-        return target.input_group
-
-    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> TokenCounter:
-        """Start a sum."""
-        return TokenCounter()
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _Count:
+        """Returns a counter."""
+        return _Count()
 
 
 @dataclass
-class TokenCounter:
+class _Count:
     """Counts rows."""
 
     tokens: int = 0
 
     def add(self, rows: Tensor) -> None:
-        """Count the rows of one batch.
-
-        Args:
-            rows: ``(tokens, n)``.
-        """
+        """Counts the rows of one batch, ``(tokens, n)``."""
         self.tokens += rows.shape[0]
 
-    def result(self, module: str) -> Tensor:
-        """Finish.
-
-        Args:
-            module: The module's name, for the error message.
-
-        Returns:
-            A scalar, float64: float32 cannot count beyond 2^24.
-
-        Raises:
-            StatisticsError: No token was seen.
-        """
-        need_tokens(self.tokens, module)
+    def result(self) -> Tensor:
+        """Returns a scalar, float64: float32 cannot count beyond 2^24."""
         return torch.tensor(self.tokens, dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
-class WeightFisher:
+class _Fisher(GradientRequest):
+    """The mean over tokens of squared gradients; the seed is that of the drawn labels.
+
+    Args:
+        per: ``"text"`` squares the gradient of each text, ``"token"`` that of each token.
+    """
+
+    per: Per = field(default="text", kw_only=True)
+
+    @property
+    def kind(self) -> PassKind:
+        """Which row is of which text too, where texts are squared."""
+        return "texts" if self.per == "text" else "joint"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFisher(_Fisher):
     """``diag F`` of the whole weight, over T/N: ``(m, n)``, the mean over tokens of squared gradients (4) or (5).
 
     EWC's Fisher is (4): the squared gradient of each text, not the square of a batch's mean gradient, which EWC-LoRA's
     code takes and in which texts cancel each other.
-
-    Args:
-        data: Which data.
-        labels: ``"true"`` or ``"sampled"``.
-        per: ``"text"`` squares the gradient of each text, ``"token"`` that of each token.
-        seed: Seed of the drawn labels.
-        examples: How many examples of each set, the first ones; None is all.
     """
-
-    data: DataRole
-    labels: Labels
-    per: Per = "text"
-    seed: int = 0
-    examples: int | None = None
-    version: ClassVar[int] = 1
-    examples_alone: ClassVar[bool] = False
-
-    @property
-    def kind(self) -> PassKind:
-        """Need to know which row is of which text, where texts are squared."""
-        return "texts" if self.per == "text" else "joint"
 
     def numbers(self, target: Target) -> int:
-        """Count the sum's numbers: ``mn``."""
+        """Returns ``mn``."""
         return target.out_features * target.in_features
 
-    def site(self, target: Target) -> str:
-        """Name the target itself."""
-        return target.name
-
-    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> WeightFisherAccumulator:
-        """Start a sum."""
-        return WeightFisherAccumulator(target.out_features, target.in_features, self.per, device)
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
+        """Returns a sum of squares, products in float32."""
+        return RunningMean((target.out_features, target.in_features), device, _add_squares)
 
 
-@dataclass
-class WeightFisherAccumulator:
-    """Sums squared gradients, products in float32, the sum in float64.
-
-    Args:
-        out_features: m.
-        in_features: n.
-        per: What is squared.
-        device: Where the ``(m, n)`` sum is kept.
-    """
-
-    out_features: int
-    in_features: int
-    per: Per
-    device: torch.device
-    tokens: int = 0
-    total: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Start from zero."""
-        self.total = torch.zeros(self.out_features, self.in_features, dtype=torch.float64, device=self.device)
-
-    def add(self, h: Tensor, delta: Tensor, lengths: Sequence[int] = ()) -> None:
-        """Add the rows of one batch.
-
-        Args:
-            h: ``(tokens, n)``.
-            delta: ``(tokens, m)``.
-            lengths: How many rows are of each text, where texts are squared.
-        """
-        h, delta = h.to(self.device, torch.float32), delta.to(self.device, torch.float32)
-        if self.per == "token":
-            self.total += delta.square().T @ h.square()
-        else:
-            for x, d in zip(torch.split(h, list(lengths)), torch.split(delta, list(lengths)), strict=True):
-                self.total += (d.T @ x).square_()
-        self.tokens += h.shape[0]
-
-    def result(self, module: str) -> Tensor:
-        """Finish.
-
-        Args:
-            module: The module's name, for the error message.
-
-        Returns:
-            ``(m, n)``, float32, on the CPU.
-
-        Raises:
-            StatisticsError: No token was seen, or a row was NaN or infinite.
-        """
-        need_tokens(self.tokens, module)
-        return finite((self.total / self.tokens).float().cpu(), module)
+def _add_squares(total: Tensor, h: Tensor, delta: Tensor, lengths: Sequence[int] | None = None) -> None:
+    h, delta = h.float(), delta.float()
+    if lengths is None:
+        total += delta.square().T @ h.square()
+        return
+    for x, d in zip(torch.split(h, list(lengths)), torch.split(delta, list(lengths)), strict=True):
+        total += (d.T @ x).square_()
 
 
 @dataclass(frozen=True, slots=True)
-class LoraFisher:
+class LoraFisher(_Fisher):
     """``diag F`` of the factors of y = W_0 x + s B A x, over T/N: ``(r, m + n)``, of Bᵀ and of A; (4) or (5).
 
     ``g_B = sum_t s δ_t (A x_t)ᵀ`` and ``g_A = sum_t s (Bᵀ δ_t) x_tᵀ``, at the start, where the model is the base.
     Make it with :func:`lora_fisher`.
 
     Args:
-        data: Which data.
-        labels: ``"true"`` or ``"sampled"``.
         scale: s.
         fingerprint: Of the factors.
         factors: ``B`` and ``A``, where the Fisher is taken.
-        per: ``"text"`` squares the gradient of each text, ``"token"`` that of each token.
-        seed: Seed of the drawn labels.
-        examples: How many examples of each set, the first ones; None is all.
     """
 
-    data: DataRole
-    labels: Labels
     scale: float
     fingerprint: str
     factors: LowRank = field(compare=False, repr=False)
-    per: Per = "text"
-    seed: int = 0
-    examples: int | None = None
-    version: ClassVar[int] = 1
-    examples_alone: ClassVar[bool] = False
-
-    @property
-    def kind(self) -> PassKind:
-        """Need to know which row is of which text, where texts are squared."""
-        return "texts" if self.per == "text" else "joint"
 
     def numbers(self, target: Target) -> int:
-        """Count the sum's numbers: ``r (m + n)``."""
+        """Returns ``r (m + n)``."""
         return self.factors.rank * (target.out_features + target.in_features)
 
-    def site(self, target: Target) -> str:
-        """Name the target itself."""
-        return target.name
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
+        """Returns sums of squares of Bᵀ and of A side by side, products in float32."""
+        shape = (self.factors.rank, target.out_features + target.in_features)
+        factors = self.factors.to(torch.float32, device)
+        return RunningMean(shape, device, partial(_add_factor_squares, factors=factors, scale=self.scale))
 
-    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> LoraFisherAccumulator:
-        """Start a sum."""
-        return LoraFisherAccumulator(self.factors.to(torch.float32, device), self.scale, self.per)
+
+def _add_factor_squares(
+    total: Tensor,
+    h: Tensor,
+    delta: Tensor,
+    lengths: Sequence[int] | None = None,
+    *,
+    factors: LowRank,
+    scale: float,
+) -> None:
+    B, A = factors.B, factors.A
+    of_B, of_A = total[:, : len(B)], total[:, len(B) :]
+    h, delta = h.to(A), scale * delta.to(B)
+    a, b = h @ A.T, delta @ B
+    if lengths is None:
+        of_B += a.square().T @ delta.square()
+        of_A += b.square().T @ h.square()
+        return
+    texts = (torch.split(rows, list(lengths)) for rows in (h, delta, a, b))
+    for x, d, u, v in zip(*texts, strict=True):
+        of_B += (u.T @ d).square_()
+        of_A += (v.T @ x).square_()
 
 
 def lora_fisher(
@@ -275,7 +184,7 @@ def lora_fisher(
     seed: int = 0,
     examples: int | None = None,
 ) -> LoraFisher:
-    """Ask for the diagonals at some factors; their content is a part of the key.
+    """Returns the request for the diagonals at some factors; their content is a part of the key.
 
     Args:
         data: Which data.
@@ -285,75 +194,13 @@ def lora_fisher(
         per: What is squared.
         seed: Seed of the drawn labels.
         examples: How many examples of each set; None is all.
-
-    Returns:
-        The request.
     """
     fingerprint = content_key([tensor_fingerprint(factors.B), tensor_fingerprint(factors.A)])
-    return LoraFisher(data, labels, scale, fingerprint, factors, per, seed, examples)
-
-
-@dataclass
-class LoraFisherAccumulator:
-    """Sums squared gradients of the factors (of Bᵀ left, of A right), products in float32, the sums in float64.
-
-    Args:
-        factors: ``B`` and ``A``, float32, where the sums are kept.
-        scale: s.
-        per: What is squared.
-    """
-
-    factors: LowRank
-    scale: float
-    per: Per
-    tokens: int = 0
-    left: Tensor = field(init=False)
-    right: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Start from zero."""
-        self.left = torch.zeros_like(self.factors.B.T, dtype=torch.float64)
-        self.right = torch.zeros_like(self.factors.A, dtype=torch.float64)
-
-    def add(self, h: Tensor, delta: Tensor, lengths: Sequence[int] = ()) -> None:
-        """Add the rows of one batch.
-
-        Args:
-            h: ``(tokens, n)``.
-            delta: ``(tokens, m)``.
-            lengths: How many rows are of each text, where texts are squared.
-        """
-        B, A = self.factors.B, self.factors.A
-        h, delta = h.to(A), self.scale * delta.to(B)
-        a, b = h @ A.T, delta @ B
-        if self.per == "token":
-            self.left += a.square().T @ delta.square()
-            self.right += b.square().T @ h.square()
-        else:
-            parts = (torch.split(rows, list(lengths)) for rows in (h, delta, a, b))
-            for x, d, u, v in zip(*parts, strict=True):
-                self.left += (u.T @ d).square_()
-                self.right += (v.T @ x).square_()
-        self.tokens += h.shape[0]
-
-    def result(self, module: str) -> Tensor:
-        """Finish.
-
-        Args:
-            module: The module's name, for the error message.
-
-        Returns:
-            ``(r, m + n)``, float32, on the CPU.
-
-        Raises:
-            StatisticsError: No token was seen, or a row was NaN or infinite.
-        """
-        need_tokens(self.tokens, module)
-        return finite((torch.cat([self.left, self.right], dim=1) / self.tokens).float().cpu(), module)
+    return LoraFisher(data, labels, scale, fingerprint, factors, per=per, seed=seed, examples=examples)
 
 
 def split_diagonals(value: Tensor, out_features: int) -> LowRank:
-    """Read what :class:`LoraFisher` gives.
+    """Splits the value of :class:`LoraFisher`.
 
     Args:
         value: ``(r, m + n)``.

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import StatisticsError
-from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.probes.causal_tracing import Kind, Noise, Reading, Traced, Tracer, embedding_std, noise_of
-from keeptune.model.runner import Labels
-from keeptune.statistics.request import Accumulator, DataRole, PassKind, WeightReader
+from keeptune.statistics.request import ModelRequest
 from keeptune.statistics.store import Source, StatStore
+from keeptune.statistics.text_entries import TextEntries
 
 __all__ = [
     "LayerEffect",
@@ -30,15 +28,16 @@ __all__ = [
     "normalised_effect",
     "normalised_error",
     "trace_texts",
-    "traced_effects",
 ]
 
 _log = logging.getLogger(__name__)
 Norm = Literal["max", "sum"]
+# The tokens, and how many of them are the prompt.
+_PromptedText = tuple[tuple[int, ...], int]
 
 
 @dataclass(frozen=True, slots=True)
-class LayerEffect:
+class LayerEffect(ModelRequest):
     """``IE_l`` of every text, ``(N, L)``: how much of the answer each layer's clean hidden states bring back.
 
     Texts are in the order of their tokens, so that the statistic does not depend on that of the data. The data need
@@ -56,61 +55,29 @@ class LayerEffect:
         examples: How many examples of each set, the first ones; None is all.
     """
 
-    data: DataRole
     reading: Reading = "positions"
     fraction: float = 0.5
     scale: float = 3.0
     seed: int = 0
     output: Kind = "block"
     window: int = 10
-    examples: int | None = None
-    version: ClassVar[int] = 1
-    kind: ClassVar[PassKind] = "trace"
-    labels: ClassVar[Labels | None] = None
-    examples_alone: ClassVar[bool] = False
 
     @property
     def noise(self) -> Noise:
         """The noise."""
         return Noise(self.fraction, self.scale, self.seed)
 
-    def numbers(self, target: Target) -> int:
-        """Count the sum's numbers: there is none."""
-        return 0
-
-    def site(self, target: Target) -> str:
-        """Name the whole model: all targets share one entry."""
-        return "model"
-
-    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> Accumulator:
-        """Refuse: a trace is no sum over rows.
+    def measure(
+        self, model: PreTrainedModel, data: Calibration, store: StatStore, source: Source
+    ) -> Mapping[str, Tensor]:
+        """Traces every text: ``(N, L)``, float32, texts in the order of their tokens.
 
         Raises:
-            TypeError: Always.
+            StatisticsError: The data have no prompts and completions, or a probability is not finite.
         """
-        raise TypeError("a LayerEffect is traced, not summed")
-
-
-def traced_effects(
-    model: PreTrainedModel, data: Calibration, request: LayerEffect, store: StatStore, source: Source
-) -> Tensor:
-    """Measure the statistic.
-
-    Args:
-        model: The model.
-        data: Texts with prompts.
-        request: What to measure.
-        store: Texts that were traced before are taken from it, and new ones are kept.
-        source: What the model is.
-
-    Returns:
-        ``(N, L)``, float32, texts in the order of their tokens.
-
-    Raises:
-        StatisticsError: The data have no prompts and completions, or a probability is not finite.
-    """
-    found = trace_texts(model, data, request, store=store, source=source)
-    return torch.stack([one.effect for one in sorted(found, key=lambda one: (one.tokens, one.prompt))]).float()
+        traced = trace_texts(model, data, self, store=store, source=source)
+        ordered = sorted(traced, key=lambda one: (one.tokens, one.prompt))
+        return {"": torch.stack([one.effect for one in ordered]).float()}
 
 
 def trace_texts(
@@ -123,7 +90,7 @@ def trace_texts(
     chunk: int = 2048,
     title: str = "trace",
 ) -> list[Traced]:
-    """Trace every text; what is in the store is not traced again, so that an interrupted trace goes on.
+    """Traces every text; what is in the store is not traced again, so that an interrupted trace resumes.
 
     Args:
         model: The model.
@@ -132,7 +99,7 @@ def trace_texts(
         store: Where each text's result is kept; None keeps nothing.
         source: What the model is; its data do not matter to a text.
         chunk: Tokens in a pass with restored states; it changes speed and memory only.
-        title: What the progress bar says.
+        title: Title of log messages and the progress bar.
 
     Returns:
         One for each text, in the data's order; a text that is there twice is traced once. Texts without a prompt or
@@ -141,30 +108,26 @@ def trace_texts(
     Raises:
         StatisticsError: The data have no prompts and completions, or a probability is not finite.
     """
-    texts = _texts(data)
-    found: dict[_Text, Traced] = {}
-    if store is not None and source is not None:
-        kept = {text: store.get(_recipe(request, text, source)) for text in dict.fromkeys(texts)}
-        found = {text: _unpacked(text, value) for text, value in kept.items() if value is not None}
-        if found:
-            _log.info("trace: %d of %d texts taken from %s", len(found), len(kept), store.folder)
-    missing = [text for text in dict.fromkeys(texts) if text not in found]
-    if missing:
+    options = ["reading", "fraction", "scale", "seed", "output", *(["window"] if request.output != "block" else [])]
+    entries: TextEntries[_PromptedText] = TextEntries(
+        store, source, "Traced", request.version, {name: getattr(request, name) for name in options}, title
+    )
+
+    def measure(missing: Sequence[_PromptedText]) -> Iterator[list[tuple[_PromptedText, Tensor]]]:
         left = Calibration(tuple(ids for ids, _ in missing), data.pad_id, tuple(prompt for _, prompt in missing))
         tracer = Tracer(model, reading=request.reading, kind=request.output, window=request.window, chunk=chunk)
         std = embedding_std(model)
-        with tqdm(total=len(missing), desc=title, unit="text", delay=2, disable=None, leave=False) as bar:
-            for batch in left.batches(max(1, chunk // 4)):
-                for one in tracer.trace(batch, noise_of(request.noise, batch, model, std)):
-                    found[one.tokens, one.prompt] = one
-                    if store is not None and source is not None:
-                        store.put(_recipe(request, (one.tokens, one.prompt), source), _packed(one))
-                bar.update(len(batch.input_ids))
-    return [found[text] for text in texts]
+        for batch in left.batches(max(1, chunk // 4)):
+            traced = tracer.trace(batch, noise_of(request.noise, batch, model, std))
+            yield [((one.tokens, one.prompt), _packed(one)) for one in traced]
+
+    texts = _prompted_texts(data)
+    values = entries.fill(texts, measure, keep=True)
+    return [_unpacked(text, values[text]) for text in texts]
 
 
 def average_effect(effects: Tensor) -> tuple[Tensor, Tensor]:
-    """Average over texts.
+    """Averages over texts.
 
     Args:
         effects: ``(N, L)``, ``IE_l`` of each text.
@@ -179,7 +142,7 @@ def average_effect(effects: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalised_effect(average: Tensor, norm: Norm = "max") -> Tensor:
-    """Normalise over layers: NAIE. A layer that harms the answer counts as one without effect.
+    """Normalises over layers: NAIE. A layer that harms the answer counts as one without effect.
 
     Law: in [0, 1]; the largest is 1 (``max``), or they sum to 1 (``sum``); no scale of the effects changes it.
 
@@ -206,7 +169,7 @@ def normalised_effect(average: Tensor, norm: Norm = "max") -> Tensor:
 
 
 def normalised_error(effects: Tensor, norm: Norm = "max") -> Tensor:
-    """Estimate the standard error of NAIE over texts, by the jackknife: the errors of AIE go together over layers.
+    """Estimates the standard error of NAIE over texts, by the jackknife: the errors of AIE go together over layers.
 
     Args:
         effects: ``(N, L)``.
@@ -225,7 +188,7 @@ def normalised_error(effects: Tensor, norm: Norm = "max") -> Tensor:
 
 
 def is_distinct(effects: Tensor) -> bool:
-    """Tell whether some layer's effect stands out of the spread over texts; if none does, NAIE says nothing.
+    """Returns whether some layer's effect is larger than the spread over texts; if none is, NAIE is noise.
 
     Args:
         effects: ``(N, L)``.
@@ -238,7 +201,7 @@ def is_distinct(effects: Tensor) -> bool:
 
 
 def layer_weights(effects: Tensor, norm: Norm = "max") -> Tensor:
-    """Turn the stored statistic into weights of layers: NAIE, as L2-LoRA's penalty takes it (eq. 7).
+    """Computes weights of layers from the stored statistic: NAIE, as L2-LoRA's penalty takes it (eq. 7).
 
     Args:
         effects: ``(N, L)``.
@@ -252,14 +215,11 @@ def layer_weights(effects: Tensor, norm: Norm = "max") -> Tensor:
     """
     weights = normalised_effect(average_effect(effects)[0], norm)
     if not is_distinct(effects):
-        _log.warning("trace: no layer's effect stands out of the spread over %d texts: NAIE is noise", len(effects))
+        _log.warning("trace: no layer's effect is larger than the spread over %d texts: NAIE is noise", len(effects))
     return weights
 
 
-_Text = tuple[tuple[int, ...], int]
-
-
-def _texts(data: Calibration) -> list[_Text]:
+def _prompted_texts(data: Calibration) -> list[_PromptedText]:
     if data.prompts is None or data.labels is not None:
         raise StatisticsError(
             "causal tracing",
@@ -281,21 +241,9 @@ def _texts(data: Calibration) -> list[_Text]:
     return texts
 
 
-def _recipe(request: LayerEffect, text: _Text, source: Source) -> Mapping[str, Any]:
-    fields = {"reading", "fraction", "scale", "seed", "output", *(["window"] if request.output != "block" else [])}
-    return {
-        "class": "Traced",
-        "version": request.version,
-        "request": {name: getattr(request, name) for name in sorted(fields)},
-        "text": text,
-        "model": source.model,
-        "dtype": source.dtype,
-    }
-
-
 def _packed(one: Traced) -> Tensor:
-    return torch.cat([one.clean[None], one.corrupted[None], one.restored]).float()
+    return torch.cat([one.clean[None], one.corrupted[None], one.restored])
 
 
-def _unpacked(text: _Text, value: Tensor) -> Traced:
+def _unpacked(text: _PromptedText, value: Tensor) -> Traced:
     return Traced(*text, clean=value[0], corrupted=value[1], restored=value[2:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,16 +10,14 @@ from torch import Tensor
 from keeptune.core.target import Target
 from keeptune.linalg.streaming_eigen import TopDirections, Truncated
 from keeptune.linalg.symmetric import Dense, LowRankPlus, PsdMatrix
-from keeptune.model.runner import Labels
+from keeptune.model.summed_loss import Labels
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
-from keeptune.statistics.request import DataRole, PassKind, WeightReader
-from keeptune.statistics.validation import finite, need_tokens
+from keeptune.statistics.request import DataRole, GradientRequest, RowRequest, WeightReader
 
 __all__ = [
     "Covariance",
     "GradientFactor",
     "InputFactor",
-    "TopAccumulator",
     "gradient_request",
     "input_request",
     "packed",
@@ -30,7 +27,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class InputFactor:
+class InputFactor(RowRequest):
     """``Ω = E[h hᵀ]`` as its top directions and a scalar, ``(k + 1, n + 2)``; read it with :func:`read_factor`.
 
     Args:
@@ -40,30 +37,20 @@ class InputFactor:
         examples: How many examples of each set, the first ones; None is all.
     """
 
-    data: DataRole
     rank: int
     seed: int = 0
-    examples: int | None = None
-    version: ClassVar[int] = 1
-    kind: ClassVar[PassKind] = "forward"
-    labels: ClassVar[Labels | None] = None
-    examples_alone: ClassVar[bool] = False
 
     def numbers(self, target: Target) -> int:
-        """Count the buffer's numbers: ``9 k n``."""
+        """Returns the buffer's ``9 k n``."""
         return 9 * self.rank * target.in_features
 
-    def site(self, target: Target) -> str:
-        """Name the input group."""
-        return target.input_group
-
-    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> TopAccumulator:
-        """Start a sum."""
-        return TopAccumulator(TopDirections(target.in_features, self.rank, device, self.seed))
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _TopSum:
+        """Returns an empty buffer."""
+        return _TopSum(TopDirections(target.in_features, self.rank, device, self.seed))
 
 
 @dataclass(frozen=True, slots=True)
-class GradientFactor:
+class GradientFactor(GradientRequest):
     """``Γ = E[δ δᵀ]`` as its top directions and a scalar, ``(k + 1, m + 2)``; read it with :func:`read_factor`.
 
     Args:
@@ -74,85 +61,57 @@ class GradientFactor:
         examples: How many examples of each set, the first ones; None is all.
     """
 
-    data: DataRole
-    labels: Labels
     rank: int
-    seed: int = 0
-    examples: int | None = None
-    version: ClassVar[int] = 1
-    kind: ClassVar[PassKind] = "backward"
-    examples_alone: ClassVar[bool] = False
 
     def numbers(self, target: Target) -> int:
-        """Count the buffer's numbers: ``9 k m``."""
+        """Returns the buffer's ``9 k m``."""
         return 9 * self.rank * target.out_features
 
-    def site(self, target: Target) -> str:
-        """Name the target itself."""
-        return target.name
-
-    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> TopAccumulator:
-        """Start a sum."""
-        return TopAccumulator(TopDirections(target.out_features, self.rank, device, self.seed))
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _TopSum:
+        """Returns an empty buffer."""
+        return _TopSum(TopDirections(target.out_features, self.rank, device, self.seed))
 
 
 Covariance = InputCovariance | GradientCovariance | InputFactor | GradientFactor
 
 
 @dataclass
-class TopAccumulator:
-    """Takes rows in, gives one tensor out.
-
-    Args:
-        top: Finds the directions.
-    """
+class _TopSum:
+    """The top directions of rows as an accumulator."""
 
     top: TopDirections
+    tokens: int = 0
 
     def add(self, rows: Tensor) -> None:
-        """Add the rows of one batch.
-
-        Args:
-            rows: ``(tokens, n)``; padding already removed.
-        """
+        """Adds the rows of one batch."""
         self.top.add(rows)
+        self.tokens += rows.shape[0]
 
-    def result(self, module: str) -> Tensor:
-        """Finish.
-
-        Args:
-            module: The module's name, for the error message.
-
-        Returns:
-            ``(k + 1, n + 2)``, float32, on the CPU.
-
-        Raises:
-            StatisticsError: No token was seen, or a row was NaN or infinite.
-        """
-        need_tokens(self.top.tokens, module)
-        finite(self.top.trace, module)
-        return finite(packed(self.top.result()).float().cpu(), module)
+    def result(self) -> Tensor:
+        """Returns ``(k + 1, n + 2)``; the trace where it is not finite: no eigenvectors exist then."""
+        if not bool(self.top.trace.isfinite()):
+            return self.top.trace.cpu()
+        return packed(self.top.result()).float().cpu()
 
 
 def input_request(data: DataRole, rank: int | None, *, seed: int = 0, examples: int | None = None) -> Covariance:
-    """Ask for Ω whole, or for its top directions.
+    """Returns the request for Ω whole, or for its top directions; its value is read with :func:`read_factor`.
 
     Args:
         data: Which data.
         rank: How many directions; None is the whole matrix.
         seed: Seed of the search for directions.
         examples: How many examples of each set; None is all.
-
-    Returns:
-        The request, to be read with :func:`read_factor`.
     """
-    return InputCovariance(data, examples) if rank is None else InputFactor(data, rank, seed, examples)
+    if rank is None:
+        return InputCovariance(data, examples=examples)
+    return InputFactor(data, rank, seed, examples=examples)
 
 
 def gradient_request(
     data: DataRole, labels: Labels, rank: int | None, *, seed: int = 0, examples: int | None = None
 ) -> Covariance:
-    """Ask for Γ whole, or for its top directions.
+    """Returns the request for Γ whole, or for its top directions; its value is read with :func:`read_factor`.
 
     Args:
         data: Which data.
@@ -160,20 +119,17 @@ def gradient_request(
         rank: How many directions; None is the whole matrix.
         seed: Seed of drawn labels and of the search.
         examples: How many examples of each set; None is all.
-
-    Returns:
-        The request, to be read with :func:`read_factor`.
     """
     if rank is None:
-        return GradientCovariance(data, labels, seed, examples)
-    return GradientFactor(data, labels, rank, seed, examples)
+        return GradientCovariance(data, labels, seed=seed, examples=examples)
+    return GradientFactor(data, labels, rank, seed=seed, examples=examples)
 
 
 def read_factor(request: Covariance, value: Tensor) -> PsdMatrix:
-    """Read a covariance as a factor to multiply with.
+    """Returns a covariance as a factor to multiply with.
 
     Args:
-        request: What was asked for.
+        request: What was requested.
         value: What was collected.
 
     Returns:
@@ -182,26 +138,26 @@ def read_factor(request: Covariance, value: Tensor) -> PsdMatrix:
     return unpacked(value).factor if isinstance(request, InputFactor | GradientFactor) else Dense(value)
 
 
-def packed(found: Truncated) -> Tensor:
-    """Write a factor and its error as one tensor: rows ``[λ_i, 0, u_i]``, the last one ``[ρ, error, 0]``.
+def packed(truncated: Truncated) -> Tensor:
+    """Packs a factor and its error into one tensor: rows ``[λ_i, 0, u_i]``, the last one ``[ρ, error, 0]``.
 
     Law: ``unpacked(packed(x))`` is x.
 
     Args:
-        found: The factor, k directions of n numbers.
+        truncated: The factor, k directions of n numbers.
 
     Returns:
         ``(k + 1, n + 2)``.
     """
-    factor = found.factor
+    factor = truncated.factor
     table = factor.U.new_zeros(factor.rank + 1, factor.size + 2)
     table[:-1, 0], table[:-1, 2:] = factor.values, factor.U.T
-    table[-1, 0], table[-1, 1] = factor.remainder, found.error
+    table[-1, 0], table[-1, 1] = factor.remainder, truncated.error
     return table
 
 
 def unpacked(table: Tensor) -> Truncated:
-    """Read what :func:`packed` wrote.
+    """Unpacks what :func:`packed` returned.
 
     Args:
         table: ``(k + 1, n + 2)``.

@@ -6,40 +6,36 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError
-from keeptune.core.target import Target
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.probes.attribution import Attributor, Baseline, Integral, Positions, Rule, Score
-from keeptune.model.runner import Labels
-from keeptune.statistics.request import Accumulator, DataRole, PassKind, WeightReader
+from keeptune.statistics.request import DataRole, ModelRequest
 from keeptune.statistics.store import Source, StatStore
+from keeptune.statistics.text_entries import TextEntries
 
-__all__ = [
-    "Answer",
-    "Attributions",
-    "NeuronAttribution",
-    "attribute_texts",
-    "layer_profile",
-    "places_of",
-    "stored_attributions",
-]
+__all__ = ["Answer", "Attributions", "NeuronAttribution", "layer_profile"]
 
 _log = logging.getLogger(__name__)
 Answer = Literal["own", "gold"]
+# The tokens read, and the token to score; None for the model's own.
+_ScoredText = tuple[tuple[int, ...], int | None]
+# Of the entry: the store's key of each text, (N, 32) bytes in the order of their tokens; numbers of the blocks, (L,);
+# names of the down-projections as bytes, a line each.
+_PARTS = ("", "layers", "modules")
 
 
 @dataclass(frozen=True, slots=True)
-class NeuronAttribution:
-    """``Attr_lj`` of every text: what each output of each MLP says for the next token. Defaults are the first release.
-
+class NeuronAttribution(ModelRequest):
+    """``Attr_lj`` of every text: how much each output of each MLP contributes to the next token.
+    Defaults are the first release.
     Of a prompt with a completion the prompt is read, of a whole text all of it; the token after it is scored.
 
     Args:
@@ -66,12 +62,8 @@ class NeuronAttribution:
     steps: int = 7
     times_activation: bool = True
     signed: bool = True
-    examples: int | None = None
-    version: ClassVar[int] = 1
-    kind: ClassVar[PassKind] = "trace"
-    labels: ClassVar[Labels | None] = None
-    examples_alone: ClassVar[bool] = False
-    seed: ClassVar[int] = 0
+    by_text: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = _PARTS
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -79,21 +71,14 @@ class NeuronAttribution:
 
     @classmethod
     def as_paper(cls) -> NeuronAttribution:
-        """Give the paper's text (eqs. 4 and 5): the plain mean gradient of the logit, at the right ends of the steps.
-
-        Returns:
-            The request.
-        """
+        """Returns the paper's text (eqs. 4 and 5): the plain mean gradient of the logit, at the right ends of steps."""
         return cls(target="logit", rule="right", times_activation=False)
 
     @classmethod
     def as_current(cls) -> NeuronAttribution:
-        """Give the current release: all positions scaled, from a run on token 0, by trapezoids.
+        """Returns the current release: all positions scaled, from a run on token 0, by trapezoids.
 
         Its trapezoids (Captum's) have weights that sum to 6/7; here they sum to 1, which changes no selection.
-
-        Returns:
-            The request.
         """
         return cls(positions="all", baseline="pad", rule="trapezoid")
 
@@ -110,21 +95,70 @@ class NeuronAttribution:
             times_activation=self.times_activation,
         )
 
-    def numbers(self, target: Target) -> int:
-        """Count the sum's numbers: there is none."""
-        return 0
+    def measure(
+        self, model: PreTrainedModel, data: Calibration, store: StatStore, source: Source, *, chunk: int = 2048
+    ) -> Mapping[str, Tensor]:
+        """Attributes every text; the entry lists the store's keys of the texts.
 
-    def site(self, target: Target) -> str:
-        """Name the whole model: all targets share one entry."""
-        return "model"
+        Args:
+            model: The model.
+            data: The texts.
+            store: Keeps each text's result.
+            source: What the model is.
+            chunk: Tokens in a pass; it changes speed and memory only.
 
-    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> Accumulator:
-        """Refuse: an attribution is no sum over rows.
+        Returns:
+            The parts of the entry, for :meth:`open`.
 
         Raises:
-            TypeError: Always.
+            ModelError: The model is no causal language model, or no block has an MLP down-projection.
+            StatisticsError: There is no text to read or, where its first token is to be scored, no completion.
         """
-        raise TypeError("a NeuronAttribution is traced, not summed")
+        attributor = Attributor(model, self.integral, chunk=chunk)
+        texts = _scored_texts(data, self.answer)
+        options = ["positions", "baseline", "target", "rule", "steps", "times_activation"]
+        options += ["pad_token"] if self.baseline == "pad" else []
+        entries: TextEntries[_ScoredText] = TextEntries(
+            store, source, "Attribution", self.version, {name: getattr(self, name) for name in options}, "attribution"
+        )
+        entries.fill(texts, partial(_attribute, attributor, data.pad_id, chunk), keep=False)
+        keys = [list(bytes.fromhex(content_key(entries.recipe(text)))) for text in texts]
+        names = "\n".join(target.name for target in attributor.targets).encode()
+        return {
+            "layers": torch.tensor([target.layer for target in attributor.targets]),
+            "modules": torch.tensor(list(names), dtype=torch.uint8),
+            "": torch.tensor(keys, dtype=torch.uint8),
+        }
+
+    def open(self, store: StatStore, parts: Mapping[str, Tensor]) -> Attributions:
+        """Opens what :meth:`measure` stored.
+
+        Args:
+            store: The store.
+            parts: The parts of the entry.
+
+        Returns:
+            The attributions, read one text at a time.
+
+        Raises:
+            StatisticsError: A text's entry is lost or damaged.
+        """
+        keys = parts[""]
+
+        def read(sample: int) -> Tensor:
+            key = bytes(keys[sample].tolist()).hex()
+            value = store.read(key)
+            if value is None:
+                raise StatisticsError(
+                    "attribution",
+                    got=f"no entry {key} in {store.folder}, or a damaged one",
+                    wanted="the entry that was stored",
+                    next_step="Run the stats stage again: it computes what is missing and keeps the rest.",
+                )
+            return value if self.signed else value.abs()
+
+        modules = tuple(bytes(parts["modules"].tolist()).decode().split("\n"))
+        return Attributions(tuple(parts["layers"].tolist()), int(read(0).shape[-1]), len(keys), read, modules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +169,7 @@ class Attributions:
         layers: Numbers of the blocks, L.
         nodes: Nodes of each, D.
         samples: Texts, N.
-        read: Gives one text's ``(L, D)``.
+        read: Reads one text's ``(L, D)``.
         modules: Names of the down-projections that the nodes are the outputs of, L.
     """
 
@@ -147,18 +181,15 @@ class Attributions:
 
     @classmethod
     def of(cls, values: Tensor) -> Attributions:
-        """Serve attributions that are at hand.
+        """Returns attributions that are in memory.
 
         Args:
             values: ``(N, L, D)``, of blocks 0 to L - 1.
-
-        Returns:
-            The same.
         """
         return cls(tuple(range(values.shape[1])), values.shape[2], values.shape[0], lambda sample: values[sample])
 
     def chunks(self, size: int = 64) -> Iterator[Tensor]:
-        """Read them a few texts at a time, in the order of their tokens.
+        """Reads them a few texts at a time, in the order of their tokens.
 
         Args:
             size: Texts at a time.
@@ -171,7 +202,7 @@ class Attributions:
 
 
 def layer_profile(attributions: Attributions) -> Tensor:
-    """Say how much of the next token each block's MLP carries: the mean over texts of ``sum_j |Attr_lj|``.
+    """Computes how much of the next token each block's MLP carries: the mean over texts of ``sum_j |Attr_lj|``.
 
     Args:
         attributions: Of many texts.
@@ -180,7 +211,7 @@ def layer_profile(attributions: Attributions) -> Tensor:
         ``(L,)``, float64, relative to the largest.
 
     Raises:
-        StatisticsError: Nothing carries anything.
+        StatisticsError: No attribution is above zero.
     """
     total = torch.zeros(len(attributions.layers), dtype=torch.float64)
     for chunk in attributions.chunks():
@@ -195,105 +226,8 @@ def layer_profile(attributions: Attributions) -> Tensor:
     return total / total.max()
 
 
-def attribute_texts(
-    model: PreTrainedModel,
-    data: Calibration,
-    request: NeuronAttribution,
-    store: StatStore,
-    source: Source,
-    *,
-    chunk: int = 2048,
-) -> tuple[Tensor, tuple[Target, ...]]:
-    """Attribute every text; each is stored by itself, so that an interrupted run goes on, and data sets share texts.
-
-    Args:
-        model: The model.
-        data: The texts.
-        request: What to measure.
-        store: Where each text's result is looked up and kept.
-        source: What the model is; its data do not matter to a text.
-        chunk: Tokens in a pass; it changes speed and memory only.
-
-    Returns:
-        The store's key of each text, ``(N, 32)`` bytes, in the order of their tokens; and the
-        down-projections that the nodes are the outputs of, L.
-
-    Raises:
-        ModelError: The model is no causal language model, or no block has an MLP down-projection.
-        StatisticsError: There is no text to read or, where its first token is to be scored, no completion.
-    """
-    attributor = Attributor(model, request.integral, chunk=chunk)
-    texts = _texts(data, request.answer)
-    keys = {text: content_key(_recipe(request, text, source)) for text in dict.fromkeys(texts)}
-    missing = [text for text in keys if store.read(keys[text]) is None]
-    if len(missing) < len(keys):
-        _log.info("attribution: %d of %d texts taken from %s", len(keys) - len(missing), len(keys), store.folder)
-    if missing:
-        _attribute(
-            attributor,
-            missing,
-            data.pad_id,
-            chunk,
-            lambda text, value: store.put(_recipe(request, text, source), value),
-        )
-    rows = [list(bytes.fromhex(keys[text])) for text in texts]
-    return torch.tensor(rows, dtype=torch.uint8), attributor.targets
-
-
-def places_of(downs: Sequence[Target]) -> tuple[Tensor, Tensor]:
-    """Write down which down-projections were attributed, as the store keeps it.
-
-    Args:
-        downs: The down-projections.
-
-    Returns:
-        The block numbers, ``(L,)``, and the names as bytes, a line each.
-    """
-    names = "\n".join(target.name for target in downs).encode()
-    return torch.tensor([target.layer for target in downs]), torch.tensor(list(names), dtype=torch.uint8)
-
-
-def stored_attributions(
-    store: StatStore, keys: Tensor, layers: Tensor, names: Tensor, *, signed: bool = True
-) -> Attributions:
-    """Open what :func:`attribute_texts` stored.
-
-    Args:
-        store: The store.
-        keys: ``(N, 32)``.
-        layers: ``(L,)``, from :func:`places_of`.
-        names: The names, from there too.
-        signed: False gives absolute values.
-
-    Returns:
-        The attributions, read one text at a time.
-
-    Raises:
-        StatisticsError: A text's entry is lost or damaged.
-    """
-
-    def read(sample: int) -> Tensor:
-        key = bytes(keys[sample].tolist()).hex()
-        value = store.read(key)
-        if value is None:
-            raise StatisticsError(
-                "attribution",
-                got=f"no entry {key} in {store.folder}, or a damaged one",
-                wanted="the entry that was stored",
-                next_step="Run the stats stage again: it computes what is missing and keeps the rest.",
-            )
-        return value if signed else value.abs()
-
-    modules = tuple(bytes(names.tolist()).decode().split("\n"))
-    return Attributions(tuple(layers.tolist()), int(read(0).shape[-1]), len(keys), read, modules)
-
-
-# What is read, and the token to score; None for the model's own.
-_Text = tuple[tuple[int, ...], int | None]
-
-
-def _texts(data: Calibration, answer: Answer) -> list[_Text]:
-    """Cut prompts off their completions; in the order of tokens, whatever that of the data."""
+def _scored_texts(data: Calibration, answer: Answer) -> list[_ScoredText]:
+    """Cuts prompts off their completions; in the order of tokens, whatever that of the data."""
     if data.labels is not None:
         raise StatisticsError(
             "attribution",
@@ -302,62 +236,46 @@ def _texts(data: Calibration, answer: Answer) -> list[_Text]:
             next_step="Give the data section a `text` template, or `prompt` and `completion`.",
         )
     starts = data.prompts or (0,) * len(data.sequences)
-    found: list[_Text] = []
+    texts: list[_ScoredText] = []
     for ids, start in zip(data.sequences, starts, strict=True):
         if answer == "gold" and 0 < start < len(ids):
-            found.append((ids[:start], ids[start]))
+            texts.append((ids[:start], ids[start]))
         elif answer == "own" and ids:
-            found.append((ids[:start] if start else ids, None))
-    if not found:
+            texts.append((ids[:start] if start else ids, None))
+    if not texts:
         raise StatisticsError(
             "attribution",
             got="no text with a prompt and a completion" if answer == "gold" else "no text",
             wanted="the completion's first token, to score it" if answer == "gold" else "at least one",
             next_step="Give the data section `prompt` and `completion` templates, or take answer: own.",
         )
-    if len(found) < len(data.sequences):
-        _log.warning("attribution: %d texts have no completion and are left out", len(data.sequences) - len(found))
-    return sorted(found, key=lambda text: (text[0], text[1] or 0))
+    if len(texts) < len(data.sequences):
+        _log.warning("attribution: %d texts have no completion and are left out", len(data.sequences) - len(texts))
+    return sorted(texts, key=lambda text: (text[0], text[1] or 0))
 
 
 def _attribute(
-    attributor: Attributor, texts: Sequence[_Text], pad_id: int, chunk: int, keep: Callable[[_Text, Tensor], None]
-) -> None:
+    attributor: Attributor, pad_id: int, chunk: int, texts: Sequence[_ScoredText]
+) -> Iterator[list[tuple[_ScoredText, Tensor]]]:
     tokens = [token for _, token in texts if token is not None]
     left = Calibration(tuple(ids for ids, _ in texts), pad_id, labels=tuple(tokens) or None)
     batches = left.batches(chunk)
-    with tqdm(total=len(texts), desc="attribution", unit="text", delay=2, disable=None, leave=False) as bar:
-        for number, batch in enumerate(batches):
-            start = time.monotonic()
-            for text, value in zip(_rows(batch), attributor.attribute(batch, batch.labels), strict=True):
-                keep(text, value)
-            bar.update(len(batch.input_ids))
-            # The first batch also checks that the fast way applies.
-            if number == min(1, len(batches) - 1):
-                _tell((time.monotonic() - start) / len(batch.input_ids), len(texts))
+    for number, batch in enumerate(batches):
+        start = time.monotonic()
+        yield list(zip(_rows(batch), attributor.attribute(batch, batch.labels), strict=True))
+        # The first batch also checks that the fast way applies.
+        if number == min(1, len(batches) - 1):
+            _log_time((time.monotonic() - start) / len(batch.input_ids), len(texts))
 
 
-def _tell(seconds: float, count: int) -> None:
-    """Project the time; texts come longest first, so that it is an upper bound."""
+def _log_time(seconds: float, count: int) -> None:
+    """Projects the time; texts come longest first, so that it is an upper bound."""
     hours, rest = divmod(round(seconds * count), 3600)
     spelt = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
     _log.info("attribution: %.2g s for each of the longest texts: %d take at most %s", seconds, count, spelt)
 
 
-def _rows(batch: Batch) -> list[_Text]:
+def _rows(batch: Batch) -> list[_ScoredText]:
     labels: Sequence[Any] = [None] * len(batch.input_ids) if batch.labels is None else batch.labels.tolist()
     masked = zip(batch.input_ids, batch.attention_mask.bool(), labels, strict=True)
     return [(tuple(ids[mask].tolist()), token) for ids, mask, token in masked]
-
-
-def _recipe(request: NeuronAttribution, text: _Text, source: Source) -> Mapping[str, Any]:
-    fields = ["positions", "baseline", "target", "rule", "steps", "times_activation"]
-    fields += ["pad_token"] if request.baseline == "pad" else []
-    return {
-        "class": "Attribution",
-        "version": request.version,
-        "request": {name: getattr(request, name) for name in fields},
-        "text": text,
-        "model": source.model,
-        "dtype": source.dtype,
-    }

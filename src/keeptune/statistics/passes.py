@@ -5,78 +5,73 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Batch
-from keeptune.model.runner import Labels, ResidentRunner, Taps
-from keeptune.statistics.request import Accumulator, Request
+from keeptune.model.runner import Runner, Taps
+from keeptune.model.summed_loss import Labels
+from keeptune.statistics.request import RowRequest
+from keeptune.statistics.running_mean import Accumulator
 
-__all__ = ["Pass", "Site", "run_wave", "shares"]
+__all__ = ["Measured", "Pass", "run_pass", "shares"]
 
-Site = tuple[Request, Target]
+# A statistic and a target of the site where it is measured.
+Measured = tuple[RowRequest, Target]
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A pass over the data: sites with equal passes are served together."""
+    """A pass over the data: statistics with equal passes are measured together."""
 
     source: str
     examples_alone: bool
-    labels: Labels | None
-    seed: int
+    loss: tuple[Labels, int] | None
 
 
-def shares(sites: Sequence[Site]) -> list[list[Site]]:
-    """Split sites into shares whose sums together are no larger than the largest single one (first fit).
+def shares(measured: Sequence[Measured]) -> list[list[Measured]]:
+    """Splits statistics into shares whose sums together are no larger than the largest single one (first fit).
 
     Args:
-        sites: The sites.
+        measured: The statistics.
 
     Returns:
         The shares.
     """
-    sizes = [request.numbers(target) for request, target in sites]
-    room = [0] * len(sites)
-    shares: list[list[Site]] = [[] for _ in sites]
-    for site, size in zip(sites, sizes, strict=True):
+    sizes = [request.numbers(target) for request, target in measured]
+    room = [0] * len(measured)
+    parts: list[list[Measured]] = [[] for _ in measured]
+    for one, size in zip(measured, sizes, strict=True):
         place = next(i for i, used in enumerate(room) if used + size <= max(sizes))
         room[place] += size
-        shares[place].append(site)
-    return [share for share in shares if share]
+        parts[place].append(one)
+    return [part for part in parts if part]
 
 
-def run_wave(
-    runner: ResidentRunner, batches: Sequence[Batch], need: Pass, wave: Sequence[Site], *, title: str
+def run_pass(
+    runner: Runner, batches: Sequence[Batch], need: Pass, measured: Sequence[Measured], *, title: str
 ) -> list[Accumulator]:
-    """Sum what sites need in one pass over the data.
+    """Sums statistics in one pass over the data.
 
     Args:
         runner: Runs the model.
         batches: The data.
         need: The pass.
-        wave: The sites.
-        title: Of the bar.
+        measured: The statistics.
+        title: Title of the progress bar.
 
     Returns:
-        A sum per site.
+        The sum of each.
     """
     model = runner.model
     totals: list[Accumulator] = []
     taps = Taps()
-    for request, target in wave:
+    for request, target in measured:
         total = request.accumulator(target, model.device, partial(read_weight, model, target))
-        kinds: Any = {
-            "forward": taps.inputs,
-            "backward": taps.gradients,
-            "joint": taps.pairs,
-            "texts": taps.texts,
-        }
-        sinks = kinds[request.kind]
-        sinks.setdefault(request.site(target), []).append(total.add)
+        taps.sinks(request.kind).setdefault(request.site(target), []).append(total.add)
         totals.append(total)
-    if need.labels is None or not taps.backward:
-        runner.forward(batches, taps.inputs, title=title)
+    if need.loss is None or not taps.with_gradients:
+        runner.forward(batches, taps.forward, title=title)
     else:
-        runner.backward(batches, taps, labels=need.labels, seed=need.seed, title=title)
+        labels, seed = need.loss
+        runner.backward(batches, taps, labels=labels, seed=seed, title=title)
     return totals

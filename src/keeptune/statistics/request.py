@@ -1,110 +1,171 @@
-"""Requests: a method says which statistics of a target it needs; a request's content is its cache key."""
+"""Requests: a method says which statistics of a target it needs; a request's content is its cache key.
+
+A new statistic is a file with one frozen dataclass: a :class:`RowRequest` (of inputs), a :class:`GradientRequest` (of
+output gradients, or of both) or a :class:`ModelRequest` (of the whole model).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Literal, Protocol
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from keeptune.core.target import Target
-from keeptune.model.runner import Labels
+from keeptune.data.calibration import Calibration
+from keeptune.model.runner import PassKind
+from keeptune.model.summed_loss import Labels
+from keeptune.statistics.running_mean import Accumulator
+from keeptune.statistics.store import Source, StatStore
 
-__all__ = ["Accumulator", "DataRole", "Labels", "PassKind", "Request", "WeightReader"]
+__all__ = ["DataRole", "GradientRequest", "Labels", "ModelRequest", "PassKind", "Request", "RowRequest", "WeightReader"]
 
 DataRole = Literal["knowledge", "task"]
-# What is added: inputs h, output gradients δ, both at once, both with the number of rows of each text; a trace adds
-# nothing.
-PassKind = Literal["forward", "backward", "joint", "texts", "trace"]
 WeightReader = Callable[[], Tensor]
 
 
-class Accumulator(Protocol):
-    """Sums a statistic over rows; the result does not depend on how rows are split over calls."""
+@dataclass(frozen=True, slots=True)
+class Request(ABC):
+    """Names a statistic; two equal requests are the same statistic.
 
-    @property
-    def add(self) -> Callable[..., None]:
-        """Add the rows of one batch, padding already removed: ``h (tokens, n)``, ``δ (tokens, m)``, or h and δ."""
-        ...
+    Args:
+        data: Which data the statistic is taken over.
+        examples: How many examples of each set of the data are used, the first ones; None is all. No part of the key:
+            the data's fingerprint is that of the examples used.
+    """
 
-    def result(self, module: str) -> Tensor:
-        """Finish.
+    data: DataRole
+    examples: int | None = dataclasses.field(default=None, kw_only=True)
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def site(self, target: Target) -> str:
+        """Returns the name of the module where it is measured; targets with equal sites share one entry.
 
         Args:
-            module: The module's name, for error messages.
+            target: The target that needs it.
+        """
+
+    def entry(self, target: Target, source: Source) -> dict[str, Any]:
+        """Returns all that determines the statistic; its content key names the entry in the store.
+
+        Args:
+            target: The target.
+            source: Model and data.
 
         Returns:
-            The statistic, on the CPU.
+            A JSON-ready mapping.
         """
-        ...
+        # What is not compared (tensors) has its fingerprint in another field.
+        fields = [field.name for field in dataclasses.fields(self) if field.compare and field.name != "examples"]
+        return {
+            "request": {name: getattr(self, name) for name in fields},
+            "class": type(self).__name__,
+            "version": self.version,
+            "site": self.site(target),
+            "source": source,
+        }
 
 
-class Request(Protocol):
-    """A frozen dataclass that names a statistic; two equal requests are the same statistic."""
+@dataclass(frozen=True, slots=True)
+class RowRequest(Request):
+    """A sum over the rows of tokens; by default over the inputs of an input group, in a forward pass."""
 
-    version: ClassVar[int]
-    examples_alone: ClassVar[bool]
+    examples_alone: ClassVar[bool] = False
 
     @property
     def kind(self) -> PassKind:
         """What is added."""
-        ...
+        return "forward"
 
     @property
-    def data(self) -> DataRole:
-        """Which data the statistic is taken over."""
-        ...
+    def loss(self) -> tuple[Labels, int] | None:
+        """The labels of the loss and the seed of drawn ones; None without a loss."""
+        return None
 
-    @property
-    def labels(self) -> Labels | None:
-        """Where the loss takes its labels from; None without a loss."""
-        ...
+    def site(self, target: Target) -> str:
+        """Returns the input group: q, k and v share one entry."""
+        return target.input_group
 
-    @property
-    def seed(self) -> int:
-        """Seed of drawn labels."""
-        ...
-
-    @property
-    def examples(self) -> int | None:
-        """How many examples of each set of the data are used, the first ones; None is all.
-
-        Not a part of the cache key itself: the data's fingerprint is that of the examples used.
-        """
-        ...
-
+    @abstractmethod
     def numbers(self, target: Target) -> int:
-        """Count the numbers that its sum holds.
+        """Returns how many numbers the sum holds in memory.
 
         Args:
             target: A target of the site.
-
-        Returns:
-            How many.
         """
-        ...
 
-    def site(self, target: Target) -> str:
-        """Name where it is measured; targets with equal sites share one entry.
-
-        Args:
-            target: The target that needs it.
-
-        Returns:
-            A module name.
-        """
-        ...
-
+    @abstractmethod
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> Accumulator:
-        """Start a sum.
+        """Returns an empty sum.
 
         Args:
             target: A target of the site.
             device: Where the sum is kept.
             weight: Reads the target's weight, ``(m, n)`` float32, for sums that need it.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class GradientRequest(RowRequest):
+    """A sum over output gradients δ = d loss / d y of the loss summed over the learned tokens, at a target of its own.
+
+    Args:
+        data: Which data; without prompts and completions, whole texts are learned, all tokens but the first.
+        labels: ``"true"`` takes the data's tokens (empirical Fisher), ``"sampled"`` the model's own (Fisher).
+        seed: Seed of the drawn labels.
+        examples: How many examples of each set, the first ones; None is all.
+    """
+
+    labels: Labels
+    seed: int = dataclasses.field(default=0, kw_only=True)
+
+    @property
+    def kind(self) -> PassKind:
+        """Output gradients."""
+        return "backward"
+
+    @property
+    def loss(self) -> tuple[Labels, int]:
+        """The labels of the loss and their seed."""
+        return self.labels, self.seed
+
+    def site(self, target: Target) -> str:
+        """Returns the target itself: every map has outputs of its own."""
+        return target.name
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest(Request):
+    """A statistic of the whole model, which all targets share; it makes its own passes, text by text.
+
+    Attributes:
+        by_text: The entry only lists entries of texts, each of which is looked up again.
+    """
+
+    by_text: ClassVar[bool] = False
+
+    def site(self, target: Target) -> str:
+        """Returns the one entry of all targets."""
+        return "model"
+
+    @abstractmethod
+    def measure(
+        self, model: PreTrainedModel, data: Calibration, store: StatStore, source: Source
+    ) -> Mapping[str, Tensor]:
+        """Measures the statistic.
+
+        Args:
+            model: The model.
+            data: The texts.
+            store: Keeps each text's result, so that an interrupted run resumes and data sets share texts.
+            source: What the model is; its data do not matter to a text.
 
         Returns:
-            An empty accumulator.
+            The parts of the entry by name, ``""`` the entry itself; it is stored last.
         """
-        ...

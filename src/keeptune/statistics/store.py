@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import logging
 from collections.abc import Collection, Iterator, Mapping
@@ -23,10 +22,8 @@ from keeptune.core.artefact import (
 )
 from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import locked
-from keeptune.core.target import Target
-from keeptune.statistics.request import Request
 
-__all__ = ["Source", "StatStore", "entry_recipe"]
+__all__ = ["Source", "StatStore"]
 
 _log = logging.getLogger(__name__)
 
@@ -46,32 +43,6 @@ class Source:
     dtype: str
 
 
-def entry_recipe(request: Request, target: Target, source: Source) -> dict[str, Any]:
-    """Write down all that determines a statistic; its content key names the entry.
-
-    Args:
-        request: The statistic.
-        target: The target.
-        source: Model and data.
-
-    Returns:
-        A JSON-ready mapping.
-    """
-    # What names the data is their fingerprint; what is not compared (tensors) has its own in another field.
-    named = {
-        field.name: getattr(request, field.name)
-        for field in dataclasses.fields(request)  # type: ignore[arg-type]
-        if field.compare and field.name != "examples"
-    }
-    return {
-        "request": named,
-        "class": type(request).__name__,
-        "version": request.version,
-        "site": request.site(target),
-        "source": source,
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class StatStore:
     """A folder of entries, each a folder with ``recipe.json`` and ``value.safetensors``.
@@ -85,24 +56,18 @@ class StatStore:
     folder: Path
 
     def get(self, recipe: Mapping[str, Any]) -> Tensor | None:
-        """Look an entry up.
+        """Returns an entry, or None when it is not there or is damaged (which is logged).
 
         Args:
-            recipe: From :func:`entry_recipe`.
-
-        Returns:
-            The statistic, or None when it is not there or is damaged (which is logged).
+            recipe: All that determines the entry.
         """
         return self.read(content_key(recipe))
 
     def read(self, key: str) -> Tensor | None:
-        """Look an entry up by its content key.
+        """Returns an entry by its content key, as :meth:`get`.
 
         Args:
             key: Of its recipe.
-
-        Returns:
-            As :meth:`get`.
         """
         entry = self.folder / key[:2] / key
         if not entry.is_dir():
@@ -115,21 +80,18 @@ class StatStore:
             return None
 
     def holds(self, recipe: Mapping[str, Any]) -> bool:
-        """Say whether an entry is there, without reading it.
+        """Returns whether an entry is there, damaged or not, without reading it.
 
         Args:
-            recipe: From :func:`entry_recipe`.
-
-        Returns:
-            True also of a damaged one.
+            recipe: All that determines the entry.
         """
         return self._entry(recipe).is_dir()
 
     def put(self, recipe: Mapping[str, Any], value: Tensor) -> None:
-        """Store an entry, replacing a damaged one.
+        """Stores an entry, replacing a damaged one.
 
         Args:
-            recipe: From :func:`entry_recipe`.
+            recipe: All that determines the entry.
             value: The statistic.
 
         Raises:
@@ -148,13 +110,10 @@ class StatStore:
 
     @contextlib.contextmanager
     def turn(self, names: Collection[str]) -> Iterator[None]:
-        """Wait until no other process collects any of some statistics, and have the others wait meanwhile.
+        """Waits until no other process collects any of some statistics, and has the others wait meanwhile.
 
         Args:
             names: Keys of what is to be collected; none waits for nobody.
-
-        Yields:
-            Nothing.
         """
         with contextlib.ExitStack() as held:
             for name in sorted(names):  # in one order, so that no two wait for each other

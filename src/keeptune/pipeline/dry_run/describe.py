@@ -27,7 +27,7 @@ from keeptune.pipeline.machine import check_folder
 from keeptune.pipeline.planning import scoped_penalties
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.neuron_attribution import NeuronAttribution
-from keeptune.statistics.request import DataRole, Request
+from keeptune.statistics.request import DataRole, ModelRequest, Request, RowRequest
 from keeptune.training.trainer import check_arguments
 
 __all__ = ["describe"]
@@ -245,11 +245,11 @@ class _Account:
     def _statistics(self, sizes: Mapping[Target, Size]) -> tuple[int, float | None, list[str]]:
         """Give the memory of the sums, the work, and what could not be told."""
         sums: dict[tuple[DataRole, bool], list[int]] = {}
-        traces: set[Request] = set()
+        traces: set[ModelRequest] = set()
         for (request, _), target in self._requests(sizes).items():
-            if request.kind == "trace":
+            if isinstance(request, ModelRequest):
                 traces.add(request)
-            else:
+            elif isinstance(request, RowRequest):
                 sums.setdefault((request.data, request.kind != "forward"), []).append(request.numbers(target))
         work, untold = 0.0, []
         for (role, backward), numbers in sums.items():

@@ -1,0 +1,92 @@
+"""Results of single texts in the store: an interrupted run resumes, and data sets share texts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from keeptune.statistics.store import Source, StatStore
+
+__all__ = ["TextEntries"]
+
+_log = logging.getLogger(__name__)
+Text = TypeVar("Text")
+
+
+@dataclass(frozen=True, slots=True)
+class TextEntries(Generic[Text]):
+    """The entries of texts, one each; the key does not depend on the rest of the data.
+
+    Args:
+        store: Where they are kept; None keeps nothing.
+        source: What the model is; None where nothing is kept.
+        kind: Name of the kind of entry, a part of the key.
+        version: Version of the numbers, a part of the key.
+        options: What else determines them.
+        title: Title of log messages and the progress bar.
+    """
+
+    store: StatStore | None
+    source: Source | None
+    kind: str
+    version: int
+    options: Mapping[str, Any]
+    title: str
+
+    def recipe(self, text: Text) -> dict[str, Any]:
+        """Returns all that determines the entry of a text."""
+        assert self.source is not None
+        return {
+            "class": self.kind,
+            "version": self.version,
+            "request": dict(self.options),
+            "text": text,
+            "model": self.source.model,
+            "dtype": self.source.dtype,
+        }
+
+    def fill(
+        self,
+        texts: Iterable[Text],
+        measure: Callable[[Sequence[Text]], Iterator[Sequence[tuple[Text, Tensor]]]],
+        *,
+        keep: bool,
+    ) -> dict[Text, Tensor]:
+        """Measures the texts that have no entry yet, and stores each as soon as it is measured.
+
+        Args:
+            texts: The texts; one that is there twice is measured once.
+            measure: Yields the results of the texts it is given, batch by batch.
+            keep: Return the values; False holds none of them in memory.
+
+        Returns:
+            The value of each text; stored ones as float32.
+        """
+        values: dict[Text, Tensor] = {}
+        missing: list[Text] = []
+        unique = dict.fromkeys(texts)
+        for text in unique:
+            value = None if self.store is None else self.store.get(self.recipe(text))
+            if value is None:
+                missing.append(text)
+            elif keep:
+                values[text] = value
+        if len(missing) < len(unique):
+            present = len(unique) - len(missing)
+            folder = self.store and self.store.folder
+            _log.info("%s: %d of %d texts taken from %s", self.title, present, len(unique), folder)
+        if missing:
+            with tqdm(total=len(missing), desc=self.title, unit="text", delay=2, disable=None, leave=False) as bar:
+                for results in measure(missing):
+                    for text, value in results:
+                        if self.store is not None:
+                            self.store.put(self.recipe(text), value.float())
+                        if keep:
+                            values[text] = value
+                    bar.update(len(results))
+        return values

@@ -1,0 +1,148 @@
+"""The laws of sums over rows, for every statistic that is one, and the check of their results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.models import MODELS, Bench, calibration, relative
+from tests.reference.statistics_reference import covariance
+from torch import Tensor
+
+from keeptune.core.errors import StatisticsError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.target import Target
+from keeptune.methods.lora_null import LoraNull
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance, ReleasedCovariance
+from keeptune.statistics.fisher import WeightFisher, lora_fisher
+from keeptune.statistics.gradient import DirectionVariances, WeightGradient
+from keeptune.statistics.input_mean import InputMean
+from keeptune.statistics.request import RowRequest
+from keeptune.statistics.running_mean import Accumulator, RunningMean, checked_result
+
+CPU = torch.device("cpu")
+TARGET = Target("h.0.up", 0, "up", 5, 4, "h.0.up")
+quick = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+W, H, DELTA = normal(5, 4, seed=1), normal(30, 4, seed=2), normal(30, 5, seed=3)
+U, _, VH = torch.linalg.svd(W.double(), full_matrices=False)
+B, A, S = normal(5, 2, seed=4), normal(2, 4, seed=5), 0.7
+h, delta = H.double(), DELTA.double()
+FACTORS = torch.cat(
+    [
+        (S * (h @ A.double().T)).square().T @ delta.square(),
+        (S * (delta @ B.double())).square().T @ h.square(),
+    ],
+    dim=1,
+)
+# Each request, and its sum over the rows written out in float64.
+MEANS: dict[RowRequest, Tensor] = {
+    InputCovariance("task"): h.T @ h,
+    InputMean("task"): h.sum(0),
+    GradientCovariance("task", "true"): delta.T @ delta,
+    WeightGradient("task", "true"): delta.T @ h,
+    DirectionVariances("task", "true"): torch.stack([(h @ VH.T).square().sum(0), (delta @ U).square().sum(0)]),
+    WeightFisher("task", "true", per="token"): delta.square().T @ h.square(),
+    lora_fisher("task", "true", LowRank(B, A), S, per="token"): FACTORS,
+}
+
+
+def empty(request: RowRequest) -> Accumulator:
+    return request.accumulator(TARGET, CPU, lambda: W)
+
+
+def summed(request: RowRequest, *indices: Tensor) -> RunningMean:
+    """The sum over some rows, one call for each index."""
+    total = empty(request)
+    assert isinstance(total, RunningMean)
+    for index in indices:
+        rows = {"forward": (H,), "backward": (DELTA,), "joint": (H, DELTA)}[request.kind]
+        total.add(*(part[index] for part in rows))
+    return total
+
+
+@pytest.mark.parametrize("request_", MEANS, ids=str)
+def test_the_mean_depends_neither_on_how_rows_are_split_nor_on_the_order_of_merging(request_: RowRequest) -> None:
+    wanted = MEANS[request_] / len(H)
+
+    @quick
+    @given(st.lists(st.integers(0, 30), min_size=2, max_size=5), st.permutations(range(30)))
+    def check(cuts: list[int], order: list[int]) -> None:
+        edges = [0, *sorted(cuts), 30]
+        parts = [torch.tensor(order[a:b], dtype=torch.long) for a, b in zip(edges, edges[1:], strict=False)]
+        assert relative(summed(request_, *parts).result(), wanted) < 1e-6
+        first, second, *others = (summed(request_, part) for part in parts)
+        first.merge(second)
+        left = first.result()
+        back, other = (summed(request_, part) for part in (parts[1], parts[0]))
+        back.merge(other)
+        assert torch.equal(back.result().nan_to_num(), left.nan_to_num())  # commutative, to the last bit
+        tail = empty(request_)
+        assert isinstance(tail, RunningMean)
+        for part in others:  # (first + second) + (others), against one after the other
+            tail.merge(part)
+        first.merge(tail)
+        assert first.tokens == 30
+        assert relative(first.result(), wanted) < 1e-6
+
+    check()
+
+
+def test_a_shard_without_tokens_changes_nothing() -> None:
+    one, other = (summed(InputCovariance("task"), torch.arange(5)) for _ in range(2))
+    other.merge(summed(InputCovariance("task")))
+    assert torch.equal(one.result(), other.result())
+
+
+@pytest.mark.parametrize("request_", [*MEANS, ReleasedCovariance("task")], ids=str)
+def test_what_is_no_number_is_refused_with_the_module(request_: RowRequest) -> None:
+    total = empty(request_)
+    with pytest.raises(StatisticsError, match=r"h\.0\.up: got no tokens"):
+        checked_result(total, "h.0.up")
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for place in (0, 2):
+            total, rows = empty(request_), (H.clone(), DELTA.clone())
+            for part in rows:
+                part[1, place] = value
+            total.add(*{"forward": rows[:1], "backward": rows[1:], "joint": rows}[request_.kind])
+            with pytest.raises(StatisticsError, match=r"h\.0\.up: got NaN or infinite"):
+                checked_result(total, "h.0.up")
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_collected_covariance_is_the_slow_obvious_one(architecture: str, tmp_path: Path) -> None:
+    """Batched, padded, in float32 - against one example at a time in float64."""
+    made = Bench(MODELS[architecture](), tmp_path / "store", data=calibration(lengths=(3, 9, 6, 12)))
+    statistics = made.collect(LoraNull(rank=1))
+    for target in made.targets():
+        found = statistics.view(target)[InputCovariance("knowledge")]
+        assert relative(found, covariance(made.model, target.name, made.data)) < 1e-5
+        assert found.dtype == torch.float32
+        assert torch.equal(found, found.T)
+
+
+def test_the_released_sum_is_the_released_codes_arithmetic() -> None:
+    """float16 all through: x over the size of its largest signed value, its Gram over 256, added example by example."""
+    examples = [normal(5, 4, seed=seed) - 1.0 for seed in range(4)]
+    wanted = torch.zeros(4, 4, dtype=torch.float16)
+    total = empty(ReleasedCovariance("task"))
+    for rows in examples:
+        half = rows.half()
+        half = half / torch.max(half).abs()
+        wanted += half.T.matmul(half) / 256
+        total.add(rows)
+    assert torch.equal(total.result(), wanted.float())
+
+
+def test_the_two_covariances_are_different_statistics() -> None:
+    assert InputCovariance("knowledge") != ReleasedCovariance("knowledge")
+    assert InputCovariance("knowledge") != InputCovariance("task")
+    assert InputCovariance("knowledge") == InputCovariance("knowledge")
