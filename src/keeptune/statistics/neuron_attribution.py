@@ -35,6 +35,7 @@ _PARTS = ("", "layers", "modules")
 @dataclass(frozen=True, slots=True)
 class NeuronAttribution(ModelRequest):
     """``Attr_lj`` of every text: how much each output of each MLP contributes to the next token.
+
     Defaults are the first release.
     Of a prompt with a completion the prompt is read, of a whole text all of it; the token after it is scored.
 
