@@ -17,7 +17,7 @@ from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration, tokenize_calibration
 from keeptune.data.completions import TaskExamples
 from keeptune.model.pretrained import load_model, load_tokenizer
-from keeptune.pipeline.planning import plan_for
+from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.store import StatStore
 
 MODEL = str(STORIES)
@@ -40,7 +40,8 @@ def task() -> Calibration:
 def planned(method: Any, penalties: Sequence[Any] = (), *, store: Path = Path("unused"), layers: Any = (0, 1)) -> Plan:
     """A plan for the first two of five blocks unless told; penalties that need statistics need a store of their own."""
     data: Any = {"knowledge": knowledge(), "task": task()} if store != Path("unused") else {}
-    return plan_for(load_model(MODEL), method, StatStore(store), data=data, penalties=penalties, layers=layers)
+    options = PlanOptions(layers=layers)
+    return plan_for(load_model(MODEL), method, StatStore(store), data=data, penalties=penalties, options=options)
 
 
 def arguments(folder: Path, **extra: Any) -> dict[str, Any]:
