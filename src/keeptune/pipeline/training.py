@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from keeptune.adapter.install import install, restore_state, trained_state
-from keeptune.core.artefact import atomic_directory, content_key, read_tensors, write_tensors
+from keeptune.core.artefact import atomic_directory, content_key, read_json, read_tensors, write_tensors
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
 from keeptune.model.pretrained import load_model
@@ -94,11 +94,12 @@ def load_trained(job: Job, plan: Plan) -> PreTrainedModel | PeftModel:
         The model as it was at the end of training.
 
     Raises:
-        TrainError: Nothing was trained with this recipe, or it is damaged.
+        TrainError: Nothing was trained with this recipe.
+        ArtefactError: What was trained is damaged.
     """
     result = trained_result(job, plan)
-    record = result.read()
-    if record is None:
+    record = read_json(result.path) if result.path.is_file() else {}
+    if record.get("key") != result.key:
         raise TrainError(
             f"export {job.output}",
             got="no model trained with this recipe",

@@ -19,7 +19,7 @@ __all__ = ["make_method", "make_penalties"]
 
 
 def make_method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, seed: int) -> Any:
-    """Make a method from its recipe section, or several side by side from theirs.
+    """Makes a method from its recipe section, or several side by side from theirs.
 
     Args:
         options: ``name`` and the method's own fields; of several methods also their ``targets``.
@@ -82,7 +82,7 @@ def _check_names(given: Mapping[str, Any], cls: type[Any], where: str, owner: st
 
 
 def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[Penalty, ...]:
-    """Make the penalties of a recipe.
+    """Makes the penalties of a recipe.
 
     Args:
         sections: Each a ``name`` and the penalty's own fields.

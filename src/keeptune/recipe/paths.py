@@ -18,51 +18,40 @@ _FILES = (("knowledge", "file"), ("task", "train"), ("evaluate", "file"), ("eval
 
 
 def resolve_paths(values: Mapping[str, Any], folder: Path, fetch: Fetch = hub.fetch) -> dict[str, Any]:
-    """Find the files and the model that a recipe's values name.
+    """Returns a recipe's values with paths in the place of the names of files and of the model.
 
     Args:
         values: As a YAML file holds them.
         folder: Where a file is looked for that is not in the current directory.
         fetch: Gets the files of the hub.
 
-    Returns:
-        A new mapping, with paths in the place of names.
-
     Raises:
         RecipeError: atlas has no such file.
     """
-    done = dict(values)
+
+    def resolved(section: Any, key: str) -> Any:
+        if isinstance(section, list):
+            return [resolved(part, key) for part in section]
+        if isinstance(section, Mapping) and isinstance(section.get(key), str):
+            return {**section, key: resolve_file(section[key], folder, fetch)}
+        return section
+
+    paths = dict(values)
     for section, key in _FILES:
-        part = done.get(section)
-        done[section] = (
-            [_found(one, key, folder, fetch) for one in part]
-            if isinstance(part, list)
-            else _found(part, key, folder, fetch)
-        )
-        if section not in values:
-            del done[section]
-    model: Any = done.get("model")
-    if isinstance(model, str):
-        done["model"] = resolve_model(model, folder)
-    return done
-
-
-def _found(section: Any, key: str, folder: Path, fetch: Fetch) -> Any:
-    if isinstance(section, Mapping) and isinstance(section.get(key), str):
-        return {**section, key: resolve_file(section[key], folder, fetch)}
-    return section
+        if section in paths:
+            paths[section] = resolved(paths[section], key)
+    if isinstance(paths.get("model"), str):
+        paths["model"] = resolve_model(paths["model"], folder)
+    return paths
 
 
 def resolve_file(name: str, folder: Path = Path(), fetch: Fetch = hub.fetch) -> str:
-    """Find the data file that a name stands for.
+    """Returns the path of the data file that a name stands for; there need be no such file.
 
     Args:
         name: A path, ``atlas:facts.jsonl`` or ``hf://datasets/org/name/file.jsonl``.
         folder: Where a file is looked for that is not in the current directory.
         fetch: Gets the files of the hub.
-
-    Returns:
-        A path; there need be no such file.
 
     Raises:
         RecipeError: atlas has no such file.
@@ -80,16 +69,14 @@ def resolve_file(name: str, folder: Path = Path(), fetch: Fetch = hub.fetch) -> 
 
 
 def resolve_model(name: str, folder: Path = Path()) -> str:
-    """Find the model that a name stands for.
+    """Returns the path, or the hub id, of the model that a name stands for.
 
     Args:
         name: ``atlas``, a folder or a hub id.
         folder: Where a folder is looked for that is not in the current directory.
-
-    Returns:
-        A path, or the hub id.
     """
     if name == "atlas":
         return str(atlas.model_path())
-    beside = folder / Path(name).expanduser()
-    return str(beside.absolute()) if not Path(name).expanduser().is_dir() and beside.is_dir() else name
+    path = Path(name).expanduser()
+    beside = folder / path
+    return str(beside.absolute()) if not path.is_dir() and beside.is_dir() else name

@@ -1,4 +1,4 @@
-"""The ``published`` section of a recipe: what a paper's table says, to stand beside our own numbers."""
+"""The ``published`` section of a recipe: a paper's table, which a comparison's page shows beside its own numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.recipe.sections import Section
 
-__all__ = ["Published", "PublishedRow", "beside", "check_labels", "check_scores"]
+__all__ = ["Published", "PublishedRow"]
 
 
 class PublishedRow(Section):
@@ -36,74 +36,48 @@ class Published(Section):
     differs: list[str] = Field(default_factory=list)
     unknown: list[str] = Field(default_factory=list)
 
+    def check_scores(self, benchmarks: Iterable[str], where: str) -> None:
+        """Raises RecipeError where a score is of no benchmark in ``evaluate``."""
+        known = list(benchmarks)
+        for number, row in enumerate(self.rows):
+            for name in row.scores:
+                if name not in known:
+                    raise RecipeError(
+                        f"{where}, key published.rows.{number}.scores.{name}",
+                        got="a score of no benchmark of the recipe",
+                        wanted="a name in `evaluate`; other columns go under `others`",
+                        next_step=nearest(name, known),
+                    )
 
-def check_scores(published: Published, benchmarks: Iterable[str], where: str) -> None:
-    """Check that every published score has a benchmark beside it.
-
-    Args:
-        published: The section.
-        benchmarks: Names in ``evaluate``.
-        where: For error messages.
-
-    Raises:
-        RecipeError: One has none; the message shows the nearest name.
-    """
-    known = list(benchmarks)
-    for number, row in enumerate(published.rows):
-        for name in row.scores:
-            if name not in known:
+    def check_labels(self, labels: Iterable[str], where: str) -> None:
+        """Raises RecipeError where a label is that of no entry of the comparison."""
+        known = list(labels)
+        for number, row in enumerate(self.rows):
+            if row.label is not None and row.label not in known:
                 raise RecipeError(
-                    f"{where}, key published.rows.{number}.scores.{name}",
-                    got="a score of no benchmark of the recipe",
-                    wanted="a name in `evaluate`; other columns go under `others`",
-                    next_step=nearest(name, known),
+                    f"{where}, key published.rows.{number}.label",
+                    got=f'"{row.label}"',
+                    wanted="the label of an entry of compare.methods",
+                    next_step=nearest(row.label, known),
                 )
 
+    def scores(self) -> list[dict[str, Any]]:
+        """Returns the scores of lines that have a label.
 
-def check_labels(published: Published, labels: Iterable[str], where: str) -> None:
-    """Check that every label stands for an entry of the comparison.
-
-    Args:
-        published: The section.
-        labels: Those of the comparison.
-        where: For error messages.
-
-    Raises:
-        RecipeError: One does not; the message shows the nearest label.
-    """
-    known = list(labels)
-    for number, row in enumerate(published.rows):
-        if row.label is not None and row.label not in known:
-            raise RecipeError(
-                f"{where}, key published.rows.{number}.label",
-                got=f'"{row.label}"',
-                wanted="the label of an entry of compare.methods",
-                next_step=nearest(row.label, known),
-            )
-
-
-def beside(published: Published | None) -> list[dict[str, Any]]:
-    """List the published scores that stand beside ours in a comparison.
-
-    Args:
-        published: The section, if there is one.
-
-    Returns:
-        ``label``, ``benchmark``, ``score`` (a share where the table is in per cent), ``source`` and ``note`` (the
-        paper's name of the method, and its parameters) of each score of a line that has a label.
-    """
-    if published is None:
-        return []
-    scale = 100 if published.unit == "percent" else 1
-    return [
-        {
-            "label": row.label,
-            "benchmark": name,
-            "score": score / scale,
-            "source": published.source,
-            "note": f"({row.method}{', ' + row.parameters if row.parameters else ''})",
-        }
-        for row in published.rows
-        if row.label is not None
-        for name, score in row.scores.items()
-    ]
+        Returns:
+            ``label``, ``benchmark``, ``score`` (a share where the table is in per cent), ``source`` and ``note`` (the
+            paper's name of the method, and its parameters) of each.
+        """
+        scale = 100 if self.unit == "percent" else 1
+        return [
+            {
+                "label": row.label,
+                "benchmark": name,
+                "score": score / scale,
+                "source": self.source,
+                "note": f"({row.method}{', ' + row.parameters if row.parameters else ''})",
+            }
+            for row in self.rows
+            if row.label is not None
+            for name, score in row.scores.items()
+        ]

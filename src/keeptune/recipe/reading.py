@@ -1,9 +1,9 @@
-"""The values of a recipe before they are checked: reading the YAML file, and setting single keys."""
+"""The values of a recipe before they are checked: from the YAML file and from the command line."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 
 from keeptune.core.errors import RecipeError
 
-__all__ = ["override_value", "parse_yaml", "read_values", "set_value", "spelt_out"]
+__all__ = ["parse_pairs", "parse_yaml", "read_values", "set_value", "spelt_out"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,19 +26,12 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Read YAML where 1e-4 is a number.
-
-    Args:
-        text: The YAML.
-
-    Returns:
-        The value.
-    """
+    """Returns the value of YAML, where 1e-4 is a number."""
     return yaml.load(text, Loader=_Loader)
 
 
 def read_values(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read the values of a recipe without checking them.
+    """Reads the values of a recipe without checking them.
 
     Args:
         path: The YAML file.
@@ -50,30 +43,24 @@ def read_values(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[
     Raises:
         RecipeError: The file is missing or not YAML, or an override leads nowhere.
     """
+    where = f"recipe {path}"
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"recipe {path}", got=str(error), wanted="a YAML file", next_step="Check the path."
-        ) from error
+        raise RecipeError(where, got=str(error), wanted="a YAML file", next_step="Check the path.") from error
     except yaml.YAMLError as error:
-        raise RecipeError(
-            f"recipe {path}", got=" ".join(str(error).split()), wanted="YAML", next_step="Mend the line named above."
-        ) from error
+        got = " ".join(str(error).split())
+        raise RecipeError(where, got=got, wanted="YAML", next_step="Correct the line named above.") from error
     if not isinstance(values, dict):
-        raise RecipeError(
-            f"recipe {path}",
-            got=f"a {type(values).__name__}",
-            wanted="keys and values",
-            next_step="Start with `model: path`.",
-        )
+        got = f"a {type(values).__name__}"
+        raise RecipeError(where, got=got, wanted="keys and values", next_step="Start with `model: path`.")
     for key, value in sorted((overrides or {}).items(), key=lambda item: item[0].count(".")):
         set_value(values, key, value, where=f"command line --{key}")
     return values
 
 
 def set_value(values: dict[str, Any], key: str, value: Any, *, where: str) -> None:
-    """Set one key of a recipe's values, in place.
+    """Sets one key of a recipe's values, in place.
 
     Args:
         values: As a YAML file holds them.
@@ -95,10 +82,7 @@ def set_value(values: dict[str, Any], key: str, value: Any, *, where: str) -> No
             if isinstance(place, dict) and place.get(part) is None:
                 place[part] = {}
             place = place[int(part)] if isinstance(place, list) else place[part]
-        if isinstance(place, list):
-            place[int(last)] = value
-        else:
-            place[last] = value
+        place[int(last) if isinstance(place, list) else last] = value
     except (IndexError, ValueError, TypeError, KeyError) as error:
         raise RecipeError(
             where,
@@ -108,28 +92,51 @@ def set_value(values: dict[str, Any], key: str, value: Any, *, where: str) -> No
         ) from error
 
 
-def override_value(text: str) -> Any:
-    """Read a value from the command line.
+def parse_pairs(words: Sequence[str], switches: Collection[str]) -> dict[str, Any]:
+    """Reads ``--key value`` pairs from the command line; values are YAML, and dashes may stand for underscores.
 
     Args:
-        text: YAML, or a template such as ``{answer}``.
+        words: ``["--train.learning_rate", "1e-3", "--targets", "[q_proj]"]`` or ``--key=value``.
+        switches: Keys that may stand alone.
 
     Returns:
-        The value.
+        Dotted key to value.
+
+    Raises:
+        RecipeError: A word is not a key, or a key has no value.
     """
+    pairs: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if word.startswith("--") and key in switches and not equals and (not rest or rest[0].startswith("--")):
+            pairs[key] = True
+            continue
+        if not word.startswith("--") or not key or not (equals or rest):
+            raise RecipeError(
+                "command line",
+                got=word,
+                wanted="--key value, after the recipe",
+                next_step="Example: keeptune run recipe.yaml --train.learning_rate 1e-3",
+            )
+        try:
+            pairs[key] = _parse_value(text if equals else rest.pop(0))
+        except yaml.YAMLError as error:
+            raise RecipeError(
+                f"command line --{key}", got=" ".join(str(error).split()), wanted="a YAML value", next_step="Quote it."
+            ) from error
+    return pairs
+
+
+def _parse_value(text: str) -> Any:
     value = parse_yaml(text)
     # To YAML, the template {answer} is a mapping without values.
     template = isinstance(value, dict) and value and all(part is None for part in value.values())
     return text if template else value
 
 
-def spelt_out(method: Any) -> Any:
-    """Read the short form ``method: farss`` as ``method: {name: farss}``; the same for a benchmark.
-
-    Args:
-        method: The section, or a name in its place.
-
-    Returns:
-        The section; what is no name is left as it is.
-    """
-    return {"name": method} if isinstance(method, str) else method
+def spelt_out(section: Any) -> Any:
+    """Returns ``{name: farss}`` for the short form ``farss`` of a method, a penalty or a benchmark; others as is."""
+    return {"name": section} if isinstance(section, str) else section

@@ -9,14 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    StrictInt,
-    ValidationError,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, ValidationError
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -30,8 +23,8 @@ from keeptune.methods.combined import tuned_roles
 from keeptune.model.pretrained import Dtype
 from keeptune.recipe.construct import make_method, make_penalties
 from keeptune.recipe.paths import Fetch, resolve_paths
-from keeptune.recipe.published import Published, check_scores
-from keeptune.recipe.reading import override_value, read_values, spelt_out
+from keeptune.recipe.published import Published
+from keeptune.recipe.reading import parse_pairs, read_values, spelt_out
 from keeptune.recipe.sections import (
     NAMED,
     BenchmarkEntry,
@@ -62,6 +55,16 @@ __all__ = [
 
 _Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 _Layer = Annotated[StrictInt, Field(ge=0)]
+
+
+_SEVERAL_RUNS = {
+    "sweep": ("a section for several runs", "Run `keeptune sweep` with it."),
+    "compare": ("a section for several runs", "Run `keeptune compare` with it."),
+    "stages": (
+        "a sequence of stages, which has no single task, plan or adapter",
+        "Run `keeptune run` with it; each stage's own recipe lies in its folder then.",
+    ),
+}
 
 
 class Recipe(Section):
@@ -102,17 +105,13 @@ class Recipe(Section):
         return tuple(self.knowledge) if isinstance(self.knowledge, list) else (self.knowledge,)
 
     def written(self) -> dict[str, Any]:
-        """Give the recipe as plain values, for the record in the run folder.
-
-        Returns:
-            A JSON-ready mapping.
-        """
+        """Returns the recipe as plain values that JSON can hold, for the record in the run folder."""
         plain: dict[str, Any] = json.loads(canonical_json(self.model_dump(mode="json")))
         return plain
 
 
 def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch) -> Recipe:
-    """Read, complete and check a recipe.
+    """Reads, completes and checks a recipe.
 
     Args:
         path: The YAML file.
@@ -130,7 +129,7 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None, *,
 
 
 def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: Fetch = hub.fetch) -> Recipe:
-    """Check the values of a recipe.
+    """Checks the values of a recipe.
 
     Args:
         values: As a YAML file holds them.
@@ -144,21 +143,9 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
     Raises:
         RecipeError: A key is unknown or a value does not fit.
     """
-    for key in ("sweep", "compare"):
+    for key, (got, next_step) in _SEVERAL_RUNS.items():
         if key in values:
-            raise RecipeError(
-                f"{where}, key {key}",
-                got="a section for several runs",
-                wanted="the recipe of one run",
-                next_step=f"Run `keeptune {key}` with it.",
-            )
-    if "stages" in values:
-        raise RecipeError(
-            f"{where}, key stages",
-            got="a sequence of stages, which has no single task, plan or adapter",
-            wanted="the recipe of one run",
-            next_step="Run `keeptune run` with it; each stage's own recipe lies in its folder then.",
-        )
+            raise RecipeError(f"{where}, key {key}", got=got, wanted="the recipe of one run", next_step=next_step)
     try:
         recipe = Recipe.model_validate(resolve_paths(values, folder, fetch))
     except ValidationError as error:
@@ -176,17 +163,15 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
                 next_step="Rename it.",
             )
     if recipe.published is not None:
-        check_scores(recipe.published, names, where)
+        recipe.published.check_scores(names, where)
     return recipe
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``--key value`` pairs from the command line; values are YAML.
-
-    A switch of the recipe (``low_memory``) may stand alone, and dashes may stand for underscores.
+    """Reads ``--key value`` pairs from the command line; a switch of the recipe (``low_memory``) may stand alone.
 
     Args:
-        words: ``["--train.learning_rate", "1e-3", "--targets", "[q_proj]"]`` or ``--key=value``.
+        words: ``["--train.learning_rate", "1e-3", "--targets", "[q_proj]"]`` or ``--key=value``; values are YAML.
 
     Returns:
         Dotted key to value.
@@ -194,36 +179,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: A word is not a key, or a key has no value.
     """
-    found: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        key, equals, text = word.removeprefix("--").partition("=")
-        key = key.replace("-", "_")
-        if word.startswith("--") and key in _SWITCHES and not equals and not (rest and _is_value(rest[0])):
-            found[key] = True
-            continue
-        if not word.startswith("--") or not key or not (equals or rest):
-            raise RecipeError(
-                "command line",
-                got=word,
-                wanted="--key value, after the recipe",
-                next_step="Example: keeptune run recipe.yaml --train.learning_rate 1e-3",
-            )
-        try:
-            found[key] = override_value(text if equals else rest.pop(0))
-        except yaml.YAMLError as error:
-            raise RecipeError(
-                f"command line --{key}", got=" ".join(str(error).split()), wanted="a YAML value", next_step="Quote it."
-            ) from error
-    return found
-
-
-_SWITCHES = frozenset(name for name, field in Recipe.model_fields.items() if field.annotation is bool)
-
-
-def _is_value(word: str) -> bool:
-    return not word.startswith("--")
+    return parse_pairs(words, [name for name, field in Recipe.model_fields.items() if field.annotation is bool])
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:

@@ -102,7 +102,7 @@ MethodSections = Annotated[
 
 
 def _source(entry: Any) -> str:
-    """Say which of the two an entry of ``evaluate`` is: a file with a metric, or the name of a standard benchmark."""
+    """Returns which of the two an entry of ``evaluate`` is: a file with a metric, or a standard benchmark's name."""
     own = isinstance(entry, FileBenchmark) or (isinstance(entry, Mapping) and not {"metric", "file"}.isdisjoint(entry))
     return OWN if own else NAMED
 
@@ -150,13 +150,14 @@ class Task(Section):
     def _check_kind(self) -> Task:
         needed, allowed = _KIND_KEYS[self.kind]
         given = [key for key in _KINDS_KEYS if getattr(self, key) is not None]
+        kinds = " or ".join(_KIND_KEYS)
         for key in given:
             if key not in (*needed, *allowed):
                 raise RecipeError(
                     f"recipe, key task.{key}",
                     got=f"a key that kind {self.kind} does not use",
                     wanted=f"the keys {', '.join((*needed, *allowed))}",
-                    next_step=f"Remove it, or set task.kind: {' or '.join(_KIND_KEYS)}.",
+                    next_step=f"Remove it, or set task.kind: {kinds}.",
                 )
         for key in needed:
             if key not in given:
@@ -164,7 +165,7 @@ class Task(Section):
                     f"recipe, key task.{key}",
                     got="nothing",
                     wanted=f"a value, for kind {self.kind}",
-                    next_step=f"Add `{key}:` to the task, or set task.kind: {' or '.join(_KIND_KEYS)}.",
+                    next_step=f"Add `{key}:` to the task, or set task.kind: {kinds}.",
                 )
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise RecipeError(
@@ -182,15 +183,12 @@ class ExportSpec(Section):
 
 
 def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | int]], Sequence[str]]) -> RecipeError:
-    """Say what is wrong with a value that pydantic refused.
+    """Returns the error to raise for a value that pydantic refused.
 
     Args:
-        error: The error; its first finding counts.
+        error: Pydantic's error, of which the first part counts.
         where: The recipe, or the section.
-        known: Gives the keys that may stand at a place, in which alternatives are named.
-
-    Returns:
-        The error to raise.
+        known: From a place as pydantic names it to the keys that may stand there.
     """
     first = error.errors()[0]
     location = _without_tags(first["loc"])
@@ -206,21 +204,12 @@ def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | 
         return RecipeError(
             f"{where}, key {place}", got="nothing", wanted="a value", next_step=f"Add `{place}:` to the recipe."
         )
-    got = canonical_json(first["input"]) if _is_plain(first["input"]) else repr(first["input"])
+    value = first["input"]
+    plain = value is None or isinstance(value, str | int | float | bool | list | dict)
+    got = canonical_json(value) if plain else repr(value)
     return RecipeError(f"{where}, key {place}", got=got, wanted=first["msg"], next_step="Correct the value.")
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float | bool | list | dict)
-
-
 def _without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Take the names of alternatives out of the place of an error.
-
-    Args:
-        location: As pydantic gives it.
-
-    Returns:
-        The keys that the recipe has.
-    """
+    """Takes the names of alternatives, which pydantic adds, out of the place of an error."""
     return tuple(part for part in location if part not in (*_TAGS, OWN, NAMED))

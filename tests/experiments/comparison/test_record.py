@@ -26,7 +26,7 @@ from keeptune.experiments.comparison.record import (
     write_records,
 )
 from keeptune.experiments.comparison.table import table_of
-from keeptune.recipe.published import Published, PublishedRow, beside
+from keeptune.recipe.published import Published, PublishedRow
 from keeptune.report.pages.comparison_page import published
 
 SCORES = [benchmark("task", "task", 0.2, 0.6), benchmark("facts", "knowledge", 0.8, 0.7)]
@@ -173,11 +173,11 @@ def test_published_scores_stand_in_the_record_and_on_the_page(tmp_path: Path) ->
         PublishedRow(method="Base", scores={"facts": 90.0}),
         PublishedRow(method="LoRA", label="lora", parameters="320M", scores={"facts": 71.25}, others={"avg": 3.0}),
     ]
-    scores = beside(Published(source="Table 9", rows=rows))
+    scores = Published(source="Table 9", rows=rows).scores()
     assert scores == [
         {"label": "lora", "benchmark": "facts", "score": 0.7125, "source": "Table 9", "note": "(LoRA, 320M)"}
     ]
-    assert beside(Published(source="Table 9", unit="nats", rows=rows))[0]["score"] == 71.25
+    assert Published(source="Table 9", unit="nats", rows=rows).scores()[0]["score"] == 71.25
     cells = [cell(write_run(tmp_path / "a", SCORES))]
     record, front = write_records(tmp_path, cells, base="atlas", command="", recipe={}, published=scores)
     assert read_runs(tmp_path)["published"] == record["published"] == scores

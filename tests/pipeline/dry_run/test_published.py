@@ -14,7 +14,7 @@ from keeptune.core.errors import RecipeError
 from keeptune.data import hub
 from keeptune.pipeline.dry_run import describe as describing
 from keeptune.pipeline.dry_run import model_shapes as shapes
-from keeptune.recipe.published import Published, check_labels
+from keeptune.recipe.published import Published
 from keeptune.recipe.reading import read_values
 from keeptune.recipe.schema import make_recipe
 
@@ -132,8 +132,8 @@ def test_a_label_or_a_benchmark_that_is_not_there_is_an_error(tmp_path: Path) ->
         make_recipe(values, folder=tmp_path, where="recipe")
     published = Published.model_validate(values["published"])
     with pytest.raises(RecipeError, match=r"published\.rows\.0\.label"):
-        check_labels(published, ["lorra"], "recipe")
-    check_labels(published, ["lora"], "recipe")
+        published.check_labels(["lorra"], "recipe")
+    published.check_labels(["lora"], "recipe")
     with pytest.raises(RecipeError, match="rowz"):
         make_recipe({**values, "published": {**values["published"], "rowz": []}}, folder=tmp_path, where="recipe")
 

@@ -22,7 +22,6 @@ from keeptune.model.blocks import find_targets
 from keeptune.pipeline.job import Job
 from keeptune.recipe.construct import make_method, make_penalties
 from keeptune.recipe.paths import Fetch
-from keeptune.recipe.published import check_labels
 from keeptune.recipe.reading import read_values, set_value
 from keeptune.recipe.schema import Recipe, make_recipe
 
@@ -121,7 +120,7 @@ def load_comparison(
     entries, plain = read_entries(section, values, rates, where)
     base = make_recipe(values, folder=path.parent, where=where, fetch=fetch)
     if base.published is not None:
-        check_labels(base.published, [entry.label for entry in entries], where)
+        base.published.check_labels([entry.label for entry in entries], where)
     # The metric of a standard benchmark, always a share, is known when it is scored.
     scored = [
         {"name": b.name, "role": b.role, "metric": getattr(b, "metric", None) or "accuracy"} for b in base.evaluate

@@ -14,7 +14,6 @@ from keeptune.experiments.comparison.engine import run_cells
 from keeptune.experiments.comparison.knobs import knob_of
 from keeptune.experiments.comparison.search import run_search
 from keeptune.experiments.comparison.turned import knob_cell
-from keeptune.recipe.published import beside
 from keeptune.report.pages.comparison_page import write_comparison
 
 __all__ = ["Compared", "rows_of", "run_comparison", "write_found"]
@@ -84,7 +83,7 @@ def write_found(
     Raises:
         KeeptuneError: No cell keeps to ``max_loss``, or a file cannot be written.
     """
-    section = comparison.section
+    section, published = comparison.section, comparison.base.published
     found, front = record.write_records(
         comparison.output,
         rows_of(cells, outcomes),
@@ -98,7 +97,7 @@ def write_found(
             baseline=comparison.plain,
             reference_point=section.reference_point,
         ),
-        published=beside(comparison.base.published),
+        published=[] if published is None else published.scores(),
     )
     try:
         if max_loss is not None:
