@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-__all__ = ["dry_run"]
+if TYPE_CHECKING:
+    from keeptune.experiments.comparison.cells import Cell
+    from keeptune.pipeline.dry_run.account import DryRun
+    from keeptune.recipe.schema import Recipe
+
+__all__ = ["describe_file", "dry_run"]
 
 
 def dry_run(recipe: Path, overrides: Mapping[str, Any], flops: float | None) -> None:
-    """Print the account of a recipe; nothing is fetched and nothing is written.
+    """Prints the account of a recipe; nothing is fetched and nothing is written.
 
     Args:
         recipe: The YAML file, with or without ``compare`` or ``stages``.
@@ -22,10 +28,61 @@ def dry_run(recipe: Path, overrides: Mapping[str, Any], flops: float | None) -> 
     Raises:
         KeeptuneError: The recipe could not run, as far as that shows without the data.
     """
-    from keeptune.cli.dry_run_accounts import describe_file
-    from keeptune.pipeline.dry_run.show import print_several, stated_rate
+    from keeptune.pipeline.dry_run.show import print_accounts, stated_rate
     from keeptune.pipeline.machine import device_named
 
-    described = describe_file(recipe, overrides)
-    rate, rate_from = stated_rate(flops, device_named(described.device))
-    print_several(described.parts, Console(), rate=rate, rate_from=rate_from)
+    runs = describe_file(recipe, overrides)
+    device = next(iter(runs.values()))[1].device
+    print_accounts(runs, Console(), stated_rate(flops, device_named(device)))
+
+
+def describe_file(path: Path | str, overrides: Mapping[str, Any] | None = None) -> dict[str, tuple[int, DryRun]]:
+    """Returns what the runs of a recipe would fetch, train and score, and what they would take; nothing is fetched.
+
+    Args:
+        path: The YAML file.
+        overrides: Dotted key to value.
+
+    Returns:
+        Name of a method of a comparison or of a stage (empty for the run of a recipe) to how often it runs, over
+        rates and seeds, and the account of one run.
+
+    Raises:
+        KeeptuneError: The recipe could not run, as far as that shows without the data.
+    """
+    from keeptune.core.errors import placed
+    from keeptune.data import hub
+    from keeptune.experiments.comparison.cells import grid, load_comparison
+    from keeptune.experiments.sequence.schema import load_sequence
+    from keeptune.pipeline.dry_run.describe import describe
+    from keeptune.recipe.reading import read_values
+    from keeptune.recipe.schema import load_recipe
+
+    values = read_values(Path(path), overrides)
+    if "compare" in values:
+        recipes = _settings(grid(load_comparison(path, overrides, fetch=hub.cached)))
+    elif "stages" in values:
+        stages = load_sequence(path, overrides, fetch=hub.cached).stages
+        recipes = {f"stage {stage.name}": (1, stage.recipe) for stage in stages}
+    else:
+        return {"": (1, describe(load_recipe(path, overrides, fetch=hub.cached)))}
+    runs: dict[str, tuple[int, DryRun]] = {}
+    for name, (times, recipe) in recipes.items():
+        shape = next(iter(runs.values()))[1].shape if runs else None
+        runs[name] = times, placed(name, partial(describe, recipe, shape))
+    return runs
+
+
+def _settings(cells: Iterable[Cell]) -> dict[str, tuple[int, Recipe]]:
+    """Groups cells that differ in rate and seed alone: they take the same."""
+    from keeptune.core.artefact import content_key
+
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        varied = {key: value for key, value in cell.settings.items() if key != "train.learning_rate"}
+        groups.setdefault(content_key([cell.label, varied]), []).append(cell)
+    labels = [own[0].label for own in groups.values()]
+    return {
+        f"{own[0].label}, {own[0].name}" if labels.count(own[0].label) > 1 else own[0].label: (len(own), own[0].recipe)
+        for own in groups.values()
+    }

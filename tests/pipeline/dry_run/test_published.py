@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tests.pipeline.support import keeptune
 
-from keeptune.cli.dry_run_accounts import describe_file
+from keeptune.cli.dry_run import describe_file
 from keeptune.core.errors import RecipeError
 from keeptune.data import hub
 from keeptune.pipeline.dry_run import describe as describing
@@ -71,10 +71,10 @@ def test_every_table_has_a_recipe() -> None:
 def test_a_table_is_accounted_for_offline(path: Path, tmp_path: Path) -> None:
     values = read_values(path)
     assert values["output"] == f"runs/{path.stem}"
-    account = describe_file(path)
+    runs = describe_file(path)
     published = Published.model_validate(values["published"])
-    numbers = {part.name: part.dry.train for part in account.parts}
-    scored = {one.name for part in account.parts for one in part.dry.score}
+    numbers = {name: dry.train for name, (_, dry) in runs.items()}
+    scored = {one.name for _, dry in runs.values() for one in dry.score}
     compared = [row for row in published.rows if row.label is not None]
     if "compare" in values:
         # Every method of the comparison has published numbers (unreadable lines are said), and every line its method.
@@ -87,10 +87,10 @@ def test_a_table_is_accounted_for_offline(path: Path, tmp_path: Path) -> None:
             assert 0 <= score <= 100, (row.method, name)
     for row in compared:
         _compare_parameters(path, row.parameters, numbers[row.label])
-    for part in account.parts:
-        assert part.runs == 1
-        assert part.dry.memory.total > part.dry.shape.parameters
-        assert [named for named in part.dry.needs if not named.at_hand], "nothing of it is here"
+    for times, dry in runs.values():
+        assert times == 1
+        assert dry.memory.total > dry.shape.parameters
+        assert [need for need in dry.needs if not need.at_hand], "nothing of it is here"
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 

@@ -1,4 +1,4 @@
-"""What a dry run tells: what would be fetched, trained and scored, with memory and work."""
+"""The account of a run: what would be fetched, trained and scored, with memory and work."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from keeptune.pipeline.dry_run.estimate import TrainingMemory
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
 
-__all__ = ["DryRun", "Named", "Part", "Scored", "Trained"]
+__all__ = ["DryRun", "Need", "Scored", "Trained"]
 
 
 @dataclass(frozen=True)
-class Named:
-    """Something that a run needs.
+class Need:
+    """A model, data file or benchmark that a run needs.
 
     Args:
         what: ``model``, ``task``, ``knowledge`` or ``benchmark``.
         name: Its path or name on the hub.
-        revision: Asked for; None is the newest.
-        size: Bytes; None where they are not known.
         at_hand: It is on this machine.
+        size: Bytes; None where they are not known.
+        revision: The revision on the hub that the recipe names; None is the newest.
     """
 
     what: str
     name: str
-    revision: str | None
-    size: int | None
     at_hand: bool
+    size: int | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Trained:
 
     Args:
         method: Its name.
-        targets: How many linear maps; 0 for all weights.
+        targets: Number of linear maps; 0 for all weights.
         roles: Theirs.
         numbers: T, trained numbers, a classifier's head among them.
         assumed: T rests on ranks that data decide.
@@ -70,9 +70,9 @@ class Scored:
 
     Args:
         name: Its name.
-        role: What it measures.
-        items: How many; None where they are not known.
-        metric: What they are scored by.
+        role: Its role.
+        items: Number of items; None where it is not known.
+        metric: Its metric.
         length: Tokens of an item, all its choices together: a mean, or the most a sequence can have.
         measured: ``length`` is a mean over items.
     """
@@ -87,9 +87,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do and take.
+    """The account of a run.
 
     Args:
+        device: The device that the recipe names.
         shape: The model's.
         needs: The model, data and benchmarks.
         train: What is trained.
@@ -102,8 +103,9 @@ class DryRun:
         notes: What the estimates leave out.
     """
 
+    device: str
     shape: ModelShape
-    needs: tuple[Named, ...]
+    needs: tuple[Need, ...]
     train: Trained
     score: tuple[Scored, ...]
     memory: TrainingMemory
@@ -114,22 +116,7 @@ class DryRun:
     notes: tuple[str, ...]
 
     @property
-    def peak(self) -> int:
-        """Bytes at the peak of the whole run."""
-        base = self.shape.size * self.shape.parameters
-        return max(self.memory.total, base + self.sums, base + self.cache)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Runs that take the same.
-
-    Args:
-        name: Of a method of a comparison or of a stage; empty for the run of a recipe.
-        runs: How many, over rates and seeds.
-        dry: What one of them would do.
-    """
-
-    name: str
-    runs: int
-    dry: DryRun
+    def whole_work(self) -> float | None:
+        """Floating-point operations of the whole run; None where a part is not known."""
+        known = [work for work in self.work.values() if work is not None]
+        return sum(known) if len(known) == len(self.work) else None

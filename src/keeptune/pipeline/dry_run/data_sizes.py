@@ -1,4 +1,4 @@
-"""What is known of the data that a recipe names: rows and tokens of what is at hand, sizes of what is not."""
+"""Rows and tokens of the data that a recipe names, as far as they are on this machine."""
 
 from __future__ import annotations
 
@@ -16,91 +16,52 @@ from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.standard import NamedBenchmark
 from keeptune.model.pretrained import load_tokenizer
-from keeptune.pipeline.dry_run.account import Named, Scored
-from keeptune.pipeline.dry_run.known import BENCHMARKS, FILES
+from keeptune.pipeline.dry_run.account import Need, Scored
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
 
-__all__ = ["Lengths", "fetched_benchmarks", "files_of", "needs_of", "rows_of"]
+__all__ = ["Lengths", "data_needs", "rows_of"]
 
 _SAMPLE = 256  # rows whose tokens are counted, to estimate those of all
 _POSITIONS = 2048  # tokens of an item of a benchmark at most, where neither recipe nor model says
 
 
 def rows_of(name: str, limit: int | None) -> int | None:
-    """Count the rows of a data file that are used.
+    """Counts the rows of a data file that are used.
 
     Args:
-        name: The file, or its name on the hub.
+        name: The file, or its name on the hub, where only the limit is known.
         limit: How many at most; None is all.
 
     Returns:
         Rows; None where they are not known.
     """
-    if name.startswith(hub.PREFIX):
-        known = FILES.get(name)
-        rows = None if known is None else known.rows
-        return limit if rows is None else min(rows, limit or rows)
-    return len(read_jsonl(name, where=name)[:limit])
+    return limit if name.startswith(hub.PREFIX) else len(read_jsonl(name, where=name)[:limit])
 
 
-def files_of(recipe: Recipe) -> list[Named]:
-    """List the data files that a recipe names.
-
-    Args:
-        recipe: The recipe.
-
-    Returns:
-        Each once.
-    """
+def data_needs(recipe: Recipe) -> tuple[list[Need], list[Need]]:
+    """Returns the data files that a recipe names, and the benchmarks that lm-eval would fetch, each once."""
     named = [("task", recipe.task.train), *(("knowledge", part.file) for part in recipe.knowledge_sets)]
-    named += [("benchmark", path) for one in recipe.evaluate if (path := _path_of(one)) is not None]
-    return [_file(what, name) for what, name in dict.fromkeys(named)]
+    fetched = []
+    for one in recipe.evaluate:
+        path = one.file if isinstance(one, FileBenchmark) else one.data
+        if path is not None:
+            named.append(("benchmark", path))
+        elif isinstance(one, NamedBenchmark):
+            fetched.append(Need("benchmark", f"{one.name} (lm-eval: {one.lm_eval_task})", at_hand=False))
+    return [_file(what, name) for what, name in dict.fromkeys(named)], fetched
 
 
-def _file(what: str, name: str) -> Named:
-    path, known = Path(name), FILES.get(name)
+def _file(what: str, name: str) -> Need:
     if name.startswith(hub.PREFIX):
-        revision = name.partition("@")[2].partition("/")[0] or None
-        return Named(what, name, revision, None if known is None else known.bytes, at_hand=False)
-    return Named(what, name, None, path.stat().st_size if path.exists() else None, at_hand=path.exists())
-
-
-def _path_of(benchmark: FileBenchmark | NamedBenchmark) -> str | None:
-    return benchmark.file if isinstance(benchmark, FileBenchmark) else benchmark.data
-
-
-def needs_of(recipe: Recipe) -> list[Named]:
-    """List data files and the benchmarks that lm-eval would fetch.
-
-    Args:
-        recipe: The recipe.
-
-    Returns:
-        Each once.
-    """
-    fetched = [
-        Named("benchmark", f"{one.name} (lm-eval: {one.lm_eval_task})", None, None, at_hand=False)
-        for one in fetched_benchmarks(recipe)
-    ]
-    return [*files_of(recipe), *fetched]
-
-
-def fetched_benchmarks(recipe: Recipe) -> list[NamedBenchmark]:
-    """List the benchmarks whose items lm-eval fetches.
-
-    Args:
-        recipe: The recipe.
-
-    Returns:
-        Those that name no data of their own.
-    """
-    return [one for one in recipe.evaluate if isinstance(one, NamedBenchmark) and one.data is None]
+        return Need(what, name, at_hand=False, revision=name.partition("@")[2].partition("/")[0] or None)
+    path = Path(name)
+    return Need(what, name, at_hand=path.exists(), size=path.stat().st_size if path.exists() else None)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a recipe's data: means over what is at hand, bounds elsewhere.
+    """Tokens of a recipe's data: means over what is on this machine, bounds elsewhere.
 
     Args:
         job: The job.
@@ -131,7 +92,7 @@ class Lengths:
 
     @cached_property
     def task(self) -> list[int]:
-        """Tokens of the first training examples; empty where they or the tokenizer are not at hand."""
+        """Tokens of the first training examples; empty where they or the tokenizer are not on this machine."""
         if self.job.recipe.task.train.startswith(hub.PREFIX):
             return []
         examples = self.job.task
@@ -141,14 +102,7 @@ class Lengths:
         return self._counts(examples.texts.whole[:_SAMPLE], self.most)
 
     def calibration(self, role: str) -> tuple[int, float]:
-        """Count the texts that statistics are taken over.
-
-        Args:
-            role: ``knowledge`` or ``task``.
-
-        Returns:
-            How many, and their tokens at most.
-        """
+        """Returns how many texts the statistics of a role are taken over, and their tokens at most."""
         recipe = self.job.recipe
         if role == "task":
             wanted = recipe.task.calibration
@@ -161,34 +115,18 @@ class Lengths:
         return min(length, self.positions or length)
 
     def longest(self, benchmark: FileBenchmark | NamedBenchmark) -> int:
-        """Say how many tokens an item of a benchmark has at most.
-
-        Args:
-            benchmark: An entry of ``evaluate``.
-
-        Returns:
-            Tokens.
-        """
+        """Returns how many tokens an item of a benchmark has at most."""
         return self._capped(benchmark.max_length or _POSITIONS)
 
     def scored(self, benchmark: FileBenchmark | NamedBenchmark) -> Scored:
-        """Say what is known of a benchmark.
-
-        Args:
-            benchmark: An entry of ``evaluate``.
-
-        Returns:
-            Its items and their tokens.
-        """
+        """Returns the account of a benchmark."""
         mean = None
+        items = benchmark.examples
         if isinstance(benchmark, FileBenchmark):
             items = rows_of(benchmark.file, benchmark.examples)
             mean = None if benchmark.file.startswith(hub.PREFIX) else self._mean(benchmark)
-        else:
-            known = BENCHMARKS.get(benchmark.task or benchmark.name)
-            items = benchmark.examples
-            if benchmark.data is None and known is not None:
-                items = min(known, benchmark.examples or known)
+        elif benchmark.data is None and benchmark.known is not None and benchmark.known.items is not None:
+            items = min(benchmark.known.items, benchmark.examples or benchmark.known.items)
         return Scored(
             name=benchmark.name,
             role=str(benchmark.role),

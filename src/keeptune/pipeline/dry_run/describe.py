@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from keeptune.data import hub
 from keeptune.data.replay import replayed
 from keeptune.methods.base import Size
 from keeptune.methods.combined import parts_of, tuned_roles
+from keeptune.model.blocks import find_targets
 from keeptune.pipeline.dry_run import estimate
-from keeptune.pipeline.dry_run.account import DryRun, Named, Scored, Trained
-from keeptune.pipeline.dry_run.data_sizes import Lengths, fetched_benchmarks, files_of, needs_of, rows_of
+from keeptune.pipeline.dry_run.account import DryRun, Need, Scored, Trained
+from keeptune.pipeline.dry_run.data_sizes import Lengths, data_needs, rows_of
 from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import check_folder
@@ -39,14 +41,11 @@ _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 
 def describe(recipe: Recipe, shape: ModelShape | None = None) -> DryRun:
-    """Say what a run would fetch, train and score, and what it would take.
+    """Returns what a run would fetch, train and score, and what it would take.
 
     Args:
         recipe: Loaded with ``fetch=keeptune.data.hub.cached``, so that nothing was fetched for it.
         shape: Of its model, if it is known already: the runs of a comparison share one.
-
-    Returns:
-        The account.
 
     Raises:
         KeeptuneError: The recipe could not run: the same errors as of a run, as far as they show without the data.
@@ -65,22 +64,22 @@ def describe(recipe: Recipe, shape: ModelShape | None = None) -> DryRun:
 
 
 def _check(job: Job) -> None:
-    """Check as a run would, or what shows of it while something is to be fetched."""
-    files = files_of(job.recipe)
-    elsewhere = any(named.name.startswith(hub.PREFIX) for named in files) or fetched_benchmarks(job.recipe)
+    """Checks as a run would, or what shows of it while something is to be fetched."""
+    files, fetched = data_needs(job.recipe)
+    elsewhere = fetched or any(need.name.startswith(hub.PREFIX) for need in files)
     if Path(job.recipe.model).expanduser().is_dir() and not elsewhere:
         job.check()
         return
     check_folder("output", job.output)
     check_folder("store", job.store.folder)
     job.check_needs()
-    for named in files:
-        if not Path(named.name).is_dir():
-            rows_of(named.name, 1)
+    for need in files:
+        if not Path(need.name).is_dir():
+            rows_of(need.name, 1)
 
 
 def _labels(job: Job) -> int | None:
-    """Count the outputs of a classifier's head; two where only the data could say."""
+    """Returns the number of outputs of a classifier's head; two where only the data could say."""
     task = job.recipe.task
     if task.kind == "completion":
         return None
@@ -101,24 +100,27 @@ class _Account:
     lengths: Lengths
 
     def dry_run(self) -> DryRun:
-        """Put the parts together."""
-        recipe = self.job.recipe
-        sizes = {} if self._whole else self._sizes()
-        train = self._train(sizes)
+        recipe, train = self.job.recipe, self._train()
         score = tuple(self.lengths.scored(one) for one in recipe.evaluate)
-        sums, statistics, untold = self._statistics(sizes)
+        sums, statistics, notes = self._statistics()
         measured = {"train": train.measured, "score": all(one.measured for one in score), "statistics": not statistics}
+        if train.assumed:
+            notes.append("data decide some ranks; counted are those that are planned on average")
+        if not self._whole:
+            notes.append("decompositions (SVD, eigenvectors) are not in the times")
+        files, fetched = data_needs(recipe)
         return DryRun(
+            device=recipe.device,
             shape=self.shape,
-            needs=(self._base(), *needs_of(recipe)),
+            needs=(self._base(), *files, *fetched),
             train=train,
             score=score,
-            memory=self._memory(sizes, train),
+            memory=self._memory(train),
             sums=sums,
-            cache=self._cache(),
+            cache=max((self._cache(one) for one in recipe.evaluate), default=0),
             work={"statistics": statistics, "train": self._training(train), "score": self._scoring(score)},
             bounds=frozenset(part for part, known in measured.items() if not known),
-            notes=(*untold, *_notes(train, whole=self._whole)),
+            notes=tuple(notes),
         )
 
     @property
@@ -129,24 +131,32 @@ class _Account:
     def _checkpointing(self) -> bool:
         return any(self.job.recipe.train.get(key) for key in _CHECKPOINTING)
 
-    def _base(self) -> Named:
-        recipe = self.job.recipe
-        folder = Path(recipe.model).expanduser()
+    def _base(self) -> Need:
+        name, revision = self.job.recipe.model, self.job.recipe.revision
+        folder = Path(name).expanduser()
         if folder.is_dir():
             size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            return Named("model", recipe.model, recipe.revision, size, at_hand=True)
-        # On the hub weights are in the dtype that the config says, whatever the recipe asks for.
-        return Named("model", recipe.model, recipe.revision, self.shape.stored, self.shape.source == "the hub's cache")
+            return Need("model", name, at_hand=True, size=size, revision=revision)
+        # On the hub weights are in the dtype of the config, whatever that of the recipe.
+        cached = self.shape.source == "the hub's cache"
+        return Need("model", name, at_hand=cached, size=self.shape.stored, revision=revision)
 
+    @cached_property
     def _sizes(self) -> dict[Target, Size]:
-        """Count what each target's method trains."""
+        """What the method trains of each target; empty where all weights are trained."""
         method, recipe = self.job.method, self.job.recipe
-        targets = self.shape.targets(tuned_roles(method, recipe.targets), recipe.layers)
+        if self._whole:
+            return {}
         rows_of_downs = any(part.method.rows_of_downs for part in parts_of(method))
         downs = self.shape.downs if rows_of_downs else frozenset[str]()
+        targets = find_targets(self.shape.model, tuned_roles(method, recipe.targets), recipe.layers)
         return {target: method.size(target, downs) for target in targets}
 
-    def _train(self, sizes: Mapping[Target, Size]) -> Trained:
+    @property
+    def _used(self) -> list[Target]:
+        return [target for target, size in self._sizes.items() if size.rank]
+
+    def _train(self) -> Trained:
         recipe = self.job.recipe
         values = check_arguments(recipe.train)
         batch, accumulation, epochs, most = (_value(values, key) for key in _STEP)
@@ -157,15 +167,14 @@ class _Account:
             steps = estimate.optimizer_steps(
                 examples or 0, batch=int(batch), accumulation=int(accumulation), epochs=epochs, max_steps=int(most)
             )
-        used = [target for target, size in sizes.items() if size.rank]
-        numbers = sum(size.trained for size in sizes.values()) + self.shape.head_parameters
+        numbers = sum(size.trained for size in self._sizes.values()) + self.shape.head_parameters
         counts = self.lengths.task
         return Trained(
             method=self.job.method.name,
-            targets=len(used),
-            roles=tuple(dict.fromkeys(target.role for target in used)),
+            targets=len(self._used),
+            roles=tuple(dict.fromkeys(target.role for target in self._used)),
             numbers=self.shape.parameters if self._whole else numbers,
-            assumed=any(size.assumed for size in sizes.values()),
+            assumed=any(size.assumed for size in self._sizes.values()),
             examples=examples,
             batch=int(batch * accumulation),
             steps=steps,
@@ -173,26 +182,32 @@ class _Account:
             measured=bool(counts),
         )
 
-    def _memory(self, sizes: Mapping[Target, Size], train: Trained) -> estimate.TrainingMemory:
-        recipe = self.job.recipe
-        twin = resolve(recipe.anchor, getattr(torch, self.shape.dtype)) == "twin"
-        frozen = sum(size.frozen + (_both(t, size) if size.anchored and twin else 0) for t, size in sizes.items())
-        kept = estimate.activation_bytes(
+    def _memory(self, train: Trained) -> estimate.TrainingMemory:
+        recipe, sizes = self.job.recipe, self._sizes
+        frozen = sum(size.frozen for size in sizes.values())
+        if resolve(recipe.anchor, getattr(torch, self.shape.dtype)) == "twin":
+            frozen += sum(
+                size.rank * (target.out_features + target.in_features)
+                for target, size in sizes.items()
+                if size.anchored
+            )
+        activations = estimate.activation_bytes(
             self.shape,
-            self.shape.linear if self._whole else [target for target, size in sizes.items() if size.rank],
+            self.shape.linear if self._whole else self._used,
             ranks=sum(size.rank for size in sizes.values()),
             batch=int(_value(recipe.train, "per_device_train_batch_size")),
             length=max(self.lengths.task, default=self.lengths.most),  # a batch is padded to its longest
             checkpointing=self._checkpointing,
             whole=self._whole,
         )
+        optimizer = str(recipe.train.get("optim") or "adamw")
         return estimate.training_memory(
             self.shape,
             trained=train.numbers,
             frozen=frozen,
             whole=self._whole,
-            states=_states(recipe.train),
-            activations=kept,
+            states=next((size for word, size in _STATES.items() if word in optimizer), _ADAM),
+            activations=activations,
         )
 
     def _training(self, train: Trained) -> float | None:
@@ -208,7 +223,7 @@ class _Account:
         )
 
     def _scoring(self, score: Sequence[Scored]) -> float | None:
-        """Add up the work of scoring base and adapter."""
+        """Returns the work of scoring base and adapter."""
         total = 0.0
         for one in score:
             if one.items is None:
@@ -216,45 +231,40 @@ class _Account:
             total += 2 * estimate.forward_flops(self.shape, one.items * one.length, one.length)
         return total
 
-    def _cache(self) -> int:
-        """Count the keys and values of the largest batch that may be generated."""
-        return max(
-            (
-                estimate.cache_bytes(self.shape, batch=one.batch_size, length=self.lengths.longest(one))
-                for one in self.job.recipe.evaluate
-            ),
-            default=0,
-        )
+    def _cache(self, benchmark: Any) -> int:
+        """Returns the memory of the keys and values of a batch that may be generated."""
+        length = self.lengths.longest(benchmark)
+        return estimate.cache_bytes(self.shape, batch=benchmark.batch_size, length=length)
 
-    def _requests(self, sizes: Mapping[Target, Size]) -> dict[tuple[Request, str], Target]:
-        """List the statistics that method and penalties need, once for each site."""
-        found: dict[tuple[Request, str], Target] = {}
-        asked_for = scoped_penalties(self.job.method, self.job.penalties)
-        for target, size in sizes.items():
-            asked: set[Request] = set()
+    def _requests(self) -> dict[tuple[Request, str], Target]:
+        """Returns the statistics that method and penalties need, once for each site."""
+        needed: dict[tuple[Request, str], Target] = {}
+        penalties = scoped_penalties(self.job.method, self.job.penalties)
+        for target, size in self._sizes.items():
+            requests: set[Request] = set()
             for part in parts_of(self.job.method):
                 if not part.targets or target.role in part.targets:
-                    asked |= part.method.requests(target)
-            for one in asked_for if size.rank else ():
+                    requests |= part.method.requests(target)
+            for one in penalties if size.rank else ():
                 if one.holds(target):
-                    asked |= one.penalty.requests(_without_numbers(target, size))
-            for request in asked:
-                found.setdefault((request, request.site(target)), target)
-        return found
+                    requests |= one.penalty.requests(_plan_without_numbers(target, size))
+            for request in requests:
+                needed.setdefault((request, request.site(target)), target)
+        return needed
 
-    def _statistics(self, sizes: Mapping[Target, Size]) -> tuple[int, float | None, list[str]]:
-        """Give the memory of the sums, the work, and what could not be told."""
+    def _statistics(self) -> tuple[int, float | None, list[str]]:
+        """Returns the memory of the sums, the work, and notes of what is left out."""
         sums: dict[tuple[DataRole, bool], list[int]] = {}
         traces: set[ModelRequest] = set()
-        for (request, _), target in self._requests(sizes).items():
+        for (request, _), target in self._requests().items():
             if isinstance(request, ModelRequest):
                 traces.add(request)
             elif isinstance(request, RowRequest):
                 sums.setdefault((request.data, request.kind != "forward"), []).append(request.numbers(target))
-        work, untold = 0.0, []
+        work, notes, low_memory = 0.0, [], self.job.recipe.low_memory
         for (role, backward), numbers in sums.items():
             texts, length = self.lengths.calibration(role)
-            passes = math.ceil(sum(numbers) / max(numbers)) if self.job.recipe.low_memory else 1
+            passes = math.ceil(sum(numbers) / max(numbers)) if low_memory else 1
             work += estimate.statistics_flops(
                 self.shape, texts * length, length, numbers=sum(numbers), backward=backward, passes=passes
             )
@@ -263,13 +273,13 @@ class _Account:
             if isinstance(trace, NeuronAttribution):
                 work += estimate.attribution_flops(self.shape, trace.examples or texts, length, trace.steps)
             else:
-                untold.append("the time of causal tracing is not estimated")
+                notes.append("the time of causal tracing is not estimated")
         held = [number for numbers in sums.values() for number in numbers]
-        return estimate.sums_bytes(held, low_memory=self.job.recipe.low_memory), work, untold
+        return estimate.sums_bytes(held, low_memory=low_memory), work, notes
 
 
-def _without_numbers(target: Target, size: Size) -> TargetPlan:
-    """Make a target's plan without its numbers: penalties ask for statistics by its shape."""
+def _plan_without_numbers(target: Target, size: Size) -> TargetPlan:
+    """Returns a plan on the meta device: penalties choose their statistics by its shape."""
     with torch.device("meta"):
         init = LowRank(B=torch.zeros(target.out_features, size.rank), A=torch.zeros(size.rank, target.in_features))
     return TargetPlan(target, Decision(size.rank), init, 1.0, frozenset({"A", "B"}))
@@ -278,19 +288,3 @@ def _without_numbers(target: Target, size: Size) -> TargetPlan:
 def _value(values: Mapping[str, Any], key: str) -> float:
     given = values.get(key)
     return float(_STEP[key] if given is None else given)
-
-
-def _states(values: Mapping[str, Any]) -> int:
-    name = str(values.get("optim") or "adamw")
-    return next((size for word, size in _STATES.items() if word in name), _ADAM)
-
-
-def _both(target: Target, size: Size) -> int:
-    return size.rank * (target.out_features + target.in_features)
-
-
-def _notes(train: Trained, *, whole: bool) -> Iterable[str]:
-    if train.assumed:
-        yield "data decide some ranks; counted are those that are planned on average"
-    if not whole:
-        yield "decompositions (SVD, eigenvectors) are not in the times"

@@ -2,14 +2,15 @@
 
 Symbols: P parameters, T trained numbers, F frozen numbers that an adapter adds, L blocks, h hidden size, a numbers of
 all query heads, k of all key heads, f of an MLP's inside, V vocabulary, S tokens of a sequence, B sequences at once,
-e bytes of a number of the base. ``tests/pipeline/dry_run/test_estimate.py`` holds each against a measurement.
+e bytes of a number of the base. Work is in floating-point operations.
+``tests/pipeline/dry_run/test_estimate.py`` holds each against a measurement.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,14 +51,14 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def training_memory(
     shape: ModelShape, *, trained: int, frozen: int, whole: bool, states: int, activations: int
 ) -> TrainingMemory:
-    """Add up the memory of training.
+    """Computes the memory of training.
 
     An adapter: ``e P + 4 (T + F)`` weights, ``4 T`` gradients, ``states T`` of the optimiser: factors are float32
     whatever the base. All weights: ``4 P``, ``4 P`` and ``states P``, for they are trained in float32.
@@ -69,9 +70,6 @@ def training_memory(
         whole: Every weight is trained.
         states: Bytes that the optimiser holds for each trained number: 8 for AdamW.
         activations: From :func:`activation_bytes`.
-
-    Returns:
-        The memory.
     """
     weights = 4 * shape.parameters if whole else shape.size * shape.parameters + 4 * (trained + frozen)
     return TrainingMemory(weights, 4 * trained, states * trained, activations)
@@ -87,7 +85,7 @@ def activation_bytes(
     checkpointing: bool = False,
     whole: bool = False,
 ) -> int:
-    """Count what one forward pass keeps for the backward pass, of blocks as Llama's with fused attention.
+    """Computes what one forward pass keeps for the backward pass, of blocks as Llama's with fused attention.
 
     Each token and block: ``e (n + 2 a + 2 k + wide + r) + 8 h``, where n sums the inputs of tuned maps (maps that share
     an input keep it once in float32; in 16 bits autocast makes a copy for each), wide is 3 f for a gated MLP and f
@@ -103,9 +101,6 @@ def activation_bytes(
         length: S.
         checkpointing: Blocks are computed again in the backward pass.
         whole: Every weight is trained, in float32 under autocast where the base has 16 bits.
-
-    Returns:
-        Bytes.
     """
     e = shape.size
     groups = {target.input_group if e == 4 else target.name: target.in_features for target in tuned}
@@ -119,45 +114,30 @@ def activation_bytes(
     return batch * length * (blocks + shape.vocabulary * (e + 8)) + copies
 
 
-def sums_bytes(numbers: Iterable[int], *, low_memory: bool) -> int:
-    """Count the memory of the sums of statistics, which are in float64: ``8 Σ numbers``, n² for a covariance.
+def sums_bytes(numbers: Sequence[int], *, low_memory: bool) -> int:
+    """Computes the memory of sums of statistics in float64, of which ``low_memory`` holds the largest alone.
 
     Args:
-        numbers: Of each sum.
+        numbers: Numbers of each sum: n² for a covariance.
         low_memory: No more at a time than the largest takes.
-
-    Returns:
-        Bytes.
     """
-    sizes = list(numbers)
-    return 8 * (max(sizes, default=0) if low_memory else sum(sizes))
+    return 8 * (max(numbers, default=0) if low_memory else sum(numbers))
 
 
 def cache_bytes(shape: ModelShape, *, batch: int, length: int) -> int:
-    """Count the keys and values that generation keeps: ``2 L k e B S``.
-
-    Args:
-        shape: The model.
-        batch: B.
-        length: S, prompt and answer.
-
-    Returns:
-        Bytes.
-    """
+    """Computes the memory of the keys and values of a generation: ``2 L k e B S``."""
     return 2 * shape.blocks * shape.cached * shape.size * batch * length
 
 
 def forward_flops(shape: ModelShape, tokens: float, length: float) -> float:
-    """Count the work of a forward pass: ``2 (Σ m n + V h) + 4 L a S`` for each token.
+    """Computes the work of a forward pass: ``2 (Σ m n + V h) + 4 L a S`` for each token.
+
+    Attention is counted over the whole length: half is masked in causal models, but not every kernel leaves it out.
 
     Args:
         shape: The model.
-        tokens: How many.
-        length: S, over which each token attends (all of it: half is masked in causal models, but not every kernel
-            leaves it out).
-
-    Returns:
-        Floating-point operations.
+        tokens: Number of tokens.
+        length: S.
     """
     maps = sum(target.out_features * target.in_features for target in shape.linear)
     return tokens * (2 * (maps + shape.vocabulary * shape.hidden) + 4 * shape.blocks * shape.attention * length)
@@ -166,21 +146,18 @@ def forward_flops(shape: ModelShape, tokens: float, length: float) -> float:
 def training_flops(
     shape: ModelShape, tokens: float, length: float, *, trained: int, whole: bool, checkpointing: bool = False
 ) -> float:
-    """Count the work of training.
+    """Computes the work of training.
 
     A forward pass, a backward pass of as much for gradients in the inputs, as much again for gradients in all weights
     where all are trained, and ``6 T`` for each token of an adapter; with checkpointing one forward pass more.
 
     Args:
         shape: The model.
-        tokens: How many, over all epochs.
+        tokens: Number of tokens over all epochs.
         length: S.
         trained: T of an adapter.
         whole: Every weight is trained.
         checkpointing: Blocks are computed again.
-
-    Returns:
-        Floating-point operations.
     """
     passes = (3 if whole else 2) + checkpointing
     return passes * forward_flops(shape, tokens, length) + (0 if whole else 6 * trained * tokens)
@@ -189,49 +166,40 @@ def training_flops(
 def statistics_flops(
     shape: ModelShape, tokens: float, length: float, *, numbers: int, backward: bool, passes: int = 1
 ) -> float:
-    """Count the work of sums of products: a pass over the data, a second one backward for gradients, and 2 per number.
+    """Computes the work of sums of products: a pass forward, one backward for gradients, and 2 for each number.
 
     Args:
         shape: The model.
-        tokens: How many.
+        tokens: Number of tokens.
         length: S.
-        numbers: Of all sums.
+        numbers: Numbers of all sums.
         backward: Gradients are needed.
-        passes: Over the data: with ``low_memory`` one for each share of the sums.
-
-    Returns:
-        Floating-point operations.
+        passes: Passes over the data: with ``low_memory`` one for each share of the sums.
     """
     return passes * (2 if backward else 1) * forward_flops(shape, tokens, length) + 2.0 * numbers * tokens
 
 
 def attribution_flops(shape: ModelShape, texts: int, length: float, steps: int) -> float:
-    """Count the work of attributing answers to neurons: a pass, then ``steps L`` tokens through half of the blocks.
+    """Computes the work of attributing answers to neurons: a pass, then ``steps L`` tokens through half of the blocks.
 
     Args:
         shape: The model.
-        texts: N.
+        texts: N, which makes ``N (S + 2 steps L / 2)`` tokens of a forward pass.
         length: S.
         steps: Points on the path.
-
-    Returns:
-        Floating-point operations, ``N (S + 2 steps L / 2)`` tokens of a forward pass.
     """
     return forward_flops(shape, texts * (length + steps * shape.blocks), length)
 
 
 def optimizer_steps(examples: int, *, batch: int, accumulation: int, epochs: float, max_steps: int = -1) -> int:
-    """Count optimiser steps as the trainer does: ``⌈epochs ⌈⌈N / B⌉ / accumulation⌉⌉``.
+    """Computes optimiser steps as the trainer does: ``⌈epochs ⌈⌈N / B⌉ / accumulation⌉⌉``.
 
     Args:
         examples: N.
         batch: B, of one device.
         accumulation: Batches to a step.
-        epochs: How often the data are seen.
+        epochs: Passes over the data.
         max_steps: In place of epochs, where it is above 0.
-
-    Returns:
-        Steps.
     """
     if max_steps > 0:
         return max_steps
@@ -240,17 +208,14 @@ def optimizer_steps(examples: int, *, batch: int, accumulation: int, epochs: flo
 
 
 def gemm_rate(device: str = "cpu", size: int = 1024, repeats: int = 4) -> float:
-    """Measure how fast this machine multiplies matrices: the best of some products, in the dtype it trains in.
+    """Measures how fast this machine multiplies matrices, in operations a second, in the dtype that it trains in.
 
-    Training reaches a part of it, so that times estimated with it are lower bounds of the work's own.
+    Training reaches a part of the rate, so that times estimated with it are lower bounds of the work's own.
 
     Args:
-        device: Where.
+        device: The device.
         size: n, of ``n x n`` matrices.
-        repeats: How many products.
-
-    Returns:
-        Floating-point operations in a second.
+        repeats: Number of products, of which the fastest counts.
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     x = torch.ones(size, size, device=device, dtype=dtype)

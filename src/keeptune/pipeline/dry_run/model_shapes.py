@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from keeptune.core.errors import ModelError
 from keeptune.core.target import Target
 from keeptune.model.blocks import depth, find_targets, head_of, positions
 from keeptune.model.down_projections import down_projections
-from keeptune.pipeline.dry_run.known import MODELS
+from keeptune.pipeline.dry_run.known_models import MODELS
 
 __all__ = ["ModelShape", "model_shape"]
 
@@ -24,13 +23,13 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What estimates need to know of a model.
+    """Shape of a model, as estimates need it.
 
     Args:
         name: The folder or hub id.
-        source: Where the shape is from: ``config.json``, ``the hub's cache`` or ``known shapes``.
+        source: Origin of the shape: ``config.json``, ``the hub's cache`` or ``known shapes``.
         dtype: Of the weights as they would be loaded.
-        stored: Bytes of the weights' files, in the dtype that the config says.
+        stored: Bytes of the weights' files, in the dtype of the config.
         parameters: P, all of them, a classifier's head among them.
         head_parameters: Of a classifier's head, which is trained in full.
         vocabulary: V; 0 for a classifier.
@@ -63,29 +62,6 @@ class ModelShape:
         """Bytes of one number of the weights."""
         return _BYTES[self.dtype]
 
-    def targets(self, roles: Iterable[str] | None, layers: Sequence[int] | None) -> list[Target]:
-        """List the linear maps that would be tuned.
-
-        Args:
-            roles: Their roles; None is all.
-            layers: Their blocks; None is all.
-
-        Returns:
-            The targets.
-
-        Raises:
-            PlanError: A role or a block does not exist in this model.
-        """
-        asked, blocks = None if roles is None else set(roles), None if layers is None else set(layers)
-        unknown = (asked or set()) - {target.role for target in self.linear}
-        if unknown or (blocks or set()) - {target.layer for target in self.linear} or blocks == set():
-            return find_targets(self.model, asked, blocks)  # says what is wrong
-        return [
-            target
-            for target in self.linear
-            if (asked is None or target.role in asked) and (blocks is None or target.layer in blocks)
-        ]
-
     @cached_property
     def downs(self) -> frozenset[str]:
         """Names of the MLPs' down-projections."""
@@ -108,20 +84,17 @@ def model_shape(
     labels: int | None = None,
     trust_remote_code: bool = False,
 ) -> ModelShape:
-    """Find a model's shape without fetching anything.
+    """Returns a model's shape without fetching anything.
 
     Args:
         name: A folder, or a hub id: its config in the hub's cache, else what is known of it.
-        dtype: ``"auto"`` takes what the config says.
+        dtype: ``"auto"`` takes that of the config.
         revision: Branch, tag or commit on the hub.
         labels: Outputs of a classifier's head; None for a causal language model.
         trust_remote_code: Run Python code that the model's repository brings.
 
-    Returns:
-        The shape.
-
     Raises:
-        ModelError: There is no config at hand and the shape is not known.
+        ModelError: There is no config on this machine and the shape is not known.
     """
     config, source = _config(name, revision, trust_remote_code)
     kind: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
@@ -132,13 +105,13 @@ def model_shape(
     own = model.config.get_text_config()
     heads = own.num_attention_heads
     width = getattr(own, "head_dim", None) or own.hidden_size // heads
-    said = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     parameters = sum(p.numel() for p in model.parameters())
     return ModelShape(
         name=name,
         source=source,
-        dtype=said if dtype == "auto" else dtype,
-        stored=_BYTES[said] * parameters,
+        dtype=stored if dtype == "auto" else dtype,
+        stored=_BYTES[stored] * parameters,
         parameters=parameters,
         head_parameters=sum(p.numel() for part in head_of(model) for p in model.get_submodule(part).parameters()),
         vocabulary=own.vocab_size if labels is None else 0,

@@ -1,91 +1,94 @@
-"""Print a dry run: what would be fetched, trained and scored, with memory and time."""
+"""Prints the account of one run, or of several."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from keeptune.core.errors import RecipeError
-from keeptune.pipeline.dry_run.account import DryRun, Named, Part
+from keeptune.pipeline.dry_run.account import DryRun, Need, Scored
 from keeptune.pipeline.dry_run.estimate import gemm_rate
 from keeptune.report.numbers import count, duration
 
-__all__ = ["print_dry", "print_several", "size", "stated_rate"]
+__all__ = ["Rate", "print_accounts", "size", "stated_rate"]
 
-_PARTS = {"statistics": "statistics", "train": "training", "score": "scoring"}
-
-
-def print_dry(dry: DryRun, console: Console, *, rate: float, rate_from: str) -> None:
-    """Print the account of a run.
-
-    Args:
-        dry: From :func:`keeptune.pipeline.dry_run.describe.describe`.
-        console: Where to print.
-        rate: Floating-point operations in a second, on which the times rest.
-        rate_from: Where the rate is from.
-    """
-    for title, lines in (
-        ("fetch", _fetch(dry.needs)),
-        ("train", _train(dry)),
-        ("score", _score(dry)),
-        ("memory", _memory(dry)),
-        ("time", _time(dry, rate, rate_from)),
-    ):
-        _section(console, title, lines)
-    for note in dry.notes:
-        _say(console, f"note: {note}")
+_WORK = {"statistics": "statistics", "train": "training", "score": "scoring"}
 
 
-def print_several(parts: Sequence[Part], console: Console, *, rate: float, rate_from: str) -> None:
-    """Print the account of some runs: what they share once, and a line for each.
+@dataclass(frozen=True)
+class Rate:
+    """Speed on which estimated times rest.
 
     Args:
-        parts: The runs; of one alone, all of its account is printed.
-        console: Where to print.
-        rate: Floating-point operations in a second, on which the times rest.
-        rate_from: Where the rate is from.
+        flops: Floating-point operations in a second.
+        source: Origin of the number.
     """
-    first = parts[0].dry
-    if len(parts) == 1:
-        print_dry(first, console, rate=rate, rate_from=rate_from)
-        return
-    needs = dict.fromkeys(named for part in parts for named in part.dry.needs)
-    _section(console, "fetch", _fetch(list(needs)))
-    shape = first.shape
-    _say(console, "train")
-    _say(
-        console,
-        f"  {shape.name}, {count(shape.parameters)} parameters, {shape.dtype}; shape from {shape.source}",
-    )
-    table = Table("", "trained", "steps", "memory", "statistics", "a run", "runs", box=None, header_style="bold")
-    for part in parts:
-        dry, about = part.dry, "~" if part.dry.train.assumed else ""
-        steps = "?" if dry.train.steps is None else f"{dry.train.steps:,}"
-        table.add_row(
-            Text(f"  {part.name}"),
-            f"{about}{count(dry.train.numbers)}",
-            steps,
-            size(dry.memory.total),
-            size(dry.sums) if dry.sums else "",
-            _whole_time(dry, rate),
-            str(part.runs),
+
+    flops: float
+    source: str
+
+    def __str__(self) -> str:
+        """Returns the rate with its origin."""
+        return f"at {self.flops:.1e} operations a second ({self.source})"
+
+    def time(self, work: float) -> str:
+        """Returns the time that some operations take."""
+        return duration(work / self.flops)
+
+
+def stated_rate(flops: float | None, device: str) -> Rate:
+    """Returns the given rate, or that of this machine's matrix products.
+
+    Args:
+        flops: Operations a second; None measures.
+        device: Where products are measured.
+
+    Raises:
+        RecipeError: The given rate is not above 0.
+    """
+    if flops is None:
+        return Rate(gemm_rate(device), f"matrix products of this machine, {device}")
+    if not 0 < flops < math.inf:
+        raise RecipeError(
+            "--flops", got=str(flops), wanted="a number above 0", next_step="Give the machine's rate, such as 4e14."
         )
-    console.print(table)
-    _section(console, "score", _score(first))
-    total = [_work(part.dry) for part in parts]
-    runs = sum(part.runs for part in parts)
-    most = "at most " if any(part.dry.bounds for part in parts) else ""
-    if None in total:
-        _say(console, f"{runs} runs; how long is not known")
+    return Rate(flops, "given")
+
+
+def print_accounts(runs: Mapping[str, tuple[int, DryRun]], console: Console, rate: Rate) -> None:
+    """Prints the account of one run, or what several share once and a line for each.
+
+    Args:
+        runs: Name of a method or stage to how often it runs, over rates and seeds, and the account of one run.
+        console: Where to print.
+        rate: The speed on which times rest.
+    """
+    accounts = [dry for _, dry in runs.values()]
+    first = accounts[0]
+    needs = dict.fromkeys(need for dry in accounts for need in dry.needs)
+    _section(console, "fetch", [_fetch(need) for need in needs if not need.at_hand])
+    if len(accounts) == 1:
+        _section(console, "train", _train(first))
     else:
-        seconds = sum(part.runs * (_work(part.dry) or 0.0) for part in parts) / rate
-        _say(console, f"{runs} runs, {most}{duration(seconds)} at {rate:.1e} operations a second ({rate_from})")
-    for note in dict.fromkeys(note for part in parts for note in part.dry.notes):
+        _section(console, "train", [_model(first)])
+        console.print(_table(runs, rate))
+    _section(console, "score", [_scored(one) for one in first.score])
+    if len(accounts) == 1:
+        _section(console, "memory", _memory(first))
+        _section(console, "time", [*_times(first, rate), f"{rate}; a run reaches a part of that"])
+    else:
+        _say(console, _whole_time(runs, rate))
+    for note in dict.fromkeys(note for dry in accounts for note in dry.notes):
         _say(console, f"note: {note}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(Text(text), soft_wrap=True)
 
 
 def _section(console: Console, title: str, lines: Sequence[str]) -> None:
@@ -94,78 +97,53 @@ def _section(console: Console, title: str, lines: Sequence[str]) -> None:
         _say(console, f"  {line}")
 
 
-def _work(dry: DryRun) -> float | None:
-    parts = [dry.work[part] for part in _PARTS]
-    return None if None in parts else sum(part or 0.0 for part in parts)
+def _fetch(need: Need) -> str:
+    revision = f", revision {need.revision}" if need.revision else ""
+    return f"{need.what} {need.name}{revision}" + (f", about {size(need.size)}" if need.size else "")
 
 
-def _whole_time(dry: DryRun, rate: float) -> str:
-    work = _work(dry)
-    return "?" if work is None else ("<" if dry.bounds else "") + duration(work / rate)
+def _model(dry: DryRun) -> str:
+    shape = dry.shape
+    return f"{shape.name}, {count(shape.parameters)} parameters, {shape.dtype}; shape from {shape.source}"
 
 
-def stated_rate(flops: float | None, device: str) -> tuple[float, str]:
-    """Say on what rate times rest: the one that is given, or that of this machine's matrix products.
-
-    Args:
-        flops: Operations a second; None measures.
-        device: Where products are measured.
-
-    Returns:
-        The rate, and where it is from.
-
-    Raises:
-        RecipeError: The given rate is not above 0.
-    """
-    if flops is None:
-        return gemm_rate(device), f"matrix products of this machine, {device}"
-    if not 0 < flops < math.inf:
-        raise RecipeError(
-            "--flops", got=str(flops), wanted="a number above 0", next_step="Give the machine's rate, such as 4e14."
+def _table(runs: Mapping[str, tuple[int, DryRun]], rate: Rate) -> Table:
+    table = Table("", "trained", "steps", "memory", "statistics", "a run", "runs", box=None, header_style="bold")
+    for name, (times, dry) in runs.items():
+        train, work = dry.train, dry.whole_work
+        table.add_row(
+            Text(f"  {name}"),
+            f"{'~' if train.assumed else ''}{count(train.numbers)}",
+            "?" if train.steps is None else f"{train.steps:,}",
+            size(dry.memory.total),
+            size(dry.sums) if dry.sums else "",
+            "?" if work is None else ("<" if dry.bounds else "") + rate.time(work),
+            str(times),
         )
-    return flops, "given"
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(Text(text), soft_wrap=True)
-
-
-def _fetch(needs: Sequence[Named]) -> list[str]:
-    missing = [named for named in needs if not named.at_hand]
-    return [
-        f"{named.what} {named.name}"
-        + (f", revision {named.revision}" if named.revision else "")
-        + (f", about {size(named.size)}" if named.size else ", size not known")
-        for named in missing
-    ]
+    return table
 
 
 def _train(dry: DryRun) -> list[str]:
-    train, shape = dry.train, dry.shape
-    about = "about " if train.assumed else ""
+    train = dry.train
     what = f"{train.targets} targets ({', '.join(train.roles)})" if train.targets else "all weights"
-    share = 100 * train.numbers / shape.parameters
+    about = "about " if train.assumed else ""
+    share = 100 * train.numbers / dry.shape.parameters
     lines = [
-        f"{train.method} on {what} of {shape.name} ({count(shape.parameters)} parameters, {shape.dtype}; "
-        f"shape from {shape.source})",
+        f"{train.method} on {what} of {_model(dry)}",
         f"{about}{train.numbers:,} trained parameters ({count(train.numbers)}, {share:.2f}%)",
     ]
     if train.steps is None or train.tokens is None:
-        lines.append(f"batches of {train.batch}; how many examples there are is not known")
+        lines.append(f"batches of {train.batch}; how many examples there are is not known without task.examples")
     else:
-        of = "" if train.examples is None else f" over {train.examples:,} examples"
-        most = "" if train.measured else "at most "
-        tokens = f"{most}{train.tokens:,.0f} tokens ({train.length:.0f} each)"
-        lines.append(f"{train.steps:,} steps of {train.batch}{of}, {tokens}")
+        over = "" if train.examples is None else f" over {train.examples:,} examples"
+        tokens = f"{'' if train.measured else 'at most '}{train.tokens:,.0f} tokens ({train.length:.0f} each)"
+        lines.append(f"{train.steps:,} steps of {train.batch}{over}, {tokens}")
     return lines
 
 
-def _score(dry: DryRun) -> list[str]:
-    return [
-        f"{one.name} ({one.role}, {one.metric}): "
-        + ("items not known" if one.items is None else f"{one.items:,} items, before and after")
-        for one in dry.score
-    ]
+def _scored(one: Scored) -> str:
+    items = "items not known" if one.items is None else f"{one.items:,} items, before and after"
+    return f"{one.name} ({one.role}, {one.metric}): {items}"
 
 
 def _memory(dry: DryRun) -> list[str]:
@@ -181,27 +159,28 @@ def _memory(dry: DryRun) -> list[str]:
     return lines
 
 
-def _time(dry: DryRun, rate: float, rate_from: str) -> list[str]:
+def _times(dry: DryRun, rate: Rate) -> list[str]:
     lines = []
-    for part, name in _PARTS.items():
-        work = dry.work[part]
+    for part, name in _WORK.items():
+        work, most = dry.work[part], "at most " if part in dry.bounds else ""
         if work is None:
             lines.append(f"{name}: not known")
         elif work:
-            most = "at most " if part in dry.bounds else ""
-            lines.append(f"{name} {most}{duration(work / rate)} ({most}{work:.1e} operations)")
-    lines.append(f"at {rate:.1e} operations a second ({rate_from}); a run reaches a part of that")
+            lines.append(f"{name} {most}{rate.time(work)} ({most}{work:.1e} operations)")
     return lines
 
 
+def _whole_time(runs: Mapping[str, tuple[int, DryRun]], rate: Rate) -> str:
+    number = sum(times for times, _ in runs.values())
+    work = [times * dry.whole_work for times, dry in runs.values() if dry.whole_work is not None]
+    if len(work) < len(runs):
+        return f"{number} runs; how long is not known"
+    most = "at most " if any(dry.bounds for _, dry in runs.values()) else ""
+    return f"{number} runs, {most}{rate.time(sum(work))} {rate}"
+
+
 def size(number: int) -> str:
-    """Print bytes.
-
-    Args:
-        number: Bytes.
-
-    Returns:
-        The text.
+    """Returns bytes with a unit.
 
     >>> size(13_476_831_232), size(1500), size(0)
     ('13.5 GB', '1.5 kB', '0 B')
