@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.generation import greedy_texts
-from keeptune.evaluation.scored_tokens import Passes, prompt
+from keeptune.evaluation.scored_tokens import Encoder, Passes
 
 PROMPTS = [
     "Once upon a time",
@@ -24,7 +24,7 @@ PROMPTS = [
 def texts_of(model: Any, tokenizer: Any, rows: int, **extra: Any) -> list[str]:
     settings: dict[str, Any] = {"new_tokens": 16, "stops": ("\n",)} | extra
     passes = Passes(rows, settings.pop("pad", 0), settings.pop("where", "x"))
-    prompts = [prompt(tokenizer, text, 99, where="x") for text in PROMPTS]
+    prompts = [Encoder(tokenizer, 99).prompt(text, "x") for text in PROMPTS]
     with torch.no_grad():
         return greedy_texts(model, tokenizer, prompts, passes, **settings)
 
@@ -82,7 +82,7 @@ def test_stop_strings_save_steps(stories: Any, tokenizer: Any, monkeypatch: pyte
 
 def test_end_tokens_end(tiny: Any, tokenizer: Any) -> None:
     free = texts_of(tiny, tokenizer, 8, stops=())
-    prompts = [prompt(tokenizer, text, 99, where="x").ids for text in PROMPTS]
+    prompts = [Encoder(tokenizer, 99).prompt(text, "x").ids for text in PROMPTS]
     with torch.no_grad():
         first = int(tiny(input_ids=torch.tensor([prompts[0]])).logits[0, -1].argmax())
     tiny.generation_config.eos_token_id = [2, first]

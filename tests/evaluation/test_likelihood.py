@@ -9,7 +9,7 @@ from keeptune.core.errors import ModelError
 from keeptune.evaluation import likelihood
 from keeptune.evaluation.likelihood import log_likelihoods, losses_and_divergence
 from keeptune.evaluation.model_pairs import TwoModels
-from keeptune.evaluation.scored_tokens import Passes, choice, document
+from keeptune.evaluation.scored_tokens import Encoder, Passes
 
 TEXTS = [
     "Once upon a time there was a big red cat.",
@@ -30,7 +30,7 @@ def test_choices_match_the_reference(model: Any, tokenizer: Any, reference: Any)
         ("Tom", "ran"),
         ("Once upon a time", "there"),
     ]
-    found = sums_of(model, [choice(tokenizer, *pair, 99, where="x") for pair in pairs])
+    found = sums_of(model, [Encoder(tokenizer, 99).choice(*pair, "x") for pair in pairs])
     expected = [reference.choice_log_likelihood(model, tokenizer, *pair) for pair in pairs]
     assert found == pytest.approx(expected, abs=2e-5)
 
@@ -38,12 +38,12 @@ def test_choices_match_the_reference(model: Any, tokenizer: Any, reference: Any)
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("pad", [0, 2, 77])
 def test_batch_size_and_padding_do_not_matter(model: Any, tokenizer: Any, rows: int, pad: int) -> None:
-    sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
+    sequences = [Encoder(tokenizer, 99).document(text, "x") for text in TEXTS]
     assert sums_of(model, sequences, rows, pad) == pytest.approx(sums_of(model, sequences, 1), abs=2e-5)
 
 
 def test_chunks_do_not_matter(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
+    sequences = [Encoder(tokenizer, 99).document(text, "x") for text in TEXTS]
     whole = sums_of(model, sequences)
     monkeypatch.setattr(likelihood, "_CHUNK", 5)
     assert sums_of(model, sequences) == pytest.approx(whole, abs=1e-6)
@@ -51,7 +51,7 @@ def test_chunks_do_not_matter(model: Any, tokenizer: Any, monkeypatch: pytest.Mo
 
 def test_counting_padding_would_differ(tiny: Any, tokenizer: Any) -> None:
     """Negative control: the sum over padded rows is another number."""
-    sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS[:2]]
+    sequences = [Encoder(tokenizer, 99).document(text, "x") for text in TEXTS[:2]]
     width = max(len(sequence.ids) for sequence in sequences)
     ids = torch.tensor([list(s.ids) + [0] * (width - len(s.ids)) for s in sequences])
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_counting_padding_would_differ(tiny: Any, tokenizer: Any) -> None:
 
 
 def test_losses_and_divergence_match_the_reference(tiny: Any, other: Any, tokenizer: Any, reference: Any) -> None:
-    sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
+    sequences = [Encoder(tokenizer, 99).document(text, "x") for text in TEXTS]
     for rows in (1, 4):
         found = losses_and_divergence(TwoModels(tiny, other), sequences, Passes(rows, 0, "x"))
         for sequence, losses in zip(sequences, found, strict=True):
@@ -75,7 +75,7 @@ def test_losses_and_divergence_match_the_reference(tiny: Any, other: Any, tokeni
 
 
 def test_a_model_does_not_diverge_from_itself(model: Any, tokenizer: Any) -> None:
-    sequences = [document(tokenizer, text, 99, where="x") for text in TEXTS]
+    sequences = [Encoder(tokenizer, 99).document(text, "x") for text in TEXTS]
     found = losses_and_divergence(TwoModels(model, model), sequences, Passes(3, 0, "x"))
     assert all(losses.divergence == 0 and losses.before == losses.after for losses in found)
 
@@ -89,7 +89,7 @@ def test_forbidden_tokens_do_not_spoil_the_divergence() -> None:
 
 def test_nan_names_the_side(tiny: Any, other: Any, tokenizer: Any) -> None:
     other.lm_head.weight.data[3] = torch.nan
-    sequences = [document(tokenizer, TEXTS[0], 99, where="x")]
+    sequences = [Encoder(tokenizer, 99).document(TEXTS[0], "x")]
     with pytest.raises(ModelError, match=r"stories \(after\): got NaN"):
         losses_and_divergence(TwoModels(tiny, other), sequences, Passes(1, 0, "stories"))
     with pytest.raises(ModelError, match="x: got NaN"):
@@ -98,6 +98,6 @@ def test_nan_names_the_side(tiny: Any, other: Any, tokenizer: Any) -> None:
 
 def test_vocabularies_must_agree(tiny: Any, other: Any, tokenizer: Any) -> None:
     other.resize_token_embeddings(520, mean_resizing=False)
-    sequences = [document(tokenizer, TEXTS[0], 99, where="x")]
+    sequences = [Encoder(tokenizer, 99).document(TEXTS[0], "x")]
     with pytest.raises(ModelError, match="512 before and 520 after"):
         losses_and_divergence(TwoModels(tiny, other), sequences, Passes(1, 0, "x"))

@@ -20,15 +20,7 @@ from keeptune.evaluation.likelihood import log_likelihoods, losses_and_divergenc
 from keeptune.evaluation.metrics import LABELS, SCORES, exact_match
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, scoring
 from keeptune.evaluation.results import BenchmarkResult, mean_scores
-from keeptune.evaluation.scored_tokens import (
-    Passes,
-    ScoredTokens,
-    choice,
-    context_limit,
-    document,
-    padding_id,
-    prompt,
-)
+from keeptune.evaluation.scored_tokens import Encoder, Passes, ScoredTokens, context_limit, padding_id
 from keeptune.evaluation.standard import NamedBenchmark, score_named
 from keeptune.model.blocks import positions
 
@@ -113,9 +105,8 @@ class _Scorer:
 
     def generated(self) -> _Records:
         """Exact match of greedily generated answers."""
-        benchmark, limit = self.benchmark, self._limit(self.benchmark.max_new_tokens)
-        prompts = [prompt(self.tokenizer, item.prompt, limit, where=self._row(item)) for item in self.items]
-        self._warn_of_cuts(prompts, limit)
+        benchmark, encoder = self.benchmark, self._encoder(self.benchmark.max_new_tokens)
+        prompts = self._fitted([encoder.prompt(item.prompt, self._row(item)) for item in self.items], encoder)
         texts = self._both_sides(
             prompts,
             lambda model, passes: greedy_texts(
@@ -137,13 +128,9 @@ class _Scorer:
 
     def chosen(self) -> _Records:
         """Accuracy of the likeliest choice, and of the likeliest per character."""
-        limit = self._limit(0)
-        sequences = [
-            choice(self.tokenizer, item.prompt, text, limit, where=self._row(item))
-            for item in self.items
-            for text in item.choices
-        ]
-        self._warn_of_cuts(sequences, limit)
+        encoder = self._encoder(0)
+        choices = [encoder.choice(item.prompt, text, self._row(item)) for item in self.items for text in item.choices]
+        sequences = self._fitted(choices, encoder)
         sums = self._both_sides(sequences, lambda model, passes: log_likelihoods(model, sequences, passes))
         records, place = [], 0
         for item in self.items:
@@ -158,9 +145,8 @@ class _Scorer:
 
     def predicted(self) -> _Records:
         """Cross-entropy and KL(base || tuned), nats per token of each document."""
-        limit = self._limit(0)
-        documents = [document(self.tokenizer, item.text, limit, where=self._row(item)) for item in self.items]
-        self._warn_of_cuts(documents, limit)
+        encoder = self._encoder(0)
+        documents = self._fitted([encoder.document(item.text, self._row(item)) for item in self.items], encoder)
         losses = losses_and_divergence(self.pair, documents, self._passes(self.benchmark.where))
         return [
             {
@@ -194,20 +180,22 @@ class _Scorer:
     def _row(self, item: Item) -> str:
         return f"{self.benchmark.where} row {item.index + 1}"
 
-    def _limit(self, new_tokens: int) -> int:
-        """Returns the tokens kept of each sequence, the same before and after."""
+    def _encoder(self, new_tokens: int) -> Encoder:
+        """Returns an encoder whose limit fits both models."""
         known = []
         for side in SIDES:
             with scoring(self.pair, side) as model:
                 known.append(positions(model))
         least = min((limit for limit in known if limit is not None), default=None)
-        return context_limit(self.benchmark.max_length, new_tokens, least, where=self.benchmark.where)
+        limit = context_limit(self.benchmark.max_length, new_tokens, least, where=self.benchmark.where)
+        return Encoder(self.tokenizer, limit)
 
-    def _warn_of_cuts(self, sequences: Sequence[ScoredTokens], limit: int) -> None:
-        cut = sum(tokens.cut for tokens in sequences)
+    def _fitted(self, sequences: list[ScoredTokens], encoder: Encoder) -> list[ScoredTokens]:
+        """Returns the sequences, and warns of those that were cut."""
+        cut, where = sum(tokens.cut for tokens in sequences), self.benchmark.where
         if cut:
-            where = self.benchmark.where
-            _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", where, cut, len(sequences), limit)
+            _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", where, cut, len(sequences), encoder.limit)
+        return sequences
 
 
 def _accuracies(item: Item, sums: Sequence[float], side: Side) -> Mapping[str, Any]:

@@ -13,15 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.errors import DataError, RecipeError
 
 __all__ = [
+    "Encoder",
     "PaddedBatch",
     "Passes",
     "ScoredTokens",
-    "choice",
     "context_limit",
-    "document",
     "padded_batches",
     "padding_id",
-    "prompt",
 ]
 
 _LOGITS_AT_ONCE = 2**28  # elements of one batch of logits: 1 GiB in float32
@@ -80,77 +78,95 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((int(token) for token in known if token is not None), 0)
 
 
-def document(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, where: str) -> ScoredTokens:
-    """Encodes a document, special tokens as the tokenizer adds them; all but the first token are scored.
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Items as tokens. Prompts are cut at their beginning, but for a leading start token; documents at their end.
 
     Args:
         tokenizer: The tokenizer.
-        text: The document.
-        limit: Tokens kept, from the start.
-        where: The item, for error messages.
-
-    Raises:
-        DataError: There is no token to predict.
+        limit: Tokens kept of each sequence.
     """
-    ids = _encode(tokenizer, text)
-    if len(ids) < 2:
+
+    tokenizer: PreTrainedTokenizerBase
+    limit: int
+
+    def document(self, text: str, where: str) -> ScoredTokens:
+        """Encodes a document, special tokens as the tokenizer adds them; all but the first token are scored.
+
+        Raises:
+            DataError: There is no token to predict.
+        """
+        ids = self._encode(text)
+        if len(ids) < 2:
+            raise DataError(
+                where,
+                got=f"a document of {len(ids)} token",
+                wanted="at least two tokens, so that one can be predicted",
+                next_step="Remove the row.",
+            )
+        return ScoredTokens(tuple(ids[: self.limit]), 1, len(ids) > self.limit)
+
+    def prompt(self, text: str, where: str) -> ScoredTokens:
+        """Encodes a prompt to generate from; none of its tokens is scored.
+
+        Raises:
+            DataError: The prompt has no token.
+        """
+        ids = self._open_ended(text)
+        _need_context(ids, where)
+        kept = self._last(ids)
+        return ScoredTokens(tuple(kept), len(kept), len(ids) > self.limit)
+
+    def choice(self, text: str, answer: str, where: str) -> ScoredTokens:
+        """Encodes a prompt with an answer after exactly one space; the answer's tokens are scored.
+
+        Prompt and answer are encoded together, and the tokens beyond the length of the prompt encoded alone are
+        the answer's, as in lm-eval.
+
+        Raises:
+            DataError: Prompt or answer have no token, or the answer alone is longer than the limit.
+        """
+        context = text.rstrip(" ")
+        start = len(self._open_ended(context))
+        whole = self._open_ended(f"{context} {answer.strip()}")
+        _need_context(whole[:start], where)
+        length = len(whole) - start
+        if not 0 < length < self.limit - 1:
+            raise DataError(
+                where,
+                got=f"the choice {answer!r} of {max(length, 0)} tokens",
+                wanted=f"1 to {self.limit - 2} tokens after the prompt",
+                next_step="Raise max_length if the choice is long; reword the prompt if it swallows the choice.",
+            )
+        kept = self._last(whole)
+        return ScoredTokens(tuple(kept), len(kept) - length, len(whole) > self.limit)
+
+    def _encode(self, text: str) -> list[int]:
+        # verbose=False: no warning about texts longer than the model, they are cut here.
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def _open_ended(self, text: str) -> list[int]:
+        """Encodes a text to be continued: without the end token that some tokenizers add."""
+        ids = self._encode(text)
+        ends = len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
+        return ids[:-1] if ends else ids
+
+    def _last(self, ids: list[int]) -> list[int]:
+        if len(ids) <= self.limit:
+            return ids
+        # Many models answer nonsense without their start token.
+        opening = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        return opening + ids[len(ids) - self.limit + len(opening) :]
+
+
+def _need_context(ids: Sequence[int], where: str) -> None:
+    if not ids:
         raise DataError(
             where,
-            got=f"a document of {len(ids)} token",
-            wanted="at least two tokens, so that one can be predicted",
-            next_step="Remove the row.",
+            got="a prompt of no tokens",
+            wanted="at least one token before the answer",
+            next_step="Correct the prompt template or the row.",
         )
-    return ScoredTokens(tuple(ids[:limit]), 1, len(ids) > limit)
-
-
-def prompt(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, where: str) -> ScoredTokens:
-    """Encodes a prompt to generate from; none of its tokens is scored.
-
-    Args:
-        tokenizer: The tokenizer.
-        text: The prompt.
-        limit: Tokens kept, from the end; a leading start token is kept as well.
-        where: The item, for error messages.
-
-    Raises:
-        DataError: The prompt has no token.
-    """
-    ids = _open_ended(tokenizer, text)
-    _need_context(ids, where)
-    kept = _last(ids, limit, tokenizer)
-    return ScoredTokens(tuple(kept), len(kept), len(ids) > limit)
-
-
-def choice(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, limit: int, *, where: str) -> ScoredTokens:
-    """Encodes a prompt with an answer after exactly one space; the answer's tokens are scored.
-
-    Prompt and answer are encoded together, and the tokens beyond the length of the prompt encoded alone are
-    the answer's, as in lm-eval.
-
-    Args:
-        tokenizer: The tokenizer.
-        text: The prompt; spaces at its end are dropped.
-        answer: One choice.
-        limit: Tokens kept, from the end; a leading start token is kept as well.
-        where: The item, for error messages.
-
-    Raises:
-        DataError: Prompt or answer have no token, or the answer alone is longer than the limit.
-    """
-    context = text.rstrip(" ")
-    start = len(_open_ended(tokenizer, context))
-    whole = _open_ended(tokenizer, f"{context} {answer.strip()}")
-    _need_context(whole[:start], where)
-    length = len(whole) - start
-    if not 0 < length < limit - 1:
-        raise DataError(
-            where,
-            got=f"the choice {answer!r} of {max(length, 0)} tokens",
-            wanted=f"1 to {limit - 2} tokens after the prompt",
-            next_step="Raise max_length if the choice is long; reword the prompt if it swallows the choice.",
-        )
-    kept = _last(whole, limit, tokenizer)
-    return ScoredTokens(tuple(kept), len(kept) - length, len(whole) > limit)
 
 
 def context_limit(max_length: int, new_tokens: int, model_limit: int | None, *, where: str) -> int:
@@ -211,33 +227,3 @@ def padded_batches(
             ids[row, place] = tokens
             mask[row, place] = 1
         yield PaddedBatch(tuple(members), ids, mask)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: no warning about texts longer than the model, they are cut here.
-    return list(tokenizer(text, verbose=False)["input_ids"])
-
-
-def _open_ended(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encodes a text to be continued: without the end token that some tokenizers add."""
-    ids = _encode(tokenizer, text)
-    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
-    return ids[:-1] if ends else ids
-
-
-def _last(ids: list[int], limit: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if len(ids) <= limit:
-        return ids
-    # Many models answer nonsense without their start token.
-    opening = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-    return opening + ids[len(ids) - limit + len(opening) :]
-
-
-def _need_context(ids: Sequence[int], where: str) -> None:
-    if not ids:
-        raise DataError(
-            where,
-            got="a prompt of no tokens",
-            wanted="at least one token before the answer",
-            next_step="Correct the prompt template or the row.",
-        )

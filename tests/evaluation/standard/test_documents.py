@@ -40,7 +40,7 @@ QUESTION = "What is the capital of the island that lies south of here?"
         {"nested": {"deep": [f"Please answer: {QUESTION}"]}},
     ],
 )
-def test_a_question_is_found_in_any_template(row: dict[str, Any]) -> None:
+def test_a_question_is_recognised_in_any_template(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"evaluate.x: got 1 of 2 items that are in task.train too \(items 2;"):
         refuse_documents(used({"a": "nothing"}, row), scored(("Who was the first to cross the sea?",), (QUESTION,)))
 
@@ -92,7 +92,7 @@ def test_empty_texts_overlap_with_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "nq_open", "mmlu", "arc_easy", "boolq", "humaneval", "tinystories"])
-def test_items_of_local_data_are_found_in_their_own_file(name: str) -> None:
+def test_items_of_local_data_are_recognised_in_their_own_file(name: str) -> None:
     more: dict[str, Any] = {"examples": 1} if name == "mmlu" else {"examples": 20}
     benchmark = local(name, shots=0, **more)
     file = {
@@ -146,7 +146,7 @@ def test_fingerprints_follow_items_and_examples() -> None:
     assert len({first, *map(data_fingerprint, others)}) == 4
 
 
-def test_what_says_which_item_it_is() -> None:
+def test_texts_that_identify_an_item() -> None:
     class Task:
         @staticmethod
         def doc_to_text(row: Any) -> str:

@@ -25,7 +25,7 @@ from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.metrics import paired_interval
 from keeptune.evaluation.standard import score_named
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
-from keeptune.evaluation.standard.restore import as_found
+from keeptune.evaluation.standard.restore import restored_process
 
 # PEFT 0.21 asks transformers 5.23 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -95,7 +95,7 @@ def simple_evaluate(model: Any, tokenizer: Any, tasks: Any, limit: int, **more: 
     from lm_eval.models.huggingface import HFLM
 
     # What machine this is takes a minute to find out.
-    with as_found("test"), mock.patch("lm_eval.evaluator.add_env_info"):
+    with restored_process("test"), mock.patch("lm_eval.evaluator.add_env_info"):
         asked = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=3, backend="causal", **more)
         results = simple_evaluate(asked, tasks=tasks, limit=limit, bootstrap_iters=0, task_manager=empty())
         assert results is not None
@@ -103,11 +103,10 @@ def simple_evaluate(model: Any, tokenizer: Any, tasks: Any, limit: int, **more: 
 
 
 COMPARED = [
-    ("arc_easy", {"shots": 2, "examples": 12}, "acc_norm,none"),
-    ("arc_easy", {"shots": 2, "examples": 12, "scoring": "plain"}, "acc,none"),
-    ("openbookqa", {"examples": 12}, "acc_norm,none"),
-    ("webqs", {"examples": 6}, "exact_match,none"),
-    ("nq_open", {"examples": 4, "max_length": 300}, "exact_match,remove_whitespace"),
+    ("arc_easy", {"shots": 1, "examples": 4}, "acc_norm,none"),
+    ("openbookqa", {"examples": 6, "scoring": "plain"}, "acc,none"),
+    ("webqs", {"examples": 4}, "exact_match,none"),
+    ("nq_open", {"examples": 3, "max_length": 300}, "exact_match,remove_whitespace"),
 ]
 
 
@@ -118,7 +117,7 @@ def test_scores_are_those_of_simple_evaluate(
     benchmark = local(name, **more)
     result = score_named(pair, tokenizer, benchmark, progress=False)
     for side, score in (("before", result.before), ("after", result.after)):
-        with as_found("test"):
+        with restored_process("test"):
             tasks = list(build_tasks(benchmark).tasks.values())
         with pair.before() if side == "before" else pair.after() as model:
             found = simple_evaluate(model, tokenizer, tasks, benchmark.examples or 0)
@@ -138,7 +137,7 @@ def test_a_task_file_of_lm_eval_on_its_own(pair: AdapterPair, tokenizer: Any, tm
     del config["tag"]
     benchmark = local("gsm8k", shots=1, max_length=96, scoring="flexible")
     result = score_named(pair, tokenizer, benchmark, progress=False)
-    with pair.before() as model, as_found("test"), mock.patch("lm_eval.evaluator.add_env_info"):
+    with pair.before() as model, restored_process("test"), mock.patch("lm_eval.evaluator.add_env_info"):
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -199,12 +198,10 @@ def test_documents_by_hand(pair: AdapterPair, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("arc_easy", {"shots": 1, "examples": 5}), ("nq_open", {"examples": 3, "max_length": 60}), ("tinystories", {})],
+    [("arc_easy", {"examples": 4}), ("nq_open", {"examples": 3, "max_length": 60}), ("tinystories", {})],
 )
 def test_batch_size_does_not_matter(pair: AdapterPair, tokenizer: Any, name: str, more: dict[str, Any]) -> None:
-    results = [
-        score_named(pair, tokenizer, local(name, batch_size=size, **more), progress=False) for size in (1, 2, 16)
-    ]
+    results = [score_named(pair, tokenizer, local(name, batch_size=size, **more), progress=False) for size in (1, 3)]
     for other in results[1:]:
         assert other.before == pytest.approx(results[0].before, abs=1e-5)
         assert other.after == pytest.approx(results[0].after, abs=1e-5)
@@ -259,7 +256,7 @@ def state(pair: AdapterPair, tokenizer: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["nq_open", "arc_easy", "tinystories"])
-def test_all_is_left_as_it_was_found(pair: AdapterPair, tokenizer: Any, name: str) -> None:
+def test_everything_is_restored(pair: AdapterPair, tokenizer: Any, name: str) -> None:
     own = copy.deepcopy(tokenizer)
     own.padding_side = "right"
     before = state(pair, own)
@@ -274,7 +271,7 @@ def test_all_is_left_as_it_was_found(pair: AdapterPair, tokenizer: Any, name: st
         ), key
 
 
-def test_all_is_left_as_it_was_found_after_an_error(
+def test_everything_is_restored_after_an_error(
     pair: AdapterPair, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state(pair, tokenizer)
@@ -304,7 +301,9 @@ def test_nothing_is_written_to_the_terminal(
     ] == []
 
 
-def test_prompts_that_do_not_fit_are_told(pair: AdapterPair, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_that_do_not_fit_are_logged(
+    pair: AdapterPair, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     score_named(pair, tokenizer, local("gsm8k", shots=0, max_length=60), progress=False)
     assert "evaluate.gsm8k: 30 new tokens at most, not 256" in caplog.text
     assert "evaluate.gsm8k: 2 of 2 prompts were cut to their ends, to fit 60 tokens" in caplog.text
@@ -322,7 +321,7 @@ def test_the_seed_of_the_run_changes_neither_prompts_nor_answers(pair: AdapterPa
     assert len({tuple(item["shots"]) for item in first.items}) == 2
 
 
-def test_the_base_is_asked_once_where_its_answers_are_kept(
+def test_the_base_is_run_once_where_its_answers_are_kept(
     pair: AdapterPair, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_eval.models.huggingface import HFLM
@@ -359,7 +358,7 @@ def test_a_classifier_is_refused(tokenizer: Any) -> None:
         score_named(TwoModels(model, model), tokenizer, local("arc_easy"), progress=False)
 
 
-def test_answers_of_programs_are_run_and_told(
+def test_answers_of_programs_are_run_and_recorded(
     pair: AdapterPair, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The base writes nothing of use, the tuned model the reference solution."""
@@ -392,7 +391,7 @@ def test_tasks_outside_the_table(pair: AdapterPair, tokenizer: Any, tmp_path: Pa
     assert result.items[0]["choices"] == ["a", "b", "c", "water"]
 
 
-def test_filters_and_instructions_are_told_apart(
+def test_filters_and_instructions_are_kept_apart(
     pair: AdapterPair, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_eval.models.huggingface import HFLM

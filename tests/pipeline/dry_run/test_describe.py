@@ -61,42 +61,42 @@ def dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DryRun
     return described
 
 
-def test_what_is_told_is_what_the_run_does(dry: Callable[..., DryRun], tmp_path: Path) -> None:
-    told = dry(ATLAS)
+def test_the_account_is_what_the_run_does(dry: Callable[..., DryRun], tmp_path: Path) -> None:
+    account = dry(ATLAS)
     assert not (tmp_path / "out").exists()
     recipe = make_recipe({**ATLAS, "output": str(tmp_path / "out")}, folder=tmp_path, where="recipe")
     run(recipe)
     record = json.loads((tmp_path / "out" / "trained" / "train.json").read_text())
-    assert told.train.numbers == record["trained_parameters"]
-    assert told.train.steps == max(point["step"] for point in record["loss"]) == 2
-    [scored] = told.score
+    assert account.train.numbers == record["trained_parameters"]
+    assert account.train.steps == max(point["step"] for point in record["loss"]) == 2
+    [scored] = account.score
     items = (tmp_path / "out" / "evaluation" / "facts.items.jsonl").read_text().splitlines()
     assert scored.items == len(items) == 5
-    assert all(named.at_hand for named in told.needs)
+    assert all(named.at_hand for named in account.needs)
     # An input covariance for each input group of every block, in float64.
-    inputs = {target.input_group: target.in_features for target in told.shape.linear}
-    assert told.sums == 8 * sum(n * n for n in inputs.values())
+    inputs = {target.input_group: target.in_features for target in account.shape.linear}
+    assert account.sums == 8 * sum(n * n for n in inputs.values())
 
 
-def test_a_hub_model_and_data_are_told_without_the_network(dry: Callable[..., DryRun]) -> None:
-    told = dry(LLAMA)
-    assert told.shape.source == "known shapes"
-    assert [(named.what, named.at_hand) for named in told.needs] == [
+def test_a_hub_model_and_data_are_described_without_the_network(dry: Callable[..., DryRun]) -> None:
+    account = dry(LLAMA)
+    assert account.shape.source == "known shapes"
+    assert [(named.what, named.at_hand) for named in account.needs] == [
         ("model", False),
         ("task", False),
         ("benchmark", False),
         ("benchmark", False),
     ]
-    assert told.needs[0].size == 2 * 6_738_415_616
-    assert told.train.numbers == 319_815_680
-    assert told.train.examples == 100_000
-    assert told.train.steps == 782  # of 8 x 16 = 128
-    assert told.train.tokens == 782 * 128 * 512
-    assert [one.items for one in told.score] == [1_319, 17_944]
-    assert "train" in told.bounds
+    assert account.needs[0].size == 2 * 6_738_415_616
+    assert account.train.numbers == 319_815_680
+    assert account.train.examples == 100_000
+    assert account.train.steps == 782  # of 8 x 16 = 128
+    assert account.train.tokens == 782 * 128 * 512
+    assert [one.items for one in account.score] == [1_319, 17_944]
+    assert "train" in account.bounds
     weights, factors = 2 * 6_738_415_616, 4 * 319_815_680
-    assert told.memory.weights == weights + factors
-    assert (told.memory.gradients, told.memory.optimizer) == (factors, 2 * factors)
+    assert account.memory.weights == weights + factors
+    assert (account.memory.gradients, account.memory.optimizer) == (factors, 2 * factors)
 
 
 def test_steps_and_work_are_unknown_where_examples_are(dry: Callable[..., DryRun]) -> None:
@@ -119,7 +119,7 @@ def test_checkpointing_trades_memory_for_work(dry: Callable[..., DryRun]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind", "told"),
+    ("changes", "kind", "account"),
     [
         ({"model": "org/unheard-of"}, ModelError, "no config at hand"),
         ({"model": "./nowhere"}, ModelError, "no config at hand"),
@@ -134,9 +134,9 @@ def test_checkpointing_trades_memory_for_work(dry: Callable[..., DryRun]) -> Non
     ],
 )
 def test_wrong_recipes_give_the_usual_errors(
-    changes: dict[str, Any], kind: type[KeeptuneError], told: str, dry: Callable[..., DryRun]
+    changes: dict[str, Any], kind: type[KeeptuneError], account: str, dry: Callable[..., DryRun]
 ) -> None:
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=account):
         dry(LLAMA, **changes)
 
 

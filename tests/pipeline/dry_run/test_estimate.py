@@ -101,7 +101,7 @@ def test_the_cache_holds_keys_and_values(folder: str) -> None:
     assert estimate.cache_bytes(shape, batch=BATCH, length=LENGTH) == held
 
 
-def test_a_step_of_training_takes_the_memory_that_is_foretold(tmp_path: Path) -> None:
+def test_a_step_of_training_takes_the_memory_that_is_estimated(tmp_path: Path) -> None:
     """A wide model, so that its weights and their states outweigh the libraries; measured in a process of its own."""
     config = LlamaConfig(
         vocab_size=512, hidden_size=768, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8

@@ -13,7 +13,7 @@ from keeptune.data.disjoint import Corpus
 from keeptune.data.sources import Row
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
-from keeptune.evaluation.standard.restore import as_found, engine_version
+from keeptune.evaluation.standard.restore import engine_version, restored_process
 
 __all__ = ["Documents", "load_documents", "refuse_documents"]
 
@@ -48,7 +48,7 @@ def load_documents(benchmark: NamedBenchmark) -> Documents:
         DataError: The data cannot be fetched or read; or an example for the prompts is one of the items.
     """
     rows, pools, parts = [], [], []
-    with as_found(benchmark.where):
+    with restored_process(benchmark.where):
         built = build_tasks(benchmark, run=False)
         for task in built.tasks.values():
             own = list(task.eval_docs)[: benchmark.examples]

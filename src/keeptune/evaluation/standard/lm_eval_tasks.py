@@ -20,7 +20,7 @@ from keeptune.evaluation.standard.protocols import PROTOCOLS, overrides_of
 from keeptune.evaluation.standard.restore import INSTALL
 from keeptune.evaluation.standard.sandbox import open_sandbox
 
-__all__ = ["SEED", "Built", "build_tasks", "noted_shots"]
+__all__ = ["SEED", "Built", "build_tasks", "recorded_shots"]
 
 _LOG = logging.getLogger(__name__)
 SEED = 1234  # lm-eval's own for drawing examples: prompts do not depend on the run's seed
@@ -269,7 +269,7 @@ def _task(benchmark: NamedBenchmark, config: _Config) -> Any:
 
 
 @contextmanager
-def noted_shots(built: Built) -> Iterator[dict[str, list[tuple[int, ...]]]]:
+def recorded_shots(built: Built) -> Iterator[dict[str, list[tuple[int, ...]]]]:
     """Notes which examples lm-eval draws for each prompt.
 
     Args:

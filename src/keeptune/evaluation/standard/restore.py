@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import RecipeError
 
-__all__ = ["INSTALL", "as_found", "engine_version", "model_as_found", "steady_languages"]
+__all__ = ["INSTALL", "restored_process", "engine_version", "restored_model", "seeded_langdetect"]
 
 INSTALL = 'pip install "keeptune[benchmarks]"'
 _NOISY = ("lm_eval", "datasets", "httpx", "absl")
@@ -46,7 +46,7 @@ def engine_version(where: str) -> str:
 
 
 @contextmanager
-def as_found(where: str) -> Iterator[None]:
+def restored_process(where: str) -> Iterator[None]:
     """Restores random number generators, environment, loggers and progress bars; silences lm-eval meanwhile.
 
     Args:
@@ -95,7 +95,7 @@ def _without_bars() -> Iterator[None]:
 
 
 @contextmanager
-def model_as_found(model: PreTrainedModel) -> Iterator[None]:
+def restored_model(model: PreTrainedModel) -> Iterator[None]:
     """Keeps lm-eval's wrapper from tying weights, and restores a model's generation settings."""
     own: Any = model.generation_config
     # Weights that were trained apart would be tied again.
@@ -108,7 +108,7 @@ def model_as_found(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def steady_languages() -> Iterator[None]:
+def seeded_langdetect() -> Iterator[None]:
     """Seeds langdetect, which IFEval's checks use and which draws without a seed."""
     detect: Any = sys.modules.get("langdetect")
     with nullcontext() if detect is None else mock.patch.object(detect.DetectorFactory, "seed", 0):

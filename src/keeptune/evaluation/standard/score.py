@@ -18,8 +18,8 @@ from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, scoring
 from keeptune.evaluation.results import BenchmarkResult, mean_scores
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.language_model import Answering, fit_length, wrapped_model
-from keeptune.evaluation.standard.lm_eval_tasks import SEED, Built, build_tasks, noted_shots
-from keeptune.evaluation.standard.restore import as_found, model_as_found, steady_languages
+from keeptune.evaluation.standard.lm_eval_tasks import SEED, Built, build_tasks, recorded_shots
+from keeptune.evaluation.standard.restore import restored_model, restored_process, seeded_langdetect
 from keeptune.evaluation.standard.samples import Sample, read_samples, records_of
 from keeptune.model.head import Head
 
@@ -55,13 +55,13 @@ def score_named(
         RecipeError: lm-eval is missing, has no such task, or its metric is not supported.
         DataError: The data cannot be fetched or read, or hold no examples for the prompts.
     """
-    with as_found(benchmark.where):
+    with restored_process(benchmark.where):
         built = build_tasks(benchmark)
         length = fit_length(benchmark, _language_models(pair), built.tasks)
         samples: dict[Side, list[Sample]] = {}
         for side in SIDES:
             answering = Answering(benchmark, length, progress, kept if side == "before" else None)
-            with scoring(pair, side) as model, model_as_found(model):
+            with scoring(pair, side) as model, restored_model(model):
                 samples[side] = _samples(wrapped_model(model, tokenizer, answering), benchmark, built)
     return _result(benchmark, tokenizer, samples, seed)
 
@@ -94,7 +94,7 @@ def _samples(model: Any, benchmark: NamedBenchmark, built: Built) -> list[Sample
         built.runs.outcomes.clear()
     for task in built.tasks.values():
         task.set_fewshot_seed(SEED)
-    with noted_shots(built) as shots, steady_languages():
+    with recorded_shots(built) as shots, seeded_langdetect():
         results = evaluate(
             lm=model,
             task_dict={"tasks": dict(built.tasks), "groups": {}, "group_map": {}},

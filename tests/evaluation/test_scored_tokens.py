@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keeptune.core.errors import DataError, RecipeError
-from keeptune.evaluation.scored_tokens import ScoredTokens, choice, context_limit, document, padded_batches, prompt
+from keeptune.evaluation.scored_tokens import Encoder, ScoredTokens, context_limit, padded_batches
 
 
 @settings(deadline=None)
@@ -41,30 +41,30 @@ def test_batches_bound_the_logits() -> None:
 
 def test_document_is_cut_at_the_end(tokenizer: Any) -> None:
     ids = tokenizer("Once upon a time there was a cat.")["input_ids"]
-    cut = document(tokenizer, "Once upon a time there was a cat.", 4, where="x")
+    cut = Encoder(tokenizer, 4).document("Once upon a time there was a cat.", "x")
     assert list(cut.ids) == ids[:4]
     assert (cut.start, cut.cut) == (1, True)
-    assert not document(tokenizer, "Once upon a time there was a cat.", len(ids), where="x").cut
+    assert not Encoder(tokenizer, len(ids)).document("Once upon a time there was a cat.", "x").cut
 
 
 def test_prompt_is_cut_at_the_front_and_keeps_the_start_token(tokenizer: Any) -> None:
     ids = tokenizer("Once upon a time there was a cat.")["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
-    cut = prompt(tokenizer, "Once upon a time there was a cat.", 4, where="x")
+    cut = Encoder(tokenizer, 4).prompt("Once upon a time there was a cat.", "x")
     assert list(cut.ids) == [ids[0], *ids[-3:]]
     assert (cut.start, cut.cut) == (4, True)
 
 
 def test_choice_has_exactly_one_space(tokenizer: Any) -> None:
-    plain = choice(tokenizer, "The cat is", "red", 99, where="x")
-    assert plain == choice(tokenizer, "The cat is  ", " red ", 99, where="x")
+    plain = Encoder(tokenizer, 99).choice("The cat is", "red", "x")
+    assert plain == Encoder(tokenizer, 99).choice("The cat is  ", " red ", "x")
     assert tokenizer.decode(list(plain.ids[plain.start :])).strip() == "red"
     assert list(plain.ids) == tokenizer("The cat is red")["input_ids"]
 
 
 def test_cut_choice_scores_the_same_tokens(tokenizer: Any) -> None:
-    whole = choice(tokenizer, "There was a cat and the cat is", "red", 99, where="x")
-    cut = choice(tokenizer, "There was a cat and the cat is", "red", 8, where="x")
+    whole = Encoder(tokenizer, 99).choice("There was a cat and the cat is", "red", "x")
+    cut = Encoder(tokenizer, 8).choice("There was a cat and the cat is", "red", "x")
     assert cut.cut and len(cut.ids) == 8
     assert cut.ids[cut.start :] == whole.ids[whole.start :]
 
@@ -77,17 +77,17 @@ def test_an_end_token_that_the_tokenizer_adds_is_dropped_from_prompts() -> None:
             return {"input_ids": [10 + len(word) for word in text.split()] + [2]}
 
     tokenizer: Any = Ending()
-    assert prompt(tokenizer, "a bb", 9, where="x").ids == (11, 12)
-    found = choice(tokenizer, "a bb", "ccc", 9, where="x")
+    assert Encoder(tokenizer, 9).prompt("a bb", "x").ids == (11, 12)
+    found = Encoder(tokenizer, 9).choice("a bb", "ccc", "x")
     assert (found.ids, found.start) == ((11, 12, 13), 2)
-    assert document(tokenizer, "a bb", 9, where="x").ids == (11, 12, 2)
+    assert Encoder(tokenizer, 9).document("a bb", "x").ids == (11, 12, 2)
 
 
 def test_nothing_to_score_is_an_error(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="place: got a document of 1 token"):
-        document(tokenizer, "", 9, where="place")
+        Encoder(tokenizer, 9).document("", "place")
     with pytest.raises(DataError, match="place: got the choice"):
-        choice(tokenizer, "The cat is", "red " * 20, 12, where="place")
+        Encoder(tokenizer, 12).choice("The cat is", "red " * 20, "place")
 
 
 def test_context_limit() -> None:

@@ -93,7 +93,7 @@ def test_the_interval_is_scipys_of_the_librarys_score(metric: Metric, labels: in
     assert found[0] < change(truth, before, after) < found[1]
 
 
-def test_an_interval_is_the_same_for_the_same_seed_and_turns_with_the_sides() -> None:
+def test_an_interval_is_the_same_for_the_same_seed_and_changes_sign_with_the_sides() -> None:
     truth, before = drawn("f1", 2, 30, 5)
     _, after = drawn("f1", 2, 30, 6)
     first = agreement_interval("f1", truth, before, after, 1, 2)

@@ -119,7 +119,7 @@ def test_labelled_choices_as_in_arc(write: Any) -> None:
     assert choices_of(rows, write) == [1, 0]
 
 
-def test_the_whole_file_settles_what_a_row_leaves_open(write: Any) -> None:
+def test_the_whole_file_decides_what_a_row_leaves_open(write: Any) -> None:
     rows = [
         {"choices": ["O", "A", "B", "AB"], "label": "B"},  # as letter 1, as text 2
         {"choices": ["w", "x", "y", "z"], "label": "D"},

@@ -17,7 +17,7 @@ from keeptune.evaluation.standard import NAMES, NamedBenchmark
 from keeptune.evaluation.standard.documents import load_documents
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
 from keeptune.evaluation.standard.local_data import files_of, local_rows
-from keeptune.evaluation.standard.restore import as_found
+from keeptune.evaluation.standard.restore import restored_process
 
 
 def engine_folder() -> Path:
@@ -68,7 +68,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_by_hand(name: str) -> None:
-    with as_found("test"):
+    with restored_process("test"):
         task = next(iter(build_tasks(local(name, shots=0)).tasks.values()))
         assert task.fewshot_context(task.task_docs[0], 0) == PROMPTS[name]
 
@@ -77,7 +77,7 @@ def test_prompts_of_programs_are_lm_evals_templates() -> None:
     from lm_eval.utils import apply_template
 
     for name in ("humaneval", "mbpp"):
-        with as_found("test"):
+        with restored_process("test"):
             task = build_tasks(local(name), run=False).tasks[name]
             config = configs_of(name, (name,))[0]
             rows = list(task.task_docs)[:20]
@@ -94,7 +94,7 @@ def test_examples_of_mbpp_are_lm_evals() -> None:
     tree = ast.parse((engine_folder() / "mbpp/utils.py").read_text(encoding="utf-8"))
     listed = next(node for node in tree.body if getattr(node, "name", "") == "list_fewshot_samples")
     samples = ast.literal_eval(next(n.value for n in ast.walk(listed) if isinstance(n, ast.Return) and n.value))
-    with as_found("test"):
+    with restored_process("test"):
         task = build_tasks(local("mbpp"), run=False).tasks["mbpp"]
         prompt = task.fewshot_context(task.task_docs[0], 3)
     assert [{key: row[key] for key in samples[0] if key != "is_fewshot"} for row in task.sampler.df] == [
@@ -109,7 +109,7 @@ def test_examples_are_drawn_as_lm_eval_draws_them() -> None:
     """Seeded, from the training split, others for every item; the seed is lm-eval's own."""
     import random
 
-    with as_found("test"):
+    with restored_process("test"):
         task = build_tasks(local("gsm8k", shots=2)).tasks["gsm8k"]
         rows = [json.loads(line) for line in (DATA / "gsm8k/train.jsonl").read_text("utf-8").split("\n") if line]
         drawn = random.Random(1234)
@@ -135,7 +135,7 @@ def test_a_missing_library_of_a_task_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", ["triviaqa", "hellaswag", "mmlu", "mbpp", "cola"])
-def test_without_the_hub_the_way_out_is_told(name: str) -> None:
+def test_without_the_hub_the_error_names_the_way_out(name: str) -> None:
     """The real path to the hub: lm-eval asks for the data, and the tests are offline."""
     with pytest.raises(DataError, match=r"no data for lm-eval's .*Hub.*give `data: folder`") as raised:
         load_documents(NamedBenchmark(name=name, run_code=name == "mbpp"))
@@ -227,7 +227,7 @@ def test_forms_of_rows(tmp_path: Path, name: str, row: dict[str, Any], read: dic
 def test_a_passage_is_in_the_prompt_where_there_is_one(tmp_path: Path) -> None:
     row = {"passage": "Water is wet.", "question": "is water wet", "label": 1}
     (tmp_path / "validation.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    with as_found("test"):
+    with restored_process("test"):
         built = build_tasks(NamedBenchmark(name="boolq", data=str(tmp_path)))
         task = built.tasks["boolq"]
         assert task.fewshot_context(task.task_docs[0], 0) == "Water is wet.\nQuestion: is water wet?\nAnswer:"
