@@ -21,9 +21,9 @@ from cells import spread
 from matplotlib.ticker import PercentFormatter
 
 from keeptune.core.artefact import write_bytes
-from keeptune.experiments.comparison.front import Point, families, pareto, points_of
-from keeptune.experiments.comparison.matched import matched
-from keeptune.experiments.comparison.record import read_front, read_runs
+from keeptune.experiments.comparison_record import read_front, read_runs
+from keeptune.experiments.front import Point, families, pareto, points_of
+from keeptune.experiments.matched import matched
 from keeptune.report.figures.drawing import INK, MUTED, bare, finish, page, png, themed
 
 Rows = Sequence[Mapping[str, Any]]

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.core.artefact import write_bytes
-from keeptune.experiments.sequence.engine import run_sequence
-from keeptune.experiments.sequence.schema import load_sequence
+from keeptune.experiments.sequence.run_stages import run_sequence
+from keeptune.experiments.sequence.stages_section import load_sequence
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "atlas-sequence.yaml"

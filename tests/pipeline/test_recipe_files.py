@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from keeptune.experiments.comparison.cells import grid, load_comparison
-from keeptune.experiments.sequence.schema import load_sequence
-from keeptune.experiments.sweep import load_sweep
+from keeptune.experiments.plan_runs import check_runs, list_runs, load_comparison, load_sweep
+from keeptune.experiments.sequence.stages_section import load_sequence
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import load_recipe
 
@@ -22,10 +21,10 @@ FILES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "-table" 
 def test_a_recipe_could_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if "compare" in yaml.safe_load(path.read_text(encoding="utf-8")):
-        cells = grid(load_comparison(path))
-        for label in {cell.label for cell in cells}:
-            Job(next(cell.recipe for cell in cells if cell.label == label)).check_needs()
-        Job(cells[0].recipe).check()
+        runs = list_runs(load_comparison(path))
+        for label in {run.label for run in runs}:
+            Job(next(run.recipe for run in runs if run.label == label)).check_needs()
+        Job(runs[0].recipe).check()
         return
     if "stages" in yaml.safe_load(path.read_text(encoding="utf-8")):
         for stage in load_sequence(path).stages:
@@ -36,8 +35,9 @@ def test_a_recipe_could_run(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
         return
     sweep = load_sweep(path)
     assert sweep.output.name == path.stem
-    assert "full" in [point.name for point in sweep.points], "without it there is no T"
-    settings = [sorted(point.settings.items()) for point in sweep.points]
+    check_runs(sweep, list_runs(sweep))
+    assert "full" in [entry.label for entry in sweep.entries], "without it there is no T"
+    settings = [sorted(entry.settings.items()) for entry in sweep.entries]
     assert all(settings.count(one) == 1 for one in settings)
 
 

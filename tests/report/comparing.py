@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy
 
-from keeptune.experiments.comparison.axes import axes_of
-from keeptune.experiments.comparison.record import Options, trade_off_of, with_axes
+from keeptune.experiments.axes import axes_of
+from keeptune.experiments.comparison_record import Options, trade_off_of, with_axes
 
 BENCHMARKS = [
     {"name": "facts", "role": "knowledge", "metric": "exact_match", "n": 360},

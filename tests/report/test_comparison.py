@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.report.comparing import made_up
 from tests.report.test_html import headings, island, parsed
 
 from keeptune.core.errors import ArtefactError
-from keeptune.experiments.comparison.choice import choose
+from keeptune.experiments.choice import choose
 from keeptune.report.figures.fronts import tradeoff_figure
 from keeptune.report.pages.comparison_charts import Scales, fronts, hypervolumes, ranges
 from keeptune.report.pages.comparison_page import (
@@ -181,7 +182,7 @@ def test_published_numbers_stand_beside_ours(records: tuple[Record, Record]) -> 
 def test_the_choice_is_told_and_ringed(records: tuple[Record, Record]) -> None:
     cells, front = records
     chosen = choose(cells, front, {"facts": 0.2})
-    text = render_comparison(cells, front | {"choice": chosen.plain() | {"adapter": "best"}})
+    text = render_comparison(cells, front | {"choice": dataclasses.asdict(chosen) | {"adapter": "best"}})
     told = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text[text.index("<h2>The choice</h2>") :]))
     assert told["may lose"] == "facts 0.200"
     assert told["setting"] == chosen.point and told["its run"] == chosen.run

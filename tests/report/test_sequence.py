@@ -14,7 +14,7 @@ from tests.report.sequencing import made_up
 from tests.report.test_html import headings, island, parsed
 
 from keeptune.core.errors import ArtefactError
-from keeptune.experiments.sequence.record import measures
+from keeptune.experiments.sequence.sequence_record import measures
 from keeptune.report.figures.stage_matrix import matrix_figure
 from keeptune.report.pages.sequence_charts import course, lines, losses, matrices
 from keeptune.report.pages.sequence_page import (

@@ -1,9 +1,10 @@
-"""The command that sets methods, rates, strengths and seeds side by side: compare."""
+"""The command that compares methods, rates, strengths and seeds: compare; and what the commands of many runs share."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from rich.table import Table
 from keeptune.cli import dry_run as cli_dry
 from keeptune.cli.options import Flops, RecipeFile, overrides_of, print_failed, say
 
-__all__ = ["compare"]
+__all__ = ["compare", "interval_text", "run_and_show"]
 
 
 def compare(
@@ -24,78 +25,54 @@ def compare(
         typer.Option(help="Export the best result that loses at most this share, or benchmark=share, of what it knew."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the cells and what they would take; fetch and run nothing.")
+        bool, typer.Option("--dry-run", help="List the runs and what they would take; fetch and run nothing.")
     ] = False,
     flops: Flops = None,
 ) -> None:
     """Run methods x rates x strengths x seeds (the recipe's `compare` section). Started again, it goes on."""
     from keeptune.data import hub
-    from keeptune.experiments.comparison.cells import load_comparison
-    from keeptune.experiments.comparison.choice import parse_max_loss
-    from keeptune.experiments.comparison.running import run_comparison
+    from keeptune.experiments.choice import parse_max_loss
+    from keeptune.experiments.plan_runs import load_comparison
 
     limits = parse_max_loss(max_loss) if max_loss else None
     overrides = overrides_of(context)
     if dry_run:
         listed = load_comparison(recipe, overrides, fetch=hub.cached)
-        (_list_cells if listed.section.search is None else _list_search)(listed)
+        (_list_runs if listed.section.search is None else _list_search)(listed)
         cli_dry.dry_run(recipe, overrides, flops)
         return
-    loaded = load_comparison(recipe, overrides)
-    found = run_comparison(loaded, shlex.join(["keeptune", *sys.argv[1:]]), limits)
-    _show(found)
-    say(f"report: {loaded.output / 'report.html'}")
-    say(f"numbers: {loaded.output / 'runs.json'}, runs.parquet and front.json")
-    choice = found.front["choice"]
+    run_and_show(load_comparison(recipe, overrides), limits)
+
+
+def run_and_show(loaded: Any, limits: Any = None, show: Callable[[Any], None] | None = None) -> None:
+    """Runs a comparison and prints its results; the exit code is 1 where a run failed.
+
+    Args:
+        loaded: The comparison.
+        limits: How much may be lost, for the best result.
+        show: Prints the table; None prints the trade-off.
+    """
+    from keeptune.experiments.run_comparison import run_comparison
+
+    compared = run_comparison(loaded, shlex.join(["keeptune", *sys.argv[1:]]), limits)
+    (show or _show_trade_off)(compared)
+    say(f"report: {loaded.records / 'report.html'}")
+    say(f"numbers: {loaded.records / 'runs.json'}, runs.parquet and front.json")
+    if compared.figure is not None:
+        say(f"figure: {compared.figure}")
+    choice = compared.front["choice"]
     if choice:
         lost = ", ".join(f"{name} {loss:.3f}" for name, loss in choice["loss"].items())
         say(f"best: {choice['run']} in {choice['adapter']}: learned {choice['learned']:.3f}, lost {lost}")
-    for name, message in found.failed.items():
+    for name, message in compared.failed.items():
         print_failed(name, message)
-    if found.failed:
+    if compared.failed:
         raise typer.Exit(1)
 
 
-def _list_cells(loaded: Any) -> None:
-    from keeptune.experiments.comparison.cells import FOLDER, grid
-    from keeptune.experiments.comparison.engine import works_of
-
-    cells = grid(loaded)
-    # Where no cell has a folder nothing is done, and what is done need not be compared with data that are elsewhere.
-    started = (loaded.output / FOLDER).is_dir()
-    missing = works_of(loaded, cells)[1] if started else {cell.name for cell in cells}
-    table = Table("method", "learning rates", "strengths", "cells", "done", box=None, header_style="bold")
-    for entry in loaded.entries:
-        own = [cell for cell in cells if cell.label == entry.label]
-        rates = ", ".join(f"{rate:g}" for rate in entry.rates)
-        marks = ", ".join(variation.mark or "x1" for variation in entry.variations)
-        done = sum(cell.name not in missing for cell in own)
-        table.add_row(entry.label, rates, marks if len(entry.variations) > 1 else "", str(len(own)), str(done))
-    Console().print(table)
-    say(f"{len(cells)} cells below {loaded.output / 'cells'}, {len(cells) - len(missing)} done")
-
-
-def _list_search(loaded: Any) -> None:
-    from keeptune.experiments.comparison.space import spans_of
-    from keeptune.experiments.comparison.study import read_journal
-
-    table = Table("method", "learning rate", "strength", "trials so far", box=None, header_style="bold")
-    ended = read_journal(loaded.output)
-    for entry in loaded.entries:
-        spans = {name.rpartition(".")[2]: span for name, span in spans_of(entry).items()}
-        rate, strength = (str(spans.get(name, "")) for name in ("rate", "strength"))
-        own = sum(trial.drawn["entry"] == entry.label for trial in ended)
-        table.add_row(entry.label, rate or f"{entry.rates[0]:g}", strength, str(own))
-    Console().print(table)
-    others = len(loaded.section.seeds) - 1
-    then = f", then the settings on the front with {others} more seeds each" if others else ""
-    say(f"a search of {loaded.section.search.trials} trials below {loaded.output / 'cells'}{then}")
-    say("what follows counts the listed settings; the search takes as many cells as it has trials")
-
-
-def _show(found: Any) -> None:
-    """Print what each label's points are worth: learned and forgotten at its best point, and at matched score."""
-    front = found.front
+def _show_trade_off(compared: Any) -> None:
+    """Print what each label learned and forgot at its best point, and at matched score."""
+    front = compared.front
     rows = {row["label"]: row for row in front["matched"]["rows"]}
     score = front["matched"]["score"]
     table = Table("method", "learned most", "forgotten there", box=None, header_style="bold")
@@ -106,16 +83,49 @@ def _show(found: Any) -> None:
         best = max(points, key=lambda point: (point["learned"]["mean"], -point["forgotten"]["mean"]))
         row = rows.get(label, {})
         at = row.get("forgotten")
+        last = "-" if at is None else interval_text(at)
         table.add_row(
-            label,
-            _spread(best["learned"]),
-            _spread(best["forgotten"]),
-            "-" if at is None else _spread(at),
-            str(row.get("how", "")),
+            label, interval_text(best["learned"]), interval_text(best["forgotten"]), last, str(row.get("how", ""))
         )
     Console().print(table)
 
 
-def _spread(value: Any) -> str:
+def interval_text(value: Any) -> str:
+    """Returns a mean with its interval, of ``mean``, ``low`` and ``high``."""
     text = f"{value['mean']:.3f}"
     return text if value.get("low") is None else f"{text} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _list_runs(loaded: Any) -> None:
+    from keeptune.experiments.engine import tasks_of
+    from keeptune.experiments.plan_runs import RUNS, list_runs
+
+    specs = list_runs(loaded)
+    # Where no run has a folder nothing is done, and what is done need not be compared with data that are elsewhere.
+    started = (loaded.output / RUNS).is_dir()
+    missing = tasks_of(loaded, specs)[2] if started else {spec.name for spec in specs}
+    table = Table("method", "learning rates", "strengths", "runs", "done", box=None, header_style="bold")
+    for entry in loaded.entries:
+        own = [spec for spec in specs if spec.label == entry.label]
+        rates = ", ".join(f"{rate:g}" for rate in entry.rates)
+        marks = ", ".join(variation.mark or "x1" for variation in entry.variations)
+        done = sum(spec.name not in missing for spec in own)
+        table.add_row(entry.label, rates, marks if len(entry.variations) > 1 else "", str(len(own)), str(done))
+    Console().print(table)
+    say(f"{len(specs)} runs below {loaded.output / RUNS}, {len(specs) - len(missing)} done")
+
+
+def _list_search(loaded: Any) -> None:
+    from keeptune.experiments.search import count_trials, spans_of
+
+    table = Table("method", "learning rate", "strength", "trials so far", box=None, header_style="bold")
+    counts = count_trials(loaded.output)
+    for entry in loaded.entries:
+        spans = {name.rpartition(".")[2]: span for name, span in spans_of(entry).items()}
+        rate, strength = (str(spans.get(name, "")) for name in ("rate", "strength"))
+        table.add_row(entry.label, rate or f"{entry.rates[0]:g}", strength, str(counts.get(entry.label, 0)))
+    Console().print(table)
+    others = len(loaded.section.seeds) - 1
+    then = f", then the settings on the front with {others} more seeds each" if others else ""
+    say(f"a search of {loaded.section.search.trials} trials below {loaded.output / 'runs'}{then}")
+    say("what follows counts the listed settings; the search takes as many runs as it has trials")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from keeptune.experiments.comparison.cells import Cell
+    from keeptune.experiments.plan_runs import RunSpec
     from keeptune.pipeline.dry_run.account import DryRun
     from keeptune.recipe.schema import Recipe
 
@@ -52,15 +52,15 @@ def describe_file(path: Path | str, overrides: Mapping[str, Any] | None = None) 
     """
     from keeptune.core.errors import placed
     from keeptune.data import hub
-    from keeptune.experiments.comparison.cells import grid, load_comparison
-    from keeptune.experiments.sequence.schema import load_sequence
+    from keeptune.experiments.plan_runs import list_runs, load_comparison
+    from keeptune.experiments.sequence.stages_section import load_sequence
     from keeptune.pipeline.dry_run.describe import describe
     from keeptune.recipe.reading import read_values
     from keeptune.recipe.schema import load_recipe
 
     values = read_values(Path(path), overrides)
     if "compare" in values:
-        recipes = _settings(grid(load_comparison(path, overrides, fetch=hub.cached)))
+        recipes = _settings(list_runs(load_comparison(path, overrides, fetch=hub.cached)))
     elif "stages" in values:
         stages = load_sequence(path, overrides, fetch=hub.cached).stages
         recipes = {f"stage {stage.name}": (1, stage.recipe) for stage in stages}
@@ -73,14 +73,14 @@ def describe_file(path: Path | str, overrides: Mapping[str, Any] | None = None) 
     return runs
 
 
-def _settings(cells: Iterable[Cell]) -> dict[str, tuple[int, Recipe]]:
-    """Groups cells that differ in rate and seed alone: they take the same."""
+def _settings(specs: Iterable[RunSpec]) -> dict[str, tuple[int, Recipe]]:
+    """Groups runs that differ in rate and seed alone: they take the same."""
     from keeptune.core.artefact import content_key
 
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        varied = {key: value for key, value in cell.settings.items() if key != "train.learning_rate"}
-        groups.setdefault(content_key([cell.label, varied]), []).append(cell)
+    groups: dict[str, list[RunSpec]] = {}
+    for spec in specs:
+        varied = {key: value for key, value in spec.settings.items() if key != "train.learning_rate"}
+        groups.setdefault(content_key([spec.label, varied]), []).append(spec)
     labels = [own[0].label for own in groups.values()]
     return {
         f"{own[0].label}, {own[0].name}" if labels.count(own[0].label) > 1 else own[0].label: (len(own), own[0].recipe)

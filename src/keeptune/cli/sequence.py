@@ -12,17 +12,11 @@ from keeptune.cli.options import say
 
 __all__ = ["has_stages", "run_stages"]
 
+_MEASURES = ("average_accuracy", "backward_transfer", "forward_transfer", "forgetting")
+
 
 def has_stages(recipe: Path, overrides: Mapping[str, Any]) -> bool:
-    """Tell whether a recipe is that of a sequence.
-
-    Args:
-        recipe: The YAML file.
-        overrides: Dotted key to value.
-
-    Returns:
-        Whether it has ``stages``.
-    """
+    """Returns whether a recipe, a YAML file with overrides, is that of a sequence."""
     from keeptune.recipe.reading import read_values
 
     return "stages" in read_values(recipe, overrides)
@@ -35,13 +29,12 @@ def run_stages(recipe: Path, overrides: Mapping[str, Any]) -> None:
         recipe: The YAML file.
         overrides: Dotted key to value.
     """
-    from keeptune.experiments.sequence.engine import run_sequence
-    from keeptune.experiments.sequence.schema import load_sequence
-    from keeptune.experiments.sequence.show import print_sequence
+    from keeptune.experiments.sequence.run_stages import run_sequence
+    from keeptune.experiments.sequence.stages_section import load_sequence
 
     sequence = load_sequence(recipe, overrides)
     record = run_sequence(sequence)
-    print_sequence(record, Console())
+    _show(record, Console())
     written = record["export"]
     if written is not None and written["error"]:
         say(f"cut to rank {written['rank']}: {written['error']:.2%} of the change (Frobenius) is left out")
@@ -49,3 +42,26 @@ def run_stages(recipe: Path, overrides: Mapping[str, Any]) -> None:
         say(f"after {stage['name']}: {stage['adapter']}, gap {stage['gap']:.1e} in logits to what was trained")
     say(f"for the original base: {record['adapter']}")
     say(f"report: {sequence.output / 'report.html'}, numbers: {sequence.output / 'sequence.json'}")
+
+
+def _show(record: Mapping[str, Any], console: Console) -> None:
+    from keeptune.report.tables.terminal import table_frame
+
+    table = table_frame()
+    table.add_column("after")
+    for benchmark in record["benchmarks"]:
+        about = benchmark["stage"] or ("keep" if benchmark["role"] == "knowledge" else "learn")
+        table.add_column(f"{benchmark['name']}\n({about})", justify="right")
+    names = ["base", *(f"{stage['name']} ({stage['method']})" for stage in record["stages"])]
+    for name, row, intervals in zip(names, record["scores"], record["intervals"], strict=True):
+        ends = ["" if pair is None else f"\n{pair[0]:+.2f} {pair[1]:+.2f}" for pair in intervals]
+        table.add_row(name, *(_text(score) + pair for score, pair in zip(row, ends, strict=True)))
+    console.print(table)
+    say("below a score: ends of the 95% interval of its difference to the base's, on the same items")
+    say(", ".join(f"{name.replace('_', ' ')} {_text(record[name])}" for name in _MEASURES))
+    if record["why"]:
+        say(record["why"])
+
+
+def _text(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

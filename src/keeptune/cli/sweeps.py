@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from keeptune.cli.options import RecipeFile, overrides_of, print_failed, print_report, say, whole_numbers_in
+from keeptune.cli.compare import interval_text, run_and_show
+from keeptune.cli.options import RecipeFile, overrides_of, say, whole_numbers_in
 
 __all__ = ["layers", "sweep"]
 
@@ -17,8 +19,8 @@ def sweep(
     recipe: RecipeFile,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the points; run nothing.")] = False,
 ) -> None:
-    """Run a recipe at several points and seeds (its keys `sweep` and `seeds`), and join them into one report."""
-    from keeptune.experiments.sweep import load_sweep
+    """Run a recipe at several points and seeds (its keys `sweep` and `seeds`), and compare them on one page."""
+    from keeptune.experiments.plan_runs import load_sweep
 
     _run_or_list(load_sweep(recipe, overrides_of(context)), dry_run)
 
@@ -30,39 +32,47 @@ def layers(
     numbers: Annotated[str | None, typer.Option(help="How many layers, such as 2,4,6; for bottom and top.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs; run nothing.")] = False,
 ) -> None:
-    """Study what tuning each layer gains and costs (L2-LoRA Fig. 4, Tables 5 and 6), by runs of one recipe."""
-    from keeptune.experiments.layers import load_study
+    """Study what tuning each layer gains and costs (L2-LoRA Fig. 4, Tables 5 and 6), as runs of one recipe."""
+    from keeptune.experiments.layer_studies import load_layer_study
 
-    _run_or_list(load_study(recipe, study, overrides_of(context), whole_numbers_in("--numbers", numbers)), dry_run)
+    _run_or_list(
+        load_layer_study(recipe, study, overrides_of(context), whole_numbers_in("--numbers", numbers)), dry_run
+    )
 
 
 def _run_or_list(loaded: Any, dry_run: bool) -> None:
-    from keeptune.experiments.sweep import run_sweep
+    from keeptune.experiments.plan_runs import check_runs, list_runs
     from keeptune.report.tables.plan_tables import print_points
 
     if not dry_run:
-        _show(loaded, run_sweep(loaded))
+        run_and_show(loaded, show=_show)
         return
-    print_points([(p.name, p.x, p.settings, list(p.recipes)) for p in loaded.points], Console())
-    runs = [recipe.output for point in loaded.points for recipe in point.recipes.values()]
-    say(f"{len(runs)} runs below {runs[0].parent}")
+    specs = list_runs(loaded)
+    check_runs(loaded, specs)
+    print_points([(e.label, e.x, e.settings, loaded.section.seeds) for e in loaded.entries], Console())
+    say(f"{len(specs)} runs below {loaded.output / 'runs'}")
 
 
-def _show(loaded: Any, swept: Any) -> None:
+def _show(compared: Any) -> None:
+    """Print the points of a sweep: scores after training, K, T and KT; or its study of layers."""
+    from keeptune.core.intervals import combine, mean_of_seeds
+    from keeptune.experiments.front import as_json
     from keeptune.report.tables.analyses import print_benefits, print_study
 
-    if swept.report is not None:
-        if "study" in swept.record:
-            print_study(swept.record, Console())
-            say(f"report: {loaded.output / 'report.html'}")
-        else:
-            print_report(swept.report, loaded.output)
-        if "benefit" in swept.record:
-            print_benefits(swept.record, Console())
-        say(f"numbers: {loaded.output / loaded.name}.json")
-    if swept.figure:
-        say(f"figure: {loaded.output / loaded.name}.png")
-    for folder, message in swept.failed.items():
-        print_failed(folder, message)
-    if swept.failed:
-        raise typer.Exit(1)
+    series = compared.series
+    if not series["rows"]:  # every run failed
+        return
+    if "study" in series:
+        print_study(series, Console())
+        return
+    names = [b["name"] for b in series["benchmarks"]]
+    table = Table("point", *names, "K", "T", "KT", box=None, header_style="bold")
+    for point in dict.fromkeys(row["name"] for row in series["rows"]):
+        runs = [row for row in series["rows"] if row["name"] == point]
+        scores = [[b for run in runs for b in run["benchmarks"] if b["name"] == name] for name in names]
+        values = [combine([(b["after"], *(b["before"] + end for end in b["interval"])) for b in own]) for own in scores]
+        values += [mean_of_seeds([run[key] for run in runs if run[key] is not None]) for key in ("K", "T", "KT")]
+        table.add_row(point, *("–" if value is None else interval_text(as_json(value)) for value in values))
+    Console().print(table)
+    if "benefit" in series:
+        print_benefits(series, Console())

@@ -13,6 +13,7 @@ intervals only (1), and with neither the ends are NaN. Pages, tables, comparison
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,7 +119,4 @@ def clearly_above(one: Estimate, other: Estimate) -> bool:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return math.nan
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return statistics.stdev(values) if len(values) > 1 else math.nan  # exact: 0 for equal values

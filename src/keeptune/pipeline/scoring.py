@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from keeptune.model.pretrained import load_model
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 
-__all__ = ["evaluate_stage", "find_result", "load_pair", "result_fingerprint"]
+__all__ = ["evaluate_stage", "find_result", "load_pair", "result_fingerprint", "score"]
 
 
 def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers | None = None) -> list[dict[str, Any]]:
@@ -39,22 +39,38 @@ def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers |
     weights = result_fingerprint(folder)
     results = job.output / ("evaluation" if adapter is None else f"evaluation-{weights[:12]}")
     pair = cache(lambda: load_pair(job, folder))  # not loaded where every benchmark is scored
-    return [_score(job, benchmark, pair, results, weights, kept)["summary"] for benchmark in job.recipe.evaluate]
+    return [score(job, benchmark, pair, results, weights, kept)["summary"] for benchmark in job.recipe.evaluate]
 
 
-def _score(
+def score(
     job: Job,
     benchmark: Benchmark,
     pair: Callable[[], ModelPair],
     results: Path,
     weights: str,
     kept: KeptAnswers | None,
+    variant: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    key = content_key([benchmark, data_fingerprint(benchmark), weights, job.base_fingerprint, job.seed])
+    """Score one benchmark, unless that is done.
+
+    Args:
+        job: The job.
+        benchmark: The benchmark.
+        pair: Loads the models.
+        results: The folder of the record and of the items' records.
+        weights: Fingerprint of the tuned weights.
+        kept: Where the base's answers are; None asks the base.
+        variant: The post-hoc variant of the weights that is scored, if it is one.
+
+    Returns:
+        The record.
+    """
+    own = [] if variant is None else [variant]
+    key = content_key([benchmark, data_fingerprint(benchmark), weights, job.base_fingerprint, job.seed, *own])
     stored = Stored(f"evaluate {benchmark.name}", results / f"{benchmark.name}.json", key)
     items = stored.path.with_suffix(".items.jsonl")
 
-    def score() -> dict[str, Any]:
+    def compute() -> dict[str, Any]:
         models = pair()
         started = time.perf_counter()
         result = evaluate(models, job.tokenizer, benchmark, Path(), seed=job.seed, kept=kept)
@@ -68,7 +84,7 @@ def _score(
             "summary": result.summary(),
         }
 
-    return stored.get(score, files=[items.name])
+    return stored.get(compute, files=[items.name])
 
 
 def load_pair(job: Job, folder: Path) -> ModelPair:

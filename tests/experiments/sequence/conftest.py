@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.pipeline.support import MODEL, values, write_data, write_jsonl
 
-from keeptune.experiments.sequence.schema import StageSequence, make_sequence
+from keeptune.experiments.sequence.stages_section import StageSequence, make_sequence
 
 
 def _rows(first: str, count: int) -> list[dict[str, Any]]:

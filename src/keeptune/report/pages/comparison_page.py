@@ -208,6 +208,7 @@ class SortedTable:
 def every_run(runs: Mapping[str, Any]) -> SortedTable:
     """Returns a table of all runs."""
     names = [b["name"] for b in runs["benchmarks"]]
+    relative = [key for key in ("K", "T", "KT") if any(row.get(key) is not None for row in runs["runs"])]
     first = ("run", "label", "rate", "strength", "seed", "status", "learned", "forgotten")
     rows: list[tuple[TableCell, ...]] = []
     for row in runs["runs"]:
@@ -215,6 +216,7 @@ def every_run(runs: Mapping[str, Any]) -> SortedTable:
         setting = "; ".join(f"{key} {value}" for key, value in setting_rows(row)[4:])
         numbers = [row.get("learning_rate"), row.get("strength"), row["seed"]]
         scores = [row.get("learned"), row.get("forgotten"), *(after.get(name) for name in names)]
+        scores += [row.get(key) for key in relative]
         rows.append(
             (
                 TableCell(str(row["name"])),
@@ -226,7 +228,7 @@ def every_run(runs: Mapping[str, Any]) -> SortedTable:
                 TableCell(setting or "–", wide=True),
             )
         )
-    return SortedTable((*first, *names, "trained", "setting"), tuple(rows))
+    return SortedTable((*first, *names, *relative, "trained", "setting"), tuple(rows))
 
 
 def failures(runs: Mapping[str, Any], front: Front) -> list[tuple[str, str, str]]:

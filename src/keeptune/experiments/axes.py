@@ -1,0 +1,206 @@
+"""The two axes of a comparison: what a run learned and what it forgot, from the scores of its benchmarks.
+
+With b_j and a_j the scores of benchmark j before and after fine-tuning, T the task benchmarks of the axis and K its
+knowledge benchmarks, every benchmark counting the same,
+
+    learned   = mean over T of a_j          (shares)   or  mean over T of -a_j        (nats per token)        (1)
+    forgotten = mean over K of b_j - a_j    (shares)   or  mean over K of a_j - b_j   (nats per token)        (2)
+
+More learned is better and less forgotten is better in both units. The item interval of a value is the mean of its
+benchmarks' own. The benchmarks of an axis are the same for all runs; a run that lacks a score of one of them has no
+value on the axis, never one over the benchmarks left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.intervals import lower_is_better
+
+__all__ = [
+    "DIGITS",
+    "Axes",
+    "Axis",
+    "Unit",
+    "Value",
+    "axes_of",
+    "base_score",
+    "forgotten_of",
+    "learned_of",
+    "loss_of",
+    "unit_of",
+]
+
+Unit = Literal["share", "nats"]
+Role = Literal["task", "knowledge"]
+# Differences of shares that are equal (0.8 - 0.7 and 0.5 - 0.4) differ in their last bits; a tie must stay one.
+DIGITS: Final = 12
+_KEYS: Final = {"task": "compare.learned", "knowledge": "compare.forgotten"}
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The benchmarks of one axis.
+
+    Args:
+        role: ``"task"`` for what is learned, ``"knowledge"`` for what is forgotten.
+        names: Its benchmarks.
+        unit: Theirs: ``"share"`` (higher is better) or ``"nats"`` per token (lower is better).
+    """
+
+    role: Role
+    names: tuple[str, ...]
+    unit: Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Both axes of a comparison."""
+
+    learned: Axis
+    forgotten: Axis
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A run's value on an axis.
+
+    Args:
+        number: The value; None where there is none.
+        why: Why there is none; empty where there is one.
+        interval: Its 95% interval over the items; None without one.
+    """
+
+    number: float | None
+    why: str = ""
+    interval: tuple[float, float] | None = None
+
+
+def axes_of(
+    benchmarks: Sequence[Mapping[str, Any]],
+    learned: Sequence[str] | None = None,
+    forgotten: Sequence[str] | None = None,
+) -> Axes:
+    """Returns the axes of a comparison.
+
+    Unless named, an axis has the benchmarks of its role that are shares; where there are none, those in nats.
+
+    Args:
+        benchmarks: Each with ``name``, ``role`` and ``metric``.
+        learned: Names of the task benchmarks to take.
+        forgotten: Names of the knowledge benchmarks to take.
+
+    Raises:
+        RecipeError: A role has no benchmark, a name is unknown or of another role, or those named have two units.
+    """
+    return Axes(_axis(benchmarks, "task", learned), _axis(benchmarks, "knowledge", forgotten))
+
+
+def _axis(benchmarks: Sequence[Mapping[str, Any]], role: Role, named: Sequence[str] | None) -> Axis:
+    units = {b["name"]: unit_of(b["metric"]) for b in benchmarks if b["role"] == role}
+    if not units:
+        raise RecipeError(
+            "evaluate",
+            got=f"no benchmark with role: {role}",
+            wanted="at least one task and one knowledge benchmark: a comparison sets learning against forgetting",
+            next_step=f"Add one with role: {role}.",
+        )
+    if named is None:
+        unit: Unit = "share" if "share" in units.values() else "nats"
+        return Axis(role, tuple(name for name in units if units[name] == unit), unit)
+    unknown = [name for name in named if name not in units]
+    if unknown or not named:
+        raise RecipeError(
+            _KEYS[role],
+            got=", ".join(unknown) or "an empty list",
+            wanted=f"names of {role} benchmarks in `evaluate`",
+            next_step=nearest(unknown[0] if unknown else "", units),
+        )
+    if len({units[name] for name in named}) > 1:
+        raise RecipeError(
+            _KEYS[role],
+            got=", ".join(f"{name} in {units[name]}" for name in named),
+            wanted="benchmarks of one unit: a share and nats have no mean",
+            next_step="Keep those of one unit.",
+        )
+    return Axis(role, tuple(dict.fromkeys(named)), units[named[0]])
+
+
+def unit_of(metric: str) -> Unit:
+    """Returns a metric's unit: ``"nats"`` where lower is better, ``"share"`` for every other."""
+    return "nats" if lower_is_better(metric) else "share"
+
+
+def learned_of(benchmarks: Sequence[Mapping[str, Any]], axis: Axis) -> Value:
+    """Computes what a run learned, eq. 1.
+
+    Args:
+        benchmarks: The run's, each with ``name``, ``before``, ``after`` and perhaps ``interval`` (of after - before).
+        axis: The axis.
+    """
+    sign = 1.0 if axis.unit == "share" else -1.0
+    return _mean(benchmarks, axis, lambda before, after: sign * after)
+
+
+def forgotten_of(benchmarks: Sequence[Mapping[str, Any]], axis: Axis) -> Value:
+    """Computes what a run forgot, eq. 2; negative where it gained.
+
+    Args:
+        benchmarks: As in :func:`learned_of`.
+        axis: The axis.
+    """
+    return _mean(benchmarks, axis, lambda before, after: loss_of(before, after, axis.unit))
+
+
+def base_score(benchmarks: Sequence[Mapping[str, Any]], axis: Axis) -> Value:
+    """Computes the base's place on the axis of what is learned.
+
+    Args:
+        benchmarks: As in :func:`learned_of`.
+        axis: The axis.
+    """
+    return learned_of([{**b, "after": b["before"], "interval": None} for b in benchmarks], axis)
+
+
+def loss_of(before: float, after: float, unit: Unit) -> float:
+    """Computes how much of a benchmark was lost; negative for a gain.
+
+    Args:
+        before: The base's score.
+        after: The tuned model's.
+        unit: The benchmark's.
+
+    >>> loss_of(0.8, 0.7, "share")
+    0.1
+    """
+    return round(before - after if unit == "share" else after - before, DIGITS)
+
+
+def _mean(benchmarks: Sequence[Mapping[str, Any]], axis: Axis, part: Callable[[float, float], float]) -> Value:
+    by_name = {b["name"]: b for b in benchmarks}
+    parts, lows, highs = [], [], []
+    for name in axis.names:
+        if name not in by_name:
+            return Value(None, f"no score of {name}")
+        before: Any = by_name[name].get("before")
+        after: Any = by_name[name].get("after")
+        for side, score in (("before", before), ("after", after)):
+            if score is None or not math.isfinite(score):
+                what = "missing" if score is None else "NaN" if math.isnan(score) else "infinite"
+                return Value(None, f"the score of {name} {side} training is {what}")
+        parts.append(part(before, after))
+        changes = by_name[name].get("interval") or (None, None)
+        ends = sorted(part(before, before + change) for change in changes if change is not None)
+        if len(ends) == 2:
+            lows.append(ends[0])
+            highs.append(ends[1])
+    complete = len(lows) == len(parts)
+    return Value(_average(parts), "", (_average(lows), _average(highs)) if complete else None)
+
+
+def _average(values: Sequence[float]) -> float:
+    return round(math.fsum(values) / len(values), DIGITS)

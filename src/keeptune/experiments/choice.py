@@ -1,0 +1,310 @@
+"""The choice: of all points, the one that learns most while it loses no more than the limit, exported.
+
+With loss_j(p, k) what the run of point p and seed k lost of knowledge benchmark j (before - after for shares, after -
+before for nats), and c_j the most that may be lost of it,
+
+    p* = argmax over p of mean_k learned(p, k)   subject to   E[loss_j(p)] <= c_j for all j                (1)
+
+where E is an estimate: the mean over the seeds, or the upper end of its 95% interval (:mod:`keeptune.core.intervals`).
+Of the runs of p*, those that keep to c themselves count (all, if none does), and the one with the median learned is
+taken; of an even number the lower one of the two in the middle.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from keeptune.adapter.load import SIDECAR, refuse_foreign
+from keeptune.core.artefact import atomic_directory, canonical_json, read_json, write_bytes, write_json
+from keeptune.core.errors import ArtefactError, RecipeError, nearest
+from keeptune.evaluation.results import BenchmarkResult, trade_off
+from keeptune.experiments.axes import loss_of, unit_of
+from keeptune.experiments.comparison_record import FRONT, read_front, read_runs
+from keeptune.experiments.front import spread
+from keeptune.experiments.posthoc_scaling import variant_of
+from keeptune.experiments.posthoc_scoring import copy_result, write_variant
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.reporting import entry_of
+from keeptune.pipeline.scoring import find_result, result_fingerprint
+from keeptune.recipe.schema import make_recipe
+from keeptune.report.pages.card import model_card
+
+__all__ = ["BEST", "Bound", "Choice", "choose", "choose_best", "limits_of", "parse_max_loss"]
+
+_log = logging.getLogger(__name__)
+BEST = "best"
+Bound = Literal["mean", "upper"]
+_OPTION = "--max-loss"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Args:
+        point: Name of the setting.
+        run: Name of the run.
+        learned: The point's mean.
+        forgotten: The point's mean.
+        loss: Benchmark to the point's estimate.
+        run_learned: What the run itself learned.
+        run_loss: Benchmark to what the run itself lost.
+        max_loss: Benchmark to what may be lost.
+        estimate: Which estimate the losses are.
+        unbound: Knowledge benchmarks without a limit.
+    """
+
+    point: str
+    run: str
+    learned: float
+    forgotten: float
+    loss: Mapping[str, float]
+    run_learned: float
+    run_loss: Mapping[str, float]
+    max_loss: Mapping[str, float]
+    estimate: Bound
+    unbound: Sequence[str] = ()
+
+
+def parse_max_loss(words: Sequence[str]) -> float | dict[str, float]:
+    """Reads ``--max-loss``: one number, or ``benchmark=number`` once or several times.
+
+    Args:
+        words: The values of the option.
+
+    Returns:
+        The number, or benchmark to number.
+
+    Raises:
+        RecipeError: A word is neither, or the two are mixed.
+    """
+    try:
+        if len(words) == 1 and "=" not in words[0]:
+            return _number(words[0])
+        pairs = [word.rpartition("=") for word in words]
+        if pairs and all(name and sign for name, sign, _ in pairs):
+            return {name: _number(number) for name, _, number in pairs}
+    except ValueError:
+        pass
+    raise RecipeError(
+        _OPTION,
+        got=" ".join(words) or "nothing",
+        wanted="one number, or benchmark=number for each benchmark to hold",
+        next_step=f"Example: {_OPTION} 0.01, or {_OPTION} facts=0.01 {_OPTION} text=0.05.",
+    )
+
+
+def _number(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(word)
+    return value
+
+
+def limits_of(
+    benchmarks: Sequence[Row], axis: Sequence[str], max_loss: float | Mapping[str, float]
+) -> dict[str, float]:
+    """Returns how much may be lost of each benchmark.
+
+    Args:
+        benchmarks: Each with ``name``, ``role`` and ``metric``.
+        axis: The knowledge benchmarks of the axis of what is forgotten: those that one number holds for.
+        max_loss: One number, or benchmark to number.
+
+    Raises:
+        RecipeError: A benchmark named is no knowledge benchmark.
+    """
+    if not isinstance(max_loss, Mapping):
+        return {name: float(max_loss) for name in axis}
+    known = [b["name"] for b in benchmarks if b["role"] == "knowledge"]
+    for name in max_loss:
+        if name not in known:
+            raise RecipeError(
+                _OPTION, got=name, wanted="a knowledge benchmark of the comparison", next_step=nearest(name, known)
+            )
+    return {name: float(value) for name, value in max_loss.items()}
+
+
+def choose(record: Row, front: Row, max_loss: float | Mapping[str, float], *, estimate: Bound = "mean") -> Choice:
+    """Chooses the point that learns most within the limits, and one run of it, eq. 1.
+
+    Args:
+        record: ``runs.json``.
+        front: ``front.json``.
+        max_loss: One number for the benchmarks of the axis of what is forgotten, or benchmark to number.
+        estimate: ``"mean"`` or ``"upper"``.
+
+    Returns:
+        The choice; of points that learn equally, the one that forgets less.
+
+    Raises:
+        RecipeError: No point keeps within the limits; the message names the one that comes nearest.
+    """
+    limits = limits_of(record["benchmarks"], front["axes"]["forgotten"] if front["axes"] else [], max_loss)
+    rows = {row["name"]: row for row in record["runs"]}
+    judged = []
+    for point in front["points"]:
+        members = [rows[name] for name in point["runs"]]
+        estimates = {name: _estimate(members, name, estimate) for name in limits}
+        losses = {name: loss for name, loss in estimates.items() if loss is not None}
+        if missing := [name for name in limits if name not in losses]:
+            _log.warning("choice: %s is left out: no score of %s", point["name"], ", ".join(missing))
+            continue
+        judged.append((point, losses, members))
+    within = [entry for entry in judged if all(entry[1][name] <= limit for name, limit in limits.items())]
+    if not within:
+        raise _no_choice(judged, limits, estimate)
+    point, losses, members = max(
+        within, key=lambda entry: (entry[0]["learned"]["mean"], -entry[0]["forgotten"]["mean"], entry[0]["name"])
+    )
+    run, own = _median(members, limits)
+    return Choice(
+        point=point["name"],
+        run=run["name"],
+        learned=point["learned"]["mean"],
+        forgotten=point["forgotten"]["mean"],
+        loss=losses,
+        run_learned=run["learned"],
+        run_loss=own,
+        max_loss=limits,
+        estimate=estimate,
+        unbound=[b["name"] for b in record["benchmarks"] if b["role"] == "knowledge" and b["name"] not in limits],
+    )
+
+
+def _loss(row: Row, name: str) -> tuple[float, tuple[float, float] | None] | None:
+    """What a run lost of a benchmark, with its item interval; None without a score."""
+    b = next((b for b in row["benchmarks"] if b["name"] == name), None)
+    if b is None or b["before"] is None or b["after"] is None:
+        return None
+    unit = unit_of(b["metric"])
+    low, high = b["interval"] or (None, None)
+    ends = None if low is None or high is None else (-high, -low) if unit == "share" else (low, high)
+    return loss_of(b["before"], b["after"], unit), ends
+
+
+def _estimate(rows: Sequence[Row], name: str, estimate: Bound) -> float | None:
+    losses = [loss for row in rows if (loss := _loss(row, name)) is not None]
+    if len(losses) < len(rows):
+        return None
+    over = spread([value for value, _ in losses], [ends for _, ends in losses])
+    if estimate == "mean":
+        return over.mean
+    return over.high if math.isfinite(over.high) else None
+
+
+def _median(members: Sequence[Row], limits: Mapping[str, float]) -> tuple[Row, dict[str, float]]:
+    own = {row["name"]: {name: (_loss(row, name) or (math.inf, None))[0] for name in limits} for row in members}
+    keeping = [row for row in members if all(own[row["name"]][name] <= limit for name, limit in limits.items())]
+    if not keeping:
+        _log.warning("choice: no single seed keeps within all limits, only their mean does; the median seed is taken")
+    ranked = sorted(keeping or members, key=lambda row: (row["learned"], row["seed"]))
+    run = ranked[(len(ranked) - 1) // 2]
+    return run, own[run["name"]]
+
+
+def _no_choice(
+    judged: Sequence[tuple[Row, dict[str, float], Any]], limits: Mapping[str, float], estimate: Bound
+) -> RecipeError:
+    if not judged or not limits:
+        return RecipeError(
+            _OPTION,
+            got="no point with scores of " + (", ".join(limits) or "knowledge"),
+            wanted="a comparison with finished runs",
+            next_step="Finish the comparison first.",
+        )
+    point, losses, _ = min(judged, key=lambda entry: max(entry[1][name] - limits[name] for name in limits))
+    allowed = ", ".join(f"{name} {limit:g}" for name, limit in limits.items())
+    lost = ", ".join(f"{loss:.4g} of {name}" for name, loss in losses.items())
+    over = "mean over seeds" if estimate == "mean" else "upper end of 95% intervals"
+    return RecipeError(
+        _OPTION,
+        got=f"no point within the limits ({allowed}); the nearest, {point['name']}, loses {lost} ({over})",
+        wanted="a limit that some point keeps",
+        next_step="Raise it, or compare lower rates, more strength or smaller scales.",
+    )
+
+
+def choose_best(output: Path, max_loss: float | Mapping[str, float], *, estimate: Bound = "mean") -> dict[str, Any]:
+    """Chooses, exports to ``best``, and records the choice in ``front.json``.
+
+    Args:
+        output: The comparison's folder, with its records.
+        max_loss: One number, or benchmark to number.
+        estimate: ``"mean"`` or ``"upper"``.
+
+    Returns:
+        The choice as in ``front.json``.
+
+    Raises:
+        KeeptuneError: Nothing keeps within the limits, the chosen result is not the one that was scored, or it cannot
+            be written.
+    """
+    record, front = read_runs(output), read_front(output)
+    choice = choose(record, front, max_loss, estimate=estimate)
+    best = output / BEST
+    _export(record, choice, best)
+    plain = {**asdict(choice), "adapter": str(best), "weights": result_fingerprint(best)}
+    write_json(output / FRONT, front | {"choice": plain})
+    return plain
+
+
+def _export(record: Row, choice: Choice, best: Path) -> None:
+    """Writes the chosen run's result: copied, or, of a variant, made and checked on a fresh base."""
+    row = next(row for row in record["runs"] if row["name"] == choice.run)
+    folder, trained = Path(row["folder"]), row["variant"] is None
+    scored, run = (folder / "evaluation", folder) if trained else (folder, folder.parent.parent)
+    weights = {read_json(scored / f"{b['name']}.json")["weights"] for b in row["benchmarks"]}
+    if weights != {result_fingerprint(find_result(run))}:
+        raise ArtefactError(
+            str(run),
+            got="a result that is not the one that was scored",
+            wanted="the chosen run's",
+            next_step="Start the comparison again; it does what is missing.",
+        )
+    if trained:
+        _copy(find_result(run), best)
+    else:
+        recipe = make_recipe(read_json(run / "recipe.json"), folder=Path(), where=f"recipe of {run}")
+        write_variant(Job(recipe.model_copy(update={"output": run})), variant_of(row["variant"]), best)
+    _write_card(best, run, row, choice)
+
+
+def _write_card(best: Path, run: Path, row: Row, choice: Choice) -> None:
+    """Writes the model card of what was chosen, with its own scores: those of a variant, not of the run beneath."""
+    entry, folder = entry_of(run), Path(row["folder"])
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in choice.max_loss.items())
+    notes = [f"Chosen by keeptune compare: it learned most of what loses at most {limits}; run {choice.run}."]
+    if row["variant"] is not None:
+        names = [b["name"] for b in row["benchmarks"]]
+        read = [(folder / f"{name}.json", folder / f"{name}.items.jsonl") for name in names]
+        results = [
+            BenchmarkResult.from_jsonl(read_json(record)["summary"], items.read_text(encoding="utf-8"))
+            for record, items in read
+        ]
+        entry |= trade_off(results) | {"benchmarks": [result.summary() for result in results]}
+        notes.append(f"Changed after training, which the recipe does not do: {canonical_json(row['variant'])}.")
+    text = model_card(
+        entry | {"notes": [*notes, *entry["notes"]]}, read_json(best / SIDECAR), read_json(run / "recipe.json")
+    )
+    write_bytes(best / "README.md", text.encode())
+
+
+def _copy(folder: Path, best: Path) -> None:
+    refuse_foreign(best)
+    wanted = result_fingerprint(folder)
+    with atomic_directory(best) as fresh:
+        copy_result(folder, fresh, best)
+        if result_fingerprint(fresh) != wanted:
+            raise ArtefactError(
+                str(best),
+                got="other weights than the chosen run's",
+                wanted=f"a copy of {folder}",
+                next_step="Is another comparison at work in this folder? Start it again.",
+            )

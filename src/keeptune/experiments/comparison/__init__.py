@@ -1,1 +1,0 @@
-"""keeptune compare: methods, rates, strengths and seeds as one grid of runs, their trade-off, and the choice."""

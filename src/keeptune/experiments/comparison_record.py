@@ -1,0 +1,387 @@
+"""The records of a comparison: runs to rows, rows to the trade-off, and both to files.
+
+``runs.json`` and ``runs.parquet`` have a row per run, ``front.json`` what the rows mean. From rows to trade-off
+everything is a pure function; only :func:`row_of` reads run folders and only :func:`write_records` writes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from keeptune.core.artefact import canonical_json, read_json, write_bytes, write_json
+from keeptune.core.errors import ArtefactError, KeeptuneError
+from keeptune.evaluation.results import BenchmarkResult, trade_off
+from keeptune.experiments.axes import Axes, axes_of, forgotten_of, learned_of
+from keeptune.experiments.front import Point, as_json, families, hypervolumes, pareto, points_of, reference_point
+from keeptune.experiments.matched import matched
+from keeptune.experiments.plan_runs import RunSpec
+from keeptune.experiments.posthoc_scaling import Variant
+from keeptune.experiments.posthoc_scoring import VARIANTS
+from keeptune.experiments.single_run import Outcome
+from keeptune.pipeline.scoring import find_result, result_fingerprint
+
+__all__ = [
+    "FRONT",
+    "RUNS_FILE",
+    "Options",
+    "read_front",
+    "read_runs",
+    "row_of",
+    "table_of",
+    "trade_off_of",
+    "with_axes",
+    "with_relative_scores",
+    "write_records",
+]
+
+RUNS_FILE, FRONT = "runs.json", "front.json"
+_NAMED = 5
+_BENCHMARK = ("name", "role", "metric", "n", "before", "after", "interval")
+_NO_AXES = {"learned": None, "forgotten": None, "why": "", "learned_interval": None, "forgotten_interval": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a recipe says about a comparison's axes and tables; None leaves each to the data.
+
+    Args:
+        learned: Task benchmarks of the axis.
+        forgotten: Knowledge benchmarks of the axis.
+        score: Where labels are matched.
+        baseline: Label that the others are compared with; None takes ``lora`` where it is a label.
+        reference_point: ``(learned, forgotten)`` of the hypervolumes.
+        hypervolumes: Whether labels have them: a sweep's points are one setting each.
+        reference: Run folder of full fine-tuning outside the comparison, for T.
+        about: More keys of ``runs.json``: ``base``, ``command``, ``recipe``, a sweep's ``axis`` and ``grid``, ...
+    """
+
+    learned: Sequence[str] | None = None
+    forgotten: Sequence[str] | None = None
+    score: float | None = None
+    baseline: str | None = None
+    reference_point: tuple[float, float] | None = None
+    hypervolumes: bool = True
+    reference: Path | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def row_of(spec: RunSpec, outcome: Outcome, variant: Variant | None = None) -> dict[str, Any]:
+    """Reads a run's folder into a row of ``runs.json``, without its axes.
+
+    Args:
+        spec: The run.
+        outcome: How it ended.
+        variant: A post-hoc variant of its result, which gets a row with a label of its own.
+
+    Returns:
+        The row. Of a run that is done but whose scores are missing, or are of other weights, the status is
+        ``"missing"``.
+    """
+    folder = spec.recipe.output if variant is None else spec.recipe.output / VARIANTS / variant.slug
+    row: dict[str, Any] = {
+        "name": spec.name if variant is None else f"{spec.name}/{variant.slug}",
+        "label": spec.label if variant is None else f"{spec.label}, {variant.family}",
+        "method": spec.method,
+        "settings": dict(spec.settings),
+        "learning_rate": spec.learning_rate,
+        "strength": spec.strength,
+        "variant": None if variant is None else variant.plain(),
+        "of": None if variant is None else spec.label,
+        "seed": spec.seed,
+        "x": spec.x,
+        "folder": str(folder),
+        "status": outcome.status,
+        "message": outcome.message,
+        "seconds": {"plan": None, "train": None, "evaluate": None},
+        "trained_parameters": None,
+        "benchmarks": [],
+    }
+    if outcome.status != "done":
+        return row
+    try:
+        return row | (_run_scores(folder) if variant is None else _variant_scores(folder))
+    except (KeeptuneError, KeyError, TypeError) as error:
+        return row | {"status": "missing", "message": f"{type(error).__name__}: {error}"}
+
+
+def _run_scores(folder: Path) -> dict[str, Any]:
+    trained = read_json(folder / "trained" / "train.json")
+    names = [entry["name"] for entry in read_json(folder / "recipe.json")["evaluate"]]
+    records = _scores(folder / "evaluation", names, result_fingerprint(find_result(folder)))
+    plan = folder / "plan" / "seconds.json"
+    return {
+        "seconds": {
+            "plan": read_json(plan)["plan"] if plan.is_file() else None,
+            "train": trained["seconds"],
+            "evaluate": math.fsum(record["seconds"] for record in records),
+        },
+        "trained_parameters": trained["trained_parameters"],
+        "benchmarks": [_benchmark(record["summary"]) for record in records],
+    }
+
+
+def _variant_scores(folder: Path) -> dict[str, Any]:
+    head = read_json(folder / "variant.json")
+    if head["message"]:
+        return {"status": "failed", "message": head["message"]}
+    records = _scores(folder, head["benchmarks"], result_fingerprint(find_result(folder.parent.parent)))
+    seconds = {"plan": None, "train": None, "evaluate": math.fsum(record["seconds"] for record in records)}
+    return {"seconds": seconds, "benchmarks": [_benchmark(record["summary"]) for record in records]}
+
+
+def _scores(folder: Path, names: Iterable[str], weights: str) -> list[dict[str, Any]]:
+    records = [read_json(folder / f"{name}.json") for name in names]
+    for record in records:
+        if record["weights"] != weights:
+            raise ArtefactError(
+                str(folder / f"{record['summary']['name']}.json"),
+                got="scores of other weights than those that are there",
+                wanted="scores of the run's result",
+                next_step="Start the comparison again; it does what is missing.",
+            )
+    return records
+
+
+def _benchmark(summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: summary[key] for key in _BENCHMARK}
+
+
+def with_relative_scores(rows: Sequence[Mapping[str, Any]], reference: Path | None = None) -> list[dict[str, Any]]:
+    """Adds ``K``, ``T`` and ``KT`` (FARSS) to rows; T is relative to full fine-tuning of the same seed.
+
+    Args:
+        rows: From :func:`row_of`.
+        reference: Run folder of full fine-tuning, for seeds that have none among the rows.
+
+    Returns:
+        New rows. Of several full fine-tunings the one that learned most counts, so that T is never flattered.
+    """
+    outside = None if reference is None else _results(_run_scores(reference))
+    full: dict[int, list[BenchmarkResult]] = {}
+    for row in rows:
+        if row["method"] == "full" and row["status"] == "done" and not row["variant"]:
+            rival = full.get(row["seed"])
+            if rival is None or (trade_off(_results(row), rival)["T"] or 0) > 1:
+                full[row["seed"]] = _results(row)
+    scored = []
+    for row in rows:
+        done = row["status"] == "done"
+        scores = trade_off(_results(row), full.get(row["seed"], outside)) if done else {}
+        scored.append({**row, **{key: scores.get(key) for key in ("K", "T", "KT")}})
+    return scored
+
+
+def _results(row: Mapping[str, Any]) -> list[BenchmarkResult]:
+    return [BenchmarkResult(**b, kl_to_base=None, groups={}, items=()) for b in row["benchmarks"]]
+
+
+def with_axes(rows: Sequence[Mapping[str, Any]], axes: Axes) -> list[dict[str, Any]]:
+    """Adds to rows their place on the axes.
+
+    Args:
+        rows: Rows with ``benchmarks``.
+        axes: The axes.
+
+    Returns:
+        New rows with ``learned`` and ``forgotten``, None where there is none, and then ``why``, and their item
+        intervals ``learned_interval`` and ``forgotten_interval``.
+    """
+    placed = []
+    for row in rows:
+        learned = learned_of(row["benchmarks"], axes.learned)
+        forgotten = forgotten_of(row["benchmarks"], axes.forgotten)
+        own = {
+            "learned": learned.number,
+            "forgotten": forgotten.number,
+            "why": learned.why or forgotten.why,
+            "learned_interval": learned.interval and list(learned.interval),
+            "forgotten_interval": forgotten.interval and list(forgotten.interval),
+        }
+        placed.append({**row, **(own if row["status"] == "done" else _NO_AXES)})
+    return placed
+
+
+def trade_off_of(rows: Sequence[Mapping[str, Any]], axes: Axes, options: Options | None = None) -> dict[str, Any]:
+    """Returns ``front.json`` of rows.
+
+    Args:
+        rows: From :func:`with_axes`.
+        axes: The axes.
+        options: What the recipe says.
+
+    Returns:
+        ``units``, ``axes``, ``points``, ``fronts``, ``front``, ``hypervolume``, ``reference_point``, ``matched``,
+        ``excluded``, ``notes`` and ``choice`` (None).
+    """
+    options = options or Options()
+    points, excluded = points_of(rows)
+    groups = families(points)
+    reference = options.reference_point or reference_point(rows, axes, points)
+    over_all = _names(points)
+    baseline = options.baseline or next((label for label in groups if label == "lora"), None)
+    return {
+        "units": {"learned": axes.learned.unit, "forgotten": axes.forgotten.unit},
+        "axes": {"learned": list(axes.learned.names), "forgotten": list(axes.forgotten.names)},
+        "points": [_described(point, point.name in over_all) for point in points],
+        "fronts": {label: _names(members) for label, members in groups.items()},
+        "front": over_all,
+        "hypervolume": {} if reference is None or not options.hypervolumes else hypervolumes(groups, reference),
+        "reference_point": None if reference is None else list(reference),
+        "matched": matched(groups, options.score, baseline),
+        "excluded": excluded,
+        "notes": _notes(points, excluded),
+        "choice": None,
+    }
+
+
+def _no_trade_off(roles: set[str], excluded: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Returns ``front.json`` of runs of which nothing is scored yet, or one side alone, as in some published tables."""
+    lacking = [role for role in ("task", "knowledge") if roles and role not in roles]
+    return {
+        **dict.fromkeys(("units", "axes", "reference_point", "choice")),
+        **{"points": [], "fronts": {}, "front": [], "hypervolume": {}},
+        "matched": {"score": None, "baseline": None, "rows": []},
+        "excluded": list(excluded),
+        "notes": [f"no trade-off: `evaluate` has no benchmark with role: {role}" for role in lacking],
+    }
+
+
+def _names(points: Sequence[Point]) -> list[str]:
+    kept = pareto([point.place for point in points])
+    return [point.name for point, on in sorted(zip(points, kept, strict=True), key=lambda pair: pair[0].place) if on]
+
+
+def _described(point: Point, on_front: bool) -> dict[str, Any]:
+    return {
+        "name": point.name,
+        "label": point.label,
+        **point.about,
+        "of": point.of,
+        "seeds": sorted(point.places),
+        "runs": [point.runs[seed] for seed in sorted(point.runs)],
+        "learned": as_json(point.learned),
+        "forgotten": as_json(point.forgotten),
+        "on_front": on_front,
+    }
+
+
+def _notes(points: Sequence[Point], excluded: Sequence[Mapping[str, str]]) -> list[str]:
+    """Notes for a reader of means: points with fewer seeds, and how many runs are left out."""
+    most = max((len(point.places) for point in points), default=0)
+    fewer = [f"{point.name} ({len(point.places)})" for point in points if len(point.places) < most]
+    more = f" and {len(fewer) - _NAMED} more" if len(fewer) > _NAMED else ""
+    notes = [f"with fewer than {most} seeds: {', '.join(fewer[:_NAMED])}{more}"] if fewer else []
+    if excluded:
+        count = "1 run is" if len(excluded) == 1 else f"{len(excluded)} runs are"
+        notes.append(f"{count} left out; `excluded` says why")
+    if most == 1:
+        notes.append("with one seed, intervals are over items alone")
+    return notes
+
+
+def write_records(
+    output: Path, rows: Sequence[Mapping[str, Any]], options: Options
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Writes ``runs.json``, ``runs.parquet`` and ``front.json``, each whole or not at all.
+
+    Args:
+        output: The comparison's folder.
+        rows: From :func:`row_of`, of every run, finished or not, in the order to show them.
+        options: What the recipe says.
+
+    Returns:
+        What ``runs.json`` and ``front.json`` hold; the latter's choice is None.
+
+    Raises:
+        RecipeError: The axes or the baseline that the recipe names do not exist.
+        ArtefactError: The disk is full or cannot be written.
+    """
+    import pyarrow.parquet as pq
+
+    rows = [_finite(row) for row in with_relative_scores(rows, options.reference)]
+    benchmarks = list(
+        {b["name"]: {key: b[key] for key in _BENCHMARK[:4]} for row in rows for b in row["benchmarks"]}.values()
+    )
+    roles = {b["role"] for b in benchmarks}
+    if len(roles) == 2:
+        axes = axes_of(benchmarks, options.learned, options.forgotten)
+        rows = with_axes(rows, axes)
+        front = trade_off_of(rows, axes, options)
+    else:
+        rows = [{**row, **_NO_AXES} for row in rows]
+        front = _no_trade_off(roles, points_of(rows)[1] if not roles else [])
+    record = {
+        "version": version("keeptune"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **options.about,
+        "benchmarks": benchmarks,
+        "runs": rows,
+    }
+    table = io.BytesIO()
+    pq.write_table(table_of(rows), table)
+    write_json(output / RUNS_FILE, record)
+    write_bytes(output / "runs.parquet", table.getvalue())
+    write_json(output / FRONT, front)
+    return record, front
+
+
+def _finite(value: Any) -> Any:
+    """Replaces NaN and infinities, which JSON has not, by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Returns rows as a pyarrow table: one line a run, benchmarks as columns.
+
+    Args:
+        rows: Rows of ``runs.json``.
+
+    Returns:
+        The table; settings and variant are JSON text, of each benchmark ``<name>.before``, ``.after``, ``.low``,
+        ``.high`` (of after - before) and ``.n``.
+    """
+    import pyarrow as pa
+
+    names = list(dict.fromkeys(b["name"] for row in rows for b in row["benchmarks"]))
+    text, number, whole = pa.string(), pa.float64(), pa.int64()
+    columns: dict[str, tuple[Any, list[Any]]] = {
+        key: (text, [row.get(key) for row in rows]) for key in ("name", "label", "of", "method", "status", "message")
+    }
+    for key in ("settings", "variant"):
+        columns[key] = (text, [None if row[key] is None else canonical_json(row[key]) for row in rows])
+    for key in ("x", "learning_rate", "strength", "learned", "forgotten", "K", "T", "KT"):
+        columns[key] = (number, [row.get(key) for row in rows])
+    columns |= {key: (whole, [row[key] for row in rows]) for key in ("seed", "trained_parameters")}
+    for stage in ("plan", "train", "evaluate"):
+        columns[f"seconds.{stage}"] = (number, [row["seconds"][stage] for row in rows])
+    for name in names:
+        scores = [next((b for b in row["benchmarks"] if b["name"] == name), None) for row in rows]
+        ends = [(None, None) if b is None or b["interval"] is None else b["interval"] for b in scores]
+        for side in ("before", "after"):
+            columns[f"{name}.{side}"] = (number, [b and b[side] for b in scores])
+        columns[f"{name}.low"] = (number, [low for low, _ in ends])
+        columns[f"{name}.high"] = (number, [high for _, high in ends])
+        columns[f"{name}.n"] = (whole, [b and b["n"] for b in scores])
+    columns["folder"] = (text, [row["folder"] for row in rows])
+    return pa.table({key: pa.array(values, type=kind) for key, (kind, values) in columns.items()})
+
+
+def read_runs(output: Path) -> dict[str, Any]:
+    """Returns what a comparison's ``runs.json`` holds; raises ArtefactError where it is missing or damaged."""
+    return dict(read_json(output / RUNS_FILE))
+
+
+def read_front(output: Path) -> dict[str, Any]:
+    """Returns what a comparison's ``front.json`` holds; raises ArtefactError where it is missing or damaged."""
+    return dict(read_json(output / FRONT))

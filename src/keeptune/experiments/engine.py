@@ -1,0 +1,366 @@
+"""The engine of comparisons: runs in this process, or as tasks on Ray, on this machine or a cluster.
+
+Finished runs are recognised before any starts. A run that fails is reported and the others go on; on Ray, one whose
+worker died is tried once more, and worker processes take one run after the other, so that libraries are loaded once.
+Runs that need the same statistics, or the base's answers to the same benchmark, wait for the first to collect them
+(:mod:`keeptune.core.locks`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import platform
+import secrets
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from keeptune.core.artefact import write_bytes
+from keeptune.core.errors import RecipeError
+from keeptune.core.locks import locked
+from keeptune.experiments.compare_section import Resources
+from keeptune.experiments.plan_runs import Comparison, RunSpec, check_runs
+from keeptune.experiments.posthoc_scaling import Variant, standard_variants
+from keeptune.experiments.single_run import Outcome, RunTask, attempt, finished, task_key
+from keeptune.model.head import body_fingerprint
+from keeptune.pipeline.job import Job
+
+__all__ = [
+    "TaskMaker",
+    "Workers",
+    "log_outcome",
+    "missing_extra",
+    "only_one",
+    "run_all",
+    "run_tasks",
+    "started_workers",
+    "tasks_of",
+]
+
+_log = logging.getLogger(__name__)
+_MARKER = ".shared-folder"
+_RETRIES = 1
+
+
+@dataclass(frozen=True)
+class TaskMaker:
+    """Makes a comparison's runs ready for workers.
+
+    Args:
+        comparison: The comparison.
+        base: Fingerprint of the base.
+        known: Fingerprints of data files by path.
+    """
+
+    comparison: Comparison
+    base: str
+    known: dict[str, str] = field(default_factory=dict)
+
+    def task(self, spec: RunSpec) -> RunTask:
+        """Returns a run as a worker gets it."""
+        resources = self.comparison.section.resources
+        return RunTask(
+            name=spec.name,
+            recipe=spec.recipe,
+            key=task_key(spec.recipe, self.base, self.known),
+            base=self.base,
+            shared=self.comparison.output.absolute(),
+            threads=None if resources is None else max(1, int(resources.cpus)),
+            variants=variants_of(self.comparison, spec.label),
+        )
+
+
+def variants_of(comparison: Comparison, label: str) -> Sequence[Variant]:
+    """Returns the post-hoc variants of an entry's runs: those of plain LoRA are baselines that need no training."""
+    section = comparison.section
+    wanted = section.baselines and label == comparison.plain
+    return standard_variants(section.scales, section.intruders) if wanted else ()
+
+
+def tasks_of(
+    comparison: Comparison, specs: Sequence[RunSpec], *, check: bool = True
+) -> tuple[TaskMaker, dict[str, RunTask], frozenset[str]]:
+    """Finds out which runs are finished, and checks the others with data and model.
+
+    Args:
+        comparison: The comparison.
+        specs: The runs.
+        check: Whether to check.
+
+    Returns:
+        What made the tasks, name to task, and the names of those that are not finished.
+
+    Raises:
+        KeeptuneError: A run is not possible.
+    """
+    model = Job(specs[0].recipe).base()
+    maker = TaskMaker(comparison, body_fingerprint(model))
+    tasks = {spec.name: maker.task(spec) for spec in specs}
+    missing = frozenset(name for name, task in tasks.items() if not finished(task))
+    if check:
+        check_runs(comparison, [spec for spec in specs if spec.name in missing], model)
+    del model  # on a GPU the runs need its memory
+    gc.collect()
+    return maker, tasks, missing
+
+
+def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outcome]:
+    """Does what is missing of a comparison.
+
+    Args:
+        comparison: The comparison.
+        specs: Its runs.
+
+    Returns:
+        Name of each run to how it ended.
+
+    Raises:
+        KeeptuneError: What the user can correct; nothing was run then.
+    """
+    _, tasks, _ = tasks_of(comparison, specs)
+    with only_one(comparison.output):
+        ordered = sorted(specs, key=lambda spec: comparison.section.seeds.index(spec.seed))
+        outcomes = run_tasks(comparison, [tasks[spec.name] for spec in ordered])
+    return {spec.name: outcomes[spec.name] for spec in specs}
+
+
+def run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Outcome]:
+    """Does the tasks that are not finished, while :func:`only_one` is held.
+
+    Args:
+        comparison: The comparison.
+        tasks: The tasks, in their order.
+
+    Returns:
+        Name of each to how it ended.
+    """
+    outcomes = {task.name: Outcome("done") for task in tasks if finished(task)}
+    waiting = [task for task in tasks if task.name not in outcomes]
+    if outcomes:
+        _log.info("%s: %d of %d runs are done", comparison.kind, len(outcomes), len(tasks))
+    if not waiting:
+        return outcomes
+    with (
+        started_workers(comparison) as workers,
+        logging_redirect_tqdm(),
+        tqdm(total=len(waiting), desc="runs", unit="run", disable=None, smoothing=0) as bar,
+    ):
+        for task in waiting:
+            workers.submit(task)
+        for number in range(1, len(waiting) + 1):
+            task, outcome = workers.wait()
+            outcomes[task.name] = outcome
+            log_outcome(task.name, outcome, number, len(waiting))
+            bar.update()
+    return outcomes
+
+
+@contextlib.contextmanager
+def only_one(output: Path) -> Iterator[None]:
+    """Holds the lock of a comparison's folder; raises RecipeError where another process holds it.
+
+    Args:
+        output: The folder.
+    """
+    with locked(output / ".lock", wait=False) as ours:
+        if not ours:
+            raise RecipeError(
+                f"output {output}",
+                got="a comparison at work in this folder",
+                wanted="one at a time",
+                next_step="Wait for the other command, or choose another output.",
+            )
+        yield
+
+
+class Workers(Protocol):
+    """Does runs; ``room`` is how many at once."""
+
+    room: int
+
+    def submit(self, task: RunTask) -> None:
+        """Puts a task in line."""
+
+    def wait(self) -> tuple[RunTask, Outcome]:
+        """Returns the next task that ends, and how it ended."""
+
+
+@contextlib.contextmanager
+def started_workers(comparison: Comparison) -> Iterator[Workers]:
+    """Starts workers: on Ray, or in this process where the section has no ``resources``.
+
+    Args:
+        comparison: The comparison.
+
+    Yields:
+        The workers.
+
+    Raises:
+        RecipeError: Ray is not installed, there is no such cluster, or no node has the resources of one run.
+    """
+    resources = comparison.section.resources
+    if resources is None:
+        yield _Here()
+        return
+    with _started_ray(resources) as ray:
+        yield _OnRay(ray, resources, comparison.output)
+
+
+class _Here:
+    """Runs one after the other in this process."""
+
+    room = 1
+
+    def __init__(self) -> None:
+        self._waiting: deque[RunTask] = deque()
+
+    def submit(self, task: RunTask) -> None:
+        self._waiting.append(task)
+
+    def wait(self) -> tuple[RunTask, Outcome]:
+        task = self._waiting.popleft()
+        return task, replace(attempt(task), warnings=())  # they were logged here as they came
+
+
+class _OnRay:
+    """Runs as Ray's tasks."""
+
+    def __init__(self, ray: Any, resources: Resources, output: Path) -> None:
+        self._ray = ray
+        self._token = secrets.token_hex(16)
+        write_bytes(output / _MARKER, self._token.encode())  # by which workers see that the folder is theirs
+        # Ray takes a new process for each task with a GPU unless it is configured otherwise.
+        self._remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=_RETRIES, max_calls=0)(
+            _on_worker
+        )
+        self._running: dict[Any, RunTask] = {}
+        self.room = max(1, sum(_fits(node, resources) for node in ray.nodes()))
+
+    def submit(self, task: RunTask) -> None:
+        self._running[self._remote.remote(task, self._token)] = task
+
+    def wait(self) -> tuple[RunTask, Outcome]:
+        exceptions = self._ray.exceptions
+        (ready,), _ = self._ray.wait(list(self._running), num_returns=1)
+        task = self._running.pop(ready)
+        try:
+            return task, self._ray.get(ready)
+        except exceptions.WorkerCrashedError:
+            message = f"its worker process died {_RETRIES + 1} times; out of memory?"
+        except exceptions.RayTaskError as error:
+            message = f"an unexpected error: {error}"
+        except exceptions.RayError as error:
+            message = f"{type(error).__name__}: {error}"
+        return task, Outcome("failed", message)
+
+
+def _fits(node: Mapping[str, Any], resources: Resources) -> int:
+    """How many runs a node has room for at once."""
+    have = node["Resources"]
+    rooms = [have.get("CPU", 0) // resources.cpus]
+    rooms += [have.get("GPU", 0) // resources.gpus] if resources.gpus else []
+    return int(min(rooms)) if node["Alive"] else 0
+
+
+def _on_worker(task: RunTask, token: str) -> Outcome:
+    """Does a run on a worker, if the worker sees the comparison's folder."""
+    import datasets
+    import ray
+    from transformers.utils import logging as transformers_logging
+
+    node = ray.get_runtime_context().get_node_id()
+    marker = task.shared / _MARKER
+    if not marker.is_file() or marker.read_text(encoding="utf-8") != token:
+        return Outcome(
+            "failed",
+            f"machine {platform.node()}: {task.shared} is not the folder that the comparison was started in. "
+            "All nodes need one shared folder: put `output` and `store` on it.",
+            node=node,
+        )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    return replace(attempt(task), node=node)
+
+
+@contextlib.contextmanager
+def _started_ray(resources: Resources) -> Iterator[Any]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # not 15, at which any other process starves the runs
+    try:
+        import ray
+    except ImportError as error:
+        raise missing_extra("Ray") from error
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(
+                address=resources.address or "local",  # None would join whatever runs on this machine
+                include_dashboard=None if resources.address else False,
+                log_to_driver=False,  # each run's log is in its folder
+                logging_level=logging.WARNING,
+            )
+        except ConnectionError as error:
+            raise RecipeError(
+                "compare.resources.address",
+                got=f"{resources.address}: {str(error).splitlines()[0]}",
+                wanted="the address of a running cluster",
+                next_step="Start one with `ray start --head`, or leave the address out to use this machine.",
+            ) from error
+    try:
+        _need_room(ray.nodes(), resources)  # type: ignore[no-untyped-call]
+        yield ray
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _need_room(nodes: Sequence[Mapping[str, Any]], resources: Resources) -> None:
+    """Refuses what no node has: Ray would wait for ever."""
+    if not any(_fits(node, resources) for node in nodes):
+        have = [(n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)) for n in nodes if n["Alive"]]
+        raise RecipeError(
+            "compare.resources",
+            got=f"{resources.cpus:g} CPUs and {resources.gpus:g} GPUs for each run",
+            wanted="what one node has: " + "; ".join(f"{cpus:g} CPUs and {gpus:g} GPUs" for cpus, gpus in have),
+            next_step="Lower resources.cpus or resources.gpus, or set `resources: null` to run in this process.",
+        )
+
+
+def missing_extra(library: str) -> RecipeError:
+    """Returns the error that says how to install what comparisons need.
+
+    Args:
+        library: What is missing.
+    """
+    return RecipeError(
+        "compare",
+        got=f"no {library} in this Python",
+        wanted="the libraries of comparisons",
+        next_step='Install them: pip install "keeptune[compare]".',
+    )
+
+
+def log_outcome(name: str, outcome: Outcome, done: int, total: int) -> None:
+    """Logs how a run ended.
+
+    Args:
+        name: Its name.
+        outcome: How it ended.
+        done: How many have ended.
+        total: Of how many.
+    """
+    for text in dict.fromkeys(outcome.warnings):
+        _log.warning("%s: %s", name, text)
+    if outcome.status == "failed":
+        _log.warning("%s failed: %s", name, outcome.message)
+    else:
+        _log.info("%s done in %.0f s (%d of %d)", name, outcome.seconds, done, total)

@@ -1,0 +1,386 @@
+"""The entries of ``compare.methods``, and the baselines that are added to them.
+
+    lora                                                                a method's name
+    {name: keep, nats: 0.001}                                           a method section
+    {label: "lora + replay", method: {name: lora, rank: 8}, replay: 0.1, learning_rate: [1e-3]}
+                                                                        a method with other dotted keys of the recipe
+    {label: "lora + kl", method: lora, penalties: [kl], strength: {penalties.0.strength: [3, 30]}}
+
+``strength`` is a list of factors on the method's own strength (:mod:`keeptune.methods.strength`), or one dotted key
+with its values. In a method section a single number is the method's own option of that name.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from keeptune.core.errors import RecipeError, placed
+from keeptune.experiments.compare_section import CompareSection, refuse_repeats
+from keeptune.methods.strength import stronger
+from keeptune.recipe.construct import make_method
+from keeptune.recipe.reading import set_value, spelt_out
+
+__all__ = [
+    "FIXED",
+    "Entry",
+    "Variation",
+    "as_text",
+    "by_factor",
+    "by_value",
+    "check_labels",
+    "check_settings",
+    "read_entries",
+    "short",
+    "slug",
+    "with_settings",
+]
+
+FIXED = {
+    "output": "each run has its own folder below the comparison's",
+    "compare": "an entry is a part of it",
+    "seeds": "`seeds` lists the seeds of all runs",
+    "train.seed": "`seeds` lists the seeds of all runs",
+    "evaluate": "runs are compared on the same benchmarks",
+    "reference": "T has one reference for all runs",
+    "model": "runs are compared on one base",
+    "revision": "runs are compared on one base",
+    "dtype": "runs are compared on one base",
+}
+_FIXED_IN_METHODS = {
+    **FIXED,
+    "train.learning_rate": "an entry's rates are its `learning_rate` list",
+    "task.train": "runs learn the same task",
+    "task.kind": "runs learn the same task",
+}
+_REPLAY = 0.1
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One strength of an entry.
+
+    Args:
+        settings: Dotted recipe key to value: what it changes.
+        factor: On the method's own strength; None where it has none, or where a key is varied by name.
+        mark: In the name of its runs; empty for none.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    factor: float | None = None
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is compared: one method, or one point of a sweep.
+
+    Args:
+        label: Its name in tables and figures.
+        settings: Dotted recipe key to value.
+        rates: Learning rates; None is the recipe's own.
+        variations: Its strengths, at least one.
+        x: Its place on the axis of a sweep's figure, if it has one.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    rates: tuple[float | None, ...] = (None,)
+    variations: tuple[Variation, ...] = (Variation(),)
+    x: float | None = None
+
+
+def slug(label: str) -> str:
+    """Returns a label as the name of a folder: small letters, digits, dots and dashes.
+
+    >>> slug("LoRA + 10% replay")
+    'lora-10-replay'
+    """
+    return re.sub(r"[^\w.]+", "-", label.lower()).strip("-.")
+
+
+def short(number: float) -> str:
+    """Returns the shortest text that reads back as the same number.
+
+    >>> short(0.001), short(3.0), short(0.00012345678)
+    ('0.001', '3', '0.00012345678')
+    """
+    text = f"{number:g}"
+    return text if float(text) == number else repr(number)
+
+
+def as_text(value: Any) -> str:
+    """Returns a recipe's value as a part of a label.
+
+    >>> as_text(0.001), as_text([0, 1]), as_text({"name": "lora", "rank": 8}), as_text(None)
+    ('0.001', '0,1', 'name lora rank 8', 'none')
+    >>> as_text([{"name": "mica", "rank": 8, "targets": ["down_proj"]}, {"name": "lora", "targets": ["up_proj"]}])
+    'mica+lora'
+    """
+    if value is None:
+        return "none"
+    if isinstance(value, list) and value and all(isinstance(part, Mapping) and "targets" in part for part in value):
+        return "+".join(as_text(part.get("name")) for part in value)  # methods side by side: all their options are long
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {as_text(part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return ",".join(map(as_text, value))
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return re.sub(r"[^\w .,=+-]", "_", text)
+
+
+def read_entries(
+    section: CompareSection, values: Mapping[str, Any], rates: Sequence[float], where: str
+) -> tuple[tuple[Entry, ...], str | None]:
+    """Reads the entries and adds the baselines.
+
+    Args:
+        section: The section.
+        values: The recipe without it.
+        rates: For entries without rates of their own.
+        where: For error messages.
+
+    Returns:
+        The entries, and the label of plain LoRA, which others are compared with; None where there is none.
+
+    Raises:
+        RecipeError: An entry is wrong, or two have one label.
+    """
+    entries = []
+    for index, given in enumerate(section.methods):
+        at = f"{where}, key compare.methods.{index}"
+        entries.append(placed(at, partial(_entry, given, section, rates, at)))
+    plain = next((e for e in entries if _is_plain(e, values)), None)
+    if section.baselines:
+        entries, plain = _with_baselines(entries, plain, values, rates)
+    check_labels(
+        entries,
+        f"{where}, key compare.methods",
+        "Give one a `label`, or vary one key in one entry: strength: {method.rank: [4, 8]}.",
+    )
+    return tuple(entries), None if plain is None else plain.label
+
+
+def check_labels(entries: Sequence[Entry], where: str, next_step: str) -> None:
+    """Raises RecipeError where two entries have one label, also as the name of a folder.
+
+    Args:
+        entries: The entries.
+        where: For the error message.
+        next_step: What to do about it.
+    """
+    seen: dict[str, Entry] = {}
+    for entry in entries:
+        first = seen.setdefault(slug(entry.label), entry)
+        if first is not entry:
+            raise RecipeError(
+                where,
+                got=f'two entries called "{first.label}" and "{entry.label}"',
+                wanted="a label of its own for each, also as the name of a folder",
+                next_step=next_step,
+            )
+
+
+def check_label(label: Any, where: str, example: str) -> str:
+    """Returns a label that can name a folder; raises RecipeError for any other.
+
+    Args:
+        label: The label.
+        where: For the error message.
+        example: What to write.
+    """
+    if not isinstance(label, str) or not slug(label) or len(label) > 80:
+        raise RecipeError(
+            where,
+            got="no name" if label is None else repr(label),
+            wanted="a text of at most 80 signs with a letter or digit: it names folders",
+            next_step=f"Example: {example}.",
+        )
+    return label
+
+
+def check_settings(settings: Mapping[Any, Any], where: str, reasons: Mapping[str, str] = FIXED) -> None:
+    """Raises RecipeError where a setting changes what all runs or stages have in common.
+
+    Args:
+        settings: Dotted key to value.
+        where: For error messages.
+        reasons: Keys that must not change, with the reasons.
+    """
+    for key in settings:
+        fixed = next((k for k in reasons if str(key) == k or str(key).startswith(f"{k}.")), None)
+        if not isinstance(key, str) or fixed:
+            raise RecipeError(
+                f"{where}.{key}",
+                got=f"a change of {key}",
+                wanted=f"no change of {fixed}: {reasons[fixed]}" if fixed else "dotted keys of the recipe",
+                next_step="Set it once, for all.",
+            )
+
+
+def with_settings(values: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns a recipe's values with settings; a section replaces the recipe's, a dotted key changes a part of it.
+
+    Args:
+        values: The recipe.
+        settings: Dotted key to value; sections come before their parts.
+        where: For error messages.
+
+    Raises:
+        RecipeError: A key does not fit the recipe.
+    """
+    own = copy.deepcopy(dict(values))
+    for key, value in sorted(settings.items(), key=lambda item: item[0].count(".")):
+        set_value(own, key, copy.deepcopy(value), where=f"{where}, key {key}")
+    return own
+
+
+def _entry(given: Any, section: CompareSection, rates: Sequence[float], where: str) -> Entry:
+    given = {"name": given} if isinstance(given, str) else dict(given)
+    label, own_rates = given.pop("label", None), given.pop("learning_rate", None)
+    strength = None
+    if "method" in given:
+        strength, method = given.pop("strength", None), given["method"]
+        settings = {**given, "method": [*map(spelt_out, method)] if isinstance(method, list) else spelt_out(method)}
+    elif "name" in given:
+        if isinstance(given.get("strength"), list | Mapping):
+            strength = given.pop("strength")
+        settings = {"method": given}
+    else:
+        raise RecipeError(
+            where,
+            got=f"the keys {', '.join(map(str, given)) or '(none)'}",
+            wanted="a method's name, a section with `name`, or `method` with other keys of the recipe",
+            next_step='Example: {label: "lora + replay", method: {name: lora, rank: 8}, replay: 0.1}.',
+        )
+    check_settings(settings, where, _FIXED_IN_METHODS)
+    if isinstance(settings.get("penalties"), list):
+        settings["penalties"] = [spelt_out(penalty) for penalty in settings["penalties"]]
+    if label is not None:
+        check_label(label, f"{where}.label", 'label: "lora + replay"')
+    return Entry(
+        label or _default_label(settings),
+        settings,
+        tuple(rates) if own_rates is None else tuple(_numbers(own_rates, f"{where}.learning_rate")),
+        _variations(settings["method"], strength, section.strength, f"{where}.strength"),
+    )
+
+
+def _methods_of(settings: Mapping[str, Any]) -> list[Any]:
+    return settings["method"] if isinstance(settings["method"], list) else [settings["method"]]
+
+
+def _default_label(settings: Mapping[str, Any]) -> str:
+    """Names an entry by its methods, their variants, and the other keys that it sets."""
+    names = []
+    for part in _methods_of(settings):
+        name = str(part.get("name", "method"))
+        variant = next((str(part[key]) for key in ("variant", "mode") if isinstance(part.get(key), str)), None)
+        names.append(name if variant is None else variant if variant.startswith(name) else f"{name}-{variant}")
+    others = [f"{key} {as_text(value)}" for key, value in settings.items() if key != "method"]
+    return ", ".join(["+".join(names), *others])[:80]
+
+
+def _numbers(given: Any, where: str) -> list[float]:
+    right = isinstance(given, list) and given
+    if not right or not all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in given):
+        raise RecipeError(
+            where,
+            got=repr(given),
+            wanted="a list of numbers above 0",
+            next_step=f"Example: {where.rpartition('.')[2]}: [1e-3, 2e-3].",
+        )
+    refuse_repeats(given, where)
+    return [float(value) for value in given]
+
+
+def _variations(method: Any, own: Any, factors: Sequence[float], where: str) -> tuple[Variation, ...]:
+    if isinstance(own, Mapping):
+        return _by_key(own, where)
+    made = make_method(method, seed=0)
+    if own is None:
+        if getattr(made, "strength_option", None) is None:
+            return (Variation(),)
+        own = list(factors)
+    return tuple(by_factor(method, factor) for factor in _numbers(own, where))
+
+
+def by_factor(method: Any, factor: float) -> Variation:
+    """Returns a method's own strength times a factor; above 1 keeps more.
+
+    Args:
+        method: Its section.
+        factor: The factor.
+
+    Raises:
+        RecipeError: The method has no strength.
+    """
+    option, value = stronger(make_method(method, seed=0), factor)
+    changed = {} if factor == 1 else {f"method.{option}": float(f"{value:.10g}")}
+    return Variation(changed, factor, "" if factor == 1 else f"x{short(factor)}")
+
+
+def by_value(key: str, value: Any) -> Variation:
+    """Returns the variation that sets a dotted key of the recipe to a value."""
+    return Variation({key: value}, None, f"x{slug(as_text(value))}")
+
+
+def _by_key(own: Mapping[Any, Any], where: str) -> tuple[Variation, ...]:
+    if len(own) != 1 or not isinstance(next(iter(own.values())), list) or not next(iter(own.values())):
+        raise RecipeError(
+            where,
+            got=repr(dict(own)),
+            wanted="factors, or one dotted key of the recipe with its values",
+            next_step="Example: strength: {penalties.0.strength: [3, 30]}.",
+        )
+    check_settings(own, where, _FIXED_IN_METHODS)
+    ((key, values),) = own.items()
+    refuse_repeats(values, where)
+    return tuple(by_value(str(key), value) for value in values)
+
+
+def _is_plain(entry: Entry, values: Mapping[str, Any]) -> bool:
+    """Whether an entry is LoRA and nothing else."""
+    return _is_lora(entry, {"replay", "penalties"}) and not any(_has(entry, values, k) for k in ("replay", "penalties"))
+
+
+def _is_lora(entry: Entry, more: set[str]) -> bool:
+    method = entry.settings["method"]
+    return isinstance(method, Mapping) and method.get("name") == "lora" and set(entry.settings) <= {"method", *more}
+
+
+def _has(entry: Entry, values: Mapping[str, Any], key: str) -> bool:
+    return bool(entry.settings.get(key, values.get(key))) or any(key in v.settings for v in entry.variations)
+
+
+def _with_baselines(
+    entries: list[Entry], plain: Entry | None, values: Mapping[str, Any], rates: Sequence[float]
+) -> tuple[list[Entry], Entry]:
+    """Adds plain LoRA, a rate of a quarter of its lowest, and LoRA with replay, where they are missing."""
+    off: dict[str, Any] = {"replay": 0.0} if values.get("replay") else {}
+    off |= {"penalties": []} if values.get("penalties") else {}
+    if plain is None:
+        taken = any(slug(entry.label) == "lora" for entry in entries)
+        plain = Entry("plain lora" if taken else "lora", {"method": _usual_lora(entries), **off}, tuple(rates))
+        entries = [plain, *entries]
+    lower = float(f"{min(rate for rate in plain.rates if rate is not None) / 4:.6g}")
+    slower = replace(plain, rates=(lower, *plain.rates))
+    entries = [slower if entry is plain else entry for entry in entries]
+    task, replayed = values.get("task"), any(_is_lora(e, {"replay"}) and _has(e, values, "replay") for e in entries)
+    completes = not isinstance(task, Mapping) or task.get("kind", "completion") == "completion"
+    if not replayed and values.get("knowledge") and completes:
+        settings = {**copy.deepcopy(dict(plain.settings)), "replay": _REPLAY}
+        entries.append(Entry(f"{plain.label} + {_REPLAY:.0%} replay", settings, plain.rates))
+    return entries, slower
+
+
+def _usual_lora(entries: Sequence[Entry]) -> dict[str, Any]:
+    """Returns LoRA of the rank that most of the others have."""
+    parts = [part for entry in entries for part in _methods_of(entry.settings)]
+    ranks = Counter(p["rank"] for p in parts if isinstance(p, Mapping) and isinstance(p.get("rank"), int))
+    return {"name": "lora"} | ({"rank": ranks.most_common(1)[0][0]} if ranks else {})

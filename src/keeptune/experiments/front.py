@@ -1,0 +1,270 @@
+"""The trade-off of learning against forgetting: points over seeds, Pareto fronts, hypervolumes.
+
+A point is one setting; its place is the mean over its seeds, with intervals by :mod:`keeptune.core.intervals`. With
+(l, f) the learned and forgotten of a point,
+
+    p dominates q  iff  l_p >= l_q and f_p <= f_q, and one of them is strict                              (1)
+
+The front is what nothing dominates; equal points are both on it. The hypervolume of points P with the reference point
+(l0, f0) is the area that they dominate and that dominates the reference (Zitzler and Thiele, IEEE TEC 1999):
+
+    HV(P) = area of the union over p in P of [l0, l_p] x [f_p, f0]                                         (2)
+
+computed by moocore. The reference point is one for all labels: the base's own score on the task, and the most that any
+scored run forgot, at least 0; or the one given. The hypervolume of a label is taken seed by seed, over the seeds that
+all its points have; a label with more points has had more tries at a large one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from keeptune.core.artefact import canonical_json
+from keeptune.core.errors import KeeptuneError
+from keeptune.core.intervals import Estimate, combine
+from keeptune.experiments.axes import DIGITS, Axes, base_score
+
+__all__ = [
+    "Place",
+    "Point",
+    "as_json",
+    "common_seeds",
+    "families",
+    "hypervolume",
+    "hypervolumes",
+    "pareto",
+    "points_of",
+    "reference_point",
+    "spread",
+]
+
+_log = logging.getLogger(__name__)
+
+Place = tuple[float, float]
+_NO_INTERVAL = (math.nan, math.nan)
+_SIDES = ("learned", "forgotten")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One setting with its seeds.
+
+    Args:
+        name: Its runs' name without the seed.
+        label: What it is compared as.
+        about: ``method``, ``settings``, ``variant``, ``learning_rate`` and ``strength`` of its runs.
+        places: Seed to ``(learned, forgotten)``.
+        runs: Seed to the run's name.
+        of: The label of the runs that it is a post-hoc variant of; None of trained runs.
+        intervals: Seed to the item intervals of learned and forgotten; seeds without one are not in it.
+    """
+
+    name: str
+    label: str
+    about: Mapping[str, Any]
+    places: Mapping[int, Place]
+    runs: Mapping[int, str] = field(default_factory=dict)
+    of: str | None = None
+    intervals: Mapping[int, tuple[tuple[float, float], tuple[float, float]]] = field(default_factory=dict)
+
+    @property
+    def learned(self) -> Estimate:
+        """What it learned, over its seeds."""
+        return self._over_seeds(0)
+
+    @property
+    def forgotten(self) -> Estimate:
+        """What it forgot, over its seeds."""
+        return self._over_seeds(1)
+
+    @property
+    def place(self) -> Place:
+        """Its means."""
+        return self.learned.mean, self.forgotten.mean
+
+    def _over_seeds(self, side: int) -> Estimate:
+        ends = {seed: pair[side] for seed, pair in self.intervals.items()}
+        return spread([place[side] for place in self.places.values()], [ends.get(seed) for seed in self.places])
+
+
+def spread(values: Sequence[float], intervals: Sequence[tuple[float, float] | None] | None = None) -> Estimate:
+    """Combines seeds by the rule of :mod:`keeptune.core.intervals`; equal means are equal numbers.
+
+    Args:
+        values: One per seed, at least one, finite.
+        intervals: Their item intervals, if any.
+
+    >>> spread([1.0, 2.0, 3.0]).sd
+    1.0
+    """
+    ends = [pair or _NO_INTERVAL for pair in intervals or [None] * len(values)]
+    estimate = combine([(value, *pair) for value, pair in zip(values, ends, strict=True)])
+    assert estimate is not None, "values are finite"
+    return replace(estimate, **{end: round(getattr(estimate, end), DIGITS) for end in ("mean", "low", "high")})
+
+
+def as_json(estimate: Estimate) -> dict[str, float | None]:
+    """Returns ``mean``, ``low``, ``high`` and ``sd`` of an estimate; None where there is no number."""
+    return {key: _number(getattr(estimate, key)) for key in ("mean", "low", "high", "sd")}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def points_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Point], list[dict[str, str]]]:
+    """Gathers runs into points.
+
+    Args:
+        rows: Of ``runs.json``.
+
+    Returns:
+        The points in the order of their first runs, and ``{"run", "why"}`` of the runs left out. Of two runs of one
+        setting and seed the first counts.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    excluded = []
+    for row in rows:
+        setting = canonical_json([row[key] for key in ("label", "settings", "variant", "learning_rate", "strength")])
+        twin = next((other for other in groups.get(setting, ()) if other["seed"] == row["seed"]), None)
+        why = _unusable(row) or ("" if twin is None else f"the same setting and seed as {twin['name']}")
+        if why:
+            excluded.append({"run": row["name"], "why": why})
+        else:
+            groups.setdefault(setting, []).append(row)
+    taken: set[str] = set()
+    return [_point(members, taken) for members in groups.values()], excluded
+
+
+def _unusable(row: Mapping[str, Any]) -> str:
+    if row["status"] != "done":
+        return f"{row['status']}: {row.get('message') or 'no message'}"
+    for key in _SIDES:
+        value = row.get(key)
+        if value is None or not math.isfinite(value):
+            return str(row.get("why") or f"{key} is {'missing' if value is None else 'not a finite number'}")
+    return ""
+
+
+def _point(members: Sequence[Mapping[str, Any]], taken: set[str]) -> Point:
+    first = members[0]
+    plain = str(first["name"]).replace(f"-seed{first['seed']}", "")
+    name, number = plain, 2
+    while name in taken:
+        name, number = f"{plain} ({number})", number + 1
+    taken.add(name)
+    rows = sorted(members, key=lambda row: row["seed"])
+    ends = {row["seed"]: tuple(tuple(row.get(f"{side}_interval") or _NO_INTERVAL) for side in _SIDES) for row in rows}
+    return Point(
+        name=name,
+        label=first["label"],
+        about={key: first[key] for key in ("method", "settings", "variant", "learning_rate", "strength")},
+        places={row["seed"]: (row["learned"], row["forgotten"]) for row in rows},
+        runs={row["seed"]: row["name"] for row in rows},
+        of=first.get("of"),
+        intervals=ends,  # type: ignore[arg-type]  # two sides, two ends
+    )
+
+
+def families(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """Gathers points by label; a label of variants also has the points it was made from (scale 1).
+
+    Args:
+        points: The points.
+    """
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.label, []).append(point)
+    for members in groups.values():
+        sources = {point.of for point in members} - {None}
+        members += [point for point in points if point.label in sources and point not in members]
+    return groups
+
+
+def pareto(places: Sequence[Place]) -> list[bool]:
+    """Returns which places nothing dominates, eq. 1.
+
+    Laws: a dominated place changes nothing; the order does not matter; equal places are all on the front or all off.
+
+    Args:
+        places: ``(learned, forgotten)`` each, finite.
+    """
+    return [
+        not any(l >= learned and f <= forgotten and (l, f) != (learned, forgotten) for l, f in places)  # noqa: E741
+        for learned, forgotten in places
+    ]
+
+
+def hypervolume(places: Sequence[Place], reference: Place) -> float:
+    """Computes the area that places dominate up to a reference point, eq. 2.
+
+    Laws: a dominated place adds nothing; the order does not matter; scaling an axis by c scales the area by c; a place
+    that is not better than the reference on both axes adds nothing.
+
+    Args:
+        places: ``(learned, forgotten)`` each, finite.
+        reference: Less learned and more forgotten than what should count.
+    """
+    try:
+        import moocore
+    except ImportError as error:
+        raise KeeptuneError(
+            "compare",
+            got="no moocore",
+            wanted="the libraries of comparisons",
+            next_step='Run pip install "keeptune[compare]".',
+        ) from error
+    if not places:
+        return 0.0
+    points = np.array(places, dtype=float)
+    return float(moocore.hypervolume(points, ref=np.array(reference, dtype=float), maximise=[True, False]))
+
+
+def reference_point(rows: Iterable[Mapping[str, Any]], axes: Axes, points: Sequence[Point]) -> Place | None:
+    """Returns the reference point: the base's score on the task, and the most that any run forgot, at least 0.
+
+    Args:
+        rows: Runs with their ``benchmarks``.
+        axes: The axes.
+        points: What was scored; None is returned without a scored run.
+    """
+    scores = [base_score(row["benchmarks"], axes.learned).number for row in rows if row["status"] == "done"]
+    bases = [score for score in scores if score is not None]
+    if not bases or not points:
+        return None
+    if max(bases) - min(bases) > 1e-6:
+        ends = min(bases), max(bases)
+        _log.warning("compare: the base's score differs between runs, %g to %g; the lowest counts", *ends)
+    worst = max(forgotten for point in points for _, forgotten in point.places.values())
+    return min(bases), max(worst, 0.0)
+
+
+def hypervolumes(groups: Mapping[str, Sequence[Point]], reference: Place) -> dict[str, dict[str, Any]]:
+    """Computes each label's hypervolume, seed by seed.
+
+    Args:
+        groups: Label to points.
+        reference: The reference point of all labels.
+
+    Returns:
+        Label to ``mean``, ``low``, ``high``, ``sd``, the ``seeds`` taken and the number of ``points``. Without a seed
+        that all points have, it is that of the points' means, without an interval.
+    """
+    volumes = {}
+    for label, points in groups.items():
+        seeds = common_seeds(points)
+        by_seed = [[point.places[seed] for point in points] for seed in seeds] or [[point.place for point in points]]
+        over = spread([hypervolume(places, reference) for places in by_seed])
+        volumes[label] = {**as_json(over), "seeds": seeds, "points": len(points)}
+    return volumes
+
+
+def common_seeds(points: Sequence[Point]) -> list[int]:
+    """Returns the seeds that all points have, sorted."""
+    return sorted(set.intersection(*(set(point.places) for point in points))) if points else []

@@ -1,0 +1,125 @@
+"""keeptune layers: what tuning one layer at a time, or the lowest or highest few, gains and costs (L2-LoRA).
+
+    single   one layer at a time (Fig. 4), and all of them to compare with
+    bottom   the lowest 1, 2, ... layers (Table 5)
+    top      the highest 1, 2, ... layers (Table 6)
+
+Each point is an ordinary run of one recipe with other ``layers``, and studies share their runs: the lowest is layer 0
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from keeptune.core.artefact import content_key
+from keeptune.core.errors import PlanError, RecipeError
+from keeptune.experiments.plan_runs import Comparison, sweep_of
+from keeptune.methods.combined import tuned_roles
+from keeptune.model.blocks import find_targets
+from keeptune.pipeline.job import Job
+from keeptune.recipe.reading import read_values
+from keeptune.recipe.schema import make_recipe
+
+__all__ = ["Study", "load_layer_study", "numbers_of"]
+
+Study = Literal["single", "bottom", "top"]
+_MOST = 8  # numbers of layers that are tried by default
+
+
+def load_layer_study(
+    path: Path | str, study: str, overrides: Mapping[str, Any] | None = None, numbers: Iterable[int] | None = None
+) -> Comparison:
+    """Reads an ordinary recipe as a study of its layers.
+
+    Args:
+        path: The YAML file; its ``layers`` are those that are studied, all by default. It may list ``seeds``.
+        study: ``"single"``, ``"bottom"`` or ``"top"``.
+        overrides: Dotted key to value.
+        numbers: How many layers to train, for bottom and top; None is every number up to eight, else eight of them.
+
+    Returns:
+        A comparison whose records go into a folder ``study`` below the recipe's output.
+
+    Raises:
+        KeeptuneError: What the user can correct; nothing was written then.
+    """
+    path = Path(path)
+    if study not in get_args(Study):
+        raise RecipeError("--study", got=study, wanted=", ".join(get_args(Study)), next_step="Pick one.")
+    if study == "single" and numbers is not None:
+        raise RecipeError(
+            "--numbers",
+            got="numbers of layers for the study single",
+            wanted="them for bottom or top",
+            next_step="Leave it out; `--layers [0, 4, 8]` chooses which layers are tuned.",
+        )
+    values = read_values(path, overrides)
+    where = f"recipe {path}"
+    recipe = make_recipe({k: v for k, v in values.items() if k != "seeds"}, folder=path.parent, where=where)
+    job = Job(recipe)
+    job.check()
+    roles = tuned_roles(job.method, recipe.targets)
+    layers = sorted({t.layer for t in find_targets(job.base(), roles, recipe.layers) if t.layer >= 0})
+    if not layers:
+        raise PlanError(
+            where,
+            got="a model without numbered blocks",
+            wanted="layers to choose from",
+            next_step="Studies of layers need a model with a stack of blocks.",
+        )
+    if study == "single":
+        points = [{**_point([layer]), "x": layer} for layer in layers]
+        points += [_point(layers)] if len(layers) > 1 else []
+    else:
+        counts = numbers_of(layers, numbers)
+        points = [{**_point(layers[:n] if study == "bottom" else layers[-n:]), "x": n} for n in counts]
+    about = {"study": study, "layers": layers, "axis": "layer" if study == "single" else "number of trainable layers"}
+    return sweep_of(path, values, points, about, kind="layers", below=study)
+
+
+def numbers_of(layers: Sequence[int], numbers: Iterable[int] | None) -> list[int]:
+    """Returns how many layers to train: the numbers given, or evenly spaced ones from one to all.
+
+    Args:
+        layers: The layers there are.
+        numbers: The numbers; None is every number up to eight, else eight of them.
+
+    Returns:
+        Different numbers, rising.
+
+    Raises:
+        RecipeError: A number is not between 1 and that of the layers.
+
+    >>> numbers_of(range(4), None), numbers_of(range(32), None), numbers_of(range(32), [6, 2, 4])
+    ([1, 2, 3, 4], [4, 8, 12, 16, 20, 24, 28, 32], [2, 4, 6])
+    """
+    count = len(layers)
+    if numbers is None:
+        return [max(round(step * count / min(count, _MOST)), 1) for step in range(1, min(count, _MOST) + 1)]
+    wanted = sorted(set(numbers))
+    wrong = [number for number in wanted if not 1 <= number <= count]
+    if wrong or not wanted:
+        raise RecipeError(
+            "--numbers",
+            got=", ".join(map(str, wrong)) or "none",
+            wanted=f"numbers from 1 to {count}, the layers there are (none at all is the base model)",
+            next_step="Example: --numbers 2,4,6",
+        )
+    return wanted
+
+
+def _point(layers: Sequence[int]) -> dict[str, Any]:
+    """Names a set of layers by what it holds, so that studies find each other's runs."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    text = "+".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
+    if len(text) > 40:  # a folder's name
+        text = f"{len(layers)} of {layers[0]}-{layers[-1]} {content_key(list(layers))[:8]}"
+    return {"name": f"layer {text}" if len(layers) == 1 else f"layers {text}", "layers": list(layers)}

@@ -1,0 +1,321 @@
+"""From a recipe with a ``compare:`` or ``sweep:`` section to the runs that it asks for, each an ordinary run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from keeptune.core.artefact import content_key
+from keeptune.core.errors import RecipeError, placed
+from keeptune.data import hub
+from keeptune.experiments.axes import axes_of
+from keeptune.experiments.compare_section import CompareSection, read_section
+from keeptune.experiments.entries import Entry, Variation, read_entries, short, slug, with_settings
+from keeptune.experiments.sweep_section import axis_of, point_entries, read_seeds, read_sweep
+from keeptune.methods.combined import tuned_roles
+from keeptune.model.blocks import find_targets
+from keeptune.pipeline.job import Job
+from keeptune.recipe.construct import make_method, make_penalties
+from keeptune.recipe.paths import Fetch
+from keeptune.recipe.reading import read_values
+from keeptune.recipe.schema import Recipe, make_recipe
+
+__all__ = [
+    "RUNS",
+    "Comparison",
+    "RunSpec",
+    "check_runs",
+    "list_runs",
+    "load_comparison",
+    "load_sweep",
+    "run_spec",
+    "sweep_of",
+]
+
+RUNS = "runs"
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run of a comparison.
+
+    Args:
+        name: Its folder's name; without the seed, the name of its setting.
+        label: Label of its entry.
+        method: Its method.
+        settings: Dotted recipe key to value: what it changes, except for the seed.
+        learning_rate: Its rate.
+        strength: The factor on the method's own strength; None where it has none.
+        seed: Its seed.
+        recipe: Its recipe.
+        x: Its place on the axis of a sweep's figure, if it has one.
+    """
+
+    name: str
+    label: str
+    method: str
+    settings: Mapping[str, Any]
+    learning_rate: float | None
+    strength: float | None
+    seed: int
+    recipe: Recipe
+    x: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recipe with its ``compare:`` or ``sweep:`` section.
+
+    Args:
+        path: The recipe's file.
+        values: The recipe without the section, as the file holds it.
+        section: The section; that of a sweep has the seeds alone.
+        entries: What is compared, baselines included.
+        plain: Label that the others are compared with: plain LoRA, or a sweep's baseline; None where there is none.
+        base: The recipe without the section, checked.
+        fetch: Gets the files of the hub.
+        kind: The command: ``"compare"``, ``"sweep"`` or ``"layers"``.
+        about: More keys of a sweep's record: ``axis``, ``grid``, ``baseline``, ``study``, ``layers``.
+        below: Folder in the output for the records.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+    section: CompareSection
+    entries: tuple[Entry, ...]
+    plain: str | None
+    base: Recipe
+    fetch: Fetch = hub.fetch
+    kind: str = "compare"
+    about: Mapping[str, Any] = field(default_factory=dict)
+    below: str = ""
+
+    @property
+    def output(self) -> Path:
+        """The folder of the runs."""
+        return self.base.output
+
+    @property
+    def records(self) -> Path:
+        """The folder of records, page and figures."""
+        return self.base.output / self.below
+
+    @property
+    def where(self) -> str:
+        """For error messages."""
+        return f"recipe {self.path}"
+
+    def place(self, label: str) -> str:
+        """Returns where an entry stands, for error messages."""
+        return f'{self.where}, entry "{label}"' if self.kind == "compare" else f"{self.where}, sweep point {label}"
+
+
+def load_comparison(
+    path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch
+) -> Comparison:
+    """Reads a recipe with a ``compare`` section.
+
+    Args:
+        path: The YAML file.
+        overrides: Dotted key to value, of the recipe or the section: ``{"compare.seeds": [0, 1]}``.
+        fetch: Gets the files of the hub.
+
+    Returns:
+        The comparison; its runs are not checked with data and model yet.
+
+    Raises:
+        RecipeError: A key is unknown or a value does not fit.
+    """
+    path = Path(path)
+    values = read_values(path, overrides)
+    where = f"recipe {path}"
+    section = read_section(values, where)
+    del values["compare"]
+    if "method" in values:
+        raise RecipeError(
+            f"{where}, key method",
+            got="a method beside compare.methods",
+            wanted="methods in the `compare` section alone",
+            next_step="Move it to compare.methods.",
+        )
+    rates = section.learning_rate or _own_rate(values, where)
+    entries, plain = read_entries(section, values, rates, where)
+    base = make_recipe(values, folder=path.parent, where=where, fetch=fetch)
+    if base.published is not None:
+        base.published.check_labels([entry.label for entry in entries], where)
+    # The metric of a standard benchmark, always a share, is known when it is scored.
+    scored = [
+        {"name": b.name, "role": b.role, "metric": getattr(b, "metric", None) or "accuracy"} for b in base.evaluate
+    ]
+    if len({b["role"] for b in scored}) == 2:  # a published table may score one side alone: it has no trade-off
+        placed(where, partial(axes_of, scored, section.learned, section.forgotten))
+    return Comparison(path, values, section, entries, plain, base, fetch)
+
+
+def load_sweep(path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch) -> Comparison:
+    """Reads a recipe with a ``sweep`` section: a comparison of points and seeds, run in this process.
+
+    Args:
+        path: The YAML file: a run's recipe with ``sweep`` (:mod:`keeptune.experiments.sweep_section`) and ``seeds``.
+        overrides: Dotted key to value, set before the points' own.
+        fetch: Gets the files of the hub.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        RecipeError: A key is unknown or a value does not fit; the message names the point.
+    """
+    path = Path(path)
+    values = read_values(path, overrides)
+    points, about = read_sweep(values.pop("sweep", None), f"recipe {path}")
+    return sweep_of(path, values, points, about, fetch=fetch)
+
+
+def sweep_of(
+    path: Path,
+    values: dict[str, Any],
+    points: Any,
+    about: Mapping[str, Any],
+    *,
+    kind: str = "sweep",
+    below: str = "",
+    fetch: Fetch = hub.fetch,
+) -> Comparison:
+    """Returns the comparison of a recipe's values at several points.
+
+    Args:
+        path: The recipe's file.
+        values: The recipe with ``seeds``, which is taken out.
+        points: A mapping for each point: ``name``, ``x``, and the dotted keys that it changes.
+        about: What the record says besides the runs.
+        kind: ``"sweep"`` or ``"layers"``.
+        below: Folder in the recipe's output for records, page and figure.
+        fetch: Gets the files of the hub.
+
+    Raises:
+        RecipeError: A key is unknown or a value does not fit; the message names the point.
+    """
+    where = f"recipe {path}"
+    entries, seeds = point_entries(points, where), read_seeds(values, where)
+    section = CompareSection(
+        methods=[entry.label for entry in entries],
+        seeds=seeds,
+        scales=[],
+        intruders=[],
+        resources=None,
+        baselines=False,
+    )
+    base = make_recipe(values, folder=path.parent, where=where, fetch=fetch)
+    about = {"axis": axis_of(entries), **about}
+    return Comparison(path, values, section, entries, about.get("baseline"), base, fetch, kind, about, below)
+
+
+def _own_rate(values: Mapping[str, Any], where: str) -> list[float]:
+    train = values.get("train")
+    rate = train.get("learning_rate") if isinstance(train, Mapping) else None
+    if not isinstance(rate, int | float):
+        raise RecipeError(
+            f"{where}, key compare.learning_rate",
+            got="nothing",
+            wanted="learning rates: methods are compared each at its best",
+            next_step="Example: learning_rate: [5e-4, 1e-3, 2e-3].",
+        )
+    return [float(rate)]
+
+
+def list_runs(comparison: Comparison) -> tuple[RunSpec, ...]:
+    """Returns every run, entry by entry.
+
+    Args:
+        comparison: The comparison.
+
+    Raises:
+        RecipeError: A setting does not fit, or two runs would be the same.
+    """
+    specs = tuple(
+        run_spec(comparison, entry, variation, rate, seed)
+        for entry in comparison.entries
+        for variation in entry.variations
+        for rate in entry.rates
+        for seed in comparison.section.seeds
+    )
+    if comparison.kind == "compare":
+        _refuse_equal(specs, comparison.where)
+    return specs
+
+
+def run_spec(comparison: Comparison, entry: Entry, variation: Variation, rate: float | None, seed: int) -> RunSpec:
+    """Returns one run.
+
+    Args:
+        comparison: The comparison.
+        entry: One of its entries.
+        variation: The strength.
+        rate: The learning rate; None is the recipe's own.
+        seed: The seed.
+
+    Raises:
+        RecipeError: A setting does not fit.
+        PlanError: An option of the method is out of range.
+    """
+    where = comparison.place(entry.label)
+    settings = {**entry.settings, **variation.settings, **({} if rate is None else {"train.learning_rate": rate})}
+    parts = [slug(entry.label), *([] if rate is None else [f"lr{short(rate)}"]), variation.mark, f"seed{seed}"]
+    name = "-".join(part for part in parts if part)
+
+    def make() -> Recipe:
+        own = with_settings(comparison.values, {**settings, "train.seed": seed}, where)
+        own["output"] = str(comparison.output / RUNS / name)
+        return make_recipe(own, folder=comparison.path.parent, where=where, fetch=comparison.fetch)
+
+    recipe = placed(where, make)
+    method = make_method(recipe.method, seed=0).name
+    rate = recipe.train.get("learning_rate") if rate is None else rate
+    return RunSpec(name, entry.label, method, settings, rate, variation.factor, seed, recipe, entry.x)
+
+
+def _refuse_equal(specs: Iterable[RunSpec], where: str) -> None:
+    """Refuses two runs that are the same, however they are written."""
+    seen: dict[str, RunSpec] = {}
+    for spec in specs:
+        plain = spec.recipe.written()
+        rest = {key: plain[key] for key in plain if key not in ("output", "method", "penalties")}
+        method = make_method(spec.recipe.method, seed=spec.seed)
+        penalties = [[penalty.name, penalty] for penalty in make_penalties(spec.recipe.penalties)]
+        first = seen.setdefault(content_key([method.name, method, penalties, rest]), spec)
+        if first is not spec:
+            raise RecipeError(
+                f"{where}, key compare.methods",
+                got=f"{first.name} and {spec.name}, which mean the same run",
+                wanted="each run once",
+                next_step=f'Remove one of the entries "{first.label}" and "{spec.label}", or a value of its lists.',
+            )
+
+
+def check_runs(comparison: Comparison, specs: Sequence[RunSpec], model: PreTrainedModel | None = None) -> None:
+    """Checks runs with their data, and their targets against the base, which is loaded once.
+
+    Args:
+        comparison: The comparison.
+        specs: The runs; of those that differ in rate and seed alone one is checked.
+        model: The base, if it is loaded already.
+
+    Raises:
+        KeeptuneError: What the user can correct, with the entry it is about; nothing was written then.
+    """
+    jobs: dict[str, tuple[str, Job]] = {}
+    for spec in specs:
+        varied = {key: value for key, value in spec.settings.items() if key != "train.learning_rate"}
+        jobs.setdefault(content_key([spec.label, varied]), (spec.label, Job(spec.recipe)))
+    for label, job in jobs.values():
+        placed(comparison.place(label), job.check)
+    for label, job in jobs.values():
+        model = job.base() if model is None else model
+        roles = tuned_roles(job.method, job.recipe.targets)
+        placed(comparison.place(label), partial(find_targets, model, roles, job.recipe.layers))

@@ -1,0 +1,180 @@
+"""Post-hoc variants of finished runs: scored as runs of their own, and written where one is chosen.
+
+Beside the run, ``variants/<variant>/`` has a record and the items of each benchmark, and ``variant.json``: the variant,
+the weights that it was made of, and why the result cannot have it where it cannot. The variant's weights are not kept:
+they follow from the run's, and :func:`write_variant` writes those that are chosen.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from keeptune.adapter.export import BOUNDS
+from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
+from keeptune.adapter.probe import logits_of, random_probe
+from keeptune.core.artefact import atomic_directory, content_key, read_json, write_bytes, write_json, write_tensors
+from keeptune.core.errors import ExportError, ModelError
+from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
+from keeptune.experiments.posthoc_scaling import Variant, interpolate, put_adapter, refusal, variant_adapter
+from keeptune.model.blocks import head_of
+from keeptune.model.pretrained import load_model
+from keeptune.pipeline.cache import Stored
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.scoring import find_result, load_pair, result_fingerprint, score
+
+__all__ = ["VARIANTS", "copy_result", "score_variants", "write_variant"]
+
+_log = logging.getLogger(__name__)
+VARIANTS = "variants"
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A loaded result of which variants are made.
+
+    Args:
+        refusal: Returns why the result cannot have a variant.
+        make: Makes one, from the result as trained, and returns the models before and after.
+    """
+
+    refusal: Callable[[Variant], str]
+    make: Callable[[Variant], ModelPair]
+
+
+def _load(job: Job, folder: Path) -> _Loaded:
+    pair = load_pair(job, folder)
+    if isinstance(pair, AdapterPair):
+        wrapped, tensors = pair.peft_model, load_file(folder / _WEIGHTS)
+
+        def of_adapter(variant: Variant) -> ModelPair:
+            put_adapter(wrapped, variant_adapter(wrapped, tensors, variant))
+            return AdapterPair(wrapped)
+
+        return _Loaded(lambda variant: refusal(variant, tensors, wrapped.peft_config["default"]), of_adapter)
+    assert isinstance(pair, TwoModels)
+    tuned = {name: weight.detach().clone() for name, weight in pair.tuned.named_parameters()}
+
+    def of_model(variant: Variant) -> ModelPair:
+        interpolate(pair.tuned, pair.base, tuned, variant.value, head_of(pair.tuned))
+        return pair
+
+    return _Loaded(lambda variant: refusal(variant, None), of_model)
+
+
+def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers | None = None) -> dict[str, str]:
+    """Scores the variants of a finished run that are not scored yet.
+
+    Args:
+        job: The run's job.
+        variants: The variants.
+        kept: Where the base's answers are; None runs the base.
+
+    Returns:
+        Folder name of each variant that this result cannot have to the reason.
+    """
+    folder = find_result(job.output)
+    weights = result_fingerprint(folder)
+    loaded = cache(lambda: _load(job, folder))  # not loaded where every variant is scored
+    names = [benchmark.name for benchmark in job.recipe.evaluate]
+    refused = {}
+    for variant in variants:
+        place = job.output / VARIANTS / variant.slug
+        stored = Stored(variant.slug, place / "variant.json", content_key([weights, names, variant.plain()]))
+        record = stored.read()
+        why = loaded().refusal(variant) if record is None else record["message"]
+        if why:
+            refused[variant.slug] = why
+        pair = cache(partial(_make, loaded, variant))
+        for benchmark in () if why else job.recipe.evaluate:
+            score(job, benchmark, pair, place, weights, kept, variant.plain())
+        if record is None:  # last: it is the mark of what is finished
+            if why:
+                _log.warning("%s: %s is left out: %s", job.output.name, variant.slug, why)
+            stored.write({"variant": variant.plain(), "weights": weights, "benchmarks": names, "message": why})
+    return refused
+
+
+def _make(loaded: Callable[[], _Loaded], variant: Variant) -> ModelPair:
+    return loaded().make(variant)
+
+
+def write_variant(job: Job, variant: Variant, output: Path) -> Path:
+    """Writes a variant of a run's result, and checks it on a freshly loaded base.
+
+    Args:
+        job: The run's job.
+        variant: The variant.
+        output: The folder; it appears whole or not at all.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: The result cannot have the variant.
+        ExportError: What was written does not reproduce the variant, or the folder holds something else.
+    """
+    folder = find_result(job.output)
+    refuse_foreign(output)
+    loaded = _load(job, folder)
+    if why := loaded.refusal(variant):
+        raise ModelError(
+            f"variant {variant.slug}", got=why, wanted="a result that can have it", next_step="Choose another run."
+        )
+    pair = loaded.make(variant)
+    with pair.after() as model:
+        probe = random_probe(model)
+        wanted = logits_of(model, probe)
+    with atomic_directory(output) as fresh:
+        copy_result(folder, fresh, output, weights=False)
+        written = _write_weights(job, pair, folder, fresh, variant)
+        gap = float((logits_of(written, probe) - wanted).abs().max())
+        relative, bound = gap / max(float(wanted.abs().max()), 1e-30), BOUNDS[written.dtype]
+        if not relative <= bound:
+            raise ExportError(
+                f"export {output}",
+                got=f"logits that differ from the variant's by {relative:.2e} (relative)",
+                wanted=f"at most {bound:.0e}",
+                next_step="Nothing was written; please report this.",
+            )
+        sidecar = read_json(fresh / SIDECAR)
+        export = sidecar["export"] | {"gap": gap, "relative_gap": relative, "bound": bound}
+        write_json(fresh / SIDECAR, sidecar | {"export": export, "variant": variant.plain()})
+    return output
+
+
+def copy_result(folder: Path, fresh: Path, output: Path, *, weights: bool = True) -> None:
+    """Copies an exported result; the name of its folder in its texts becomes that of the new one.
+
+    Args:
+        folder: The result.
+        fresh: Where the files go.
+        output: Where they will be in the end.
+        weights: Whether to copy the weights too.
+    """
+    skipped = ["export.json", *([] if weights else ["*.safetensors", "*.safetensors.index.json"])]
+    shutil.copytree(folder, fresh, ignore=shutil.ignore_patterns(*skipped), dirs_exist_ok=True)
+    was = read_json(folder / SIDECAR)["export"]["folder"]
+    for name in (SIDECAR, "README.md"):
+        text = (fresh / name).read_text(encoding="utf-8")
+        write_bytes(fresh / name, text.replace(was, str(output)).encode())
+
+
+def _write_weights(job: Job, pair: ModelPair, folder: Path, fresh: Path, variant: Variant) -> Any:
+    """Writes a variant's weights, and loads them as a user will."""
+    if isinstance(pair, AdapterPair):
+        tensors = variant_adapter(pair.peft_model, load_file(folder / _WEIGHTS), variant)
+        write_tensors(fresh / _WEIGHTS, tensors, {"format": "pt"})
+        return load_adapter(job.base(), fresh)
+    assert isinstance(pair, TwoModels)
+    pair.tuned.save_pretrained(fresh)
+    return load_model(str(fresh), dtype=job.recipe.dtype, device=job.device, head=job.head)

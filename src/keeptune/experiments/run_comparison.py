@@ -1,0 +1,158 @@
+"""keeptune compare, sweep and layers: from the recipe to the records, the page and the best result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keeptune.core.artefact import write_json
+from keeptune.experiments.choice import choose_best, limits_of
+from keeptune.experiments.comparison_record import RUNS_FILE, Options, row_of, write_records
+from keeptune.experiments.effects import benefits, study_rows
+from keeptune.experiments.engine import run_all, variants_of
+from keeptune.experiments.plan_runs import Comparison, RunSpec, list_runs
+from keeptune.experiments.search import run_search
+from keeptune.experiments.single_run import Outcome
+from keeptune.report.figures.drawing import png
+from keeptune.report.figures.grid_maps import benefit_figure
+from keeptune.report.figures.layer_effects import study_figure
+from keeptune.report.figures.sweep_lines import sweep_figure
+from keeptune.report.pages.comparison_page import write_comparison
+
+__all__ = ["Compared", "run_comparison", "write_results"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The results of a comparison.
+
+    Args:
+        runs: What ``runs.json`` holds.
+        front: What ``front.json`` holds.
+        failed: Name of each run that failed to its message.
+        figure: The figure of a sweep; None where there is none.
+    """
+
+    runs: dict[str, Any]
+    front: dict[str, Any]
+    failed: Mapping[str, str]
+    figure: Path | None = None
+
+    @property
+    def series(self) -> dict[str, Any]:
+        """The finished runs as points of a sweep, as its tables and figures read them."""
+        return _series(self.runs)
+
+
+def run_comparison(
+    comparison: Comparison, command: str, max_loss: float | Mapping[str, float] | None = None
+) -> Compared:
+    """Does what is missing of a comparison, writes its records and page, and exports the best result.
+
+    Args:
+        comparison: The comparison.
+        command: What repeats it.
+        max_loss: How much may be lost of what the base knew, of each knowledge benchmark or by name; None chooses
+            nothing.
+
+    Returns:
+        The results.
+
+    Raises:
+        KeeptuneError: What the user can correct; where no run keeps to ``max_loss``, all else is written.
+    """
+    if max_loss is not None:
+        limits_of([{"name": b.name, "role": b.role} for b in comparison.base.evaluate], [], max_loss)
+    if comparison.section.search is not None:
+        specs, outcomes = run_search(comparison, comparison.section.search)
+    else:
+        specs = list_runs(comparison)
+        outcomes = run_all(comparison, specs)
+    return write_results(comparison, specs, outcomes, command, max_loss)
+
+
+def write_results(
+    comparison: Comparison,
+    specs: Sequence[RunSpec],
+    outcomes: Mapping[str, Outcome],
+    command: str,
+    max_loss: float | Mapping[str, float] | None = None,
+) -> Compared:
+    """Writes ``runs.json``, ``runs.parquet``, ``front.json``, ``report.html``, a sweep's figure, and ``best``.
+
+    Args:
+        comparison: The comparison.
+        specs: Its runs.
+        outcomes: How they ended.
+        command: What repeats it.
+        max_loss: How much may be lost; None chooses nothing.
+
+    Returns:
+        The results.
+
+    Raises:
+        KeeptuneError: No run keeps to ``max_loss``, or a file cannot be written.
+    """
+    rows = []
+    for spec in specs:
+        outcome = outcomes.get(spec.name, Outcome("missing", "not run"))
+        rows += [row_of(spec, outcome, variant) for variant in (None, *variants_of(comparison, spec.label))]
+    folder, sweeps = comparison.records, comparison.kind != "compare"
+    runs, front = write_records(folder, rows, _options(comparison, command))
+    figure = None
+    if sweeps:
+        runs |= _summary(runs)
+        write_json(folder / RUNS_FILE, runs)
+        figure = _draw(runs, folder / f"{comparison.kind}.png")
+    try:
+        if max_loss is not None:
+            front = front | {"choice": choose_best(folder, max_loss, estimate=comparison.section.estimate)}
+    finally:
+        write_comparison(runs, front, folder / "report.html")
+    failed = {name: outcome.message for name, outcome in outcomes.items() if outcome.status == "failed"}
+    return Compared(runs, front, failed, figure)
+
+
+def _options(comparison: Comparison, command: str) -> Options:
+    section, published = comparison.section, comparison.base.published
+    own = {"compare": section.model_dump(mode="json")} if comparison.kind == "compare" else {"seeds": section.seeds}
+    return Options(
+        learned=section.learned,
+        forgotten=section.forgotten,
+        score=section.score,
+        baseline=comparison.plain,
+        reference_point=section.reference_point,
+        hypervolumes=comparison.kind == "compare",
+        reference=comparison.base.reference,
+        about={
+            "base": comparison.base.model,
+            "command": command,
+            "recipe": {**comparison.values, **own},
+            **comparison.about,
+            **({} if published is None else {"published": published.scores()}),
+        },
+    )
+
+
+def _series(runs: Mapping[str, Any]) -> dict[str, Any]:
+    return {**runs, "rows": [{**row, "name": row["label"]} for row in runs["runs"] if row["status"] == "done"]}
+
+
+def _summary(runs: Mapping[str, Any]) -> dict[str, Any]:
+    """Gains and drops per layer, or the benefit of each cell of a grid."""
+    if "study" in runs:
+        return {"summary": study_rows(_series(runs))}
+    benefit = benefits(_series(runs))
+    return {"benefit": benefit} if benefit else {}
+
+
+def _draw(runs: Mapping[str, Any], path: Path) -> Path | None:
+    draw = study_figure if "study" in runs else benefit_figure if "benefit" in runs else sweep_figure
+    series = _series(runs)
+    figure = draw(series) if series["rows"] else None
+    if figure is None:
+        return None
+    png(figure, path)
+    return path

@@ -1,0 +1,383 @@
+"""A budgeted search in place of the whole grid: Optuna, on what is learned and what is forgotten.
+
+Each trial is an ordinary run with the first of ``compare.seeds``; afterwards the settings on the front are run with the
+other seeds, so that they have intervals. An entry is drawn, then
+
+    rate      log-uniform between the least and the largest of the entry's rates                            (1)
+    strength  log-uniform between the least and the largest of its factors, or of the values of the key that it
+              names where all are positive numbers (whole numbers stay whole); else one of the listed ones  (2)
+
+rounded to three significant digits within their span, so that names are short and equal draws share a run. Trial n is
+drawn by a TPE sampler seeded with (seed, n) that sees the trials that have ended. The first ten are draws at random and
+always the same ones; later ones too where one run goes at a time.
+
+Resuming: trials are in Optuna's journal ``<output>/search.log``, in a study named by the key of all that results depend
+on. Started again, finished trials cost nothing, failed ones are tried again, and the rest of the budget is drawn anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keeptune.core.artefact import content_key
+from keeptune.core.errors import ArtefactError, RecipeError
+from keeptune.experiments.axes import axes_of, forgotten_of, learned_of
+from keeptune.experiments.compare_section import Search
+from keeptune.experiments.comparison_record import row_of
+from keeptune.experiments.engine import (
+    TaskMaker,
+    log_outcome,
+    missing_extra,
+    only_one,
+    run_tasks,
+    started_workers,
+    tasks_of,
+)
+from keeptune.experiments.entries import Entry, Variation, by_factor, by_value, slug
+from keeptune.experiments.front import pareto
+from keeptune.experiments.plan_runs import Comparison, RunSpec, list_runs, run_spec
+from keeptune.experiments.single_run import Outcome
+
+__all__ = [
+    "JOURNAL",
+    "Choices",
+    "Span",
+    "ask",
+    "count_trials",
+    "open_study",
+    "run_search",
+    "setting_of",
+    "spans_of",
+    "strengths_of",
+]
+
+JOURNAL = "search.log"
+_ENTRY, _AGAIN = "entry", "again"
+_DIGITS = 3
+_ENTROPY = 2**32
+
+
+@dataclass(frozen=True)
+class Span:
+    """Log-uniform between two positive numbers, both included.
+
+    Args:
+        low: The least.
+        high: The largest, above ``low``.
+        whole: Whether whole numbers alone are drawn.
+    """
+
+    low: float
+    high: float
+    whole: bool = False
+
+    def __str__(self) -> str:
+        """Write it for a table."""
+        return f"{self.low:g} to {self.high:g}"
+
+    def suggest(self, trial: Any, name: str) -> None:
+        """Draws a parameter of a trial of Optuna."""
+        if self.whole:
+            trial.suggest_int(name, int(self.low), int(self.high), log=True)
+        else:
+            trial.suggest_float(name, self.low, self.high, log=True)
+
+    def rounded(self, number: float) -> float:
+        """Returns a drawn number, rounded to three significant digits within the span.
+
+        >>> Span(1e-4, 1e-2).rounded(0.00123456), Span(1e-4, 0.00123461).rounded(0.0012346)
+        (0.00123, 0.00123)
+        """
+        return int(number) if self.whole else min(max(float(f"{number:.{_DIGITS}g}"), self.low), self.high)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of several strengths, each as likely.
+
+    Args:
+        count: How many.
+    """
+
+    count: int
+
+    def __str__(self) -> str:
+        """Write it for a table."""
+        return f"one of {self.count}"
+
+    def suggest(self, trial: Any, name: str) -> None:
+        """Draws a parameter of a trial of Optuna."""
+        trial.suggest_categorical(name, tuple(range(self.count)))
+
+
+def strengths_of(variations: Sequence[Variation]) -> Span | Choices | None:
+    """Returns what strengths are drawn from (eq. 2); None where there is one strength alone.
+
+    Args:
+        variations: Those of an entry.
+    """
+    if len(variations) == 1:
+        return None
+    values: list[Any] = [variation.factor for variation in variations]
+    if any(factor is None for factor in values):
+        keys = {key for variation in variations for key in variation.settings}
+        values = [next(iter(v.settings.values())) for v in variations] if len(keys) == 1 else []
+    positive = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
+    if not values or len(positive) < len(values):
+        return Choices(len(variations))
+    return Span(min(values), max(values), all(isinstance(value, int) for value in values))
+
+
+def spans_of(entry: Entry) -> dict[str, Span | Choices]:
+    """Returns what is drawn for an entry once it is chosen; what has one value is left out.
+
+    Args:
+        entry: The entry.
+
+    Returns:
+        Name of the parameter to span.
+    """
+    spans: dict[str, Span | Choices] = {}
+    rates = [rate for rate in entry.rates if rate is not None]
+    if len(rates) > 1:
+        spans[f"{slug(entry.label)}.rate"] = Span(min(rates), max(rates))
+    strengths = strengths_of(entry.variations)
+    if strengths is not None:
+        spans[f"{slug(entry.label)}.strength"] = strengths
+    return spans
+
+
+def setting_of(entries: Sequence[Entry], params: Mapping[str, Any]) -> tuple[Entry, Variation, float | None]:
+    """Returns the setting that a trial drew: its entry, strength and rate.
+
+    Args:
+        entries: The entries.
+        params: The trial's parameters.
+
+    Raises:
+        RecipeError: The strength does not fit the method.
+    """
+    entry = next(entry for entry in entries if entry.label == params[_ENTRY])
+    spans, name = spans_of(entry), slug(entry.label)
+    rates, strengths = spans.get(f"{name}.rate"), spans.get(f"{name}.strength")
+    rate = rates.rounded(params[f"{name}.rate"]) if isinstance(rates, Span) else entry.rates[0]
+    variation = entry.variations[0]
+    if isinstance(strengths, Choices):
+        variation = entry.variations[params[f"{name}.strength"]]
+    elif strengths is not None:
+        value = strengths.rounded(params[f"{name}.strength"])
+        by_name = variation.factor is None
+        variation = (
+            by_value(next(iter(variation.settings)), value) if by_name else by_factor(entry.settings["method"], value)
+        )
+    return entry, variation, rate
+
+
+def open_study(output: Path, key: str) -> Any:
+    """Opens the study of a key in the journal of a comparison's folder; trials that were killed are put in line again.
+
+    Args:
+        output: The folder.
+        key: Of all that the search's results depend on.
+
+    Returns:
+        Optuna's study. Trials that did not finish, killed or failed, are next.
+    """
+    import optuna
+
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with _quiet_optuna():
+            study = optuna.create_study(
+                storage=_storage(output), study_name=key, directions=["maximize", "minimize"], load_if_exists=True
+            )
+            trials = study.get_trials(deepcopy=False)
+    except (ValueError, KeyError) as error:
+        raise ArtefactError(
+            str(output / JOURNAL),
+            got=f"{type(error).__name__}: {error}",
+            wanted="Optuna's journal of this search",
+            next_step="Remove it and start again; finished runs are not repeated.",
+        ) from error
+    states = optuna.trial.TrialState
+    again = {trial.user_attrs.get(_AGAIN) for trial in trials}
+    for trial in trials:
+        if trial.state == states.RUNNING:
+            study.tell(trial.number, state=states.FAIL)
+        if trial.state in (states.RUNNING, states.FAIL) and trial.number not in again:
+            study.enqueue_trial(trial.params, user_attrs={_AGAIN: trial.number})
+    return study
+
+
+def ask(study: Any, seed: int, entries: Sequence[Entry]) -> Any:
+    """Draws the next trial.
+
+    Args:
+        study: From :func:`open_study`.
+        seed: Of the search.
+        entries: The entries.
+
+    Returns:
+        Optuna's trial.
+    """
+    import optuna
+
+    trials = study.get_trials(deepcopy=False)
+    number = sum(_AGAIN not in trial.user_attrs for trial in trials)  # a trial tried again is the same trial
+    with _quiet_optuna():
+        drawn = int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) % _ENTROPY
+        study.sampler = optuna.samplers.TPESampler(seed=drawn, constant_liar=True)
+        trial = study.ask()
+        label = trial.suggest_categorical(_ENTRY, tuple(entry.label for entry in entries))
+        for name, span in spans_of(next(entry for entry in entries if entry.label == label)).items():
+            span.suggest(trial, name)
+    return trial
+
+
+def count_trials(output: Path) -> dict[str, int]:
+    """Counts the finished trials of the last search in a folder.
+
+    Args:
+        output: The comparison's folder.
+
+    Returns:
+        Label of an entry to its number of trials.
+    """
+    counts: dict[str, int] = {}
+    if (output / JOURNAL).is_file():
+        storage = _storage(output)
+        for study in storage.get_all_studies()[-1:]:
+            for trial in storage.get_all_trials(study._study_id):
+                if trial.state.name == "COMPLETE":
+                    counts[trial.params[_ENTRY]] = counts.get(trial.params[_ENTRY], 0) + 1
+    return counts
+
+
+def _storage(output: Path) -> Any:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    with _quiet_optuna():
+        return JournalStorage(JournalFileBackend(str(output / JOURNAL)))
+
+
+def run_search(comparison: Comparison, search: Search) -> tuple[tuple[RunSpec, ...], dict[str, Outcome]]:
+    """Does what is missing of a search, and the settings on its front with the other seeds.
+
+    Args:
+        comparison: The comparison.
+        search: Its budget and seed.
+
+    Returns:
+        Its runs, in the order of the trials, and name to how each ended.
+
+    Raises:
+        KeeptuneError: What the user can correct; nothing was run then.
+    """
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("Optuna") from error
+    _need_both_roles(comparison)
+    ends = [spec for spec in list_runs(comparison) if spec.seed == comparison.section.seeds[0]]
+    maker, tasks, _ = tasks_of(comparison, ends)  # the listed settings are the ends of all spans
+    spans = [{name: asdict(span) for name, span in spans_of(entry).items()} for entry in comparison.entries]
+    key = content_key([search.seed, spans, [tasks[spec.name].key for spec in ends]])
+    with only_one(comparison.output):
+        study = open_study(comparison.output, key)
+        outcomes = _run_trials(maker, study, search)
+        specs: dict[str, RunSpec] = {}
+        settings: dict[str, tuple[Entry, Variation, float | None]] = {}
+        values: list[tuple[float, float]] = []
+        for trial in study.get_trials(deepcopy=False):
+            if not trial.params:  # in line, beyond the budget
+                continue
+            setting = setting_of(comparison.entries, trial.params)
+            spec = run_spec(comparison, *setting, comparison.section.seeds[0])
+            complete = trial.state.name == "COMPLETE"
+            if complete and spec.name not in settings:  # equal draws share a run
+                settings[spec.name] = setting
+                values.append((trial.values[0], trial.values[1]))
+            if complete or spec.name in outcomes:
+                specs.setdefault(spec.name, spec)
+        front = [setting for setting, on in zip(settings.values(), pareto(values), strict=True) if on]
+        others = [run_spec(comparison, *setting, seed) for setting in front for seed in comparison.section.seeds[1:]]
+        todo = [*(specs[name] for name in settings), *others]
+        outcomes |= run_tasks(comparison, [maker.task(spec) for spec in todo])
+    return (*specs.values(), *others), outcomes
+
+
+def _need_both_roles(comparison: Comparison) -> None:
+    roles = {str(benchmark.role) for benchmark in comparison.base.evaluate}
+    if len(roles) != 2:
+        raise RecipeError(
+            f"{comparison.where}, key compare.search",
+            got=f"benchmarks of {' and '.join(sorted(roles)) or 'no role'} alone",
+            wanted="a task and a knowledge benchmark: the search weighs what is learned against what is forgotten",
+            next_step="Add one to `evaluate`, or leave `search` out for the whole grid.",
+        )
+
+
+def _run_trials(maker: TaskMaker, study: Any, search: Search) -> dict[str, Outcome]:
+    """Draws and runs trials until the budget is used; returns name to outcome of those of this time."""
+    comparison, outcomes = maker.comparison, dict[str, Outcome]()
+    done = sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
+    asked = done
+    if asked >= search.trials:
+        return outcomes
+    running: dict[int, tuple[Any, RunSpec]] = {}
+    with started_workers(comparison) as workers:
+        while asked < search.trials or running:
+            while asked < search.trials and len(running) < workers.room:
+                trial = ask(study, search.seed, comparison.entries)
+                setting = setting_of(comparison.entries, trial.params)
+                spec = run_spec(comparison, *setting, comparison.section.seeds[0])
+                task = maker.task(spec)
+                workers.submit(task)
+                running[id(task)] = trial, spec
+                asked += 1
+            task, outcome = workers.wait()
+            trial, spec = running.pop(id(task))
+            outcomes[spec.name] = _tell(comparison, study, trial, spec, outcome)
+            done += 1
+            log_outcome(spec.name, outcomes[spec.name], done, search.trials)
+    return outcomes
+
+
+def _tell(comparison: Comparison, study: Any, trial: Any, spec: RunSpec, outcome: Outcome) -> Outcome:
+    """Tells Optuna where a run is on the axes; a run that has no place on them failed."""
+    import optuna
+
+    row, section = row_of(spec, outcome), comparison.section
+    if row["status"] == "done":
+        axes = axes_of(row["benchmarks"], section.learned, section.forgotten)
+        learned = learned_of(row["benchmarks"], axes.learned)
+        forgotten = forgotten_of(row["benchmarks"], axes.forgotten)
+        if learned.number is not None and forgotten.number is not None:
+            study.tell(trial, [learned.number, forgotten.number])
+            return outcome
+        row["message"] = f"{spec.name} has no place on the axes: {learned.why or forgotten.why}"
+    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    return replace(outcome, status="failed", message=row["message"])
+
+
+@contextlib.contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Hides Optuna's own messages and its warnings of experimental parts."""
+    import optuna
+
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)

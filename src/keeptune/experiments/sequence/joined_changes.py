@@ -1,0 +1,212 @@
+"""What a sequence makes: one change for the original base, the sum of what the stages changed.
+
+    W_k = W + sum_{i<=k} B_i A_i = W + [B_1 .. B_k] [A_1; ..; A_k]        (1)
+
+The factors stand side by side, so nothing is lost and the rank is the sum of the ranks. Stage k trains on W_{k-1} in
+float32, formed from the base and the factors of (1) that are on disk: a sequence that goes on after a kill forms the
+same bits. Where a stage has no low-rank form (full fine-tuning, DoRA), the product from there on is a whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from keeptune.adapter.export import BOUNDS, Exported, export
+from keeptune.adapter.install import install
+from keeptune.adapter.load import SIDECAR
+from keeptune.adapter.portable import SERVED_RANKS
+from keeptune.core.artefact import atomic_directory, write_json
+from keeptune.core.errors import ExportError
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Plan
+from keeptune.model.blocks import find_targets
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.planning import starting_from
+from keeptune.recipe.sections import ExportSpec
+
+__all__ = ["Gap", "add_changes", "gap_to", "joined", "plan_of", "read_changes", "write_adapter", "write_whole"]
+
+_PREFIX = "base_model.model."
+
+
+def read_changes(folder: Path) -> dict[str, LowRank]:
+    """Reads the factors of an adapter that keeptune exported: its scale is 1.
+
+    Args:
+        folder: The adapter.
+
+    Returns:
+        Target name to change, without the zeros that padded it; targets that did not change are left out.
+    """
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for key in tensors:
+        if key.endswith(".lora_A.weight"):
+            stem = key.removesuffix(".lora_A.weight")
+            A, B = tensors[key].float(), tensors[f"{stem}.lora_B.weight"].float()
+            used = A.any(dim=1) & B.any(dim=0)
+            if bool(used.any()):
+                found[stem.removeprefix(_PREFIX)] = LowRank(B[:, used].contiguous(), A[used].contiguous())
+    return found
+
+
+def joined(earlier: Mapping[str, LowRank], later: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """Adds two changes of a model (1).
+
+    Laws: the sum at each target; a target of one of them alone stays as it is; ranks add up.
+
+    Args:
+        earlier: Target name to change.
+        later: The same, of what came after it.
+
+    Returns:
+        Target name to change.
+    """
+    both = {name: earlier[name].plus(change) if name in earlier else change for name, change in later.items()}
+    return {**earlier, **both}
+
+
+def add_changes(model: PreTrainedModel, changes: Mapping[str, LowRank]) -> PreTrainedModel:
+    """Adds changes to the weights of a float32 model.
+
+    Args:
+        model: The model; it is changed.
+        changes: Target name to change.
+
+    Returns:
+        The model.
+    """
+    targets = {target.name: target for target in find_targets(model)}
+    with torch.no_grad():
+        for name, change in changes.items():
+            weight = model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            oriented = weight.T if targets[name].transposed else weight
+            oriented += change.dense().to(weight.device)
+    return model
+
+
+def plan_of(
+    model: PreTrainedModel, changes: Mapping[str, LowRank], options: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> Plan:
+    """Returns the plan whose installation gives the model with some changes.
+
+    Args:
+        model: The base.
+        changes: Target name to change.
+        options: What the record says of how they were made.
+        provenance: What they were made from.
+
+    Returns:
+        The plan.
+    """
+    return Plan(
+        method="sequence",
+        options=options,
+        targets=starting_from([target for target in find_targets(model) if target.name in changes], changes),
+        provenance=provenance,
+    )
+
+
+def write_adapter(
+    base: Job, changes: Mapping[str, LowRank], folder: Path, wanted: ExportSpec, options: Mapping[str, Any]
+) -> Exported:
+    """Writes changes as an adapter for the original base, checked on a freshly loaded one.
+
+    Args:
+        base: A job on the original base.
+        changes: Target name to change.
+        folder: Where.
+        wanted: Format, rank and the largest gap; a portable adapter of a rank that no server takes keeps its own.
+        options: What the record says of how they were made.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: The gap is above the bound, or the folder holds something that keeptune did not write.
+    """
+    model = base.base()
+    provenance = {"model": base.base_fingerprint, "dtype": base.recipe.dtype, "seed": base.seed}
+    plan = plan_of(model, changes, options, provenance)
+    rank = max(change.rank for change in changes.values())
+    too_large = wanted.rank is None and rank > max(SERVED_RANKS)
+    tuned = install(model, plan)
+    assert isinstance(tuned, PeftModel)
+    return export(
+        tuned.eval(),
+        plan,
+        folder,
+        base=base.recipe.model,
+        load_base=base.base,
+        format="peft" if too_large and wanted.format == "portable" else wanted.format,
+        rank=wanted.rank,
+        tokenizer=base.tokenizer,
+        max_gap=wanted.max_gap,
+    )
+
+
+def write_whole(base: Job, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a whole model, with its tokenizer and the name of its base.
+
+    Args:
+        base: A job on the original base.
+        model: The model; it is turned into the dtype.
+        folder: Where; it appears whole or not at all.
+        dtype: How the weights are stored.
+    """
+    with atomic_directory(folder) as fresh:
+        model.to(dtype).save_pretrained(fresh)
+        base.tokenizer.save_pretrained(fresh)
+        write_json(fresh / SIDECAR, {"base": base.recipe.model})
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How far the logits of a product are from those of the model that was trained.
+
+    Args:
+        gap: The largest difference.
+        relative: The same over the largest logit.
+    """
+
+    gap: float
+    relative: float
+
+
+def gap_to(found: Tensor, wanted: Tensor, dtype: torch.dtype, max_gap: float | None, where: str) -> Gap:
+    """Compares logits, and refuses a product that is not what was trained.
+
+    Args:
+        found: Logits of the product on a freshly loaded base.
+        wanted: Logits of the model that was trained.
+        dtype: Of the base.
+        max_gap: The largest relative gap allowed; None takes that of exports for the dtype.
+        where: For the error.
+
+    Returns:
+        The gap.
+
+    Raises:
+        ExportError: It is too large, or not a number.
+    """
+    gap = float((found - wanted).abs().max())
+    relative = gap / max(float(wanted.abs().max()), 1e-30)
+    bound = BOUNDS[dtype] if max_gap is None else max_gap
+    if not relative <= bound:
+        raise ExportError(
+            where,
+            got=f"logits that differ from the trained model's by {relative:.2e} (relative)",
+            wanted=f"at most {bound:.0e}",
+            next_step="State a larger `export.max_gap`, or check the stage's losses: its change may be too large.",
+        )
+    return Gap(gap, relative)

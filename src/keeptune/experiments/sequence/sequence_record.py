@@ -1,0 +1,142 @@
+"""sequence.json: the matrix stage x benchmark, and what it says of learning and forgetting."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from keeptune.core.artefact import read_json, write_json
+from keeptune.core.intervals import lower_is_better
+from keeptune.experiments.sequence.stages_section import StageSequence
+from keeptune.experiments.sequence.transfer_metrics import (
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forgetting_of_each,
+    forward_transfer,
+)
+
+__all__ = ["measures", "write_record"]
+
+
+def write_record(
+    sequence: StageSequence,
+    stages: Sequence[Mapping[str, Any]],
+    scores: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    adapter: Path,
+    export: Mapping[str, Any] | None,
+    final: Sequence[Mapping[str, Any]] | None,
+) -> dict[str, Any]:
+    """Write ``sequence.json``; a file that says the same already is left alone.
+
+    Args:
+        sequence: The sequence.
+        stages: What ``stage.json`` holds, of each stage.
+        scores: After each stage, the summary of every benchmark.
+        adapter: The product.
+        export: How it was written; None for a whole model.
+        final: Summaries of the product, where it is not what the last stage left: cut to a rank, or rounded.
+
+    Returns:
+        The record.
+    """
+    benchmarks = [
+        {key: row[key] for key in ("name", "role", "metric", "n")} | {"stage": sequence.owners.get(row["name"])}
+        for row in scores[0]
+    ]
+    matrix = [[_number(row["before"]) for row in scores[0]]]
+    matrix += [[_number(row["after"]) for row in part] for part in scores]
+    intervals: list[Any] = [[None] * len(benchmarks)]
+    intervals += [[_pair(row["interval"]) for row in part] for part in scores]
+    kept = ("name", "method", "options", "seed", "rank", "gap", "relative_gap", "note", "trained_parameters", "seconds")
+    record: dict[str, Any] = {
+        "base": sequence.whole.model,
+        "version": version("keeptune"),
+        "stages": [
+            {key: one[key] for key in kept}
+            | {"folder": one["run"], "adapter": one["product"], "loss": one["loss"]}
+            | {"evaluation": str(Path(one["product"]).parent / "evaluation")}
+            for one in stages
+        ],
+        "benchmarks": benchmarks,
+        "scores": matrix,
+        "intervals": intervals,
+        **measures([stage.name for stage in sequence.stages], benchmarks, matrix),
+        "knowledge": [
+            {"name": b["name"], "metric": b["metric"], "before": matrix[0][i], "after": matrix[-1][i]}
+            | {"interval": intervals[-1][i]}
+            for i, b in enumerate(benchmarks)
+            if b["role"] == "knowledge"
+        ],
+        "adapter": str(adapter),
+        "export": None if export is None else dict(export),
+        "final": None if final is None else [dict(row) for row in final],
+        "recipes": {stage.name: stage.recipe.written() for stage in sequence.stages},
+    }
+    path = sequence.output / "sequence.json"
+    if path.is_file():
+        there: dict[str, Any] = read_json(path)
+        if record == {key: value for key, value in there.items() if key != "created"}:
+            return there
+    record["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_json(path, record)
+    return record
+
+
+def measures(
+    stages: Sequence[str], benchmarks: Sequence[Mapping[str, Any]], scores: Sequence[Sequence[float | None]]
+) -> dict[str, Any]:
+    """Compute what :mod:`keeptune.experiments.sequence.transfer_metrics` defines, of a matrix stage x benchmark.
+
+    The score of a task is the mean over its benchmarks that are shares (not nats per token).
+
+    Args:
+        stages: Names of the stages.
+        benchmarks: Each ``name``, ``metric`` and ``stage``, whose task it measures.
+        scores: ``(T + 1, benchmarks)``; the first row is the base, None is not a number.
+
+    Returns:
+        ``average_accuracy``, ``backward_transfer``, ``forward_transfer``, ``forgetting``, ``forgetting_of_each`` (stage
+        to f_j), ``course`` (average accuracy and forgetting over the tasks seen, after each stage) and ``why`` they are
+        None, where they are.
+    """
+    columns = {
+        stage: [i for i, b in enumerate(benchmarks) if b["stage"] == stage and not lower_is_better(b["metric"])]
+        for stage in stages
+    }
+    missing = [stage for stage, found in columns.items() if not found]
+    names = ("average_accuracy", "backward_transfer", "forward_transfer", "forgetting")
+    if missing:
+        why = f"no benchmark in shares belongs to stage {', '.join(missing)}: name it like the stage, or in sequence"
+        return {**dict.fromkeys(names), "forgetting_of_each": {}, "course": [], "why": why}
+    tasks = [[_mean([row[i] for i in columns[stage]]) for stage in stages] for row in scores]
+    base, R = tasks[0], tasks[1:]
+    seen = [[row[: k + 1] for row in R[: k + 1]] for k in range(len(R))]
+    values = (average_accuracy(R), backward_transfer(R), forward_transfer(R, base), forgetting(R))
+    why = ""
+    if len(stages) > 1 and None in values:
+        why = "a score is not a number"
+    return {
+        **dict(zip(names, values, strict=True)),
+        "forgetting_of_each": dict(zip(stages, map(_number, forgetting_of_each(R)), strict=False)),
+        "course": [{"average_accuracy": average_accuracy(part), "forgetting": forgetting(part)} for part in seen],
+        "why": why,
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return math.fsum(math.nan if value is None else value for value in values) / len(values)
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _pair(interval: Sequence[float]) -> list[float] | None:
+    low, high = (_number(end) for end in interval)
+    return None if low is None or high is None else [low, high]

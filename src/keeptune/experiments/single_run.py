@@ -1,0 +1,198 @@
+"""One run of a comparison: the stages of a run without its page, and the mark that says it is finished.
+
+The run's folder has, beside the stages' files, ``run.json`` (whether it is done or why it failed, under a key of all
+that it depends on) and ``log.txt``. A finished run costs the reading of its mark; of an unfinished one the stages that
+are done are not repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from keeptune.core.artefact import content_key, file_fingerprint, has_key, read_json, write_json
+from keeptune.core.errors import KeeptuneError
+from keeptune.core.locks import locked
+from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.experiments.posthoc_scaling import Variant
+from keeptune.experiments.posthoc_scoring import VARIANTS, score_variants
+from keeptune.pipeline.run import export_stage, plan_stage, start, train_stage
+from keeptune.pipeline.scoring import evaluate_stage, find_result
+from keeptune.recipe.schema import Recipe
+
+__all__ = ["Outcome", "RunTask", "attempt", "finished", "task_key"]
+
+_log = logging.getLogger(__name__)
+_MARK = "run.json"
+_CHANGE_NO_RESULT = ("output", "store", "device", "low_memory")
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """A run as a worker gets it.
+
+    Args:
+        name: Its name.
+        recipe: Its recipe.
+        key: Of all that its result depends on.
+        base: Fingerprint of the base.
+        shared: The comparison's folder, where the base's answers are.
+        threads: How many threads it may use; None leaves torch's setting.
+        variants: The post-hoc variants of its result.
+    """
+
+    name: str
+    recipe: Recipe
+    key: str
+    base: str
+    shared: Path
+    threads: int | None = None
+    variants: Sequence[Variant] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        status: ``"done"``, ``"failed"``, or ``"missing"`` where it was not tried.
+        message: Why it failed.
+        seconds: How long it took this time; 0 where it was finished already.
+        warnings: The warnings in its log.
+        node: Of the cluster, where it ran.
+    """
+
+    status: Literal["done", "failed", "missing"]
+    message: str = ""
+    seconds: float = 0.0
+    warnings: Sequence[str] = field(default_factory=tuple)
+    node: str = ""
+
+
+def task_key(recipe: Recipe, base: str, known: dict[str, str]) -> str:
+    """Returns the key of all that a run's result depends on.
+
+    Args:
+        recipe: Its recipe.
+        base: Fingerprint of the base.
+        known: Fingerprints of data files by path; those of new ones are added.
+    """
+    scored = [getattr(entry, "file", None) or getattr(entry, "data", None) for entry in recipe.evaluate]
+    paths = [*(part.file for part in recipe.knowledge_sets), recipe.task.train, *scored]
+    data = []
+    for path in paths:
+        if path is not None:
+            if str(path) not in known:
+                known[str(path)] = _fingerprint(Path(path))
+            data.append(known[str(path)])
+    plain = {key: value for key, value in recipe.written().items() if key not in _CHANGE_NO_RESULT}
+    return content_key([plain, data, base])
+
+
+def _fingerprint(path: Path) -> str:
+    if path.is_dir():
+        return file_fingerprint(sorted(part for part in path.rglob("*") if part.is_file()))
+    return file_fingerprint([path]) if path.is_file() else ""
+
+
+def finished(task: RunTask) -> bool:
+    """Returns whether a run is done and its result and scores are there."""
+    folder = task.recipe.output
+    try:
+        if not has_key(folder / _MARK, task.key) or read_json(folder / _MARK)["status"] != "done":
+            return False
+        scores = [folder / "evaluation" / f"{benchmark.name}.json" for benchmark in task.recipe.evaluate]
+        scores += [folder / VARIANTS / variant.slug / "variant.json" for variant in task.variants]
+        return find_result(folder).is_dir() and all(path.is_file() for path in scores)
+    except (KeeptuneError, KeyError, OSError):
+        return False
+
+
+def attempt(task: RunTask) -> Outcome:
+    """Does a run, or what is left of it; a failure is recorded in its folder until the next try.
+
+    Args:
+        task: The run.
+
+    Returns:
+        How it ended.
+    """
+    if task.threads is not None:
+        torch.set_num_threads(task.threads)
+    started = time.perf_counter()
+    folder = task.recipe.output
+    message = ""
+    warned: list[str] = []
+    try:
+        with locked(folder / ".lock"), _logged(folder / "log.txt", warned):
+            if finished(task):  # by another worker that had an equal run
+                return Outcome("done")
+            try:
+                _stages(task)
+            except KeeptuneError as error:
+                message = str(error)
+            except (RuntimeError, ValueError, OSError) as error:  # a library's: out of memory, no convergence
+                _log.warning("%s: %s", task.name, error, exc_info=True)
+                message = f"{type(error).__name__}: {error}"
+            outcome = Outcome("failed" if message else "done", message, time.perf_counter() - started, tuple(warned))
+            write_json(folder / _MARK, {"key": task.key, "status": outcome.status, "message": message})
+    except (KeeptuneError, OSError) as error:  # the folder cannot be written: the message has no other place than this
+        return Outcome("failed", message or str(error), time.perf_counter() - started, tuple(warned))
+    finally:
+        gc.collect()  # give back the models' memory, for the next run of this process and for those of others
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return outcome
+
+
+def _stages(task: RunTask) -> None:
+    job = start(task.recipe)
+    plan = plan_stage(job)
+    train_stage(job, plan)
+    export_stage(job, plan)
+    kept = KeptAnswers(task.shared / "base", content_key([task.base, job.device]))
+    evaluate_stage(job, kept=kept)
+    if task.variants:
+        score_variants(job, task.variants, kept=kept)
+
+
+class _Warnings(logging.Handler):
+    """Collects the texts of warnings."""
+
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.texts = texts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def _logged(path: Path, warned: list[str]) -> Iterator[None]:
+    """Writes the log of a run into its folder, warnings of libraries included."""
+    logger = logging.getLogger("keeptune")
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers: list[logging.Handler] = [file, _Warnings(warned)]
+    level = logger.level
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
+    finally:
+        logger.setLevel(level)
+        for handler in handlers:
+            logger.removeHandler(handler)
+        file.close()

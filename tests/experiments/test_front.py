@@ -1,0 +1,190 @@
+"""Points, fronts and hypervolumes against slow versions, and their laws."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.experiments.support import benchmark, point, row
+from tests.reference.front_reference import hypervolume_by_counting, hypervolume_by_inclusion, pareto_brute
+
+from keeptune.core.errors import KeeptuneError
+from keeptune.experiments.axes import axes_of
+from keeptune.experiments.front import (
+    as_json,
+    common_seeds,
+    families,
+    hypervolume,
+    hypervolumes,
+    pareto,
+    points_of,
+    reference_point,
+    spread,
+)
+
+WHOLE = st.lists(st.tuples(st.integers(0, 8), st.integers(-3, 8)), min_size=1, max_size=10)
+ANY = st.floats(-2, 2, allow_subnormal=False)
+PLACES = st.lists(st.tuples(ANY, ANY), min_size=1, max_size=7)
+
+
+def test_spread_by_hand() -> None:
+    over = spread([0.1, 0.2, 0.6])
+    assert over.mean == 0.3
+    assert over.sd == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
+    # t(0.975, 2 degrees of freedom) is 4.302653 in every table
+    half = 4.302653 * over.sd / math.sqrt(3)
+    assert (over.low, over.high) == pytest.approx((0.3 - half, 0.3 + half))
+
+
+def test_one_seed_has_no_spread_over_seeds_and_equal_seeds_have_none_to_show() -> None:
+    assert as_json(spread([0.4])) == {"mean": 0.4, "low": None, "high": None, "sd": None}
+    assert as_json(spread([0.4, 0.4, 0.4])) == {"mean": 0.4, "low": 0.4, "high": 0.4, "sd": 0.0}
+
+
+def test_points_have_the_interval_that_every_page_has() -> None:
+    rows = [
+        row(seed=s, learned=0.6, forgotten=0.1 * s, forgotten_interval=(0.1 * s - 0.3, 0.1 * s + 0.2)) for s in (0, 1)
+    ]
+    one, both = points_of(rows[:1])[0][0], points_of(rows)[0][0]
+    assert as_json(one.forgotten) == {"mean": 0.0, "low": -0.3, "high": 0.2, "sd": None}
+    assert (one.learned.has_interval, both.learned.low) == (False, 0.6)
+    half = 12.706205 * 0.1 / 2  # wider than the items' [-0.25, 0.25]
+    assert (both.forgotten.low, both.forgotten.high) == pytest.approx((0.05 - half, 0.05 + half))
+
+
+def test_a_front_by_hand() -> None:
+    #         best   worse on both  tie   tie   learns most
+    places = [(0.5, 0.1), (0.4, 0.2), (0.6, 0.3), (0.6, 0.3), (0.9, 0.5), (0.9, 0.6)]
+    assert pareto(places) == [True, False, True, True, True, False]
+    assert pareto([(0.1, 5.0)]) == [True]
+    assert pareto([]) == []
+
+
+@given(WHOLE)
+def test_the_front_is_what_nothing_dominates(places: list[tuple[int, int]]) -> None:
+    assert pareto(places) == pareto_brute(places)
+
+
+@given(WHOLE, st.randoms())
+def test_the_order_of_places_does_not_matter(places: list[tuple[int, int]], random: object) -> None:
+    shuffled = sorted(places, key=lambda _: random.random())  # type: ignore[attr-defined]
+    on = dict(zip(places, pareto(places), strict=True))
+    assert dict(zip(shuffled, pareto(shuffled), strict=True)) == on
+    assert hypervolume(shuffled, (0, 8)) == pytest.approx(hypervolume(places, (0, 8)), abs=1e-9)
+
+
+@given(PLACES, st.integers(0, 6), st.floats(0, 1), st.floats(0, 1))
+def test_a_dominated_place_changes_nothing(places: list, at: int, less: float, more: float) -> None:  # type: ignore[type-arg]
+    learned, forgotten = places[at % len(places)]
+    worse = (learned - less - 0.01, forgotten + more + 0.01)
+    assert pareto([*places, worse]) == [*pareto(places), False]
+    assert hypervolume([*places, worse], (-2, 2)) == pytest.approx(hypervolume(places, (-2, 2)), abs=1e-9)
+
+
+@given(WHOLE)
+def test_the_hypervolume_counts_squares(places: list[tuple[int, int]]) -> None:
+    assert hypervolume(places, (1, 6)) == pytest.approx(hypervolume_by_counting(places, (1, 6)), abs=1e-9)
+
+
+@given(PLACES)
+def test_the_hypervolume_is_that_of_inclusion_and_exclusion(places: list[tuple[float, float]]) -> None:
+    assert hypervolume(places, (0.0, 1.0)) == pytest.approx(hypervolume_by_inclusion(places, (0.0, 1.0)), abs=1e-9)
+
+
+@given(PLACES, st.sampled_from([0.25, 2.0, 8.0]), st.sampled_from([0.5, 4.0]))
+def test_scaling_the_axes_scales_the_hypervolume(places: list[tuple[float, float]], a: float, b: float) -> None:
+    scaled = [(a * learned, b * forgotten) for learned, forgotten in places]
+    assert pareto(scaled) == pareto(places)
+    assert hypervolume(scaled, (-2 * a, 2 * b)) == pytest.approx(a * b * hypervolume(places, (-2, 2)), abs=1e-8)
+
+
+def test_a_hypervolume_by_hand() -> None:
+    # [0, 0.5] x [0.1, 0.6] and [0.5, 0.8] x [0.4, 0.6]
+    assert hypervolume([(0.5, 0.1), (0.8, 0.4)], (0.0, 0.6)) == pytest.approx(0.25 + 0.06)
+    assert hypervolume([(-0.1, 0.1), (0.5, 0.7), (0.0, 0.6)], (0.0, 0.6)) == 0.0
+    assert hypervolume([], (0.0, 0.6)) == 0.0
+
+
+def test_seeds_are_gathered_into_points() -> None:
+    rows = [row(seed=s, learned=0.5 + 0.1 * s, forgotten=0.1 * s) for s in (2, 0, 1)]
+    rows += [row(rate=2e-3, seed=0), row("keep", seed=0, strength=3.0), row("keep", seed=0, strength=1.0)]
+    points, excluded = points_of(rows)
+    assert [p.name for p in points] == ["lora-lr0.001", "lora-lr0.002", "keep-lr0.001", "keep-lr0.001 (2)"]
+    assert points[0].places == {0: (0.5, 0.0), 1: (0.6, 0.1), 2: (0.7, 0.2)}
+    assert points[0].place == (0.6, 0.1)
+    assert points[0].runs[2] == "lora-lr0.001-seed2"
+    assert excluded == []
+
+
+def test_what_is_in_no_point_is_said() -> None:
+    rows = [
+        row(seed=0),
+        row(seed=0, name="again"),
+        row(seed=1, status="failed", message="out of memory", learned=None),
+        row(seed=2, status="missing", message=""),
+        row(seed=3, learned=None, why="the score of facts after training is NaN"),
+        row(seed=4, forgotten=math.nan),
+    ]
+    points, excluded = points_of(rows)
+    assert list(points[0].places) == [0]
+    assert {entry["run"]: entry["why"] for entry in excluded} == {
+        "again": "the same setting and seed as lora-lr0.001-seed0",
+        "lora-lr0.001-seed1": "failed: out of memory",
+        "lora-lr0.001-seed2": "missing: no message",
+        "lora-lr0.001-seed3": "the score of facts after training is NaN",
+        "lora-lr0.001-seed4": "forgotten is not a finite number",
+    }
+
+
+def test_the_family_of_a_knob_has_the_untouched_points_too() -> None:
+    knob = {"variant": {"scale": 0.5}, "label": "lora, scaled", "of": "lora"}
+    rows = [row(), row("keep"), row(**{**knob, "name": "lora-lr0.001-seed0/scale-0.5"})]
+    points, _ = points_of(rows)
+    groups = families(points)
+    assert {label: [p.name for p in members] for label, members in groups.items()} == {
+        "lora": ["lora-lr0.001"],
+        "keep": ["keep-lr0.001"],
+        "lora, scaled": ["lora-lr0.001/scale-0.5", "lora-lr0.001"],
+    }
+
+
+def test_the_reference_point_is_the_base_and_the_worst_seed() -> None:
+    rows = [row(seed=0, forgotten=0.1), row(seed=1, forgotten=0.3), row("keep", forgotten=0.05)]
+    points, _ = points_of(rows)
+    assert reference_point(rows, axes_of(rows[0]["benchmarks"]), points) == (0.2, 0.3)
+    gained = [row(forgotten=-0.1)]
+    assert reference_point(gained, axes_of(gained[0]["benchmarks"]), points_of(gained)[0]) == (0.2, 0.0)
+    assert reference_point([], axes_of(rows[0]["benchmarks"]), []) is None
+
+
+def test_bases_that_differ_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    other = [benchmark("task", "task", 0.25, 0.6), benchmark("facts", "knowledge", 0.8, 0.7)]
+    rows = [row(), row("keep", benchmarks=other)]
+    assert reference_point(rows, axes_of(other), points_of(rows)[0]) == (0.2, 0.1)
+    assert "0.2 to 0.25" in caplog.text
+
+
+def test_hypervolumes_are_taken_seed_by_seed() -> None:
+    points = [point("a", (0.5, 0.1), (0.7, 0.1)), point("b", (0.8, 0.4), (0.8, 0.2), (0.9, 0.3))]
+    found = hypervolumes({"lora": points}, (0.0, 0.6))["lora"]
+    # seed 0: 0.5 x 0.5 + 0.3 x 0.2; seed 1: 0.7 x 0.5 + 0.1 x 0.4; seed 2 is not common
+    assert found["seeds"] == [0, 1]
+    assert found["mean"] == pytest.approx((0.31 + 0.39) / 2)
+    assert found["high"] - found["mean"] == pytest.approx(12.706205 * 0.04, rel=1e-6)
+    assert found["points"] == 2
+
+
+def test_a_label_without_a_common_seed_has_a_hypervolume_without_an_interval() -> None:
+    points = [point("a", (0.5, 0.1), seeds=(0,)), point("b", (0.8, 0.4), seeds=(1,))]
+    found = hypervolumes({"lora": points}, (0.0, 0.6))["lora"]
+    assert (found["mean"], found["low"], found["seeds"]) == (pytest.approx(0.31), None, [])
+    assert common_seeds([]) == []
+
+
+def test_without_moocore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "moocore", None)
+    with pytest.raises(KeeptuneError, match=r"keeptune\[compare\]"):
+        hypervolume([(0.1, 0.1)], (0.0, 1.0))
