@@ -1,12 +1,14 @@
 """Write docs/methods/*.md and docs/penalties/*.md from the code's own docstrings; text below the marker is kept.
 
-recipes/PUBLISHED.md is written from the recipes of the papers' tables; text above its marker is kept.
+recipes/PUBLISHED.md is written from the recipes of the papers' tables, docs/architecture.md from the modules' docstrings;
+text above their markers is kept.
 
 `python docs/generate.py` writes, `python docs/generate.py --check` fails when a page is out of date.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -21,6 +23,8 @@ MARKER = "<!-- written by hand below this line -->"
 TABLES = "<!-- written by docs/generate.py from recipes/ below this line -->"
 DOCS = Path(__file__).parent
 RECIPES = DOCS.parent / "recipes"
+SOURCE = DOCS.parent / "src" / "keeptune"
+MODULES = "<!-- written by docs/generate.py from the modules' docstrings below this line -->"
 
 
 def page(cls: type, old: str, example: str = "method: {{{}}}") -> str:
@@ -119,15 +123,40 @@ def _table(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def tree(old: str) -> str:
+    """Write the page of the architecture from the first line of every module.
+
+    Args:
+        old: The page as it is; what stands above the marker is kept.
+
+    Returns:
+        The page.
+    """
+    parts = [old.partition(MODULES)[0].rstrip(), MODULES]
+    for folder in sorted(path.parent for path in SOURCE.rglob("__init__.py")):
+        name = folder.relative_to(SOURCE.parent).as_posix()
+        rows = [f"| `{path.name}` | {_headline(path)} |" for path in sorted(folder.glob("[!_]*.py"))]
+        parts.append(f"### `{name}/`\n\n{_headline(folder / '__init__.py')}")
+        if rows:
+            parts[-1] += "\n\n| file | |\n| --- | --- |\n" + "\n".join(rows)
+    return "\n\n".join(parts) + "\n"
+
+
+def _headline(path: Path) -> str:
+    """Read a module's first line."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split()).replace("``", "`").replace("|", "\\|")
+
+
 def main() -> None:
     """Write or check every page."""
     stale = []
-    published = RECIPES / "PUBLISHED.md"
-    written = published.read_text(encoding="utf-8")
-    if tables(written) != written:
-        stale.append(published)
-        if "--check" not in sys.argv:
-            published.write_text(tables(written), encoding="utf-8")
+    for path, write in ((RECIPES / "PUBLISHED.md", tables), (DOCS / "architecture.md", tree)):
+        written = path.read_text(encoding="utf-8")
+        if write(written) != written:
+            stale.append(path)
+            if "--check" not in sys.argv:
+                path.write_text(write(written), encoding="utf-8")
     pages = [("methods", cls, "method: {{{}}}") for cls in methods().values()]
     pages += [("penalties", cls, "penalties: [{{{}}}]") for cls in penalties().values()]
     for folder, cls, example in pages:
