@@ -1,7 +1,7 @@
 """Write docs/methods/*.md and docs/penalties/*.md from the code's own docstrings; text below the marker is kept.
 
-recipes/PUBLISHED.md is written from the recipes of the papers' tables, docs/architecture.md from the modules' docstrings;
-text above their markers is kept.
+recipes/PUBLISHED.md is written from the recipes of the papers' tables, docs/architecture.md from the modules'
+docstrings; text above their markers is kept.
 
 `python docs/generate.py` writes, `python docs/generate.py --check` fails when a page is out of date.
 """

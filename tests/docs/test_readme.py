@@ -1,7 +1,8 @@
-"""The README's Python runs as it stands, the method pages are up to date, and every link leads somewhere."""
+"""The README's recipe and the guide's Python run, pages are up to date, and every link leads somewhere."""
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -9,19 +10,44 @@ from pathlib import Path
 
 import pytest
 
+from keeptune.atlas import data_path
+from keeptune.core.artefact import write_bytes
+from keeptune.data.sources import read_jsonl
+from keeptune.pipeline.run import run
+from keeptune.recipe.schema import load_recipe
+
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDE = ROOT / "docs/guides/python.md"
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("recipes/*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def block(page: Path, language: str) -> str:
+    """The first block of code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[0]
 
 
 @pytest.mark.filterwarnings("default")  # as where it is run on its own
-def test_the_readme_code_runs(
+def test_the_python_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block(GUIDE, "python"), GUIDE.name, "exec"), {"__name__": "guide"})
     assert "Exported(" in capsys.readouterr().out
-    assert (tmp_path / "runs/readme/adapter/adapter_model.safetensors").is_file()
+    assert (tmp_path / "runs/guide/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_readme_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(block(ROOT / "README.md", "yaml"), encoding="utf-8")
+    facts = read_jsonl(data_path("calibration.jsonl"), where="test")
+    write_bytes(Path("train.jsonl"), "".join(f"{json.dumps(row)}\n" for row in facts[:20]).encode())
+    write_bytes(
+        Path("keep.jsonl"), "".join(f"{json.dumps({'text': row['question']})}\n" for row in facts[20:40]).encode()
+    )
+    shorter = {"model": "atlas", "train.max_steps": 2, "store": "store", "device": "cpu"}
+    run(load_recipe(Path("recipe.yaml"), shorter))
+    assert Path("runs/first/adapter/adapter_model.safetensors").is_file()
 
 
 def test_method_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
