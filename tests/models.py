@@ -32,7 +32,7 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.methods.base import Method, make_plan
 from keeptune.model.blocks import body, find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
-from keeptune.model.pretrained import load_model
+from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.model.runner import ResidentRunner, Sink, Taps
 from keeptune.model.summed_loss import Labels
 from keeptune.pipeline.planning import scoped_penalties, with_penalties
@@ -158,7 +158,7 @@ class Saved:
 
     def load(self, seed: int = 0) -> PreTrainedModel:
         head = None if self.head is None else dataclasses.replace(self.head, seed=seed)
-        return load_model(str(self.folder), head=head)
+        return load_model(str(self.folder), LoadOptions(head=head))
 
 
 def save(model: PreTrainedModel, folder: Path) -> Saved:

@@ -30,7 +30,7 @@ from keeptune.evaluation.results import BenchmarkResult
 from keeptune.methods.base import Method
 from keeptune.model.blocks import positions
 from keeptune.model.head import Head
-from keeptune.model.pretrained import load_model
+from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.request import DataRole
@@ -151,7 +151,7 @@ def export(
         plan,
         folder,
         base=base,
-        load_base=lambda: load_model(base, dtype=names[str(model.dtype)], device=model.device, head=head),
+        load_base=lambda: load_model(base, LoadOptions(dtype=names[str(model.dtype)], device=model.device, head=head)),
         format=format,
         rank=rank,
         tokenizer=tokenizer,

@@ -39,7 +39,7 @@ from keeptune.adapter.whole_model import merge
 from keeptune.core.artefact import model_fingerprint, read_json
 from keeptune.core.errors import ArtefactError, ExportError, ModelError
 from keeptune.core.plan import Plan
-from keeptune.model.pretrained import load_model
+from keeptune.model.pretrained import LoadOptions, load_model
 
 every_model = pytest.mark.parametrize("architecture", MODELS)
 
@@ -120,7 +120,7 @@ def test_a_merged_model_has_the_weights_of_dense_algebra(
 ) -> None:
     made = trained(architecture)
     made.export(tmp_path / "out", format="merged")
-    base, merged = made.saved.load(), load_model(str(tmp_path / "out"), head=made.saved.head)
+    base, merged = made.saved.load(), load_model(str(tmp_path / "out"), LoadOptions(head=made.saved.head))
     now = trained_factors(made.model, made.plan)
     head = trained_head(made.model, made.plan)
     tuned = {f"{name}.weight": name for name in now}
@@ -380,7 +380,7 @@ def test_merge_writes_a_model_with_the_logits_of_adapter_on_base(
     made = trained(architecture)
     made.export(tmp_path / "adapter", format=format)
     gap = merge(tmp_path / "adapter", tmp_path / "merged", load_base=made.saved.load)
-    merged = load_model(str(tmp_path / "merged"), head=made.saved.head)
+    merged = load_model(str(tmp_path / "merged"), LoadOptions(head=made.saved.head))
     assert off_by(logits(merged, tokens(9)), logits(made.model, tokens(9))) < 1e-5
     probe = random_probe(made.model)
     measured = logits(merged, probe) - logits(on_fresh_base(made, tmp_path / "adapter"), probe)

@@ -19,7 +19,7 @@ from keeptune.adapter.install import check_frozen, install, lora_layer, restore_
 from keeptune.adapter.portable import change_of
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
-from keeptune.model.pretrained import load_model
+from keeptune.model.pretrained import LoadOptions, load_model
 
 every_adapter = pytest.mark.parametrize("case", ADAPTERS)
 every_still = pytest.mark.parametrize("case", STILL)
@@ -46,7 +46,7 @@ def exported(world: World, model: Any, plan: Plan, folder: Path, format: Format,
     """Export, and load what was written with nothing but PEFT and Transformers; the seed is that of a fresh head."""
     done = export(model, plan, folder, base=str(world.saved.folder), load_base=world.base, format=format)
     if done.format == "merged":
-        return load_model(str(folder), head=world.saved.head)
+        return load_model(str(folder), LoadOptions(head=world.saved.head))
     return PeftModel.from_pretrained(world.saved.load(seed), str(folder)).eval()
 
 
@@ -364,7 +364,7 @@ def test_a_subspace_method_is_exported_merged_and_says_why(
     assert done.format == "merged"
     assert "not of low rank" in done.note
     assert done.note in caplog.text
-    again, base = load_model(str(tmp_path / "out"), head=world.saved.head), world.base()
+    again, base = load_model(str(tmp_path / "out"), LoadOptions(head=world.saved.head)), world.base()
     assert off_by(logits(again, tokens(9)), logits(model, tokens(9))) < 1e-5
     for t in plan.targets:
         delta = again.get_parameter(f"{t.target.name}.weight") - base.get_parameter(f"{t.target.name}.weight")

@@ -16,7 +16,7 @@ from keeptune.core.target import read_weight
 from keeptune.methods.dora import Dora
 from keeptune.methods.lora import Lora
 from keeptune.model.head import Head
-from keeptune.model.pretrained import load_model
+from keeptune.model.pretrained import LoadOptions, load_model
 
 every_model = pytest.mark.parametrize("architecture", MODELS)
 
@@ -75,7 +75,7 @@ def test_merged_rows_have_the_trained_lengths_and_the_directions_of_V(tmp_path: 
     train_steps(model, steps=3)
     state = trained_state(model, plan)
     write_merged(model, plan, tmp_path / "out", MODELS[architecture]())
-    found, fresh = load_model(str(tmp_path / "out"), head=Head.of(base)), MODELS[architecture]()
+    found, fresh = load_model(str(tmp_path / "out"), LoadOptions(head=Head.of(base))), MODELS[architecture]()
     for t in plan.targets:
         name = t.target.name
         W, after = read_weight(fresh, t.target), read_weight(found, t.target)

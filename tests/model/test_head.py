@@ -31,7 +31,7 @@ from keeptune.core.errors import ModelError
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import find_targets, first_position, head_of, positions
 from keeptune.model.head import Head, body_fingerprint, head_fingerprint, sequence_losses
-from keeptune.model.pretrained import load_model, load_positions
+from keeptune.model.pretrained import LoadOptions, load_model, load_positions
 from keeptune.model.summed_loss import drawn_classes, summed_loss
 
 SIZES = {
@@ -106,7 +106,7 @@ def test_a_language_model_has_no_head_of_this_kind(architecture: str) -> None:
 
 def test_positions_that_roberta_does_not_use_are_not_counted(saved: Saved) -> None:
     assert (first_position(MODELS["roberta"]()), positions(MODELS["roberta"]())) == (2, 64)
-    assert load_positions(str(saved.folder), head=saved.head) == 64
+    assert load_positions(str(saved.folder), LoadOptions(head=saved.head)) == 64
     assert (first_position(OTHERS["bert"][0]()), positions(OTHERS["bert"][0]())) == (0, 66)
     assert positions(MODELS["llama"]()) == 64
 
@@ -124,7 +124,7 @@ def test_the_same_seed_draws_the_same_head_and_the_encoder_stays(saved: Saved) -
 
 @pytest.mark.parametrize("labels", [("no", "yes"), ("b", "a", "c"), ()])
 def test_the_config_says_what_the_head_tells(saved: Saved, labels: tuple[str, ...]) -> None:
-    model = load_model(str(saved.folder), head=Head(labels))
+    model = load_model(str(saved.folder), LoadOptions(head=Head(labels)))
     assert model.config.num_labels == max(1, len(labels))
     assert model.classifier.out_proj.out_features == max(1, len(labels))
     found = Head.of(model)
@@ -140,19 +140,19 @@ def test_only_the_head_may_be_missing(saved: Saved, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((saved.folder / "config.json").read_text())
     with pytest.raises(ModelError, match=r"roberta\.encoder\.layer\.0\.output\.dense\.weight.*only the head"):
-        load_model(str(tmp_path), head=saved.head)
+        load_model(str(tmp_path), LoadOptions(head=saved.head))
 
 
 def test_a_head_that_is_there_is_kept_unless_its_labels_are_in_another_order(tmp_path: Path) -> None:
     model = MODELS["roberta"]()
     model.config.id2label = {0: "a", 1: "b", 2: "c"}
     model.save_pretrained(tmp_path)
-    kept = load_model(str(tmp_path), head=Head(("a", "b", "c"), seed=9))
+    kept = load_model(str(tmp_path), LoadOptions(head=Head(("a", "b", "c"), seed=9)))
     assert torch.equal(kept.classifier.dense.weight, model.classifier.dense.weight)
     with pytest.raises(ModelError, match=r"Set task\.labels: \[a, b, c\]"):
-        load_model(str(tmp_path), head=Head(("c", "b", "a")))
+        load_model(str(tmp_path), LoadOptions(head=Head(("c", "b", "a"))))
     with pytest.raises(ModelError, match="other shapes"):
-        load_model(str(tmp_path), head=Head(("a", "b")))
+        load_model(str(tmp_path), LoadOptions(head=Head(("a", "b"))))
     assert json.loads((tmp_path / "config.json").read_text())["id2label"]["0"] == "a"
 
 
@@ -161,7 +161,7 @@ def test_a_model_that_cannot_classify_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="AutoModelForSequenceClassification"):
-        load_model(str(tmp_path), head=Head(("a", "b")))
+        load_model(str(tmp_path), LoadOptions(head=Head(("a", "b"))))
 
 
 # Loss

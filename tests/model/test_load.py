@@ -10,7 +10,7 @@ from tests.models import MODELS, save
 
 from keeptune.core.artefact import model_fingerprint
 from keeptune.core.errors import ModelError
-from keeptune.model.pretrained import load_model, load_tokenizer
+from keeptune.model.pretrained import LoadOptions, load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_folder_is_loaded_as_it_was_saved_in_evaluation_mode(saved: Path) -> N
 
 @pytest.mark.parametrize(("dtype", "wanted"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_the_dtype_is_the_one_asked_for(saved: Path, dtype: str, wanted: torch.dtype) -> None:
-    assert {p.dtype for p in load_model(str(saved), dtype=dtype).parameters()} == {wanted}  # type: ignore[arg-type]
+    assert {p.dtype for p in load_model(str(saved), LoadOptions(dtype=dtype)).parameters()} == {wanted}  # type: ignore[arg-type]
 
 
 def test_auto_takes_the_dtype_that_was_saved(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_used_is_a_model_error(
 
 
 def test_pickled_weights_are_read_when_allowed(broken: Callable[[Callable[[Path], None]], Path]) -> None:
-    found = load_model(str(broken(pickle_weights)), allow_pickle=True)
+    found = load_model(str(broken(pickle_weights)), LoadOptions(allow_pickle=True))
     assert model_fingerprint(found) == model_fingerprint(MODELS["llama"]())
 
 

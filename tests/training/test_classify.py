@@ -20,7 +20,7 @@ from keeptune.core.plan import Plan
 from keeptune.data.labelled import LabelledExamples, collator, labelled_examples
 from keeptune.methods.lora import Lora
 from keeptune.model.head import Head, sequence_losses
-from keeptune.model.pretrained import load_model, load_tokenizer
+from keeptune.model.pretrained import LoadOptions, load_model, load_tokenizer
 from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.store import StatStore
 from keeptune.training.classifier import train_classifier
@@ -49,7 +49,7 @@ def still(folder: str, tmp_path: Path) -> Any:
     """An installed model without dropout, and its plan."""
 
     def make(examples: LabelledExamples) -> tuple[PeftModel, Plan]:
-        model = load_model(folder, head=Head(examples.names))
+        model = load_model(folder, LoadOptions(head=Head(examples.names)))
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

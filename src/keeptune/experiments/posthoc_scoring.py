@@ -26,7 +26,7 @@ from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.experiments.posthoc_scaling import Variant, interpolate, put_adapter, refusal, variant_adapter
 from keeptune.model.blocks import head_of
-from keeptune.model.pretrained import load_model
+from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import find_result, load_pair, result_fingerprint, score
@@ -177,4 +177,4 @@ def _write_weights(job: Job, pair: ModelPair, folder: Path, fresh: Path, variant
         return load_adapter(job.base(), fresh)
     assert isinstance(pair, TwoModels)
     pair.tuned.save_pretrained(fresh)
-    return load_model(str(fresh), dtype=job.recipe.dtype, device=job.device, head=job.head)
+    return load_model(str(fresh), LoadOptions(dtype=job.recipe.dtype, device=job.device, head=job.head))

@@ -1,7 +1,9 @@
-"""Load a base model and its tokenizer from a folder or the hub: safetensors only, no remote code unasked."""
+"""Loads a base model and its tokenizer from a folder or the hub: safetensors only, remote code only where allowed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,25 +22,16 @@ from keeptune.core.errors import ModelError
 from keeptune.model.blocks import head_of, positions
 from keeptune.model.head import Head
 
-__all__ = ["Dtype", "load_model", "load_positions", "load_tokenizer", "refuse_not_finite"]
+__all__ = ["Dtype", "LoadOptions", "load_model", "load_positions", "load_tokenizer", "refuse_not_finite"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def load_model(
-    name: str,
-    *,
-    dtype: Dtype = "auto",
-    device: str | torch.device = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    head: Head | None = None,
-) -> PreTrainedModel:
-    """Load a causal language model or a sequence classifier for analysis and tuning, in evaluation mode.
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a base model is loaded.
 
     Args:
-        name: A folder, or a hub id.
         dtype: ``"auto"`` takes what the model's config says.
         device: Where the weights go.
         revision: Branch, tag or commit on the hub.
@@ -46,6 +39,30 @@ def load_model(
         allow_pickle: Read ``.bin`` weights, which can run code when loaded.
         head: The head of a sequence classifier, drawn from its seed if the base has none; None loads a causal
             language model.
+    """
+
+    dtype: Dtype = "auto"
+    device: str | torch.device = "cpu"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    head: Head | None = None
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What Transformers takes for configs, tokenizers and models alike."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+_DEFAULTS = LoadOptions()
+
+
+def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
+    """Loads a causal language model or a sequence classifier for analysis and tuning, in evaluation mode.
+
+    Args:
+        name: A folder, or a hub id.
+        options: How.
 
     Returns:
         The model.
@@ -54,25 +71,34 @@ def load_model(
         ModelError: There is no such model, its safetensors weights are missing, incomplete or damaged, or it
             brings code that was not allowed.
     """
-    _check_folder(name, allow_pickle)
+    _check_folder(name, options.allow_pickle)
+    head = options.head
     kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0 if head is None else head.seed)
             model, info = kind.from_pretrained(
                 _expanded(name),
-                dtype=dtype,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=None if allow_pickle else True,
+                dtype=options.dtype,
+                use_safetensors=None if options.allow_pickle else True,
                 output_loading_info=True,
+                **options.source,
                 **({} if head is None else head.config),
             )
     # RuntimeError: weights of other shapes than the config says.
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(name, error) from error
+    _check_missing(name, info["missing_keys"], model, head)
+    if head is not None and not info["missing_keys"]:
+        _check_labels(name, head, AutoConfig.from_pretrained(_expanded(name), **options.source))
+    loaded: PreTrainedModel = model.to(options.device).eval()
+    return loaded
+
+
+def _check_missing(name: str, missing_keys: Iterable[str], model: Any, head: Head | None) -> None:
+    """Refuses weights without some parameter, a drawn head's aside."""
     drawn = () if head is None else tuple(f"{module}." for module in head_of(model))
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(drawn))
+    missing = sorted(key for key in missing_keys if not key.startswith(drawn))
     if missing:
         raise ModelError(
             f"model {name}",
@@ -82,18 +108,10 @@ def load_model(
             if head is None
             else "Copy the whole model; only the head may be missing.",
         )
-    if head is not None and not info["missing_keys"]:
-        _check_labels(
-            name,
-            head,
-            AutoConfig.from_pretrained(_expanded(name), revision=revision, trust_remote_code=trust_remote_code),
-        )
-    loaded: PreTrainedModel = model.to(device).eval()
-    return loaded
 
 
 def _check_labels(name: str, head: Head, config: Any) -> None:
-    """Refuse a head that the base brings if it tells the same labels apart in another order."""
+    """Refuses a head that the base brings, with the same labels in another order."""
     brought = [config.id2label[index] for index in sorted(config.id2label)]
     if sorted(brought) == sorted(head.labels) and brought != list(head.labels):
         raise ModelError(
@@ -104,16 +122,12 @@ def _check_labels(name: str, head: Head, config: Any) -> None:
         )
 
 
-def load_positions(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, head: Head | None = None
-) -> int | None:
-    """Say how many positions a model has for tokens, without loading its weights.
+def load_positions(name: str, options: LoadOptions = _DEFAULTS) -> int | None:
+    """Returns how many positions a model has for tokens, without loading its weights.
 
     Args:
         name: A folder, or a hub id.
-        revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run Python code that the model's repository brings.
-        head: The head of a sequence classifier; None for a causal language model.
+        options: How the model would be loaded.
 
     Returns:
         Tokens, or None for a model that names no limit.
@@ -123,19 +137,20 @@ def load_positions(
     """
     _check_folder(name, allow_pickle=True)
     try:
-        config = AutoConfig.from_pretrained(_expanded(name), revision=revision, trust_remote_code=trust_remote_code)
-        if head is None:
+        config = AutoConfig.from_pretrained(_expanded(name), **options.source)
+        if options.head is None:
             limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
             return limit
         with torch.device("meta"):
-            model: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+            trusted = options.trust_remote_code
+            model: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(name, error) from error
     return positions(model)
 
 
 def refuse_not_finite(model: PreTrainedModel) -> None:
-    """Check that every weight is a number.
+    """Checks that every weight is finite.
 
     Args:
         model: The model.
@@ -153,17 +168,14 @@ def refuse_not_finite(model: PreTrainedModel) -> None:
             )
 
 
-def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; one without a padding token pads with its end of text.
+def load_tokenizer(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer; one without a padding token pads with its end of text.
 
     Padding is always masked here, so which token pads changes nothing.
 
     Args:
         name: A folder, or a hub id.
-        revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run Python code that the model's repository brings.
+        options: How the model is loaded.
 
     Returns:
         The tokenizer.
@@ -172,9 +184,7 @@ def load_tokenizer(
         ModelError: There is no tokenizer, or it has neither a padding nor an end token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            _expanded(name), revision=revision, trust_remote_code=trust_remote_code, use_fast=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(_expanded(name), **options.source, use_fast=True)
     # KeyError and TypeError: a tokenizer.json of another form.
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise _cannot_load(name, error) from error

@@ -26,7 +26,7 @@ from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import refuse_used
 from keeptune.methods.combined import parts_of
 from keeptune.model.head import Head, body_fingerprint
-from keeptune.model.pretrained import load_model, load_positions, load_tokenizer
+from keeptune.model.pretrained import LoadOptions, load_model, load_positions, load_tokenizer
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
@@ -87,31 +87,29 @@ class Job:
     # The base
 
     @property
-    def _source(self) -> dict[str, Any]:
+    def _source(self) -> LoadOptions:
         recipe = self.recipe
-        return {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+        return LoadOptions(
+            dtype=recipe.dtype,
+            device=self.device,
+            revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code,
+            allow_pickle=recipe.allow_pickle,
+        )
 
     @cached_property
     def positions(self) -> int | None:
         """How many positions the base has, from its config; None where it names no limit."""
-        return load_positions(self.recipe.model, head=self.head, **self._source)
+        return load_positions(self.recipe.model, dataclasses.replace(self._source, head=self.head))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer."""
-        return load_tokenizer(self.recipe.model, **self._source)
+        return load_tokenizer(self.recipe.model, self._source)
 
     def base(self) -> PreTrainedModel:
         """Returns a freshly loaded base, in evaluation mode."""
-        recipe = self.recipe
-        return load_model(
-            recipe.model,
-            dtype=recipe.dtype,
-            device=self.device,
-            allow_pickle=recipe.allow_pickle,
-            head=self.head,
-            **self._source,
-        )
+        return load_model(self.recipe.model, dataclasses.replace(self._source, head=self.head))
 
     @cached_property
     def base_fingerprint(self) -> str:

@@ -10,7 +10,7 @@ from keeptune.adapter.whole_model import merge
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.model.head import Head, body_fingerprint
-from keeptune.model.pretrained import Dtype, load_model, load_tokenizer
+from keeptune.model.pretrained import Dtype, LoadOptions, load_model, load_tokenizer
 
 __all__ = ["base_of", "head_of_adapter", "merge_adapter", "trained_in"]
 
@@ -37,10 +37,13 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype
         raise RecipeError("--dtype", got=dtype, wanted=", ".join(get_args(Dtype)), next_step="Pick one.")
     name = base or base_of(adapter)
     head = head_of_adapter(adapter)
-    trained_on = load_model(name, dtype=trained_in(adapter) or chosen, head=head)
+    trained_on = load_model(name, LoadOptions(dtype=trained_in(adapter) or chosen, head=head))
     check_base(adapter, body_fingerprint(trained_on), None if head is None else head.labels)
     return merge(
-        adapter, output, load_base=lambda: load_model(name, dtype=chosen, head=head), tokenizer=load_tokenizer(name)
+        adapter,
+        output,
+        load_base=lambda: load_model(name, LoadOptions(dtype=chosen, head=head)),
+        tokenizer=load_tokenizer(name),
     )
 
 

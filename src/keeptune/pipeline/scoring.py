@@ -16,7 +16,7 @@ from keeptune.evaluation.benchmark_data import data_fingerprint, engine_of
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
-from keeptune.model.pretrained import load_model
+from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 
@@ -100,7 +100,9 @@ def load_pair(job: Job, folder: Path) -> ModelPair:
     if (folder / "adapter_config.json").is_file():
         check_base(folder, job.base_fingerprint, None if job.head is None else job.head.labels)
         return AdapterPair(load_adapter(job.base(), folder))
-    return TwoModels(job.base(), load_model(str(folder), dtype=job.recipe.dtype, device=job.device, head=job.head))
+    return TwoModels(
+        job.base(), load_model(str(folder), LoadOptions(dtype=job.recipe.dtype, device=job.device, head=job.head))
+    )
 
 
 def find_result(output: Path) -> Path:

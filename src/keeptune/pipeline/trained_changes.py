@@ -29,7 +29,7 @@ from keeptune.core.target import Target, read_weight
 from keeptune.linalg.rescaled import Rescaled
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import body_fingerprint
-from keeptune.model.pretrained import Dtype, load_model
+from keeptune.model.pretrained import Dtype, LoadOptions, load_model
 from keeptune.pipeline.merge import base_of, head_of_adapter, trained_in
 from keeptune.pipeline.scoring import find_result
 from keeptune.recipe.paths import resolve_model
@@ -69,7 +69,7 @@ def open_changes(
     dtype: Dtype = (trained_in(folder) if is_adapter else None) or "auto"
 
     def load_base() -> PreTrainedModel:
-        return load_model(name, dtype=dtype, device=device, head=head)
+        return load_model(name, LoadOptions(dtype=dtype, device=device, head=head))
 
     model = load_base()
     every, targets = find_targets(model), find_targets(model, roles)
@@ -82,7 +82,7 @@ def open_changes(
             return name, _from_layers(layers, model, bar)
         _log.info("%s: not plain LoRA or DoRA; merged into its base to be measured", folder)
         return name, _between(load_base(), _merged(wrapped, folder), bar, str(folder))
-    tuned = load_model(str(folder) if folder.is_dir() else source, device=device, head=head)
+    tuned = load_model(str(folder) if folder.is_dir() else source, LoadOptions(device=device, head=head))
     return name, _between(model, tuned, bar, source)
 
 

@@ -12,7 +12,7 @@ from keeptune.adapter.install import install, restore_state, trained_state
 from keeptune.core.artefact import atomic_directory, content_key, read_json, read_tensors, write_tensors
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
-from keeptune.model.pretrained import load_model
+from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import conclusions
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
@@ -108,7 +108,7 @@ def load_trained(job: Job, plan: Plan) -> PreTrainedModel | PeftModel:
         )
     folder = result.path.parent
     if plan.scope == "all":
-        return load_model(str(folder / "model"), dtype="float32", device=job.device, head=job.head)
+        return load_model(str(folder / "model"), LoadOptions(dtype="float32", device=job.device, head=job.head))
     tuned = install(job.base(), plan, anchor=job.recipe.anchor)
     assert isinstance(tuned, PeftModel)
     restore_state(tuned, plan, read_tensors(folder / _FACTORS, record["files"][_FACTORS]))

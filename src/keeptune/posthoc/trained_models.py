@@ -19,7 +19,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.linalg.rescaled import Rescaled
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
-from keeptune.model.pretrained import Dtype, load_model, load_tokenizer
+from keeptune.model.pretrained import Dtype, LoadOptions, load_model, load_tokenizer
 from keeptune.pipeline.merge import head_of_adapter, trained_in
 from keeptune.pipeline.scoring import result_fingerprint
 from keeptune.pipeline.trained_changes import not_finite, open_changes, result_of
@@ -68,7 +68,7 @@ class TrainedModel:
         Returns:
             The model, in evaluation mode.
         """
-        return load_model(self.base, dtype=self.dtype, device=self.device, head=self.head)
+        return load_model(self.base, LoadOptions(dtype=self.dtype, device=self.device, head=self.head))
 
     def load_tuned(self) -> PreTrainedModel:
         """Loads the trained model: the adapter on a fresh base, or the whole model.
@@ -77,7 +77,7 @@ class TrainedModel:
             The model, in evaluation mode.
         """
         if not (self.folder / "adapter_config.json").is_file():
-            return load_model(str(self.folder), dtype=self.dtype, device=self.device, head=self.head)
+            return load_model(str(self.folder), LoadOptions(dtype=self.dtype, device=self.device, head=self.head))
         inner: PreTrainedModel = load_adapter(self.load_base(), self.folder).get_base_model()
         return inner.eval()
 
@@ -131,7 +131,7 @@ def open_trained(source: str, base: str | None, device: str) -> TrainedModel:
             next_step="Check that it is the trained model, and that --base is the model it started from.",
         )
     dtype: Dtype = trained_in(folder) or "auto"
-    model = load_model(name, dtype=dtype, device=device, head=head)
+    model = load_model(name, LoadOptions(dtype=dtype, device=device, head=head))
     besides = _trained_besides if (folder / "adapter_config.json").is_file() else _moved_besides
     return TrainedModel(
         folder=folder,

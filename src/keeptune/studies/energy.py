@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from keeptune.core.target import read_weight
 from keeptune.linalg.decompositions import top_energy
 from keeptune.model.blocks import find_targets
-from keeptune.model.pretrained import load_model, refuse_not_finite
+from keeptune.model.pretrained import LoadOptions, load_model, refuse_not_finite
 from keeptune.recipe.paths import resolve_model
 from keeptune.report.estimates import layer_means
 from keeptune.report.figures.weights import energy_figure
@@ -42,7 +42,7 @@ def energy(
         PlanError: A role does not exist.
     """
     device = check_figure_file(output, "energy.png", device)
-    base = load_model(resolve_model(model), device=device)
+    base = load_model(resolve_model(model), LoadOptions(device=device))
     refuse_not_finite(base)
     rows = []
     for target in tqdm(find_targets(base, roles), desc="energy", delay=2, disable=None, leave=False):

@@ -17,7 +17,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.knowledge import knowledge_set
 from keeptune.data.sources import read_jsonl
 from keeptune.model.head import body_fingerprint
-from keeptune.model.pretrained import load_model, load_positions, load_tokenizer
+from keeptune.model.pretrained import LoadOptions, load_model, load_positions, load_tokenizer
 from keeptune.model.probes.causal_tracing import Traced, embedding_std
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.recipe.paths import resolve_model
@@ -145,7 +145,7 @@ def _models(options: TraceOptions, name: str) -> Iterator[tuple[str, PreTrainedM
     folder = None if options.adapter is None else _adapter_folder(options.adapter)
     if options.adapter is not None and folder is None:
         load_positions(resolve_model(options.adapter))  # checks that it is there
-    base = load_model(name, dtype=options.dtype, device=device)
+    base = load_model(name, LoadOptions(dtype=options.dtype, device=device))
     fingerprint, vocabulary = body_fingerprint(base), _vocabulary(base)
     if folder is not None:
         check_base(folder, fingerprint)
@@ -164,7 +164,7 @@ def _models(options: TraceOptions, name: str) -> Iterator[tuple[str, PreTrainedM
         yield f"{Path(options.model).name} + {Path(options.adapter or '').name}", wrapped.get_base_model(), source
     elif options.adapter is not None:
         del base
-        tuned = load_model(resolve_model(options.adapter), dtype=options.dtype, device=device)
+        tuned = load_model(resolve_model(options.adapter), LoadOptions(dtype=options.dtype, device=device))
         if _vocabulary(tuned) < vocabulary:
             raise ModelError(
                 f"model {options.adapter}",

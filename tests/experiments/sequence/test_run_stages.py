@@ -30,7 +30,7 @@ from keeptune.experiments.sequence import run_stages
 from keeptune.experiments.sequence.run_stages import run_sequence
 from keeptune.experiments.sequence.stages_section import StageSequence, make_sequence
 from keeptune.model.head import body_fingerprint
-from keeptune.model.pretrained import load_model, load_tokenizer
+from keeptune.model.pretrained import LoadOptions, load_model, load_tokenizer
 
 Make = Callable[..., StageSequence]
 FOLDERS = ("1-cats", "2-dogs", "3-sums")
@@ -82,7 +82,7 @@ def factors(adapter: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 def summed(output: Path, count: int, base: str = str(MODEL)) -> Any:
     """The base with what each of the first stages' own adapters adds, one after the other, in float64."""
-    model = load_model(base, dtype="float32").double()
+    model = load_model(base, LoadOptions(dtype="float32")).double()
     for folder in FOLDERS[:count]:
         for name, (B, A) in factors(output / "stages" / folder / "adapter").items():
             model.get_submodule(name).weight.data += B.double() @ A.double()

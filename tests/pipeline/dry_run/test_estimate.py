@@ -19,7 +19,7 @@ from keeptune.core.target import read_weight
 from keeptune.methods.base import make_plan
 from keeptune.methods.lora import Lora
 from keeptune.model.blocks import find_targets
-from keeptune.model.pretrained import load_model
+from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
 
@@ -32,7 +32,7 @@ def folder(request: pytest.FixtureRequest) -> str:
 
 
 def tuned(folder: str, dtype: str, *, whole: bool, attention: str = "sdpa") -> tuple[ModelShape, torch.nn.Module]:
-    model = load_model(folder, dtype=dtype)  # type: ignore[arg-type]
+    model = load_model(folder, LoadOptions(dtype=dtype))  # type: ignore[arg-type]
     model.set_attn_implementation(attention)
     if whole:
         plan = Plan(method="full", options={}, targets=(), scope="all")

@@ -42,7 +42,7 @@ from keeptune.experiments.sequence.sequence_record import write_record
 from keeptune.experiments.sequence.stages_section import Stage, StageSequence
 from keeptune.methods.combined import tuned_roles
 from keeptune.model.blocks import find_targets
-from keeptune.model.pretrained import load_model
+from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.run import export_stage, plan_stage, start, train_stage
@@ -233,7 +233,9 @@ def _start_model(course: _Course, done: Sequence[_Done]) -> Path | None:
         if len(done) == 1 and course.dtype != torch.float32:
             _log.info("the base is %s: from here on stages work in float32, with the memory that takes", course.dtype)
         write_whole(course.base, _model_after(course.base, done), folder, torch.float32)
-        written = logits_of(load_model(str(folder), dtype="float32", device=course.base.device), course.base.probe)
+        written = logits_of(
+            load_model(str(folder), LoadOptions(dtype="float32", device=course.base.device)), course.base.probe
+        )
         wanted = logits_of(_load(course.base, last.product), course.base.probe)
         return asdict(gap_to(written, wanted, course.dtype, course.wanted.max_gap, where))
 
@@ -250,7 +252,7 @@ def _model_after(base: Job, done: Sequence[_Done]) -> PreTrainedModel:
     if not last.whole:
         return add_changes(_model_after(base, ()), read_changes(last.product))
     if last.result.name == "merged":
-        return load_model(str(last.result), dtype="float32", device=base.device)
+        return load_model(str(last.result), LoadOptions(dtype="float32", device=base.device))
     return add_changes(_model_after(base, done[:-1]), read_changes(last.result))
 
 
@@ -297,7 +299,7 @@ def _load(job: Job, result: Path) -> PreTrainedModel | PeftModel:
     """Loads the result of a run or a sequence: an adapter on its base, or a whole model."""
     if (result / "adapter_config.json").is_file():
         return load_adapter(job.base(), result)
-    return load_model(str(result), dtype=job.recipe.dtype, device=job.device)
+    return load_model(str(result), LoadOptions(dtype=job.recipe.dtype, device=job.device))
 
 
 def _refuse_rank(wanted: ExportSpec, stage: Stage, reason: str) -> None:

@@ -15,7 +15,7 @@ from keeptune.data.sources import read_jsonl
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.standard import NamedBenchmark
-from keeptune.model.pretrained import load_tokenizer
+from keeptune.model.pretrained import LoadOptions, load_tokenizer
 from keeptune.pipeline.dry_run.account import Need, Scored
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
@@ -82,7 +82,7 @@ class Lengths:
         folder = Path(self.job.recipe.model).expanduser()
         if not folder.is_dir():
             return None
-        return load_tokenizer(str(folder), trust_remote_code=self.job.recipe.trust_remote_code)
+        return load_tokenizer(str(folder), LoadOptions(trust_remote_code=self.job.recipe.trust_remote_code))
 
     def _counts(self, texts: Sequence[str], most: int) -> list[int]:
         if self._tokenizer is None or not texts:
