@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 
 from keeptune.core.errors import StatisticsError
 from keeptune.evaluation.metrics import (
-    Change,
     Metric,
     cut_at,
     exact_match,
     harmonic,
-    knowledge_kept,
+    mean_ratio,
     normalise_qa,
     paired_interval,
-    task_learned,
+    score_ratio,
 )
 
 ARTICLES = r"\b(?:The |the |An |A |The |a |an )"  # as in lm-eval's nq_open.yaml
@@ -31,11 +30,10 @@ ANSWERS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
 SCORES = st.floats(0.01, 1.0)
 
 
-def changes(pairs: list[tuple[float, float]], metric: Metric = "exact_match") -> list[Change]:
-    return [
-        Change(name=str(index), metric=metric, reference=reference, value=value)
-        for index, (reference, value) in enumerate(pairs)
-    ]
+def kept(pairs: list[tuple[float, float]], metric: Metric = "exact_match", score: str = "K") -> float | None:
+    """The mean ratio over benchmarks of (reference, value)."""
+    ratios = [(str(index), score_ratio(metric, value, reference)) for index, (reference, value) in enumerate(pairs)]
+    return mean_ratio(ratios, score, "it is 0")
 
 
 def has_loose_ends(text: str, articles: bool) -> bool:
@@ -91,23 +89,22 @@ def test_cut_at_takes_the_earliest() -> None:
 @given(st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=6))
 def test_k_and_t_are_mean_ratios(pairs: list[tuple[float, float]]) -> None:
     plain = sum(value / reference for reference, value in pairs) / len(pairs)
-    assert knowledge_kept(changes(pairs)) == pytest.approx(plain)
-    assert task_learned(changes(pairs)) == pytest.approx(plain)
+    assert kept(pairs) == pytest.approx(plain)
 
 
 @settings(deadline=None)
 @given(st.lists(SCORES, min_size=1, max_size=6))
 def test_nothing_lost_is_one(scores: list[float]) -> None:
-    assert knowledge_kept(changes([(score, score) for score in scores])) == 1.0
-    assert knowledge_kept(changes([(score, score) for score in scores], "cross_entropy")) == 1.0
+    assert kept([(score, score) for score in scores]) == 1.0
+    assert kept([(score, score) for score in scores], "cross_entropy") == 1.0
 
 
 @settings(deadline=None)
 @given(st.floats(0, 10), st.floats(0, 10))
 def test_cross_entropy_ratio_is_that_of_perplexities(before: float, after: float) -> None:
-    kept = knowledge_kept(changes([(before, after)], "cross_entropy"))
-    assert kept == pytest.approx(math.exp(before) / math.exp(after))
-    assert kept is not None and (kept < 1) == (math.exp(before - after) < 1)
+    ratio = kept([(before, after)], "cross_entropy")
+    assert ratio == pytest.approx(math.exp(before) / math.exp(after))
+    assert ratio is not None and (ratio < 1) == (math.exp(before - after) < 1)
 
 
 @settings(deadline=None)
@@ -128,11 +125,11 @@ def test_harmonic_edges() -> None:
 
 def test_a_reference_of_zero_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert knowledge_kept(changes([(0.0, 0.3), (0.5, 0.25)])) == 0.5
-        assert task_learned(changes([(0.0, 0.3)])) is None
+        assert kept([(0.0, 0.3), (0.5, 0.25)]) == 0.5
+        assert kept([(0.0, 0.3)], score="T") is None
     assert "K leaves out the benchmark 0" in caplog.text
     assert "T leaves out the benchmark 0" in caplog.text
-    assert knowledge_kept([]) is None
+    assert kept([]) is None
 
 
 def test_interval_of_identical_scores_is_a_point_at_zero() -> None:

@@ -63,7 +63,7 @@ def classified(
     for side in SIDES:
         with scoring(pair, side) as model:
             logits = _logits(model, tokenizer, encoded, benchmark.batch_size, advance)
-        need_finite(logits, f"{benchmark.where} ({side})", "logits")
+        need_finite(logits.isfinite(), f"{benchmark.where} ({side})", "logits")
         predicted[side] = (logits.argmax(-1) if names else logits[:, 0]).numpy()
     if names:
         truth = np.array(label_indices([item.answers[0] for item in items], names, where=benchmark.where))

@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from keeptune.core.errors import ModelError
+from keeptune.evaluation.likelihood import need_finite
 from keeptune.evaluation.metrics import cut_at
 from keeptune.evaluation.scored_tokens import Passes, ScoredTokens, padded_batches
 
@@ -89,13 +89,7 @@ class _Finite(LogitsProcessor):
         self.where = where
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not bool((scores < math.inf).all()):
-            raise ModelError(
-                self.where,
-                got="NaN or infinite logits",
-                wanted="finite values",
-                next_step="Look at the training loss for a jump, or load the model in float32.",
-            )
+        need_finite(scores < math.inf, self.where, "logits")
         return scores
 
 

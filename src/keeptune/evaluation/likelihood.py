@@ -60,7 +60,7 @@ def log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], p
         sums = torch.zeros(len(batch.members), dtype=torch.float64)
         for row, column, target in _chunks(batch, sequences):
             sums.index_add_(0, row, _at(_log_probabilities(logits, row, column), target))
-        need_finite(sums, passes.where, "log-probabilities")
+        need_finite(sums.isfinite(), passes.where, "log-probabilities")
         for member, value in zip(batch.members, sums.tolist(), strict=True):
             results[member] = value
         passes.advance(len(batch.members))
@@ -102,25 +102,25 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
             sums[1].index_add_(0, row, -_at(second, target))
             sums[2].index_add_(0, row, _divergence(first, second.to(first.device)))
         for side, values in zip(("before", "after", "KL divergence"), sums, strict=True):
-            need_finite(values, f"{passes.where} ({side})", "log-probabilities")
+            need_finite(values.isfinite(), f"{passes.where} ({side})", "log-probabilities")
         for member, values in zip(batch.members, sums.T.tolist(), strict=True):
             results[member] = Losses(len(sequences[member].ids) - sequences[member].start, *values)
         passes.advance(len(batch.members))
     return results
 
 
-def need_finite(values: Tensor, where: str, what: str) -> None:
+def need_finite(finite: Tensor, where: str, what: str) -> None:
     """Checks values that a model computed.
 
     Args:
-        values: The values, of any shape.
+        finite: Whether each of the values is finite.
         where: The benchmark and side.
-        what: What they are, in the plural.
+        what: What the values are, in the plural.
 
     Raises:
         ModelError: One is NaN or infinite.
     """
-    if not bool(values.isfinite().all()):
+    if not bool(finite.all()):
         raise ModelError(
             where,
             got=f"NaN or infinite {what}",

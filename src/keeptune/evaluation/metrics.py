@@ -31,7 +31,6 @@ import re
 import string
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -45,7 +44,6 @@ from keeptune.core.intervals import lower_is_better
 __all__ = [
     "LABELS",
     "SCORES",
-    "Change",
     "Measure",
     "Metric",
     "Normalisation",
@@ -54,11 +52,11 @@ __all__ = [
     "cut_at",
     "exact_match",
     "harmonic",
-    "knowledge_kept",
+    "mean_ratio",
     "normalise_qa",
     "paired_interval",
     "resampled",
-    "task_learned",
+    "score_ratio",
 ]
 
 Metric = Literal["exact_match", "multiple_choice", "cross_entropy", "accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -303,66 +301,40 @@ def _ratio(top: _Values, bottom: _Values) -> _Values:
     return np.asarray(np.divide(top, bottom, out=np.zeros_like(top, dtype=np.float64), where=bottom > 0))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """A result and the one it is measured against.
+def score_ratio(metric: Measure, value: float, reference: float) -> float | None:
+    """Returns a score over a reference: the result before fine-tuning for K, that of full fine-tuning for T.
 
     Args:
-        name: The benchmark.
-        metric: Its metric; cross-entropies in nats per token, the others fractions.
-        reference: The result before fine-tuning (for K) or after full fine-tuning (for T).
-        value: The result of the model.
-    """
-
-    name: str
-    metric: Measure
-    reference: float
-    value: float
-
-    @property
-    def ratio(self) -> float | None:
-        """Value over reference, of inverse perplexities for cross-entropies; None where the reference is 0."""
-        if lower_is_better(self.metric):
-            return math.exp(self.reference - self.value)
-        return self.value / self.reference if self.reference else None
-
-
-def knowledge_kept(changes: Iterable[Change]) -> float | None:
-    """Computes K, the mean share of the original results that is kept (FARSS, eq. 36).
-
-    Args:
-        changes: Knowledge benchmarks; the reference is the result before fine-tuning.
+        metric: The metric; cross-entropies are in nats per token, and their ratio is that of inverse perplexities.
+        value: The score of the model.
+        reference: The score that it is measured against.
 
     Returns:
-        1 if nothing was lost. Benchmarks that the model scored 0 on before are left out with a warning; None if there
-        is no other.
-
-    >>> knowledge_kept([Change(name="facts", metric="exact_match", reference=0.5, value=0.4)])
-    0.8
+        1 for equal scores, less for a worse one; None where the reference is 0.
     """
-    return _mean_ratio(changes, "K", "the model scored 0 on it before fine-tuning")
+    if lower_is_better(metric):
+        return math.exp(reference - value)
+    return value / reference if reference else None
 
 
-def task_learned(changes: Iterable[Change]) -> float | None:
-    """Computes T, the mean result relative to full fine-tuning (FARSS, eq. 37).
+def mean_ratio(ratios: Iterable[tuple[str, float | None]], score: str, reason: str) -> float | None:
+    """Computes K or T (FARSS, eq. 36 and 37), the mean ratio over benchmarks.
 
     Args:
-        changes: Task benchmarks; the reference is the result after full fine-tuning.
+        ratios: Name and ratio of each benchmark; those without a ratio are left out with a warning.
+        score: ``"K"`` or ``"T"``, for the warning.
+        reason: Why a benchmark has no ratio, for the warning.
 
     Returns:
-        1 if the method learns as much as full fine-tuning; None if no benchmark is left, as in :func:`knowledge_kept`.
+        The mean; None if no benchmark is left.
     """
-    return _mean_ratio(changes, "T", "full fine-tuning scored 0 on it")
-
-
-def _mean_ratio(changes: Iterable[Change], score: str, reason: str) -> float | None:
-    ratios = []
-    for change in changes:
-        if change.ratio is None:
-            _LOG.warning("%s leaves out the benchmark %s: %s.", score, change.name, reason)
+    known = []
+    for name, ratio in ratios:
+        if ratio is None:
+            _LOG.warning("%s leaves out the benchmark %s: %s.", score, name, reason)
         else:
-            ratios.append(change.ratio)
-    return math.fsum(ratios) / len(ratios) if ratios else None
+            known.append(ratio)
+    return math.fsum(known) / len(known) if known else None
 
 
 def harmonic(kept: float | None, learned: float | None) -> float | None:

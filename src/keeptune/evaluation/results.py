@@ -10,7 +10,7 @@ from typing import Any
 
 from keeptune.core.errors import ArtefactError, StatisticsError
 from keeptune.evaluation.benchmarks import Role
-from keeptune.evaluation.metrics import Change, Measure, harmonic, knowledge_kept, paired_interval, task_learned
+from keeptune.evaluation.metrics import Measure, harmonic, mean_ratio, paired_interval, score_ratio
 
 __all__ = ["BenchmarkResult", "grouped", "mean_scores", "trade_off"]
 
@@ -88,11 +88,6 @@ class BenchmarkResult:
         low, high = values.pop("interval")
         return cls(**values, interval=(low, high), items=items)
 
-    def change(self, reference: float | None = None) -> Change:
-        """Returns the tuned model's score with a reference, for K and T; None is the base model's score."""
-        reference = self.before if reference is None else reference
-        return Change(name=self.name, metric=self.metric, reference=reference, value=self.after)
-
 
 _SUMMARY = tuple(field.name for field in fields(BenchmarkResult) if field.name != "items")
 
@@ -112,25 +107,27 @@ def trade_off(
     Raises:
         StatisticsError: ``full`` lacks a task benchmark, or has it on other items.
     """
-    kept = knowledge_kept(result.change() for result in results if result.role == "knowledge")
+    knowledge = [one for one in results if one.role == "knowledge"]
+    ratios = [(one.name, score_ratio(one.metric, one.after, one.before)) for one in knowledge]
+    kept = mean_ratio(ratios, "K", "the model scored 0 on it before fine-tuning")
     scores = {"K": kept, "average_forgetting": None if kept is None else 1.0 - kept}
     if full is None:
         return {**scores, "T": None, "KT": None}
-    references = {(result.name, result.metric, result.n): result.after for result in full}
-    changes = []
-    for result in results:
-        key = (result.name, result.metric, result.n)
-        if result.role != "task":
-            continue
-        if key not in references:
+    references = {(one.name, one.metric, one.n): one.after for one in full}
+    tasks = [one for one in results if one.role == "task"]
+    for one in tasks:
+        if (one.name, one.metric, one.n) not in references:
             raise StatisticsError(
-                f"T, benchmark {result.name}",
+                f"T, benchmark {one.name}",
                 got="no result of full fine-tuning with this name, metric and number of items",
                 wanted="the same task benchmarks for both runs",
                 next_step="Evaluate the full fine-tuning run with this recipe's evaluate list.",
             )
-        changes.append(result.change(references[key]))
-    learned = task_learned(changes)
+    learned = mean_ratio(
+        ((one.name, score_ratio(one.metric, one.after, references[one.name, one.metric, one.n])) for one in tasks),
+        "T",
+        "full fine-tuning scored 0 on it",
+    )
     return {**scores, "T": learned, "KT": harmonic(kept, learned)}
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     os.dup2(null, 1)
     sys.argv = ["program"]
     os.environ.clear()  # of what Python itself put there
-    _limit(given["memory"], given["seconds"], given["file_size"])
+    _limit(**given["limits"])
     _hook(given["folder"])
     program, word = given["program"], given["word"]
     del given

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from keeptune.data.sources import Row
-from keeptune.evaluation.standard.sandbox import Outcome, Sandbox
+from keeptune.evaluation.standard.sandbox import Sandbox
 
 __all__ = ["MBPP_EXAMPLES", "METRIC", "Runs", "program_of", "task_overrides"]
 
@@ -33,7 +33,7 @@ def program_of(name: str, row: Row, answer: str) -> str:
 
 
 class Runs:
-    """Runs answers and keeps their outcomes in the order of the items.
+    """Runs answers and keeps what stopped each, in the order of the items.
 
     Args:
         name: ``humaneval`` or ``mbpp``.
@@ -43,13 +43,12 @@ class Runs:
     def __init__(self, name: str, sandbox: Sandbox) -> None:
         self.name = name
         self.sandbox = sandbox
-        self.outcomes: list[Outcome] = []
+        self.stopped: list[str] = []
 
     def process(self, row: Row, results: Sequence[str]) -> dict[str, float]:
         """Runs the one answer to an item: lm-eval's ``process_results``."""
-        outcome = self.sandbox.run(program_of(self.name, row, results[0]))
-        self.outcomes.append(outcome)
-        return {METRIC: float(outcome.passed)}
+        self.stopped.append(self.sandbox.run(program_of(self.name, row, results[0])))
+        return {METRIC: float(not self.stopped[-1])}
 
 
 def task_overrides(name: str, process: Callable[[Row, Sequence[str]], dict[str, float]]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def read_samples(
                 choices=tuple(str(given[0 if several else 1]).strip() for given in arguments) if compared else (),
                 sums=tuple(float(response[0][0]) for response in responses) if compared else (),
                 text=str(responses[0][0]) if kind == "generate_until" else "",
-                stopped=built.runs.outcomes[at].stopped if built.runs is not None else None,
+                stopped=built.runs.stopped[at] if built.runs is not None else None,
                 shots=drawn,
             )
             samples.append(sample)

@@ -21,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from keeptune.core.errors import ModelError
 
-__all__ = ["Limits", "Outcome", "Sandbox", "open_sandbox"]
+__all__ = ["Sandbox", "open_sandbox"]
 
 _LOG = logging.getLogger(__name__)
 _BWRAP = ("--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--dev", "/dev", "--proc", "/proc")
@@ -35,66 +35,45 @@ _CONFINED = Path(__file__).with_name("confined.py")
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Resources of a program.
-
-    Args:
-        seconds: Of processor time.
-        wall: Seconds by the clock, after which it is killed; more than ``seconds``, since a machine may be busy.
-        memory: Bytes of address space.
-        file_size: Bytes of the largest file.
-    """
-
-    seconds: int = 5
-    wall: float = 60.0
-    memory: int = 2**30
-    file_size: int = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a program.
-
-    Args:
-        passed: Whether it ran to its end without an error.
-        stopped: What stopped it; empty where nothing did.
-    """
-
-    passed: bool
-    stopped: str
-
-
-@dataclass(frozen=True, slots=True)
 class Sandbox:
     """A way to run programs on this machine.
 
     Args:
         prefix: Command that confines the process; empty where there is none.
-        limits: What each program may use.
+        seconds: Seconds of processor time of a program.
+        wall: Seconds by the clock, after which it is killed; more than ``seconds``, since a machine may be busy.
+        memory: Bytes of address space.
+        file_size: Bytes of the largest file.
     """
 
     prefix: tuple[str, ...]
-    limits: Limits = Limits()
+    seconds: int = 5
+    wall: float = 60.0
+    memory: int = 2**30
+    file_size: int = 2**20
 
-    def run(self, program: str) -> Outcome:
+    def run(self, program: str) -> str:
         """Runs Python source in an empty folder.
 
         Args:
             program: Python source.
+
+        Returns:
+            What stopped it; empty where it ran to its end without an error.
         """
         # The process repeats the word when the program has run to its end: one that leaves early does not know it.
         word = secrets.token_hex(16)
         with tempfile.TemporaryDirectory(prefix="keeptune-program-") as folder:
-            given = {"program": program, "word": word, "folder": folder, **asdict(self.limits)}
+            limits = {"memory": self.memory, "seconds": self.seconds, "file_size": self.file_size}
+            given = {"program": program, "word": word, "folder": folder, "limits": limits}
             bind = ("--bind", folder, folder, "--chdir", folder) if "--ro-bind" in self.prefix else ()
             command = [*self.prefix, *bind, sys.executable, "-I", "-B", str(_CONFINED)]
             text = self._output(command, folder, json.dumps(given).encode())
         try:
             report = json.loads(text)
         except ValueError:
-            return Outcome(False, f"stopped: over {self.limits.seconds} s, over its memory, or ended by itself")
-        passed = report.get("word") == word
-        return Outcome(passed, "" if passed else str(report.get("error", "ended by itself")))
+            return f"stopped: over {self.seconds} s, over its memory, or ended by itself"
+        return "" if report.get("word") == word else str(report.get("error", "ended by itself"))
 
     def _output(self, command: list[str], folder: str, given: bytes) -> bytes:
         """Runs the process and returns its output, at the latest when its time is over."""
@@ -109,7 +88,7 @@ class Sandbox:
                 start_new_session=True,
             ) as process:
                 try:
-                    process.communicate(given, timeout=self.limits.wall)
+                    process.communicate(given, timeout=self.wall)
                 except subprocess.TimeoutExpired:
                     pass
                 finally:
@@ -131,7 +110,7 @@ def open_sandbox(where: str) -> Sandbox:
     """
     for prefix, holds in _prefixes():
         sandbox = Sandbox(prefix)
-        if sandbox.run("").passed:
+        if not sandbox.run(""):
             level = logging.INFO if holds.startswith("bubblewrap") else logging.WARNING
             _LOG.log(level, "%s: programs run with limits of time and memory, and %s.", where, holds)
             return sandbox

@@ -91,7 +91,7 @@ def _samples(model: Any, benchmark: NamedBenchmark, built: Built) -> list[Sample
     random.seed(SEED)
     np.random.seed(SEED)
     if built.runs is not None:
-        built.runs.outcomes.clear()
+        built.runs.stopped.clear()
     for task in built.tasks.values():
         task.set_fewshot_seed(SEED)
     with recorded_shots(built) as shots, seeded_langdetect():
