@@ -6,7 +6,6 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -17,39 +16,11 @@ from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.model.blocks import positions
 
-__all__ = ["Answering", "fit_length", "wrapped_model"]
+__all__ = ["fit_length", "wrapped_model"]
 
 _LOG = logging.getLogger(__name__)
 _LONGEST = 2048  # of a model that names no limit, lm-eval's own
 _NEW_TOKENS = 256  # lm-eval's own, of a task that names no limit
-
-
-@dataclass(frozen=True, slots=True)
-class Answering:
-    """How a model answers a benchmark.
-
-    Args:
-        benchmark: The benchmark.
-        length: Tokens of prompt and answer together.
-        progress: Whether to show bars, where stderr is a terminal.
-        kept: Answers on disk; None runs the model.
-    """
-
-    benchmark: NamedBenchmark
-    length: int
-    progress: bool
-    kept: KeptAnswers | None
-
-    def warn_of_cuts(self, cut: int, count: int) -> None:
-        """Logs how many prompts were cut."""
-        if cut:
-            _LOG.warning(
-                "%s: %d of %d prompts were cut to their ends, to fit %d tokens.",
-                self.benchmark.where,
-                cut,
-                count,
-                self.length,
-            )
 
 
 def fit_length(benchmark: NamedBenchmark, models: Sequence[PreTrainedModel], tasks: Mapping[str, Any]) -> int:
@@ -77,13 +48,24 @@ def fit_length(benchmark: NamedBenchmark, models: Sequence[PreTrainedModel], tas
     return length
 
 
-def wrapped_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answering: Answering) -> Any:
+def wrapped_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: NamedBenchmark,
+    *,
+    length: int,
+    progress: bool,
+    kept: KeptAnswers | None,
+) -> Any:
     """Wraps a model for lm-eval.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer; a copy is used.
-        answering: How it answers.
+        benchmark: The benchmark.
+        length: Tokens of prompt and answer together.
+        progress: Whether to show bars, where stderr is a terminal.
+        kept: Answers on disk; None runs the model.
 
     Returns:
         An ``lm_eval.api.model.LM``.
@@ -93,15 +75,15 @@ def wrapped_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, an
 
     own = copy.deepcopy(tokenizer)  # lm-eval chooses a padding token and a side for it
     own.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we say what is cut
-    size, length = answering.benchmark.batch_size, answering.length
+    size = benchmark.batch_size
     inner = HFLM(pretrained=model, tokenizer=own, backend="causal", batch_size=size, max_length=length)
-    quiet = not (answering.progress and sys.stderr.isatty())
+    quiet = not (progress and sys.stderr.isatty())
 
     class Answers(LM):
         """Passes requests on, unless their answers are kept."""
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            _check_choices(inner, answering, requests)
+            _check_choices(inner, benchmark, requests, length)
 
             def run() -> list[list[Any]]:
                 return [[float(sum_), bool(greedy)] for sum_, greedy in inner.loglikelihood(requests, quiet)]
@@ -115,14 +97,14 @@ def wrapped_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, an
             rooms = (length - int(request.args[1].get("max_gen_toks") or _NEW_TOKENS) for request in requests)
             lengths = (len(inner.tok_encode(request.args[0])) for request in requests)
             cut = sum(tokens > room for tokens, room in zip(lengths, rooms, strict=True))
-            answering.warn_of_cuts(cut, len(requests))
+            _warn_of_cuts(benchmark, cut, len(requests), length)
             return self._get("generate", requests, lambda: list(inner.generate_until(requests, quiet)))
 
         def _get(self, kind: str, requests: Sequence[Any], run: Callable[[], list[Any]]) -> list[Any]:
-            if answering.kept is None:
+            if kept is None:
                 return run()
             key = [kind, length, [list(request.args) for request in requests]]
-            return answering.kept.get(answering.benchmark.name, key, len(requests), run)
+            return kept.get(benchmark.name, key, len(requests), run)
 
     return Answers()
 
@@ -138,16 +120,22 @@ def _rolling(inner: Any, requests: Sequence[Any], quiet: bool) -> list[float]:
         return [float(sum_) for sum_ in inner.loglikelihood_rolling(requests, quiet)]
 
 
-def _check_choices(inner: Any, answering: Answering, requests: Sequence[Any]) -> None:
-    cut, length = 0, answering.length
+def _check_choices(inner: Any, benchmark: NamedBenchmark, requests: Sequence[Any], length: int) -> None:
+    cut = 0
     for number, request in enumerate(requests, start=1):
         context, answer = (len(inner.tok_encode(text)) for text in request.args)
         if answer > length:
             raise DataError(
-                f"{answering.benchmark.where} request {number}",
+                f"{benchmark.where} request {number}",
                 got=f"a choice of {answer} tokens",
                 wanted=f"at most {length}, what the model has room for",
                 next_step="Raise max_length, or take a model with more positions.",
             )
         cut += context + answer > length + 1
-    answering.warn_of_cuts(cut, len(requests))
+    _warn_of_cuts(benchmark, cut, len(requests), length)
+
+
+def _warn_of_cuts(benchmark: NamedBenchmark, cut: int, count: int, length: int) -> None:
+    if cut:
+        where = benchmark.where
+        _LOG.warning("%s: %d of %d prompts were cut to their ends, to fit %d tokens.", where, cut, count, length)
