@@ -45,21 +45,6 @@ SHORT: dict[str, dict[str, Any]] = {
     "tinystories": {},
     "c4_text": {"examples": 1},
 }
-METRICS = {
-    "gsm8k": "exact_match",
-    "nq_open": "exact_match",
-    "efficientqa": "exact_match",
-    "webqs": "exact_match",
-    "mmlu": "accuracy",
-    "arc_easy": "accuracy_norm",
-    "boolq": "accuracy",
-    "openbookqa": "accuracy_norm",
-    "humaneval": "pass_at_1",
-    "mbpp": "pass_at_1",
-    "ifeval": "prompts_followed",
-    "tinystories": "cross_entropy",
-    "c4_text": "cross_entropy",
-}
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -68,7 +53,7 @@ def test_local_data_run_by_lm_eval(pair: AdapterPair, tokenizer: Any, name: str)
         pytest.importorskip("langdetect")
     benchmark = local(name, **SHORT[name])
     result = evaluate(pair, tokenizer, benchmark, Path(), progress=False)
-    assert (result.name, result.metric, result.role) == (name, METRICS[name], benchmark.role)
+    assert (result.name, result.metric, result.role) == (name, benchmark.metric, benchmark.role)
     assert result.n == (57 if name == "mmlu" else benchmark.examples)
     assert len(result.groups) == (57 if name == "mmlu" else 0)
     assert [item["index"] for item in result.items] == list(range(result.n))

@@ -19,7 +19,6 @@ from keeptune.data import hub
 from keeptune.data.replay import replayed
 from keeptune.methods.base import Size
 from keeptune.methods.combined import parts_of, tuned_roles
-from keeptune.model.blocks import find_targets
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import DryRun, Need, Scored, Trained
 from keeptune.pipeline.dry_run.data_sizes import Lengths, data_needs, rows_of
@@ -149,7 +148,7 @@ class _Account:
             return {}
         rows_of_downs = any(part.method.rows_of_downs for part in parts_of(method))
         downs = self.shape.downs if rows_of_downs else frozenset[str]()
-        targets = find_targets(self.shape.model, tuned_roles(method, recipe.targets), recipe.layers)
+        targets = self.shape.targets(tuned_roles(method, recipe.targets), recipe.layers)
         return {target: method.size(target, downs) for target in targets}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +62,23 @@ class ModelShape:
     def size(self) -> int:
         """Bytes of one number of the weights."""
         return _BYTES[self.dtype]
+
+    def targets(self, roles: Iterable[str] | None, layers: Iterable[int] | None) -> list[Target]:
+        """Returns what :func:`keeptune.model.blocks.find_targets` does, without its forward pass.
+
+        Args:
+            roles: Roles to keep; None keeps all.
+            layers: Blocks to keep; None keeps all.
+
+        Raises:
+            PlanError: A role or a block does not exist in this model.
+        """
+        known_roles, known_layers = {t.role for t in self.linear}, {t.layer for t in self.linear}
+        wanted = known_roles if roles is None else set(roles)
+        blocks = known_layers if layers is None else set(layers)
+        if not blocks or not (wanted <= known_roles and blocks <= known_layers):
+            return find_targets(self.model, roles, layers)  # which raises the error
+        return [target for target in self.linear if target.role in wanted and target.layer in blocks]
 
     @cached_property
     def downs(self) -> frozenset[str]:
