@@ -44,7 +44,6 @@ bench: $(BIN)/.dev
 
 # DATA: a folder with whole data files (assets/SOURCE.md).
 study: $(BIN)/.dev
-	$(BIN)/python studies/demo_sweep.py
 	$(BIN)/keeptune demo --seeds 3 --output runs/demo3
 	$(BIN)/python studies/demo_page.py runs/demo3
 	$(BIN)/python studies/all_methods.py

@@ -1,4 +1,4 @@
-"""docs/results/demo.md and docs/results/tradeoff.png from a demo of three seeds.
+"""docs/results/demo.md and demo.png, the README's picture, from a demo of three seeds.
 
 Run it: `make study`; or `keeptune demo --seeds 3 --output runs/demo3`, then `python studies/demo_page.py runs/demo3`.
 """
@@ -9,38 +9,35 @@ import json
 import sys
 from pathlib import Path
 
-from pictures import relations, tradeoff
+from pictures import tradeoff
 
 from keeptune.core.artefact import write_bytes
-from keeptune.pipeline.demo import METHODS, STEPS
+from keeptune.pipeline.demo import LEARNING_RATE, STEPS
 from keeptune.report.figures.drawing import png
 from keeptune.report.pages.verdict import method_sentences, verdict
 from keeptune.report.tables.comparison_table import markdown_comparison
 
-DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 MARKER = "<!-- written by hand below this line -->"
 
 
 def main(run: Path) -> None:
-    """Write the page and its pictures; text below the marker is kept."""
+    """Write the page and its picture; text below the marker is kept."""
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     seeds = sorted({method["seed"] for method in report["methods"]})
-    for name, figure in {"tradeoff.png": tradeoff(report), "by-relation.png": relations(report)}.items():
-        png(figure, DOCS / name)
-    page = DOCS / "demo.md"
+    png(tradeoff(report), RESULTS / "demo.png")
+    page = RESULTS / "demo.md"
     old = page.read_text(encoding="utf-8") if page.exists() else ""
-    rates = ", ".join(f"{name} {rate:g}" for name, (_, rate) in METHODS.items())
     parts = [
         "# The demo",
         f"`keeptune demo --seeds {len(seeds)}`: atlas (2.2 million parameters, 4,025 real facts) learns to label a "
-        f"statement with its topic and object, a task it cannot do before; rank 8, all linear maps, {STEPS} steps of "
-        f"32 examples, linear decay. Peak learning rates: {rates}; the [sweep](demo-sweep.md) says why. "
-        "K, T and KT are FARSS's (appendix A.3).",
+        f"statement with its topic and object, a task it cannot do before. Plain LoRA, LoRA with 30% of the examples "
+        f"replayed from the knowledge, LoRA with a KL penalty, and keep, each at its defaults; rank 8, all linear "
+        f"maps, {STEPS} steps of 32 examples, a peak learning rate of {LEARNING_RATE:g}.",
         verdict(report),
-        "![Learned against kept](tradeoff.png)",
+        "![Learned against kept](demo.png)",
         markdown_comparison(report),
         "\n".join(f"- {sentence}" for sentence in method_sentences(report)),
-        "![Points lost by relation](by-relation.png)",
         MARKER,
     ]
     notes = old.partition(MARKER)[2].strip()
