@@ -1,0 +1,23 @@
+import typing
+
+from .adapter.install import install as install
+from .api import export as export
+from .api import measure as measure
+from .api import plan as plan
+from .core.errors import KeeptuneError as KeeptuneError
+from .core.low_rank import LowRank as LowRank
+from .core.plan import Plan as Plan
+from .evaluation.benchmarks import FileBenchmark as FileBenchmark
+from .evaluation.model_pairs import AdapterPair as AdapterPair
+from .evaluation.model_pairs import TwoModels as TwoModels
+from .methods.combined import Combined as Combined
+from .methods.combined import Part as Part
+from .posthoc.repair import Repair as Repair
+from .posthoc.repair import repair as repair
+from .statistics.layer_effect import LayerEffect as LayerEffect
+from .studies.trace import trace as trace
+from .training.attach import attach as attach
+from .training.guard import Guard as Guard
+from .training.penalty_engine import Penalties as Penalties
+
+def __getattr__(name: str) -> typing.Any: ...  # the classes of methods and penalties
