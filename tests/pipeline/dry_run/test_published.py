@@ -111,11 +111,11 @@ def _compare_parameters(path: Path, printed: str | None, train: Any) -> None:
         assert said == pytest.approx(found, rel=0.012, abs=0.8), (path.stem, train.method)
 
 
-def test_compare_lists_cells_and_what_they_take(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_lists_runs_and_what_they_take(capsys: pytest.CaptureFixture[str]) -> None:
     path = ROOT / "recipes" / "lora-null-table3.yaml"
     said = keeptune("compare", path, "--dry-run", "--flops", "4e14", capsys=capsys)
     assert said.code == 0, said.err
-    for part in ("10 cells below", "lora-null-v2, r 252", "195 M", "10 runs, at most", "Llama-3.2-3B, about 6.4 GB"):
+    for part in ("10 runs below", "lora-null-v2, r 252", "195 M", "10 runs, at most", "Llama-3.2-3B, about 6.4 GB"):
         assert part in said.out, said.out
 
 
