@@ -140,7 +140,7 @@ def test_what_does_not_reproduce_is_not_written(job: Jobs, tmp_path: Path, monke
     monkeypatch.setattr(
         posthoc_scoring, "write_tensors", lambda path, t, m: save_file({k: 2 * v for k, v in t.items()}, path)
     )
-    with pytest.raises(ExportError, match="differ from the variant's"):
+    with pytest.raises(ExportError, match="differ from the trained model's"):
         write_variant(run, Variant("scale", 0.5), tmp_path / "best")
     assert not (tmp_path / "best").exists()
 

@@ -44,13 +44,7 @@ _KEYS: Final = {"task": "compare.learned", "knowledge": "compare.forgotten"}
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """The benchmarks of one axis.
-
-    Args:
-        role: ``"task"`` for what is learned, ``"knowledge"`` for what is forgotten.
-        names: Its benchmarks.
-        unit: Theirs: ``"share"`` (higher is better) or ``"nats"`` per token (lower is better).
-    """
+    """The benchmarks of one axis: ``"task"`` is what is learned, ``"knowledge"`` what is forgotten."""
 
     role: Role
     names: tuple[str, ...]
@@ -67,13 +61,7 @@ class Axes:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A run's value on an axis.
-
-    Args:
-        number: The value; None where there is none.
-        why: Why there is none; empty where there is one.
-        interval: Its 95% interval over the items; None without one.
-    """
+    """A run's value on an axis, with its 95% interval over items; where it has no number, ``why`` says why."""
 
     number: float | None
     why: str = ""
@@ -136,43 +124,23 @@ def unit_of(metric: str) -> Unit:
 
 
 def learned_of(benchmarks: Sequence[Mapping[str, Any]], axis: Axis) -> Value:
-    """Computes what a run learned, eq. 1.
-
-    Args:
-        benchmarks: The run's, each with ``name``, ``before``, ``after`` and perhaps ``interval`` (of after - before).
-        axis: The axis.
-    """
+    """Computes what a run learned, eq. 1, from benchmarks with ``before``, ``after`` and perhaps ``interval``."""
     sign = 1.0 if axis.unit == "share" else -1.0
     return _mean(benchmarks, axis, lambda before, after: sign * after)
 
 
 def forgotten_of(benchmarks: Sequence[Mapping[str, Any]], axis: Axis) -> Value:
-    """Computes what a run forgot, eq. 2; negative where it gained.
-
-    Args:
-        benchmarks: As in :func:`learned_of`.
-        axis: The axis.
-    """
+    """Computes what a run forgot, eq. 2; negative where it gained."""
     return _mean(benchmarks, axis, lambda before, after: loss_of(before, after, axis.unit))
 
 
 def base_score(benchmarks: Sequence[Mapping[str, Any]], axis: Axis) -> Value:
-    """Computes the base's place on the axis of what is learned.
-
-    Args:
-        benchmarks: As in :func:`learned_of`.
-        axis: The axis.
-    """
+    """Computes the base's place on the axis of what is learned."""
     return learned_of([{**b, "after": b["before"], "interval": None} for b in benchmarks], axis)
 
 
 def loss_of(before: float, after: float, unit: Unit) -> float:
-    """Computes how much of a benchmark was lost; negative for a gain.
-
-    Args:
-        before: The base's score.
-        after: The tuned model's.
-        unit: The benchmark's.
+    """Computes how much of a benchmark was lost from a score before to one after; negative for a gain.
 
     >>> loss_of(0.8, 0.7, "share")
     0.1

@@ -45,19 +45,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen.
+    """What was chosen: a point and one run of it, with what they learned and lost of each limited benchmark.
 
-    Args:
-        point: Name of the setting.
-        run: Name of the run.
-        learned: The point's mean.
-        forgotten: The point's mean.
-        loss: Benchmark to the point's estimate.
-        run_learned: What the run itself learned.
-        run_loss: Benchmark to what the run itself lost.
-        max_loss: Benchmark to what may be lost.
-        estimate: Which estimate the losses are.
-        unbound: Knowledge benchmarks without a limit.
+    ``loss`` is the point's ``estimate``, ``run_loss`` the run's own; ``unbound`` are the benchmarks without a limit.
     """
 
     point: str
@@ -73,17 +63,7 @@ class Choice:
 
 
 def parse_max_loss(words: Sequence[str]) -> float | dict[str, float]:
-    """Reads ``--max-loss``: one number, or ``benchmark=number`` once or several times.
-
-    Args:
-        words: The values of the option.
-
-    Returns:
-        The number, or benchmark to number.
-
-    Raises:
-        RecipeError: A word is neither, or the two are mixed.
-    """
+    """Reads ``--max-loss``: one number, or ``benchmark=number`` once or several times; else raises RecipeError."""
     try:
         if len(words) == 1 and "=" not in words[0]:
             return _number(words[0])
@@ -115,10 +95,7 @@ def limits_of(
     Args:
         benchmarks: Each with ``name``, ``role`` and ``metric``.
         axis: The knowledge benchmarks of the axis of what is forgotten: those that one number holds for.
-        max_loss: One number, or benchmark to number.
-
-    Raises:
-        RecipeError: A benchmark named is no knowledge benchmark.
+        max_loss: One number, or benchmark to number; RecipeError where one is no knowledge benchmark.
     """
     if not isinstance(max_loss, Mapping):
         return {name: float(max_loss) for name in axis}
@@ -232,12 +209,7 @@ def _no_choice(
 
 
 def choose_best(output: Path, max_loss: float | Mapping[str, float], *, estimate: Bound = "mean") -> dict[str, Any]:
-    """Chooses, exports to ``best``, and records the choice in ``front.json``.
-
-    Args:
-        output: The comparison's folder, with its records.
-        max_loss: One number, or benchmark to number.
-        estimate: ``"mean"`` or ``"upper"``.
+    """Chooses by the records in a comparison's folder, exports to ``best``, and records the choice in ``front.json``.
 
     Returns:
         The choice as in ``front.json``.

@@ -52,12 +52,7 @@ class CompareSection(Section):
 
 
 def refuse_repeats(values: list[Any], where: str) -> None:
-    """Raises RecipeError where a value stands twice in a list.
-
-    Args:
-        values: The list.
-        where: For the error message.
-    """
+    """Raises RecipeError where a value stands twice in a list."""
     again = next((value for place, value in enumerate(values) if value in values[:place]), None)
     if again is not None:
         raise RecipeError(
@@ -69,18 +64,7 @@ def refuse_repeats(values: list[Any], where: str) -> None:
 
 
 def read_section(values: Mapping[str, Any], where: str) -> CompareSection:
-    """Reads the section from a recipe's values.
-
-    Args:
-        values: The recipe, as a YAML file holds it.
-        where: For error messages.
-
-    Returns:
-        The section.
-
-    Raises:
-        RecipeError: There is none, a key is unknown, or a value does not fit.
-    """
+    """Reads the section from a recipe's values; RecipeError where there is none, or a key or value does not fit."""
     given = values.get("compare")
     if not isinstance(given, Mapping):
         raise RecipeError(

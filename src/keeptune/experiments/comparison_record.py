@@ -73,16 +73,9 @@ class Options:
 
 
 def row_of(spec: RunSpec, outcome: Outcome, variant: Variant | None = None) -> dict[str, Any]:
-    """Reads a run's folder into a row of ``runs.json``, without its axes.
+    """Reads the folder of a run, or of a post-hoc variant of its result, into a row of ``runs.json``, without its axes.
 
-    Args:
-        spec: The run.
-        outcome: How it ended.
-        variant: A post-hoc variant of its result, which gets a row with a label of its own.
-
-    Returns:
-        The row. Of a run that is done but whose scores are missing, or are of other weights, the status is
-        ``"missing"``.
+    Of a run that is done but whose scores are missing, or are of other weights, the status is ``"missing"``.
     """
     folder = spec.recipe.output if variant is None else spec.recipe.output / VARIANTS / variant.slug
     row: dict[str, Any] = {
@@ -157,11 +150,8 @@ def with_relative_scores(rows: Sequence[Mapping[str, Any]], reference: Path | No
     """Adds ``K``, ``T`` and ``KT`` (FARSS) to rows; T is relative to full fine-tuning of the same seed.
 
     Args:
-        rows: From :func:`row_of`.
+        rows: From :func:`row_of`. Of several full fine-tunings the one that learned most counts: T is not flattered.
         reference: Run folder of full fine-tuning, for seeds that have none among the rows.
-
-    Returns:
-        New rows. Of several full fine-tunings the one that learned most counts, so that T is never flattered.
     """
     outside = None if reference is None else _results(_run_scores(reference))
     full: dict[int, list[BenchmarkResult]] = {}
@@ -183,16 +173,7 @@ def _results(row: Mapping[str, Any]) -> list[BenchmarkResult]:
 
 
 def with_axes(rows: Sequence[Mapping[str, Any]], axes: Axes) -> list[dict[str, Any]]:
-    """Adds to rows their place on the axes.
-
-    Args:
-        rows: Rows with ``benchmarks``.
-        axes: The axes.
-
-    Returns:
-        New rows with ``learned`` and ``forgotten``, None where there is none, and then ``why``, and their item
-        intervals ``learned_interval`` and ``forgotten_interval``.
-    """
+    """Adds ``learned`` and ``forgotten`` to rows, with their item intervals, or ``why`` there are none."""
     placed = []
     for row in rows:
         learned = learned_of(row["benchmarks"], axes.learned)
@@ -209,17 +190,7 @@ def with_axes(rows: Sequence[Mapping[str, Any]], axes: Axes) -> list[dict[str, A
 
 
 def trade_off_of(rows: Sequence[Mapping[str, Any]], axes: Axes, options: Options | None = None) -> dict[str, Any]:
-    """Returns ``front.json`` of rows.
-
-    Args:
-        rows: From :func:`with_axes`.
-        axes: The axes.
-        options: What the recipe says.
-
-    Returns:
-        ``units``, ``axes``, ``points``, ``fronts``, ``front``, ``hypervolume``, ``reference_point``, ``matched``,
-        ``excluded``, ``notes`` and ``choice`` (None).
-    """
+    """Returns what ``front.json`` holds of rows with axes; its ``choice`` is None."""
     options = options or Options()
     points, excluded = points_of(rows)
     groups = families(points)
@@ -297,7 +268,7 @@ def write_records(
         options: What the recipe says.
 
     Returns:
-        What ``runs.json`` and ``front.json`` hold; the latter's choice is None.
+        What ``runs.json`` and ``front.json`` hold.
 
     Raises:
         RecipeError: The axes or the baseline that the recipe names do not exist.
@@ -342,46 +313,32 @@ def _finite(value: Any) -> Any:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Returns rows as a pyarrow table: one line a run, benchmarks as columns.
-
-    Args:
-        rows: Rows of ``runs.json``.
-
-    Returns:
-        The table; settings and variant are JSON text, of each benchmark ``<name>.before``, ``.after``, ``.low``,
-        ``.high`` (of after - before) and ``.n``.
-    """
+    """Returns rows as a pyarrow table: one line a run, benchmarks as columns, settings and variant as JSON text."""
     import pyarrow as pa
 
-    names = list(dict.fromkeys(b["name"] for row in rows for b in row["benchmarks"]))
-    text, number, whole = pa.string(), pa.float64(), pa.int64()
-    columns: dict[str, tuple[Any, list[Any]]] = {
-        key: (text, [row.get(key) for row in rows]) for key in ("name", "label", "of", "method", "status", "message")
-    }
-    for key in ("settings", "variant"):
-        columns[key] = (text, [None if row[key] is None else canonical_json(row[key]) for row in rows])
-    for key in ("x", "learning_rate", "strength", "learned", "forgotten", "K", "T", "KT"):
-        columns[key] = (number, [row.get(key) for row in rows])
-    columns |= {key: (whole, [row[key] for row in rows]) for key in ("seed", "trained_parameters")}
-    for stage in ("plan", "train", "evaluate"):
-        columns[f"seconds.{stage}"] = (number, [row["seconds"][stage] for row in rows])
-    for name in names:
-        scores = [next((b for b in row["benchmarks"] if b["name"] == name), None) for row in rows]
-        ends = [(None, None) if b is None or b["interval"] is None else b["interval"] for b in scores]
-        for side in ("before", "after"):
-            columns[f"{name}.{side}"] = (number, [b and b[side] for b in scores])
-        columns[f"{name}.low"] = (number, [low for low, _ in ends])
-        columns[f"{name}.high"] = (number, [high for _, high in ends])
-        columns[f"{name}.n"] = (whole, [b and b["n"] for b in scores])
-    columns["folder"] = (text, [row["folder"] for row in rows])
-    return pa.table({key: pa.array(values, type=kind) for key, (kind, values) in columns.items()})
+    lines = [_line(row) for row in rows]
+    keys = dict.fromkeys(key for line in lines for key in line)
+    return pa.table({key: pa.array([line.get(key) for line in lines]) for key in keys})
+
+
+def _line(row: Mapping[str, Any]) -> dict[str, Any]:
+    texts, numbers = ("name", "label", "of", "method", "status", "message", "folder"), ("learning_rate", "strength")
+    line = {key: row.get(key) for key in (*texts, "seed", "trained_parameters", "learned", "forgotten", "K", "T", "KT")}
+    line |= {key: None if row[key] is None else float(row[key]) for key in numbers}
+    line |= {key: None if row[key] is None else canonical_json(row[key]) for key in ("settings", "variant")}
+    line |= {f"seconds.{stage}": seconds for stage, seconds in row["seconds"].items()}
+    for b in row["benchmarks"]:
+        low, high = b["interval"] or (None, None)
+        scores = {"before": b["before"], "after": b["after"], "low": low, "high": high, "n": b["n"]}
+        line |= {f"{b['name']}.{key}": value for key, value in scores.items()}
+    return line
 
 
 def read_runs(output: Path) -> dict[str, Any]:
-    """Returns what a comparison's ``runs.json`` holds; raises ArtefactError where it is missing or damaged."""
+    """Returns what a comparison's ``runs.json`` holds."""
     return dict(read_json(output / RUNS_FILE))
 
 
 def read_front(output: Path) -> dict[str, Any]:
-    """Returns what a comparison's ``front.json`` holds; raises ArtefactError where it is missing or damaged."""
+    """Returns what a comparison's ``front.json`` holds."""
     return dict(read_json(output / FRONT))

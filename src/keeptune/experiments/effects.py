@@ -1,4 +1,4 @@
-"""What the cells of a sweep gained and lost: of studies over layers, and of grids over a baseline, seed by seed."""
+"""What the points of a sweep gained and lost: of studies over layers, and of grids over a baseline, seed by seed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def benefits(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the benefit of each cell of a grid of two axes over the baseline, seed by seed.
 
     Args:
-        record: As in ``sweep.json``: ``rows``, ``grid`` and perhaps ``baseline`` (else the base model).
+        record: As in ``runs.json``: ``rows`` (finished runs), ``grid`` and perhaps ``baseline`` (else the base model).
 
     Returns:
         For each benchmark, and for the mean of learned and kept, a table of ``cells`` (``mean``, ``low``, ``high`` and

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -35,7 +35,6 @@ from keeptune.pipeline.job import Job
 
 __all__ = [
     "TaskMaker",
-    "Workers",
     "log_outcome",
     "missing_extra",
     "only_one",
@@ -52,13 +51,7 @@ _RETRIES = 1
 
 @dataclass(frozen=True)
 class TaskMaker:
-    """Makes a comparison's runs ready for workers.
-
-    Args:
-        comparison: The comparison.
-        base: Fingerprint of the base.
-        known: Fingerprints of data files by path.
-    """
+    """Makes a comparison's runs ready for workers, from the base's fingerprint and those of data files by path."""
 
     comparison: Comparison
     base: str
@@ -90,11 +83,6 @@ def tasks_of(
 ) -> tuple[TaskMaker, dict[str, RunTask], frozenset[str]]:
     """Finds out which runs are finished, and checks the others with data and model.
 
-    Args:
-        comparison: The comparison.
-        specs: The runs.
-        check: Whether to check.
-
     Returns:
         What made the tasks, name to task, and the names of those that are not finished.
 
@@ -113,17 +101,10 @@ def tasks_of(
 
 
 def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outcome]:
-    """Does what is missing of a comparison.
-
-    Args:
-        comparison: The comparison.
-        specs: Its runs.
+    """Does what is missing of a comparison's runs; KeeptuneError where nothing could be run.
 
     Returns:
         Name of each run to how it ended.
-
-    Raises:
-        KeeptuneError: What the user can correct; nothing was run then.
     """
     _, tasks, _ = tasks_of(comparison, specs)
     with only_one(comparison.output):
@@ -133,15 +114,7 @@ def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outco
 
 
 def run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Outcome]:
-    """Does the tasks that are not finished, while :func:`only_one` is held.
-
-    Args:
-        comparison: The comparison.
-        tasks: The tasks, in their order.
-
-    Returns:
-        Name of each to how it ended.
-    """
+    """Does the tasks that are not finished, in their order, while :func:`only_one` is held."""
     outcomes = {task.name: Outcome("done") for task in tasks if finished(task)}
     waiting = [task for task in tasks if task.name not in outcomes]
     if outcomes:
@@ -165,11 +138,7 @@ def run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Out
 
 @contextlib.contextmanager
 def only_one(output: Path) -> Iterator[None]:
-    """Holds the lock of a comparison's folder; raises RecipeError where another process holds it.
-
-    Args:
-        output: The folder.
-    """
+    """Holds the lock of a comparison's folder; raises RecipeError where another process holds it."""
     with locked(output / ".lock", wait=False) as ours:
         if not ours:
             raise RecipeError(
@@ -181,27 +150,9 @@ def only_one(output: Path) -> Iterator[None]:
         yield
 
 
-class Workers(Protocol):
-    """Does runs; ``room`` is how many at once."""
-
-    room: int
-
-    def submit(self, task: RunTask) -> None:
-        """Puts a task in line."""
-
-    def wait(self) -> tuple[RunTask, Outcome]:
-        """Returns the next task that ends, and how it ended."""
-
-
 @contextlib.contextmanager
-def started_workers(comparison: Comparison) -> Iterator[Workers]:
+def started_workers(comparison: Comparison) -> Iterator[_Here | _OnRay]:
     """Starts workers: on Ray, or in this process where the section has no ``resources``.
-
-    Args:
-        comparison: The comparison.
-
-    Yields:
-        The workers.
 
     Raises:
         RecipeError: Ray is not installed, there is no such cluster, or no node has the resources of one run.
@@ -215,7 +166,7 @@ def started_workers(comparison: Comparison) -> Iterator[Workers]:
 
 
 class _Here:
-    """Runs one after the other in this process."""
+    """Does runs one after the other in this process; ``room`` is how many at once."""
 
     room = 1
 
@@ -336,11 +287,7 @@ def _need_room(nodes: Sequence[Mapping[str, Any]], resources: Resources) -> None
 
 
 def missing_extra(library: str) -> RecipeError:
-    """Returns the error that says how to install what comparisons need.
-
-    Args:
-        library: What is missing.
-    """
+    """Returns the error that says how to install what comparisons need."""
     return RecipeError(
         "compare",
         got=f"no {library} in this Python",
@@ -350,14 +297,7 @@ def missing_extra(library: str) -> RecipeError:
 
 
 def log_outcome(name: str, outcome: Outcome, done: int, total: int) -> None:
-    """Logs how a run ended.
-
-    Args:
-        name: Its name.
-        outcome: How it ended.
-        done: How many have ended.
-        total: Of how many.
-    """
+    """Logs how a run ended, the number ``done`` of a total."""
     for text in dict.fromkeys(outcome.warnings):
         _log.warning("%s: %s", name, text)
     if outcome.status == "failed":

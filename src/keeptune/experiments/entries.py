@@ -63,12 +63,9 @@ _REPLAY = 0.1
 
 @dataclass(frozen=True)
 class Variation:
-    """One strength of an entry.
+    """One strength of an entry: the settings it changes, and its mark in the names of runs.
 
-    Args:
-        settings: Dotted recipe key to value: what it changes.
-        factor: On the method's own strength; None where it has none, or where a key is varied by name.
-        mark: In the name of its runs; empty for none.
+    ``factor`` is on the method's own strength; None where it has none, or where a key is varied by name.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -167,13 +164,7 @@ def read_entries(
 
 
 def check_labels(entries: Sequence[Entry], where: str, next_step: str) -> None:
-    """Raises RecipeError where two entries have one label, also as the name of a folder.
-
-    Args:
-        entries: The entries.
-        where: For the error message.
-        next_step: What to do about it.
-    """
+    """Raises RecipeError where two entries have one label, also as the name of a folder."""
     seen: dict[str, Entry] = {}
     for entry in entries:
         first = seen.setdefault(slug(entry.label), entry)
@@ -187,13 +178,7 @@ def check_labels(entries: Sequence[Entry], where: str, next_step: str) -> None:
 
 
 def check_label(label: Any, where: str, example: str) -> str:
-    """Returns a label that can name a folder; raises RecipeError for any other.
-
-    Args:
-        label: The label.
-        where: For the error message.
-        example: What to write.
-    """
+    """Returns a label that can name a folder; raises RecipeError for any other."""
     if not isinstance(label, str) or not slug(label) or len(label) > 80:
         raise RecipeError(
             where,
@@ -205,13 +190,7 @@ def check_label(label: Any, where: str, example: str) -> str:
 
 
 def check_settings(settings: Mapping[Any, Any], where: str, reasons: Mapping[str, str] = FIXED) -> None:
-    """Raises RecipeError where a setting changes what all runs or stages have in common.
-
-    Args:
-        settings: Dotted key to value.
-        where: For error messages.
-        reasons: Keys that must not change, with the reasons.
-    """
+    """Raises RecipeError where a setting changes a key that must not, with the reason, or is none of the recipe."""
     for key in settings:
         fixed = next((k for k in reasons if str(key) == k or str(key).startswith(f"{k}.")), None)
         if not isinstance(key, str) or fixed:
@@ -224,16 +203,7 @@ def check_settings(settings: Mapping[Any, Any], where: str, reasons: Mapping[str
 
 
 def with_settings(values: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns a recipe's values with settings; a section replaces the recipe's, a dotted key changes a part of it.
-
-    Args:
-        values: The recipe.
-        settings: Dotted key to value; sections come before their parts.
-        where: For error messages.
-
-    Raises:
-        RecipeError: A key does not fit the recipe.
-    """
+    """Returns a recipe's values with settings, sections before their parts; RecipeError where a key does not fit."""
     own = copy.deepcopy(dict(values))
     for key, value in sorted(settings.items(), key=lambda item: item[0].count(".")):
         set_value(own, key, copy.deepcopy(value), where=f"{where}, key {key}")
@@ -311,15 +281,7 @@ def _variations(method: Any, own: Any, factors: Sequence[float], where: str) -> 
 
 
 def by_factor(method: Any, factor: float) -> Variation:
-    """Returns a method's own strength times a factor; above 1 keeps more.
-
-    Args:
-        method: Its section.
-        factor: The factor.
-
-    Raises:
-        RecipeError: The method has no strength.
-    """
+    """Returns a method's own strength times a factor; above 1 keeps more."""
     option, value = stronger(make_method(method, seed=0), factor)
     changed = {} if factor == 1 else {f"method.{option}": float(f"{value:.10g}")}
     return Variation(changed, factor, "" if factor == 1 else f"x{short(factor)}")

@@ -96,10 +96,6 @@ class Point:
 def spread(values: Sequence[float], intervals: Sequence[tuple[float, float] | None] | None = None) -> Estimate:
     """Combines seeds by the rule of :mod:`keeptune.core.intervals`; equal means are equal numbers.
 
-    Args:
-        values: One per seed, at least one, finite.
-        intervals: Their item intervals, if any.
-
     >>> spread([1.0, 2.0, 3.0]).sd
     1.0
     """
@@ -119,10 +115,7 @@ def _number(value: float) -> float | None:
 
 
 def points_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Point], list[dict[str, str]]]:
-    """Gathers runs into points.
-
-    Args:
-        rows: Of ``runs.json``.
+    """Gathers rows of ``runs.json`` into points.
 
     Returns:
         The points in the order of their first runs, and ``{"run", "why"}`` of the runs left out. Of two runs of one
@@ -173,11 +166,7 @@ def _point(members: Sequence[Mapping[str, Any]], taken: set[str]) -> Point:
 
 
 def families(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Gathers points by label; a label of variants also has the points it was made from (scale 1).
-
-    Args:
-        points: The points.
-    """
+    """Gathers points by label; a label of variants also has the points it was made from (scale 1)."""
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(point.label, []).append(point)
@@ -191,9 +180,6 @@ def pareto(places: Sequence[Place]) -> list[bool]:
     """Returns which places nothing dominates, eq. 1.
 
     Laws: a dominated place changes nothing; the order does not matter; equal places are all on the front or all off.
-
-    Args:
-        places: ``(learned, forgotten)`` each, finite.
     """
     return [
         not any(l >= learned and f <= forgotten and (l, f) != (learned, forgotten) for l, f in places)  # noqa: E741
@@ -206,10 +192,6 @@ def hypervolume(places: Sequence[Place], reference: Place) -> float:
 
     Laws: a dominated place adds nothing; the order does not matter; scaling an axis by c scales the area by c; a place
     that is not better than the reference on both axes adds nothing.
-
-    Args:
-        places: ``(learned, forgotten)`` each, finite.
-        reference: Less learned and more forgotten than what should count.
     """
     try:
         import moocore
@@ -227,13 +209,7 @@ def hypervolume(places: Sequence[Place], reference: Place) -> float:
 
 
 def reference_point(rows: Iterable[Mapping[str, Any]], axes: Axes, points: Sequence[Point]) -> Place | None:
-    """Returns the reference point: the base's score on the task, and the most that any run forgot, at least 0.
-
-    Args:
-        rows: Runs with their ``benchmarks``.
-        axes: The axes.
-        points: What was scored; None is returned without a scored run.
-    """
+    """Returns the base's score on the task and the most that any run forgot; None without a scored run."""
     scores = [base_score(row["benchmarks"], axes.learned).number for row in rows if row["status"] == "done"]
     bases = [score for score in scores if score is not None]
     if not bases or not points:
@@ -248,13 +224,7 @@ def reference_point(rows: Iterable[Mapping[str, Any]], axes: Axes, points: Seque
 def hypervolumes(groups: Mapping[str, Sequence[Point]], reference: Place) -> dict[str, dict[str, Any]]:
     """Computes each label's hypervolume, seed by seed.
 
-    Args:
-        groups: Label to points.
-        reference: The reference point of all labels.
-
-    Returns:
-        Label to ``mean``, ``low``, ``high``, ``sd``, the ``seeds`` taken and the number of ``points``. Without a seed
-        that all points have, it is that of the points' means, without an interval.
+    Without a seed that all points of a label have, it is that of the points' means, without an interval.
     """
     volumes = {}
     for label, points in groups.items():

@@ -83,16 +83,6 @@ def load_layer_study(
 def numbers_of(layers: Sequence[int], numbers: Iterable[int] | None) -> list[int]:
     """Returns how many layers to train: the numbers given, or evenly spaced ones from one to all.
 
-    Args:
-        layers: The layers there are.
-        numbers: The numbers; None is every number up to eight, else eight of them.
-
-    Returns:
-        Different numbers, rising.
-
-    Raises:
-        RecipeError: A number is not between 1 and that of the layers.
-
     >>> numbers_of(range(4), None), numbers_of(range(32), None), numbers_of(range(32), [6, 2, 4])
     ([1, 2, 3, 4], [4, 8, 12, 16, 20, 24, 28, 32], [2, 4, 6])
     """

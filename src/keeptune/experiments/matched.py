@@ -30,13 +30,7 @@ _ORDER: tuple[How, ...] = ("exact", "interpolated", "above", "not reached")
 
 @dataclass(frozen=True, slots=True)
 class At:
-    """A front at a score.
-
-    Args:
-        how: Which of the equations 1 to 4.
-        forgotten: What was forgotten there; None where it is not reached.
-        used: Indices of the places that it is read off.
-    """
+    """A front at a score: which of the equations 1 to 4, what was forgotten, and the places that it is read off."""
 
     how: How
     forgotten: float | None
@@ -44,14 +38,10 @@ class At:
 
 
 def forgotten_at(places: Sequence[Place], score: float) -> At:
-    """Reads off what was forgotten at a score, eqs. 1 to 4.
+    """Reads off what was forgotten at a score, eqs. 1 to 4, from ``(learned, forgotten)`` of a label.
 
     Laws: between two places of the front the value lies between theirs; a dominated place changes nothing; the order
     does not matter.
-
-    Args:
-        places: ``(learned, forgotten)`` of a label.
-        score: What should be learned.
 
     >>> forgotten_at([(0.5, 0.0), (0.7, 0.2)], 0.6).how
     'interpolated'
@@ -72,14 +62,7 @@ def forgotten_at(places: Sequence[Place], score: float) -> At:
 
 
 def reach(points: Sequence[Point]) -> float:
-    """Returns how much a label learned at most, with every seed.
-
-    Args:
-        points: Of a label.
-
-    Returns:
-        The least over its common seeds of the most that a point learned; over the means where no seed is common.
-    """
+    """Returns how much a label learned at most, with every seed: over the means where no seed is common."""
     seeds = common_seeds(points)
     if not seeds:
         return max(point.place[0] for point in points)
@@ -87,11 +70,7 @@ def reach(points: Sequence[Point]) -> float:
 
 
 def default_score(groups: Mapping[str, Sequence[Point]]) -> float | None:
-    """Returns the highest score that more than half of the labels reach; None without labels.
-
-    Args:
-        groups: Label to points.
-    """
+    """Returns the highest score that more than half of the labels reach; None without labels."""
     reached = sorted((reach(points) for points in groups.values()), reverse=True)
     return reached[len(reached) // 2] if reached else None
 
@@ -102,16 +81,11 @@ def matched(groups: Mapping[str, Sequence[Point]], score: float | None, baseline
     Args:
         groups: Label to points.
         score: What should be learned; None takes :func:`default_score`.
-        baseline: Label that the others are compared with, seed by seed; None for none.
+        baseline: Label that the others are compared with, seed by seed; RecipeError where it is no label.
 
     Returns:
-        ``score``, ``baseline`` and ``rows``: per label ``label``, ``forgotten`` (None where it is not reached),
-        ``how``, ``points`` (names), ``seeds``, ``not_reached`` (seeds), ``values`` (seed to forgotten), and
-        ``difference`` (mean of the label's minus the baseline's forgotten by seed, with its interval and ``seeds``;
-        None without a common one).
-
-    Raises:
-        RecipeError: The baseline is no label.
+        ``score``, ``baseline`` and ``rows``: per label what was ``forgotten`` (None where the score is not reached),
+        ``how``, the ``points`` it is read off, ``values`` by seed, and the paired ``difference`` to the baseline.
     """
     if baseline is not None and baseline not in groups:
         raise RecipeError("compare.baseline", got=baseline, wanted="a label", next_step=nearest(baseline, groups))

@@ -118,15 +118,12 @@ class Comparison:
 def load_comparison(
     path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch
 ) -> Comparison:
-    """Reads a recipe with a ``compare`` section.
+    """Reads a recipe with a ``compare`` section; its runs are not checked with data and model yet.
 
     Args:
         path: The YAML file.
         overrides: Dotted key to value, of the recipe or the section: ``{"compare.seeds": [0, 1]}``.
         fetch: Gets the files of the hub.
-
-    Returns:
-        The comparison; its runs are not checked with data and model yet.
 
     Raises:
         RecipeError: A key is unknown or a value does not fit.
@@ -158,15 +155,12 @@ def load_comparison(
 
 
 def load_sweep(path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch) -> Comparison:
-    """Reads a recipe with a ``sweep`` section: a comparison of points and seeds, run in this process.
+    """Reads a recipe with a ``sweep`` section and ``seeds``: a comparison of points, run in this process.
 
     Args:
-        path: The YAML file: a run's recipe with ``sweep`` (:mod:`keeptune.experiments.sweep_section`) and ``seeds``.
+        path: The YAML file.
         overrides: Dotted key to value, set before the points' own.
         fetch: Gets the files of the hub.
-
-    Returns:
-        The comparison.
 
     Raises:
         RecipeError: A key is unknown or a value does not fit; the message names the point.
@@ -187,20 +181,7 @@ def sweep_of(
     below: str = "",
     fetch: Fetch = hub.fetch,
 ) -> Comparison:
-    """Returns the comparison of a recipe's values at several points.
-
-    Args:
-        path: The recipe's file.
-        values: The recipe with ``seeds``, which is taken out.
-        points: A mapping for each point: ``name``, ``x``, and the dotted keys that it changes.
-        about: What the record says besides the runs.
-        kind: ``"sweep"`` or ``"layers"``.
-        below: Folder in the recipe's output for records, page and figure.
-        fetch: Gets the files of the hub.
-
-    Raises:
-        RecipeError: A key is unknown or a value does not fit; the message names the point.
-    """
+    """Returns the comparison of a recipe's values, which have ``seeds``, at points; ``about`` goes to its record."""
     where = f"recipe {path}"
     entries, seeds = point_entries(points, where), read_seeds(values, where)
     section = CompareSection(
@@ -230,14 +211,7 @@ def _own_rate(values: Mapping[str, Any], where: str) -> list[float]:
 
 
 def list_runs(comparison: Comparison) -> tuple[RunSpec, ...]:
-    """Returns every run, entry by entry.
-
-    Args:
-        comparison: The comparison.
-
-    Raises:
-        RecipeError: A setting does not fit, or two runs would be the same.
-    """
+    """Returns every run, entry by entry; RecipeError where a setting does not fit, or two runs would be the same."""
     specs = tuple(
         run_spec(comparison, entry, variation, rate, seed)
         for entry in comparison.entries
@@ -251,14 +225,7 @@ def list_runs(comparison: Comparison) -> tuple[RunSpec, ...]:
 
 
 def run_spec(comparison: Comparison, entry: Entry, variation: Variation, rate: float | None, seed: int) -> RunSpec:
-    """Returns one run.
-
-    Args:
-        comparison: The comparison.
-        entry: One of its entries.
-        variation: The strength.
-        rate: The learning rate; None is the recipe's own.
-        seed: The seed.
+    """Returns one run of an entry; with the rate None, the recipe's own.
 
     Raises:
         RecipeError: A setting does not fit.
@@ -301,13 +268,7 @@ def _refuse_equal(specs: Iterable[RunSpec], where: str) -> None:
 def check_runs(comparison: Comparison, specs: Sequence[RunSpec], model: PreTrainedModel | None = None) -> None:
     """Checks runs with their data, and their targets against the base, which is loaded once.
 
-    Args:
-        comparison: The comparison.
-        specs: The runs; of those that differ in rate and seed alone one is checked.
-        model: The base, if it is loaded already.
-
-    Raises:
-        KeeptuneError: What the user can correct, with the entry it is about; nothing was written then.
+    Of runs that differ in rate and seed alone one is checked; an error names the entry it is about.
     """
     jobs: dict[str, tuple[str, Job]] = {}
     for spec in specs:

@@ -76,11 +76,7 @@ class Variant:
 
 
 def variant_of(plain: Mapping[str, Any]) -> Variant:
-    """Reads a variant from a row of ``runs.json``; raises RecipeError where it is none.
-
-    Args:
-        plain: From :meth:`Variant.plain`.
-    """
+    """Reads a variant, such as ``{"scale": 0.5}``; raises RecipeError where it is none."""
     if len(plain) != 1:
         raise RecipeError("variant", got=repr(dict(plain)), wanted="one kind and its value", next_step="Correct it.")
     ((kind, value),) = plain.items()
@@ -88,12 +84,7 @@ def variant_of(plain: Mapping[str, Any]) -> Variant:
 
 
 def standard_variants(scales: Sequence[float], intruders: Sequence[float] = (0.5,)) -> list[Variant]:
-    """Returns the variants of a comparison.
-
-    Args:
-        scales: Factors of the whole change; 1 is the run itself and is left out.
-        intruders: Shares of intruders that stay.
-    """
+    """Returns the variants of a comparison: factors of the whole change, and shares of intruders that stay."""
     return [
         *(Variant("scale", factor) for factor in scales if factor != 1),
         *(Variant("intruders", keep) for keep in intruders),
@@ -101,13 +92,7 @@ def standard_variants(scales: Sequence[float], intruders: Sequence[float] = (0.5
 
 
 def refusal(variant: Variant, tensors: Mapping[str, Tensor] | None, config: Any = None) -> str:
-    """Returns why a result cannot have a variant; empty where it can.
-
-    Args:
-        variant: The variant.
-        tensors: The adapter's; None for a whole model.
-        config: The adapter's.
-    """
+    """Returns why a result, an adapter's tensors or a whole model (None), cannot have a variant; empty where it can."""
     reduces = variant.kind == "intruders"
     if tensors is None:
         return "PEFT reduces intruder dimensions of LoRA adapters, not of whole models" if reduces else ""
@@ -131,13 +116,10 @@ def variant_adapter(wrapped: PeftModel, tensors: Mapping[str, Tensor], variant: 
     Args:
         wrapped: The base with the adapter; afterwards it has the adapter's tensors.
         tensors: The adapter's, as its file has them.
-        variant: The variant.
+        variant: The variant; ModelError where the adapter cannot have it.
 
     Returns:
         New tensors under the same names.
-
-    Raises:
-        ModelError: The adapter cannot have it.
     """
     why = refusal(variant, tensors, wrapped.peft_config[_DEFAULT])
     if why:
@@ -168,12 +150,7 @@ def _reduced(wrapped: PeftModel, tensors: Mapping[str, Tensor], keep: float) -> 
 
 
 def put_adapter(wrapped: PeftModel, tensors: Mapping[str, Tensor]) -> None:
-    """Puts tensors into the adapter of a model; raises ModelError where they do not fit.
-
-    Args:
-        wrapped: The model.
-        tensors: As the adapter's file has them.
-    """
+    """Puts tensors, as an adapter's file has them, into the adapter of a model; ModelError where they do not fit."""
     loaded = set_peft_model_state_dict(wrapped, dict(tensors), adapter_name=_DEFAULT)
     if loaded.unexpected_keys:
         raise ModelError(

@@ -21,10 +21,11 @@ from keeptune.adapter.export import BOUNDS
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.probe import logits_of, random_probe
 from keeptune.core.artefact import atomic_directory, content_key, read_json, write_bytes, write_json, write_tensors
-from keeptune.core.errors import ExportError, ModelError
+from keeptune.core.errors import ModelError
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.experiments.posthoc_scaling import Variant, interpolate, put_adapter, refusal, variant_adapter
+from keeptune.experiments.sequence.joined_changes import gap_to
 from keeptune.model.blocks import head_of
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
@@ -40,12 +41,7 @@ _WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A loaded result of which variants are made.
-
-    Args:
-        refusal: Returns why the result cannot have a variant.
-        make: Makes one, from the result as trained, and returns the models before and after.
-    """
+    """A loaded result: why it cannot have a variant, and the models before and after with one."""
 
     refusal: Callable[[Variant], str]
     make: Callable[[Variant], ModelPair]
@@ -73,11 +69,6 @@ def _load(job: Job, folder: Path) -> _Loaded:
 
 def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers | None = None) -> dict[str, str]:
     """Scores the variants of a finished run that are not scored yet.
-
-    Args:
-        job: The run's job.
-        variants: The variants.
-        kept: Where the base's answers are; None runs the base.
 
     Returns:
         Folder name of each variant that this result cannot have to the reason.
@@ -109,15 +100,7 @@ def _make(loaded: Callable[[], _Loaded], variant: Variant) -> ModelPair:
 
 
 def write_variant(job: Job, variant: Variant, output: Path) -> Path:
-    """Writes a variant of a run's result, and checks it on a freshly loaded base.
-
-    Args:
-        job: The run's job.
-        variant: The variant.
-        output: The folder; it appears whole or not at all.
-
-    Returns:
-        The folder.
+    """Writes a variant of a run's result, whole or not at all, and checks it on a freshly loaded base.
 
     Raises:
         ModelError: The result cannot have the variant.
@@ -137,30 +120,16 @@ def write_variant(job: Job, variant: Variant, output: Path) -> Path:
     with atomic_directory(output) as fresh:
         copy_result(folder, fresh, output, weights=False)
         written = _write_weights(job, pair, folder, fresh, variant)
-        gap = float((logits_of(written, probe) - wanted).abs().max())
-        relative, bound = gap / max(float(wanted.abs().max()), 1e-30), BOUNDS[written.dtype]
-        if not relative <= bound:
-            raise ExportError(
-                f"export {output}",
-                got=f"logits that differ from the variant's by {relative:.2e} (relative)",
-                wanted=f"at most {bound:.0e}",
-                next_step="Nothing was written; please report this.",
-            )
+        gap = gap_to(logits_of(written, probe), wanted, written.dtype, None, f"export {output}")
         sidecar = read_json(fresh / SIDECAR)
-        export = sidecar["export"] | {"gap": gap, "relative_gap": relative, "bound": bound}
+        export = {"gap": gap.gap, "relative_gap": gap.relative, "bound": BOUNDS[written.dtype]}
+        export = sidecar["export"] | export
         write_json(fresh / SIDECAR, sidecar | {"export": export, "variant": variant.plain()})
     return output
 
 
 def copy_result(folder: Path, fresh: Path, output: Path, *, weights: bool = True) -> None:
-    """Copies an exported result; the name of its folder in its texts becomes that of the new one.
-
-    Args:
-        folder: The result.
-        fresh: Where the files go.
-        output: Where they will be in the end.
-        weights: Whether to copy the weights too.
-    """
+    """Copies an exported result; the folder that its texts name becomes ``output``, where it will be in the end."""
     skipped = ["export.json", *([] if weights else ["*.safetensors", "*.safetensors.index.json"])]
     shutil.copytree(folder, fresh, ignore=shutil.ignore_patterns(*skipped), dirs_exist_ok=True)
     was = read_json(folder / SIDECAR)["export"]["folder"]

@@ -26,14 +26,7 @@ __all__ = ["Compared", "run_comparison", "write_results"]
 
 @dataclass(frozen=True)
 class Compared:
-    """The results of a comparison.
-
-    Args:
-        runs: What ``runs.json`` holds.
-        front: What ``front.json`` holds.
-        failed: Name of each run that failed to its message.
-        figure: The figure of a sweep; None where there is none.
-    """
+    """The results of a comparison: its records, the messages of runs that failed by name, and a sweep's figure."""
 
     runs: dict[str, Any]
     front: dict[str, Any]
@@ -57,9 +50,6 @@ def run_comparison(
         max_loss: How much may be lost of what the base knew, of each knowledge benchmark or by name; None chooses
             nothing.
 
-    Returns:
-        The results.
-
     Raises:
         KeeptuneError: What the user can correct; where no run keeps to ``max_loss``, all else is written.
     """
@@ -80,21 +70,7 @@ def write_results(
     command: str,
     max_loss: float | Mapping[str, float] | None = None,
 ) -> Compared:
-    """Writes ``runs.json``, ``runs.parquet``, ``front.json``, ``report.html``, a sweep's figure, and ``best``.
-
-    Args:
-        comparison: The comparison.
-        specs: Its runs.
-        outcomes: How they ended.
-        command: What repeats it.
-        max_loss: How much may be lost; None chooses nothing.
-
-    Returns:
-        The results.
-
-    Raises:
-        KeeptuneError: No run keeps to ``max_loss``, or a file cannot be written.
-    """
+    """Writes ``runs.json``, ``runs.parquet``, ``front.json``, ``report.html``, a sweep's figure, and ``best``."""
     rows = []
     for spec in specs:
         outcome = outcomes.get(spec.name, Outcome("missing", "not run"))

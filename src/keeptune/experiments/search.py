@@ -66,13 +66,7 @@ _ENTROPY = 2**32
 
 @dataclass(frozen=True)
 class Span:
-    """Log-uniform between two positive numbers, both included.
-
-    Args:
-        low: The least.
-        high: The largest, above ``low``.
-        whole: Whether whole numbers alone are drawn.
-    """
+    """Log-uniform between two positive numbers, both included; ``whole`` numbers alone, or any."""
 
     low: float
     high: float
@@ -100,11 +94,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Choices:
-    """One of several strengths, each as likely.
-
-    Args:
-        count: How many.
-    """
+    """One of several strengths, each as likely."""
 
     count: int
 
@@ -118,11 +108,7 @@ class Choices:
 
 
 def strengths_of(variations: Sequence[Variation]) -> Span | Choices | None:
-    """Returns what strengths are drawn from (eq. 2); None where there is one strength alone.
-
-    Args:
-        variations: Those of an entry.
-    """
+    """Returns what the strengths of an entry are drawn from (eq. 2); None where there is one alone."""
     if len(variations) == 1:
         return None
     values: list[Any] = [variation.factor for variation in variations]
@@ -136,14 +122,7 @@ def strengths_of(variations: Sequence[Variation]) -> Span | Choices | None:
 
 
 def spans_of(entry: Entry) -> dict[str, Span | Choices]:
-    """Returns what is drawn for an entry once it is chosen; what has one value is left out.
-
-    Args:
-        entry: The entry.
-
-    Returns:
-        Name of the parameter to span.
-    """
+    """Returns what is drawn for an entry once it is chosen, by parameter; what has one value is left out."""
     spans: dict[str, Span | Choices] = {}
     rates = [rate for rate in entry.rates if rate is not None]
     if len(rates) > 1:
@@ -155,15 +134,7 @@ def spans_of(entry: Entry) -> dict[str, Span | Choices]:
 
 
 def setting_of(entries: Sequence[Entry], params: Mapping[str, Any]) -> tuple[Entry, Variation, float | None]:
-    """Returns the setting that a trial drew: its entry, strength and rate.
-
-    Args:
-        entries: The entries.
-        params: The trial's parameters.
-
-    Raises:
-        RecipeError: The strength does not fit the method.
-    """
+    """Returns the setting that a trial drew: its entry, strength and rate."""
     entry = next(entry for entry in entries if entry.label == params[_ENTRY])
     spans, name = spans_of(entry), slug(entry.label)
     rates, strengths = spans.get(f"{name}.rate"), spans.get(f"{name}.strength")
@@ -181,15 +152,7 @@ def setting_of(entries: Sequence[Entry], params: Mapping[str, Any]) -> tuple[Ent
 
 
 def open_study(output: Path, key: str) -> Any:
-    """Opens the study of a key in the journal of a comparison's folder; trials that were killed are put in line again.
-
-    Args:
-        output: The folder.
-        key: Of all that the search's results depend on.
-
-    Returns:
-        Optuna's study. Trials that did not finish, killed or failed, are next.
-    """
+    """Opens Optuna's study of a key in the journal of a comparison's folder; trials that did not finish are next."""
     import optuna
 
     output.mkdir(parents=True, exist_ok=True)
@@ -217,16 +180,7 @@ def open_study(output: Path, key: str) -> Any:
 
 
 def ask(study: Any, seed: int, entries: Sequence[Entry]) -> Any:
-    """Draws the next trial.
-
-    Args:
-        study: From :func:`open_study`.
-        seed: Of the search.
-        entries: The entries.
-
-    Returns:
-        Optuna's trial.
-    """
+    """Draws the next trial of a study of :func:`open_study`."""
     import optuna
 
     trials = study.get_trials(deepcopy=False)
@@ -242,14 +196,7 @@ def ask(study: Any, seed: int, entries: Sequence[Entry]) -> Any:
 
 
 def count_trials(output: Path) -> dict[str, int]:
-    """Counts the finished trials of the last search in a folder.
-
-    Args:
-        output: The comparison's folder.
-
-    Returns:
-        Label of an entry to its number of trials.
-    """
+    """Counts the finished trials of the last search in a folder, by label of the entry."""
     counts: dict[str, int] = {}
     if (output / JOURNAL).is_file():
         storage = _storage(output)
@@ -270,10 +217,6 @@ def _storage(output: Path) -> Any:
 
 def run_search(comparison: Comparison, search: Search) -> tuple[tuple[RunSpec, ...], dict[str, Outcome]]:
     """Does what is missing of a search, and the settings on its front with the other seeds.
-
-    Args:
-        comparison: The comparison.
-        search: Its budget and seed.
 
     Returns:
         Its runs, in the order of the trials, and name to how each ended.
@@ -329,20 +272,20 @@ def _run_trials(maker: TaskMaker, study: Any, search: Search) -> dict[str, Outco
     """Draws and runs trials until the budget is used; returns name to outcome of those of this time."""
     comparison, outcomes = maker.comparison, dict[str, Outcome]()
     done = sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
-    asked = done
-    if asked >= search.trials:
+    drawn = done
+    if drawn >= search.trials:
         return outcomes
     running: dict[int, tuple[Any, RunSpec]] = {}
     with started_workers(comparison) as workers:
-        while asked < search.trials or running:
-            while asked < search.trials and len(running) < workers.room:
+        while drawn < search.trials or running:
+            while drawn < search.trials and len(running) < workers.room:
                 trial = ask(study, search.seed, comparison.entries)
                 setting = setting_of(comparison.entries, trial.params)
                 spec = run_spec(comparison, *setting, comparison.section.seeds[0])
                 task = maker.task(spec)
                 workers.submit(task)
                 running[id(task)] = trial, spec
-                asked += 1
+                drawn += 1
             task, outcome = workers.wait()
             trial, spec = running.pop(id(task))
             outcomes[spec.name] = _tell(comparison, study, trial, spec, outcome)

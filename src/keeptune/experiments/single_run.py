@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import logging.handlers
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -61,15 +62,7 @@ class RunTask:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
-
-    Args:
-        status: ``"done"``, ``"failed"``, or ``"missing"`` where it was not tried.
-        message: Why it failed.
-        seconds: How long it took this time; 0 where it was finished already.
-        warnings: The warnings in its log.
-        node: Of the cluster, where it ran.
-    """
+    """How a run ended: with what message and warnings, after how many seconds (0 if it was done), on which node."""
 
     status: Literal["done", "failed", "missing"]
     message: str = ""
@@ -79,13 +72,7 @@ class Outcome:
 
 
 def task_key(recipe: Recipe, base: str, known: dict[str, str]) -> str:
-    """Returns the key of all that a run's result depends on.
-
-    Args:
-        recipe: Its recipe.
-        base: Fingerprint of the base.
-        known: Fingerprints of data files by path; those of new ones are added.
-    """
+    """Returns the key of all that a run's result depends on; ``known`` has fingerprints of data files by path."""
     scored = [getattr(entry, "file", None) or getattr(entry, "data", None) for entry in recipe.evaluate]
     paths = [*(part.file for part in recipe.knowledge_sets), recipe.task.train, *scored]
     data = []
@@ -118,14 +105,7 @@ def finished(task: RunTask) -> bool:
 
 
 def attempt(task: RunTask) -> Outcome:
-    """Does a run, or what is left of it; a failure is recorded in its folder until the next try.
-
-    Args:
-        task: The run.
-
-    Returns:
-        How it ended.
-    """
+    """Does a run, or what is left of it; a failure is recorded in its folder until the next try."""
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     started = time.perf_counter()
@@ -143,15 +123,16 @@ def attempt(task: RunTask) -> Outcome:
             except (RuntimeError, ValueError, OSError) as error:  # a library's: out of memory, no convergence
                 _log.warning("%s: %s", task.name, error, exc_info=True)
                 message = f"{type(error).__name__}: {error}"
-            outcome = Outcome("failed" if message else "done", message, time.perf_counter() - started, tuple(warned))
-            write_json(folder / _MARK, {"key": task.key, "status": outcome.status, "message": message})
-    except (KeeptuneError, OSError) as error:  # the folder cannot be written: the message has no other place than this
-        return Outcome("failed", message or str(error), time.perf_counter() - started, tuple(warned))
+            mark = {"key": task.key, "status": "failed" if message else "done", "message": message}
+            write_json(folder / _MARK, mark)
+    except (KeeptuneError, OSError) as error:  # the folder cannot be written: the message has no place there
+        message = message or str(error)
     finally:
         gc.collect()  # give back the models' memory, for the next run of this process and for those of others
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return outcome
+    seconds = time.perf_counter() - started
+    return Outcome("failed" if message else "done", message, seconds, tuple(warned))
 
 
 def _stages(task: RunTask) -> None:
@@ -165,34 +146,24 @@ def _stages(task: RunTask) -> None:
         score_variants(job, task.variants, kept=kept)
 
 
-class _Warnings(logging.Handler):
-    """Collects the texts of warnings."""
-
-    def __init__(self, texts: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self.texts = texts
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 @contextlib.contextmanager
 def _logged(path: Path, warned: list[str]) -> Iterator[None]:
-    """Writes the log of a run into its folder, warnings of libraries included."""
+    """Writes the log of a run into its folder, warnings of libraries included, and collects the warnings in a list."""
     logger = logging.getLogger("keeptune")
-    file = logging.FileHandler(path, encoding="utf-8")
+    file, buffer = logging.FileHandler(path, encoding="utf-8"), logging.handlers.BufferingHandler(10**6)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handlers: list[logging.Handler] = [file, _Warnings(warned)]
+    buffer.setLevel(logging.WARNING)
     level = logger.level
-    for handler in handlers:
-        logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.addHandler(file)
+    logger.addHandler(buffer)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             yield
     finally:
+        warned += [record.getMessage() for record in buffer.buffer]
         logger.setLevel(level)
-        for handler in handlers:
-            logger.removeHandler(handler)
+        logger.removeHandler(file)
+        logger.removeHandler(buffer)
         file.close()

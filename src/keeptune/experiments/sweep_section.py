@@ -25,11 +25,7 @@ _POINTS = 'sweep: [{name: "rank 4", method.rank: 4}, {name: "rank 8", method.ran
 
 
 def read_sweep(section: Any, where: str) -> tuple[Any, dict[str, Any]]:
-    """Reads the section: a list of points, or a mapping with a grid, points and a baseline.
-
-    Args:
-        section: The section; a list is returned as it is.
-        where: For error messages.
+    """Reads the section: a list of points, which is returned as it is, or a mapping with a grid, points and a baseline.
 
     Returns:
         The points as mappings, and what the record says about them: ``baseline``, the name of a point, and ``grid``
@@ -70,18 +66,7 @@ def read_sweep(section: Any, where: str) -> tuple[Any, dict[str, Any]]:
 
 
 def point_entries(points: Any, where: str) -> tuple[Entry, ...]:
-    """Reads points as the entries of a comparison.
-
-    Args:
-        points: A mapping for each: ``name``, perhaps ``x``, and the dotted keys that it changes.
-        where: For error messages.
-
-    Returns:
-        The entries.
-
-    Raises:
-        RecipeError: A name cannot name a folder or stands twice, or a key cannot change.
-    """
+    """Reads points (``name``, perhaps ``x``, and the dotted keys that each changes) as entries of a comparison."""
     if not isinstance(points, list) or not points or not all(isinstance(point, dict) for point in points):
         raise _no_points(points, f"{where}, key sweep")
     entries = []
@@ -100,18 +85,7 @@ def point_entries(points: Any, where: str) -> tuple[Entry, ...]:
 
 
 def read_seeds(values: dict[str, Any], where: str) -> list[int]:
-    """Takes ``seeds`` out of a recipe's values.
-
-    Args:
-        values: The recipe.
-        where: For error messages.
-
-    Returns:
-        The seeds; the recipe's own where none are listed.
-
-    Raises:
-        RecipeError: They are no list of different whole numbers.
-    """
+    """Takes ``seeds`` out of a recipe's values: its own seed where none are listed; RecipeError for no list of them."""
     train = values.get("train")
     seeds: list[Any] | None = values.pop("seeds", None)
     if seeds is None:

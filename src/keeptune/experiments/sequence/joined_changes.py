@@ -39,52 +39,34 @@ _PREFIX = "base_model.model."
 
 
 def read_changes(folder: Path) -> dict[str, LowRank]:
-    """Reads the factors of an adapter that keeptune exported: its scale is 1.
-
-    Args:
-        folder: The adapter.
+    """Reads the factors of an adapter that keeptune exported, whose scale is 1, without the zeros that padded them.
 
     Returns:
-        Target name to change, without the zeros that padded it; targets that did not change are left out.
+        Target name to change; targets that did not change are left out.
     """
     tensors = load_file(folder / "adapter_model.safetensors")
-    found = {}
+    changes = {}
     for key in tensors:
         if key.endswith(".lora_A.weight"):
             stem = key.removesuffix(".lora_A.weight")
             A, B = tensors[key].float(), tensors[f"{stem}.lora_B.weight"].float()
             used = A.any(dim=1) & B.any(dim=0)
             if bool(used.any()):
-                found[stem.removeprefix(_PREFIX)] = LowRank(B[:, used].contiguous(), A[used].contiguous())
-    return found
+                changes[stem.removeprefix(_PREFIX)] = LowRank(B[:, used].contiguous(), A[used].contiguous())
+    return changes
 
 
 def joined(earlier: Mapping[str, LowRank], later: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """Adds two changes of a model (1).
+    """Adds two changes of a model, each target name to change (1).
 
     Laws: the sum at each target; a target of one of them alone stays as it is; ranks add up.
-
-    Args:
-        earlier: Target name to change.
-        later: The same, of what came after it.
-
-    Returns:
-        Target name to change.
     """
     both = {name: earlier[name].plus(change) if name in earlier else change for name, change in later.items()}
     return {**earlier, **both}
 
 
 def add_changes(model: PreTrainedModel, changes: Mapping[str, LowRank]) -> PreTrainedModel:
-    """Adds changes to the weights of a float32 model.
-
-    Args:
-        model: The model; it is changed.
-        changes: Target name to change.
-
-    Returns:
-        The model.
-    """
+    """Adds changes to the weights of a float32 model, and returns it."""
     targets = {target.name: target for target in find_targets(model)}
     with torch.no_grad():
         for name, change in changes.items():
@@ -98,17 +80,7 @@ def add_changes(model: PreTrainedModel, changes: Mapping[str, LowRank]) -> PreTr
 def plan_of(
     model: PreTrainedModel, changes: Mapping[str, LowRank], options: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> Plan:
-    """Returns the plan whose installation gives the model with some changes.
-
-    Args:
-        model: The base.
-        changes: Target name to change.
-        options: What the record says of how they were made.
-        provenance: What they were made from.
-
-    Returns:
-        The plan.
-    """
+    """Returns the plan whose installation gives the model with some changes."""
     return Plan(
         method="sequence",
         options=options,
@@ -128,9 +100,6 @@ def write_adapter(
         folder: Where.
         wanted: Format, rank and the largest gap; a portable adapter of a rank that no server takes keeps its own.
         options: What the record says of how they were made.
-
-    Returns:
-        What was written.
 
     Raises:
         ExportError: The gap is above the bound, or the folder holds something that keeptune did not write.
@@ -156,14 +125,7 @@ def write_adapter(
 
 
 def write_whole(base: Job, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a whole model, with its tokenizer and the name of its base.
-
-    Args:
-        base: A job on the original base.
-        model: The model; it is turned into the dtype.
-        folder: Where; it appears whole or not at all.
-        dtype: How the weights are stored.
-    """
+    """Writes a whole model in a dtype, with its tokenizer and the name of its base, whole or not at all."""
     with atomic_directory(folder) as fresh:
         model.to(dtype).save_pretrained(fresh)
         base.tokenizer.save_pretrained(fresh)
@@ -172,34 +134,26 @@ def write_whole(base: Job, model: PreTrainedModel, folder: Path, dtype: torch.dt
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """How far the logits of a product are from those of the model that was trained.
-
-    Args:
-        gap: The largest difference.
-        relative: The same over the largest logit.
-    """
+    """The largest difference between the logits of a product and of what was trained; ``relative`` to the largest."""
 
     gap: float
     relative: float
 
 
-def gap_to(found: Tensor, wanted: Tensor, dtype: torch.dtype, max_gap: float | None, where: str) -> Gap:
-    """Compares logits, and refuses a product that is not what was trained.
+def gap_to(logits: Tensor, wanted: Tensor, dtype: torch.dtype, max_gap: float | None, where: str) -> Gap:
+    """Compares logits of a product with those of what was trained.
 
     Args:
-        found: Logits of the product on a freshly loaded base.
+        logits: Of the product on a freshly loaded base.
         wanted: Logits of the model that was trained.
         dtype: Of the base.
         max_gap: The largest relative gap allowed; None takes that of exports for the dtype.
         where: For the error.
 
-    Returns:
-        The gap.
-
     Raises:
-        ExportError: It is too large, or not a number.
+        ExportError: The gap is too large, or not a number.
     """
-    gap = float((found - wanted).abs().max())
+    gap = float((logits - wanted).abs().max())
     relative = gap / max(float(wanted.abs().max()), 1e-30)
     bound = BOUNDS[dtype] if max_gap is None else max_gap
     if not relative <= bound:
@@ -207,6 +161,6 @@ def gap_to(found: Tensor, wanted: Tensor, dtype: torch.dtype, max_gap: float | N
             where,
             got=f"logits that differ from the trained model's by {relative:.2e} (relative)",
             wanted=f"at most {bound:.0e}",
-            next_step="State a larger `export.max_gap`, or check the stage's losses: its change may be too large.",
+            next_step="State a larger `export.max_gap`, or check the losses: the change may be too large.",
         )
     return Gap(gap, relative)

@@ -291,8 +291,8 @@ def _write_product(course: _Course, stage: Stage, done: Sequence[_Done], result:
 
 def _gap(course: _Course, job: Job, result: Path, product: Path) -> Gap:
     """Compares the product on a fresh base with what the stage trained, on the model it started from."""
-    found, wanted = (logits_of(_load(of, folder), job.probe) for of, folder in ((course.base, product), (job, result)))
-    return gap_to(found, wanted, course.dtype, course.wanted.max_gap, "product")
+    logits, wanted = (logits_of(_load(of, folder), job.probe) for of, folder in ((course.base, product), (job, result)))
+    return gap_to(logits, wanted, course.dtype, course.wanted.max_gap, "product")
 
 
 def _load(job: Job, result: Path) -> PreTrainedModel | PeftModel:

@@ -91,7 +91,7 @@ def write_record(
 def measures(
     stages: Sequence[str], benchmarks: Sequence[Mapping[str, Any]], scores: Sequence[Sequence[float | None]]
 ) -> dict[str, Any]:
-    """Compute what :mod:`keeptune.experiments.sequence.transfer_metrics` defines, of a matrix stage x benchmark.
+    """Computes what :mod:`keeptune.experiments.sequence.transfer_metrics` defines, of a matrix stage x benchmark.
 
     The score of a task is the mean over its benchmarks that are shares (not nats per token).
 
@@ -101,15 +101,14 @@ def measures(
         scores: ``(T + 1, benchmarks)``; the first row is the base, None is not a number.
 
     Returns:
-        ``average_accuracy``, ``backward_transfer``, ``forward_transfer``, ``forgetting``, ``forgetting_of_each`` (stage
-        to f_j), ``course`` (average accuracy and forgetting over the tasks seen, after each stage) and ``why`` they are
-        None, where they are.
+        The four measures, ``forgetting_of_each`` stage, the ``course`` over the tasks seen after each stage, and
+        ``why`` they are None, where they are.
     """
     columns = {
         stage: [i for i, b in enumerate(benchmarks) if b["stage"] == stage and not lower_is_better(b["metric"])]
         for stage in stages
     }
-    missing = [stage for stage, found in columns.items() if not found]
+    missing = [stage for stage, places in columns.items() if not places]
     names = ("average_accuracy", "backward_transfer", "forward_transfer", "forgetting")
     if missing:
         why = f"no benchmark in shares belongs to stage {', '.join(missing)}: name it like the stage, or in sequence"

@@ -48,13 +48,7 @@ class _Options(Section):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
-
-    Args:
-        number: From 1.
-        name: Its name.
-        recipe: Its recipe, with the original base for a model.
-    """
+    """One stage: its number from 1, its name, and its recipe, with the original base for a model."""
 
     number: int
     name: str
@@ -91,15 +85,7 @@ class StageSequence:
 def load_sequence(
     path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch
 ) -> StageSequence:
-    """Reads the recipe of a sequence.
-
-    Args:
-        path: The YAML file.
-        overrides: Dotted key to value, set before the stages' own; ``stages.0.train.seed`` sets one of a stage.
-        fetch: Gets the files of the hub.
-
-    Returns:
-        The sequence, with file paths resolved.
+    """Reads the recipe of a sequence; ``stages.0.train.seed`` in ``overrides`` sets a key of one stage.
 
     Raises:
         RecipeError: The file is missing or not YAML, a key is unknown, or a value does not fit.
@@ -109,16 +95,13 @@ def load_sequence(
 
 
 def make_sequence(values: Mapping[str, Any], *, folder: Path, where: str, fetch: Fetch = hub.fetch) -> StageSequence:
-    """Reads the values of a recipe with ``stages``.
+    """Reads the values of a recipe with ``stages`` and ``sequence``.
 
     Args:
-        values: As a YAML file holds them: a run's keys, ``stages`` and ``sequence``.
+        values: As a YAML file holds them.
         folder: Where files are looked for that are not in the current directory.
         where: For error messages.
         fetch: Gets the files of the hub.
-
-    Returns:
-        The sequence, with file paths resolved.
 
     Raises:
         RecipeError: A key is unknown or a value does not fit; the message names the stage.
@@ -176,12 +159,12 @@ def _with_earlier(values: dict[str, Any], tasks: Mapping[str, Mapping[str, Any]]
     sets = given if isinstance(given, list) else [given]
     if not any(_names_stages(entry) for entry in sets):
         return values
-    found: list[Any] = []
+    datasets: list[Any] = []
     for entry in sets:
-        found += _earlier(entry, tasks, where) if isinstance(entry, Mapping) and _names_stages(entry) else [entry]
+        datasets += _earlier(entry, tasks, where) if isinstance(entry, Mapping) and _names_stages(entry) else [entry]
     rest = {key: value for key, value in values.items() if key != "knowledge"}
-    if found:
-        return rest | {"knowledge": found if isinstance(given, list) or len(found) > 1 else found[0]}
+    if datasets:
+        return rest | {"knowledge": datasets if isinstance(given, list) or len(datasets) > 1 else datasets[0]}
     if rest.get("replay"):
         _log.info("%s: no stages before it, and so nothing to replay", where)
     return {key: value for key, value in rest.items() if key != "replay"}
@@ -208,10 +191,10 @@ def _as_knowledge(task: Mapping[str, Any], form: Mapping[str, Any]) -> dict[str,
     """Returns a stage's task as a knowledge set: its prompts and completions, unless another form is given."""
     has_form = any(form.get(key) is not None for key in ("text", "prompt", "completion", "choices"))
     templates = {} if has_form else {key: task.get(key) for key in ("prompt", "completion")}
-    found = {"file": task.get("train"), **templates, **form}
+    dataset = {"file": task.get("train"), **templates, **form}
     if isinstance(task.get("examples"), int):  # what was not trained on is not replayed
-        found["examples"] = min(task["examples"], form.get("examples") or 256)
-    return found
+        dataset["examples"] = min(task["examples"], form.get("examples") or 256)
+    return dataset
 
 
 def _refuse(recipe: Recipe, where: str) -> None:
