@@ -75,7 +75,7 @@ def facts_of(cells: Mapping[str, Any]) -> str:
     failed = sum(row["status"] == "failed" for row in rows)
     benchmarks = ", ".join(f"{b['name']} ({b['n']} items)" for b in cells["benchmarks"])
     return (
-        f"{len(trained)} trained cells and {len(rows) - len(trained) - failed} with a knob turned, {failed} failed; "
+        f"{len(trained)} trained runs and {len(rows) - len(trained) - failed} post-hoc variants, {failed} failed; "
         f"{seconds / 60:.0f} minutes of one core in all. Scores: {benchmarks}."
     )
 

@@ -139,9 +139,9 @@ def test_what_is_in_no_point_is_said() -> None:
     }
 
 
-def test_the_family_of_a_knob_has_the_untouched_points_too() -> None:
-    knob = {"variant": {"scale": 0.5}, "label": "lora, scaled", "of": "lora"}
-    rows = [row(), row("keep"), row(**{**knob, "name": "lora-lr0.001-seed0/scale-0.5"})]
+def test_the_family_of_a_variant_has_the_untouched_points_too() -> None:
+    variant = {"variant": {"scale": 0.5}, "label": "lora, scaled", "of": "lora"}
+    rows = [row(), row("keep"), row(**{**variant, "name": "lora-lr0.001-seed0/scale-0.5"})]
     points, _ = points_of(rows)
     groups = families(points)
     assert {label: [p.name for p in members] for label, members in groups.items()} == {

@@ -53,12 +53,12 @@ def made_up(seeds: int = 3, names: Sequence[str] | None = None) -> tuple[dict[st
                     )
                     rows[-1]["settings"] = settings
                     for scale in SCALES if label == "lora" and rate == 1e-3 else ():
-                        knob = row(
+                        variant = row(
                             f"{name}-seed{seed}/scale{scale:g}",
                             f"{called['lora']}, scaled",
                             *(rate, strength, seed, 0.95 - scale * (0.95 - kept), scale * learned),
                         )
-                        rows.append(knob | {"variant": {"scale": scale}, "of": called["lora"]})
+                        rows.append(variant | {"variant": {"scale": scale}, "of": called["lora"]})
     rows[4] |= {"status": "failed", "message": "OutOfMemoryError: <b>too large</b>", "benchmarks": []}
     rows[7] |= {"status": "missing", "message": "", "benchmarks": []}
     axes = axes_of(BENCHMARKS, None, None)

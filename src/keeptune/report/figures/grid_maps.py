@@ -24,7 +24,7 @@ def benefit_figure(record: Mapping[str, Any]) -> Figure | None:
     """Returns a heat map for each benchmark, with the means over rows and columns beside it.
 
     Args:
-        record: As in ``sweep.json`` of a grid with two axes.
+        record: As in ``runs.json`` of a grid with two axes.
 
     Returns:
         The figure; None without a number.

@@ -43,7 +43,7 @@ def study_figure(record: Mapping[str, Any]) -> Figure | None:
     """Returns gains and drops by layer, or scores by the number of trainable layers.
 
     Args:
-        record: As in ``layers.json``, with its ``summary``.
+        record: As in ``runs.json``, with its ``summary``.
 
     Returns:
         The figure; None when no cell has a place.

@@ -59,7 +59,7 @@ def sweep_figure(sweep: Mapping[str, Any]) -> Figure | None:
     levels. Marks are means over seeds, small dots the seeds, bars 95% intervals (:mod:`keeptune.core.intervals`).
 
     Args:
-        sweep: As in ``sweep.json``: ``rows`` (``name``, ``x``, ``seed``, ``method``, ``K``, ``T``, ``KT``,
+        sweep: As in ``runs.json``: ``rows`` (``name``, ``x``, ``seed``, ``method``, ``K``, ``T``, ``KT``,
             ``benchmarks``) and ``axis``, perhaps ``baseline``; a ``caption`` replaces the usual one.
 
     Returns:

@@ -172,7 +172,7 @@ def print_benefits(record: Record, console: Console) -> None:
     """Prints the benefit of each cell of a grid over its baseline, a table for each benchmark, with means at the ends.
 
     Args:
-        record: As in ``sweep.json`` of a grid with two axes: the first runs downwards, the second to the right.
+        record: As in ``runs.json`` of a grid with two axes: the first runs downwards, the second to the right.
         console: Where to print.
     """
     (down, downs), (across, acrosses) = ((axis["key"], axis["values"]) for axis in record["grid"]["axes"])
@@ -200,7 +200,7 @@ def print_study(record: Record, console: Console) -> None:
     """Prints a row for each cell of a study over layers, ± half the 95% interval.
 
     Args:
-        record: As in ``layers.json``; for bottom and top, the first row is the base model.
+        record: As in ``runs.json``; for bottom and top, the first row is the base model.
         console: Where to print.
     """
     rows = record["summary"]
