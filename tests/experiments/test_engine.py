@@ -166,7 +166,7 @@ def test_what_no_node_has_is_refused_and_not_waited_for(load: Load) -> None:
 
 def test_a_second_comparison_in_the_same_folder_is_refused(load: Load, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with locked(tmp_path / "out/.lock"), pytest.raises(RecipeError, match="a comparison at work in this folder"):
+    with locked(tmp_path / "out/.lock"), pytest.raises(RecipeError, match="another command at work in this folder"):
         run_every(load(SMALL))
 
 

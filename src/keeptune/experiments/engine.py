@@ -138,12 +138,12 @@ def run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Out
 
 @contextlib.contextmanager
 def only_one(output: Path) -> Iterator[None]:
-    """Holds the lock of a comparison's folder; raises RecipeError where another process holds it."""
+    """Holds the lock of a comparison's or sequence's folder; raises RecipeError where another process holds it."""
     with locked(output / ".lock", wait=False) as ours:
         if not ours:
             raise RecipeError(
                 f"output {output}",
-                got="a comparison at work in this folder",
+                got="another command at work in this folder",
                 wanted="one at a time",
                 next_step="Wait for the other command, or choose another output.",
             )

@@ -38,6 +38,7 @@ def recipe_of_stages(data: Path, store: Path) -> Callable[..., dict[str, Any]]:
 
     def make(output: Path, **changes: Any) -> dict[str, Any]:
         found = values(data, output, store, model=str(MODEL))
+        found["train"]["max_steps"] = 3
         sums = found.pop("task")
         stories, tested, _ = found["evaluate"]
         scored = [

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from keeptune import measure
 from keeptune.core.artefact import read_json
-from keeptune.core.errors import ExportError, KeeptuneError
+from keeptune.core.errors import ExportError, KeeptuneError, RecipeError
+from keeptune.core.locks import locked
 from keeptune.core.plan import Plan
 from keeptune.evaluation.model_pairs import AdapterPair
 from keeptune.experiments.sequence import run_stages
@@ -203,6 +204,12 @@ def test_after_full_fine_tuning_the_product_is_a_whole_model(make: Make, recipe_
     assert relative(logits(load_model(record["adapter"]), probe), logits(after, probe)) < 1e-5
     assert all(stage["relative_gap"] < 1e-4 for stage in record["stages"])
     assert run_sequence(sequence) == record
+
+
+def test_a_second_command_in_the_same_folder_is_refused(two: Make) -> None:
+    sequence = two()
+    with locked(sequence.output / ".lock"), pytest.raises(RecipeError, match="another command at work"):
+        run_sequence(sequence)
 
 
 def test_a_rank_is_refused_before_a_stage_without_one_trains(two: Make) -> None:

@@ -29,6 +29,7 @@ from keeptune.adapter.probe import logits_of
 from keeptune.core.artefact import content_key, file_fingerprint, read_json, remove_leftovers, write_json
 from keeptune.core.errors import ExportError, placed
 from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.experiments.engine import only_one
 from keeptune.experiments.sequence.joined_changes import (
     Gap,
     add_changes,
@@ -111,6 +112,12 @@ def run_sequence(sequence: StageSequence) -> dict[str, Any]:
     _check(sequence, model)
     course = _Course(sequence, base, model.dtype)
     del model
+    with only_one(sequence.output):
+        return _run(course)
+
+
+def _run(course: _Course) -> dict[str, Any]:
+    sequence = course.sequence
     done: list[_Done] = []
     scores: list[list[dict[str, Any]]] = []
     for stage in sequence.stages:

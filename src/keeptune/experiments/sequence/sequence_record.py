@@ -32,18 +32,15 @@ def write_record(
     export: Mapping[str, Any] | None,
     final: Sequence[Mapping[str, Any]] | None,
 ) -> dict[str, Any]:
-    """Write ``sequence.json``; a file that says the same already is left alone.
+    """Writes ``sequence.json``; a file with the same content is left alone.
 
     Args:
         sequence: The sequence.
-        stages: What ``stage.json`` holds, of each stage.
+        stages: What ``stage.json`` holds, of each stage, with the folders of its ``run`` and ``product``.
         scores: After each stage, the summary of every benchmark.
         adapter: The product.
         export: How it was written; None for a whole model.
         final: Summaries of the product, where it is not what the last stage left: cut to a rank, or rounded.
-
-    Returns:
-        The record.
     """
     benchmarks = [
         {key: row[key] for key in ("name", "role", "metric", "n")} | {"stage": sequence.owners.get(row["name"])}
