@@ -204,7 +204,7 @@ def test_trls_own_trainer(
     SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=EXAMPLES.dataset(),
+        train_dataset=EXAMPLES.dataset(tokenizer, 64)[0],
         processing_class=tokenizer,
         callbacks=[Guard(plan)],
     ).train()
