@@ -25,6 +25,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from keeptune.adapter.install import trained_state
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.core.target import Target, read_weight
@@ -419,3 +420,10 @@ class GivenStats(dict[Any, Tensor]):
 
     def derive(self, request: Any, function: Callable[..., Any], *options: Any) -> Any:
         return function(self[request], *options)
+
+
+def trained_factors(model: Any, plan: Plan) -> dict[str, LowRank]:
+    """Each target's A and B as they are now."""
+    state = trained_state(model, plan)
+    names = [target_plan.target.name for target_plan in plan.targets]
+    return {name: LowRank(B=state[f"{name}.B"], A=state[f"{name}.A"]) for name in names}

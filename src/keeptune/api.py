@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter import export as exporting
-from keeptune.adapter.export import Exported, Format
+from keeptune.adapter.export import Exported, ExportOptions, Format
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
@@ -150,13 +150,10 @@ def export(
         model,
         plan,
         folder,
+        ExportOptions(format, rank, probe, max_gap),
         base=base,
         load_base=lambda: load_model(base, LoadOptions(dtype=names[str(model.dtype)], device=model.device, head=head)),
-        format=format,
-        rank=rank,
         tokenizer=tokenizer,
-        probe=probe,
-        max_gap=max_gap,
     )
 
 

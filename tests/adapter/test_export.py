@@ -25,17 +25,17 @@ from tests.models import (
     save,
     tokens,
     train_steps,
+    trained_factors,
 )
 from tests.reference.export_reference import change, tuned_weight
 from transformers import PreTrainedModel
 
-from keeptune.adapter.export import export
-from keeptune.adapter.install import install, trained_factors
+from keeptune.adapter.export import ExportOptions, export, merge
+from keeptune.adapter.install import install
 from keeptune.adapter.load import SIDECAR, check_base
-from keeptune.adapter.portable import change_of
 from keeptune.adapter.probe import random_probe
+from keeptune.adapter.trained_change import change_of
 from keeptune.adapter.trained_head import trained_head
-from keeptune.adapter.whole_model import merge
 from keeptune.core.artefact import model_fingerprint, read_json
 from keeptune.core.errors import ArtefactError, ExportError, ModelError
 from keeptune.core.plan import Plan
@@ -54,7 +54,8 @@ class Trained:
 
     def export(self, folder: Path, **options: Any) -> Any:
         fields: dict[str, Any] = {"base": str(self.saved.folder), "load_base": self.saved.load}
-        return export(self.model, self.plan, folder, **fields | options)
+        fields |= {name: options.pop(name) for name in ("load_base", "tokenizer") if name in options}
+        return export(self.model, self.plan, folder, ExportOptions(**options), **fields)
 
 
 TrainedFactory = Callable[..., Trained]
@@ -109,7 +110,7 @@ def test_a_change_is_that_of_dense_algebra(
 ) -> None:
     made = trained(architecture, anchor=anchor, anchored=anchored)
     now = trained_factors(made.model, made.plan)
-    for name, found in change_of(made.model, made.plan).items():
+    for name, found in change_of(made.model, made.plan).weights.items():
         assert relative(found.dense(), change(made.plan[name], now[name].B, now[name].A)) < 1e-5
     assert list(now) == [t.target.name for t in made.plan.targets]
 
@@ -202,7 +203,7 @@ def test_a_portable_adapter_is_plain_lora_with_the_scale_folded_in(trained: Trai
     assert config["base_model_name_or_path"] == str(made.saved.folder)
     assert sorted(config["target_modules"]) == sorted(t.target.name for t in made.plan.targets)
     tensors = _factors(tmp_path / "out")
-    for name, found in change_of(made.model, made.plan).items():
+    for name, found in change_of(made.model, made.plan).weights.items():
         B = tensors[f"base_model.model.{name}.lora_B.weight"]
         A = tensors[f"base_model.model.{name}.lora_A.weight"]
         assert relative(B @ A, found.dense()) < 1e-6
@@ -412,9 +413,9 @@ def test_full_tuning_of_a_16_bit_base_trains_in_float32_and_is_written_in_the_ba
         tuned,
         Plan("full", {}, (), scope="all"),
         tmp_path / "merged",
+        ExportOptions("merged"),
         base=base,
         load_base=lambda: load_model(base),
-        format="merged",
     )
     assert load_model(str(tmp_path / "merged")).dtype == torch.bfloat16
     assert 0 < done.relative_gap <= done.bound == 1e-1

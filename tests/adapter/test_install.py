@@ -7,19 +7,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.models import MODELS, copies, handmade_plan, logits, off_by, relative, tokens, train_steps
+from tests.models import MODELS, copies, handmade_plan, logits, off_by, relative, tokens, train_steps, trained_factors
 
-from keeptune.adapter.anchor import ANCHOR_NAME, resolve
+from keeptune.adapter.anchor import ANCHOR_NAME, resolve, start_errors
 from keeptune.adapter.install import (
     check_frozen,
     install,
     lora_layer,
     restore_state,
-    start_errors,
-    trained_factors,
     trained_state,
 )
-from keeptune.adapter.portable import change_of
+from keeptune.adapter.trained_change import change_of
 from keeptune.adapter.trained_head import trained_head
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan
@@ -131,7 +129,7 @@ def test_twin_and_residual_train_alike(architecture: str, trainable: str) -> Non
     for anchor in ("twin", "residual"):
         model, plan = installed(architecture, anchor, trainable=trainable)
         train_steps(model, steps=5, rate=3e-3)
-        runs.append((logits(model.eval(), tokens(9)), change_of(model, plan)))
+        runs.append((logits(model.eval(), tokens(9)), change_of(model, plan).weights))
     (twin, changes), (residual, others) = runs
     assert off_by(twin, logits(MODELS[architecture](), tokens(9))) > 1e-3
     assert off_by(twin, residual) < 1e-5

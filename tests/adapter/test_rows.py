@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import keeptune.training.penalty_engine as penalty_module
-from keeptune.adapter.export import export, format_for
+from keeptune.adapter.export import ExportOptions, export, format_for
 from keeptune.adapter.install import held_parameters, install, lora_layer, trained_names
-from keeptune.adapter.portable import biases_of, change_of, truncated_changes, written_rank
-from keeptune.adapter.selected_rows import biases_are_no_shards, within_rows
+from keeptune.adapter.special_layers import biases_are_no_shards, within_rows
+from keeptune.adapter.trained_change import TrainedChange, change_of, truncated_changes, written_rank
 from keeptune.core.errors import ExportError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
@@ -92,7 +92,7 @@ def test_gradients_are_exactly_zero_outside_the_rows(architecture: str, form: st
 def test_biases_are_trained_in_the_rows_alone(architecture: str, form: str) -> None:
     model, plan = installed(architecture, form)
     train_steps(model)
-    found = biases_of(model, plan)
+    found = change_of(model, plan).biases
     assert found.keys() == ({t.target.name for t in plan.targets} if architecture == "gpt2" else set())
     for bias in found.values():
         assert bias.nonzero().flatten().tolist() == list(ROWS)
@@ -128,7 +128,7 @@ def test_a_checkpoint_goes_on_as_trainers_do_it(architecture: str, form: str, tm
     for one in (model, again):
         train_steps(one, seed=20)
     assert torch.equal(logits(again, tokens()), logits(model, tokens()))
-    assert not any(change.dense()[OUTSIDE].any() for change in change_of(again, plan).values())
+    assert not any(change.dense()[OUTSIDE].any() for change in change_of(again, plan).weights.values())
 
 
 def test_negative_control_without_the_hook_other_rows_move() -> None:
@@ -136,7 +136,7 @@ def test_negative_control_without_the_hook_other_rows_move() -> None:
     for t in plan.targets:
         lora_layer(model, t.target.name).lora_B["default"]._forward_hooks.clear()
     train_steps(model)
-    assert all(change.dense()[OUTSIDE].any() for change in change_of(model, plan).values())
+    assert all(change.dense()[OUTSIDE].any() for change in change_of(model, plan).weights.values())
 
 
 # Penalties
@@ -172,7 +172,7 @@ def test_what_a_penalty_adds_is_confined_too(architecture: str, held_plan: Calla
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for seed in range(4):
         step_with(model, plan, optimiser, seed, penalties)
-    for name, change in change_of(model, plan).items():
+    for name, change in change_of(model, plan).weights.items():
         assert not change.dense()[outside(plan, name)].any()
         assert bool(change.dense()[list(plan[name].decision.rows or ())].any(1).all())
 
@@ -186,7 +186,7 @@ def test_negative_control_unconfined_the_penalty_moves_other_rows(
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for seed in range(2):
         step_with(model, plan, optimiser, seed, penalties)
-    assert all(change.dense()[outside(plan, name)].any() for name, change in change_of(model, plan).items())
+    assert all(change.dense()[outside(plan, name)].any() for name, change in change_of(model, plan).weights.items())
 
 
 @pytest.mark.parametrize("shape", [(32,), (32, 3)])
@@ -216,7 +216,8 @@ class Tuned:
     saved: Saved
 
     def export(self, folder: Path, **options: Any) -> Any:
-        return export(self.model, self.plan, folder, base=str(self.saved.folder), load_base=self.saved.load, **options)
+        base, load = str(self.saved.folder), self.saved.load
+        return export(self.model, self.plan, folder, ExportOptions(**options), base=base, load_base=load)
 
     def again(self, folder: Path, format: str) -> Any:
         if format == "merged":
@@ -304,7 +305,7 @@ def test_what_no_server_takes_is_written_merged_in_full_for_peft_or_cut(tmp_path
         found[name] = (done.format, done.rank)
         gap = off_by(logits(made.again(tmp_path / name, done.format), tokens(9)), wanted)
         if name == "cut":
-            change = change_of(model, plan)[plan.targets[0].target.name].dense().double()
+            change = change_of(model, plan).weights[plan.targets[0].target.name].dense().double()
             values = torch.linalg.svdvals(change)
             assert done.error == pytest.approx(float(values[4:].norm() / values.norm()), rel=1e-5)
             assert 0.05 < done.error < 0.95
@@ -350,16 +351,16 @@ def test_cut_changes_are_the_nearest_and_their_error_is_stated() -> None:
 
     changes = {"a": LowRank(drawn(12, 5), drawn(5, 9)), "b": LowRank(drawn(7, 2), drawn(2, 9))}
     for rank in (1, 2, 3, 5, 6):
-        found, error = truncated_changes(changes, rank)
+        found, error = truncated_changes(TrainedChange(changes), rank)
         lost = torch.cat([torch.linalg.svdvals(c.dense().double())[rank:] for c in changes.values()])
         whole = torch.cat([c.dense().double().flatten() for c in changes.values()]).norm()
         assert error == pytest.approx(float(lost.norm() / whole), rel=1e-6, abs=1e-7)
-        for name, change in found.items():
+        for name, change in found.weights.items():
             gap = (change.dense() - changes[name].dense()).double().norm()
             best = torch.linalg.svdvals(changes[name].dense().double())[rank:].norm()
             assert float(gap) == pytest.approx(float(best), rel=1e-5, abs=1e-5)
             assert change.rank <= max(rank, 1)
-    assert truncated_changes({"a": LowRank(torch.zeros(4, 2), torch.zeros(2, 4))}, 1)[1] == 0
+    assert truncated_changes(TrainedChange({"a": LowRank(torch.zeros(4, 2), torch.zeros(2, 4))}), 1)[1] == 0
 
 
 def test_ranks_are_told_before_training_as_they_are_written(tmp_path: Path) -> None:
@@ -369,4 +370,4 @@ def test_ranks_are_told_before_training_as_they_are_written(tmp_path: Path) -> N
         plan = bench.plan(methods()[name](rank=3))
         model: Any = install(MODELS["llama"](), plan, anchor="twin")
         train_steps(model, steps=1)
-        assert written_rank(plan) == max(change.rank for change in change_of(model, plan).values()), name
+        assert written_rank(plan) == max(change.rank for change in change_of(model, plan).weights.values()), name

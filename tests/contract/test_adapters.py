@@ -14,9 +14,9 @@ from tests.models import Bench, copies, head_parameters, logits, off_by, tokens,
 from torch import Tensor
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor
-from keeptune.adapter.export import Format, export, format_for
+from keeptune.adapter.export import ExportOptions, Format, export, format_for
 from keeptune.adapter.install import check_frozen, install, lora_layer, restore_state, trained_names, trained_state
-from keeptune.adapter.portable import change_of
+from keeptune.adapter.trained_change import change_of
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
 from keeptune.model.pretrained import LoadOptions, load_model
@@ -44,7 +44,7 @@ def tuned(world: World, plan: Plan, anchor: Anchor = "twin") -> PeftModel:
 
 def exported(world: World, model: Any, plan: Plan, folder: Path, format: Format, seed: int = 0) -> Any:
     """Export, and load what was written with nothing but PEFT and Transformers; the seed is that of a fresh head."""
-    done = export(model, plan, folder, base=str(world.saved.folder), load_base=world.base, format=format)
+    done = export(model, plan, folder, ExportOptions(format), base=str(world.saved.folder), load_base=world.base)
     if done.format == "merged":
         return load_model(str(folder), LoadOptions(head=world.saved.head))
     return PeftModel.from_pretrained(world.saved.load(seed), str(folder)).eval()
@@ -261,7 +261,7 @@ def test_disabling_an_exported_adapter_of_new_lengths_gives_the_base_back_exactl
 def test_an_untrained_export_changes_nothing(case: str, world: World, plan_of: PlanOf, tmp_path: Path) -> None:
     """The change is exactly zero: B0 A0 - B0 A0."""
     model = installed(world, plan_of(case))
-    assert all(not change.dense().any() for change in change_of(model, plan_of(case)).values())
+    assert all(not change.dense().any() for change in change_of(model, plan_of(case)).weights.values())
     again = exported(world, model, plan_of(case), tmp_path / "out", "portable")
     assert torch.equal(logits(again, tokens()), logits(world.base(), tokens()))
 
@@ -279,7 +279,7 @@ def test_an_untrained_export_leaves_the_lengths_of_rows(
 @every_moving
 def test_an_untrained_export_takes_out_what_is_dropped(case: str, world: World, plan_of: PlanOf) -> None:
     model = installed(world, plan_of(case))
-    for name, change in change_of(model, plan_of(case)).items():
+    for name, change in change_of(model, plan_of(case)).weights.items():
         t = plan_of(case)[name]
         torch.testing.assert_close(change.dense(), -t.scale * t.anchor.dense(), rtol=0, atol=1e-6)
 

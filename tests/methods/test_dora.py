@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests.models import MODELS, Bench, copies, logits, off_by, relative, tokens, train_steps
 
+from keeptune.adapter.export import write_merged
 from keeptune.adapter.install import check_frozen, install, lora_layer, trained_names, trained_state
-from keeptune.adapter.whole_model import write_merged
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan
 from keeptune.core.target import read_weight

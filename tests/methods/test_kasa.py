@@ -10,7 +10,7 @@ from tests.models import MODELS, Bench, copies, logits, off_by, relative, tokens
 from tests.reference import kasa_reference
 
 from keeptune.adapter.install import install, lora_layer, trained_state
-from keeptune.adapter.portable import change_of
+from keeptune.adapter.trained_change import change_of
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target, read_weight
@@ -119,7 +119,7 @@ def test_the_change_is_that_of_dense_algebra(tmp_path: Path, architecture: str) 
     model = installed(plan, architecture)
     train_steps(model, steps=3)
     state, fresh = trained_state(model, plan), MODELS[architecture]()
-    for name, change in change_of(model, plan).items():
+    for name, change in change_of(model, plan).weights.items():
         W = read_weight(fresh, plan[name].target).double()
         B, d, A = (state[f"{name}.{part}"].double() for part in ("B", "diag", "A"))
         wanted = kasa_reference.truncated(W, 4) + 1.5 * B @ torch.diag(d) @ A - W

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from keeptune.adapter.install import check_frozen, install, trained_names
-from keeptune.adapter.portable import biases_of, change_of
+from keeptune.adapter.trained_change import change_of
 from keeptune.core.errors import ModelError, PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.plan_differences import differences
@@ -100,8 +100,8 @@ Plans = Callable[[str, Loki], Plan]
 
 def merged(model: Any, plan: Plan, base: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor | None]]:
     """W, ``(m, n)``, and b of every target with the trained change in it."""
-    biases, found = biases_of(model, plan), {}
-    for name, change in change_of(model, plan).items():
+    biases, found = change_of(model, plan).biases, {}
+    for name, change in change_of(model, plan).weights.items():
         module = base.get_submodule(name)
         W = module.weight.detach().T if plan[name].target.transposed else module.weight.detach()
         b = None if module.bias is None else module.bias.detach() + biases[name]
@@ -255,7 +255,7 @@ def test_weight_decay_pulls_towards_W(plans: Plans) -> None:
             optimiser.zero_grad()
             model(input_ids=tokens(step), labels=tokens(step)).loss.backward()
             optimiser.step()
-        sizes.append(sum(float(change.norm_squared()) for change in change_of(model, plan).values()))
+        sizes.append(sum(float(change.norm_squared()) for change in change_of(model, plan).weights.values()))
     assert sizes[1] < 0.5 * sizes[0]
 
 
@@ -303,9 +303,9 @@ def test_a_copy_of_the_model_is_confined_too(mode: str, plans: Plans) -> None:
     train_steps(model, steps=2)
     for t in plan.targets:
         outside = [i for i in range(32) if i not in (t.decision.rows or ())]
-        assert not change_of(model, plan)[t.target.name].dense()[outside].any()
-        assert not biases_of(model, plan)[t.target.name][outside].any()
-        assert change_of(model, plan)[t.target.name].dense().any()
+        assert not change_of(model, plan).weights[t.target.name].dense()[outside].any()
+        assert not change_of(model, plan).biases[t.target.name][outside].any()
+        assert change_of(model, plan).weights[t.target.name].dense().any()
 
 
 def test_within_the_rows_it_is_the_lora_of_those_rows(plans: Plans) -> None:
@@ -329,7 +329,7 @@ def test_within_the_rows_it_is_the_lora_of_those_rows(plans: Plans) -> None:
         optimiser.zero_grad()
         base(input_ids=tokens(3 + step), labels=tokens(3 + step)).loss.backward()
         optimiser.step()
-    for name, change in change_of(model, plan).items():
+    for name, change in change_of(model, plan).weights.items():
         B, A = factors[name]
         wanted = torch.zeros(32, 48)
         wanted[list(plan[name].decision.rows or ())] = (plan[name].scale * B @ A).detach()
@@ -342,7 +342,7 @@ def test_trained_rows_learn_what_no_lora_of_their_inputs_could(plans: Plans) -> 
         plan = plans("llama", MODES[mode])
         model: Any = install(MODELS["llama"](), plan)
         train_steps(model)
-        for change in change_of(model, plan).values():
+        for change in change_of(model, plan).weights.values():
             values = torch.linalg.svdvals(change.dense().double())
             assert int((values > 1e-5 * values[0]).sum()) == rank
 

@@ -9,7 +9,7 @@ from tests.models import MODELS, Bench, calibration, relative, train_steps
 from tests.reference.peft_reference import start
 
 from keeptune.adapter.install import install
-from keeptune.adapter.portable import change_of
+from keeptune.adapter.trained_change import change_of
 from keeptune.core.errors import PlanError
 from keeptune.methods.mica import Mica
 from keeptune.methods.milora import Milora
@@ -67,7 +67,7 @@ def test_what_is_learned_stays_in_the_span_of_B(architecture: str, tmp_path: Pat
     plan = bench.plan(Mica(rank=R))
     tuned = install(bench.model, plan)
     train_steps(tuned, rate=3e-2, everything=True)
-    for name, change in change_of(tuned, plan).items():
+    for name, change in change_of(tuned, plan).weights.items():
         B, D = plan[name].init.B, change.dense()
         assert float(D.norm()) > 1e-3
         assert relative(B @ B.T @ D, D) < 1e-5

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models import MODELS, Bench, GivenStats, calibration, relative, train_steps
+from tests.models import MODELS, Bench, GivenStats, calibration, relative, train_steps, trained_factors
 from tests.reference.lora_null_reference import factors, leakage, null_basis
 from tests.reference.statistics_reference import stacked_inputs
 from torch import Tensor
 
 from keeptune.adapter.anchor import subtract
-from keeptune.adapter.install import install, trained_factors
-from keeptune.adapter.portable import change_of
+from keeptune.adapter.install import install
+from keeptune.adapter.trained_change import change_of
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.lora_null import LoraNull, null_factors
@@ -141,7 +141,7 @@ def test_5_v2_keeps_A_and_what_it_learns_stays_in_the_null_space(architecture: s
     for name, trained in trained_factors(tuned, plan).items():
         assert torch.equal(trained.A, plan[name].init.A)
         assert not torch.equal(trained.B, plan[name].init.B)
-    for name, change in change_of(tuned, plan).items():
+    for name, change in change_of(tuned, plan).weights.items():
         X = inputs[name]
         S = torch.linalg.svdvals(X)
         # U is orthonormal, so a change confined to it passes on at most sigma_{n-r+1} of any input.

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from keeptune.adapter.selected_rows import biases_are_no_shards
+from keeptune.adapter.special_layers import biases_are_no_shards
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import DataError, ExportError, ModelError, RecipeError
 from keeptune.core.target import read_weight

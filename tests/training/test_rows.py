@@ -13,7 +13,7 @@ from tests.training.support import EXAMPLES, TOKENIZER, knowledge, plain_trainer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from keeptune.adapter.install import install, trained_state
-from keeptune.adapter.selected_rows import biases_are_no_shards
+from keeptune.adapter.special_layers import biases_are_no_shards
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
 from keeptune.methods.loki import Loki

@@ -9,11 +9,12 @@ import pytest
 import torch
 from peft import PeftModel
 from tests.assets import STORIES
+from tests.models import trained_factors
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from keeptune.adapter.anchor import Anchor
-from keeptune.adapter.install import install, lora_layer, trained_factors, trained_state
+from keeptune.adapter.install import install, lora_layer, trained_state
 from keeptune.core.errors import DataError, RecipeError, TrainError
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import tokenize_calibration

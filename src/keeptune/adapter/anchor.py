@@ -4,7 +4,7 @@
 
 ``residual`` writes ``W - s B0 A0`` into memory, as the papers do: no extra work, but rounding noise on a
 16-bit base, and ``disable_adapter()`` leaves the residual, not the base. ``twin`` leaves W alone and adds a
-second, frozen adapter ``-B0 A0``: exact on any base, ``disable_adapter()`` gives the base back, at the cost
+second, frozen adapter ``-B0 A0``: exact on any base, ``disable_adapter()`` restores the base, at the cost
 of one more rank-r product.
 """
 
@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from keeptune.core.plan import TargetPlan
+from keeptune.core.plan import Plan, TargetPlan
 
-__all__ = ["ANCHOR_NAME", "Anchor", "add_twin", "keep_active", "resolve", "subtract", "write_residual"]
+__all__ = ["ANCHOR_NAME", "Anchor", "apply_anchor", "keep_active", "resolve", "start_errors"]
 
 Anchor = Literal["auto", "twin", "residual"]
 ANCHOR_NAME = "anchor"
@@ -26,61 +27,71 @@ _STARTED = {"default", "ref"}  # adapters with the plan's start: ours, and TRL's
 
 
 def resolve(anchor: Anchor, dtype: torch.dtype) -> Literal["twin", "residual"]:
-    """Choose for ``auto``: residual where it is exact enough (float32), twin elsewhere.
+    """Returns the anchor itself, or for ``auto`` residual where it is exact enough (float32) and twin elsewhere.
 
     Args:
-        anchor: What was asked for.
+        anchor: The option.
         dtype: The base model's dtype.
-
-    Returns:
-        ``"twin"`` or ``"residual"``.
     """
     if anchor != "auto":
         return anchor
     return "residual" if dtype == torch.float32 else "twin"
 
 
-def subtract(weight: Tensor, target_plan: TargetPlan) -> Tensor:
-    """Take the start out of a weight: ``W - s B0 A0``, formed in float32, rounded to the weight's dtype.
+def apply_anchor(layer: Any, target_plan: TargetPlan, kind: Literal["twin", "residual"]) -> None:
+    """Takes a target's start out of what its PEFT layer computes.
 
     Args:
-        weight: As the module stores it.
+        layer: The PEFT layer; for a twin, with an adapter of the name :data:`ANCHOR_NAME`.
         target_plan: The target's plan.
-
-    Returns:
-        The residual, shaped like ``weight``.
+        kind: How.
     """
+    with torch.no_grad():
+        if kind == "twin":
+            layer.lora_A[ANCHOR_NAME].weight.copy_(target_plan.anchor.A)
+            layer.lora_B[ANCHOR_NAME].weight.copy_(-target_plan.anchor.B)
+        else:
+            weight = layer.get_base_layer().weight
+            weight.copy_(_residual(weight.detach(), _start(weight, target_plan)))
+
+
+def _start(weight: Tensor, target_plan: TargetPlan) -> Tensor:
+    """Compute ``s B0 A0`` in float32, in the layout of a module's weight."""
     start = target_plan.anchor.to(torch.float32, weight.device).scaled(target_plan.scale).dense()
-    start = start.T if target_plan.target.transposed else start
+    return start.T if target_plan.target.transposed else start
+
+
+def _residual(weight: Tensor, start: Tensor) -> Tensor:
     return (weight.float() - start).to(weight.dtype)
 
 
-def write_residual(layer: Any, target_plan: TargetPlan) -> None:
-    """Write the residual into the base weight of a PEFT layer.
+def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> dict[str, float]:
+    """Returns how far each target's weight is from W at the start of training, in the base's dtype.
 
     Args:
-        layer: The PEFT LoRA layer.
-        target_plan: The target's plan.
+        model: The base model; it is not changed.
+        plan: The plan.
+        anchor: The anchor that would be installed.
+
+    Returns:
+        Target name to ``‖W_res + s B0 A0 - W‖ / ‖W‖`` (Frobenius), where ``B0 A0`` is what was taken out; 0 for a
+        twin, which leaves W as it is.
     """
-    weight = layer.get_base_layer().weight
-    with torch.no_grad():
-        weight.copy_(subtract(weight.detach(), target_plan))
-
-
-def add_twin(layer: Any, target_plan: TargetPlan) -> None:
-    """Fill the frozen twin of a PEFT layer with ``-B0 A0``.
-
-    Args:
-        layer: The PEFT LoRA layer; it already has an adapter of the name :data:`ANCHOR_NAME`.
-        target_plan: The target's plan.
-    """
-    with torch.no_grad():
-        layer.lora_A[ANCHOR_NAME].weight.copy_(target_plan.anchor.A)
-        layer.lora_B[ANCHOR_NAME].weight.copy_(-target_plan.anchor.B)
+    errors = {}
+    for target_plan in plan.targets:
+        name = target_plan.target.name
+        errors[name] = 0.0
+        if target_plan.anchored and resolve(anchor, model.dtype) == "residual":
+            weight = model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            start, weight = _start(weight, target_plan), weight.detach()
+            gap = _residual(weight, start).float() + start - weight.float()
+            errors[name] = float(gap.norm() / weight.float().norm())
+    return errors
 
 
 def keep_active(model: PeftModel) -> None:
-    """Keep the twin active whatever is called between here and a forward pass.
+    """Keeps the twin active whatever is called between here and a forward pass.
 
     ``Trainer`` activates one adapter only when it resumes from a checkpoint, and TRL's DPO, KTO, GRPO and RLOO
     activate only the copy of the start that they compare with; both would drop the anchor without a word. A hook

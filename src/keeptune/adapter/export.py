@@ -1,8 +1,8 @@
-"""export: the trained change, relative to the original base, as files that stock PEFT loads.
+"""export: the trained change, relative to the original base, as files that stock PEFT loads; merge: a whole model.
 
 ``portable``: scale folded into B, zero-padded to one uniform rank that servers allow, plain config.
 ``peft``: per-module ranks in ``rank_pattern``, no padding. ``merged``: a whole model. A change of a larger rank than
-servers take is merged, or, where a ``rank`` is asked for, cut to it by an SVD; the error is stated.
+servers take is merged, or, where a ``rank`` is set, cut to it by an SVD; the error is stated.
 
 Every export is loaded again by stock PEFT on a freshly loaded base, and the gap in logits to the trained
 model is measured; above the bound the export fails and leaves nothing.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,20 +23,43 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.adapter.load import SIDECAR, refuse_foreign
-from keeptune.adapter.portable import SERVED_RANKS, change_of, truncated_changes, write_lora, written_rank
+from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
+from keeptune.adapter.lora_files import SERVED_RANKS, write_lora
 from keeptune.adapter.probe import logits_of, random_probe
+from keeptune.adapter.trained_change import change_of, put_change, truncated_changes, written_rank
 from keeptune.adapter.trained_head import labels_of
-from keeptune.adapter.whole_model import put_changes, write_merged
 from keeptune.core.artefact import atomic_directory, write_bytes, write_json
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
 
-__all__ = ["BOUNDS", "Exported", "Format", "export", "format_for"]
+__all__ = ["BOUNDS", "ExportOptions", "Exported", "Format", "export", "format_for", "merge", "write_merged"]
 
 _log = logging.getLogger(__name__)
 Format = Literal["portable", "peft", "merged"]
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-4}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExportOptions:
+    """What is written, and how it is checked.
+
+    Args:
+        format: ``"portable"``, ``"peft"`` or ``"merged"``. What has no form as a portable LoRA is merged, and the
+            log and ``note`` say why.
+        rank: Take the nearest change of this rank where that of the trained one is larger; ``error`` says what is left
+            out, and what is written is checked against that change, not against the trained model.
+        probe: Token ids ``(batch, length)`` for the check; None draws some.
+        max_gap: Largest relative gap allowed; None takes 1e-4 for a float32 base, 2e-2 for float16 and
+            1e-1 for bfloat16. Of a smaller rank, None allows any.
+    """
+
+    format: Format = "portable"
+    rank: int | None = None
+    probe: Tensor | None = None
+    max_gap: float | None = None
+
+
+_AS_TRAINED = ExportOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +75,7 @@ class Exported:
         bound: The relative gap above which the export would have failed; with an ``error``, that to the change of the
             smaller rank.
         serve: How to serve it, or how to load a classifier.
-        note: Why the format is not the one that was asked for; empty when it is.
+        note: Why the format is not the one wanted; empty when it is.
         error: What a smaller rank left out of the change, relative (Frobenius); 0 where it is whole.
     """
 
@@ -67,18 +91,15 @@ class Exported:
 
 
 def format_for(plan: Plan, wanted: Format, rank: int | None = None) -> tuple[Format, str]:
-    """Find the format a plan's result can have: what has no form as a portable LoRA is merged.
+    """Returns the format a plan's result can have, and why it is not the one wanted (empty when it is).
 
     Args:
         plan: The plan.
-        wanted: The format asked for.
+        wanted: The format wanted; what has no form as a portable LoRA is merged.
         rank: The largest rank wanted; None is that of the change.
 
-    Returns:
-        The format, and why it is not the one asked for (empty when it is).
-
     Raises:
-        ExportError: An adapter with ranks of its own, or of a smaller rank, was asked for and there is none.
+        ExportError: An adapter with ranks of its own, or of a smaller rank, is wanted and there is none.
     """
     reason = _no_lora(plan, rank)
     if rank is not None and (wanted == "merged" or reason):
@@ -125,31 +146,22 @@ def export(
     model: PreTrainedModel | PeftModel,
     plan: Plan,
     folder: Path | str,
+    options: ExportOptions = _AS_TRAINED,
     *,
     base: str,
     load_base: Callable[[], PreTrainedModel],
-    format: Format = "portable",
-    rank: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    probe: Tensor | None = None,
-    max_gap: float | None = None,
 ) -> Exported:
-    """Write the trained change and check it on a freshly loaded base.
+    """Writes the trained change and checks it on a freshly loaded base.
 
     Args:
         model: The trained model, from :func:`keeptune.adapter.install.install`.
         plan: Its plan.
         folder: Where; it appears whole or not at all.
+        options: What is written, and how it is checked.
         base: Path or hub id of the base, written into the adapter's config.
         load_base: Loads a fresh base.
-        format: ``"portable"``, ``"peft"`` or ``"merged"``. What has no form as a portable LoRA is merged, and the
-            log and ``note`` say why.
-        rank: Take the nearest change of this rank where that of the trained one is larger; ``error`` says what is left
-            out, and what is written is checked against that change, not against the trained model.
         tokenizer: Saved along when given.
-        probe: Token ids ``(batch, length)`` for the check; None draws some.
-        max_gap: Largest relative gap allowed; None takes 1e-4 for a float32 base, 2e-2 for float16 and
-            1e-1 for bfloat16. Of a smaller rank, None allows any.
 
     Returns:
         Where it is and how large the gap is.
@@ -158,47 +170,140 @@ def export(
         ExportError: The gap is above the bound, the format does not fit the plan, or the folder holds something
             that keeptune did not write.
     """
-    format, note = format_for(plan, format, rank)
+    format, note = format_for(plan, options.format, options.rank)
     if note:
         _log.warning("export %s: merged into a whole model. %s", folder, note)
     refuse_foreign(Path(folder))
-    probe = random_probe(model) if probe is None else probe
-    wanted, cut, error = logits_of(model, probe), None, 0.0
+    probe = random_probe(model) if options.probe is None else options.probe
+    wanted = logits_of(model, probe)
     with atomic_directory(Path(folder)) as fresh:
-        if format == "merged":
-            written, merged = 0, load_base()
-            write_merged(model, plan, fresh, merged)
-            dtype = merged.dtype
-            again: Any = type(merged).from_pretrained(fresh, dtype=dtype, use_safetensors=True)
-        else:
-            assert isinstance(model, PeftModel)
-            changes = change_of(model, plan)
-            if rank is not None and rank < written_rank(plan):
-                changes, error = truncated_changes(changes, rank)
-                cut = load_base()
-                put_changes(cut, model, plan, changes)
-            written = write_lora(model, plan, changes, fresh, base, portable=format == "portable")
-            dtype = model.dtype
-            again = PeftModel.from_pretrained(load_base(), str(fresh))
+        written = _write(model, plan, fresh, options, format, base, load_base)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        found = logits_of(again, probe)
-        gap, relative = _gap(found, wanted)
-        bound = BOUNDS[dtype] if max_gap is None else max_gap
-        if cut is not None:
-            _refuse(folder, "the change of the smaller rank", _gap(found, logits_of(cut, probe))[1], BOUNDS[dtype])
-        if cut is None or max_gap is not None:
+        logits = logits_of(written.load(), probe)
+        gap, relative = _gap(logits, wanted)
+        bound = BOUNDS[written.dtype] if options.max_gap is None else options.max_gap
+        if written.cut is not None:
+            cut_gap = _gap(logits, logits_of(written.cut, probe))[1]
+            _refuse(folder, "the change of the smaller rank", cut_gap, BOUNDS[written.dtype])
+        if written.cut is None or options.max_gap is not None:
             _refuse(folder, "the trained model", relative, bound)
         labels = labels_of(model)
-        serve = _serve_line(plan, format, written, base, folder, labels)
-        done = Exported(str(folder), format, written, gap, relative, bound, serve, note, error)
+        serve = _serve_line(plan, format, written.rank, base, folder, labels)
+        done = Exported(str(folder), format, written.rank, gap, relative, bound, serve, note, written.error)
         write_json(fresh / SIDECAR, _sidecar(plan, base, done, labels))
         write_bytes(fresh / "README.md", _card(plan, base, done, labels).encode())
     return done
 
 
-def _gap(found: Tensor, wanted: Tensor) -> tuple[float, float]:
-    gap = float((found - wanted).abs().max())
+@dataclass(frozen=True, slots=True, eq=False)
+class _Written:
+    """The adapter's rank, the dtype that the bound is for, a loader, and a base with the change of a smaller rank."""
+
+    rank: int
+    dtype: torch.dtype
+    load: Callable[[], Any]
+    cut: PreTrainedModel | None = None
+    error: float = 0.0
+
+
+def _write(
+    model: PreTrainedModel | PeftModel,
+    plan: Plan,
+    folder: Path,
+    options: ExportOptions,
+    format: Format,
+    base: str,
+    load_base: Callable[[], PreTrainedModel],
+) -> _Written:
+    if format == "merged":
+        merged = load_base()
+        write_merged(model, plan, folder, merged)
+        return _Written(0, merged.dtype, lambda: _load_whole(merged, folder))
+    assert isinstance(model, PeftModel)
+    change, cut, error = change_of(model, plan), None, 0.0
+    if options.rank is not None and options.rank < written_rank(plan):
+        change, error = truncated_changes(change, options.rank)
+        cut = load_base()
+        put_change(cut, change, plan, model)
+    rank = write_lora(change, plan, folder, base, portable=format == "portable")
+    return _Written(rank, model.dtype, lambda: PeftModel.from_pretrained(load_base(), str(folder)), cut, error)
+
+
+def _load_whole(model: Any, folder: Path) -> Any:
+    return type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+
+
+def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, base: PreTrainedModel) -> None:
+    """Writes the whole model in the base's dtype, whatever it was trained in.
+
+    Args:
+        model: The trained model.
+        plan: Its plan.
+        folder: Where.
+        base: A freshly loaded base; it is changed.
+    """
+    if plan.scope == "all":
+        base.load_state_dict(model.state_dict())
+    else:
+        assert isinstance(model, PeftModel)
+        put_change(base, change_of(model, plan), plan, model)
+    base.save_pretrained(folder)
+
+
+def merge(
+    adapter: Path | str,
+    folder: Path | str,
+    *,
+    load_base: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> float:
+    """Merges an adapter into its base and writes the whole model.
+
+    Args:
+        adapter: Any LoRA adapter that PEFT loads.
+        folder: Where the model goes.
+        load_base: Loads a fresh base.
+        tokenizer: Saved along when given.
+
+    Returns:
+        The largest difference in logits between adapter on base and merged model.
+
+    Raises:
+        ModelError: The adapter does not fit the base.
+        ExportError: The folder holds something else, or the merged model's logits are not finite.
+    """
+    folder = Path(folder)
+    refuse_foreign(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ExportError(
+            f"merge to {folder}",
+            got="an adapter there",
+            wanted="a folder for a whole model",
+            next_step="Choose another.",
+        )
+    wrapped = load_adapter(load_base(), Path(adapter))
+    probe = random_probe(wrapped)
+    wanted = logits_of(wrapped, probe)
+    merged: Any = wrapped.merge_and_unload()
+    with atomic_directory(folder) as fresh:
+        merged.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        gap = _gap(logits_of(_load_whole(merged, fresh), probe), wanted)[0]
+        if not math.isfinite(gap):
+            raise ExportError(
+                f"merge to {folder}",
+                got="logits that are NaN or infinite",
+                wanted="a finite difference to the adapter on its base",
+                next_step="Check the adapter's weights, or merge with --dtype float32. Nothing was written.",
+            )
+        write_json(fresh / SIDECAR, {"base": wrapped.peft_config["default"].base_model_name_or_path, "gap": gap})
+    return gap
+
+
+def _gap(logits: Tensor, wanted: Tensor) -> tuple[float, float]:
+    gap = float((logits - wanted).abs().max())
     return gap, gap / max(float(wanted.abs().max()), 1e-30)
 
 

@@ -1,4 +1,4 @@
-"""install: put a plan into a model the user already has; the result is a stock PeftModel."""
+"""install: a plan into a model that the user has, as a stock PeftModel, and its trained state out of it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from keeptune.adapter.anchor import (
-    ANCHOR_NAME,
-    Anchor,
-    add_twin,
-    keep_active,
-    resolve,
-    subtract,
-    write_residual,
-)
-from keeptune.adapter.kasa_diagonal import add_diagonal
-from keeptune.adapter.selected_rows import add_bias, confine
+from keeptune.adapter.anchor import ANCHOR_NAME, Anchor, apply_anchor, keep_active, resolve
+from keeptune.adapter.special_layers import prepare
 from keeptune.adapter.subspace import install_subspace
 from keeptune.adapter.trained_head import head_names, keep_precise, restore_head, task_type, trained_head
 from keeptune.core.errors import PlanError, TrainError
-from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.core.trained_tensors import TensorName
+from keeptune.core.trained_tensors import TRAINED_TENSORS, TensorName
 
 __all__ = [
     "check_frozen",
@@ -37,26 +27,13 @@ __all__ = [
     "install",
     "lora_layer",
     "restore_state",
-    "start_errors",
-    "trained_factors",
     "trained_names",
     "trained_state",
 ]
 
-_PARAMETERS: Mapping[TensorName, str] = {
-    "A": "lora_A.default.weight",
-    "B": "lora_B.default.weight",
-    "magnitude": "lora_magnitude_vector.default.weight",
-    "diag": "lora_diag.default",
-    "bias": "lora_B.default.bias",
-    "U_low": "osf_svd_params.default.U_low",
-    "S_low": "osf_svd_params.default.S_low",
-    "V_low": "osf_svd_params.default.V_low",
-}
-
 
 def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> PreTrainedModel | PeftModel:
-    """Put a plan into a model; the model computes what it did before, to rounding (not for KaSA, which drops a part).
+    """Puts a plan into a model, which computes what it did before, to rounding (not for KaSA, which drops a part).
 
     Stock PEFT layers, no custom forward: any trainer, merger or server that knows PEFT can go on from here.
     Frozen factors stay frozen through ``set_adapter``, reload and resume.
@@ -92,14 +69,10 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
     keep_precise(wrapped, plan)
     for target_plan in plan.targets:
         layer = lora_layer(wrapped, target_plan.target.name)
-        if "diag" in target_plan.vectors:
-            add_diagonal(layer, target_plan.vectors["diag"])
-        if "bias" in target_plan.vectors:
-            add_bias(layer, target_plan.vectors["bias"])
-        confine(layer, target_plan)
+        prepare(layer, target_plan)
         _fill(wrapped, target_plan)
         if target_plan.anchored:
-            (add_twin if kind == "twin" else write_residual)(layer, target_plan)
+            apply_anchor(layer, target_plan, kind)
         _freeze(layer, target_plan)
     if anchored and kind == "twin":
         keep_active(wrapped)
@@ -110,20 +83,17 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
 
 
 def lora_layer(model: PeftModel, name: str) -> Any:
-    """Find the PEFT layer that wraps a target.
+    """Returns the PEFT layer that wraps a target.
 
     Args:
         model: The installed model.
         name: The target's name in the base model.
-
-    Returns:
-        The LoRA layer.
     """
     return model.base_model.model.get_submodule(name)
 
 
 def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
-    """Read what a plan put into a model as it is now, float32 on the CPU, without scale or anchor.
+    """Returns what a plan put into a model as it is now, float32 on the CPU, without scale or anchor.
 
     Where the model is sharded (FSDP2), every process must call it: the shards are gathered.
 
@@ -143,7 +113,7 @@ def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
 
 
 def restore_state(model: PeftModel, plan: Plan, state: Mapping[str, Tensor]) -> None:
-    """Put the state of a trained model back into an installed one.
+    """Puts the state of a trained model back into an installed one.
 
     Args:
         model: The installed model.
@@ -157,32 +127,14 @@ def restore_state(model: PeftModel, plan: Plan, state: Mapping[str, Tensor]) -> 
     restore_head(model, plan, state)
 
 
-def trained_factors(model: PeftModel, plan: Plan) -> dict[str, LowRank]:
-    """Read the factors as they are now, float32 on the CPU, without scale or anchor.
-
-    Args:
-        model: The installed model.
-        plan: Its plan.
-
-    Returns:
-        Target name to factors.
-    """
-    state = trained_state(model, plan)
-    names = [target_plan.target.name for target_plan in plan.targets]
-    return {name: LowRank(B=state[f"{name}.B"], A=state[f"{name}.A"]) for name in names}
-
-
 def trained_names(model: PeftModel, plan: Plan) -> set[str]:
-    """Name the parameters that a plan trains.
+    """Returns the names of the parameters that a plan trains, as in ``named_parameters()`` of the installed model.
 
     Args:
         model: The installed model.
         plan: A plan that trains an adapter.
-
-    Returns:
-        Names as in ``named_parameters()`` of the installed model.
     """
-    factors = {f"{t.target.name}.{_PARAMETERS[factor]}" for t in plan.targets for factor in t.trainable}
+    factors = {f"{t.target.name}.{TRAINED_TENSORS[name].parameter}" for t in plan.targets for name in t.trainable}
     heads = tuple(f"{name}.modules_to_save.default." for name in head_names(plan))
     inner = model.base_model.model
     head = {name for name, _ in inner.named_parameters() if name.startswith(heads)}
@@ -190,22 +142,19 @@ def trained_names(model: PeftModel, plan: Plan) -> set[str]:
 
 
 def held_parameters(model: PeftModel, target_plan: TargetPlan) -> dict[TensorName, nn.Parameter]:
-    """Look up what makes up a target's change, as the model holds it now: trained factors and frozen ones.
+    """Returns the parameters that make up a target's change in the model now, trained and frozen, by tensor name.
 
     Args:
         model: The installed model.
         target_plan: How the target is trained.
-
-    Returns:
-        Factor to parameter.
     """
-    return {factor: _parameter(model, target_plan, factor) for factor in _held(target_plan)}
+    return {name: _parameter(model, target_plan, name) for name in _held(target_plan)}
 
 
 def _held(target_plan: TargetPlan) -> list[TensorName]:
-    """Which of a target's tensors make up its state: what is trained, and a frozen factor of the same product."""
+    """List the tensors of a target's state: what is trained, and a frozen factor of the same product."""
     held = target_plan.trainable if "U_low" in target_plan.trainable else target_plan.trainable | {"A", "B"}
-    return [factor for factor in _PARAMETERS if factor in held]
+    return [name for name in TRAINED_TENSORS if name in held]
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
@@ -213,14 +162,14 @@ def _whole(parameter: nn.Parameter) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _parameter(model: PeftModel, target_plan: TargetPlan, factor: TensorName) -> nn.Parameter:
-    parameter = lora_layer(model, target_plan.target.name).get_parameter(_PARAMETERS[factor])
+def _parameter(model: PeftModel, target_plan: TargetPlan, name: TensorName) -> nn.Parameter:
+    parameter = lora_layer(model, target_plan.target.name).get_parameter(TRAINED_TENSORS[name].parameter)
     assert isinstance(parameter, nn.Parameter)
     return parameter
 
 
 def check_frozen(model: PeftModel, plan: Plan) -> None:
-    """Assert that exactly the factors the plan trains are trainable, and a classifier's head.
+    """Checks that exactly the factors the plan trains are trainable, and a classifier's head.
 
     Args:
         model: The installed model.
@@ -239,32 +188,6 @@ def check_frozen(model: PeftModel, plan: Plan) -> None:
             wanted="the opposite, by the plan",
             next_step="Do not change requires_grad between install and training.",
         )
-
-
-def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> dict[str, float]:
-    """Measure how far each target's weight is from W at the start of training, in the base's dtype.
-
-    Args:
-        model: The base model; it is not changed.
-        plan: The plan.
-        anchor: The anchor that would be installed.
-
-    Returns:
-        Target name to ``‖W_res + s B0 A0 - W‖ / ‖W‖`` (Frobenius), where ``B0 A0`` is what was taken out; 0 for a
-        twin, which leaves W as it is.
-    """
-    errors = {}
-    for target_plan in plan.targets:
-        name = target_plan.target.name
-        errors[name] = 0.0
-        if target_plan.anchored and resolve(anchor, model.dtype) == "residual":
-            weight = model.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            start = target_plan.anchor.to(torch.float32, weight.device).scaled(target_plan.scale).dense()
-            start = start.T if target_plan.target.transposed else start
-            gap = subtract(weight.detach(), target_plan).float() + start - weight.detach().float()
-            errors[name] = float(gap.norm() / weight.detach().float().norm())
-    return errors
 
 
 def _config(plan: Plan, targets: Sequence[TargetPlan], extra: Mapping[str, Any]) -> LoraConfig:
@@ -312,11 +235,11 @@ def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
     for target_plan in plan.targets:
         target = target_plan.target
         shape = (target.out_features, target.in_features)
-        found = _weight_shape(model, target.name)
-        if found != (shape[::-1] if target.transposed else shape):
+        stored = _weight_shape(model, target.name)
+        if stored != (shape[::-1] if target.transposed else shape):
             raise PlanError(
                 f"install, target {target.name}",
-                got="no such module" if found is None else f"a weight of shape {found}",
+                got="no such module" if stored is None else f"a weight of shape {stored}",
                 wanted=f"shape {shape}",
                 next_step="The plan was made for another model; make a plan for this one.",
             )

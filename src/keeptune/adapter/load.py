@@ -1,4 +1,4 @@
-"""Adapters and models on disk: put on a base, checked against it, and never written over what is not ours."""
+"""Adapters on disk: loaded on a base, checked against it; and folders that keeptune may write to."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ SIDECAR = "keeptune.json"
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put an adapter from disk on a base, by stock PEFT, from safetensors only.
+    """Loads an adapter on a base by stock PEFT, from safetensors only, in evaluation mode.
 
     Args:
         model: The base.
         folder: The adapter's folder.
-
-    Returns:
-        The model with the adapter, in evaluation mode.
 
     Raises:
         ModelError: The folder holds no adapter for this base.
@@ -46,7 +43,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def check_base(adapter: Path | str, fingerprint: str, labels: Sequence[str] | None = None) -> None:
-    """Refuse an adapter that was made for another base, or a classifier of other labels.
+    """Refuses an adapter that was made for another base, or a classifier of other labels.
 
     Args:
         adapter: The adapter's folder; one without keeptune's sidecar is not checked.
@@ -54,7 +51,7 @@ def check_base(adapter: Path | str, fingerprint: str, labels: Sequence[str] | No
         labels: Of the classifier at hand, in the order of its outputs; empty for scores, None for a language model.
 
     Raises:
-        ModelError: The adapter belongs to another base, or tells other labels apart.
+        ModelError: The adapter belongs to another base, or was trained with other labels.
     """
     sidecar = Path(adapter) / SIDECAR
     if not sidecar.is_file():
@@ -72,20 +69,20 @@ def check_base(adapter: Path | str, fingerprint: str, labels: Sequence[str] | No
     if learned != (None if labels is None else list(labels)):
         raise ModelError(
             f"adapter {adapter}",
-            got=_told(labels),
-            wanted=_told(learned),
+            got=_kind(labels),
+            wanted=_kind(learned),
             next_step="Use the task.kind and the task.labels, in this order, that the adapter was trained with.",
         )
 
 
-def _told(labels: Sequence[str] | None) -> str:
+def _kind(labels: Sequence[str] | None) -> str:
     if labels is None:
         return "a language model"
     return f"a classifier of {', '.join(labels)}" if labels else "a model that gives a score"
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Never replace what keeptune did not write; its own results have a sidecar.
+    """Refuses a folder with something that keeptune did not write; its own results have a sidecar.
 
     Args:
         folder: Where something is to be written.

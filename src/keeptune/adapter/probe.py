@@ -9,18 +9,17 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from keeptune.core.eval_mode import in_evaluation
+
 __all__ = ["logits_of", "random_probe"]
 
 
 def random_probe(model: PreTrainedModel | PeftModel, seed: int = 0) -> Tensor:
-    """Draw token ids to compare logits on.
+    """Returns random token ids ``(4, 32)`` on the model's device.
 
     Args:
         model: The model.
         seed: The seed.
-
-    Returns:
-        ``(4, 32)`` token ids on the model's device.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (4, 32), generator=generator)
@@ -28,18 +27,12 @@ def random_probe(model: PreTrainedModel | PeftModel, seed: int = 0) -> Tensor:
 
 
 def logits_of(model: Any, probe: Tensor) -> Tensor:
-    """Compute logits in evaluation mode, leaving the model in the mode it was in.
+    """Returns the logits in evaluation mode, float32, on the CPU.
 
     Args:
         model: The model.
         probe: Token ids ``(batch, length)``.
-
-    Returns:
-        The logits, float32, on the CPU.
     """
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with in_evaluation(model), torch.no_grad():
         logits: Tensor = model(input_ids=probe.to(model.device)).logits.float().cpu()
-    model.train(training)
     return logits

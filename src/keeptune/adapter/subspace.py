@@ -17,14 +17,11 @@ __all__ = ["install_subspace", "subspace_change"]
 
 
 def install_subspace(model: PreTrainedModel, plan: Plan) -> PeftModel:
-    """Wrap the targets in PEFT's OSF layers; the model computes what it did before, to rounding.
+    """Wraps the targets in PEFT's OSF layers; the model computes what it did before, to rounding.
 
     Args:
         model: The base model; it is changed in place, its weights are not.
         plan: A plan with scope ``"subspace"``; each target's rank is that of its trained part.
-
-    Returns:
-        A ``PeftModel``.
     """
     frozen = {f"^{re.escape(t.target.name)}$": t.target.max_rank - t.decision.rank for t in plan.targets}
     config = OSFConfig(
@@ -52,7 +49,7 @@ def install_subspace(model: PreTrainedModel, plan: Plan) -> PeftModel:
 
 
 def _as_linear(module: Any) -> nn.Linear:
-    """Give a Conv1D the form of the layers that PEFT's OSF takes; weight and bias are shared, not copied."""
+    """Convert a Conv1D to a layer that PEFT's OSF takes; weight and bias are shared, not copied."""
     in_features, out_features = module.weight.shape
     linear = nn.Linear(in_features, out_features, device="meta")
     linear.weight = nn.Parameter(module.weight.detach().T, requires_grad=False)
@@ -61,13 +58,10 @@ def _as_linear(module: Any) -> nn.Linear:
 
 
 def subspace_change(layer: Any) -> Tensor:
-    """Compute the change of one weight: the trained part less what it was.
+    """Returns the change of one weight, ``(m, n)``, float32: the trained part less what it was.
 
     Args:
         layer: The PEFT layer.
-
-    Returns:
-        ``(m, n)``, float32.
     """
     with torch.no_grad():
         change: Tensor = layer.get_delta_weight("default")

@@ -16,37 +16,28 @@ __all__ = ["head_names", "keep_precise", "labels_of", "put_head", "restore_head"
 
 
 def head_names(plan: Plan) -> tuple[str, ...]:
-    """Name the modules that are trained in full beside the factors.
+    """Returns the names of the modules that are trained in full; none for a language model.
 
     Args:
         plan: The plan.
-
-    Returns:
-        Module names; empty for a language model.
     """
     return tuple(plan.peft.get("modules_to_save") or ())
 
 
 def task_type(plan: Plan) -> str:
-    """Name PEFT's kind of task.
+    """Returns PEFT's kind of task: ``"SEQ_CLS"`` with a head, else ``"CAUSAL_LM"``.
 
     Args:
         plan: The plan.
-
-    Returns:
-        ``"SEQ_CLS"`` with a head, else ``"CAUSAL_LM"``.
     """
     return "SEQ_CLS" if head_names(plan) else "CAUSAL_LM"
 
 
 def labels_of(model: PreTrainedModel | PeftModel) -> list[str] | None:
-    """Read the labels of a classifier.
+    """Returns a classifier's labels in the order of the outputs; empty for a score, None for a language model.
 
     Args:
         model: Any model, with or without an adapter.
-
-    Returns:
-        The labels in the order of the outputs; empty for one output that is a score, None for a language model.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not type(base).__name__.endswith("ForSequenceClassification"):
@@ -56,7 +47,7 @@ def labels_of(model: PreTrainedModel | PeftModel) -> list[str] | None:
 
 
 def keep_precise(model: PeftModel, plan: Plan) -> None:
-    """Train the head in float32, as the factors are: small updates to 16-bit weights round away.
+    """Converts the head to float32, as the factors are: small updates to 16-bit weights round away.
 
     Args:
         model: The installed model.
@@ -72,14 +63,11 @@ def keep_precise(model: PeftModel, plan: Plan) -> None:
 
 
 def trained_head(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
-    """Read the head as it is now, float32 on the CPU.
+    """Returns the head as it is now, float32 on the CPU, by the names of its parameters and buffers in the base.
 
     Args:
         model: The installed model.
         plan: Its plan.
-
-    Returns:
-        Parameter and buffer names in the base model to values.
     """
     return {
         f"{name}.{key}": value.detach().to("cpu", torch.float32, copy=True)
@@ -89,7 +77,7 @@ def trained_head(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
 
 
 def restore_head(model: PeftModel, plan: Plan, values: Mapping[str, Tensor]) -> None:
-    """Put a trained head back into an installed model.
+    """Puts a trained head back into an installed model.
 
     Args:
         model: The installed model.
@@ -101,7 +89,7 @@ def restore_head(model: PeftModel, plan: Plan, values: Mapping[str, Tensor]) -> 
 
 
 def put_head(base: PreTrainedModel, plan: Plan, values: Mapping[str, Tensor]) -> None:
-    """Put a trained head in the place of a base's own.
+    """Puts a trained head in the place of a base's own.
 
     Args:
         base: The base model.

@@ -82,7 +82,7 @@ def plan(
     diff: Annotated[Path | None, typer.Option(help="A plan folder to compare with.")] = None,
 ) -> None:
     """Print ranks, trained parameters and start error, without training."""
-    from keeptune.adapter.install import start_errors
+    from keeptune.adapter.anchor import start_errors
     from keeptune.core.plan import Plan
     from keeptune.pipeline.run import plan_stage
     from keeptune.report.tables.plan_diff import print_diff

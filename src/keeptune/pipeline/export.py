@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from keeptune.adapter.export import Exported, export, format_for
+from keeptune.adapter.export import Exported, ExportOptions, export, format_for
 from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import content_key, read_json
 from keeptune.core.plan import Plan
@@ -42,13 +42,10 @@ def export_stage(job: Job, plan: Plan) -> Exported:
             load_trained(job, plan),
             plan,
             folder,
+            ExportOptions(wanted.format, wanted.rank, job.probe, wanted.max_gap),
             base=job.recipe.model,
             load_base=job.base,
-            format=wanted.format,
-            rank=wanted.rank,
             tokenizer=job.tokenizer,
-            probe=job.probe,
-            max_gap=wanted.max_gap,
         )
         return {"train": trained, **asdict(done)}
 

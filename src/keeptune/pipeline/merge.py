@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
+from keeptune.adapter.export import merge
 from keeptune.adapter.load import SIDECAR, check_base
-from keeptune.adapter.whole_model import merge
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.model.head import Head, body_fingerprint

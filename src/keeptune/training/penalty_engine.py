@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from keeptune.adapter.install import held_parameters
-from keeptune.adapter.selected_rows import within_rows
+from keeptune.adapter.special_layers import within_rows
 from keeptune.core.errors import TrainError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan

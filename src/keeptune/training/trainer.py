@@ -27,7 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from keeptune.adapter.selected_rows import biases_are_no_shards
+from keeptune.adapter.special_layers import biases_are_no_shards
 from keeptune.core.artefact import explain_full_disk
 from keeptune.core.errors import DataError, RecipeError, TrainError, nearest
 from keeptune.core.plan import Plan

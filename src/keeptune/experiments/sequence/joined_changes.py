@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keeptune.adapter.export import BOUNDS, Exported, export
+from keeptune.adapter.export import BOUNDS, Exported, ExportOptions, export
 from keeptune.adapter.install import install
 from keeptune.adapter.load import SIDECAR
-from keeptune.adapter.portable import SERVED_RANKS
+from keeptune.adapter.lora_files import SERVED_RANKS
 from keeptune.core.artefact import atomic_directory, write_json
 from keeptune.core.errors import ExportError
 from keeptune.core.low_rank import LowRank
@@ -115,12 +115,14 @@ def write_adapter(
         tuned.eval(),
         plan,
         folder,
+        ExportOptions(
+            format="peft" if too_large and wanted.format == "portable" else wanted.format,
+            rank=wanted.rank,
+            max_gap=wanted.max_gap,
+        ),
         base=base.recipe.model,
         load_base=base.base,
-        format="peft" if too_large and wanted.format == "portable" else wanted.format,
-        rank=wanted.rank,
         tokenizer=base.tokenizer,
-        max_gap=wanted.max_gap,
     )
 
 

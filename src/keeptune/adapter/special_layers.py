@@ -1,6 +1,10 @@
-"""Changes confined to some rows of W, and to the same of b, in stock LoRA layers (LoKI).
+"""LoRA layers that hold more than A and B, with PEFT's own forward: a diagonal, a bias, and rows that do not move.
 
-    y = W x + b + s (B A x + c)        B and c zero outside the rows
+    y = W x + s B diag(d) A x          KaSA
+    y = W x + b + s (B A x + c)        LoKI: B and c are zero outside the plan's rows
+
+PEFT's KaSA, set by config, decomposes every weight again, overwrites it for good, and refuses layers that store W
+transposed. The plan has the decomposition already, and what it drops is taken out as any anchor is.
 
 B may be trained or not, c is PEFT's ``lora_bias``. Outside the rows nothing may move: their outputs are replaced by
 zeros, so that their gradients are exactly zero, and so are the steps of any optimiser, with weight decay or momentum.
@@ -16,60 +20,59 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora.variants import KasaLinearVariant
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
 from keeptune.core.plan import TargetPlan
 from keeptune.core.trained_tensors import TensorName
 
-__all__ = ["add_bias", "biases_are_no_shards", "confine", "within_rows"]
+__all__ = ["biases_are_no_shards", "prepare", "within_rows"]
 
 _BUFFER = "frozen_rows"
 _BIASES = r"Adapter '\w+': \d+ LoRA tensor\(s\) have invalid shape: (\S+\.lora_B\.bias:\([1-9]\d*,\)(, )?)+( \(\+|\.)"
 
 
-def add_bias(layer: Any, bias: Tensor) -> None:
-    """Give a LoRA layer a trained bias, as PEFT's ``lora_bias`` does, but at this layer only.
-
-    Args:
-        layer: The PEFT layer, with the adapter ``"default"``.
-        bias: c at the first step ``(m,)``.
-    """
-    up = layer.lora_B["default"]
-    up.bias = nn.Parameter(bias.to(up.weight.device, up.weight.dtype, copy=True))
-    layer.lora_bias["default"] = True
-    # PEFT freezes modules, and the bias is trained where B is not: what this tuple names can be frozen by itself.
-    layer.lora_B_weight = _Weights(layer.lora_B)
-    layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_B_weight")
-
-
-def confine(layer: Any, target_plan: TargetPlan) -> None:
-    """Keep B and the bias of a LoRA layer as they are outside a plan's rows.
+def prepare(layer: Any, target_plan: TargetPlan) -> None:
+    """Adds to a LoRA layer what its plan trains besides A and B, and confines it to the plan's rows.
 
     Args:
         layer: The PEFT layer, with the adapter ``"default"``.
         target_plan: The target's plan.
     """
+    up, down = layer.lora_B["default"], layer.lora_A["default"].weight
+    if "diag" in target_plan.vectors:
+        diag = target_plan.vectors["diag"].to(down.device, down.dtype, copy=True)
+        layer.lora_diag = nn.ParameterDict({"default": nn.Parameter(diag)})
+        layer.lora_variant["default"] = KasaLinearVariant()
+        _register(layer, "lora_diag")
+    if "bias" in target_plan.vectors:
+        up.bias = nn.Parameter(target_plan.vectors["bias"].to(up.weight.device, up.weight.dtype, copy=True))
+        layer.lora_bias["default"] = True
+        # PEFT freezes modules, and the bias is trained where B is not: these weights can be frozen by themselves.
+        layer.lora_B_weight = _Weights(layer.lora_B)
+        _register(layer, "lora_B_weight")
     if target_plan.confined:
-        up = layer.lora_B["default"]
         up.register_buffer(_BUFFER, _outside(target_plan, up.weight.device), persistent=False)
         up.register_forward_hook(_zero_frozen_rows)
 
 
-def within_rows(target_plan: TargetPlan, factor: TensorName, gradient: Tensor) -> Tensor:
-    """Drop the part of a gradient that is outside a plan's rows.
+def _register(layer: Any, name: str) -> None:
+    """Let PEFT save, freeze and move an attribute of a layer."""
+    layer.adapter_layer_names = (*layer.adapter_layer_names, name)
+
+
+def within_rows(target_plan: TargetPlan, name: TensorName, gradient: Tensor) -> Tensor:
+    """Returns a gradient without the part outside a plan's rows.
 
     Law: zero outside the rows, the same inside; every gradient of a plan without rows is left as it is.
 
     Args:
         target_plan: The target's plan.
-        factor: Whose gradient.
+        name: Whose gradient.
         gradient: ``(m, ...)`` for B and the bias.
-
-    Returns:
-        The gradient to use.
     """
-    if factor not in target_plan.confined:
+    if name not in target_plan.confined:
         return gradient
     outside = _outside(target_plan, gradient.device)
     return gradient.masked_fill(outside if gradient.ndim == 1 else outside[:, None], 0)
@@ -77,7 +80,7 @@ def within_rows(target_plan: TargetPlan, factor: TensorName, gradient: Tensor) -
 
 @contextmanager
 def biases_are_no_shards() -> Iterator[None]:
-    """Leave out a warning of PEFT's, which takes a trained bias for a shard of a weight whenever it is saved."""
+    """Leaves out a warning of PEFT's, which takes a trained bias for a shard of a weight whenever it is saved."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_BIASES, category=PeftWarning)
         yield
@@ -90,16 +93,11 @@ def _outside(target_plan: TargetPlan, device: torch.device) -> Tensor:
 
 
 def _zero_frozen_rows(module: nn.Module, _: Any, output: Tensor) -> Tensor:
-    outside = module.get_buffer(_BUFFER)
-    return output.masked_fill(outside, 0)
+    return output.masked_fill(module.get_buffer(_BUFFER), 0)
 
 
 class _Weights(Mapping[str, Any]):
-    """The weights of adapters, without their biases, as they are now: sharding replaces parameters.
-
-    Args:
-        modules: Adapter name to module.
-    """
+    """The weights of adapters, without their biases, as they are now: sharding replaces parameters."""
 
     def __init__(self, modules: nn.ModuleDict) -> None:
         self._modules = modules

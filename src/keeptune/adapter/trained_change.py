@@ -1,0 +1,121 @@
+"""The trained change relative to the untouched base, as plain tensors, and back into the weights of a base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from keeptune.adapter.install import lora_layer, trained_state
+from keeptune.adapter.subspace import subspace_change
+from keeptune.adapter.trained_head import put_head, trained_head
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Plan
+
+__all__ = ["TrainedChange", "change_of", "put_change", "truncated_changes", "written_rank"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainedChange:
+    """A trained change, float32 on the CPU; of a subspace (OSF) it has a head only.
+
+    Args:
+        weights: Target name to ``s (B diag A - B0 A0)``, scale and diagonal folded into B; of rank r, or 2 r where a
+            part of W was taken out and both factors were trained. For DoRA, before rows get their lengths.
+        magnitudes: Target name to the lengths of W's rows, ``(m,)`` (DoRA).
+        biases: Target name to the change of b, ``(m,)``, with the scale (LoKI).
+        head: Name to parameter or buffer of a classifier's head.
+    """
+
+    weights: Mapping[str, LowRank] = field(default_factory=dict)
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def change_of(model: PeftModel, plan: Plan) -> TrainedChange:
+    """Computes the change that was trained, exactly.
+
+    Args:
+        model: The trained model.
+        plan: Its plan.
+    """
+    if plan.scope == "subspace":
+        return TrainedChange(head=trained_head(model, plan))
+    state, weights = trained_state(model, plan), {}
+    for t in plan.targets:
+        name = t.target.name
+        B = state[f"{name}.B"] * state[f"{name}.diag"] if "diag" in t.vectors else state[f"{name}.B"]
+        factors = LowRank(B=B, A=state[f"{name}.A"])
+        weights[name] = (factors.minus(t.anchor) if t.anchored else factors).scaled(t.scale)
+    return TrainedChange(
+        weights,
+        {t.target.name: state[f"{t.target.name}.magnitude"] for t in plan.targets if "magnitude" in t.vectors},
+        {t.target.name: t.scale * state[f"{t.target.name}.bias"] for t in plan.targets if "bias" in t.vectors},
+        trained_head(model, plan),
+    )
+
+
+def written_rank(plan: Plan) -> int:
+    """Returns the largest rank of a target's change in :func:`change_of`.
+
+    Args:
+        plan: The plan.
+    """
+    ranks = [0]
+    for t in plan.targets:
+        shared = not t.anchored or (t.removed is None and not {"A", "B"} <= t.trainable)
+        ranks.append(t.decision.rank + (0 if shared else t.anchor.rank))
+    return max(ranks)
+
+
+def truncated_changes(change: TrainedChange, rank: int) -> tuple[TrainedChange, float]:
+    """Returns the nearest change of a smaller rank at each target, by an SVD, and its relative error.
+
+    The error is ``sqrt(sum ‖Δ - Δ_r‖² / sum ‖Δ‖²)`` over all targets.
+    Laws: no other changes of that rank are nearer; at the rank of the changes or above the error is 0 to rounding.
+
+    Args:
+        change: The change.
+        rank: The largest rank wanted.
+    """
+    weights, lost, whole = {}, 0.0, 0.0
+    for name, part in change.weights.items():
+        exact = part.to(torch.float64)
+        near = exact.truncated(rank)
+        weights[name] = near.to(torch.float32)
+        lost += float(exact.minus(near).norm_squared().clamp_min(0))
+        whole += float(exact.norm_squared())
+    return replace(change, weights=weights), (lost / whole) ** 0.5 if whole else 0.0
+
+
+def put_change(base: PreTrainedModel, change: TrainedChange, plan: Plan, model: PeftModel) -> None:
+    """Writes a trained change into the weights of a base.
+
+    Args:
+        base: A freshly loaded base; it is changed.
+        change: From :func:`change_of`.
+        plan: The plan.
+        model: The trained model, for weights of which the change is not of low rank: one at a time is formed.
+    """
+    with torch.no_grad():
+        for target_plan in plan.targets:
+            name = target_plan.target.name
+            module = base.get_submodule(name)
+            stored, bias = module.weight, module.bias
+            assert isinstance(stored, Tensor)
+            weight = stored.T if target_plan.target.transposed else stored
+            low_rank = change.weights.get(name)
+            added = subspace_change(lora_layer(model, name)) if low_rank is None else low_rank.dense()
+            tuned = weight.float() + added.to(weight.device)
+            if name in change.magnitudes:
+                tuned *= (change.magnitudes[name].to(weight.device) / tuned.norm(dim=1))[:, None]
+            weight.copy_(tuned.to(weight.dtype))
+            if name in change.biases:
+                assert isinstance(bias, Tensor)
+                bias.copy_((bias.float() + change.biases[name].to(bias.device)).to(bias.dtype))
+    put_head(base, plan, change.head)
