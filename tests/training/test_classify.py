@@ -23,8 +23,8 @@ from keeptune.model.head import Head, sequence_losses
 from keeptune.model.pretrained import LoadOptions, load_model, load_tokenizer
 from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.store import StatStore
-from keeptune.training.classifier import train_classifier
-from keeptune.training.trainer import sft_config
+from keeptune.training import trainer
+from keeptune.training.arguments import sft_config
 
 ROWS = [row | {"length": len(row["sentence"]) / 10} for row in read_jsonl(FACTS, 16)]
 WORDS = labelled_examples(ROWS, text="{sentence}", text_pair=None, label="{relation}", where="test")
@@ -65,7 +65,7 @@ def still(folder: str, tmp_path: Path) -> Any:
 
 def train(made: tuple[PeftModel, Plan], tokenizer: Any, examples: LabelledExamples, folder: Path, **more: Any) -> Any:
     config = sft_config(QUICK | more, folder, dtype=torch.float32, device="cpu", positions=64)
-    return train_classifier(*made, tokenizer, examples, config)
+    return trainer.train(*made, tokenizer, examples, config)
 
 
 def losses(model: PeftModel, tokenizer: Any, examples: LabelledExamples, smoothing: float = 0.0) -> Tensor:

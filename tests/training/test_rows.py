@@ -19,8 +19,9 @@ from keeptune.core.plan import Plan
 from keeptune.methods.loki import Loki
 from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.store import StatStore
+from keeptune.training.arguments import sft_config
 from keeptune.training.guard import Guard
-from keeptune.training.trainer import sft_config, train
+from keeptune.training.trainer import train
 
 TRAIN = {"learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4, "seed": 3, "save_steps": 2}
 

@@ -29,8 +29,9 @@ from keeptune.model.pretrained import load_model, load_tokenizer
 from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.store import StatStore
 from keeptune.training import trainer as training
+from keeptune.training.arguments import check_arguments, sft_config
 from keeptune.training.guard import Guard
-from keeptune.training.trainer import check_arguments, sft_config, train
+from keeptune.training.trainer import train
 
 MODEL = str(STORIES)
 EXAMPLES = TaskExamples(

@@ -37,7 +37,8 @@ from keeptune.model.blocks import depth
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.request import DataRole
-from keeptune.training.trainer import sft_config, train
+from keeptune.training.arguments import sft_config
+from keeptune.training.trainer import train
 
 __all__ = ["Choice", "Trial", "choose_boundary"]
 

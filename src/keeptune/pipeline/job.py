@@ -36,7 +36,7 @@ from keeptune.recipe.schema import Recipe
 from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole, Request
 from keeptune.statistics.store import StatStore
-from keeptune.training.trainer import check_arguments, sft_config
+from keeptune.training.arguments import check_arguments, sft_config
 
 __all__ = ["Job"]
 

@@ -38,7 +38,7 @@ from keeptune.recipe.sections import (
     TaskCalibration,
     explain,
 )
-from keeptune.training.trainer import check_arguments
+from keeptune.training.arguments import check_arguments
 
 __all__ = [
     "ExportSpec",

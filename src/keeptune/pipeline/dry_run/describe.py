@@ -29,7 +29,7 @@ from keeptune.pipeline.planning import scoped_penalties
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.neuron_attribution import NeuronAttribution
 from keeptune.statistics.request import DataRole, ModelRequest, Request, RowRequest
-from keeptune.training.trainer import check_arguments
+from keeptune.training.arguments import check_arguments
 
 __all__ = ["describe"]
 

@@ -13,7 +13,7 @@ from keeptune.evaluation.metrics import LABELS, SCORES
 from keeptune.model.head import Head
 from keeptune.pipeline.task_kinds.base import TaskKind
 from keeptune.recipe.schema import Task
-from keeptune.training.classifier import train_classifier
+from keeptune.training.trainer import train
 
 __all__ = ["CLASSIFICATION", "REGRESSION"]
 
@@ -38,7 +38,7 @@ REGRESSION = TaskKind(
     name="regression",
     metrics=SCORES,
     read=partial(_read, scores=True),
-    train=train_classifier,
+    train=train,
     head=lambda examples, seed: Head(examples.names, seed),
 )
 CLASSIFICATION = replace(

@@ -1,0 +1,128 @@
+"""The recipe's ``train`` section as the config of a trainer, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from keeptune.core.errors import RecipeError, nearest
+
+__all__ = ["check_arguments", "sft_config"]
+
+_OURS = {"output_dir": "output", "resume_from_checkpoint": "output", "completion_only_loss": "task"}
+_WANTED = {
+    True: "a field of TRL's SFTConfig or Transformers' TrainingArguments",
+    False: "a field of Transformers' TrainingArguments, or max_length",
+}
+_SCALARS = {int, float, bool, str, type(None)}
+_LEAST = {
+    "seed": 0,
+    "learning_rate": 0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 0,
+    "save_steps": 0,
+    "max_length": 1,
+}
+
+
+def check_arguments(arguments: Mapping[str, Any], kind: type[TrainingArguments] = SFTConfig) -> dict[str, Any]:
+    """Returns the recipe's ``train`` section with numbers as numbers (``"1e-4"`` in quotes is one), checked.
+
+    Args:
+        arguments: Any fields of ``SFTConfig`` (all of ``TrainingArguments`` among them).
+        kind: ``TrainingArguments`` allows its own fields and ``max_length`` only, as for a classifier.
+
+    Raises:
+        RecipeError: A field does not exist, is keeptune's own, or has a wrong value.
+    """
+    hints = typing.get_type_hints(SFTConfig)
+    known = {field.name for field in dataclasses.fields(kind) if field.init} | {"max_length"}
+    checked = {}
+    for key, value in arguments.items():
+        where = f"train.{key}"
+        if key in _OURS:
+            raise RecipeError(
+                where,
+                got="a key that keeptune sets itself",
+                wanted=_WANTED[kind is SFTConfig],
+                next_step=f"Use `{_OURS[key]}` instead.",
+            )
+        if key not in known:
+            hint = nearest(str(key), known).split(" Known")[0]
+            raise RecipeError(where, got="an unknown key", wanted=_WANTED[kind is SFTConfig], next_step=hint)
+        checked[key] = _check_value(key, value, hints[key])
+    return checked
+
+
+def _check_value(key: str, value: Any, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not _SCALARS.issuperset(kinds):
+        return value
+    try:
+        value = TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise RecipeError(
+            f"train.{key}", got=repr(value), wanted=error.errors()[0]["msg"], next_step="Correct the value."
+        ) from error
+    least = _LEAST.get(key)
+    if least is not None and value is not None and not least <= value < math.inf:
+        raise RecipeError(
+            f"train.{key}", got=str(value), wanted=f"a number of at least {least}", next_step="Correct the value."
+        )
+    return value
+
+
+def sft_config(
+    arguments: Mapping[str, Any], folder: Path, *, dtype: torch.dtype, device: str, positions: int | None = None
+) -> SFTConfig:
+    """Returns TRL's config of the recipe's ``train`` section.
+
+    Defaults that differ from TRL's: mixed precision follows the base's dtype, no activation checkpointing,
+    a checkpoint every tenth of the training (the last two are kept), no tracker.
+
+    Args:
+        arguments: Any fields of ``SFTConfig`` (all of ``TrainingArguments`` among them).
+        folder: Where checkpoints go.
+        dtype: The base model's dtype.
+        device: ``"cpu"`` or a CUDA device.
+        positions: How many positions the base has; examples are cut to it, and to 1,024 tokens, unless
+            ``max_length`` says otherwise.
+
+    Raises:
+        RecipeError: A field does not exist, is keeptune's own, or has a wrong value.
+    """
+    checked = check_arguments(arguments)
+    defaults = {
+        "bf16": dtype == torch.bfloat16 and "fp16" not in checked,
+        "fp16": dtype == torch.float16 and "bf16" not in checked,
+        "logging_steps": 0.02,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": 0.1,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": device != "cpu",
+        "max_length": min(1024, positions or 1024),
+    }
+    if not {"gradient_checkpointing", "activation_checkpointing"} & checked.keys():
+        defaults["activation_checkpointing"] = False
+    try:
+        return SFTConfig(**{**defaults, **checked}, output_dir=str(folder))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            "train", got=str(error), wanted="values that SFTConfig takes", next_step="Correct the recipe."
+        ) from error
