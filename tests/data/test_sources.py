@@ -7,7 +7,7 @@ import pytest
 from keeptune.core.errors import DataError
 from keeptune.data.completions import task_examples
 from keeptune.data.sources import read_jsonl
-from keeptune.data.templates import fields_of, pick, render
+from keeptune.data.templates import pick, render
 
 
 def written(folder: Path, data: bytes) -> Path:
@@ -73,7 +73,6 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 
 def test_only_named_fields_are_places_and_other_braces_are_text() -> None:
     template = 'if (x) {return {"k": {value}};} {} {1} { value }'
-    assert fields_of(template) == ["value"]
     assert render(template, {"value": 3}, where="x") == 'if (x) {return {"k": 3};} {} {1} { value }'
 
 

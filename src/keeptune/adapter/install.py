@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor, apply_anchor, keep_active, resolve
 from keeptune.adapter.special_layers import prepare
 from keeptune.adapter.subspace import install_subspace
-from keeptune.adapter.trained_head import head_names, keep_precise, restore_head, task_type, trained_head
+from keeptune.adapter.trained_head import head_names, keep_precise, put_head, task_type, trained_head
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.trained_tensors import TRAINED_TENSORS, TensorName
@@ -124,7 +124,7 @@ def restore_state(model: PeftModel, plan: Plan, state: Mapping[str, Tensor]) -> 
         for target_plan in plan.targets:
             for factor in _held(target_plan):
                 _parameter(model, target_plan, factor).copy_(state[f"{target_plan.target.name}.{factor}"])
-    restore_head(model, plan, state)
+    put_head(model, plan, state)
 
 
 def trained_names(model: PeftModel, plan: Plan) -> set[str]:

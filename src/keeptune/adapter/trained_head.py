@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.plan import Plan
 
-__all__ = ["head_names", "keep_precise", "labels_of", "put_head", "restore_head", "task_type", "trained_head"]
+__all__ = ["head_names", "keep_precise", "labels_of", "put_head", "task_type", "trained_head"]
 
 
 def head_names(plan: Plan) -> tuple[str, ...]:
@@ -76,34 +76,21 @@ def trained_head(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
     }
 
 
-def restore_head(model: PeftModel, plan: Plan, values: Mapping[str, Tensor]) -> None:
-    """Puts a trained head back into an installed model.
+def put_head(model: PreTrainedModel | PeftModel, plan: Plan, values: Mapping[str, Tensor]) -> None:
+    """Puts a trained head into an installed model, or in the place of a base's own.
 
     Args:
-        model: The installed model.
-        plan: Its plan.
+        model: The installed model, or the base.
+        plan: The plan.
         values: From :func:`trained_head`; other names are left aside.
     """
-    for name, module in _trained(model, plan).items():
-        _load(module, name, values)
-
-
-def put_head(base: PreTrainedModel, plan: Plan, values: Mapping[str, Tensor]) -> None:
-    """Puts a trained head in the place of a base's own.
-
-    Args:
-        base: The base model.
-        plan: The plan.
-        values: From :func:`trained_head`.
-    """
-    for name in head_names(plan):
-        _load(base.get_submodule(name), name, values)
+    heads = (
+        _trained(model, plan) if isinstance(model, PeftModel) else {n: model.get_submodule(n) for n in head_names(plan)}
+    )
+    for name, module in heads.items():
+        prefix = f"{name}."
+        module.load_state_dict({key.removeprefix(prefix): v for key, v in values.items() if key.startswith(prefix)})
 
 
 def _trained(model: PeftModel, plan: Plan) -> dict[str, nn.Module]:
     return {name: model.base_model.model.get_submodule(f"{name}.modules_to_save.default") for name in head_names(plan)}
-
-
-def _load(module: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
-    prefix = f"{name}."
-    module.load_state_dict({key.removeprefix(prefix): v for key, v in values.items() if key.startswith(prefix)})

@@ -52,22 +52,25 @@ _DISK_TEXTS = (
     "unexpected pos",
     "iostream error",
 )
-_NOT_THE_FUNCTION = {  # config fields that do not change what a model computes of given tokens
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "label2id",
-    "name_or_path",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "task_specific_params",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
+# Config fields that do not change what a model computes of given tokens.
+_NOT_THE_FUNCTION = frozenset(
+    [
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "name_or_path",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "task_specific_params",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
+)
 
 
 def canonical_json(value: Any) -> str:

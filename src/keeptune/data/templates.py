@@ -9,29 +9,17 @@ from typing import Any
 from keeptune.core.errors import DataError
 from keeptune.data.sources import Row
 
-__all__ = ["fields_of", "pick", "render", "render_all"]
+__all__ = ["pick", "render", "render_all"]
 
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)\}")
-
-
-def fields_of(template: str) -> list[str]:
-    """Returns the names of a template's fields, in order.
-
-    Args:
-        template: Text with ``{field}`` places, ``{turns.0.text}`` inside lists and objects; any other brace is
-            literal, so code and JSON need no escapes.
-
-    >>> fields_of("{question} {json: 1} {answer}")
-    ['question', 'answer']
-    """
-    return _FIELD.findall(template)
 
 
 def render(template: str, row: Row, *, where: str) -> str:
     r"""Returns a template filled with the fields of one row.
 
     Args:
-        template: Text with ``{field}`` places.
+        template: Text with ``{field}`` places, ``{turns.0.text}`` inside lists and objects; any other brace is
+            literal, so code and JSON need no escapes.
         row: The row.
         where: File and line, for error messages.
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from keeptune.adapter.export import export
 from keeptune.adapter.install import install, restore_state
 from keeptune.adapter.load import load_adapter, refuse_foreign
-from keeptune.adapter.trained_head import restore_head, trained_head
+from keeptune.adapter.trained_head import put_head, trained_head
 from keeptune.core.artefact import remove_leftovers, write_json
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.core.low_rank import LowRank
@@ -299,7 +299,7 @@ def _plan(
 def _installed(trained: TrainedModel, plan: Plan) -> PeftModel:
     tuned = install(trained.load_base(), plan)
     assert isinstance(tuned, PeftModel)
-    restore_head(tuned, plan, trained.head_values())
+    put_head(tuned, plan, trained.head_values())
     return tuned.eval()
 
 
