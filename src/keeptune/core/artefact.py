@@ -52,24 +52,10 @@ _DISK_TEXTS = (
     "unexpected pos",
     "iostream error",
 )
-# Config fields that do not change what a model computes of given tokens.
-_NOT_THE_FUNCTION = frozenset(
-    [
-        "architectures",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "label2id",
-        "name_or_path",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "task_specific_params",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    ]
+_NOT_THE_FUNCTION = (  # config fields that do not change what a model computes of given tokens
+    {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "return_dict", "use_cache"}
+    | {"id2label", "label2id", "problem_type", "task_specific_params"}
+    | {"architectures", "name_or_path", "transformers_version"}
 )
 
 
