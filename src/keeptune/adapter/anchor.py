@@ -27,12 +27,7 @@ _STARTED = {"default", "ref"}  # adapters with the plan's start: ours, and TRL's
 
 
 def resolve(anchor: Anchor, dtype: torch.dtype) -> Literal["twin", "residual"]:
-    """Returns the anchor itself, or for ``auto`` residual where it is exact enough (float32) and twin elsewhere.
-
-    Args:
-        anchor: The option.
-        dtype: The base model's dtype.
-    """
+    """Returns the anchor itself, or for ``auto`` residual where it is exact enough (float32) and twin elsewhere."""
     if anchor != "auto":
         return anchor
     return "residual" if dtype == torch.float32 else "twin"

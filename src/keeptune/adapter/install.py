@@ -83,12 +83,7 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
 
 
 def lora_layer(model: PeftModel, name: str) -> Any:
-    """Returns the PEFT layer that wraps a target.
-
-    Args:
-        model: The installed model.
-        name: The target's name in the base model.
-    """
+    """Returns the PEFT layer that wraps a target."""
     return model.base_model.model.get_submodule(name)
 
 
@@ -128,12 +123,7 @@ def restore_state(model: PeftModel, plan: Plan, state: Mapping[str, Tensor]) -> 
 
 
 def trained_names(model: PeftModel, plan: Plan) -> set[str]:
-    """Returns the names of the parameters that a plan trains, as in ``named_parameters()`` of the installed model.
-
-    Args:
-        model: The installed model.
-        plan: A plan that trains an adapter.
-    """
+    """Returns the names of the parameters that a plan trains, as in ``named_parameters()`` of the installed model."""
     factors = {f"{t.target.name}.{TRAINED_TENSORS[name].parameter}" for t in plan.targets for name in t.trainable}
     heads = tuple(f"{name}.modules_to_save.default." for name in head_names(plan))
     inner = model.base_model.model
@@ -142,12 +132,7 @@ def trained_names(model: PeftModel, plan: Plan) -> set[str]:
 
 
 def held_parameters(model: PeftModel, target_plan: TargetPlan) -> dict[TensorName, nn.Parameter]:
-    """Returns the parameters that make up a target's change in the model now, trained and frozen, by tensor name.
-
-    Args:
-        model: The installed model.
-        target_plan: How the target is trained.
-    """
+    """Returns the parameters that make up a target's change in the model now, trained and frozen, by tensor name."""
     return {name: _parameter(model, target_plan, name) for name in _held(target_plan)}
 
 
@@ -170,10 +155,6 @@ def _parameter(model: PeftModel, target_plan: TargetPlan, name: TensorName) -> n
 
 def check_frozen(model: PeftModel, plan: Plan) -> None:
     """Checks that exactly the factors the plan trains are trainable, and a classifier's head.
-
-    Args:
-        model: The installed model.
-        plan: Its plan.
 
     Raises:
         TrainError: A factor is trainable that should be frozen, or the other way round.

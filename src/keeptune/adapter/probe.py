@@ -15,12 +15,7 @@ __all__ = ["logits_of", "random_probe"]
 
 
 def random_probe(model: PreTrainedModel | PeftModel, seed: int = 0) -> Tensor:
-    """Returns random token ids ``(4, 32)`` on the model's device.
-
-    Args:
-        model: The model.
-        seed: The seed.
-    """
+    """Returns random token ids ``(4, 32)`` on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (4, 32), generator=generator)
     return ids.to(model.device)

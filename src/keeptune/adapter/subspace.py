@@ -58,11 +58,7 @@ def _as_linear(module: Any) -> nn.Linear:
 
 
 def subspace_change(layer: Any) -> Tensor:
-    """Returns the change of one weight, ``(m, n)``, float32: the trained part less what it was.
-
-    Args:
-        layer: The PEFT layer.
-    """
+    """Returns the change of one weight, ``(m, n)``, float32: the trained part less what it was."""
     with torch.no_grad():
         change: Tensor = layer.get_delta_weight("default")
     return change.float()

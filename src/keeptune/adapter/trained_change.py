@@ -38,12 +38,7 @@ class TrainedChange:
 
 
 def change_of(model: PeftModel, plan: Plan) -> TrainedChange:
-    """Computes the change that was trained, exactly.
-
-    Args:
-        model: The trained model.
-        plan: Its plan.
-    """
+    """Computes the change that was trained, exactly."""
     if plan.scope == "subspace":
         return TrainedChange(head=trained_head(model, plan))
     state, weights = trained_state(model, plan), {}
@@ -61,11 +56,7 @@ def change_of(model: PeftModel, plan: Plan) -> TrainedChange:
 
 
 def written_rank(plan: Plan) -> int:
-    """Returns the largest rank of a target's change in :func:`change_of`.
-
-    Args:
-        plan: The plan.
-    """
+    """Returns the largest rank of a target's change in :func:`change_of`."""
     ranks = [0]
     for t in plan.targets:
         shared = not t.anchored or (t.removed is None and not {"A", "B"} <= t.trainable)

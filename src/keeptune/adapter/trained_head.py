@@ -16,29 +16,17 @@ __all__ = ["head_names", "keep_precise", "labels_of", "put_head", "task_type", "
 
 
 def head_names(plan: Plan) -> tuple[str, ...]:
-    """Returns the names of the modules that are trained in full; none for a language model.
-
-    Args:
-        plan: The plan.
-    """
+    """Returns the names of the modules that are trained in full; none for a language model."""
     return tuple(plan.peft.get("modules_to_save") or ())
 
 
 def task_type(plan: Plan) -> str:
-    """Returns PEFT's kind of task: ``"SEQ_CLS"`` with a head, else ``"CAUSAL_LM"``.
-
-    Args:
-        plan: The plan.
-    """
+    """Returns PEFT's kind of task: ``"SEQ_CLS"`` with a head, else ``"CAUSAL_LM"``."""
     return "SEQ_CLS" if head_names(plan) else "CAUSAL_LM"
 
 
 def labels_of(model: PreTrainedModel | PeftModel) -> list[str] | None:
-    """Returns a classifier's labels in the order of the outputs; empty for a score, None for a language model.
-
-    Args:
-        model: Any model, with or without an adapter.
-    """
+    """Returns a classifier's labels in the order of the outputs; empty for a score, None for a language model."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not type(base).__name__.endswith("ForSequenceClassification"):
         return None
@@ -47,12 +35,7 @@ def labels_of(model: PreTrainedModel | PeftModel) -> list[str] | None:
 
 
 def keep_precise(model: PeftModel, plan: Plan) -> None:
-    """Converts the head to float32, as the factors are: small updates to 16-bit weights round away.
-
-    Args:
-        model: The installed model.
-        plan: Its plan.
-    """
+    """Converts the head to float32, as the factors are: small updates to 16-bit weights round away."""
 
     def widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(part.float() if isinstance(part, Tensor) and part.is_floating_point() else part for part in inputs)
@@ -63,12 +46,7 @@ def keep_precise(model: PeftModel, plan: Plan) -> None:
 
 
 def trained_head(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
-    """Returns the head as it is now, float32 on the CPU, by the names of its parameters and buffers in the base.
-
-    Args:
-        model: The installed model.
-        plan: Its plan.
-    """
+    """Returns the head as it is now, float32 on the CPU, by the names of its parameters and buffers in the base."""
     return {
         f"{name}.{key}": value.detach().to("cpu", torch.float32, copy=True)
         for name, module in _trained(model, plan).items()

@@ -84,20 +84,12 @@ def _plain(value: Any) -> Any:
 
 
 def content_key(value: Any) -> str:
-    """Returns the SHA-256 of a value's canonical JSON, 64 hexadecimal digits.
-
-    Args:
-        value: Anything :func:`canonical_json` takes.
-    """
+    """Returns the SHA-256 of a value's canonical JSON, 64 hexadecimal digits."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
-    """Returns the SHA-256 of a tensor's dtype, shape and bytes.
-
-    Args:
-        tensor: Any dense tensor.
-    """
+    """Returns the SHA-256 of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     digest.update(flat.view(torch.uint8).numpy().data)
@@ -216,9 +208,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def read_json(path: Path) -> Any:
     """Reads JSON that keeptune wrote.
 
-    Args:
-        path: The file.
-
     Raises:
         ArtefactError: The file is missing or is not JSON.
     """
@@ -294,11 +283,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what :func:`atomic_directory` left behind in a run that was killed, and logs it.
-
-    Args:
-        path: The folder that was to be written.
-    """
+    """Removes what :func:`atomic_directory` left behind in a run that was killed, and logs it."""
     for left in path.parent.glob(f".{path.name}.*"):
         _log.info("%s: left over by a killed run, removed", left)
         shutil.rmtree(left, ignore_errors=True)

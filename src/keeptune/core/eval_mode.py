@@ -12,11 +12,7 @@ __all__ = ["in_evaluation"]
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Sets a model to evaluation mode; afterwards every module is in its own mode again.
-
-    Args:
-        model: The model.
-    """
+    """Sets a model to evaluation mode; afterwards every module is in its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

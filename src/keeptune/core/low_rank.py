@@ -69,18 +69,11 @@ class LowRank:
         return self.B @ self.A
 
     def scaled(self, factor: float) -> LowRank:
-        """Returns ``(factor B) A``.
-
-        Args:
-            factor: Any number.
-        """
+        """Returns ``(factor B) A``."""
         return LowRank(self.B * factor, self.A)
 
     def minus(self, other: LowRank) -> LowRank:
         """Returns the exact difference, of rank r + r', or r where the two share A (a frozen A) or B.
-
-        Args:
-            other: A change of the same shape.
 
         Raises:
             ValueError: The shapes differ.
@@ -95,9 +88,6 @@ class LowRank:
 
     def plus(self, other: LowRank) -> LowRank:
         """Returns the exact sum, of rank r + r', or r where the two share A or B.
-
-        Args:
-            other: A change of the same shape.
 
         Raises:
             ValueError: The shapes differ.

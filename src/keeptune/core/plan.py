@@ -169,9 +169,6 @@ class Plan:
     def __getitem__(self, name: str) -> TargetPlan:
         """Returns the plan of a target.
 
-        Args:
-            name: The module's name, ``"model.layers.0.self_attn.q_proj"``.
-
         Raises:
             KeyError: The target is not in the plan.
         """

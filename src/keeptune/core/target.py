@@ -41,12 +41,7 @@ class Target:
 
 
 def read_weight(model: nn.Module, target: Target) -> Tensor:
-    """Returns a copy of ``W``, ``(out_features, in_features)``, float32, on the weight's device.
-
-    Args:
-        model: The base model.
-        target: One of its targets.
-    """
+    """Returns a copy of ``W``, ``(out_features, in_features)``, float32, on the weight's device."""
     weight = model.get_submodule(target.name).weight
     assert isinstance(weight, Tensor)
     matrix = weight.detach().T if target.transposed else weight.detach()

@@ -26,12 +26,7 @@ class TensorKind:
     parameter: str
 
     def numel(self, target: Target, rank: int) -> int:
-        """Returns the number of its elements.
-
-        Args:
-            target: Where it is trained.
-            rank: r.
-        """
+        """Returns the number of its elements."""
         sizes = {"m": target.out_features, "n": target.in_features, "r": rank}
         return math.prod(sizes[axis] for axis in self.axes)
 

@@ -165,9 +165,5 @@ def tokenize_calibration(
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the id that fills up batches, which is always masked; 0 where the tokenizer has none.
-
-    Args:
-        tokenizer: The model's tokenizer.
-    """
+    """Returns the id that fills up batches, which is always masked; 0 where the tokenizer has none."""
     return int(tokenizer.pad_token_id or 0)

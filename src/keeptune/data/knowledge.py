@@ -107,9 +107,6 @@ def knowledge_set(
 def knowledge_of(examples: Sequence[str] | Sequence[tuple[str, str]]) -> KnowledgeSet:
     """Returns a set of texts, or of pairs of a prompt and its completion.
 
-    Args:
-        examples: Texts, or pairs.
-
     Raises:
         DataError: There are both.
     """
@@ -132,9 +129,6 @@ def joined_knowledge(parts: Sequence[Calibration]) -> Calibration:
     """Returns the tokens of all sets in order; which text is of which set is kept.
 
     Of a set without prompts all tokens are learned, as if its prompts were empty.
-
-    Args:
-        parts: The sets, one or more.
     """
     if len(parts) == 1:
         return parts[0]

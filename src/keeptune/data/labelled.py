@@ -44,11 +44,7 @@ class Encoded:
     cut: int
 
     def rows(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
-        """Returns some examples, one mapping each.
-
-        Args:
-            indices: Which.
-        """
+        """Returns some examples, one mapping each."""
         return [{name: column[index] for name, column in self.columns.items()} for index in indices]
 
 
@@ -70,11 +66,7 @@ class Texts:
         return ["\0".join(example) + "\0" for example in zip(*self._parts(), strict=True)]
 
     def take(self, indices: Sequence[int]) -> Texts:
-        """Returns some examples.
-
-        Args:
-            indices: Which.
-        """
+        """Returns some examples."""
         return Texts(*(tuple(part[i] for i in indices) for part in self._parts()))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
@@ -142,11 +134,7 @@ class LabelledExamples(Examples):
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Returns the function that pads a batch on the right, where an encoder reads the first token.
-
-    Args:
-        tokenizer: The tokenizer; it stays as it is.
-    """
+    """Returns the function that pads a batch on the right, where an encoder reads the first token."""
     own = copy.deepcopy(tokenizer)
     own.padding_side = "right"
     return DataCollatorWithPadding(own)

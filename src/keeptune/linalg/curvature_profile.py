@@ -32,9 +32,6 @@ def directions(factor: PsdMatrix) -> Directions | None:
     """Returns the eigenvectors of a matrix in float64; None for a multiple of the identity, which has no own ones.
 
     Laws: ``counts.sum() == n``; ``(values * counts).sum() == F.trace()``; values fall.
-
-    Args:
-        factor: F.
     """
     if isinstance(factor, Dense):
         values, U = torch.linalg.eigh(factor.matrix.double())

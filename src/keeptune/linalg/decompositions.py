@@ -28,11 +28,7 @@ _Triplets = tuple[Tensor, Tensor, Tensor]
 
 
 def canonical_signs(U: Tensor) -> Tensor:
-    """Returns U ``(n, r)`` with columns negated so that the largest entry of each is positive, contiguous.
-
-    Args:
-        U: ``(n, r)``.
-    """
+    """Returns U ``(n, r)`` with columns negated so that the largest entry of each is positive, contiguous."""
     largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
     return (U * torch.where(largest < 0, -1.0, 1.0).to(U.dtype)).contiguous()
 

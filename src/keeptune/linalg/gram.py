@@ -31,10 +31,6 @@ def add_gram(total: Tensor, X: Tensor) -> None:
 
 
 def symmetric(total: Tensor) -> Tensor:
-    """Returns the symmetric matrix ``(n, n)`` with the upper triangle of another.
-
-    Args:
-        total: ``(n, n)``.
-    """
+    """Returns the symmetric matrix ``(n, n)`` with the upper triangle of another."""
     upper = torch.triu(total)
     return upper.add_(torch.triu(total, 1).T)

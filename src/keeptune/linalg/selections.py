@@ -179,11 +179,7 @@ def overlaps(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]], no
 
 
 def overlap_of(layers: Sequence[Overlap]) -> Overlap:
-    """Returns the overlap of whole selections; chance draws as many rows in each layer.
-
-    Args:
-        layers: One for each layer.
-    """
+    """Returns the overlap of whole selections; chance draws as many rows in each layer."""
     return Overlap(
         sum(layer.first for layer in layers),
         sum(layer.second for layer in layers),

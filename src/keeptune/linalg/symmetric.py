@@ -28,11 +28,7 @@ class PsdMatrix(ABC):
 
     @abstractmethod
     def apply(self, X: Tensor) -> Tensor:
-        """Returns ``F X``, ``(n, k)``.
-
-        Args:
-            X: ``(n, k)``.
-        """
+        """Returns ``F X``, ``(n, k)``."""
 
     @abstractmethod
     def trace(self) -> Tensor:
@@ -70,11 +66,7 @@ class PsdMatrix(ABC):
         return type(self)(**moved)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Returns the tensors to save, for :func:`psd_matrix_from`.
-
-        Args:
-            prefix: Stands before each name.
-        """
+        """Returns the tensors to save, for :func:`psd_matrix_from`."""
         parts = self._parts().items()
         return {f"{prefix}{name}": p if isinstance(p, Tensor) else torch.tensor(p) for name, p in parts}
 
