@@ -60,12 +60,25 @@ def train(
     resume = last_complete_checkpoint(folder)
     if resume is not None:
         _log.info("training: going on from %s", resume)
+    trainer = _trainer(model, plan, tokenizer, examples, config)
+    with explain_full_disk(folder), biases_are_no_shards():
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return [_point(row) for row in trainer.state.log_history if "loss" in row]
+
+
+def _trainer(
+    model: PreTrainedModel | PeftModel,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: TaskExamples | LabelledExamples,
+    config: SFTConfig,
+) -> Any:
     dataset, cut = examples.dataset(tokenizer, config.max_length or 0)
     if cut:
         _log.warning("training: %d of %d examples are cut to %d tokens", cut, len(examples), config.max_length)
     kind, parts = _classifier_parts(tokenizer, examples, config) if isinstance(examples, LabelledExamples) else _SFT
     try:
-        with explain_full_disk(folder):
+        with explain_full_disk(Path(config.output_dir)):
             trainer = kind(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, **parts)
     except (TypeError, ValueError) as error:
         name = "TRL's SFTTrainer" if kind is SFTTrainer else "Trainer"
@@ -76,9 +89,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if kind is SFTTrainer:
         _report_cuts(len(examples), len(trainer.train_dataset), config)
-    with explain_full_disk(folder), biases_are_no_shards():
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return [_point(row) for row in trainer.state.log_history if "loss" in row]
+    return trainer
 
 
 _SFT: tuple[type[Any], Mapping[str, Any]] = (SFTTrainer, {})
