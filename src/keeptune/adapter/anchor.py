@@ -34,13 +34,7 @@ def resolve(anchor: Anchor, dtype: torch.dtype) -> Literal["twin", "residual"]:
 
 
 def apply_anchor(layer: Any, target_plan: TargetPlan, kind: Literal["twin", "residual"]) -> None:
-    """Takes a target's start out of what its PEFT layer computes.
-
-    Args:
-        layer: The PEFT layer; for a twin, with an adapter of the name :data:`ANCHOR_NAME`.
-        target_plan: The target's plan.
-        kind: How.
-    """
+    """Takes a target's start out of what its PEFT layer computes."""
     with torch.no_grad():
         if kind == "twin":
             layer.lora_A[ANCHOR_NAME].weight.copy_(target_plan.anchor.A)
@@ -91,9 +85,6 @@ def keep_active(model: PeftModel) -> None:
     ``Trainer`` activates one adapter only when it resumes from a checkpoint, and TRL's DPO, KTO, GRPO and RLOO
     activate only the copy of the start that they compare with; both would drop the anchor without a word. A hook
     puts it back before every forward pass, of the model inside too, which ``generate`` calls.
-
-    Args:
-        model: A model with a twin.
     """
 
     def activate(module: nn.Module, *_: Any) -> None:

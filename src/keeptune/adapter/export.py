@@ -235,14 +235,7 @@ def _load_whole(model: Any, folder: Path) -> Any:
 
 
 def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, base: PreTrainedModel) -> None:
-    """Writes the whole model in the base's dtype, whatever it was trained in.
-
-    Args:
-        model: The trained model.
-        plan: Its plan.
-        folder: Where.
-        base: A freshly loaded base; it is changed.
-    """
+    """Writes the whole model in the dtype of a freshly loaded base, which is changed."""
     if plan.scope == "all":
         base.load_state_dict(model.state_dict())
     else:

@@ -92,10 +92,6 @@ def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
 
     Where the model is sharded (FSDP2), every process must call it: the shards are gathered.
 
-    Args:
-        model: The installed model.
-        plan: Its plan.
-
     Returns:
         ``"model.layers.0.mlp.up_proj.B"`` and the like to tensor; frozen factors too, and a classifier's head.
     """

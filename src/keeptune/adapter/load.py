@@ -20,10 +20,6 @@ SIDECAR = "keeptune.json"
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Loads an adapter on a base by stock PEFT, from safetensors only, in evaluation mode.
 
-    Args:
-        model: The base.
-        folder: The adapter's folder.
-
     Raises:
         ModelError: The folder holds no adapter for this base.
     """
@@ -83,9 +79,6 @@ def _kind(labels: Sequence[str] | None) -> str:
 
 def refuse_foreign(folder: Path) -> None:
     """Refuses a folder with something that keeptune did not write; its own results have a sidecar.
-
-    Args:
-        folder: Where something is to be written.
 
     Raises:
         ExportError: Something else is there.

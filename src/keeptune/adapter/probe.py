@@ -22,12 +22,7 @@ def random_probe(model: PreTrainedModel | PeftModel, seed: int = 0) -> Tensor:
 
 
 def logits_of(model: Any, probe: Tensor) -> Tensor:
-    """Returns the logits in evaluation mode, float32, on the CPU.
-
-    Args:
-        model: The model.
-        probe: Token ids ``(batch, length)``.
-    """
+    """Returns the logits in evaluation mode, float32, on the CPU."""
     with in_evaluation(model), torch.no_grad():
         logits: Tensor = model(input_ids=probe.to(model.device)).logits.float().cpu()
     return logits

@@ -34,12 +34,7 @@ _BIASES = r"Adapter '\w+': \d+ LoRA tensor\(s\) have invalid shape: (\S+\.lora_B
 
 
 def prepare(layer: Any, target_plan: TargetPlan) -> None:
-    """Adds to a LoRA layer what its plan trains besides A and B, and confines it to the plan's rows.
-
-    Args:
-        layer: The PEFT layer, with the adapter ``"default"``.
-        target_plan: The target's plan.
-    """
+    """Adds to a LoRA layer what its plan trains besides A and B, and confines it to the plan's rows."""
     up, down = layer.lora_B["default"], layer.lora_A["default"].weight
     if "diag" in target_plan.vectors:
         diag = target_plan.vectors["diag"].to(down.device, down.dtype, copy=True)

@@ -69,10 +69,6 @@ def truncated_changes(change: TrainedChange, rank: int) -> tuple[TrainedChange, 
 
     The error is ``sqrt(sum ‖Δ - Δ_r‖² / sum ‖Δ‖²)`` over all targets.
     Laws: no other changes of that rank are nearer; at the rank of the changes or above the error is 0 to rounding.
-
-    Args:
-        change: The change.
-        rank: The largest rank wanted.
     """
     weights, lost, whole = {}, 0.0, 0.0
     for name, part in change.weights.items():

@@ -128,9 +128,6 @@ def file_fingerprint(paths: Iterable[Path]) -> str:
 def explain_full_disk(path: Path) -> Iterator[None]:
     """Raises one clear error for a full or read-only disk, whichever library meets it.
 
-    Args:
-        path: What is being written.
-
     Raises:
         ArtefactError: The disk is full or cannot be written.
     """
@@ -150,10 +147,6 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, and makes its folder.
-
-    Args:
-        path: The file.
-        data: The content.
 
     Raises:
         ArtefactError: The disk is full or cannot be written.
@@ -175,10 +168,6 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes readable JSON whole or not at all.
-
-    Args:
-        path: The file.
-        value: Anything :func:`canonical_json` takes.
 
     Raises:
         ArtefactError: The disk is full or cannot be written.
@@ -257,9 +246,6 @@ def has_key(path: Path, key: str) -> bool:
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Writes a folder whole or not at all; one that exists is replaced.
-
-    Args:
-        path: The folder.
 
     Yields:
         A temporary folder beside it to write into.

@@ -76,10 +76,6 @@ class ArtefactError(KeeptuneError):
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns a sentence with the known name nearest to a misspelt one, if one is near, and all known names.
 
-    Args:
-        name: The name that is not known.
-        choices: The names that are.
-
     >>> nearest("metod", ["method", "model"])
     'Did you mean "method"? Known: method, model.'
     """

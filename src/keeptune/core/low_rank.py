@@ -97,9 +97,6 @@ class LowRank:
     def padded(self, rank: int) -> LowRank:
         """Returns the same change with zero columns appended to B and zero rows to A.
 
-        Args:
-            rank: The rank wanted.
-
         Raises:
             ValueError: The rank wanted is smaller than the present one.
         """
@@ -130,10 +127,5 @@ class LowRank:
         return ((self.B.T @ self.B) * (self.A @ self.A.T)).sum()
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LowRank:
-        """Returns both factors converted.
-
-        Args:
-            dtype: The dtype.
-            device: The device; None keeps it.
-        """
+        """Returns both factors converted; a device of None keeps theirs."""
         return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype))

@@ -215,9 +215,6 @@ class Plan:
     def load(cls, folder: Path | str) -> Plan:
         """Reads a saved plan; ``Plan.load`` after ``save`` is the identity.
 
-        Args:
-            folder: A folder that :meth:`save` wrote.
-
         Raises:
             ArtefactError: The folder is not a plan, or is damaged.
         """

@@ -34,10 +34,6 @@ def refuse_overlap(used: Corpus, scored: Corpus) -> None:
     An item overlaps when its row is one of the used rows, or a used text starts with the item's prompt
     (case and white space aside).
 
-    Args:
-        used: Knowledge or task data.
-        scored: An evaluation set.
-
     Raises:
         DataError: They overlap; the first common item is shown.
     """

@@ -38,22 +38,11 @@ class Examples(ABC):
 
     @abstractmethod
     def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, int]:
-        """Returns the columns that the trainer reads, and how many examples are cut.
-
-        Args:
-            tokenizer: The model's tokenizer.
-            max_length: Tokens per example.
-        """
+        """Returns the columns that the trainer reads, and how many examples are cut to ``max_length`` tokens."""
 
     @abstractmethod
     def first_tokens(self, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[Sequence[int]]:
-        """Returns the token ids of the first examples.
-
-        Args:
-            count: How many examples.
-            tokenizer: The model's tokenizer.
-            max_length: Longer examples are cut to this many tokens.
-        """
+        """Returns the token ids of the first examples, cut to ``max_length`` tokens."""
 
     @abstractmethod
     def _calibration(self, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calibration: ...

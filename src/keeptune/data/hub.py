@@ -39,10 +39,7 @@ def fetch(name: str) -> Path:
 
 
 def cached(name: str) -> Path | str:
-    """Returns a data file in the hub's cache, without the network; the name where it is not there.
-
-    Args:
-        name: As of :func:`fetch`.
+    """Returns the local copy of a data file, without the network; its name where the cache has none.
 
     Raises:
         DataError: The name has another form.

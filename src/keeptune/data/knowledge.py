@@ -51,10 +51,6 @@ class KnowledgeSet:
         No end-of-text token is appended to a completion: what ends an answer is a custom of a task, not knowledge.
         Examples whose prompt fills ``max_length`` are left out, which is logged.
 
-        Args:
-            tokenizer: The model's tokenizer.
-            max_length: Longer examples are cut to this many tokens.
-
         Raises:
             DataError: There is no example, an example is empty, or none has room for its completion.
         """

@@ -208,11 +208,6 @@ def labelled_examples(
 def label_indices(labels: Sequence[str], known: Sequence[str], *, where: str) -> tuple[int, ...]:
     """Returns the places of labels among the known ones.
 
-    Args:
-        labels: A label per row.
-        known: The labels of the head.
-        where: The recipe key, for error messages.
-
     Raises:
         DataError: One is not known.
     """
@@ -231,11 +226,6 @@ def label_indices(labels: Sequence[str], known: Sequence[str], *, where: str) ->
 def label_of(row: Row, template: str, *, where: str) -> str:
     """Returns the label of a row, without white space at its ends.
 
-    Args:
-        row: The row.
-        template: Template of the label.
-        where: File and row, for error messages.
-
     Raises:
         DataError: The field is missing, or holds no label.
     """
@@ -252,11 +242,6 @@ def label_of(row: Row, template: str, *, where: str) -> str:
 
 def score_of(row: Row, template: str, *, where: str) -> float:
     """Returns the score of a row.
-
-    Args:
-        row: The row.
-        template: Template of the score.
-        where: File and row, for error messages.
 
     Raises:
         DataError: The field is missing, or holds no finite number.

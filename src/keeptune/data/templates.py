@@ -37,11 +37,6 @@ def render(template: str, row: Row, *, where: str) -> str:
 def render_all(template: str, rows: Sequence[Row], *, where: str) -> tuple[str, ...]:
     """Returns a template filled with each of some rows.
 
-    Args:
-        template: Text with ``{field}`` places.
-        rows: The rows.
-        where: The recipe key, for error messages, which number the rows.
-
     Raises:
         DataError: A row lacks a field that the template names.
     """

@@ -28,10 +28,6 @@ def quota(q: float, nodes: int) -> int:
 
     Laws: between 0 and ``nodes`` for q in [0, 100]; ``quota(100, n) == n``; never decreases with q or ``nodes``.
 
-    Args:
-        q: Per cent.
-        nodes: How many there are.
-
     >>> quota(29, 100), quota(0.7, 1000), quota(10, 4096)
     (29, 7, 409)
     """

@@ -55,12 +55,7 @@ class PsdMatrix(ABC):
         return self._mixed(rho)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
-        """Returns the same matrix converted.
-
-        Args:
-            dtype: The dtype.
-            device: The device; None keeps it.
-        """
+        """Returns the same matrix converted; a device of None keeps its own."""
         parts = self._parts().items()
         moved = {name: p.to(device=device, dtype=dtype) if isinstance(p, Tensor) else p for name, p in parts}
         return type(self)(**moved)

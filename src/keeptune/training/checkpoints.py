@@ -20,9 +20,6 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
     ``trainer_state.json`` is the last file that ``Trainer`` writes of a checkpoint. One without the states of
     the random numbers (``save_only_model``) cannot be gone on from.
-
-    Args:
-        folder: Where checkpoints are.
     """
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     for path in sorted(numbered, key=lambda path: -int(path.name.rpartition("-")[2])):

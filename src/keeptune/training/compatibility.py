@@ -27,10 +27,6 @@ _KNOWN = {
 def refuse_trainer(trainer: Any, plan: Plan) -> None:
     """Refuses what cannot count a penalty exactly once.
 
-    Args:
-        trainer: The trainer.
-        plan: A plan with penalties.
-
     Raises:
         TrainError: The back-end, the optimiser or the method is such.
     """
