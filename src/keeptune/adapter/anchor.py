@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.plan import Plan, TargetPlan
 
-__all__ = ["ANCHOR_NAME", "Anchor", "apply_anchor", "keep_active", "resolve", "start_errors"]
+__all__ = ["ANCHOR_NAME", "Anchor", "apply_anchor", "keep_active", "resolve", "start_errors", "subtract"]
 
 Anchor = Literal["auto", "twin", "residual"]
 ANCHOR_NAME = "anchor"
@@ -41,7 +41,7 @@ def apply_anchor(layer: Any, target_plan: TargetPlan, kind: Literal["twin", "res
             layer.lora_B[ANCHOR_NAME].weight.copy_(-target_plan.anchor.B)
         else:
             weight = layer.get_base_layer().weight
-            weight.copy_(_residual(weight.detach(), _start(weight, target_plan)))
+            weight.copy_(subtract(weight.detach(), target_plan))
 
 
 def _start(weight: Tensor, target_plan: TargetPlan) -> Tensor:
@@ -50,8 +50,9 @@ def _start(weight: Tensor, target_plan: TargetPlan) -> Tensor:
     return start.T if target_plan.target.transposed else start
 
 
-def _residual(weight: Tensor, start: Tensor) -> Tensor:
-    return (weight.float() - start).to(weight.dtype)
+def subtract(weight: Tensor, target_plan: TargetPlan) -> Tensor:
+    """Returns the residual ``W - s B0 A0`` of a stored weight, formed in float32, rounded to the weight's dtype."""
+    return (weight.float() - _start(weight, target_plan)).to(weight.dtype)
 
 
 def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> dict[str, float]:
@@ -73,8 +74,8 @@ def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto")
         if target_plan.anchored and resolve(anchor, model.dtype) == "residual":
             weight = model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            start, weight = _start(weight, target_plan), weight.detach()
-            gap = _residual(weight, start).float() + start - weight.float()
+            weight = weight.detach()
+            gap = subtract(weight, target_plan).float() + _start(weight, target_plan) - weight.float()
             errors[name] = float(gap.norm() / weight.float().norm())
     return errors
 
