@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,12 +44,55 @@ def tuned(world: World, plan: Plan, anchor: Anchor = "twin") -> PeftModel:
     return model.eval()
 
 
-def exported(world: World, model: Any, plan: Plan, folder: Path, format: Format, seed: int = 0) -> Any:
-    """Export, and load what was written with nothing but PEFT and Transformers; the seed is that of a fresh head."""
+def exported(world: World, model: Any, plan: Plan, folder: Path, format: Format) -> Any:
+    """Exports, and loads what was written."""
     done = export(model, plan, folder, ExportOptions(format), base=str(world.saved.folder), load_base=world.base)
-    if done.format == "merged":
+    return reloaded(world, folder, done.format)
+
+
+def reloaded(world: World, folder: Path, format: str, seed: int = 0) -> Any:
+    """Loads an export with nothing but PEFT and Transformers; the seed is that of a fresh head."""
+    if format == "merged":
         return load_model(str(folder), LoadOptions(head=world.saved.head))
     return PeftModel.from_pretrained(world.saved.load(seed), str(folder)).eval()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained twin that tests share and leave as it is, and where it is written in each format."""
+
+    world: World
+    plan: Plan
+    model: PeftModel
+    folder: Path
+    formats: dict[str, str] = field(default_factory=dict)
+
+    def reloaded(self, format: Format, seed: int = 0) -> Any:
+        """Loads the export, which the first call writes."""
+        folder = self.folder / format
+        if format not in self.formats:
+            base = str(self.world.saved.folder)
+            done = export(self.model, self.plan, folder, ExportOptions(format), base=base, load_base=self.world.base)
+            self.formats[format] = done.format
+        return reloaded(self.world, folder, self.formats[format], seed)
+
+
+@pytest.fixture(scope="session")
+def twins(
+    worlds: Callable[[str], World], plans: Callable[[str, str], Plan], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Trained]:
+    @cache
+    def make(case: str, architecture: str) -> Trained:
+        world, plan = worlds(architecture), plans(case, architecture)
+        return Trained(world, plan, tuned(world, plan), tmp_path_factory.mktemp("exports"))
+
+    return make
+
+
+@pytest.fixture
+def twin(request: pytest.FixtureRequest, world: World, twins: Callable[[str, str], Trained]) -> Trained:
+    parameters = request.node.callspec.params
+    return twins(parameters["case"], parameters["world"])
 
 
 def adapter(plan: Plan, format: Format) -> Format:
@@ -144,59 +189,55 @@ def merge_and_unmerge(model: PeftModel) -> None:
 
 @every_adapter
 @every_anchor
-@pytest.mark.parametrize("event", [leave_alone, set_default, disable_and_enable])
 def test_untrained_factors_get_no_gradient_and_keep_their_bits(
-    case: str, world: World, plan_of: PlanOf, anchor: Anchor, event: Callable[[PeftModel], None]
+    case: str, world: World, plan_of: PlanOf, anchor: Anchor
 ) -> None:
     """Every parameter is handed to AdamW with weight decay: only requires_grad protects it."""
     plan = plan_of(case)
     model = installed(world, plan, anchor)
-    event(model)
-    before = copies(model)
-    train_steps(model, steps=2, everything=True)
-    trained = trained_names(model, plan)
-    for name, parameter in model.named_parameters():
-        if name in trained:
-            assert not torch.equal(parameter, before[name]), name
-        else:
-            assert parameter.grad is None, name
-            assert torch.equal(parameter, before[name]), name
-    check_frozen(model, plan)
+    for event in (leave_alone, set_default, disable_and_enable):
+        event(model)
+        before = copies(model)
+        train_steps(model, steps=2, everything=True)
+        trained = trained_names(model, plan)
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                assert not torch.equal(parameter, before[name]), (event, name)
+            else:
+                assert parameter.grad is None, (event, name)
+                assert torch.equal(parameter, before[name]), (event, name)
+        check_frozen(model, plan)
 
 
 @every_adapter
 @every_anchor
-@pytest.mark.parametrize("event", [set_default, disable_and_enable, merge_and_unmerge])
 def test_what_peft_switches_on_and_off_changes_no_output(
-    case: str, world: World, plan_of: PlanOf, anchor: Anchor, event: Callable[[PeftModel], None]
+    case: str, world: World, plan_of: PlanOf, anchor: Anchor
 ) -> None:
     model = tuned(world, plan_of(case), anchor)
     wanted = logits(model, tokens())
-    event(model)
-    assert off_by(logits(model, tokens()), wanted) < 1e-5
+    for event in (set_default, disable_and_enable, merge_and_unmerge):
+        event(model)
+        assert off_by(logits(model, tokens()), wanted) < 1e-5, event
 
 
 @every_adapter
-def test_disabling_an_installed_twin_gives_the_base_back_exactly(case: str, world: World, plan_of: PlanOf) -> None:
-    model = tuned(world, plan_of(case))
-    with model.disable_adapter():
-        assert torch.equal(logits(model, tokens()), logits(world.base(), tokens()))
-    assert off_by(logits(model, tokens()), logits(world.base(), tokens())) > 1e-3
+def test_disabling_an_installed_twin_gives_the_base_back_exactly(case: str, twin: Trained) -> None:
+    wanted = logits(twin.world.base(), tokens())
+    with twin.model.disable_adapter():
+        assert torch.equal(logits(twin.model, tokens()), wanted)
+    assert off_by(logits(twin.model, tokens()), wanted) > 1e-3
 
 
 # Export
 
 
 @every_adapter
-@pytest.mark.parametrize("format", get_args(Format))
-def test_an_export_reloads_without_keeptune_on_a_fresh_base_with_the_same_logits(
-    case: str, world: World, plan_of: PlanOf, format: Format, tmp_path: Path
-) -> None:
-    model = tuned(world, plan_of(case))
-    wanted = logits(model, tokens(9))
-    assert off_by(logits(world.base(), tokens(9)), wanted) > 1e-2  # training changed something
-    again = exported(world, model, plan_of(case), tmp_path / "out", format, seed=1)
-    assert off_by(logits(again, tokens(9)), wanted) < 1e-5
+def test_an_export_reloads_without_keeptune_on_a_fresh_base_with_the_same_logits(case: str, twin: Trained) -> None:
+    wanted = logits(twin.model, tokens(9))
+    assert off_by(logits(twin.world.base(), tokens(9)), wanted) > 1e-2  # training changed something
+    for format in get_args(Format):
+        assert off_by(logits(twin.reloaded(format, seed=1), tokens(9)), wanted) < 1e-5, format
 
 
 @every_adapter
@@ -223,38 +264,25 @@ def rows_apart(before: Tensor, after: Tensor, transposed: bool) -> Tensor:
 
 
 @every_adapter
-def test_what_is_exported_as_lora_has_a_change_of_low_rank(
-    case: str, world: World, plan_of: PlanOf, tmp_path: Path
-) -> None:
+def test_what_is_exported_as_lora_has_a_change_of_low_rank(case: str, twin: Trained) -> None:
     """And what is not, has not: the exemption of the rescaling methods is a fact about them."""
-    model, base = tuned(world, plan_of(case)), world.base()
-    merged = exported(world, model, plan_of(case), tmp_path / "out", "merged")
-    for t in plan_of(case).targets:
+    base, merged = twin.world.base(), twin.reloaded("merged")
+    for t in twin.plan.targets:
         name = f"{t.target.name}.weight"
         delta = rows_apart(base.get_parameter(name), merged.get_parameter(name), t.target.transposed).detach()
         values = torch.linalg.svdvals(delta.double())
         assert bool(values[2 * t.decision.rank] < 1e-4 * values[0]) == (case in LOW_RANK), t.target.name
 
 
-@every_low_rank
-@pytest.mark.parametrize("format", ["portable", "peft"])
-def test_disabling_an_exported_adapter_gives_the_base_back_exactly(
-    case: str, world: World, plan_of: PlanOf, format: Format, tmp_path: Path
-) -> None:
-    again = exported(
-        world, tuned(world, plan_of(case)), plan_of(case), tmp_path / "out", adapter(plan_of(case), format)
-    )
-    with again.disable_adapter():
-        assert torch.equal(logits(again, tokens()), logits(world.base(), tokens()))
-
-
-@every_rescaling
-def test_disabling_an_exported_adapter_of_new_lengths_gives_the_base_back_exactly(
-    case: str, world: World, plan_of: PlanOf, tmp_path: Path
-) -> None:
-    again = exported(world, tuned(world, plan_of(case)), plan_of(case), tmp_path / "out", "peft")
-    with again.disable_adapter():
-        assert torch.equal(logits(again, tokens()), logits(world.base(), tokens()))
+@every_adapter
+def test_disabling_an_exported_adapter_gives_the_base_back_exactly(case: str, twin: Trained) -> None:
+    formats: set[Format] = {"peft"}
+    if case in LOW_RANK:
+        formats.add(adapter(twin.plan, "portable"))
+    for format in formats:
+        again = twin.reloaded(format)
+        with again.disable_adapter():
+            assert torch.equal(logits(again, tokens()), logits(twin.world.base(), tokens())), format
 
 
 @pytest.mark.parametrize("case", [case for case in STILL if case in LOW_RANK])
@@ -297,9 +325,8 @@ def test_training_does_not_depend_on_the_random_state_of_install(case: str, worl
 
 
 @every_low_rank
-def test_the_twin_is_no_part_of_the_export(case: str, world: World, plan_of: PlanOf, tmp_path: Path) -> None:
-    format = adapter(plan_of(case), "portable")
-    again = exported(world, tuned(world, plan_of(case)), plan_of(case), tmp_path / "out", format)
+def test_the_twin_is_no_part_of_the_export(case: str, twin: Trained) -> None:
+    again = twin.reloaded(adapter(twin.plan, "portable"))
     assert list(again.peft_config) == ["default"]
     assert not any(ANCHOR_NAME in name for name, _ in again.named_parameters())
 
