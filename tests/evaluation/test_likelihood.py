@@ -23,18 +23,6 @@ def sums_of(model: Any, sequences: Any, rows: int = 8, pad: int = 0) -> list[flo
     return log_likelihoods(model, sequences, Passes(rows, pad, "x"))
 
 
-def test_choices_match_the_reference(model: Any, tokenizer: Any, reference: Any) -> None:
-    pairs = [
-        ("The cat is", "red"),
-        ("The cat is", "very happy now"),
-        ("Tom", "ran"),
-        ("Once upon a time", "there"),
-    ]
-    found = sums_of(model, [Encoder(tokenizer, 99).choice(*pair, "x") for pair in pairs])
-    expected = [reference.choice_log_likelihood(model, tokenizer, *pair) for pair in pairs]
-    assert found == pytest.approx(expected, abs=2e-5)
-
-
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("pad", [0, 2, 77])
 def test_batch_size_and_padding_do_not_matter(model: Any, tokenizer: Any, rows: int, pad: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from keeptune.core.errors import ModelError
-from keeptune.evaluation.model_pairs import AdapterPair, TwoModels, scoring
+from keeptune.evaluation.model_pairs import AdapterPair, scoring
 
 # PEFT 0.21 asks transformers 5.23 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -62,10 +62,3 @@ def test_adapters_that_cannot_be_switched_off_are_refused(tiny: Any, other: Any)
         AdapterPair(adapted(tiny, bias="lora_only"))
     with pytest.raises(ModelError, match="prompt learning"):
         AdapterPair(get_peft_model(other, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
-
-
-def test_two_models(tiny: Any, other: Any) -> None:
-    pair = TwoModels(tiny, other)
-    with scoring(pair, "before") as first, scoring(pair, "after") as second:
-        assert first is tiny
-        assert second is other

@@ -22,6 +22,7 @@ def test_batches_hold_every_sequence_once(lengths: list[int], rows: int, side: A
     seen = {}
     for batch in padded_batches(sequences, rows=rows, pad=0, side=side):
         assert len(batch.members) <= rows
+        assert batch.mask.dtype == batch.ids.dtype == torch.long
         for row, member in enumerate(batch.members):
             seen[member] = batch.ids[row][batch.mask[row].bool()].tolist()
             assert batch.mask[row].sum() == lengths[member]
@@ -96,8 +97,3 @@ def test_context_limit() -> None:
     assert context_limit(100, 32, 512, where="x") == 100
     with pytest.raises(RecipeError, match=r"x\.max_new_tokens"):
         context_limit(100, 511, 512, where="x")
-
-
-def test_mask_is_on_the_cpu_and_integral() -> None:
-    batch = next(iter(padded_batches([ScoredTokens((5, 6), 1, False)], rows=1, pad=0, side="left")))
-    assert batch.mask.dtype == batch.ids.dtype == torch.long

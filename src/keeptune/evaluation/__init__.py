@@ -1,7 +1,7 @@
 """Scores of a model before and after fine-tuning, on the same items."""
 
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
-from keeptune.evaluation.harness import evaluate, score_items
+from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.evaluation.standard import NamedBenchmark
@@ -15,6 +15,5 @@ __all__ = [
     "NamedBenchmark",
     "TwoModels",
     "evaluate",
-    "score_items",
     "trade_off",
 ]

@@ -24,7 +24,7 @@ from keeptune.evaluation.scored_tokens import Encoder, Passes, ScoredTokens, con
 from keeptune.evaluation.standard import NamedBenchmark, score_named
 from keeptune.model.blocks import positions
 
-__all__ = ["evaluate", "score_items"]
+__all__ = ["evaluate"]
 
 _LOG = logging.getLogger(__name__)
 _Records = list[dict[str, Any]]
@@ -59,20 +59,6 @@ def evaluate(
         return score_named(pair, tokenizer, benchmark, seed=seed, progress=progress, kept=kept)
     assert isinstance(benchmark, FileBenchmark)
     items = load_items(benchmark, folder)
-    return score_items(pair, tokenizer, benchmark, items, seed=seed, progress=progress, kept=kept)
-
-
-def score_items(
-    pair: ModelPair,
-    tokenizer: PreTrainedTokenizerBase,
-    benchmark: FileBenchmark,
-    items: Sequence[Item],
-    *,
-    seed: int = 0,
-    progress: bool = True,
-    kept: KeptAnswers | None = None,
-) -> BenchmarkResult:
-    """Scores items that are in memory already, at least one; see :func:`evaluate`."""
     passes = len(items) if benchmark.metric == "cross_entropy" else 2 * len(items)
     if benchmark.metric == "multiple_choice":
         passes = 2 * sum(len(item.choices) for item in items)

@@ -7,8 +7,7 @@ import pytest
 from keeptune import atlas
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import load_model
-from keeptune.pipeline.dry_run.known_models import MODELS
-from keeptune.pipeline.dry_run.model_shapes import model_shape
+from keeptune.pipeline.dry_run.model_shapes import MODELS, model_shape
 
 # FARSS Tables 2, 3, 10 and 11, LoKI Table 4, in millions; Llama-3 from its checkpoint's index (16,060,522,496 bytes);
 # Llama-3.2-3B is 3,407M with an adapter of 195M in LoRA-Null's Table 3 (3,213M + 195M).
