@@ -39,10 +39,6 @@ def dry_run(recipe: Path, overrides: Mapping[str, Any], flops: float | None) -> 
 def describe_file(path: Path | str, overrides: Mapping[str, Any] | None = None) -> dict[str, tuple[int, DryRun]]:
     """Returns what the runs of a recipe would fetch, train and score, and what they would take; nothing is fetched.
 
-    Args:
-        path: The YAML file.
-        overrides: Dotted key to value.
-
     Returns:
         Name of a method of a comparison or of a stage (empty for the run of a recipe) to how often it runs, over
         rates and seeds, and the account of one run.

@@ -19,12 +19,7 @@ __all__ = ["data_fingerprint", "engine_of", "refuse_used"]
 
 
 def data_fingerprint(benchmark: Benchmark, folder: Path = Path()) -> str:
-    """Returns a fingerprint of a benchmark's data, equal for equal data.
-
-    Args:
-        benchmark: The benchmark.
-        folder: The folder that a relative path starts from.
-    """
+    """Returns a fingerprint of a benchmark's data, equal for equal data."""
     if isinstance(benchmark, NamedBenchmark):
         return load_documents(benchmark).fingerprint
     return file_fingerprint([folder / _file(benchmark).file])
@@ -39,10 +34,6 @@ def engine_of(benchmark: Benchmark) -> dict[str, str | int] | None:
 
 def refuse_used(used: Sequence[Corpus], benchmark: Benchmark) -> None:
     """Checks that nothing is scored that was used to prepare or to train.
-
-    Args:
-        used: Knowledge and task data.
-        benchmark: What is scored.
 
     Raises:
         DataError: They overlap, or the data of the benchmark cannot be read.

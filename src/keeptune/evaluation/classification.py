@@ -38,14 +38,6 @@ def classified(
 ) -> BenchmarkResult:
     """Scores labels or scores of a whole benchmark.
 
-    Args:
-        pair: The models.
-        tokenizer: Their tokenizer.
-        benchmark: What to score.
-        items: Its items, at least one.
-        seed: Seed of the bootstrap interval.
-        advance: Called with the number of sequences done after each batch.
-
     Returns:
         The result; groups are scored where the score is a mean over items (accuracy).
 

@@ -57,10 +57,6 @@ class Item:
 def load_items(benchmark: FileBenchmark, folder: Path) -> list[Item]:
     """Reads a benchmark's file.
 
-    Args:
-        benchmark: The benchmark.
-        folder: The folder that relative paths start from.
-
     Returns:
         One item per row, in file order.
 

@@ -43,11 +43,6 @@ class Losses:
 def log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], passes: Passes) -> list[float]:
     """Sums the log-probabilities of each sequence's scored tokens.
 
-    Args:
-        model: The model, in evaluation mode.
-        sequences: Token sequences.
-        passes: How they go through the model.
-
     Returns:
         One log-likelihood per sequence, nats.
 
@@ -71,11 +66,6 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
     """Computes each sequence's loss before and after, and KL(base || tuned) on the same tokens.
 
     Both models see one batch after the other, so that only one batch of logits of each is held.
-
-    Args:
-        pair: The models.
-        sequences: Token sequences.
-        passes: How they go through the models.
 
     Returns:
         One result per sequence.

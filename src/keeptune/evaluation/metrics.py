@@ -252,12 +252,7 @@ def agreement_interval(
 
 
 def resampled(metric: Metric, labels: int = 0) -> Callable[[_Values, _Values], _Values]:
-    """Returns :func:`agreement` as a function of right and predicted values, ``(..., n)`` each, to ``(...,)``.
-
-    Args:
-        metric: One of ``LABELS`` or ``SCORES``.
-        labels: Number of labels of the classifier.
-    """
+    """Returns :func:`agreement` as a function of right and predicted values, ``(..., n)`` each, to ``(...,)``."""
     functions: Mapping[str, Callable[[_Values, _Values], _Values]] = {
         "accuracy": lambda truth, predicted: np.asarray((truth == predicted).mean(axis=-1)),
         "f1": lambda truth, predicted: _f1(truth, predicted, labels),

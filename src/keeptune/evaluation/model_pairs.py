@@ -130,10 +130,6 @@ class SuppressedNodes:
 def scoring(pair: ModelPair, side: Side) -> Iterator[PreTrainedModel]:
     """Enters one side of a pair in evaluation mode and without gradients; restores every module's mode.
 
-    Args:
-        pair: The pair.
-        side: Which of the two.
-
     Yields:
         The model.
     """

@@ -57,10 +57,6 @@ class BenchmarkResult:
     def from_jsonl(cls, summary: Mapping[str, Any], text: str) -> BenchmarkResult:
         """Reads a result.
 
-        Args:
-            summary: As of :meth:`summary`.
-            text: As of :meth:`to_jsonl`.
-
         Returns:
             A result equal to the one that was written.
 

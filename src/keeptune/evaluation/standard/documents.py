@@ -40,9 +40,6 @@ class Documents:
 def load_documents(benchmark: NamedBenchmark) -> Documents:
     """Loads the items, from the hub or from local files.
 
-    Args:
-        benchmark: The benchmark.
-
     Raises:
         RecipeError: lm-eval is missing or has no such task.
         DataError: The data cannot be fetched or read; or an example for the prompts is one of the items.
@@ -106,10 +103,6 @@ def refuse_documents(used: Sequence[Corpus], scored: Documents) -> None:
     An item was used when one used row, its prompt with it, holds every part of the item (case, punctuation at ends and
     white space aside): a question, or a question and all its choices. An item of fewer than five words has to be a
     field of the row by itself, or to stand at its start or end: in longer texts it would occur by chance.
-
-    Args:
-        used: Knowledge and task data.
-        scored: The items.
 
     Raises:
         DataError: Some were; their numbers and the first of them are shown.

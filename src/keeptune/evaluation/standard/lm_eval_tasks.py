@@ -272,9 +272,6 @@ def _task(benchmark: NamedBenchmark, config: _Config) -> Any:
 def recorded_shots(built: Built) -> Iterator[dict[str, list[tuple[int, ...]]]]:
     """Notes which examples lm-eval draws for each prompt.
 
-    Args:
-        built: The tasks.
-
     Yields:
         Task to the examples of each of its prompts in turn, as rows of their split from 0.
     """

@@ -19,13 +19,7 @@ MBPP_EXAMPLES = (2, 3, 4)  # by task_id, as in lm-eval's list
 
 
 def program_of(name: str, row: Row, answer: str) -> str:
-    """Returns an answer with the tests that it has to pass, as in lm-eval's ``code_eval``.
-
-    Args:
-        name: ``humaneval`` or ``mbpp``.
-        row: The item.
-        answer: What the model wrote after the prompt.
-    """
+    """Returns an answer with the tests that it has to pass, as in lm-eval's ``code_eval``."""
     if name == "humaneval":
         return f"{row['prompt']}{answer}\n{row['test']}\ncheck({row['entry_point']})"
     # MBPP's test_setup_code, of one item in 500, is left out there as well.
@@ -52,12 +46,7 @@ class Runs:
 
 
 def task_overrides(name: str, process: Callable[[Row, Sequence[str]], dict[str, float]]) -> dict[str, Any]:
-    """Returns fields of a task's configuration in place of those that run programs in this process.
-
-    Args:
-        name: ``humaneval`` or ``mbpp``.
-        process: Runs an answer.
-    """
+    """Returns fields of a task's configuration in place of those that run programs in this process."""
     fields: dict[str, Any] = {
         "unsafe_code": False,
         "filter_list": None,

@@ -28,9 +28,6 @@ _NOISY = ("lm_eval", "datasets", "httpx", "absl")
 def engine_version(where: str) -> str:
     """Returns the version of lm-eval.
 
-    Args:
-        where: The recipe key, for error messages.
-
     Raises:
         RecipeError: It is not installed.
     """
@@ -48,9 +45,6 @@ def engine_version(where: str) -> str:
 @contextmanager
 def restored_process(where: str) -> Iterator[None]:
     """Restores random number generators, environment, loggers and progress bars; silences lm-eval meanwhile.
-
-    Args:
-        where: The recipe key, for error messages.
 
     Raises:
         RecipeError: lm-eval is not installed.

@@ -55,9 +55,6 @@ class Sandbox:
     def run(self, program: str) -> str:
         """Runs Python source in an empty folder.
 
-        Args:
-            program: Python source.
-
         Returns:
             What stopped it; empty where it ran to its end without an error.
         """
@@ -101,9 +98,6 @@ class Sandbox:
 
 def open_sandbox(where: str) -> Sandbox:
     """Returns the tightest sandbox that works on this machine, and logs which it is.
-
-    Args:
-        where: The recipe key, for messages.
 
     Raises:
         ModelError: Not even an empty program runs.

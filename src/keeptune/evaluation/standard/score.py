@@ -68,14 +68,6 @@ def score_named(
     Laws: models, tokenizer, random number generators, environment and loggers are left as they were; both models read
     the same prompts; the scores are lm-eval's own of the same answers.
 
-    Args:
-        pair: The models.
-        tokenizer: Their tokenizer; its settings stay as they are.
-        benchmark: What to score.
-        seed: Seed of the bootstrap interval; examples in the prompts do not depend on it.
-        progress: Whether to show bars, where stderr is a terminal.
-        kept: The base's answers on disk; None runs the base.
-
     Returns:
         The scores, their interval and the record of every item.
 

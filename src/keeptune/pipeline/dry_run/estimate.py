@@ -115,12 +115,7 @@ def activation_bytes(
 
 
 def sums_bytes(numbers: Sequence[int], *, low_memory: bool) -> int:
-    """Computes the memory of sums of statistics in float64, of which ``low_memory`` holds the largest alone.
-
-    Args:
-        numbers: Numbers of each sum: n² for a covariance.
-        low_memory: No more at a time than the largest takes.
-    """
+    """Computes the memory of sums of statistics in float64, of which ``low_memory`` holds the largest alone."""
     return 8 * (max(numbers, default=0) if low_memory else sum(numbers))
 
 
@@ -133,11 +128,6 @@ def forward_flops(shape: ModelShape, tokens: float, length: float) -> float:
     """Computes the work of a forward pass: ``2 (Σ m n + V h) + 4 L a S`` for each token.
 
     Attention is counted over the whole length: half is masked in causal models, but not every kernel leaves it out.
-
-    Args:
-        shape: The model.
-        tokens: Number of tokens.
-        length: S.
     """
     maps = sum(target.out_features * target.in_features for target in shape.linear)
     return tokens * (2 * (maps + shape.vocabulary * shape.hidden) + 4 * shape.blocks * shape.attention * length)

@@ -111,10 +111,6 @@ class ModelShape:
     def targets(self, roles: Iterable[str] | None, layers: Iterable[int] | None) -> list[Target]:
         """Returns what :func:`keeptune.model.blocks.find_targets` does, without its forward pass.
 
-        Args:
-            roles: Roles to keep; None keeps all.
-            layers: Blocks to keep; None keeps all.
-
         Raises:
             PlanError: A role or a block does not exist in this model.
         """

@@ -44,10 +44,6 @@ class Rate:
 def stated_rate(flops: float | None, device: str) -> Rate:
     """Returns the given rate, or that of this machine's matrix products.
 
-    Args:
-        flops: Operations a second; None measures.
-        device: Where products are measured.
-
     Raises:
         RecipeError: The given rate is not above 0.
     """
