@@ -1,7 +1,7 @@
 """keeptune demo: plain LoRA, LoRA with 30% replay, LoRA with KL to the base, and keep, on atlas at their defaults.
 
-All four train 120 steps at one learning rate: the lowest of the sweep 2.5e-4, 5e-4, 1e-3, 2e-3 at which each of them
-learns the task to 0.8. A lower rate forgets less, so that none is shown at a rate that makes it look bad.
+All four train 120 steps at one learning rate: the lowest of the sweep 2.5e-4, 5e-4, 1e-3, 2e-3 at which plain LoRA
+learns the task to 0.8. A lower rate forgets less, so that plain LoRA is not shown at a rate that makes it look bad.
 """
 
 from __future__ import annotations
