@@ -33,9 +33,9 @@ def test_without_penalties_there_is_no_figure(full: dict[str, Any], minimal: dic
 
 def test_the_record_keeps_penalty_and_drift_of_every_step(full: dict[str, Any]) -> None:
     runs = parse_report(penalised(full)).runs
-    held = [run for run in runs if run.drift]
+    held = [run for run in runs if run.penalised]
     assert {run.name for run in held} == {"lora-null-v1"}
-    assert [(row.step, row.penalty, dict(row.layers)) for row in held[0].drift][:2] == [
+    assert [(row.step, row.penalty, dict(row.layers)) for row in held[0].penalised][:2] == [
         (0, 0.0, {0: 0.0, 1: 0.0}),
         (1, 0.01, {0: 0.02, 1: 0.04}),
     ]

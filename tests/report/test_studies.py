@@ -13,7 +13,7 @@ from rich.console import Console
 
 from keeptune.experiments.effects import study_rows
 from keeptune.report.figures.drawing import png
-from keeptune.report.figures.layer_effects import study_figure
+from keeptune.report.figures.sweep_lines import study_figure
 from keeptune.report.tables.analyses import print_study
 
 

@@ -17,8 +17,7 @@ from keeptune.experiments.search import run_search
 from keeptune.experiments.single_run import Outcome
 from keeptune.report.figures.drawing import png
 from keeptune.report.figures.grid_maps import benefit_figure
-from keeptune.report.figures.layer_effects import study_figure
-from keeptune.report.figures.sweep_lines import sweep_figure
+from keeptune.report.figures.sweep_lines import study_figure, sweep_figure
 from keeptune.report.pages.comparison_page import write_comparison
 
 __all__ = ["Compared", "run_comparison", "write_results"]

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_hex, to_rgb
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -100,18 +100,16 @@ _THEME: Final[Any] = {
 
 @dataclass(frozen=True)
 class Look:
-    """How a label is drawn everywhere: fill colour, marker, dashes, and a darker colour for text."""
+    """How a label is drawn everywhere: colour, marker and dashes."""
 
     colour: str
     shape: str
     dash: Any
-    text: str
 
 
 def look(index: int) -> Look:
     """Returns the look of a label by its place among the labels."""
-    colour = _COLOURS[index % len(_COLOURS)]
-    return Look(colour, _SHAPES[index % len(_SHAPES)], _DASHES[index % len(_DASHES)], _darken(colour))
+    return Look(_COLOURS[index % len(_COLOURS)], _SHAPES[index % len(_SHAPES)], _DASHES[index % len(_DASHES)])
 
 
 def colours_of(scale: str) -> LinearSegmentedColormap:
@@ -286,16 +284,3 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
         png(figure, folder / f"{name}.png")
         written += [folder / f"{name}.svg", folder / f"{name}.png"]
     return written
-
-
-def _darken(colour: str) -> str:
-    """Returns the colour made darker until its contrast against white is 4.5, as WCAG defines it."""
-    mix = to_rgb(colour)
-    while _contrast(mix) < 4.5:
-        mix = (mix[0] * 0.95, mix[1] * 0.95, mix[2] * 0.95)
-    return to_hex(mix)
-
-
-def _contrast(colour: tuple[float, float, float]) -> float:
-    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
-    return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from keeptune.report.comparisons import Points, Scales, by_volume, labels_of, ranges
-from keeptune.report.figures.drawing import INK, MUTED, Look, bare, finish, look, page, save, themed
+from keeptune.report.figures import drawing
 from keeptune.report.numbers import ends, short
 
 __all__ = ["hypervolume_figure", "tradeoff_figure", "write_figures"]
@@ -25,7 +25,7 @@ def write_figures(runs: Mapping[str, Any], front: Mapping[str, Any], folder: Pat
         folder: Where; it is made.
     """
     figures = {"tradeoff": tradeoff_figure(runs, front), "hypervolume": hypervolume_figure(runs, front)}
-    return save({name: figure for name, figure in figures.items() if figure is not None}, folder)
+    return drawing.save({name: figure for name, figure in figures.items() if figure is not None}, folder)
 
 
 def tradeoff_figure(runs: Mapping[str, Any], front: Mapping[str, Any]) -> Figure | None:
@@ -43,28 +43,30 @@ def tradeoff_figure(runs: Mapping[str, Any], front: Mapping[str, Any]) -> Figure
         return None
     scales, numbered = Scales(front), labels_of(runs["runs"], front)
     places = {point["name"]: scales.place(point) for point in points}
-    with themed():
-        figure = page(8.6, max(5.2, 0.2 * len(numbered) + 1.4))
+    with drawing.themed():
+        figure = drawing.page(8.6, max(5.2, 0.2 * len(numbered) + 1.4))
         axes = figure.subplots()
         over = sorted(places[name] for name in front["front"] if name in places)
         axes.plot(*zip(*over, strict=True), color="#c9d2da", lw=6, zorder=1, label="front over all")
         for label, index in numbered.items():
-            drawn = look(index)
+            drawn = drawing.look(index)
             line = sorted(places[name] for name in front["fronts"].get(label, []) if name in places)
             if len(line) > 1:
                 axes.plot(*zip(*line, strict=True), color=drawn.colour, lw=0.9, ls=drawn.dash, zorder=2)
             _scatter(axes, [point for point in points if point["label"] == label], drawn, label, scales)
         across, down = ranges(runs["runs"], front, None)
         axes.set(xlim=across, ylim=down, xlabel=scales.across, ylabel=scales.up)
-        axes.axhline(0, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=0)
+        axes.axhline(0, color=drawing.MUTED, lw=0.8, ls=(0, (4, 3)), zorder=0)
         axes.grid(visible=True)
-        bare(axes, ("left", "bottom"))
-        axes.text(1.0, 1.01, "better ↗", ha="right", va="bottom", fontsize=9, color=MUTED, transform=axes.transAxes)
+        drawing.bare(axes, ("left", "bottom"))
+        axes.text(
+            1.0, 1.01, "better ↗", ha="right", va="bottom", fontsize=9, color=drawing.MUTED, transform=axes.transAxes
+        )
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5)
-        return finish(figure)
+        return drawing.finish(figure)
 
 
-def _scatter(axes: Axes, members: Points, drawn: Look, label: str, scales: Scales) -> None:
+def _scatter(axes: Axes, members: Points, drawn: drawing.Look, label: str, scales: Scales) -> None:
     """Draws the settings of a label; those with a variant are hollow, those on the front large and with intervals."""
     for index, point in enumerate(members):
         x, y = scales.place(point)
@@ -90,16 +92,16 @@ def hypervolume_figure(runs: Mapping[str, Any], front: Mapping[str, Any]) -> Fig
     if not volumes:
         return None
     numbered = labels_of(runs["runs"], front)
-    with themed():
-        figure = page(7.0, 0.24 * len(volumes) + 0.9)
+    with drawing.themed():
+        figure = drawing.page(7.0, 0.24 * len(volumes) + 0.9)
         axes = figure.subplots()
         for place, (label, item) in enumerate(volumes.items()):
-            axes.barh([place], [item["mean"]], height=0.66, color=look(numbered[label]).colour)
-            axes.plot(ends(item), [place, place], color=INK, lw=1)
+            axes.barh([place], [item["mean"]], height=0.66, color=drawing.look(numbered[label]).colour)
+            axes.plot(ends(item), [place, place], color=drawing.INK, lw=1)
         axes.set_yticks(range(len(volumes)), [short(label) for label in volumes])
         axes.set_ylim(len(volumes) - 0.4, -0.6)
         axes.set_xlim(left=0)
         axes.set_xlabel("hypervolume, 95% intervals over seeds")
         axes.grid(visible=True, axis="x")
-        bare(axes)
-        return finish(figure)
+        drawing.bare(axes)
+        return drawing.finish(figure)

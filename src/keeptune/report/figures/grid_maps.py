@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from keeptune.report.figures.drawing import caption, colours_of, finish, heat_map, page, themed
+from keeptune.report.figures import drawing
 from keeptune.report.numbers import axis_value, signed, unit_words
 from keeptune.report.tables.analyses import benefit_title
 
@@ -39,9 +39,9 @@ def benefit_figure(record: Mapping[str, Any]) -> Figure | None:
     for table in tables:
         largest = float(numpy.nanmax(numpy.abs(_numbers(table)), initial=0.0))
         tops[table["unit"]] = max(tops.get(table["unit"], 1e-9), largest)
-    with themed():
+    with drawing.themed():
         size = wide * (0.62 * (len(acrosses) + 1.2) + 0.75) + 0.2, high * (0.42 * (len(downs) + 1.2) + 0.75) + 0.35
-        figure = page(*size)
+        figure = drawing.page(*size)
         panels = list(figure.subplots(high, wide, squeeze=False).flat)
         for axes, table in zip(panels, tables, strict=False):
             _draw(axes, table, tops[table["unit"]])
@@ -51,8 +51,8 @@ def benefit_figure(record: Mapping[str, Any]) -> Figure | None:
             axes.set_ylabel(down)
         for axes in panels[len(tables) :]:
             axes.set_visible(False)
-        caption(figure, _words(record, tables))
-        return finish(figure)
+        drawing.caption(figure, _words(record, tables))
+        return drawing.finish(figure)
 
 
 def _numbers(table: Mapping[str, Any]) -> numpy.ndarray:
@@ -66,7 +66,9 @@ def _numbers(table: Mapping[str, Any]) -> numpy.ndarray:
 def _draw(axes: Axes, table: Mapping[str, Any], top: float) -> None:
     numbers = _numbers(table)
     decimals = 3 if table["unit"] == "nats" else 1
-    heat_map(axes, numbers, colours_of("gains"), TwoSlopeNorm(0.0, -top, top), lambda value: signed(value, decimals))
+    drawing.heat_map(
+        axes, numbers, drawing.colours_of("gains"), TwoSlopeNorm(0.0, -top, top), lambda value: signed(value, decimals)
+    )
     axes.axhline(numbers.shape[0] - 1.5, color="white", lw=5)
     axes.axvline(numbers.shape[1] - 1.5, color="white", lw=5)
     axes.set_title(benefit_title(table))

@@ -11,20 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from keeptune.report.figures.drawing import (
-    INK,
-    Look,
-    colours_of,
-    finish,
-    frame,
-    heat_map,
-    key,
-    layer_ticks,
-    line,
-    look,
-    page,
-    themed,
-)
+from keeptune.report.figures import drawing
 from keeptune.report.numbers import short
 
 __all__ = ["heat_figure", "profile_figure"]
@@ -43,11 +30,11 @@ def profile_figure(record: Mapping[str, Any]) -> Figure:
         record: As in ``trace.json``.
     """
     norm = record["norm"]
-    with themed():
-        figure = page(8.4, 3.6)
+    with drawing.themed():
+        figure = drawing.page(8.4, 3.6)
         left, right = figure.subplots(1, 2)
         for place, model in enumerate(record["models"]):
-            drawn, name = look(place), short(model["name"], 28)
+            drawn, name = drawing.look(place), short(model["name"], 28)
             _profile(left, model["AIE"], model["AIE_error"], name, drawn)
             shares = model[f"NAIE_{norm}"]
             if shares is not None and model["distinct"]:
@@ -55,15 +42,15 @@ def profile_figure(record: Mapping[str, Any]) -> Figure:
             else:
                 text = f"{name}: no effect beyond chance"
                 right.text(0.04, 0.06 + 0.08 * place, text, transform=right.transAxes, color=drawn.colour)
-        left.axhline(0, color=INK, lw=0.8)
+        left.axhline(0, color=drawing.INK, lw=0.8)
         left.set_title("average indirect effect (AIE)")
         right.set_title(f"normalised over layers (NAIE, {norm} = 1)")
-        frame(left, "layer", "probability, summed over the answer", layers=True)
-        frame(right, "layer", "NAIE", layers=True)
+        drawing.frame(left, "layer", "probability, summed over the answer", layers=True)
+        drawing.frame(right, "layer", "NAIE", layers=True)
         right.set_ylim(bottom=0)
         left.legend(loc="best", labelcolor="linecolor")
-        figure.suptitle(_what(record), x=0.01, ha="left", fontsize=9.5, color=INK)
-        return finish(figure)
+        figure.suptitle(_what(record), x=0.01, ha="left", fontsize=9.5, color=drawing.INK)
+        return drawing.finish(figure)
 
 
 def heat_figure(record: Mapping[str, Any]) -> Figure:
@@ -77,34 +64,36 @@ def heat_figure(record: Mapping[str, Any]) -> Figure:
     words = [f"{_word(word)}{'*' if place in noised else ''}" for place, word in enumerate(example["prompt"])]
     tables = [numpy.asarray(model["heat"]).T for model in record["models"]]
     most = max(float(numpy.abs(table).max()) for table in tables) or 1.0
-    scale, colours = Normalize(-most, most), colours_of("gains")
+    scale, colours = Normalize(-most, most), drawing.colours_of("gains")
     tokens, layers = tables[0].shape
-    with themed():
+    with drawing.themed():
         row, cell = min(0.24, 18.0 / tokens), min(0.5, 4.0 / layers)
         wide = 0.075 * max(map(len, words)) + 1.4 + len(tables) * (cell * layers + 0.25)
-        figure = page(max(wide, 2.8 + 1.4 * len(tables)), row * tokens + 1.5)
+        figure = drawing.page(max(wide, 2.8 + 1.4 * len(tables)), row * tokens + 1.5)
         panels = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
         for axes, table, model in zip(panels, tables, record["models"], strict=True):
-            heat_map(axes, table, colours, scale, None)
+            drawing.heat_map(axes, table, colours, scale, None)
             axes.set_title(short(model["name"], max(int(cell * layers * 9), 12)), fontsize=9.5)
-            layer_ticks(axes.set_xticks, range(layers), cell)
+            drawing.layer_ticks(axes.set_xticks, range(layers), cell)
             axes.set_xlabel("layer")
-        layer_ticks(panels[0].set_yticks, words, row, 0.13)
-        bar = key(figure, list(panels), colours, scale, "probability of the answer brought back")
+        drawing.layer_ticks(panels[0].set_yticks, words, row, 0.13)
+        bar = drawing.key(figure, list(panels), colours, scale, "probability of the answer brought back")
         bar.ax.set_ylim(min(0.0, *(float(table.min()) for table in tables)), most)
         answer = short(_word(example["answer"]), 40)
         title = f"example {example['number']}, answer “{answer}”\n* tokens that got noise"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, color=INK)
-        return finish(figure)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, color=drawing.INK)
+        return drawing.finish(figure)
 
 
-def _profile(axes: Axes, values: Sequence[float], errors: Sequence[float | None], name: str, drawn: Look) -> None:
+def _profile(
+    axes: Axes, values: Sequence[float], errors: Sequence[float | None], name: str, drawn: drawing.Look
+) -> None:
     middle = numpy.asarray(values)
     wide = 1.96 * numpy.asarray([math.nan if error is None else error for error in errors])
     if numpy.isfinite(wide).all():
         layers = numpy.arange(len(middle))
         axes.fill_between(layers, middle - wide, middle + wide, color=drawn.colour, alpha=0.15, lw=0)
-    line(axes, list(enumerate(values)), drawn, name)
+    drawing.line(axes, list(enumerate(values)), drawn, name)
 
 
 def _what(record: Mapping[str, Any]) -> str:

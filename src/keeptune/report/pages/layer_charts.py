@@ -203,9 +203,11 @@ def _kept(name: str, label: str, rows: Sequence[PlanRow], kept: Sequence[Sequenc
             traces.append(scatter(role, xs, ys, mark(index), "lines", line=line, **more))
     firsts = [y for y, at in enumerate(order) if y == 0 or rows[at].layer != rows[order[y - 1]].layer]
     ticks = {"tickmode": "array", "tickvals": firsts, "ticktext": [str(rows[order[y]].layer) for y in firsts]}
-    figure = figure_of(traces, axis("index of the singular value"), axis("layer", **ticks, autorange="reversed"))
+    figure = figure_of(
+        traces, axis("index of the singular value"), axis("layer", **ticks, range=[len(rows) - 0.3, -0.7])
+    )
     words = f"Spectra, and what is kept of them (thick): {label}"
-    return Chart(name, words, figure, min(max(130 + 12 * len(rows), LEAST), 900), tuple(roles))
+    return Chart(name, words, figure, min(max(150 + 14 * len(rows), 330), 900), tuple(roles))
 
 
 def _spectrum(name: str, evidence: str, rows: Sequence[PlanRow], labels: Sequence[str]) -> list[Chart]:
@@ -226,8 +228,9 @@ def _spectrum(name: str, evidence: str, rows: Sequence[PlanRow], labels: Sequenc
     if not traces:
         return []
     said = evidence.replace("_", " ")
+    top = [y for trace in traces for y in trace.y if y > 0]
     part = f" ({len(chosen)} of {len(layers)} layers)" if len(chosen) < len(layers) else ""
-    figure = figure_of(traces, axis("index"), axis(said, type="log"))
+    figure = figure_of(traces, axis("index"), axis(said, type="log", dtick=1 if max(top) > 100 * min(top) else "D2"))
     words = f"{said.capitalize()}: {listing(labels)}{part}"
     return [Chart(name, words, figure, 380, tuple(roles))]
 
@@ -267,13 +270,13 @@ def _profile(key: str, name: str, record: Mapping[str, Any]) -> Chart:
         ends = [(value - half, value + half) for value, half in zip(values, halves, strict=True)]
         bars = arms(values, ends, drawn.colour)
         lines.append(scatter(model["name"], range(len(values)), values, drawn, error_y=bars))
-    figure = figure_of(lines, axis("layer"), axis("average indirect effect (AIE)"))
+    figure = figure_of(lines, axis("layer", dtick=max(len(values) // 12, 1)), axis("average indirect effect (AIE)"))
     return Chart(key, f"Causal tracing: effect of each layer, 95% intervals over texts ({name})", figure, 360)
 
 
 def penalties(report: Report) -> list[Chart]:
     """Returns task loss and penalty over the steps, and how far each layer moved, for methods with penalties."""
-    shown = [(m.label, m.runs[0]) for m in methods(report) if len(m.runs[0].drift) > 1][:MANY]
+    shown = [(m.label, m.runs[0]) for m in methods(report) if len(m.runs[0].penalised) > 1][:MANY]
     charts = []
     for place, (label, run) in enumerate(shown):
         charts.append(_costs(f"penalty{place}", label, run))
@@ -283,10 +286,10 @@ def penalties(report: Report) -> list[Chart]:
 
 def _costs(key: str, label: str, run: Run) -> Chart:
     loss = dict(run.loss)
-    steps = [row.step for row in run.drift]
+    steps = [row.step for row in run.penalised]
     curves: dict[str, list[float | None]] = {
         "task loss": [loss.get(step) for step in steps],
-        "penalty": [row.penalty for row in run.drift],
+        "penalty": [row.penalty for row in run.penalised],
     }
     lines = [scatter(name, steps, values, mark(i), "lines") for i, (name, values) in enumerate(curves.items())]
     # The loss falls from far above what a penalty costs: the start is cut off.
@@ -297,10 +300,10 @@ def _costs(key: str, label: str, run: Run) -> Chart:
 
 
 def _drift(key: str, label: str, run: Run) -> list[Chart]:
-    layers = sorted({layer for row in run.drift for layer in row.layers})
+    layers = sorted({layer for row in run.penalised for layer in row.layers})
     if not layers:
         return []
-    rows = run.drift[:: max(math.ceil(len(run.drift) / _STEPS), 1)]
+    rows = run.penalised[:: max(math.ceil(len(run.penalised) / _STEPS), 1)]
     table = [[row.layers.get(layer, math.nan) for row in rows] for layer in layers]
     figure = heat_map(
         *(table, [str(layer) for layer in layers], [f"{row.step:g}" for row in rows]),
