@@ -119,7 +119,7 @@ def study_figure(record: Mapping[str, Any]) -> Figure | None:
     """Returns gains and drops by layer, or scores by the number of trainable layers from the base model on.
 
     Args:
-        record: As in ``layers.json``, with its ``summary``.
+        record: As in ``runs.json``, with its ``summary``.
 
     Returns:
         The figure; None when no cell has a place.
