@@ -25,7 +25,7 @@ def benchmark(name: str, role: str, before: Any, after: Any, metric: str = "exac
 
 
 def row(label: str = "lora", rate: float = 1e-3, seed: int = 0, **more: Any) -> dict[str, Any]:
-    """A finished cell that learned 0.6 and forgot 0.1."""
+    """A finished run that learned 0.6 and forgot 0.1."""
     return {
         "name": f"{label}-lr{rate}-seed{seed}",
         "label": label,

@@ -1,4 +1,4 @@
-"""What a cell learned and forgot, by hand."""
+"""What a run learned and forgot, by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_learned_is_the_mean_after_and_forgotten_the_mean_drop() -> None:
     assert learned_of([SHARES[0] | {"interval": None}, SHARES[1]], axes.learned) == Value(0.7), "of all or none"
 
 
-def test_nats_are_turned_so_that_more_learned_is_better() -> None:
+def test_nats_change_sign_so_that_more_learned_is_better() -> None:
     axes = axes_of(LOSSES)
     assert (axes.learned.unit, axes.forgotten.unit) == ("nats", "nats")
     assert learned_of(LOSSES, axes.learned).number == -1.5

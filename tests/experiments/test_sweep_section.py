@@ -22,7 +22,7 @@ def names(section: Any) -> list[str]:
     return [point["name"] for point in read_sweep(section, "recipe")[0]]
 
 
-def test_cells_are_the_product_in_order() -> None:
+def test_points_are_the_product_in_order() -> None:
     points, about = read_sweep({"grid": {"method.strength": [0.1, 1], "method.batches": [1, 2, 3]}}, "recipe")
     assert [point["name"] for point in points][:4] == [
         "strength 0.1, batches 1",
@@ -116,7 +116,7 @@ def test_wrong_grids(section: Any, marks: list[str]) -> None:
         ({"grid": {"task.prompt": ["{question}" + "x" * 90]}}, ["at most 80"]),
     ],
 )
-def test_cells_are_checked_as_points_are(write_sweep: Write, section: Any, marks: list[str]) -> None:
+def test_points_of_a_grid_are_checked_as_others_are(write_sweep: Write, section: Any, marks: list[str]) -> None:
     with pytest.raises(RecipeError) as raised:
         list_runs(load_sweep(write_sweep(sweep=section)))
     for mark in marks:

@@ -36,6 +36,7 @@ def test_a_sweep_gives_what_its_runs_give(
     assert "failed: too-much-seed0: method lora" in said.err
     assert "rank 4000" in said.err
     record = read_json(out / "runs.json")
+    assert record["recipe"]["sweep"][0] == POINTS[0], "the page can repeat it"
     rows = {row["name"]: row for row in record["runs"]}
     assert [(row["label"], row["x"], row["seed"], row["status"]) for row in rows.values()] == [
         (label, x, seed, status)

@@ -92,7 +92,12 @@ def write_results(
 
 def _options(comparison: Comparison, command: str) -> Options:
     section, published = comparison.section, comparison.base.published
-    own = {"compare": section.model_dump(mode="json")} if comparison.kind == "compare" else {"seeds": section.seeds}
+    own: dict[str, Any] = {"seeds": section.seeds}
+    if comparison.kind == "compare":
+        own = {"compare": section.model_dump(mode="json")}
+    elif comparison.kind == "sweep":
+        points = [{"name": e.label, **({} if e.x is None else {"x": e.x}), **e.settings} for e in comparison.entries]
+        own |= {"sweep": points}
     return Options(
         learned=section.learned,
         forgotten=section.forgotten,
