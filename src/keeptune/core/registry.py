@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib import metadata
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -42,6 +42,12 @@ def registered(package: ModuleType, base: type[T], kind: str) -> dict[str, type[
                 next_step=f"Uninstall one of the packages or rename its {kind}.",
             )
     return dict(sorted(classes.items()))
+
+
+@cache  # what is installed does not change while it runs
+def entry_points(group: str) -> metadata.EntryPoints:
+    """Returns the entry points of a group."""
+    return metadata.entry_points(group=group)
 
 
 def look_up(name: str, known: Mapping[str, T], where: str, kind: str) -> T:
