@@ -43,7 +43,7 @@ def test_every_name_of_the_table_can_stand_alone() -> None:
     for name, row in NAMES.items():
         data = None if row.hub else "data"
         entry = NamedBenchmark(name=name, data=data, run_code=row.code)
-        assert (entry.role, entry.lm_eval_task, entry.known) == (row.role, row.task, row)
+        assert (entry.role, entry.lm_eval_task, entry.row) == (row.role, row.task, row)
         for scoring in row.scorings:
             chosen = NamedBenchmark(name=name, data=data, run_code=row.code, scoring=scoring)
             assert chosen.metric == row.scorings[scoring].metric
@@ -56,7 +56,7 @@ def test_every_name_and_scoring_is_in_the_docs() -> None:
 
 
 def test_a_name_may_be_any_where_the_task_is_named() -> None:
-    assert NamedBenchmark(name="mine", task="gsm8k").known == NAMES["gsm8k"]
+    assert NamedBenchmark(name="mine", task="gsm8k").row == NAMES["gsm8k"]
     assert NamedBenchmark(name="mine", task="gsm8k_cot").lm_eval_task == "gsm8k_cot"
     assert NamedBenchmark(name="mine", task="gsm8k_cot").role == "knowledge"
 

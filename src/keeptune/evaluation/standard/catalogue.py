@@ -13,7 +13,7 @@ from keeptune.core.errors import RecipeError, nearest
 from keeptune.evaluation.benchmarks import Role
 from keeptune.evaluation.metrics import Measure
 
-__all__ = ["NAMES", "STANDARD", "Known", "Scoring", "known"]
+__all__ = ["NAMES", "STANDARD", "TableRow", "Scoring", "table_row"]
 
 STANDARD = "standard"
 
@@ -34,7 +34,7 @@ class Scoring:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class TableRow:
     """A benchmark of the table.
 
     Args:
@@ -90,29 +90,31 @@ _IFEVAL = {
 }
 
 
-def _knowledge(task: str, items: int, scorings: Mapping[str, Scoring], *content: str, folder: str = "") -> Known:
-    return Known(task=task, folders=(folder or task,), items=items, scorings=scorings, content=content or ("question",))
+def _knowledge(task: str, items: int, scorings: Mapping[str, Scoring], *content: str, folder: str = "") -> TableRow:
+    return TableRow(
+        task=task, folders=(folder or task,), items=items, scorings=scorings, content=content or ("question",)
+    )
 
 
-def _glue(task: str, items: int, *content: str, standard: Scoring = _ACCURACY, f1: bool = False) -> Known:
+def _glue(task: str, items: int, *content: str, standard: Scoring = _ACCURACY, f1: bool = False) -> TableRow:
     scorings = {STANDARD: standard} | ({"f1": _F1} if f1 else {})
     folders = (f"glue/{task.partition('_')[0]}",)
-    return Known(task=task, folders=folders, role="task", items=items, scorings=scorings, content=content)
+    return TableRow(task=task, folders=folders, role="task", items=items, scorings=scorings, content=content)
 
 
-def _programs(task: str, items: int, *content: str) -> Known:
+def _programs(task: str, items: int, *content: str) -> TableRow:
     scorings = _PROGRAMS
-    return Known(task=task, folders=(task,), role="task", items=items, scorings=scorings, content=content, code=True)
+    return TableRow(task=task, folders=(task,), role="task", items=items, scorings=scorings, content=content, code=True)
 
 
-def _texts(task: str) -> Known:
-    return Known(task=task, folders=(), scorings={STANDARD: _BITS}, content=("text",), hub=False)
+def _texts(task: str) -> TableRow:
+    return TableRow(task=task, folders=(), scorings={STANDARD: _BITS}, content=("text",), hub=False)
 
 
-NAMES: Mapping[str, Known] = {
+NAMES: Mapping[str, TableRow] = {
     "triviaqa": _knowledge("triviaqa", 17_944, _ANSWERS),
     "nq_open": _knowledge("nq_open", 3_610, _ANSWERS),
-    "efficientqa": Known(task="nq_open", folders=("nq_open",), scorings=_ANSWERS, hub=False),
+    "efficientqa": TableRow(task="nq_open", folders=("nq_open",), scorings=_ANSWERS, hub=False),
     "webqs": _knowledge("webqs", 2_032, _WEBQS),
     "mmlu": _knowledge("mmlu", 14_042, _CHOICES, *_QUESTION, folder="mmlu/default"),
     "hellaswag": _knowledge("hellaswag", 10_042, _NORMED, "ctx", "endings"),
@@ -122,8 +124,8 @@ NAMES: Mapping[str, Known] = {
     "piqa": _knowledge("piqa", 1_838, _NORMED, "goal", "sol1", "sol2"),
     "boolq": _knowledge("boolq", 3_270, _CHOICES | _ADAPTERS, folder="super_glue/boolq"),
     "openbookqa": _knowledge("openbookqa", 500, _NORMED, "question_stem", "choices"),
-    "gsm8k": Known(task="gsm8k", folders=("gsm8k",), role="task", items=1_319, scorings=_GSM8K),
-    "math": Known(
+    "gsm8k": TableRow(task="gsm8k", folders=("gsm8k",), role="task", items=1_319, scorings=_GSM8K),
+    "math": TableRow(
         task="minerva_math",
         folders=("minerva_math", "benchmarks"),
         role="task",
@@ -133,7 +135,9 @@ NAMES: Mapping[str, Known] = {
     ),
     "humaneval": _programs("humaneval", 164, "prompt"),
     "mbpp": _programs("mbpp", 500, "text", "code"),
-    "ifeval": Known(task="ifeval", folders=("ifeval",), role="task", items=541, scorings=_IFEVAL, content=("prompt",)),
+    "ifeval": TableRow(
+        task="ifeval", folders=("ifeval",), role="task", items=541, scorings=_IFEVAL, content=("prompt",)
+    ),
     "cola": _glue("cola", 1_043, "sentence", standard=_MATTHEWS),
     "mnli": _glue("mnli", 9_815, "premise", "hypothesis"),
     "mnli_mismatch": _glue("mnli_mismatch", 9_832, "premise", "hypothesis"),
@@ -148,7 +152,7 @@ NAMES: Mapping[str, Known] = {
 }
 
 
-def known(name: str, task: str | None, *, where: str) -> Known | None:
+def table_row(name: str, task: str | None, *, where: str) -> TableRow | None:
     """Looks a benchmark up.
 
     Args:

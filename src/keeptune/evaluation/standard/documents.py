@@ -68,11 +68,11 @@ def _json_ready(value: Any) -> Any:
 
 
 def _parts(benchmark: NamedBenchmark, task: Any, row: Row) -> _Parts:
-    known = benchmark.known
-    if known is None or not all(field in row for field in known.content):
+    table = benchmark.row
+    if table is None or not all(field in row for field in table.content):
         text = task.doc_to_text(row)
         return (str(text if isinstance(text, str) else task.doc_to_target(row)),)
-    return tuple(plain for field in known.content for text in _texts(row[field]) if (plain := _plain(text)))
+    return tuple(plain for field in table.content for text in _texts(row[field]) if (plain := _plain(text)))
 
 
 def _texts(value: Any) -> Iterator[str]:

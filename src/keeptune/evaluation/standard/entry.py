@@ -8,7 +8,7 @@ from typing import get_args
 from keeptune.core.errors import RecipeError
 from keeptune.evaluation.benchmarks import Benchmark, Role
 from keeptune.evaluation.metrics import Measure
-from keeptune.evaluation.standard.catalogue import STANDARD, Known, Scoring, known
+from keeptune.evaluation.standard.catalogue import STANDARD, Scoring, TableRow, table_row
 
 __all__ = ["NamedBenchmark"]
 
@@ -42,7 +42,7 @@ class NamedBenchmark(Benchmark):
     run_code: bool = False
 
     def __post_init__(self) -> None:
-        row = self.known
+        row = self.row
         if self.role is None:
             # A frozen field is set once, here, so that every reader has a role.
             object.__setattr__(self, "role", "knowledge" if row is None else row.role)
@@ -64,20 +64,20 @@ class NamedBenchmark(Benchmark):
             )
 
     @property
-    def known(self) -> Known | None:
+    def row(self) -> TableRow | None:
         """Its row in the table; None for another task of lm-eval."""
-        return known(self.name, self.task, where=self.where)
+        return table_row(self.name, self.task, where=self.where)
 
     @property
     def lm_eval_task(self) -> str:
         """The task or group of lm-eval."""
-        row = self.known
+        row = self.row
         return row.task if row is not None else str(self.task)
 
     @property
     def how(self) -> Scoring | None:
         """How it is scored; None where lm-eval's first metric of the task decides."""
-        row = self.known
+        row = self.row
         return None if row is None else row.scorings[self.scoring]
 
     @property

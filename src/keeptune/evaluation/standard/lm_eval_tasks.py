@@ -67,7 +67,7 @@ def build_tasks(benchmark: NamedBenchmark, *, run: bool = True) -> Built:
         RecipeError: lm-eval or a library that the task needs is missing, or it has no such task.
         DataError: The data can neither be fetched nor read, or hold no examples for the prompt.
     """
-    row, how = benchmark.known, benchmark.how
+    row, how = benchmark.row, benchmark.how
     name = benchmark.name if benchmark.task is None else benchmark.task
     protocol = None if how is None or how.protocol is None else PROTOCOLS[how.protocol, name]
     task, folders = benchmark.lm_eval_task, () if row is None else row.folders
@@ -124,7 +124,7 @@ def _configs(benchmark: NamedBenchmark, task: str, folders: Sequence[str], *, re
     index = manager.task_index
     if task not in index:
         # The nearest of thousands, without the list of the others.
-        sentence = nearest(task, manager.all_tasks).partition(" Known:")[0]
+        sentence = nearest(task, manager.all_tasks).partition(" TableRow:")[0]
         raise RecipeError(
             f"{benchmark.where}.task",
             got=f'"{task}"',

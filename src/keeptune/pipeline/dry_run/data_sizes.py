@@ -125,8 +125,8 @@ class Lengths:
         if isinstance(benchmark, FileBenchmark):
             items = rows_of(benchmark.file, benchmark.examples)
             mean = None if benchmark.file.startswith(hub.PREFIX) else self._mean(benchmark)
-        elif benchmark.data is None and benchmark.known is not None and benchmark.known.items is not None:
-            items = min(benchmark.known.items, benchmark.examples or benchmark.known.items)
+        elif benchmark.data is None and benchmark.row is not None and benchmark.row.items is not None:
+            items = min(benchmark.row.items, benchmark.examples or benchmark.row.items)
         return Scored(
             name=benchmark.name,
             role=str(benchmark.role),
