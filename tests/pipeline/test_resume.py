@@ -31,7 +31,6 @@ from keeptune.pipeline.run import export_stage, plan_stage, run, train_stage
 from keeptune.pipeline.scoring import evaluate_stage
 from keeptune.training.checkpoints import last_complete_checkpoint
 
-Values = Callable[..., dict[str, Any]]
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"method": METHODS["lora"]},
     "dora": {"method": METHODS["dora"]},
@@ -69,7 +68,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora-delta-kfac": {"method": METHODS["lora"], "penalties": [{"name": "laplace", "curvature": "delta-kfac"}]},
 }
 # The schedule, the order of the data and dropout must all go on where they were.
-TRAIN = {"learning_rate": 5e-3, "max_steps": 6, "per_device_train_batch_size": 4, "seed": 3, "save_steps": 2}
+TRAIN = {"learning_rate": 5e-3, "max_steps": 4, "per_device_train_batch_size": 4, "seed": 3, "save_steps": 2}
 
 
 class Killed(BaseException):
@@ -117,7 +116,7 @@ def train_in(output: Path, given: dict[str, Any]) -> Path:
 def whole(
     data: Path, store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[dict[str, Any], Path]]:
-    """Give the recipe of a kind and the folder of its uninterrupted training."""
+    """Returns the recipe of a kind and the folder of its uninterrupted training."""
     folder = tmp_path_factory.mktemp("whole")
 
     def get(kind: str) -> tuple[dict[str, Any], Path]:
@@ -127,23 +126,29 @@ def whole(
     return get
 
 
+@pytest.fixture(scope="module")
+def done(data: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, Any]:
+    """A whole job of two steps and two benchmarks: its recipe, its folder (to copy) and its report."""
+    folder = tmp_path_factory.mktemp("done") / "out"
+    given = values(data, folder, store, train=TRAIN | {"max_steps": 2})
+    given["evaluate"] = given["evaluate"][:2]
+    return given, folder, run(recipe_of(given))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_training_equals_uninterrupted_training(
     kind: str, whole: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A folder with the first checkpoint alone is what a kill after it leaves."""
     given, reference = whole(kind)
     output = tmp_path / "out"
-    with killed_after(1):
-        train_in(output, given)
-    assert not (output / "trained").exists()
-    plan_files = {p.name: p.read_bytes() for p in (output / "plan").iterdir() if p.name != "seconds.json"}
+    (first,) = (reference / "checkpoints").glob("*/checkpoint-2")
+    shutil.copytree(first, output / first.relative_to(reference))
     with caplog.at_level("INFO", logger="keeptune"):
         train_in(output, given)
     assert "checkpoint-2" in caplog.text
-    for name, content in plan_files.items():
-        assert (output / "plan" / name).read_bytes() == content
-        if name.endswith(".safetensors"):
-            assert (reference / "plan" / name).read_bytes() == content
+    for path in (reference / "plan").glob("*.safetensors"):
+        assert (output / "plan" / path.name).read_bytes() == path.read_bytes()
     expected, found = trained(reference), trained(output)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -163,9 +168,12 @@ def test_dropout_and_training_do_something_in_that_comparison(whole: Any, tmp_pa
 
 def test_frozen_factors_are_bit_identical_after_resume(whole: Any, tmp_path: Path) -> None:
     given, _ = whole("v2-twin")
-    with killed_after(2):
+    with killed_after(1):
         train_in(tmp_path / "out", given)
+    assert not (tmp_path / "out" / "trained").exists()
+    planned = {path: path.read_bytes() for path in (tmp_path / "out" / "plan").iterdir()}
     train_in(tmp_path / "out", given)
+    assert planned == {path: path.read_bytes() for path in planned}
     plan, factors = Plan.load(tmp_path / "out" / "plan"), trained(tmp_path / "out")
     for target_plan in plan.targets:
         name = target_plan.target.name
@@ -205,16 +213,16 @@ def test_damaged_checkpoints_are_removed_and_the_older_used(
     _, reference = whole("lora")
     (source,) = (reference / "checkpoints").iterdir()
     folder = Path(shutil.copytree(source, tmp_path / "checkpoints"))
-    assert last_complete_checkpoint(folder) == folder / "checkpoint-6"
-    damaged = folder / "checkpoint-6" / file
+    assert last_complete_checkpoint(folder) == folder / "checkpoint-4"
+    damaged = folder / "checkpoint-4" / file
     if kept < 0:
         damaged.unlink()
     else:
         os.truncate(damaged, int(damaged.stat().st_size * kept))
     (folder / "checkpoint-notes").mkdir()
-    assert last_complete_checkpoint(folder) == folder / "checkpoint-4"
-    assert not (folder / "checkpoint-6").exists()
-    assert "checkpoint-6 was not written to its end" in caplog.text
+    assert last_complete_checkpoint(folder) == folder / "checkpoint-2"
+    assert not (folder / "checkpoint-4").exists()
+    assert "checkpoint-4 was not written to its end" in caplog.text
 
 
 def test_killed_while_a_checkpoint_is_written(whole: Any, tmp_path: Path) -> None:
@@ -254,14 +262,15 @@ def test_kill_nine_of_the_command(whole: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(trained(output)[name], value, rtol=0, atol=1e-6)
 
 
-def test_left_over_temporary_folders_confuse_nothing(recipe_values: Values, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+def test_left_over_temporary_folders_confuse_nothing(done: Any, tmp_path: Path) -> None:
+    given, folder, _ = done
+    output = Path(shutil.copytree(folder, tmp_path / "out"))
     for stage in ("plan", "adapter", "trained", "merged"):
         (output / f".{stage}.x1y2z3").mkdir(parents=True)
         (output / f".{stage}.x1y2z3" / "plan.json").write_text("{", encoding="utf-8")
         (output / f".{stage}.old.x1y2z3" / stage).mkdir(parents=True)
     (output / ".report.json.abc").write_text("{", encoding="utf-8")
-    report = run(recipe_of(recipe_values()))
+    report = run(recipe_of(given | {"output": str(output)}))
     assert report["methods"][0]["adapter"] == str(output / "adapter")
     assert [path.name for path in output.glob(".*")] == [".report.json.abc"]
 
@@ -269,14 +278,14 @@ def test_left_over_temporary_folders_confuse_nothing(recipe_values: Values, tmp_
 @pytest.mark.parametrize("stage", ["plan", "adapter", "evaluation"])
 @pytest.mark.parametrize("before", [False, True])
 def test_killed_in_a_stage_leaves_the_old_result_or_none(
-    recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, before: bool
+    done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, before: bool
 ) -> None:
     """Die when the last file of a stage is about to be written; then go on."""
-    given = recipe_values(train=TRAIN | {"max_steps": 2})
-    given["evaluate"] = given["evaluate"][:1]
+    given, folder, _ = done
     output = tmp_path / "out"
+    given = given | {"output": str(output), "evaluate": given["evaluate"][:1]}
     if before:
-        run(recipe_of(given))
+        shutil.copytree(folder, output)
         changes = {
             "plan": {"method": METHODS["lora"] | {"rank": 2}},
             "adapter": {"export": {"format": "peft"}},
@@ -299,27 +308,23 @@ def test_killed_in_a_stage_leaves_the_old_result_or_none(
     assert not list(output.glob(".*"))
 
 
-def test_a_damaged_result_is_computed_again(
-    recipe_values: Values, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    given = recipe_values(train=TRAIN | {"max_steps": 1})
-    first = run(recipe_of(given))
-    output = tmp_path / "out"
+def test_a_damaged_result_is_computed_again(done: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given, folder, first = done
+    output = Path(shutil.copytree(folder, tmp_path / "out"))
     damaged = (
         *("plan/factors.safetensors", "trained/factors.safetensors", "adapter/adapter_model.safetensors"),
         *("evaluation/sums.json", "evaluation/stories.items.jsonl", "recipe.json"),
     )
     for path in damaged:
         os.truncate(output / path, 7)
-    second = run(recipe_of(given))
+    second = run(recipe_of(given | {"output": str(output)}))
     assert second["methods"][0]["benchmarks"] == first["methods"][0]["benchmarks"]
     for stage in ("plan", "train", "export", "evaluate sums", "evaluate stories"):
         assert re.search(rf"{stage}: \S+ is damaged", caplog.text)
 
 
-def test_stages_alone_in_order_are_the_whole_job(recipe_values: Values, tmp_path: Path) -> None:
-    given = recipe_values(train=TRAIN | {"max_steps": 2})
-    whole_report = run(recipe_of(given))
+def test_stages_alone_in_order_are_the_whole_job(done: Any, tmp_path: Path) -> None:
+    given, folder, whole_report = done
     job = Job(recipe_of(given | {"output": str(tmp_path / "stages")}))
     plan = plan_stage(job)
     train_stage(job, plan)
@@ -328,4 +333,4 @@ def test_stages_alone_in_order_are_the_whole_job(recipe_values: Values, tmp_path
     write_json(job.output / "recipe.json", job.recipe.written())
     alone = write_report([job.output], job.output)
     assert alone["methods"][0]["benchmarks"] == whole_report["methods"][0]["benchmarks"]
-    assert trained(job.output).keys() == trained(tmp_path / "out").keys()
+    assert trained(job.output).keys() == trained(folder).keys()
