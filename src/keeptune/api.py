@@ -1,4 +1,4 @@
-"""The Python interface: a plan for a model you already have, and an export of what you trained.
+"""The Python interface: a plan for a model you already have, training with any trainer, export, scores and repair.
 
 plan = keeptune.plan(model, tokenizer, keeptune.LoraNull(rank=8), knowledge=texts)
 tuned = keeptune.install(model, plan)            # a PeftModel: train it with TRL or Transformers
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter import export as exporting
 from keeptune.adapter.export import Exported, ExportOptions, Format
+from keeptune.adapter.install import install
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
@@ -33,10 +34,12 @@ from keeptune.model.head import Head
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.planning import PlanOptions, plan_for
+from keeptune.posthoc.repair import Repair, repair
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
+from keeptune.training.attach import attach
 
-__all__ = ["export", "measure", "plan"]
+__all__ = ["Repair", "attach", "export", "install", "measure", "plan", "repair"]
 
 
 def plan(
@@ -53,7 +56,7 @@ def plan(
     store: Path | str | None = None,
     low_memory: bool = False,
 ) -> Plan:
-    """Collect the statistics a method needs and make its plan.
+    """Collects the statistics a method needs and makes its plan.
 
     Args:
         model: The base model, as loaded; it is not changed.
@@ -124,7 +127,7 @@ def export(
     probe: Tensor | None = None,
     max_gap: float | None = None,
 ) -> Exported:
-    """Write what was trained as an adapter for the untouched base, and check it on a fresh copy of it.
+    """Writes what was trained as an adapter for the untouched base, and checks it on a fresh copy of it.
 
     Args:
         model: The trained model.
@@ -160,7 +163,7 @@ def export(
 def measure(
     pair: ModelPair, tokenizer: PreTrainedTokenizerBase, benchmarks: Sequence[Benchmark], *, seed: int = 0
 ) -> list[BenchmarkResult]:
-    """Score benchmarks before and after tuning, on the same items.
+    """Scores benchmarks before and after tuning, on the same items.
 
     Args:
         pair: ``AdapterPair(peft_model)`` or ``TwoModels(base, tuned)``.

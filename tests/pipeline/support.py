@@ -63,14 +63,14 @@ def write_data(folder: Path) -> Path:
 
 
 def values(data: Path, output: Path, store: Path, **changes: Any) -> dict[str, Any]:
-    """A recipe with three benchmarks and six steps."""
+    """A recipe with three benchmarks and three steps."""
     question = {"prompt": "{question}\nAnswer:"}
     found: dict[str, Any] = {
         "model": str(MODEL),
         "method": METHODS["lora"],
         "knowledge": {"file": str(data / "knowledge.jsonl"), "text": "{text}", "examples": 8, "max_length": 64},
         "task": {"train": str(data / "task.jsonl"), **question, "completion": " {answer}"},
-        "train": {"learning_rate": 5e-3, "max_steps": 6, "per_device_train_batch_size": 4, "seed": 0},
+        "train": {"learning_rate": 5e-3, "max_steps": 3, "per_device_train_batch_size": 4, "seed": 0},
         "evaluate": [
             {
                 "name": "stories",

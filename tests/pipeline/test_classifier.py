@@ -56,7 +56,7 @@ def make(data: Path, tmp_path: Path) -> Make:
             "method": LORA,
             "task": task | {"label": "{relation}"},
             "knowledge": {"file": str(data / "knowledge.jsonl"), "text": "{sentence}", "max_length": 64},
-            "train": {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 8, "save_steps": 2},
+            "train": {"learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 8, "save_steps": 2},
             "evaluate": [scored | {"name": metric, "metric": metric} for metric in ("accuracy", "f1", "matthews")],
             "output": str(tmp_path / "out"),
             "store": str(tmp_path / "store"),

@@ -28,8 +28,8 @@ from keeptune.experiments.comparison_record import FRONT, read_front, read_runs
 from keeptune.experiments.front import spread
 from keeptune.experiments.posthoc_scaling import variant_of
 from keeptune.experiments.posthoc_scoring import copy_result, write_variant
+from keeptune.pipeline.finished import entry_of
 from keeptune.pipeline.job import Job
-from keeptune.pipeline.reporting import entry_of
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 from keeptune.recipe.schema import make_recipe
 from keeptune.report.pages.card import model_card

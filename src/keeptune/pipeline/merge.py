@@ -16,7 +16,7 @@ __all__ = ["base_of", "head_of_adapter", "merge_adapter", "trained_in"]
 
 
 def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype: str = "auto") -> float:
-    """Merge an adapter into its base and write the whole model, with its tokenizer.
+    """Merges an adapter into its base and write the whole model, with its tokenizer.
 
     Args:
         adapter: A LoRA adapter folder.
@@ -48,13 +48,12 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype
 
 
 def head_of_adapter(adapter: Path) -> Head | None:
-    """Read which head an adapter brings; the base's own may be any, as it is replaced.
+    """Returns the head that an adapter brings; None for a language model.
+
+    The base's own head may be any, as it is replaced.
 
     Args:
         adapter: The adapter's folder.
-
-    Returns:
-        The head; None for a language model.
 
     Raises:
         ModelError: It is a classifier, and nothing says of which labels.
@@ -65,20 +64,16 @@ def head_of_adapter(adapter: Path) -> Head | None:
         raise ModelError(
             f"adapter {adapter}",
             got=f"a classifier without keeptune's {SIDECAR}",
-            wanted="the labels that it tells apart",
+            wanted="the labels that it distinguishes",
             next_step="Merge it with PEFT: load the base with its number of labels, then merge_and_unload().",
         )
     return None if labels is None else Head(tuple(labels))
 
 
 def trained_in(adapter: Path) -> Dtype | None:
-    """Tell the dtype that the base was loaded in; fingerprints differ between dtypes.
+    """Returns the dtype that an adapter's base was loaded in; None where keeptune did not make the adapter.
 
-    Args:
-        adapter: The adapter's folder.
-
-    Returns:
-        The dtype; None where keeptune did not make the adapter.
+    Fingerprints differ between dtypes.
     """
     sidecar = adapter / SIDECAR
     dtype: Dtype | None = read_json(sidecar).get("provenance", {}).get("dtype") if sidecar.is_file() else None
@@ -86,13 +81,10 @@ def trained_in(adapter: Path) -> Dtype | None:
 
 
 def base_of(adapter: Path) -> str:
-    """Read which base an adapter was made for.
+    """Returns the path or hub id of the base that an adapter was made for.
 
     Args:
         adapter: The adapter's folder.
-
-    Returns:
-        Path or hub id.
 
     Raises:
         ModelError: The adapter names none.

@@ -24,7 +24,7 @@ __all__ = ["evaluate_stage", "find_result", "load_pair", "result_fingerprint", "
 
 
 def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers | None = None) -> list[dict[str, Any]]:
-    """Score every benchmark that is not scored yet; results are kept one by one.
+    """Scores every benchmark that is not scored yet; results are kept one by one.
 
     Args:
         job: The job.
@@ -88,15 +88,7 @@ def score(
 
 
 def load_pair(job: Job, folder: Path) -> ModelPair:
-    """Load a result on a fresh base, by stock PEFT or as a whole model.
-
-    Args:
-        job: The job.
-        folder: An adapter, or a merged model.
-
-    Returns:
-        The model before and after.
-    """
+    """Loads a result, an adapter or a merged model, with a fresh base: the model before and after."""
     if (folder / "adapter_config.json").is_file():
         check_base(folder, job.base_fingerprint, None if job.head is None else job.head.labels)
         return AdapterPair(load_adapter(job.base(), folder))
@@ -106,36 +98,30 @@ def load_pair(job: Job, folder: Path) -> ModelPair:
 
 
 def find_result(output: Path) -> Path:
-    """Find what a run exported.
+    """Returns what a run exported: its ``adapter`` or ``merged`` folder, the newer one if there are both.
 
     Args:
         output: The run folder.
 
-    Returns:
-        Its ``adapter`` or ``merged`` folder, the newer one if there are both.
-
     Raises:
         ModelError: Nothing was exported yet.
     """
-    found = [output / name for name in ("adapter", "merged") if (output / name / "export.json").is_file()]
-    if not found:
+    folders = [output / name for name in ("adapter", "merged") if (output / name / "export.json").is_file()]
+    if not folders:
         raise ModelError(
             f"run {output}",
             got="no exported adapter",
             wanted="a run that was trained and exported",
             next_step="Run `keeptune export` with its recipe first, or give --adapter.",
         )
-    return max(found, key=lambda folder: (folder / "export.json").stat().st_mtime)
+    return max(folders, key=lambda folder: (folder / "export.json").stat().st_mtime)
 
 
 def result_fingerprint(folder: Path) -> str:
-    """Name a result by its weights.
+    """Returns the fingerprint of a result's weights.
 
     Args:
         folder: An adapter or merged model.
-
-    Returns:
-        The fingerprint.
 
     Raises:
         ModelError: There are no safetensors weights in it.
