@@ -20,13 +20,6 @@ __all__ = ["export_stage"]
 def export_stage(job: Job, plan: Plan) -> Exported:
     """Writes the adapter and checks it on a fresh base, where that is not done.
 
-    Args:
-        job: The job.
-        plan: The plan.
-
-    Returns:
-        What was written.
-
     Raises:
         TrainError: Nothing was trained with this recipe.
         ExportError: The result does not reproduce the trained model.

@@ -118,9 +118,6 @@ class FinishedRun:
 def entry_of(folder: Path) -> dict[str, Any]:
     """Describes a finished run as a report does, without T and KT, which need full fine-tuning beside it.
 
-    Args:
-        folder: The run folder.
-
     Returns:
         One of the ``methods`` of a report.
 

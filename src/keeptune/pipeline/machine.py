@@ -14,23 +14,12 @@ __all__ = ["check_device", "check_folder", "device_named", "statistics_store"]
 
 
 def statistics_store(folder: Path | str | None) -> StatStore:
-    """Returns the store of statistics in a folder.
-
-    Args:
-        folder: The folder; None is the one for all runs of this user.
-
-    Returns:
-        The store.
-    """
+    """Returns the store of statistics in a folder; None is the one for all runs of this user."""
     return StatStore(Path(platformdirs.user_cache_dir("keeptune")) / "statistics" if folder is None else Path(folder))
 
 
 def check_folder(where: str, folder: Path) -> None:
     """Checks that a folder is there or can be made.
-
-    Args:
-        where: The recipe key or option.
-        folder: The folder.
 
     Raises:
         RecipeError: The path or one above it is a file.
@@ -51,9 +40,6 @@ def device_named(name: str) -> str:
 
 def check_device(name: str) -> None:
     """Checks that this machine has a device.
-
-    Args:
-        name: Such as ``cuda:0``.
 
     Raises:
         RecipeError: It is no device, or not here.

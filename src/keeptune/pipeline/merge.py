@@ -52,9 +52,6 @@ def head_of_adapter(adapter: Path) -> Head | None:
 
     The base's own head may be any, as it is replaced.
 
-    Args:
-        adapter: The adapter's folder.
-
     Raises:
         ModelError: It is a classifier, and nothing says of which labels.
     """
@@ -82,9 +79,6 @@ def trained_in(adapter: Path) -> Dtype | None:
 
 def base_of(adapter: Path) -> str:
     """Returns the path or hub id of the base that an adapter was made for.
-
-    Args:
-        adapter: The adapter's folder.
 
     Raises:
         ModelError: The adapter names none.

@@ -80,13 +80,6 @@ def scoped_penalties(method: Method, extra: Sequence[Penalty] = ()) -> tuple[Sco
     """Lists the penalties of a run: the method's own, then others; those of strength 0 are left out.
 
     Of several methods, each one's own penalties hold the targets of its roles.
-
-    Args:
-        method: The method.
-        extra: Those of the recipe; they hold all targets.
-
-    Returns:
-        The penalties.
     """
     own = [ScopedPenalty(penalty, part.targets) for part in parts_of(method) for penalty in part.method.penalties()]
     return tuple(one for one in (*own, *map(ScopedPenalty, extra)) if one.penalty.strength > 0)
@@ -94,10 +87,6 @@ def scoped_penalties(method: Method, extra: Sequence[Penalty] = ()) -> tuple[Sco
 
 def refuse_penalties(method: Method, penalties: Sequence[ScopedPenalty]) -> None:
     """Refuses penalties that a method cannot have: they act on low-rank factors, and each on those of its own roles.
-
-    Args:
-        method: The method.
-        penalties: The penalties wanted.
 
     Raises:
         PlanError: There are penalties, and the method trains no factors; or one of several methods brings a penalty
@@ -132,10 +121,6 @@ def refuse_penalties(method: Method, penalties: Sequence[ScopedPenalty]) -> None
 
 def refuse_layers(method: Method, layers: Sequence[int] | None) -> None:
     """Refuses to confine a method to blocks that trains every weight anyway.
-
-    Args:
-        method: The method.
-        layers: The blocks wanted; None is all.
 
     Raises:
         PlanError: There are blocks, and the method has no targets to choose from.
@@ -204,9 +189,6 @@ def plan_for(
         data: Tokens per data role.
         penalties: Terms of the loss besides the method's own.
         options: Which targets, and how.
-
-    Returns:
-        The plan.
 
     Raises:
         PlanError: A role or a block does not exist, an option does not fit a target or the blocks, or the method

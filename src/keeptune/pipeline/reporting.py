@@ -41,9 +41,6 @@ def write_report(
         reference: Run folder of full fine-tuning that is not itself in the report.
         keep: Leave the files alone where they are the same already.
 
-    Returns:
-        The report.
-
     Raises:
         ArtefactError: A folder is not a finished run, its parts are of different recipes, or the runs are not
             of one base.

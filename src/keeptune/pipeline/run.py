@@ -35,9 +35,6 @@ _STAGE_FOLDERS = ("plan", "trained", "adapter", "merged")
 def run(recipe: Recipe) -> dict[str, Any]:
     """Runs a whole job, or what is left of it.
 
-    Args:
-        recipe: The job.
-
     Returns:
         The report, as in ``report.json``.
 
@@ -55,12 +52,6 @@ def run(recipe: Recipe) -> dict[str, Any]:
 def start(recipe: Recipe) -> Job:
     """Checks a recipe with its data and opens its run folder.
 
-    Args:
-        recipe: The recipe.
-
-    Returns:
-        The job.
-
     Raises:
         KeeptuneError: An input is wrong; nothing was written then.
     """
@@ -76,9 +67,6 @@ def start(recipe: Recipe) -> Job:
 def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
     """Collects the statistics that the method needs into the store.
 
-    Args:
-        job: The job.
-
     Returns:
         The targets and access to their statistics.
     """
@@ -86,14 +74,7 @@ def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
 
 
 def plan_stage(job: Job) -> Plan:
-    """Makes the plan, or loads the one that is there.
-
-    Args:
-        job: The job.
-
-    Returns:
-        The plan.
-    """
+    """Makes the plan, or loads the one that is there."""
     folder = job.output / "plan"
     choice = choose_boundary(job)
     inputs = job.plan_inputs | {"method": [choice.method.name, choice.method]}

@@ -100,9 +100,6 @@ def load_pair(job: Job, folder: Path) -> ModelPair:
 def find_result(output: Path) -> Path:
     """Returns what a run exported: its ``adapter`` or ``merged`` folder, the newer one if there are both.
 
-    Args:
-        output: The run folder.
-
     Raises:
         ModelError: Nothing was exported yet.
     """
@@ -119,9 +116,6 @@ def find_result(output: Path) -> Path:
 
 def result_fingerprint(folder: Path) -> str:
     """Returns the fingerprint of a result's weights.
-
-    Args:
-        folder: An adapter or merged model.
 
     Raises:
         ModelError: There are no safetensors weights in it.

@@ -26,10 +26,6 @@ _FACTORS = "factors.safetensors"
 def trained_result(job: Job, plan: Plan) -> Stored:
     """Returns where the trained weights are, under the key of all that they depend on.
 
-    Args:
-        job: The job.
-        plan: The plan.
-
     Returns:
         The result; its record is ``train.json``.
     """
@@ -39,12 +35,7 @@ def trained_result(job: Job, plan: Plan) -> Stored:
 
 
 def train_stage(job: Job, plan: Plan) -> None:
-    """Trains, or goes on from the last checkpoint, or does nothing where it is done.
-
-    Args:
-        job: The job.
-        plan: The plan.
-    """
+    """Trains, or goes on from the last checkpoint, or does nothing where it is done."""
     result = trained_result(job, plan)
     if result.read() is not None:
         return
@@ -85,10 +76,6 @@ def _trained_parameters(tuned: PreTrainedModel | PeftModel, plan: Plan) -> int:
 
 def load_trained(job: Job, plan: Plan) -> PreTrainedModel | PeftModel:
     """Loads the trained model from the run folder.
-
-    Args:
-        job: The job.
-        plan: The plan.
 
     Returns:
         The model as it was at the end of training.

@@ -25,9 +25,6 @@ def make_method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, see
         options: ``name`` and the method's own fields; of several methods also their ``targets``.
         seed: For a method that draws numbers, unless the section has a ``seed`` of its own.
 
-    Returns:
-        The method.
-
     Raises:
         RecipeError: The name or an option is unknown, or a value does not fit.
         PlanError: An option is out of range, or the methods do not fit together.
@@ -86,9 +83,6 @@ def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[Penalty, ...]
 
     Args:
         sections: Each a ``name`` and the penalty's own fields.
-
-    Returns:
-        The penalties.
 
     Raises:
         RecipeError: A name or an option is unknown, or a value does not fit.

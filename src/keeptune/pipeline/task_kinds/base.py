@@ -76,10 +76,6 @@ class TaskKind:
     def check_benchmark(self, examples: Any, benchmark: Benchmark) -> None:
         """Checks that a benchmark can be scored by the model that the task makes.
 
-        Args:
-            examples: The task.
-            benchmark: The benchmark.
-
         Raises:
             RecipeError: The metric is for another kind of model.
             DataError: An item has a label that is not learned.
