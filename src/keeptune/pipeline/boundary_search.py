@@ -23,7 +23,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from keeptune.adapter.install import install
-from keeptune.core.artefact import content_key, has_key, read_json, write_json
+from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
@@ -34,6 +34,7 @@ from keeptune.evaluation.scored_tokens import Passes, ScoredTokens
 from keeptune.methods.base import Method
 from keeptune.methods.combined import parts_of, replaced
 from keeptune.model.blocks import depth
+from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.request import DataRole
@@ -123,10 +124,12 @@ def choose_boundary(job: Job) -> Choice:
     inputs = {name: value for name, value in job.plan_inputs.items() if name != "method"}
     common = content_key([inputs, job.task.fingerprint, job.recipe.train, job.recipe.anchor])
     key = content_key([common, list(candidates.values())])
-    if not has_key(folder / "search.json", key):
-        trials = _trials(job, candidates, _slices(job, search.examples), folder, common, search.steps)
-        write_json(folder / "search.json", {"key": key, "trials": trials})
-    scored = [Trial(**trial) for trial in read_json(folder / "search.json")["trials"]]
+
+    def compute() -> dict[str, Any]:
+        slices = _slices(job, search.examples)
+        return {"trials": _trials(job, candidates, slices, folder, common, search.steps)}
+
+    scored = [Trial(**trial) for trial in Stored("search", folder / "search.json", key).get(compute)["trials"]]
     best = max(scored, key=lambda trial: trial.KT)
     curve = ", ".join(f"{trial.boundary}: {trial.KT:.4f}" for trial in scored)
     note = f"boundary {best.boundary} chosen by short runs of {search.steps} steps; KT by boundary: {curve}"
@@ -151,9 +154,9 @@ def _trials(
 
 
 def _trial(job: Job, candidate: Any, slices: _Slices, folder: Path, key: str, steps: int) -> tuple[float, float]:
-    """Trains one candidate for a few steps and score it; done once, however often the search is started."""
-    result = folder / "result.json"
-    if not has_key(result, key):
+    """Trains one candidate for a few steps and scores it; done once, however often the search is started."""
+
+    def compute() -> dict[str, float]:
         _log.info("search: %s", folder.name)
         data: dict[DataRole, Calibration] = {**job.data, "task": slices.calibration}
         model, recipe = job.base(), job.recipe
@@ -172,9 +175,10 @@ def _trial(job: Job, candidate: Any, slices: _Slices, folder: Path, key: str, st
         train(tuned, plan, job.tokenizer, slices.task, config)
         tuned.eval()
         kept, learned = (_probability(job, tuned, tokens) for tokens in (slices.knowledge, slices.held_out))
-        write_json(result, {"key": key, "kept": kept, "learned": learned})
         shutil.rmtree(checkpoints, ignore_errors=True)
-    record = read_json(result)
+        return {"kept": kept, "learned": learned}
+
+    record = Stored(f"search {folder.name}", folder / "result.json", key).get(compute)
     return record["kept"], record["learned"]
 
 

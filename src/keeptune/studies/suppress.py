@@ -11,7 +11,6 @@ what any other rows of the same number lose.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from keeptune.core.artefact import content_key, has_key, read_json, write_bytes, write_json
+from keeptune.core.artefact import content_key, write_bytes
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.evaluation.benchmark_data import data_fingerprint
+from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.metrics import paired_interval
 from keeptune.evaluation.model_pairs import SuppressedNodes
 from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.linalg.selections import Rows
+from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
 from keeptune.report.figures.drawing import png
@@ -40,7 +41,6 @@ from keeptune.studies.node_selections import Where, attributions_of, check_share
 
 __all__ = ["Over", "drawn_rows", "suppress"]
 
-_log = logging.getLogger(__name__)
 Over = Literal["layer-balanced", "global"]
 _VERSION = 1
 
@@ -144,18 +144,16 @@ def _scored(
             continue
         data = data_fingerprint(benchmark)
         key = content_key([benchmark, data, rows, job.base_fingerprint, job.recipe.dtype, job.seed, _VERSION])
-        target = folder / f"{variant.label}-{variant.seed}" / f"{benchmark.name}.json"
-        items = target.with_suffix(".items.jsonl")
-        if has_key(target, key) and items.is_file():
-            _log.info("suppress: %s of %s taken from %s", benchmark.name, variant.label, target)
-            text = items.read_text(encoding="utf-8")
-            results.append(BenchmarkResult.from_jsonl(read_json(target)["summary"], text))
-            continue
-        pair = SuppressedNodes(model, rows)
-        result = evaluate(pair, job.tokenizer, benchmark, Path(), seed=job.seed)
-        write_bytes(items, result.to_jsonl().encode())
-        write_json(target, {"key": key, "rows": rows, "summary": result.summary()})
-        results.append(result)
+        path = folder / f"{variant.label}-{variant.seed}" / f"{benchmark.name}.json"
+        items = path.with_suffix(".items.jsonl")
+
+        def compute(benchmark: Benchmark = benchmark, items: Path = items) -> dict[str, Any]:
+            result = evaluate(SuppressedNodes(model, rows), job.tokenizer, benchmark, Path(), seed=job.seed)
+            write_bytes(items, result.to_jsonl().encode())
+            return {"rows": rows, "summary": result.summary()}
+
+        record = Stored(f"suppress {variant.label}, {benchmark.name}", path, key).get(compute, files=[items.name])
+        results.append(BenchmarkResult.from_jsonl(record["summary"], items.read_text(encoding="utf-8")))
     return dataclasses.replace(variant, results=tuple(results))
 
 
