@@ -156,7 +156,7 @@ def test_the_page_has_the_items_and_how_to_repeat_it_and_the_report_has_not(fini
     assert {row["index"] for row in shown} == {item["index"] for item in changed} != set()
     assert all((row["kind"] == "lost") == (row["after"] > row["before"]) for row in shown)
     assert "items" not in json.dumps(report)
-    for words in (f"keeptune run {folder}/recipe.json", "keeptune report", "max_steps: 6", torch.__version__):
+    for words in (f"keeptune run {folder}/recipe.json", "keeptune report", "max_steps: 3", torch.__version__):
         assert words in text
 
 
