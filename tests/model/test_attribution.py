@@ -356,7 +356,7 @@ def test_what_does_not_fit_is_done_plainly(
     attributor = Attributor(model, Integral(positions=positions, steps=3))
     torch.testing.assert_close(attributor.attribute(batch), right, rtol=0, atol=1e-6)
     assert attributor.fits is False
-    assert "cannot be attributed the fast way" in caplog.text
+    assert "cannot be measured the fast way" in caplog.text
 
 
 def test_the_model_is_given_back_as_it_was() -> None:

@@ -20,12 +20,12 @@ from keeptune.model.blocks import blocks_of, parts_of
 from keeptune.model.pretrained import load_model, load_tokenizer
 from keeptune.model.probes import causal_tracing as tracing
 from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, Tracer, embedding_std, noise_of
-from keeptune.model.probes.traced_passes import Kind, Sites, Texts, full_pass, plain_answers
+from keeptune.model.probes.tracing_passes import OutputKind, RestoredModules, TracedBatch, full_pass, plain_answers
 
 READINGS: tuple[Reading, ...] = ("diagonal", "positions")
 every_model = pytest.mark.parametrize("make", [llama, qwen2, gpt2])
 every_reading = pytest.mark.parametrize("reading", READINGS)
-KINDS: tuple[tuple[Kind, int], ...] = (("block", 1), ("attention", 2), ("mlp", 3))
+KINDS: tuple[tuple[OutputKind, int], ...] = (("block", 1), ("attention", 2), ("mlp", 3))
 
 
 def small(lengths: tuple[int, ...] = (9, 7, 12), prompts: tuple[int, ...] = (4, 5, 5)) -> Calibration:
@@ -38,7 +38,7 @@ def traced(model: Any, batch: Batch, tracer: Tracer, noise: Noise | None = None)
     return {one.tokens: one for one in tracer.trace(batch, drawn)}
 
 
-def wanted(model: Any, one: Traced, reading: str, kind: Kind = "block", window: int = 1) -> Tensor:
+def wanted(model: Any, one: Traced, reading: str, kind: OutputKind = "block", window: int = 1) -> Tensor:
     noise = Noise().values(one.tokens, one.prompt, model.get_input_embeddings().weight.shape[1], embedding_std(model))
     return heat(model, one.tokens, one.prompt, noise, reading, kind, window)
 
@@ -47,7 +47,9 @@ def wanted(model: Any, one: Traced, reading: str, kind: Kind = "block", window: 
 @every_reading
 @pytest.mark.parametrize("side", ["right", "left"])
 @every_model
-def test_fast_equals_one_run_per_state(make: Factory, side: str, reading: Reading, kind: Kind, window: int) -> None:
+def test_fast_equals_one_run_per_state(
+    make: Factory, side: str, reading: Reading, kind: OutputKind, window: int
+) -> None:
     model = deep(make)
     (batch,) = small().batches(padding_side=side)
     tracer = Tracer(model, reading=reading, kind=kind, window=window, chunk=40)
@@ -169,7 +171,7 @@ def test_the_last_block_at_its_own_position_gives_the_clean_answer(make: Factory
 def test_restoring_all_positions_at_any_layer_gives_the_clean_answer(make: Factory) -> None:
     model = deep(make)
     (batch,) = small().batches(padding_side="left")
-    sites, texts = Sites.of(model, "block", 1), Texts.of(batch, model.device)
+    sites, texts = RestoredModules.of(model, "block", 1), TracedBatch.of(batch, model.device)
     noise = noise_of(Noise(), batch, model, embedding_std(model))
     with torch.no_grad():
         clean = full_pass(sites, texts)
@@ -262,21 +264,21 @@ def test_blocks_and_their_parts_are_found() -> None:
 
 
 def test_a_window_is_romes() -> None:
-    sites = Sites.of(deep(llama), "mlp", 3)
+    sites = RestoredModules.of(deep(llama), "mlp", 3)
     assert [list(sites.restored(layer)) for layer in range(4)] == [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3]]
-    assert list(Sites.of(deep(llama), "mlp", 2).restored(2)) == [1, 2]
-    assert list(Sites.of(deep(llama), "block", 10).restored(2)) == [2]
+    assert list(RestoredModules.of(deep(llama), "mlp", 2).restored(2)) == [1, 2]
+    assert list(RestoredModules.of(deep(llama), "block", 10).restored(2)) == [2]
 
 
 def test_what_cannot_be_traced_is_refused() -> None:
     model = deep(llama)
     plain = Calibration(small().sequences, 0)
     with pytest.raises(StatisticsError, match="prompts and completions"):
-        Texts.of(plain.batches()[0], model.device)
+        TracedBatch.of(plain.batches()[0], model.device)
     with pytest.raises(StatisticsError, match="without a prompt"):
-        Texts.of(Calibration(((5, 6),), 0, (0,)).batches()[0], model.device)
+        TracedBatch.of(Calibration(((5, 6),), 0, (0,)).batches()[0], model.device)
     with pytest.raises(StatisticsError, match="without an answer"):
-        Texts.of(Calibration(((5, 6),), 0, (2,)).batches()[0], model.device)
+        TracedBatch.of(Calibration(((5, 6),), 0, (2,)).batches()[0], model.device)
     with pytest.raises(RecipeError, match="share"):
         Noise(fraction=0)
     with pytest.raises(RecipeError, match="scale"):

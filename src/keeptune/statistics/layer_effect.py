@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Calibration
-from keeptune.model.probes.causal_tracing import Kind, Noise, Reading, Traced, Tracer, embedding_std, noise_of
+from keeptune.model.probes.causal_tracing import Noise, OutputKind, Reading, Traced, Tracer, embedding_std, noise_of
 from keeptune.statistics.request import ModelRequest
 from keeptune.statistics.store import Source, StatStore
 from keeptune.statistics.text_entries import TextEntries
@@ -59,7 +59,7 @@ class LayerEffect(ModelRequest):
     fraction: float = 0.5
     scale: float = 3.0
     seed: int = 0
-    output: Kind = "block"
+    output: OutputKind = "block"
     window: int = 10
 
     @property

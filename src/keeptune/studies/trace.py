@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keeptune.core.errors import RecipeError, StatisticsError, nearest
 from keeptune.data.knowledge import knowledge_of
 from keeptune.model.blocks import positions
-from keeptune.model.probes.causal_tracing import Kind, Noise, Reading, Traced
+from keeptune.model.probes.causal_tracing import Noise, OutputKind, Reading, Traced
 from keeptune.statistics.layer_effect import (
     LayerEffect,
     Norm,
@@ -161,7 +161,7 @@ def check_effect(request: LayerEffect) -> None:
     """
     for option, value, known in (
         ("reading", request.reading, get_args(Reading)),
-        ("kind", request.output, get_args(Kind)),
+        ("kind", request.output, get_args(OutputKind)),
     ):
         if value not in known:
             raise RecipeError(option, got=value, wanted=" or ".join(known), next_step=nearest(value, known))

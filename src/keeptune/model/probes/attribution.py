@@ -1,4 +1,4 @@
-r"""How much each output of a block's MLP says for the next token: LoKI's Knowledge Vector Attribution (KVA).
+r"""How much each output of a block's MLP contributes to the next token: LoKI's Knowledge Vector Attribution (KVA).
 
 LoKI (Wang et al., "LoKI: Low-damage Knowledge Implanting of Large Language Models", AAAI 2026). A node is one output
 coordinate j of a block's down-projection, z_l = W_down u_l, and belongs to row j of W_down. Integrated gradients, one
@@ -18,7 +18,6 @@ scaled.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,14 +33,12 @@ from keeptune.core.errors import ModelError, RecipeError, StatisticsError
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, head_of
 from keeptune.model.down_projections import down_projections
-from keeptune.model.probes.node_scaling import Nodes
-from keeptune.model.probes.suffix import UnfitError
-from keeptune.model.probes.traced_passes import take
+from keeptune.model.probes.attribution_passes import ScaledNodes, last_columns
+from keeptune.model.probes.block_calls import fast_or_none, probabilities, take
 from keeptune.model.runner import arguments_of, still
 
 __all__ = ["Attributor", "Baseline", "Integral", "Positions", "Rule", "Score", "quadrature"]
 
-_log = logging.getLogger(__name__)
 Positions = Literal["last", "all"]
 Baseline = Literal["zero", "pad"]
 Score = Literal["probability", "logit"]
@@ -85,7 +82,7 @@ class Integral:
 
 
 def quadrature(rule: Rule, steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Give a rule's points and weights on [0, 1].
+    """Returns a rule's points and weights on [0, 1].
 
     Law: weights sum to 1. Left and right are exact for constants, the trapezoid for lines, Gauss-Legendre for
     polynomials of degree 2 m - 1. (Captum's trapezoid weights sum to (m - 1) / m only.)
@@ -134,7 +131,7 @@ class Attributor:
         self.targets = down_projections(model)
         self.integral = integral
         self.points, self.weights = quadrature(integral.rule, integral.steps)
-        self.nodes = Nodes(
+        self.nodes = ScaledNodes(
             model,
             blocks_of(model),
             tuple(model.get_submodule(target.name) for target in self.targets),
@@ -151,7 +148,7 @@ class Attributor:
         return self.nodes.layers
 
     def attribute(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
-        """Attribute the token after the last one of each text.
+        """Attributes the token after the last one of each text.
 
         Args:
             batch: Texts, the padding on either side.
@@ -164,24 +161,24 @@ class Attributor:
             StatisticsError: An attribution is not finite.
         """
         with still(self.nodes.model):
-            found = self._try_fast(batch, wanted) if self.fits is None else None
-            if found is None:
-                found = (self._fast if self.fits else self._plain)(batch, wanted)[0]
-        if not bool(torch.isfinite(found).all()):
+            values = self._try_fast(batch, wanted) if self.fits is None else None
+            if values is None:
+                values = (self._fast if self.fits else self._plain)(batch, wanted)[0]
+        if not bool(torch.isfinite(values).all()):
             raise StatisticsError(
                 "attribution",
                 got="NaN or infinite numbers",
                 wanted="finite ones",
                 next_step="Load the model in float32 or bfloat16.",
             )
-        return found.cpu()
+        return values.cpu()
 
     @property
     def _pad(self) -> int | None:
         return self.integral.pad_token if self.integral.baseline == "pad" else None
 
     def _fast(self, batch: Batch, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Give the attributions and ``(states, B)`` scores."""
+        """Returns the attributions and ``(states, B)`` scores."""
         nodes, whole = self.nodes, self.integral.positions == "all"
         clean = nodes.clean(batch, whole=whole, pad_token=self._pad)
         tokens = _tokens(clean.logits, wanted)
@@ -195,10 +192,10 @@ class Attributor:
         return mean * torch.stack([(take(s, clean.last) if whole else s)[:, 0] for s in spans], dim=1), scores
 
     def _plain(self, batch: Batch, wanted: Tensor | None, some: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Do one run of the whole model for each point, by hooks on the modules: works on any model."""
+        """Does one run of the whole model for each point, by hooks on the modules: works on any model."""
         nodes = self.nodes
         mask = batch.attention_mask.to(nodes.model.device)
-        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1, keepdim=True)
+        last = last_columns(mask)
         with torch.no_grad():
             logits, outputs = _watched(nodes, batch, mask)
             tokens = _tokens(take(logits, last)[:, 0], wanted)
@@ -207,7 +204,7 @@ class Attributor:
                 pads = Batch(torch.full_like(batch.input_ids, self._pad), batch.attention_mask)
                 starts = _watched(nodes, pads, mask)[1]
         here = torch.arange(mask.shape[1], device=mask.device) == last
-        found, scores = [], []
+        values, scores = [], []
         for at in range(len(nodes.modules)) if some is None else some:
             output, start = outputs[at], starts[at]
             total = torch.zeros_like(output[:, 0])
@@ -225,44 +222,32 @@ class Attributor:
                     (gradient,) = torch.autograd.grad(scored.sum(), leaf)
                 total += weight * gradient[:, 0]
                 scores.append(scored.detach())
-            found.append(total * take(output - start, last)[:, 0] if self.integral.times_activation else total)
-        return torch.stack(found, dim=1), torch.stack(scores)
+            values.append(total * take(output - start, last)[:, 0] if self.integral.times_activation else total)
+        return torch.stack(values, dim=1), torch.stack(scores)
 
     def _try_fast(self, batch: Batch, wanted: Tensor | None) -> Tensor | None:
-        """Attribute the first batch the fast way, and hold one block of its most padded text against the plain way."""
-        wrong = ""
-        try:
-            found, scores = self._fast(batch, wanted)
-        except torch.OutOfMemoryError:
-            raise
-        # What a block of an unforeseen form may raise.
-        except (UnfitError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        else:
+        """Attributes the first batch the fast way; compares one block of its most padded text with the plain way."""
+
+        def gap(result: tuple[Tensor, Tensor]) -> float:
+            found, scores = result
             row = int(batch.attention_mask.sum(dim=1).argmin())
             one = Batch(batch.input_ids[row : row + 1], batch.attention_mask[row : row + 1])
             at = (len(self.layers) - 1) // 2
             plain, levels = self._plain(one, None if wanted is None else wanted[row : row + 1], [at])
             fast = scores.reshape(len(self.layers), len(self.points), -1)[at, :, row]
-            # In half precision the order of a sum shows.
-            loose = 1e-3 if torch.finfo(self.nodes.model.dtype).eps < 1e-4 else 0.2
             gaps = _gap(found[row, at], plain[0, 0]), _gap(fast, levels[:, 0])
-            if not max(gaps) <= loose:
-                wrong = f"it differs from one run per point by {max(gaps):.1e}"
-        self.fits = not wrong
-        if wrong:
-            _log.warning(
-                "attribution: %s cannot be attributed the fast way (%s): one run per block and point is done, which "
-                "takes much longer",
-                type(self.nodes.model).__name__,
-                wrong,
-            )
-            return None
-        return found
+            return max(gaps)
+
+        # In half precision the order of a sum shows.
+        tolerance = 1e-3 if torch.finfo(self.nodes.model.dtype).eps < 1e-4 else 0.2
+        probe = "attribution: block and point"
+        result = fast_or_none(self.nodes.model, lambda: self._fast(batch, wanted), gap, tolerance, probe)
+        self.fits = result is not None
+        return None if result is None else result[0]
 
 
 def score(logits: Tensor, wanted: Tensor, target: Score) -> Tensor:
-    """Compute F, in float32 or better.
+    """Computes F, in float32 or better.
 
     Args:
         logits: ``(..., vocabulary)``.
@@ -272,9 +257,10 @@ def score(logits: Tensor, wanted: Tensor, target: Score) -> Tensor:
     Returns:
         ``(...)``, the probability or the logit.
     """
+    if target == "probability":
+        return probabilities(logits, wanted)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = logits.gather(-1, wanted[..., None]).squeeze(-1)
-    return chosen if target == "logit" else (chosen - logits.logsumexp(dim=-1)).exp()
+    return logits.gather(-1, wanted[..., None]).squeeze(-1)
 
 
 def _tokens(logits: Tensor, wanted: Tensor | None) -> Tensor:
@@ -286,7 +272,7 @@ def _gap(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-2))
 
 
-def _watched(nodes: Nodes, batch: Batch, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _watched(nodes: ScaledNodes, batch: Batch, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
     outputs: list[Tensor] = []
     with ExitStack() as stack:
         for module in nodes.modules:

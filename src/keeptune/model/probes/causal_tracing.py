@@ -20,7 +20,6 @@ paper's Fig. 2, summed up.
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,14 +31,20 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import RecipeError, StatisticsError
 from keeptune.data.calibration import Batch
-from keeptune.model.probes.streams import Streams
-from keeptune.model.probes.suffix import UnfitError
-from keeptune.model.probes.traced_passes import Kept, Kind, Sites, Texts, full_pass, plain_answers
+from keeptune.model.probes.block_calls import fast_or_none
+from keeptune.model.probes.tracing_passes import (
+    OutputKind,
+    RestoredModules,
+    RunStates,
+    TracedBatch,
+    full_pass,
+    plain_answers,
+)
+from keeptune.model.probes.tracing_streams import Streams
 from keeptune.model.runner import still
 
-__all__ = ["Kind", "Noise", "Reading", "Traced", "Tracer", "embedding_std", "noise_of"]
+__all__ = ["Noise", "OutputKind", "Reading", "Traced", "Tracer", "embedding_std", "noise_of"]
 
-_log = logging.getLogger(__name__)
 Reading = Literal["diagonal", "positions"]
 
 
@@ -65,7 +70,7 @@ class Noise:
             raise RecipeError("noise scale", got=f"{self.scale}", wanted="0 or more", next_step="ROME takes 3.")
 
     def positions(self, tokens: Sequence[int], prompt: int) -> list[int]:
-        """Draw which tokens are damaged.
+        """Draws which tokens are damaged.
 
         Args:
             tokens: The text.
@@ -79,7 +84,7 @@ class Noise:
         return sorted(order[:count])
 
     def values(self, tokens: Sequence[int], prompt: int, hidden: int, std: float) -> Tensor:
-        """Draw the noise of a text.
+        """Draws the noise of a text.
 
         Args:
             tokens: The text.
@@ -146,19 +151,19 @@ class Tracer:
         model: PreTrainedModel,
         *,
         reading: Reading,
-        kind: Kind = "block",
+        kind: OutputKind = "block",
         window: int = 10,
         chunk: int = 2048,
         plain: bool = False,
     ) -> None:
-        self.sites = Sites.of(model, kind, window)
+        self.modules = RestoredModules.of(model, kind, window)
         self.reading = reading
         self.chunk = chunk
         # None: not tried yet.
         self.fits: bool | None = False if plain else None
 
     def trace(self, batch: Batch, noise: Tensor) -> list[Traced]:
-        """Trace a batch.
+        """Traces a batch.
 
         Args:
             batch: Texts with a loss mask.
@@ -170,10 +175,10 @@ class Tracer:
         Raises:
             StatisticsError: A probability is not finite, or the texts have no answers.
         """
-        with still(self.sites.model), torch.no_grad():
-            texts = Texts.of(batch, self.sites.model.device)
-            clean = full_pass(self.sites, texts)
-            noised = full_pass(self.sites, texts, noise=noise, cached=self.fits is not False)
+        with still(self.modules.model), torch.no_grad():
+            texts = TracedBatch.of(batch, self.modules.model.device)
+            clean = full_pass(self.modules, texts)
+            noised = full_pass(self.modules, texts, noise=noise, cached=self.fits is not False)
             restored = self._try_fast(texts, clean, noised, noise) if self.fits is None else None
             if restored is None:
                 restored = (self._fast if self.fits else self._plain)(texts, clean, noised, noise)
@@ -187,7 +192,7 @@ class Tracer:
             )
         return found
 
-    def _one(self, texts: Texts, row: int, clean: Kept, noised: Kept, restored: Tensor) -> Traced:
+    def _one(self, texts: TracedBatch, row: int, clean: RunStates, noised: RunStates, restored: Tensor) -> Traced:
         tokens = tuple(texts.batch.input_ids[row][texts.batch.attention_mask[row].bool()].tolist())
         answered, S = texts.answered[row], int(texts.prompts[row])
         before, after, found = clean.answers[row][answered], noised.answers[row][answered], restored[:, :, row]
@@ -196,22 +201,22 @@ class Tracer:
         sums = found[:, :S, answered].sum(dim=-1)
         return Traced(tokens, S, before.sum().expand(S).cpu(), after.sum().expand(S).cpu(), sums.cpu())
 
-    def _columns(self, texts: Texts) -> Tensor:
-        """Give the column of each position to restore, ``(K, B)``; -1 where a text is shorter."""
+    def _columns(self, texts: TracedBatch) -> Tensor:
+        """Returns the column of each position to restore, ``(K, B)``; -1 where a text is shorter."""
         if self.reading == "diagonal":
             return texts.places.T
         steps = torch.arange(int(texts.prompts.max()), device=texts.mask.device)[:, None]
         return torch.where(steps < texts.prompts, texts.start + steps, -1)
 
-    def _fast(self, texts: Texts, clean: Kept, noised: Kept, noise: Tensor) -> Tensor:
-        """Give ``(L, T, B)`` for reading A, ``(L, S, B, T)`` for reading B."""
-        layers, columns = len(self.sites.blocks), self._columns(texts)
+    def _fast(self, texts: TracedBatch, clean: RunStates, noised: RunStates, noise: Tensor) -> Tensor:
+        """Returns ``(L, T, B)`` for reading A, ``(L, S, B, T)`` for reading B."""
+        layers, columns = len(self.modules.blocks), self._columns(texts)
         if self.reading == "diagonal":
             size = max(1, self.chunk // (layers * len(texts)))
             parts = []
             for some in torch.split(columns.T, size, dim=1):
                 at = torch.ones_like(some, dtype=torch.bool)[None]
-                parts.append(Streams(self.sites, texts, clean, noised, some, at, alone=True).answers()[:, 0])
+                parts.append(Streams(self.modules, texts, clean, noised, some, at, alone=True).answers()[:, 0])
             return torch.cat(parts, dim=2).transpose(1, 2)
         # Before the first damaged token both runs are the same: nothing to restore.
         first = _first_damaged(texts, noise)
@@ -221,61 +226,51 @@ class Tracer:
             own = torch.arange(start, texts.width, device=columns.device).expand(len(texts), -1)
             some = columns[first : first + max(1, self.chunk // (layers * own.numel()))]
             at = some[..., None] == own
-            found = Streams(self.sites, texts, clean, noised, own, at, alone=False).answers()
+            found = Streams(self.modules, texts, clean, noised, own, at, alone=False).answers()
             parts.append(torch.where(some[..., None] >= 0, found, noised.answers))
             first += len(some)
         return torch.cat(parts, dim=1)
 
-    def _plain(self, texts: Texts, clean: Kept, noised: Kept, noise: Tensor) -> Tensor:
-        columns, layers = self._columns(texts), len(self.sites.blocks)
+    def _plain(self, texts: TracedBatch, clean: RunStates, noised: RunStates, noise: Tensor) -> Tensor:
+        columns, layers = self._columns(texts), len(self.modules.blocks)
         states = [(layer, index) for layer in range(layers) for index in range(len(columns))]
         found = self._runs(texts, clean, noise, columns, states).reshape(layers, len(columns), len(texts), -1)
         return found.diagonal(dim1=1, dim2=3).transpose(1, 2) if self.reading == "diagonal" else found
 
     def _runs(
-        self, texts: Texts, clean: Kept, noise: Tensor, columns: Tensor, states: Sequence[tuple[int, int]]
+        self, texts: TracedBatch, clean: RunStates, noise: Tensor, columns: Tensor, states: Sequence[tuple[int, int]]
     ) -> Tensor:
         every = torch.arange(texts.width, device=columns.device)
         at = every == columns[..., None]
         rows = max(1, self.chunk // texts.mask.numel())
-        return plain_answers(self.sites, texts, clean, noise, [(layer, at[index]) for layer, index in states], rows)
+        return plain_answers(self.modules, texts, clean, noise, [(layer, at[index]) for layer, index in states], rows)
 
-    def _try_fast(self, texts: Texts, clean: Kept, noised: Kept, noise: Tensor) -> Tensor | None:
-        """Trace the first batch the fast way, and hold some of it against the plain way."""
-        wrong = ""
-        try:
-            found = self._fast(texts, clean, noised, noise)
-        except torch.OutOfMemoryError:
-            raise
-        # What a block of an unforeseen form may raise.
-        except (UnfitError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        else:
-            columns, layers = self._columns(texts), len(self.sites.blocks)
+    def _try_fast(self, texts: TracedBatch, clean: RunStates, noised: RunStates, noise: Tensor) -> Tensor | None:
+        """Traces the first batch the fast way, and compares some of it with the plain way."""
+
+        def gap(found: Tensor) -> float:
+            columns, layers = self._columns(texts), len(self.modules.blocks)
             states = [(0, max(len(columns) // 2, _first_damaged(texts, noise))), (layers // 2, len(columns) - 1)]
             states = [(layer, min(index, len(columns) - 1)) for layer, index in states]
             plain = self._runs(texts, clean, noise, columns, states)
             fast = torch.stack([found[state] for state in states])
             if self.reading == "diagonal":
                 plain = torch.stack([run[:, index] for run, (_, index) in zip(plain, states, strict=True)])
-            gap = float((fast - plain).abs().max())
-            # In half precision the order of a sum shows.
-            if not gap <= (1e-4 if torch.finfo(self.sites.model.dtype).eps < 1e-4 else 2e-2):
-                wrong = f"it differs from one run per state by {gap:.1e}"
-        self.fits = not wrong
-        if wrong:
-            _log.warning(
-                "trace: %s cannot be traced in one pass (%s): one run per state is done, which takes much longer",
-                type(self.sites.model).__name__,
-                wrong,
-            )
+            return float((fast - plain).abs().max())
+
+        # In half precision the order of a sum shows.
+        tolerance = 1e-4 if torch.finfo(self.modules.model.dtype).eps < 1e-4 else 2e-2
+        found = fast_or_none(
+            self.modules.model, lambda: self._fast(texts, clean, noised, noise), gap, tolerance, "trace: state"
+        )
+        self.fits = found is not None
+        if not self.fits:
             noised.cache = None
-            return None
         return found
 
 
 def noise_of(noise: Noise, batch: Batch, model: PreTrainedModel, std: float) -> Tensor:
-    """Draw the noise of a batch.
+    """Draws the noise of a batch.
 
     Args:
         noise: How.
@@ -286,17 +281,17 @@ def noise_of(noise: Noise, batch: Batch, model: PreTrainedModel, std: float) -> 
     Returns:
         ``(B, W, hidden)``, float32, on the model's device.
     """
-    texts = Texts.of(batch, torch.device("cpu"))
+    texts = TracedBatch.of(batch, torch.device("cpu"))
     embedding: Any = model.get_input_embeddings()
-    found = torch.zeros(*batch.input_ids.shape, embedding.weight.shape[-1])
+    values = torch.zeros(*batch.input_ids.shape, embedding.weight.shape[-1])
     for row, real in enumerate(texts.mask.bool()):
         tokens = batch.input_ids[row][real].tolist()
-        found[row, real] = noise.values(tokens, int(texts.prompts[row]), found.shape[-1], std)
-    return found.to(model.device)
+        values[row, real] = noise.values(tokens, int(texts.prompts[row]), values.shape[-1], std)
+    return values.to(model.device)
 
 
 def embedding_std(model: PreTrainedModel) -> float:
-    """Compute the standard deviation of the model's token embeddings, over all entries, as its first block gets them.
+    """Computes the standard deviation of the model's token embeddings, over all entries, as its first block gets them.
 
     Args:
         model: The model.
@@ -315,7 +310,7 @@ def embedding_std(model: PreTrainedModel) -> float:
     return math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
 
 
-def _first_damaged(texts: Texts, noise: Tensor) -> int:
-    """Find the first damaged position of any text; 0 where there is none."""
+def _first_damaged(texts: TracedBatch, noise: Tensor) -> int:
+    """Returns the first damaged position of any text; 0 where there is none."""
     damaged = noise.ne(0).any(dim=-1).to(texts.mask.device)
     return int((damaged.int().argmax(dim=1) - texts.start).clamp_min(0).min())

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from keeptune.model.probes.traced_passes import take
+from keeptune.model.probes.block_calls import UnfitError, take
 
-__all__ = ["Suffix", "UnfitError"]
-
-
-class UnfitError(Exception):
-    """The fast way cannot serve this architecture."""
+__all__ = ["Suffix"]
 
 
 class Suffix:
@@ -56,7 +52,7 @@ class Suffix:
         self._masks: dict[int, Tensor] = {}
 
     def rows(self, values: Tensor) -> Tensor:
-        """Repeat what belongs to the texts.
+        """Repeats what belongs to the texts.
 
         Args:
             values: ``(B, ...)``, ``(1, ...)`` for all texts alike, or already repeated.
@@ -71,7 +67,7 @@ class Suffix:
         return values.repeat(self.times, *[1] * (values.ndim - 1))
 
     def call(self, number: int, hidden: Tensor, cache: DynamicCache | None = None) -> Any:
-        """Say what a block is called with.
+        """Returns the arguments that a block is called with.
 
         Args:
             number: Which block.
@@ -109,7 +105,7 @@ class Suffix:
         return call.args, call.kwargs
 
     def _cut(self, value: Any) -> Any:
-        """Take the columns of whatever runs over the columns of a text, such as rotary angles."""
+        """Takes the columns of whatever runs over the columns of a text, such as rotary angles."""
         if isinstance(value, tuple | list):
             return type(value)(self._cut(inner) for inner in value)
         if isinstance(value, dict):
@@ -121,7 +117,7 @@ class Suffix:
         raise UnfitError(f"a block takes a tensor of shape {tuple(value.shape)}")
 
     def _mask(self, given: Tensor | None) -> Tensor:
-        """Put together the mask over prefix and own columns, from the block's mask over the whole text."""
+        """Builds the mask over prefix and own columns, from the block's mask over the whole text."""
         width, columns = self.width, self.columns
         if id(given) in self._masks:
             return self._masks[id(given)]
@@ -151,7 +147,7 @@ class _Prefix(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Join them."""
+        """Returns both, the kept ones first."""
         suffix = self.suffix
         kept: Any = suffix.cache.layers[layer_idx]
         return (

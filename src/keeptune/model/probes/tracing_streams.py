@@ -11,7 +11,6 @@ in the corrupted run (mask, positions), cut to the streams' columns (:mod:`keept
 
 from __future__ import annotations
 
-import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keeptune.model.probes.block_calls import first_argument, hidden_of, probabilities, take, with_hidden
 from keeptune.model.probes.suffix import Suffix
-from keeptune.model.probes.traced_passes import Kept, Sites, Texts, hidden_of, probabilities, put, take
+from keeptune.model.probes.tracing_passes import RestoredModules, RunStates, TracedBatch
 
 __all__ = ["Streams"]
 
@@ -30,7 +30,7 @@ class Streams:
     """Streams of some columns, for all layers.
 
     Args:
-        sites: Where hidden states are restored.
+        modules: Where hidden states are restored.
         texts: The texts.
         clean: The clean run.
         noised: The corrupted run, with its cache.
@@ -41,24 +41,24 @@ class Streams:
             other.
     """
 
-    sites: Sites
-    texts: Texts
-    clean: Kept
-    noised: Kept
+    modules: RestoredModules
+    texts: TracedBatch
+    clean: RunStates
+    noised: RunStates
     columns: Tensor
     at: Tensor
     alone: bool
     entered: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Prepare what blocks are given."""
+        """Prepare the arguments of blocks."""
         assert self.noised.cache is not None
         self.suffix = Suffix(
             self.noised.calls, self.noised.cache, self.texts.width, self.columns, alone=self.alone, times=0
         )
 
     def answers(self) -> Tensor:
-        """Run them.
+        """Runs them.
 
         Returns:
             ``(layers, n, B, Q)`` where each column is alone: the probability of the token it predicts. Else
@@ -67,34 +67,34 @@ class Streams:
         Raises:
             UnfitError: A block's arguments are not of the expected form.
         """
-        texts, blocks = self.texts, self.sites.blocks
+        texts, blocks = self.texts, self.modules.blocks
         wanted = (
             texts.batch.input_ids.to(self.columns.device).gather(1, self.columns + 1) if self.alone else texts.wanted
         )
         with ExitStack() as stack:
             for number, block in enumerate(blocks):
                 stack.callback(block.register_forward_pre_hook(self._before(number), with_kwargs=True).remove)
-            if self.sites.outputs is not blocks:
-                for number, part in enumerate(self.sites.outputs):
+            if not self._block_outputs:
+                for number, part in enumerate(self.modules.outputs):
                     stack.callback(part.register_forward_hook(self._restoring(number)).remove)
             stack.callback(blocks[-1].register_forward_hook(self._leave).remove)
             # What enters here runs below the first stream only; its form is that of what leaves.
             ids = texts.batch.input_ids.to(texts.mask.device)[:, : wanted.shape[1]]
-            logits = self.sites.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        found = probabilities(logits, wanted.repeat(len(logits) // len(texts), 1))
-        return found.reshape(len(blocks), len(self.at), len(texts), -1)
+            logits = self.modules.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        answers = probabilities(logits, wanted.repeat(len(logits) // len(texts), 1))
+        return answers.reshape(len(blocks), len(self.at), len(texts), -1)
 
     @property
     def _block_outputs(self) -> bool:
-        return self.sites.outputs is self.sites.blocks
+        return self.modules.outputs is self.modules.blocks
 
     def _entry(self, layer: int) -> int:
-        """Say before which block a layer's streams enter: the first that sees anything restored, or restores it."""
-        return layer + 1 if self._block_outputs else self.sites.restored(layer).start
+        """Returns the block before which a layer's streams enter: the first that sees or restores anything."""
+        return layer + 1 if self._block_outputs else self.modules.restored(layer).start
 
     def _join(self, number: int, hidden: Tensor) -> Tensor | None:
-        """Add the streams that enter before a block to those that are there; None while there are none."""
-        new = [layer for layer in range(len(self.sites.blocks)) if self._entry(layer) == number]
+        """Adds the streams that enter before a block to those before it; None while there are none."""
+        new = [layer for layer in range(len(self.modules.blocks)) if self._entry(layer) == number]
         rows = [hidden] if self.entered else []
         corrupted = take(self.noised.inputs[number], self.columns)
         restored = take(self.clean.inputs[number], self.columns) if self._block_outputs else corrupted
@@ -106,30 +106,29 @@ class Streams:
 
     def _before(self, number: int) -> Any:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = next(iter(inspect.signature(block.forward).bind(*args, **kwargs).arguments.values()))
-            joined = self._join(number, hidden)
-            if joined is None:
-                return None
-            return self.suffix.call(number, joined)
+            joined = self._join(number, first_argument(block, args, kwargs))
+            return None if joined is None else self.suffix.call(number, joined)
 
         return hook
 
     def _leave(self, _: nn.Module, __: Any, output: Any) -> Any:
-        hidden = self._join(len(self.sites.blocks), hidden_of(output))
+        hidden = self._join(len(self.modules.blocks), hidden_of(output))
         assert hidden is not None
         if not self.alone:
             # A text whose answer lies before the columns has no state here: what it gives is not used.
             seen = (self.texts.places - self.columns[:, :1]).clamp_min(0)
             hidden = take(hidden, seen.repeat(len(hidden) // len(self.texts), 1))
-        return put(output, hidden)
+        return with_hidden(output, hidden)
 
     def _restoring(self, number: int) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             if not self.entered:
                 return None
             none = torch.zeros_like(self.at)
-            chosen = [self.at if number in self.sites.restored(layer) else none for layer in self.entered]
+            chosen = [self.at if number in self.modules.restored(layer) else none for layer in self.entered]
             values = self.suffix.rows(take(self.clean.outputs[number], self.columns))
-            return put(output, torch.where(torch.cat(chosen).flatten(0, 1)[..., None], values, hidden_of(output)))
+            return with_hidden(
+                output, torch.where(torch.cat(chosen).flatten(0, 1)[..., None], values, hidden_of(output))
+            )
 
         return hook

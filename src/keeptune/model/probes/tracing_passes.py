@@ -1,11 +1,11 @@
-"""Whole passes for causal tracing: what every block saw, and runs in which hidden states of another are restored."""
+"""Whole passes for causal tracing: the states of a run, and runs in which hidden states of another are restored."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from inspect import BoundArguments
 from typing import Any, Literal
 
 import torch
@@ -15,15 +15,16 @@ from transformers import DynamicCache, PreTrainedModel
 from keeptune.core.errors import ModelError, StatisticsError
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, parts_of
+from keeptune.model.probes.block_calls import BlockCalls, hidden_of, probabilities, take, with_hidden
 from keeptune.model.runner import arguments_of
 
-__all__ = ["Kept", "Kind", "Sites", "Texts", "full_pass", "hidden_of", "plain_answers", "probabilities", "put", "take"]
+__all__ = ["OutputKind", "RestoredModules", "RunStates", "TracedBatch", "full_pass", "plain_answers"]
 
-Kind = Literal["block", "attention", "mlp"]
+OutputKind = Literal["block", "attention", "mlp"]
 
 
 @dataclass(frozen=True)
-class Sites:
+class RestoredModules:
     """The modules whose outputs are restored.
 
     Args:
@@ -39,8 +40,8 @@ class Sites:
     window: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, kind: Kind, window: int) -> Sites:
-        """Find them.
+    def of(cls, model: PreTrainedModel, kind: OutputKind, window: int) -> RestoredModules:
+        """Finds them in a model.
 
         Args:
             model: A causal language model.
@@ -48,7 +49,7 @@ class Sites:
             window: Layers restored together around each; block outputs are always restored alone.
 
         Returns:
-            The sites.
+            The modules.
 
         Raises:
             ModelError: The blocks have no such part of their own.
@@ -57,29 +58,26 @@ class Sites:
         if kind == "block":
             return cls(model, blocks, blocks, 1)
         parts = [parts_of(block) for block in blocks]
-        if not all(kind in found for found in parts):
+        if not all(kind in named for named in parts):
             raise ModelError(
                 type(model).__name__,
                 got=f"blocks without one module that is their {kind}",
                 wanted="one in each block",
                 next_step="Trace block outputs.",
             )
-        return cls(model, blocks, tuple(found[kind] for found in parts), window)
+        return cls(model, blocks, tuple(named[kind] for named in parts), window)
 
     def restored(self, layer: int) -> range:
-        """List the layers restored together, as ROME counts them: the window's extra layer lies below.
+        """Returns the layers restored together, as ROME counts them: the window's extra layer lies below.
 
         Args:
             layer: The layer in the middle.
-
-        Returns:
-            The layers.
         """
         return range(max(0, layer - self.window // 2), min(len(self.blocks), layer - (-self.window // 2)))
 
 
 @dataclass(frozen=True)
-class Texts:
+class TracedBatch:
     """A batch of prompts with their answers, the padding on either side.
 
     Args:
@@ -101,15 +99,12 @@ class Texts:
     answered: Tensor
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> Texts:
-        """Prepare a batch.
+    def of(cls, batch: Batch, device: torch.device) -> TracedBatch:
+        """Prepares a batch.
 
         Args:
             batch: Tokens with a loss mask.
             device: Where the model is.
-
-        Returns:
-            The texts.
 
         Raises:
             StatisticsError: The answers are not known, or a text has no prompt or no answer.
@@ -146,21 +141,14 @@ class Texts:
         return self.mask.shape[0]
 
     def arguments(self, rows: int = 1) -> dict[str, Any]:
-        """Say what the model is called with.
-
-        Args:
-            rows: How often the batch is repeated.
-
-        Returns:
-            Keyword arguments.
-        """
+        """Returns the arguments of the model, for the batch repeated ``rows`` times."""
         plain = Batch(self.batch.input_ids.repeat(rows, 1), self.batch.attention_mask)
         return arguments_of(plain, self.mask.repeat(rows, 1))
 
 
 @dataclass
-class Kept:
-    """What a pass left behind.
+class RunStates:
+    """The states of a run.
 
     Args:
         inputs: ``(B, W, hidden)`` of each block, and the output of the last.
@@ -170,63 +158,64 @@ class Kept:
         answers: ``(B, T)``, probabilities of the answer tokens.
     """
 
-    inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    calls: list[inspect.BoundArguments] = field(default_factory=list)
-    cache: DynamicCache | None = None
-    answers: Tensor = field(default_factory=lambda: torch.empty(0))
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    calls: list[BoundArguments]
+    cache: DynamicCache | None
+    answers: Tensor
 
 
-def full_pass(sites: Sites, texts: Texts, *, noise: Tensor | None = None, cached: bool = False) -> Kept:
-    """Run the model once and keep what its blocks saw.
+def full_pass(
+    modules: RestoredModules, texts: TracedBatch, *, noise: Tensor | None = None, cached: bool = False
+) -> RunStates:
+    """Runs the model once and keeps what its blocks were given.
 
     Args:
-        sites: The model.
+        modules: The model.
         texts: The texts.
         noise: ``(B, W, hidden)``, added to the token embeddings; None for the clean run.
         cached: Keep keys and values too.
 
     Returns:
-        What was seen.
+        The states.
 
     Raises:
         ModelError: A restored module's output is no hidden state of each token.
     """
-    kept = Kept(cache=DynamicCache() if cached else None)
-
-    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = inspect.signature(block.forward).bind(*args, **kwargs)
-        kept.inputs.append(next(iter(call.arguments.values())))
-        kept.calls.append(call)
-
+    watched, outputs = BlockCalls(), list[Tensor]()
+    cache = DynamicCache() if cached else None
     with ExitStack() as stack:
-        _add_noise(sites, noise, stack)
-        for block in sites.blocks:
-            stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
-        for module in sites.outputs:
-            stack.callback(module.register_forward_hook(lambda *seen: kept.outputs.append(hidden_of(seen[2]))).remove)
-        last = sites.blocks[-1].register_forward_hook(lambda *seen: kept.inputs.append(hidden_of(seen[2])))
+        _add_noise(modules, noise, stack)
+        watched.watch(modules.blocks, stack)
+        for module in modules.outputs:
+            stack.callback(module.register_forward_hook(lambda *seen: outputs.append(hidden_of(seen[2]))).remove)
+        last = modules.blocks[-1].register_forward_hook(lambda *seen: watched.inputs.append(hidden_of(seen[2])))
         stack.callback(last.remove)
-        extra = {"use_cache": True, "past_key_values": kept.cache} if cached else {}
-        logits = sites.model(**(texts.arguments() | extra)).logits
-    if any(hidden.shape != kept.inputs[0].shape for hidden in (*kept.inputs, *kept.outputs)):
+        extra = {"use_cache": True, "past_key_values": cache} if cached else {}
+        logits = modules.model(**(texts.arguments() | extra)).logits
+    if any(hidden.shape != watched.inputs[0].shape for hidden in (*watched.inputs, *outputs)):
         raise ModelError(
-            type(sites.model).__name__,
+            type(modules.model).__name__,
             got="a module whose output has another form than the hidden states",
             wanted="one vector per token, as wide as the model",
             next_step="Trace block outputs.",
         )
-    kept.answers = probabilities(take(logits, texts.places), texts.wanted)
-    return kept
+    answers = probabilities(take(logits, texts.places), texts.wanted)
+    return RunStates(watched.inputs, outputs, watched.calls, cache, answers)
 
 
 def plain_answers(
-    sites: Sites, texts: Texts, clean: Kept, noise: Tensor, states: Sequence[tuple[int, Tensor]], rows: int
+    modules: RestoredModules,
+    texts: TracedBatch,
+    clean: RunStates,
+    noise: Tensor,
+    states: Sequence[tuple[int, Tensor]],
+    rows: int,
 ) -> Tensor:
-    """Restore states one run each, by hooks on the modules: works on any model, and is the measure of the fast way.
+    """Restores states one run each, by hooks on the modules: works on any model, and is the measure of the fast way.
 
     Args:
-        sites: Where.
+        modules: Where.
         texts: The texts.
         clean: The clean run.
         noise: ``(B, W, hidden)``.
@@ -236,88 +225,33 @@ def plain_answers(
     Returns:
         ``(states, B, T)``, the probabilities of the answer tokens.
     """
-    found = []
+    parts = []
     for first in range(0, len(states), rows):
         some = states[first : first + rows]
         with ExitStack() as stack:
-            _add_noise(sites, noise.repeat(len(some), 1, 1), stack)
-            for number, module in enumerate(sites.outputs):
-                chosen = torch.cat([at if number in sites.restored(layer) else at & False for layer, at in some])
+            _add_noise(modules, noise.repeat(len(some), 1, 1), stack)
+            for number, module in enumerate(modules.outputs):
+                chosen = torch.cat([at if number in modules.restored(layer) else at & False for layer, at in some])
                 hook = _restoring(chosen, clean.outputs[number].repeat(len(some), 1, 1))
                 stack.callback(module.register_forward_hook(hook).remove)
-            logits = sites.model(**texts.arguments(len(some))).logits
+            logits = modules.model(**texts.arguments(len(some))).logits
         places, wanted = (part.repeat(len(some), 1) for part in (texts.places, texts.wanted))
         answers = probabilities(take(logits, places), wanted)
-        found.append(answers.reshape(len(some), len(texts), -1))
-    return torch.cat(found)
-
-
-def probabilities(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Compute the probability of one token at each place, in float32 or better.
-
-    Args:
-        logits: ``(..., vocabulary)``.
-        wanted: ``(...)``, token ids.
-
-    Returns:
-        ``(...)``.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = logits.gather(-1, wanted[..., None]).squeeze(-1)
-    return (chosen - logits.logsumexp(dim=-1)).exp()
-
-
-def take(values: Tensor, columns: Tensor) -> Tensor:
-    """Take columns of each text.
-
-    Args:
-        values: ``(B, W, ...)``, or ``(1, W, ...)`` for all texts alike.
-        columns: ``(B, Q)``.
-
-    Returns:
-        ``(B, Q, ...)``.
-    """
-    rows = torch.arange(len(columns), device=columns.device)[:, None] if len(values) > 1 else columns * 0
-    return values[rows, columns]
-
-
-def hidden_of(output: Any) -> Tensor:
-    """Take the hidden states out of what a module returned.
-
-    Args:
-        output: The tensor, or a tuple that starts with it.
-
-    Returns:
-        The tensor.
-    """
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
-def put(output: Any, hidden: Tensor) -> Any:
-    """Put other hidden states into what a module returned.
-
-    Args:
-        output: The tensor, or a tuple that starts with it.
-        hidden: What takes its place.
-
-    Returns:
-        The same form.
-    """
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        parts.append(answers.reshape(len(some), len(texts), -1))
+    return torch.cat(parts)
 
 
 def _restoring(chosen: Tensor, values: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        return put(output, torch.where(chosen[..., None], values, hidden_of(output)))
+        return with_hidden(output, torch.where(chosen[..., None], values, hidden_of(output)))
 
     return hook
 
 
-def _add_noise(sites: Sites, noise: Tensor | None, stack: ExitStack) -> None:
+def _add_noise(modules: RestoredModules, noise: Tensor | None, stack: ExitStack) -> None:
     if noise is None:
         return
-    embedding: Any = sites.model.get_input_embeddings()
+    embedding: Any = modules.model.get_input_embeddings()
 
     def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return output + noise.to(output)

@@ -13,10 +13,10 @@ No architecture is named: hooks on blocks give them what the clean run gave them
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from inspect import BoundArguments
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -25,23 +25,19 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from keeptune.data.calibration import Batch
+from keeptune.model.probes.block_calls import BlockCalls, first_argument, hidden_of, take, with_hidden
 from keeptune.model.probes.suffix import Suffix
-from keeptune.model.probes.traced_passes import hidden_of, put, take
-from keeptune.model.runner import arguments_of
+from keeptune.model.runner import PassEnd, arguments_of
 
-__all__ = ["Clean", "Nodes", "State"]
+__all__ = ["CleanRun", "ScaledNodes", "State", "last_columns"]
 
 # Which down-projection, and where on its path.
 State = tuple[int, float]
 
 
-class _Reached(Exception):
-    """What was wanted of the pass is there."""
-
-
 @dataclass
-class Clean:
-    """What the unchanged run left behind, of the last token or of all (C is 1 or W).
+class CleanRun:
+    """The states of the unchanged run, of the last token or of all (C is 1 or W).
 
     Args:
         mask: ``(B, W)``.
@@ -56,16 +52,22 @@ class Clean:
 
     mask: Tensor
     last: Tensor
-    inputs: list[Tensor] = field(default_factory=list)
-    calls: list[inspect.BoundArguments] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    starts: list[Tensor] = field(default_factory=list)
-    cache: DynamicCache = field(default_factory=DynamicCache)
-    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    inputs: list[Tensor]
+    calls: list[BoundArguments]
+    outputs: list[Tensor]
+    starts: list[Tensor]
+    cache: DynamicCache
+    logits: Tensor
+
+
+def last_columns(mask: Tensor) -> Tensor:
+    """Returns the column of each text's last token, ``(B, 1)``, the padding on either side."""
+    steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask * steps).argmax(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True)
-class Nodes:
+class ScaledNodes:
     """Runs what scaled nodes change.
 
     Args:
@@ -84,8 +86,8 @@ class Nodes:
     chunk: int
     score: Callable[[Tensor, Tensor], Tensor]
 
-    def clean(self, batch: Batch, *, whole: bool, pad_token: int | None) -> Clean:
-        """Run texts as they are, without the head but for the last token.
+    def clean(self, batch: Batch, *, whole: bool, pad_token: int | None) -> CleanRun:
+        """Runs texts as they are, without the head but for the last token.
 
         Args:
             batch: The texts.
@@ -93,37 +95,30 @@ class Nodes:
             pad_token: Token of the run that the path starts at; None starts at zero.
 
         Returns:
-            What was seen.
+            The states.
         """
         mask = batch.attention_mask.to(self.model.device)
-        steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        clean = Clean(mask, (mask * steps).argmax(dim=1, keepdim=True))
+        last = last_columns(mask)
 
-        def kept(values: Tensor) -> Tensor:
-            return values if whole else take(values, clean.last)
+        def keep(values: Tensor) -> Tensor:
+            return values if whole else take(values, last)
 
-        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = inspect.signature(block.forward).bind(*args, **kwargs)
-            clean.inputs.append(kept(next(iter(call.arguments.values()))))
-            clean.calls.append(call)
-
+        watched, cache = BlockCalls(keep), DynamicCache()
         with torch.no_grad(), ExitStack() as stack:
-            for block in self.blocks:
-                stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
-            more = {"use_cache": True, "past_key_values": clean.cache}
-            hidden = self._outputs(arguments_of(batch, mask) | more, clean.mask, clean.outputs, kept)
+            watched.watch(self.blocks, stack)
+            more = {"use_cache": True, "past_key_values": cache}
+            hidden, outputs = self._outputs(arguments_of(batch, mask) | more, mask, keep)
         with torch.no_grad():
-            clean.logits = self._tail(take(hidden, clean.last))
-        if pad_token is None:
-            clean.starts = [torch.zeros_like(output) for output in clean.outputs]
-        else:
-            pads = Batch(torch.full_like(batch.input_ids, pad_token), batch.attention_mask)
-            with torch.no_grad():
-                self._outputs(arguments_of(pads, mask), clean.mask, clean.starts, kept)
-        return clean
+            logits = self._tail(take(hidden, last))
+            if pad_token is None:
+                starts = [torch.zeros_like(output) for output in outputs]
+            else:
+                pads = Batch(torch.full_like(batch.input_ids, pad_token), batch.attention_mask)
+                _, starts = self._outputs(arguments_of(pads, mask), mask, keep)
+        return CleanRun(mask, last, watched.inputs, watched.calls, outputs, starts, cache, logits)
 
-    def last(self, clean: Clean, wanted: Tensor, states: Sequence[State]) -> tuple[Tensor, Tensor]:
-        """Scale outputs at the last token.
+    def last(self, clean: CleanRun, wanted: Tensor, states: Sequence[State]) -> tuple[Tensor, Tensor]:
+        """Scales outputs at the last token.
 
         Args:
             clean: The clean run.
@@ -141,21 +136,17 @@ class Nodes:
                 at: torch.stack([_path(clean, at, alpha)[:, 0] for other, alpha in some if other == at], dim=1)
                 for at in dict(some)
             }
-            parts.append(
-                self._streams(
-                    leaves,
-                    lambda number: clean.inputs[number],
-                    lambda count: Suffix(
-                        clean.calls, clean.cache, clean.mask.shape[1], clean.last.expand(-1, count), alone=True
-                    ),
-                    wanted,
-                )
-            )
-        scores, gradients = (torch.cat(found, dim=1).transpose(0, 1) for found in zip(*parts, strict=True))
+
+            def suffix(count: int) -> Suffix:
+                columns = clean.last.expand(-1, count)
+                return Suffix(clean.calls, clean.cache, clean.mask.shape[1], columns, alone=True)
+
+            parts.append(self._streams(leaves, lambda number: clean.inputs[number], suffix, wanted))
+        scores, gradients = (torch.cat(part, dim=1).transpose(0, 1) for part in zip(*parts, strict=True))
         return scores, gradients
 
-    def all(self, clean: Clean, wanted: Tensor, states: Sequence[State]) -> tuple[Tensor, Tensor]:
-        """Scale outputs at all tokens.
+    def all(self, clean: CleanRun, wanted: Tensor, states: Sequence[State]) -> tuple[Tensor, Tensor]:
+        """Scales outputs at all tokens.
 
         Args:
             clean: The clean run, of all tokens.
@@ -166,7 +157,7 @@ class Nodes:
             As :meth:`last`: the gradient is that with respect to the last token's scaled output.
         """
         size = max(1, self.chunk // clean.mask.numel())
-        found: list[tuple[Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for at in dict(states):
             points = [alpha for other, alpha in states if other == at]
             for first in range(0, len(points), size):
@@ -182,32 +173,33 @@ class Nodes:
                     wanted.repeat(len(some)),
                 )
                 rows = len(clean.mask)
-                found.append((scores.reshape(-1, rows), gradients.reshape(len(some), rows, -1)))
-        return torch.cat([scores for scores, _ in found]), torch.cat([gradients for _, gradients in found])
+                parts.append((scores.reshape(-1, rows), gradients.reshape(len(some), rows, -1)))
+        return torch.cat([scores for scores, _ in parts]), torch.cat([gradients for _, gradients in parts])
 
     def _outputs(
-        self, arguments: Mapping[str, Any], mask: Tensor, outputs: list[Tensor], kept: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Run the model up to its last block; keep what the down-projections give."""
+        self, arguments: Mapping[str, Any], mask: Tensor, keep: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs the model up to its last block; returns its output and those of the down-projections."""
         final: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def leave(_: nn.Module, __: Any, output: Any) -> None:
             final.append(hidden_of(output))
-            raise _Reached
+            raise PassEnd
 
         def after(_: nn.Module, __: Any, output: Tensor) -> None:
-            outputs.append(kept(output.reshape(*mask.shape, -1)).float())
+            outputs.append(keep(output.reshape(*mask.shape, -1)).float())
 
         with ExitStack() as stack:
             for module in self.modules:
                 stack.callback(module.register_forward_hook(after).remove)
             stack.callback(self.blocks[-1].register_forward_hook(leave).remove)
-            with suppress(_Reached):
+            with suppress(PassEnd):
                 self.model(**arguments)
-        return final[0]
+        return final[0], outputs
 
-    def _above(self, clean: Clean, at: int, path: Tensor, times: int) -> DynamicCache:
-        """Run texts from a block on with its output scaled at all tokens, for keys and values above it."""
+    def _above(self, clean: CleanRun, at: int, path: Tensor, times: int) -> DynamicCache:
+        """Runs texts from a block on with its output scaled at all tokens, for keys and values above it."""
         layer, width = self.layers[at], clean.mask.shape[1]
         store = _Store(clean.cache, layer, len(self.blocks) - 1)
         if layer == len(self.blocks) - 1:
@@ -217,7 +209,7 @@ class Nodes:
 
         def before(number: int) -> Any:
             def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                hidden = suffix.rows(clean.inputs[number]) if number == layer else _first(block, args, kwargs)
+                hidden = suffix.rows(clean.inputs[number]) if number == layer else first_argument(block, args, kwargs)
                 return suffix.call(number, hidden, store)
 
             return hook
@@ -229,7 +221,7 @@ class Nodes:
             stack.callback(
                 self.modules[at].register_forward_hook(lambda *seen: path.to(seen[2]).reshape(seen[2].shape)).remove
             )
-            with suppress(_Reached):
+            with suppress(PassEnd):
                 self._call()
         return store
 
@@ -240,7 +232,7 @@ class Nodes:
         suffix: Callable[[int], Suffix],
         wanted: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Run the last tokens' streams and go back through them.
+        """Runs the last tokens' streams and goes back through them.
 
         Args:
             leaves: Scaled outputs ``(rows, n, D)`` of some down-projections, in order; n states enter with each.
@@ -259,7 +251,7 @@ class Nodes:
         def before(number: int) -> Any:
             def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 new = entering.get(number, 0)
-                rows = [_first(block, args, kwargs)] if count[0] else []
+                rows = [first_argument(block, args, kwargs)] if count[0] else []
                 rows += [inputs(number).expand(-1, new, -1)] if new else []
                 count[0] += new
                 return suffix(count[0]).call(number, torch.cat(rows, dim=1))
@@ -275,7 +267,7 @@ class Nodes:
 
         def leave(_: nn.Module, __: Any, output: Any) -> None:
             final.append(hidden_of(output))
-            raise _Reached
+            raise PassEnd
 
         with torch.enable_grad(), ExitStack() as stack:
             for number in range(min(entering), len(self.blocks)):
@@ -284,17 +276,17 @@ class Nodes:
             for at, leaf in ready.items():
                 stack.callback(self.modules[at].register_forward_hook(scaling(leaf)).remove)
             stack.callback(self.blocks[-1].register_forward_hook(leave).remove)
-            with suppress(_Reached):
+            with suppress(PassEnd):
                 self._call()
         scores, slopes, sizes = self._scored(final[0], wanted)
         gradients = torch.autograd.grad(final[0], list(ready.values()), slopes)
         return scores, torch.cat(gradients, dim=1) * sizes[..., None]
 
     def _scored(self, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score the last block's output ``(rows, n, hidden)``, a slice at a time: vocabularies are large.
+        """Scores the last block's output ``(rows, n, hidden)``, a slice at a time: vocabularies are large.
 
-        Gives scores, their gradients over powers of two, and these: a probability near 0 or 1 has gradients that
-        float16 would take for zero.
+        Returns scores, their gradients over powers of two, and these powers: a probability near 0 or 1 has gradients
+        that float16 would take for zero.
         """
         flat = hidden.detach().flatten(0, 1)[:, None]
         tokens = wanted[:, None].expand(hidden.shape[:2]).flatten()
@@ -306,18 +298,18 @@ class Nodes:
             with torch.enable_grad():
                 logits = self._tail(some)
                 leaf = logits.detach().float().requires_grad_(True)
-                found = self.score(leaf, tokens[first : first + size])
-            (slope,) = torch.autograd.grad(found.sum(), leaf)
+                scored = self.score(leaf, tokens[first : first + size])
+            (slope,) = torch.autograd.grad(scored.sum(), leaf)
             power = torch.exp2(slope.abs().amax(dim=-1).clamp_min(1e-30).log2().round())
             (back,) = torch.autograd.grad(logits, some, (slope / power[:, None]).to(logits))
-            parts.append((found.detach(), back[:, 0], power))
+            parts.append((scored.detach(), back[:, 0], power))
         scores, slopes, powers = (torch.cat(part) for part in zip(*parts, strict=True))
         form = hidden.shape[:2]
         return scores.reshape(form), slopes.reshape(hidden.shape), powers.reshape(form)
 
     def _tail(self, hidden: Tensor) -> Tensor:
-        """Run what comes after the last block on ``(n, 1, hidden)``; the blocks run on one token, which is dropped."""
-        handle = self.blocks[-1].register_forward_hook(lambda *seen: put(seen[2], hidden))
+        """Runs what comes after the last block on ``(n, 1, hidden)``; the blocks run on one token, which is dropped."""
+        handle = self.blocks[-1].register_forward_hook(lambda *seen: with_hidden(seen[2], hidden))
         try:
             return cast(Tensor, self._call().logits)[:, 0]
         finally:
@@ -328,14 +320,9 @@ class Nodes:
         return self.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
 
 
-def _path(clean: Clean, at: int, alpha: float) -> Tensor:
+def _path(clean: CleanRun, at: int, alpha: float) -> Tensor:
     start = clean.starts[at]
     return start + alpha * (clean.outputs[at] - start)
-
-
-def _first(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found: Tensor = next(iter(inspect.signature(block.forward).bind(*args, **kwargs).arguments.values()))
-    return found
 
 
 class _Store(DynamicCache):
@@ -350,9 +337,9 @@ class _Store(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keep them; those of the last block are all that is wanted of it."""
+        """Keeps them; those of the last block are all that is wanted of it."""
         if layer_idx > self.layer:
             self.layers[layer_idx] = SimpleNamespace(keys=key_states, values=value_states)
         if layer_idx == self.final:
-            raise _Reached
+            raise PassEnd
         return key_states, value_states
