@@ -21,12 +21,10 @@ from keeptune.core.errors import ModelError, PlanError, nearest
 from keeptune.core.target import Target
 
 __all__ = [
-    "block_number",
     "blocks_of",
     "body",
     "depth",
     "find_targets",
-    "first_position",
     "head_of",
     "is_nested",
     "parts_of",
@@ -41,15 +39,12 @@ _LAYER = re.compile(r"\.(\d+)\.")
 def find_targets(
     model: PreTrainedModel, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None
 ) -> list[Target]:
-    """Find the linear maps of a model that a method may change.
+    """Returns the linear maps of a model that a method may change, in model order.
 
     Args:
         model: The base model, before anything was installed into it.
         roles: Roles to keep, such as ``["q_proj", "down_proj"]``; None keeps all but the head.
         layers: Indices of the blocks to keep, such as ``[4, 5, 6, 7]``; None keeps all, and what is outside blocks.
-
-    Returns:
-        The targets, in model order.
 
     Raises:
         PlanError: A role does not exist in this model; the message lists those that do. Or a block does not.
@@ -85,13 +80,10 @@ def find_targets(
 
 
 def roles_of(names: Iterable[str]) -> dict[str, str]:
-    """Name the role of each module: the shortest suffix of its path that is unique in its block.
+    """Returns the role of each module: the shortest suffix of its path that is unique in its block.
 
     Args:
         names: Module paths.
-
-    Returns:
-        Path to role.
 
     >>> roles_of(["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"])["h.0.attn.c_attn"]
     'c_attn'
@@ -108,13 +100,10 @@ def roles_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def is_nested(name: str) -> bool:
-    """Tell whether a module is numbered inside its block, as experts are: it may see a part of the tokens only.
+    """Returns whether a module is numbered inside its block, as experts are: it may get a part of the tokens only.
 
     Args:
         name: Its path.
-
-    Returns:
-        True when it is.
 
     >>> is_nested("model.layers.0.mlp.experts.3.up_proj"), is_nested("model.layers.0.mlp.up_proj")
     (True, False)
@@ -123,44 +112,35 @@ def is_nested(name: str) -> bool:
 
 
 def depth(model: PreTrainedModel) -> int:
-    """Count the blocks of a model.
+    """Returns the number of blocks of a model.
 
     Args:
         model: The base model.
-
-    Returns:
-        How many there are.
     """
     return 1 + max((_block_of(name)[1] for name in _linear_modules(model)), default=-1)
 
 
 def body(model: PreTrainedModel) -> nn.Module:
-    """Find the part of the model below its head: all a statistic of the inputs needs.
+    """Returns the transformer without its output projection, or the model itself if it has no such part.
 
     Args:
         model: The model.
-
-    Returns:
-        The transformer without its output projection, or the model itself if it has no such part.
     """
     inner = getattr(model, model.base_model_prefix, None)
     return inner if isinstance(inner, nn.Module) else model
 
 
 def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """Find the blocks of a model: the numbered modules that hold linear maps, from the input to the output.
+    """Returns the blocks of a model: the numbered modules that hold linear maps, from the input to the output.
 
     Args:
         model: The model; it may carry adapters.
 
-    Returns:
-        The blocks.
-
     Raises:
         ModelError: It has no numbered blocks, or more than one stack of them.
     """
-    found = dict.fromkeys(_block_of(name)[0].rstrip(".") for name in _linear_modules(model))
-    names = [name for name in found if name]
+    prefixes = dict.fromkeys(_block_of(name)[0].rstrip(".") for name in _linear_modules(model))
+    names = [name for name in prefixes if name]
     stacks = {name.rpartition(".")[0] for name in names}
     if len(stacks) != 1:
         raise ModelError(
@@ -173,7 +153,7 @@ def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 
 
 def parts_of(block: nn.Module) -> dict[str, nn.Module]:
-    """Find a block's attention, which takes a mask, and its MLP, the other child that holds linear maps.
+    """Returns a block's attention, which takes a mask, and its MLP, the other child that holds linear maps.
 
     Args:
         block: A block.
@@ -184,12 +164,12 @@ def parts_of(block: nn.Module) -> dict[str, nn.Module]:
     holders = [child for child in block.children() if any(isinstance(m, nn.Linear | Conv1D) for m in child.modules())]
     takes = [child for child in holders if "attention_mask" in inspect.signature(child.forward).parameters]
     others = [child for child in holders if child not in takes and not isinstance(child, nn.Linear | Conv1D)]
-    found = {"attention": takes, "mlp": others}
-    return {name: modules[0] for name, modules in found.items() if len(modules) == 1}
+    kinds = {"attention": takes, "mlp": others}
+    return {name: modules[0] for name, modules in kinds.items() if len(modules) == 1}
 
 
 def head_of(model: PreTrainedModel) -> tuple[str, ...]:
-    """Find the head of a sequence classifier: all beside the transformer, drawn at random and trained in full.
+    """Returns the head of a sequence classifier: all beside the transformer, drawn at random and trained in full.
 
     Args:
         model: The model.
@@ -204,15 +184,8 @@ def head_of(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(name for name, module in beside if any(True for _ in module.parameters()))
 
 
-def first_position(model: PreTrainedModel) -> int:
-    """Say which position the first token has: 0, but in RoBERTa and its kin those up to the padding id are taken.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The position.
-    """
+def _first_position(model: PreTrainedModel) -> int:
+    """Returns the position of the first token: 0, but in RoBERTa and its kin those up to the padding id are taken."""
     for name, module in body(model).named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
             return 0 if module.padding_idx is None else module.padding_idx + 1
@@ -220,16 +193,13 @@ def first_position(model: PreTrainedModel) -> int:
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """Say how many positions a model has for tokens.
+    """Returns how many positions a model has for tokens, or None for a model that names no limit.
 
     Args:
         model: The model.
-
-    Returns:
-        Tokens, or None for a model that names no limit.
     """
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None else limit - first_position(model)
+    return None if limit is None else limit - _first_position(model)
 
 
 def _linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -288,21 +258,6 @@ def _target(name: str, module: nn.Module, role: str, group: str) -> Target:
     )
 
 
-def block_number(name: str) -> int:
-    """Read the number of the block that a module or weight belongs to.
-
-    Args:
-        name: Its path.
-
-    Returns:
-        The number; -1 outside blocks.
-
-    >>> block_number("model.layers.3.mlp.down_proj.weight"), block_number("model.embed_tokens.weight")
-    (3, -1)
-    """
-    return _block_of(name)[1]
-
-
 def _block_of(name: str) -> tuple[str, int]:
     match = _LAYER.search(name)
     return (name[: match.end()], int(match.group(1))) if match else ("", -1)
@@ -320,7 +275,7 @@ def _shortest_unique_suffix(name: str, members: Sequence[str]) -> str:
 
 
 def _input_groups(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Group modules fed by the same tensor, named after the first of them; unreached ones stand alone."""
+    """Groups modules fed by the same tensor, named after the first of them; unreached ones stand alone."""
     seen: list[tuple[Tensor, str]] = []  # keeps the tensors alive, so that equal means the same tensor
     groups = {name: name for name in modules}
 

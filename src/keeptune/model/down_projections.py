@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 def down_projections(model: PreTrainedModel) -> tuple[Target, ...]:
-    """Find the down-projection of each block's MLP: the last map outside attention from inner features to hidden ones.
+    """Returns the down-projection of each block's MLP: the last map outside attention to hidden states.
 
     Args:
         model: A model without adapters.
@@ -36,14 +36,14 @@ def down_projections(model: PreTrainedModel) -> tuple[Target, ...]:
     targets = find_targets(model)
     order = _called(model, targets)
     attention = _in_attention(model)
-    found = []
+    chosen: list[Target] = []
     for number in range(len(blocks_of(model))):
         mine = [t for t in targets if t.layer == number and t.name in order and not _skipped(t, attention)]
         mine.sort(key=lambda target: order[target.name])
         downs = [target for index, target in enumerate(mine) if _closes(model, target, mine[:index])]
-        found += downs[-1:]
-    without = sorted(set(range(len(blocks_of(model)))) - {target.layer for target in found})
-    if not found:
+        chosen += downs[-1:]
+    without = sorted(set(range(len(blocks_of(model)))) - {target.layer for target in chosen})
+    if not chosen:
         raise ModelError(
             type(model).__name__,
             got=f"blocks of {', '.join(sorted({target.role for target in targets}))}",
@@ -53,7 +53,7 @@ def down_projections(model: PreTrainedModel) -> tuple[Target, ...]:
         )
     if without:
         _log.warning("%s: blocks %s have no MLP down-projection and are left out", type(model).__name__, without)
-    return tuple(found)
+    return tuple(chosen)
 
 
 def _skipped(target: Target, attention: Sequence[str]) -> bool:
@@ -61,26 +61,26 @@ def _skipped(target: Target, attention: Sequence[str]) -> bool:
 
 
 def _closes(model: PreTrainedModel, target: Target, before: Sequence[Target]) -> bool:
-    """Tell whether a map takes what an earlier one gives (half of it where gate and up are one) to hidden states."""
+    """Returns whether a map leads from an earlier one's outputs (half where gate and up are one) to hidden states."""
     inner = {size for other in before for size in (other.out_features, other.out_features / 2)}
     hidden: int = model.config.get_text_config().hidden_size
     return target.out_features == hidden and target.in_features in inner
 
 
 def _in_attention(model: PreTrainedModel) -> list[str]:
-    """Name the modules in a block that take an attention mask."""
+    """Returns the names of modules in a block that take an attention mask."""
     names = {module: name for name, module in model.named_modules()}
-    found = []
+    prefixes = []
     for block in blocks_of(model):
         for child in block.modules():
             takes = child is not block and "attention_mask" in inspect.signature(child.forward).parameters
             if takes and not isinstance(child, nn.Linear | Conv1D):
-                found.append(f"{names[child]}.")
-    return found
+                prefixes.append(f"{names[child]}.")
+    return prefixes
 
 
 def _called(model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, int]:
-    """Run two tokens and number the maps in the order of their last calls."""
+    """Runs two tokens and numbers the maps in the order of their last calls."""
     order: dict[str, int] = {}
     count = iter(range(1 << 30))
     handles = [

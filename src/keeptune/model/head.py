@@ -1,4 +1,4 @@
-"""The head of a sequence classifier: which labels it tells apart, how it is drawn, the loss it is trained with."""
+"""The head of a sequence classifier: its labels, how it is drawn, the loss it is trained with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Head:
     """A classification head that a base model may lack.
 
     Args:
-        labels: What it tells apart, in the order of its outputs; empty for one that gives a score.
+        labels: The classes, in the order of its outputs; empty for one that computes a score.
         seed: A base without a head gets a random one; the same seed gives the same.
     """
 
@@ -40,13 +40,10 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head | None:
-        """Read the head of a model.
+        """Returns the head of a model, or None for a language model.
 
         Args:
             model: Any model.
-
-        Returns:
-            Its head, or None for a language model.
         """
         if not head_of(model):
             return None
@@ -55,32 +52,26 @@ class Head:
 
 
 def body_fingerprint(model: PreTrainedModel) -> str:
-    """Name a base model by all that it brings: without a classifier's head, which belongs to the adapter.
+    """Returns the fingerprint of a base model without a classifier's head, which belongs to the adapter.
 
     Args:
         model: The base model, before anything was installed into it.
-
-    Returns:
-        64 hexadecimal digits.
     """
     return model_fingerprint(model, without=head_of(model))
 
 
 def head_fingerprint(model: PreTrainedModel) -> str:
-    """Name a classifier's head by its weights: gradients depend on it.
+    """Returns the fingerprint of a classifier's head: gradients depend on it.
 
     Args:
         model: The model.
-
-    Returns:
-        64 hexadecimal digits.
     """
     heads = {name: model.get_submodule(name).state_dict() for name in head_of(model)}
     return content_key({name: {k: tensor_fingerprint(v) for k, v in state.items()} for name, state in heads.items()})
 
 
 def sequence_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Compute each example's loss: cross-entropy, or the squared error of a score.
+    """Computes each example's loss: cross-entropy, or the squared error of a score.
 
     Law: summed over examples, it does not depend on how they are batched.
 

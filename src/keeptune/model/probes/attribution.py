@@ -148,14 +148,11 @@ class Attributor:
         return self.nodes.layers
 
     def attribute(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
-        """Attributes the token after the last one of each text.
+        """Attributes the token after the last one of each text: ``(B, layers, nodes)``, signed, float32, on the CPU.
 
         Args:
             batch: Texts, the padding on either side.
             wanted: ``(B,)``, the token ids to score; None for the model's own most likely ones.
-
-        Returns:
-            ``(B, layers, nodes)``, float32, on the CPU; the sign kept.
 
         Raises:
             StatisticsError: An attribution is not finite.
@@ -247,16 +244,7 @@ class Attributor:
 
 
 def score(logits: Tensor, wanted: Tensor, target: Score) -> Tensor:
-    """Computes F, in float32 or better.
-
-    Args:
-        logits: ``(..., vocabulary)``.
-        wanted: ``(...)``, token ids.
-        target: Which score.
-
-    Returns:
-        ``(...)``, the probability or the logit.
-    """
+    """Computes F in float32 or better: of logits ``(..., vocabulary)`` and token ids ``(...)``, ``(...)``."""
     if target == "probability":
         return probabilities(logits, wanted)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

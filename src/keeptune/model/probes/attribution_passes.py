@@ -93,9 +93,6 @@ class ScaledNodes:
             batch: The texts.
             whole: Keep all tokens' states, not only the last's.
             pad_token: Token of the run that the path starts at; None starts at zero.
-
-        Returns:
-            The states.
         """
         mask = batch.attention_mask.to(self.model.device)
         last = last_columns(mask)

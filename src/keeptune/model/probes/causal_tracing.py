@@ -70,31 +70,13 @@ class Noise:
             raise RecipeError("noise scale", got=f"{self.scale}", wanted="0 or more", next_step="ROME takes 3.")
 
     def positions(self, tokens: Sequence[int], prompt: int) -> list[int]:
-        """Draws which tokens are damaged.
-
-        Args:
-            tokens: The text.
-            prompt: Tokens of its prompt.
-
-        Returns:
-            Their positions in the prompt, in order.
-        """
+        """Draws the positions of the damaged tokens of a text with ``prompt`` tokens of prompt, in order."""
         count = max(1, round(self.fraction * prompt))
         order: list[int] = torch.randperm(prompt, generator=self._stream("positions", tokens)).tolist()
         return sorted(order[:count])
 
     def values(self, tokens: Sequence[int], prompt: int, hidden: int, std: float) -> Tensor:
-        """Draws the noise of a text.
-
-        Args:
-            tokens: The text.
-            prompt: Tokens of its prompt.
-            hidden: Size of an embedding.
-            std: Standard deviation of the model's token embeddings.
-
-        Returns:
-            ``(tokens, hidden)``, float32, zero where nothing is damaged.
-        """
+        """Draws the noise of a text, ``(tokens, hidden)``, float32, for embeddings of standard deviation ``std``."""
         places = self.positions(tokens, prompt)
         noise = torch.zeros(len(tokens), hidden)
         noise[places] = torch.randn(len(places), hidden, generator=self._stream("values", tokens)) * (self.scale * std)
@@ -163,14 +145,11 @@ class Tracer:
         self.fits: bool | None = False if plain else None
 
     def trace(self, batch: Batch, noise: Tensor) -> list[Traced]:
-        """Traces a batch.
+        """Traces a batch; returns one result for each text, in the batch's order.
 
         Args:
             batch: Texts with a loss mask.
             noise: ``(B, W, hidden)``, for the token embeddings.
-
-        Returns:
-            One for each text, in the batch's order.
 
         Raises:
             StatisticsError: A probability is not finite, or the texts have no answers.
@@ -182,23 +161,23 @@ class Tracer:
             restored = self._try_fast(texts, clean, noised, noise) if self.fits is None else None
             if restored is None:
                 restored = (self._fast if self.fits else self._plain)(texts, clean, noised, noise)
-        found = [self._one(texts, row, clean, noised, restored) for row in range(len(texts))]
-        if not all(bool(torch.isfinite(one.restored).all() & torch.isfinite(one.clean).all()) for one in found):
+        traced = [self._one(texts, row, clean, noised, restored) for row in range(len(texts))]
+        if not all(bool(torch.isfinite(one.restored).all() & torch.isfinite(one.clean).all()) for one in traced):
             raise StatisticsError(
                 "causal tracing",
                 got="a probability that is NaN or infinite",
                 wanted="finite numbers",
                 next_step="Load the model in float32, or lower the noise.",
             )
-        return found
+        return traced
 
     def _one(self, texts: TracedBatch, row: int, clean: RunStates, noised: RunStates, restored: Tensor) -> Traced:
         tokens = tuple(texts.batch.input_ids[row][texts.batch.attention_mask[row].bool()].tolist())
         answered, S = texts.answered[row], int(texts.prompts[row])
-        before, after, found = clean.answers[row][answered], noised.answers[row][answered], restored[:, :, row]
+        before, after, answers = clean.answers[row][answered], noised.answers[row][answered], restored[:, :, row]
         if self.reading == "diagonal":
-            return Traced(tokens, S, before.cpu(), after.cpu(), found[:, : len(before)].cpu())
-        sums = found[:, :S, answered].sum(dim=-1)
+            return Traced(tokens, S, before.cpu(), after.cpu(), answers[:, : len(before)].cpu())
+        sums = answers[:, :S, answered].sum(dim=-1)
         return Traced(tokens, S, before.sum().expand(S).cpu(), after.sum().expand(S).cpu(), sums.cpu())
 
     def _columns(self, texts: TracedBatch) -> Tensor:
@@ -226,16 +205,16 @@ class Tracer:
             own = torch.arange(start, texts.width, device=columns.device).expand(len(texts), -1)
             some = columns[first : first + max(1, self.chunk // (layers * own.numel()))]
             at = some[..., None] == own
-            found = Streams(self.modules, texts, clean, noised, own, at, alone=False).answers()
-            parts.append(torch.where(some[..., None] >= 0, found, noised.answers))
+            answers = Streams(self.modules, texts, clean, noised, own, at, alone=False).answers()
+            parts.append(torch.where(some[..., None] >= 0, answers, noised.answers))
             first += len(some)
         return torch.cat(parts, dim=1)
 
     def _plain(self, texts: TracedBatch, clean: RunStates, noised: RunStates, noise: Tensor) -> Tensor:
         columns, layers = self._columns(texts), len(self.modules.blocks)
         states = [(layer, index) for layer in range(layers) for index in range(len(columns))]
-        found = self._runs(texts, clean, noise, columns, states).reshape(layers, len(columns), len(texts), -1)
-        return found.diagonal(dim1=1, dim2=3).transpose(1, 2) if self.reading == "diagonal" else found
+        answers = self._runs(texts, clean, noise, columns, states).reshape(layers, len(columns), len(texts), -1)
+        return answers.diagonal(dim1=1, dim2=3).transpose(1, 2) if self.reading == "diagonal" else answers
 
     def _runs(
         self, texts: TracedBatch, clean: RunStates, noise: Tensor, columns: Tensor, states: Sequence[tuple[int, int]]
@@ -270,16 +249,13 @@ class Tracer:
 
 
 def noise_of(noise: Noise, batch: Batch, model: PreTrainedModel, std: float) -> Tensor:
-    """Draws the noise of a batch.
+    """Draws the noise of a batch, ``(B, W, hidden)``, float32, on the model's device.
 
     Args:
         noise: How.
         batch: Texts with a loss mask.
         model: The model.
         std: From :func:`embedding_std`.
-
-    Returns:
-        ``(B, W, hidden)``, float32, on the model's device.
     """
     texts = TracedBatch.of(batch, torch.device("cpu"))
     embedding: Any = model.get_input_embeddings()
@@ -295,9 +271,6 @@ def embedding_std(model: PreTrainedModel) -> float:
 
     Args:
         model: The model.
-
-    Returns:
-        The standard deviation.
     """
     embedding: Any = model.get_input_embeddings()
     count, total, squares = 0, 0.0, 0.0

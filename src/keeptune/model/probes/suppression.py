@@ -1,4 +1,4 @@
-"""Nodes switched off: rows of down-projections that give zero."""
+"""Nodes that are suppressed: rows of down-projections whose outputs are zero."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["without_nodes"]
 
 @contextmanager
 def without_nodes(model: PreTrainedModel, rows: Mapping[str, Sequence[int]]) -> Iterator[PreTrainedModel]:
-    """Run a model as if rows of some linear maps, and their entries of the bias, were zero.
+    """Runs a model as if rows of some linear maps, and their entries of the bias, were zero.
 
     Laws: these outputs are exactly zero; no rows change nothing; no weight is touched, and afterwards the model
     computes what it did.
@@ -23,9 +23,6 @@ def without_nodes(model: PreTrainedModel, rows: Mapping[str, Sequence[int]]) -> 
     Args:
         model: The model.
         rows: Name of the linear map to the rows, any may be none.
-
-    Yields:
-        The same model.
     """
     with ExitStack() as stack:
         for name, own in rows.items():
