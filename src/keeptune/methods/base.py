@@ -120,16 +120,18 @@ class Method(Options):
         """Returns ``"method.rank"`` for ``"rank"``."""
         return f"method.{option}"
 
+    @property
+    def statistics(self) -> frozenset[Request]:
+        """All statistics that the method takes, of whichever target; empty for a method without data."""
+        return frozenset()
+
     def requests(self, target: Target) -> frozenset[Request]:
-        """Returns the statistics that a target needs.
+        """Returns the statistics that a target needs, by default all of them.
 
         Args:
             target: The target.
-
-        Returns:
-            The requests; empty for a method without data.
         """
-        return frozenset()
+        return self.statistics
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> Any:
         """Summarises a target for :meth:`allocate`.

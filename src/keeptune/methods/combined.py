@@ -105,6 +105,11 @@ class Combined(Method):
         self.peft()
         self.training()
 
+    @property
+    def statistics(self) -> frozenset[Request]:
+        """What the methods take."""
+        return frozenset().union(*(part.method.statistics for part in self.parts))
+
     def requests(self, target: Target) -> frozenset[Request]:
         """Returns what the method of the target's role needs."""
         return self._of(target).requests(target)

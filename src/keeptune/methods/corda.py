@@ -107,8 +107,9 @@ class Corda(ScaledMethod):
     def _request(self) -> Request:
         return InputCovariance("knowledge" if self.mode == "kpm" else "task")
 
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Returns the input covariance on knowledge (kpm) or on the task (ipm)."""
+    @property
+    def statistics(self) -> frozenset[Request]:
+        """The input covariance on knowledge (kpm) or on the task (ipm)."""
         return frozenset({self._request})
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:

@@ -102,8 +102,9 @@ class Eva(RankMethod):
     dropout: float = 0.0
     rho: float = 2.0
 
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Returns mean and covariance of the inputs on the task."""
+    @property
+    def statistics(self) -> frozenset[Request]:
+        """Mean and covariance of the inputs on the task."""
         return frozenset({_COVARIANCE, _MEAN})
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> Tensor:

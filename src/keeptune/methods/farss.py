@@ -140,14 +140,17 @@ class Farss(ScaledMethod):
     def _streamed(self) -> DirectionVariances:
         return DirectionVariances("task", self.labels, seed=self.label_seed)
 
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Returns both covariances on task data, or the variances along singular directions where they are enough."""
+    @property
+    def statistics(self) -> frozenset[Request]:
+        """Both covariances on task data, and the variances along singular directions where they may be enough."""
         full: set[Request] = {_INPUT, self._gradient}
-        if self.scores == "covariance":
-            return frozenset(full)
-        if self.search:
-            return frozenset(full | {self._streamed})
-        return frozenset(full if self._shallow(target) else {self._streamed})
+        return frozenset(full if self.scores == "covariance" else full | {self._streamed})
+
+    def requests(self, target: Target) -> frozenset[Request]:
+        """Returns the covariances of shallow targets and the variances of the others, where the boundary is known."""
+        if self.scores == "covariance" or self.search:
+            return self.statistics
+        return frozenset({_INPUT, self._gradient} if self._shallow(target) else {self._streamed})
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> float | None:
         """Returns the importance of a shallow target (eq. 8)."""

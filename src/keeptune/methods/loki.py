@@ -140,8 +140,9 @@ class Loki(Method):
                 next_step="Leave it out, or set a rank (LoKI*).",
             )
 
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Returns the attribution of every node; all targets share it."""
+    @property
+    def statistics(self) -> frozenset[Request]:
+        """The attribution of every node; all targets share it."""
         return frozenset({self.attribution})
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> Selected | str:

@@ -67,8 +67,9 @@ class LoraGA(ScaledMethod):
     factors: Literal["paper", "peft"] = "paper"
     seed: int = 0
 
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Returns the weight's gradient on the task."""
+    @property
+    def statistics(self) -> frozenset[Request]:
+        """The weight's gradient on the task."""
         return frozenset({_GRADIENT})
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> float:

@@ -117,8 +117,9 @@ class LoraNull(RankMethod):
     def _request(self) -> Request:
         return InputCovariance("knowledge") if self.covariance == "exact" else ReleasedCovariance("knowledge")
 
-    def requests(self, target: Target) -> frozenset[Request]:
-        """Returns the input covariance on knowledge data."""
+    @property
+    def statistics(self) -> frozenset[Request]:
+        """The input covariance on knowledge data."""
         return frozenset({self._request})
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:

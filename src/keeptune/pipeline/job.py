@@ -14,7 +14,6 @@ from trl import SFTConfig
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
-from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
 from keeptune.data.disjoint import Corpus
@@ -24,7 +23,6 @@ from keeptune.data.multiple_choice import choose_rows, lettered_rows
 from keeptune.data.replay import with_replay
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import refuse_used
-from keeptune.methods.combined import parts_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import LoadOptions, load_model, load_positions, load_tokenizer
 from keeptune.penalties.base import Penalty
@@ -217,9 +215,9 @@ class Job:
 
     @cached_property
     def requests(self) -> frozenset[Request]:
-        """The statistics that the method takes of some target."""
-        some = Target("", 0, "", out_features=1, in_features=1, input_group="")
-        return frozenset().union(*(part.method.requests(some) for part in parts_of(self.method)))
+        """The statistics that the method takes."""
+        statistics: frozenset[Request] = self.method.statistics
+        return statistics
 
     @cached_property
     def _penalty_data(self) -> set[DataRole]:
