@@ -22,9 +22,10 @@ from keeptune.core.plan_differences import differences
 from keeptune.core.target import Target
 from keeptune.linalg.selections import Votes, voted
 from keeptune.methods.combined import Combined, Part
-from keeptune.methods.loki import Loki, select
+from keeptune.methods.loki import Loki
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
+from keeptune.methods.node_votes import select
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 
 DOWN = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj", "neox": "dense_4h_to_h", "opt": "fc2"}
@@ -415,7 +416,7 @@ def test_options_of_the_attribution_are_the_requests() -> None:
         ({"q": -1.0}, r"method\.q"),
         ({"q": 100.5}, r"method\.q"),
         ({"rank": 0}, r"method\.rank: got 0, wanted 1 or more"),
-        ({"alpha": 2.0}, r"method\.alpha: got 2\.0 without a rank"),
+        ({"alpha": 2.0}, r"method\.alpha: got 2\.0, wanted none without a rank"),
         ({"rank": 2, "alpha": 0.0}, r"method\.alpha"),
         ({"dropout": 1.0}, r"method\.dropout"),
     ],

@@ -74,14 +74,20 @@ class Options:
             known |= vars(cls).get("ranges", {})
         for option, allowed in known.items():
             value = getattr(self, option)
-            if isinstance(value, int | float) and value not in allowed:
-                raise PlanError(self.place(option), got=str(value), wanted=str(allowed), next_step=allowed.advice)
+            if isinstance(value, int | float):
+                self.need(value in allowed, option, str(allowed), allowed.advice)
+
+    def need(self, right: bool, option: str, wanted: str, advice: str = "Correct the value.") -> None:
+        """Refuses the value of an option unless it is right.
+
+        Raises:
+            PlanError: It is not.
+        """
+        if not right:
+            raise PlanError(self.place(option), got=str(getattr(self, option)), wanted=wanted, next_step=advice)
 
     def place(self, option: str) -> str:
         """Returns how error messages name an option.
-
-        Args:
-            option: Its name.
 
         Returns:
             The option as a recipe names it, or nearly so.
@@ -91,10 +97,6 @@ class Options:
     @classmethod
     def of(cls, other: Options, **changes: Any) -> Self:
         """Takes over the options that have the same name in another object.
-
-        Args:
-            other: The other object.
-            **changes: Options that it does not have, or that differ.
 
         Returns:
             The new object; an option that is in neither has its default.

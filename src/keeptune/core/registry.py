@@ -26,9 +26,6 @@ def registered(package: ModuleType, base: type[T], kind: str) -> dict[str, type[
         base: Their base class. A class is registered if it has a ``name`` of its own.
         kind: What they are, for the error message, such as ``"method"``.
 
-    Returns:
-        Name to class, sorted by name.
-
     Raises:
         RecipeError: Two classes have one name.
     """
@@ -58,9 +55,6 @@ def look_up(name: str, known: Mapping[str, T], where: str, kind: str) -> T:
         known: From :func:`registered`.
         where: The recipe's key, for the error message.
         kind: What they are, such as ``"method"``.
-
-    Returns:
-        The class.
 
     Raises:
         RecipeError: There is none; the message shows the nearest name.

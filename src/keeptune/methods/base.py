@@ -126,11 +126,7 @@ class Method(Options):
         return frozenset()
 
     def requests(self, target: Target) -> frozenset[Request]:
-        """Returns the statistics that a target needs, by default all of them.
-
-        Args:
-            target: The target.
-        """
+        """Returns the statistics that a target needs, by default all of them."""
         return self.statistics
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> Any:
@@ -149,9 +145,6 @@ class Method(Options):
     def allocate(self, scores: Mapping[Target, Any]) -> Mapping[Target, Decision]:
         """Decides the ranks of all targets.
 
-        Args:
-            scores: Target to its summary.
-
         Returns:
             Target to decision; rank 0 leaves a target alone.
         """
@@ -165,12 +158,6 @@ class Method(Options):
             weight: W ``(m, n)``, float32.
             stats: What was requested.
             decision: Its decision, of a rank above 0.
-
-        Returns:
-            The target's plan.
-
-        Raises:
-            NotImplementedError: The method allots no ranks.
         """
         raise NotImplementedError(f"{self.name} builds no adapter")
 
@@ -203,9 +190,6 @@ class Method(Options):
 
         Args:
             decisions: From :meth:`allocate`.
-
-        Returns:
-            The sentences.
         """
         return []
 
@@ -216,27 +200,13 @@ class Method(Options):
     def candidates(self, blocks: int) -> tuple[Any, ...]:
         """Returns the methods that :attr:`search` chooses from.
 
-        Args:
-            blocks: How many blocks the model has.
-
         Returns:
             Methods with different values of the option ``boundary``.
         """
         return ()
 
     def planned(self, target: Target, decision: Decision, init: LowRank, scale: float, **parts: Any) -> TargetPlan:
-        """Returns a target's plan that trains :attr:`trains`.
-
-        Args:
-            target: The target.
-            decision: Its decision.
-            init: The factors at the first step.
-            scale: s.
-            **parts: Further fields of :class:`keeptune.core.plan.TargetPlan`.
-
-        Returns:
-            The plan.
-        """
+        """Returns a target's plan that trains :attr:`trains`; ``parts`` are further fields of ``TargetPlan``."""
         parts = {"trainable": self.trains, **parts}
         return TargetPlan(target=target, decision=decision, init=init, scale=scale, **parts)
 
@@ -260,16 +230,7 @@ class RankMethod(Method):
         return self.size_at(target, allot_rank(target, self.rank, self.name).rank)
 
     def size_at(self, target: Target, r: int, *, assumed: bool = False) -> Size:
-        """Counts what is trained of a target of a given rank.
-
-        Args:
-            target: The target.
-            r: The rank.
-            assumed: Whether data decide the rank.
-
-        Returns:
-            The size.
-        """
+        """Counts what is trained of a target of a given rank."""
         sizes = {name: kind.numel(target, r) for name, kind in TRAINED_TENSORS.items()}
         trained = sum(sizes[name] for name in self.trains)
         frozen = sum(sizes[name] for name in ("A", "B") if name not in self.trains)
@@ -292,14 +253,7 @@ class ScaledMethod(RankMethod):
     dropout: float = 0.0
 
     def scale_at(self, r: int) -> float:
-        """Returns the scale of the change.
-
-        Args:
-            r: The rank.
-
-        Returns:
-            s.
-        """
+        """Returns the scale of the change."""
         return self.default_scale if self.alpha is None else self.alpha / r
 
     def peft(self) -> Mapping[str, Any]:
@@ -325,9 +279,6 @@ def make_plan(
         stats_of: Reads a target's statistics.
         head: Modules of a classifier that are trained in full beside the factors.
         provenance: Keys of what the plan was made from.
-
-    Returns:
-        The plan.
 
     Raises:
         PlanError: An option does not fit a target, or no target is left.
@@ -360,14 +311,6 @@ def _shown(targets: Sequence[Target], title: str) -> Iterable[Target]:
 def allot_rank(target: Target, rank: int, method: str) -> Decision:
     """Returns the decision for a rank that a target can have.
 
-    Args:
-        target: The target.
-        rank: The rank wanted.
-        method: The method's name, for the error message.
-
-    Returns:
-        The decision.
-
     Raises:
         PlanError: The rank is below 1 or above ``min(m, n)``.
     """
@@ -382,36 +325,18 @@ def allot_rank(target: Target, rank: int, method: str) -> Decision:
 
 
 def dropout_field(dropout: float) -> dict[str, Any]:
-    """Returns the ``LoraConfig`` field of a dropout; nothing for 0.
-
-    Args:
-        dropout: Dropout before A.
-
-    Returns:
-        Field to value.
-    """
+    """Returns the ``LoraConfig`` field of a dropout; nothing for 0."""
     return {"lora_dropout": dropout} if dropout else {}
 
 
 def generator_for(target: Target, seed: int) -> torch.Generator:
-    """Returns a target's own stream of random numbers, which does not depend on the other targets.
-
-    Args:
-        target: The target.
-        seed: The method's seed.
-
-    Returns:
-        A generator on the CPU.
-    """
+    """Returns a target's own stream of random numbers, which does not depend on the other targets."""
     digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def methods() -> dict[str, type[Any]]:
     """Returns every method: the files of this package and the entry points ``keeptune.methods``.
-
-    Returns:
-        Name to class, sorted by name.
 
     Raises:
         RecipeError: Two methods share a name.
@@ -424,9 +349,6 @@ def method_named(name: str) -> type[Any]:
 
     Args:
         name: Its registered name, such as ``"lora-null"``.
-
-    Returns:
-        The class.
 
     Raises:
         RecipeError: There is none; the message shows the nearest name.

@@ -179,9 +179,6 @@ class Combined(Method):
 def parts_of(method: Method) -> tuple[Part, ...]:
     """Returns the methods that make up a method.
 
-    Args:
-        method: The method.
-
     Returns:
         Its parts; a plain method is one, without roles of its own.
     """
@@ -189,16 +186,7 @@ def parts_of(method: Method) -> tuple[Part, ...]:
 
 
 def replaced(method: Method, old: Method, new: Method) -> Method:
-    """Replaces a method by another one.
-
-    Args:
-        method: A plain method, or several side by side.
-        old: The method itself, or one of its parts'.
-        new: What takes its place.
-
-    Returns:
-        The new whole.
-    """
+    """Replaces a method by another one."""
     if not isinstance(method, Combined):
         return new if method is old else method
     return Combined([Part(new if part.method is old else part.method, part.targets) for part in method.parts])

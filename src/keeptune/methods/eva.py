@@ -73,9 +73,6 @@ def share_ranks(variance: Mapping[Target, Tensor], budget: int) -> dict[Target, 
     Args:
         variance: ``ξ (k,)`` per target, descending.
         budget: The sum of ranks.
-
-    Returns:
-        Target to rank.
     """
     owners = [target for target, xi in variance.items() for _ in xi]
     order = torch.cat(list(variance.values())).argsort(descending=True, stable=True)

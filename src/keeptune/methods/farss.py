@@ -79,8 +79,6 @@ class Farss(ScaledMethod):
         search_steps: Optimiser steps of one trial.
         search_examples: Examples held out of the task, and knowledge texts, that a trial is scored on.
 
-    Raises:
-        PlanError: A value is out of range.
     """
 
     name = "farss"
@@ -109,20 +107,14 @@ class Farss(ScaledMethod):
         """Checks the options, also against each other."""
         super().__post_init__()
         first, last = self.boundary_range
-        for option, wanted, right in (
-            ("boundary_range", "two shares, 0 < first <= last < 1", 0 < first <= last < 1),
-            ("r_min", f"1 to r_max ({self.r_max})", self.r_min <= self.r_max),
-        ):
-            if not right:
-                got = str(getattr(self, option))
-                raise PlanError(self.place(option), got=got, wanted=wanted, next_step="Correct the value.")
+        self.need(0 < first <= last < 1, "boundary_range", "two shares, 0 < first <= last < 1")
+        self.need(self.r_min <= self.r_max, "r_min", f"1 to r_max ({self.r_max})")
 
     @property
     def search(self) -> Search | None:
         """The search for the boundary."""
-        if self.boundary != "auto" or self.variant != "farss":
-            return None
-        return Search(self.search_steps, self.search_examples)
+        undecided = self.boundary == "auto" and self.variant == "farss"
+        return Search(self.search_steps, self.search_examples) if undecided else None
 
     def candidates(self, blocks: int) -> tuple[Farss, ...]:
         """Returns a method for each boundary within the range (Section 3.1)."""
@@ -171,9 +163,8 @@ class Farss(ScaledMethod):
         if not shallow:
             return []
         count, total = len(shallow), sum(shallow)
-        where = f"{count} targets in blocks below {self.boundary} are shallow"
-        ranks = f"{total} of {self.r_avg * count} ranks of their budget allotted"
-        return [f"{where}: {ranks}, mean {total / count:.1f} (r_avg {self.r_avg})"]
+        ranks = f"{total} of {self.r_avg * count} ranks of their budget allotted, mean {total / count:.1f}"
+        return [f"{count} targets in blocks below {self.boundary} are shallow: {ranks} (r_avg {self.r_avg})"]
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Starts from the chosen singular directions (eqs. 13-17)."""
@@ -186,10 +177,12 @@ class Farss(ScaledMethod):
             variances = torch.stack([((Vh @ sigma_h) * Vh).sum(1), ((sigma_delta @ U) * U).sum(0)])
             if self._shallow(target):
                 evidence["importance"] = torch.tensor([importance(weight, sigma_h, sigma_delta)])
-        s = direction_scores(S, variances)
-        r = decision.rank
+        r, s = decision.rank, direction_scores(S, variances)
         order = torch.argsort(s, descending=True, stable=True)
-        chosen = order[-r:] if self._takes_low(target, r) else order[:r]
+        low = self.variant == "farss-init" or self._shallow(target)
+        if self.selection == "released":
+            low = r < _RELEASED_SWITCH
+        chosen = order[-r:] if low else order[:r]
         scale = self.scale_at(r)
         sizes = S[chosen] / (1.0 if self.selection == "released" else scale)
         start = LowRank.from_triplets(U[:, chosen], sizes, Vh[chosen])
@@ -213,8 +206,3 @@ class Farss(ScaledMethod):
                 next_step="Set one, or run a recipe: it searches with short runs before it plans.",
             )
         return 0 <= target.layer < self.boundary
-
-    def _takes_low(self, target: Target, r: int) -> bool:
-        if self.selection == "released":
-            return r < _RELEASED_SWITCH
-        return self.variant == "farss-init" or self._shallow(target)

@@ -27,9 +27,6 @@ def importance(W: Tensor, sigma_h: Tensor, sigma_delta: Tensor) -> float:
         W: ``(m, n)``.
         sigma_h: ``(n, n)``.
         sigma_delta: ``(m, m)``.
-
-    Returns:
-        I, at least 0.
     """
     return max(float(((sigma_delta @ W).double() * (W @ sigma_h)).sum()) / W.numel(), 0.0)
 
@@ -41,9 +38,6 @@ def inverse_weights(I: Mapping[Target, float]) -> list[float]:
 
     Args:
         I: Importance per target.
-
-    Returns:
-        ω, in the order of the targets.
     """
     total = math.fsum(I.values())
     return [1.0 / (value / total + 1e-12) if total > 0 else 1.0 for value in I.values()]
@@ -76,9 +70,6 @@ def shallow_ranks(
         r_min: The least rank.
         r_max: The largest rank, and never more than a target can have.
         exact: Whether what clipping takes is shared out again.
-
-    Returns:
-        Target to decision.
 
     Raises:
         PlanError: The limits do not allow the exact budget.

@@ -39,52 +39,15 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.selections import quota, voted
 from keeptune.methods.base import SCALING, Method, Size, dropout_field
 from keeptune.methods.lora import draw_start
+from keeptune.methods.node_votes import Selected, Selection, select
 from keeptune.methods.strength import Strength
 from keeptune.statistics.collect import StatsView
-from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
+from keeptune.statistics.neuron_attribution import NeuronAttribution
 from keeptune.statistics.request import Request
 
-__all__ = ["Loki", "Selected", "Selection", "select"]
-
-Selection = Literal["layer-balanced", "global-low", "global-high"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Selected:
-    """The rows that were selected of one down-projection.
-
-    Args:
-        rows: S_l, ascending.
-        votes: Share of the texts that named each node, c_l,i / N, ``(D,)``.
-    """
-
-    rows: tuple[int, ...]
-    votes: Tensor
-
-
-def select(attributions: Attributions, q: float, selection: Selection) -> dict[str, Selected]:
-    """Selects rows of all down-projections (eqs. 6-9).
-
-    Laws: ``layer-balanced`` gives each the same floor(q D / 100), the others floor(q L D / 100) in all; no row twice;
-    neither the order of texts nor a positive affine map of a text's scores in a block (of all blocks together, for the
-    others) changes anything; of equal counts the lowest block and row come first.
-
-    Args:
-        attributions: Of every text.
-        q: Per cent.
-        selection: The lowest of each block, or the lowest or the highest of all blocks together.
-
-    Returns:
-        Name of the down-projection to its rows.
-    """
-    whole = selection != "layer-balanced"
-    k = quota(q, attributions.nodes * (len(attributions.modules) if whole else 1))
-    rows, counts = voted(attributions.chunks(), k, whole=whole, highest=selection == "global-high")
-    votes = counts.float() / attributions.samples
-    return {name: Selected(own, share) for name, own, share in zip(attributions.modules, rows, votes, strict=True)}
+__all__ = ["Loki"]
 
 
 @dataclass(frozen=True)
@@ -126,19 +89,11 @@ class Loki(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the options.
-
-        Raises:
-            PlanError: One is out of range, or ``alpha`` is set without a rank.
-        """
+        """Checks the options, also against each other."""
         super().__post_init__()
-        if self.rank is None and self.alpha is not None:
-            raise PlanError(
-                "method.alpha",
-                got=f"{self.alpha} without a rank",
-                wanted="none: whole rows are trained as they are",
-                next_step="Leave it out, or set a rank (LoKI*).",
-            )
+        scaled = self.rank is not None or self.alpha is None
+        advice = "Leave it out, or set a rank (LoKI*)."
+        self.need(scaled, "alpha", "none without a rank: whole rows are trained as they are", advice)
 
     @property
     def statistics(self) -> frozenset[Request]:
@@ -168,8 +123,8 @@ class Loki(Method):
                 wanted=f"{100 / nodes:.2g} or more",
                 next_step="Raise it.",
             )
-        decisions = {target: self._decide(target, selected.rows) for target, selected in downs.items()}
-        return {target: decisions.get(target, Decision(0)) for target in scores}
+        alone = dict.fromkeys(scores, Decision(0))
+        return alone | {target: self._decide(target, selected.rows) for target, selected in downs.items()}
 
     def _decide(self, target: Target, rows: tuple[int, ...]) -> Decision:
         if self.rank is None or not rows:

@@ -28,11 +28,6 @@ __all__ = ["Lora", "LoraStart", "draw_A", "draw_start"]
 def draw_A(r: int, n: int, generator: torch.Generator) -> Tensor:
     """Draws the down-projection (eq. 2).
 
-    Args:
-        r: Rank.
-        n: Input features.
-        generator: Where the randomness comes from.
-
     Returns:
         ``(r, n)``, uniform in ±1/sqrt(n).
     """
@@ -43,14 +38,6 @@ def draw_start(target: Target, r: int, seed: int) -> LowRank:
     """Draws A and sets B to zero (eq. 2), with one stream per target.
 
     Law: a target's factors do not depend on which others are tuned.
-
-    Args:
-        target: The target.
-        r: Rank.
-        seed: The seed of all targets.
-
-    Returns:
-        The factors at the first step.
     """
     return LowRank(B=torch.zeros(target.out_features, r), A=draw_A(r, target.in_features, generator_for(target, seed)))
 

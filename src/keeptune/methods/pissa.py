@@ -52,9 +52,6 @@ class SplitMethod(ScaledMethod):
             weight: W ``(m, n)``.
             decision: Its rank.
             triplets: U ``(m, r)``, S ``(r,)``, V transposed ``(r, n)``.
-
-        Returns:
-            The target's plan.
         """
         U, S, Vh = triplets
         zeros = int((1e-7 * weight.norm() >= S).sum())

@@ -39,9 +39,6 @@ def stronger(method: Any, factor: float) -> tuple[str, float]:
         method: The method.
         factor: Above 0; above 1 keeps more.
 
-    Returns:
-        The option and its new value.
-
     Raises:
         RecipeError: The method has no strength, or its strength is 0, which no factor moves.
 

@@ -79,14 +79,7 @@ class Site:
 
 
 def on_factors(form: Form) -> Term:
-    """Returns the term of a form in A and B as they are.
-
-    Args:
-        form: The form.
-
-    Returns:
-        The term.
-    """
+    """Returns the term of a form in A and B as they are."""
 
     def term(factors: Factors) -> tuple[Tensor, Factors]:
         value, grad = form(LowRank(factors["B"], factors["A"]))
@@ -96,14 +89,7 @@ def on_factors(form: Form) -> Term:
 
 
 def on_change(form: Form) -> Term:
-    """Returns the term of a form in the weight change: ``B A``, or ``B diag(d) A`` where there is a diagonal (KaSA).
-
-    Args:
-        form: The form.
-
-    Returns:
-        The term.
-    """
+    """Returns the term of a form in the weight change: ``B A``, or ``B diag(d) A`` where there is a diagonal (KaSA)."""
 
     def term(factors: Factors) -> tuple[Tensor, Factors]:
         B, A, d = factors["B"], factors["A"], factors.get("diag")
@@ -149,10 +135,7 @@ class Penalty(Options):
         return f"penalty {self.name}, {option}"
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Returns the statistics that a target needs.
-
-        Args:
-            target_plan: How the target is trained: curvature may be taken at its first factors.
+        """Returns the statistics that a target needs; curvature may be taken at its first factors.
 
         Returns:
             The requests; empty for a penalty without data.
@@ -162,9 +145,6 @@ class Penalty(Options):
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
         """Computes what training needs, for one target.
 
-        Args:
-            site: The target, its weight and statistics.
-
         Returns:
             Name to tensor, saved with the plan. Names carry their target, or the input group of targets that share
             one, such as ``"Omega:model.layers.0.mlp.up_proj"``.
@@ -172,11 +152,7 @@ class Penalty(Options):
         return {}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term | None:
-        """Returns the penalty's term of one target.
-
-        Args:
-            target_plan: How the target is trained.
-            tensors: Those of the whole plan, on the device of the training.
+        """Returns the penalty's term of one target, given the tensors of the whole plan on the device of the training.
 
         Returns:
             Its value and gradient; None for a penalty on the whole model.
@@ -184,39 +160,15 @@ class Penalty(Options):
         return None
 
     def update(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Changes the tensors of ``state`` in place, after each step.
-
-        Args:
-            tensors: The penalty's own.
-            values: Target to its value in this step.
-
-        Returns:
-            Name to scalar, for the log.
-        """
+        """Changes the tensors of ``state`` in place, after a step in which targets had these values; returns a log."""
         return {}
 
     def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Returns sentences about what it can and cannot hold, shown with the plan.
-
-        Args:
-            plan: What is trained.
-            tensors: The penalty's own.
-
-        Returns:
-            The sentences.
-        """
+        """Returns sentences about what it can and cannot hold, shown with the plan."""
         return []
 
     def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
-        """Returns sentences about the finished training, for the report.
-
-        Args:
-            tensors: The penalty's own.
-            last: The last row of the training's log.
-
-        Returns:
-            The sentences.
-        """
+        """Returns sentences about the finished training for the report, given the last row of its log."""
         return []
 
 
@@ -255,40 +207,16 @@ class OutputPenalty(Penalty):
 
         Args:
             data: Tokens per data role.
-
-        Returns:
-            Name to tensor.
-
-        Raises:
-            NotImplementedError: A subclass has no texts.
         """
         raise NotImplementedError
 
     def batch(self, tensors: Mapping[str, Tensor]) -> TextBatch:
-        """Returns the texts of the next step.
-
-        Args:
-            tensors: The penalty's own.
-
-        Returns:
-            The batch.
-
-        Raises:
-            NotImplementedError: A subclass has no batches.
-        """
+        """Returns the texts of the next step."""
         raise NotImplementedError
 
 
 def penalty_plan(penalty: Penalty, sites: Iterable[Site]) -> PenaltyPlan:
-    """Returns a penalty's part of a plan.
-
-    Args:
-        penalty: The penalty.
-        sites: The targets it holds, one at a time.
-
-    Returns:
-        Its name, options and tensors.
-    """
+    """Returns a penalty's part of a plan."""
     tensors: dict[str, Tensor] = {}
     for site in sites:
         tensors |= penalty.tensors(site)
@@ -297,25 +225,13 @@ def penalty_plan(penalty: Penalty, sites: Iterable[Site]) -> PenaltyPlan:
 
 
 def conclusions(plan: Plan, last: Mapping[str, float]) -> list[str]:
-    """Returns what the penalties of a plan report when training is over.
-
-    Args:
-        plan: The plan.
-        last: The last row of the training's log.
-
-    Returns:
-        Sentences, for the report.
-    """
+    """Returns what the penalties of a plan report when training is over."""
     own = [(penalty_named(made.name, made.options), made.tensors) for made in plan.penalties]
     return [sentence for penalty, tensors in own for sentence in penalty.conclude(tensors, last)]
 
 
 def start_of(target_plan: TargetPlan, device: torch.device) -> LowRank | None:
     """Returns the factors that a change is counted from, with the diagonal taken into B.
-
-    Args:
-        target_plan: How the target is trained.
-        device: Where they are needed.
 
     Returns:
         ``B_0`` and ``A_0``; None where their product is zero.
@@ -327,9 +243,6 @@ def start_of(target_plan: TargetPlan, device: torch.device) -> LowRank | None:
 
 def penalties() -> dict[str, type[Any]]:
     """Returns every penalty: the files of this package and the entry points ``keeptune.penalties``.
-
-    Returns:
-        Name to class, sorted by name.
 
     Raises:
         RecipeError: Two penalties share a name.
@@ -343,9 +256,6 @@ def penalty_named(name: str, options: Mapping[str, Any]) -> Any:
     Args:
         name: Its registered name, such as ``"l2"``.
         options: Its fields.
-
-    Returns:
-        The penalty.
 
     Raises:
         RecipeError: The name or an option is unknown, or a value does not fit.

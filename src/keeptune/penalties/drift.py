@@ -28,7 +28,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
 from keeptune.core.options import Range
 from keeptune.core.plan import TargetPlan
 from keeptune.linalg.symmetric import Identity, PsdMatrix, psd_matrix_from
@@ -69,9 +68,6 @@ def ascended(log_multiplier: Tensor, drift: Tensor, budget: Tensor, rate: float)
         drift: D, ``(groups,)``.
         budget: ``(groups,)``.
         rate: The largest step.
-
-    Returns:
-        The next log λ.
     """
     return log_multiplier + rate * excess(drift, budget)
 
@@ -117,19 +113,10 @@ class DriftBudget(CovariancePenalty):
     trace_examples: int | None = 32
 
     def __post_init__(self) -> None:
-        """Checks the options.
-
-        Raises:
-            PlanError: One is out of range, or layers differ where there is one budget.
-        """
+        """Checks the options, also against each other."""
         super().__post_init__()
-        if self.layers != "uniform" and self.per == "model":
-            raise PlanError(
-                "penalty drift",
-                got=f"layers: {self.layers} with per: model",
-                wanted="a budget for each layer",
-                next_step="Set `per: layer`.",
-            )
+        alike = self.layers == "uniform" or self.per == "layer"
+        self.need(alike, "layers", "uniform with `per: model`: there is one budget", "Set `per: layer`.")
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
         """Returns Ω, Γ for nats, and the effect of each layer where budgets follow it."""

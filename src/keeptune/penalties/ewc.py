@@ -52,9 +52,6 @@ def diagonal_change(
         weight: w, a number or a scalar tensor.
         start: ``B_0`` and ``A_0``; None where ``B_0 A_0 = 0``.
         numbers: How many numbers a temporary may hold.
-
-    Returns:
-        The form.
     """
 
     def chunks(L: Tensor, R: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -44,11 +44,6 @@ def orthogonality(X: Tensor, form: Regularizer) -> tuple[Tensor, Tensor]:
 def regularizers(beta: float, gamma: float, form: Regularizer) -> Term:
     """Returns the regularisers of one target.
 
-    Args:
-        beta: Weight of L_2.
-        gamma: Weight of L_3.
-        form: Which matrices are compared with the identity.
-
     Returns:
         ``beta L_2 + gamma L_3``.
     """

@@ -60,9 +60,6 @@ def text_batch(ids: Tensor, lengths: Tensor, prompts: Tensor, *, size: int, seed
         size: Texts in a batch.
         seed: Seed of the order.
         step: Number of the step, from 0.
-
-    Returns:
-        The batch.
     """
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     number = step % -(-len(ids) // size)

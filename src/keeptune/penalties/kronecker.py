@@ -46,26 +46,12 @@ class KroneckerChange:
     start: LowRank | None = None
 
     def value(self, delta: LowRank) -> Tensor:
-        """Computes (4).
-
-        Args:
-            delta: B and A.
-
-        Returns:
-            A scalar.
-        """
+        """Computes (4)."""
         L, R = change_since(delta, self.start)
         return self.weight * self.scale**2 * ((L.T @ self.Gamma.apply(L)) * (self.Omega.apply(R.T).T @ R.T)).sum()
 
     def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
-        """Computes (4) and (5).
-
-        Args:
-            delta: B and A.
-
-        Returns:
-            A scalar, and its gradient.
-        """
+        """Computes (4) and (5)."""
         L, R = change_since(delta, self.start)
         GL, RO = self.Gamma.apply(L), self.Omega.apply(R.T).T
         LGL, RORt = L.T @ GL, RO @ R.T
@@ -99,8 +85,5 @@ def quadratic_form(weight: Tensor, Omega: PsdMatrix, Gamma: PsdMatrix) -> Tensor
         weight: W, ``(m, n)``.
         Omega: Ω.
         Gamma: Γ.
-
-    Returns:
-        A scalar.
     """
     return (Gamma.apply(weight) * Omega.apply(weight.T).T).sum()

@@ -114,26 +114,14 @@ class L2(Penalty):
     trace_examples: int | None = 32
 
     def __post_init__(self) -> None:
-        """Checks the options.
-
-        Raises:
-            PlanError: One is out of range.
-        """
+        """Checks the options, also against each other."""
         super().__post_init__()
-        if not isinstance(self.layers, str) and not (self.layers and all(w in Range(least=0) for w in self.layers)):
-            raise PlanError(
-                "penalty l2, layers",
-                got=str(list(self.layers)),
-                wanted="one weight of 0 or more per block",
-                next_step="Correct the list.",
-            )
-        if not 0 <= self.first < self.last <= 1:
-            raise PlanError(
-                "penalty l2",
-                got=f"first {self.first}, last {self.last}",
-                wanted="0 <= first < last <= 1",
-                next_step="Correct them.",
-            )
+        named = isinstance(self.layers, str)
+        weights = named or (len(self.layers) > 0 and all(weight in Range(least=0) for weight in self.layers))
+        self.need(weights, "layers", "one weight of 0 or more per block", "Correct the list.")
+        self.need(
+            0 <= self.first < self.last <= 1, "first", f"0 or more, and below last ({self.last}), which is at most 1"
+        )
 
     @property
     def data(self) -> frozenset[DataRole]:

@@ -51,14 +51,7 @@ class MeasuredPenalty(Penalty):
         return TokenCount("knowledge", examples=self.examples)
 
     def tokens_per_learned(self, site: Site) -> float:
-        """Returns the number of tokens for each one with a loss: with it a Fisher is that of one learned token.
-
-        Args:
-            site: The target.
-
-        Returns:
-            The ratio.
-        """
+        """Returns the number of tokens for each one with a loss: with it a Fisher is that of one learned token."""
         return tokens_per_learned(site.stats, self.count)
 
 
@@ -90,13 +83,5 @@ class CovariancePenalty(MeasuredPenalty):
 
     @staticmethod
     def read(request: Covariance, site: Site) -> PsdMatrix:
-        """Returns a covariance, float32, on the device of the weight.
-
-        Args:
-            request: :attr:`inputs` or :attr:`gradients`.
-            site: The target.
-
-        Returns:
-            The covariance, undamped.
-        """
+        """Returns a covariance, float32, on the device of the weight."""
         return read_factor(request, site.stats[request]).to(torch.float32, site.weight.device)

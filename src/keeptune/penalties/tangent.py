@@ -35,9 +35,6 @@ def diagonal(fisher: LowRank, weight: float | Tensor, start: LowRank) -> Form:
         fisher: ``F_BB`` in the place of B, ``F_AA`` in that of A; not negative.
         weight: w, a number or a scalar tensor.
         start: ``B_0`` and ``A_0``.
-
-    Returns:
-        The form.
     """
 
     def form(delta: LowRank) -> tuple[Tensor, LowRank]:
@@ -60,9 +57,6 @@ def block_kronecker(
         scale: s.
         weight: w, a number or a scalar tensor.
         start: ``B_0`` and ``A_0``, in the dtype of the factors.
-
-    Returns:
-        The form.
     """
     P, Q = start.B.T @ Gamma.apply(start.B), start.A @ Omega.apply(start.A.T)
     Omega, w = _seen(Omega, start), weight * scale**2
@@ -86,9 +80,6 @@ def coupled_kronecker(
         scale: s.
         weight: w, a number or a scalar tensor.
         start: ``B_0`` and ``A_0``, in the dtype of the factors.
-
-    Returns:
-        The form.
     """
     B_0, A_0 = start.B, start.A
     GB, AO = Gamma.apply(B_0), Omega.apply(A_0.T).T

@@ -93,12 +93,6 @@ class _Slices:
 def choose_boundary(job: Job) -> Choice:
     """Decides an option that the recipe leaves open; the trials are under ``search`` in the run folder.
 
-    Args:
-        job: The job.
-
-    Returns:
-        The method to plan with.
-
     Raises:
         RecipeError: A search is needed, and there is no knowledge to weigh the task against, or the model is a
             classifier, whose knowledge no head can tell.

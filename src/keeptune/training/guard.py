@@ -36,12 +36,6 @@ class Guard(TrainerCallback):
     ) -> None:
         """Check the frozen factors, after any checkpoint was loaded.
 
-        Args:
-            args: The trainer's arguments.
-            state: The trainer's state.
-            control: The trainer's control.
-            **kwargs: Holds the model.
-
         Raises:
             TrainError: A frozen factor is trainable or the other way round, or the plan's optimiser or penalty
                 is missing.
@@ -60,12 +54,6 @@ class Guard(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop at a loss that is not finite.
 
-        Args:
-            args: The trainer's arguments.
-            state: The trainer's state.
-            control: The trainer's control.
-            **kwargs: Holds the logs.
-
         Raises:
             TrainError: The loss is NaN or infinite.
         """
@@ -79,12 +67,6 @@ class Guard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that the last step left numbers.
-
-        Args:
-            args: The trainer's arguments.
-            state: The trainer's state.
-            control: The trainer's control.
-            **kwargs: Holds the model.
 
         Raises:
             TrainError: A trained parameter is NaN or infinite.

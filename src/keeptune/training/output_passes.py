@@ -43,28 +43,16 @@ class Gradients:
         self._held[id(parameter)] = (parameter, gradient if before is None else before[1] + gradient)
 
     def join(self, other: Gradients) -> None:
-        """Adds others.
-
-        Args:
-            other: The others.
-        """
+        """Adds others."""
         for parameter, gradient in other.items():
             self.add(parameter, gradient)
 
     def items(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Returns all.
-
-        Returns:
-            Pairs of parameter and gradient.
-        """
+        """Returns all."""
         return list(self._held.values())
 
     def norm(self) -> Tensor:
-        """Computes the norm of all together.
-
-        Returns:
-            A scalar.
-        """
+        """Computes the norm of all together."""
         norms: list[Tensor] = [torch.linalg.vector_norm(gradient) for _, gradient in self._held.values()]
         if not norms:
             return torch.zeros(())

@@ -70,9 +70,6 @@ class Penalties:
 
         Args:
             scale: What gradients are scaled by at this moment: ``scaler.get_scale()`` under a ``GradScaler``.
-
-        Returns:
-            The sum of the penalties.
         """
         parameters = [held_parameters(self._model, target_plan) for target_plan in self._plan.targets]
         if not self._terms:
@@ -117,11 +114,7 @@ class Penalties:
         return means | self._drift()
 
     def state(self) -> dict[str, list[float]]:
-        """Returns what changes while training, such as multipliers: a checkpoint needs it.
-
-        Returns:
-            Plain values, for :meth:`restore`.
-        """
+        """Returns what changes while training, such as multipliers: a checkpoint needs it."""
         return {
             f"{index}:{name}": value.double().tolist()
             for index, held in enumerate(self._state)
@@ -189,9 +182,6 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
         trainer: A ``transformers.Trainer`` or any of TRL's; this one is changed, its class is not.
         plan: A plan with penalties.
 
-    Returns:
-        The penalties.
-
     Raises:
         TrainError: The trainer's back-end or optimiser leaves no moment at which a gradient can be added once.
     """
@@ -257,12 +247,6 @@ class PenaltyState(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take it from the checkpoint that training goes on from.
-
-        Args:
-            args: The trainer's arguments.
-            state: The trainer's state.
-            control: The trainer's control.
-            **kwargs: Not used.
 
         Raises:
             TrainError: Trainer replaced this callback by one that knows no penalties, or the checkpoint has none.
