@@ -116,12 +116,10 @@ class L2(Penalty):
     def __post_init__(self) -> None:
         """Checks the options, also against each other."""
         super().__post_init__()
-        named = isinstance(self.layers, str)
-        weights = named or (len(self.layers) > 0 and all(weight in Range(least=0) for weight in self.layers))
-        self.need(weights, "layers", "one weight of 0 or more per block", "Correct the list.")
-        self.need(
-            0 <= self.first < self.last <= 1, "first", f"0 or more, and below last ({self.last}), which is at most 1"
-        )
+        if not isinstance(self.layers, str):
+            right = len(self.layers) > 0 and all(weight in Range(least=0) for weight in self.layers)
+            self.need(right, "layers", "one weight of 0 or more per block", "Correct the list.")
+        self.need(0 <= self.first < self.last <= 1, "first", f"0 <= first < last <= 1, with last {self.last}")
 
     @property
     def data(self) -> frozenset[DataRole]:
