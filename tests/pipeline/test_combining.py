@@ -378,7 +378,7 @@ def test_a_methods_penalty_on_answers_is_refused_among_several() -> None:
             return (Kl(),)
 
     both = Combined([Part(Held(), ["down_proj"]), Part(Lora(), ["q_proj"])])
-    with pytest.raises(PlanError, match=r"penalty kl for down_proj.*what the whole model says"):
+    with pytest.raises(PlanError, match=r"penalty kl for down_proj.*outputs of the whole model"):
         refuse_penalties(both, scoped_penalties(both))
     refuse_penalties(Held(), scoped_penalties(Held()))
     refuse_penalties(replaced(both, both.parts[0].method, Lora()), scoped_penalties(Lora(), [Kl()]))
