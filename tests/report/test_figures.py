@@ -10,16 +10,21 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
+from matplotlib.figure import Figure
 
 from keeptune.report.estimates import methods
 from keeptune.report.figures.drawing import png, save, svg
-from keeptune.report.figures.forgetting import forgetting_by_benchmark
+from keeptune.report.figures.sweep_lines import sweep_figure
 from keeptune.report.pages import layer_charts, run_charts
 from keeptune.report.records import parse_report
 
 
+def swept(report: dict[str, Any]) -> Figure | None:
+    """Draw a report's runs as the points of a sweep."""
+    return sweep_figure({"rows": [{**run, "x": None, "method": run["name"]} for run in report["methods"]]})
+
+
 def test_minimal_report_draws_what_it_can(minimal: dict[str, Any]) -> None:
-    assert forgetting_by_benchmark(minimal) is not None
     parsed = parse_report(minimal)
     assert run_charts.tradeoff(parsed) is run_charts.losses(parsed) is None
     assert run_charts.relations(parsed) == layer_charts.ranks(parsed) == layer_charts.spectra(parsed) == []
@@ -27,7 +32,7 @@ def test_minimal_report_draws_what_it_can(minimal: dict[str, Any]) -> None:
 
 def test_settings_are_put_back_and_bytes_repeat(full: dict[str, Any], tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    one, two = forgetting_by_benchmark(full), forgetting_by_benchmark(full)
+    one, two = swept(full), swept(full)
     assert one is not None and two is not None
     assert svg(one) == svg(two) == svg(one)
     png(one, tmp_path / "one.png")
@@ -37,7 +42,7 @@ def test_settings_are_put_back_and_bytes_repeat(full: dict[str, Any], tmp_path: 
 
 
 def test_dollar_signs_and_markup_are_plain_text(make: Callable[..., dict[str, Any]]) -> None:
-    figure = forgetting_by_benchmark(make(("$x_1$ <script>", 0.9, 0.8)))
+    figure = swept(make(("$x_1$ <script>", 0.9, 0.8)))
     assert figure is not None
     root = ElementTree.XML(svg(figure))
     assert "$x_1$ <script>" in " ".join(part.strip() for part in root.itertext() if part.strip())
@@ -58,7 +63,7 @@ def test_missing_values_leave_gaps(make: Callable[..., dict[str, Any]]) -> None:
     report = make(("a", 0.9, 0.8), ("b", 0.8, 0.7))
     report["methods"][0]["benchmarks"][0].update(after=None, interval=None)
     report["methods"][0]["loss"] = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 1.0}]
-    assert forgetting_by_benchmark(report) is not None
+    assert swept(report) is not None
     chart = run_charts.tradeoff(parse_report(report))
     assert chart is not None and [trace.name for trace in chart.figure.data] == ["b", "base model"]
     assert run_charts.losses(parse_report(report)) is None

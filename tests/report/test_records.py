@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keeptune.core.errors import ArtefactError
-from keeptune.report.estimates import forgetting, lost, methods, series
+from keeptune.report.estimates import Series, lost, methods, series
 from keeptune.report.records import parse_report
 
 
@@ -70,12 +70,12 @@ def test_evidence_keeps_lists_only(full: dict[str, Any]) -> None:
 
 def test_forgetting_has_the_right_sign_and_unit(full: dict[str, Any]) -> None:
     lora = methods(parse_report(full))[0]
-    facts, wiki = forgetting(lora, "facts"), forgetting(lora, "wiki")
+    facts, wiki = (lost(lora, [kind]) for kind in series(parse_report(full), "knowledge"))
     assert facts is not None and wiki is not None
     assert facts.mean == pytest.approx(26.9)
     assert facts.low < facts.mean < facts.high
     assert wiki.mean == pytest.approx(0.1345)
-    assert forgetting(lora, "nothing") is None
+    assert lost(lora, [Series("nothing", "knowledge", "exact_match")]) is None
 
 
 def test_a_run_that_lacks_a_benchmark_leaves_the_mean(full: dict[str, Any]) -> None:

@@ -15,11 +15,7 @@ Runs = Sequence[Mapping[str, Any]]
 
 
 class Scales:
-    """How the two axes of a comparison are printed: shares forgotten as points, everything else as it is.
-
-    Args:
-        front: As in ``front.json``.
-    """
+    """How the two axes of a comparison are printed: shares forgotten as points, everything else as it is."""
 
     def __init__(self, front: Mapping[str, Any]) -> None:
         units = front.get("units") or {}

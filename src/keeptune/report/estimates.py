@@ -17,7 +17,6 @@ __all__ = [
     "Method",
     "Series",
     "change",
-    "forgetting",
     "kept",
     "layer_means",
     "learned",
@@ -87,11 +86,6 @@ def mean_of(method: Method, read: Callable[[Run], float | None]) -> Estimate | N
 def change(method: Method, name: str) -> Estimate | None:
     """Returns after minus before on one benchmark; None when no run has the benchmark."""
     return combine([(item.after - item.before, item.low, item.high) for item in _items(method, name)])
-
-
-def forgetting(method: Method, name: str) -> Estimate | None:
-    """Returns what was lost on one benchmark, in points of accuracy or nats per token; None when no run has it."""
-    return combine([_loss_of(item) for item in _items(method, name)])
 
 
 def lost(method: Method, chosen: Sequence[Series]) -> Estimate | None:

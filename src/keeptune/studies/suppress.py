@@ -33,8 +33,8 @@ from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
 from keeptune.report.figures.drawing import png
-from keeptune.report.figures.forgetting import forgetting_by_benchmark
 from keeptune.report.figures.node_maps import density_figure
+from keeptune.report.figures.sweep_lines import sweep_figure
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
 from keeptune.studies.figure_files import write_figure_files
 from keeptune.studies.node_selections import Where, attributions_of, check_share, chosen_rows, density, loki_of
@@ -107,7 +107,8 @@ def suppress(
     model = job.base()
     variants = [_scored(job, model, attributions.modules, variant, folder) for variant in variants]
     record = _record(job, attributions, request, variants) | {"q": q, "over": over}
-    write_figure_files(folder / "suppress.png", record, forgetting_by_benchmark(record))
+    rows = [{**entry, "x": None, "method": entry["name"]} for entry in record["methods"]]
+    write_figure_files(folder / "suppress.png", record, sweep_figure({"rows": rows}))
     png(density_figure(record), folder / "nodes.png")
     return record | {"folder": str(folder)}
 

@@ -51,11 +51,7 @@ def density_figure(record: Mapping[str, Any]) -> Figure:
 
 
 def overlap_figure(record: Mapping[str, Any]) -> Figure:
-    """Returns the share of common rows of each block, beside what chance would give.
-
-    Args:
-        record: As in ``overlap.json``.
-    """
+    """Returns the share of common rows of each block, beside what chance would give, from ``overlap.json``."""
     rows = record["by_layer"]
     places = range(len(rows))
     with drawing.themed():

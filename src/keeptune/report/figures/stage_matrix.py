@@ -44,11 +44,7 @@ def matrix_figure(record: Record) -> Figure:
 
 
 def stages_figure(record: Record) -> Figure:
-    """Returns the scores of each benchmark over the stages, a panel for each unit.
-
-    Args:
-        record: As in ``sequence.json``.
-    """
+    """Returns the scores of each benchmark over the stages, a panel for each unit, from ``sequence.json``."""
     parts, names = split(record), row_names(record)
     with drawing.themed():
         figure = drawing.page(7.4, 3.2 * len(parts))

@@ -185,9 +185,10 @@ def _benchmarks(rows: Rows, scale: _Scale, *, nats: bool) -> list[_Line]:
         for item in row["benchmarks"]:
             if lower_is_better(item["metric"]) == nats:
                 kinds.setdefault(item["name"], item)
-                low, high = (math.nan if end is None else item["before"] + end for end in item["interval"])
+                tips = item["interval"] or (None, None)
+                low, high = (math.nan if end is None else item["before"] + end for end in tips)
                 own = triples.setdefault(item["name"], {}).setdefault(row["name"], [])
-                own.append((float(item["after"]), low, high))
+                own.append((math.nan if item["after"] is None else float(item["after"]), low, high))
     return [
         _line(
             scale,

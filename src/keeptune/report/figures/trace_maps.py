@@ -24,11 +24,7 @@ _READINGS: Final = {
 
 
 def profile_figure(record: Mapping[str, Any]) -> Figure:
-    """Returns the effect of each layer, raw and normalised, with 95% intervals over texts.
-
-    Args:
-        record: As in ``trace.json``.
-    """
+    """Returns the effect of each layer, raw and normalised, with 95% intervals over texts, from ``trace.json``."""
     norm = record["norm"]
     with drawing.themed():
         figure = drawing.page(8.4, 3.6)

@@ -177,35 +177,28 @@ def lying_bars(
 
 def heat_map(
     values: Sequence[Sequence[float]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
+    down: tuple[str, Sequence[str]],
+    across: tuple[str, Sequence[str]],
     scale: str,
-    across: str,
-    down: str,
     said: str,
     texts: Sequence[Sequence[str]] | None = None,
     span: tuple[float, float] | None = None,
-    decimals: int = 3,
 ) -> go.Figure:
     """Returns a heat map, the first row on top.
 
     Args:
         values: Rows of numbers; NaN leaves a cell empty.
-        rows: Names of the rows.
-        columns: Names of the columns.
+        down: What the rows are, and their names.
+        across: What the columns are, and their names.
         scale: ``"loss"`` or ``"gain"`` (two-sided), ``"cool"`` or ``"warm"``.
-        across: What the columns are.
-        down: What the rows are.
         said: What the numbers are.
         texts: What stands in a cell; None prints its number when hovered, and nothing in the cell.
         span: The ends of the colours; None takes those of the numbers.
-        decimals: Decimals of the numbers.
     """
-    good = [value for row in values for value in row if math.isfinite(value)]
+    (rows, columns), good = (down[1], across[1]), [value for row in values for value in row if math.isfinite(value)]
     low, high = span or (min(good, default=0.0), max(good, default=1.0))
-    printed = texts or [[number(value, decimals) for value in row] for row in values]
-    place = [f"{plain(name)} %{{customdata[{part}]}}" for part, name in enumerate((down, across))]
+    printed = texts or [[number(value) for value in row] for row in values]
+    place = [f"{plain(name)} %{{customdata[{part}]}}" for part, (name, _) in enumerate((down, across))]
     trace = go.Heatmap(
         z=[list(row) for row in values],
         x=list(range(len(columns))),
@@ -224,11 +217,8 @@ def heat_map(
     )
     bare = {"showgrid": False, "zeroline": False}
     most = 20 if max(map(len, columns), default=0) < 8 else 40
-    return figure_of(
-        [trace],
-        axis(across, **categories(columns, most), **bare),
-        axis(down, **categories(rows, 40), **bare, autorange="reversed"),
-    )
+    x = axis(across[0], **categories(columns, most), **bare)
+    return figure_of([trace], x, axis(down[0], **categories(rows, 40), **bare, autorange="reversed"))
 
 
 def thin(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

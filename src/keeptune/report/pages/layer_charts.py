@@ -74,9 +74,7 @@ def _map(name: str, words: str, rows: Sequence[PlanRow], read: Read, said: str, 
     texts = [["" if math.isnan(value) else f"{value:{form}}" for value in row] for row in table]
     span = (min(0.0, float(good.min())), float(good.max()))
     shown = texts if len(layers) <= _NUMBERED else None
-    figure = heat_map(
-        *(table.tolist(), roles, layers), scale=scale, across="layer", down="", said=said, texts=shown, span=span
-    )
+    figure = heat_map(table.tolist(), ("", roles), ("layer", layers), scale, said, shown, span)
     return [_layer_map(name, words, figure, len(roles))]
 
 
@@ -89,15 +87,7 @@ def _importances(name: str, words: str, rows: Sequence[PlanRow]) -> list[Chart]:
     low, high = float(numpy.nanmin(table)), float(numpy.nanmax(table))
     span = (low, high) if high - low > 0.01 else (low - 0.3, high + 0.3)
     texts = [["" if math.isnan(value) else gap(10**value) for value in row] for row in table]
-    figure = heat_map(
-        *(table.tolist(), roles, layers),
-        scale="warm",
-        across="layer",
-        down="",
-        said="importance",
-        texts=texts,
-        span=span,
-    )
+    figure = heat_map(table.tolist(), ("", roles), ("layer", layers), "warm", "importance", texts, span)
     places = [float(place) for place in numpy.linspace(*span, 4)]
     figure.update_traces(colorbar={"tickvals": places, "ticktext": [gap(10**place) for place in places]})
     if len(layers) > 12:
@@ -122,15 +112,10 @@ def votes(report: Report) -> list[Chart]:
         if not table.max() > 0:
             continue
         columns = [f"{a}" if b - a == 1 else f"{a}–{b - 1}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        names = [str(row.target if row.layer is None else row.layer) for row in rows]
         figure = heat_map(
-            *(table.tolist(), [str(row.target if row.layer is None else row.layer) for row in rows], columns),
-            scale="cool",
-            across="node",
-            down="layer",
-            said="texts that name the node, mean",
-            span=(0.0, float(table.max())),
-            decimals=1,
-        )
+            table.tolist(), ("layer", names), ("node", columns), "cool", "texts that name the node, mean"
+        ).update_traces(zmin=0.0)
         words = f"How many texts name each node, by layer: {method.label}"
         charts.append(_layer_map(f"votes{place}", words, figure, len(rows)))
     return charts
@@ -249,14 +234,9 @@ def traces(records: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
         for index, model in enumerate(record["models"]):
             table = numpy.asarray(model["heat"], dtype=float).T
             most = float(numpy.abs(table).max()) or 1.0
-            figure = heat_map(
-                *(table.tolist(), words, [str(layer) for layer in range(table.shape[1])]),
-                scale="gain",
-                across="layer",
-                down="token",
-                said="probability brought back",
-                span=(-most, most),
-            )
+            across = ("layer", [str(layer) for layer in range(table.shape[1])])
+            said = "probability brought back"
+            figure = heat_map(table.tolist(), ("token", words), across, "gain", said, span=(-most, most))
             told = f"Causal tracing of one prompt, {model['name']}: tokens by layers, * got noise ({name})"
             charts.append(_layer_map(f"trace{place}-{index}", told, figure, len(words), 20, 40))
     return charts
@@ -305,14 +285,8 @@ def _drift(key: str, label: str, run: Run) -> list[Chart]:
         return []
     rows = run.penalised[:: max(math.ceil(len(run.penalised) / _STEPS), 1)]
     table = [[row.layers.get(layer, math.nan) for row in rows] for layer in layers]
-    figure = heat_map(
-        *(table, [str(layer) for layer in layers], [f"{row.step:g}" for row in rows]),
-        scale="warm",
-        across="training step",
-        down="layer",
-        said="‖ΔW‖ / ‖W‖",
-        span=(0.0, max(value for row in table for value in row if math.isfinite(value))),
-    )
-    figure.update_traces(xgap=0)
+    across = ("training step", [f"{row.step:g}" for row in rows])
+    figure = heat_map(table, ("layer", [str(layer) for layer in layers]), across, "warm", "‖ΔW‖ / ‖W‖")
+    figure.update_traces(xgap=0, zmin=0.0)
     words = f"Drift of each layer while training, ‖ΔW‖ / ‖W‖: {label}"
     return [_layer_map(key, words, figure, len(layers), 22, 26)]

@@ -149,16 +149,8 @@ def relations(report: Report) -> list[Chart]:
             figure = lying_bars(names, [row[0] for row in values], colours, unit, **written, **told)
         else:
             top = max((abs(v) for row in values for v in row if math.isfinite(v)), default=1.0) or 1.0
-            figure = heat_map(
-                *(values, names, labels),
-                scale="loss",
-                across="",
-                down="",
-                said=unit,
-                texts=texts if len(labels) <= MANY else None,
-                span=(-top, top),
-                decimals=decimals,
-            )
+            shown_texts = texts if len(labels) <= MANY else None
+            figure = heat_map(values, ("", names), ("", labels), "loss", unit, shown_texts, (-top, top))
             figure.update_xaxes(side="top", tickangle=-40 if len(labels) > 3 else 0)
         caption = f"{kind.name}: {unit}, mean over seeds"
         if len(shown) < len(table):

@@ -33,15 +33,10 @@ def matrices(record: Record) -> list[Chart]:
     for place, (unit, columns) in enumerate(split(record)):
         table = score_table(record, columns)
         accuracy = unit == "accuracy"
-        figure = heat_map(
-            *(table, row_names(record), [record["benchmarks"][i]["name"] for i in columns]),
-            scale="cool" if accuracy else "warm",
-            across="benchmark",
-            down="",
-            said=unit,
-            texts=[[number(value) for value in row] for row in table],
-            span=(0.0, 1.0) if accuracy else None,
-        )
+        across = ("benchmark", [record["benchmarks"][i]["name"] for i in columns])
+        texts = [[number(value) for value in row] for row in table]
+        scale, span = ("cool", (0.0, 1.0)) if accuracy else ("warm", None)
+        figure = heat_map(table, ("", row_names(record)), across, scale, unit, texts, span)
         figure.update_xaxes(side="top", title={"text": ""})
         for x, y in ((x, own_stage(record, column)) for x, column in enumerate(columns)):
             if y is not None:

@@ -28,12 +28,7 @@ Record = Mapping[str, Any]
 
 
 def print_change(record: Record, console: Console) -> None:
-    """Prints the relative change, in percent, by layer and role, of one model after the other.
-
-    Args:
-        record: As in ``change.json``.
-        console: Where to print.
-    """
+    """Prints the relative change, in percent, by layer and role, of one model after the other, from ``change.json``."""
     for source in record["sources"]:
         texts: dict[tuple[int | None, str], list[str]] = {}
         for place, total in totals(source["rows"], "layer", "role").items():
@@ -62,12 +57,7 @@ def print_curvature(record: Record, console: Console) -> None:
 
 
 def print_trace(record: Record, console: Console) -> None:
-    """Prints the effects of each layer.
-
-    Args:
-        record: As in ``trace.json``.
-        console: Where to print.
-    """
+    """Prints the effects of each layer, from ``trace.json``."""
     models = record["models"]
     heads = [head for model in models for head in (f"{short(model['name'], 24)}: AIE", "NAIE")]
     rows = []
@@ -87,12 +77,7 @@ def print_trace(record: Record, console: Console) -> None:
 
 
 def print_suppressed(record: Record, console: Console) -> None:
-    """Prints what suppression costs.
-
-    Args:
-        record: As in ``suppress.json``.
-        console: Where to print.
-    """
+    """Prints what suppression costs, from ``suppress.json``."""
     count = sum(map(len, record["methods"][0]["rows"]))
     say(
         console,
@@ -107,12 +92,7 @@ def print_suppressed(record: Record, console: Console) -> None:
 
 
 def print_overlap(record: Record, console: Console) -> None:
-    """Prints an overlap, layer by layer and in all.
-
-    Args:
-        record: As in ``overlap.json``.
-        console: Where to print.
-    """
+    """Prints an overlap, layer by layer and in all, from ``overlap.json``."""
     for side in ("first", "second"):
         say(console, f"{side}: {record[side]['name']}, {record[side]['texts']} texts")
     rows = [

@@ -46,7 +46,7 @@ def say(console: Console, text: str) -> None:
 
 
 def print_grid(cells: Mapping[tuple[int | None, str], Sequence[str]], console: Console) -> None:
-    """Prints numbers by layer and role; roles that do not fit side by side go into further tables below.
+    """Prints texts by layer and role; roles that do not fit side by side go into further tables below.
 
     Args:
         cells: Layer (None or negative: outside any block) and role to the texts of their targets.
