@@ -25,18 +25,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.lora_files import SERVED_RANKS, write_lora
-from keeptune.adapter.probe import logits_of, random_probe
+from keeptune.adapter.probe import BOUNDS, logits_of, random_probe
 from keeptune.adapter.trained_change import change_of, put_change, truncated_changes, written_rank
 from keeptune.adapter.trained_head import labels_of
 from keeptune.core.artefact import atomic_directory, write_bytes, write_json
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
 
-__all__ = ["BOUNDS", "ExportOptions", "Exported", "Format", "export", "format_for", "merge", "write_merged"]
+__all__ = ["ExportOptions", "Exported", "Format", "export", "format_for", "merge", "write_merged"]
 
 _log = logging.getLogger(__name__)
 Format = Literal["portable", "peft", "merged"]
-BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-4}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

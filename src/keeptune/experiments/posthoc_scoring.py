@@ -17,15 +17,13 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from keeptune.adapter.export import BOUNDS
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
-from keeptune.adapter.probe import logits_of, random_probe
+from keeptune.adapter.probe import BOUNDS, gap_to, logits_of, random_probe
 from keeptune.core.artefact import atomic_directory, content_key, read_json, write_bytes, write_json, write_tensors
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.experiments.posthoc_scaling import Variant, interpolate, put_adapter, refusal, variant_adapter
-from keeptune.experiments.sequence.joined_changes import gap_to
 from keeptune.model.blocks import head_of
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored

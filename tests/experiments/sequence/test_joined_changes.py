@@ -12,9 +12,10 @@ from tests.models import gpt2, llama, logits, relative, tokens
 from transformers import PreTrainedModel
 
 from keeptune.adapter.install import install
+from keeptune.adapter.probe import gap_to
 from keeptune.core.errors import ExportError
 from keeptune.core.low_rank import LowRank
-from keeptune.experiments.sequence.joined_changes import add_changes, gap_to, joined, plan_of, read_changes
+from keeptune.experiments.sequence.joined_changes import add_changes, joined, plan_of, read_changes
 from keeptune.model.blocks import find_targets
 
 

@@ -10,7 +10,6 @@ same bits. Where a stage has no low-rank form (full fine-tuning, DoRA), the prod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keeptune.adapter.export import BOUNDS, Exported, ExportOptions, export
+from keeptune.adapter.export import Exported, ExportOptions, export
 from keeptune.adapter.install import install
 from keeptune.adapter.load import SIDECAR
 from keeptune.adapter.lora_files import SERVED_RANKS
 from keeptune.core.artefact import atomic_directory, write_json
-from keeptune.core.errors import ExportError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 from keeptune.model.blocks import find_targets
@@ -33,7 +31,7 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import starting_from
 from keeptune.recipe.sections import ExportSpec
 
-__all__ = ["Gap", "add_changes", "gap_to", "joined", "plan_of", "read_changes", "write_adapter", "write_whole"]
+__all__ = ["add_changes", "joined", "plan_of", "read_changes", "write_adapter", "write_whole"]
 
 _PREFIX = "base_model.model."
 
@@ -132,37 +130,3 @@ def write_whole(base: Job, model: PreTrainedModel, folder: Path, dtype: torch.dt
         model.to(dtype).save_pretrained(fresh)
         base.tokenizer.save_pretrained(fresh)
         write_json(fresh / SIDECAR, {"base": base.recipe.model})
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """The largest difference between the logits of a product and of what was trained; ``relative`` to the largest."""
-
-    gap: float
-    relative: float
-
-
-def gap_to(logits: Tensor, wanted: Tensor, dtype: torch.dtype, max_gap: float | None, where: str) -> Gap:
-    """Compares logits of a product with those of what was trained.
-
-    Args:
-        logits: Of the product on a freshly loaded base.
-        wanted: Logits of the model that was trained.
-        dtype: Of the base.
-        max_gap: The largest relative gap allowed; None takes that of exports for the dtype.
-        where: For the error.
-
-    Raises:
-        ExportError: The gap is too large, or not a number.
-    """
-    gap = float((logits - wanted).abs().max())
-    relative = gap / max(float(wanted.abs().max()), 1e-30)
-    bound = BOUNDS[dtype] if max_gap is None else max_gap
-    if not relative <= bound:
-        raise ExportError(
-            where,
-            got=f"logits that differ from the trained model's by {relative:.2e} (relative)",
-            wanted=f"at most {bound:.0e}",
-            next_step="State a larger `export.max_gap`, or check the losses: the change may be too large.",
-        )
-    return Gap(gap, relative)

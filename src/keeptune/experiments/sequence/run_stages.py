@@ -25,15 +25,13 @@ from transformers import PreTrainedModel
 
 from keeptune.adapter.export import format_for
 from keeptune.adapter.load import load_adapter
-from keeptune.adapter.probe import logits_of
+from keeptune.adapter.probe import Gap, gap_to, logits_of
 from keeptune.core.artefact import content_key, file_fingerprint, read_json, remove_leftovers, write_json
 from keeptune.core.errors import ExportError, placed
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.experiments.engine import only_one
 from keeptune.experiments.sequence.joined_changes import (
-    Gap,
     add_changes,
-    gap_to,
     joined,
     read_changes,
     write_adapter,
