@@ -61,6 +61,9 @@ def test_a_sweep_gives_what_its_runs_give(
     same = [[m[key] for key in ("K", "T", "KT")] for m in joined["methods"]]
     assert [[r[key] for key in ("K", "T", "KT")] for r in rows.values() if r["status"] == "done"] == same
 
+    # T and KT have no column: full fine-tuning of two steps scores 0 on the task.
+    assert '<th scope="col">K</th>' in (out / "report.html").read_text(encoding="utf-8")
+
     trained = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/trained/train.json")}
     assert len(trained) == 4
     keeptune("sweep", recipe, capsys=capsys)
