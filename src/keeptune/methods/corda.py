@@ -45,16 +45,9 @@ _LEAST_GAIN = 1e-4
 
 
 def conditioned(C: Tensor, damping: float) -> Tensor:
-    """Divides C by the mean variance and adds to its diagonal.
+    """Divides C ``(n, n)`` by its mean variance and adds ``damping`` to its diagonal; float64.
 
     Law: ``conditioned(c C, d) == conditioned(C, d)`` for c > 0; the identity for inputs that are all zero.
-
-    Args:
-        C: ``(n, n)``.
-        damping: Share of the mean variance.
-
-    Returns:
-        ``(n, n)``, float64.
     """
     C = C.to(torch.float64, copy=True)
     if not C.any():
@@ -65,7 +58,7 @@ def conditioned(C: Tensor, damping: float) -> Tensor:
 
 
 def oriented_factors(W: Tensor, C: Tensor, r: int, end: Literal["top", "bottom"], where: str) -> tuple[LowRank, Tensor]:
-    """Splits the part of W that writes into r left singular vectors of ``W C`` (2-4).
+    """Splits the part of W that writes into r left singular vectors of ``W C`` (2-4); returns it and S ``(r,)``.
 
     Laws: ``B A == U_r U_rᵀ W``; ``B == U_r sqrt(S_r)``; for C = I the balanced triplets of W.
 
@@ -75,9 +68,6 @@ def oriented_factors(W: Tensor, C: Tensor, r: int, end: Literal["top", "bottom"]
         r: How many.
         end: The largest or the smallest.
         where: The module's name, for error messages.
-
-    Returns:
-        The factors, float32, and S ``(r,)``, descending, float64.
     """
     W = W.double()
     U, S, _ = end_triplets(W @ C, r, end, where)

@@ -43,17 +43,12 @@ _MEAN = InputMean("task")
 
 
 def components(omega: Tensor, mean: tuple[float, ...], k: int) -> tuple[Tensor, Tensor]:
-    """Computes the leading principal components (1-3).
+    """Computes the k leading principal components from ``E[h hᵀ] (n, n)`` and ``E[h]`` (1-3), float64.
 
     Laws: the columns of V are orthonormal; ξ descends, is not negative and sums to at most 1, to 1 for k = n.
 
-    Args:
-        omega: ``E[h hᵀ]``, ``(n, n)``.
-        mean: ``E[h]``, n numbers.
-        k: How many.
-
     Returns:
-        Explained variance ``ξ (k,)``, zeros for inputs that do not vary, and ``V (n, k)``, float64.
+        Explained variance ``ξ (k,)``, zeros for inputs that do not vary, and ``V (n, k)``.
     """
     mu = torch.tensor(mean, dtype=torch.float64)
     C = omega.double() - torch.outer(mu, mu)

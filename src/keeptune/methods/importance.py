@@ -19,32 +19,24 @@ _log = logging.getLogger(__name__)
 
 
 def importance(W: Tensor, sigma_h: Tensor, sigma_delta: Tensor) -> float:
-    """Computes what a small relative change of W costs (eq. 8), without the third product and the trace.
+    """Computes what a small relative change of W ``(m, n)`` costs (eq. 8), without the third product and the trace.
 
     Law: ``I == Tr(Σ_δ W Σ_h Wᵀ) / (m n)``.
-
-    Args:
-        W: ``(m, n)``.
-        sigma_h: ``(n, n)``.
-        sigma_delta: ``(m, m)``.
     """
     return max(float(((sigma_delta @ W).double() * (W @ sigma_h)).sum()) / W.numel(), 0.0)
 
 
 def inverse_weights(I: Mapping[Target, float]) -> list[float]:
-    """Weighs targets by the inverse of their importance (eq. 9).
+    """Weighs targets by the inverse of their importance (eq. 9); returns ω in their order.
 
     Laws: scaling every I changes nothing; a larger I never weighs more; all I zero weigh alike.
-
-    Args:
-        I: Importance per target.
     """
     total = math.fsum(I.values())
     return [1.0 / (value / total + 1e-12) if total > 0 else 1.0 for value in I.values()]
 
 
 def direction_scores(S: Tensor, variances: Tensor) -> Tensor:
-    """Scores singular directions (eq. 15): the loss's curvature along ``S_i u_i v_iᵀ``.
+    """Scores singular directions (eq. 15), by the loss's curvature along ``S_i u_i v_iᵀ``.
 
     Law: ``s_i == vec(S_i u_i v_iᵀ)ᵀ (Σ_h ⊗ Σ_δ) vec(S_i u_i v_iᵀ)``.
 

@@ -38,17 +38,9 @@ __all__ = ["Kasa", "dropped_part"]
 
 
 def dropped_part(W: Tensor, r: int, where: str) -> tuple[LowRank, Tensor]:
-    """Find W's r smallest singular components (stage 1).
+    """Returns W's r smallest singular components (stage 1), ``B = U_r diag(S_r)`` and ``A = V_rᵀ``, and S_r, descending.
 
     Laws: ``W - B A`` is the nearest matrix of rank min(m, n) - r; ``A Aᵀ == I``; ``Bᵀ B == diag(S²)``.
-
-    Args:
-        W: ``(m, n)``.
-        r: How many, below min(m, n).
-        where: The module's name, for messages.
-
-    Returns:
-        ``B = U_r diag(S_r)`` and ``A = V_rᵀ``, float32, and S_r, descending.
     """
     U, S, Vh = end_triplets(W, r, "bottom", where)
     return LowRank(B=(U * S).float(), A=Vh.float()), S.float()

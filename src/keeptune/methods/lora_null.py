@@ -42,43 +42,28 @@ _log = logging.getLogger(__name__)
 
 
 def null_factors(W: Tensor, U: Tensor) -> tuple[LowRank, Tensor]:
-    """Splits the part of W that reads span(U) into balanced factors (eqs. 10-12).
+    """Splits the part of W that reads span(U) into balanced factors (eqs. 10-12); returns them and S ``(r,)``.
 
-    Laws: ``B A == W U Uᵀ``; ``A Aᵀ == Bᵀ B == diag(S)``; the rows of A lie in span(U).
-
-    Args:
-        W: ``(m, n)``.
-        U: ``(n, r)``, orthonormal columns.
-
-    Returns:
-        The factors, float32, and the singular values ``(r,)``, descending.
+    Laws: ``B A == W U Uᵀ``; ``A Aᵀ == Bᵀ B == diag(S)``; the rows of A lie in span(U), U ``(n, r)`` orthonormal.
     """
     P, S, Vh = projected_svd(W, U.float())  # float32 as W is; only the search for U needs float64
     return LowRank.from_triplets(P, S, Vh), S
 
 
 def null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Computes U_null (eqs. 7-9).
-
-    Args:
-        omega: ``(n, n)``.
-        r: How many directions.
+    """Computes U_null of Ω ``(n, n)`` (eqs. 7-9).
 
     Returns:
-        Their variances relative to the mean one ``(r,)``, ascending, and the directions ``(n, r)``, float64.
+        The variances relative to the mean one ``(r,)``, ascending, and the directions ``(n, r)``, float64.
     """
     values, U = bottom_eigenvectors(omega, r)
     return _relative(values, omega), U
 
 
 def released_null_space(omega: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Returns the last r left singular vectors of a float32 SVD, as the released code does.
+    """Returns the last r left singular vectors of a float32 SVD of Ω, as the released code does.
 
     Of a float16 sum a good part of the small eigenvalues is negative; an SVD ranks them by size.
-
-    Args:
-        omega: ``(n, n)``.
-        r: How many.
 
     Returns:
         The singular values relative to the mean variance ``(r,)``, descending, and the vectors ``(n, r)``.

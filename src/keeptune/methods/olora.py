@@ -30,16 +30,9 @@ __all__ = ["Olora", "leading_qr"]
 
 
 def leading_qr(W: Tensor, r: int) -> LowRank:
-    """Take the first r columns of Q and rows of R (1, 2), computed in float64.
+    """Returns the first r columns of Q and rows of R (1, 2), by way of float64; the largest entry of a column is positive.
 
     Laws: ``BᵀB == I``; ``B A == B Bᵀ W``; the first r columns of ``B A`` are those of W; r = min(m, n) gives W.
-
-    Args:
-        W: ``(m, n)``.
-        r: 1 <= r <= min(m, n).
-
-    Returns:
-        The factors, float32, the largest entry of each column of B positive.
     """
     W = W.double()
     Q = canonical_signs(torch.linalg.qr(W[:, :r])[0])

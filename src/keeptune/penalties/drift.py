@@ -45,29 +45,15 @@ _LEAST = 0.05  # of the largest weight: a layer without effect gets twenty times
 
 
 def excess(drift: Tensor, budget: Tensor) -> Tensor:
-    """Computes c of (4), by how much the budget is overdrawn: above 0 where it is, below where there is room.
-
-    Args:
-        drift: D, ``(groups,)``.
-        budget: ``(groups,)``.
-
-    Returns:
-        ``(groups,)``, from -1 to 1.
-    """
+    """Computes c of (4) of each group, from -1 to 1: above 0 where the budget is overdrawn."""
     tiny = torch.finfo(drift.dtype).tiny
     return (drift.clamp_min(tiny) / budget).log().clamp(-1, 1)
 
 
 def ascended(log_multiplier: Tensor, drift: Tensor, budget: Tensor, rate: float) -> Tensor:
-    """Computes one step of (4).
+    """Computes the next log λ (4) of each group, ``(groups,)``.
 
     Laws: within the budget it falls, above it rises, by at most ``rate``; at the budget it stays.
-
-    Args:
-        log_multiplier: log λ, ``(groups,)``.
-        drift: D, ``(groups,)``.
-        budget: ``(groups,)``.
-        rate: The largest step.
     """
     return log_multiplier + rate * excess(drift, budget)
 

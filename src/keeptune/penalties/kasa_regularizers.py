@@ -25,16 +25,9 @@ Regularizer = Literal["gram", "released"]
 
 
 def orthogonality(X: Tensor, form: Regularizer) -> tuple[Tensor, Tensor]:
-    """Computes how far the columns of a matrix are from orthonormal ones (eq. 11), and the gradient.
+    """Computes how far the columns of X ``(m, r)`` are from orthonormal ones (eq. 11), and the gradient ``(m, r)``.
 
     Law: ``"released"`` equals ``‖X Xᵀ - I_m‖`` without forming an m x m matrix.
-
-    Args:
-        X: ``(m, r)``: B, or Aᵀ.
-        form: Which matrix is compared with the identity.
-
-    Returns:
-        A scalar, and its gradient ``(m, r)``.
     """
     gap = X.T @ X - torch.eye(X.shape[1], device=X.device, dtype=X.dtype)
     size = torch.linalg.norm(gap) if form == "gram" else (gap.square().sum() + (X.shape[0] - X.shape[1])).sqrt()
@@ -42,11 +35,7 @@ def orthogonality(X: Tensor, form: Regularizer) -> tuple[Tensor, Tensor]:
 
 
 def regularizers(beta: float, gamma: float, form: Regularizer) -> Term:
-    """Returns the regularisers of one target.
-
-    Returns:
-        ``beta L_2 + gamma L_3``.
-    """
+    """Returns ``beta L_2 + gamma L_3`` of one target."""
 
     def term(factors: Factors) -> tuple[Tensor, Factors]:
         B, A, d = factors["B"], factors["A"], factors["diag"]

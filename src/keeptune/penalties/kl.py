@@ -33,17 +33,10 @@ _IDS, _LENGTHS, _PROMPTS, _STEP = "ids", "lengths", "prompts", "step"
 
 
 def kl_divergence(base: Tensor, now: Tensor) -> Tensor:
-    """Computes KL(base || now) of each row.
+    """Computes KL(base || now) of each row, in nats, from log-probabilities ``(rows, classes)``.
 
     Laws: never negative, to rounding; 0 where both are the same; a constant added to all logits of a row changes
     nothing.
-
-    Args:
-        base: Log-probabilities, ``(rows, classes)``.
-        now: Log-probabilities, ``(rows, classes)``.
-
-    Returns:
-        ``(rows,)``, nats.
     """
     return (base.exp() * (base - now)).sum(dim=-1)
 

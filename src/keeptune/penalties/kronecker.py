@@ -64,26 +64,12 @@ class KroneckerChange:
 
 
 def change_since(delta: LowRank, start: LowRank | None) -> tuple[Tensor, Tensor]:
-    """Returns L and R of (3): ``L R == B A - B_0 A_0``, without a difference of large numbers.
-
-    Args:
-        delta: B and A.
-        start: ``B_0`` and ``A_0``; None where their product is zero.
-
-    Returns:
-        L, ``(m, 2 r)``, and R, ``(2 r, n)``; B and A themselves without a start.
-    """
+    """Returns L and R of (3), which are B and A themselves without a start: no difference of large numbers is taken."""
     if start is None:
         return delta.B, delta.A
     return torch.cat([delta.B - start.B, start.B], dim=1), torch.cat([delta.A, delta.A - start.A])
 
 
 def quadratic_form(weight: Tensor, Omega: PsdMatrix, Gamma: PsdMatrix) -> Tensor:
-    """Computes ``tr(Γ W Ω Wᵀ)`` of a whole weight: what a change is measured against.
-
-    Args:
-        weight: W, ``(m, n)``.
-        Omega: Ω.
-        Gamma: Γ.
-    """
+    """Computes ``tr(Γ W Ω Wᵀ)`` of a whole weight ``(m, n)``: what a change is measured against."""
     return (Gamma.apply(weight) * Omega.apply(weight.T).T).sum()

@@ -34,7 +34,7 @@ def diagonal(fisher: LowRank, weight: float | Tensor, start: LowRank) -> Form:
     Args:
         fisher: ``F_BB`` in the place of B, ``F_AA`` in that of A; not negative.
         weight: w, a number or a scalar tensor.
-        start: ``B_0`` and ``A_0``.
+        start: ``B_0`` and ``A_0``, in the dtype of the factors.
     """
 
     def form(delta: LowRank) -> tuple[Tensor, LowRank]:
@@ -49,15 +49,7 @@ def diagonal(fisher: LowRank, weight: float | Tensor, start: LowRank) -> Form:
 def block_kronecker(
     Omega: PsdMatrix, Gamma: PsdMatrix, *, scale: float, weight: float | Tensor, start: LowRank
 ) -> Form:
-    """Returns ``w q`` of (2) and its gradient (4), with what does not change in training formed once.
-
-    Args:
-        Omega: Ω.
-        Gamma: Γ.
-        scale: s.
-        weight: w, a number or a scalar tensor.
-        start: ``B_0`` and ``A_0``, in the dtype of the factors.
-    """
+    """Returns ``w q`` of (2) and its gradient (4), with what does not change in training formed once."""
     P, Q = start.B.T @ Gamma.apply(start.B), start.A @ Omega.apply(start.A.T)
     Omega, w = _seen(Omega, start), weight * scale**2
 
@@ -72,15 +64,7 @@ def block_kronecker(
 def coupled_kronecker(
     Omega: PsdMatrix, Gamma: PsdMatrix, *, scale: float, weight: float | Tensor, start: LowRank
 ) -> Form:
-    """Returns ``w q`` of (3) and its gradient (5), with what does not change in training formed once.
-
-    Args:
-        Omega: Ω.
-        Gamma: Γ.
-        scale: s.
-        weight: w, a number or a scalar tensor.
-        start: ``B_0`` and ``A_0``, in the dtype of the factors.
-    """
+    """Returns ``w q`` of (3) and its gradient (5), with what does not change in training formed once."""
     B_0, A_0 = start.B, start.A
     GB, AO = Gamma.apply(B_0), Omega.apply(A_0.T).T
     Omega, w = _seen(Omega, start), weight * scale**2
