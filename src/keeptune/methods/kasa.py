@@ -38,7 +38,7 @@ __all__ = ["Kasa", "dropped_part"]
 
 
 def dropped_part(W: Tensor, r: int, where: str) -> tuple[LowRank, Tensor]:
-    """Returns W's r smallest singular components (stage 1), ``B = U_r diag(S_r)`` and ``A = V_rᵀ``, and S_r, descending.
+    """Returns W's r smallest singular components (stage 1), ``B = U_r diag(S_r)`` and ``A = V_rᵀ``, and S_r.
 
     Laws: ``W - B A`` is the nearest matrix of rank min(m, n) - r; ``A Aᵀ == I``; ``Bᵀ B == diag(S²)``.
     """

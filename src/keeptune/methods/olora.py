@@ -30,7 +30,7 @@ __all__ = ["Olora", "leading_qr"]
 
 
 def leading_qr(W: Tensor, r: int) -> LowRank:
-    """Returns the first r columns of Q and rows of R (1, 2), by way of float64; the largest entry of a column is positive.
+    """Returns r columns of Q and rows of R (1, 2), by way of float64; the largest entry of a column is positive.
 
     Laws: ``BᵀB == I``; ``B A == B Bᵀ W``; the first r columns of ``B A`` are those of W; r = min(m, n) gives W.
     """
