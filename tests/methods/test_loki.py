@@ -393,7 +393,7 @@ def test_the_votes_are_counted_once_for_all_targets(tmp_path: Path, monkeypatch:
         counted.append(1)
         return voted(*args, **kwargs)
 
-    monkeypatch.setattr("keeptune.methods.loki.voted", watched)
+    monkeypatch.setattr("keeptune.methods.node_votes.voted", watched)
     bench.plan(Loki())
     assert len(counted) == 1
     bench.plan(Combined([Part(Loki(), ["down_proj"]), Part(LoraNull(rank=4), ["q_proj", "up_proj"])]))
