@@ -126,7 +126,8 @@ def plans(worlds: Callable[[str], World]) -> Callable[[str, str], Plan]:
     return make
 
 
-@pytest.fixture(params=MODELS)
+# Qwen2 is Llama with biases and a tied head.
+@pytest.fixture(params=[name for name in MODELS if name != "llama"])
 def world(request: pytest.FixtureRequest, worlds: Callable[[str], World]) -> Iterator[World]:
     """One architecture; the bytes of its base on disk must be the same afterwards."""
     made = worlds(request.param)

@@ -157,8 +157,7 @@ def test_requests_are_sufficient(case: str, world: World) -> None:
             return super().__getitem__(request)
 
     def view(target):  # type: ignore[no-untyped-def]
-        inner = statistics.view(target)
-        return Watched(inner.target, inner.requests, inner.store, inner.sources)
+        return Watched(target, statistics)
 
     make_plan(method, bench.targets(), lambda target: read_weight(bench.model, target), view)
     target = bench.targets()[0]
@@ -170,7 +169,7 @@ def test_requests_are_sufficient(case: str, world: World) -> None:
 
 
 @asking
-@pytest.mark.parametrize("batch_tokens", [1, 60, 200])
+@pytest.mark.parametrize("batch_tokens", [1, 60])
 def test_the_plan_does_not_depend_on_batch_size(
     case: str, world: World, plan_of: PlanOf, batch_tokens: int, tmp_path: Path
 ) -> None:
@@ -210,9 +209,8 @@ def test_low_memory_gives_a_bit_equal_plan(case: str, world: World, plan_of: Pla
 
 
 @pytest.mark.parametrize("case", MERGING)
-@pytest.mark.parametrize("shards", [2, 3])
 def test_the_plan_does_not_depend_on_the_number_of_shards(
-    case: str, world: World, plan_of: PlanOf, shards: int, tmp_path: Path
+    case: str, world: World, plan_of: PlanOf, tmp_path: Path, shards: int = 3
 ) -> None:
     method, bench = CASES[case], world.bench(tmp_path)
     for target, request in _sites(bench, case):
