@@ -104,15 +104,10 @@ def kept(method: Method, chosen: Sequence[Series]) -> Estimate | None:
 
 
 def relation_losses(report: Report, kind: Series) -> dict[str, tuple[int, list[float]]]:
-    """Returns the mean loss on every relation (group) of a benchmark.
-
-    Args:
-        report: The report.
-        kind: The benchmark.
+    """Returns the mean loss on every relation (group) of a benchmark, the most forgotten on average first.
 
     Returns:
-        Relation to its number of questions and the loss of each method (NaN where there is none), in points or nats per
-        token; the relation most forgotten on average comes first.
+        Relation to its number of questions and the loss of each method, in points or nats per token; NaN for none.
     """
     known = methods(report)
     sizes: dict[str, int] = {}

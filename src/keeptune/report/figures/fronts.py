@@ -29,15 +29,7 @@ def write_figures(runs: Mapping[str, Any], front: Mapping[str, Any], folder: Pat
 
 
 def tradeoff_figure(runs: Mapping[str, Any], front: Mapping[str, Any]) -> Figure | None:
-    """Returns every setting with the front of each label and of all; up and to the right is better.
-
-    Args:
-        runs: As in ``runs.json``.
-        front: As in ``front.json``.
-
-    Returns:
-        The figure; None without points.
-    """
+    """Returns every setting with the front of each label and of all, as the page has them; None without points."""
     points = front["points"]
     if not points:
         return None

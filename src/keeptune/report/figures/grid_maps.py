@@ -21,14 +21,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def benefit_figure(record: Mapping[str, Any]) -> Figure | None:
-    """Returns a heat map for each benchmark, with the means over rows and columns beside it.
-
-    Args:
-        record: As in ``runs.json`` of a grid with two axes.
-
-    Returns:
-        The figure; None without a number.
-    """
+    """Returns a map for each benchmark of a grid of two axes in ``runs.json``, with means; None without a number."""
     tables = [table for table in record["benefit"] if numpy.isfinite(_numbers(table)).any()]
     if not tables:
         return None

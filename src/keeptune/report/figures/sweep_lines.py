@@ -18,10 +18,6 @@ from keeptune.report.numbers import ends, short, unit_words
 __all__ = ["repair_figure", "study_figure", "sweep_figure"]
 
 _FULL: Final = "full"
-_LOOKS: Final = {
-    "task": (("#0072b2", "o"), ("#3a87b8", "p"), ("#7fb2d9", "h"), ("#332288", "8")),
-    "knowledge": (("#d55e00", "s"), ("#b0482a", "^"), ("#e69f00", "D"), ("#882255", "v")),
-}
 _TITLES: Final = {
     "single": "tuning one layer at a time",
     "bottom": "tuning the lowest layers",
@@ -98,14 +94,7 @@ def sweep_figure(sweep: Mapping[str, Any]) -> Figure | None:
 
 
 def repair_figure(record: Mapping[str, Any]) -> Figure | None:
-    """Returns the scores at each μ of a repair's sweep.
-
-    Args:
-        record: As in ``repair.json``.
-
-    Returns:
-        The figure; None without a sweep or without scores.
-    """
+    """Returns the scores at each μ of a repair's sweep in ``repair.json``; None without a sweep or without scores."""
     if "sweep" not in record or "scores" not in record:
         return None
     rows = [_repaired(record["scores"], f"mu {entry['mu']:g}", entry["mu"]) for entry in record["sweep"]]
@@ -116,13 +105,10 @@ def repair_figure(record: Mapping[str, Any]) -> Figure | None:
 
 
 def study_figure(record: Mapping[str, Any]) -> Figure | None:
-    """Returns gains and drops by layer, or scores by the number of trainable layers from the base model on.
+    """Returns gains and drops by layer, or scores by the number of trainable layers; None when no cell has a place.
 
     Args:
         record: As in ``runs.json``, with its ``summary``.
-
-    Returns:
-        The figure; None when no cell has a place.
     """
     rows: Rows = record["summary"]
     single = record["study"] == "single"
@@ -134,7 +120,9 @@ def study_figure(record: Mapping[str, Any]) -> Figure | None:
         figure = drawing.page(7.0, 2.9 * len(units) + 0.5)
         for axes, unit in zip(figure.subplots(len(units), 1, sharex=True, squeeze=False).flat, units, strict=True):
             own = [row for row in rows if row["unit"] == unit]
-            _panel(axes, [(_effect if single else _course)(own, name, look) for name, look in _looks(own)])
+            names = dict.fromkeys(row["benchmark"] for row in own)
+            draw = _effect if single else _course
+            _panel(axes, [draw(own, name, drawing.look(index)) for index, name in enumerate(names)])
             if single:
                 axes.axhline(0, color=drawing.RULE, lw=1, zorder=0)
             measures = " or ".join(sorted({row["measure"] for row in own}, reverse=True))
@@ -268,13 +256,3 @@ def _course(rows: Rows, name: str, look: drawing.Look) -> _Line:
             low, high = -high, -low
         points[row["x"]] = Estimate(after, after + low, after + high, ())
     return _Line(f"{short(name, 20)} ({_WORDS[own[0]['role']]})", look, points, (), before)
-
-
-def _looks(rows: Rows) -> list[tuple[str, drawing.Look]]:
-    kinds = {row["benchmark"]: row["role"] for row in rows}
-    looks = []
-    for role, choices in _LOOKS.items():
-        for index, name in enumerate(name for name, own in kinds.items() if own == role):
-            colour, shape = choices[index % len(choices)]
-            looks.append((name, drawing.Look(colour, shape, "-")))
-    return looks

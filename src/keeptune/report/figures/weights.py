@@ -59,14 +59,7 @@ def energy_figure(rows: Rows, top: int, name: str) -> Figure | None:
 
 
 def change_figure(record: Mapping[str, Any]) -> Figure | None:
-    """Returns a heat map of roles and layers for each model, in one scale, and the profiles of all below.
-
-    Args:
-        record: As in ``change.json``.
-
-    Returns:
-        The figure; None when no target lies in a layer.
-    """
+    """Returns maps of roles and layers of ``change.json``, and their profiles; None when no target is in a layer."""
     sources = [source for source in record["sources"] if source["layers"]]
     layers = sorted({int(layer) for source in sources for layer in source["layers"]})
     if not layers:
@@ -90,9 +83,8 @@ def change_figure(record: Mapping[str, Any]) -> Figure | None:
             drawing.layer_ticks(axes.set_xticks, layers, wide / (len(layers) + 4), 0.3)
         if not numbered:
             drawing.key(figure, list(panels[: len(sources)]), colours, norm, "%")
-        for axes, measure, up in zip(
-            panels[-2:], ("relative", "norm"), ("% of the weights", "norm of the change"), strict=True
-        ):
+        profiles = (("relative", "% of the weights"), ("norm", "norm of the change"))
+        for axes, (measure, up) in zip(panels[-2:], profiles, strict=True):
             _profiles(axes, sources, layers, measure)
             drawing.frame(axes, "", up, ticks=4)
             drawing.layer_ticks(axes.set_xticks, layers, wide / (len(layers) + 4), 0.3)
@@ -122,14 +114,7 @@ def _profiles(axes: Axes, sources: Rows, layers: Sequence[int], measure: str) ->
 
 
 def curvature_figure(record: Mapping[str, Any]) -> Figure | None:
-    """Returns the shares of the updates by tenths of the curvature and of the directions, a column for each side.
-
-    Args:
-        record: As in ``curvature.json``.
-
-    Returns:
-        The figure; None without a side.
-    """
+    """Returns the shares of updates by tenths of curvature and directions in ``curvature.json``; None without any."""
     sources: Rows = record["sources"]
     sides = [side for side in _SIDES if any(side in source["sides"] for source in sources)]
     if not sides:

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from keeptune.core.versions import versions
 from keeptune.report.numbers import count, duration
-from keeptune.report.pages.repeat import recipe_text, versions
+from keeptune.report.pages.repeat import recipe_text
 from keeptune.report.pages.run_tables import benchmark_tables
 from keeptune.report.pages.verdict import verdict
 from keeptune.report.records import as_report

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import plotly.graph_objects as go
 
-from keeptune.core.intervals import Estimate
 from keeptune.report.numbers import number, short
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "Chart",
     "Mark",
     "arms",
-    "arms_of",
     "axis",
     "categories",
     "figure_of",
@@ -151,11 +149,6 @@ def arms(middles: Sequence[float], ends: Ends, colour: str, **more: Any) -> dict
     up = [max(end[1] - mid, 0.0) if ok else 0.0 for mid, end, ok in zip(middles, ends, known, strict=True)]
     down = [max(mid - end[0], 0.0) if ok else 0.0 for mid, end, ok in zip(middles, ends, known, strict=True)]
     return {"type": "data", "array": up, "arrayminus": down, "color": colour, "thickness": 1, "width": 3, **more}
-
-
-def arms_of(estimates: Sequence[Estimate], colour: str) -> dict[str, Any]:
-    """Returns the error bars of estimates."""
-    return arms([e.mean for e in estimates], [(e.low, e.high) for e in estimates], colour)
 
 
 def lying_bars(

@@ -41,15 +41,7 @@ def write_comparison(runs: Mapping[str, Any], front: Front, path: str | os.PathL
 
 
 def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
-    """Returns the page; the same records always give the same text.
-
-    Args:
-        runs: As in ``runs.json``.
-        front: As in ``front.json``.
-
-    Raises:
-        ArtefactError: A record lacks something.
-    """
+    """Returns the page, always the same of the same records; an ArtefactError names what a record lacks."""
     try:
         return _render(runs, front)
     except (KeyError, TypeError) as error:

@@ -141,12 +141,7 @@ def spectra(report: Report) -> list[Chart]:
 
 
 def kept_places(spectrum: Sequence[float], kept: Sequence[float]) -> list[int] | None:
-    """Returns where in a spectrum the kept values stand, each at a place of its own; None when they are no part of it.
-
-    Args:
-        spectrum: The whole spectrum.
-        kept: The values kept, exact up to rounding.
-    """
+    """Returns where in a spectrum the kept values stand, each at its own place; None when they are no part of it."""
     rest = numpy.array(spectrum, dtype=float)
     if not len(kept) or len(kept) > rest.size or not numpy.isfinite(rest).any():
         return None
@@ -221,11 +216,7 @@ def _spectrum(name: str, evidence: str, rows: Sequence[PlanRow], labels: Sequenc
 
 
 def traces(records: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """Returns the layer profiles and the maps of tokens by layers of causal tracing.
-
-    Args:
-        records: Name of a run to its ``trace.json``.
-    """
+    """Returns layer profiles, and maps of tokens by layers, of the ``trace.json`` of each run."""
     charts = []
     for place, (name, record) in enumerate(records.items()):
         charts.append(_profile(f"profile{place}", name, record))

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import yaml
 
-__all__ = ["recipe_text", "repeat", "versions"]
+from keeptune.core.versions import versions
 
-_PACKAGES: Final = ("keeptune", "torch", "transformers", "peft", "trl")
+__all__ = ["recipe_text", "repeat"]
 
 
 def repeat(commands: Sequence[tuple[str, str]], recipes: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -38,30 +34,3 @@ def recipe_text(recipe: Mapping[str, Any] | str) -> str:
     if isinstance(recipe, str):
         return recipe if recipe.endswith("\n") else f"{recipe}\n"
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python, of installed packages, of the platform, and keeptune's commit in a repository."""
-    known = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            known[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    commit = _commit(Path(__file__).parent)
-    return known | ({"git commit": commit} if commit else {}) | {"platform": platform.platform()}
-
-
-def _commit(folder: Path) -> str:
-    """Returns the commit of the repository that tracks a folder, not of one that only surrounds it."""
-    try:
-        _git(folder, "ls-files", "--error-unmatch", "__init__.py")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", "../..")
-        return _git(folder, "rev-parse", "HEAD") + (" (with changes)" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
-    return done.stdout.strip()

@@ -11,21 +11,7 @@ import plotly.graph_objects as go
 from keeptune.core.intervals import Estimate, mean_of_seeds
 from keeptune.report.estimates import Method, Series, kept, learned, lost, methods, relation_losses, series, yardstick
 from keeptune.report.numbers import count, duration, estimate_text, listing, number, option_text, short, signed
-from keeptune.report.pages.charts import (
-    LEAST,
-    MANY,
-    Chart,
-    arms_of,
-    axis,
-    figure_of,
-    heat_map,
-    hover,
-    lying_bars,
-    mark,
-    plain,
-    scatter,
-    thin,
-)
+from keeptune.report.pages import charts
 from keeptune.report.records import Report, Run
 
 __all__ = ["base_star", "losses", "relations", "tradeoff"]
@@ -33,15 +19,8 @@ __all__ = ["base_star", "losses", "relations", "tradeoff"]
 _MOST_RELATIONS: Final = 40
 
 
-def tradeoff(report: Report) -> Chart | None:
-    """Returns what was learned against what was kept; hovering a point shows its setting.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The chart; None when the report has no task or no knowledge benchmark.
-    """
+def tradeoff(report: Report) -> charts.Chart | None:
+    """Returns what was learned against what was kept; None without a task or a knowledge benchmark."""
     knowledge, task = yardstick(report, "knowledge"), yardstick(report, "task")
     if not knowledge or not task:
         return None
@@ -58,19 +37,19 @@ def tradeoff(report: Report) -> Chart | None:
     unit = "nats/token" if nats else "% of the base"
     up = f"{'forgotten' if nats else 'kept'}: {_names(knowledge, 'knowledge')} ({unit})"
     turned = {"autorange": "reversed"}
-    figure = figure_of(
+    figure = charts.figure_of(
         traces,
-        axis(across, **(turned if task[0].lower_is_better else {})),
-        axis(up, **(turned if nats else {})),
+        charts.axis(across, **(turned if task[0].lower_is_better else {})),
+        charts.axis(up, **(turned if nats else {})),
     )
     labels = tuple(method.label for method in methods(report))
-    return Chart("tradeoff", "What each method learned against what it kept", figure, 480, labels, "")
+    return charts.Chart("tradeoff", "What each method learned against what it kept", figure, 480, labels, "")
 
 
 def base_star(x: float, y: float) -> go.Scatter:
     """Returns the star that marks the base model."""
     marker = {"symbol": "star", "size": 14, "color": "var(--ink)", "line": {"width": 1, "color": "var(--paper)"}}
-    told = [hover("base model", [("learned", number(x)), ("forgotten", "nothing")])]
+    told = [charts.hover("base model", [("learned", number(x)), ("forgotten", "nothing")])]
     return go.Scatter(mode="markers", name="base model", x=[x], y=[y], marker=marker, hovertext=told, hoverinfo="text")
 
 
@@ -84,9 +63,9 @@ def _spots(method: Method, index: int, knowledge: Sequence[Series], task: Sequen
 
     def told(title: str, x: Estimate, y: Estimate, runs: Sequence[Run]) -> str:
         scores = [("learned", estimate_text(x)), ("forgotten" if nats else "kept", estimate_text(y))]
-        return hover(title, [*scores, *_setting(runs)])
+        return charts.hover(title, [*scores, *_setting(runs)])
 
-    whole, drawn = place(method), mark(index)
+    whole, drawn = place(method), charts.mark(index)
     if whole is None:
         return []
     traces = []
@@ -96,13 +75,14 @@ def _spots(method: Method, index: int, knowledge: Sequence[Series], task: Sequen
         texts = [told(f"{method.label}, seed {run.seed}", x, y, (run,)) for run, (x, y) in seeds]
         xs, ys = [at[0].mean for _, at in seeds], [at[1].mean for _, at in seeds]
         look = {"symbol": f"{drawn.symbol}-open", "size": 7, "opacity": 0.8}
-        more = {"hovertext": texts, "marker": look, "showlegend": False, "name": plain(f"{method.label}, seeds")}
-        traces.append(scatter(method.label, xs, ys, drawn, "markers", **more))
+        more = {"hovertext": texts, "marker": look, "showlegend": False, "name": charts.plain(f"{method.label}, seeds")}
+        traces.append(charts.scatter(method.label, xs, ys, drawn, "markers", **more))
     x, y = whole
     look = {"size": 13, "line": {"width": 1, "color": "var(--paper)"}}
-    bars = {"error_x": arms_of([x], drawn.colour), "error_y": arms_of([y], drawn.colour)}
+    bars = {f"error_{a}": charts.arms([e.mean], [(e.low, e.high)], drawn.colour) for a, e in (("x", x), ("y", y))}
     texts = [told(method.label, x, y, method.runs)]
-    return [*traces, scatter(method.label, [x.mean], [y.mean], drawn, "markers", hovertext=texts, marker=look, **bars)]
+    more = {"hovertext": texts, "marker": look, **bars}
+    return [*traces, charts.scatter(method.label, [x.mean], [y.mean], drawn, "markers", **more)]
 
 
 def _setting(runs: Sequence[Run]) -> list[tuple[str, object]]:
@@ -126,10 +106,10 @@ def _names(chosen: Sequence[Series], role: str) -> str:
     return few if len(chosen) == 1 or len(few) <= 24 else f"mean of {len(chosen)} {role} benchmarks"
 
 
-def relations(report: Report) -> list[Chart]:
+def relations(report: Report) -> list[charts.Chart]:
     """Returns what was lost on each relation: bars for one method, a heat map for several."""
     labels = [method.label for method in methods(report)]
-    charts = []
+    panels = []
     for place, kind in enumerate(series(report, "knowledge")):
         table = relation_losses(report, kind)
         if not table:
@@ -142,53 +122,49 @@ def relations(report: Report) -> list[Chart]:
         if len(labels) == 1:
             colours = [f"var(--{'loss' if row[0] > 0 else 'gain'})" for row in values]
             told: dict[str, Any] = {
-                "customdata": [plain(name) for name in names],
+                "customdata": [charts.plain(name) for name in names],
                 "hovertemplate": "%{customdata}: %{text}<extra></extra>",
             }
             written = {"text": [row[0] for row in texts], "textposition": "outside", "cliponaxis": False}
-            figure = lying_bars(names, [row[0] for row in values], colours, unit, **written, **told)
+            figure = charts.lying_bars(names, [row[0] for row in values], colours, unit, **written, **told)
         else:
             top = max((abs(v) for row in values for v in row if math.isfinite(v)), default=1.0) or 1.0
-            shown_texts = texts if len(labels) <= MANY else None
-            figure = heat_map(values, ("", names), ("", labels), "loss", unit, shown_texts, (-top, top))
+            shown_texts = texts if len(labels) <= charts.MANY else None
+            figure = charts.heat_map(values, ("", names), ("", labels), "loss", unit, shown_texts, (-top, top))
             figure.update_xaxes(side="top", tickangle=-40 if len(labels) > 3 else 0)
         caption = f"{kind.name}: {unit}, mean over seeds"
         if len(shown) < len(table):
             caption = f"the {len(shown)} most forgotten of {len(table)} relations of {kind.name}, {unit}"
-        height = max(130 + 21 * len(names), LEAST)
+        height = max(130 + 21 * len(names), charts.LEAST)
         words = f"What was lost on each relation of {kind.name}"
-        charts.append(Chart(f"relations{place}", words, figure, height, caption=caption))
-    return charts
+        panels.append(charts.Chart(f"relations{place}", words, figure, height, caption=caption))
+    return panels
 
 
-def losses(report: Report) -> Chart | None:
+def losses(report: Report) -> charts.Chart | None:
     """Returns the training loss of every method, smoothed, with the raw values behind; None without losses."""
     curves = [(index, method, _smooth_mean(method)) for index, method in enumerate(methods(report))]
     drawn = [(index, method, curve) for index, method, curve in curves if len(curve) > 1]
     if not drawn:
         return None
     traces = []
+    raw: dict[str, Any] = {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}
     for index, method, curve in drawn:
-        raw: dict[str, Any] = {
-            "opacity": 0.3,
-            "showlegend": False,
-            "hoverinfo": "skip",
-            "line": {"width": 0.8, "dash": "solid"},
-        }
-        for run in method.runs if len(drawn) <= MANY else ():
-            name = plain(f"{method.label}, seed {run.seed}")
-            traces.append(scatter(method.label, *thin(run.loss), mark(index), "lines", name=name, **raw))
-        told = plain(method.label)
+        label, look = method.label, charts.mark(index)
+        for run in method.runs if len(drawn) <= charts.MANY else ():
+            more = {"name": charts.plain(f"{label}, seed {run.seed}"), "line": {"width": 0.8, "dash": "solid"}}
+            traces.append(charts.scatter(label, *charts.thin(run.loss), look, "lines", **raw, **more))
+        told = charts.plain(label)
         words = f"{told}<br>step %{{x}}: %{{y:.4g}}<extra></extra>" if "%{" not in told else "%{x}: %{y}<extra></extra>"
-        traces.append(scatter(method.label, *thin(curve), mark(index), "lines", hovertemplate=words))
+        traces.append(charts.scatter(label, *charts.thin(curve), look, "lines", hovertemplate=words))
     # The few highest values are cut off, which would press the rest flat.
     values = sorted(loss for _, method, _ in drawn for run in method.runs for _, loss in run.loss)
     low, high = values[0], values[min(len(values) - 1, int(0.995 * len(values)))]
     pad = 0.05 * max(high - low, 0.01)
-    up = axis("training loss (nats/token)", range=[low - pad, high + pad])
+    up = charts.axis("training loss (nats/token)", range=[low - pad, high + pad])
     labels = tuple(method.label for _, method, _ in drawn)
-    figure = figure_of(traces, axis("training step"), up)
-    return Chart("losses", "Training loss of each method", figure, 420, labels, "")
+    figure = charts.figure_of(traces, charts.axis("training step"), up)
+    return charts.Chart("losses", "Training loss of each method", figure, 420, labels, "")
 
 
 def _smooth_mean(method: Method) -> list[tuple[float, float]]:

@@ -9,62 +9,50 @@ from typing import Any
 import plotly.graph_objects as go
 
 from keeptune.report.numbers import number
-from keeptune.report.pages.charts import (
-    LEAST,
-    Chart,
-    arms,
-    axis,
-    categories,
-    figure_of,
-    heat_map,
-    hover,
-    mark,
-    scatter,
-    thin,
-)
+from keeptune.report.pages import charts
 from keeptune.report.sequences import Record, own_stage, row_names, score_table, split
 
 __all__ = ["course", "lines", "losses", "matrices"]
 
 
-def matrices(record: Record) -> list[Chart]:
+def matrices(record: Record) -> list[charts.Chart]:
     """Returns the matrix stage x benchmark, a map for each unit; a frame marks a task's own stage."""
-    charts = []
+    panels = []
     for place, (unit, columns) in enumerate(split(record)):
         table = score_table(record, columns)
         accuracy = unit == "accuracy"
         across = ("benchmark", [record["benchmarks"][i]["name"] for i in columns])
         texts = [[number(value) for value in row] for row in table]
         scale, span = ("cool", (0.0, 1.0)) if accuracy else ("warm", None)
-        figure = heat_map(table, ("", row_names(record)), across, scale, unit, texts, span)
+        figure = charts.heat_map(table, ("", row_names(record)), across, scale, unit, texts, span)
         figure.update_xaxes(side="top", title={"text": ""})
         for x, y in ((x, own_stage(record, column)) for x, column in enumerate(columns)):
             if y is not None:
                 corners = {"x0": x - 0.49, "x1": x + 0.49, "y0": y - 0.48, "y1": y + 0.48}
                 figure.add_shape(type="rect", **corners, line={"color": "var(--ink)", "width": 2.5})
         words = f"Scores after each stage, {unit}" + ("" if accuracy else ", lower is better")
-        charts.append(Chart(f"matrix{place}", words, figure, max(110 + 38 * len(table), LEAST)))
-    return charts
+        panels.append(charts.Chart(f"matrix{place}", words, figure, max(110 + 38 * len(table), charts.LEAST)))
+    return panels
 
 
-def lines(record: Record) -> list[Chart]:
+def lines(record: Record) -> list[charts.Chart]:
     """Returns the scores of each benchmark over the stages, with the intervals of their change from the base."""
-    charts = []
+    panels = []
     for place, (unit, columns) in enumerate(split(record)):
         traces = [_line(record, column, index) for index, column in enumerate(columns)]
-        up = axis(unit, **({"rangemode": "tozero"} if unit == "accuracy" else {}))
-        figure = figure_of(traces, _stage_axis(row_names(record)), up, margin={"r": 36})
+        up = charts.axis(unit, **({"rangemode": "tozero"} if unit == "accuracy" else {}))
+        figure = charts.figure_of(traces, _stage_axis(row_names(record)), up, margin={"r": 36})
         labels = tuple(record["benchmarks"][i]["name"] for i in columns)
-        charts.append(Chart(f"lines{place}", f"Scores over the stages, {unit}", figure, 400, labels))
-    return charts
+        panels.append(charts.Chart(f"lines{place}", f"Scores over the stages, {unit}", figure, 400, labels))
+    return panels
 
 
 def _stage_axis(names: Sequence[str]) -> dict[str, Any]:
-    return {**categories(names), "range": [-0.3, len(names) - 0.7], "ticklabeloverflow": "allow"}
+    return {**charts.categories(names), "range": [-0.3, len(names) - 0.7], "ticklabeloverflow": "allow"}
 
 
 def _line(record: Record, column: int, index: int) -> go.Scatter:
-    benchmark, drawn = record["benchmarks"][column], mark(index)
+    benchmark, drawn = record["benchmarks"][column], charts.mark(index)
     scores = [row[0] for row in score_table(record, [column])]
     tips, told = [], []
     for row, (name, score) in enumerate(zip(row_names(record), scores, strict=True)):
@@ -77,14 +65,16 @@ def _line(record: Record, column: int, index: int) -> go.Scatter:
             stage = record["stages"][row - 1]
             options = [(key, value) for key, value in (stage.get("options") or {}).items() if value is not None]
             rows += [("method", stage["method"]), ("seed", stage["seed"]), *options]
-        told.append(hover(f"{benchmark['name']}, {name}", rows))
+        told.append(charts.hover(f"{benchmark['name']}, {name}", rows))
     own = own_stage(record, column)
     marker = {"size": [15 if row == own else 8 for row in range(len(scores))]}
-    bars = arms(scores, tips, drawn.colour)
-    return scatter(benchmark["name"], range(len(scores)), scores, drawn, hovertext=told, marker=marker, error_y=bars)
+    bars = charts.arms(scores, tips, drawn.colour)
+    return charts.scatter(
+        benchmark["name"], range(len(scores)), scores, drawn, hovertext=told, marker=marker, error_y=bars
+    )
 
 
-def course(record: Record) -> Chart | None:
+def course(record: Record) -> charts.Chart | None:
     """Returns average accuracy and forgetting over the tasks seen so far; None for fewer than two stages."""
     steps = record.get("course") or []
     if len(steps) < 2:
@@ -92,23 +82,25 @@ def course(record: Record) -> Chart | None:
     names = row_names(record)[1:]
     traces = []
     for index, (key, words) in enumerate((("average_accuracy", "average accuracy"), ("forgetting", "forgetting"))):
-        told = [hover(name, [(words, number(step[key]))]) for name, step in zip(names, steps, strict=True)]
+        told = [charts.hover(name, [(words, number(step[key]))]) for name, step in zip(names, steps, strict=True)]
         values = [step[key] for step in steps]
-        traces.append(scatter(words, range(len(steps)), values, mark(index), hovertext=told, marker={"size": 9}))
-    figure = figure_of(traces, _stage_axis(names), axis("share"), margin={"r": 36})
-    return Chart("course", "Average accuracy and forgetting over the tasks seen so far", figure, 340)
+        traces.append(
+            charts.scatter(words, range(len(steps)), values, charts.mark(index), hovertext=told, marker={"size": 9})
+        )
+    figure = charts.figure_of(traces, _stage_axis(names), charts.axis("share"), margin={"r": 36})
+    return charts.Chart("course", "Average accuracy and forgetting over the tasks seen so far", figure, 340)
 
 
-def losses(record: Record) -> Chart | None:
+def losses(record: Record) -> charts.Chart | None:
     """Returns the training loss of every stage; None without losses."""
     traces = []
     for index, stage in enumerate(record["stages"]):
         curve = [(float(row["step"]), float(row["loss"])) for row in stage.get("loss") or []]
         if len(curve) > 1:
-            traces.append(scatter(stage["name"], *thin(curve), mark(index), "lines"))
+            traces.append(charts.scatter(stage["name"], *charts.thin(curve), charts.mark(index), "lines"))
     if not traces:
         return None
-    up = axis("training loss (nats/token)", rangemode="tozero")
-    figure = figure_of(traces, axis("training step of the stage"), up)
+    up = charts.axis("training loss (nats/token)", rangemode="tozero")
+    figure = charts.figure_of(traces, charts.axis("training step of the stage"), up)
     labels = tuple(trace.legendgroup for trace in traces)
-    return Chart("losses", "Training loss of each stage", figure, 380, labels, "")
+    return charts.Chart("losses", "Training loss of each stage", figure, 380, labels, "")

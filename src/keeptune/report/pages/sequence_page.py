@@ -38,14 +38,7 @@ def write_sequence(record: Record, path: str | os.PathLike[str]) -> None:
 
 
 def render_sequence(record: Record) -> str:
-    """Returns the page; the same record always gives the same text.
-
-    Args:
-        record: As in ``sequence.json``.
-
-    Raises:
-        ArtefactError: The record lacks something.
-    """
+    """Returns the page, always the same of the same record; an ArtefactError names what the record lacks."""
     try:
         return _render(record)
     except (KeyError, TypeError, IndexError) as error:

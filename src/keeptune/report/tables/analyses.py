@@ -39,12 +39,7 @@ def print_change(record: Record, console: Console) -> None:
 
 
 def print_curvature(record: Record, console: Console) -> None:
-    """Prints, for each model and side, the curvature felt and the shares in its stiffest directions.
-
-    Args:
-        record: As in ``curvature.json``.
-        console: Where to print.
-    """
+    """Prints the curvature felt and the shares in its stiffest directions, of each model in ``curvature.json``."""
     rows = []
     for source in record["sources"]:
         for side, felt in source["sides"].items():
@@ -106,12 +101,7 @@ def print_overlap(record: Record, console: Console) -> None:
 
 
 def print_repair(record: Record, console: Console) -> None:
-    """Prints the drift of each target, what is kept of the task, the sweep over μ and the scores.
-
-    Args:
-        record: As in ``repair.json``.
-        console: Where to print.
-    """
+    """Prints the drift of each target in ``repair.json``, what is kept of the task, the sweep over μ and the scores."""
     cells: dict[tuple[int | None, str], list[str]] = {}
     for row in record["targets"]:
         text = f"{100 * row['drift_before']:.2f} > {100 * row['drift']:.2f}"
