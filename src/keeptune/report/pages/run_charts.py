@@ -152,7 +152,10 @@ def losses(report: Report) -> charts.Chart | None:
     for index, method, curve in drawn:
         label, look = method.label, charts.mark(index)
         for run in method.runs if len(drawn) <= charts.MANY else ():
-            more = {"name": charts.plain(f"{label}, seed {run.seed}"), "line": {"width": 0.8, "dash": "solid"}}
+            more: dict[str, Any] = {
+                "name": charts.plain(f"{label}, seed {run.seed}"),
+                "line": {"width": 0.8, "dash": "solid"},
+            }
             traces.append(charts.scatter(label, *charts.thin(run.loss), look, "lines", **raw, **more))
         told = charts.plain(label)
         words = f"{told}<br>step %{{x}}: %{{y:.4g}}<extra></extra>" if "%{" not in told else "%{x}: %{y}<extra></extra>"
