@@ -148,15 +148,13 @@ def losses(report: Report) -> charts.Chart | None:
     if not drawn:
         return None
     traces = []
-    raw: dict[str, Any] = {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}
+    line = {"width": 0.8, "dash": "solid"}
+    raw: dict[str, Any] = {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip", "line": line}
     for index, method, curve in drawn:
         label, look = method.label, charts.mark(index)
         for run in method.runs if len(drawn) <= charts.MANY else ():
-            more: dict[str, Any] = {
-                "name": charts.plain(f"{label}, seed {run.seed}"),
-                "line": {"width": 0.8, "dash": "solid"},
-            }
-            traces.append(charts.scatter(label, *charts.thin(run.loss), look, "lines", **raw, **more))
+            name = {"name": charts.plain(f"{label}, seed {run.seed}")}
+            traces.append(charts.scatter(label, *charts.thin(run.loss), look, "lines", **(raw | name)))
         told = charts.plain(label)
         words = f"{told}<br>step %{{x}}: %{{y:.4g}}<extra></extra>" if "%{" not in told else "%{x}: %{y}<extra></extra>"
         traces.append(charts.scatter(label, *charts.thin(curve), look, "lines", hovertemplate=words))
