@@ -51,21 +51,19 @@ def test_all_statistics_equal_autograd_one_text_at_a_time(architecture: str, tmp
 
 
 @pytest.mark.parametrize("architecture", ["llama", "roberta"])
-@pytest.mark.parametrize("request_", [GRADIENT, WEIGHT, DIRECTIONS, SAMPLED], ids=str)
-def test_batches_and_padding_do_not_matter_and_a_forgotten_mask_does(
-    request_: Request, architecture: str, tmp_path: Path
-) -> None:
-    model = MODELS[architecture]()
-    wanted = collected(Bench(model, tmp_path / "a"), request_)
-    alone = collected(Bench(model, tmp_path / "b"), request_, batch_tokens=1)
-    left = collected(Bench(model, tmp_path / "c"), request_, runner=RepaddingRunner(model, padded_left))
-    wrong = collected(Bench(model, tmp_path / "d"), request_, runner=RepaddingRunner(model, mask_forgotten))
-    frugal = collected(Bench(model, tmp_path / "e"), request_, low_memory=True)
+def test_batches_and_padding_do_not_matter_and_a_forgotten_mask_does(architecture: str, tmp_path: Path) -> None:
+    model, requests = MODELS[architecture](), (GRADIENT, WEIGHT, DIRECTIONS, SAMPLED)
+    wanted = collected(Bench(model, tmp_path / "a"), *requests)
+    alone = collected(Bench(model, tmp_path / "b"), *requests, batch_tokens=1)
+    left = collected(Bench(model, tmp_path / "c"), *requests, runner=RepaddingRunner(model, padded_left))
+    wrong = collected(Bench(model, tmp_path / "d"), *requests, runner=RepaddingRunner(model, mask_forgotten))
+    frugal = collected(Bench(model, tmp_path / "e"), *requests, low_memory=True)
     for target in Bench(model, tmp_path).targets():
-        value = wanted.view(target)[request_]
-        for other in (alone, left, frugal):
-            assert relative(other.view(target)[request_], value) < 1e-5, target.name
-        assert relative(wrong.view(target)[request_], value) > 1e-2, target.name
+        for request in requests:
+            value = wanted.view(target)[request]
+            for other in (alone, left, frugal):
+                assert relative(other.view(target)[request], value) < 1e-5, (target.name, request)
+            assert relative(wrong.view(target)[request], value) > 1e-2, (target.name, request)
 
 
 def test_gradients_of_a_classifier_depend_on_its_head_and_its_labels(tmp_path: Path) -> None:

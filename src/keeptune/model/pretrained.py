@@ -64,9 +64,6 @@ def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
         name: A folder, or a hub id.
         options: How.
 
-    Returns:
-        The model.
-
     Raises:
         ModelError: There is no such model, its safetensors weights are missing, incomplete or damaged, or it
             brings code that was not allowed.
@@ -123,14 +120,11 @@ def _check_labels(name: str, head: Head, config: Any) -> None:
 
 
 def load_positions(name: str, options: LoadOptions = _DEFAULTS) -> int | None:
-    """Returns how many positions a model has for tokens, without loading its weights.
+    """Returns how many positions a model has for tokens, None without a limit; its weights are not loaded.
 
     Args:
         name: A folder, or a hub id.
         options: How the model would be loaded.
-
-    Returns:
-        Tokens, or None for a model that names no limit.
 
     Raises:
         ModelError: There is no such model, or it brings code that was not allowed.
@@ -176,9 +170,6 @@ def load_tokenizer(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedTok
     Args:
         name: A folder, or a hub id.
         options: How the model is loaded.
-
-    Returns:
-        The tokenizer.
 
     Raises:
         ModelError: There is no tokenizer, or it has neither a padding nor an end token.

@@ -73,13 +73,10 @@ class StatsView:
     statistics: Statistics
 
     def __getitem__(self, request: Request) -> Tensor:
-        """Reads one statistic from the store.
+        """Reads one statistic from the store, float32, on the CPU.
 
         Args:
             request: One of the requests.
-
-        Returns:
-            The statistic, float32, on the CPU.
 
         Raises:
             StatisticsError: It was not requested, or the store lost it.
@@ -87,13 +84,10 @@ class StatsView:
         return self._read(request, "")
 
     def attributions(self, request: NeuronAttribution) -> Attributions:
-        """Opens the attributions of texts.
+        """Opens the attributions of texts; they are read from the store as they are needed.
 
         Args:
             request: One of the requests.
-
-        Returns:
-            The attributions, read from the store as they are needed.
 
         Raises:
             StatisticsError: They were not requested, or the store lost them.
@@ -179,9 +173,6 @@ def collect(
         low_memory: Hold no more sums at a time than take the memory of the largest, at one (shortened) pass over
             the data for each such share.
         batch_tokens: Tokens per forward pass, padding included; it changes speed and memory only.
-
-    Returns:
-        Access to all of them.
 
     Raises:
         StatisticsError: Data of a role is requested but not given, or activations are not finite.

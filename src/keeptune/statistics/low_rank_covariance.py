@@ -131,9 +131,6 @@ def read_factor(request: Covariance, value: Tensor) -> PsdMatrix:
     Args:
         request: What was requested.
         value: What was collected.
-
-    Returns:
-        The factor.
     """
     return unpacked(value).factor if isinstance(request, InputFactor | GradientFactor) else Dense(value)
 
@@ -157,13 +154,10 @@ def packed(truncated: Truncated) -> Tensor:
 
 
 def unpacked(table: Tensor) -> Truncated:
-    """Unpacks what :func:`packed` returned.
+    """Returns the factor and its error from what :func:`packed` returned.
 
     Args:
         table: ``(k + 1, n + 2)``.
-
-    Returns:
-        The factor and its error.
     """
     factor = LowRankPlus(table[:-1, 2:].T.contiguous(), table[:-1, 0].contiguous(), table[-1, 0].clone())
     return Truncated(factor, float(table[-1, 1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -86,15 +86,7 @@ class NeuronAttribution(ModelRequest):
     @property
     def integral(self) -> Integral:
         """What is integrated."""
-        return Integral(
-            positions=self.positions,
-            baseline=self.baseline,
-            pad_token=self.pad_token,
-            target=self.target,
-            rule=self.rule,
-            steps=self.steps,
-            times_activation=self.times_activation,
-        )
+        return Integral(**{option.name: getattr(self, option.name) for option in fields(Integral)})
 
     def measure(
         self, model: PreTrainedModel, data: Calibration, store: StatStore, source: Source, *, chunk: int = 2048
@@ -132,14 +124,11 @@ class NeuronAttribution(ModelRequest):
         }
 
     def open(self, store: StatStore, parts: Mapping[str, Tensor]) -> Attributions:
-        """Opens what :meth:`measure` stored.
+        """Opens what :meth:`measure` stored; attributions are read one text at a time.
 
         Args:
             store: The store.
             parts: The parts of the entry.
-
-        Returns:
-            The attributions, read one text at a time.
 
         Raises:
             StatisticsError: A text's entry is lost or damaged.

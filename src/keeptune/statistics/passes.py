@@ -33,9 +33,6 @@ def shares(measured: Sequence[Measured]) -> list[list[Measured]]:
 
     Args:
         measured: The statistics.
-
-    Returns:
-        The shares.
     """
     sizes = [request.numbers(target) for request, target in measured]
     room = [0] * len(measured)
@@ -58,9 +55,6 @@ def run_pass(
         need: The pass.
         measured: The statistics.
         title: Title of the progress bar.
-
-    Returns:
-        The sum of each.
     """
     model = runner.model
     totals: list[Accumulator] = []

@@ -52,14 +52,11 @@ class Request(ABC):
         """
 
     def entry(self, target: Target, source: Source) -> dict[str, Any]:
-        """Returns all that determines the statistic; its content key names the entry in the store.
+        """Returns all that determines the statistic, ready for JSON; its content key names the entry in the store.
 
         Args:
             target: The target.
             source: Model and data.
-
-        Returns:
-            A JSON-ready mapping.
         """
         # What is not compared (tensors) has its fingerprint in another field.
         fields = [field.name for field in dataclasses.fields(self) if field.compare and field.name != "examples"]

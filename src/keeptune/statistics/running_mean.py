@@ -38,14 +38,11 @@ class Accumulator(Protocol):
 
 
 def checked_result(total: Accumulator, module: str) -> Tensor:
-    """Returns the result of a sum.
+    """Returns the result of a sum, on the CPU.
 
     Args:
         total: The sum.
         module: The module's name, for error messages.
-
-    Returns:
-        The statistic, on the CPU.
 
     Raises:
         UnseenError: No token was added.

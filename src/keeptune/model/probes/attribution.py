@@ -82,7 +82,7 @@ class Integral:
 
 
 def quadrature(rule: Rule, steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns a rule's points and weights on [0, 1].
+    """Returns the points ``α_k`` and weights ``w_k`` of a rule on [0, 1].
 
     Law: weights sum to 1. Left and right are exact for constants, the trapezoid for lines, Gauss-Legendre for
     polynomials of degree 2 m - 1. (Captum's trapezoid weights sum to (m - 1) / m only.)
@@ -90,9 +90,6 @@ def quadrature(rule: Rule, steps: int) -> tuple[tuple[float, ...], tuple[float, 
     Args:
         rule: The rule.
         steps: m, the number of points; two or more for the trapezoid.
-
-    Returns:
-        ``α_k`` and ``w_k``.
 
     >>> quadrature("left", 4)
     ((0.0, 0.25, 0.5, 0.75), (0.25, 0.25, 0.25, 0.25))
@@ -226,13 +223,13 @@ class Attributor:
         """Attributes the first batch the fast way; compares one block of its most padded text with the plain way."""
 
         def gap(result: tuple[Tensor, Tensor]) -> float:
-            found, scores = result
+            values, scores = result
             row = int(batch.attention_mask.sum(dim=1).argmin())
             one = Batch(batch.input_ids[row : row + 1], batch.attention_mask[row : row + 1])
             at = (len(self.layers) - 1) // 2
             plain, levels = self._plain(one, None if wanted is None else wanted[row : row + 1], [at])
             fast = scores.reshape(len(self.layers), len(self.points), -1)[at, :, row]
-            gaps = _gap(found[row, at], plain[0, 0]), _gap(fast, levels[:, 0])
+            gaps = _gap(values[row, at], plain[0, 0]), _gap(fast, levels[:, 0])
             return max(gaps)
 
         # In half precision the order of a sum shows.
@@ -255,9 +252,9 @@ def _tokens(logits: Tensor, wanted: Tensor | None) -> Tensor:
     return logits.float().argmax(dim=-1) if wanted is None else wanted.to(logits.device)
 
 
-def _gap(found: Tensor, wanted: Tensor) -> float:
+def _gap(values: Tensor, wanted: Tensor) -> float:
     """Largest difference over the largest value; of values near zero, such as where F is near 1, rounding is all."""
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-2))
+    return float((values - wanted).abs().max() / wanted.abs().max().clamp_min(1e-2))
 
 
 def _watched(nodes: ScaledNodes, batch: Batch, mask: Tensor) -> tuple[Tensor, list[Tensor]]:

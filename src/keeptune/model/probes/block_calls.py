@@ -76,29 +76,13 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def take(values: Tensor, columns: Tensor) -> Tensor:
-    """Returns columns of each text.
-
-    Args:
-        values: ``(B, W, ...)``, or ``(1, W, ...)`` for all texts alike.
-        columns: ``(B, Q)``.
-
-    Returns:
-        ``(B, Q, ...)``.
-    """
+    """Returns columns ``(B, Q)`` of ``(B, W, ...)``, or of ``(1, W, ...)`` for all texts alike: ``(B, Q, ...)``."""
     rows = torch.arange(len(columns), device=columns.device)[:, None] if len(values) > 1 else columns * 0
     return values[rows, columns]
 
 
 def probabilities(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Computes the probability of one token at each place, in float32 or better.
-
-    Args:
-        logits: ``(..., vocabulary)``.
-        wanted: ``(...)``, token ids.
-
-    Returns:
-        ``(...)``.
-    """
+    """Computes the probability of tokens ``(...)`` at logits ``(..., vocabulary)``, in float32 or better: ``(...)``."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = logits.gather(-1, wanted[..., None]).squeeze(-1)
     return (chosen - logits.logsumexp(dim=-1)).exp()

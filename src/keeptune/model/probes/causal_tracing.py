@@ -227,25 +227,25 @@ class Tracer:
     def _try_fast(self, texts: TracedBatch, clean: RunStates, noised: RunStates, noise: Tensor) -> Tensor | None:
         """Traces the first batch the fast way, and compares some of it with the plain way."""
 
-        def gap(found: Tensor) -> float:
+        def gap(answers: Tensor) -> float:
             columns, layers = self._columns(texts), len(self.modules.blocks)
             states = [(0, max(len(columns) // 2, _first_damaged(texts, noise))), (layers // 2, len(columns) - 1)]
             states = [(layer, min(index, len(columns) - 1)) for layer, index in states]
             plain = self._runs(texts, clean, noise, columns, states)
-            fast = torch.stack([found[state] for state in states])
+            fast = torch.stack([answers[state] for state in states])
             if self.reading == "diagonal":
                 plain = torch.stack([run[:, index] for run, (_, index) in zip(plain, states, strict=True)])
             return float((fast - plain).abs().max())
 
         # In half precision the order of a sum shows.
         tolerance = 1e-4 if torch.finfo(self.modules.model.dtype).eps < 1e-4 else 2e-2
-        found = fast_or_none(
+        answers = fast_or_none(
             self.modules.model, lambda: self._fast(texts, clean, noised, noise), gap, tolerance, "trace: state"
         )
-        self.fits = found is not None
+        self.fits = answers is not None
         if not self.fits:
             noised.cache = None
-        return found
+        return answers
 
 
 def noise_of(noise: Noise, batch: Batch, model: PreTrainedModel, std: float) -> Tensor:

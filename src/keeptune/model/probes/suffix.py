@@ -52,13 +52,9 @@ class Suffix:
         self._masks: dict[int, Tensor] = {}
 
     def rows(self, values: Tensor) -> Tensor:
-        """Repeats what belongs to the texts.
+        """Repeats ``(B, ...)`` to ``(times B, ...)``, repeats outside, and ``(1, ...)`` to ``(times, ...)``.
 
-        Args:
-            values: ``(B, ...)``, ``(1, ...)`` for all texts alike, or already repeated.
-
-        Returns:
-            ``(times B, ...)``, repeats outside; ``(times, ...)`` where texts are alike.
+        What is already repeated stays.
         """
         if len(values) == 1:
             return values.expand(self.times, *values.shape[1:])
@@ -73,9 +69,6 @@ class Suffix:
             number: Which block.
             hidden: ``(times B, Q, hidden)``.
             cache: What the block writes its keys and values to; None puts the kept ones before them.
-
-        Returns:
-            Arguments and keyword arguments.
 
         Raises:
             UnfitError: The kept run gave the block something of unforeseen form.

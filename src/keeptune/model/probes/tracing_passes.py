@@ -48,9 +48,6 @@ class RestoredModules:
             kind: Block outputs, or those of attention or MLP.
             window: Layers restored together around each; block outputs are always restored alone.
 
-        Returns:
-            The modules.
-
         Raises:
             ModelError: The blocks have no such part of their own.
         """
@@ -175,9 +172,6 @@ def full_pass(
         texts: The texts.
         noise: ``(B, W, hidden)``, added to the token embeddings; None for the clean run.
         cached: Keep keys and values too.
-
-    Returns:
-        The states.
 
     Raises:
         ModelError: A restored module's output is no hidden state of each token.
