@@ -10,7 +10,7 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
 
-__all__ = ["differences"]
+__all__ = ["differences", "relative_gap"]
 
 
 def differences(first: Plan, second: Plan) -> list[str]:
@@ -47,19 +47,25 @@ def _difference(a: TargetPlan | None, b: TargetPlan | None) -> str:
         others = len(set(a.decision.rows or ()) ^ set(b.decision.rows or ()))
         ranks = f"rank {a.decision.rank} | {b.decision.rank}, scale {a.scale} | {b.scale}, trains {trains}"
         return ranks + (f", {others} rows of only one" if others else "")
-    if gap := _gap(a.init, b.init):
-        return f"same rank, starting change differs by {gap} (relative)"
-    if gap := _gap(a.anchor, b.anchor):
-        return f"same start, taken out of W differs by {gap} (relative)"
+    if (gap := relative_gap(a.init, b.init)) is not None:
+        return f"same rank, starting change differs by {gap:.2e} (relative)"
+    if (gap := relative_gap(a.anchor, b.anchor)) is not None:
+        return f"same start, taken out of W differs by {gap:.2e} (relative)"
     if not _equal(a.vectors, b.vectors):
         return f"same factors, another start of {', '.join(sorted({*a.vectors, *b.vectors}))}"
     return ""
 
 
-def _gap(a: LowRank, b: LowRank) -> str:
+def relative_gap(a: LowRank, b: LowRank) -> float | None:
+    """Returns the distance of two changes relative to the second; None when their factors are equal.
+
+    Args:
+        a: A change.
+        b: A change of the same shape.
+    """
     if torch.equal(a.B, b.B) and torch.equal(a.A, b.A):
-        return ""
-    return f"{float(a.minus(b).norm_squared().sqrt() / b.norm_squared().sqrt().clamp_min(1e-30)):.2e}"
+        return None
+    return float(a.minus(b).norm_squared().sqrt() / b.norm_squared().sqrt().clamp_min(1e-30))
 
 
 def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

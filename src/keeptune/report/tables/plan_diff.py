@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import torch
 from rich.console import Console
 
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.core.plan_differences import differences
+from keeptune.core.plan_differences import differences, relative_gap
 from keeptune.report.tables.terminal import print_grid, say
 
 __all__ = ["print_diff"]
@@ -102,12 +101,7 @@ def _starts(same: Mapping[str, tuple[TargetPlan, TargetPlan]]) -> list[str]:
 
 
 def _gap(one: TargetPlan, two: TargetPlan) -> float | None:
-    """Returns the distance of two starts relative to the second; None when they are equal or of other shapes."""
-    a, b = one.init, two.init
-    if a.shape != b.shape or (torch.equal(a.B, b.B) and torch.equal(a.A, b.A)):
-        return None
-    sizes = [float(change.norm_squared().sqrt()) for change in (a.minus(b), b)]
-    return sizes[0] / max(sizes[1], 1e-30)
+    return relative_gap(one.init, two.init) if one.init.shape == two.init.shape else None
 
 
 def _targets(count: int) -> str:
