@@ -32,7 +32,7 @@ from keeptune.pipeline.task_kinds import KINDS, TaskKind
 from keeptune.recipe.construct import make_method, make_penalties
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.collect import source_name
-from keeptune.statistics.request import DataRole, Request
+from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
 from keeptune.training.arguments import check_arguments, sft_config
 
@@ -214,20 +214,13 @@ class Job:
     # What the plan is made from
 
     @cached_property
-    def requests(self) -> frozenset[Request]:
-        """The statistics that the method takes."""
-        statistics: frozenset[Request] = self.method.statistics
-        return statistics
-
-    @cached_property
     def _penalty_data(self) -> set[DataRole]:
-        scoped = scoped_penalties(self.method, self.penalties)
-        return set().union(*(one.penalty.data for one in scoped))
+        return set().union(*(one.penalty.data for one in scoped_penalties(self.method, self.penalties)))
 
     @cached_property
     def needs(self) -> set[DataRole]:
         """Which data the method and the penalties take statistics over."""
-        return {request.data for request in self.requests} | self._penalty_data
+        return {request.data for request in self.method.statistics} | self._penalty_data
 
     @property
     def data(self) -> dict[DataRole, Calibration]:
@@ -262,7 +255,7 @@ class Job:
         if self.head is not None:
             inputs["head"] = self.head
         # Which examples come first depends on sets and order; all together do not.
-        for request in self.requests:
+        for request in self.method.statistics:
             if request.examples is not None and request.data in self.data:
                 inputs[source_name(request)] = self.data[request.data].first(request.examples).fingerprint
         if self.penalties:
