@@ -197,13 +197,13 @@ def tuned_roles(method: Method, roles: Sequence[str] | None) -> list[str] | None
 
     Args:
         method: The method.
-        roles: Those that are asked for beside it; None is all linear maps but the head.
+        roles: Those of the recipe; None is all linear maps but the head.
 
     Returns:
         The roles; those that the parts name, where the method has parts.
 
     Raises:
-        PlanError: Roles are asked for beside a method whose parts name theirs.
+        PlanError: The recipe has roles, and the parts of the method name theirs.
     """
     if not isinstance(method, Combined):
         return None if roles is None else list(roles)

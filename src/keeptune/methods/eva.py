@@ -7,7 +7,7 @@ Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained
     ξ_j = s_j² / ‖X‖²                             explained variance                (3)
     ranks: the rank * targets largest ξ_j over all targets, at most rho * rank each (4)
 
-As in the authors' code (PEFT's, incremental PCA), X is centred: V are the principal components. They are found from
+As in the authors' code (PEFT's, incremental PCA), X is centred: V are the principal components, computed from
 the covariance of all tokens, so nothing depends on batches or their order, and no convergence threshold is needed.
 The scale alpha / rank is the same for every target whatever its rank, as PEFT keeps it. Targets that get no rank are
 left alone. Nothing is taken out of W: the start is zero.

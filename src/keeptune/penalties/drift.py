@@ -9,7 +9,7 @@
 
 d_t is the mean squared change of the target's output on knowledge inputs, relative to its size: free of units, from
 r x r products (penalties/kronecker.py). (4) is dual ascent on the constraint D_g <= budget_g: λ_g falls while there is
-room and rises while there is none, so that no strength needs to be found. Its second half, the proportional part of a
+room and rises while there is none, so that there is no strength to choose. Its second half, the proportional part of a
 PI controller in logarithms, damps it: the pressure p_g is off as soon as there is room again. With
 ``curvature="delta-kfac"`` the budget is in nats: (5) is the second order of the KL to the base, per token (δ is the
 gradient at the target's output, n the tokens for each one with a loss).

@@ -192,7 +192,7 @@ def _slices(job: Job, wanted: int) -> _Slices:
             "task.train",
             got=f"{count} examples",
             wanted="at least 5, of which the boundary search holds one out",
-            next_step="Give more examples, or give the boundary as a number of blocks.",
+            next_step="Add examples, or set the boundary to a number of blocks.",
         )
     order = draw_rows(count, count, seed=1)
     options = job.recipe.task.calibration

@@ -1,4 +1,4 @@
-"""attach: give any Hugging Face or TRL trainer what a plan asks of it besides the model.
+"""attach: add to any Hugging Face or TRL trainer what a plan needs of it besides the model.
 
 A plan says it in plain values (``Plan.training``), which are saved with it and part of its key:
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def attach(trainer: Any, plan: Plan) -> None:
-    """Give a trainer the plan's optimiser, penalties and :class:`Guard`; a second call changes nothing.
+    """Adds the plan's optimiser, penalties and :class:`Guard` to a trainer; a second call changes nothing.
 
     Args:
         trainer: A ``transformers.Trainer`` or any of TRL's, with the installed model, before ``train()``.
@@ -74,7 +74,7 @@ def _scale_rate(trainer: Any, plan: Plan, factor: float) -> None:
             f"training with {plan.method}",
             got="an optimiser of your own, with its own learning rate",
             wanted="a trainer that makes one from its arguments: the method scales the rate",
-            next_step="Give the trainer no optimiser, or set the method's `rate: fixed`.",
+            next_step="Leave the optimiser to the trainer, or set the method's `rate: fixed`.",
         )
     trainer.args.learning_rate *= factor
     _log.info(
@@ -83,7 +83,7 @@ def _scale_rate(trainer: Any, plan: Plan, factor: float) -> None:
 
 
 def _lora_fa(model: PeftModel, args: Any) -> Any:
-    """Make PEFT's optimiser; it reads each layer's own scale, so r and lora_alpha of the config do not matter."""
+    """Returns PEFT's optimiser; it reads each layer's own scale, so r and lora_alpha of the config do not matter."""
     config = model.peft_config["default"]
     made = create_lorafa_optimizer(
         model, r=config.r, lora_alpha=config.lora_alpha, lr=args.learning_rate, weight_decay=args.weight_decay
@@ -95,7 +95,7 @@ def _lora_fa(model: PeftModel, args: Any) -> Any:
 
 
 def _fill_missing_gradients(optimizer: Any, *_: Any) -> None:
-    """Give zeros to trained parameters that got no gradient (experts without tokens), on which PEFT's would fail."""
+    """Fills in zeros for trained parameters that got no gradient (experts without tokens), on which PEFT's would fail."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad and parameter.grad is None:

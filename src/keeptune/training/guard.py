@@ -27,24 +27,24 @@ class Guard(TrainerCallback):
     """
 
     def __init__(self, plan: Plan) -> None:
-        """Remember the plan."""
+        """Keeps the plan."""
         self.plan = plan
         self.attached = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the frozen factors, after any checkpoint was loaded.
+        """Checks the frozen factors, after any checkpoint was loaded.
 
         Raises:
             TrainError: A frozen factor is trainable or the other way round, or the plan's optimiser or penalty
                 is missing.
         """
-        asked = [*self.plan.training, *(f"penalty {penalty.name}" for penalty in self.plan.penalties)]
-        if asked and not self.attached:
+        needed = [*self.plan.training, *(f"penalty {penalty.name}" for penalty in self.plan.penalties)]
+        if needed and not self.attached:
             raise TrainError(
                 f"training with {self.plan.method}",
-                got=f"a trainer without the plan's {' and '.join(asked)}",
+                got=f"a trainer without the plan's {' and '.join(needed)}",
                 wanted="one that has it",
                 next_step="Call keeptune.attach(trainer, plan) before trainer.train().",
             )
@@ -52,7 +52,7 @@ class Guard(TrainerCallback):
             check_frozen(kwargs["model"], self.plan)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop at a loss that is not finite.
+        """Stops at a loss that is not finite.
 
         Raises:
             TrainError: The loss is NaN or infinite.
@@ -66,7 +66,7 @@ class Guard(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that the last step left numbers.
+        """Checks that the last step left numbers.
 
         Raises:
             TrainError: A trained parameter is NaN or infinite.

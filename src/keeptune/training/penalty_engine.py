@@ -215,7 +215,7 @@ class _Count(TrainerCallback):
         self._penalties, self._plan, self._seen = penalties, plan, 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Compare the penalties' count of steps with the trainer's."""
+        """Compares the penalties' count of steps with the trainer's."""
         self._seen += 1
         if self._penalties.taken != self._seen:
             raise TrainError(
@@ -236,17 +236,17 @@ class PenaltyState(TrainerCallback, ExportableState):
     """
 
     def __init__(self, penalties: Penalties | None = None) -> None:
-        """Remember the penalties."""
+        """Keeps the penalties."""
         self.penalties = penalties
 
     def state(self) -> dict[str, Any]:
-        """Give it to a checkpoint."""
+        """Returns what a checkpoint keeps."""
         return {"args": {}, "attributes": {"kept": self.penalties.state() if self.penalties else {}}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take it from the checkpoint that training goes on from.
+        """Restores the state of the checkpoint that training goes on from.
 
         Raises:
             TrainError: Trainer replaced this callback by one that knows no penalties, or the checkpoint has none.
@@ -308,7 +308,7 @@ def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 
 class _On(Mapping[str, Tensor]):
-    """Tensors on a device, moved when they are first asked for; those of targets that live elsewhere stay.
+    """Tensors on a device, moved when they are first read; those of targets that live elsewhere stay.
 
     Args:
         tensors: All of them.
