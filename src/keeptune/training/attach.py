@@ -95,7 +95,7 @@ def _lora_fa(model: PeftModel, args: Any) -> Any:
 
 
 def _fill_missing_gradients(optimizer: Any, *_: Any) -> None:
-    """Fills in zeros for trained parameters that got no gradient (experts without tokens), on which PEFT's would fail."""
+    """Adds zeros for trained parameters without a gradient (experts without tokens), on which PEFT's would fail."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad and parameter.grad is None:
