@@ -56,16 +56,14 @@ def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
 def _render(runs: Mapping[str, Any], front: Front) -> str:
     rows = runs["runs"]
     charts = {"tradeoff": fronts(rows, front, base_score(rows, front)), "hypervolume": hypervolumes(rows, front)}
-    items = _items(rows, front)
     recipes = [("Recipe", runs["recipe"])] if runs.get("recipe") else []
     commands = [("Do it again", str(runs["command"]))] if runs.get("command") else []
     return render(
         "comparison.html.j2",
-        [chart for chart in charts.values() if chart is not None],
-        {"items": items["rows"]} if items else {},
+        list(charts.values()),
+        runs["base"],
+        _items(rows, front),
         **charts,
-        base=runs["base"],
-        base_name=Path(str(runs["base"])).name or runs["base"],
         created=runs.get("created"),
         version=runs.get("version"),
         said=sentences(runs, front),
@@ -78,7 +76,6 @@ def _render(runs: Mapping[str, Any], front: Front) -> str:
         failures=failures(runs, front),
         everything=every_run(runs),
         published=published(runs, front),
-        found=items,
         repeat=repeat(commands, recipes),
         counts=_counts(runs, front),
     )

@@ -21,14 +21,15 @@ from keeptune.report.pages.charts import Chart
 __all__ = ["island", "plotly_source", "render", "write_page"]
 
 
-def render(template: str, charts: Sequence[Chart], data: Mapping[str, Any] | None = None, **values: Any) -> str:
+def render(template: str, charts: Sequence[Chart | None], base: object, found: Any = None, **values: Any) -> str:
     """Returns a page.
 
     Args:
         template: Its file in ``templates``, which extends ``base.html.j2``.
-        charts: All figures that the template places, each with a name of its own.
-        data: What the page's own script reads beside the figures, such as the items to search.
-        values: What the template prints; everything is escaped.
+        charts: All figures that the template places, each with a name of its own; None is left out.
+        base: The base model.
+        found: The items to search, as from :func:`keeptune.report.pages.items.lost_and_gained`.
+        values: What the template prints besides; everything is escaped.
 
     Returns:
         The HTML; the same values always give the same text.
@@ -40,13 +41,17 @@ def render(template: str, charts: Sequence[Chart], data: Mapping[str, Any] | Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    figures = {chart.name: chart.figure.to_plotly_json() for chart in charts}
+    figures = {chart.name: chart.figure.to_plotly_json() for chart in charts if chart is not None}
+    data = {"figures": figures} | ({"items": found["rows"]} if found else {})
     scripts = [plotly_source(), _source("page.js")]
     return environment.get_template(template).render(
         scripts=scripts,
         style=_source("page.css"),
         policy=_policy(scripts),
-        island=island({"figures": figures, **(data or {})}),
+        island=island(data),
+        base=base,
+        base_name=Path(str(base)).name or base,
+        found=found,
         **values,
     )
 

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from keeptune.report.estimates import methods
@@ -63,14 +62,11 @@ def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> 
     count = len(methods(parsed))
     common, options = run_tables.options(parsed)
     tradeoff, sections = run_charts.tradeoff(parsed), _sections(parsed, more.get("traces") or {})
-    charts = [chart for section in sections for chart in section.charts]
-    items = more.get("items")
     return render(
         "run.html.j2",
-        charts if tradeoff is None else [tradeoff, *charts],
-        {} if items is None else {"items": items["rows"]},
-        base=parsed.base,
-        base_name=Path(parsed.base).name or parsed.base,
+        [tradeoff, *(chart for section in sections for chart in section.charts)],
+        parsed.base,
+        more.get("items"),
         created=parsed.created,
         version=parsed.version,
         verdict=verdict(parsed),
@@ -79,7 +75,6 @@ def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> 
         columns=comparison_columns(parsed),
         benchmarks=run_tables.benchmark_tables(parsed),
         tradeoff=tradeoff,
-        found=items,
         sections=sections,
         options=options,
         common=common,

@@ -52,17 +52,15 @@ def render_sequence(record: Record) -> str:
 
 def _render(record: Record) -> str:
     maps, over, progress, lost = matrices(record), lines(record), course(record), losses(record)
-    items = _items(record)
     commands = [("Do it again", str(record["command"]))] if record.get("command") else []
     serve = (record.get("export") or {}).get("serve")
     commands += [("Serve the adapter", str(serve))] if serve else []
     recipes = [(f"Recipe of stage {name}", recipe) for name, recipe in (record.get("recipes") or {}).items()]
     return render(
         "sequence.html.j2",
-        [*maps, *over, *(chart for chart in (progress, lost) if chart is not None)],
-        {"items": items["rows"]} if items else {},
-        base=record["base"],
-        base_name=Path(str(record["base"])).name or record["base"],
+        [*maps, *over, progress, lost],
+        record["base"],
+        _items(record),
         created=record.get("created"),
         version=record.get("version"),
         said=sentences(record),
@@ -76,7 +74,6 @@ def _render(record: Record) -> str:
         stages=stages(record),
         final=final(record),
         adapter=record.get("adapter"),
-        found=items,
         repeat=repeat(commands, recipes),
     )
 
