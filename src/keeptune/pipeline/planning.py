@@ -144,13 +144,6 @@ def statistics_for(
 ) -> tuple[list[Target], Statistics]:
     """Collects what a method requests of a model; what the store has is not computed again.
 
-    Args:
-        model: The base model.
-        method: The method.
-        store: Where entries are looked up and kept.
-        data: Tokens per data role.
-        options: Which targets, and how.
-
     Returns:
         The targets and access to their statistics; experts that no token reached are left out.
 
@@ -217,14 +210,9 @@ def plan_for(
 
 
 def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> tuple[TargetPlan, ...]:
-    """Plans targets that start from changes: installing the plan gives the changed model.
+    """Plans targets that start from changes, by target name: installing the plan gives the changed model.
 
-    Args:
-        targets: The targets.
-        changes: Target name to change, of each.
-
-    Returns:
-        Their plans, with both factors trained and nothing taken out of W.
+    Both factors are trained, and nothing is taken out of W.
     """
     return tuple(
         TargetPlan(
@@ -249,17 +237,6 @@ def with_penalties(
     options: PlanOptions = _DEFAULTS,
 ) -> Plan:
     """Adds penalties to a plan, collecting what they need; only now, for curvature may be taken at its factors.
-
-    Args:
-        plan: The plan.
-        penalties: What to add.
-        runner: Runs the base model.
-        store: Where statistics are looked up and kept.
-        data: Tokens per data role.
-        options: How statistics are collected.
-
-    Returns:
-        The plan with the penalties.
 
     Raises:
         PlanError: An option does not fit the model, or no token of the data reached a target.
