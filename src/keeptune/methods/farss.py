@@ -48,7 +48,6 @@ from keeptune.statistics.request import Labels, Request
 
 __all__ = ["Farss"]
 
-_RELEASED_SWITCH = 128
 _INPUT = InputCovariance("task")
 
 
@@ -60,7 +59,6 @@ class Farss(ScaledMethod):
 
     Args:
         rank: R, at the targets of deep blocks.
-        alpha: None is the scale 1 everywhere; a number is a scale of alpha / r, and S is divided by it.
         r_min: Least rank in shallow blocks.
         r_max: Largest rank in shallow blocks, and never more than a target can have.
         r_avg: Mean rank in shallow blocks that the budget is made of.
@@ -153,16 +151,15 @@ class Farss(ScaledMethod):
         I = {target: value for target, value in scores.items() if value is not None}
         decisions = {target: allot_rank(target, self.rank, self.name) for target in scores if target not in I}
         if I:
-            exact = self.ranks == "exact-budget"
-            decisions |= shallow_ranks(I, self.r_avg, self.r_min, self.r_max, exact=exact)
+            decisions |= shallow_ranks(I, self.r_avg, self.r_min, self.r_max, exact=self.ranks == "exact-budget")
         return {target: decisions[target] for target in scores}
 
     def notes(self, decisions: Mapping[Target, Decision]) -> list[str]:
         """Returns what became of the budget."""
         shallow = [decision.rank for target, decision in decisions.items() if self._shallow(target)]
-        if not shallow:
-            return []
         count, total = len(shallow), sum(shallow)
+        if not count:
+            return []
         ranks = f"{total} of {self.r_avg * count} ranks of their budget allotted, mean {total / count:.1f}"
         return [f"{count} targets in blocks below {self.boundary} are shallow: {ranks} (r_avg {self.r_avg})"]
 
@@ -179,9 +176,7 @@ class Farss(ScaledMethod):
                 evidence["importance"] = torch.tensor([importance(weight, sigma_h, sigma_delta)])
         r, s = decision.rank, direction_scores(S, variances)
         order = torch.argsort(s, descending=True, stable=True)
-        low = self.variant == "farss-init" or self._shallow(target)
-        if self.selection == "released":
-            low = r < _RELEASED_SWITCH
+        low = r < 128 if self.selection == "released" else self.variant == "farss-init" or self._shallow(target)
         chosen = order[-r:] if low else order[:r]
         scale = self.scale_at(r)
         sizes = S[chosen] / (1.0 if self.selection == "released" else scale)
@@ -199,10 +194,7 @@ class Farss(ScaledMethod):
         if self.variant != "farss":
             return False
         if self.boundary == "auto":
-            raise PlanError(
-                "method.boundary",
-                got="auto",
-                wanted="a number of blocks for a plan made directly",
-                next_step="Set one, or run a recipe: it searches with short runs before it plans.",
-            )
+            wanted = "a number of blocks for a plan made directly"
+            advice = "Set one, or run a recipe: it searches with short runs before it plans."
+            raise PlanError(self.place("boundary"), got="auto", wanted=wanted, next_step=advice)
         return 0 <= target.layer < self.boundary
