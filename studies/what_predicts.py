@@ -40,7 +40,7 @@ from keeptune.penalties.tangent import block_kronecker
 from keeptune.pipeline.demo import demo_recipe
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import find_result, load_pair
-from keeptune.pipeline.trained_changes import Change, open_changes
+from keeptune.pipeline.trained_changes import Change, TrainedModel
 from keeptune.recipe.schema import make_recipe
 from keeptune.report.figures.drawing import INK, MUTED, bare, finish, page, png, themed
 from keeptune.statistics.collect import Statistics, collect
@@ -127,7 +127,7 @@ def measured(folder: Path, job: Job, statistics: Statistics, texts: list[ScoredT
     parts: dict[str, list[float]] = {"change": [], "drift": [], "curvature": []}
     blind = 0.0
     started = starts(folder) if entry["method"] in ("lora", "lalora", "l2-lora", "keep") else {}
-    for target, W, change in open_changes(str(folder), base=job.recipe.model)[1]:
+    for target, W, change in TrainedModel.of(str(folder), base=job.recipe.model).changes():
         stats = statistics.view(target)
         Omega, Gamma, per_learned = stats[OMEGA].double(), stats[GAMMA].double(), tokens_per_learned(stats, COUNT)
         E, W = dense(change, W), W.double()

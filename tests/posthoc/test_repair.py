@@ -41,10 +41,11 @@ from keeptune.core.target import read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import load_model
+from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.posthoc import repair as repair_module
 from keeptune.posthoc import repair_problem
+from keeptune.posthoc.factored_model import FactoredModel
 from keeptune.posthoc.repair import Repair, repair
-from keeptune.posthoc.trained_models import open_trained
 
 DAMP = Repair().damping
 KINDS: dict[str, dict[str, Any]] = {
@@ -411,7 +412,7 @@ def test_an_untrained_or_damaged_adapter_is_refused(repaired: Repairing, base: S
 
 
 def test_the_sources_changes_are_those_of_stock_peft(base: Saved, adapter: Path) -> None:
-    source = open_trained(str(adapter), str(base.folder), "cpu")
+    source = FactoredModel.of(TrainedModel.of(str(adapter), base=str(base.folder)))
     wanted = changes(base, adapter)
     assert source.exact == source.changes.keys()
     assert all(relative(change.dense(), wanted[name]) < 1e-5 for name, change in source.changes.items())

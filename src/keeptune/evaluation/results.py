@@ -12,7 +12,7 @@ from keeptune.core.errors import ArtefactError, StatisticsError
 from keeptune.evaluation.benchmarks import Role
 from keeptune.evaluation.metrics import Measure, harmonic, mean_ratio, paired_interval, score_ratio
 
-__all__ = ["BenchmarkResult", "grouped", "mean_scores", "trade_off"]
+__all__ = ["BenchmarkResult", "grouped", "interval_between", "mean_scores", "trade_off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,22 @@ def trade_off(
         "full fine-tuning scored 0 on it",
     )
     return {**scores, "T": learned, "KT": harmonic(kept, learned)}
+
+
+def interval_between(first: BenchmarkResult, second: BenchmarkResult, seed: int) -> tuple[float, float]:
+    """Computes the 95% interval of ``second.after - first.after``, of two models on the same items.
+
+    Args:
+        first: Results of a metric that is a mean over items.
+        second: Those of the other model.
+        seed: Seed of the bootstrap.
+    """
+    weights = [float(item.get("tokens", 1)) for item in first.items]
+    before, after = (
+        [item["after"] * weight for item, weight in zip(result.items, weights, strict=True)]
+        for result in (first, second)
+    )
+    return paired_interval(before, after, seed, weights=weights)
 
 
 def mean_scores(records: Sequence[Mapping[str, Any]], weights: Sequence[float], seed: int) -> dict[str, Any]:

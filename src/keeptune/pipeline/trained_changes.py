@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target, read_weight
 from keeptune.linalg.rescaled import Rescaled
 from keeptune.model.blocks import find_targets, head_of
-from keeptune.model.head import body_fingerprint
+from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import Dtype, LoadOptions, load_model
 from keeptune.pipeline.merge import base_of, head_of_adapter, trained_in
 from keeptune.pipeline.scoring import find_result
 from keeptune.recipe.paths import resolve_model
 
-__all__ = ["Change", "labels_of", "not_finite", "open_changes", "result_of", "size_of"]
+__all__ = ["Change", "TrainedModel", "labels_of", "not_finite", "size_of"]
 
 _log = logging.getLogger(__name__)
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others take a part out of the base when loaded
@@ -43,79 +44,123 @@ Change = LowRank | Rescaled | Tensor
 _Changes = Iterator[tuple[Target, Tensor, Change | None]]
 
 
-def open_changes(
-    source: str, *, base: str | None = None, roles: Sequence[str] | None = None, device: str = "cpu"
-) -> tuple[str, _Changes]:
-    """Loads a trained model and its base, and yields the change of one target after the other.
+@dataclass(frozen=True, slots=True)
+class TrainedModel:
+    """A trained model on disk, with its base.
 
     Args:
-        source: A PEFT adapter folder, a run folder of keeptune, or a whole model.
-        base: The base; None takes what the source names.
-        roles: Roles of the targets; None is all linear maps but the head.
-        device: Where the weights are.
-
-    Returns:
-        The base, and for each target its W and its change (None for one left alone): factors where it has them,
-        with new lengths of rows for DoRA, else the difference of the weights.
-
-    Raises:
-        ModelError: The source or its base cannot be loaded or do not belong together.
-        PlanError: A role does not exist.
+        source: As the user named it: a PEFT adapter folder, a run folder of keeptune, or a whole model.
+        folder: The adapter or the whole model.
+        base: Path or hub id of the base.
+        head: Of a classifier; None for a language model.
+        dtype: That of the base in training; ``"auto"`` where keeptune did not train.
+        device: Where models run.
     """
-    folder = result_of(source)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    name = resolve_model(base or (base_of(folder) if is_adapter else _named_by(folder, source)))
-    head = head_of_adapter(folder)
-    dtype: Dtype = (trained_in(folder) if is_adapter else None) or "auto"
 
-    def load_base() -> PreTrainedModel:
-        return load_model(name, LoadOptions(dtype=dtype, device=device, head=head))
+    source: str
+    folder: Path
+    base: str
+    head: Head | None
+    dtype: Dtype
+    device: str
 
-    model = load_base()
-    every, targets = find_targets(model), find_targets(model, roles)
-    bar = tqdm(targets, desc="change", delay=2, disable=None, leave=False)
-    if is_adapter:
-        check_base(folder, body_fingerprint(model), None if head is None else head.labels)
-        wrapped = load_adapter(model, folder)
-        layers = _layers_of(wrapped, folder, {target.name for target in every})
-        if layers is not None:
-            return name, _from_layers(layers, model, bar)
-        _log.info("%s: not plain LoRA or DoRA; merged into its base to be measured", folder)
-        return name, _between(load_base(), _merged(wrapped, folder), bar, str(folder))
-    tuned = load_model(str(folder) if folder.is_dir() else source, LoadOptions(device=device, head=head))
-    return name, _between(model, tuned, bar, source)
+    @classmethod
+    def of(cls, source: str, *, base: str | None = None, device: str = "cpu") -> TrainedModel:
+        """Looks a trained model up, without loading it; a base of None is the one that the source names.
+
+        Raises:
+            ModelError: The source names no base, or is a run that exported nothing yet.
+        """
+        folder = _result_of(source)
+        if not base:
+            is_adapter = (folder / "adapter_config.json").is_file()
+            base = base_of(folder) if is_adapter else _base_of_whole(folder, source)
+        dtype: Dtype = trained_in(folder) or "auto"
+        return cls(source, folder, resolve_model(base), head_of_adapter(folder), dtype, device)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter, no whole model."""
+        return (self.folder / "adapter_config.json").is_file()
+
+    def load_base(self) -> PreTrainedModel:
+        """Loads a fresh base, in evaluation mode."""
+        return self._load(self.base, self.dtype)
+
+    def load_tuned(self) -> PreTrainedModel:
+        """Loads the adapter on a fresh base, or the whole model, in evaluation mode."""
+        if not self.is_adapter:
+            return self._load(str(self.folder), self.dtype)
+        inner: PreTrainedModel = load_adapter(self.load_base(), self.folder).get_base_model()
+        return inner.eval()
+
+    def changes(self, roles: Sequence[str] | None = None) -> _Changes:
+        """Loads the models, and yields the change of one target after the other.
+
+        Args:
+            roles: Roles of the targets; None is all linear maps but the head.
+
+        Returns:
+            For each target its W and its change (None for one left alone): factors where it has them, with new lengths
+            of rows for DoRA, else the difference of the weights.
+
+        Raises:
+            ModelError: The source or its base cannot be loaded or do not belong together.
+            PlanError: A role does not exist.
+        """
+        dtype = self.dtype if self.is_adapter else "auto"
+        model = self._load(self.base, dtype)
+        every, targets = find_targets(model), find_targets(model, roles)
+        bar = tqdm(targets, desc="change", delay=2, disable=None, leave=False)
+        if self.is_adapter:
+            check_base(self.folder, body_fingerprint(model), None if self.head is None else self.head.labels)
+            wrapped = load_adapter(model, self.folder)
+            layers = _layers_of(wrapped, self.folder, {target.name for target in every})
+            if layers is not None:
+                return _from_layers(layers, model, bar)
+            _log.info("%s: not plain LoRA or DoRA; merged into its base to be measured", self.folder)
+            return _between(self.load_base(), _merged(wrapped, self.folder), bar, str(self.folder))
+        tuned = self._load(str(self.folder) if self.folder.is_dir() else self.source, dtype)
+        return _between(model, tuned, bar, self.source)
+
+    def _load(self, name: str, dtype: Dtype) -> PreTrainedModel:
+        return load_model(name, LoadOptions(dtype=dtype, device=self.device, head=self.head))
 
 
 def size_of(change: Change) -> float:
-    """Computes the Frobenius norm of a change, in float64, from its factors where it has them.
-
-    Args:
-        change: The change.
-
-    Returns:
-        The norm.
-    """
+    """Computes the Frobenius norm of a change, in float64, from its factors where it has them."""
     if isinstance(change, LowRank):
         return float(change.to(torch.float64).norm_squared().clamp_min(0).sqrt())
     return change.norm() if isinstance(change, Rescaled) else float(change.double().norm())
 
 
 def not_finite(source: str, target: Target) -> ModelError:
-    """Returns the error of a change that is NaN or infinite.
-
-    Args:
-        source: The trained model.
-        target: The target whose change it is.
-
-    Returns:
-        The error, to be raised.
-    """
+    """Returns the error to raise for a change that is NaN or infinite."""
     return ModelError(
         f"{source}, {target.name}",
         got="a change that is NaN or infinite",
         wanted="finite weights",
         next_step="Check the training's losses; the adapter or model is damaged.",
     )
+
+
+def labels_of(sources: Sequence[str]) -> list[str]:
+    """Names each source by its folder, or by the run's that it is in; by its whole path where two would be alike.
+
+    Args:
+        sources: Adapters, run folders, or models.
+
+    Raises:
+        RecipeError: One is given twice.
+    """
+    paths = [_result_of(source).absolute() for source in sources]
+    twice = next((source for source, path in zip(sources, paths, strict=True) if paths.count(path) > 1), None)
+    if twice is not None:
+        raise RecipeError(
+            "command line", got=f"{twice} twice", wanted="each adapter or model once", next_step="Leave one out."
+        )
+    short = [path.parent.name if path.name in ("adapter", "merged") else path.name for path in paths]
+    return [label if short.count(label) == 1 else source for label, source in zip(short, sources, strict=True)]
 
 
 def _layers_of(wrapped: PeftModel, folder: Path, known: Set[str]) -> dict[str, Any] | None:
@@ -187,24 +232,14 @@ def _other_base(where: str, base: PreTrainedModel, got: str) -> ModelError:
     )
 
 
-def result_of(source: str) -> Path:
-    """Returns the adapter or model that a source stands for: itself, or what a run exported.
-
-    Args:
-        source: An adapter, a run folder, or a model.
-
-    Returns:
-        The folder; for a hub id, one that does not exist.
-
-    Raises:
-        ModelError: The run exported nothing yet.
-    """
+def _result_of(source: str) -> Path:
+    """Returns the adapter or model that a source stands for, itself or what a run exported; it may not exist."""
     folder = Path(source).expanduser()
     is_run = (folder / "plan").is_dir() and not (folder / "config.json").is_file()
     return find_result(folder) if is_run else folder
 
 
-def _named_by(folder: Path, source: str) -> str:
+def _base_of_whole(folder: Path, source: str) -> str:
     """Returns the base of a whole model, from keeptune's own record."""
     named = read_json(folder / SIDECAR).get("base") if (folder / SIDECAR).is_file() else None
     if named is None:
@@ -215,25 +250,3 @@ def _named_by(folder: Path, source: str) -> str:
             next_step="Name it with --base, or give an adapter folder.",
         )
     return str(named)
-
-
-def labels_of(sources: Sequence[str]) -> list[str]:
-    """Names each source by its folder, or by the run's that it is in; by its whole path where two would be alike.
-
-    Args:
-        sources: Adapters, run folders, or models.
-
-    Returns:
-        A label for each.
-
-    Raises:
-        RecipeError: One is given twice.
-    """
-    named = [result_of(source).absolute() for source in sources]
-    short = [path.parent.name if path.name in ("adapter", "merged") else path.name for path in named]
-    twice = next((source for source in sources if named.count(result_of(source).absolute()) > 1), None)
-    if twice is not None:
-        raise RecipeError(
-            "command line", got=f"{twice} twice", wanted="each adapter or model once", next_step="Leave one out."
-        )
-    return [label if short.count(label) == 1 else str(source) for label, source in zip(short, sources, strict=True)]

@@ -7,7 +7,6 @@ an input. The result is a plain LoRA for the untouched base: of a LoRA, its own 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from keeptune.adapter.trained_head import put_head, trained_head
 from keeptune.core.artefact import remove_leftovers, write_json
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.core.low_rank import LowRank
+from keeptune.core.options import Range
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
@@ -33,20 +33,27 @@ from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.model.blocks import head_of, positions
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.planning import starting_from
+from keeptune.pipeline.trained_changes import TrainedModel
+from keeptune.posthoc.factored_model import FactoredModel
 from keeptune.posthoc.repair_equations import mu_for_drift
 from keeptune.posthoc.repair_problem import RepairProblem, repair_problem
 from keeptune.posthoc.repair_scores import score_models
-from keeptune.posthoc.trained_models import TrainedModel, open_trained
 from keeptune.report.figures.drawing import png
 from keeptune.report.figures.sweep_lines import repair_figure
 from keeptune.statistics.request import DataRole
-from keeptune.statistics.store import StatStore
 
-__all__ = ["DRIFT", "Repair", "repair"]
+__all__ = ["Repair", "repair"]
 
 _log = logging.getLogger(__name__)
-DRIFT = 0.005  # the default budget
-RECORD = "repair.json"
+_DRIFT = 0.005  # the default budget
+_RANGES = {
+    "drift": Range(above=0),
+    "mu": Range(least=0),
+    "rank": Range(least=1),
+    "rounds": Range(least=1),
+    "damping": Range(above=0),
+    "sweep": Range(least=0),
+}
 Examples = Sequence[str] | Sequence[tuple[str, str]]
 Knowledge = Examples | KnowledgeSet | Sequence[KnowledgeSet]
 
@@ -92,35 +99,21 @@ class Repair:
                 wanted="one of them: mu is the weight, or drift is the budget that the weight is computed for",
                 next_step="Leave one out.",
             )
-        for name, value, valid, wanted in (
-            ("drift", self.drift, self.drift is None or 0 < self.drift < math.inf, "a number above 0"),
-            ("mu", self.mu, self.mu is None or 0 <= self.mu < math.inf, "a number, 0 or above"),
-            ("rank", self.rank, self.rank >= 1, "at least 1"),
-            ("rounds", self.rounds, self.rounds >= 1, "at least 1"),
-            ("damping", self.damping, 0 < self.damping < math.inf, "a number above 0"),
-            ("sweep", list(self.sweep), all(0 <= mu < math.inf for mu in self.sweep), "numbers, 0 or above"),
-        ):
-            if not valid:
-                raise RecipeError(
-                    f"repair, {name}",
-                    got=str(value),
-                    wanted=wanted,
-                    next_step="Example: --drift 0.005, or --mu 0.3.",
-                )
+        for name, allowed in _RANGES.items():
+            value = getattr(self, name)
+            for number in value if name == "sweep" else (value,):
+                if number is not None and number not in allowed:
+                    raise RecipeError(
+                        f"repair, {name}",
+                        got=str(number),
+                        wanted=str(allowed),
+                        next_step="Example: --drift 0.005, or --mu 0.3.",
+                    )
 
     @property
     def budget(self) -> float | None:
         """The drift that μ is computed for; None where μ is given."""
-        return (DRIFT if self.drift is None else self.drift) if self.mu is None else None
-
-    @property
-    def sweep_values(self) -> list[float]:
-        """The values of ``sweep``, ascending, each once."""
-        return sorted(set(self.sweep))
-
-    def statistics(self) -> StatStore:
-        """Returns the store of the covariances."""
-        return statistics_store(self.store)
+        return (_DRIFT if self.drift is None else self.drift) if self.mu is None else None
 
 
 def repair(
@@ -129,7 +122,7 @@ def repair(
     options: Repair | None = None,
     *,
     knowledge: Knowledge,
-    task: Examples | None = None,
+    task: Examples | KnowledgeSet | None = None,
     base: str | None = None,
     benchmarks: Sequence[Benchmark] = (),
 ) -> dict[str, Any]:
@@ -160,39 +153,40 @@ def repair(
     refuse_foreign(output)
     check_folder("--output", output)
     check_device(device := device_named(options.device))
-    trained = open_trained(str(adapter), base, device)
-    data = _tokens(trained, knowledge, task, options.max_length)
+    trained = TrainedModel.of(str(adapter), base=base, device=device)
+    start = FactoredModel.of(trained)
+    data = _tokens(start, knowledge, task, options.max_length)
     clock.lap("load")
-    problem, total, changes, rows = _solved_in_rounds(trained, data, options, clock)
-    _warn(total, rows, trained, options.rank)
-    record = total | {"targets": rows, "dropped": list(trained.dropped)}
+    problem, total, changes, rows = _solved_in_rounds(start, data, options, clock)
+    _warn(total, rows, start, options.rank)
+    record = total | {"targets": rows, "dropped": list(start.dropped)}
     examples = {role: len(tokens.sequences) for role, tokens in data.items()}
     made_from = {
-        "model": trained.fingerprint,
+        "model": start.fingerprint,
         "dtype": trained.dtype,
         "seed": options.seed,
-        "adapter": trained.weights,
+        "adapter": start.weights,
         "data": {role: tokens.fingerprint for role, tokens in data.items()},
         "examples": examples,
         "repair": record,
     }
-    plan = replace(_plan(trained, problem, changes, options, total["mu"]), provenance=made_from)
-    tuned = _installed(trained, plan)
+    plan = replace(_plan(start, problem, changes, options, total["mu"]), provenance=made_from)
+    tuned = _installed(start, plan)
     remove_leftovers(output)
-    done = export(tuned, plan, output, base=trained.base, load_base=trained.load_base, tokenizer=trained.tokenizer)
+    done = export(tuned, plan, output, base=trained.base, load_base=trained.load_base, tokenizer=start.tokenizer)
     clock.lap("export")
     record = record | {"examples": examples, "export": asdict(done), "seconds": clock.seconds}
-    if options.sweep:
-        record["sweep"] = [_means(problem.solve(mu, options.rank)[1]) | {"mu": mu} for mu in options.sweep_values]
+    mus = sorted(set(options.sweep))
+    if mus:
+        record["sweep"] = [_means(problem.solve(mu, options.rank)[1]) | {"mu": mu} for mu in mus]
     if benchmarks:
         models: dict[str, Callable[[], PreTrainedModel]] = {"adapter": trained.load_tuned}
         models["repaired"] = lambda: load_adapter(trained.load_base(), output).get_base_model()
-        models |= {f"mu {mu:g}": partial(_with, tuned, plan, problem, mu, options.rank) for mu in options.sweep_values}
-        record["scores"] = score_models(trained.load_base(), models, trained.tokenizer, benchmarks, seed=options.seed)
+        models |= {f"mu {mu:g}": partial(_with, tuned, plan, problem, mu, options.rank) for mu in mus}
+        record["scores"] = score_models(trained.load_base(), models, start.tokenizer, benchmarks, seed=options.seed)
         clock.lap("evaluate")
-    write_json(output / RECORD, record)
-    figure = repair_figure(record)
-    if figure is not None:
+    write_json(output / "repair.json", record)
+    if (figure := repair_figure(record)) is not None:
         png(figure, output / "repair.png")
     return record
 
@@ -211,42 +205,37 @@ class _Clock:
 
 
 def _solved_in_rounds(
-    trained: TrainedModel, data: Mapping[DataRole, Calibration], options: Repair, clock: _Clock
+    start: FactoredModel, data: Mapping[DataRole, Calibration], options: Repair, clock: _Clock
 ) -> tuple[RepairProblem, dict[str, Any], dict[str, LowRank], list[dict[str, Any]]]:
     """Repairs with the inputs of the base, and in each further round with those of the model repaired before."""
+    store = statistics_store(options.store)
     running, fingerprint = None, ""
     for number in range(1, options.rounds + 1):
-        problem = repair_problem(
-            trained, data, options.statistics(), damping=options.damping, running=running, fingerprint=fingerprint
-        )
+        problem = repair_problem(start, data, store, damping=options.damping, running=running, fingerprint=fingerprint)
         clock.lap("statistics")
-        mu = mu_for_drift(problem.curves(), options.budget or DRIFT) if options.mu is None else options.mu
+        mu = mu_for_drift(problem.curves(), options.budget or _DRIFT) if options.mu is None else options.mu
         changes, rows = problem.solve(mu, options.rank)
         clock.lap("solve")
         if number < options.rounds:
-            plan = _plan(trained, problem, changes, options, mu)
-            running, fingerprint = _installed(trained, plan).get_base_model(), plan.key + trained.fingerprint
+            plan = _plan(start, problem, changes, options, mu)
+            running, fingerprint = _installed(start, plan).get_base_model(), plan.key + start.fingerprint
     return problem, {"mu": mu, "budget": options.budget} | _means(rows), changes, rows
 
 
 def _tokens(
-    trained: TrainedModel, knowledge: Knowledge, task: Examples | None, max_length: int
+    start: FactoredModel, knowledge: Knowledge, task: Examples | KnowledgeSet | None, max_length: int
 ) -> dict[DataRole, Calibration]:
-    length = min(max_length, positions(trained.model) or max_length)
+    length = min(max_length, positions(start.model) or max_length)
     sets = [knowledge] if isinstance(knowledge, KnowledgeSet) else list(knowledge)
     if not sets:
         raise DataError("knowledge", got="no texts", wanted="at least one", next_step="Fill the knowledge file.")
     known = [part for part in sets if isinstance(part, KnowledgeSet)] or [knowledge_of(sets)]  # type: ignore[arg-type]
-    parts = [part.calibration(trained.tokenizer, max_length=length) for part in known]
+    parts = [part.calibration(start.tokenizer, max_length=length) for part in known]
     data: dict[DataRole, Calibration] = {"knowledge": joined_knowledge(parts)}
-    if task is None:
-        return data
-    pairs = knowledge_of(task)
-    if pairs.prompts is None:
-        data["task"] = replace(pairs, where="task").calibration(trained.tokenizer, max_length=length)
-    else:
-        examples = TaskExamples(pairs.prompts, pairs.completions)
-        data["task"] = examples.calibration(trained.tokenizer, max_length=length)
+    if task is not None:
+        own = task if isinstance(task, KnowledgeSet) else replace(knowledge_of(task), where="task")
+        examples = own if own.prompts is None else TaskExamples(own.prompts, own.completions)
+        data["task"] = examples.calibration(start.tokenizer, max_length=length)
     return data
 
 
@@ -259,7 +248,7 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return means
 
 
-def _warn(total: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], trained: TrainedModel, rank: int) -> None:
+def _warn(total: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], start: FactoredModel, rank: int) -> None:
     """Logs what the result leaves out."""
     if total["budget"] is not None and total["mu"] == 0:
         _log.warning(
@@ -267,26 +256,26 @@ def _warn(total: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], trained: 
             total["drift_before"],
             total["budget"],
         )
-    cut = [row["truncation"] for row in rows if row["target"] not in trained.exact]
+    cut = [row["truncation"] for row in rows if row["target"] not in start.exact]
     if cut:
         _log.warning(
             "repair: %d of %d changes have no low-rank form; rank %d cuts off %.3g of their size (mean; at most %.3g)",
             *(len(cut), len(rows), rank, sum(cut) / len(cut), max(cut)),
         )
-    if trained.dropped:
-        names = ", ".join(trained.dropped[:5])
-        names += f" and {len(trained.dropped) - 5} more" if trained.dropped[5:] else ""
+    if start.dropped:
+        names = ", ".join(start.dropped[:5])
+        names += f" and {len(start.dropped) - 5} more" if start.dropped[5:] else ""
         _log.warning("repair: trained besides linear maps, and no part of the result: %s", names)
-    left = len(trained.changes) - len(rows)
+    left = len(start.changes) - len(rows)
     if left:
         _log.warning("repair: no token of the data reached %d changed targets: they stay as they are", left)
 
 
 def _plan(
-    trained: TrainedModel, problem: RepairProblem, changes: Mapping[str, LowRank], options: Repair, mu: float
+    start: FactoredModel, problem: RepairProblem, changes: Mapping[str, LowRank], options: Repair, mu: float
 ) -> Plan:
     """Returns a plan that starts from the repaired changes: installing it gives the repaired model."""
-    head = head_of(trained.model)
+    head = head_of(start.model)
     named = {"drift": options.budget, "rank": options.rank, "damping": options.damping, "rounds": options.rounds}
     return Plan(
         method="repair",
@@ -296,10 +285,10 @@ def _plan(
     )
 
 
-def _installed(trained: TrainedModel, plan: Plan) -> PeftModel:
-    tuned = install(trained.load_base(), plan)
+def _installed(start: FactoredModel, plan: Plan) -> PeftModel:
+    tuned = install(start.trained.load_base(), plan)
     assert isinstance(tuned, PeftModel)
-    put_head(tuned, plan, trained.head_values())
+    put_head(tuned, plan, start.head_values())
     return tuned.eval()
 
 

@@ -81,34 +81,18 @@ class Curve:
 
     @classmethod
     def of(cls, change: LowRank, along: Directions, scale: float) -> Curve:
-        """Lay a change out along the directions.
-
-        Args:
-            change: ΔW, ``(m, n)``.
-            along: Those of its input group.
-            scale: ``tr(W Ω_k Wᵀ)``.
-
-        Returns:
-            Its curve.
-        """
+        """Returns the curve of ΔW, ``(m, n)``, along the directions of its input group."""
         B, A = change.B.double(), change.A.double()
         coordinates = A @ along.inverse.T
         return cls(((B.T @ B) @ coordinates * coordinates).sum(0).clamp_min(0), along.ratios, scale)
 
     def at(self, mu: float) -> float:
-        """Give the drift that repair with μ leaves.
-
-        Args:
-            mu: μ, not negative.
-
-        Returns:
-            ``tr(ΔW' Ω_k ΔW'ᵀ) / tr(W Ω_k Wᵀ)``.
-        """
+        """Returns the drift that repair with μ leaves, ``tr(ΔW' Ω_k ΔW'ᵀ) / tr(W Ω_k Wᵀ)``."""
         return float((self.energies * self.ratios / (1 + mu * self.ratios).square()).sum()) / self.scale
 
 
 def damped(omega_t: Tensor, damping: float) -> Tensor:
-    """Add ``damping * tr(Ω_t) / n`` to the diagonal of Ω_t.
+    """Adds ``damping * tr(Ω_t) / n`` to the diagonal of Ω_t; returns ``(n, n)``, float64.
 
     It has to be: where the task data have no component, (1) does not say what ΔW' does, so that Ω_t has no inverse and
     the answer would be decided by rounding. Damping says that the task uses every direction a little, ``damping`` of
@@ -119,9 +103,6 @@ def damped(omega_t: Tensor, damping: float) -> Tensor:
     Args:
         omega_t: Ω_t, ``(n, n)``, symmetric positive semi-definite, not zero.
         damping: Share of the mean eigenvalue of Ω_t, above 0.
-
-    Returns:
-        ``(n, n)``, float64.
 
     Raises:
         ValueError: damping is not above 0, or Ω_t has no trace.
@@ -135,14 +116,11 @@ def damped(omega_t: Tensor, damping: float) -> Tensor:
 
 
 def directions(omega_t: Tensor, omega_k: Tensor) -> Directions:
-    """Solve ``Ω_k v = λ Ω_t v``, by one Cholesky factorisation and one symmetric eigenproblem.
+    """Solves ``Ω_k v = λ Ω_t v`` in float64, by one Cholesky factorisation and one symmetric eigenproblem.
 
     Args:
         omega_t: Ω_t, ``(n, n)``, positive definite: :func:`damped`.
         omega_k: Ω_k, ``(n, n)``, symmetric positive semi-definite.
-
-    Returns:
-        The directions, float64.
     """
     L = torch.linalg.cholesky(omega_t.double())
     half = torch.linalg.solve_triangular(L, omega_k.double(), upper=False)
@@ -153,16 +131,10 @@ def directions(omega_t: Tensor, omega_k: Tensor) -> Directions:
 
 
 def white_like(omega_k: Tensor) -> Tensor:
-    """Stand in for Ω_t where there are no task data: white inputs of the knowledge inputs' mean square.
+    """Returns what stands for Ω_t where there are no task data, ``τ I``: white inputs of the knowledge's mean square.
 
     Then (2) reads ``ΔW' = ΔW (I + μ Ω_k / τ)⁻¹`` with τ the mean eigenvalue of Ω_k: the nearest change in Frobenius
     norm for a price on its drift. It knows nothing of which directions the task needs.
-
-    Args:
-        omega_k: Ω_k, ``(n, n)``.
-
-    Returns:
-        ``τ I``, ``(n, n)``, float64.
     """
     n = omega_k.shape[0]
     return torch.eye(n, dtype=torch.float64, device=omega_k.device) * (omega_k.double().trace() / n)
@@ -185,30 +157,16 @@ class Solution:
     root: Tensor | None
 
     def of(self, change: LowRank) -> LowRank:
-        """Repair a change, leaving B as it is (2).
-
-        Args:
-            change: ΔW, ``(m, n)``.
-
-        Returns:
-            ΔW', B the same tensor, A in the dtype it had.
-        """
+        """Repairs ΔW, ``(m, n)`` (2): B is the same tensor, A has the dtype it had."""
         if self.root is None:
             return change
         A = torch.cholesky_solve(self.omega_t @ change.A.double().T, self.root).T
         return LowRank(change.B, A.to(change.A.dtype).contiguous())
 
     def of_rank(self, change: LowRank, rank: int) -> LowRank:
-        """Repair a change and take the best change of a lower rank (3).
+        """Returns the best change of a lower rank (3); the change's own rank or more leaves (2) as it is.
 
         Its drift is no larger than that of (2): B Bᵀ is a projection.
-
-        Args:
-            change: ΔW, ``(m, n)``, of any rank.
-            rank: The rank wanted; the change's own or more leaves (2) as it is.
-
-        Returns:
-            The best change of that rank.
         """
         whole = self.of(change)
         if rank >= whole.rank:
@@ -220,15 +178,12 @@ class Solution:
 
 
 def solution(omega_t: Tensor, omega_k: Tensor, mu: float) -> Solution:
-    """Prepare (2) for an input group.
+    """Prepares (2) for all targets of an input group.
 
     Args:
         omega_t: Ω_t, ``(n, n)``, positive definite: :func:`damped`.
         omega_k: Ω_k, ``(n, n)``, symmetric positive semi-definite.
         mu: μ, finite and not negative.
-
-    Returns:
-        What repairs every target of the group.
 
     Raises:
         ValueError: mu is negative or not finite.
@@ -240,44 +195,21 @@ def solution(omega_t: Tensor, omega_k: Tensor, mu: float) -> Solution:
 
 
 def output_energy(change: LowRank, omega: Tensor) -> float:
-    """Say how much a change moves the output, ``E ||ΔW h||² = tr(ΔW Ω ΔWᵀ)``, from r x r products.
-
-    Args:
-        change: ΔW, ``(m, n)``.
-        omega: Ω, ``(n, n)``.
-
-    Returns:
-        The mean square over the tokens that Ω was taken over.
-    """
+    """Computes ``E ||ΔW h||² = tr(ΔW Ω ΔWᵀ)`` over the tokens that Ω was taken over, from r x r products."""
     B, A = change.B.double(), change.A.double()
     return max(float(((B.T @ B) * (A @ omega.double() @ A.T)).sum()), 0.0)
 
 
 def drift_of(change: LowRank, omega_k: Tensor, scale: float) -> float:
-    """Measure the relative feature drift ``d = tr(ΔW Ω_k ΔWᵀ) / tr(W Ω_k Wᵀ)``: free of units.
-
-    Args:
-        change: ΔW, ``(m, n)``.
-        omega_k: Ω_k, ``(n, n)``.
-        scale: ``tr(W Ω_k Wᵀ)``.
-
-    Returns:
-        d.
-    """
+    """Computes the relative feature drift ``tr(ΔW Ω_k ΔWᵀ) / scale`` with ``scale = tr(W Ω_k Wᵀ)``: free of units."""
     return output_energy(change, omega_k) / scale
 
 
 def mu_for_drift(curves: Sequence[Curve], drift: float) -> float:
-    """Find the one μ at which the mean drift over targets comes down to a budget, by bisection on log μ.
+    """Computes the μ at which the mean drift over targets comes down to a budget, by bisection on log μ.
 
-    Law: the mean of ``curve.at(mu)`` is at most ``drift``, and equal to it within rounding unless μ is 0.
-
-    Args:
-        curves: One for each target.
-        drift: The budget, above 0.
-
-    Returns:
-        μ; 0 where the drift is within the budget already.
+    Law: the mean of ``curve.at(mu)`` is at most ``drift``, and equal to it within rounding unless μ is 0: the drift is
+    within the budget already.
 
     Raises:
         ValueError: There is no curve, or the budget is not above 0.

@@ -1,4 +1,4 @@
-"""What repair needs to know of a trained model: its changes, the covariances of their inputs, and each μ's result."""
+"""The problem that repair solves: a trained model's changes, the covariances of their inputs, the solution for a μ."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import ResidentRunner
+from keeptune.posthoc.factored_model import FactoredModel
 from keeptune.posthoc.repair_equations import Curve, damped, directions, drift_of, output_energy, solution, white_like
-from keeptune.posthoc.trained_models import TrainedModel
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.covariance import InputCovariance
 from keeptune.statistics.request import DataRole
@@ -32,33 +32,25 @@ class RepairProblem:
     """A trained model's changes with the covariances of their inputs.
 
     Args:
-        changes: Target name to ΔW; factors of full size where there is no low-rank form.
-        exact: Names of the targets whose change has a low-rank form of its own.
+        start: The trained model.
         scales: Target name to ``tr(W Ω_k Wᵀ)``.
         targets: Those targets that the data reach, in model order.
-        unseen: Changed targets that no token of the data reached: nothing is guessed, they stay as they are.
+        unseen: Changed targets that no token of the data reached: they stay as they are.
         statistics: Covariances of their inputs.
         one_sided: There are no task data.
         damping: Of Ω_t, a share of its mean eigenvalue.
-        device: Where the algebra is done.
     """
 
-    changes: Mapping[str, LowRank]
-    exact: frozenset[str]
+    start: FactoredModel
     scales: Mapping[str, float]
     targets: tuple[Target, ...]
     unseen: tuple[Target, ...]
     statistics: Statistics
     one_sided: bool
     damping: float
-    device: str
 
     def curves(self) -> list[Curve]:
-        """Returns each target's drift as a function of μ: one eigenproblem for each input group.
-
-        Returns:
-            The curves, in the order of the targets.
-        """
+        """Returns each target's drift as a function of μ, in order: one eigenproblem for each input group."""
         curves = []
         for members, omega_t, omega_k in self._groups("spectra"):
             along = directions(damped(omega_t, self.damping), omega_k)
@@ -77,12 +69,13 @@ class RepairProblem:
             ``drift``, ``task_kept`` and ``task_error`` (of ``tr(ΔW Ω_t ΔWᵀ)``; None without task data), ``norm_kept``
             and ``truncation`` (what the rank cut off the change as it was, relative; 0 where it is exact).
         """
-        solved = {t.name: c.truncated(rank) if c.rank > rank else c for t in self.unseen if (c := self.changes[t.name])}
+        unseen = {target.name: self.start.changes[target.name] for target in self.unseen}
+        solved = {name: c.truncated(rank) if c.rank > rank else c for name, c in unseen.items()}
         rows = []
         for members, omega_t, omega_k in self._groups("repair"):
             repaired = solution(damped(omega_t, self.damping), omega_k, mu)
             for target in members:
-                change, exact = self._change(target), target.name in self.exact
+                change, exact = self._change(target), target.name in self.start.exact
                 new = repaired.of(change) if exact else repaired.of_rank(change, rank)
                 row = {"target": target.name, "layer": target.layer, "role": target.role, "rank": new.rank}
                 row |= {"truncation": 0.0 if exact else _cut(change, min(rank, new.rank))}
@@ -107,8 +100,8 @@ class RepairProblem:
         }
 
     def _change(self, target: Target) -> LowRank:
-        change = self.changes[target.name]
-        return change.to(change.A.dtype, self.device)
+        change = self.start.changes[target.name]
+        return change.to(change.A.dtype, self.start.trained.device)
 
     def _groups(self, title: str) -> Iterator[tuple[list[Target], Tensor, Tensor]]:
         groups: dict[str, list[Target]] = {}
@@ -116,13 +109,14 @@ class RepairProblem:
             groups.setdefault(target.input_group, []).append(target)
         for members in tqdm(groups.values(), desc=title, delay=2, disable=None, leave=False):
             view = self.statistics.view(members[0])
-            omega_k = view[InputCovariance("knowledge")].to(self.device, torch.float64)
-            task = None if self.one_sided else view[InputCovariance("task")].to(self.device, torch.float64)
+            device = self.start.trained.device
+            omega_k = view[InputCovariance("knowledge")].to(device, torch.float64)
+            task = None if self.one_sided else view[InputCovariance("task")].to(device, torch.float64)
             yield members, white_like(omega_k) if task is None else task, omega_k
 
 
 def repair_problem(
-    trained: TrainedModel,
+    start: FactoredModel,
     data: Mapping[DataRole, Calibration],
     store: StatStore,
     *,
@@ -133,44 +127,39 @@ def repair_problem(
     """Collects the covariances of a trained model's inputs.
 
     Args:
-        trained: The trained model.
+        start: The trained model.
         data: Tokens: ``"knowledge"``, and ``"task"`` where there are such data.
         store: Where covariances are looked up and kept.
         damping: Of Ω_t, a share of its mean eigenvalue.
         running: The model whose inputs count; None is the base.
         fingerprint: Of that model's weights.
 
-    Returns:
-        The problem.
-
     Raises:
         StatisticsError: Activations are not finite.
     """
-    every = [target for target in find_targets(trained.model) if target.name in trained.changes]
+    every = [target for target in find_targets(start.model) if target.name in start.changes]
     requests = frozenset(InputCovariance(role) for role in data)
     statistics = collect(
-        ResidentRunner(trained.model if running is None else running),
+        ResidentRunner(start.model if running is None else running),
         dict.fromkeys(every, requests),
         data,
         store,
-        model_fingerprint=trained.fingerprint if running is None else fingerprint,
+        model_fingerprint=start.fingerprint if running is None else fingerprint,
     )
-    seen = [target for target in every if target.name not in statistics.unseen]
     scales = {}
-    for target in seen:
-        omega_k = statistics.view(target).derive(InputCovariance("knowledge"), _in_float64)
-        W = read_weight(trained.model, target).to(omega_k.device, torch.float64)
-        scales[target.name] = float(((W @ omega_k) * W).sum())
+    for target in every:
+        if target.name not in statistics.unseen:
+            omega_k = statistics.view(target).derive(InputCovariance("knowledge"), _in_float64)
+            W = read_weight(start.model, target).to(omega_k.device, torch.float64)
+            scales[target.name] = float(((W @ omega_k) * W).sum())
     return RepairProblem(
-        changes=trained.changes,
-        exact=trained.exact,
+        start=start,
         scales=scales,
-        targets=tuple(target for target in seen if scales[target.name] > 0),
+        targets=tuple(target for target in every if scales.get(target.name, 0.0) > 0),
         unseen=tuple(target for target in every if not scales.get(target.name, 0.0) > 0),
         statistics=statistics,
         one_sided="task" not in data,
         damping=damping,
-        device=trained.device,
     )
 
 

@@ -1,4 +1,4 @@
-"""Score several models tuned from one base on the same items: each against the base, and against the first of them."""
+"""Scores of several models tuned from one base on the same items: each against the base, and against the first."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate
-from keeptune.evaluation.metrics import paired_interval
 from keeptune.evaluation.model_pairs import TwoModels
-from keeptune.evaluation.results import BenchmarkResult
+from keeptune.evaluation.results import interval_between
 
 __all__ = ["score_models"]
 
@@ -28,7 +27,7 @@ def score_models(
     *,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Score benchmarks with a base and each model tuned from it.
+    """Scores benchmarks with a base and each model tuned from it.
 
     Args:
         base: The base.
@@ -43,36 +42,26 @@ def score_models(
         cross-entropies), and ``interval_to_first``, that of its difference to the first model (None for the first,
         and for metrics that are no means over items).
     """
-    results: dict[str, dict[str, BenchmarkResult]] = {}
+    results = {}
     for label, load in models.items():
         pair = TwoModels(base, load())
-        results[label] = {b.name: evaluate(pair, tokenizer, b, Path(), seed=seed) for b in benchmarks}
+        results[label] = [evaluate(pair, tokenizer, benchmark, Path(), seed=seed) for benchmark in benchmarks]
     rows = []
-    for benchmark in benchmarks:
-        found = {label: by_name[benchmark.name] for label, by_name in results.items()}
-        first = next(iter(found.values()))
+    for scored in zip(*results.values(), strict=True):
+        first = scored[0]
+        of_items = first.metric not in _OF_THE_WHOLE
         entries = [
             {
                 "label": label,
                 "score": result.after,
                 "interval": list(result.interval),
                 "kl_to_base": result.kl_to_base,
-                "interval_to_first": None if result is first else _between(first, result, seed),
+                "interval_to_first": list(interval_between(first, result, seed))
+                if of_items and result is not first
+                else None,
             }
-            for label, result in found.items()
+            for label, result in zip(results, scored, strict=True)
         ]
-        row = {"name": benchmark.name, "role": benchmark.role, "metric": first.metric, "n": first.n}
+        row = {"name": first.name, "role": first.role, "metric": first.metric, "n": first.n}
         rows.append(row | {"base": first.before, "models": entries})
     return rows
-
-
-def _between(first: BenchmarkResult, second: BenchmarkResult, seed: int) -> list[float] | None:
-    """Give the paired interval of the difference between two tuned models."""
-    if first.metric in _OF_THE_WHOLE:
-        return None
-    weights = [float(item.get("tokens", 1)) for item in first.items]
-    before, after = (
-        [item["after"] * weight for item, weight in zip(result.items, weights, strict=True)]
-        for result in (first, second)
-    )
-    return list(paired_interval(before, after, seed, weights=weights))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from keeptune.pipeline.trained_changes import labels_of, not_finite, open_changes, size_of
+from keeptune.pipeline.trained_changes import TrainedModel, labels_of, not_finite, size_of
 from keeptune.report.estimates import totals
 from keeptune.report.figures.weights import change_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
@@ -33,8 +33,8 @@ def change(
         device: Where the norms are computed; ``auto`` is CUDA where there is a GPU.
 
     Returns:
-        ``sources``: for each its ``label``, ``folder``, ``base``, ``rows`` (``target``, ``layer``, ``role``, ``norm``,
-        ``weight``, ``relative``), and ``layers`` and ``roles``, the same put together (root of the sums of squares).
+        ``sources``: for each its ``label``, ``folder``, ``base``, ``rows`` (:func:`weight_changes`), and ``layers`` and
+        ``roles``, the same put together (root of the sums of squares).
 
     Raises:
         RecipeError: The output is no PNG file, a source is given twice, or there is no such device.
@@ -55,29 +55,18 @@ def change(
 def weight_changes(
     source: str, *, base: str | None = None, roles: Sequence[str] | None = None, device: str = "cpu"
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Measures the change of every target of one trained model.
-
-    Args:
-        source: A PEFT adapter folder, a run folder of keeptune, or a whole model.
-        base: The base; None takes what the source names.
-        roles: Roles of the targets; None is all linear maps but the head.
-        device: Where the norms are computed.
+    """Measures the change of every target of one trained model; arguments and errors of :func:`change`.
 
     Returns:
         The base, and for each target ``target``, ``layer``, ``role``, ``norm``, ``weight`` (``||W||``) and ``relative``
         (None where W is zero); 0 for a target that was left alone.
-
-    Raises:
-        ModelError: The source or its base cannot be loaded or do not belong together, or a change is not finite.
-        PlanError: A role does not exist.
     """
-    name, moved = open_changes(source, base=base, roles=roles, device=device)
+    trained = TrainedModel.of(source, base=base, device=device)
     rows = []
-    for target, W, change in moved:
-        norm, weight = 0.0 if change is None else size_of(change), float(W.double().norm())
+    for target, W, moved in trained.changes(roles):
+        norm, weight = 0.0 if moved is None else size_of(moved), float(W.double().norm())
         if not math.isfinite(norm):
             raise not_finite(source, target)
-        relative = norm / weight if weight > 0 else None
         row = {"target": target.name, "layer": target.layer, "role": target.role}
-        rows.append(row | {"norm": norm, "weight": weight, "relative": relative})
-    return name, rows
+        rows.append(row | {"norm": norm, "weight": weight, "relative": norm / weight if weight > 0 else None})
+    return trained.base, rows

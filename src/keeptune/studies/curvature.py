@@ -21,13 +21,12 @@ from torch import Tensor
 
 from keeptune.core.errors import ArtefactError, ModelError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Plan
+from keeptune.core.plan import PenaltyPlan, Plan
 from keeptune.core.target import Target
 from keeptune.linalg.curvature_profile import Directions, directions, energies, profile
 from keeptune.linalg.rescaled import Rescaled
 from keeptune.linalg.symmetric import PsdMatrix, psd_matrix_from
-from keeptune.pipeline.merge import base_of
-from keeptune.pipeline.trained_changes import labels_of, open_changes, result_of, size_of
+from keeptune.pipeline.trained_changes import TrainedModel, labels_of, size_of
 from keeptune.report.figures.weights import curvature_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
@@ -35,6 +34,7 @@ __all__ = ["curvature", "profiles_of"]
 
 Side = Literal["input", "output"]
 _NAMES: Mapping[Side, str] = {"input": "Omega", "output": "Gamma"}
+_SHARES = ("curvature", "directions", "isotropic")
 
 
 def curvature(
@@ -62,15 +62,14 @@ def curvature(
     """
     device = check_figure_file(output, "curvature.png", device)
     plan = Plan.load(run / "plan")
-    penalty, tensors = _held(plan, run)
+    penalty = _penalty_with_curvature(plan, run)
     sources = [str(run), *others]
     labels = labels_of(sources)
-    folder = result_of(str(run))
-    name = base or (base_of(folder) if (folder / "adapter_config.json").is_file() else None)
-    curves = {side: _factors(tensors, side, [t.target for t in plan.targets]) for side in _NAMES}
+    base = TrainedModel.of(str(run), base=base).base
+    curves = {side: _factors(penalty.tensors, side, [t.target for t in plan.targets]) for side in _NAMES}
     entries = []
     for source, label in zip(sources, labels, strict=True):
-        targets = profiles_of(source, curves, base=name, device=device)
+        targets = profiles_of(source, curves, base=base, device=device)
         if not targets:
             raise ModelError(
                 source,
@@ -79,7 +78,8 @@ def curvature(
                 next_step="Give a run that trained, with the same `targets` and `layers`.",
             )
         entries.append({"label": label, "folder": source, "targets": targets, "sides": _means(targets)})
-    record = {"run": str(run), "penalty": penalty, "sources": entries}
+    described = {"name": penalty.name, "options": dict(penalty.options)}
+    record = {"run": str(run), "penalty": described, "sources": entries}
     write_figure_files(output, record, curvature_figure(record))
     return record
 
@@ -96,23 +96,21 @@ def profiles_of(
         device: Where it is computed.
 
     Returns:
-        For each target that changed ``target``, ``layer``, ``role``, ``norm`` and ``sides``, as :func:`curvature` says.
+        For each target that changed ``target``, ``layer``, ``role``, ``norm`` and ``sides`` (:func:`curvature`).
     """
-    _, moved = open_changes(source, base=base, device=device)
     known: dict[int, Directions | None] = {}  # one decomposition for the targets of a block that share a factor
     rows: list[dict[str, Any]] = []
     layer = -1
-    for target, W, change in moved:
+    for target, W, change in TrainedModel.of(source, base=base, device=device).changes():
         if target.layer != layer:
             known, layer = {}, target.layer
-        here = {side: own[target.name] for side, own in curves.items() if target.name in own}
-        if change is None or not here or not size_of(change) > 0:
+        factors = {side: own[target.name] for side, own in curves.items() if target.name in own}
+        if change is None or not factors or not size_of(change) > 0:
             continue
         flat = change.dense() if isinstance(change, Rescaled) else change
         sides: dict[str, Any] = {}
-        for side, factor in here.items():
-            size = target.in_features if side == "input" else target.out_features
-            if factor.size != size:
+        for side, factor in factors.items():
+            if factor.size != (target.in_features if side == "input" else target.out_features):
                 raise ModelError(
                     f"{source}, {target.name}",
                     got=f"a weight of shape {tuple(W.shape)}",
@@ -133,12 +131,9 @@ def profiles_of(
 def _side(change: LowRank | Tensor, along: Directions) -> dict[str, Any]:
     energy, mass = energies(change, along), along.values * along.counts
     mean = float(mass.sum() / along.counts.sum())
-    return {
-        "curvature": profile(mass, energy).tolist(),
-        "directions": profile(along.counts, energy).tolist(),
-        "isotropic": profile(mass, along.counts).tolist(),
-        "felt": float((energy * along.values).sum() / energy.sum()) / mean,
-    }
+    shares = (profile(mass, energy), profile(along.counts, energy), profile(mass, along.counts))
+    felt = float((energy * along.values).sum() / energy.sum()) / mean
+    return {name: share.tolist() for name, share in zip(_SHARES, shares, strict=True)} | {"felt": felt}
 
 
 def _transposed(change: LowRank | Tensor) -> LowRank | Tensor:
@@ -149,21 +144,19 @@ def _means(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     means: dict[str, Any] = {}
     for side in _NAMES:
         own = [row["sides"][side] for row in targets if side in row["sides"]]
-        if not own:
-            continue
-        shares = {
-            key: [math.fsum(values) / len(own) for values in zip(*(one[key] for one in own), strict=True)]
-            for key in ("curvature", "directions", "isotropic")
-        }
-        means[side] = shares | {"felt": math.fsum(one["felt"] for one in own) / len(own), "targets": len(own)}
+        if own:
+            tenths = {name: zip(*(one[name] for one in own), strict=True) for name in _SHARES}
+            shares = {name: [math.fsum(values) / len(own) for values in each] for name, each in tenths.items()}
+            means[side] = shares | {"felt": math.fsum(one["felt"] for one in own) / len(own), "targets": len(own)}
     return means
 
 
-def _held(plan: Plan, run: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+def _penalty_with_curvature(plan: Plan, run: Path) -> PenaltyPlan:
     """Returns the first penalty of a plan that holds curvature of inputs or outputs."""
+    kinds = tuple(f"{name}:" for name in _NAMES.values())
     for penalty in plan.penalties:
-        if any(name.startswith(tuple(f"{kind}:" for kind in _NAMES.values())) for name in penalty.tensors):
-            return {"name": penalty.name, "options": dict(penalty.options)}, penalty.tensors
+        if any(name.startswith(kinds) for name in penalty.tensors):
+            return penalty
     raise ArtefactError(
         str(run),
         got=f"a plan of {plan.method} without the curvature of inputs or outputs",

@@ -31,7 +31,7 @@ def energy(
         output: The figure, ``.png``; the numbers go beside it, into ``.json``.
         top: How many singular values.
         roles: Roles of the targets; None is all linear maps but the head.
-        device: Where the eigenvalues are computed; ``auto`` is CUDA where there is a GPU.
+        device: ``auto`` is CUDA where there is a GPU.
 
     Returns:
         ``model``, ``top``, ``rows`` (``target``, ``layer``, ``role``, ``energy``) and ``mean``, layer to energy.

@@ -17,15 +17,12 @@ __all__ = ["check_figure_file", "write_figure_files"]
 
 
 def check_figure_file(output: Path, example: str, device: str) -> str:
-    """Checks where a study writes and runs, before anything is computed.
+    """Checks where a study writes and runs, before anything is computed; returns the device's name.
 
     Args:
         output: The figure's file.
         example: A name for the error message, such as ``energy.png``.
         device: ``auto``, or a device's name.
-
-    Returns:
-        The device's name.
 
     Raises:
         RecipeError: The output is no PNG file in a folder that can be written, or there is no such device.
@@ -40,13 +37,7 @@ def check_figure_file(output: Path, example: str, device: str) -> str:
 
 
 def write_figure_files(output: Path, record: Mapping[str, Any], figure: Figure | None) -> None:
-    """Writes a study's numbers, and its figure where there is something to draw.
-
-    Args:
-        output: The figure's file; the numbers go beside it, into ``.json``.
-        record: The numbers.
-        figure: The figure; None leaves its file out.
-    """
+    """Writes a study's figure where there is something to draw, and its numbers beside it into ``.json``."""
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output.with_suffix(".json"), record)
     if figure is not None:
