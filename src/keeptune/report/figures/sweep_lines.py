@@ -116,13 +116,14 @@ def study_figure(record: Mapping[str, Any]) -> Figure | None:
     if not units:
         return None
     places = sorted({row["x"] for row in rows if row["x"] is not None} | (set() if single else {0}))
+    names = list(dict.fromkeys(row["benchmark"] for row in rows))
     with drawing.themed():
         figure = drawing.page(7.0, 2.9 * len(units) + 0.5)
         for axes, unit in zip(figure.subplots(len(units), 1, sharex=True, squeeze=False).flat, units, strict=True):
             own = [row for row in rows if row["unit"] == unit]
-            names = dict.fromkeys(row["benchmark"] for row in own)
+            known = {row["benchmark"] for row in own}
             draw = _effect if single else _course
-            _panel(axes, [draw(own, name, drawing.look(index)) for index, name in enumerate(names)])
+            _panel(axes, [draw(own, name, drawing.look(i)) for i, name in enumerate(names) if name in known])
             if single:
                 axes.axhline(0, color=drawing.RULE, lw=1, zorder=0)
             measures = " or ".join(sorted({row["measure"] for row in own}, reverse=True))

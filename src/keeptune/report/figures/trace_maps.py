@@ -73,7 +73,7 @@ def heat_figure(record: Mapping[str, Any]) -> Figure:
             drawing.layer_ticks(axes.set_xticks, range(layers), cell)
             axes.set_xlabel("layer")
         drawing.layer_ticks(panels[0].set_yticks, words, row, 0.13)
-        bar = drawing.key(figure, list(panels), colours, scale, "probability of the answer brought back")
+        bar = drawing.key(figure, list(panels), colours, scale, "probability brought back")
         bar.ax.set_ylim(min(0.0, *(float(table.min()) for table in tables)), most)
         answer = short(_word(example["answer"]), 40)
         title = f"example {example['number']}, answer “{answer}”\n* tokens that got noise"
