@@ -26,15 +26,7 @@ SCALES = (0.5, 0.75, 0.9)
 
 
 def made_up(seeds: int = 3, names: Sequence[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Make ``runs.json`` and ``front.json``.
-
-    Args:
-        seeds: How many.
-        names: What to call the labels instead.
-
-    Returns:
-        Both records: 30 settings, one cell failed, one missing.
-    """
+    """Make ``runs.json`` and ``front.json``."""
     draw = numpy.random.default_rng(5)
     called = dict(zip(LABELS, names or LABELS, strict=False))
     rows: list[dict[str, Any]] = []

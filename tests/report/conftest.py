@@ -19,38 +19,14 @@ PLOTLY = page_module.plotly_source
 def benchmark(
     name: str, role: str, metric: str, before: float, after: float, half: float, **more: Any
 ) -> dict[str, Any]:
-    """Make one benchmark.
-
-    Args:
-        name: Its name.
-        role: "knowledge" or "task".
-        metric: Its metric.
-        before: The score before.
-        after: The score after.
-        half: Half the width of the interval.
-        more: Further keys.
-
-    Returns:
-        The entry.
-    """
+    """Make one benchmark."""
     interval = [after - before - half, after - before + half]
     base = {"name": name, "role": role, "metric": metric, "n": 320, "before": before, "after": after}
     return {**base, "interval": interval, **more}
 
 
 def run(name: str, seed: int, kept: float, task: float | None, **more: Any) -> dict[str, Any]:
-    """Make one run with an accuracy, a cross entropy and perhaps a task.
-
-    Args:
-        name: The method.
-        seed: The seed.
-        kept: The accuracy after training, out of 1.
-        task: The task score after training.
-        more: Further keys.
-
-    Returns:
-        The entry.
-    """
+    """Make one run with an accuracy, a cross entropy and perhaps a task."""
     groups = {f"relation {index}": {"n": 10 + index, "before": 1.0, "after": kept - 0.01 * index} for index in range(4)}
     rows = [
         benchmark("facts", "knowledge", "exact_match", 1.0, kept, 0.03, groups=groups),
@@ -63,14 +39,7 @@ def run(name: str, seed: int, kept: float, task: float | None, **more: Any) -> d
 
 
 def _plan(varied: bool) -> list[dict[str, Any]]:
-    """Make a plan of two layers and two roles.
-
-    Args:
-        varied: Whether ranks differ.
-
-    Returns:
-        The rows.
-    """
+    """Make a plan of two layers and two roles."""
     spectrum = [math.exp(-index / 3) for index in range(12)]
     return [
         {
@@ -87,30 +56,18 @@ def _plan(varied: bool) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    """Render the full report once.
-
-    Returns:
-        The page.
-    """
+    """Render the full report once."""
     return render_html(full_report())
 
 
 @pytest.fixture
 def full() -> dict[str, Any]:
-    """Offer the full report.
-
-    Returns:
-        The report.
-    """
+    """Offer the full report."""
     return full_report()
 
 
 def full_report() -> dict[str, Any]:
-    """Make a report of three methods with two seeds and everything optional.
-
-    Returns:
-        The report.
-    """
+    """Make a report of three methods with two seeds and everything optional."""
     methods = []
     for name, kept, task in (("lora", 0.73, 0.83), ("lora-null-v1", 0.95, 0.82), ("milora", 0.8, 0.84)):
         for seed in range(2):
@@ -127,11 +84,7 @@ def full_report() -> dict[str, Any]:
 
 @pytest.fixture
 def minimal() -> dict[str, Any]:
-    """Make a report with one method, one knowledge benchmark and no optional key.
-
-    Returns:
-        The report.
-    """
+    """Make a report with one method, one knowledge benchmark and no optional key."""
     rows = [{"name": "facts", "role": "knowledge", "n": 9, "before": 0.9, "after": 0.6, "interval": [-0.4, -0.2]}]
     entry = {"name": "lora", "seed": 0, "K": 0.7, "T": None, "KT": None, "adapter": "a", "export_gap": 0.0}
     return {"base": "tiny", "methods": [{**entry, "benchmarks": rows}]}
@@ -139,11 +92,7 @@ def minimal() -> dict[str, Any]:
 
 @pytest.fixture
 def make() -> Callable[..., dict[str, Any]]:
-    """Offer a maker of reports from methods, shares kept and task scores.
-
-    Returns:
-        A function of triples; each becomes a method with one seed.
-    """
+    """Offer a maker of reports from methods, shares kept and task scores."""
     return lambda *triples: {
         "base": "tiny",
         "methods": [run(name, 0, kept, task) for name, kept, task in triples],

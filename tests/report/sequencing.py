@@ -6,14 +6,7 @@ from typing import Any
 
 
 def made_up(names: tuple[str, str, str] = ("sums", "cities", "formats")) -> dict[str, Any]:
-    """Make ``sequence.json``: R = [[.8, .1, 0], [.9, .7, .2], [.6, .75, 1]] on the tasks.
-
-    Args:
-        names: Of the stages.
-
-    Returns:
-        The record.
-    """
+    """Make ``sequence.json``: R = [[.8, .1, 0], [.9, .7, .2], [.6, .75, 1]] on the tasks."""
     benchmarks = [
         {"name": "facts", "role": "knowledge", "metric": "exact_match", "n": 360, "stage": None},
         {"name": "wiki", "role": "knowledge", "metric": "cross_entropy", "n": 50, "stage": None},

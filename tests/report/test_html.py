@@ -17,52 +17,24 @@ from keeptune.report.pages.run_page import render_html, write_html
 
 
 def parsed(text: str) -> ElementTree.Element:
-    """Parse a page strictly, but for its scripts.
-
-    Args:
-        text: The page.
-
-    Returns:
-        Its root.
-    """
+    """Parse a page strictly, but for its scripts."""
     return ElementTree.XML(without_scripts(text).replace("<!DOCTYPE html>", ""))
 
 
 def without_scripts(text: str) -> str:
-    """Empty the script elements of a page.
-
-    Args:
-        text: The page.
-
-    Returns:
-        The page without what stands in them.
-    """
+    """Empty the script elements of a page."""
     return re.sub(r"(<script[^>]*>).*?</script>", r"\1</script>", text, flags=re.DOTALL)
 
 
 def island(text: str) -> dict[str, Any]:
-    """Read the data of a page.
-
-    Args:
-        text: The page.
-
-    Returns:
-        The content of its JSON.
-    """
+    """Read the data of a page."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert found is not None
     return dict(json.loads(found[1]))
 
 
 def headings(text: str) -> list[str]:
-    """List the second-level headings of a page.
-
-    Args:
-        text: The page.
-
-    Returns:
-        The headings.
-    """
+    """List the second-level headings of a page."""
     return re.findall(r"<h2[^>]*>(.*?)</h2>", text)
 
 

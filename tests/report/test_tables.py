@@ -19,15 +19,7 @@ from keeptune.report.tables.plan_tables import print_plan, print_scores
 
 
 def printed(report: dict[str, Any], width: int) -> str:
-    """Print a comparison into a text.
-
-    Args:
-        report: The report.
-        width: Columns of the terminal.
-
-    Returns:
-        What was printed.
-    """
+    """Print a comparison into a text."""
     console = Console(width=width, file=io.StringIO(), color_system=None)
     print_comparison(report, console)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
