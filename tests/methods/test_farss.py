@@ -27,7 +27,7 @@ from keeptune.methods.milora import Milora
 from keeptune.methods.pissa import Pissa
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 
-RELEASED = Farss(rank=128, boundary=7, r_max=64, r_avg=50, alpha=128.0, selection="released")
+RELEASED = Farss.as_released()
 M, N = 12, 9
 INPUT, GRADIENT = InputCovariance("task"), GradientCovariance("task", "true")
 

@@ -55,7 +55,6 @@ _INPUT = InputCovariance("task")
 class Farss(ScaledMethod):
     """FARSS.
 
-    The authors' repository is ``Farss(rank=128, boundary=7, r_max=64, r_avg=50, alpha=128.0, selection="released")``.
 
     Args:
         rank: R, at the targets of deep blocks.
@@ -107,6 +106,15 @@ class Farss(ScaledMethod):
         first, last = self.boundary_range
         self.need(0 < first <= last < 1, "boundary_range", "two shares, 0 < first <= last < 1")
         self.need(self.r_min <= self.r_max, "r_min", f"1 to r_max ({self.r_max})")
+
+    @classmethod
+    def as_released(cls, rank: int = 128, boundary: int = 7, r_max: int = 64, r_avg: int = 50) -> Farss:
+        """Returns what the authors' repository does; its data are 16 examples whose padding enters the covariances.
+
+        Its ``--layer_split_start k`` is a boundary of k + 1, and it lowers ``r_avg`` to ``r_max``.
+        """
+        average = min(r_avg, r_max)
+        return cls(rank=rank, boundary=boundary, r_max=r_max, r_avg=average, alpha=128.0, selection="released")
 
     @property
     def search(self) -> Search | None:

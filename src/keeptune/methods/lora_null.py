@@ -78,7 +78,7 @@ def _relative(values: Tensor, omega: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LoraNull(RankMethod):
-    """LoRA-Null. The authors' repository: ``LoraNull(rank=128, covariance="released")`` with packed random windows.
+    """LoRA-Null.
 
     Args:
         variant: ``"v1"`` trains A and B, ``"v2"`` trains B only.
@@ -92,6 +92,11 @@ class LoraNull(RankMethod):
 
     variant: Literal["v1", "v2"] = "v1"
     covariance: Literal["exact", "released"] = "exact"
+
+    @classmethod
+    def as_released(cls, rank: int = 128, variant: Literal["v1", "v2"] = "v1") -> LoraNull:
+        """Returns what the authors' repository does; its data are packed random windows of 2,048 tokens of NQ-open."""
+        return cls(rank=rank, variant=variant, covariance="released")
 
     @property
     def trains(self) -> frozenset[str]:
