@@ -55,7 +55,6 @@ _INPUT = InputCovariance("task")
 class Farss(ScaledMethod):
     """FARSS.
 
-
     Args:
         rank: R, at the targets of deep blocks.
         r_min: Least rank in shallow blocks.
@@ -75,7 +74,6 @@ class Farss(ScaledMethod):
         boundary_range: Shares of the depth that ``boundary="auto"`` searches between.
         search_steps: Optimiser steps of one trial.
         search_examples: Examples held out of the task, and knowledge texts, that a trial is scored on.
-
     """
 
     name = "farss"
