@@ -71,14 +71,11 @@ def describe_file(path: Path | str, overrides: Mapping[str, Any] | None = None) 
 
 def _settings(specs: Iterable[RunSpec]) -> dict[str, tuple[int, Recipe]]:
     """Groups runs that differ in rate and seed alone: they take the same."""
-    from keeptune.core.artefact import content_key
+    from keeptune.experiments.plan_runs import by_setting
 
-    groups: dict[str, list[RunSpec]] = {}
-    for spec in specs:
-        varied = {key: value for key, value in spec.settings.items() if key != "train.learning_rate"}
-        groups.setdefault(content_key([spec.label, varied]), []).append(spec)
-    labels = [own[0].label for own in groups.values()]
+    groups = by_setting(specs)
+    labels = [own[0].label for own in groups]
     return {
         f"{own[0].label}, {own[0].name}" if labels.count(own[0].label) > 1 else own[0].label: (len(own), own[0].recipe)
-        for own in groups.values()
+        for own in groups
     }

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, StrictInt, ValidationError
+from pydantic import AfterValidator, Field, StrictInt, ValidationError
+from pydantic_core import PydanticCustomError
 
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.recipe.sections import Section, explain
 
-__all__ = ["CompareSection", "Resources", "Search", "read_section", "refuse_repeats"]
+__all__ = ["CompareSection", "Different", "Numbers", "Resources", "Search", "checked", "read_section"]
 
-_Rate = Annotated[float, Field(gt=0)]
-_Seed = Annotated[StrictInt, Field(ge=0)]
-_Share = Annotated[float, Field(ge=0, le=1)]
+
+def _different(values: list[Any]) -> list[Any]:
+    if any(value in values[:place] for place, value in enumerate(values)):
+        raise PydanticCustomError("repeated", "different values: each makes a run of its own")
+    return values
+
+
+Different = AfterValidator(_different)
+Numbers = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), Different]
+_Seeds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1), Different]
+_Shares = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Different]
+S = TypeVar("S", bound=Section)
 
 
 class Resources(Section):
@@ -36,11 +46,11 @@ class CompareSection(Section):
     """The section; :mod:`keeptune.experiments.entries` reads ``methods``. Without ``resources`` runs need no Ray."""
 
     methods: list[str | dict[str, Any]] = Field(min_length=1)
-    learning_rate: list[_Rate] | None = Field(None, min_length=1)
-    strength: list[_Rate] = Field(default=[1.0], min_length=1)
-    seeds: list[_Seed] = Field(default=[0, 1, 2], min_length=1)
-    scales: list[_Share] = [0.25, 0.5, 0.75]
-    intruders: list[_Share] = [0.5]
+    learning_rate: Numbers | None = None
+    strength: Numbers = [1.0]
+    seeds: _Seeds = [0, 1, 2]
+    scales: _Shares = [0.25, 0.5, 0.75]
+    intruders: _Shares = [0.5]
     search: Search | None = None
     resources: Resources | None = Resources()
     baselines: bool = True
@@ -51,50 +61,45 @@ class CompareSection(Section):
     estimate: Literal["mean", "upper"] = "mean"  # of what is lost, for --max-loss
 
 
-def refuse_repeats(values: list[Any], where: str) -> None:
-    """Raises RecipeError where a value stands twice in a list."""
-    again = next((value for place, value in enumerate(values) if value in values[:place]), None)
-    if again is not None:
-        raise RecipeError(
-            where,
-            got=f"{again} twice",
-            wanted="different values: each makes a run of its own",
-            next_step="Name it once.",
-        )
-
-
 def read_section(values: Mapping[str, Any], where: str) -> CompareSection:
     """Reads the section from a recipe's values; RecipeError where there is none, or a key or value does not fit."""
-    given = values.get("compare")
-    if not isinstance(given, Mapping):
-        raise RecipeError(
-            f"{where}, key compare",
-            got="nothing" if given is None else repr(given),
-            wanted="a section that lists methods",
-            next_step="Example: compare: {methods: [keep, lora-null], learning_rate: [5e-4, 1e-3, 2e-3]}.",
-        )
-    try:
-        section = CompareSection.model_validate(given)
-    except ValidationError as error:
-        raise _explained(error, where) from error
-    for key in ("learning_rate", "strength", "seeds", "scales", "intruders"):
-        refuse_repeats(getattr(section, key) or [], f"{where}, key compare.{key}")
-    return section
-
-
-def _explained(error: ValidationError, where: str) -> RecipeError:
     from keeptune.methods.base import methods
 
-    parts: dict[str, type[Section]] = {"search": Search, "resources": Resources}
-    explained = explain(
-        error, where, lambda at: list(parts.get(str(at[0]) if len(at) > 1 else "", CompareSection).model_fields)
-    )
-    place = explained.where.replace(", key ", ", key compare.", 1)
-    if place.endswith("compare.methods") and explained.got == "nothing":
-        return RecipeError(
-            place,
-            got="nothing",
+    given = values.get("compare")
+    named = given.get("methods") if isinstance(given, Mapping) else given
+    if not isinstance(given, Mapping) or not named:
+        raise RecipeError(
+            f"{where}, key compare.methods",
+            got="nothing" if named is None else repr(named),
             wanted="the methods to compare",
-            next_step="Example: methods: [lora-null, {name: keep, nats: 0.001}]. " + nearest("", list(methods())),
+            next_step="Example: compare: {methods: [keep, lora-null], learning_rate: [5e-4, 1e-3, 2e-3]}. "
+            + nearest("", list(methods())),
         )
-    return RecipeError(place, got=explained.got, wanted=explained.wanted, next_step=explained.next_step)
+    return checked(CompareSection, given, where, "compare.")
+
+
+def checked(model: type[S], given: Any, where: str, key: str = "") -> S:
+    """Returns a section of a recipe, or raises the RecipeError that explains why it is none.
+
+    Args:
+        model: The section.
+        given: Its values.
+        where: For error messages.
+        key: What stands before its keys in the recipe: ``"compare."``.
+    """
+
+    def known(place: Sequence[str | int]) -> list[str]:
+        part: Any = model.model_fields[str(place[0])].annotation if len(place) > 1 else model
+        options = [part, *getattr(part, "__args__", ())]
+        return [name for one in options if hasattr(one, "model_fields") for name in one.model_fields]
+
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        explained = explain(error, where, known)
+        raise RecipeError(
+            explained.where.replace(", key ", f", key {key}", 1),
+            got=explained.got,
+            wanted=explained.wanted,
+            next_step=explained.next_step,
+        ) from error

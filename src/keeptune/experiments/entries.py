@@ -18,10 +18,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from keeptune.core.errors import RecipeError, placed
-from keeptune.experiments.compare_section import CompareSection, refuse_repeats
+from keeptune.experiments.compare_section import CompareSection, Different, Numbers
 from keeptune.methods.strength import stronger
 from keeptune.recipe.construct import make_method
 from keeptune.recipe.reading import set_value, spelt_out
@@ -59,6 +61,10 @@ _FIXED_IN_METHODS = {
     "task.kind": "runs learn the same task",
 }
 _REPLAY = 0.1
+_NUMBERS = TypeAdapter(Numbers)
+_BY_KEY = TypeAdapter(
+    Annotated[dict[str, Annotated[list[Any], Field(min_length=1), Different]], Field(min_length=1, max_length=1)]
+)
 
 
 @dataclass(frozen=True)
@@ -75,14 +81,9 @@ class Variation:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is compared: one method, or one point of a sweep.
+    """What is compared: one method, or one point of a sweep with its place ``x`` on the axis of a figure.
 
-    Args:
-        label: Its name in tables and figures.
-        settings: Dotted recipe key to value.
-        rates: Learning rates; None is the recipe's own.
-        variations: Its strengths, at least one.
-        x: Its place on the axis of a sweep's figure, if it has one.
+    ``settings`` are dotted recipe keys with values, ``rates`` learning rates (None is the recipe's own).
     """
 
     label: str
@@ -134,7 +135,7 @@ def as_text(value: Any) -> str:
 def read_entries(
     section: CompareSection, values: Mapping[str, Any], rates: Sequence[float], where: str
 ) -> tuple[tuple[Entry, ...], str | None]:
-    """Reads the entries and adds the baselines.
+    """Reads the entries of a section and adds the baselines.
 
     Args:
         section: The section.
@@ -236,7 +237,7 @@ def _entry(given: Any, section: CompareSection, rates: Sequence[float], where: s
     return Entry(
         label or _default_label(settings),
         settings,
-        tuple(rates) if own_rates is None else tuple(_numbers(own_rates, f"{where}.learning_rate")),
+        tuple(rates if own_rates is None else _read_numbers(own_rates, f"{where}.learning_rate")),
         _variations(settings["method"], strength, section.strength, f"{where}.strength"),
     )
 
@@ -256,28 +257,33 @@ def _default_label(settings: Mapping[str, Any]) -> str:
     return ", ".join(["+".join(names), *others])[:80]
 
 
-def _numbers(given: Any, where: str) -> list[float]:
-    right = isinstance(given, list) and given
-    if not right or not all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in given):
-        raise RecipeError(
-            where,
-            got=repr(given),
-            wanted="a list of numbers above 0",
-            next_step=f"Example: {where.rpartition('.')[2]}: [1e-3, 2e-3].",
-        )
-    refuse_repeats(given, where)
-    return [float(value) for value in given]
-
-
 def _variations(method: Any, own: Any, factors: Sequence[float], where: str) -> tuple[Variation, ...]:
     if isinstance(own, Mapping):
-        return _by_key(own, where)
-    made = make_method(method, seed=0)
-    if own is None:
-        if getattr(made, "strength_option", None) is None:
-            return (Variation(),)
-        own = list(factors)
-    return tuple(by_factor(method, factor) for factor in _numbers(own, where))
+        ((key, values),) = _read(
+            _BY_KEY,
+            own,
+            where,
+            "factors, or one dotted key of the recipe with different values",
+            "strength: {penalties.0.strength: [3, 30]}",
+        ).items()
+        check_settings(own, where, _FIXED_IN_METHODS)
+        return tuple(by_value(key, value) for value in values)
+    if own is None and getattr(make_method(method, seed=0), "strength_option", None) is None:
+        return (Variation(),)
+    return tuple(by_factor(method, factor) for factor in (factors if own is None else _read_numbers(own, where)))
+
+
+def _read_numbers(given: Any, where: str) -> list[float]:
+    example = f"{where.rpartition('.')[2]}: [1e-3, 2e-3]"
+    numbers: list[float] = _read(_NUMBERS, given, where, "a list of different numbers above 0", example)
+    return numbers
+
+
+def _read(kind: TypeAdapter[Any], given: Any, where: str, wanted: str, example: str) -> Any:
+    try:
+        return kind.validate_python(given)
+    except ValidationError as error:
+        raise RecipeError(where, got=repr(given), wanted=wanted, next_step=f"Example: {example}.") from error
 
 
 def by_factor(method: Any, factor: float) -> Variation:
@@ -290,20 +296,6 @@ def by_factor(method: Any, factor: float) -> Variation:
 def by_value(key: str, value: Any) -> Variation:
     """Returns the variation that sets a dotted key of the recipe to a value."""
     return Variation({key: value}, None, f"x{slug(as_text(value))}")
-
-
-def _by_key(own: Mapping[Any, Any], where: str) -> tuple[Variation, ...]:
-    if len(own) != 1 or not isinstance(next(iter(own.values())), list) or not next(iter(own.values())):
-        raise RecipeError(
-            where,
-            got=repr(dict(own)),
-            wanted="factors, or one dotted key of the recipe with its values",
-            next_step="Example: strength: {penalties.0.strength: [3, 30]}.",
-        )
-    check_settings(own, where, _FIXED_IN_METHODS)
-    ((key, values),) = own.items()
-    refuse_repeats(values, where)
-    return tuple(by_value(str(key), value) for value in values)
 
 
 def _is_plain(entry: Entry, values: Mapping[str, Any]) -> bool:

@@ -32,16 +32,13 @@ _MOST = 8  # numbers of layers that are tried by default
 def load_layer_study(
     path: Path | str, study: str, overrides: Mapping[str, Any] | None = None, numbers: Iterable[int] | None = None
 ) -> Comparison:
-    """Reads an ordinary recipe as a study of its layers.
+    """Reads an ordinary recipe as a study of its layers, whose records go into a folder below the recipe's output.
 
     Args:
         path: The YAML file; its ``layers`` are those that are studied, all by default. It may list ``seeds``.
         study: ``"single"``, ``"bottom"`` or ``"top"``.
         overrides: Dotted key to value.
         numbers: How many layers to train, for bottom and top; None is every number up to eight, else eight of them.
-
-    Returns:
-        A comparison whose records go into a folder ``study`` below the recipe's output.
 
     Raises:
         KeeptuneError: What the user can correct; nothing was written then.

@@ -14,9 +14,9 @@ from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError, placed
 from keeptune.data import hub
 from keeptune.experiments.axes import axes_of
-from keeptune.experiments.compare_section import CompareSection, read_section
+from keeptune.experiments.compare_section import CompareSection, checked, read_section
 from keeptune.experiments.entries import Entry, Variation, read_entries, short, slug, with_settings
-from keeptune.experiments.sweep_section import axis_of, point_entries, read_seeds, read_sweep
+from keeptune.experiments.sweep_section import axis_of, point_entries, read_sweep
 from keeptune.methods.combined import tuned_roles
 from keeptune.model.blocks import find_targets
 from keeptune.pipeline.job import Job
@@ -29,6 +29,7 @@ __all__ = [
     "RUNS",
     "Comparison",
     "RunSpec",
+    "by_setting",
     "check_runs",
     "list_runs",
     "load_comparison",
@@ -42,17 +43,12 @@ RUNS = "runs"
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run of a comparison.
+    """One run of a comparison: the run of an entry (``label``) at a rate, a strength and a seed.
 
     Args:
         name: Its folder's name; without the seed, the name of its setting.
-        label: Label of its entry.
-        method: Its method.
         settings: Dotted recipe key to value: what it changes, except for the seed.
-        learning_rate: Its rate.
         strength: The factor on the method's own strength; None where it has none.
-        seed: Its seed.
-        recipe: Its recipe.
         x: Its place on the axis of a sweep's figure, if it has one.
     """
 
@@ -155,20 +151,10 @@ def load_comparison(
 
 
 def load_sweep(path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch) -> Comparison:
-    """Reads a recipe with a ``sweep`` section and ``seeds``: a comparison of points, run in this process.
-
-    Args:
-        path: The YAML file.
-        overrides: Dotted key to value, set before the points' own.
-        fetch: Gets the files of the hub.
-
-    Raises:
-        RecipeError: A key is unknown or a value does not fit; the message names the point.
-    """
-    path = Path(path)
-    values = read_values(path, overrides)
+    """Reads a recipe with a ``sweep`` section and ``seeds``, as :func:`load_comparison` does: points, run here."""
+    values = read_values(Path(path), overrides)
     points, about = read_sweep(values.pop("sweep", None), f"recipe {path}")
-    return sweep_of(path, values, points, about, fetch=fetch)
+    return sweep_of(Path(path), values, points, about, fetch=fetch)
 
 
 def sweep_of(
@@ -183,15 +169,11 @@ def sweep_of(
 ) -> Comparison:
     """Returns the comparison of a recipe's values, which have ``seeds``, at points; ``about`` goes to its record."""
     where = f"recipe {path}"
-    entries, seeds = point_entries(points, where), read_seeds(values, where)
-    section = CompareSection(
-        methods=[entry.label for entry in entries],
-        seeds=seeds,
-        scales=[],
-        intruders=[],
-        resources=None,
-        baselines=False,
-    )
+    entries, train, seeds = point_entries(points, where), values.get("train"), values.pop("seeds", None)
+    if seeds is None:
+        seeds = [train.get("seed", 0) if isinstance(train, Mapping) else 0]
+    own = {"seeds": seeds, "scales": [], "intruders": [], "resources": None, "baselines": False}
+    section = checked(CompareSection, {"methods": [entry.label for entry in entries], **own}, where)
     base = make_recipe(values, folder=path.parent, where=where, fetch=fetch)
     about = {"axis": axis_of(entries), **about}
     return Comparison(path, values, section, entries, about.get("baseline"), base, fetch, kind, about, below)
@@ -225,12 +207,7 @@ def list_runs(comparison: Comparison) -> tuple[RunSpec, ...]:
 
 
 def run_spec(comparison: Comparison, entry: Entry, variation: Variation, rate: float | None, seed: int) -> RunSpec:
-    """Returns one run of an entry; with the rate None, the recipe's own.
-
-    Raises:
-        RecipeError: A setting does not fit.
-        PlanError: An option of the method is out of range.
-    """
+    """Returns one run of an entry (rate None: the recipe's own); KeeptuneError where a setting does not fit."""
     where = comparison.place(entry.label)
     settings = {**entry.settings, **variation.settings, **({} if rate is None else {"train.learning_rate": rate})}
     parts = [slug(entry.label), *([] if rate is None else [f"lr{short(rate)}"]), variation.mark, f"seed{seed}"]
@@ -265,18 +242,24 @@ def _refuse_equal(specs: Iterable[RunSpec], where: str) -> None:
             )
 
 
-def check_runs(comparison: Comparison, specs: Sequence[RunSpec], model: PreTrainedModel | None = None) -> None:
-    """Checks runs with their data, and their targets against the base, which is loaded once.
-
-    Of runs that differ in rate and seed alone one is checked; an error names the entry it is about.
-    """
-    jobs: dict[str, tuple[str, Job]] = {}
+def by_setting(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
+    """Groups runs that differ in rate and seed alone."""
+    groups: dict[str, list[RunSpec]] = {}
     for spec in specs:
         varied = {key: value for key, value in spec.settings.items() if key != "train.learning_rate"}
-        jobs.setdefault(content_key([spec.label, varied]), (spec.label, Job(spec.recipe)))
-    for label, job in jobs.values():
-        placed(comparison.place(label), job.check)
-    for label, job in jobs.values():
+        groups.setdefault(content_key([spec.label, varied]), []).append(spec)
+    return list(groups.values())
+
+
+def check_runs(comparison: Comparison, specs: Sequence[RunSpec], model: PreTrainedModel | None = None) -> None:
+    """Checks one run of each setting with its data, and its targets against the base, which is loaded once.
+
+    An error names the entry it is about.
+    """
+    jobs = [(comparison.place(first.label), Job(first.recipe)) for first, *_ in by_setting(specs)]
+    for place, job in jobs:
+        placed(place, job.check)
+    for place, job in jobs:
         model = job.base() if model is None else model
         roles = tuned_roles(job.method, job.recipe.targets)
-        placed(comparison.place(label), partial(find_targets, model, roles, job.recipe.layers))
+        placed(place, partial(find_targets, model, roles, job.recipe.layers))
