@@ -20,8 +20,8 @@ from typing import Any
 from cells import spread
 from matplotlib.ticker import PercentFormatter
 
-from keeptune.core.artefact import write_bytes
-from keeptune.experiments.comparison_record import read_front, read_runs
+from keeptune.core.artefact import read_json, write_bytes
+from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
 from keeptune.experiments.front import Point, families, pareto, points_of
 from keeptune.experiments.matched import matched
 from keeptune.report.figures.drawing import INK, MUTED, bare, finish, page, png, themed
@@ -51,14 +51,14 @@ points on atlas, nats per token on stories260K. Intervals are Student's, 95%, ov
 
 def main(atlas: Path, stories: Path, docs: Path) -> None:
     """Write the page and the picture."""
-    cells, front = read_runs(atlas), read_front(atlas)
+    cells, front = read_json(atlas / RUNS_FILE), read_json(atlas / FRONT)
     parts = [_HEAD, f"\n## atlas\n\n{facts_of(cells)}\n"]
     for score in SCORES:
         parts.append(f"\n### At {score:.0%} of topics learned\n\n{matched_table(cells['runs'], score, 100)}\n")
     parts.append(f"\n### Chosen on seed 0, shown on seeds 1 and 2\n\n{chosen_table(cells['runs'], SCORES[0])}\n")
     parts.append(f"\n### Hypervolume\n\n{volume_table(front)}\n\n### Every setting\n\n{setting_table(front, 100)}\n")
     if (stories / "runs.json").is_file():
-        other, other_front = read_runs(stories), read_front(stories)
+        other, other_front = read_json(stories / RUNS_FILE), read_json(stories / FRONT)
         parts.append(f"\n## stories260K\n\n{facts_of(other)}\n")
         title = f"At {-STORIES:.2f} nats per token of word problems"
         parts.append(f"\n### {title}\n\n{matched_table(other['runs'], STORIES, 1)}\n")

@@ -14,7 +14,7 @@ from keeptune.core.artefact import read_json
 from keeptune.core.errors import ArtefactError, RecipeError
 from keeptune.experiments.axes import axes_of
 from keeptune.experiments.choice import choose, choose_best, limits_of, parse_max_loss
-from keeptune.experiments.comparison_record import Options, read_front, row_of, trade_off_of, with_axes, write_records
+from keeptune.experiments.comparison_record import FRONT, Options, row_of, trade_off_of, with_axes, write_records
 from keeptune.experiments.posthoc_scaling import Variant
 from keeptune.experiments.posthoc_scoring import score_variants
 from keeptune.experiments.single_run import Outcome
@@ -168,7 +168,7 @@ def test_the_chosen_result_is_copied_whole(job: Callable[[str], Job], tmp_path: 
     assert choice["weights"] == result_fingerprint(best) == result_fingerprint(source)
     assert {path.name for path in best.iterdir()} == {path.name for path in source.iterdir()} - {"export.json"}
     assert read_json(best / "keeptune.json")["export"]["folder"] == str(best)
-    assert read_front(tmp_path)["choice"] == choice
+    assert read_json(tmp_path / FRONT)["choice"] == choice
     card = (best / "README.md").read_text()
     assert "Chosen by keeptune compare: it learned most of what loses at most stories 10; run lora-seed0." in card
     assert str(source) not in card

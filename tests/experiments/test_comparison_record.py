@@ -12,13 +12,13 @@ import pytest
 from tests.experiments.support import benchmark, row, spec
 from tests.models import full_disk
 
-from keeptune.core.artefact import file_fingerprint, write_json
+from keeptune.core.artefact import file_fingerprint, read_json, write_json
 from keeptune.core.errors import ArtefactError, RecipeError
 from keeptune.experiments.axes import axes_of
 from keeptune.experiments.comparison_record import (
+    FRONT,
+    RUNS_FILE,
     Options,
-    read_front,
-    read_runs,
     row_of,
     table_of,
     trade_off_of,
@@ -155,8 +155,8 @@ def test_the_files_hold_what_is_returned(tmp_path: Path) -> None:
         made(tmp_path / "c", seed=2, name="lora-lr0.001-seed2", status="failed", message="no room"),
     ]
     record, front = write_records(tmp_path, rows, Options(about={"base": "atlas", "recipe": {"a": 1}}))
-    assert read_runs(tmp_path) == record
-    assert read_front(tmp_path) == json.loads(json.dumps(front)) == front
+    assert read_json(tmp_path / RUNS_FILE) == record
+    assert read_json(tmp_path / FRONT) == json.loads(json.dumps(front)) == front
     assert (record["base"], record["recipe"]) == ("atlas", {"a": 1})
     assert record["benchmarks"] == [{key: b[key] for key in ("name", "role", "metric", "n")} for b in SCORES]
     assert [entry["run"] for entry in front["excluded"]] == ["lora-lr0.001-seed1", "lora-lr0.001-seed2"]
@@ -180,7 +180,7 @@ def test_published_scores_stand_in_the_record_and_on_the_page(tmp_path: Path) ->
     assert Published(source="Table 9", unit="nats", rows=table).scores()[0]["score"] == 71.25
     rows = [made(write_run(tmp_path / "a", SCORES))]
     record, front = write_records(tmp_path, rows, Options(about={"published": scores}))
-    assert read_runs(tmp_path)["published"] == record["published"] == scores
+    assert read_json(tmp_path / RUNS_FILE)["published"] == record["published"] == scores
     grid = published(record, front)
     assert grid is not None
     assert grid.rows == (("lora", "facts", "0.713", "0.700", "Table 9 (LoRA, 320M)"),)

@@ -114,7 +114,7 @@ def test_the_written_adapter_is_the_variant_on_a_fresh_base(job: Jobs, tmp_path:
     if variant.kind == "scale":
         name = next(name for name in own if "lora_B" in name)
         assert torch.equal(written[name], 0.25 * own[name])
-    pair = posthoc_scoring._load(run, find_result(run.output)).make(variant)
+    pair = posthoc_scoring._Loaded(run, find_result(run.output)).make(variant)
     model = PeftModel.from_pretrained(run.base(), str(best))
     probe = random_probe(model)
     with pair.after() as expected:

@@ -24,7 +24,7 @@ from keeptune.core.artefact import atomic_directory, canonical_json, read_json, 
 from keeptune.core.errors import ArtefactError, RecipeError, nearest
 from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.experiments.axes import loss_of, unit_of
-from keeptune.experiments.comparison_record import FRONT, read_front, read_runs
+from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
 from keeptune.experiments.front import spread
 from keeptune.experiments.posthoc_scaling import variant_of
 from keeptune.experiments.posthoc_scoring import copy_result, write_variant
@@ -64,38 +64,29 @@ class Choice:
 
 def parse_max_loss(words: Sequence[str]) -> float | dict[str, float]:
     """Reads ``--max-loss``: one number, or ``benchmark=number`` once or several times; else raises RecipeError."""
+    pairs = [word.rpartition("=") for word in words]
     try:
-        if len(words) == 1 and "=" not in words[0]:
-            return _number(words[0])
-        pairs = [word.rpartition("=") for word in words]
-        if pairs and all(name and sign for name, sign, _ in pairs):
-            return {name: _number(number) for name, _, number in pairs}
+        limits = {name: float(number) for name, _, number in pairs}
     except ValueError:
-        pass
-    raise RecipeError(
-        _OPTION,
-        got=" ".join(words) or "nothing",
-        wanted="one number, or benchmark=number for each benchmark to hold",
-        next_step=f"Example: {_OPTION} 0.01, or {_OPTION} facts=0.01 {_OPTION} text=0.05.",
-    )
-
-
-def _number(word: str) -> float:
-    value = float(word)
-    if not math.isfinite(value):
-        raise ValueError(word)
-    return value
+        limits = {}
+    named = all(name and sign for name, sign, _ in pairs)
+    alone = len(pairs) == 1 and not pairs[0][1]
+    if not limits or not (named or alone) or not all(map(math.isfinite, limits.values())):
+        raise RecipeError(
+            _OPTION,
+            got=" ".join(words) or "nothing",
+            wanted="one number, or benchmark=number for each benchmark to hold",
+            next_step=f"Example: {_OPTION} 0.01, or {_OPTION} facts=0.01 {_OPTION} text=0.05.",
+        )
+    return limits[""] if alone else limits
 
 
 def limits_of(
     benchmarks: Sequence[Row], axis: Sequence[str], max_loss: float | Mapping[str, float]
 ) -> dict[str, float]:
-    """Returns how much may be lost of each benchmark.
+    """Returns how much may be lost of each benchmark; RecipeError where one is no knowledge benchmark.
 
-    Args:
-        benchmarks: Each with ``name``, ``role`` and ``metric``.
-        axis: The knowledge benchmarks of the axis of what is forgotten: those that one number holds for.
-        max_loss: One number, or benchmark to number; RecipeError where one is no knowledge benchmark.
+    One number holds for the benchmarks of the ``axis`` of what is forgotten.
     """
     if not isinstance(max_loss, Mapping):
         return {name: float(max_loss) for name in axis}
@@ -109,16 +100,13 @@ def limits_of(
 
 
 def choose(record: Row, front: Row, max_loss: float | Mapping[str, float], *, estimate: Bound = "mean") -> Choice:
-    """Chooses the point that learns most within the limits, and one run of it, eq. 1.
+    """Chooses the point that learns most within the limits, and one run of it, eq. 1; of equals that forgetting less.
 
     Args:
         record: ``runs.json``.
         front: ``front.json``.
         max_loss: One number for the benchmarks of the axis of what is forgotten, or benchmark to number.
         estimate: ``"mean"`` or ``"upper"``.
-
-    Returns:
-        The choice; of points that learn equally, the one that forgets less.
 
     Raises:
         RecipeError: No point keeps within the limits; the message names the one that comes nearest.
@@ -171,19 +159,17 @@ def _estimate(rows: Sequence[Row], name: str, estimate: Bound) -> float | None:
     if len(losses) < len(rows):
         return None
     over = spread([value for value, _ in losses], [ends for _, ends in losses])
-    if estimate == "mean":
-        return over.mean
-    return over.high if math.isfinite(over.high) else None
+    number = over.mean if estimate == "mean" else over.high
+    return number if math.isfinite(number) else None
 
 
 def _median(members: Sequence[Row], limits: Mapping[str, float]) -> tuple[Row, dict[str, float]]:
-    own = {row["name"]: {name: (_loss(row, name) or (math.inf, None))[0] for name in limits} for row in members}
-    keeping = [row for row in members if all(own[row["name"]][name] <= limit for name, limit in limits.items())]
+    runs = [(row, {name: (_loss(row, name) or (math.inf,))[0] for name in limits}) for row in members]
+    keeping = [run for run in runs if all(run[1][name] <= limit for name, limit in limits.items())]
     if not keeping:
         _log.warning("choice: no single seed keeps within all limits, only their mean does; the median seed is taken")
-    ranked = sorted(keeping or members, key=lambda row: (row["learned"], row["seed"]))
-    run = ranked[(len(ranked) - 1) // 2]
-    return run, own[run["name"]]
+    ranked = sorted(keeping or runs, key=lambda run: (run[0]["learned"], run[0]["seed"]))
+    return ranked[(len(ranked) - 1) // 2]
 
 
 def _no_choice(
@@ -211,14 +197,11 @@ def _no_choice(
 def choose_best(output: Path, max_loss: float | Mapping[str, float], *, estimate: Bound = "mean") -> dict[str, Any]:
     """Chooses by the records in a comparison's folder, exports to ``best``, and records the choice in ``front.json``.
 
-    Returns:
-        The choice as in ``front.json``.
-
     Raises:
         KeeptuneError: Nothing keeps within the limits, the chosen result is not the one that was scored, or it cannot
             be written.
     """
-    record, front = read_runs(output), read_front(output)
+    record, front = read_json(output / RUNS_FILE), read_json(output / FRONT)
     choice = choose(record, front, max_loss, estimate=estimate)
     best = output / BEST
     _export(record, choice, best)
@@ -233,19 +216,26 @@ def _export(record: Row, choice: Choice, best: Path) -> None:
     folder, trained = Path(row["folder"]), row["variant"] is None
     scored, run = (folder / "evaluation", folder) if trained else (folder, folder.parent.parent)
     weights = {read_json(scored / f"{b['name']}.json")["weights"] for b in row["benchmarks"]}
-    if weights != {result_fingerprint(find_result(run))}:
-        raise ArtefactError(
-            str(run),
-            got="a result that is not the one that was scored",
-            wanted="the chosen run's",
-            next_step="Start the comparison again; it does what is missing.",
-        )
+    _check_weights(find_result(run), weights)
     if trained:
-        _copy(find_result(run), best)
+        refuse_foreign(best)
+        with atomic_directory(best) as fresh:
+            copy_result(find_result(run), fresh, best)
+            _check_weights(fresh, weights)
     else:
         recipe = make_recipe(read_json(run / "recipe.json"), folder=Path(), where=f"recipe of {run}")
         write_variant(Job(recipe.model_copy(update={"output": run})), variant_of(row["variant"]), best)
     _write_card(best, run, row, choice)
+
+
+def _check_weights(result: Path, scored: set[str]) -> None:
+    if {result_fingerprint(result)} != scored:
+        raise ArtefactError(
+            str(result),
+            got="a result that is not the one that was scored",
+            wanted="the chosen run's",
+            next_step="Is another comparison at work in this folder? Start it again; it does what is missing.",
+        )
 
 
 def _write_card(best: Path, run: Path, row: Row, choice: Choice) -> None:
@@ -266,17 +256,3 @@ def _write_card(best: Path, run: Path, row: Row, choice: Choice) -> None:
         entry | {"notes": [*notes, *entry["notes"]]}, read_json(best / SIDECAR), read_json(run / "recipe.json")
     )
     write_bytes(best / "README.md", text.encode())
-
-
-def _copy(folder: Path, best: Path) -> None:
-    refuse_foreign(best)
-    wanted = result_fingerprint(folder)
-    with atomic_directory(best) as fresh:
-        copy_result(folder, fresh, best)
-        if result_fingerprint(fresh) != wanted:
-            raise ArtefactError(
-                str(best),
-                got="other weights than the chosen run's",
-                wanted=f"a copy of {folder}",
-                next_step="Is another comparison at work in this folder? Start it again.",
-            )

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.recipe.sections import Section, explain
 
-__all__ = ["CompareSection", "Different", "Numbers", "Resources", "Search", "checked", "read_section"]
+__all__ = ["CompareSection", "Different", "Numbers", "Resources", "Search", "checked", "missing_extra", "read_section"]
 
 
 def _different(values: list[Any]) -> list[Any]:
@@ -103,3 +103,13 @@ def checked(model: type[S], given: Any, where: str, key: str = "") -> S:
             wanted=explained.wanted,
             next_step=explained.next_step,
         ) from error
+
+
+def missing_extra(library: str) -> RecipeError:
+    """Returns the error that says how to install what comparisons need."""
+    return RecipeError(
+        "compare",
+        got=f"no {library} in this Python",
+        wanted="the libraries of comparisons",
+        next_step='Install them: pip install "keeptune[compare]".',
+    )

@@ -31,8 +31,6 @@ __all__ = [
     "FRONT",
     "RUNS_FILE",
     "Options",
-    "read_front",
-    "read_runs",
     "row_of",
     "table_of",
     "trade_off_of",
@@ -44,6 +42,7 @@ __all__ = [
 RUNS_FILE, FRONT = "runs.json", "front.json"
 _NAMED = 5
 _BENCHMARK = ("name", "role", "metric", "n", "before", "after", "interval")
+_SETTING = ("method", "settings", "learning_rate", "strength")
 _NO_AXES = {"learned": None, "forgotten": None, "why": "", "learned_interval": None, "forgotten_interval": None}
 
 
@@ -51,15 +50,10 @@ _NO_AXES = {"learned": None, "forgotten": None, "why": "", "learned_interval": N
 class Options:
     """What a recipe says about a comparison's axes and tables; None leaves each to the data.
 
-    Args:
-        learned: Task benchmarks of the axis.
-        forgotten: Knowledge benchmarks of the axis.
-        score: Where labels are matched.
-        baseline: Label that the others are compared with; None takes ``lora`` where it is a label.
-        reference_point: ``(learned, forgotten)`` of the hypervolumes.
-        hypervolumes: Whether labels have them: a sweep's points are one setting each.
-        reference: Run folder of full fine-tuning outside the comparison, for T.
-        about: More keys of ``runs.json``: ``base``, ``command``, ``recipe``, a sweep's ``axis`` and ``grid``, ...
+    ``learned`` and ``forgotten`` name the benchmarks of the axes, ``score`` is where labels are matched, ``baseline``
+    the label that the others are compared with (None takes ``lora`` where it is one), ``reference_point`` the corner of
+    the ``hypervolumes``. ``reference`` is a run folder of full fine-tuning outside the comparison, for T; ``about``
+    has more keys of ``runs.json``: ``base``, ``command``, ``recipe``, a sweep's ``axis`` and ``grid``, ...
     """
 
     learned: Sequence[str] | None = None
@@ -79,16 +73,11 @@ def row_of(spec: RunSpec, outcome: Outcome, variant: Variant | None = None) -> d
     """
     folder = spec.recipe.output if variant is None else spec.recipe.output / VARIANTS / variant.slug
     row: dict[str, Any] = {
+        **{key: getattr(spec, key) for key in (*_SETTING, "seed", "x")},
         "name": spec.name if variant is None else f"{spec.name}/{variant.slug}",
         "label": spec.label if variant is None else f"{spec.label}, {variant.family}",
-        "method": spec.method,
-        "settings": dict(spec.settings),
-        "learning_rate": spec.learning_rate,
-        "strength": spec.strength,
         "variant": None if variant is None else variant.plain(),
         "of": None if variant is None else spec.label,
-        "seed": spec.seed,
-        "x": spec.x,
         "folder": str(folder),
         "status": outcome.status,
         "message": outcome.message,
@@ -107,30 +96,22 @@ def row_of(spec: RunSpec, outcome: Outcome, variant: Variant | None = None) -> d
 def _run_scores(folder: Path) -> dict[str, Any]:
     trained = read_json(folder / "trained" / "train.json")
     names = [entry["name"] for entry in read_json(folder / "recipe.json")["evaluate"]]
-    records = _scores(folder / "evaluation", names, result_fingerprint(find_result(folder)))
+    scored = _scores(folder / "evaluation", names, find_result(folder))
     plan = folder / "plan" / "seconds.json"
-    return {
-        "seconds": {
-            "plan": read_json(plan)["plan"] if plan.is_file() else None,
-            "train": trained["seconds"],
-            "evaluate": math.fsum(record["seconds"] for record in records),
-        },
-        "trained_parameters": trained["trained_parameters"],
-        "benchmarks": [_benchmark(record["summary"]) for record in records],
-    }
+    scored["seconds"] |= {"plan": read_json(plan)["plan"] if plan.is_file() else None, "train": trained["seconds"]}
+    return scored | {"trained_parameters": trained["trained_parameters"]}
 
 
 def _variant_scores(folder: Path) -> dict[str, Any]:
     head = read_json(folder / "variant.json")
     if head["message"]:
         return {"status": "failed", "message": head["message"]}
-    records = _scores(folder, head["benchmarks"], result_fingerprint(find_result(folder.parent.parent)))
-    seconds = {"plan": None, "train": None, "evaluate": math.fsum(record["seconds"] for record in records)}
-    return {"seconds": seconds, "benchmarks": [_benchmark(record["summary"]) for record in records]}
+    return _scores(folder, head["benchmarks"], find_result(folder.parent.parent))
 
 
-def _scores(folder: Path, names: Iterable[str], weights: str) -> list[dict[str, Any]]:
+def _scores(folder: Path, names: Iterable[str], result: Path) -> dict[str, Any]:
     records = [read_json(folder / f"{name}.json") for name in names]
+    weights = result_fingerprint(result)
     for record in records:
         if record["weights"] != weights:
             raise ArtefactError(
@@ -139,11 +120,10 @@ def _scores(folder: Path, names: Iterable[str], weights: str) -> list[dict[str, 
                 wanted="scores of the run's result",
                 next_step="Start the comparison again; it does what is missing.",
             )
-    return records
-
-
-def _benchmark(summary: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: summary[key] for key in _BENCHMARK}
+    return {
+        "seconds": {"plan": None, "train": None, "evaluate": math.fsum(record["seconds"] for record in records)},
+        "benchmarks": [{key: record["summary"][key] for key in _BENCHMARK} for record in records],
+    }
 
 
 def with_relative_scores(rows: Sequence[Mapping[str, Any]], reference: Path | None = None) -> list[dict[str, Any]]:
@@ -332,13 +312,3 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
         scores = {"before": b["before"], "after": b["after"], "low": low, "high": high, "n": b["n"]}
         line |= {f"{b['name']}.{key}": value for key, value in scores.items()}
     return line
-
-
-def read_runs(output: Path) -> dict[str, Any]:
-    """Returns what a comparison's ``runs.json`` holds."""
-    return dict(read_json(output / RUNS_FILE))
-
-
-def read_front(output: Path) -> dict[str, Any]:
-    """Returns what a comparison's ``front.json`` holds."""
-    return dict(read_json(output / FRONT))

@@ -26,7 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from keeptune.core.artefact import write_bytes
 from keeptune.core.errors import RecipeError
 from keeptune.core.locks import locked
-from keeptune.experiments.compare_section import Resources
+from keeptune.experiments.compare_section import Resources, missing_extra
 from keeptune.experiments.plan_runs import Comparison, RunSpec, check_runs
 from keeptune.experiments.posthoc_scaling import Variant, standard_variants
 from keeptune.experiments.single_run import Outcome, RunTask, attempt, finished, task_key
@@ -36,7 +36,6 @@ from keeptune.pipeline.job import Job
 __all__ = [
     "TaskMaker",
     "log_outcome",
-    "missing_extra",
     "only_one",
     "run_all",
     "run_tasks",
@@ -51,7 +50,7 @@ _RETRIES = 1
 
 @dataclass(frozen=True)
 class TaskMaker:
-    """Makes a comparison's runs ready for workers, from the base's fingerprint and those of data files by path."""
+    """Makes tasks of a comparison's runs, from the base's fingerprint and those of data files by path."""
 
     comparison: Comparison
     base: str
@@ -284,16 +283,6 @@ def _need_room(nodes: Sequence[Mapping[str, Any]], resources: Resources) -> None
             wanted="what one node has: " + "; ".join(f"{cpus:g} CPUs and {gpus:g} GPUs" for cpus, gpus in have),
             next_step="Lower resources.cpus or resources.gpus, or set `resources: null` to run in this process.",
         )
-
-
-def missing_extra(library: str) -> RecipeError:
-    """Returns the error that says how to install what comparisons need."""
-    return RecipeError(
-        "compare",
-        got=f"no {library} in this Python",
-        wanted="the libraries of comparisons",
-        next_step='Install them: pip install "keeptune[compare]".',
-    )
 
 
 def log_outcome(name: str, outcome: Outcome, done: int, total: int) -> None:

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from keeptune.core.artefact import canonical_json
-from keeptune.core.errors import KeeptuneError
 from keeptune.core.intervals import Estimate, combine
 from keeptune.experiments.axes import DIGITS, Axes, base_score
+from keeptune.experiments.compare_section import missing_extra
 
 __all__ = [
     "Place",
@@ -49,6 +49,7 @@ _log = logging.getLogger(__name__)
 Place = tuple[float, float]
 _NO_INTERVAL = (math.nan, math.nan)
 _SIDES = ("learned", "forgotten")
+_SETTING = ("method", "settings", "variant", "learning_rate", "strength")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +108,8 @@ def spread(values: Sequence[float], intervals: Sequence[tuple[float, float] | No
 
 def as_json(estimate: Estimate) -> dict[str, float | None]:
     """Returns ``mean``, ``low``, ``high`` and ``sd`` of an estimate; None where there is no number."""
-    return {key: _number(getattr(estimate, key)) for key in ("mean", "low", "high", "sd")}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    values = {key: getattr(estimate, key) for key in ("mean", "low", "high", "sd")}
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 def points_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Point], list[dict[str, str]]]:
@@ -124,7 +122,7 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Point], list[dict
     groups: dict[str, list[Mapping[str, Any]]] = {}
     excluded = []
     for row in rows:
-        setting = canonical_json([row[key] for key in ("label", "settings", "variant", "learning_rate", "strength")])
+        setting = canonical_json([row[key] for key in ("label", *_SETTING)])
         twin = next((other for other in groups.get(setting, ()) if other["seed"] == row["seed"]), None)
         why = _unusable(row) or ("" if twin is None else f"the same setting and seed as {twin['name']}")
         if why:
@@ -157,7 +155,7 @@ def _point(members: Sequence[Mapping[str, Any]], taken: set[str]) -> Point:
     return Point(
         name=name,
         label=first["label"],
-        about={key: first[key] for key in ("method", "settings", "variant", "learning_rate", "strength")},
+        about={key: first[key] for key in _SETTING},
         places={row["seed"]: (row["learned"], row["forgotten"]) for row in rows},
         runs={row["seed"]: row["name"] for row in rows},
         of=first.get("of"),
@@ -196,12 +194,7 @@ def hypervolume(places: Sequence[Place], reference: Place) -> float:
     try:
         import moocore
     except ImportError as error:
-        raise KeeptuneError(
-            "compare",
-            got="no moocore",
-            wanted="the libraries of comparisons",
-            next_step='Run pip install "keeptune[compare]".',
-        ) from error
+        raise missing_extra("moocore") from error
     if not places:
         return 0.0
     points = np.array(places, dtype=float)

@@ -18,7 +18,6 @@ adapter's rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,15 +36,11 @@ _FAMILIES = {"scale": "scaled", "intruders": "intruders reduced"}
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A post-hoc variant.
+    """A post-hoc variant; RecipeError where the kind is unknown or the value is not from 0 to 1.
 
     Args:
         kind: ``"scale"``: the whole change times ``value`` (eq. 1); ``"intruders"``: of each intruder dimension the
             share ``value`` stays (eq. 2). With 1 both leave the result as it is.
-        value: From 0 to 1.
-
-    Raises:
-        RecipeError: The kind is unknown, or the value is outside.
     """
 
     kind: str
@@ -53,12 +48,9 @@ class Variant:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if self.kind not in _FAMILIES:
-            raise RecipeError("variant", got=self.kind, wanted=" or ".join(_FAMILIES), next_step="Pick one.")
-        if not (math.isfinite(self.value) and 0 <= self.value <= 1):
-            raise RecipeError(
-                f"variant {self.kind}", got=f"{self.value}", wanted="a number from 0 to 1", next_step="Correct it."
-            )
+        if self.kind not in _FAMILIES or not 0 <= self.value <= 1:  # NaN is not
+            wanted = f"{' or '.join(_FAMILIES)}, from 0 to 1"
+            raise RecipeError("variant", got=f"{self.kind} {self.value}", wanted=wanted, next_step="Correct it.")
 
     @property
     def slug(self) -> str:
@@ -109,17 +101,14 @@ def refusal(variant: Variant, tensors: Mapping[str, Tensor] | None, config: Any 
 
 
 def variant_adapter(wrapped: PeftModel, tensors: Mapping[str, Tensor], variant: Variant) -> dict[str, Tensor]:
-    """Computes the tensors of an adapter's variant.
+    """Computes the tensors of an adapter's variant, under the same names; ModelError where it cannot have it.
 
     Law: with a scale s the adapter's change is s times what it was; with 1, or where nothing intrudes, it is the same.
 
     Args:
         wrapped: The base with the adapter; afterwards it has the adapter's tensors.
         tensors: The adapter's, as its file has them.
-        variant: The variant; ModelError where the adapter cannot have it.
-
-    Returns:
-        New tensors under the same names.
+        variant: The variant.
     """
     why = refusal(variant, tensors, wrapped.peft_config[_DEFAULT])
     if why:
@@ -166,13 +155,13 @@ def interpolate(
 ) -> None:
     """Sets a model's weights between the base's and the tuned ones, eq. 1, computed in float32 at least.
 
-    Laws: 0 gives the base's weights, and 1 the tuned ones, bit for bit.
+    Laws: a factor of 0 gives the base's weights, and 1 the tuned ones, bit for bit.
 
     Args:
         model: The model to change; of the architecture of both.
         base: The base.
-        tuned: The tuned weights by name.
-        factor: The factor.
+        tuned: Name to tuned weight.
+        factor: s of eq. 1.
         whole: Modules that the base does not have, such as a drawn head: they stay as tuned.
     """
     heads = tuple(f"{name}." for name in whole)

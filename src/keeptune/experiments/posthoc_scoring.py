@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,32 +36,32 @@ VARIANTS = "variants"
 _WEIGHTS = "adapter_model.safetensors"
 
 
-@dataclass(frozen=True)
 class _Loaded:
-    """A loaded result: why it cannot have a variant, and the models before and after with one."""
+    """A loaded result and its variants: of an adapter, or of a whole model."""
 
-    refusal: Callable[[Variant], str]
-    make: Callable[[Variant], ModelPair]
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.pair = load_pair(job, folder)
+        if isinstance(self.pair, AdapterPair):
+            self.tensors = load_file(folder / _WEIGHTS)
+        else:
+            assert isinstance(self.pair, TwoModels)
+            self.tensors = {name: weight.detach().clone() for name, weight in self.pair.tuned.named_parameters()}
 
+    def refusal(self, variant: Variant) -> str:
+        """Returns why the result cannot have a variant; empty where it can."""
+        if isinstance(self.pair, AdapterPair):
+            return refusal(variant, self.tensors, self.pair.peft_model.peft_config["default"])
+        return refusal(variant, None)
 
-def _load(job: Job, folder: Path) -> _Loaded:
-    pair = load_pair(job, folder)
-    if isinstance(pair, AdapterPair):
-        wrapped, tensors = pair.peft_model, load_file(folder / _WEIGHTS)
-
-        def of_adapter(variant: Variant) -> ModelPair:
-            put_adapter(wrapped, variant_adapter(wrapped, tensors, variant))
+    def make(self, variant: Variant) -> ModelPair:
+        """Returns the models before and after, with a variant."""
+        if isinstance(self.pair, AdapterPair):
+            wrapped = self.pair.peft_model
+            put_adapter(wrapped, variant_adapter(wrapped, self.tensors, variant))
             return AdapterPair(wrapped)
-
-        return _Loaded(lambda variant: refusal(variant, tensors, wrapped.peft_config["default"]), of_adapter)
-    assert isinstance(pair, TwoModels)
-    tuned = {name: weight.detach().clone() for name, weight in pair.tuned.named_parameters()}
-
-    def of_model(variant: Variant) -> ModelPair:
-        interpolate(pair.tuned, pair.base, tuned, variant.value, head_of(pair.tuned))
-        return pair
-
-    return _Loaded(lambda variant: refusal(variant, None), of_model)
+        assert isinstance(self.pair, TwoModels)
+        interpolate(self.pair.tuned, self.pair.base, self.tensors, variant.value, head_of(self.pair.tuned))
+        return self.pair
 
 
 def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers | None = None) -> dict[str, str]:
@@ -73,7 +72,7 @@ def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers |
     """
     folder = find_result(job.output)
     weights = result_fingerprint(folder)
-    loaded = cache(lambda: _load(job, folder))  # not loaded where every variant is scored
+    loaded = cache(lambda: _Loaded(job, folder))  # not loaded where every variant is scored
     names = [benchmark.name for benchmark in job.recipe.evaluate]
     refused = {}
     for variant in variants:
@@ -83,7 +82,7 @@ def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers |
         why = loaded().refusal(variant) if record is None else record["message"]
         if why:
             refused[variant.slug] = why
-        pair = cache(partial(_make, loaded, variant))
+        pair = cache(lambda variant=variant: loaded().make(variant))
         for benchmark in () if why else job.recipe.evaluate:
             score(job, benchmark, pair, place, weights, kept, variant.plain())
         if record is None:  # last: it is the mark of what is finished
@@ -91,10 +90,6 @@ def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers |
                 _log.warning("%s: %s is left out: %s", job.output.name, variant.slug, why)
             stored.write({"variant": variant.plain(), "weights": weights, "benchmarks": names, "message": why})
     return refused
-
-
-def _make(loaded: Callable[[], _Loaded], variant: Variant) -> ModelPair:
-    return loaded().make(variant)
 
 
 def write_variant(job: Job, variant: Variant, output: Path) -> Path:
@@ -106,7 +101,7 @@ def write_variant(job: Job, variant: Variant, output: Path) -> Path:
     """
     folder = find_result(job.output)
     refuse_foreign(output)
-    loaded = _load(job, folder)
+    loaded = _Loaded(job, folder)
     if why := loaded.refusal(variant):
         raise ModelError(
             f"variant {variant.slug}", got=why, wanted="a result that can have it", next_step="Choose another run."
@@ -120,8 +115,8 @@ def write_variant(job: Job, variant: Variant, output: Path) -> Path:
         written = _write_weights(job, pair, folder, fresh, variant)
         gap = gap_to(logits_of(written, probe), wanted, written.dtype, None, f"export {output}")
         sidecar = read_json(fresh / SIDECAR)
-        export = {"gap": gap.gap, "relative_gap": gap.relative, "bound": BOUNDS[written.dtype]}
-        export = sidecar["export"] | export
+        checked = {"gap": gap.gap, "relative_gap": gap.relative, "bound": BOUNDS[written.dtype]}
+        export = sidecar["export"] | checked
         write_json(fresh / SIDECAR, sidecar | {"export": export, "variant": variant.plain()})
     return output
 

@@ -29,12 +29,11 @@ import numpy as np
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import ArtefactError, RecipeError
 from keeptune.experiments.axes import axes_of, forgotten_of, learned_of
-from keeptune.experiments.compare_section import Search
+from keeptune.experiments.compare_section import Search, missing_extra
 from keeptune.experiments.comparison_record import row_of
 from keeptune.experiments.engine import (
     TaskMaker,
     log_outcome,
-    missing_extra,
     only_one,
     run_tasks,
     started_workers,
@@ -123,31 +122,29 @@ def strengths_of(variations: Sequence[Variation]) -> Span | Choices | None:
 
 def spans_of(entry: Entry) -> dict[str, Span | Choices]:
     """Returns what is drawn for an entry once it is chosen, by parameter; what has one value is left out."""
-    spans: dict[str, Span | Choices] = {}
     rates = [rate for rate in entry.rates if rate is not None]
-    if len(rates) > 1:
-        spans[f"{slug(entry.label)}.rate"] = Span(min(rates), max(rates))
-    strengths = strengths_of(entry.variations)
-    if strengths is not None:
-        spans[f"{slug(entry.label)}.strength"] = strengths
-    return spans
+    spans = {
+        "rate": Span(min(rates), max(rates)) if len(rates) > 1 else None,
+        "strength": strengths_of(entry.variations),
+    }
+    return {f"{slug(entry.label)}.{name}": span for name, span in spans.items() if span is not None}
 
 
 def setting_of(entries: Sequence[Entry], params: Mapping[str, Any]) -> tuple[Entry, Variation, float | None]:
     """Returns the setting that a trial drew: its entry, strength and rate."""
     entry = next(entry for entry in entries if entry.label == params[_ENTRY])
-    spans, name = spans_of(entry), slug(entry.label)
-    rates, strengths = spans.get(f"{name}.rate"), spans.get(f"{name}.strength")
-    rate = rates.rounded(params[f"{name}.rate"]) if isinstance(rates, Span) else entry.rates[0]
-    variation = entry.variations[0]
-    if isinstance(strengths, Choices):
-        variation = entry.variations[params[f"{name}.strength"]]
-    elif strengths is not None:
-        value = strengths.rounded(params[f"{name}.strength"])
-        by_name = variation.factor is None
-        variation = (
-            by_value(next(iter(variation.settings)), value) if by_name else by_factor(entry.settings["method"], value)
-        )
+    spans = {name.rpartition(".")[2]: (span, params[name]) for name, span in spans_of(entry).items()}
+    rate, variation = entry.rates[0], entry.variations[0]
+    match spans.get("rate"):
+        case (Span() as span, drawn):
+            rate = span.rounded(drawn)
+    match spans.get("strength"):
+        case (Choices(), drawn):
+            variation = entry.variations[drawn]
+        case (Span() as span, drawn) if variation.factor is None:
+            variation = by_value(next(iter(variation.settings)), span.rounded(drawn))
+        case (Span() as span, drawn):
+            variation = by_factor(entry.settings["method"], span.rounded(drawn))
     return entry, variation, rate
 
 

@@ -42,8 +42,6 @@ class RunTask:
     """A run as a worker gets it.
 
     Args:
-        name: Its name.
-        recipe: Its recipe.
         key: Of all that its result depends on.
         base: Fingerprint of the base.
         shared: The comparison's folder, where the base's answers are.
@@ -74,15 +72,13 @@ class Outcome:
 def task_key(recipe: Recipe, base: str, known: dict[str, str]) -> str:
     """Returns the key of all that a run's result depends on; ``known`` has fingerprints of data files by path."""
     scored = [getattr(entry, "file", None) or getattr(entry, "data", None) for entry in recipe.evaluate]
-    paths = [*(part.file for part in recipe.knowledge_sets), recipe.task.train, *scored]
-    data = []
+    given = [*(part.file for part in recipe.knowledge_sets), recipe.task.train, *scored]
+    paths = [str(path) for path in given if path is not None]
     for path in paths:
-        if path is not None:
-            if str(path) not in known:
-                known[str(path)] = _fingerprint(Path(path))
-            data.append(known[str(path)])
+        if path not in known:
+            known[path] = _fingerprint(Path(path))
     plain = {key: value for key, value in recipe.written().items() if key not in _CHANGE_NO_RESULT}
-    return content_key([plain, data, base])
+    return content_key([plain, [known[path] for path in paths], base])
 
 
 def _fingerprint(path: Path) -> str:
