@@ -58,11 +58,6 @@ def subtract(weight: Tensor, target_plan: TargetPlan) -> Tensor:
 def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> dict[str, float]:
     """Returns how far each target's weight is from W at the start of training, in the base's dtype.
 
-    Args:
-        model: The base model; it is not changed.
-        plan: The plan.
-        anchor: The anchor that would be installed.
-
     Returns:
         Target name to ``‖W_res + s B0 A0 - W‖ / ‖W‖`` (Frobenius), where ``B0 A0`` is what was taken out; 0 for a
         twin, which leaves W as it is.

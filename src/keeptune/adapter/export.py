@@ -92,13 +92,8 @@ class Exported:
 def format_for(plan: Plan, wanted: Format, rank: int | None = None) -> tuple[Format, str]:
     """Returns the format a plan's result can have, and why it is not the one wanted (empty when it is).
 
-    Args:
-        plan: The plan.
-        wanted: The format wanted; what has no form as a portable LoRA is merged.
-        rank: The largest rank wanted; None is that of the change.
-
     Raises:
-        ExportError: An adapter with ranks of its own, or of a smaller rank, is wanted and there is none.
+        ExportError: An adapter with ranks of its own, or of a smaller ``rank``, is wanted and there is none.
     """
     reason = _no_lora(plan, rank)
     if rank is not None and (wanted == "merged" or reason):
@@ -161,9 +156,6 @@ def export(
         base: Path or hub id of the base, written into the adapter's config.
         load_base: Loads a fresh base.
         tokenizer: Saved along when given.
-
-    Returns:
-        Where it is and how large the gap is.
 
     Raises:
         ExportError: The gap is above the bound, the format does not fit the plan, or the folder holds something
@@ -250,13 +242,7 @@ def merge(
     load_base: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> float:
-    """Merges an adapter into its base and writes the whole model.
-
-    Args:
-        adapter: Any LoRA adapter that PEFT loads.
-        folder: Where the model goes.
-        load_base: Loads a fresh base.
-        tokenizer: Saved along when given.
+    """Merges any LoRA adapter that PEFT loads into a freshly loaded base and writes the whole model.
 
     Returns:
         The largest difference in logits between adapter on base and merged model.

@@ -104,13 +104,7 @@ def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
 
 
 def restore_state(model: PeftModel, plan: Plan, state: Mapping[str, Tensor]) -> None:
-    """Puts the state of a trained model back into an installed one.
-
-    Args:
-        model: The installed model.
-        plan: Its plan.
-        state: From :func:`trained_state`.
-    """
+    """Puts the state of a trained model, from :func:`trained_state`, back into an installed one."""
     with torch.no_grad():
         for target_plan in plan.targets:
             for factor in _held(target_plan):

@@ -20,12 +20,8 @@ SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM accepts
 def write_lora(change: TrainedChange, plan: Plan, folder: Path, base: str, *, portable: bool) -> int:
     """Writes an adapter's config and tensors, and returns the adapter's rank.
 
-    Args:
-        change: What was trained.
-        plan: Its plan.
-        folder: Where.
-        base: Path or hub id of the base, written into the config.
-        portable: Pad to one rank that servers allow; else each target keeps its own.
+    A portable one is padded to one rank that servers allow; else each target keeps its own. ``base`` is the path or hub
+    id of the base, written into the config.
     """
     weights = change.weights
     rank = max(part.rank for part in weights.values())

@@ -58,14 +58,9 @@ def _register(layer: Any, name: str) -> None:
 
 
 def within_rows(target_plan: TargetPlan, name: TensorName, gradient: Tensor) -> Tensor:
-    """Returns a gradient without the part outside a plan's rows.
+    """Returns the gradient ``(m, ...)`` of B or a bias without the part outside a plan's rows.
 
     Law: zero outside the rows, the same inside; every gradient of a plan without rows is left as it is.
-
-    Args:
-        target_plan: The target's plan.
-        name: Whose gradient.
-        gradient: ``(m, ...)`` for B and the bias.
     """
     if name not in target_plan.confined:
         return gradient

@@ -17,11 +17,9 @@ __all__ = ["install_subspace", "subspace_change"]
 
 
 def install_subspace(model: PreTrainedModel, plan: Plan) -> PeftModel:
-    """Wraps the targets in PEFT's OSF layers; the model computes what it did before, to rounding.
+    """Wraps the targets in PEFT's OSF layers; each target's rank in the plan is that of its trained part.
 
-    Args:
-        model: The base model; it is changed in place, its weights are not.
-        plan: A plan with scope ``"subspace"``; each target's rank is that of its trained part.
+    The model is changed in place, its weights are not: it computes what it did before, to rounding.
     """
     frozen = {f"^{re.escape(t.target.name)}$": t.target.max_rank - t.decision.rank for t in plan.targets}
     config = OSFConfig(

@@ -81,13 +81,9 @@ def truncated_changes(change: TrainedChange, rank: int) -> tuple[TrainedChange, 
 
 
 def put_change(base: PreTrainedModel, change: TrainedChange, plan: Plan, model: PeftModel) -> None:
-    """Writes a trained change into the weights of a base.
+    """Writes a trained change into the weights of a freshly loaded base.
 
-    Args:
-        base: A freshly loaded base; it is changed.
-        change: From :func:`change_of`.
-        plan: The plan.
-        model: The trained model, for weights of which the change is not of low rank: one at a time is formed.
+    Changes that are not of low rank are formed from the trained model, one at a time.
     """
     with torch.no_grad():
         for target_plan in plan.targets:

@@ -55,13 +55,7 @@ def trained_head(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
 
 
 def put_head(model: PreTrainedModel | PeftModel, plan: Plan, values: Mapping[str, Tensor]) -> None:
-    """Puts a trained head into an installed model, or in the place of a base's own.
-
-    Args:
-        model: The installed model, or the base.
-        plan: The plan.
-        values: From :func:`trained_head`; other names are left aside.
-    """
+    """Puts a trained head into an installed model, or in the place of a base's own; other names are left aside."""
     heads = (
         _trained(model, plan) if isinstance(model, PeftModel) else {n: model.get_submodule(n) for n in head_names(plan)}
     )

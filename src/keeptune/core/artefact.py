@@ -1,4 +1,8 @@
-"""Canonical JSON, content keys, fingerprints and atomic writes: what makes a run resumable."""
+"""Canonical JSON, content keys, fingerprints and atomic writes: what makes a run resumable.
+
+Functions that write raise ArtefactError where the disk is full or read-only; functions that read, where a file is
+missing or damaged.
+"""
 
 from __future__ import annotations
 
@@ -60,10 +64,7 @@ _NOT_THE_FUNCTION = (  # config fields that do not change what a model computes 
 
 
 def canonical_json(value: Any) -> str:
-    """Returns a value as JSON in its only form: sorted keys, no spaces, no NaN.
-
-    Args:
-        value: Built-in types, frozen dataclasses, sets, paths.
+    """Returns built-in types, frozen dataclasses, sets and paths as JSON in its only form: sorted keys, no NaN.
 
     >>> canonical_json({"b": 1, "a": (1, 2)})
     '{"a":[1,2],"b":1}'
@@ -97,11 +98,9 @@ def tensor_fingerprint(tensor: Tensor) -> str:
 
 
 def model_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> str:
-    """Returns the content key of what a model computes: every weight, and the config that says how it is used.
+    """Returns the content key of what a base model computes: every weight, and the config that says how it is used.
 
-    Args:
-        model: The base model, before anything is installed into it.
-        without: Modules to leave out, such as a head with random weights.
+    Modules of ``without``, such as a head with random weights, are left out.
     """
     named = tqdm(model.state_dict().items(), desc="fingerprint", delay=2, disable=None, leave=False)
     left_out = tuple(f"{module}." for module in without)
@@ -113,11 +112,7 @@ def model_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> str
 
 
 def file_fingerprint(paths: Iterable[Path]) -> str:
-    """Returns the SHA-256 of files' bytes, whatever their names.
-
-    Args:
-        paths: Files, in the order that matters.
-    """
+    """Returns the SHA-256 of files' bytes, in the order given, whatever their names."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -126,11 +121,7 @@ def file_fingerprint(paths: Iterable[Path]) -> str:
 
 @contextlib.contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Raises one clear error for a full or read-only disk, whichever library meets it.
-
-    Raises:
-        ArtefactError: The disk is full or cannot be written.
-    """
+    """Raises an ArtefactError for a full or read-only disk, whichever library meets it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -146,11 +137,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, and makes its folder.
-
-    Raises:
-        ArtefactError: The disk is full or cannot be written.
-    """
+    """Writes a file whole or not at all, and makes its folder."""
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -167,26 +154,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes readable JSON whole or not at all.
-
-    Raises:
-        ArtefactError: The disk is full or cannot be written.
-    """
+    """Writes readable JSON whole or not at all."""
     text = json.dumps(json.loads(canonical_json(value)), indent=2, ensure_ascii=False)
     write_bytes(path, (text + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Writes a safetensors file whole or not at all and returns the SHA-256 of its bytes.
-
-    Args:
-        path: The file.
-        tensors: Name to tensor, on any device.
-        metadata: Text to text, stored in the header.
-
-    Raises:
-        ArtefactError: The disk is full or cannot be written.
-    """
+    """Writes a safetensors file with metadata whole or not at all, and returns the SHA-256 of its bytes."""
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     # Without tensors, safetensors writes a broken header for empty metadata.
     data = save_safetensors_bytes(ready, metadata=dict(metadata) if metadata else None)
@@ -195,25 +169,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON that keeptune wrote.
-
-    Raises:
-        ArtefactError: The file is missing or is not JSON.
-    """
+    """Reads JSON that keeptune wrote."""
     with _refuse_damaged(path, "a JSON file", "Remove it and run the stage again."):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    """Reads a safetensors file to the CPU and checks its bytes.
-
-    Args:
-        path: The file.
-        sha256: What :func:`write_tensors` returned.
-
-    Raises:
-        ArtefactError: The file is missing, damaged or another one.
-    """
+    """Reads a safetensors file to the CPU and checks it against the SHA-256 that :func:`write_tensors` returned."""
     with _refuse_damaged(path, "the file as it was written", "Remove its folder and run the stage again."):
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:
@@ -231,12 +193,7 @@ def _refuse_damaged(path: Path, wanted: str, next_step: str) -> Iterator[None]:
 
 
 def has_key(path: Path, key: str) -> bool:
-    """Returns whether a stage's record exists and is of the same key.
-
-    Args:
-        path: JSON that keeptune wrote, with a ``key``.
-        key: The key wanted.
-    """
+    """Returns whether a stage's record, JSON with a ``key``, exists and has this key."""
     try:
         return bool(read_json(path)["key"] == key)
     except (ArtefactError, KeyError, TypeError):
@@ -245,14 +202,7 @@ def has_key(path: Path, key: str) -> bool:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Writes a folder whole or not at all; one that exists is replaced.
-
-    Yields:
-        A temporary folder beside it to write into.
-
-    Raises:
-        ArtefactError: The disk is full or cannot be written.
-    """
+    """Yields a temporary folder that takes a folder's place at the end, whole or not at all."""
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = _folder_beside(path, "")

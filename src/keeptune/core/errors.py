@@ -86,15 +86,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def placed(where: str, do: Callable[[], T]) -> T:
-    """Returns what a function returns; its errors name the place in a larger whole.
-
-    Args:
-        where: The place, such as one point of a sweep.
-        do: The function.
-
-    Raises:
-        KeeptuneError: As ``do`` raises it, with ``where`` before its own place.
-    """
+    """Returns what a function returns; its errors name where it stands in a larger whole, such as a sweep."""
     try:
         return do()
     except KeeptuneError as error:

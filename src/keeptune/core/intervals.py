@@ -26,14 +26,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over seeds with its 95% interval.
-
-    Args:
-        mean: The mean of the values.
-        low: Lower end of the interval; NaN where there is none.
-        high: Upper end; NaN where there is none.
-        values: One value per seed.
-    """
+    """A mean over seeds, of one value each, with its 95% interval; the ends are NaN where there is none."""
 
     mean: float
     low: float
@@ -52,23 +45,12 @@ class Estimate:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Returns whether a smaller value of a metric is the better one: true of cross entropies, in nats per token.
-
-    Args:
-        metric: Name of the metric.
-    """
+    """Returns whether a smaller value of a metric is the better one: true of cross entropies."""
     return metric == "cross_entropy"
 
 
 def t_half_width(values: Sequence[float]) -> float:
-    """Computes half the width of the 95% t-interval of a mean (eq. 1).
-
-    Args:
-        values: One value per seed.
-
-    Returns:
-        The half width; NaN for fewer than two values.
-    """
+    """Returns half the width of the 95% t-interval of a mean (eq. 1); NaN for fewer than two values."""
     count = len(values)
     if count < 2:
         return math.nan
@@ -76,14 +58,11 @@ def t_half_width(values: Sequence[float]) -> float:
 
 
 def combine(triples: Sequence[Triple]) -> Estimate | None:
-    """Combines seeds by the rule of this module.
+    """Combines seeds by the rule of this module; None without a value.
 
     Args:
         triples: Value and ends of the item interval of every seed; ends may be NaN, and seeds without a finite value
             are left out.
-
-    Returns:
-        The estimate; None without a value.
 
     >>> combine([(1.0, 0.5, 1.5)])
     Estimate(mean=1.0, low=0.5, high=1.5, values=(1.0,))
@@ -102,14 +81,7 @@ def combine(triples: Sequence[Triple]) -> Estimate | None:
 
 
 def mean_of_seeds(values: Sequence[float]) -> Estimate | None:
-    """Combines numbers that have no item intervals.
-
-    Args:
-        values: One value per seed; those that are not finite are left out.
-
-    Returns:
-        The mean with its t-interval (eq. 1); None without a value.
-    """
+    """Combines values without item intervals (eq. 1); those that are not finite are left out."""
     return combine([(value, math.nan, math.nan) for value in values])
 
 

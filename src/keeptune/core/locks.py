@@ -13,19 +13,12 @@ __all__ = ["locked"]
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds the lock of a file; the system releases it when the process ends, however it ends.
+    """Holds the lock of a file, which is made; the system releases it when the process ends, however it ends.
 
     The file stays: removing it would let a third process lock another file of the same name.
 
-    Args:
-        path: The file; it and its folder are made.
-        wait: Whether to wait for whoever holds it.
-
     Yields:
         True while it is held; False where another process holds it and ``wait`` is not set.
-
-    Raises:
-        ArtefactError: The file cannot be made.
     """
     import fcntl  # not on Windows, where nothing else of keeptune needs it
 

@@ -73,11 +73,7 @@ class LowRank:
         return LowRank(self.B * factor, self.A)
 
     def minus(self, other: LowRank) -> LowRank:
-        """Returns the exact difference, of rank r + r', or r where the two share A (a frozen A) or B.
-
-        Raises:
-            ValueError: The shapes differ.
-        """
+        """Returns the exact difference, of rank r + r', or r where the two share A (a frozen A) or B."""
         if self.shape != other.shape:
             raise ValueError(f"LowRank.minus: shapes {self.shape} and {other.shape} differ")
         if torch.equal(self.A, other.A):
@@ -87,19 +83,11 @@ class LowRank:
         return LowRank(torch.cat([self.B, -other.B], dim=1), torch.cat([self.A, other.A], dim=0))
 
     def plus(self, other: LowRank) -> LowRank:
-        """Returns the exact sum, of rank r + r', or r where the two share A or B.
-
-        Raises:
-            ValueError: The shapes differ.
-        """
+        """Returns the exact sum, of rank r + r', or r where the two share A or B."""
         return self.minus(other.scaled(-1.0))
 
     def padded(self, rank: int) -> LowRank:
-        """Returns the same change with zero columns appended to B and zero rows to A.
-
-        Raises:
-            ValueError: The rank wanted is smaller than the present one.
-        """
+        """Returns the same change of a larger rank, with zero columns appended to B and zero rows to A."""
         extra = rank - self.rank
         if extra < 0:
             raise ValueError(f"LowRank.padded: rank {self.rank} cannot shrink to {rank}; use truncated")
@@ -108,11 +96,7 @@ class LowRank:
         return LowRank(B, A)
 
     def truncated(self, rank: int) -> LowRank:
-        """Returns the nearest change of a smaller rank, balanced, by QR of the factors and an r x r SVD.
-
-        Args:
-            rank: The rank wanted; a larger one than the present gives the same change, balanced.
-        """
+        """Returns the nearest change of at most a rank, balanced, by QR of the factors and an r x r SVD."""
         Q_B, R_B = torch.linalg.qr(self.B.double())
         Q_A, R_A = torch.linalg.qr(self.A.double().T)
         U, S, Vh = torch.linalg.svd(R_B @ R_A.T)

@@ -15,14 +15,7 @@ __all__ = ["Options", "Range"]
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The finite numbers that an option may have.
-
-    Args:
-        least: The smallest number.
-        above: A number that is too small.
-        most: The largest number.
-        below: A number that is too large.
-        advice: The next step of the error message.
+    """The finite numbers that an option may have; ``advice`` is the next step of the error message.
 
     >>> str(Range(above=0, most=100)), 0 in Range(above=0)
     ('above 0 and at most 100', False)
@@ -64,11 +57,7 @@ class Options:
     ranges: ClassVar[Mapping[str, Range]] = {}
 
     def __post_init__(self) -> None:
-        """Check every number that has a range.
-
-        Raises:
-            PlanError: One is out of it.
-        """
+        """Check every number that has a range."""
         known: dict[str, Range] = {}
         for cls in reversed(type(self).__mro__):
             known |= vars(cls).get("ranges", {})
@@ -78,28 +67,16 @@ class Options:
                 self.need(value in allowed, option, str(allowed), allowed.advice)
 
     def need(self, right: bool, option: str, wanted: str, advice: str = "Correct the value.") -> None:
-        """Refuses the value of an option unless it is right.
-
-        Raises:
-            PlanError: It is not.
-        """
+        """Raises PlanError unless the value of an option is right."""
         if not right:
             raise PlanError(self.place(option), got=str(getattr(self, option)), wanted=wanted, next_step=advice)
 
     def place(self, option: str) -> str:
-        """Returns how error messages name an option.
-
-        Returns:
-            The option as a recipe names it, or nearly so.
-        """
+        """Returns how error messages name an option: as a recipe does, or nearly so."""
         return option
 
     @classmethod
     def of(cls, other: Options, **changes: Any) -> Self:
-        """Takes over the options that have the same name in another object.
-
-        Returns:
-            The new object; an option that is in neither has its default.
-        """
+        """Takes over the options that have the same name in another object; the others have their defaults."""
         shared = {field.name for field in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(other)}
         return cls(**{name: getattr(other, name) for name in shared} | changes)

@@ -108,13 +108,7 @@ class TargetPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PenaltyPlan:
-    """A term of the loss that acts on what is trained (:mod:`keeptune.penalties`).
-
-    Args:
-        name: Its registered name.
-        options: Its options.
-        tensors: What training needs of it: weights and curvature, by name.
-    """
+    """A term of the loss on what is trained (:mod:`keeptune.penalties`), with its weights and curvature by name."""
 
     name: str
     options: Mapping[str, Any]
@@ -167,11 +161,7 @@ class Plan:
         return content_key(self._record() | {"factors": {k: tensor_fingerprint(v) for k, v in tensors.items()}})
 
     def __getitem__(self, name: str) -> TargetPlan:
-        """Returns the plan of a target.
-
-        Raises:
-            KeyError: The target is not in the plan.
-        """
+        """Returns the plan of a target, by its name."""
         for target_plan in self.targets:
             if target_plan.target.name == name:
                 return target_plan
@@ -196,11 +186,7 @@ class Plan:
         ]
 
     def save(self, folder: Path | str) -> None:
-        """Writes ``plan.json`` and the tensors of factors, evidence and penalties, whole or not at all.
-
-        Args:
-            folder: Where; a folder there is replaced.
-        """
+        """Writes ``plan.json`` and the tensors of factors, evidence and penalties, whole or not at all."""
         tensors = {
             "factors.safetensors": {f"{t.target.name}{k}": v for t in self.targets for k, v in _tensors(t).items()},
             "evidence.safetensors": {f"{t.target.name}:{k}": v for t in self.targets for k, v in t.evidence.items()},

@@ -14,12 +14,7 @@ __all__ = ["differences", "relative_gap"]
 
 
 def differences(first: Plan, second: Plan) -> list[str]:
-    """Returns one line per difference; none when the plans are equal.
-
-    Args:
-        first: A plan, on the left of each bar.
-        second: The plan to compare it with.
-    """
+    """Returns one line per difference, with the first plan on the left of each bar; none for equal plans."""
     lines, plans = [], (first, second)
     if first.method != second.method or dict(first.options) != dict(second.options):
         lines.append("method: " + " | ".join(f"{plan.method} {dict(plan.options)}" for plan in plans))
@@ -57,12 +52,7 @@ def _difference(a: TargetPlan | None, b: TargetPlan | None) -> str:
 
 
 def relative_gap(a: LowRank, b: LowRank) -> float | None:
-    """Returns the distance of two changes relative to the second; None when their factors are equal.
-
-    Args:
-        a: A change.
-        b: A change of the same shape.
-    """
+    """Returns the distance of two changes, relative to the second; None when their factors are equal."""
     if torch.equal(a.B, b.B) and torch.equal(a.A, b.A):
         return None
     return float(a.minus(b).norm_squared().sqrt() / b.norm_squared().sqrt().clamp_min(1e-30))

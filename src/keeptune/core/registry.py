@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 def registered(package: ModuleType, base: type[T], kind: str) -> dict[str, type[T]]:
-    """Returns all classes of a kind.
+    """Returns all classes of a kind by name.
 
     Args:
         package: The package; its name is that of the entry-point group.
         base: Their base class. A class is registered if it has a ``name`` of its own.
-        kind: What they are, for the error message, such as ``"method"``.
+        kind: What they are, for error messages, such as ``"method"``.
 
     Raises:
         RecipeError: Two classes have one name.
@@ -48,13 +48,7 @@ def entry_points(group: str) -> metadata.EntryPoints:
 
 
 def look_up(name: str, known: Mapping[str, T], where: str, kind: str) -> T:
-    """Returns the class of a name.
-
-    Args:
-        name: The name.
-        known: From :func:`registered`.
-        where: The recipe's key, for the error message.
-        kind: What they are, such as ``"method"``.
+    """Returns the class of a name among those that :func:`registered` returns.
 
     Raises:
         RecipeError: There is none; the message shows the nearest name.

@@ -71,11 +71,7 @@ class Calibration:
         return sum(len(ids) - max(start, 1) for ids, start in zip(self.sequences, starts, strict=True))
 
     def first(self, examples: int) -> Calibration:
-        """Returns the first texts of each set.
-
-        Args:
-            examples: How many of each; all, where a set has fewer.
-        """
+        """Returns the first ``examples`` texts of each set; all of a set with fewer."""
         kept: list[int] = []
         end = 0
         for size in self.sets or (len(self.sequences),):
@@ -139,16 +135,10 @@ class Calibration:
 def tokenize_calibration(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int, where: str
 ) -> Calibration:
-    """Tokenises whole texts as the model reads them.
-
-    Args:
-        texts: The texts.
-        tokenizer: The model's tokenizer.
-        max_length: Longer texts are cut to this many tokens.
-        where: The recipe key, for error messages.
+    """Tokenises whole texts as the model reads them, cut to ``max_length`` tokens.
 
     Raises:
-        DataError: There is no text, or a text has no tokens.
+        DataError: There is no text, or a text has no tokens; ``where`` is the recipe key that it names.
     """
     if not texts:
         raise DataError(where, got="no texts", wanted="at least one", next_step="Fill the knowledge file.")

@@ -20,12 +20,7 @@ __all__ = ["TaskExamples", "task_examples", "tokenize_completions"]
 
 @dataclass(frozen=True, slots=True)
 class TaskExamples(Examples):
-    """Rendered prompts and completions.
-
-    Args:
-        prompts: What the model reads.
-        completions: What it learns to write; TRL appends the end-of-text token.
-    """
+    """Rendered prompts, and the completions that a model learns to write; TRL appends the end-of-text token."""
 
     prompts: tuple[str, ...]
     completions: tuple[str, ...]
@@ -66,13 +61,7 @@ class TaskExamples(Examples):
 
 
 def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: str) -> TaskExamples:
-    """Renders the rows of a task.
-
-    Args:
-        rows: The rows.
-        prompt: Template of the prompt.
-        completion: Template of the completion, usually starting with a space.
-        where: The recipe key, for error messages.
+    """Renders the rows of a task by the templates of prompts and of completions, which usually start with a space.
 
     Raises:
         DataError: A row lacks a field.
@@ -89,18 +78,10 @@ def tokenize_completions(
     where: str,
     setting: str = "max_length",
 ) -> Calibration:
-    """Tokenises each prompt with its completion as one text; prompts that fill ``max_length`` are left out.
-
-    Args:
-        prompts: What the model reads.
-        completions: What it learns to write.
-        tokenizer: The model's tokenizer.
-        max_length: Longer texts are cut to this many tokens.
-        where: The recipe key, for error messages.
-        setting: The setting that error messages advise to raise.
+    """Tokenises each prompt with its completion as one text, cut to ``max_length``; prompts that fill it are left out.
 
     Raises:
-        DataError: No example is left.
+        DataError: No example of ``where``, a recipe key, is left; ``setting`` is the one that could be raised.
     """
     read = tokenizer(list(prompts))["input_ids"]
     whole = tokenizer([p + c for p, c in zip(prompts, completions, strict=True)])["input_ids"]

@@ -50,30 +50,19 @@ class Examples(ABC):
     def calibration(
         self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, examples: int | None = None, seed: int = 0
     ) -> Calibration:
-        """Returns a sample as training tokenises it, with what is learned of it, for statistics.
-
-        Args:
-            tokenizer: The model's tokenizer.
-            max_length: Longer examples are cut to this many tokens.
-            examples: How many examples are drawn; None draws all.
-            seed: Seed of the draw.
+        """Returns a sample of ``examples`` examples (None: all) as training tokenises it, with what is learned of it.
 
         Raises:
-            DataError: No example has room for what is learned.
+            DataError: No example has room for what is learned within ``max_length`` tokens.
         """
         rows = draw_rows(len(self), len(self) if examples is None else examples, seed)
         return self._calibration(rows, tokenizer, max_length)
 
 
 def draw_rows(count: int, size: int, seed: int) -> list[int]:
-    """Returns the indices of rows drawn without replacement, in the order of the draw.
+    """Returns the indices of ``size`` of ``count`` rows, drawn without replacement, in the order of the draw.
 
     Law: a smaller draw with the same seed is the beginning of a larger one.
-
-    Args:
-        count: How many rows there are.
-        size: How many are wanted; all, if there are fewer.
-        seed: The seed.
     """
     order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return order[:size]

@@ -19,9 +19,6 @@ _NAME = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))
 def fetch(name: str) -> Path:
     """Returns the local copy of a data file, which is downloaded into the hub's cache if it is not there.
 
-    Args:
-        name: ``hf://datasets/org/name/file.jsonl``, with ``@revision`` after the name if one is wanted.
-
     Raises:
         DataError: The name has another form, or the hub does not give the file.
     """

@@ -81,15 +81,7 @@ def knowledge_set(
     chat: bool = False,
     where: str,
 ) -> KnowledgeSet:
-    """Renders the rows of a set.
-
-    Args:
-        rows: The rows.
-        text: Template of whole texts; else:
-        prompt: Template of the prompts.
-        completion: Template of the completions, usually starting with a space.
-        chat: Put prompts into the tokenizer's chat template, where it has one.
-        where: The recipe key, for error messages.
+    """Renders the rows of a set by the template of whole texts, or else those of prompts and completions.
 
     Raises:
         DataError: A row lacks a field.

@@ -50,12 +50,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What a classifier reads.
-
-    Args:
-        first: The texts.
-        second: The other texts of the pairs; None where there are no pairs.
-    """
+    """What a classifier reads: texts, or pairs of texts."""
 
     first: tuple[str, ...]
     second: tuple[str, ...] | None = None
@@ -70,12 +65,7 @@ class Texts:
         return Texts(*(tuple(part[i] for i in indices) for part in self._parts()))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-        """Returns the tokens, with the special ones of the tokenizer; of a pair, the longer text is cut first.
-
-        Args:
-            tokenizer: The tokenizer.
-            max_length: Tokens per example, special ones among them.
-        """
+        """Returns the tokens, with the special ones of the tokenizer; of a pair, the longer text is cut first."""
         parts = [list(part) for part in self._parts()]
         # verbose=False: no warning about texts longer than the model, they are cut.
         lengths = [len(ids) for ids in tokenizer(*parts, verbose=False)["input_ids"]]
@@ -141,13 +131,7 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def texts_of(rows: Sequence[Row], *, text: str, text_pair: str | None, where: str) -> Texts:
-    """Renders the texts of rows.
-
-    Args:
-        rows: The rows.
-        text: Template.
-        text_pair: Template of the other text, for pairs.
-        where: The recipe key, for error messages.
+    """Renders the texts of rows, or their pairs, by one or two templates.
 
     Raises:
         DataError: A row lacks a field, or a text is empty.
@@ -183,8 +167,7 @@ def labelled_examples(
         where: The recipe key, for error messages.
 
     Raises:
-        DataError: A row lacks a field, a text or a label is empty, a score is not a number, a label is not among the
-            names, or there are fewer than two labels.
+        DataError: A field is missing, empty, no number or not among the names, or there are fewer than two labels.
     """
     places = [(row, f"{where} row {number}") for number, row in enumerate(rows, start=1)]
     labels: tuple[int, ...] | tuple[float, ...]

@@ -21,12 +21,12 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def choose_rows(rows: Sequence[Row], count: int, *, by: str | None, seed: int | None, where: str) -> list[Row]:
-    """Returns some rows, of the whole file or of each value of a field, in file order.
+    """Returns some rows, of the whole file or of each value of a field such as ``subject``, in file order.
 
     Args:
         rows: The rows.
         count: How many; of each value, where there is a field. All, where there are fewer.
-        by: The field, such as ``subject``; None takes the file as one.
+        by: The field; None takes the file as one.
         seed: Draws them; None takes the first. A smaller draw is part of a larger one.
         where: The recipe key, for error messages.
 
@@ -44,16 +44,11 @@ def choose_rows(rows: Sequence[Row], count: int, *, by: str | None, seed: int | 
 
 
 def lettered_rows(rows: Sequence[Row], choices: str, *, where: str) -> list[Row]:
-    r"""Returns rows with the fields that prompts of questions with choices name.
+    r"""Returns rows with the fields that prompts of questions with choices name, before their own of these names.
 
     ``options`` are the choices, each after its letter, a line each; ``letters`` names the letters; ``letter`` is that
     of the right choice, from the field ``answer`` (a letter, an index from 0, or the choice itself); ``subject_title``
-    is ``subject`` as a title. They go before fields of these names.
-
-    Args:
-        rows: The rows.
-        choices: Names the field that holds the list of choices: ``"{choices}"``.
-        where: The recipe key, for error messages.
+    is ``subject`` as a title. ``choices`` names the field that holds the list of choices.
 
     Raises:
         DataError: A row has no list of choices, or an answer that is none of them.

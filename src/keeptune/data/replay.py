@@ -19,10 +19,6 @@ def replayed(task: int, share: float) -> int:
 
     Law: ``replayed(n, s) / (n + replayed(n, s))`` is s, to the nearest example.
 
-    Args:
-        task: How many examples the task has.
-        share: From 0 to below 1.
-
     >>> replayed(95, 0.05), replayed(10, 0.0), replayed(3, 0.01)
     (5, 0, 1)
     """
@@ -30,16 +26,10 @@ def replayed(task: int, share: float) -> int:
 
 
 def with_replay(task: TaskExamples, knowledge: Sequence[KnowledgeSet], share: float, seed: int) -> TaskExamples:
-    """Returns a task with knowledge mixed in, evenly spread; each set in proportion to its size.
+    """Returns a task with a share of knowledge mixed in, evenly spread; each set in proportion to its size.
 
     Texts without a prompt become completions of an empty prompt. Knowledge is drawn without replacement, and again
-    from the start when all of it was drawn.
-
-    Args:
-        task: The task; its examples keep their order.
-        knowledge: The sets.
-        share: How much of the mixed examples is knowledge.
-        seed: Seed of the draw.
+    from the start when all of it was drawn; the examples of the task keep their order.
     """
     wanted = replayed(len(task), share)
     if not wanted:

@@ -17,12 +17,9 @@ Row = Mapping[str, Any]
 def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
     """Returns the rows of a JSON-lines file, a ``.json`` file with one list of objects, or a ``.parquet`` table.
 
-    Args:
-        path: The file; blank lines are skipped.
-        where: The recipe key that named the file, for error messages (``"knowledge.file"``).
-
     Raises:
-        DataError: The file is missing, is not UTF-8, has a line that is not a JSON object, or has no rows.
+        DataError: The file, named by the recipe key ``where``, is missing, is not UTF-8, has a line that is not a JSON
+            object, or has no rows.
     """
     path = Path(path)
     if not path.is_file():

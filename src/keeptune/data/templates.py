@@ -15,13 +15,10 @@ _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)\}")
 
 
 def render(template: str, row: Row, *, where: str) -> str:
-    r"""Returns a template filled with the fields of one row.
+    r"""Returns a template filled with the fields of one row; ``where`` is its file and line, for error messages.
 
-    Args:
-        template: Text with ``{field}`` places, ``{turns.0.text}`` inside lists and objects; any other brace is
-            literal, so code and JSON need no escapes.
-        row: The row.
-        where: File and line, for error messages.
+    Places are ``{field}``, or ``{turns.0.text}`` inside lists and objects; any other brace is literal, so code and JSON
+    need no escapes.
 
     Raises:
         DataError: The row lacks a field that the template names.
@@ -35,21 +32,12 @@ def render(template: str, row: Row, *, where: str) -> str:
 
 
 def render_all(template: str, rows: Sequence[Row], *, where: str) -> tuple[str, ...]:
-    """Returns a template filled with each of some rows.
-
-    Raises:
-        DataError: A row lacks a field that the template names.
-    """
+    """Returns a template filled with each of some rows, as :func:`render` does."""
     return tuple(render(template, row, where=f"{where} row {number}") for number, row in enumerate(rows, start=1))
 
 
 def pick(template: str, row: Row, *, where: str) -> Any:
     """Returns as :func:`render` does, but of a template that is one bare field the field's own value.
-
-    Args:
-        template: ``"{choices}"`` is the list itself; anything else is rendered as text.
-        row: The row.
-        where: File and line, for error messages.
 
     >>> pick("{choices}", {"choices": ["a", "b"]}, where="x")
     ['a', 'b']

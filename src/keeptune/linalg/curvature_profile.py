@@ -48,13 +48,9 @@ def directions(factor: PsdMatrix) -> Directions | None:
 
 
 def energies(change: LowRank | Tensor, along: Directions) -> Tensor:
-    """Returns the energy of a change along each direction, ``||E u_i||²``, shaped as the eigenvalues, float64.
+    """Returns the energy of a change E, ``(m, n)``, along each direction, ``||E u_i||²``, one per eigenvalue, float64.
 
     Laws: they sum to ``||E||²``; of the whole complement of U it is what is left.
-
-    Args:
-        change: E, ``(m, n)``; of factors it is not formed.
-        along: Directions of its input.
     """
     U = along.U
     if isinstance(change, LowRank):
@@ -75,13 +71,8 @@ def profile(widths: Tensor, energy: Tensor, bins: int = 10) -> Tensor:
 
     Directions lie side by side in their order, each as wide as what it holds (its eigenvalue, or 1 to count them), its
     energy spread evenly over its width; the whole is cut into equal parts. Energy of a direction without width counts
-    for the part that it lies in.
+    for the part that it lies in. Widths and energies, ``(k,)`` each, are not negative, and some energy is not zero.
     Laws: the shares sum to 1; energy in proportion to the widths gives equal shares; so does ``bins=1``.
-
-    Args:
-        widths: ``(k,)``, not negative.
-        energy: ``(k,)``, not negative, not all zero.
-        bins: How many parts.
     """
     widths, energy = widths.double(), energy.double()
     total = widths.sum()

@@ -41,19 +41,16 @@ def _signed(U: Tensor, S: Tensor, Vh: Tensor) -> _Triplets:
 
 
 def bottom_eigenvectors(C: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Returns the r smallest eigenvalues of a symmetric matrix, ``(r,)``, and their eigenvectors, ``(n, r)``.
+    """Returns the r smallest eigenvalues of a symmetric C ``(n, n)``, ``(r,)``, and their eigenvectors, ``(n, r)``.
 
     In float64, because rounding in float32 hides everything below 1e-7 of the largest eigenvalue, and with
-    it the null space. On the CPU only the r wanted vectors are computed (LAPACK's dsyevr).
+    it the null space. On the CPU only the r wanted vectors are computed (LAPACK's dsyevr). Only the lower triangle of C
+    is read.
 
     Laws: ``C U == U diag(values)``; ``UᵀU == I``; values ascend and are the smallest there are.
 
-    Args:
-        C: ``(n, n)``, symmetric; only its lower triangle is read.
-        r: How many, 1 <= r <= n.
-
     Raises:
-        ValueError: r is out of range.
+        ValueError: r is not 1 to n.
     """
     n = C.shape[0]
     if not 1 <= r <= n:
@@ -70,18 +67,14 @@ def bottom_eigenvectors(C: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def exact_svd(W: Tensor, where: str) -> _Triplets:
-    """Returns ``U (m, k)``, ``S (k,)`` descending and ``Vᵀ (k, n)``, k = min(m, n), in W's dtype.
+    """Returns ``U (m, k)``, ``S (k,)`` descending and ``Vᵀ (k, n)``, k = min(m, n), in W's dtype, float32 or float64.
 
     LAPACK's divide and conquer can fail to converge; then float64 is tried, then the Gram matrix of the shorter
     side (which resolves singular values down to 1e-8 of the largest), and the log says so.
     Laws: ``U diag(S) Vᵀ == W``; ``UᵀU == V Vᵀ == I``; S descends; the largest entry of each ``u_i`` is positive.
 
-    Args:
-        W: ``(m, n)``, float32 or float64.
-        where: The module's name, for messages.
-
     Raises:
-        StatisticsError: W is NaN or infinite somewhere.
+        StatisticsError: W is NaN or infinite somewhere; ``where`` names its module.
     """
     if not bool(torch.isfinite(W).all()):
         raise StatisticsError(
@@ -97,12 +90,8 @@ def exact_svd(W: Tensor, where: str) -> _Triplets:
 def projected_svd(W: Tensor, U: Tensor) -> _Triplets:
     """Returns the SVD of ``W U Uᵀ``: ``P (m, k)``, ``S (k,)`` descending, ``Vᵀ (k, n)``, k = min(m, r), in U's dtype.
 
-    With the thin SVD ``W U = P S Rᵀ`` (m x r), ``W U Uᵀ = P S (U R)ᵀ``: cost m n r + m r² instead of m n².
+    With the thin SVD ``W U = P S Rᵀ`` of orthonormal U ``(n, r)``, ``W U Uᵀ = P S (U R)ᵀ``: cost m n r + m r².
     Laws: ``P diag(S) Vᵀ == W U Uᵀ``; ``PᵀP == VᵀV == I`` where S > 0; the rows of Vᵀ lie in span(U).
-
-    Args:
-        W: ``(m, n)``.
-        U: ``(n, r)``, orthonormal columns.
     """
     P, S, Rh = _patient_svd(W.to(U.dtype) @ U, "projected weight")
     return P.to(U.dtype), S.to(U.dtype), Rh.to(U.dtype) @ U.T
@@ -144,15 +133,9 @@ def end_triplets(M: Tensor, r: int, end: Literal["top", "bottom"], where: str) -
     (smallest) of the min(m, n) singular values; the top triplets of rank min(m, n) make M; the largest entry of each
     ``u_i`` is positive.
 
-    Args:
-        M: ``(m, n)``.
-        r: How many, 1 <= r <= min(m, n).
-        end: Which end of the spectrum.
-        where: The module's name, for the error message.
-
     Raises:
-        StatisticsError: M is not finite.
-        ValueError: r is out of range.
+        StatisticsError: M is not finite; ``where`` names its module.
+        ValueError: r is not 1 to min(m, n).
     """
     if M.shape[0] < M.shape[1]:
         V, S, Uh = _end_of_tall(M.T, r, end, where)
@@ -203,13 +186,9 @@ def top_energy(W: Tensor, k: int) -> float:
     """Returns the share of the energy of ``W`` in its k largest singular values (FARSS Fig. 1); NaN for zeros.
 
     ``E_k(W) = (s₁² + ... + s_k²) / (s₁² + s₂² + ...)``, from the eigenvalues s² of the smaller of ``W Wᵀ`` and
-    ``Wᵀ W``, in float64.
+    ``Wᵀ W``, in float64; k may be more than there are.
     Laws: ``0 < E_k <= 1``; E_k grows with k; ``E_k == 1`` from the rank of W on; ``E_k(c W) == E_k(W)``;
     ``E_k(Wᵀ) == E_k(W)``.
-
-    Args:
-        W: ``(m, n)``, finite.
-        k: How many singular values, at least 1; more than there are count as all.
 
     Raises:
         ValueError: k is below 1.

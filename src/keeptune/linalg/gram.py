@@ -12,15 +12,11 @@ _SMALL = 256
 
 
 def add_gram(total: Tensor, X: Tensor) -> None:
-    """Adds ``Xᵀ X`` to the upper blocks of a running sum, in place.
+    """Adds ``Xᵀ X`` of rows X ``(N, n)`` to the upper blocks of a running sum ``(n, n)``, float64, in place.
 
     The product of each batch is formed in float32 and summed in float64, so a long sum loses nothing.
     Only blocks on or above the diagonal are formed: (b + 1) / 2b of the multiplications for b blocks.
     Law: ``symmetric(total) == Xᵀ X`` after one call on zeros.
-
-    Args:
-        total: ``(n, n)``, float64; its lower blocks are left as they are.
-        X: ``(N, n)``, one row per token.
     """
     X = X.float()
     n = X.shape[1]

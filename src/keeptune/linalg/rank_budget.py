@@ -9,14 +9,7 @@ __all__ = ["clipped_shares", "exact_shares"]
 
 
 def clipped_shares(weights: Sequence[float], total: int, low: Sequence[int], high: Sequence[int]) -> list[int]:
-    """Returns ``clip(round(total w_i / Σ w), low_i, high_i)``; their sum may be anything from Σ low to Σ high.
-
-    Args:
-        weights: Positive numbers.
-        total: What is shared.
-        low: Least rank of each.
-        high: Largest rank of each.
-    """
+    """Returns ``clip(round(total w_i / Σ w), low_i, high_i)`` of positive w; their sum is from Σ low to Σ high."""
     scale = total / math.fsum(weights)
     return [min(max(round(scale * w), a), b) for w, a, b in zip(weights, low, high, strict=True)]
 
@@ -24,19 +17,13 @@ def clipped_shares(weights: Sequence[float], total: int, low: Sequence[int], hig
 def exact_shares(weights: Sequence[float], total: int, low: Sequence[int], high: Sequence[int]) -> list[int]:
     """Returns ranks that sum to a total: what a bound takes or adds goes to those that are not at one.
 
-    The real shares are ``clip(θ w_i, low_i, high_i)`` with the θ at which they sum to the total; they are rounded
+    The real shares are ``clip(θ w_i, low_i, high_i)``, w > 0, with the θ at which they sum to the total; they are rounded
     down, and the units left over go to the largest remainders (the first of equal ones).
     Laws: the ranks sum to the total; each is within its bounds; where bounds are equal, a larger weight never
     gets less.
 
-    Args:
-        weights: Positive numbers.
-        total: What is shared, between Σ low and Σ high.
-        low: Least rank of each.
-        high: Largest rank of each.
-
     Raises:
-        ValueError: The bounds do not allow the total.
+        ValueError: The total is not between Σ low and Σ high.
     """
     if not sum(low) <= total <= sum(high):
         raise ValueError(f"exact_shares: got total {total}, wanted {sum(low)} to {sum(high)}")

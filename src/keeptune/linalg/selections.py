@@ -35,17 +35,13 @@ def quota(q: float, nodes: int) -> int:
 
 
 def lowest(scores: Tensor, k: int) -> Tensor:
-    """Returns a mask ``(..., D)`` of the k smallest scores along the last dimension.
+    """Returns a mask of the k smallest of scores ``(..., D)`` along the last dimension.
 
     Laws: k marks each; what is marked is never larger than what is not; any increasing function of the scores marks
     the same.
 
-    Args:
-        scores: ``(..., D)``, without NaN.
-        k: 0 to D.
-
     Raises:
-        ValueError: A score is NaN, or k is out of range.
+        ValueError: A score is NaN, or k is not 0 to D.
     """
     if not 0 <= k <= scores.shape[-1]:
         raise ValueError(f"lowest: got k {k}, wanted 0 to {scores.shape[-1]}")
@@ -86,18 +82,10 @@ def count_votes(chunks: Iterable[Tensor], k: int, *, whole: bool = False, highes
 
 
 def most_voted(counts: Tensor, k: int, *, whole: bool = False) -> Rows:
-    """Returns the k nodes with most votes, of each layer or of all, ascending by layer (LoKI, eq. 9).
+    """Returns the k nodes with most of the votes ``(L, D)``, of each layer or of all, ascending by layer (LoKI, eq. 9).
 
-    Laws: no node twice; k of each layer, or k in all where ``whole``; no node left out has more votes than one that is
-    taken, in its layer or in all.
-
-    Args:
-        counts: ``(L, D)``.
-        k: How many.
-        whole: Of all layers together; a layer may get none.
-
-    Raises:
-        ValueError: k is out of range.
+    Laws: no node twice; k of each layer, or k in all where ``whole`` (a layer may get none); no node left out has more
+    votes than one that is taken, in its layer or in all.
     """
     marked = lowest(-counts.flatten(), k).view(counts.shape) if whole else lowest(-counts, k)
     return tuple(tuple(row.nonzero().flatten().tolist()) for row in marked)
@@ -151,14 +139,9 @@ class Overlap:
 
 
 def overlaps(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]], nodes: int) -> list[Overlap]:
-    """Returns the overlap of two selections in each layer.
+    """Returns the overlap of two selections in each layer, of as many nodes D each.
 
     Laws: symmetric; chance is ``|A| |B| / D``, which is all of them where either takes every node.
-
-    Args:
-        first: The rows of each layer, L.
-        second: The rows of the same layers.
-        nodes: Nodes of each layer, D.
 
     Raises:
         ValueError: The selections are of other layers, or a row is none of the nodes.

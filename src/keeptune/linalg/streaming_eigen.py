@@ -35,11 +35,9 @@ _SHIFT = 1e-13  # of the trace: what float64 rounds away
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Truncated:
-    """A covariance as its top directions and a scalar for all others.
+    """A covariance as its top directions and a scalar for all others, F̂.
 
-    Args:
-        factor: F̂.
-        error: ``‖F - F̂‖ / ‖F‖`` in Frobenius norm, estimated from 16 probes.
+    ``error`` is ``‖F - F̂‖ / ‖F‖`` in Frobenius norm, estimated from 16 probes.
     """
 
     factor: LowRankPlus
@@ -85,11 +83,7 @@ class TopDirections:
         self.start = torch.randn(shape, generator=draw, dtype=torch.float32).to(self.device)
 
     def add(self, rows: Tensor) -> None:
-        """Adds the rows of one batch.
-
-        Args:
-            rows: ``(tokens, n)``.
-        """
+        """Adds the rows of one batch, ``(tokens, n)``."""
         X = rows.to(self.device, torch.float32)
         self.tokens += X.shape[0]
         self.trace += torch.linalg.vector_norm(X, dtype=torch.float64).square()

@@ -42,10 +42,7 @@ class PsdMatrix(ABC):
     def _mixed(self, rho: float) -> Self: ...
 
     def damped(self, rho: float) -> Self:
-        """Returns ``(1 - rho) F + rho tr(F) / n I``.
-
-        Args:
-            rho: Between 0 (nothing changes) and 1 (only the trace is left).
+        """Returns ``(1 - rho) F + rho tr(F) / n I``: F itself at 0, only its trace at 1.
 
         Raises:
             ValueError: rho is not between 0 and 1.
@@ -71,12 +68,7 @@ class PsdMatrix(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Identity(PsdMatrix):
-    """``scale I``.
-
-    Args:
-        size: n.
-        scale: A scalar, not negative.
-    """
+    """``scale I`` of size n, with a scalar tensor that is not negative."""
 
     size: int
     scale: Tensor
@@ -99,11 +91,7 @@ class Identity(PsdMatrix):
 
 @dataclass(frozen=True, eq=False)
 class Dense(PsdMatrix):
-    """A matrix as it is.
-
-    Args:
-        matrix: ``(n, n)``, symmetric positive semi-definite.
-    """
+    """A matrix as it is, ``(n, n)``, symmetric positive semi-definite."""
 
     matrix: Tensor
 
@@ -182,11 +170,7 @@ class LowRankPlus(PsdMatrix):
 
 
 def psd_matrix_from(tensors: Mapping[str, Tensor], prefix: str = "") -> PsdMatrix:
-    """Reads a matrix from its tensors.
-
-    Args:
-        tensors: Tensors by name, others among them.
-        prefix: What stands before the names of this matrix.
+    """Reads the matrix whose names begin with a prefix, among other tensors.
 
     Raises:
         KeyError: No matrix of that prefix is among them.

@@ -87,18 +87,11 @@ def _check_value(key: str, value: Any, hint: Any) -> Any:
 def sft_config(
     arguments: Mapping[str, Any], folder: Path, *, dtype: torch.dtype, device: str, positions: int | None = None
 ) -> SFTConfig:
-    """Returns TRL's config of the recipe's ``train`` section.
+    """Returns TRL's config of the recipe's ``train`` section, with ``folder`` for checkpoints.
 
     Defaults that differ from TRL's: mixed precision follows the base's dtype, no activation checkpointing,
-    a checkpoint every tenth of the training (the last two are kept), no tracker.
-
-    Args:
-        arguments: Any fields of ``SFTConfig`` (all of ``TrainingArguments`` among them).
-        folder: Where checkpoints go.
-        dtype: The base model's dtype.
-        device: ``"cpu"`` or a CUDA device.
-        positions: How many positions the base has; examples are cut to it, and to 1,024 tokens, unless
-            ``max_length`` says otherwise.
+    a checkpoint every tenth of the training (the last two are kept), no tracker; examples are cut to the positions
+    that the base has, and to 1,024 tokens.
 
     Raises:
         RecipeError: A field does not exist, is keeptune's own, or has a wrong value.

@@ -37,9 +37,8 @@ def attach(trainer: Any, plan: Plan) -> None:
         plan: The plan that was installed.
 
     Raises:
-        TrainError: The plan asks for something that this version does not know, or the trainer's arguments
-            choose another optimiser than the plan, or it has one where the plan scales the learning rate, or the
-            back-end cannot count a penalty exactly once.
+        TrainError: The plan needs something that this version does not have, the trainer has an optimiser of its own
+            where the plan chooses one or scales the learning rate, or it cannot count a penalty exactly once.
     """
     guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Guard)]
     if any(guard.attached for guard in guards):

@@ -25,11 +25,7 @@ _KNOWN = {
 
 
 def refuse_trainer(trainer: Any, plan: Plan) -> None:
-    """Refuses what cannot count a penalty exactly once.
-
-    Raises:
-        TrainError: The back-end, the optimiser or the method is such.
-    """
+    """Raises TrainError for a back-end, an optimiser or a method that cannot count a penalty exactly once."""
     where = f"penalties {', '.join(penalty.name for penalty in plan.penalties)}"
     kind = trainer.accelerator.distributed_type
     sharding = trainer.accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None

@@ -17,13 +17,13 @@ __all__ = ["Guard"]
 
 
 class Guard(TrainerCallback):
-    """Checks what must hold while training; add it to your own trainer too.
+    """Checks what must hold while training with a plan that was installed; add it to your own trainer too.
 
-    At the start: exactly the factors that the plan trains are trainable, and the trainer has what the plan asks
-    of it. While training: the loss is finite.
+    At the start: exactly the factors that the plan trains are trainable, and the trainer has what the plan needs.
+    While training: the loss is finite. At the end: so is every trained parameter.
 
-    Args:
-        plan: The plan that was installed.
+    Raises:
+        TrainError: One of these does not hold.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -34,12 +34,7 @@ class Guard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Checks the frozen factors, after any checkpoint was loaded.
-
-        Raises:
-            TrainError: A frozen factor is trainable or the other way round, or the plan's optimiser or penalty
-                is missing.
-        """
+        """Checks the frozen factors, after any checkpoint was loaded."""
         needed = [*self.plan.training, *(f"penalty {penalty.name}" for penalty in self.plan.penalties)]
         if needed and not self.attached:
             raise TrainError(
@@ -52,11 +47,7 @@ class Guard(TrainerCallback):
             check_frozen(kwargs["model"], self.plan)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stops at a loss that is not finite.
-
-        Raises:
-            TrainError: The loss is NaN or infinite.
-        """
+        """Stops at a loss that is not finite."""
         losses = [kwargs["logs"].get(key, 0.0) for key in ("loss", "penalty", "train_loss")]
         if not all(map(math.isfinite, losses)):
             raise _diverged(
@@ -66,11 +57,7 @@ class Guard(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Checks that the last step left numbers.
-
-        Raises:
-            TrainError: A trained parameter is NaN or infinite.
-        """
+        """Checks that the last step left numbers."""
         for name, parameter in kwargs["model"].named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise _diverged(state.global_step, f"NaN or infinite numbers in {name}", "finite parameters")

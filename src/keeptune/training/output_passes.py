@@ -33,12 +33,7 @@ class Gradients:
         self._held: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Adds one.
-
-        Args:
-            parameter: The parameter.
-            gradient: Its gradient, float32.
-        """
+        """Adds the gradient of a parameter, float32."""
         before = self._held.get(id(parameter))
         self._held[id(parameter)] = (parameter, gradient if before is None else before[1] + gradient)
 
@@ -61,13 +56,7 @@ class Gradients:
 
 
 class Outputs:
-    """A penalty on answers, on the model in training.
-
-    Args:
-        penalty: The penalty.
-        model: The installed model, not what wraps it.
-        plan: The plan that was installed.
-    """
+    """A penalty on answers, on the installed model in training (not what wraps it)."""
 
     def __init__(self, penalty: OutputPenalty, model: PeftModel, plan: Plan) -> None:
         """Keeps the base's answers as far as they fit."""
@@ -77,14 +66,12 @@ class Outputs:
         self._bytes = 0
 
     def value_and_grad(self, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Gradients]:
-        """Runs the texts of this step.
+        """Returns the value on the texts of this step, and its gradient.
 
         Args:
             tensors: The penalty's own.
-            scale: What a ``GradScaler`` multiplies losses by, so that 16-bit gradients do not vanish on the way.
-
-        Returns:
-            The value, and its gradient without the scale.
+            scale: What a ``GradScaler`` multiplies losses by, so that 16-bit gradients do not vanish on the way; the
+                gradient returned is without it.
         """
         batch = self._penalty.batch(tensors)
         count = int(batch.learned.sum())

@@ -41,12 +41,7 @@ __all__ = ["Penalties", "add_penalties"]
 
 
 class Penalties:
-    """The penalties of a plan, on the model in training.
-
-    Args:
-        model: The installed model; what wraps it afterwards (DDP, FSDP2) does not matter.
-        plan: The plan that was installed.
-    """
+    """The penalties of a plan on the installed model in training; what wraps it (DDP, FSDP2) does not matter."""
 
     def __init__(self, model: PeftModel, plan: Plan) -> None:
         """Looks parameters up at each step, not here: sharding may replace them."""
@@ -122,11 +117,7 @@ class Penalties:
         }
 
     def restore(self, state: Mapping[str, list[float]]) -> None:
-        """Goes on from a checkpoint.
-
-        Args:
-            state: From :meth:`state`.
-        """
+        """Goes on from the :meth:`state` of a checkpoint."""
         for index, held in enumerate(self._state):
             for name, value in held.items():
                 value.copy_(torch.tensor(state[f"{index}:{name}"], dtype=torch.float64))
@@ -229,11 +220,7 @@ class _Count(TrainerCallback):
 
 
 class PenaltyState(TrainerCallback, ExportableState):
-    """Keeps what penalties change while training in the trainer's checkpoints.
-
-    Args:
-        penalties: The penalties.
-    """
+    """Keeps what penalties change while training in the trainer's checkpoints."""
 
     def __init__(self, penalties: Penalties | None = None) -> None:
         """Keeps the penalties."""

@@ -51,10 +51,8 @@ def train(
         drift of each layer have keys of their own.
 
     Raises:
-        TrainError: A frozen factor would be trained, the loss is not finite, or the trainer cannot train with these
-            arguments.
+        TrainError: A frozen factor would be trained, the loss is not finite, or the arguments do not fit the trainer.
         DataError: No example has a completion within ``max_length``.
-        ArtefactError: The disk is full.
     """
     folder = Path(config.output_dir)
     resume = last_complete_checkpoint(folder)
