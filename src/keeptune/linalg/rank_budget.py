@@ -17,8 +17,8 @@ def clipped_shares(weights: Sequence[float], total: int, low: Sequence[int], hig
 def exact_shares(weights: Sequence[float], total: int, low: Sequence[int], high: Sequence[int]) -> list[int]:
     """Returns ranks that sum to a total: what a bound takes or adds goes to those that are not at one.
 
-    The real shares are ``clip(θ w_i, low_i, high_i)``, w > 0, with the θ at which they sum to the total; they are rounded
-    down, and the units left over go to the largest remainders (the first of equal ones).
+    The real shares are ``clip(θ w_i, low_i, high_i)``, w > 0, with the θ at which they sum to the total, rounded down;
+    the units left over go to the largest remainders (the first of equal ones).
     Laws: the ranks sum to the total; each is within its bounds; where bounds are equal, a larger weight never
     gets less.
 
