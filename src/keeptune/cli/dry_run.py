@@ -28,12 +28,12 @@ def dry_run(recipe: Path, overrides: Mapping[str, Any], flops: float | None) -> 
     Raises:
         KeeptuneError: The recipe could not run, as far as that shows without the data.
     """
-    from keeptune.pipeline.dry_run.show import print_accounts, stated_rate
+    from keeptune.pipeline.dry_run.show import print_accounts
     from keeptune.pipeline.machine import device_named
 
     runs = describe_file(recipe, overrides)
     device = next(iter(runs.values()))[1].device
-    print_accounts(runs, Console(), stated_rate(flops, device_named(device)))
+    print_accounts(runs, Console(), flops=flops, device=device_named(device))
 
 
 def describe_file(path: Path | str, overrides: Mapping[str, Any] | None = None) -> dict[str, tuple[int, DryRun]]:

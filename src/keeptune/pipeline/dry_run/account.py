@@ -1,4 +1,7 @@
-"""The account of a run: what would be fetched, trained and scored, with memory and work."""
+"""The account of a run: what would be fetched, trained and scored, with memory (bytes) and work (operations).
+
+None stands for what cannot be known without the data.
+"""
 
 from __future__ import annotations
 
@@ -13,49 +16,28 @@ __all__ = ["DryRun", "Need", "Scored", "Trained"]
 
 @dataclass(frozen=True)
 class Need:
-    """A model, data file or benchmark that a run needs.
+    """A model, data file or benchmark that a run needs; what is not ``at_hand`` is fetched."""
 
-    Args:
-        what: ``model``, ``task``, ``knowledge`` or ``benchmark``.
-        name: Its path or name on the hub.
-        at_hand: It is on this machine.
-        size: Bytes; None where they are not known.
-        revision: The revision on the hub that the recipe names; None is the newest.
-    """
-
-    what: str
-    name: str
+    what: str  # model, task, knowledge or benchmark
+    name: str  # its path, or its name on the hub
     at_hand: bool
-    size: int | None = None
-    revision: str | None = None
+    size: int | None = None  # bytes
+    revision: str | None = None  # on the hub; None is the newest
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What would be trained.
-
-    Args:
-        method: Its name.
-        targets: Number of linear maps; 0 for all weights.
-        roles: Theirs.
-        numbers: T, trained numbers, a classifier's head among them.
-        assumed: T rests on ranks that data decide.
-        examples: Of the task and of replay; None where they are not known.
-        batch: Examples to an optimiser step, on one device.
-        steps: Optimiser steps; None where examples are not known.
-        length: Tokens of an example: a mean, or the most there can be.
-        measured: ``length`` is a mean over examples.
-    """
+    """What would be trained."""
 
     method: str
-    targets: int
+    targets: int  # linear maps; 0 for all weights
     roles: tuple[str, ...]
-    numbers: int
-    assumed: bool
-    examples: int | None
-    batch: int
+    numbers: int  # trained numbers, a classifier's head among them
+    assumed: bool  # the numbers rest on ranks that data decide
+    examples: int | None  # of the task and of replay
+    batch: int  # examples to an optimiser step, on one device
     steps: int | None
-    length: float
+    length: float  # tokens of an example: a mean where ``measured``, else the most there can be
     measured: bool
 
     @property
@@ -66,57 +48,34 @@ class Trained:
 
 @dataclass(frozen=True)
 class Scored:
-    """A benchmark.
-
-    Args:
-        name: Its name.
-        role: Its role.
-        items: Number of items; None where it is not known.
-        metric: Its metric.
-        length: Tokens of an item, all its choices together: a mean, or the most a sequence can have.
-        measured: ``length`` is a mean over items.
-    """
+    """A benchmark that would be scored."""
 
     name: str
     role: str
     items: int | None
     metric: str
-    length: float
+    length: float  # tokens of an item, all its choices together: a mean where ``measured``, else the most
     measured: bool
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """The account of a run.
-
-    Args:
-        device: The device that the recipe names.
-        shape: The model's.
-        needs: The model, data and benchmarks.
-        train: What is trained.
-        score: The benchmarks.
-        memory: Bytes at the peak of training.
-        sums: Bytes of the statistics' sums, beside the base's weights.
-        cache: Bytes of keys and values at the peak of scoring, beside the base's weights.
-        work: Floating-point operations of ``statistics``, ``train`` and ``score``; None where not known.
-        bounds: Which of these are upper bounds.
-        notes: What the estimates leave out.
-    """
+    """The account of a run."""
 
     device: str
     shape: ModelShape
     needs: tuple[Need, ...]
     train: Trained
     score: tuple[Scored, ...]
-    memory: TrainingMemory
-    sums: int
-    cache: int
-    work: Mapping[str, float | None]
-    bounds: frozenset[str]
-    notes: tuple[str, ...]
+    memory: TrainingMemory  # at the peak of training
+    sums: int  # of the statistics, beside the base's weights
+    cache: int  # keys and values at the peak of scoring, beside the base's weights
+    work: Mapping[str, float | None]  # of ``statistics``, ``train`` and ``score``
+    bounds: frozenset[str]  # which of these are upper bounds
+    notes: tuple[str, ...]  # what the estimates leave out
 
     @property
     def whole_work(self) -> float | None:
-        """Floating-point operations of the whole run; None where a part is not known."""
+        """Work of the whole run."""
         known = [work for work in self.work.values() if work is not None]
         return sum(known) if len(known) == len(self.work) else None

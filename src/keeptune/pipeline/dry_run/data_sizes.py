@@ -27,15 +27,7 @@ _POSITIONS = 2048  # tokens of an item of a benchmark at most, where neither rec
 
 
 def rows_of(name: str, limit: int | None) -> int | None:
-    """Counts the rows of a data file that are used.
-
-    Args:
-        name: The file, or its name on the hub, where only the limit is known.
-        limit: How many at most; None is all.
-
-    Returns:
-        Rows; None where they are not known.
-    """
+    """Counts the rows that are used of a data file, at most ``limit``; of a file on the hub only the limit is known."""
     return limit if name.startswith(hub.PREFIX) else len(read_jsonl(name, where=name)[:limit])
 
 
@@ -61,15 +53,10 @@ def _file(what: str, name: str) -> Need:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a recipe's data: means over what is on this machine, bounds elsewhere.
-
-    Args:
-        job: The job.
-        positions: How many tokens the model takes; None is without limit.
-    """
+    """Tokens of a recipe's data: means over what is on this machine, bounds elsewhere."""
 
     job: Job
-    positions: int | None
+    positions: int | None  # of the model; None is without limit
 
     @property
     def most(self) -> int:

@@ -108,6 +108,11 @@ class _Account:
         if not self._whole:
             notes.append("decompositions (SVD, eigenvectors) are not in the times")
         files, fetched = data_needs(recipe)
+        # Of the keys and values of a batch that may be generated.
+        caches = [
+            estimate.cache_bytes(self.shape, batch=one.batch_size, length=self.lengths.longest(one))
+            for one in recipe.evaluate
+        ]
         return DryRun(
             device=recipe.device,
             shape=self.shape,
@@ -116,7 +121,7 @@ class _Account:
             score=score,
             memory=self._memory(train),
             sums=sums,
-            cache=max((self._cache(one) for one in recipe.evaluate), default=0),
+            cache=max(caches, default=0),
             work={"statistics": statistics, "train": self._training(train), "score": self._scoring(score)},
             bounds=frozenset(part for part, known in measured.items() if not known),
             notes=tuple(notes),
@@ -223,17 +228,10 @@ class _Account:
 
     def _scoring(self, score: Sequence[Scored]) -> float | None:
         """Returns the work of scoring base and adapter."""
-        total = 0.0
-        for one in score:
-            if one.items is None:
-                return None
-            total += 2 * estimate.forward_flops(self.shape, one.items * one.length, one.length)
-        return total
-
-    def _cache(self, benchmark: Any) -> int:
-        """Returns the memory of the keys and values of a batch that may be generated."""
-        length = self.lengths.longest(benchmark)
-        return estimate.cache_bytes(self.shape, batch=benchmark.batch_size, length=length)
+        known = [(one.items, one.length) for one in score if one.items is not None]
+        if len(known) < len(score):
+            return None
+        return sum(2 * estimate.forward_flops(self.shape, items * length, length) for items, length in known)
 
     def _requests(self) -> dict[tuple[Request, str], Target]:
         """Returns the statistics that method and penalties need, once for each site."""

@@ -1,8 +1,9 @@
 """Memory and work of a run, estimated from shapes: pure functions, each with its formula.
 
 Symbols: P parameters, T trained numbers, F frozen numbers that an adapter adds, L blocks, h hidden size, a numbers of
-all query heads, k of all key heads, f of an MLP's inside, V vocabulary, S tokens of a sequence, B sequences at once,
-e bytes of a number of the base. Work is in floating-point operations.
+all query heads, k of all key heads, f of an MLP's inside, V vocabulary, S tokens of a sequence (``length``), B
+sequences at once (``batch``), e bytes of a number of the base. ``whole``: every weight is trained, in float32, under
+autocast where the base has 16 bits. Memory is in bytes, work in floating-point operations.
 ``tests/pipeline/dry_run/test_estimate.py`` holds each against a measurement.
 """
 
@@ -35,14 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes in use at the peak of training.
-
-    Args:
-        weights: The base, and what an adapter adds.
-        gradients: Of what is trained.
-        optimizer: Its states.
-        activations: What the forward pass keeps for the backward pass, and the logits.
-    """
+    """Bytes in use at the peak of training: activations are kept for the backward pass, and include the logits."""
 
     weights: int
     gradients: int
@@ -58,18 +52,10 @@ class TrainingMemory:
 def training_memory(
     shape: ModelShape, *, trained: int, frozen: int, whole: bool, states: int, activations: int
 ) -> TrainingMemory:
-    """Computes the memory of training.
+    """Computes the memory of training, with ``states`` bytes of the optimiser for each trained number (8 for AdamW).
 
     An adapter: ``e P + 4 (T + F)`` weights, ``4 T`` gradients, ``states T`` of the optimiser: factors are float32
-    whatever the base. All weights: ``4 P``, ``4 P`` and ``states P``, for they are trained in float32.
-
-    Args:
-        shape: The model.
-        trained: T.
-        frozen: F.
-        whole: Every weight is trained.
-        states: Bytes that the optimiser holds for each trained number: 8 for AdamW.
-        activations: From :func:`activation_bytes`.
+    whatever the base. All weights: ``4 P``, ``4 P`` and ``states P``.
     """
     weights = 4 * shape.parameters if whole else shape.size * shape.parameters + 4 * (trained + frozen)
     return TrainingMemory(weights, 4 * trained, states * trained, activations)
@@ -92,15 +78,6 @@ def activation_bytes(
     for another, r sums ranks, and 8 h are the inputs of two norms, in float32. Each token besides: ``V (e + 8)`` of the
     logits, their logarithm in float32 and its gradient. With checkpointing one block at a time, and ``e h`` for the
     others. Where all weights are trained, norms keep ``8 h`` more, and autocast ``e`` for each weight of the maps.
-
-    Args:
-        shape: The model.
-        tuned: The maps that are trained, or adapted.
-        ranks: Sum of ranks over them.
-        batch: B.
-        length: S.
-        checkpointing: Blocks are computed again in the backward pass.
-        whole: Every weight is trained, in float32 under autocast where the base has 16 bits.
     """
     e = shape.size
     groups = {target.input_group if e == 4 else target.name: target.in_features for target in tuned}
@@ -136,18 +113,10 @@ def forward_flops(shape: ModelShape, tokens: float, length: float) -> float:
 def training_flops(
     shape: ModelShape, tokens: float, length: float, *, trained: int, whole: bool, checkpointing: bool = False
 ) -> float:
-    """Computes the work of training.
+    """Computes the work of training on some tokens, all epochs together.
 
     A forward pass, a backward pass of as much for gradients in the inputs, as much again for gradients in all weights
     where all are trained, and ``6 T`` for each token of an adapter; with checkpointing one forward pass more.
-
-    Args:
-        shape: The model.
-        tokens: Number of tokens over all epochs.
-        length: S.
-        trained: T of an adapter.
-        whole: Every weight is trained.
-        checkpointing: Blocks are computed again.
     """
     passes = (3 if whole else 2) + checkpointing
     return passes * forward_flops(shape, tokens, length) + (0 if whole else 6 * trained * tokens)
@@ -158,13 +127,7 @@ def statistics_flops(
 ) -> float:
     """Computes the work of sums of products: a pass forward, one backward for gradients, and 2 for each number.
 
-    Args:
-        shape: The model.
-        tokens: Number of tokens.
-        length: S.
-        numbers: Numbers of all sums.
-        backward: Gradients are needed.
-        passes: Passes over the data: with ``low_memory`` one for each share of the sums.
+    With ``low_memory`` there are several ``passes`` over the data, one for each share of the sums.
     """
     return passes * (2 if backward else 1) * forward_flops(shape, tokens, length) + 2.0 * numbers * tokens
 
@@ -172,24 +135,15 @@ def statistics_flops(
 def attribution_flops(shape: ModelShape, texts: int, length: float, steps: int) -> float:
     """Computes the work of attributing answers to neurons: a pass, then ``steps L`` tokens through half of the blocks.
 
-    Args:
-        shape: The model.
-        texts: N, which makes ``N (S + 2 steps L / 2)`` tokens of a forward pass.
-        length: S.
-        steps: Points on the path.
+    N texts and ``steps`` points on the path make ``N (S + 2 steps L / 2)`` tokens of a forward pass.
     """
     return forward_flops(shape, texts * (length + steps * shape.blocks), length)
 
 
 def optimizer_steps(examples: int, *, batch: int, accumulation: int, epochs: float, max_steps: int = -1) -> int:
-    """Computes optimiser steps as the trainer does: ``⌈epochs ⌈⌈N / B⌉ / accumulation⌉⌉``.
+    """Computes optimiser steps of N examples as the trainer does: ``⌈epochs ⌈⌈N / B⌉ / accumulation⌉⌉``.
 
-    Args:
-        examples: N.
-        batch: B, of one device.
-        accumulation: Batches to a step.
-        epochs: Passes over the data.
-        max_steps: In place of epochs, where it is above 0.
+    ``max_steps`` counts in place of epochs where it is above 0.
     """
     if max_steps > 0:
         return max_steps
@@ -198,14 +152,10 @@ def optimizer_steps(examples: int, *, batch: int, accumulation: int, epochs: flo
 
 
 def gemm_rate(device: str = "cpu", size: int = 1024, repeats: int = 4) -> float:
-    """Measures how fast this machine multiplies matrices, in operations a second, in the dtype that it trains in.
+    """Measures this machine's matrix products, in operations a second, in the dtype that it trains in.
 
-    Training reaches a part of the rate, so that times estimated with it are lower bounds of the work's own.
-
-    Args:
-        device: The device.
-        size: n, of ``n x n`` matrices.
-        repeats: Number of products, of which the fastest counts.
+    The fastest of some products of ``size x size`` matrices counts. Training reaches a part of the rate, so that times
+    estimated with it are lower bounds of the work's own.
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     x = torch.ones(size, size, device=device, dtype=dtype)

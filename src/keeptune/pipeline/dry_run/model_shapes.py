@@ -69,39 +69,22 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Shape of a model, as estimates need it.
+    """Shape of a model, as estimates need it; the letters are the symbols of ``estimate.py``."""
 
-    Args:
-        name: The folder or hub id.
-        source: Origin of the shape: ``config.json``, ``the hub's cache`` or ``known shapes``.
-        dtype: Of the weights as they would be loaded.
-        stored: Bytes of the weights' files, in the dtype of the config.
-        parameters: P, all of them, a classifier's head among them.
-        head_parameters: Of a classifier's head, which is trained in full.
-        vocabulary: V; 0 for a classifier.
-        hidden: h, the size of the hidden states.
-        blocks: L.
-        attention: a, numbers of all query heads together.
-        cached: k, numbers of all key heads together; values are as many.
-        positions: How many tokens fit; None where there is no limit.
-        linear: All linear maps but the head.
-        model: The model on the meta device, which holds shapes only.
-    """
-
-    name: str
-    source: str
-    dtype: str
-    stored: int
-    parameters: int
-    head_parameters: int
-    vocabulary: int
-    hidden: int
-    blocks: int
-    attention: int
-    cached: int
-    positions: int | None
-    linear: tuple[Target, ...]
-    model: PreTrainedModel
+    name: str  # the folder or hub id
+    source: str  # of the shape: ``config.json``, ``the hub's cache`` or ``known shapes``
+    dtype: str  # of the weights as they would be loaded
+    stored: int  # bytes of the weights' files, in the dtype of the config
+    parameters: int  # P, a classifier's head among them
+    head_parameters: int  # of a classifier's head, which is trained in full
+    vocabulary: int  # V; 0 for a classifier
+    hidden: int  # h
+    blocks: int  # L
+    attention: int  # a, numbers of all query heads together
+    cached: int  # k, numbers of all key heads together; values are as many
+    positions: int | None  # how many tokens fit; None where there is no limit
+    linear: tuple[Target, ...]  # all linear maps but the head
+    model: PreTrainedModel  # on the meta device, which holds shapes only
 
     @property
     def size(self) -> int:
@@ -150,7 +133,7 @@ def model_shape(
         dtype: ``"auto"`` takes that of the config.
         revision: Branch, tag or commit on the hub.
         labels: Outputs of a classifier's head; None for a causal language model.
-        trust_remote_code: Run Python code that the model's repository brings.
+        trust_remote_code: Whether Python code of the model's repository may run.
 
     Raises:
         ModelError: There is no config on this machine and the shape is not known.

@@ -7,95 +7,84 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from keeptune.core.errors import RecipeError
 from keeptune.pipeline.dry_run.account import DryRun, Need, Scored
 from keeptune.pipeline.dry_run.estimate import gemm_rate
 from keeptune.report.numbers import count, duration
+from keeptune.report.tables.terminal import say, table
 
-__all__ = ["Rate", "print_accounts", "size", "stated_rate"]
+__all__ = ["print_accounts"]
 
 _WORK = {"statistics": "statistics", "train": "training", "score": "scoring"}
+_HEADS = ("run", "trained", "steps", "memory", "statistics", "time", "runs")
 
 
 @dataclass(frozen=True)
-class Rate:
-    """Speed on which estimated times rest.
-
-    Args:
-        flops: Floating-point operations in a second.
-        source: Origin of the number.
-    """
+class _Rate:
+    """Operations a second that times rest on, with the origin of the number."""
 
     flops: float
     source: str
 
     def __str__(self) -> str:
-        """Returns the rate with its origin."""
         return f"at {self.flops:.1e} operations a second ({self.source})"
 
     def time(self, work: float) -> str:
-        """Returns the time that some operations take."""
         return duration(work / self.flops)
 
 
-def stated_rate(flops: float | None, device: str) -> Rate:
-    """Returns the given rate, or that of this machine's matrix products.
-
-    Raises:
-        RecipeError: The given rate is not above 0.
-    """
-    if flops is None:
-        return Rate(gemm_rate(device), f"matrix products of this machine, {device}")
-    if not 0 < flops < math.inf:
-        raise RecipeError(
-            "--flops", got=str(flops), wanted="a number above 0", next_step="Give the machine's rate, such as 4e14."
-        )
-    return Rate(flops, "given")
-
-
-def print_accounts(runs: Mapping[str, tuple[int, DryRun]], console: Console, rate: Rate) -> None:
+def print_accounts(
+    runs: Mapping[str, tuple[int, DryRun]], console: Console, *, flops: float | None, device: str
+) -> None:
     """Prints the account of one run, or what several share once and a line for each.
 
     Args:
         runs: Name of a method or stage to how often it runs, over rates and seeds, and the account of one run.
         console: Where to print.
-        rate: The speed on which times rest.
+        flops: Operations a second that times rest on; None measures the matrix products of this machine.
+        device: The device that is measured.
+
+    Raises:
+        RecipeError: The given rate is not above 0.
     """
+    rate = _rate(flops, device)
     accounts = [dry for _, dry in runs.values()]
-    first = accounts[0]
+    first, one = accounts[0], len(accounts) == 1
     needs = dict.fromkeys(need for dry in accounts for need in dry.needs)
     _section(console, "fetch", [_fetch(need) for need in needs if not need.at_hand])
-    if len(accounts) == 1:
-        _section(console, "train", _train(first))
-    else:
-        _section(console, "train", [_model(first)])
-        console.print(_table(runs, rate))
-    _section(console, "score", [_scored(one) for one in first.score])
-    if len(accounts) == 1:
+    _section(console, "train", _train(first) if one else [_model(first)])
+    if not one:
+        rows = [_row(name, times, dry, rate) for name, (times, dry) in runs.items()]
+        console.print(table(_HEADS, rows, left=_HEADS[:1]))
+    _section(console, "score", [_scored(benchmark) for benchmark in first.score])
+    if one:
         _section(console, "memory", _memory(first))
         _section(console, "time", [*_times(first, rate), f"{rate}; a run reaches a part of that"])
     else:
-        _say(console, _whole_time(runs, rate))
+        say(console, _whole_time(runs, rate))
     for note in dict.fromkeys(note for dry in accounts for note in dry.notes):
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(Text(text), soft_wrap=True)
+def _rate(flops: float | None, device: str) -> _Rate:
+    if flops is None:
+        return _Rate(gemm_rate(device), f"matrix products of this machine, {device}")
+    if not 0 < flops < math.inf:
+        raise RecipeError(
+            "--flops", got=str(flops), wanted="a number above 0", next_step="Give the machine's rate, such as 4e14."
+        )
+    return _Rate(flops, "given")
 
 
 def _section(console: Console, title: str, lines: Sequence[str]) -> None:
-    _say(console, title)
-    for line in lines or ["nothing"]:
-        _say(console, f"  {line}")
+    for line in (title, *(f"  {line}" for line in lines or ["nothing"])):
+        say(console, line)
 
 
 def _fetch(need: Need) -> str:
     revision = f", revision {need.revision}" if need.revision else ""
-    return f"{need.what} {need.name}{revision}" + (f", about {size(need.size)}" if need.size else "")
+    return f"{need.what} {need.name}{revision}" + (f", about {_size(need.size)}" if need.size else "")
 
 
 def _model(dry: DryRun) -> str:
@@ -103,20 +92,17 @@ def _model(dry: DryRun) -> str:
     return f"{shape.name}, {count(shape.parameters)} parameters, {shape.dtype}; shape from {shape.source}"
 
 
-def _table(runs: Mapping[str, tuple[int, DryRun]], rate: Rate) -> Table:
-    table = Table("", "trained", "steps", "memory", "statistics", "a run", "runs", box=None, header_style="bold")
-    for name, (times, dry) in runs.items():
-        train, work = dry.train, dry.whole_work
-        table.add_row(
-            Text(f"  {name}"),
-            f"{'~' if train.assumed else ''}{count(train.numbers)}",
-            "?" if train.steps is None else f"{train.steps:,}",
-            size(dry.memory.total),
-            size(dry.sums) if dry.sums else "",
-            "?" if work is None else ("<" if dry.bounds else "") + rate.time(work),
-            str(times),
-        )
-    return table
+def _row(name: str, times: int, dry: DryRun, rate: _Rate) -> tuple[str, ...]:
+    train, work = dry.train, dry.whole_work
+    return (
+        name,
+        f"{'~' if train.assumed else ''}{count(train.numbers)}",
+        "?" if train.steps is None else f"{train.steps:,}",
+        _size(dry.memory.total),
+        _size(dry.sums) if dry.sums else "",
+        "?" if work is None else ("<" if dry.bounds else "") + rate.time(work),
+        str(times),
+    )
 
 
 def _train(dry: DryRun) -> list[str]:
@@ -145,17 +131,17 @@ def _scored(one: Scored) -> str:
 def _memory(dry: DryRun) -> list[str]:
     memory, base = dry.memory, dry.shape.size * dry.shape.parameters
     lines = [
-        f"training {size(memory.total)}: weights {size(memory.weights)}, gradients {size(memory.gradients)}, "
-        f"optimiser {size(memory.optimizer)}, activations {size(memory.activations)}"
+        f"training {_size(memory.total)}: weights {_size(memory.weights)}, gradients {_size(memory.gradients)}, "
+        f"optimiser {_size(memory.optimizer)}, activations {_size(memory.activations)}"
     ]
     if dry.sums:
-        lines.append(f"statistics {size(base + dry.sums)}: weights {size(base)}, sums {size(dry.sums)}")
+        lines.append(f"statistics {_size(base + dry.sums)}: weights {_size(base)}, sums {_size(dry.sums)}")
     if dry.score:
-        lines.append(f"scoring {size(base + dry.cache)}: weights {size(base)}, keys and values {size(dry.cache)}")
+        lines.append(f"scoring {_size(base + dry.cache)}: weights {_size(base)}, keys and values {_size(dry.cache)}")
     return lines
 
 
-def _times(dry: DryRun, rate: Rate) -> list[str]:
+def _times(dry: DryRun, rate: _Rate) -> list[str]:
     lines = []
     for part, name in _WORK.items():
         work, most = dry.work[part], "at most " if part in dry.bounds else ""
@@ -166,7 +152,7 @@ def _times(dry: DryRun, rate: Rate) -> list[str]:
     return lines
 
 
-def _whole_time(runs: Mapping[str, tuple[int, DryRun]], rate: Rate) -> str:
+def _whole_time(runs: Mapping[str, tuple[int, DryRun]], rate: _Rate) -> str:
     number = sum(times for times, _ in runs.values())
     work = [times * dry.whole_work for times, dry in runs.values() if dry.whole_work is not None]
     if len(work) < len(runs):
@@ -175,10 +161,10 @@ def _whole_time(runs: Mapping[str, tuple[int, DryRun]], rate: Rate) -> str:
     return f"{number} runs, {most}{rate.time(sum(work))} {rate}"
 
 
-def size(number: int) -> str:
+def _size(number: int) -> str:
     """Returns bytes with a unit.
 
-    >>> size(13_476_831_232), size(1500), size(0)
+    >>> _size(13_476_831_232), _size(1500), _size(0)
     ('13.5 GB', '1.5 kB', '0 B')
     """
     value, unit = float(number), "B"
