@@ -27,15 +27,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class KeptAnswers:
-    """A folder with the answers of one base, a file per benchmark.
-
-    Args:
-        folder: The folder.
-        base: Names all that the answers depend on besides benchmark and tokens: weights and device.
-    """
+    """A folder with the answers of one base, a file per benchmark."""
 
     folder: Path
-    base: str
+    base: str  # names all that the answers depend on besides benchmark and tokens: weights and device
 
     def get(self, name: str, parts: Any, count: int, compute: Callable[[], list[T]]) -> list[T]:
         """Reads the base's answers, or computes and writes them; several processes compute them once.
@@ -44,10 +39,7 @@ class KeptAnswers:
             name: The benchmark.
             parts: What the answers depend on besides the base.
             count: Number of answers.
-            compute: Runs the base.
-
-        Returns:
-            The value of ``compute``, which JSON must be able to hold.
+            compute: Runs the base; its answers are held as JSON.
         """
         key = content_key([self.base, parts])
         path = self.folder / f"{name}-{key[:16]}.json"

@@ -16,13 +16,13 @@ from keeptune.data.labelled import Encoded, Texts, collator, label_indices
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.items import Item
 from keeptune.evaluation.likelihood import need_finite
-from keeptune.evaluation.metrics import LABELS, agreement, agreement_interval
-from keeptune.evaluation.model_pairs import SIDES, ModelPair, scoring
-from keeptune.evaluation.results import BenchmarkResult, grouped
-from keeptune.model.blocks import positions
+from keeptune.evaluation.metrics import LABELS
+from keeptune.evaluation.model_pairs import SIDES, ModelPair, scoring, shared_positions
+from keeptune.evaluation.results import BenchmarkResult, grouped, label_scores
+from keeptune.evaluation.scored_tokens import longest_first
 from keeptune.model.head import Head
 
-__all__ = ["classified", "need_language_model"]
+__all__ = ["classified", "wrong_metric"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,17 +36,15 @@ def classified(
     seed: int,
     advance: Callable[[int], object],
 ) -> BenchmarkResult:
-    """Scores labels or scores of a whole benchmark.
-
-    Returns:
-        The result; groups are scored where the score is a mean over items (accuracy).
+    """Scores the labels or scores that both models predict; groups are scored where the score is a mean (accuracy).
 
     Raises:
         RecipeError: The model has no head for this metric.
         DataError: An item's label is not one of the model's.
         ModelError: A model gives values that are not finite, or the two have different labels.
     """
-    names, limit = _labels_and_limit(pair, benchmark)
+    names = _labels(pair, benchmark)
+    limit = min(benchmark.max_length, shared_positions(pair) or benchmark.max_length)
     seconds = tuple(item.text_pair for item in items if item.text_pair is not None)
     encoded = Texts(tuple(item.text for item in items), seconds or None).encode(tokenizer, limit)
     if encoded.cut:
@@ -64,32 +62,24 @@ def classified(
     records = [
         _record(item, names, truth[at], {s: v[at] for s, v in predicted.items()}) for at, item in enumerate(items)
     ]
-    sides = [[float(record[side]) for record in records] for side in SIDES]
-    groups = [item.group if benchmark.metric == "accuracy" else None for item in items]
+    scores = label_scores(benchmark.metric, truth, predicted["before"], predicted["after"], len(names), seed)
+    if benchmark.metric == "accuracy":
+        before, after = ([float(record[side]) for record in records] for side in SIDES)
+        scores["groups"] = grouped([item.group for item in items], before, after, [1.0] * len(items))
     return BenchmarkResult(
-        name=benchmark.name,
-        role=benchmark.role,
-        metric=benchmark.metric,
-        n=len(items),
-        before=agreement(benchmark.metric, truth, predicted["before"], len(names)),
-        after=agreement(benchmark.metric, truth, predicted["after"], len(names)),
-        interval=agreement_interval(benchmark.metric, truth, predicted["before"], predicted["after"], seed, len(names)),
-        kl_to_base=None,
-        groups=grouped(groups, sides[0], sides[1], [1.0] * len(items)),
-        items=records,
+        name=benchmark.name, role=benchmark.role, metric=benchmark.metric, n=len(items), items=records, **scores
     )
 
 
-def _labels_and_limit(pair: ModelPair, benchmark: FileBenchmark) -> tuple[tuple[str, ...], int]:
-    """Returns the labels, the same before and after, and how many tokens fit."""
-    heads, limits = [], [benchmark.max_length]
+def _labels(pair: ModelPair, benchmark: FileBenchmark) -> tuple[str, ...]:
+    """Returns the labels, the same before and after."""
+    heads = []
     for side in SIDES:
         with scoring(pair, side) as model:
             heads.append(Head.of(model))
-            limits += [limit for limit in [positions(model)] if limit is not None]
     head = heads[0]
     if head is None or bool(head.labels) != (benchmark.metric in LABELS):
-        raise _wrong_metric(benchmark, head)
+        raise wrong_metric(benchmark, head)
     if heads[1] is None or heads[1].labels != head.labels:
         raise ModelError(
             benchmark.where,
@@ -97,18 +87,11 @@ def _labels_and_limit(pair: ModelPair, benchmark: FileBenchmark) -> tuple[tuple[
             wanted="the same labels in the same order",
             next_step="Load both models with the labels that the tuned one learned.",
         )
-    return head.labels, min(limits)
+    return head.labels
 
 
-def need_language_model(pair: ModelPair, benchmark: FileBenchmark) -> None:
-    """Raises RecipeError where a metric of generated or predicted tokens is for a classifier."""
-    with scoring(pair, "before") as model:
-        head = Head.of(model)
-    if head is not None:
-        raise _wrong_metric(benchmark, head)
-
-
-def _wrong_metric(benchmark: FileBenchmark, head: Head | None) -> RecipeError:
+def wrong_metric(benchmark: FileBenchmark, head: Head | None) -> RecipeError:
+    """Returns the error of a metric that is not of this kind of model."""
     kind = "language model" if head is None else "classifier" if head.labels else "regression"
     return RecipeError(
         f"{benchmark.where}.metric",
@@ -128,7 +111,7 @@ def _logits(
 ) -> Tensor:
     """Computes (n, outputs) logits, float32 on the CPU, in batches of sequences of about equal length."""
     lengths = [len(ids) for ids in encoded.columns["input_ids"]]
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    order = longest_first(lengths)
     pad = collator(tokenizer)
     logits: list[Tensor] = [torch.empty(0)] * len(order)
     for start in range(0, len(order), rows):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -37,15 +37,8 @@ def greedy_texts(
 ) -> list[str]:
     """Continues each prompt with the likeliest tokens, until an end token, a stop string or the limit.
 
-    The model's own generation settings (sampling, penalties) do not apply, except its end tokens.
-
-    Args:
-        model: The model, in evaluation mode.
-        tokenizer: Its tokenizer; its settings are neither used nor changed.
-        prompts: Prompts.
-        passes: How they go through the model.
-        new_tokens: Tokens generated at most.
-        stops: Strings before which a text ends.
+    The model's own generation settings (sampling, penalties) do not apply, except its end tokens, nor do the
+    tokenizer's settings of padding.
 
     Returns:
         One text per prompt, without the prompt and without special tokens.
@@ -65,7 +58,8 @@ def greedy_texts(
     )
     generate: Any = model.generate
     texts = [""] * len(prompts)
-    with _only(model, config):
+    # generate() fills what a given config leaves open from the model's own, and then warns about temperature.
+    with mock.patch.object(model, "generation_config", config):
         for batch in padded_batches(prompts, rows=passes.rows, pad=passes.pad, side="left"):
             width = batch.ids.shape[1]
             ids: Tensor = generate(
@@ -105,17 +99,6 @@ class _Stopped(StoppingCriteria):
         texts = [_decode(self.tokenizer, ids) for ids in input_ids[:, self.width :].tolist()]
         done = [any(stop in text for stop in self.stops) for text in texts]
         return torch.tensor(done, device=input_ids.device)
-
-
-@contextmanager
-def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    # generate() fills what a given config leaves open from the model's own, and then warns about temperature.
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -13,16 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
-from keeptune.evaluation.classification import classified, need_language_model
+from keeptune.evaluation.classification import classified, wrong_metric
 from keeptune.evaluation.generation import greedy_texts
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.likelihood import log_likelihoods, losses_and_divergence
 from keeptune.evaluation.metrics import LABELS, SCORES, exact_match
-from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, scoring
+from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, mean_scores
 from keeptune.evaluation.scored_tokens import Encoder, Passes, ScoredTokens, context_limit, padding_id
 from keeptune.evaluation.standard import NamedBenchmark, score_named
-from keeptune.model.blocks import positions
 
 __all__ = ["evaluate"]
 
@@ -65,7 +64,9 @@ def evaluate(
     with tqdm(total=passes, desc=benchmark.name, unit="seq", disable=None if progress else True, delay=2) as bar:
         if benchmark.metric in (*LABELS, *SCORES):
             return classified(pair, tokenizer, benchmark, items, seed=seed, advance=bar.update)
-        need_language_model(pair, benchmark)
+        head = head_of_base(pair)
+        if head is not None:
+            raise wrong_metric(benchmark, head)
         scorer = _Scorer(pair, tokenizer, benchmark, items, bar.update, kept)
         records = {
             "exact_match": scorer.generated,
@@ -99,18 +100,16 @@ class _Scorer:
                 model, self.tokenizer, prompts, passes, new_tokens=benchmark.max_new_tokens, stops=benchmark.stop
             ),
         )
-        return [
-            {
-                "before": exact_match(first, item.answers, normalise=benchmark.normalise),
-                "after": exact_match(second, item.answers, normalise=benchmark.normalise),
-                "prompt": item.prompt,
-                "answers": list(item.answers),
-                "text_before": first,
-                "text_after": second,
-                "cut": tokens.cut,
+        records: _Records = []
+        for item, tokens, *both in zip(self.items, prompts, *texts.values(), strict=True):
+            named = dict(zip(SIDES, both, strict=True))
+            record: dict[str, Any] = {
+                side: exact_match(text, item.answers, normalise=benchmark.normalise) for side, text in named.items()
             }
-            for item, tokens, first, second in zip(self.items, prompts, *texts.values(), strict=True)
-        ]
+            record |= {"prompt": item.prompt, "answers": list(item.answers)}
+            record |= {f"text_{side}": text for side, text in named.items()}
+            records.append(record | {"cut": tokens.cut})
+        return records
 
     def chosen(self) -> _Records:
         """Accuracy of the likeliest choice, and of the likeliest per character."""
@@ -168,11 +167,7 @@ class _Scorer:
 
     def _encoder(self, new_tokens: int) -> Encoder:
         """Returns an encoder whose limit fits both models."""
-        known = []
-        for side in SIDES:
-            with scoring(self.pair, side) as model:
-                known.append(positions(model))
-        least = min((limit for limit in known if limit is not None), default=None)
+        least = shared_positions(self.pair)
         limit = context_limit(self.benchmark.max_length, new_tokens, least, where=self.benchmark.where)
         return Encoder(self.tokenizer, limit)
 

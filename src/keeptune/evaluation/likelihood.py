@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError
-from keeptune.evaluation.model_pairs import ModelPair, Side, scoring
+from keeptune.evaluation.model_pairs import ModelPair, scoring
 from keeptune.evaluation.scored_tokens import PaddedBatch, Passes, ScoredTokens, padded_batches
 
 __all__ = ["Losses", "log_likelihoods", "losses_and_divergence", "need_finite"]
@@ -25,14 +25,7 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Sums over the scored tokens of one sequence.
-
-    Args:
-        tokens: Number of scored tokens.
-        before: Loss of the base model, nats.
-        after: Loss of the tuned model, nats.
-        divergence: KL(base || tuned), nats.
-    """
+    """Sums over the scored tokens of one sequence, losses and KL(base || tuned) in nats."""
 
     tokens: int
     before: float
@@ -41,10 +34,7 @@ class Losses:
 
 
 def log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], passes: Passes) -> list[float]:
-    """Sums the log-probabilities of each sequence's scored tokens.
-
-    Returns:
-        One log-likelihood per sequence, nats.
+    """Returns the log-likelihood of each sequence's scored tokens, nats.
 
     Raises:
         ModelError: The model gives values that are not finite.
@@ -67,9 +57,6 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
 
     Both models see one batch after the other, so that only one batch of logits of each is held.
 
-    Returns:
-        One result per sequence.
-
     Raises:
         ModelError: A model gives values that are not finite, or the vocabularies differ.
     """
@@ -77,7 +64,10 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
     with scoring(pair, "before") as model:
         batched = _batches(sequences, passes, model)
     for batch in batched:
-        base, tuned = _side(pair, "before", batch), _side(pair, "after", batch)
+        with scoring(pair, "before") as model:
+            base = _logits(model, batch)
+        with scoring(pair, "after") as model:
+            tuned = _logits(model, batch)
         if base.shape != tuned.shape:
             raise ModelError(
                 passes.where,
@@ -100,16 +90,7 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
 
 
 def need_finite(finite: Tensor, where: str, what: str) -> None:
-    """Checks values that a model computed.
-
-    Args:
-        finite: Whether each of the values is finite.
-        where: The benchmark and side.
-        what: What the values are, in the plural.
-
-    Raises:
-        ModelError: One is NaN or infinite.
-    """
+    """Raises ModelError where a value that a model computed is NaN or infinite; ``what`` is plural."""
     if not bool(finite.all()):
         raise ModelError(
             where,
@@ -122,11 +103,6 @@ def need_finite(finite: Tensor, where: str, what: str) -> None:
 def _batches(sequences: Sequence[ScoredTokens], passes: Passes, model: PreTrainedModel) -> Iterator[PaddedBatch]:
     vocabulary = int(model.config.get_text_config().vocab_size)
     return padded_batches(sequences, rows=passes.rows, pad=passes.pad, side="right", vocabulary=vocabulary)
-
-
-def _side(pair: ModelPair, side: Side, batch: PaddedBatch) -> Tensor:
-    with scoring(pair, side) as model:
-        return _logits(model, batch)
 
 
 def _logits(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:

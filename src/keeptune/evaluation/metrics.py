@@ -92,12 +92,8 @@ def normalise_qa(text: str) -> str:
 def exact_match(prediction: str, answers: Iterable[str], *, normalise: Normalisation = "qa") -> float:
     """Returns 1.0 if a prediction equals one of the accepted answers, else 0.0.
 
-    A prediction that is empty once normalised is wrong, even if an accepted answer ("?") is as empty.
-
-    Args:
-        prediction: Generated text.
-        answers: Accepted answers.
-        normalise: ``"qa"`` compares by :func:`normalise_qa`, ``"exact"`` without white space at the ends.
+    ``"qa"`` compares by :func:`normalise_qa`, ``"exact"`` without white space at the ends. A prediction that is empty
+    once normalised is wrong, even if an accepted answer ("?") is as empty.
 
     >>> exact_match(" the Eiffel tower.", ["Eiffel Tower", "La tour Eiffel"])
     1.0
@@ -195,17 +191,10 @@ def _bootstrap(data: tuple[_Values, ...], statistic: Callable[..., _Values], see
 
 
 def agreement(metric: Metric, truth: _Values, predicted: _Values, labels: int = 0) -> float:
-    """Scores the predictions of a classifier or a regression.
+    """Scores (n,) predictions: indices of a classifier's labels, or a regression's scores.
 
-    Args:
-        metric: One of ``LABELS`` or ``SCORES``.
-        truth: (n,) indices of labels, or scores.
-        predicted: (n,) predictions.
-        labels: Number of labels of the classifier.
-
-    Returns:
-        The score. F1 is that of label 1 where there are two labels, else the mean over all labels that are right
-        or predicted somewhere; a correlation of a constant is 0.
+    F1 is that of label 1 where there are two labels, else the mean over all labels that are right or predicted
+    somewhere; a correlation of a constant is 0.
     """
     if metric in SCORES:
         if np.ptp(truth) == 0 or np.ptp(predicted) == 0:
@@ -228,16 +217,7 @@ def agreement_interval(
 ) -> tuple[float, float]:
     """Computes a 95% bootstrap interval of the change of :func:`agreement`, items resampled with both predictions.
 
-    Args:
-        metric: One of ``LABELS`` or ``SCORES``.
-        truth: (n,) right labels or scores.
-        before: (n,) predictions of the base model.
-        after: (n,) predictions of the tuned model.
-        seed: Seed of the resampling.
-        labels: Number of labels of the classifier.
-
-    Returns:
-        Low and high end as of :func:`paired_interval`; equal predictions, or a single item, give a point.
+    Low and high end are as of :func:`paired_interval`; equal predictions, or a single item, give a point.
     """
     statistic = resampled(metric, labels)
 
@@ -299,13 +279,8 @@ def _ratio(top: _Values, bottom: _Values) -> _Values:
 def score_ratio(metric: Measure, value: float, reference: float) -> float | None:
     """Returns a score over a reference: the result before fine-tuning for K, that of full fine-tuning for T.
 
-    Args:
-        metric: The metric; cross-entropies are in nats per token, and their ratio is that of inverse perplexities.
-        value: The score of the model.
-        reference: The score that it is measured against.
-
-    Returns:
-        1 for equal scores, less for a worse one; None where the reference is 0.
+    It is 1 for equal scores, less for a worse one, and None where the reference is 0. The ratio of cross-entropies,
+    nats per token, is that of inverse perplexities.
     """
     if lower_is_better(metric):
         return math.exp(reference - value)
@@ -313,15 +288,9 @@ def score_ratio(metric: Measure, value: float, reference: float) -> float | None
 
 
 def mean_ratio(ratios: Iterable[tuple[str, float | None]], score: str, reason: str) -> float | None:
-    """Computes K or T (FARSS, eq. 36 and 37), the mean ratio over benchmarks.
+    """Computes K or T (FARSS, eq. 36 and 37), the mean ratio over named benchmarks; None if none has a ratio.
 
-    Args:
-        ratios: Name and ratio of each benchmark; those without a ratio are left out with a warning.
-        score: ``"K"`` or ``"T"``, for the warning.
-        reason: Why a benchmark has no ratio, for the warning.
-
-    Returns:
-        The mean; None if no benchmark is left.
+    A benchmark without a ratio is left out, with a warning that names the score and the reason.
     """
     known = []
     for name, ratio in ratios:

@@ -12,12 +12,24 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError
 from keeptune.core.eval_mode import in_evaluation
+from keeptune.model.blocks import positions
+from keeptune.model.head import Head
 from keeptune.model.probes.suppression import without_nodes
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["SIDES", "AdapterPair", "ModelPair", "Side", "SuppressedNodes", "TwoModels", "scoring"]
+__all__ = [
+    "SIDES",
+    "AdapterPair",
+    "ModelPair",
+    "Side",
+    "SuppressedNodes",
+    "TwoModels",
+    "head_of_base",
+    "scoring",
+    "shared_positions",
+]
 
 Side = Literal["before", "after"]
 SIDES: tuple[Side, Side] = ("before", "after")
@@ -42,9 +54,6 @@ class AdapterPair:
 
     This holds only if the weights under the adapter are the original ones. Where a method has subtracted its
     initial adapter from them, or trained biases or whole modules in place, use :class:`TwoModels`.
-
-    Args:
-        peft_model: The adapted model.
 
     Raises:
         ModelError: The adapter cannot be switched off: it is prompt learning, or trains biases.
@@ -86,12 +95,7 @@ class AdapterPair:
 
 @dataclass(frozen=True, slots=True)
 class TwoModels:
-    """Two models in memory: full fine-tuning, merged models.
-
-    Args:
-        base: The model before fine-tuning.
-        tuned: The model after it.
-    """
+    """Two models in memory: full fine-tuning, merged models."""
 
     base: PreTrainedModel
     tuned: PreTrainedModel
@@ -107,15 +111,10 @@ class TwoModels:
 
 @dataclass(frozen=True, slots=True)
 class SuppressedNodes:
-    """One model, with and without some rows of its linear maps; its weights stay as they are.
-
-    Args:
-        model: The model.
-        rows: Name of a linear map to its rows that give zero.
-    """
+    """One model, with and without some rows of its linear maps; its weights stay as they are."""
 
     model: PreTrainedModel
-    rows: Mapping[str, Sequence[int]]
+    rows: Mapping[str, Sequence[int]]  # name of a linear map to its rows that give zero
 
     def before(self) -> AbstractContextManager[PreTrainedModel]:
         """The model as it is."""
@@ -128,10 +127,21 @@ class SuppressedNodes:
 
 @contextmanager
 def scoring(pair: ModelPair, side: Side) -> Iterator[PreTrainedModel]:
-    """Enters one side of a pair in evaluation mode and without gradients; restores every module's mode.
-
-    Yields:
-        The model.
-    """
+    """Yields one side of a pair in evaluation mode and without gradients; restores every module's mode."""
     with pair.before() if side == "before" else pair.after() as model, torch.no_grad(), in_evaluation(model):
         yield model
+
+
+def shared_positions(pair: ModelPair) -> int | None:
+    """Returns how many tokens both models have positions for; None where neither has a limit."""
+    limits = []
+    for side in SIDES:
+        with scoring(pair, side) as model:
+            limits.append(positions(model))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def head_of_base(pair: ModelPair) -> Head | None:
+    """Returns the head of a classifier or a regression; None for a language model."""
+    with scoring(pair, "before") as model:
+        return Head.of(model)

@@ -8,40 +8,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from numpy.typing import NDArray
+
 from keeptune.core.errors import ArtefactError, StatisticsError
 from keeptune.evaluation.benchmarks import Role
-from keeptune.evaluation.metrics import Measure, harmonic, mean_ratio, paired_interval, score_ratio
+from keeptune.evaluation.metrics import (
+    Measure,
+    Metric,
+    agreement,
+    agreement_interval,
+    harmonic,
+    mean_ratio,
+    paired_interval,
+    score_ratio,
+)
 
-__all__ = ["BenchmarkResult", "grouped", "interval_between", "mean_scores", "trade_off"]
+__all__ = ["BenchmarkResult", "grouped", "interval_between", "label_scores", "mean_scores", "trade_off"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """Scores of one benchmark before and after fine-tuning.
-
-    Args:
-        name: The benchmark.
-        role: ``"knowledge"`` or ``"task"``.
-        metric: The metric.
-        n: Number of items.
-        before: The base model's score: the share of right answers, or nats per token.
-        after: The tuned model's score.
-        interval: 95% interval of after - before.
-        kl_to_base: KL(base || tuned), nats per token, for cross-entropies; else None.
-        groups: Group name to ``{"n", "before", "after"}``.
-        items: One JSON-ready record per item, with at least index, group, before and after.
-    """
+    """Scores of one benchmark before and after fine-tuning."""
 
     name: str
     role: Role
     metric: Measure
-    n: int
-    before: float
+    n: int  # items
+    before: float  # the base model's score: the share of right answers, or nats per token
     after: float
-    interval: tuple[float, float]
-    kl_to_base: float | None
-    groups: Mapping[str, Mapping[str, float]]
-    items: Sequence[Mapping[str, Any]]
+    interval: tuple[float, float]  # of after - before, 95%
+    kl_to_base: float | None  # KL(base || tuned), nats per token, for cross-entropies
+    groups: Mapping[str, Mapping[str, float]]  # name to {"n", "before", "after"}
+    items: Sequence[Mapping[str, Any]]  # JSON-ready, with at least index, group, before and after
 
     def summary(self) -> dict[str, Any]:
         """Returns everything but the items, ready for JSON."""
@@ -55,10 +53,7 @@ class BenchmarkResult:
 
     @classmethod
     def from_jsonl(cls, summary: Mapping[str, Any], text: str) -> BenchmarkResult:
-        """Reads a result.
-
-        Returns:
-            A result equal to the one that was written.
+        """Returns the result that was written.
 
         Raises:
             ArtefactError: The summary lacks a key, a line is not JSON, or the number of items is another.
@@ -93,12 +88,10 @@ def trade_off(
 ) -> dict[str, float | None]:
     """Computes FARSS's K, T and KT, and LoKI's average forgetting ``1 - K`` (negative if something was gained).
 
-    Args:
-        results: Results of a model.
-        full: Results of full fine-tuning on the same benchmarks; None if there was none.
+    T and KT rest on ``full``, the results of full fine-tuning on the same benchmarks.
 
     Returns:
-        ``{"K", "average_forgetting", "T", "KT"}``; None where a score cannot be computed (T and KT without ``full``).
+        ``{"K", "average_forgetting", "T", "KT"}``; None where a score cannot be computed.
 
     Raises:
         StatisticsError: ``full`` lacks a task benchmark, or has it on other items.
@@ -176,28 +169,45 @@ def grouped(
     after: Sequence[float],
     weights: Sequence[float],
 ) -> dict[str, dict[str, float]]:
-    """Computes the means of each group.
+    """Returns each group's ``{"n", "before", "after"}``, in the order of first appearance.
 
     Args:
         groups: (n,) group of each item; items of group None are left out.
         before: (n,) sums per item.
         after: (n,) sums per item.
         weights: (n,) what each sum is divided by: 1 for a score, the number of tokens for losses.
-
-    Returns:
-        Group name to ``{"n", "before", "after"}``, in the order of first appearance.
     """
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         if group is not None:
             members.setdefault(group, []).append(index)
+    rates = {}
+    for group, chosen in members.items():
+        own = [weights[i] for i in chosen]
+        first, second = (_rate([side[i] for i in chosen], own) for side in (before, after))
+        rates[group] = {"n": len(chosen), "before": first, "after": second}
+    return rates
+
+
+def label_scores(
+    metric: Metric, truth: NDArray[Any], before: NDArray[Any], after: NDArray[Any], labels: int, seed: int
+) -> dict[str, Any]:
+    """Computes the fields of a result that score all labels, or all scores of a regression, together (no groups).
+
+    Args:
+        metric: One of ``LABELS`` or ``SCORES``.
+        truth: (n,) indices of labels, or scores.
+        before: (n,) predictions of the base model.
+        after: (n,) predictions of the tuned model.
+        labels: Number of labels.
+        seed: Seed of the bootstrap interval.
+    """
     return {
-        group: {
-            "n": len(chosen),
-            "before": _rate([before[i] for i in chosen], [weights[i] for i in chosen]),
-            "after": _rate([after[i] for i in chosen], [weights[i] for i in chosen]),
-        }
-        for group, chosen in members.items()
+        "before": agreement(metric, truth, before, labels),
+        "after": agreement(metric, truth, after, labels),
+        "interval": agreement_interval(metric, truth, before, after, seed, labels),
+        "kl_to_base": None,
+        "groups": {},
     }
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "Passes",
     "ScoredTokens",
     "context_limit",
+    "longest_first",
     "padded_batches",
     "padding_id",
 ]
@@ -27,28 +28,16 @@ _LOGITS_AT_ONCE = 2**28  # elements of one batch of logits: 1 GiB in float32
 
 @dataclass(frozen=True, slots=True)
 class ScoredTokens:
-    """A token sequence of which the end is scored.
-
-    Args:
-        ids: The whole sequence, L tokens.
-        start: Tokens ``ids[start:]`` are scored, each given all before it; start = L scores none.
-        cut: Whether tokens were left out to keep to a limit.
-    """
+    """A token sequence of which ``ids[start:]`` are scored, each token given all before it."""
 
     ids: tuple[int, ...]
     start: int
-    cut: bool
+    cut: bool  # tokens were left out to keep to a limit
 
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
-    """Padded sequences.
-
-    Args:
-        members: (R,) positions of the rows in the list that was batched.
-        ids: (R, L) token ids.
-        mask: (R, L) 1 at tokens, 0 at padding.
-    """
+    """R padded sequences: their places in the list that was batched, (R, L) ids, and an (R, L) mask, 0 at padding."""
 
     members: tuple[int, ...]
     ids: Tensor
@@ -57,19 +46,12 @@ class PaddedBatch:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """How sequences go through a model.
+    """How sequences go through a model."""
 
-    Args:
-        rows: Sequences per forward pass at most.
-        pad: Token id of the padding.
-        where: The benchmark and side, for error messages.
-        advance: Called with the number of sequences done after each batch.
-    """
-
-    rows: int
-    pad: int
-    where: str
-    advance: Callable[[int], object] = lambda _: None
+    rows: int  # sequences per forward pass at most
+    pad: int  # token id of the padding
+    where: str  # the benchmark and side, for error messages
+    advance: Callable[[int], object] = lambda _: None  # called with the number of sequences done after each batch
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -80,22 +62,16 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """Items as tokens. Prompts are cut at their beginning, but for a leading start token; documents at their end.
+    """Items as at most ``limit`` tokens.
 
-    Args:
-        tokenizer: The tokenizer.
-        limit: Tokens kept of each sequence.
+    Prompts are cut at their beginning, but for a leading start token; documents at their end.
     """
 
     tokenizer: PreTrainedTokenizerBase
     limit: int
 
     def document(self, text: str, where: str) -> ScoredTokens:
-        """Encodes a document, special tokens as the tokenizer adds them; all but the first token are scored.
-
-        Raises:
-            DataError: There is no token to predict.
-        """
+        """Encodes a document, special tokens as the tokenizer adds them; all but the first token are scored."""
         ids = self._encode(text)
         if len(ids) < 2:
             raise DataError(
@@ -107,11 +83,7 @@ class Encoder:
         return ScoredTokens(tuple(ids[: self.limit]), 1, len(ids) > self.limit)
 
     def prompt(self, text: str, where: str) -> ScoredTokens:
-        """Encodes a prompt to generate from; none of its tokens is scored.
-
-        Raises:
-            DataError: The prompt has no token.
-        """
+        """Encodes a prompt to generate from; none of its tokens is scored."""
         ids = self._open_ended(text)
         _need_context(ids, where)
         kept = self._last(ids)
@@ -170,13 +142,7 @@ def _need_context(ids: Sequence[int], where: str) -> None:
 
 
 def context_limit(max_length: int, new_tokens: int, model_limit: int | None, *, where: str) -> int:
-    """Computes how many tokens of a prompt or document can be kept.
-
-    Args:
-        max_length: The benchmark's limit, tokens.
-        new_tokens: Tokens that will be generated after it.
-        model_limit: The model's positions; None for no limit.
-        where: The benchmark, for error messages.
+    """Returns how many tokens of a prompt fit before ``new_tokens`` in a model of ``model_limit`` positions.
 
     Raises:
         RecipeError: Generation would leave no room for the prompt.
@@ -193,6 +159,11 @@ def context_limit(max_length: int, new_tokens: int, model_limit: int | None, *, 
     return min(max_length, model_limit - new_tokens)
 
 
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Returns the order in which sequences are batched: longest first, equal ones as they came."""
+    return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+
+
 def padded_batches(
     sequences: Sequence[ScoredTokens],
     *,
@@ -201,20 +172,12 @@ def padded_batches(
     side: Literal["left", "right"],
     vocabulary: int = 0,
 ) -> Iterator[PaddedBatch]:
-    """Sorts sequences by length, longest first, and pads them in batches.
+    """Yields sequences sorted by length, longest first, in padded batches on the CPU; every sequence is in exactly one.
 
-    Args:
-        sequences: What to batch.
-        rows: Sequences per batch at most.
-        pad: Token id of the padding.
-        side: Where padding goes.
-        vocabulary: Logits per token, so that a batch's logits stay below 2**28 elements (or one row);
-            0 where logits of whole sequences are not kept.
-
-    Yields:
-        Batches on the CPU; every sequence is in exactly one.
+    With ``vocabulary`` logits per token, the logits of a batch of several rows stay below 2**28 elements; 0 is for
+    passes that do not keep the logits of whole sequences.
     """
-    order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index].ids), index))
+    order = longest_first([len(tokens.ids) for tokens in sequences])
     while order:
         width = len(sequences[order[0]].ids)
         fitting = max(1, _LOGITS_AT_ONCE // (width * vocabulary)) if vocabulary else rows
