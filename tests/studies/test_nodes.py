@@ -17,9 +17,9 @@ from keeptune.linalg.selections import quota
 from keeptune.methods.node_votes import select
 from keeptune.model.pretrained import load_model
 from keeptune.model.probes.suppression import without_nodes
+from keeptune.pipeline import scoring
 from keeptune.pipeline.job import Job
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
-from keeptune.studies import suppress as module
 from keeptune.studies.node_selections import attributions_of, chosen_rows, density, side_of
 from keeptune.studies.overlap import overlap
 from keeptune.studies.suppress import drawn_rows, suppress
@@ -90,7 +90,7 @@ def _rows(file: str) -> list[dict[str, str]]:
 
 def test_killed_and_started_again(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, scored = recipe_of(recipe_values(method=LOKI)), []
-    evaluate = module.evaluate
+    evaluate = scoring.evaluate
 
     def counted(*given: Any, **options: Any) -> Any:
         scored.append(given[2].name)
@@ -98,7 +98,7 @@ def test_killed_and_started_again(recipe_values: Values, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return evaluate(*given, **options)
 
-    monkeypatch.setattr(module, "evaluate", counted)
+    monkeypatch.setattr(scoring, "evaluate", counted)
     with pytest.raises(KeyboardInterrupt):
         suppress(recipe, q=5, draws=1)
     found = suppress(recipe, q=5, draws=1)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor
 
 from keeptune.core.errors import RecipeError, StatisticsError, nearest
 from keeptune.linalg.selections import Rows, count_votes, quota, voted
@@ -18,21 +17,11 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import PlanOptions, statistics_for
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 
-__all__ = [
-    "PRESETS",
-    "Side",
-    "Where",
-    "loki_of",
-    "attributions_of",
-    "check_share",
-    "chosen_rows",
-    "density",
-    "side_of",
-]
+__all__ = ["Side", "Where", "attributions_of", "check_share", "chosen_rows", "density", "loki_of", "side_of"]
 
 # What is taken: of each block, or of all blocks together, the lowest or the highest.
 Where = Literal["layer-balanced", "layer-high", "global-low", "global-high"]
-PRESETS: Mapping[str, NeuronAttribution] = {
+_PRESETS: Mapping[str, NeuronAttribution] = {
     "release": NeuronAttribution(),
     "paper": NeuronAttribution.as_paper(),
     "current": NeuronAttribution.as_current(),
@@ -54,14 +43,7 @@ class Side:
 
 
 def loki_of(job: Job) -> Loki:
-    """Returns a recipe's LoKI, or the default one.
-
-    Args:
-        job: The recipe.
-
-    Returns:
-        The method whose attribution, share of nodes and selection are the defaults.
-    """
+    """Returns a recipe's LoKI, or the default one: its attribution, share of nodes and selection are the defaults."""
     return next((part.method for part in parts_of(job.method) if isinstance(part.method, Loki)), Loki())
 
 
@@ -70,43 +52,33 @@ def side_of(words: str, job: Job, option: str) -> Side:
 
     Args:
         words: Such as ``paper``, ``global-low``, ``50`` or ``paper,global-low,50``; empty for all of the recipe's own.
-        job: The recipe, whose LoKI (or the default) says the rest.
+        job: The recipe, whose LoKI (or the default) has the rest.
         option: The option they come from.
-
-    Returns:
-        The side.
 
     Raises:
         RecipeError: A word is none of them.
     """
     loki = loki_of(job)
-    attribution, where, examples = loki.attribution, loki.selection, loki.attribution.examples
+    attribution, examples = loki.attribution, loki.attribution.examples
+    where: Where = loki.selection
     for word in (part.strip() for part in words.split(",") if part.strip()):
-        kind = next((known for known in get_args(Where) if known == word), None)
-        if word in PRESETS:
-            attribution = PRESETS[word]
-        elif kind is not None:
-            where = kind
+        if word in _PRESETS:
+            attribution = _PRESETS[word]
+        elif word in get_args(Where):
+            where = cast(Where, word)
         elif word == "all":
             examples = None
         elif word.isdecimal() and int(word) > 0:
             examples = int(word)
         else:
-            known = [*PRESETS, *get_args(Where), "all"]
-            raise RecipeError(
-                option,
-                got=f'"{word}"',
-                wanted=f"{', '.join(known)}, or a number of examples",
-                next_step=nearest(word, known),
-            )
+            known = [*_PRESETS, *get_args(Where), "all"]
+            wanted = f"{', '.join(known)}, or a number of examples"
+            raise RecipeError(option, got=f'"{word}"', wanted=wanted, next_step=nearest(word, known))
     return Side(dataclasses.replace(attribution, examples=examples), where)
 
 
 def check_share(q: float) -> None:
-    """Checks a share of nodes.
-
-    Args:
-        q: Per cent.
+    """Checks a share of nodes, in per cent.
 
     Raises:
         RecipeError: It is out of range.
@@ -119,13 +91,6 @@ def check_share(q: float) -> None:
 
 def attributions_of(job: Job, request: NeuronAttribution) -> Attributions:
     """Attributes the nodes of a recipe's base over its knowledge; what the store has is not computed again.
-
-    Args:
-        job: The recipe.
-        request: What to measure.
-
-    Returns:
-        The attributions, read from the store as they are needed.
 
     Raises:
         RecipeError: The recipe has no knowledge.
@@ -150,15 +115,12 @@ def attributions_of(job: Job, request: NeuronAttribution) -> Attributions:
 
 
 def chosen_rows(attributions: Attributions, q: float, where: Where) -> Rows:
-    """Selects rows by the votes of all texts, as LoKI does (eqs. 6-9) and its controls.
+    """Selects the rows of each down-projection by the votes of all texts, as LoKI does (eqs. 6-9) and its controls.
 
     Args:
         attributions: Of many texts.
         q: Per cent of the nodes.
         where: What is taken.
-
-    Returns:
-        The rows of each down-projection, ascending.
 
     Raises:
         StatisticsError: So small a share leaves no row.
@@ -176,25 +138,18 @@ def chosen_rows(attributions: Attributions, q: float, where: Where) -> Rows:
 
 
 def density(attributions: Attributions, q: float = 5.0) -> dict[str, Any]:
-    """Maps where the highest and lowest nodes of all blocks together lie (the paper's Fig. 2).
-
-    Args:
-        attributions: Of many texts.
-        q: Per cent of all nodes that each text names.
+    """Maps where the highest and lowest ``q`` per cent of the nodes of all blocks together lie (the paper's Fig. 2).
 
     Returns:
         ``q``, ``edges`` (the first node of each bin, and D), and ``highest`` and ``lowest``: for each block and bin
         the mean share of texts that name a node.
     """
-    nodes = attributions.nodes
+    nodes, bins = attributions.nodes, min(attributions.nodes, _BINS)
     k = quota(q, nodes * len(attributions.layers))
-    edges = [round(place * nodes / min(nodes, _BINS)) for place in range(min(nodes, _BINS) + 1)]
-    shares: dict[str, Any] = {"q": q, "edges": edges}
+    edges = [round(place * nodes / bins) for place in range(bins + 1)]
+    binned: dict[str, Any] = {"q": q, "edges": edges}
     for name in ("highest", "lowest"):
         counts = count_votes(attributions.chunks(), k, whole=True, highest=name == "highest")
-        shares[name] = _binned(counts.double() / attributions.samples, edges).tolist()
-    return shares
-
-
-def _binned(shares: Tensor, edges: list[int]) -> Tensor:
-    return torch.stack([part.mean(dim=1) for part in torch.tensor_split(shares, edges[1:-1], dim=1)], dim=1)
+        parts = torch.tensor_split(counts.double() / attributions.samples, edges[1:-1], dim=1)
+        binned[name] = torch.stack([part.mean(dim=1) for part in parts], dim=1).tolist()
+    return binned

@@ -10,7 +10,6 @@ from keeptune.linalg.selections import Overlap, overlap_of, overlaps
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
 from keeptune.report.figures.node_maps import overlap_figure
-from keeptune.statistics.neuron_attribution import Attributions
 from keeptune.studies.figure_files import write_figure_files
 from keeptune.studies.node_selections import Side, attributions_of, check_share, chosen_rows, loki_of, side_of
 
@@ -23,7 +22,7 @@ def overlap(
     """Compares two selections of rows; what the store has is not computed again.
 
     Args:
-        recipe: A recipe with knowledge; its LoKI (else the default one) says what the sides do not.
+        recipe: A recipe with knowledge; its LoKI (else the default one) has what the sides do not name.
         other: A recipe of the same base with other knowledge, for the second side; None takes the first's.
         first: Where the first side differs from its recipe: a preset (``release``, ``paper``, ``current``), a
             selection (``layer-balanced``, ``layer-high``, ``global-low``, ``global-high``) and a number of examples
@@ -40,28 +39,27 @@ def overlap(
     Raises:
         RecipeError: Both sides are the same, or a word is unknown.
         ModelError: The recipes are of different bases.
-        KeeptuneError: Something else the user can mend.
+        KeeptuneError: The model or the data cannot be attributed.
     """
     jobs = [Job(recipe), Job(recipe if other is None else other)]
     for job in jobs if other is not None else jobs[:1]:
         job.check()
     q = loki_of(jobs[0]).q if q is None else q
     check_share(q)
-    words = (first, second)
-    sides = [side_of(words[0], jobs[0], "--first"), side_of(words[1], jobs[1], "--second")]
+    sides = [side_of(first, jobs[0], "--first"), side_of(second, jobs[1], "--second")]
     _check_sides(jobs, sides, same_recipe=other is None)
     known = [attributions_of(job, side.attribution) for job, side in zip(jobs, sides, strict=True)]
     rows = [chosen_rows(attributions, q, side.where) for attributions, side in zip(known, sides, strict=True)]
     layers = overlaps(rows[0], rows[1], known[0].nodes)
     described = [
         {
-            "name": _name(jobs, at, words[at], sides[at], known[at]),
+            "name": _name(jobs, at, words) or f"{side.where}, {known[at].samples} texts",
             "attribution": side.attribution,
             "selection": side.where,
             "texts": known[at].samples,
             "rows": dict(zip(known[at].modules, map(list, rows[at]), strict=True)),
         }
-        for at, side in enumerate(sides)
+        for at, (words, side) in enumerate(zip((first, second), sides, strict=True))
     ]
     record = {
         "base": recipe.model,
@@ -95,12 +93,12 @@ def _check_sides(jobs: list[Job], sides: list[Side], *, same_recipe: bool) -> No
         )
 
 
-def _name(jobs: list[Job], at: int, words: str, side: Side, known: Attributions) -> str:
+def _name(jobs: list[Job], at: int, words: str) -> str:
     """Names a side by what makes it differ."""
     given = [word.strip() for word in words.split(",") if word.strip()]
-    if jobs[0] is not jobs[1] and jobs[0].recipe.knowledge != jobs[1].recipe.knowledge:
+    if jobs[0].recipe.knowledge != jobs[1].recipe.knowledge:
         given += [", ".join(part.file.rsplit("/", 1)[-1] for part in jobs[at].recipe.knowledge_sets)]
-    return ", ".join(given) or f"{side.where}, {known.samples} texts"
+    return ", ".join(given)
 
 
 def _counts(overlap: Overlap) -> dict[str, Any]:

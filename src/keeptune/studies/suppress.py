@@ -4,55 +4,37 @@
     S-L      those that they name most often as lowest
     random   as many, drawn; the control
 
-If the attribution is right, S-H loses much and S-L little. The paper has no control: what S-L loses says little without
-what any other rows of the same number lose.
+If the attribution is right, S-H loses much and S-L little. The paper has no control: what S-L loses means little
+without what any other rows of the same number lose.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from keeptune.core.artefact import content_key, write_bytes
+from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError, nearest
-from keeptune.evaluation.benchmark_data import data_fingerprint
-from keeptune.evaluation.benchmarks import Benchmark
-from keeptune.evaluation.harness import evaluate
-from keeptune.evaluation.metrics import paired_interval
 from keeptune.evaluation.model_pairs import SuppressedNodes
-from keeptune.evaluation.results import BenchmarkResult, trade_off
+from keeptune.evaluation.results import BenchmarkResult, interval_between, trade_off
 from keeptune.linalg.selections import Rows
-from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
+from keeptune.pipeline.scoring import score
 from keeptune.recipe.schema import Recipe
 from keeptune.report.figures.drawing import png
 from keeptune.report.figures.node_maps import density_figure
 from keeptune.report.figures.sweep_lines import sweep_figure
-from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
+from keeptune.statistics.neuron_attribution import layer_profile
 from keeptune.studies.figure_files import write_figure_files
 from keeptune.studies.node_selections import Where, attributions_of, check_share, chosen_rows, density, loki_of
 
 __all__ = ["Over", "drawn_rows", "suppress"]
 
 Over = Literal["layer-balanced", "global"]
-_VERSION = 1
-
-
-@dataclass(frozen=True)
-class _Suppressed:
-    """Rows that are switched off, and what was scored without them."""
-
-    label: str
-    seed: int
-    rows: Rows
-    results: tuple[BenchmarkResult, ...] = ()
 
 
 def suppress(
@@ -76,45 +58,67 @@ def suppress(
         recipe's output has it as ``suppress.json``, with ``suppress.png`` and ``nodes.png``.
 
     Raises:
-        KeeptuneError: Something the user can mend.
+        RecipeError: An option is out of range, or the recipe has no knowledge benchmark.
+        KeeptuneError: The model or the data cannot be attributed or scored.
     """
+    job = Job(recipe)
+    _check(job, q, over, draws)
+    request = loki_of(job).attribution
+    attributions = attributions_of(job, request)
+    whole = over == "global"
+    kinds: tuple[Where, Where] = ("global-high", "global-low") if whole else ("layer-high", "layer-balanced")
+    highest, lowest = (chosen_rows(attributions, q, kind) for kind in kinds)
+    variants = [("S-H", 0, highest), ("S-L", 0, lowest)]
+    for number in range(seed, seed + draws):
+        variants.append(("random", number, drawn_rows(lowest, attributions.nodes, number, whole=whole)))
+    folder = recipe.output / "suppress" / f"q{q:g}-{over}-{content_key([request])[:8]}"
+    model = job.base()
+    scores, entries = [], []
+    for name, number, rows in variants:
+        results = _scored(job, model, dict(zip(attributions.modules, rows, strict=True)), folder / f"{name}-{number}")
+        scores.append(results)
+        entry = {"name": name, "seed": number, **trade_off(results), "adapter": "", "export_gap": None}
+        summaries = [result.summary() for result in results]
+        entries.append(entry | {"benchmarks": summaries, "rows": [list(own) for own in rows]})
+    record = {
+        "base": recipe.model,
+        "attribution": request,
+        "texts": attributions.samples,
+        "nodes": attributions.nodes,
+        "layers": list(attributions.layers),
+        "modules": list(attributions.modules),
+        "methods": entries,
+        "gaps": [_gap(high, low, job.seed) for high, low in zip(scores[0], scores[1], strict=True)],
+        "profile": layer_profile(attributions).tolist(),
+        "density": density(attributions),
+        "q": q,
+        "over": over,
+    }
+    points = [{**entry, "x": None, "method": entry["name"]} for entry in entries]
+    write_figure_files(folder / "suppress.png", record, sweep_figure({"rows": points}))
+    png(density_figure(record), folder / "nodes.png")
+    return record | {"folder": str(folder)}
+
+
+def _check(job: Job, q: float, over: str, draws: int) -> None:
     if over not in get_args(Over):
         known = list(get_args(Over))
         raise RecipeError("--over", got=over, wanted=" or ".join(known), next_step=nearest(over, known))
     check_share(q)
     if draws < 0:
         raise RecipeError("--draws", got=str(draws), wanted="0 or more", next_step="Example: --draws 3")
-    job = Job(recipe)
     job.check()
-    if not any(benchmark.role == "knowledge" for benchmark in recipe.evaluate):
+    if not any(benchmark.role == "knowledge" for benchmark in job.recipe.evaluate):
         raise RecipeError(
             "evaluate",
             got="no benchmark of role knowledge",
             wanted="one or more: what the model knows is scored",
             next_step="Add one to the recipe.",
         )
-    request = loki_of(job).attribution
-    attributions = attributions_of(job, request)
-    whole = over == "global"
-    kinds: tuple[Where, Where] = ("global-high", "global-low") if whole else ("layer-high", "layer-balanced")
-    highest, lowest = (chosen_rows(attributions, q, kind) for kind in kinds)
-    variants = [_Suppressed("S-H", 0, highest), _Suppressed("S-L", 0, lowest)]
-    variants += [
-        _Suppressed("random", number, drawn_rows(lowest, attributions.nodes, number, whole=whole))
-        for number in range(seed, seed + draws)
-    ]
-    folder = recipe.output / "suppress" / f"q{q:g}-{over}-{content_key([request])[:8]}"
-    model = job.base()
-    variants = [_scored(job, model, attributions.modules, variant, folder) for variant in variants]
-    record = _record(job, attributions, request, variants) | {"q": q, "over": over}
-    rows = [{**entry, "x": None, "method": entry["name"]} for entry in record["methods"]]
-    write_figure_files(folder / "suppress.png", record, sweep_figure({"rows": rows}))
-    png(density_figure(record), folder / "nodes.png")
-    return record | {"folder": str(folder)}
 
 
 def drawn_rows(like: Rows, nodes: int, seed: int, *, whole: bool) -> Rows:
-    """Draws as many rows as a selection has.
+    """Draws as many rows as a selection has, ascending.
 
     Laws: the number of rows is the same, of each block unless ``whole``; none twice; the same seed draws the same.
 
@@ -123,9 +127,6 @@ def drawn_rows(like: Rows, nodes: int, seed: int, *, whole: bool) -> Rows:
         nodes: Nodes of each block, D.
         seed: Of the draw.
         whole: Draw from all blocks together.
-
-    Returns:
-        The rows, ascending.
     """
     generator = torch.Generator().manual_seed(seed)
     if not whole:
@@ -134,65 +135,20 @@ def drawn_rows(like: Rows, nodes: int, seed: int, *, whole: bool) -> Rows:
     return tuple(tuple(sorted(p % nodes for p in places if p // nodes == layer)) for layer in range(len(like)))
 
 
-def _scored(
-    job: Job, model: PreTrainedModel, modules: Sequence[str], variant: _Suppressed, folder: Path
-) -> _Suppressed:
-    """Scores each knowledge benchmark that has no result yet; results are kept one by one."""
+def _scored(job: Job, model: PreTrainedModel, rows: Mapping[str, Sequence[int]], folder: Path) -> list[BenchmarkResult]:
+    """Scores each knowledge benchmark that has no result yet without some rows; results are kept one by one."""
+    rows = {name: own for name, own in rows.items() if own}
+    pair = SuppressedNodes(model, rows)
     results = []
-    rows = {name: own for name, own in zip(modules, variant.rows, strict=True) if own}
     for benchmark in job.recipe.evaluate:
-        if benchmark.role != "knowledge":
-            continue
-        data = data_fingerprint(benchmark)
-        key = content_key([benchmark, data, rows, job.base_fingerprint, job.recipe.dtype, job.seed, _VERSION])
-        path = folder / f"{variant.label}-{variant.seed}" / f"{benchmark.name}.json"
-        items = path.with_suffix(".items.jsonl")
-
-        def compute(benchmark: Benchmark = benchmark, items: Path = items) -> dict[str, Any]:
-            result = evaluate(SuppressedNodes(model, rows), job.tokenizer, benchmark, Path(), seed=job.seed)
-            write_bytes(items, result.to_jsonl().encode())
-            return {"rows": rows, "summary": result.summary()}
-
-        record = Stored(f"suppress {variant.label}, {benchmark.name}", path, key).get(compute, files=[items.name])
-        results.append(BenchmarkResult.from_jsonl(record["summary"], items.read_text(encoding="utf-8")))
-    return dataclasses.replace(variant, results=tuple(results))
+        if benchmark.role == "knowledge":
+            record = score(job, benchmark, lambda: pair, folder, job.base_fingerprint, None, {"suppressed": rows})
+            items = (folder / f"{benchmark.name}.items.jsonl").read_text(encoding="utf-8")
+            results.append(BenchmarkResult.from_jsonl(record["summary"], items))
+    return results
 
 
-def _record(
-    job: Job, attributions: Attributions, request: NeuronAttribution, variants: Sequence[_Suppressed]
-) -> dict[str, Any]:
-    empty = {"adapter": "", "export_gap": None}
-    entries = [
-        {
-            "name": variant.label,
-            "seed": variant.seed,
-            **trade_off(variant.results),
-            **empty,
-            "benchmarks": [result.summary() for result in variant.results],
-            "rows": [list(rows) for rows in variant.rows],
-        }
-        for variant in variants
-    ]
-    highest, lowest = variants[:2]
-    return {
-        "base": job.recipe.model,
-        "attribution": request,
-        "texts": attributions.samples,
-        "nodes": attributions.nodes,
-        "layers": list(attributions.layers),
-        "modules": list(attributions.modules),
-        "methods": entries,
-        "gaps": [_gap(*both, job.seed) for both in zip(highest.results, lowest.results, strict=True)],
-        "profile": layer_profile(attributions).tolist(),
-        "density": density(attributions),
-    }
-
-
-def _gap(highest: BenchmarkResult, lowest: BenchmarkResult, seed: int) -> Mapping[str, Any]:
+def _gap(highest: BenchmarkResult, lowest: BenchmarkResult, seed: int) -> dict[str, Any]:
     """Returns how much better the model scores without the lowest nodes than without the highest, item by item."""
-    weights = np.array([float(item.get("tokens", 1)) for item in highest.items])
-    first, second = (weights * [item["after"] for item in result.items] for result in (highest, lowest))
-    low, high = paired_interval(first, second, seed, weights=weights)
-    return {"name": highest.name, "metric": highest.metric, "S-L less S-H": lowest.after - highest.after} | {
-        "interval": [low, high]
-    }
+    gap = {"name": highest.name, "metric": highest.metric, "S-L less S-H": lowest.after - highest.after}
+    return gap | {"interval": list(interval_between(highest, lowest, seed))}
