@@ -83,6 +83,11 @@ class TrainedModel:
         """Whether it is an adapter, no whole model."""
         return (self.folder / "adapter_config.json").is_file()
 
+    @property
+    def whole(self) -> str:
+        """The whole model's folder, or its hub id."""
+        return str(self.folder) if self.folder.is_dir() else resolve_model(self.source)
+
     def load_base(self) -> PreTrainedModel:
         """Loads a fresh base, in evaluation mode."""
         return self._load(self.base, self.dtype)
@@ -90,7 +95,7 @@ class TrainedModel:
     def load_tuned(self) -> PreTrainedModel:
         """Loads the adapter on a fresh base, or the whole model, in evaluation mode."""
         if not self.is_adapter:
-            return self._load(str(self.folder), self.dtype)
+            return self._load(self.whole, self.dtype)
         inner: PreTrainedModel = load_adapter(self.load_base(), self.folder).get_base_model()
         return inner.eval()
 
@@ -120,8 +125,7 @@ class TrainedModel:
                 return _from_layers(layers, model, bar)
             _log.info("%s: not plain LoRA or DoRA; merged into its base to be measured", self.folder)
             return _between(self.load_base(), _merged(wrapped, self.folder), bar, str(self.folder))
-        tuned = self._load(str(self.folder) if self.folder.is_dir() else self.source, dtype)
-        return _between(model, tuned, bar, self.source)
+        return _between(model, self._load(self.whole, dtype), bar, self.source)
 
     def _load(self, name: str, dtype: Dtype) -> PreTrainedModel:
         return load_model(name, LoadOptions(dtype=dtype, device=self.device, head=self.head))

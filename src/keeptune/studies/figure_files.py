@@ -1,19 +1,19 @@
-"""The files of a study: a figure as PNG, and its numbers beside it as JSON."""
+"""What the commands of studies share: checks of their options, a figure as PNG with its numbers beside it as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from keeptune.core.artefact import write_json
-from keeptune.core.errors import RecipeError
+from keeptune.core.errors import RecipeError, nearest
 from keeptune.pipeline.machine import check_device, check_folder, device_named
 from keeptune.report.figures.drawing import png
 
-__all__ = ["check_figure_file", "write_figure_files"]
+__all__ = ["check_figure_file", "check_word", "write_figure_files"]
 
 
 def check_figure_file(output: Path, example: str, device: str) -> str:
@@ -34,6 +34,16 @@ def check_figure_file(output: Path, example: str, device: str) -> str:
     check_folder("--output", output.parent)
     check_device(device := device_named(device))
     return device
+
+
+def check_word(option: str, value: str, known: Sequence[str]) -> None:
+    """Checks an option that is one of a few words.
+
+    Raises:
+        RecipeError: It is none of them.
+    """
+    if value not in known:
+        raise RecipeError(option, got=value, wanted=" or ".join(known), next_step=nearest(value, known))
 
 
 def write_figure_files(output: Path, record: Mapping[str, Any], figure: Figure | None) -> None:

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import RecipeError
 from keeptune.evaluation.model_pairs import SuppressedNodes
 from keeptune.evaluation.results import BenchmarkResult, interval_between, trade_off
 from keeptune.linalg.selections import Rows
@@ -29,7 +29,7 @@ from keeptune.report.figures.drawing import png
 from keeptune.report.figures.node_maps import density_figure
 from keeptune.report.figures.sweep_lines import sweep_figure
 from keeptune.statistics.neuron_attribution import layer_profile
-from keeptune.studies.figure_files import write_figure_files
+from keeptune.studies.figure_files import check_word, write_figure_files
 from keeptune.studies.node_selections import Where, attributions_of, check_share, chosen_rows, density, loki_of
 
 __all__ = ["Over", "drawn_rows", "suppress"]
@@ -101,9 +101,7 @@ def suppress(
 
 
 def _check(job: Job, q: float, over: str, draws: int) -> None:
-    if over not in get_args(Over):
-        known = list(get_args(Over))
-        raise RecipeError("--over", got=over, wanted=" or ".join(known), next_step=nearest(over, known))
+    check_word("--over", over, get_args(Over))
     check_share(q)
     if draws < 0:
         raise RecipeError("--draws", got=str(draws), wanted="0 or more", next_step="Example: --draws 3")

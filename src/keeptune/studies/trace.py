@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.core.errors import RecipeError, StatisticsError, nearest
+from keeptune.core.errors import RecipeError, StatisticsError
 from keeptune.data.knowledge import knowledge_of
 from keeptune.model.blocks import positions
 from keeptune.model.probes.causal_tracing import Noise, OutputKind, Reading, Traced
@@ -30,6 +30,7 @@ from keeptune.statistics.layer_effect import (
     normalised_error,
     trace_texts,
 )
+from keeptune.studies.figure_files import check_word
 
 __all__ = ["Trace", "check_effect", "trace"]
 
@@ -62,25 +63,12 @@ class Trace:
         return average_effect(self.effects)[1]
 
     def answer(self, values: Tensor) -> float:
-        """Returns the summed probability of the answer tokens in a text's ``clean`` or ``corrupted``.
-
-        Args:
-            values: ``(K,)``.
-
-        Returns:
-            Σ_t p(y_t).
-        """
+        """Returns Σ_t p(y_t) of a text's ``clean`` or ``corrupted``, ``(K,)``."""
         # In reading B every position has the sum already.
         return float(values.sum() if self.request.reading == "diagonal" else values[0])
 
     def normalised(self, norm: Norm = "max") -> Tensor:
-        """Returns AIE normalised over layers.
-
-        Args:
-            norm: ``"max"`` or ``"sum"``; a layer below 0 counts as 0.
-
-        Returns:
-            ``(L,)``, NAIE.
+        """Returns NAIE, ``(L,)``: AIE over its ``"max"`` or ``"sum"``; a layer below 0 counts as 0.
 
         Raises:
             StatisticsError: No layer restores anything of the answers.
@@ -88,29 +76,26 @@ class Trace:
         return normalised_effect(self.average, norm)
 
     def summary(self) -> dict[str, Any]:
-        """Returns the effects and their errors as a record.
+        """Returns the effects and their errors, ready for JSON.
 
-        Returns:
-            A JSON-ready mapping; ``clean`` and ``corrupted`` are Σ_t p(y_t), averaged over texts. Errors are standard
-            errors over texts. Where no effect is ``distinct``, NAIE is noise.
+        ``clean`` and ``corrupted`` are Σ_t p(y_t), averaged over texts; errors are standard errors over texts. Where no
+        effect is ``distinct``, NAIE is noise.
         """
-        texts: list[dict[str, Any]] = [
-            {
-                "clean": self.answer(text.clean),
-                "corrupted": self.answer(text.corrupted),
-                "effect": text.effect.tolist(),
-            }
-            for text in self.texts
-        ]
+        answers = {side: [self.answer(getattr(text, side)) for text in self.texts] for side in ("clean", "corrupted")}
+        shares: dict[str, Any] = {}
+        for norm in get_args(Norm):
+            shares[f"NAIE_{norm}"] = _or_none(self, norm)
+            shares[f"NAIE_{norm}_error"] = _numbers(normalised_error(self.effects, norm))
         return {
-            "clean": math.fsum(text["clean"] for text in texts) / len(texts),
-            "corrupted": math.fsum(text["corrupted"] for text in texts) / len(texts),
+            **{side: math.fsum(values) / len(values) for side, values in answers.items()},
             "AIE": self.average.tolist(),
             "AIE_error": _numbers(self.error),
             "distinct": is_distinct(self.effects),
-            **{f"NAIE_{norm}": _or_none(self, norm) for norm in get_args(Norm)},
-            **{f"NAIE_{norm}_error": _numbers(normalised_error(self.effects, norm)) for norm in get_args(Norm)},
-            "texts": texts,
+            **shares,
+            "texts": [
+                {"clean": clean, "corrupted": corrupted, "effect": text.effect.tolist()}
+                for text, clean, corrupted in zip(self.texts, *answers.values(), strict=True)
+            ],
         }
 
 
@@ -133,9 +118,6 @@ def trace(
         max_length: Longer examples are cut to this many tokens, or to the model's positions.
         chunk: Tokens in a pass with restored states; it changes speed and memory only.
 
-    Returns:
-        The trace.
-
     Raises:
         DataError: An example is empty.
         ModelError: It has no blocks, or no attention or MLP of its own.
@@ -153,18 +135,11 @@ def trace(
 def check_effect(request: LayerEffect) -> None:
     """Checks the options of a request that comes from a user.
 
-    Args:
-        request: The request.
-
     Raises:
-        RecipeError: A wrong option.
+        RecipeError: One is wrong.
     """
-    for option, value, known in (
-        ("reading", request.reading, get_args(Reading)),
-        ("kind", request.output, get_args(OutputKind)),
-    ):
-        if value not in known:
-            raise RecipeError(option, got=value, wanted=" or ".join(known), next_step=nearest(value, known))
+    check_word("reading", request.reading, get_args(Reading))
+    check_word("kind", request.output, get_args(OutputKind))
     if request.window < 1:
         raise RecipeError("window", got=str(request.window), wanted="1 or more", next_step="ROME takes 10.")
     Noise(request.fraction, request.scale, request.seed)  # checks their ranges
@@ -177,5 +152,5 @@ def _numbers(values: Tensor) -> list[float | None]:
 def _or_none(result: Trace, norm: Norm) -> list[float] | None:
     try:
         return result.normalised(norm).tolist()
-    except StatisticsError:  # a model that does not know the answers has no profile; AIE says so
+    except StatisticsError:  # a model that does not know the answers has no profile
         return None

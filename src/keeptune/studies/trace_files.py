@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import content_key, file_fingerprint, write_json
-from keeptune.core.errors import DataError, ModelError, RecipeError, nearest
+from keeptune.core.errors import DataError, ModelError, RecipeError
 from keeptune.data.calibration import Calibration
 from keeptune.data.knowledge import knowledge_set
 from keeptune.data.sources import read_jsonl
@@ -20,11 +20,13 @@ from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import LoadOptions, load_model, load_positions, load_tokenizer
 from keeptune.model.probes.causal_tracing import Traced, embedding_std
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
+from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.recipe.paths import resolve_model
 from keeptune.report.figures.drawing import png
 from keeptune.report.figures.trace_maps import heat_figure, profile_figure
 from keeptune.statistics.layer_effect import LayerEffect, Norm, trace_texts
-from keeptune.statistics.store import Source, StatStore
+from keeptune.statistics.store import Source
+from keeptune.studies.figure_files import check_word
 from keeptune.studies.trace import Trace, check_effect
 
 __all__ = ["TraceOptions", "trace_models"]
@@ -73,28 +75,26 @@ def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max")
     Args:
         options: Which models and data.
         request: What to measure.
-        norm: What the figure's normalised profile is normalised by.
+        norm: ``"max"`` or ``"sum"``, which the figure's profile is normalised by.
 
     Returns:
-        What is in ``trace.json``; the folder also has ``layers.png`` and ``heat.png``.
+        The record in ``trace.json``; the folder also has ``layers.png`` and ``heat.png``.
 
     Raises:
-        KeeptuneError: Something the user can mend; nothing was written to the folder then.
+        KeeptuneError: An option, a model or the data are wrong; nothing was written to the folder then.
     """
+    store, device = statistics_store(options.store), device_named(options.device)
     check_effect(request)
+    check_word("--norm", norm, get_args(Norm))
     check_folder("--output", options.output)
-    check_folder("--store", _store(options).folder)
-    check_device(device_named(options.device))
-    if norm not in get_args(Norm):
-        raise RecipeError("--norm", got=norm, wanted="max or sum", next_step=nearest(norm, get_args(Norm)))
+    check_folder("--store", store.folder)
+    check_device(device)
     name = resolve_model(options.model)
     tokenizer = load_tokenizer(name)
     data = _data(options, name, tokenizer)
     chosen, models = None if options.example is None else options.example - 1, []
-    for title, model, source in _models(options, name):
-        texts = trace_texts(
-            model, data, request, store=_store(options), source=source, chunk=options.chunk, title=title
-        )
+    for title, model, source in _models(options, name, device):
+        texts = trace_texts(model, data, request, store=store, source=source, chunk=options.chunk, title=title)
         traced = Trace(request, tuple(texts))
         chosen = _most_harmed(traced) if chosen is None else chosen
         heat = _heat(model, traced.texts[chosen], request, options.chunk)
@@ -135,51 +135,44 @@ def _data(options: TraceOptions, name: str, tokenizer: PreTrainedTokenizerBase) 
     return data
 
 
-def _store(options: TraceOptions) -> StatStore:
-    return statistics_store(options.store)
-
-
-def _models(options: TraceOptions, name: str) -> Iterator[tuple[str, PreTrainedModel, Source]]:
+def _models(options: TraceOptions, name: str, device: str) -> Iterator[tuple[str, PreTrainedModel, Source]]:
     """Yields one model after the other; an adapter goes onto the first."""
-    device = device_named(options.device)
-    folder = None if options.adapter is None else _adapter_folder(options.adapter)
-    if options.adapter is not None and folder is None:
-        load_positions(resolve_model(options.adapter))  # checks that it is there
-    base = load_model(name, LoadOptions(dtype=options.dtype, device=device))
+    tuned = None if options.adapter is None else TrainedModel.of(options.adapter, base=name, device=device)
+    loading = LoadOptions(dtype=options.dtype, device=device)
+    if tuned is not None and not tuned.is_adapter:
+        load_positions(tuned.whole)  # checks that it is there
+    base = load_model(name, loading)
     fingerprint, vocabulary = body_fingerprint(base), _vocabulary(base)
-    if folder is not None:
-        check_base(folder, fingerprint)
-    yield Path(options.model).name, base, Source(fingerprint, "", str(base.dtype))
-    if folder is not None:
-        files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
-        wrapped = load_adapter(base, folder)
+    if tuned is not None and tuned.is_adapter:
+        check_base(tuned.folder, fingerprint)
+    first = Path(options.model).name
+    yield first, base, Source(fingerprint, "", str(base.dtype))
+    if tuned is None:
+        return
+    second = Path(tuned.source).name
+    if tuned.is_adapter:
+        wrapped = load_adapter(base, tuned.folder)
         if wrapped.active_peft_config.is_prompt_learning:
             raise ModelError(
-                f"adapter {folder}",
+                f"adapter {tuned.folder}",
                 got="an adapter of prompt learning",
                 wanted="one that changes weights: its tokens would be traced as a part of the prompt",
                 next_step="Trace a LoRA adapter or a whole model.",
             )
+        files = [tuned.folder / "adapter_config.json", tuned.folder / "adapter_model.safetensors"]
         source = Source(content_key([fingerprint, file_fingerprint(files)]), "", str(base.dtype))
-        yield f"{Path(options.model).name} + {Path(options.adapter or '').name}", wrapped.get_base_model(), source
-    elif options.adapter is not None:
+        yield f"{first} + {second}", wrapped.get_base_model(), source
+    else:
         del base
-        tuned = load_model(resolve_model(options.adapter), LoadOptions(dtype=options.dtype, device=device))
-        if _vocabulary(tuned) < vocabulary:
+        other = load_model(tuned.whole, loading)
+        if _vocabulary(other) < vocabulary:
             raise ModelError(
-                f"model {options.adapter}",
-                got=f"{_vocabulary(tuned)} token embeddings",
+                f"model {tuned.source}",
+                got=f"{_vocabulary(other)} token embeddings",
                 wanted=f"those of the first model ({vocabulary}): both are traced on the same tokens",
                 next_step="Trace models that share a tokenizer.",
             )
-        yield Path(options.adapter).name, tuned, Source(body_fingerprint(tuned), "", str(tuned.dtype))
-
-
-def _adapter_folder(name: str) -> Path | None:
-    """Returns the folder of an adapter, or of the one in a run's folder; None for a whole model."""
-    folder = Path(name).expanduser()
-    places = (place for place in (folder, folder / "adapter") if (place / "adapter_config.json").is_file())
-    return next(places, None)
+        yield second, other, Source(body_fingerprint(other), "", str(other.dtype))
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
@@ -204,18 +197,13 @@ def _heat(model: PreTrainedModel, text: Traced, request: LayerEffect, chunk: int
 
 
 def _head(options: TraceOptions, request: LayerEffect, norm: str, data: Calibration) -> dict[str, Any]:
+    templates = {"file": str(options.data), "prompt": options.prompt, "completion": options.completion}
     return {
-        "data": {
-            "file": str(options.data),
-            "prompt": options.prompt,
-            "completion": options.completion,
-            "examples": len(data.sequences),
-            "fingerprint": data.fingerprint,
-        },
+        "data": templates | {"examples": len(data.sequences), "fingerprint": data.fingerprint},
         "reading": request.reading,
         "kind": request.output,
         "window": 1 if request.output == "block" else request.window,
-        "noise": {"fraction": request.fraction, "scale": request.scale, "seed": request.seed},
+        "noise": asdict(request.noise),
         "norm": norm,
     }
 
