@@ -1,1 +1,1 @@
-"""keeptune repair: an adapter that has forgotten, mended after training."""
+"""Repair of finished adapters, after training."""
