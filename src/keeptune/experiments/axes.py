@@ -73,14 +73,9 @@ def axes_of(
     learned: Sequence[str] | None = None,
     forgotten: Sequence[str] | None = None,
 ) -> Axes:
-    """Returns the axes of a comparison.
+    """Returns the axes of a comparison, of benchmarks with ``name``, ``role`` and ``metric``.
 
     Unless named, an axis has the benchmarks of its role that are shares; where there are none, those in nats.
-
-    Args:
-        benchmarks: Each with ``name``, ``role`` and ``metric``.
-        learned: Names of the task benchmarks to take.
-        forgotten: Names of the knowledge benchmarks to take.
 
     Raises:
         RecipeError: A role has no benchmark, a name is unknown or of another role, or those named have two units.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from keeptune.experiments.choice import choose_best, limits_of
 from keeptune.experiments.comparison_record import RUNS_FILE, Options, row_of, write_records
 from keeptune.experiments.effects import benefits, study_rows
 from keeptune.experiments.engine import run_all, variants_of
-from keeptune.experiments.plan_runs import Comparison, RunSpec, list_runs
+from keeptune.experiments.plan_runs import Comparison, list_runs
 from keeptune.experiments.search import run_search
 from keeptune.experiments.single_run import Outcome
 from keeptune.report.figures.drawing import png
@@ -20,7 +20,7 @@ from keeptune.report.figures.grid_maps import benefit_figure
 from keeptune.report.figures.sweep_lines import study_figure, sweep_figure
 from keeptune.report.pages.comparison_page import write_comparison
 
-__all__ = ["Compared", "run_comparison", "write_results"]
+__all__ = ["Compared", "run_comparison"]
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,14 @@ def run_comparison(
     else:
         specs = list_runs(comparison)
         outcomes = run_all(comparison, specs)
-    return write_results(comparison, specs, outcomes, command, max_loss)
-
-
-def write_results(
-    comparison: Comparison,
-    specs: Sequence[RunSpec],
-    outcomes: Mapping[str, Outcome],
-    command: str,
-    max_loss: float | Mapping[str, float] | None = None,
-) -> Compared:
-    """Writes ``runs.json``, ``runs.parquet``, ``front.json``, ``report.html``, a sweep's figure, and ``best``."""
-    rows = []
-    for spec in specs:
-        outcome = outcomes.get(spec.name, Outcome("missing", "not run"))
-        rows += [row_of(spec, outcome, variant) for variant in (None, *variants_of(comparison, spec.label))]
-    folder, sweeps = comparison.records, comparison.kind != "compare"
+    rows = [
+        row_of(spec, outcomes.get(spec.name, Outcome("missing", "not run")), variant)
+        for spec in specs
+        for variant in (None, *variants_of(comparison, spec.label))
+    ]
+    folder, figure = comparison.records, None
     runs, front = write_records(folder, rows, _options(comparison, command))
-    figure = None
-    if sweeps:
+    if comparison.kind != "compare":
         runs |= _summary(runs)
         write_json(folder / RUNS_FILE, runs)
         figure = _draw(runs, folder / f"{comparison.kind}.png")

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from keeptune.core.artefact import content_key
-from keeptune.core.errors import ArtefactError, RecipeError
-from keeptune.experiments.axes import axes_of, forgotten_of, learned_of
+from keeptune.core.errors import ArtefactError
+from keeptune.experiments.axes import axes_of
 from keeptune.experiments.compare_section import Search, missing_extra
-from keeptune.experiments.comparison_record import row_of
+from keeptune.experiments.comparison_record import row_of, with_axes
 from keeptune.experiments.engine import (
     TaskMaker,
     log_outcome,
@@ -225,7 +225,6 @@ def run_search(comparison: Comparison, search: Search) -> tuple[tuple[RunSpec, .
         import optuna  # noqa: F401
     except ImportError as error:
         raise missing_extra("Optuna") from error
-    _need_both_roles(comparison)
     ends = [spec for spec in list_runs(comparison) if spec.seed == comparison.section.seeds[0]]
     maker, tasks, _ = tasks_of(comparison, ends)  # the listed settings are the ends of all spans
     spans = [{name: asdict(span) for name, span in spans_of(entry).items()} for entry in comparison.entries]
@@ -233,9 +232,8 @@ def run_search(comparison: Comparison, search: Search) -> tuple[tuple[RunSpec, .
     with only_one(comparison.output):
         study = open_study(comparison.output, key)
         outcomes = _run_trials(maker, study, search)
-        specs: dict[str, RunSpec] = {}
+        specs, values = dict[str, RunSpec](), list[tuple[float, float]]()
         settings: dict[str, tuple[Entry, Variation, float | None]] = {}
-        values: list[tuple[float, float]] = []
         for trial in study.get_trials(deepcopy=False):
             if not trial.params:  # in line, beyond the budget
                 continue
@@ -254,22 +252,10 @@ def run_search(comparison: Comparison, search: Search) -> tuple[tuple[RunSpec, .
     return (*specs.values(), *others), outcomes
 
 
-def _need_both_roles(comparison: Comparison) -> None:
-    roles = {str(benchmark.role) for benchmark in comparison.base.evaluate}
-    if len(roles) != 2:
-        raise RecipeError(
-            f"{comparison.where}, key compare.search",
-            got=f"benchmarks of {' and '.join(sorted(roles)) or 'no role'} alone",
-            wanted="a task and a knowledge benchmark: the search weighs what is learned against what is forgotten",
-            next_step="Add one to `evaluate`, or leave `search` out for the whole grid.",
-        )
-
-
 def _run_trials(maker: TaskMaker, study: Any, search: Search) -> dict[str, Outcome]:
     """Draws and runs trials until the budget is used; returns name to outcome of those of this time."""
     comparison, outcomes = maker.comparison, dict[str, Outcome]()
-    done = sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
-    drawn = done
+    done = drawn = sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
     if drawn >= search.trials:
         return outcomes
     running: dict[int, tuple[Any, RunSpec]] = {}
@@ -277,8 +263,7 @@ def _run_trials(maker: TaskMaker, study: Any, search: Search) -> dict[str, Outco
         while drawn < search.trials or running:
             while drawn < search.trials and len(running) < workers.room:
                 trial = ask(study, search.seed, comparison.entries)
-                setting = setting_of(comparison.entries, trial.params)
-                spec = run_spec(comparison, *setting, comparison.section.seeds[0])
+                spec = run_spec(comparison, *setting_of(comparison.entries, trial.params), comparison.section.seeds[0])
                 task = maker.task(spec)
                 workers.submit(task)
                 running[id(task)] = trial, spec
@@ -297,13 +282,11 @@ def _tell(comparison: Comparison, study: Any, trial: Any, spec: RunSpec, outcome
 
     row, section = row_of(spec, outcome), comparison.section
     if row["status"] == "done":
-        axes = axes_of(row["benchmarks"], section.learned, section.forgotten)
-        learned = learned_of(row["benchmarks"], axes.learned)
-        forgotten = forgotten_of(row["benchmarks"], axes.forgotten)
-        if learned.number is not None and forgotten.number is not None:
-            study.tell(trial, [learned.number, forgotten.number])
+        (row,) = with_axes([row], axes_of(row["benchmarks"], section.learned, section.forgotten))
+        if row["learned"] is not None and row["forgotten"] is not None:
+            study.tell(trial, [row["learned"], row["forgotten"]])
             return outcome
-        row["message"] = f"{spec.name} has no place on the axes: {learned.why or forgotten.why}"
+        row["message"] = f"{spec.name} has no place on the axes: {row['why']}"
     study.tell(trial, state=optuna.trial.TrialState.FAIL)
     return replace(outcome, status="failed", message=row["message"])
 

@@ -37,10 +37,9 @@ _PREFIX = "base_model.model."
 
 
 def read_changes(folder: Path) -> dict[str, LowRank]:
-    """Reads the factors of an adapter that keeptune exported, whose scale is 1, without the zeros that padded them.
+    """Reads the changes, by target, of an adapter that keeptune exported, whose scale is 1.
 
-    Returns:
-        Target name to change; targets that did not change are left out.
+    Zeros that padded them, and targets that did not change, are left out.
     """
     tensors = load_file(folder / "adapter_model.safetensors")
     changes = {}
@@ -97,7 +96,7 @@ def write_adapter(
         changes: Target name to change.
         folder: Where.
         wanted: Format, rank and the largest gap; a portable adapter of a rank that no server takes keeps its own.
-        options: What the record says of how they were made.
+        options: How they were made, for the record.
 
     Raises:
         ExportError: The gap is above the bound, or the folder holds something that keeptune did not write.
@@ -109,18 +108,10 @@ def write_adapter(
     too_large = wanted.rank is None and rank > max(SERVED_RANKS)
     tuned = install(model, plan)
     assert isinstance(tuned, PeftModel)
+    form = "peft" if too_large and wanted.format == "portable" else wanted.format
+    how = ExportOptions(format=form, rank=wanted.rank, max_gap=wanted.max_gap)
     return export(
-        tuned.eval(),
-        plan,
-        folder,
-        ExportOptions(
-            format="peft" if too_large and wanted.format == "portable" else wanted.format,
-            rank=wanted.rank,
-            max_gap=wanted.max_gap,
-        ),
-        base=base.recipe.model,
-        load_base=base.base,
-        tokenizer=base.tokenizer,
+        tuned.eval(), plan, folder, how, base=base.recipe.model, load_base=base.base, tokenizer=base.tokenizer
     )
 
 

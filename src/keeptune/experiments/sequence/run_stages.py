@@ -75,12 +75,9 @@ class _Course:
 
 @dataclass(frozen=True)
 class _Done:
-    """A finished stage.
+    """A finished stage, with what ``stage.json`` holds.
 
-    Args:
-        result: Of its run: an adapter for the model it started from, or a whole model.
-        product: For the original base.
-        record: What ``stage.json`` holds.
+    ``result`` is of its run: an adapter for the model it started from, or a whole model. ``product`` is for the base.
     """
 
     result: Path
@@ -95,9 +92,6 @@ class _Done:
 
 def run_sequence(sequence: StageSequence) -> dict[str, Any]:
     """Runs all stages, or what is left of them, scores after each, and writes the product.
-
-    Args:
-        sequence: The sequence.
 
     Returns:
         The record, as in ``sequence.json``.
@@ -144,9 +138,8 @@ def _check(sequence: StageSequence, model: PreTrainedModel) -> None:
         placed(f"stage {stage.name}", job.check)
         roles = tuned_roles(job.method, stage.recipe.targets)
         placed(f"stage {stage.name}", partial(find_targets, model, roles, stage.recipe.layers))
-    for stage in sequence.stages:
-        remove_leftovers(sequence.output / "models" / stage.folder)
-    for name in ("adapter", "merged"):
+    models = [f"models/{stage.folder}" for stage in sequence.stages]
+    for name in (*models, "adapter", "merged"):
         remove_leftovers(sequence.output / name)
 
 
@@ -262,8 +255,7 @@ def _model_after(base: Job, done: Sequence[_Done]) -> PreTrainedModel:
 
 
 def _mark(model: Path) -> Path:
-    """The record of a working model; it is written when the model is verified."""
-    return model.with_name(f"{model.name}.json")
+    return model.with_name(f"{model.name}.json")  # written when the model is verified
 
 
 def _remove_model(folder: Path) -> None:

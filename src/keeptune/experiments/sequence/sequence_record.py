@@ -105,7 +105,7 @@ def measures(
         stage: [i for i, b in enumerate(benchmarks) if b["stage"] == stage and not lower_is_better(b["metric"])]
         for stage in stages
     }
-    missing = [stage for stage, places in columns.items() if not places]
+    missing = [stage for stage in stages if not columns[stage]]
     names = ("average_accuracy", "backward_transfer", "forward_transfer", "forgetting")
     if missing:
         why = f"no benchmark in shares belongs to stage {', '.join(missing)}: name it like the stage, or in sequence"
@@ -114,14 +114,11 @@ def measures(
     base, R = tasks[0], tasks[1:]
     seen = [[row[: k + 1] for row in R[: k + 1]] for k in range(len(R))]
     values = (average_accuracy(R), backward_transfer(R), forward_transfer(R, base), forgetting(R))
-    why = ""
-    if len(stages) > 1 and None in values:
-        why = "a score is not a number"
     return {
         **dict(zip(names, values, strict=True)),
         "forgetting_of_each": dict(zip(stages, map(_number, forgetting_of_each(R)), strict=False)),
         "course": [{"average_accuracy": average_accuracy(part), "forgetting": forgetting(part)} for part in seen],
-        "why": why,
+        "why": "a score is not a number" if len(stages) > 1 and None in values else "",
     }
 
 

@@ -10,15 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from keeptune.core.errors import RecipeError, nearest, placed
 from keeptune.data import hub
+from keeptune.experiments.compare_section import checked
 from keeptune.experiments.entries import check_settings, with_settings
 from keeptune.recipe.paths import Fetch
 from keeptune.recipe.reading import read_values
 from keeptune.recipe.schema import Recipe, make_recipe
-from keeptune.recipe.sections import Section, explain
+from keeptune.recipe.sections import Section
 
 __all__ = ["Stage", "StageSequence", "load_sequence", "make_sequence"]
 
@@ -62,19 +63,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class StageSequence:
-    """Stages that follow each other.
+    """One or more stages that follow each other.
 
     Args:
-        output: Where everything goes.
-        stages: The stages, one or more.
         owners: Benchmark to the stage whose task it measures; one that measures none is not in it.
         keep_models: Keep the whole models that stages after the first start from.
     """
 
-    output: Path
     stages: tuple[Stage, ...]
     owners: Mapping[str, str]
     keep_models: bool = False
+
+    @property
+    def output(self) -> Path:
+        """Where everything goes."""
+        return self.whole.output
 
     @property
     def whole(self) -> Recipe:
@@ -85,20 +88,19 @@ class StageSequence:
 def load_sequence(
     path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch
 ) -> StageSequence:
-    """Reads the recipe of a sequence; ``stages.0.train.seed`` in ``overrides`` sets a key of one stage.
+    """Reads the recipe of a sequence from a YAML file, as :func:`make_sequence`.
 
-    Raises:
-        RecipeError: The file is missing or not YAML, a key is unknown, or a value does not fit.
+    ``stages.0.train.seed`` in ``overrides`` sets a key of one stage.
     """
     path = Path(path)
     return make_sequence(read_values(path, overrides), folder=path.parent, where=f"recipe {path}", fetch=fetch)
 
 
 def make_sequence(values: Mapping[str, Any], *, folder: Path, where: str, fetch: Fetch = hub.fetch) -> StageSequence:
-    """Reads the values of a recipe with ``stages`` and ``sequence``.
+    """Reads the values of a recipe with ``stages`` and ``sequence``, as a YAML file holds them.
 
     Args:
-        values: As a YAML file holds them.
+        values: The values.
         folder: Where files are looked for that are not in the current directory.
         where: For error messages.
         fetch: Gets the files of the hub.
@@ -108,7 +110,7 @@ def make_sequence(values: Mapping[str, Any], *, folder: Path, where: str, fetch:
     """
     common = {key: value for key, value in values.items() if key not in ("stages", "sequence")}
     entries = _entries(values.get("stages"), where)
-    options = _options(values.get("sequence"), where)
+    options = checked(_Options, values.get("sequence") or {}, where, "sequence.")
     stages: list[Stage] = []
     tasks: dict[str, Mapping[str, Any]] = {}
     for number, entry in enumerate(entries, start=1):
@@ -120,7 +122,7 @@ def make_sequence(values: Mapping[str, Any], *, folder: Path, where: str, fetch:
         _refuse(recipe, place)
         stages.append(Stage(number, entry["name"], recipe))
         tasks[entry["name"]] = own["task"]
-    return StageSequence(stages[0].recipe.output, tuple(stages), _owners(stages, options, where), options.keep_models)
+    return StageSequence(tuple(stages), _owners(stages, options, where), options.keep_models)
 
 
 def _entries(raw: Any, where: str) -> list[dict[str, Any]]:
@@ -144,13 +146,6 @@ def _entries(raw: Any, where: str) -> list[dict[str, Any]]:
             )
         seen.add(name.casefold())
     return raw
-
-
-def _options(raw: Any, where: str) -> _Options:
-    try:
-        return _Options.model_validate({} if raw is None else raw)
-    except ValidationError as error:
-        raise explain(error, f"{where}, key sequence", lambda _: list(_Options.model_fields)) from error
 
 
 def _with_earlier(values: dict[str, Any], tasks: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Any]:
@@ -216,24 +211,16 @@ def _refuse(recipe: Recipe, where: str) -> None:
 
 def _owners(stages: Sequence[Stage], options: _Options, where: str) -> dict[str, str]:
     """Returns the stage whose task each benchmark measures: by the recipe's mapping, or by its name."""
-    names = [stage.name for stage in stages]
-    benchmarks = {benchmark.name: benchmark.role for benchmark in stages[0].recipe.evaluate}
+    roles = {benchmark.name: benchmark.role for benchmark in stages[0].recipe.evaluate}
+    tasks, names = [name for name, role in roles.items() if role == "task"], [stage.name for stage in stages]
     for name, stage in options.benchmarks.items():
-        for what, got, known in (("benchmark", name, list(benchmarks)), ("stage", stage, names)):
+        for what, got, known in (("benchmark", name, tasks), ("stage", stage, names)):
             if got not in known:
+                role = f"{roles[name]} " if what == "benchmark" and name in roles else ""
                 raise RecipeError(
                     f"{where}, key sequence.benchmarks",
-                    got=f"the {what} {got!r}",
-                    wanted=f"a {what} of the recipe",
+                    got=f"the {role}{what} {got!r}",
+                    wanted="a benchmark with role: task and its stage; what the base knew belongs to no stage",
                     next_step=nearest(got, known),
                 )
-        if benchmarks[name] != "task":
-            raise RecipeError(
-                f"{where}, key sequence.benchmarks",
-                got=f"the {benchmarks[name]} benchmark {name!r}",
-                wanted="benchmarks with role: task; what the base knew belongs to no stage",
-                next_step="Leave it out, or give it role: task.",
-            )
-    tasks = [name for name, role in benchmarks.items() if role == "task"]
-    same = {name: name for name in tasks if name in names}
-    return same | options.benchmarks
+    return {name: name for name in tasks if name in names} | options.benchmarks
