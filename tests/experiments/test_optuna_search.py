@@ -15,7 +15,7 @@ from keeptune.core.errors import ArtefactError, RecipeError
 from keeptune.experiments import engine
 from keeptune.experiments import search as searching
 from keeptune.experiments.entries import Entry, Variation
-from keeptune.experiments.plan_runs import Comparison
+from keeptune.experiments.plan_runs import Comparison, load_comparison
 from keeptune.experiments.run_comparison import run_comparison
 from keeptune.experiments.search import (
     JOURNAL,
@@ -157,10 +157,8 @@ def test_what_cannot_be_searched_is_refused(search: Load, monkeypatch: pytest.Mo
         patch.setitem(__import__("sys").modules, "optuna", None)
         with pytest.raises(RecipeError, match=r'no Optuna in this Python.*pip install "keeptune\[compare\]"'):
             run_comparison(comparison, "")
-    one_side = comparison.base.model_copy(update={"evaluate": comparison.base.evaluate[:1]})
-    object.__setattr__(comparison, "base", one_side)
-    with pytest.raises(RecipeError, match="got benchmarks of knowledge alone"):
-        run_comparison(comparison, "")
+    with pytest.raises(RecipeError, match="got no benchmark with role: task"):
+        load_comparison(comparison.path, {"evaluate.1.role": "knowledge"})
 
 
 def no_workers(*_: Any) -> Any:

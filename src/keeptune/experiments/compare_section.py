@@ -79,14 +79,7 @@ def read_section(values: Mapping[str, Any], where: str) -> CompareSection:
 
 
 def checked(model: type[S], given: Any, where: str, key: str = "") -> S:
-    """Returns a section of a recipe, or raises the RecipeError that explains why it is none.
-
-    Args:
-        model: The section.
-        given: Its values.
-        where: For error messages.
-        key: What stands before its keys in the recipe: ``"compare."``.
-    """
+    """Returns a section of a recipe, whose keys stand behind ``key`` (``"compare."``); RecipeError where it is none."""
 
     def known(place: Sequence[str | int]) -> list[str]:
         part: Any = model.model_fields[str(place[0])].annotation if len(place) > 1 else model

@@ -240,19 +240,15 @@ def _notes(points: Sequence[Point], excluded: Sequence[Mapping[str, str]]) -> li
 def write_records(
     output: Path, rows: Sequence[Mapping[str, Any]], options: Options
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Writes ``runs.json``, ``runs.parquet`` and ``front.json``, each whole or not at all.
+    """Writes ``runs.json``, ``runs.parquet`` and ``front.json``, each whole or not at all, and returns both JSONs.
 
     Args:
         output: The comparison's folder.
         rows: From :func:`row_of`, of every run, finished or not, in the order to show them.
         options: What the recipe says.
 
-    Returns:
-        What ``runs.json`` and ``front.json`` hold.
-
     Raises:
         RecipeError: The axes or the baseline that the recipe names do not exist.
-        ArtefactError: The disk is full or cannot be written.
     """
     import pyarrow.parquet as pq
 

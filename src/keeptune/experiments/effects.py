@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from keeptune.core.intervals import combine, lower_is_better, mean_of_seeds
+from keeptune.core.intervals import Estimate, combine, lower_is_better, mean_of_seeds
 
 __all__ = ["benefits", "study_rows"]
 
 _BOTH: Final = "mean of learned and kept"
 Rows = Sequence[Mapping[str, Any]]
-Places = dict[tuple[int, int], dict[int, float]]
+Places = dict[tuple[int, ...], dict[int, float]]
 
 
 def study_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def study_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         For each cell and benchmark what was gained on the task or dropped of the knowledge (``measure``) with its
-        interval (:mod:`keeptune.core.intervals`), and the scores ``before`` and ``after``.
+        interval, and the scores ``before`` and ``after``.
     """
     rows = []
     for point in dict.fromkeys(row["name"] for row in record["rows"]):
@@ -38,8 +38,7 @@ def study_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             scores = {key: math.fsum(item[key] for item in items) / len(items) for key in ("before", "after")}
             rows.append(
                 {**about, "seeds": [run["seed"] for run in runs], **scores}
-                | {"measure": "drop" if first["role"] == "knowledge" else "gain", "mean": estimate.mean}
-                | {key: getattr(estimate, key) if estimate.has_interval else None for key in ("low", "high")}
+                | {"measure": "drop" if first["role"] == "knowledge" else "gain", **_interval(estimate)}
             )
     return rows
 
@@ -75,8 +74,7 @@ def benefits(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _effect(item: Mapping[str, Any]) -> tuple[float, float, float]:
     """Returns the gain on a task or the drop of knowledge, with its interval."""
-    better = -1.0 if _unit(item) == "nats" else 100.0
-    sign = -better if item["role"] == "knowledge" else better
+    sign = -_sign(item) if item["role"] == "knowledge" else _sign(item)
     low, high = sorted(sign * end for end in item["interval"])
     return sign * (item["after"] - item["before"]), low, high
 
@@ -90,20 +88,18 @@ def _by_cell(rows: Rows, grid: Mapping[str, Any], name: str, baseline: str | Non
     for (point, seed), item in scores.items():
         rival = item["before"] if baseline is None else scores.get((baseline, seed), {}).get("after")
         if point in grid["cells"] and rival is not None:
-            down, across = grid["cells"][point]
-            sign = -1.0 if _unit(item) == "nats" else 100.0
-            places.setdefault((down, across), {})[seed] = sign * (item["after"] - rival)
+            places.setdefault(tuple(grid["cells"][point]), {})[seed] = _sign(item) * (item["after"] - rival)
     return places
 
 
 def _balanced(sides: Sequence[Sequence[Places]]) -> Places:
     """Returns the mean over the benchmarks of each role, then over the two roles, where a run has them all."""
-    every = [one for side in sides for one in side]
+    every = [benchmark for side in sides for benchmark in side]
     places: Places = {}
-    for place in every[0]:
-        for seed in every[0][place]:
-            if all(seed in one.get(place, {}) for one in every):
-                means = [math.fsum(one[place][seed] for one in side) / len(side) for side in sides]
+    for place, seeds in every[0].items():
+        for seed in seeds:
+            if all(seed in benchmark.get(place, {}) for benchmark in every):
+                means = [math.fsum(benchmark[place][seed] for benchmark in side) / len(side) for side in sides]
                 places.setdefault(place, {})[seed] = sum(means) / 2
     return places
 
@@ -123,14 +119,23 @@ def _cell(seeds: Mapping[int, float]) -> dict[str, Any] | None:
     estimate = mean_of_seeds(list(seeds.values()))
     if estimate is None:
         return None
-    ends = {key: getattr(estimate, key) if estimate.has_interval else None for key in ("low", "high")}
-    return {"mean": estimate.mean, **ends, "seeds": {str(seed): value for seed, value in seeds.items()}}
+    return {**_interval(estimate), "seeds": {str(seed): value for seed, value in seeds.items()}}
 
 
 def _mean(line: Sequence[Mapping[str, Any] | None]) -> float | None:
     """Returns the mean over cells; one without some of them would not compare with the others."""
     values = [cell["mean"] for cell in line if cell is not None]
     return math.fsum(values) / len(values) if values and len(values) == len(line) else None
+
+
+def _interval(estimate: Estimate) -> dict[str, float | None]:
+    ends = {key: getattr(estimate, key) if estimate.has_interval else None for key in ("low", "high")}
+    return {"mean": estimate.mean, **ends}
+
+
+def _sign(benchmark: Mapping[str, Any]) -> float:
+    """Returns what turns a difference into points, or nats per token, that are better."""
+    return -1.0 if lower_is_better(benchmark["metric"]) else 100.0
 
 
 def _unit(benchmark: Mapping[str, Any]) -> str:

@@ -77,33 +77,27 @@ def variants_of(comparison: Comparison, label: str) -> Sequence[Variant]:
     return standard_variants(section.scales, section.intruders) if wanted else ()
 
 
-def tasks_of(
-    comparison: Comparison, specs: Sequence[RunSpec], *, check: bool = True
-) -> tuple[TaskMaker, dict[str, RunTask], frozenset[str]]:
-    """Finds out which runs are finished, and checks the others with data and model.
+def tasks_of(comparison: Comparison, specs: Sequence[RunSpec]) -> tuple[TaskMaker, dict[str, RunTask], frozenset[str]]:
+    """Checks the runs that are not finished; KeeptuneError where one is not possible.
 
     Returns:
         What made the tasks, name to task, and the names of those that are not finished.
-
-    Raises:
-        KeeptuneError: A run is not possible.
     """
     model = Job(specs[0].recipe).base()
     maker = TaskMaker(comparison, body_fingerprint(model))
     tasks = {spec.name: maker.task(spec) for spec in specs}
     missing = frozenset(name for name, task in tasks.items() if not finished(task))
-    if check:
-        check_runs(comparison, [spec for spec in specs if spec.name in missing], model)
+    check_runs(comparison, [spec for spec in specs if spec.name in missing], model)
     del model  # on a GPU the runs need its memory
     gc.collect()
     return maker, tasks, missing
 
 
 def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outcome]:
-    """Does what is missing of a comparison's runs; KeeptuneError where nothing could be run.
+    """Does what is missing of runs, one seed after the other; returns how each ended, by name.
 
-    Returns:
-        Name of each run to how it ended.
+    Raises:
+        KeeptuneError: Nothing could be run.
     """
     _, tasks, _ = tasks_of(comparison, specs)
     with only_one(comparison.output):

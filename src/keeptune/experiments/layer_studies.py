@@ -23,7 +23,7 @@ from keeptune.pipeline.job import Job
 from keeptune.recipe.reading import read_values
 from keeptune.recipe.schema import make_recipe
 
-__all__ = ["Study", "load_layer_study", "numbers_of"]
+__all__ = ["Study", "load_layer_study"]
 
 Study = Literal["single", "bottom", "top"]
 _MOST = 8  # numbers of layers that are tried by default
@@ -71,16 +71,16 @@ def load_layer_study(
         points = [{**_point([layer]), "x": layer} for layer in layers]
         points += [_point(layers)] if len(layers) > 1 else []
     else:
-        counts = numbers_of(layers, numbers)
+        counts = _numbers(layers, numbers)
         points = [{**_point(layers[:n] if study == "bottom" else layers[-n:]), "x": n} for n in counts]
     about = {"study": study, "layers": layers, "axis": "layer" if study == "single" else "number of trainable layers"}
     return sweep_of(path, values, points, about, kind="layers", below=study)
 
 
-def numbers_of(layers: Sequence[int], numbers: Iterable[int] | None) -> list[int]:
+def _numbers(layers: Sequence[int], numbers: Iterable[int] | None) -> list[int]:
     """Returns how many layers to train: the numbers given, or evenly spaced ones from one to all.
 
-    >>> numbers_of(range(4), None), numbers_of(range(32), None), numbers_of(range(32), [6, 2, 4])
+    >>> _numbers(range(4), None), _numbers(range(32), None), _numbers(range(32), [6, 2, 4])
     ([1, 2, 3, 4], [4, 8, 12, 16, 20, 24, 28, 32], [2, 4, 6])
     """
     count = len(layers)

@@ -65,11 +65,7 @@ class _Loaded:
 
 
 def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers | None = None) -> dict[str, str]:
-    """Scores the variants of a finished run that are not scored yet.
-
-    Returns:
-        Folder name of each variant that this result cannot have to the reason.
-    """
+    """Scores the variants of a finished run that are not scored yet; returns why it lacks some, by folder name."""
     folder = find_result(job.output)
     weights = result_fingerprint(folder)
     loaded = cache(lambda: _Loaded(job, folder))  # not loaded where every variant is scored

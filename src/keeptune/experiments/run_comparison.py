@@ -46,8 +46,7 @@ def run_comparison(
     Args:
         comparison: The comparison.
         command: What repeats it.
-        max_loss: How much may be lost of what the base knew, of each knowledge benchmark or by name; None chooses
-            nothing.
+        max_loss: The most that may be lost of each knowledge benchmark, or of some by name; None chooses nothing.
 
     Raises:
         KeeptuneError: What the user can correct; where no run keeps to ``max_loss``, all else is written.

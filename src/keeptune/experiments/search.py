@@ -217,9 +217,6 @@ def run_search(comparison: Comparison, search: Search) -> tuple[tuple[RunSpec, .
 
     Returns:
         Its runs, in the order of the trials, and name to how each ended.
-
-    Raises:
-        KeeptuneError: What the user can correct; nothing was run then.
     """
     try:
         import optuna  # noqa: F401

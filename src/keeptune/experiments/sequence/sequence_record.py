@@ -90,11 +90,11 @@ def measures(
 ) -> dict[str, Any]:
     """Computes what :mod:`keeptune.experiments.sequence.transfer_metrics` defines, of a matrix stage x benchmark.
 
-    The score of a task is the mean over its benchmarks that are shares (not nats per token).
+    The score of a task is the mean over its benchmarks (by ``stage``) that are shares, not nats per token.
 
     Args:
         stages: Names of the stages.
-        benchmarks: Each ``name``, ``metric`` and ``stage``, whose task it measures.
+        benchmarks: Each with ``metric`` and ``stage``, whose task it measures.
         scores: ``(T + 1, benchmarks)``; the first row is the base, None is not a number.
 
     Returns:

@@ -16,7 +16,7 @@ Departure: b in (3) is the score of the pre-trained base, not that of random wei
 a task before any stage, and forward transfer is to be what the stages add to that.
 
 Every function takes R as ``(T, T)`` scores, a row for each stage; it returns None where a score is not finite or there
-are too few tasks, and raises ValueError where R is not square.
+are too few tasks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def average_accuracy(R: Matrix) -> float | None:  # noqa: N803
     >>> average_accuracy([[0.8, 0.1], [0.6, 0.9]])
     0.75
     """
-    return _mean(list(_square(R)[-1]) if R else [])
+    return _mean(R[-1]) if R else None
 
 
 def backward_transfer(R: Matrix) -> float | None:  # noqa: N803
@@ -46,7 +46,6 @@ def backward_transfer(R: Matrix) -> float | None:  # noqa: N803
     >>> round(backward_transfer([[0.8, 0.1], [0.6, 0.9]]), 3)
     -0.2
     """
-    R = _square(R)
     return _mean([R[-1][i] - R[i][i] for i in range(len(R) - 1)])
 
 
@@ -58,9 +57,6 @@ def forward_transfer(R: Matrix, base: Sequence[float]) -> float | None:  # noqa:
     >>> round(forward_transfer([[0.8, 0.1], [0.6, 0.9]], [0.0, 0.05]), 3)
     0.05
     """
-    R = _square(R)
-    if len(base) != len(R):
-        raise ValueError(f"forward_transfer: {len(base)} scores of the base for {len(R)} tasks")
     return _mean([R[i - 1][i] - base[i] for i in range(1, len(R))])
 
 
@@ -72,9 +68,7 @@ def forgetting_of_each(R: Matrix) -> list[float]:  # noqa: N803
     >>> [round(f, 3) for f in forgetting_of_each([[0.8, 0.1, 0], [0.9, 0.7, 0], [0.6, 0.75, 1]])]
     [0.3, -0.05]
     """
-    R = _square(R)
-    T = len(R)
-    return [_largest([R[row][j] for row in range(T - 1)]) - R[-1][j] for j in range(T - 1)]
+    return [_largest([row[j] for row in R[:-1]]) - R[-1][j] for j in range(len(R) - 1)]
 
 
 def forgetting(R: Matrix) -> float | None:  # noqa: N803
@@ -84,12 +78,6 @@ def forgetting(R: Matrix) -> float | None:  # noqa: N803
     0.125
     """
     return _mean(forgetting_of_each(R))
-
-
-def _square(R: Matrix) -> Matrix:
-    if any(len(row) != len(R) for row in R):
-        raise ValueError(f"a matrix of {len(R)} stages has rows of {[len(row) for row in R]} tasks")
-    return R
 
 
 def _largest(values: Sequence[float]) -> float:
