@@ -80,10 +80,7 @@ def find_targets(
 
 
 def roles_of(names: Iterable[str]) -> dict[str, str]:
-    """Returns the role of each module: the shortest suffix of its path that is unique in its block.
-
-    Args:
-        names: Module paths.
+    """Returns the role of each module path: the shortest suffix that is unique in its block.
 
     >>> roles_of(["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"])["h.0.attn.c_attn"]
     'c_attn'
@@ -102,9 +99,6 @@ def roles_of(names: Iterable[str]) -> dict[str, str]:
 def is_nested(name: str) -> bool:
     """Returns whether a module is numbered inside its block, as experts are: it may get a part of the tokens only.
 
-    Args:
-        name: Its path.
-
     >>> is_nested("model.layers.0.mlp.experts.3.up_proj"), is_nested("model.layers.0.mlp.up_proj")
     (True, False)
     """
@@ -112,29 +106,18 @@ def is_nested(name: str) -> bool:
 
 
 def depth(model: PreTrainedModel) -> int:
-    """Returns the number of blocks of a model.
-
-    Args:
-        model: The base model.
-    """
+    """Returns the number of blocks of a base model."""
     return 1 + max((_block_of(name)[1] for name in _linear_modules(model)), default=-1)
 
 
 def body(model: PreTrainedModel) -> nn.Module:
-    """Returns the transformer without its output projection, or the model itself if it has no such part.
-
-    Args:
-        model: The model.
-    """
+    """Returns the transformer without its output projection, or the model itself if it has no such part."""
     inner = getattr(model, model.base_model_prefix, None)
     return inner if isinstance(inner, nn.Module) else model
 
 
 def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """Returns the blocks of a model: the numbered modules that hold linear maps, from the input to the output.
-
-    Args:
-        model: The model; it may carry adapters.
+    """Returns the numbered modules that hold linear maps, from the input to the output; the model may carry adapters.
 
     Raises:
         ModelError: It has no numbered blocks, or more than one stack of them.
@@ -153,13 +136,9 @@ def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 
 
 def parts_of(block: nn.Module) -> dict[str, nn.Module]:
-    """Returns a block's attention, which takes a mask, and its MLP, the other child that holds linear maps.
+    """Returns ``"attention"``, which takes a mask, and ``"mlp"``, the other child of a block that holds linear maps.
 
-    Args:
-        block: A block.
-
-    Returns:
-        ``"attention"`` and ``"mlp"``, those of them that are one module of the block.
+    One that is no single module of the block is left out.
     """
     holders = [child for child in block.children() if any(isinstance(m, nn.Linear | Conv1D) for m in child.modules())]
     takes = [child for child in holders if "attention_mask" in inspect.signature(child.forward).parameters]
@@ -169,13 +148,9 @@ def parts_of(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def head_of(model: PreTrainedModel) -> tuple[str, ...]:
-    """Returns the head of a sequence classifier: all beside the transformer, drawn at random and trained in full.
+    """Returns the modules of a sequence classifier's head: all beside the transformer, drawn at random.
 
-    Args:
-        model: The model.
-
-    Returns:
-        Names of the head's modules; empty for a language model, whose output projection is no such head.
+    It is trained in full; empty for a language model, whose output projection is no such head.
     """
     inner = body(model)
     if inner is model or not type(model).__name__.endswith("ForSequenceClassification"):
@@ -193,11 +168,7 @@ def _first_position(model: PreTrainedModel) -> int:
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """Returns how many positions a model has for tokens, or None for a model that names no limit.
-
-    Args:
-        model: The model.
-    """
+    """Returns how many positions a model has for tokens, or None for a model that names no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else limit - _first_position(model)
 

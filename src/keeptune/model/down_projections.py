@@ -22,13 +22,9 @@ _log = logging.getLogger(__name__)
 
 
 def down_projections(model: PreTrainedModel) -> tuple[Target, ...]:
-    """Returns the down-projection of each block's MLP: the last map outside attention to hidden states.
+    """Returns the down-projection of each block's MLP, in order: the last map outside attention to hidden states.
 
-    Args:
-        model: A model without adapters.
-
-    Returns:
-        One target for each block that has one, in order. Blocks without one are named in a warning.
+    Blocks without one are named in a warning. The model carries no adapters.
 
     Raises:
         ModelError: No block has one, as where all MLPs are mixtures of experts.

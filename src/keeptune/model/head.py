@@ -40,11 +40,7 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head | None:
-        """Returns the head of a model, or None for a language model.
-
-        Args:
-            model: Any model.
-        """
+        """Returns the head of a model, or None for a language model."""
         if not head_of(model):
             return None
         names = model.config.id2label
@@ -52,20 +48,12 @@ class Head:
 
 
 def body_fingerprint(model: PreTrainedModel) -> str:
-    """Returns the fingerprint of a base model without a classifier's head, which belongs to the adapter.
-
-    Args:
-        model: The base model, before anything was installed into it.
-    """
+    """Returns the fingerprint of a base model without a classifier's head, which belongs to the adapter."""
     return model_fingerprint(model, without=head_of(model))
 
 
 def head_fingerprint(model: PreTrainedModel) -> str:
-    """Returns the fingerprint of a classifier's head: gradients depend on it.
-
-    Args:
-        model: The model.
-    """
+    """Returns the fingerprint of a classifier's head: gradients depend on it."""
     heads = {name: model.get_submodule(name).state_dict() for name in head_of(model)}
     return content_key({name: {k: tensor_fingerprint(v) for k, v in state.items()} for name, state in heads.items()})
 

@@ -58,11 +58,7 @@ _DEFAULTS = LoadOptions()
 
 
 def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
-    """Loads a causal language model or a sequence classifier for analysis and tuning, in evaluation mode.
-
-    Args:
-        name: A folder, or a hub id.
-        options: How.
+    """Loads a causal language model or a sequence classifier, from a folder or the hub, in evaluation mode.
 
     Raises:
         ModelError: There is no such model, its safetensors weights are missing, incomplete or damaged, or it
@@ -122,10 +118,6 @@ def _check_labels(name: str, head: Head, config: Any) -> None:
 def load_positions(name: str, options: LoadOptions = _DEFAULTS) -> int | None:
     """Returns how many positions a model has for tokens, None without a limit; its weights are not loaded.
 
-    Args:
-        name: A folder, or a hub id.
-        options: How the model would be loaded.
-
     Raises:
         ModelError: There is no such model, or it brings code that was not allowed.
     """
@@ -146,9 +138,6 @@ def load_positions(name: str, options: LoadOptions = _DEFAULTS) -> int | None:
 def refuse_not_finite(model: PreTrainedModel) -> None:
     """Checks that every weight is finite.
 
-    Args:
-        model: The model.
-
     Raises:
         ModelError: A weight is NaN or infinite; the message names the parameter.
     """
@@ -166,10 +155,6 @@ def load_tokenizer(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedTok
     """Loads the tokenizer; one without a padding token pads with its end of text.
 
     Padding is always masked here, so which token pads changes nothing.
-
-    Args:
-        name: A folder, or a hub id.
-        options: How the model is loaded.
 
     Raises:
         ModelError: There is no tokenizer, or it has neither a padding nor an end token.

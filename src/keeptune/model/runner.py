@@ -40,11 +40,7 @@ class Taps:
     texts: _Sinks = field(default_factory=dict)
 
     def sinks(self, kind: PassKind) -> _Sinks:
-        """Returns the sinks of one kind.
-
-        Args:
-            kind: What they get.
-        """
+        """Returns the sinks of one kind."""
         sinks: _Sinks = getattr(self, kind)
         return sinks
 
@@ -66,12 +62,7 @@ class Runner(Protocol):
         ...
 
     def forward(self, batches: Sequence[Batch], sinks: Mapping[str, Sequence[Sink]], *, title: str) -> None:
-        """Passes all batches once without the head.
-
-        Args:
-            batches: Token batches.
-            sinks: Module name to functions of its input rows, ``(tokens, in_features)``.
-            title: Title of the progress bar; empty for none.
+        """Passes all batches once without the head; sinks get a module's input rows ``(tokens, in_features)``.
 
         Raises:
             StatisticsError: A row is NaN or infinite.
@@ -82,15 +73,8 @@ class Runner(Protocol):
         """Passes all batches forth and back once; only activations get gradients.
 
         The loss is the sum over the tokens to be learned (:func:`summed_loss`), so that gradients do not depend
-        on what else is in a batch.
-
-        Args:
-            batches: Token batches.
-            taps: What receives inputs and gradients.
-            labels: ``"true"`` takes the data's tokens (the empirical Fisher), ``"sampled"`` draws them from the
-                model's own distribution (the Fisher itself).
-            seed: Seed of the drawn labels.
-            title: Title of the progress bar; empty for none.
+        on what else is in a batch. Labels are the data's tokens (``"true"``, the empirical Fisher) or drawn from the
+        model's own distribution (``"sampled"``, the Fisher itself).
 
         Raises:
             StatisticsError: A row is NaN or infinite, or the rows of texts are not known.
@@ -100,11 +84,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class ResidentRunner:
-    """Runs a model that is wholly in memory.
-
-    Args:
-        model: The base model.
-    """
+    """Runs a model that is wholly in memory."""
 
     model: PreTrainedModel
 
@@ -249,11 +229,7 @@ class _RealRows:
 
 @contextmanager
 def still(model: PreTrainedModel) -> Iterator[None]:
-    """Holds a model in evaluation mode with frozen weights, and restores its state.
-
-    Args:
-        model: The model.
-    """
+    """Holds a model in evaluation mode with frozen weights, and restores its state."""
     training = model.training
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
@@ -270,12 +246,7 @@ def _shown(batches: Sequence[Batch], title: str) -> Any:
 
 
 def arguments_of(batch: Batch, mask: Tensor) -> dict[str, Any]:
-    """Returns the arguments of a model: positions count from the first real token, where padding stands in front.
-
-    Args:
-        batch: Tokens.
-        mask: Its attention mask, on the model's device.
-    """
+    """Returns the arguments of a model: positions count from the first real token, where padding stands in front."""
     arguments: dict[str, Any] = {"input_ids": batch.input_ids.to(mask.device), "attention_mask": mask}
     if batch.token_type_ids is not None:
         arguments["token_type_ids"] = batch.token_type_ids.to(mask.device)

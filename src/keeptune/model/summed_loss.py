@@ -15,7 +15,7 @@ from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Batch
 from keeptune.model.head import sequence_losses
 
-__all__ = ["Labels", "drawn_classes", "drawn_labels", "summed_loss"]
+__all__ = ["Labels", "drawn_classes", "_drawn_labels", "summed_loss"]
 
 Labels = Literal["true", "sampled"]
 
@@ -23,17 +23,14 @@ Labels = Literal["true", "sampled"]
 def summed_loss(logits: Tensor, batch: Batch, *, labels: Labels, seed: int) -> Tensor:
     """Sums the cross-entropy over the tokens to be learned, in nats; of a classifier, the loss over the texts.
 
-    Law: the loss of a batch is the sum of the losses of its texts, whatever the padding.
+    Law: the loss of a batch is the sum of the losses of its texts, whatever the padding. Without a loss mask or labels,
+    whole texts are learned but for their first token; labels are the data's tokens or drawn ones.
 
     Args:
         logits: ``(batch, length, vocabulary)``, or a classifier's ``(batch, labels)``.
-        batch: Tokens, with a loss mask or with labels; without either, whole texts are learned but for their first
-            token.
-        labels: The data's tokens or drawn ones.
+        batch: Tokens, with a loss mask or with labels or neither.
+        labels: ``"true"`` or ``"sampled"``.
         seed: Seed of the drawn labels.
-
-    Returns:
-        A scalar.
 
     Raises:
         StatisticsError: The batch has no labels for a classifier.
@@ -52,39 +49,21 @@ def summed_loss(logits: Tensor, batch: Batch, *, labels: Labels, seed: int) -> T
     # The first token of a text is never predicted.
     learned = whole[:, 1:].bool() & batch.attention_mask[:, :-1].bool()
     chosen = logits[:, :-1][learned.to(logits.device)].float()
-    wanted = batch.input_ids[:, 1:][learned] if labels == "true" else drawn_labels(chosen, batch, learned, seed)
+    wanted = batch.input_ids[:, 1:][learned] if labels == "true" else _drawn_labels(chosen, batch, learned, seed)
     return functional.cross_entropy(chosen, wanted.to(logits.device), reduction="sum")
 
 
-def drawn_labels(logits: Tensor, batch: Batch, learned: Tensor, seed: int) -> Tensor:
-    """Draws labels from the model's distribution; each text has its own stream, whatever batch it is in.
-
-    Args:
-        logits: ``(labels, vocabulary)``.
-        batch: Where the texts are.
-        learned: ``(batch, length - 1)``, True where a label is wanted.
-        seed: The seed.
-
-    Returns:
-        ``(labels,)``.
-    """
+def _drawn_labels(logits: Tensor, batch: Batch, learned: Tensor, seed: int) -> Tensor:
+    """Draws ``(labels,)`` from logits ``(labels, vocabulary)``; a text has its own stream, whatever batch it is in."""
     streams = zip(_streams(batch, seed), learned, strict=True)
     parts = [torch.rand(int(wanted.sum()), generator=stream) for stream, wanted in streams]
     return _drawn(logits, torch.cat(parts))
 
 
 def drawn_classes(logits: Tensor, batch: Batch, seed: int) -> Tensor:
-    """Draws a label or a score for each text from the distribution of a classifier.
+    """Draws ``(batch,)`` labels or scores from a classifier's logits ``(batch, labels)``; one column is a score.
 
     The squared error is, but for a constant, the negative log-density of a normal distribution of variance 1/2.
-
-    Args:
-        logits: ``(batch, labels)``; one column is a score.
-        batch: Where the texts are.
-        seed: The seed.
-
-    Returns:
-        ``(batch,)``, indices of labels or scores.
     """
     if logits.shape[-1] == 1:
         noise = torch.cat([torch.randn(1, generator=stream) for stream in _streams(batch, seed)])

@@ -89,12 +89,7 @@ def is_placed(row: Mapping[str, Any]) -> bool:
 def ranges(runs: Runs, front: Mapping[str, Any], base: float | None) -> tuple[tuple[float, float], tuple[float, float]]:
     """Returns the ends of both axes around what was measured, with the least forgotten at the top.
 
-    The intervals of two seeds reach far beyond and are cut off.
-
-    Args:
-        runs: Rows of ``runs.json``.
-        front: As in ``front.json``.
-        base: The base's task score; None where it is not known.
+    The intervals of two seeds reach far beyond and are cut off; ``base`` is the base's task score where it is known.
     """
     factor = Scales(front).factor
     rows = [row for row in runs if is_placed(row)]

@@ -104,10 +104,9 @@ def kept(method: Method, chosen: Sequence[Series]) -> Estimate | None:
 
 
 def relation_losses(report: Report, kind: Series) -> dict[str, tuple[int, list[float]]]:
-    """Returns the mean loss on every relation (group) of a benchmark, the most forgotten on average first.
+    """Returns each relation's (group's) number of questions and each method's mean loss, the most forgotten first.
 
-    Returns:
-        Relation to its number of questions and the loss of each method, in points or nats per token; NaN for none.
+    Losses are in points or nats per token; NaN for none.
     """
     known = methods(report)
     sizes: dict[str, int] = {}

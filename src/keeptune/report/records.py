@@ -194,11 +194,7 @@ def as_report(report: ReportLike) -> Report:
 def parse_report(raw: Mapping[str, Any]) -> Report:
     """Returns the content of a ``report.json``, checked and typed.
 
-    Args:
-        raw: The mapping read from the file.
-
-    Returns:
-        The report; runs that repeat a label and a seed get a numbered label, such as "lora (2)".
+    Runs that repeat a label and a seed get a numbered label, such as "lora (2)".
 
     Raises:
         ArtefactError: A required key is missing or has the wrong kind of value.

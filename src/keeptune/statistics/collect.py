@@ -52,31 +52,19 @@ class Statistics:
     counts: Mapping[str, int] = field(default_factory=dict)
 
     def view(self, target: Target) -> StatsView:
-        """Returns the statistics that one target requested.
-
-        Args:
-            target: The target.
-        """
+        """Returns the statistics that one target requested."""
         return StatsView(target, self)
 
 
 @dataclass(frozen=True, slots=True)
 class StatsView:
-    """The statistics one target requested; anything else is refused. Values are read from the store one at a time.
-
-    Args:
-        target: The target.
-        statistics: Those of all targets.
-    """
+    """The statistics one target requested; anything else is refused. Values are read from the store one at a time."""
 
     target: Target
     statistics: Statistics
 
     def __getitem__(self, request: Request) -> Tensor:
         """Reads one statistic from the store, float32, on the CPU.
-
-        Args:
-            request: One of the requests.
 
         Raises:
             StatisticsError: It was not requested, or the store lost it.
@@ -85,9 +73,6 @@ class StatsView:
 
     def attributions(self, request: NeuronAttribution) -> Attributions:
         """Opens the attributions of texts; they are read from the store as they are needed.
-
-        Args:
-            request: One of the requests.
 
         Raises:
             StatisticsError: They were not requested, or the store lost them.
@@ -117,28 +102,14 @@ class StatsView:
         return value
 
     def learned(self, request: Request) -> int:
-        """Returns T, how many tokens are learned in a request's data: the completions, or all but each text's first.
-
-        Args:
-            request: One of the requests.
-
-        Returns:
-            T; of a classifier, the number of texts.
-        """
+        """Returns T, how many tokens of a request's data are learned: completions, all but first ones, or labels."""
         return self.statistics.counts[source_name(request)]
 
     def derive(self, request: Request, function: Callable[..., T], *options: Any) -> T:
-        """Computes something from a statistic once for all targets that share it, such as q, k and v.
+        """Computes ``function(self[request], *options)`` once for all targets that share it, such as q, k and v.
 
-        Only the last result of each function is kept: targets of one input group follow each other.
-
-        Args:
-            request: One of the requests.
-            function: A pure function of the statistic and the options.
-            *options: Plain values.
-
-        Returns:
-            ``function(self[request], *options)``; of a ``NeuronAttribution``, ``function`` gets :class:`Attributions`.
+        Only the last result of each function is kept: targets of one input group follow each other. The function is
+        pure; of a ``NeuronAttribution`` it gets :class:`Attributions`.
 
         Raises:
             StatisticsError: The statistic was not requested, or the store lost it.
@@ -292,11 +263,7 @@ def _part(entry: dict[str, Any], part: str) -> dict[str, Any]:
 
 
 def source_name(request: Request) -> str:
-    """Returns the name of the data that a request uses: those of its role, or some of them.
-
-    Args:
-        request: The request.
-    """
+    """Returns the name of the data that a request uses: those of its role, or some of them."""
     return request.data if request.examples is None else f"{request.data}, {request.examples} of each set"
 
 
@@ -314,10 +281,7 @@ def _used(
 def source_of(model: PreTrainedModel, fingerprint: str, data: Calibration) -> Source:
     """Returns what statistics are taken from; where labels are learned, the classifier's head is a part of it.
 
-    Args:
-        model: The base model.
-        fingerprint: From :func:`keeptune.model.head.body_fingerprint`.
-        data: The tokens.
+    The fingerprint is that of :func:`keeptune.model.head.body_fingerprint`.
     """
     if data.labels is not None:
         fingerprint = content_key([fingerprint, head_fingerprint(model)])

@@ -41,15 +41,7 @@ Per = Literal["text", "token"]
 
 
 def tokens_per_learned(stats: StatsView, count: TokenCount) -> float:
-    """Computes N/T, which turns means over tokens into the Fisher per learned token.
-
-    Args:
-        stats: A target's statistics, :class:`TokenCount` among them.
-        count: That request.
-
-    Returns:
-        How many tokens reached the target, over how many are learned.
-    """
+    """Computes N/T, which turns a target's means over tokens into the Fisher per learned token."""
     return float(stats[count]) / stats.learned(count)
 
 
@@ -128,12 +120,7 @@ class LoraFisher(_Fisher):
     """``diag F`` of the factors of y = W_0 x + s B A x, over T/N: ``(r, m + n)``, of Bᵀ and of A; (4) or (5).
 
     ``g_B = sum_t s δ_t (A x_t)ᵀ`` and ``g_A = sum_t s (Bᵀ δ_t) x_tᵀ``, at the start, where the model is the base.
-    Make it with :func:`lora_fisher`.
-
-    Args:
-        scale: s.
-        fingerprint: Of the factors.
-        factors: ``B`` and ``A``, where the Fisher is taken.
+    Make it with :func:`lora_fisher`; ``scale`` is s, and the fingerprint that of the factors.
     """
 
     scale: float
@@ -184,27 +171,13 @@ def lora_fisher(
     seed: int = 0,
     examples: int | None = None,
 ) -> LoraFisher:
-    """Returns the request for the diagonals at some factors; their content is a part of the key.
-
-    Args:
-        data: Which data.
-        labels: ``"true"`` or ``"sampled"``.
-        factors: ``B`` and ``A``.
-        scale: s.
-        per: What is squared.
-        seed: Seed of the drawn labels.
-        examples: How many examples of each set; None is all.
-    """
+    """Returns the request for the diagonals at factors ``B`` and ``A`` with scale s; their content is in the key."""
     fingerprint = content_key([tensor_fingerprint(factors.B), tensor_fingerprint(factors.A)])
     return LoraFisher(data, labels, scale, fingerprint, factors, per=per, seed=seed, examples=examples)
 
 
 def split_diagonals(value: Tensor, out_features: int) -> LowRank:
-    """Splits the value of :class:`LoraFisher`.
-
-    Args:
-        value: ``(r, m + n)``.
-        out_features: m.
+    """Splits the value of :class:`LoraFisher`, ``(r, m + n)``.
 
     Returns:
         ``diag F_BB`` in the place of B, ``(m, r)``, and ``diag F_AA`` in that of A, ``(r, n)``.

@@ -41,18 +41,13 @@ class LayerEffect(ModelRequest):
     """``IE_l`` of every text, ``(N, L)``: how much of the answer each layer's clean hidden states bring back.
 
     Texts are in the order of their tokens, so that the statistic does not depend on that of the data. The data need
-    prompts and completions.
+    prompts and completions. For the noise, see :class:`~keeptune.model.probes.causal_tracing.Noise`.
 
     Args:
-        data: Which data.
         reading: Which reading of eq. 2: restore each position of the prompt (``positions``), or the one whose output
             predicts the answer token (``diagonal``, whose last layer is the clean run by definition).
-        fraction: Share of the prompt's tokens that get noise.
-        scale: The noise's standard deviation, in units of that of the token embeddings.
-        seed: Seed of the noise; each text has its own stream.
         output: What is restored: the output of blocks, of attention or of MLPs.
         window: Layers restored together, for attention and MLPs; ROME takes 10.
-        examples: How many examples of each set, the first ones; None is all.
     """
 
     reading: Reading = "positions"
@@ -70,11 +65,7 @@ class LayerEffect(ModelRequest):
     def measure(
         self, model: PreTrainedModel, data: Calibration, store: StatStore, source: Source
     ) -> Mapping[str, Tensor]:
-        """Traces every text: ``(N, L)``, float32, texts in the order of their tokens.
-
-        Raises:
-            StatisticsError: The data have no prompts and completions, or a probability is not finite.
-        """
+        """Traces every text: ``(N, L)``, float32, texts in the order of their tokens."""
         traced = trace_texts(model, data, self, store=store, source=source)
         ordered = sorted(traced, key=lambda one: (one.tokens, one.prompt))
         return {"": torch.stack([one.effect for one in ordered]).float()}
@@ -92,14 +83,8 @@ def trace_texts(
 ) -> list[Traced]:
     """Traces every text; what is in the store is not traced again, so that an interrupted trace resumes.
 
-    Args:
-        model: The model.
-        data: Texts with prompts.
-        request: What to measure.
-        store: Where each text's result is kept; None keeps nothing.
-        source: What the model is; its data do not matter to a text.
-        chunk: Tokens in a pass with restored states; it changes speed and memory only.
-        title: Title of log messages and the progress bar.
+    A pass with restored states has ``chunk`` tokens, which changes speed and memory only; the data of ``source`` do not
+    matter to a text, and ``title`` heads log messages and the progress bar.
 
     Returns:
         One for each text, in the data's order; a text that is there twice is traced once. Texts without a prompt or
@@ -127,10 +112,7 @@ def trace_texts(
 
 
 def average_effect(effects: Tensor) -> tuple[Tensor, Tensor]:
-    """Averages over texts.
-
-    Args:
-        effects: ``(N, L)``, ``IE_l`` of each text.
+    """Averages ``IE_l`` ``(N, L)`` over texts.
 
     Returns:
         ``AIE_l`` (eq. 3) and its standard error, each ``(L,)``, float64; the error of one text is NaN.
@@ -142,16 +124,10 @@ def average_effect(effects: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalised_effect(average: Tensor, norm: Norm = "max") -> Tensor:
-    """Normalises over layers: NAIE. A layer that harms the answer counts as one without effect.
+    """Normalises AIE ``(L,)`` over layers: NAIE. A layer that harms the answer counts as one without effect.
 
-    Law: in [0, 1]; the largest is 1 (``max``), or they sum to 1 (``sum``); no scale of the effects changes it.
-
-    Args:
-        average: ``(L,)``, AIE.
-        norm: ``"max"``, as the paper's schedule (eq. 8) has it, or ``"sum"``.
-
-    Returns:
-        ``(L,)``.
+    Law: in [0, 1]; the largest is 1 (``max``, as the paper's schedule (eq. 8) has it), or they sum to 1 (``sum``); no
+    scale of the effects changes it.
 
     Raises:
         StatisticsError: No layer brings anything of the answer back.
@@ -171,12 +147,7 @@ def normalised_effect(average: Tensor, norm: Norm = "max") -> Tensor:
 def normalised_error(effects: Tensor, norm: Norm = "max") -> Tensor:
     """Estimates the standard error of NAIE over texts, by the jackknife: the errors of AIE go together over layers.
 
-    Args:
-        effects: ``(N, L)``.
-        norm: As in :func:`normalised_effect`.
-
-    Returns:
-        ``(L,)``, float64; NaN for one text, or where without some text no layer has a positive effect.
+    Returns ``(L,)``, float64; NaN for one text, or where without some text no layer has a positive effect.
     """
     effects = effects.double()
     count = len(effects)
@@ -188,27 +159,18 @@ def normalised_error(effects: Tensor, norm: Norm = "max") -> Tensor:
 
 
 def is_distinct(effects: Tensor) -> bool:
-    """Returns whether some layer's effect is larger than the spread over texts; if none is, NAIE is noise.
+    """Returns whether some layer's AIE is more than 1.96 standard errors above zero; if none is, NAIE is noise.
 
-    Args:
-        effects: ``(N, L)``.
-
-    Returns:
-        True when a layer's AIE is more than 1.96 standard errors above zero, or where one text leaves no spread.
+    True too where one text leaves no spread.
     """
     average, error = average_effect(effects)
     return bool((average > 1.96 * error.nan_to_num(0.0)).any())
 
 
 def layer_weights(effects: Tensor, norm: Norm = "max") -> Tensor:
-    """Computes weights of layers from the stored statistic: NAIE, as L2-LoRA's penalty takes it (eq. 7).
+    """Computes weights of layers ``(L,)`` from the stored statistic: NAIE, as L2-LoRA's penalty takes it (eq. 7).
 
-    Args:
-        effects: ``(N, L)``.
-        norm: ``"max"`` or ``"sum"``.
-
-    Returns:
-        ``(L,)``, float64; a warning is logged where they are noise.
+    A warning is logged where they are noise.
 
     Raises:
         StatisticsError: No layer brings anything of the answers back.

@@ -30,11 +30,7 @@ __all__ = [
 class InputFactor(RowRequest):
     """``Ω = E[h hᵀ]`` as its top directions and a scalar, ``(k + 1, n + 2)``; read it with :func:`read_factor`.
 
-    Args:
-        data: Which data.
-        rank: How many directions.
-        seed: Seed of the search and of the error's estimate.
-        examples: How many examples of each set, the first ones; None is all.
+    The seed is that of the search for directions and of the error's estimate.
     """
 
     rank: int
@@ -53,12 +49,7 @@ class InputFactor(RowRequest):
 class GradientFactor(GradientRequest):
     """``Γ = E[δ δᵀ]`` as its top directions and a scalar, ``(k + 1, m + 2)``; read it with :func:`read_factor`.
 
-    Args:
-        data: Which data; without prompts and completions, whole texts are learned, all tokens but the first.
-        labels: ``"true"`` or ``"sampled"``.
-        rank: How many directions.
-        seed: Seed of the drawn labels, of the search and of the error's estimate.
-        examples: How many examples of each set, the first ones; None is all.
+    The seed is that of the drawn labels, of the search and of the error's estimate.
     """
 
     rank: int
@@ -95,14 +86,7 @@ class _TopSum:
 
 
 def input_request(data: DataRole, rank: int | None, *, seed: int = 0, examples: int | None = None) -> Covariance:
-    """Returns the request for Ω whole, or for its top directions; its value is read with :func:`read_factor`.
-
-    Args:
-        data: Which data.
-        rank: How many directions; None is the whole matrix.
-        seed: Seed of the search for directions.
-        examples: How many examples of each set; None is all.
-    """
+    """Returns the request for Ω whole (rank None), or for its top directions; :func:`read_factor` reads its value."""
     if rank is None:
         return InputCovariance(data, examples=examples)
     return InputFactor(data, rank, seed, examples=examples)
@@ -111,40 +95,21 @@ def input_request(data: DataRole, rank: int | None, *, seed: int = 0, examples: 
 def gradient_request(
     data: DataRole, labels: Labels, rank: int | None, *, seed: int = 0, examples: int | None = None
 ) -> Covariance:
-    """Returns the request for Γ whole, or for its top directions; its value is read with :func:`read_factor`.
-
-    Args:
-        data: Which data.
-        labels: ``"true"`` or ``"sampled"``.
-        rank: How many directions; None is the whole matrix.
-        seed: Seed of drawn labels and of the search.
-        examples: How many examples of each set; None is all.
-    """
+    """Returns the request for Γ whole (rank None), or for its top directions; :func:`read_factor` reads its value."""
     if rank is None:
         return GradientCovariance(data, labels, seed=seed, examples=examples)
     return GradientFactor(data, labels, rank, seed=seed, examples=examples)
 
 
 def read_factor(request: Covariance, value: Tensor) -> PsdMatrix:
-    """Returns a covariance as a factor to multiply with.
-
-    Args:
-        request: What was requested.
-        value: What was collected.
-    """
+    """Returns the collected value of a request as a factor to multiply with."""
     return unpacked(value).factor if isinstance(request, InputFactor | GradientFactor) else Dense(value)
 
 
 def packed(truncated: Truncated) -> Tensor:
-    """Packs a factor and its error into one tensor: rows ``[λ_i, 0, u_i]``, the last one ``[ρ, error, 0]``.
+    """Packs a factor and its error into ``(k + 1, n + 2)``: rows ``[λ_i, 0, u_i]``, the last one ``[ρ, error, 0]``.
 
     Law: ``unpacked(packed(x))`` is x.
-
-    Args:
-        truncated: The factor, k directions of n numbers.
-
-    Returns:
-        ``(k + 1, n + 2)``.
     """
     factor = truncated.factor
     table = factor.U.new_zeros(factor.rank + 1, factor.size + 2)
@@ -154,10 +119,6 @@ def packed(truncated: Truncated) -> Tensor:
 
 
 def unpacked(table: Tensor) -> Truncated:
-    """Returns the factor and its error from what :func:`packed` returned.
-
-    Args:
-        table: ``(k + 1, n + 2)``.
-    """
+    """Returns the factor and its error from what :func:`packed` returned, ``(k + 1, n + 2)``."""
     factor = LowRankPlus(table[:-1, 2:].T.contiguous(), table[:-1, 0].contiguous(), table[-1, 0].clone())
     return Truncated(factor, float(table[-1, 1]))

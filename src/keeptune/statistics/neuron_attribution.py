@@ -36,21 +36,13 @@ _PARTS = ("", "layers", "modules")
 class NeuronAttribution(ModelRequest):
     """``Attr_lj`` of every text: how much each output of each MLP contributes to the next token.
 
-    Defaults are the first release.
-    Of a prompt with a completion the prompt is read, of a whole text all of it; the token after it is scored.
+    Defaults are the first release. Of a prompt with a completion the prompt is read, of a whole text all of it; the
+    token after it is scored. The options of the integral are those of
+    :class:`~keeptune.model.probes.attribution.Integral`.
 
     Args:
-        data: Which data.
-        positions: Scale the down-projection's output at the last token, or at all; kept is the last token's.
-        baseline: Start at zero, or at the output in a run on ``pad_token`` everywhere.
-        pad_token: Its id; the current release takes 0, whatever the tokenizer.
-        target: The scored token's probability, or its logit.
         answer: Score the model's own most likely token, or the completion's first one.
-        rule: How the path is integrated.
-        steps: Points on it.
-        times_activation: Multiply the mean gradient by how far the path goes, as integrated gradients do.
         signed: False takes the absolute value in the end.
-        examples: How many examples of each set, the first ones; None is all.
     """
 
     data: DataRole = "knowledge"
@@ -91,17 +83,7 @@ class NeuronAttribution(ModelRequest):
     def measure(
         self, model: PreTrainedModel, data: Calibration, store: StatStore, source: Source, *, chunk: int = 2048
     ) -> Mapping[str, Tensor]:
-        """Attributes every text; the entry lists the store's keys of the texts.
-
-        Args:
-            model: The model.
-            data: The texts.
-            store: Keeps each text's result.
-            source: What the model is.
-            chunk: Tokens in a pass; it changes speed and memory only.
-
-        Returns:
-            The parts of the entry, for :meth:`open`.
+        """Attributes every text; the entry lists the store's keys of the texts, and :meth:`open` reads it.
 
         Raises:
             ModelError: The model is no causal language model, or no block has an MLP down-projection.
@@ -125,10 +107,6 @@ class NeuronAttribution(ModelRequest):
 
     def open(self, store: StatStore, parts: Mapping[str, Tensor]) -> Attributions:
         """Opens what :meth:`measure` stored; attributions are read one text at a time.
-
-        Args:
-            store: The store.
-            parts: The parts of the entry.
 
         Raises:
             StatisticsError: A text's entry is lost or damaged.
@@ -171,31 +149,17 @@ class Attributions:
 
     @classmethod
     def of(cls, values: Tensor) -> Attributions:
-        """Returns attributions that are in memory.
-
-        Args:
-            values: ``(N, L, D)``, of blocks 0 to L - 1.
-        """
+        """Returns attributions ``(N, L, D)`` that are in memory, of blocks 0 to L - 1."""
         return cls(tuple(range(values.shape[1])), values.shape[2], values.shape[0], lambda sample: values[sample])
 
     def chunks(self, size: int = 64) -> Iterator[Tensor]:
-        """Reads them a few texts at a time, in the order of their tokens.
-
-        Args:
-            size: Texts at a time.
-
-        Yields:
-            ``(<= size, L, D)``, float32.
-        """
+        """Reads them ``(<= size, L, D)``, float32, at a time, in the order of their tokens."""
         for first in range(0, self.samples, size):
             yield torch.stack([self.read(at).float() for at in range(first, min(first + size, self.samples))])
 
 
 def layer_profile(attributions: Attributions) -> Tensor:
     """Computes how much of the next token each block's MLP carries: the mean over texts of ``sum_j |Attr_lj|``.
-
-    Args:
-        attributions: Of many texts.
 
     Returns:
         ``(L,)``, float64, relative to the largest.

@@ -29,11 +29,7 @@ class Pass:
 
 
 def shares(measured: Sequence[Measured]) -> list[list[Measured]]:
-    """Splits statistics into shares whose sums together are no larger than the largest single one (first fit).
-
-    Args:
-        measured: The statistics.
-    """
+    """Splits statistics into shares whose sums together are no larger than the largest single one (first fit)."""
     sizes = [request.numbers(target) for request, target in measured]
     room = [0] * len(measured)
     parts: list[list[Measured]] = [[] for _ in measured]
@@ -47,15 +43,7 @@ def shares(measured: Sequence[Measured]) -> list[list[Measured]]:
 def run_pass(
     runner: Runner, batches: Sequence[Batch], need: Pass, measured: Sequence[Measured], *, title: str
 ) -> list[Accumulator]:
-    """Sums statistics in one pass over the data.
-
-    Args:
-        runner: Runs the model.
-        batches: The data.
-        need: The pass.
-        measured: The statistics.
-        title: Title of the progress bar.
-    """
+    """Sums statistics in one pass over the data."""
     model = runner.model
     totals: list[Accumulator] = []
     taps = Taps()

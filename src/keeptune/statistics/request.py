@@ -45,19 +45,10 @@ class Request(ABC):
 
     @abstractmethod
     def site(self, target: Target) -> str:
-        """Returns the name of the module where it is measured; targets with equal sites share one entry.
-
-        Args:
-            target: The target that needs it.
-        """
+        """Returns the name of the module where it is measured; targets with equal sites share one entry."""
 
     def entry(self, target: Target, source: Source) -> dict[str, Any]:
-        """Returns all that determines the statistic, ready for JSON; its content key names the entry in the store.
-
-        Args:
-            target: The target.
-            source: Model and data.
-        """
+        """Returns all that determines the statistic, ready for JSON; its content key names the entry in the store."""
         # What is not compared (tensors) has its fingerprint in another field.
         fields = [field.name for field in dataclasses.fields(self) if field.compare and field.name != "examples"]
         return {
@@ -91,32 +82,22 @@ class RowRequest(Request):
 
     @abstractmethod
     def numbers(self, target: Target) -> int:
-        """Returns how many numbers the sum holds in memory.
-
-        Args:
-            target: A target of the site.
-        """
+        """Returns how many numbers the sum holds in memory."""
 
     @abstractmethod
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> Accumulator:
-        """Returns an empty sum.
-
-        Args:
-            target: A target of the site.
-            device: Where the sum is kept.
-            weight: Reads the target's weight, ``(m, n)`` float32, for sums that need it.
-        """
+        """Returns an empty sum; ``weight`` reads the target's weight, ``(m, n)`` float32, for sums that need it."""
 
 
 @dataclass(frozen=True, slots=True)
 class GradientRequest(RowRequest):
     """A sum over output gradients δ = d loss / d y of the loss summed over the learned tokens, at a target of its own.
 
+    Without prompts and completions whole texts are learned, all tokens but the first.
+
     Args:
-        data: Which data; without prompts and completions, whole texts are learned, all tokens but the first.
         labels: ``"true"`` takes the data's tokens (empirical Fisher), ``"sampled"`` the model's own (Fisher).
         seed: Seed of the drawn labels.
-        examples: How many examples of each set, the first ones; None is all.
     """
 
     labels: Labels
@@ -155,14 +136,7 @@ class ModelRequest(Request):
     def measure(
         self, model: PreTrainedModel, data: Calibration, store: StatStore, source: Source
     ) -> Mapping[str, Tensor]:
-        """Measures the statistic.
+        """Measures the statistic; returns the parts of the entry by name, ``""`` the entry itself, stored last.
 
-        Args:
-            model: The model.
-            data: The texts.
-            store: Keeps each text's result, so that an interrupted run resumes and data sets share texts.
-            source: What the model is; its data do not matter to a text.
-
-        Returns:
-            The parts of the entry by name, ``""`` the entry itself; it is stored last.
+        Each text's result goes to the store, so that an interrupted run resumes and data sets share texts.
         """

@@ -38,11 +38,7 @@ class Accumulator(Protocol):
 
 
 def checked_result(total: Accumulator, module: str) -> Tensor:
-    """Returns the result of a sum, on the CPU.
-
-    Args:
-        total: The sum.
-        module: The module's name, for error messages.
+    """Returns the result of a sum of a module, on the CPU.
 
     Raises:
         UnseenError: No token was added.
@@ -96,22 +92,13 @@ class RunningMean:
         self.total = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
 
     def add(self, rows: Tensor, *more: Any) -> None:
-        """Adds the rows of one batch.
-
-        Args:
-            rows: ``(tokens, features)``.
-            *more: What the kind of pass hands over beside them: gradients, lengths of texts.
-        """
+        """Adds rows ``(tokens, features)`` of a batch, and what a pass hands over beside them: gradients, lengths."""
         batch = (part.to(self.device) if isinstance(part, Tensor) else part for part in (rows, *more))
         self.add_terms(self.total, *batch)
         self.tokens += rows.shape[0]
 
     def merge(self, other: RunningMean) -> None:
-        """Adds the rows of another sum, such as that of another shard of the data.
-
-        Args:
-            other: A sum of the same statistic.
-        """
+        """Adds the rows of another sum of the same statistic, such as that of another shard of the data."""
         self.total += other.total.to(self.device)
         self.tokens += other.tokens
 

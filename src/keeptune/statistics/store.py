@@ -47,28 +47,17 @@ class Source:
 class StatStore:
     """A folder of entries, each a folder with ``recipe.json`` and ``value.safetensors``.
 
-    An entry appears whole or not at all; a damaged one is recomputed, never used.
-
-    Args:
-        folder: The store's folder.
+    An entry appears whole or not at all; a damaged one is recomputed, never used. Recipes are all that determines it.
     """
 
     folder: Path
 
     def get(self, recipe: Mapping[str, Any]) -> Tensor | None:
-        """Returns an entry, or None when it is not there or is damaged (which is logged).
-
-        Args:
-            recipe: All that determines the entry.
-        """
+        """Returns an entry, or None when it is not there or is damaged (which is logged)."""
         return self.read(content_key(recipe))
 
     def read(self, key: str) -> Tensor | None:
-        """Returns an entry by its content key, as :meth:`get`.
-
-        Args:
-            key: Of its recipe.
-        """
+        """Returns an entry by the content key of its recipe, as :meth:`get`."""
         entry = self.folder / key[:2] / key
         if not entry.is_dir():
             return None
@@ -80,19 +69,11 @@ class StatStore:
             return None
 
     def holds(self, recipe: Mapping[str, Any]) -> bool:
-        """Returns whether an entry is there, damaged or not, without reading it.
-
-        Args:
-            recipe: All that determines the entry.
-        """
+        """Returns whether an entry is there, damaged or not, without reading it."""
         return self._entry(recipe).is_dir()
 
     def put(self, recipe: Mapping[str, Any], value: Tensor) -> None:
         """Stores an entry, replacing a damaged one.
-
-        Args:
-            recipe: All that determines the entry.
-            value: The statistic.
 
         Raises:
             ArtefactError: The disk is full or cannot be written.
@@ -110,11 +91,7 @@ class StatStore:
 
     @contextlib.contextmanager
     def turn(self, names: Collection[str]) -> Iterator[None]:
-        """Waits until no other process collects any of some statistics, and has the others wait meanwhile.
-
-        Args:
-            names: Keys of what is to be collected; none waits for nobody.
-        """
+        """Waits until no other process collects any of some statistics, by key, and has the others wait meanwhile."""
         with contextlib.ExitStack() as held:
             for name in sorted(names):  # in one order, so that no two wait for each other
                 held.enter_context(locked(self.folder / "locks" / name[:32]))

@@ -22,13 +22,8 @@ Text = TypeVar("Text")
 class TextEntries(Generic[Text]):
     """The entries of texts, one each; the key does not depend on the rest of the data.
 
-    Args:
-        store: Where they are kept; None keeps nothing.
-        source: What the model is; None where nothing is kept.
-        kind: Name of the kind of entry, a part of the key.
-        version: Version of the numbers, a part of the key.
-        options: What else determines them.
-        title: Title of log messages and the progress bar.
+    Without a store nothing is kept. Of the model, kind, version of the numbers and options are the key; ``title`` heads
+    log messages and the progress bar.
     """
 
     store: StatStore | None
@@ -57,15 +52,12 @@ class TextEntries(Generic[Text]):
         *,
         keep: bool,
     ) -> dict[Text, Tensor]:
-        """Measures the texts that have no entry yet, and stores each as soon as it is measured.
+        """Measures the texts that have no entry yet, each once, and stores them as soon as they are measured.
 
-        Args:
-            texts: The texts; one that is there twice is measured once.
-            measure: Yields the results of the texts it is given, batch by batch.
-            keep: Return the values; False holds none of them in memory.
+        ``measure`` yields the results of the texts it is given, batch by batch.
 
         Returns:
-            The value of each text; stored ones as float32.
+            The value of each text, stored ones as float32; without ``keep`` none of them is held in memory.
         """
         values: dict[Text, Tensor] = {}
         missing: list[Text] = []

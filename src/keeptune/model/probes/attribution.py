@@ -82,14 +82,10 @@ class Integral:
 
 
 def quadrature(rule: Rule, steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the points ``α_k`` and weights ``w_k`` of a rule on [0, 1].
+    """Returns the ``steps`` points ``α_k`` and weights ``w_k`` of a rule on [0, 1]; the trapezoid takes two or more.
 
     Law: weights sum to 1. Left and right are exact for constants, the trapezoid for lines, Gauss-Legendre for
     polynomials of degree 2 m - 1. (Captum's trapezoid weights sum to (m - 1) / m only.)
-
-    Args:
-        rule: The rule.
-        steps: m, the number of points; two or more for the trapezoid.
 
     >>> quadrature("left", 4)
     ((0.0, 0.25, 0.5, 0.75), (0.25, 0.25, 0.25, 0.25))
@@ -108,11 +104,9 @@ def quadrature(rule: Rule, steps: int) -> tuple[tuple[float, ...], tuple[float, 
 
 
 class Attributor:
-    """Attributes batches of texts.
+    """Attributes batches of texts, with a causal language model without adapters.
 
     Args:
-        model: A causal language model without adapters.
-        integral: What is integrated.
         chunk: Tokens in a pass; it changes speed and memory only.
         plain: Do one run of the model per point even where the fast way applies.
     """

@@ -68,11 +68,9 @@ def last_columns(mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ScaledNodes:
-    """Runs what scaled nodes change.
+    """Runs what scaled nodes change, in a frozen model.
 
     Args:
-        model: The model, frozen.
-        blocks: Its blocks.
         modules: The down-projections.
         layers: Their blocks' numbers.
         chunk: Tokens in a pass without a graph; with one, a quarter of it.
@@ -89,10 +87,7 @@ class ScaledNodes:
     def clean(self, batch: Batch, *, whole: bool, pad_token: int | None) -> CleanRun:
         """Runs texts as they are, without the head but for the last token.
 
-        Args:
-            batch: The texts.
-            whole: Keep all tokens' states, not only the last's.
-            pad_token: Token of the run that the path starts at; None starts at zero.
+        ``whole`` keeps all tokens' states, not only the last's; paths start at a run on ``pad_token``, None at zero.
         """
         mask = batch.attention_mask.to(self.model.device)
         last = last_columns(mask)
@@ -115,12 +110,7 @@ class ScaledNodes:
         return CleanRun(mask, last, watched.inputs, watched.calls, outputs, starts, cache, logits)
 
     def last(self, clean: CleanRun, wanted: Tensor, states: Sequence[State]) -> tuple[Tensor, Tensor]:
-        """Scales outputs at the last token.
-
-        Args:
-            clean: The clean run.
-            wanted: ``(B,)``, the scored tokens.
-            states: What to run, in the order of blocks.
+        """Scales outputs at the last token and scores tokens ``(B,)``; states are in the order of blocks.
 
         Returns:
             ``(states, B)``, the score; ``(states, B, D)``, its gradient with respect to the scaled output. Float32.
@@ -143,16 +133,7 @@ class ScaledNodes:
         return scores, gradients
 
     def all(self, clean: CleanRun, wanted: Tensor, states: Sequence[State]) -> tuple[Tensor, Tensor]:
-        """Scales outputs at all tokens.
-
-        Args:
-            clean: The clean run, of all tokens.
-            wanted: ``(B,)``, the scored tokens.
-            states: What to run.
-
-        Returns:
-            As :meth:`last`: the gradient is that with respect to the last token's scaled output.
-        """
+        """Scales outputs at all tokens; as :meth:`last`, with gradients of the last token's scaled output."""
         size = max(1, self.chunk // clean.mask.numel())
         parts: list[tuple[Tensor, Tensor]] = []
         for at in dict(states):

@@ -89,11 +89,9 @@ class Noise:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Traced:
-    """What was measured on one text; K is T for reading A, S for reading B.
+    """What was measured on one text, with a prompt of S tokens; K is T for reading A, S for reading B.
 
     Args:
-        tokens: The text.
-        prompt: Tokens of its prompt, S.
         clean: ``(K,)``, ``p(y_t | x)``; for reading B its sum over t, at each position the same.
         corrupted: ``(K,)``, the same of the corrupted run.
         restored: ``(L, K)``, the same with a layer's output restored at one position.
@@ -117,11 +115,9 @@ class Traced:
 
 
 class Tracer:
-    """Traces batches of texts.
+    """Traces batches of texts with a causal language model.
 
     Args:
-        model: A causal language model.
-        reading: Which reading of eq. 2.
         kind: What is restored.
         window: Layers restored together, for attention and MLP outputs.
         chunk: Tokens in a pass with restored states; it changes speed and memory only.
@@ -145,11 +141,9 @@ class Tracer:
         self.fits: bool | None = False if plain else None
 
     def trace(self, batch: Batch, noise: Tensor) -> list[Traced]:
-        """Traces a batch; returns one result for each text, in the batch's order.
+        """Traces a batch with a loss mask; returns one result for each text, in the batch's order.
 
-        Args:
-            batch: Texts with a loss mask.
-            noise: ``(B, W, hidden)``, for the token embeddings.
+        Noise ``(B, W, hidden)`` is added to the token embeddings.
 
         Raises:
             StatisticsError: A probability is not finite, or the texts have no answers.
@@ -249,14 +243,7 @@ class Tracer:
 
 
 def noise_of(noise: Noise, batch: Batch, model: PreTrainedModel, std: float) -> Tensor:
-    """Draws the noise of a batch, ``(B, W, hidden)``, float32, on the model's device.
-
-    Args:
-        noise: How.
-        batch: Texts with a loss mask.
-        model: The model.
-        std: From :func:`embedding_std`.
-    """
+    """Draws the noise of a batch with a loss mask, ``(B, W, hidden)``, float32, on the model's device."""
     texts = TracedBatch.of(batch, torch.device("cpu"))
     embedding: Any = model.get_input_embeddings()
     values = torch.zeros(*batch.input_ids.shape, embedding.weight.shape[-1])
@@ -267,11 +254,7 @@ def noise_of(noise: Noise, batch: Batch, model: PreTrainedModel, std: float) -> 
 
 
 def embedding_std(model: PreTrainedModel) -> float:
-    """Computes the standard deviation of the model's token embeddings, over all entries, as its first block gets them.
-
-    Args:
-        model: The model.
-    """
+    """Computes the standard deviation of all entries of the token embeddings, as the model's first block gets them."""
     embedding: Any = model.get_input_embeddings()
     count, total, squares = 0, 0.0, 0.0
     with torch.no_grad():

@@ -63,12 +63,9 @@ class Suffix:
         return values.repeat(self.times, *[1] * (values.ndim - 1))
 
     def call(self, number: int, hidden: Tensor, cache: DynamicCache | None = None) -> Any:
-        """Returns the arguments that a block is called with.
+        """Returns the arguments that a block is called with, for hidden states ``(times B, Q, hidden)``.
 
-        Args:
-            number: Which block.
-            hidden: ``(times B, Q, hidden)``.
-            cache: What the block writes its keys and values to; None puts the kept ones before them.
+        The block writes its keys and values to ``cache``; None puts the kept ones before them.
 
         Raises:
             UnfitError: The kept run gave the block something of unforeseen form.

@@ -15,14 +15,10 @@ __all__ = ["without_nodes"]
 
 @contextmanager
 def without_nodes(model: PreTrainedModel, rows: Mapping[str, Sequence[int]]) -> Iterator[PreTrainedModel]:
-    """Runs a model as if rows of some linear maps, and their entries of the bias, were zero.
+    """Runs a model as if some rows of linear maps, by name, and their entries of the bias, were zero.
 
     Laws: these outputs are exactly zero; no rows change nothing; no weight is touched, and afterwards the model
     computes what it did.
-
-    Args:
-        model: The model.
-        rows: Name of the linear map to the rows, any may be none.
     """
     with ExitStack() as stack:
         for name, own in rows.items():

@@ -25,13 +25,9 @@ OutputKind = Literal["block", "attention", "mlp"]
 
 @dataclass(frozen=True)
 class RestoredModules:
-    """The modules whose outputs are restored.
+    """The modules whose outputs are restored: the blocks, or the attention or MLP of each.
 
-    Args:
-        model: The model.
-        blocks: Its blocks.
-        outputs: The blocks, or the attention or MLP of each.
-        window: How many neighbouring layers are restored together.
+    ``window`` neighbouring layers are restored together.
     """
 
     model: PreTrainedModel
@@ -41,12 +37,7 @@ class RestoredModules:
 
     @classmethod
     def of(cls, model: PreTrainedModel, kind: OutputKind, window: int) -> RestoredModules:
-        """Finds them in a model.
-
-        Args:
-            model: A causal language model.
-            kind: Block outputs, or those of attention or MLP.
-            window: Layers restored together around each; block outputs are always restored alone.
+        """Returns the modules of a causal language model; block outputs are always restored alone.
 
         Raises:
             ModelError: The blocks have no such part of their own.
@@ -65,11 +56,7 @@ class RestoredModules:
         return cls(model, blocks, tuple(named[kind] for named in parts), window)
 
     def restored(self, layer: int) -> range:
-        """Returns the layers restored together, as ROME counts them: the window's extra layer lies below.
-
-        Args:
-            layer: The layer in the middle.
-        """
+        """Returns the layers restored together, as ROME counts them: the window's extra layer lies below."""
         return range(max(0, layer - self.window // 2), min(len(self.blocks), layer - (-self.window // 2)))
 
 
@@ -97,11 +84,7 @@ class TracedBatch:
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> TracedBatch:
-        """Prepares a batch.
-
-        Args:
-            batch: Tokens with a loss mask.
-            device: Where the model is.
+        """Prepares a batch with a loss mask.
 
         Raises:
             StatisticsError: The answers are not known, or a text has no prompt or no answer.
@@ -165,13 +148,9 @@ class RunStates:
 def full_pass(
     modules: RestoredModules, texts: TracedBatch, *, noise: Tensor | None = None, cached: bool = False
 ) -> RunStates:
-    """Runs the model once and keeps what its blocks were given.
+    """Runs the model once and keeps what its blocks were given, and keys and values where ``cached``.
 
-    Args:
-        modules: The model.
-        texts: The texts.
-        noise: ``(B, W, hidden)``, added to the token embeddings; None for the clean run.
-        cached: Keep keys and values too.
+    Noise ``(B, W, hidden)`` is added to the token embeddings; None is the clean run.
 
     Raises:
         ModelError: A restored module's output is no hidden state of each token.
@@ -208,13 +187,7 @@ def plain_answers(
 ) -> Tensor:
     """Restores states one run each, by hooks on the modules: works on any model, and is the measure of the fast way.
 
-    Args:
-        modules: Where.
-        texts: The texts.
-        clean: The clean run.
-        noise: ``(B, W, hidden)``.
-        states: The layer, and ``(B, W)``, True at the columns where its output is restored.
-        rows: Runs per pass.
+    A state is a layer and ``(B, W)``, True at the columns where its output is restored; a pass holds ``rows`` runs.
 
     Returns:
         ``(states, B, T)``, the probabilities of the answer tokens.

@@ -27,13 +27,9 @@ __all__ = ["Streams"]
 
 @dataclass
 class Streams:
-    """Streams of some columns, for all layers.
+    """Streams of some columns, for all layers; the corrupted run has its cache.
 
     Args:
-        modules: Where hidden states are restored.
-        texts: The texts.
-        clean: The clean run.
-        noised: The corrupted run, with its cache.
         columns: ``(B, Q)``, the columns that run; the same for all streams of a text.
         at: ``(n, B, Q)``, True where a state restores a column.
         alone: True when each column is a stream of its own, and sees no other of ``columns`` as restored; then it

@@ -147,15 +147,7 @@ def bare(axes: Axes, keep: Sequence[str] = ()) -> None:
 
 
 def frame(axes: Axes, across: str = "", up: str = "", *, layers: bool = False, ticks: int = 6) -> None:
-    """Draws grid, two sides and labels of a plot of lines.
-
-    Args:
-        axes: The plot.
-        across: Label of the horizontal axis.
-        up: Label of the vertical axis.
-        layers: Whether the horizontal axis counts layers (whole numbers).
-        ticks: Most ticks of the vertical axis.
-    """
+    """Draws grid, two sides and labels of a plot of lines; an axis that counts ``layers`` has whole numbers."""
     axes.grid(visible=True)
     bare(axes, ("left", "bottom"))
     if across:
@@ -204,14 +196,9 @@ def caption(figure: Figure, text: str) -> None:
 def heat_map(
     axes: Axes, table: numpy.ndarray, colours: Colormap, norm: Normalize, write: Callable[[float], str] | None
 ) -> None:
-    """Draws a heat map, the first row on top.
+    """Draws a heat map of ``(rows, columns)``, the first row on top; NaN leaves a cell white.
 
-    Args:
-        axes: The plot.
-        table: ``(rows, columns)``; NaN leaves a cell white.
-        colours: The scale of colours.
-        norm: From numbers to the scale.
-        write: A number as text in its cell; None writes none.
+    Colours are those of ``norm``; ``write`` turns a number into the text in its cell, None writes none.
     """
     high, wide = table.shape
     edges = (numpy.arange(wide + 1) - 0.5, numpy.arange(high + 1) - 0.5)
@@ -243,13 +230,9 @@ def key(figure: Figure, axes: Axes | Sequence[Axes], colours: Colormap, norm: No
 
 
 def layer_ticks(set_ticks: Any, names: Sequence[object], inches: float, least: float = 0.2) -> None:
-    """Names the rows or columns of a heat map, skipping some where they are narrow.
+    """Names the rows or columns of a heat map, so many inches wide or high, with some left out to keep a distance.
 
-    Args:
-        set_ticks: ``set_xticks`` or ``set_yticks`` of a plot.
-        names: A name for each.
-        inches: Their width (height).
-        least: The least distance of two names, in inches.
+    ``set_ticks`` is ``set_xticks`` or ``set_yticks`` of a plot.
     """
     stride = max(math.ceil(least / inches), 1)
     set_ticks(list(range(0, len(names), stride)), [str(name) for name in names[::stride]])

@@ -17,13 +17,7 @@ __all__ = ["hypervolume_figure", "tradeoff_figure", "write_figures"]
 
 
 def write_figures(runs: Mapping[str, Any], front: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Writes the figures that there is something to draw for, as PNG and SVG, and returns the files.
-
-    Args:
-        runs: As in ``runs.json``.
-        front: As in ``front.json``.
-        folder: Where; it is made.
-    """
+    """Writes the figures of ``runs.json`` and ``front.json`` into a folder, as PNG and SVG, and returns the files."""
     figures = {"tradeoff": tradeoff_figure(runs, front), "hypervolume": hypervolume_figure(runs, front)}
     return drawing.save({name: figure for name, figure in figures.items() if figure is not None}, folder)
 

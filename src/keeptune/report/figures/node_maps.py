@@ -19,11 +19,7 @@ __all__ = ["density_figure", "overlap_figure"]
 
 
 def density_figure(record: Mapping[str, Any]) -> Figure:
-    """Returns a map of where the highest and the lowest nodes lie, and how much each block's MLP carries.
-
-    Args:
-        record: As in ``suppress.json``.
-    """
+    """Returns a map of where the highest and lowest nodes of ``suppress.json`` lie, and how much each MLP carries."""
     density, layers = record["density"], record["layers"]
     tables = [numpy.asarray(density[name], dtype=float) for name in ("highest", "lowest")]
     edges = numpy.asarray(density["edges"], dtype=float)

@@ -15,11 +15,7 @@ __all__ = ["matrix_figure", "stages_figure"]
 
 
 def matrix_figure(record: Record) -> Figure:
-    """Returns the scores after each stage as heat maps, one for each unit; a frame marks a task's own stage.
-
-    Args:
-        record: As in ``sequence.json``.
-    """
+    """Returns the scores after each stage of ``sequence.json`` as heat maps; a frame marks a task's own stage."""
     parts, names = split(record), row_names(record)
     widths = [len(columns) for _, columns in parts]
     with drawing.themed():

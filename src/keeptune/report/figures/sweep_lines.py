@@ -105,11 +105,7 @@ def repair_figure(record: Mapping[str, Any]) -> Figure | None:
 
 
 def study_figure(record: Mapping[str, Any]) -> Figure | None:
-    """Returns gains and drops by layer, or scores by the number of trainable layers; None when no cell has a place.
-
-    Args:
-        record: As in ``runs.json``, with its ``summary``.
-    """
+    """Returns gains and drops by layer, or scores by the number of trainable layers; None when no cell has a place."""
     rows: Rows = record["summary"]
     single = record["study"] == "single"
     units = [unit for unit in ("points", "nats") if any(row["unit"] == unit and row["x"] is not None for row in rows)]

@@ -50,11 +50,7 @@ def profile_figure(record: Mapping[str, Any]) -> Figure:
 
 
 def heat_figure(record: Mapping[str, Any]) -> Figure:
-    """Returns the effect of each layer at each token of one prompt, a panel for each model, in one scale of colours.
-
-    Args:
-        record: As in ``trace.json``.
-    """
+    """Returns the effect of each layer at each token of the prompt in ``trace.json``, models in one scale."""
     example = record["example"]
     noised = set(example["noised"])
     words = [f"{_word(word)}{'*' if place in noised else ''}" for place, word in enumerate(example["prompt"])]

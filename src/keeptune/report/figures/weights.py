@@ -25,15 +25,9 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def energy_figure(rows: Rows, top: int, name: str) -> Figure | None:
-    """Returns the share of the energy in the top singular values by layer, a line for each role and their mean.
+    """Returns the share of the energy in the ``top`` singular values by layer, a line for each role and their mean.
 
-    Args:
-        rows: ``layer``, ``role`` and ``energy`` of each target.
-        top: How many singular values.
-        name: Of the model.
-
-    Returns:
-        The figure; None when no target lies in a layer.
+    Rows have ``layer``, ``role`` and ``energy``; None when no target lies in a layer.
     """
     means = layer_means(rows)
     if not means:

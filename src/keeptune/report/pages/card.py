@@ -33,15 +33,10 @@ model = {auto}.from_pretrained({folder!r})""",
 
 
 def model_card(entry: Mapping[str, Any], sidecar: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> str:
-    """Returns the model card.
+    """Returns the model card: Markdown with the front matter that the hub reads.
 
-    Args:
-        entry: The run, one of the ``methods`` in ``report.json``.
-        sidecar: ``keeptune.json`` of the result.
-        recipe: The run's recipe; None leaves it out.
-
-    Returns:
-        Markdown with the front matter that the hub reads. There is no license in it: keeptune does not know it.
+    There is no license in it: keeptune does not know it. ``entry`` is one of the ``methods`` in ``report.json``, the
+    sidecar the ``keeptune.json`` of the result; a recipe of None is left out.
     """
     export = sidecar["export"]
     base, name = str(sidecar["base"]), f"{entry['name']} on {Path(str(sidecar['base'])).name}"

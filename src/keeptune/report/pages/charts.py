@@ -90,13 +90,7 @@ def plain(text: object) -> str:
 
 
 def hover(title: str, rows: Sequence[tuple[str, object]], most: int = 60) -> str:
-    """Returns what appears when a point is hovered.
-
-    Args:
-        title: The first line.
-        rows: Names and values, a line each; values of None are left out.
-        most: Characters of a value.
-    """
+    """Returns the text of a hovered point: a title, and a line of at most ``most`` characters for each value."""
     lines = [f"{plain(name)}: {plain(short(str(value), most))}" for name, value in rows if value is not None]
     return "<br>".join([f"<b>{plain(short(title, most))}</b>", *lines])
 
@@ -126,15 +120,9 @@ def scatter(
     mode: str = "lines+markers",
     **more: Any,
 ) -> go.Scatter:
-    """Returns points or a line in the look of a label.
+    """Returns points or a line in the look of a label, which is also the group that a reader may choose.
 
-    Args:
-        label: What the legend says, and the group that a reader may choose.
-        x: Places.
-        y: Places; None leaves a gap.
-        drawn: The look.
-        mode: ``"lines"``, ``"markers"`` or both.
-        more: ``hovertext``, or anything of ``plotly.graph_objects.Scatter``, which goes into the look.
+    None among the places leaves a gap; ``more`` is anything of ``plotly.graph_objects.Scatter``.
     """
     line = {"color": drawn.colour, "dash": drawn.dash, "width": 2}
     marker = {"symbol": drawn.symbol, "size": 7, "color": drawn.colour}
@@ -154,15 +142,7 @@ def arms(middles: Sequence[float], ends: Ends, colour: str, **more: Any) -> dict
 def lying_bars(
     names: Sequence[str], values: Sequence[float], colours: Sequence[str], title: str, **more: Any
 ) -> go.Figure:
-    """Returns a bar to the right for each name, the first on top.
-
-    Args:
-        names: The names.
-        values: The lengths.
-        colours: Custom properties.
-        title: What the lengths are.
-        more: Anything of ``plotly.graph_objects.Bar``.
-    """
+    """Returns a bar to the right for each name, the first on top; ``more`` is anything of Plotly's ``Bar``."""
     bars = go.Bar(orientation="h", x=list(values), y=list(range(len(names))), marker={"color": list(colours)}, **more)
     down = {"autorange": "reversed", "showgrid": False, **categories(names)}
     return figure_of([bars], axis(title), down, bargap=0.28)
@@ -177,10 +157,10 @@ def heat_map(
     texts: Sequence[Sequence[str]] | None = None,
     span: tuple[float, float] | None = None,
 ) -> go.Figure:
-    """Returns a heat map, the first row on top.
+    """Returns a heat map, the first row on top; NaN leaves a cell empty.
 
     Args:
-        values: Rows of numbers; NaN leaves a cell empty.
+        values: Rows of numbers.
         down: What the rows are, and their names.
         across: What the columns are, and their names.
         scale: ``"loss"`` or ``"gain"`` (two-sided), ``"cool"`` or ``"warm"``.

@@ -21,13 +21,7 @@ _SEEDS: Final = 400  # runs above which they are not drawn one by one
 
 
 def fronts(runs: Runs, front: Mapping[str, Any], base: float | None) -> Chart | None:
-    """Returns every setting, the front of each label and the front over all; None without points.
-
-    Args:
-        runs: Rows of ``runs.json``.
-        front: As in ``front.json``.
-        base: The base's task score; None where it is not known.
-    """
+    """Returns every setting of ``runs.json``, the front of each label and the front over all; None without points."""
     points: Points = front["points"]
     if not points:
         return None

@@ -26,12 +26,7 @@ Front = Mapping[str, Any]
 
 
 def write_comparison(runs: Mapping[str, Any], front: Front, path: str | os.PathLike[str]) -> None:
-    """Writes a comparison as one self-contained HTML file, and its figures as PNG and SVG into ``figures`` beside it.
-
-    Args:
-        runs: As in ``runs.json``.
-        front: As in ``front.json``.
-        path: The file; its folder must exist.
+    """Writes ``runs.json`` and ``front.json`` as one HTML file, and figures as PNG and SVG into ``figures`` beside it.
 
     Raises:
         ArtefactError: A record lacks something, or a file cannot be written.

@@ -22,7 +22,7 @@ __all__ = ["island", "plotly_source", "render", "write_page"]
 
 
 def render(template: str, charts: Sequence[Chart | None], base: object, found: Any = None, **values: Any) -> str:
-    """Returns a page.
+    """Returns a page; the same values always give the same text.
 
     Args:
         template: Its file in ``templates``, which extends ``base.html.j2``.
@@ -30,9 +30,6 @@ def render(template: str, charts: Sequence[Chart | None], base: object, found: A
         base: The base model.
         found: The items to search, as from :func:`keeptune.report.pages.items.lost_and_gained`.
         values: What the template prints besides; everything is escaped.
-
-    Returns:
-        The HTML; the same values always give the same text.
     """
     environment = Environment(
         loader=PackageLoader("keeptune.report.pages", "templates"),
@@ -59,11 +56,7 @@ def render(template: str, charts: Sequence[Chart | None], base: object, found: A
 def island(value: Any) -> str:
     """Returns JSON that may stand in a ``script`` element: no character in it can end the element.
 
-    Args:
-        value: Plain values; numbers that are not finite become null.
-
-    Returns:
-        JSON without ``<``, ``>``, ``&`` and without the line ends U+2028 and U+2029.
+    It has no ``<``, ``>``, ``&``, U+2028 and U+2029; numbers that are not finite become null.
     """
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
@@ -79,10 +72,6 @@ def plotly_source() -> str:
 
 def write_page(text: str, path: str | os.PathLike[str]) -> None:
     """Writes a page, replacing the file in one step.
-
-    Args:
-        text: The page.
-        path: The file; its folder must exist.
 
     Raises:
         ArtefactError: The file cannot be written.

@@ -31,14 +31,7 @@ class Bar:
 
 
 def bar(value: float, low: float, high: float, scale: float) -> Bar:
-    """Returns the bar of a change; to the right is better.
-
-    Args:
-        value: The change, more is better.
-        low: Lower end of its interval; NaN where there is none.
-        high: Upper end.
-        scale: The largest change that has room.
-    """
+    """Returns the bar of a change, to the right is better; ``scale`` is the largest change that has room."""
 
     def place(number: float) -> float:
         return round(_HALF + _HALF * 0.96 * max(-1.0, min(1.0, number / scale)), 2)

@@ -13,14 +13,9 @@ __all__ = ["recipe_text", "repeat"]
 
 
 def repeat(commands: Sequence[tuple[str, str]], recipes: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns what a page says about how to repeat a run.
+    """Returns ``commands``, ``recipes`` (``name`` and ``text`` each) and ``versions``: how to repeat a run.
 
-    Args:
-        commands: Pairs of what a command does and the command.
-        recipes: Pairs of a name and a recipe: its mapping, or its text as YAML.
-
-    Returns:
-        ``commands``, ``recipes`` (each ``name`` and ``text``) and ``versions``.
+    Commands come with what they do, recipes as mappings or as YAML.
     """
     return {
         "commands": [{"words": words, "line": line} for words, line in commands],

@@ -32,11 +32,6 @@ class Section:
 def write_html(report: ReportLike, path: str | os.PathLike[str], extras: Mapping[str, Any] | None = None) -> None:
     """Writes the report as one self-contained HTML file, replacing the file in one step.
 
-    Args:
-        report: The report.
-        path: The file; its folder must exist.
-        extras: See :func:`render_html`.
-
     Raises:
         ArtefactError: The report is malformed or the file cannot be written.
     """
@@ -44,16 +39,13 @@ def write_html(report: ReportLike, path: str | os.PathLike[str], extras: Mapping
 
 
 def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> str:
-    """Returns the page.
+    """Returns the page; the same report always gives the same text.
 
     Args:
         report: The report.
         extras: What is not in ``report.json``, each if there is any: ``items`` as from
             :func:`keeptune.report.pages.items.lost_and_gained`, ``repeat`` as from
             :func:`keeptune.report.pages.repeat.repeat`, and ``traces``, name to what is in ``trace.json``.
-
-    Returns:
-        The HTML; the same report always gives the same text.
 
     Raises:
         ArtefactError: The report is malformed.

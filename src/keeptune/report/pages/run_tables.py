@@ -87,11 +87,9 @@ def notes(report: Report) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def options(report: Report) -> tuple[str, Grid | None]:
-    """Returns the options of the methods.
+    """Returns what all methods have in common, as text (empty for one method), and a row of options for each method.
 
-    Returns:
-        What all methods have in common, as text (empty for one method), and a row for each method, where options that
-        few methods have share the last column; None without options.
+    Options that few methods have share the last column; None without options.
     """
     known = methods(report)
     keys = list(dict.fromkeys(key for run in report.runs for key in run.options))

@@ -24,11 +24,7 @@ _TRANSFERS: Final = {"backward_transfer": "backward transfer", "forward_transfer
 
 
 def write_sequence(record: Record, path: str | os.PathLike[str]) -> None:
-    """Writes a sequence as one self-contained HTML file, and its figures as PNG and SVG into ``figures`` beside it.
-
-    Args:
-        record: As in ``sequence.json``.
-        path: The file; its folder must exist.
+    """Writes ``sequence.json`` as one HTML file, and its figures as PNG and SVG into ``figures`` beside it.
 
     Raises:
         ArtefactError: The record lacks something, or a file cannot be written.

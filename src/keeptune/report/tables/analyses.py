@@ -141,9 +141,7 @@ def _print_repaired_scores(scores: Sequence[Record], console: Console) -> None:
 def print_benefits(record: Record, console: Console) -> None:
     """Prints the benefit of each cell of a grid over its baseline, a table for each benchmark, with means at the ends.
 
-    Args:
-        record: As in ``runs.json`` of a grid with two axes: the first runs downwards, the second to the right.
-        console: Where to print.
+    The first of the two axes of ``runs.json`` runs downwards, the second to the right.
     """
     (down, downs), (across, acrosses) = ((axis["key"], axis["values"]) for axis in record["grid"]["axes"])
     corner = f"{down.rpartition('.')[2]} \\ {across.rpartition('.')[2]}"
@@ -167,11 +165,9 @@ def benefit_title(benefit: Record) -> str:
 
 
 def print_study(record: Record, console: Console) -> None:
-    """Prints a row for each cell of a study over layers, ± half the 95% interval.
+    """Prints a row for each cell of a study over layers in ``runs.json``, ± half the 95% interval.
 
-    Args:
-        record: As in ``runs.json``; for bottom and top, the first row is the base model.
-        console: Where to print.
+    For bottom and top, the first row is the base model.
     """
     rows = record["summary"]
     kinds = {row["benchmark"]: row for row in reversed(rows)}

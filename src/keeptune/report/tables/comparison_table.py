@@ -46,9 +46,6 @@ class Column:
 def comparison_rows(report: ReportLike) -> list[dict[str, Any]]:
     """Returns the numbers of a comparison, one row for each method.
 
-    Args:
-        report: The report.
-
     Returns:
         Rows with ``method``, ``seeds``, ``knowledge`` and ``task`` (benchmark to ``metric``, ``n``, ``before``,
         ``after``, ``change``, ``low`` and ``high``), ``K``, ``average_forgetting``, ``T`` and ``KT`` (``mean``, ``low``

@@ -17,16 +17,7 @@ _MOST_LINES = 6
 
 
 def print_diff(first: Plan, second: Plan, console: Console) -> bool:
-    """Prints where two plans differ; nothing when they are equal.
-
-    Args:
-        first: Shown on the left.
-        second: Shown on the right.
-        console: Where to print.
-
-    Returns:
-        Whether they differ.
-    """
+    """Prints where two plans differ, the first on the left; returns whether they do, without a word when equal."""
     lines = differences(first, second)
     if not lines:
         return False

@@ -25,13 +25,7 @@ _COLUMNS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
 
 
 def print_plan(rows: Sequence[Row], console: Console, notes: Sequence[str] = ()) -> None:
-    """Prints a plan: a line for each target, or ranks by layer and role where they differ, and the importances.
-
-    Args:
-        rows: The targets, as in ``plan`` of ``report.json``.
-        console: Where to print.
-        notes: Further lines of the method.
-    """
+    """Prints ``plan`` of ``report.json``: a line for each target, or ranks by layer and role, and the importances."""
     if not rows:
         console.print("The plan is empty.")
         return
@@ -56,12 +50,7 @@ def print_plan(rows: Sequence[Row], console: Console, notes: Sequence[str] = ())
 
 
 def print_points(points: Sequence[tuple[str, float | None, Row, Sequence[int]]], console: Console) -> None:
-    """Prints the points of a sweep and what each changes.
-
-    Args:
-        points: Name, place on the axis, settings and seeds of each.
-        console: Where to print.
-    """
+    """Prints the points of a sweep and what each changes: name, place on the axis, settings and seeds."""
     rows = [
         (
             name,
@@ -75,12 +64,7 @@ def print_points(points: Sequence[tuple[str, float | None, Row, Sequence[int]]],
 
 
 def print_scores(summaries: Sequence[Row], console: Console) -> None:
-    """Prints benchmark scores before and after, with the interval of the change.
-
-    Args:
-        summaries: ``name``, ``role``, ``metric``, ``n``, ``before``, ``after`` and ``interval`` of each benchmark.
-        console: Where to print.
-    """
+    """Prints benchmark scores before and after, with the interval of the change."""
     if not summaries:
         console.print("The recipe lists no benchmarks under `evaluate`.")
         return

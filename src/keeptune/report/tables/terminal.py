@@ -24,14 +24,7 @@ def table_frame() -> Table:
 def table(
     heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str] = (), *, wrap: bool = True
 ) -> Table:
-    """Returns a table of texts, in which markup means nothing.
-
-    Args:
-        heads: The headings.
-        rows: A text for each heading.
-        left: Headings of columns that are aligned to the left; numbers are to the right.
-        wrap: Whether texts may be wrapped on a narrow terminal.
-    """
+    """Returns a table of texts, in which markup means nothing; columns not in ``left`` are aligned to the right."""
     frame = table_frame()
     for head in heads:
         frame.add_column(Text(head), justify="left" if head in left else "right", no_wrap=not wrap)
@@ -46,11 +39,9 @@ def say(console: Console, text: str) -> None:
 
 
 def print_grid(cells: Mapping[tuple[int | None, str], Sequence[str]], console: Console) -> None:
-    """Prints texts by layer and role; roles that do not fit side by side go into further tables below.
+    """Prints the texts of targets by layer and role; roles that do not fit side by side go into further tables below.
 
-    Args:
-        cells: Layer (None or negative: outside any block) and role to the texts of their targets.
-        console: Where to print.
+    A layer that is None or negative is outside any block.
     """
     roles = list(dict.fromkeys(role for _, role in cells))
     layers = sorted({layer for layer, _ in cells}, key=lambda layer: -1 if layer is None else layer)
@@ -67,13 +58,7 @@ def print_grid(cells: Mapping[tuple[int | None, str], Sequence[str]], console: C
 
 
 def fitting(items: Sequence[T], widths: Sequence[int], room: int) -> list[list[T]]:
-    """Returns the items in groups that fit side by side, at least one in each.
-
-    Args:
-        items: What is put side by side, in order.
-        widths: The width of each, in characters.
-        room: The width of a group.
-    """
+    """Returns items in groups that fit side by side in ``room`` characters, at least one in each."""
     groups: list[list[T]] = []
     used = 0
     for item, width in zip(items, widths, strict=True):
