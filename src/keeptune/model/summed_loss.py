@@ -15,7 +15,7 @@ from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Batch
 from keeptune.model.head import sequence_losses
 
-__all__ = ["Labels", "drawn_classes", "_drawn_labels", "summed_loss"]
+__all__ = ["Labels", "drawn_classes", "drawn_labels", "summed_loss"]
 
 Labels = Literal["true", "sampled"]
 
@@ -49,11 +49,11 @@ def summed_loss(logits: Tensor, batch: Batch, *, labels: Labels, seed: int) -> T
     # The first token of a text is never predicted.
     learned = whole[:, 1:].bool() & batch.attention_mask[:, :-1].bool()
     chosen = logits[:, :-1][learned.to(logits.device)].float()
-    wanted = batch.input_ids[:, 1:][learned] if labels == "true" else _drawn_labels(chosen, batch, learned, seed)
+    wanted = batch.input_ids[:, 1:][learned] if labels == "true" else drawn_labels(chosen, batch, learned, seed)
     return functional.cross_entropy(chosen, wanted.to(logits.device), reduction="sum")
 
 
-def _drawn_labels(logits: Tensor, batch: Batch, learned: Tensor, seed: int) -> Tensor:
+def drawn_labels(logits: Tensor, batch: Batch, learned: Tensor, seed: int) -> Tensor:
     """Draws ``(labels,)`` from logits ``(labels, vocabulary)``; a text has its own stream, whatever batch it is in."""
     streams = zip(_streams(batch, seed), learned, strict=True)
     parts = [torch.rand(int(wanted.sum()), generator=stream) for stream, wanted in streams]
