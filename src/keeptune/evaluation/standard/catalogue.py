@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.evaluation.benchmarks import Role
@@ -20,42 +21,25 @@ STANDARD = "standard"
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """One way of scoring a benchmark.
+    """One way of scoring a benchmark: lm-eval's, or a protocol of ours."""
 
-    Args:
-        metric: The metric, as results name it.
-        key: lm-eval's own name of it, ``metric,filter``; None where a protocol of ours scores.
-        protocol: The name in :mod:`keeptune.evaluation.standard.protocols`; None for lm-eval's own prompt and scoring.
-    """
-
-    metric: Measure
-    key: str | None = None
-    protocol: str | None = None
+    metric: Measure  # as results name it
+    key: str | None = None  # lm-eval's own name of it, ``metric,filter``
+    protocol: str | None = None  # the name in keeptune.evaluation.standard.protocols
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableRow:
-    """A benchmark of the table.
+    """A benchmark of the table."""
 
-    Args:
-        task: lm-eval's task or group.
-        folders: Where lm-eval keeps it, below its tasks; none where the task is ours.
-        role: The role unless the recipe names one.
-        items: Items of the split that is scored on the hub; None where it is not known.
-        scorings: By name; ``standard`` is lm-eval's.
-        content: Fields of an item that together identify it, to find it in other data.
-        code: Whether answers are programs, which are run.
-        hub: Whether lm-eval can fetch it; else its data must be named.
-    """
-
-    task: str
-    folders: tuple[str, ...]
-    role: Role = "knowledge"
-    items: int | None = None
-    scorings: Mapping[str, Scoring] = field(default_factory=dict)
-    content: tuple[str, ...] = ("question",)
-    code: bool = False
-    hub: bool = True
+    task: str  # lm-eval's task or group
+    folders: tuple[str, ...]  # where lm-eval keeps it, below its tasks; none where the task is ours
+    role: Role = "knowledge"  # unless the recipe names one
+    items: int | None = None  # of the split that is scored on the hub; None where it is not known
+    scorings: Mapping[str, Scoring] = field(default_factory=dict)  # by name; ``standard`` is lm-eval's
+    content: tuple[str, ...] = ("question",)  # fields of an item that together identify it, to find it in other data
+    code: bool = False  # answers are programs, which are run
+    hub: bool = True  # lm-eval can fetch it; else its data must be named
 
 
 _ACCURACY, _PER_CHARACTER = Scoring("accuracy", "acc,none"), Scoring("accuracy_norm", "acc_norm,none")
@@ -90,21 +74,16 @@ _IFEVAL = {
 }
 
 
-def _knowledge(task: str, items: int, scorings: Mapping[str, Scoring], *content: str, folder: str = "") -> TableRow:
-    return TableRow(
-        task=task, folders=(folder or task,), items=items, scorings=scorings, content=content or ("question",)
-    )
+def _row(
+    task: str, items: int, scorings: Mapping[str, Scoring], *content: str, folder: str = "", **more: Any
+) -> TableRow:
+    content = content or ("question",)
+    return TableRow(task=task, folders=(folder or task,), items=items, scorings=scorings, content=content, **more)
 
 
 def _glue(task: str, items: int, *content: str, standard: Scoring = _ACCURACY, f1: bool = False) -> TableRow:
     scorings = {STANDARD: standard} | ({"f1": _F1} if f1 else {})
-    folders = (f"glue/{task.partition('_')[0]}",)
-    return TableRow(task=task, folders=folders, role="task", items=items, scorings=scorings, content=content)
-
-
-def _programs(task: str, items: int, *content: str) -> TableRow:
-    scorings = _PROGRAMS
-    return TableRow(task=task, folders=(task,), role="task", items=items, scorings=scorings, content=content, code=True)
+    return _row(task, items, scorings, *content, folder=f"glue/{task.partition('_')[0]}", role="task")
 
 
 def _texts(task: str) -> TableRow:
@@ -112,19 +91,19 @@ def _texts(task: str) -> TableRow:
 
 
 NAMES: Mapping[str, TableRow] = {
-    "triviaqa": _knowledge("triviaqa", 17_944, _ANSWERS),
-    "nq_open": _knowledge("nq_open", 3_610, _ANSWERS),
+    "triviaqa": _row("triviaqa", 17_944, _ANSWERS),
+    "nq_open": _row("nq_open", 3_610, _ANSWERS),
     "efficientqa": TableRow(task="nq_open", folders=("nq_open",), scorings=_ANSWERS, hub=False),
-    "webqs": _knowledge("webqs", 2_032, _WEBQS),
-    "mmlu": _knowledge("mmlu", 14_042, _CHOICES, *_QUESTION, folder="mmlu/default"),
-    "hellaswag": _knowledge("hellaswag", 10_042, _NORMED, "ctx", "endings"),
-    "winogrande": _knowledge("winogrande", 1_267, _CHOICES | _ADAPTERS, "sentence", "option1", "option2"),
-    "arc_easy": _knowledge("arc_easy", 2_376, _NORMED, *_QUESTION, folder="arc"),
-    "arc_challenge": _knowledge("arc_challenge", 1_172, _NORMED, *_QUESTION, folder="arc"),
-    "piqa": _knowledge("piqa", 1_838, _NORMED, "goal", "sol1", "sol2"),
-    "boolq": _knowledge("boolq", 3_270, _CHOICES | _ADAPTERS, folder="super_glue/boolq"),
-    "openbookqa": _knowledge("openbookqa", 500, _NORMED, "question_stem", "choices"),
-    "gsm8k": TableRow(task="gsm8k", folders=("gsm8k",), role="task", items=1_319, scorings=_GSM8K),
+    "webqs": _row("webqs", 2_032, _WEBQS),
+    "mmlu": _row("mmlu", 14_042, _CHOICES, *_QUESTION, folder="mmlu/default"),
+    "hellaswag": _row("hellaswag", 10_042, _NORMED, "ctx", "endings"),
+    "winogrande": _row("winogrande", 1_267, _CHOICES | _ADAPTERS, "sentence", "option1", "option2"),
+    "arc_easy": _row("arc_easy", 2_376, _NORMED, *_QUESTION, folder="arc"),
+    "arc_challenge": _row("arc_challenge", 1_172, _NORMED, *_QUESTION, folder="arc"),
+    "piqa": _row("piqa", 1_838, _NORMED, "goal", "sol1", "sol2"),
+    "boolq": _row("boolq", 3_270, _CHOICES | _ADAPTERS, folder="super_glue/boolq"),
+    "openbookqa": _row("openbookqa", 500, _NORMED, "question_stem", "choices"),
+    "gsm8k": _row("gsm8k", 1_319, _GSM8K, role="task"),
     "math": TableRow(
         task="minerva_math",
         folders=("minerva_math", "benchmarks"),
@@ -133,11 +112,9 @@ NAMES: Mapping[str, TableRow] = {
         scorings=_MATH,
         content=("problem",),
     ),
-    "humaneval": _programs("humaneval", 164, "prompt"),
-    "mbpp": _programs("mbpp", 500, "text", "code"),
-    "ifeval": TableRow(
-        task="ifeval", folders=("ifeval",), role="task", items=541, scorings=_IFEVAL, content=("prompt",)
-    ),
+    "humaneval": _row("humaneval", 164, _PROGRAMS, "prompt", role="task", code=True),
+    "mbpp": _row("mbpp", 500, _PROGRAMS, "text", "code", role="task", code=True),
+    "ifeval": _row("ifeval", 541, _IFEVAL, "prompt", role="task"),
     "cola": _glue("cola", 1_043, "sentence", standard=_MATTHEWS),
     "mnli": _glue("mnli", 9_815, "premise", "hypothesis"),
     "mnli_mismatch": _glue("mnli_mismatch", 9_832, "premise", "hypothesis"),
@@ -153,15 +130,7 @@ NAMES: Mapping[str, TableRow] = {
 
 
 def table_row(name: str, task: str | None, *, where: str) -> TableRow | None:
-    """Looks a benchmark up.
-
-    Args:
-        name: The entry's name.
-        task: The task that the entry names, of this table or of lm-eval.
-        where: The recipe key, for error messages.
-
-    Returns:
-        The row of the table; None for a task of lm-eval that is not in it.
+    """Returns the row of an entry's task, or else of its name; None for a task of lm-eval that is not in the table.
 
     Raises:
         RecipeError: No task is named, and the name is not in the table.

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keeptune.core.errors import DataError
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.standard.entry import NamedBenchmark
-from keeptune.model.blocks import positions
 
 __all__ = ["fit_length", "wrapped_model"]
 
@@ -23,18 +22,12 @@ _LONGEST = 2048  # of a model that names no limit, lm-eval's own
 _NEW_TOKENS = 256  # lm-eval's own, of a task that names no limit
 
 
-def fit_length(benchmark: NamedBenchmark, models: Sequence[PreTrainedModel], tasks: Mapping[str, Any]) -> int:
-    """Chooses how many tokens fit, the same before and after, and leaves half of them to the prompt.
+def fit_length(benchmark: NamedBenchmark, positions: int | None, tasks: Mapping[str, Any]) -> int:
+    """Returns how many tokens of prompt and answer fit, before and after.
 
-    Args:
-        benchmark: The benchmark.
-        models: The models.
-        tasks: lm-eval's tasks, of which the limits of generated tokens are lowered where they leave no room.
-
-    Returns:
-        Tokens of prompt and answer together.
+    The limits of generated tokens of lm-eval's tasks are lowered where they leave less than half to the prompt.
     """
-    known = [limit for limit in (*map(positions, models), benchmark.max_length) if limit is not None]
+    known = [limit for limit in (positions, benchmark.max_length) if limit is not None]
     length = min(known, default=_LONGEST)
     for task in tasks.values():
         given = task.config.generation_kwargs
@@ -57,18 +50,15 @@ def wrapped_model(
     progress: bool,
     kept: KeptAnswers | None,
 ) -> Any:
-    """Wraps a model for lm-eval.
+    """Returns a model, with a copy of its tokenizer, as an ``lm_eval.api.model.LM``.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer; a copy is used.
+        tokenizer: Its tokenizer.
         benchmark: The benchmark.
         length: Tokens of prompt and answer together.
         progress: Whether to show bars, where stderr is a terminal.
         kept: Answers on disk; None runs the model.
-
-    Returns:
-        An ``lm_eval.api.model.LM``.
     """
     from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
@@ -84,11 +74,12 @@ def wrapped_model(
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
             _check_choices(inner, benchmark, requests, length)
-
-            def run() -> list[list[Any]]:
-                return [[float(sum_), bool(greedy)] for sum_, greedy in inner.loglikelihood(requests, quiet)]
-
-            return [(sum_, greedy) for sum_, greedy in self._get("loglikelihood", requests, run)]
+            pairs = self._get(
+                "loglikelihood",
+                requests,
+                lambda: [[float(total), bool(greedy)] for total, greedy in inner.loglikelihood(requests, quiet)],
+            )
+            return [(total, greedy) for total, greedy in pairs]
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
             return self._get("rolling", requests, lambda: _rolling(inner, requests, quiet))
@@ -111,13 +102,12 @@ def wrapped_model(
 
 def _rolling(inner: Any, requests: Sequence[Any], quiet: bool) -> list[float]:
     score = inner._loglikelihood_tokens
-
-    def silent(**given: Any) -> Any:
-        return score(**(given | {"disable_tqdm": quiet}))
-
     # lm-eval draws a bar for each batch of windows, whatever its argument.
-    with mock.patch.object(inner, "_loglikelihood_tokens", silent):
-        return [float(sum_) for sum_ in inner.loglikelihood_rolling(requests, quiet)]
+    silent = mock.patch.object(
+        inner, "_loglikelihood_tokens", lambda **given: score(**(given | {"disable_tqdm": quiet}))
+    )
+    with silent:
+        return [float(total) for total in inner.loglikelihood_rolling(requests, quiet)]
 
 
 def _check_choices(inner: Any, benchmark: NamedBenchmark, requests: Sequence[Any], length: int) -> None:

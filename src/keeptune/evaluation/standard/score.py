@@ -9,19 +9,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import RecipeError
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Role
-from keeptune.evaluation.metrics import Measure, Metric, agreement, agreement_interval
-from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, scoring
-from keeptune.evaluation.results import BenchmarkResult, mean_scores
+from keeptune.evaluation.metrics import Measure, Metric
+from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
+from keeptune.evaluation.results import BenchmarkResult, label_scores, mean_scores
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.language_model import fit_length, wrapped_model
 from keeptune.evaluation.standard.lm_eval_tasks import SEED, Built, build_tasks, recorded_shots
 from keeptune.evaluation.standard.restore import restored_model, restored_process, seeded_langdetect
-from keeptune.model.head import Head
 
 __all__ = ["score_named"]
 
@@ -39,19 +38,32 @@ _MEASURES: Mapping[str, Measure] = {
 class _Sample:
     """One item, as lm-eval ran and scored it with one model."""
 
+    task: Any  # lm-eval's
+    row: Mapping[str, Any]  # what lm-eval logged
     metric: Measure
     # A number; right and predicted label (f1, matthews); one per instruction; log-likelihood and bytes (cross_entropy).
     value: Any
-    others: Mapping[str, float]  # the task's other metrics that are numbers
-    prompt: str  # all that the model read before its answer, or of several choices before the first
-    question: str  # the item alone, without description and examples
-    target: Any  # what is right; of choices the index of the right one, or of all that are accepted
     group: str | None  # the subject, where there are several
-    choices: tuple[str, ...]
-    sums: tuple[float, ...]  # log-likelihoods of the choices
-    text: str  # what the model wrote
-    stopped: str | None  # what stopped a program; None where there is none
     shots: tuple[int, ...]  # the examples in the prompt, as rows of their split from 0
+    stopped: str | None  # what stopped a program; None where there is none
+
+    @property
+    def prompt(self) -> str:
+        """All that the model read before its answer, or of several choices before the first."""
+        return "" if self.task.OUTPUT_TYPE == "loglikelihood_rolling" else str(self.row["arguments"][0][0])
+
+    @property
+    def score(self) -> float:
+        if self.metric in ("f1", "matthews"):
+            return float(self.value[0] == self.value[1])
+        if isinstance(self.value, list):
+            return sum(map(float, self.value)) / len(self.value)
+        return float(self.value)
+
+    @property
+    def others(self) -> dict[str, float]:
+        """The task's metrics that are numbers."""
+        return {name: float(self.row[name]) for name in self.row["metrics"] if isinstance(self.row[name], int | float)}
 
 
 def score_named(
@@ -75,32 +87,32 @@ def score_named(
         RecipeError: lm-eval is missing, has no such task, or its metric is not supported.
         DataError: The data cannot be fetched or read, or hold no examples for the prompts.
     """
+    if head_of_base(pair) is not None:
+        raise RecipeError(
+            "evaluate",
+            got="a standard benchmark for a classifier",
+            wanted="a language model",
+            next_step="Score a classifier on a file: `file`, `text`, `answer` and `metric`.",
+        )
     with restored_process(benchmark.where):
         built = build_tasks(benchmark)
-        length = fit_length(benchmark, _language_models(pair), built.tasks)
+        length = fit_length(benchmark, shared_positions(pair), built.tasks)
         samples: dict[Side, list[_Sample]] = {}
         for side in SIDES:
             answers = kept if side == "before" else None
             with scoring(pair, side) as model, restored_model(model):
                 wrapped = wrapped_model(model, tokenizer, benchmark, length=length, progress=progress, kept=answers)
                 samples[side] = _samples(wrapped, benchmark, built)
-    return _result(benchmark, tokenizer, samples, seed)
-
-
-def _language_models(pair: ModelPair) -> list[PreTrainedModel]:
-    """Returns both models, of which only the configs may be read."""
-    models = []
-    for side in SIDES:
-        with scoring(pair, side) as model:
-            if Head.of(model) is not None:
-                raise RecipeError(
-                    "evaluate",
-                    got="a standard benchmark for a classifier",
-                    wanted="a language model",
-                    next_step="Score a classifier on a file: `file`, `text`, `answer` and `metric`.",
-                )
-            models.append(model)
-    return models
+        first, second = samples["before"], samples["after"]
+        assert [sample.prompt for sample in first] == [sample.prompt for sample in second]
+        records = [_record(index, *both, tokenizer) for index, both in enumerate(zip(first, second, strict=True))]
+    metric = first[0].metric
+    if metric in ("f1", "matthews"):
+        scores = _whole_scores(metric, first, second, seed) | {"n": len(records), "items": records}
+    else:
+        weights = [float(record.get("tokens", record.get("instructions", 1))) for record in records]
+        scores = mean_scores(records, weights, seed)
+    return BenchmarkResult(name=benchmark.name, role=cast(Role, benchmark.role), metric=metric, **scores)
 
 
 def _samples(model: Any, benchmark: NamedBenchmark, built: Built) -> list[_Sample]:
@@ -126,36 +138,12 @@ def _samples(model: Any, benchmark: NamedBenchmark, built: Built) -> list[_Sampl
     return _read_samples(benchmark, built, results["samples"], shots)
 
 
-def _result(
-    benchmark: NamedBenchmark,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Mapping[Side, Sequence[_Sample]],
-    seed: int,
-) -> BenchmarkResult:
-    first, second = samples["before"], samples["after"]
-    assert [sample.prompt for sample in first] == [sample.prompt for sample in second]
-    metric = first[0].metric
-    records = _records(tokenizer, first, second)
-    if metric in ("f1", "matthews"):
-        scores = _whole_scores(metric, first, second, seed) | {"n": len(records), "items": records}
-    else:
-        weights = [float(record.get("tokens", record.get("instructions", 1))) for record in records]
-        scores = mean_scores(records, weights, seed)
-    return BenchmarkResult(name=benchmark.name, role=cast(Role, benchmark.role), metric=metric, **scores)
-
-
 def _whole_scores(metric: Metric, first: Sequence[_Sample], second: Sequence[_Sample], seed: int) -> dict[str, Any]:
     """Scores the labels of all items together."""
     truth, before = np.array([sample.value for sample in first]).T
     after = np.array([sample.value for sample in second])[:, 1]
     labels = max(2, int(max(truth.max(), before.max(), after.max())) + 1)
-    return {
-        "before": agreement(metric, truth, before, labels),
-        "after": agreement(metric, truth, after, labels),
-        "interval": agreement_interval(metric, truth, before, after, seed, labels),
-        "kl_to_base": None,
-        "groups": {},
-    }
+    return label_scores(metric, truth, before, after, labels, seed)
 
 
 def _read_samples(
@@ -170,27 +158,10 @@ def _read_samples(
         metric, key, filtered = _measured(benchmark, leaf, logged[leaf][0])
         rows = sorted((row for row in logged[leaf] if row["filter"] == filtered), key=lambda row: row["doc_id"])
         group = None if len(built.tasks) == 1 else leaf.removeprefix(f"{benchmark.lm_eval_task}_")
-        for at, (row, drawn) in enumerate(zip(rows, shots.get(leaf) or [()] * len(rows), strict=True)):
-            kind = task.OUTPUT_TYPE
-            compared = kind in ("multiple_choice", "loglikelihood")
-            several = compared and task.multiple_input
-            question = task.doc_to_text(row["doc"])
-            arguments, responses = row["arguments"], row["resps"]
-            sample = _Sample(
-                metric=metric,
-                value=row[key],
-                others={name: float(row[name]) for name in row["metrics"] if isinstance(row[name], int | float)},
-                prompt="" if kind == "loglikelihood_rolling" else str(arguments[0][0]),
-                question=question if isinstance(question, str) else str(row["target"]),
-                target=row["doc"].get("instruction_id_list", question if several else row["target"]),
-                group=group,
-                choices=tuple(str(given[0 if several else 1]).strip() for given in arguments) if compared else (),
-                sums=tuple(float(response[0][0]) for response in responses) if compared else (),
-                text=str(responses[0][0]) if kind == "generate_until" else "",
-                stopped=built.runs.stopped[at] if built.runs is not None else None,
-                shots=drawn,
-            )
-            samples.append(sample)
+        drawn = shots.get(leaf) or [()] * len(rows)
+        stopped = [None] * len(rows) if built.runs is None else built.runs.stopped
+        for row, examples, reason in zip(rows, drawn, stopped, strict=True):
+            samples.append(_Sample(task, row, metric, row[key], group, examples, reason))
     return samples
 
 
@@ -211,46 +182,42 @@ def _measured(benchmark: NamedBenchmark, leaf: str, first: Mapping[str, Any]) ->
     )
 
 
-def _records(
-    tokenizer: PreTrainedTokenizerBase, first: Sequence[_Sample], second: Sequence[_Sample]
-) -> list[dict[str, Any]]:
-    """Puts both models' samples side by side: one JSON-ready record per item."""
-    records: list[dict[str, Any]] = []
-    for index, (one, two) in enumerate(zip(first, second, strict=True)):
-        record: dict[str, Any] = {"index": index, "group": one.group}
-        if one.metric == "cross_entropy":
-            # As lm-eval scores it: a start token that the tokenizer adds is predicted like any other.
-            tokens = len(tokenizer(str(one.target), verbose=False)["input_ids"])
-            record |= {"before": -one.value[0] / tokens, "after": -two.value[0] / tokens}
-            record |= {"tokens": tokens, "bytes": one.value[1]}
-        else:
-            record |= {"before": _score(one), "after": _score(two)} | _answers(one, two)
-        if one.metric == "instructions_followed":
-            record["instructions"] = len(one.value)
-        others = {name: [value, two.others[name]] for name, value in one.others.items() if name in two.others}
-        if len(others) > 1:
-            record["metrics"] = others
-        records.append(record)
-    return records
-
-
-def _score(sample: _Sample) -> float:
-    value = sample.value
-    if sample.metric in ("f1", "matthews"):
-        return float(value[0] == value[1])
-    return sum(map(float, value)) / len(value) if isinstance(value, list) else float(value)
+def _record(index: int, one: _Sample, two: _Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Puts both models' samples of an item side by side, ready for JSON."""
+    record: dict[str, Any] = {"index": index, "group": one.group}
+    if one.metric == "cross_entropy":
+        # As lm-eval scores it: a start token that the tokenizer adds is predicted like any other.
+        tokens = len(tokenizer(str(one.row["target"]), verbose=False)["input_ids"])
+        record |= {"before": -one.value[0] / tokens, "after": -two.value[0] / tokens}
+        record |= {"tokens": tokens, "bytes": one.value[1]}
+    else:
+        record |= {"before": one.score, "after": two.score} | _answers(one, two)
+    if one.metric == "instructions_followed":
+        record["instructions"] = len(one.value)
+    theirs = two.others
+    others = {name: [value, theirs[name]] for name, value in one.others.items() if name in theirs}
+    return record | {"metrics": others} if len(others) > 1 else record
 
 
 def _answers(one: _Sample, two: _Sample) -> dict[str, Any]:
-    record: dict[str, Any] = {"prompt": one.question}
+    row, compared = one.row, one.task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood")
+    several = compared and one.task.multiple_input  # one answer after several texts, as Winogrande has it
+    question = one.task.doc_to_text(row["doc"])
+    record: dict[str, Any] = {"prompt": question if isinstance(question, str) else str(row["target"])}
     if one.shots:
         record["shots"] = list(one.shots)
-    right = one.target if isinstance(one.target, list) else [one.target]
-    if one.choices:
-        texts = [one.choices[index] if isinstance(index, int) else str(index) for index in right]
-        record |= {"label": right[0], "answers": texts, "choices": list(one.choices)}
-        return record | {"loglikelihoods_before": list(one.sums), "loglikelihoods_after": list(two.sums)}
-    record |= {"answers": [str(answer) for answer in right], "text_before": one.text, "text_after": two.text}
+    # Of choices the index of the right one, or of all that are accepted.
+    target = row["doc"].get("instruction_id_list", question if several else row["target"])
+    right = target if isinstance(target, list) else [target]
+    responses = {"before": one.row["resps"], "after": two.row["resps"]}
+    if compared:
+        choices = [str(given[0 if several else 1]).strip() for given in row["arguments"]]
+        texts = [choices[index] if isinstance(index, int) else str(index) for index in right]
+        record |= {"label": right[0], "answers": texts, "choices": choices}
+        sums = {side: [float(response[0][0]) for response in own] for side, own in responses.items()}
+        return record | {f"loglikelihoods_{side}": own for side, own in sums.items()}
+    record["answers"] = [str(answer) for answer in right]
+    record |= {f"text_{side}": str(own[0][0]) for side, own in responses.items()}
     if one.stopped is not None:
         record |= {"program_before": one.stopped, "program_after": two.stopped}
     return record
