@@ -22,7 +22,8 @@ def data_fingerprint(benchmark: Benchmark, folder: Path = Path()) -> str:
     """Returns a fingerprint of a benchmark's data, equal for equal data."""
     if isinstance(benchmark, NamedBenchmark):
         return load_documents(benchmark).fingerprint
-    return file_fingerprint([folder / _file(benchmark).file])
+    assert isinstance(benchmark, FileBenchmark)
+    return file_fingerprint([folder / benchmark.file])
 
 
 def engine_of(benchmark: Benchmark) -> dict[str, str | int] | None:
@@ -41,13 +42,8 @@ def refuse_used(used: Sequence[Corpus], benchmark: Benchmark) -> None:
     if isinstance(benchmark, NamedBenchmark):
         refuse_documents(used, load_documents(benchmark))
         return
-    own = _file(benchmark)
-    rows = read_jsonl(own.file, where=f"{own.where}.file")[: own.examples]
-    scored = Corpus(own.where, rows, [item.whole for item in load_items(own, Path())])
+    assert isinstance(benchmark, FileBenchmark)
+    rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]
+    scored = Corpus(benchmark.where, rows, [item.whole for item in load_items(benchmark, Path())])
     for corpus in used:
         refuse_overlap(corpus, scored)
-
-
-def _file(benchmark: Benchmark) -> FileBenchmark:
-    assert isinstance(benchmark, FileBenchmark)
-    return benchmark

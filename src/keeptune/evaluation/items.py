@@ -22,29 +22,17 @@ _Choices = tuple[tuple[str, ...], tuple[str, ...]]  # texts, and labels or an em
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One question or document.
-
-    Args:
-        index: Position of the row in the file, from 0.
-        prompt: Text before the answer; empty for documents.
-        answers: Accepted answers (exact_match), or the right label of a classifier.
-        choices: Texts to choose from (multiple_choice).
-        label: Index of the right choice; None where there are no choices.
-        text: The document (cross_entropy), or what a classifier reads.
-        text_pair: The other text of a pair.
-        score: The right score (pearson, spearman).
-        group: Value of the benchmark's group field, if the row has it.
-    """
+    """One question or document; ``index`` is the position of its row in the file, from 0."""
 
     index: int
-    prompt: str = ""
-    answers: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    label: int | None = None
-    text: str = ""
+    prompt: str = ""  # text before the answer
+    answers: tuple[str, ...] = ()  # accepted answers (exact_match), or the right label of a classifier
+    choices: tuple[str, ...] = ()  # to choose from (multiple_choice)
+    label: int | None = None  # index of the right choice
+    text: str = ""  # the document (cross_entropy), or what a classifier reads
     text_pair: str | None = None
-    score: float | None = None
-    group: str | None = None
+    score: float | None = None  # the right one (pearson, spearman)
+    group: str | None = None  # value of the benchmark's group field
 
     @property
     def whole(self) -> str:
@@ -55,10 +43,7 @@ class Item:
 
 
 def load_items(benchmark: FileBenchmark, folder: Path) -> list[Item]:
-    """Reads a benchmark's file.
-
-    Returns:
-        One item per row, in file order.
+    """Reads a benchmark's file: one item per row, in file order.
 
     Raises:
         DataError: The file cannot be read, a row lacks a field, or an answer does not fit.
@@ -102,14 +87,12 @@ def _labelled(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[st
     answer = benchmark.answer or ""
     items: list[dict[str, Any]] = []
     for first, second, row, place in zip(texts.first, seconds, rows, places, strict=True):
-        where = f"{place} answer"
-        scored = benchmark.metric in SCORES
-        right = (
-            {"score": score_of(row, answer, where=where)}
-            if scored
-            else {"answers": (label_of(row, answer, where=where),)}
-        )
-        items.append({"text": first, "text_pair": second} | right)
+        item: dict[str, Any] = {"text": first, "text_pair": second}
+        if benchmark.metric in SCORES:
+            item["score"] = score_of(row, answer, where=f"{place} answer")
+        else:
+            item["answers"] = (label_of(row, answer, where=f"{place} answer"),)
+        items.append(item)
     return items
 
 

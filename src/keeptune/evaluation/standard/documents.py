@@ -24,17 +24,11 @@ _Parts = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """The items that a benchmark is scored on.
-
-    Args:
-        where: The recipe key.
-        parts: Of each item, task after task, the texts that identify it: a question, or a question and its choices.
-        fingerprint: Of the items, the examples for the prompts, lm-eval and its task.
-    """
+    """The items that a benchmark is scored on, task after task."""
 
     where: str
-    parts: Sequence[_Parts]
-    fingerprint: str
+    parts: Sequence[_Parts]  # texts that identify each item: a question, or a question and its choices
+    fingerprint: str  # of the items, the examples for the prompts, lm-eval and its task
 
 
 def load_documents(benchmark: NamedBenchmark) -> Documents:

@@ -40,35 +40,22 @@ _Config = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """The tasks of one benchmark.
+    """The tasks of one benchmark."""
 
-    Args:
-        tasks: lm-eval's name to its task object.
-        runs: Runs answers that are programs.
-        note: Departure from lm-eval's task, for the record; empty where there is none.
-    """
-
-    tasks: Mapping[str, Any]
-    runs: programs.Runs | None
-    note: str = ""
+    tasks: Mapping[str, Any]  # lm-eval's name to its task object
+    runs: programs.Runs | None  # runs answers that are programs
+    note: str = ""  # departure from lm-eval's task, for the record
 
 
 def build_tasks(benchmark: NamedBenchmark, *, run: bool = True) -> Built:
-    """Builds lm-eval's task objects, with their data.
-
-    Args:
-        benchmark: The benchmark.
-        run: Whether answers will be scored; False opens no sandbox.
-
-    Returns:
-        The tasks.
+    """Builds lm-eval's task objects, with their data; a sandbox is opened only if answers are to be scored (``run``).
 
     Raises:
         RecipeError: lm-eval or a library that the task needs is missing, or it has no such task.
         DataError: The data can neither be fetched nor read, or hold no examples for the prompt.
     """
     row, how = benchmark.row, benchmark.how
-    name = benchmark.name if benchmark.task is None else benchmark.task
+    name = benchmark.task or benchmark.name
     protocol = None if how is None or how.protocol is None else PROTOCOLS[how.protocol, name]
     task, folders = benchmark.lm_eval_task, () if row is None else row.folders
     code = row is not None and row.code
@@ -82,11 +69,14 @@ def build_tasks(benchmark: NamedBenchmark, *, run: bool = True) -> Built:
         task, folders = protocol.task or (task, folders)
         overrides |= overrides_of(protocol, programs.METRIC, overrides.get("process_results"))
     if row is not None and not folders:
-        configs = {task: {"task": task, **_ROLLING}}
+        configs: dict[str, _Config] = {task: {"task": task, **_ROLLING}}
     else:
         with _explained(benchmark):
             configs = _configs(benchmark, task, folders, resolve=not code)
-    configs = {leaf: _with_shots(benchmark, config | overrides) for leaf, config in configs.items()}
+    for leaf, config in configs.items():
+        kept = {key: value for key, value in config.items() if key not in ("tag", "group", "task_list")} | overrides
+        shots = kept.get("num_fewshot") or 0 if benchmark.shots is None else benchmark.shots
+        configs[leaf] = kept | {"num_fewshot": shots}
     note = ""
     if benchmark.data is not None:
         configs, note = _with_data(benchmark, name, configs)
@@ -124,7 +114,7 @@ def _configs(benchmark: NamedBenchmark, task: str, folders: Sequence[str], *, re
     index = manager.task_index
     if task not in index:
         # The nearest of thousands, without the list of the others.
-        sentence = nearest(task, manager.all_tasks).partition(" TableRow:")[0]
+        sentence = nearest(task, manager.all_tasks).partition(" Known:")[0]
         raise RecipeError(
             f"{benchmark.where}.task",
             got=f'"{task}"',
@@ -147,23 +137,14 @@ def _configs(benchmark: NamedBenchmark, task: str, folders: Sequence[str], *, re
     return configs
 
 
-def _leaves(task: str, index: Mapping[str, Any]) -> Iterator[str]:
+def _leaves(task: str, index: Mapping[str, Any]) -> list[str]:
     entry = index[task]
     kind = entry.kind.name
-    if kind == "TAG":
-        for leaf in sorted(entry.tags):
-            yield from _leaves(leaf, index)
-    elif kind == "GROUP":
-        for part in entry.cfg["task"]:
-            yield from _leaves(part if isinstance(part, str) else str(part.get("task") or part.get("group")), index)
-    else:
-        yield task
-
-
-def _with_shots(benchmark: NamedBenchmark, config: Mapping[str, Any]) -> _Config:
-    shots = config.get("num_fewshot") or 0 if benchmark.shots is None else benchmark.shots
-    kept = {key: value for key, value in config.items() if key not in ("tag", "group", "task_list")}
-    return kept | {"num_fewshot": shots}
+    if kind not in ("TAG", "GROUP"):
+        return [task]
+    parts = sorted(entry.tags) if kind == "TAG" else entry.cfg["task"]
+    names = [part if isinstance(part, str) else str(part.get("task") or part.get("group")) for part in parts]
+    return [leaf for name in names for leaf in _leaves(name, index)]
 
 
 def _scored_split(config: Mapping[str, Any]) -> str:
@@ -275,25 +256,25 @@ def recorded_shots(built: Built) -> Iterator[dict[str, list[tuple[int, ...]]]]:
     Yields:
         Task to the examples of each of its prompts in turn, as rows of their split from 0.
     """
-    noted: dict[str, list[tuple[int, ...]]] = {
-        leaf: [] for leaf, task in built.tasks.items() if task.config.num_fewshot
-    }
-
-    def noting(leaf: str, sampler: Any) -> Any:
-        places = {id(row): place for place, row in enumerate(sampler.df)}
-        draw = sampler.sample
-
-        def sample(*given: Any, **options: Any) -> Any:
-            rows = draw(*given, **options)
-            noted[leaf].append(tuple(places[id(row)] for row in rows))
-            return rows
-
-        return mock.patch.object(sampler, "sample", sample)
-
+    noted: dict[str, list[tuple[int, ...]]] = {}
     with ExitStack() as stack:
-        for leaf in noted:
-            stack.enter_context(noting(leaf, built.tasks[leaf].sampler))
+        for leaf, task in built.tasks.items():
+            if task.config.num_fewshot:
+                noted[leaf] = []
+                stack.enter_context(mock.patch.object(task.sampler, "sample", _noting(task.sampler, noted[leaf])))
         yield noted
+
+
+def _noting(sampler: Any, noted: list[tuple[int, ...]]) -> Any:
+    places = {id(row): place for place, row in enumerate(sampler.df)}
+    draw = sampler.sample
+
+    def sample(*given: Any, **options: Any) -> Any:
+        rows = draw(*given, **options)
+        noted.append(tuple(places[id(row)] for row in rows))
+        return rows
+
+    return sample
 
 
 @contextmanager

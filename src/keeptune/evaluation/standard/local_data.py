@@ -54,13 +54,9 @@ _MBPP: Mapping[str, Sequence[int]] = {"prompt": MBPP_EXAMPLES, "test": range(11,
 
 
 def files_of(name: str, data: Path, splits: Sequence[str], *, where: str) -> dict[str, Path]:
-    """Returns the file of each split; a split of examples that does not exist is left out.
+    """Returns the file of each split: that which is scored, then that of the prompt's examples, left out if missing.
 
-    Args:
-        name: The benchmark's name in the table.
-        data: A folder, or the file of the split that is scored; the others are looked for beside it.
-        splits: The split that is scored, then that of the prompt's examples, if there is another.
-        where: The recipe key, for error messages.
+    ``data`` is a folder, or the file of the split that is scored, with the others beside it.
 
     Raises:
         DataError: The split that is scored does not exist.
@@ -88,13 +84,7 @@ def _names(name: str, split: str) -> tuple[str, ...]:
 
 
 def local_rows(name: str, split: str, path: Path, *, where: str) -> list[Row]:
-    """Reads one split into rows with the fields of the hub's data.
-
-    Args:
-        name: The benchmark's name in the table.
-        split: The split of lm-eval's task.
-        path: Its file.
-        where: The recipe key, for error messages.
+    """Reads the file of one split of lm-eval's task into rows with the fields of the hub's data.
 
     Raises:
         DataError: The file cannot be read, or a row is in none of the forms.
@@ -106,7 +96,7 @@ def local_rows(name: str, split: str, path: Path, *, where: str) -> list[Row]:
         if chosen is not None and row.get("task_id") not in chosen:
             continue
         try:
-            rows.append(read(row))
+            rows.append({field: row[field] for field in read} if isinstance(read, tuple) else read(row))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{where}.data {path} row {number}",
@@ -122,11 +112,6 @@ def local_rows(name: str, split: str, path: Path, *, where: str) -> list[Row]:
             next_step="Name another file.",
         )
     return rows
-
-
-def _only(*fields: str) -> Callable[[Row], Row]:
-    """Returns a reader that keeps some fields, all of which must exist."""
-    return lambda row: {field: row[field] for field in fields}
 
 
 def _mmlu(row: Row) -> Row:
@@ -174,21 +159,22 @@ def _triviaqa(row: Row) -> Row:
     return {"question": row["question"], "answer": {"aliases": list(aliases)}}
 
 
-_READERS: Mapping[str, Callable[[Row], Row]] = {
+# Fields that are kept, all of which must exist, or a reader of several forms.
+_READERS: Mapping[str, tuple[str, ...] | Callable[[Row], Row]] = {
     "triviaqa": _triviaqa,
-    "nq_open": _only("question", "answer"),
-    "efficientqa": _only("question", "answer"),
-    "webqs": _only("question", "answers"),
+    "nq_open": ("question", "answer"),
+    "efficientqa": ("question", "answer"),
+    "webqs": ("question", "answers"),
     "mmlu": _mmlu,
     "arc_easy": _multiple_choice("question"),
     "arc_challenge": _multiple_choice("question"),
     "boolq": _boolq,
     "openbookqa": _multiple_choice("question_stem"),
-    "gsm8k": _only("question", "answer"),
-    "math": _only("problem", "solution"),
-    "humaneval": _only("task_id", "prompt", "test", "entry_point", "canonical_solution"),
-    "mbpp": _only("task_id", "text", "code", "test_list"),
-    "ifeval": _only("key", "prompt", "instruction_id_list", "kwargs"),
-    "tinystories": _only("text"),
-    "c4_text": _only("text"),
+    "gsm8k": ("question", "answer"),
+    "math": ("problem", "solution"),
+    "humaneval": ("task_id", "prompt", "test", "entry_point", "canonical_solution"),
+    "mbpp": ("task_id", "text", "code", "test_list"),
+    "ifeval": ("key", "prompt", "instruction_id_list", "kwargs"),
+    "tinystories": ("text",),
+    "c4_text": ("text",),
 }

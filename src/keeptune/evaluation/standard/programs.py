@@ -27,12 +27,7 @@ def program_of(name: str, row: Row, answer: str) -> str:
 
 
 class Runs:
-    """Runs answers and keeps what stopped each, in the order of the items.
-
-    Args:
-        name: ``humaneval`` or ``mbpp``.
-        sandbox: Where programs run.
-    """
+    """Runs the answers of ``humaneval`` or ``mbpp`` and keeps what stopped each, in the order of the items."""
 
     def __init__(self, name: str, sandbox: Sandbox) -> None:
         self.name = name

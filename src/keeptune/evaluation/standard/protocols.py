@@ -51,23 +51,16 @@ _NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """One benchmark as a paper's scripts have it.
-
-    Args:
-        prompt: Row to prompt.
-        target: Row to what is right, for the record.
-        stops: Texts before which an answer ends.
-        new_tokens: Tokens generated at most.
-        right: Row and generated text to 1 or 0; None where the text is a program that is run.
-        task: lm-eval's task that the rows are from, where it is another than the standard one, and its folders.
-    """
+    """One benchmark as a paper's scripts have it."""
 
     prompt: Callable[[Row], str]
-    target: Callable[[Row], str]
-    stops: tuple[str, ...]
-    new_tokens: int
-    right: Callable[[Row, str], float] | None
-    task: tuple[str, tuple[str, ...]] | None = None
+    target: Callable[[Row], str]  # what is right, for the record
+    stops: tuple[str, ...]  # texts before which an answer ends
+    new_tokens: int  # generated at most
+    right: Callable[[Row, str], float] | None  # row and generated text to 1 or 0; None: the text is a program to run
+    task: tuple[str, tuple[str, ...]] | None = (
+        None  # lm-eval's task of the rows and its folders, if not the standard one
+    )
 
 
 def metamath_number(text: str) -> int | None:
@@ -98,15 +91,9 @@ def metamath_gold(answer: str) -> int:
 
 
 def metamath_math(text: str, same: Callable[[str, str], bool], gold: str) -> float:
-    """Compares what follows the last ``The answer is: `` with the right answer of a MATH row.
+    """Returns 1 if what follows the last ``The answer is: `` is the answer in a MATH solution's box; else 0.
 
-    Args:
-        text: What the model wrote.
-        same: Whether two answers are the same but for notation (Hendrycks et al., NeurIPS 2021).
-        gold: What stands in the solution's box.
-
-    Returns:
-        1 if they are the same; 0 otherwise, and where the phrase is missing.
+    ``same`` compares two answers but for notation (Hendrycks et al., NeurIPS 2021).
     """
     parts = text.split(_PHRASE)
     if len(parts) < 2:
@@ -131,42 +118,28 @@ _WORDS: Mapping[str, str] = {
 
 
 def adapters_instruction(name: str, row: Row) -> tuple[str, str]:
-    """Puts a row into the instruction form of LLM-Adapters.
-
-    Args:
-        name: The benchmark's name in the table.
-        row: With the fields of the hub's data.
-
-    Returns:
-        The instruction and the right word, such as ``answer2``.
-    """
+    """Returns a row of the hub's data in LLM-Adapters' instruction form, and the right word, such as ``answer2``."""
     if name == "boolq":
         body = f"Please answer the following question with true or false, question: {row['question']}?"
         return f"{body}\n\nAnswer format: true/false", "true" if row["label"] else "false"
-    word, gap = _WORDS[name], "\n\n"
+    word, between, gap = _WORDS[name], " ", "\n\n"
     task = f"Please choose the correct {word} to"
     if name == "piqa":
-        body, count = f"{task} the question: {row['goal']}\n\nSolution1: {row['sol1']}\n\nSolution2: {row['sol2']}", 2
-        right = int(row["label"])
+        question, choices, right = f"{task} the question: {row['goal']}", [row["sol1"], row["sol2"]], int(row["label"])
+        between = "\n\n"
     elif name == "winogrande":
         blank = "Please choose the correct answer to fill in the blank to complete the given sentence"
-        options, count = f"Option1: {row['option1']} Option2: {row['option2']}", 2
-        body, gap, right = f"{blank}: {row['sentence']}\n\n{options}", " ", int(row["answer"]) - 1
+        question, choices = f"{blank}: {row['sentence']}", [row["option1"], row["option2"]]
+        gap, right = " ", int(row["answer"]) - 1
     elif name == "hellaswag":
-        listed, count = _numbered("Ending", row["endings"]), len(row["endings"])
-        body = f"{task} complete the given sentence: {row['activity_label']}: {row['ctx']}\n\n{listed}"
-        right = int(row["label"])
+        question = f"{task} complete the given sentence: {row['activity_label']}: {row['ctx']}"
+        choices, right = row["endings"], int(row["label"])
     else:
-        choices = row["choices"]
-        listed, count = _numbered("Answer", choices["text"]), len(choices["text"])
-        body = f"{task} the question: {row['question_stem' if name == 'openbookqa' else 'question']}\n\n{listed}"
-        right = choices["label"].index(row["answerKey"].strip())
-    words = [f"{word}{number}" for number in range(1, count + 1)]
-    return f"{body}{gap}Answer format: {'/'.join(words)}", words[right]
-
-
-def _numbered(word: str, choices: list[str]) -> str:
-    return " ".join(f"{word}{number}: {choice}" for number, choice in enumerate(choices, start=1))
+        question = f"{task} the question: {row['question_stem' if name == 'openbookqa' else 'question']}"
+        choices, right = row["choices"]["text"], row["choices"]["label"].index(row["answerKey"].strip())
+    words = [f"{word}{number}" for number in range(1, len(choices) + 1)]
+    listed = between.join(f"{own.capitalize()}: {choice}" for own, choice in zip(words, choices, strict=True))
+    return f"{question}\n\n{listed}{gap}Answer format: {'/'.join(words)}", words[right]
 
 
 def adapters_answer(name: str, text: str) -> str:
@@ -240,10 +213,7 @@ PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
 def overrides_of(protocol: Protocol, run_metric: str, run: Any) -> dict[str, Any]:
     """Returns a protocol as fields of an lm-eval task's configuration.
 
-    Args:
-        protocol: The protocol.
-        run_metric: The metric of answers that are programs.
-        run: lm-eval's ``process_results`` of answers that are programs; None where they are not.
+    Answers that are programs are scored by ``run``, lm-eval's ``process_results``, under the metric ``run_metric``.
     """
     right = protocol.right
     metric = run_metric if right is None else "exact_match"
