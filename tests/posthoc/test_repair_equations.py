@@ -15,7 +15,6 @@ from keeptune.posthoc.repair_equations import (
     Curve,
     damped,
     directions,
-    drift_of,
     mu_for_drift,
     output_energy,
     solution,
@@ -137,7 +136,7 @@ def test_no_other_change_of_a_lower_rank_has_a_smaller_objective(mu: float) -> N
         size = 10.0 ** -(seed % 4)
         assert cost(LowRank(best.B + size * draw(M, rank, seed=200 + seed), best.A)) > least
         assert cost(LowRank(best.B, best.A + size * draw(rank, N, seed=300 + seed))) > least
-    assert drift_of(best, OMEGA_K, 1.0) < drift_of(whole, OMEGA_K, 1.0)
+    assert output_energy(best, OMEGA_K) < output_energy(whole, OMEGA_K)
     assert relative(solution(DAMPED, OMEGA_K, mu).of_rank(start, M).dense(), whole.dense()) < 1e-9
 
 
@@ -150,7 +149,7 @@ def test_a_change_in_whole_is_repaired_as_in_low_rank() -> None:
 @pytest.mark.parametrize("mu", (0.0, *MUS))
 def test_curves_give_the_drift_of_the_repaired_change(mu: float) -> None:
     scale = 3.7
-    wanted = drift_of(repaired(change(), mu), OMEGA_K, scale)
+    wanted = output_energy(repaired(change(), mu), OMEGA_K) / scale
     assert math.isclose(Curve.of(change(), ALONG, scale).at(mu), wanted, rel_tol=1e-8)
 
 

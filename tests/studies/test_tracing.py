@@ -17,7 +17,7 @@ from keeptune.core.artefact import read_json
 from keeptune.methods.lora import Lora
 from keeptune.model.pretrained import load_model, load_tokenizer
 from keeptune.statistics.layer_effect import LayerEffect
-from keeptune.studies.trace_files import TraceOptions, trace_models
+from keeptune.studies.trace import TraceOptions, trace_models
 
 STORIES = [
     {"start": "Once upon a time, there was a little girl named", "end": " Lily. She"},
@@ -187,7 +187,7 @@ def test_a_stored_trace_costs_no_pass(stories: Path, tmp_path: Path) -> None:
             seen.append((counting, counting.__enter__()))
             return model
 
-        patch.setattr("keeptune.studies.trace_files.load_model", loaded)
+        patch.setattr("keeptune.studies.trace.load_model", loaded)
         assert trace_models(options, request)["models"][0]["texts"] == first["models"][0]["texts"]
         ((counting, count),) = seen
         counting.__exit__(None, None, None)

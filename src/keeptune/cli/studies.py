@@ -141,7 +141,7 @@ def trace(
     """Trace which layers bring known answers back after noise (L2-LoRA Figs. 2 and 3), in one model or in two."""
     from keeptune.report.tables.analyses import print_trace
     from keeptune.statistics.layer_effect import LayerEffect
-    from keeptune.studies.trace_files import TraceOptions, trace_models
+    from keeptune.studies.trace import TraceOptions, trace_models
 
     options = TraceOptions(
         model,

@@ -46,13 +46,14 @@ __all__ = ["Repair", "repair"]
 
 _log = logging.getLogger(__name__)
 _DRIFT = 0.005  # the default budget
+_NONE_OR_MORE, _SOME, _ONE_OR_MORE = Range(least=0), Range(above=0), Range(least=1)
 _RANGES = {
-    "drift": Range(above=0),
-    "mu": Range(least=0),
-    "rank": Range(least=1),
-    "rounds": Range(least=1),
-    "damping": Range(above=0),
-    "sweep": Range(least=0),
+    "drift": _SOME,
+    "mu": _NONE_OR_MORE,
+    "rank": _ONE_OR_MORE,
+    "rounds": _ONE_OR_MORE,
+    "damping": _SOME,
+    "sweep": _NONE_OR_MORE,
 }
 Examples = Sequence[str] | Sequence[tuple[str, str]]
 Knowledge = Examples | KnowledgeSet | Sequence[KnowledgeSet]
@@ -170,8 +171,7 @@ def repair(
         "examples": examples,
         "repair": record,
     }
-    plan = replace(_plan(start, problem, changes, options, total["mu"]), provenance=made_from)
-    tuned = _installed(start, plan)
+    tuned, plan = _repaired(start, problem, changes, options, total["mu"], made_from)
     remove_leftovers(output)
     done = export(tuned, plan, output, base=trained.base, load_base=trained.load_base, tokenizer=start.tokenizer)
     clock.lap("export")
@@ -217,8 +217,8 @@ def _solved_in_rounds(
         changes, rows = problem.solve(mu, options.rank)
         clock.lap("solve")
         if number < options.rounds:
-            plan = _plan(start, problem, changes, options, mu)
-            running, fingerprint = _installed(start, plan).get_base_model(), plan.key + start.fingerprint
+            tuned, plan = _repaired(start, problem, changes, options, mu, {})
+            running, fingerprint = tuned.get_base_model(), plan.key + start.fingerprint
     return problem, {"mu": mu, "budget": options.budget} | _means(rows), changes, rows
 
 
@@ -240,22 +240,17 @@ def _tokens(
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Returns the mean over targets of each figure."""
-    means: dict[str, float | None] = {}
-    for name in ("drift_before", "drift", "task_kept", "task_error", "norm_kept", "truncation"):
-        values = [row[name] for row in rows if row[name] is not None]
-        means[name] = sum(values) / len(values) if values else None
-    return means
+    """Returns the mean over targets of each measure."""
+    names = ("drift_before", "drift", "task_kept", "task_error", "norm_kept", "truncation")
+    values = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    return {name: sum(own) / len(own) if own else None for name, own in values.items()}
 
 
 def _warn(total: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], start: FactoredModel, rank: int) -> None:
     """Logs what the result leaves out."""
-    if total["budget"] is not None and total["mu"] == 0:
-        _log.warning(
-            "repair: the drift is %.2g, within the budget of %g: nothing changes",
-            total["drift_before"],
-            total["budget"],
-        )
+    before, budget = total["drift_before"], total["budget"]
+    if budget is not None and total["mu"] == 0:
+        _log.warning("repair: the drift is %.2g, within the budget of %g: nothing changes", before, budget)
     cut = [row["truncation"] for row in rows if row["target"] not in start.exact]
     if cut:
         _log.warning(
@@ -271,25 +266,28 @@ def _warn(total: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], start: Fa
         _log.warning("repair: no token of the data reached %d changed targets: they stay as they are", left)
 
 
-def _plan(
-    start: FactoredModel, problem: RepairProblem, changes: Mapping[str, LowRank], options: Repair, mu: float
-) -> Plan:
-    """Returns a plan that starts from the repaired changes: installing it gives the repaired model."""
+def _repaired(
+    start: FactoredModel,
+    problem: RepairProblem,
+    changes: Mapping[str, LowRank],
+    options: Repair,
+    mu: float,
+    provenance: Mapping[str, Any],
+) -> tuple[PeftModel, Plan]:
+    """Returns the repaired model, and its plan, which starts from the repaired changes."""
     head = head_of(start.model)
     named = {"drift": options.budget, "rank": options.rank, "damping": options.damping, "rounds": options.rounds}
-    return Plan(
+    plan = Plan(
         method="repair",
         options=named | {"mu": mu},
         targets=starting_from((*problem.targets, *problem.unseen), changes),
         peft={"modules_to_save": list(head)} if head else {},
+        provenance=provenance,
     )
-
-
-def _installed(start: FactoredModel, plan: Plan) -> PeftModel:
     tuned = install(start.trained.load_base(), plan)
     assert isinstance(tuned, PeftModel)
     put_head(tuned, plan, start.head_values())
-    return tuned.eval()
+    return tuned.eval(), plan
 
 
 def _with(tuned: PeftModel, plan: Plan, problem: RepairProblem, mu: float, rank: int) -> PreTrainedModel:

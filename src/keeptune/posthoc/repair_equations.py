@@ -36,7 +36,6 @@ __all__ = [
     "Solution",
     "damped",
     "directions",
-    "drift_of",
     "mu_for_drift",
     "output_energy",
     "solution",
@@ -66,13 +65,13 @@ class Directions:
 class Curve:
     """A target's relative feature drift as a function of μ, at a cost of n operations for each μ.
 
-    Law: ``at(mu) == drift_of(solution(omega_t, omega_k, mu).of(change), omega_k, scale)``, not increasing in μ: every
-    term of (4) falls.
+    Law: ``at(mu) == output_energy(solution(omega_t, omega_k, mu).of(change), omega_k) / scale``, not increasing in μ:
+    every term of (4) falls.
 
     Args:
         energies: e, ``(n,)``: squared length of the change along each direction.
         ratios: λ, ``(n,)``.
-        scale: ``tr(W Ω_k Wᵀ)``, what the drift is relative to.
+        scale: ``tr(W Ω_k Wᵀ)``, which the drift is relative to: it is free of units.
     """
 
     energies: Tensor
@@ -94,11 +93,10 @@ class Curve:
 def damped(omega_t: Tensor, damping: float) -> Tensor:
     """Adds ``damping * tr(Ω_t) / n`` to the diagonal of Ω_t; returns ``(n, n)``, float64.
 
-    It has to be: where the task data have no component, (1) does not say what ΔW' does, so that Ω_t has no inverse and
-    the answer would be decided by rounding. Damping says that the task uses every direction a little, ``damping`` of
-    the mean: a direction that neither data set uses is kept, one that only the knowledge uses is removed as soon as μ
-    times its variance passes that little. Covariances are held in float32, with an error of about ``6e-8`` of their
-    largest eigenvalue: damping should be above it.
+    Where the task data have no component, Ω_t has no inverse, (1) leaves ΔW' open, and rounding would decide. Damped,
+    the task uses every direction a little, ``damping`` of the mean: a direction that neither data set uses is kept, one
+    that only the knowledge uses is removed as soon as μ times its variance passes that little. Covariances are held in
+    float32, with an error of about ``6e-8`` of their largest eigenvalue: damping should be above it.
 
     Args:
         omega_t: Ω_t, ``(n, n)``, symmetric positive semi-definite, not zero.
@@ -198,11 +196,6 @@ def output_energy(change: LowRank, omega: Tensor) -> float:
     """Computes ``E ||ΔW h||² = tr(ΔW Ω ΔWᵀ)`` over the tokens that Ω was taken over, from r x r products."""
     B, A = change.B.double(), change.A.double()
     return max(float(((B.T @ B) * (A @ omega.double() @ A.T)).sum()), 0.0)
-
-
-def drift_of(change: LowRank, omega_k: Tensor, scale: float) -> float:
-    """Computes the relative feature drift ``tr(ΔW Ω_k ΔWᵀ) / scale`` with ``scale = tr(W Ω_k Wᵀ)``: free of units."""
-    return output_energy(change, omega_k) / scale
 
 
 def mu_for_drift(curves: Sequence[Curve], drift: float) -> float:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import RecipeError
@@ -51,15 +51,8 @@ class Files:
     task_examples: int = 256
 
 
-@dataclass(frozen=True, slots=True)
-class RepairData:
-    """The examples of those files.
-
-    Args:
-        knowledge: The sets of knowledge.
-        task: The examples of the task; None for none.
-        benchmarks: What is scored.
-    """
+class RepairData(NamedTuple):
+    """The examples of those files: sets of knowledge, the task (None for none), and what is scored."""
 
     knowledge: tuple[KnowledgeSet, ...]
     task: KnowledgeSet | None
@@ -69,9 +62,7 @@ class RepairData:
 def read_files(adapter: str, files: Files) -> RepairData:
     """Reads the data of a repair, and checks that nothing is scored that is used.
 
-    Args:
-        adapter: The adapter; one in a run folder brings the files and templates of its recipe.
-        files: What the user named.
+    An adapter in a run folder brings the files and templates of its recipe.
 
     Raises:
         RecipeError: There is no knowledge, or a template is missing.

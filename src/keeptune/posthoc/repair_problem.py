@@ -18,7 +18,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import ResidentRunner
 from keeptune.posthoc.factored_model import FactoredModel
-from keeptune.posthoc.repair_equations import Curve, damped, directions, drift_of, output_energy, solution, white_like
+from keeptune.posthoc.repair_equations import Curve, damped, directions, output_energy, solution, white_like
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.covariance import InputCovariance
 from keeptune.statistics.request import DataRole
@@ -92,8 +92,8 @@ class RepairProblem:
         known = before > 0
         norm = float(change.to(torch.float64).norm_squared())
         return {
-            "drift_before": drift_of(change, omega_k, scale),
-            "drift": drift_of(new, omega_k, scale),
+            "drift_before": output_energy(change, omega_k) / scale,
+            "drift": output_energy(new, omega_k) / scale,
             "task_kept": output_energy(new, omega_t) / before if known else None,
             "task_error": output_energy(moved, omega_t) / before if known else None,
             "norm_kept": float(new.to(torch.float64).norm_squared()) / norm,
@@ -129,7 +129,7 @@ def repair_problem(
     Args:
         start: The trained model.
         data: Tokens: ``"knowledge"``, and ``"task"`` where there are such data.
-        store: Where covariances are looked up and kept.
+        store: Where covariances are kept.
         damping: Of Ω_t, a share of its mean eigenvalue.
         running: The model whose inputs count; None is the base.
         fingerprint: Of that model's weights.

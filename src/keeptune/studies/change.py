@@ -30,7 +30,7 @@ def change(
         output: The figure, ``.png``; the numbers go beside it, into ``.json``.
         base: The base; None takes what each source names.
         roles: Roles of the targets; None is all linear maps but the head.
-        device: Where the norms are computed; ``auto`` is CUDA where there is a GPU.
+        device: ``auto`` is CUDA where there is a GPU.
 
     Returns:
         ``sources``: for each its ``label``, ``folder``, ``base``, ``rows`` (:func:`weight_changes`), and ``layers`` and

@@ -22,7 +22,6 @@ from torch import Tensor
 from keeptune.core.errors import ArtefactError, ModelError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import PenaltyPlan, Plan
-from keeptune.core.target import Target
 from keeptune.linalg.curvature_profile import Directions, directions, energies, profile
 from keeptune.linalg.rescaled import Rescaled
 from keeptune.linalg.symmetric import PsdMatrix, psd_matrix_from
@@ -47,7 +46,7 @@ def curvature(
         others: Run folders, adapters or models on the same base, such as plain LoRA.
         output: The figure, ``.png``; the numbers go beside it, into ``.json``.
         base: The base; None takes what the run names.
-        device: Where it is computed; ``auto`` is CUDA where there is a GPU.
+        device: ``auto`` is CUDA where there is a GPU.
 
     Returns:
         ``run``, ``penalty`` (its name and options), and ``sources``: for each its ``label`` and ``folder``, ``targets``
@@ -66,7 +65,7 @@ def curvature(
     sources = [str(run), *others]
     labels = labels_of(sources)
     base = TrainedModel.of(str(run), base=base).base
-    curves = {side: _factors(penalty.tensors, side, [t.target for t in plan.targets]) for side in _NAMES}
+    curves = {side: _factors(penalty.tensors, side, plan) for side in _NAMES}
     entries = []
     for source, label in zip(sources, labels, strict=True):
         targets = profiles_of(source, curves, base=base, device=device)
@@ -78,8 +77,8 @@ def curvature(
                 next_step="Give a run that trained, with the same `targets` and `layers`.",
             )
         entries.append({"label": label, "folder": source, "targets": targets, "sides": _means(targets)})
-    described = {"name": penalty.name, "options": dict(penalty.options)}
-    record = {"run": str(run), "penalty": described, "sources": entries}
+    named = {"name": penalty.name, "options": dict(penalty.options)}
+    record = {"run": str(run), "penalty": named, "sources": entries}
     write_figure_files(output, record, curvature_figure(record))
     return record
 
@@ -87,13 +86,10 @@ def curvature(
 def profiles_of(
     source: str, curves: Mapping[Side, Mapping[str, PsdMatrix]], *, base: str | None, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Measures where the change of each target lies.
+    """Measures where the change of each target of a trained model lies.
 
-    Args:
-        source: A PEFT adapter folder, a run folder of keeptune, or a whole model.
-        curves: Side to target's name to curvature; targets that share one share the object.
-        base: The base; None takes what the source names.
-        device: Where it is computed.
+    ``curves`` are side to target's name to curvature; targets that share one share the object. A base of None is that
+    which the source names.
 
     Returns:
         For each target that changed ``target``, ``layer``, ``role``, ``norm`` and ``sides`` (:func:`curvature`).
@@ -165,11 +161,11 @@ def _penalty_with_curvature(plan: Plan, run: Path) -> PenaltyPlan:
     )
 
 
-def _factors(tensors: Mapping[str, Tensor], side: Side, targets: Sequence[Target]) -> dict[str, PsdMatrix]:
+def _factors(tensors: Mapping[str, Tensor], side: Side, plan: Plan) -> dict[str, PsdMatrix]:
     """Returns the curvature of each target that has one; targets fed by one tensor share that of their inputs."""
     read: dict[str, PsdMatrix] = {}
     factors = {}
-    for target in targets:
+    for target in (planned.target for planned in plan.targets):
         prefix = f"{_NAMES[side]}:{target.input_group if side == 'input' else target.name}:"
         if prefix not in read and any(name.startswith(prefix) for name in tensors):
             read[prefix] = psd_matrix_from(tensors, prefix)

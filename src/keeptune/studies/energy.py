@@ -24,14 +24,9 @@ __all__ = ["energy"]
 def energy(
     model: str, output: Path, *, top: int = 5, roles: Sequence[str] | None = None, device: str = "auto"
 ) -> dict[str, Any]:
-    """Measures the share of the squared singular values in the top few, for every target of a model.
+    """Measures the share of the squared singular values in the ``top`` few, for every target of a model.
 
-    Args:
-        model: ``atlas``, a folder or a hub id.
-        output: The figure, ``.png``; the numbers go beside it, into ``.json``.
-        top: How many singular values.
-        roles: Roles of the targets; None is all linear maps but the head.
-        device: ``auto`` is CUDA where there is a GPU.
+    The figure goes to ``output``, and the numbers beside it; ``roles`` of None are all linear maps but the head.
 
     Returns:
         ``model``, ``top``, ``rows`` (``target``, ``layer``, ``role``, ``energy``) and ``mean``, layer to energy.

@@ -1,15 +1,18 @@
-"""Causal tracing from Python: which layers of a loaded model restore known answers.
+"""keeptune trace: which layers restore known answers, in a model and in its tuned form (L2-LoRA Figs. 2 and 3).
 
-result = keeptune.trace(model, tokenizer, [("The sky is", " blue"), ...])
-result.average                                   # AIE of each layer
-result.normalised()                              # NAIE: what L2-LoRA weights its penalty by
+From Python, of a loaded model::
+
+    result = keeptune.trace(model, tokenizer, [("The sky is", " blue"), ...])
+    result.average                                   # AIE of each layer
+    result.normalised()                              # NAIE: what L2-LoRA weights its penalty by
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -17,10 +20,21 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.core.errors import RecipeError, StatisticsError
-from keeptune.data.knowledge import knowledge_of
+from keeptune.adapter.load import check_base, load_adapter
+from keeptune.core.artefact import content_key, file_fingerprint, write_json
+from keeptune.core.errors import DataError, ModelError, RecipeError, StatisticsError
+from keeptune.data.calibration import Calibration
+from keeptune.data.knowledge import knowledge_of, knowledge_set
+from keeptune.data.sources import read_jsonl
 from keeptune.model.blocks import positions
-from keeptune.model.probes.causal_tracing import Noise, OutputKind, Reading, Traced
+from keeptune.model.head import body_fingerprint
+from keeptune.model.pretrained import LoadOptions, load_model, load_positions, load_tokenizer
+from keeptune.model.probes.causal_tracing import Noise, OutputKind, Reading, Traced, embedding_std
+from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
+from keeptune.pipeline.trained_changes import TrainedModel
+from keeptune.recipe.paths import resolve_model
+from keeptune.report.figures.drawing import png
+from keeptune.report.figures.trace_maps import heat_figure, profile_figure
 from keeptune.statistics.layer_effect import (
     LayerEffect,
     Norm,
@@ -30,9 +44,12 @@ from keeptune.statistics.layer_effect import (
     normalised_error,
     trace_texts,
 )
+from keeptune.statistics.store import Source
 from keeptune.studies.figure_files import check_word
 
-__all__ = ["Trace", "check_effect", "trace"]
+__all__ = ["Trace", "TraceOptions", "trace", "trace_models"]
+
+_SHORT = 32  # tokens of a prompt whose heat map is read with ease
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +142,89 @@ def trace(
         StatisticsError: A probability is not finite.
     """
     request = LayerEffect("knowledge") if request is None else request
-    check_effect(request)
+    _check_effect(request)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     length = min(max_length, positions(base) or max_length)
     data = knowledge_of(examples).calibration(tokenizer, max_length=length)
     return Trace(request, tuple(trace_texts(base, data, request, chunk=chunk)))
 
 
-def check_effect(request: LayerEffect) -> None:
-    """Checks the options of a request that comes from a user.
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """The models and data that the command traces.
+
+    Args:
+        model: ``atlas``, a folder or a hub id.
+        data: A JSONL file, of which the first ``examples`` rows are used.
+        prompt: Template of the prompt.
+        completion: Template of the answer.
+        adapter: An adapter of the model, a run's folder, or another model.
+        max_length: Longer examples are cut to this many tokens.
+        example: Number of the example whose heat map is drawn, from 1; None takes the one that noise harms most.
+        store: Folder where each text's result is kept; None is the user's cache.
+        chunk: Tokens in a pass with restored states.
+    """
+
+    model: str
+    data: Path
+    prompt: str
+    completion: str
+    output: Path
+    adapter: str | None = None
+    examples: int = 100
+    max_length: int = 512
+    example: int | None = None
+    store: Path | None = None
+    device: str = "auto"
+    dtype: Any = "auto"
+    chunk: int = 2048
+
+
+def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max") -> dict[str, Any]:
+    """Traces a model, and its tuned form if there is one, on the same texts with the same noise.
+
+    Args:
+        options: Which models and data.
+        request: What to measure.
+        norm: ``"max"`` or ``"sum"``, which the figure's profile is normalised by.
+
+    Returns:
+        The record in ``trace.json``; the folder also has ``layers.png`` and ``heat.png``.
 
     Raises:
-        RecipeError: One is wrong.
+        KeeptuneError: An option, a model or the data are wrong; nothing was written to the folder then.
     """
+    store, device = statistics_store(options.store), device_named(options.device)
+    _check_effect(request)
+    check_word("--norm", norm, get_args(Norm))
+    check_folder("--output", options.output)
+    check_folder("--store", store.folder)
+    check_device(device)
+    name = resolve_model(options.model)
+    tokenizer = load_tokenizer(name)
+    data = _data(options, name, tokenizer)
+    chosen, models = None if options.example is None else options.example - 1, []
+    for title, model, source in _models(options, name, device):
+        texts = trace_texts(model, data, request, store=store, source=source, chunk=options.chunk, title=title)
+        traced = Trace(request, tuple(texts))
+        chosen = _most_harmed(traced) if chosen is None else chosen
+        heat = _heat(model, traced.texts[chosen], request, options.chunk)
+        models.append({"name": title, "embedding_std": embedding_std(model), **traced.summary(), "heat": heat.tolist()})
+    assert chosen is not None
+    record = {
+        **_head(options, request, norm, data),
+        "models": models,
+        "example": _example(chosen + 1, data, request, tokenizer),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_json(options.output / "trace.json", record)
+    png(profile_figure(record), options.output / "layers.png")
+    png(heat_figure(record), options.output / "heat.png")
+    return record
+
+
+def _check_effect(request: LayerEffect) -> None:
+    """Checks the options of a request that comes from a user."""
     check_word("reading", request.reading, get_args(Reading))
     check_word("kind", request.output, get_args(OutputKind))
     if request.window < 1:
@@ -154,3 +241,112 @@ def _or_none(result: Trace, norm: Norm) -> list[float] | None:
         return result.normalised(norm).tolist()
     except StatisticsError:  # a model that does not know the answers has no profile
         return None
+
+
+def _data(options: TraceOptions, name: str, tokenizer: PreTrainedTokenizerBase) -> Calibration:
+    rows = read_jsonl(options.data, where="--data")[: options.examples]
+    known = knowledge_set(rows, where="--data", prompt=options.prompt, completion=options.completion)
+    empty = next((number for number, text in enumerate(known.prompts or (), start=1) if not text.strip()), None)
+    if empty is not None:
+        raise DataError(
+            f"--data example {empty}",
+            got="an empty prompt",
+            wanted="a prompt that can be damaged",
+            next_step="Change --prompt, or remove the row.",
+        )
+    length = min(options.max_length, load_positions(name) or options.max_length)
+    data = known.calibration(tokenizer, max_length=length)
+    if options.example is not None and not 1 <= options.example <= len(data.sequences):
+        raise RecipeError(
+            "--example",
+            got=str(options.example),
+            wanted=f"a number from 1 to {len(data.sequences)}",
+            next_step="Count the examples from 1.",
+        )
+    return data
+
+
+def _models(options: TraceOptions, name: str, device: str) -> Iterator[tuple[str, PreTrainedModel, Source]]:
+    """Yields one model after the other; an adapter goes onto the first."""
+    tuned = None if options.adapter is None else TrainedModel.of(options.adapter, base=name, device=device)
+    loading = LoadOptions(dtype=options.dtype, device=device)
+    if tuned is not None and not tuned.is_adapter:
+        load_positions(tuned.whole)  # checks that it is there
+    base = load_model(name, loading)
+    fingerprint, vocabulary = body_fingerprint(base), _vocabulary(base)
+    if tuned is not None and tuned.is_adapter:
+        check_base(tuned.folder, fingerprint)
+    first = Path(options.model).name
+    yield first, base, Source(fingerprint, "", str(base.dtype))
+    if tuned is None:
+        return
+    second = Path(tuned.source).name
+    if tuned.is_adapter:
+        wrapped = load_adapter(base, tuned.folder)
+        if wrapped.active_peft_config.is_prompt_learning:
+            raise ModelError(
+                f"adapter {tuned.folder}",
+                got="an adapter of prompt learning",
+                wanted="one that changes weights: its tokens would be traced as a part of the prompt",
+                next_step="Trace a LoRA adapter or a whole model.",
+            )
+        files = [tuned.folder / "adapter_config.json", tuned.folder / "adapter_model.safetensors"]
+        source = Source(content_key([fingerprint, file_fingerprint(files)]), "", str(base.dtype))
+        yield f"{first} + {second}", wrapped.get_base_model(), source
+    else:
+        del base
+        other = load_model(tuned.whole, loading)
+        if _vocabulary(other) < vocabulary:
+            raise ModelError(
+                f"model {tuned.source}",
+                got=f"{_vocabulary(other)} token embeddings",
+                wanted=f"those of the first model ({vocabulary}): both are traced on the same tokens",
+                next_step="Trace models that share a tokenizer.",
+            )
+        yield second, other, Source(body_fingerprint(other), "", str(other.dtype))
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def _most_harmed(traced: Trace) -> int:
+    """Returns the example whose answer loses most to the noise, among short ones where there are such."""
+    lost = [traced.answer(text.clean - text.corrupted) for text in traced.texts]
+    short = [index for index, text in enumerate(traced.texts) if text.prompt <= _SHORT]
+    return max(short or range(len(lost)), key=lambda index: lost[index])
+
+
+def _heat(model: PreTrainedModel, text: Traced, request: LayerEffect, chunk: int) -> Tensor:
+    """Returns the heat map over the prompt's positions, ``(L, S)``, whatever the reading."""
+    if request.reading == "positions":
+        return text.heat
+    other = replace(request, reading="positions")
+    data = Calibration((text.tokens,), 0, (text.prompt,))
+    return trace_texts(model, data, other, chunk=chunk)[0].heat
+
+
+def _head(options: TraceOptions, request: LayerEffect, norm: str, data: Calibration) -> dict[str, Any]:
+    templates = {"file": str(options.data), "prompt": options.prompt, "completion": options.completion}
+    return {
+        "data": templates | {"examples": len(data.sequences), "fingerprint": data.fingerprint},
+        "reading": request.reading,
+        "kind": request.output,
+        "window": 1 if request.output == "block" else request.window,
+        "noise": asdict(request.noise),
+        "norm": norm,
+    }
+
+
+def _example(
+    number: int, data: Calibration, request: LayerEffect, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    assert data.prompts is not None
+    ids, prompt = data.sequences[number - 1], data.prompts[number - 1]
+    return {
+        "number": number,
+        "prompt": [tokenizer.decode([token]) for token in ids[:prompt]],
+        "answer": tokenizer.decode(list(ids[prompt:])),
+        "noised": request.noise.positions(ids, prompt),
+    }
