@@ -29,6 +29,7 @@ __all__ = [
     "restore_state",
     "trained_names",
     "trained_state",
+    "whole",
 ]
 
 
@@ -70,7 +71,9 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
     for target_plan in plan.targets:
         layer = lora_layer(wrapped, target_plan.target.name)
         prepare(layer, target_plan)
-        _fill(wrapped, target_plan)
+        with torch.no_grad():
+            for factor, value in target_plan.start.items():
+                layer.get_parameter(TRAINED_TENSORS[factor].parameter).copy_(value)
         if target_plan.anchored:
             apply_anchor(layer, target_plan, kind)
         _freeze(layer, target_plan)
@@ -97,9 +100,9 @@ def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
     """
     # Copies: on the CPU they would else change with the model.
     return {
-        f"{t.target.name}.{factor}": _whole(_parameter(model, t, factor)).to("cpu", torch.float32, copy=True)
+        f"{t.target.name}.{factor}": whole(parameter).to("cpu", torch.float32, copy=True)
         for t in plan.targets
-        for factor in _held(t)
+        for factor, parameter in held_parameters(model, t).items()
     } | trained_head(model, plan)
 
 
@@ -107,8 +110,8 @@ def restore_state(model: PeftModel, plan: Plan, state: Mapping[str, Tensor]) -> 
     """Puts the state of a trained model, from :func:`trained_state`, back into an installed one."""
     with torch.no_grad():
         for target_plan in plan.targets:
-            for factor in _held(target_plan):
-                _parameter(model, target_plan, factor).copy_(state[f"{target_plan.target.name}.{factor}"])
+            for factor, parameter in held_parameters(model, target_plan).items():
+                parameter.copy_(state[f"{target_plan.target.name}.{factor}"])
     put_head(model, plan, state)
 
 
@@ -122,25 +125,16 @@ def trained_names(model: PeftModel, plan: Plan) -> set[str]:
 
 
 def held_parameters(model: PeftModel, target_plan: TargetPlan) -> dict[TensorName, nn.Parameter]:
-    """Returns the parameters that make up a target's change in the model now, trained and frozen, by tensor name."""
-    return {name: _parameter(model, target_plan, name) for name in _held(target_plan)}
-
-
-def _held(target_plan: TargetPlan) -> list[TensorName]:
-    """List the tensors of a target's state: what is trained, and a frozen factor of the same product."""
+    """Returns the parameters of a target's change: what is trained, and a frozen factor of the same product."""
     held = target_plan.trainable if "U_low" in target_plan.trainable else target_plan.trainable | {"A", "B"}
-    return [name for name in TRAINED_TENSORS if name in held]
+    layer = lora_layer(model, target_plan.target.name)
+    return {name: layer.get_parameter(kind.parameter) for name, kind in TRAINED_TENSORS.items() if name in held}
 
 
-def _whole(parameter: nn.Parameter) -> Tensor:
+def whole(parameter: nn.Parameter) -> Tensor:
+    """Returns a parameter's value; one that is sharded is gathered, which for a low-rank factor is little."""
     value = parameter.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _parameter(model: PeftModel, target_plan: TargetPlan, name: TensorName) -> nn.Parameter:
-    parameter = lora_layer(model, target_plan.target.name).get_parameter(TRAINED_TENSORS[name].parameter)
-    assert isinstance(parameter, nn.Parameter)
-    return parameter
 
 
 def check_frozen(model: PeftModel, plan: Plan) -> None:
@@ -175,12 +169,6 @@ def _config(plan: Plan, targets: Sequence[TargetPlan], extra: Mapping[str, Any])
         fan_in_fan_out=targets[0].target.transposed,
         **copy.deepcopy(dict(extra)),  # PEFT adds to the list of modules_to_save
     )
-
-
-def _fill(model: PeftModel, target_plan: TargetPlan) -> None:
-    with torch.no_grad():
-        for factor, value in target_plan.start.items():
-            _parameter(model, target_plan, factor).copy_(value)
 
 
 def _freeze(layer: Any, target_plan: TargetPlan) -> None:

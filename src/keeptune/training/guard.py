@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from keeptune.adapter.install import check_frozen
 from keeptune.core.errors import TrainError
@@ -31,9 +31,7 @@ class Guard(TrainerCallback):
         self.plan = plan
         self.attached = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Checks the frozen factors, after any checkpoint was loaded."""
         needed = [*self.plan.training, *(f"penalty {penalty.name}" for penalty in self.plan.penalties)]
         if needed and not self.attached:
@@ -46,17 +44,13 @@ class Guard(TrainerCallback):
         if isinstance(kwargs["model"], PeftModel):
             check_frozen(kwargs["model"], self.plan)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Stops at a loss that is not finite."""
-        losses = [kwargs["logs"].get(key, 0.0) for key in ("loss", "penalty", "train_loss")]
-        if not all(map(math.isfinite, losses)):
-            raise _diverged(
-                state.global_step, f"loss or penalty {next(x for x in losses if not math.isfinite(x))}", "a finite one"
-            )
+        for value in (kwargs["logs"].get(key, 0.0) for key in ("loss", "penalty", "train_loss")):
+            if not math.isfinite(value):
+                raise _diverged(state.global_step, f"loss or penalty {value}", "a finite one")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Checks that the last step left numbers."""
         for name, parameter in kwargs["model"].named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):

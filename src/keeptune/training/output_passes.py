@@ -20,39 +20,25 @@ from keeptune.core.plan import Plan
 from keeptune.penalties.base import OutputPenalty, TextBatch
 from keeptune.penalties.kl import kl_divergence
 
-__all__ = ["Gradients", "Outputs"]
+__all__ = ["Gradients", "Outputs", "add_gradients", "gradient_norm"]
 
 _MIB = 2**20
+Gradients = dict[nn.Parameter, Tensor]  # float32; parameters are keys by identity
 
 
-class Gradients:
-    """Gradients of parameters, added up."""
+def add_gradients(total: Gradients, more: Gradients) -> None:
+    """Adds gradients to a sum, in place."""
+    for parameter, gradient in more.items():
+        total[parameter] = total[parameter] + gradient if parameter in total else gradient
 
-    def __init__(self) -> None:
-        """Starts with none."""
-        self._held: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
-    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Adds the gradient of a parameter, float32."""
-        before = self._held.get(id(parameter))
-        self._held[id(parameter)] = (parameter, gradient if before is None else before[1] + gradient)
-
-    def join(self, other: Gradients) -> None:
-        """Adds others."""
-        for parameter, gradient in other.items():
-            self.add(parameter, gradient)
-
-    def items(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Returns all."""
-        return list(self._held.values())
-
-    def norm(self) -> Tensor:
-        """Computes the norm of all together."""
-        norms: list[Tensor] = [torch.linalg.vector_norm(gradient) for _, gradient in self._held.values()]
-        if not norms:
-            return torch.zeros(())
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([part.to(norms[0].device) for part in norms]))
-        return norm
+def gradient_norm(gradients: Gradients) -> Tensor:
+    """Returns the norm of all together."""
+    norms: list[Tensor] = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
+    if not norms:
+        return torch.zeros(())
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([part.to(norms[0].device) for part in norms]))
+    return norm
 
 
 class Outputs:
@@ -86,11 +72,11 @@ class Outputs:
                     loss = self._penalty.strength / max(count, 1) * kl_divergence(base, self._answers(own)).sum()
                     gradients = list(torch.autograd.grad(loss * scale, trained, allow_unused=True))
                 value = loss.detach()
-        pairs = [
-            (p, torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale)
+        own_gradients = {
+            p: torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale
             for p, g in zip(trained, gradients, strict=True)
-        ]
-        return _together(value, pairs)
+        }
+        return _together(value, own_gradients)
 
     def _answers(self, batch: TextBatch) -> Tensor:
         """Returns the log-probabilities at each learned place, ``(learned tokens, vocabulary)``."""
@@ -117,29 +103,24 @@ def _share(batch: TextBatch) -> TextBatch:
     return TextBatch(batch.number, batch.input_ids[rows], batch.attention_mask[rows], batch.learned[rows])
 
 
-def _together(value: Tensor, pairs: list[tuple[nn.Parameter, Tensor]]) -> tuple[Tensor, Gradients]:
+def _together(value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:
     """Adds up the shares of all processes."""
-    flat = torch.cat([value.float().reshape(1), *(gradient.reshape(-1) for _, gradient in pairs)])
+    flat = torch.cat([value.float().reshape(1), *(gradient.reshape(-1) for gradient in gradients.values())])
     if dist.is_initialized():
         dist.all_reduce(flat)
-    gradients = Gradients()
-    sizes = [gradient.numel() for _, gradient in pairs]
-    for (parameter, _), part in zip(pairs, torch.split(flat[1:], sizes), strict=True):
-        gradients.add(parameter, part.view(parameter.shape))
-    return flat[0], gradients
+    parts = torch.split(flat[1:], [gradient.numel() for gradient in gradients.values()])
+    return flat[0], {p: part.view(p.shape) for p, part in zip(gradients, parts, strict=True)}
 
 
 @contextmanager
 def _at_start(model: PeftModel, plan: Plan) -> Iterator[None]:
     """Puts the plan's first factors in, and then those in training again."""
-    held = [
-        (parameter, t.start[factor]) for t in plan.targets for factor, parameter in held_parameters(model, t).items()
-    ]
-    now = [parameter.data for parameter, _ in held]
+    starts = {p: t.start[factor] for t in plan.targets for factor, p in held_parameters(model, t).items()}
+    now = {parameter: parameter.data for parameter in starts}
     try:
-        for parameter, start in held:
+        for parameter, start in starts.items():
             parameter.data = start.to(parameter.device, parameter.dtype)
         yield
     finally:
-        for (parameter, _), value in zip(held, now, strict=True):
+        for parameter, value in now.items():
             parameter.data = value

@@ -22,10 +22,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from keeptune.adapter.install import held_parameters
+from keeptune.adapter.install import held_parameters, whole
 from keeptune.adapter.special_layers import within_rows
 from keeptune.core.errors import TrainError
 from keeptune.core.low_rank import LowRank
@@ -35,7 +35,7 @@ from keeptune.linalg.symmetric import Identity
 from keeptune.penalties.base import NORM, OutputPenalty, Penalty, Term, penalty_named, start_of
 from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.training.compatibility import refuse_trainer
-from keeptune.training.output_passes import Gradients, Outputs
+from keeptune.training.output_passes import Gradients, Outputs, add_gradients, gradient_norm
 
 __all__ = ["Penalties", "add_penalties"]
 
@@ -70,16 +70,15 @@ class Penalties:
         if not self._terms:
             self._bind([next(iter(held.values())).device for held in parameters])
         values: list[dict[str, Tensor]] = [{} for _ in self._penalties]
-        summed = Gradients()
+        summed: Gradients = {}
         for target_plan, of_target, terms in zip(self._plan.targets, parameters, self._terms, strict=True):
-            for factor, gradient in _gradients(target_plan, of_target, terms, values).items():
-                summed.add(of_target[factor], gradient)
+            add_gradients(summed, _gradients(target_plan, of_target, terms, values))
         logs: dict[str, Tensor] = {}
         for outputs, own, parts in zip(self._outputs, self._own, values, strict=True):
             if outputs is not None:
                 parts[""], gradients = outputs.value_and_grad(own, scale)
-                logs[f"penalty_grad_norm/{outputs.name}"] = gradients.norm()
-                summed.join(gradients)
+                logs[f"penalty_grad_norm/{outputs.name}"] = gradient_norm(gradients)
+                add_gradients(summed, gradients)
         for parameter, gradient in summed.items():
             _add(parameter, gradient if scale == 1 else gradient * scale)
         home = self._home
@@ -89,7 +88,7 @@ class Penalties:
             sums[name] = sums[name] + torch.stack([value.to(home) for value in parts.values()]).sum()
             logs |= penalty.update(own, parts)
         total = torch.stack(list(sums.values())).sum()
-        logs |= {"penalty": total, "penalty_grad_norm": summed.norm().to(home), **sums}
+        logs |= {"penalty": total, "penalty_grad_norm": gradient_norm(summed).to(home), **sums}
         self._sums = {name: value + self._sums.get(name, 0.0) for name, value in logs.items()}
         self._steps += 1
         self.taken += 1
@@ -148,7 +147,7 @@ class Penalties:
             ]
             if not norms:
                 continue
-            factors = {name: _whole(p) for name, p in held_parameters(self._model, target_plan).items()}
+            factors = {name: whole(p).float() for name, p in held_parameters(self._model, target_plan).items()}
             B, one = factors["B"] * factors.get("diag", 1.0), torch.ones((), device=factors["B"].device)
             change = KroneckerChange(
                 Omega=Identity(target.in_features, one),
@@ -205,7 +204,7 @@ class _Count(TrainerCallback):
     def __init__(self, penalties: Penalties, plan: Plan) -> None:
         self._penalties, self._plan, self._seen = penalties, plan, 0
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Compares the penalties' count of steps with the trainer's."""
         self._seen += 1
         if self._penalties.taken != self._seen:
@@ -230,9 +229,7 @@ class PenaltyState(TrainerCallback, ExportableState):
         """Returns what a checkpoint keeps."""
         return {"args": {}, "attributes": {"kept": self.penalties.state() if self.penalties else {}}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Restores the state of the checkpoint that training goes on from.
 
         Raises:
@@ -263,22 +260,16 @@ def _gradients(
     parameters: Mapping[TensorName, nn.Parameter],
     terms: Mapping[int, Term],
     values: list[dict[str, Tensor]],
-) -> dict[TensorName, Tensor]:
+) -> Gradients:
     """Sums the gradients of a target's terms, within its rows, and records their values."""
-    factors = {factor: _whole(parameter) for factor, parameter in parameters.items()}
+    factors = {factor: whole(parameter).float() for factor, parameter in parameters.items()}
     summed: dict[TensorName, Tensor] = {}
     for index, term in terms.items():
         values[index][target_plan.target.name], gradients = term(factors)
         for factor, gradient in gradients.items():
             if parameters[factor].requires_grad:
                 summed[factor] = summed[factor] + gradient if factor in summed else gradient
-    return {factor: within_rows(target_plan, factor, gradient) for factor, gradient in summed.items()}
-
-
-def _whole(parameter: nn.Parameter) -> Tensor:
-    """Returns a parameter in float32; one that is sharded is gathered, which for a low-rank factor is little."""
-    value = parameter.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).float()
+    return {parameters[factor]: within_rows(target_plan, factor, gradient) for factor, gradient in summed.items()}
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
