@@ -10,7 +10,7 @@ from tests.models import MODELS, Bench, labels_for, logits, off_by, tokens, trai
 from torch import Tensor
 
 from keeptune.adapter.install import install, lora_layer, trained_state
-from keeptune.adapter.subspace import subspace_change
+from keeptune.adapter.special_layers import subspace_change
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import read_weight

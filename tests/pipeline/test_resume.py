@@ -29,7 +29,7 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.run import export_stage, plan_stage, run, train_stage
 from keeptune.pipeline.scoring import evaluate_stage
-from keeptune.training.checkpoints import last_complete_checkpoint
+from keeptune.training.trainer import last_complete_checkpoint
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"method": METHODS["lora"]},

@@ -24,9 +24,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
-from keeptune.adapter.lora_files import SERVED_RANKS, write_lora
 from keeptune.adapter.probe import BOUNDS, logits_of, random_probe
-from keeptune.adapter.trained_change import change_of, put_change, truncated_changes, written_rank
+from keeptune.adapter.trained_change import (
+    SERVED_RANKS,
+    change_of,
+    put_change,
+    truncated_changes,
+    write_lora,
+    written_rank,
+)
 from keeptune.adapter.trained_head import labels_of
 from keeptune.core.artefact import atomic_directory, write_bytes, write_json
 from keeptune.core.errors import ExportError

@@ -14,12 +14,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor, apply_anchor, keep_active, resolve
-from keeptune.adapter.special_layers import prepare
-from keeptune.adapter.subspace import install_subspace
+from keeptune.adapter.special_layers import install_subspace, prepare
 from keeptune.adapter.trained_head import head_names, keep_precise, put_head, task_type, trained_head
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.core.trained_tensors import TRAINED_TENSORS, TensorName
+from keeptune.core.target import TRAINED_TENSORS, TensorName
 
 __all__ = [
     "check_frozen",

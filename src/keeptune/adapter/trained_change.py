@@ -1,22 +1,34 @@
-"""The trained change relative to the untouched base, as plain tensors, and back into the weights of a base."""
+"""The trained change relative to the untouched base: as tensors, in a base's weights, as a LoRA that PEFT reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.install import lora_layer, trained_state
-from keeptune.adapter.subspace import subspace_change
-from keeptune.adapter.trained_head import put_head, trained_head
+from keeptune.adapter.special_layers import subspace_change
+from keeptune.adapter.trained_head import head_names, put_head, task_type, trained_head
+from keeptune.core.artefact import write_tensors
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 
-__all__ = ["TrainedChange", "change_of", "put_change", "truncated_changes", "written_rank"]
+__all__ = [
+    "SERVED_RANKS",
+    "TrainedChange",
+    "change_of",
+    "put_change",
+    "truncated_changes",
+    "write_lora",
+    "written_rank",
+]
+
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM accepts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,3 +114,42 @@ def put_change(base: PreTrainedModel, change: TrainedChange, plan: Plan, model: 
                 assert isinstance(bias, Tensor)
                 bias.copy_((bias.float() + change.biases[name].to(bias.device)).to(bias.dtype))
     put_head(base, plan, change.head)
+
+
+def write_lora(change: TrainedChange, plan: Plan, folder: Path, base: str, *, portable: bool) -> int:
+    """Writes an adapter's config and tensors, and returns the adapter's rank.
+
+    A portable one is padded to one rank that servers allow; else each target keeps its own. ``base`` is the path or hub
+    id of the base, written into the config.
+    """
+    weights = change.weights
+    rank = max(part.rank for part in weights.values())
+    if portable:
+        rank = next((r for r in SERVED_RANKS if r >= rank), rank)
+        weights = {name: part.padded(rank) for name, part in weights.items()}
+    ranks = {name: part.rank for name, part in weights.items() if part.rank != rank}
+    config = LoraConfig(
+        task_type=task_type(plan),
+        base_model_name_or_path=base,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(weights),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        fan_in_fan_out=plan.targets[0].target.transposed,
+        use_dora=bool(change.magnitudes),
+        lora_bias=bool(change.biases),
+        modules_to_save=list(head_names(plan)) or None,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    tensors = {f"{name}.lora_magnitude_vector.weight": value for name, value in change.magnitudes.items()}
+    tensors |= change.head
+    for name, part in weights.items():
+        tensors |= {f"{name}.lora_A.weight": part.A, f"{name}.lora_B.weight": part.B}
+        if change.biases:  # PEFT then has one at every target
+            none = torch.zeros(plan[name].target.out_features)
+            tensors[f"{name}.lora_B.bias"] = change.biases.get(name, none)
+    named = {f"base_model.model.{name}": value for name, value in tensors.items()}
+    write_tensors(folder / "adapter_model.safetensors", named, {"format": "pt"})
+    return rank

@@ -20,8 +20,7 @@ from keeptune.core.artefact import (
 )
 from keeptune.core.errors import ArtefactError, PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.target import Target
-from keeptune.core.trained_tensors import TRAINED_TENSORS, TensorName
+from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
 
 __all__ = ["Decision", "PenaltyPlan", "Plan", "Scope", "TargetPlan"]
 
@@ -51,7 +50,7 @@ class TargetPlan:
         decision: Its rank and rows.
         init: The factors at the first step, float32; the change that acts is ``scale * (B A)``.
         scale: alpha / rank.
-        trainable: Which tensors are trained (:mod:`keeptune.core.trained_tensors`); the others stay as they are.
+        trainable: Which tensors are trained (:mod:`keeptune.core.target`); the others stay as they are.
         evidence: Name to 1-D tensor: spectra and scores behind the decision, for tables and plots.
         removed: The part of W taken out at the start, without the scale; None takes ``init``, and the model's
             output does not change.

@@ -25,8 +25,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Options, Range
 from keeptune.core.plan import Decision, Plan, Scope, TargetPlan
 from keeptune.core.registry import look_up, registered
-from keeptune.core.target import Target
-from keeptune.core.trained_tensors import TRAINED_TENSORS, TensorName
+from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
 from keeptune.methods.strength import Strength
 from keeptune.penalties.base import Penalty
 from keeptune.statistics.collect import StatsView

@@ -27,8 +27,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Options
 from keeptune.core.plan import PenaltyPlan, Plan, TargetPlan
 from keeptune.core.registry import look_up, registered
-from keeptune.core.target import Target
-from keeptune.core.trained_tensors import TensorName
+from keeptune.core.target import Target, TensorName
 from keeptune.data.calibration import Calibration
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import DataRole, Request

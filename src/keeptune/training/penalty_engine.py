@@ -30,7 +30,7 @@ from keeptune.adapter.special_layers import within_rows
 from keeptune.core.errors import TrainError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.core.trained_tensors import TensorName
+from keeptune.core.target import TensorName
 from keeptune.linalg.symmetric import Identity
 from keeptune.penalties.base import NORM, OutputPenalty, Penalty, Term, penalty_named, start_of
 from keeptune.penalties.kronecker import KroneckerChange
