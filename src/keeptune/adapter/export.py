@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
-from keeptune.adapter.probe import BOUNDS, logits_of, random_probe
+from keeptune.adapter.probe import BOUNDS, Gap, logits_of, random_probe
 from keeptune.adapter.trained_change import (
     SERVED_RANKS,
     change_of,
@@ -41,6 +41,7 @@ from keeptune.core.plan import Plan
 __all__ = ["ExportOptions", "Exported", "Format", "export", "format_for", "merge", "write_merged"]
 
 _log = logging.getLogger(__name__)
+_TOO_FAR = "On a 16-bit base train with `anchor: twin`, or state a larger `max_gap`. Nothing was written."
 Format = Literal["portable", "peft", "merged"]
 
 
@@ -178,16 +179,16 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         logits = logits_of(written.load(), probe)
-        gap, relative = _gap(logits, wanted)
+        gap = Gap.between(logits, wanted)
         bound = BOUNDS[written.dtype] if options.max_gap is None else options.max_gap
         if written.cut is not None:
-            cut_gap = _gap(logits, logits_of(written.cut, probe))[1]
-            _refuse(folder, "the change of the smaller rank", cut_gap, BOUNDS[written.dtype])
+            cut_gap = Gap.between(logits, logits_of(written.cut, probe))
+            cut_gap.refuse_above(BOUNDS[written.dtype], f"export {folder}", "the change of the smaller rank", _TOO_FAR)
         if written.cut is None or options.max_gap is not None:
-            _refuse(folder, "the trained model", relative, bound)
+            gap.refuse_above(bound, f"export {folder}", "the trained model", _TOO_FAR)
         labels = labels_of(model)
         serve = _serve_line(plan, format, written.rank, base, folder, labels)
-        done = Exported(str(folder), format, written.rank, gap, relative, bound, serve, note, written.error)
+        done = Exported(str(folder), format, written.rank, gap.gap, gap.relative, bound, serve, note, written.error)
         write_json(fresh / SIDECAR, _sidecar(plan, base, done, labels))
         write_bytes(fresh / "README.md", _card(plan, base, done, labels).encode())
     return done
@@ -274,7 +275,7 @@ def merge(
         merged.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        gap = _gap(logits_of(_load_whole(merged, fresh), probe), wanted)[0]
+        gap = Gap.between(logits_of(_load_whole(merged, fresh), probe), wanted).gap
         if not math.isfinite(gap):
             raise ExportError(
                 f"merge to {folder}",
@@ -284,21 +285,6 @@ def merge(
             )
         write_json(fresh / SIDECAR, {"base": wrapped.peft_config["default"].base_model_name_or_path, "gap": gap})
     return gap
-
-
-def _gap(logits: Tensor, wanted: Tensor) -> tuple[float, float]:
-    gap = float((logits - wanted).abs().max())
-    return gap, gap / max(float(wanted.abs().max()), 1e-30)
-
-
-def _refuse(folder: Path | str, what: str, relative: float, bound: float) -> None:
-    if not relative <= bound:
-        raise ExportError(
-            f"export {folder}",
-            got=f"logits that differ from {what} by {relative:.2e} (relative)",
-            wanted=f"at most {bound:.0e}",
-            next_step="On a 16-bit base train with `anchor: twin`, or state a larger `max_gap`. Nothing was written.",
-        )
 
 
 def _serve_line(

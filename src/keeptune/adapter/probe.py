@@ -39,28 +39,29 @@ class Gap:
     gap: float
     relative: float
 
+    @classmethod
+    def between(cls, logits: Tensor, wanted: Tensor) -> Gap:
+        """Compares logits of a product on a freshly loaded base with those of what was trained."""
+        gap = float((logits - wanted).abs().max())
+        return cls(gap, gap / max(float(wanted.abs().max()), 1e-30))
+
+    def refuse_above(self, bound: float, where: str, what: str, next_step: str) -> None:
+        """Raises ExportError where the relative gap to ``what`` is larger, or not a number."""
+        if not self.relative <= bound:
+            raise ExportError(
+                where,
+                got=f"logits that differ from {what} by {self.relative:.2e} (relative)",
+                wanted=f"at most {bound:.0e}",
+                next_step=next_step,
+            )
+
 
 def gap_to(logits: Tensor, wanted: Tensor, dtype: torch.dtype, max_gap: float | None, where: str) -> Gap:
-    """Compares logits of a product with those of what was trained.
-
-    Args:
-        logits: Of the product on a freshly loaded base.
-        wanted: Logits of the model that was trained.
-        dtype: Of the base.
-        max_gap: The largest relative gap allowed; None takes that of exports for the dtype.
-        where: For the error.
+    """Returns the gap between logits of a product on a base of a dtype and those of what was trained.
 
     Raises:
-        ExportError: The gap is too large, or not a number.
+        ExportError: The gap is not a number, or larger than ``max_gap``; None takes the bound of the dtype.
     """
-    gap = float((logits - wanted).abs().max())
-    relative = gap / max(float(wanted.abs().max()), 1e-30)
-    bound = BOUNDS[dtype] if max_gap is None else max_gap
-    if not relative <= bound:
-        raise ExportError(
-            where,
-            got=f"logits that differ from the trained model's by {relative:.2e} (relative)",
-            wanted=f"at most {bound:.0e}",
-            next_step="State a larger `export.max_gap`, or check the losses: the change may be too large.",
-        )
-    return Gap(gap, relative)
+    gap, advice = Gap.between(logits, wanted), "State a larger `export.max_gap`, or check the losses."
+    gap.refuse_above(BOUNDS[dtype] if max_gap is None else max_gap, where, "the trained model", advice)
+    return gap

@@ -40,7 +40,7 @@ def keep_precise(model: PeftModel, plan: Plan) -> None:
     def widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(part.float() if isinstance(part, Tensor) and part.is_floating_point() else part for part in inputs)
 
-    for module in _trained(model, plan).values():
+    for module in _heads(model, plan).values():
         if any(parameter.dtype != torch.float32 for parameter in module.parameters()):
             module.to(torch.float32).register_forward_pre_hook(widen)
 
@@ -49,20 +49,19 @@ def trained_head(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
     """Returns the head as it is now, float32 on the CPU, by the names of its parameters and buffers in the base."""
     return {
         f"{name}.{key}": value.detach().to("cpu", torch.float32, copy=True)
-        for name, module in _trained(model, plan).items()
+        for name, module in _heads(model, plan).items()
         for key, value in module.state_dict().items()
     }
 
 
 def put_head(model: PreTrainedModel | PeftModel, plan: Plan, values: Mapping[str, Tensor]) -> None:
     """Puts a trained head into an installed model, or in the place of a base's own; other names are left aside."""
-    heads = (
-        _trained(model, plan) if isinstance(model, PeftModel) else {n: model.get_submodule(n) for n in head_names(plan)}
-    )
-    for name, module in heads.items():
+    for name, module in _heads(model, plan).items():
         prefix = f"{name}."
         module.load_state_dict({key.removeprefix(prefix): v for key, v in values.items() if key.startswith(prefix)})
 
 
-def _trained(model: PeftModel, plan: Plan) -> dict[str, nn.Module]:
+def _heads(model: PreTrainedModel | PeftModel, plan: Plan) -> dict[str, nn.Module]:
+    if not isinstance(model, PeftModel):
+        return {name: model.get_submodule(name) for name in head_names(plan)}
     return {name: model.base_model.model.get_submodule(f"{name}.modules_to_save.default") for name in head_names(plan)}

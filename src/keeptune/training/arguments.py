@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -70,18 +69,14 @@ def _check_value(key: str, value: Any, hint: Any) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if not _SCALARS.issuperset(kinds):
         return value
+    if key in _LEAST:
+        hint = Annotated[hint, Field(ge=_LEAST[key], allow_inf_nan=False)]
     try:
-        value = TypeAdapter(hint).validate_python(value)
+        return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         raise RecipeError(
             f"train.{key}", got=repr(value), wanted=error.errors()[0]["msg"], next_step="Correct the value."
         ) from error
-    least = _LEAST.get(key)
-    if least is not None and value is not None and not least <= value < math.inf:
-        raise RecipeError(
-            f"train.{key}", got=str(value), wanted=f"a number of at least {least}", next_step="Correct the value."
-        )
-    return value
 
 
 def sft_config(
