@@ -63,5 +63,5 @@ def gap_to(logits: Tensor, wanted: Tensor, dtype: torch.dtype, max_gap: float | 
         ExportError: The gap is not a number, or larger than ``max_gap``; None takes the bound of the dtype.
     """
     gap, advice = Gap.between(logits, wanted), "State a larger `export.max_gap`, or check the losses."
-    gap.refuse_above(BOUNDS[dtype] if max_gap is None else max_gap, where, "the trained model", advice)
+    gap.refuse_above(BOUNDS[dtype] if max_gap is None else max_gap, where, "the trained model's", advice)
     return gap
