@@ -58,9 +58,8 @@ def subtract(weight: Tensor, target_plan: TargetPlan) -> Tensor:
 def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> dict[str, float]:
     """Returns how far each target's weight is from W at the start of training, in the base's dtype.
 
-    Returns:
-        Target name to ``‖W_res + s B0 A0 - W‖ / ‖W‖`` (Frobenius), where ``B0 A0`` is what was taken out; 0 for a
-        twin, which leaves W as it is.
+    ``‖W_res + s B0 A0 - W‖ / ‖W‖`` (Frobenius) by name, where ``B0 A0`` is what was taken out; 0 for a twin, which
+    leaves W as it is.
     """
     errors = {}
     for target_plan in plan.targets:

@@ -155,14 +155,7 @@ def export(
 ) -> Exported:
     """Writes the trained change and checks it on a freshly loaded base.
 
-    Args:
-        model: The trained model, from :func:`keeptune.adapter.install.install`.
-        plan: Its plan.
-        folder: Where; it appears whole or not at all.
-        options: What is written, and how it is checked.
-        base: Path or hub id of the base, written into the adapter's config.
-        load_base: Loads a fresh base.
-        tokenizer: Saved along when given.
+    ``base``, its path or hub id, goes into the adapter's config. The folder appears whole or not at all.
 
     Raises:
         ExportError: The gap is above the bound, the format does not fit the plan, or the folder holds something
@@ -249,10 +242,7 @@ def merge(
     load_base: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> float:
-    """Merges any LoRA adapter that PEFT loads into a freshly loaded base and writes the whole model.
-
-    Returns:
-        The largest difference in logits between adapter on base and merged model.
+    """Merges any LoRA adapter that PEFT loads into a fresh base, writes the whole model, and returns the gap in logits.
 
     Raises:
         ModelError: The adapter does not fit the base.

@@ -43,9 +43,6 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
         plan: The plan. One with scope ``"all"`` makes every weight trainable and adds nothing.
         anchor: How a start that is a part of W is taken out of W (:mod:`keeptune.adapter.anchor`).
 
-    Returns:
-        A ``PeftModel``, or the model itself for full fine-tuning.
-
     Raises:
         PlanError: The plan was made for another model, or the model is already wrapped by PEFT.
     """
@@ -92,10 +89,8 @@ def lora_layer(model: PeftModel, name: str) -> Any:
 def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
     """Returns what a plan put into a model as it is now, float32 on the CPU, without scale or anchor.
 
+    Names are ``"model.layers.0.mlp.up_proj.B"`` and the like; frozen factors are among them, and a classifier's head.
     Where the model is sharded (FSDP2), every process must call it: the shards are gathered.
-
-    Returns:
-        ``"model.layers.0.mlp.up_proj.B"`` and the like to tensor; frozen factors too, and a classifier's head.
     """
     # Copies: on the CPU they would else change with the model.
     return {
@@ -137,11 +132,7 @@ def whole(parameter: nn.Parameter) -> Tensor:
 
 
 def check_frozen(model: PeftModel, plan: Plan) -> None:
-    """Checks that exactly the factors the plan trains are trainable, and a classifier's head.
-
-    Raises:
-        TrainError: A factor is trainable that should be frozen, or the other way round.
-    """
+    """Raises TrainError unless exactly the factors that the plan trains are trainable, and a classifier's head."""
     expected = trained_names(model, plan)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if trainable != expected:

@@ -18,11 +18,7 @@ SIDECAR = "keeptune.json"
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Loads an adapter on a base by stock PEFT, from safetensors only, in evaluation mode.
-
-    Raises:
-        ModelError: The folder holds no adapter for this base.
-    """
+    """Loads an adapter on its base by stock PEFT, from safetensors only; ModelError where it does not fit."""
     _need_safetensors(folder)
     try:
         wrapped = PeftModel.from_pretrained(model, str(folder))
@@ -39,15 +35,12 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def check_base(adapter: Path | str, fingerprint: str, labels: Sequence[str] | None = None) -> None:
-    """Refuses an adapter that was made for another base, or a classifier of other labels.
+    """Raises ModelError for an adapter that was made for another base, or a classifier of other labels.
 
     Args:
         adapter: The adapter's folder; one without keeptune's sidecar is not checked.
         fingerprint: Of the base at hand, without a classifier's head.
         labels: Of the classifier at hand, in the order of its outputs; empty for scores, None for a language model.
-
-    Raises:
-        ModelError: The adapter belongs to another base, or was trained with other labels.
     """
     sidecar = Path(adapter) / SIDECAR
     if not sidecar.is_file():
@@ -78,11 +71,7 @@ def _kind(labels: Sequence[str] | None) -> str:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuses a folder with something that keeptune did not write; its own results have a sidecar.
-
-    Raises:
-        ExportError: Something else is there.
-    """
+    """Raises ExportError for a folder with something that keeptune did not write; its own results have a sidecar."""
     if not folder.exists() or (folder / SIDECAR).is_file() or (folder.is_dir() and not any(folder.iterdir())):
         return
     raise ExportError(

@@ -57,11 +57,7 @@ class Gap:
 
 
 def gap_to(logits: Tensor, wanted: Tensor, dtype: torch.dtype, max_gap: float | None, where: str) -> Gap:
-    """Returns the gap between logits of a product on a base of a dtype and those of what was trained.
-
-    Raises:
-        ExportError: The gap is not a number, or larger than ``max_gap``; None takes the bound of the dtype.
-    """
+    """Returns the gap of a product; ExportError above ``max_gap``, or if it is None the bound of the base's dtype."""
     gap, advice = Gap.between(logits, wanted), "State a larger `export.max_gap`, or check the losses."
     gap.refuse_above(BOUNDS[dtype] if max_gap is None else max_gap, where, "the trained model's", advice)
     return gap

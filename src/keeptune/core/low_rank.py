@@ -12,19 +12,12 @@ __all__ = ["LowRank"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """A weight change ``B A``.
+    """A weight change ``B A``, of B ``(m, r)`` and A ``(r, n)``; other shapes raise ValueError.
 
     Laws: ``x.minus(y).dense() == x.dense() - y.dense()``; ``x.plus(y).dense() == x.dense() + y.dense()``;
     ``x.scaled(s).dense() == s * x.dense()``; ``x.padded(r).dense() == x.dense()``;
     ``x.norm_squared() == (x.dense() ** 2).sum()``;
     ``x.truncated(r)`` is the nearest matrix of rank r (Eckart-Young).
-
-    Args:
-        B: ``(m, r)``.
-        A: ``(r, n)``.
-
-    Raises:
-        ValueError: The shapes do not fit each other.
     """
 
     B: Tensor
@@ -39,12 +32,7 @@ class LowRank:
     def from_triplets(cls, U: Tensor, S: Tensor, Vh: Tensor) -> LowRank:
         """Returns balanced factors of singular triplets, float32: ``B = U sqrt(S)``, ``A = sqrt(S) Vᵀ``.
 
-        Laws: ``B A == U diag(S) Vᵀ``; ``BᵀB == A Aᵀ == diag(S)``.
-
-        Args:
-            U: ``(m, r)``, orthonormal columns.
-            S: ``(r,)``, not negative.
-            Vh: ``(r, n)``, orthonormal rows.
+        Laws for orthonormal U ``(m, r)`` and V, S ``(r,)``: ``B A == U diag(S) Vᵀ``; ``BᵀB == A Aᵀ == diag(S)``.
         """
         root = S.sqrt()
         return cls(B=(U * root).float(), A=(root[:, None] * Vh).float())

@@ -50,8 +50,7 @@ class Range:
 class Options:
     """Base class of methods and penalties; ``ranges`` of a class are checked besides those of its bases.
 
-    Raises:
-        PlanError: A number is out of its range. None and words are not checked.
+    Numbers out of their ranges raise PlanError; None and words are not checked.
     """
 
     ranges: ClassVar[Mapping[str, Range]] = {}

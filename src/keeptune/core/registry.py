@@ -19,15 +19,12 @@ T = TypeVar("T")
 
 
 def registered(package: ModuleType, base: type[T], kind: str) -> dict[str, type[T]]:
-    """Returns all classes of a kind by name.
+    """Returns all classes of a kind by name: of a package's files, and of the entry points that are named after it.
 
-    Args:
-        package: The package; its name is that of the entry-point group.
-        base: Their base class. A class is registered if it has a ``name`` of its own.
-        kind: What they are, for error messages, such as ``"method"``.
+    A class is registered if it has a ``name`` of its own.
 
     Raises:
-        RecipeError: Two classes have one name.
+        RecipeError: Two classes have one name; ``kind``, such as ``"method"``, says of what.
     """
     classes: dict[str, Any] = {}
     for cls in (*_own(package, base), *(point.load() for point in entry_points(group=package.__name__))):
@@ -48,11 +45,7 @@ def entry_points(group: str) -> metadata.EntryPoints:
 
 
 def look_up(name: str, known: Mapping[str, T], where: str, kind: str) -> T:
-    """Returns the class of a name among those that :func:`registered` returns.
-
-    Raises:
-        RecipeError: There is none; the message shows the nearest name.
-    """
+    """Returns the class of a name among those registered; a RecipeError shows the nearest name where there is none."""
     if name not in known:
         raise RecipeError(where, got=f'"{name}"', wanted=f"the name of a {kind}", next_step=nearest(name, known))
     return known[name]

@@ -135,11 +135,7 @@ class Calibration:
 def tokenize_calibration(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int, where: str
 ) -> Calibration:
-    """Tokenises whole texts as the model reads them, cut to ``max_length`` tokens.
-
-    Raises:
-        DataError: There is no text, or a text has no tokens; ``where`` is the recipe key that it names.
-    """
+    """Tokenises whole texts, cut to ``max_length``; a DataError says that there is none, or one is empty."""
     if not texts:
         raise DataError(where, got="no texts", wanted="at least one", next_step="Fill the knowledge file.")
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]

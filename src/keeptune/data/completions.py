@@ -61,11 +61,7 @@ class TaskExamples(Examples):
 
 
 def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: str) -> TaskExamples:
-    """Renders the rows of a task by the templates of prompts and of completions, which usually start with a space.
-
-    Raises:
-        DataError: A row lacks a field.
-    """
+    """Renders the rows of a task by the templates of prompts and of completions, usually starting with a space."""
     return TaskExamples(render_all(prompt, rows, where=where), render_all(completion, rows, where=where))
 
 

@@ -14,13 +14,9 @@ __all__ = ["Corpus", "refuse_overlap"]
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Rows of a data file and the text that the model reads of each.
+    """Rows of a data file, named by the recipe key ``where``, and the text that the model reads of each.
 
-    Args:
-        where: The recipe key.
-        rows: The rows.
-        texts: One rendered text per row: the whole text, or the prompt of an evaluation item; with a NUL at its end
-            it overlaps an equal text only.
+    That is the whole text, or the prompt of an evaluation item; with a NUL at its end it overlaps an equal text only.
     """
 
     where: str
@@ -29,13 +25,10 @@ class Corpus:
 
 
 def refuse_overlap(used: Corpus, scored: Corpus) -> None:
-    """Checks that no evaluation item is among the data that were used.
+    """Raises DataError where an evaluation item is among the data that were used, and shows the first.
 
     An item overlaps when its row is one of the used rows, or a used text starts with the item's prompt
     (case and white space aside).
-
-    Raises:
-        DataError: They overlap; the first common item is shown.
     """
     rows = {canonical_json(row) for row in used.rows}
     lengths = {len(_plain(text)) for text in scored.texts}

@@ -50,11 +50,7 @@ class Examples(ABC):
     def calibration(
         self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, examples: int | None = None, seed: int = 0
     ) -> Calibration:
-        """Returns a sample of ``examples`` examples (None: all) as training tokenises it, with what is learned of it.
-
-        Raises:
-            DataError: No example has room for what is learned within ``max_length`` tokens.
-        """
+        """Returns a sample of some examples (None: all) as training tokenises it, with what is learned of it."""
         rows = draw_rows(len(self), len(self) if examples is None else examples, seed)
         return self._calibration(rows, tokenizer, max_length)
 

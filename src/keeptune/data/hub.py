@@ -1,4 +1,7 @@
-"""Data files on the Hugging Face hub: ``hf://datasets/org/name[@revision]/path/file.jsonl``."""
+"""Data files on the Hugging Face hub: ``hf://datasets/org/name[@revision]/path/file.jsonl``.
+
+A name of another form, or a file that the hub does not give, raises DataError.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,7 @@ _NAME = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))
 
 
 def fetch(name: str) -> Path:
-    """Returns the local copy of a data file, which is downloaded into the hub's cache if it is not there.
-
-    Raises:
-        DataError: The name has another form, or the hub does not give the file.
-    """
+    """Returns the local copy of a data file, downloaded into the hub's cache if it is not there."""
     match = _parsed(name)
     try:
         return Path(hf_hub_download(match["repo"], match["file"], repo_type="dataset", revision=match["revision"]))
@@ -36,11 +35,7 @@ def fetch(name: str) -> Path:
 
 
 def cached(name: str) -> Path | str:
-    """Returns the local copy of a data file, without the network; its name where the cache has none.
-
-    Raises:
-        DataError: The name has another form.
-    """
+    """Returns the local copy of a data file, without the network; its name where the cache has none."""
     match = _parsed(name)
     path = try_to_load_from_cache(match["repo"], match["file"], repo_type="dataset", revision=match["revision"])
     return Path(path) if isinstance(path, str) else name

@@ -81,11 +81,7 @@ def knowledge_set(
     chat: bool = False,
     where: str,
 ) -> KnowledgeSet:
-    """Renders the rows of a set by the template of whole texts, or else those of prompts and completions.
-
-    Raises:
-        DataError: A row lacks a field.
-    """
+    """Renders the rows of a set by the template of whole texts, or else those of prompts and completions."""
     if text is not None:
         return KnowledgeSet(where, render_all(text, rows, where=where))
     completions = render_all(completion or "", rows, where=where)
@@ -93,11 +89,7 @@ def knowledge_set(
 
 
 def knowledge_of(examples: Sequence[str] | Sequence[tuple[str, str]]) -> KnowledgeSet:
-    """Returns a set of texts, or of pairs of a prompt and its completion.
-
-    Raises:
-        DataError: There are both.
-    """
+    """Returns a set of texts, or of pairs of a prompt and its completion; both together raise DataError."""
     texts = tuple(example for example in examples if isinstance(example, str))
     pairs = [example for example in examples if not isinstance(example, str)]
     if texts and pairs or any(len(pair) != 2 for pair in pairs):

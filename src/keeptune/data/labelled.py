@@ -33,12 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Texts as a model reads them.
-
-    Args:
-        columns: ``input_ids``, ``attention_mask`` and what else the tokenizer gives, a list per example.
-        cut: How many examples lost tokens to the limit.
-    """
+    """The columns that a tokenizer gives, a list per example, and how many examples it cut."""
 
     columns: dict[str, list[list[int]]]
     cut: int
@@ -131,11 +126,7 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def texts_of(rows: Sequence[Row], *, text: str, text_pair: str | None, where: str) -> Texts:
-    """Renders the texts of rows, or their pairs, by one or two templates.
-
-    Raises:
-        DataError: A row lacks a field, or a text is empty.
-    """
+    """Renders the texts of rows, or their pairs; an empty one raises DataError."""
     texts = Texts(*(render_all(template, rows, where=where) for template in (text, text_pair) if template is not None))
     for number, example in enumerate(zip(*texts._parts(), strict=True), start=1):
         if not all(part.strip() for part in example):
@@ -155,16 +146,9 @@ def labelled_examples(
     scores: bool = False,
     where: str,
 ) -> LabelledExamples:
-    """Renders rows with a label or a score each.
+    """Renders rows with a label or a score each, by templates.
 
-    Args:
-        rows: The rows.
-        text: Template.
-        text_pair: Template of the other text, for pairs.
-        label: Template of the label or the score.
-        names: All labels, in the order of the head's outputs; None collects them from the rows, sorted.
-        scores: Labels are scores.
-        where: The recipe key, for error messages.
+    ``names`` are all labels, in the order of the head's outputs; None collects them from the rows, sorted.
 
     Raises:
         DataError: A field is missing, empty, no number or not among the names, or there are fewer than two labels.
@@ -189,11 +173,7 @@ def labelled_examples(
 
 
 def label_indices(labels: Sequence[str], known: Sequence[str], *, where: str) -> tuple[int, ...]:
-    """Returns the places of labels among the known ones.
-
-    Raises:
-        DataError: One is not known.
-    """
+    """Returns the places of labels among the known ones; others raise DataError."""
     index = {name: place for place, name in enumerate(known)}
     for number, name in enumerate(labels, start=1):
         if name not in index:
@@ -207,11 +187,7 @@ def label_indices(labels: Sequence[str], known: Sequence[str], *, where: str) ->
 
 
 def label_of(row: Row, template: str, *, where: str) -> str:
-    """Returns the label of a row, without white space at its ends.
-
-    Raises:
-        DataError: The field is missing, or holds no label.
-    """
+    """Returns the label of a row, without white space at its ends; a DataError says that it holds none."""
     value = pick(template, row, where=where)
     if not isinstance(value, str | int | float) or not str(value).strip():
         raise DataError(
@@ -224,11 +200,7 @@ def label_of(row: Row, template: str, *, where: str) -> str:
 
 
 def score_of(row: Row, template: str, *, where: str) -> float:
-    """Returns the score of a row.
-
-    Raises:
-        DataError: The field is missing, or holds no finite number.
-    """
+    """Returns the score of a row; a DataError says that it holds no finite number."""
     value = pick(template, row, where=where)
     try:
         number = math.nan if isinstance(value, bool) or value is None else float(value)

@@ -21,17 +21,9 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def choose_rows(rows: Sequence[Row], count: int, *, by: str | None, seed: int | None, where: str) -> list[Row]:
-    """Returns some rows, of the whole file or of each value of a field such as ``subject``, in file order.
+    """Returns ``count`` rows of the file, or of each value of a field such as ``subject``, in file order.
 
-    Args:
-        rows: The rows.
-        count: How many; of each value, where there is a field. All, where there are fewer.
-        by: The field; None takes the file as one.
-        seed: Draws them; None takes the first. A smaller draw is part of a larger one.
-        where: The recipe key, for error messages.
-
-    Raises:
-        DataError: A row lacks the field.
+    All, where there are fewer; else the first, or those that a seed draws: a smaller draw is part of a larger one.
     """
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):

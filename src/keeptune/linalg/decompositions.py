@@ -162,16 +162,10 @@ def _end_of_tall(M: Tensor, r: int, end: Literal["top", "bottom"], where: str) -
 def random_triplets(M: Tensor, r: int, *, niter: int, generator: torch.Generator, extra: int = 8) -> _Triplets:
     """Returns estimates of the r largest singular triplets, by subspace iteration from random vectors, in M's dtype.
 
-    Halko, Martinsson and Tropp, SIAM Review 2011, algorithms 4.4 and 5.1, with orthonormalisation at every step.
-    Laws: exact for a matrix of rank at most r + extra; ``UᵀU == VᵀV == I``; equal generators give equal bits; shapes
-    and signs as of :func:`end_triplets`.
-
-    Args:
-        M: ``(m, n)``.
-        r: How many.
-        niter: Iterations; each multiplies by M and by Mᵀ and sharpens the subspace by (s_{r+extra+1} / s_r)².
-        generator: Draws the start, on the CPU.
-        extra: Vectors carried along beyond r.
+    Halko, Martinsson and Tropp, SIAM Review 2011, algorithms 4.4 and 5.1, with orthonormalisation at every step. Each
+    of ``niter`` steps multiplies by M and Mᵀ and sharpens the subspace of r + extra vectors by (s_{r+extra+1} / s_r)².
+    Laws: exact for a matrix of rank at most r + extra; ``UᵀU == VᵀV == I``; equal generators (of the CPU) give equal
+    bits; shapes and signs as of :func:`end_triplets`.
     """
     columns = min(r + extra, *M.shape)
     start = torch.randn(M.shape[1], columns, generator=generator, dtype=M.dtype).to(M.device)

@@ -16,12 +16,7 @@ __all__ = ["Rescaled"]
 class Rescaled:
     """``W'_i - W_i`` with ``W'_i = c_i (W_i + d_i)``, ``d = B A`` and ``c_i = lengths_i / ||W_i + d_i||``, by rows i.
 
-    Law: ``norm()`` is the Frobenius norm of ``dense()``.
-
-    Args:
-        W: ``(m, n)``, before.
-        change: d, with its scale.
-        lengths: ``(m,)``, of the rows after training.
+    W is ``(m, n)``, d the change with its scale. Law: ``norm()`` is the Frobenius norm of ``dense()``.
     """
 
     W: Tensor

@@ -106,14 +106,7 @@ def voted(chunks: Iterable[Tensor], k: int, *, whole: bool = False, highest: boo
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """The rows that two selections of the same nodes share.
-
-    Args:
-        first: How many rows the first has.
-        second: How many the second has.
-        common: How many both have.
-        expected: How many both would have on average if as many were drawn at random.
-    """
+    """How many rows two selections of the same nodes have, how many are common, and how many would be by chance."""
 
     first: int
     second: int

@@ -46,16 +46,10 @@ class Truncated:
 
 @dataclass
 class TopDirections:
-    """The top k eigenvectors of a covariance whose rows stream by.
+    """The top k eigenvectors (or n, if there are fewer) of an n x n covariance whose rows stream by.
 
     Laws: the result does not depend on how rows are split over ``add`` calls; ``F̂ - ρ (I - UUᵀ) ≼ F``; the trace is
-    that of F; with k = n it is F.
-
-    Args:
-        features: n.
-        rank: k; at most n directions are kept.
-        device: Where the buffer is.
-        seed: Seed of the subspace iteration's start and of the probes.
+    that of F; with k = n it is F. The seed is that of the subspace iteration's start and of the probes.
     """
 
     features: int

@@ -42,11 +42,7 @@ class PsdMatrix(ABC):
     def _mixed(self, rho: float) -> Self: ...
 
     def damped(self, rho: float) -> Self:
-        """Returns ``(1 - rho) F + rho tr(F) / n I``: F itself at 0, only its trace at 1.
-
-        Raises:
-            ValueError: rho is not between 0 and 1.
-        """
+        """Returns ``(1 - rho) F + rho tr(F) / n I``: F itself at 0, only its trace at 1, else a ValueError."""
         if not 0 <= rho <= 1:
             raise ValueError(f"damped: got rho = {rho}, wanted 0 <= rho <= 1")
         return self._mixed(rho)
@@ -123,12 +119,8 @@ class LowRankPlus(PsdMatrix):
     """``U diag(values) Uᵀ + remainder (I - U Uᵀ)``: some directions as they are, one value for all others.
 
     With the top eigenvectors and the mean of the other eigenvalues it is the nearest matrix of this form in
-    Frobenius norm, and it has the trace of the original.
-
-    Args:
-        U: ``(n, k)``, orthonormal columns.
-        values: ``(k,)``, not negative.
-        remainder: A scalar, not negative.
+    Frobenius norm, and it has the trace of the original. U ``(n, k)`` has orthonormal columns; values ``(k,)`` and the
+    remainder are not negative.
     """
 
     U: Tensor
@@ -170,11 +162,7 @@ class LowRankPlus(PsdMatrix):
 
 
 def psd_matrix_from(tensors: Mapping[str, Tensor], prefix: str = "") -> PsdMatrix:
-    """Reads the matrix whose names begin with a prefix, among other tensors.
-
-    Raises:
-        KeyError: No matrix of that prefix is among them.
-    """
+    """Reads the matrix whose names begin with a prefix, among other tensors; a KeyError says that there is none."""
     if f"{prefix}matrix" in tensors:
         return Dense(tensors[f"{prefix}matrix"])
     if f"{prefix}U" in tensors:

@@ -20,10 +20,7 @@ class Guard(TrainerCallback):
     """Checks what must hold while training with a plan that was installed; add it to your own trainer too.
 
     At the start: exactly the factors that the plan trains are trainable, and the trainer has what the plan needs.
-    While training: the loss is finite. At the end: so is every trained parameter.
-
-    Raises:
-        TrainError: One of these does not hold.
+    While training: the loss is finite. At the end: so is every trained parameter. Else a TrainError is raised.
     """
 
     def __init__(self, plan: Plan) -> None:

@@ -52,12 +52,10 @@ class Outputs:
         self._bytes = 0
 
     def value_and_grad(self, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Gradients]:
-        """Returns the value on the texts of this step, and its gradient.
+        """Returns the value on the texts of this step and its gradient, given the penalty's own tensors.
 
-        Args:
-            tensors: The penalty's own.
-            scale: What a ``GradScaler`` multiplies losses by, so that 16-bit gradients do not vanish on the way; the
-                gradient returned is without it.
+        ``scale`` is what a ``GradScaler`` multiplies losses by, so that 16-bit gradients do not vanish on the way; the
+        gradient is returned without it.
         """
         batch = self._penalty.batch(tensors)
         count = int(batch.learned.sum())

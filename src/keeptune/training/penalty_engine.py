@@ -63,8 +63,7 @@ class Penalties:
     def step(self, scale: float = 1.0) -> Tensor:
         """Adds the gradients of all penalties to ``.grad``: after the backward pass, before clipping.
 
-        Args:
-            scale: What gradients are scaled by at this moment: ``scaler.get_scale()`` under a ``GradScaler``.
+        ``scale`` is that of gradients at this moment: ``scaler.get_scale()`` under a ``GradScaler``.
         """
         parameters = [held_parameters(self._model, target_plan) for target_plan in self._plan.targets]
         if not self._terms:
@@ -163,14 +162,10 @@ class Penalties:
 
 
 def add_penalties(trainer: Any, plan: Plan) -> Penalties:
-    """Adds the penalties of a plan to a trainer, once per optimiser step.
+    """Adds the penalties of a plan to a trainer (its class is not changed), once per optimiser step.
 
     Laws: n micro-batches of b examples give the step of one batch of n b, n processes that of one; evaluation losses
     have no penalty; ``loss`` in the logs stays the task's own.
-
-    Args:
-        trainer: A ``transformers.Trainer`` or any of TRL's; this one is changed, its class is not.
-        plan: A plan with penalties.
 
     Raises:
         TrainError: The trainer's back-end or optimiser leaves no moment at which a gradient can be added once.
@@ -230,11 +225,7 @@ class PenaltyState(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"kept": self.penalties.state() if self.penalties else {}}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Restores the state of the checkpoint that training goes on from.
-
-        Raises:
-            TrainError: Trainer replaced this callback by one that knows no penalties, or the checkpoint has none.
-        """
+        """Restores the state of the checkpoint that training goes on from; a TrainError says that it has none."""
         if self.penalties is None:
             raise TrainError(
                 "train.restore_callback_states_from_checkpoint",
@@ -286,13 +277,7 @@ def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 
 class _On(Mapping[str, Tensor]):
-    """Tensors on a device, moved when they are first read; those of targets that live elsewhere stay.
-
-    Args:
-        tensors: All of them.
-        device: The device.
-        shared: Those that change while training, the same for all devices.
-    """
+    """Tensors on a device, moved when first read; ``shared`` are those that change in training, for all devices."""
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, shared: Mapping[str, Tensor]) -> None:
         self.tensors, self.device = tensors, device
