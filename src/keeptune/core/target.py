@@ -53,7 +53,7 @@ def read_weight(model: nn.Module, target: Target) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorKind:
+class _TensorKind:
     """A kind of trained tensor.
 
     Args:
@@ -71,13 +71,13 @@ class TensorKind:
 
 
 # The only list of them, in the order in which a trained model's state is read.
-TRAINED_TENSORS: Mapping[TensorName, TensorKind] = {
-    "A": TensorKind("rn", "lora_A.default.weight"),
-    "B": TensorKind("mr", "lora_B.default.weight"),
-    "magnitude": TensorKind("m", "lora_magnitude_vector.default.weight"),
-    "diag": TensorKind("r", "lora_diag.default"),
-    "bias": TensorKind("m", "lora_B.default.bias"),
-    "U_low": TensorKind("mr", "osf_svd_params.default.U_low"),
-    "S_low": TensorKind("r", "osf_svd_params.default.S_low"),
-    "V_low": TensorKind("rn", "osf_svd_params.default.V_low"),
+TRAINED_TENSORS: Mapping[TensorName, _TensorKind] = {
+    "A": _TensorKind("rn", "lora_A.default.weight"),
+    "B": _TensorKind("mr", "lora_B.default.weight"),
+    "magnitude": _TensorKind("m", "lora_magnitude_vector.default.weight"),
+    "diag": _TensorKind("r", "lora_diag.default"),
+    "bias": _TensorKind("m", "lora_B.default.bias"),
+    "U_low": _TensorKind("mr", "osf_svd_params.default.U_low"),
+    "S_low": _TensorKind("r", "osf_svd_params.default.S_low"),
+    "V_low": _TensorKind("rn", "osf_svd_params.default.V_low"),
 }
