@@ -15,17 +15,13 @@ Role = Literal["knowledge", "task"]
 
 _TEMPLATES = ("prompt", "answer", "choices", "text", "text_pair")
 _CLASSIFIER = (*LABELS, *SCORES)
-_NEEDED: dict[str, tuple[str, ...]] = {
-    "exact_match": ("prompt", "answer"),
-    "multiple_choice": ("prompt", "choices", "answer"),
-    "cross_entropy": ("text",),
-    **dict.fromkeys(_CLASSIFIER, ("text", "answer")),
-}
-_EXAMPLES = {
-    "exact_match": 'prompt: "{question}\\nAnswer:", answer: "{answer}"',
-    "multiple_choice": 'prompt: "{question}\\nAnswer:", choices: "{choices}", answer: "{label}"',
-    "cross_entropy": 'text: "{text}"',
-    **dict.fromkeys(_CLASSIFIER, 'text: "{sentence}", answer: "{label}"'),
+# Of each metric the templates that it needs, with an example.
+_LABELLED = {"text": "{sentence}", "answer": "{label}"}
+_NEEDED: dict[str, dict[str, str]] = {
+    "exact_match": {"prompt": "{question}\\nAnswer:", "answer": "{answer}"},
+    "multiple_choice": {"prompt": "{question}\\nAnswer:", "choices": "{choices}", "answer": "{label}"},
+    "cross_entropy": {"text": "{text}"},
+    **dict.fromkeys(_CLASSIFIER, _LABELLED),
 }
 
 
@@ -150,9 +146,10 @@ class FileBenchmark(Benchmark):
             if given == (field in needed) or optional:
                 continue
             wrong = f'"{field}", which it does not use' if given else f'no "{field}"'
+            example = ", ".join(f'{key}: "{value}"' for key, value in needed.items())
             raise RecipeError(
                 self.where,
                 got=f"metric {self.metric} with {wrong}",
                 wanted=f"the fields {', '.join(needed)}",
-                next_step=f"Write for example {_EXAMPLES[self.metric]}.",
+                next_step=f"Write for example {example}.",
             )

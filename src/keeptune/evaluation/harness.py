@@ -50,9 +50,6 @@ def evaluate(
         seed: Seed of the bootstrap interval; nothing else is random.
         progress: Show a bar where stderr is a terminal and the work takes more than two seconds.
         kept: The base's answers on disk; None runs the base.
-
-    Returns:
-        The scores, their interval and the record of every item.
     """
     if isinstance(benchmark, NamedBenchmark):
         return score_named(pair, tokenizer, benchmark, seed=seed, progress=progress, kept=kept)

@@ -31,6 +31,7 @@ import re
 import string
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -77,11 +78,10 @@ _Values = NDArray[Any]
 def normalise_qa(text: str) -> str:
     """Returns the form of an answer that is compared: without case, punctuation, articles and outer white space.
 
-    White space at the ends, articles followed by a space ("the", "The", but not "THE"), case and ASCII
-    punctuation go, in this order, and then white space at the ends again. This is what lm-eval 0.4.13 does
-    for ``nq_open`` (version 4.0), and for ``triviaqa`` (version 3.0) except that ``triviaqa`` keeps the
-    articles. One difference from both: they strip generated text once, before punctuation goes, and
-    references never, so that "Paris ." does not equal "Paris" there and does here.
+    White space at the ends, articles followed by a space ("the", "The", but not "THE"), case and ASCII punctuation go,
+    in this order, and then white space at the ends again: as lm-eval 0.4.13 does for ``nq_open`` (version 4.0), and but
+    for the articles for ``triviaqa`` (3.0). They strip generated text once, before punctuation goes, and references
+    never, so that "Paris ." does not equal "Paris" there and does here.
 
     >>> normalise_qa(" The U.S.A. ")
     'usa'
@@ -118,15 +118,9 @@ def paired_interval(
 ) -> tuple[float, float]:
     """Computes a 95% bootstrap interval of the change of a mean, items resampled as pairs.
 
-    The change is sum(after - before) / sum(weights): with weights 1 the mean difference; with losses summed
-    over the tokens of each document and token counts as weights the change in nats per token, where long
-    documents weigh more and the resampled denominator varies as it should.
-
-    Args:
-        before: (n,) values per item.
-        after: (n,) values of the same items.
-        seed: Seed of the resampling.
-        weights: (n,) positive weights; None for ones.
+    The change is sum(after - before) / sum(weights) of (n,) values per item and positive weights: with weights 1 the
+    mean difference; with losses summed over the tokens of each document and token counts as weights the change in nats
+    per token, where long documents weigh more and the resampled denominator varies as it should.
 
     Returns:
         Low and high end, by the bias-corrected and accelerated bootstrap; by percentiles where that is not
@@ -135,18 +129,6 @@ def paired_interval(
     Raises:
         StatisticsError: No items, lengths that differ, or values that are not finite.
     """
-    change, counts = _checked(before, after, weights)
-    rates = change / counts
-    if np.ptp(rates) <= 1e-12 * np.abs(rates).max():
-        point = float(change.sum() / counts.sum())
-        return point, point
-    return _bootstrap((change, counts), lambda d, w, axis: d.sum(axis=axis) / w.sum(axis=axis), seed)
-
-
-def _checked(
-    before: ArrayLike, after: ArrayLike, weights: ArrayLike | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns the change and the weight of each item."""
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     counts = np.ones_like(first) if weights is None else np.asarray(weights, dtype=np.float64)
     if not first.size or not first.shape == second.shape == counts.shape == (first.size,):
@@ -163,7 +145,12 @@ def _checked(
             wanted="finite values and positive weights",
             next_step="Look for items whose score is missing.",
         )
-    return second - first, counts
+    change = second - first
+    rates = change / counts
+    if np.ptp(rates) <= 1e-12 * np.abs(rates).max():
+        point = float(change.sum() / counts.sum())
+        return point, point
+    return _bootstrap((change, counts), lambda d, w, axis: d.sum(axis=axis) / w.sum(axis=axis), seed)
 
 
 def _bootstrap(data: tuple[_Values, ...], statistic: Callable[..., _Values], seed: int) -> tuple[float, float]:
@@ -235,8 +222,8 @@ def resampled(metric: Metric, labels: int = 0) -> Callable[[_Values, _Values], _
     """Returns :func:`agreement` as a function of right and predicted values, ``(..., n)`` each, to ``(...,)``."""
     functions: Mapping[str, Callable[[_Values, _Values], _Values]] = {
         "accuracy": lambda truth, predicted: np.asarray((truth == predicted).mean(axis=-1)),
-        "f1": lambda truth, predicted: _f1(truth, predicted, labels),
-        "matthews": lambda truth, predicted: _matthews(truth, predicted, labels),
+        "f1": partial(_f1, labels=labels),
+        "matthews": partial(_matthews, labels=labels),
         "pearson": _pearson,
         "spearman": lambda truth, predicted: _pearson(*(stats.rankdata(v, axis=-1) for v in (truth, predicted))),
     }

@@ -121,13 +121,7 @@ def trade_off(
 
 
 def interval_between(first: BenchmarkResult, second: BenchmarkResult, seed: int) -> tuple[float, float]:
-    """Computes the 95% interval of ``second.after - first.after``, of two models on the same items.
-
-    Args:
-        first: Results of a metric that is a mean over items.
-        second: Those of the other model.
-        seed: Seed of the bootstrap.
-    """
+    """Returns the 95% interval of ``second.after - first.after``, means over the same items by two models."""
     weights = [float(item.get("tokens", 1)) for item in first.items]
     before, after = (
         [item["after"] * weight for item, weight in zip(result.items, weights, strict=True)]
@@ -192,16 +186,7 @@ def grouped(
 def label_scores(
     metric: Metric, truth: NDArray[Any], before: NDArray[Any], after: NDArray[Any], labels: int, seed: int
 ) -> dict[str, Any]:
-    """Computes the fields of a result that score all labels, or all scores of a regression, together (no groups).
-
-    Args:
-        metric: One of ``LABELS`` or ``SCORES``.
-        truth: (n,) indices of labels, or scores.
-        before: (n,) predictions of the base model.
-        after: (n,) predictions of the tuned model.
-        labels: Number of labels.
-        seed: Seed of the bootstrap interval.
-    """
+    """Returns the fields of a result that score all (n,) labels, or a regression's scores, together; without groups."""
     return {
         "before": agreement(metric, truth, before, labels),
         "after": agreement(metric, truth, after, labels),

@@ -142,6 +142,6 @@ def _holds(fields: Sequence[str], parts: Sequence[str]) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Writes a text in lower case with single spaces, words without punctuation at their ends."""
+    """Returns a text in lower case with single spaces, words without punctuation at their ends."""
     words = (re.sub(r"^\W+|\W+$", "", word) for word in text.lower().split())
     return " ".join(word for word in words if word)

@@ -50,15 +50,9 @@ def wrapped_model(
     progress: bool,
     kept: KeptAnswers | None,
 ) -> Any:
-    """Returns a model, with a copy of its tokenizer, as an ``lm_eval.api.model.LM``.
+    """Returns a model, with a copy of its tokenizer, as an ``lm_eval.api.model.LM`` that takes answers that are kept.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        benchmark: The benchmark.
-        length: Tokens of prompt and answer together.
-        progress: Whether to show bars, where stderr is a terminal.
-        kept: Answers on disk; None runs the model.
+    ``length`` is that of prompt and answer together, tokens; bars are drawn where stderr is a terminal.
     """
     from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM

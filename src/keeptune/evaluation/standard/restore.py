@@ -50,15 +50,14 @@ def restored_process(where: str) -> Iterator[None]:
         RecipeError: lm-eval is not installed.
     """
     engine_version(where)
-    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    python, numpy_state = random.getstate(), np.random.get_state()
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     levels = {name: logging.getLogger(name).level for name in _NOISY}
     try:
         for name in _NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
-        with mock.patch.dict(os.environ), _without_bars():
+        with mock.patch.dict(os.environ), torch.random.fork_rng(range(torch.cuda.device_count())), _without_bars():
             yield
     finally:
         for name, own in levels.items():
@@ -67,9 +66,6 @@ def restored_process(where: str) -> Iterator[None]:
         root.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy_state)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 @contextmanager

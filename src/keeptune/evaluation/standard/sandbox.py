@@ -36,28 +36,16 @@ _CONFINED = Path(__file__).with_name("confined.py")
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """A way to run programs on this machine.
+    """A way to run programs on this machine."""
 
-    Args:
-        prefix: Command that confines the process; empty where there is none.
-        seconds: Seconds of processor time of a program.
-        wall: Seconds by the clock, after which it is killed; more than ``seconds``, since a machine may be busy.
-        memory: Bytes of address space.
-        file_size: Bytes of the largest file.
-    """
-
-    prefix: tuple[str, ...]
-    seconds: int = 5
-    wall: float = 60.0
-    memory: int = 2**30
-    file_size: int = 2**20
+    prefix: tuple[str, ...]  # command that confines the process; empty where there is none
+    seconds: int = 5  # of processor time of a program
+    wall: float = 60.0  # seconds by the clock, after which it is killed: a machine may be busy
+    memory: int = 2**30  # bytes of address space
+    file_size: int = 2**20  # bytes of the largest file
 
     def run(self, program: str) -> str:
-        """Runs Python source in an empty folder.
-
-        Returns:
-            What stopped it; empty where it ran to its end without an error.
-        """
+        """Runs Python source in an empty folder; returns what stopped it, empty where it ran to its end."""
         # The process repeats the word when the program has run to its end: one that leaves early does not know it.
         word = secrets.token_hex(16)
         with tempfile.TemporaryDirectory(prefix="keeptune-program-") as folder:

@@ -80,9 +80,6 @@ def score_named(
     Laws: models, tokenizer, random number generators, environment and loggers are left as they were; both models read
     the same prompts; the scores are lm-eval's own of the same answers.
 
-    Returns:
-        The scores, their interval and the record of every item.
-
     Raises:
         RecipeError: lm-eval is missing, has no such task, or its metric is not supported.
         DataError: The data cannot be fetched or read, or hold no examples for the prompts.
