@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tests.models import (
 )
 from tests.pipeline.support import keeptune, read_jsonl, write_jsonl
 from tests.reference.repair_reference import repaired_by_least_squares
+from tests.studies.adapters import LORA_KINDS, drawn_adapter, merged_changes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -48,11 +48,6 @@ from keeptune.posthoc.factored_model import FactoredModel
 from keeptune.posthoc.repair import Repair, repair
 
 DAMP = Repair().damping
-KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"r": 3, "lora_alpha": 5},
-    "patterns": {"r": 3, "rank_pattern": {"layers.1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 7}},
-    "rslora": {"r": 3, "use_rslora": True},
-}
 ROLES = ["q_proj", "k_proj", "v_proj", "down_proj"]
 
 
@@ -93,17 +88,9 @@ def base(bases: Callable[[str], Saved]) -> Saved:
     return bases("llama")
 
 
-def adapter_of(base: Saved, folder: Path, roles: list[str] | None = None, seed: int = 0, **options: Any) -> Path:
-    """Save a stock adapter with every factor drawn, as if it had been trained."""
+def adapter_of(base: Saved, folder: Path, roles: list[str] | None = None, **options: Any) -> Path:
     config = LoraConfig(target_modules=roles or ROLES, task_type="CAUSAL_LM", **({"r": 3} | options))
-    wrapped = get_peft_model(base.load(), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    wrapped.save_pretrained(folder, save_embedding_layers=False)
-    return folder
+    return drawn_adapter(base, folder, config)
 
 
 @pytest.fixture
@@ -125,18 +112,11 @@ def repaired(base: Saved, adapter: Path, tmp_path: Path) -> Callable[..., dict[s
 Repairing = Callable[..., dict[str, Any]]
 
 
-def changes(base: Saved, adapter: Path | str) -> dict[str, Tensor]:
-    """What stock PEFT adds to each weight of a fresh base."""
-    fresh, merged = base.load(), PeftModel.from_pretrained(base.load(), str(adapter)).merge_and_unload()
-    targets = find_targets(fresh)
-    return {t.name: read_weight(merged, t).double() - read_weight(fresh, t).double() for t in targets}
-
-
 def rows_of(base: Saved, texts: list[str], names: list[str], *, end: bool = False) -> dict[str, Tensor]:
     """Inputs of the base's modules at every token of the texts, one text at a time: no padding anywhere."""
     ids = [tuple(int(word[1:]) for word in text.split()) + ((2,) if end else ()) for text in texts]
     alone = [inputs_of(base.load(), names, Calibration((row,), pad_id=0)) for row in ids]
-    return {name: torch.cat([found[name] for found in alone]) for name in names}
+    return {name: torch.cat([inputs[name] for inputs in alone]) for name in names}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama with biases", "gpt2"])
@@ -147,7 +127,7 @@ def test_the_repaired_adapter_is_the_least_squares_solution_on_rows_of_real_toke
     roles = ["c_attn", "mlp.c_proj"] if architecture == "gpt2" else ROLES
     adapter = adapter_of(base, tmp_path / "own", roles=roles, fan_in_fan_out=architecture == "gpt2")
     record = repaired(adapter, base=str(base.folder), mu=0.3)
-    before, after = changes(base, adapter), changes(base, tmp_path / "repaired")
+    before, after = merged_changes(base, adapter), merged_changes(base, tmp_path / "repaired")
     names = [name for name, change in before.items() if change.norm() > 0]
     assert {row["target"] for row in record["targets"]} == set(names)
     known = rows_of(base, KNOWLEDGE, names)
@@ -168,14 +148,14 @@ def test_the_repaired_adapter_is_the_least_squares_solution_on_rows_of_real_toke
     assert all(float(after[name].norm()) == 0 for name in before.keys() - set(names))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LORA_KINDS)
 def test_mu_zero_gives_stock_adapters_back(kind: str, base: Saved, repaired: Repairing, tmp_path: Path) -> None:
-    adapter = adapter_of(base, tmp_path / kind, **KINDS[kind])
+    adapter = adapter_of(base, tmp_path / kind, **LORA_KINDS[kind])
     repaired(adapter, mu=0.0)
     ids = tokens()
     wanted = logits(PeftModel.from_pretrained(base.load(), str(adapter)), ids)
-    found = logits(PeftModel.from_pretrained(base.load(), str(tmp_path / "repaired")), ids)
-    assert off_by(found, wanted) < 1e-5
+    repaired_logits = logits(PeftModel.from_pretrained(base.load(), str(tmp_path / "repaired")), ids)
+    assert off_by(repaired_logits, wanted) < 1e-5
     assert off_by(logits(base.load(), ids), wanted) > 1e-2
 
 
@@ -219,8 +199,8 @@ def test_a_drift_within_the_budget_changes_nothing_and_says_so(
         record = repaired(drift=1e3)
     assert record["mu"] == 0
     assert "nothing changes" in caplog.text
-    found = changes(base, tmp_path / "repaired")
-    assert all(relative(found[name], change) < 1e-6 for name, change in changes(base, adapter).items())
+    after = merged_changes(base, tmp_path / "repaired")
+    assert all(relative(after[name], change) < 1e-6 for name, change in merged_changes(base, adapter).items())
 
 
 def test_without_task_data_the_knowledge_alone_decides(
@@ -228,7 +208,7 @@ def test_without_task_data_the_knowledge_alone_decides(
 ) -> None:
     record = repaired(task=None, mu=0.4)
     assert record["task_kept"] is None
-    before, after = changes(base, adapter), changes(base, tmp_path / "repaired")
+    before, after = merged_changes(base, adapter), merged_changes(base, tmp_path / "repaired")
     names = [row["target"] for row in record["targets"]]
     known = rows_of(base, KNOWLEDGE, names)
     for name in names:
@@ -249,14 +229,14 @@ def test_dora_and_whole_models_become_plain_lora(
         first = repaired(dora, "from dora", mu=0.3, rank=6)
         second = repaired(str(tmp_path / "whole"), "from whole", mu=0.3, rank=6)
     assert "rank 6 cuts off" in caplog.text
-    ours, theirs = (changes(base, tmp_path / name) for name in ("from dora", "from whole"))
+    ours, theirs = (merged_changes(base, tmp_path / name) for name in ("from dora", "from whole"))
     names = [row["target"] for row in first["targets"]]
     assert names == [row["target"] for row in second["targets"]]
     for name in names:
         assert relative(ours[name], theirs[name]) < 1e-2
         assert int(torch.linalg.matrix_rank(ours[name], rtol=1e-4)) == 6
     assert not read_json(tmp_path / "from dora" / "adapter_config.json")["use_dora"]
-    before = changes(base, dora)
+    before = merged_changes(base, dora)
     for row in first["targets"]:
         values = torch.linalg.svdvals(before[row["target"]]).square()
         assert row["truncation"] == pytest.approx(math.sqrt(values[6:].sum() / values.sum()), rel=1e-3)
@@ -268,7 +248,7 @@ def test_a_whole_model_at_full_rank_is_repaired_as_the_adapter_it_was_merged_fro
     PeftModel.from_pretrained(base.load(), str(adapter)).merge_and_unload().save_pretrained(tmp_path / "whole")
     repaired(mu=0.3, output="one")
     record = repaired(str(tmp_path / "whole"), "two", mu=0.3, rank=5)
-    one, two = (changes(base, tmp_path / name) for name in ("one", "two"))
+    one, two = (merged_changes(base, tmp_path / name) for name in ("one", "two"))
     assert all(relative(two[row["target"]], one[row["target"]]) < 1e-3 for row in record["targets"])
     assert max(row["truncation"] for row in record["targets"]) < 1e-4
 
@@ -303,13 +283,17 @@ def test_a_second_round_takes_the_inputs_of_the_repaired_model(
     names = [row["target"] for row in record["targets"]]
     known = rows_of(running, KNOWLEDGE, names)
     task = rows_of(running, [read + said for read, said in TASK], names, end=True)
-    before, after = changes(base, adapter), changes(base, tmp_path / "two")
+    before, after = merged_changes(base, adapter), merged_changes(base, tmp_path / "two")
     for name in names:
         wanted = repaired_by_least_squares(before[name], task[name], known[name], 0.5, DAMP)
         assert relative(after[name], wanted) < 1e-3
     deep = [name for name in names if ".1." in name]  # the first layer's inputs are the same in both
     assert (
-        max(relative(after[name], change) for name, change in changes(base, tmp_path / "one").items() if name in deep)
+        max(
+            relative(after[name], change)
+            for name, change in merged_changes(base, tmp_path / "one").items()
+            if name in deep
+        )
         > 1e-2
     )
 
@@ -321,7 +305,7 @@ def test_padding_never_enters(
     repaired(mu=0.5, output="right")
     monkeypatch.setattr(repair_problem, "ResidentRunner", lambda model: RepaddingRunner(model, change))
     repaired(mu=0.5, output="changed", store=tmp_path / "other")
-    right, changed = (changes(base, tmp_path / name) for name in ("right", "changed"))
+    right, changed = (merged_changes(base, tmp_path / name) for name in ("right", "changed"))
     gap = max(relative(changed[name], value) for name, value in right.items() if value.norm() > 0)
     assert gap > 1e-2 if moves else gap < 1e-4
 
@@ -413,17 +397,12 @@ def test_an_untrained_or_damaged_adapter_is_refused(repaired: Repairing, base: S
 
 def test_the_sources_changes_are_those_of_stock_peft(base: Saved, adapter: Path) -> None:
     source = FactoredModel.of(TrainedModel.of(str(adapter), base=str(base.folder)))
-    wanted = changes(base, adapter)
+    wanted = merged_changes(base, adapter)
     assert source.exact == source.changes.keys()
     assert all(relative(change.dense(), wanted[name]) < 1e-5 for name, change in source.changes.items())
 
 
 # The command line, on a finished run of the job.
-
-
-def said_json(folder: Path) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = json.loads((folder / "repair.json").read_text(encoding="utf-8"))
-    return found
 
 
 def test_a_run_folder_is_repaired_with_its_own_data_and_scored(
@@ -433,7 +412,7 @@ def test_a_run_folder_is_repaired_with_its_own_data_and_scored(
     words: list[object] = ["repair", run, "--output", tmp_path / "out", "--store", store, "--mu", "0.3"]
     said = keeptune(*words, "--evaluate", run / "recipe.json", "--sweep", "0.1,1", capsys=capsys)
     assert said.code == 0, said.err
-    record = said_json(tmp_path / "out")
+    record = read_json(tmp_path / "out" / "repair.json")
     assert record["examples"] == {"knowledge": 8, "task": 20}
     assert f"{record['drift']:.4g}" in said.out
     assert (tmp_path / "out" / "repair.png").is_file()
@@ -465,7 +444,7 @@ def test_other_files_and_templates(
     words: list[object] = ["repair", adapter, "--output", tmp_path / "out", "--store", store]
     said = keeptune(*words, "--knowledge", file, "--text", r"{a}\n{b}", "--task", "none", "--mu", "1", capsys=capsys)
     assert said.code == 0, said.err
-    record = said_json(tmp_path / "out")
+    record = read_json(tmp_path / "out" / "repair.json")
     assert record["examples"] == {"knowledge": 2}
     assert record["task_kept"] is None
 

@@ -73,9 +73,9 @@ def test_the_closed_form_is_the_least_squares_solution_on_rows(mu: float) -> Non
 
 def test_the_closed_form_where_the_data_have_fewer_rows_than_features() -> None:
     task, knowledge = rows(5, 30), rows(4, 40)
-    found = solution(damped(covariance(task), 1e-2), covariance(knowledge), 0.5).of(change())
+    result = solution(damped(covariance(task), 1e-2), covariance(knowledge), 0.5).of(change())
     wanted = repaired_by_least_squares(change().dense(), task, knowledge, 0.5, 1e-2)
-    assert relative(found.dense(), wanted) < 1e-8
+    assert relative(result.dense(), wanted) < 1e-8
 
 
 @pytest.mark.parametrize("mu", MUS)
@@ -91,26 +91,26 @@ def test_any_other_change_has_a_larger_objective(mu: float) -> None:
 
 def test_mu_zero_gives_the_change_back_bit_for_bit() -> None:
     start = change()  # float64: a way there and back would leave rounding behind
-    found = repaired(start, 0.0)
-    assert torch.equal(found.B, start.B)
-    assert torch.equal(found.A, start.A)
+    result = repaired(start, 0.0)
+    assert torch.equal(result.B, start.B)
+    assert torch.equal(result.A, start.A)
 
 
 @pytest.mark.parametrize("mu", MUS)
 def test_only_a_changes(mu: float) -> None:
     start = change().to(torch.float32)
-    found = repaired(start, mu)
-    assert found.B is start.B
-    assert found.A.dtype == torch.float32
-    assert found.rank == start.rank
-    assert not torch.equal(found.A, start.A)
+    result = repaired(start, mu)
+    assert result.B is start.B
+    assert result.A.dtype == torch.float32
+    assert result.rank == start.rank
+    assert not torch.equal(result.A, start.A)
 
 
 def test_a_large_mu_leaves_only_the_null_space_of_the_knowledge() -> None:
     knowledge = rows(30, 50, rank=5)
-    found = repaired(change(), 1e9, covariance(knowledge))
-    assert float((knowledge @ found.dense().T).norm()) < 1e-6 * float((knowledge @ change().dense().T).norm())
-    assert float((TASK @ found.dense().T).norm()) > 0.01 * float((TASK @ change().dense().T).norm())  # not nothing
+    result = repaired(change(), 1e9, covariance(knowledge))
+    assert float((knowledge @ result.dense().T).norm()) < 1e-6 * float((knowledge @ change().dense().T).norm())
+    assert float((TASK @ result.dense().T).norm()) > 0.01 * float((TASK @ change().dense().T).norm())  # not nothing
 
 
 def test_the_product_does_not_depend_on_its_factors() -> None:
@@ -161,8 +161,8 @@ def test_the_drift_is_that_of_the_rows() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_drift_never_rises_with_mu(seed: int) -> None:
     knowledge = rows(30, 70 + seed, rank=1 + 3 * seed)
-    found = directions(damped(covariance(rows(8, 80 + seed)), 1e-6), covariance(knowledge))
-    curve = Curve.of(change(seed), found, 1.0)
+    result = directions(damped(covariance(rows(8, 80 + seed)), 1e-6), covariance(knowledge))
+    curve = Curve.of(change(seed), result, 1.0)
     grid = [0.0, *(10.0**power for power in range(-8, 9))]
     drifts = [curve.at(mu) for mu in grid]
     assert all(after <= before for before, after in zip(drifts, drifts[1:], strict=False))
@@ -195,16 +195,16 @@ def test_without_task_data_the_nearest_change_is_kept() -> None:
 def test_a_direction_that_no_data_use_is_kept_and_one_that_only_knowledge_uses_is_removed() -> None:
     task, knowledge = torch.zeros(N, N, dtype=torch.float64), torch.zeros(N, N, dtype=torch.float64)
     task[0, 0], knowledge[1, 1] = 1.0, 1.0
-    found = solution(damped(task, 1e-4), knowledge, 10.0).of(change()).dense()
+    result = solution(damped(task, 1e-4), knowledge, 10.0).of(change()).dense()
     start = change().dense()
-    assert relative(found[:, 2:], start[:, 2:]) < 1e-9
-    assert relative(found[:, 0], start[:, 0]) < 1e-9
-    assert float(found[:, 1].norm()) < 1e-3 * float(start[:, 1].norm())
+    assert relative(result[:, 2:], start[:, 2:]) < 1e-9
+    assert relative(result[:, 0], start[:, 0]) < 1e-9
+    assert float(result[:, 1].norm()) < 1e-3 * float(start[:, 1].norm())
 
 
 def test_negative_control_the_two_covariances_are_not_alike() -> None:
-    turned = solution(damped(OMEGA_K, DAMPING), OMEGA_T, 1.0).of(change())
-    assert relative(turned.dense(), repaired(change(), 1.0).dense()) > 1e-2
+    exchanged = solution(damped(OMEGA_K, DAMPING), OMEGA_T, 1.0).of(change())
+    assert relative(exchanged.dense(), repaired(change(), 1.0).dense()) > 1e-2
 
 
 @pytest.mark.parametrize("mu", (-1.0, math.inf, math.nan))

@@ -11,20 +11,18 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tests.models import MODELS, Saved, save
 from tests.pipeline.support import keeptune
+from tests.studies.adapters import LORA_KINDS, drawn_adapter, merged_changes, refused
 from torch import Tensor
 
 from keeptune.core.artefact import read_json
-from keeptune.core.errors import KeeptuneError, ModelError, PlanError, RecipeError
+from keeptune.core.errors import ModelError, PlanError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import read_weight
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import load_model
 from keeptune.studies.change import change, weight_changes
 
-KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"r": 3, "lora_alpha": 5},
-    "patterns": {"r": 3, "rank_pattern": {"layers.1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 7}},
-    "rslora": {"r": 3, "use_rslora": True},
+KINDS: dict[str, dict[str, Any]] = LORA_KINDS | {
     "dora": {"r": 3, "use_dora": True},
     "head in full": {"r": 2, "modules_to_save": ["lm_head"]},
     "weight in full": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["up_proj"]},
@@ -37,26 +35,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return save(MODELS["llama"](), tmp_path_factory.mktemp("base"))
 
 
-def adapter_of(base: Saved, folder: Path, config: Any, seed: int = 0) -> Path:
-    """Save a stock adapter with every factor drawn, as if it had been trained."""
-    wrapped = get_peft_model(base.load(), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    wrapped.save_pretrained(folder, save_embedding_layers=False)
-    return folder
-
-
 def differences(base: Saved, adapter: Path) -> dict[str, float]:
-    """What loading and merging by PEFT adds to each weight of a fresh base."""
-    fresh, loaded = base.load(), PeftModel.from_pretrained(base.load(), str(adapter))
-    merged: Any = loaded.merge_and_unload()
-    return {
-        t.name: float((read_weight(merged, t).double() - read_weight(fresh, t).double()).norm())
-        for t in find_targets(fresh)
-    }
+    return {name: float(change.norm()) for name, change in merged_changes(base, adapter).items()}
 
 
 def norms(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -66,7 +46,7 @@ def norms(rows: list[dict[str, Any]]) -> dict[str, float]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_stock_adapters(kind: str, base: Saved, tmp_path: Path) -> None:
     config = LoraConfig(**{"target_modules": ["q_proj", "v_proj", "down_proj"], **KINDS[kind]})
-    adapter = adapter_of(base, tmp_path / "a", config)
+    adapter = drawn_adapter(base, tmp_path / "a", config)
     _, rows = weight_changes(str(adapter), base=str(base.folder))
     wanted = differences(base, adapter)
     assert norms(rows) == pytest.approx(wanted, rel=1e-5, abs=1e-7)
@@ -81,21 +61,21 @@ def test_transposed_weights(tmp_path: Path) -> None:
     base = save(MODELS["gpt2"](), tmp_path / "base")
     for name, more in (("lora", {}), ("dora", {"use_dora": True})):
         config = LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **more)
-        adapter = adapter_of(base, tmp_path / name, config)
+        adapter = drawn_adapter(base, tmp_path / name, config)
         _, rows = weight_changes(str(adapter), base=str(base.folder))
         assert norms(rows) == pytest.approx(differences(base, adapter), rel=1e-5, abs=1e-7)
 
 
 def test_another_kind_of_adapter_is_merged_to_be_measured(base: Saved, tmp_path: Path) -> None:
     config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    adapter = adapter_of(base, tmp_path / "a", config)
+    adapter = drawn_adapter(base, tmp_path / "a", config)
     _, rows = weight_changes(str(adapter), base=str(base.folder))
     assert norms(rows) == pytest.approx(differences(base, adapter), rel=1e-5, abs=1e-7)
     assert any(row["norm"] > 0 for row in rows)
 
 
 def test_no_product_is_formed_for_factors(base: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = adapter_of(base, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    adapter = drawn_adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
 
     def dense(_: LowRank) -> Tensor:
         raise AssertionError("the product was formed")
@@ -122,15 +102,15 @@ def test_runs_of_keeptune_name_their_base(name: str, finished: Callable[[str], P
 def test_a_classifier_of_unknown_labels_is_refused(tmp_path: Path) -> None:
     base = save(MODELS["roberta"](), tmp_path / "base")
     config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
-    adapter = adapter_of(base, tmp_path / "a", config)
+    adapter = drawn_adapter(base, tmp_path / "a", config)
     with pytest.raises(ModelError, match="labels"):
         weight_changes(str(adapter), base=str(base.folder))
 
 
 def test_several_side_by_side(base: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "one" / "adapter", tmp_path / "two"
-    adapter_of(base, first, LoraConfig(r=2, target_modules=["q_proj"]))
-    adapter_of(base, second, LoraConfig(r=2, target_modules=["down_proj"]), seed=1)
+    drawn_adapter(base, first, LoraConfig(r=2, target_modules=["q_proj"]))
+    drawn_adapter(base, second, LoraConfig(r=2, target_modules=["down_proj"]), seed=1)
     output = tmp_path / "new" / "c.png"
     words = (first, second, "--base", base.folder, "--output", output, "--targets", "q_proj,down_proj")
     said = keeptune("change", *words, capsys=capsys)
@@ -149,7 +129,7 @@ def test_several_side_by_side(base: Saved, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_labels_are_whole_paths_where_folders_are_alike(base: Saved, tmp_path: Path) -> None:
-    sources = [adapter_of(base, tmp_path / n / "a", LoraConfig(r=1, target_modules=["q_proj"])) for n in ("x", "y")]
+    sources = [drawn_adapter(base, tmp_path / n / "a", LoraConfig(r=1, target_modules=["q_proj"])) for n in ("x", "y")]
     record = change([str(s) for s in sources], tmp_path / "c.png", base=str(base.folder))
     assert [source["label"] for source in record["sources"]] == [str(s) for s in sources]
 
@@ -157,22 +137,15 @@ def test_labels_are_whole_paths_where_folders_are_alike(base: Saved, tmp_path: P
 def test_an_adapter_on_the_head_is_left_out_with_a_word(
     base: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    adapter = adapter_of(base, tmp_path / "a", LoraConfig(r=1, target_modules=["q_proj", "lm_head"]))
+    adapter = drawn_adapter(base, tmp_path / "a", LoraConfig(r=1, target_modules=["q_proj", "lm_head"]))
     _, rows = weight_changes(str(adapter), base=str(base.folder))
     assert "lm_head" in caplog.text
     assert not any("lm_head" in row["target"] for row in rows)
 
 
-def refused(call: Callable[[], Any], kind: type[KeeptuneError], *marks: str) -> None:
-    with pytest.raises(kind) as raised:
-        call()
-    for mark in marks:
-        assert mark in str(raised.value)
-
-
 def test_wrong_sources(base: Saved, tmp_path: Path, finished: Callable[[str], Path]) -> None:
     out, known = tmp_path / "c.png", str(base.folder)
-    adapter = str(adapter_of(base, tmp_path / "a", LoraConfig(r=1, target_modules=["q_proj"])))
+    adapter = str(drawn_adapter(base, tmp_path / "a", LoraConfig(r=1, target_modules=["q_proj"])))
     refused(lambda: change([adapter], tmp_path / "c.pdf", base=known), RecipeError, ".png")
     refused(lambda: change([adapter, f"{adapter}/"], out, base=known), RecipeError, "twice")
     refused(lambda: change([adapter], out, base=known, roles=["q_prj"]), PlanError, '"q_proj"')

@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 from tests.pipeline.support import keeptune, recipe_of, values
+from tests.studies.adapters import refused
 from torch import Tensor
 
 from keeptune.core.artefact import read_json
-from keeptune.core.errors import ArtefactError, KeeptuneError, ModelError, RecipeError
+from keeptune.core.errors import ArtefactError, ModelError, RecipeError
 from keeptune.core.plan import Plan
 from keeptune.core.target import read_weight
 from keeptune.linalg.symmetric import Dense, Identity, PsdMatrix, psd_matrix_from
@@ -64,16 +65,18 @@ def test_shares_and_curvature_felt_are_those_of_the_dense_change(make: Make, tmp
                 "input": (E, psd_matrix_from(tensors, f"Omega:{group}:")),
                 "output": (E.T, psd_matrix_from(tensors, f"Gamma:{row['target']}:")),
             }
-            for side, (turned, factor) in factors.items():
+            for side, (transposed, factor) in factors.items():
                 F = factor.dense().double()
-                felt = float((turned @ F @ turned.T).trace() / turned.square().sum() / (F.trace() / len(F)))
-                found = row["sides"][side]
-                assert found["felt"] == pytest.approx(felt, rel=1e-3)
-                assert sum(found["curvature"]) == pytest.approx(1)
-                along = (turned @ torch.linalg.eigh(F).eigenvectors.flip(1)).square().sum(0) / turned.square().sum()
+                felt = float((transposed @ F @ transposed.T).trace() / transposed.square().sum() / (F.trace() / len(F)))
+                measured = row["sides"][side]
+                assert measured["felt"] == pytest.approx(felt, rel=1e-3)
+                assert sum(measured["curvature"]) == pytest.approx(1)
+                along = (transposed @ torch.linalg.eigh(F).eigenvectors.flip(1)).square().sum(
+                    0
+                ) / transposed.square().sum()
                 tenth, part = divmod(len(F), 10)  # 64 and 32 directions: the first tenth ends inside one
                 first = float(along[:tenth].sum() + part / 10 * along[tenth])
-                assert found["directions"][0] == pytest.approx(first, rel=1e-3)
+                assert measured["directions"][0] == pytest.approx(first, rel=1e-3)
         mean = sum(row["sides"]["input"]["felt"] for row in source["targets"]) / 4
         assert source["sides"]["input"]["felt"] == pytest.approx(mean)
         tenths = [row["sides"]["output"]["curvature"][3] for row in source["targets"]]
@@ -104,7 +107,7 @@ def test_models_and_rescaled_changes_are_measured_too(make: Make, tmp_path: Path
     assert [len(source["targets"]) for source in record["sources"]] == [4, 4, 4], "of the targets with curvature"
 
 
-def test_a_change_along_the_stiffest_direction_is_found_there(make: Make) -> None:
+def test_a_change_along_the_stiffest_direction_lies_there(make: Make) -> None:
     plain = make("plain", name="lora", rank=2)
     base = read_json(plain / "recipe.json")["model"]
     target = "model.layers.0.self_attn.q_proj"
@@ -126,13 +129,6 @@ def read_weight_shape(base: str, name: str) -> int:
     model = load_model(base)
     (target,) = (t for t in find_targets(model) if t.name == name)
     return read_weight(model, target).shape[1]
-
-
-def refused(call: Callable[[], Any], kind: type[KeeptuneError], *marks: str) -> None:
-    with pytest.raises(kind) as raised:
-        call()
-    for mark in marks:
-        assert mark in str(raised.value)
 
 
 def test_wrong_runs(make: Make, tmp_path: Path, finished: Callable[[str], Path]) -> None:

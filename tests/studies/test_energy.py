@@ -17,15 +17,15 @@ def test_energy_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     words = ("energy", MODEL, "--top", 2, "--targets", "q_proj, down_proj", "--output", output)
     said = keeptune(*words, capsys=capsys)
     assert said.code == 0
-    found = read_json(output.with_suffix(".json"))
-    assert (found["top"], len(found["rows"])) == (2, 10)
+    record = read_json(output.with_suffix(".json"))
+    assert (record["top"], len(record["rows"])) == (2, 10)
     weight = load_model(str(MODEL)).get_submodule("model.layers.3.mlp.down_proj").weight
     squares = torch.linalg.svdvals(weight.detach().double()) ** 2
-    (row,) = (row for row in found["rows"] if row["target"] == "model.layers.3.mlp.down_proj")
+    (row,) = (row for row in record["rows"] if row["target"] == "model.layers.3.mlp.down_proj")
     assert (row["layer"], row["role"]) == (3, "down_proj")
     assert row["energy"] == pytest.approx(float(squares[:2].sum() / squares.sum()), abs=1e-9)
-    own = [row["energy"] for row in found["rows"] if row["layer"] == 3]
-    assert found["mean"]["3"] == pytest.approx(sum(own) / 2)
+    own = [row["energy"] for row in record["rows"] if row["layer"] == 3]
+    assert record["mean"]["3"] == pytest.approx(sum(own) / 2)
     assert said.out.splitlines()[0].split() == ["layer", "q_proj", "down_proj", "mean"]
     assert f"{row['energy']:.3f}" in said.out
     assert output.stat().st_size > 10_000

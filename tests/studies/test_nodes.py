@@ -39,26 +39,26 @@ def test_suppress(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     said = keeptune("suppress", recipe, "--q", 10, "--draws", 2, "--seed", 5, capsys=capsys)
     assert said.code == 0, said.err
     (folder,) = (tmp_path / "out" / "suppress").iterdir()
-    found = read_json(folder / "suppress.json")
-    assert [(entry["name"], entry["seed"]) for entry in found["methods"]] == [
+    record = read_json(folder / "suppress.json")
+    assert [(entry["name"], entry["seed"]) for entry in record["methods"]] == [
         ("S-H", 0),
         ("S-L", 0),
         ("random", 5),
         ("random", 6),
     ]
-    for entry in found["methods"]:
+    for entry in record["methods"]:
         assert [len(rows) for rows in entry["rows"]] == [quota(10, NODES)] * LAYERS
         assert [benchmark["name"] for benchmark in entry["benchmarks"]] == ["stories", "animals"], "no tasks"
         assert entry["average_forgetting"] == pytest.approx(1 - entry["K"])
-    high, low, *others = (entry["rows"] for entry in found["methods"])
+    high, low, *others = (entry["rows"] for entry in record["methods"])
     assert high != low
     assert others[0] != others[1]
-    assert found["attribution"]["steps"] == 3
-    (story, _) = found["gaps"]
-    after = [entry["benchmarks"][0]["after"] for entry in found["methods"]]
+    assert record["attribution"]["steps"] == 3
+    (story, _) = record["gaps"]
+    after = [entry["benchmarks"][0]["after"] for entry in record["methods"]]
     assert story["S-L less S-H"] == pytest.approx(after[1] - after[0])
     assert story["interval"][0] <= story["S-L less S-H"] <= story["interval"][1]
-    assert len(found["profile"]) == LAYERS
+    assert len(record["profile"]) == LAYERS
     assert "S-H" in said.out and "random" in said.out and "forgetting" in said.out
     assert (folder / "suppress.png").stat().st_size > 5_000
     assert (folder / "nodes.png").stat().st_size > 5_000
@@ -66,8 +66,8 @@ def test_suppress(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_what_is_scored_is_the_model_without_the_rows(recipe_values: Values) -> None:
     values = recipe_values(method=LOKI)
-    found = suppress(recipe_of(values), q=50, draws=0)
-    entry, lowest = found["methods"]
+    record = suppress(recipe_of(values), q=50, draws=0)
+    entry, lowest = record["methods"]
     job = Job(recipe_of(values))
     attributions = attributions_of(job, NeuronAttribution(steps=3))
     assert entry["rows"] == [list(rows) for rows in chosen_rows(attributions, 50, "layer-high")]
@@ -75,7 +75,7 @@ def test_what_is_scored_is_the_model_without_the_rows(recipe_values: Values) -> 
     model = load_model(job.recipe.model)
     texts = [row["text"] for row in _rows(values["evaluate"][0]["file"])]
     total, tokens = 0.0, 0
-    with without_nodes(model, dict(zip(found["modules"], entry["rows"], strict=True))), torch.no_grad():
+    with without_nodes(model, dict(zip(record["modules"], entry["rows"], strict=True))), torch.no_grad():
         for text in texts:
             ids = torch.tensor([job.tokenizer(text)["input_ids"]])
             total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
@@ -101,18 +101,18 @@ def test_killed_and_started_again(recipe_values: Values, monkeypatch: pytest.Mon
     monkeypatch.setattr(scoring, "evaluate", counted)
     with pytest.raises(KeyboardInterrupt):
         suppress(recipe, q=5, draws=1)
-    found = suppress(recipe, q=5, draws=1)
+    record = suppress(recipe, q=5, draws=1)
     assert scored == ["stories", "animals", "stories", "animals", "animals", "stories", "animals"]
     monkeypatch.undo()
-    assert suppress(recipe, q=5, draws=1) == found
-    (items, *_) = Path(found["folder"]).glob("S-H-0/stories.items.jsonl")
+    assert suppress(recipe, q=5, draws=1) == record
+    (items, *_) = Path(record["folder"]).glob("S-H-0/stories.items.jsonl")
     items.unlink()
-    assert suppress(recipe, q=5, draws=1) == found
+    assert suppress(recipe, q=5, draws=1) == record
 
 
 def test_global_selections_may_leave_blocks_out(recipe_values: Values) -> None:
-    found = suppress(recipe_of(recipe_values()), q=4, over="global", draws=1)
-    numbers = [[len(rows) for rows in entry["rows"]] for entry in found["methods"]]
+    record = suppress(recipe_of(recipe_values()), q=4, over="global", draws=1)
+    numbers = [[len(rows) for rows in entry["rows"]] for entry in record["methods"]]
     assert [sum(of) for of in numbers] == [quota(4, NODES * LAYERS)] * 3
     assert len(set(numbers[0])) > 1
 
@@ -144,29 +144,29 @@ def test_overlap_of_presets(recipe: Path, tmp_path: Path, capsys: pytest.Capture
     said = keeptune("overlap", recipe, "--first", "paper", "--second", "current,layer-high", capsys=capsys)
     assert said.code == 0, said.err
     (folder,) = (tmp_path / "out" / "overlap").iterdir()
-    found = read_json(folder / "overlap.json")
-    assert found["q"] == 20, "the recipe's"
-    assert (found["first"]["attribution"]["target"], found["second"]["attribution"]["baseline"]) == ("logit", "pad")
-    assert (found["first"]["name"], found["second"]["name"]) == ("paper", "current, layer-high")
+    record = read_json(folder / "overlap.json")
+    assert record["q"] == 20, "the recipe's"
+    assert (record["first"]["attribution"]["target"], record["second"]["attribution"]["baseline"]) == ("logit", "pad")
+    assert (record["first"]["name"], record["second"]["name"]) == ("paper", "current, layer-high")
     common = [
         len(set(one) & set(other))
-        for one, other in zip(found["first"]["rows"].values(), found["second"]["rows"].values(), strict=True)
+        for one, other in zip(record["first"]["rows"].values(), record["second"]["rows"].values(), strict=True)
     ]
-    assert [row["common"] for row in found["by_layer"]] == common
-    assert found["all"]["share"] == pytest.approx(sum(common) / (LAYERS * quota(20, NODES)))
-    assert found["all"]["chance"] == pytest.approx(quota(20, NODES) / NODES)
-    assert f"{found['all']['share']:.1%}" in said.out
+    assert [row["common"] for row in record["by_layer"]] == common
+    assert record["all"]["share"] == pytest.approx(sum(common) / (LAYERS * quota(20, NODES)))
+    assert record["all"]["chance"] == pytest.approx(quota(20, NODES) / NODES)
+    assert f"{record['all']['share']:.1%}" in said.out
     assert (folder / "overlap.png").stat().st_size > 5_000
 
 
 def test_overlap_of_a_few_examples_with_all(recipe_values: Values) -> None:
     recipe = recipe_of(recipe_values(method=LOKI))
-    found = overlap(recipe, first="2")
-    assert (found["first"]["texts"], found["second"]["texts"]) == (2, 8)
+    record = overlap(recipe, first="2")
+    assert (record["first"]["texts"], record["second"]["texts"]) == (2, 8)
     same = overlap(recipe, first="8")
     assert same["all"]["share"] == 1
     back = overlap(recipe, second="2")
-    assert back["all"]["share"] == found["all"]["share"] < 1
+    assert back["all"]["share"] == record["all"]["share"] < 1
 
 
 def test_overlap_of_two_data_sets(
@@ -180,12 +180,12 @@ def test_overlap_of_two_data_sets(
     assert said.code == 0, said.err
     assert not (tmp_path / "other").exists()
     (folder,) = (tmp_path / "out" / "overlap").iterdir()
-    found = read_json(folder / "overlap.json")
-    assert [(found[side]["name"], found[side]["texts"]) for side in ("first", "second")] == [
+    record = read_json(folder / "overlap.json")
+    assert [(record[side]["name"], record[side]["texts"]) for side in ("first", "second")] == [
         ("knowledge.jsonl", 8),
         ("half.jsonl", 4),
     ]
-    assert found["all"]["chance"] < found["all"]["share"] < 1
+    assert record["all"]["chance"] < record["all"]["share"] < 1
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_two_bases_are_refused(recipe_values: Values, tmp_path: Path) -> None:
 
 def test_selections_are_those_of_the_method() -> None:
     for where in ("layer-balanced", "global-low", "global-high"):
-        rows = tuple(found.rows for found in select(RANDOM_NAMED, 25, where).values())  # type: ignore[arg-type]
+        rows = tuple(selected.rows for selected in select(RANDOM_NAMED, 25, where).values())  # type: ignore[arg-type]
         assert chosen_rows(RANDOM_NAMED, 25, where) == rows  # type: ignore[arg-type]
     flipped = Attributions.of(-torch.stack([RANDOM.read(at) for at in range(6)]))
     assert chosen_rows(RANDOM, 25, "layer-high") == chosen_rows(flipped, 25, "layer-balanced")
@@ -227,10 +227,10 @@ RANDOM_NAMED = Attributions(RANDOM.layers, RANDOM.nodes, RANDOM.samples, RANDOM.
 
 
 def test_a_map_counts_every_vote() -> None:
-    found = density(RANDOM, 25)
-    assert found["edges"] == list(range(17))
+    mapped = density(RANDOM, 25)
+    assert mapped["edges"] == list(range(17))
     for name in ("highest", "lowest"):
-        assert torch.tensor(found[name]).sum() == pytest.approx(quota(25, 48))
+        assert torch.tensor(mapped[name]).sum() == pytest.approx(quota(25, 48))
     wide = density(Attributions.of(torch.randn(2, 2, 200)), 5)
     sizes = torch.tensor(wide["edges"]).diff()
     assert len(sizes) == 64
@@ -240,11 +240,11 @@ def test_a_map_counts_every_vote() -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_random_rows_are_as_many_and_seeded(whole: bool) -> None:
     like = ((0, 1, 2), (), (5,))
-    found = drawn_rows(like, 16, 1, whole=whole)
-    assert sum(map(len, found)) == 4
-    assert whole or [len(rows) for rows in found] == [3, 0, 1]
-    assert all(list(rows) == sorted(set(rows)) and set(rows) <= set(range(16)) for rows in found)
-    assert found == drawn_rows(like, 16, 1, whole=whole)
+    drawn = drawn_rows(like, 16, 1, whole=whole)
+    assert sum(map(len, drawn)) == 4
+    assert whole or [len(rows) for rows in drawn] == [3, 0, 1]
+    assert all(list(rows) == sorted(set(rows)) and set(rows) <= set(range(16)) for rows in drawn)
+    assert drawn == drawn_rows(like, 16, 1, whole=whole)
     assert len({drawn_rows(like, 16, seed, whole=whole) for seed in range(5)}) > 1
 
 

@@ -53,8 +53,8 @@ def test_a_model_and_its_adapter(
     words = ("trace", MODEL, "--adapter", adapter, "--data", stories, *WORDS, "--store", tmp_path / "store")
     said = keeptune(*words, "--output", output, capsys=capsys)
     assert said.code == 0, said.err
-    found = read_json(output / "trace.json")
-    base, tuned = found["models"]
+    record = read_json(output / "trace.json")
+    base, tuned = record["models"]
     assert (base["name"], tuned["name"]) == (MODEL.name, f"{MODEL.name} + {adapter.name}")
     assert base["clean"] > base["corrupted"] > 0
     assert all(len(model[key]) == 5 for model in (base, tuned) for key in ("AIE", "AIE_error", "heat"))
@@ -64,7 +64,7 @@ def test_a_model_and_its_adapter(
         assert model["AIE"] == pytest.approx([sum(layer) / 3 for layer in zip(*effects, strict=True)])
         assert max(model["NAIE_max"]) == pytest.approx(1)
         assert sum(model["NAIE_sum"]) == pytest.approx(1)
-    example = found["example"]
+    example = record["example"]
     assert (
         "".join(example["prompt"]).replace(" ", "").endswith(STORIES[example["number"] - 1]["start"].replace(" ", ""))
     )
@@ -87,10 +87,15 @@ def test_two_models_by_the_other_reading(stories: Path, tmp_path: Path, capsys: 
     words = (*words, "--store", tmp_path / "store", "--adapter", MODEL)
     said = keeptune("trace", MODEL, "--data", stories, *WORDS, *words, capsys=capsys)
     assert said.code == 0, said.err
-    found = read_json(tmp_path / "t" / "trace.json")
-    assert (found["reading"], found["kind"], found["window"], found["data"]["examples"]) == ("diagonal", "mlp", 2, 2)
-    assert found["models"][0]["AIE"] == found["models"][1]["AIE"]
-    assert len(found["models"][0]["heat"][0]) == len(found["example"]["prompt"])
+    record = read_json(tmp_path / "t" / "trace.json")
+    assert (record["reading"], record["kind"], record["window"], record["data"]["examples"]) == (
+        "diagonal",
+        "mlp",
+        2,
+        2,
+    )
+    assert record["models"][0]["AIE"] == record["models"][1]["AIE"]
+    assert len(record["models"][0]["heat"][0]) == len(record["example"]["prompt"])
 
 
 def test_a_line_end_is_typed_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,22 +103,22 @@ def test_a_line_end_is_typed_as_such(tmp_path: Path, capsys: pytest.CaptureFixtu
     templates = ("--prompt", r"{q}\nAnswer:", "--completion", " {a}")
     words = ("trace", "atlas", "--data", data, *templates, "--store", tmp_path / "store", "--output", tmp_path / "t")
     assert keeptune(*words, capsys=capsys).code == 0
-    found = read_json(tmp_path / "t" / "trace.json")
-    assert "".join(found["example"]["prompt"]).endswith("?\nAnswer:")
-    assert found["models"][0]["AIE_error"] == [None] * 4
+    record = read_json(tmp_path / "t" / "trace.json")
+    assert "".join(record["example"]["prompt"]).endswith("?\nAnswer:")
+    assert record["models"][0]["AIE_error"] == [None] * 4
 
 
 def test_from_python(stories: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
     pairs = [(row["start"], row["end"]) for row in STORIES]
-    found = library.trace(model, tokenizer, pairs, LayerEffect("knowledge", fraction=0.4, seed=3))
+    record = library.trace(model, tokenizer, pairs, LayerEffect("knowledge", fraction=0.4, seed=3))
     words = ("--fraction", 0.4, "--seed", 3, "--store", tmp_path / "store", "--output", tmp_path / "t")
     keeptune("trace", MODEL, "--data", stories, *WORDS, *words, "--adapter", adapter, capsys=capsys)
     base, tuned = read_json(tmp_path / "t" / "trace.json")["models"]
-    assert found.average.tolist() == pytest.approx(base["AIE"], abs=1e-6)
-    assert found.error.tolist() == pytest.approx(base["AIE_error"], abs=1e-6)
-    assert found.normalised("sum").tolist() == pytest.approx(base["NAIE_sum"], abs=1e-5)
-    assert found.summary()["clean"] == pytest.approx(base["clean"], abs=1e-6)
+    assert record.average.tolist() == pytest.approx(base["AIE"], abs=1e-6)
+    assert record.error.tolist() == pytest.approx(base["AIE_error"], abs=1e-6)
+    assert record.normalised("sum").tolist() == pytest.approx(base["NAIE_sum"], abs=1e-5)
+    assert record.summary()["clean"] == pytest.approx(base["clean"], abs=1e-6)
 
     wrapped = PeftModel.from_pretrained(model, str(adapter))
     with_adapter = library.trace(wrapped, tokenizer, pairs, LayerEffect("knowledge", fraction=0.4, seed=3))

@@ -226,7 +226,7 @@ def _merged(wrapped: PeftModel, folder: Path) -> PreTrainedModel:
             f"adapter {folder}",
             got=f"an adapter of type {getattr(kind, 'value', kind)}, which PEFT does not merge into weights",
             wanted="an adapter that changes weights: LoRA, DoRA or another that can be merged",
-            next_step="Measure another adapter, or merge it yourself and give the whole model.",
+            next_step="Measure another adapter, or merge it yourself and measure the whole model.",
         ) from error
 
 
@@ -251,6 +251,6 @@ def _base_of_whole(folder: Path, source: str) -> str:
             source,
             got="a whole model that names no base" if folder.is_dir() else "no such folder, and no --base",
             wanted="the base that it was tuned from",
-            next_step="Name it with --base, or give an adapter folder.",
+            next_step="Name it with --base, or measure an adapter folder.",
         )
     return str(named)

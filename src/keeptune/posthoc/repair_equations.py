@@ -54,7 +54,7 @@ class Directions:
 
     Args:
         ratios: λ, ``(n,)``, ascending, not negative.
-        inverse: ``V⁻¹``, ``(n, n)``: what gives a row's length along each direction.
+        inverse: ``V⁻¹``, ``(n, n)``: from a row to its lengths along the directions.
     """
 
     ratios: Tensor
@@ -143,7 +143,7 @@ class Solution:
     """(2) for one input group and one μ: one Cholesky factorisation serves every change.
 
     Laws: optimal, any other change has a larger objective, and of all changes of rank r none has a smaller one than
-    :meth:`of_rank`; the product does not depend on how the change is factored (``B G``, ``G⁻¹ A``); μ = 0 gives the
+    :meth:`of_rank`; the product does not depend on how the change is factored (``B G``, ``G⁻¹ A``); μ = 0 leaves the
     change itself, bit for bit; as μ grows the change falls into the null space of Ω_k.
 
     Args:

@@ -74,7 +74,7 @@ def curvature(
                 source,
                 got="no change of a weight that the run's curvature is known for",
                 wanted="a training of some of the same targets",
-                next_step="Give a run that trained, with the same `targets` and `layers`.",
+                next_step="Compare a run that trained, with the same `targets` and `layers`.",
             )
         entries.append({"label": label, "folder": source, "targets": targets, "sides": _means(targets)})
     named = {"name": penalty.name, "options": dict(penalty.options)}
@@ -157,7 +157,7 @@ def _penalty_with_curvature(plan: Plan, run: Path) -> PenaltyPlan:
         str(run),
         got=f"a plan of {plan.method} without the curvature of inputs or outputs",
         wanted="a run with it, such as {name: lalora, curvature: delta-act} or delta-kfac, b-kfac, b-tri-kfac",
-        next_step="Give such a run first, and this one after it, to see both against its curvature.",
+        next_step="Name such a run first, and this one after it, to see both against its curvature.",
     )
 
 

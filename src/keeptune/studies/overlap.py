@@ -89,7 +89,7 @@ def _check_sides(jobs: list[Job], sides: list[Side], *, same_recipe: bool) -> No
             str(jobs[1].recipe.model),
             got="another base than the first recipe's",
             wanted="the same: nodes are compared one by one",
-            next_step="Give both recipes the same `model`.",
+            next_step="Use the same `model` in both recipes.",
         )
 
 

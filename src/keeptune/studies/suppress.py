@@ -43,7 +43,7 @@ def suppress(
     """Scores a recipe's base without the highest, the lowest, and as many random nodes; a killed run resumes.
 
     Args:
-        recipe: A recipe with knowledge, over which nodes are attributed (as its LoKI says, else by default), and with
+        recipe: A recipe with knowledge, over which nodes are attributed (as by its LoKI, else by default), and with
             knowledge benchmarks. Nothing is trained.
         q: Per cent of the nodes.
         over: ``"layer-balanced"``: the same number of each block; ``"global"``: of all blocks together.
