@@ -18,6 +18,7 @@ __all__ = [
     "interval_text",
     "listing",
     "loss_text",
+    "markdown",
     "number",
     "option_text",
     "points",
@@ -130,6 +131,12 @@ def listing(items: Sequence[str]) -> str:
 def short(text: str, most: int = 30) -> str:
     """Returns a name of at most so many characters, its end cut off."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def markdown(text: str) -> str:
+    """Returns a text that stays inside its Markdown cell, without markup."""
+    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return " ".join(safe.split())
 
 
 def ends(numbers: Mapping[str, Any] | None) -> tuple[float, float]:

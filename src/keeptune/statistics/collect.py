@@ -201,7 +201,7 @@ class _Collection:
                         target.name,
                         got=f"no {request.data} data",
                         wanted=f"{request.data} data for {request}",
-                        next_step=f"Give the recipe a `{request.data}` section.",
+                        next_step=f"Add a `{request.data}` section to the recipe.",
                     )
                 stored = self.store.get(self._entry(request, target))
                 if stored is None or (isinstance(request, ModelRequest) and request.by_text):
@@ -230,7 +230,7 @@ class _Collection:
             for need, measured in _by_pass(missing).items()
             for wave in (shares(measured) if self.low_memory else [measured])
         ]
-        # An expert sees some tokens only, so that padding could not be told from text: its batches hold none.
+        # An expert sees some tokens only, so that padding looks like text: its batches hold none.
         padded = not any(is_nested(target.name) for target in self.requests)
         several = len(waves) > 1
         unseen: set[str] = set()

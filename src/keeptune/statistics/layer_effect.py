@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Calibration
 from keeptune.model.probes.causal_tracing import Noise, OutputKind, Reading, Traced, Tracer, embedding_std, noise_of
+from keeptune.model.probes.tracing_passes import unanswered
 from keeptune.statistics.request import ModelRequest
 from keeptune.statistics.store import Source, StatStore
 from keeptune.statistics.text_entries import TextEntries
@@ -183,20 +184,10 @@ def layer_weights(effects: Tensor, norm: Norm = "max") -> Tensor:
 
 def _prompted_texts(data: Calibration) -> list[_PromptedText]:
     if data.prompts is None or data.labels is not None:
-        raise StatisticsError(
-            "causal tracing",
-            got="texts without an answer" if data.labels is None else "texts with labels",
-            wanted="prompts and completions: the probability of the answer is measured",
-            next_step="Give the data section `prompt` and `completion` templates.",
-        )
+        raise unanswered("texts without an answer" if data.labels is None else "texts with labels")
     texts = [(ids, prompt) for ids, prompt in zip(data.sequences, data.prompts, strict=True) if 0 < prompt < len(ids)]
     if not texts:
-        raise StatisticsError(
-            "causal tracing",
-            got="no text with a prompt and an answer",
-            wanted="at least one token of each",
-            next_step="Give the data section `prompt` and `completion` templates.",
-        )
+        raise unanswered("no text with a prompt and an answer")
     # Pooled sets may hold plain texts among the answers.
     if len(texts) < len(data.sequences):
         _log.warning("trace: %d texts have no prompt or no answer and are left out", len(data.sequences) - len(texts))

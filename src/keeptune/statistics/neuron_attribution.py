@@ -187,7 +187,7 @@ def _scored_texts(data: Calibration, answer: Answer) -> list[_ScoredText]:
             "attribution",
             got="texts with labels",
             wanted="texts, or prompts and completions: the next token is scored",
-            next_step="Give the data section a `text` template, or `prompt` and `completion`.",
+            next_step="Use a `text` template in the data section, or `prompt` and `completion`.",
         )
     starts = data.prompts or (0,) * len(data.sequences)
     texts: list[_ScoredText] = []
@@ -201,7 +201,7 @@ def _scored_texts(data: Calibration, answer: Answer) -> list[_ScoredText]:
             "attribution",
             got="no text with a prompt and a completion" if answer == "gold" else "no text",
             wanted="the completion's first token, to score it" if answer == "gold" else "at least one",
-            next_step="Give the data section `prompt` and `completion` templates, or take answer: own.",
+            next_step="Use `prompt` and `completion` templates in the data section, or take answer: own.",
         )
     if len(texts) < len(data.sequences):
         _log.warning("attribution: %d texts have no completion and are left out", len(data.sequences) - len(texts))

@@ -158,12 +158,7 @@ class ScaledNodes:
         self, arguments: Mapping[str, Any], mask: Tensor, keep: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Runs the model up to its last block; returns its output and those of the down-projections."""
-        final: list[Tensor] = []
         outputs: list[Tensor] = []
-
-        def leave(_: nn.Module, __: Any, output: Any) -> None:
-            final.append(hidden_of(output))
-            raise PassEnd
 
         def after(_: nn.Module, __: Any, output: Tensor) -> None:
             outputs.append(keep(output.reshape(*mask.shape, -1)).float())
@@ -171,10 +166,20 @@ class ScaledNodes:
         with ExitStack() as stack:
             for module in self.modules:
                 stack.callback(module.register_forward_hook(after).remove)
-            stack.callback(self.blocks[-1].register_forward_hook(leave).remove)
-            with suppress(PassEnd):
-                self.model(**arguments)
-        return final[0], outputs
+            return self._last_hidden(stack, arguments), outputs
+
+    def _last_hidden(self, stack: ExitStack, arguments: Mapping[str, Any]) -> Tensor:
+        """Runs the model up to its last block, and returns its output."""
+        final: list[Tensor] = []
+
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            final.append(hidden_of(output))
+            raise PassEnd
+
+        stack.callback(self.blocks[-1].register_forward_hook(leave).remove)
+        with suppress(PassEnd):
+            self.model(**arguments)
+        return final[0]
 
     def _above(self, clean: CleanRun, at: int, path: Tensor, times: int) -> DynamicCache:
         """Runs texts from a block on with its output scaled at all tokens, for keys and values above it."""
@@ -200,7 +205,7 @@ class ScaledNodes:
                 self.modules[at].register_forward_hook(lambda *seen: path.to(seen[2]).reshape(seen[2].shape)).remove
             )
             with suppress(PassEnd):
-                self._call()
+                self.model(**self._one_token)
         return store
 
     def _streams(
@@ -210,21 +215,13 @@ class ScaledNodes:
         suffix: Callable[[int], Suffix],
         wanted: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Runs the last tokens' streams and goes back through them.
+        """Runs the last tokens' streams, entering with leaves ``(rows, n, D)``, and goes back through them.
 
-        Args:
-            leaves: Scaled outputs ``(rows, n, D)`` of some down-projections, in order; n states enter with each.
-            inputs: ``(rows, 1, hidden)``, the clean input of a block.
-            suffix: What blocks are given for ``(rows, count)`` streams.
-            wanted: ``(rows,)``.
-
-        Returns:
-            ``(rows, states)`` and ``(rows, states, D)``.
+        Returns ``(rows, states)`` and ``(rows, states, D)``; blocks get ``suffix`` of ``(rows, count)`` streams.
         """
         ready = {at: leaf.detach().requires_grad_(True) for at, leaf in leaves.items()}
         entering = {self.layers[at]: leaf.shape[1] for at, leaf in ready.items()}
         count = [0]
-        final: list[Tensor] = []
 
         def before(number: int) -> Any:
             def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -243,21 +240,15 @@ class ScaledNodes:
 
             return hook
 
-        def leave(_: nn.Module, __: Any, output: Any) -> None:
-            final.append(hidden_of(output))
-            raise PassEnd
-
         with torch.enable_grad(), ExitStack() as stack:
             for number in range(min(entering), len(self.blocks)):
                 handle = self.blocks[number].register_forward_pre_hook(before(number), with_kwargs=True)
                 stack.callback(handle.remove)
             for at, leaf in ready.items():
                 stack.callback(self.modules[at].register_forward_hook(scaling(leaf)).remove)
-            stack.callback(self.blocks[-1].register_forward_hook(leave).remove)
-            with suppress(PassEnd):
-                self._call()
-        scores, slopes, sizes = self._scored(final[0], wanted)
-        gradients = torch.autograd.grad(final[0], list(ready.values()), slopes)
+            final = self._last_hidden(stack, self._one_token)
+        scores, slopes, sizes = self._scored(final, wanted)
+        gradients = torch.autograd.grad(final, list(ready.values()), slopes)
         return scores, torch.cat(gradients, dim=1) * sizes[..., None]
 
     def _scored(self, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,13 +280,14 @@ class ScaledNodes:
         """Runs what comes after the last block on ``(n, 1, hidden)``; the blocks run on one token, which is dropped."""
         handle = self.blocks[-1].register_forward_hook(lambda *seen: with_hidden(seen[2], hidden))
         try:
-            return cast(Tensor, self._call().logits)[:, 0]
+            return cast(Tensor, self.model(**self._one_token).logits)[:, 0]
         finally:
             handle.remove()
 
-    def _call(self) -> Any:
+    @property
+    def _one_token(self) -> dict[str, Any]:
         token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-        return self.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
+        return {"input_ids": token, "attention_mask": torch.ones_like(token), "use_cache": False}
 
 
 def _path(clean: CleanRun, at: int, alpha: float) -> Tensor:

@@ -91,17 +91,10 @@ def probabilities(logits: Tensor, wanted: Tensor) -> Tensor:
 def fast_or_none(
     model: PreTrainedModel, fast: Callable[[], T], gap: Callable[[T], float], tolerance: float, probe: str
 ) -> T | None:
-    """Tries the fast way on a first batch, and compares some of it with the slow way.
+    """Returns the result of the fast way on a first batch; None where it does not serve the model, which is logged.
 
-    Args:
-        model: The model.
-        fast: The fast way.
-        gap: How far its result is from the slow way's.
-        tolerance: How far it may be.
-        probe: Name of the probe and of what the slow way runs once for, ``"trace: state"``.
-
-    Returns:
-        The fast way's result; None where it does not serve this model, which is logged.
+    The ``gap`` to the slow way may be as large as the tolerance. ``probe`` names the probe and what the slow way runs
+    once for, such as ``"trace: state"``.
     """
     name, _, unit = probe.partition(": ")
     try:

@@ -18,7 +18,7 @@ from keeptune.model.blocks import blocks_of, parts_of
 from keeptune.model.probes.block_calls import BlockCalls, hidden_of, probabilities, take, with_hidden
 from keeptune.model.runner import arguments_of
 
-__all__ = ["OutputKind", "RestoredModules", "RunStates", "TracedBatch", "full_pass", "plain_answers"]
+__all__ = ["OutputKind", "RestoredModules", "RunStates", "TracedBatch", "full_pass", "plain_answers", "unanswered"]
 
 OutputKind = Literal["block", "attention", "mlp"]
 
@@ -90,23 +90,13 @@ class TracedBatch:
             StatisticsError: The answers are not known, or a text has no prompt or no answer.
         """
         if batch.loss_mask is None:
-            raise StatisticsError(
-                "causal tracing",
-                got="texts without an answer",
-                wanted="prompts and completions: the probability of the answer is measured",
-                next_step="Give the data section `prompt` and `completion` templates instead of `text`.",
-            )
+            raise unanswered("texts without an answer")
         mask = batch.attention_mask.to(device)
         start, lengths = mask.argmax(dim=1), mask.sum(dim=1)
         answers = batch.loss_mask.to(device).sum(dim=1)
         prompts = lengths - answers
         if not bool((prompts > 0).all() and (answers > 0).all()):
-            raise StatisticsError(
-                "causal tracing",
-                got="a text without a prompt" if bool((answers > 0).all()) else "a text without an answer",
-                wanted="at least one token of each",
-                next_step="Remove the example, or raise max_length.",
-            )
+            raise unanswered("a text without a prompt" if bool((answers > 0).all()) else "a text without an answer")
         steps = torch.arange(int(answers.max()), device=device)[None]
         places = start[:, None] + prompts[:, None] - 1 + steps.minimum(answers[:, None] - 1)
         wanted = batch.input_ids.to(device).gather(1, places + 1)
@@ -124,6 +114,16 @@ class TracedBatch:
         """Returns the arguments of the model, for the batch repeated ``rows`` times."""
         plain = Batch(self.batch.input_ids.repeat(rows, 1), self.batch.attention_mask)
         return arguments_of(plain, self.mask.repeat(rows, 1))
+
+
+def unanswered(got: str) -> StatisticsError:
+    """Returns the error for texts whose answers cannot be traced."""
+    return StatisticsError(
+        "causal tracing",
+        got=got,
+        wanted="prompts and completions of at least one token each: the probability of the answer is measured",
+        next_step="Use `prompt` and `completion` templates in the data section; raise max_length if it cuts answers.",
+    )
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from keeptune.core.versions import versions
-from keeptune.report.numbers import count, duration
+from keeptune.report.numbers import count, duration, markdown
 from keeptune.report.pages.repeat import recipe_text
 from keeptune.report.pages.run_tables import benchmark_tables
 from keeptune.report.pages.verdict import verdict
@@ -90,7 +90,7 @@ def _front_matter(entry: Mapping[str, Any], sidecar: Mapping[str, Any], name: st
 def _verdict(entry: Mapping[str, Any]) -> str:
     if not entry["benchmarks"]:
         return ""
-    return _plain(verdict({"base": "", "methods": [dict(entry) | {"label": "It"}]}))
+    return markdown(verdict({"base": "", "methods": [dict(entry) | {"label": "It"}]}))
 
 
 def _table(entry: Mapping[str, Any]) -> str:
@@ -104,7 +104,7 @@ def _table(entry: Mapping[str, Any]) -> str:
     for table in benchmark_tables(report):
         for row in table.rows:
             cells = (table.name, table.role, str(table.n), row.before, row.after, f"{row.change} {table.unit}")
-            lines.append(f"| {' | '.join(map(_plain, cells))} | {row.interval or '–'} |")
+            lines.append(f"| {' | '.join(map(markdown, cells))} | {row.interval or '–'} |")
     note = "Both models on the same items; intervals of the change are bootstrapped over items."
     kept = report.runs[0].K
     share = "" if kept is None else f" Knowledge kept (K): {kept:.3f}."
@@ -114,7 +114,7 @@ def _table(entry: Mapping[str, Any]) -> str:
 def _method(entry: Mapping[str, Any], sidecar: Mapping[str, Any]) -> str:
     seconds = (entry.get("seconds") or {}).get("train")
     rows = [
-        f"- {_plain(key)}: `{_code(value)}`" for key, value in entry.get("options", {}).items() if value is not None
+        f"- {markdown(key)}: `{_code(value)}`" for key, value in entry.get("options", {}).items() if value is not None
     ]
     trained = entry.get("trained_parameters")
     rows += [] if trained is None else [f"- trained parameters: {count(trained)}"]
@@ -134,7 +134,7 @@ def _notes(entry: Mapping[str, Any], export: Mapping[str, Any], labels: Sequence
         notes.append(f"Cut to a smaller rank: {export['error']:.2%} of the trained change (Frobenius) is left out.")
     if labels:
         notes.append(f"Labels, in the order of the outputs: {', '.join(labels)}.")
-    return [_plain(note) for note in (*notes, *map(str, entry.get("notes") or []))]
+    return [markdown(note) for note in (*notes, *map(str, entry.get("notes") or []))]
 
 
 def _loading(sidecar: Mapping[str, Any]) -> str:
@@ -152,9 +152,3 @@ def _fenced(text: str, language: str) -> str:
 
 def _code(value: object) -> str:
     return " ".join(str(value).split()).replace("`", "'")
-
-
-def _plain(text: str) -> str:
-    """Returns a text without markup and table bars."""
-    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return " ".join(safe.split())

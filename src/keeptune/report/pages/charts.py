@@ -53,9 +53,7 @@ class Chart:
     """A figure on the page.
 
     Args:
-        name: Its id.
         alt: What it shows, for who cannot see it.
-        figure: The figure.
         height: Pixels.
         labels: Legend groups to choose one of, where the page offers that.
         caption: What stands above it; None repeats ``alt``.

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from keeptune.core.errors import ArtefactError
 from keeptune.report.comparisons import Scales, cost, labels_of, setting_rows
 from keeptune.report.figures.fronts import write_figures
 from keeptune.report.numbers import ends, listing, number
 from keeptune.report.pages.comparison_charts import fronts, hypervolumes
 from keeptune.report.pages.items import lost_and_gained, read_items
-from keeptune.report.pages.page import render, write_page
+from keeptune.report.pages.page import complete, render, write_page
 from keeptune.report.pages.parts import Bar, Grid, bar
 from keeptune.report.pages.repeat import repeat
 
@@ -35,20 +34,9 @@ def write_comparison(runs: Mapping[str, Any], front: Front, path: str | os.PathL
     write_figures(runs, front, Path(path).parent / "figures")
 
 
+@complete("runs.json or front.json", "Run `keeptune compare` again; it makes them anew from the runs that are there.")
 def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
     """Returns the page, always the same of the same records; an ArtefactError names what a record lacks."""
-    try:
-        return _render(runs, front)
-    except (KeyError, TypeError) as error:
-        raise ArtefactError(
-            "runs.json or front.json",
-            got=f"{type(error).__name__}: {error}",
-            wanted="the records that keeptune compare wrote",
-            next_step="Run `keeptune compare` again; it makes them anew from the runs that are there.",
-        ) from error
-
-
-def _render(runs: Mapping[str, Any], front: Front) -> str:
     rows = runs["runs"]
     charts = {"tradeoff": fronts(rows, front, base_score(rows, front)), "hypervolume": hypervolumes(rows, front)}
     recipes = [("Recipe", runs["recipe"])] if runs.get("recipe") else []

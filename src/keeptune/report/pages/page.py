@@ -9,7 +9,8 @@ import json
 import math
 import os
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from keeptune.core.errors import ArtefactError
 from keeptune.report.pages.charts import Chart
 
-__all__ = ["island", "plotly_source", "render", "write_page"]
+__all__ = ["complete", "island", "plotly_source", "render", "write_page"]
 
 
 def render(template: str, charts: Sequence[Chart | None], base: object, found: Any = None, **values: Any) -> str:
@@ -51,6 +52,17 @@ def render(template: str, charts: Sequence[Chart | None], base: object, found: A
         found=found,
         **values,
     )
+
+
+@contextmanager
+def complete(record: str, again: str) -> Iterator[None]:
+    """Turns what reading an incomplete record raises into an error that names what the record lacks."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError) as error:
+        raise ArtefactError(
+            record, got=f"{type(error).__name__}: {error}", wanted="the records that keeptune wrote", next_step=again
+        ) from error
 
 
 def island(value: Any) -> str:

@@ -6,13 +6,12 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from keeptune.core.errors import ArtefactError
 from keeptune.core.intervals import lower_is_better
 from keeptune.report.figures.drawing import save
 from keeptune.report.figures.stage_matrix import matrix_figure, stages_figure
 from keeptune.report.numbers import count, duration, gap, interval_text, number, signed
 from keeptune.report.pages.items import lost_and_gained, read_items
-from keeptune.report.pages.page import render, write_page
+from keeptune.report.pages.page import complete, render, write_page
 from keeptune.report.pages.parts import Bar, Grid, bar
 from keeptune.report.pages.repeat import repeat
 from keeptune.report.pages.sequence_charts import course, lines, losses, matrices
@@ -33,20 +32,9 @@ def write_sequence(record: Record, path: str | os.PathLike[str]) -> None:
     save({"matrix": matrix_figure(record), "stages": stages_figure(record)}, Path(path).parent / "figures")
 
 
+@complete("sequence.json", "Run the sequence again; it makes the record anew from the stages that are there.")
 def render_sequence(record: Record) -> str:
     """Returns the page, always the same of the same record; an ArtefactError names what the record lacks."""
-    try:
-        return _render(record)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ArtefactError(
-            "sequence.json",
-            got=f"{type(error).__name__}: {error}",
-            wanted="the record that keeptune wrote",
-            next_step="Run the sequence again; it makes the record anew from the stages that are there.",
-        ) from error
-
-
-def _render(record: Record) -> str:
     maps, over, progress, lost = matrices(record), lines(record), course(record), losses(record)
     commands = [("Do it again", str(record["command"]))] if record.get("command") else []
     serve = (record.get("export") or {}).get("serve")

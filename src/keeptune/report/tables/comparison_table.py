@@ -12,7 +12,7 @@ from rich.text import Text
 
 from keeptune.core.intervals import mean_of_seeds
 from keeptune.report.estimates import Method, Series, change, mean_of, methods, series
-from keeptune.report.numbers import count, gap, interval_text, number
+from keeptune.report.numbers import count, gap, interval_text, markdown, number
 from keeptune.report.records import ReportLike, Run, as_report
 from keeptune.report.tables.terminal import fitting, table_frame
 
@@ -110,9 +110,9 @@ def print_comparison(report: ReportLike, console: Console) -> None:
 def markdown_comparison(report: ReportLike) -> str:
     """Returns the comparison as a Markdown table."""
     columns = comparison_columns(report)
-    lines = [[_escape(", ".join((item.head, *item.sub))) for item in columns], ["---", *["---:"] * (len(columns) - 1)]]
+    lines = [[markdown(", ".join((item.head, *item.sub))) for item in columns], ["---", *["---:"] * (len(columns) - 1)]]
     for row in zip(*(column.cells for column in columns), strict=True):
-        lines.append([_escape(" ".join(part for part in (cell.main, cell.note) if part)) for cell in row])
+        lines.append([markdown(" ".join(part for part in (cell.main, cell.note) if part)) for cell in row])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -165,9 +165,3 @@ def _plain(text: Text, encoding: str) -> Text:
     if encoding.lower().startswith("utf"):
         return text
     return Text(text.plain.replace("→", "->").replace("−", "-").replace("–", "-").replace("±", "+-"))
-
-
-def _escape(text: str) -> str:
-    """Returns a text that stays inside its Markdown cell."""
-    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return " ".join(safe.split())
