@@ -184,7 +184,11 @@ def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
     for target_plan in plan.targets:
         target = target_plan.target
         shape = (target.out_features, target.in_features)
-        stored = _weight_shape(model, target.name)
+        try:
+            weight: Any = model.get_submodule(target.name).weight
+            stored = tuple(weight.shape)
+        except AttributeError:
+            stored = None
         if stored != (shape[::-1] if target.transposed else shape):
             raise PlanError(
                 f"install, target {target.name}",
@@ -192,11 +196,3 @@ def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
                 wanted=f"shape {shape}",
                 next_step="The plan was made for another model; make a plan for this one.",
             )
-
-
-def _weight_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
-    try:
-        weight = model.get_submodule(name).weight
-    except AttributeError:
-        return None
-    return tuple(weight.shape) if isinstance(weight, Tensor) else None

@@ -191,10 +191,7 @@ def label_of(row: Row, template: str, *, where: str) -> str:
     value = pick(template, row, where=where)
     if not isinstance(value, str | int | float) or not str(value).strip():
         raise DataError(
-            where,
-            got=f"the label {value!r}",
-            wanted="a word or a number",
-            next_step="Fill the row or remove it.",
+            where, got=f"the label {value!r}", wanted="a word or a number", next_step="Fill the row or remove it."
         )
     return str(value).strip()
 

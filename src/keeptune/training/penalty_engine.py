@@ -141,9 +141,8 @@ class Penalties:
         by_layer: dict[int, list[float]] = defaultdict(list)
         for target_plan in self._plan.targets:
             target = target_plan.target
-            norms = [
-                made.tensors[at] for made in self._plan.penalties if (at := f"{NORM}:{target.name}") in made.tensors
-            ]
+            at = f"{NORM}:{target.name}"
+            norms = [float(made.tensors[at]) for made in self._plan.penalties if at in made.tensors]
             if not norms:
                 continue
             factors = {name: whole(p).float() for name, p in held_parameters(self._model, target_plan).items()}
@@ -155,9 +154,8 @@ class Penalties:
                 weight=1.0,
                 start=start_of(target_plan, B.device),
             )
-            norm = float(norms[0])
             moved = float(change.value(LowRank(B, factors["A"])).clamp_min(0).sqrt())
-            by_layer[target.layer].append(moved / norm if norm else 0.0)
+            by_layer[target.layer].append(moved / norms[0] if norms[0] else 0.0)
         return {f"drift/layer_{layer}": sum(shares) / len(shares) for layer, shares in sorted(by_layer.items())}
 
 
