@@ -19,7 +19,6 @@ from keeptune.evaluation.metrics import (
     mean_ratio,
     normalise_qa,
     paired_interval,
-    score_ratio,
 )
 
 ARTICLES = r"\b(?:The |the |An |A |The |a |an )"  # as in lm-eval's nq_open.yaml
@@ -32,8 +31,8 @@ SCORES = st.floats(0.01, 1.0)
 
 def kept(pairs: list[tuple[float, float]], metric: Metric = "exact_match", score: str = "K") -> float | None:
     """The mean ratio over benchmarks of (reference, value)."""
-    ratios = [(str(index), score_ratio(metric, value, reference)) for index, (reference, value) in enumerate(pairs)]
-    return mean_ratio(ratios, score, "it is 0")
+    scores = [(str(index), metric, value, reference) for index, (reference, value) in enumerate(pairs)]
+    return mean_ratio(scores, score, "it is 0")
 
 
 def has_loose_ends(text: str, articles: bool) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from keeptune.data.calibration import pad_id_of
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.classification import classified, wrong_metric
@@ -20,7 +21,7 @@ from keeptune.evaluation.likelihood import log_likelihoods, losses_and_divergenc
 from keeptune.evaluation.metrics import LABELS, SCORES, exact_match
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, mean_scores
-from keeptune.evaluation.scored_tokens import Encoder, Passes, ScoredTokens, context_limit, padding_id
+from keeptune.evaluation.scored_tokens import Encoder, Passes, ScoredTokens, context_limit
 from keeptune.evaluation.standard import NamedBenchmark, score_named
 
 __all__ = ["evaluate"]
@@ -89,8 +90,10 @@ class _Scorer:
 
     def generated(self) -> _Records:
         """Exact match of greedily generated answers."""
-        benchmark, encoder = self.benchmark, self._encoder(self.benchmark.max_new_tokens)
-        prompts = self._fitted([encoder.prompt(item.prompt, self._row(item)) for item in self.items], encoder)
+        benchmark = self.benchmark
+        prompts = self._encoded(
+            lambda encoder, item, where: [encoder.prompt(item.prompt, where)], benchmark.max_new_tokens
+        )
         texts = self._both_sides(
             prompts,
             lambda model, passes: greedy_texts(
@@ -98,21 +101,18 @@ class _Scorer:
             ),
         )
         records: _Records = []
-        for item, tokens, *both in zip(self.items, prompts, *texts.values(), strict=True):
-            named = dict(zip(SIDES, both, strict=True))
-            record: dict[str, Any] = {
-                side: exact_match(text, item.answers, normalise=benchmark.normalise) for side, text in named.items()
-            }
-            record |= {"prompt": item.prompt, "answers": list(item.answers)}
-            record |= {f"text_{side}": text for side, text in named.items()}
-            records.append(record | {"cut": tokens.cut})
+        for at, (item, tokens) in enumerate(zip(self.items, prompts, strict=True)):
+            own = {side: texts[side][at] for side in SIDES}
+            matches = {side: exact_match(own[side], item.answers, normalise=benchmark.normalise) for side in SIDES}
+            record = {"prompt": item.prompt, "answers": list(item.answers)}
+            records.append(matches | record | {f"text_{side}": own[side] for side in SIDES} | {"cut": tokens.cut})
         return records
 
     def chosen(self) -> _Records:
         """Accuracy of the likeliest choice, and of the likeliest per character."""
-        encoder = self._encoder(0)
-        choices = [encoder.choice(item.prompt, text, self._row(item)) for item in self.items for text in item.choices]
-        sequences = self._fitted(choices, encoder)
+        sequences = self._encoded(
+            lambda encoder, item, where: [encoder.choice(item.prompt, text, where) for text in item.choices]
+        )
         sums = self._both_sides(sequences, lambda model, passes: log_likelihoods(model, sequences, passes))
         records, place = [], 0
         for item in self.items:
@@ -127,19 +127,14 @@ class _Scorer:
 
     def predicted(self) -> _Records:
         """Cross-entropy and KL(base || tuned), nats per token of each document."""
-        encoder = self._encoder(0)
-        documents = self._fitted([encoder.document(item.text, self._row(item)) for item in self.items], encoder)
+        documents = self._encoded(lambda encoder, item, where: [encoder.document(item.text, where)])
         losses = losses_and_divergence(self.pair, documents, self._passes(self.benchmark.where))
-        return [
-            {
-                "before": loss.before / loss.tokens,
-                "after": loss.after / loss.tokens,
-                "kl": loss.divergence / loss.tokens,
-                "tokens": loss.tokens,
-                "cut": tokens.cut,
-            }
-            for tokens, loss in zip(documents, losses, strict=True)
-        ]
+        records: _Records = []
+        for tokens, loss in zip(documents, losses, strict=True):
+            sums = {"before": loss.before, "after": loss.after, "kl": loss.divergence}
+            means = {name: total / loss.tokens for name, total in sums.items()}
+            records.append(means | {"tokens": loss.tokens, "cut": tokens.cut})
+        return records
 
     def _both_sides(
         self, sequences: Sequence[ScoredTokens], compute: Callable[[PreTrainedModel, Passes], list[T]]
@@ -157,22 +152,19 @@ class _Scorer:
         return {"before": before, "after": run("after")}
 
     def _passes(self, where: str) -> Passes:
-        return Passes(self.benchmark.batch_size, padding_id(self.tokenizer), where, self.advance)
+        return Passes(self.benchmark.batch_size, pad_id_of(self.tokenizer), where, self.advance)
 
-    def _row(self, item: Item) -> str:
-        return f"{self.benchmark.where} row {item.index + 1}"
-
-    def _encoder(self, new_tokens: int) -> Encoder:
-        """Returns an encoder whose limit fits both models."""
-        least = shared_positions(self.pair)
-        limit = context_limit(self.benchmark.max_length, new_tokens, least, where=self.benchmark.where)
-        return Encoder(self.tokenizer, limit)
-
-    def _fitted(self, sequences: list[ScoredTokens], encoder: Encoder) -> list[ScoredTokens]:
-        """Returns the sequences, and warns of those that were cut."""
-        cut, where = sum(tokens.cut for tokens in sequences), self.benchmark.where
+    def _encoded(
+        self, encode: Callable[[Encoder, Item, str], list[ScoredTokens]], new_tokens: int = 0
+    ) -> list[ScoredTokens]:
+        """Returns the items' sequences, cut to what fits both models, and warns of those that were cut."""
+        where = self.benchmark.where
+        limit = context_limit(self.benchmark.max_length, new_tokens, shared_positions(self.pair), where=where)
+        encoder = Encoder(self.tokenizer, limit)
+        sequences = [one for item in self.items for one in encode(encoder, item, f"{where} row {item.index + 1}")]
+        cut = sum(tokens.cut for tokens in sequences)
         if cut:
-            _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", where, cut, len(sequences), encoder.limit)
+            _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", where, cut, len(sequences), limit)
         return sequences
 
 

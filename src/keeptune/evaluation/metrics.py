@@ -57,7 +57,6 @@ __all__ = [
     "normalise_qa",
     "paired_interval",
     "resampled",
-    "score_ratio",
 ]
 
 Metric = Literal["exact_match", "multiple_choice", "cross_entropy", "accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -263,29 +262,27 @@ def _ratio(top: _Values, bottom: _Values) -> _Values:
     return np.asarray(np.divide(top, bottom, out=np.zeros_like(top, dtype=np.float64), where=bottom > 0))
 
 
-def score_ratio(metric: Measure, value: float, reference: float) -> float | None:
-    """Returns a score over a reference: the result before fine-tuning for K, that of full fine-tuning for T.
+def mean_ratio(scores: Iterable[tuple[str, Measure, float, float]], score: str, reason: str) -> float | None:
+    """Computes K or T (FARSS, eq. 36 and 37): the mean of benchmarks' scores over their references.
 
-    It is 1 for equal scores, less for a worse one, and None where the reference is 0. The ratio of cross-entropies,
-    nats per token, is that of inverse perplexities.
+    Args:
+        scores: Of each benchmark the name, the metric, the score and the reference: the result before fine-tuning for
+            K, that of full fine-tuning for T. One with a reference of 0 is left out with a warning.
+        score: ``"K"`` or ``"T"``, for the warning.
+        reason: Why a benchmark is left out, for the warning.
+
+    Returns:
+        1 for equal scores, less for worse ones; None if no benchmark is left.
     """
-    if lower_is_better(metric):
-        return math.exp(reference - value)
-    return value / reference if reference else None
-
-
-def mean_ratio(ratios: Iterable[tuple[str, float | None]], score: str, reason: str) -> float | None:
-    """Computes K or T (FARSS, eq. 36 and 37), the mean ratio over named benchmarks; None if none has a ratio.
-
-    A benchmark without a ratio is left out, with a warning that names the score and the reason.
-    """
-    known = []
-    for name, ratio in ratios:
-        if ratio is None:
-            _LOG.warning("%s leaves out the benchmark %s: %s.", score, name, reason)
+    ratios = []
+    for name, metric, value, reference in scores:
+        if lower_is_better(metric):
+            ratios.append(math.exp(reference - value))  # of inverse perplexities
+        elif reference:
+            ratios.append(value / reference)
         else:
-            known.append(ratio)
-    return math.fsum(known) / len(known) if known else None
+            _LOG.warning("%s leaves out the benchmark %s: %s.", score, name, reason)
+    return math.fsum(ratios) / len(ratios) if ratios else None
 
 
 def harmonic(kept: float | None, learned: float | None) -> float | None:

@@ -20,7 +20,6 @@ from keeptune.evaluation.metrics import (
     harmonic,
     mean_ratio,
     paired_interval,
-    score_ratio,
 )
 
 __all__ = ["BenchmarkResult", "grouped", "interval_between", "label_scores", "mean_scores", "trade_off"]
@@ -96,9 +95,8 @@ def trade_off(
     Raises:
         StatisticsError: ``full`` lacks a task benchmark, or has it on other items.
     """
-    knowledge = [one for one in results if one.role == "knowledge"]
-    ratios = [(one.name, score_ratio(one.metric, one.after, one.before)) for one in knowledge]
-    kept = mean_ratio(ratios, "K", "the model scored 0 on it before fine-tuning")
+    knowledge = [(one.name, one.metric, one.after, one.before) for one in results if one.role == "knowledge"]
+    kept = mean_ratio(knowledge, "K", "the model scored 0 on it before fine-tuning")
     scores = {"K": kept, "average_forgetting": None if kept is None else 1.0 - kept}
     if full is None:
         return {**scores, "T": None, "KT": None}
@@ -113,7 +111,7 @@ def trade_off(
                 next_step="Evaluate the full fine-tuning run with this recipe's evaluate list.",
             )
     learned = mean_ratio(
-        ((one.name, score_ratio(one.metric, one.after, references[one.name, one.metric, one.n])) for one in tasks),
+        [(one.name, one.metric, one.after, references[one.name, one.metric, one.n]) for one in tasks],
         "T",
         "full fine-tuning scored 0 on it",
     )

@@ -20,7 +20,6 @@ __all__ = [
     "context_limit",
     "longest_first",
     "padded_batches",
-    "padding_id",
 ]
 
 _LOGITS_AT_ONCE = 2**28  # elements of one batch of logits: 1 GiB in float32
@@ -52,12 +51,6 @@ class Passes:
     pad: int  # token id of the padding
     where: str  # the benchmark and side, for error messages
     advance: Callable[[int], object] = lambda _: None  # called with the number of sequences done after each batch
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the padding token's id, else the end token's, else 0; the mask hides it, so any will do."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((int(token) for token in known if token is not None), 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ class _Account:
             memory=self._memory(train),
             sums=sums,
             cache=max(caches, default=0),
-            work={"statistics": statistics, "train": self._training(train), "score": self._scoring(score)},
+            work={"statistics": statistics, **self._work(train, score)},
             bounds=frozenset(part for part, known in measured.items() if not known),
             notes=tuple(notes),
         )
@@ -190,11 +190,8 @@ class _Account:
         recipe, sizes = self.job.recipe, self._sizes
         frozen = sum(size.frozen for size in sizes.values())
         if resolve(recipe.anchor, getattr(torch, self.shape.dtype)) == "twin":
-            frozen += sum(
-                size.rank * (target.out_features + target.in_features)
-                for target, size in sizes.items()
-                if size.anchored
-            )
+            anchored = [(target, size.rank) for target, size in sizes.items() if size.anchored]
+            frozen += sum(rank * (target.out_features + target.in_features) for target, rank in anchored)
         activations = estimate.activation_bytes(
             self.shape,
             self.shape.linear if self._whole else self._used,
@@ -214,24 +211,21 @@ class _Account:
             activations=activations,
         )
 
-    def _training(self, train: Trained) -> float | None:
-        if train.tokens is None:
-            return None
-        return estimate.training_flops(
-            self.shape,
-            train.tokens,
-            train.length,
-            trained=train.numbers,
-            whole=self._whole,
-            checkpointing=self._checkpointing,
-        )
-
-    def _scoring(self, score: Sequence[Scored]) -> float | None:
-        """Returns the work of scoring base and adapter."""
+    def _work(self, train: Trained, score: Sequence[Scored]) -> dict[str, float | None]:
+        """Returns the work of training, and of scoring base and adapter."""
+        training = None
+        if train.tokens is not None:
+            training = estimate.training_flops(
+                self.shape,
+                train.tokens,
+                train.length,
+                trained=train.numbers,
+                whole=self._whole,
+                checkpointing=self._checkpointing,
+            )
         known = [(one.items, one.length) for one in score if one.items is not None]
-        if len(known) < len(score):
-            return None
-        return sum(2 * estimate.forward_flops(self.shape, items * length, length) for items, length in known)
+        scoring = sum(2 * estimate.forward_flops(self.shape, items * length, length) for items, length in known)
+        return {"train": training, "score": scoring if len(known) == len(score) else None}
 
     def _requests(self) -> dict[tuple[Request, str], Target]:
         """Returns the statistics that method and penalties need, once for each site."""
