@@ -80,12 +80,12 @@ def _ring(x: float, y: float) -> go.Scatter:
 
 
 def _singles(label: str, drawn: Mark, rows: Runs, scales: Scales) -> go.Scatter:
-    told = []
+    hovers = []
     for row in rows:
         scores = [("learned", number(row["learned"])), ("forgotten", f"{scales.lost(row['forgotten'])} {scales.unit}")]
-        told.append(hover(f"{label}, seed {row['seed']}", [*scores, *setting_rows(row)]))
+        hovers.append(hover(f"{label}, seed {row['seed']}", [*scores, *setting_rows(row)]))
     marker = {"symbol": f"{drawn.symbol}-open", "size": 5, "opacity": 0.5}
-    more = {"name": plain(f"{label}, seeds"), "showlegend": False, "hovertext": told, "marker": marker}
+    more = {"name": plain(f"{label}, seeds"), "showlegend": False, "hovertext": hovers, "marker": marker}
     ys = [scales.factor * row["forgotten"] for row in rows]
     return scatter(label, [row["learned"] for row in rows], ys, drawn, "markers", **more)
 
@@ -100,10 +100,10 @@ def _settings(label: str, drawn: Mark, members: Points, scales: Scales, shown: b
             "color": drawn.colour if all(variants) else "var(--paper)",
         },
     }
-    told = [hover(str(point["name"]), [*_scores(point, scales), *setting_rows(point)]) for point in members]
+    hovers = [hover(str(point["name"]), [*_scores(point, scales), *setting_rows(point)]) for point in members]
     xs, ys = zip(*map(scales.place, members), strict=True)
     bars = _bars(members, drawn.colour, scales, shown)
-    return scatter(label, xs, ys, drawn, "markers", hovertext=told, marker=marker, **bars)
+    return scatter(label, xs, ys, drawn, "markers", hovertext=hovers, marker=marker, **bars)
 
 
 def _bars(points: Points, colour: str, scales: Scales, shown: bool) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def hypervolumes(runs: Runs, front: Mapping[str, Any]) -> Chart | None:
     if not volumes:
         return None
     numbered = labels_of(runs, front)
-    told, tips = [], []
+    hovers, tips = [], []
     for label, item in volumes.items():
         low, high = ends(item)
         tips.append((low, high))
@@ -141,9 +141,9 @@ def hypervolumes(runs: Runs, front: Mapping[str, Any]) -> Chart | None:
             ("settings", item.get("points")),
             ("seeds", ", ".join(map(str, item.get("seeds") or [])) or None),
         ]
-        told.append(hover(label, rows))
+        hovers.append(hover(label, rows))
     values = [float(item["mean"]) for item in volumes.values()]
-    more = {"error_x": arms(values, tips, "var(--ink)"), "hovertext": told, "hoverinfo": "text"}
+    more = {"error_x": arms(values, tips, "var(--ink)"), "hovertext": hovers, "hoverinfo": "text"}
     colours = [mark(numbered[label]).colour for label in volumes]
     figure = lying_bars(list(volumes), values, colours, "hypervolume", **more)
     figure.update_xaxes(rangemode="tozero")

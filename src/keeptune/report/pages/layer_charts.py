@@ -176,8 +176,8 @@ def _kept(name: str, label: str, rows: Sequence[PlanRow], kept: Sequence[Sequenc
                 for start, stop in zip(starts, stops, strict=True):
                     thick += [(start, y), (stop, y), (None, None)]
         faint: dict[str, Any] = {"opacity": 0.35, "showlegend": False, "hoverinfo": "skip"}
-        told = f"{plain(role)}: %{{x:.0f}}<extra></extra>"
-        for strips, width, more in ((whole, 1, faint), (thick, 4, {"hovertemplate": told})):
+        hovers = f"{plain(role)}: %{{x:.0f}}<extra></extra>"
+        for strips, width, more in ((whole, 1, faint), (thick, 4, {"hovertemplate": hovers})):
             line = {"dash": "solid", "width": width}
             xs, ys = [x for x, _ in strips], [y for _, y in strips]
             traces.append(scatter(role, xs, ys, mark(index), "lines", line=line, **more))
@@ -202,8 +202,8 @@ def _spectrum(name: str, evidence: str, rows: Sequence[PlanRow], labels: Sequenc
             continue
         xs, ys = thin([(x, value if value > 0 else math.nan) for x, value in enumerate(values)])
         first = not any(trace.legendgroup == row.role for trace in traces)
-        told = f"{plain(row.role)}, layer {row.layer}<br>%{{x}}: %{{y:.3g}}<extra></extra>"
-        more = {"showlegend": first, "opacity": 0.8, "line": {"width": 1.3, "dash": "solid"}, "hovertemplate": told}
+        hovers = f"{plain(row.role)}, layer {row.layer}<br>%{{x}}: %{{y:.3g}}<extra></extra>"
+        more = {"showlegend": first, "opacity": 0.8, "line": {"width": 1.3, "dash": "solid"}, "hovertemplate": hovers}
         traces.append(scatter(row.role, xs, ys, mark(roles.index(row.role)), "lines", **more))
     if not traces:
         return []
@@ -228,8 +228,8 @@ def traces(records: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
             across = ("layer", [str(layer) for layer in range(table.shape[1])])
             said = "probability brought back"
             figure = heat_map(table.tolist(), ("token", words), across, "gain", said, span=(-most, most))
-            told = f"Causal tracing of one prompt, {model['name']}: tokens by layers, * got noise ({name})"
-            charts.append(_layer_map(f"trace{place}-{index}", told, figure, len(words), 20, 40))
+            alt = f"Causal tracing of one prompt, {model['name']}: tokens by layers, * got noise ({name})"
+            charts.append(_layer_map(f"trace{place}-{index}", alt, figure, len(words), 20, 40))
     return charts
 
 

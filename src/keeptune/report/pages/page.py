@@ -22,14 +22,14 @@ from keeptune.report.pages.charts import Chart
 __all__ = ["complete", "island", "plotly_source", "render", "write_page"]
 
 
-def render(template: str, charts: Sequence[Chart | None], base: object, found: Any = None, **values: Any) -> str:
+def render(template: str, charts: Sequence[Chart | None], base: object, changed: Any = None, **values: Any) -> str:
     """Returns a page; the same values always give the same text.
 
     Args:
         template: Its file in ``templates``, which extends ``base.html.j2``.
         charts: All figures that the template places, each with a name of its own; None is left out.
         base: The base model.
-        found: The items to search, as from :func:`keeptune.report.pages.items.lost_and_gained`.
+        changed: The items to search, as from :func:`keeptune.report.pages.items.lost_and_gained`.
         values: What the template prints besides; everything is escaped.
     """
     environment = Environment(
@@ -40,7 +40,7 @@ def render(template: str, charts: Sequence[Chart | None], base: object, found: A
         lstrip_blocks=True,
     )
     figures = {chart.name: chart.figure.to_plotly_json() for chart in charts if chart is not None}
-    data = {"figures": figures} | ({"items": found["rows"]} if found else {})
+    data = {"figures": figures} | ({"items": changed["rows"]} if changed else {})
     scripts = [plotly_source(), _source("page.js")]
     return environment.get_template(template).render(
         scripts=scripts,
@@ -49,7 +49,7 @@ def render(template: str, charts: Sequence[Chart | None], base: object, found: A
         island=island(data),
         base=base,
         base_name=Path(str(base)).name or base,
-        found=found,
+        changed=changed,
         **values,
     )
 

@@ -49,8 +49,10 @@ def tradeoff(report: Report) -> charts.Chart | None:
 def base_star(x: float, y: float) -> go.Scatter:
     """Returns the star that marks the base model."""
     marker = {"symbol": "star", "size": 14, "color": "var(--ink)", "line": {"width": 1, "color": "var(--paper)"}}
-    told = [charts.hover("base model", [("learned", number(x)), ("forgotten", "nothing")])]
-    return go.Scatter(mode="markers", name="base model", x=[x], y=[y], marker=marker, hovertext=told, hoverinfo="text")
+    hovers = [charts.hover("base model", [("learned", number(x)), ("forgotten", "nothing")])]
+    return go.Scatter(
+        mode="markers", name="base model", x=[x], y=[y], marker=marker, hovertext=hovers, hoverinfo="text"
+    )
 
 
 def _spots(method: Method, index: int, knowledge: Sequence[Series], task: Sequence[Series]) -> list[go.Scatter]:
@@ -61,7 +63,7 @@ def _spots(method: Method, index: int, knowledge: Sequence[Series], task: Sequen
         x, y = learned(of, task), (lost if nats else kept)(of, knowledge)
         return None if x is None or y is None else (x, y)
 
-    def told(title: str, x: Estimate, y: Estimate, runs: Sequence[Run]) -> str:
+    def hovers(title: str, x: Estimate, y: Estimate, runs: Sequence[Run]) -> str:
         scores = [("learned", estimate_text(x)), ("forgotten" if nats else "kept", estimate_text(y))]
         return charts.hover(title, [*scores, *_setting(runs)])
 
@@ -72,7 +74,7 @@ def _spots(method: Method, index: int, knowledge: Sequence[Series], task: Sequen
     singles = [Method(method.label, (run,)) for run in method.runs] if len(method.runs) > 1 else []
     seeds = [(one.runs[0], at) for one in singles if (at := place(one)) is not None]
     if seeds:
-        texts = [told(f"{method.label}, seed {run.seed}", x, y, (run,)) for run, (x, y) in seeds]
+        texts = [hovers(f"{method.label}, seed {run.seed}", x, y, (run,)) for run, (x, y) in seeds]
         xs, ys = [at[0].mean for _, at in seeds], [at[1].mean for _, at in seeds]
         look = {"symbol": f"{drawn.symbol}-open", "size": 7, "opacity": 0.8}
         more = {"hovertext": texts, "marker": look, "showlegend": False, "name": charts.plain(f"{method.label}, seeds")}
@@ -80,7 +82,7 @@ def _spots(method: Method, index: int, knowledge: Sequence[Series], task: Sequen
     x, y = whole
     look = {"size": 13, "line": {"width": 1, "color": "var(--paper)"}}
     bars = {f"error_{a}": charts.arms([e.mean], [(e.low, e.high)], drawn.colour) for a, e in (("x", x), ("y", y))}
-    texts = [told(method.label, x, y, method.runs)]
+    texts = [hovers(method.label, x, y, method.runs)]
     more = {"hovertext": texts, "marker": look, **bars}
     return [*traces, charts.scatter(method.label, [x.mean], [y.mean], drawn, "markers", **more)]
 
@@ -121,12 +123,12 @@ def relations(report: Report) -> list[charts.Chart]:
         texts = [[signed(v, decimals).lstrip("+") if math.isfinite(v) else "" for v in row] for row in values]
         if len(labels) == 1:
             colours = [f"var(--{'loss' if row[0] > 0 else 'gain'})" for row in values]
-            told: dict[str, Any] = {
+            hovers: dict[str, Any] = {
                 "customdata": [charts.plain(name) for name in names],
                 "hovertemplate": "%{customdata}: %{text}<extra></extra>",
             }
             written = {"text": [row[0] for row in texts], "textposition": "outside", "cliponaxis": False}
-            figure = charts.lying_bars(names, [row[0] for row in values], colours, unit, **written, **told)
+            figure = charts.lying_bars(names, [row[0] for row in values], colours, unit, **written, **hovers)
         else:
             top = max((abs(v) for row in values for v in row if math.isfinite(v)), default=1.0) or 1.0
             shown_texts = texts if len(labels) <= charts.MANY else None
@@ -153,10 +155,10 @@ def losses(report: Report) -> charts.Chart | None:
     for index, method, curve in drawn:
         label, look = method.label, charts.mark(index)
         for run in method.runs if len(drawn) <= charts.MANY else ():
-            name = {"name": charts.plain(f"{label}, seed {run.seed}")}
-            traces.append(charts.scatter(label, *charts.thin(run.loss), look, "lines", **(raw | name)))
-        told = charts.plain(label)
-        words = f"{told}<br>step %{{x}}: %{{y:.4g}}<extra></extra>" if "%{" not in told else "%{x}: %{y}<extra></extra>"
+            own = {"name": charts.plain(f"{label}, seed {run.seed}")}
+            traces.append(charts.scatter(label, *charts.thin(run.loss), look, "lines", **(raw | own)))
+        name = charts.plain(label)
+        words = f"{name}<br>step %{{x}}: %{{y:.4g}}<extra></extra>" if "%{" not in name else "%{x}: %{y}<extra></extra>"
         traces.append(charts.scatter(label, *charts.thin(curve), look, "lines", hovertemplate=words))
     # The few highest values are cut off, which would press the rest flat.
     values = sorted(loss for _, method, _ in drawn for run in method.runs for _, loss in run.loss)

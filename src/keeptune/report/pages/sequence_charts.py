@@ -54,7 +54,7 @@ def _stage_axis(names: Sequence[str]) -> dict[str, Any]:
 def _line(record: Record, column: int, index: int) -> go.Scatter:
     benchmark, drawn = record["benchmarks"][column], charts.mark(index)
     scores = [row[0] for row in score_table(record, [column])]
-    tips, told = [], []
+    tips, hovers = [], []
     for row, (name, score) in enumerate(zip(row_names(record), scores, strict=True)):
         pair = record["intervals"][row][column] if record.get("intervals") else None
         low, high = (math.nan, math.nan) if pair is None else (scores[0] + pair[0], scores[0] + pair[1])
@@ -65,12 +65,12 @@ def _line(record: Record, column: int, index: int) -> go.Scatter:
             stage = record["stages"][row - 1]
             options = [(key, value) for key, value in (stage.get("options") or {}).items() if value is not None]
             rows += [("method", stage["method"]), ("seed", stage["seed"]), *options]
-        told.append(charts.hover(f"{benchmark['name']}, {name}", rows))
+        hovers.append(charts.hover(f"{benchmark['name']}, {name}", rows))
     own = own_stage(record, column)
     marker = {"size": [15 if row == own else 8 for row in range(len(scores))]}
     bars = charts.arms(scores, tips, drawn.colour)
     return charts.scatter(
-        benchmark["name"], range(len(scores)), scores, drawn, hovertext=told, marker=marker, error_y=bars
+        benchmark["name"], range(len(scores)), scores, drawn, hovertext=hovers, marker=marker, error_y=bars
     )
 
 
@@ -82,10 +82,10 @@ def course(record: Record) -> charts.Chart | None:
     names = row_names(record)[1:]
     traces = []
     for index, (key, words) in enumerate((("average_accuracy", "average accuracy"), ("forgetting", "forgetting"))):
-        told = [charts.hover(name, [(words, number(step[key]))]) for name, step in zip(names, steps, strict=True)]
+        hovers = [charts.hover(name, [(words, number(step[key]))]) for name, step in zip(names, steps, strict=True)]
         values = [step[key] for step in steps]
         traces.append(
-            charts.scatter(words, range(len(steps)), values, charts.mark(index), hovertext=told, marker={"size": 9})
+            charts.scatter(words, range(len(steps)), values, charts.mark(index), hovertext=hovers, marker={"size": 9})
         )
     figure = charts.figure_of(traces, _stage_axis(names), charts.axis("share"), margin={"r": 36})
     return charts.Chart("course", "Average accuracy and forgetting over the tasks seen so far", figure, 340)
