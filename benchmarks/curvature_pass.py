@@ -13,7 +13,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
-from keeptune.model.runner import ResidentRunner, Taps
+from keeptune.model.runner import Runner, Taps
 from keeptune.model.summed_loss import summed_loss
 from keeptune.statistics.collect import collect
 from keeptune.statistics.fisher import TokenCount, WeightFisher, lora_fisher
@@ -38,7 +38,7 @@ def rows() -> list[dict[str, str]]:
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(VOCABULARY, (16, 256)).tolist()
     data = Calibration(tuple(map(tuple, ids)), 0, (128,) * len(ids))
-    batches, targets, runner = data.batches(TOKENS), find_targets(model), ResidentRunner(model)
+    batches, targets, runner = data.batches(TOKENS), find_targets(model), Runner(model)
     errors: list[float] = []
 
     def training() -> None:

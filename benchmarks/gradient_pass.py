@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
-from keeptune.model.runner import ResidentRunner, Taps
+from keeptune.model.runner import Runner, Taps
 from keeptune.model.summed_loss import summed_loss
 from keeptune.statistics.collect import collect
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
@@ -35,7 +35,7 @@ def rows() -> list[dict[str, str]]:
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(VOCABULARY, (16, 256)).tolist()
     data = Calibration(tuple(map(tuple, ids)), 0, (128,) * len(ids))
-    batches, targets, runner = data.batches(TOKENS), find_targets(model), ResidentRunner(model)
+    batches, targets, runner = data.batches(TOKENS), find_targets(model), Runner(model)
 
     def training() -> None:
         model.zero_grad()

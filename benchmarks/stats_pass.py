@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
-from keeptune.model.runner import ResidentRunner
+from keeptune.model.runner import Runner
 from keeptune.statistics.covariance import InputCovariance
 
 WIDTH, LAYERS, VOCABULARY = 512, 4, 8192
@@ -29,7 +29,7 @@ def rows() -> list[dict[str, str]]:
     ids = torch.randint(VOCABULARY, (16, 256)).tolist()
     batches = Calibration(tuple(map(tuple, ids)), 0).batches(4096)
     targets = find_targets(model)
-    runner = ResidentRunner(model)
+    runner = Runner(model)
 
     def forward() -> None:
         with torch.no_grad():

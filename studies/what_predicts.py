@@ -35,7 +35,7 @@ from keeptune.evaluation.likelihood import losses_and_divergence
 from keeptune.evaluation.scored_tokens import Passes, ScoredTokens
 from keeptune.linalg.symmetric import Dense
 from keeptune.model.blocks import find_targets
-from keeptune.model.runner import ResidentRunner
+from keeptune.model.runner import Runner
 from keeptune.penalties.tangent import block_kronecker
 from keeptune.pipeline.demo import demo_recipe
 from keeptune.pipeline.job import Job
@@ -99,7 +99,7 @@ def known(job: Job, store: Path) -> Statistics:
     assert job.calibration is not None
     data: Any = {"knowledge": job.calibration}
     fingerprint = job.base_fingerprint
-    return collect(ResidentRunner(model), requests, data, StatStore(store), model_fingerprint=fingerprint)
+    return collect(Runner(model), requests, data, StatStore(store), model_fingerprint=fingerprint)
 
 
 def held_out(job: Job) -> list[ScoredTokens]:

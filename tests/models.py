@@ -34,7 +34,7 @@ from keeptune.methods.base import Method, make_plan
 from keeptune.model.blocks import body, find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import LoadOptions, load_model
-from keeptune.model.runner import ResidentRunner, Sink, Taps
+from keeptune.model.runner import Runner, Sink, Taps
 from keeptune.model.summed_loss import Labels
 from keeptune.pipeline.planning import scoped_penalties, with_penalties
 from keeptune.statistics.collect import Statistics, collect
@@ -229,9 +229,9 @@ class Bench:
     def targets(self) -> list[Target]:
         return find_targets(self.model, self.roles)
 
-    def collect(self, method: Method, *, runner: ResidentRunner | None = None, **options: Any) -> Statistics:
+    def collect(self, method: Method, *, runner: Runner | None = None, **options: Any) -> Statistics:
         return collect(
-            runner or ResidentRunner(self.model),
+            runner or Runner(self.model),
             {target: method.requests(target) for target in self.targets()},
             {"knowledge": self.data, "task": self.task},
             StatStore(self.folder),
@@ -244,7 +244,7 @@ class Bench:
         method: Method,
         penalties: Sequence[Any] = (),
         *,
-        runner: ResidentRunner | None = None,
+        runner: Runner | None = None,
         **options: Any,
     ) -> Plan:
         statistics = self.collect(method, runner=runner, **options)
@@ -258,7 +258,7 @@ class Bench:
         return with_penalties(
             plan,
             scoped_penalties(method, penalties),
-            runner or ResidentRunner(self.model),
+            runner or Runner(self.model),
             StatStore(self.folder),
             data={"knowledge": self.data, "task": self.task},
         )
@@ -279,7 +279,7 @@ def asking(*wanted: Request) -> Any:
 
 
 @dataclass(frozen=True)
-class RepaddingRunner(ResidentRunner):
+class RepaddingRunner(Runner):
     """Changes each batch before it is run: other padding, a forgotten mask."""
 
     change: Callable[[Batch], Batch] = lambda batch: batch
@@ -328,7 +328,7 @@ def inputs_of(model: PreTrainedModel, names: Sequence[str], data: Calibration) -
     """Every real token's input row at the named modules, ``(N, n)``, by the library's runner."""
     kept = {name: Rows() for name in names}
     sinks: dict[str, list[Sink]] = {name: [rows] for name, rows in kept.items()}
-    ResidentRunner(model).forward(data.batches(), sinks, title="")
+    Runner(model).forward(data.batches(), sinks, title="")
     return {name: rows.stacked for name, rows in kept.items()}
 
 

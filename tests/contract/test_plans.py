@@ -23,7 +23,7 @@ from keeptune.linalg.decompositions import bottom_eigenvectors
 from keeptune.methods.base import make_plan, methods
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.head import body_fingerprint
-from keeptune.model.runner import ResidentRunner, Taps
+from keeptune.model.runner import Runner, Taps
 from keeptune.statistics.collect import StatsView, source_of
 from keeptune.statistics.covariance import InputCovariance, ReleasedCovariance
 from keeptune.statistics.gradient import WeightGradient
@@ -222,11 +222,11 @@ def test_the_plan_does_not_depend_on_the_number_of_shards(
             part = shard(data, slice(number, None, shards)).batches()
             sinks = {request.site(target): [total.add]}
             if request.loss is None:
-                ResidentRunner(bench.model).forward(part, sinks, title="")
+                Runner(bench.model).forward(part, sinks, title="")
             else:
                 labels, seed = request.loss
                 taps = Taps(**{request.kind: sinks})
-                ResidentRunner(bench.model).backward(part, taps, labels=labels, seed=seed, title="")
+                Runner(bench.model).backward(part, taps, labels=labels, seed=seed, title="")
             parts.append(total)
         for other in parts[:-1]:
             parts[-1].merge(other)

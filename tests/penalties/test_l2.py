@@ -18,7 +18,7 @@ from keeptune.core.target import read_weight
 from keeptune.methods.lora import Lora
 from keeptune.methods.pissa import Pissa
 from keeptune.model.head import body_fingerprint
-from keeptune.model.runner import ResidentRunner
+from keeptune.model.runner import Runner
 from keeptune.penalties.base import penalty_named
 from keeptune.penalties.l2 import L2, cubic_weights
 from keeptune.statistics.collect import collect
@@ -116,7 +116,7 @@ def test_measured_weights_are_the_effects_over_the_largest(tmp_path: Path) -> No
     plan = bench.plan(Lora(rank=4), [penalty])
     (request,) = penalty.requests(plan.targets[0])
     effects = collect(
-        ResidentRunner(bench.model),
+        Runner(bench.model),
         {t: frozenset({request}) for t in bench.targets()},
         {"knowledge": task(3)},
         StatStore(tmp_path),

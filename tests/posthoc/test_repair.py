@@ -303,7 +303,7 @@ def test_padding_never_enters(
     change: Any, moves: bool, repaired: Repairing, base: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repaired(mu=0.5, output="right")
-    monkeypatch.setattr(repair_problem, "ResidentRunner", lambda model: RepaddingRunner(model, change))
+    monkeypatch.setattr(repair_problem, "Runner", lambda model: RepaddingRunner(model, change))
     repaired(mu=0.5, output="changed", store=tmp_path / "other")
     right, changed = (merged_changes(base, tmp_path / name) for name in ("right", "changed"))
     gap = max(relative(changed[name], value) for name, value in right.items() if value.norm() > 0)
@@ -331,7 +331,7 @@ def test_started_again_it_takes_its_statistics_from_the_store(
         with pytest.raises(KeyboardInterrupt):
             repaired(mu=0.5)
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="keeptune"):
-        patch.setattr(repair_problem.ResidentRunner, "forward", killed)
+        patch.setattr(repair_problem.Runner, "forward", killed)
         repaired(mu=0.5)
     assert "taken from" in caplog.text
     assert ".repaired.left" not in names_in(tmp_path)

@@ -23,7 +23,7 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.head import body_fingerprint
 from keeptune.model.probes.attribution import Attributor
-from keeptune.model.runner import ResidentRunner
+from keeptune.model.runner import Runner
 from keeptune.statistics.collect import StatsView, collect, source_of
 from keeptune.statistics.neuron_attribution import (
     Attributions,
@@ -39,7 +39,7 @@ def gathered(model: Any, data: Calibration, folder: Path, request: NeuronAttribu
     targets = find_targets(model, ["down_proj"])
     wanted = {target: frozenset([request]) for target in targets}
     key = body_fingerprint(model)
-    found = collect(ResidentRunner(model), wanted, {"knowledge": data}, StatStore(folder), model_fingerprint=key)
+    found = collect(Runner(model), wanted, {"knowledge": data}, StatStore(folder), model_fingerprint=key)
     return found.view(targets[0])
 
 

@@ -16,7 +16,7 @@ from keeptune.core.errors import StatisticsError
 from keeptune.core.target import read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.linalg.decompositions import exact_svd
-from keeptune.model.runner import ResidentRunner
+from keeptune.model.runner import Runner
 from keeptune.model.summed_loss import drawn_labels, summed_loss
 from keeptune.statistics.collect import Statistics
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
@@ -99,10 +99,8 @@ def test_a_classifier_needs_labels(tmp_path: Path) -> None:
 def test_one_sweep_serves_inputs_and_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, passes = Bench(MODELS["llama"](), tmp_path), []
     for name in ("forward", "backward"):
-        plain: Callable[..., None] = getattr(ResidentRunner, name)
-        monkeypatch.setattr(
-            ResidentRunner, name, lambda *a, _n=name, _p=plain, **k: (passes.append(_n), _p(*a, **k))[1]
-        )
+        plain: Callable[..., None] = getattr(Runner, name)
+        monkeypatch.setattr(Runner, name, lambda *a, _n=name, _p=plain, **k: (passes.append(_n), _p(*a, **k))[1])
     collected(bench, INPUT, GRADIENT, WEIGHT)
     assert passes == ["backward"]
     collected(bench, INPUT, GRADIENT, WEIGHT)

@@ -20,7 +20,7 @@ from keeptune.core.target import Target
 from keeptune.data.knowledge import joined_knowledge
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
-from keeptune.model.runner import ResidentRunner
+from keeptune.model.runner import Runner
 from keeptune.statistics.collect import collect
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance, ReleasedCovariance
 from keeptune.statistics.gradient import WeightGradient
@@ -189,7 +189,7 @@ def test_a_second_collection_computes_nothing(tmp_path: Path) -> None:
 
 def collect_for(made: Any, targets: list[Target], **options: Any) -> Any:
     return collect(
-        ResidentRunner(made.model),
+        Runner(made.model),
         {target: frozenset({KNOWLEDGE}) for target in targets},
         {"knowledge": made.data},
         StatStore(made.folder),
@@ -203,7 +203,7 @@ def test_a_method_that_asks_for_nothing_costs_no_pass(tmp_path: Path) -> None:
     targets = made.targets()
     with counted_passes(made.model) as passes:
         collect(
-            ResidentRunner(made.model),
+            Runner(made.model),
             {target: Lora().requests(target) for target in targets},
             {},
             StatStore(made.folder),
@@ -284,7 +284,7 @@ def test_data_that_are_requested_and_not_given_are_named(tmp_path: Path) -> None
     targets = made.targets()
     with pytest.raises(StatisticsError, match=r"Give the recipe a `task` section"):
         collect(
-            ResidentRunner(made.model),
+            Runner(made.model),
             {target: frozenset({InputCovariance("task")}) for target in targets},
             {"knowledge": made.data},
             StatStore(made.folder),

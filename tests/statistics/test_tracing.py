@@ -15,7 +15,7 @@ from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.head import body_fingerprint
-from keeptune.model.runner import ResidentRunner
+from keeptune.model.runner import Runner
 from keeptune.statistics.collect import Statistics, collect, source_of
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.layer_effect import (
@@ -42,7 +42,7 @@ def gathered(model: Any, data: Calibration, folder: Path, *requests: Request, **
     wanted = {target: frozenset(requests) for target in targets}
     store, key = StatStore(folder), body_fingerprint(model)
     sources = {"knowledge": data, "task": data}
-    return collect(ResidentRunner(model), wanted, sources, store, model_fingerprint=key, **options)  # type: ignore[arg-type]
+    return collect(Runner(model), wanted, sources, store, model_fingerprint=key, **options)  # type: ignore[arg-type]
 
 
 def test_every_target_reads_the_one_entry(tmp_path: Path) -> None:

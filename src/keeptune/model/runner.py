@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from keeptune.data.calibration import Batch
 from keeptune.model.blocks import body, head_of, is_nested
 from keeptune.model.summed_loss import Labels, summed_loss
 
-__all__ = ["PassEnd", "PassKind", "ResidentRunner", "Runner", "Sink", "Taps", "arguments_of", "still"]
+__all__ = ["PassEnd", "PassKind", "Runner", "Sink", "Taps", "arguments_of", "still"]
 
 # What a sink gets of a module: inputs h (tokens, n), output gradients δ = d loss / d y (tokens, m), both at once, or
 # both and the number of rows of each text.
@@ -50,24 +50,28 @@ class Taps:
         return {*self.backward, *self.joint, *self.texts}
 
 
-class Runner(Protocol):
+@dataclass(frozen=True)
+class Runner:
     """Passes batches through a model in evaluation mode, with frozen weights and no caches.
 
-    Padding never leaves a runner: a sink gets the rows of real tokens, one call per batch.
+    Padding never leaves a runner: a sink gets the rows of real tokens, one call per batch. An empty title shows no
+    progress bar.
     """
 
-    @property
-    def model(self) -> PreTrainedModel:
-        """The base model."""
-        ...
+    model: PreTrainedModel
 
     def forward(self, batches: Sequence[Batch], sinks: Mapping[str, Sequence[Sink]], *, title: str) -> None:
         """Passes all batches once without the head; sinks get a module's input rows ``(tokens, in_features)``.
 
+        The pass of a batch ends as soon as every watched module has been reached.
+
         Raises:
             StatisticsError: A row is NaN or infinite.
         """
-        ...
+        inner = body(self.model)
+        with still(self.model), torch.no_grad():
+            for number, batch in enumerate(_shown(batches, title), start=1):
+                self._forth(inner, self._ready(batch), sinks).check(f"batch {number} of {len(batches)}")
 
     def backward(self, batches: Sequence[Batch], taps: Taps, *, labels: Labels, seed: int, title: str) -> None:
         """Passes all batches forth and back once; only activations get gradients.
@@ -79,24 +83,6 @@ class Runner(Protocol):
         Raises:
             StatisticsError: A row is NaN or infinite, or the rows of texts are not known.
         """
-        ...
-
-
-@dataclass(frozen=True)
-class ResidentRunner:
-    """Runs a model that is wholly in memory."""
-
-    model: PreTrainedModel
-
-    def forward(self, batches: Sequence[Batch], sinks: Mapping[str, Sequence[Sink]], *, title: str) -> None:
-        """Passes all batches once; the pass of a batch ends as soon as every watched module has been reached."""
-        inner = body(self.model)
-        with still(self.model), torch.no_grad():
-            for number, batch in enumerate(_shown(batches, title), start=1):
-                self._forth(inner, self._ready(batch), sinks).check(f"batch {number} of {len(batches)}")
-
-    def backward(self, batches: Sequence[Batch], taps: Taps, *, labels: Labels, seed: int, title: str) -> None:
-        """Passes all batches forth and back once."""
         with still(self.model), torch.enable_grad():
             for number, batch in enumerate(_shown(batches, title), start=1):
                 self._forth_and_back(self._ready(batch), taps, labels, seed).check(f"batch {number} of {len(batches)}")

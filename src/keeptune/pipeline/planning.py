@@ -18,7 +18,7 @@ from keeptune.methods.combined import parts_of, tuned_roles
 from keeptune.model.blocks import depth, find_targets, head_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import refuse_not_finite
-from keeptune.model.runner import ResidentRunner
+from keeptune.model.runner import Runner
 from keeptune.penalties.base import OutputPenalty, Penalty, Site, penalty_plan
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import DataRole, Request
@@ -154,7 +154,7 @@ def statistics_for(
     refuse_layers(method, options.layers)
     targets = find_targets(model, tuned_roles(method, options.roles), options.layers)
     statistics = collect(
-        ResidentRunner(model),
+        Runner(model),
         {target: method.requests(target) for target in targets},
         data,
         store,
@@ -206,7 +206,7 @@ def plan_for(
         head=head_of(model),
         provenance=provenance,
     )
-    return with_penalties(plan, scoped, ResidentRunner(model), store, data=data, options=options)
+    return with_penalties(plan, scoped, Runner(model), store, data=data, options=options)
 
 
 def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> tuple[TargetPlan, ...]:
@@ -230,7 +230,7 @@ def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> 
 def with_penalties(
     plan: Plan,
     penalties: Sequence[ScopedPenalty],
-    runner: ResidentRunner,
+    runner: Runner,
     store: StatStore,
     *,
     data: Mapping[DataRole, Calibration],

@@ -16,7 +16,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target, read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
-from keeptune.model.runner import ResidentRunner
+from keeptune.model.runner import Runner
 from keeptune.posthoc.factored_model import FactoredModel
 from keeptune.posthoc.repair_equations import Curve, damped, directions, output_energy, solution, white_like
 from keeptune.statistics.collect import Statistics, collect
@@ -140,7 +140,7 @@ def repair_problem(
     every = [target for target in find_targets(start.model) if target.name in start.changes]
     requests = frozenset(InputCovariance(role) for role in data)
     statistics = collect(
-        ResidentRunner(start.model if running is None else running),
+        Runner(start.model if running is None else running),
         dict.fromkeys(every, requests),
         data,
         store,
