@@ -161,7 +161,7 @@ def test_what_cannot_be_searched_is_refused(search: Load, monkeypatch: pytest.Mo
         load_comparison(comparison.path, {"evaluate.1.role": "knowledge"})
 
 
-def no_workers(*_: Any) -> Any:
+def no_workers(*_: Any, **__: Any) -> Any:
     raise AssertionError("workers were started")
 
 
@@ -187,8 +187,8 @@ def test_a_search_runs_its_trials_and_the_front_with_all_seeds_and_again_does_no
 
     written = {path: path.stat().st_mtime_ns for path in out.rglob("train.json")}
     assert len(written) >= 2
-    monkeypatch.setattr(searching, "started_workers", no_workers)
-    monkeypatch.setattr(engine, "started_workers", no_workers)
+    monkeypatch.setattr(searching, "run_each", no_workers)
+    monkeypatch.setattr(engine, "run_each", no_workers)
     with pytest.raises(AssertionError, match="workers were started"):  # the failed ones are tried again
         run_comparison(comparison, "")
     done = {row["name"] for row in rows if row["status"] == "done"}

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 import os
 import platform
 import secrets
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ __all__ = [
     "log_outcome",
     "only_one",
     "run_all",
+    "run_each",
     "run_tasks",
-    "started_workers",
     "tasks_of",
 ]
 
@@ -114,18 +114,12 @@ def run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Out
         _log.info("%s: %d of %d runs are done", comparison.kind, len(outcomes), len(tasks))
     if not waiting:
         return outcomes
-    with (
-        started_workers(comparison) as workers,
-        logging_redirect_tqdm(),
-        tqdm(total=len(waiting), desc="runs", unit="run", disable=None, smoothing=0) as bar,
-    ):
-        for task in waiting:
-            workers.submit(task)
-        for number in range(1, len(waiting) + 1):
-            task, outcome = workers.wait()
+    ended = run_each(comparison, waiting)
+    with logging_redirect_tqdm():
+        bar = tqdm(ended, total=len(waiting), desc="runs", unit="run", disable=None, smoothing=0)
+        for number, (task, outcome) in enumerate(bar, start=1):
             outcomes[task.name] = outcome
             log_outcome(task.name, outcome, number, len(waiting))
-            bar.update()
     return outcomes
 
 
@@ -143,67 +137,58 @@ def only_one(output: Path) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def started_workers(comparison: Comparison) -> Iterator[_Here | _OnRay]:
-    """Starts workers: on Ray, or in this process where the section has no ``resources``.
+def run_each(
+    comparison: Comparison, tasks: Iterable[RunTask], *, lazily: bool = False
+) -> Iterator[tuple[RunTask, Outcome]]:
+    """Does tasks on Ray, or in this process where the section has no ``resources``; yields each as it ends.
+
+    Args:
+        comparison: The comparison.
+        tasks: The tasks.
+        lazily: Draw a task when there is room for it, not all at the start.
 
     Raises:
         RecipeError: Ray is not installed, there is no such cluster, or no node has the resources of one run.
     """
     resources = comparison.section.resources
-    if resources is None:
-        yield _Here()
+    if resources is not None:
+        yield from _on_ray(iter(tasks), resources, comparison.output, lazily)
         return
+    for task in tasks:
+        yield task, replace(attempt(task), warnings=())  # they were logged here as they came
+
+
+def _on_ray(
+    tasks: Iterator[RunTask], resources: Resources, output: Path, lazily: bool
+) -> Iterator[tuple[RunTask, Outcome]]:
     with _started_ray(resources) as ray:
-        yield _OnRay(ray, resources, comparison.output)
-
-
-class _Here:
-    """Does runs one after the other in this process; ``room`` is how many at once."""
-
-    room = 1
-
-    def __init__(self) -> None:
-        self._waiting: deque[RunTask] = deque()
-
-    def submit(self, task: RunTask) -> None:
-        self._waiting.append(task)
-
-    def wait(self) -> tuple[RunTask, Outcome]:
-        task = self._waiting.popleft()
-        return task, replace(attempt(task), warnings=())  # they were logged here as they came
-
-
-class _OnRay:
-    """Runs as Ray's tasks."""
-
-    def __init__(self, ray: Any, resources: Resources, output: Path) -> None:
-        self._ray = ray
-        self._token = secrets.token_hex(16)
-        write_bytes(output / _MARKER, self._token.encode())  # by which workers see that the folder is theirs
+        token = secrets.token_hex(16)
+        write_bytes(output / _MARKER, token.encode())  # by which workers see that the folder is theirs
         # Ray takes a new process for each task with a GPU unless it is configured otherwise.
-        self._remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=_RETRIES, max_calls=0)(
-            _on_worker
-        )
-        self._running: dict[Any, RunTask] = {}
-        self.room = max(1, sum(_fits(node, resources) for node in ray.nodes()))
+        share = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+        remote = ray.remote(**share, max_retries=_RETRIES, max_calls=0)(_on_worker)
+        running: dict[Any, RunTask] = {}
+        while True:
+            room = max(1, sum(_fits(node, resources) for node in ray.nodes()))
+            for task in itertools.islice(tasks, max(0, room - len(running)) if lazily else None):
+                running[remote.remote(task, token)] = task
+            if not running:
+                return
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            yield running.pop(ready), _outcome(ray, ready)
 
-    def submit(self, task: RunTask) -> None:
-        self._running[self._remote.remote(task, self._token)] = task
 
-    def wait(self) -> tuple[RunTask, Outcome]:
-        exceptions = self._ray.exceptions
-        (ready,), _ = self._ray.wait(list(self._running), num_returns=1)
-        task = self._running.pop(ready)
-        try:
-            return task, self._ray.get(ready)
-        except exceptions.WorkerCrashedError:
-            message = f"its worker process died {_RETRIES + 1} times; out of memory?"
-        except exceptions.RayTaskError as error:
-            message = f"an unexpected error: {error}"
-        except exceptions.RayError as error:
-            message = f"{type(error).__name__}: {error}"
-        return task, Outcome("failed", message)
+def _outcome(ray: Any, ready: Any) -> Outcome:
+    try:
+        outcome: Outcome = ray.get(ready)
+        return outcome
+    except ray.exceptions.WorkerCrashedError:
+        message = f"its worker process died {_RETRIES + 1} times; out of memory?"
+    except ray.exceptions.RayTaskError as error:
+        message = f"an unexpected error: {error}"
+    except ray.exceptions.RayError as error:
+        message = f"{type(error).__name__}: {error}"
+    return Outcome("failed", message)
 
 
 def _fits(node: Mapping[str, Any], resources: Resources) -> int:

@@ -35,14 +35,14 @@ from keeptune.experiments.engine import (
     TaskMaker,
     log_outcome,
     only_one,
+    run_each,
     run_tasks,
-    started_workers,
     tasks_of,
 )
 from keeptune.experiments.entries import Entry, Variation, by_factor, by_value, slug
 from keeptune.experiments.front import pareto
 from keeptune.experiments.plan_runs import Comparison, RunSpec, list_runs, run_spec
-from keeptune.experiments.single_run import Outcome
+from keeptune.experiments.single_run import Outcome, RunTask
 
 __all__ = [
     "JOURNAL",
@@ -252,24 +252,23 @@ def run_search(comparison: Comparison, search: Search) -> tuple[tuple[RunSpec, .
 def _run_trials(maker: TaskMaker, study: Any, search: Search) -> dict[str, Outcome]:
     """Draws and runs trials until the budget is used; returns name to outcome of those of this time."""
     comparison, outcomes = maker.comparison, dict[str, Outcome]()
-    done = drawn = sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
-    if drawn >= search.trials:
-        return outcomes
+    done = sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
     running: dict[int, tuple[Any, RunSpec]] = {}
-    with started_workers(comparison) as workers:
-        while drawn < search.trials or running:
-            while drawn < search.trials and len(running) < workers.room:
-                trial = ask(study, search.seed, comparison.entries)
-                spec = run_spec(comparison, *setting_of(comparison.entries, trial.params), comparison.section.seeds[0])
-                task = maker.task(spec)
-                workers.submit(task)
-                running[id(task)] = trial, spec
-                drawn += 1
-            task, outcome = workers.wait()
-            trial, spec = running.pop(id(task))
-            outcomes[spec.name] = _tell(comparison, study, trial, spec, outcome)
-            done += 1
-            log_outcome(spec.name, outcomes[spec.name], done, search.trials)
+
+    def draw() -> Iterator[RunTask]:
+        for _ in range(done, search.trials):
+            trial = ask(study, search.seed, comparison.entries)
+            spec = run_spec(comparison, *setting_of(comparison.entries, trial.params), comparison.section.seeds[0])
+            task = maker.task(spec)
+            running[id(task)] = trial, spec
+            yield task
+
+    if done >= search.trials:
+        return outcomes
+    for number, (task, outcome) in enumerate(run_each(comparison, draw(), lazily=True), start=done + 1):
+        trial, spec = running.pop(id(task))
+        outcomes[spec.name] = _tell(comparison, study, trial, spec, outcome)
+        log_outcome(spec.name, outcomes[spec.name], number, search.trials)
     return outcomes
 
 
