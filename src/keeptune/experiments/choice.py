@@ -23,7 +23,7 @@ from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.core.artefact import atomic_directory, canonical_json, read_json, write_bytes, write_json
 from keeptune.core.errors import ArtefactError, RecipeError, nearest
 from keeptune.evaluation.results import BenchmarkResult, trade_off
-from keeptune.experiments.axes import loss_of, unit_of
+from keeptune.experiments.axes import Axis, forgotten_of, unit_of
 from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
 from keeptune.experiments.front import spread
 from keeptune.experiments.posthoc_scaling import variant_of
@@ -113,10 +113,12 @@ def choose(record: Row, front: Row, max_loss: float | Mapping[str, float], *, es
     """
     limits = limits_of(record["benchmarks"], front["axes"]["forgotten"] if front["axes"] else [], max_loss)
     rows = {row["name"]: row for row in record["runs"]}
+    metrics = {b["name"]: b["metric"] for b in record["benchmarks"]}
+    axes = {name: Axis("knowledge", (name,), unit_of(metrics[name])) for name in limits}
     judged = []
     for point in front["points"]:
         members = [rows[name] for name in point["runs"]]
-        estimates = {name: _estimate(members, name, estimate) for name in limits}
+        estimates = {name: _estimate(members, axis, estimate) for name, axis in axes.items()}
         losses = {name: loss for name, loss in estimates.items() if loss is not None}
         if missing := [name for name in limits if name not in losses]:
             _log.warning("choice: %s is left out: no score of %s", point["name"], ", ".join(missing))
@@ -128,7 +130,7 @@ def choose(record: Row, front: Row, max_loss: float | Mapping[str, float], *, es
     point, losses, members = max(
         within, key=lambda entry: (entry[0]["learned"]["mean"], -entry[0]["forgotten"]["mean"], entry[0]["name"])
     )
-    run, own = _median(members, limits)
+    run, own = _median(members, axes, limits)
     return Choice(
         point=point["name"],
         run=run["name"],
@@ -143,28 +145,23 @@ def choose(record: Row, front: Row, max_loss: float | Mapping[str, float], *, es
     )
 
 
-def _loss(row: Row, name: str) -> tuple[float, tuple[float, float] | None] | None:
-    """What a run lost of a benchmark, with its item interval; None without a score."""
-    b = next((b for b in row["benchmarks"] if b["name"] == name), None)
-    if b is None or b["before"] is None or b["after"] is None:
+def _estimate(rows: Sequence[Row], axis: Axis, estimate: Bound) -> float | None:
+    losses = [forgotten_of(row["benchmarks"], axis) for row in rows]
+    numbers = [loss.number for loss in losses if loss.number is not None]
+    if len(numbers) < len(losses):
         return None
-    unit = unit_of(b["metric"])
-    low, high = b["interval"] or (None, None)
-    ends = None if low is None or high is None else (-high, -low) if unit == "share" else (low, high)
-    return loss_of(b["before"], b["after"], unit), ends
-
-
-def _estimate(rows: Sequence[Row], name: str, estimate: Bound) -> float | None:
-    losses = [loss for row in rows if (loss := _loss(row, name)) is not None]
-    if len(losses) < len(rows):
-        return None
-    over = spread([value for value, _ in losses], [ends for _, ends in losses])
+    over = spread(numbers, [loss.interval for loss in losses])
     number = over.mean if estimate == "mean" else over.high
     return number if math.isfinite(number) else None
 
 
-def _median(members: Sequence[Row], limits: Mapping[str, float]) -> tuple[Row, dict[str, float]]:
-    runs = [(row, {name: (_loss(row, name) or (math.inf,))[0] for name in limits}) for row in members]
+def _median(
+    members: Sequence[Row], axes: Mapping[str, Axis], limits: Mapping[str, float]
+) -> tuple[Row, dict[str, float]]:
+    runs = []
+    for row in members:
+        losses = {name: forgotten_of(row["benchmarks"], axis).number for name, axis in axes.items()}
+        runs.append((row, {name: math.inf if loss is None else loss for name, loss in losses.items()}))
     keeping = [run for run in runs if all(run[1][name] <= limit for name, limit in limits.items())]
     if not keeping:
         _log.warning("choice: no single seed keeps within all limits, only their mean does; the median seed is taken")

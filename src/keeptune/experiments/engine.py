@@ -15,8 +15,8 @@ import logging
 import os
 import platform
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from keeptune.model.head import body_fingerprint
 from keeptune.pipeline.job import Job
 
 __all__ = [
-    "TaskMaker",
+    "TaskOf",
     "log_outcome",
     "only_one",
     "run_all",
@@ -48,26 +48,21 @@ _MARKER = ".shared-folder"
 _RETRIES = 1
 
 
-@dataclass(frozen=True)
-class TaskMaker:
-    """Makes tasks of a comparison's runs, from the base's fingerprint and those of data files by path."""
+TaskOf = Callable[[RunSpec], RunTask]
 
-    comparison: Comparison
-    base: str
-    known: dict[str, str] = field(default_factory=dict)
 
-    def task(self, spec: RunSpec) -> RunTask:
-        """Returns a run as a worker gets it."""
-        resources = self.comparison.section.resources
-        return RunTask(
-            name=spec.name,
-            recipe=spec.recipe,
-            key=task_key(spec.recipe, self.base, self.known),
-            base=self.base,
-            shared=self.comparison.output.absolute(),
-            threads=None if resources is None else max(1, int(resources.cpus)),
-            variants=variants_of(self.comparison, spec.label),
-        )
+def _task_maker(comparison: Comparison, base: str) -> TaskOf:
+    """Returns what makes tasks of a comparison's runs; ``base`` is the base's fingerprint."""
+    known: dict[str, str] = {}  # fingerprints of data files by path
+    resources = comparison.section.resources
+    threads = None if resources is None else max(1, int(resources.cpus))
+    shared = comparison.output.absolute()
+
+    def make(spec: RunSpec) -> RunTask:
+        key, variants = task_key(spec.recipe, base, known), variants_of(comparison, spec.label)
+        return RunTask(spec.name, spec.recipe, key, base, shared, threads, variants)
+
+    return make
 
 
 def variants_of(comparison: Comparison, label: str) -> Sequence[Variant]:
@@ -77,20 +72,20 @@ def variants_of(comparison: Comparison, label: str) -> Sequence[Variant]:
     return standard_variants(section.scales, section.intruders) if wanted else ()
 
 
-def tasks_of(comparison: Comparison, specs: Sequence[RunSpec]) -> tuple[TaskMaker, dict[str, RunTask], frozenset[str]]:
+def tasks_of(comparison: Comparison, specs: Sequence[RunSpec]) -> tuple[TaskOf, dict[str, RunTask], frozenset[str]]:
     """Checks the runs that are not finished; KeeptuneError where one is not possible.
 
     Returns:
-        What made the tasks, name to task, and the names of those that are not finished.
+        What makes tasks, name to task, and the names of those that are not finished.
     """
     model = Job(specs[0].recipe).base()
-    maker = TaskMaker(comparison, body_fingerprint(model))
-    tasks = {spec.name: maker.task(spec) for spec in specs}
+    task_of = _task_maker(comparison, body_fingerprint(model))
+    tasks = {spec.name: task_of(spec) for spec in specs}
     missing = frozenset(name for name, task in tasks.items() if not finished(task))
     check_runs(comparison, [spec for spec in specs if spec.name in missing], model)
     del model  # on a GPU the runs need its memory
     gc.collect()
-    return maker, tasks, missing
+    return task_of, tasks, missing
 
 
 def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outcome]:
@@ -142,10 +137,7 @@ def run_each(
 ) -> Iterator[tuple[RunTask, Outcome]]:
     """Does tasks on Ray, or in this process where the section has no ``resources``; yields each as it ends.
 
-    Args:
-        comparison: The comparison.
-        tasks: The tasks.
-        lazily: Draw a task when there is room for it, not all at the start.
+    With ``lazily`` a task is drawn when there is room for it, else all at the start.
 
     Raises:
         RecipeError: Ray is not installed, there is no such cluster, or no node has the resources of one run.

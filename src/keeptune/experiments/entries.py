@@ -137,11 +137,7 @@ def read_entries(
 ) -> tuple[tuple[Entry, ...], str | None]:
     """Reads the entries of a section and adds the baselines.
 
-    Args:
-        section: The section.
-        values: The recipe without it.
-        rates: For entries without rates of their own.
-        where: For error messages.
+    ``values`` are the recipe without the section, ``rates`` for entries without rates of their own.
 
     Returns:
         The entries, and the label of plain LoRA, which others are compared with; None where there is none.

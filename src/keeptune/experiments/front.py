@@ -59,7 +59,7 @@ class Point:
     Args:
         name: Its runs' name without the seed.
         label: What it is compared as.
-        about: ``method``, ``settings``, ``variant``, ``learning_rate`` and ``strength`` of its runs.
+        about: ``method``, ``settings``, ``variant``, ``learning_rate`` and ``strength``.
         places: Seed to ``(learned, forgotten)``.
         runs: Seed to the run's name.
         of: The label of the runs that it is a post-hoc variant of; None of trained runs.

@@ -34,11 +34,8 @@ def load_layer_study(
 ) -> Comparison:
     """Reads an ordinary recipe as a study of its layers, whose records go into a folder below the recipe's output.
 
-    Args:
-        path: The YAML file; its ``layers`` are those that are studied, all by default. It may list ``seeds``.
-        study: ``"single"``, ``"bottom"`` or ``"top"``.
-        overrides: Dotted key to value.
-        numbers: How many layers to train, for bottom and top; None is every number up to eight, else eight of them.
+    Its ``layers`` are those that are studied, all by default, and it may list ``seeds``. ``numbers`` are how many of
+    them to train, for bottom and top; None is every number up to eight, else eight of them.
 
     Raises:
         KeeptuneError: What the user can correct; nothing was written then.

@@ -68,13 +68,10 @@ class Comparison:
     """A recipe with its ``compare:`` or ``sweep:`` section.
 
     Args:
-        path: The recipe's file.
-        values: The recipe without the section, as the file holds it.
+        values: The recipe without the section, as the file ``path`` holds it; ``base`` is the same, checked.
         section: The section; that of a sweep has the seeds alone.
         entries: What is compared, baselines included.
         plain: Label that the others are compared with: plain LoRA, or a sweep's baseline; None where there is none.
-        base: The recipe without the section, checked.
-        fetch: Gets the files of the hub.
         kind: The command: ``"compare"``, ``"sweep"`` or ``"layers"``.
         about: More keys of a sweep's record: ``axis``, ``grid``, ``baseline``, ``study``, ``layers``.
         below: Folder in the output for the records.
@@ -114,15 +111,9 @@ class Comparison:
 def load_comparison(
     path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch
 ) -> Comparison:
-    """Reads a recipe with a ``compare`` section; its runs are not checked with data and model yet.
+    """Reads a recipe with a ``compare`` section; RecipeError where a key is unknown or a value does not fit.
 
-    Args:
-        path: The YAML file.
-        overrides: Dotted key to value, of the recipe or the section: ``{"compare.seeds": [0, 1]}``.
-        fetch: Gets the files of the hub.
-
-    Raises:
-        RecipeError: A key is unknown or a value does not fit.
+    ``overrides`` are of the recipe or the section: ``{"compare.seeds": [0, 1]}``. Data and model are not looked at yet.
     """
     path = Path(path)
     values = read_values(path, overrides)

@@ -104,11 +104,7 @@ def variant_adapter(wrapped: PeftModel, tensors: Mapping[str, Tensor], variant: 
     """Computes the tensors of an adapter's variant, under the same names; ModelError where it cannot have it.
 
     Law: with a scale s the adapter's change is s times what it was; with 1, or where nothing intrudes, it is the same.
-
-    Args:
-        wrapped: The base with the adapter; afterwards it has the adapter's tensors.
-        tensors: The adapter's, as its file has them.
-        variant: The variant.
+    ``wrapped`` is the base with the adapter, and has the adapter's ``tensors`` afterwards.
     """
     why = refusal(variant, tensors, wrapped.peft_config[_DEFAULT])
     if why:
@@ -153,16 +149,10 @@ def put_adapter(wrapped: PeftModel, tensors: Mapping[str, Tensor]) -> None:
 def interpolate(
     model: nn.Module, base: nn.Module, tuned: Mapping[str, Tensor], factor: float, whole: Collection[str] = ()
 ) -> None:
-    """Sets a model's weights between the base's and the tuned ones, eq. 1, computed in float32 at least.
+    """Sets a model's weights between the base's and the ``tuned`` ones, eq. 1, computed in float32 at least.
 
-    Laws: a factor of 0 gives the base's weights, and 1 the tuned ones, bit for bit.
-
-    Args:
-        model: The model to change; of the architecture of both.
-        base: The base.
-        tuned: Name to tuned weight.
-        factor: s of eq. 1.
-        whole: Modules that the base does not have, such as a drawn head: they stay as tuned.
+    Laws: a factor of 0 gives the base's weights, and 1 the tuned ones, bit for bit. Modules in ``whole``, which the
+    base does not have, such as a drawn head, stay as tuned.
     """
     heads = tuple(f"{name}." for name in whole)
     with torch.no_grad():

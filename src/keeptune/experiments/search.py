@@ -32,7 +32,7 @@ from keeptune.experiments.axes import axes_of
 from keeptune.experiments.compare_section import Search, missing_extra
 from keeptune.experiments.comparison_record import row_of, with_axes
 from keeptune.experiments.engine import (
-    TaskMaker,
+    TaskOf,
     log_outcome,
     only_one,
     run_each,
@@ -60,7 +60,6 @@ __all__ = [
 JOURNAL = "search.log"
 _ENTRY, _AGAIN = "entry", "again"
 _DIGITS = 3
-_ENTROPY = 2**32
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def ask(study: Any, seed: int, entries: Sequence[Entry]) -> Any:
     trials = study.get_trials(deepcopy=False)
     number = sum(_AGAIN not in trial.user_attrs for trial in trials)  # a trial tried again is the same trial
     with _quiet_optuna():
-        drawn = int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) % _ENTROPY
+        drawn = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         study.sampler = optuna.samplers.TPESampler(seed=drawn, constant_liar=True)
         trial = study.ask()
         label = trial.suggest_categorical(_ENTRY, tuple(entry.label for entry in entries))
@@ -223,12 +222,12 @@ def run_search(comparison: Comparison, search: Search) -> tuple[tuple[RunSpec, .
     except ImportError as error:
         raise missing_extra("Optuna") from error
     ends = [spec for spec in list_runs(comparison) if spec.seed == comparison.section.seeds[0]]
-    maker, tasks, _ = tasks_of(comparison, ends)  # the listed settings are the ends of all spans
+    task_of, tasks, _ = tasks_of(comparison, ends)  # the listed settings are the ends of all spans
     spans = [{name: asdict(span) for name, span in spans_of(entry).items()} for entry in comparison.entries]
     key = content_key([search.seed, spans, [tasks[spec.name].key for spec in ends]])
     with only_one(comparison.output):
         study = open_study(comparison.output, key)
-        outcomes = _run_trials(maker, study, search)
+        outcomes = _run_trials(comparison, task_of, study, search)
         specs, values = dict[str, RunSpec](), list[tuple[float, float]]()
         settings: dict[str, tuple[Entry, Variation, float | None]] = {}
         for trial in study.get_trials(deepcopy=False):
@@ -245,13 +244,13 @@ def run_search(comparison: Comparison, search: Search) -> tuple[tuple[RunSpec, .
         front = [setting for setting, on in zip(settings.values(), pareto(values), strict=True) if on]
         others = [run_spec(comparison, *setting, seed) for setting in front for seed in comparison.section.seeds[1:]]
         todo = [*(specs[name] for name in settings), *others]
-        outcomes |= run_tasks(comparison, [maker.task(spec) for spec in todo])
+        outcomes |= run_tasks(comparison, [task_of(spec) for spec in todo])
     return (*specs.values(), *others), outcomes
 
 
-def _run_trials(maker: TaskMaker, study: Any, search: Search) -> dict[str, Outcome]:
+def _run_trials(comparison: Comparison, task_of: TaskOf, study: Any, search: Search) -> dict[str, Outcome]:
     """Draws and runs trials until the budget is used; returns name to outcome of those of this time."""
-    comparison, outcomes = maker.comparison, dict[str, Outcome]()
+    outcomes: dict[str, Outcome] = {}
     done = sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
     running: dict[int, tuple[Any, RunSpec]] = {}
 
@@ -259,7 +258,7 @@ def _run_trials(maker: TaskMaker, study: Any, search: Search) -> dict[str, Outco
         for _ in range(done, search.trials):
             trial = ask(study, search.seed, comparison.entries)
             spec = run_spec(comparison, *setting_of(comparison.entries, trial.params), comparison.section.seeds[0])
-            task = maker.task(spec)
+            task = task_of(spec)
             running[id(task)] = trial, spec
             yield task
 

@@ -91,19 +91,14 @@ def write_adapter(
 ) -> Exported:
     """Writes changes as an adapter for the original base, checked on a freshly loaded one.
 
-    Args:
-        base: A job on the original base.
-        changes: Target name to change.
-        folder: Where.
-        wanted: Format, rank and the largest gap; a portable adapter of a rank that no server takes keeps its own.
-        options: How they were made, for the record.
+    A portable adapter of a rank that no server takes keeps its own; ``options`` are how it was made, for the record.
 
     Raises:
         ExportError: The gap is above the bound, or the folder holds something that keeptune did not write.
     """
     model = base.base()
-    provenance = {"model": base.base_fingerprint, "dtype": base.recipe.dtype, "seed": base.seed}
-    plan = plan_of(model, changes, options, provenance)
+    made_of = {"model": base.base_fingerprint, "dtype": base.recipe.dtype, "seed": base.seed}
+    plan = plan_of(model, changes, options, made_of)
     rank = max(change.rank for change in changes.values())
     too_large = wanted.rank is None and rank > max(SERVED_RANKS)
     tuned = install(model, plan)

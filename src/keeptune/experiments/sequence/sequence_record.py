@@ -34,13 +34,9 @@ def write_record(
 ) -> dict[str, Any]:
     """Writes ``sequence.json``; a file with the same content is left alone.
 
-    Args:
-        sequence: The sequence.
-        stages: What ``stage.json`` holds, of each stage, with the folders of its ``run`` and ``product``.
-        scores: After each stage, the summary of every benchmark.
-        adapter: The product.
-        export: How it was written; None for a whole model.
-        final: Summaries of the product, where it is not what the last stage left: cut to a rank, or rounded.
+    ``stages`` are what ``stage.json`` holds, of each stage, with the folders of its ``run`` and ``product``; ``scores``
+    the summary of every benchmark after each stage; ``export`` is how the product was written (None for a whole model),
+    and ``final`` its summaries, where it is not what the last stage left: cut to a rank, or rounded.
     """
     benchmarks = [
         {key: row[key] for key in ("name", "role", "metric", "n")} | {"stage": sequence.owners.get(row["name"])}

@@ -97,13 +97,7 @@ def load_sequence(
 
 
 def make_sequence(values: Mapping[str, Any], *, folder: Path, where: str, fetch: Fetch = hub.fetch) -> StageSequence:
-    """Reads the values of a recipe with ``stages`` and ``sequence``, as a YAML file holds them.
-
-    Args:
-        values: The values.
-        folder: Where files are looked for that are not in the current directory.
-        where: For error messages.
-        fetch: Gets the files of the hub.
+    """Reads the values of a recipe with ``stages`` and ``sequence``, as a YAML file in a folder holds them.
 
     Raises:
         RecipeError: A key is unknown or a value does not fit; the message names the stage.
