@@ -39,6 +39,7 @@ __all__ = [
     "hypervolume",
     "hypervolumes",
     "pareto",
+    "places_by_seed",
     "points_of",
     "reference_point",
     "spread",
@@ -221,13 +222,19 @@ def hypervolumes(groups: Mapping[str, Sequence[Point]], reference: Place) -> dic
     """
     volumes = {}
     for label, points in groups.items():
-        seeds = common_seeds(points)
-        by_seed = [[point.places[seed] for point in points] for seed in seeds] or [[point.place for point in points]]
-        over = spread([hypervolume(places, reference) for places in by_seed])
-        volumes[label] = {**as_json(over), "seeds": seeds, "points": len(points)}
+        over = spread([hypervolume(places, reference) for places in places_by_seed(points).values()])
+        volumes[label] = {**as_json(over), "seeds": common_seeds(points), "points": len(points)}
     return volumes
 
 
 def common_seeds(points: Sequence[Point]) -> list[int]:
     """Returns the seeds that all points have, sorted."""
     return sorted(set.intersection(*(set(point.places) for point in points))) if points else []
+
+
+def places_by_seed(points: Sequence[Point]) -> dict[int | None, list[Place]]:
+    """Returns the places of points by seed that all have; under None their means, where no seed is common."""
+    by_seed: dict[int | None, list[Place]] = {
+        seed: [point.places[seed] for point in points] for seed in common_seeds(points)
+    }
+    return by_seed or {None: [point.place for point in points]}

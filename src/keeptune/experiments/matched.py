@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from keeptune.core.errors import RecipeError, nearest
-from keeptune.experiments.front import Place, Point, as_json, common_seeds, pareto, spread
+from keeptune.experiments.front import Place, Point, as_json, common_seeds, pareto, places_by_seed, spread
 
 __all__ = ["At", "default_score", "forgotten_at", "matched", "reach"]
 
@@ -63,10 +63,7 @@ def forgotten_at(places: Sequence[Place], score: float) -> At:
 
 def reach(points: Sequence[Point]) -> float:
     """Returns how much a label learned at most, with every seed: over the means where no seed is common."""
-    seeds = common_seeds(points)
-    if not seeds:
-        return max(point.place[0] for point in points)
-    return min(max(point.places[seed][0] for point in points) for seed in seeds)
+    return min(max(learned for learned, _ in places) for places in places_by_seed(points).values())
 
 
 def default_score(groups: Mapping[str, Sequence[Point]]) -> float | None:
@@ -101,14 +98,11 @@ def matched(groups: Mapping[str, Sequence[Point]], score: float | None, baseline
 
 
 def _row(label: str, points: Sequence[Point], score: float) -> dict[str, Any]:
-    seeds = common_seeds(points)
-    if seeds:
-        at = {seed: forgotten_at([point.places[seed] for point in points], score) for seed in seeds}
-    else:  # no seed has them all: the front of their means, without an interval
-        at = {-1: forgotten_at([point.place for point in points], score)}
+    at = {seed: forgotten_at(places, score) for seed, places in places_by_seed(points).items()}
     values = {seed: one.forgotten for seed, one in at.items() if one.forgotten is not None}
     missed = [seed for seed in at if seed not in values]
     used = sorted({index for one in at.values() for index in one.used})
+    seeds = common_seeds(points)  # none: the front of the points' means, without an interval
     return {
         "label": label,
         "forgotten": None if missed else as_json(spread(list(values.values()))),
