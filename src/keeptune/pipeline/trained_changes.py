@@ -35,7 +35,7 @@ from keeptune.pipeline.merge import base_of, head_of_adapter, trained_in
 from keeptune.pipeline.scoring import find_result
 from keeptune.recipe.paths import resolve_model
 
-__all__ = ["Change", "TrainedModel", "labels_of", "not_finite", "size_of"]
+__all__ = ["Change", "TrainedModel", "labels_of", "size_of"]
 
 _log = logging.getLogger(__name__)
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others take a part out of the base when loaded
@@ -105,27 +105,38 @@ class TrainedModel:
         Args:
             roles: Roles of the targets; None is all linear maps but the head.
 
-        Returns:
-            For each target its W and its change (None for one left alone): factors where it has them, with new lengths
-            of rows for DoRA, else the difference of the weights.
+        Yields:
+            The target, its W and its change (None for one left alone): factors where it has them, with new lengths of
+            rows for DoRA, else the difference of the weights.
 
         Raises:
-            ModelError: The source or its base cannot be loaded or do not belong together.
+            ModelError: The source or its base cannot be loaded or do not belong together, or a change is not finite.
             PlanError: A role does not exist.
         """
+        for target, W, change in self._compared(roles):
+            if change is not None and not _is_finite(change):
+                raise ModelError(
+                    f"{self.source}, {target.name}",
+                    got="a change that is NaN or infinite",
+                    wanted="finite weights",
+                    next_step="Check the training's losses; the adapter or model is damaged.",
+                )
+            yield target, W, change
+
+    def _compared(self, roles: Sequence[str] | None) -> _Changes:
         dtype = self.dtype if self.is_adapter else "auto"
         model = self._load(self.base, dtype)
         every, targets = find_targets(model), find_targets(model, roles)
         bar = tqdm(targets, desc="change", delay=2, disable=None, leave=False)
-        if self.is_adapter:
-            check_base(self.folder, body_fingerprint(model), None if self.head is None else self.head.labels)
-            wrapped = load_adapter(model, self.folder)
-            layers = _layers_of(wrapped, self.folder, {target.name for target in every})
-            if layers is not None:
-                return _from_layers(layers, model, bar)
-            _log.info("%s: not plain LoRA or DoRA; merged into its base to be measured", self.folder)
-            return _between(self.load_base(), _merged(wrapped, self.folder), bar, str(self.folder))
-        return _between(model, self._load(self.whole, dtype), bar, self.source)
+        if not self.is_adapter:
+            return _between(model, self._load(self.whole, dtype), bar, self.source)
+        check_base(self.folder, body_fingerprint(model), None if self.head is None else self.head.labels)
+        wrapped = load_adapter(model, self.folder)
+        layers = _layers_of(wrapped, self.folder, {target.name for target in every})
+        if layers is not None:
+            return _from_layers(layers, model, bar)
+        _log.info("%s: not plain LoRA or DoRA; merged into its base to be measured", self.folder)
+        return _between(self.load_base(), _merged(wrapped, self.folder), bar, str(self.folder))
 
     def _load(self, name: str, dtype: Dtype) -> PreTrainedModel:
         return load_model(name, LoadOptions(dtype=dtype, device=self.device, head=self.head))
@@ -136,16 +147,6 @@ def size_of(change: Change) -> float:
     if isinstance(change, LowRank):
         return float(change.to(torch.float64).norm_squared().clamp_min(0).sqrt())
     return change.norm() if isinstance(change, Rescaled) else float(change.double().norm())
-
-
-def not_finite(source: str, target: Target) -> ModelError:
-    """Returns the error to raise for a change that is NaN or infinite."""
-    return ModelError(
-        f"{source}, {target.name}",
-        got="a change that is NaN or infinite",
-        wanted="finite weights",
-        next_step="Check the training's losses; the adapter or model is damaged.",
-    )
 
 
 def labels_of(sources: Sequence[str]) -> list[str]:
@@ -165,6 +166,13 @@ def labels_of(sources: Sequence[str]) -> list[str]:
         )
     short = [path.parent.name if path.name in ("adapter", "merged") else path.name for path in paths]
     return [label if short.count(label) == 1 else source for label, source in zip(short, sources, strict=True)]
+
+
+def _is_finite(change: Change) -> bool:
+    factors = change.change if isinstance(change, Rescaled) else change
+    parts = [factors.B, factors.A] if isinstance(factors, LowRank) else [factors]
+    parts += [change.lengths] if isinstance(change, Rescaled) else []
+    return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
 def _layers_of(wrapped: PeftModel, folder: Path, known: Set[str]) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import load_tokenizer
 from keeptune.pipeline.scoring import result_fingerprint
-from keeptune.pipeline.trained_changes import Change, TrainedModel, not_finite
+from keeptune.pipeline.trained_changes import Change, TrainedModel
 
 __all__ = ["FactoredModel"]
 
@@ -62,8 +62,6 @@ class FactoredModel:
             if change is None:
                 continue
             factors = _factors(change)
-            if not (torch.isfinite(factors.B).all() and torch.isfinite(factors.A).all()):
-                raise not_finite(trained.source, target)
             if not factors.is_zero:
                 changes[target.name] = factors
                 exact |= {target.name} if isinstance(change, LowRank) else set()

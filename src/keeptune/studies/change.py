@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from keeptune.pipeline.trained_changes import TrainedModel, labels_of, not_finite, size_of
+from keeptune.pipeline.trained_changes import TrainedModel, labels_of, size_of
 from keeptune.report.estimates import totals
 from keeptune.report.figures.weights import change_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
@@ -65,8 +64,6 @@ def weight_changes(
     rows = []
     for target, W, moved in trained.changes(roles):
         norm, weight = 0.0 if moved is None else size_of(moved), float(W.double().norm())
-        if not math.isfinite(norm):
-            raise not_finite(source, target)
         row = {"target": target.name, "layer": target.layer, "role": target.role}
         rows.append(row | {"norm": norm, "weight": weight, "relative": norm / weight if weight > 0 else None})
     return trained.base, rows
