@@ -73,7 +73,7 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
                 passes.where,
                 got=f"vocabularies of {base.shape[-1]} before and {tuned.shape[-1]} after",
                 wanted="one vocabulary, so that the predictions can be compared",
-                next_step="Give the base model the tuned model's added tokens, or drop this benchmark.",
+                next_step="Add the tuned model's new tokens to the base model, or drop this benchmark.",
             )
         sums = torch.zeros(3, len(batch.members), dtype=torch.float64)
         for row, column, target in _chunks(batch, sequences):

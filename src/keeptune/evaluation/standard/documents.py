@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,20 +46,13 @@ def load_documents(benchmark: NamedBenchmark) -> Documents:
             own = list(task.eval_docs)[: benchmark.examples]
             rows += [dict(row) for row in own]
             parts += [_parts(benchmark, task, row) for row in own]
-            pools.append(list(task.sampler.df) if task.config.num_fewshot else [])
+            pools.append([dict(row) for row in task.sampler.df] if task.config.num_fewshot else [])
         for (leaf, task), pool in zip(built.tasks.items(), pools, strict=True):
             _refuse_examples(benchmark, leaf, [_parts(benchmark, task, row) for row in pool], set(parts))
     versions = [[leaf, str(task.VERSION)] for leaf, task in built.tasks.items()]
-    key = [_json_ready(rows), _json_ready(pools), versions, engine_version(benchmark.where), built.note]
+    plain = json.loads(json.dumps([rows, pools], default=str))  # rows may hold dates
+    key = [*plain, versions, engine_version(benchmark.where), built.note]
     return Documents(benchmark.where, parts, content_key(key))
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _json_ready(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(part) for part in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
 def _parts(benchmark: NamedBenchmark, task: Any, row: Row) -> _Parts:
