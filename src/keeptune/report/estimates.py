@@ -130,16 +130,11 @@ def relation_losses(report: Report, kind: Series) -> dict[str, tuple[int, list[f
 
 
 def totals(rows: Sequence[Mapping[str, Any]], *keys: str) -> dict[Any, dict[str, float | None]]:
-    """Returns changes of weights put together: the root of the sum of squares, absolute and relative to the weights.
+    """Returns changes of weights put together by layer, role or both: roots of sums of squares.
 
-    Args:
-        rows: ``layer``, ``role``, ``norm`` and ``weight`` of each target.
-        keys: What the targets of one group share: ``layer``, ``role`` or both. Groups by layer alone are sorted,
-            without what is outside any block.
-
-    Returns:
-        The value of the key as text (of several, a tuple) to ``norm``, ``weight`` and ``relative`` (None for weights of
-        zero).
+    Rows have ``layer``, ``role``, ``norm`` and ``weight``; values of the key as text (of several, a tuple) lead to
+    ``norm``, ``weight`` and ``relative`` (None for weights of zero). Layers alone are sorted, without what is outside
+    any block.
     """
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -105,11 +105,12 @@ def trace_texts(
         std = embedding_std(model)
         for batch in left.batches(max(1, chunk // 4)):
             traced = tracer.trace(batch, noise_of(request.noise, batch, model, std))
-            yield [((one.tokens, one.prompt), _packed(one)) for one in traced]
+            rows = [torch.cat([one.clean[None], one.corrupted[None], one.restored]) for one in traced]
+            yield [((one.tokens, one.prompt), value) for one, value in zip(traced, rows, strict=True)]
 
     texts = _prompted_texts(data)
     values = entries.fill(texts, measure, keep=True)
-    return [_unpacked(text, values[text]) for text in texts]
+    return [Traced(*text, values[text][0], values[text][1], values[text][2:]) for text in texts]
 
 
 def average_effect(effects: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,11 +193,3 @@ def _prompted_texts(data: Calibration) -> list[_PromptedText]:
     if len(texts) < len(data.sequences):
         _log.warning("trace: %d texts have no prompt or no answer and are left out", len(data.sequences) - len(texts))
     return texts
-
-
-def _packed(one: Traced) -> Tensor:
-    return torch.cat([one.clean[None], one.corrupted[None], one.restored])
-
-
-def _unpacked(text: _PromptedText, value: Tensor) -> Traced:
-    return Traced(*text, clean=value[0], corrupted=value[1], restored=value[2:])

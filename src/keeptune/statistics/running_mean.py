@@ -62,10 +62,6 @@ def checked_result(total: Accumulator, module: str) -> Tensor:
     return value
 
 
-def _same(mean: Tensor) -> Tensor:
-    return mean
-
-
 @dataclass
 class RunningMean:
     """The mean over tokens of what rows contribute, summed in float64.
@@ -83,7 +79,7 @@ class RunningMean:
     shape: tuple[int, ...]
     device: torch.device
     add_terms: Callable[..., None]
-    finish: Callable[[Tensor], Tensor] = _same
+    finish: Callable[[Tensor], Tensor] = lambda mean: mean
     tokens: int = 0
     total: Tensor = field(init=False)
 

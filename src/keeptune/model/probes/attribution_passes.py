@@ -252,11 +252,7 @@ class ScaledNodes:
         return scores, torch.cat(gradients, dim=1) * sizes[..., None]
 
     def _scored(self, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores the last block's output ``(rows, n, hidden)``, a slice at a time: vocabularies are large.
-
-        Returns scores, their gradients over powers of two, and these powers: a probability near 0 or 1 has gradients
-        that float16 would take for zero.
-        """
+        """Scores the last block's output ``(rows, n, hidden)``, a slice at a time; gradients are over powers of two."""
         flat = hidden.detach().flatten(0, 1)[:, None]
         tokens = wanted[:, None].expand(hidden.shape[:2]).flatten()
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -269,6 +265,7 @@ class ScaledNodes:
                 leaf = logits.detach().float().requires_grad_(True)
                 scored = self.score(leaf, tokens[first : first + size])
             (slope,) = torch.autograd.grad(scored.sum(), leaf)
+            # A probability near 0 or 1 has gradients that float16 would take for zero.
             power = torch.exp2(slope.abs().amax(dim=-1).clamp_min(1e-30).log2().round())
             (back,) = torch.autograd.grad(logits, some, (slope / power[:, None]).to(logits))
             parts.append((scored.detach(), back[:, 0], power))

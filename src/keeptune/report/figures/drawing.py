@@ -211,8 +211,7 @@ def heat_map(
     axes.pcolormesh(*edges, numpy.ma.masked_invalid(table), **style)
     axes.set_xlim(-0.5, wide - 0.5)
     axes.set_ylim(high - 0.5, -0.5)
-    for row, column in numpy.ndindex(high, wide) if write is not None else ():
-        value = float(table[row, column])
+    for (row, column), value in numpy.ndenumerate(table):
         if write is not None and math.isfinite(value):
             red, green, blue, _ = colours(norm(value))
             ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else INK

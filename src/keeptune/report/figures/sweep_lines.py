@@ -55,17 +55,11 @@ class _Scale:
 
 
 def sweep_figure(sweep: Mapping[str, Any]) -> Figure | None:
-    """Returns K, T and KT against the points of a sweep, with the scores of each benchmark below.
+    """Returns K, T and KT at the points of a sweep, with the scores of each benchmark below; None without a number.
 
     The axis is numeric where every point but full fine-tuning and the baseline has an ``x``; these are then dashed
     levels. Marks are means over seeds, small dots the seeds, bars 95% intervals (:mod:`keeptune.core.intervals`).
-
-    Args:
-        sweep: As in ``runs.json``: ``rows`` (``name``, ``x``, ``seed``, ``method``, ``K``, ``T``, ``KT``,
-            ``benchmarks``) and ``axis``, perhaps ``baseline``; a ``caption`` replaces the usual one.
-
-    Returns:
-        The figure; None when there is no number to draw.
+    ``sweep`` is as in ``runs.json``: ``rows`` and ``axis``, perhaps ``baseline``; a ``caption`` replaces the usual one.
     """
     rows: Rows = sweep["rows"]
     scale = _scale(sweep)
