@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from keeptune.adapter.install import install
 from keeptune.data.calibration import Calibration
 from keeptune.methods.corda import Corda
-from keeptune.pipeline.planning import plan_for
+from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.store import StatStore
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(hidden_size={WIDTH}, intermediate_size={INNER}, num_hidden_layers={LAYERS},
@@ -50,7 +50,7 @@ else:
     tokens = Calibration(tuple(map(tuple, ids.tolist())), 0)
     with tempfile.TemporaryDirectory() as folder:
         plan = plan_for(model, Corda(rank={RANK}, mode="kpm"), StatStore(Path(folder)), data={{"knowledge": tokens}},
-            roles=roles, low_memory=way == "low")
+            options=PlanOptions(targets=roles, low_memory=way == "low"))
     install(model, plan, anchor="residual")
 print(time.perf_counter() - start, peak() - before)
 """

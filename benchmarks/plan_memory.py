@@ -13,7 +13,7 @@ torch.manual_seed(0)
 from transformers import LlamaConfig, LlamaForCausalLM
 from keeptune.data.calibration import Calibration
 from keeptune.methods.lora_null import LoraNull
-from keeptune.pipeline.planning import plan_for
+from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.store import StatStore
 width, layers, low = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "low"
 config = LlamaConfig(hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
@@ -32,7 +32,8 @@ thread = threading.Thread(target=watch)
 thread.start()
 started = time.perf_counter()
 with tempfile.TemporaryDirectory() as folder:
-    plan_for(model, LoraNull(rank=16), StatStore(Path(folder)), data={"knowledge": tokens}, low_memory=low)
+    store, options = StatStore(Path(folder)), PlanOptions(low_memory=low)
+    plan_for(model, LoraNull(rank=16), store, data={"knowledge": tokens}, options=options)
 seconds = time.perf_counter() - started
 running = False
 thread.join()

@@ -58,7 +58,7 @@ def main(output: Path, steps: int = 12) -> None:
 
         # As an adapter, DoRA goes to whoever loads it with PEFT.
         if method.name == "dora":
-            done = keeptune.export(tuned, plan, folder / "adapter", base=base, format="peft")
+            done = keeptune.export(tuned, plan, folder / "adapter", keeptune.ExportOptions("peft"), base=base)
             print(f"{method.name}: {done.format} of rank {done.rank}, gap {done.relative_gap:.0e}")
 
 

@@ -25,10 +25,11 @@ def main(output: Path, steps: int = 20) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     knowledge = [f"{row['question']}\nAnswer: {row['answer']}" for row in rows("calibration.jsonl")[:200]]
     task = [f"{row['text']}\nTopic: {row['topic']}" for row in rows("topics.train.jsonl")[: 16 * steps]]
+    targets = keeptune.PlanOptions(targets=["q_proj", "v_proj", "down_proj"])
 
     for method in (keeptune.Milora(rank=8), keeptune.Corda(rank=8, mode="kpm")):
         model = AutoModelForCausalLM.from_pretrained(base)
-        plan = keeptune.plan(model, tokenizer, method, knowledge=knowledge, targets=["q_proj", "v_proj", "down_proj"])
+        plan = keeptune.plan(model, tokenizer, method, knowledge=knowledge, options=targets)
         tuned = keeptune.install(model, plan)  # a stock PeftModel that computes what the base does
 
         # Any loop will do; examples/python_api.py uses TRL.

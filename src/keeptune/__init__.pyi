@@ -1,5 +1,6 @@
 import typing
 
+from .adapter.export import ExportOptions as ExportOptions
 from .adapter.install import install as install
 from .api import export as export
 from .api import measure as measure
@@ -12,6 +13,7 @@ from .evaluation.model_pairs import AdapterPair as AdapterPair
 from .evaluation.model_pairs import TwoModels as TwoModels
 from .methods.combined import Combined as Combined
 from .methods.combined import Part as Part
+from .pipeline.planning import PlanOptions as PlanOptions
 from .posthoc.repair import Repair as Repair
 from .posthoc.repair import repair as repair
 from .statistics.layer_effect import LayerEffect as LayerEffect

@@ -18,7 +18,9 @@ from keeptune.model.pretrained import load_model, load_tokenizer
 
 def test_layers_and_targets_of_a_plan() -> None:
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
-    made = keeptune.plan(model, tokenizer, keeptune.Lora(rank=2), targets=["q_proj", "v_proj"], layers=[4, 1])
+    made = keeptune.plan(
+        model, tokenizer, keeptune.Lora(rank=2), options=keeptune.PlanOptions(["q_proj", "v_proj"], [4, 1])
+    )
     assert [(t.target.layer, t.target.role) for t in made.targets] == [
         (1, "q_proj"),
         (1, "v_proj"),
@@ -26,7 +28,7 @@ def test_layers_and_targets_of_a_plan() -> None:
         (4, "v_proj"),
     ]
     with pytest.raises(PlanError, match="every weight"):
-        keeptune.plan(model, tokenizer, keeptune.Full(), layers=[0])
+        keeptune.plan(model, tokenizer, keeptune.Full(), options=keeptune.PlanOptions(layers=[0]))
 
 
 def test_methods_side_by_side() -> None:
@@ -34,18 +36,21 @@ def test_methods_side_by_side() -> None:
     both = keeptune.Combined(
         [keeptune.Part(keeptune.Mica(rank=2), ["down_proj"]), keeptune.Part(keeptune.LoraNull(rank=3), ["q_proj"])]
     )
-    made = keeptune.plan(model, tokenizer, both, knowledge=["Once upon a time."], layers=[1])
+    made = keeptune.plan(
+        model, tokenizer, both, knowledge=["Once upon a time."], options=keeptune.PlanOptions(layers=[1])
+    )
     assert [(t.target.role, t.decision.rank) for t in made.targets] == [("q_proj", 3), ("down_proj", 2)]
     with pytest.raises(PlanError, match="each method names its roles"):
-        keeptune.plan(model, tokenizer, both, knowledge=["Once upon a time."], targets=["q_proj"])
+        keeptune.plan(model, tokenizer, both, knowledge=["Once upon a time."], options=keeptune.PlanOptions(["q_proj"]))
 
 
 def test_knowledge_as_texts_or_as_pairs() -> None:
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
     pairs = [("Once upon a", " time"), ("There was", " a dog")]
     data = [[read + said for read, said in pairs], pairs, ["Once", ("a", "b")]]
+    options = keeptune.PlanOptions(targets=["q_proj"], layers=[0])
     plans = [
-        keeptune.plan(model, tokenizer, keeptune.LoraNull(rank=2), targets=["q_proj"], layers=[0], knowledge=given)
+        keeptune.plan(model, tokenizer, keeptune.LoraNull(rank=2), knowledge=given, options=options)
         for given in data[:2]
     ]
     assert plans[0].provenance["knowledge"] != plans[1].provenance["knowledge"]

@@ -354,10 +354,12 @@ def test_arguments_of_completions_are_refused(make: Make, key: str) -> None:
     told(make(train={key: True}), RecipeError, f"train.{key}")
 
 
-def test_max_length_and_transformers_own_arguments_are_taken(make: Make) -> None:
+def test_max_length_and_transformers_own_arguments_are_taken(make: Make, tmp_path: Path) -> None:
     job = start(recipe_of(make(train={"max_length": 20, "label_smoothing_factor": 0.1})))
-    assert job.config("x", torch.float32).max_length == 20
-    assert start(recipe_of(make())).config("x", torch.float32).max_length == 64  # 66 less the two RoBERTa leaves out
+    assert job.config(tmp_path, torch.float32).max_length == 20
+    assert (
+        start(recipe_of(make())).config(tmp_path, torch.float32).max_length == 64
+    )  # 66 less the two RoBERTa leaves out
 
 
 @pytest.mark.parametrize("part", ["train", "knowledge"])

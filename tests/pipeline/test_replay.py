@@ -41,7 +41,7 @@ def test_texts_are_learned_from_their_first_word_on(recipe_values: Values, tmp_p
     run(recipe_of(recipe_values(evaluate=[], train={"max_steps": 1}, output=str(tmp_path / "out"))))
     plan = Plan.load(tmp_path / "out" / "plan")
     model = install(job.base(), plan)
-    made = training._trainer(model, plan, job.tokenizer, job.trained_examples, job.config("x", torch.float32))
+    made = training._trainer(model, plan, job.tokenizer, job.trained_examples, job.config(tmp_path, torch.float32))
     replayed = 0
     texts = {text[:60] for part in job.knowledge for text in part.texts}
     for row in made.train_dataset:

@@ -12,11 +12,12 @@ cannot afford. Evaluation sets are never looked at. Each trial is kept, so that 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,61 +38,18 @@ from keeptune.model.blocks import depth
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import plan_for
-from keeptune.statistics.request import DataRole
-from keeptune.training.arguments import sft_config
 from keeptune.training.trainer import train
 
-__all__ = ["Choice", "Trial", "choose_boundary"]
+__all__ = ["choose_boundary"]
 
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A method with nothing left to search.
-
-    Args:
-        method: The method.
-        notes: How it was chosen, for the plan; empty where nothing was searched.
-    """
-
-    method: Method
-    notes: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One candidate's scores.
-
-    Args:
-        boundary: What was tried.
-        kept: W, mean probability per token on knowledge texts.
-        learned: S, the same on held-out completions.
-        K: W over the base's.
-        T: S over the best candidate's.
-        KT: Their harmonic mean.
-    """
-
-    boundary: int
-    kept: float
-    learned: float
-    K: float
-    T: float
-    KT: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slices:
-    """What trials are trained and scored on."""
-
-    task: TaskExamples
-    calibration: Calibration
-    held_out: Sequence[ScoredTokens]
-    knowledge: Sequence[ScoredTokens]
-
-
-def choose_boundary(job: Job) -> Choice:
+def choose_boundary(job: Job) -> tuple[Method, tuple[str, ...]]:
     """Decides an option that the recipe leaves open; the trials are under ``search`` in the run folder.
+
+    Returns:
+        The method with nothing left to search, and how it was chosen; no notes where nothing was searched.
 
     Raises:
         RecipeError: A search is needed, and there is no knowledge to weigh the task against, or the model is a
@@ -100,8 +58,7 @@ def choose_boundary(job: Job) -> Choice:
     """
     method: Method | None = next((part.method for part in parts_of(job.method) if part.method.search), None)
     if method is None or method.search is None:
-        return Choice(job.method)
-    search = method.search
+        return job.method, ()
     if job.head is not None:
         raise RecipeError(
             "method.boundary",
@@ -113,67 +70,83 @@ def choose_boundary(job: Job) -> Choice:
     candidates = {one.boundary: replaced(job.method, method, one) for one in method.candidates(blocks)}
     if len(candidates) == 1:
         ((boundary, only),) = candidates.items()
-        return Choice(only, (f"boundary {boundary}: the only one in the range",))
-    folder = job.output / "search"
-    inputs = {name: value for name, value in job.plan_inputs.items() if name != "method"}
-    common = content_key([inputs, job.task.fingerprint, job.recipe.train, job.recipe.anchor])
-    key = content_key([common, list(candidates.values())])
-
-    def compute() -> dict[str, Any]:
-        slices = _slices(job, search.examples)
-        return {"trials": _trials(job, candidates, slices, folder, common, search.steps)}
-
-    scored = [Trial(**trial) for trial in Stored("search", folder / "search.json", key).get(compute)["trials"]]
-    best = max(scored, key=lambda trial: trial.KT)
-    curve = ", ".join(f"{trial.boundary}: {trial.KT:.4f}" for trial in scored)
-    note = f"boundary {best.boundary} chosen by short runs of {search.steps} steps; KT by boundary: {curve}"
+        return only, (f"boundary {boundary}: the only one in the range",)
+    steps = method.search.steps
+    trials = _Search(job, candidates, steps, method.search.examples).trials()
+    best = max(trials, key=lambda trial: trial["KT"])["boundary"]
+    curve = ", ".join(f"{trial['boundary']}: {trial['KT']:.4f}" for trial in trials)
+    note = f"boundary {best} chosen by short runs of {steps} steps; KT by boundary: {curve}"
     _log.info("search: %s", note)
-    return Choice(candidates[best.boundary], (note,))
+    return candidates[best], (note,)
 
 
-def _trials(
-    job: Job, candidates: Mapping[int, Any], slices: _Slices, folder: Path, common: str, steps: int
-) -> list[Trial]:
-    base = _probability(job, job.base(), slices.knowledge)
-    raw = {}
-    for boundary, candidate in candidates.items():
-        key = content_key([common, candidate])
-        raw[boundary] = _trial(job, candidate, slices, folder / f"boundary-{boundary}", key, steps)
-    best = max(learned for _, learned in raw.values())
-    trials = []
-    for boundary, (kept, learned) in raw.items():
-        K, T = kept / base, learned / best
-        trials.append(Trial(boundary, kept, learned, K, T, harmonic(K, T) or 0.0))
-    return trials
+@dataclass(frozen=True)
+class _Search:
+    """Short runs of a job with candidates for its method, of some steps, scored on some examples."""
+
+    job: Job
+    candidates: Mapping[int, Any]
+    steps: int
+    examples: int
+
+    @cached_property
+    def folder(self) -> Path:
+        return self.job.output / "search"
+
+    @cached_property
+    def common(self) -> str:
+        """The key of what all trials depend on."""
+        job = self.job
+        inputs = {name: value for name, value in job.plan_inputs.items() if name != "method"}
+        return content_key([inputs, job.task.fingerprint, job.recipe.train, job.recipe.anchor])
+
+    def trials(self) -> list[dict[str, Any]]:
+        """Returns the boundary of each candidate, W (``kept``), S (``learned``), K, T and KT."""
+        key = content_key([self.common, list(self.candidates.values())])
+        trials: list[dict[str, Any]] = Stored("search", self.folder / "search.json", key).get(self._run)["trials"]
+        return trials
+
+    def _run(self) -> dict[str, Any]:
+        slices = _slices(self.job, self.examples)
+        base = _probability(self.job, self.job.base(), slices.knowledge)
+        scores = {boundary: self._trial(boundary, slices) for boundary in self.candidates}
+        best = max(score["learned"] for score in scores.values())
+        trials = []
+        for boundary, score in scores.items():
+            K, T = score["kept"] / base, score["learned"] / best
+            trials.append({"boundary": boundary, **score, "K": K, "T": T, "KT": harmonic(K, T) or 0.0})
+        return {"trials": trials}
+
+    def _trial(self, boundary: int, slices: _Slices) -> dict[str, float]:
+        """Trains one candidate for a few steps and scores it; done once, however often the search is started."""
+        job, candidate = self.job, self.candidates[boundary]
+        folder = self.folder / f"boundary-{boundary}"
+        key = content_key([self.common, candidate])
+
+        def compute() -> dict[str, float]:
+            _log.info("search: %s", folder.name)
+            model, data = job.base(), {**job.data, "task": slices.calibration}
+            plan = plan_for(model, candidate, job.store, data=data, penalties=job.penalties, options=job.plan_options)
+            checkpoints = folder / key[:12]
+            tuned = install(model, plan, anchor=job.recipe.anchor)
+            train(tuned, plan, job.tokenizer, slices.task, job.config(checkpoints, model.dtype, max_steps=self.steps))
+            tuned.eval()
+            kept, learned = (_probability(job, tuned, tokens) for tokens in (slices.knowledge, slices.held_out))
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            return {"kept": kept, "learned": learned}
+
+        record = Stored(f"search {folder.name}", folder / "result.json", key).get(compute)
+        return {name: record[name] for name in ("kept", "learned")}
 
 
-def _trial(job: Job, candidate: Any, slices: _Slices, folder: Path, key: str, steps: int) -> tuple[float, float]:
-    """Trains one candidate for a few steps and scores it; done once, however often the search is started."""
+@dataclass(frozen=True)
+class _Slices:
+    """What trials are trained and scored on."""
 
-    def compute() -> dict[str, float]:
-        _log.info("search: %s", folder.name)
-        data: dict[DataRole, Calibration] = {**job.data, "task": slices.calibration}
-        model, recipe = job.base(), job.recipe
-        plan = plan_for(
-            model,
-            candidate,
-            job.store,
-            data=data,
-            penalties=job.penalties,
-            options=job.plan_options,
-        )
-        arguments = {"seed": 0, **recipe.train, "max_steps": steps}
-        checkpoints = folder / key[:12]
-        config = sft_config(arguments, checkpoints, dtype=model.dtype, device=job.device, positions=job.positions)
-        tuned = install(model, plan, anchor=recipe.anchor)
-        train(tuned, plan, job.tokenizer, slices.task, config)
-        tuned.eval()
-        kept, learned = (_probability(job, tuned, tokens) for tokens in (slices.knowledge, slices.held_out))
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        return {"kept": kept, "learned": learned}
-
-    record = Stored(f"search {folder.name}", folder / "result.json", key).get(compute)
-    return record["kept"], record["learned"]
+    task: TaskExamples
+    calibration: Calibration
+    held_out: Sequence[ScoredTokens]
+    knowledge: Sequence[ScoredTokens]
 
 
 def _slices(job: Job, wanted: int) -> _Slices:
@@ -199,16 +172,13 @@ def _slices(job: Job, wanted: int) -> _Slices:
     rest = _part(job.task, sorted(order[held:]))
     everything = options.model_copy(update={"examples": held, "seed": 0})
     scored = job.kind.calibration(_part(job.task, order[:held]), job.tokenizer, everything, job.positions)
+    completions = zip(scored.sequences, scored.prompts or (), strict=True)
     texts = job.calibration.sequences
-    drawn = draw_rows(len(texts), wanted, seed=1)
     return _Slices(
         task=rest,
         calibration=job.kind.calibration(rest, job.tokenizer, options, job.positions),
-        held_out=[
-            ScoredTokens(ids, max(start, 1), False)
-            for ids, start in zip(scored.sequences, scored.prompts or (), strict=True)
-        ],
-        knowledge=[ScoredTokens(texts[index], 1, False) for index in drawn],
+        held_out=[ScoredTokens(ids, max(start, 1), False) for ids, start in completions],
+        knowledge=[ScoredTokens(texts[index], 1, False) for index in draw_rows(len(texts), wanted, seed=1)],
     )
 
 

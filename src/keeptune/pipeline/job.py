@@ -30,7 +30,7 @@ from keeptune.pipeline.machine import check_device, check_folder, device_named, 
 from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind
 from keeptune.recipe.construct import make_method, make_penalties
-from keeptune.recipe.schema import Recipe
+from keeptune.recipe.schema import Knowledge, Recipe
 from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
@@ -44,11 +44,7 @@ _ADD_KNOWLEDGE = 'Add for example knowledge: {file: calibration.jsonl, text: "{q
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A recipe with the things it names, each loaded when it is first needed.
-
-    Args:
-        recipe: The recipe.
-    """
+    """A recipe with the things it names, each loaded when it is first needed."""
 
     recipe: Recipe
 
@@ -84,8 +80,7 @@ class Job:
 
     # The base
 
-    @property
-    def _source(self) -> LoadOptions:
+    def _source(self, head: Head | None = None) -> LoadOptions:
         recipe = self.recipe
         return LoadOptions(
             dtype=recipe.dtype,
@@ -93,21 +88,25 @@ class Job:
             revision=recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
             allow_pickle=recipe.allow_pickle,
+            head=head,
         )
 
     @cached_property
     def positions(self) -> int | None:
         """How many positions the base has, from its config; None where it names no limit."""
-        return load_positions(self.recipe.model, dataclasses.replace(self._source, head=self.head))
+        return load_positions(self.recipe.model, self._source(self.head))
+
+    def _cut(self, length: int) -> int:
+        return min(length, self.positions or length)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer."""
-        return load_tokenizer(self.recipe.model, self._source)
+        return load_tokenizer(self.recipe.model, self._source())
 
     def base(self) -> PreTrainedModel:
         """Returns a freshly loaded base, in evaluation mode."""
-        return load_model(self.recipe.model, dataclasses.replace(self._source, head=self.head))
+        return load_model(self.recipe.model, self._source(self.head))
 
     @cached_property
     def base_fingerprint(self) -> str:
@@ -125,42 +124,34 @@ class Job:
     def knowledge_rows(self) -> list[list[Row]]:
         """The knowledge rows that are used, of each set."""
         sets = []
-        for index, part in enumerate(self.recipe.knowledge_sets):
-            where = f"{self._where(index)}.file"
-            rows = read_jsonl(part.file, where=where)
-            sets.append(choose_rows(rows, part.examples, by=part.by, seed=part.seed, where=where))
+        for part, where in self._placed_sets:
+            rows = read_jsonl(part.file, where=f"{where}.file")
+            sets.append(choose_rows(rows, part.examples, by=part.by, seed=part.seed, where=f"{where}.file"))
         return sets
 
     @cached_property
     def knowledge(self) -> list[KnowledgeSet]:
         """The knowledge sets as texts, or as prompts and completions."""
-        return [
-            knowledge_set(
-                rows if part.choices is None else lettered_rows(rows, part.choices, where=self._where(index)),
-                text=part.text,
-                prompt=part.prompt,
-                completion=part.completion,
-                chat=part.chat,
-                where=self._where(index),
-            )
-            for index, (part, rows) in enumerate(zip(self.recipe.knowledge_sets, self.knowledge_rows, strict=True))
-        ]
+        sets = []
+        for (part, where), chosen in zip(self._placed_sets, self.knowledge_rows, strict=True):
+            rows = chosen if part.choices is None else lettered_rows(chosen, part.choices, where=where)
+            form = {"text": part.text, "prompt": part.prompt, "completion": part.completion}
+            sets.append(knowledge_set(rows, **form, chat=part.chat, where=where))
+        return sets
 
-    def _where(self, index: int) -> str:
-        return f"knowledge.{index}" if isinstance(self.recipe.knowledge, list) else "knowledge"
+    @property
+    def _placed_sets(self) -> list[tuple[Knowledge, str]]:
+        """The recipe's knowledge sets, each with its place for error messages."""
+        sets, listed = self.recipe.knowledge_sets, isinstance(self.recipe.knowledge, list)
+        return [(part, f"knowledge.{index}" if listed else "knowledge") for index, part in enumerate(sets)]
 
     @cached_property
     def calibration(self) -> Calibration | None:
         """The knowledge data as tokens, those of all sets."""
         if not self.knowledge:
             return None
-        lengths = [part.max_length for part in self.recipe.knowledge_sets]
-        return joined_knowledge(
-            [
-                part.calibration(self.tokenizer, max_length=min(length, self.positions or length))
-                for part, length in zip(self.knowledge, lengths, strict=True)
-            ]
-        )
+        sets = zip(self.knowledge, self.recipe.knowledge_sets, strict=True)
+        return joined_knowledge([s.calibration(self.tokenizer, max_length=self._cut(p.max_length)) for s, p in sets])
 
     # What is to be learned
 
@@ -195,20 +186,15 @@ class Job:
     @property
     def probe(self) -> Tensor:
         """Token ids that the check of an export compares logits on, ``(batch, length)``."""
-        return self.kind.probe(self.task, self.tokenizer, min(_PROBE_LENGTH, self.positions or _PROBE_LENGTH))
+        return self.kind.probe(self.task, self.tokenizer, self._cut(_PROBE_LENGTH))
 
-    def config(self, name: str, dtype: torch.dtype) -> SFTConfig:
-        """Returns the trainer's config; it takes ``train.seed``, else 0.
-
-        Args:
-            name: Folder of the checkpoints.
-            dtype: The base's dtype.
+    def config(self, checkpoints: Path, dtype: torch.dtype, **changes: Any) -> SFTConfig:
+        """Returns the trainer's config for a base of a dtype, with changed fields; it takes ``train.seed``, else 0.
 
         Raises:
             RecipeError: A field of ``train`` does not exist or has a wrong value.
         """
-        arguments = {"seed": 0, **self.recipe.train}
-        checkpoints = self.output / "checkpoints" / name
+        arguments = {"seed": 0, **self.recipe.train, **changes}
         return sft_config(arguments, checkpoints, dtype=dtype, device=self.device, positions=self.positions)
 
     # What the plan is made from
@@ -236,7 +222,7 @@ class Job:
     def plan_options(self) -> PlanOptions:
         """Which targets are planned, and how."""
         recipe = self.recipe
-        return PlanOptions(recipe.targets, recipe.layers, self.base_fingerprint, recipe.low_memory)
+        return PlanOptions(recipe.targets, recipe.layers, recipe.low_memory, fingerprint=self.base_fingerprint)
 
     @cached_property
     def plan_inputs(self) -> dict[str, Any]:
@@ -271,9 +257,7 @@ class Job:
 
         Raises:
             DataError: A file is missing or malformed, or an evaluation set overlaps the data that are used.
-            RecipeError: The method needs knowledge data and there are none, there is no such device, or the
-                output cannot be a folder.
-            PlanError: The method cannot be confined to some layers.
+            RecipeError: There is no such device, or the output cannot be a folder; or as of :meth:`check_needs`.
             ModelError: The model's folder cannot be used.
         """
         check_folder("output", self.output)
@@ -287,7 +271,7 @@ class Job:
         for benchmark in self.recipe.evaluate:
             self.kind.check_benchmark(self.task, benchmark)
             refuse_used(used, benchmark)
-        self.config("", torch.float32)
+        self.config(self.output / "checkpoints", torch.float32)
 
     def check_needs(self) -> None:
         """Checks what shows without the data: that method, penalties and sections fit together.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -42,17 +44,22 @@ class PlanOptions:
     """Which targets are planned, and how their statistics are collected.
 
     Args:
-        roles: Roles of the targets; None is all linear maps but the head, or those that methods side by side name.
-        layers: Blocks of the targets; None is all.
-        fingerprint: Of the model's weights, where it is known already.
+        targets: Roles, such as ``["q_proj", "down_proj"]``; None is all linear maps but the head, or those that methods
+            side by side name.
+        layers: Indices of the blocks to tune, such as ``[4, 5, 6, 7]``; None is all.
         low_memory: Hold no more covariances at a time than take the memory of the largest; it takes more passes.
+        max_length: Texts given to :func:`keeptune.plan` are cut to this many tokens, or to the model's positions.
+        store: Folder where :func:`keeptune.plan` keeps statistics for later plans; None keeps them for one call.
+        fingerprint: Of the model's weights, where it is known already.
         provenance: What the plan is made from, for the record.
     """
 
-    roles: Sequence[str] | None = None
+    targets: Sequence[str] | None = None
     layers: Sequence[int] | None = None
-    fingerprint: str | None = None
     low_memory: bool = False
+    max_length: int = 1024
+    store: Path | str | None = None
+    fingerprint: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -61,12 +68,7 @@ _DEFAULTS = PlanOptions()
 
 @dataclass(frozen=True)
 class ScopedPenalty:
-    """A penalty of a run.
-
-    Args:
-        penalty: The penalty.
-        roles: Of the targets it holds; none is all of the plan's.
-    """
+    """A penalty of a run, and the roles of the targets that it holds; no roles are all of the plan's."""
 
     penalty: Penalty
     roles: Sequence[str] = ()
@@ -89,8 +91,8 @@ def refuse_penalties(method: Method, penalties: Sequence[ScopedPenalty]) -> None
     """Refuses penalties that a method cannot have: they act on low-rank factors, and each on those of its own roles.
 
     Raises:
-        PlanError: There are penalties, and the method trains no factors; or one of several methods brings a penalty
-            that cannot be confined to its targets, or a second one whose reports would have the same names.
+        PlanError: The method trains no factors; or one of several methods brings a penalty that cannot be confined to
+            its targets, or a second one whose reports would have the same names.
     """
     names = [one.penalty.name for one in penalties]
     where = f"method {method.name}"
@@ -120,11 +122,7 @@ def refuse_penalties(method: Method, penalties: Sequence[ScopedPenalty]) -> None
 
 
 def refuse_layers(method: Method, layers: Sequence[int] | None) -> None:
-    """Refuses to confine a method to blocks that trains every weight anyway.
-
-    Raises:
-        PlanError: There are blocks, and the method has no targets to choose from.
-    """
+    """Raises PlanError where a method that trains every weight is confined to blocks."""
     if layers is not None and method.scope == "all":
         raise PlanError(
             f"method {method.name}",
@@ -152,16 +150,21 @@ def statistics_for(
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
     refuse_layers(method, options.layers)
-    targets = find_targets(model, tuned_roles(method, options.roles), options.layers)
-    statistics = collect(
-        Runner(model),
-        {target: method.requests(target) for target in targets},
-        data,
-        store,
-        model_fingerprint=options.fingerprint or body_fingerprint(model),
-        low_memory=options.low_memory,
-    )
+    targets = find_targets(model, tuned_roles(method, options.targets), options.layers)
+    requests = {target: method.requests(target) for target in targets}
+    statistics = _collect(Runner(model), requests, data, store, options)
     return [target for target in targets if target.name not in statistics.unseen], statistics
+
+
+def _collect(
+    runner: Runner,
+    requests: Mapping[Target, frozenset[Request]],
+    data: Mapping[DataRole, Calibration],
+    store: StatStore,
+    options: PlanOptions,
+) -> Statistics:
+    fingerprint = options.fingerprint or body_fingerprint(runner.model)
+    return collect(runner, requests, data, store, model_fingerprint=fingerprint, low_memory=options.low_memory)
 
 
 def plan_for(
@@ -173,15 +176,7 @@ def plan_for(
     penalties: Sequence[Penalty] = (),
     options: PlanOptions = _DEFAULTS,
 ) -> Plan:
-    """Makes a method's plan for a model, collecting what it needs.
-
-    Args:
-        model: The base model.
-        method: The method.
-        store: Where statistics are looked up and kept.
-        data: Tokens per data role.
-        penalties: Terms of the loss besides the method's own.
-        options: Which targets, and how.
+    """Makes a method's plan for a model, collecting what it and the penalties besides its own need.
 
     Raises:
         PlanError: A role or a block does not exist, an option does not fit a target or the blocks, or the method
@@ -198,14 +193,8 @@ def plan_for(
     if statistics.unseen:
         names = ", ".join(sorted(statistics.unseen))
         provenance["notes"] = [*provenance.get("notes", ()), f"no token of the data reached {names}: left alone"]
-    plan = make_plan(
-        method,
-        targets,
-        lambda target: read_weight(model, target),
-        statistics.view,
-        head=head_of(model),
-        provenance=provenance,
-    )
+    weight_of = partial(read_weight, model)
+    plan = make_plan(method, targets, weight_of, statistics.view, head=head_of(model), provenance=provenance)
     return with_penalties(plan, scoped, Runner(model), store, data=data, options=options)
 
 
@@ -214,16 +203,10 @@ def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> 
 
     Both factors are trained, and nothing is taken out of W.
     """
+    both = frozenset({"A", "B"})
+    own = [(target, changes[target.name]) for target in targets]
     return tuple(
-        TargetPlan(
-            target=target,
-            decision=Decision(changes[target.name].rank),
-            init=changes[target.name],
-            scale=1.0,
-            trainable=frozenset({"A", "B"}),
-            removed=changes[target.name].scaled(0.0),
-        )
-        for target in targets
+        TargetPlan(t, Decision(c.rank), init=c, scale=1.0, trainable=both, removed=c.scaled(0.0)) for t, c in own
     )
 
 
@@ -250,14 +233,7 @@ def with_penalties(
     requests: dict[Target, frozenset[Request]] = {t.target: frozenset() for t in plan.targets}
     for penalty, own in held:
         requests |= {t.target: requests[t.target] | penalty.requests(t) for t in own}
-    statistics = collect(
-        runner,
-        requests,
-        data,
-        store,
-        model_fingerprint=options.fingerprint or body_fingerprint(model),
-        low_memory=options.low_memory,
-    )
+    statistics = _collect(runner, requests, data, store, options)
     if statistics.unseen:
         raise PlanError(
             f"penalties {', '.join(penalty.name for penalty, _ in held)}",
@@ -266,18 +242,14 @@ def with_penalties(
             next_step="Give more knowledge, or leave these targets out.",
         )
     plans = []
+    blocks, weight_of = depth(model), partial(read_weight, model)
     for penalty, own in held:
-        made = penalty_plan(penalty, _sites(own, model, statistics))
-        plans.append(_with_texts(penalty, made, model, data))
+        targets = tuple(t.target for t in own)
+        sites = (Site(t, weight_of(t.target), statistics.view(t.target), targets, blocks) for t in own)
+        plans.append(_with_texts(penalty, penalty_plan(penalty, sites), model, data))
     notes = [*plan.provenance.get("notes", ()), *_penalty_notes(plan, penalties, held, plans)]
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
     return replace(plan, penalties=tuple(plans), provenance=provenance)
-
-
-def _sites(own: Sequence[TargetPlan], model: PreTrainedModel, statistics: Statistics) -> Iterator[Site]:
-    targets, blocks = tuple(t.target for t in own), depth(model)
-    for t in own:
-        yield Site(t, read_weight(model, t.target), statistics.view(t.target), targets, blocks)
 
 
 def _with_texts(

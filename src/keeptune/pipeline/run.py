@@ -65,20 +65,16 @@ def start(recipe: Recipe) -> Job:
 
 
 def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
-    """Collects the statistics that the method needs into the store.
-
-    Returns:
-        The targets and access to their statistics.
-    """
+    """Collects the statistics that the method needs into the store; returns the targets and their statistics."""
     return statistics_for(job.base(), job.method, job.store, data=job.data, options=job.plan_options)
 
 
 def plan_stage(job: Job) -> Plan:
     """Makes the plan, or loads the one that is there."""
     folder = job.output / "plan"
-    choice = choose_boundary(job)
-    inputs = job.plan_inputs | {"method": [choice.method.name, choice.method]}
-    inputs |= {"notes": list(choice.notes)} if choice.notes else {}
+    method, notes = choose_boundary(job)
+    inputs = job.plan_inputs | {"method": [method.name, method]}
+    inputs |= {"notes": list(notes)} if notes else {}
     key = content_key(inputs)
 
     def saved() -> tuple[str, Plan]:
@@ -88,14 +84,8 @@ def plan_stage(job: Job) -> Plan:
     plan = take("plan", folder, key, saved)
     if plan is None:
         started = time.perf_counter()
-        plan = plan_for(
-            job.base(),
-            choice.method,
-            job.store,
-            data=job.data,
-            penalties=job.penalties,
-            options=replace(job.plan_options, provenance=inputs | {"key": key, "seed": job.seed}),
-        )
+        options = replace(job.plan_options, provenance=inputs | {"key": key, "seed": job.seed})
+        plan = plan_for(job.base(), method, job.store, data=job.data, penalties=job.penalties, options=options)
         plan.save(folder)
         _write_recipe(job)
         write_json(folder / "seconds.json", {"plan": time.perf_counter() - started})

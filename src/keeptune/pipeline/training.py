@@ -41,7 +41,7 @@ def train_stage(job: Job, plan: Plan) -> None:
         return
     started = time.perf_counter()
     model = job.base()
-    config = job.config(result.key[:12], model.dtype)
+    config = job.config(job.output / "checkpoints" / result.key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
     loss = job.kind.train(tuned, plan, job.tokenizer, job.trained_examples, config)
     notes = conclusions(plan, loss[-1]) if loss else []
