@@ -16,6 +16,7 @@ from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import conclusions
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
+from keeptune.training.trainer import train
 
 __all__ = ["load_trained", "train_stage", "trained_result"]
 
@@ -43,7 +44,7 @@ def train_stage(job: Job, plan: Plan) -> None:
     model = job.base()
     config = job.config(job.output / "checkpoints" / result.key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
-    loss = job.kind.train(tuned, plan, job.tokenizer, job.trained_examples, config)
+    loss = train(tuned, plan, job.tokenizer, job.trained_examples, config)
     notes = conclusions(plan, loss[-1]) if loss else []
     for note in notes:
         _log.info("train: %s", note)

@@ -1,9 +1,10 @@
-"""What a kind of task is: how its rows are read, sampled for statistics, trained on and scored."""
+"""The kinds of task, what a recipe's ``task.kind`` means: how rows are read, sampled, trained on and scored."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import RecipeError
 from keeptune.data.calibration import Calibration
+from keeptune.data.completions import task_examples
 from keeptune.data.examples import Examples
+from keeptune.data.labelled import LabelledExamples, label_indices, labelled_examples
 from keeptune.data.sources import Row
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.items import Item, load_items
+from keeptune.evaluation.metrics import LABELS, SCORES
 from keeptune.model.head import Head
 from keeptune.recipe.schema import Kind, Task, TaskCalibration
 
-__all__ = ["TaskKind"]
+__all__ = ["KINDS", "TaskKind"]
 
 _PROBES = 8
 
@@ -33,7 +37,6 @@ class TaskKind:
         name: Its name in a recipe, ``task.kind``.
         metrics: Metrics of a benchmark of one's own that its model can be scored by.
         read: From the recipe's section, its rows and the name of the rows for error messages to the examples.
-        train: From the installed model, its plan, tokenizer, examples and config to the loss curve; trains in place.
         head: From examples and a seed to the classification head, drawn where the base has none.
         standard: Whether its model can be scored on standard benchmarks.
         check_items: Checks that its model can answer the items of a benchmark of one's own, which is named.
@@ -42,7 +45,6 @@ class TaskKind:
     name: Kind
     metrics: tuple[str, ...]
     read: Callable[[Task, Sequence[Row], str], Examples]
-    train: Callable[..., list[dict[str, float]]]
     head: Callable[[Any, int], Head | None] = lambda examples, seed: None
     standard: bool = False
     check_items: Callable[[Any, Sequence[Item], str], Any] = lambda examples, items, where: None
@@ -59,16 +61,7 @@ class TaskKind:
         return examples.calibration(tokenizer, max_length=length, examples=wanted.examples, seed=wanted.seed)
 
     def probe(self, examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
-        """Returns the first examples cut to one length, so that an export is checked on real text without padding.
-
-        Args:
-            examples: The task.
-            tokenizer: The tokenizer.
-            max_length: Tokens at most.
-
-        Returns:
-            Token ids ``(batch, length)``.
-        """
+        """Returns token ids ``(batch, length)`` of the first examples, cut to one length, to check an export on."""
         rows = examples.first_tokens(_PROBES, tokenizer, max_length)
         length = min(map(len, rows))
         return torch.tensor([row[:length] for row in rows])
@@ -89,7 +82,6 @@ class TaskKind:
                     next_step="Score a classifier on a file: `file`, `text`, `answer` and `metric`.",
                 )
             return
-        items = load_items(benchmark, Path())
         if benchmark.metric not in self.metrics:
             raise RecipeError(
                 f"{benchmark.where}.metric",
@@ -97,4 +89,41 @@ class TaskKind:
                 wanted=" or ".join(self.metrics),
                 next_step="Choose one of these metrics, or another task.kind.",
             )
-        self.check_items(examples, items, benchmark.where)
+        self.check_items(examples, load_items(benchmark, Path()), benchmark.where)
+
+
+def _read_completions(task: Task, rows: Sequence[Row], where: str) -> Examples:
+    return task_examples(rows, prompt=task.prompt or "", completion=task.completion or "", where=where)
+
+
+def _read_labels(task: Task, rows: Sequence[Row], where: str, *, scores: bool) -> LabelledExamples:
+    text, label = task.text or "", task.label or ""
+    return labelled_examples(
+        rows, text=text, text_pair=task.text_pair, label=label, names=task.labels, scores=scores, where=where
+    )
+
+
+def _check_labels(examples: LabelledExamples, items: Sequence[Item], where: str) -> None:
+    label_indices([item.answers[0] for item in items], examples.names, where=where)
+
+
+_COMPLETION = TaskKind(
+    name="completion",
+    metrics=("exact_match", "multiple_choice", "cross_entropy"),
+    read=_read_completions,
+    standard=True,
+)
+_REGRESSION = TaskKind(
+    name="regression",
+    metrics=SCORES,
+    read=partial(_read_labels, scores=True),
+    head=lambda examples, seed: Head(examples.names, seed),
+)
+_CLASSIFICATION = replace(
+    _REGRESSION,
+    name="classification",
+    metrics=LABELS,
+    read=partial(_read_labels, scores=False),
+    check_items=_check_labels,
+)
+KINDS = {kind.name: kind for kind in (_COMPLETION, _CLASSIFICATION, _REGRESSION)}
