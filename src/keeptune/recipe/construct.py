@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -19,10 +19,10 @@ __all__ = ["make_method", "make_penalties"]
 
 
 def make_method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, seed: int) -> Any:
-    """Makes a method from its recipe section, or several side by side from theirs.
+    """Makes a method from its recipe section, or several side by side from theirs, each with ``targets``.
 
     Args:
-        options: ``name`` and the method's own fields; of several methods also their ``targets``.
+        options: ``name`` and the method's own fields.
         seed: For a method that draws numbers, unless the section has a ``seed`` of its own.
 
     Raises:
@@ -51,10 +51,8 @@ def _part_of(section: Mapping[str, Any], where: str, seed: int) -> Part:
 
 
 def _method_of(options: Mapping[str, Any], seed: int) -> Any:
-    if "name" not in options:
-        raise RecipeError("method", got="no name", wanted="name: one of the methods", next_step=nearest("", methods()))
-    cls = method_named(str(options["name"]))
-    given = {key: value for key, value in options.items() if key != "name"}
+    name, given = _named(options, "method", methods())
+    cls = method_named(name)
     _check_names(given, cls, "method", cls.name)
     if any(field.name == "seed" for field in dataclasses.fields(cls)):
         given = {"seed": seed, **given}
@@ -79,20 +77,16 @@ def _check_names(given: Mapping[str, Any], cls: type[Any], where: str, owner: st
 
 
 def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[Penalty, ...]:
-    """Makes the penalties of a recipe.
-
-    Args:
-        sections: Each a ``name`` and the penalty's own fields.
+    """Makes the penalties of a recipe from sections of a ``name`` and the penalty's own fields.
 
     Raises:
         RecipeError: A name or an option is unknown, or a value does not fit.
     """
-    made = []
-    for section in sections:
-        if "name" not in section:
-            raise RecipeError(
-                "penalties", got="no name", wanted="name: one of the penalties", next_step=nearest("", penalties())
-            )
-        options = {key: value for key, value in section.items() if key != "name"}
-        made.append(penalty_named(str(section["name"]), options))
-    return tuple(made)
+    return tuple(penalty_named(*_named(section, "penalties", penalties())) for section in sections)
+
+
+def _named(section: Mapping[str, Any], where: str, known: Iterable[str]) -> tuple[str, dict[str, Any]]:
+    """Returns the name in a section, and its other keys."""
+    if "name" not in section:
+        raise RecipeError(where, got="no name", wanted="a known name", next_step=f"Add `name:`. {nearest('', known)}")
+    return str(section["name"]), {key: value for key, value in section.items() if key != "name"}

@@ -69,12 +69,7 @@ def resolve_file(name: str, folder: Path = Path(), fetch: Fetch = hub.fetch) -> 
 
 
 def resolve_model(name: str, folder: Path = Path()) -> str:
-    """Returns the path, or the hub id, of the model that a name stands for.
-
-    Args:
-        name: ``atlas``, a folder or a hub id.
-        folder: Where a folder is looked for that is not in the current directory.
-    """
+    """Returns the path, or the hub id, of the model that a name stands for: ``atlas``, a folder or a hub id."""
     if name == "atlas":
         return str(atlas.model_path())
     path = Path(name).expanduser()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -38,36 +38,20 @@ class Published(Section):
 
     def check_scores(self, benchmarks: Iterable[str], where: str) -> None:
         """Raises RecipeError where a score is of no benchmark in ``evaluate``."""
-        known = list(benchmarks)
+        known, wanted = list(benchmarks), "a benchmark in `evaluate`; other columns go under `others`"
         for number, row in enumerate(self.rows):
             for name in row.scores:
-                if name not in known:
-                    raise RecipeError(
-                        f"{where}, key published.rows.{number}.scores.{name}",
-                        got="a score of no benchmark of the recipe",
-                        wanted="a name in `evaluate`; other columns go under `others`",
-                        next_step=nearest(name, known),
-                    )
+                _check(name, known, f"{where}, key published.rows.{number}.scores.{name}", wanted)
 
     def check_labels(self, labels: Iterable[str], where: str) -> None:
         """Raises RecipeError where a label is that of no entry of the comparison."""
         known = list(labels)
         for number, row in enumerate(self.rows):
-            if row.label is not None and row.label not in known:
-                raise RecipeError(
-                    f"{where}, key published.rows.{number}.label",
-                    got=f'"{row.label}"',
-                    wanted="the label of an entry of compare.methods",
-                    next_step=nearest(row.label, known),
-                )
+            if row.label is not None:
+                _check(row.label, known, f"{where}, key published.rows.{number}.label", "a label in compare.methods")
 
     def scores(self) -> list[dict[str, Any]]:
-        """Returns the scores of lines that have a label.
-
-        Returns:
-            ``label``, ``benchmark``, ``score`` (a share where the table is in per cent), ``source`` and ``note`` (the
-            paper's name of the method, and its parameters) of each.
-        """
+        """Returns the scores of lines that have a label, as shares where the table is in per cent."""
         scale = 100 if self.unit == "percent" else 1
         return [
             {
@@ -81,3 +65,8 @@ class Published(Section):
             if row.label is not None
             for name, score in row.scores.items()
         ]
+
+
+def _check(name: str, known: Sequence[str], where: str, wanted: str) -> None:
+    if name not in known:
+        raise RecipeError(where, got=f'"{name}"', wanted=wanted, next_step=nearest(name, known))

@@ -37,9 +37,6 @@ def read_values(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[
         path: The YAML file.
         overrides: Dotted key to value; a whole section is set before its parts, in whatever order they come.
 
-    Returns:
-        Key to value, as the file holds them.
-
     Raises:
         RecipeError: The file is missing or not YAML, or an override leads nowhere.
     """
@@ -65,7 +62,7 @@ def set_value(values: dict[str, Any], key: str, value: Any, *, where: str) -> No
     Args:
         values: As a YAML file holds them.
         key: Dotted, such as ``train.learning_rate``.
-        value: The new value.
+        value: A YAML value.
         where: For error messages.
 
     Raises:
@@ -98,9 +95,6 @@ def parse_pairs(words: Sequence[str], switches: Collection[str]) -> dict[str, An
     Args:
         words: ``["--train.learning_rate", "1e-3", "--targets", "[q_proj]"]`` or ``--key=value``.
         switches: Keys that may stand alone.
-
-    Returns:
-        Dotted key to value.
 
     Raises:
         RecipeError: A word is not a key, or a key has no value.

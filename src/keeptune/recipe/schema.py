@@ -118,9 +118,6 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None, *,
         overrides: Dotted key to value, such as ``{"train.learning_rate": 1e-3}``.
         fetch: Gets the files of the hub.
 
-    Returns:
-        The recipe, with file paths resolved.
-
     Raises:
         RecipeError: The file is missing or not YAML, a key is unknown, or a value does not fit.
     """
@@ -129,16 +126,13 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None, *,
 
 
 def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: Fetch = hub.fetch) -> Recipe:
-    """Checks the values of a recipe.
+    """Checks the values of a recipe and resolves its file paths.
 
     Args:
         values: As a YAML file holds them.
         folder: Where files are looked for that are not in the current directory.
         where: For error messages.
         fetch: Gets the files of the hub.
-
-    Returns:
-        The recipe, with file paths resolved.
 
     Raises:
         RecipeError: A key is unknown or a value does not fit.
@@ -155,10 +149,11 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
     check_arguments(recipe.train, SFTConfig if recipe.task.kind == "completion" else TrainingArguments)
     names = [benchmark.name for benchmark in recipe.evaluate]
     for name in names:
-        if names.count(name) > 1 or not re.fullmatch(r"[\w.-]+", name):
+        twice = names.count(name) > 1
+        if twice or not re.fullmatch(r"[\w.-]+", name):
             raise RecipeError(
                 f"{where}, evaluate",
-                got=f'the benchmark name "{name}"' + (" twice" if names.count(name) > 1 else ""),
+                got=f'the benchmark name "{name}"' + (" twice" if twice else ""),
                 wanted="different names of letters, digits, '.', '_' and '-': they name files",
                 next_step="Rename it.",
             )
@@ -168,28 +163,15 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Reads ``--key value`` pairs from the command line; a switch of the recipe (``low_memory``) may stand alone.
-
-    Args:
-        words: ``["--train.learning_rate", "1e-3", "--targets", "[q_proj]"]`` or ``--key=value``; values are YAML.
-
-    Returns:
-        Dotted key to value.
-
-    Raises:
-        RecipeError: A word is not a key, or a key has no value.
-    """
+    """Reads ``--key value`` pairs (:func:`parse_pairs`); a switch of the recipe (``low_memory``) may stand alone."""
     return parse_pairs(words, [name for name, field in Recipe.model_fields.items() if field.annotation is bool])
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:
-    sections: dict[str, Any] = {"knowledge": Knowledge, "task": Task, "export": ExportSpec}
-    first = str(location[0])
-    if location[:2] == ("task", "calibration"):
-        return list(TaskCalibration.model_fields)
-    if len(location) > 1 and first in sections:
-        return list(sections[first].model_fields)
-    if len(location) > 1 and first == "evaluate":
+    sections: dict[str, type[Section]] = {"knowledge": Knowledge, "task": Task, "export": ExportSpec}
+    first = str(location[0]) if len(location) > 1 else ""
+    if first == "evaluate":
         kind = NamedBenchmark if NAMED in location else FileBenchmark
         return [field.name for field in dataclasses.fields(kind)]
-    return list(Recipe.model_fields)
+    section = TaskCalibration if location[:2] == ("task", "calibration") else sections.get(first, Recipe)
+    return list(section.model_fields)

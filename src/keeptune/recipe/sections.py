@@ -148,25 +148,19 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _check_kind(self) -> Task:
-        needed, allowed = _KIND_KEYS[self.kind]
-        given = [key for key in _KINDS_KEYS if getattr(self, key) is not None]
-        kinds = " or ".join(_KIND_KEYS)
-        for key in given:
-            if key not in (*needed, *allowed):
-                raise RecipeError(
-                    f"recipe, key task.{key}",
-                    got=f"a key that kind {self.kind} does not use",
-                    wanted=f"the keys {', '.join((*needed, *allowed))}",
-                    next_step=f"Remove it, or set task.kind: {kinds}.",
-                )
-        for key in needed:
-            if key not in given:
-                raise RecipeError(
-                    f"recipe, key task.{key}",
-                    got="nothing",
-                    wanted=f"a value, for kind {self.kind}",
-                    next_step=f"Add `{key}:` to the task, or set task.kind: {kinds}.",
-                )
+        needed, optional = _KIND_KEYS[self.kind]
+        other = f"or set task.kind: {' or '.join(_KIND_KEYS)}."
+        for key in _KINDS_KEYS:
+            given = getattr(self, key) is not None
+            if given and key not in (*needed, *optional):
+                got = f"a key that kind {self.kind} does not use"
+                wanted, next_step = f"the keys {', '.join((*needed, *optional))}", f"Remove it, {other}"
+            elif not given and key in needed:
+                got, wanted = "nothing", f"a value, for kind {self.kind}"
+                next_step = f"Add `{key}:` to the task, {other}"
+            else:
+                continue
+            raise RecipeError(f"recipe, key task.{key}", got=got, wanted=wanted, next_step=next_step)
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise RecipeError(
                 "recipe, key task.labels", got=str(self.labels), wanted="different labels", next_step="Name each once."
@@ -183,33 +177,23 @@ class ExportSpec(Section):
 
 
 def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | int]], Sequence[str]]) -> RecipeError:
-    """Returns the error to raise for a value that pydantic refused.
+    """Returns the error to raise for the first value that pydantic refused.
 
     Args:
-        error: Pydantic's error, of which the first part counts.
+        error: Pydantic's error.
         where: The recipe, or the section.
         known: From a place as pydantic names it to the keys that may stand there.
     """
     first = error.errors()[0]
-    location = _without_tags(first["loc"])
+    location = [part for part in first["loc"] if part not in (*_TAGS, OWN, NAMED)]  # pydantic names alternatives
     place = ".".join(str(part) for part in location)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return RecipeError(
-            f"{where}, key {place}",
-            got="an unknown key",
-            wanted="a key that recipes have",
-            next_step=nearest(str(location[-1]), list(known(first["loc"]))),
-        )
-    if first["type"] in ("missing", "missing_argument"):
-        return RecipeError(
-            f"{where}, key {place}", got="nothing", wanted="a value", next_step=f"Add `{place}:` to the recipe."
-        )
-    value = first["input"]
-    plain = value is None or isinstance(value, str | int | float | bool | list | dict)
-    got = canonical_json(value) if plain else repr(value)
-    return RecipeError(f"{where}, key {place}", got=got, wanted=first["msg"], next_step="Correct the value.")
-
-
-def _without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Takes the names of alternatives, which pydantic adds, out of the place of an error."""
-    return tuple(part for part in location if part not in (*_TAGS, OWN, NAMED))
+        next_step = nearest(str(location[-1]), known(first["loc"]))
+        got, wanted = "an unknown key", "a key that recipes have"
+    elif first["type"] in ("missing", "missing_argument"):
+        got, wanted, next_step = "nothing", "a value", f"Add `{place}:` to the recipe."
+    else:
+        value, wanted, next_step = first["input"], first["msg"], "Correct the value."
+        plain = value is None or isinstance(value, str | int | float | bool | list | dict)
+        got = canonical_json(value) if plain else repr(value)
+    return RecipeError(f"{where}, key {place}", got=got, wanted=wanted, next_step=next_step)
