@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer import echo
 
 from keeptune.cli import dry_run as cli_dry
-from keeptune.cli.options import Flops, RecipeFile, overrides_of, print_failed, say
+from keeptune.cli.options import Flops, RecipeFile, overrides_of
 
 __all__ = ["compare", "interval_text", "run_and_show"]
 
@@ -56,16 +57,16 @@ def run_and_show(loaded: Any, limits: Any = None, show: Callable[[Any], None] | 
 
     compared = run_comparison(loaded, shlex.join(["keeptune", *sys.argv[1:]]), limits)
     (show or _show_trade_off)(compared)
-    say(f"report: {loaded.records / 'report.html'}")
-    say(f"numbers: {loaded.records / 'runs.json'}, runs.parquet and front.json")
+    echo(f"report: {loaded.records / 'report.html'}")
+    echo(f"numbers: {loaded.records / 'runs.json'}, runs.parquet and front.json")
     if compared.figure is not None:
-        say(f"figure: {compared.figure}")
+        echo(f"figure: {compared.figure}")
     choice = compared.front["choice"]
     if choice:
         lost = ", ".join(f"{name} {loss:.3f}" for name, loss in choice["loss"].items())
-        say(f"best: {choice['run']} in {choice['adapter']}: learned {choice['learned']:.3f}, lost {lost}")
+        echo(f"best: {choice['run']} in {choice['adapter']}: learned {choice['learned']:.3f}, lost {lost}")
     for name, message in compared.failed.items():
-        print_failed(name, message)
+        echo(f"failed: {name}: {message}", err=True)
     if compared.failed:
         raise typer.Exit(1)
 
@@ -112,7 +113,7 @@ def _list_runs(loaded: Any) -> None:
         done = sum(spec.name not in missing for spec in own)
         table.add_row(entry.label, rates, marks if len(entry.variations) > 1 else "", str(len(own)), str(done))
     Console().print(table)
-    say(f"{len(specs)} runs below {loaded.output / RUNS}, {len(specs) - len(missing)} done")
+    echo(f"{len(specs)} runs below {loaded.output / RUNS}, {len(specs) - len(missing)} done")
 
 
 def _list_search(loaded: Any) -> None:
@@ -127,5 +128,5 @@ def _list_search(loaded: Any) -> None:
     Console().print(table)
     others = len(loaded.section.seeds) - 1
     then = f", then the settings on the front with {others} more seeds each" if others else ""
-    say(f"a search of {loaded.section.search.trials} trials below {loaded.output / 'runs'}{then}")
-    say("what follows counts the listed settings; the search takes as many runs as it has trials")
+    echo(f"a search of {loaded.section.search.trials} trials below {loaded.output / 'runs'}{then}")
+    echo("what follows counts the listed settings; the search takes as many runs as it has trials")

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from typer import echo
 
 from keeptune.cli import compare, dry_run, sequence, studies, sweeps
 from keeptune.cli import repair as repairing
-from keeptune.cli.options import OVERRIDES, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report, say
+from keeptune.cli.options import OVERRIDES, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
 from keeptune.core.errors import KeeptuneError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except KeeptuneError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        echo(f"error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -72,7 +73,7 @@ def stats(context: typer.Context, recipe: RecipeFile) -> None:
     job = _job(recipe, context)
     targets, statistics = stats_stage(job)
     sites = {request.site(t) for t in targets for request in statistics.requests[t.name]}
-    say(f"{len(sites)} statistics for {len(targets)} targets in {job.store.folder}")
+    echo(f"{len(sites)} statistics for {len(targets)} targets in {job.store.folder}")
 
 
 @app.command(context_settings=OVERRIDES)
@@ -91,16 +92,16 @@ def plan(
     job = _job(recipe, context)
     made = plan_stage(job)
     if made.scope == "all":
-        say("full fine-tuning: every weight is trained, no adapter is planned")
+        echo("full fine-tuning: every weight is trained, no adapter is planned")
         return
     errors = start_errors(job.base(), made, anchor=job.recipe.anchor)
     rows = [row | {"start_error": errors[row["target"]]} for row in made.summary()]
     print_plan(rows, Console(), made.provenance.get("notes", ()))
     if diff is not None:
         other = Plan.load(diff)
-        say(f"\nthis plan | {diff}")
+        echo(f"\nthis plan | {diff}")
         if not print_diff(made, other, Console()):
-            say(f"equal to {diff}")
+            echo(f"equal to {diff}")
 
 
 @app.command(context_settings=OVERRIDES)
@@ -110,7 +111,7 @@ def train(context: typer.Context, recipe: RecipeFile) -> None:
 
     job = _job(recipe, context)
     train_stage(job, plan_stage(job))
-    say(f"trained factors in {job.output / 'trained'}")
+    echo(f"trained factors in {job.output / 'trained'}")
 
 
 @app.command(context_settings=OVERRIDES)
@@ -120,11 +121,11 @@ def export(context: typer.Context, recipe: RecipeFile) -> None:
 
     job = _job(recipe, context)
     done = export_stage(job, plan_stage(job))
-    say(f"{done.format} in {done.folder}, rank {done.rank}")
-    say(f"gap to the trained model on a fresh base: {done.gap:.1e} in logits, {done.relative_gap:.1e} relative")
+    echo(f"{done.format} in {done.folder}, rank {done.rank}")
+    echo(f"gap to the trained model on a fresh base: {done.gap:.1e} in logits, {done.relative_gap:.1e} relative")
     if done.error:
-        say(f"cut to a smaller rank: {done.error:.2%} of the trained change (Frobenius) is left out")
-    say(f"serve: {done.serve}")
+        echo(f"cut to a smaller rank: {done.error:.2%} of the trained change (Frobenius) is left out")
+    echo(f"serve: {done.serve}")
 
 
 @app.command(context_settings=OVERRIDES)
@@ -157,7 +158,7 @@ def merge(
     from keeptune.pipeline.merge import merge_adapter
 
     gap = merge_adapter(adapter, output, base=base, dtype=dtype)
-    say(f"merged model in {output}; largest difference in logits {gap:.1e}")
+    echo(f"merged model in {output}; largest difference in logits {gap:.1e}")
 
 
 @app.command()

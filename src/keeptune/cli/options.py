@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -27,11 +28,10 @@ __all__ = [
     "names_in",
     "numbers_in",
     "overrides_of",
-    "print_failed",
     "print_report",
-    "say",
-    "whole_numbers_in",
 ]
+
+N = TypeVar("N", int, float)
 
 # Commands that take a recipe: every key of it is an option.
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -63,22 +63,12 @@ def load(recipe: Path, context: typer.Context) -> Recipe:
     return load_recipe(recipe, overrides_of(context))
 
 
-def say(text: str) -> None:
-    """Prints a line as it is."""
-    Console(soft_wrap=True, highlight=False).print(text, markup=False)
-
-
-def print_failed(name: object, message: str) -> None:
-    """Prints to stderr which of several runs failed, and why."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"failed: {name}: {message}", markup=False)
-
-
 def print_report(report: dict[str, Any], folder: Path) -> None:
     """Prints a report's table and where its page is."""
     from keeptune.report.tables.comparison_table import print_comparison
 
     print_comparison(report, Console())
-    say(f"report: {folder / 'report.html'}")
+    typer.echo(f"report: {folder / 'report.html'}")
 
 
 def names_in(text: str | None) -> list[str] | None:
@@ -86,27 +76,20 @@ def names_in(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.strip("[] ").split(",")]
 
 
-def numbers_in(option: str, text: str | None) -> list[float]:
-    """Returns the numbers in a list such as ``0.1,0.3,1``, none without one.
+def numbers_in(option: str, text: str | None, kind: Callable[[str], N], example: str) -> list[N]:
+    """Returns the numbers in an option such as ``--sweep 0.1,0.3,1``, none without it.
+
+    Args:
+        option: The option.
+        text: Its value.
+        kind: ``int`` or ``float``.
+        example: A value, for the error message.
 
     Raises:
-        RecipeError: A part is no number.
+        RecipeError: A part is no number of the kind.
     """
     try:
-        return [float(part) for part in text.strip("[] ").split(",")] if text else []
+        return [kind(part) for part in names_in(text or None) or ()]
     except ValueError as error:
-        raise RecipeError(option, got=str(text), wanted="numbers", next_step=f"Example: {option} 0.1,0.3,1") from error
-
-
-def whole_numbers_in(option: str, text: str | None) -> list[int] | None:
-    """Returns the numbers in a list such as ``2,4,6``; None without one.
-
-    Raises:
-        RecipeError: A part is no whole number.
-    """
-    parts = names_in(text)
-    if parts is None:
-        return None
-    if not all(part.isdecimal() for part in parts):
-        raise RecipeError(option, got=str(text), wanted="whole numbers", next_step=f"Example: {option} 2,4,6")
-    return [int(part) for part in parts]
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise RecipeError(option, got=str(text), wanted=wanted, next_step=f"Example: {option} {example}") from error

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer import echo
 
-from keeptune.cli.options import Base, Device, Store, numbers_in, say
+from keeptune.cli.options import Base, Device, Store, numbers_in
 
 __all__ = ["repair"]
 
@@ -55,7 +56,7 @@ def repair(
         damping=damping,
         rounds=rounds,
         max_length=max_length,
-        sweep=numbers_in("--sweep", sweep),
+        sweep=numbers_in("--sweep", sweep, float, "0.1,0.3,1"),
         store=store,
         device=device,
     )
@@ -64,8 +65,8 @@ def repair(
     )
     print_repair(record, Console())
     seconds = record["seconds"]
-    say(f"statistics {seconds['statistics']:.1f} s, solve {seconds['solve']:.1f} s")
+    echo(f"statistics {seconds['statistics']:.1f} s, solve {seconds['solve']:.1f} s")
     if (output / "repair.png").is_file():
-        say(f"figure: {output / 'repair.png'}")
-    say(f"repaired adapter in {output}, gap {record['export']['relative_gap']:.1e}; numbers: repair.json")
-    say(f"serve: {record['export']['serve']}")
+        echo(f"figure: {output / 'repair.png'}")
+    echo(f"repaired adapter in {output}, gap {record['export']['relative_gap']:.1e}; numbers: repair.json")
+    echo(f"serve: {record['export']['serve']}")

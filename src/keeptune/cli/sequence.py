@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-
-from keeptune.cli.options import say
+from typer import echo
 
 __all__ = ["has_stages", "run_stages"]
 
@@ -37,11 +36,11 @@ def run_stages(recipe: Path, overrides: Mapping[str, Any]) -> None:
     _show(record, Console())
     written = record["export"]
     if written is not None and written["error"]:
-        say(f"cut to rank {written['rank']}: {written['error']:.2%} of the change (Frobenius) is left out")
+        echo(f"cut to rank {written['rank']}: {written['error']:.2%} of the change (Frobenius) is left out")
     for stage in record["stages"]:
-        say(f"after {stage['name']}: {stage['adapter']}, gap {stage['gap']:.1e} in logits to what was trained")
-    say(f"for the original base: {record['adapter']}")
-    say(f"report: {sequence.output / 'report.html'}, numbers: {sequence.output / 'sequence.json'}")
+        echo(f"after {stage['name']}: {stage['adapter']}, gap {stage['gap']:.1e} in logits to what was trained")
+    echo(f"for the original base: {record['adapter']}")
+    echo(f"report: {sequence.output / 'report.html'}, numbers: {sequence.output / 'sequence.json'}")
 
 
 def _show(record: Mapping[str, Any], console: Console) -> None:
@@ -57,10 +56,10 @@ def _show(record: Mapping[str, Any], console: Console) -> None:
         ends = ["" if pair is None else f"\n{pair[0]:+.2f} {pair[1]:+.2f}" for pair in intervals]
         table.add_row(name, *(_text(score) + pair for score, pair in zip(row, ends, strict=True)))
     console.print(table)
-    say("below a score: ends of the 95% interval of its difference to the base's, on the same items")
-    say(", ".join(f"{name.replace('_', ' ')} {_text(record[name])}" for name in _MEASURES))
+    echo("below a score: ends of the 95% interval of its difference to the base's, on the same items")
+    echo(", ".join(f"{name.replace('_', ' ')} {_text(record[name])}" for name in _MEASURES))
     if record["why"]:
-        say(record["why"])
+        echo(record["why"])
 
 
 def _text(value: float | None) -> str:

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import echo
 
-from keeptune.cli.options import Base, Device, Dtype, FigureFile, RecipeFile, Roles, Store, load, names_in, say
+from keeptune.cli.options import Base, Device, Dtype, FigureFile, RecipeFile, Roles, Store, load, names_in
 
 __all__ = ["change", "curvature", "energy", "overlap", "suppress", "trace"]
 
@@ -31,8 +32,8 @@ def energy(
         cells.setdefault((row["layer"], row["role"]), []).append(text)
     cells |= {(int(layer), "mean"): [f"{value:.3f}"] for layer, value in record["mean"].items()}
     print_grid(cells, Console())
-    say(f"share of the squared singular values in the top {top}")
-    say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
+    echo(f"share of the squared singular values in the top {top}")
+    _echo_files(output)
 
 
 def change(
@@ -48,7 +49,7 @@ def change(
 
     record = measure_change(trained, output, base=base, roles=names_in(targets), device=device)
     print_change(record, Console())
-    say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
+    _echo_files(output)
 
 
 def curvature(
@@ -63,7 +64,7 @@ def curvature(
     from keeptune.studies.curvature import curvature as measure_curvature
 
     print_curvature(measure_curvature(run, others or [], output, base=base, device=device), Console())
-    say(f"figure: {output}, numbers: {output.with_suffix('.json')}")
+    _echo_files(output)
 
 
 def suppress(
@@ -82,7 +83,7 @@ def suppress(
 
     record = measure(load(recipe, context), q=q, over=over, draws=draws, seed=seed)
     print_suppressed(record, Console())
-    say(f"figures and numbers in {record['folder']}")
+    echo(f"figures and numbers in {record['folder']}")
 
 
 def overlap(
@@ -107,7 +108,7 @@ def overlap(
     other = None if against is None else load(against, context)
     record = measure(load(recipe, context), other, first=first, second=second, q=q)
     print_overlap(record, Console())
-    say(f"figure and numbers in {record['folder']}")
+    echo(f"figure and numbers in {record['folder']}")
 
 
 def trace(
@@ -162,4 +163,8 @@ def trace(
     checked_later: Any = {"reading": reading, "output": kind}
     request = LayerEffect("knowledge", fraction=fraction, scale=scale, seed=seed, window=window, **checked_later)
     print_trace(trace_models(options, request, norm), Console())
-    say(f"figures: {output / 'layers.png'}, {output / 'heat.png'}, numbers: {output / 'trace.json'}")
+    echo(f"figures: {output / 'layers.png'}, {output / 'heat.png'}, numbers: {output / 'trace.json'}")
+
+
+def _echo_files(figure: Path) -> None:
+    echo(f"figure: {figure}, numbers: {figure.with_suffix('.json')}")

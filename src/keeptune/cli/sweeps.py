@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer import echo
 
 from keeptune.cli.compare import interval_text, run_and_show
-from keeptune.cli.options import RecipeFile, overrides_of, say, whole_numbers_in
+from keeptune.cli.options import RecipeFile, numbers_in, overrides_of
 
 __all__ = ["layers", "sweep"]
 
@@ -35,9 +36,8 @@ def layers(
     """Study what tuning each layer gains and costs (L2-LoRA Fig. 4, Tables 5 and 6), as runs of one recipe."""
     from keeptune.experiments.layer_studies import load_layer_study
 
-    _run_or_list(
-        load_layer_study(recipe, study, overrides_of(context), whole_numbers_in("--numbers", numbers)), dry_run
-    )
+    counts = numbers_in("--numbers", numbers, int, "2,4,6") or None
+    _run_or_list(load_layer_study(recipe, study, overrides_of(context), counts), dry_run)
 
 
 def _run_or_list(loaded: Any, dry_run: bool) -> None:
@@ -50,7 +50,7 @@ def _run_or_list(loaded: Any, dry_run: bool) -> None:
     specs = list_runs(loaded)
     check_runs(loaded, specs)
     print_points([(e.label, e.x, e.settings, loaded.section.seeds) for e in loaded.entries], Console())
-    say(f"{len(specs)} runs below {loaded.output / 'runs'}")
+    echo(f"{len(specs)} runs below {loaded.output / 'runs'}")
 
 
 def _show(compared: Any) -> None:
