@@ -19,18 +19,13 @@ _log = logging.getLogger(__name__)
 
 
 def take(stage: str, place: Path, key: str, read: Callable[[], tuple[str, T]]) -> T | None:
-    """Returns the result that is at a place, if it is whole and was made under the key.
-
-    The log says whether it was taken, was made from other inputs or is damaged.
+    """Returns the result at a place; None where it is missing, damaged or of another key, which the log says.
 
     Args:
         stage: What to call it in the log.
         place: The file or folder.
         key: The key of all that the result depends on.
         read: Reads the key that the result was made under, and the result.
-
-    Returns:
-        The result; None where it is missing, damaged or of another key, and has to be computed.
     """
     if not place.exists():
         return None
@@ -65,14 +60,11 @@ class Stored:
     key: str
 
     def get(self, compute: Callable[[], Mapping[str, Any]], *, files: Iterable[str] = ()) -> dict[str, Any]:
-        """Returns the record, computed and written where it is missing, damaged or of another key.
+        """Returns the record as it is read, computed and written where it is missing, damaged or of another key.
 
         Args:
             compute: Makes the record, and writes the files that belong to it.
             files: Patterns of these files, relative to the record's folder.
-
-        Returns:
-            The record as it was read.
         """
         record = self.read()
         return self.write(compute(), files=files) if record is None else record
@@ -84,16 +76,13 @@ class Stored:
     def write(
         self, record: Mapping[str, Any], *, files: Iterable[str] = (), folder: Path | None = None
     ) -> dict[str, Any]:
-        """Writes the record, after the files that belong to it: only a record makes a result.
+        """Writes the record, after the files that belong to it: only a record makes a result; returns it as it is read.
 
         Args:
             record: Its fields.
             files: Patterns of the files, relative to the record's folder.
             folder: The folder that will take the place of the record's own
                 (:func:`keeptune.core.artefact.atomic_directory`), if it is written there first.
-
-        Returns:
-            The record as it is read.
 
         Raises:
             ArtefactError: The disk is full or cannot be written.

@@ -35,30 +35,14 @@ _TOPIC = {"prompt": "{text}\nTopic:", "answer": "{topic}", "metric": "exact_matc
 def demo_recipe(
     method: Mapping[str, Any], learning_rate: float, output: Path, *, seed: int, store: Path, steps: int = STEPS
 ) -> dict[str, Any]:
-    """Returns the recipe of one run of the demo.
-
-    Args:
-        method: The recipe's ``method`` section.
-        learning_rate: Peak learning rate; it falls linearly to zero.
-        output: The run folder.
-        seed: Training seed.
-        store: The store of statistics.
-        steps: Optimiser steps.
-
-    Returns:
-        A recipe as a YAML file would hold it.
-    """
+    """Returns the recipe of one run of the demo, as a YAML file would hold it."""
+    train = {"learning_rate": learning_rate, "max_steps": steps, "per_device_train_batch_size": 32, "seed": seed}
     return {
         "model": "atlas",
         "method": dict(method),
         "knowledge": {"file": "atlas:calibration.jsonl", "text": "{question}\nAnswer: {answer}", "examples": 256},
         "task": {"train": "atlas:topics.train.jsonl", "prompt": "{text}\nTopic:", "completion": " {topic}"},
-        "train": {
-            "learning_rate": learning_rate,
-            "max_steps": steps,
-            "per_device_train_batch_size": 32,
-            "seed": seed,
-        },
+        "train": train,
         "evaluate": [
             {"name": "facts", "role": "knowledge", "file": "atlas:facts.jsonl", **_QUESTION},
             {"name": "topics", "role": "task", "file": "atlas:topics.test.jsonl", **_TOPIC},
@@ -73,8 +57,7 @@ def demo(output: Path, *, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
     """Runs each of the four with every seed and joins the results.
 
     Args:
-        output: The folder; one folder in it per way and seed, and the joint report. A killed demo goes on from where
-            it stopped.
+        output: The folder of the joint report, with a folder in it per run; a killed demo goes on where it stopped.
         seeds: Training seeds.
 
     Returns:

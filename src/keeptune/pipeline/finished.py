@@ -18,11 +18,7 @@ __all__ = ["FinishedRun", "entry_of"]
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder.
-
-    Args:
-        folder: The folder.
-    """
+    """A run that is finished, by its folder; each part is read when it is first needed."""
 
     folder: Path
 
@@ -47,9 +43,8 @@ class FinishedRun:
         """The scores of the result on the recipe's benchmarks."""
         weights = result_fingerprint(self.result)
         results = []
-        for entry in self.recipe["evaluate"]:
-            path = self.folder / "evaluation" / f"{entry['name']}.json"
-            record, items = _read(path, "evaluate"), path.with_suffix(".items.jsonl")
+        for entry, (path, record) in zip(self.recipe["evaluate"], self._scores, strict=True):
+            items = path.with_suffix(".items.jsonl")
             same = record["weights"] == weights and canonical_json(record["benchmark"]) == canonical_json(entry)
             if not same or not items.is_file():
                 raise ArtefactError(
@@ -60,6 +55,12 @@ class FinishedRun:
                 )
             results.append(BenchmarkResult.from_jsonl(record["summary"], items.read_text(encoding="utf-8")))
         return results
+
+    @cached_property
+    def _scores(self) -> list[tuple[Path, dict[str, Any]]]:
+        """The record of each benchmark of the recipe, and where it is."""
+        paths = [self.folder / "evaluation" / f"{entry['name']}.json" for entry in self.recipe["evaluate"]]
+        return [(path, _read(path, "evaluate")) for path in paths]
 
     @cached_property
     def entry(self) -> dict[str, Any]:
@@ -73,7 +74,6 @@ class FinishedRun:
         plan, seconds = self.plan, self.folder / "plan" / "seconds.json"
         self._check_same("train", trained["plan"], plan.key)
         self._check_same("export", exported["train"], trained["key"])
-        scores = [self.folder / "evaluation" / f"{entry['name']}.json" for entry in self.recipe["evaluate"]]
         return {
             "name": self._name,
             "method": plan.method,
@@ -88,7 +88,7 @@ class FinishedRun:
             "seconds": {
                 "plan": read_json(seconds)["plan"] if seconds.is_file() else None,
                 "train": trained["seconds"],
-                "evaluate": sum(_read(path, "evaluate")["seconds"] for path in scores),
+                "evaluate": sum(record["seconds"] for _, record in self._scores),
             },
             "loss": trained["loss"],
             "plan": plan.summary(),
@@ -116,10 +116,7 @@ class FinishedRun:
 
 
 def entry_of(folder: Path) -> dict[str, Any]:
-    """Describes a finished run as a report does, without T and KT, which need full fine-tuning beside it.
-
-    Returns:
-        One of the ``methods`` of a report.
+    """Describes a finished run as one of a report's ``methods``, without T and KT, which need full fine-tuning too.
 
     Raises:
         ArtefactError: It is not a finished run, or its parts are of different recipes.

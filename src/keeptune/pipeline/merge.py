@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, cast, get_args
 
 from keeptune.adapter.export import merge
 from keeptune.adapter.load import SIDECAR, check_base
@@ -16,13 +18,13 @@ __all__ = ["base_of", "head_of_adapter", "merge_adapter", "trained_in"]
 
 
 def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype: str = "auto") -> float:
-    """Merges an adapter into its base and write the whole model, with its tokenizer.
+    """Merges an adapter into its base and writes the whole model, with its tokenizer.
 
     Args:
         adapter: A LoRA adapter folder.
         output: Where the model goes.
         base: Path or hub id; None takes what the adapter names.
-        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        dtype: Of the merged model, ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Returns:
         The largest difference in logits between adapter on base and merged model.
@@ -32,19 +34,13 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype
         ExportError: The output holds something else, or the merged model gives no numbers.
         RecipeError: The dtype is unknown.
     """
-    chosen = next((known for known in get_args(Dtype) if known == dtype), None)
-    if chosen is None:
+    if dtype not in get_args(Dtype):
         raise RecipeError("--dtype", got=dtype, wanted=", ".join(get_args(Dtype)), next_step="Pick one.")
-    name = base or base_of(adapter)
-    head = head_of_adapter(adapter)
-    trained_on = load_model(name, LoadOptions(dtype=trained_in(adapter) or chosen, head=head))
+    name, head = base or base_of(adapter), head_of_adapter(adapter)
+    options = LoadOptions(dtype=cast(Dtype, dtype), head=head)
+    trained_on = load_model(name, replace(options, dtype=trained_in(adapter) or options.dtype))
     check_base(adapter, body_fingerprint(trained_on), None if head is None else head.labels)
-    return merge(
-        adapter,
-        output,
-        load_base=lambda: load_model(name, LoadOptions(dtype=chosen, head=head)),
-        tokenizer=load_tokenizer(name),
-    )
+    return merge(adapter, output, load_base=partial(load_model, name, options), tokenizer=load_tokenizer(name))
 
 
 def head_of_adapter(adapter: Path) -> Head | None:
@@ -55,9 +51,8 @@ def head_of_adapter(adapter: Path) -> Head | None:
     Raises:
         ModelError: It is a classifier, and nothing says of which labels.
     """
-    labels = read_json(adapter / SIDECAR).get("labels") if (adapter / SIDECAR).is_file() else None
-    config = adapter / "adapter_config.json"
-    if labels is None and config.is_file() and read_json(config).get("task_type") == "SEQ_CLS":
+    labels = _read(adapter / SIDECAR).get("labels")
+    if labels is None and _read(adapter / "adapter_config.json").get("task_type") == "SEQ_CLS":
         raise ModelError(
             f"adapter {adapter}",
             got=f"a classifier without keeptune's {SIDECAR}",
@@ -72,8 +67,7 @@ def trained_in(adapter: Path) -> Dtype | None:
 
     Fingerprints differ between dtypes.
     """
-    sidecar = adapter / SIDECAR
-    dtype: Dtype | None = read_json(sidecar).get("provenance", {}).get("dtype") if sidecar.is_file() else None
+    dtype: Dtype | None = _read(adapter / SIDECAR).get("provenance", {}).get("dtype")
     return dtype
 
 
@@ -84,7 +78,7 @@ def base_of(adapter: Path) -> str:
         ModelError: The adapter names none.
     """
     config = adapter / "adapter_config.json"
-    named = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    named = _read(config).get("base_model_name_or_path")
     if not named:
         raise ModelError(
             f"adapter {adapter}",
@@ -93,3 +87,8 @@ def base_of(adapter: Path) -> str:
             next_step="Give the `adapter` folder of a run; --base names the base.",
         )
     return str(named)
+
+
+def _read(record: Path) -> dict[str, Any]:
+    """Returns what a JSON file holds, nothing where there is none."""
+    return dict(read_json(record)) if record.is_file() else {}

@@ -30,10 +30,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Joins run folders into one report.
 
-    T and KT are relative to full fine-tuning with the same seed (FARSS eq. 37): one of the runs, or the run
-    folder given as reference. Without one they are null.
-
-    Where the report is a run's own, the model card of its result gets the table of what was kept and lost.
+    T and KT are relative to full fine-tuning with the same seed (FARSS eq. 37): one of the runs, or the reference; null
+    without one. Where the report is a run's own, the model card of its result gets the scores.
 
     Args:
         folders: Run folders, in the order to show them.
@@ -48,11 +46,11 @@ def write_report(
     runs = [FinishedRun(folder) for folder in folders]
     entries = [run.entry for run in runs]
     _label(entries)
-    outside = None if reference is None else FinishedRun(reference)
-    _check_one_base([*runs, *([] if outside is None else [outside])])
+    outside = [] if reference is None else [FinishedRun(reference)]
+    _check_one_base([*runs, *outside])
     full = _references(runs)
     for run, entry in zip(runs, entries, strict=True):
-        entry |= trade_off(run.results, full.get(entry["seed"], None if outside is None else outside.results))
+        entry |= trade_off(run.results, full.get(entry["seed"], outside[0].results if outside else None))
         if run.folder == output:
             _write_card(run, entry)
     report = {"base": entries[0]["base"], "version": version("keeptune"), "methods": entries}

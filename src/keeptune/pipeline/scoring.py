@@ -27,10 +27,10 @@ def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers |
     """Scores every benchmark that is not scored yet; results are kept one by one.
 
     Args:
-        job: The job.
+        job: The run.
         adapter: An adapter or merged model to score; None takes the run's own. Another's results go to
             ``evaluation-<fingerprint>`` in the run folder and never mix with the run's own.
-        kept: Where the base's answers are, so that it is not asked again; None asks it.
+        kept: The base's answers from earlier runs; None scores the base anew.
 
     Returns:
         One summary per benchmark.
@@ -51,19 +51,16 @@ def score(
     kept: KeptAnswers | None,
     variant: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Score one benchmark, unless that is done.
+    """Scores one benchmark, unless that is done, and returns the record.
 
     Args:
-        job: The job.
-        benchmark: The benchmark.
+        job: The run.
+        benchmark: One of its recipe, or another.
         pair: Loads the models.
         results: The folder of the record and of the items' records.
         weights: Fingerprint of the tuned weights.
-        kept: Where the base's answers are; None asks the base.
+        kept: The base's answers from earlier runs; None scores the base anew.
         variant: The post-hoc variant of the weights that is scored, if it is one.
-
-    Returns:
-        The record.
     """
     own = [] if variant is None else [variant]
     key = content_key([benchmark, data_fingerprint(benchmark), weights, job.base_fingerprint, job.seed, *own])
@@ -92,9 +89,8 @@ def load_pair(job: Job, folder: Path) -> ModelPair:
     if (folder / "adapter_config.json").is_file():
         check_base(folder, job.base_fingerprint, None if job.head is None else job.head.labels)
         return AdapterPair(load_adapter(job.base(), folder))
-    return TwoModels(
-        job.base(), load_model(str(folder), LoadOptions(dtype=job.recipe.dtype, device=job.device, head=job.head))
-    )
+    options = LoadOptions(dtype=job.recipe.dtype, device=job.device, head=job.head)
+    return TwoModels(job.base(), load_model(str(folder), options))
 
 
 def find_result(output: Path) -> Path:

@@ -25,11 +25,7 @@ _FACTORS = "factors.safetensors"
 
 
 def trained_result(job: Job, plan: Plan) -> Stored:
-    """Returns where the trained weights are, under the key of all that they depend on.
-
-    Returns:
-        The result; its record is ``train.json``.
-    """
+    """Returns where the trained weights are, with the record ``train.json``, under the key of all they depend on."""
     recipe = job.recipe
     inputs = [plan.key, job.base_fingerprint, job.trained_examples.fingerprint, recipe.train, recipe.anchor]
     return Stored("train", job.output / "trained" / "train.json", content_key(inputs))
@@ -76,10 +72,7 @@ def _trained_parameters(tuned: PreTrainedModel | PeftModel, plan: Plan) -> int:
 
 
 def load_trained(job: Job, plan: Plan) -> PreTrainedModel | PeftModel:
-    """Loads the trained model from the run folder.
-
-    Returns:
-        The model as it was at the end of training.
+    """Loads the model as it was at the end of training.
 
     Raises:
         TrainError: Nothing was trained with this recipe.
