@@ -82,6 +82,7 @@ class TaskKind:
                     next_step="Score a classifier on a file: `file`, `text`, `answer` and `metric`.",
                 )
             return
+        items = load_items(benchmark, Path())
         if benchmark.metric not in self.metrics:
             raise RecipeError(
                 f"{benchmark.where}.metric",
@@ -89,7 +90,7 @@ class TaskKind:
                 wanted=" or ".join(self.metrics),
                 next_step="Choose one of these metrics, or another task.kind.",
             )
-        self.check_items(examples, load_items(benchmark, Path()), benchmark.where)
+        self.check_items(examples, items, benchmark.where)
 
 
 def _read_completions(task: Task, rows: Sequence[Row], where: str) -> Examples:
