@@ -118,7 +118,7 @@ def test_a_given_boundary_or_a_single_candidate_searches_nothing(recipe_values: 
 
 
 def test_without_knowledge_there_is_nothing_to_weigh_against(recipe_values: Values) -> None:
-    with pytest.raises(RecipeError, match="Add `knowledge`, or give the boundary"):
+    with pytest.raises(RecipeError, match="Add `knowledge`, or set the boundary"):
         planned(recipe_values, knowledge=None, evaluate=[])
 
 

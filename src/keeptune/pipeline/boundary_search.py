@@ -155,7 +155,7 @@ def _slices(job: Job, wanted: int) -> _Slices:
             "method.boundary",
             got="auto, without a `knowledge` section",
             wanted="knowledge texts, which the search weighs against the task",
-            next_step="Add `knowledge`, or give the boundary as a number of blocks.",
+            next_step="Add `knowledge`, or set the boundary to a number of blocks.",
         )
     assert isinstance(job.task, TaskExamples)
     count = len(job.task.prompts)

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def take(stage: str, place: Path, key: str, read: Callable[[], tuple[str, T]]) -> T | None:
-    """Returns the result at a place; None where it is missing, damaged or of another key, which the log says.
+    """Returns the result at a place; None where it is missing, damaged or of another key (logged).
 
     Args:
         stage: What to call it in the log.

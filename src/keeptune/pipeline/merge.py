@@ -31,7 +31,7 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype
 
     Raises:
         ModelError: The folder is not an adapter, or is one for another base.
-        ExportError: The output holds something else, or the merged model gives no numbers.
+        ExportError: The output holds something else, or the logits of the merged model are not finite.
         RecipeError: The dtype is unknown.
     """
     if dtype not in get_args(Dtype):
@@ -49,7 +49,7 @@ def head_of_adapter(adapter: Path) -> Head | None:
     The base's own head may be any, as it is replaced.
 
     Raises:
-        ModelError: It is a classifier, and nothing says of which labels.
+        ModelError: It is a classifier of unknown labels.
     """
     labels = _read(adapter / SIDECAR).get("labels")
     if labels is None and _read(adapter / "adapter_config.json").get("task_type") == "SEQ_CLS":
@@ -84,7 +84,7 @@ def base_of(adapter: Path) -> str:
             f"adapter {adapter}",
             got="an adapter_config.json that names no base" if config.is_file() else "no adapter_config.json",
             wanted="a PEFT adapter folder",
-            next_step="Give the `adapter` folder of a run; --base names the base.",
+            next_step="Pass the `adapter` folder of a run; --base names the base.",
         )
     return str(named)
 

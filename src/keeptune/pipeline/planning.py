@@ -199,7 +199,7 @@ def plan_for(
 
 
 def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> tuple[TargetPlan, ...]:
-    """Plans targets that start from changes, by target name: installing the plan gives the changed model.
+    """Plans targets that start from changes, by target name: the installed plan computes what the changed model does.
 
     Both factors are trained, and nothing is taken out of W.
     """
@@ -239,7 +239,7 @@ def with_penalties(
             f"penalties {', '.join(penalty.name for penalty, _ in held)}",
             got=f"no token of the knowledge that reached {', '.join(sorted(statistics.unseen))}",
             wanted="knowledge that reaches every target",
-            next_step="Give more knowledge, or leave these targets out.",
+            next_step="Add knowledge, or leave these targets out.",
         )
     plans = []
     blocks, weight_of = depth(model), partial(read_weight, model)

@@ -39,7 +39,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         The report, as in ``report.json``.
 
     Raises:
-        KeeptuneError: An input is wrong; the message says which and what to do.
+        KeeptuneError: An input is wrong; the message names which and what to do.
     """
     job = start(recipe)
     plan = plan_stage(job)

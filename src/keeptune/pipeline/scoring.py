@@ -105,7 +105,7 @@ def find_result(output: Path) -> Path:
             f"run {output}",
             got="no exported adapter",
             wanted="a run that was trained and exported",
-            next_step="Run `keeptune export` with its recipe first, or give --adapter.",
+            next_step="Run `keeptune export` with its recipe first, or set --adapter.",
         )
     return max(folders, key=lambda folder: (folder / "export.json").stat().st_mtime)
 

@@ -75,7 +75,7 @@ class Recipe(Section):
     """
 
     model: str
-    method: MethodSections = Field(default_factory=lambda: {"name": "keep"})  # docs/guides/keep.md says why
+    method: MethodSections = Field(default_factory=lambda: {"name": "keep"})  # why: docs/guides/keep.md
     task: Task
     output: _Folder
     targets: list[str] | None = None

@@ -72,14 +72,14 @@ class Knowledge(Section):
                 f"recipe, key knowledge, file {self.file}",
                 got=" and ".join(given),
                 wanted="either text, or prompt and completion",
-                next_step="Give `text` to keep whole texts, `prompt` and `completion` to keep answers.",
+                next_step="Set `text` to keep whole texts, `prompt` and `completion` to keep answers.",
             )
         if self.chat and self.prompt is None:
             raise RecipeError(
                 f"recipe, key knowledge.chat, file {self.file}",
                 got="true for whole texts",
-                wanted="prompts, which a chat's user says",
-                next_step="Give `prompt` and `completion`, or leave `chat` out.",
+                wanted="prompts, which the user of a chat writes",
+                next_step="Set `prompt` and `completion`, or leave `chat` out.",
             )
         return self
 
