@@ -149,18 +149,24 @@ class Task(Section):
     @model_validator(mode="after")
     def _check_kind(self) -> Task:
         needed, optional = _KIND_KEYS[self.kind]
-        other = f"or set task.kind: {' or '.join(_KIND_KEYS)}."
-        for key in _KINDS_KEYS:
-            given = getattr(self, key) is not None
-            if given and key not in (*needed, *optional):
-                got = f"a key that kind {self.kind} does not use"
-                wanted, next_step = f"the keys {', '.join((*needed, *optional))}", f"Remove it, {other}"
-            elif not given and key in needed:
-                got, wanted = "nothing", f"a value, for kind {self.kind}"
-                next_step = f"Add `{key}:` to the task, {other}"
-            else:
-                continue
-            raise RecipeError(f"recipe, key task.{key}", got=got, wanted=wanted, next_step=next_step)
+        given = [key for key in _KINDS_KEYS if getattr(self, key) is not None]
+        unused = [key for key in given if key not in (*needed, *optional)]
+        missing = [key for key in needed if key not in given]
+        other_kind = f"or set task.kind: {' or '.join(_KIND_KEYS)}."
+        if unused:
+            raise RecipeError(
+                f"recipe, key task.{unused[0]}",
+                got=f"a key that kind {self.kind} does not use",
+                wanted=f"the keys {', '.join((*needed, *optional))}",
+                next_step=f"Remove it, {other_kind}",
+            )
+        if missing:
+            raise RecipeError(
+                f"recipe, key task.{missing[0]}",
+                got="nothing",
+                wanted=f"a value, for kind {self.kind}",
+                next_step=f"Add `{missing[0]}:` to the task, {other_kind}",
+            )
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise RecipeError(
                 "recipe, key task.labels", got=str(self.labels), wanted="different labels", next_step="Name each once."
