@@ -24,7 +24,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe_values(data: Path, store: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Make the values of a recipe whose output is in this test's folder."""
+    """Returns the values of a recipe whose output is in this test's folder."""
 
     def make(**changes: Any) -> dict[str, Any]:
         output, own = changes.pop("output", tmp_path / "out"), changes.pop("store", store)
@@ -35,7 +35,7 @@ def recipe_values(data: Path, store: Path, tmp_path: Path) -> Callable[..., dict
 
 @pytest.fixture(scope="session")
 def finished(data: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give the folder of a finished run of a method; it may only be read."""
+    """Returns the folder of a finished run of a method; it may only be read."""
     folder = tmp_path_factory.mktemp("finished")
     done: set[str] = set()
 

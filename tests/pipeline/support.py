@@ -65,7 +65,7 @@ def write_data(folder: Path) -> Path:
 def values(data: Path, output: Path, store: Path, **changes: Any) -> dict[str, Any]:
     """A recipe with three benchmarks and three steps."""
     question = {"prompt": "{question}\nAnswer:"}
-    found: dict[str, Any] = {
+    recipe: dict[str, Any] = {
         "model": str(MODEL),
         "method": METHODS["lora"],
         "knowledge": {"file": str(data / "knowledge.jsonl"), "text": "{text}", "examples": 8, "max_length": 64},
@@ -102,7 +102,7 @@ def values(data: Path, output: Path, store: Path, **changes: Any) -> dict[str, A
         "store": str(store),
         "device": "cpu",
     }
-    return found | changes
+    return recipe | changes
 
 
 def recipe_of(given: Mapping[str, Any]) -> Recipe:
@@ -124,7 +124,7 @@ class Said:
 
 
 def keeptune(*words: object, capsys: pytest.CaptureFixture[str]) -> Said:
-    """Run the command line in this process, with the error handling of the installed command.
+    """Runs the command line in this process, with the error handling of the installed command.
 
     pytest has its own log handlers, so stderr holds errors only; stages' messages are in ``caplog``.
     """

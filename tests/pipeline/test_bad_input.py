@@ -25,7 +25,7 @@ Finished = Callable[[str], Path]
 
 @pytest.fixture
 def command(recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """Run a command on a recipe with changes."""
+    """Runs a command on a recipe with changes."""
 
     def run(*words: object, name: str = "run", **changes: Any) -> Said:
         recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values(**changes))

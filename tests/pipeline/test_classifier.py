@@ -51,7 +51,7 @@ def make(data: Path, tmp_path: Path) -> Make:
     def values(**changes: Any) -> dict[str, Any]:
         task = {"train": str(data / "train.jsonl"), "kind": "classification", "text": "{sentence}"}
         scored = {"role": "task", "file": str(data / "test.jsonl"), "text": "{sentence}", "answer": "{relation}"}
-        found: dict[str, Any] = {
+        recipe: dict[str, Any] = {
             "model": str(data / "encoder"),
             "method": LORA,
             "task": task | {"label": "{relation}"},
@@ -62,7 +62,7 @@ def make(data: Path, tmp_path: Path) -> Make:
             "store": str(tmp_path / "store"),
             "device": "cpu",
         }
-        return found | changes
+        return recipe | changes
 
     return values
 
@@ -92,16 +92,16 @@ def test_the_whole_job(make: Make, method: dict[str, Any], tmp_path: Path) -> No
     (entry,) = run(recipe_of(given))["methods"]
     rows = read_jsonl(Path(given["evaluate"][0]["file"]), 40)
     labels = sorted({row["relation"] for row in read_jsonl(Path(given["task"]["train"]), 120)})
-    found = {b["name"]: b for b in entry["benchmarks"]}
+    benchmarks = {b["name"]: b for b in entry["benchmarks"]}
     items = read_jsonl(tmp_path / "out" / "evaluation" / "matthews.items.jsonl", 40)
     assert [item["answer"] for item in items] == [row["relation"] for row in rows]
     for side in ("before", "after"):
         said = [item[f"label_{side}"] for item in items]
         right = [item["answer"] == label for item, label in zip(items, said, strict=True)]
         assert [item[side] for item in items] == right
-        assert found["accuracy"][side] == sum(right) / 40
-        assert found["matthews"][side] == pytest.approx(matthews_corrcoef([i["answer"] for i in items], said))
-    assert found["accuracy"]["groups"].keys() == {row["relation"] for row in rows}
+        assert benchmarks["accuracy"][side] == sum(right) / 40
+        assert benchmarks["matthews"][side] == pytest.approx(matthews_corrcoef([i["answer"] for i in items], said))
+    assert benchmarks["accuracy"]["groups"].keys() == {row["relation"] for row in rows}
     assert entry["K"] is None
     assert read_json(tmp_path / "out" / "trained" / "train.json")["labels"] == labels
     folder = tmp_path / "out" / ("merged" if method is FULL else "adapter")
@@ -169,8 +169,8 @@ def test_scores_are_learned_and_correlated(make: Make, tmp_path: Path) -> None:
     rows = read_jsonl(Path(given["evaluate"][0]["file"]), 3)
     for row, item in zip(rows, items, strict=False):
         with torch.no_grad():
-            found = model(**tokenizer(row["sentence"], return_tensors="pt")).logits
-        assert item["after"] == pytest.approx(float(found), abs=1e-4)
+            logits = model(**tokenizer(row["sentence"], return_tensors="pt")).logits
+        assert item["after"] == pytest.approx(float(logits), abs=1e-4)
         assert item["answer"] == row["length"]
 
 
@@ -201,12 +201,12 @@ def test_resumed_training_equals_uninterrupted_training(
     with killed_after(1):
         train_in(tmp_path / "killed")
     with caplog.at_level("INFO", logger="keeptune"):
-        found = train_in(tmp_path / "killed")
+        weights = train_in(tmp_path / "killed")
     assert "checkpoint-2" in caplog.text
-    assert found.keys() == wanted.keys()
+    assert weights.keys() == wanted.keys()
     assert any(name.startswith("classifier.") for name in wanted)
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
 
 
 def test_the_trained_model_is_loaded_with_its_head(make: Make) -> None:
@@ -289,7 +289,7 @@ def test_an_adapter_is_merged_with_its_head(make: Make, tmp_path: Path) -> None:
 # What is told apart from what cannot be
 
 
-def told(given: dict[str, Any], error: type[KeeptuneError], *words: str) -> None:
+def refused(given: dict[str, Any], error: type[KeeptuneError], *words: str) -> None:
     with pytest.raises(error) as caught:
         start(recipe_of(given))
     for word in words:
@@ -313,7 +313,7 @@ def told(given: dict[str, Any], error: type[KeeptuneError], *words: str) -> None
 def test_keys_of_another_kind(make: Make, task: dict[str, Any], words: list[str]) -> None:
     given = make()
     given["task"] = {key: value for key, value in (given["task"] | task).items() if value is not None}
-    told(given, RecipeError, *words)
+    refused(given, RecipeError, *words)
 
 
 @pytest.mark.parametrize(
@@ -334,24 +334,24 @@ def test_benchmarks_that_do_not_fit(
 ) -> None:
     given = make()
     entry = given["evaluate"][0] | change
-    told(given | {"evaluate": [{k: v for k, v in entry.items() if v is not None}]}, error, *words)
+    refused(given | {"evaluate": [{k: v for k, v in entry.items() if v is not None}]}, error, *words)
 
 
 def test_accuracy_needs_a_classifier(make: Make) -> None:
     given = make()
     given["task"] = {"train": given["task"]["train"], "prompt": "{sentence}", "completion": "{relation}"}
-    told(given, RecipeError, "accuracy for task.kind completion", "exact_match")
+    refused(given, RecipeError, "accuracy for task.kind completion", "exact_match")
 
 
 def test_labels_of_words_are_no_scores(make: Make) -> None:
     given = regression(make())
     given["task"] |= {"label": "{relation}"}
-    told(given, DataError, "task.train row 1", "the score", "kind: classification")
+    refused(given, DataError, "task.train row 1", "the score", "kind: classification")
 
 
 @pytest.mark.parametrize("key", ["packing", "completion_only_loss", "assistant_only_loss"])
 def test_arguments_of_completions_are_refused(make: Make, key: str) -> None:
-    told(make(train={key: True}), RecipeError, f"train.{key}")
+    refused(make(train={key: True}), RecipeError, f"train.{key}")
 
 
 def test_max_length_and_transformers_own_arguments_are_taken(make: Make, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_what_was_used_may_not_be_scored(make: Make, data: Path, tmp_path: Path,
     row = read_jsonl(data / f"{part}.jsonl", 1)[0]
     file = write_jsonl(tmp_path / "again.jsonl", [{"sentence": row["sentence"], "relation": row["relation"]}])
     given = make()
-    told(
+    refused(
         given | {"evaluate": [given["evaluate"][0] | {"file": str(file)}]},
         DataError,
         "evaluate.accuracy",

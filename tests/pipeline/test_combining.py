@@ -303,13 +303,13 @@ HELD = Lalora(rank=2, curvature="delta-act", batches=1, batch_size=4)
 
 def test_a_methods_own_penalty_holds_its_own_targets_and_a_recipes_holds_all(bench_of: Benches) -> None:
     both = Combined([Part(HELD, ["up_proj", "down_proj"]), Part(LoraNull(rank=3), ["q_proj"])])
-    found = bench_of().plan(both, [L2(strength=2.0)]).penalties
+    penalties = bench_of().plan(both, [L2(strength=2.0)]).penalties
     wanted = (
         *bench_of(roles=["down_proj", "up_proj"]).plan(HELD).penalties,
         *bench_of(roles=["down_proj", "up_proj", "q_proj"]).plan(Lora(), [L2(strength=2.0)]).penalties,
     )
-    assert [p.name for p in found] == ["laplace", "l2"]
-    for one, other in zip(found, wanted, strict=True):
+    assert [p.name for p in penalties] == ["laplace", "l2"]
+    for one, other in zip(penalties, wanted, strict=True):
         assert one.options == other.options
         assert one.tensors.keys() == other.tensors.keys()
         assert all(torch.equal(one.tensors[name], value) for name, value in other.tensors.items())

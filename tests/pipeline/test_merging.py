@@ -31,9 +31,9 @@ def test_the_merged_model_is_the_adapter_on_its_base(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = torch.randint(512, (4, 32), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        found = float((tuned(input_ids=ids).logits - merged(input_ids=ids).logits).abs().max())
+        gap = float((tuned(input_ids=ids).logits - merged(input_ids=ids).logits).abs().max())
     assert gap < 1e-4
-    assert found < 1e-4
+    assert gap < 1e-4
     again = AutoTokenizer.from_pretrained(tmp_path / "merged")
     text = "Once upon a time"
     assert again(text)["input_ids"] == AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]

@@ -465,7 +465,7 @@ def test_data_errors_keep_their_kind(recipe_values: Values) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "found"),
+    ("words", "overrides"),
     [
         (["--low-memory"], {"low_memory": True}),
         (["--low-memory", "--method.rank", "4"], {"low_memory": True, "method.rank": 4}),
@@ -473,5 +473,5 @@ def test_data_errors_keep_their_kind(recipe_values: Values) -> None:
         (["--trust-remote-code=true"], {"trust_remote_code": True}),
     ],
 )
-def test_a_switch_may_stand_alone_and_dashes_are_underscores(words: list[str], found: dict[str, object]) -> None:
-    assert parse_overrides(words) == found
+def test_a_switch_may_stand_alone_and_dashes_are_underscores(words: list[str], overrides: dict[str, object]) -> None:
+    assert parse_overrides(words) == overrides

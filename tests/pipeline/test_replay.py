@@ -23,17 +23,17 @@ Values = Callable[..., dict[str, Any]]
 
 
 def test_a_run_with_replay_trains_on_knowledge_too_and_says_so(recipe_values: Values, tmp_path: Path) -> None:
-    found = []
+    trained = []
     for share in (0.0, 0.2):
         output = tmp_path / str(share)
         run(recipe_of(recipe_values(replay=share, evaluate=[], output=str(output))))
         record = read_json(output / "trained" / "train.json")
         assert record["replay"] == {"share": share, "examples": 5 if share else 0}
         assert read_json(output / "recipe.json")["replay"] == share
-        found.append((record["plan"], record["key"], load_file(output / "trained" / "factors.safetensors")))
-    assert found[0][0] == found[1][0]
-    assert found[0][1] != found[1][1]
-    assert any(not torch.equal(value, found[1][2][name]) for name, value in found[0][2].items())
+        trained.append((record["plan"], record["key"], load_file(output / "trained" / "factors.safetensors")))
+    assert trained[0][0] == trained[1][0]
+    assert trained[0][1] != trained[1][1]
+    assert any(not torch.equal(value, trained[1][2][name]) for name, value in trained[0][2].items())
 
 
 def test_texts_are_learned_from_their_first_word_on(recipe_values: Values, tmp_path: Path) -> None:

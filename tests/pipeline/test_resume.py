@@ -149,10 +149,10 @@ def test_resumed_training_equals_uninterrupted_training(
     assert "checkpoint-2" in caplog.text
     for path in (reference / "plan").glob("*.safetensors"):
         assert (output / "plan" / path.name).read_bytes() == path.read_bytes()
-    expected, found = trained(reference), trained(output)
-    assert expected.keys() == found.keys()
+    expected, resumed = trained(reference), trained(output)
+    assert expected.keys() == resumed.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6)
     assert read_json(output / "trained/train.json")["loss"] == read_json(reference / "trained/train.json")["loss"]
 
 

@@ -141,9 +141,9 @@ def test_another_learning_rate_keeps_the_plan(copied: dict[str, Any]) -> None:
     before = stamps(output)
     copied["train"] = copied["train"] | {"learning_rate": 1e-3}
     run(recipe_of(copied))
-    found = changed(before, stamps(output))
-    assert "plan" not in found
-    assert {"trained", "adapter", "evaluation/stories.json", "evaluation/sums.json", "report.json"} <= found
+    rewritten = changed(before, stamps(output))
+    assert "plan" not in rewritten
+    assert {"trained", "adapter", "evaluation/stories.json", "evaluation/sums.json", "report.json"} <= rewritten
 
 
 def test_another_evaluate_entry_scores_that_benchmark_alone(copied: dict[str, Any]) -> None:

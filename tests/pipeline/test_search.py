@@ -27,7 +27,7 @@ def planned(recipe_values: Values, **changes: Any) -> Plan:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Watch what the trials are trained on."""
+    """Collects what the trials are trained on."""
     seen: list[Any] = []
     plain = search.train
 

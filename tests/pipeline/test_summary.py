@@ -147,9 +147,9 @@ def test_the_page_has_the_items_and_how_to_repeat_it_and_the_report_has_not(fini
     folder = finished("lora")
     report = write_report([folder], tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    assert found is not None
-    rows = json.loads(found[1])["items"]
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert data is not None
+    rows = json.loads(data[1])["items"]
     items = [json.loads(line) for line in (folder / "evaluation/stories.items.jsonl").read_text().splitlines()]
     changed = [item for item in items if item["before"] != item["after"]]
     shown = [row for row in rows if row["benchmark"] == "stories"]
@@ -178,8 +178,8 @@ def test_the_card_of_a_run_gets_the_table_and_keeps_the_export(
     folder = finished("lora")
     text = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
     (entry,) = read_json(folder / "report.json")["methods"]
-    found = {result.dataset_name: result.metric_value for result in ModelCard(text).data.eval_results}
-    assert found == {item["name"]: pytest.approx(item["after"]) for item in entry["benchmarks"]}
+    scores = {result.dataset_name: result.metric_value for result in ModelCard(text).data.eval_results}
+    assert scores == {item["name"]: pytest.approx(item["after"]) for item in entry["benchmarks"]}
     shutil.copytree(folder, tmp_path / "out")
     run(recipe_of(recipe_values()))  # the recipe in the card names another folder now
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "adapter").iterdir()}
