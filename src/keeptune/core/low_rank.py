@@ -24,7 +24,6 @@ class LowRank:
     A: Tensor
 
     def __post_init__(self) -> None:
-        """Check that the factors fit each other."""
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise ValueError(f"LowRank: B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not fit")
 

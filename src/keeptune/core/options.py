@@ -28,7 +28,6 @@ class Range:
     advice: str = "Correct the value."
 
     def __contains__(self, value: float) -> bool:
-        """Whether a number is within the range."""
         return (
             -math.inf < value < (math.inf if self.below is None else self.below)
             and (self.least is None or value >= self.least)
@@ -37,7 +36,6 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """The range in words, for error messages."""
         if self.least is not None and self.most is not None:
             return f"{self.least:g} to {self.most:g}"
         if self.most is None and self.below is None:
@@ -56,7 +54,6 @@ class Options:
     ranges: ClassVar[Mapping[str, Range]] = {}
 
     def __post_init__(self) -> None:
-        """Check every number that has a range."""
         known: dict[str, Range] = {}
         for cls in reversed(type(self).__mro__):
             known |= vars(cls).get("ranges", {})

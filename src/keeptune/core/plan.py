@@ -143,7 +143,6 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that an adapter plan has something to train."""
         if self.scope != "all" and not self.targets:
             raise PlanError(
                 f"method {self.method}",

@@ -65,7 +65,6 @@ class TopDirections:
     filled: int = 0
 
     def __post_init__(self) -> None:
-        """Start empty."""
         self.rank = min(self.rank, self.features)
         draw = torch.Generator().manual_seed(self.seed)
         signs = torch.randint(0, 2, (self.features, _PROBES), generator=draw) * 2 - 1

@@ -24,7 +24,6 @@ class Guard(TrainerCallback):
     """
 
     def __init__(self, plan: Plan) -> None:
-        """Keeps the plan."""
         self.plan = plan
         self.attached = False
 

@@ -198,7 +198,6 @@ class _Count(TrainerCallback):
         self._penalties, self._plan, self._seen = penalties, plan, 0
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Compares the penalties' count of steps with the trainer's."""
         self._seen += 1
         if self._penalties.taken != self._seen:
             raise TrainError(
@@ -215,7 +214,6 @@ class PenaltyState(TrainerCallback, ExportableState):
     """Keeps what penalties change while training in the trainer's checkpoints."""
 
     def __init__(self, penalties: Penalties | None = None) -> None:
-        """Keeps the penalties."""
         self.penalties = penalties
 
     def state(self) -> dict[str, Any]:
