@@ -282,7 +282,7 @@ def test_a_store_emptied_meanwhile_is_told(tmp_path: Path) -> None:
 def test_data_that_are_requested_and_not_given_are_named(tmp_path: Path) -> None:
     made = Bench(MODELS["llama"](), tmp_path / "store")
     targets = made.targets()
-    with pytest.raises(StatisticsError, match=r"Give the recipe a `task` section"):
+    with pytest.raises(StatisticsError, match=r"Add a `task` section"):
         collect(
             Runner(made.model),
             {target: frozenset({InputCovariance("task")}) for target in targets},
