@@ -1,0 +1,21 @@
+"""One run of a comparison: its log."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from keeptune.experiments.single_run import _logged
+
+
+def test_a_bug_leaves_no_log_handlers_and_its_warnings_are_kept(tmp_path: Path) -> None:
+    logger = logging.getLogger("keeptune")
+    before, level, warned = list(logger.handlers), logger.level, list[str]()
+    with pytest.raises(ZeroDivisionError), _logged(tmp_path / "log.txt", warned):
+        logger.warning("almost out of memory")
+        raise ZeroDivisionError
+    assert (logger.handlers, logger.level) == (before, level)
+    assert warned == ["almost out of memory"]
+    assert "almost out of memory" in (tmp_path / "log.txt").read_text(encoding="utf-8")
