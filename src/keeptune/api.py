@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter import export as exporting
 from keeptune.adapter.export import Exported, ExportOptions
-from keeptune.adapter.install import install
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
@@ -36,12 +35,8 @@ from keeptune.model.head import Head
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.planning import PlanOptions, plan_for
-from keeptune.posthoc.repair import Repair, repair
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
-from keeptune.training.attach import attach
-
-__all__ = ["Repair", "attach", "export", "install", "measure", "plan", "repair"]
 
 _ALL_TARGETS, _PORTABLE = PlanOptions(), ExportOptions()
 

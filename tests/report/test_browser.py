@@ -12,7 +12,7 @@ from tests.report.browsing import Opened, opened
 from tests.report.conftest import full_report
 from tests.report.test_run_charts import with_everything
 
-from keeptune.report.pages.items import lost_and_gained
+from keeptune.report.pages.item_rows import lost_and_gained
 from keeptune.report.pages.repeat import repeat
 from keeptune.report.pages.run_page import write_html
 

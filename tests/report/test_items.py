@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keeptune.report.pages.items import lost_and_gained
+from keeptune.report.pages.item_rows import lost_and_gained
 
 
 def result(items: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

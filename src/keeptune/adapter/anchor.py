@@ -19,8 +19,6 @@ from transformers import PreTrainedModel
 
 from keeptune.core.plan import Plan, TargetPlan
 
-__all__ = ["ANCHOR_NAME", "Anchor", "apply_anchor", "keep_active", "resolve", "start_errors", "subtract"]
-
 Anchor = Literal["auto", "twin", "residual"]
 ANCHOR_NAME = "anchor"
 _STARTED = {"default", "ref"}  # adapters with the plan's start: ours, and TRL's frozen copy of it

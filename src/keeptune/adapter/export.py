@@ -38,8 +38,6 @@ from keeptune.core.artefact import atomic_directory, write_bytes, write_json
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
 
-__all__ = ["ExportOptions", "Exported", "Format", "export", "format_for", "merge", "write_merged"]
-
 _log = logging.getLogger(__name__)
 _TOO_FAR = "On a 16-bit base train with `anchor: twin`, or state a larger `max_gap`. Nothing was written."
 Format = Literal["portable", "peft", "merged"]

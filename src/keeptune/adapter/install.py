@@ -20,17 +20,6 @@ from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.target import TRAINED_TENSORS, TensorName
 
-__all__ = [
-    "check_frozen",
-    "held_parameters",
-    "install",
-    "lora_layer",
-    "restore_state",
-    "trained_names",
-    "trained_state",
-    "whole",
-]
-
 
 def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> PreTrainedModel | PeftModel:
     """Puts a plan into a model, which computes what it did before, to rounding (not for KaSA, which drops a part).

@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ExportError, ModelError
 
-__all__ = ["SIDECAR", "check_base", "load_adapter", "refuse_foreign"]
-
 SIDECAR = "keeptune.json"
 
 

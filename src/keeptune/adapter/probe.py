@@ -13,8 +13,6 @@ from transformers import PreTrainedModel
 from keeptune.core.errors import ExportError
 from keeptune.core.eval_mode import in_evaluation
 
-__all__ = ["BOUNDS", "Gap", "gap_to", "logits_of", "random_probe"]
-
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-4}
 
 

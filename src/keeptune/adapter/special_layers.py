@@ -31,8 +31,6 @@ from keeptune.adapter.trained_head import head_names, keep_precise, task_type
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.target import TensorName
 
-__all__ = ["biases_are_no_shards", "install_subspace", "prepare", "subspace_change", "within_rows"]
-
 _BUFFER = "frozen_rows"
 _BIASES = r"Adapter '\w+': \d+ LoRA tensor\(s\) have invalid shape: (\S+\.lora_B\.bias:\([1-9]\d*,\)(, )?)+( \(\+|\.)"
 

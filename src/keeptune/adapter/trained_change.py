@@ -18,16 +18,6 @@ from keeptune.core.artefact import write_tensors
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 
-__all__ = [
-    "SERVED_RANKS",
-    "TrainedChange",
-    "change_of",
-    "put_change",
-    "truncated_changes",
-    "write_lora",
-    "written_rank",
-]
-
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM accepts
 
 

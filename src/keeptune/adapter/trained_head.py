@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 
 from keeptune.core.plan import Plan
 
-__all__ = ["head_names", "keep_precise", "labels_of", "put_head", "task_type", "trained_head"]
-
 
 def head_names(plan: Plan) -> tuple[str, ...]:
     """Returns the names of the modules that are trained in full; none for a language model."""

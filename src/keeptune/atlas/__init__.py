@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["data_path", "model_path"]
-
 _HERE = Path(__file__).resolve().parent
 
 

@@ -13,9 +13,7 @@ from rich.table import Table
 from typer import echo
 
 from keeptune.cli import dry_run as cli_dry
-from keeptune.cli.options import Flops, RecipeFile, overrides_of
-
-__all__ = ["compare", "interval_text", "run_and_show"]
+from keeptune.cli.shared import Flops, RecipeFile, overrides_of
 
 
 def compare(

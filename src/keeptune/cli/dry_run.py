@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from keeptune.pipeline.dry_run.account import DryRun
     from keeptune.recipe.schema import Recipe
 
-__all__ = ["describe_file", "dry_run"]
-
 
 def dry_run(recipe: Path, overrides: Mapping[str, Any], flops: float | None) -> None:
     """Prints the account of a recipe; nothing is fetched and nothing is written.

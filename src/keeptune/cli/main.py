@@ -14,13 +14,11 @@ from typer import echo
 
 from keeptune.cli import compare, dry_run, sequence, studies, sweeps
 from keeptune.cli import repair as repairing
-from keeptune.cli.options import OVERRIDES, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
+from keeptune.cli.shared import OVERRIDES, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
 from keeptune.core.errors import KeeptuneError
 
 if TYPE_CHECKING:
     from keeptune.pipeline.job import Job
-
-__all__ = ["app", "main"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -107,7 +105,8 @@ def plan(
 @app.command(context_settings=OVERRIDES)
 def train(context: typer.Context, recipe: RecipeFile) -> None:
     """Train by the plan (made if it is not there), going on from the last checkpoint."""
-    from keeptune.pipeline.run import plan_stage, train_stage
+    from keeptune.pipeline.run import plan_stage
+    from keeptune.pipeline.training import train_stage
 
     job = _job(recipe, context)
     train_stage(job, plan_stage(job))
@@ -117,7 +116,8 @@ def train(context: typer.Context, recipe: RecipeFile) -> None:
 @app.command(context_settings=OVERRIDES)
 def export(context: typer.Context, recipe: RecipeFile) -> None:
     """Write the trained adapter and check it on a freshly loaded base."""
-    from keeptune.pipeline.run import export_stage, plan_stage
+    from keeptune.pipeline.export import export_stage
+    from keeptune.pipeline.run import plan_stage
 
     job = _job(recipe, context)
     done = export_stage(job, plan_stage(job))

@@ -9,9 +9,7 @@ import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli.options import Base, Device, Store, numbers_in
-
-__all__ = ["repair"]
+from keeptune.cli.shared import Base, Device, Store, numbers_in
 
 
 def repair(

@@ -9,8 +9,6 @@ from typing import Any
 from rich.console import Console
 from typer import echo
 
-__all__ = ["has_stages", "run_stages"]
-
 _MEASURES = ("average_accuracy", "backward_transfer", "forward_transfer", "forgetting")
 
 

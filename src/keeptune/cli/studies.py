@@ -9,9 +9,7 @@ import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli.options import Base, Device, Dtype, FigureFile, RecipeFile, Roles, Store, load, names_in
-
-__all__ = ["change", "curvature", "energy", "overlap", "suppress", "trace"]
+from keeptune.cli.shared import Base, Device, Dtype, FigureFile, RecipeFile, Roles, Store, load, names_in
 
 
 def energy(

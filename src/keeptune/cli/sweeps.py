@@ -10,9 +10,7 @@ from rich.table import Table
 from typer import echo
 
 from keeptune.cli.compare import interval_text, run_and_show
-from keeptune.cli.options import RecipeFile, numbers_in, overrides_of
-
-__all__ = ["layers", "sweep"]
+from keeptune.cli.shared import RecipeFile, numbers_in, overrides_of
 
 
 def sweep(

@@ -28,23 +28,6 @@ from tqdm.auto import tqdm
 
 from keeptune.core.errors import ArtefactError
 
-__all__ = [
-    "atomic_directory",
-    "canonical_json",
-    "content_key",
-    "explain_full_disk",
-    "file_fingerprint",
-    "has_key",
-    "model_fingerprint",
-    "read_json",
-    "read_tensors",
-    "remove_leftovers",
-    "tensor_fingerprint",
-    "write_bytes",
-    "write_json",
-    "write_tensors",
-]
-
 _log = logging.getLogger(__name__)
 _DISK_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 # safetensors reports the operating system's error only in its text, torch.save not even there.

@@ -6,20 +6,6 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-__all__ = [
-    "ArtefactError",
-    "DataError",
-    "ExportError",
-    "KeeptuneError",
-    "ModelError",
-    "PlanError",
-    "RecipeError",
-    "StatisticsError",
-    "TrainError",
-    "nearest",
-    "placed",
-]
-
 T = TypeVar("T")
 
 

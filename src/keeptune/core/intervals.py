@@ -19,8 +19,6 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
-__all__ = ["Estimate", "Triple", "clearly_above", "combine", "lower_is_better", "mean_of_seeds", "t_half_width"]
-
 Triple = tuple[float, float, float]
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from keeptune.core.artefact import explain_full_disk
 
-__all__ = ["locked"]
-
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:

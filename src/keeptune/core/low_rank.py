@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LowRank"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:

@@ -10,8 +10,6 @@ from typing import Any, ClassVar, Self
 
 from keeptune.core.errors import PlanError
 
-__all__ = ["Options", "Range"]
-
 
 @dataclass(frozen=True, slots=True)
 class Range:

@@ -22,8 +22,6 @@ from keeptune.core.errors import ArtefactError, PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
 
-__all__ = ["Decision", "PenaltyPlan", "Plan", "Scope", "TargetPlan"]
-
 Scope = Literal["adapter", "subspace", "all"]
 _FORMAT = 1
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
 
-__all__ = ["differences", "relative_gap"]
-
 
 def differences(first: Plan, second: Plan) -> list[str]:
     """Returns one line per difference, with the first plan on the left of each bar; none for equal plans."""

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 from keeptune.core.errors import RecipeError, nearest
 
-__all__ = ["look_up", "registered"]
-
 T = TypeVar("T")
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TRAINED_TENSORS", "Target", "TensorName", "read_weight"]
-
 TensorName = str
 
 

@@ -8,8 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-__all__ = ["versions"]
-
 _PACKAGES: Final = ("keeptune", "torch", "transformers", "peft", "trl")
 
 

@@ -13,8 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
 
-__all__ = ["Batch", "Calibration", "pad_id_of", "tokenize_calibration"]
-
 _Row = tuple[tuple[int, ...], int, float, tuple[int, ...]]
 
 

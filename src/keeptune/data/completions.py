@@ -15,8 +15,6 @@ from keeptune.data.examples import Examples
 from keeptune.data.sources import Row
 from keeptune.data.templates import render_all
 
-__all__ = ["TaskExamples", "task_examples", "tokenize_completions"]
-
 
 @dataclass(frozen=True, slots=True)
 class TaskExamples(Examples):

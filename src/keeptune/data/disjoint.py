@@ -9,8 +9,6 @@ from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import DataError
 from keeptune.data.sources import Row
 
-__all__ = ["Corpus", "refuse_overlap"]
-
 
 @dataclass(frozen=True, slots=True)
 class Corpus:

@@ -11,8 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.data.calibration import Calibration
 
-__all__ = ["Examples", "draw_rows"]
-
 
 class Examples(ABC):
     """Examples of one kind of task.

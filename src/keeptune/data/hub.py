@@ -13,8 +13,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from keeptune.core.errors import DataError
 
-__all__ = ["PREFIX", "cached", "fetch"]
-
 PREFIX = "hf://"
 _NAME = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 

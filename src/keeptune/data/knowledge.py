@@ -14,8 +14,6 @@ from keeptune.data.completions import tokenize_completions
 from keeptune.data.sources import Row
 from keeptune.data.templates import render_all
 
-__all__ = ["KnowledgeSet", "joined_knowledge", "knowledge_of", "knowledge_set"]
-
 _log = logging.getLogger(__name__)
 
 

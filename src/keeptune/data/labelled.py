@@ -18,18 +18,6 @@ from keeptune.data.examples import Examples
 from keeptune.data.sources import Row
 from keeptune.data.templates import pick, render_all
 
-__all__ = [
-    "Encoded",
-    "LabelledExamples",
-    "Texts",
-    "collator",
-    "label_indices",
-    "label_of",
-    "labelled_examples",
-    "score_of",
-    "texts_of",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Encoded:

@@ -10,8 +10,6 @@ from keeptune.data.examples import draw_rows
 from keeptune.data.sources import Row
 from keeptune.data.templates import pick
 
-__all__ = ["LOKI_PROMPT", "choose_rows", "lettered_rows"]
-
 # LoKI's, on MMLU (its releases end it with a space and a line break).
 LOKI_PROMPT = (
     "There is a single choice question about {subject_title}. Answer the question by replying {letters}.\n"

@@ -9,8 +9,6 @@ from keeptune.data.completions import TaskExamples
 from keeptune.data.examples import draw_rows
 from keeptune.data.knowledge import KnowledgeSet
 
-__all__ = ["replayed", "with_replay"]
-
 _log = logging.getLogger(__name__)
 
 

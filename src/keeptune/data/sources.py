@@ -9,8 +9,6 @@ from typing import Any
 
 from keeptune.core.errors import DataError
 
-__all__ = ["Row", "read_jsonl"]
-
 Row = Mapping[str, Any]
 
 

@@ -9,8 +9,6 @@ from typing import Any
 from keeptune.core.errors import DataError
 from keeptune.data.sources import Row
 
-__all__ = ["pick", "render", "render_all"]
-
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)\}")
 
 

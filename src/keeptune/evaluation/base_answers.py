@@ -19,8 +19,6 @@ from keeptune.core.artefact import content_key, read_json, write_json
 from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import locked
 
-__all__ = ["KeptAnswers"]
-
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 

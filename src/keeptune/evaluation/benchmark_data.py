@@ -10,12 +10,10 @@ from keeptune.data.disjoint import Corpus, refuse_overlap
 from keeptune.data.sources import read_jsonl
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.items import load_items
-from keeptune.evaluation.standard import NamedBenchmark
 from keeptune.evaluation.standard.documents import load_documents, refuse_documents
+from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.lm_eval_tasks import SEED
 from keeptune.evaluation.standard.restore import engine_version
-
-__all__ = ["data_fingerprint", "engine_of", "refuse_used"]
 
 
 def data_fingerprint(benchmark: Benchmark, folder: Path = Path()) -> str:

@@ -9,8 +9,6 @@ from typing import ClassVar, Literal, get_args
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.evaluation.metrics import LABELS, SCORES, Metric, Normalisation
 
-__all__ = ["Benchmark", "FileBenchmark", "Role"]
-
 Role = Literal["knowledge", "task"]
 
 _TEMPLATES = ("prompt", "answer", "choices", "text", "text_pair")

@@ -22,8 +22,6 @@ from keeptune.evaluation.results import BenchmarkResult, grouped, label_scores
 from keeptune.evaluation.scored_tokens import longest_first
 from keeptune.model.head import Head
 
-__all__ = ["classified", "wrong_metric"]
-
 _LOG = logging.getLogger(__name__)
 
 

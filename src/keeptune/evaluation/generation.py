@@ -23,8 +23,6 @@ from keeptune.evaluation.likelihood import need_finite
 from keeptune.evaluation.metrics import cut_at
 from keeptune.evaluation.scored_tokens import Passes, ScoredTokens, padded_batches
 
-__all__ = ["greedy_texts"]
-
 
 def greedy_texts(
     model: PreTrainedModel,

@@ -22,9 +22,8 @@ from keeptune.evaluation.metrics import LABELS, SCORES, exact_match
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, mean_scores
 from keeptune.evaluation.scored_tokens import Encoder, Passes, ScoredTokens, context_limit
-from keeptune.evaluation.standard import NamedBenchmark, score_named
-
-__all__ = ["evaluate"]
+from keeptune.evaluation.standard.entry import NamedBenchmark
+from keeptune.evaluation.standard.score import score_named
 
 _LOG = logging.getLogger(__name__)
 _Records = list[dict[str, Any]]

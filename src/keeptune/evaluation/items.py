@@ -15,8 +15,6 @@ from keeptune.data.templates import pick, render
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.metrics import SCORES
 
-__all__ = ["Item", "load_items"]
-
 _Choices = tuple[tuple[str, ...], tuple[str, ...]]  # texts, and labels or an empty tuple
 
 

@@ -18,8 +18,6 @@ from keeptune.core.errors import ModelError
 from keeptune.evaluation.model_pairs import ModelPair, scoring
 from keeptune.evaluation.scored_tokens import PaddedBatch, Passes, ScoredTokens, padded_batches
 
-__all__ = ["Losses", "log_likelihoods", "losses_and_divergence", "need_finite"]
-
 _CHUNK = 1024
 
 

@@ -42,23 +42,6 @@ from sklearn import metrics
 from keeptune.core.errors import StatisticsError
 from keeptune.core.intervals import lower_is_better
 
-__all__ = [
-    "LABELS",
-    "SCORES",
-    "Measure",
-    "Metric",
-    "Normalisation",
-    "agreement",
-    "agreement_interval",
-    "cut_at",
-    "exact_match",
-    "harmonic",
-    "mean_ratio",
-    "normalise_qa",
-    "paired_interval",
-    "resampled",
-]
-
 Metric = Literal["exact_match", "multiple_choice", "cross_entropy", "accuracy", "f1", "matthews", "pearson", "spearman"]
 # Metrics of results: those above, and those of standard benchmarks.
 Measure = Metric | Literal["accuracy_norm", "pass_at_1", "prompts_followed", "instructions_followed"]

@@ -19,18 +19,6 @@ from keeptune.model.probes.suppression import without_nodes
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = [
-    "SIDES",
-    "AdapterPair",
-    "ModelPair",
-    "Side",
-    "SuppressedNodes",
-    "TwoModels",
-    "head_of_base",
-    "scoring",
-    "shared_positions",
-]
-
 Side = Literal["before", "after"]
 SIDES: tuple[Side, Side] = ("before", "after")
 

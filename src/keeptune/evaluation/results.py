@@ -22,8 +22,6 @@ from keeptune.evaluation.metrics import (
     paired_interval,
 )
 
-__all__ = ["BenchmarkResult", "grouped", "interval_between", "label_scores", "mean_scores", "trade_off"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:

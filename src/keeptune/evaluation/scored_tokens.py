@@ -12,16 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError, RecipeError
 
-__all__ = [
-    "Encoder",
-    "PaddedBatch",
-    "Passes",
-    "ScoredTokens",
-    "context_limit",
-    "longest_first",
-    "padded_batches",
-]
-
 _LOGITS_AT_ONCE = 2**28  # elements of one batch of logits: 1 GiB in float32
 
 

@@ -21,20 +21,6 @@ from typing import Any, Final, Literal
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.core.intervals import lower_is_better
 
-__all__ = [
-    "DIGITS",
-    "Axes",
-    "Axis",
-    "Unit",
-    "Value",
-    "axes_of",
-    "base_score",
-    "forgotten_of",
-    "learned_of",
-    "loss_of",
-    "unit_of",
-]
-
 Unit = Literal["share", "nats"]
 Role = Literal["task", "knowledge"]
 # Differences of shares that are equal (0.8 - 0.7 and 0.5 - 0.4) differ in their last bits; a tie must stay one.

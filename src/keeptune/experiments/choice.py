@@ -34,8 +34,6 @@ from keeptune.pipeline.scoring import find_result, result_fingerprint
 from keeptune.recipe.schema import make_recipe
 from keeptune.report.pages.card import model_card
 
-__all__ = ["BEST", "Bound", "Choice", "choose", "choose_best", "limits_of", "parse_max_loss"]
-
 _log = logging.getLogger(__name__)
 BEST = "best"
 Bound = Literal["mean", "upper"]

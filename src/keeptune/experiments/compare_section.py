@@ -11,8 +11,6 @@ from pydantic_core import PydanticCustomError
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.recipe.sections import Section, explain
 
-__all__ = ["CompareSection", "Different", "Numbers", "Resources", "Search", "checked", "missing_extra", "read_section"]
-
 
 def _different(values: list[Any]) -> list[Any]:
     if any(value in values[:place] for place, value in enumerate(values)):

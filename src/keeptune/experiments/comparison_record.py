@@ -27,18 +27,6 @@ from keeptune.experiments.posthoc_scoring import VARIANTS
 from keeptune.experiments.single_run import Outcome
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 
-__all__ = [
-    "FRONT",
-    "RUNS_FILE",
-    "Options",
-    "row_of",
-    "table_of",
-    "trade_off_of",
-    "with_axes",
-    "with_relative_scores",
-    "write_records",
-]
-
 RUNS_FILE, FRONT = "runs.json", "front.json"
 _NAMED = 5
 _BENCHMARK = ("name", "role", "metric", "n", "before", "after", "interval")

@@ -8,8 +8,6 @@ from typing import Any, Final
 
 from keeptune.core.intervals import Estimate, combine, lower_is_better, mean_of_seeds
 
-__all__ = ["benefits", "study_rows"]
-
 _BOTH: Final = "mean of learned and kept"
 Rows = Sequence[Mapping[str, Any]]
 Places = dict[tuple[int, ...], dict[int, float]]

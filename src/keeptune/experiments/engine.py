@@ -33,16 +33,6 @@ from keeptune.experiments.single_run import Outcome, RunTask, attempt, finished,
 from keeptune.model.head import body_fingerprint
 from keeptune.pipeline.job import Job
 
-__all__ = [
-    "TaskOf",
-    "log_outcome",
-    "only_one",
-    "run_all",
-    "run_each",
-    "run_tasks",
-    "tasks_of",
-]
-
 _log = logging.getLogger(__name__)
 _MARKER = ".shared-folder"
 _RETRIES = 1

@@ -28,21 +28,6 @@ from keeptune.methods.strength import stronger
 from keeptune.recipe.construct import make_method
 from keeptune.recipe.reading import set_value, spelt_out
 
-__all__ = [
-    "FIXED",
-    "Entry",
-    "Variation",
-    "as_text",
-    "by_factor",
-    "by_value",
-    "check_labels",
-    "check_settings",
-    "read_entries",
-    "short",
-    "slug",
-    "with_settings",
-]
-
 FIXED = {
     "output": "each run has its own folder below the comparison's",
     "compare": "an entry is a part of it",

@@ -30,21 +30,6 @@ from keeptune.core.intervals import Estimate, combine
 from keeptune.experiments.axes import DIGITS, Axes, base_score
 from keeptune.experiments.compare_section import missing_extra
 
-__all__ = [
-    "Place",
-    "Point",
-    "as_json",
-    "common_seeds",
-    "families",
-    "hypervolume",
-    "hypervolumes",
-    "pareto",
-    "places_by_seed",
-    "points_of",
-    "reference_point",
-    "spread",
-]
-
 _log = logging.getLogger(__name__)
 
 Place = tuple[float, float]

@@ -23,8 +23,6 @@ from keeptune.pipeline.job import Job
 from keeptune.recipe.reading import read_values
 from keeptune.recipe.schema import make_recipe
 
-__all__ = ["Study", "load_layer_study"]
-
 Study = Literal["single", "bottom", "top"]
 _MOST = 8  # numbers of layers that are tried by default
 

@@ -22,8 +22,6 @@ from typing import Any, Literal
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.experiments.front import Place, Point, as_json, common_seeds, pareto, places_by_seed, spread
 
-__all__ = ["At", "default_score", "forgotten_at", "matched", "reach"]
-
 How = Literal["exact", "interpolated", "above", "not reached"]
 _ORDER: tuple[How, ...] = ("exact", "interpolated", "above", "not reached")
 

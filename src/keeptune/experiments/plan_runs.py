@@ -25,19 +25,6 @@ from keeptune.recipe.paths import Fetch
 from keeptune.recipe.reading import read_values
 from keeptune.recipe.schema import Recipe, make_recipe
 
-__all__ = [
-    "RUNS",
-    "Comparison",
-    "RunSpec",
-    "by_setting",
-    "check_runs",
-    "list_runs",
-    "load_comparison",
-    "load_sweep",
-    "run_spec",
-    "sweep_of",
-]
-
 RUNS = "runs"
 
 

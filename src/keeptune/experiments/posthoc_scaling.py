@@ -28,8 +28,6 @@ from torch import Tensor, nn
 
 from keeptune.core.errors import ModelError, RecipeError
 
-__all__ = ["Variant", "interpolate", "put_adapter", "refusal", "standard_variants", "variant_adapter", "variant_of"]
-
 _DEFAULT, _REDUCED = "default", "intruders_reduced"
 _FAMILIES = {"scale": "scaled", "intruders": "intruders reduced"}
 

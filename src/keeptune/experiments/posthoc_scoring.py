@@ -29,8 +29,6 @@ from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import find_result, load_pair, result_fingerprint, score
 
-__all__ = ["VARIANTS", "copy_result", "score_variants", "write_variant"]
-
 _log = logging.getLogger(__name__)
 VARIANTS = "variants"
 _WEIGHTS = "adapter_model.safetensors"

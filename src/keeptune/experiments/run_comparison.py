@@ -20,8 +20,6 @@ from keeptune.report.figures.grid_maps import benefit_figure
 from keeptune.report.figures.sweep_lines import study_figure, sweep_figure
 from keeptune.report.pages.comparison_page import write_comparison
 
-__all__ = ["Compared", "run_comparison"]
-
 
 @dataclass(frozen=True)
 class Compared:

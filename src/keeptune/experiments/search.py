@@ -44,19 +44,6 @@ from keeptune.experiments.front import pareto
 from keeptune.experiments.plan_runs import Comparison, RunSpec, list_runs, run_spec
 from keeptune.experiments.single_run import Outcome, RunTask
 
-__all__ = [
-    "JOURNAL",
-    "Choices",
-    "Span",
-    "ask",
-    "count_trials",
-    "open_study",
-    "run_search",
-    "setting_of",
-    "spans_of",
-    "strengths_of",
-]
-
 JOURNAL = "search.log"
 _ENTRY, _AGAIN = "entry", "again"
 _DIGITS = 3

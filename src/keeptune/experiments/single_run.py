@@ -26,11 +26,11 @@ from keeptune.core.locks import locked
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.experiments.posthoc_scaling import Variant
 from keeptune.experiments.posthoc_scoring import VARIANTS, score_variants
-from keeptune.pipeline.run import export_stage, plan_stage, start, train_stage
+from keeptune.pipeline.export import export_stage
+from keeptune.pipeline.run import plan_stage, start
 from keeptune.pipeline.scoring import evaluate_stage, find_result
+from keeptune.pipeline.training import train_stage
 from keeptune.recipe.schema import Recipe
-
-__all__ = ["Outcome", "RunTask", "attempt", "finished", "task_key"]
 
 _log = logging.getLogger(__name__)
 _MARK = "run.json"

@@ -20,8 +20,6 @@ from keeptune.experiments.compare_section import Different, checked
 from keeptune.experiments.entries import Entry, as_text, check_label, check_labels, check_settings
 from keeptune.recipe.sections import Section
 
-__all__ = ["axis_of", "point_entries", "read_sweep"]
-
 _POINTS = 'sweep: [{name: "rank 4", method.rank: 4}, {name: "rank 8", method.rank: 8}]'
 
 

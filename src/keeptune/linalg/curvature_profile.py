@@ -10,8 +10,6 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.linalg.symmetric import Dense, LowRankPlus, PsdMatrix
 
-__all__ = ["Directions", "directions", "energies", "profile"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Directions:

@@ -12,16 +12,6 @@ from torch import Tensor
 
 from keeptune.core.errors import StatisticsError
 
-__all__ = [
-    "bottom_eigenvectors",
-    "canonical_signs",
-    "end_triplets",
-    "exact_svd",
-    "projected_svd",
-    "random_triplets",
-    "top_energy",
-]
-
 _log = logging.getLogger(__name__)
 _RESOLVED = 1e-7
 _Triplets = tuple[Tensor, Tensor, Tensor]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["clipped_shares", "exact_shares"]
-
 
 def clipped_shares(weights: Sequence[float], total: int, low: Sequence[int], high: Sequence[int]) -> list[int]:
     """Returns ``clip(round(total w_i / Σ w), low_i, high_i)`` of positive w; their sum is from Σ low to Σ high."""

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
 
-__all__ = ["Rescaled"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rescaled:

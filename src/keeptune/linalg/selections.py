@@ -15,8 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Overlap", "count_votes", "lowest", "most_voted", "overlap_of", "overlaps", "quota", "voted"]
-
 Rows = tuple[tuple[int, ...], ...]
 
 

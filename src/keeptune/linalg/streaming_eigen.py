@@ -24,8 +24,6 @@ from keeptune.linalg.decompositions import canonical_signs
 from keeptune.linalg.gram import add_gram, symmetric
 from keeptune.linalg.symmetric import LowRankPlus
 
-__all__ = ["TopDirections", "Truncated"]
-
 _KEPT = 2  # times k rows survive a compression
 _FRESH = 7  # times k rows come before the next: the products of a compression are shared by that many
 _STEPS = 2

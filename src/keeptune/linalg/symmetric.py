@@ -11,8 +11,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "Identity", "LowRankPlus", "PsdMatrix", "psd_matrix_from"]
-
 
 class PsdMatrix(ABC):
     """A symmetric positive semi-definite matrix F, ``(n, n)``, of size n, known by what it does.

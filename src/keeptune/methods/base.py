@@ -31,21 +31,6 @@ from keeptune.penalties.base import Penalty
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import Request
 
-__all__ = [
-    "SCALING",
-    "Method",
-    "RankMethod",
-    "ScaledMethod",
-    "Search",
-    "Size",
-    "allot_rank",
-    "dropout_field",
-    "generator_for",
-    "make_plan",
-    "method_named",
-    "methods",
-]
-
 SCALING = {"alpha": Range(above=0), "dropout": Range(least=0, below=1)}
 
 

@@ -26,8 +26,6 @@ from keeptune.methods.base import Method, Size
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import Request
 
-__all__ = ["Combined", "Part", "parts_of", "replaced", "tuned_roles"]
-
 
 @dataclass(frozen=True)
 class Part:

@@ -39,8 +39,6 @@ from keeptune.statistics.collect import StatsView
 from keeptune.statistics.covariance import InputCovariance
 from keeptune.statistics.request import Request
 
-__all__ = ["Corda", "conditioned", "oriented_factors"]
-
 _LEAST_GAIN = 1e-4
 
 

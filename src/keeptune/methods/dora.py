@@ -25,8 +25,6 @@ from keeptune.core.target import Target
 from keeptune.methods.lora import Lora, draw_start
 from keeptune.statistics.collect import StatsView
 
-__all__ = ["Dora"]
-
 
 @dataclass(frozen=True)
 class Dora(Lora):

@@ -36,8 +36,6 @@ from keeptune.statistics.covariance import InputCovariance
 from keeptune.statistics.input_mean import InputMean
 from keeptune.statistics.request import Request
 
-__all__ = ["Eva", "components", "share_ranks"]
-
 _COVARIANCE = InputCovariance("task")
 _MEAN = InputMean("task")
 

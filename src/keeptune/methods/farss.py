@@ -46,8 +46,6 @@ from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.gradient import DirectionVariances
 from keeptune.statistics.request import Labels, Request
 
-__all__ = ["Farss"]
-
 _INPUT = InputCovariance("task")
 
 

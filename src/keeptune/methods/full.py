@@ -11,8 +11,6 @@ from typing import ClassVar
 from keeptune.core.plan import Scope
 from keeptune.methods.base import Method
 
-__all__ = ["Full"]
-
 
 @dataclass(frozen=True)
 class Full(Method):

@@ -13,8 +13,6 @@ from keeptune.core.plan import Decision
 from keeptune.core.target import Target
 from keeptune.linalg.rank_budget import clipped_shares, exact_shares
 
-__all__ = ["direction_scores", "importance", "inverse_weights", "shallow_ranks"]
-
 _log = logging.getLogger(__name__)
 
 

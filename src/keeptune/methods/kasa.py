@@ -34,8 +34,6 @@ from keeptune.methods.lora import LoraStart, draw_A
 from keeptune.penalties.kasa_regularizers import KasaRegularizers, Regularizer
 from keeptune.statistics.collect import StatsView
 
-__all__ = ["Kasa", "dropped_part"]
-
 
 def dropped_part(W: Tensor, r: int, where: str) -> tuple[LowRank, Tensor]:
     """Returns W's r smallest singular components (stage 1), ``B = U_r diag(S_r)`` and ``A = V_rᵀ``, and S_r.

@@ -22,8 +22,6 @@ from keeptune.methods.lora import LoraStart
 from keeptune.methods.strength import Strength
 from keeptune.penalties.drift import DriftBudget
 
-__all__ = ["Keep"]
-
 _NATS = 0.003
 
 

@@ -24,8 +24,6 @@ from keeptune.methods.strength import Strength
 from keeptune.penalties.l2 import L2, Layers
 from keeptune.statistics.layer_effect import Reading
 
-__all__ = ["L2Lora"]
-
 
 @dataclass(frozen=True)
 class L2Lora(LoraStart):

@@ -25,8 +25,6 @@ from keeptune.methods.strength import Strength
 from keeptune.penalties.laplace import Curvature, Laplace
 from keeptune.statistics.request import Labels
 
-__all__ = ["Lalora"]
-
 
 @dataclass(frozen=True)
 class Lalora(LoraStart):

@@ -47,8 +47,6 @@ from keeptune.statistics.collect import StatsView
 from keeptune.statistics.neuron_attribution import NeuronAttribution
 from keeptune.statistics.request import Request
 
-__all__ = ["Loki"]
-
 
 @dataclass(frozen=True)
 class Loki(Method):

@@ -22,8 +22,6 @@ from keeptune.core.target import Target
 from keeptune.methods.base import ScaledMethod, generator_for
 from keeptune.statistics.collect import StatsView
 
-__all__ = ["Lora", "LoraStart", "draw_A", "draw_start"]
-
 
 def draw_A(r: int, n: int, generator: torch.Generator) -> Tensor:
     """Draws the down-projection (eq. 2).

@@ -18,8 +18,6 @@ from typing import Any, Literal
 
 from keeptune.methods.lora import Lora
 
-__all__ = ["LoraFA"]
-
 
 @dataclass(frozen=True)
 class LoraFA(Lora):

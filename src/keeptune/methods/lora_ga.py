@@ -34,8 +34,6 @@ from keeptune.statistics.collect import StatsView
 from keeptune.statistics.gradient import WeightGradient
 from keeptune.statistics.request import Request
 
-__all__ = ["LoraGA"]
-
 _log = logging.getLogger(__name__)
 _GRADIENT = WeightGradient("task", labels="true")
 

@@ -36,8 +36,6 @@ from keeptune.statistics.collect import StatsView
 from keeptune.statistics.covariance import InputCovariance, ReleasedCovariance
 from keeptune.statistics.request import Request
 
-__all__ = ["LoraNull", "null_factors", "null_space", "released_null_space"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -25,8 +25,6 @@ from keeptune.linalg.decompositions import end_triplets
 from keeptune.methods.base import ScaledMethod
 from keeptune.statistics.collect import StatsView
 
-__all__ = ["Mica"]
-
 
 @dataclass(frozen=True)
 class Mica(ScaledMethod):

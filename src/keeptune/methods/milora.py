@@ -23,8 +23,6 @@ from keeptune.linalg.decompositions import end_triplets
 from keeptune.methods.pissa import SplitMethod
 from keeptune.statistics.collect import StatsView
 
-__all__ = ["Milora"]
-
 
 @dataclass(frozen=True)
 class Milora(SplitMethod):

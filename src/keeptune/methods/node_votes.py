@@ -10,8 +10,6 @@ from torch import Tensor
 from keeptune.linalg.selections import quota, voted
 from keeptune.statistics.neuron_attribution import Attributions
 
-__all__ = ["Selected", "Selection", "select"]
-
 Selection = Literal["layer-balanced", "global-low", "global-high"]
 
 

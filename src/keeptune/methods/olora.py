@@ -26,8 +26,6 @@ from keeptune.linalg.decompositions import canonical_signs
 from keeptune.methods.base import ScaledMethod
 from keeptune.statistics.collect import StatsView
 
-__all__ = ["Olora", "leading_qr"]
-
 
 def leading_qr(W: Tensor, r: int) -> LowRank:
     """Returns r columns of Q and rows of R (1, 2), by way of float64; the largest entry of a column is positive.

@@ -32,8 +32,6 @@ from keeptune.methods.base import Method, Size
 from keeptune.methods.strength import Strength
 from keeptune.statistics.collect import StatsView
 
-__all__ = ["Osf"]
-
 
 @dataclass(frozen=True)
 class Osf(Method):

@@ -31,8 +31,6 @@ from keeptune.linalg.decompositions import end_triplets, random_triplets
 from keeptune.methods.base import ScaledMethod, generator_for
 from keeptune.statistics.collect import StatsView
 
-__all__ = ["Pissa", "SplitMethod"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -14,8 +14,6 @@ from typing import Any, Literal
 
 from keeptune.core.errors import RecipeError
 
-__all__ = ["Strength", "stronger"]
-
 
 @dataclass(frozen=True, slots=True)
 class Strength:

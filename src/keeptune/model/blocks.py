@@ -20,18 +20,6 @@ from transformers.pytorch_utils import Conv1D
 from keeptune.core.errors import ModelError, PlanError, nearest
 from keeptune.core.target import Target
 
-__all__ = [
-    "blocks_of",
-    "body",
-    "depth",
-    "find_targets",
-    "head_of",
-    "is_nested",
-    "parts_of",
-    "positions",
-    "roles_of",
-]
-
 _log = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")
 

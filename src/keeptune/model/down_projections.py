@@ -16,8 +16,6 @@ from keeptune.core.target import Target
 from keeptune.model.blocks import blocks_of, find_targets, is_nested
 from keeptune.model.runner import still
 
-__all__ = ["down_projections"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 from keeptune.core.artefact import content_key, model_fingerprint, tensor_fingerprint
 from keeptune.model.blocks import head_of
 
-__all__ = ["Head", "body_fingerprint", "head_fingerprint", "sequence_losses"]
-
 
 @dataclass(frozen=True, slots=True)
 class Head:

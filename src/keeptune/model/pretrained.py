@@ -22,8 +22,6 @@ from keeptune.core.errors import ModelError
 from keeptune.model.blocks import head_of, positions
 from keeptune.model.head import Head
 
-__all__ = ["Dtype", "LoadOptions", "load_model", "load_positions", "load_tokenizer", "refuse_not_finite"]
-
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 

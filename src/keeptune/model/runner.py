@@ -17,8 +17,6 @@ from keeptune.data.calibration import Batch
 from keeptune.model.blocks import body, head_of, is_nested
 from keeptune.model.summed_loss import Labels, summed_loss
 
-__all__ = ["PassEnd", "PassKind", "Runner", "Sink", "Taps", "arguments_of", "still"]
-
 # What a sink gets of a module: inputs h (tokens, n), output gradients δ = d loss / d y (tokens, m), both at once, or
 # both and the number of rows of each text.
 PassKind = Literal["forward", "backward", "joint", "texts"]

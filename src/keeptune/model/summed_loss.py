@@ -15,8 +15,6 @@ from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Batch
 from keeptune.model.head import sequence_losses
 
-__all__ = ["Labels", "drawn_classes", "drawn_labels", "summed_loss"]
-
 Labels = Literal["true", "sampled"]
 
 

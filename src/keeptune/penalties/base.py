@@ -32,24 +32,6 @@ from keeptune.data.calibration import Calibration
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import DataRole, Request
 
-__all__ = [
-    "NORM",
-    "Factors",
-    "Form",
-    "OutputPenalty",
-    "Penalty",
-    "Site",
-    "Term",
-    "TextBatch",
-    "conclusions",
-    "on_change",
-    "on_factors",
-    "penalties",
-    "penalty_named",
-    "penalty_plan",
-    "start_of",
-]
-
 NORM = "norm"  # ‖W‖ of each target that a penalty holds, which drifts are measured against
 Factors = Mapping[TensorName, Tensor]
 # All that is trained of a target, to the value and the gradient of those factors that it depends on.

@@ -21,8 +21,6 @@ from keeptune.core.options import Range
 from keeptune.core.plan import TargetPlan
 from keeptune.penalties.base import Factors, Penalty, Site, Term
 
-__all__ = ["Decay"]
-
 
 @dataclass(frozen=True)
 class Decay(Penalty):

@@ -38,8 +38,6 @@ from keeptune.statistics.layer_effect import LayerEffect, layer_weights
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
 from keeptune.statistics.request import Request
 
-__all__ = ["DriftBudget", "ascended", "excess"]
-
 _MET = 0.2  # of the budget
 _LEAST = 0.05  # of the largest weight: a layer without effect gets twenty times the budget, not an endless one
 

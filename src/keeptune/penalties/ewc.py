@@ -31,8 +31,6 @@ from keeptune.penalties.measured import MeasuredPenalty
 from keeptune.statistics.fisher import Per, WeightFisher
 from keeptune.statistics.request import Request
 
-__all__ = ["Ewc", "Stored", "diagonal_change"]
-
 Stored = Literal["float32", "bfloat16"]
 _DTYPES: dict[Stored, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NUMBERS = 1 << 20  # in a temporary

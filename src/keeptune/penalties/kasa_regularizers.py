@@ -19,8 +19,6 @@ from keeptune.core.errors import PlanError
 from keeptune.core.plan import TargetPlan
 from keeptune.penalties.base import Factors, Penalty, Site, Term
 
-__all__ = ["KasaRegularizers", "Regularizer", "orthogonality", "regularizers"]
-
 Regularizer = Literal["gram", "released"]
 
 

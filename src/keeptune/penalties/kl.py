@@ -27,8 +27,6 @@ from keeptune.data.calibration import Calibration
 from keeptune.penalties.base import OutputPenalty, TextBatch
 from keeptune.statistics.request import DataRole
 
-__all__ = ["Kl", "kl_divergence", "text_batch"]
-
 _IDS, _LENGTHS, _PROMPTS, _STEP = "ids", "lengths", "prompts", "step"
 
 

@@ -21,8 +21,6 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.linalg.symmetric import PsdMatrix
 
-__all__ = ["KroneckerChange", "change_since", "quadratic_form"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KroneckerChange:

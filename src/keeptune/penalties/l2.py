@@ -34,8 +34,6 @@ from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.statistics.layer_effect import LayerEffect, Reading, layer_weights
 from keeptune.statistics.request import DataRole, Request
 
-__all__ = ["L2", "Layers", "cubic_weights"]
-
 Layers = Literal["uniform", "cubic", "naie"] | tuple[float, ...]
 _MEASURED = "layer weights"
 

@@ -48,8 +48,6 @@ from keeptune.statistics.fisher import LoraFisher, lora_fisher, split_diagonals
 from keeptune.statistics.low_rank_covariance import unpacked
 from keeptune.statistics.request import DataRole, Request
 
-__all__ = ["Curvature", "Laplace"]
-
 Curvature = Literal["diag", "b-kfac", "b-tri-kfac", "delta-kfac", "delta-act", "l2"]
 _TANGENT = ("diag", "b-kfac", "b-tri-kfac")
 _OMEGA = ("b-kfac", "b-tri-kfac", "delta-kfac", "delta-act")

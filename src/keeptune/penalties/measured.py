@@ -13,8 +13,6 @@ from keeptune.statistics.fisher import TokenCount, tokens_per_learned
 from keeptune.statistics.low_rank_covariance import Covariance, gradient_request, input_request, read_factor
 from keeptune.statistics.request import DataRole, Labels
 
-__all__ = ["CovariancePenalty", "MeasuredPenalty"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredPenalty(Penalty):

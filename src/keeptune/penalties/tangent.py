@@ -23,8 +23,6 @@ from keeptune.core.low_rank import LowRank
 from keeptune.linalg.symmetric import Identity, PsdMatrix
 from keeptune.penalties.base import Form
 
-__all__ = ["block_kronecker", "coupled_kronecker", "diagonal"]
-
 
 def diagonal(fisher: LowRank, weight: float | Tensor, start: LowRank) -> Form:
     """Returns ``w q`` of (1); the gradients are ``2 w F ∘ d``.

@@ -40,8 +40,6 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import plan_for
 from keeptune.training.trainer import train
 
-__all__ = ["choose_boundary"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 from keeptune.core.artefact import read_json, write_json
 from keeptune.core.errors import ArtefactError
 
-__all__ = ["Stored", "take"]
-
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 

@@ -15,8 +15,6 @@ from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.run import run
 from keeptune.recipe.schema import make_recipe
 
-__all__ = ["LEARNING_RATE", "STEPS", "WAYS", "demo", "demo_recipe"]
-
 _log = logging.getLogger(__name__)
 
 LEARNING_RATE = 1e-3

@@ -14,8 +14,6 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import find_result
 from keeptune.pipeline.training import load_trained, trained_result
 
-__all__ = ["export_stage"]
-
 
 def export_stage(job: Job, plan: Plan) -> Exported:
     """Writes the adapter and checks it on a fresh base, where that is not done.

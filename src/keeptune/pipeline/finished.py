@@ -13,8 +13,6 @@ from keeptune.core.plan import Plan
 from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 
-__all__ = ["FinishedRun", "entry_of"]
-
 
 @dataclass(frozen=True)
 class FinishedRun:

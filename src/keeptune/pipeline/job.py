@@ -30,13 +30,12 @@ from keeptune.pipeline.machine import check_device, check_folder, device_named, 
 from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind
 from keeptune.recipe.construct import make_method, make_penalties
-from keeptune.recipe.schema import Knowledge, Recipe
+from keeptune.recipe.schema import Recipe
+from keeptune.recipe.sections import Knowledge
 from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
 from keeptune.training.arguments import check_arguments, sft_config
-
-__all__ = ["Job"]
 
 _PROBE_LENGTH = 256
 _ADD_KNOWLEDGE = 'Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.'

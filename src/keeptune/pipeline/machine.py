@@ -10,8 +10,6 @@ import torch
 from keeptune.core.errors import RecipeError
 from keeptune.statistics.store import StatStore
 
-__all__ = ["check_device", "check_folder", "device_named", "statistics_store"]
-
 
 def statistics_store(folder: Path | str | None) -> StatStore:
     """Returns the store of statistics in a folder; None is the one for all runs of this user."""

@@ -14,8 +14,6 @@ from keeptune.core.errors import ModelError, RecipeError
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import Dtype, LoadOptions, load_model, load_tokenizer
 
-__all__ = ["base_of", "head_of_adapter", "merge_adapter", "trained_in"]
-
 
 def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype: str = "auto") -> float:
     """Merges an adapter into its base and writes the whole model, with its tokenizer.

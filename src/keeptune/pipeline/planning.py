@@ -26,18 +26,6 @@ from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import DataRole, Request
 from keeptune.statistics.store import StatStore
 
-__all__ = [
-    "PlanOptions",
-    "ScopedPenalty",
-    "plan_for",
-    "refuse_layers",
-    "refuse_penalties",
-    "scoped_penalties",
-    "starting_from",
-    "statistics_for",
-    "with_penalties",
-]
-
 
 @dataclass(frozen=True)
 class PlanOptions:

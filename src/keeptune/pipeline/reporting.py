@@ -15,11 +15,9 @@ from keeptune.core.errors import ArtefactError
 from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.pipeline.finished import FinishedRun
 from keeptune.report.pages.card import model_card, same_but_versions
-from keeptune.report.pages.items import lost_and_gained
+from keeptune.report.pages.item_rows import lost_and_gained
 from keeptune.report.pages.repeat import repeat
 from keeptune.report.pages.run_page import write_html
-
-__all__ = ["write_report"]
 
 _FULL = "full"
 _TRACE = Path("trace", "trace.json")  # where `keeptune trace --output <run>/trace` puts it

@@ -27,8 +27,6 @@ from keeptune.pipeline.training import train_stage
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.collect import Statistics
 
-__all__ = ["export_stage", "plan_stage", "run", "start", "stats_stage", "train_stage"]
-
 _STAGE_FOLDERS = ("plan", "trained", "adapter", "merged")
 
 

@@ -20,8 +20,6 @@ from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 
-__all__ = ["evaluate_stage", "find_result", "load_pair", "result_fingerprint", "score"]
-
 
 def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers | None = None) -> list[dict[str, Any]]:
     """Scores every benchmark that is not scored yet; results are kept one by one.

@@ -22,9 +22,7 @@ from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.metrics import LABELS, SCORES
 from keeptune.model.head import Head
-from keeptune.recipe.schema import Kind, Task, TaskCalibration
-
-__all__ = ["KINDS", "TaskKind"]
+from keeptune.recipe.sections import Kind, Task, TaskCalibration
 
 _PROBES = 8
 

@@ -35,8 +35,6 @@ from keeptune.pipeline.merge import base_of, head_of_adapter, trained_in
 from keeptune.pipeline.scoring import find_result
 from keeptune.recipe.paths import resolve_model
 
-__all__ = ["Change", "TrainedModel", "labels_of", "size_of"]
-
 _log = logging.getLogger(__name__)
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others take a part out of the base when loaded
 _TUNED = (BaseTunerLayer, ModulesToSaveWrapper)

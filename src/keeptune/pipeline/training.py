@@ -18,8 +18,6 @@ from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.training.trainer import train
 
-__all__ = ["load_trained", "train_stage", "trained_result"]
-
 _log = logging.getLogger(__name__)
 _FACTORS = "factors.safetensors"
 

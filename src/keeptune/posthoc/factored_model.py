@@ -21,8 +21,6 @@ from keeptune.model.pretrained import load_tokenizer
 from keeptune.pipeline.scoring import result_fingerprint
 from keeptune.pipeline.trained_changes import Change, TrainedModel
 
-__all__ = ["FactoredModel"]
-
 _KEY = re.compile(r"^(.+?)\.(?:lora_A\.|lora_B\.(?!bias$)|lora_magnitude_vector\b|weight$)")
 
 

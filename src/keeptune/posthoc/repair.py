@@ -42,8 +42,6 @@ from keeptune.report.figures.drawing import png
 from keeptune.report.figures.sweep_lines import repair_figure
 from keeptune.statistics.request import DataRole
 
-__all__ = ["Repair", "repair"]
-
 _log = logging.getLogger(__name__)
 _DRIFT = 0.005  # the default budget
 _NONE_OR_MORE, _SOME, _ONE_OR_MORE = Range(least=0), Range(above=0), Range(least=1)

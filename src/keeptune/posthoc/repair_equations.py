@@ -30,18 +30,6 @@ from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
 
-__all__ = [
-    "Curve",
-    "Directions",
-    "Solution",
-    "damped",
-    "directions",
-    "mu_for_drift",
-    "output_energy",
-    "solution",
-    "white_like",
-]
-
 _TOLERANCE = 1e-9  # of log μ
 _LARGEST_MU = 1e30
 

@@ -19,8 +19,6 @@ from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.recipe.paths import resolve_file
 from keeptune.recipe.schema import load_recipe
 
-__all__ = ["Files", "RepairData", "read_files"]
-
 _NONE = "none"
 _TEXT = 'Example: --knowledge facts.jsonl --text "{question}\\nAnswer: {answer}".'
 _PROMPT = 'Example: --prompt "{question}\\nAnswer:" --completion " {answer}".'

@@ -24,8 +24,6 @@ from keeptune.statistics.covariance import InputCovariance
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
 
-__all__ = ["RepairProblem", "repair_problem"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RepairProblem:

@@ -13,8 +13,6 @@ from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.model_pairs import TwoModels
 from keeptune.evaluation.results import interval_between
 
-__all__ = ["score_models"]
-
 # Metrics that are no means over items, or whose items have several answers.
 _OF_THE_WHOLE = ("f1", "matthews", "pearson", "spearman", "instructions_followed")
 

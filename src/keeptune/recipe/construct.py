@@ -15,8 +15,6 @@ from keeptune.methods.combined import Combined, Part
 from keeptune.penalties.base import Penalty, penalties, penalty_named
 from keeptune.recipe.sections import explain
 
-__all__ = ["make_method", "make_penalties"]
-
 
 def make_method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, seed: int) -> Any:
     """Makes a method from its recipe section, or several side by side from theirs, each with ``targets``.

@@ -10,8 +10,6 @@ from keeptune import atlas
 from keeptune.core.errors import RecipeError
 from keeptune.data import hub
 
-__all__ = ["Fetch", "resolve_file", "resolve_model", "resolve_paths"]
-
 Fetch = Callable[[str], Path | str]  # from the name of a file on the hub to where it is, or to the name itself
 
 _FILES = (("knowledge", "file"), ("task", "train"), ("evaluate", "file"), ("evaluate", "data"))

@@ -10,8 +10,6 @@ from pydantic import Field
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.recipe.sections import Section
 
-__all__ = ["Published", "PublishedRow"]
-
 
 class PublishedRow(Section):
     """One line of a table.

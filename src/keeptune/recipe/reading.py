@@ -11,8 +11,6 @@ import yaml
 
 from keeptune.core.errors import RecipeError
 
-__all__ = ["parse_pairs", "parse_yaml", "read_values", "set_value", "spelt_out"]
-
 
 class _Loader(yaml.SafeLoader):
     """YAML where 1e-4 is a number, as YAML 1.2 and everybody's expectation have it."""

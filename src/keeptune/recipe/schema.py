@@ -18,7 +18,7 @@ from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError
 from keeptune.data import hub
 from keeptune.evaluation.benchmarks import FileBenchmark
-from keeptune.evaluation.standard import NamedBenchmark
+from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.methods.combined import tuned_roles
 from keeptune.model.pretrained import Dtype
 from keeptune.recipe.construct import make_method, make_penalties
@@ -29,7 +29,6 @@ from keeptune.recipe.sections import (
     NAMED,
     BenchmarkEntry,
     ExportSpec,
-    Kind,
     Knowledge,
     KnowledgeSets,
     MethodSections,
@@ -39,19 +38,6 @@ from keeptune.recipe.sections import (
     explain,
 )
 from keeptune.training.arguments import check_arguments
-
-__all__ = [
-    "ExportSpec",
-    "Kind",
-    "Knowledge",
-    "Recipe",
-    "Task",
-    "TaskCalibration",
-    "load_recipe",
-    "make_recipe",
-    "parse_overrides",
-]
-
 
 _Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 _Layer = Annotated[StrictInt, Field(ge=0)]

@@ -12,21 +12,8 @@ from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.data.multiple_choice import LOKI_PROMPT
 from keeptune.evaluation.benchmarks import FileBenchmark
-from keeptune.evaluation.standard import NamedBenchmark
+from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.recipe.reading import spelt_out
-
-__all__ = [
-    "BenchmarkEntry",
-    "ExportSpec",
-    "Kind",
-    "Knowledge",
-    "KnowledgeSets",
-    "MethodSections",
-    "Section",
-    "Task",
-    "TaskCalibration",
-    "explain",
-]
 
 _TEXT = "{text}"
 _FORMS = ("text", "prompt", "completion")

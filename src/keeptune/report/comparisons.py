@@ -8,8 +8,6 @@ from typing import Any
 
 from keeptune.report.numbers import count, duration, ends, number, points
 
-__all__ = ["Runs", "Points", "Scales", "by_volume", "cost", "is_placed", "labels_of", "ranges", "setting_rows"]
-
 Points = Sequence[Mapping[str, Any]]
 Runs = Sequence[Mapping[str, Any]]
 

@@ -13,22 +13,6 @@ from typing import Any
 from keeptune.core.intervals import Estimate, Triple, combine, lower_is_better, mean_of_seeds
 from keeptune.report.records import Benchmark, PlanRow, Report, Run
 
-__all__ = [
-    "Method",
-    "Series",
-    "change",
-    "kept",
-    "layer_means",
-    "learned",
-    "lost",
-    "mean_of",
-    "methods",
-    "relation_losses",
-    "series",
-    "totals",
-    "yardstick",
-]
-
 
 @dataclass(frozen=True)
 class Method:

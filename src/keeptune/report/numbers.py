@@ -8,26 +8,6 @@ from typing import Any
 
 from keeptune.core.intervals import Estimate, lower_is_better
 
-__all__ = [
-    "axis_value",
-    "count",
-    "duration",
-    "ends",
-    "estimate_text",
-    "gap",
-    "interval_text",
-    "listing",
-    "loss_text",
-    "markdown",
-    "number",
-    "option_text",
-    "points",
-    "short",
-    "signed",
-    "unit_of",
-    "unit_words",
-]
-
 
 def number(value: float | None, digits: int = 3) -> str:
     """Returns a score or a loss as text: fewer decimals from ten on, none from a thousand on, "–" for none."""

@@ -20,8 +20,6 @@ from pydantic import (
 from keeptune.core.errors import ArtefactError
 from keeptune.core.intervals import lower_is_better
 
-__all__ = ["Benchmark", "Group", "PlanRow", "Report", "ReportLike", "Run", "Step", "as_report", "parse_report"]
-
 _LAYER: Final = "drift/layer_"
 T = TypeVar("T")
 

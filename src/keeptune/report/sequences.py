@@ -8,8 +8,6 @@ from typing import Any
 
 from keeptune.core.intervals import lower_is_better
 
-__all__ = ["Record", "own_stage", "row_names", "score_table", "split"]
-
 Record = Mapping[str, Any]
 
 

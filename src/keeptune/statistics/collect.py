@@ -25,8 +25,6 @@ from keeptune.statistics.request import DataRole, ModelRequest, Request, RowRequ
 from keeptune.statistics.running_mean import Accumulator, UnseenError, checked_result
 from keeptune.statistics.store import Source, StatStore
 
-__all__ = ["Statistics", "StatsView", "collect", "source_name", "source_of"]
-
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 

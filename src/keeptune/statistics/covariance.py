@@ -13,8 +13,6 @@ from keeptune.linalg.gram import add_gram, symmetric
 from keeptune.statistics.request import GradientRequest, RowRequest, WeightReader
 from keeptune.statistics.running_mean import RunningMean
 
-__all__ = ["GradientCovariance", "InputCovariance", "ReleasedCovariance"]
-
 
 @dataclass(frozen=True, slots=True)
 class InputCovariance(RowRequest):

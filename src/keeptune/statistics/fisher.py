@@ -35,8 +35,6 @@ from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import DataRole, GradientRequest, PassKind, RowRequest, WeightReader
 from keeptune.statistics.running_mean import RunningMean
 
-__all__ = ["LoraFisher", "Per", "TokenCount", "WeightFisher", "lora_fisher", "split_diagonals", "tokens_per_learned"]
-
 Per = Literal["text", "token"]
 
 

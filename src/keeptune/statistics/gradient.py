@@ -13,8 +13,6 @@ from keeptune.linalg.decompositions import exact_svd
 from keeptune.statistics.request import GradientRequest, PassKind, WeightReader
 from keeptune.statistics.running_mean import RunningMean
 
-__all__ = ["DirectionVariances", "WeightGradient"]
-
 
 @dataclass(frozen=True, slots=True)
 class WeightGradient(GradientRequest):

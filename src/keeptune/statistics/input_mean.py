@@ -11,8 +11,6 @@ from keeptune.core.target import Target
 from keeptune.statistics.request import RowRequest, WeightReader
 from keeptune.statistics.running_mean import RunningMean
 
-__all__ = ["InputMean"]
-
 
 @dataclass(frozen=True, slots=True)
 class InputMean(RowRequest):

@@ -13,23 +13,13 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Calibration
-from keeptune.model.probes.causal_tracing import Noise, OutputKind, Reading, Traced, Tracer, embedding_std, noise_of
+from keeptune.model.probes.causal_tracing import Noise, Traced, Tracer, embedding_std, noise_of
+from keeptune.model.probes.causal_tracing import Reading as Reading
+from keeptune.model.probes.tracing_passes import OutputKind as OutputKind
 from keeptune.model.probes.tracing_passes import unanswered
 from keeptune.statistics.request import ModelRequest
 from keeptune.statistics.store import Source, StatStore
 from keeptune.statistics.text_entries import TextEntries
-
-__all__ = [
-    "LayerEffect",
-    "Norm",
-    "Reading",
-    "average_effect",
-    "is_distinct",
-    "layer_weights",
-    "normalised_effect",
-    "normalised_error",
-    "trace_texts",
-]
 
 _log = logging.getLogger(__name__)
 Norm = Literal["max", "sum"]

@@ -14,17 +14,6 @@ from keeptune.model.summed_loss import Labels
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.request import DataRole, GradientRequest, RowRequest, WeightReader
 
-__all__ = [
-    "Covariance",
-    "GradientFactor",
-    "InputFactor",
-    "gradient_request",
-    "input_request",
-    "packed",
-    "read_factor",
-    "unpacked",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class InputFactor(RowRequest):

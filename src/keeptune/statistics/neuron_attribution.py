@@ -21,8 +21,6 @@ from keeptune.statistics.request import DataRole, ModelRequest
 from keeptune.statistics.store import Source, StatStore
 from keeptune.statistics.text_entries import TextEntries
 
-__all__ = ["Answer", "Attributions", "NeuronAttribution", "layer_profile"]
-
 _log = logging.getLogger(__name__)
 Answer = Literal["own", "gold"]
 # The tokens read, and the token to score; None for the model's own.

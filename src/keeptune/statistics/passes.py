@@ -13,8 +13,6 @@ from keeptune.model.summed_loss import Labels
 from keeptune.statistics.request import RowRequest
 from keeptune.statistics.running_mean import Accumulator
 
-__all__ = ["Measured", "Pass", "run_pass", "shares"]
-
 # A statistic and a target of the site where it is measured.
 Measured = tuple[RowRequest, Target]
 

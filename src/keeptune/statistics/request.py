@@ -18,12 +18,10 @@ from transformers import PreTrainedModel
 
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
-from keeptune.model.runner import PassKind
-from keeptune.model.summed_loss import Labels
+from keeptune.model.runner import PassKind as PassKind
+from keeptune.model.summed_loss import Labels as Labels
 from keeptune.statistics.running_mean import Accumulator
 from keeptune.statistics.store import Source, StatStore
-
-__all__ = ["DataRole", "GradientRequest", "Labels", "ModelRequest", "PassKind", "Request", "RowRequest", "WeightReader"]
 
 DataRole = Literal["knowledge", "task"]
 WeightReader = Callable[[], Tensor]

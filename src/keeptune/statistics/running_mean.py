@@ -11,8 +11,6 @@ from torch import Tensor
 
 from keeptune.core.errors import StatisticsError
 
-__all__ = ["Accumulator", "RunningMean", "UnseenError", "checked_result"]
-
 
 class UnseenError(StatisticsError):
     """No token of the data reached a module."""

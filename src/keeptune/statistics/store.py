@@ -23,8 +23,6 @@ from keeptune.core.artefact import (
 from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import locked
 
-__all__ = ["Source", "StatStore"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -12,8 +12,6 @@ from tqdm.auto import tqdm
 
 from keeptune.statistics.store import Source, StatStore
 
-__all__ = ["TextEntries"]
-
 _log = logging.getLogger(__name__)
 Text = TypeVar("Text")
 

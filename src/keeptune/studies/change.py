@@ -11,8 +11,6 @@ from keeptune.report.estimates import totals
 from keeptune.report.figures.weights import change_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
-__all__ = ["change", "weight_changes"]
-
 
 def change(
     sources: Sequence[str],

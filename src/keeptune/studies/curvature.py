@@ -29,8 +29,6 @@ from keeptune.pipeline.trained_changes import TrainedModel, labels_of, size_of
 from keeptune.report.figures.weights import curvature_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
-__all__ = ["curvature", "profiles_of"]
-
 Side = Literal["input", "output"]
 _NAMES: Mapping[Side, str] = {"input": "Omega", "output": "Gamma"}
 _SHARES = ("curvature", "directions", "isotropic")

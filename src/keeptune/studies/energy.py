@@ -18,8 +18,6 @@ from keeptune.report.estimates import layer_means
 from keeptune.report.figures.weights import energy_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
-__all__ = ["energy"]
-
 
 def energy(
     model: str, output: Path, *, top: int = 5, roles: Sequence[str] | None = None, device: str = "auto"

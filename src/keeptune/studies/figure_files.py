@@ -13,8 +13,6 @@ from keeptune.core.errors import RecipeError, nearest
 from keeptune.pipeline.machine import check_device, check_folder, device_named
 from keeptune.report.figures.drawing import png
 
-__all__ = ["check_figure_file", "check_word", "write_figure_files"]
-
 
 def check_figure_file(output: Path, example: str, device: str) -> str:
     """Checks where a study writes and runs, before anything is computed; returns the device's name.

@@ -17,11 +17,9 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import PlanOptions, statistics_for
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 
-__all__ = ["Side", "Where", "attributions_of", "check_share", "chosen_rows", "density", "loki_of", "side_of"]
-
 # What is taken: of each block, or of all blocks together, the lowest or the highest.
 Where = Literal["layer-balanced", "layer-high", "global-low", "global-high"]
-_PRESETS: Mapping[str, NeuronAttribution] = {
+PRESETS: Mapping[str, NeuronAttribution] = {
     "release": NeuronAttribution(),
     "paper": NeuronAttribution.as_paper(),
     "current": NeuronAttribution.as_current(),
@@ -62,8 +60,8 @@ def side_of(words: str, job: Job, option: str) -> Side:
     attribution, examples = loki.attribution, loki.attribution.examples
     where: Where = loki.selection
     for word in (part.strip() for part in words.split(",") if part.strip()):
-        if word in _PRESETS:
-            attribution = _PRESETS[word]
+        if word in PRESETS:
+            attribution = PRESETS[word]
         elif word in get_args(Where):
             where = cast(Where, word)
         elif word == "all":
@@ -71,7 +69,7 @@ def side_of(words: str, job: Job, option: str) -> Side:
         elif word.isdecimal() and int(word) > 0:
             examples = int(word)
         else:
-            known = [*_PRESETS, *get_args(Where), "all"]
+            known = [*PRESETS, *get_args(Where), "all"]
             wanted = f"{', '.join(known)}, or a number of examples"
             raise RecipeError(option, got=f'"{word}"', wanted=wanted, next_step=nearest(word, known))
     return Side(dataclasses.replace(attribution, examples=examples), where)

@@ -13,8 +13,6 @@ from keeptune.report.figures.node_maps import overlap_figure
 from keeptune.studies.figure_files import write_figure_files
 from keeptune.studies.node_selections import Side, attributions_of, check_share, chosen_rows, loki_of, side_of
 
-__all__ = ["overlap"]
-
 
 def overlap(
     recipe: Recipe, other: Recipe | None = None, *, first: str = "", second: str = "", q: float | None = None

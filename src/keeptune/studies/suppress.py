@@ -32,8 +32,6 @@ from keeptune.statistics.neuron_attribution import layer_profile
 from keeptune.studies.figure_files import check_word, write_figure_files
 from keeptune.studies.node_selections import Where, attributions_of, check_share, chosen_rows, density, loki_of
 
-__all__ = ["Over", "drawn_rows", "suppress"]
-
 Over = Literal["layer-balanced", "global"]
 
 

@@ -29,7 +29,8 @@ from keeptune.data.sources import read_jsonl
 from keeptune.model.blocks import positions
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import LoadOptions, load_model, load_positions, load_tokenizer
-from keeptune.model.probes.causal_tracing import Noise, OutputKind, Reading, Traced, embedding_std
+from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, embedding_std
+from keeptune.model.probes.tracing_passes import OutputKind
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.recipe.paths import resolve_model
@@ -46,8 +47,6 @@ from keeptune.statistics.layer_effect import (
 )
 from keeptune.statistics.store import Source
 from keeptune.studies.figure_files import check_word
-
-__all__ = ["Trace", "TraceOptions", "trace", "trace_models"]
 
 _SHORT = 32  # tokens of a prompt whose heat map is read with ease
 

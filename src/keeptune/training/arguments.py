@@ -17,8 +17,6 @@ from trl import SFTConfig
 
 from keeptune.core.errors import RecipeError, nearest
 
-__all__ = ["check_arguments", "sft_config"]
-
 _OURS = {"output_dir": "output", "resume_from_checkpoint": "output", "completion_only_loss": "task"}
 _WANTED = {
     True: "a field of TRL's SFTConfig or Transformers' TrainingArguments",

@@ -24,8 +24,6 @@ from keeptune.core.plan import Plan
 from keeptune.training.guard import Guard
 from keeptune.training.penalty_engine import add_penalties
 
-__all__ = ["attach"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -10,8 +10,6 @@ from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
 from keeptune.penalties.base import OutputPenalty, penalty_named
 
-__all__ = ["refuse_trainer"]
-
 # Optimisers that change weights inside the backward pass leave no gradient to add to.
 _STEP_IN_BACKWARD = ("lomo", "layerwise")
 _BACK_ENDS = "a single process, DDP or FSDP2"

@@ -13,8 +13,6 @@ from keeptune.adapter.install import check_frozen
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
 
-__all__ = ["Guard"]
-
 
 class Guard(TrainerCallback):
     """Checks what must hold while training with a plan that was installed; add it to your own trainer too.

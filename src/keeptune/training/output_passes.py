@@ -20,8 +20,6 @@ from keeptune.core.plan import Plan
 from keeptune.penalties.base import OutputPenalty, TextBatch
 from keeptune.penalties.kl import kl_divergence
 
-__all__ = ["Gradients", "Outputs", "add_gradients", "gradient_norm"]
-
 _MIB = 2**20
 Gradients = dict[nn.Parameter, Tensor]  # float32; parameters are keys by identity
 

@@ -37,8 +37,6 @@ from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.training.compatibility import refuse_trainer
 from keeptune.training.output_passes import Gradients, Outputs, add_gradients, gradient_norm
 
-__all__ = ["Penalties", "add_penalties"]
-
 
 class Penalties:
     """The penalties of a plan on the installed model in training; what wraps it (DDP, FSDP2) does not matter."""

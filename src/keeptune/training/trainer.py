@@ -25,8 +25,6 @@ from keeptune.data.labelled import LabelledExamples, collator
 from keeptune.model.head import sequence_losses
 from keeptune.training.attach import attach
 
-__all__ = ["last_complete_checkpoint", "train"]
-
 _log = logging.getLogger(__name__)
 _CURVE = ("step", "loss", "learning_rate", "penalty", "penalty_grad_norm")
 

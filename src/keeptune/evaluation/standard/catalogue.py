@@ -14,8 +14,6 @@ from keeptune.core.errors import RecipeError, nearest
 from keeptune.evaluation.benchmarks import Role
 from keeptune.evaluation.metrics import Measure
 
-__all__ = ["NAMES", "STANDARD", "TableRow", "Scoring", "table_row"]
-
 STANDARD = "standard"
 
 

@@ -16,8 +16,6 @@ from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
 from keeptune.evaluation.standard.restore import engine_version, restored_process
 
-__all__ = ["Documents", "load_documents", "refuse_documents"]
-
 _WORDS = 5  # an item is looked for by its first words
 _SHOWN = 5  # rows named in an error
 _Parts = tuple[str, ...]

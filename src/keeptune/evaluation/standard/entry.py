@@ -10,8 +10,6 @@ from keeptune.evaluation.benchmarks import Benchmark, Role
 from keeptune.evaluation.metrics import Measure
 from keeptune.evaluation.standard.catalogue import STANDARD, Scoring, TableRow, table_row
 
-__all__ = ["NamedBenchmark"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class NamedBenchmark(Benchmark):

@@ -15,8 +15,6 @@ from keeptune.core.errors import DataError
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.standard.entry import NamedBenchmark
 
-__all__ = ["fit_length", "wrapped_model"]
-
 _LOG = logging.getLogger(__name__)
 _LONGEST = 2048  # of a model that names no limit, lm-eval's own
 _NEW_TOKENS = 256  # lm-eval's own, of a task that names no limit

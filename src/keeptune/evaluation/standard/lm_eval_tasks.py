@@ -20,8 +20,6 @@ from keeptune.evaluation.standard.protocols import PROTOCOLS, overrides_of
 from keeptune.evaluation.standard.restore import INSTALL
 from keeptune.evaluation.standard.sandbox import open_sandbox
 
-__all__ = ["SEED", "Built", "build_tasks", "recorded_shots"]
-
 _LOG = logging.getLogger(__name__)
 SEED = 1234  # lm-eval's own for drawing examples: prompts do not depend on the run's seed
 _ROLLING = {

@@ -15,8 +15,6 @@ from keeptune.core.errors import DataError
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.standard.programs import MBPP_EXAMPLES
 
-__all__ = ["files_of", "local_rows"]
-
 _LETTERS = "ABCDEFGH"
 _QUESTION = re.compile(
     r"Please choose the correct answer to the question: (.*)\n\nAnswer1: (.*)\n\nAnswer format: (\S+)\Z", re.DOTALL

@@ -12,8 +12,6 @@ from typing import Any
 from keeptune.data.sources import Row
 from keeptune.evaluation.standard.sandbox import Sandbox
 
-__all__ = ["MBPP_EXAMPLES", "METRIC", "Runs", "program_of", "task_overrides"]
-
 METRIC = "pass_at_1"
 MBPP_EXAMPLES = (2, 3, 4)  # by task_id, as in lm-eval's list
 

@@ -27,17 +27,6 @@ from typing import Any
 from keeptune.data.sources import Row
 from keeptune.evaluation.metrics import exact_match
 
-__all__ = [
-    "PROTOCOLS",
-    "Protocol",
-    "adapters_answer",
-    "adapters_instruction",
-    "metamath_gold",
-    "metamath_math",
-    "metamath_number",
-    "overrides_of",
-]
-
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response: Let's think step by step."

@@ -19,8 +19,6 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import RecipeError
 
-__all__ = ["INSTALL", "restored_process", "engine_version", "restored_model", "seeded_langdetect"]
-
 INSTALL = 'pip install "keeptune[benchmarks]"'
 _NOISY = ("lm_eval", "datasets", "httpx", "absl")
 

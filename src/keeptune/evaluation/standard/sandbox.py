@@ -26,8 +26,6 @@ from pathlib import Path
 
 from keeptune.core.errors import ModelError
 
-__all__ = ["Sandbox", "open_sandbox"]
-
 _LOG = logging.getLogger(__name__)
 _BWRAP = ("--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--dev", "/dev", "--proc", "/proc")
 _UNSHARE = ("--user", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child")

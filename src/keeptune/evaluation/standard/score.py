@@ -22,8 +22,6 @@ from keeptune.evaluation.standard.language_model import fit_length, wrapped_mode
 from keeptune.evaluation.standard.lm_eval_tasks import SEED, Built, build_tasks, recorded_shots
 from keeptune.evaluation.standard.restore import restored_model, restored_process, seeded_langdetect
 
-__all__ = ["score_named"]
-
 # lm-eval's metrics of tasks that are not in the table.
 _MEASURES: Mapping[str, Measure] = {
     "acc": "accuracy",

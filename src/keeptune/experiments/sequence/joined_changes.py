@@ -31,8 +31,6 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import starting_from
 from keeptune.recipe.sections import ExportSpec
 
-__all__ = ["add_changes", "joined", "plan_of", "read_changes", "write_adapter", "write_whole"]
-
 _PREFIX = "base_model.model."
 
 

@@ -43,14 +43,14 @@ from keeptune.methods.combined import tuned_roles
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
+from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.job import Job
-from keeptune.pipeline.run import export_stage, plan_stage, start, train_stage
+from keeptune.pipeline.run import plan_stage, start
 from keeptune.pipeline.scoring import evaluate_stage, find_result, result_fingerprint
+from keeptune.pipeline.training import train_stage
 from keeptune.recipe.schema import Recipe
 from keeptune.recipe.sections import ExportSpec
 from keeptune.report.pages.sequence_page import write_sequence
-
-__all__ = ["run_sequence"]
 
 _log = logging.getLogger(__name__)
 _NOT_IN_KEY = ("model", "output", "store", "device", "evaluate", "export", "reference", "low_memory")

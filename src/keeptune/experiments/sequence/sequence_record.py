@@ -20,8 +20,6 @@ from keeptune.experiments.sequence.transfer_metrics import (
     forward_transfer,
 )
 
-__all__ = ["measures", "write_record"]
-
 
 def write_record(
     sequence: StageSequence,

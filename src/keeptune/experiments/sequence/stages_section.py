@@ -21,8 +21,6 @@ from keeptune.recipe.reading import read_values
 from keeptune.recipe.schema import Recipe, make_recipe
 from keeptune.recipe.sections import Section
 
-__all__ = ["Stage", "StageSequence", "load_sequence", "make_sequence"]
-
 _log = logging.getLogger(__name__)
 _EARLIER, _OTHERS = "stages:", "earlier"
 _NAME = re.compile(r"\w[\w.-]{0,60}")

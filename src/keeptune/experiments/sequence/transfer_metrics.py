@@ -24,8 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["average_accuracy", "backward_transfer", "forgetting", "forgetting_of_each", "forward_transfer"]
-
 Matrix = Sequence[Sequence[float]]
 
 

@@ -37,8 +37,6 @@ from keeptune.model.probes.attribution_passes import ScaledNodes, last_columns
 from keeptune.model.probes.block_calls import fast_or_none, probabilities, take
 from keeptune.model.runner import arguments_of, still
 
-__all__ = ["Attributor", "Baseline", "Integral", "Positions", "Rule", "Score", "quadrature"]
-
 Positions = Literal["last", "all"]
 Baseline = Literal["zero", "pad"]
 Score = Literal["probability", "logit"]

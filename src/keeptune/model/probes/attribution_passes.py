@@ -29,8 +29,6 @@ from keeptune.model.probes.block_calls import BlockCalls, first_argument, hidden
 from keeptune.model.probes.suffix import Suffix
 from keeptune.model.runner import PassEnd, arguments_of
 
-__all__ = ["CleanRun", "ScaledNodes", "State", "last_columns"]
-
 # Which down-projection, and where on its path.
 State = tuple[int, float]
 

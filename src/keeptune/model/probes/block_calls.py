@@ -13,17 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = [
-    "BlockCalls",
-    "UnfitError",
-    "fast_or_none",
-    "first_argument",
-    "hidden_of",
-    "probabilities",
-    "take",
-    "with_hidden",
-]
-
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 

@@ -43,8 +43,6 @@ from keeptune.model.probes.tracing_passes import (
 from keeptune.model.probes.tracing_streams import Streams
 from keeptune.model.runner import still
 
-__all__ = ["Noise", "OutputKind", "Reading", "Traced", "Tracer", "embedding_std", "noise_of"]
-
 Reading = Literal["diagonal", "positions"]
 
 

@@ -16,8 +16,6 @@ from transformers import DynamicCache
 
 from keeptune.model.probes.block_calls import UnfitError, take
 
-__all__ = ["Suffix"]
-
 
 class Suffix:
     """Some columns of each text, as further rows for blocks to run on.

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["without_nodes"]
-
 
 @contextmanager
 def without_nodes(model: PreTrainedModel, rows: Mapping[str, Sequence[int]]) -> Iterator[PreTrainedModel]:

@@ -18,8 +18,6 @@ from keeptune.model.blocks import blocks_of, parts_of
 from keeptune.model.probes.block_calls import BlockCalls, hidden_of, probabilities, take, with_hidden
 from keeptune.model.runner import arguments_of
 
-__all__ = ["OutputKind", "RestoredModules", "RunStates", "TracedBatch", "full_pass", "plain_answers", "unanswered"]
-
 OutputKind = Literal["block", "attention", "mlp"]
 
 

@@ -22,8 +22,6 @@ from keeptune.model.probes.block_calls import first_argument, hidden_of, probabi
 from keeptune.model.probes.suffix import Suffix
 from keeptune.model.probes.tracing_passes import RestoredModules, RunStates, TracedBatch
 
-__all__ = ["Streams"]
-
 
 @dataclass
 class Streams:

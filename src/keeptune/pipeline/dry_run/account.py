@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from keeptune.pipeline.dry_run.estimate import TrainingMemory
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
 
-__all__ = ["DryRun", "Need", "Scored", "Trained"]
-
 
 @dataclass(frozen=True)
 class Need:

@@ -14,13 +14,11 @@ from keeptune.data.completions import TaskExamples
 from keeptune.data.sources import read_jsonl
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.items import Item, load_items
-from keeptune.evaluation.standard import NamedBenchmark
+from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.model.pretrained import LoadOptions, load_tokenizer
 from keeptune.pipeline.dry_run.account import Need, Scored
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
-
-__all__ = ["Lengths", "data_needs", "rows_of"]
 
 _SAMPLE = 256  # rows whose tokens are counted, to estimate those of all
 _POSITIONS = 2048  # tokens of an item of a benchmark at most, where neither recipe nor model says

@@ -31,8 +31,6 @@ from keeptune.statistics.neuron_attribution import NeuronAttribution
 from keeptune.statistics.request import DataRole, ModelRequest, Request, RowRequest
 from keeptune.training.arguments import check_arguments
 
-__all__ = ["describe"]
-
 _ADAM = 8  # bytes of AdamW's two float32 states, for each trained number
 _STATES = {"sgd": 0, "adafactor": 0, "8bit": 2, "lion": 4}
 _STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3, "max_steps": -1}

@@ -19,20 +19,6 @@ import torch
 from keeptune.core.target import Target
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
 
-__all__ = [
-    "TrainingMemory",
-    "activation_bytes",
-    "attribution_flops",
-    "cache_bytes",
-    "forward_flops",
-    "gemm_rate",
-    "optimizer_steps",
-    "statistics_flops",
-    "sums_bytes",
-    "training_flops",
-    "training_memory",
-]
-
 
 @dataclass(frozen=True)
 class TrainingMemory:

@@ -16,8 +16,6 @@ from keeptune.core.target import Target
 from keeptune.model.blocks import depth, find_targets, head_of, positions
 from keeptune.model.down_projections import down_projections
 
-__all__ = ["MODELS", "ModelShape", "model_shape"]
-
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 

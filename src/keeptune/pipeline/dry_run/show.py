@@ -14,8 +14,6 @@ from keeptune.pipeline.dry_run.estimate import gemm_rate
 from keeptune.report.numbers import count, duration
 from keeptune.report.tables.terminal import say, table
 
-__all__ = ["print_accounts"]
-
 _WORK = {"statistics": "statistics", "train": "training", "score": "scoring"}
 _HEADS = ("run", "trained", "steps", "memory", "statistics", "time", "runs")
 

@@ -24,31 +24,6 @@ from matplotlib.ticker import MaxNLocator
 
 from keeptune.core.artefact import write_bytes
 
-__all__ = [
-    "INK",
-    "MUTED",
-    "RULE",
-    "Look",
-    "bare",
-    "bars",
-    "caption",
-    "colours_of",
-    "finish",
-    "frame",
-    "heat_map",
-    "key",
-    "layer_ticks",
-    "legend",
-    "line",
-    "look",
-    "page",
-    "png",
-    "save",
-    "svg",
-    "themed",
-    "wrapped",
-]
-
 INK: Final = "#22262b"
 MUTED: Final = "#5f6872"
 RULE: Final = "#d5dade"

@@ -13,8 +13,6 @@ from keeptune.report.comparisons import Points, Scales, by_volume, labels_of, ra
 from keeptune.report.figures import drawing
 from keeptune.report.numbers import ends, short
 
-__all__ = ["hypervolume_figure", "tradeoff_figure", "write_figures"]
-
 
 def write_figures(runs: Mapping[str, Any], front: Mapping[str, Any], folder: Path) -> list[Path]:
     """Writes the figures of ``runs.json`` and ``front.json`` into a folder, as PNG and SVG, and returns the files."""

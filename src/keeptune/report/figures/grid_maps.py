@@ -15,8 +15,6 @@ from keeptune.report.figures import drawing
 from keeptune.report.numbers import axis_value, signed, unit_words
 from keeptune.report.tables.analyses import benefit_title
 
-__all__ = ["benefit_figure"]
-
 Rows = Sequence[Mapping[str, Any]]
 
 

@@ -15,8 +15,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from keeptune.report.figures import drawing
 from keeptune.report.numbers import short
 
-__all__ = ["density_figure", "overlap_figure"]
-
 
 def density_figure(record: Mapping[str, Any]) -> Figure:
     """Returns a map of where the highest and lowest nodes of ``suppress.json`` lie, and how much each MLP carries."""

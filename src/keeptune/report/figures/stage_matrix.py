@@ -11,8 +11,6 @@ from keeptune.report.figures import drawing
 from keeptune.report.numbers import number, short
 from keeptune.report.sequences import Record, own_stage, row_names, score_table, split
 
-__all__ = ["matrix_figure", "stages_figure"]
-
 
 def matrix_figure(record: Record) -> Figure:
     """Returns the scores after each stage of ``sequence.json`` as heat maps; a frame marks a task's own stage."""

@@ -15,8 +15,6 @@ from keeptune.core.intervals import Estimate, combine, lower_is_better, mean_of_
 from keeptune.report.figures import drawing
 from keeptune.report.numbers import ends, short, unit_words
 
-__all__ = ["repair_figure", "study_figure", "sweep_figure"]
-
 _FULL: Final = "full"
 _TITLES: Final = {
     "single": "tuning one layer at a time",

@@ -14,8 +14,6 @@ from matplotlib.figure import Figure
 from keeptune.report.figures import drawing
 from keeptune.report.numbers import short
 
-__all__ = ["heat_figure", "profile_figure"]
-
 _KINDS: Final = {"block": "block outputs", "attention": "attention outputs", "mlp": "MLP outputs"}
 _READINGS: Final = {
     "positions": "each prompt token restored",

@@ -16,8 +16,6 @@ from keeptune.report.estimates import layer_means, totals
 from keeptune.report.figures import drawing
 from keeptune.report.numbers import short
 
-__all__ = ["change_figure", "curvature_figure", "energy_figure"]
-
 _MOST_LINES: Final = 8
 _NUMBERED: Final = 16  # layers up to which cells hold numbers
 _SIDES: Final = {"input": "input side", "output": "output side"}

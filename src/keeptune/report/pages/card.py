@@ -17,8 +17,6 @@ from keeptune.report.pages.run_tables import benchmark_tables
 from keeptune.report.pages.verdict import verdict
 from keeptune.report.records import as_report
 
-__all__ = ["model_card", "same_but_versions"]
-
 _VERSIONS = "Versions when this card was written: "
 _LOAD = {
     "adapter": """from peft import PeftModel

@@ -15,24 +15,6 @@ import plotly.graph_objects as go
 
 from keeptune.report.numbers import number, short
 
-__all__ = [
-    "LEAST",
-    "MANY",
-    "Chart",
-    "Mark",
-    "arms",
-    "axis",
-    "categories",
-    "figure_of",
-    "heat_map",
-    "hover",
-    "lying_bars",
-    "mark",
-    "plain",
-    "scatter",
-    "thin",
-]
-
 MANY: Final = 8  # with more methods, what is drawn stands back so that means and labels can be read
 LEAST: Final = 270  # pixels below which plotly.js has no room for the key of colours
 _COLOURS: Final = 17

@@ -14,8 +14,6 @@ from keeptune.report.numbers import ends, estimate_text, number
 from keeptune.report.pages.charts import Chart, Mark, arms, axis, figure_of, hover, lying_bars, mark, plain, scatter
 from keeptune.report.pages.run_charts import base_star
 
-__all__ = ["fronts", "hypervolumes"]
-
 _CLUTTER: Final = 40  # with more settings only those on a front have bars
 _SEEDS: Final = 400  # runs above which they are not drawn one by one
 

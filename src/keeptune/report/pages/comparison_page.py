@@ -13,12 +13,10 @@ from keeptune.report.comparisons import Scales, cost, labels_of, setting_rows
 from keeptune.report.figures.fronts import write_figures
 from keeptune.report.numbers import ends, listing, number
 from keeptune.report.pages.comparison_charts import fronts, hypervolumes
-from keeptune.report.pages.items import lost_and_gained, read_items
+from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render, write_page
 from keeptune.report.pages.parts import Bar, Grid, bar
 from keeptune.report.pages.repeat import repeat
-
-__all__ = ["render_comparison", "write_comparison"]
 
 _MOST_NAMED: Final = 6
 Front = Mapping[str, Any]

@@ -14,8 +14,6 @@ from keeptune.report.numbers import gap, listing
 from keeptune.report.pages.charts import LEAST, MANY, Chart, arms, axis, figure_of, heat_map, mark, plain, scatter, thin
 from keeptune.report.records import PlanRow, Report, Run
 
-__all__ = ["penalties", "ranks", "spectra", "traces", "uniform_rank", "votes"]
-
 _BINS: Final = 64
 _STEPS: Final = 120  # of a drift map
 _MOST_LAYERS: Final = 6  # of which spectra are drawn

@@ -19,8 +19,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from keeptune.core.errors import ArtefactError
 from keeptune.report.pages.charts import Chart
 
-__all__ = ["complete", "island", "plotly_source", "render", "write_page"]
-
 
 def render(template: str, charts: Sequence[Chart | None], base: object, changed: Any = None, **values: Any) -> str:
     """Returns a page; the same values always give the same text.
@@ -29,7 +27,7 @@ def render(template: str, charts: Sequence[Chart | None], base: object, changed:
         template: Its file in ``templates``, which extends ``base.html.j2``.
         charts: All figures that the template places, each with a name of its own; None is left out.
         base: The base model.
-        changed: The items to search, as from :func:`keeptune.report.pages.items.lost_and_gained`.
+        changed: The items to search, as from :func:`keeptune.report.pages.item_rows.lost_and_gained`.
         values: What the template prints besides; everything is escaped.
     """
     environment = Environment(

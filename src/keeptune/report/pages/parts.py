@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Bar", "Grid", "bar"]
-
 _HALF: Final = 100.0
 
 

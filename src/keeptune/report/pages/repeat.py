@@ -9,8 +9,6 @@ import yaml
 
 from keeptune.core.versions import versions
 
-__all__ = ["recipe_text", "repeat"]
-
 
 def repeat(commands: Sequence[tuple[str, str]], recipes: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Returns ``commands``, ``recipes`` (``name`` and ``text`` each) and ``versions``: how to repeat a run.

@@ -14,8 +14,6 @@ from keeptune.report.numbers import count, duration, estimate_text, listing, num
 from keeptune.report.pages import charts
 from keeptune.report.records import Report, Run
 
-__all__ = ["base_star", "losses", "relations", "tradeoff"]
-
 _MOST_RELATIONS: Final = 40
 
 

@@ -17,8 +17,6 @@ from keeptune.report.pages.verdict import method_sentences, verdict
 from keeptune.report.records import Report, ReportLike, as_report
 from keeptune.report.tables.comparison_table import comparison_columns
 
-__all__ = ["render_html", "write_html"]
-
 
 @dataclass(frozen=True)
 class Section:
@@ -44,7 +42,7 @@ def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> 
     Args:
         report: The report.
         extras: What is not in ``report.json``, each if there is any: ``items`` as from
-            :func:`keeptune.report.pages.items.lost_and_gained`, ``repeat`` as from
+            :func:`keeptune.report.pages.item_rows.lost_and_gained`, ``repeat`` as from
             :func:`keeptune.report.pages.repeat.repeat`, and ``traces``, name to what is in ``trace.json``.
 
     Raises:

@@ -14,8 +14,6 @@ from keeptune.report.pages.parts import Bar, Grid, bar
 from keeptune.report.records import Report
 from keeptune.report.tables.comparison_table import comparison_rows
 
-__all__ = ["BenchmarkRow", "BenchmarkTable", "benchmark_tables", "divergence", "notes", "options", "runs"]
-
 
 @dataclass(frozen=True)
 class BenchmarkRow:

@@ -12,8 +12,6 @@ from keeptune.report.numbers import number
 from keeptune.report.pages import charts
 from keeptune.report.sequences import Record, own_stage, row_names, score_table, split
 
-__all__ = ["course", "lines", "losses", "matrices"]
-
 
 def matrices(record: Record) -> list[charts.Chart]:
     """Returns the matrix stage x benchmark, a map for each unit; a frame marks a task's own stage."""

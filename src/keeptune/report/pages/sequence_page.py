@@ -10,14 +10,12 @@ from keeptune.core.intervals import lower_is_better
 from keeptune.report.figures.drawing import save
 from keeptune.report.figures.stage_matrix import matrix_figure, stages_figure
 from keeptune.report.numbers import count, duration, gap, interval_text, number, signed
-from keeptune.report.pages.items import lost_and_gained, read_items
+from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render, write_page
 from keeptune.report.pages.parts import Bar, Grid, bar
 from keeptune.report.pages.repeat import repeat
 from keeptune.report.pages.sequence_charts import course, lines, losses, matrices
 from keeptune.report.sequences import Record, own_stage, row_names
-
-__all__ = ["render_sequence", "write_sequence"]
 
 _TRANSFERS: Final = {"backward_transfer": "backward transfer", "forward_transfer": "forward transfer"}
 

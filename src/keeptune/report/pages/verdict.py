@@ -11,8 +11,6 @@ from keeptune.report.estimates import Method, Series, change, learned, lost, met
 from keeptune.report.numbers import listing, loss_text, number, points
 from keeptune.report.records import Report, ReportLike, as_report
 
-__all__ = ["method_sentences", "verdict"]
-
 _MOST_NAMED: Final = 5
 
 

@@ -13,17 +13,6 @@ from keeptune.report.numbers import axis_value, number, short, signed, unit_word
 from keeptune.report.tables.comparison_table import print_comparison
 from keeptune.report.tables.terminal import print_grid, say, table
 
-__all__ = [
-    "print_benefits",
-    "print_change",
-    "print_curvature",
-    "print_overlap",
-    "print_repair",
-    "print_study",
-    "print_suppressed",
-    "print_trace",
-]
-
 Record = Mapping[str, Any]
 
 

@@ -16,8 +16,6 @@ from keeptune.report.numbers import count, gap, interval_text, markdown, number
 from keeptune.report.records import ReportLike, Run, as_report
 from keeptune.report.tables.terminal import fitting, table_frame
 
-__all__ = ["Cell", "Column", "comparison_columns", "comparison_rows", "markdown_comparison", "print_comparison"]
-
 _METHOD_WIDTH: Final = 22
 _SCORES: Final = ("K", "average_forgetting", "T", "KT")
 _TOGETHER: Final = {"K": "scores", "T": "scores", "KT": "scores", "forgetting": "scores"} | {

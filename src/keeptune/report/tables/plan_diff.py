@@ -11,8 +11,6 @@ from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.plan_differences import differences, relative_gap
 from keeptune.report.tables.terminal import print_grid, say
 
-__all__ = ["print_diff"]
-
 _MOST_LINES = 6
 
 

@@ -12,8 +12,6 @@ from rich.text import Text
 from keeptune.report.numbers import count, gap, number
 from keeptune.report.tables.terminal import print_grid, say, table, table_frame
 
-__all__ = ["print_plan", "print_points", "print_scores"]
-
 Row = Mapping[str, Any]
 _COLUMNS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "layer": ("layer", str),

@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["fitting", "print_grid", "say", "table", "table_frame"]
-
 T = TypeVar("T")
 
 

@@ -14,23 +14,6 @@ from keeptune.core.errors import RecipeError
 if TYPE_CHECKING:
     from keeptune.recipe.schema import Recipe
 
-__all__ = [
-    "OVERRIDES",
-    "Base",
-    "Device",
-    "Dtype",
-    "FigureFile",
-    "Flops",
-    "RecipeFile",
-    "Roles",
-    "Store",
-    "load",
-    "names_in",
-    "numbers_in",
-    "overrides_of",
-    "print_report",
-]
-
 N = TypeVar("N", int, float)
 
 # Commands that take a recipe: every key of it is an option.

@@ -10,8 +10,6 @@ from typing import Any, Final
 from keeptune.core.intervals import lower_is_better
 from keeptune.report.numbers import short
 
-__all__ = ["ROWS", "lost_and_gained", "read_items"]
-
 ROWS: Final = 2000  # that a page holds at most
 _LONGEST: Final = 600  # characters of a text
 _TEXTS: Final = ("prompt", "text", "question")
