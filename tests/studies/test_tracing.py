@@ -24,6 +24,7 @@ STORIES = [
     {"start": "Tom and his dog were best", "end": " friends."},
     {"start": "One day, the little boy went to the park with his", "end": " mom."},
 ]
+OPTIONS = library.PlanOptions(targets=["q_proj", "down_proj"])
 WORDS = ("--prompt", "{start}", "--completion", "{end}")
 
 
@@ -37,7 +38,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that changes the model."""
     folder = tmp_path_factory.mktemp("adapter")
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
-    tuned = install(model, library.plan(model, tokenizer, Lora(rank=2), targets=["q_proj", "down_proj"]))
+    tuned = install(model, library.plan(model, tokenizer, Lora(rank=2), options=OPTIONS))
     with torch.no_grad():
         for name, weight in tuned.named_parameters():
             if "lora_B" in name:
