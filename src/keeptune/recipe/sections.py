@@ -186,7 +186,7 @@ def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | 
     elif first["type"] in ("missing", "missing_argument"):
         got, wanted, next_step = "nothing", "a value", f"Add `{place}:` to the recipe."
     else:
-        value, wanted, next_step = first["input"], first["msg"], "Correct the value."
+        value, wanted, next_step = first["input"], first["msg"].removeprefix("Input should be "), "Correct the value."
         plain = value is None or isinstance(value, str | int | float | bool | list | dict)
         got = canonical_json(value) if plain else repr(value)
     return RecipeError(f"{where}, key {place}", got=got, wanted=wanted, next_step=next_step)

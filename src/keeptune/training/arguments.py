@@ -73,7 +73,10 @@ def _check_value(key: str, value: Any, hint: Any) -> Any:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         raise RecipeError(
-            f"train.{key}", got=repr(value), wanted=error.errors()[0]["msg"], next_step="Correct the value."
+            f"train.{key}",
+            got=repr(value),
+            wanted=error.errors()[0]["msg"].removeprefix("Input should be "),
+            next_step="Correct the value.",
         ) from error
 
 

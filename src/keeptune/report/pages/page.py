@@ -46,7 +46,7 @@ def render(template: str, charts: Sequence[Chart | None], base: object, changed:
         policy=_policy(scripts),
         island=island(data),
         base=base,
-        base_name=Path(str(base)).name or base,
+        base_name=_base_name(str(base)),
         changed=changed,
         **values,
     )
@@ -133,3 +133,9 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _base_name(base: str) -> str:
+    """Returns the name of a base's folder, or that of its parent where it is called ``model``, as in atlas."""
+    path = Path(base)
+    return (path.parent.name if path.name == "model" else path.name) or base
