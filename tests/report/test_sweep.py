@@ -107,3 +107,13 @@ def test_cross_entropies_have_a_panel_of_their_own(tmp_path: Path) -> None:
 def test_nothing_to_draw_is_no_figure() -> None:
     entry = row("a", 1, 0, 0.5) | {"K": None, "benchmarks": []}
     assert sweep_figure(sweep([entry])) is None
+
+
+def test_titles_name_what_is_drawn_and_what_the_scores_were_taken_after() -> None:
+    rows = [row("S-H", None, 0, 0.9), row("S-L", None, 0, 1.0)]
+    figure = sweep_figure(sweep(rows) | {"when": "without the nodes"})
+    assert figure is not None
+    assert [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes] == [
+        "kept (K)",
+        "accuracy without the nodes",
+    ]

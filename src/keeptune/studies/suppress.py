@@ -93,7 +93,7 @@ def suppress(
         "over": over,
     }
     points = [{**entry, "x": None, "method": entry["name"]} for entry in entries]
-    write_figure_files(folder / "suppress.png", record, sweep_figure({"rows": points}))
+    write_figure_files(folder / "suppress.png", record, sweep_figure({"rows": points, "when": "without the nodes"}))
     png(density_figure(record), folder / "nodes.png")
     return record | {"folder": str(folder)}
 

@@ -21,6 +21,7 @@ _TITLES: Final = {
     "bottom": "tuning the lowest layers",
     "top": "tuning the highest layers",
 }
+_SUMMARIES: Final = {"K": "kept (K)", "T": "learned (T)", "KT": "both (KT)"}
 _WORDS: Final = {"knowledge": "keep", "task": "learn"}
 Rows = Sequence[Mapping[str, Any]]
 
@@ -57,15 +58,17 @@ def sweep_figure(sweep: Mapping[str, Any]) -> Figure | None:
 
     The axis is numeric where every point but full fine-tuning and the baseline has an ``x``; these are then dashed
     levels. Marks are means over seeds, small dots the seeds, bars 95% intervals (:mod:`keeptune.core.intervals`).
-    ``sweep`` is as in ``runs.json``: ``rows`` and ``axis``, perhaps ``baseline``; a ``caption`` replaces the usual one.
+    ``sweep`` is as in ``runs.json``: ``rows`` and ``axis``, perhaps ``baseline``; a ``caption`` replaces the usual one,
+    and ``when`` says what the scores were taken after, where that is not training.
     """
     rows: Rows = sweep["rows"]
-    scale = _scale(sweep)
-    scores = [_line(scale, name, i, _scores(rows, name)) for i, name in enumerate(("K", "T", "KT"))]
+    scale, when = _scale(sweep), sweep.get("when", "after training")
+    scores = [_line(scale, name, i, _scores(rows, name)) for i, name in enumerate(_SUMMARIES)]
+    summaries = [_SUMMARIES[one.label] for one in scores if one.points]
     panels = {
-        "kept (K), learned (T) and both (KT)": scores,
-        "accuracy after training": _benchmarks(rows, scale, nats=False),
-        "cross entropy after training, nats/token": _benchmarks(rows, scale, nats=True),
+        ", ".join(summaries): scores,
+        f"accuracy {when}": _benchmarks(rows, scale, nats=False),
+        f"cross entropy {when}, nats/token": _benchmarks(rows, scale, nats=True),
     }
     panels = {title: lines for title, every in panels.items() if (lines := [one for one in every if one.points])}
     if not panels:
@@ -93,7 +96,7 @@ def repair_figure(record: Mapping[str, Any]) -> Figure | None:
     adapter = _repaired(record["scores"], "adapter", None)
     rows = [*rows, adapter] if rows and all(row["x"] > 0 for row in rows) else rows
     words = "bars: 95% intervals; dotted: the base model; dashed: the adapter as it was"
-    return sweep_figure({"rows": rows, "axis": "mu", "baseline": "adapter", "caption": words})
+    return sweep_figure({"rows": rows, "axis": "mu", "baseline": "adapter", "caption": words, "when": "after repair"})
 
 
 def study_figure(record: Mapping[str, Any]) -> Figure | None:
