@@ -8,21 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.pipeline.support import METHODS, recipe_of, values, write_data, write_recipe
+from tests.pipeline.conftest import data, store
+from tests.pipeline.support import METHODS, recipe_of, values, write_recipe
 
 from keeptune.experiments.plan_runs import Comparison, load_comparison
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.run import run
 
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("store")
+__all__ = ["data", "store"]  # fixtures of the pipeline's tests
 
 
 @pytest.fixture

@@ -27,11 +27,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture(scope="session")
 def recipe_of_stages(data: Path, store: Path) -> Callable[..., dict[str, Any]]:
     """Make the values of a recipe with the stages cats, dogs and sums."""
     question = {"prompt": "{question}\nAnswer:"}
