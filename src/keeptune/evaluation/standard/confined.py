@@ -24,7 +24,19 @@ _FORBIDDEN = (
     "shutil.chown",
     "signal.pthread_kill",
 )
-_CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+# Events that change files: how many paths they begin with, and from where on they have the folders (open ones, -1 for
+# none) that relative paths start at.
+_CHANGES = {
+    "os.remove": (1, 1),
+    "os.removexattr": (1, 2),
+    "os.rmdir": (1, 1),
+    "os.mkdir": (1, 2),
+    "os.chmod": (1, 2),
+    "os.truncate": (1, 2),
+    "os.rename": (2, 2),
+    "os.link": (2, 2),
+    "os.symlink": (2, 2),
+}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -47,16 +59,21 @@ def _hook(folder: str) -> None:
     """Forbids Python's own ways to the network, to other processes and to files outside a folder."""
     inside = os.path.realpath(folder)  # noqa: PTH118 - pathlib is more to import in every process
 
-    def outside(path: object) -> bool:
+    def outside(path: object, start: str = "") -> bool:
         if not isinstance(path, str | bytes):
             return False
-        real = os.path.realpath(os.fsdecode(path))  # noqa: PTH118
+        real = os.path.realpath(os.path.join(start, os.fsdecode(path)))  # noqa: PTH118
         return real != "/dev/null" and os.path.commonpath([real, inside]) != inside
 
+    def changes_outside(event: str, given: tuple[object, ...]) -> bool:
+        if event == "open":  # path, mode (None where flags decide), flags
+            return isinstance(given[2], int) and bool(given[2] & _WRITING) and outside(given[0])
+        paths, folders = _CHANGES.get(event, (0, 0))
+        starts = ["", *(os.readlink(f"/proc/self/fd/{fd}") for fd in given[folders:] if paths and fd != -1)]  # noqa: PTH115
+        return any(outside(path, start) for path in given[:paths] for start in starts)
+
     def refuse(event: str, given: tuple[object, ...]) -> None:
-        # open: path, mode (None where flags decide), flags
-        writes = event == "open" and isinstance(given[2], int) and bool(given[2] & _WRITING)
-        if event.startswith(_FORBIDDEN) or ((writes or event.startswith(_CHANGES)) and outside(given[0])):
+        if event.startswith(_FORBIDDEN) or changes_outside(event, given):
             raise PermissionError(f"{event} is not allowed to a generated program")
 
     sys.addaudithook(refuse)
