@@ -32,11 +32,11 @@ lint: $(BIN)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Pages are tested in a browser: Debian's, unless one is there.
-/usr/bin/chromium:
-	(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium) >/dev/null
+# Pages are tested in a browser and generated programs in bubblewrap: Debian's, unless they are there.
+/usr/bin/chromium /usr/bin/bwrap &:
+	(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium bubblewrap) >/dev/null
 
-unit: $(BIN)/.dev /usr/bin/chromium
+unit: $(BIN)/.dev /usr/bin/chromium /usr/bin/bwrap
 	$(BIN)/pytest -n 2 --dist worksteal
 
 bench: $(BIN)/.dev
