@@ -275,6 +275,18 @@ def test_left_over_temporary_folders_confuse_nothing(done: Any, tmp_path: Path) 
     assert [path.name for path in output.glob(".*")] == [".report.json.abc"]
 
 
+def test_a_training_of_before_the_checksums_of_all_files_is_exported(done: Any, tmp_path: Path) -> None:
+    given, folder, _ = done
+    output = Path(shutil.copytree(folder, tmp_path / "out"))
+    record = read_json(output / "trained/train.json")
+    (checksum,) = record.pop("files").values()
+    write_json(output / "trained/train.json", record | {"sha256": checksum})
+    shutil.rmtree(output / "adapter")
+    run(recipe_of(given | {"output": str(output)}))
+    assert load_file(output / "adapter/adapter_model.safetensors").keys()
+    assert "sha256" in read_json(output / "trained/train.json"), "it was not trained again"
+
+
 @pytest.mark.parametrize("stage", ["plan", "adapter", "evaluation"])
 @pytest.mark.parametrize("before", [False, True])
 def test_killed_in_a_stage_leaves_the_old_result_or_none(

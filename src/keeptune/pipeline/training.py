@@ -90,5 +90,7 @@ def load_trained(job: Job, plan: Plan) -> PreTrainedModel | PeftModel:
         return load_model(str(folder / "model"), LoadOptions(dtype="float32", device=job.device, head=job.head))
     tuned = install(job.base(), plan, anchor=job.recipe.anchor)
     assert isinstance(tuned, PeftModel)
-    restore_state(tuned, plan, read_tensors(folder / _FACTORS, record["files"][_FACTORS]))
+    # Runs made before records had `files` have the one checksum.
+    checksum = record["files"][_FACTORS] if "files" in record else record["sha256"]
+    restore_state(tuned, plan, read_tensors(folder / _FACTORS, checksum))
     return tuned
