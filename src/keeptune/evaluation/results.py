@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -114,6 +114,21 @@ def trade_off(
         "full fine-tuning scored 0 on it",
     )
     return {**scores, "T": learned, "KT": harmonic(kept, learned)}
+
+
+def references_by_seed(
+    full: Iterable[tuple[int, Sequence[BenchmarkResult]]],
+) -> dict[int, Sequence[BenchmarkResult]]:
+    """Returns for each seed the full fine-tuning that learned the tasks best, so that T is never flattered.
+
+    Args:
+        full: Seed and results of every full fine-tuning.
+    """
+    best: dict[int, Sequence[BenchmarkResult]] = {}
+    for seed, results in full:
+        if seed not in best or (trade_off(results, best[seed])["T"] or 0) > 1:
+            best[seed] = results
+    return best
 
 
 def interval_between(first: BenchmarkResult, second: BenchmarkResult, seed: int) -> tuple[float, float]:

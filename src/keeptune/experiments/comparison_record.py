@@ -17,7 +17,7 @@ from typing import Any
 
 from keeptune.core.artefact import canonical_json, read_json, write_bytes, write_json
 from keeptune.core.errors import ArtefactError, KeeptuneError
-from keeptune.evaluation.results import BenchmarkResult, trade_off
+from keeptune.evaluation.results import BenchmarkResult, references_by_seed, trade_off
 from keeptune.experiments.axes import Axes, axes_of, forgotten_of, learned_of
 from keeptune.experiments.front import Point, as_json, families, hypervolumes, pareto, points_of, reference_point
 from keeptune.experiments.matched import matched
@@ -122,12 +122,11 @@ def with_relative_scores(rows: Sequence[Mapping[str, Any]], reference: Path | No
         reference: Run folder of full fine-tuning, for seeds that have none among the rows.
     """
     outside = None if reference is None else _results(_run_scores(reference))
-    full: dict[int, list[BenchmarkResult]] = {}
-    for row in rows:
-        if row["method"] == "full" and row["status"] == "done" and not row["variant"]:
-            rival = full.get(row["seed"])
-            if rival is None or (trade_off(_results(row), rival)["T"] or 0) > 1:
-                full[row["seed"]] = _results(row)
+    full = references_by_seed(
+        (row["seed"], _results(row))
+        for row in rows
+        if row["method"] == "full" and row["status"] == "done" and not row["variant"]
+    )
     scored = []
     for row in rows:
         done = row["status"] == "done"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import canonical_json, read_json, write_bytes, write_json
 from keeptune.core.errors import ArtefactError
-from keeptune.evaluation.results import BenchmarkResult, trade_off
+from keeptune.evaluation.results import references_by_seed, trade_off
 from keeptune.pipeline.finished import FinishedRun
 from keeptune.report.pages.card import model_card, same_but_versions
 from keeptune.report.pages.item_rows import lost_and_gained
@@ -46,7 +46,7 @@ def write_report(
     _label(entries)
     outside = [] if reference is None else [FinishedRun(reference)]
     _check_one_base([*runs, *outside])
-    full = _references(runs)
+    full = references_by_seed((run.entry["seed"], run.results) for run in runs if run.plan.method == _FULL)
     for run, entry in zip(runs, entries, strict=True):
         entry |= trade_off(run.results, full.get(entry["seed"], outside[0].results if outside else None))
         if run.folder == output:
@@ -85,17 +85,6 @@ def _check_one_base(runs: Sequence[FinishedRun]) -> None:
             wanted="runs on one base",
             next_step="Write one report for each base.",
         )
-
-
-def _references(runs: Iterable[FinishedRun]) -> dict[int, list[BenchmarkResult]]:
-    """Returns full fine-tuning per seed; of several, what learned the tasks best, so that T is never flattered."""
-    best: dict[int, list[BenchmarkResult]] = {}
-    for run in runs:
-        if run.plan.method == _FULL:
-            rival = best.get(run.entry["seed"])
-            if rival is None or (trade_off(run.results, rival)["T"] or 0) > 1:
-                best[run.entry["seed"]] = run.results
-    return best
 
 
 def _write_card(run: FinishedRun, entry: Mapping[str, Any]) -> None:
