@@ -53,9 +53,9 @@ def test_scores_are_numbers() -> None:
     ("row", "options", "message"),
     [
         ({"a": "x"}, {}, r'w row 4: .*the field "label"'),
-        ({"a": "x", "label": None}, {}, "w row 4: got the label None"),
-        ({"a": "x", "label": " "}, {}, "w row 4: got the label ' '"),
-        ({"a": "x", "label": ["nature"]}, {}, "w row 4: got the label"),
+        ({"a": "x", "label": None}, {}, "w row 4, label: got null"),
+        ({"a": "x", "label": " "}, {}, "w row 4: got an empty label"),
+        ({"a": "x", "label": ["nature"]}, {}, "w row 4, label: got a list"),
         ({"a": " ", "label": "nature"}, {}, "w row 4: got an empty text"),
         (
             {"a": "x", "label": "sport"},

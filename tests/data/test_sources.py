@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keeptune.core.errors import DataError
 from keeptune.data.completions import task_examples
@@ -72,8 +76,8 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 
 
 def test_only_named_fields_are_places_and_other_braces_are_text() -> None:
-    template = 'if (x) {return {"k": {value}};} {} {1} { value }'
-    assert render(template, {"value": 3}, where="x") == 'if (x) {return {"k": 3};} {} {1} { value }'
+    template = 'if (x) {return {"k": {value}};} {} {1} { other } {x: {value}}'
+    assert render(template, {"value": 3}, where="x") == 'if (x) {return {"k": 3};} {} {1} { other } {x: 3}'
 
 
 def test_a_filled_text_is_not_filled_again() -> None:
@@ -96,6 +100,43 @@ def test_a_missing_field_is_named_with_those_there_are(fill: object, template: s
     assert caught.value.where == "task row 7"
     assert "question, label" in caught.value.got
     assert '"answer"' in caught.value.wanted
+
+
+@pytest.mark.parametrize("name", ["Question Text", "问题", "so-called", "a/b (c)", "q?", "1st"])
+def test_a_column_of_any_name_fills_its_template(name: str) -> None:
+    assert render(f"Q: {{{name}}}!", {name: "Where"}, where="x") == "Q: Where!"
+    assert pick(f"{{{name}}}", {name: ["a"]}, where="x") == ["a"]
+
+
+@pytest.mark.parametrize("template", ["{{q}}", "{ q }", "{Q Text}", "{q-text}", "a {{q}} b"])
+def test_braces_that_nearly_spell_a_column_are_refused(template: str) -> None:
+    with pytest.raises(DataError, match=r"wanted \{q( text)?\}"):
+        render(template, {"q": "1", "q text": "2"}, where="x")
+
+
+@pytest.mark.parametrize("template", ["{no such}", '{"q": 1}', "{}{"])
+def test_a_template_that_fills_nothing_is_refused(template: str) -> None:
+    with pytest.raises(DataError, match=r"names no field, wanted one or more of \{q\}, \{a\}"):
+        task_examples([{"q": "1", "a": "2"}], prompt=template, completion="{a}", where="task")
+
+
+@given(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text()) | st.just({"a": 1}))
+def test_values_are_text_as_json_writes_them_or_errors(value: object) -> None:
+    fits = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    if not fits:
+        with pytest.raises(DataError, match='x, field "a"'):
+            render("{a}", {"a": value}, where="x")
+        return
+    text = render("{a}", {"a": value}, where="x")
+    assert text == value if isinstance(value, str) else json.loads(text) == value
+
+
+def test_empty_completions_are_counted_and_all_of_them_refused(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"q": "1", "a": "2"}, {"q": "1", "a": ""}, {"q": "1", "a": " \n"}]
+    assert len(task_examples(rows, prompt="{q}", completion="{a}", where="task.train")) == 3
+    assert "task.train: 2 of 3 completions are empty: only their end is learned (rows 2, 3)" in caplog.text
+    with pytest.raises(DataError, match="2 rows, all with empty completions"):
+        task_examples(rows[1:], prompt="{q}", completion="{a}", where="task.train")
 
 
 # task_examples
@@ -167,6 +208,42 @@ def test_a_parquet_table_is_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match="a Parquet table"):
         read_jsonl(tmp_path / "rows.parquet", where="x")
+
+
+PRETTY = json.dumps([{"q": "é", "a": "1"}, {"q": "x", "a": "2"}], indent=2, ensure_ascii=False)
+SEPARATED = 'q,a\r\né,1\r\n"x",2\r\n'
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte-order-mark"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("t.json", PRETTY), ("t.jsonl", PRETTY), ("t.csv", SEPARATED), ("t.TSV", SEPARATED.replace(",", "\t"))],
+)
+def test_the_same_rows_from_every_kind_of_text_file(name: str, text: str, mark: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(mark + text, encoding="utf-8", newline="")
+    assert read_jsonl(tmp_path / name, where="x") == json.loads(PRETTY)
+
+
+def test_an_arrow_file_is_rows(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [{"a": 1, "turns": [{"text": "x"}]}, {"a": 2, "turns": []}]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    [path] = (tmp_path / "saved").glob("*.arrow")
+    assert read_jsonl(path, where="x") == rows
+    path.write_bytes(b"no table")
+    with pytest.raises(DataError, match="an Arrow file"):
+        read_jsonl(path, where="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("q,a\n1,2\n3\n", "row 2: got 1 values"), ("q,q\n1,2\n", "different names"), ("q,a\n", "no rows")],
+)
+def test_a_wrong_table_is_refused(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=told):
+        read_jsonl(tmp_path / "t.csv", where="x")
 
 
 def test_a_template_reaches_into_lists_and_objects() -> None:

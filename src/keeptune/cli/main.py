@@ -195,6 +195,7 @@ def _quiet_libraries() -> None:
     """Shows keeptune's own messages and bars, not those of the libraries below it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("keeptune").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that is not needed
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "--help" in sys.argv or len(sys.argv) == 1:
         return

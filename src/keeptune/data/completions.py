@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from keeptune.data.calibration import Calibration, pad_id_of, tokenize_calibrati
 from keeptune.data.examples import Examples
 from keeptune.data.sources import Row
 from keeptune.data.templates import render_all
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,30 @@ class TaskExamples(Examples):
 
 
 def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: str) -> TaskExamples:
-    """Renders the rows of a task by the templates of prompts and of completions, usually starting with a space."""
-    return TaskExamples(render_all(prompt, rows, where=where), render_all(completion, rows, where=where))
+    """Renders the rows of a task by the templates of prompts and of completions, usually starting with a space.
+
+    Raises:
+        DataError: A template does not fit the rows, or every completion is empty.
+    """
+    examples = TaskExamples(render_all(prompt, rows, where=where), render_all(completion, rows, where=where))
+    empty = [number for number, text in enumerate(examples.completions, start=1) if not text.strip()]
+    if len(empty) == len(rows):
+        raise DataError(
+            where,
+            got=f"{len(rows)} rows, all with empty completions",
+            wanted="completions to learn",
+            next_step="Check the template task.completion and the field that it names.",
+        )
+    if empty:
+        some = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        _log.warning(
+            "%s: %d of %d completions are empty: only their end is learned (rows %s)",
+            where,
+            len(empty),
+            len(rows),
+            some,
+        )
+    return examples
 
 
 def tokenize_completions(

@@ -16,7 +16,7 @@ from keeptune.core.errors import DataError
 from keeptune.data.calibration import Calibration, pad_id_of
 from keeptune.data.examples import Examples
 from keeptune.data.sources import Row
-from keeptune.data.templates import pick, render_all
+from keeptune.data.templates import pick, render_all, text_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +176,12 @@ def label_indices(labels: Sequence[str], known: Sequence[str], *, where: str) ->
 
 def label_of(row: Row, template: str, *, where: str) -> str:
     """Returns the label of a row, without white space at its ends; a DataError says that it holds none."""
-    value = pick(template, row, where=where)
-    if not isinstance(value, str | int | float) or not str(value).strip():
+    label = text_of(pick(template, row, where=where), where=f"{where}, label").strip()
+    if not label:
         raise DataError(
-            where, got=f"the label {value!r}", wanted="a word or a number", next_step="Fill the row or remove it."
+            where, got="an empty label", wanted="a word or a number", next_step="Fill the row or remove it."
         )
-    return str(value).strip()
+    return label
 
 
 def score_of(row: Row, template: str, *, where: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from keeptune.core.errors import DataError
 from keeptune.data.examples import draw_rows
 from keeptune.data.sources import Row
-from keeptune.data.templates import pick
+from keeptune.data.templates import pick, text_of
 
 # LoKI's, on MMLU (its releases end it with a space and a line break).
 LOKI_PROMPT = (
@@ -25,7 +25,8 @@ def choose_rows(rows: Sequence[Row], count: int, *, by: str | None, seed: int | 
     """
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        value = "" if by is None else str(pick(f"{{{by}}}", row, where=f"{where} row {index + 1}"))
+        place = f"{where} row {index + 1}"
+        value = "" if by is None else text_of(pick(f"{{{by}}}", row, where=place), where=place)
         groups.setdefault(value, []).append(index)
     kept: list[int] = []
     for members in groups.values():
@@ -60,7 +61,7 @@ def _lettered(row: Row, choices: str, where: str) -> Row:
             wanted="a list of 2 to 26 choices",
             next_step='Name the field that holds them, alone: choices: "{choices}".',
         )
-    texts, letters = [str(choice) for choice in listed], _LETTERS[: len(listed)]
+    texts, letters = [text_of(choice, where=f"{where} choices") for choice in listed], _LETTERS[: len(listed)]
     more: dict[str, Any] = {
         "options": "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)),
         "letters": f"{', '.join(letters[:-1])} or {letters[-1]}",
@@ -68,7 +69,7 @@ def _lettered(row: Row, choices: str, where: str) -> Row:
     if "answer" in row:
         more["letter"] = _right(row["answer"], texts, letters, where)
     if "subject" in row:
-        more["subject_title"] = str(row["subject"]).replace("_", " ").title()
+        more["subject_title"] = text_of(row["subject"], where=f"{where} subject").replace("_", " ").title()
     return {**row, **more}
 
 

@@ -1,7 +1,9 @@
-"""Rows from JSONL, JSON and Parquet files; errors name the row by its number."""
+"""Rows from JSONL, JSON, CSV, TSV, Parquet and Arrow files; errors name the row by its number."""
 
 from __future__ import annotations
 
+import codecs
+import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +15,7 @@ Row = Mapping[str, Any]
 
 
 def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
-    """Returns the rows of a JSON-lines file, a ``.json`` file with one list of objects, or a ``.parquet`` table.
+    """Returns the rows of a file: JSON lines, one list of JSON objects, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``.
 
     Raises:
         DataError: The file, named by the recipe key ``where``, is missing, is not UTF-8, has a line that is not a JSON
@@ -27,36 +29,66 @@ def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
             wanted="a JSONL file, one object a line",
             next_step="Check the path; relative paths start at the current directory, then at the recipe's folder.",
         )
-    readers = {".json": _listed, ".parquet": _tabled}
-    rows = readers.get(path.suffix, _lines)(path, f"{where} {path}")
+    rows = _READERS.get(path.suffix.lower(), _json)(path, f"{where} {path}")
     if not rows:
         raise DataError(f"{where} {path}", got="no rows", wanted="at least one object", next_step="Fill the file.")
     return rows
 
 
-def _lines(path: Path, where: str) -> list[Row]:
+def _json(path: Path, where: str) -> list[Row]:
+    # Many .json files on the hub are JSONL, and some lists are called .jsonl.
     with path.open("rb") as file:
-        return [_object(line, f"{where} line {number}") for number, line in enumerate(file, start=1) if line.strip()]
-
-
-def _listed(path: Path, where: str) -> list[Row]:
-    text = path.read_bytes()
-    if not text.lstrip().startswith(b"["):
-        return _lines(path, where)  # many .json files on the hub are JSONL
-    values = _parse(text, where, "a list of JSON objects in UTF-8")
+        if not file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            file.seek(0)
+            return [
+                _object(line, f"{where} line {number}") for number, line in enumerate(file, start=1) if line.strip()
+            ]
+    values = _parse(path.read_bytes(), where, "a list of JSON objects in UTF-8")
     return [_checked(value, f"{where} row {number}") for number, value in enumerate(values, start=1)]
 
 
-def _tabled(path: Path, where: str) -> list[Row]:
-    from pyarrow import ArrowException, parquet
+def _separated(path: Path, where: str) -> list[Row]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.reader(file, csv.excel_tab if path.suffix.lower() == ".tsv" else csv.excel, strict=True)
+            names, *lines = [line for line in table if line] or [[]]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(
+            where,
+            got=str(error),
+            wanted="comma-separated text in UTF-8",
+            next_step="Write it again as UTF-8, or as JSONL.",
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        if len(line) != len(names) or len(set(names)) < len(names):
+            raise DataError(
+                f"{where} row {number}",
+                got=f"{len(line)} values for the columns {', '.join(names)}",
+                wanted="one value for each column, and different names in the first line",
+                next_step="Quote values that hold separators or line breaks.",
+            )
+    return [dict(zip(names, line, strict=True)) for line in lines]
+
+
+def _table(path: Path, where: str) -> list[Row]:
+    from pyarrow import ArrowException, ipc, parquet
 
     try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
+        if path.suffix.lower() == ".parquet":
+            return list(parquet.read_table(path).to_pylist())
+        with path.open("rb") as file:
+            reader = ipc.open_file(file) if file.read(6) == b"ARROW1" else ipc.open_stream(path.read_bytes())
+            return list(reader.read_all().to_pylist())
     except (ArrowException, OSError) as error:
         raise DataError(
-            where, got=str(error).split("\n")[0], wanted="a Parquet table", next_step="Get the file again."
+            where,
+            got=str(error).split("\n")[0],
+            wanted="a Parquet table or an Arrow file",
+            next_step="Get the file again.",
         ) from error
-    return rows
+
+
+_READERS = {".csv": _separated, ".tsv": _separated, ".parquet": _table, ".arrow": _table}
 
 
 def _object(line: bytes, where: str) -> Row:
