@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
+_LONGEST = 1000
 
 
 class KeeptuneError(Exception):
@@ -24,7 +25,12 @@ class KeeptuneError(Exception):
         self.got = got
         self.wanted = wanted
         self.next_step = next_step
-        super().__init__(f"{where}: got {got}, wanted {wanted}. {next_step}")
+        super().__init__(f"{_short(where)}: got {_short(got)}, wanted {_short(wanted)}. {next_step}")
+
+
+def _short(text: str) -> str:
+    """Cuts a value that somebody put into a message whole."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
 
 
 class RecipeError(KeeptuneError):

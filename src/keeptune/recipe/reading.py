@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,7 @@ from typing import Any
 import yaml
 
 from keeptune.core.errors import RecipeError
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML where 1e-4 is a number, as YAML 1.2 and everybody's expectation have it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """Returns the value of YAML, where 1e-4 is a number."""
-    return yaml.load(text, Loader=_Loader)
+from keeptune.recipe.yaml_values import parse_yaml
 
 
 def read_values(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
