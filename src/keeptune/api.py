@@ -7,6 +7,7 @@ keeptune.export(tuned, plan, "adapter", base=path)
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from keeptune.model.blocks import positions
 from keeptune.model.head import Head
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import Penalty
+from keeptune.pipeline.machine import check_folder
 from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
@@ -70,6 +72,7 @@ def plan(
         PlanError: A role or a block does not exist, or an option does not fit a target.
         StatisticsError: The method needs knowledge or a task and none is given, or activations are not finite.
         DataError: A text has no tokens, or a label is not one of the classifier's.
+        RecipeError: The store is no folder.
     """
     length = min(options.max_length, positions(model) or options.max_length)
     data: dict[DataRole, Calibration] = {}
@@ -80,7 +83,9 @@ def plan(
     provenance = {"knowledge": None} | {role: tokens.fingerprint for role, tokens in data.items()}
     options = replace(options, provenance=provenance | dict(options.provenance))
     with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
-        store = StatStore(Path(options.store or scratch))
+        folder, limit = (options.store, options.store_limit) if options.store else (scratch, sys.maxsize)
+        store = StatStore(Path(folder), limit)
+        check_folder("PlanOptions.store", store.folder)
         return plan_for(model, method, store, data=data, penalties=penalties, options=options)
 
 

@@ -309,6 +309,9 @@ def test_missing_keys_are_named(example: Path, key: str) -> None:
         ("anchor", "rope"),
         ("dtype", "int8"),
         ("low_memory", "perhaps"),
+        ("store_limit", "20 apples"),
+        ("store_limit", "-5GB"),
+        ("store_limit", 0),
         ("output", 5),
     ],
 )
@@ -318,6 +321,13 @@ def test_wrong_values_are_refused_with_their_key(example: Path, key: str, value:
     # A benchmark's own checks name it by its name, and a bad element stands below its list.
     where = re.sub(r"evaluate\.0", "evaluate.(0|facts|)", key)
     assert re.search(where.rpartition(".")[2], str(raised.value))
+
+
+@pytest.mark.parametrize(("given", "limit"), [("500MB", 5 * 10**8), (1234, 1234), ("2GiB", 2**31), (None, 2 * 10**10)])
+def test_the_limit_of_the_store(example: Path, given: object, limit: int) -> None:
+    recipe = load_recipe(example, {} if given is None else {"store_limit": given})
+    assert Job(recipe).store.limit == limit
+    assert recipe.written()["store_limit"] == limit
 
 
 @pytest.mark.parametrize("key", ["output_dir", "resume_from_checkpoint", "completion_only_loss"])

@@ -65,7 +65,7 @@ class Job:
     @property
     def store(self) -> StatStore:
         """The store of statistics."""
-        return statistics_store(self.recipe.store)
+        return statistics_store(self.recipe.store, self.recipe.store_limit)
 
     @cached_property
     def method(self) -> Any:

@@ -8,12 +8,19 @@ import platformdirs
 import torch
 
 from keeptune.core.errors import RecipeError
-from keeptune.statistics.store import StatStore
+from keeptune.statistics.store import DEFAULT_LIMIT, StatStore
+from keeptune.statistics.store_use import recorded
 
 
-def statistics_store(folder: Path | str | None) -> StatStore:
-    """Returns the store of statistics in a folder; None is the one for all runs of this user."""
-    return StatStore(Path(platformdirs.user_cache_dir("keeptune")) / "statistics" if folder is None else Path(folder))
+def statistics_store(folder: Path | str | None, limit: int | None = None) -> StatStore:
+    """Returns a store of statistics.
+
+    Args:
+        folder: Where; None is the one for all runs of this user.
+        limit: Bytes; None is that of the last run there.
+    """
+    place = Path(platformdirs.user_cache_dir("keeptune")) / "statistics" if folder is None else Path(folder)
+    return StatStore(place, limit or recorded(place)[1] or DEFAULT_LIMIT)
 
 
 def check_folder(where: str, folder: Path) -> None:

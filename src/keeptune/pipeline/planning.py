@@ -24,7 +24,7 @@ from keeptune.model.runner import Runner
 from keeptune.penalties.base import OutputPenalty, Penalty, Site, penalty_plan
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import DataRole, Request
-from keeptune.statistics.store import StatStore
+from keeptune.statistics.store import DEFAULT_LIMIT, StatStore
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class PlanOptions:
         low_memory: Hold no more covariances at a time than take the memory of the largest; it takes more passes.
         max_length: Texts given to :func:`keeptune.plan` are cut to this many tokens, or to the model's positions.
         store: Folder where :func:`keeptune.plan` keeps statistics for later plans; None keeps them for one call.
+        store_limit: Bytes of that folder; the least recently used statistics go first.
         fingerprint: Of the model's weights, where it is known already.
         provenance: What the plan is made from, for the record.
     """
@@ -47,6 +48,7 @@ class PlanOptions:
     low_memory: bool = False
     max_length: int = 1024
     store: Path | str | None = None
+    store_limit: int = DEFAULT_LIMIT
     fingerprint: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 

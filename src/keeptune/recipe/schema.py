@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, StrictInt, ValidationError
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -37,6 +37,7 @@ from keeptune.recipe.sections import (
     TaskCalibration,
     explain,
 )
+from keeptune.statistics.store import DEFAULT_LIMIT
 from keeptune.training.arguments import check_arguments
 
 _Folder = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -79,6 +80,7 @@ class Recipe(Section):
     trust_remote_code: bool = False
     allow_pickle: bool = False
     store: _Folder | None = None
+    store_limit: Annotated[ByteSize, Field(gt=0, validate_default=True)] = ByteSize(DEFAULT_LIMIT)
     low_memory: bool = False
     reference: _Folder | None = None
     published: Published | None = None

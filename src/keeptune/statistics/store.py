@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from keeptune.core.artefact import (
     atomic_directory,
+    canonical_json,
     content_key,
     read_json,
     read_tensors,
@@ -22,8 +25,11 @@ from keeptune.core.artefact import (
 )
 from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import locked
+from keeptune.statistics.store_use import StoreUse, recorded, size_text
 
 _log = logging.getLogger(__name__)
+DEFAULT_LIMIT = 20 * 10**9
+_FRAME = 1024  # of an entry besides its numbers and recipe, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +52,20 @@ class StatStore:
     """A folder of entries, each a folder with ``recipe.json`` and ``value.safetensors``.
 
     An entry appears whole or not at all; a damaged one is recomputed, never used. Recipes are all that determines it.
+    What this object has read or written stays as long as it is there (:mod:`keeptune.statistics.store_use`).
+
+    Args:
+        folder: Where.
+        limit: Bytes; before a put that would exceed it, the least recently used entries go.
     """
 
     folder: Path
+    limit: int = DEFAULT_LIMIT
+    use: StoreUse = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Registers nothing yet: only what is read or written has a user."""
+        object.__setattr__(self, "use", StoreUse(self.folder))
 
     def get(self, recipe: Mapping[str, Any]) -> Tensor | None:
         """Returns an entry, or None when it is not there or is damaged (which is logged)."""
@@ -57,7 +74,7 @@ class StatStore:
     def read(self, key: str) -> Tensor | None:
         """Returns an entry by the content key of its recipe, as :meth:`get`."""
         entry = self.folder / key[:2] / key
-        if not entry.is_dir():
+        if not self._use(entry):
             return None
         try:
             record = read_json(entry / "recipe.json")
@@ -68,19 +85,24 @@ class StatStore:
 
     def holds(self, recipe: Mapping[str, Any]) -> bool:
         """Returns whether an entry is there, damaged or not, without reading it."""
-        return self._entry(recipe).is_dir()
+        return self._use(self._entry(recipe))
 
     def put(self, recipe: Mapping[str, Any], value: Tensor) -> None:
-        """Stores an entry, replacing a damaged one.
+        """Stores an entry, replacing a damaged one, after evicting others where the limit asks for it.
 
         Raises:
             ArtefactError: The disk is full or cannot be written.
+            StatisticsError: The limit is smaller than this entry.
         """
         entry = self._entry(recipe)
+        size = value.nbytes + _FRAME + 3 * len(canonical_json(recipe))
         try:
+            self.use.make_room(entry.name, size, self.limit)
             with atomic_directory(entry) as fresh:
                 sha256 = write_tensors(fresh / "value.safetensors", {"value": value})
                 write_json(fresh / "recipe.json", {"recipe": recipe, "sha256": sha256})
+        except ArtefactError as error:
+            raise self._without_room(error, size) from error
         except OSError as error:
             # Another run stored the same content under the same key meanwhile: theirs is as good.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or self.get(recipe) is None:
@@ -94,6 +116,27 @@ class StatStore:
             for name in sorted(names):  # in one order, so that no two wait for each other
                 held.enter_context(locked(self.folder / "locks" / name[:32]))
             yield
+
+    def _use(self, entry: Path) -> bool:
+        """Returns whether an entry is there; if it is, it stays as long as this object, and counts as used just now."""
+        if not entry.is_dir():
+            return False
+        self.use.name(entry.name)
+        with contextlib.suppress(OSError):  # evicted just before it was named, damaged, or not ours to touch
+            os.utime(entry / "recipe.json")
+        return entry.is_dir()
+
+    def _without_room(self, error: ArtefactError, size: int) -> ArtefactError:
+        free = shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
+        held, _ = recorded(self.folder)
+        return ArtefactError(
+            f"store {self.folder}",
+            got=f"{error.got} for an entry of {size_text(size)}: {size_text(free)} are free, and the store has about "
+            f"{size_text(held)} of at most {size_text(self.limit)}",
+            wanted="room to write",
+            next_step="Free space (`keeptune store clear`), lower `store_limit` so that old entries go, or set `store` "
+            "to another folder; nothing was left half-written. The same command goes on from here.",
+        )
 
     def _entry(self, recipe: Mapping[str, Any]) -> Path:
         key = content_key(recipe)

@@ -1,0 +1,214 @@
+"""Who uses which entries of a store, and what goes when it is full: the least recently used that nobody uses.
+
+    <key[:2]>/<key>/     an entry; ``recipe.json`` was last read or written when it was last used
+    <key[:2]>/.<key>.*   an entry that is being written or removed
+    users/*              a file for each user, locked while there is the user; a line for each entry it uses
+    size                 the bytes of all entries, so that a put need not look at each, and the limit of the last put
+
+One lock is held whenever users name entries and whenever entries go: what a user has named stays, or is gone already.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ByteSize
+
+from keeptune.core.artefact import explain_full_disk
+from keeptune.core.errors import StatisticsError
+from keeptune.core.locks import locked
+
+_log = logging.getLogger(__name__)
+_OVER = "statistics: what runs use takes %s, more than `store_limit` (%s); it stays in %s as long as they use it"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry as it lies on disk: its folder, the bytes of its files, and when it was last used (0: damaged)."""
+
+    folder: Path
+    bytes: int
+    used: float
+
+    @property
+    def key(self) -> str:
+        """The content key of its recipe."""
+        return self.folder.name
+
+
+def entries(folder: Path) -> list[Entry]:
+    """Returns the entries of a store, the least recently used first; none where there is no store."""
+    found = []
+    for entry in folder.glob("[0-9a-f][0-9a-f]/[0-9a-f]*"):
+        try:
+            files = {file.name: file.stat() for file in os.scandir(entry)}
+        except OSError:
+            continue  # removed meanwhile
+        used = files["recipe.json"].st_mtime if "recipe.json" in files else 0.0
+        found.append(Entry(entry, sum(file.st_size for file in files.values()), used))
+    return sorted(found, key=lambda entry: (entry.used, entry.key))
+
+
+def size_text(size: float) -> str:
+    """Returns a number of bytes as text.
+
+    >>> size_text(20e9)
+    '20.0 GB'
+    """
+    return ByteSize(int(size)).human_readable(decimal=True, separator=" ")
+
+
+@dataclass(eq=False)
+class StoreUse:
+    """What one user of a store reads and writes: as long as this object is there, nobody evicts it.
+
+    Args:
+        folder: The store.
+        named: The keys that are named already.
+    """
+
+    folder: Path
+    named: set[str] = field(default_factory=set)
+    _file: Path | None = field(default=None, init=False)
+    _warned: bool = field(default=False, init=False)
+
+    def name(self, key: str) -> None:
+        """Names an entry that is about to be read; in a folder that cannot be written nothing can be evicted."""
+        if key not in self.named and os.access(self.folder, os.W_OK):
+            with self._alone():
+                self._write(key, 0)
+
+    def make_room(self, key: str, size: int, limit: int) -> None:
+        """Names an entry that is about to be written, and evicts others until it fits.
+
+        Args:
+            key: The entry.
+            size: Its bytes.
+            limit: Of the store, bytes.
+
+        Raises:
+            StatisticsError: The limit is smaller than this entry.
+        """
+        if size > limit:
+            raise StatisticsError(
+                "store_limit",
+                got=f"{size_text(limit)} ({limit} bytes)",
+                wanted=f"room for one entry of {size_text(size)} ({size} bytes), the statistics of one target",
+                next_step="Raise `store_limit`, or take smaller statistics (`method.factor_rank`, fewer `targets`).",
+            )
+        with self._alone():
+            total = self._size()
+            if total + size > limit:
+                total = self._evict(key, limit - size)
+                if total + size > limit and not self._warned:
+                    self._warned = True
+                    _log.warning(_OVER, size_text(total + size), size_text(limit), self.folder)
+            self._write(key, size)
+            (self.folder / "size").write_text(f"{total + size} {limit}", encoding="utf-8")
+
+    def remove(self, wanted: Callable[[Entry], bool]) -> tuple[list[Entry], list[Entry]]:
+        """Removes entries that nobody uses; returns what was removed, and what was wanted but is in use."""
+        with self._alone():
+            named = self._named_by_all()
+            chosen = [entry for entry in entries(self.folder) if wanted(entry)]
+            kept = [entry for entry in chosen if entry.key in named or not _remove(entry)]
+            gone = [entry for entry in chosen if entry not in kept]
+            _, limit = recorded(self.folder)
+            left = max(self._size() - sum(entry.bytes for entry in gone), 0)
+            (self.folder / "size").write_text(f"{left} {limit or ''}", encoding="utf-8")
+        return gone, kept
+
+    def _evict(self, key: str, room: int) -> int:
+        """Evicts entries until at most some bytes are left, and returns how many are."""
+        named, present = self._named_by_all(), entries(self.folder)
+        here = {entry.key for entry in present}
+        total = sum(entry.bytes for entry in present) + sum(size for name, size in named.items() if name not in here)
+        gone = []
+        for entry in present:
+            if total <= room:
+                break
+            if entry.key not in named and entry.key != key and _remove(entry):
+                gone.append(entry)
+                total -= entry.bytes
+        if gone:
+            freed = size_text(sum(entry.bytes for entry in gone))
+            _log.info("statistics: %d least recently used entries (%s) evicted from %s", len(gone), freed, self.folder)
+        return total
+
+    def _size(self) -> int:
+        return recorded(self.folder)[0]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Holds the lock of all users, and registers this one."""
+        with explain_full_disk(self.folder), locked(self.folder / "locks" / "users"):
+            if self._file is None:
+                self._register()
+            yield
+
+    def _register(self) -> None:
+        users = self.folder / "users"
+        users.mkdir(exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=users)
+        os.close(handle)
+        held = ExitStack()
+        held.enter_context(locked(Path(name)))
+        weakref.finalize(self, held.close)
+        self._file = Path(name)
+        named = self._named_by_all()
+        for left in self.folder.glob("[0-9a-f][0-9a-f]/.*"):
+            if left.name[1:65] not in named:
+                _log.info("%s: left over by a killed run, removed", left)
+                shutil.rmtree(left, ignore_errors=True)
+        present = {entry.key: entry.bytes for entry in entries(self.folder)}
+        total = sum({**named, **present}.values())
+        (self.folder / "size").write_text(f"{total} {recorded(self.folder)[1] or ''}", encoding="utf-8")
+
+    def _write(self, key: str, size: int) -> None:
+        assert self._file is not None
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(f"{key} {size}\n")
+        self.named.add(key)
+
+    def _named_by_all(self) -> dict[str, int]:
+        """Returns the keys that living users name, with the bytes they are about to write; forgets dead users."""
+        named: dict[str, int] = {}
+        for file in (self.folder / "users").iterdir():
+            with locked(file, wait=False) as dead:
+                if dead:
+                    file.unlink()
+                    continue
+            for line in file.read_text(encoding="utf-8").splitlines():
+                key, size = line.split()
+                named[key] = max(named.get(key, 0), int(size))
+        return named
+
+
+def recorded(folder: Path) -> tuple[int, int | None]:
+    """Returns the bytes that a store notes of itself, and the limit of the last put; 0 and None without a note."""
+    try:
+        numbers = [int(word) for word in (folder / "size").read_text(encoding="utf-8").split()]
+    except (OSError, ValueError):
+        numbers = []
+    return (numbers[0] if numbers else 0), (numbers[1] if len(numbers) > 1 else None)
+
+
+def _remove(entry: Entry) -> bool:
+    """Removes an entry at once, whatever happens meanwhile; returns whether it could."""
+    doomed = Path(tempfile.mkdtemp(dir=entry.folder.parent, prefix=f".{entry.key}."))
+    try:
+        entry.folder.replace(doomed)
+    except OSError as error:
+        _log.warning("statistics: %s cannot be removed (%s)", entry.folder, error)
+        doomed.rmdir()
+        return False
+    shutil.rmtree(doomed, ignore_errors=True)
+    return True

@@ -1,0 +1,244 @@
+"""The store holds at most its limit: the least recently used entries go first, and none that a living process uses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tests.models import MODELS, Bench, counted_passes, full_disk
+
+from keeptune.core import artefact
+from keeptune.core.artefact import content_key
+from keeptune.core.errors import ArtefactError, StatisticsError
+from keeptune.methods.lora_null import LoraNull
+from keeptune.pipeline.planning import plan_for
+from keeptune.statistics.covariance import InputCovariance
+from keeptune.statistics.store import StatStore
+from keeptune.statistics.store_use import entries, recorded
+
+NUMBERS = 25_000  # of an entry, 100 kB
+ENTRY = 4 * NUMBERS
+THREE = 3 * ENTRY + 5_000
+
+
+def recipe(number: int) -> dict[str, int]:
+    return {"number": number}
+
+
+def put(folder: Path, *numbers: int, limit: int = THREE) -> None:
+    """Puts entries as a process of its own would, which is gone at the end; the first was used the longest ago."""
+    for number in numbers:
+        StatStore(folder, limit).put(recipe(number), torch.full((NUMBERS,), float(number)))
+
+
+def held(folder: Path) -> set[int]:
+    return {number for number in range(50) if (folder / (key := content_key(recipe(number)))[:2] / key).is_dir()}
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("??/*/*"))
+
+
+PUTTER = """
+import sys, torch
+from pathlib import Path
+from keeptune.statistics.store import StatStore
+folder, limit, first, last, numbers = Path(sys.argv[1]), *map(int, sys.argv[2:])
+store = StatStore(folder, limit)
+for number in range(first, last):
+    if {each}:
+        store = StatStore(folder, limit)
+    value = torch.full((numbers,), float(number))
+    store.put({{"number": number}}, value)
+    found = store.get({{"number": number}})
+    assert torch.equal(found, value)
+print("put", flush=True)
+sys.stdin.read()
+"""
+
+
+def start(folder: Path, numbers: range, *, each: bool = False, limit: int = THREE) -> subprocess.Popen[str]:
+    words = [PUTTER.format(each=each), str(folder), *map(str, (limit, numbers.start, numbers.stop, NUMBERS))]
+    return subprocess.Popen([sys.executable, "-c", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def another(folder: Path, numbers: range) -> Iterator[subprocess.Popen[str]]:
+    """A process that has put entries and still uses them."""
+    with start(folder, numbers) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "put\n"
+        yield process
+        process.kill()
+
+
+def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
+    put(tmp_path, 0, 1, 2)
+    assert held(tmp_path) == {0, 1, 2}
+    StatStore(tmp_path).get(recipe(0))
+    put(tmp_path, 3)
+    assert held(tmp_path) == {0, 2, 3}
+    put(tmp_path, 4)
+    assert held(tmp_path) == {0, 3, 4}
+    assert size(tmp_path) <= THREE
+
+
+def test_without_the_limit_nothing_goes(tmp_path: Path) -> None:
+    put(tmp_path, *range(6), limit=20 * 10**9)
+    assert held(tmp_path) == set(range(6))
+
+
+def test_a_smaller_limit_holds_from_the_next_put(tmp_path: Path) -> None:
+    put(tmp_path, *range(6), limit=20 * 10**9)
+    put(tmp_path, 6)
+    assert held(tmp_path) == {4, 5, 6}
+
+
+@pytest.mark.parametrize("use", ["get", "holds", "put"])
+def test_what_is_in_use_stays_and_the_excess_is_told(
+    use: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, 0, 1, 2)
+    user = StatStore(tmp_path, THREE)
+    for number in (0, 1, 2):
+        found = getattr(user, use)(recipe(number), *([torch.ones(NUMBERS)] if use == "put" else []))
+        assert use == "put" or found is not None
+    with caplog.at_level(logging.WARNING):
+        put(tmp_path, 3)
+    assert held(tmp_path) == {0, 1, 2, 3}
+    assert "more than `store_limit` (305.0 KB)" in caplog.text
+    del user
+    put(tmp_path, 4)
+    assert held(tmp_path) == {2, 3, 4}
+
+
+def test_what_another_process_uses_stays_until_it_is_gone(tmp_path: Path) -> None:
+    with another(tmp_path, range(2)) as process:
+        put(tmp_path, 2, 3, 4)
+        assert held(tmp_path) == {0, 1, 4}
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        put(tmp_path, 5)
+        assert held(tmp_path) == {1, 4, 5}
+
+
+def test_processes_that_evict_at_once(tmp_path: Path) -> None:
+    """Each reads what it has just written; together they stay within the limit, but for what is in use."""
+    several = [start(tmp_path, range(10 * i, 10 * i + 10), each=True) for i in range(2)]
+    for process in several:
+        said, _ = process.communicate(timeout=120)
+        assert (process.returncode, said) == (0, "put\n")
+    put(tmp_path, 40)
+    assert len(held(tmp_path)) == 3
+    assert size(tmp_path) <= THREE
+    assert recorded(tmp_path) == (pytest.approx(size(tmp_path), rel=0.05), THREE)
+
+
+def test_a_limit_smaller_than_an_entry_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StatisticsError, match=r"store_limit: got 50\.0 KB .*one entry of 10\d\.\d KB") as caught:
+        put(tmp_path, 0, limit=50_000)
+    assert "Raise `store_limit`" in caught.value.next_step
+    assert not held(tmp_path)
+
+
+def leftover(folder: Path, number: int) -> Path:
+    """A folder as a killed write leaves it behind."""
+    key = content_key(recipe(number))
+    left = folder / key[:2] / f".{key}.abcdef"
+    left.mkdir(parents=True)
+    (left / "value.safetensors").write_bytes(bytes(ENTRY))
+    return left
+
+
+def test_leftovers_of_killed_writes_go_at_the_next_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, 0)
+    left = leftover(tmp_path, 1)
+    with caplog.at_level(logging.INFO, logger="keeptune"):
+        assert StatStore(tmp_path).get(recipe(0)) is not None
+    assert not left.exists()
+    assert f"{left}: left over by a killed run, removed" in caplog.text
+
+
+def test_what_another_process_is_writing_is_no_leftover(tmp_path: Path) -> None:
+    with another(tmp_path, range(1)):
+        writing = leftover(tmp_path, 0)
+        put(tmp_path, 1)
+        assert writing.exists()
+    put(tmp_path, 2)
+    assert not writing.exists()
+
+
+def test_a_killed_write_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It announces its bytes beforehand; the next user counts what is there."""
+    with monkeypatch.context() as patch:
+        patch.setattr("keeptune.statistics.store.write_tensors", full_disk)
+        for number in range(3):
+            with pytest.raises(ArtefactError):
+                put(tmp_path, number)
+    put(tmp_path, 3, 4, 5)
+    assert held(tmp_path) == {3, 4, 5}
+
+
+def test_a_full_disk_is_told_with_the_sizes_and_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(artefact.tempfile, "mkstemp", full_disk)
+        with pytest.raises(ArtefactError, match="No space left on device for an entry of 10") as caught:
+            put(tmp_path, 1)
+    assert f"store {tmp_path}" in str(caught.value)
+    for part in ("are free", "about 10", "of at most 305.0 KB", "`store_limit`", "`store`"):
+        assert part in str(caught.value)
+    assert held(tmp_path) == {0}
+    assert not list(tmp_path.glob("??/.*"))
+    put(tmp_path, 1)
+    assert held(tmp_path) == {0, 1}
+
+
+def test_a_store_that_cannot_be_written_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, 0)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "utime", full_disk)
+    monkeypatch.setattr(artefact.tempfile, "mkstemp", full_disk)
+    assert StatStore(tmp_path).get(recipe(0)) is not None
+
+
+def plan_of(made: Bench, limit: int) -> str:
+    return plan_for(made.model, LoraNull(rank=2), StatStore(made.folder, limit), data={"knowledge": made.data}).key
+
+
+def test_evicted_statistics_are_computed_again(tmp_path: Path) -> None:
+    """Eight entries of a plan where two have room: they stay while it is made, and go with the next put."""
+    made = Bench(MODELS["llama"](), tmp_path / "store")
+    first = plan_of(made, 25_000)
+    assert len(entries(made.folder)) == 8
+    put(made.folder, 0, limit=110_000)
+    assert len(entries(made.folder)) < 5
+    with counted_passes(made.model) as passes:
+        assert plan_of(made, 25_000) == first
+    assert passes[0] >= 1
+
+
+def test_a_limit_that_has_room_for_no_statistic_stops_a_plan(tmp_path: Path) -> None:
+    made = Bench(MODELS["llama"](), tmp_path / "store")
+    with pytest.raises(StatisticsError, match="store_limit: got 2.0 KB"):
+        plan_of(made, 2_000)
+
+
+def test_statistics_in_use_are_not_removed(tmp_path: Path) -> None:
+    made = Bench(MODELS["llama"](), tmp_path / "store")
+    wanted, knowledge = made.collect(LoraNull(rank=1)), InputCovariance("knowledge")
+    value = wanted.view(made.targets()[0])[knowledge]
+    gone, kept = StatStore(made.folder).use.remove(lambda _: True)
+    assert (len(gone), len(kept)) == (0, 8)
+    del wanted
+    gone, kept = StatStore(made.folder).use.remove(lambda _: True)
+    assert (len(gone), len(kept)) == (8, 0)
+    assert torch.equal(made.collect(LoraNull(rank=1)).view(made.targets()[0])[knowledge], value)
