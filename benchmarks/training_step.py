@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeptune.adapter.install import install
 from keeptune.core.plan import Decision, Plan, TargetPlan
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.methods.lora_null import null_factors
 from keeptune.model.blocks import find_targets
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from keeptune import atlas
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.data.calibration import tokenize_calibration
 from keeptune.methods.base import make_plan
 from keeptune.methods.lora_null import LoraNull

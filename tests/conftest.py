@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import platformdirs
 import pytest
 import torch
 
@@ -30,3 +32,20 @@ def small_pages() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "plotly_source", lambda: "/* plotly.js */")
         yield
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bfloat16: of KEEPTUNE_MODELS, or downloaded once into the user's cache."""
+    from keeptune.core.artefact import atomic_directory
+    from keeptune.core.locks import locked
+    from studies.models import save_model
+
+    models = Path(os.environ.get("KEEPTUNE_MODELS") or platformdirs.user_cache_path("keeptune") / "models")
+    folder = models / "smollm2"
+    if not folder.is_dir():
+        with locked(models / "smollm2.lock"):
+            if not folder.is_dir():
+                with atomic_directory(folder) as fresh:
+                    save_model("smollm2", fresh)
+    return folder

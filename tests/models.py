@@ -28,7 +28,8 @@ from transformers import (
 from keeptune.adapter.install import trained_state
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
-from keeptune.core.target import Target, read_weight
+from keeptune.core.target import Target
+from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.methods.base import Method, make_plan
 from keeptune.model.blocks import body, find_targets, head_of

@@ -14,7 +14,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 from keeptune.adapter.export import ExportOptions, export
 from keeptune.adapter.install import install
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.model.pretrained import load_model
 
 

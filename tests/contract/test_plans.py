@@ -17,7 +17,8 @@ from torch import Tensor
 from keeptune.core.errors import ArtefactError, PlanError, StatisticsError
 from keeptune.core.plan import Plan
 from keeptune.core.plan_differences import differences
-from keeptune.core.target import Target, read_weight
+from keeptune.core.target import Target
+from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.linalg.decompositions import bottom_eigenvectors
 from keeptune.methods.base import make_plan, methods

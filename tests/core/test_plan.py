@@ -14,7 +14,8 @@ from keeptune.core.errors import ArtefactError, PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.core.plan_differences import differences
-from keeptune.core.target import Target, read_weight
+from keeptune.core.target import Target
+from keeptune.core.weights import read_weight
 
 
 def target(name: str = "model.layers.0.mlp.up_proj", m: int = 6, n: int = 5) -> Target:

@@ -12,7 +12,7 @@ from keeptune.adapter.export import write_merged
 from keeptune.adapter.install import check_frozen, install, lora_layer, trained_names, trained_state
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.methods.dora import Dora
 from keeptune.methods.lora import Lora
 from keeptune.model.head import Head

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Decision, Plan, TargetPlan
-from keeptune.core.target import Target, read_weight
+from keeptune.core.target import Target
+from keeptune.core.weights import read_weight
 from keeptune.linalg.rank_budget import clipped_shares, exact_shares
 from keeptune.methods.corda import Corda
 from keeptune.methods.farss import Farss

@@ -13,7 +13,8 @@ from keeptune.adapter.install import install, lora_layer, trained_state
 from keeptune.adapter.trained_change import change_of
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
-from keeptune.core.target import Target, read_weight
+from keeptune.core.target import Target
+from keeptune.core.weights import read_weight
 from keeptune.methods.kasa import Kasa, dropped_part
 from keeptune.penalties.kasa_regularizers import KasaRegularizers, Regularizer, orthogonality, regularizers
 from keeptune.training.penalty_engine import Penalties

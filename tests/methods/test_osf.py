@@ -13,7 +13,7 @@ from keeptune.adapter.install import install, lora_layer, trained_state
 from keeptune.adapter.special_layers import subspace_change
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.methods.osf import Osf
 
 

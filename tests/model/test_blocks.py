@@ -10,7 +10,7 @@ from tests.models import MODELS
 from torch import nn
 
 from keeptune.core.errors import ModelError, PlanError
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.model.blocks import body, find_targets, roles_of
 
 ROLES = {

@@ -14,7 +14,7 @@ from tests.models import MODELS, Bench, inputs_of, task, train_steps
 from keeptune.adapter.install import install, trained_state
 from keeptune.core.errors import KeeptuneError, PlanError
 from keeptune.core.plan import Plan
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora
 from keeptune.penalties.base import conclusions, penalty_named

@@ -14,7 +14,7 @@ from tests.models import MODELS, Bench, task, train_steps
 from keeptune.adapter.install import install, trained_state
 from keeptune.core.errors import KeeptuneError, PlanError, StatisticsError
 from keeptune.core.plan import Plan
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.methods.lora import Lora
 from keeptune.methods.pissa import Pissa
 from keeptune.model.head import body_fingerprint

@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerFast
 from keeptune.adapter.special_layers import biases_are_no_shards
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import DataError, ExportError, ModelError, RecipeError
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import load_model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keeptune.adapter.install import held_parameters
 from keeptune.core.plan import Plan
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.penalties.kasa_regularizers import KasaRegularizers
 from keeptune.penalties.l2 import L2
 

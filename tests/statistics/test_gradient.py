@@ -13,7 +13,7 @@ from tests.reference.gradient_reference import rows_of
 from torch import Tensor
 
 from keeptune.core.errors import StatisticsError
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.linalg.decompositions import exact_svd
 from keeptune.model.runner import Runner

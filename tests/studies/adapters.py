@@ -13,7 +13,7 @@ from tests.models import Saved
 from torch import Tensor
 
 from keeptune.core.errors import KeeptuneError
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.model.blocks import find_targets
 
 LORA_KINDS: dict[str, dict[str, Any]] = {

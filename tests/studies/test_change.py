@@ -17,7 +17,7 @@ from torch import Tensor
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ModelError, PlanError, RecipeError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import load_model
 from keeptune.studies.change import change, weight_changes

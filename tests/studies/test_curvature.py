@@ -16,7 +16,7 @@ from torch import Tensor
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ArtefactError, ModelError, RecipeError
 from keeptune.core.plan import Plan
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.linalg.symmetric import Dense, Identity, PsdMatrix, psd_matrix_from
 from keeptune.model.pretrained import load_model
 from keeptune.pipeline.run import run

@@ -19,6 +19,7 @@ from keeptune.adapter.trained_head import head_names, keep_precise, put_head, ta
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.target import TRAINED_TENSORS, TensorName
+from keeptune.core.weights import weight_shape
 
 
 def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> PreTrainedModel | PeftModel:
@@ -174,11 +175,10 @@ def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
         target = target_plan.target
         shape = (target.out_features, target.in_features)
         try:
-            weight: Any = model.get_submodule(target.name).weight
-            stored = tuple(weight.shape)
+            stored = weight_shape(model.get_submodule(target.name))
         except AttributeError:
             stored = None
-        if stored != (shape[::-1] if target.transposed else shape):
+        if stored != shape:
             raise PlanError(
                 f"install, target {target.name}",
                 got="no such module" if stored is None else f"a weight of shape {stored}",

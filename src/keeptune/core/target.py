@@ -1,13 +1,10 @@
-"""Target: one linear map y = W x + b of a model, its weight, and the tensors that a method can train there."""
+"""Target: one linear map y = W x + b of a model, and the tensors that a method can train there."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
 
 TensorName = str
 
@@ -40,14 +37,6 @@ class Target:
     def max_rank(self) -> int:
         """The largest rank a change of this target can have."""
         return min(self.out_features, self.in_features)
-
-
-def read_weight(model: nn.Module, target: Target) -> Tensor:
-    """Returns a copy of ``W``, ``(out_features, in_features)``, float32, on the weight's device."""
-    weight = model.get_submodule(target.name).weight
-    assert isinstance(weight, Tensor)
-    matrix = weight.detach().T if target.transposed else weight.detach()
-    return matrix.to(torch.float32, copy=True).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from keeptune.core.errors import ModelError, PlanError, nearest
 from keeptune.core.target import Target
+from keeptune.core.weights import weight_shape
 
 _log = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -201,10 +202,7 @@ def _warn_of_fused_experts(model: PreTrainedModel) -> None:
 
 
 def _target(name: str, module: nn.Module, role: str, group: str) -> Target:
-    transposed = isinstance(module, Conv1D)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    out_features, in_features = weight.T.shape if transposed else weight.shape
+    out_features, in_features = weight_shape(module)
     return Target(
         name=name,
         layer=_block_of(name)[1],
@@ -212,8 +210,8 @@ def _target(name: str, module: nn.Module, role: str, group: str) -> Target:
         out_features=out_features,
         in_features=in_features,
         input_group=group,
-        transposed=transposed,
-        bias=module.bias is not None,
+        transposed=isinstance(module, Conv1D),
+        bias=getattr(module, "bias", None) is not None,
     )
 
 

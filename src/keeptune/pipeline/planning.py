@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, PenaltyPlan, Plan, TargetPlan
-from keeptune.core.target import Target, read_weight
+from keeptune.core.target import Target
+from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.methods.base import Method, make_plan
 from keeptune.methods.combined import parts_of, tuned_roles

@@ -26,7 +26,8 @@ from keeptune.adapter.load import SIDECAR, check_base, load_adapter
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.target import Target, read_weight
+from keeptune.core.target import Target
+from keeptune.core.weights import read_weight
 from keeptune.linalg.rescaled import Rescaled
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
@@ -198,8 +199,7 @@ def _from_layers(layers: Mapping[str, Any], model: PreTrainedModel, targets: Ite
         if layer is None:
             yield target, read_weight(model, target), None
             continue
-        stored = layer.get_base_layer().weight.detach()
-        W = (stored.T if target.transposed else stored).float()
+        W = read_weight(model, target)
         factors = LowRank(layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach())
         change = factors.to(torch.float64).scaled(layer.scaling["default"])
         if "default" in layer.lora_variant:

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from keeptune.core.low_rank import LowRank
-from keeptune.core.target import Target, read_weight
+from keeptune.core.target import Target
+from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import Runner

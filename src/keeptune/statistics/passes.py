@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from keeptune.core.target import Target, read_weight
+from keeptune.core.target import Target
+from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch
 from keeptune.model.runner import Runner, Taps
 from keeptune.model.summed_loss import Labels

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.linalg.decompositions import top_energy
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import LoadOptions, load_model, refuse_not_finite

@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig
 from keeptune import atlas
 from keeptune.adapter.install import install
 from keeptune.core.plan import Plan
-from keeptune.core.target import read_weight
+from keeptune.core.weights import read_weight
 from keeptune.methods.base import make_plan
 from keeptune.methods.lora import Lora
 from keeptune.model.blocks import find_targets
