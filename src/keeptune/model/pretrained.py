@@ -1,7 +1,9 @@
-"""Loads a base model and its tokenizer from a folder or the hub: safetensors only, remote code only where allowed."""
+"""Loads a base model and its tokenizer from a folder, the hub or a GGUF file: remote code only where allowed."""
 
 from __future__ import annotations
 
+import logging
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from keeptune.core.errors import ModelError
 from keeptune.model.blocks import head_of, positions
+from keeptune.model.gguf import check_gguf, gguf_error, is_gguf, place_of
 from keeptune.model.head import Head
+
+_log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -56,7 +62,12 @@ _DEFAULTS = LoadOptions()
 
 
 def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
-    """Loads a causal language model or a sequence classifier, from a folder or the hub, in evaluation mode.
+    """Loads a causal language model or a sequence classifier, in evaluation mode.
+
+    Args:
+        name: A folder, a hub id, or a GGUF file (``folder/file.gguf``, on the hub ``org/name/file.gguf``), which is
+            dequantised; the log says so.
+        options: How.
 
     Raises:
         ModelError: There is no such model, its safetensors weights are missing, incomplete or damaged, or it
@@ -65,23 +76,28 @@ def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
     _check_folder(name, options.allow_pickle)
     head = options.head
     kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+    place, file = place_of(name)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0 if head is None else head.seed)
             model, info = kind.from_pretrained(
-                _expanded(name),
+                place,
                 dtype=options.dtype,
                 use_safetensors=None if options.allow_pickle else True,
                 output_loading_info=True,
                 **options.source,
+                **file,
+                **({"quantization_config": GgufConfig(dequantize=True)} if file else {}),
                 **({} if head is None else head.config),
             )
     # RuntimeError: weights of other shapes than the config says.
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, struct.error) as error:
         raise _cannot_load(name, error) from error
+    if file:
+        _log.info("model %s: dequantised from GGUF to %s, %.2g GB", name, model.dtype, model.get_memory_footprint() / 1e9)
     _check_missing(name, info["missing_keys"], model, head)
     if head is not None and not info["missing_keys"]:
-        _check_labels(name, head, AutoConfig.from_pretrained(_expanded(name), **options.source))
+        _check_labels(name, head, AutoConfig.from_pretrained(place, **file, **options.source))
     loaded: PreTrainedModel = model.to(options.device).eval()
     return loaded
 
@@ -120,15 +136,16 @@ def load_positions(name: str, options: LoadOptions = _DEFAULTS) -> int | None:
         ModelError: There is no such model, or it brings code that was not allowed.
     """
     _check_folder(name, allow_pickle=True)
+    place, file = place_of(name)
     try:
-        config = AutoConfig.from_pretrained(_expanded(name), **options.source)
+        config = AutoConfig.from_pretrained(place, **file, **options.source)
         if options.head is None:
             limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
             return limit
         with torch.device("meta"):
             trusted = options.trust_remote_code
             model: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, struct.error) as error:
         raise _cannot_load(name, error) from error
     return positions(model)
 
@@ -157,10 +174,13 @@ def load_tokenizer(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedTok
     Raises:
         ModelError: There is no tokenizer, or it has neither a padding nor an end token.
     """
+    if is_gguf(name):
+        check_gguf(name)
+    place, file = place_of(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_expanded(name), **options.source, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(place, **file, **options.source, use_fast=True)
     # KeyError and TypeError: a tokenizer.json of another form.
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, struct.error) as error:
         raise _cannot_load(name, error) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -176,6 +196,9 @@ def load_tokenizer(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedTok
 
 
 def _check_folder(name: str, allow_pickle: bool) -> None:
+    if is_gguf(name):
+        check_gguf(name)
+        return
     folder = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if not folder.is_dir():
@@ -206,15 +229,13 @@ def _check_folder(name: str, allow_pickle: bool) -> None:
         )
 
 
-def _expanded(name: str) -> str:
-    return str(Path(name).expanduser()) if name.startswith("~") else name
-
-
 def _is_plain_hub_name(name: str) -> bool:
     return "/" not in name and not name.startswith((".", "~"))
 
 
 def _cannot_load(name: str, error: Exception) -> ModelError:
+    if is_gguf(name) and not isinstance(error, OSError):  # not the network
+        return gguf_error(name, error)
     text: Any = str(error).strip().split("\n")[0]
     if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in text:
         text = "the weights have other shapes than config.json says"

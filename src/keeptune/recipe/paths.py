@@ -67,9 +67,9 @@ def resolve_file(name: str, folder: Path = Path(), fetch: Fetch = hub.fetch) -> 
 
 
 def resolve_model(name: str, folder: Path = Path()) -> str:
-    """Returns the path, or the hub id, of the model that a name stands for: ``atlas``, a folder or a hub id."""
+    """Returns the path or hub id of the model that a name stands for: ``atlas``, a folder, a GGUF file or a hub id."""
     if name == "atlas":
         return str(atlas.model_path())
     path = Path(name).expanduser()
     beside = folder / path
-    return str(beside.absolute()) if not path.is_dir() and beside.is_dir() else name
+    return str(beside.absolute()) if not path.exists() and beside.exists() else name

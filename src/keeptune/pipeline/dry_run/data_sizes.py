@@ -64,10 +64,10 @@ class Lengths:
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        folder = Path(self.job.recipe.model).expanduser()
-        if not folder.is_dir():
+        model = Path(self.job.recipe.model).expanduser()
+        if not model.exists():
             return None
-        return load_tokenizer(str(folder), LoadOptions(trust_remote_code=self.job.recipe.trust_remote_code))
+        return load_tokenizer(str(model), LoadOptions(trust_remote_code=self.job.recipe.trust_remote_code))
 
     def _counts(self, texts: Sequence[str], most: int) -> list[int]:
         if self._tokenizer is None or not texts:

@@ -139,6 +139,8 @@ class _Account:
         if folder.is_dir():
             size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             return Need("model", name, at_hand=True, size=size, revision=revision)
+        if folder.is_file():
+            return Need("model", name, at_hand=True, size=folder.stat().st_size)
         # On the hub weights are in the dtype of the config, whatever that of the recipe.
         cached = self.shape.source == "the hub's cache"
         return Need("model", name, at_hand=cached, size=self.shape.stored, revision=revision)

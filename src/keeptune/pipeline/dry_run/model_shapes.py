@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from keeptune.core.errors import ModelError
 from keeptune.core.target import Target
 from keeptune.model.blocks import depth, find_targets, head_of, positions
 from keeptune.model.down_projections import down_projections
+from keeptune.model.gguf import check_gguf, gguf_error, place_of
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
@@ -70,7 +72,7 @@ class ModelShape:
     """Shape of a model, as estimates need it; the letters are the symbols of ``estimate.py``."""
 
     name: str  # the folder or hub id
-    source: str  # of the shape: ``config.json``, ``the hub's cache`` or ``known shapes``
+    source: str  # of the shape: ``config.json``, ``a GGUF file``, ``the hub's cache`` or ``known shapes``
     dtype: str  # of the weights as they would be loaded
     stored: int  # bytes of the weights' files, in the dtype of the config
     parameters: int  # P, a classifier's head among them
@@ -127,7 +129,7 @@ def model_shape(
     """Returns a model's shape without fetching anything.
 
     Args:
-        name: A folder, or a hub id: its config in the hub's cache, else what is known of it.
+        name: A folder, a GGUF file, or a hub id: its config in the hub's cache, else what is known of it.
         dtype: ``"auto"`` takes that of the config.
         revision: Branch, tag or commit on the hub.
         labels: Outputs of a classifier's head; None for a causal language model.
@@ -167,15 +169,21 @@ def model_shape(
 
 def _config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str]:
     folder = Path(name).expanduser()
+    place, file = place_of(str(folder) if folder.is_dir() else name)
+    if file:
+        check_gguf(name)
     try:
         config = AutoConfig.from_pretrained(
-            str(folder) if folder.is_dir() else name,
+            place,
+            **file,
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
         )
-        return config, "config.json" if folder.is_dir() else "the hub's cache"
-    except (OSError, ValueError, ImportError) as error:
+        return config, "a GGUF file" if file else "config.json" if folder.is_dir() else "the hub's cache"
+    except (OSError, ValueError, ImportError, struct.error) as error:
+        if file and not isinstance(error, OSError):
+            raise gguf_error(name, error) from error
         if name in MODELS and not folder.is_dir():
             values = dict(MODELS[name])
             return AutoConfig.for_model(values.pop("model_type"), **values), "known shapes"
