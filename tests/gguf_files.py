@@ -62,7 +62,9 @@ def _tokens(size: int) -> list[str]:
     return (letters + [f"word{index}" for index in range(size)])[:size]
 
 
-def write_gguf(model: PreTrainedModel, path: Path, *, q8: bool = False, architecture: str = "llama") -> dict[str, Tensor]:
+def write_gguf(
+    model: PreTrainedModel, path: Path, *, q8: bool = False, architecture: str = "llama"
+) -> dict[str, Tensor]:
     """Write a Llama with a tokenizer of characters, and return its weights as they are in the file.
 
     Args:

@@ -94,7 +94,9 @@ def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, struct.error) as error:
         raise _cannot_load(name, error) from error
     if file:
-        _log.info("model %s: dequantised from GGUF to %s, %.2g GB", name, model.dtype, model.get_memory_footprint() / 1e9)
+        _log.info(
+            "model %s: dequantised from GGUF to %s, %.2g GB", name, model.dtype, model.get_memory_footprint() / 1e9
+        )
     _check_missing(name, info["missing_keys"], model, head)
     if head is not None and not info["missing_keys"]:
         _check_labels(name, head, AutoConfig.from_pretrained(place, **file, **options.source))
