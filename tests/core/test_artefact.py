@@ -305,3 +305,26 @@ def test_has_key_holds_only_for_a_whole_record_of_that_key(tmp_path: Path) -> No
     for damaged in ('{"other": 1}', "[1]", '{"key": "a"'):
         path.write_text(damaged, encoding="utf-8")
         assert not has_key(path, "a")
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o022])
+def test_files_and_folders_have_the_modes_that_the_umask_leaves(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_directory(tmp_path / "folder") as fresh:
+            write_json(fresh / "record.json", {})
+        with atomic_directory(tmp_path / "folder") as fresh:
+            write_json(fresh / "record.json", {"again": True})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (tmp_path / "folder/record.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("token", ["hf_" + "aB3" * 10, "sk-proj-" + "aB3" * 10, "github_pat_" + "aB3" * 8])
+def test_no_access_token_is_written(token: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "record.json", {"url": f"https://user:{token}@hub", "task": "disk-labelling-of-everything"})
+    written = (tmp_path / "record.json").read_text(encoding="utf-8")
+    assert token[8:] not in written
+    assert "***@hub" in written
+    assert "disk-labelling-of-everything" in written

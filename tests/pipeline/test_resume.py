@@ -29,7 +29,7 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.run import export_stage, plan_stage, run, train_stage
 from keeptune.pipeline.scoring import evaluate_stage
-from keeptune.training.trainer import last_complete_checkpoint
+from keeptune.training.checkpoints import last_complete_checkpoint
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"method": METHODS["lora"]},
@@ -205,6 +205,11 @@ def test_the_anchor_is_active_again_after_resume(whole: Any, tmp_path: Path, mon
         ("optimizer.pt", 0.7),
         ("rng_state.pth", 0.7),
         ("rng_state.pth", -1.0),
+        ("optimizer.pt", -1.0),
+        ("scheduler.pt", -1.0),
+        ("optimizer.pt", 1.0),
+        ("adapter_model.safetensors", 1.0),
+        ("checksums.json", -1.0),
     ],
 )
 def test_damaged_checkpoints_are_removed_and_the_older_used(
@@ -217,12 +222,16 @@ def test_damaged_checkpoints_are_removed_and_the_older_used(
     damaged = folder / "checkpoint-4" / file
     if kept < 0:
         damaged.unlink()
+    elif kept == 1:  # one bit
+        data = bytearray(damaged.read_bytes())
+        data[len(data) // 2] ^= 1
+        damaged.write_bytes(data)
     else:
         os.truncate(damaged, int(damaged.stat().st_size * kept))
     (folder / "checkpoint-notes").mkdir()
     assert last_complete_checkpoint(folder) == folder / "checkpoint-2"
     assert not (folder / "checkpoint-4").exists()
-    assert "checkpoint-4 was not written to its end" in caplog.text
+    assert "checkpoint-4 is not as it was written, or not to its end" in caplog.text
 
 
 def test_killed_while_a_checkpoint_is_written(whole: Any, tmp_path: Path) -> None:
@@ -307,7 +316,7 @@ def test_killed_in_a_stage_leaves_the_old_result_or_none(
     old = {p: p.read_bytes() for p in (output / stage).rglob("*") if p.is_file()}
     last = {
         "plan": "keeptune.core.plan.write_json",
-        "adapter": "keeptune.adapter.export.write_bytes",
+        "adapter": "keeptune.adapter.export.write_text",
         "evaluation": "keeptune.pipeline.cache.write_json",
     }
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -117,8 +117,9 @@ def test_bytes_repeat(full: dict[str, Any], page: str, tmp_path: Path) -> None:
 
 
 def test_unwritable_path_is_an_artefact_error(minimal: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="absent"):
-        write_html(minimal, tmp_path / "absent" / "report.html")
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(ArtefactError, match="report.html"):
+        write_html(minimal, tmp_path / "report.html")
 
 
 def test_malformed_report_leaves_the_old_file(minimal: dict[str, Any], tmp_path: Path) -> None:

@@ -89,8 +89,22 @@ def test_defaults(tmp_path: Path) -> None:
 def test_mixed_precision_follows_the_base_unless_told(tmp_path: Path) -> None:
     assert sft_config({}, tmp_path, dtype=torch.bfloat16, device="cpu").bf16 is True
     assert sft_config({"bf16": False}, tmp_path, dtype=torch.bfloat16, device="cpu").bf16 is False
-    made = sft_config({"fp16": True}, tmp_path, dtype=torch.bfloat16, device="cpu")
+    made = sft_config({"fp16": True, "use_cpu": True}, tmp_path, dtype=torch.bfloat16, device="cuda")
     assert (made.bf16, made.fp16) == (False, True)
+    with pytest.raises(RecipeError, match=r"train\.fp16: got true on a CPU"):
+        sft_config({"fp16": True}, tmp_path, dtype=torch.bfloat16, device="cpu")
+
+
+def test_a_recipe_holds_no_secret(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.hub_token: got a secret") as caught:
+        check_arguments({"hub_token": "hf_" + "a" * 30})
+    assert "aaa" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
+def test_a_seed_is_one_that_all_libraries_take(seed: int) -> None:
+    with pytest.raises(RecipeError, match=r"train\.seed"):
+        check_arguments({"seed": seed})
 
 
 def test_overrides_and_numbers_in_quotes(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from keeptune.adapter.trained_change import (
     written_rank,
 )
 from keeptune.adapter.trained_head import labels_of
-from keeptune.core.artefact import atomic_directory, write_bytes, write_json
+from keeptune.core.artefact import atomic_directory, write_json, write_text
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
 
@@ -181,7 +181,7 @@ def export(
         serve = _serve_line(plan, format, written.rank, base, folder, labels)
         done = Exported(str(folder), format, written.rank, gap.gap, gap.relative, bound, serve, note, written.error)
         write_json(fresh / SIDECAR, _sidecar(plan, base, done, labels))
-        write_bytes(fresh / "README.md", _card(plan, base, done, labels).encode())
+        write_text(fresh / "README.md", _card(plan, base, done, labels))
     return done
 
 

@@ -13,8 +13,9 @@ import hashlib
 import json
 import logging
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from keeptune.core.errors import ArtefactError
 
 _log = logging.getLogger(__name__)
 _DISK_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+_PLACE_CODES = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 # safetensors reports the operating system's error only in its text, torch.save not even there.
 _DISK_TEXTS = (
     "No space left",
@@ -39,6 +41,7 @@ _DISK_TEXTS = (
     "unexpected pos",
     "iostream error",
 )
+_TOKEN = re.compile(r"\b(hf_|api_org_|sk-|ghp_|github_pat_|glpat-|xox[bp]-|AKIA)[\w-]{16,}")
 _NOT_THE_FUNCTION = (  # config fields that do not change what a model computes of given tokens
     {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "return_dict", "use_cache"}
     | {"id2label", "label2id", "problem_type", "task_specific_params"}
@@ -98,7 +101,8 @@ def file_fingerprint(paths: Iterable[Path]) -> str:
     """Returns the SHA-256 of files' bytes, in the order given, whatever their names."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -108,7 +112,15 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in _DISK_CODES and not any(text in str(error) for text in _DISK_TEXTS):
+        code = getattr(error, "errno", None)
+        if code in _PLACE_CODES:
+            raise ArtefactError(
+                str(getattr(error, "filename2", None) or getattr(error, "filename", None) or path),
+                got=os.strerror(code),
+                wanted="a place for a file or folder of keeptune's",
+                next_step="Remove or rename what stands there, or choose another output.",
+            ) from error
+        if code not in _DISK_CODES and not any(text in str(error) for text in _DISK_TEXTS):
             raise
         raise ArtefactError(
             str(path),
@@ -123,23 +135,29 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, and makes its folder."""
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        fresh = _beside(path)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with fresh.open("xb") as file:  # unlike tempfile's, with the modes that the user's umask leaves
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
+            fresh.replace(path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            fresh.unlink(missing_ok=True)
             raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text whole or not at all, without what looks like an access token.
+
+    Law: no file of keeptune's own that is text holds a token of the hub, of a tracker or of a model provider.
+    """
+    write_bytes(path, _TOKEN.sub(lambda match: f"{match.group(1)}***", text).encode())
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes readable JSON whole or not at all."""
-    text = json.dumps(json.loads(canonical_json(value)), indent=2, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
+    write_text(path, json.dumps(json.loads(canonical_json(value)), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
@@ -188,8 +206,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that takes a folder's place at the end, whole or not at all."""
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = _folder_beside(path, "")
-        fresh.chmod(0o755)
+        fresh = _beside(path)
+        fresh.mkdir()
         try:
             yield fresh
             if path.exists():
@@ -208,13 +226,14 @@ def remove_leftovers(path: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _folder_beside(path: Path, mark: str) -> Path:
-    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{mark}"))
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def _exchange(fresh: Path, path: Path) -> None:
     """Replaces a folder by another; when that fails, the old one is put back."""
-    beside = _folder_beside(path, "old.")
+    beside = _beside(path)
+    beside.mkdir()
     old = beside / path.name
     try:
         path.replace(old)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keeptune.adapter.load import SIDECAR, refuse_foreign
-from keeptune.core.artefact import atomic_directory, canonical_json, read_json, write_bytes, write_json
+from keeptune.core.artefact import atomic_directory, canonical_json, read_json, write_json, write_text
 from keeptune.core.errors import ArtefactError, RecipeError, nearest
 from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.experiments.axes import Axis, forgotten_of, unit_of
@@ -250,4 +250,4 @@ def _write_card(best: Path, run: Path, row: Row, choice: Choice) -> None:
     text = model_card(
         entry | {"notes": [*notes, *entry["notes"]]}, read_json(best / SIDECAR), read_json(run / "recipe.json")
     )
-    write_bytes(best / "README.md", text.encode())
+    write_text(best / "README.md", text)

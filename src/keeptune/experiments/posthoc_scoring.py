@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.probe import BOUNDS, gap_to, logits_of, random_probe
-from keeptune.core.artefact import atomic_directory, content_key, read_json, write_bytes, write_json, write_tensors
+from keeptune.core.artefact import atomic_directory, content_key, read_json, write_json, write_tensors, write_text
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
@@ -122,7 +122,7 @@ def copy_result(folder: Path, fresh: Path, output: Path, *, weights: bool = True
     was = read_json(folder / SIDECAR)["export"]["folder"]
     for name in (SIDECAR, "README.md"):
         text = (fresh / name).read_text(encoding="utf-8")
-        write_bytes(fresh / name, text.replace(was, str(output)).encode())
+        write_text(fresh / name, text.replace(was, str(output)))
 
 
 def _write_weights(job: Job, pair: ModelPair, folder: Path, fresh: Path, variant: Variant) -> Any:

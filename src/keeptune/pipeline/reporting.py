@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.adapter.load import SIDECAR
-from keeptune.core.artefact import canonical_json, read_json, write_bytes, write_json
+from keeptune.core.artefact import canonical_json, read_json, write_json, write_text
 from keeptune.core.errors import ArtefactError
 from keeptune.evaluation.results import references_by_seed, trade_off
 from keeptune.pipeline.finished import FinishedRun
@@ -92,7 +92,7 @@ def _write_card(run: FinishedRun, entry: Mapping[str, Any]) -> None:
     text = model_card(entry, read_json(run.result / SIDECAR), run.recipe)
     card = run.result / "README.md"
     if not card.is_file() or not same_but_versions(card.read_text(encoding="utf-8"), text):
-        write_bytes(card, text.encode())
+        write_text(card, text)
 
 
 def _extras(runs: Sequence[FinishedRun], entries: Sequence[dict[str, Any]], output: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ _WANTED = {
     False: "a field of Transformers' TrainingArguments, or max_length",
 }
 _SCALARS = {int, float, bool, str, type(None)}
+_SEEDS = 2**32 - 1  # NumPy's
 _LEAST = {
     "seed": 0,
     "learning_rate": 0,
@@ -56,6 +57,13 @@ def check_arguments(arguments: Mapping[str, Any], kind: type[TrainingArguments] 
                 wanted=_WANTED[kind is SFTConfig],
                 next_step=f"Use `{_OURS[key]}` instead.",
             )
+        if key in ("hub_token", "push_to_hub_token") and value is not None:
+            raise RecipeError(
+                where,
+                got="a secret",
+                wanted="none: recipes are copied into records, cards and reports",
+                next_step="Log in with `hf auth login`, or set HF_TOKEN in the environment.",
+            )
         if key not in known:
             hint = nearest(str(key), known).split(" Known")[0]
             raise RecipeError(where, got="an unknown key", wanted=_WANTED[kind is SFTConfig], next_step=hint)
@@ -68,7 +76,8 @@ def _check_value(key: str, value: Any, hint: Any) -> Any:
     if not _SCALARS.issuperset(kinds):
         return value
     if key in _LEAST:
-        hint = Annotated[hint, Field(ge=_LEAST[key], allow_inf_nan=False)]
+        most = _SEEDS if key.endswith("seed") else None
+        hint = Annotated[hint, Field(ge=_LEAST[key], le=most, allow_inf_nan=False)]
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
@@ -107,6 +116,13 @@ def sft_config(
         "dataloader_pin_memory": device != "cpu",
         "max_length": min(1024, positions or 1024),
     }
+    if device == "cpu" and checked.get("fp16"):
+        raise RecipeError(
+            "train.fp16",
+            got="true on a CPU, where Transformers ignores it",
+            wanted="bf16, or float32",
+            next_step="Set `train: {bf16: true}`, or leave fp16 out.",
+        )
     if not {"gradient_checkpointing", "activation_checkpointing"} & checked.keys():
         defaults["activation_checkpointing"] = False
     try:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from keeptune.core.artefact import write_text
 from keeptune.report.comparisons import Scales, cost, labels_of, setting_rows
 from keeptune.report.figures.fronts import write_figures
 from keeptune.report.numbers import ends, listing, number
 from keeptune.report.pages.comparison_charts import fronts, hypervolumes
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
-from keeptune.report.pages.page import complete, render, write_page
+from keeptune.report.pages.page import complete, render
 from keeptune.report.pages.parts import Bar, Grid, bar
 from keeptune.report.pages.repeat import repeat
 
@@ -28,7 +29,7 @@ def write_comparison(runs: Mapping[str, Any], front: Front, path: str | os.PathL
     Raises:
         ArtefactError: A record lacks something, or a file cannot be written.
     """
-    write_page(render_comparison(runs, front), path)
+    write_text(Path(path), render_comparison(runs, front))
     write_figures(runs, front, Path(path).parent / "figures")
 
 

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,27 +77,6 @@ def island(value: Any) -> str:
 def plotly_source() -> str:
     """Returns plotly.js from the installed Python package."""
     return _script(pkgutil.get_data("plotly", "package_data/plotly.min.js"), "plotly.js")
-
-
-def write_page(text: str, path: str | os.PathLike[str]) -> None:
-    """Writes a page, replacing the file in one step.
-
-    Raises:
-        ArtefactError: The file cannot be written.
-    """
-    target = Path(path)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(target)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise ArtefactError(
-            str(target),
-            got=error.strerror or type(error).__name__,
-            wanted="a file that can be written",
-            next_step="Choose a path in a folder that exists and that you may write to.",
-        ) from error
 
 
 def _source(name: str) -> str:

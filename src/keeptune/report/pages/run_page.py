@@ -6,13 +6,15 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from keeptune.core.artefact import write_text
 from keeptune.report.estimates import methods
 from keeptune.report.numbers import listing
 from keeptune.report.pages import layer_charts, run_charts, run_tables
 from keeptune.report.pages.charts import MANY, Chart
-from keeptune.report.pages.page import render, write_page
+from keeptune.report.pages.page import render
 from keeptune.report.pages.verdict import method_sentences, verdict
 from keeptune.report.records import Report, ReportLike, as_report
 from keeptune.report.tables.comparison_table import comparison_columns
@@ -33,7 +35,7 @@ def write_html(report: ReportLike, path: str | os.PathLike[str], extras: Mapping
     Raises:
         ArtefactError: The report is malformed or the file cannot be written.
     """
-    write_page(render_html(report, extras), path)
+    write_text(Path(path), render_html(report, extras))
 
 
 def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> str:

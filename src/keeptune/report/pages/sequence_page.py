@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
+from keeptune.core.artefact import write_text
 from keeptune.core.intervals import lower_is_better
 from keeptune.report.figures.drawing import save
 from keeptune.report.figures.stage_matrix import matrix_figure, stages_figure
 from keeptune.report.numbers import count, duration, gap, interval_text, number, signed
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
-from keeptune.report.pages.page import complete, render, write_page
+from keeptune.report.pages.page import complete, render
 from keeptune.report.pages.parts import Bar, Grid, bar
 from keeptune.report.pages.repeat import repeat
 from keeptune.report.pages.sequence_charts import course, lines, losses, matrices
@@ -26,7 +27,7 @@ def write_sequence(record: Record, path: str | os.PathLike[str]) -> None:
     Raises:
         ArtefactError: The record lacks something, or a file cannot be written.
     """
-    write_page(render_sequence(record), path)
+    write_text(Path(path), render_sequence(record))
     save({"matrix": matrix_figure(record), "stages": stages_figure(record)}, Path(path).parent / "figures")
 
 
