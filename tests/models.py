@@ -14,13 +14,19 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -123,6 +129,65 @@ def roberta(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> 
     return _seeded(RobertaForSequenceClassification, config, seed, dtype)
 
 
+_SMALL_MIXTURE = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def qwen3_moe(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
+    """Experts in two parameters for each block: (4, 48, 32) for gate and up, (4, 32, 24) for down."""
+    config = Qwen3MoeConfig(
+        **_SMALL_MIXTURE, num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=24, **extra
+    )
+    return _seeded(Qwen3MoeForCausalLM, config, seed, dtype)
+
+
+def gpt_oss(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
+    """Experts stored as (n, m), gate and up in turn, with biases: (4, 32, 48) and (4, 24, 32)."""
+    config = GptOssConfig(
+        **_SMALL_MIXTURE,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        intermediate_size=24,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **extra,
+    )
+    return _seeded(GptOssForCausalLM, config, seed, dtype)
+
+
+def deepseek(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
+    """A dense block below one of four routed experts and a shared one; attention through narrow maps."""
+    config = DeepseekV3Config(
+        **_SMALL_MIXTURE,
+        num_key_value_heads=4,
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        **extra,
+    )
+    return _seeded(DeepseekV3ForCausalLM, config, seed, dtype)
+
+
+MIXTURES: dict[str, Factory] = {"qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss, "deepseek": deepseek}
 MODELS: dict[str, Factory] = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "roberta": roberta}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
 
 Scope = Literal["adapter", "subspace", "all"]
 _FORMAT = 1
+_UNNAMED: Mapping[str, object] = {"bias": False, "expert": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ class Plan:
         provenance: Keys of what the plan was made from: model, data, statistics, versions.
 
     Raises:
-        PlanError: An adapter plan has no target.
+        PlanError: An adapter plan has no target, or experts of one parameter differ in what PEFT has one of.
     """
 
     method: str
@@ -148,6 +149,17 @@ class Plan:
                 wanted="at least one",
                 next_step="Check the recipe's targets and ranks.",
             )
+        for parameter, experts in self.experts.items():
+            _check_alike(parameter, experts)
+
+    @property
+    def experts(self) -> dict[str, list[TargetPlan]]:
+        """The planned experts of each parameter that holds several, by the parameter's name."""
+        found: dict[str, list[TargetPlan]] = {}
+        for t in self.targets:
+            if t.target.expert is not None:
+                found.setdefault(t.target.parameter, []).append(t)
+        return found
 
     @property
     def key(self) -> str:
@@ -244,8 +256,8 @@ class Plan:
     def _record(self) -> dict[str, Any]:
         rows = [
             {
-                # Named only where it is so: plans of before there was a bias keep their keys.
-                "target": {k: v for k, v in asdict(t.target).items() if k != "bias" or v},
+                # Named only where they are so: plans of before there was a bias or an expert keep their keys.
+                "target": {k: v for k, v in asdict(t.target).items() if k not in _UNNAMED or v is not _UNNAMED[k]},
                 "decision": t.decision,
                 "scale": t.scale,
                 "trainable": sorted(t.trainable),
@@ -267,6 +279,20 @@ class Plan:
 
     def _penalty_tensors(self) -> dict[str, Tensor]:
         return {f"{i}:{name}": value for i, p in enumerate(self.penalties) for name, value in p.tensors.items()}
+
+
+def _check_alike(parameter: str, experts: Sequence[TargetPlan]) -> None:
+    kinds = {(t.scale, t.trainable) for t in experts}
+    if len(kinds) > 1:
+        scales = sorted({scale for scale, _ in kinds})
+        raise PlanError(
+            f"experts of {parameter}",
+            got=f"scales {', '.join(f'{scale:.4g}' for scale in scales)}"
+            if len(scales) > 1
+            else "other trained factors",
+            wanted="the same for all: PEFT has one scale for a parameter, and freezes its A or B as a whole",
+            next_step="Leave `method.alpha` out, so that the scale does not depend on the rank, or take equal ranks.",
+        )
 
 
 def _tensors(t: TargetPlan) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 TensorName = str
 
 
@@ -14,7 +16,8 @@ class Target:
     """One linear map ``y = W x + b`` of the model, with ``W`` of shape ``(out_features, in_features)``.
 
     Args:
-        name: The module's path, ``"model.layers.7.mlp.down_proj"``.
+        name: The module's path, ``"model.layers.7.mlp.down_proj"``; of an expert in a fused parameter,
+            ``"model.layers.7.mlp.experts.3.down_proj"``.
         layer: Index of its block; -1 outside any block.
         role: What it does in its block; equal over blocks. Methods match roles, never pieces of names.
         out_features: m.
@@ -22,6 +25,7 @@ class Target:
         input_group: Equal for targets fed by the same tensor (q/k/v; gate/up): they share one covariance.
         transposed: The module stores ``W`` as ``(in_features, out_features)``, as GPT-2's Conv1D does.
         bias: There is a b.
+        expert: Index in a parameter that holds the W of all experts of a block, ``(experts, ...)``; None for a module.
     """
 
     name: str
@@ -32,6 +36,23 @@ class Target:
     input_group: str
     transposed: bool = False
     bias: bool = False
+    expert: int | None = None
+
+    @property
+    def module(self) -> str:
+        """The path of the module that holds W: for an expert, that of all experts of its block."""
+        return self.name if self.expert is None else self.name.rsplit(".", 2)[0]
+
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter that W is, or one slice of."""
+        leaf = "weight" if self.expert is None else self.name.rpartition(".")[2]
+        return f"{self.module}.{leaf}"
+
+    def view(self, stored: Tensor) -> Tensor:
+        """Returns W, ``(m, n)``, as a view of the whole parameter as it is stored."""
+        W = stored if self.expert is None else stored[self.expert]
+        return W.T if self.transposed else W
 
     @property
     def max_rank(self) -> int:

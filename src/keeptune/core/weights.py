@@ -47,10 +47,13 @@ def read_weight(model: nn.Module, target: Target) -> Tensor:
     Raises:
         ModelError: The module is quantised in a way that does not give its weights back.
     """
-    module: Any = model.get_submodule(target.name)
+    module: Any = model.get_submodule(target.module)
     if hasattr(module, "get_base_layer"):
         module = module.get_base_layer()
     with torch.no_grad(), align_module_device(module):
+        if target.expert is not None:
+            W = target.view(getattr(module, target.parameter.rpartition(".")[2]).detach())
+            return W.to(torch.float32, copy=True).contiguous()
         plain, dtype = _is_plain(model, module), getattr(model, "dtype", torch.float32)
         weight = module.weight if plain else _dequantised(module, target, dtype)
         matrix = weight.detach().T if target.transposed else weight.detach()

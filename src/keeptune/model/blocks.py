@@ -8,7 +8,6 @@ reaches which module in one tiny forward pass.
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 from collections.abc import Iterable, Sequence
 
@@ -20,8 +19,14 @@ from transformers.pytorch_utils import Conv1D
 from keeptune.core.errors import ModelError, PlanError, nearest
 from keeptune.core.target import Target
 from keeptune.core.weights import weight_shape
+from keeptune.model.fused_experts import (
+    FusedWeight,
+    fused_weights,
+    one_expert_at_a_time,
+    taken_for_experts,
+    warn_of_unknown_stacks,
+)
 
-_log = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -39,18 +44,21 @@ def find_targets(
         PlanError: A role does not exist in this model; the message lists those that do. Or a block does not.
         ModelError: The model has no linear maps.
     """
-    modules = _linear_modules(model)
-    if not modules:
+    modules, fused = _linear_modules(model), fused_weights(model)
+    if not modules and not fused:
         raise ModelError(
             type(model).__name__,
             got="no nn.Linear or Conv1D module besides the head",
             wanted="a transformer with linear maps",
             next_step="Check that the model is not already wrapped by PEFT or quantised.",
         )
-    _warn_of_fused_experts(model)
+    warn_of_unknown_stacks(model)
+    if fused:
+        taken = taken_for_experts(model, modules)
+        modules = {name: module for name, module in modules.items() if name not in taken}
     role_of = roles_of(modules)
     wanted = None if roles is None else list(roles)
-    known = sorted(set(role_of.values()))
+    known = sorted({*role_of.values(), *(weight.role for weight in fused)})
     for role in wanted or ():
         if role not in known:
             raise PlanError(
@@ -59,13 +67,14 @@ def find_targets(
                 wanted="a role of this model",
                 next_step=nearest(role, known),
             )
-    kept = None if layers is None else _known_layers(layers, modules)
+    kept = None if layers is None else _known_layers(layers, [*modules, *(weight.name(0) for weight in fused)])
     groups = _input_groups(model, modules)
-    return [
-        _target(name, module, role_of[name], groups[name])
-        for name, module in modules.items()
-        if (wanted is None or role_of[name] in wanted) and (kept is None or _block_of(name)[1] in kept)
-    ]
+    maps = [_target(name, module, role_of[name], groups[name]) for name, module in modules.items()]
+    if fused:
+        place = {name: index for index, (name, _) in enumerate(model.named_modules())}
+        maps += [_expert(weight, index) for weight in fused for index in range(weight.experts)]
+        maps.sort(key=lambda target: place[target.module])
+    return [t for t in maps if (wanted is None or t.role in wanted) and (kept is None or t.layer in kept)]
 
 
 def roles_of(names: Iterable[str]) -> dict[str, str]:
@@ -190,17 +199,6 @@ def _known_layers(layers: Iterable[int], names: Iterable[str]) -> frozenset[int]
     return wanted
 
 
-def _warn_of_fused_experts(model: PreTrainedModel) -> None:
-    fused = [
-        name
-        for name, module in model.named_modules()
-        if any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
-    ]
-    if fused:
-        more = f" and {len(fused) - 1} more" if len(fused) > 1 else ""
-        _log.warning("%s%s: fused expert weights (3-D) are no linear maps here and are left alone", fused[0], more)
-
-
 def _target(name: str, module: nn.Module, role: str, group: str) -> Target:
     out_features, in_features = weight_shape(module)
     return Target(
@@ -212,6 +210,21 @@ def _target(name: str, module: nn.Module, role: str, group: str) -> Target:
         input_group=group,
         transposed=isinstance(module, Conv1D),
         bias=getattr(module, "bias", None) is not None,
+    )
+
+
+def _expert(weight: FusedWeight, index: int) -> Target:
+    name = weight.name(index)
+    return Target(
+        name=name,
+        layer=_block_of(name)[1],
+        role=weight.role,
+        out_features=weight.out_features,
+        in_features=weight.in_features,
+        input_group=name,
+        transposed=weight.transposed,
+        bias=weight.bias,
+        expert=index,
     )
 
 
@@ -249,7 +262,7 @@ def _input_groups(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), one_expert_at_a_time(model):
             probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
             # A mask's values are looked at, and on the meta device there are none.
             mask = None if probe.is_meta else torch.ones_like(probe)

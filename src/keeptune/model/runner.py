@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import body, head_of, is_nested
+from keeptune.model.expert_taps import expert_names, watched_experts
 from keeptune.model.summed_loss import Labels, summed_loss
 
 # What a sink gets of a module: inputs h (tokens, n), output gradients δ = d loss / d y (tokens, m), both at once, or
@@ -103,19 +104,27 @@ class Runner:
         mask = batch.attention_mask.to(self.model.device)
         real = _RealRows(mask)
 
+        def passed(name: str) -> None:
+            waiting.discard(name)
+            if not waiting:
+                raise PassEnd
+
+        def reached(name: str, inputs: Tensor, _: object = None) -> None:
+            rows = real.rows(inputs, name, "inputs")
+            for sink in sinks[name]:
+                sink(rows)
+
         def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                rows = real.rows(inputs[0], name, "inputs")
-                for sink in sinks[name]:
-                    sink(rows)
-                waiting.discard(name)
-                if not waiting:
-                    raise PassEnd
+                reached(name, inputs[0])
+                passed(name)
 
             return hook
 
+        experts = expert_names(self.model, sinks)
         with ExitStack() as stack:
-            for name in sinks:
+            stack.enter_context(watched_experts(self.model, experts, reached, passed))
+            for name in [name for name in sinks if name not in experts]:
                 stack.callback(self.model.get_submodule(name).register_forward_pre_hook(watch(name)).remove)
             with suppress(PassEnd):
                 inner(**arguments_of(batch, mask))
@@ -125,32 +134,38 @@ class Runner:
         mask = batch.attention_mask.to(self.model.device)
         real = _RealRows(mask)
 
+        def reached(name: str, inputs: Tensor, output: Tensor) -> None:
+            h = real.rows(inputs.detach(), name, "inputs")
+            for sink in taps.forward.get(name, []):
+                sink(h)
+
+            def arrived(gradient: Tensor) -> None:
+                delta = real.rows(gradient, name, "gradients")
+                for sink in taps.backward.get(name, []):
+                    sink(delta)
+                for sink in taps.joint.get(name, []):
+                    sink(h, delta)
+                for sink in taps.texts.get(name, []):
+                    sink(h, delta, real.lengths(h, name))
+
+            if name in taps.with_gradients:
+                output.register_hook(arrived)  # type: ignore[no-untyped-call]
+
         def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                h = real.rows(inputs[0].detach(), name, "inputs")
-                for sink in taps.forward.get(name, []):
-                    sink(h)
-
-                def arrived(gradient: Tensor) -> None:
-                    delta = real.rows(gradient, name, "gradients")
-                    for sink in taps.backward.get(name, []):
-                        sink(delta)
-                    for sink in taps.joint.get(name, []):
-                        sink(h, delta)
-                    for sink in taps.texts.get(name, []):
-                        sink(h, delta, real.lengths(h, name))
-
-                if name in taps.with_gradients:
-                    output.register_hook(arrived)  # type: ignore[no-untyped-call]
+                reached(name, inputs[0], output)
 
             return hook
 
         def start(_: nn.Module, __: Any, output: Tensor) -> None:
             output.requires_grad_(True)  # weights are frozen; the graph begins at the embedding
 
+        names = {*taps.forward, *taps.with_gradients}
+        experts = expert_names(self.model, names)
         with ExitStack() as stack:
             stack.callback(self.model.get_input_embeddings().register_forward_hook(start).remove)
-            for name in {*taps.forward, *taps.with_gradients}:
+            stack.enter_context(watched_experts(self.model, experts, reached, lambda _: None))
+            for name in names - experts:
                 stack.callback(self.model.get_submodule(name).register_forward_hook(watch(name)).remove)
             logits = self.model(**arguments_of(batch, mask)).logits
             torch.autograd.backward(summed_loss(logits, batch, labels=labels, seed=seed))
