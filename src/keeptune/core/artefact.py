@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from keeptune.core.errors import ArtefactError
+from keeptune.core.offload import stored_value
 
 _log = logging.getLogger(__name__)
 _DISK_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -90,7 +91,8 @@ def model_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> str
     """
     named = tqdm(model.state_dict().items(), desc="fingerprint", delay=2, disable=None, leave=False)
     left_out = tuple(f"{module}." for module in without)
-    weights = {name: tensor_fingerprint(value) for name, value in named if not name.startswith(left_out)}
+    kept = ((name, value) for name, value in named if not name.startswith(left_out))
+    weights = {name: tensor_fingerprint(stored_value(model, name, value)) for name, value in kept}
     config = getattr(model, "config", None)
     fields = {} if config is None else config.to_dict()
     used = {key: value for key, value in fields.items() if key not in _NOT_THE_FUNCTION and not key.startswith("_")}

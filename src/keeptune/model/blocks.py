@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from keeptune.core.errors import ModelError, PlanError, nearest
+from keeptune.core.offload import device_of
 from keeptune.core.target import Target
 from keeptune.core.weights import weight_shape
 from keeptune.model.fused_experts import (
@@ -263,7 +264,7 @@ def _input_groups(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict
     model.eval()
     try:
         with torch.no_grad(), one_expert_at_a_time(model):
-            probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
             # A mask's values are looked at, and on the meta device there are none.
             mask = None if probe.is_meta else torch.ones_like(probe)
             model(input_ids=probe, attention_mask=mask)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from keeptune.core.errors import ModelError
+from keeptune.core.offload import device_of
 from keeptune.core.target import Target
 from keeptune.model.blocks import blocks_of, find_targets, is_nested
 from keeptune.model.runner import still
@@ -85,7 +86,7 @@ def _called(model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, int]
     ]
     try:
         with still(model), torch.no_grad():
-            probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
             # A mask's values, and positions' without a cache, are looked at: on the meta device there are none.
             options = {} if probe.is_meta else {"attention_mask": torch.ones_like(probe), "use_cache": False}
             model(input_ids=probe, **options)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from keeptune.core.errors import ModelError
+from keeptune.core.offload import stored_value
 from keeptune.model.blocks import head_of, positions
 from keeptune.model.gguf import check_gguf, gguf_error, is_gguf, place_of
 from keeptune.model.head import Head
@@ -73,6 +74,12 @@ def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
         ModelError: There is no such model, its safetensors weights are missing, incomplete or damaged, or it
             brings code that was not allowed.
     """
+    loaded: PreTrainedModel = load_weights(name, options).to(options.device).eval()
+    return loaded
+
+
+def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTrainedModel:
+    """Loads a model to where the arguments of ``from_pretrained`` say, by default the CPU; see :func:`load_model`."""
     _check_folder(name, options.allow_pickle)
     head = options.head
     kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
@@ -88,6 +95,7 @@ def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
                 **options.source,
                 **file,
                 **({"quantization_config": GgufConfig(dequantize=True)} if file else {}),
+                **placement,
                 **({} if head is None else head.config),
             )
     # RuntimeError: weights of other shapes than the config says.
@@ -100,7 +108,7 @@ def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
     _check_missing(name, info["missing_keys"], model, head)
     if head is not None and not info["missing_keys"]:
         _check_labels(name, head, AutoConfig.from_pretrained(place, **file, **options.source))
-    loaded: PreTrainedModel = model.to(options.device).eval()
+    loaded: PreTrainedModel = model
     return loaded
 
 
@@ -137,19 +145,35 @@ def load_positions(name: str, options: LoadOptions = _DEFAULTS) -> int | None:
     Raises:
         ModelError: There is no such model, or it brings code that was not allowed.
     """
+    if options.head is not None:
+        return positions(classifier_shapes(name, options))
     _check_folder(name, allow_pickle=True)
     place, file = place_of(name)
     try:
         config = AutoConfig.from_pretrained(place, **file, **options.source)
-        if options.head is None:
-            limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-            return limit
-        with torch.device("meta"):
-            trusted = options.trust_remote_code
-            model: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
     except (OSError, ValueError, ImportError, struct.error) as error:
         raise _cannot_load(name, error) from error
-    return positions(model)
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+def classifier_shapes(name: str, options: LoadOptions) -> PreTrainedModel:
+    """Returns a sequence classifier without weights, on the meta device.
+
+    Raises:
+        ModelError: There is no such model, or it brings code that was not allowed.
+    """
+    _check_folder(name, allow_pickle=True)
+    trusted = options.trust_remote_code
+    place, file = place_of(name)
+    try:
+        config = AutoConfig.from_pretrained(place, **file, **options.source)
+        with torch.device("meta"):
+            shapes: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
+    except (OSError, ValueError, ImportError, struct.error) as error:
+        raise _cannot_load(name, error) from error
+    model: PreTrainedModel = shapes
+    return model
 
 
 def refuse_not_finite(model: PreTrainedModel) -> None:
@@ -159,7 +183,7 @@ def refuse_not_finite(model: PreTrainedModel) -> None:
         ModelError: A weight is NaN or infinite; the message names the parameter.
     """
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not bool(torch.isfinite(stored_value(model, name, parameter)).all()):
             raise ModelError(
                 f"model {model.name_or_path or type(model).__name__}, parameter {name}",
                 got="NaN or infinite weights",

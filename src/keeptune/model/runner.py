@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import StatisticsError
+from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import body, head_of, is_nested
 from keeptune.model.expert_taps import expert_names, watched_experts
@@ -101,7 +102,7 @@ class Runner:
 
     def _forth(self, inner: nn.Module, batch: Batch, sinks: Mapping[str, Sequence[Sink]]) -> _RealRows:
         waiting = set(sinks)
-        mask = batch.attention_mask.to(self.model.device)
+        mask = batch.attention_mask.to(device_of(self.model))
         real = _RealRows(mask)
 
         def passed(name: str) -> None:
@@ -131,7 +132,7 @@ class Runner:
         return real
 
     def _forth_and_back(self, batch: Batch, taps: Taps, labels: Labels, seed: int) -> _RealRows:
-        mask = batch.attention_mask.to(self.model.device)
+        mask = batch.attention_mask.to(device_of(self.model))
         real = _RealRows(mask)
 
         def reached(name: str, inputs: Tensor, output: Tensor) -> None:

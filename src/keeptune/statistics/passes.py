@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from keeptune.core.offload import device_of
 from keeptune.core.target import Target
 from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch
@@ -47,7 +48,7 @@ def run_pass(
     totals: list[Accumulator] = []
     taps = Taps()
     for request, target in measured:
-        total = request.accumulator(target, model.device, partial(read_weight, model, target))
+        total = request.accumulator(target, device_of(model), partial(read_weight, model, target))
         taps.sinks(request.kind).setdefault(request.site(target), []).append(total.add)
         totals.append(total)
     if need.loss is None or not taps.with_gradients:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError, RecipeError, StatisticsError
+from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, head_of
 from keeptune.model.down_projections import down_projections
@@ -180,7 +181,7 @@ class Attributor:
     def _plain(self, batch: Batch, wanted: Tensor | None, some: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Does one run of the whole model for each point, by hooks on the modules: works on any model."""
         nodes = self.nodes
-        mask = batch.attention_mask.to(nodes.model.device)
+        mask = batch.attention_mask.to(device_of(nodes.model))
         last = last_columns(mask)
         with torch.no_grad():
             logits, outputs = _watched(nodes, batch, mask)

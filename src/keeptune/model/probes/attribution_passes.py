@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
 from keeptune.model.probes.block_calls import BlockCalls, first_argument, hidden_of, take, with_hidden
 from keeptune.model.probes.suffix import Suffix
@@ -87,7 +88,7 @@ class ScaledNodes:
 
         ``whole`` keeps all tokens' states, not only the last's; paths start at a run on ``pad_token``, None at zero.
         """
-        mask = batch.attention_mask.to(self.model.device)
+        mask = batch.attention_mask.to(device_of(self.model))
         last = last_columns(mask)
 
         def keep(values: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ class ScaledNodes:
 
     @property
     def _one_token(self) -> dict[str, Any]:
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        token = torch.zeros(1, 1, dtype=torch.long, device=device_of(self.model))
         return {"input_ids": token, "attention_mask": torch.ones_like(token), "use_cache": False}
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import RecipeError, StatisticsError
+from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
 from keeptune.model.probes.block_calls import fast_or_none
 from keeptune.model.probes.tracing_passes import (
@@ -147,7 +148,7 @@ class Tracer:
             StatisticsError: A probability is not finite, or the texts have no answers.
         """
         with still(self.modules.model), torch.no_grad():
-            texts = TracedBatch.of(batch, self.modules.model.device)
+            texts = TracedBatch.of(batch, device_of(self.modules.model))
             clean = full_pass(self.modules, texts)
             noised = full_pass(self.modules, texts, noise=noise, cached=self.fits is not False)
             restored = self._try_fast(texts, clean, noised, noise) if self.fits is None else None
@@ -248,7 +249,7 @@ def noise_of(noise: Noise, batch: Batch, model: PreTrainedModel, std: float) -> 
     for row, real in enumerate(texts.mask.bool()):
         tokens = batch.input_ids[row][real].tolist()
         values[row, real] = noise.values(tokens, int(texts.prompts[row]), values.shape[-1], std)
-    return values.to(model.device)
+    return values.to(device_of(model))
 
 
 def embedding_std(model: PreTrainedModel) -> float:
@@ -256,7 +257,7 @@ def embedding_std(model: PreTrainedModel) -> float:
     embedding: Any = model.get_input_embeddings()
     count, total, squares = 0, 0.0, 0.0
     with torch.no_grad():
-        for ids in torch.split(torch.arange(embedding.weight.shape[0], device=model.device), 8192):
+        for ids in torch.split(torch.arange(embedding.weight.shape[0], device=device_of(model)), 8192):
             values = embedding(ids).double()
             count += values.numel()
             total += float(values.sum())

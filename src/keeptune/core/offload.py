@@ -1,0 +1,66 @@
+"""Models whose weights stay on disk until a module needs them: where they run, their values, modules brought in.
+
+Accelerate's hooks do it, on each module that holds weights of its own (``load_offloaded``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Returns whether some of a model's weights are on disk."""
+    return any(hook_of(module) for module in model.modules())
+
+
+def hook_of(module: nn.Module) -> Any:
+    """Returns the hook that reads a module's own weights from disk, None for a module that holds them."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook if getattr(hook, "offload", False) else None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device that a model runs on; its weights may be elsewhere until they are needed."""
+    first = next(model.parameters())
+    hooks = (hook_of(module) for module in model.modules()) if first.is_meta else ()
+    hook = next((hook for hook in hooks if hook), None)
+    return first.device if hook is None else torch.device(hook.execution_device)
+
+
+def stored_value(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Returns an entry of a model's state, read from disk where it is; it is not kept.
+
+    Args:
+        model: The model.
+        name: The entry's name in ``state_dict()``.
+        value: The entry, without values where these are on disk.
+    """
+    module, _, own = name.rpartition(".")
+    hook = hook_of(model.get_submodule(module)) if value.is_meta else None
+    stored: Tensor = hook.weights_map[own] if hook else value
+    return stored
+
+
+@contextmanager
+def aligned(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Holds the weights of a module, and of all that it contains, on a device inside a ``with`` block."""
+    from accelerate.utils import align_module_device
+
+    with ExitStack() as stack:
+        for part in module.modules():
+            hook = hook_of(part)
+            if hook:
+                stack.enter_context(align_module_device(part, device))
+                # Otherwise each call of the part would read its weights again, and drop them.
+                hook.offload = False
+                stack.callback(setattr, hook, "offload", True)
+        away = {value.device for value in (*module.parameters(), *module.buffers())} - {device}
+        if away:
+            module.to(device)
+            stack.callback(module.to, away.pop())
+        yield
