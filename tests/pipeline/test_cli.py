@@ -15,7 +15,20 @@ import pytest
 from tests.pipeline.support import METHODS, keeptune, write_recipe
 
 Values = Callable[..., dict[str, Any]]
-COMMANDS = ["demo", "run", "stats", "plan", "train", "evaluate", "export", "merge", "report", "sweep", "energy"]
+COMMANDS = [
+    "demo",
+    "run",
+    "stats",
+    "plan",
+    "train",
+    "evaluate",
+    "export",
+    "merge",
+    "report",
+    "sweep",
+    "energy",
+    "store",
+]
 HELP = """
 import sys
 sys.argv = ["keeptune", *{words}]
@@ -29,7 +42,7 @@ print("heavy", heavy)
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], []])
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["store", "clear", "--help"], []])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     command = [sys.executable, "-c", HELP.format(words=words)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "100"})

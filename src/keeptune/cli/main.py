@@ -14,6 +14,7 @@ from typer import echo
 
 from keeptune.cli import compare, dry_run, sequence, studies, sweeps
 from keeptune.cli import repair as repairing
+from keeptune.cli import store as store_commands
 from keeptune.cli.shared import OVERRIDES, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
 from keeptune.core.errors import KeeptuneError
 
@@ -145,6 +146,9 @@ for _with_recipe in (sweeps.sweep, compare.compare, sweeps.layers, studies.suppr
     app.command(context_settings=OVERRIDES)(_with_recipe)
 for _with_options in (studies.change, studies.curvature, studies.energy, repairing.repair, studies.trace):
     app.command()(_with_options)
+
+
+app.add_typer(store_commands.app, name="store")
 
 
 @app.command()

@@ -155,7 +155,9 @@ def _collect(
     options: PlanOptions,
 ) -> Statistics:
     fingerprint = options.fingerprint or body_fingerprint(runner.model)
-    return collect(runner, requests, data, store, model_fingerprint=fingerprint, low_memory=options.low_memory)
+    found = collect(runner, requests, data, store, model_fingerprint=fingerprint, low_memory=options.low_memory)
+    store.note_model(fingerprint, runner.model.name_or_path)
+    return found
 
 
 def plan_for(

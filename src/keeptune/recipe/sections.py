@@ -187,6 +187,7 @@ def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | 
         got, wanted, next_step = "nothing", "a value", f"Add `{place}:` to the recipe."
     else:
         value, wanted, next_step = first["input"], first["msg"].removeprefix("Input should be "), "Correct the value."
+        wanted = "a size such as 500MB, 20GB or a number of bytes" if first["type"].startswith("byte_size") else wanted
         plain = value is None or isinstance(value, str | int | float | bool | list | dict)
         got = canonical_json(value) if plain else repr(value)
     return RecipeError(f"{where}, key {place}", got=got, wanted=wanted, next_step=next_step)

@@ -20,12 +20,13 @@ from keeptune.core.artefact import (
     content_key,
     read_json,
     read_tensors,
+    write_bytes,
     write_json,
     write_tensors,
 )
 from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import locked
-from keeptune.statistics.store_use import StoreUse, recorded, size_text
+from keeptune.statistics.store_use import StoreUse, model_names, recorded, size_text
 
 _log = logging.getLogger(__name__)
 DEFAULT_LIMIT = 20 * 10**9
@@ -108,6 +109,12 @@ class StatStore:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or self.get(recipe) is None:
                 raise
             _log.info("statistics: %s was stored by another run meanwhile", entry)
+
+    def note_model(self, fingerprint: str, name: str) -> None:
+        """Notes the path or hub id of a model, for whoever lists the store."""
+        note = self.folder / "models" / fingerprint
+        if name and os.access(self.folder, os.W_OK) and model_names(self.folder).get(fingerprint) != name:
+            write_bytes(note, name.encode())
 
     @contextlib.contextmanager
     def turn(self, names: Collection[str]) -> Iterator[None]:

@@ -3,6 +3,7 @@
     <key[:2]>/<key>/     an entry; ``recipe.json`` was last read or written when it was last used
     <key[:2]>/.<key>.*   an entry that is being written or removed
     users/*              a file for each user, locked while there is the user; a line for each entry it uses
+    models/*             the path or hub id of a model whose fingerprint is the file's name
     size                 the bytes of all entries, so that a put need not look at each, and the limit of the last put
 
 One lock is held whenever users name entries and whenever entries go: what a user has named stays, or is gone already.
@@ -199,6 +200,11 @@ def recorded(folder: Path) -> tuple[int, int | None]:
     except (OSError, ValueError):
         numbers = []
     return (numbers[0] if numbers else 0), (numbers[1] if len(numbers) > 1 else None)
+
+
+def model_names(folder: Path) -> dict[str, str]:
+    """Returns the paths or hub ids of the models of a store, by their fingerprints."""
+    return {file.name: file.read_text(encoding="utf-8") for file in folder.glob("models/*")}
 
 
 def _remove(entry: Entry) -> bool:

@@ -205,6 +205,7 @@ def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max")
     chosen, models = None if options.example is None else options.example - 1, []
     for title, model, source in _models(options, name, device):
         texts = trace_texts(model, data, request, store=store, source=source, chunk=options.chunk, title=title)
+        store.note_model(source.model, model.name_or_path)
         traced = Trace(request, tuple(texts))
         chosen = _most_harmed(traced) if chosen is None else chosen
         heat = _heat(model, traced.texts[chosen], request, options.chunk)
