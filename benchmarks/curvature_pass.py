@@ -14,7 +14,7 @@ from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import Runner, Taps
-from keeptune.model.summed_loss import summed_loss
+from keeptune.model.summed_loss import Loss, summed_loss
 from keeptune.statistics.collect import collect
 from keeptune.statistics.fisher import TokenCount, WeightFisher, lora_fisher
 from keeptune.statistics.low_rank_covariance import gradient_request, input_request, unpacked
@@ -45,18 +45,18 @@ def rows() -> list[dict[str, str]]:
         model.zero_grad()
         for batch in batches:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            torch.autograd.backward(summed_loss(logits, batch, labels="true", seed=0))
+            torch.autograd.backward(summed_loss(logits, batch, Loss("true")))
 
     def start(target: Target) -> LowRank:
         return LowRank(torch.zeros(target.out_features, 16), torch.ones(16, target.in_features))
 
     def wanted(name: str, target: Target) -> set[Request]:
         if name == "diag":
-            return {lora_fisher("knowledge", "sampled", start(target), 1.0)}
+            return {lora_fisher("knowledge", "probe", start(target), 1.0)}
         if name == "ewc":
-            return {WeightFisher("knowledge", "sampled")}
+            return {WeightFisher("knowledge", "probe")}
         rank = RANK if name == "low rank" else None
-        return {input_request("knowledge", rank), gradient_request("knowledge", "sampled", rank)}
+        return {input_request("knowledge", rank), gradient_request("knowledge", "probe", rank)}
 
     def sweep(name: str) -> None:
         requests = {t: frozenset(wanted(name, t) | {TokenCount("knowledge")}) for t in targets}
@@ -76,7 +76,7 @@ def rows() -> list[dict[str, str]]:
     times = compare(
         {
             "training": training,
-            "frozen": lambda: runner.backward(batches, Taps(), labels="sampled", seed=0, title=""),
+            "frozen": lambda: runner.backward(batches, Taps(), Loss("probe"), title=""),
             **{name: lambda name=name: sweep(name) for name in forms},  # type: ignore[misc]
         },
         rounds=3,

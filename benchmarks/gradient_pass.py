@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import Runner, Taps
-from keeptune.model.summed_loss import summed_loss
+from keeptune.model.summed_loss import Loss, summed_loss
 from keeptune.statistics.collect import collect
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.gradient import DirectionVariances
@@ -41,7 +41,7 @@ def rows() -> list[dict[str, str]]:
         model.zero_grad()
         for batch in batches:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            torch.autograd.backward(summed_loss(logits, batch, labels="true", seed=0))
+            torch.autograd.backward(summed_loss(logits, batch, Loss("true")))
 
     def sweep(*requests: object) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def rows() -> list[dict[str, str]]:
     full = (InputCovariance("task"), GradientCovariance("task", "true"))
     rivals = {
         "training": training,
-        "frozen": lambda: runner.backward(batches, Taps(), labels="true", seed=0, title=""),
+        "frozen": lambda: runner.backward(batches, Taps(), Loss("true"), title=""),
         "covariances": lambda: sweep(*full),
         "streaming": lambda: sweep(DirectionVariances("task", "true")),
     }

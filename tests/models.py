@@ -42,7 +42,7 @@ from keeptune.model.blocks import body, find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.model.runner import Runner, Sink, Taps
-from keeptune.model.summed_loss import Labels
+from keeptune.model.summed_loss import Loss
 from keeptune.pipeline.planning import scoped_penalties, with_penalties
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import Request
@@ -353,8 +353,8 @@ class RepaddingRunner(Runner):
     def forward(self, batches: Sequence[Batch], sinks: Any, *, title: str) -> None:
         super().forward([self.change(batch) for batch in batches], sinks, title=title)
 
-    def backward(self, batches: Sequence[Batch], taps: Taps, *, labels: Labels, seed: int, title: str) -> None:
-        super().backward([self.change(batch) for batch in batches], taps, labels=labels, seed=seed, title=title)
+    def backward(self, batches: Sequence[Batch], taps: Taps, loss: Loss, *, title: str) -> None:
+        super().backward([self.change(batch) for batch in batches], taps, loss, title=title)
 
 
 def padded_left(batch: Batch) -> Batch:

@@ -225,9 +225,7 @@ def test_the_plan_does_not_depend_on_the_number_of_shards(
             if request.loss is None:
                 Runner(bench.model).forward(part, sinks, title="")
             else:
-                labels, seed = request.loss
-                taps = Taps(**{request.kind: sinks})
-                Runner(bench.model).backward(part, taps, labels=labels, seed=seed, title="")
+                Runner(bench.model).backward(part, Taps(**{request.kind: sinks}), request.loss, title="")
             parts.append(total)
         for other in parts[:-1]:
             parts[-1].merge(other)

@@ -32,7 +32,7 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import find_targets, head_of, positions
 from keeptune.model.head import Head, body_fingerprint, head_fingerprint, sequence_losses
 from keeptune.model.pretrained import LoadOptions, load_model, load_positions
-from keeptune.model.summed_loss import drawn_classes, summed_loss
+from keeptune.model.summed_loss import Loss, drawn_classes, summed_loss
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -187,7 +187,7 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_texts() -> None:
     logits = torch.randn(4, 3)
     batch = batch_of((2, 0, 1, 1))
     assert batch.labels is not None
-    found = summed_loss(logits, batch, labels="true", seed=0)
+    found = summed_loss(logits, batch, Loss("true"))
     torch.testing.assert_close(found, sequence_losses(logits, batch.labels).sum())
 
 

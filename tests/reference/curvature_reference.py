@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
@@ -67,3 +69,25 @@ def block_matrix(Omega: Tensor, Gamma: Tensor, B: Tensor, A: Tensor, scale: floa
     return scale**2 * torch.block_diag(
         torch.kron(B.T @ Gamma @ B, Omega), torch.kron(Gamma, (A @ Omega @ A.T).contiguous())
     )
+
+
+def exact_diagonal(
+    model: PreTrainedModel, name: str, data: Calibration, part: Callable[[Tensor], Tensor] = lambda G: G
+) -> Tensor:
+    """``sum_t sum_y p_t[y] part(g_ty)²``, g_ty the gradient of ``-log p_t[y]`` in W, by every word y of every token."""
+    weight, module = f"{name}.weight", model.get_submodule(name)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    total = torch.zeros_like(part(module.weight.detach()))
+    for index, ids in enumerate(data.sequences):
+        first = max(data.prompts[index] if data.prompts else 0, 1) - 1
+
+        def surprise(value: Tensor, ids: tuple[int, ...] = ids, first: int = first) -> Tensor:
+            out = functional_call(model, {**state, weight: value}, (torch.tensor([ids]),), {"use_cache": False})
+            return -out.logits[0, first:-1].log_softmax(-1)
+
+        W = module.weight.detach()
+        values, gradients = surprise(W), torch.autograd.functional.jacobian(surprise, W)
+        total += sum(
+            p * part(g).square() for p, g in zip(values.neg().exp().flatten(), gradients.flatten(0, 1), strict=True)
+        )
+    return total

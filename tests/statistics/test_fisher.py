@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,20 @@ from tests.models import (
     relative,
     task,
 )
-from tests.reference.curvature_reference import lora_gradients, text_gradients
+from tests.reference.curvature_reference import exact_diagonal, lora_gradients, text_gradients
 from tests.reference.gradient_reference import rows_of
 from torch import Tensor
 from torch.nn import functional
 
+from keeptune.atlas import data_path, model_path
 from keeptune.core.artefact import content_key
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.data.knowledge import joined_knowledge
 from keeptune.linalg.gram import add_gram, symmetric
+from keeptune.model.pretrained import load_model, load_tokenizer
+from keeptune.statistics.covariance import GradientCovariance
 from keeptune.statistics.fisher import (
     LoraFisher,
     TokenCount,
@@ -43,6 +48,7 @@ from keeptune.statistics.store import Source
 
 CPU = torch.device("cpu")
 COUNT = TokenCount("task")
+DRAWN: tuple[Labels, ...] = ("sampled", "probe")
 
 
 def start(target: Target, rank: int = 3, seed: int = 0) -> LowRank:
@@ -175,15 +181,18 @@ def test_kronecker_factors_are_the_fisher_where_inputs_and_gradients_are_indepen
     assert abs(float(form / kl) - 1) < 1e-2
 
 
-def test_the_sampled_fisher_is_the_second_order_of_the_divergence_per_learned_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize("labels", DRAWN)
+def test_the_drawn_fisher_is_the_second_order_of_the_divergence_per_learned_token(
+    labels: Labels, tmp_path: Path
+) -> None:
     """(3), on a whole model: the mean over draws of the exact diagonal, against the KL of single entries moved."""
     bench = Bench(MODELS["llama"](), tmp_path, roles=["down_proj"])
     target = bench.targets()[-1]
-    requests = [WeightFisher("task", "sampled", seed=seed) for seed in range(60)]
-    view = bench.collect(asking(COUNT, *requests)).view(target)
-    diagonal = torch.stack([view[request] for request in requests]).mean(0) * tokens_per_learned(view, COUNT)
+    request, other = (WeightFisher("task", labels, seed=seed, probes=400) for seed in range(2))
+    view = bench.collect(asking(COUNT, request, other)).view(target)
+    diagonal = view[request] * tokens_per_learned(view, COUNT)
     module = bench.model.get_submodule(target.name)
-    places = [divmod(int(index), target.in_features) for index in diagonal.flatten().topk(40).indices[::8]]
+    places = [divmod(int(index), target.in_features) for index in view[other].flatten().topk(40).indices[::8]]
 
     def log_probabilities(data: Calibration) -> list[Tensor]:
         with torch.no_grad():
@@ -205,3 +214,45 @@ def test_the_sampled_fisher_is_the_second_order_of_the_divergence_per_learned_to
                 module.weight[row, column] -= sign * step
         found = 0.5 * step**2 * float(diagonal[row, column])
         assert found / (divergence / bench.task.learned) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("labels", ["sampled", "probe", "true"])
+def test_the_mean_over_draws_is_the_exact_fisher_by_enumeration(labels: Labels, tmp_path: Path) -> None:
+    """Every token's gradient for every word, weighted by the model: of texts, cross terms of tokens vanish on average.
+
+    The data's own tokens have another Fisher.
+    """
+    bench = Bench(MODELS["llama"](), tmp_path, task=task(lengths=(6, 9, 5)), roles=["down_proj"])
+    target = bench.targets()[0]
+    init, s = start(target), 0.7
+    draws = {"probes": 600} if labels != "true" else {}
+    weight, factors = WeightFisher("task", labels, **draws), lora_fisher("task", labels, init, s, **draws)
+    view = bench.collect(asking(COUNT, weight, factors)).view(target)
+    ratio = tokens_per_learned(view, COUNT)
+    of_W = exact_diagonal(bench.model, target.name, bench.task, lambda G: G) / bench.task.learned
+    of_B = exact_diagonal(bench.model, target.name, bench.task, lambda G: s * G @ init.A.T) / bench.task.learned
+    of_A = exact_diagonal(bench.model, target.name, bench.task, lambda G: s * init.B.T @ G) / bench.task.learned
+    found = split_diagonals(view[factors], target.out_features)
+    errors = [relative(ratio * a, b) for a, b in ((view[weight], of_W), (found.B, of_B), (found.A, of_A))]
+    assert all(error > 0.3 for error in errors) if labels == "true" else max(errors) < 0.12
+
+
+def test_probes_are_nearer_to_the_fisher_than_drawn_labels_are_at_equal_cost(tmp_path: Path) -> None:
+    """On atlas, which is sure of most words: labels that are drawn are seldom others, and then weigh all at once."""
+    model, tokenizer = load_model(str(model_path())), load_tokenizer(str(model_path()))
+    rows = [json.loads(line) for line in data_path("calibration.jsonl").read_text().splitlines()[:16]]
+    texts = [f"{row['question']}\nAnswer: {row['answer']}" for row in rows]
+    data = Calibration(tuple(tuple(tokenizer(text).input_ids) for text in texts), 0)
+    bench = Bench(model, tmp_path, data, roles=["v_proj", "down_proj"])
+    kinds = (partial(GradientCovariance, "knowledge"), partial(WeightFisher, "knowledge"))
+    wanted = [kind("probe", seed=9, probes=48) for kind in kinds]
+    drawn = {labels: [[kind(labels, seed=seed) for kind in kinds] for seed in range(4)] for labels in DRAWN}
+    every = [request for seeds in drawn.values() for requests in seeds for request in requests]
+    statistics = bench.collect(asking(*wanted, *every))
+    for index in range(len(kinds)):
+        squared = dict.fromkeys(DRAWN, 0.0)
+        for target in bench.targets():
+            view = statistics.view(target)
+            for labels, seeds in drawn.items():
+                squared[labels] += sum(relative(view[own[index]], view[wanted[index]]) ** 2 for own in seeds)
+        assert squared["probe"] < 0.5 * squared["sampled"], kinds[index]

@@ -17,7 +17,7 @@ from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.linalg.decompositions import exact_svd
 from keeptune.model.runner import Runner
-from keeptune.model.summed_loss import drawn_labels, summed_loss
+from keeptune.model.summed_loss import Loss, drawn_labels, summed_loss
 from keeptune.statistics.collect import Statistics
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.gradient import DirectionVariances, WeightGradient
@@ -25,7 +25,7 @@ from keeptune.statistics.request import Request
 
 INPUT, GRADIENT = InputCovariance("task"), GradientCovariance("task", "true")
 WEIGHT, DIRECTIONS = WeightGradient("task", "true"), DirectionVariances("task", "true")
-SAMPLED = GradientCovariance("task", "sampled")
+SAMPLED, PROBED = GradientCovariance("task", "sampled"), GradientCovariance("task", "probe", probes=2)
 
 
 def collected(bench: Bench, *wanted: Request, **options: Any) -> Statistics:
@@ -52,7 +52,7 @@ def test_all_statistics_equal_autograd_one_text_at_a_time(architecture: str, tmp
 
 @pytest.mark.parametrize("architecture", ["llama", "roberta"])
 def test_batches_and_padding_do_not_matter_and_a_forgotten_mask_does(architecture: str, tmp_path: Path) -> None:
-    model, requests = MODELS[architecture](), (GRADIENT, WEIGHT, DIRECTIONS, SAMPLED)
+    model, requests = MODELS[architecture](), (GRADIENT, WEIGHT, DIRECTIONS, SAMPLED, PROBED)
     wanted = collected(Bench(model, tmp_path / "a"), *requests)
     alone = collected(Bench(model, tmp_path / "b"), *requests, batch_tokens=1)
     left = collected(Bench(model, tmp_path / "c"), *requests, runner=RepaddingRunner(model, padded_left))
@@ -181,7 +181,7 @@ def test_the_loss_of_a_batch_is_the_sum_of_the_losses_of_its_texts() -> None:
     def loss(*sequences: tuple[int, ...]) -> Tensor:
         batch = one_batch(*sequences, prompt=2)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        return summed_loss(logits, batch, labels="true", seed=0)
+        return summed_loss(logits, batch, Loss("true"))
 
     torch.testing.assert_close(loss(*texts), torch.stack([loss(text) for text in texts]).sum())
 

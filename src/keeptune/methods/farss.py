@@ -63,8 +63,8 @@ class Farss(ScaledMethod):
         variant: ``"farss"``; ``"farss-init"`` only starts differently: rank R and the smallest scores everywhere
             (Table 4); ``"all-high"``: rank R and the largest scores everywhere (Table 6).
         ranks: ``"paper"`` clips (12), ``"exact-budget"`` shares the budget out to the unit.
-        labels: Labels of the gradients: ``"true"`` (empirical Fisher, as released) or ``"sampled"`` (Fisher).
-        label_seed: Seed of sampled labels; not the training seed, so that runs share their statistics.
+        labels: Labels of the gradients: ``"true"`` (empirical Fisher, as released); ``"sampled"`` or ``"probe"``.
+        label_seed: Seed of the draws; not the training seed, so that runs share their statistics.
         scores: ``"covariance"`` takes Σ_h and Σ_δ; ``"streaming"`` sums λ and γ directly, without the matrices,
             where no importance is needed (deep blocks).
         selection: ``"depth"`` as the paper says; ``"released"``: ranks below 128 take the smallest scores, others

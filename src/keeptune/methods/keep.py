@@ -6,7 +6,7 @@
     D = sum_t n/2 tr(Γ ΔW Ω ΔWᵀ)                          the KL to the base to second order,         (4)
                                                           nats per token
 
-Ω = E[h hᵀ] of a target's inputs, Γ = E[δ δᵀ] of the gradients at its outputs (labels drawn from the model), damped
+Ω = E[h hᵀ] of a target's inputs, Γ = E[δ δᵀ] of the gradients at its outputs (by probes, model/summed_loss.py), damped
 towards the identity of its trace; n is the number of tokens for each one with a loss. Knowledge data pass through the
 base once, for (4) backward as well. Training needs r x r products and one n x r product per target besides. There is
 no strength to tune: a budget of 0.003 nats says by how much the answers to the knowledge may move.
@@ -21,6 +21,7 @@ from keeptune.core.errors import PlanError
 from keeptune.methods.lora import LoraStart
 from keeptune.methods.strength import Strength
 from keeptune.penalties.drift import DriftBudget
+from keeptune.statistics.request import Labels
 
 _NATS = 0.003
 
@@ -34,6 +35,9 @@ class Keep(LoraStart):
         drift: In place of it, the mean relative feature drift allowed (3): no backward pass, and a cheaper step.
         per: ``"model"`` holds all targets together, ``"layer"`` each layer by itself.
         layers: Of ``per="layer"``: ``"uniform"`` budgets, or by ``"naie"`` or ``"kva"``.
+        labels: Of ``nats``: ``"probe"``, ``"sampled"`` or ``"true"``, as of the penalty ``drift``.
+        probes: Of ``nats``: how many draws Γ is averaged over.
+        label_seed: Of ``nats``: seed of the draws.
         rho: Of ``nats``: damping of Γ towards the identity of its trace.
         rate: The largest step of the multiplier's logarithm.
         gain: The largest difference between the logarithms of the pressure and of the multiplier.
@@ -51,6 +55,9 @@ class Keep(LoraStart):
     drift: float | None = None
     per: Literal["model", "layer"] = "model"
     layers: Literal["uniform", "naie", "kva"] = "uniform"
+    labels: Labels = "probe"
+    probes: int = 1
+    label_seed: int = 0
     rho: float = 0.5
     rate: float = 0.1
     gain: float = 2.0

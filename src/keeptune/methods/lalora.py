@@ -8,7 +8,7 @@ Sliwa, Schneider, Hennig, Hernandez-Lobato, "Mitigating Forgetting in Low Rank A
 
 F is diagonal (``diag``), Kronecker-factored per weight (``b-kfac``), or with A and B of one adapter coupled
 (``b-tri-kfac``): equations (1) to (3) of ``penalties/laplace.py``. Not known to us: the flavour of the Fisher (here the
-model's own labels, sums over tokens), damping (here none), the grid of λ, and what is done about A: **at B_0 = 0 the
+model's own, sums over tokens), damping (here none), the grid of λ, and what is done about A: **at B_0 = 0 the
 Fisher of A is zero in all three forms, and b-tri-kfac is b-kfac**. The forms on the weight change, ``delta-kfac``,
 ``delta-act`` and ``l2``, have no such blind spot; they are ours (and that of EWC-LoRA and TAK in spirit).
 
@@ -36,7 +36,9 @@ class Lalora(LoraStart):
             of 1 costs.
         curvature: ``diag``, ``b-kfac``, ``b-tri-kfac`` as in the paper; ``delta-kfac``, ``delta-act``, ``l2`` on the
             weight change.
-        labels: ``"sampled"`` is the Fisher, ``"true"`` the empirical one.
+        labels: ``"probe"`` and ``"sampled"`` are the Fisher, ``"true"`` the empirical one.
+        probes: How many draws of signs or labels are averaged.
+        label_seed: Seed of the draws.
         batches: Batches of each knowledge set; None is all of it.
         batch_size: Examples per batch.
         rho: Damping of the output factor towards the identity.
@@ -53,7 +55,9 @@ class Lalora(LoraStart):
 
     strength: float = 100.0
     curvature: Curvature = "b-kfac"
-    labels: Labels = "sampled"
+    labels: Labels = "probe"
+    probes: int = 1
+    label_seed: int = 0
     batches: int | None = 2
     batch_size: int = 8
     rho: float = 0.0

@@ -17,7 +17,7 @@ from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import body, head_of, is_nested
 from keeptune.model.expert_taps import expert_names, watched_experts
-from keeptune.model.summed_loss import Labels, summed_loss
+from keeptune.model.summed_loss import Loss, summed_loss
 
 # What a sink gets of a module: inputs h (tokens, n), output gradients δ = d loss / d y (tokens, m), both at once, or
 # both and the number of rows of each text.
@@ -73,19 +73,18 @@ class Runner:
             for number, batch in enumerate(_shown(batches, title), start=1):
                 self._forth(inner, self._ready(batch), sinks).check(f"batch {number} of {len(batches)}")
 
-    def backward(self, batches: Sequence[Batch], taps: Taps, *, labels: Labels, seed: int, title: str) -> None:
-        """Passes all batches forth and back once; only activations get gradients.
+    def backward(self, batches: Sequence[Batch], taps: Taps, loss: Loss, *, title: str) -> None:
+        """Passes all batches forth once, and back once for each draw of the loss; only activations get gradients.
 
         The loss is the sum over the tokens to be learned (:func:`summed_loss`), so that gradients do not depend
-        on what else is in a batch. Labels are the data's tokens (``"true"``, the empirical Fisher) or drawn from the
-        model's own distribution (``"sampled"``, the Fisher itself).
+        on what else is in a batch. Sinks of gradients are called once per draw.
 
         Raises:
             StatisticsError: A row is NaN or infinite, or the rows of texts are not known.
         """
         with still(self.model), torch.enable_grad():
             for number, batch in enumerate(_shown(batches, title), start=1):
-                self._forth_and_back(self._ready(batch), taps, labels, seed).check(f"batch {number} of {len(batches)}")
+                self._forth_and_back(self._ready(batch), taps, loss).check(f"batch {number} of {len(batches)}")
 
     def _ready(self, batch: Batch) -> Batch:
         """Puts the padding behind the tokens for a classifier: an encoder's head reads the first of them."""
@@ -131,7 +130,7 @@ class Runner:
                 inner(**arguments_of(batch, mask))
         return real
 
-    def _forth_and_back(self, batch: Batch, taps: Taps, labels: Labels, seed: int) -> _RealRows:
+    def _forth_and_back(self, batch: Batch, taps: Taps, loss: Loss) -> _RealRows:
         mask = batch.attention_mask.to(device_of(self.model))
         real = _RealRows(mask)
 
@@ -169,7 +168,9 @@ class Runner:
             for name in names - experts:
                 stack.callback(self.model.get_submodule(name).register_forward_hook(watch(name)).remove)
             logits = self.model(**arguments_of(batch, mask)).logits
-            torch.autograd.backward(summed_loss(logits, batch, labels=labels, seed=seed))
+            for draw in range(loss.probes):
+                last = draw + 1 == loss.probes
+                torch.autograd.backward(summed_loss(logits, batch, loss, draw), retain_graph=not last)
         return real
 
 

@@ -93,7 +93,7 @@ class Ewc(MeasuredPenalty):
 
     @property
     def _fisher(self) -> WeightFisher:
-        return WeightFisher("knowledge", self.labels, per=self.per, seed=self.label_seed, examples=self.examples)
+        return WeightFisher("knowledge", self.labels, per=self.per, **self.draws)
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
         """Returns the diagonal Fisher, and what makes it one per learned token."""

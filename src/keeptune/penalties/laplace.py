@@ -188,5 +188,4 @@ class Laplace(CovariancePenalty):
         return errors
 
     def _diagonals(self, target_plan: TargetPlan) -> LoraFisher:
-        init, scale, seed = target_plan.init, target_plan.scale, self.label_seed
-        return lora_fisher("knowledge", self.labels, init, scale, seed=seed, examples=self.examples)
+        return lora_fisher("knowledge", self.labels, target_plan.init, target_plan.scale, **self.draws)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,19 +20,31 @@ class MeasuredPenalty(Penalty):
     """A penalty that is measured on the knowledge.
 
     Args:
-        labels: ``"sampled"`` draws the labels of gradients from the model itself (the Fisher), ``"true"`` takes the
-            data's tokens (the empirical Fisher).
+        labels: What gradients are taken of: ``"probe"`` and ``"sampled"`` are the Fisher, by random signs or by labels
+            drawn from the model itself, which is noisier; ``"true"`` takes the data's tokens (the empirical Fisher).
+        probes: How many draws of signs or labels are averaged, each a pass back over one pass forth.
         batches: How many batches of each knowledge set are used; None is all of it.
         batch_size: Examples per batch; only ``batches`` depends on it.
-        label_seed: Seed of sampled labels.
+        label_seed: Seed of the draws.
     """
 
-    ranges = {"batches": Range(least=1), "batch_size": Range(least=1)}
+    ranges = dict.fromkeys(("batches", "batch_size", "probes"), Range(least=1))
 
-    labels: Labels = "sampled"
+    labels: Labels = "probe"
+    probes: int = 1
     batches: int | None = None
     batch_size: int = 8
     label_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the options, also against each other."""
+        super().__post_init__()
+        self.need(self.labels != "true" or self.probes == 1, "probes", "1 with `labels: true`, which are not drawn")
+
+    @property
+    def draws(self) -> dict[str, Any]:
+        """The options of requests that say what is drawn, of which examples."""
+        return {"seed": self.label_seed, "probes": self.probes, "examples": self.examples}
 
     @property
     def data(self) -> frozenset[DataRole]:
@@ -75,9 +88,7 @@ class CovariancePenalty(MeasuredPenalty):
     @property
     def gradients(self) -> Covariance:
         """The request for Γ."""
-        return gradient_request(
-            "knowledge", self.labels, self.factor_rank, seed=self.label_seed, examples=self.examples
-        )
+        return gradient_request("knowledge", self.labels, self.factor_rank, **self.draws)
 
     @staticmethod
     def read(request: Covariance, site: Site) -> PsdMatrix:

@@ -1,19 +1,21 @@
 """The Fisher matrix per learned token: exact diagonals, and what turns Kronecker factors into it.
 
 A map y = W x, texts with T learned tokens among N, δ_t = d loss / d y_t of the loss summed over the learned tokens,
-labels drawn from the model ("sampled") or the data's own ("true", the empirical Fisher).
+labels drawn from the model ("sampled"), random signs in their place ("probe", model/summed_loss.py), or the data's own
+labels ("true", the empirical Fisher).
 
     g = sum_t δ_t x_tᵀ                        a text's gradient of W; all its N_text tokens, prompt or not  (1)
     F = (1/T) sum_texts E[vec(g) vec(g)ᵀ]     per learned token                                             (2)
-    (1/T) sum KL(base, base + E) = 1/2 vec(E)ᵀ F vec(E) + O(E³), labels "sampled": nats per token           (3)
+    (1/T) sum KL(base, base + E) = 1/2 vec(E)ᵀ F vec(E) + O(E³), not of "true" labels: nats per token       (3)
     diag F = (1/T) sum_texts g ∘ g            ``per="text"``: exact                                         (4)
     F ~ (1/T) sum_t (δ_t δ_tᵀ) ⊗ (x_t x_tᵀ)   ``per="token"``: as if tokens were texts (K-FAC's "expand")   (5)
     F ~ (N/T) Γ ⊗ Ω                           K-FAC: as if δ and x were independent; Γ = E[δ δᵀ] and        (6)
                                               Ω = E[x xᵀ] are means over all N tokens
 
-Draws of the labels of a text's tokens are independent with gradients of mean zero, so that the mean over draws of
-vec(g) vec(g)ᵀ is the sum over tokens that (3) needs. Statistics are means over all N unmasked tokens, as everywhere;
-:func:`tokens_per_learned` is N/T. (6) drops the T: a factor N/T belongs to the product, not to either of its factors.
+Draws for the tokens of a text, labels or signs, are independent with gradients of mean zero, so that the mean over
+draws of vec(g) vec(g)ᵀ is the sum over tokens that (3) needs. Statistics are means over all N unmasked tokens, as
+everywhere; :func:`tokens_per_learned` is N/T. (6) drops the T: a factor N/T belongs to the product, not to either of
+its factors.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,7 +75,7 @@ class _Count:
 
 @dataclass(frozen=True, slots=True)
 class _Fisher(GradientRequest):
-    """The mean over tokens of squared gradients; the seed is that of the drawn labels.
+    """The mean over tokens of squared gradients.
 
     Args:
         per: ``"text"`` squares the gradient of each text, ``"token"`` that of each token.
@@ -166,12 +168,14 @@ def lora_fisher(
     scale: float,
     *,
     per: Per = "text",
-    seed: int = 0,
-    examples: int | None = None,
+    **draws: Any,
 ) -> LoraFisher:
-    """Returns the request for the diagonals at factors ``B`` and ``A`` with scale s; their content is in the key."""
+    """Returns the request for the diagonals at factors ``B`` and ``A`` with scale s; their content is in the key.
+
+    ``draws`` are the request's ``seed``, ``probes`` and ``examples``.
+    """
     fingerprint = content_key([tensor_fingerprint(factors.B), tensor_fingerprint(factors.A)])
-    return LoraFisher(data, labels, scale, fingerprint, factors, per=per, seed=seed, examples=examples)
+    return LoraFisher(data, labels, scale, fingerprint, factors, per=per, **draws)
 
 
 def split_diagonals(value: Tensor, out_features: int) -> LowRank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class InputFactor(RowRequest):
 class GradientFactor(GradientRequest):
     """``Γ = E[δ δᵀ]`` as its top directions and a scalar, ``(k + 1, m + 2)``; read it with :func:`read_factor`.
 
-    The seed is that of the drawn labels, of the search and of the error's estimate.
+    The seed is that of the draws, of the search and of the error's estimate.
     """
 
     rank: int
@@ -81,13 +82,14 @@ def input_request(data: DataRole, rank: int | None, *, seed: int = 0, examples: 
     return InputFactor(data, rank, seed, examples=examples)
 
 
-def gradient_request(
-    data: DataRole, labels: Labels, rank: int | None, *, seed: int = 0, examples: int | None = None
-) -> Covariance:
-    """Returns the request for Γ whole (rank None), or for its top directions; :func:`read_factor` reads its value."""
+def gradient_request(data: DataRole, labels: Labels, rank: int | None, **draws: Any) -> Covariance:
+    """Returns the request for Γ whole (rank None), or for its top directions; :func:`read_factor` reads its value.
+
+    ``draws`` are the request's ``seed``, ``probes`` and ``examples``.
+    """
     if rank is None:
-        return GradientCovariance(data, labels, seed=seed, examples=examples)
-    return GradientFactor(data, labels, rank, seed=seed, examples=examples)
+        return GradientCovariance(data, labels, **draws)
+    return GradientFactor(data, labels, rank, **draws)
 
 
 def read_factor(request: Covariance, value: Tensor) -> PsdMatrix:

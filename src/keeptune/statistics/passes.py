@@ -11,7 +11,7 @@ from keeptune.core.target import Target
 from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch
 from keeptune.model.runner import Runner, Taps
-from keeptune.model.summed_loss import Labels
+from keeptune.model.summed_loss import Loss
 from keeptune.statistics.request import RowRequest
 from keeptune.statistics.running_mean import Accumulator
 
@@ -25,7 +25,7 @@ class Pass:
 
     source: str
     examples_alone: bool
-    loss: tuple[Labels, int] | None
+    loss: Loss | None
 
 
 def shares(measured: Sequence[Measured]) -> list[list[Measured]]:
@@ -54,6 +54,5 @@ def run_pass(
     if need.loss is None or not taps.with_gradients:
         runner.forward(batches, taps.forward, title=title)
     else:
-        labels, seed = need.loss
-        runner.backward(batches, taps, labels=labels, seed=seed, title=title)
+        runner.backward(batches, taps, need.loss, title=title)
     return totals

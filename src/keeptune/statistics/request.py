@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
@@ -20,11 +20,14 @@ from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.runner import PassKind as PassKind
 from keeptune.model.summed_loss import Labels as Labels
+from keeptune.model.summed_loss import Loss
 from keeptune.statistics.running_mean import Accumulator
 from keeptune.statistics.store import Source, StatStore
 
 DataRole = Literal["knowledge", "task"]
 WeightReader = Callable[[], Tensor]
+# Of a field that earlier versions did not have: at its default it is no part of the key, so that stores stay good.
+ADDED: Final = {"added": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,9 @@ class Request(ABC):
     def entry(self, target: Target, source: Source) -> dict[str, Any]:
         """Returns all that determines the statistic, ready for JSON; its content key names the entry in the store."""
         # What is not compared (tensors) has its fingerprint in another field.
-        fields = [field.name for field in dataclasses.fields(self) if field.compare and field.name != "examples"]
+        fields = {f: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare and f.name != "examples"}
         return {
-            "request": {name: getattr(self, name) for name in fields},
+            "request": {f.name: value for f, value in fields.items() if f.metadata != ADDED or value != f.default},
             "class": type(self).__name__,
             "version": self.version,
             "site": self.site(target),
@@ -70,8 +73,8 @@ class RowRequest(Request):
         return "forward"
 
     @property
-    def loss(self) -> tuple[Labels, int] | None:
-        """The labels of the loss and the seed of drawn ones; None without a loss."""
+    def loss(self) -> Loss | None:
+        """The loss whose gradients are taken; None without one."""
         return None
 
     def site(self, target: Target) -> str:
@@ -94,12 +97,15 @@ class GradientRequest(RowRequest):
     Without prompts and completions whole texts are learned, all tokens but the first.
 
     Args:
-        labels: ``"true"`` takes the data's tokens (empirical Fisher), ``"sampled"`` the model's own (Fisher).
-        seed: Seed of the drawn labels.
+        labels: ``"true"`` takes the data's tokens (empirical Fisher), ``"sampled"`` the model's own (Fisher),
+            ``"probe"`` random signs in their place (the Fisher, with less noise).
+        seed: Seed of the draws.
+        probes: How many draws are averaged.
     """
 
     labels: Labels
     seed: int = dataclasses.field(default=0, kw_only=True)
+    probes: int = dataclasses.field(default=1, kw_only=True, metadata=ADDED)
 
     @property
     def kind(self) -> PassKind:
@@ -107,9 +113,9 @@ class GradientRequest(RowRequest):
         return "backward"
 
     @property
-    def loss(self) -> tuple[Labels, int]:
-        """The labels of the loss and their seed."""
-        return self.labels, self.seed
+    def loss(self) -> Loss:
+        """The loss whose gradients are taken."""
+        return Loss(self.labels, self.seed, self.probes)
 
     def site(self, target: Target) -> str:
         """Returns the target itself: every map has outputs of its own."""
