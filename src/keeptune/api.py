@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter import export as exporting
 from keeptune.adapter.export import Exported, ExportOptions
+from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
@@ -97,6 +98,7 @@ def _task_examples(head: Head | None, task: Sequence[tuple[str, Any]]) -> Exampl
     return LabelledExamples(Texts(prompts), labels, head.labels)
 
 
+@out_of_memory("export")
 def export(
     model: PreTrainedModel | PeftModel,
     plan: Plan,
@@ -128,6 +130,7 @@ def export(
     return exporting.export(model, plan, folder, options, base=base, load_base=load_base, tokenizer=tokenizer)
 
 
+@out_of_memory("evaluate")
 def measure(
     pair: ModelPair, tokenizer: PreTrainedTokenizerBase, benchmarks: Sequence[Benchmark], *, seed: int = 0
 ) -> list[BenchmarkResult]:

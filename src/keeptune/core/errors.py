@@ -57,6 +57,10 @@ class TrainError(KeeptuneError):
     """Training cannot start or go on."""
 
 
+class DeviceMemoryError(KeeptuneError):
+    """A device, or the host, has no memory left."""
+
+
 class ExportError(KeeptuneError):
     """An export does not reproduce the trained model."""
 

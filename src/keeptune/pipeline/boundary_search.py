@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from keeptune.adapter.install import install
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError, RecipeError
+from keeptune.core.out_of_memory import out_of_memory
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
 from keeptune.data.examples import draw_rows
@@ -115,6 +116,7 @@ class _Search:
             trials.append({"boundary": boundary, **score, "K": K, "T": T, "KT": harmonic(K, T) or 0.0})
         return {"trials": trials}
 
+    @out_of_memory("train")
     def _trial(self, boundary: int, slices: _Slices) -> dict[str, float]:
         """Trains one candidate for a few steps and scores it; done once, however often the search is started."""
         job, candidate = self.job, self.candidates[boundary]

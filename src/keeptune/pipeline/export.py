@@ -8,6 +8,7 @@ from typing import Any
 from keeptune.adapter.export import Exported, ExportOptions, export, format_for
 from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import content_key, read_json
+from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
@@ -15,6 +16,7 @@ from keeptune.pipeline.scoring import find_result
 from keeptune.pipeline.training import load_trained, trained_result
 
 
+@out_of_memory("export")
 def export_stage(job: Job, plan: Plan) -> Exported:
     """Writes the adapter and checks it on a fresh base, where that is not done.
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
+from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Decision, PenaltyPlan, Plan, TargetPlan
 from keeptune.core.target import Target
 from keeptune.core.weights import read_weight
@@ -147,6 +148,7 @@ def statistics_for(
     return [target for target in targets if target.name not in statistics.unseen], statistics
 
 
+@out_of_memory("statistics")
 def _collect(
     runner: Runner,
     requests: Mapping[Target, frozenset[Request]],
@@ -160,6 +162,7 @@ def _collect(
     return found
 
 
+@out_of_memory("plan")
 def plan_for(
     model: PreTrainedModel,
     method: Method,

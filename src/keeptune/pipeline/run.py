@@ -14,6 +14,7 @@ from typing import Any
 
 from keeptune.core.artefact import content_key, read_json, remove_leftovers, write_json
 from keeptune.core.errors import ArtefactError
+from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
 from keeptune.pipeline.boundary_search import choose_boundary
@@ -62,11 +63,13 @@ def start(recipe: Recipe) -> Job:
     return job
 
 
+@out_of_memory("statistics")
 def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
     """Collects the statistics that the method needs into the store; returns the targets and their statistics."""
     return statistics_for(job.base(), job.method, job.store, data=job.data, options=job.plan_options)
 
 
+@out_of_memory("plan")
 def plan_stage(job: Job) -> Plan:
     """Makes the plan, or loads the one that is there."""
     folder = job.output / "plan"

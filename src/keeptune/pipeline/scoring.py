@@ -11,6 +11,7 @@ from typing import Any
 from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import content_key, file_fingerprint, write_bytes
 from keeptune.core.errors import ModelError
+from keeptune.core.out_of_memory import out_of_memory
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmark_data import data_fingerprint, engine_of
 from keeptune.evaluation.benchmarks import Benchmark
@@ -21,6 +22,7 @@ from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 
 
+@out_of_memory("evaluate")
 def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers | None = None) -> list[dict[str, Any]]:
     """Scores every benchmark that is not scored yet; results are kept one by one.
 

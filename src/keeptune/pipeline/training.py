@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from keeptune.adapter.install import install, restore_state, trained_state
 from keeptune.core.artefact import atomic_directory, content_key, read_json, read_tensors, write_tensors
 from keeptune.core.errors import TrainError
+from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import conclusions
@@ -29,6 +30,7 @@ def trained_result(job: Job, plan: Plan) -> Stored:
     return Stored("train", job.output / "trained" / "train.json", content_key(inputs))
 
 
+@out_of_memory("train")
 def train_stage(job: Job, plan: Plan) -> None:
     """Trains, or goes on from the last checkpoint, or does nothing where it is done."""
     result = trained_result(job, plan)

@@ -1,0 +1,64 @@
+"""Out of memory, on a device or on the host: one error that says what was being done and what to turn."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final, Literal
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from keeptune.core.errors import DeviceMemoryError
+
+Stage = Literal["statistics", "plan", "train", "export", "evaluate"]
+
+# What to turn, that which helps most first.
+KEYS: Final[Mapping[Stage, tuple[str, str, str]]] = {
+    "statistics": ("low_memory: true", "factor_rank (of the method or penalty)", "knowledge.max_length"),
+    "plan": ("targets (fewer)", "low_memory: true", "device: cpu"),
+    "train": ("train.per_device_train_batch_size", "train.gradient_checkpointing: true", "train.max_length"),
+    "export": ("device: cpu", "dtype: bfloat16", "export.rank"),
+    "evaluate": ("evaluate.0.batch_size", "evaluate.0.max_length", "dtype: bfloat16"),
+}
+_ASKED = re.compile(r"(?:[Tt]ried|Unable) to allocate ([\d.,]+ ?\w+)")
+_ALLOCATOR = re.compile(r"ALLOC_FAILED|CUDA error: out of memory|[Cc]an't allocate memory|Cannot allocate memory")
+
+
+@contextmanager
+def out_of_memory(stage: Stage) -> Iterator[None]:
+    """Raises a DeviceMemoryError where memory runs out, whichever library meets it; other errors pass.
+
+    Args:
+        stage: What is being done; a stage inside another one speaks for itself.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not _is_memory(error):
+            raise
+        asked = _ASKED.search(str(error))
+        # What the frames hold would stay on the device as long as the error is there, and the next run has to fit.
+        traceback.clear_frames(error.__traceback__)
+        first, second, third = KEYS[stage]
+        raise DeviceMemoryError(
+            f"stage {stage}",
+            got=f"no memory for {asked[1]}" if asked else "no memory",
+            wanted=f"room on the device ({_reason(error)})",
+            next_step=f"Turn `{first}`, `{second}` or `{third}`; `keeptune run --dry-run` says what each takes. "
+            "The same command goes on from here.",
+        ) from error
+
+
+def _is_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return should_reduce_batch_size(error) or bool(_ALLOCATOR.search(str(error)))
+
+
+def _reason(error: Exception) -> str:
+    """Returns what the library says, without its advice."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.partition(" If reserved")[0][:300]
