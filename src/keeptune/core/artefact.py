@@ -16,14 +16,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors_bytes
-from safetensors.torch import save as save_safetensors_bytes
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -103,8 +102,7 @@ def file_fingerprint(paths: Iterable[Path]) -> str:
     """Returns the SHA-256 of files' bytes, in the order given, whatever their names."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_checksum(path)))
     return digest.hexdigest()
 
 
@@ -135,13 +133,16 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, and makes its folder."""
+    _write_whole(path, lambda fresh: fresh.write_bytes(data))
+
+
+def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = _beside(path)
+        fresh = _beside(path)  # unlike tempfile's, with the modes that the user's umask leaves
         try:
-            with fresh.open("xb") as file:  # unlike tempfile's, with the modes that the user's umask leaves
-                file.write(data)
-                file.flush()
+            write(fresh)
+            with fresh.open("rb") as file:
                 os.fsync(file.fileno())
             fresh.replace(path)
         except BaseException:
@@ -166,9 +167,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Writes a safetensors file with metadata whole or not at all, and returns the SHA-256 of its bytes."""
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     # Without tensors, safetensors writes a broken header for empty metadata.
-    data = save_safetensors_bytes(ready, metadata=dict(metadata) if metadata else None)
-    write_bytes(path, data)
-    return hashlib.sha256(data).hexdigest()
+    _write_whole(path, lambda fresh: save_file(ready, fresh, metadata=dict(metadata) if metadata else None))
+    return file_checksum(path)
+
+
+def file_checksum(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:
@@ -180,11 +186,9 @@ def read_json(path: Path) -> Any:
 def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     """Reads a safetensors file to the CPU and checks it against the SHA-256 that :func:`write_tensors` returned."""
     with _refuse_damaged(path, "the file as it was written", "Remove its folder and run the stage again."):
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != sha256:
+        if file_checksum(path) != sha256:
             raise ValueError("bytes that do not match their checksum")
-        tensors: dict[str, Tensor] = load_safetensors_bytes(data)
-        return tensors
+        return load_file(path, backend="pread")  # a mapped file would be lost with the folder that holds it
 
 
 @contextlib.contextmanager

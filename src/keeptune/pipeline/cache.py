@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keeptune.core.artefact import read_json, write_json
+from keeptune.core.artefact import file_checksum, read_json, write_json
 from keeptune.core.errors import ArtefactError
 
 T = TypeVar("T")
@@ -87,7 +86,7 @@ class Stored:
         """
         path = self.path if folder is None else folder / self.path.name
         paths = sorted({file for pattern in files for file in path.parent.glob(pattern)})
-        sums = {str(file.relative_to(path.parent)): _checksum(file) for file in paths}
+        sums = {str(file.relative_to(path.parent)): file_checksum(file) for file in paths}
         write_json(path, {"key": self.key, **record} | ({"files": sums} if sums else {}))
         written: dict[str, Any] = read_json(path)
         return written
@@ -96,7 +95,7 @@ class Stored:
         record: dict[str, Any] = read_json(self.path)
         key = str(record["key"])
         for name, checksum in record.get("files", {}).items() if key == self.key else ():
-            if _checksum(self.path.parent / name) != checksum:
+            if file_checksum(self.path.parent / name) != checksum:
                 raise ArtefactError(
                     str(self.path.parent / name),
                     got="bytes that do not match their checksum",
@@ -104,8 +103,3 @@ class Stored:
                     next_step="Run the stage again.",
                 )
         return key, record
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

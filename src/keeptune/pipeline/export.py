@@ -12,6 +12,7 @@ from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
+from keeptune.pipeline.machine import release_memory
 from keeptune.pipeline.scoring import find_result
 from keeptune.pipeline.training import load_trained, trained_result
 
@@ -43,6 +44,7 @@ def export_stage(job: Job, plan: Plan) -> Exported:
         return {"train": trained, **asdict(done)}
 
     result.get(write, files=["*.safetensors", "*config.json", SIDECAR])
+    release_memory()
     if find_result(job.output) != folder:
         result.path.touch()  # the newer of `adapter` and `merged` is the run's result
     return Exported(**read_json(folder / SIDECAR)["export"])

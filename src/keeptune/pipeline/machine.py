@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
 
 import platformdirs
@@ -62,3 +64,21 @@ def check_device(name: str) -> None:
             wanted="a device that this machine has",
             next_step="Set `device: auto` or `device: cpu`.",
         )
+
+
+_SMALL = 2**27  # bytes of a model that are not worth a search for cycles
+
+
+def release_memory(used: int = 0) -> None:
+    """Gives back what a finished stage held: a trainer's cycles, and the pages that the C library keeps.
+
+    Args:
+        used: Bytes of the model of the stage; the cycles of a small one are left to Python.
+    """
+    if used > _SMALL:
+        gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others give back by themselves
+    if trim is not None:
+        trim(0)

@@ -21,6 +21,7 @@ from keeptune.pipeline.boundary_search import choose_boundary
 from keeptune.pipeline.cache import take
 from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.job import Job
+from keeptune.pipeline.machine import release_memory
 from keeptune.pipeline.planning import plan_for, statistics_for
 from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.scoring import evaluate_stage
@@ -90,6 +91,7 @@ def plan_stage(job: Job) -> Plan:
         plan.save(folder)
         _write_recipe(job)
         write_json(folder / "seconds.json", {"plan": time.perf_counter() - started})
+        release_memory()
     return plan
 
 

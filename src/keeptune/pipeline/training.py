@@ -17,6 +17,7 @@ from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import conclusions
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
+from keeptune.pipeline.machine import release_memory
 from keeptune.training.trainer import train
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,11 @@ def train_stage(job: Job, plan: Plan) -> None:
     result = trained_result(job, plan)
     if result.read() is not None:
         return
+    release_memory(_train(job, plan, result))
+
+
+def _train(job: Job, plan: Plan, result: Stored) -> int:
+    """Trains and writes what was trained; returns the bytes of the model, which is free after it."""
     started = time.perf_counter()
     model = job.base()
     config = job.config(job.output / "checkpoints" / result.key[:12], model.dtype)
@@ -63,6 +69,7 @@ def train_stage(job: Job, plan: Plan) -> None:
             assert isinstance(tuned, PeftModel)
             write_tensors(fresh / _FACTORS, trained_state(tuned, plan))
         result.write(record, files=[_FACTORS, "model/*.safetensors"], folder=fresh)
+    return sum(p.nbytes for p in tuned.parameters())
 
 
 def _trained_parameters(tuned: PreTrainedModel | PeftModel, plan: Plan) -> int:
