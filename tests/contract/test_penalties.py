@@ -112,6 +112,22 @@ def test_every_registered_penalty_is_checked() -> None:
     assert OPTIONS.keys() == penalties().keys()
 
 
+@every_pair
+def test_sizes_said_beforehand_are_those_of_the_tensors(case: str, penalty: str, penalised: PlanOf) -> None:
+    plan = penalised("llama", case, penalty)
+    own = {one.name for one in CASES[case].penalties()}
+    for made in plan.penalties:
+        one = penalty_named(made.name, made.options)
+        said: dict[str, int] = {}
+        for t in plan.targets:
+            said |= one.size(t)
+        # Of a target or an input group; the texts of a penalty on answers are no part of it.
+        held = {name: value.nbytes for name, value in made.tensors.items() if ":" in name and value.ndim > 1}
+        assert sum(held.values()) == sum(said.values())
+        assert all(any(name.startswith(start) for start in said) for name in held)
+        assert made.name == PENALTIES[penalty].name or made.name in own
+
+
 def check_slope(world: World, plan: Plan) -> None:
     """The gradient is the slope of the value along it, and frozen factors have none."""
     model = installed(world, plan)

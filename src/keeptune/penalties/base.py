@@ -132,6 +132,13 @@ class Penalty(Options):
         """
         return {}
 
+    def size(self, target_plan: TargetPlan) -> Mapping[str, int]:
+        """Returns the bytes of the matrices of :meth:`tensors` before there are any, by the start of their names.
+
+        Law: they are those of the plan, each name once (``tests/contract``).
+        """
+        return {}
+
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term | None:
         """Returns the penalty's term of one target, given the tensors of the whole plan on the device of the training.
 
@@ -182,6 +189,11 @@ class OutputPenalty(Penalty):
     """
 
     kept_mib: int = 256
+
+    @property
+    def at_once(self) -> int:
+        """How many texts the model is run on in a step."""
+        raise NotImplementedError
 
     def texts(self, data: Mapping[DataRole, Calibration]) -> Mapping[str, Tensor]:
         """Returns the tensors of the texts, saved with the plan.

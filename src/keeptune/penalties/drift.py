@@ -132,6 +132,11 @@ class DriftBudget(CovariancePenalty):
             "log pressure": torch.full_like(budget, self.start).log() - self.gain,
         }
 
+    def size(self, target_plan: TargetPlan) -> Mapping[str, int]:
+        """Returns that of Ω, which an input group shares, and of Γ."""
+        target = target_plan.target
+        return self.factor_sizes(target, inputs=True, gradients=self.curvature == "delta-kfac")
+
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Returns a target's part of (3): of D, times p over its budget, which the targets of a group share."""
         target, share = target_plan.target, tensors[f"share:{target_plan.target.name}"]

@@ -107,6 +107,11 @@ class Ewc(MeasuredPenalty):
             f"weight:{name}": torch.tensor(self.strength / 2 * self.tokens_per_learned(site)),
         }
 
+    def size(self, target_plan: TargetPlan) -> Mapping[str, int]:
+        """Returns that of F."""
+        target = target_plan.target
+        return {f"F:{target.name}": _DTYPES[self.stored].itemsize * target.out_features * target.in_features}
+
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Returns (1) of one target."""
         name = target_plan.target.name

@@ -95,6 +95,11 @@ class Kl(OutputPenalty):
         """The knowledge: the tokens themselves, without statistics."""
         return frozenset({"knowledge"})
 
+    @property
+    def at_once(self) -> int:
+        """The batch."""
+        return self.batch_size
+
     def texts(self, data: Mapping[DataRole, Calibration]) -> Mapping[str, Tensor]:
         """Returns the tokens of the knowledge, in their order.
 

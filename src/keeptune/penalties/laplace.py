@@ -121,6 +121,14 @@ class Laplace(CovariancePenalty):
             weight = self.strength / (len(site.targets) * cost) if cost > 0 else 0.0
         return tensors | self._errors(site) | {f"weight:{target.name}": torch.tensor(weight)}
 
+    def size(self, target_plan: TargetPlan) -> Mapping[str, int]:
+        """Returns that of Ω, which an input group shares, of Γ, and of the diagonals."""
+        target, rank = target_plan.target, target_plan.decision.rank
+        factors = self.factor_sizes(target, inputs=self.curvature in _OMEGA, gradients=self.curvature in _GAMMA)
+        if self.curvature != "diag":
+            return factors
+        return {f"diagonals:{target.name}": 4 * rank * (target.out_features + target.in_features)}
+
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Returns the form of one target."""
         target, scale = target_plan.target, target_plan.scale

@@ -8,10 +8,17 @@ from typing import Any
 import torch
 
 from keeptune.core.options import Range
+from keeptune.core.target import Target
 from keeptune.linalg.symmetric import PsdMatrix
 from keeptune.penalties.base import Penalty, Site
 from keeptune.statistics.fisher import TokenCount, tokens_per_learned
-from keeptune.statistics.low_rank_covariance import Covariance, gradient_request, input_request, read_factor
+from keeptune.statistics.low_rank_covariance import (
+    Covariance,
+    factor_bytes,
+    gradient_request,
+    input_request,
+    read_factor,
+)
 from keeptune.statistics.request import DataRole, Labels
 
 
@@ -94,3 +101,12 @@ class CovariancePenalty(MeasuredPenalty):
     def read(request: Covariance, site: Site) -> PsdMatrix:
         """Returns a covariance, float32, on the device of the weight."""
         return read_factor(request, site.stats[request]).to(torch.float32, site.weight.device)
+
+    def factor_sizes(self, target: Target, *, inputs: bool, gradients: bool) -> dict[str, int]:
+        """Returns the bytes of the matrices of Ω and of Γ as training holds them, by the start of their names."""
+        sizes = {}
+        if inputs:
+            sizes[f"Omega:{target.input_group}:"] = factor_bytes(self.inputs, target.in_features)
+        if gradients:
+            sizes[f"Gamma:{target.name}:"] = factor_bytes(self.gradients, target.out_features)
+        return sizes

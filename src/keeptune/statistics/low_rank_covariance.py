@@ -30,6 +30,10 @@ class InputFactor(RowRequest):
         """Returns the buffer's ``9 k n``."""
         return 9 * self.rank * target.in_features
 
+    def kept(self, target: Target) -> int:
+        """Returns the bytes of ``(k + 1, n + 2)``."""
+        return 4 * (self.rank + 1) * (target.in_features + 2)
+
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _TopSum:
         """Returns an empty buffer."""
         return _TopSum(TopDirections(target.in_features, self.rank, device, self.seed))
@@ -47,6 +51,10 @@ class GradientFactor(GradientRequest):
     def numbers(self, target: Target) -> int:
         """Returns the buffer's ``9 k m``."""
         return 9 * self.rank * target.out_features
+
+    def kept(self, target: Target) -> int:
+        """Returns the bytes of ``(k + 1, m + 2)``."""
+        return 4 * (self.rank + 1) * (target.out_features + 2)
 
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _TopSum:
         """Returns an empty buffer."""
@@ -95,6 +103,13 @@ def gradient_request(data: DataRole, labels: Labels, rank: int | None, **draws: 
 def read_factor(request: Covariance, value: Tensor) -> PsdMatrix:
     """Returns the collected value of a request as a factor to multiply with."""
     return unpacked(value).factor if isinstance(request, InputFactor | GradientFactor) else Dense(value)
+
+
+def factor_bytes(request: Covariance, width: int) -> int:
+    """Returns the bytes of the factor's matrix that :func:`read_factor` reads, of a covariance of a width."""
+    if isinstance(request, InputFactor | GradientFactor):
+        return 4 * width * min(request.rank, width)
+    return 4 * width**2
 
 
 def packed(truncated: Truncated) -> Tensor:

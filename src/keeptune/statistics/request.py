@@ -85,6 +85,10 @@ class RowRequest(Request):
     def numbers(self, target: Target) -> int:
         """Returns how many numbers the sum holds in memory."""
 
+    def kept(self, target: Target) -> int:
+        """Returns how many bytes the store keeps: float32 numbers, by default as many as the sum has."""
+        return 4 * self.numbers(target)
+
     @abstractmethod
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> Accumulator:
         """Returns an empty sum; ``weight`` reads the target's weight, ``(m, n)`` float32, for sums that need it."""
