@@ -12,59 +12,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from keeptune.core.errors import ModelError
+from keeptune.core.errors import ModelError, nearest
 from keeptune.core.target import Target
-from keeptune.model.blocks import depth, find_targets, head_of, positions
+from keeptune.model.blocks import depth, find_targets, head_of, is_nested, positions
 from keeptune.model.down_projections import down_projections
 from keeptune.model.gguf import check_gguf, gguf_error, place_of
+from keeptune.pipeline.dry_run.known_models import MODELS
 
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # where configs say how many there are
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-
-
-def _llama(vocabulary: int, hidden: int, inner: int, blocks: int, heads: int, positions: int, **more: Any) -> Any:
-    return {
-        "model_type": "llama",
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads,
-        "max_position_embeddings": positions,
-        "dtype": "bfloat16" if "num_key_value_heads" in more else "float16",
-        **more,
-    }
-
-
-_8B = {"num_key_value_heads": 8}
-_TIED = {"tie_word_embeddings": True}
-
-# From the config.json of each on the hub. Where a paper counts parameters, its count and the one of this shape agree
-# (tests/pipeline/dry_run/test_shapes.py).
-MODELS: Mapping[str, Mapping[str, Any]] = {
-    "huggyllama/llama-7b": _llama(32000, 4096, 11008, 32, 32, 2048),
-    "meta-llama/Llama-2-7b-hf": _llama(32000, 4096, 11008, 32, 32, 4096),
-    "meta-llama/Llama-2-13b-hf": _llama(32000, 5120, 13824, 40, 40, 4096),
-    "meta-llama/Meta-Llama-3-8B": _llama(128256, 4096, 14336, 32, 32, 8192, **_8B),
-    "meta-llama/Llama-3.1-8B": _llama(128256, 4096, 14336, 32, 32, 131072, **_8B),
-    "meta-llama/Llama-3.1-8B-Instruct": _llama(128256, 4096, 14336, 32, 32, 131072, **_8B),
-    "meta-llama/Llama-3.2-3B": _llama(128256, 3072, 8192, 28, 24, 131072, **_8B, **_TIED, head_dim=128),
-    "mistralai/Mistral-7B-v0.3": _llama(
-        32768, 4096, 14336, 32, 32, 32768, **_8B, model_type="mistral", sliding_window=None
-    ),
-    "google/gemma-2-9b": _llama(
-        256000, 3584, 14336, 42, 16, 8192, **_8B, model_type="gemma2", head_dim=256, dtype="float32"
-    ),
-    "Qwen/Qwen2.5-0.5B-Instruct": _llama(
-        151936, 896, 4864, 24, 14, 32768, num_key_value_heads=2, **_TIED, model_type="qwen2"
-    ),
-    "FacebookAI/roberta-base": {
-        "model_type": "roberta",
-        "vocab_size": 50265,
-        "max_position_embeddings": 514,
-        "type_vocab_size": 1,
-        "dtype": "float32",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -84,6 +40,8 @@ class ModelShape:
     cached: int  # k, numbers of all key heads together; values are as many
     positions: int | None  # how many tokens fit; None where there is no limit
     linear: tuple[Target, ...]  # all linear maps but the head
+    routed: float  # of the experts of a mixture, how many each token reaches
+    quantization: Mapping[str, Any] | None  # how its checkpoint is packed: the config's fields
     model: PreTrainedModel  # on the meta device, which holds shapes only
 
     @property
@@ -109,13 +67,30 @@ class ModelShape:
         """Names of the MLPs' down-projections."""
         return frozenset(target.name for target in down_projections(self.model))
 
-    @property
+    def share(self, target: Target) -> float:
+        """Returns the share of the tokens that reach a target: all, but of an expert among others."""
+        return self.routed if target.expert is not None or is_nested(target.name) else 1.0
+
+    @cached_property
+    def active(self) -> float:
+        """Numbers of the linear maps that a token passes through, without the head."""
+        return sum(self.share(target) * target.out_features * target.in_features for target in self.linear)
+
+    @cached_property
     def wide(self) -> int:
-        """Numbers that an MLP of one block keeps of each token besides its input: f for GELU, 3 f for a gated one."""
-        first = [target for target in self.linear if target.layer == 0]
-        inner = max((t.in_features for t in first if t.out_features == self.hidden), default=0)
-        gated = sum(target.out_features == inner for target in first) > 1
-        return 3 * inner if gated else inner
+        """Numbers that an MLP of one block keeps of each token besides its input: f for GELU, 3 f for a gated one.
+
+        Of a mixture, those of all experts that a token reaches.
+        """
+        block = [target for target in self.linear if target.layer == self.blocks // 2]
+        experts = [target for target in block if self.share(target) < 1]
+        block = experts or block
+        downs = [target.in_features for target in block if target.out_features == self.hidden]
+        inner = max(downs, default=1)
+        # Gate and up are two maps, or one of twice the width.
+        gated = sum(target.out_features // inner for target in block if target.out_features in (inner, 2 * inner)) > 1
+        reached = max(1.0, self.routed * len(downs)) if experts else 1.0
+        return int((3 if gated else 1) * inner * reached)
 
 
 def model_shape(
@@ -149,6 +124,7 @@ def model_shape(
     width = getattr(own, "head_dim", None) or own.hidden_size // heads
     stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     parameters = sum(p.numel() for p in model.parameters())
+    experts = next((n for key in _EXPERTS if (n := getattr(own, key, None))), None)
     return ModelShape(
         name=name,
         source=source,
@@ -163,8 +139,15 @@ def model_shape(
         cached=(getattr(own, "num_key_value_heads", None) or heads) * width,
         positions=positions(model),
         linear=tuple(find_targets(model)),
+        routed=own.num_experts_per_tok / experts if experts else 1.0,
+        quantization=_packed(config),
         model=model,
     )
+
+
+def _packed(config: Any) -> dict[str, Any] | None:
+    packed = getattr(config, "quantization_config", None)
+    return packed if packed is None or isinstance(packed, dict) else dict(packed.to_dict())
 
 
 def _config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str]:
@@ -192,5 +175,5 @@ def _config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[A
             f"model {name}",
             got=f"no config at hand ({type(error).__name__}: {first})",
             wanted="a model folder, a hub id in the hub's cache, or one whose shape keeptune knows",
-            next_step=f"Known are {', '.join(MODELS)}; `hf download {name} config.json` puts a config into the cache.",
+            next_step=f"{nearest(name, MODELS)} `hf download {name} config.json` puts a config into the cache.",
         ) from error
