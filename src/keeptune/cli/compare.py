@@ -13,7 +13,7 @@ from rich.table import Table
 from typer import echo
 
 from keeptune.cli import dry_run as cli_dry
-from keeptune.cli.shared import Flops, RecipeFile, overrides_of
+from keeptune.cli.shared import AsJson, Flops, RecipeFile, overrides_of
 
 
 def compare(
@@ -27,6 +27,7 @@ def compare(
         bool, typer.Option("--dry-run", help="List the runs and what they would take; fetch and run nothing.")
     ] = False,
     flops: Flops = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run methods x rates x strengths x seeds (the recipe's `compare` section). Started again, it goes on."""
     from keeptune.data import hub
@@ -35,10 +36,11 @@ def compare(
 
     limits = parse_max_loss(max_loss) if max_loss else None
     overrides = overrides_of(context)
-    if dry_run:
+    if dry_run or as_json:
         listed = load_comparison(recipe, overrides, fetch=hub.cached)
-        (_list_runs if listed.section.search is None else _list_search)(listed)
-        cli_dry.dry_run(recipe, overrides, flops)
+        if not as_json:
+            (_list_runs if listed.section.search is None else _list_search)(listed)
+        cli_dry.dry_run(recipe, overrides, flops, dry=dry_run, as_json=as_json)
         return
     run_and_show(load_comparison(recipe, overrides), limits)
 

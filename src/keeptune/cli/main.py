@@ -15,7 +15,7 @@ from typer import echo
 from keeptune.cli import compare, dry_run, sequence, studies, sweeps
 from keeptune.cli import repair as repairing
 from keeptune.cli import store as store_commands
-from keeptune.cli.shared import OVERRIDES, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
+from keeptune.cli.shared import OVERRIDES, AsJson, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
 from keeptune.core.errors import KeeptuneError
 
 if TYPE_CHECKING:
@@ -50,13 +50,14 @@ def run(
         bool, typer.Option("--dry-run", help="Print what would be fetched, trained and scored; fetch and run nothing.")
     ] = False,
     flops: Flops = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run the whole job: statistics, plan, train, export, evaluate, report; or each of the recipe's `stages`."""
     from keeptune.pipeline.run import run as run_job
 
     overrides = overrides_of(context)
-    if dry:
-        dry_run.dry_run(recipe, overrides, flops)
+    if dry or as_json:
+        dry_run.dry_run(recipe, overrides, flops, dry=dry, as_json=as_json)
     elif sequence.has_stages(recipe, overrides):
         sequence.run_stages(recipe, overrides)
     else:

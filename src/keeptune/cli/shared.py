@@ -28,6 +28,9 @@ Flops = Annotated[
     float | None,
     typer.Option(help="With --dry-run: operations per second that times are computed from; default: measured here."),
 ]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="With --dry-run: print the account as JSON, bytes and operations by part.")
+]
 Roles = Annotated[str | None, typer.Option(help="Roles, such as q_proj,down_proj; default: all.")]
 Store = Annotated[Path | None, typer.Option(help="Store of statistics; default: the user's cache.")]
 

@@ -61,10 +61,16 @@ def dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DryRun
     return described
 
 
+def written(path: Path) -> int:
+    files = [path] if path.is_file() else list(path.rglob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)
+
+
 def test_the_account_is_what_the_run_does(dry: Callable[..., DryRun], tmp_path: Path) -> None:
     account = dry(ATLAS)
     assert not (tmp_path / "out").exists()
-    recipe = make_recipe({**ATLAS, "output": str(tmp_path / "out")}, folder=tmp_path, where="recipe")
+    folders = {"output": str(tmp_path / "out"), "store": str(tmp_path / "store")}
+    recipe = make_recipe({**ATLAS, **folders}, folder=tmp_path, where="recipe")
     run(recipe)
     record = json.loads((tmp_path / "out" / "trained" / "train.json").read_text())
     assert account.train.numbers == record["trained_parameters"]
@@ -75,7 +81,14 @@ def test_the_account_is_what_the_run_does(dry: Callable[..., DryRun], tmp_path: 
     assert all(named.at_hand for named in account.needs)
     # An input covariance for each input group of every block, in float64.
     inputs = {target.input_group: target.in_features for target in account.shape.linear}
-    assert account.sums == 8 * sum(n * n for n in inputs.values())
+    squares = sum(n * n for n in inputs.values())
+    assert account.memory["statistics"].parts["sums"] == 8 * squares
+    # What the run wrote; files have a header each.
+    assert account.disk["store"].total == 4 * squares
+    assert written(tmp_path / "store") == pytest.approx(4 * squares, rel=0.02)
+    assert written(tmp_path / "out" / "plan" / "factors.safetensors") == pytest.approx(
+        account.disk["plan"].total, rel=0.1
+    )
 
 
 def test_a_hub_model_and_data_are_described_without_the_network(dry: Callable[..., DryRun]) -> None:
@@ -95,8 +108,9 @@ def test_a_hub_model_and_data_are_described_without_the_network(dry: Callable[..
     assert [one.items for one in account.score] == [1_319, 17_944]
     assert "train" in account.bounds
     weights, factors = 2 * 6_738_415_616, 4 * 319_815_680
-    assert account.memory.weights == weights + factors
-    assert (account.memory.gradients, account.memory.optimizer) == (factors, 2 * factors)
+    parts = account.memory["training"].parts
+    assert (parts["weights"], parts["adapter"]) == (weights, factors)
+    assert (parts["gradients"], parts["optimiser"]) == (factors, 2 * factors)
 
 
 def test_steps_and_work_are_unknown_where_examples_are(dry: Callable[..., DryRun]) -> None:
@@ -108,12 +122,12 @@ def test_steps_and_work_are_unknown_where_examples_are(dry: Callable[..., DryRun
 def test_replay_adds_examples_and_low_memory_holds_one_sum(dry: Callable[..., DryRun]) -> None:
     assert dry(ATLAS, replay=0.2).train.examples == 20
     target = max(dry(ATLAS).shape.linear, key=lambda target: target.in_features)
-    assert dry(ATLAS, low_memory=True).sums == 8 * target.in_features**2
+    assert dry(ATLAS, low_memory=True).memory["statistics"].parts["sums"] == 8 * target.in_features**2
 
 
 def test_checkpointing_trades_memory_for_work(dry: Callable[..., DryRun]) -> None:
     plain, saving = dry(LLAMA), dry(LLAMA, train={**LLAMA["train"], "gradient_checkpointing": True})
-    assert saving.memory.activations < plain.memory.activations / 5
+    assert saving.memory["training"].parts["activations"] < plain.memory["training"].parts["activations"] / 5
     assert plain.work["train"] is not None
     assert saving.work["train"] == pytest.approx(1.5 * plain.work["train"], rel=0.1)
 
@@ -161,3 +175,23 @@ def test_the_command_prints_all_parts(
     assert not (tmp_path / "out").exists()
     wrong = keeptune("run", path, "--dry-run", "--flops", "-1", capsys=capsys)
     assert (wrong.code, "--flops" in wrong.err) == (2, True)
+
+
+def test_json_has_bytes_and_operations_by_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: Callable[..., DryRun]
+) -> None:
+    import yaml
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**LLAMA, "output": str(tmp_path / "out")}), encoding="utf-8")
+    said = keeptune("run", path, "--dry-run", "--json", capsys=capsys)
+    assert said.code == 0, said.err
+    account = json.loads(said.out)
+    for part in (account["memory"]["training"], account["memory"]["scoring"], account["disk"]["store"]):
+        assert part["total"] == sum(part["parts"].values())
+    largest = max((stage["total"], name) for name, stage in account["memory"].items() if name != "peak")
+    assert (account["memory"]["peak"]["total"], account["memory"]["peak"]["stage"]) == largest
+    assert account["operations"]["total"] == sum(account["operations"]["parts"].values())
+    assert account == json.loads(json.dumps(dry(LLAMA).plain()))
+    wrong = keeptune("run", path, "--json", capsys=capsys)
+    assert (wrong.code, "--dry-run" in wrong.err) == (2, True)

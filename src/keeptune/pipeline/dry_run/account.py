@@ -6,10 +6,26 @@ None stands for what cannot be known without the data.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from keeptune.pipeline.dry_run.estimate import TrainingMemory
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Amount:
+    """An amount and what it is made of: bytes, or operations."""
+
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the total and the parts as plain values."""
+        return {"total": self.total, "parts": dict(self.parts)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,8 @@ class Scored:
     items: int | None
     metric: str
     length: float  # tokens of an item, all its choices together: a mean where ``measured``, else the most
+    longest: int  # tokens of the longest sequence
+    batch: int  # sequences in a forward pass, at most
     measured: bool
 
 
@@ -65,15 +83,39 @@ class DryRun:
     needs: tuple[Need, ...]
     train: Trained
     score: tuple[Scored, ...]
-    memory: TrainingMemory  # at the peak of training
-    sums: int  # of the statistics, beside the base's weights
-    cache: int  # keys and values at the peak of scoring, beside the base's weights
-    work: Mapping[str, float | None]  # of ``statistics``, ``train`` and ``score``
+    memory: Mapping[str, Amount]  # bytes at the peak of each stage: ``statistics``, ``plan``, ``training``, ...
+    disk: Mapping[str, Amount]  # bytes written: ``store``, ``plan``, ``checkpoints``, ``results``
+    work: Mapping[str, float | None]  # operations of ``statistics``, ``train`` and ``score``
     bounds: frozenset[str]  # which of these are upper bounds
     notes: tuple[str, ...]  # what the estimates leave out
+
+    @property
+    def peak(self) -> str:
+        """The stage that takes most memory, and so what the run needs."""
+        return max(self.memory, key=lambda stage: self.memory[stage].total)
 
     @property
     def whole_work(self) -> float | None:
         """Work of the whole run."""
         known = [work for work in self.work.values() if work is not None]
         return sum(known) if len(known) == len(self.work) else None
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the account as plain values, for ``--json``: bytes and operations."""
+        peak = {"stage": self.peak, "total": self.memory[self.peak].total}
+        return {
+            "device": self.device,
+            "model": {
+                "name": self.shape.name,
+                "source": self.shape.source,
+                "dtype": self.shape.dtype,
+                "parameters": self.shape.parameters,
+            },
+            "needs": [asdict(need) for need in self.needs],
+            "train": asdict(self.train) | {"tokens": self.train.tokens},
+            "score": [asdict(one) for one in self.score],
+            "memory": {stage: amount.plain() for stage, amount in self.memory.items()} | {"peak": peak},
+            "disk": {what: amount.plain() for what, amount in self.disk.items()},
+            "operations": {"total": self.whole_work, "parts": dict(self.work), "bounds": sorted(self.bounds)},
+            "notes": list(self.notes),
+        }

@@ -50,6 +50,23 @@ def _file(what: str, name: str) -> Need:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Texts that statistics are taken over.
+
+    Args:
+        texts: How many.
+        mean: Tokens of a text, a mean where ``measured``, else the most there can be.
+        longest: Tokens of the longest.
+        measured: Whether they were counted.
+    """
+
+    texts: int
+    mean: float
+    longest: int
+    measured: bool
+
+
+@dataclass(frozen=True)
 class Lengths:
     """Tokens of a recipe's data: means over what is on this machine, bounds elsewhere."""
 
@@ -86,15 +103,21 @@ class Lengths:
             return self._counts([prompt + completion for prompt, completion in pairs], self.most)
         return self._counts(examples.texts.whole[:_SAMPLE], self.most)
 
-    def calibration(self, role: str) -> tuple[int, float]:
-        """Returns how many texts the statistics of a role are taken over, and their tokens at most."""
-        recipe = self.job.recipe
+    def calibration(self, role: str) -> Sampled:
+        """Returns the texts that the statistics of a role are taken over: as they are, or bounds of them."""
+        recipe, parts = self.job.recipe, self.job.recipe.knowledge_sets
+        files = [recipe.task.train] if role == "task" else [part.file for part in parts]
+        if self._tokenizer is not None and files and not any(file.startswith(hub.PREFIX) for file in files):
+            found = self.job.task_calibration if role == "task" else self.job.calibration
+            counts = [len(ids) for ids in found.sequences] if found is not None else []
+            return Sampled(len(counts), sum(counts) / max(len(counts), 1), max(counts, default=0), True)
         if role == "task":
             wanted = recipe.task.calibration
             rows = rows_of(recipe.task.train, recipe.task.examples)
-            return min(wanted.examples, rows or wanted.examples), self._capped(wanted.max_length)
-        texts = sum(part.examples for part in recipe.knowledge_sets)
-        return texts, self._capped(max((part.max_length for part in recipe.knowledge_sets), default=0))
+            most = self._capped(wanted.max_length)
+            return Sampled(min(wanted.examples, rows or wanted.examples), most, most, False)
+        most = self._capped(max((part.max_length for part in parts), default=0))
+        return Sampled(sum(part.examples for part in parts), most, most, False)
 
     def _capped(self, length: int) -> int:
         return min(length, self.positions or length)
@@ -105,29 +128,37 @@ class Lengths:
 
     def scored(self, benchmark: FileBenchmark | NamedBenchmark) -> Scored:
         """Returns the account of a benchmark."""
-        mean = None
+        counts: list[list[int]] = []
         items = benchmark.examples
         if isinstance(benchmark, FileBenchmark):
             items = rows_of(benchmark.file, benchmark.examples)
-            mean = None if benchmark.file.startswith(hub.PREFIX) else self._mean(benchmark)
+            counts = self._counted(benchmark)
         elif benchmark.data is None and benchmark.row is not None and benchmark.row.items is not None:
             items = min(benchmark.row.items, benchmark.examples or benchmark.row.items)
+        # A generated answer is counted at its longest.
+        new = benchmark.max_new_tokens if isinstance(benchmark, FileBenchmark) and self._generates(benchmark) else 0
+        most = self.longest(benchmark)
         return Scored(
             name=benchmark.name,
             role=str(benchmark.role),
             items=items,
             metric=str(benchmark.metric),
-            length=float(self.longest(benchmark)) if mean is None else mean,
-            measured=mean is not None,
+            length=sum(map(sum, counts)) / len(counts) + new if counts else float(most),
+            longest=min(max(map(max, counts)) + new, most) if counts else most,
+            batch=benchmark.batch_size,
+            measured=bool(counts),
         )
 
-    def _mean(self, benchmark: FileBenchmark) -> float | None:
+    @staticmethod
+    def _generates(benchmark: FileBenchmark | NamedBenchmark) -> bool:
+        return bool(benchmark.metric == "exact_match")
+
+    def _counted(self, benchmark: FileBenchmark) -> list[list[int]]:
+        """Returns the tokens of the sequences of the first items: a choice is a sequence of its own."""
+        if benchmark.file.startswith(hub.PREFIX) or self._tokenizer is None:
+            return []
         items = load_items(benchmark, Path())[:_SAMPLE]
-        counts = self._counts([text for item in items for text in _texts_of(item)], self.longest(benchmark))
-        if not counts:
-            return None
-        # A choice is a sequence of its own; a generated answer is counted at its longest.
-        return sum(counts) / len(items) + (benchmark.max_new_tokens if benchmark.metric == "exact_match" else 0)
+        return [self._counts(_texts_of(item), self.longest(benchmark)) for item in items]
 
 
 def _texts_of(item: Item) -> list[str]:

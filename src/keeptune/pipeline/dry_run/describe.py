@@ -9,11 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from keeptune.adapter.anchor import resolve
-from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.data import hub
 from keeptune.data.replay import replayed
@@ -22,6 +17,7 @@ from keeptune.methods.combined import parts_of, tuned_roles
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import DryRun, Need, Scored, Trained
 from keeptune.pipeline.dry_run.data_sizes import Lengths, data_needs, rows_of
+from keeptune.pipeline.dry_run.memory import Footprint, checkpointing, plan_without_numbers
 from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import check_folder
@@ -31,10 +27,7 @@ from keeptune.statistics.neuron_attribution import NeuronAttribution
 from keeptune.statistics.request import DataRole, ModelRequest, Request, RowRequest
 from keeptune.training.arguments import check_arguments
 
-_ADAM = 8  # bytes of AdamW's two float32 states, for each trained number
-_STATES = {"sgd": 0, "adafactor": 0, "8bit": 2, "lion": 4}
 _STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3, "max_steps": -1}
-_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 
 def describe(recipe: Recipe, shape: ModelShape | None = None) -> DryRun:
@@ -99,27 +92,25 @@ class _Account:
     def dry_run(self) -> DryRun:
         recipe, train = self.job.recipe, self._train()
         score = tuple(self.lengths.scored(one) for one in recipe.evaluate)
-        sums, statistics, notes = self._statistics()
-        measured = {"train": train.measured, "score": all(one.measured for one in score), "statistics": not statistics}
+        statistics, notes = self._statistics()
+        counted = all(self.lengths.calibration(request.data).measured for request, _ in self._sites)
+        measured = {"train": train.measured, "score": all(one.measured for one in score), "statistics": counted}
         if train.assumed:
             notes.append("data decide some ranks; counted are those that are planned on average")
         if not self._whole:
             notes.append("decompositions (SVD, eigenvectors) are not in the times")
         files, fetched = data_needs(recipe)
-        # Of the keys and values of a batch that may be generated.
-        caches = [
-            estimate.cache_bytes(self.shape, batch=one.batch_size, length=self.lengths.longest(one))
-            for one in recipe.evaluate
-        ]
+        footprint = Footprint(
+            self.job, self.shape, self.lengths, self._sizes, self._sites, score, train.numbers, self._batch
+        )
         return DryRun(
             device=recipe.device,
             shape=self.shape,
             needs=(self._base(), *files, *fetched),
             train=train,
             score=score,
-            memory=self._memory(train),
-            sums=sums,
-            cache=max(caches, default=0),
+            memory=footprint.memory(),
+            disk=footprint.disk(),
             work={"statistics": statistics, **self._work(train, score)},
             bounds=frozenset(part for part, known in measured.items() if not known),
             notes=tuple(notes),
@@ -128,10 +119,6 @@ class _Account:
     @property
     def _whole(self) -> bool:
         return bool(self.job.method.scope == "all")
-
-    @property
-    def _checkpointing(self) -> bool:
-        return any(self.job.recipe.train.get(key) for key in _CHECKPOINTING)
 
     def _base(self) -> Need:
         name, revision = self.job.recipe.model, self.job.recipe.revision
@@ -186,31 +173,6 @@ class _Account:
             measured=bool(counts),
         )
 
-    def _memory(self, train: Trained) -> estimate.TrainingMemory:
-        recipe, sizes = self.job.recipe, self._sizes
-        frozen = sum(size.frozen for size in sizes.values())
-        if resolve(recipe.anchor, getattr(torch, self.shape.dtype)) == "twin":
-            anchored = [(target, size.rank) for target, size in sizes.items() if size.anchored]
-            frozen += sum(rank * (target.out_features + target.in_features) for target, rank in anchored)
-        activations = estimate.activation_bytes(
-            self.shape,
-            self.shape.linear if self._whole else self._used,
-            ranks=sum(size.rank for size in sizes.values()),
-            batch=int(_value(recipe.train, "per_device_train_batch_size")),
-            length=max(self.lengths.task, default=self.lengths.most),  # a batch is padded to its longest
-            checkpointing=self._checkpointing,
-            whole=self._whole,
-        )
-        optimizer = str(recipe.train.get("optim") or "adamw")
-        return estimate.training_memory(
-            self.shape,
-            trained=train.numbers,
-            frozen=frozen,
-            whole=self._whole,
-            states=next((size for word, size in _STATES.items() if word in optimizer), _ADAM),
-            activations=activations,
-        )
-
     def _work(self, train: Trained, score: Sequence[Scored]) -> dict[str, float | None]:
         """Returns the work of training, and of scoring base and adapter."""
         training = None
@@ -221,13 +183,19 @@ class _Account:
                 train.length,
                 trained=train.numbers,
                 whole=self._whole,
-                checkpointing=self._checkpointing,
+                checkpointing=checkpointing(self.job.recipe.train),
             )
         known = [(one.items, one.length) for one in score if one.items is not None]
         scoring = sum(2 * estimate.forward_flops(self.shape, items * length, length) for items, length in known)
         return {"train": training, "score": scoring if len(known) == len(score) else None}
 
-    def _requests(self) -> dict[tuple[Request, str], Target]:
+    @property
+    def _batch(self) -> int:
+        """Examples in a forward pass of training."""
+        return int(_value(self.job.recipe.train, "per_device_train_batch_size"))
+
+    @cached_property
+    def _sites(self) -> dict[tuple[Request, str], Target]:
         """Returns the statistics that method and penalties need, once for each site."""
         needed: dict[tuple[Request, str], Target] = {}
         penalties = scoped_penalties(self.job.method, self.job.penalties)
@@ -238,42 +206,34 @@ class _Account:
                     requests |= part.method.requests(target)
             for one in penalties if size.rank else ():
                 if one.holds(target):
-                    requests |= one.penalty.requests(_plan_without_numbers(target, size))
+                    requests |= one.penalty.requests(plan_without_numbers(target, size))
             for request in requests:
                 needed.setdefault((request, request.site(target)), target)
         return needed
 
-    def _statistics(self) -> tuple[int, float | None, list[str]]:
-        """Returns the memory of the sums, the work, and notes of what is left out."""
+    def _statistics(self) -> tuple[float | None, list[str]]:
+        """Returns the work of the statistics, and notes of what is left out."""
         sums: dict[tuple[DataRole, bool], list[int]] = {}
         traces: set[ModelRequest] = set()
-        for (request, _), target in self._requests().items():
+        for (request, _), target in self._sites.items():
             if isinstance(request, ModelRequest):
                 traces.add(request)
             elif isinstance(request, RowRequest):
                 sums.setdefault((request.data, request.kind != "forward"), []).append(request.numbers(target))
         work, notes, low_memory = 0.0, [], self.job.recipe.low_memory
         for (role, backward), numbers in sums.items():
-            texts, length = self.lengths.calibration(role)
+            data = self.lengths.calibration(role)
             passes = math.ceil(sum(numbers) / max(numbers)) if low_memory else 1
             work += estimate.statistics_flops(
-                self.shape, texts * length, length, numbers=sum(numbers), backward=backward, passes=passes
+                self.shape, data.texts * data.mean, data.mean, numbers=sum(numbers), backward=backward, passes=passes
             )
         for trace in traces:
-            texts, length = self.lengths.calibration(trace.data)
+            data = self.lengths.calibration(trace.data)
             if isinstance(trace, NeuronAttribution):
-                work += estimate.attribution_flops(self.shape, trace.examples or texts, length, trace.steps)
+                work += estimate.attribution_flops(self.shape, trace.examples or data.texts, data.mean, trace.steps)
             else:
                 notes.append("the time of causal tracing is not estimated")
-        held = [number for numbers in sums.values() for number in numbers]
-        return estimate.sums_bytes(held, low_memory=low_memory), work, notes
-
-
-def _plan_without_numbers(target: Target, size: Size) -> TargetPlan:
-    """Returns a plan on the meta device: penalties choose their statistics by its shape."""
-    with torch.device("meta"):
-        init = LowRank(B=torch.zeros(target.out_features, size.rank), A=torch.zeros(size.rank, target.in_features))
-    return TargetPlan(target, Decision(size.rank), init, 1.0, frozenset({"A", "B"}))
+        return work, notes
 
 
 def _value(values: Mapping[str, Any], key: str) -> float:

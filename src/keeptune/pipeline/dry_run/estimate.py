@@ -11,40 +11,109 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from keeptune.core.target import Target
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
 
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes in use at the peak of training: activations are kept for the backward pass, and include the logits."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """The sum of all."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+# The optimisers' states, bytes for each trained number: the first name that the optimiser's contains.
+_STATES = {"lion_8bit": 1, "8bit": 2, "4bit": 1, "ademamix": 12, "adafactor": 0, "sgd": 0}
+_STATES |= {"lion": 4, "adagrad": 4, "rmsprop": 4, "": 8}
+_TILE = (4096, 32768)  # tokens and words of the tiles in which TRL takes the loss: the logits are never there at once
+_ONCE = 2**28  # logits at once while scoring (evaluation/scored_tokens.py)
+_CHUNK = 1024  # tokens whose logarithms are taken at once while scoring
 
 
-def training_memory(
-    shape: ModelShape, *, trained: int, frozen: int, whole: bool, states: int, activations: int
-) -> TrainingMemory:
-    """Computes the memory of training, with ``states`` bytes of the optimiser for each trained number (8 for AdamW).
+def weight_bytes(shape: ModelShape, packed: Mapping[str, Any] | None = None) -> int:
+    """Computes the base's weights: e each, but for those of linear maps that are ``packed``, with their scales.
 
-    An adapter: ``e P + 4 (T + F)`` weights, ``4 T`` gradients, ``states T`` of the optimiser: factors are float32
-    whatever the base. All weights: ``4 P``, ``4 P`` and ``states P``.
+    Args:
+        shape: Of the base; embeddings, norms and the head are never packed.
+        packed: The fields of Transformers' config of the quantisation; None packs nothing.
     """
-    weights = 4 * shape.parameters if whole else shape.size * shape.parameters + 4 * (trained + frozen)
-    return TrainingMemory(weights, 4 * trained, states * trained, activations)
+    if packed is None or packed.get("dequantize"):
+        return shape.size * shape.parameters
+    kind = str(packed.get("quant_method") or "bitsandbytes")
+    # bitsandbytes packs modules, not parameters that hold all experts of a block; mxfp4 packs these alone.
+    fused = {"bitsandbytes": (False,), "mxfp4": (True,)}.get(kind, (True, False))
+    numbers = sum(t.out_features * t.in_features for t in shape.linear if (t.expert is not None) in fused)
+    return int(packed_bits(packed) / 8 * numbers) + shape.size * (shape.parameters - numbers)
+
+
+def packed_bits(packed: Mapping[str, Any]) -> float:
+    """Computes the bits of a packed number with its share of the scales; 16 of a kind that is not known.
+
+    bitsandbytes has a float32 for each 64 numbers, with double quantisation 8 bits and a float32 for each 256 of these.
+    Others have a 16-bit scale and a zero for each group (GPTQ, AWQ, HQQ, torchao) or 8 bits for each 32 (mxfp4).
+    """
+    kind = str(packed.get("quant_method") or "bitsandbytes")
+    if "bitsandbytes" in kind:
+        four = packed.get("load_in_4bit") or packed.get("_load_in_4bit")
+        scales = 8 / 64 + 32 / (64 * 256) if packed.get("bnb_4bit_use_double_quant") else 32 / 64
+        return 4 + scales if four else 8
+    if kind == "mxfp4":
+        return 4 + 8 / 32
+    if "fp8" in kind:
+        return 8
+    if kind in ("gptq", "awq", "hqq", "auto-round", "torchao"):
+        four = "int8" not in str(packed.get("quant_type", ""))
+        bits = float(packed.get("bits") or packed.get("nbits") or (4 if four else 8))
+        return bits + (16 + bits) / float(packed.get("group_size") or 128)
+    return 16
+
+
+def optimizer_states(optimizer: str) -> int:
+    """Returns the bytes of an optimiser's states for each trained number: 8 of AdamW, 2 of it in 8 bits."""
+    return next(size for word, size in _STATES.items() if word in optimizer)
+
+
+def head_bytes(shape: ModelShape, *, batch: int, length: int, device: str, smoothed: bool = False) -> int:
+    """Computes what the loss takes beside the activations, at the end of the forward pass.
+
+    TRL projects tiles of at most 4,096 tokens and 32,768 words: 2 for each of a tile's numbers where Triton folds them
+    (CUDA), 31 where torch does, in float32. Label smoothing forms all logits: ``B S V (e + 12)``.
+    """
+    if smoothed:
+        return batch * length * shape.vocabulary * (shape.size + 12)
+    tokens, words = min(batch * length, _TILE[0]), min(shape.vocabulary, _TILE[1])
+    return tokens * words * (2 if device.startswith("cuda") else 31)
+
+
+def backward_head_bytes(shape: ModelShape, tokens: int) -> int:
+    """Computes what the loss of a pass of statistics takes: the logits of its tokens, and drawn labels in float64."""
+    return tokens * shape.vocabulary * (shape.size + 20)
+
+
+def answers_bytes(shape: ModelShape, *, batch: int, length: int) -> int:
+    """Computes what KL to the base takes of a batch: both answers in float32, their terms, and their gradients."""
+    return batch * length * shape.vocabulary * (2 * shape.size + 28)
+
+
+def scoring_bytes(shape: ModelShape, *, rows: int, length: int, models: int) -> int:
+    """Computes the logits that scoring holds: of a batch below 2**28 numbers, once for each model that is compared.
+
+    Logarithms, in float32, are taken of 1,024 tokens at a time, with 24 bytes a number where two models are compared.
+    """
+    batch = min(rows, max(1, _ONCE // max(length * shape.vocabulary, 1))) * length
+    each = 24 if models > 1 else shape.size + 8
+    return shape.vocabulary * (batch * models * shape.size + min(batch, _CHUNK) * each)
+
+
+def inference_bytes(shape: ModelShape, tokens: int) -> int:
+    """Computes what a forward pass without gradients holds at its widest block: ``e (wide + a + 2 k + 4 h)``."""
+    return tokens * shape.size * (shape.wide + shape.attention + 2 * shape.cached + 4 * shape.hidden)
+
+
+def decomposition_bytes(maps: Sequence[Target], *, squares: bool) -> int:
+    """Computes the work space of the largest decomposition: an SVD of W, or eigenvectors of Ω in float64.
+
+    LAPACK's divide and conquer takes ``16 m n`` of an SVD in float32, and ``8 · 4 n²`` of eigenvectors in float64.
+    """
+    widest = max((t.in_features for t in maps), default=0)
+    return max([16 * t.in_features * t.out_features for t in maps] + [32 * widest**2 if squares else 0], default=0)
 
 
 def activation_bytes(
@@ -57,24 +126,24 @@ def activation_bytes(
     checkpointing: bool = False,
     whole: bool = False,
 ) -> int:
-    """Computes what one forward pass keeps for the backward pass, of blocks as Llama's with fused attention.
+    """Computes what a forward pass keeps of the blocks for the backward pass, as Llama's with fused attention.
 
     Each token and block: ``e (n + 2 a + 2 k + wide + r) + 8 h``, where n sums the inputs of tuned maps (maps that share
     an input keep it once in float32; in 16 bits autocast makes a copy for each), wide is 3 f for a gated MLP and f
-    for another, r sums ranks, and 8 h are the inputs of two norms, in float32. Each token besides: ``V (e + 8)`` of the
-    logits, their logarithm in float32 and its gradient. With checkpointing one block at a time, and ``e h`` for the
-    others. Where all weights are trained, norms keep ``8 h`` more, and autocast ``e`` for each weight of the maps.
+    for another, r sums ranks, and 8 h are the inputs of two norms, in float32. With checkpointing one block at a time,
+    and ``e h`` for the others. Where all weights are trained, norms keep ``8 h`` more, and autocast ``e`` for each
+    weight of the maps.
     """
     e = shape.size
-    groups = {target.input_group if e == 4 else target.name: target.in_features for target in tuned}
+    groups = {t.input_group if e == 4 else t.name: shape.share(t) * t.in_features for t in tuned}
     norms = (16 if whole else 8) * shape.hidden
-    blocks = e * (sum(groups.values()) + ranks) + shape.blocks * (
+    blocks = e * (int(sum(groups.values())) + ranks) + shape.blocks * (
         e * (2 * shape.attention + 2 * shape.cached + shape.wide) + norms
     )
     if checkpointing:
         blocks = blocks // shape.blocks + e * shape.hidden * shape.blocks
     copies = e * sum(t.out_features * t.in_features for t in tuned) if whole and e < 4 else 0
-    return batch * length * (blocks + shape.vocabulary * (e + 8)) + copies
+    return batch * length * blocks + copies
 
 
 def sums_bytes(numbers: Sequence[int], *, low_memory: bool) -> int:
@@ -88,12 +157,11 @@ def cache_bytes(shape: ModelShape, *, batch: int, length: int) -> int:
 
 
 def forward_flops(shape: ModelShape, tokens: float, length: float) -> float:
-    """Computes the work of a forward pass: ``2 (Σ m n + V h) + 4 L a S`` for each token.
+    """Computes the work of a forward pass: ``2 (Σ m n + V h) + 4 L a S`` for each token, of the experts it reaches.
 
     Attention is counted over the whole length: half is masked in causal models, but not every kernel leaves it out.
     """
-    maps = sum(target.out_features * target.in_features for target in shape.linear)
-    return tokens * (2 * (maps + shape.vocabulary * shape.hidden) + 4 * shape.blocks * shape.attention * length)
+    return tokens * (2 * (shape.active + shape.vocabulary * shape.hidden) + 4 * shape.blocks * shape.attention * length)
 
 
 def training_flops(

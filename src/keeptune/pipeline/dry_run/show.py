@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from keeptune.core.errors import RecipeError
-from keeptune.pipeline.dry_run.account import DryRun, Need, Scored
+from keeptune.pipeline.dry_run.account import Amount, DryRun, Need, Scored
 from keeptune.pipeline.dry_run.estimate import gemm_rate
 from keeptune.report.numbers import count, duration
 from keeptune.report.tables.terminal import say, table
 
 _WORK = {"statistics": "statistics", "train": "training", "score": "scoring"}
-_HEADS = ("run", "trained", "steps", "memory", "statistics", "time", "runs")
+_HEADS = ("run", "trained", "steps", "memory", "store", "time", "runs")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def print_accounts(
         console.print(table(_HEADS, rows, left=_HEADS[:1]))
     _section(console, "score", [_scored(benchmark) for benchmark in first.score])
     if one:
-        _section(console, "memory", _memory(first))
+        _section(console, "memory", _amounts(first.memory, first.peak))
+        _section(console, "disk", _amounts(first.disk))
         _section(console, "time", [*_times(first, rate), f"{rate}; a run reaches a part of that"])
     else:
         say(console, _whole_time(runs, rate))
@@ -96,8 +97,8 @@ def _row(name: str, times: int, dry: DryRun, rate: _Rate) -> tuple[str, ...]:
         name,
         f"{'~' if train.assumed else ''}{count(train.numbers)}",
         "?" if train.steps is None else f"{train.steps:,}",
-        _size(dry.memory.total),
-        _size(dry.sums) if dry.sums else "",
+        f"{_size(dry.memory[dry.peak].total)} ({dry.peak})",
+        _size(dry.disk["store"].total) if dry.disk["store"].total else "",
         "?" if work is None else ("<" if dry.bounds else "") + rate.time(work),
         str(times),
     )
@@ -126,16 +127,12 @@ def _scored(one: Scored) -> str:
     return f"{one.name} ({one.role}, {one.metric}): {items}"
 
 
-def _memory(dry: DryRun) -> list[str]:
-    memory, base = dry.memory, dry.shape.size * dry.shape.parameters
-    lines = [
-        f"training {_size(memory.total)}: weights {_size(memory.weights)}, gradients {_size(memory.gradients)}, "
-        f"optimiser {_size(memory.optimizer)}, activations {_size(memory.activations)}"
-    ]
-    if dry.sums:
-        lines.append(f"statistics {_size(base + dry.sums)}: weights {_size(base)}, sums {_size(dry.sums)}")
-    if dry.score:
-        lines.append(f"scoring {_size(base + dry.cache)}: weights {_size(base)}, keys and values {_size(dry.cache)}")
+def _amounts(amounts: Mapping[str, Amount], peak: str = "") -> list[str]:
+    lines = []
+    for name, amount in amounts.items():
+        parts = ", ".join(f"{part} {_size(number)}" for part, number in amount.parts.items() if number)
+        most = " (the peak)" if name == peak else ""
+        lines.append(f"{name} {_size(amount.total)}{most}{': ' if parts else ''}{parts}")
     return lines
 
 

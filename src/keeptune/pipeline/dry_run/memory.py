@@ -1,0 +1,287 @@
+"""The memory of a run, stage by stage and part by part, and what it writes: bytes, from shapes alone.
+
+A stage's parts are there at once at its peak; the run needs what its largest stage does. On the CPU it is the memory
+of the process (``VmHWM``), on a GPU that of the device. ``benchmarks/account.py`` holds both against measured peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from keeptune.adapter.anchor import resolve
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Decision, TargetPlan
+from keeptune.core.target import Target
+from keeptune.methods.base import Size
+from keeptune.methods.combined import parts_of
+from keeptune.penalties.base import OutputPenalty
+from keeptune.pipeline.dry_run import estimate
+from keeptune.pipeline.dry_run.account import Amount, Scored
+from keeptune.pipeline.dry_run.data_sizes import Lengths
+from keeptune.pipeline.dry_run.model_shapes import ModelShape
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.planning import ScopedPenalty, scoped_penalties
+from keeptune.statistics.request import ModelRequest, Request, RowRequest
+
+# What Python and the libraries take by themselves; on a GPU their context and the kernels' work space.
+_PROCESS = {"cpu": 650 * 10**6, "cuda": 700 * 10**6}
+# What an allocator holds beside what is in use, as a share of what comes and goes: measured on the CPU (glibc), where
+# many sizes below 32 MB leave holes.
+_HOLES = {"cpu": 0.25, "cuda": 0.1}
+_BATCH_TOKENS = 1024  # of a pass of statistics
+_PROBE = (4, 256)  # examples and tokens that an export is checked on
+_MIB = 2**20
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+
+Sites = Mapping[tuple[Request, str], Target]
+
+
+def plan_without_numbers(target: Target, size: Size) -> TargetPlan:
+    """Returns a plan on the meta device: penalties choose their statistics by its shape."""
+    with torch.device("meta"):
+        init = LowRank(B=torch.zeros(target.out_features, size.rank), A=torch.zeros(size.rank, target.in_features))
+    return TargetPlan(target, Decision(size.rank), init, 1.0, frozenset({"A", "B"}))
+
+
+def checkpointing(train: Mapping[str, Any]) -> bool:
+    """Returns whether activations are computed again in the backward pass."""
+    return any(train.get(key) for key in _CHECKPOINTING)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a run holds in memory and on disk.
+
+    Args:
+        job: The run.
+        shape: Of its base.
+        lengths: Of its data.
+        sizes: What the method trains of each target; empty where all weights are trained.
+        sites: The statistics that are needed, once for each site.
+        score: What is scored.
+        trained: Numbers that are trained.
+        batch: Examples in a forward pass.
+    """
+
+    job: Job
+    shape: ModelShape
+    lengths: Lengths
+    sizes: Mapping[Target, Size]
+    sites: Sites
+    score: Sequence[Scored]
+    trained: int
+    batch: int
+
+    def memory(self) -> dict[str, Amount]:
+        """Returns the bytes of each stage by part; stages that the run does not have are left out."""
+        stages = {
+            "statistics": self._statistics(),
+            "plan": self._plan(),
+            "training": self._training(),
+            "export": self._export(),
+            "scoring": self._scoring(),
+        }
+        return {name: self._with_process(*parts) for name, parts in stages.items() if parts is not None}
+
+    def _with_process(self, lasting: Mapping[str, int], passing: Mapping[str, int]) -> Amount:
+        """Puts together what lasts, what comes and goes, and what the process and its allocator take beside them."""
+        holes = int(_HOLES[self._kind] * sum(passing.values()))
+        parts = {"process": _PROCESS[self._kind], **lasting, **passing, "allocator": holes}
+        return Amount({name: number for name, number in parts.items() if number})
+
+    @property
+    def _kind(self) -> str:
+        return "cuda" if self.job.device.startswith("cuda") else "cpu"
+
+    @property
+    def _whole(self) -> bool:
+        return bool(self.job.method.scope == "all")
+
+    @property
+    def _used(self) -> list[Target]:
+        return [target for target, size in self.sizes.items() if size.rank]
+
+    @property
+    def _quantization(self) -> Mapping[str, Any] | None:
+        """How the base's weights are packed: by the recipe, or as its checkpoint is."""
+        packed: Mapping[str, Any] | None = getattr(self.job.recipe, "quantization", None) or self.shape.quantization
+        return packed
+
+    @cached_property
+    def _base(self) -> int:
+        return estimate.weight_bytes(self.shape, self._quantization)
+
+    @cached_property
+    def _factors(self) -> int:
+        """Bytes of trained and frozen factors, and of the twins that take a start out of a 16-bit base."""
+        frozen = sum(size.frozen for size in self.sizes.values())
+        if resolve(self.job.recipe.anchor, getattr(torch, self.shape.dtype)) == "twin":
+            anchored = [(target, size.rank) for target, size in self.sizes.items() if size.anchored]
+            frozen += sum(rank * (target.out_features + target.in_features) for target, rank in anchored)
+        return 0 if self._whole else 4 * (self.trained + frozen)
+
+    @cached_property
+    def penalties(self) -> dict[str, int]:
+        """Bytes of the tensors of each penalty, which training holds."""
+        held: dict[str, int] = {}
+        for one in self._scoped:
+            tensors: dict[str, int] = {}
+            for target in self._used:
+                if one.holds(target):
+                    tensors |= one.penalty.size(plan_without_numbers(target, self.sizes[target]))
+            held[one.penalty.name] = held.get(one.penalty.name, 0) + sum(tensors.values())
+        return held
+
+    @cached_property
+    def _scoped(self) -> tuple[ScopedPenalty, ...]:
+        return scoped_penalties(self.job.method, self.job.penalties)
+
+    @property
+    def _held(self) -> dict[str, int]:
+        """What the plan holds from when it is made to the end of the run: on the CPU, where it is kept."""
+        return {} if self._kind == "cuda" else {"plan": self._factors, "penalties": sum(self.penalties.values())}
+
+    # The stages: what lasts, and what comes and goes
+
+    def _statistics(self) -> tuple[dict[str, int], dict[str, int]] | None:
+        if not self.sites:
+            return None
+        return {"weights": self._base, "sums": self.sums}, self._passes()
+
+    @cached_property
+    def sums(self) -> int:
+        """Bytes of the sums of statistics that are taken at once."""
+        passes: dict[tuple[str, int | None], list[int]] = {}
+        for (request, _), target in self.sites.items():
+            if isinstance(request, RowRequest):
+                passes.setdefault((request.data, request.examples), []).append(request.numbers(target))
+        low = self.job.recipe.low_memory
+        return max((estimate.sums_bytes(numbers, low_memory=low) for numbers in passes.values()), default=0)
+
+    def _passes(self) -> dict[str, int]:
+        """Returns what the forward and backward passes of statistics hold."""
+        roles = {request.data for request, _ in self.sites}
+        tokens = max(_BATCH_TOKENS, *(self.lengths.calibration(role).longest for role in roles))
+        rows = [request for request, _ in self.sites if isinstance(request, RowRequest)]
+        backward = any(request.kind != "forward" for request in rows)
+        widest = max((max(t.in_features, t.out_features) for t in self.shape.linear), default=0)
+        parts = {"activations": estimate.inference_bytes(self.shape, tokens), "rows": 8 * tokens * widest}
+        if any(isinstance(request, ModelRequest) for request, _ in self.sites):
+            tokens, backward = 2 * tokens, True
+        if backward:
+            seen = tuple(dict.fromkeys(target for (r, _), target in self.sites.items() if isinstance(r, RowRequest)))
+            parts["activations"] = estimate.activation_bytes(self.shape, seen, ranks=0, batch=1, length=tokens)
+            parts["logits"] = estimate.backward_head_bytes(self.shape, tokens if rows else 0)
+        return parts
+
+    def _plan(self) -> tuple[dict[str, int], dict[str, int]] | None:
+        if self._whole:
+            return None
+        decomposes = any(size.anchored for size in self.sizes.values()) or bool(self.sites)
+        squares = any(
+            isinstance(r, RowRequest) and r.numbers(t) == t.in_features**2 for (r, _), t in self.sites.items()
+        )
+        own = any(part.method.statistics for part in parts_of(self.job.method))
+        work = estimate.decomposition_bytes(self._used if decomposes else [], squares=squares and own)
+        return {"weights": self._base, **self._held}, {"decompositions": work}
+
+    def _training(self) -> tuple[dict[str, int], dict[str, int]]:
+        train, whole = self.job.recipe.train, self._whole
+        length = max(self.lengths.task, default=self.lengths.most)  # a batch is padded to its longest
+        saving = checkpointing(train)
+        kept = estimate.activation_bytes(
+            self.shape,
+            self.shape.linear if whole else self._used,
+            ranks=sum(size.rank for size in self.sizes.values()),
+            batch=self.batch,
+            length=length,
+            checkpointing=saving,
+            whole=whole,
+        )
+        smoothed = bool(train.get("label_smoothing_factor"))
+        lasting = {
+            "weights": 4 * self.shape.parameters if whole else self._base,
+            "adapter": self._factors,
+            "gradients": 4 * self.trained,
+            "optimiser": estimate.optimizer_states(str(train.get("optim") or "adamw")) * self.trained,
+            **self._held,
+            "penalties": sum(self.penalties.values()),
+        }
+        head = estimate.head_bytes(self.shape, batch=self.batch, length=length, device=self._kind, smoothed=smoothed)
+        passing = {"activations": kept, "logits": head}
+        answers = self._answers(saving)
+        lasting["kept answers"] = answers.pop("kept", 0)
+        return lasting, max(passing, answers, key=lambda parts: sum(parts.values()))
+
+    def _answers(self, saving: bool) -> dict[str, int]:
+        """Returns what penalties on answers hold: the base's, kept, and a pass of their own after that of the task."""
+        held = {"kept": 0, "activations": 0, "logits": 0}
+        data = self.lengths.calibration("knowledge")
+        for one in (scoped.penalty for scoped in self._scoped):
+            if not isinstance(one, OutputPenalty):
+                continue
+            batch = min(one.at_once, data.texts)
+            ranks = sum(size.rank for size in self.sizes.values())
+            every = int(4 * data.texts * data.mean) * self.shape.vocabulary
+            held["kept"] += min(one.kept_mib * _MIB, every)
+            held["activations"] = estimate.activation_bytes(
+                self.shape, self._used, ranks=ranks, batch=batch, length=data.longest, checkpointing=saving
+            )
+            held["logits"] = estimate.answers_bytes(self.shape, batch=batch, length=data.longest)
+        return held
+
+    def _export(self) -> tuple[dict[str, int], dict[str, int]]:
+        bases = 3 if self._whole or self.job.recipe.export.format == "merged" else 2
+        tokens = _PROBE[0] * min(_PROBE[1], self.lengths.most)
+        lasting = {"weights": self._base, "fresh base": (bases - 1) * self._base, "adapter": 2 * self._factors}
+        logits = tokens * self.shape.vocabulary * (self.shape.size + 12)
+        return lasting | self._held, {"logits": logits, "activations": estimate.inference_bytes(self.shape, tokens)}
+
+    def _scoring(self) -> tuple[dict[str, int], dict[str, int]] | None:
+        found = []
+        for one in self.score:
+            batch = min(one.batch, one.items or one.batch)
+            passing = {"activations": estimate.inference_bytes(self.shape, batch * one.longest)}
+            if one.metric == "exact_match":
+                passing["keys and values"] = estimate.cache_bytes(self.shape, batch=batch, length=one.longest)
+            else:
+                models = 2 if one.metric == "cross_entropy" else 1
+                passing["logits"] = estimate.scoring_bytes(self.shape, rows=batch, length=one.longest, models=models)
+            found.append(passing)
+        if not found:
+            return None
+        models = 2 if self._whole or self.job.recipe.export.format == "merged" else 1
+        lasting = {"weights": models * self._base, "adapter": self._factors, **self._held}
+        return lasting, max(found, key=lambda passing: sum(passing.values()))
+
+    # What is written
+
+    def disk(self) -> dict[str, Amount]:
+        """Returns the bytes of what the run writes, by part."""
+        store: dict[str, int] = {}
+        for (request, _), target in self.sites.items():
+            texts = self.lengths.calibration(request.data).texts
+            kept = request.kept(target) if isinstance(request, RowRequest) else 4 * texts * self._nodes
+            store[type(request).__name__] = store.get(type(request).__name__, 0) + kept
+        whole = 4 * self.shape.parameters if self._whole else 0
+        states = estimate.optimizer_states(str(self.job.recipe.train.get("optim") or "adamw")) * self.trained
+        copies = int(self.job.recipe.train.get("save_total_limit") or 2)
+        merged = self._whole or self.job.recipe.export.format == "merged"
+        return {
+            "store": Amount(store),
+            "plan": Amount({"factors": self._factors, **self.penalties}),
+            "checkpoints": Amount({"weights": copies * (whole or self._factors), "optimiser": copies * states}),
+            "results": Amount(
+                {"trained": whole or 4 * self.trained, "exported": self.shape.stored if merged else 4 * self.trained}
+            ),
+        }
+
+    @property
+    def _nodes(self) -> int:
+        """Outputs of all down-projections, which an attribution has a number for."""
+        return sum(target.out_features for target in self.shape.linear if target.name in self.shape.downs)
