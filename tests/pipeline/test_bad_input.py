@@ -261,32 +261,21 @@ def test_a_disk_that_fills_up(
 ) -> None:
     given = recipe_values(train={"max_steps": 1})
     given = {"train": given["train"], "evaluate": given["evaluate"][:1]}
-    real = artefact.tempfile.mkstemp
+    real = artefact._beside
 
-    def mkstemp(*args: Any, **options: Any) -> tuple[int, str]:
-        if f"/{stage}" in str(options["dir"]) or f"/.{stage}." in str(options["dir"]):
+    def beside(path: Path) -> Path:
+        if f"/{stage}/" in str(path) or f"/.{stage}." in str(path) or path.name == "report.html":
             full_disk()
-        return real(*args, **options)
+        return real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artefact.tempfile, "mkstemp", mkstemp)
-        if stage == "report.html":
-            patch.setattr(Path, "write_text", full_for_pages(Path.write_text))
+        patch.setattr(artefact, "_beside", beside)
         said = command(**given)
     assert_told(said, "No space left on device")
     left = tmp_path / "out" / stage
     assert not left.is_dir() or not list(left.iterdir())
     assert not list((tmp_path / "out").glob(".*"))
     assert command(**given).code == 0
-
-
-def full_for_pages(real: Callable[..., int]) -> Callable[..., int]:
-    def write_text(self: Path, *args: Any, **options: Any) -> int:
-        if self.name.endswith(".tmp"):
-            full_disk()
-        return real(self, *args, **options)
-
-    return write_text
 
 
 @pytest.mark.parametrize("method", ["full"])

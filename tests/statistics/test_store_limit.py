@@ -190,11 +190,11 @@ def test_a_killed_write_takes_no_room(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_full_disk_is_told_with_the_sizes_and_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(artefact.tempfile, "mkstemp", full_disk)
+        patch.setattr(artefact, "_beside", full_disk)
         with pytest.raises(ArtefactError, match="No space left on device for an entry of 10") as caught:
             put(tmp_path, 1)
     assert f"store {tmp_path}" in str(caught.value)
-    for part in ("are free", "about 10", "of at most 305.0 KB", "`store_limit`", "`store`"):
+    for part in ("are free", "the store has about", "of at most 305.0 KB", "`store_limit`", "`store`"):
         assert part in str(caught.value)
     assert held(tmp_path) == {0}
     assert not list(tmp_path.glob("??/.*"))
@@ -206,7 +206,7 @@ def test_a_store_that_cannot_be_written_can_be_read(tmp_path: Path, monkeypatch:
     put(tmp_path, 0)
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(os, "utime", full_disk)
-    monkeypatch.setattr(artefact.tempfile, "mkstemp", full_disk)
+    monkeypatch.setattr(artefact, "_beside", full_disk)
     assert StatStore(tmp_path).get(recipe(0)) is not None
 
 

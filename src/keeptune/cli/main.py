@@ -191,9 +191,9 @@ def demo(
 
 
 def _job(recipe: Path, context: typer.Context) -> Job:
-    from keeptune.pipeline.run import start
+    from keeptune.pipeline.run import started
 
-    return start(load(recipe, context))
+    return context.with_resource(started(load(recipe, context)))
 
 
 def _quiet_libraries() -> None:

@@ -8,12 +8,15 @@ the same command goes on where a killed run stopped.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from keeptune.core.artefact import content_key, read_json, remove_leftovers, write_json
 from keeptune.core.errors import ArtefactError
+from keeptune.core.locks import owned
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
@@ -41,12 +44,24 @@ def run(recipe: Recipe) -> dict[str, Any]:
     Raises:
         KeeptuneError: An input is wrong; the message names which and what to do.
     """
-    job = start(recipe)
-    plan = plan_stage(job)
-    train_stage(job, plan)
-    export_stage(job, plan)
-    evaluate_stage(job)
-    return write_report([job.output], job.output, reference=recipe.reference, keep=True)
+    with started(recipe) as job:
+        plan = plan_stage(job)
+        train_stage(job, plan)
+        export_stage(job, plan)
+        evaluate_stage(job)
+        return write_report([job.output], job.output, reference=recipe.reference, keep=True)
+
+
+@contextlib.contextmanager
+def started(recipe: Recipe) -> Iterator[Job]:
+    """Yields what :func:`start` returns, and holds the run folder meanwhile: no other process may write to it.
+
+    Raises:
+        ArtefactError: Another process holds it.
+    """
+    Job(recipe).check()
+    with owned(recipe.output):
+        yield start(recipe)
 
 
 def start(recipe: Recipe) -> Job:
@@ -59,7 +74,7 @@ def start(recipe: Recipe) -> Job:
     job.check()
     for stage in _STAGE_FOLDERS:
         remove_leftovers(job.output / stage)
-    if job.output.is_dir():
+    if (job.output / "recipe.json").exists():
         _write_recipe(job)
     return job
 
