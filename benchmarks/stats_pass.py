@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from timing import compare
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,8 +38,8 @@ def rows() -> list[dict[str, str]]:
             for batch in batches:
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
-    def collect(per_target: bool) -> None:
-        request, sums = InputCovariance("knowledge"), {}
+    def collect(per_target: bool, precision: Literal["single", "double"] = "single") -> None:
+        request, sums = InputCovariance("knowledge", precision=precision), {}
         for target in targets:
             site = target.name if per_target else request.site(target)
             if site not in sums:
@@ -47,7 +49,13 @@ def rows() -> list[dict[str, str]]:
             total.result()
 
     times = compare(
-        {"forward": forward, "shared": lambda: collect(False), "per target": lambda: collect(True)}, rounds=5
+        {
+            "forward": forward,
+            "shared": lambda: collect(False),
+            "per target": lambda: collect(True),
+            "double": lambda: collect(False, "double"),
+        },
+        rounds=5,
     )
     name = f"statistics pass, {LAYERS} layers of {WIDTH}, 4096 tokens"
     return [
@@ -58,5 +66,9 @@ def rows() -> list[dict[str, str]]:
             "ratio": f"{times[key] / times['forward']:.2f} x a forward pass",
             "check": f"{len(targets)} targets",
         }
-        for label, key in (("each input once", "shared"), ("each target on its own", "per target"))
+        for label, key in (
+            ("each input once", "shared"),
+            ("each target on its own", "per target"),
+            ("each input once, in float64", "double"),
+        )
     ]

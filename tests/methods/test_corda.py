@@ -44,7 +44,9 @@ def _gram(X: Tensor) -> Tensor:
 
 
 def stats(C: Tensor) -> GivenStats:
-    return GivenStats({InputCovariance(role): C.float() for role in ("knowledge", "task")})  # type: ignore[arg-type]
+    double = InputCovariance("knowledge", precision="double")
+    C = C.float()
+    return GivenStats({InputCovariance("knowledge"): C, InputCovariance("task"): C, double: C.double()})
 
 
 def planned(W: Tensor, C: Tensor, **options: Any) -> Any:

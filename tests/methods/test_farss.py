@@ -270,7 +270,7 @@ def test_a_second_method_on_the_same_task_costs_no_pass(bench: Bench, caplog: py
     with caplog.at_level(logging.INFO):
         made = bench.plan(Corda(rank=4, mode="ipm"), runner=RepaddingRunner(bench.model, never))
     assert len(made.targets) == 14
-    assert "8 of 8 InputCovariance(data='task', examples=None) taken from" in caplog.text
+    assert "8 of 8 InputCovariance(data='task', examples=None, precision='single') taken from" in caplog.text
 
 
 # Hard cases

@@ -45,7 +45,7 @@ def test_the_scale_is_one() -> None:
 
 @pytest.mark.parametrize(
     ("covariance", "request_"),
-    [("exact", InputCovariance("knowledge")), ("released", ReleasedCovariance("knowledge"))],
+    [("exact", InputCovariance("knowledge", precision="double")), ("released", ReleasedCovariance("knowledge"))],
 )
 def test_the_covariance_is_taken_on_knowledge_data(covariance: Any, request_: Any) -> None:
     assert LoraNull(covariance=covariance).requests(TARGET) == {request_}

@@ -53,7 +53,7 @@ def statistics(X: Tensor, *, batch: int = 64) -> GivenStats:
     """Both covariances, by the library's accumulators."""
     rows = X.T.float()
     found = GivenStats()
-    for request in (InputCovariance("knowledge"), ReleasedCovariance("knowledge")):
+    for request in (InputCovariance("knowledge", precision="double"), ReleasedCovariance("knowledge")):
         total = request.accumulator(TARGET, torch.device("cpu"), lambda: torch.zeros(0))
         for part in rows.split(batch):
             total.add(part)

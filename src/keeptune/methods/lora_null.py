@@ -13,7 +13,7 @@ X (n x N) are a target's inputs on knowledge data, Ω = X Xᵀ / N their covaria
 
 v1 trains A and B; v2 freezes A, so B A X stays ≈ 0 for every B (14).
 
-(10) is computed from the thin SVD of W0 U_null, and Ω's bottom in float64: the released code accumulates
+(10) is computed from the thin SVD of W0 U_null, and Ω and its bottom in float64: the released code accumulates
 Ω in float16, where the bottom of the spectrum is rounding noise (``docs/methods/lora-null.md``).
 The paper has no alpha: the scale is 1. The paper says "column space" of A in Theorem 1; it is the row space.
 """
@@ -103,7 +103,9 @@ class LoraNull(RankMethod):
 
     @property
     def _request(self) -> Request:
-        return InputCovariance("knowledge") if self.covariance == "exact" else ReleasedCovariance("knowledge")
+        if self.covariance == "released":
+            return ReleasedCovariance("knowledge")
+        return InputCovariance("knowledge", precision="double")
 
     @property
     def statistics(self) -> frozenset[Request]:

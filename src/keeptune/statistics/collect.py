@@ -62,7 +62,7 @@ class StatsView:
     statistics: Statistics
 
     def __getitem__(self, request: Request) -> Tensor:
-        """Reads one statistic from the store, float32, on the CPU.
+        """Reads one statistic from the store, on the CPU; float32 but for those of double precision.
 
         Raises:
             StatisticsError: It was not requested, or the store lost it.

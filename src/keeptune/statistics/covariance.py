@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from keeptune.core.target import Target
 from keeptune.linalg.gram import add_gram, symmetric
-from keeptune.statistics.request import GradientRequest, RowRequest, WeightReader
+from keeptune.statistics.request import ADDED, GradientRequest, RowRequest, WeightReader
 from keeptune.statistics.running_mean import RunningMean
 
 
 @dataclass(frozen=True, slots=True)
 class InputCovariance(RowRequest):
-    """``Ω = E[h hᵀ]``, ``(n, n)``: uncentred, mean over unmasked tokens, float32 products summed in float64."""
+    """``Ω = E[h hᵀ]``, ``(n, n)``: uncentred, mean over unmasked tokens, products summed in float64.
+
+    Args:
+        precision: ``"single"`` forms products and keeps the mean in float32, ``"double"`` in float64: for the bottom of
+            the spectrum (:func:`keeptune.linalg.gram.add_gram`).
+    """
+
+    precision: Literal["single", "double"] = field(default="single", kw_only=True, metadata=ADDED)
 
     def numbers(self, target: Target) -> int:
         """Returns ``n²``."""
@@ -24,7 +32,9 @@ class InputCovariance(RowRequest):
 
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
         """Returns a sum of ``h hᵀ``."""
-        return RunningMean((target.in_features, target.in_features), device, add_gram, symmetric)
+        dtype = torch.float32 if self.precision == "single" else torch.float64
+        shape = (target.in_features, target.in_features)
+        return RunningMean(shape, device, partial(add_gram, dtype=dtype), symmetric, dtype)
 
 
 @dataclass(frozen=True, slots=True)

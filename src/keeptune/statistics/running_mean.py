@@ -71,13 +71,15 @@ class RunningMean:
         shape: Shape of the mean.
         device: Where the sum is kept.
         add_terms: Adds the contributions of the rows of one batch to the sum, in place: ``add_terms(total, *rows)``.
-        finish: Turns the mean, float32, into the statistic.
+        finish: Turns the mean into the statistic.
+        dtype: Of the mean.
     """
 
     shape: tuple[int, ...]
     device: torch.device
     add_terms: Callable[..., None]
     finish: Callable[[Tensor], Tensor] = lambda mean: mean
+    dtype: torch.dtype = torch.float32
     tokens: int = 0
     total: Tensor = field(init=False)
 
@@ -97,8 +99,8 @@ class RunningMean:
         self.tokens += other.tokens
 
     def result(self) -> Tensor:
-        """Returns the mean, float32, on the CPU."""
-        mean = torch.empty_like(self.total, dtype=torch.float32)
+        """Returns the mean on the CPU."""
+        mean = torch.empty_like(self.total, dtype=self.dtype)
         for start in range(0, len(mean), 256):  # a float64 copy of the whole would be the peak of memory
             mean[start : start + 256] = self.total[start : start + 256] / self.tokens
         return self.finish(mean).cpu()
