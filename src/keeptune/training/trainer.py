@@ -85,7 +85,7 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Checksums())
     if kind is SFTTrainer:
-        _report_cuts(len(examples), len(trainer.train_dataset), config)
+        _report_cuts(len(examples), trainer.train_dataset, tokenizer, config)
     return trainer
 
 
@@ -122,8 +122,9 @@ def _point(row: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _report_cuts(given: int, kept: int, config: SFTConfig) -> None:
-    """Log the examples that TRL left out because ``max_length`` cut off their completion; refuse when all are."""
+def _report_cuts(given: int, rows: Any, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> None:
+    """Logs the examples whose completion ``max_length`` cut off, in part or whole (TRL leaves these out)."""
+    kept = len(rows)
     if kept == 0:
         raise DataError(
             "task.train",
@@ -131,7 +132,18 @@ def _report_cuts(given: int, kept: int, config: SFTConfig) -> None:
             wanted="room for completions",
             next_step="Raise train.max_length or shorten the prompts.",
         )
-    if kept < given and not config.packing:
+    if config.packing:
+        return
+    cut = sum(len(ids) == config.max_length and ids[-1] != tokenizer.eos_token_id for ids in rows["input_ids"])
+    if cut:
+        _log.warning(
+            "training: the completions of %d of %d examples are cut at train.max_length (%d tokens): their ends are not "
+            "learned",
+            cut,
+            given,
+            config.max_length,
+        )
+    if kept < given:
         _log.warning(
             "training: %d of %d examples are left out: their prompts alone fill train.max_length (%d tokens)",
             given - kept,
