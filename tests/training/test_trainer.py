@@ -30,7 +30,7 @@ from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.store import StatStore
 from keeptune.training import trainer as training
 from keeptune.training.arguments import check_arguments, sft_config
-from keeptune.training.guard import Guard
+from keeptune.training.guard import Guard, divergence
 from keeptune.training.trainer import train
 
 MODEL = str(STORIES)
@@ -194,6 +194,22 @@ def test_guard_tells_a_loss_that_is_not_finite(
     wild = config(tmp_path, learning_rate=1e30, max_grad_norm=0, logging_steps=logging_steps)
     with pytest.raises(TrainError, match=r"training step \d.*learning_rate"):
         train(installed(plans["lora"]), plans["lora"], tokenizer, EXAMPLES, wild)
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([2.0, 9.0], "from 2 to 9"),
+        ([2.0, 2.9], None),
+        ([3.0, 1.0], None),
+        ([9.0], None),
+        ([], None),
+        ([1.0] * 9 + [8.0], None),
+    ],
+)
+def test_a_loss_that_ends_far_above_its_start_is_said(losses: list[float], told: str | None) -> None:
+    sentence = divergence(losses)
+    assert sentence is None if told is None else told in str(sentence)
 
 
 def test_long_prompts_are_told(

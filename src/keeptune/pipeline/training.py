@@ -18,6 +18,7 @@ from keeptune.penalties.base import conclusions
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import release_memory
+from keeptune.training.guard import divergence
 from keeptune.training.trainer import train
 
 _log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     config = job.config(job.output / "checkpoints" / result.key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
     loss = train(tuned, plan, job.tokenizer, job.trained_examples, config)
-    notes = conclusions(plan, loss[-1]) if loss else []
+    diverged = divergence([row["loss"] for row in loss])
+    notes = [*([diverged] if diverged else []), *(conclusions(plan, loss[-1]) if loss else [])]
     for note in notes:
         _log.info("train: %s", note)
     record = {

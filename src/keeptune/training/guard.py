@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,21 @@ class Guard(TrainerCallback):
         for name, parameter in kwargs["model"].named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise _diverged(state.global_step, f"NaN or infinite numbers in {name}", "finite parameters")
+
+
+def divergence(losses: Sequence[float]) -> str | None:
+    """Returns a sentence where the loss ends above its start, by half of it at least; None where it does not.
+
+    Start and end are means over a fifth of the log each.
+
+    Args:
+        losses: As they were logged, in nats or as a mean squared error.
+    """
+    fifth = max(len(losses) // 5, 1)
+    first, last = (sum(part) / fifth for part in (losses[:fifth], losses[-fifth:]))
+    if len(losses) < 2 or last <= 1.5 * first:
+        return None
+    return f"training diverged: the loss went from {first:.3g} to {last:.3g}; lower train.learning_rate"
 
 
 def _diverged(step: int, got: str, wanted: str) -> TrainError:
