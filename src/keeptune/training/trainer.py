@@ -137,7 +137,7 @@ def _report_cuts(given: int, rows: Any, tokenizer: PreTrainedTokenizerBase, conf
     cut = sum(len(ids) == config.max_length and ids[-1] != tokenizer.eos_token_id for ids in rows["input_ids"])
     if cut:
         _log.warning(
-            "training: the completions of %d of %d examples are cut at train.max_length (%d tokens), without their ends",
+            "training: the completions of %d of %d examples are cut at train.max_length (%d tokens), ends unlearned",
             cut,
             given,
             config.max_length,
