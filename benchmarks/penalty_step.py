@@ -20,7 +20,7 @@ import keeptune
 from keeptune.adapter.install import install
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, PenaltyPlan, Plan, TargetPlan
-from keeptune.linalg.symmetric import Dense, LowRankPlus, PsdMatrix
+from keeptune.linalg.symmetric import Dense, LowRankDiagonal, PsdMatrix
 from keeptune.model.blocks import find_targets
 
 WIDTH, LAYERS, TOKENS, CURVATURE = 1024, 3, 1024, 64
@@ -51,7 +51,7 @@ def _factor(size: int, rank: int | None) -> PsdMatrix:
     if rank is None:
         return Dense(torch.eye(size) + 1.0 / size)
     U = torch.linalg.qr(torch.randn(size, rank))[0]
-    return LowRankPlus(U, torch.rand(rank) + 1, torch.tensor(0.5))
+    return LowRankDiagonal(U, torch.rand(rank) + 1, torch.full((size,), 0.5)).halved()
 
 
 def _penalty(plan: Plan, name: str, options: dict[str, Any], rank: int | None) -> PenaltyPlan:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
 from keeptune.linalg.curvature_profile import directions, energies, profile
-from keeptune.linalg.symmetric import Dense, Identity, LowRankPlus, PsdMatrix
+from keeptune.linalg.symmetric import Dense, Identity, LowRankDiagonal, PsdMatrix
 
 N = 12
 
@@ -22,12 +22,13 @@ def dense() -> Dense:
     return Dense(root @ root.T)
 
 
-def low_rank_plus() -> LowRankPlus:
+def low_rank() -> LowRankDiagonal:
     U = torch.linalg.qr(drawn(1, N, 3)).Q
-    return LowRankPlus(U, torch.tensor([2.0, 9.0, 5.0], dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64))
+    values = torch.tensor([2.0, 9.0, 5.0], dtype=torch.float64)
+    return LowRankDiagonal(U, values, torch.full((N,), 0.25, dtype=torch.float64))
 
 
-FACTORS: dict[str, PsdMatrix] = {"dense": dense(), "low rank": low_rank_plus()}
+FACTORS: dict[str, PsdMatrix] = {"dense": dense(), "low rank": low_rank()}
 CHANGE = LowRank(drawn(2, 7, 2), drawn(3, 2, N))
 
 
@@ -41,6 +42,19 @@ def test_directions_are_eigenvectors_from_the_stiffest_on(kind: str) -> None:
     assert (found.values.diff() <= 0).all()
     k = found.U.shape[1]
     torch.testing.assert_close(F.dense() @ found.U, found.U * found.values[:k])
+
+
+def test_beside_a_diagonal_directions_are_the_ritz_vectors_of_the_matrix() -> None:
+    F = LowRankDiagonal(low_rank().U, low_rank().values, torch.linspace(0, 1, N, dtype=torch.float64))
+    found = directions(F)
+    assert found is not None
+    k = found.U.shape[1]
+    assert float((found.values * found.counts).sum()) == pytest.approx(float(F.trace()))
+    torch.testing.assert_close(found.U.T @ F.dense() @ found.U, torch.diag(found.values[:k]))
+    torch.testing.assert_close(found.U @ found.U.T, F.U @ F.U.T)
+    halved = directions(F.halved())
+    assert halved is not None
+    torch.testing.assert_close(halved.values, found.values, rtol=0.02, atol=0.02)
 
 
 def test_a_multiple_of_the_identity_has_no_directions() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from keeptune.linalg.symmetric import Dense, Identity, LowRankPlus, PsdMatrix, psd_matrix_from
+from keeptune.linalg.symmetric import Dense, Identity, LowRankDiagonal, PsdMatrix, psd_matrix_from
 
 N = 7
 
@@ -16,8 +16,8 @@ def _factors() -> dict[str, PsdMatrix]:
     return {
         "identity": Identity(N, torch.tensor(0.7, dtype=torch.float64)),
         "dense": Dense(root @ root.T),
-        "low_rank_plus": LowRankPlus(U, values, torch.tensor(0.3, dtype=torch.float64)),
-        "low_rank_only": LowRankPlus(U, values, torch.tensor(0.0, dtype=torch.float64)),
+        "low_rank_diagonal": LowRankDiagonal(U, values, torch.linspace(0.0, 0.6, N, dtype=torch.float64)),
+        "low_rank_only": LowRankDiagonal(U, values, torch.zeros(N, dtype=torch.float64)),
     }
 
 
@@ -81,5 +81,32 @@ def test_conversion_changes_the_dtype_of_all_parts(kind):
 
 def test_the_share_is_of_the_whole_trace():
     factors = _factors()
-    assert torch.allclose(factors["low_rank_plus"].share(), torch.tensor(7.5 / 8.7, dtype=torch.float64))
+    assert torch.allclose(factors["low_rank_diagonal"].share(), torch.tensor(7.5 / 9.6, dtype=torch.float64))
     assert factors["low_rank_only"].share() == 1
+
+
+@pytest.mark.parametrize("rest", [0.0, 1e-4, 1.0])
+def test_halved_directions_leave_the_diagonal_and_are_positive_semi_definite(rest):
+    """Where rounding adds to a diagonal without a rest, it must be taken back from the directions."""
+    draw = torch.Generator().manual_seed(3)
+    U = torch.linalg.qr(torch.randn(300, 40, generator=draw))[0]
+    factor = LowRankDiagonal(U, torch.rand(40, generator=draw) * 9, torch.rand(300, generator=draw) * rest)
+    halved = factor.halved()
+    assert halved.U.dtype == torch.bfloat16
+    assert halved.rest.min() >= 0
+    if rest:
+        torch.testing.assert_close(halved.dense().diagonal(), factor.dense().diagonal(), rtol=1e-6, atol=0)
+    assert float((halved.dense() - factor.dense()).norm() / factor.dense().norm()) < 0.01
+    X = torch.randn(300, 4, generator=draw)
+    torch.testing.assert_close(halved.apply(X), halved.dense() @ X, rtol=1e-4, atol=1e-4)
+    stored = psd_matrix_from(halved.tensors("a."), "a.")
+    assert torch.equal(stored.dense(), halved.dense())
+    again = halved.halved()
+    assert torch.equal(again.U, halved.U)
+
+
+def test_a_plan_of_before_the_diagonal_is_read_as_it_was():
+    U = torch.linalg.qr(torch.randn(N, 3, generator=torch.Generator().manual_seed(0)))[0]
+    values, remainder = torch.tensor([5.0, 2.0, 0.5]), torch.tensor(0.25)
+    found = psd_matrix_from({"a.U": U, "a.values": values, "a.remainder": remainder}, "a.")
+    torch.testing.assert_close(found.dense(), (U * values) @ U.T + remainder * (torch.eye(N) - U @ U.T))

@@ -8,7 +8,7 @@ from tests.reference import penalty_reference as reference
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.symmetric import Dense, Identity, LowRankPlus, PsdMatrix
+from keeptune.linalg.symmetric import Dense, Identity, LowRankDiagonal, PsdMatrix
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 
 M, N, R = 7, 9, 3
@@ -23,9 +23,11 @@ def symmetric(size: int, seed: int) -> Tensor:
     return X.T @ X / (2 * size)
 
 
-def low_rank_plus(size: int, seed: int) -> LowRankPlus:
+def low_rank_plus(size: int, seed: int) -> LowRankDiagonal:
     U = torch.linalg.qr(draw(size, 2, seed=seed))[0]
-    return LowRankPlus(U, torch.tensor([3.0, 2.0], dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64))
+    return LowRankDiagonal(
+        U, torch.tensor([3.0, 2.0], dtype=torch.float64), torch.full((size,), 0.25, dtype=torch.float64)
+    )
 
 
 def factors(kind: str) -> tuple[PsdMatrix, PsdMatrix]:

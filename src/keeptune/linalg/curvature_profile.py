@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.symmetric import Dense, LowRankPlus, PsdMatrix
+from keeptune.linalg.symmetric import Dense, LowRankDiagonal, PsdMatrix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,20 +29,23 @@ class Directions:
 def directions(factor: PsdMatrix) -> Directions | None:
     """Returns the eigenvectors of a matrix in float64; None for a multiple of the identity, which has no own ones.
 
-    Laws: ``counts.sum() == n``; ``(values * counts).sum() == F.trace()``; values fall.
+    Of low rank plus a diagonal they are the Ritz vectors of F within U, and what is outside has its mean.
+    Laws: ``counts.sum() == n``; ``(values * counts).sum() == F.trace()``; ``values == diag(Uᵀ F U)``, falling.
     """
     if isinstance(factor, Dense):
         values, U = torch.linalg.eigh(factor.matrix.double())
         return Directions(U.flip(1), values.flip(0).clamp_min(0), torch.ones_like(values))
-    if not isinstance(factor, LowRankPlus):
+    if not isinstance(factor, LowRankDiagonal):
         return None
-    order = factor.values.argsort(descending=True)
-    values, rest = factor.values[order].double(), factor.size - factor.rank
+    F = factor.to(torch.float64)
+    basis = torch.linalg.qr(F.U)[0]
+    values, Q = torch.linalg.eigh(basis.T @ F.apply(basis))
+    values, rest = values.flip(0), F.size - F.rank
     counts = torch.ones_like(values)
     if rest:
-        values = torch.cat([values, factor.remainder.double().reshape(1)])
+        values = torch.cat([values, ((F.trace() - values.sum()).clamp_min(0) / rest).reshape(1)])
         counts = torch.cat([counts, counts.new_tensor([float(rest)])])
-    return Directions(factor.U[:, order].double(), values, counts)
+    return Directions(basis @ Q.flip(1), values, counts)
 
 
 def energies(change: LowRank | Tensor, along: Directions) -> Tensor:

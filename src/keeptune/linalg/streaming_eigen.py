@@ -1,15 +1,16 @@
 """The top eigenvectors of X^T X / N from rows X that pass by once, without an n x n matrix.
 
-Rows fill a buffer S, ``(9k, n)``; when it is full it is compressed to 2k rows ``S' = Qᵀ S``, with Q a basis of the
-largest left singular vectors of S, found by two steps of subspace iteration on S Sᵀ. Then
+Rows fill a buffer S of 2c rows, c = k + max(k / 8, 8); when it is full it is compressed to c rows ``S' = Qᵀ S``, with Q
+a basis of the largest left singular vectors of S, found by two steps of subspace iteration on S Sᵀ. Then
 
     S'ᵀ S' ≼ Sᵀ S                      whatever Q: nothing is counted twice             (1)
-    F̂ = U diag(λ) Uᵀ + ρ (I - U Uᵀ)    λ, U: top k of SᵀS / N at the end                (2)
-    ρ = (tr F - sum λ) / (n - k)       tr F is summed exactly, so F̂ has the trace of F  (3)
+    F̂ = U diag(λ) Uᵀ + diag(d)         λ, U: top k of SᵀS / N at the end                (2)
+    d = diag(F - U diag(λ) Uᵀ) >= 0    diag F is summed exactly, so F̂ has it, and tr F  (3)
     ‖F - F̂‖ ≈ ‖(F - F̂) G‖ / sqrt(p)   G (n, p) random signs, F G is summed exactly       (4)
 
 The buffer is filled to the same size however rows are split over calls: the result depends on their order only, and
-on that no more than (4) says. With k = n it is X^T X / N itself.
+on that no more than (4) says. With k = n it is X^T X / N itself. A buffer four times as large (2k of 9k rows kept)
+lowers the error (4) by 1 to 3%, and takes longer (docs/results/factors.md).
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from torch import Tensor
 
 from keeptune.linalg.decompositions import canonical_signs
 from keeptune.linalg.gram import add_gram, symmetric
-from keeptune.linalg.symmetric import LowRankPlus
+from keeptune.linalg.symmetric import LowRankDiagonal
 
-_KEPT = 2  # times k rows survive a compression
-_FRESH = 7  # times k rows come before the next: the products of a compression are shared by that many
+_MORE, _LEAST = 8, 8  # k + max(k / 8, 8) rows survive a compression
 _STEPS = 2
 _PROBES = 16
 _SHIFT = 1e-13  # of the trace: what float64 rounds away
@@ -33,12 +33,12 @@ _SHIFT = 1e-13  # of the trace: what float64 rounds away
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Truncated:
-    """A covariance as its top directions and a scalar for all others, F̂.
+    """A covariance as its top directions and the diagonal of all others, F̂.
 
     ``error`` is ``‖F - F̂‖ / ‖F‖`` in Frobenius norm, estimated from 16 probes.
     """
 
-    factor: LowRankPlus
+    factor: LowRankDiagonal
     error: float
 
 
@@ -46,7 +46,7 @@ class Truncated:
 class TopDirections:
     """The top k eigenvectors (or n, if there are fewer) of an n x n covariance whose rows stream by.
 
-    Laws: the result does not depend on how rows are split over ``add`` calls; ``F̂ - ρ (I - UUᵀ) ≼ F``; the trace is
+    Laws: the result does not depend on how rows are split over ``add`` calls; ``F̂ - diag(d) ≼ F``; the diagonal is
     that of F; with k = n it is F. The seed is that of the subspace iteration's start and of the probes.
     """
 
@@ -55,7 +55,7 @@ class TopDirections:
     device: torch.device
     seed: int = 0
     tokens: int = 0
-    trace: Tensor = field(init=False)
+    squares: Tensor = field(init=False)
     probed: Tensor = field(init=False)
     probes: Tensor = field(init=False)
     buffer: Tensor = field(init=False)
@@ -68,16 +68,17 @@ class TopDirections:
         signs = torch.randint(0, 2, (self.features, _PROBES), generator=draw) * 2 - 1
         self.probes = signs.to(self.device, torch.float32)
         self.probed = torch.zeros(self.features, _PROBES, dtype=torch.float64, device=self.device)
-        self.trace = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.buffer = torch.zeros((_KEPT + _FRESH) * self.rank, self.features, dtype=torch.float32, device=self.device)
-        shape = (self.buffer.shape[0], _KEPT * self.rank)
+        self.squares = torch.zeros(self.features, dtype=torch.float64, device=self.device)
+        rows = buffer_rows(self.rank, self.features)
+        self.buffer = torch.zeros(rows, self.features, dtype=torch.float32, device=self.device)
+        shape = (rows, rows // 2)
         self.start = torch.randn(shape, generator=draw, dtype=torch.float32).to(self.device)
 
     def add(self, rows: Tensor) -> None:
         """Adds the rows of one batch, ``(tokens, n)``."""
         X = rows.to(self.device, torch.float32)
         self.tokens += X.shape[0]
-        self.trace += torch.linalg.vector_norm(X, dtype=torch.float64).square()
+        self.squares += X.square().sum(0, dtype=torch.float64)
         self.probed += X.T @ (X @ self.probes)
         while X.shape[0]:
             room = self.buffer.shape[0] - self.filled
@@ -89,7 +90,7 @@ class TopDirections:
 
     def result(self) -> Truncated:
         """Returns the top directions, on the buffer's device, float64."""
-        if self.filled > _KEPT * self.rank:
+        if self.filled > self.start.shape[1]:
             self._compress()
         S = self.buffer[: self.filled].double()
         if self.filled < self.rank:  # fewer tokens than directions: the others have the value 0
@@ -97,14 +98,13 @@ class TopDirections:
         squares, W = torch.linalg.eigh(S @ S.T)
         values = squares.flip(0)[: self.rank].clamp_min(0) / self.tokens
         U = _orthonormal(S.T @ W.flip(1)[:, : self.rank])
-        trace, left = self.trace / self.tokens, self.features - self.rank
-        remainder = (trace - values.sum()).clamp_min(0) / left if left else trace * 0
-        factor = LowRankPlus(canonical_signs(U), values, remainder)
+        rest = (self.squares / self.tokens - U.square() @ values).clamp_min(0)
+        factor = LowRankDiagonal(canonical_signs(U), values, rest)
         return Truncated(factor, self._error(factor))
 
     def _compress(self) -> None:
         """Replace the buffer's rows by ``Qᵀ S`` (1)."""
-        S, kept = self.buffer[: self.filled], _KEPT * self.rank
+        S, kept = self.buffer[: self.filled], self.start.shape[1]
         upper = torch.zeros(self.filled, self.filled, dtype=torch.float64, device=self.device)
         add_gram(upper, S.T)
         gram = symmetric(upper).float()
@@ -114,10 +114,16 @@ class TopDirections:
         self.buffer[:kept] = Q.T @ S
         self.filled = kept
 
-    def _error(self, factor: LowRankPlus) -> float:
+    def _error(self, factor: LowRankDiagonal) -> float:
         """Estimate (4), relative."""
         probes, probed = self.probes.double(), self.probed / self.tokens
         return float((probed - factor.apply(probes)).norm() / probed.norm().clamp_min(math.ulp(0.0)))
+
+
+def buffer_rows(rank: int, features: int) -> int:
+    """Returns how many rows the buffer for the top directions of n features holds."""
+    rank = min(rank, features)
+    return 2 * min(rank + max(rank // _MORE, _LEAST), features)
 
 
 def _orthonormal(Y: Tensor) -> Tensor:

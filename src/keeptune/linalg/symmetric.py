@@ -1,4 +1,4 @@
-"""Symmetric positive semi-definite matrices that penalties multiply with: identity, dense, low rank plus a scalar."""
+"""Symmetric positive semi-definite matrices that penalties multiply with: identity, dense, low rank plus a diagonal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+_BFLOAT16 = 2**-7  # twice what rounding to bfloat16 changes, relatively
 
 
 class PsdMatrix(ABC):
@@ -113,17 +115,16 @@ class Dense(PsdMatrix):
 
 
 @dataclass(frozen=True, eq=False)
-class LowRankPlus(PsdMatrix):
-    """``U diag(values) Uᵀ + remainder (I - U Uᵀ)``: some directions as they are, one value for all others.
+class LowRankDiagonal(PsdMatrix):
+    """``U diag(values) Uᵀ + diag(rest)``: some directions as they are, of all others the diagonal.
 
-    With the top eigenvectors and the mean of the other eigenvalues it is the nearest matrix of this form in
-    Frobenius norm, and it has the trace of the original. U ``(n, k)`` has orthonormal columns; values ``(k,)`` and the
-    remainder are not negative.
+    With the top eigenpairs of a matrix and what they leave of its diagonal it has the diagonal of that matrix, and its
+    trace. U ``(n, k)`` may have its own dtype (:meth:`halved`); values ``(k,)`` and rest ``(n,)`` are not negative.
     """
 
     U: Tensor
     values: Tensor
-    remainder: Tensor
+    rest: Tensor
 
     @property
     def size(self) -> int:  # type: ignore[override]
@@ -138,25 +139,43 @@ class LowRankPlus(PsdMatrix):
     def share(self) -> Tensor:
         """Returns the share of the trace in the k directions, a scalar; 1 for a zero matrix."""
         trace = self.trace()
-        return torch.where(trace > 0, self.values.sum() / trace, torch.ones_like(trace))
+        return torch.where(trace > 0, 1 - self.rest.sum() / trace, torch.ones_like(trace))
 
     def apply(self, X: Tensor) -> Tensor:
         """Returns ``F X`` through the k directions, without an n x n matrix."""
-        return torch.addmm(X * self.remainder, self.U, (self.values - self.remainder)[:, None] * (self.U.T @ X))
+        U = self.U.to(X.dtype)
+        return torch.addmm(self.rest[:, None] * X, U, self.values[:, None] * (U.T @ X))
 
     def trace(self) -> Tensor:
-        """Returns the sum of the eigenvalues."""
-        return self.values.sum() + self.remainder * (self.size - self.rank)
+        """Returns the sum of the diagonal."""
+        return self._diagonal().sum()
 
     def dense(self) -> Tensor:
         """Returns the matrix."""
-        matrix = (self.U * (self.values - self.remainder)) @ self.U.T
-        matrix.diagonal().add_(self.remainder)
+        U = self.U.to(self.values.dtype)
+        matrix = (U * self.values) @ U.T
+        matrix.diagonal().add_(self.rest)
         return matrix
 
-    def _mixed(self, rho: float) -> LowRankPlus:
+    def halved(self) -> LowRankDiagonal:
+        """Returns the matrix with U in bfloat16: half the memory, the same diagonal.
+
+        What rounding takes from a diagonal entry goes to the rest. Where it adds more than the rest has, the row of U
+        is shortened first: both leave the matrix positive semi-definite.
+        """
+        diagonal = self._diagonal()
+        rounded = LowRankDiagonal(self.U.bfloat16(), self.values, torch.zeros_like(self.rest))
+        over = rounded._diagonal() > diagonal
+        U = torch.where(over[:, None], (self.U * (1 - _BFLOAT16)).bfloat16(), rounded.U)
+        rounded = LowRankDiagonal(U, self.values, torch.zeros_like(self.rest))
+        return LowRankDiagonal(U, self.values, (diagonal - rounded._diagonal()).clamp_min(0))
+
+    def _diagonal(self) -> Tensor:
+        return self.U.to(self.values.dtype).square() @ self.values + self.rest
+
+    def _mixed(self, rho: float) -> LowRankDiagonal:
         mean = self.trace() / self.size
-        return LowRankPlus(self.U, (1 - rho) * self.values + rho * mean, (1 - rho) * self.remainder + rho * mean)
+        return LowRankDiagonal(self.U, (1 - rho) * self.values, (1 - rho) * self.rest + rho * mean)
 
 
 def psd_matrix_from(tensors: Mapping[str, Tensor], prefix: str = "") -> PsdMatrix:
@@ -164,7 +183,11 @@ def psd_matrix_from(tensors: Mapping[str, Tensor], prefix: str = "") -> PsdMatri
     if f"{prefix}matrix" in tensors:
         return Dense(tensors[f"{prefix}matrix"])
     if f"{prefix}U" in tensors:
-        return LowRankPlus(tensors[f"{prefix}U"], tensors[f"{prefix}values"], tensors[f"{prefix}remainder"])
+        U, values = tensors[f"{prefix}U"], tensors[f"{prefix}values"]
+        if f"{prefix}remainder" in tensors:  # one number for what is orthogonal to U: plans of before the diagonal
+            rest = tensors[f"{prefix}remainder"]
+            return LowRankDiagonal(U, (values - rest).clamp_min(0), rest.expand(len(U)).clone())
+        return LowRankDiagonal(U, values, tensors[f"{prefix}rest"])
     if f"{prefix}scale" in tensors:
         return Identity(int(tensors[f"{prefix}size"]), tensors[f"{prefix}scale"])
     raise KeyError(f"no matrix named {prefix!r} among {sorted(tensors)}")

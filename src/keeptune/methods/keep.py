@@ -21,6 +21,7 @@ from keeptune.core.errors import PlanError
 from keeptune.methods.lora import LoraStart
 from keeptune.methods.strength import Strength
 from keeptune.penalties.drift import DriftBudget
+from keeptune.statistics.low_rank_covariance import FactorRank
 from keeptune.statistics.request import Labels
 
 _NATS = 0.003
@@ -41,7 +42,8 @@ class Keep(LoraStart):
         rho: Of ``nats``: damping of Γ towards the identity of its trace.
         rate: The largest step of the multiplier's logarithm.
         gain: The largest difference between the logarithms of the pressure and of the multiplier.
-        factor_rank: Keep this many directions of Ω and Γ, and one number for the others; None keeps all.
+        factor_rank: How many directions of Ω and of Γ are kept beside their diagonal; ``"auto"`` keeps matrices of up
+            to 1,024 wide whole, of wider ones 320 directions of Ω and 64 of Γ; None keeps all whole.
 
     Raises:
         PlanError: An option is out of range, or there are two budgets.
@@ -61,7 +63,7 @@ class Keep(LoraStart):
     rho: float = 0.5
     rate: float = 0.1
     gain: float = 2.0
-    factor_rank: int | None = None
+    factor_rank: FactorRank = "auto"
 
     def __post_init__(self) -> None:
         """Checks the options.

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from keeptune.methods.lora import LoraStart
 from keeptune.methods.strength import Strength
 from keeptune.penalties.laplace import Curvature, Laplace
+from keeptune.statistics.low_rank_covariance import FactorRank
 from keeptune.statistics.request import Labels
 
 
@@ -43,7 +44,8 @@ class Lalora(LoraStart):
         batch_size: Examples per batch.
         rho: Damping of the output factor towards the identity.
         rho_input: The same of the input factor.
-        factor_rank: Directions of each factor that are kept; None keeps all.
+        factor_rank: How many directions of Ω and of Γ are kept beside their diagonal; ``"auto"`` keeps matrices of up
+            to 1,024 wide whole, of wider ones 320 directions of Ω and 64 of Γ; None keeps all whole.
 
     Raises:
         PlanError: An option is out of range.
@@ -62,7 +64,7 @@ class Lalora(LoraStart):
     batch_size: int = 8
     rho: float = 0.0
     rho_input: float = 0.0
-    factor_rank: int | None = None
+    factor_rank: FactorRank = "auto"
 
     def __post_init__(self) -> None:
         """Checks the options, also those of the penalty."""

@@ -105,16 +105,17 @@ class DriftBudget(CovariancePenalty):
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
         """Returns Ω, Γ for nats, and the effect of each layer where budgets follow it."""
         traced: set[Request] = set() if self.layers == "uniform" else {self._trace}
-        outputs = {self.gradients, self.count} if self.curvature == "delta-kfac" else set()
-        return frozenset({self.inputs, *outputs, *traced})
+        outputs = {self.gradients(target_plan.target), self.count} if self.curvature == "delta-kfac" else set()
+        return frozenset({self.inputs(target_plan.target), *outputs, *traced})
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
         """Returns Ω per input group, Γ, what makes a form a target's part of D, and what belongs to the groups."""
-        target, Omega = site.plan.target, self.read(self.inputs, site)
+        target = site.plan.target
+        Omega = self.read(self.inputs(target), site)
         groups = self._groups([peer.layer for peer in site.targets])
         tensors = dict(Omega.tensors(f"Omega:{target.input_group}:"))
         if self.curvature == "delta-kfac":
-            Gamma = self.read(self.gradients, site)
+            Gamma = self.read(self.gradients(target), site)
             tensors |= Gamma.damped(self.rho).tensors(f"Gamma:{target.name}:")
             share = len(set(groups.values())) / 2 * self.tokens_per_learned(site)
         else:

@@ -39,13 +39,13 @@ from torch import Tensor
 from keeptune.core.errors import PlanError
 from keeptune.core.options import Range
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.linalg.symmetric import Identity, LowRankPlus, PsdMatrix, psd_matrix_from
+from keeptune.linalg.symmetric import Identity, LowRankDiagonal, PsdMatrix, psd_matrix_from
 from keeptune.penalties.base import Site, Term, on_change, on_factors, start_of
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 from keeptune.penalties.measured import CovariancePenalty
 from keeptune.penalties.tangent import block_kronecker, coupled_kronecker, diagonal
 from keeptune.statistics.fisher import LoraFisher, lora_fisher, split_diagonals
-from keeptune.statistics.low_rank_covariance import unpacked
+from keeptune.statistics.low_rank_covariance import GradientFactor, InputFactor, unpacked
 from keeptune.statistics.request import DataRole, Request
 
 Curvature = Literal["diag", "b-kfac", "b-tri-kfac", "delta-kfac", "delta-act", "l2"]
@@ -93,9 +93,9 @@ class Laplace(CovariancePenalty):
             )
         requests: set[Request] = {self.count} if self.curvature in _FISHER else set()
         if self.curvature in _OMEGA:
-            requests.add(self.inputs)
+            requests.add(self.inputs(target_plan.target))
         if self.curvature in _GAMMA:
-            requests.add(self.gradients)
+            requests.add(self.gradients(target_plan.target))
         if self.curvature == "diag":
             requests.add(self._diagonals(target_plan))
         return frozenset(requests)
@@ -107,10 +107,10 @@ class Laplace(CovariancePenalty):
         Gamma: PsdMatrix = Identity(target.out_features, one)
         tensors: dict[str, Tensor] = {}
         if self.curvature in _OMEGA:
-            Omega = self.read(self.inputs, site).damped(self.rho_input)
+            Omega = self.read(self.inputs(target), site).damped(self.rho_input)
             tensors |= Omega.tensors(f"Omega:{target.input_group}:")
         if self.curvature in _GAMMA:
-            Gamma = self.read(self.gradients, site).damped(self.rho)
+            Gamma = self.read(self.gradients(target), site).damped(self.rho)
             tensors |= Gamma.tensors(f"Gamma:{target.name}:")
         if self.curvature == "diag":
             tensors[f"diagonals:{target.name}"] = site.stats[self._diagonals(site.plan)]
@@ -175,24 +175,25 @@ class Laplace(CovariancePenalty):
             if not errors:
                 continue
             made = [psd_matrix_from(tensors, f"{name}:") for name in errors]
-            kept = [float(one.share()) if isinstance(one, LowRankPlus) else 1.0 for one in made]
+            cut = [one for one in made if isinstance(one, LowRankDiagonal)]
+            kept = [float(one.share()) for one in cut]
             worst = max(errors, key=lambda name: errors[name])
             notes.append(
-                f"penalty laplace, {factor} in {self.factor_rank} directions and a scalar: {min(kept):.1%} to "
-                f"{max(kept):.1%} of the trace in the directions, relative error at most {errors[worst]:.2g} "
+                f"penalty laplace, {factor} of {len(cut)} in {cut[0].rank} directions and a diagonal: {min(kept):.1%} "
+                f"to {max(kept):.1%} of the trace in the directions, relative error at most {errors[worst]:.2g} "
                 f"({worst.partition(':')[2]})"
             )
         return notes
 
     def _errors(self, site: Site) -> dict[str, Tensor]:
         """Returns what factors of low rank miss, relative, in Frobenius' norm."""
-        if self.factor_rank is None:
-            return {}
         target, errors = site.plan.target, dict[str, Tensor]()
-        if self.curvature in _OMEGA:
-            errors[f"error:Omega:{target.input_group}"] = torch.tensor(unpacked(site.stats[self.inputs]).error)
-        if self.curvature in _GAMMA:
-            errors[f"error:Gamma:{target.name}"] = torch.tensor(unpacked(site.stats[self.gradients]).error)
+        for name, request, forms in (
+            (f"Omega:{target.input_group}", self.inputs(target), _OMEGA),
+            (f"Gamma:{target.name}", self.gradients(target), _GAMMA),
+        ):
+            if self.curvature in forms and isinstance(request, InputFactor | GradientFactor):
+                errors[f"error:{name}"] = torch.tensor(unpacked(site.stats[request]).error)
         return errors
 
     def _diagonals(self, target_plan: TargetPlan) -> LoraFisher:

@@ -9,11 +9,15 @@ import torch
 
 from keeptune.core.options import Range
 from keeptune.core.target import Target
-from keeptune.linalg.symmetric import PsdMatrix
+from keeptune.linalg.symmetric import LowRankDiagonal, PsdMatrix
 from keeptune.penalties.base import Penalty, Site
 from keeptune.statistics.fisher import TokenCount, tokens_per_learned
 from keeptune.statistics.low_rank_covariance import (
+    GRADIENT_RANK,
+    INPUT_RANK,
     Covariance,
+    FactorRank,
+    chosen_rank,
     factor_bytes,
     gradient_request,
     input_request,
@@ -79,34 +83,36 @@ class CovariancePenalty(MeasuredPenalty):
 
     Args:
         rho: Damping of Γ towards the identity of its trace: 0 none, 1 leaves the trace only.
-        factor_rank: Keep this many directions of Ω and Γ, and one number for the others; None keeps all.
+        factor_rank: How many directions of Ω and of Γ are kept beside their diagonal. ``"auto"`` keeps matrices of up
+            to 1,024 wide whole, of wider ones 320 directions of Ω and 64 of Γ; None keeps all whole.
     """
 
     ranges = {"rho": Range(least=0, most=1), "factor_rank": Range(least=1)}
 
     rho: float = 0.0
-    factor_rank: int | None = None
+    factor_rank: FactorRank = "auto"
 
-    @property
-    def inputs(self) -> Covariance:
-        """The request for Ω."""
-        return input_request("knowledge", self.factor_rank, examples=self.examples)
+    def inputs(self, target: Target) -> Covariance:
+        """Returns the request for Ω."""
+        rank = chosen_rank(self.factor_rank, target.in_features, INPUT_RANK)
+        return input_request("knowledge", rank, examples=self.examples)
 
-    @property
-    def gradients(self) -> Covariance:
-        """The request for Γ."""
-        return gradient_request("knowledge", self.labels, self.factor_rank, **self.draws)
+    def gradients(self, target: Target) -> Covariance:
+        """Returns the request for Γ."""
+        rank = chosen_rank(self.factor_rank, target.out_features, GRADIENT_RANK)
+        return gradient_request("knowledge", self.labels, rank, **self.draws)
 
     @staticmethod
     def read(request: Covariance, site: Site) -> PsdMatrix:
-        """Returns a covariance, float32, on the device of the weight."""
-        return read_factor(request, site.stats[request]).to(torch.float32, site.weight.device)
+        """Returns a covariance, float32 but for directions in bfloat16, on the device of the weight."""
+        factor = read_factor(request, site.stats[request]).to(torch.float32, site.weight.device)
+        return factor.halved() if isinstance(factor, LowRankDiagonal) else factor
 
     def factor_sizes(self, target: Target, *, inputs: bool, gradients: bool) -> dict[str, int]:
         """Returns the bytes of the matrices of Ω and of Γ as training holds them, by the start of their names."""
         sizes = {}
         if inputs:
-            sizes[f"Omega:{target.input_group}:"] = factor_bytes(self.inputs, target.in_features)
+            sizes[f"Omega:{target.input_group}:"] = factor_bytes(self.inputs(target), target.in_features)
         if gradients:
-            sizes[f"Gamma:{target.name}:"] = factor_bytes(self.gradients, target.out_features)
+            sizes[f"Gamma:{target.name}:"] = factor_bytes(self.gradients(target), target.out_features)
         return sizes

@@ -1,16 +1,16 @@
-"""Covariances kept as their top k directions and a scalar: no n x n matrix, neither in memory nor on disk."""
+"""Covariances kept as their top k directions and a diagonal: no n x n matrix, neither in memory nor on disk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from keeptune.core.target import Target
-from keeptune.linalg.streaming_eigen import TopDirections, Truncated
-from keeptune.linalg.symmetric import Dense, LowRankPlus, PsdMatrix
+from keeptune.linalg.streaming_eigen import TopDirections, Truncated, buffer_rows
+from keeptune.linalg.symmetric import Dense, LowRankDiagonal, PsdMatrix
 from keeptune.model.summed_loss import Labels
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.request import DataRole, GradientRequest, RowRequest, WeightReader
@@ -18,17 +18,19 @@ from keeptune.statistics.request import DataRole, GradientRequest, RowRequest, W
 
 @dataclass(frozen=True, slots=True)
 class InputFactor(RowRequest):
-    """``Ω = E[h hᵀ]`` as its top directions and a scalar, ``(k + 1, n + 2)``; read it with :func:`read_factor`.
+    """``Ω = E[h hᵀ]`` as its top directions and a diagonal, ``(k + 1, n + 1)``; read it with :func:`read_factor`.
 
     The seed is that of the search for directions and of the error's estimate.
     """
+
+    version: ClassVar[int] = 2
 
     rank: int
     seed: int = 0
 
     def numbers(self, target: Target) -> int:
-        """Returns the buffer's ``9 k n``."""
-        return 9 * self.rank * target.in_features
+        """Returns the buffer's, about ``2.25 k n``."""
+        return buffer_rows(self.rank, target.in_features) * target.in_features
 
     def kept(self, target: Target) -> int:
         """Returns the bytes of ``(k + 1, n + 2)``."""
@@ -41,16 +43,18 @@ class InputFactor(RowRequest):
 
 @dataclass(frozen=True, slots=True)
 class GradientFactor(GradientRequest):
-    """``Γ = E[δ δᵀ]`` as its top directions and a scalar, ``(k + 1, m + 2)``; read it with :func:`read_factor`.
+    """``Γ = E[δ δᵀ]`` as its top directions and a diagonal, ``(k + 1, m + 1)``; read it with :func:`read_factor`.
 
     The seed is that of the draws, of the search and of the error's estimate.
     """
 
+    version: ClassVar[int] = 2
+
     rank: int
 
     def numbers(self, target: Target) -> int:
-        """Returns the buffer's ``9 k m``."""
-        return 9 * self.rank * target.out_features
+        """Returns the buffer's, about ``2.25 k m``."""
+        return buffer_rows(self.rank, target.out_features) * target.out_features
 
     def kept(self, target: Target) -> int:
         """Returns the bytes of ``(k + 1, m + 2)``."""
@@ -61,6 +65,8 @@ class GradientFactor(GradientRequest):
         return _TopSum(TopDirections(target.out_features, self.rank, device, self.seed))
 
 
+FactorRank = int | Literal["auto"] | None  # what an option may say, :func:`chosen_rank`
+DENSE_WIDTH, INPUT_RANK, GRADIENT_RANK = 1024, 320, 64  # of "auto"; why: docs/results/factors.md
 Covariance = InputCovariance | GradientCovariance | InputFactor | GradientFactor
 
 
@@ -77,10 +83,23 @@ class _TopSum:
         self.tokens += rows.shape[0]
 
     def result(self) -> Tensor:
-        """Returns ``(k + 1, n + 2)``; the trace where it is not finite: no eigenvectors exist then."""
-        if not bool(self.top.trace.isfinite()):
-            return self.top.trace.cpu()
+        """Returns ``(k + 1, n + 1)``; the squares where they are not finite: no eigenvectors exist then."""
+        if not bool(self.top.squares.isfinite().all()):
+            return self.top.squares.cpu()
         return packed(self.top.result()).float().cpu()
+
+
+def chosen_rank(asked: FactorRank, width: int, auto: int) -> int | None:
+    """Returns how many directions of a covariance are kept: all (None), those asked for, or by its width.
+
+    Args:
+        asked: An option; ``"auto"`` keeps the covariance whole up to a width of 1,024.
+        width: n.
+        auto: How many directions of a wider one are kept.
+    """
+    if asked == "auto":
+        return None if width <= DENSE_WIDTH else auto
+    return asked
 
 
 def input_request(data: DataRole, rank: int | None, *, seed: int = 0, examples: int | None = None) -> Covariance:
@@ -106,25 +125,24 @@ def read_factor(request: Covariance, value: Tensor) -> PsdMatrix:
 
 
 def factor_bytes(request: Covariance, width: int) -> int:
-    """Returns the bytes of the factor's matrix that :func:`read_factor` reads, of a covariance of a width."""
+    """Returns the bytes of a covariance of a width in training: directions in bfloat16, all else in float32."""
     if isinstance(request, InputFactor | GradientFactor):
-        return 4 * width * min(request.rank, width)
+        rank = min(request.rank, width)
+        return 2 * width * rank + 4 * (width + rank)
     return 4 * width**2
 
 
 def packed(truncated: Truncated) -> Tensor:
-    """Packs a factor and its error into ``(k + 1, n + 2)``: rows ``[λ_i, 0, u_i]``, the last one ``[ρ, error, 0]``.
+    """Packs a factor and its error into ``(k + 1, n + 1)``: rows ``[λ_i, u_i]``, the last one ``[error, d]``.
 
     Law: ``unpacked(packed(x))`` is x.
     """
     factor = truncated.factor
-    table = factor.U.new_zeros(factor.rank + 1, factor.size + 2)
-    table[:-1, 0], table[:-1, 2:] = factor.values, factor.U.T
-    table[-1, 0], table[-1, 1] = factor.remainder, truncated.error
-    return table
+    directions = torch.cat([factor.values[:, None], factor.U.T], dim=1)
+    return torch.cat([directions, torch.cat([factor.rest.new_tensor([truncated.error]), factor.rest])[None]])
 
 
 def unpacked(table: Tensor) -> Truncated:
-    """Returns the factor and its error from what :func:`packed` returned, ``(k + 1, n + 2)``."""
-    factor = LowRankPlus(table[:-1, 2:].T.contiguous(), table[:-1, 0].contiguous(), table[-1, 0].clone())
-    return Truncated(factor, float(table[-1, 1]))
+    """Returns the factor and its error from what :func:`packed` returned, ``(k + 1, n + 1)``."""
+    factor = LowRankDiagonal(table[:-1, 1:].T.contiguous(), table[:-1, 0].contiguous(), table[-1, 1:].clone())
+    return Truncated(factor, float(table[-1, 0]))
