@@ -7,7 +7,7 @@ import torch
 from tests.models import relative
 from torch import Tensor
 
-from keeptune.linalg.streaming_eigen import TopDirections, Truncated, buffer_rows
+from keeptune.linalg.streaming_eigen import TopDirections, Truncated, sum_size
 
 CPU = torch.device("cpu")
 N = 48
@@ -125,8 +125,9 @@ def test_rows_that_repeat_or_vanish() -> None:
 def test_no_matrix_of_n_by_n_is_held() -> None:
     top = TopDirections(512, 4, CPU)
     top.add(rows(100, 8).repeat(1, 64))
-    sizes = [value.numel() for value in vars(top).values() if isinstance(value, Tensor)]
-    assert max(sizes) == buffer_rows(4, 512) * 512 == 24 * 512
+    held = [value for value in vars(top).values() if isinstance(value, Tensor)]
+    assert max(value.numel() for value in held) == 24 * 512
+    assert sum(value.nbytes for value in held) == 8 * sum_size(4, 512)
 
 
 def test_the_seed_decides() -> None:

@@ -66,10 +66,10 @@ class TopDirections:
         self.rank = min(self.rank, self.features)
         draw = torch.Generator().manual_seed(self.seed)
         signs = torch.randint(0, 2, (self.features, _PROBES), generator=draw) * 2 - 1
-        self.probes = signs.to(self.device, torch.float32)
+        self.probes = signs.to(self.device, torch.int8)
         self.probed = torch.zeros(self.features, _PROBES, dtype=torch.float64, device=self.device)
         self.squares = torch.zeros(self.features, dtype=torch.float64, device=self.device)
-        rows = buffer_rows(self.rank, self.features)
+        rows = _buffer_rows(self.rank, self.features)
         self.buffer = torch.zeros(rows, self.features, dtype=torch.float32, device=self.device)
         shape = (rows, rows // 2)
         self.start = torch.randn(shape, generator=draw, dtype=torch.float32).to(self.device)
@@ -79,7 +79,7 @@ class TopDirections:
         X = rows.to(self.device, torch.float32)
         self.tokens += X.shape[0]
         self.squares += X.square().sum(0, dtype=torch.float64)
-        self.probed += X.T @ (X @ self.probes)
+        self.probed += X.T @ (X @ self.probes.float())
         while X.shape[0]:
             room = self.buffer.shape[0] - self.filled
             part, X = X[:room], X[room:]
@@ -120,8 +120,13 @@ class TopDirections:
         return float((probed - factor.apply(probes)).norm() / probed.norm().clamp_min(math.ulp(0.0)))
 
 
-def buffer_rows(rank: int, features: int) -> int:
-    """Returns how many rows the buffer for the top directions of n features holds."""
+def sum_size(rank: int, features: int) -> int:
+    """Returns how many numbers in float64 :class:`TopDirections` holds; a float32 counts half."""
+    rows = _buffer_rows(rank, features)
+    return (rows * features + rows * rows // 2) // 2 + features * (_PROBES + _PROBES // 8 + 1)
+
+
+def _buffer_rows(rank: int, features: int) -> int:
     rank = min(rank, features)
     return 2 * min(rank + max(rank // _MORE, _LEAST), features)
 

@@ -43,7 +43,7 @@ class Keep(LoraStart):
         rate: The largest step of the multiplier's logarithm.
         gain: The largest difference between the logarithms of the pressure and of the multiplier.
         factor_rank: How many directions of Ω and of Γ are kept beside their diagonal; ``"auto"`` keeps matrices of up
-            to 1,024 wide whole, of wider ones 320 directions of Ω and 64 of Γ; None keeps all whole.
+            to 1,024 wide whole, of wider ones 288 directions of Ω and 64 of Γ; None keeps all whole.
 
     Raises:
         PlanError: An option is out of range, or there are two budgets.

@@ -45,7 +45,7 @@ class Lalora(LoraStart):
         rho: Damping of the output factor towards the identity.
         rho_input: The same of the input factor.
         factor_rank: How many directions of Ω and of Γ are kept beside their diagonal; ``"auto"`` keeps matrices of up
-            to 1,024 wide whole, of wider ones 320 directions of Ω and 64 of Γ; None keeps all whole.
+            to 1,024 wide whole, of wider ones 288 directions of Ω and 64 of Γ; None keeps all whole.
 
     Raises:
         PlanError: An option is out of range.

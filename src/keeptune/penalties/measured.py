@@ -84,7 +84,7 @@ class CovariancePenalty(MeasuredPenalty):
     Args:
         rho: Damping of Γ towards the identity of its trace: 0 none, 1 leaves the trace only.
         factor_rank: How many directions of Ω and of Γ are kept beside their diagonal. ``"auto"`` keeps matrices of up
-            to 1,024 wide whole, of wider ones 320 directions of Ω and 64 of Γ; None keeps all whole.
+            to 1,024 wide whole, of wider ones 288 directions of Ω and 64 of Γ; None keeps all whole.
     """
 
     ranges = {"rho": Range(least=0, most=1), "factor_rank": Range(least=1)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.target import Target
-from keeptune.linalg.streaming_eigen import TopDirections, Truncated, buffer_rows
+from keeptune.linalg.streaming_eigen import TopDirections, Truncated, sum_size
 from keeptune.linalg.symmetric import Dense, LowRankDiagonal, PsdMatrix
 from keeptune.model.summed_loss import Labels
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
@@ -29,8 +29,8 @@ class InputFactor(RowRequest):
     seed: int = 0
 
     def numbers(self, target: Target) -> int:
-        """Returns the buffer's, about ``2.25 k n``."""
-        return buffer_rows(self.rank, target.in_features) * target.in_features
+        """Returns about ``1.1 k n``: a float32 counts half."""
+        return sum_size(self.rank, target.in_features)
 
     def kept(self, target: Target) -> int:
         """Returns the bytes of ``(k + 1, n + 2)``."""
@@ -53,8 +53,8 @@ class GradientFactor(GradientRequest):
     rank: int
 
     def numbers(self, target: Target) -> int:
-        """Returns the buffer's, about ``2.25 k m``."""
-        return buffer_rows(self.rank, target.out_features) * target.out_features
+        """Returns about ``1.1 k m``: a float32 counts half."""
+        return sum_size(self.rank, target.out_features)
 
     def kept(self, target: Target) -> int:
         """Returns the bytes of ``(k + 1, m + 2)``."""
@@ -66,7 +66,7 @@ class GradientFactor(GradientRequest):
 
 
 FactorRank = int | Literal["auto"] | None  # what an option may say, :func:`chosen_rank`
-DENSE_WIDTH, INPUT_RANK, GRADIENT_RANK = 1024, 320, 64  # of "auto"; why: docs/results/factors.md
+DENSE_WIDTH, INPUT_RANK, GRADIENT_RANK = 1024, 288, 64  # of "auto"; why: docs/results/factors.md
 Covariance = InputCovariance | GradientCovariance | InputFactor | GradientFactor
 
 

@@ -83,7 +83,7 @@ class RowRequest(Request):
 
     @abstractmethod
     def numbers(self, target: Target) -> int:
-        """Returns how many numbers the sum holds in memory."""
+        """Returns how many numbers the sum holds in memory, in float64; a float32 counts half."""
 
     def kept(self, target: Target) -> int:
         """Returns how many bytes the store keeps: float32 numbers, by default as many as the sum has."""
