@@ -22,10 +22,11 @@ from unittest.mock import patch
 
 import torch
 from cells import kept, read_rows, write_rows
+from safetensors.torch import load_file
 from torch import Tensor
 
 from keeptune import atlas
-from keeptune.core.artefact import read_json, read_tensors
+from keeptune.core.artefact import read_json
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 from keeptune.linalg.symmetric import LowRankDiagonal, PsdMatrix, psd_matrix_from
@@ -127,7 +128,7 @@ def recipe(model: str, base: str, data: Path, output: Path) -> dict[str, Any]:
 
 def estimates(whole: Path, own: Path) -> dict[str, float]:
     """Read what a training's budget was counted in at its end, by its own factors and by the whole matrices."""
-    weights = read_tensors(own / "trained" / "factors.safetensors")
+    weights = load_file(own / "trained" / "factors.safetensors")
     found = {}
     for name, folder in (("own", own), ("true", whole)):
         plan = Plan.load(folder / "plan")

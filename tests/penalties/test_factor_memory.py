@@ -85,6 +85,11 @@ def account(method: Keep) -> dict[str, float]:
         stats: Any = Values(target=target)
         tensors |= penalty.tensors(Site(planned(target), weight, stats, tuple(targets), BLOCKS))
     held = sum(value.nbytes for name, value in tensors.items() if name.startswith(("Omega:", "Gamma:")))
+    told: dict[str, int] = {}
+    for target in targets:
+        told |= penalty.factor_sizes(target, inputs=True, gradients=True)
+    assert sum(told.values()) == held, "what the account of a run takes them for"
+    assert sum(request.kept(target) for (request, _), target in requests.items()) == store
     return {"resident": BLOCKS * sums, "block": sums, "store": BLOCKS * store, "training": BLOCKS * held}
 
 

@@ -33,8 +33,8 @@ class InputFactor(RowRequest):
         return sum_size(self.rank, target.in_features)
 
     def kept(self, target: Target) -> int:
-        """Returns the bytes of ``(k + 1, n + 2)``."""
-        return 4 * (self.rank + 1) * (target.in_features + 2)
+        """Returns the bytes of ``(k + 1, n + 1)``."""
+        return 4 * (min(self.rank, target.in_features) + 1) * (target.in_features + 1)
 
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _TopSum:
         """Returns an empty buffer."""
@@ -57,8 +57,8 @@ class GradientFactor(GradientRequest):
         return sum_size(self.rank, target.out_features)
 
     def kept(self, target: Target) -> int:
-        """Returns the bytes of ``(k + 1, m + 2)``."""
-        return 4 * (self.rank + 1) * (target.out_features + 2)
+        """Returns the bytes of ``(k + 1, m + 1)``."""
+        return 4 * (min(self.rank, target.out_features) + 1) * (target.out_features + 1)
 
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _TopSum:
         """Returns an empty buffer."""
