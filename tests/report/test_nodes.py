@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 from rich.console import Console
 
+from keeptune.core.evidence import bounded
 from keeptune.report.figures.node_maps import density_figure, overlap_figure
 from keeptune.report.pages.layer_charts import votes
 from keeptune.report.pages.run_page import render_html
@@ -25,6 +27,20 @@ def voted(report: dict[str, Any]) -> dict[str, Any]:
         for layer, votes in enumerate(VOTES)
     ]
     return report
+
+
+def test_many_votes_are_drawn_as_they_were(minimal: dict[str, Any]) -> None:
+    """Of 4,097 nodes: means over 128 ranges, of which the 64 that are drawn are made, to the last digits."""
+    counts = torch.randint(0, 50, (2, 4097), generator=torch.Generator().manual_seed(0)).float()
+    drawn = []
+    for evidence in ([{"votes": row.tolist()} for row in counts], [bounded({"votes": row}) for row in counts]):
+        made = voted(minimal)
+        for row, own in zip(made["methods"][0]["plan"], evidence, strict=True):
+            row["evidence"] = own
+        (chart,) = votes(parse_report(made))
+        drawn.append(numpy.asarray(chart.figure.data[0].z, dtype=float))
+    assert drawn[0].shape == (2, 64)
+    numpy.testing.assert_allclose(drawn[1], drawn[0], rtol=1e-12)
 
 
 def test_a_plan_with_votes_gets_a_row_for_each_block(minimal: dict[str, Any]) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from keeptune.core.errors import ArtefactError
+from keeptune.core.evidence import bounded
 from keeptune.report.pages.charts import Chart
 from keeptune.report.pages.layer_charts import kept_places, ranks, spectra
 from keeptune.report.pages.run_page import render_html
-from keeptune.report.records import as_report
+from keeptune.report.records import Curve, as_report
 
 SPECTRUM = [8.0, 4.0, 2.0, 1.0, 0.5]
 
@@ -24,6 +27,10 @@ def report(minimal: dict[str, Any], layers: int, kept: list[float]) -> dict[str,
     ]
     minimal["methods"][0] |= {"plan": rows, "notes": ["<i>as</i> it is", "second"]}
     return minimal
+
+
+def curve(values: list[float]) -> Curve:
+    return Curve.model_validate({"values": values})
 
 
 @pytest.mark.parametrize(
@@ -41,13 +48,13 @@ def report(minimal: dict[str, Any], layers: int, kept: list[float]) -> dict[str,
     ],
 )
 def test_kept_places(kept: list[float], places: list[int] | None) -> None:
-    assert kept_places(SPECTRUM, kept) == places
+    assert kept_places(curve(SPECTRUM), kept) == places
 
 
 def test_equal_values_take_places_of_their_own() -> None:
-    assert sorted(kept_places([3.0, 1.0, 1.0, 1.0], [1.0, 1.0]) or []) == [1, 2]
-    assert kept_places([float("nan")] * 2, [1.0]) is None
-    assert kept_places([], [1.0]) is None
+    assert sorted(kept_places(curve([3.0, 1.0, 1.0, 1.0]), [1.0, 1.0]) or []) == [1, 2]
+    assert kept_places(curve([float("nan")] * 2), [1.0]) is None
+    assert kept_places(Curve(), [1.0]) is None
 
 
 def chart_of(report: dict[str, Any], kind: str) -> Chart:
@@ -119,3 +126,24 @@ def test_maps_of_many_layers_and_experts_stay_small(minimal: dict[str, Any]) -> 
         assert chart.height < 800
         assert chart.figure.data[0].texttemplate is None, "a key instead of numbers"
         assert len(chart.figure.layout.yaxis.ticktext) <= 40
+
+
+def test_a_wide_spectrum_is_drawn_at_the_points_that_the_report_has(minimal: dict[str, Any]) -> None:
+    """Of 1000 numbers; what a method takes lies where it lies in the whole spectrum."""
+    whole = torch.linspace(9, 1, 1000).square()
+    chosen = [0, 1, 517, 518, 900]
+    kept = bounded({"spectrum": whole, "singular_values": whole[chosen]})
+    made = report(minimal, 2, [1.0])
+    for row in made["methods"][0]["plan"]:
+        row["evidence"] = kept
+    thin, thick = chart_of(made, "kept").figure.data[:2]
+    assert thin.x[:2] == (0, 999)
+    assert thick.x[:9] == (-0.5, 1.5, None, 516.5, 518.5, None, 899.5, 900.5, None)
+    drawn = chart_of(made, "spectra").figure.data[0]
+    assert {0, 47, 517, 518, 900, 984, 999} <= set(drawn.x)
+    assert len(drawn.x) <= 133
+    for x, y in zip(drawn.x, drawn.y, strict=True):
+        assert y == pytest.approx(float(whole[x]), rel=1e-8)
+    del made["methods"][0]["plan"][0]["evidence"]["spectrum"]["at"][3]
+    with pytest.raises(ArtefactError, match="evidence"):
+        as_report(made)

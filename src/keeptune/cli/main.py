@@ -12,9 +12,8 @@ import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli import compare, dry_run, sequence, studies, sweeps
+from keeptune.cli import compare, dry_run, sequence, store_commands, studies, sweeps
 from keeptune.cli import repair as repairing
-from keeptune.cli import store as store_commands
 from keeptune.cli.shared import OVERRIDES, AsJson, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
 from keeptune.core.errors import KeeptuneError
 

@@ -19,6 +19,7 @@ from keeptune.core.artefact import (
     write_tensors,
 )
 from keeptune.core.errors import ArtefactError, PlanError
+from keeptune.core.evidence import bounded
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
 
@@ -188,7 +189,7 @@ class Plan:
                 "scale": t.scale,
                 "trains": sorted(t.trainable),
                 "trained_parameters": t.trained_parameters,
-                "evidence": {name: value.tolist() for name, value in t.evidence.items()},
+                "evidence": bounded(t.evidence),
             }
             for t in self.targets
         ]

@@ -34,11 +34,13 @@ def _not_text(value: object) -> object:
     return value
 
 
-def _lists_of_numbers(value: object) -> object:
+def _curves(value: object) -> object:
+    """Keeps lists of numbers, and curves of which there are some points; drops the rest."""
     if not isinstance(value, Mapping):
         return value or {}
-    lists = {str(key): own for key, own in value.items() if isinstance(own, list | tuple) and own}
-    return {key: own for key, own in lists.items() if not isinstance(own[0], list | tuple | str | Mapping)}
+    lists = {str(key): {"values": own} for key, own in value.items() if isinstance(own, list | tuple) and own}
+    whole = {key: own for key, own in lists.items() if not isinstance(own["values"][0], list | tuple | str | Mapping)}
+    return whole | {str(key): own for key, own in value.items() if isinstance(own, Mapping) and "at" in own}
 
 
 # Null is NaN in a number, None in a score, empty in a list or a mapping.
@@ -91,14 +93,47 @@ class Benchmark(_Record):
         return lower_is_better(self.metric)
 
 
+class Curve(_Record):
+    """Numbers behind a decision, all of them or some: points of a curve, or means over ranges of it.
+
+    Args:
+        values: The numbers.
+        at: Their places; of means, where each range begins.
+        size: How many numbers the whole has.
+        ranges: Whether the numbers are means.
+    """
+
+    values: tuple[Number, ...] = ()
+    at: tuple[int, ...] = ()
+    size: Whole = 0
+    ranges: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        """Numbers the values of a whole curve, and takes means for values."""
+        if not isinstance(value, Mapping):
+            return value
+        if "at" not in value:
+            size = len(value.get("values", ()))
+            return {**value, "at": range(size), "size": size}
+        return {**value, "values": value["means"], "ranges": True} if "means" in value else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Curve:
+        if len(self.at) != len(self.values) or any(place >= self.size for place in self.at[-1:]):
+            raise ValueError(f"a curve of {self.size} with {len(self.at)} places and {len(self.values)} values")
+        return self
+
+
 class PlanRow(_Record):
-    """What a method decided for one weight matrix; evidence that is not a list of numbers is left out."""
+    """What a method decided for one weight matrix; evidence that holds no numbers is left out."""
 
     target: Text = ""
     layer: Whole | None = None
     given_role: Text = Field(default="", alias="role")
     rank: Whole | None = None
-    evidence: Annotated[dict[str, tuple[Number, ...]], BeforeValidator(_lists_of_numbers)] = {}
+    evidence: Annotated[dict[str, Curve], BeforeValidator(_curves)] = {}
 
     @property
     def role(self) -> str:
@@ -108,8 +143,12 @@ class PlanRow(_Record):
     @property
     def importance(self) -> float | None:
         """The importance the rank rests on; None where the method weighs no importances."""
-        values = self.evidence.get("importance", ())
+        values = self.curve("importance").values
         return _finite(values[0]) if len(values) == 1 else None
+
+    def curve(self, name: str) -> Curve:
+        """Returns evidence by name; an empty curve where there is none."""
+        return self.evidence.get(name, Curve())
 
 
 class Step(_Record):

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from keeptune.report.estimates import Method, methods
 from keeptune.report.numbers import gap, listing
 from keeptune.report.pages.charts import LEAST, MANY, Chart, arms, axis, figure_of, heat_map, mark, plain, scatter, thin
-from keeptune.report.records import PlanRow, Report, Run
+from keeptune.report.records import Curve, PlanRow, Report, Run
 
 _BINS: Final = 64
 _STEPS: Final = 120  # of a drift map
@@ -38,12 +38,12 @@ def ranks(report: Report) -> list[Chart]:
         charts += _importances(f"importances{place}", f"Importances behind {about}", rows)
         sizes: dict[str, set[int]] = {}
         for row in rows:
-            for name, values in row.evidence.items():
-                sizes.setdefault(name, set()).add(len(values))
+            for name, curve in row.evidence.items():
+                sizes.setdefault(name, set()).add(curve.size)
         single = [name for name, lengths in sizes.items() if lengths == {1} and name != "importance"]
         for index, name in enumerate(single):
             said = name.replace("_", " ")
-            read: Read = lambda row, name=name: next(iter(row.evidence.get(name, ())), None)  # type: ignore[misc] # noqa: E731
+            read: Read = lambda row, name=name: next(iter(row.curve(name).values), None)  # type: ignore[misc] # noqa: E731
             charts += _map(f"evidence{place}-{index}", f"{said.capitalize()} of {about}", rows, read, said, "warm")
     return charts
 
@@ -101,12 +101,15 @@ def votes(report: Report) -> list[Chart]:
     """Returns how many texts named each node, block by block, behind plans that count votes (LoKI)."""
     charts = []
     for place, method in enumerate(methods(report)):
-        rows = [row for row in method.plan if len(row.evidence.get("votes", ())) > 1]
-        if not rows or len({len(row.evidence["votes"]) for row in rows}) > 1:
+        rows = [row for row in method.plan if row.curve("votes").size > 1]
+        curves = [row.curve("votes") for row in rows]
+        places = {(curve.at, curve.size) for curve in curves}
+        if len(places) != 1:
             continue
-        counts = numpy.asarray([row.evidence["votes"] for row in rows], dtype=float)
-        edges = numpy.linspace(0, counts.shape[1], min(counts.shape[1], _BINS) + 1).round().astype(int)
-        table = numpy.add.reduceat(counts, edges[:-1], axis=1) / numpy.diff(edges)
+        ((at, nodes),) = places
+        edges = numpy.linspace(0, nodes, min(nodes, _BINS) + 1).round().astype(int)
+        counts = numpy.asarray([curve.values for curve in curves], dtype=float) * numpy.diff([*at, nodes])
+        table = numpy.add.reduceat(counts, numpy.searchsorted(at, edges[:-1]), axis=1) / numpy.diff(edges)
         if not table.max() > 0:
             continue
         columns = [f"{a}" if b - a == 1 else f"{a}–{b - 1}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
@@ -125,22 +128,22 @@ def spectra(report: Report) -> list[Chart]:
     users: dict[tuple[str, Any], tuple[tuple[PlanRow, ...], list[str]]] = {}
     for place, method in enumerate(methods(report)):
         rows = method.plan
-        kept = [kept_places(row.evidence.get(_WHOLE, ()), row.evidence.get(_PART, ())) for row in rows]
+        kept = [kept_places(row.curve(_WHOLE), row.curve(_PART).values) for row in rows]
         whole = [places for places in kept if places is not None]
         if rows and len(whole) == len(rows):
             charts.append(_kept(f"kept{place}", method.label, rows, whole))
-        for name in dict.fromkeys(name for row in rows for name, values in row.evidence.items() if len(values) > 1):
+        for name in dict.fromkeys(name for row in rows for name, curve in row.evidence.items() if curve.size > 1):
             if name != "votes" and not (name == _PART and len(whole) == len(rows)):
-                evidence = tuple(row.evidence.get(name, ()) for row in rows)
+                evidence = tuple(row.curve(name) for row in rows)
                 users.setdefault((name, evidence), (rows, []))[1].append(method.label)
     for place, ((name, _), (rows, labels)) in enumerate(users.items()):
         charts += _spectrum(f"spectra{place}", name, rows, labels)
     return charts
 
 
-def kept_places(spectrum: Sequence[float], kept: Sequence[float]) -> list[int] | None:
+def kept_places(spectrum: Curve, kept: Sequence[float]) -> list[int] | None:
     """Returns where in a spectrum the kept values stand, each at its own place; None when they are no part of it."""
-    rest = numpy.array(spectrum, dtype=float)
+    rest = numpy.array(spectrum.values, dtype=float)
     if not len(kept) or len(kept) > rest.size or not numpy.isfinite(rest).any():
         return None
     top = float(numpy.nanmax(rest))
@@ -152,7 +155,7 @@ def kept_places(spectrum: Sequence[float], kept: Sequence[float]) -> list[int] |
         place = int(numpy.nanargmin(distance))
         if not distance[place] <= 1e-3 * abs(value) + 1e-6 * top:
             return None
-        places.append(place)
+        places.append(spectrum.at[place])
         rest[place] = math.nan
     return places
 
@@ -170,7 +173,7 @@ def _kept(name: str, label: str, rows: Sequence[PlanRow], kept: Sequence[Sequenc
                 places = set(kept[at])
                 starts = sorted(place - 0.5 for place in places if place - 1 not in places)
                 stops = sorted(place + 0.5 for place in places if place + 1 not in places)
-                whole += [(0, y), (len(rows[at].evidence[_WHOLE]) - 1, y), (None, None)]
+                whole += [(0, y), (rows[at].curve(_WHOLE).size - 1, y), (None, None)]
                 for start, stop in zip(starts, stops, strict=True):
                     thick += [(start, y), (stop, y), (None, None)]
         faint: dict[str, Any] = {"opacity": 0.35, "showlegend": False, "hoverinfo": "skip"}
@@ -195,10 +198,10 @@ def _spectrum(name: str, evidence: str, rows: Sequence[PlanRow], labels: Sequenc
     roles = list(dict.fromkeys(row.role for row in rows))
     traces: list[Any] = []
     for row in rows:
-        values = row.evidence.get(evidence, ())
-        if not any(value > 0 for value in values) or (row.layer is not None and row.layer not in chosen):
+        curve = row.curve(evidence)
+        if not any(value > 0 for value in curve.values) or (row.layer is not None and row.layer not in chosen):
             continue
-        xs, ys = thin([(x, value if value > 0 else math.nan) for x, value in enumerate(values)])
+        xs, ys = thin([(x, y if y > 0 else math.nan) for x, y in zip(curve.at, curve.values, strict=True)])
         first = not any(trace.legendgroup == row.role for trace in traces)
         hovers = f"{plain(row.role)}, layer {row.layer}<br>%{{x}}: %{{y:.3g}}<extra></extra>"
         more = {"showlegend": first, "opacity": 0.8, "line": {"width": 1.3, "dash": "solid"}, "hovertemplate": hovers}
