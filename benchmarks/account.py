@@ -62,6 +62,7 @@ def compare(model: Path, values: dict[str, Any]) -> tuple[dict[str, Any], int]:
         with (Path(name) / "log.txt").open("w+") as log:
             running = subprocess.Popen([*_COMMAND, str(path)], stdout=log, stderr=log)
             _, status, usage = os.wait4(running.pid, 0)
+            running.returncode = status
             if status:
                 log.seek(0)
                 raise SystemExit(log.read()[-3000:])

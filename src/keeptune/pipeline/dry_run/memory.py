@@ -32,7 +32,7 @@ from keeptune.statistics.request import ModelRequest, Request, RowRequest
 _PROCESS = {"cpu": 650 * 10**6, "cuda": 700 * 10**6}
 # What an allocator holds beside what is in use, as a share of what comes and goes: measured on the CPU (glibc), where
 # many sizes below 32 MB leave holes.
-_HOLES = {"cpu": 0.25, "cuda": 0.1}
+_HOLES = {"cpu": 0.33, "cuda": 0.1}
 _BATCH_TOKENS = 1024  # of a pass of statistics
 _PROBE = (4, 256)  # examples and tokens that an export is checked on
 _MIB = 2**20

@@ -1,0 +1,48 @@
+"""The account of a run of SmolLM2 against the peak memory of its process; more settings are in benchmarks/account.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.assets import DATA
+
+from keeptune.cli.dry_run import describe_file
+
+COMMAND = "from keeptune.cli.main import main; main()"
+
+
+@pytest.mark.real
+def test_a_run_takes_the_memory_that_is_said(smollm2: Path, tmp_path: Path) -> None:
+    recipe = {
+        "model": str(smollm2),
+        "method": {"name": "lora", "rank": 8},
+        "task": {
+            "train": str(DATA / "gsm8k" / "train.jsonl"),
+            "prompt": "{question}\nAnswer:",
+            "completion": " {answer}",
+            "examples": 4,
+        },
+        "train": {"max_steps": 1, "per_device_train_batch_size": 4, "max_length": 160},
+        "output": str(tmp_path / "run"),
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    said = describe_file(path)[""][1]
+    with (tmp_path / "log.txt").open("w") as log:
+        running = subprocess.Popen([sys.executable, "-c", COMMAND, "run", str(path)], stdout=log, stderr=log)
+        _, status, usage = os.wait4(running.pid, 0)
+        running.returncode = status
+    assert status == 0, (tmp_path / "log.txt").read_text()[-2000:]
+    measured, stage = 1024 * usage.ru_maxrss, said.memory[said.peak]
+    assert said.peak == "training"
+    assert stage.total == pytest.approx(measured, rel=0.25)
+    # A control: weights and their optimiser alone are far from it.
+    assert stage.total - stage.parts["activations"] - stage.parts["logits"] < 0.6 * measured
+    record = json.loads((tmp_path / "run" / "trained" / "train.json").read_text())
+    assert said.train.numbers == record["trained_parameters"]
