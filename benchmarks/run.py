@@ -21,7 +21,6 @@ ALL = (
     "tracing",
     "attribution",
     "repair",
-    "account",
 )
 
 

@@ -1,4 +1,4 @@
-"""The account of a run of SmolLM2 against the peak memory of its process; more settings are in benchmarks/account.py."""
+"""The account of a run of SmolLM2 against the peak memory of its process (benchmarks/account.py has more settings)."""
 
 from __future__ import annotations
 
