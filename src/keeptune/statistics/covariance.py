@@ -30,6 +30,10 @@ class InputCovariance(RowRequest):
         """Returns ``n²``."""
         return target.in_features**2
 
+    def kept(self, target: Target) -> int:
+        """Returns the bytes of the mean."""
+        return (4 if self.precision == "single" else 8) * target.in_features**2
+
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
         """Returns a sum of ``h hᵀ``."""
         dtype = torch.float32 if self.precision == "single" else torch.float64

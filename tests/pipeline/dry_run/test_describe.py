@@ -83,9 +83,9 @@ def test_the_account_is_what_the_run_does(dry: Callable[..., DryRun], tmp_path: 
     inputs = {target.input_group: target.in_features for target in account.shape.linear}
     squares = sum(n * n for n in inputs.values())
     assert account.memory["statistics"].parts["sums"] == 8 * squares
-    # What the run wrote; files have a header each.
-    assert account.disk["store"].total == 4 * squares
-    assert written(tmp_path / "store") == pytest.approx(4 * squares, rel=0.02)
+    # What the run wrote, means in float64; files have a header each.
+    assert account.disk["store"].total == 8 * squares
+    assert written(tmp_path / "store") == pytest.approx(8 * squares, rel=0.02)
     assert written(tmp_path / "out" / "plan" / "factors.safetensors") == pytest.approx(
         account.disk["plan"].total, rel=0.1
     )
