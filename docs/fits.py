@@ -1,0 +1,190 @@
+"""Write docs/fits.md, what fits into which card, from accounts of dry runs: nothing in it is entered by hand.
+
+`python docs/fits.py` writes, `python docs/fits.py --check` fails when the page is out of date.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from keeptune.data import hub
+from keeptune.pipeline.dry_run.account import DryRun
+from keeptune.pipeline.dry_run.describe import describe
+from keeptune.pipeline.dry_run.model_shapes import ModelShape
+from keeptune.recipe.schema import make_recipe
+
+PAGE = Path(__file__).parent / "fits.md"
+MODELS = {
+    "1B": "meta-llama/Llama-3.2-1B",
+    "3B": "meta-llama/Llama-3.2-3B",
+    "8B": "meta-llama/Llama-3.1-8B",
+    "14B": "Qwen/Qwen2.5-14B-Instruct",
+    "32B": "Qwen/Qwen2.5-32B-Instruct",
+    "70B": "meta-llama/Llama-3.3-70B-Instruct",
+}
+# Memory (GB), a card of that size, and its operations a second in bfloat16, dense, as NVIDIA's data sheets print them.
+CARDS = {16: ("RTX 4080", 97e12), 24: ("RTX 4090", 165e12), 48: ("L40S", 362e12), 80: ("A100", 312e12)}
+SHARE = 0.35  # of a card's rate that a run is taken to reach
+FREE = 0.95  # of a card's memory
+LENGTH, TOKENS = 2048, 10_000_000
+METHODS: Mapping[str, dict[str, Any]] = {
+    "lora": {"method": {"name": "lora", "rank": 16}},
+    "lora-null": {"method": {"name": "lora-null", "rank": 16}},
+    "kl": {"method": {"name": "lora", "rank": 16}, "penalties": [{"name": "kl", "batch_size": 1}]},
+    "keep": {"method": {"name": "keep", "rank": 16}},
+}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+# From the fastest to the thriftiest.
+SETTINGS: Mapping[str, tuple[int, dict[str, Any]]] = {
+    "bf16, 8 texts": (8, {}),
+    "bf16, checkpointing, 4 texts": (4, {"gradient_checkpointing": True}),
+    "bf16, checkpointing, 1 text": (1, {"gradient_checkpointing": True}),
+    "nf4, checkpointing, 4 texts": (4, {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"}),
+    "nf4, checkpointing, 1 text": (1, {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"}),
+}
+
+
+def account(size: str, method: str, setting: str, shapes: dict[str, ModelShape]) -> DryRun:
+    """Returns the account of a run on a GPU."""
+    batch, train = SETTINGS[setting]
+    values = {
+        "model": MODELS[size],
+        "knowledge": {
+            "file": "hf://datasets/org/knowledge/keep.jsonl",
+            "text": "{text}",
+            "examples": 256,
+            "max_length": 1024,
+        },
+        "task": {
+            "train": "hf://datasets/org/task/train.jsonl",
+            "prompt": "{question}",
+            "completion": "{answer}",
+            "examples": TOKENS // LENGTH,
+        },
+        "train": {
+            "num_train_epochs": 1,
+            "max_length": LENGTH,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": 16 // batch,
+            **train,
+        },
+        "evaluate": [{"name": "mmlu", "batch_size": 1, "max_length": LENGTH}],
+        "quantization": NF4 if setting.startswith("nf4") else None,
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "output": "runs/fits",
+        **METHODS[method],
+    }
+    recipe = make_recipe(values, folder=Path(), where="fits", fetch=hub.cached)
+    found = describe(recipe, shapes.get(size))
+    shapes[size] = found.shape
+    return found
+
+
+def page() -> str:
+    """Returns the page."""
+    shapes: dict[str, ModelShape] = {}
+    runs = {
+        (size, method, setting): account(size, method, setting, shapes)
+        for size in MODELS
+        for method in METHODS
+        for setting in SETTINGS
+    }
+    return "\n".join([_INTRODUCTION, *_fitting(runs), *_peaks(runs), *_stages(runs), *_times(runs)]) + "\n"
+
+
+_INTRODUCTION = f"""# What fits
+
+Written by `docs/fits.py` from accounts of `keeptune run --dry-run`; nothing here is entered by hand, nothing was run.
+
+Models: {", ".join(MODELS.values())}.
+Texts of {LENGTH:,} tokens, rank 16 on all linear maps, knowledge of 256 texts of 1,024 tokens, scoring one text at a
+time. `nf4` is bitsandbytes in 4 bits with double quantisation and `optim: paged_adamw_8bit`; a text is what passes
+through the model at once (`per_device_train_batch_size`). A run fits where its largest stage takes at most
+{FREE:.0%} of the card. Of your own recipe:
+
+```sh
+keeptune run recipe.yaml --dry-run          # by stage and part; with --json as bytes
+```
+"""
+
+
+def _largest(run: DryRun) -> float:
+    return run.memory[run.peak].total / 1e9
+
+
+def _table(heads: list[str], rows: Iterator[list[str]] | list[list[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(heads)} |"
+    yield f"| {' | '.join(['---', *['---:'] * (len(heads) - 1)])} |"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def _fits(runs: Mapping[Any, DryRun], size: str, method: str, card: int) -> str | None:
+    fitting = (setting for setting in SETTINGS if _largest(runs[size, method, setting]) <= FREE * card)
+    return next(fitting, None)
+
+
+def _fitting(runs: Mapping[Any, DryRun]) -> Iterator[str]:
+    yield "## The fastest setting that fits\n"
+    for method in METHODS:
+        yield f"### {method}\n"
+        rows = [[size, *(_fits(runs, size, method, card) or "-" for card in CARDS)] for size in MODELS]
+        yield from _table(["", *(f"{card} GB" for card in CARDS)], rows)
+
+
+def _peaks(runs: Mapping[Any, DryRun]) -> Iterator[str]:
+    yield "## Peak memory, GB\n"
+    rows = [
+        [f"{size}, {method}", *(f"{_largest(runs[size, method, setting]):.1f}" for setting in SETTINGS)]
+        for size in MODELS
+        for method in METHODS
+    ]
+    yield from _table(["", *SETTINGS], rows)
+
+
+def _stages(runs: Mapping[Any, DryRun]) -> Iterator[str]:
+    thrifty = list(SETTINGS)[-1]
+    yield f"## By stage and on disk, GB ({thrifty})\n"
+    stages = ["statistics", "plan", "training", "export", "scoring"]
+    rows = []
+    for size in MODELS:
+        for method in METHODS:
+            run = runs[size, method, thrifty]
+            memory = [run.memory[stage].total if stage in run.memory else 0 for stage in stages]
+            disk = [run.disk["store"].total, run.disk["plan"].total]
+            rows.append([f"{size}, {method}", *(f"{number / 1e9:.1f}" for number in [*memory, *disk])])
+    yield from _table(["", *stages, "store (disk)", "plan (disk)"], rows)
+
+
+def _times(runs: Mapping[Any, DryRun]) -> Iterator[str]:
+    yield f"## Hours for {TOKENS / 1e6:.0f} million tokens, with keep\n"
+    rates = ", ".join(f"{name} {rate / 1e12:.0f}e12" for name, rate in CARDS.values())
+    yield f"Operations of the whole run but for scoring, at {SHARE:.0%} of the cards' operations a second ({rates}).\n"
+    rows = []
+    for size in MODELS:
+        row = [size]
+        for card, (_, rate) in CARDS.items():
+            setting = _fits(runs, size, "keep", card)
+            work = runs[size, "keep", setting].work if setting else {}
+            known = [work[part] or 0 for part in ("statistics", "train")] if work else []
+            row.append(f"{sum(known) / rate / SHARE / 3600:.1f}" if known else "-")
+        rows.append(row)
+    yield from _table(["", *(f"{name} ({card} GB)" for card, (name, _) in CARDS.items())], rows)
+
+
+def main() -> None:
+    """Write the page, or check it."""
+    text = page().rstrip() + "\n"
+    if "--check" not in sys.argv:
+        PAGE.write_text(text, encoding="utf-8")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+        sys.exit("docs/fits.md is out of date: run `python docs/fits.py`")
+
+
+if __name__ == "__main__":
+    main()
