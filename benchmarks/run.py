@@ -21,6 +21,7 @@ ALL = (
     "tracing",
     "attribution",
     "repair",
+    "quantised_plan",
 )
 
 

@@ -188,6 +188,12 @@ def deepseek(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) ->
 
 
 MIXTURES: dict[str, Factory] = {"qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss, "deepseek": deepseek}
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "float32",
+    "bnb_4bit_use_double_quant": True,
+}
 MODELS: dict[str, Factory] = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "roberta": roberta}
 
 
@@ -199,6 +205,15 @@ def deep(make: Factory, dtype: torch.dtype = torch.float32) -> Any:
         torch.manual_seed(1)
         fresh = make.__globals__[type(make()).__name__](type(config)(**fields))
     return fresh.to(dtype).eval()
+
+
+def wide(make: Factory) -> PreTrainedModel:
+    """The same architecture with inputs of multiples of 64, the blocks of four-bit scales."""
+    config = make().config
+    sizes = {"hidden_size": 64, "n_embd": 64, "intermediate_size": 128, "n_inner": 128, "head_dim": 16}
+    fields = config.to_dict()
+    fields |= {key: value for key, value in sizes.items() if key in fields}
+    return _seeded(type(make()), type(config)(**fields), 0, torch.float32)
 
 
 def _seeded(cls: type[Any], config: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -223,9 +238,9 @@ class Saved:
     folder: Path
     head: Head | None = None
 
-    def load(self, seed: int = 0) -> PreTrainedModel:
+    def load(self, seed: int = 0, quantization: dict[str, Any] | None = None) -> PreTrainedModel:
         head = None if self.head is None else dataclasses.replace(self.head, seed=seed)
-        return load_model(str(self.folder), LoadOptions(head=head))
+        return load_model(str(self.folder), LoadOptions(head=head, quantization=quantization))
 
 
 def save(model: PreTrainedModel, folder: Path) -> Saved:

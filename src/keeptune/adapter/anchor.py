@@ -17,18 +17,31 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan, TargetPlan
+from keeptune.core.weights import is_quantised
 
 Anchor = Literal["auto", "twin", "residual"]
 ANCHOR_NAME = "anchor"
 _STARTED = {"default", "ref"}  # adapters with the plan's start: ours, and TRL's frozen copy of it
 
 
-def resolve(anchor: Anchor, dtype: torch.dtype) -> Literal["twin", "residual"]:
-    """Returns the anchor itself, or for ``auto`` residual where it is exact enough (float32) and twin elsewhere."""
+def resolve(anchor: Anchor, dtype: torch.dtype, *, quantised: bool = False) -> Literal["twin", "residual"]:
+    """Returns the anchor itself, or for ``auto`` residual where it is exact enough (float32) and twin elsewhere.
+
+    Raises:
+        PlanError: A residual of a quantised base, which would have to be quantised again.
+    """
+    if anchor == "residual" and quantised:
+        raise PlanError(
+            "anchor",
+            got="residual on a quantised base",
+            wanted="twin: W less a part of it would have to be quantised again, which moves all of W",
+            next_step="Leave `anchor` out.",
+        )
     if anchor != "auto":
         return anchor
-    return "residual" if dtype == torch.float32 else "twin"
+    return "residual" if dtype == torch.float32 and not quantised else "twin"
 
 
 def apply_anchor(layer: Any, target_plan: TargetPlan, kind: Literal["twin", "residual"]) -> None:
@@ -59,11 +72,11 @@ def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto")
     ``‖W_res + s B0 A0 - W‖ / ‖W‖`` (Frobenius) by name, where ``B0 A0`` is what was taken out; 0 for a twin, which
     leaves W as it is.
     """
-    errors = {}
+    errors, kind = {}, resolve(anchor, model.dtype, quantised=is_quantised(model))
     for target_plan in plan.targets:
         name = target_plan.target.name
         errors[name] = 0.0
-        if target_plan.anchored and resolve(anchor, model.dtype) == "residual":
+        if target_plan.anchored and kind == "residual":
             weight = model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             weight = weight.detach()

@@ -19,7 +19,7 @@ from keeptune.adapter.trained_head import head_names, keep_precise, put_head, ta
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.target import TRAINED_TENSORS, TensorName
-from keeptune.core.weights import weight_shape
+from keeptune.core.weights import is_quantised, keep_layout, refuse_quantised, weight_shape
 
 
 def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> PreTrainedModel | PeftModel:
@@ -37,12 +37,16 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
         PlanError: The plan was made for another model, or the model is already wrapped by PEFT.
     """
     _check_fits(model, plan)
+    keep_layout(model)
+    quantised = is_quantised(model)
+    if quantised:
+        refuse_quantised(plan.scope, plan.method)
     if plan.scope == "all":
         # Small updates to 16-bit weights round away; adapters are trained in float32, so the reference is too.
         return model.to(torch.float32).requires_grad_(True)
     if plan.scope == "subspace":
         return install_subspace(model, plan)
-    kind = resolve(anchor, model.dtype)
+    kind = resolve(anchor, model.dtype, quantised=quantised)
     anchored = {t.target.name: t for t in plan.targets if t.anchored}
     peft = dict(plan.peft)
     kasa = peft.pop("kasa_config", None)

@@ -7,6 +7,7 @@ which maps the unit vectors to the columns of W; what the helper gives is held a
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
+from peft.utils import resolve_quantization_backend
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from keeptune.core.errors import ModelError
+from keeptune.core.errors import ModelError, PlanError
 from keeptune.core.target import Target
 
 _log = logging.getLogger(__name__)
@@ -25,6 +28,19 @@ _CHUNK = 1024  # unit vectors at a time
 # Largest relative error of what a module computes of one vector: LLM.int8 rounds inputs to about 1e-2. Weights read in
 # the wrong order are off by 1.4.
 _TOLERANCE = 0.1
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Returns whether a module is one linear map: torch's, Transformers' Conv1D, or a quantised one that PEFT knows."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    declared = isinstance(getattr(module, "in_features", None), int) and not any(True for _ in module.children())
+    return declared and resolve_quantization_backend(module) is not None
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Returns whether some linear map of a model, which may carry adapters, is stored otherwise than in floats."""
+    return any(is_linear_map(module) and not _is_plain(model, module) for module in model.modules())
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
@@ -82,6 +98,51 @@ def keep_layout(model: nn.Module) -> None:
             "%d 4-bit weights were rewritten by bitsandbytes' forward pass on this processor: their scales are rounded "
             "to bfloat16 now. Load the model again for the weights as they were stored.",
             reordered,
+        )
+
+
+def refuse_misread(model: nn.Module) -> None:
+    """Refuses weights in four bits that bitsandbytes misreads on the CPU: rows that do not end with a block of scales.
+
+    Raises:
+        ModelError: The same bytes give other weights when they are read as rows of one block each.
+    """
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is None or weight.is_meta or state.shape[-1] % state.blocksize == 0 or state.shape[-1] in seen:
+            continue
+        seen.add(state.shape[-1])
+        rows, rest = divmod(state.shape.numel(), state.blocksize)
+        by_blocks = copy.copy(state)
+        by_blocks.shape = torch.Size((rows, state.blocksize))
+        found, wanted = (_four_bits(weight, one).flatten() for one in (state, by_blocks))
+        if rest or not torch.equal(found, wanted):
+            raise ModelError(
+                name,
+                got=f"{state.shape[-1]} inputs in four bits, which bitsandbytes misreads on the {weight.device.type}",
+                wanted=f"a multiple of {state.blocksize}, the block of one scale",
+                next_step=f"Leave it in floats: llm_int8_skip_modules: [lm_head, {name.rpartition('.')[2]}].",
+            )
+
+
+def _four_bits(weight: Any, state: Any) -> Tensor:
+    """Returns packed weights as their state, or another, reads them."""
+    other = copy.copy(weight)
+    other.quant_state = state
+    read: Tensor = dequantize_bnb_weight(other)
+    return read
+
+
+def refuse_quantised(scope: str, method: str) -> None:
+    """Raises PlanError where a method that changes whole weights would have to change quantised ones."""
+    if scope != "adapter":
+        raise PlanError(
+            f"method {method}",
+            got="a quantised base",
+            wanted="a base in 16 or 32 bits: it changes whole weights, and quantised ones cannot be changed by steps",
+            next_step="Load the base in 16 bits, or take a method that trains adapters, such as keep or lora-null.",
         )
 
 

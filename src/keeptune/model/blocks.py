@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from keeptune.core.errors import ModelError, PlanError, nearest
 from keeptune.core.offload import device_of
 from keeptune.core.target import Target
-from keeptune.core.weights import weight_shape
+from keeptune.core.weights import is_linear_map, keep_layout, weight_shape
 from keeptune.model.fused_experts import (
     FusedWeight,
     fused_weights,
@@ -45,13 +45,14 @@ def find_targets(
         PlanError: A role does not exist in this model; the message lists those that do. Or a block does not.
         ModelError: The model has no linear maps.
     """
+    keep_layout(model)
     modules, fused = _linear_modules(model), fused_weights(model)
     if not modules and not fused:
         raise ModelError(
             type(model).__name__,
-            got="no nn.Linear or Conv1D module besides the head",
+            got="no linear map besides the head",
             wanted="a transformer with linear maps",
-            next_step="Check that the model is not already wrapped by PEFT or quantised.",
+            next_step="Check that the model is not already wrapped by PEFT, and quantised in a way that PEFT knows.",
         )
     warn_of_unknown_stacks(model)
     if fused:
@@ -139,9 +140,9 @@ def parts_of(block: nn.Module) -> dict[str, nn.Module]:
 
     One that is no single module of the block is left out.
     """
-    holders = [child for child in block.children() if any(isinstance(m, nn.Linear | Conv1D) for m in child.modules())]
+    holders = [child for child in block.children() if any(is_linear_map(m) for m in child.modules())]
     takes = [child for child in holders if "attention_mask" in inspect.signature(child.forward).parameters]
-    others = [child for child in holders if child not in takes and not isinstance(child, nn.Linear | Conv1D)]
+    others = [child for child in holders if child not in takes and not is_linear_map(child)]
     kinds = {"attention": takes, "mlp": others}
     return {name: modules[0] for name, modules in kinds.items() if len(modules) == 1}
 
@@ -177,7 +178,7 @@ def _linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if is_linear_map(module)
         and module is not head
         # Of a classifier, neither the head nor a pooler: they are trained in full, or not at all.
         and (not classifies or _LAYER.search(name))

@@ -7,13 +7,12 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from keeptune.core.errors import ModelError
 from keeptune.core.offload import device_of
 from keeptune.core.target import Target
+from keeptune.core.weights import is_linear_map
 from keeptune.model.blocks import blocks_of, find_targets, is_nested
 from keeptune.model.runner import still
 
@@ -69,7 +68,7 @@ def _in_attention(model: PreTrainedModel) -> list[str]:
     for block in blocks_of(model):
         for child in block.modules():
             takes = child is not block and "attention_mask" in inspect.signature(child.forward).parameters
-            if takes and not isinstance(child, nn.Linear | Conv1D):
+            if takes and not is_linear_map(child):
                 prefixes.append(f"{names[child]}.")
     return prefixes
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.utils.integrations import get_bnb_param_type
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,9 +25,11 @@ from transformers import (
 
 from keeptune.core.errors import ModelError
 from keeptune.core.offload import stored_value
+from keeptune.core.weights import is_quantised, keep_layout, refuse_misread
 from keeptune.model.blocks import head_of, positions
 from keeptune.model.gguf import check_gguf, gguf_error, is_gguf, place_of
 from keeptune.model.head import Head
+from keeptune.model.quantization import loading, with_precise
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ class LoadOptions:
         allow_pickle: Read ``.bin`` weights, which can run code when loaded.
         head: The head of a sequence classifier, drawn from its seed if the base has none; None loads a causal
             language model.
+        quantization: Fields of Transformers' quantisation config, checked (:func:`check_quantization`); None loads the
+            weights as they are stored.
     """
 
     dtype: Dtype = "auto"
@@ -52,6 +58,7 @@ class LoadOptions:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     head: Head | None = None
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def source(self) -> dict[str, Any]:
@@ -72,9 +79,11 @@ def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
 
     Raises:
         ModelError: There is no such model, its safetensors weights are missing, incomplete or damaged, or it
-            brings code that was not allowed.
+            brings code that was not allowed; or its quantisation cannot run here.
     """
-    loaded: PreTrainedModel = load_weights(name, options).to(options.device).eval()
+    model = load_weights(name, options)
+    # Quantised weights are where they were quantised; of eight bits Transformers moves none.
+    loaded: PreTrainedModel = (model if is_quantised(model) else model.to(options.device)).eval()
     return loaded
 
 
@@ -94,8 +103,7 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
                 output_loading_info=True,
                 **options.source,
                 **file,
-                **({"quantization_config": GgufConfig(dequantize=True)} if file else {}),
-                **placement,
+                **(quantised_loading(name, options) | placement),
                 **({} if head is None else head.config),
             )
     # RuntimeError: weights of other shapes than the config says.
@@ -107,9 +115,46 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
         )
     _check_missing(name, info["missing_keys"], model, head)
     if head is not None and not info["missing_keys"]:
-        _check_labels(name, head, AutoConfig.from_pretrained(place, **file, **options.source))
+        _check_labels(name, head, load_config(name, options))
+    keep_layout(model)
+    refuse_misread(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def quantised_loading(name: str, options: LoadOptions) -> dict[str, Any]:
+    """Returns what ``from_pretrained`` takes to load quantised weights, by the config alone; GGUF is dequantised.
+
+    Raises:
+        ModelError: There is no such model, or its quantisation cannot run here.
+    """
+    fields = options.quantization
+    if is_gguf(name):
+        if fields is not None:
+            raise ModelError(
+                f"model {name}",
+                got="`quantization` for a GGUF file",
+                wanted="none: it is dequantised as it is loaded",
+                next_step="Leave `quantization` out, or name the original model.",
+            )
+        return {"quantization_config": GgufConfig(dequantize=True)}
+    if fields is not None and options.head is not None:
+        fields = with_precise(fields, head_of(classifier_shapes(name, options)))
+    return loading(fields, load_config(name, options), options.device, f"model {name}")
+
+
+def load_config(name: str, options: LoadOptions = _DEFAULTS) -> Any:
+    """Returns a model's config.
+
+    Raises:
+        ModelError: There is no such model, or it brings code that was not allowed.
+    """
+    _check_folder(name, allow_pickle=True)
+    place, file = place_of(name)
+    try:
+        return AutoConfig.from_pretrained(place, **file, **options.source)
+    except (OSError, ValueError, ImportError, struct.error) as error:
+        raise _cannot_load(name, error) from error
 
 
 def _check_missing(name: str, missing_keys: Iterable[str], model: Any, head: Head | None) -> None:
@@ -147,13 +192,7 @@ def load_positions(name: str, options: LoadOptions = _DEFAULTS) -> int | None:
     """
     if options.head is not None:
         return positions(classifier_shapes(name, options))
-    _check_folder(name, allow_pickle=True)
-    place, file = place_of(name)
-    try:
-        config = AutoConfig.from_pretrained(place, **file, **options.source)
-    except (OSError, ValueError, ImportError, struct.error) as error:
-        raise _cannot_load(name, error) from error
-    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit: int | None = getattr(load_config(name, options).get_text_config(), "max_position_embeddings", None)
     return limit
 
 
@@ -163,14 +202,12 @@ def classifier_shapes(name: str, options: LoadOptions) -> PreTrainedModel:
     Raises:
         ModelError: There is no such model, or it brings code that was not allowed.
     """
-    _check_folder(name, allow_pickle=True)
-    trusted = options.trust_remote_code
-    place, file = place_of(name)
+    config = load_config(name, options)
     try:
-        config = AutoConfig.from_pretrained(place, **file, **options.source)
         with torch.device("meta"):
+            trusted = options.trust_remote_code
             shapes: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
-    except (OSError, ValueError, ImportError, struct.error) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(name, error) from error
     model: PreTrainedModel = shapes
     return model
@@ -182,7 +219,7 @@ def refuse_not_finite(model: PreTrainedModel) -> None:
     Raises:
         ModelError: A weight is NaN or infinite; the message names the parameter.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in _floats(model):
         if not bool(torch.isfinite(stored_value(model, name, parameter)).all()):
             raise ModelError(
                 f"model {model.name_or_path or type(model).__name__}, parameter {name}",
@@ -190,6 +227,17 @@ def refuse_not_finite(model: PreTrainedModel) -> None:
                 wanted="finite weights",
                 next_step="Get the model's files again, or load it in the dtype it was saved in.",
             )
+
+
+def _floats(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yields what a model multiplies by in floats: of packed weights, which may claim to be floats, their scales."""
+    if not is_quantised(model):
+        yield from model.named_parameters()
+        return
+    packed = {name for name, parameter in model.named_parameters() if get_bnb_param_type(parameter)}
+    for name, tensor in model.state_dict().items():
+        if name not in packed and tensor.is_floating_point() and tensor.itemsize > 1:
+            yield name, tensor
 
 
 def load_tokenizer(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedTokenizerBase:

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from keeptune.adapter.anchor import resolve
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
+from keeptune.core.weights import refuse_quantised
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
 from keeptune.data.disjoint import Corpus
@@ -24,7 +26,15 @@ from keeptune.data.replay import with_replay
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import refuse_used
 from keeptune.model.head import Head, body_fingerprint
-from keeptune.model.pretrained import LoadOptions, load_model, load_positions, load_tokenizer
+from keeptune.model.pretrained import (
+    LoadOptions,
+    load_config,
+    load_model,
+    load_positions,
+    load_tokenizer,
+    quantised_loading,
+)
+from keeptune.model.quantization import stays_quantised
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
@@ -88,6 +98,7 @@ class Job:
             trust_remote_code=recipe.trust_remote_code,
             allow_pickle=recipe.allow_pickle,
             head=head,
+            quantization=recipe.quantization,
         )
 
     @cached_property
@@ -237,6 +248,8 @@ class Job:
         }
         if "task" in self.needs:
             inputs["task"] = self.task_calibration.fingerprint
+        if recipe.quantization is not None:
+            inputs["quantization"] = recipe.quantization
         if self.head is not None:
             inputs["head"] = self.head
         # Which examples come first depends on sets and order; all together do not.
@@ -259,18 +272,27 @@ class Job:
             RecipeError: There is no such device, or the output cannot be a folder; or as of :meth:`check_needs`.
             ModelError: The model's folder cannot be used.
         """
+        recipe = self.recipe
         check_folder("output", self.output)
         check_folder("store", self.store.folder)
         check_device(self.device)
         self.check_needs()
+        self._refuse_quantised(load_config(recipe.model, self._source()))
+        quantised_loading(recipe.model, self._source())
         used = [Corpus("task.train", self.task_rows, self.task.read_texts)]
         for part, rows in zip(self.knowledge, self.knowledge_rows, strict=True):
             texts = part.texts if self.head is None else Texts(tuple(part.texts)).whole
             used.append(Corpus(f"{part.where}.file", rows, texts))
-        for benchmark in self.recipe.evaluate:
+        for benchmark in recipe.evaluate:
             self.kind.check_benchmark(self.task, benchmark)
             refuse_used(used, benchmark)
         self.config(self.output / "checkpoints", torch.float32)
+
+    def _refuse_quantised(self, config: Any = None) -> None:
+        """Refuses a method or an anchor that would change weights which are quantised, by the recipe or the config."""
+        if stays_quantised(self.recipe.quantization, config):
+            refuse_quantised(self.method.scope, self.method.name)
+            resolve(self.recipe.anchor, torch.bfloat16, quantised=True)
 
     def check_needs(self) -> None:
         """Checks what shows without the data: that method, penalties and sections fit together.
@@ -294,6 +316,7 @@ class Job:
                 wanted="the examples to mix into the task",
                 next_step=_ADD_KNOWLEDGE,
             )
+        self._refuse_quantised()
         refuse_layers(self.method, recipe.layers)
         refuse_penalties(self.method, scoped_penalties(self.method, self.penalties))
         if "knowledge" in self.needs and recipe.knowledge is None:

@@ -15,7 +15,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Decision, PenaltyPlan, Plan, TargetPlan
 from keeptune.core.target import Target
-from keeptune.core.weights import read_weight
+from keeptune.core.weights import is_quantised, read_weight, refuse_misread, refuse_quantised
 from keeptune.data.calibration import Calibration
 from keeptune.methods.base import Method, make_plan
 from keeptune.methods.combined import parts_of, tuned_roles
@@ -180,6 +180,9 @@ def plan_for(
         ModelError: A weight is NaN or infinite.
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
+    if is_quantised(model):
+        refuse_quantised(method.scope, method.name)
+        refuse_misread(model)
     refuse_not_finite(model)
     options = replace(options, fingerprint=options.fingerprint or body_fingerprint(model))
     scoped = scoped_penalties(method, penalties)

@@ -21,6 +21,7 @@ from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.methods.combined import tuned_roles
 from keeptune.model.pretrained import Dtype
+from keeptune.model.quantization import check_quantization
 from keeptune.recipe.construct import make_method, make_penalties
 from keeptune.recipe.paths import Fetch, resolve_paths
 from keeptune.recipe.published import Published
@@ -75,6 +76,7 @@ class Recipe(Section):
     anchor: Anchor = "auto"
     export: ExportSpec = ExportSpec()
     dtype: Dtype = "auto"
+    quantization: dict[str, Any] | None = None
     device: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
@@ -134,6 +136,8 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
         raise explain(error, where, _known_keys) from error
     tuned_roles(make_method(recipe.method, seed=0), recipe.targets)
     make_penalties(recipe.penalties)
+    if recipe.quantization is not None:
+        check_quantization(recipe.quantization)
     check_arguments(recipe.train, SFTConfig if recipe.task.kind == "completion" else TrainingArguments)
     names = [benchmark.name for benchmark in recipe.evaluate]
     for name in names:

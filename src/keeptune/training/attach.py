@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer
 
+from keeptune.adapter.install import held_parameters
 from keeptune.core.errors import TrainError, nearest
 from keeptune.core.plan import Plan
 from keeptune.training.guard import Guard
@@ -41,6 +42,7 @@ def attach(trainer: Any, plan: Plan) -> None:
     guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Guard)]
     if any(guard.attached for guard in guards):
         return
+    _keep_precise(trainer.model, plan)
     for key, value in sorted(plan.training.items()):  # an optimiser takes the learning rate as it is then
         _known(key, _PARTS, "training")
         _PARTS[key](trainer, plan, value)
@@ -50,6 +52,21 @@ def attach(trainer: Any, plan: Plan) -> None:
     if not guards:
         trainer.add_callback(guard)
     guard.attached = True
+
+
+def _keep_precise(model: Any, plan: Plan) -> None:
+    """Puts trained factors back to float32: TRL's SFTTrainer rounds those on a quantised base to bfloat16.
+
+    So rounded, a start that is a part of W would differ from what is taken out of W, and small steps would be lost.
+    """
+    if not isinstance(model, PeftModel) or plan.scope != "adapter":
+        return
+    for target_plan in plan.targets:
+        for name, parameter in held_parameters(model, target_plan).items():
+            if parameter.dtype == torch.bfloat16:
+                start = target_plan.start[name].to(parameter.device)
+                rounded = torch.equal(parameter, start.to(parameter.dtype))
+                parameter.data = start.clone() if rounded else parameter.data.float()
 
 
 def _attach_optimizer(trainer: Any, plan: Plan, name: str) -> None:

@@ -27,7 +27,8 @@ from keeptune.adapter.export import format_for
 from keeptune.adapter.load import load_adapter
 from keeptune.adapter.probe import Gap, gap_to, logits_of
 from keeptune.core.artefact import content_key, file_fingerprint, read_json, remove_leftovers, write_json
-from keeptune.core.errors import ExportError, placed
+from keeptune.core.errors import ExportError, ModelError, placed
+from keeptune.core.weights import is_quantised
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.experiments.engine import only_one
 from keeptune.experiments.sequence.joined_changes import (
@@ -133,6 +134,13 @@ def _run(course: _Course) -> dict[str, Any]:
 
 def _check(sequence: StageSequence, model: PreTrainedModel) -> None:
     """Checks all stages, with their data and the model's targets, before the first begins."""
+    if is_quantised(model):
+        raise ModelError(
+            f"model {sequence.whole.model}",
+            got="a quantised base for a sequence of stages",
+            wanted="one in 16 or 32 bits: what a stage changed is added to its weights",
+            next_step="Leave `quantization` out, or run the tasks one by one.",
+        )
     for stage in sequence.stages:
         job = Job(stage.recipe)
         placed(f"stage {stage.name}", job.check)

@@ -29,6 +29,7 @@ _FIXED = {
     "model": _ONE_BASE,
     "revision": _ONE_BASE,
     "dtype": _ONE_BASE,
+    "quantization": _ONE_BASE,
     "trust_remote_code": _ONE_BASE,
     "allow_pickle": _ONE_BASE,
     "output": "each stage has its own folder below the sequence's",

@@ -1,0 +1,146 @@
+"""How a base is quantised as it is loaded: the recipe's ``quantization``, in the fields of Transformers' configs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    LOADING_ATTRIBUTES_CONFIG_TYPES,
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
+)
+
+from keeptune.core.errors import ModelError, RecipeError, nearest
+
+_BNB = {"load_in_4bit": "bitsandbytes_4bit", "load_in_8bit": "bitsandbytes_8bit"}
+_KEY, _TYPE = "quantization", "bnb_4bit_quant_type"
+_SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # what configs call it
+
+
+def check_quantization(fields: Mapping[str, Any], where: str = _KEY) -> None:
+    """Checks the fields of a quantisation; that its package is installed shows when a model is loaded.
+
+    Args:
+        fields: Of Transformers' config: ``load_in_4bit`` and the like, or a ``quant_method`` with its own.
+        where: For error messages.
+
+    Raises:
+        RecipeError: The method or a field is unknown, or a value does not fit.
+    """
+    kind = _kind(fields)
+    if kind not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise RecipeError(
+            f"{where}.quant_method",
+            got="nothing" if kind is None else str(kind),
+            wanted="load_in_4bit: true, load_in_8bit: true, or a quant_method that Transformers knows",
+            next_step=nearest(str(kind or ""), AUTO_QUANTIZATION_CONFIG_MAPPING),
+        )
+    known = _known(kind)
+    for key in sorted(fields.keys() - known - {"quant_method"}):
+        raise RecipeError(
+            f"{where}.{key}",
+            got="an unknown key",
+            wanted=f"a field of Transformers' {AUTO_QUANTIZATION_CONFIG_MAPPING[kind].__name__}",
+            next_step=nearest(key, sorted(known)),
+        )
+    if fields.get(_TYPE, "nf4") not in ("nf4", "fp4"):
+        got = str(fields[_TYPE])
+        raise RecipeError(f"{where}.{_TYPE}", got=got, wanted="nf4 or fp4", next_step="Correct the value.")
+    try:
+        quantization_config(fields)
+    except ImportError:
+        pass  # the package is looked for where the model is loaded
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise RecipeError(
+            where,
+            got=" ".join(str(error).split()),
+            wanted="values that Transformers takes",
+            next_step="Correct the value.",
+        ) from error
+
+
+def quantization_config(fields: Mapping[str, Any]) -> Any:
+    """Returns Transformers' config of a quantisation; an ImportError names a package that is not installed."""
+    return AutoQuantizationConfig.from_dict(dict(fields))
+
+
+def loading(
+    fields: Mapping[str, Any] | None, config: Any, device: str | torch.device, where: str = "model"
+) -> dict[str, Any]:
+    """Returns what ``from_pretrained`` takes besides to load a quantised model; nothing for one that is not.
+
+    Args:
+        fields: Of the recipe's quantisation; None loads the model as it is stored.
+        config: The model's config, which says whether its checkpoint is quantised.
+        device: Where the weights are quantised, and stay.
+        where: The model, for error messages.
+
+    Raises:
+        ModelError: The checkpoint is quantised already, the package is not installed, or this machine cannot run it.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None and fields is None:
+        return {}
+    placed = {"device_map": {"": str(device)}}
+    try:
+        # A copy: Transformers completes some configs in place.
+        own = None if stored is None else quantization_config(stored if isinstance(stored, dict) else stored.to_dict())
+        asked = None if fields is None else quantization_config(fields)
+        if own is not None and asked is not None and not _completes(asked, own):
+            raise ModelError(
+                where,
+                got=f"{_KEY} for a checkpoint that is quantised already ({own.quant_method.value})",
+                wanted=f"no `{_KEY}`: it loads as it is stored",
+                next_step=f"Leave `{_KEY}` out, or name the original model.",
+            )
+        quantiser = AutoHfQuantizer.from_config(asked or own, pre_quantized=own is not None)
+        quantiser.validate_environment(dtype=torch.bfloat16, weights_only=True, **placed)
+    except (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise cannot_quantise(where, error) from error
+    return placed if asked is None else {**placed, "quantization_config": asked}
+
+
+def with_precise(fields: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """Returns the fields with modules that stay in floats, besides those that are named: a head that is drawn."""
+    key = next((key for key in _SKIPPED if key in _known(_kind(fields))), None)
+    return dict(fields) if key is None else {**fields, key: [*(fields.get(key) or ()), *modules]}
+
+
+def stays_quantised(fields: Mapping[str, Any] | None, config: Any = None) -> bool:
+    """Returns whether a model's weights are quantised once it is loaded, as its config and the recipe's fields say."""
+    stored = getattr(config, "quantization_config", None) or {}
+    values = {**(stored if isinstance(stored, dict) else stored.to_dict()), **(fields or {})}
+    return bool(values) and not values.get("dequantize") and values.get("quant_method") != "gguf"
+
+
+def cannot_quantise(where: str, error: Exception) -> ModelError:
+    """Returns the error for a quantisation whose package is missing, or that this machine cannot run."""
+    text = " ".join(str(error).split())
+    missing = re.search(r"pip install [^`\n]*[\w>=.'\"\]]", text)
+    package = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+    if package is not None or missing is not None:
+        install = missing[0].rstrip("'\"") if missing is not None and package is None else f"pip install {package}"
+        next_step = f"Run `{install}`."
+    else:
+        next_step = "Load on a device that it runs on, or take load_in_4bit of bitsandbytes."
+    return ModelError(where, got=text[:300], wanted="a quantisation that runs here", next_step=next_step)
+
+
+def _kind(fields: Mapping[str, Any]) -> Any:
+    return next((name for key, name in _BNB.items() if fields.get(key)), fields.get("quant_method"))
+
+
+def _known(kind: str) -> frozenset[str]:
+    """Returns the fields of a quantisation's config."""
+    parameters = inspect.signature(AUTO_QUANTIZATION_CONFIG_MAPPING[kind].__init__).parameters
+    return frozenset(parameters) - {"self", "kwargs"}
+
+
+def _completes(asked: Any, own: Any) -> bool:
+    """Whether a recipe's config only says how a quantised checkpoint is loaded, such as ``dequantize``."""
+    return isinstance(asked, LOADING_ATTRIBUTES_CONFIG_TYPES) and asked.quant_method == own.quant_method
