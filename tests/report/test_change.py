@@ -14,7 +14,7 @@ from rich.console import Console
 
 from keeptune.core.artefact import canonical_json
 from keeptune.report.estimates import totals
-from keeptune.report.figures.weights import change_figure
+from keeptune.report.figures.weight_profiles import change_figure
 from keeptune.report.tables.analyses import print_change
 
 

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from keeptune.report.figures.weights import curvature_figure
+from keeptune.report.figures.weight_profiles import curvature_figure
 from keeptune.report.tables.analyses import print_curvature
 
 

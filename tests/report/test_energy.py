@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from keeptune.report.estimates import layer_means
-from keeptune.report.figures.weights import energy_figure
+from keeptune.report.figures.weight_profiles import energy_figure
 from keeptune.report.tables.terminal import print_grid
 
 

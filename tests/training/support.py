@@ -53,7 +53,7 @@ def arguments(folder: Path, **extra: Any) -> dict[str, Any]:
 
 
 def trl_trainer(model: PeftModel, folder: Path, **extra: Any) -> Any:
-    config = SFTConfig(**arguments(folder, bf16=False, activation_checkpointing=False, **extra))
+    config = SFTConfig(**arguments(folder, **({"bf16": False, "activation_checkpointing": False} | extra)))
     return SFTTrainer(
         model=model, args=config, train_dataset=EXAMPLES.dataset(TOKENIZER, 64)[0], processing_class=TOKENIZER
     )

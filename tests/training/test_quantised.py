@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from tests.models import NF4, relative
-from tests.training.support import MODEL, knowledge, plain_trainer, task, trl_trainer
+from tests.training.support import MODEL, TRAINERS, knowledge, plain_trainer, task, trl_trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -75,24 +75,22 @@ def test_factors_that_moved_before_are_kept(tmp_path: Path) -> None:
 def test_a_checkpointed_step_is_the_step_without(kind: str, tmp_path: Path) -> None:
     plan = planned(Keep(rank=4), tmp_path / "store", base(), [Kl(batch_size=4)])
     found = []
-    for extra in ({}, {"gradient_checkpointing": True}):
+    for checkpointing in (False, True):
         model = tuned(plan, base())
-        if kind == "trl":
-            trainer = trl_trainer(model, tmp_path, **({} if not extra else {"activation_checkpointing": True}))
-        else:
-            trainer = plain_trainer(model, tmp_path, **extra)
+        trainer = TRAINERS[kind](model, tmp_path, activation_checkpointing=checkpointing)
         attach(trainer, plan)
         trainer.train()
         found.append(trained_state(model, plan))
     assert all(relative(value, found[0][name]) < 1e-4 for name, value in found[1].items())
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # PEFT 0.21 with Transformers 5.23
 def test_a_base_prepared_for_training_in_few_bits_is_planned_and_trained(tmp_path: Path) -> None:
     """It turns norms and head to float32, and checkpointing on."""
     ready = prepare_model_for_kbit_training(base())
     plan = planned(LoraNull(rank=4), tmp_path / "store", ready)
     model = tuned(plan, ready)
-    trainer = plain_trainer(model, tmp_path, gradient_checkpointing=True)
+    trainer = plain_trainer(model, tmp_path, activation_checkpointing=True)
     attach(trainer, plan)
     before = trained_state(model, plan)
     trainer.train()
@@ -100,6 +98,7 @@ def test_a_base_prepared_for_training_in_few_bits_is_planned_and_trained(tmp_pat
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")  # there they are not paged
 def test_optimisers_of_bitsandbytes(optim: str, tmp_path: Path) -> None:
     plan = planned(Keep(rank=4), tmp_path / "store", base())
     model = tuned(plan, base())
@@ -112,6 +111,7 @@ def test_optimisers_of_bitsandbytes(optim: str, tmp_path: Path) -> None:
     assert all(bool(torch.isfinite(value).all()) for value in after.values())
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.real
 def test_smollm2_in_four_bits_takes_the_penalised_step_with_and_without_checkpointing(
     smollm2: Path, tmp_path: Path
@@ -146,9 +146,9 @@ def test_smollm2_in_four_bits_takes_the_penalised_step_with_and_without_checkpoi
                 parameter.normal_(std=1e-2, generator=torch.Generator().manual_seed(0))
     plain = gradients()
     made.enable_input_require_grads()
-    made.gradient_checkpointing_enable({"use_reentrant": False})
+    made.activation_checkpointing_enable({"use_reentrant": False})
     checkpointed = gradients()
-    made.gradient_checkpointing_enable({"use_reentrant": True})
+    made.activation_checkpointing_enable({"use_reentrant": True})
     reentrant = gradients()
     assert all(bool(g.any()) for g in plain)
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 
 from keeptune.pipeline.trained_changes import TrainedModel, labels_of, size_of
 from keeptune.report.estimates import totals
-from keeptune.report.figures.weights import change_figure
+from keeptune.report.figures.weight_profiles import change_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
 

@@ -26,7 +26,7 @@ from keeptune.linalg.curvature_profile import Directions, directions, energies, 
 from keeptune.linalg.rescaled import Rescaled
 from keeptune.linalg.symmetric import PsdMatrix, psd_matrix_from
 from keeptune.pipeline.trained_changes import TrainedModel, labels_of, size_of
-from keeptune.report.figures.weights import curvature_figure
+from keeptune.report.figures.weight_profiles import curvature_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
 Side = Literal["input", "output"]

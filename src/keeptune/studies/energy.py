@@ -15,7 +15,7 @@ from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import LoadOptions, load_model, refuse_not_finite
 from keeptune.recipe.paths import resolve_model
 from keeptune.report.estimates import layer_means
-from keeptune.report.figures.weights import energy_figure
+from keeptune.report.figures.weight_profiles import energy_figure
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
 
