@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,3 +99,51 @@ class LowRank:
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LowRank:
         """Returns both factors converted; a device of None keeps theirs."""
         return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype))
+
+
+class RowSelection(LowRank):
+    """``B = I[:, S]`` and ``A = 0``: row j of A, once trained, is added to row S_j. Only S is held.
+
+    B and A are made whenever they are read; A takes no memory.
+
+    Args:
+        rows: S, ascending.
+        shape: The shape ``(m, n)`` of the product.
+    """
+
+    __slots__ = ("_shape", "rows")
+
+    rows: tuple[int, ...]
+    _shape: tuple[int, int]
+
+    def __init__(self, rows: Sequence[int], shape: tuple[int, int]) -> None:
+        """Hold the rows."""
+        object.__setattr__(self, "rows", tuple(rows))
+        object.__setattr__(self, "_shape", shape)
+
+    @property
+    def B(self) -> Tensor:  # noqa: N802
+        """The columns of the identity that S names, ``(m, r)``."""
+        B = torch.zeros(self._shape[0], self.rank)
+        B[list(self.rows), range(self.rank)] = 1.0
+        return B
+
+    @property
+    def A(self) -> Tensor:  # noqa: N802
+        """Zeros, ``(r, n)``."""
+        return torch.zeros(()).expand(self.rank, self._shape[1])
+
+    @property
+    def rank(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape ``(m, n)`` of the product."""
+        return self._shape
+
+    @property
+    def is_zero(self) -> bool:
+        """True."""
+        return True

@@ -20,11 +20,12 @@ from keeptune.core.artefact import (
 )
 from keeptune.core.errors import ArtefactError, PlanError
 from keeptune.core.evidence import bounded
-from keeptune.core.low_rank import LowRank
+from keeptune.core.low_rank import LowRank, RowSelection
 from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
 
 Scope = Literal["adapter", "subspace", "all"]
-_FORMAT = 1
+# 2 leaves out factors that the rows of a decision imply (RowSelection); the key is of the factors either way.
+_FORMAT, _WITH_IMPLIED = 1, 2
 _UNNAMED: Mapping[str, object] = {"bias": False, "expert": None}
 
 
@@ -165,9 +166,13 @@ class Plan:
     @property
     def key(self) -> str:
         """The plan's content key: equal plans have equal keys, bit for bit."""
-        tensors = {f"{t.target.name}{name}": value for t in self.targets for name, value in _tensors(t).items()}
-        tensors |= self._penalty_tensors()
-        return content_key(self._record() | {"factors": {k: tensor_fingerprint(v) for k, v in tensors.items()}})
+        factors = {
+            f"{t.target.name}{name}": tensor_fingerprint(value)
+            for t in self.targets  # one at a time: what is implied is made here
+            for name, value in _tensors(t).items()
+        }
+        factors |= {name: tensor_fingerprint(value) for name, value in self._penalty_tensors().items()}
+        return content_key(self._record() | {"factors": factors})
 
     def __getitem__(self, name: str) -> TargetPlan:
         """Returns the plan of a target, by its name."""
@@ -196,15 +201,17 @@ class Plan:
 
     def save(self, folder: Path | str) -> None:
         """Writes ``plan.json`` and the tensors of factors, evidence and penalties, whole or not at all."""
+        implied = any(isinstance(t.init, RowSelection) for t in self.targets)
         tensors = {
-            "factors.safetensors": {f"{t.target.name}{k}": v for t in self.targets for k, v in _tensors(t).items()},
+            "factors.safetensors": {f"{t.target.name}{k}": v for t in self.targets for k, v in _stored(t).items()},
             "evidence.safetensors": {f"{t.target.name}:{k}": v for t in self.targets for k, v in t.evidence.items()},
         }
         if self.penalties:
             tensors["penalties.safetensors"] = self._penalty_tensors()
         with atomic_directory(Path(folder)) as fresh:
             files = {name: write_tensors(fresh / name, held) for name, held in tensors.items()}
-            write_json(fresh / "plan.json", self._record() | {"files": files})
+            version = {"format": _WITH_IMPLIED if implied else _FORMAT}
+            write_json(fresh / "plan.json", self._record() | version | {"files": files})
 
     @classmethod
     def load(cls, folder: Path | str) -> Plan:
@@ -216,11 +223,11 @@ class Plan:
         folder = Path(folder)
         record = read_json(folder / "plan.json")
         version = record.get("format") if isinstance(record, dict) else None
-        if version != _FORMAT:
+        if version not in (_FORMAT, _WITH_IMPLIED):
             raise ArtefactError(
                 str(folder),
                 got=f"plan format {version}",
-                wanted=f"format {_FORMAT}",
+                wanted=f"format {_FORMAT} or {_WITH_IMPLIED}",
                 next_step="Make the plan again with this version of keeptune.",
             )
         try:
@@ -297,10 +304,16 @@ def _check_alike(parameter: str, experts: Sequence[TargetPlan]) -> None:
 
 
 def _tensors(t: TargetPlan) -> dict[str, Tensor]:
-    tensors = {".B": t.init.B, ".A": t.init.A}
-    if t.removed is not None:
-        tensors |= {".removed.B": t.removed.B, ".removed.A": t.removed.A}
-    return tensors | {f":{name}": value for name, value in t.vectors.items()}
+    return {".B": t.init.B, ".A": t.init.A} | _beside_start(t)
+
+
+def _stored(t: TargetPlan) -> dict[str, Tensor]:
+    return _beside_start(t) if isinstance(t.init, RowSelection) else _tensors(t)
+
+
+def _beside_start(t: TargetPlan) -> dict[str, Tensor]:
+    removed = {} if t.removed is None else {".removed.B": t.removed.B, ".removed.A": t.removed.A}
+    return removed | {f":{name}": value for name, value in t.vectors.items()}
 
 
 def _read_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence: Mapping[str, Tensor]) -> TargetPlan:
@@ -312,13 +325,17 @@ def _read_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence
     return TargetPlan(
         target=target,
         decision=Decision(row["decision"]["rank"], tuple(rows) if rows is not None else None),
-        init=pair(""),
+        init=_implied(target, rows) if rows is not None and f"{target.name}.B" not in factors else pair(""),
         removed=pair(".removed") if f"{target.name}.removed.B" in factors else None,
         scale=row["scale"],
         trainable=frozenset(row["trainable"]),
         evidence=_under(evidence, f"{target.name}:"),
         vectors=_under(factors, f"{target.name}:"),
     )
+
+
+def _implied(target: Target, rows: Sequence[int]) -> LowRank:
+    return RowSelection(rows, (target.out_features, target.in_features))
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from keeptune.core.errors import PlanError
-from keeptune.core.low_rank import LowRank
+from keeptune.core.low_rank import RowSelection
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
@@ -141,11 +141,12 @@ class Loki(Method):
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Starts with the rows of W as they are (eqs. 10, 11)."""
         rows, r = decision.rows or (), decision.rank
+        weight_shape = (target.out_features, target.in_features)
         factors: frozenset[str] = frozenset({"A"} if self.rank is None else {"A", "B"})
         return self.planned(
             target,
             decision,
-            _one_hot(target, rows) if self.rank is None else draw_start(target, r, self.seed),
+            RowSelection(rows, weight_shape) if self.rank is None else draw_start(target, r, self.seed),
             1.0 if self.rank is None else 2.0 if self.alpha is None else self.alpha / r,
             trainable=factors | ({"bias"} if target.bias else frozenset()),
             vectors={"bias": torch.zeros(target.out_features)} if target.bias else {},
@@ -188,10 +189,3 @@ class Loki(Method):
 
     def _select(self, stats: StatsView) -> dict[str, Selected]:
         return stats.derive(self.attribution, select, self.q, self.selection)
-
-
-def _one_hot(target: Target, rows: tuple[int, ...]) -> LowRank:
-    """Returns ``B = I[:, S]`` and ``A = 0``, for which ``B A`` puts row j of A into row S_j (eq. 10)."""
-    B = torch.zeros(target.out_features, len(rows))
-    B[list(rows), range(len(rows))] = 1.0
-    return LowRank(B=B, A=torch.zeros(len(rows), target.in_features))
