@@ -95,6 +95,31 @@ def test_mixed_precision_follows_the_base_unless_told(tmp_path: Path) -> None:
         sft_config({"fp16": True}, tmp_path, dtype=torch.bfloat16, device="cpu")
 
 
+def test_lengths_end_at_the_positions_of_the_base(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.max_length: got 513, wanted at most 512"):
+        config(tmp_path, max_length=513)
+    assert config(tmp_path, max_length=None).max_length == 512
+    assert config(tmp_path, max_length=512).max_length == 512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"report_to": "swanlab"}, "pip install swanlab"),
+        ({"report_to": ["none", "clearml"]}, "pip install clearml"),
+        ({"optim": "paged_adamw_8bit"}, "pip install bitsandbytes"),
+        ({"push_to_hub": True}, "hf auth login"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_computed(
+    arguments: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keeptune.training.arguments.find_spec", lambda name: None)
+    monkeypatch.setattr("keeptune.training.arguments.get_token", lambda: None)
+    with pytest.raises(RecipeError, match=told):
+        config(tmp_path, **arguments)
+
+
 def test_a_recipe_holds_no_secret(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"train\.hub_token: got a secret") as caught:
         check_arguments({"hub_token": "hf_" + "a" * 30})
@@ -108,11 +133,11 @@ def test_a_seed_is_one_that_all_libraries_take(seed: int) -> None:
 
 
 def test_overrides_and_numbers_in_quotes(tmp_path: Path) -> None:
-    given = {"gradient_checkpointing": True, "max_steps": "7", "weight_decay": "1e-2", "max_length": 33}
+    given = {"gradient_checkpointing": True, "max_steps": "7", "weight_decay": "1e-2", "max_length": 13}
     given |= {"save_steps": 5}
     made = sft_config(given, tmp_path, dtype=torch.float32, device="cpu", positions=20)
     assert made.gradient_checkpointing is True
-    assert (made.max_steps, made.weight_decay, made.max_length, made.save_steps) == (7, 0.01, 33, 5)
+    assert (made.max_steps, made.weight_decay, made.max_length, made.save_steps) == (7, 0.01, 13, 5)
 
 
 @pytest.mark.parametrize(

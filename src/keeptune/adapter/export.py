@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -283,10 +284,11 @@ def _serve_line(
         whole = f'{load}("{base}", num_labels={max(1, len(labels))})'
         return f'{load}("{folder}")' if format == "merged" else f'PeftModel.from_pretrained({whole}, "{folder}")'
     if format == "merged":
-        return f"vllm serve {folder}"
+        return shlex.join(["vllm", "serve", str(folder)])
     if _no_lora(plan, rank):
-        return f"keeptune merge {folder} merged && vllm serve merged"
-    return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}"
+        return f"{shlex.join(['keeptune', 'merge', str(folder), 'merged'])} && vllm serve merged"
+    options = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"tuned={folder}"]
+    return shlex.join(["vllm", "serve", base, *options])
 
 
 def _sidecar(plan: Plan, base: str, done: Exported, labels: list[str] | None) -> dict[str, Any]:

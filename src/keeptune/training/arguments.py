@@ -7,12 +7,15 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from huggingface_hub import get_token
 from pydantic import Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from keeptune.core.errors import RecipeError, nearest
@@ -102,6 +105,7 @@ def sft_config(
         RecipeError: A field does not exist, is keeptune's own, or has a wrong value.
     """
     checked = check_arguments(arguments)
+    _check_surroundings(checked, positions)
     defaults = {
         "bf16": dtype == torch.bfloat16 and "fp16" not in checked,
         "fp16": dtype == torch.float16 and "bf16" not in checked,
@@ -114,8 +118,10 @@ def sft_config(
         "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device != "cpu",
-        "max_length": min(1024, positions or 1024),
+        "max_length": positions if "max_length" in checked else min(1024, positions or 1024),
     }
+    if checked.get("max_length", 0) is None:  # whole texts, as far as there are positions
+        del checked["max_length"]
     if device == "cpu" and checked.get("fp16"):
         raise RecipeError(
             "train.fp16",
@@ -131,3 +137,38 @@ def sft_config(
         raise RecipeError(
             "train", got=str(error), wanted="values that SFTConfig takes", next_step="Correct the recipe."
         ) from error
+
+
+def _check_surroundings(checked: Mapping[str, Any], positions: int | None) -> None:
+    """Refuses what the base has no positions for, and what needs a package or a login that is not there."""
+    length = checked.get("max_length")
+    if length is not None and positions is not None and length > positions:
+        raise RecipeError(
+            "train.max_length",
+            got=str(length),
+            wanted=f"at most {positions}, the positions that the base has for tokens",
+            next_step="Lower it, or set it to null for as many as there are.",
+        )
+    named = checked.get("report_to") or ()
+    for tracker in [named] if isinstance(named, str) else named:
+        if tracker not in ("none", "all", *get_available_reporting_integrations()):
+            raise _missing("report_to", tracker, tracker)
+    optimizer = str(checked.get("optim", ""))
+    if any(part in optimizer for part in ("8bit", "paged", "bnb")) and not find_spec("bitsandbytes"):
+        raise _missing("optim", optimizer, "bitsandbytes")
+    if checked.get("push_to_hub") and get_token() is None:
+        raise RecipeError(
+            "train.push_to_hub",
+            got="true without a login",
+            wanted="an access token of the hub",
+            next_step="Log in with `hf auth login`, set HF_TOKEN, or leave push_to_hub out.",
+        )
+
+
+def _missing(key: str, value: str, package: str) -> RecipeError:
+    return RecipeError(
+        f"train.{key}",
+        got=f"{value}, which needs a package that is not installed",
+        wanted="what is installed here",
+        next_step=f"Run `pip install {package}`, or leave {key} out.",
+    )
