@@ -37,19 +37,22 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "keep": {"method": {"name": "keep", "rank": 16}},
 }
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-# From the fastest to the thriftiest.
-SETTINGS: Mapping[str, tuple[int, dict[str, Any]]] = {
-    "bf16, 8 texts": (8, {}),
-    "bf16, checkpointing, 4 texts": (4, {"gradient_checkpointing": True}),
-    "bf16, checkpointing, 1 text": (1, {"gradient_checkpointing": True}),
-    "nf4, checkpointing, 4 texts": (4, {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"}),
-    "nf4, checkpointing, 1 text": (1, {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"}),
+SAVING = {"gradient_checkpointing": True}
+PAGED = {**SAVING, "optim": "paged_adamw_8bit"}
+# From the fastest to the thriftiest: texts at once, of `train`, of the recipe.
+SETTINGS: Mapping[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "bf16, 8 texts": (8, {}, {}),
+    "bf16, checkpointing, 4 texts": (4, SAVING, {}),
+    "bf16, checkpointing, 1 text": (1, SAVING, {}),
+    "nf4, checkpointing, 4 texts": (4, PAGED, {"quantization": NF4}),
+    "nf4, checkpointing, 1 text": (1, PAGED, {"quantization": NF4}),
+    "nf4, checkpointing, 1 text, low_memory": (1, PAGED, {"quantization": NF4, "low_memory": True}),
 }
 
 
 def account(size: str, method: str, setting: str, shapes: dict[str, ModelShape]) -> DryRun:
     """Returns the account of a run on a GPU."""
-    batch, train = SETTINGS[setting]
+    batch, train, more = SETTINGS[setting]
     values = {
         "model": MODELS[size],
         "knowledge": {
@@ -72,11 +75,11 @@ def account(size: str, method: str, setting: str, shapes: dict[str, ModelShape])
             **train,
         },
         "evaluate": [{"name": "mmlu", "batch_size": 1, "max_length": LENGTH}],
-        "quantization": NF4 if setting.startswith("nf4") else None,
         "dtype": "bfloat16",
         "device": "cuda",
         "output": "runs/fits",
         **METHODS[method],
+        **more,
     }
     recipe = make_recipe(values, folder=Path(), where="fits", fetch=hub.cached)
     found = describe(recipe, shapes.get(size))

@@ -50,10 +50,12 @@ def test_the_readme_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert Path("runs/first/adapter/adapter_model.safetensors").is_file()
 
 
-def test_method_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+@pytest.mark.parametrize("script", ["generate.py", "fits.py"])
+def test_written_pages_are_up_to_date(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--check"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     try:
-        runpy.run_path(str(ROOT / "docs/generate.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "docs" / script), run_name="__main__")
     except SystemExit as ended:
         assert not ended.code
 

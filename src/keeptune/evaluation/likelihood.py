@@ -18,7 +18,7 @@ from keeptune.core.errors import ModelError
 from keeptune.evaluation.model_pairs import ModelPair, scoring
 from keeptune.evaluation.scored_tokens import PaddedBatch, Passes, ScoredTokens, padded_batches
 
-_CHUNK = 1024
+_CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)

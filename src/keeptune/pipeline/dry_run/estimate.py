@@ -24,7 +24,7 @@ _STATES = {"lion_8bit": 1, "8bit": 2, "4bit": 1, "ademamix": 12, "adafactor": 0,
 _STATES |= {"lion": 4, "adagrad": 4, "rmsprop": 4, "": 8}
 _TILE = (4096, 32768)  # tokens and words of the tiles in which TRL takes the loss: the logits are never there at once
 _ONCE = 2**28  # logits at once while scoring (evaluation/scored_tokens.py)
-_CHUNK = 1024  # tokens whose logarithms are taken at once while scoring
+_CHUNK = 256  # tokens whose logarithms are taken at once while scoring
 
 
 def weight_bytes(shape: ModelShape, packed: Mapping[str, Any] | None = None) -> int:
@@ -95,7 +95,7 @@ def answers_bytes(shape: ModelShape, *, batch: int, length: int) -> int:
 def scoring_bytes(shape: ModelShape, *, rows: int, length: int, models: int) -> int:
     """Computes the logits that scoring holds: of a batch below 2**28 numbers, once for each model that is compared.
 
-    Logarithms, in float32, are taken of 1,024 tokens at a time, with 24 bytes a number where two models are compared.
+    Logarithms, in float32, are taken of 256 tokens at a time, with 24 bytes a number where two models are compared.
     """
     batch = min(rows, max(1, _ONCE // max(length * shape.vocabulary, 1))) * length
     each = 24 if models > 1 else shape.size + 8

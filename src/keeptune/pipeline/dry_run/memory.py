@@ -109,7 +109,7 @@ class Footprint:
     @property
     def _quantization(self) -> Mapping[str, Any] | None:
         """How the base's weights are packed: by the recipe, or as its checkpoint is."""
-        packed: Mapping[str, Any] | None = getattr(self.job.recipe, "quantization", None) or self.shape.quantization
+        packed: Mapping[str, Any] | None = self.job.recipe.quantization or self.shape.quantization
         return packed
 
     @cached_property
