@@ -20,7 +20,6 @@ from keeptune.core.artefact import content_key
 from keeptune.core.errors import ArtefactError, StatisticsError
 from keeptune.methods.lora_null import LoraNull
 from keeptune.pipeline.planning import plan_for
-from keeptune.statistics.covariance import InputCovariance
 from keeptune.statistics.store import StatStore
 from keeptune.statistics.store_use import entries, recorded
 
@@ -227,14 +226,18 @@ def test_evicted_statistics_are_computed_again(tmp_path: Path) -> None:
 
 
 def test_a_limit_that_has_room_for_no_statistic_stops_a_plan(tmp_path: Path) -> None:
+    """Before any pass over the data."""
     made = Bench(MODELS["llama"](), tmp_path / "store")
-    with pytest.raises(StatisticsError, match="store_limit: got 2.0 KB"):
-        plan_of(made, 2_000)
+    made.targets()
+    with counted_passes(made.model) as passes, pytest.raises(StatisticsError, match="store_limit: got 5.0 KB") as told:
+        plan_of(made, 5_000)
+    assert "room for one entry of 18.4 KB (18432 bytes)" in str(told.value)
+    assert passes[0] <= 1  # which finds the input groups
 
 
 def test_statistics_in_use_are_not_removed(tmp_path: Path) -> None:
     made = Bench(MODELS["llama"](), tmp_path / "store")
-    wanted, knowledge = made.collect(LoraNull(rank=1)), InputCovariance("knowledge")
+    wanted, (knowledge,) = made.collect(LoraNull(rank=1)), LoraNull(rank=1).statistics
     value = wanted.view(made.targets()[0])[knowledge]
     gone, kept = StatStore(made.folder).use.remove(lambda _: True)
     assert (len(gone), len(kept)) == (0, 8)

@@ -19,9 +19,9 @@ Stage = Literal["statistics", "plan", "train", "export", "evaluate"]
 KEYS: Final[Mapping[Stage, tuple[str, str, str]]] = {
     "statistics": ("low_memory: true", "factor_rank (of the method or penalty)", "knowledge.max_length"),
     "plan": ("targets (fewer)", "low_memory: true", "device: cpu"),
-    "train": ("train.per_device_train_batch_size", "train.gradient_checkpointing: true", "train.max_length"),
+    "train": ("train.per_device_train_batch_size", "train.gradient_checkpointing: true", "quantization"),
     "export": ("device: cpu", "dtype: bfloat16", "export.rank"),
-    "evaluate": ("evaluate.0.batch_size", "evaluate.0.max_length", "dtype: bfloat16"),
+    "evaluate": ("evaluate.0.batch_size", "evaluate.0.max_length", "quantization"),
 }
 _ASKED = re.compile(r"(?:[Tt]ried|Unable) to allocate ([\d.,]+ ?\w+)")
 _ALLOCATOR = re.compile(r"ALLOC_FAILED|CUDA error: out of memory|[Cc]an't allocate memory|Cannot allocate memory")

@@ -56,6 +56,7 @@ class Size:
         frozen: Numbers of frozen factors beside them.
         anchored: A part of W is taken out at the start, which needs a frozen twin of the same size on a 16-bit base.
         assumed: Data decide the rank; this is the average.
+        implied: Of all these, numbers that a plan does not hold, for its rows say them.
     """
 
     rank: int
@@ -63,6 +64,7 @@ class Size:
     frozen: int = 0
     anchored: bool = False
     assumed: bool = False
+    implied: int = 0
 
 
 @dataclass(frozen=True)

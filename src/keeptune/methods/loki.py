@@ -161,7 +161,7 @@ class Loki(Method):
         rows = int(self.q * m / 100)
         bias, held = (rows, m - rows) if target.bias else (0, 0)
         if self.rank is None:
-            return Size(rows, rows * n + bias, frozen=rows * m + held)
+            return Size(rows, rows * n + bias, frozen=rows * m + held, implied=rows * (n + m))
         r = min(self.rank, rows)
         return Size(r, r * (rows + n) + bias, frozen=(m - rows) * r + held)
 

@@ -24,6 +24,7 @@ from keeptune.statistics.passes import Measured, Pass, run_pass, shares
 from keeptune.statistics.request import DataRole, ModelRequest, Request, RowRequest
 from keeptune.statistics.running_mean import Accumulator, UnseenError, checked_result
 from keeptune.statistics.store import Source, StatStore
+from keeptune.statistics.store_use import refuse_larger
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -223,6 +224,7 @@ class _Collection:
             self.store.put(_part(entry, part), value)
 
     def _sum(self, missing: Sequence[Measured]) -> set[str]:
+        refuse_larger(max((request.kept(target) for request, target in missing), default=0), self.store.limit)
         waves = [
             (need, wave)
             for need, measured in _by_pass(missing).items()

@@ -67,6 +67,21 @@ def size_text(size: float) -> str:
     return ByteSize(int(size)).human_readable(decimal=True, separator=" ")
 
 
+def refuse_larger(size: int, limit: int) -> None:
+    """Refuses an entry for which a store has no room even if it were alone; sizes in bytes.
+
+    Raises:
+        StatisticsError: The limit is smaller than this entry.
+    """
+    if size > limit:
+        raise StatisticsError(
+            "store_limit",
+            got=f"{size_text(limit)} ({limit} bytes)",
+            wanted=f"room for one entry of {size_text(size)} ({size} bytes), the statistics of one target",
+            next_step="Raise `store_limit`, or take smaller statistics (`method.factor_rank`, fewer `targets`).",
+        )
+
+
 @dataclass(eq=False)
 class StoreUse:
     """What one user of a store reads and writes: as long as this object is there, nobody evicts it.
@@ -98,13 +113,7 @@ class StoreUse:
         Raises:
             StatisticsError: The limit is smaller than this entry.
         """
-        if size > limit:
-            raise StatisticsError(
-                "store_limit",
-                got=f"{size_text(limit)} ({limit} bytes)",
-                wanted=f"room for one entry of {size_text(size)} ({size} bytes), the statistics of one target",
-                next_step="Raise `store_limit`, or take smaller statistics (`method.factor_rank`, fewer `targets`).",
-            )
+        refuse_larger(size, limit)
         with self._alone():
             total = self._size()
             if total + size > limit:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.pipeline.support import keeptune
 
-from keeptune.core.errors import DataError, KeeptuneError, ModelError, PlanError, RecipeError
+from keeptune.core.errors import DataError, KeeptuneError, ModelError, PlanError, RecipeError, StatisticsError
 from keeptune.data import hub
 from keeptune.pipeline.dry_run.account import DryRun
 from keeptune.pipeline.dry_run.describe import describe
@@ -42,6 +42,11 @@ LLAMA: dict[str, Any] = {
     "task": {"train": REMOTE, "prompt": "{query}", "completion": "{response}", "examples": 100_000},
     "train": {"num_train_epochs": 1, "gradient_accumulation_steps": 16, "max_length": 512},
     "evaluate": ["gsm8k", "triviaqa"],
+}
+CRAMPED: dict[str, Any] = {
+    "method": {"name": "lora-null", "rank": 8},
+    "knowledge": ATLAS["knowledge"],
+    "store_limit": "40MB",
 }
 
 
@@ -145,6 +150,7 @@ def test_checkpointing_trades_memory_for_work(dry: Callable[..., DryRun]) -> Non
         ({"knowledge": {"file": "missing.jsonl"}}, DataError, "no such file"),
         ({"evaluate": ["gsm9k"]}, RecipeError, "gsm8k"),
         ({"train": {"learning_rat": 1}}, RecipeError, "learning_rate"),
+        (CRAMPED, StatisticsError, "store_limit: got 40.0 MB .* one entry of"),
     ],
 )
 def test_wrong_recipes_give_the_usual_errors(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.models import MODELS, Bench
 
+from keeptune.core.low_rank import RowSelection
 from keeptune.methods.base import methods
 from keeptune.model.down_projections import down_projections
 
@@ -46,3 +47,4 @@ def test_the_count_is_that_of_the_plan(name: str, options: dict[str, Any], archi
         held = {factor: t.start[factor].numel() for factor in ("A", "B")}
         if name != "osf":
             assert size.frozen == sum(held[f] for f in held if f not in t.trainable) + t.held_back
+        assert size.implied == (sum(held.values()) if isinstance(t.init, RowSelection) else 0)

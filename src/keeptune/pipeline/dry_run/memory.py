@@ -27,6 +27,7 @@ from keeptune.pipeline.dry_run.model_shapes import ModelShape
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import ScopedPenalty, scoped_penalties
 from keeptune.statistics.request import ModelRequest, Request, RowRequest
+from keeptune.statistics.store_use import refuse_larger
 
 # What Python and the libraries take by themselves; on a GPU their context and the kernels' work space.
 _PROCESS = {"cpu": 650 * 10**6, "cuda": 700 * 10**6}
@@ -125,6 +126,11 @@ class Footprint:
             frozen += sum(rank * (target.out_features + target.in_features) for target, rank in anchored)
         return 0 if self._whole else 4 * (self.trained + frozen)
 
+    @property
+    def _planned(self) -> int:
+        """Bytes of the factors that the plan holds."""
+        return self._factors - 4 * sum(size.implied for size in self.sizes.values())
+
     @cached_property
     def penalties(self) -> dict[str, int]:
         """Bytes of the tensors of each penalty, which training holds."""
@@ -144,7 +150,7 @@ class Footprint:
     @property
     def _held(self) -> dict[str, int]:
         """What the plan holds from when it is made to the end of the run: on the CPU, where it is kept."""
-        return {} if self._kind == "cuda" else {"plan": self._factors, "penalties": sum(self.penalties.values())}
+        return {} if self._kind == "cuda" else {"plan": self._planned, "penalties": sum(self.penalties.values())}
 
     # The stages: what lasts, and what comes and goes
 
@@ -267,6 +273,7 @@ class Footprint:
         for (request, _), target in self.sites.items():
             texts = self.lengths.calibration(request.data).texts
             kept = request.kept(target) if isinstance(request, RowRequest) else 4 * texts * self._nodes
+            refuse_larger(kept if isinstance(request, RowRequest) else 0, self.job.store.limit)
             store[type(request).__name__] = store.get(type(request).__name__, 0) + kept
         whole = 4 * self.shape.parameters if self._whole else 0
         states = estimate.optimizer_states(str(self.job.recipe.train.get("optim") or "adamw")) * self.trained
@@ -274,7 +281,7 @@ class Footprint:
         merged = self._whole or self.job.recipe.export.format == "merged"
         return {
             "store": Amount(store),
-            "plan": Amount({"factors": self._factors, **self.penalties}),
+            "plan": Amount({"factors": self._planned, **self.penalties}),
             "checkpoints": Amount({"weights": copies * (whole or self._factors), "optimiser": copies * states}),
             "results": Amount(
                 {"trained": whole or 4 * self.trained, "exported": self.shape.stored if merged else 4 * self.trained}
