@@ -24,6 +24,7 @@ from keeptune.linalg.symmetric import Dense, LowRankDiagonal, PsdMatrix
 from keeptune.model.blocks import find_targets
 
 WIDTH, LAYERS, TOKENS, CURVATURE = 1024, 3, 1024, 64
+WIDE = 4096  # one layer, half the tokens
 KINDS = {
     "l2": ("l2", {}, None),
     "delta-act, factors of rank 64": ("laplace", {"curvature": "delta-act"}, CURVATURE),
@@ -37,6 +38,8 @@ KEEP = {
     "keep in nats, dense factors": ("drift", {"curvature": "delta-kfac"}, None),
     "keep in nats, factors of rank 64": ("drift", {"curvature": "delta-kfac"}, CURVATURE),
 }
+WIDE_KEEP = {"keep in nats, factors of rank 64": ("drift", {"curvature": "delta-kfac"}, CURVATURE)}
+WIDE_KEEP["keep in nats, factors of rank 288"] = ("drift", {"curvature": "delta-kfac"}, 288)
 
 
 def _plan(model: LlamaForCausalLM, rank: int, size: float) -> Plan:
@@ -70,12 +73,15 @@ def _penalty(plan: Plan, name: str, options: dict[str, Any], rank: int | None) -
     return PenaltyPlan(name, options, tensors)
 
 
-def _rows(kinds: Mapping[str, tuple[str, dict[str, Any], int | None]], rank: int, size: float) -> list[dict[str, str]]:
+def _rows(
+    kinds: Mapping[str, tuple[str, dict[str, Any], int | None]], rank: int, size: float, *, wide: bool = False
+) -> list[dict[str, str]]:
     torch.manual_seed(0)
+    width, layers, tokens, rounds = (WIDE, 1, TOKENS // 2, 3) if wide else (WIDTH, LAYERS, TOKENS, 7)
     config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH * 11 // 4,
-        num_hidden_layers=LAYERS,
+        hidden_size=width,
+        intermediate_size=width if wide else width * 11 // 4,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         vocab_size=4096,
@@ -85,7 +91,7 @@ def _rows(kinds: Mapping[str, tuple[str, dict[str, Any], int | None]], rank: int
     model = install(copy.deepcopy(base), plan, anchor="residual")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, 1e-6)
-    ids = torch.randint(4096, (TOKENS // 128, 128))
+    ids = torch.randint(4096, (tokens // 128, 128))
     held = {
         name: keeptune.Penalties(model, dataclasses.replace(plan, penalties=(_penalty(plan, *kind),)))
         for name, kind in kinds.items()
@@ -99,12 +105,12 @@ def _rows(kinds: Mapping[str, tuple[str, dict[str, Any], int | None]], rank: int
         optimiser.step()
         optimiser.zero_grad()
 
-    times = compare({"without": lambda: step(None)} | {name: lambda n=name: step(n) for name in kinds}, rounds=7)
-    alone = compare({name: held[name].step for name in kinds}, rounds=7)
+    times = compare({"without": lambda: step(None)} | {name: lambda n=name: step(n) for name in kinds}, rounds=rounds)
+    alone = compare({name: held[name].step for name in kinds}, rounds=rounds)
     optimiser.zero_grad()
     return [
         {
-            "benchmark": f"training step, {LAYERS} layers of {WIDTH}, {TOKENS} tokens, r {rank}, {name}",
+            "benchmark": f"training step, {layers} layers of {width}, {tokens} tokens, r {rank}, {name}",
             "plain": f"{times['without']:.3f} s without",
             "keeptune": f"{times[name]:.3f} s",
             "ratio": f"{100 * (times[name] / times['without'] - 1):+.1f}%",
@@ -117,4 +123,4 @@ def _rows(kinds: Mapping[str, tuple[str, dict[str, Any], int | None]], rank: int
 def rows() -> list[dict[str, str]]:
     """Time forward, backward, penalty, clipping and AdamW step on the same batch."""
     started = [row for rank in (16, 64) for row in _rows(KINDS, rank, 0.02)]
-    return started + [row for rank in (8, 16) for row in _rows(KEEP, rank, 0.0)]
+    return started + [row for rank in (8, 16) for row in _rows(KEEP, rank, 0.0)] + _rows(WIDE_KEEP, 8, 0.0, wide=True)

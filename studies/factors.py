@@ -36,7 +36,7 @@ from keeptune.statistics.low_rank_covariance import Covariance, read_factor
 
 Rank = Callable[[Any, int, int], int | None]
 _TOPIC = {"prompt": "{text}\nTopic:", "answer": "{topic}", "metric": "exact_match", "max_new_tokens": 12}
-BUDGETS = {"atlas": (0.003, 0.0003), "stories": (0.01, 0.001), "smollm2": (0.0003, 0.00003)}
+BUDGETS = {"atlas": (0.0003,), "stories": (0.003,), "smollm2": (0.00003,)}
 
 
 def _share(of: int) -> Rank:
