@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoHaConfig, PeftModel, get_peft_model
 from tests.contract.conftest import ADAPTERS, CASES, LOW_RANK, MOVING, SUBSPACE, WHOLE, World
 from tests.contract.test_penalties import PENALTIES, gradients
 from tests.contract.test_plans import TOLERANCE, largest_difference
@@ -15,13 +16,17 @@ from transformers import PreTrainedModel
 
 from keeptune.adapter.anchor import ANCHOR_NAME, start_errors
 from keeptune.adapter.install import check_frozen, install, lora_layer
-from keeptune.core.errors import PlanError
+from keeptune.adapter.trained_change import change_of, write_lora
+from keeptune.core.errors import ModelError, PlanError
+from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 from keeptune.core.weights import is_quantised, read_weight
+from keeptune.linalg.rescaled import Rescaled
 from keeptune.model.blocks import find_targets
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import load_model
 from keeptune.pipeline.planning import plan_for
+from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.statistics.store import StatStore
 
 every_adapter = pytest.mark.parametrize("case", ADAPTERS)
@@ -149,3 +154,28 @@ def test_eight_bits_train_too(packed: World, tmp_path: Path) -> None:
     assert off_by(logits(tuned, tokens()), wanted) < 2e-2
     train_steps(tuned, steps=2)
     assert off_by(logits(tuned.eval(), tokens()), wanted) > 5e-2
+
+
+@pytest.mark.parametrize("case", ["lora rank=4", "dora rank=4 use_rslora=True alpha=6.0"])
+def test_what_an_adapter_changed_is_read_from_its_factors(case: str, packed: World, tmp_path: Path) -> None:
+    plan = plan_of(packed, case)
+    model = install(packed.base(), plan)
+    assert isinstance(model, PeftModel)
+    train_steps(model)
+    made = change_of(model, plan)
+    write_lora(made, plan, tmp_path, str(packed.saved.folder), portable=False)
+    trained = dataclasses.replace(TrainedModel.of(str(tmp_path)), quantization=NF4)
+    assert is_quantised(trained.load_base())
+    for target, W, change in trained.changes():
+        assert torch.equal(W, read_weight(packed.loaded, target))
+        factors = change.change if isinstance(change, Rescaled) else change
+        assert isinstance(factors, LowRank)
+        assert relative(factors.dense(), made.weights[target.name].dense()) < 1e-6
+
+
+def test_an_adapter_that_would_be_merged_in_four_bits_is_refused(packed: World, tmp_path: Path) -> None:
+    config = LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(packed.saved.load(), config).save_pretrained(str(tmp_path))
+    trained = dataclasses.replace(TrainedModel.of(str(tmp_path)), quantization=NF4)
+    with pytest.raises(ModelError, match="quantised base that is not plain LoRA|fits|adapter"):
+        list(trained.changes())

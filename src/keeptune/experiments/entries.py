@@ -38,6 +38,7 @@ FIXED = {
     "model": "runs are compared on one base",
     "revision": "runs are compared on one base",
     "dtype": "runs are compared on one base",
+    "quantization": "runs are compared on one base",
 }
 _FIXED_IN_METHODS = {
     **FIXED,

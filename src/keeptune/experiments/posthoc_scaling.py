@@ -27,6 +27,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from keeptune.core.errors import ModelError, RecipeError
+from keeptune.core.weights import is_quantised
 
 _DEFAULT, _REDUCED = "default", "intruders_reduced"
 _FAMILIES = {"scale": "scaled", "intruders": "intruders reduced"}
@@ -105,6 +106,8 @@ def variant_adapter(wrapped: PeftModel, tensors: Mapping[str, Tensor], variant: 
     ``wrapped`` is the base with the adapter, and has the adapter's ``tensors`` afterwards.
     """
     why = refusal(variant, tensors, wrapped.peft_config[_DEFAULT])
+    if variant.kind == "intruders" and is_quantised(wrapped):
+        why = "PEFT's reduction of intruder dimensions reads weights as they are packed"
     if why:
         raise ModelError(
             f"variant {variant.slug}", got=why, wanted="a result that can have it", next_step="Leave the variant out."

@@ -69,6 +69,12 @@ def trained_in(adapter: Path) -> Dtype | None:
     return dtype
 
 
+def quantised_in(adapter: Path) -> dict[str, Any] | None:
+    """Returns how an adapter's base was quantised as it was loaded; None where it was not, or as it is stored."""
+    fields: dict[str, Any] | None = _read(adapter / SIDECAR).get("provenance", {}).get("quantization")
+    return fields
+
+
 def base_of(adapter: Path) -> str:
     """Returns the path or hub id of the base that an adapter was made for.
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -27,12 +27,12 @@ from keeptune.core.artefact import read_json
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
-from keeptune.core.weights import read_weight
+from keeptune.core.weights import is_linear_map, is_quantised, read_weight
 from keeptune.linalg.rescaled import Rescaled
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import Dtype, LoadOptions, load_model
-from keeptune.pipeline.merge import base_of, head_of_adapter, trained_in
+from keeptune.pipeline.merge import base_of, head_of_adapter, quantised_in, trained_in
 from keeptune.pipeline.scoring import find_result
 from keeptune.recipe.paths import resolve_model
 
@@ -54,6 +54,7 @@ class TrainedModel:
         head: Of a classifier; None for a language model.
         dtype: That of the base in training; ``"auto"`` where keeptune did not train.
         device: Where models run.
+        quantization: How the base was quantised in training; None where it was not.
     """
 
     source: str
@@ -62,6 +63,7 @@ class TrainedModel:
     head: Head | None
     dtype: Dtype
     device: str
+    quantization: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, source: str, *, base: str | None = None, device: str = "cpu") -> TrainedModel:
@@ -75,7 +77,8 @@ class TrainedModel:
             is_adapter = (folder / "adapter_config.json").is_file()
             base = base_of(folder) if is_adapter else _base_of_whole(folder, source)
         dtype: Dtype = trained_in(folder) or "auto"
-        return cls(source, folder, resolve_model(base), head_of_adapter(folder), dtype, device)
+        head, quantization = head_of_adapter(folder), quantised_in(folder)
+        return cls(source, folder, resolve_model(base), head, dtype, device, quantization)
 
     @property
     def is_adapter(self) -> bool:
@@ -138,7 +141,8 @@ class TrainedModel:
         return _between(self.load_base(), _merged(wrapped, self.folder), bar, str(self.folder))
 
     def _load(self, name: str, dtype: Dtype) -> PreTrainedModel:
-        return load_model(name, LoadOptions(dtype=dtype, device=self.device, head=self.head))
+        options = LoadOptions(dtype=dtype, device=self.device, head=self.head)
+        return load_model(name, replace(options, quantization=self.quantization if name == self.base else None))
 
 
 def size_of(change: Change) -> float:
@@ -189,7 +193,8 @@ def _layers_of(wrapped: PeftModel, folder: Path, known: Set[str]) -> dict[str, A
 def _has_factors(layer: Any) -> bool:
     """Whether a layer is LoRA's or DoRA's over a linear map."""
     variant = getattr(layer, "lora_variant", {}).get("default")
-    return isinstance(layer, LoraLinear) and (variant is None or isinstance(variant, DoraLinearVariant))
+    is_lora = isinstance(layer, LoraLayer) and is_linear_map(layer.get_base_layer())
+    return is_lora and (variant is None or isinstance(variant, DoraLinearVariant))
 
 
 def _from_layers(layers: Mapping[str, Any], model: PreTrainedModel, targets: Iterable[Target]) -> _Changes:
@@ -222,6 +227,13 @@ def _between(base: PreTrainedModel, tuned: PreTrainedModel, targets: Iterable[Ta
 
 
 def _merged(wrapped: PeftModel, folder: Path) -> PreTrainedModel:
+    if is_quantised(wrapped):
+        raise ModelError(
+            f"adapter {folder}",
+            got="an adapter on a quantised base that is not plain LoRA or DoRA",
+            wanted="LoRA or DoRA, whose change shows in its factors: merged, all of W would be quantised again",
+            next_step="Merge it into the original weights, and measure the whole model with --base.",
+        )
     try:
         return wrapped.merge_and_unload()
     # AttributeError: prompt tuning and its like have nothing to merge; ValueError, NotImplementedError: a kind or a
