@@ -328,3 +328,23 @@ def test_no_access_token_is_written(token: str, tmp_path: Path) -> None:
     assert token[8:] not in written
     assert "***@hub" in written
     assert "disk-labelling-of-everything" in written
+
+
+def test_a_tensor_that_another_package_packs_is_told_by_its_parts() -> None:
+    class Packed(torch.Tensor):
+        """As torchao's: it has no bytes of its own."""
+
+        @staticmethod
+        def __new__(cls, data: torch.Tensor, scale: float, layout: str = "rows") -> Packed:
+            made = torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32)
+            made.data_, made.scale_, made.layout_ = data, torch.tensor(scale), layout
+            return made
+
+        def __tensor_flatten__(self) -> tuple[list[str], list[str]]:
+            return ["data_", "scale_"], [self.layout_]
+
+    def prints(value: int, scale: float = 1.0, layout: str = "rows") -> str:
+        return tensor_fingerprint(Packed(torch.full((2, 3), value), scale, layout))
+
+    assert prints(1) == prints(1)
+    assert len({prints(1), prints(2), prints(1, 2.0), prints(1, layout="columns")}) == 4

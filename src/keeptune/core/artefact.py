@@ -76,7 +76,10 @@ def content_key(value: Any) -> str:
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
-    """Returns the SHA-256 of a tensor's dtype, shape and bytes."""
+    """Returns the SHA-256 of a tensor's dtype, shape and bytes; of one that other packages pack, of its parts'."""
+    if hasattr(tensor, "__tensor_flatten__") and not type(tensor).__module__.startswith("torch."):
+        parts, about = tensor.__tensor_flatten__()
+        return content_key([str(about), {part: tensor_fingerprint(getattr(tensor, part)) for part in parts}])
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     digest.update(flat.view(torch.uint8).numpy().data)

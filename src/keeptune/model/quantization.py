@@ -55,7 +55,7 @@ def check_quantization(fields: Mapping[str, Any], where: str = _KEY) -> None:
         quantization_config(fields)
     except ImportError:
         pass  # the package is looked for where the model is loaded
-    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+    except (TypeError, ValueError, AttributeError, AssertionError, NotImplementedError) as error:
         raise RecipeError(
             where,
             got=" ".join(str(error).split()),
@@ -100,7 +100,7 @@ def loading(
             )
         quantiser = AutoHfQuantizer.from_config(asked or own, pre_quantized=own is not None)
         quantiser.validate_environment(dtype=torch.bfloat16, weights_only=True, **placed)
-    except (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (ImportError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise cannot_quantise(where, error) from error
     return placed if asked is None else {**placed, "quantization_config": asked}
 

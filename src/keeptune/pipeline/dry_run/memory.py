@@ -19,6 +19,7 @@ from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import Size
 from keeptune.methods.combined import parts_of
+from keeptune.model.quantization import stays_quantised
 from keeptune.penalties.base import OutputPenalty
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import Amount, Scored
@@ -121,7 +122,8 @@ class Footprint:
     def _factors(self) -> int:
         """Bytes of trained and frozen factors, and of the twins that take a start out of a 16-bit base."""
         frozen = sum(size.frozen for size in self.sizes.values())
-        if resolve(self.job.recipe.anchor, getattr(torch, self.shape.dtype)) == "twin":
+        quantised = stays_quantised(self._quantization)
+        if resolve(self.job.recipe.anchor, getattr(torch, self.shape.dtype), quantised=quantised) == "twin":
             anchored = [(target, size.rank) for target, size in self.sizes.items() if size.anchored]
             frozen += sum(rank * (target.out_features + target.in_features) for target, rank in anchored)
         return 0 if self._whole else 4 * (self.trained + frozen)
