@@ -145,6 +145,13 @@ def test_other_architectures_start_from_what_the_base_computes(architecture: str
     assert off_by(logits(tuned.eval(), tokens()), wanted) > 1e-3
 
 
+def test_dora_in_eight_bits_is_refused_on_the_cpu(packed: World, tmp_path: Path) -> None:
+    model = packed.saved.load(quantization={"load_in_8bit": True})
+    case = next(case for case in ADAPTERS if case.startswith("dora"))
+    with pytest.raises(PlanError, match="loses the scales"):
+        install(model, Bench(model, tmp_path, calibration()).plan(CASES[case]))
+
+
 def test_eight_bits_train_too(packed: World, tmp_path: Path) -> None:
     """LLM.int8 rounds inputs, so that what is added to its outputs is compared with those of the same state."""
     model = packed.saved.load(quantization={"load_in_8bit": True})

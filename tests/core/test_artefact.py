@@ -340,6 +340,10 @@ def test_a_tensor_that_another_package_packs_is_told_by_its_parts() -> None:
             made.data_, made.scale_, made.layout_ = data, torch.tensor(scale), layout
             return made
 
+        @classmethod
+        def __torch_dispatch__(cls, *_: object) -> None:
+            raise NotImplementedError
+
         def __tensor_flatten__(self) -> tuple[list[str], list[str]]:
             return ["data_", "scale_"], [self.layout_]
 

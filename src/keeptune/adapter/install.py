@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import get_bnb_param_type
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -41,6 +42,7 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
     quantised = is_quantised(model)
     if quantised:
         refuse_quantised(plan.scope, plan.method)
+        _refuse_lost_scales(model, plan)
     if plan.scope == "all":
         # Small updates to 16-bit weights round away; adapters are trained in float32, so the reference is too.
         return model.to(torch.float32).requires_grad_(True)
@@ -164,6 +166,19 @@ def _freeze(layer: Any, target_plan: TargetPlan) -> None:
         frozen[ANCHOR_NAME] = ("lora_A", "lora_B")
     layer.frozen_peft_weight_names = {name: weights for name, weights in frozen.items() if weights}
     layer._freeze_non_trainable_peft_weights(list(frozen))
+
+
+def _refuse_lost_scales(model: PreTrainedModel, plan: Plan) -> None:
+    """Refuses DoRA in eight bits on the CPU: reading W in its forward pass, PEFT 0.21 drops the scales there."""
+    for target_plan in plan.targets:
+        weight: Any = getattr(model.get_submodule(target_plan.target.module), "weight", None)
+        if "magnitude" in target_plan.vectors and get_bnb_param_type(weight) == "8bit" and weight.device.type == "cpu":
+            raise PlanError(
+                f"method {plan.method}, target {target_plan.target.name}",
+                got="a base in eight bits on the CPU, of which PEFT loses the scales in DoRA's forward pass",
+                wanted="four bits, or a GPU",
+                next_step="Set load_in_4bit, or take another method.",
+            )
 
 
 def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
