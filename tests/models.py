@@ -146,7 +146,11 @@ _SMALL_MIXTURE = {
 def qwen3_moe(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
     """Experts in two parameters for each block: (4, 48, 32) for gate and up, (4, 32, 24) for down."""
     config = Qwen3MoeConfig(
-        **_SMALL_MIXTURE, num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=24, **extra
+        **_SMALL_MIXTURE,
+        num_key_value_heads=2,
+        head_dim=8,
+        moe_intermediate_size=24,
+        **{"num_experts": 4, **extra},
     )
     return _seeded(Qwen3MoeForCausalLM, config, seed, dtype)
 

@@ -81,7 +81,7 @@ def test_gradients_are_exactly_zero_outside_the_rows(architecture: str, form: st
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     for t in plan.targets:
         for factor in t.confined:
-            gradient = held_parameters(model, t)[factor].grad
+            gradient = held_parameters(model, t)[factor].parameter.grad
             assert gradient is not None
             assert not gradient[OUTSIDE].any()
             assert bool(gradient[list(ROWS)].flatten(1).any(1).all() if factor == "B" else gradient[list(ROWS)].all())
@@ -264,7 +264,7 @@ def test_a_wrong_bias_would_be_seen(tmp_path: Path) -> None:
     wanted = logits(made.model, tokens(9))
     with torch.no_grad():
         for t in made.plan.targets:
-            held_parameters(made.model, t)["bias"].zero_()
+            held_parameters(made.model, t)["bias"].parameter.zero_()
     assert off_by(logits(made.model, tokens(9)), wanted) > 1e-3
 
 

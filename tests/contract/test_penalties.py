@@ -105,7 +105,7 @@ def gradients(model: PeftModel, plan: Plan) -> tuple[float, list[Tensor]]:
 
 
 def held(model: PeftModel, plan: Plan) -> list[nn.Parameter]:
-    return [p for t in plan.targets for p in held_parameters(model, t).values()]
+    return [held.parameter for t in plan.targets for held in held_parameters(model, t).values()]
 
 
 def test_every_registered_penalty_is_checked() -> None:

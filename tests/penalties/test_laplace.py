@@ -34,7 +34,7 @@ def turned(plan: Plan, *, also_B: bool) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for t in plan.targets:
-            found = held_parameters(model, t)
+            found = {name: held.parameter for name, held in held_parameters(model, t).items()}
             found["A"].copy_(torch.randn(found["A"].shape, generator=generator))
             if also_B:
                 found["B"].add_(0.1 * torch.randn(found["B"].shape, generator=generator))
@@ -54,10 +54,10 @@ def test_at_B_0_the_papers_forms_cannot_see_A(tmp_path: Path, curvature: Any) ->
     before = value(model, plan)
     with torch.no_grad():
         for t in plan.targets:
-            held_parameters(model, t)["A"].mul_(-7.0)
+            held_parameters(model, t)["A"].parameter.mul_(-7.0)
     assert before > 0
     assert value(model, plan) == before
-    assert all(not held_parameters(model, t)["A"].grad.any() for t in plan.targets)  # type: ignore[union-attr]
+    assert all(not held_parameters(model, t)["A"].parameter.grad.any() for t in plan.targets)  # type: ignore[union-attr]
     assert any("A moves free of cost" in note for note in plan.provenance["notes"])
 
 
@@ -68,7 +68,7 @@ def test_forms_on_the_change_see_A(tmp_path: Path, curvature: Any) -> None:
     before = value(model, plan)
     with torch.no_grad():
         for t in plan.targets:
-            held_parameters(model, t)["A"].mul_(-7.0)
+            held_parameters(model, t)["A"].parameter.mul_(-7.0)
     assert value(model, plan) == pytest.approx(49 * before, rel=1e-3)
     assert "notes" not in plan.provenance
 
@@ -96,7 +96,7 @@ def test_relative_forms_cost_the_strength_where_the_change_is_as_large_as_the_we
         model = install(MODELS["llama"](), plan, anchor="twin")
         with torch.no_grad():
             for t in plan.targets:
-                held_parameters(model, t)["B"].mul_(2.0)  # 2 W - W
+                held_parameters(model, t)["B"].parameter.mul_(2.0)  # 2 W - W
         assert value(model, plan) == pytest.approx(3.0, rel=1e-3)
 
 
@@ -109,7 +109,7 @@ def test_damping_the_output_factor_wholly_leaves_the_inputs_alone(tmp_path: Path
         train_steps(model, steps=2)
         model.zero_grad()
         Penalties(model, plan).step()
-        gradients = [held_parameters(model, t)["B"].grad for t in plan.targets]
+        gradients = [held_parameters(model, t)["B"].parameter.grad for t in plan.targets]
         found.append([g / g.norm() for g in gradients if g is not None])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -326,12 +326,17 @@ def test_value_and_gradient_are_those_of_the_methods_own_plan(held: Any, bench_o
         model = installed(MODELS["llama"](), plan)
         with torch.no_grad():
             for t in plan.targets:
-                for factor, p in held_parameters(model, t).items():
+                for factor, held in held_parameters(model, t).items():
+                    p = held.parameter
                     p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(factor + t.target.name))))
         penalties = Penalties(model, plan)
         values.append(penalties.step())
         gradients.append(
-            {f"{t.target.name}.{f}": p.grad for t in plan.targets for f, p in held_parameters(model, t).items()}
+            {
+                f"{t.target.name}.{f}": p.parameter.grad
+                for t in plan.targets
+                for f, p in held_parameters(model, t).items()
+            }
         )
         logs.append(penalties.read())
     assert values[0] > 0 and torch.equal(*values)
@@ -393,7 +398,7 @@ def test_two_parts_with_penalties_of_one_name_hold_their_own(bench_of: Benches) 
         model = installed(MODELS["llama"](), plan)
         with torch.no_grad():
             for t in plan.targets:
-                held_parameters(model, t)["B"].fill_(0.1)
+                held_parameters(model, t)["B"].parameter.fill_(0.1)
         return float(Penalties(model, plan).step())
 
     alone = [value(bench_of(roles=[role]).plan(method)) for role, method in pair.items()]

@@ -22,7 +22,7 @@ def penalty(model: Any, plan: Plan, base: Any, spec: Any) -> Tensor:
     """One penalty of the model as it is now, from m x n matrices."""
     total = torch.zeros((), dtype=torch.float64)
     for t in plan.targets:
-        now = {name: parameter.double() for name, parameter in held_parameters(model, t).items()}
+        now = {name: held.of(held.parameter).double() for name, held in held_parameters(model, t).items()}
         A, B = now["A"], now["B"]
         d = now.get("diag", torch.ones(A.shape[0]).double())
         if isinstance(spec, KasaRegularizers):

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from keeptune.adapter.expert_layers import held_in
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.weights import is_quantised
@@ -48,10 +49,13 @@ def apply_anchor(layer: Any, target_plan: TargetPlan, kind: Literal["twin", "res
     """Takes a target's start out of what its PEFT layer computes."""
     with torch.no_grad():
         if kind == "twin":
-            layer.lora_A[ANCHOR_NAME].weight.copy_(target_plan.anchor.A)
-            layer.lora_B[ANCHOR_NAME].weight.copy_(-target_plan.anchor.B)
+            start = target_plan.anchor
+            for factor, value in (("A", start.A), ("B", -start.B)):
+                held = held_in(layer, target_plan, factor, ANCHOR_NAME)
+                held.of(held.parameter).copy_(value)
         else:
-            weight = layer.get_base_layer().weight
+            target = target_plan.target
+            weight = target.stored(layer.get_base_layer().get_parameter(target.parameter.rpartition(".")[2]))
             weight.copy_(subtract(weight.detach(), target_plan))
 
 
@@ -77,9 +81,8 @@ def start_errors(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto")
         name = target_plan.target.name
         errors[name] = 0.0
         if target_plan.anchored and kind == "residual":
-            weight = model.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight = weight.detach()
+            target = target_plan.target
+            weight = target.stored(model.get_parameter(target.parameter)).detach()
             gap = subtract(weight, target_plan).float() + _start(weight, target_plan) - weight.float()
             errors[name] = float(gap.norm() / weight.float().norm())
     return errors

@@ -133,6 +133,11 @@ def _no_lora(plan: Plan, wanted: int | None = None) -> str:
         )
     if any("bias" in target_plan.vectors for target_plan in plan.targets):
         return "Biases were trained, and vLLM refuses adapters with biases (format peft writes one for PEFT)"
+    if plan.experts:
+        return (
+            "Experts of fused weights were trained, whose adapters servers read in forms that differ by architecture,"
+            " if at all (vLLM #52194; format peft writes one for PEFT)"
+        )
     rank = written_rank(plan)
     if max(SERVED_RANKS) < min(rank, wanted or rank):
         return (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor, apply_anchor, keep_active, resolve
+from keeptune.adapter.expert_layers import Held, clear, held_in, layer_path
 from keeptune.adapter.special_layers import install_subspace, prepare
 from keeptune.adapter.trained_head import head_names, keep_precise, put_head, task_type, trained_head
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.core.target import TRAINED_TENSORS, TensorName
+from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
 from keeptune.core.weights import is_quantised, keep_layout, refuse_quantised, weight_shape
 
 
@@ -49,23 +52,26 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
     if plan.scope == "subspace":
         return install_subspace(model, plan)
     kind = resolve(anchor, model.dtype, quantised=quantised)
-    anchored = {t.target.name: t for t in plan.targets if t.anchored}
+    anchored = any(t.anchored for t in plan.targets)
     peft = dict(plan.peft)
     kasa = peft.pop("kasa_config", None)
     # get_peft_model draws factors that are overwritten below; the caller's random state is left alone.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _patterns_of_parameters():
         wrapped = get_peft_model(model, _config(plan, plan.targets, peft))
         assert isinstance(wrapped, PeftModel)
         if anchored and kind == "twin":
             # PeftModel's own: the one for classifiers would give the twin a head, and two heads cannot be active.
-            PeftModel.add_adapter(wrapped, ANCHOR_NAME, _config(plan, list(anchored.values()), {}))
+            PeftModel.add_adapter(wrapped, ANCHOR_NAME, _config(plan, _twins(plan), {}))
     keep_precise(wrapped, plan)
+    for experts in plan.experts.values():
+        clear(layer_of(wrapped, experts[0].target))
     for target_plan in plan.targets:
-        layer = lora_layer(wrapped, target_plan.target.name)
+        layer = layer_of(wrapped, target_plan.target)
         prepare(layer, target_plan)
         with torch.no_grad():
             for factor, value in target_plan.start.items():
-                layer.get_parameter(TRAINED_TENSORS[factor].parameter).copy_(value)
+                held = held_in(layer, target_plan, factor)
+                held.of(held.parameter).copy_(value)
         if target_plan.anchored:
             apply_anchor(layer, target_plan, kind)
         _freeze(layer, target_plan)
@@ -82,6 +88,11 @@ def lora_layer(model: PeftModel, name: str) -> Any:
     return model.base_model.model.get_submodule(name)
 
 
+def layer_of(model: PeftModel, target: Target) -> Any:
+    """Returns the PEFT layer that holds a target's change; experts of one parameter share it."""
+    return lora_layer(model, layer_path(model, target))
+
+
 def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
     """Returns what a plan put into a model as it is now, float32 on the CPU, without scale or anchor.
 
@@ -90,9 +101,9 @@ def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
     """
     # Copies: on the CPU they would else change with the model.
     return {
-        f"{t.target.name}.{factor}": whole(parameter).to("cpu", torch.float32, copy=True)
+        f"{t.target.name}.{factor}": held.of(whole(held.parameter)).to("cpu", torch.float32, copy=True)
         for t in plan.targets
-        for factor, parameter in held_parameters(model, t).items()
+        for factor, held in held_parameters(model, t).items()
     } | trained_head(model, plan)
 
 
@@ -100,25 +111,36 @@ def restore_state(model: PeftModel, plan: Plan, state: Mapping[str, Tensor]) -> 
     """Puts the state of a trained model, from :func:`trained_state`, back into an installed one."""
     with torch.no_grad():
         for target_plan in plan.targets:
-            for factor, parameter in held_parameters(model, target_plan).items():
-                parameter.copy_(state[f"{target_plan.target.name}.{factor}"])
+            for factor, held in held_parameters(model, target_plan).items():
+                held.of(held.parameter).copy_(state[f"{target_plan.target.name}.{factor}"])
     put_head(model, plan, state)
 
 
 def trained_names(model: PeftModel, plan: Plan) -> set[str]:
     """Returns the names of the parameters that a plan trains, as in ``named_parameters()`` of the installed model."""
-    factors = {f"{t.target.name}.{TRAINED_TENSORS[name].parameter}" for t in plan.targets for name in t.trainable}
+    factors = {
+        f"{layer_path(model, t.target)}.{TRAINED_TENSORS[name].parameter}" for t in plan.targets for name in t.trainable
+    }
     heads = tuple(f"{name}.modules_to_save.default." for name in head_names(plan))
     inner = model.base_model.model
     head = {name for name, _ in inner.named_parameters() if name.startswith(heads)}
     return {f"base_model.model.{name}" for name in factors | head}
 
 
-def held_parameters(model: PeftModel, target_plan: TargetPlan) -> dict[TensorName, nn.Parameter]:
-    """Returns the parameters of a target's change: what is trained, and a frozen factor of the same product."""
+def held_parameters(model: PeftModel, target_plan: TargetPlan) -> dict[TensorName, Held]:
+    """Returns where a target's change is held: what is trained, and a frozen factor of the same product."""
     held = target_plan.trainable if "U_low" in target_plan.trainable else target_plan.trainable | {"A", "B"}
-    layer = lora_layer(model, target_plan.target.name)
-    return {name: layer.get_parameter(kind.parameter) for name, kind in TRAINED_TENSORS.items() if name in held}
+    layer = layer_of(model, target_plan.target)
+    return {name: held_in(layer, target_plan, name) for name in TRAINED_TENSORS if name in held}
+
+
+def starting_values(model: PeftModel, plan: Plan) -> dict[nn.Parameter, Tensor]:
+    """Returns the plan's start of every parameter that holds a part of a change."""
+    values: dict[nn.Parameter, Tensor] = {}
+    for target_plan in plan.targets:
+        for factor, held in held_parameters(model, target_plan).items():
+            held.add(values, target_plan.start[factor])
+    return values
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
@@ -142,19 +164,38 @@ def check_frozen(model: PeftModel, plan: Plan) -> None:
 
 
 def _config(plan: Plan, targets: Sequence[TargetPlan], extra: Mapping[str, Any]) -> LoraConfig:
-    ranks = {t.target.name: t.decision.rank for t in targets}
-    alphas = {t.target.name: t.scale * t.decision.rank for t in targets}
+    ranks, alphas = dict[str, int](), dict[str, float]()
+    for t in targets:
+        name = t.target.name if t.target.expert is None else t.target.parameter
+        ranks[name] = max(t.decision.rank, ranks.get(name, 0))
+        alphas[name] = t.scale * ranks[name]
     rank, alpha = max(ranks.values()), max(alphas.values())
+    parameters = {t.target.parameter for t in targets if t.target.expert is not None}
     return LoraConfig(
         task_type=task_type(plan),
         r=rank,
         lora_alpha=alpha,
-        target_modules=list(ranks),
+        target_modules=[name for name in ranks if name not in parameters],
+        target_parameters=sorted(parameters) or None,
         rank_pattern={name: r for name, r in ranks.items() if r != rank},
         alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
-        fan_in_fan_out=targets[0].target.transposed,
+        fan_in_fan_out=any(t.target.transposed for t in targets if t.target.expert is None),
         **copy.deepcopy(dict(extra)),  # PEFT adds to the list of modules_to_save
     )
+
+
+def _twins(plan: Plan) -> list[TargetPlan]:
+    """Returns the targets of the twin; PEFT wants all experts' parameters in it, or none."""
+    experts = any(t.anchored for own in plan.experts.values() for t in own)
+    return [t for t in plan.targets if t.anchored or (experts and t.target.expert is not None)]
+
+
+@contextmanager
+def _patterns_of_parameters() -> Iterator[None]:
+    """Leaves out a warning of PEFT's, which looks for ranks of parameters among the modules, and does apply them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys did not match any targeted module")
+        yield
 
 
 def _freeze(layer: Any, target_plan: TargetPlan) -> None:
@@ -193,9 +234,14 @@ def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
     for target_plan in plan.targets:
         target = target_plan.target
         shape = (target.out_features, target.in_features)
+        stored: tuple[int, ...] | None
         try:
-            stored = weight_shape(model.get_submodule(target.name))
-        except AttributeError:
+            if target.expert is None:
+                stored = weight_shape(model.get_submodule(target.name))
+            else:
+                turned = model.get_submodule(target.module).is_transposed != target.transposed
+                stored = tuple(target.view(model.get_parameter(target.parameter)).shape)[:: -1 if turned else 1]
+        except (AttributeError, IndexError):
             stored = None
         if stored != shape:
             raise PlanError(

@@ -29,6 +29,17 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             next_step="Pass the base that the adapter was trained on.",
         ) from error
     assert isinstance(wrapped, PeftModel)
+    # PEFT only warns, or says nothing where other targets are found: these experts would stay as they are.
+    found = [f".{name}" for name in wrapped.base_model.targeted_parameter_names]
+    wanted = getattr(wrapped.peft_config["default"], "target_parameters", None) or ()
+    missing = sorted(name for name in wanted if not any(key.endswith(f".{name}") for key in found))
+    if missing:
+        raise ModelError(
+            f"adapter {folder}",
+            got=f"a base without the parameter {missing[0]}: its experts, if any, are packed otherwise",
+            wanted="the parameters that the adapter was trained on",
+            next_step="Pass that base, loaded as it was for training (of gpt-oss dequantised, for one).",
+        )
     return wrapped
 
 

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from keeptune.adapter.expert_layers import saved_factors, saved_names
 from keeptune.adapter.install import lora_layer, trained_state
 from keeptune.adapter.special_layers import subspace_change
 from keeptune.adapter.trained_head import head_names, put_head, task_type, trained_head
@@ -90,10 +91,7 @@ def put_change(base: PreTrainedModel, change: TrainedChange, plan: Plan, model: 
     with torch.no_grad():
         for target_plan in plan.targets:
             name = target_plan.target.name
-            module = base.get_submodule(name)
-            stored, bias = module.weight, module.bias
-            assert isinstance(stored, Tensor)
-            weight = stored.T if target_plan.target.transposed else stored
+            weight = target_plan.target.view(base.get_parameter(target_plan.target.parameter))
             low_rank = change.weights.get(name)
             added = subspace_change(lora_layer(model, name)) if low_rank is None else low_rank.dense()
             tuned = weight.float() + added.to(weight.device)
@@ -101,7 +99,7 @@ def put_change(base: PreTrainedModel, change: TrainedChange, plan: Plan, model: 
                 tuned *= (change.magnitudes[name].to(weight.device) / tuned.norm(dim=1))[:, None]
             weight.copy_(tuned.to(weight.dtype))
             if name in change.biases:
-                assert isinstance(bias, Tensor)
+                bias = base.get_parameter(f"{name}.bias")
                 bias.copy_((bias.float() + change.biases[name].to(bias.device)).to(bias.dtype))
     put_head(base, plan, change.head)
 
@@ -117,16 +115,20 @@ def write_lora(change: TrainedChange, plan: Plan, folder: Path, base: str, *, po
     if portable:
         rank = next((r for r in SERVED_RANKS if r >= rank), rank)
         weights = {name: part.padded(rank) for name, part in weights.items()}
-    ranks = {name: part.rank for name, part in weights.items() if part.rank != rank}
+    plain = {name: part for name, part in weights.items() if plan[name].target.expert is None}
+    layers = {name: (part.rank, part.A, part.B) for name, part in plain.items()}
+    layers |= {parameter: saved_factors(own, weights) for parameter, own in plan.experts.items()}
+    ranks = {name: r for name, (r, _, _) in layers.items() if r != rank}
     config = LoraConfig(
         task_type=task_type(plan),
         base_model_name_or_path=base,
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted(weights),
+        target_modules=sorted(layers.keys() - plan.experts.keys()),
+        target_parameters=sorted(plan.experts) or None,
         rank_pattern=ranks,
         alpha_pattern=ranks,
-        fan_in_fan_out=plan.targets[0].target.transposed,
+        fan_in_fan_out=any(t.target.transposed for t in plan.targets if t.target.expert is None),
         use_dora=bool(change.magnitudes),
         lora_bias=bool(change.biases),
         modules_to_save=list(head_names(plan)) or None,
@@ -135,8 +137,9 @@ def write_lora(change: TrainedChange, plan: Plan, folder: Path, base: str, *, po
     config.save_pretrained(str(folder))
     tensors = {f"{name}.lora_magnitude_vector.weight": value for name, value in change.magnitudes.items()}
     tensors |= change.head
-    for name, part in weights.items():
-        tensors |= {f"{name}.lora_A.weight": part.A, f"{name}.lora_B.weight": part.B}
+    saved_as = saved_names(plan.experts)
+    for name, (_, A, B) in layers.items():
+        tensors |= {f"{saved_as.get(name, name)}.lora_A.weight": A, f"{saved_as.get(name, name)}.lora_B.weight": B}
         if change.biases:  # PEFT then has one at every target
             none = torch.zeros(plan[name].target.out_features)
             tensors[f"{name}.lora_B.bias"] = change.biases.get(name, none)

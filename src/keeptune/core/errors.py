@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -67,6 +67,12 @@ class ExportError(KeeptuneError):
 
 class ArtefactError(KeeptuneError):
     """A file of keeptune's own is damaged or cannot be written."""
+
+
+def named(names: Sequence[str], most: int = 8) -> str:
+    """Returns names in a row; of more than ``most``, the first ones and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
 Scope = Literal["adapter", "subspace", "all"]
 # 2 leaves out factors that the rows of a decision imply (RowSelection); the key is of the factors either way.
 _FORMAT, _WITH_IMPLIED = 1, 2
-_UNNAMED: Mapping[str, object] = {"bias": False, "expert": None}
+_UNNAMED: Mapping[str, object] = {"bias": False, "expert": None, "experts": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +265,7 @@ class Plan:
         rows = [
             {
                 # Named only where they are so: plans of before there was a bias or an expert keep their keys.
-                "target": {k: v for k, v in asdict(t.target).items() if k not in _UNNAMED or v is not _UNNAMED[k]},
+                "target": {k: v for k, v in asdict(t.target).items() if v != _UNNAMED.get(k, ...)},
                 "decision": t.decision,
                 "scale": t.scale,
                 "trainable": sorted(t.trainable),
@@ -290,6 +290,14 @@ class Plan:
 
 
 def _check_alike(parameter: str, experts: Sequence[TargetPlan]) -> None:
+    special = {name for t in experts for name in {*t.trainable, *t.vectors} - {"A", "B"}}
+    if special or any(t.decision.rows is not None for t in experts):
+        raise PlanError(
+            f"experts of {parameter}",
+            got=", ".join(sorted(special)) or "single rows",
+            wanted="the factors A and B only: PEFT trains nothing else of a parameter that holds several experts",
+            next_step="Leave the roles of the experts out of `targets`, or take another method for them.",
+        )
     kinds = {(t.scale, t.trainable) for t in experts}
     if len(kinds) > 1:
         scales = sorted({scale for scale, _ in kinds})

@@ -25,7 +25,8 @@ class Target:
         input_group: Equal for targets fed by the same tensor (q/k/v; gate/up): they share one covariance.
         transposed: The module stores ``W`` as ``(in_features, out_features)``, as GPT-2's Conv1D does.
         bias: There is a b.
-        expert: Index in a parameter that holds the W of all experts of a block, ``(experts, ...)``; None for a module.
+        expert: Index in a parameter that holds the W of all experts of a block; None for a module.
+        experts: How many there are in that parameter.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Target:
     transposed: bool = False
     bias: bool = False
     expert: int | None = None
+    experts: int = 1
 
     @property
     def module(self) -> str:
@@ -49,10 +51,13 @@ class Target:
         leaf = "weight" if self.expert is None else self.name.rpartition(".")[2]
         return f"{self.module}.{leaf}"
 
-    def view(self, stored: Tensor) -> Tensor:
-        """Returns W, ``(m, n)``, as a view of the whole parameter as it is stored."""
-        W = stored if self.expert is None else stored[self.expert]
-        return W.T if self.transposed else W
+    def stored(self, parameter: Tensor) -> Tensor:
+        """Returns a view of W as it is stored, given the whole parameter."""
+        return parameter if self.expert is None else parameter[self.expert]
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """Returns a view of W, ``(m, n)``, given the whole parameter."""
+        return self.stored(parameter).T if self.transposed else self.stored(parameter)
 
     @property
     def max_rank(self) -> int:

@@ -13,7 +13,7 @@ model, such as dropout, DoRA's forward pass and the optimiser, must be the same 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,6 +181,44 @@ def parts_of(method: Method) -> tuple[Part, ...]:
         Its parts; a plain method is one, without roles of its own.
     """
     return tuple(method.parts) if isinstance(method, Combined) else (Part(method, ()),)
+
+
+def refuse_experts(method: Method, targets: Iterable[Target]) -> None:
+    """Refuses what PEFT cannot do to a parameter that holds several experts: it trains A and B there, and no more.
+
+    Args:
+        method: The method.
+        targets: What is to be tuned.
+
+    Raises:
+        PlanError: The method asks for more, of targets that are such experts.
+    """
+    roles = {target.role for target in targets if target.expert is not None}
+    for part in parts_of(method):
+        own = sorted(roles & set(part.targets) if part.targets else roles)
+        reason = _more_than_factors(part.method)
+        if own and reason:
+            raise PlanError(
+                f"method {part.name}, targets {', '.join(own)}",
+                got=f"experts of fused weights, and {reason}",
+                wanted="A and B alone: PEFT trains nothing else of a parameter that holds several experts",
+                next_step="List the other roles under `targets`, or take another method or option for these.",
+            )
+
+
+def _more_than_factors(method: Method) -> str:
+    """Names what a method wants besides trained factors; empty for nothing."""
+    if method.scope == "all":
+        return ""
+    special = sorted(method.trains - {"A", "B"})
+    if method.scope == "subspace" or method.rows_of_downs:
+        return f"{method.name}'s layers, which wrap modules"
+    if special:
+        return f"{', '.join(special)} trained beside A and B"
+    if method.peft():
+        return " and ".join(f"{key} {value}" for key, value in sorted(method.peft().items()))
+    optimizer = method.training().get("optimizer")
+    return f"the optimiser {optimizer}, which takes all experts for one map" if optimizer else ""
 
 
 def replaced(method: Method, old: Method, new: Method) -> Method:

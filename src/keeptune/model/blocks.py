@@ -227,6 +227,7 @@ def _expert(weight: FusedWeight, index: int) -> Target:
         transposed=weight.transposed,
         bias=weight.bias,
         expert=index,
+        experts=weight.experts,
     )
 
 

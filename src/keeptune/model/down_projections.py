@@ -14,6 +14,7 @@ from keeptune.core.offload import device_of
 from keeptune.core.target import Target
 from keeptune.core.weights import is_linear_map
 from keeptune.model.blocks import blocks_of, find_targets, is_nested
+from keeptune.model.fused_experts import one_expert_at_a_time
 from keeptune.model.runner import still
 
 _log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def down_projections(model: PreTrainedModel) -> tuple[Target, ...]:
     Raises:
         ModelError: No block has one, as where all MLPs are mixtures of experts.
     """
-    targets = find_targets(model)
+    targets = [target for target in find_targets(model) if target.expert is None]
     order = _called(model, targets)
     attention = _in_attention(model)
     chosen: list[Target] = []
@@ -84,7 +85,7 @@ def _called(model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, int]
         for target in targets
     ]
     try:
-        with still(model), torch.no_grad():
+        with still(model), torch.no_grad(), one_expert_at_a_time(model):
             probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
             # A mask's values, and positions' without a cache, are looked at: on the meta device there are none.
             options = {} if probe.is_meta else {"attention_mask": torch.ones_like(probe), "use_cache": False}

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from keeptune.core.errors import PlanError
+from keeptune.core.errors import PlanError, named
 from keeptune.core.low_rank import LowRank
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Decision, PenaltyPlan, Plan, TargetPlan
@@ -18,7 +18,7 @@ from keeptune.core.target import Target
 from keeptune.core.weights import is_quantised, read_weight, refuse_misread, refuse_quantised
 from keeptune.data.calibration import Calibration
 from keeptune.methods.base import Method, make_plan
-from keeptune.methods.combined import parts_of, tuned_roles
+from keeptune.methods.combined import parts_of, refuse_experts, tuned_roles
 from keeptune.model.blocks import depth, find_targets, head_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import refuse_not_finite
@@ -138,11 +138,12 @@ def statistics_for(
         The targets and access to their statistics; experts that no token reached are left out.
 
     Raises:
-        PlanError: A role or a block does not exist, or the method cannot be confined to blocks.
+        PlanError: A role or a block does not exist, or the method cannot be confined to blocks, or not tune experts.
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
     refuse_layers(method, options.layers)
     targets = find_targets(model, tuned_roles(method, options.targets), options.layers)
+    refuse_experts(method, targets)
     requests = {target: method.requests(target) for target in targets}
     statistics = _collect(Runner(model), requests, data, store, options)
     return [target for target in targets if target.name not in statistics.unseen], statistics
@@ -190,7 +191,7 @@ def plan_for(
     targets, statistics = statistics_for(model, method, store, data=data, options=options)
     provenance = {"model": options.fingerprint, **options.provenance}
     if statistics.unseen:
-        names = ", ".join(sorted(statistics.unseen))
+        names = named(sorted(statistics.unseen))
         provenance["notes"] = [*provenance.get("notes", ()), f"no token of the data reached {names}: left alone"]
     weight_of = partial(read_weight, model)
     plan = make_plan(method, targets, weight_of, statistics.view, head=head_of(model), provenance=provenance)
@@ -233,22 +234,41 @@ def with_penalties(
     for penalty, own in held:
         requests |= {t.target: requests[t.target] | penalty.requests(t) for t in own}
     statistics = _collect(runner, requests, data, store, options)
-    if statistics.unseen:
-        raise PlanError(
-            f"penalties {', '.join(penalty.name for penalty, _ in held)}",
-            got=f"no token of the knowledge that reached {', '.join(sorted(statistics.unseen))}",
-            wanted="knowledge that reaches every target",
-            next_step="Add knowledge, or leave these targets out.",
-        )
+    held, free = _reached(held, statistics)
     plans = []
     blocks, weight_of = depth(model), partial(read_weight, model)
     for penalty, own in held:
         targets = tuple(t.target for t in own)
         sites = (Site(t, weight_of(t.target), statistics.view(t.target), targets, blocks) for t in own)
         plans.append(_with_texts(penalty, penalty_plan(penalty, sites), model, data))
-    notes = [*plan.provenance.get("notes", ()), *_penalty_notes(plan, penalties, held, plans)]
+    notes = [*plan.provenance.get("notes", ()), *free, *_penalty_notes(plan, penalties, held, plans)]
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
     return replace(plan, penalties=tuple(plans), provenance=provenance)
+
+
+def _reached(
+    held: Sequence[tuple[Penalty, tuple[TargetPlan, ...]]], statistics: Statistics
+) -> tuple[list[tuple[Penalty, tuple[TargetPlan, ...]]], list[str]]:
+    """Leaves out experts that no token reached: what they put out on the knowledge is nothing that could be held."""
+    reached, notes = [], []
+    for penalty, own in held:
+        lost = {
+            t.target.name
+            for t in own
+            if t.target.name in statistics.unseen and penalty.requests(t) & statistics.unseen[t.target.name]
+        }
+        if len(lost) == len(own):
+            raise PlanError(
+                f"penalty {penalty.name}",
+                got="no token of the knowledge that reached one of its targets",
+                wanted="knowledge that reaches some of them",
+                next_step="Add knowledge, or take other `targets`.",
+            )
+        if lost:
+            names = named(sorted(lost))
+            notes.append(f"penalty {penalty.name}: no token of the knowledge reached {names}: trained, held by nothing")
+        reached.append((penalty, tuple(t for t in own if t.target.name not in lost)))
+    return reached, notes
 
 
 def _with_texts(

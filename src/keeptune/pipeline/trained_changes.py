@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -182,6 +183,8 @@ def _layers_of(wrapped: PeftModel, folder: Path, known: Set[str]) -> dict[str, A
     """Returns the layers of a plain LoRA or DoRA by target; None for an adapter that is more than that."""
     inner, config = wrapped.get_base_model(), wrapped.peft_config["default"]
     tuned = {name: layer for name, layer in inner.named_modules() if isinstance(layer, _TUNED)}
+    if any(isinstance(layer, ParamWrapper) for layer in tuned.values()):
+        return None
     outside = sorted(tuned.keys() - known - set(head_of(inner)))
     if outside:
         _log.warning("%s: %s is no linear map of the model's body; left out", folder, ", ".join(outside))
@@ -219,7 +222,7 @@ def _between(base: PreTrainedModel, tuned: PreTrainedModel, targets: Iterable[Ta
         before = read_weight(base, target)
         try:
             after = read_weight(tuned, target)
-        except AttributeError as error:
+        except (AttributeError, IndexError) as error:
             raise _other_base(where, base, f"no module {target.name}") from error
         if after.shape != before.shape:
             raise _other_base(where, base, f"{target.name} of shape {tuple(after.shape)}, not {tuple(before.shape)}")

@@ -108,7 +108,7 @@ def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _trained_besides(folder: Path, base: PreTrainedModel) -> tuple[str, ...]:
     """Names what an adapter's file holds besides changes of linear maps and a head: biases, embeddings, norms."""
-    targets = {target.name for target in find_targets(base)}
+    targets = {name for target in find_targets(base) for name in (target.name, target.module)}
     heads = tuple(f"{name}." for name in head_of(base))
     besides = set()
     with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
@@ -122,7 +122,7 @@ def _trained_besides(folder: Path, base: PreTrainedModel) -> tuple[str, ...]:
 
 def _moved_besides(folder: Path, base: PreTrainedModel) -> tuple[str, ...]:
     """Names the parameters of a whole model that differ from the base's and are no weight of a linear map."""
-    weights = {f"{target.name}.weight" for target in find_targets(base)}
+    weights = {target.parameter for target in find_targets(base)}
     heads = tuple(f"{name}." for name in head_of(base))
     before = {name: value.cpu() for name, value in base.state_dict().items() if name not in weights}
     kept = ((name, after) for name, after in _tensors_in(folder) if name in before and not name.startswith(heads))

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key
-from keeptune.core.errors import StatisticsError
+from keeptune.core.errors import StatisticsError, named
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import is_nested
@@ -38,7 +38,8 @@ class Statistics:
         store: Where the values are.
         sources: Model and data, by :func:`source_name`.
         requests: Per target name.
-        unseen: Experts that no token reached: they have no statistics, and nothing is guessed in their place.
+        unseen: Experts that no token reached, with what was requested of them: they have no such statistics, and
+            nothing is guessed in their place.
         memo: The last result of :meth:`StatsView.derive` for each function.
         counts: How many tokens are learned, by :func:`source_name`.
     """
@@ -46,7 +47,7 @@ class Statistics:
     store: StatStore
     sources: Mapping[str, Source]
     requests: Mapping[str, frozenset[Request]]
-    unseen: frozenset[str] = frozenset()
+    unseen: Mapping[str, frozenset[Request]] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
     counts: Mapping[str, int] = field(default_factory=dict)
 
@@ -151,11 +152,12 @@ def collect(
     sources = {name: source_of(runner.model, model_fingerprint, tokens) for name, tokens in used.items()}
     unseen = _Collection(runner, requests, used, sources, store, low_memory, batch_tokens).run()
     if unseen:
-        names = ", ".join(sorted(unseen))
-        _log.warning("statistics: no token reached %d of %d targets: %s", len(unseen), len(requests), names)
+        _log.warning(
+            "statistics: no token reached %d of %d targets: %s", len(unseen), len(requests), named(sorted(unseen))
+        )
     counts = {name: tokens.learned for name, tokens in used.items()}
     by_name = {target.name: requested for target, requested in requests.items()}
-    return Statistics(store, sources, by_name, frozenset(unseen), counts=counts)
+    return Statistics(store, sources, by_name, unseen, counts=counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +172,8 @@ class _Collection:
     low_memory: bool
     batch_tokens: int
 
-    def run(self) -> set[str]:
-        """Computes what is missing; returns the names of experts that no token reached."""
+    def run(self) -> dict[str, frozenset[Request]]:
+        """Computes what is missing; returns the names of experts that no token reached, and what has no value."""
         missing = self._missing()
         entries = self._absent(missing)
         with self.store.turn({content_key({**entry, "site": None}) for entry in entries.values()}):
@@ -223,7 +225,7 @@ class _Collection:
         for part, value in parts.items():
             self.store.put(_part(entry, part), value)
 
-    def _sum(self, missing: Sequence[Measured]) -> set[str]:
+    def _sum(self, missing: Sequence[Measured]) -> dict[str, frozenset[Request]]:
         refuse_larger(max((request.kept(target) for request, target in missing), default=0), self.store.limit)
         waves = [
             (need, wave)
@@ -233,14 +235,15 @@ class _Collection:
         # An expert sees some tokens only, so that padding looks like text: its batches hold none.
         padded = not any(is_nested(target.name) for target in self.requests)
         several = len(waves) > 1
-        unseen: set[str] = set()
+        unseen: dict[str, frozenset[Request]] = {}
         for need, wave in tqdm(waves, desc="statistics", delay=2, disable=None if several else True, leave=False):
             tokens = 1 if need.examples_alone else self.batch_tokens
             batches = self.data[need.source].batches(tokens, padded=padded)
             totals = run_pass(self.runner, batches, need, wave, title="" if several else "statistics")
             for (request, target), total in zip(wave, totals, strict=True):
                 if not self._keep(request, target, total):
-                    unseen |= self._sharing(request, request.site(target))
+                    for name in self._sharing(request, request.site(target)):
+                        unseen[name] = unseen.get(name, frozenset()) | {request}
         return unseen
 
     def _keep(self, request: RowRequest, target: Target, total: Accumulator) -> bool:

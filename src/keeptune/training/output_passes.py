@@ -14,7 +14,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 
-from keeptune.adapter.install import held_parameters
+from keeptune.adapter.install import starting_values
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.plan import Plan
 from keeptune.penalties.base import OutputPenalty, TextBatch
@@ -111,7 +111,7 @@ def _together(value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:
 @contextmanager
 def _at_start(model: PeftModel, plan: Plan) -> Iterator[None]:
     """Puts the plan's first factors in, and then those in training again."""
-    starts = {p: t.start[factor] for t in plan.targets for factor, p in held_parameters(model, t).items()}
+    starts = starting_values(model, plan)
     now = {parameter: parameter.data for parameter in starts}
     try:
         for parameter, start in starts.items():

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from keeptune.adapter.expert_layers import Held
 from keeptune.adapter.install import held_parameters, whole
 from keeptune.adapter.special_layers import within_rows
 from keeptune.core.errors import TrainError
@@ -63,13 +64,14 @@ class Penalties:
 
         ``scale`` is that of gradients at this moment: ``scaler.get_scale()`` under a ``GradScaler``.
         """
-        parameters = [held_parameters(self._model, target_plan) for target_plan in self._plan.targets]
+        held = [held_parameters(self._model, target_plan) for target_plan in self._plan.targets]
         if not self._terms:
-            self._bind([next(iter(held.values())).device for held in parameters])
+            self._bind([next(iter(of_target.values())).parameter.device for of_target in held])
         values: list[dict[str, Tensor]] = [{} for _ in self._penalties]
         summed: Gradients = {}
-        for target_plan, of_target, terms in zip(self._plan.targets, parameters, self._terms, strict=True):
-            add_gradients(summed, _gradients(target_plan, of_target, terms, values))
+        for target_plan, of_target, terms in zip(self._plan.targets, held, self._terms, strict=True):
+            for factor, gradient in _gradients(target_plan, of_target, terms, values).items():
+                of_target[factor].add(summed, gradient)
         logs: dict[str, Tensor] = {}
         for outputs, own, parts in zip(self._outputs, self._own, values, strict=True):
             if outputs is not None:
@@ -143,7 +145,7 @@ class Penalties:
             norms = [float(made.tensors[at]) for made in self._plan.penalties if at in made.tensors]
             if not norms:
                 continue
-            factors = {name: whole(p).float() for name, p in held_parameters(self._model, target_plan).items()}
+            factors = _values(held_parameters(self._model, target_plan))
             B, one = factors["B"] * factors.get("diag", 1.0), torch.ones((), device=factors["B"].device)
             change = KroneckerChange(
                 Omega=Identity(target.in_features, one),
@@ -242,19 +244,23 @@ class PenaltyState(TrainerCallback, ExportableState):
 
 def _gradients(
     target_plan: TargetPlan,
-    parameters: Mapping[TensorName, nn.Parameter],
+    held: Mapping[TensorName, Held],
     terms: Mapping[int, Term],
     values: list[dict[str, Tensor]],
-) -> Gradients:
+) -> dict[TensorName, Tensor]:
     """Sums the gradients of a target's terms, within its rows, and records their values."""
-    factors = {factor: whole(parameter).float() for factor, parameter in parameters.items()}
+    factors = _values(held)
     summed: dict[TensorName, Tensor] = {}
     for index, term in terms.items():
         values[index][target_plan.target.name], gradients = term(factors)
         for factor, gradient in gradients.items():
-            if parameters[factor].requires_grad:
+            if held[factor].parameter.requires_grad:
                 summed[factor] = summed[factor] + gradient if factor in summed else gradient
-    return {parameters[factor]: within_rows(target_plan, factor, gradient) for factor, gradient in summed.items()}
+    return {factor: within_rows(target_plan, factor, gradient) for factor, gradient in summed.items()}
+
+
+def _values(held: Mapping[TensorName, Held]) -> dict[TensorName, Tensor]:
+    return {factor: part.of(whole(part.parameter)).float() for factor, part in held.items()}
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:

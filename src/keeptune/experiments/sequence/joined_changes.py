@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.export import Exported, ExportOptions, export
@@ -65,10 +64,8 @@ def add_changes(model: PreTrainedModel, changes: Mapping[str, LowRank]) -> PreTr
     targets = {target.name: target for target in find_targets(model)}
     with torch.no_grad():
         for name, change in changes.items():
-            weight = model.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            oriented = weight.T if targets[name].transposed else weight
-            oriented += change.dense().to(weight.device)
+            weight = targets[name].view(model.get_parameter(targets[name].parameter))
+            weight += change.dense().to(weight.device)
     return model
 
 
