@@ -44,4 +44,5 @@ def unfused(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(made.named_modules()):
         if name.endswith(".experts"):
             made.set_submodule(name, Experts(module))
+    made.config.model_type = "unfused"  # of known ones PEFT takes modules for the experts of Transformers 4
     return made.eval()

@@ -9,7 +9,9 @@ factors, whose gradients are then zero: it stays as it is. For each parameter of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +68,14 @@ def layer_path(model: PeftModel, target: Target) -> str:
     while isinstance(layer, ParamWrapper) and layer.parameter_name != target.parameter.rpartition(".")[2]:
         layer, path = layer.base_layer, f"{path}.base_layer"
     return path
+
+
+@contextmanager
+def patterns_of_parameters() -> Iterator[None]:
+    """Leaves out a warning of PEFT's, which looks for ranks of parameters among the modules, and does apply them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys did not match any targeted module")
+        yield
 
 
 @torch.no_grad()

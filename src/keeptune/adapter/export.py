@@ -222,7 +222,7 @@ def _write(
         cut = load_base()
         put_change(cut, change, plan, model)
     rank = write_lora(change, plan, folder, base, portable=format == "portable")
-    return _Written(rank, model.dtype, lambda: PeftModel.from_pretrained(load_base(), str(folder)), cut, error)
+    return _Written(rank, model.dtype, lambda: load_adapter(load_base(), folder), cut, error)
 
 
 def _load_whole(model: Any, folder: Path) -> Any:

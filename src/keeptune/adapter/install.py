@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor, apply_anchor, keep_active, resolve
-from keeptune.adapter.expert_layers import Held, clear, held_in, layer_path
+from keeptune.adapter.expert_layers import Held, clear, held_in, layer_path, patterns_of_parameters
 from keeptune.adapter.special_layers import install_subspace, prepare
 from keeptune.adapter.trained_head import head_names, keep_precise, put_head, task_type, trained_head
 from keeptune.core.errors import PlanError, TrainError
@@ -56,7 +54,7 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
     peft = dict(plan.peft)
     kasa = peft.pop("kasa_config", None)
     # get_peft_model draws factors that are overwritten below; the caller's random state is left alone.
-    with torch.random.fork_rng(), _patterns_of_parameters():
+    with torch.random.fork_rng(), patterns_of_parameters():
         wrapped = get_peft_model(model, _config(plan, plan.targets, peft))
         assert isinstance(wrapped, PeftModel)
         if anchored and kind == "twin":
@@ -163,6 +161,13 @@ def check_frozen(model: PeftModel, plan: Plan) -> None:
         )
 
 
+def _stored_shape(model: PreTrainedModel, target: Target) -> tuple[int, ...]:
+    """Returns the shape of an expert's W; where it is stored the other way round than planned, that of the whole."""
+    parameter = model.get_parameter(target.parameter)
+    same = model.get_submodule(target.module).is_transposed == target.transposed
+    return tuple((target.view(parameter) if same and len(parameter) == target.experts else parameter).shape)
+
+
 def _config(plan: Plan, targets: Sequence[TargetPlan], extra: Mapping[str, Any]) -> LoraConfig:
     ranks, alphas = dict[str, int](), dict[str, float]()
     for t in targets:
@@ -188,14 +193,6 @@ def _twins(plan: Plan) -> list[TargetPlan]:
     """Returns the targets of the twin; PEFT wants all experts' parameters in it, or none."""
     experts = any(t.anchored for own in plan.experts.values() for t in own)
     return [t for t in plan.targets if t.anchored or (experts and t.target.expert is not None)]
-
-
-@contextmanager
-def _patterns_of_parameters() -> Iterator[None]:
-    """Leaves out a warning of PEFT's, which looks for ranks of parameters among the modules, and does apply them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys did not match any targeted module")
-        yield
 
 
 def _freeze(layer: Any, target_plan: TargetPlan) -> None:
@@ -239,8 +236,7 @@ def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
             if target.expert is None:
                 stored = weight_shape(model.get_submodule(target.name))
             else:
-                turned = model.get_submodule(target.module).is_transposed != target.transposed
-                stored = tuple(target.view(model.get_parameter(target.parameter)).shape)[:: -1 if turned else 1]
+                stored = _stored_shape(model, target)
         except (AttributeError, IndexError):
             stored = None
         if stored != shape:

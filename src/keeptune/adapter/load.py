@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from keeptune.adapter.expert_layers import patterns_of_parameters
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ExportError, ModelError
 
@@ -19,7 +21,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Loads an adapter on its base by stock PEFT, from safetensors only; ModelError where it does not fit."""
     _need_safetensors(folder)
     try:
-        wrapped = PeftModel.from_pretrained(model, str(folder))
+        with patterns_of_parameters():
+            warnings.filterwarnings("ignore", message="target_parameters=.* no parameter was matched")
+            wrapped = PeftModel.from_pretrained(model, str(folder))
     # RuntimeError: other shapes; ValueError: other module names; TypeError and KeyError: another config.
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(

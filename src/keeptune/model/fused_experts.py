@@ -18,6 +18,8 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from keeptune.core.offload import device_of
+
 _log = logging.getLogger(__name__)
 
 
@@ -120,7 +122,7 @@ def one_expert_at_a_time(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     before: Any = model.get_experts_implementation()
-    model.set_experts_implementation("batched_mm" if model.device.type == "meta" else "eager")
+    model.set_experts_implementation("batched_mm" if device_of(model).type == "meta" else "eager")
     try:
         yield
     finally:
