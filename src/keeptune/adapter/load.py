@@ -34,8 +34,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         ) from error
     assert isinstance(wrapped, PeftModel)
     # PEFT only warns, or says nothing where other targets are found: these experts would stay as they are.
-    found = [f".{name}" for name in wrapped.base_model.targeted_parameter_names]
     wanted = getattr(wrapped.peft_config["default"], "target_parameters", None) or ()
+    found = [f".{name}" for name in wrapped.base_model.targeted_parameter_names] if wanted else []
     missing = sorted(name for name in wanted if not any(key.endswith(f".{name}") for key in found))
     if missing:
         raise ModelError(
