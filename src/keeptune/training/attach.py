@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer
 
-from keeptune.adapter.install import held_parameters
+from keeptune.adapter.install import starting_values
 from keeptune.core.errors import TrainError, nearest
 from keeptune.core.plan import Plan
 from keeptune.training.guard import Guard
@@ -61,12 +61,11 @@ def _keep_precise(model: Any, plan: Plan) -> None:
     """
     if not isinstance(model, PeftModel) or plan.scope != "adapter":
         return
-    for target_plan in plan.targets:
-        for name, parameter in held_parameters(model, target_plan).items():
-            if parameter.dtype == torch.bfloat16:
-                start = target_plan.start[name].to(parameter.device)
-                rounded = torch.equal(parameter, start.to(parameter.dtype))
-                parameter.data = start.clone() if rounded else parameter.data.float()
+    for parameter, value in starting_values(model, plan).items():
+        if parameter.dtype == torch.bfloat16:
+            start = value.to(parameter.device)
+            rounded = torch.equal(parameter, start.to(parameter.dtype))
+            parameter.data = start.clone() if rounded else parameter.data.float()
 
 
 def _attach_optimizer(trainer: Any, plan: Plan, name: str) -> None:
