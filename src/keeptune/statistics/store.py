@@ -26,7 +26,7 @@ from keeptune.core.artefact import (
 )
 from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import locked
-from keeptune.statistics.store_use import StoreUse, model_names, recorded, size_text
+from keeptune.statistics.store_use import StoreUse, entries, model_names, size_text
 
 _log = logging.getLogger(__name__)
 DEFAULT_LIMIT = 20 * 10**9
@@ -103,6 +103,8 @@ class StatStore:
                 sha256 = write_tensors(fresh / "value.safetensors", {"value": value})
                 write_json(fresh / "recipe.json", {"recipe": recipe, "sha256": sha256})
         except ArtefactError as error:
+            if error.wanted != "room to write":
+                raise
             raise self._without_room(error, size) from error
         except OSError as error:
             # Another run stored the same content under the same key meanwhile: theirs is as good.
@@ -135,10 +137,10 @@ class StatStore:
 
     def _without_room(self, error: ArtefactError, size: int) -> ArtefactError:
         free = shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
-        held, _ = recorded(self.folder)
+        held = sum(entry.bytes for entry in entries(self.folder))
         return ArtefactError(
             f"store {self.folder}",
-            got=f"{error.got} for an entry of {size_text(size)}: {size_text(free)} are free, and the store has about "
+            got=f"{error.got} for an entry of {size_text(size)}: {size_text(free)} are free, and the store has "
             f"{size_text(held)} of at most {size_text(self.limit)}",
             wanted="room to write",
             next_step="Free space (`keeptune store clear`), lower `store_limit` so that old entries go, or set `store` "

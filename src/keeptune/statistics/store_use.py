@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -167,12 +167,10 @@ class StoreUse:
     def _register(self) -> None:
         users = self.folder / "users"
         users.mkdir(exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=users)
-        os.close(handle)
+        self._file = users / secrets.token_hex(8)
         held = ExitStack()
-        held.enter_context(locked(Path(name)))
+        held.enter_context(locked(self._file))
         weakref.finalize(self, held.close)
-        self._file = Path(name)
         named = self._named_by_all()
         for left in self.folder.glob("[0-9a-f][0-9a-f]/.*"):
             if left.name[1:65] not in named:
@@ -218,12 +216,11 @@ def model_names(folder: Path) -> dict[str, str]:
 
 def _remove(entry: Entry) -> bool:
     """Removes an entry at once, whatever happens meanwhile; returns whether it could."""
-    doomed = Path(tempfile.mkdtemp(dir=entry.folder.parent, prefix=f".{entry.key}."))
+    doomed = entry.folder.with_name(f".{entry.key}.{secrets.token_hex(4)}")
     try:
         entry.folder.replace(doomed)
     except OSError as error:
         _log.warning("statistics: %s cannot be removed (%s)", entry.folder, error)
-        doomed.rmdir()
         return False
     shutil.rmtree(doomed, ignore_errors=True)
     return True
