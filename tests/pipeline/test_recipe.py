@@ -21,7 +21,7 @@ from keeptune.methods.lora_null import LoraNull
 from keeptune.pipeline.demo import LEARNING_RATE, WAYS, demo_recipe
 from keeptune.pipeline.job import Job
 from keeptune.recipe.construct import make_method
-from keeptune.recipe.schema import ExportSpec, Knowledge, Task, load_recipe, parse_overrides
+from keeptune.recipe.schema import ExportSpec, Knowledge, Task, load_recipe, make_recipe, parse_overrides
 
 Values = Callable[..., dict[str, Any]]
 
@@ -485,3 +485,13 @@ def test_data_errors_keep_their_kind(recipe_values: Values) -> None:
 )
 def test_a_switch_may_stand_alone_and_dashes_are_underscores(words: list[str], overrides: dict[str, object]) -> None:
     assert parse_overrides(words) == overrides
+
+
+@pytest.mark.parametrize("value", ["a" * 300, "~no-such-user/x"])
+@pytest.mark.parametrize("key", ["model", "output", "store", "task.train"])
+def test_paths_that_no_system_takes_are_recipe_errors(key: str, value: str, tmp_path: Path) -> None:
+    given = {"model": "atlas", "task": {"train": "t.jsonl", "prompt": "{q}", "completion": "{a}"}, "output": "out"}
+    place = given["task"] if key == "task.train" else given
+    place[key.rpartition(".")[2]] = value  # type: ignore[index]
+    with pytest.raises(RecipeError):
+        make_recipe(given, folder=tmp_path, where="recipe")

@@ -29,7 +29,12 @@ def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
             wanted="a JSONL file, one object a line",
             next_step="Check the path; relative paths start at the current directory, then at the recipe's folder.",
         )
-    rows = _READERS.get(path.suffix.lower(), _json)(path, f"{where} {path}")
+    try:
+        rows = _READERS.get(path.suffix.lower(), _json)(path, f"{where} {path}")
+    except OSError as error:
+        raise DataError(
+            f"{where} {path}", got=f"{error.strerror}", wanted="a file to read", next_step="Check the file."
+        ) from error
     if not rows:
         raise DataError(f"{where} {path}", got="no rows", wanted="at least one object", next_step="Fill the file.")
     return rows

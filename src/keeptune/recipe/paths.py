@@ -61,15 +61,21 @@ def resolve_file(name: str, folder: Path = Path(), fetch: Fetch = hub.fetch) -> 
             raise RecipeError(name, got=str(error), wanted="a file of atlas", next_step="Pick one of them.") from error
     if name.startswith(hub.PREFIX):
         return str(fetch(name))
-    path = Path(name).expanduser()
-    beside = folder / path
-    return str((beside if not path.exists() and beside.exists() else path).absolute())
+    return str(_present(name, folder).absolute())
 
 
 def resolve_model(name: str, folder: Path = Path()) -> str:
     """Returns the path or hub id of the model that a name stands for: ``atlas``, a folder, a GGUF file or a hub id."""
     if name == "atlas":
         return str(atlas.model_path())
-    path = Path(name).expanduser()
-    beside = folder / path
-    return str(beside.absolute()) if not path.exists() and beside.exists() else name
+    path = _present(name, folder)
+    return name if path == Path(name).expanduser() else str(path.absolute())
+
+
+def _present(name: str, folder: Path) -> Path:
+    """Returns a path as it is, or in a folder where it is only there."""
+    try:
+        path = Path(name).expanduser()
+        return folder / path if not path.exists() and (folder / path).exists() else path
+    except (OSError, RuntimeError) as error:  # names that are too long, or of a user that is not there
+        raise RecipeError(name, got=f"{error}", wanted="a path", next_step="Correct it.") from error

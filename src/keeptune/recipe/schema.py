@@ -41,7 +41,16 @@ from keeptune.recipe.sections import (
 from keeptune.statistics.store import DEFAULT_LIMIT
 from keeptune.training.arguments import check_arguments
 
-_Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+
+def _expanded(folder: Path) -> Path:
+    try:
+        folder.expanduser().exists()
+    except (OSError, RuntimeError) as error:  # names that are too long, or of a user that is not there
+        raise ValueError(f"a folder ({error})") from error
+    return folder.expanduser()
+
+
+_Folder = Annotated[Path, AfterValidator(_expanded)]
 _Layer = Annotated[StrictInt, Field(ge=0)]
 
 
