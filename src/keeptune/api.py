@@ -34,6 +34,7 @@ from keeptune.evaluation.results import BenchmarkResult
 from keeptune.methods.base import Method
 from keeptune.model.blocks import positions
 from keeptune.model.head import Head
+from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.machine import check_folder
@@ -126,8 +127,9 @@ def export(
     """
     head = Head.of(model.get_base_model() if isinstance(model, PeftModel) else model)
     dtype: Any = str(model.dtype).removeprefix("torch.")
-    load_base = partial(load_model, base, LoadOptions(dtype=dtype, device=model.device, head=head))
-    return exporting.export(model, plan, folder, options, base=base, load_base=load_base, tokenizer=tokenizer)
+    loading = LoadOptions(dtype=dtype, device=model.device, head=head)
+    source = exporting.Base(base, partial(load_model, base, loading), partial(load_floats, options=loading))
+    return exporting.export(model, plan, folder, options, base=source, tokenizer=tokenizer)
 
 
 @out_of_memory("evaluate")

@@ -30,9 +30,10 @@ from tests.models import (
 from tests.reference.export_reference import change, tuned_weight
 from transformers import PreTrainedModel
 
-from keeptune.adapter.export import ExportOptions, export, merge
+from keeptune.adapter.export import Base, ExportOptions, export
 from keeptune.adapter.install import install
 from keeptune.adapter.load import SIDECAR, check_base
+from keeptune.adapter.merging import merge
 from keeptune.adapter.probe import random_probe
 from keeptune.adapter.trained_change import change_of
 from keeptune.adapter.trained_head import trained_head
@@ -53,8 +54,8 @@ class Trained:
     saved: Saved
 
     def export(self, folder: Path, **options: Any) -> Any:
-        fields: dict[str, Any] = {"base": str(self.saved.folder), "load_base": self.saved.load}
-        fields |= {name: options.pop(name) for name in ("load_base", "tokenizer") if name in options}
+        base = Base(str(self.saved.folder), options.pop("load_base", self.saved.load))
+        fields = {"base": base} | {name: options.pop(name) for name in ("tokenizer",) if name in options}
         return export(self.model, self.plan, folder, ExportOptions(**options), **fields)
 
 
@@ -261,6 +262,10 @@ def test_the_gap_is_the_largest_difference_in_logits_on_the_probe(trained: Train
     assert done.gap > 0
 
 
+def loading(saved: Saved) -> Callable[[str], PreTrainedModel]:
+    return lambda folder: Saved(Path(folder), saved.head).load()
+
+
 def other_base() -> PreTrainedModel:
     return MODELS["llama"](seed=1)
 
@@ -380,7 +385,7 @@ def test_merge_writes_a_model_with_the_logits_of_adapter_on_base(
 ) -> None:
     made = trained(architecture)
     made.export(tmp_path / "adapter", format=format)
-    gap = merge(tmp_path / "adapter", tmp_path / "merged", load_base=made.saved.load)
+    gap = merge(tmp_path / "adapter", tmp_path / "merged", base=str(made.saved.folder), load=loading(made.saved))
     merged = load_model(str(tmp_path / "merged"), LoadOptions(head=made.saved.head))
     assert off_by(logits(merged, tokens(9)), logits(made.model, tokens(9))) < 1e-5
     probe = random_probe(made.model)
@@ -391,13 +396,13 @@ def test_merge_writes_a_model_with_the_logits_of_adapter_on_base(
 def test_merge_refuses_an_adapter_of_another_architecture(trained: TrainedFactory, tmp_path: Path) -> None:
     trained().export(tmp_path / "adapter")
     with pytest.raises(ModelError, match="adapter"):
-        merge(tmp_path / "adapter", tmp_path / "merged", load_base=lambda: MODELS["gpt2"]())
+        merge(tmp_path / "adapter", tmp_path / "merged", base="", load=lambda _: MODELS["gpt2"]())
     assert names_in(tmp_path) == ["adapter"]
 
 
 def test_merge_refuses_a_folder_without_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="adapter"):
-        merge(tmp_path / "absent", tmp_path / "merged", load_base=other_base)
+        merge(tmp_path / "absent", tmp_path / "merged", base="", load=lambda _: other_base())
     assert names_in(tmp_path) == []
 
 
@@ -414,8 +419,7 @@ def test_full_tuning_of_a_16_bit_base_trains_in_float32_and_is_written_in_the_ba
         Plan("full", {}, (), scope="all"),
         tmp_path / "merged",
         ExportOptions("merged"),
-        base=base,
-        load_base=lambda: load_model(base),
+        base=Base(base, lambda: load_model(base)),
     )
     assert load_model(str(tmp_path / "merged")).dtype == torch.bfloat16
     assert 0 < done.relative_gap <= done.bound == 1e-1

@@ -12,7 +12,7 @@ from tests.contract.conftest import ADAPTERS, CAUSAL, LOW_RANK, STILL
 from tests.models import MODELS, VOCAB, Bench, logits, off_by, tokens, train_steps
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
-from keeptune.adapter.export import ExportOptions, export
+from keeptune.adapter.export import Base, ExportOptions, export
 from keeptune.adapter.install import install
 from keeptune.core.weights import read_weight
 from keeptune.model.pretrained import load_model
@@ -65,9 +65,7 @@ def test_a_fused_weight_is_one_target_that_trains_and_exports(case: str, archite
     train_steps(model)
     base = str(tmp_path / "base")
     for format in ("portable", "merged"):
-        done = export(
-            model, plan, tmp_path / format, ExportOptions(format), base=base, load_base=lambda: load_model(base)
-        )
+        done = export(model, plan, tmp_path / format, ExportOptions(format), base=Base(base, lambda: load_model(base)))
         assert (done.format == format) == (case in LOW_RANK or format == "merged")
         if done.format == "portable":
             again: Any = PeftModel.from_pretrained(load_model(base), str(tmp_path / format)).eval()

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import keeptune.training.penalty_engine as penalty_module
-from keeptune.adapter.export import ExportOptions, export, format_for
+from keeptune.adapter.export import Base, ExportOptions, export, format_for
 from keeptune.adapter.install import held_parameters, install, lora_layer, trained_names
 from keeptune.adapter.special_layers import biases_are_no_shards, within_rows
 from keeptune.adapter.trained_change import TrainedChange, change_of, truncated_changes, written_rank
@@ -217,7 +217,7 @@ class Tuned:
 
     def export(self, folder: Path, **options: Any) -> Any:
         base, load = str(self.saved.folder), self.saved.load
-        return export(self.model, self.plan, folder, ExportOptions(**options), base=base, load_base=load)
+        return export(self.model, self.plan, folder, ExportOptions(**options), base=Base(base, load))
 
     def again(self, folder: Path, format: str) -> Any:
         if format == "merged":

@@ -16,7 +16,7 @@ from tests.models import Bench, copies, head_parameters, logits, off_by, tokens,
 from torch import Tensor
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor
-from keeptune.adapter.export import ExportOptions, Format, export, format_for
+from keeptune.adapter.export import Base, ExportOptions, Format, export, format_for
 from keeptune.adapter.install import check_frozen, install, lora_layer, restore_state, trained_names, trained_state
 from keeptune.adapter.trained_change import change_of
 from keeptune.core.errors import ExportError
@@ -46,7 +46,7 @@ def tuned(world: World, plan: Plan, anchor: Anchor = "twin") -> PeftModel:
 
 def exported(world: World, model: Any, plan: Plan, folder: Path, format: Format) -> Any:
     """Exports, and loads what was written."""
-    done = export(model, plan, folder, ExportOptions(format), base=str(world.saved.folder), load_base=world.base)
+    done = export(model, plan, folder, ExportOptions(format), base=Base(str(world.saved.folder), world.base))
     return reloaded(world, folder, done.format)
 
 
@@ -72,7 +72,7 @@ class Trained:
         folder = self.folder / format
         if format not in self.formats:
             base = str(self.world.saved.folder)
-            done = export(self.model, self.plan, folder, ExportOptions(format), base=base, load_base=self.world.base)
+            done = export(self.model, self.plan, folder, ExportOptions(format), base=Base(base, self.world.base))
             self.formats[format] = done.format
         return reloaded(self.world, folder, self.formats[format], seed)
 
@@ -252,7 +252,7 @@ def test_what_is_no_low_rank_change_is_merged_and_the_log_says_why(
     case: str, world: World, plan_of: PlanOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, base = tuned(world, plan_of(case)), str(world.saved.folder)
-    done = export(model, plan_of(case), tmp_path / "out", base=base, load_base=world.base)
+    done = export(model, plan_of(case), tmp_path / "out", base=Base(base, world.base))
     assert (done.format, done.rank) == ("merged", 0)
     assert "no change of low rank, and vLLM refuses DoRA adapters" in done.note
     assert done.note in caplog.text
@@ -387,7 +387,7 @@ def test_a_subspace_method_is_exported_merged_and_says_why(
     model, plan = tuned(world, plan_of(case)), plan_of(case)
     with pytest.raises(ExportError, match=r"not of low rank and has no adapter form.*format: merged"):
         exported(world, model, plan, tmp_path / "out", "peft")
-    done = export(model, plan, tmp_path / "out", base=str(world.saved.folder), load_base=world.base)
+    done = export(model, plan, tmp_path / "out", base=Base(str(world.saved.folder), world.base))
     assert done.format == "merged"
     assert "not of low rank" in done.note
     assert done.note in caplog.text
@@ -433,6 +433,6 @@ def test_a_fully_tuned_model_has_no_adapter_form(
     with pytest.raises(ExportError, match="A change of every weight has no adapter form"):
         exported(world, model, plan_of(case), tmp_path / "out", "peft")
     assert list(tmp_path.iterdir()) == []
-    done = export(model, plan_of(case), tmp_path / "out", base="", load_base=world.base)
+    done = export(model, plan_of(case), tmp_path / "out", base=Base("", world.base))
     assert (done.format, done.note) == ("merged", "A change of every weight has no adapter form")
     assert done.note in caplog.text

@@ -56,7 +56,7 @@ class Made:
 
     def export(self, format: Any, make: Callable[[], PreTrainedModel]) -> Exported:
         base = str(self.folder / "base")
-        return export(self.model, self.plan, self.folder / format, ExportOptions(format), base=base, load_base=make)
+        return export(self.model, self.plan, self.folder / format, ExportOptions(format), base=Base(base, make))
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_an_expert_without_statistics_is_left_alone_to_the_last_bit(tmp_path: Pa
     train_steps(tuned)
     with torch.no_grad():
         tuned.base_model.model.model.layers[0].mlp.router.bias[3] = -1e9
-    done = export(tuned.eval(), plan, tmp_path / "out", base="", load_base=unreached)
+    done = export(tuned.eval(), plan, tmp_path / "out", base=Base("", unreached))
     merged = load_model(done.folder)
     for target in bench.targets():
         same = torch.equal(read_weight(merged, target), read_weight(bench.model, target))

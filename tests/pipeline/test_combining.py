@@ -15,7 +15,7 @@ from tests.pipeline.support import keeptune, write_recipe
 from torch import Tensor
 
 from keeptune.adapter.anchor import ANCHOR_NAME
-from keeptune.adapter.export import ExportOptions, Format, export
+from keeptune.adapter.export import Base, ExportOptions, Format, export
 from keeptune.adapter.install import check_frozen, held_parameters, install, lora_layer, trained_names, trained_state
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan, TargetPlan
@@ -288,7 +288,7 @@ def test_the_export_is_the_trained_model(format: Format, architecture: str, benc
     model = installed(saved.load(), plan).eval()
     train_steps(model)
     base = str(saved.folder)
-    done = export(model, plan, tmp_path / "out", ExportOptions(format), base=base, load_base=saved.load)
+    done = export(model, plan, tmp_path / "out", ExportOptions(format), base=Base(base, saved.load))
     assert (done.format, done.note) == (format, "")
     assert off_by(logits(model, tokens()), logits(bench.model, tokens())) > 1e-2
     if format != "merged":
@@ -438,7 +438,7 @@ def test_loki_beside_another_method_is_what_each_is_alone(
     check_frozen(model, plan)
     train_steps(model, everything=True)
     check_frozen(model, plan)
-    done = export(model, plan, tmp_path / "out", ExportOptions("merged"), base=str(saved.folder), load_base=saved.load)
+    done = export(model, plan, tmp_path / "out", ExportOptions("merged"), base=Base(str(saved.folder), saved.load))
     merged, base = load_model(done.folder), saved.load()
     for t in plan.targets:
         after, before = (one.get_submodule(t.target.name) for one in (merged, base))

@@ -6,16 +6,19 @@ servers take is merged, or, where a ``rank`` is set, cut to it by an SVD; the er
 
 Every export is loaded again by stock PEFT on a freshly loaded base, and the gap in logits to the trained
 model is measured; above the bound the export fails and leaves nothing.
+
+Trained on a quantised base, an adapter is for that base, and a merged model is made of the original weights: never of
+four bits. What the same change computes on the original differs by ``W - dequant(W4)``; that gap is stated beside.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +29,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.probe import BOUNDS, Gap, logits_of, random_probe
+from keeptune.adapter.sidecar import About
 from keeptune.adapter.trained_change import (
     SERVED_RANKS,
     change_of,
+    hold_change,
     put_change,
     truncated_changes,
     write_lora,
@@ -37,7 +42,10 @@ from keeptune.adapter.trained_change import (
 from keeptune.adapter.trained_head import labels_of
 from keeptune.core.artefact import atomic_directory, write_json, write_text
 from keeptune.core.errors import ExportError
+from keeptune.core.offload import aligned, device_of
 from keeptune.core.plan import Plan
+from keeptune.core.weights import is_quantised
+from keeptune.model.offloaded import save
 
 _log = logging.getLogger(__name__)
 _TOO_FAR = "On a 16-bit base train with `anchor: twin`, or state a larger `max_gap`. Nothing was written."
@@ -68,6 +76,27 @@ _AS_TRAINED = ExportOptions()
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """The base that an export is for.
+
+    Args:
+        name: Path or hub id, written into the adapter's config.
+        load: Loads it afresh, quantised where it was for the training.
+        floats: Loads a model of floats by path or hub id, with its weights left on disk: merges are then streamed, else
+            made in memory.
+        original: Path or hub id of what the base was before it was quantised; None where it is not quantised, or the
+            original is not at hand.
+        quantization: Fields of the quantisation that the base is loaded with; None loads it as it is stored.
+    """
+
+    name: str
+    load: Callable[[], PreTrainedModel]
+    floats: Callable[[str], PreTrainedModel] | None = None
+    original: str | None = None
+    quantization: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Exported:
     """What an export wrote and how well it reproduces the trained model.
 
@@ -82,6 +111,10 @@ class Exported:
         serve: How to serve it, or how to load a classifier.
         note: Why the format is not the one wanted; empty when it is.
         error: What a smaller rank left out of the change, relative (Frobenius); 0 where it is whole.
+        original: Path or hub id of the original of a quantised base, where that is at hand.
+        original_gap: Largest difference in logits between the trained model and its change on that original; None
+            without one.
+        original_relative_gap: The same over the largest logit.
     """
 
     folder: str
@@ -93,6 +126,9 @@ class Exported:
     serve: str
     note: str = ""
     error: float = 0.0
+    original: str | None = None
+    original_gap: float | None = None
+    original_relative_gap: float | None = None
 
 
 def format_for(plan: Plan, wanted: Format, rank: int | None = None) -> tuple[Format, str]:
@@ -153,29 +189,30 @@ def export(
     folder: Path | str,
     options: ExportOptions = _AS_TRAINED,
     *,
-    base: str,
-    load_base: Callable[[], PreTrainedModel],
+    base: Base,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Exported:
-    """Writes the trained change and checks it on a freshly loaded base.
-
-    ``base``, its path or hub id, goes into the adapter's config. The folder appears whole or not at all.
+    """Writes the trained change and checks it on a freshly loaded base. The folder appears whole or not at all.
 
     Raises:
-        ExportError: The gap is above the bound, the format does not fit the plan, or the folder holds something
-            that keeptune did not write.
+        ExportError: The gap is above the bound, the format does not fit the plan, the folder holds something that
+            keeptune did not write, or a change of a quantised base is to be merged without its original.
     """
     format, note = format_for(plan, options.format, options.rank)
+    if format == "merged" and base.original is None and is_quantised(model):
+        raise _no_original(folder, base.name, note)
     if note:
         _log.warning("export %s: merged into a whole model. %s", folder, note)
     refuse_foreign(Path(folder))
     probe = random_probe(model) if options.probe is None else options.probe
-    wanted = logits_of(model, probe)
+    trained = logits_of(model, probe)
     with atomic_directory(Path(folder)) as fresh:
-        written = _write(model, plan, fresh, options, format, base, load_base)
+        written = _write(model, plan, fresh, options, format, base)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        logits = logits_of(written.load(), probe)
+        on_original = None if base.original is None else _on_original(model, plan, fresh, base, probe)
+        wanted = trained if format != "merged" or on_original is None else on_original
+        logits = written.logits(probe)
         gap = Gap.between(logits, wanted)
         bound = BOUNDS[written.dtype] if options.max_gap is None else options.max_gap
         if written.cut is not None:
@@ -183,49 +220,88 @@ def export(
             cut_gap.refuse_above(BOUNDS[written.dtype], f"export {folder}", "the change of the smaller rank", _TOO_FAR)
         if written.cut is None or options.max_gap is not None:
             gap.refuse_above(bound, f"export {folder}", "the trained model", _TOO_FAR)
-        labels = labels_of(model)
-        serve = _serve_line(plan, format, written.rank, base, folder, labels)
-        done = Exported(str(folder), format, written.rank, gap.gap, gap.relative, bound, serve, note, written.error)
-        write_json(fresh / SIDECAR, _sidecar(plan, base, done, labels))
-        write_text(fresh / "README.md", _card(plan, base, done, labels))
+        done = Exported(str(folder), format, written.rank, gap.gap, gap.relative, bound, "", note, written.error)
+        if on_original is not None:
+            apart = Gap.between(on_original, trained)
+            done = replace(done, original=base.original, original_gap=apart.gap, original_relative_gap=apart.relative)
+        return _describe(fresh, plan, base, done, labels_of(model))
+
+
+def _describe(fresh: Path, plan: Plan, base: Base, done: Exported, labels: Sequence[str] | None) -> Exported:
+    """Writes the record and the README of an export, and returns it with the line that serves it."""
+    merged, served = done.format == "merged", not _no_lora(plan, done.rank)
+    about = About(plan, base.name, labels, base.quantization)
+    if merged and base.original is not None:
+        about = replace(about, base=base.original, trained_on=base.name)
+    done = replace(done, serve=about.serve_line(done.folder, done.rank, merged=merged, served=served))
+    write_json(fresh / SIDECAR, about.record(asdict(done)))
+    write_text(fresh / "README.md", about.readme(asdict(done)))
     return done
+
+
+def _no_original(folder: Path | str, name: str, note: str) -> ExportError:
+    return ExportError(
+        f"export {folder}",
+        got=f"a merged model of {name}, which is quantised" + (f" ({note[0].lower()}{note[1:]})" if note else ""),
+        wanted="the original weights: a merge in four bits would round the change away",
+        next_step="Set `original:` to the model that was quantised, or `export.format` to peft. Nothing was written.",
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Written:
-    """The adapter's rank, the dtype that the bound is for, a loader, and a base with the change of a smaller rank."""
+    """The adapter's rank, the dtype that the bound is for, how its logits are computed, and what it was cut to."""
 
     rank: int
     dtype: torch.dtype
-    load: Callable[[], Any]
+    logits: Callable[[Tensor], Tensor]
     cut: PreTrainedModel | None = None
     error: float = 0.0
 
 
 def _write(
-    model: PreTrainedModel | PeftModel,
-    plan: Plan,
-    folder: Path,
-    options: ExportOptions,
-    format: Format,
-    base: str,
-    load_base: Callable[[], PreTrainedModel],
+    model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, options: ExportOptions, format: Format, base: Base
 ) -> _Written:
     if format == "merged":
-        merged = load_base()
-        write_merged(model, plan, folder, merged)
-        return _Written(0, merged.dtype, lambda: _load_whole(merged, folder))
+        # What is trained in full is in memory as it is.
+        floats = None if plan.scope == "all" else base.floats
+        whole = base.load() if floats is None else floats(base.original or base.name)
+        write_merged(model, plan, folder, whole)
+        load = partial(load_whole, whole, folder) if floats is None else partial(floats, str(folder))
+        return _Written(0, whole.dtype, lambda probe: logits_of(load(), probe))
     assert isinstance(model, PeftModel)
     change, cut, error = change_of(model, plan), None, 0.0
     if options.rank is not None and options.rank < written_rank(plan):
         change, error = truncated_changes(change, options.rank)
-        cut = load_base()
-        put_change(cut, change, plan, model)
-    rank = write_lora(change, plan, folder, base, portable=format == "portable")
-    return _Written(rank, model.dtype, lambda: load_adapter(load_base(), folder), cut, error)
+        cut = base.load()
+        if is_quantised(cut):
+            hold_change(cut, change)
+        else:
+            put_change(cut, change, plan, model)
+    rank = write_lora(change, plan, folder, base.name, portable=format == "portable")
+    return _Written(rank, model.dtype, lambda probe: logits_of(load_adapter(base.load(), folder), probe), cut, error)
 
 
-def _load_whole(model: Any, folder: Path) -> Any:
+def _on_original(model: Any, plan: Plan, folder: Path, base: Base, probe: Tensor) -> Tensor:
+    """Computes the logits of the original of a quantised base with the trained change, as PEFT adds it."""
+    assert base.original is not None
+    assert base.floats is not None
+    with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
+        if not (folder / "adapter_config.json").is_file():
+            folder = Path(scratch)
+            write_lora(change_of(model, plan), plan, folder, base.name, portable=False)
+        whole = base.floats(base.original)
+        with nullcontext() if _adds_only(plan) else aligned(whole, device_of(whole)):
+            return logits_of(load_adapter(whole, folder), probe)
+
+
+def _adds_only(plan: Plan) -> bool:
+    """Whether an adapter only adds to outputs; others compute with W, so that all of it has to be in memory."""
+    return not plan.experts and not any("magnitude" in t.trainable for t in plan.targets)
+
+
+def load_whole(model: Any, folder: Path) -> Any:
+    """Loads a model that was saved, in the dtype of the one at hand."""
     return type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
 
 
@@ -236,93 +312,4 @@ def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, b
     else:
         assert isinstance(model, PeftModel)
         put_change(base, change_of(model, plan), plan, model)
-    base.save_pretrained(folder)
-
-
-def merge(
-    adapter: Path | str,
-    folder: Path | str,
-    *,
-    load_base: Callable[[], PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> float:
-    """Merges any LoRA adapter that PEFT loads into a fresh base, writes the whole model, and returns the gap in logits.
-
-    Raises:
-        ModelError: The adapter does not fit the base.
-        ExportError: The folder holds something else, or the merged model's logits are not finite.
-    """
-    folder = Path(folder)
-    refuse_foreign(folder)
-    if (folder / "adapter_config.json").is_file():
-        raise ExportError(
-            f"merge to {folder}",
-            got="an adapter there",
-            wanted="a folder for a whole model",
-            next_step="Choose another.",
-        )
-    wrapped = load_adapter(load_base(), Path(adapter))
-    probe = random_probe(wrapped)
-    wanted = logits_of(wrapped, probe)
-    merged: Any = wrapped.merge_and_unload()
-    with atomic_directory(folder) as fresh:
-        merged.save_pretrained(fresh)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
-        gap = Gap.between(logits_of(_load_whole(merged, fresh), probe), wanted).gap
-        if not math.isfinite(gap):
-            raise ExportError(
-                f"merge to {folder}",
-                got="logits that are NaN or infinite",
-                wanted="a finite difference to the adapter on its base",
-                next_step="Check the adapter's weights, or merge with --dtype float32. Nothing was written.",
-            )
-        write_json(fresh / SIDECAR, {"base": wrapped.peft_config["default"].base_model_name_or_path, "gap": gap})
-    return gap
-
-
-def _serve_line(
-    plan: Plan, format: Format, rank: int, base: str, folder: Path | str, labels: Sequence[str] | None
-) -> str:
-    if labels is not None:  # vLLM serves no classifier with an adapter
-        load = "AutoModelForSequenceClassification.from_pretrained"
-        whole = f'{load}("{base}", num_labels={max(1, len(labels))})'
-        return f'{load}("{folder}")' if format == "merged" else f'PeftModel.from_pretrained({whole}, "{folder}")'
-    if format == "merged":
-        return shlex.join(["vllm", "serve", str(folder)])
-    if _no_lora(plan, rank):
-        return f"{shlex.join(['keeptune', 'merge', str(folder), 'merged'])} && vllm serve merged"
-    options = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"tuned={folder}"]
-    return shlex.join(["vllm", "serve", base, *options])
-
-
-def _sidecar(plan: Plan, base: str, done: Exported, labels: list[str] | None) -> dict[str, Any]:
-    return {
-        "base": base,
-        "labels": labels,
-        "method": plan.method,
-        "options": dict(plan.options),
-        "provenance": dict(plan.provenance),
-        "plan": plan.key,
-        "export": asdict(done),
-    }
-
-
-def _card(plan: Plan, base: str, done: Exported, labels: list[str] | None) -> str:
-    options = json.dumps(dict(plan.options))
-    note = f"\nA merged model. {done.note}.\n" if done.note else ""
-    if done.error:
-        note += f"\nCut to a smaller rank: {done.error:.2%} of the trained change (Frobenius) is left out.\n"
-    note += f"\nLabels, in the order of the outputs: {', '.join(labels)}.\n" if labels else ""
-    return f"""---
-base_model: {base}
-library_name: {"transformers" if done.format == "merged" else "peft"}
-tags: [keeptune, {plan.method}]
----
-
-Tuned from `{base}` by keeptune with the method `{plan.method}` ({options}).
-
-Checked on a freshly loaded base: largest difference in logits {done.gap:.1e}, relative {done.relative_gap:.1e}.
-{note}
-    {done.serve}
-"""
+    save(base, folder)

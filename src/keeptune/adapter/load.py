@@ -7,23 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
+from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from keeptune.adapter.expert_layers import patterns_of_parameters
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ExportError, ModelError
+from keeptune.core.offload import device_of, is_offloaded
 
 SIDECAR = "keeptune.json"
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Loads an adapter on its base by stock PEFT, from safetensors only; ModelError where it does not fit."""
+    """Loads an adapter on its base by stock PEFT, from safetensors only; ModelError where it does not fit.
+
+    The base's weights may be on disk, and stay there, where the adapter only adds to what is computed.
+    """
     _need_safetensors(folder)
+    on_disk = is_offloaded(model)
+    places = model.__dict__.pop("hf_device_map", None)  # PEFT would place the modules anew
     try:
         with patterns_of_parameters():
             warnings.filterwarnings("ignore", message="target_parameters=.* no parameter was matched")
-            wrapped = PeftModel.from_pretrained(model, str(folder))
+            wrapped = PeftModel.from_pretrained(model, str(folder), low_cpu_mem_usage=on_disk)
+        if on_disk:
+            _read_values(wrapped, folder)
     # RuntimeError: other shapes; ValueError: other module names; TypeError and KeyError: another config.
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(
@@ -32,6 +41,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             wanted=f"a PEFT adapter for this base ({model.name_or_path})",
             next_step="Pass the base that the adapter was trained on.",
         ) from error
+    if places is not None:
+        model.hf_device_map = places
     assert isinstance(wrapped, PeftModel)
     # PEFT only warns, or says nothing where other targets are found: these experts would stay as they are.
     wanted = getattr(wrapped.peft_config["default"], "target_parameters", None) or ()
@@ -45,6 +56,14 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             next_step="Pass that base, loaded as it was for training (of gpt-oss dequantised, for one).",
         )
     return wrapped
+
+
+def _read_values(wrapped: PeftModel, folder: Path) -> None:
+    """Reads an adapter's values again: PEFT has put them where the base's weights are, which is nowhere."""
+    values = load_peft_weights(str(folder), device=str(device_of(wrapped)))
+    names = [name for name, parameter in wrapped.named_parameters() if ".default" in name and parameter.is_meta]
+    stored = {name: values[name.replace(".modules_to_save.default", "").replace(".default", "")] for name in names}
+    wrapped.load_state_dict(stored, strict=False, assign=True)
 
 
 def check_base(adapter: Path | str, fingerprint: str, labels: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import ExportError
 from keeptune.core.eval_mode import in_evaluation
+from keeptune.core.offload import device_of
 
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-4}
 
@@ -20,13 +21,13 @@ def random_probe(model: PreTrainedModel | PeftModel, seed: int = 0) -> Tensor:
     """Returns random token ids ``(4, 32)`` on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (4, 32), generator=generator)
-    return ids.to(model.device)
+    return ids.to(device_of(model))
 
 
 def logits_of(model: Any, probe: Tensor) -> Tensor:
     """Returns the logits in evaluation mode, float32, on the CPU."""
     with in_evaluation(model), torch.no_grad():
-        logits: Tensor = model(input_ids=probe.to(model.device)).logits.float().cpu()
+        logits: Tensor = model(input_ids=probe.to(device_of(model))).logits.float().cpu()
     return logits
 
 

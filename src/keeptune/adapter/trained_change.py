@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from keeptune.adapter.expert_layers import saved_factors, saved_names
@@ -17,7 +18,9 @@ from keeptune.adapter.special_layers import subspace_change
 from keeptune.adapter.trained_head import head_names, put_head, task_type, trained_head
 from keeptune.core.artefact import write_tensors
 from keeptune.core.low_rank import LowRank
+from keeptune.core.offload import edit_values, hook_of
 from keeptune.core.plan import Plan
+from keeptune.core.target import Target
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM accepts
 
@@ -84,24 +87,49 @@ def truncated_changes(change: TrainedChange, rank: int) -> tuple[TrainedChange, 
 
 
 def put_change(base: PreTrainedModel, change: TrainedChange, plan: Plan, model: PeftModel) -> None:
-    """Writes a trained change into the weights of a freshly loaded base.
+    """Writes a trained change into the weights of a freshly loaded base, in memory or on disk (``edit_values``).
 
     Changes that are not of low rank are formed from the trained model, one at a time.
     """
-    with torch.no_grad():
-        for target_plan in plan.targets:
-            name = target_plan.target.name
-            weight = target_plan.target.view(base.get_parameter(target_plan.target.parameter))
-            low_rank = change.weights.get(name)
-            added = subspace_change(lora_layer(model, name)) if low_rank is None else low_rank.dense()
-            tuned = weight.float() + added.to(weight.device)
-            if name in change.magnitudes:
-                tuned *= (change.magnitudes[name].to(weight.device) / tuned.norm(dim=1))[:, None]
-            weight.copy_(tuned.to(weight.dtype))
-            if name in change.biases:
-                bias = base.get_parameter(f"{name}.bias")
-                bias.copy_((bias.float() + change.biases[name].to(bias.device)).to(bias.dtype))
-    put_head(base, plan, change.head)
+    edits: dict[str, list[Callable[[Tensor], object]]] = {}
+    for t in plan.targets:
+        edits.setdefault(t.target.parameter, []).append(partial(_add, t.target, change, model))
+        if t.target.name in change.biases:
+            edits[f"{t.target.name}.bias"] = [partial(_add_bias, change.biases[t.target.name])]
+    stored = {key: value for key, value in change.head.items() if hook_of(base.get_submodule(key.rpartition(".")[0]))}
+    edits |= {key: [partial(_replace, value)] for key, value in stored.items()}
+    edit_values(base, edits)
+    if not stored:
+        put_head(base, plan, change.head)
+
+
+def _add(target: Target, change: TrainedChange, model: PeftModel, stored: Tensor) -> None:
+    weight, name = target.view(stored), target.name
+    low_rank = change.weights.get(name)
+    added = subspace_change(lora_layer(model, name)) if low_rank is None else low_rank.dense()
+    tuned = weight.float() + added.to(weight.device)
+    if name in change.magnitudes:
+        tuned *= (change.magnitudes[name].to(weight.device) / tuned.norm(dim=1))[:, None]
+    weight.copy_(tuned.to(weight.dtype))
+
+
+def _add_bias(added: Tensor, stored: Tensor) -> None:
+    stored.copy_((stored.float() + added.to(stored.device)).to(stored.dtype))
+
+
+def _replace(value: Tensor, stored: Tensor) -> None:
+    stored.copy_(value.to(stored.dtype))
+
+
+def hold_change(base: PreTrainedModel, change: TrainedChange) -> None:
+    """Adds a change of low rank to what the targets of a base compute, which may be quantised: its weights stay."""
+
+    def add(factors: LowRank, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        here = factors.to(torch.float32, output.device)
+        return output + (inputs[0].float() @ here.A.T @ here.B.T).to(output.dtype)
+
+    for name, part in change.weights.items():
+        base.get_submodule(name).register_forward_hook(partial(add, part))
 
 
 def write_lora(change: TrainedChange, plan: Plan, folder: Path, base: str, *, portable: bool) -> int:

@@ -5,7 +5,7 @@ Accelerate's hooks do it, on each module that holds weights of its own (``load_o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -44,6 +44,48 @@ def stored_value(model: nn.Module, name: str, value: Tensor) -> Tensor:
     hook = hook_of(model.get_submodule(module)) if value.is_meta else None
     stored: Tensor = hook.weights_map[own] if hook else value
     return stored
+
+
+def edit_values(model: nn.Module, edits: Mapping[str, Sequence[Callable[[Tensor], object]]]) -> None:
+    """Changes parameters of a model.
+
+    Those on disk stay as they are there: what is read of them is changed, each time that a module needs it.
+
+    Args:
+        model: The model.
+        edits: Name of a parameter to functions that change its value in place.
+    """
+    for name, own in edits.items():
+        module, _, leaf = name.rpartition(".")
+        hook = hook_of(model.get_submodule(module))
+        if hook:
+            hook.weights_map = _Edited(hook.weights_map, leaf, own)
+            continue
+        with torch.no_grad():
+            for edit in own:
+                edit(model.get_parameter(name))
+
+
+class _Edited(Mapping[str, Tensor]):
+    """The stored weights of a module, one of them changed when it is read."""
+
+    def __init__(self, stored: Mapping[str, Tensor], name: str, edits: Sequence[Callable[[Tensor], object]]) -> None:
+        self._stored, self._name, self._edits = stored, name, edits
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key != self._name:
+            return self._stored[key]
+        value = self._stored[key].clone()
+        with torch.no_grad():
+            for edit in self._edits:
+                edit(value)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 @contextmanager

@@ -37,8 +37,7 @@ def export_stage(job: Job, plan: Plan) -> Exported:
             plan,
             folder,
             ExportOptions(wanted.format, wanted.rank, job.probe, wanted.max_gap),
-            base=job.recipe.model,
-            load_base=job.base,
+            base=job.export_base,
             tokenizer=job.tokenizer,
         )
         return {"train": trained, **asdict(done)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from keeptune.adapter.anchor import resolve
+from keeptune.adapter.export import Base
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
 from keeptune.core.weights import refuse_quantised
@@ -26,6 +27,7 @@ from keeptune.data.replay import with_replay
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import refuse_used
 from keeptune.model.head import Head, body_fingerprint
+from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import (
     LoadOptions,
     load_config,
@@ -117,6 +119,11 @@ class Job:
     def base(self) -> PreTrainedModel:
         """Returns a freshly loaded base, in evaluation mode."""
         return load_model(self.recipe.model, self._source(self.head))
+
+    @property
+    def export_base(self) -> Base:
+        """The base as exports take it."""
+        return Base(self.recipe.model, self.base, partial(load_floats, options=self._source(self.head)))
 
     @cached_property
     def base_fingerprint(self) -> str:

@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from keeptune.adapter.export import merge
 from keeptune.adapter.load import SIDECAR, check_base
+from keeptune.adapter.merging import is_streamed, merge
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.model.head import Head, body_fingerprint
+from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import Dtype, LoadOptions, load_model, load_tokenizer
 
 
@@ -36,9 +37,10 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None = None, dtype
         raise RecipeError("--dtype", got=dtype, wanted=", ".join(get_args(Dtype)), next_step="Pick one.")
     name, head = base or base_of(adapter), head_of_adapter(adapter)
     options = LoadOptions(dtype=cast(Dtype, dtype), head=head)
-    trained_on = load_model(name, replace(options, dtype=trained_in(adapter) or options.dtype))
+    load = load_floats if is_streamed(adapter) else load_model
+    trained_on = load(name, replace(options, dtype=trained_in(adapter) or options.dtype))
     check_base(adapter, body_fingerprint(trained_on), None if head is None else head.labels)
-    return merge(adapter, output, load_base=partial(load_model, name, options), tokenizer=load_tokenizer(name))
+    return merge(adapter, output, base=name, load=partial(load, options=options), tokenizer=load_tokenizer(name))
 
 
 def head_of_adapter(adapter: Path) -> Head | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from keeptune.adapter.export import Base
 from keeptune.adapter.load import SIDECAR, check_base, load_adapter
+from keeptune.adapter.merging import PLAIN_STARTS
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.core.low_rank import LowRank
@@ -32,13 +35,13 @@ from keeptune.core.weights import is_linear_map, is_quantised, read_weight
 from keeptune.linalg.rescaled import Rescaled
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
+from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import Dtype, LoadOptions, load_model
 from keeptune.pipeline.merge import base_of, head_of_adapter, quantised_in, trained_in
 from keeptune.pipeline.scoring import find_result
 from keeptune.recipe.paths import resolve_model
 
 _log = logging.getLogger(__name__)
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others take a part out of the base when loaded
 _TUNED = (BaseTunerLayer, ModulesToSaveWrapper)
 Change = LowRank | Rescaled | Tensor
 _Changes = Iterator[tuple[Target, Tensor, Change | None]]
@@ -94,6 +97,12 @@ class TrainedModel:
     def load_base(self) -> PreTrainedModel:
         """Loads a fresh base, in evaluation mode."""
         return self._load(self.base, self.dtype)
+
+    @property
+    def export_base(self) -> Base:
+        """The base as exports take it."""
+        floats = LoadOptions(dtype=self.dtype, device=self.device, head=self.head)
+        return Base(self.base, self.load_base, partial(load_floats, options=floats))
 
     def load_tuned(self) -> PreTrainedModel:
         """Loads the adapter on a fresh base, or the whole model, in evaluation mode."""
@@ -189,7 +198,7 @@ def _layers_of(wrapped: PeftModel, folder: Path, known: Set[str]) -> dict[str, A
     if outside:
         _log.warning("%s: %s is no linear map of the model's body; left out", folder, ", ".join(outside))
     layers = {name: layer for name, layer in tuned.items() if name in known}
-    plain = config.peft_type == "LORA" and config.init_lora_weights in _PLAIN_STARTS
+    plain = config.peft_type == "LORA" and config.init_lora_weights in PLAIN_STARTS
     return layers if plain and all(_has_factors(layer) for layer in layers.values()) else None
 
 

@@ -171,7 +171,7 @@ def repair(
     }
     tuned, plan = _repaired(start, problem, changes, options, total["mu"], made_from)
     remove_leftovers(output)
-    done = export(tuned, plan, output, base=trained.base, load_base=trained.load_base, tokenizer=start.tokenizer)
+    done = export(tuned, plan, output, base=trained.export_base, tokenizer=start.tokenizer)
     clock.lap("export")
     record = record | {"examples": examples, "export": asdict(done), "seconds": clock.seconds}
     mus = sorted(set(options.sweep))

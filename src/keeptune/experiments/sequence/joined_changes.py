@@ -100,9 +100,7 @@ def write_adapter(
     assert isinstance(tuned, PeftModel)
     form = "peft" if too_large and wanted.format == "portable" else wanted.format
     how = ExportOptions(format=form, rank=wanted.rank, max_gap=wanted.max_gap)
-    return export(
-        tuned.eval(), plan, folder, how, base=base.recipe.model, load_base=base.base, tokenizer=base.tokenizer
-    )
+    return export(tuned.eval(), plan, folder, how, base=base.export_base, tokenizer=base.tokenizer)
 
 
 def write_whole(base: Job, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

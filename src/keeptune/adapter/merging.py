@@ -1,0 +1,110 @@
+"""merge: an adapter and its base, which may be larger than memory, to one whole model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_module_tensor_to_device
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
+from keeptune.adapter.probe import Gap, logits_of, random_probe
+from keeptune.core.artefact import atomic_directory, read_json, write_json
+from keeptune.core.errors import ExportError
+from keeptune.core.offload import edit_values, is_offloaded
+from keeptune.model.offloaded import save
+
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others take a part out of the base when loaded
+_MORE = (
+    "use_dora",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "lora_bias",
+)
+
+
+def is_streamed(adapter: Path) -> bool:
+    """Returns whether an adapter can be merged weight by weight: it only adds to linear maps."""
+    config = read_json(adapter / "adapter_config.json")
+    plain = config.get("peft_type") == "LORA" and config.get("init_lora_weights") in PLAIN_STARTS
+    return plain and not any(config.get(key) for key in _MORE)
+
+
+def merge(
+    adapter: Path | str,
+    folder: Path | str,
+    *,
+    base: str,
+    load: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> float:
+    """Merges any LoRA adapter that PEFT loads into a fresh base, writes the whole model, and returns the gap in logits.
+
+    Args:
+        adapter: The adapter's folder.
+        folder: Where the model goes.
+        base: Path or hub id of the base, in floats.
+        load: Loads a model, with its weights on disk where the merge is to be streamed (:func:`is_streamed`).
+        tokenizer: Saved along when given.
+
+    Raises:
+        ModelError: The adapter does not fit the base.
+        ExportError: The folder holds something else, or the merged model's logits are not finite.
+    """
+    folder = Path(folder)
+    refuse_foreign(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ExportError(
+            f"merge to {folder}",
+            got="an adapter there",
+            wanted="a folder for a whole model",
+            next_step="Choose another.",
+        )
+    wrapped = load_adapter(load(base), Path(adapter))
+    probe = random_probe(wrapped)
+    wanted = logits_of(wrapped, probe)
+    merged = _merged(wrapped)
+    with atomic_directory(folder) as fresh:
+        save(merged, fresh)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        gap = Gap.between(logits_of(load(str(fresh)), probe), wanted).gap
+        if not math.isfinite(gap):
+            raise ExportError(
+                f"merge to {folder}",
+                got="logits that are NaN or infinite",
+                wanted="a finite difference to the adapter on its base",
+                next_step="Check the adapter's weights, or merge with --dtype float32. Nothing was written.",
+            )
+        write_json(fresh / SIDECAR, {"base": base, "gap": gap})
+    return gap
+
+
+def _merged(wrapped: PeftModel) -> PreTrainedModel:
+    """Returns the base with an adapter merged by PEFT; of a base on disk, each weight when it is read."""
+    if not is_offloaded(wrapped):
+        return wrapped.merge_and_unload()
+    inner = wrapped.get_base_model()
+    layers = {name: layer for name, layer in inner.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, layer in layers.items():  # PEFT's unload() would hold all weights in memory
+        inner.set_submodule(name, layer.get_base_layer())
+    edit_values(inner, {f"{name}.weight": [partial(_merge, layer)] for name, layer in layers.items()})
+    return inner
+
+
+def _merge(layer: Any, stored: Tensor) -> None:
+    base = layer.get_base_layer()
+    set_module_tensor_to_device(base, "weight", stored.device, value=stored)
+    layer.merge()
+    layer.merged_adapters.clear()
+    stored.copy_(base.weight)
+    set_module_tensor_to_device(base, "weight", "meta")
