@@ -21,7 +21,7 @@ from tests.reference.experts_reference import unfused
 from transformers import PreTrainedModel
 
 from keeptune.adapter.expert_layers import patterns_of_parameters
-from keeptune.adapter.export import Exported, ExportOptions, export
+from keeptune.adapter.export import Base, Exported, ExportOptions, export
 from keeptune.adapter.install import check_frozen, install, restore_state, trained_state
 from keeptune.adapter.load import load_adapter
 from keeptune.adapter.trained_change import change_of
