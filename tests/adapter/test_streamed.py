@@ -21,10 +21,9 @@ from keeptune.adapter.load import load_adapter
 from keeptune.adapter.merging import is_streamed, merge
 from keeptune.adapter.probe import logits_of
 from keeptune.core.artefact import file_fingerprint
-from keeptune.core.offload import edit_values, is_offloaded
+from keeptune.core.offload import edit_values, is_offloaded, save_model
 from keeptune.core.plan import Plan
 from keeptune.model.offloaded import load_floats, load_offloaded
-from keeptune.model.offloaded import save as save_model
 from keeptune.model.pretrained import LoadOptions, load_model
 
 LANGUAGE = ["llama", "qwen2", "gpt2"]
@@ -147,7 +146,8 @@ def test_the_memory_of_a_streamed_merge_does_not_grow_with_depth(tmp_path: Path)
         from peft import LoraConfig, get_peft_model
         from transformers import LlamaConfig, LlamaForCausalLM
         from keeptune.adapter import merging
-        from keeptune.model.offloaded import load_floats, save
+        from keeptune.core.offload import save_model
+        from keeptune.model.offloaded import load_floats
         from keeptune.model.pretrained import LoadOptions, load_model
 
         def make(depth):
@@ -176,7 +176,7 @@ def test_the_memory_of_a_streamed_merge_does_not_grow_with_depth(tmp_path: Path)
             save_file(named, folder / "adapter" / "adapter_model.safetensors")
             return str(folder)
 
-        merging.save = lambda model, folder: save(model, folder, shard="16MB")
+        merging.save_model = lambda model, folder: save_model(model, folder, shard="16MB")
         shallow, deep = make(2), make(24)
         for base, kind in ((shallow, load_floats), (deep, load_floats), (deep, load_model)):
             load = lambda name: kind(name, LoadOptions())

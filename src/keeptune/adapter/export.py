@@ -42,10 +42,9 @@ from keeptune.adapter.trained_change import (
 from keeptune.adapter.trained_head import labels_of
 from keeptune.core.artefact import atomic_directory, write_json, write_text
 from keeptune.core.errors import ExportError
-from keeptune.core.offload import aligned, device_of
+from keeptune.core.offload import aligned, device_of, save_model
 from keeptune.core.plan import Plan
 from keeptune.core.weights import is_quantised
-from keeptune.model.offloaded import save
 
 _log = logging.getLogger(__name__)
 _TOO_FAR = "On a 16-bit base train with `anchor: twin`, or state a larger `max_gap`. Nothing was written."
@@ -312,4 +311,4 @@ def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, b
     else:
         assert isinstance(model, PeftModel)
         put_change(base, change_of(model, plan), plan, model)
-    save(base, folder)
+    save_model(base, folder)

@@ -18,8 +18,7 @@ from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.probe import Gap, logits_of, random_probe
 from keeptune.core.artefact import atomic_directory, read_json, write_json
 from keeptune.core.errors import ExportError
-from keeptune.core.offload import edit_values, is_offloaded
-from keeptune.model.offloaded import save
+from keeptune.core.offload import edit_values, is_offloaded, save_model
 
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others take a part out of the base when loaded
 _MORE = (
@@ -74,7 +73,7 @@ def merge(
     wanted = logits_of(wrapped, probe)
     merged = _merged(wrapped)
     with atomic_directory(folder) as fresh:
-        save(merged, fresh)
+        save_model(merged, fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         gap = Gap.between(logits_of(load(str(fresh)), probe), wanted).gap

@@ -5,12 +5,15 @@ Accelerate's hooks do it, on each module that holds weights of its own (``load_o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -64,6 +67,24 @@ def edit_values(model: nn.Module, edits: Mapping[str, Sequence[Callable[[Tensor]
         with torch.no_grad():
             for edit in own:
                 edit(model.get_parameter(name))
+
+
+def save_model(model: PreTrainedModel, folder: Path, shard: str = "2GB") -> None:
+    """Saves a model; one whose weights are on disk shard by shard, with the changes of ``edit_values``.
+
+    Args:
+        model: The model.
+        folder: Where.
+        shard: What of such a model is in memory at a time at most, but for a weight that is larger.
+    """
+    if not is_offloaded(model):
+        model.save_pretrained(folder)
+        return
+    tied = model.all_tied_weights_keys  # Transformers finds them by their memory, and these have none
+    state = {name: value for name, value in model.state_dict().items() if name not in tied}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, state_dict=state, max_shard_size=shard)
 
 
 class _Edited(Mapping[str, Tensor]):

@@ -1,18 +1,16 @@
-"""Base models whose weights stay in their safetensors files until a module needs them: loaded, and saved changed."""
+"""Base models whose weights stay in their safetensors files until a module needs them."""
 
 from __future__ import annotations
 
 import tempfile
-import warnings
 import weakref
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from keeptune.core.offload import hook_of, is_offloaded
+from keeptune.core.offload import hook_of
 from keeptune.model.blocks import head_of
 from keeptune.model.gguf import is_gguf
 from keeptune.model.pretrained import LoadOptions, classifier_shapes, load_model, load_weights
@@ -47,24 +45,6 @@ def load_offloaded(name: str, options: LoadOptions) -> PreTrainedModel:
 def load_floats(name: str, options: LoadOptions) -> PreTrainedModel:
     """Loads a model of floats to read its weights: left on disk, but for a GGUF file's, which is not read in parts."""
     return load_model(name, options) if is_gguf(name) else load_offloaded(name, options)
-
-
-def save(model: PreTrainedModel, folder: Path, shard: str = "2GB") -> None:
-    """Saves a model; one whose weights are on disk shard by shard, with the changes of ``edit_values``.
-
-    Args:
-        model: The model.
-        folder: Where.
-        shard: What of such a model is in memory at a time at most, but for a weight that is larger.
-    """
-    if not is_offloaded(model):
-        model.save_pretrained(folder)
-        return
-    tied = model.all_tied_weights_keys  # Transformers finds them by their memory, and these have none
-    state = {name: value for name, value in model.state_dict().items() if name not in tied}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
-        model.save_pretrained(folder, state_dict=state, max_shard_size=shard)
 
 
 def _places(name: str, options: LoadOptions) -> dict[str, Any]:
