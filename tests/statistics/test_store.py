@@ -30,6 +30,7 @@ from keeptune.statistics.store import Source, StatStore
 TARGET = Target("h.1.k", 1, "k", 4, 6, input_group="h.1.q")
 SOURCE = Source(model="m", data="d", dtype="torch.float32")
 KNOWLEDGE = InputCovariance("knowledge")
+(NULL,) = LoraNull(rank=1).statistics  # what LoRA-Null asks for
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -232,14 +233,14 @@ def test_only_what_is_missing_is_computed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["weights", "data", "dtype"])
 def test_another_source_is_collected_anew(change: str, tmp_path: Path) -> None:
     made = Bench(MODELS["llama"](), tmp_path / "store")
-    first = made.collect(LoraNull(rank=1)).view(made.targets()[-1])[KNOWLEDGE]
+    first = made.collect(LoraNull(rank=1)).view(made.targets()[-1])[NULL]
     if change == "weights":
         made.model.get_parameter("model.layers.0.mlp.up_proj.weight").data[0, 0] += 1.0
     elif change == "data":
         made.data = calibration(seed=1)
     else:
         made.model.to(torch.bfloat16)
-    second = made.collect(LoraNull(rank=1)).view(made.targets()[-1])[KNOWLEDGE]
+    second = made.collect(LoraNull(rank=1)).view(made.targets()[-1])[NULL]
     assert len(entries(StatStore(made.folder))) == 16
     assert relative(second, first) > 0
 
@@ -264,7 +265,7 @@ def test_reading_what_was_not_requested_is_refused(tmp_path: Path) -> None:
     made = Bench(MODELS["llama"](), tmp_path / "store")
     target = made.targets()[0]
     view = made.collect(LoraNull(rank=1)).view(target)
-    assert view[KNOWLEDGE].shape == (32, 32)
+    assert view[NULL].shape == (32, 32)
     for other in (ReleasedCovariance("knowledge"), InputCovariance("task")):
         with pytest.raises(StatisticsError, match=r"q_proj: got a read of"):
             view[other]
@@ -276,7 +277,7 @@ def test_a_store_emptied_meanwhile_is_told(tmp_path: Path) -> None:
     for entry in entries(StatStore(made.folder)):
         (entry / "recipe.json").unlink()
     with pytest.raises(StatisticsError, match="Run the stats stage again"):
-        view[KNOWLEDGE]
+        view[NULL]
 
 
 def test_data_that_are_requested_and_not_given_are_named(tmp_path: Path) -> None:
