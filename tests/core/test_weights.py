@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from keeptune.core import weights
 from keeptune.core.errors import ModelError
 from keeptune.core.target import Target
-from keeptune.core.weights import keep_layout, read_weight, weight_shape
+from keeptune.core.weights import is_quantised, keep_layout, read_weight, weight_shape
 
 M, N, BLOCK = 64, 128, 64
 TARGET = Target("map", -1, "map", M, N, "map", bias=True)
@@ -160,3 +160,14 @@ def test_offloaded_weights_are_read_and_offloaded_again(make: Callable[[], Any])
     assert model.map.weight.is_meta and weight_shape(model.map) == (M, N)
     assert torch.equal(read_weight(model, target), wanted.T if transposed else wanted)
     assert model.map.weight.is_meta
+
+
+def test_a_model_is_quantised_where_a_map_or_experts_beside_it_are_packed() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Parameter(torch.zeros(4, 8, 8, dtype=torch.uint8), requires_grad=False)
+
+    plain = nn.Sequential(nn.Linear(N, M), nn.BatchNorm1d(M))
+    assert is_quantised(Holder(nf4())) and is_quantised(Holder(Experts()))
+    assert not is_quantised(Holder(plain)) and not is_quantised(Holder(plain, quantised=False))

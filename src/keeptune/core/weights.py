@@ -39,8 +39,14 @@ def is_linear_map(module: nn.Module) -> bool:
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Returns whether some linear map of a model, which may carry adapters, is stored otherwise than in floats."""
-    return any(is_linear_map(module) and not _is_plain(model, module) for module in model.modules())
+    """Returns whether some weight of a model, which may carry adapters, is stored otherwise than in floats."""
+    if any(is_linear_map(module) and not _is_plain(model, module) for module in model.modules()):
+        return True
+    # Experts that are packed in one parameter are no linear maps.
+    packed = (
+        not p.is_floating_point() or p.itemsize == 1 for p in (*model.parameters(), *model.buffers()) if p.ndim > 1
+    )
+    return getattr(model, "hf_quantizer", None) is not None and any(packed)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
