@@ -58,7 +58,7 @@ def plan(
     """Collects the statistics a method needs and makes its plan.
 
     Args:
-        model: The base model, as loaded; it is not changed.
+        model: The base model, as loaded, quantised or not; it is not changed.
         tokenizer: Its tokenizer.
         method: Such as ``LoraNull(rank=8)``.
         knowledge: Texts that hold what the model should keep, or prompts and completions.

@@ -169,5 +169,6 @@ def test_a_model_is_quantised_where_a_map_or_experts_beside_it_are_packed() -> N
             self.blocks = nn.Parameter(torch.zeros(4, 8, 8, dtype=torch.uint8), requires_grad=False)
 
     plain = nn.Sequential(nn.Linear(N, M), nn.BatchNorm1d(M))
+    plain.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool))
     assert is_quantised(Holder(nf4())) and is_quantised(Holder(Experts()))
     assert not is_quantised(Holder(plain)) and not is_quantised(Holder(plain, quantised=False))

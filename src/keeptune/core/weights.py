@@ -43,10 +43,9 @@ def is_quantised(model: nn.Module) -> bool:
     if any(is_linear_map(module) and not _is_plain(model, module) for module in model.modules()):
         return True
     # Experts that are packed in one parameter are no linear maps.
-    packed = (
-        not p.is_floating_point() or p.itemsize == 1 for p in (*model.parameters(), *model.buffers()) if p.ndim > 1
-    )
-    return getattr(model, "hf_quantizer", None) is not None and any(packed)
+    stored = (*model.parameters(), *model.buffers())
+    packed = any(tensor.itemsize == 1 and tensor.dtype != torch.bool for tensor in stored)
+    return packed and getattr(model, "hf_quantizer", None) is not None
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
