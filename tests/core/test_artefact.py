@@ -315,10 +315,12 @@ def test_files_and_folders_have_the_modes_that_the_umask_leaves(umask: int, tmp_
             write_json(fresh / "record.json", {})
         with atomic_directory(tmp_path / "folder") as fresh:
             write_json(fresh / "record.json", {"again": True})
+            write_tensors(fresh / "part" / "value.safetensors", {"value": torch.zeros(1)})
     finally:
         os.umask(before)
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
-    assert (tmp_path / "folder/record.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    for file in ("record.json", "part/value.safetensors"):
+        assert (tmp_path / "folder" / file).stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("token", ["hf_" + "aB3" * 10, "sk-proj-" + "aB3" * 10, "github_pat_" + "aB3" * 8])

@@ -219,6 +219,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         fresh.mkdir()
         try:
             yield fresh
+            _readable(fresh)
             if path.exists():
                 _exchange(fresh, path)
             else:
@@ -226,6 +227,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
+
+
+def _readable(folder: Path) -> None:
+    """Gives files the modes that the umask left the folder: safetensors writes for the user's eyes only."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def remove_leftovers(path: Path) -> None:
