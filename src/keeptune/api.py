@@ -36,6 +36,7 @@ from keeptune.model.blocks import positions
 from keeptune.model.head import Head
 from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import LoadOptions, load_model
+from keeptune.model.quantization import quantised_on_load
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.machine import check_folder
 from keeptune.pipeline.planning import PlanOptions, plan_for
@@ -116,19 +117,22 @@ def export(
         plan: Its plan.
         folder: Where; it appears whole or not at all.
         options: What is written, such as ``ExportOptions(format="peft", rank=4)``, and how it is checked.
-        base: Path or hub id of the base.
+        base: Path or hub id of the base; one that was quantised as it was loaded is quantised again for the check.
         tokenizer: Saved along when given.
 
     Returns:
-        Where it is and how large the gap is.
+        Where it is and how large the gap is; of a quantised base also that to its original.
 
     Raises:
         ExportError: The gap is above the bound, or the format does not fit the plan.
     """
     head = Head.of(model.get_base_model() if isinstance(model, PeftModel) else model)
     dtype: Any = str(model.dtype).removeprefix("torch.")
-    loading = LoadOptions(dtype=dtype, device=model.device, head=head)
-    source = exporting.Base(base, partial(load_model, base, loading), partial(load_floats, options=loading))
+    floats = LoadOptions(dtype=dtype, device=model.device, head=head)
+    fields = quantised_on_load(model)
+    load = partial(load_model, base, replace(floats, quantization=fields))
+    original = options.original or (None if fields is None else base)
+    source = exporting.Base(base, load, partial(load_floats, options=floats), original, fields)
     return exporting.export(model, plan, folder, options, base=source, tokenizer=tokenizer)
 
 

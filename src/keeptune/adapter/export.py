@@ -63,12 +63,14 @@ class ExportOptions:
         probe: Token ids ``(batch, length)`` for the check; None draws some.
         max_gap: Largest relative gap allowed; None takes 1e-4 for a float32 base, 2e-2 for float16 and
             1e-1 for bfloat16. Of a smaller rank, None allows any.
+        original: Path or hub id of what a base that is stored quantised was before, for :func:`keeptune.export`.
     """
 
     format: Format = "portable"
     rank: int | None = None
     probe: Tensor | None = None
     max_gap: float | None = None
+    original: str | None = None
 
 
 _AS_TRAINED = ExportOptions()

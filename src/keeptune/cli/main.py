@@ -157,11 +157,12 @@ def merge(
     output: Annotated[Path, typer.Argument(help="Where the merged model goes.", show_default=False)],
     base: Base = None,
     dtype: Dtype = "auto",
+    original: Annotated[str | None, typer.Option(help="What a quantised base was before; merged into it.")] = None,
 ) -> None:
-    """Merge an adapter into its base and check the merged model."""
+    """Merge an adapter into its base, or the original of a quantised one, and check the merged model."""
     from keeptune.pipeline.merge import merge_adapter
 
-    gap = merge_adapter(adapter, output, base=base, dtype=dtype)
+    gap = merge_adapter(adapter, output, base=base, dtype=dtype, original=original)
     echo(f"merged model in {output}; largest difference in logits {gap:.1e}")
 
 

@@ -34,6 +34,7 @@ from keeptune.model.quantization import loading, with_precise
 _log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+StartFrom = Literal["quantised", "original"]  # which weights of a quantised base starts and scores are read from
 
 
 @dataclass(frozen=True, slots=True)

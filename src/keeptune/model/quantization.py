@@ -118,6 +118,16 @@ def stays_quantised(fields: Mapping[str, Any] | None, config: Any = None) -> boo
     return bool(values) and not values.get("dequantize") and values.get("quant_method") != "gguf"
 
 
+def quantised_on_load(model: Any) -> dict[str, Any] | None:
+    """Returns the fields of the quantisation that a model was loaded with; None for one that is stored as it is."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    quantiser = getattr(inner, "hf_quantizer", None)
+    if quantiser is None or quantiser.pre_quantized:
+        return None
+    fields = {key: value for key, value in quantiser.quantization_config.to_dict().items() if not key.startswith("_")}
+    return {key: value for key, value in fields.items() if key in _known(_kind(fields)) | {"quant_method"}}
+
+
 def cannot_quantise(where: str, error: Exception) -> ModelError:
     """Returns the error for a quantisation whose package is missing, or that this machine cannot run."""
     text = " ".join(str(error).split())

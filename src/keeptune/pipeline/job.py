@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from keeptune.model.pretrained import (
 from keeptune.model.quantization import stays_quantised
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
+from keeptune.pipeline.originals import check_original, original_of, refuse_without_original
 from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind
 from keeptune.recipe.construct import make_method, make_penalties
@@ -123,7 +124,22 @@ class Job:
     @property
     def export_base(self) -> Base:
         """The base as exports take it."""
-        return Base(self.recipe.model, self.base, partial(load_floats, options=self._source(self.head)))
+        recipe = self.recipe
+        return Base(recipe.model, self.base, self.load_floats, self.original, recipe.quantization)
+
+    @cached_property
+    def original(self) -> str | None:
+        """What a quantised base was before, by path or hub id; None where it is not quantised or not at hand."""
+        return original_of(self.recipe, load_config(self.recipe.model, self._source()))
+
+    def load_floats(self, name: str) -> PreTrainedModel:
+        """Loads a model of floats as the base is loaded, with its weights left on disk."""
+        return load_floats(name, self.float_source(name, self.head))
+
+    def float_source(self, name: str, head: Head | None = None) -> LoadOptions:
+        """Returns how a model of floats is loaded: the base, its original or a merged one."""
+        revision = self.recipe.revision if name == self.recipe.model else None
+        return dataclasses.replace(self._source(head), quantization=None, revision=revision)
 
     @cached_property
     def base_fingerprint(self) -> str:
@@ -239,7 +255,11 @@ class Job:
     def plan_options(self) -> PlanOptions:
         """Which targets are planned, and how."""
         recipe = self.recipe
-        return PlanOptions(recipe.targets, recipe.layers, recipe.low_memory, fingerprint=self.base_fingerprint)
+        options = PlanOptions(recipe.targets, recipe.layers, recipe.low_memory, fingerprint=self.base_fingerprint)
+        if recipe.start_from != "original":
+            return options
+        assert self.original is not None
+        return dataclasses.replace(options, start_from="original", original=self.load_floats(self.original))
 
     @cached_property
     def plan_inputs(self) -> dict[str, Any]:
@@ -257,6 +277,9 @@ class Job:
             inputs["task"] = self.task_calibration.fingerprint
         if recipe.quantization is not None:
             inputs["quantization"] = recipe.quantization
+        if recipe.start_from == "original":
+            assert self.original is not None
+            inputs["start_from"] = body_fingerprint(self.load_floats(self.original))
         if self.head is not None:
             inputs["head"] = self.head
         # Which examples come first depends on sets and order; all together do not.
@@ -284,7 +307,9 @@ class Job:
         check_folder("store", self.store.folder)
         check_device(self.device)
         self.check_needs()
-        self._refuse_quantised(load_config(recipe.model, self._source()))
+        config = load_config(recipe.model, self._source())
+        self._refuse_quantised(config)
+        check_original(recipe, config, self.float_source(recipe.original or recipe.model))
         quantised_loading(recipe.model, self._source())
         used = [Corpus("task.train", self.task_rows, self.task.read_texts)]
         for part, rows in zip(self.knowledge, self.knowledge_rows, strict=True):
@@ -324,6 +349,7 @@ class Job:
                 next_step=_ADD_KNOWLEDGE,
             )
         self._refuse_quantised()
+        refuse_without_original(recipe)
         refuse_layers(self.method, recipe.layers)
         refuse_penalties(self.method, scoped_penalties(self.method, self.penalties))
         if "knowledge" in self.needs and recipe.knowledge is None:

@@ -21,9 +21,10 @@ from keeptune.methods.base import Method, make_plan
 from keeptune.methods.combined import parts_of, refuse_experts, tuned_roles
 from keeptune.model.blocks import depth, find_targets, head_of
 from keeptune.model.head import body_fingerprint
-from keeptune.model.pretrained import refuse_not_finite
+from keeptune.model.pretrained import StartFrom, refuse_not_finite
 from keeptune.model.runner import Runner
 from keeptune.penalties.base import OutputPenalty, Penalty, Site, penalty_plan
+from keeptune.pipeline.starts import weight_reader
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import DataRole, Request
 from keeptune.statistics.store import DEFAULT_LIMIT, StatStore
@@ -43,6 +44,9 @@ class PlanOptions:
         store_limit: Bytes of that folder; the least recently used statistics go first.
         fingerprint: Of the model's weights, where it is known already.
         provenance: What the plan is made from, for the record.
+        start_from: Which weights of a quantised base the method reads, for its starts and its scores: those that it
+            computes with, dequantised, or the ``"original"`` ones.
+        original: The base before it was quantised, by path or hub id, or loaded; its weights may be on disk.
     """
 
     targets: Sequence[str] | None = None
@@ -53,6 +57,8 @@ class PlanOptions:
     store_limit: int = DEFAULT_LIMIT
     fingerprint: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    start_from: StartFrom = "quantised"
+    original: PreTrainedModel | str | None = None
 
 
 _DEFAULTS = PlanOptions()
@@ -188,12 +194,14 @@ def plan_for(
     options = replace(options, fingerprint=options.fingerprint or body_fingerprint(model))
     scoped = scoped_penalties(method, penalties)
     refuse_penalties(method, scoped)
+    weight_of = weight_reader(model, method, options.start_from, options.original)
     targets, statistics = statistics_for(model, method, store, data=data, options=options)
     provenance = {"model": options.fingerprint, **options.provenance}
+    if options.start_from != "quantised":
+        provenance["start_from"] = options.start_from
     if statistics.unseen:
         names = named(sorted(statistics.unseen))
         provenance["notes"] = [*provenance.get("notes", ()), f"no token of the data reached {names}: left alone"]
-    weight_of = partial(read_weight, model)
     plan = make_plan(method, targets, weight_of, statistics.view, head=head_of(model), provenance=provenance)
     return with_penalties(plan, scoped, Runner(model), store, data=data, options=options)
 

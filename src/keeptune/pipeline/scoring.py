@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -21,6 +22,8 @@ from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 
+_log = logging.getLogger(__name__)
+
 
 @out_of_memory("evaluate")
 def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers | None = None) -> list[dict[str, Any]]:
@@ -39,7 +42,28 @@ def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers |
     weights = result_fingerprint(folder)
     results = job.output / ("evaluation" if adapter is None else f"evaluation-{weights[:12]}")
     pair = cache(lambda: load_pair(job, folder))  # not loaded where every benchmark is scored
-    return [score(job, benchmark, pair, results, weights, kept)["summary"] for benchmark in job.recipe.evaluate]
+    merged = _is_into_original(job, folder)
+    kept, variant = (None, {"before": job.original}) if merged else (kept, None)
+    scores = [score(job, one, pair, results, weights, kept, variant)["summary"] for one in job.recipe.evaluate]
+    if job.recipe.export.check_original and not merged:
+        _score_on_original(job, folder, results, weights)
+    return scores
+
+
+def _is_into_original(job: Job, folder: Path) -> bool:
+    """Whether a result is a whole model of floats of a quantised base: its base is the original."""
+    return not (folder / "adapter_config.json").is_file() and job.original is not None
+
+
+def _score_on_original(job: Job, folder: Path, results: Path, weights: str) -> None:
+    """Scores an adapter on the original of its quantised base too, in memory as whole models are scored."""
+    original = job.original
+    assert original is not None
+    pair = cache(lambda: AdapterPair(load_adapter(load_model(original, job.float_source(original, job.head)), folder)))
+    for one in job.recipe.evaluate:
+        place = results.with_name(f"{results.name}-original")
+        found = score(job, one, pair, place, weights, None, {"on": original})["summary"]
+        _log.info("%s on the original %s: %.3f before, %.3f after", one.name, original, found["before"], found["after"])
 
 
 def score(
@@ -90,6 +114,10 @@ def load_pair(job: Job, folder: Path) -> ModelPair:
         check_base(folder, job.base_fingerprint, None if job.head is None else job.head.labels)
         return AdapterPair(load_adapter(job.base(), folder))
     options = LoadOptions(dtype=job.recipe.dtype, device=job.device, head=job.head)
+    if _is_into_original(job, folder):
+        original = job.original
+        assert original is not None
+        return TwoModels(load_model(original, job.float_source(original, job.head)), load_model(str(folder), options))
     return TwoModels(job.base(), load_model(str(folder), options))
 
 

@@ -37,7 +37,7 @@ from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import Dtype, LoadOptions, load_model
-from keeptune.pipeline.merge import base_of, head_of_adapter, quantised_in, trained_in
+from keeptune.pipeline.merge import base_of, head_of_adapter, original_in, quantised_in, trained_in
 from keeptune.pipeline.scoring import find_result
 from keeptune.recipe.paths import resolve_model
 
@@ -102,7 +102,8 @@ class TrainedModel:
     def export_base(self) -> Base:
         """The base as exports take it."""
         floats = LoadOptions(dtype=self.dtype, device=self.device, head=self.head)
-        return Base(self.base, self.load_base, partial(load_floats, options=floats))
+        original = original_in(self.folder)
+        return Base(self.base, self.load_base, partial(load_floats, options=floats), original, self.quantization)
 
     def load_tuned(self) -> PreTrainedModel:
         """Loads the adapter on a fresh base, or the whole model, in evaluation mode."""

@@ -38,8 +38,9 @@ def resolve_paths(values: Mapping[str, Any], folder: Path, fetch: Fetch = hub.fe
     for section, key in _FILES:
         if section in paths:
             paths[section] = resolved(paths[section], key)
-    if isinstance(paths.get("model"), str):
-        paths["model"] = resolve_model(paths["model"], folder)
+    for key in ("model", "original"):
+        if isinstance(paths.get(key), str):
+            paths[key] = resolve_model(paths[key], folder)
     return paths
 
 

@@ -20,7 +20,7 @@ from keeptune.data import hub
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.methods.combined import tuned_roles
-from keeptune.model.pretrained import Dtype
+from keeptune.model.pretrained import Dtype, StartFrom
 from keeptune.model.quantization import check_quantization
 from keeptune.recipe.construct import make_method, make_penalties
 from keeptune.recipe.paths import Fetch, resolve_paths
@@ -86,6 +86,8 @@ class Recipe(Section):
     export: ExportSpec = ExportSpec()
     dtype: Dtype = "auto"
     quantization: dict[str, Any] | None = None
+    original: str | None = None
+    start_from: StartFrom = "quantised"
     device: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False

@@ -167,6 +167,7 @@ class ExportSpec(Section):
     format: Format = "portable"
     max_gap: float | None = Field(None, gt=0)
     rank: int | None = Field(None, ge=1)
+    check_original: bool = False
 
 
 def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | int]], Sequence[str]]) -> RecipeError:
