@@ -245,3 +245,15 @@ def test_statistics_in_use_are_not_removed(tmp_path: Path) -> None:
     gone, kept = StatStore(made.folder).use.remove(lambda _: True)
     assert (len(gone), len(kept)) == (8, 0)
     assert torch.equal(made.collect(LoraNull(rank=1)).view(made.targets()[0])[knowledge], value)
+
+
+def test_what_is_not_the_store_s_own_is_left_alone(tmp_path: Path) -> None:
+    """A folder of the user's, taken for a store: nothing of theirs is an entry, a leftover or a user."""
+    own = [tmp_path / place for place in ("ab/.git/config", "ab/cd/notes", "users/ann", "size", "locks/mine", "use/x")]
+    for file in own:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine", encoding="utf-8")
+    put(tmp_path, 0, 1, 2, 3)
+    StatStore(tmp_path).use.remove(lambda _: True)
+    assert not held(tmp_path)
+    assert all(file.read_text(encoding="utf-8") == "mine" for file in own)

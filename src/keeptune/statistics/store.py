@@ -114,7 +114,7 @@ class StatStore:
 
     def note_model(self, fingerprint: str, name: str) -> None:
         """Notes the path or hub id of a model, for whoever lists the store."""
-        note = self.folder / "models" / fingerprint
+        note = self.folder / "use" / "models" / fingerprint
         if name and os.access(self.folder, os.W_OK) and model_names(self.folder).get(fingerprint) != name:
             write_bytes(note, name.encode())
 

@@ -2,9 +2,9 @@
 
     <key[:2]>/<key>/     an entry; ``recipe.json`` was last read or written when it was last used
     <key[:2]>/.<key>.*   an entry that is being written or removed
-    users/*              a file for each user, locked while there is the user; a line for each entry it uses
-    models/*             the path or hub id of a model whose fingerprint is the file's name
-    size                 the bytes of all entries, so that a put need not look at each, and the limit of the last put
+    use/users/*.user     a file for each user, locked while there is the user; a line for each entry it uses
+    use/models/*         the path or hub id of a model whose fingerprint is the file's name
+    use/size             the bytes of all entries, so that a put need not look at each, and the limit of the last put
 
 One lock is held whenever users name entries and whenever entries go: what a user has named stays, or is gone already.
 """
@@ -28,6 +28,7 @@ from keeptune.core.errors import StatisticsError
 from keeptune.core.locks import locked
 
 _log = logging.getLogger(__name__)
+_DIGIT = "[0-9a-f]"
 _OVER = "statistics: what runs use takes %s, more than `store_limit` (%s); it stays in %s as long as they use it"
 
 
@@ -48,7 +49,7 @@ class Entry:
 def entries(folder: Path) -> list[Entry]:
     """Returns the entries of a store, the least recently used first; none where there is no store."""
     found = []
-    for entry in folder.glob("[0-9a-f][0-9a-f]/[0-9a-f]*"):
+    for entry in folder.glob(f"{_DIGIT * 2}/{_DIGIT * 64}"):
         try:
             files = {file.name: file.stat() for file in os.scandir(entry)}
         except OSError:
@@ -122,7 +123,7 @@ class StoreUse:
                     self._warned = True
                     _log.warning(_OVER, size_text(total + size), size_text(limit), self.folder)
             self._write(key, size)
-            (self.folder / "size").write_text(f"{total + size} {limit}", encoding="utf-8")
+            (self.folder / "use" / "size").write_text(f"{total + size} {limit}", encoding="utf-8")
 
     def remove(self, wanted: Callable[[Entry], bool]) -> tuple[list[Entry], list[Entry]]:
         """Removes entries that nobody uses; returns what was removed, and what was wanted but is in use."""
@@ -133,7 +134,7 @@ class StoreUse:
             gone = [entry for entry in chosen if entry not in kept]
             _, limit = recorded(self.folder)
             left = max(self._size() - sum(entry.bytes for entry in gone), 0)
-            (self.folder / "size").write_text(f"{left} {limit or ''}", encoding="utf-8")
+            (self.folder / "use" / "size").write_text(f"{left} {limit or ''}", encoding="utf-8")
         return gone, kept
 
     def _evict(self, key: str, room: int) -> int:
@@ -159,26 +160,26 @@ class StoreUse:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Holds the lock of all users, and registers this one."""
-        with explain_full_disk(self.folder), locked(self.folder / "locks" / "users"):
+        with explain_full_disk(self.folder), locked(self.folder / "use" / "lock"):
             if self._file is None:
                 self._register()
             yield
 
     def _register(self) -> None:
-        users = self.folder / "users"
+        users = self.folder / "use" / "users"
         users.mkdir(exist_ok=True)
-        self._file = users / secrets.token_hex(8)
+        self._file = users / f"{secrets.token_hex(8)}.user"
         held = ExitStack()
         held.enter_context(locked(self._file))
         weakref.finalize(self, held.close)
         named = self._named_by_all()
-        for left in self.folder.glob("[0-9a-f][0-9a-f]/.*"):
+        for left in self.folder.glob(f"{_DIGIT * 2}/.{_DIGIT * 64}.*"):
             if left.name[1:65] not in named:
                 _log.info("%s: left over by a killed run, removed", left)
                 shutil.rmtree(left, ignore_errors=True)
         present = {entry.key: entry.bytes for entry in entries(self.folder)}
         total = sum({**named, **present}.values())
-        (self.folder / "size").write_text(f"{total} {recorded(self.folder)[1] or ''}", encoding="utf-8")
+        (self.folder / "use" / "size").write_text(f"{total} {recorded(self.folder)[1] or ''}", encoding="utf-8")
 
     def _write(self, key: str, size: int) -> None:
         assert self._file is not None
@@ -189,7 +190,7 @@ class StoreUse:
     def _named_by_all(self) -> dict[str, int]:
         """Returns the keys that living users name, with the bytes they are about to write; forgets dead users."""
         named: dict[str, int] = {}
-        for file in (self.folder / "users").iterdir():
+        for file in (self.folder / "use" / "users").glob("*.user"):
             with locked(file, wait=False) as dead:
                 if dead:
                     file.unlink()
@@ -203,7 +204,7 @@ class StoreUse:
 def recorded(folder: Path) -> tuple[int, int | None]:
     """Returns the bytes that a store notes of itself, and the limit of the last put; 0 and None without a note."""
     try:
-        numbers = [int(word) for word in (folder / "size").read_text(encoding="utf-8").split()]
+        numbers = [int(word) for word in (folder / "use" / "size").read_text(encoding="utf-8").split()]
     except (OSError, ValueError):
         numbers = []
     return (numbers[0] if numbers else 0), (numbers[1] if len(numbers) > 1 else None)
@@ -211,7 +212,7 @@ def recorded(folder: Path) -> tuple[int, int | None]:
 
 def model_names(folder: Path) -> dict[str, str]:
     """Returns the paths or hub ids of the models of a store, by their fingerprints."""
-    return {file.name: file.read_text(encoding="utf-8") for file in folder.glob("models/*")}
+    return {file.name: file.read_text(encoding="utf-8") for file in folder.glob("use/models/*")}
 
 
 def _remove(entry: Entry) -> bool:
