@@ -53,6 +53,13 @@ KINDS: dict[str, dict[str, Any]] = {
         ],
         "anchor": "twin",
     },
+    "beside-the-head": {"method": METHODS["lora"], "modules_to_save": ["lm_head"]},
+    "beside-tokens": {
+        "method": METHODS["lora-null-v1"],
+        "anchor": "twin",
+        "modules_to_save": ["model.norm"],
+        "trainable_token_indices": [5, 9, 300],
+    },
     "loki": {"method": {"name": "loki", "q": 10, "rate": "by-q"}},
     "loki-within-delta-kfac": {
         "method": {"name": "loki", "q": 30, "rank": 4, "dropout": 0.1},

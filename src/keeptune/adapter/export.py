@@ -39,7 +39,7 @@ from keeptune.adapter.trained_change import (
     write_lora,
     written_rank,
 )
-from keeptune.adapter.trained_head import labels_of
+from keeptune.adapter.trained_head import head_names, labels_of, task_type, token_rows
 from keeptune.core.artefact import atomic_directory, write_json, write_text
 from keeptune.core.errors import ExportError
 from keeptune.core.offload import aligned, device_of, save_model
@@ -174,6 +174,11 @@ def _no_lora(plan: Plan, wanted: int | None = None) -> str:
         return (
             "Experts of fused weights were trained, whose adapters servers read in forms that differ by architecture,"
             " if at all (vLLM #52194; format peft writes one for PEFT)"
+        )
+    if task_type(plan) == "CAUSAL_LM" and (head_names(plan) or token_rows(plan)):
+        return (
+            f"Beside the factors {', '.join([*head_names(plan), *token_rows(plan)])} was trained, and vLLM refuses"
+            " adapters with modules_to_save or rows of tokens (format peft writes one for PEFT)"
         )
     rank = written_rank(plan)
     if max(SERVED_RANKS) < min(rank, wanted or rank):

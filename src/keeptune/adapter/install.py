@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor, apply_anchor, keep_active, resolve
 from keeptune.adapter.expert_layers import Held, clear, held_in, layer_path, patterns_of_parameters
 from keeptune.adapter.special_layers import install_subspace, prepare
-from keeptune.adapter.trained_head import head_names, keep_precise, put_head, task_type, trained_head
+from keeptune.adapter.trained_head import keep_precise, put_head, task_type, trained_head, trained_head_names
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
@@ -53,6 +53,7 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
     anchored = any(t.anchored for t in plan.targets)
     peft = dict(plan.peft)
     kasa = peft.pop("kasa_config", None)
+    peft.pop("task_type", None)
     # get_peft_model draws factors that are overwritten below; the caller's random state is left alone.
     with torch.random.fork_rng(), patterns_of_parameters():
         wrapped = get_peft_model(model, _config(plan, plan.targets, peft))
@@ -119,10 +120,7 @@ def trained_names(model: PeftModel, plan: Plan) -> set[str]:
     factors = {
         f"{layer_path(model, t.target)}.{TRAINED_TENSORS[name].parameter}" for t in plan.targets for name in t.trainable
     }
-    heads = tuple(f"{name}.modules_to_save.default." for name in head_names(plan))
-    inner = model.base_model.model
-    head = {name for name, _ in inner.named_parameters() if name.startswith(heads)}
-    return {f"base_model.model.{name}" for name in factors | head}
+    return {f"base_model.model.{name}" for name in factors | trained_head_names(model, plan)}
 
 
 def held_parameters(model: PeftModel, target_plan: TargetPlan) -> dict[TensorName, Held]:

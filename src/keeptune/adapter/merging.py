@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 from accelerate.utils import set_module_tensor_to_device
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.probe import Gap, logits_of, random_probe
+from keeptune.adapter.trained_head import is_tied
 from keeptune.core.artefact import atomic_directory, read_json, write_json
 from keeptune.core.errors import ExportError
 from keeptune.core.offload import edit_values, is_offloaded, save_model
@@ -90,14 +93,30 @@ def merge(
 
 def _merged(wrapped: PeftModel) -> PreTrainedModel:
     """Returns the base with an adapter merged by PEFT; of a base on disk, each weight when it is read."""
-    if not is_offloaded(wrapped):
-        return wrapped.merge_and_unload()
     inner = wrapped.get_base_model()
+    if _untie(inner):
+        inner.config.get_text_config().tie_word_embeddings = inner.config.tie_word_embeddings = False
+        inner.all_tied_weights_keys = {}
+    if not is_offloaded(wrapped):
+        with warnings.catch_warnings():  # of what has just been untied on purpose
+            warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied|Model with `tie_word_emb")
+            return wrapped.merge_and_unload()
     layers = {name: layer for name, layer in inner.named_modules() if isinstance(layer, BaseTunerLayer)}
     for name, layer in layers.items():  # PEFT's unload() would hold all weights in memory
         inner.set_submodule(name, layer.get_base_layer())
     edit_values(inner, {f"{name}.weight": [partial(_merge, layer)] for name, layer in layers.items()})
     return inner
+
+
+def _untie(base: Any) -> bool:
+    """Gives the head and the embedding a weight each where a LoRA changes one of two that are tied."""
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if not is_tied(base) or not any(isinstance(module, LoraLayer) for module in (head, embedding)):
+        return False
+    own = head.get_base_layer() if isinstance(head, LoraLayer) else head
+    if not own.weight.is_meta:  # on disk each is read for itself
+        own.weight = nn.Parameter(own.weight.detach().clone(), requires_grad=False)
+    return True
 
 
 def _merge(layer: Any, stored: Tensor) -> None:

@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 from keeptune.adapter.expert_layers import saved_factors, saved_names
 from keeptune.adapter.install import lora_layer, trained_state
 from keeptune.adapter.special_layers import subspace_change
-from keeptune.adapter.trained_head import head_names, put_head, task_type, trained_head
+from keeptune.adapter.trained_head import (
+    head_edits,
+    head_names,
+    put_head,
+    task_type,
+    tied_head,
+    token_rows,
+    trained_head,
+)
 from keeptune.core.artefact import write_tensors
 from keeptune.core.low_rank import LowRank
 from keeptune.core.offload import edit_values, hook_of
@@ -34,7 +42,7 @@ class TrainedChange:
             part of W was taken out and both factors were trained. For DoRA, before rows get their lengths.
         magnitudes: Target name to the lengths of W's rows, ``(m,)`` (DoRA).
         biases: Target name to the change of b, ``(m,)``, with the scale (LoKI).
-        head: Name to parameter or buffer of a classifier's head.
+        head: Name to parameter or buffer of what is trained beside: a classifier's head, modules, rows of tokens.
     """
 
     weights: Mapping[str, LowRank] = field(default_factory=dict)
@@ -57,7 +65,7 @@ def change_of(model: PeftModel, plan: Plan) -> TrainedChange:
         weights,
         {t.target.name: state[f"{t.target.name}.magnitude"] for t in plan.targets if "magnitude" in t.vectors},
         {t.target.name: t.scale * state[f"{t.target.name}.bias"] for t in plan.targets if "bias" in t.vectors},
-        trained_head(model, plan),
+        trained_head(model, plan) | tied_head(model, plan),
     )
 
 
@@ -96,8 +104,9 @@ def put_change(base: PreTrainedModel, change: TrainedChange, plan: Plan, model: 
         edits.setdefault(t.target.parameter, []).append(partial(_add, t.target, change, model))
         if t.target.name in change.biases:
             edits[f"{t.target.name}.bias"] = [partial(_add_bias, change.biases[t.target.name])]
-    stored = {key: value for key, value in change.head.items() if hook_of(base.get_submodule(key.rpartition(".")[0]))}
-    edits |= {key: [partial(_replace, value)] for key, value in stored.items()}
+    beside = head_edits(base, plan, change.head)
+    stored = {key: edit for key, edit in beside.items() if hook_of(base.get_submodule(key.rpartition(".")[0]))}
+    edits |= {key: [edit] for key, edit in stored.items()}
     edit_values(base, edits)
     if not stored:
         put_head(base, plan, change.head)
@@ -115,10 +124,6 @@ def _add(target: Target, change: TrainedChange, model: PeftModel, stored: Tensor
 
 def _add_bias(added: Tensor, stored: Tensor) -> None:
     stored.copy_((stored.float() + added.to(stored.device)).to(stored.dtype))
-
-
-def _replace(value: Tensor, stored: Tensor) -> None:
-    stored.copy_(value.to(stored.dtype))
 
 
 def hold_change(base: PreTrainedModel, change: TrainedChange) -> None:
@@ -160,6 +165,8 @@ def write_lora(change: TrainedChange, plan: Plan, folder: Path, base: str, *, po
         use_dora=bool(change.magnitudes),
         lora_bias=bool(change.biases),
         modules_to_save=list(head_names(plan)) or None,
+        trainable_token_indices=dict(token_rows(plan)) or None,
+        ensure_weight_tying=bool(plan.peft.get("ensure_weight_tying")),
         inference_mode=True,
     )
     config.save_pretrained(str(folder))

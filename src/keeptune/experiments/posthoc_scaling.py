@@ -89,6 +89,8 @@ def refusal(variant: Variant, tensors: Mapping[str, Tensor] | None, config: Any 
         return "PEFT reduces intruder dimensions of LoRA adapters, not of whole models" if reduces else ""
     if any("lora_magnitude_vector" in name for name in tensors):
         return "a DoRA adapter sets the lengths of rows, which no factor on its change takes back; export it merged"
+    if getattr(config, "task_type", None) == "CAUSAL_LM" and not all("lora_" in name for name in tensors):
+        return "modules or rows of tokens were trained in full beside the adapter's factors; export it merged"
     if reduces and not all("lora_" in name for name in tensors):
         return "PEFT's reduction of intruder dimensions draws a trained head anew"
     if reduces and any(name.endswith("lora_B.bias") for name in tensors):

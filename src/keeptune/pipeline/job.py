@@ -256,6 +256,8 @@ class Job:
         """Which targets are planned, and how."""
         recipe = self.recipe
         options = PlanOptions(recipe.targets, recipe.layers, recipe.low_memory, fingerprint=self.base_fingerprint)
+        modules, tokens = recipe.modules_to_save, recipe.trainable_token_indices
+        options = dataclasses.replace(options, modules_to_save=modules, trainable_token_indices=tokens)
         if recipe.start_from != "original":
             return options
         assert self.original is not None
@@ -282,6 +284,9 @@ class Job:
             inputs["start_from"] = body_fingerprint(self.load_floats(self.original))
         if self.head is not None:
             inputs["head"] = self.head
+        for name in ("modules_to_save", "trainable_token_indices"):
+            if getattr(recipe, name) is not None:
+                inputs[name] = getattr(recipe, name)
         # Which examples come first depends on sets and order; all together do not.
         for request in self.method.statistics:
             if request.examples is not None and request.data in self.data:

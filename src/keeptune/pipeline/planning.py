@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from keeptune.adapter.trained_head import TokenIndices, trained_beside
 from keeptune.core.errors import PlanError, named
 from keeptune.core.low_rank import LowRank
 from keeptune.core.out_of_memory import out_of_memory
@@ -47,6 +48,8 @@ class PlanOptions:
         start_from: Which weights of a quantised base the method reads, for its starts and its scores: those that it
             computes with, dequantised, or the ``"original"`` ones.
         original: The base before it was quantised, by path or hub id, or loaded; its weights may be on disk.
+        modules_to_save: Modules to train in full beside the targets, such as ``["embed_tokens"]``; PEFT's field.
+        trainable_token_indices: Ids of tokens whose rows of the embedding are trained, or by module; PEFT's field.
     """
 
     targets: Sequence[str] | None = None
@@ -59,6 +62,8 @@ class PlanOptions:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     start_from: StartFrom = "quantised"
     original: PreTrainedModel | str | None = None
+    modules_to_save: Sequence[str] | None = None
+    trainable_token_indices: TokenIndices | None = None
 
 
 _DEFAULTS = PlanOptions()
@@ -203,7 +208,25 @@ def plan_for(
         names = named(sorted(statistics.unseen))
         provenance["notes"] = [*provenance.get("notes", ()), f"no token of the data reached {names}: left alone"]
     plan = make_plan(method, targets, weight_of, statistics.view, head=head_of(model), provenance=provenance)
+    plan = _with_modules(plan, model, options)
     return with_penalties(plan, scoped, Runner(model), store, data=data, options=options)
+
+
+def _with_modules(plan: Plan, model: PreTrainedModel, options: PlanOptions) -> Plan:
+    """Adds what is trained beside the factors."""
+    modules, tokens = options.modules_to_save, options.trainable_token_indices
+    if not modules and not tokens:
+        return plan
+    if plan.scope != "adapter" or head_of(model):
+        raise PlanError(
+            "modules_to_save" if modules else "trainable_token_indices",
+            got="a classifier, whose head is trained already" if head_of(model) else f"method {plan.method}",
+            wanted="a language model, and a method that trains adapters",
+            next_step="Leave it out.",
+        )
+    fields = trained_beside(model, modules, tokens, [t.target.name for t in plan.targets])
+    notes = [*plan.provenance.get("notes", ()), "penalties on weights hold the targets; what is trained beside is free"]
+    return replace(plan, peft={**plan.peft, **fields}, provenance={**plan.provenance, "notes": notes})
 
 
 def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> tuple[TargetPlan, ...]:

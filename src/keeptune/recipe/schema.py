@@ -77,6 +77,8 @@ class Recipe(Section):
     output: _Folder
     targets: list[str] | None = None
     layers: Annotated[list[_Layer], Field(min_length=1)] | None = None
+    modules_to_save: Annotated[list[str], Field(min_length=1)] | None = None
+    trainable_token_indices: list[_Layer] | dict[str, list[_Layer]] | None = None
     knowledge: KnowledgeSets | None = None
     penalties: list[Annotated[dict[str, Any], BeforeValidator(spelt_out)]] = Field(default_factory=list)
     replay: float = Field(0.0, ge=0, lt=1)

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor
+
+from keeptune.adapter.trained_head import trained_beside
 from keeptune.core.target import Target
 from keeptune.data import hub
 from keeptune.data.replay import replayed
@@ -147,6 +150,19 @@ class _Account:
     def _used(self) -> list[Target]:
         return [target for target, size in self._sizes.items() if size.rank]
 
+    def _beside(self) -> int:
+        """Counts what is trained beside the factors, and refuses what is not there."""
+        recipe, model = self.job.recipe, self.shape.model
+        if not recipe.modules_to_save and not recipe.trainable_token_indices:
+            return 0
+        targets = [target.name for target in self._used]
+        fields = trained_beside(model, recipe.modules_to_save, recipe.trainable_token_indices, targets)
+        whole = (model.get_submodule(name).parameters() for name in fields.get("modules_to_save", ()))
+        count: int = sum(parameter.numel() for own in whole for parameter in own)
+        for name, ids in fields.get("trainable_token_indices", {}).items():
+            count += len(ids) * cast(Tensor, model.get_submodule(name).weight).shape[1]
+        return count
+
     def _train(self) -> Trained:
         recipe = self.job.recipe
         values = check_arguments(recipe.train)
@@ -158,7 +174,7 @@ class _Account:
             steps = estimate.optimizer_steps(
                 examples or 0, batch=int(batch), accumulation=int(accumulation), epochs=epochs, max_steps=int(most)
             )
-        numbers = sum(size.trained for size in self._sizes.values()) + self.shape.head_parameters
+        numbers = sum(size.trained for size in self._sizes.values()) + self.shape.head_parameters + self._beside()
         counts = self.lengths.task
         return Trained(
             method=self.job.method.name,
