@@ -32,7 +32,7 @@ from keeptune.core.plan import Plan
 from keeptune.linalg.symmetric import LowRankDiagonal, PsdMatrix, psd_matrix_from
 from keeptune.penalties import measured
 from keeptune.penalties.kronecker import KroneckerChange
-from keeptune.statistics.low_rank_covariance import Covariance, read_factor
+from keeptune.statistics.low_rank_covariance import Covariance, read_factor, unpacked
 
 Rank = Callable[[Any, int, int], int | None]
 _TOPIC = {"prompt": "{text}\nTopic:", "answer": "{topic}", "metric": "exact_match", "max_new_tokens": 12}
@@ -49,6 +49,7 @@ FORMS: dict[str, Rank] = {
     "(b) share of 4,096": _share(4096),
     "(c) share of 14,336": _share(14336),
     "(b), one number": _share(4096),
+    "(b), raised": _share(4096),
 }
 
 
@@ -61,10 +62,21 @@ def one_number(request: Covariance, value: Tensor) -> PsdMatrix:
     return LowRankDiagonal(factor.U, (factor.values - rest).clamp_min(0), rest.expand(factor.size).clone())
 
 
+def raised(request: Covariance, value: Tensor) -> PsdMatrix:
+    """Read a factor whose rest costs inputs, not random directions, what they cost: ``d ||R||² / ||d||²``."""
+    factor = read_factor(request, value)
+    if not isinstance(factor, LowRankDiagonal) or factor.rank == factor.size:
+        return factor
+    error, own = unpacked(value).error, factor.dense().square().sum()
+    off = own * error**2 / (1 - error**2)
+    more = 1 + off / factor.rest.square().sum()
+    return LowRankDiagonal(factor.U, factor.values, factor.rest * more)
+
+
 @contextmanager
 def cut(form: str) -> Iterator[None]:
     """Have penalties keep as many directions as a form says."""
-    reader = one_number if form.endswith("one number") else read_factor
+    reader = {"one number": one_number, "raised": raised}.get(form.partition(", ")[2], read_factor)
     with patch.object(measured, "chosen_rank", FORMS[form]), patch.object(measured, "read_factor", reader):
         yield
 
