@@ -117,8 +117,9 @@ def test_what_is_in_use_stays(folder: Path, capsys: pytest.CaptureFixture[str]) 
         (["store", "--store", __file__], "wanted a folder"),
         (["store", "clear", "--store", __file__, "--yes"], "wanted a folder"),
         (["store", "clear", "--older-than", "a month", "--yes"], "wanted a time such as 30d"),
+        (["store", "clear", "--model", "", "--yes"], "wanted a name or a key"),
     ],
-    ids=["list", "clear", "time"],
+    ids=["list", "clear", "time", "no model"],
 )
 def test_wrong_input(words: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = keeptune(*words, capsys=capsys)

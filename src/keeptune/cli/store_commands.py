@@ -71,6 +71,8 @@ def clear(
     from keeptune.statistics.store_use import Entry, entries, model_names, size_text
 
     at = _store_at(store or context.obj)
+    if model is not None and not model.strip():
+        raise RecipeError("--model", got="nothing", wanted="a name or a key", next_step="Leave it out to clear all.")
     before = time.time() - (0 if older_than is None else _seconds(older_than))
     names = model_names(at.folder)
 
