@@ -12,6 +12,7 @@ from tests.models import relative
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
@@ -121,6 +122,12 @@ def test_auto_is_whole_up_to_a_width_and_few_directions_beyond() -> None:
     assert ranks(Target("down", 0, "down", 1024, 1025, "down")) == {"in": 288, "out": None}
     assert ranks(target, factor_rank=8) == {"in": 8, "out": 8}
     assert ranks(target, factor_rank=None) == {"in": None, "out": None}
+
+
+@pytest.mark.parametrize("rank", ["many", 2.5, 0])
+def test_ranks_that_make_no_sense_are_refused(rank: Any) -> None:
+    with pytest.raises(PlanError, match=r"factor_rank: got .*, wanted .*1 or more"):
+        Keep(factor_rank=rank)
 
 
 def test_training_gets_the_stored_matrix_with_its_trace() -> None:

@@ -158,6 +158,7 @@ def test_lalora_is_lora_with_the_penalty(tmp_path: Path) -> None:
         ({"rho_input": -0.1}, "rho_input"),
         ({"batches": 0}, "batches"),
         ({"factor_rank": 0}, "factor_rank"),
+        ({"factor_rank": "many"}, "factor_rank"),
         ({"curvature": "kfac"}, "curvature"),
         ({"labels": "drawn"}, "labels"),
     ],

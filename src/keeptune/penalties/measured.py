@@ -92,6 +92,12 @@ class CovariancePenalty(MeasuredPenalty):
     rho: float = 0.0
     factor_rank: FactorRank = "auto"
 
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        super().__post_init__()
+        known = self.factor_rank in ("auto", None) or isinstance(self.factor_rank, int)
+        self.need(known, "factor_rank", 'a whole number of 1 or more, "auto", or None')
+
     def inputs(self, target: Target) -> Covariance:
         """Returns the request for Ω."""
         rank = chosen_rank(self.factor_rank, target.in_features, INPUT_RANK)
