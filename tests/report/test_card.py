@@ -65,6 +65,11 @@ def test_the_table_has_before_after_and_interval_of_every_benchmark() -> None:
     assert widths == {8}
 
 
+def test_an_adapter_for_a_quantised_base_is_loaded_on_that() -> None:
+    text = model_card(entry(), sidecar(quantization={"load_in_4bit": True}), RECIPE)
+    assert "from_pretrained('org/tiny', quantization_config={'load_in_4bit': True})" in text
+
+
 def test_method_recipe_and_how_to_load() -> None:
     text = model_card(entry(), sidecar(), RECIPE)
     for words in (

@@ -139,6 +139,8 @@ def _loading(sidecar: Mapping[str, Any]) -> str:
     labels, export = sidecar.get("labels"), sidecar["export"]
     auto = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
     more = "" if labels is None else f", num_labels={max(1, len(labels))}"
+    if sidecar.get("quantization"):
+        more += f", quantization_config={dict(sidecar['quantization'])!r}"
     kind = "model" if export["format"] == "merged" else "adapter"
     return _LOAD[kind].format(auto=auto, base=str(sidecar["base"]), more=more, folder=str(export["folder"]))
 
