@@ -212,5 +212,6 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", "Could not find a config file", module="peft")  # beside a GGUF file
     transformers_logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # weights that are left on disk on purpose
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +17,8 @@ from keeptune.pipeline.machine import release_memory
 from keeptune.pipeline.scoring import find_result
 from keeptune.pipeline.training import load_trained, trained_result
 
+_log = logging.getLogger(__name__)
+
 
 @out_of_memory("export")
 def export_stage(job: Job, plan: Plan) -> Exported:
@@ -29,7 +32,8 @@ def export_stage(job: Job, plan: Plan) -> Exported:
     format, _ = format_for(plan, wanted.format, wanted.rank)
     folder = job.output / ("merged" if format == "merged" else "adapter")
     trained = trained_result(job, plan).key
-    result = Stored("export", folder / "export.json", content_key([trained, wanted.model_dump()]))
+    made_of = [trained, wanted.model_dump(exclude={"check_original"}), *filter(None, [job.original])]
+    result = Stored("export", folder / "export.json", content_key(made_of))
 
     def write() -> dict[str, Any]:
         done = export(
@@ -46,4 +50,12 @@ def export_stage(job: Job, plan: Plan) -> Exported:
     release_memory()
     if find_result(job.output) != folder:
         result.path.touch()  # the newer of `adapter` and `merged` is the run's result
-    return Exported(**read_json(folder / SIDECAR)["export"])
+    done = Exported(**read_json(folder / SIDECAR)["export"])
+    if done.original_gap is not None:
+        on = "the original with the adapter" if format == "merged" else "the quantised base that the adapter is for"
+        _log.info(
+            "export: logits differ by %.1e from those on %s; on the original %s they differ from those in training by "
+            "%.1e (relative %.1e)",
+            *(done.gap, on, done.original, done.original_gap, done.original_relative_gap),
+        )
+    return done
