@@ -119,3 +119,15 @@ def test_new_versions_alone_make_no_new_card() -> None:
     assert same_but_versions(text, f"{head}{words}torch 99.\n")
     assert not same_but_versions(text, text.replace("0.730", "0.731"))
     assert not same_but_versions("", "")
+
+
+def test_the_base_of_an_adapter_is_loaded_as_it_was_quantised_and_the_gap_on_its_original_is_told() -> None:
+    fields = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    apart = {"original": "org/tiny", "original_gap": 12.0, "original_relative_gap": 0.31}
+    text = read(model_card(entry(), sidecar(quantization=fields, export=apart), RECIPE)).text
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert f"quantization_config={fields!r}" in code
+    assert "those of org/tiny differ by 1.2e+01, relative 3.1e-01" in text
+    merged = read(model_card(entry(), sidecar(export=apart | {"format": "merged"}), RECIPE)).text
+    assert "quantization_config" not in merged and "against the adapter on the original" in merged

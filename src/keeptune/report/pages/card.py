@@ -124,8 +124,13 @@ def _method(entry: Mapping[str, Any], sidecar: Mapping[str, Any]) -> str:
 
 
 def _notes(entry: Mapping[str, Any], export: Mapping[str, Any], labels: Sequence[str] | None) -> list[str]:
-    gap, relative = export["gap"], export["relative_gap"]
-    notes = [f"Checked on a freshly loaded base: largest difference in logits {gap:.1e}, relative {relative:.1e}."]
+    gap, relative, other = export["gap"], export["relative_gap"], export.get("original_gap")
+    merged_into = export.get("original") if export["format"] == "merged" else None
+    against = "on a freshly loaded base" if merged_into is None else "against the adapter on the original"
+    notes = [f"Checked {against}: largest difference in logits {gap:.1e}, relative {relative:.1e}."]
+    if other is not None:
+        apart = f"{other:.1e}, relative {export['original_relative_gap']:.1e}"
+        notes.append(f"Trained on the quantised base: its logits and those of {export['original']} differ by {apart}.")
     if export.get("note"):
         notes.append(f"A merged model. {export['note']}.")
     if export.get("error"):
