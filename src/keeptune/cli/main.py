@@ -201,6 +201,7 @@ def _quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("keeptune").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that is not needed
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights stay on disk is as it should be
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "--help" in sys.argv or len(sys.argv) == 1:
         return
