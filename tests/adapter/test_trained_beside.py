@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.models import MODELS, Saved, handmade_plan, logits, off_by, save, tokens, train_steps
+from tests.models import MODELS, Bench, Saved, asking, handmade_plan, logits, off_by, save, tokens, train_steps
 
 from keeptune.adapter.export import Base, ExportOptions, export
 from keeptune.adapter.install import check_frozen, install, restore_state, trained_names, trained_state
 from keeptune.adapter.merging import merge
 from keeptune.adapter.trained_head import is_tied, trained_beside
-from keeptune.core.errors import PlanError, TrainError
+from keeptune.core.errors import DataError, PlanError, TrainError
 from keeptune.core.plan import Plan
+from keeptune.data.calibration import Calibration
 from keeptune.model.offloaded import load_offloaded
 from keeptune.model.pretrained import LoadOptions, load_model
+from keeptune.statistics.input_mean import InputMean
 
 # qwen2's head is tied to the embedding, llama's is not.
 CASES: dict[str, tuple[list[str] | None, list[int] | None]] = {
@@ -163,3 +165,10 @@ def test_a_foreign_lora_on_the_head_or_the_embedding_is_merged_right(
     assert off_by(logits(whole, tokens()), wanted) < 1e-5
     naive = PeftModel.from_pretrained(saved.load(), str(tmp_path / "adapter")).merge_and_unload()
     assert (off_by(logits(naive, tokens()), wanted) > 0.1) == (architecture == "qwen2")
+
+
+def test_tokens_without_rows_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    model = MODELS["llama"]()
+    bench = Bench(model, tmp_path, Calibration(((5, 9, 63), (7, 64)), 0))
+    with pytest.raises(DataError, match=r"the token 64(.|\n)*ids below 64(.|\n)*resize_token_embeddings"):
+        bench.collect(asking(InputMean("knowledge")))

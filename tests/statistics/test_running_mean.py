@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models import MODELS, Bench, calibration, relative
+from tests.models import MODELS, Bench, asking, calibration, relative
 from tests.reference.statistics_reference import covariance
 from torch import Tensor
 
 from keeptune.core.errors import StatisticsError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
-from keeptune.methods.lora_null import LoraNull
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance, ReleasedCovariance
 from keeptune.statistics.fisher import WeightFisher, lora_fisher
 from keeptune.statistics.gradient import DirectionVariances, WeightGradient
@@ -121,7 +120,7 @@ def test_what_is_no_number_is_refused_with_the_module(request_: RowRequest) -> N
 def test_every_collected_covariance_is_the_slow_obvious_one(architecture: str, tmp_path: Path) -> None:
     """Batched, padded, in float32 - against one example at a time in float64."""
     made = Bench(MODELS[architecture](), tmp_path / "store", data=calibration(lengths=(3, 9, 6, 12)))
-    statistics = made.collect(LoraNull(rank=1))
+    statistics = made.collect(asking(InputCovariance("knowledge")))
     for target in made.targets():
         found = statistics.view(target)[InputCovariance("knowledge")]
         assert relative(found, covariance(made.model, target.name, made.data)) < 1e-5

@@ -1,7 +1,8 @@
-"""The head of a sequence classifier: its labels, how it is drawn, the loss it is trained with."""
+"""Both ends of a model: a sequence classifier's head, its labels and loss, and the tokens that the embedding knows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key, model_fingerprint, tensor_fingerprint
+from keeptune.core.errors import DataError
 from keeptune.model.blocks import head_of
 
 
@@ -54,6 +56,24 @@ def head_fingerprint(model: PreTrainedModel) -> str:
     """Returns the fingerprint of a classifier's head: gradients depend on it."""
     heads = {name: model.get_submodule(name).state_dict() for name in head_of(model)}
     return content_key({name: {k: tensor_fingerprint(v) for k, v in state.items()} for name, state in heads.items()})
+
+
+def refuse_unknown_tokens(model: Any, sequences: Iterable[Sequence[int]], where: str) -> None:
+    """Refuses tokens that a model's embedding has no rows for, such as those added to a tokenizer alone.
+
+    Raises:
+        DataError: There is one.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max((max(ids, default=0) for ids in sequences), default=0)
+    if largest >= rows:
+        raise DataError(
+            where,
+            got=f"the token {largest}",
+            wanted=f"ids below {rows}, the rows of the model's embedding",
+            next_step="Resize the base to its tokenizer: model.resize_token_embeddings(len(tokenizer)), and save both; "
+            "train the new rows by trainable_token_indices.",
+        )
 
 
 def sequence_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -17,7 +17,7 @@ from keeptune.core.errors import StatisticsError, named
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import is_nested
-from keeptune.model.head import head_fingerprint
+from keeptune.model.head import head_fingerprint, refuse_unknown_tokens
 from keeptune.model.runner import Runner
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 from keeptune.statistics.passes import Measured, Pass, run_pass, shares
@@ -149,6 +149,8 @@ def collect(
         StatisticsError: Data of a role is requested but not given, or activations are not finite.
     """
     used = _used(requests, data)
+    for role in {request.data for requested in requests.values() for request in requested} & data.keys():
+        refuse_unknown_tokens(runner.model, data[role].sequences, f"{role} data")
     sources = {name: source_of(runner.model, model_fingerprint, tokens) for name, tokens in used.items()}
     unseen = _Collection(runner, requests, used, sources, store, low_memory, batch_tokens).run()
     if unseen:

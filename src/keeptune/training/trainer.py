@@ -18,7 +18,7 @@ from keeptune.core.errors import DataError, TrainError
 from keeptune.core.plan import Plan
 from keeptune.data.completions import TaskExamples
 from keeptune.data.labelled import LabelledExamples, collator
-from keeptune.model.head import sequence_losses
+from keeptune.model.head import refuse_unknown_tokens, sequence_losses
 from keeptune.training.attach import attach
 from keeptune.training.checkpoints import Checksums, last_complete_checkpoint
 
@@ -85,6 +85,7 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Checksums())
     if kind is SFTTrainer:
+        refuse_unknown_tokens(model, trainer.train_dataset["input_ids"], "task.train")
         _report_cuts(len(examples), trainer.train_dataset, tokenizer, config)
     return trainer
 
