@@ -211,13 +211,14 @@ def export(
         _log.warning("export %s: merged into a whole model. %s", folder, note)
     refuse_foreign(Path(folder))
     probe = random_probe(model) if options.probe is None else options.probe
-    trained = logits_of(model, probe)
+    trained, labels = logits_of(model, probe), labels_of(model)
     with atomic_directory(Path(folder)) as fresh:
         written = _write(model, plan, fresh, options, format, base)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         on_original = None if base.original is None else _on_original(model, plan, fresh, base, probe)
         wanted = trained if format != "merged" or on_original is None else on_original
+        del model  # where the caller does not hold it, there is one base at a time
         logits = written.logits(probe)
         gap = Gap.between(logits, wanted)
         bound = BOUNDS[written.dtype] if options.max_gap is None else options.max_gap
@@ -230,7 +231,7 @@ def export(
         if on_original is not None:
             apart = Gap.between(on_original, trained)
             done = replace(done, original=base.original, original_gap=apart.gap, original_relative_gap=apart.relative)
-        return _describe(fresh, plan, base, done, labels_of(model))
+        return _describe(fresh, plan, base, done, labels)
 
 
 def _describe(fresh: Path, plan: Plan, base: Base, done: Exported, labels: Sequence[str] | None) -> Exported:

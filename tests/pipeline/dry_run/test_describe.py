@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,31 @@ def test_the_account_is_what_the_run_does(dry: Callable[..., DryRun], tmp_path: 
     assert written(tmp_path / "out" / "plan" / "factors.safetensors") == pytest.approx(
         account.disk["plan"].total, rel=0.1
     )
+
+
+def test_the_trained_model_is_free_when_the_export_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the account of an export has one base."""
+    from keeptune.adapter import export as adapters
+    from keeptune.pipeline import export as stage
+
+    load_trained, load_adapter = stage.load_trained, adapters.load_adapter
+    trained: list[Any] = []
+    alive: list[bool] = []
+
+    def loaded(*given: Any) -> Any:
+        model = load_trained(*given)
+        trained.append(weakref.ref(model.base_model.model))
+        return model
+
+    def checked(*given: Any) -> Any:
+        alive.append(trained[0]() is not None)
+        return load_adapter(*given)
+
+    monkeypatch.setattr(stage, "load_trained", loaded)
+    monkeypatch.setattr(adapters, "load_adapter", checked)
+    folders = {"output": str(tmp_path / "out"), "store": str(tmp_path / "store"), "evaluate": []}
+    run(make_recipe({**ATLAS, **folders}, folder=tmp_path, where="recipe"))
+    assert alive == [False]
 
 
 def test_a_hub_model_and_data_are_described_without_the_network(dry: Callable[..., DryRun]) -> None:

@@ -244,9 +244,10 @@ class Footprint:
         return held
 
     def _export(self) -> tuple[dict[str, int], dict[str, int]]:
-        bases = 3 if self._whole or self.job.recipe.export.format == "merged" else 2
+        # A merged model is held as it was written and as it is loaded; else the trained one is free by then.
+        bases = 2 if self._whole or self.job.recipe.export.format == "merged" else 1
         tokens = _PROBE[0] * min(_PROBE[1], self.lengths.most)
-        lasting = {"weights": self._base, "fresh base": (bases - 1) * self._base, "adapter": 2 * self._factors}
+        lasting = {"weights": self._base, "merged": (bases - 1) * self._base, "adapter": 2 * self._factors}
         logits = tokens * self.shape.vocabulary * (self.shape.size + 12)
         return lasting | self._held, {"logits": logits, "activations": estimate.inference_bytes(self.shape, tokens)}
 
