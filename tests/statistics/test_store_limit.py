@@ -20,12 +20,13 @@ from keeptune.core.artefact import content_key
 from keeptune.core.errors import ArtefactError, StatisticsError
 from keeptune.methods.lora_null import LoraNull
 from keeptune.pipeline.planning import plan_for
+from keeptune.statistics import store_use
 from keeptune.statistics.store import StatStore
 from keeptune.statistics.store_use import entries, recorded
 
 NUMBERS = 25_000  # of an entry, 100 kB
 ENTRY = 4 * NUMBERS
-THREE = 3 * ENTRY + 5_000
+THREE = 3 * ENTRY + 10_000
 
 
 def recipe(number: int) -> dict[str, int]:
@@ -95,6 +96,19 @@ def test_without_the_limit_nothing_goes(tmp_path: Path) -> None:
     assert held(tmp_path) == set(range(6))
 
 
+def test_full_stores_are_not_looked_through_at_every_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundredth of the limit goes at once."""
+    store, limit = StatStore(tmp_path, 200 * 5_000), 200 * 5_000
+    for number in range(200):
+        store.put(recipe(number), torch.zeros(1000))
+    store, looks = StatStore(tmp_path, limit), []
+    monkeypatch.setattr(store_use, "entries", lambda folder: looks.append(1) or entries(folder))
+    for number in range(200, 240):
+        store.put(recipe(number), torch.zeros(1000))
+    assert 1 < len(looks) < 30
+    assert size(tmp_path) <= limit
+
+
 def test_a_smaller_limit_holds_from_the_next_put(tmp_path: Path) -> None:
     put(tmp_path, *range(6), limit=20 * 10**9)
     put(tmp_path, 6)
@@ -113,7 +127,7 @@ def test_what_is_in_use_stays_and_the_excess_is_told(
     with caplog.at_level(logging.WARNING):
         put(tmp_path, 3)
     assert held(tmp_path) == {0, 1, 2, 3}
-    assert "more than `store_limit` (305.0 KB)" in caplog.text
+    assert "more than `store_limit` (310.0 KB)" in caplog.text
     del user
     put(tmp_path, 4)
     assert held(tmp_path) == {2, 3, 4}
@@ -193,7 +207,7 @@ def test_a_full_disk_is_told_with_the_sizes_and_the_keys(tmp_path: Path, monkeyp
         with pytest.raises(ArtefactError, match="No space left on device for an entry of 10") as caught:
             put(tmp_path, 1)
     assert f"store {tmp_path}" in str(caught.value)
-    for part in ("are free", "the store has 100.", "of at most 305.0 KB", "`store_limit`", "`store`"):
+    for part in ("are free", "the store has 100.", "of at most 310.0 KB", "`store_limit`", "`store`"):
         assert part in str(caught.value)
     assert held(tmp_path) == {0}
     assert not list(tmp_path.glob("??/.*"))
