@@ -55,7 +55,7 @@ def test_it_computes_what_the_loaded_model_computes(name: str, tmp_path: Path) -
 def test_a_module_is_there_while_it_is_aligned(tmp_path: Path) -> None:
     model, held = load_offloaded(str(save(llama(), tmp_path).folder), LoadOptions()), llama()
     block, same = model.get_submodule("model.layers.1"), held.get_submodule("model.layers.1")
-    with aligned(block, CPU):
+    with aligned(block.modules(), CPU):
         assert all(map(torch.equal, block.parameters(), same.parameters()))
         assert {p.device.type for p in model.get_submodule("model.layers.0").parameters()} == {"meta"}
         assert torch.equal(logits(model, tokens()), logits(held, tokens()))

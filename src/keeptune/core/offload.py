@@ -6,7 +6,7 @@ Accelerate's hooks do it, on each module that holds weights of its own (``load_o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,20 +110,30 @@ class _Edited(Mapping[str, Tensor]):
 
 
 @contextmanager
-def aligned(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Holds the weights of a module, and of all that it contains, on a device inside a ``with`` block."""
+def aligned(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Holds the weights and buffers of modules, without those inside them, on a device inside a ``with`` block."""
     from accelerate.utils import align_module_device
 
     with ExitStack() as stack:
-        for part in module.modules():
-            hook = hook_of(part)
+        for module in modules:
+            hook = hook_of(module)
             if hook:
-                stack.enter_context(align_module_device(part, device))
-                # Otherwise each call of the part would read its weights again, and drop them.
+                stack.enter_context(align_module_device(module, device))
+                # Otherwise each call of the module would read its weights again, and drop them.
                 hook.offload = False
                 stack.callback(setattr, hook, "offload", True)
-        away = {value.device for value in (*module.parameters(), *module.buffers())} - {device}
-        if away:
-            module.to(device)
-            stack.callback(module.to, away.pop())
+            _move(module, device, stack)
         yield
+
+
+def _move(module: nn.Module, device: torch.device, back: ExitStack) -> None:
+    """Moves a module's own tensors; what is packed (4 bits) moves by the module's own ``to``, with its scales."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    away = [tensor for tensor in own if tensor.device != device]
+    if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in away):
+        back.callback(module.to, away[0].device)
+        module.to(device)
+        return
+    for tensor in away:
+        back.callback(setattr, tensor, "data", tensor.data)
+        tensor.data = tensor.data.to(device)

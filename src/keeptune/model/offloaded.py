@@ -39,6 +39,8 @@ def load_offloaded(name: str, options: LoadOptions) -> PreTrainedModel:
         hook = hook_of(module)
         if hook:
             hook.execution_device = torch.device(options.device)
+        for buffer in module.buffers(recurse=False):
+            buffer.data = buffer.data.to(options.device)
     return model.eval()
 
 

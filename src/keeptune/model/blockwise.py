@@ -1,0 +1,375 @@
+"""A runner that has one block of a model on the device at a time: its peak of memory does not grow with depth.
+
+The model itself runs what lies before and after its blocks. Meanwhile the blocks are replaced by functions that note
+what the model passes to each of them, and hand on the hidden states they get: a model whose blocks need more of each
+other than hidden states, or that computes something between them, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from keeptune.core.errors import ModelError, StatisticsError
+from keeptune.core.offload import aligned
+from keeptune.data.calibration import Batch
+from keeptune.model.blocks import blocks_of, body
+from keeptune.model.expert_taps import expert_names
+from keeptune.model.fused_experts import one_expert_at_a_time
+from keeptune.model.row_hooks import PassEnd, RealRows, Sink, Taps, watched_inputs, watched_taps
+from keeptune.model.runner import Done, Runner, arguments_of, no_done, still
+from keeptune.model.shelf import Shelf
+from keeptune.model.summed_loss import Loss, summed_loss
+
+_Watch = Callable[[RealRows], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class BlockwiseRunner(Runner):
+    """Passes all batches through a block, then through the next, and back in the same way, with the Runner's numbers.
+
+    Weights come from where the model has them: its files (``load_offloaded``), or the CPU. Inputs of blocks are kept
+    on the CPU or on disk (:class:`Shelf`). A pass forth reads the weights once, a pass back twice.
+
+    Args:
+        place: Where blocks run; None is where the model runs.
+    """
+
+    place: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return self.place or super().device
+
+    def forward(
+        self, batches: Sequence[Batch], sinks: Mapping[str, Sequence[Sink]], *, title: str, done: Done = no_done
+    ) -> None:
+        """Passes all batches once without the head, as :meth:`Runner.forward`, up to the last watched block.
+
+        Raises:
+            ModelError: The model is no single stack of blocks that hand on hidden states alone.
+            StatisticsError: A row is NaN or infinite.
+        """
+
+        def watch(names: set[str], *, end: bool = False) -> _Watch:
+            own = {name: sinks[name] for name in names}
+            return lambda real: watched_inputs(self.model, own, real, end=end)
+
+        with torch.no_grad(), self._walk(batches, set(sinks), body(self.model), title) as walk:
+            walk.start(watch(walk.outside))
+            done(walk.before)
+            after = walk.outside - walk.before
+            last = max((index for index, names in enumerate(walk.sites) if names), default=-1)
+            for index in range(len(walk.blocks) if after else last + 1):
+                walk.forth(index, watch(walk.sites[index], end=index == last and not after))
+                done(walk.sites[index])
+            if after:
+                walk.end(watch(after), lambda number, hidden, run: run(hidden))
+                done(after)
+
+    def backward(self, batches: Sequence[Batch], taps: Taps, loss: Loss, *, title: str, done: Done = no_done) -> None:
+        """Passes all batches forth, and back from the loss to the first watched block, as :meth:`Runner.backward`.
+
+        Raises:
+            ModelError: The model is no single stack of blocks that hand on hidden states alone.
+            StatisticsError: A row is NaN or infinite, the rows of texts are not known, or gradients are wanted of a
+                module before the first block.
+        """
+
+        def watch(names: set[str]) -> _Watch:
+            return lambda real: watched_taps(self.model, taps, names, real)
+
+        def differentiate(number: int, hidden: Tensor, run: Callable[[Tensor], Any]) -> None:
+            with torch.enable_grad():
+                logits = run(hidden.requires_grad_()).logits
+                losses = [summed_loss(logits, walk.batches[number], loss, draw) for draw in range(loss.probes)]
+                walk.back(number, hidden, losses, [None] * loss.probes)
+
+        with torch.no_grad(), self._walk(batches, taps.names, self.model, title) as walk:
+            forth = Taps(forward={name: taps.forward.get(name, []) for name in walk.outside})
+            walk.start(lambda real: watched_taps(self.model, forth, walk.outside, real))
+            _refuse_gradients_before(walk.before & taps.with_gradients)
+            done(walk.before)
+            for index in range(len(walk.blocks)):
+                walk.forth(index)
+            walk.end(watch(walk.outside - walk.before), differentiate)
+            done(walk.outside - walk.before)
+            first = next((index for index, names in enumerate(walk.sites) if names), len(walk.blocks))
+            for index in reversed(range(first, len(walk.blocks))):
+                walk.back_through(index, watch(walk.sites[index]), loss.probes)
+                done(walk.sites[index])
+
+    @contextmanager
+    def _walk(self, batches: Sequence[Batch], names: set[str], run: nn.Module, title: str) -> Iterator[_Walk]:
+        shelf = Shelf.beside(self.device)
+        bar = tqdm(desc=title, delay=2, disable=None if title else True, leave=False, unit="batch")
+        experts = one_expert_at_a_time(self.model) if expert_names(self.model, names) else nullcontext()
+        ready = [self._ready(batch) for batch in batches]
+        try:
+            with still(self.model), experts:
+                yield _Walk(self.model, self.device, ready, names, run, shelf, bar)
+        finally:
+            bar.close()
+            shelf.close()
+
+
+def _refuse_gradients_before(names: set[str]) -> None:
+    if names:
+        raise StatisticsError(
+            min(names),
+            got="gradients of a module before the first block, one block at a time",
+            wanted="modules inside the blocks or after them",
+            next_step="Leave it out of the targets, or set memory: resident.",
+        )
+
+
+class _Walk:
+    """One walk through the blocks of a model, all batches at each."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device,
+        batches: Sequence[Batch],
+        names: set[str],
+        run: nn.Module,
+        shelf: Shelf,
+        bar: Any,
+    ) -> None:
+        self.model, self.device, self.batches, self.run, self.shelf, self.bar = model, device, batches, run, shelf, bar
+        self.blocks = blocks_of(model)
+        paths = {module: f"{name}." for name, module in model.named_modules()}
+        self.sites = [{name for name in names if name.startswith(paths[block])} for block in self.blocks]
+        self.outside = names.difference(*self.sites)
+        self.before: set[str] = set()
+        inside = {module for block in self.blocks for module in block.modules()}
+        self._around = [module for module in model.modules() if module not in inside]
+        self._calls: list[list[Any]] = []  # by batch and block: arguments, tensors as _Kept
+        self._output: Any = None  # what a block returns, but for the hidden states
+
+    def start(self, watch: _Watch) -> None:
+        """Runs what is before the first block; ``watch`` is asked for the modules reached there."""
+        head = self.model.get_output_embeddings()
+        around = [module for module in self._around if module is not head]
+        with aligned(around, self.device), nullcontext() if head is None else _ending_at(head):
+            for number, batch in enumerate(self.batches):
+                if number == 0:
+                    self._output = self._output_of_a_block(batch)
+                self._calls.append(self._noted(number, batch, watch))
+                self.bar.update()
+
+    def forth(self, index: int, watch: _Watch | None = None) -> None:
+        """Runs a block on all batches; its inputs are kept where no rows are watched, for the way back."""
+        with aligned(self.blocks[index].modules(), self.device):
+            for number in range(len(self.batches)):
+                real = self._real(number)
+                hidden = self.shelf.get(f"{number}-{index}", self.device)
+                with suppress(PassEnd), watch(real) if watch else nullcontext():
+                    self.shelf.put(f"{number}-{index + 1}", self._through(index, number, hidden))
+                real.check(self._place(number))
+                if watch:
+                    self.shelf.drop(f"{number}-{index}")
+                self.bar.update()
+
+    def end(self, watch: _Watch, finish: Callable[[int, Tensor, Callable[[Tensor], Any]], None]) -> None:
+        """Calls ``finish(batch, hidden, run)``; ``run(hidden)`` runs what is after the last block."""
+        with aligned(self._around, self.device):
+            for number, batch in enumerate(self.batches):
+                real = self._real(number)
+                with ExitStack() as watched:
+
+                    def run(hidden: Tensor, batch: Batch = batch, real: Any = real, watched: Any = watched) -> Any:
+                        def leave(_: Tensor) -> Tensor:
+                            watched.enter_context(watch(real))
+                            return hidden
+
+                        return self._run_around(batch, leave)
+
+                    finish(number, self.shelf.get(f"{number}-{len(self.blocks)}", self.device), run)
+                real.check(self._place(number))
+                self.bar.update()
+
+    def back_through(self, index: int, watch: _Watch, draws: int) -> None:
+        """Runs a block on all batches again, with gradients, and back."""
+        with aligned(self.blocks[index].modules(), self.device):
+            for number in range(len(self.batches)):
+                real = self._real(number)
+                hidden = self.shelf.get(f"{number}-{index}", self.device).requires_grad_()
+                with torch.enable_grad(), watch(real):
+                    output = self._through(index, number, hidden)
+                    gradients = [self.shelf.get(f"{number}-gradient-{draw}", self.device) for draw in range(draws)]
+                    self.back(number, hidden, [output] * draws, gradients)
+                real.check(self._place(number))
+                self.shelf.drop(f"{number}-{index}")
+                self.bar.update()
+
+    def back(self, number: int, hidden: Tensor, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Passes gradients of outputs back to hidden states, draw by draw, and keeps theirs."""
+        for draw, (output, gradient) in enumerate(zip(outputs, gradients, strict=True)):
+            hidden.grad = None
+            torch.autograd.backward(output, gradient, retain_graph=draw + 1 < len(outputs))
+            found = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
+            self.shelf.put(f"{number}-gradient-{draw}", found)
+
+    def _real(self, number: int) -> RealRows:
+        return RealRows(self.batches[number].attention_mask.to(self.device))
+
+    def _place(self, number: int) -> str:
+        return f"batch {number + 1} of {len(self.batches)}"
+
+    def _through(self, index: int, number: int, hidden: Tensor) -> Tensor:
+        """Calls a block as the model does."""
+        args, kwargs = self._taken(self._calls[number][index], hidden)
+        output: Tensor = _hidden_in(self.blocks[index](*args, **kwargs))
+        return output
+
+    def _output_of_a_block(self, batch: Batch) -> Any:
+        """Runs the first block once, for what it returns besides hidden states: nothing, or a tuple of None."""
+        first: list[Any] = []
+
+        def note(args: Any, kwargs: Any) -> None:
+            first.append((args, kwargs))
+            raise PassEnd
+
+        with suppress(PassEnd):
+            self._replaced(lambda index, args, kwargs: note(args, kwargs), batch)
+        args, kwargs = first[0]
+        with aligned(self.blocks[0].modules(), self.device):
+            output = self.blocks[0](*args, **kwargs)
+        more = output[1:] if isinstance(output, tuple) else ()
+        if not isinstance(_hidden_in(output), Tensor) or any(part is not None for part in more):
+            raise self._refusal("blocks that return more than hidden states")
+        return more if isinstance(output, tuple) else None
+
+    def _noted(self, number: int, batch: Batch, watch: _Watch) -> list[Any]:
+        """Runs what is before the first block, keeps its output, and notes what each block is called with."""
+        calls: list[Any] = []
+        names: dict[int, tuple[str, Tensor]] = {}
+        watched = ExitStack()
+
+        def enter(hidden: Tensor, args: Any, kwargs: Any) -> None:
+            if not calls:
+                watched.close()
+                self.shelf.put(f"{number}-0", hidden)
+            keep = self._keeper(number, hidden, names)
+            calls.append((keep(args), keep(kwargs)))
+
+        real = self._real(number)
+        with watched:
+            watched.enter_context(watch(real))
+            with suppress(PassEnd):
+                self._run_around(batch, lambda hidden: hidden, enter)
+        real.check(self._place(number))
+        self.before |= {name for name, _ in real.largest}
+        return calls
+
+    def _run_around(
+        self,
+        batch: Batch,
+        leave: Callable[[Tensor], Tensor],
+        enter: Callable[[Tensor, Any, Any], None] = lambda hidden, args, kwargs: None,
+    ) -> Any:
+        """Runs the model with blocks that hand on what they get; the last one returns ``leave(hidden)``."""
+        handed: list[Tensor] = []
+
+        def block(index: int, args: Any, kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if index != len(handed) or not isinstance(hidden, Tensor) or (handed and hidden is not handed[-1]):
+                raise self._refusal("something computed between its blocks, or blocks that run out of order")
+            enter(hidden, args, kwargs)
+            handed.append(leave(hidden) if index + 1 == len(self.blocks) else hidden)
+            return handed[-1] if self._output is None else (handed[-1], *self._output)
+
+        return self._replaced(block, batch)
+
+    def _replaced(self, block: Callable[[int, Any, Any], Any], batch: Batch) -> Any:
+        with ExitStack() as stack:
+            for index, module in enumerate(self.blocks):
+                before = module.__dict__.get("forward")
+                stack.callback(_put_back, module, before)
+                module.forward = lambda *args, _index=index, **kwargs: block(_index, args, kwargs)
+            return self.run(**arguments_of(batch, batch.attention_mask.to(self.device)))
+
+    def _keeper(self, number: int, hidden: Tensor, names: dict[int, tuple[str, Tensor]]) -> Callable[[Any], Any]:
+        """Returns what puts the tensors of arguments on the shelf, once each."""
+
+        def keep(value: Any) -> Any:
+            if value is hidden:
+                return _HIDDEN
+            if isinstance(value, Tensor):
+                if id(value) not in names:
+                    names[id(value)] = (f"{number}-argument-{len(names)}", value)  # alive, so that its id is its own
+                    self.shelf.put(names[id(value)][0], value)
+                return _Kept(names[id(value)][0])
+            if isinstance(value, tuple | list):
+                return type(value)(keep(part) for part in value)
+            if type(value) is dict:
+                return {key: keep(part) for key, part in value.items()}
+            if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+                return value
+            raise self._refusal(f"blocks that take a {type(value).__name__}")
+
+        return keep
+
+    def _taken(self, value: Any, hidden: Tensor) -> Any:
+        """Returns arguments as the model passed them, with other hidden states."""
+        if value is _HIDDEN:
+            return hidden
+        if isinstance(value, _Kept):
+            return self.shelf.get(value.name, self.device)
+        if isinstance(value, tuple | list):
+            return type(value)(self._taken(part, hidden) for part in value)
+        if type(value) is dict:
+            return {key: self._taken(part, hidden) for key, part in value.items()}
+        return value
+
+    def _refusal(self, got: str) -> ModelError:
+        return ModelError(
+            type(self.model).__name__,
+            got=got,
+            wanted="one block after the other, each of the hidden states of the one before, to run one at a time",
+            next_step="Set memory: resident, which runs the whole model.",
+        )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Stands for a tensor on the shelf."""
+
+    name: str
+
+
+_HIDDEN = _Kept("hidden")
+
+
+@contextmanager
+def _ending_at(module: nn.Module) -> Iterator[None]:
+    """Ends passes before they reach a module."""
+
+    def stop(*_: Any) -> None:
+        raise PassEnd
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _hidden_in(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _put_back(module: nn.Module, before: Any) -> None:
+    if before is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = before
