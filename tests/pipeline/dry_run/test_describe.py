@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.pipeline.support import keeptune
 
+from keeptune import atlas
 from keeptune.core.errors import DataError, KeeptuneError, ModelError, PlanError, RecipeError, StatisticsError
 from keeptune.data import hub
 from keeptune.pipeline.dry_run.account import DryRun
@@ -142,6 +143,16 @@ def test_a_hub_model_and_data_are_described_without_the_network(dry: Callable[..
     parts = account.memory["training"].parts
     assert (parts["weights"], parts["adapter"]) == (weights, factors)
     assert (parts["gradients"], parts["optimiser"]) == (factors, 2 * factors)
+
+
+def test_a_folder_with_a_config_is_enough(dry: Callable[..., DryRun], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text((atlas.model_path() / "config.json").read_text())
+    bare, whole = dry(ATLAS, model=str(tmp_path / "model")), dry(ATLAS)
+    assert not bare.needs[0].at_hand
+    assert bare.train.numbers == whole.train.numbers
+    assert bare.memory["training"].parts["weights"] == whole.memory["training"].parts["weights"]
+    assert (bare.train.measured, whole.train.measured) == (False, True)  # without a tokenizer
 
 
 def test_steps_and_work_are_unknown_where_examples_are(dry: Callable[..., DryRun]) -> None:

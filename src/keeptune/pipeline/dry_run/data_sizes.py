@@ -82,7 +82,7 @@ class Lengths:
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
         model = Path(self.job.recipe.model).expanduser()
-        if not model.exists():
+        if not model.exists() or (model.is_dir() and not any(model.glob("tokenizer*"))):
             return None
         return load_tokenizer(str(model), LoadOptions(trust_remote_code=self.job.recipe.trust_remote_code))
 

@@ -60,7 +60,7 @@ def _check(job: Job) -> None:
     """Checks as a run would, or what shows of it while something is to be fetched."""
     files, fetched = data_needs(job.recipe)
     elsewhere = fetched or any(need.name.startswith(hub.PREFIX) for need in files)
-    if Path(job.recipe.model).expanduser().is_dir() and not elsewhere:
+    if _has_weights(Path(job.recipe.model).expanduser()) and not elsewhere:
         job.check()
         return
     check_folder("output", job.output)
@@ -69,6 +69,11 @@ def _check(job: Job) -> None:
     for need in files:
         if not Path(need.name).is_dir():
             rows_of(need.name, 1)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a model's folder has more than its config, which is enough for its shape."""
+    return any(any(folder.glob(kind)) for kind in ("*.safetensors", "*.bin"))
 
 
 def _labels(job: Job) -> int | None:
@@ -127,8 +132,9 @@ class _Account:
         name, revision = self.job.recipe.model, self.job.recipe.revision
         folder = Path(name).expanduser()
         if folder.is_dir():
-            size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            return Need("model", name, at_hand=True, size=size, revision=revision)
+            held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            whole = _has_weights(folder)
+            return Need("model", name, at_hand=whole, size=held if whole else self.shape.stored, revision=revision)
         if folder.is_file():
             return Need("model", name, at_hand=True, size=folder.stat().st_size)
         # On the hub weights are in the dtype of the config, whatever that of the recipe.
