@@ -116,7 +116,7 @@ def _resolved(model: nn.Module, wanted: str, option: str) -> list[str]:
     every = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     names = [name for name in every if name == wanted or name.endswith(f".{wanted}")]
     if not names:
-        known = sorted({name.rpartition(".")[2] for name in every})
+        known = sorted(last for last in {name.rpartition(".")[2] for name in every} if not last.isdigit())
         raise PlanError(
             option,
             got=f'"{wanted}"',
