@@ -300,3 +300,9 @@ def test_a_plan_is_refused_on_a_base_with_other_experts(
 ) -> None:
     with pytest.raises(PlanError, match=r"experts\..*made for another model"):
         install(other(), made("qwen3_moe", "lora rank=4").plan)
+
+
+def test_a_start_from_a_part_of_W_is_refused_for_experts_of_a_16_bit_base(made: Callable[[str, str], Made]) -> None:
+    with pytest.raises(PlanError, match=r"experts\.0\..*bfloat16.*`dtype: float32`"):
+        install(qwen3_moe(dtype=torch.bfloat16), made("qwen3_moe", "pissa rank=4 alpha=6.0").plan)
+    assert isinstance(install(qwen3_moe(dtype=torch.bfloat16), made("qwen3_moe", "lora rank=4").plan), PeftModel)

@@ -51,6 +51,7 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
         return install_subspace(model, plan)
     kind = resolve(anchor, model.dtype, quantised=quantised)
     anchored = any(t.anchored for t in plan.targets)
+    _refuse_rounded_experts(model, plan)
     peft = dict(plan.peft)
     kasa = peft.pop("kasa_config", None)
     peft.pop("task_type", None)
@@ -156,6 +157,18 @@ def check_frozen(model: PeftModel, plan: Plan) -> None:
             got="trainable" if wrong[0] in trainable else "frozen",
             wanted="the opposite, by the plan",
             next_step="Do not change requires_grad between install and training.",
+        )
+
+
+def _refuse_rounded_experts(model: PreTrainedModel, plan: Plan) -> None:
+    """Refuses a start in experts of a 16-bit base: PEFT rounds the start and its twin, each by itself, to 16 bits."""
+    own = [t for experts in plan.experts.values() for t in experts if t.anchored]
+    if own and model.dtype != torch.float32:
+        raise PlanError(
+            f"install, target {own[0].target.name}",
+            got=f"an expert of a {str(model.dtype).removeprefix('torch.')} base that starts from a part of W",
+            wanted="float32, or a start at zero: PEFT rounds that part to the base's dtype at each step",
+            next_step="Set `dtype: float32`, take lora or keep, or leave the roles of the experts out of `targets`.",
         )
 
 
