@@ -46,7 +46,7 @@ SETTINGS: Mapping[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "bf16, checkpointing, 1 text": (1, SAVING, {}),
     "nf4, checkpointing, 4 texts": (4, PAGED, {"quantization": NF4}),
     "nf4, checkpointing, 1 text": (1, PAGED, {"quantization": NF4}),
-    "nf4, checkpointing, 1 text, low_memory": (1, PAGED, {"quantization": NF4, "low_memory": True}),
+    "nf4, checkpointing, 1 text, blockwise": (1, PAGED, {"quantization": NF4, "memory": "blockwise"}),
 }
 
 

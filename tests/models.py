@@ -369,11 +369,11 @@ class RepaddingRunner(Runner):
 
     change: Callable[[Batch], Batch] = lambda batch: batch
 
-    def forward(self, batches: Sequence[Batch], sinks: Any, *, title: str) -> None:
-        super().forward([self.change(batch) for batch in batches], sinks, title=title)
+    def forward(self, batches: Sequence[Batch], sinks: Any, **more: Any) -> None:
+        super().forward([self.change(batch) for batch in batches], sinks, **more)
 
-    def backward(self, batches: Sequence[Batch], taps: Taps, loss: Loss, *, title: str) -> None:
-        super().backward([self.change(batch) for batch in batches], taps, loss, title=title)
+    def backward(self, batches: Sequence[Batch], taps: Taps, loss: Loss, **more: Any) -> None:
+        super().backward([self.change(batch) for batch in batches], taps, loss, **more)
 
 
 def padded_left(batch: Batch) -> Batch:

@@ -39,7 +39,7 @@ def test_points_are_the_product_in_order() -> None:
 def test_one_axis_of_numbers_has_places() -> None:
     assert [p["x"] for p in read_sweep({"grid": {"method.rank": [2, 4]}}, "recipe")[0]] == [2, 4]
     assert all("x" not in p for p in read_sweep({"grid": {"method": ["lora", "dora"]}}, "recipe")[0])
-    assert all("x" not in p for p in read_sweep({"grid": {"low_memory": [True, False]}}, "recipe")[0])
+    assert all("x" not in p for p in read_sweep({"grid": {"allow_pickle": [True, False]}}, "recipe")[0])
 
 
 def test_names_tell_values_apart() -> None:

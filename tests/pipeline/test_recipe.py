@@ -308,7 +308,7 @@ def test_missing_keys_are_named(example: Path, key: str) -> None:
         ("export.max_gap", 0),
         ("anchor", "rope"),
         ("dtype", "int8"),
-        ("low_memory", "perhaps"),
+        ("memory", "perhaps"),
         ("store_limit", "20 apples"),
         ("store_limit", "-5GB"),
         ("store_limit", 0),
@@ -364,7 +364,7 @@ def test_a_recipe_that_is_not_yaml(example: Path, tmp_path: Path) -> None:
 def test_overrides_are_yaml() -> None:
     words = ["--train.learning_rate", "1e-4", "--method.rank=4", "--evaluate.0.examples", "10"]
     words += ["--targets", "[q_proj, v_proj]", "--train.max_steps", "-1", "--task.prompt", '"{a}\\nB:"']
-    words += ["--knowledge.text={q}: x = {a}", "--low_memory", "true", "--export.max_gap", "null", "--output=a=b"]
+    words += ["--knowledge.text={q}: x = {a}", "--memory", "blockwise", "--export.max_gap", "null", "--output=a=b"]
     with pytest.raises(RecipeError, match=r"knowledge\.text.*Quote it"):
         parse_overrides(words)
     assert parse_overrides(["--evaluate.0.answer", "{answer}"]) == {"evaluate.0.answer": "{answer}"}
@@ -378,7 +378,7 @@ def test_overrides_are_yaml() -> None:
         "train.max_steps": -1,
         "task.prompt": "{a}\nB:",
         "knowledge.text": "{q}: x = {a}",
-        "low_memory": True,
+        "memory": "blockwise",
         "export.max_gap": None,
         "output": "a=b",
     }
@@ -477,9 +477,9 @@ def test_data_errors_keep_their_kind(recipe_values: Values) -> None:
 @pytest.mark.parametrize(
     ("words", "overrides"),
     [
-        (["--low-memory"], {"low_memory": True}),
-        (["--low-memory", "--method.rank", "4"], {"low_memory": True, "method.rank": 4}),
-        (["--low_memory", "false"], {"low_memory": False}),
+        (["--allow-pickle"], {"allow_pickle": True}),
+        (["--allow-pickle", "--method.rank", "4"], {"allow_pickle": True, "method.rank": 4}),
+        (["--allow_pickle", "false"], {"allow_pickle": False}),
         (["--trust-remote-code=true"], {"trust_remote_code": True}),
     ],
 )

@@ -111,7 +111,7 @@ def test_batches_and_padding_do_not_matter_and_a_forgotten_mask_does(architectur
     others = [
         collected("b", batch_tokens=1),
         collected("c", runner=RepaddingRunner(model, padded_left)),
-        collected("d", low_memory=True),
+        collected("d", sum_bytes=0),
     ]
     for request in requests:
         for other in others:

@@ -57,7 +57,7 @@ def test_batches_and_padding_do_not_matter_and_a_forgotten_mask_does(architectur
     alone = collected(Bench(model, tmp_path / "b"), *requests, batch_tokens=1)
     left = collected(Bench(model, tmp_path / "c"), *requests, runner=RepaddingRunner(model, padded_left))
     wrong = collected(Bench(model, tmp_path / "d"), *requests, runner=RepaddingRunner(model, mask_forgotten))
-    frugal = collected(Bench(model, tmp_path / "e"), *requests, low_memory=True)
+    frugal = collected(Bench(model, tmp_path / "e"), *requests, sum_bytes=0)
     for target in Bench(model, tmp_path).targets():
         for request in requests:
             value = wanted.view(target)[request]

@@ -245,14 +245,14 @@ def test_another_source_is_collected_anew(change: str, tmp_path: Path) -> None:
     assert relative(second, first) > 0
 
 
-def test_low_memory_gives_the_same_bits(tmp_path: Path) -> None:
+def test_one_sum_at_a_time_gives_the_same_bits(tmp_path: Path) -> None:
     """Six sums of 32 x 32 go two and two into the memory of one of 48 x 48, of which there are two."""
     made = Bench(MODELS["llama"](), tmp_path / "store")
     targets = made.targets()
     wanted = collect_for(made, targets)
     made.folder = tmp_path / "low"
     with counted_passes(made.model) as passes:
-        found = collect_for(made, targets, low_memory=True)
+        found = collect_for(made, targets, sum_bytes=0)
     assert passes[0] == 3 + 2
     for target in targets:
         assert torch.equal(found.view(target)[KNOWLEDGE], wanted.view(target)[KNOWLEDGE])

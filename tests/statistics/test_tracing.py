@@ -56,11 +56,11 @@ def test_every_target_reads_the_one_entry(tmp_path: Path) -> None:
     torch.testing.assert_close(values[0], wanted, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_it_is_collected_beside_other_statistics(low_memory: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sum_bytes", [None, 0])
+def test_it_is_collected_beside_other_statistics(sum_bytes: int | None, tmp_path: Path) -> None:
     model, data = llama(), task()
     others = (InputCovariance("knowledge"), GradientCovariance("knowledge", "true"))
-    both = gathered(model, data, tmp_path / "both", REQUEST, *others, low_memory=low_memory)
+    both = gathered(model, data, tmp_path / "both", REQUEST, *others, sum_bytes=sum_bytes)
     alone = gathered(model, data, tmp_path / "alone", *others)
     target = find_targets(model)[3]
     for request in others:

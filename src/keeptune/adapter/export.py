@@ -298,7 +298,7 @@ def _on_original(model: Any, plan: Plan, folder: Path, base: Base, probe: Tensor
             folder = Path(scratch)
             write_lora(change_of(model, plan), plan, folder, base.name, portable=False)
         whole = base.floats(base.original)
-        with nullcontext() if _adds_only(plan) else aligned(whole, device_of(whole)):
+        with nullcontext() if _adds_only(plan) else aligned(whole.modules(), device_of(whole)):
             return logits_of(load_adapter(whole, folder), probe)
 
 

@@ -17,8 +17,8 @@ Stage = Literal["statistics", "plan", "train", "export", "evaluate"]
 
 # What to turn, that which helps most first.
 KEYS: Final[Mapping[Stage, tuple[str, str, str]]] = {
-    "statistics": ("low_memory: true", "factor_rank (of the method or penalty)", "knowledge.max_length"),
-    "plan": ("targets (fewer)", "low_memory: true", "device: cpu"),
+    "statistics": ("memory: blockwise", "factor_rank (of the method or penalty)", "knowledge.max_length"),
+    "plan": ("targets (fewer)", "memory: blockwise", "device: cpu"),
     "train": ("train.per_device_train_batch_size", "train.gradient_checkpointing: true", "quantization"),
     "export": ("device: cpu", "dtype: bfloat16", "export.rank"),
     "evaluate": ("evaluate.0.batch_size", "evaluate.0.max_length", "quantization"),

@@ -34,7 +34,7 @@ from keeptune.recipe.schema import Recipe
 
 _log = logging.getLogger(__name__)
 _MARK = "run.json"
-_CHANGE_NO_RESULT = ("output", "store", "store_limit", "device", "low_memory")
+_CHANGE_NO_RESULT = ("output", "store", "store_limit", "device", "memory")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from keeptune.core.offload import hook_of
 from keeptune.model.blocks import head_of
 from keeptune.model.gguf import is_gguf
-from keeptune.model.pretrained import LoadOptions, classifier_shapes, load_model, load_weights
+from keeptune.model.pretrained import LoadOptions, load_model, load_shapes, load_weights
 
 
 def load_offloaded(name: str, options: LoadOptions) -> PreTrainedModel:
@@ -53,6 +53,6 @@ def _places(name: str, options: LoadOptions) -> dict[str, Any]:
     """Returns what is on disk: all, but for a classifier's head, which may have been drawn."""
     if options.head is None:
         return {"": "disk"}
-    shapes = classifier_shapes(name, options)
+    shapes = load_shapes(name, options)
     heads = head_of(shapes)
     return {part: options.device if part in heads else "disk" for part, _ in shapes.named_children()}

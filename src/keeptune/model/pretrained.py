@@ -140,7 +140,7 @@ def quantised_loading(name: str, options: LoadOptions) -> dict[str, Any]:
             )
         return {"quantization_config": GgufConfig(dequantize=True)}
     if fields is not None and options.head is not None:
-        fields = with_precise(fields, head_of(classifier_shapes(name, options)))
+        fields = with_precise(fields, head_of(load_shapes(name, options)))
     return loading(fields, load_config(name, options), options.device, f"model {name}")
 
 
@@ -192,13 +192,13 @@ def load_positions(name: str, options: LoadOptions = _DEFAULTS) -> int | None:
         ModelError: There is no such model, or it brings code that was not allowed.
     """
     if options.head is not None:
-        return positions(classifier_shapes(name, options))
+        return positions(load_shapes(name, options))
     limit: int | None = getattr(load_config(name, options).get_text_config(), "max_position_embeddings", None)
     return limit
 
 
-def classifier_shapes(name: str, options: LoadOptions) -> PreTrainedModel:
-    """Returns a sequence classifier without weights, on the meta device.
+def load_shapes(name: str, options: LoadOptions) -> PreTrainedModel:
+    """Returns a model without weights, on the meta device.
 
     Raises:
         ModelError: There is no such model, or it brings code that was not allowed.
@@ -207,7 +207,8 @@ def classifier_shapes(name: str, options: LoadOptions) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             trusted = options.trust_remote_code
-            shapes: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
+            kind: Any = AutoModelForCausalLM if options.head is None else AutoModelForSequenceClassification
+            shapes: Any = kind.from_config(config, trust_remote_code=trusted)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(name, error) from error
     model: PreTrainedModel = shapes

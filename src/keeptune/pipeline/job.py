@@ -40,6 +40,7 @@ from keeptune.model.quantization import stays_quantised
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.originals import check_original, original_of, refuse_without_original
+from keeptune.pipeline.placement import load_base
 from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind
 from keeptune.recipe.construct import make_method, make_penalties
@@ -121,6 +122,10 @@ class Job:
         """Returns a freshly loaded base, in evaluation mode."""
         return load_model(self.recipe.model, self._source(self.head))
 
+    def planning_base(self) -> PreTrainedModel:
+        """Returns the base for statistics and plans: whole, or block by block (``memory``)."""
+        return load_base(self.recipe.model, self._source(self.head), self.recipe.memory)
+
     @property
     def export_base(self) -> Base:
         """The base as exports take it."""
@@ -144,7 +149,7 @@ class Job:
     @cached_property
     def base_fingerprint(self) -> str:
         """Fingerprint of the base's weights."""
-        return body_fingerprint(self.base())
+        return body_fingerprint(self.planning_base())
 
     @cached_property
     def head(self) -> Head | None:
@@ -255,7 +260,9 @@ class Job:
     def plan_options(self) -> PlanOptions:
         """Which targets are planned, and how."""
         recipe = self.recipe
-        options = PlanOptions(recipe.targets, recipe.layers, recipe.low_memory, fingerprint=self.base_fingerprint)
+        options = PlanOptions(
+            recipe.targets, recipe.layers, recipe.memory, self.device, fingerprint=self.base_fingerprint
+        )
         modules, tokens = recipe.modules_to_save, recipe.trainable_token_indices
         options = dataclasses.replace(options, modules_to_save=modules, trainable_token_indices=tokens)
         if recipe.start_from != "original":

@@ -25,6 +25,7 @@ from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import StartFrom, refuse_not_finite
 from keeptune.model.runner import Runner
 from keeptune.penalties.base import OutputPenalty, Penalty, Site, penalty_plan
+from keeptune.pipeline.placement import Memory, placed_runner
 from keeptune.pipeline.starts import weight_reader
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import DataRole, Request
@@ -39,7 +40,9 @@ class PlanOptions:
         targets: Roles, such as ``["q_proj", "down_proj"]``; None is all linear maps but the head, or those that methods
             side by side name.
         layers: Indices of the blocks to tune, such as ``[4, 5, 6, 7]``; None is all.
-        low_memory: Hold no more covariances at a time than take the memory of the largest; it takes more passes.
+        memory: ``"resident"`` runs the whole model, with as many sums at a time as fit; ``"blockwise"`` has one block
+            on the device at a time; ``"auto"`` decides from the memory that is free.
+        device: Where blocks run under ``"blockwise"``; None is where the model is.
         max_length: Texts given to :func:`keeptune.plan` are cut to this many tokens, or to the model's positions.
         store: Folder where :func:`keeptune.plan` keeps statistics for later plans; None keeps them for one call.
         store_limit: Bytes of that folder; the least recently used statistics go first.
@@ -54,7 +57,8 @@ class PlanOptions:
 
     targets: Sequence[str] | None = None
     layers: Sequence[int] | None = None
-    low_memory: bool = False
+    memory: Memory = "auto"
+    device: str | None = None
     max_length: int = 1024
     store: Path | str | None = None
     store_limit: int = DEFAULT_LIMIT
@@ -169,7 +173,8 @@ def _collect(
     options: PlanOptions,
 ) -> Statistics:
     fingerprint = options.fingerprint or body_fingerprint(runner.model)
-    found = collect(runner, requests, data, store, model_fingerprint=fingerprint, low_memory=options.low_memory)
+    runner, sum_bytes = placed_runner(runner, requests, options.memory, options.device)
+    found = collect(runner, requests, data, store, model_fingerprint=fingerprint, sum_bytes=sum_bytes)
     store.note_model(fingerprint, runner.model.name_or_path)
     return found
 

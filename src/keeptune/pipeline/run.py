@@ -82,7 +82,7 @@ def start(recipe: Recipe) -> Job:
 @out_of_memory("statistics")
 def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
     """Collects the statistics that the method needs into the store; returns the targets and their statistics."""
-    return statistics_for(job.base(), job.method, job.store, data=job.data, options=job.plan_options)
+    return statistics_for(job.planning_base(), job.method, job.store, data=job.data, options=job.plan_options)
 
 
 @out_of_memory("plan")
@@ -102,7 +102,7 @@ def plan_stage(job: Job) -> Plan:
     if plan is None:
         started = time.perf_counter()
         options = replace(job.plan_options, provenance=inputs | {"key": key, "seed": job.seed})
-        plan = plan_for(job.base(), method, job.store, data=job.data, penalties=job.penalties, options=options)
+        plan = plan_for(job.planning_base(), method, job.store, data=job.data, penalties=job.penalties, options=options)
         plan.save(folder)
         _write_recipe(job)
         write_json(folder / "seconds.json", {"plan": time.perf_counter() - started})

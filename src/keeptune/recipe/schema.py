@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, StrictInt, ValidationError
 from transformers import TrainingArguments
@@ -96,7 +96,7 @@ class Recipe(Section):
     allow_pickle: bool = False
     store: _Folder | None = None
     store_limit: Annotated[ByteSize, Field(gt=0, validate_default=True)] = ByteSize(DEFAULT_LIMIT)
-    low_memory: bool = False
+    memory: Literal["resident", "blockwise", "auto"] = "auto"
     reference: _Folder | None = None
     published: Published | None = None
 
@@ -168,7 +168,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Reads ``--key value`` pairs (:func:`parse_pairs`); a switch of the recipe (``low_memory``) may stand alone."""
+    """Reads ``--key value`` pairs (:func:`parse_pairs`); a switch of the recipe may stand alone."""
     return parse_pairs(words, [name for name, field in Recipe.model_fields.items() if field.annotation is bool])
 
 

@@ -130,7 +130,7 @@ def collect(
     store: StatStore,
     *,
     model_fingerprint: str,
-    low_memory: bool = False,
+    sum_bytes: int | None = None,
     batch_tokens: int = 1024,
 ) -> Statistics:
     """Computes the statistics that are requested and not in the store yet.
@@ -141,8 +141,8 @@ def collect(
         data: Tokens per data role.
         store: Where entries are looked up and kept.
         model_fingerprint: From :func:`keeptune.model.head.body_fingerprint`.
-        low_memory: Hold no more sums at a time than take the memory of the largest, at one (shortened) pass over
-            the data for each such share.
+        sum_bytes: Hold no more sums at a time than fit into this many bytes, or than the largest, at one (shortened)
+            pass over the data for each such share; None holds all of a pass.
         batch_tokens: Tokens per forward pass, padding included; it changes speed and memory only.
 
     Raises:
@@ -152,7 +152,7 @@ def collect(
     for role in {request.data for requested in requests.values() for request in requested} & data.keys():
         refuse_unknown_tokens(runner.model, data[role].sequences, f"{role} data")
     sources = {name: source_of(runner.model, model_fingerprint, tokens) for name, tokens in used.items()}
-    unseen = _Collection(runner, requests, used, sources, store, low_memory, batch_tokens).run()
+    unseen = _Collection(runner, requests, used, sources, store, sum_bytes, batch_tokens).run()
     if unseen:
         _log.warning(
             "statistics: no token reached %d of %d targets: %s", len(unseen), len(requests), named(sorted(unseen))
@@ -171,7 +171,7 @@ class _Collection:
     data: Mapping[str, Calibration]
     sources: Mapping[str, Source]
     store: StatStore
-    low_memory: bool
+    sum_bytes: int | None
     batch_tokens: int
 
     def run(self) -> dict[str, frozenset[Request]]:
@@ -232,20 +232,22 @@ class _Collection:
         waves = [
             (need, wave)
             for need, measured in _by_pass(missing).items()
-            for wave in (shares(measured) if self.low_memory else [measured])
+            for wave in ([measured] if self.sum_bytes is None else shares(measured, self.sum_bytes))
         ]
         # An expert sees some tokens only, so that padding looks like text: its batches hold none.
         padded = not any(is_nested(target.name) for target in self.requests)
         several = len(waves) > 1
         unseen: dict[str, frozenset[Request]] = {}
+
+        def finished(request: RowRequest, target: Target, total: Accumulator) -> None:
+            if not self._keep(request, target, total):
+                for name in self._sharing(request, request.site(target)):
+                    unseen[name] = unseen.get(name, frozenset()) | {request}
+
         for need, wave in tqdm(waves, desc="statistics", delay=2, disable=None if several else True, leave=False):
             tokens = 1 if need.examples_alone else self.batch_tokens
             batches = self.data[need.source].batches(tokens, padded=padded)
-            totals = run_pass(self.runner, batches, need, wave, title="" if several else "statistics")
-            for (request, target), total in zip(wave, totals, strict=True):
-                if not self._keep(request, target, total):
-                    for name in self._sharing(request, request.site(target)):
-                        unseen[name] = unseen.get(name, frozenset()) | {request}
+            run_pass(self.runner, batches, need, wave, finished, title="" if several else "statistics")
         return unseen
 
     def _keep(self, request: RowRequest, target: Target, total: Accumulator) -> bool:

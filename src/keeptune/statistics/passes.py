@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from keeptune.core.offload import device_of
 from keeptune.core.target import Target
 from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch
@@ -28,31 +28,60 @@ class Pass:
     loss: Loss | None
 
 
-def shares(measured: Sequence[Measured]) -> list[list[Measured]]:
-    """Splits statistics into shares whose sums together are no larger than the largest single one (first fit)."""
-    sizes = [request.numbers(target) for request, target in measured]
+def shares(measured: Sequence[Measured], sum_bytes: int) -> list[list[Measured]]:
+    """Splits statistics into shares whose sums take no more memory than given, or than the largest one (first fit)."""
+    sizes = [8 * request.numbers(target) for request, target in measured]
+    most = max([sum_bytes, *sizes])
     room = [0] * len(measured)
     parts: list[list[Measured]] = [[] for _ in measured]
     for one, size in zip(measured, sizes, strict=True):
-        place = next(i for i, used in enumerate(room) if used + size <= max(sizes))
+        place = next(i for i, used in enumerate(room) if used + size <= most)
         room[place] += size
         parts[place].append(one)
     return [part for part in parts if part]
 
 
+@dataclass
+class _Sum:
+    """A sum that takes memory from its first rows on."""
+
+    make: Callable[[], Accumulator]
+    total: Accumulator | None = None
+
+    def begun(self) -> Accumulator:
+        if self.total is None:
+            self.total = self.make()
+        return self.total
+
+    def add(self, *rows: Any) -> None:
+        self.begun().add(*rows)
+
+
 def run_pass(
-    runner: Runner, batches: Sequence[Batch], need: Pass, measured: Sequence[Measured], *, title: str
-) -> list[Accumulator]:
-    """Sums statistics in one pass over the data."""
-    model = runner.model
-    totals: list[Accumulator] = []
-    taps = Taps()
+    runner: Runner,
+    batches: Sequence[Batch],
+    need: Pass,
+    measured: Sequence[Measured],
+    deliver: Callable[[RowRequest, Target, Accumulator], None],
+    *,
+    title: str,
+) -> None:
+    """Sums statistics in one pass over the data; each sum is delivered and freed once its module is done."""
+    taps, sums = Taps(), dict[Measured, _Sum]()
     for request, target in measured:
-        total = request.accumulator(target, device_of(model), partial(read_weight, model, target))
+        weight = partial(read_weight, runner.model, target)
+        total = sums[request, target] = _Sum(partial(request.accumulator, target, runner.device, weight))
         taps.sinks(request.kind).setdefault(request.site(target), []).append(total.add)
-        totals.append(total)
+
+    def done(names: set[str]) -> None:
+        for request, target in [one for one in sums if one[0].site(one[1]) in names]:
+            deliver(request, target, sums.pop((request, target)).begun())
+        # The sinks hold their sums too.
+        for kind in (taps.forward, taps.backward, taps.joint, taps.texts):
+            for name in names & set(kind):
+                kind[name].clear()
+
     if need.loss is None or not taps.with_gradients:
-        runner.forward(batches, taps.forward, title=title)
+        runner.forward(batches, taps.forward, title=title, done=done)
     else:
-        runner.backward(batches, taps, need.loss, title=title)
-    return totals
+        runner.backward(batches, taps, need.loss, title=title, done=done)

@@ -161,10 +161,10 @@ def test_steps_and_work_are_unknown_where_examples_are(dry: Callable[..., DryRun
     assert unknown.work["train"] is None
 
 
-def test_replay_adds_examples_and_low_memory_holds_one_sum(dry: Callable[..., DryRun]) -> None:
+def test_replay_adds_examples_and_blockwise_holds_the_sums_of_a_block(dry: Callable[..., DryRun]) -> None:
     assert dry(ATLAS, replay=0.2).train.examples == 20
-    target = max(dry(ATLAS).shape.linear, key=lambda target: target.in_features)
-    assert dry(ATLAS, low_memory=True).memory["statistics"].parts["sums"] == 8 * target.in_features**2
+    whole, block = (dry(ATLAS, memory=way).memory["statistics"].parts["sums"] for way in ("resident", "blockwise"))
+    assert whole == dry(ATLAS).shape.blocks * block
 
 
 def test_checkpointing_trades_memory_for_work(dry: Callable[..., DryRun]) -> None:

@@ -214,9 +214,3 @@ def test_steps_are_those_of_the_trainer(
 ) -> None:
     counted = estimate.optimizer_steps(examples, batch=batch, accumulation=accumulation, epochs=epochs, max_steps=most)
     assert counted == steps
-
-
-def test_sums_are_held_together_or_one_at_a_time() -> None:
-    assert estimate.sums_bytes([4, 9], low_memory=False) == 104
-    assert estimate.sums_bytes([4, 9], low_memory=True) == 72
-    assert estimate.sums_bytes([], low_memory=True) == 0

@@ -54,7 +54,7 @@ from keeptune.recipe.sections import ExportSpec
 from keeptune.report.pages.sequence_page import write_sequence
 
 _log = logging.getLogger(__name__)
-_NOT_IN_KEY = ("model", "output", "store", "store_limit", "device", "evaluate", "export", "reference", "low_memory")
+_NOT_IN_KEY = ("model", "output", "store", "store_limit", "device", "evaluate", "export", "reference", "memory")
 
 
 @dataclass(frozen=True)

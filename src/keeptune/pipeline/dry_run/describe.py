@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -242,12 +241,11 @@ class _Account:
                 traces.add(request)
             elif isinstance(request, RowRequest):
                 sums.setdefault((request.data, request.kind != "forward"), []).append(request.numbers(target))
-        work, notes, low_memory = 0.0, [], self.job.recipe.low_memory
+        work, notes = 0.0, []
         for (role, backward), numbers in sums.items():
             data = self.lengths.calibration(role)
-            passes = math.ceil(sum(numbers) / max(numbers)) if low_memory else 1
             work += estimate.statistics_flops(
-                self.shape, data.texts * data.mean, data.mean, numbers=sum(numbers), backward=backward, passes=passes
+                self.shape, data.texts * data.mean, data.mean, numbers=sum(numbers), backward=backward
             )
         for trace in traces:
             data = self.lengths.calibration(trace.data)

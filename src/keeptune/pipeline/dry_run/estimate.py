@@ -146,11 +146,6 @@ def activation_bytes(
     return batch * length * blocks + copies
 
 
-def sums_bytes(numbers: Sequence[int], *, low_memory: bool) -> int:
-    """Computes the memory of sums of statistics in float64, of which ``low_memory`` holds the largest alone."""
-    return 8 * (max(numbers, default=0) if low_memory else sum(numbers))
-
-
 def cache_bytes(shape: ModelShape, *, batch: int, length: int) -> int:
     """Computes the memory of the keys and values of a generation: ``2 L k e B S``."""
     return 2 * shape.blocks * shape.cached * shape.size * batch * length
@@ -181,7 +176,7 @@ def statistics_flops(
 ) -> float:
     """Computes the work of sums of products: a pass forward, one backward for gradients, and 2 for each number.
 
-    With ``low_memory`` there are several ``passes`` over the data, one for each share of the sums.
+    With several ``passes`` over the data, each is for a share of the sums.
     """
     return passes * (2 if backward else 1) * forward_flops(shape, tokens, length) + 2.0 * numbers * tokens
 

@@ -164,12 +164,13 @@ class Footprint:
     @cached_property
     def sums(self) -> int:
         """Bytes of the sums of statistics that are taken at once."""
-        passes: dict[tuple[str, int | None], list[int]] = {}
+        blockwise = self.job.recipe.memory == "blockwise"
+        passes: dict[tuple[str, int | None, int | None], list[int]] = {}
         for (request, _), target in self.sites.items():
             if isinstance(request, RowRequest):
-                passes.setdefault((request.data, request.examples), []).append(request.numbers(target))
-        low = self.job.recipe.low_memory
-        return max((estimate.sums_bytes(numbers, low_memory=low) for numbers in passes.values()), default=0)
+                block = target.layer if blockwise else None
+                passes.setdefault((request.data, request.examples, block), []).append(request.numbers(target))
+        return max((8 * sum(numbers) for numbers in passes.values()), default=0)
 
     def _passes(self) -> dict[str, int]:
         """Returns what the forward and backward passes of statistics hold."""

@@ -1,0 +1,93 @@
+"""Whether statistics run a model whole or one block at a time: as asked for, or from the memory that is free."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from transformers import PreTrainedModel
+
+from keeptune.core.errors import ModelError, RecipeError
+from keeptune.core.offload import is_offloaded
+from keeptune.core.target import Target
+from keeptune.model.blocks import blocks_of
+from keeptune.model.blockwise import BlockwiseRunner
+from keeptune.model.gguf import is_gguf
+from keeptune.model.offloaded import load_offloaded
+from keeptune.model.pretrained import LoadOptions, load_config, load_model, load_shapes
+from keeptune.model.runner import Runner
+from keeptune.statistics.request import Request, RowRequest
+
+_log = logging.getLogger(__name__)
+Memory = Literal["resident", "blockwise", "auto"]
+_SHARE = 0.8  # of the free memory: the rest is for activations
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns how much memory of a device is free; of the CPU, the host's."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    return int(psutil.virtual_memory().available)
+
+
+def load_base(name: str, options: LoadOptions, memory: Memory) -> PreTrainedModel:
+    """Loads a base for statistics and plans: whole, or with its weights on disk until a block needs them.
+
+    Quantised bases are loaded whole, under ``"blockwise"`` on the CPU, from where their blocks move to the device.
+
+    Raises:
+        ModelError: As of ``load_model``.
+    """
+    packed = bool(options.quantization) or is_gguf(name)
+    packed = packed or getattr(load_config(name, options), "quantization_config", None) is not None
+    if packed:
+        return load_model(name, replace(options, device="cpu") if memory == "blockwise" else options)
+    if memory == "auto":
+        device = torch.device(options.device)
+        needed, free = sum(p.nbytes for p in load_shapes(name, options).parameters()), free_bytes(device)
+        memory = "resident" if needed <= _SHARE * free else "blockwise"
+        _log.info("memory auto: %s, weights of %.3g GB, %.3g GB free on %s", memory, needed / 1e9, free / 1e9, device)
+    return load_model(name, options) if memory == "resident" else load_offloaded(name, options)
+
+
+def placed_runner(
+    runner: Runner, requests: Mapping[Target, frozenset[Request]], memory: Memory, device: str | None
+) -> tuple[Runner, int | None]:
+    """Returns what passes data through the model, and how many bytes sums may take at a time (None: those of a pass).
+
+    Raises:
+        RecipeError: ``memory`` is none of the three.
+    """
+    if memory not in ("resident", "blockwise", "auto"):
+        raise RecipeError(
+            "memory", got=str(memory), wanted="resident, blockwise or auto", next_step="Take one of them."
+        )
+    sites = {(r, r.site(t)): r.numbers(t) for t, own in requests.items() for r in own if isinstance(r, RowRequest)}
+    sums, free = 8 * sum(sites.values()), free_bytes(runner.device)
+    room = int(_SHARE * free)
+    if memory == "auto" and sites:
+        memory = "blockwise" if (is_offloaded(runner.model) or sums > room) and _is_stack(runner.model) else "resident"
+        _log.info(
+            "memory auto: statistics %s, sums of %.3g GB, %.3g GB free on %s",
+            memory,
+            sums / 1e9,
+            free / 1e9,
+            runner.device,
+        )
+    if memory != "blockwise":
+        return runner, room if sums > room else None
+    place = None if device is None else torch.device(device)
+    return (runner if isinstance(runner, BlockwiseRunner) else BlockwiseRunner(runner.model, place)), None
+
+
+def _is_stack(model: PreTrainedModel) -> bool:
+    try:
+        blocks_of(model)
+    except ModelError:
+        return False
+    return True
