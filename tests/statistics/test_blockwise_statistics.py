@@ -73,7 +73,7 @@ def test_auto_takes_blocks_where_sums_do_not_fit_and_says_so(
         chosen, limit = placement.placed_runner(plain, requests, "auto", None)
         assert isinstance(chosen, BlockwiseRunner) and limit is None
         assert placement.placed_runner(plain, requests, "resident", None) == (plain, 80_000)
-    assert "statistics resident" in caplog.messages[0] and "statistics blockwise" in caplog.messages[1]
+    assert "takes resident" in caplog.messages[0] and "takes blockwise" in caplog.messages[1]
     with pytest.raises(RecipeError, match="resident, blockwise or auto"):
         placement.placed_runner(plain, requests, "low", None)  # type: ignore[arg-type]
     folder = str(save(model, tmp_path / "base").folder)

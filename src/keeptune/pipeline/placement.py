@@ -51,7 +51,13 @@ def load_base(name: str, options: LoadOptions, memory: Memory) -> PreTrainedMode
         device = torch.device(options.device)
         needed, free = sum(p.nbytes for p in load_shapes(name, options).parameters()), free_bytes(device)
         memory = "resident" if needed <= _SHARE * free else "blockwise"
-        _log.info("memory auto: %s, weights of %.3g GB, %.3g GB free on %s", memory, needed / 1e9, free / 1e9, device)
+        _log.info(
+            "plan: memory auto takes %s: weights of %.3g GB, %.3g GB free on %s",
+            memory,
+            needed / 1e9,
+            free / 1e9,
+            device,
+        )
     return load_model(name, options) if memory == "resident" else load_offloaded(name, options)
 
 
@@ -73,7 +79,7 @@ def placed_runner(
     if memory == "auto" and sites:
         memory = "blockwise" if (is_offloaded(runner.model) or sums > room) and _is_stack(runner.model) else "resident"
         _log.info(
-            "memory auto: statistics %s, sums of %.3g GB, %.3g GB free on %s",
+            "statistics: memory auto takes %s: sums of %.3g GB, %.3g GB free on %s",
             memory,
             sums / 1e9,
             free / 1e9,
