@@ -75,14 +75,19 @@ def test_weights_stay_what_they_are_through_passes_in_evaluation_mode() -> None:
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes reorders weights on AVX512-BF16 only")
+@pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("twice", [False, True])
-def test_weights_that_were_reordered_are_put_back_with_a_warning(twice: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_that_were_reordered_are_put_back_with_a_warning(
+    twice: bool, saved: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     model, x = Holder(nf4(twice=twice)), torch.randn(2, N)
     with torch.no_grad():
         model.map(x)
     # Negative control: what PEFT's helper makes of it has the right shape, and is another matrix.
     wrong: Any = dequantize_module_weight(model.map)
     assert wrong.shape == (M, N) and (wrong.float() - by_hand()).norm() > by_hand().norm()
+    if saved:  # as a fingerprint does, which puts the weights back, but not their scales
+        model.state_dict()
     with caplog.at_level(logging.WARNING):
         found = read_weight(model, TARGET)
     assert "rewritten by bitsandbytes" in caplog.text
