@@ -15,6 +15,7 @@ ALL = (
     "gradient_pass",
     "curvature_pass",
     "stats_pass",
+    "blockwise",
     "training_step",
     "penalty_step",
     "plan_memory",
