@@ -93,11 +93,9 @@ def keep_layout(model: nn.Module) -> None:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
             state: Any = getattr(module.weight, "quant_state", None)
-            scales = getattr(state, "absmax", None)
-            # By `state_dict` bitsandbytes puts the order of weights back, but not that of plain scales; somebody else may
-            # have called it.
-            if getattr(state, "packing_format_for_cpu", False) or (scales is not None and scales.ndim == 2):
-                module.state_dict()
+            if hasattr(state, "original_nested"):  # it was reordered, and maybe put back by somebody's `state_dict`
+                if state.packing_format_for_cpu:
+                    module.state_dict()  # bitsandbytes puts the order back to save it, but not that of plain scales
                 if state.absmax.ndim == 2:
                     state.absmax = state.absmax.T.reshape(-1).float()
                 reordered += 1
