@@ -11,7 +11,7 @@ from pathlib import Path
 WIDTH, DEPTHS = 1024, (8, 16, 32)
 _TIMED = 16
 # Llama-3.1-8B's block and vocabulary.
-_EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 _MAKE = """
 import json, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,7 +73,7 @@ def rows() -> list[dict[str, str]]:
             peaks.append(peak)
             if depth == _TIMED:
                 timed, whole = seconds, measure(folder, "resident", "q_proj,o_proj", 16)
-        one = made(Path(root) / "one", **_EIGHT, vocab_size=4096, num_hidden_layers=1)
+        one = made(Path(root) / "one", **EIGHT, vocab_size=4096, num_hidden_layers=1)
         peak, seconds = measure(one, "blockwise", "q_proj,k_proj,v_proj,o_proj", 4)
     spread = max(peaks) / min(peaks)
     return [

@@ -170,10 +170,10 @@ def _dequantised(module: Any, target: Target, dtype: torch.dtype) -> Tensor:
         with _without_bias(module):
             if weight is None:
                 units = torch.eye(target.in_features, dtype=dtype, device=device)
-                rows = torch.cat([module(part) for part in torch.split(units, _CHUNK)])
+                rows = torch.cat([module.forward(part) for part in torch.split(units, _CHUNK)])
                 return rows if target.transposed else rows.T
             x = torch.randn(1, target.in_features, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-            wanted = module(x).float()
+            wanted = module.forward(x).float()  # without hooks: a pass may be listening
     # What back-ends raise without a kernel for this device or this state.
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise _unreadable(module, target, f"{type(error).__name__}: {error}") from error
