@@ -121,10 +121,11 @@ def test_sizes_said_beforehand_are_those_of_the_tensors(case: str, penalty: str,
         said: dict[str, int] = {}
         for t in plan.targets:
             said |= one.size(t)
-        # Of a target or an input group; the texts of a penalty on answers are no part of it.
-        held = {name: value.nbytes for name, value in made.tensors.items() if ":" in name and value.ndim > 1}
-        assert sum(held.values()) == sum(said.values())
-        assert all(any(name.startswith(start) for start in said) for name in held)
+        # Of a target or an input group; the texts of a penalty on answers are no part of it, nor are single numbers.
+        own_tensors = {name: value for name, value in made.tensors.items() if ":" in name}
+        held = {name: value for name, value in own_tensors.items() if name.startswith(tuple(said))}
+        assert sum(value.nbytes for value in held.values()) == sum(said.values())
+        assert all(value.ndim < 2 for name, value in own_tensors.items() if name not in held)
         assert made.name == PENALTIES[penalty].name or made.name in own
 
 
