@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.pipeline.support import keeptune
 
 from keeptune import atlas
@@ -163,8 +164,13 @@ def test_steps_and_work_are_unknown_where_examples_are(dry: Callable[..., DryRun
 
 def test_replay_adds_examples_and_blockwise_holds_the_sums_of_a_block(dry: Callable[..., DryRun]) -> None:
     assert dry(ATLAS, replay=0.2).train.examples == 20
-    whole, block = (dry(ATLAS, memory=way).memory["statistics"].parts["sums"] for way in ("resident", "blockwise"))
-    assert whole == dry(ATLAS).shape.blocks * block
+    whole, block = (dry(ATLAS, memory=way, method={"name": "keep"}) for way in ("resident", "blockwise"))
+    blocks, at = whole.shape.blocks, [one.memory["statistics"].parts for one in (whole, block)]
+    for part in ("sums", "activations"):
+        assert at[0][part] == pytest.approx(blocks * at[1][part], rel=1e-3)
+    maps = sum(t.out_features * t.in_features for t in whole.shape.linear) * whole.shape.size
+    assert at[0]["weights"] - at[1]["weights"] == pytest.approx(maps * (1 - 1 / blocks), rel=1e-3)
+    assert block.memory["training"] == whole.memory["training"]
 
 
 def test_checkpointing_trades_memory_for_work(dry: Callable[..., DryRun]) -> None:
@@ -218,6 +224,9 @@ def test_the_command_prints_all_parts(
     assert not (tmp_path / "out").exists()
     wrong = keeptune("run", path, "--dry-run", "--flops", "-1", capsys=capsys)
     assert (wrong.code, "--flops" in wrong.err) == (2, True)
+    if not torch.cuda.is_available():
+        wrong = keeptune("run", path, "--dry-run", "--device", "cuda", capsys=capsys)
+        assert (wrong.code, "which this machine lacks" in wrong.err) == (2, True)
 
 
 def test_json_has_bytes_and_operations_by_part(

@@ -159,16 +159,31 @@ class Footprint:
     def _statistics(self) -> tuple[dict[str, int], dict[str, int]] | None:
         if not self.sites:
             return None
-        return {"weights": self._base, "sums": self.sums}, self._passes()
+        return {"weights": self._placed, "sums": self.sums}, self._passes()
+
+    @property
+    def _blockwise(self) -> bool:
+        return bool(self.job.recipe.memory == "blockwise")
+
+    @cached_property
+    def _placed(self) -> int:
+        """Bytes of the base on the device while statistics and the plan are made: of its blocks one at a time, or all.
+
+        On the CPU a quantised base is whole: its blocks are there already.
+        """
+        if not self._blockwise or (self._kind != "cuda" and stays_quantised(self._quantization)):
+            return self._base
+        maps = sum(target.out_features * target.in_features for target in self.shape.linear)
+        in_blocks = self._base - self.shape.size * (self.shape.parameters - maps)
+        return self._base - in_blocks + in_blocks // self.shape.blocks
 
     @cached_property
     def sums(self) -> int:
         """Bytes of the sums of statistics that are taken at once."""
-        blockwise = self.job.recipe.memory == "blockwise"
         passes: dict[tuple[str, int | None, int | None], list[int]] = {}
         for (request, _), target in self.sites.items():
             if isinstance(request, RowRequest):
-                block = target.layer if blockwise else None
+                block = target.layer if self._blockwise else None
                 passes.setdefault((request.data, request.examples, block), []).append(request.numbers(target))
         return max((8 * sum(numbers) for numbers in passes.values()), default=0)
 
@@ -184,7 +199,8 @@ class Footprint:
             tokens, backward = 2 * tokens, True
         if backward:
             seen = tuple(dict.fromkeys(target for (r, _), target in self.sites.items() if isinstance(r, RowRequest)))
-            parts["activations"] = estimate.activation_bytes(self.shape, seen, ranks=0, batch=1, length=tokens)
+            kept = estimate.activation_bytes(self.shape, seen, ranks=0, batch=1, length=tokens)
+            parts["activations"] = kept // self.shape.blocks if self._blockwise else kept
             parts["logits"] = estimate.backward_head_bytes(self.shape, tokens if rows else 0)
         return parts
 
@@ -197,7 +213,7 @@ class Footprint:
         )
         own = any(part.method.statistics for part in parts_of(self.job.method))
         work = estimate.decomposition_bytes(self._used if decomposes else [], squares=squares and own)
-        return {"weights": self._base, **self._held}, {"decompositions": work}
+        return {"weights": self._placed, **self._held}, {"decompositions": work}
 
     def _training(self) -> tuple[dict[str, int], dict[str, int]]:
         train, whole = self.job.recipe.train, self._whole

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 
 from keeptune.core.errors import RecipeError
@@ -67,6 +68,13 @@ def print_accounts(
 
 
 def _rate(flops: float | None, device: str) -> _Rate:
+    if flops is None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(
+            "device",
+            got=f"{device}, which this machine lacks",
+            wanted="a device whose rate can be measured",
+            next_step="Give the rate of that device in operations a second, such as --flops 4e14.",
+        )
     if flops is None:
         return _Rate(gemm_rate(device), f"matrix products of this machine, {device}")
     if not 0 < flops < math.inf:
