@@ -107,7 +107,7 @@ Models: {", ".join(MODELS.values())}.
 Texts of {LENGTH:,} tokens, rank 16 on all linear maps, knowledge of 256 texts of 1,024 tokens, scoring one text at a
 time. `nf4` is bitsandbytes in 4 bits with double quantisation and `optim: paged_adamw_8bit`; a text is what passes
 through the model at once (`per_device_train_batch_size`). A run fits where its largest stage takes at most
-{FREE:.0%} of the card. Of your own recipe:
+{FREE:.0%} of the card. For your own recipe (a dash: nothing here fits):
 
 ```sh
 keeptune run recipe.yaml --dry-run          # by stage and part; with --json as bytes

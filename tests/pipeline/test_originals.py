@@ -34,7 +34,7 @@ def test_a_run_scores_its_adapter_on_both_bases_and_merges_into_the_original(
         run(recipe)
     export = read_json(recipe.output / "adapter" / "export.json")
     assert export["original"] == str(MODEL) and export["original_gap"] > 3 * export["gap"]
-    assert "quantised base that the adapter is for; on the original" in caplog.text
+    assert "training on the quantised base; on the original" in caplog.text
     for name in ("stories", "sums", "animals"):
         assert f"{name} on the original {MODEL}: " in caplog.text
         own, other = (

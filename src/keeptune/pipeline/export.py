@@ -52,10 +52,10 @@ def export_stage(job: Job, plan: Plan) -> Exported:
         result.path.touch()  # the newer of `adapter` and `merged` is the run's result
     done = Exported(**read_json(folder / SIDECAR)["export"])
     if done.original_gap is not None:
-        on = "the original with the adapter" if format == "merged" else "the quantised base that the adapter is for"
+        way = "the adapter on the original" if format == "merged" else "training on the quantised base"
         _log.info(
-            "export: logits differ by %.1e from those on %s; on the original %s they differ from those in training by "
-            "%.1e (relative %.1e)",
-            *(done.gap, on, done.original, done.original_gap, done.original_relative_gap),
+            "export: logits of the result differ by %.1e from those of %s; on the original %s logits differ by %.1e "
+            "(relative %.1e) from those in training",
+            *(done.gap, way, done.original, done.original_gap, done.original_relative_gap),
         )
     return done

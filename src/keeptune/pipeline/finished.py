@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,7 +91,7 @@ class FinishedRun:
             },
             "loss": trained["loss"],
             "plan": plan.summary(),
-            "notes": [*plan.provenance.get("notes", []), *trained.get("notes", [])],
+            "notes": [*_of_base(exported), *plan.provenance.get("notes", []), *trained.get("notes", [])],
             "benchmarks": [result.summary() for result in self.results],
         }
 
@@ -111,6 +112,16 @@ class FinishedRun:
                 wanted="stages of one recipe",
                 next_step=f"Run `keeptune run` (or `keeptune {stage}` and what follows) with the run's recipe.",
             )
+
+
+def _of_base(exported: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence on a quantised base, and how far the adapter is from training on the original."""
+    gap = exported.get("original_relative_gap")
+    if gap is None or exported["format"] == "merged":
+        return []
+    return [
+        f"the adapter is for the quantised base; on {exported['original']} its logits are off by {gap:.0%} (relative)"
+    ]
 
 
 def entry_of(folder: Path) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers |
     merged = _is_into_original(job, folder)
     kept, variant = (None, {"before": job.original}) if merged else (kept, None)
     scores = [score(job, one, pair, results, weights, kept, variant)["summary"] for one in job.recipe.evaluate]
-    if job.recipe.export.check_original and not merged:
+    if merged:
+        _log.info("evaluate: the result is merged into the original, and before and after are scores of the original")
+    elif job.recipe.export.check_original:
         _score_on_original(job, folder, results, weights)
     return scores
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,8 @@ def describe(recipe: Recipe, shape: ModelShape | None = None) -> DryRun:
             labels=_labels(job),
             trust_remote_code=recipe.trust_remote_code,
         )
+    if recipe.quantization:
+        shape = dataclasses.replace(shape, quantization=recipe.quantization)
     return _Account(job, shape, Lengths(job, shape.positions)).dry_run()
 
 

@@ -96,7 +96,8 @@ def _fetch(need: Need) -> str:
 
 def _model(dry: DryRun) -> str:
     shape = dry.shape
-    return f"{shape.name}, {count(shape.parameters)} parameters, {shape.dtype}; shape from {shape.source}"
+    packed = ", quantised" if shape.quantization else ""
+    return f"{shape.name}, {count(shape.parameters)} parameters, {shape.dtype}{packed}; shape from {shape.source}"
 
 
 def _row(name: str, times: int, dry: DryRun, rate: _Rate) -> tuple[str, ...]:
