@@ -89,17 +89,16 @@ class StoreUse:
 
     Args:
         folder: The store.
-        named: The keys that are named already.
     """
 
     folder: Path
-    named: set[str] = field(default_factory=set)
+    _named: set[str] = field(default_factory=set, init=False)
     _file: Path | None = field(default=None, init=False)
     _warned: bool = field(default=False, init=False)
 
     def name(self, key: str) -> None:
         """Names an entry that is about to be read; in a folder that cannot be written nothing can be evicted."""
-        if key not in self.named and os.access(self.folder, os.W_OK):
+        if key not in self._named and os.access(self.folder, os.W_OK):
             with self._alone():
                 self._write(key, 0)
 
@@ -116,7 +115,7 @@ class StoreUse:
         """
         refuse_larger(size, limit)
         with self._alone():
-            total = self._size()
+            total = recorded(self.folder)[0]
             if total + size > limit:
                 # A hundredth more than is needed, so that not every put looks at every entry.
                 total = self._evict(key, limit - limit // 100 - size)
@@ -124,25 +123,21 @@ class StoreUse:
                     self._warned = True
                     _log.warning(_OVER, size_text(total + size), size_text(limit), self.folder)
             self._write(key, size)
-            (self.folder / "use" / "size").write_text(f"{total + size} {limit}", encoding="utf-8")
+            self._note(total + size, limit)
 
     def remove(self, wanted: Callable[[Entry], bool]) -> tuple[list[Entry], list[Entry]]:
         """Removes entries that nobody uses; returns what was removed, and what was wanted but is in use."""
         with self._alone():
-            named = self._named_by_all()
-            chosen = [entry for entry in entries(self.folder) if wanted(entry)]
+            named, present, total = self._held()
+            chosen = [entry for entry in present if wanted(entry)]
             kept = [entry for entry in chosen if entry.key in named or not _remove(entry)]
             gone = [entry for entry in chosen if entry not in kept]
-            _, limit = recorded(self.folder)
-            left = max(self._size() - sum(entry.bytes for entry in gone), 0)
-            (self.folder / "use" / "size").write_text(f"{left} {limit or ''}", encoding="utf-8")
+            self._note(total - sum(entry.bytes for entry in gone))
         return gone, kept
 
     def _evict(self, key: str, room: int) -> int:
         """Evicts entries until at most some bytes are left, and returns how many are."""
-        named, present = self._named_by_all(), entries(self.folder)
-        here = {entry.key for entry in present}
-        total = sum(entry.bytes for entry in present) + sum(size for name, size in named.items() if name not in here)
+        named, present, total = self._held()
         gone = []
         for entry in present:
             if total <= room:
@@ -155,8 +150,15 @@ class StoreUse:
             _log.info("statistics: %d least recently used entries (%s) evicted from %s", len(gone), freed, self.folder)
         return total
 
-    def _size(self) -> int:
-        return recorded(self.folder)[0]
+    def _held(self) -> tuple[dict[str, int], list[Entry], int]:
+        """Returns what living users name, the entries that are there, and the bytes of both together."""
+        named, present = self._named_by_all(), entries(self.folder)
+        return named, present, sum({**named, **{entry.key: entry.bytes for entry in present}}.values())
+
+    def _note(self, total: int, limit: int | None = None) -> None:
+        """Writes ``use/size``; without a limit that of the last put stays."""
+        limit = limit or recorded(self.folder)[1]
+        (self.folder / "use" / "size").write_text(f"{total} {limit or ''}", encoding="utf-8")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -173,20 +175,18 @@ class StoreUse:
         held = ExitStack()
         held.enter_context(locked(self._file))
         weakref.finalize(self, held.close)
-        named = self._named_by_all()
+        named, _, total = self._held()
         for left in self.folder.glob(f"{_DIGIT * 2}/.{_DIGIT * 64}.*"):
             if left.name[1:65] not in named:
                 _log.info("%s: left over by a killed run, removed", left)
                 shutil.rmtree(left, ignore_errors=True)
-        present = {entry.key: entry.bytes for entry in entries(self.folder)}
-        total = sum({**named, **present}.values())
-        (self.folder / "use" / "size").write_text(f"{total} {recorded(self.folder)[1] or ''}", encoding="utf-8")
+        self._note(total)
 
     def _write(self, key: str, size: int) -> None:
         assert self._file is not None
         with self._file.open("a", encoding="utf-8") as file:
             file.write(f"{key} {size}\n")
-        self.named.add(key)
+        self._named.add(key)
 
     def _named_by_all(self) -> dict[str, int]:
         """Returns the keys that living users name, with the bytes they are about to write; forgets dead users."""
