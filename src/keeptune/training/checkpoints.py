@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from keeptune.core.artefact import file_fingerprint, read_json, write_json
+from keeptune.core.artefact import file_checksum, read_json, write_json
 from keeptune.core.errors import ArtefactError
 
 _log = logging.getLogger(__name__)
@@ -54,4 +54,4 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _sums(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _CHECKSUMS)
-    return {str(path.relative_to(folder)): file_fingerprint([path]) for path in files}
+    return {str(path.relative_to(folder)): file_checksum(path) for path in files}
