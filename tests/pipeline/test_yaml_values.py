@@ -42,6 +42,7 @@ def test_small_floats_are_numbers_and_dates_are_text() -> None:
         (BOMB, "more than 100000 values"),
         ("[" * 3000 + "]" * 3000, "more than 32 levels"),
         ("{a: " * 3000 + "}" * 3000, "more than 32 levels"),
+        ("a0: &a0 []\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 100)), "more than 32 levels"),
         ("a: 1\nb: 2\na: 3", 'the key "a" twice'),
         ("a: &a [*a]", "an alias of something that it is part of"),
         ("a: .nan", "the number .nan"),

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 _DEPTH = 32
+_OPEN = (0, 0)  # of a node that is being looked at
 _VALUES = 100_000  # an alias counts as often as it is used: without a limit, 400 bytes can stand for gigabytes
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
 
@@ -24,7 +25,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
-        self._sizes: dict[int, int] = {}
+        self._spelt_out: dict[int, tuple[int, int]] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self._depth += 1
@@ -37,31 +38,32 @@ class _Loader(yaml.SafeLoader):
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None:
-            self._check(node, 1)
+            self._check(node)
         return node
 
-    def _check(self, node: Any, depth: int) -> int:
-        """Returns how many values a node stands for, its aliases spelt out, and refuses what no recipe holds."""
-        if id(node) in self._sizes and self._sizes[id(node)] == 0:
-            raise _Refused("an alias of something that it is part of", node)
-        if depth > _DEPTH:
-            raise _Refused(f"more than {_DEPTH} levels", node)
+    def _check(self, node: Any) -> tuple[int, int]:
+        """Returns how many values and levels a node has, its aliases spelt out, and refuses what no recipe holds."""
+        if id(node) in self._spelt_out:
+            if self._spelt_out[id(node)] == _OPEN:
+                raise _Refused("an alias of something that it is part of", node)
+            return self._spelt_out[id(node)]
         if node.tag not in _PLAIN:
             raise _Refused(f"the tag {node.tag}", node)
-        if id(node) in self._sizes:
-            return self._sizes[id(node)]
-        self._sizes[id(node)] = 0
-        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        self._spelt_out[id(node)] = _OPEN
+        children = node.value
         if isinstance(node, yaml.MappingNode):
             _check_keys(node)
             children = [value for _, value in node.value]
         elif isinstance(node, yaml.ScalarNode):
             self._check_scalar(node)
-        size = 1 + sum(self._check(child, depth + 1) for child in children)
-        if size > _VALUES:
-            raise _Refused(f"more than {_VALUES} values", node)
-        self._sizes[id(node)] = size
-        return size
+            children = []
+        parts = [self._check(child) for child in children]
+        size, levels = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
+        for found, most, kind in ((size, _VALUES, "values"), (levels, _DEPTH, "levels")):
+            if found > most:
+                raise _Refused(f"more than {most} {kind}", node)
+        self._spelt_out[id(node)] = size, levels
+        return size, levels
 
     def _check_scalar(self, node: yaml.ScalarNode) -> None:
         if "\0" in node.value:
