@@ -18,7 +18,6 @@ from keeptune.adapter.special_layers import subspace_change
 from keeptune.adapter.trained_head import (
     head_edits,
     head_names,
-    put_head,
     task_type,
     tied_head,
     token_rows,
@@ -26,7 +25,7 @@ from keeptune.adapter.trained_head import (
 )
 from keeptune.core.artefact import write_tensors
 from keeptune.core.low_rank import LowRank
-from keeptune.core.offload import edit_values, hook_of
+from keeptune.core.offload import edit_values
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
 
@@ -104,12 +103,9 @@ def put_change(base: PreTrainedModel, change: TrainedChange, plan: Plan, model: 
         edits.setdefault(t.target.parameter, []).append(partial(_add, t.target, change, model))
         if t.target.name in change.biases:
             edits[f"{t.target.name}.bias"] = [partial(_add_bias, change.biases[t.target.name])]
-    beside = head_edits(base, plan, change.head)
-    stored = {key: edit for key, edit in beside.items() if hook_of(base.get_submodule(key.rpartition(".")[0]))}
-    edits |= {key: [edit] for key, edit in stored.items()}
+    for key, edit in head_edits(base, plan, change.head).items():
+        edits.setdefault(key, []).append(edit)
     edit_values(base, edits)
-    if not stored:
-        put_head(base, plan, change.head)
 
 
 def _add(target: Target, change: TrainedChange, model: PeftModel, stored: Tensor) -> None:

@@ -182,7 +182,7 @@ def keep_precise(model: PeftModel, plan: Plan) -> None:
             module.to(torch.float32).register_forward_pre_hook(widen)
             if task_type(plan) == "CAUSAL_LM":
                 module.register_forward_hook(narrow_to(dtype))
-    for parameter, _ in _token_parameters(model, plan).values():
+    for parameter in _token_parameters(model, plan).values():
         parameter.data = parameter.data.float()
     for module in model.modules():
         if type(module) is TrainableTokensWrapper:
@@ -199,7 +199,7 @@ def trained_head(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
         for name, module in _heads(model, plan).items()
         for key, value in module.state_dict().items()
     }
-    values |= {f"{name}.{_SAVED}": p for name, (p, _) in _token_parameters(model, plan).items()}
+    values |= {f"{name}.{_SAVED}": p for name, p in _token_parameters(model, plan).items()}
     return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in values.items()}
 
 
@@ -211,19 +211,18 @@ def tied_head(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
     }
 
 
-def put_head(model: PreTrainedModel | PeftModel, plan: Plan, values: Mapping[str, Tensor]) -> None:
-    """Puts what was trained into an installed model, or in the place of a base's own; other names are left aside."""
+def put_head(model: PeftModel, plan: Plan, values: Mapping[str, Tensor]) -> None:
+    """Puts what was trained into an installed model; other names are left aside."""
     for name, module in _heads(model, plan).items():
         prefix = f"{name}."
         module.load_state_dict({key.removeprefix(prefix): v for key, v in values.items() if key.startswith(prefix)})
     with torch.no_grad():
-        for name, (parameter, ids) in _token_parameters(model, plan).items():
-            rows = values[f"{name}.{_SAVED}"].to(parameter)
-            parameter[slice(None) if isinstance(model, PeftModel) else ids] = rows
+        for name, parameter in _token_parameters(model, plan).items():
+            parameter.copy_(values[f"{name}.{_SAVED}"])
 
 
 def head_edits(base: PreTrainedModel, plan: Plan, values: Mapping[str, Tensor]) -> dict[str, Edit]:
-    """Returns what :func:`put_head` does as edits of a base's parameters, for one whose weights are on disk."""
+    """Returns the edits of a base's parameters and buffers that put what was trained in the place of its own."""
     rows = {f"{name}.{_SAVED}": (name, ids) for name, ids in token_rows(plan).items()}
     edits: dict[str, Edit] = {key: partial(_replace, value) for key, value in values.items() if key not in rows}
     edits |= {f"{name}.weight": partial(_replace_rows, ids, values[key]) for key, (name, ids) in rows.items()}
@@ -250,9 +249,7 @@ def trained_head_names(model: PeftModel, plan: Plan) -> set[str]:
     }
 
 
-def _heads(model: PreTrainedModel | PeftModel, plan: Plan) -> dict[str, nn.Module]:
-    if not isinstance(model, PeftModel):
-        return {name: model.get_submodule(name) for name in head_names(plan)}
+def _heads(model: PeftModel, plan: Plan) -> dict[str, nn.Module]:
     return {name: model.base_model.model.get_submodule(f"{name}.modules_to_save.default") for name in head_names(plan)}
 
 
@@ -265,8 +262,6 @@ def _tied(model: PeftModel, plan: Plan) -> dict[str, Any]:
     return {_name_of(inner, head): head.modules_to_save["default"]}
 
 
-def _token_parameters(model: PreTrainedModel | PeftModel, plan: Plan) -> dict[str, tuple[nn.Parameter, list[int]]]:
-    """Returns the parameter that holds rows of tokens, and their ids: PEFT's own, or a base's whole weight."""
-    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
-    leaf = _DELTA if isinstance(model, PeftModel) else "weight"
-    return {name: (inner.get_parameter(f"{name}.{leaf}"), ids) for name, ids in token_rows(plan).items()}
+def _token_parameters(model: PeftModel, plan: Plan) -> dict[str, nn.Parameter]:
+    """Returns PEFT's parameter that holds rows of tokens, by the name of the module."""
+    return {name: model.base_model.model.get_parameter(f"{name}.{_DELTA}") for name in token_rows(plan)}

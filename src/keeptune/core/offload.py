@@ -50,23 +50,25 @@ def stored_value(model: nn.Module, name: str, value: Tensor) -> Tensor:
 
 
 def edit_values(model: nn.Module, edits: Mapping[str, Sequence[Callable[[Tensor], object]]]) -> None:
-    """Changes parameters of a model.
+    """Changes parameters and buffers of a model.
 
     Those on disk stay as they are there: what is read of them is changed, each time that a module needs it.
 
     Args:
         model: The model.
-        edits: Name of a parameter to functions that change its value in place.
+        edits: Name of a parameter or buffer to functions that change its value in place.
     """
     for name, own in edits.items():
-        module, _, leaf = name.rpartition(".")
-        hook = hook_of(model.get_submodule(module))
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        value: Tensor = getattr(module, leaf)
+        hook = hook_of(module) if value.is_meta else None
         if hook:
             hook.weights_map = _Edited(hook.weights_map, leaf, own)
             continue
         with torch.no_grad():
             for edit in own:
-                edit(model.get_parameter(name))
+                edit(value)
 
 
 def save_model(model: PreTrainedModel, folder: Path, shard: str = "2GB") -> None:
