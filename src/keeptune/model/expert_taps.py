@@ -29,7 +29,9 @@ def expert_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
     numbered = {name for name in names if name.split(".")[-2:-1] and name.split(".")[-2].isdigit()}
     if not numbered:
         return numbered
-    known = {weight.name(index) for weight in fused_weights(model) for index in range(weight.experts)}
+    modules = {name.rsplit(".", 2)[0] for name in numbered}
+    weights = [weight for weight in fused_weights(model) if weight.module in modules]
+    known = {weight.name(index) for weight in weights for index in range(weight.experts)}
     return numbered & known
 
 
