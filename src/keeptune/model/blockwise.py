@@ -235,12 +235,12 @@ class _Walk:
         """Runs the first block once, for what it returns besides hidden states: nothing, or a tuple of None."""
         first: list[Any] = []
 
-        def note(args: Any, kwargs: Any) -> None:
+        def note(_: int, args: Any, kwargs: Any) -> None:
             first.append((args, kwargs))
             raise PassEnd
 
         with suppress(PassEnd):
-            self._replaced(lambda index, args, kwargs: note(args, kwargs), batch)
+            self._replaced(note, batch)
         args, kwargs = first[0]
         with aligned(self.blocks[0].modules(), self.device):
             output = self.blocks[0](*args, **kwargs)
