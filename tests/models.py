@@ -51,44 +51,29 @@ from keeptune.statistics.store import StatStore
 VOCAB = 64
 HIDDEN = 32
 Factory = Callable[..., PreTrainedModel]
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_SMALL_MIXTURE: dict[str, Any] = {**_SMALL, "num_experts_per_tok": 2}
 
 
 def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
     """Grouped queries: k_proj and v_proj have 16 outputs, the others 32 or more."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **extra,
-    )
+    config = LlamaConfig(**_SMALL, intermediate_size=48, num_key_value_heads=2, **extra)
     return _seeded(LlamaForCausalLM, config, seed, dtype)
 
 
 def qwen2(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
     """Biases in q, k and v, and a head tied to the embedding."""
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **extra,
-    )
+    config = Qwen2Config(**_SMALL, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True, **extra)
     return _seeded(Qwen2ForCausalLM, config, seed, dtype)
 
 
@@ -113,34 +98,12 @@ def gpt2(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> Pre
 def roberta(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
     """An encoder under a head of three labels; biases everywhere; positions counted from the padding id on."""
     config = RobertaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
+        **{**_SMALL, "max_position_embeddings": 66, "initializer_range": 0.5, "bos_token_id": 0, "pad_token_id": 1},
         intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=66,
-        initializer_range=0.5,
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
         num_labels=3,
         **extra,
     )
     return _seeded(RobertaForSequenceClassification, config, seed, dtype)
-
-
-_SMALL_MIXTURE = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 
 
 def qwen3_moe(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
