@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import processes
+
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "assets" / "data"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
@@ -59,15 +61,9 @@ def compare(model: Path, values: dict[str, Any]) -> tuple[dict[str, Any], int]:
     with tempfile.TemporaryDirectory() as name:
         path = recipe(model, Path(name), values)
         said = subprocess.run([*_COMMAND, str(path), "--dry-run", "--json"], check=True, capture_output=True, text=True)
-        with (Path(name) / "log.txt").open("w+") as log:
-            running = subprocess.Popen([*_COMMAND, str(path)], stdout=log, stderr=log)
-            _, status, usage = os.wait4(running.pid, 0)
-            running.returncode = status
-            if status:
-                log.seek(0)
-                raise SystemExit(log.read()[-3000:])
+        peak = processes.command_peak("run", str(path))
     account: dict[str, Any] = json.loads(said.stdout)
-    return account, usage.ru_maxrss * 1024
+    return account, round(peak * 2**20)
 
 
 def rows(names: list[str] | None = None) -> list[dict[str, str]]:

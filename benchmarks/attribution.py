@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import processes
 import torch
 from captum.attr import LayerIntegratedGradients
+from random_llama import random_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from keeptune.data.calibration import Batch
 from keeptune.model.probes.attribution import Attributor, Integral
@@ -26,16 +25,7 @@ INTEGRALS = {
 
 def model_of(layers: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=VOCABULARY,
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return random_llama(WIDTH, layers, VOCABULARY, initializer_range=0.1).eval().requires_grad_(False)
 
 
 def captum(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
@@ -86,22 +76,17 @@ def attributed(way: str, layers: int = LAYERS, chunk: int = 2048) -> tuple[float
         attributor = Attributor(model, INTEGRALS[way], chunk=chunk)
         attributor.attribute(Batch(ids[:1, :8], torch.ones_like(ids[:1, :8])))
         assert attributor.fits
-        before, start = _peak(), time.process_time()
+        before, start = processes.peak(), time.process_time()
         found = torch.cat([attributor.attribute(batch) for batch in batches])[0]
-        return (time.process_time() - start) / TEXTS, _peak() - before, found
-    before, start = _peak(), time.process_time()
+        return (time.process_time() - start) / TEXTS, processes.peak() - before, found
+    before, start = processes.peak(), time.process_time()
     if way == "forward":
         with torch.no_grad():
             for batch in batches:
                 model.model(batch.input_ids)
-        return (time.process_time() - start) / TEXTS, _peak() - before, found
+        return (time.process_time() - start) / TEXTS, processes.peak() - before, found
     found = captum(model, ids[:1])
-    return time.process_time() - start, _peak() - before, found
-
-
-def _peak() -> float:
-    # VmHWM, not ru_maxrss: that one starts at the size of the process that started this one.
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return time.process_time() - start, processes.peak() - before, found
 
 
 def measured(way: str, layers: int = LAYERS, chunk: int = 2048) -> tuple[float, float]:
@@ -117,12 +102,7 @@ def measured(way: str, layers: int = LAYERS, chunk: int = 2048) -> tuple[float, 
     """
     call = f"attribution.attributed({way!r}, {layers}, {chunk})"
     code = f"import torch, attribution; torch.set_num_threads(1); print(*{call}[:2])"
-    found = []
-    for _ in range(ROUNDS):
-        done = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parent
-        )
-        found.append(tuple(map(float, done.stdout.split()[-2:])))
+    found = [processes.numbers_of(code) for _ in range(ROUNDS)]
     return statistics.median(seconds for seconds, _ in found), statistics.median(peak for _, peak in found)
 
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import processes
+
 WIDTH, DEPTHS = 1024, (8, 16, 32)
 _TIMED = 16
-# Llama-3.1-8B's block and vocabulary.
-EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+# A block of Llama-3.1-8B's shapes, of fewer words.
+EIGHT = {"width": 4096, "layers": 1, "heads": 32, "intermediate_size": 14336, "num_key_value_heads": 8}
 _MAKE = """
 import json, sys, torch
-from transformers import LlamaConfig, LlamaForCausalLM
-config = LlamaConfig(**json.loads(sys.argv[2]), dtype="bfloat16")
+from random_llama import random_llama
 torch.set_default_dtype(torch.bfloat16)
-LlamaForCausalLM(config).save_pretrained(sys.argv[1])
+random_llama(**json.loads(sys.argv[2]), dtype="bfloat16").save_pretrained(sys.argv[1])
 """
 _PROBE = """
-import resource, sys, tempfile, time, torch
+import sys, tempfile, time, torch
 from pathlib import Path
+from processes import peak
 from keeptune.data.calibration import Calibration
 from keeptune.model.offloaded import load_offloaded
 from keeptune.model.pretrained import LoadOptions, load_model
@@ -42,21 +42,19 @@ runner = Runner(model) if way == "resident" else BlockwiseRunner(model)
 with tempfile.TemporaryDirectory() as store:
     requests = {target: wanted for target in find_targets(model, roles)}
     collect(runner, requests, data, StatStore(Path(store)), model_fingerprint="random")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(peak, time.perf_counter() - started)
+print(peak(), time.perf_counter() - started)
 """
 
 
 def measure(folder: str, way: str, roles: str, texts: int) -> tuple[float, float]:
     """Return the peak of a process in MiB, and its seconds without imports."""
-    words = [sys.executable, "-c", _PROBE, folder, way, roles, str(texts)]
-    peak, seconds = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-2:]
-    return float(peak), float(seconds)
+    peak, seconds = processes.numbers_of(_PROBE, folder, way, roles, str(texts))
+    return peak, seconds
 
 
-def made(folder: Path, **fields: int) -> str:
+def made(folder: Path, **sizes: int) -> str:
     """Save a random model in bfloat16."""
-    subprocess.run([sys.executable, "-c", _MAKE, str(folder), json.dumps(fields)], check=True, capture_output=True)
+    processes.numbers_of(_MAKE, str(folder), json.dumps(sizes))
     return str(folder)
 
 
@@ -66,14 +64,12 @@ def rows() -> list[dict[str, str]]:
         peaks, whole = [], (0.0, 0.0)
         timed = 0.0
         for depth in DEPTHS:
-            sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH * 11 // 4, "num_attention_heads": 16}
-            shape = sizes | {"num_key_value_heads": 8, "vocab_size": 4096, "num_hidden_layers": depth}
-            folder = made(Path(root) / str(depth), **shape)
+            folder = made(Path(root) / str(depth), width=WIDTH, layers=depth, heads=16)
             peak, seconds = measure(folder, "blockwise", "q_proj,o_proj", 16)
             peaks.append(peak)
             if depth == _TIMED:
                 timed, whole = seconds, measure(folder, "resident", "q_proj,o_proj", 16)
-        one = made(Path(root) / "one", **EIGHT, vocab_size=4096, num_hidden_layers=1)
+        one = made(Path(root) / "one", **EIGHT)
         peak, seconds = measure(one, "blockwise", "q_proj,k_proj,v_proj,o_proj", 4)
     spread = max(peaks) / min(peaks)
     return [

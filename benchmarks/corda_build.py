@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 
+import processes
 import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from keeptune.methods.corda import conditioned, oriented_factors
 
-WIDTH, INNER, LAYERS, RANK = 1024, 2816, 2, 16
+WIDTH, LAYERS, RANK = 1024, 2, 16
 EXAMPLES, LENGTH, ROUNDS = 32, 128, 3
 
 # Each way in a process of its own: seconds, and the peak of resident memory above that of the loaded model.
@@ -22,19 +21,17 @@ from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
-from transformers import LlamaConfig, LlamaForCausalLM
+from processes import peak
+from random_llama import random_llama
 from keeptune.adapter.install import install
 from keeptune.data.calibration import Calibration
 from keeptune.methods.corda import Corda
 from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.store import StatStore
 torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(hidden_size={WIDTH}, intermediate_size={INNER}, num_hidden_layers={LAYERS},
-    num_attention_heads=16, num_key_value_heads=8, vocab_size=2048)).eval()
+model = random_llama({WIDTH}, {LAYERS}, 2048, heads=16).eval()
 ids = torch.randint(2048, ({EXAMPLES}, {LENGTH}))
 roles = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# VmHWM, not ru_maxrss: that one starts at the size of the process that started this one.
-peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 with torch.no_grad():
     model(ids[:1])
 before, start, way = peak(), time.perf_counter(), sys.argv[1]
@@ -65,8 +62,7 @@ def measured(way: str) -> tuple[float, float]:
     Returns:
         Seconds and MiB.
     """
-    done = subprocess.run([sys.executable, "-c", _PROBE, way], check=True, capture_output=True, text=True)
-    seconds, peak = map(float, done.stdout.split()[-2:])
+    seconds, peak = processes.numbers_of(_PROBE, way)
     return seconds, peak
 
 

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from random_llama import random_llama
 from timing import compare
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
@@ -71,16 +71,8 @@ def _wide() -> list[dict[str, str]]:
 
 def rows() -> list[dict[str, str]]:
     """Time training passes, passes with frozen weights, and what each form of the penalty needs."""
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH * 11 // 4,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        vocab_size=VOCABULARY,
-    )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = random_llama(WIDTH, LAYERS, VOCABULARY, heads=16).eval()
     ids = torch.randint(VOCABULARY, (16, 256)).tolist()
     data = Calibration(tuple(map(tuple, ids)), 0, (128,) * len(ids))
     batches, targets, runner = data.batches(TOKENS), find_targets(model), Runner(model)

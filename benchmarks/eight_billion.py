@@ -13,20 +13,21 @@ import sys
 import tempfile
 from pathlib import Path
 
+import processes
 from blockwise import EIGHT, made
 
 METHODS = ("lora", "l2-lora", "keep", "lalora", "farss", "loki", "pissa", "lora-null")
 _SECONDS = 600
 _PROBE = """
-import resource, sys, tempfile, time, torch
+import sys, tempfile, time, torch
 from pathlib import Path
 import keeptune
+from processes import peak
 from keeptune.data.calibration import Calibration
 from keeptune.methods.base import method_named
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.store import StatStore
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 options = {"loki": {"q": 30.0}, "farss": {"scores": "streaming", "boundary": 0}}
 method = method_named(sys.argv[2])(**options.get(sys.argv[2], {}))
 model = load_model(sys.argv[1], LoadOptions(dtype="bfloat16"))
@@ -36,7 +37,7 @@ started = time.perf_counter()
 with tempfile.TemporaryDirectory() as store:
     data = {"knowledge": tokens, "task": tokens}
     plan = plan_for(model, method, StatStore(Path(store)), data=data, options=PlanOptions(memory="blockwise"))
-planned, at_plan = time.perf_counter() - started, peak()
+planned, at_plan = time.perf_counter() - started, peak() / 1024
 tuned = keeptune.install(model, plan)
 penalties = keeptune.Penalties(tuned, plan) if plan.penalties else None
 optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad])
@@ -48,20 +49,18 @@ for _ in range(2):
     optimizer.step()
     optimizer.zero_grad()
     step = time.perf_counter() - started
-print(planned, at_plan, step, peak())
+print(planned, at_plan, step, peak() / 1024)
 """
 
 
 def row(folder: str, name: str) -> str:
     """Return a row of the table, or why there is none."""
-    words = [sys.executable, "-c", _PROBE, folder, name]
     try:
-        done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        planned, at_plan, step, peak = processes.numbers_of(_PROBE, folder, name, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         return f"| {name} | over {_SECONDS} s | - | - | - |"
-    except subprocess.CalledProcessError as error:
-        return f"| {name} | {error.stderr.strip().splitlines()[-1]} | - | - | - |"
-    planned, at_plan, step, peak = map(float, done.stdout.split()[-4:])
+    except RuntimeError as error:
+        return f"| {name} | {str(error).splitlines()[-1]} | - | - | - |"
     plan = f"{planned:.0f} s | {32 * planned / 60:.0f} min | {at_plan:.1f} GiB"
     return f"| {name} | {plan} | {step:.1f} s, {peak:.1f} GiB |"
 
@@ -71,7 +70,7 @@ def main() -> None:
     print("| method | plan of a block | of 32 | peak | step of 512 tokens, peak |")
     print("| --- | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as root:
-        folder = made(Path(root) / "one", **EIGHT, vocab_size=4096, num_hidden_layers=1)
+        folder = made(Path(root) / "one", **EIGHT)
         for name in sys.argv[1:] or METHODS:
             print(row(folder, name), flush=True)
 

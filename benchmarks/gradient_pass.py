@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from random_llama import random_llama
 from timing import compare
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
@@ -23,16 +23,8 @@ WIDTH, LAYERS, VOCABULARY, TOKENS = 512, 4, 32000, 2048
 
 def rows() -> list[dict[str, str]]:
     """Time a training pass, a pass with frozen weights, and sweeps with statistics."""
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH * 11 // 4,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=VOCABULARY,
-    )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = random_llama(WIDTH, LAYERS, VOCABULARY).eval()
     ids = torch.randint(VOCABULARY, (16, 256)).tolist()
     data = Calibration(tuple(map(tuple, ids)), 0, (128,) * len(ids))
     batches, targets, runner = data.batches(TOKENS), find_targets(model), Runner(model)

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from random_llama import random_llama
 from timing import compare
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import keeptune
 from keeptune.adapter.install import install
@@ -78,15 +79,7 @@ def _rows(
 ) -> list[dict[str, str]]:
     torch.manual_seed(0)
     width, layers, tokens, rounds = (WIDE, 1, TOKENS // 2, 3) if wide else (WIDTH, LAYERS, TOKENS, 7)
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=width if wide else width * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=4096,
-    )
-    base = LlamaForCausalLM(config)
+    base = random_llama(width, layers, **({"intermediate_size": width} if wide else {}))
     plan = _plan(base, rank, size)
     model = install(copy.deepcopy(base), plan, anchor="residual")
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import processes
 
 WIDTH, LAYERS = 512, 8
 _PROBE = """
 import sys, tempfile, threading, time, torch
 from pathlib import Path
 torch.manual_seed(0)
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_llama import random_llama
 from keeptune.data.calibration import Calibration
 from keeptune.methods.lora_null import LoraNull
 from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.store import StatStore
 width, layers, low = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "low"
-config = LlamaConfig(hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
-                     num_attention_heads=8, num_key_value_heads=4, vocab_size=4096)
-model = LlamaForCausalLM(config).eval()
+model = random_llama(width, layers).eval()
 tokens = Calibration(tuple(map(tuple, torch.randint(4096, (32, 128)).tolist())), 0)
 page = 4096 / 2**20
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * page
@@ -43,11 +40,7 @@ print(peak - start, seconds)
 
 def rows() -> list[dict[str, str]]:
     """Measure each way in a process of its own: peak resident memory above that of the loaded model."""
-    found = {}
-    for way in ("all", "low"):
-        words = [sys.executable, "-c", _PROBE, str(WIDTH), str(LAYERS), way]
-        text = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-        found[way] = tuple(map(float, text.split()[-2:]))
+    found = {way: processes.numbers_of(_PROBE, str(WIDTH), str(LAYERS), way) for way in ("all", "low")}
     one = (WIDTH * 11 // 4) ** 2 * 8 / 2**20
     return [
         {

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_llama import random_llama
 from timing import compare
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeptune.data.calibration import Calibration
 from keeptune.methods.lora_null import LoraNull
@@ -29,17 +29,9 @@ NF4 = {
 def rows() -> list[dict[str, str]]:
     """Time plans from a model that is loaded: statistics of 16 texts and the starts, with nothing in the store."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH * 11 // 4,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=4096,
-    )
     data: Any = {"knowledge": Calibration(tuple(map(tuple, torch.randint(3, 4096, (16, 256)).tolist())), pad_id=0)}
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        random_llama(WIDTH, LAYERS).to(torch.bfloat16).save_pretrained(folder)
         models = {"bf16": load_model(folder), "nf4": load_model(folder, LoadOptions(quantization=NF4))}
 
     def plan(model: Any, method: Any) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from random_llama import random_llama
 from timing import compare
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
@@ -19,16 +19,8 @@ WIDTH, LAYERS, VOCABULARY, RANK, MU = 512, 4, 8192, 16, 0.3
 
 def rows() -> list[dict[str, str]]:
     """Time repair with one μ and with a drift budget against (2) for each target alone, and its passes."""
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH * 11 // 4,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=VOCABULARY,
-    )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = random_llama(WIDTH, LAYERS, VOCABULARY).eval()
     batches = Calibration(tuple(map(tuple, torch.randint(VOCABULARY, (16, 256)).tolist())), 0).batches(4096)
     targets = find_targets(model)
     groups: dict[str, list[Target]] = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from random_llama import random_llama
 from timing import compare
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
@@ -18,16 +18,8 @@ WIDTH, LAYERS, VOCABULARY = 512, 4, 8192
 
 def rows() -> list[dict[str, str]]:
     """Time a pass with and without covariances: each input once, and once per target."""
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH * 11 // 4,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=VOCABULARY,
-    )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = random_llama(WIDTH, LAYERS, VOCABULARY).eval()
     ids = torch.randint(VOCABULARY, (16, 256)).tolist()
     batches = Calibration(tuple(map(tuple, ids)), 0).batches(4096)
     targets = find_targets(model)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+import processes
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_llama import random_llama
 
 from keeptune.data.calibration import Calibration
 from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, Tracer, embedding_std, noise_of
@@ -32,29 +30,15 @@ def traced(reading: Reading, chunk: int, *, plain: bool = False) -> tuple[float,
         found.
     """
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH * 11 // 4,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=VOCABULARY,
-        initializer_range=0.1,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = random_llama(WIDTH, LAYERS, VOCABULARY, initializer_range=0.1).eval()
     ids = tuple(torch.randint(VOCABULARY, (PROMPT + ANSWER,)).tolist())
     (batch,) = Calibration((ids,), 0, (PROMPT,)).batches()
     noise = noise_of(Noise(), batch, model, embedding_std(model))
     with torch.no_grad():
         model(batch.input_ids)
-    before, start = _peak(), time.process_time()
+    before, start = processes.peak(), time.process_time()
     found = Tracer(model, reading=reading, chunk=chunk, plain=plain).trace(batch, noise)
-    return time.process_time() - start, _peak() - before, found
-
-
-def _peak() -> float:
-    # VmHWM, not ru_maxrss: that one starts at the size of the process that started this one.
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return time.process_time() - start, processes.peak() - before, found
 
 
 def measured(reading: Reading, chunk: int, plain: bool) -> tuple[float, float]:
@@ -69,10 +53,7 @@ def measured(reading: Reading, chunk: int, plain: bool) -> tuple[float, float]:
         Seconds and MiB.
     """
     code = f"import tracing; print(*tracing.traced({reading!r}, {chunk}, plain={plain})[:2])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    seconds, peak = map(float, done.stdout.split()[-2:])
+    seconds, peak = processes.numbers_of(code)
     return seconds, peak
 
 

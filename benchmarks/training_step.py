@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from random_llama import random_llama
 from timing import compare
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from keeptune.adapter.install import install
 from keeptune.core.plan import Decision, Plan, TargetPlan
@@ -31,15 +32,7 @@ def _plan(model: LlamaForCausalLM) -> Plan:
 def rows() -> list[dict[str, str]]:
     """Time forward, backward and AdamW step on the same batch."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH * 11 // 4,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=4096,
-    )
-    base = LlamaForCausalLM(config)
+    base = random_llama(WIDTH, LAYERS)
     plan = _plan(base)
     ids = torch.randint(4096, (8, 128))
     stock = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[t.target.name for t in plan.targets])

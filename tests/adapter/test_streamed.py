@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.processes import numbers_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.models import MODELS, Saved, handmade_plan, save, tokens, train_steps
@@ -141,8 +139,9 @@ def test_an_adapter_on_weights_on_disk_computes_what_it_does_on_weights_in_memor
 def test_the_memory_of_a_streamed_merge_does_not_grow_with_depth(tmp_path: Path) -> None:
     """In a process of its own; in memory the same merge grows by all of the weights."""
     code = """
-        import re, sys, torch
+        import sys, torch
         from pathlib import Path
+        from processes import peak
         from peft import LoraConfig, get_peft_model
         from transformers import LlamaConfig, LlamaForCausalLM
         from keeptune.adapter import merging
@@ -177,17 +176,15 @@ def test_the_memory_of_a_streamed_merge_does_not_grow_with_depth(tmp_path: Path)
             return str(folder)
 
         merging.save_model = lambda model, folder: save_model(model, folder, shard="16MB")
-        shallow, deep = make(2), make(24)
+        shallow, deep, peaks = make(2), make(24), []
         for base, kind in ((shallow, load_floats), (deep, load_floats), (deep, load_model)):
             load = lambda name: kind(name, LoadOptions())
             merging.merge(Path(base) / "adapter", Path(f"{base}-{kind.__name__}"), base=base, load=load)
-            # Not ru_maxrss: it begins at that of the process that started this one.
-            print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
+            peaks.append(peak())
+        print(*peaks)
     """
-    words = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    freed = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # the allocator gives back what is freed
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=freed)
-    shallow, deep, whole = (float(line) for line in done.stdout.strip().splitlines()[-3:])
+    freed = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # the allocator gives back what is freed
+    shallow, deep, whole = numbers_of(textwrap.dedent(code), str(tmp_path), env=freed)
     weights = 22 * 4 * (4 * 512 * 512 + 3 * 512 * 2048) / 2**20  # MB that the deeper model has more
     assert deep - shallow < 0.1 * weights
     assert whole - shallow > 0.8 * weights

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-import re
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.processes import peak
 from tests.models import MODELS, llama, logits, save, tokens
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -119,10 +119,8 @@ def _saved_wide(folder: Path, fields: dict[str, int]) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _peak(*, reset: bool) -> int:
+def _peak(*, reset: bool) -> float:
     """Return the peak of this process's memory in bytes since the last reset."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024 * int(found.group(1))
+    return 2**20 * peak()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.processes import numbers_of
 from tests.assets import STORIES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig
@@ -107,8 +106,7 @@ def test_a_step_of_training_takes_the_memory_that_is_estimated(tmp_path: Path) -
         vocab_size=512, hidden_size=768, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8
     )
     config.save_pretrained(tmp_path)
-    run = subprocess.run([sys.executable, "-c", _STEPS, str(tmp_path)], capture_output=True, text=True, check=True)
-    measured = dict(zip((False, True), map(int, run.stdout.split()[-2:]), strict=True))
+    measured = dict(zip((False, True), (2**20 * most for most in numbers_of(_STEPS, str(tmp_path))), strict=True))
     shape = model_shape(str(tmp_path))
     for whole, most in measured.items():
         numbers = shape.parameters if whole else sum(RANK * (t.in_features + t.out_features) for t in shape.linear)
@@ -124,9 +122,8 @@ _STEPS = """
 import sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from peft import LoraConfig, get_peft_model
+from processes import peak
 torch.set_num_threads(1)
-def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 def step(config, whole):
     model = AutoModelForCausalLM.from_config(config)
     if not whole:
@@ -150,22 +147,19 @@ def test_the_loss_takes_tiles_of_the_logits(label_smoothing: bool) -> None:
     """What the loss takes of a long vocabulary, as the peak of a process that takes TRL's."""
     tokens, hidden, words = 1000, 64, 100_000
     code = _TILES if not label_smoothing else _SMOOTHED
-    run = subprocess.run(
-        [sys.executable, "-c", code, *map(str, (tokens, hidden, words))], capture_output=True, text=True, check=True
-    )
+    (measured,) = numbers_of(code, *map(str, (tokens, hidden, words)))
     shape = replace(model_shape("HuggingFaceTB/SmolLM2-135M-Instruct"), vocabulary=words, hidden=hidden)
     said = estimate.head_bytes(shape, batch=1, length=tokens, device="cpu", smoothed=label_smoothing)
-    assert said == pytest.approx(int(run.stdout), rel=0.25)
+    assert said == pytest.approx(2**20 * measured, rel=0.25)
     # On a GPU with Triton a tile is all.
     assert estimate.head_bytes(shape, batch=1, length=tokens, device="cuda") == 2 * tokens * 32768
 
 
 _PEAK = """
 import sys, torch
+from processes import peak
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 torch.set_num_threads(1)
-def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 tokens, hidden, words = map(int, sys.argv[1:])
 x = torch.randn(tokens, hidden).bfloat16().requires_grad_(True)
 W = torch.randn(words, hidden).bfloat16()
