@@ -37,7 +37,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "keep": {"method": {"name": "keep", "rank": 16}},
 }
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-SAVING = {"gradient_checkpointing": True}
+SAVING = {"activation_checkpointing": True}
 PAGED = {**SAVING, "optim": "paged_adamw_8bit"}
 # From the fastest to the thriftiest: texts at once, of `train`, of the recipe.
 SETTINGS: Mapping[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
@@ -107,7 +107,7 @@ Models: {", ".join(MODELS.values())}.
 Texts of {LENGTH:,} tokens, rank 16 on all linear maps, knowledge of 256 texts of 1,024 tokens, scoring one text at a
 time. `nf4` is bitsandbytes in 4 bits with double quantisation and `optim: paged_adamw_8bit`; a text is what passes
 through the model at once (`per_device_train_batch_size`). A run fits where its largest stage takes at most
-{FREE:.0%} of the card. For your own recipe (a dash: nothing here fits):
+{FREE:.0%} of the card; a dash: no setting here fits. For your own recipe:
 
 ```sh
 keeptune run recipe.yaml --dry-run          # by stage and part; with --json as bytes

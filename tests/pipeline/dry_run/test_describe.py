@@ -17,6 +17,7 @@ from keeptune.core.errors import DataError, KeeptuneError, ModelError, PlanError
 from keeptune.data import hub
 from keeptune.pipeline.dry_run.account import DryRun
 from keeptune.pipeline.dry_run.describe import describe
+from keeptune.pipeline.dry_run.model_shapes import ModelShape
 from keeptune.pipeline.run import run
 from keeptune.recipe.schema import make_recipe
 
@@ -62,11 +63,20 @@ def dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DryRun
     monkeypatch.setattr("socket.socket.connect", refused)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
 
-    def described(values: dict[str, Any], **changes: Any) -> DryRun:
+    def described(values: dict[str, Any], shape: ModelShape | None = None, **changes: Any) -> DryRun:
         given = {**values, "output": str(tmp_path / "out"), "store": str(tmp_path / "store"), **changes}
-        return describe(make_recipe(given, folder=tmp_path, where="recipe", fetch=hub.cached))
+        return describe(make_recipe(given, folder=tmp_path, where="recipe", fetch=hub.cached), shape)
 
     return described
+
+
+def test_runs_that_share_a_shape_are_counted_in_their_own_quantisation(dry: Callable[..., DryRun]) -> None:
+    """As in a comparison: the account of the first run gives the shape to the others."""
+    packed = dry(LLAMA, quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    beside, alone = dry(LLAMA, shape=packed.shape), dry(LLAMA)
+    assert packed.quantised and not beside.quantised and not alone.quantised
+    assert beside.plain() == alone.plain()
+    assert packed.memory["training"].parts["weights"] < 0.4 * alone.memory["training"].parts["weights"]
 
 
 def written(path: Path) -> int:

@@ -79,7 +79,8 @@ class DryRun:
     """The account of a run."""
 
     device: str
-    shape: ModelShape
+    shape: ModelShape  # as the checkpoint has it
+    quantised: bool  # by the recipe, or as the checkpoint is
     needs: tuple[Need, ...]
     train: Trained
     score: tuple[Scored, ...]

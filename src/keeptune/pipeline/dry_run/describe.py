@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,8 +52,6 @@ def describe(recipe: Recipe, shape: ModelShape | None = None) -> DryRun:
             labels=_labels(job),
             trust_remote_code=recipe.trust_remote_code,
         )
-    if recipe.quantization:
-        shape = dataclasses.replace(shape, quantization=recipe.quantization)
     return _Account(job, shape, Lengths(job, shape.positions)).dry_run()
 
 
@@ -116,6 +113,7 @@ class _Account:
         return DryRun(
             device=recipe.device,
             shape=self.shape,
+            quantised=bool(footprint.quantization),
             needs=(self._base(), *files, *fetched),
             train=train,
             score=score,

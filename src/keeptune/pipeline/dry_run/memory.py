@@ -109,20 +109,20 @@ class Footprint:
         return [target for target, size in self.sizes.items() if size.rank]
 
     @property
-    def _quantization(self) -> Mapping[str, Any] | None:
+    def quantization(self) -> Mapping[str, Any] | None:
         """How the base's weights are packed: by the recipe, or as its checkpoint is."""
         packed: Mapping[str, Any] | None = self.job.recipe.quantization or self.shape.quantization
         return packed
 
     @cached_property
     def _base(self) -> int:
-        return estimate.weight_bytes(self.shape, self._quantization)
+        return estimate.weight_bytes(self.shape, self.quantization)
 
     @cached_property
     def _factors(self) -> int:
         """Bytes of trained and frozen factors, and of the twins that take a start out of a 16-bit base."""
         frozen = sum(size.frozen for size in self.sizes.values())
-        quantised = stays_quantised(self._quantization)
+        quantised = stays_quantised(self.quantization)
         if resolve(self.job.recipe.anchor, getattr(torch, self.shape.dtype), quantised=quantised) == "twin":
             anchored = [(target, size.rank) for target, size in self.sizes.items() if size.anchored]
             frozen += sum(rank * (target.out_features + target.in_features) for target, rank in anchored)
@@ -171,7 +171,7 @@ class Footprint:
 
         On the CPU a quantised base is whole: its blocks are there already.
         """
-        if not self._blockwise or (self._kind != "cuda" and stays_quantised(self._quantization)):
+        if not self._blockwise or (self._kind != "cuda" and stays_quantised(self.quantization)):
             return self._base
         maps = sum(target.out_features * target.in_features for target in self.shape.linear)
         in_blocks = self._base - self.shape.size * (self.shape.parameters - maps)

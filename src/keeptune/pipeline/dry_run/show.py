@@ -96,7 +96,7 @@ def _fetch(need: Need) -> str:
 
 def _model(dry: DryRun) -> str:
     shape = dry.shape
-    packed = ", quantised" if shape.quantization else ""
+    packed = ", quantised" if dry.quantised else ""
     return f"{shape.name}, {count(shape.parameters)} parameters, {shape.dtype}{packed}; shape from {shape.source}"
 
 
