@@ -74,7 +74,7 @@ class StatStore:
 
     def read(self, key: str) -> Tensor | None:
         """Returns an entry by the content key of its recipe, as :meth:`get`."""
-        entry = self.folder / key[:2] / key
+        entry = self._entry(key)
         if not self._use(entry):
             return None
         try:
@@ -86,7 +86,7 @@ class StatStore:
 
     def holds(self, recipe: Mapping[str, Any]) -> bool:
         """Returns whether an entry is there, damaged or not, without reading it."""
-        return self._use(self._entry(recipe))
+        return self._use(self._entry(content_key(recipe)))
 
     def put(self, recipe: Mapping[str, Any], value: Tensor) -> None:
         """Stores an entry, replacing a damaged one, after evicting others where the limit asks for it.
@@ -95,7 +95,7 @@ class StatStore:
             ArtefactError: The disk is full or cannot be written.
             StatisticsError: The limit is smaller than this entry.
         """
-        entry = self._entry(recipe)
+        entry = self._entry(content_key(recipe))
         size = value.nbytes + _FRAME + 3 * len(canonical_json(recipe))
         try:
             self.use.make_room(entry.name, size, self.limit)
@@ -147,6 +147,5 @@ class StatStore:
             "to another folder; nothing was left half-written. The same command goes on from here.",
         )
 
-    def _entry(self, recipe: Mapping[str, Any]) -> Path:
-        key = content_key(recipe)
+    def _entry(self, key: str) -> Path:
         return self.folder / key[:2] / key
