@@ -201,7 +201,7 @@ def _quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("keeptune").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that is not needed
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights stay on disk is as it should be
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # weights that are left on disk on purpose
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "--help" in sys.argv or len(sys.argv) == 1:
         return
@@ -213,6 +213,5 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", "Could not find a config file", module="peft")  # beside a GGUF file
     transformers_logging.set_verbosity_error()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # weights that are left on disk on purpose
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
