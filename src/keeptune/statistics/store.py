@@ -20,9 +20,9 @@ from keeptune.core.artefact import (
     content_key,
     read_json,
     read_tensors,
-    write_bytes,
     write_json,
     write_tensors,
+    write_text,
 )
 from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import locked
@@ -116,7 +116,7 @@ class StatStore:
         """Notes the path or hub id of a model, for whoever lists the store."""
         note = self.folder / "use" / "models" / fingerprint
         if name and os.access(self.folder, os.W_OK) and model_names(self.folder).get(fingerprint) != name:
-            write_bytes(note, name.encode())
+            write_text(note, name)
 
     @contextlib.contextmanager
     def turn(self, names: Collection[str]) -> Iterator[None]:
