@@ -19,7 +19,7 @@ Stage = Literal["statistics", "plan", "train", "export", "evaluate"]
 KEYS: Final[Mapping[Stage, tuple[str, str, str]]] = {
     "statistics": ("memory: blockwise", "factor_rank (of the method or penalty)", "knowledge.max_length"),
     "plan": ("targets (fewer)", "memory: blockwise", "device: cpu"),
-    "train": ("train.per_device_train_batch_size", "train.gradient_checkpointing: true", "quantization"),
+    "train": ("train.per_device_train_batch_size", "train.activation_checkpointing: true", "quantization"),
     "export": ("device: cpu", "dtype: bfloat16", "export.rank"),
     "evaluate": ("evaluate.0.batch_size", "evaluate.0.max_length", "quantization"),
 }
