@@ -60,7 +60,7 @@ def apply_anchor(layer: Any, target_plan: TargetPlan, kind: Literal["twin", "res
 
 
 def _start(weight: Tensor, target_plan: TargetPlan) -> Tensor:
-    """Compute ``s B0 A0`` in float32, in the layout of a module's weight."""
+    """Computes ``s B0 A0`` in float32, in the layout of a module's weight."""
     start = target_plan.anchor.to(torch.float32, weight.device).scaled(target_plan.scale).dense()
     return start.T if target_plan.target.transposed else start
 
