@@ -69,6 +69,12 @@ def quantization_config(fields: Mapping[str, Any]) -> Any:
     return AutoQuantizationConfig.from_dict(dict(fields))
 
 
+def stored_quantization(config: Any) -> dict[str, Any] | None:
+    """Returns the fields of the quantisation that a model is stored in, as its config says; None for floats."""
+    stored = getattr(config, "quantization_config", None)
+    return stored if stored is None or isinstance(stored, dict) else dict(stored.to_dict())
+
+
 def loading(
     fields: Mapping[str, Any] | None, config: Any, device: str | torch.device, where: str = "model"
 ) -> dict[str, Any]:
@@ -83,13 +89,13 @@ def loading(
     Raises:
         ModelError: The checkpoint is quantised already, the package is not installed, or this machine cannot run it.
     """
-    stored = getattr(config, "quantization_config", None)
+    stored = stored_quantization(config)
     if stored is None and fields is None:
         return {}
     placed = {"device_map": {"": str(device)}}
     try:
         # A copy: Transformers completes some configs in place.
-        own = None if stored is None else quantization_config(stored if isinstance(stored, dict) else stored.to_dict())
+        own = None if stored is None else quantization_config(stored)
         asked = None if fields is None else quantization_config(fields)
         if own is not None and asked is not None and not _completes(asked, own):
             raise ModelError(
@@ -113,8 +119,7 @@ def with_precise(fields: Mapping[str, Any], modules: Sequence[str]) -> dict[str,
 
 def stays_quantised(fields: Mapping[str, Any] | None, config: Any = None) -> bool:
     """Returns whether a model's weights are quantised once it is loaded, as its config and the recipe's fields say."""
-    stored = getattr(config, "quantization_config", None) or {}
-    values = {**(stored if isinstance(stored, dict) else stored.to_dict()), **(fields or {})}
+    values = {**(stored_quantization(config) or {}), **(fields or {})}
     return bool(values) and not values.get("dequantize") and values.get("quant_method") != "gguf"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from keeptune.core.errors import RecipeError
 from keeptune.model.gguf import is_gguf
 from keeptune.model.pretrained import LoadOptions, load_config
-from keeptune.model.quantization import stays_quantised
+from keeptune.model.quantization import stays_quantised, stored_quantization
 from keeptune.recipe.schema import Recipe
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
@@ -25,8 +25,7 @@ def original_of(recipe: Recipe, config: Any) -> str | None:
     """
     if recipe.original is not None:
         return recipe.original
-    stored = getattr(config, "quantization_config", None)
-    return recipe.model if stored is None and stays_quantised(recipe.quantization) else None
+    return recipe.model if stored_quantization(config) is None and stays_quantised(recipe.quantization) else None
 
 
 def refuse_without_original(recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ from keeptune.model.blockwise import BlockwiseRunner
 from keeptune.model.gguf import is_gguf
 from keeptune.model.offloaded import load_offloaded
 from keeptune.model.pretrained import LoadOptions, load_config, load_model, load_shapes
+from keeptune.model.quantization import stored_quantization
 from keeptune.model.runner import Runner
 from keeptune.statistics.request import Request, RowRequest
 
@@ -44,7 +45,7 @@ def load_base(name: str, options: LoadOptions, memory: Memory) -> PreTrainedMode
         ModelError: As of ``load_model``.
     """
     packed = bool(options.quantization) or is_gguf(name)
-    packed = packed or getattr(load_config(name, options), "quantization_config", None) is not None
+    packed = packed or stored_quantization(load_config(name, options)) is not None
     if packed:
         return load_model(name, replace(options, device="cpu") if memory == "blockwise" else options)
     if memory == "auto":

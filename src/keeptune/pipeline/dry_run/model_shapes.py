@@ -17,6 +17,7 @@ from keeptune.core.target import Target
 from keeptune.model.blocks import depth, find_targets, head_of, is_nested, positions
 from keeptune.model.down_projections import down_projections
 from keeptune.model.gguf import check_gguf, gguf_error, place_of
+from keeptune.model.quantization import stored_quantization
 from keeptune.pipeline.dry_run.known_models import MODELS
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # where configs say how many there are
@@ -140,14 +141,9 @@ def model_shape(
         positions=positions(model),
         linear=tuple(find_targets(model)),
         routed=own.num_experts_per_tok / experts if experts else 1.0,
-        quantization=_packed(config),
+        quantization=stored_quantization(config),
         model=model,
     )
-
-
-def _packed(config: Any) -> dict[str, Any] | None:
-    packed = getattr(config, "quantization_config", None)
-    return packed if packed is None or isinstance(packed, dict) else dict(packed.to_dict())
 
 
 def _config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str]:
