@@ -51,9 +51,12 @@ def owned(folder: Path) -> Iterator[None]:
     path, now = folder / _OWNER, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with locked(path, wait=False) as ours:
         if not ours:
+            holder = "that is ending"
+            with contextlib.suppress(FileNotFoundError):
+                holder = path.read_text(encoding="utf-8") or "that is starting"
             raise ArtefactError(
                 str(folder),
-                got=f"a folder that another keeptune writes to ({path.read_text(encoding='utf-8')})",
+                got=f"a folder that another keeptune writes to ({holder})",
                 wanted="one writer at a time",
                 next_step="Wait for it to end, or choose another output.",
             )
