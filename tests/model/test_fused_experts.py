@@ -125,9 +125,16 @@ def test_a_role_of_experts_is_unknown_to_a_dense_model_and_the_other_way_round()
         find_targets(qwen3_moe(), ["down_proj"])
 
 
-def test_maps_that_peft_takes_for_experts_are_named_and_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """An adapter there would be lost: PEFT renames mlp.down_proj of a dense block to the experts' parameter."""
-    config = DeepseekV3Config(**{**MIXTURES["deepseek"]().config.to_dict(), "num_hidden_layers": 2})
+@pytest.mark.parametrize("dense", [1, 2])
+def test_maps_that_peft_takes_for_experts_are_named_and_left_alone(
+    dense: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An adapter there would be lost: PEFT renames mlp.down_proj of a dense block to the experts' parameter.
+
+    It does so where there are no experts in floats, too: none, or packed ones.
+    """
+    fields = {"num_hidden_layers": 2, "first_k_dense_replace": dense}
+    config = DeepseekV3Config(**{**MIXTURES["deepseek"]().config.to_dict(), **fields})
     with caplog.at_level(logging.WARNING):
         roles = {t.role for t in find_targets(DeepseekV3ForCausalLM(config))}
     assert "model.layers.0.mlp.down_proj and 5 more: left alone, since PEFT" in caplog.text

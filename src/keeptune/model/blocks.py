@@ -55,9 +55,8 @@ def find_targets(
             next_step="Check that the model is not already wrapped by PEFT, and quantised in a way that PEFT knows.",
         )
     warn_of_unknown_stacks(model)
-    if fused:
-        taken = taken_for_experts(model, modules)
-        modules = {name: module for name, module in modules.items() if name not in taken}
+    taken = taken_for_experts(model, modules)
+    modules = {name: module for name, module in modules.items() if name not in taken}
     role_of = roles_of(modules)
     wanted = None if roles is None else list(roles)
     known = sorted({*role_of.values(), *(weight.role for weight in fused)})

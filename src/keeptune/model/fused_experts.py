@@ -96,7 +96,7 @@ def taken_for_experts(model: PreTrainedModel, names: Collection[str]) -> set[str
     In models whose experts were modules in Transformers 4, PEFT renames every target that ends like an expert's map
     (``shared_experts.down_proj``, a dense block's ``mlp.down_proj``): an adapter there would be lost without a word.
     """
-    taken = {name for name in names if _renamed(model, name)}
+    taken = {name for name in names if _renamed(model, {name})} if _renamed(model, names) else set()
     if taken:
         kind = model.config.model_type
         place, more = _some(sorted(taken))
@@ -106,13 +106,13 @@ def taken_for_experts(model: PreTrainedModel, names: Collection[str]) -> set[str
     return taken
 
 
-def _renamed(model: PreTrainedModel, name: str) -> bool:
-    config = LoraConfig(target_modules=[name])
+def _renamed(model: PreTrainedModel, names: Collection[str]) -> bool:
+    config = LoraConfig(target_modules=[*names])
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=None)
     except ValueError:  # one of two maps that became one
         return True
-    return name not in (config.target_modules or ())
+    return {*names} != {*(config.target_modules or ())}
 
 
 @contextmanager
