@@ -181,6 +181,10 @@ def test_replay_adds_examples_and_blockwise_holds_the_sums_of_a_block(dry: Calla
     maps = sum(t.out_features * t.in_features for t in whole.shape.linear) * whole.shape.size
     assert at[0]["weights"] - at[1]["weights"] == pytest.approx(maps * (1 - 1 / blocks), rel=1e-3)
     assert block.memory["training"] == whole.memory["training"]
+    # What measures a model by passes of its own goes through all of its blocks at once.
+    loki = [dry(ATLAS, memory=way, method={"name": "loki"}) for way in ("resident", "blockwise")]
+    activations = [one.memory["statistics"].parts["activations"] for one in loki]
+    assert activations[0] == activations[1]
 
 
 def test_checkpointing_trades_memory_for_work(dry: Callable[..., DryRun]) -> None:

@@ -105,6 +105,11 @@ class Footprint:
         return bool(self.job.method.scope == "all")
 
     @property
+    def _merges(self) -> bool:
+        """Whether the result is a whole model."""
+        return self._whole or bool(self.job.recipe.export.format == "merged")
+
+    @property
     def _used(self) -> list[Target]:
         return [target for target, size in self.sizes.items() if size.rank]
 
@@ -195,12 +200,13 @@ class Footprint:
         backward = any(request.kind != "forward" for request in rows)
         widest = max((max(t.in_features, t.out_features) for t in self.shape.linear), default=0)
         parts = {"activations": estimate.inference_bytes(self.shape, tokens), "rows": 8 * tokens * widest}
-        if any(isinstance(request, ModelRequest) for request, _ in self.sites):
+        through = any(isinstance(request, ModelRequest) for request, _ in self.sites)  # all blocks in one pass, always
+        if through:
             tokens, backward = 2 * tokens, True
         if backward:
             seen = tuple(dict.fromkeys(target for (r, _), target in self.sites.items() if isinstance(r, RowRequest)))
             kept = estimate.activation_bytes(self.shape, seen, ranks=0, batch=1, length=tokens)
-            parts["activations"] = kept // self.shape.blocks if self._blockwise else kept
+            parts["activations"] = kept // self.shape.blocks if self._blockwise and not through else kept
             parts["logits"] = estimate.backward_head_bytes(self.shape, tokens if rows else 0)
         return parts
 
@@ -262,9 +268,9 @@ class Footprint:
 
     def _export(self) -> tuple[dict[str, int], dict[str, int]]:
         # A merged model is held as it was written and as it is loaded; else the trained one is free by then.
-        bases = 2 if self._whole or self.job.recipe.export.format == "merged" else 1
+        merged = self._base if self._merges else 0
         tokens = _PROBE[0] * min(_PROBE[1], self.lengths.most)
-        lasting = {"weights": self._base, "merged": (bases - 1) * self._base, "adapter": 2 * self._factors}
+        lasting = {"weights": self._base, "merged": merged, "adapter": 2 * self._factors}
         logits = tokens * self.shape.vocabulary * (self.shape.size + 12)
         return lasting | self._held, {"logits": logits, "activations": estimate.inference_bytes(self.shape, tokens)}
 
@@ -281,7 +287,7 @@ class Footprint:
             found.append(passing)
         if not found:
             return None
-        models = 2 if self._whole or self.job.recipe.export.format == "merged" else 1
+        models = 2 if self._merges else 1
         lasting = {"weights": models * self._base, "adapter": self._factors, **self._held}
         return lasting, max(found, key=lambda passing: sum(passing.values()))
 
@@ -297,15 +303,13 @@ class Footprint:
             store[type(request).__name__] = store.get(type(request).__name__, 0) + kept
         whole = 4 * self.shape.parameters if self._whole else 0
         states = estimate.optimizer_states(str(self.job.recipe.train.get("optim") or "adamw")) * self.trained
+        exported = self.shape.stored if self._merges else 4 * self.trained
         copies = int(self.job.recipe.train.get("save_total_limit") or 2)
-        merged = self._whole or self.job.recipe.export.format == "merged"
         return {
             "store": Amount(store),
             "plan": Amount({"factors": self._planned, **self.penalties}),
             "checkpoints": Amount({"weights": copies * (whole or self._factors), "optimiser": copies * states}),
-            "results": Amount(
-                {"trained": whole or 4 * self.trained, "exported": self.shape.stored if merged else 4 * self.trained}
-            ),
+            "results": Amount({"trained": whole or 4 * self.trained, "exported": exported}),
         }
 
     @property
