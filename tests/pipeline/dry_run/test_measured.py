@@ -33,7 +33,7 @@ def test_a_run_takes_the_memory_that_is_said(smollm2: Path, tmp_path: Path) -> N
     measured, stage = 2**20 * command_peak("run", str(path)), said.memory[said.peak]
     assert said.peak == "training"
     assert stage.total == pytest.approx(measured, rel=0.25)
-    # A control: weights and their optimiser alone are far from it.
-    assert stage.total - stage.parts["activations"] - stage.parts["logits"] < 0.6 * measured
+    # A control: weights and their optimiser alone are too little.
+    assert stage.total - stage.parts["activations"] - stage.parts["logits"] < 0.75 * measured
     record = json.loads((tmp_path / "run" / "trained" / "train.json").read_text())
     assert said.train.numbers == record["trained_parameters"]
