@@ -12,31 +12,26 @@ from keeptune.evaluation.scored_tokens import Encoder, ScoredTokens, context_lim
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.integers(1, 9), min_size=1, max_size=20),
-    st.integers(1, 7),
-    st.sampled_from(["left", "right"]),
-)
-def test_batches_hold_every_sequence_once(lengths: list[int], rows: int, side: Any) -> None:
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 7))
+def test_batches_hold_every_sequence_once(lengths: list[int], rows: int) -> None:
     sequences = [ScoredTokens(tuple(range(1, length + 1)), 1, False) for length in lengths]
     seen = {}
-    for batch in padded_batches(sequences, rows=rows, pad=0, side=side):
+    for batch in padded_batches(sequences, rows=rows, pad=0, vocabulary=1):
         assert len(batch.members) <= rows
         assert batch.mask.dtype == batch.ids.dtype == torch.long
         for row, member in enumerate(batch.members):
             seen[member] = batch.ids[row][batch.mask[row].bool()].tolist()
             assert batch.mask[row].sum() == lengths[member]
-            edge = batch.mask[row][0 if side == "right" else -1]
-            assert edge == 1
+            assert batch.mask[row][0] == 1
     assert seen == {index: list(sequence.ids) for index, sequence in enumerate(sequences)}
 
 
 def test_batches_bound_the_logits() -> None:
     sequences = [ScoredTokens(tuple(range(1000)), 1, False)] * 5
-    sizes = [len(b.members) for b in padded_batches(sequences, rows=64, pad=0, side="right", vocabulary=2**17)]
+    sizes = [len(b.members) for b in padded_batches(sequences, rows=64, pad=0, vocabulary=2**17)]
     assert sizes == [2, 2, 1]
-    assert [len(b.members) for b in padded_batches(sequences, rows=64, pad=0, side="left")] == [5]
-    huge = padded_batches(sequences, rows=64, pad=0, side="right", vocabulary=2**30)
+    assert [len(b.members) for b in padded_batches(sequences, rows=64, pad=0, vocabulary=1)] == [5]
+    huge = padded_batches(sequences, rows=64, pad=0, vocabulary=2**30)
     assert [len(b.members) for b in huge] == [1] * 5
 
 

@@ -15,11 +15,11 @@ from keeptune.core.errors import ModelError, RecipeError
 from keeptune.data.labelled import Encoded, Texts, collator, label_indices
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.items import Item
-from keeptune.evaluation.likelihood import need_finite
 from keeptune.evaluation.metrics import LABELS
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, grouped, label_scores
 from keeptune.evaluation.scored_tokens import longest_first
+from keeptune.model.generation import need_finite
 from keeptune.model.head import Head
 
 _LOG = logging.getLogger(__name__)

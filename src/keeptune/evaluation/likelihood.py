@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.model_pairs import ModelPair, scoring
 from keeptune.evaluation.scored_tokens import PaddedBatch, Passes, ScoredTokens, padded_batches
+from keeptune.model.generation import need_finite
 
 _CHUNK = 256
 
@@ -87,20 +88,9 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
     return results
 
 
-def need_finite(finite: Tensor, where: str, what: str) -> None:
-    """Raises ModelError where a value that a model computed is NaN or infinite; ``what`` is plural."""
-    if not bool(finite.all()):
-        raise ModelError(
-            where,
-            got=f"NaN or infinite {what}",
-            wanted="finite values",
-            next_step="Look at the training loss for a jump, or load the model in float32.",
-        )
-
-
 def _batches(sequences: Sequence[ScoredTokens], passes: Passes, model: PreTrainedModel) -> Iterator[PaddedBatch]:
     vocabulary = int(model.config.get_text_config().vocab_size)
-    return padded_batches(sequences, rows=passes.rows, pad=passes.pad, side="right", vocabulary=vocabulary)
+    return padded_batches(sequences, rows=passes.rows, pad=passes.pad, vocabulary=vocabulary)
 
 
 def _logits(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:

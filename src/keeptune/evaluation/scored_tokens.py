@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -147,29 +146,20 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
 
 
-def padded_batches(
-    sequences: Sequence[ScoredTokens],
-    *,
-    rows: int,
-    pad: int,
-    side: Literal["left", "right"],
-    vocabulary: int = 0,
-) -> Iterator[PaddedBatch]:
+def padded_batches(sequences: Sequence[ScoredTokens], *, rows: int, pad: int, vocabulary: int) -> Iterator[PaddedBatch]:
     """Yields sequences sorted by length, longest first, in padded batches on the CPU; every sequence is in exactly one.
 
-    With ``vocabulary`` logits per token, the logits of a batch of several rows stay below 2**28 elements; 0 is for
-    passes that do not keep the logits of whole sequences.
+    With ``vocabulary`` logits per token, the logits of a batch of several rows stay below 2**28 elements.
     """
     order = longest_first([len(tokens.ids) for tokens in sequences])
     while order:
         width = len(sequences[order[0]].ids)
-        fitting = max(1, _LOGITS_AT_ONCE // (width * vocabulary)) if vocabulary else rows
-        members, order = order[: min(rows, fitting)], order[min(rows, fitting) :]
+        fitting = min(rows, max(1, _LOGITS_AT_ONCE // (width * vocabulary)))
+        members, order = order[:fitting], order[fitting:]
         ids = torch.full((len(members), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, member in enumerate(members):
             tokens = torch.tensor(sequences[member].ids)
-            place = slice(width - len(tokens), width) if side == "left" else slice(len(tokens))
-            ids[row, place] = tokens
-            mask[row, place] = 1
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
         yield PaddedBatch(tuple(members), ids, mask)

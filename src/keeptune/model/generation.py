@@ -1,0 +1,152 @@
+"""What a model writes after given tokens, a batch at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from keeptune.core.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Where texts end.
+
+    Args:
+        new_tokens: Tokens at most.
+        ends: End tokens.
+        pad: Id of the padding.
+        where: For error messages.
+        stops: Strings after which a text may end; this saves time, the text is not cut.
+    """
+
+    new_tokens: int
+    ends: frozenset[int]
+    pad: int
+    where: str
+    stops: tuple[str, ...] = ()
+
+
+def continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    limits: Limits,
+    pick: Callable[[Tensor, int], Tensor] | None = None,
+) -> list[list[int]]:
+    """Continues one batch of R prompts, padded on the left.
+
+    The model's own generation settings (sampling, penalties) do not apply, nor do the tokenizer's settings of padding.
+
+    Args:
+        model: On the device where it runs.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each prompt.
+        limits: Where texts end.
+        pick: From (R, V) logits and the number of tokens written so far to the next R tokens; None is the likeliest.
+
+    Returns:
+        The new tokens of each prompt, an end token last where there is one.
+
+    Raises:
+        ModelError: The model gives logits that are not finite.
+    """
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), limits.pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    make: Any = GenerationConfig  # its constructor is untyped
+    config: GenerationConfig = make(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=limits.new_tokens,
+        pad_token_id=limits.pad,
+        eos_token_id=sorted(limits.ends) or None,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    generate: Any = model.generate
+    stopped = [_Stopped(tokenizer, width, limits.stops)] if limits.stops else []
+    # generate() fills what a given config leaves open from the model's own, and then warns about temperature.
+    with mock.patch.object(model, "generation_config", config):
+        written: Tensor = generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Picked(width, limits.where, pick)]),
+            stopping_criteria=StoppingCriteriaList(stopped),
+        )
+    rows: list[list[int]] = written[:, width:].tolist()
+    ends = ([place for place, token in enumerate(new, start=1) if token in limits.ends] for new in rows)
+    return [new[: min(own, default=len(new))] for new, own in zip(rows, ends, strict=True)]
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the model's end tokens (often several), or else the tokenizer's."""
+    config = model.generation_config
+    named = config.eos_token_id if config is not None else None
+    named = tokenizer.eos_token_id if named is None else named
+    listed = named if isinstance(named, list) else [named]
+    return frozenset(int(token) for token in listed if token is not None)
+
+
+def plain_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Returns what tokens say, without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def need_finite(finite: Tensor, where: str, what: str) -> None:
+    """Raises ModelError where a value that a model computed is NaN or infinite; ``what`` is plural."""
+    if not bool(finite.all()):
+        raise ModelError(
+            where,
+            got=f"NaN or infinite {what}",
+            wanted="finite values",
+            next_step="Look at the training loss for a jump, or load the model in float32.",
+        )
+
+
+class _Picked(LogitsProcessor):
+    """Leaves what is picked; refuses logits that are NaN or +inf; -inf forbids a token and is allowed."""
+
+    def __init__(self, width: int, where: str, pick: Callable[[Tensor, int], Tensor] | None) -> None:
+        self.width = width
+        self.where = where
+        self.pick = pick
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        need_finite(scores < math.inf, self.where, "logits")
+        if self.pick is None:
+            return scores
+        picked = self.pick(scores, input_ids.shape[1] - self.width)
+        return torch.full_like(scores, -math.inf).scatter(1, picked[:, None], 0.0)
+
+
+class _Stopped(StoppingCriteria):
+    """Ends a row whose new text holds a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, stops: tuple[str, ...]) -> None:
+        self.tokenizer = tokenizer
+        self.width = width
+        self.stops = stops
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        texts = [plain_text(self.tokenizer, ids) for ids in input_ids[:, self.width :].tolist()]
+        done = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
