@@ -93,7 +93,6 @@ ENTRIES: dict[str, Entry] = {
     "eva": Entry({"name": "eva", "rank": 8}, 1e-3),
     "lora-ga": Entry({"name": "lora-ga", "rank": 8}, 1e-3),
     "kasa": Entry({"name": "kasa", "rank": 8, "alpha": 16}, 2e-3),
-    "osf": Entry({"name": "osf"}, 5e-4),
     "lora-null-v1": Entry({"name": "lora-null", "rank": 8, "variant": "v1"}, 2e-3),
     "lora-null-v2": Entry({"name": "lora-null", "rank": 8, "variant": "v2"}, 3.2e-2),
     "farss": Entry(_FARSS, 2e-3),

@@ -75,7 +75,6 @@ RESCALING = {name: method for name, method in ADAPTERS.items() if method.name ==
 LOW_RANK = {name: method for name, method in ADAPTERS.items() if name not in RESCALING}
 # What is measured on the next token, which a classifier has none of.
 CAUSAL = {name for name in CASES if name.startswith("loki") or "nats=" in name}
-SUBSPACE = {name: method for name, method in CASES.items() if method.scope == "subspace"}
 WHOLE = {name: method for name, method in CASES.items() if method.scope == "all"}
 
 

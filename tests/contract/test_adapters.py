@@ -11,13 +11,13 @@ from typing import Any, get_args
 import pytest
 import torch
 from peft import PeftModel
-from tests.contract.conftest import ADAPTERS, LOW_RANK, MOVING, RESCALING, STILL, SUBSPACE, WHOLE, World
+from tests.contract.conftest import ADAPTERS, LOW_RANK, MOVING, RESCALING, STILL, WHOLE, World
 from tests.models import Bench, copies, head_parameters, logits, off_by, tokens, train_steps
 from torch import Tensor
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor
 from keeptune.adapter.export import Base, ExportOptions, Format, export, format_for
-from keeptune.adapter.install import check_frozen, install, lora_layer, restore_state, trained_names, trained_state
+from keeptune.adapter.install import check_frozen, install, trained_names, trained_state
 from keeptune.adapter.trained_change import change_of
 from keeptune.core.errors import ExportError
 from keeptune.core.plan import Plan
@@ -329,74 +329,6 @@ def test_the_twin_is_no_part_of_the_export(case: str, twin: Trained) -> None:
     again = twin.reloaded(adapter(twin.plan, "portable"))
     assert list(again.peft_config) == ["default"]
     assert not any(ANCHOR_NAME in name for name, _ in again.named_parameters())
-
-
-# Methods that train all but a subspace
-
-
-every_subspace = pytest.mark.parametrize("case", SUBSPACE)
-
-
-@every_subspace
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_subspace_method_starts_from_the_base_and_leaves_its_weights_alone(
-    case: str, world: World, plan_of: PlanOf, dtype: torch.dtype
-) -> None:
-    wanted, before = logits(world.base().to(dtype), tokens()), copies(world.base().to(dtype))
-    model = install(world.base().to(dtype), plan_of(case))
-    assert off_by(logits(model, tokens()), wanted) < (1e-5 if dtype == torch.float32 else 1e-2)
-    train_steps(model, steps=2, everything=True)
-    for t in plan_of(case).targets:
-        found, original = lora_layer(model, t.target.name).get_base_layer().weight, before[f"{t.target.name}.weight"]
-        assert torch.equal(found.T if t.target.transposed else found, original)
-    with model.disable_adapter():
-        assert off_by(logits(model, tokens()), wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
-    assert off_by(logits(model, tokens()), wanted) > 1e-2
-
-
-@every_subspace
-@pytest.mark.parametrize("event", [leave_alone, set_default, disable_and_enable])
-def test_exactly_the_planned_parts_are_trained(
-    case: str, world: World, plan_of: PlanOf, event: Callable[[PeftModel], None]
-) -> None:
-    plan = plan_of(case)
-    model = installed(world, plan)
-    event(model)
-    check_frozen(model, plan)
-    before = copies(model)
-    train_steps(model, steps=2, everything=True)
-    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == trained_names(
-        model, plan
-    )
-    count = sum(before[name].numel() for name in trained_names(model, plan) - head_parameters(model, plan))
-    assert count == sum(t.trained_parameters for t in plan.targets)
-
-
-@every_subspace
-def test_the_state_of_a_subspace_method_goes_out_and_in(case: str, world: World, plan_of: PlanOf) -> None:
-    model = tuned(world, plan_of(case))
-    again = installed(world, plan_of(case))
-    restore_state(again, plan_of(case), trained_state(model, plan_of(case)))
-    assert torch.equal(logits(again, tokens()), logits(model, tokens()))
-
-
-@every_subspace
-def test_a_subspace_method_is_exported_merged_and_says_why(
-    case: str, world: World, plan_of: PlanOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, plan = tuned(world, plan_of(case)), plan_of(case)
-    with pytest.raises(ExportError, match=r"not of low rank and has no adapter form.*format: merged"):
-        exported(world, model, plan, tmp_path / "out", "peft")
-    done = export(model, plan, tmp_path / "out", base=Base(str(world.saved.folder), world.base))
-    assert done.format == "merged"
-    assert "not of low rank" in done.note
-    assert done.note in caplog.text
-    again, base = load_model(str(tmp_path / "out"), LoadOptions(head=world.saved.head)), world.base()
-    assert off_by(logits(again, tokens(9)), logits(model, tokens(9))) < 1e-5
-    for t in plan.targets:
-        delta = again.get_parameter(f"{t.target.name}.weight") - base.get_parameter(f"{t.target.name}.weight")
-        values = torch.linalg.svdvals(delta.detach().double())
-        assert values[t.decision.rank - 1] > 1e-4 * values[0]  # half of all, not a few
 
 
 # Methods that train every weight

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.contract.conftest import ADAPTERS, CASES, RESCALING, SUBSPACE, WHOLE, World
+from tests.contract.conftest import ADAPTERS, CASES, RESCALING, WHOLE, World
 from tests.models import train_steps
 from torch import Tensor, nn
 
@@ -237,7 +237,7 @@ def test_two_penalties_add_up(penalty: str, worlds: Callable[[str], World], pena
         torch.testing.assert_close(whole, x + y)
 
 
-@pytest.mark.parametrize("case", [*WHOLE, *SUBSPACE])
+@pytest.mark.parametrize("case", WHOLE)
 def test_methods_that_change_whole_weights_take_no_penalty(case: str, worlds: Callable[[str], World]) -> None:
     with pytest.raises(PlanError, match="changes whole weights"):
         refuse_penalties(CASES[case], scoped_penalties(CASES[case], [penalty_named("l2", {})]))

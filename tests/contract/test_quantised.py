@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoHaConfig, PeftModel, get_peft_model
-from tests.contract.conftest import ADAPTERS, CASES, LOW_RANK, MOVING, SUBSPACE, WHOLE, World
+from tests.contract.conftest import ADAPTERS, CASES, LOW_RANK, MOVING, WHOLE, World
 from tests.contract.test_penalties import PENALTIES, gradients
 from tests.contract.test_plans import TOLERANCE, largest_difference
 from tests.models import MODELS, NF4, Bench, calibration, logits, off_by, relative, save, tokens, train_steps, wide
@@ -112,7 +112,7 @@ def test_a_penalty_holds_the_same_as_on_the_base_in_floats(
         assert relative(a, b) < 5e-3 or not bool(b.any())
 
 
-@pytest.mark.parametrize("case", [*WHOLE, *SUBSPACE])
+@pytest.mark.parametrize("case", WHOLE)
 def test_a_method_that_changes_whole_weights_refuses(case: str, packed: World, plain: World) -> None:
     with pytest.raises(PlanError, match="got a quantised base"):
         plan_of(packed, case)

@@ -34,7 +34,6 @@ from keeptune.methods.lora_fa import LoraFA
 from keeptune.methods.lora_ga import LoraGA
 from keeptune.methods.lora_null import LoraNull
 from keeptune.methods.mica import Mica
-from keeptune.methods.osf import Osf
 from keeptune.model.pretrained import load_model
 from keeptune.penalties.l2 import L2
 from keeptune.pipeline.planning import PlanOptions, plan_for, refuse_penalties, scoped_penalties
@@ -197,7 +196,6 @@ def test_a_method_takes_the_place_of_another() -> None:
         ([(Lora(), ["up"]), (Mica(), ["up"])], "method mica, targets: got up, which lora has too"),
         ([(Lora(), ["up", "up"])], "got up twice"),
         ([(Lora(), ["up"]), (Full(), ["q"])], "method full, targets q: got a method that trains whole weights"),
-        ([(Lora(), ["up"]), (Osf(), ["q"])], "method osf, targets q: got a method that trains whole weights"),
         (
             [(Lora(dropout=0.1), ["up"]), (LoraNull(), ["q"])],
             "methods lora and lora-null: got lora_dropout 0.1 of lora, no lora_dropout of lora-null",

@@ -29,7 +29,6 @@ Values = Callable[..., dict[str, Any]]
     ("changes", "kind", "message"),
     [
         ({"method": {"name": "full"}}, PlanError, "got a quantised base.*changes whole weights"),
-        ({"method": {"name": "osf", "preserve": 0.75}}, PlanError, "got a quantised base"),
         ({"anchor": "residual"}, PlanError, "would have to be quantised again"),
         ({"quantization": {"load_in_4bit": True, "bnb_quant_type": "nf4"}}, RecipeError, "Did you mean"),
         ({"quantization": {"quant_method": "eetq"}}, ModelError, "quantisation that runs here"),

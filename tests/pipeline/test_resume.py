@@ -38,7 +38,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "kasa-twin": {"method": METHODS["kasa"], "anchor": "twin"},
     "lora-fa": {"method": METHODS["lora-fa"]},
     "lora-fa-preconditioned": {"method": METHODS["lora-fa"] | {"optimizer": "preconditioned"}},
-    "osf": {"method": METHODS["osf"]},
     "v1-residual": {"method": METHODS["lora-null-v1"], "anchor": "residual"},
     "v1-twin": {"method": METHODS["lora-null-v1"], "anchor": "twin"},
     "v2-twin": {"method": METHODS["lora-null-v2"], "anchor": "twin"},

@@ -23,7 +23,7 @@ from keeptune.pipeline.run import run
 Finished = Callable[[str], Path]
 Values = Callable[..., dict[str, Any]]
 ENTRY = {"name", "seed", "K", "average_forgetting", "T", "KT", "adapter", "export_gap", "benchmarks"}
-MERGED = {"full", "dora", "osf"}  # no change of low rank
+MERGED = {"full", "dora"}  # no change of low rank
 BENCHMARK = {"name", "role", "n", "before", "after", "interval"}
 
 

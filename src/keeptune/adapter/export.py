@@ -161,8 +161,6 @@ def format_for(plan: Plan, wanted: Format, rank: int | None = None) -> tuple[For
 def _no_lora(plan: Plan, wanted: int | None = None) -> str:
     if plan.scope == "all":
         return "A change of every weight has no adapter form"
-    if plan.scope == "subspace":
-        return "A change of all but the top singular directions is not of low rank and has no adapter form"
     if any("magnitude" in target_plan.vectors for target_plan in plan.targets):
         return (
             "New lengths for a weight's rows are no change of low rank, and vLLM refuses DoRA adapters"
@@ -284,7 +282,7 @@ def _write(
         if is_quantised(cut):
             hold_change(cut, change)
         else:
-            put_change(cut, change, plan, model)
+            put_change(cut, change, plan)
     rank = write_lora(change, plan, folder, base.name, portable=format == "portable")
     return _Written(rank, model.dtype, lambda probe: logits_of(load_adapter(base.load(), folder), probe), cut, error)
 
@@ -318,5 +316,5 @@ def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, b
         base.load_state_dict(model.state_dict())
     else:
         assert isinstance(model, PeftModel)
-        put_change(base, change_of(model, plan), plan, model)
+        put_change(base, change_of(model, plan), plan)
     save_model(base, folder)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor, apply_anchor, keep_active, resolve
 from keeptune.adapter.expert_layers import Held, clear, held_in, layer_path, patterns_of_parameters
-from keeptune.adapter.special_layers import install_subspace, prepare
+from keeptune.adapter.special_layers import prepare
 from keeptune.adapter.trained_head import keep_precise, put_head, task_type, trained_head, trained_head_names
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan, TargetPlan
@@ -47,8 +47,6 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
     if plan.scope == "all":
         # Small updates to 16-bit weights round away; adapters are trained in float32, so the reference is too.
         return model.to(torch.float32).requires_grad_(True)
-    if plan.scope == "subspace":
-        return install_subspace(model, plan)
     kind = resolve(anchor, model.dtype, quantised=quantised)
     anchored = any(t.anchored for t in plan.targets)
     _refuse_rounded_experts(model, plan)
@@ -126,7 +124,7 @@ def trained_names(model: PeftModel, plan: Plan) -> set[str]:
 
 def held_parameters(model: PeftModel, target_plan: TargetPlan) -> dict[TensorName, Held]:
     """Returns where a target's change is held: what is trained, and a frozen factor of the same product."""
-    held = target_plan.trainable if "U_low" in target_plan.trainable else target_plan.trainable | {"A", "B"}
+    held = target_plan.trainable | {"A", "B"}
     layer = layer_of(model, target_plan.target)
     return {name: held_in(layer, target_plan, name) for name in TRAINED_TENSORS if name in held}
 

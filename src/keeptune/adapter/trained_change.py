@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from keeptune.adapter.expert_layers import saved_factors, saved_names
-from keeptune.adapter.install import lora_layer, trained_state
-from keeptune.adapter.special_layers import subspace_change
+from keeptune.adapter.install import trained_state
 from keeptune.adapter.trained_head import (
     head_edits,
     head_names,
@@ -34,7 +33,7 @@ SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM accepts
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainedChange:
-    """A trained change, float32 on the CPU; of a subspace (OSF) it has a head only.
+    """A trained change, float32 on the CPU.
 
     Args:
         weights: Target name to ``s (B diag A - B0 A0)``, scale and diagonal folded into B; of rank r, or 2 r where a
@@ -52,8 +51,6 @@ class TrainedChange:
 
 def change_of(model: PeftModel, plan: Plan) -> TrainedChange:
     """Computes the change that was trained, exactly."""
-    if plan.scope == "subspace":
-        return TrainedChange(head=trained_head(model, plan))
     state, weights = trained_state(model, plan), {}
     for t in plan.targets:
         name = t.target.name
@@ -93,14 +90,11 @@ def truncated_changes(change: TrainedChange, rank: int) -> tuple[TrainedChange, 
     return replace(change, weights=weights), (lost / whole) ** 0.5 if whole else 0.0
 
 
-def put_change(base: PreTrainedModel, change: TrainedChange, plan: Plan, model: PeftModel) -> None:
-    """Writes a trained change into the weights of a freshly loaded base, in memory or on disk (``edit_values``).
-
-    Changes that are not of low rank are formed from the trained model, one at a time.
-    """
+def put_change(base: PreTrainedModel, change: TrainedChange, plan: Plan) -> None:
+    """Writes a trained change into the weights of a freshly loaded base, in memory or on disk (``edit_values``)."""
     edits: dict[str, list[Callable[[Tensor], object]]] = {}
     for t in plan.targets:
-        edits.setdefault(t.target.parameter, []).append(partial(_add, t.target, change, model))
+        edits.setdefault(t.target.parameter, []).append(partial(_add, t.target, change))
         if t.target.name in change.biases:
             edits[f"{t.target.name}.bias"] = [partial(_add_bias, change.biases[t.target.name])]
     for key, edit in head_edits(base, plan, change.head).items():
@@ -108,11 +102,9 @@ def put_change(base: PreTrainedModel, change: TrainedChange, plan: Plan, model: 
     edit_values(base, edits)
 
 
-def _add(target: Target, change: TrainedChange, model: PeftModel, stored: Tensor) -> None:
+def _add(target: Target, change: TrainedChange, stored: Tensor) -> None:
     weight, name = target.view(stored), target.name
-    low_rank = change.weights.get(name)
-    added = subspace_change(lora_layer(model, name)) if low_rank is None else low_rank.dense()
-    tuned = weight.float() + added.to(weight.device)
+    tuned = weight.float() + change.weights[name].dense().to(weight.device)
     if name in change.magnitudes:
         tuned *= (change.magnitudes[name].to(weight.device) / tuned.norm(dim=1))[:, None]
     weight.copy_(tuned.to(weight.dtype))

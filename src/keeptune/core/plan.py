@@ -23,7 +23,7 @@ from keeptune.core.evidence import bounded
 from keeptune.core.low_rank import LowRank, RowSelection
 from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
 
-Scope = Literal["adapter", "subspace", "all"]
+Scope = Literal["adapter", "all"]
 # 2 leaves out factors that the rows of a decision imply (RowSelection); the key is of the factors either way.
 _FORMAT, _WITH_IMPLIED = 1, 2
 _UNNAMED: Mapping[str, object] = {"bias": False, "expert": None, "experts": 1}
@@ -123,8 +123,7 @@ class Plan:
         method: The method's registered name.
         options: The method's options.
         targets: Targets with a rank above 0, in model order.
-        scope: ``"adapter"`` trains the targets' factors, ``"subspace"`` their weights but for the top singular
-            directions (OSF), ``"all"`` every weight (full fine-tuning).
+        scope: ``"adapter"`` trains the targets' factors, ``"all"`` every weight (full fine-tuning).
         peft: Extra ``LoraConfig`` fields, such as ``lora_dropout``.
         training: What the trainer must have, as plain values: an ``optimizer`` (:mod:`keeptune.training.attach`).
         penalties: Terms of the loss, the method's own and those of the recipe.

@@ -90,7 +90,4 @@ TRAINED_TENSORS: Mapping[TensorName, _TensorKind] = {
     "magnitude": _TensorKind("m", "lora_magnitude_vector.default.weight"),
     "diag": _TensorKind("r", "lora_diag.default"),
     "bias": _TensorKind("m", "lora_B.default.bias"),
-    "U_low": _TensorKind("mr", "osf_svd_params.default.U_low"),
-    "S_low": _TensorKind("r", "osf_svd_params.default.S_low"),
-    "V_low": _TensorKind("rn", "osf_svd_params.default.V_low"),
 }

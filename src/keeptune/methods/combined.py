@@ -211,7 +211,7 @@ def _more_than_factors(method: Method) -> str:
     if method.scope == "all":
         return ""
     special = sorted(method.trains - {"A", "B"})
-    if method.scope == "subspace" or method.rows_of_downs:
+    if method.rows_of_downs:
         return f"{method.name}'s layers, which wrap modules"
     if special:
         return f"{', '.join(special)} trained beside A and B"

@@ -31,10 +31,6 @@ def test_the_count_is_that_of_the_plan(name: str, options: dict[str, Any], archi
         t.target.name: sum(t.start[factor].numel() for factor in t.trainable if factor in t.start) - t.held_back
         for t in plan.targets
     }
-    if name == "osf":
-        planned = {
-            t.target.name: t.decision.rank * (t.target.out_features + t.target.in_features + 1) for t in plan.targets
-        }
     if name == "eva":
         assert sum(size.trained for size in sizes.values()) > 0
         assert all(size.assumed for size in sizes.values())
@@ -45,6 +41,5 @@ def test_the_count_is_that_of_the_plan(name: str, options: dict[str, Any], archi
         assert size.rank == t.decision.rank
         assert size.anchored == t.anchored
         held = {factor: t.start[factor].numel() for factor in ("A", "B")}
-        if name != "osf":
-            assert size.frozen == sum(held[f] for f in held if f not in t.trainable) + t.held_back
+        assert size.frozen == sum(held[f] for f in held if f not in t.trainable) + t.held_back
         assert size.implied == (sum(held.values()) if isinstance(t.init, RowSelection) else 0)
