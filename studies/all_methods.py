@@ -92,7 +92,6 @@ ENTRIES: dict[str, Entry] = {
     "corda-ipm": Entry({"name": "corda", "mode": "ipm", "rank": 8}, 1e-3),
     "eva": Entry({"name": "eva", "rank": 8}, 1e-3),
     "lora-ga": Entry({"name": "lora-ga", "rank": 8}, 1e-3),
-    "kasa": Entry({"name": "kasa", "rank": 8, "alpha": 16}, 2e-3),
     "lora-null-v1": Entry({"name": "lora-null", "rank": 8, "variant": "v1"}, 2e-3),
     "lora-null-v2": Entry({"name": "lora-null", "rank": 8, "variant": "v2"}, 3.2e-2),
     "farss": Entry(_FARSS, 2e-3),

@@ -34,7 +34,6 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         },
         {"rank": 4, "variant": "farss-init", "labels": "sampled"},
     ],
-    "kasa": [{"rank": 4, "alpha": 6.0, "regularizer": "released"}],
     "keep": [{"rank": 4, "drift": 0.005}, {"rank": 4, "nats": 0.01, "per": "layer"}],
     # A classifier has no labels for knowledge, so no Fisher: the other forms are checked in test_penalties.py.
     "lalora": [{"rank": 4, "curvature": "delta-act", "batches": 1}],
@@ -67,10 +66,7 @@ CASES = {
 # Methods whose ranks at one target depend on the others.
 COUPLED = {case for case, method in CASES.items() if method.name in ("farss", "eva")}
 ADAPTERS = {name: method for name, method in CASES.items() if method.scope == "adapter"}
-# Declared exemptions, each with a law of its own in test_adapters.py: what starts from less than W, and what is no
-# low-rank change and so has no portable form.
-MOVING = {name: method for name, method in ADAPTERS.items() if method.moves_start}
-STILL = {name: method for name, method in ADAPTERS.items() if name not in MOVING}
+# A declared exemption with a law of its own in test_adapters.py: what is no low-rank change, so has no portable form.
 RESCALING = {name: method for name, method in ADAPTERS.items() if method.name == "dora"}
 LOW_RANK = {name: method for name, method in ADAPTERS.items() if name not in RESCALING}
 # What is measured on the next token, which a classifier has none of.

@@ -38,7 +38,7 @@ from keeptune.statistics.store import StatStore
 from keeptune.training.penalty_engine import Penalties
 
 # What PEFT cannot do to a parameter: each has its refusal below.
-REFUSED = {"dora", "kasa", "loki"}
+REFUSED = {"dora", "loki"}
 # Ranks that differ beside an alpha are scales that differ, of which PEFT has one.
 OTHER_SCALES = {case for case in CASES if case.startswith("farss") and "alpha" in case}
 FITTING = [c for c, m in CASES.items() if m.name not in REFUSED | {"full"} and c not in OTHER_SCALES]

@@ -28,7 +28,6 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "decay": [{"strength": 0.3}],
     "drift": [{"budget": 0.02}, {"per": "layer", "factor_rank": 8}, {"curvature": "delta-kfac", "rho": 0.2}],
     "ewc": [{"batches": 1, "batch_size": 6}],
-    "kasa": [],  # part of its method
     "kl": [{"batch_size": 4}],
     "l2": [{}, {"layers": (2.0, 0.5), "unit": "absolute"}, {"on": "factors"}],
     "laplace": [
@@ -50,26 +49,17 @@ PENALTIES = {
 ON_FACTORS = {name for name in PENALTIES if "on=factors" in name or "decay" in name}
 BY_AUTOGRAD = {name for name in PENALTIES if name.startswith("kl ")}
 BY_LABELS = {name for name in PENALTIES if any(part in name for part in ("kfac", "diag", "ewc", "kl "))}
-# The Fisher of A and B alone; KaSA trains singular values between them.
-OF_FACTORS = {
-    name for name in PENALTIES if any(f"curvature={form}" in name for form in ("diag", "b-kfac", "b-tri-kfac"))
-}
 PlanOf = Callable[[str, str, str], Plan]
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 # A penalty sees what a method trains, not from which statistics: one case of each kind of factors.
 DISTINCT = {(m.name, m.rank, getattr(m, "variant", None)): case for case, m in reversed(ADAPTERS.items())}
-PAIRS = [
-    (case, penalty)
-    for (name, *_), case in DISTINCT.items()
-    for penalty in PENALTIES
-    if name != "kasa" or penalty not in OF_FACTORS
-]
+PAIRS = [(case, penalty) for case in DISTINCT.values() for penalty in PENALTIES]
 every_pair = pytest.mark.parametrize(("case", "penalty"), PAIRS)
 # DoRA's gradient is no slope: it takes the lengths of rows for constants (DoRA, section 4.3).
 every_sloping_pair = pytest.mark.parametrize(
     ("case", "penalty"), [pair for pair in PAIRS if not (pair[0] in RESCALING and pair[1] in BY_AUTOGRAD)]
 )
-# Every architecture, with a start at zero, one that is a part of W, a frozen factor, and singular values.
+# Every architecture, with a start at zero, one that is a part of W, and a frozen factor.
 every_place = pytest.mark.parametrize(
     ("architecture", "case", "penalty"),
     [
@@ -170,8 +160,6 @@ def test_nothing_is_held_before_anything_has_changed(
     case: str, penalty: str, worlds: Callable[[str], World], penalised: PlanOf
 ) -> None:
     plan = penalised("llama", case, penalty)
-    # KaSA's own regularisers hold its start already.
-    plan = dataclasses.replace(plan, penalties=tuple(p for p in plan.penalties if p.name != "kasa"))
     value, found = gradients(installed(worlds("llama"), plan), plan)
     if penalty in ON_FACTORS:
         assert value > 0 or not {"A", "B"} <= plan.targets[0].trainable  # what is trained may start at zero
@@ -241,14 +229,6 @@ def test_two_penalties_add_up(penalty: str, worlds: Callable[[str], World], pena
 def test_methods_that_change_whole_weights_take_no_penalty(case: str, worlds: Callable[[str], World]) -> None:
     with pytest.raises(PlanError, match="changes whole weights"):
         refuse_penalties(CASES[case], scoped_penalties(CASES[case], [penalty_named("l2", {})]))
-
-
-@pytest.mark.parametrize("penalty", sorted(OF_FACTORS))
-def test_forms_on_the_factors_do_not_take_singular_values_between_them(
-    penalty: str, worlds: Callable[[str], World]
-) -> None:
-    with pytest.raises(PlanError, match="singular values between A and B"):
-        worlds("llama").bench().plan(CASES["kasa rank=4 alpha=6.0 regularizer=released"], [PENALTIES[penalty]])
 
 
 def test_of_dora_the_plan_says_what_is_not_held(worlds: Callable[[str], World], penalised: PlanOf) -> None:

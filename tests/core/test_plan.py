@@ -53,7 +53,7 @@ CHANGES: dict[str, Callable[[], Plan]] = {
     "rank": lambda: plan(target_plan(rank=3)),
     "training": lambda: plan(training={"optimizer": "lora-fa"}),
     "vectors": lambda: plan(target_plan(vectors={"magnitude": torch.ones(6)})),
-    "removed": lambda: plan(target_plan(removed=LowRank(torch.ones(6, 2), torch.ones(2, 5)))),
+    "added": lambda: plan(target_plan(added=True)),
     "name": lambda: plan(target_plan(name="model.layers.1.mlp.up_proj")),
     "more": lambda: plan(target_plan(), target_plan(name="model.layers.1.mlp.up_proj")),
 }
@@ -77,7 +77,7 @@ def test_save_and_load_is_the_identity(tmp_path: Path, change: str) -> None:
     assert differences(found, made) == []
     for a, b in zip(found.targets, made.targets, strict=True):
         assert (a.target, a.decision, a.scale, a.trainable) == (b.target, b.decision, b.scale, b.trainable)
-        assert torch.equal(a.anchor.dense(), b.anchor.dense())
+        assert a.added == b.added
         assert a.evidence.keys() == b.evidence.keys()
         assert all(torch.equal(a.evidence[name], b.evidence[name]) for name in b.evidence)
         assert a.vectors.keys() == b.vectors.keys()
@@ -132,10 +132,8 @@ def test_an_adapter_plan_without_targets_is_refused_and_full_tuning_needs_none()
 
 def test_anchored_unless_the_start_is_zero() -> None:
     assert target_plan().anchored
-    zero, part = LowRank(torch.zeros(6, 2), torch.ones(2, 5)), LowRank(torch.ones(6, 2), torch.ones(2, 5))
-    assert not target_plan(init=zero).anchored
-    assert target_plan(init=zero, removed=part).anchored
-    assert target_plan(init=zero, removed=part).anchor is part
+    assert not target_plan(init=LowRank(torch.zeros(6, 2), torch.ones(2, 5))).anchored
+    assert not target_plan(added=True).anchored
 
 
 def test_trained_parameters_count_the_trained_factors() -> None:
@@ -176,7 +174,6 @@ def test_equal_plans_do_not_differ() -> None:
         ("rank", "rank 2 | 3"),
         ("trainable", "trains A B | B"),
         ("factors", "starting change differs by"),
-        ("removed", "same start, taken out of W differs by"),
         ("vectors", "same factors, another start of magnitude"),
         ("training", "training: {} | {'optimizer': 'lora-fa'}"),
         ("more", "model.layers.1.mlp.up_proj: only in the second plan"),

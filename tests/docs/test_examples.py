@@ -56,13 +56,13 @@ def test_stories260k(run: Run) -> None:
     assert 1.0 < losses(out, "stories")[0] < 1.5, "the base knows its stories"
 
 
-def test_beyond_two_factors(run: Run) -> None:
-    out = run("beyond_two_factors", 2)
+def test_own_trainer(run: Run) -> None:
+    out = run("own_trainer", 2)
     assert re.search(r"dora: loss \d+\.\d+, penalty 0\.0000\n", out)
     assert re.search(r"dora: merged, gap \de[-+]0\d\. New lengths for a weight's rows", out)
     assert re.search(r"dora: peft of rank 8, gap \de[-+]0\d\n", out)
-    assert re.search(r"kasa: loss \d+\.\d+, penalty 0\.\d*[1-9]\d*\n", out)
-    assert re.search(r"kasa: portable, gap \de[-+]0\d\. To serve: .*--max-lora-rank 16 ", out)
+    assert re.search(r"l2-lora: loss \d+\.\d+, penalty 0\.\d*[1-9]\d*\n", out)
+    assert re.search(r"l2-lora: portable, gap \de[-+]0\d\. To serve: .*--max-lora-rank 8 ", out)
 
 
 def test_encoder(run: Run) -> None:

@@ -57,4 +57,4 @@ def built(method: Any, W: Tensor, *, stats: GivenStats | None = None, name: str 
 
 def residual(W: Tensor, plan: TargetPlan) -> Tensor:
     """What is left of W once the start is taken out, float64."""
-    return W.double() - plan.scale * plan.anchor.B.double() @ plan.anchor.A.double()
+    return W.double() - plan.scale * plan.init.B.double() @ plan.init.A.double()

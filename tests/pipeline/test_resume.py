@@ -34,8 +34,6 @@ from keeptune.training.checkpoints import last_complete_checkpoint
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"method": METHODS["lora"]},
     "dora": {"method": METHODS["dora"]},
-    "kasa-residual": {"method": METHODS["kasa"], "anchor": "residual"},
-    "kasa-twin": {"method": METHODS["kasa"], "anchor": "twin"},
     "lora-fa": {"method": METHODS["lora-fa"]},
     "lora-fa-preconditioned": {"method": METHODS["lora-fa"] | {"optimizer": "preconditioned"}},
     "v1-residual": {"method": METHODS["lora-null-v1"], "anchor": "residual"},

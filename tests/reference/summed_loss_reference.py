@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tests.reference.kasa_reference import orthogonality
 from torch import Tensor
 
 from keeptune.adapter.install import held_parameters
 from keeptune.core.plan import Plan
 from keeptune.core.weights import read_weight
-from keeptune.penalties.kasa_regularizers import KasaRegularizers
 from keeptune.penalties.l2 import L2
 
 __all__ = ["penalty", "summed_gradients"]
@@ -24,11 +22,6 @@ def penalty(model: Any, plan: Plan, base: Any, spec: Any) -> Tensor:
     for t in plan.targets:
         now = {name: held.of(held.parameter).double() for name, held in held_parameters(model, t).items()}
         A, B = now["A"], now["B"]
-        d = now.get("diag", torch.ones(A.shape[0]).double())
-        if isinstance(spec, KasaRegularizers):
-            held = spec.beta * d.square().sum() + spec.gamma * orthogonality(B, A, spec.regularizer)
-            total = total + spec.strength * held / len(plan.targets)
-            continue
         assert isinstance(spec, L2)
         assert spec.layers == "uniform"
         over = 1.0
@@ -39,9 +32,7 @@ def penalty(model: Any, plan: Plan, base: Any, spec: Any) -> Tensor:
             if spec.unit == "relative":
                 over = len(plan.targets) * sum(part.double().square().sum() for part in (t.init.A, t.init.B))
         else:
-            d_0 = t.vectors.get("diag", torch.ones(A.shape[0])).double()
-            start = t.init.B.double() @ d_0.diag() @ t.init.A.double()
-            size = (t.scale * (B @ d.diag() @ A - start)).square().sum()
+            size = (t.scale * (B @ A - t.init.B.double() @ t.init.A.double())).square().sum()
         total = total + spec.strength * size / over
     return total
 

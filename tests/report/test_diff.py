@@ -79,10 +79,10 @@ def test_the_same_change_from_other_factors() -> None:
     assert line == "changed starts: 1 target of the same rank, with other factors of the same change"
 
 
-def test_another_method_and_what_is_taken_out_of_the_weight() -> None:
-    taken = [target(layer, "q", removed=target(layer, "q", seed=9).init) for layer in range(8)]
+def test_another_method_and_other_vectors() -> None:
+    taken = [target(layer, "q", vectors={"bias": torch.ones(5)}) for layer in range(8)]
     lines = told(plan(*taken, method="pissa"), plan(*(target(layer, "q") for layer in range(8))))
     assert lines[0] == "method: pissa | lora"
-    assert "model.layers.0.q: same start, taken out of W differs" in lines[1]
+    assert "model.layers.0.q: same factors, another start of bias" in lines[1]
     assert lines[-1] == "and 2 more targets differ"
     assert len(lines) == 1 + 6 + 1

@@ -85,7 +85,7 @@ def test_no_product_is_formed_for_factors(base: Saved, tmp_path: Path, monkeypat
     assert any(row["norm"] > 0 for row in weight_changes(str(adapter), base=str(base.folder))[1])
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "kasa", "lora-null-v1", "full"])
+@pytest.mark.parametrize("name", ["lora", "dora", "lora-null-v1", "full"])
 def test_runs_of_keeptune_name_their_base(name: str, finished: Callable[[str], Path]) -> None:
     run = finished(name)
     base, rows = weight_changes(str(run))

@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 from keeptune.adapter.install import lora_layer, trained_state
 from keeptune.core.errors import TrainError
-from keeptune.methods.kasa import Kasa
+from keeptune.methods.l2_lora import L2Lora
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_fa import LoraFA
 from keeptune.training.attach import attach
@@ -118,7 +118,7 @@ def test_a_trainer_without_what_the_plan_asks_for_does_not_start(trainer: str, t
 
 
 def test_attaching_twice_adds_nothing(tmp_path: Path) -> None:
-    plan = planned(Kasa(rank=2))
+    plan = planned(L2Lora(rank=2))
     made = trl_trainer(tuned(plan), tmp_path)
     attach(made, plan)
     before = (made.training_step, made.log, len(made.callback_handler.callbacks))

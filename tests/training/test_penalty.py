@@ -10,25 +10,19 @@ import torch
 from tests.models import relative, tokens
 from tests.reference.summed_loss_reference import summed_gradients
 from tests.training.support import (
-    EXAMPLES,
     MODEL,
-    TOKENIZER,
     TRAINERS,
-    arguments,
     largest_gap,
     plain_trainer,
     planned,
-    trl_trainer,
     tuned,
 )
 from torch import Tensor
-from trl import SFTConfig
 
-from keeptune.adapter.install import install, lora_layer, trained_state
+from keeptune.adapter.install import trained_state
 from keeptune.core.plan import Plan
 from keeptune.methods.dora import Dora
 from keeptune.methods.farss import Farss
-from keeptune.methods.kasa import Kasa
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_fa import LoraFA
 from keeptune.methods.lora_null import LoraNull
@@ -36,11 +30,8 @@ from keeptune.methods.mica import Mica
 from keeptune.methods.pissa import Pissa
 from keeptune.model.pretrained import load_model
 from keeptune.penalties.base import penalty_named
-from keeptune.penalties.kasa_regularizers import orthogonality
 from keeptune.penalties.l2 import L2
-from keeptune.training.attach import attach
 from keeptune.training.penalty_engine import Penalties, add_penalties
-from keeptune.training.trainer import train
 
 SQUARES = L2(strength=0.15, on="factors", unit="absolute")  # its gradient is known: 0.3 theta
 
@@ -166,7 +157,6 @@ METHODS: dict[str, Any] = {
     "lora-fa": LoraFA(rank=2),
     "mica": Mica(rank=2),
     "dora": Dora(rank=2),
-    "kasa": Kasa(rank=2, beta=0.5, gamma=0.5),
 }
 
 
@@ -188,7 +178,7 @@ def test_the_gradients_are_those_of_autograd_through_the_sum(name: str, added: s
             parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator) + 0.01)
     ids = tokens(0, (2, 8))
     specs = [penalty_named(p.name, p.options) for p in plan.penalties]
-    assert len(specs) == len(ADDED[added]) + (name == "kasa")
+    assert len(specs) == len(ADDED[added])
     wanted, value = summed_gradients(model, plan, base, specs, ids)
     model(input_ids=ids, labels=ids).loss.backward()
     plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -199,55 +189,3 @@ def test_the_gradients_are_those_of_autograd_through_the_sum(name: str, added: s
     assert max(relative(plain[name], wanted[name]) for name in wanted) > 0.01
     for name in wanted:
         assert relative(got[name], wanted[name]) < 2e-5, name
-
-
-# KaSA's
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("anchor", ["twin", "residual"])
-def test_kasas_regularisers_count_once_per_step_whatever_the_accumulation(
-    trainer: str, anchor: Any, tmp_path: Path
-) -> None:
-    plan, found = planned(Kasa(rank=2, beta=0.5, gamma=0.5)), {}
-    for size in (8, 1):
-        model = install(load_model(MODEL), plan, anchor=anchor)
-        extra = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_grad_norm": 1.0}
-        made = TRAINERS[trainer](model, tmp_path, **extra)
-        attach(made, plan)
-        made.train()
-        found[size] = trained_state(model, plan)
-    assert largest_gap(found[8], found[1]) < 1e-6
-    for t in plan.targets:
-        assert not torch.equal(found[8][f"{t.target.name}.diag"], t.vectors["diag"])
-
-
-def test_kasas_regularisers_make_factors_more_orthogonal_and_without_weights_change_nothing(tmp_path: Path) -> None:
-    gaps, states = [], []
-    for gamma in (0.0, 50.0):
-        plan = planned(Kasa(rank=2, beta=0.0, gamma=gamma))
-        model = tuned(plan)
-        made = trl_trainer(model, tmp_path, max_steps=5)
-        attach(made, plan)
-        made.train()
-        layers = [lora_layer(model, t.target.name) for t in plan.targets]
-        parts = [(layer.lora_B["default"].weight, layer.lora_A["default"].weight) for layer in layers]
-        gaps.append(
-            float(torch.stack([orthogonality(X.detach(), "gram")[0] for B, A in parts for X in (B, A.T)]).mean())
-        )
-        states.append(trained_state(model, plan))
-    assert gaps[1] < gaps[0] - 0.005
-    bare = tuned(plan)
-    trl_trainer(bare, tmp_path, max_steps=5).train()
-    assert largest_gap(states[0], trained_state(bare, plan)) == 0.0
-
-
-def test_the_loss_curve_of_kasa_is_the_tasks_with_the_penalty_apart(tmp_path: Path) -> None:
-    plan = planned(Kasa(rank=2, beta=0.5, gamma=0.5))
-    extra = arguments(tmp_path, bf16=False, activation_checkpointing=False)
-    loss = train(tuned(plan), plan, TOKENIZER, EXAMPLES, SFTConfig(**extra))
-    fresh = tuned(plan)
-    bare = trl_trainer(fresh, tmp_path)
-    bare.train()
-    assert loss[0]["loss"] == pytest.approx(bare.state.log_history[0]["loss"], rel=1e-5)
-    assert loss[0]["penalty"] == pytest.approx(float(Penalties(tuned(plan), plan).step()), rel=1e-5)

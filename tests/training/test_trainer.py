@@ -21,7 +21,6 @@ from keeptune.data.calibration import tokenize_calibration
 from keeptune.data.completions import TaskExamples
 from keeptune.methods.base import Method
 from keeptune.methods.dora import Dora
-from keeptune.methods.kasa import Kasa
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_fa import LoraFA
 from keeptune.methods.lora_null import LoraNull
@@ -56,7 +55,6 @@ def plans(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathF
         "v2": LoraNull(rank=2, variant="v2"),
         "fa": LoraFA(rank=2),
         "dora": Dora(rank=2),
-        "kasa": Kasa(rank=2),
     }
     return {name: plan_for(load_model(MODEL), m, store, data={"knowledge": knowledge}) for name, m in made.items()}
 
@@ -173,7 +171,7 @@ def test_loss_is_on_the_completion_and_its_end(
 
 
 @pytest.mark.parametrize("extra", [{}, {"gradient_checkpointing": True}])
-@pytest.mark.parametrize("name", ["lora", "v1", "v2", "fa", "dora", "kasa"])
+@pytest.mark.parametrize("name", ["lora", "v1", "v2", "fa", "dora"])
 def test_training_moves_the_trained_factors_only(
     plans: dict[str, Plan], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, extra: dict[str, Any]
 ) -> None:

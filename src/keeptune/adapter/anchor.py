@@ -49,7 +49,7 @@ def apply_anchor(layer: Any, target_plan: TargetPlan, kind: Literal["twin", "res
     """Takes a target's start out of what its PEFT layer computes."""
     with torch.no_grad():
         if kind == "twin":
-            start = target_plan.anchor
+            start = target_plan.init
             for factor, value in (("A", start.A), ("B", -start.B)):
                 held = held_in(layer, target_plan, factor, ANCHOR_NAME)
                 held.of(held.parameter).copy_(value)
@@ -61,7 +61,7 @@ def apply_anchor(layer: Any, target_plan: TargetPlan, kind: Literal["twin", "res
 
 def _start(weight: Tensor, target_plan: TargetPlan) -> Tensor:
     """Computes ``s B0 A0`` in float32, in the layout of a module's weight."""
-    start = target_plan.anchor.to(torch.float32, weight.device).scaled(target_plan.scale).dense()
+    start = target_plan.init.to(torch.float32, weight.device).scaled(target_plan.scale).dense()
     return start.T if target_plan.target.transposed else start
 
 

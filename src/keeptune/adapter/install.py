@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import get_bnb_param_type
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from keeptune.core.weights import is_quantised, keep_layout, refuse_quantised, w
 
 
 def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> PreTrainedModel | PeftModel:
-    """Puts a plan into a model, which computes what it did before, to rounding (not for KaSA, which drops a part).
+    """Puts a plan into a model, which computes what it did before, to rounding.
 
     Stock PEFT layers, no custom forward: any trainer, merger or server that knows PEFT can go on from here.
     Frozen factors stay frozen through ``set_adapter``, reload and resume.
@@ -51,7 +51,6 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
     anchored = any(t.anchored for t in plan.targets)
     _refuse_rounded_experts(model, plan)
     peft = dict(plan.peft)
-    kasa = peft.pop("kasa_config", None)
     peft.pop("task_type", None)
     # get_peft_model draws factors that are overwritten below; the caller's random state is left alone.
     with torch.random.fork_rng(), patterns_of_parameters():
@@ -75,9 +74,6 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
         _freeze(layer, target_plan)
     if anchored and kind == "twin":
         keep_active(wrapped)
-    if kasa is not None:
-        # Only now: PEFT refuses a twin beside KaSA, since its own KaSA rewrites the base weights that both share.
-        wrapped.peft_config["default"].kasa_config = KasaConfig(**kasa)
     return wrapped
 
 

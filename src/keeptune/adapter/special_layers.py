@@ -1,10 +1,6 @@
-"""Stock PEFT layers that hold other than A and B: a diagonal, a bias, and rows that do not move.
+"""Stock PEFT layers that hold other than A and B: a bias, and rows that do not move.
 
-    y = W x + s B diag(d) A x          KaSA
     y = W x + b + s (B A x + c)        LoKI: B and c are zero outside the plan's rows
-
-PEFT's KaSA, set by config, decomposes every weight again, overwrites it for good, and refuses layers that store W
-transposed. The plan has the decomposition already, and what it drops is taken out as any anchor is.
 
 B may be trained or not, c is PEFT's ``lora_bias``. Outside the rows nothing may move: their outputs are replaced by
 zeros, so that their gradients are exactly zero, and so are the steps of any optimiser, with weight decay or momentum.
@@ -20,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora.variants import KasaLinearVariant
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
@@ -33,26 +28,16 @@ _BIASES = r"Adapter '\w+': \d+ LoRA tensor\(s\) have invalid shape: (\S+\.lora_B
 
 def prepare(layer: Any, target_plan: TargetPlan) -> None:
     """Adds to a LoRA layer what its plan trains besides A and B, and confines it to the plan's rows."""
-    up, down = layer.lora_B["default"], layer.lora_A["default"].weight
-    if "diag" in target_plan.vectors:
-        diag = target_plan.vectors["diag"].to(down.device, down.dtype, copy=True)
-        layer.lora_diag = nn.ParameterDict({"default": nn.Parameter(diag)})
-        layer.lora_variant["default"] = KasaLinearVariant()
-        _register(layer, "lora_diag")
+    up = layer.lora_B["default"]
     if "bias" in target_plan.vectors:
         up.bias = nn.Parameter(target_plan.vectors["bias"].to(up.weight.device, up.weight.dtype, copy=True))
         layer.lora_bias["default"] = True
         # PEFT freezes modules, and the bias is trained where B is not: these weights can be frozen by themselves.
         layer.lora_B_weight = _Weights(layer.lora_B)
-        _register(layer, "lora_B_weight")
+        layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_B_weight")
     if target_plan.confined:
         up.register_buffer(_BUFFER, _outside(target_plan, up.weight.device), persistent=False)
         up.register_forward_hook(_zero_frozen_rows)
-
-
-def _register(layer: Any, name: str) -> None:
-    """Let PEFT save, freeze and move an attribute of a layer."""
-    layer.adapter_layer_names = (*layer.adapter_layer_names, name)
 
 
 def within_rows(target_plan: TargetPlan, name: TensorName, gradient: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ class TrainedChange:
     """A trained change, float32 on the CPU.
 
     Args:
-        weights: Target name to ``s (B diag A - B0 A0)``, scale and diagonal folded into B; of rank r, or 2 r where a
-            part of W was taken out and both factors were trained. For DoRA, before rows get their lengths.
+        weights: Target name to ``s (B A - B0 A0)``, the scale folded into B; of rank r, or 2 r where a part of
+            W was taken out and both factors were trained. For DoRA, before rows get their lengths.
         magnitudes: Target name to the lengths of W's rows, ``(m,)`` (DoRA).
         biases: Target name to the change of b, ``(m,)``, with the scale (LoKI).
         head: Name to parameter or buffer of what is trained beside: a classifier's head, modules, rows of tokens.
@@ -54,9 +54,8 @@ def change_of(model: PeftModel, plan: Plan) -> TrainedChange:
     state, weights = trained_state(model, plan), {}
     for t in plan.targets:
         name = t.target.name
-        B = state[f"{name}.B"] * state[f"{name}.diag"] if "diag" in t.vectors else state[f"{name}.B"]
-        factors = LowRank(B=B, A=state[f"{name}.A"])
-        weights[name] = (factors.minus(t.anchor) if t.anchored else factors).scaled(t.scale)
+        factors = LowRank(B=state[f"{name}.B"], A=state[f"{name}.A"])
+        weights[name] = (factors.minus(t.init) if t.anchored else factors).scaled(t.scale)
     return TrainedChange(
         weights,
         {t.target.name: state[f"{t.target.name}.magnitude"] for t in plan.targets if "magnitude" in t.vectors},
@@ -69,8 +68,7 @@ def written_rank(plan: Plan) -> int:
     """Returns the largest rank of a target's change in :func:`change_of`."""
     ranks = [0]
     for t in plan.targets:
-        shared = not t.anchored or (t.removed is None and not {"A", "B"} <= t.trainable)
-        ranks.append(t.decision.rank + (0 if shared else t.anchor.rank))
+        ranks.append(t.decision.rank * (2 if t.anchored and {"A", "B"} <= t.trainable else 1))
     return max(ranks)
 
 

@@ -53,11 +53,9 @@ class TargetPlan:
         scale: alpha / rank.
         trainable: Which tensors are trained (:mod:`keeptune.core.target`); the others stay as they are.
         evidence: Name to 1-D tensor: spectra and scores behind the decision, for tables and plots.
-        removed: The part of W taken out at the start, without the scale; None takes ``init``, and the model's
-            output does not change.
+        added: ``init`` is added to W at the start, not taken out of it.
         vectors: What a method trains besides A and B, at the first step, float32: ``magnitude`` ``(m,)``, the
-            lengths of W's rows (DoRA), ``diag`` ``(r,)``, with which the change is ``scale * (B diag A)`` (KaSA), or
-            ``bias`` ``(m,)``, with which that of b is ``scale * bias`` (LoKI).
+            lengths of W's rows (DoRA), or ``bias`` ``(m,)``, with which the change of b is ``scale * bias`` (LoKI).
     """
 
     target: Target
@@ -66,13 +64,8 @@ class TargetPlan:
     scale: float
     trainable: frozenset[TensorName]
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
-    removed: LowRank | None = None
+    added: bool = False
     vectors: Mapping[TensorName, Tensor] = field(default_factory=dict)
-
-    @property
-    def anchor(self) -> LowRank:
-        """The part of W taken out at the start, without the scale: ``removed``, or else ``init``."""
-        return self.init if self.removed is None else self.removed
 
     @property
     def start(self) -> dict[TensorName, Tensor]:
@@ -81,8 +74,8 @@ class TargetPlan:
 
     @property
     def anchored(self) -> bool:
-        """Whether something is taken out of W at the start."""
-        return not self.anchor.is_zero
+        """Whether ``init`` is taken out of W at the start, so that the model's output does not change."""
+        return not self.added and not self.init.is_zero
 
     @property
     def confined(self) -> frozenset[TensorName]:
@@ -268,6 +261,7 @@ class Plan:
                 "decision": t.decision,
                 "scale": t.scale,
                 "trainable": sorted(t.trainable),
+                **({"added": True} if t.added else {}),
             }
             for t in self.targets
         ]
@@ -319,30 +313,24 @@ def _stored(t: TargetPlan) -> dict[str, Tensor]:
 
 
 def _beside_start(t: TargetPlan) -> dict[str, Tensor]:
-    removed = {} if t.removed is None else {".removed.B": t.removed.B, ".removed.A": t.removed.A}
-    return removed | {f":{name}": value for name, value in t.vectors.items()}
+    return {f":{name}": value for name, value in t.vectors.items()}
 
 
 def _read_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence: Mapping[str, Tensor]) -> TargetPlan:
     target, rows = Target(**row["target"]), row["decision"]["rows"]
-
-    def pair(part: str) -> LowRank:
-        return LowRank(B=factors[f"{target.name}{part}.B"], A=factors[f"{target.name}{part}.A"])
-
+    implied = rows is not None and f"{target.name}.B" not in factors
     return TargetPlan(
         target=target,
         decision=Decision(row["decision"]["rank"], tuple(rows) if rows is not None else None),
-        init=_implied(target, rows) if rows is not None and f"{target.name}.B" not in factors else pair(""),
-        removed=pair(".removed") if f"{target.name}.removed.B" in factors else None,
+        init=RowSelection(rows, (target.out_features, target.in_features))
+        if implied
+        else LowRank(B=factors[f"{target.name}.B"], A=factors[f"{target.name}.A"]),
         scale=row["scale"],
         trainable=frozenset(row["trainable"]),
         evidence=_under(evidence, f"{target.name}:"),
         vectors=_under(factors, f"{target.name}:"),
+        added=row.get("added", False),
     )
-
-
-def _implied(target: Target, rows: Sequence[int]) -> LowRank:
-    return RowSelection(rows, (target.out_features, target.in_features))
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -42,8 +42,6 @@ def _difference(a: TargetPlan | None, b: TargetPlan | None) -> str:
         return ranks + (f", {others} rows of only one" if others else "")
     if (gap := relative_gap(a.init, b.init)) is not None:
         return f"same rank, starting change differs by {gap:.2e} (relative)"
-    if (gap := relative_gap(a.anchor, b.anchor)) is not None:
-        return f"same start, taken out of W differs by {gap:.2e} (relative)"
     if not _equal(a.vectors, b.vectors):
         return f"same factors, another start of {', '.join(sorted({*a.vectors, *b.vectors}))}"
     return ""

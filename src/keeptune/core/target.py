@@ -88,6 +88,5 @@ TRAINED_TENSORS: Mapping[TensorName, _TensorKind] = {
     "A": _TensorKind("rn", "lora_A.default.weight"),
     "B": _TensorKind("mr", "lora_B.default.weight"),
     "magnitude": _TensorKind("m", "lora_magnitude_vector.default.weight"),
-    "diag": _TensorKind("r", "lora_diag.default"),
     "bias": _TensorKind("m", "lora_B.default.bias"),
 }

@@ -72,7 +72,7 @@ class Method(Options):
     """A way to choose ranks and starting factors. The defaults leave every target alone.
 
     Laws (``tests/contract``): equal inputs give bit-equal plans; ``requests`` are sufficient; ranks sum to at
-    most the budget; installing the plan leaves the model's output unchanged, unless ``moves_start``.
+    most the budget; installing the plan leaves the model's output unchanged.
 
     Attributes:
         name: Its registered name.
@@ -80,7 +80,6 @@ class Method(Options):
         scope: ``"adapter"`` for low-rank factors; see :class:`keeptune.core.plan.Plan`.
         strength_option: Which option sets how much it keeps; None where there is none.
         anchored: Whether a part of W is taken out at the start.
-        moves_start: Whether the model's output changes at the start (KaSA drops a part of W).
         rows_of_downs: Whether it trains rows of the MLPs' down-projections (LoKI); ``size`` needs to know them.
     """
 
@@ -89,7 +88,6 @@ class Method(Options):
     scope: ClassVar[Scope] = "adapter"
     strength_option: ClassVar[Strength | None] = None
     anchored: ClassVar[bool] = False
-    moves_start: ClassVar[bool] = False
     rows_of_downs: ClassVar[bool] = False
 
     @property

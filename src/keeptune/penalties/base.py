@@ -60,24 +60,11 @@ class Site:
 
 
 def on_factors(form: Form) -> Term:
-    """Returns the term of a form in A and B as they are."""
+    """Returns the term of a form in A and B."""
 
     def term(factors: Factors) -> tuple[Tensor, Factors]:
         value, grad = form(LowRank(factors["B"], factors["A"]))
         return value, {"A": grad.A, "B": grad.B}
-
-    return term
-
-
-def on_change(form: Form) -> Term:
-    """Returns the term of a form in the weight change: ``B A``, or ``B diag(d) A`` where there is a diagonal (KaSA)."""
-
-    def term(factors: Factors) -> tuple[Tensor, Factors]:
-        B, A, d = factors["B"], factors["A"], factors.get("diag")
-        if d is None:
-            return on_factors(form)(factors)
-        value, grad = form(LowRank(B * d, A))
-        return value, {"A": grad.A, "B": grad.B * d, "diag": (grad.B * B).sum(dim=0)}
 
     return term
 
@@ -224,13 +211,8 @@ def conclusions(plan: Plan, last: Mapping[str, float]) -> list[str]:
 
 
 def start_of(target_plan: TargetPlan, device: torch.device) -> LowRank | None:
-    """Returns the factors that a change is counted from, with the diagonal taken into B.
-
-    Returns:
-        ``B_0`` and ``A_0``; None where their product is zero.
-    """
-    start, diagonal = target_plan.init, target_plan.vectors.get("diag")
-    start = start if diagonal is None else LowRank(start.B * diagonal, start.A)
+    """Returns the factors that a change is counted from, ``B_0`` and ``A_0``; None where their product is zero."""
+    start = target_plan.init
     return None if start.is_zero else start.to(torch.float32, device)
 
 

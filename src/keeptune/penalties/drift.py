@@ -31,7 +31,7 @@ from torch import Tensor
 from keeptune.core.options import Range
 from keeptune.core.plan import TargetPlan
 from keeptune.linalg.symmetric import Identity, PsdMatrix, psd_matrix_from
-from keeptune.penalties.base import Factors, Site, Term, on_change, start_of
+from keeptune.penalties.base import Factors, Site, Term, on_factors, start_of
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 from keeptune.penalties.measured import CovariancePenalty
 from keeptune.statistics.layer_effect import LayerEffect, layer_weights
@@ -151,7 +151,7 @@ class DriftBudget(CovariancePenalty):
             weight=share,
             start=start_of(target_plan, share.device),
         )
-        drift, group = on_change(change.value_and_grad), int(tensors[f"group:{target.name}"])
+        drift, group = on_factors(change.value_and_grad), int(tensors[f"group:{target.name}"])
         log_pressure, budget = tensors["log pressure"], tensors["budget"]  # log p is changed in place by `update`
 
         def term(factors: Factors) -> tuple[Tensor, Factors]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import TargetPlan
-from keeptune.penalties.base import Form, Site, Term, on_change, start_of
+from keeptune.penalties.base import Form, Site, Term, on_factors, start_of
 from keeptune.penalties.kronecker import change_since
 from keeptune.penalties.measured import MeasuredPenalty
 from keeptune.statistics.fisher import Per, WeightFisher
@@ -117,4 +117,4 @@ class Ewc(MeasuredPenalty):
         name = target_plan.target.name
         weight = tensors[f"weight:{name}"]
         start = start_of(target_plan, weight.device)
-        return on_change(diagonal_change(tensors[f"F:{name}"], target_plan.scale, weight, start))
+        return on_factors(diagonal_change(tensors[f"F:{name}"], target_plan.scale, weight, start))

@@ -7,7 +7,7 @@ another one at every optimiser step; it costs a forward and backward pass of ``b
 of the base where its answer is not kept from an earlier round.
 
 The base is the model as it starts: its factors are put in for the pass, whatever the anchor. (Without its adapter a
-model with a residual anchor is not the base; KaSA's start is the base less what KaSA drops.) Padding, prompts, the
+model with a residual anchor is not the base.) Padding, prompts, the
 first token of a text and dropout do not enter. Which texts come at which step follows from the seed and the number of
 the step, which is in every checkpoint.
 """

@@ -29,7 +29,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.linalg.symmetric import Identity
-from keeptune.penalties.base import Penalty, Site, Term, on_change, on_factors, start_of
+from keeptune.penalties.base import Penalty, Site, Term, on_factors, start_of
 from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.statistics.layer_effect import LayerEffect, Reading, layer_weights
 from keeptune.statistics.request import DataRole, Request
@@ -163,7 +163,7 @@ class L2(Penalty):
             weight=weight,
             start=start_of(target_plan, weight.device),
         )
-        return on_change(change.value_and_grad)
+        return on_factors(change.value_and_grad)
 
     def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
         """Returns the weights of the layers where they differ."""

@@ -36,11 +36,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
 from keeptune.core.options import Range
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.linalg.symmetric import Identity, LowRankDiagonal, PsdMatrix, psd_matrix_from
-from keeptune.penalties.base import Site, Term, on_change, on_factors, start_of
+from keeptune.penalties.base import Site, Term, on_factors, start_of
 from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
 from keeptune.penalties.measured import CovariancePenalty
 from keeptune.penalties.tangent import block_kronecker, coupled_kronecker, diagonal
@@ -79,18 +78,7 @@ class Laplace(CovariancePenalty):
         return frozenset() if self.curvature == "l2" else frozenset({"knowledge"})
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Returns the covariances that the form is made of, or the diagonals at the start.
-
-        Raises:
-            PlanError: The form holds A and B, and there are singular values between them.
-        """
-        if self.curvature in _TANGENT and "diag" in target_plan.vectors:
-            raise PlanError(
-                f"penalty laplace, {self.curvature}",
-                got="a method that trains singular values between A and B",
-                wanted="plain factors, whose Fisher it is",
-                next_step="Take delta-kfac, delta-act or l2, which hold the weight change.",
-            )
+        """Returns the covariances that the form is made of, or the diagonals at the start."""
         requests: set[Request] = {self.count} if self.curvature in _FISHER else set()
         if self.curvature in _OMEGA:
             requests.add(self.inputs(target_plan.target))
@@ -149,7 +137,7 @@ class Laplace(CovariancePenalty):
         if self.curvature == "b-tri-kfac":
             return on_factors(coupled_kronecker(Omega, Gamma, scale=scale, weight=weight, start=first))
         change = KroneckerChange(Omega, Gamma, scale, weight, start_of(target_plan, weight.device))
-        return on_change(change.value_and_grad)
+        return on_factors(change.value_and_grad)
 
     def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
         """Returns what the form cannot see from where the plan starts, and what factors of low rank leave out."""

@@ -241,9 +241,7 @@ def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> 
     """
     both = frozenset({"A", "B"})
     own = [(target, changes[target.name]) for target in targets]
-    return tuple(
-        TargetPlan(t, Decision(c.rank), init=c, scale=1.0, trainable=both, removed=c.scaled(0.0)) for t, c in own
-    )
+    return tuple(TargetPlan(t, Decision(c.rank), init=c, scale=1.0, trainable=both, added=True) for t, c in own)
 
 
 def with_penalties(

@@ -146,7 +146,7 @@ class Penalties:
             if not norms:
                 continue
             factors = _values(held_parameters(self._model, target_plan))
-            B, one = factors["B"] * factors.get("diag", 1.0), torch.ones((), device=factors["B"].device)
+            B, one = factors["B"], torch.ones((), device=factors["B"].device)
             change = KroneckerChange(
                 Omega=Identity(target.in_features, one),
                 Gamma=Identity(target.out_features, one),

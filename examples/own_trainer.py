@@ -1,6 +1,6 @@
-"""DoRA and KaSA, which train more than a LoRA's two factors: with your own trainer, and back to files others read.
+"""DoRA, which trains more than two factors, and L2-LoRA, which holds them back, with a trainer of your own.
 
-Run it: `python examples/beyond_two_factors.py` (half a minute on two cores, nothing is downloaded).
+Run it: `python examples/own_trainer.py` (half a minute on two cores, nothing is downloaded).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(output: Path, steps: int = 12) -> None:
     task = [
         {"prompt": f"{row['text']}\nTopic:", "completion": f" {row['topic']}"} for row in rows("topics.train.jsonl")
     ]
-    for method in (keeptune.Dora(rank=8), keeptune.Kasa(rank=8, beta=1e-2, gamma=1e-2)):
+    for method in (keeptune.Dora(rank=8), keeptune.L2Lora(rank=8)):
         model = AutoModelForCausalLM.from_pretrained(base)
         plan = keeptune.plan(model, tokenizer, method)
         tuned = keeptune.install(model, plan)
@@ -46,13 +46,13 @@ def main(output: Path, steps: int = 12) -> None:
             disable_tqdm=True,
         )
         trainer = SFTTrainer(tuned, args=config, train_dataset=Dataset.from_list(task), processing_class=tokenizer)
-        # KaSA's regularisers enter the loss here, once per step; DoRA asks for nothing, and the call checks that.
+        # L2-LoRA's penalty enters the loss here, once per step; DoRA asks for nothing, and the call checks that.
         keeptune.attach(trainer, plan)
         trainer.train()
         log = trainer.state.log_history[0]
         print(f"{method.name}: loss {log.get('task_loss', log['loss']):.2f}, penalty {log.get('penalty', 0.0):.4f}")
 
-        # KaSA is a LoRA of twice the rank on the untouched base; DoRA is none, and is merged with a word of why.
+        # L2-LoRA's result is a LoRA for the untouched base; DoRA's is none, and is merged with a word of why.
         done = keeptune.export(tuned, plan, folder / "result", base=base, tokenizer=tokenizer)
         print(f"{method.name}: {done.format}, gap {done.relative_gap:.0e}. {done.note or 'To serve: ' + done.serve}")
 
@@ -63,4 +63,4 @@ def main(output: Path, steps: int = 12) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/beyond_two_factors"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/own_trainer"))
