@@ -34,7 +34,7 @@ def test_the_summary_is_json_without_the_items() -> None:
     summary = RESULT.summary()
     assert json.loads(json.dumps(summary)) == summary
     assert list(summary) == [
-        "name", "role", "metric", "n", "before", "after", "interval", "kl_to_base", "groups",
+        "name", "role", "metric", "n", "before", "after", "interval", "kl_to_base", "groups", "chat",
     ]  # fmt: skip
     assert summary["interval"] == [-0.5, 0.0]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from keeptune.core.artefact import file_fingerprint
 from keeptune.data.disjoint import Corpus, refuse_overlap
 from keeptune.data.sources import read_jsonl
@@ -16,12 +18,12 @@ from keeptune.evaluation.standard.lm_eval_tasks import SEED
 from keeptune.evaluation.standard.restore import engine_version
 
 
-def data_fingerprint(benchmark: Benchmark, folder: Path = Path()) -> str:
-    """Returns a fingerprint of a benchmark's data, equal for equal data."""
+def data_fingerprint(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """Returns a fingerprint of a benchmark's data, and of the chat template that they are asked through."""
     if isinstance(benchmark, NamedBenchmark):
-        return load_documents(benchmark).fingerprint
+        return load_documents(benchmark, tokenizer).fingerprint
     assert isinstance(benchmark, FileBenchmark)
-    return file_fingerprint([folder / benchmark.file])
+    return file_fingerprint([Path(benchmark.file)])
 
 
 def engine_of(benchmark: Benchmark) -> dict[str, str | int] | None:
@@ -31,14 +33,15 @@ def engine_of(benchmark: Benchmark) -> dict[str, str | int] | None:
     return {"lm_eval": engine_version(benchmark.where), "seed": SEED}
 
 
-def refuse_used(used: Sequence[Corpus], benchmark: Benchmark) -> None:
-    """Checks that nothing is scored that was used to prepare or to train.
+def refuse_used(used: Sequence[Corpus], benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Checks that nothing is scored that was used to prepare or to train, and that the tokenizer can ask it.
 
     Raises:
         DataError: They overlap, or the data of the benchmark cannot be read.
+        RecipeError: The benchmark cannot be asked through the chat template.
     """
     if isinstance(benchmark, NamedBenchmark):
-        refuse_documents(used, load_documents(benchmark))
+        refuse_documents(used, load_documents(benchmark, tokenizer))
         return
     assert isinstance(benchmark, FileBenchmark)
     rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]

@@ -37,6 +37,7 @@ class BenchmarkResult:
     kl_to_base: float | None  # KL(base || tuned), nats per token, for cross-entropies
     groups: Mapping[str, Mapping[str, float]]  # name to {"n", "before", "after"}
     items: Sequence[Mapping[str, Any]]  # JSON-ready, with at least index, group, before and after
+    chat: bool = False  # asked through the chat template
 
     def summary(self) -> dict[str, Any]:
         """Returns everything but the items, ready for JSON."""
@@ -58,7 +59,7 @@ class BenchmarkResult:
         try:
             # Not splitlines: it also splits at U+2028, which may stand inside a JSON string.
             items = [json.loads(line) for line in text.split("\n") if line]
-            values = {field: summary[field] for field in _SUMMARY}
+            values = {field: ({"chat": False} | dict(summary))[field] for field in _SUMMARY}
         except (KeyError, json.JSONDecodeError) as error:
             raise ArtefactError(
                 "evaluation result",

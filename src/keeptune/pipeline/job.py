@@ -329,7 +329,7 @@ class Job:
             used.append(Corpus(f"{part.where}.file", rows, texts))
         for benchmark in recipe.evaluate:
             self.kind.check_benchmark(self.task, benchmark)
-            refuse_used(used, benchmark)
+            refuse_used(used, benchmark, self.tokenizer)
         self.config(self.output / "checkpoints", torch.float32)
 
     def _refuse_quantised(self, config: Any = None) -> None:

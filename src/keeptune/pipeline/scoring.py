@@ -89,7 +89,8 @@ def score(
         variant: The post-hoc variant of the weights that is scored, if it is one.
     """
     own = [] if variant is None else [variant]
-    key = content_key([benchmark, data_fingerprint(benchmark), weights, job.base_fingerprint, job.seed, *own])
+    data = data_fingerprint(benchmark, job.tokenizer)
+    key = content_key([benchmark, data, weights, job.base_fingerprint, job.seed, *own])
     stored = Stored(f"evaluate {benchmark.name}", results / f"{benchmark.name}.json", key)
     items = stored.path.with_suffix(".items.jsonl")
 

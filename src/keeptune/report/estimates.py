@@ -34,6 +34,7 @@ class Series:
     name: str
     role: str
     metric: str
+    chat: bool = False  # asked through the chat template
 
     @property
     def lower_is_better(self) -> bool:
@@ -53,7 +54,7 @@ def series(report: Report, role: str) -> tuple[Series, ...]:
     """Returns the benchmarks of one role, ``"knowledge"`` or ``"task"``, in the order in which they first appear."""
     items = {item.name: item for run in reversed(report.runs) for item in reversed(run.benchmarks) if item.role == role}
     order = dict.fromkeys(item.name for run in report.runs for item in run.benchmarks if item.role == role)
-    return tuple(Series(name, role, items[name].metric) for name in order)
+    return tuple(Series(name, role, items[name].metric, items[name].chat) for name in order)
 
 
 def yardstick(report: Report, role: str) -> tuple[Series, ...]:

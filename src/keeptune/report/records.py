@@ -76,6 +76,7 @@ class Benchmark(_Record):
     interval: Annotated[tuple[Number, Number], BeforeValidator(lambda value: (None, None) if value is None else value)]
     kl: Score = Field(default=None, alias="kl_to_base")
     groups: Named[Group] = {}
+    chat: bool = False
 
     @property
     def low(self) -> float:

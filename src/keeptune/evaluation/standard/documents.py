@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
 from keeptune.data.disjoint import Corpus
@@ -15,6 +17,7 @@ from keeptune.data.sources import Row
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
 from keeptune.evaluation.standard.restore import engine_version, restored_process
+from keeptune.evaluation.standard.templated import uses_template
 
 _WORDS = 5  # an item is looked for by its first words
 _SHOWN = 5  # rows named in an error
@@ -27,14 +30,14 @@ class Documents:
 
     where: str
     parts: Sequence[_Parts]  # texts that identify each item: a question, or a question and its choices
-    fingerprint: str  # of the items, the examples for the prompts, lm-eval and its task
+    fingerprint: str  # of the items, the examples for the prompts, lm-eval and its task, and the chat template
 
 
-def load_documents(benchmark: NamedBenchmark) -> Documents:
-    """Loads the items, from the hub or from local files.
+def load_documents(benchmark: NamedBenchmark, tokenizer: PreTrainedTokenizerBase | None = None) -> Documents:
+    """Loads the items, from the hub or from local files; with a tokenizer its chat template counts where it is used.
 
     Raises:
-        RecipeError: lm-eval is missing or has no such task.
+        RecipeError: lm-eval is missing or has no such task; or the task cannot be asked through the template.
         DataError: The data cannot be fetched or read; or an example for the prompts is one of the items.
     """
     rows, pools, parts = [], [], []
@@ -45,11 +48,14 @@ def load_documents(benchmark: NamedBenchmark) -> Documents:
             rows += [dict(row) for row in own]
             parts += [_parts(benchmark, task, row) for row in own]
             pools.append([dict(row) for row in task.sampler.df] if task.config.num_fewshot else [])
+        chat = tokenizer is not None and uses_template(benchmark, tokenizer, built.tasks)
         for (leaf, task), pool in zip(built.tasks.items(), pools, strict=True):
             _refuse_examples(benchmark, leaf, [_parts(benchmark, task, row) for row in pool], set(parts))
     versions = [[leaf, str(task.VERSION)] for leaf, task in built.tasks.items()]
     plain = json.loads(json.dumps([rows, pools], default=str))  # rows may hold dates
     key = [*plain, versions, engine_version(benchmark.where), built.note]
+    if tokenizer is not None and chat:
+        key.append(str(tokenizer.chat_template))
     return Documents(benchmark.where, parts, content_key(key))
 
 

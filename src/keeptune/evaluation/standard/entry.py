@@ -24,6 +24,12 @@ class NamedBenchmark(Benchmark):
         shots: Examples in the prompt; None takes lm-eval's number.
         max_length: Tokens of prompt and answer together; None takes what the model has positions for.
         scoring: ``"standard"`` is lm-eval's; the table names others.
+        chat: Asks through the chat template, with examples as turns (lm-eval's ``apply_chat_template`` and
+            ``fewshot_as_multiturn``); None does so for generative tasks where the tokenizer has a template.
+        system: The system's turn of a chat.
+        enable_thinking: Given to a chat template that has this switch; None is false there.
+        think_end_token: Ends a thought, and the answer follows; None takes ``</think>`` where the template has it.
+        max_new_tokens: Tokens generated at most; None takes lm-eval's number.
         run_code: Whether programs that the model wrote may be run, in a confined process.
 
     Raises:
@@ -37,6 +43,11 @@ class NamedBenchmark(Benchmark):
     batch_size: int = 8
     max_length: int | None = None
     scoring: str = STANDARD
+    chat: bool | None = None
+    system: str | None = None
+    enable_thinking: bool | None = None
+    think_end_token: str | None = None
+    max_new_tokens: int | None = None
     run_code: bool = False
 
     def __post_init__(self) -> None:
@@ -45,7 +56,7 @@ class NamedBenchmark(Benchmark):
             # A frozen field is set once, here, so that every reader has a role.
             object.__setattr__(self, "role", "knowledge" if row is None else row.role)
         self._check_words(role=get_args(Role), scoring=(STANDARD,) if row is None else tuple(row.scorings))
-        self._check_numbers(examples=1, shots=0, batch_size=1, max_length=8)
+        self._check_numbers(examples=1, shots=0, batch_size=1, max_length=8, max_new_tokens=1)
         if row is not None and not row.hub and self.data is None:
             raise RecipeError(
                 f"{self.where}.data",

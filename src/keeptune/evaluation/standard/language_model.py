@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError
 from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.evaluation.chat import end_of_thought, template_options
 from keeptune.evaluation.standard.entry import NamedBenchmark
+from keeptune.evaluation.standard.templated import Chat
 
 _LOG = logging.getLogger(__name__)
 _LONGEST = 2048  # of a model that names no limit, lm-eval's own
@@ -31,7 +33,7 @@ def fit_length(benchmark: NamedBenchmark, positions: int | None, tasks: Mapping[
         given = task.config.generation_kwargs
         if task.OUTPUT_TYPE != "generate_until" or not isinstance(given, dict):
             continue
-        wanted = int(given.get("max_gen_toks") or _NEW_TOKENS)
+        wanted = benchmark.max_new_tokens or int(given.get("max_gen_toks") or _NEW_TOKENS)
         room = min(wanted, max(1, length // 2))
         if room < wanted:
             _LOG.warning("%s: %d new tokens at most, not %d: the model has %d.", benchmark.where, room, wanted, length)
@@ -47,6 +49,7 @@ def wrapped_model(
     length: int,
     progress: bool,
     kept: KeptAnswers | None,
+    chat: bool = False,
 ) -> Any:
     """Returns a model, with a copy of its tokenizer, as an ``lm_eval.api.model.LM`` that takes answers that are kept.
 
@@ -58,7 +61,9 @@ def wrapped_model(
     own = copy.deepcopy(tokenizer)  # lm-eval chooses a padding token and a side for it
     own.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we say what is cut
     size = benchmark.batch_size
-    inner = HFLM(pretrained=model, tokenizer=own, backend="causal", batch_size=size, max_length=length)
+    thoughts = _thoughts(benchmark, tokenizer) if chat else {}
+    inner = HFLM(pretrained=model, tokenizer=own, backend="causal", batch_size=size, max_length=length, **thoughts)
+    template = Chat(inner, benchmark)
     quiet = not (progress and sys.stderr.isatty())
 
     class Answers(LM):
@@ -83,13 +88,32 @@ def wrapped_model(
             _warn_of_cuts(benchmark, cut, len(requests), length)
             return self._get("generate", requests, lambda: list(inner.generate_until(requests, quiet)))
 
+        @property
+        def tokenizer_name(self) -> str:
+            return str(inner.tokenizer_name)
+
+        def chat_template(self, chat_template: bool | str = False) -> str | None:
+            return None if not chat_template else str(own.chat_template)
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return template.render(chat_history, open_ended=add_generation_prompt)
+
         def _get(self, kind: str, requests: Sequence[Any], run: Callable[[], list[Any]]) -> list[Any]:
             if kept is None:
                 return run()
-            key = [kind, length, [list(request.args) for request in requests]]
+            key = [kind, length, [list(request.args) for request in requests], *([thoughts] if thoughts else [])]
             return kept.get(benchmark.name, key, len(requests), run)
 
     return Answers()
+
+
+def _thoughts(benchmark: NamedBenchmark, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Returns lm-eval's options of thoughts."""
+    options: dict[str, Any] = template_options(tokenizer, benchmark.enable_thinking)
+    end = benchmark.think_end_token
+    if benchmark.enable_thinking:
+        end = end_of_thought(tokenizer, end, where=benchmark.where)
+    return options if end is None else options | {"think_end_token": end}
 
 
 def _rolling(inner: Any, requests: Sequence[Any], quiet: bool) -> list[float]:

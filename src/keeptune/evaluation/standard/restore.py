@@ -83,12 +83,16 @@ def _without_bars() -> Iterator[None]:
 
 
 @contextmanager
-def restored_model(model: PreTrainedModel) -> Iterator[None]:
-    """Keeps lm-eval's wrapper from tying weights, and restores a model's generation settings."""
+def restored_model(model: PreTrainedModel, ends: frozenset[int] = frozenset()) -> Iterator[None]:
+    """Keeps lm-eval from tying weights, and restores generation settings; meanwhile ``ends`` end texts too."""
     own: Any = model.generation_config
     # Weights that were trained apart would be tied again.
     with mock.patch.object(model, "tie_weights", lambda *_, **__: None):
         model.generation_config = copy.deepcopy(own)
+        if ends:
+            named = own.eos_token_id
+            listed = named if isinstance(named, list) else [named]
+            model.generation_config.eos_token_id = sorted(ends | {token for token in listed if token is not None})
         try:
             yield
         finally:

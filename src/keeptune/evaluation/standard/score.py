@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.errors import RecipeError
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Role
+from keeptune.evaluation.chat import turn_ends
 from keeptune.evaluation.metrics import Measure, Metric
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, label_scores, mean_scores
@@ -21,6 +22,7 @@ from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.language_model import fit_length, wrapped_model
 from keeptune.evaluation.standard.lm_eval_tasks import SEED, Built, build_tasks, recorded_shots
 from keeptune.evaluation.standard.restore import restored_model, restored_process, seeded_langdetect
+from keeptune.evaluation.standard.templated import uses_template
 
 # lm-eval's metrics of tasks that are not in the table.
 _MEASURES: Mapping[str, Measure] = {
@@ -91,13 +93,17 @@ def score_named(
         )
     with restored_process(benchmark.where):
         built = build_tasks(benchmark)
+        chat = uses_template(benchmark, tokenizer, built.tasks)
         length = fit_length(benchmark, shared_positions(pair), built.tasks)
         samples: dict[Side, list[_Sample]] = {}
         for side in SIDES:
             answers = kept if side == "before" else None
-            with scoring(pair, side) as model, restored_model(model):
-                wrapped = wrapped_model(model, tokenizer, benchmark, length=length, progress=progress, kept=answers)
-                samples[side] = _samples(wrapped, benchmark, built)
+            ends = turn_ends(tokenizer) if chat else frozenset()
+            with scoring(pair, side) as model, restored_model(model, ends):
+                wrapped = wrapped_model(
+                    model, tokenizer, benchmark, length=length, progress=progress, kept=answers, chat=chat
+                )
+                samples[side] = _samples(wrapped, benchmark, built, chat=chat)
         first, second = samples["before"], samples["after"]
         assert [sample.prompt for sample in first] == [sample.prompt for sample in second]
         records = [_record(index, *both, tokenizer) for index, both in enumerate(zip(first, second, strict=True))]
@@ -107,10 +113,10 @@ def score_named(
     else:
         weights = [float(record.get("tokens", record.get("instructions", 1))) for record in records]
         scores = mean_scores(records, weights, seed)
-    return BenchmarkResult(name=benchmark.name, role=cast(Role, benchmark.role), metric=metric, **scores)
+    return BenchmarkResult(name=benchmark.name, role=cast(Role, benchmark.role), metric=metric, chat=chat, **scores)
 
 
-def _samples(model: Any, benchmark: NamedBenchmark, built: Built) -> list[_Sample]:
+def _samples(model: Any, benchmark: NamedBenchmark, built: Built, *, chat: bool) -> list[_Sample]:
     """Runs lm-eval with one model."""
     from lm_eval.evaluator import evaluate
 
@@ -129,6 +135,9 @@ def _samples(model: Any, benchmark: NamedBenchmark, built: Built) -> list[_Sampl
             limit=benchmark.examples,
             bootstrap_iters=0,  # the intervals are ours, of pairs
             log_samples=True,
+            system_instruction=benchmark.system,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
         )
     return _read_samples(benchmark, built, results["samples"], shots)
 

@@ -60,7 +60,8 @@ def benchmark_tables(report: Report) -> list[BenchmarkTable]:
         if entries:
             n = max(numbers["n"] for _, numbers in own[kind.name])
             words = unit_words(unit_of(kind.metric))
-            tables.append(BenchmarkTable(kind.name, kind.role, kind.metric, words, n, entries))
+            metric = f"{kind.metric}, through the chat template" if kind.chat else kind.metric
+            tables.append(BenchmarkTable(kind.name, kind.role, metric, words, n, entries))
     return tables
 
 

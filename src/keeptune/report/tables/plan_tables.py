@@ -68,7 +68,9 @@ def print_scores(summaries: Sequence[Row], console: Console) -> None:
         return
     rows = [
         (
-            *(str(item[key]) for key in ("name", "role", "metric", "n")),
+            *(str(item[key]) for key in ("name", "role")),
+            f"{item['metric']}, chat" if item.get("chat") else str(item["metric"]),
+            str(item["n"]),
             *(number(item[key]) for key in ("before", "after")),
             f"[{item['interval'][0]:+.3f}, {item['interval'][1]:+.3f}]",
         )
