@@ -32,7 +32,7 @@ options = {"loki": {"q": 30.0}, "farss": {"scores": "streaming", "boundary": 0}}
 method = method_named(sys.argv[2])(**options.get(sys.argv[2], {}))
 model = load_model(sys.argv[1], LoadOptions(dtype="bfloat16"))
 ids = torch.randint(4096, (4, 256), generator=torch.Generator().manual_seed(0))
-tokens = Calibration(tuple(map(tuple, ids.tolist())), 0, (128,) * 4)
+tokens = Calibration.of_answers(tuple(map(tuple, ids.tolist())), 0, (128,) * 4)
 started = time.perf_counter()
 with tempfile.TemporaryDirectory() as store:
     data = {"knowledge": tokens, "task": tokens}

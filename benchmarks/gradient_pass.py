@@ -26,7 +26,7 @@ def rows() -> list[dict[str, str]]:
     torch.manual_seed(0)
     model = random_llama(WIDTH, LAYERS, VOCABULARY).eval()
     ids = torch.randint(VOCABULARY, (16, 256)).tolist()
-    data = Calibration(tuple(map(tuple, ids)), 0, (128,) * len(ids))
+    data = Calibration.of_answers(tuple(map(tuple, ids)), 0, (128,) * len(ids))
     batches, targets, runner = data.batches(TOKENS), find_targets(model), Runner(model)
 
     def training() -> None:

@@ -32,7 +32,7 @@ def traced(reading: Reading, chunk: int, *, plain: bool = False) -> tuple[float,
     torch.manual_seed(0)
     model = random_llama(WIDTH, LAYERS, VOCABULARY, initializer_range=0.1).eval()
     ids = tuple(torch.randint(VOCABULARY, (PROMPT + ANSWER,)).tolist())
-    (batch,) = Calibration((ids,), 0, (PROMPT,)).batches()
+    (batch,) = Calibration.of_answers((ids,), 0, (PROMPT,)).batches()
     noise = noise_of(Noise(), batch, model, embedding_std(model))
     with torch.no_grad():
         model(batch.input_ids)

@@ -227,12 +227,12 @@ def calibration(seed: int = 0, lengths: Sequence[int] = (3, 17, 9, 24, 5, 30, 12
 def task(seed: int = 7, lengths: Sequence[int] = (19, 6, 11, 26, 9, 14, 30, 8, 22, 16)) -> Calibration:
     """The same with a prompt of about half of each text."""
     made = calibration(seed, lengths)
-    return Calibration(made.sequences, made.pad_id, tuple(length // 2 for length in lengths))
+    return Calibration.of_answers(made.sequences, made.pad_id, tuple(length // 2 for length in lengths))
 
 
 def shard(data: Calibration, which: slice) -> Calibration:
     """Some of the texts, with what is learned of them."""
-    parts = (part if part is None else part[which] for part in (data.prompts, data.labels, data.types))
+    parts = (part if part is None else part[which] for part in (data.learned, data.labels, data.types))
     return Calibration(data.sequences[which], data.pad_id, *parts)
 
 

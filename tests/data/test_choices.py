@@ -11,7 +11,8 @@ from tests.data.test_calibration import words
 from tokenizers.processors import TemplateProcessing
 
 from keeptune.core.errors import DataError, RecipeError
-from keeptune.data.knowledge import KnowledgeSet, knowledge_set
+from keeptune.data.completions import TaskExamples
+from keeptune.data.knowledge import knowledge_set
 from keeptune.data.multiple_choice import LOKI_PROMPT, choose_rows, lettered_rows
 from keeptune.data.sources import read_jsonl
 from keeptune.recipe.sections import Knowledge
@@ -23,7 +24,7 @@ ROW = {"subject": "high_school_physics", "question": "How fast?", "choices": ["1
 def test_the_prompt_is_the_papers() -> None:
     (row,) = lettered_rows([ROW], "{choices}", where="knowledge")
     made = knowledge_set([row], prompt=LOKI_PROMPT, completion="{letter}", where="knowledge")
-    assert made.texts == [
+    assert made.read_texts == [
         "There is a single choice question about High School Physics. Answer the question by replying A, B, C or D.\n"
         "Question: How fast?\nChoices:\nA. 1\nB. 2\nC. B\nD. 4\nAnswer: \nC"
     ]
@@ -86,7 +87,7 @@ def test_choices_alone_take_the_papers_prompt() -> None:
 @pytest.mark.parametrize("begins", [False, True])
 def test_a_chats_user_says_the_prompt(begins: bool, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = words()
-    data = KnowledgeSet("knowledge", (" d",), ("a b",), chat=True)
+    data = TaskExamples(("a b",), (" d",), end=False, chat=True)
     plain = data.calibration(tokenizer, max_length=9)
     assert plain.sequences == (tuple(tokenizer("a b d")["input_ids"]),)
     turns = "{% for m in messages %} c {{ m.content }}{% endfor %}"

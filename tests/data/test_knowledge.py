@@ -13,7 +13,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.knowledge import joined_knowledge, knowledge_of, knowledge_set
 
 TEXTS = Calibration(((5, 6, 7), (8, 9), (4, 4, 4, 4)), 0)
-PAIRS = Calibration(((1, 2, 3, 4), (3, 2, 1)), 0, (2, 1))
+PAIRS = Calibration.of_answers(((1, 2, 3, 4), (3, 2, 1)), 0, (2, 1))
 
 
 def test_rows_become_texts_or_pairs() -> None:
@@ -22,14 +22,14 @@ def test_rows_become_texts_or_pairs() -> None:
     pairs = knowledge_set(rows, prompt="{q}", completion=" {a}", where="knowledge")
     assert (texts.prompts, texts.completions) == (None, ("a? b", "c? d"))
     assert (pairs.prompts, pairs.completions) == (("a?", "c?"), (" b", " d"))
-    assert texts.texts == pairs.texts == ["a? b", "c? d"]
+    assert texts.read_texts == pairs.read_texts == ["a? b", "c? d"]
     with pytest.raises(DataError, match=r'knowledge\.1 row 2: .*"q"'):
         knowledge_set([rows[0], {"a": "x"}], prompt="{q}", completion="{a}", where="knowledge.1")
 
 
 def test_texts_and_pairs_from_python() -> None:
     assert knowledge_of(["a", "b"]) == knowledge_set([{"t": "a"}, {"t": "b"}], text="{t}", where="knowledge")
-    assert knowledge_of([("a", "b")]).prompts == ("a",)
+    assert knowledge_of([("a", "b")]).read_texts == ["ab"]
     for mixed in (["a", ("b", "c")], [("a", "b", "c")]):
         with pytest.raises(DataError, match="different forms"):
             knowledge_of(mixed)  # type: ignore[arg-type]
@@ -40,7 +40,7 @@ def test_the_completion_alone_is_learned_and_nothing_is_appended() -> None:
     data = knowledge_of([("a b", " c d"), ("", "a b c")]).calibration(read, max_length=8)
     assert data.sequences == tuple(map(tuple, read(["a b c d", "a b c"])["input_ids"]))
     assert data.prompts == (2, 0)
-    assert data.learned == 2 + 2
+    assert data.learned_tokens == 2 + 2
 
 
 def test_what_has_no_room_is_left_out_and_nothing_at_all_is_refused(caplog: pytest.LogCaptureFixture) -> None:
@@ -48,8 +48,8 @@ def test_what_has_no_room_is_left_out_and_nothing_at_all_is_refused(caplog: pyte
     data = knowledge_of([("a b c", " d"), ("a", " b c d")]).calibration(read, max_length=3)
     assert data.sequences == (tuple(read("a b c")["input_ids"]),)
     assert data.prompts == (1,)
-    assert "1 prompts fill 3 tokens" in caplog.text
-    with pytest.raises(DataError, match="without a completion within 3 tokens"):
+    assert "1 examples have nothing to learn within 3 tokens" in caplog.text
+    with pytest.raises(DataError, match="nothing to learn within 3 tokens"):
         knowledge_of([("a b c", " d")]).calibration(read, max_length=3)
     with pytest.raises(DataError, match="example 2: got an empty completion"):
         knowledge_of([("a", " b"), ("a", " ")]).calibration(read, max_length=3)
@@ -63,18 +63,18 @@ def test_one_set_is_itself_and_several_are_pooled() -> None:
     assert joined.sequences == TEXTS.sequences + PAIRS.sequences
     assert joined.prompts == (0, 0, 0, 2, 1)
     assert joined.sets == (3, 2)
-    assert joined.learned == (2 + 1 + 3) + (2 + 2)
+    assert joined.learned_tokens == (2 + 1 + 3) + (2 + 2)
     texts = joined_knowledge([TEXTS, TEXTS])
-    assert texts.prompts is None
+    assert texts.learned is None
     assert texts.fingerprint == Calibration(TEXTS.sequences * 2, 0).fingerprint
 
 
 def test_the_first_examples_of_each_set() -> None:
     joined = joined_knowledge([TEXTS, PAIRS])
-    assert joined.first(1) == Calibration((TEXTS.sequences[0], PAIRS.sequences[0]), 0, (0, 2), sets=(1, 1))
+    assert joined.first(1) == Calibration.of_answers((TEXTS.sequences[0], PAIRS.sequences[0]), 0, (0, 2), sets=(1, 1))
     assert joined.first(2).sets == (2, 2)
     assert joined.first(9) == joined
-    assert PAIRS.first(1) == Calibration(PAIRS.sequences[:1], 0, (2,))
+    assert PAIRS.first(1) == Calibration.of_answers(PAIRS.sequences[:1], 0, (2,))
     turned = joined_knowledge([PAIRS, TEXTS])
     assert turned.fingerprint == joined.fingerprint
     assert turned.first(1).fingerprint == joined.first(1).fingerprint
@@ -83,7 +83,7 @@ def test_the_first_examples_of_each_set() -> None:
     )
     labelled = Calibration(TEXTS.sequences, 0, labels=(0, 1, 2), types=((0, 0, 1), (0, 1), (0, 0, 1, 1)))
     assert labelled.first(2) == Calibration(TEXTS.sequences[:2], 0, labels=(0, 1), types=((0, 0, 1), (0, 1)))
-    assert labelled.learned == 3
+    assert labelled.learned_tokens == 3
 
 
 @pytest.mark.parametrize("data", [TEXTS, PAIRS, joined_knowledge([TEXTS, PAIRS])], ids=["texts", "pairs", "both"])
@@ -92,7 +92,7 @@ def test_the_count_of_learned_tokens_is_that_of_the_loss(data: Calibration) -> N
     for batch in data.batches(8):
         whole = batch.attention_mask if batch.loss_mask is None else batch.loss_mask
         count += int((whole[:, 1:].bool() & batch.attention_mask[:, :-1].bool()).sum())
-    assert data.learned == count
+    assert data.learned_tokens == count
 
 
 def test_fingerprints_are_those_of_earlier_versions() -> None:

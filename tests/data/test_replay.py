@@ -7,14 +7,14 @@ import logging
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.data.test_calibration import words
 
 from keeptune.data.completions import TaskExamples
-from keeptune.data.knowledge import KnowledgeSet
 from keeptune.data.replay import replayed, with_replay
 
 TASK = TaskExamples(prompts=tuple(f"q{n}" for n in range(38)), completions=tuple(f"a{n}" for n in range(38)))
-TEXTS = KnowledgeSet("knowledge", tuple(f"text {n}" for n in range(20)))
-PAIRS = KnowledgeSet("knowledge", tuple(f" said {n}" for n in range(20)), tuple(f"read {n}" for n in range(20)))
+TEXTS = TaskExamples(None, tuple(f"text {n}" for n in range(20)), end=False)
+PAIRS = TaskExamples(tuple(f"read {n}" for n in range(20)), tuple(f" said {n}" for n in range(20)), end=False)
 
 
 @given(st.integers(1, 10_000), st.floats(0.001, 0.9))
@@ -29,23 +29,33 @@ def test_a_share_of_zero_is_the_task_itself() -> None:
 
 def test_the_task_keeps_its_order_and_knowledge_is_spread() -> None:
     mixed = with_replay(TASK, [TEXTS], 0.05, seed=0)
-    known = [place for place, read in enumerate(mixed.prompts) if not read]
+    known = [place for place, text in enumerate(mixed.read_texts) if text.startswith("text")]
     assert len(mixed) == 40
     assert len(known) == 2
     assert 0 < known[0] < 20 < known[1] < 39
-    rest = [pair for pair in zip(mixed.prompts, mixed.completions, strict=True) if pair[0]]
-    assert rest == list(zip(TASK.prompts, TASK.completions, strict=True))
-    assert {mixed.completions[place] for place in known} <= set(TEXTS.completions)
+    assert [text for text in mixed.read_texts if text.startswith("q")] == TASK.read_texts
+    assert {mixed.read_texts[place] for place in known} <= set(TEXTS.completions)
 
 
 def test_pairs_stay_pairs_and_sets_give_in_proportion() -> None:
     mixed = with_replay(TASK, [TEXTS, PAIRS], 0.5, seed=3)
-    pairs = list(zip(mixed.prompts, mixed.completions, strict=True))
     assert len(mixed) == 76
-    known = [pair for pair in pairs if not pair[0].startswith("q")]
+    known = [text for text in mixed.read_texts if not text.startswith("q")]
     assert len(set(known)) == len(known) == 38
-    assert all(said == f" said {read.removeprefix('read ')}" for read, said in known if read)
-    assert 10 < sum(bool(read) for read, _ in known) < 28
+    assert set(known) <= {*TEXTS.read_texts, *PAIRS.read_texts}
+    assert 10 < sum(text.startswith("read") for text in known) < 28
+
+
+@pytest.mark.parametrize("knowledge", [TEXTS, PAIRS], ids=["texts", "pairs"])
+def test_what_is_replayed_is_learned_to_its_end(knowledge: TaskExamples) -> None:
+    """After texts of knowledge the end of text is learned as after answers of the task; in statistics it is not."""
+    read = words()
+    read.add_special_tokens({"eos_token": "</s>"})
+    mixed = with_replay(TASK, [knowledge], 0.5, seed=0)
+    rows = mixed.token_rows(read)
+    assert all(row.ids[-1] == read.eos_token_id and row.learned[-1] for row in rows)
+    assert rows[3:5] == mixed.token_rows(read, [3, 4])
+    assert all(row.ids[-1] != read.eos_token_id for row in knowledge.token_rows(read))
 
 
 def test_the_draw_follows_the_seed() -> None:
@@ -55,9 +65,9 @@ def test_the_draw_follows_the_seed() -> None:
 
 
 def test_little_knowledge_comes_again(caplog: pytest.LogCaptureFixture) -> None:
-    few = KnowledgeSet("knowledge", ("one", "two", "three"))
+    few = TaskExamples(None, ("one", "two", "three"), end=False)
     with caplog.at_level(logging.WARNING):
         mixed = with_replay(TASK, [few], 0.175, seed=0)
-    counts = [mixed.completions.count(text) for text in few.completions]
+    counts = [list(mixed.read_texts).count(text) for text in few.completions]
     assert sorted(counts) == [2, 3, 3]
     assert "8 of 3 knowledge examples" in caplog.text

@@ -148,10 +148,7 @@ def test_task_examples_are_the_filled_templates_in_order() -> None:
     found = task_examples(ROWS, prompt="{q}?", completion=" {a}", where="task")
     assert found.prompts == ("one?", "two?")
     assert found.completions == (" 1", " 2")
-    assert list(found.dataset(None, 0)[0]) == [  # type: ignore[arg-type]
-        {"prompt": "one?", "completion": " 1"},
-        {"prompt": "two?", "completion": " 2"},
-    ]
+    assert found.read_texts == ["one? 1", "two? 2"]
 
 
 def test_the_fingerprint_of_a_task_is_of_texts_and_their_order() -> None:

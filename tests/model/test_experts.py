@@ -83,7 +83,7 @@ def test_an_experts_fisher_is_over_its_own_tokens_and_not_per_text(model: PreTra
         if target.role.endswith(".up_proj") and target.name not in statistics.unseen:
             view, rows = statistics.view(target), rows_of(model, target.name, bench.task)
             seen += float(view[count]) * (target.layer == 0)
-            wanted = rows.delta.square().T @ rows.h.square() / bench.task.learned
+            wanted = rows.delta.square().T @ rows.h.square() / bench.task.learned_tokens
             assert relative(view[token] * tokens_per_learned(view, count), wanted) < 1e-5
     assert seen == bench.task.tokens
     with torch.no_grad():  # all tokens to one expert

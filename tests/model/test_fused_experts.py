@@ -74,7 +74,7 @@ def test_statistics_of_an_expert_are_those_of_its_own_tokens(
         assert int(view[count]) == n > 0
         assert relative(view[omega], rows.h.T @ rows.h / n) < 1e-5
         assert relative(view[gamma], rows.delta.T @ rows.delta / n) < 1e-5
-        wanted = rows.delta.square().T @ rows.h.square() / bench.task.learned
+        wanted = rows.delta.square().T @ rows.h.square() / bench.task.learned_tokens
         assert relative(view[fisher] * tokens_per_learned(view, count), wanted) < 1e-5
         assert relative(view[gradient] * n, rows.gradient) < 1e-4
         slots += n * (t.role == "experts.down_proj")

@@ -30,7 +30,7 @@ KINDS: tuple[tuple[OutputKind, int], ...] = (("block", 1), ("attention", 2), ("m
 
 def small(lengths: tuple[int, ...] = (9, 7, 12), prompts: tuple[int, ...] = (4, 5, 5)) -> Calibration:
     made = task(3, lengths)
-    return Calibration(made.sequences, made.pad_id, prompts)
+    return Calibration.of_answers(made.sequences, made.pad_id, prompts)
 
 
 def traced(model: Any, batch: Batch, tracer: Tracer, noise: Noise | None = None) -> dict[tuple[int, ...], Traced]:
@@ -76,7 +76,7 @@ def test_fast_equals_one_run_per_state_on_real_models(name: str, reading: Readin
         ],
     }[name]
     rows = [tuple(tokenizer(text)["input_ids"]) for text in texts]
-    data = Calibration(tuple(rows), 0, tuple(len(row) - 3 for row in rows))
+    data = Calibration.of_answers(rows, 0, tuple(len(row) - 3 for row in rows))
     (batch,) = data.batches(padding_side="left")
     tracer = Tracer(model, reading=reading)
     for one in traced(model, batch, tracer).values():
@@ -145,7 +145,7 @@ def test_equals_romes_tracing_of_a_subject() -> None:
     ids, answer, subject = tokens(5, (1, 9))[0].tolist(), 17, range(2, 5)
     sigma, draws = 3 * embedding_std(model), 10
     original = rome(model, ids, answer, subject, sigma, draws)
-    data = Calibration(((*ids, answer),) * draws, 0, (len(ids),) * draws)
+    data = Calibration.of_answers(((*ids, answer),) * draws, 0, (len(ids),) * draws)
     (batch,) = data.batches()
     noise = torch.zeros(draws, len(ids) + 1, HIDDEN)
     noise[:, subject.start : subject.stop] = original["noise"].float()
@@ -276,9 +276,9 @@ def test_what_cannot_be_traced_is_refused() -> None:
     with pytest.raises(StatisticsError, match="prompts and completions"):
         TracedBatch.of(plain.batches()[0], model.device)
     with pytest.raises(StatisticsError, match="without a prompt"):
-        TracedBatch.of(Calibration(((5, 6),), 0, (0,)).batches()[0], model.device)
+        TracedBatch.of(Calibration.of_answers(((5, 6),), 0, (0,)).batches()[0], model.device)
     with pytest.raises(StatisticsError, match="without an answer"):
-        TracedBatch.of(Calibration(((5, 6),), 0, (2,)).batches()[0], model.device)
+        TracedBatch.of(Calibration.of_answers(((5, 6),), 0, (2,)).batches()[0], model.device)
     with pytest.raises(RecipeError, match="share"):
         Noise(fraction=0)
     with pytest.raises(RecipeError, match="scale"):

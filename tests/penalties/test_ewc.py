@@ -101,7 +101,7 @@ def test_f_is_the_exact_diagonal_per_learned_token(tmp_path: Path) -> None:
     view = bench.collect(asking(*penalty.requests(plan))).view(target)
     delta = LowRank(draw(32, 2, seed=2).float(), draw(2, 32, seed=3).float())
     used = bench.data.first(6)
-    F = text_gradients(bench.model, target.name, used).square().sum(0) / used.learned
+    F = text_gradients(bench.model, target.name, used).square().sum(0) / used.learned_tokens
     E = 0.5 * (delta.dense() - init.dense())
     wanted = 1.5 * (F * E.square()).sum()
     for stored, tolerance in (("float32", 1e-4), ("bfloat16", 1e-2)):

@@ -43,7 +43,7 @@ def test_texts_are_learned_from_their_first_word_on(recipe_values: Values, tmp_p
     model = install(job.base(), plan)
     made = training._trainer(model, plan, job.tokenizer, job.trained_examples, job.config(tmp_path, torch.float32))
     replayed = 0
-    texts = {text[:60] for part in job.knowledge for text in part.texts}
+    texts = {text[:60] for part in job.knowledge for text in part.read_texts}
     for row in made.train_dataset:
         ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
         if job.tokenizer.decode(ids, skip_special_tokens=True).strip()[:60] in texts:

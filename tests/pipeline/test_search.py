@@ -46,8 +46,8 @@ def test_the_best_boundary_by_kt_is_planned_and_noted(
     plan = plan_stage(job)
     assert [(boundary, steps) for boundary, _, steps in trained] == [(1, 2), (2, 2)]
     for _, task, _ in trained:  # what is held out is not trained on
-        assert set(task.prompts) < set(job.task.prompts)
-        assert len(task.prompts) == len(job.task.prompts) - 4
+        assert set(task.read_texts) < set(job.task.read_texts)
+        assert len(task) == len(job.task) - 4
     record = json.loads((tmp_path / "out" / "search" / "search.json").read_text())["trials"]
     best = max(record, key=lambda trial: trial["KT"])
     assert plan.options["boundary"] == best["boundary"]

@@ -194,7 +194,7 @@ def test_prompts_are_read_and_completions_are_not(tmp_path: Path) -> None:
 
 def test_one_prompt_with_two_answers_and_one_text_twice(tmp_path: Path, attributed: list[int]) -> None:
     model = llama()
-    twice = Calibration(((5, 6, 7, 8), (5, 6, 7, 9), (5, 6, 7, 9)), 0, (3, 3, 3))
+    twice = Calibration.of_answers(((5, 6, 7, 8), (5, 6, 7, 9), (5, 6, 7, 9)), 0, (3, 3, 3))
     own = values(gathered(model, twice, tmp_path))
     assert sum(attributed) == 1
     assert len(own) == 3 and torch.equal(own[0], own[2])
@@ -267,7 +267,7 @@ def test_data_that_cannot_be_attributed_are_refused(tmp_path: Path) -> None:
 
 def test_plain_texts_among_prompts_are_read_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = llama()
-    mixed = Calibration(((5, 6, 7, 8), (9, 8, 7)), 0, (2, 0))
+    mixed = Calibration.of_answers(((5, 6, 7, 8), (9, 8, 7)), 0, (2, 0))
     found = values(gathered(model, mixed, tmp_path))
     wanted = torch.stack([attribution(model, (5, 6)), attribution(model, (9, 8, 7))])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)

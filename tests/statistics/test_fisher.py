@@ -69,7 +69,7 @@ def test_the_diagonal_of_a_weight_is_the_mean_squared_gradient_of_texts(
         view = statistics.view(target)
         g = text_gradients(bench.model, target.name, bench.task, labels=labels, seed=4)
         g = g.mT if target.transposed else g
-        wanted = g.square().sum(0) / bench.task.learned
+        wanted = g.square().sum(0) / bench.task.learned_tokens
         assert relative(view[request] * tokens_per_learned(view, COUNT), wanted) < 1e-5, target.name
 
 
@@ -213,7 +213,7 @@ def test_the_drawn_fisher_is_the_second_order_of_the_divergence_per_learned_toke
             with torch.no_grad():
                 module.weight[row, column] -= sign * step
         found = 0.5 * step**2 * float(diagonal[row, column])
-        assert found / (divergence / bench.task.learned) == pytest.approx(1, abs=0.2)
+        assert found / (divergence / bench.task.learned_tokens) == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize("labels", ["sampled", "probe", "true"])
@@ -229,9 +229,9 @@ def test_the_mean_over_draws_is_the_exact_fisher_by_enumeration(labels: Labels, 
     weight, factors = WeightFisher("task", labels, **draws), lora_fisher("task", labels, init, s, **draws)
     view = bench.collect(asking(COUNT, weight, factors)).view(target)
     ratio = tokens_per_learned(view, COUNT)
-    of_W = exact_diagonal(bench.model, target.name, bench.task, lambda G: G) / bench.task.learned
-    of_B = exact_diagonal(bench.model, target.name, bench.task, lambda G: s * G @ init.A.T) / bench.task.learned
-    of_A = exact_diagonal(bench.model, target.name, bench.task, lambda G: s * init.B.T @ G) / bench.task.learned
+    of_W = exact_diagonal(bench.model, target.name, bench.task, lambda G: G) / bench.task.learned_tokens
+    of_B = exact_diagonal(bench.model, target.name, bench.task, lambda G: s * G @ init.A.T) / bench.task.learned_tokens
+    of_A = exact_diagonal(bench.model, target.name, bench.task, lambda G: s * init.B.T @ G) / bench.task.learned_tokens
     found = split_diagonals(view[factors], target.out_features)
     errors = [relative(ratio * a, b) for a, b in ((view[weight], of_W), (found.B, of_B), (found.A, of_A))]
     assert all(error > 0.3 for error in errors) if labels == "true" else max(errors) < 0.12

@@ -127,8 +127,8 @@ def test_what_is_learned_is_part_of_the_key(tmp_path: Path) -> None:
     """The same texts with other prompts have other gradients."""
     made = task()
     assert made.prompts is not None
-    other = Calibration(made.sequences, made.pad_id, tuple(p - 1 for p in made.prompts))
-    turned = Calibration(made.sequences[::-1], made.pad_id, made.prompts[::-1])
+    other = Calibration.of_answers(made.sequences, made.pad_id, tuple(p - 1 for p in made.prompts))
+    turned = Calibration.of_answers(made.sequences[::-1], made.pad_id, made.prompts[::-1])
     assert len({made.fingerprint, other.fingerprint, Calibration(made.sequences, made.pad_id).fingerprint}) == 3
     assert turned.fingerprint == made.fingerprint
 
@@ -138,7 +138,14 @@ def test_of_knowledge_without_prompts_the_whole_text_is_learned(tmp_path: Path) 
     model, request = MODELS["llama"](), GradientCovariance("knowledge", "true")
     texts = task().sequences
     found = [
-        collected(Bench(model, tmp_path / str(index), data=Calibration(texts, 0, prompts)), request)
+        collected(
+            Bench(
+                model,
+                tmp_path / str(index),
+                data=Calibration(texts, 0) if prompts is None else Calibration.of_answers(texts, 0, prompts),
+            ),
+            request,
+        )
         for index, prompts in enumerate([None, (0,) * len(texts), (1,) * len(texts), (2,) * len(texts)])
     ]
     for target in Bench(model, tmp_path).targets():
@@ -170,7 +177,7 @@ def test_what_is_no_number_names_the_module_and_the_batch(tmp_path: Path) -> Non
 
 
 def one_batch(*sequences: tuple[int, ...], prompt: int = 1) -> Batch:
-    (batch,) = Calibration(sequences, 0, (prompt,) * len(sequences)).batches()
+    (batch,) = Calibration.of_answers(sequences, 0, (prompt,) * len(sequences)).batches()
     return batch
 
 

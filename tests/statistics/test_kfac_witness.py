@@ -58,7 +58,11 @@ def theirs(model: Any, names: list[str], prompt: int, kind: str) -> tuple[dict[s
 def test_empirical_factors_are_those_of_curvlinops(architecture: str, prompt: int, tmp_path: Path) -> None:
     """Their product is the sum over tokens; over the learned ones it is ours, N/T and all."""
     prompts = (prompt,) * len(TEXTS) if prompt else None
-    bench = Bench(MODELS[architecture](), tmp_path, data=Calibration(TEXTS, 0, prompts))
+    bench = Bench(
+        MODELS[architecture](),
+        tmp_path,
+        data=Calibration(TEXTS, 0) if prompts is None else Calibration.of_answers(TEXTS, 0, prompts),
+    )
     Omega, Gamma = InputCovariance("knowledge"), GradientCovariance("knowledge", "true")
     count = TokenCount("knowledge")
     statistics = bench.collect(asking(Omega, Gamma, count), batch_tokens=30)
@@ -68,7 +72,7 @@ def test_empirical_factors_are_those_of_curvlinops(architecture: str, prompt: in
         view = statistics.view(target)
         ratio = tokens_per_learned(view, count)
         assert relative(view[Omega], inputs[target.name]) < 1e-5
-        assert relative(ratio * view[Gamma], gradients[target.name] / bench.data.learned) < 1e-5
+        assert relative(ratio * view[Gamma], gradients[target.name] / bench.data.learned_tokens) < 1e-5
 
 
 @pytest.mark.parametrize("labels", ["sampled", "probe"])
@@ -86,6 +90,6 @@ def test_drawn_factors_are_on_average_the_exact_ones_of_curvlinops(labels: Label
     for target in targets:
         view = statistics.view(target)
         mean = view[request] * tokens_per_learned(view, count)
-        wanted = gradients[target.name] / bench.data.learned
+        wanted = gradients[target.name] / bench.data.learned_tokens
         assert relative(mean, wanted) < 0.1
         assert float(mean.trace() / wanted.trace()) == pytest.approx(1, abs=0.03)

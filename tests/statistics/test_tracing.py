@@ -129,13 +129,13 @@ def test_texts_without_answers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StatisticsError, match="templates"):
         gathered(model, Calibration(data.sequences, 0), tmp_path, REQUEST)
     with pytest.raises(StatisticsError, match="no text with a prompt"):
-        trace_texts(model, Calibration(data.sequences[:2], 0, (0, len(data.sequences[1]))), REQUEST)
+        trace_texts(model, Calibration.of_answers(data.sequences[:2], 0, (0, len(data.sequences[1]))), REQUEST)
 
 
 def test_plain_texts_among_answers_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     model, data = llama(), shard(task(), slice(0, 3))
     assert data.prompts is not None
-    mixed = dataclasses.replace(data, prompts=(data.prompts[0], 0, data.prompts[2]))
+    mixed = Calibration.of_answers(data.sequences, data.pad_id, (data.prompts[0], 0, data.prompts[2]))
     found = trace_texts(model, mixed, REQUEST)
     assert [one.tokens for one in found] == [data.sequences[0], data.sequences[2]]
     assert "1 texts have no prompt" in caplog.text

@@ -34,7 +34,7 @@ def knowledge() -> Calibration:
 
 def task() -> Calibration:
     data = knowledge()
-    return Calibration(data.sequences, data.pad_id, tuple(len(ids) // 2 for ids in data.sequences))
+    return Calibration.of_answers(data.sequences, data.pad_id, tuple(len(ids) // 2 for ids in data.sequences))
 
 
 def planned(method: Any, penalties: Sequence[Any] = (), *, store: Path = Path("unused"), layers: Any = (0, 1)) -> Plan:

@@ -86,7 +86,8 @@ def test_value_and_gradient_are_those_of_the_definition(anchor: Any, plan: Plan)
 
 
 def test_prompts_do_not_enter(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_prompts = Calibration(knowledge().sequences, knowledge().pad_id, tuple(5 for _ in knowledge().sequences))
+    data = knowledge()
+    with_prompts = Calibration.of_answers(data.sequences, data.pad_id, [5] * len(data.sequences))
     monkeypatch.setattr("tests.training.support.knowledge", lambda: with_prompts)
     plan = planned(Lora(rank=2), [Kl(batch_size=3)], store=store)
     model = moved(plan).eval()
@@ -119,8 +120,8 @@ def test_kept_answers_of_the_base_change_nothing(plan: Plan) -> None:
 
 def test_every_text_comes_once_in_a_round() -> None:
     ids = torch.arange(3, 10)[:, None].expand(7, 4)
-    lengths, prompts = torch.tensor([4, 3, 2, 4, 3, 2, 4]), torch.zeros(7, dtype=torch.long)
-    batches = [text_batch(ids, lengths, prompts, size=3, seed=1, step=step) for step in range(6)]
+    lengths, learned = torch.tensor([4, 3, 2, 4, 3, 2, 4]), torch.ones(7, 4, dtype=torch.bool)
+    batches = [text_batch(ids, lengths, learned, size=3, seed=1, step=step) for step in range(6)]
     assert [batch.number for batch in batches] == [0, 1, 2, 0, 1, 2]
     seen = [int(row[0]) for batch in batches[:3] for row in batch.input_ids]
     assert sorted(seen) == list(range(3, 10))

@@ -240,11 +240,11 @@ def test_long_prompts_are_told(
     long = TaskExamples(prompts=(*EXAMPLES.prompts, "word " * 100), completions=(*EXAMPLES.completions, " x"))
     train(installed(plans["lora"]), plans["lora"], tokenizer, long, config(tmp_path, max_length=60))
     assert "1 of 9 examples are left out" in caplog.text
-    assert "are cut at" not in caplog.text
+    assert "are cut to" not in caplog.text
     wordy = TaskExamples(prompts=(*EXAMPLES.prompts, "Tell"), completions=(*EXAMPLES.completions, " word" * 100))
     train(installed(plans["lora"]), plans["lora"], tokenizer, wordy, config(tmp_path / "cut", max_length=60))
-    assert "the completions of 1 of 9 examples are cut at train.max_length (60 tokens)" in caplog.text
-    with pytest.raises(DataError, match=r"train\.max_length \(3\)"):
+    assert "1 of 9 examples are cut to 60 tokens (rows 9)" in caplog.text
+    with pytest.raises(DataError, match=r"Raise max_length \(3\)"):
         train(installed(plans["lora"]), plans["lora"], tokenizer, long, config(tmp_path, max_length=3))
 
 

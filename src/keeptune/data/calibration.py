@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
 
-_Row = tuple[tuple[int, ...], int, float, tuple[int, ...]]
+Learned = tuple[bool, ...]  # of each token of a text, whether it is learned
+_Row = tuple[tuple[int, ...], Learned, float, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +43,7 @@ class Calibration:
     Args:
         sequences: Token ids per text.
         pad_id: The id that fills up a batch; always masked.
-        prompts: Tokens of each text that are read only; the model learns to write the rest. None without such a task.
+        learned: Which tokens of each text the model learns to write; it only reads the rest. None without such a task.
         labels: Index of the label of each text, or its score. None without such a task.
         types: Which text of a pair each token is from. None where models need not know.
         sets: How many texts are of the first set, of the second and so on; empty where all are of one.
@@ -50,10 +51,18 @@ class Calibration:
 
     sequences: tuple[tuple[int, ...], ...]
     pad_id: int
-    prompts: tuple[int, ...] | None = None
+    learned: tuple[Learned, ...] | None = None
     labels: tuple[int, ...] | tuple[float, ...] | None = None
     types: tuple[tuple[int, ...], ...] | None = None
     sets: tuple[int, ...] = ()
+
+    @classmethod
+    def of_answers(
+        cls, sequences: Sequence[tuple[int, ...]], pad_id: int, prompts: Sequence[int], **fields: Any
+    ) -> Calibration:
+        """Returns texts whose first tokens, as many as ``prompts`` says of each, are read only."""
+        learned = tuple(after(start, len(ids)) for ids, start in zip(sequences, prompts, strict=True))
+        return cls(tuple(sequences), pad_id, learned, **fields)
 
     @property
     def tokens(self) -> int:
@@ -61,12 +70,18 @@ class Calibration:
         return sum(map(len, self.sequences))
 
     @property
-    def learned(self) -> int:
-        """The number of tokens that are learned, without prompts and first tokens; of a classifier, of texts."""
+    def learned_tokens(self) -> int:
+        """The number of tokens that are learned, the first of a text never; of a classifier, of texts."""
         if self.labels is not None:
             return len(self.sequences)
-        starts = self.prompts or (0,) * len(self.sequences)
-        return sum(len(ids) - max(start, 1) for ids, start in zip(self.sequences, starts, strict=True))
+        if self.learned is None:
+            return sum(len(ids) - 1 for ids in self.sequences)
+        return sum(sum(mask[1:]) for mask in self.learned)
+
+    @property
+    def prompts(self) -> tuple[int, ...] | None:
+        """Tokens of each text before its last answer, the last stretch that is learned; None without such a task."""
+        return None if self.learned is None else tuple(map(_last_answer, self.learned))
 
     def first(self, examples: int) -> Calibration:
         """Returns the first ``examples`` texts of each set; all of a set with fewer."""
@@ -75,16 +90,21 @@ class Calibration:
         for size in self.sets or (len(self.sequences),):
             kept += range(end, end + min(size, examples))
             end += size
-        columns = {name: getattr(self, name) for name in ("sequences", "prompts", "labels", "types")}
+        columns = {name: getattr(self, name) for name in ("sequences", "learned", "labels", "types")}
         taken: dict[str, Any] = {name: column and tuple(column[i] for i in kept) for name, column in columns.items()}
         return replace(self, **taken, sets=tuple(min(size, examples) for size in self.sets))
 
     @property
     def fingerprint(self) -> str:
         """The content key of the token ids and what is learned of them, whatever their order."""
-        if self.prompts is None and self.labels is None:
+        if self.learned is None and self.labels is None:
             return content_key(sorted(self.sequences))
-        return content_key([self.prompts is None, self.types is None, sorted(self._rows())])
+        rows: list[Any] = []
+        for ids, mask, label, types in self._rows():
+            start = _last_answer(mask)
+            whole = () if mask == after(start, len(ids)) else (mask,)  # several answers are written out
+            rows.append((ids, start, label, types, *whole))
+        return content_key([self.learned is None, self.types is None, sorted(rows)])
 
     def batches(self, tokens: int = 4096, *, padding_side: str = "right", padded: bool = True) -> list[Batch]:
         """Returns batches of about equal size, of texts of about equal length, longest first to show memory problems.
@@ -108,26 +128,41 @@ class Calibration:
 
     def _rows(self) -> list[_Row]:
         count = len(self.sequences)
-        parts = self.prompts or [0] * count, self.labels or [0] * count, self.types or [()] * count
+        whole = [after(0, len(ids)) for ids in self.sequences]
+        parts = self.learned or whole, self.labels or [0] * count, self.types or [()] * count
         return list(zip(self.sequences, *parts, strict=True))
 
     def _pad(self, rows: Sequence[_Row], side: str) -> Batch:
         length = max(len(row[0]) for row in rows)
         ids = torch.full((len(rows), length), self.pad_id)
         mask, learned, types = torch.zeros(3, len(rows), length, dtype=torch.long)
-        for index, (row, prompt, _, kinds) in enumerate(rows):
+        for index, (row, answer, _, kinds) in enumerate(rows):
             start = 0 if side == "right" else length - len(row)
             ids[index, start : start + len(row)] = torch.tensor(row)
             mask[index, start : start + len(row)] = 1
-            learned[index, start + prompt : start + len(row)] = 1
+            learned[index, start : start + len(row)] = torch.tensor(answer)
             types[index, start : start + len(kinds)] = torch.tensor(kinds, dtype=torch.long)
         return Batch(
             ids,
             mask,
-            loss_mask=None if self.prompts is None else learned,
+            loss_mask=None if self.learned is None else learned,
             labels=None if self.labels is None else torch.tensor([label for _, _, label, _ in rows]),
             token_type_ids=None if self.types is None else types,
         )
+
+
+def after(prompt: int, length: int) -> Learned:
+    """Returns the mask of a text of ``length`` tokens of which all after the first ``prompt`` are learned.
+
+    >>> after(1, 3)
+    (False, True, True)
+    """
+    return (False,) * prompt + (True,) * (length - prompt)
+
+
+def _last_answer(mask: Learned) -> int:
+    end = next((place for place in range(len(mask), 0, -1) if mask[place - 1]), len(mask))
+    return next((place for place in range(end, 0, -1) if not mask[place - 1]), 0)
 
 
 def tokenize_calibration(

@@ -1,4 +1,4 @@
-"""Prompts with completions, for TRL and for statistics; the loss is taken on the completions only."""
+"""Texts, and prompts with completions: the loss is taken on the completions only."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
-from keeptune.data.calibration import Calibration, pad_id_of, tokenize_calibration
-from keeptune.data.examples import Examples
+from keeptune.data.calibration import Calibration, after, tokenize_calibration
+from keeptune.data.examples import LanguageExamples, TokenRow, Truncate
 from keeptune.data.sources import Row
 from keeptune.data.templates import render_all
 
@@ -20,45 +19,67 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class TaskExamples(Examples):
-    """Rendered prompts, and the completions that a model learns to write; TRL appends the end-of-text token."""
+class TaskExamples(LanguageExamples):
+    """Rendered prompts, and the completions that a model learns to write; or whole texts.
 
-    prompts: tuple[str, ...]
+    Args:
+        prompts: What the model only reads; None for whole texts, all of which is learned.
+        completions: The whole texts, or what follows each prompt.
+        end: Whether the end-of-text token is learned after each: a task's answers end, what ends a text of knowledge
+            is no knowledge.
+        chat: Prompts are the user's turn of a chat, where the tokenizer has a chat template.
+        where: The recipe key, for error messages.
+        truncate: What examples that are too long lose.
+    """
+
+    prompts: tuple[str, ...] | None
     completions: tuple[str, ...]
+    end: bool = True
+    chat: bool = False
+    where: str = "task.train"
+    truncate: Truncate = "right"
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.completions)
 
     @property
     def fingerprint(self) -> str:
-        """The content key of the texts."""
-        return content_key([self.prompts, self.completions])
+        """The content key of the texts, and of how they are read where that is not a task's way."""
+        unusual = [] if self.end and not self.chat else [self.end, self.chat]
+        return content_key([self.prompts, self.completions, *unusual])
 
     @property
     def read_texts(self) -> Sequence[str]:
-        """The prompts."""
-        return self.prompts
+        """Each example as one text."""
+        return [prompt + completion for prompt, completion in self._pairs(range(len(self)))]
 
-    def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, int]:
-        """Returns the columns ``prompt`` and ``completion``; ``SFTTrainer`` tokenises and cuts them itself."""
-        return Dataset.from_dict({"prompt": list(self.prompts), "completion": list(self.completions)}), 0
-
-    def first_tokens(self, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[Sequence[int]]:
-        """Returns the token ids of the first prompts with their completions."""
-        texts = [p + c for p, c in zip(self.prompts[:count], self.completions[:count], strict=True)]
-        return tokenize_calibration(texts, tokenizer, max_length=max_length, where="task.train").sequences
+    def token_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[int] | None = None) -> list[TokenRow]:
+        """Returns each prompt with its completion as one text; a token that spans the end of the prompt is learned."""
+        wanted = range(len(self)) if rows is None else rows
+        if not wanted:
+            return []
+        pairs = self._pairs(wanted)
+        prompts = [prompt for prompt, _ in pairs]
+        if self.chat:
+            prompts = _user_turns(prompts, tokenizer, self.where)
+        end = (tokenizer.eos_token or "") if self.end else ""
+        ends = (completion + ("" if completion.endswith(end) else end) for _, completion in pairs)
+        texts = [prompt + text for prompt, text in zip(prompts, ends, strict=True)]
+        whole = tokenizer(texts, verbose=False)["input_ids"]
+        if self.prompts is None:
+            return [TokenRow(tuple(ids), after(0, len(ids))) for ids in whole]
+        read = tokenizer(prompts, verbose=False)["input_ids"]
+        starts = [_common(start, ids) for start, ids in zip(read, whole, strict=True)]
+        return [TokenRow(tuple(ids), after(start, len(ids))) for ids, start in zip(whole, starts, strict=True)]
 
     def _calibration(self, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calibration:
-        end = tokenizer.eos_token or ""
-        completions = [self.completions[i] + ("" if self.completions[i].endswith(end) else end) for i in rows]
-        return tokenize_completions(
-            [self.prompts[i] for i in rows],
-            completions,
-            tokenizer,
-            max_length=max_length,
-            where="task.train",
-            setting="task.calibration.max_length",
-        )
+        if self.prompts is None:  # cut by the tokenizer, which may end each text with a special token
+            texts = [self.completions[row] for row in rows]
+            return tokenize_calibration(texts, tokenizer, max_length=max_length, where=self.where)
+        return LanguageExamples._calibration(self, rows, tokenizer, max_length)
+
+    def _pairs(self, rows: Sequence[int]) -> list[tuple[str, str]]:
+        return [("" if self.prompts is None else self.prompts[row], self.completions[row]) for row in rows]
 
 
 def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: str) -> TaskExamples:
@@ -67,8 +88,8 @@ def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: s
     Raises:
         DataError: A template does not fit the rows, or every completion is empty.
     """
-    examples = TaskExamples(render_all(prompt, rows, where=where), render_all(completion, rows, where=where))
-    empty = [number for number, text in enumerate(examples.completions, start=1) if not text.strip()]
+    prompts, completions = (render_all(template, rows, where=where) for template in (prompt, completion))
+    empty = [number for number, text in enumerate(completions, start=1) if not text.strip()]
     if len(empty) == len(rows):
         raise DataError(
             where,
@@ -85,37 +106,20 @@ def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: s
             len(rows),
             some,
         )
-    return examples
-
-
-def tokenize_completions(
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    where: str,
-    setting: str = "max_length",
-) -> Calibration:
-    """Tokenises each prompt with its completion as one text, cut to ``max_length``; prompts that fill it are left out.
-
-    Raises:
-        DataError: No example of ``where``, a recipe key, is left; ``setting`` is the one that could be raised.
-    """
-    read = tokenizer(list(prompts))["input_ids"]
-    whole = tokenizer([p + c for p, c in zip(prompts, completions, strict=True)])["input_ids"]
-    cut = [(tuple(ids[:max_length]), _common(start, ids)) for start, ids in zip(read, whole, strict=True)]
-    kept = [(ids, start) for ids, start in cut if start < len(ids)]
-    if not kept:
-        raise DataError(
-            where,
-            got=f"{len(completions)} examples without a completion within {max_length} tokens",
-            wanted="at least one",
-            next_step=f"Raise {setting} or shorten the prompts.",
-        )
-    return Calibration(tuple(ids for ids, _ in kept), pad_id_of(tokenizer), tuple(start for _, start in kept))
+    return TaskExamples(prompts, completions, where=where)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Count equal leading tokens: a token may span the end of the prompt, and then it is learned."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _user_turns(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, where: str) -> list[str]:
+    if tokenizer.chat_template is None:
+        _log.info("%s: the tokenizer has no chat template: prompts are read as they are", where)
+        return list(prompts)
+    # Most templates begin with the token that the tokenizer puts before every text anyway.
+    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = (str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns)
+    return [text.removeprefix(tokenizer.bos_token) if begins else text for text in texts]

@@ -1,15 +1,39 @@
-"""Examples of a task: rendered from rows, read by a trainer, sampled for statistics. The base class of all kinds."""
+"""Examples of a task: rendered from rows, read by a trainer, sampled for statistics. The base classes of all kinds."""
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from keeptune.data.calibration import Calibration
+from keeptune.core.artefact import content_key
+from keeptune.core.errors import DataError
+from keeptune.data.calibration import Calibration, Learned, pad_id_of
+
+_log = logging.getLogger(__name__)
+Truncate = Literal["right", "left", "drop"]
+
+
+# What of the examples is not learned as it stands: what is wrong, to their numbers from 1.
+Lost = Mapping[str, Sequence[int]]
+
+
+class TokenRow(NamedTuple):
+    """An example as the model sees it.
+
+    Args:
+        ids: Its tokens.
+        learned: Which of them are learned.
+    """
+
+    ids: tuple[int, ...]
+    learned: Learned
 
 
 class Examples(ABC):
@@ -35,8 +59,8 @@ class Examples(ABC):
         """What the model reads of each example, to compare with what is scored (:mod:`keeptune.data.disjoint`)."""
 
     @abstractmethod
-    def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, int]:
-        """Returns the columns that the trainer reads, and how many examples are cut to ``max_length`` tokens."""
+    def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[Dataset, Lost]:
+        """Returns the columns that the trainer reads, of examples cut to ``max_length`` tokens, and what is lost."""
 
     @abstractmethod
     def first_tokens(self, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[Sequence[int]]:
@@ -51,6 +75,148 @@ class Examples(ABC):
         """Returns a sample of some examples (None: all) as training tokenises it, with what is learned of it."""
         rows = draw_rows(len(self), len(self) if examples is None else examples, seed)
         return self._calibration(rows, tokenizer, max_length)
+
+
+class LanguageExamples(Examples):
+    """Examples of a language model; knowledge sets are such examples too.
+
+    Laws: what a trainer learns of an example is what :meth:`token_rows` says, as far as it has room; statistics see the
+    same tokens.
+    """
+
+    __slots__ = ()
+    where: str
+    truncate: Truncate
+
+    @abstractmethod
+    def token_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[int] | None = None) -> list[TokenRow]:
+        """Returns examples by their indices (None: all) as tokens, at their whole length."""
+
+    def fitted(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[list[TokenRow], Lost]:
+        """Returns the tokens of all examples within a length, and what is lost; nothing left raises DataError."""
+        return fit(self.token_rows(tokenizer), max_length, self.truncate, where=self.where)
+
+    def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[Dataset, Lost]:
+        """Returns ``input_ids`` and ``labels`` (-100 where nothing is learned), and what is lost."""
+        rows, lost = self.fitted(tokenizer, max_length)
+        return Dataset.from_dict(
+            {"input_ids": [list(row.ids) for row in rows], "labels": list(map(labels_of, rows))}
+        ), lost
+
+    def first_tokens(self, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[Sequence[int]]:
+        """Returns the token ids of the first examples, cut to ``max_length`` tokens."""
+        return [row.ids[:max_length] for row in self.token_rows(tokenizer, range(min(count, len(self))))]
+
+    def _calibration(self, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calibration:
+        found = fit(self.token_rows(tokenizer, rows), max_length, self.truncate, where=self.where)[0]
+        if len(found) < len(rows):
+            _log.warning(
+                "%s: %d examples have nothing to learn within %d tokens and are left out",
+                *(self.where, len(rows) - len(found), max_length),
+            )
+        return Calibration(tuple(row.ids for row in found), pad_id_of(tokenizer), tuple(row.learned for row in found))
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed(LanguageExamples):
+    """Examples of several kinds in one order.
+
+    Args:
+        parts: The examples.
+        order: Of each example of the whole, its part and its index there.
+    """
+
+    parts: tuple[LanguageExamples, ...]
+    order: tuple[tuple[int, int], ...]
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        """The first part's place in the recipe."""
+        return self.parts[0].where
+
+    @property
+    def truncate(self) -> Truncate:  # type: ignore[override]
+        """As the first part is cut."""
+        return self.parts[0].truncate
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def fingerprint(self) -> str:
+        """The content key of the parts and the order."""
+        return content_key([[part.fingerprint for part in self.parts], self.order])
+
+    @property
+    def read_texts(self) -> Sequence[str]:
+        """The texts of the parts."""
+        texts = [part.read_texts for part in self.parts]
+        return [texts[part][row] for part, row in self.order]
+
+    def token_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[int] | None = None) -> list[TokenRow]:
+        """Returns examples of the whole as their parts give them."""
+        wanted = self.order if rows is None else [self.order[row] for row in rows]
+        found: dict[tuple[int, int], TokenRow] = {}
+        for number, part in enumerate(self.parts):
+            own = sorted({row for at, row in wanted if at == number})
+            found |= {(number, row): tokens for row, tokens in zip(own, part.token_rows(tokenizer, own), strict=True)}
+        return [found[place] for place in wanted]
+
+
+def labels_of(row: TokenRow) -> list[int]:
+    """Returns the labels of an example as Transformers' losses take them: -100 where nothing is learned.
+
+    The first token is never learned, and so does not count among those that a loss is the mean of.
+
+    >>> labels_of(TokenRow((7, 8, 9), (True, True, False)))
+    [-100, 8, -100]
+    """
+    learned = (False, *row.learned[1:])
+    return [token if own else -100 for token, own in zip(row.ids, learned, strict=True)]
+
+
+def fit(
+    rows: Sequence[TokenRow], max_length: int | None, truncate: Truncate, *, where: str
+) -> tuple[list[TokenRow], Lost]:
+    """Cuts examples to a length, and leaves out those of which nothing is learned.
+
+    Args:
+        rows: The examples.
+        max_length: Tokens; None for any length.
+        truncate: Whether an example that is too long loses its right or its left end, or is left out.
+        where: The recipe key, for errors.
+
+    Returns:
+        The examples that teach, and what is lost.
+
+    Raises:
+        DataError: Nothing is left.
+    """
+    kept, lost = [], dict[str, list[int]]()
+    for number, row in enumerate(rows, start=1):
+        long = max_length is not None and len(row.ids) > max_length
+        cut = row
+        if long:
+            part = slice(-(max_length or 0), None) if truncate == "left" else slice(max_length)
+            cut = TokenRow(row.ids[part], row.learned[part])
+        # The first token of a text is never learned: nothing comes before it.
+        if not any(row.learned[1:]):
+            lost.setdefault("left out: nothing in them is learned", []).append(number)
+        elif not any(cut.learned[1:]) or (long and truncate == "drop"):
+            reason = "longer" if truncate == "drop" else "nothing to learn"
+            lost.setdefault(f"left out: {reason} within {max_length} tokens", []).append(number)
+        else:
+            kept.append(cut)
+            if long:
+                lost.setdefault(f"cut to {max_length} tokens", []).append(number)
+    if not kept:
+        raise DataError(
+            where,
+            got=f"{len(rows)} examples, all " + "; ".join(f"{reason} ({len(n)})" for reason, n in lost.items()),
+            wanted="at least one with something to learn",
+            next_step=f"Raise max_length ({max_length}), shorten the prompts, or check what the rows hold.",
+        )
+    return kept, lost
 
 
 def draw_rows(count: int, size: int, seed: int) -> list[int]:

@@ -1,73 +1,18 @@
-"""Knowledge data: sets of whole texts, or of prompts with completions, joined into one calibration."""
+"""Knowledge data: sets of examples that a model is to keep, joined into one calibration."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-from transformers import PreTrainedTokenizerBase
+from dataclasses import replace
 
 from keeptune.core.errors import DataError
-from keeptune.data.calibration import Calibration, tokenize_calibration
-from keeptune.data.completions import tokenize_completions
+from keeptune.data.calibration import Calibration, after
+from keeptune.data.completions import TaskExamples
+from keeptune.data.examples import LanguageExamples
 from keeptune.data.sources import Row
 from keeptune.data.templates import render_all
 
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class KnowledgeSet:
-    """A set of knowledge examples.
-
-    Args:
-        where: The recipe key, for error messages.
-        completions: The whole texts, or what follows each prompt.
-        prompts: What the model only reads; None for whole texts, all of which it is to keep.
-        chat: Prompts are the user's turn of a chat, where the tokenizer has a chat template: for statistics.
-    """
-
-    where: str
-    completions: tuple[str, ...]
-    prompts: tuple[str, ...] | None = None
-    chat: bool = False
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """Each example as a prompt and its completion; the prompt of a whole text is empty."""
-        return list(zip(self.prompts or ("",) * len(self.completions), self.completions, strict=True))
-
-    @property
-    def texts(self) -> list[str]:
-        """Each example as one text, as the model reads it."""
-        return [prompt + completion for prompt, completion in self.pairs]
-
-    def calibration(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Calibration:
-        """Returns the tokens of the set, with the length of each prompt where there are prompts.
-
-        No end-of-text token is appended to a completion: what ends an answer is a custom of a task, not knowledge.
-        Examples whose prompt fills ``max_length`` are left out, which is logged.
-
-        Raises:
-            DataError: There is no example, an example is empty, or none has room for its completion.
-        """
-        if self.prompts is None:
-            return tokenize_calibration(self.completions, tokenizer, max_length=max_length, where=self.where)
-        for number, completion in enumerate(self.completions, start=1):
-            if not completion.strip():
-                raise DataError(
-                    f"{self.where} example {number}",
-                    got="an empty completion",
-                    wanted="a completion that is not empty",
-                    next_step="Remove the row or change the template.",
-                )
-        prompts = _user_turns(self.prompts, tokenizer, self.where) if self.chat else self.prompts
-        tokens = tokenize_completions(prompts, self.completions, tokenizer, max_length=max_length, where=self.where)
-        dropped = len(self.completions) - len(tokens.sequences)
-        if dropped:
-            _log.warning("%s: %d prompts fill %d tokens and are left out", self.where, dropped, max_length)
-        return tokens
+Knowledge = LanguageExamples | Sequence[str] | Sequence[tuple[str, str]]
 
 
 def knowledge_set(
@@ -78,29 +23,37 @@ def knowledge_set(
     completion: str | None = None,
     chat: bool = False,
     where: str,
-) -> KnowledgeSet:
-    """Renders the rows of a set by the template of whole texts, or else those of prompts and completions."""
+) -> TaskExamples:
+    """Renders the rows of a set by the template of whole texts, or else those of prompts and completions.
+
+    Raises:
+        DataError: A template does not fit the rows, or a completion is empty.
+    """
     if text is not None:
-        return KnowledgeSet(where, render_all(text, rows, where=where))
+        return TaskExamples(None, render_all(text, rows, where=where), end=False, where=where)
     completions = render_all(completion or "", rows, where=where)
-    return KnowledgeSet(where, completions, render_all(prompt or "", rows, where=where), chat)
+    _refuse_empty(completions, where)
+    return TaskExamples(render_all(prompt or "", rows, where=where), completions, end=False, chat=chat, where=where)
 
 
-def knowledge_of(examples: Sequence[str] | Sequence[tuple[str, str]]) -> KnowledgeSet:
+def knowledge_of(examples: Knowledge, where: str = "knowledge") -> LanguageExamples:
     """Returns a set of texts, or of pairs of a prompt and its completion; both together raise DataError."""
+    if isinstance(examples, LanguageExamples):
+        return examples
     texts = tuple(example for example in examples if isinstance(example, str))
     pairs = [example for example in examples if not isinstance(example, str)]
     if texts and pairs or any(len(pair) != 2 for pair in pairs):
         raise DataError(
-            "knowledge",
+            where,
             got="examples of different forms",
             wanted="texts only, or pairs of a prompt and its completion only",
             next_step="Write a text without a prompt as the pair of an empty prompt and the text.",
         )
     if not pairs:
-        return KnowledgeSet("knowledge", texts)
+        return TaskExamples(None, texts, end=False, where=where)
     prompts, completions = zip(*pairs, strict=True)
-    return KnowledgeSet("knowledge", completions, prompts)
+    _refuse_empty(completions, where)
+    return TaskExamples(prompts, completions, end=False, where=where)
 
 
 def joined_knowledge(parts: Sequence[Calibration]) -> Calibration:
@@ -115,18 +68,18 @@ def joined_knowledge(parts: Sequence[Calibration]) -> Calibration:
         parts[0].pad_id,
         sets=tuple(len(part.sequences) for part in parts),
     )
-    if all(part.prompts is None for part in parts):
+    if all(part.learned is None for part in parts):
         return whole
-    starts = tuple(start for part in parts for start in part.prompts or (0,) * len(part.sequences))
-    return replace(whole, prompts=starts)
+    masks = (part.learned or tuple(after(0, len(ids)) for ids in part.sequences) for part in parts)
+    return replace(whole, learned=tuple(mask for part in masks for mask in part))
 
 
-def _user_turns(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, ...]:
-    if tokenizer.chat_template is None:
-        _log.info("%s: the tokenizer has no chat template: prompts are read as they are", where)
-        return tuple(prompts)
-    # Most templates begin with the token that the tokenizer puts before every text anyway.
-    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = (str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns)
-    return tuple(text.removeprefix(tokenizer.bos_token) if begins else text for text in texts)
+def _refuse_empty(completions: Sequence[str], where: str) -> None:
+    for number, completion in enumerate(completions, start=1):
+        if not completion.strip():
+            raise DataError(
+                f"{where} example {number}",
+                got="an empty completion",
+                wanted="a completion that is not empty",
+                next_step="Remove the row or change the template.",
+            )

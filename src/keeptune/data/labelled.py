@@ -14,17 +14,17 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
 from keeptune.data.calibration import Calibration, pad_id_of
-from keeptune.data.examples import Examples
+from keeptune.data.examples import Examples, Lost
 from keeptune.data.sources import Row
 from keeptune.data.templates import pick, render_all, text_of
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The columns that a tokenizer gives, a list per example, and how many examples it cut."""
+    """The columns that a tokenizer gives, a list per example, and which examples it cut, from 1."""
 
     columns: dict[str, list[list[int]]]
-    cut: int
+    cut: tuple[int, ...]
 
     def rows(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
         """Returns some examples, one mapping each."""
@@ -53,7 +53,9 @@ class Texts:
         # verbose=False: no warning about texts longer than the model, they are cut.
         lengths = [len(ids) for ids in tokenizer(*parts, verbose=False)["input_ids"]]
         columns = tokenizer(*parts, truncation=True, max_length=max_length)
-        return Encoded(dict(columns), sum(length > max_length for length in lengths))
+        return Encoded(
+            dict(columns), tuple(number for number, length in enumerate(lengths, start=1) if length > max_length)
+        )
 
     def _parts(self) -> list[tuple[str, ...]]:
         return [self.first] if self.second is None else [self.first, self.second]
@@ -86,10 +88,11 @@ class LabelledExamples(Examples):
         """Each text, or pair of texts, as one."""
         return self.texts.whole
 
-    def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, int]:
-        """Returns the tokens and ``labels``."""
-        encoded = self.texts.encode(tokenizer, max_length)
-        return Dataset.from_dict({**encoded.columns, "labels": list(self.labels)}), encoded.cut
+    def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[Dataset, Lost]:
+        """Returns the tokens and ``labels``, and which texts are cut."""
+        encoded = self.texts.encode(tokenizer, max_length or 0)
+        lost = {f"cut to {max_length} tokens": encoded.cut} if encoded.cut else {}
+        return Dataset.from_dict({**encoded.columns, "labels": list(self.labels)}), lost
 
     def first_tokens(self, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[Sequence[int]]:
         """Returns the token ids of the first texts."""

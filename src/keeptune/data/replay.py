@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from keeptune.data.completions import TaskExamples
-from keeptune.data.examples import draw_rows
-from keeptune.data.knowledge import KnowledgeSet
+from keeptune.data.examples import LanguageExamples, Mixed, draw_rows
 
 _log = logging.getLogger(__name__)
 
@@ -23,16 +23,18 @@ def replayed(task: int, share: float) -> int:
     return max(round(task * share / (1 - share)), 1) if share > 0 else 0
 
 
-def with_replay(task: TaskExamples, knowledge: Sequence[KnowledgeSet], share: float, seed: int) -> TaskExamples:
+def with_replay(
+    task: LanguageExamples, knowledge: Sequence[LanguageExamples], share: float, seed: int
+) -> LanguageExamples:
     """Returns a task with a share of knowledge mixed in, evenly spread; each set in proportion to its size.
 
-    Texts without a prompt become completions of an empty prompt. Knowledge is drawn without replacement, and again
-    from the start when all of it was drawn; the examples of the task keep their order.
+    Knowledge is drawn without replacement, and again from the start when all of it was drawn; the examples of the task
+    keep their order. After texts of knowledge, too, the end of text is learned.
     """
     wanted = replayed(len(task), share)
     if not wanted:
         return task
-    held = [pair for part in knowledge for pair in part.pairs]
+    held = [(number, row) for number, part in enumerate(knowledge, start=1) for row in range(len(part))]
     drawn: list[int] = []
     rounds = 0
     while len(drawn) < wanted:
@@ -42,11 +44,13 @@ def with_replay(task: TaskExamples, knowledge: Sequence[KnowledgeSet], share: fl
         _log.warning(
             "replay: %d of %d knowledge examples are wanted: they come up to %d times", wanted, len(held), rounds
         )
-    pairs = list(zip(task.prompts, task.completions, strict=True))
-    total = len(pairs) + wanted
+    total = len(task) + wanted
     places = {(2 * number + 1) * total // (2 * wanted): held[row] for number, row in enumerate(drawn)}
-    rest = iter(pairs)
-    mixed = [places[place] if place in places else next(rest) for place in range(total)]
+    rest = iter(range(len(task)))
+    order = tuple(places[place] if place in places else (0, next(rest)) for place in range(total))
     _log.info("replay: %d of %d training examples are knowledge", wanted, total)
-    prompts, completions = zip(*mixed, strict=True)
-    return TaskExamples(prompts, completions)
+    return Mixed((task, *map(_ended, knowledge)), order)
+
+
+def _ended(part: LanguageExamples) -> LanguageExamples:
+    return replace(part, end=True) if isinstance(part, TaskExamples) else part

@@ -72,7 +72,7 @@ class Outcome:
 def task_key(recipe: Recipe, base: str, known: dict[str, str]) -> str:
     """Returns the key of all that a run's result depends on; ``known`` has fingerprints of data files by path."""
     scored = [getattr(entry, "file", None) or getattr(entry, "data", None) for entry in recipe.evaluate]
-    given = [*(part.file for part in recipe.knowledge_sets), recipe.task.train, *scored]
+    given = [*recipe.data_files, *scored]
     paths = [str(path) for path in given if path is not None]
     for path in paths:
         if path not in known:

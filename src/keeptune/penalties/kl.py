@@ -27,7 +27,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.penalties.base import OutputPenalty, TextBatch
 from keeptune.statistics.request import DataRole
 
-_IDS, _LENGTHS, _PROMPTS, _STEP = "ids", "lengths", "prompts", "step"
+_IDS, _LENGTHS, _LEARNED, _STEP = "ids", "lengths", "learned", "step"
 
 
 def kl_divergence(base: Tensor, now: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def kl_divergence(base: Tensor, now: Tensor) -> Tensor:
     return (base.exp() * (base - now)).sum(dim=-1)
 
 
-def text_batch(ids: Tensor, lengths: Tensor, prompts: Tensor, *, size: int, seed: int, step: int) -> TextBatch:
+def text_batch(ids: Tensor, lengths: Tensor, learned: Tensor, *, size: int, seed: int, step: int) -> TextBatch:
     """Returns the texts of a step: all texts in an order drawn once, ``size`` at a time, over and over.
 
     Laws: equal steps give equal batches; every text comes once in ``ceil(texts / size)`` steps.
@@ -47,7 +47,7 @@ def text_batch(ids: Tensor, lengths: Tensor, prompts: Tensor, *, size: int, seed
     Args:
         ids: Token ids of all texts, ``(texts, length)``, filled up at the right.
         lengths: Tokens of each text.
-        prompts: Tokens of each text that are read only.
+        learned: Which tokens the model is held on, as ``ids``.
         size: Texts in a batch.
         seed: Seed of the order.
         step: Number of the step, from 0.
@@ -56,13 +56,14 @@ def text_batch(ids: Tensor, lengths: Tensor, prompts: Tensor, *, size: int, seed
     number = step % -(-len(ids) // size)
     rows = order[number * size : (number + 1) * size].to(ids.device)
     longest = int(lengths[rows].max())
-    place = torch.arange(longest, device=ids.device)
-    mask = place < lengths[rows, None]
+    mask = torch.arange(longest, device=ids.device) < lengths[rows, None]
+    held = mask & learned[rows, :longest]
+    held[:, 0] = False
     return TextBatch(
         number=number,
         input_ids=ids[rows, :longest].long(),
         attention_mask=mask.long(),
-        learned=mask & (place >= prompts[rows, None].clamp_min(1)),
+        learned=held,
     )
 
 
@@ -124,17 +125,19 @@ class Kl(OutputPenalty):
             )
         lengths = torch.tensor([len(knowledge.sequences[index]) for index in long])
         ids = torch.full((len(long), int(lengths.max())), knowledge.pad_id, dtype=torch.int32)
+        learned = torch.ones_like(ids, dtype=torch.bool)
         for row, index in enumerate(long):
             ids[row, : lengths[row]] = torch.tensor(knowledge.sequences[index], dtype=torch.int32)
-        prompts = torch.tensor([knowledge.prompts[index] if knowledge.prompts else 0 for index in long])
-        return {_IDS: ids, _LENGTHS: lengths, _PROMPTS: prompts, _STEP: torch.zeros(1, dtype=torch.float64)}
+            if knowledge.learned:
+                learned[row, : lengths[row]] = torch.tensor(knowledge.learned[index])
+        return {_IDS: ids, _LENGTHS: lengths, _LEARNED: learned, _STEP: torch.zeros(1, dtype=torch.float64)}
 
     def batch(self, tensors: Mapping[str, Tensor]) -> TextBatch:
         """Returns the texts of this step."""
         return text_batch(
             tensors[_IDS],
             tensors[_LENGTHS],
-            tensors[_PROMPTS],
+            tensors[_LEARNED],
             size=self.batch_size,
             seed=self.seed,
             step=int(tensors[_STEP]),

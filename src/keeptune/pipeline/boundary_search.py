@@ -28,8 +28,7 @@ from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.data.calibration import Calibration
-from keeptune.data.completions import TaskExamples
-from keeptune.data.examples import draw_rows
+from keeptune.data.examples import LanguageExamples, Mixed, draw_rows
 from keeptune.evaluation.likelihood import log_likelihoods
 from keeptune.evaluation.metrics import harmonic
 from keeptune.evaluation.scored_tokens import Passes, ScoredTokens
@@ -143,7 +142,7 @@ class _Search:
 class _Slices:
     """What trials are trained and scored on."""
 
-    task: TaskExamples
+    task: LanguageExamples
     calibration: Calibration
     held_out: Sequence[ScoredTokens]
     knowledge: Sequence[ScoredTokens]
@@ -157,8 +156,7 @@ def _slices(job: Job, wanted: int) -> _Slices:
             wanted="knowledge texts, which the search weighs against the task",
             next_step="Add `knowledge`, or set the boundary to a number of blocks.",
         )
-    assert isinstance(job.task, TaskExamples)
-    count = len(job.task.prompts)
+    count = len(job.task)
     held = min(wanted, count // 5)  # the rest must still teach the task
     if held < 1:
         raise DataError(
@@ -182,8 +180,8 @@ def _slices(job: Job, wanted: int) -> _Slices:
     )
 
 
-def _part(task: TaskExamples, rows: Sequence[int]) -> TaskExamples:
-    return TaskExamples(tuple(task.prompts[i] for i in rows), tuple(task.completions[i] for i in rows))
+def _part(task: LanguageExamples, rows: Sequence[int]) -> LanguageExamples:
+    return Mixed((task,), tuple((0, row) for row in rows))
 
 
 def _probability(job: Job, model: PreTrainedModel, sequences: Sequence[ScoredTokens]) -> float:

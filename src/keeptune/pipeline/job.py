@@ -18,9 +18,9 @@ from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
 from keeptune.core.weights import refuse_quantised
 from keeptune.data.calibration import Calibration
-from keeptune.data.completions import TaskExamples
 from keeptune.data.disjoint import Corpus
-from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_set
+from keeptune.data.examples import LanguageExamples
+from keeptune.data.knowledge import joined_knowledge, knowledge_set
 from keeptune.data.labelled import Texts
 from keeptune.data.multiple_choice import choose_rows, lettered_rows
 from keeptune.data.replay import with_replay
@@ -168,9 +168,9 @@ class Job:
         return sets
 
     @cached_property
-    def knowledge(self) -> list[KnowledgeSet]:
+    def knowledge(self) -> list[LanguageExamples]:
         """The knowledge sets as texts, or as prompts and completions."""
-        sets = []
+        sets: list[LanguageExamples] = []
         for (part, where), chosen in zip(self._placed_sets, self.knowledge_rows, strict=True):
             rows = chosen if part.choices is None else lettered_rows(chosen, part.choices, where=where)
             form = {"text": part.text, "prompt": part.prompt, "completion": part.completion}
@@ -201,7 +201,8 @@ class Job:
     @cached_property
     def task_rows(self) -> list[Row]:
         """The task rows that are used."""
-        return read_jsonl(self.recipe.task.train, where="task.train")[: self.recipe.task.examples]
+        rows = [row for part in self.recipe.task.files for row in read_jsonl(part.file, where="task.train")]
+        return rows[: self.recipe.task.examples]
 
     @cached_property
     def task(self) -> Any:
@@ -218,7 +219,7 @@ class Job:
         """What is trained on: the task, with knowledge among it where the recipe has replay."""
         if not self.recipe.replay:
             return self.task
-        assert isinstance(self.task, TaskExamples)
+        assert isinstance(self.task, LanguageExamples)
         return with_replay(self.task, self.knowledge, self.recipe.replay, self.seed)
 
     @property
@@ -325,7 +326,7 @@ class Job:
         quantised_loading(recipe.model, self._source())
         used = [Corpus("task.train", self.task_rows, self.task.read_texts)]
         for part, rows in zip(self.knowledge, self.knowledge_rows, strict=True):
-            texts = part.texts if self.head is None else Texts(tuple(part.texts)).whole
+            texts = part.read_texts if self.head is None else Texts(tuple(part.read_texts)).whole
             used.append(Corpus(f"{part.where}.file", rows, texts))
         for benchmark in recipe.evaluate:
             self.kind.check_benchmark(self.task, benchmark)

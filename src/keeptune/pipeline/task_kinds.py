@@ -92,7 +92,8 @@ class TaskKind:
 
 
 def _read_completions(task: Task, rows: Sequence[Row], where: str) -> Examples:
-    return task_examples(rows, prompt=task.prompt or "", completion=task.completion or "", where=where)
+    examples = task_examples(rows, prompt=task.prompt or "", completion=task.completion or "", where=where)
+    return replace(examples, truncate=task.truncate)
 
 
 def _read_labels(task: Task, rows: Sequence[Row], where: str, *, scores: bool) -> LabelledExamples:

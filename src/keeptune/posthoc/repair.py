@@ -28,7 +28,8 @@ from keeptune.core.options import Range
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
-from keeptune.data.knowledge import KnowledgeSet, joined_knowledge, knowledge_of
+from keeptune.data.examples import LanguageExamples
+from keeptune.data.knowledge import joined_knowledge, knowledge_of
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.model.blocks import head_of, positions
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
@@ -54,7 +55,7 @@ _RANGES = {
     "sweep": _NONE_OR_MORE,
 }
 Examples = Sequence[str] | Sequence[tuple[str, str]]
-Knowledge = Examples | KnowledgeSet | Sequence[KnowledgeSet]
+Knowledge = Examples | LanguageExamples | Sequence[LanguageExamples]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def repair(
     options: Repair | None = None,
     *,
     knowledge: Knowledge,
-    task: Examples | KnowledgeSet | None = None,
+    task: Examples | LanguageExamples | None = None,
     base: str | None = None,
     benchmarks: Sequence[Benchmark] = (),
 ) -> dict[str, Any]:
@@ -221,18 +222,19 @@ def _solved_in_rounds(
 
 
 def _tokens(
-    start: FactoredModel, knowledge: Knowledge, task: Examples | KnowledgeSet | None, max_length: int
+    start: FactoredModel, knowledge: Knowledge, task: Examples | LanguageExamples | None, max_length: int
 ) -> dict[DataRole, Calibration]:
     length = min(max_length, positions(start.model) or max_length)
-    sets = [knowledge] if isinstance(knowledge, KnowledgeSet) else list(knowledge)
+    sets: list[Any] = [knowledge] if isinstance(knowledge, LanguageExamples) else list(knowledge)
     if not sets:
         raise DataError("knowledge", got="no texts", wanted="at least one", next_step="Fill the knowledge file.")
-    known = [part for part in sets if isinstance(part, KnowledgeSet)] or [knowledge_of(sets)]  # type: ignore[arg-type]
+    known = [part for part in sets if isinstance(part, LanguageExamples)] or [knowledge_of(sets)]
     parts = [part.calibration(start.tokenizer, max_length=length) for part in known]
     data: dict[DataRole, Calibration] = {"knowledge": joined_knowledge(parts)}
     if task is not None:
-        own = task if isinstance(task, KnowledgeSet) else replace(knowledge_of(task), where="task")
-        examples = own if own.prompts is None else TaskExamples(own.prompts, own.completions)
+        examples = knowledge_of(task, "task")
+        if isinstance(examples, TaskExamples) and examples.prompts is not None:
+            examples = replace(examples, end=True)
         data["task"] = examples.calibration(start.tokenizer, max_length=length)
     return data
 

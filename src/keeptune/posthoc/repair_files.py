@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import RecipeError
+from keeptune.data.completions import TaskExamples
 from keeptune.data.disjoint import Corpus
-from keeptune.data.examples import draw_rows
-from keeptune.data.knowledge import KnowledgeSet, knowledge_set
+from keeptune.data.examples import LanguageExamples, draw_rows
+from keeptune.data.knowledge import knowledge_set
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import refuse_used
 from keeptune.evaluation.benchmarks import Benchmark
@@ -52,8 +53,8 @@ class Files:
 class RepairData(NamedTuple):
     """The examples of those files: sets of knowledge, the task (None for none), and what is scored."""
 
-    knowledge: tuple[KnowledgeSet, ...]
-    task: KnowledgeSet | None
+    knowledge: tuple[LanguageExamples, ...]
+    task: LanguageExamples | None
     benchmarks: tuple[Benchmark, ...]
 
 
@@ -70,12 +71,12 @@ def read_files(adapter: str, files: Files) -> RepairData:
     used, sets, task = [], [], None
     for section in _sections(run.get("knowledge"), files):
         rows, part = _knowledge(section, files)
-        used.append(Corpus("--knowledge", rows, part.texts))
+        used.append(Corpus("--knowledge", rows, part.read_texts))
         sets.append(part)
     own = run.get("task") or {}
     if files.task != _NONE and (files.task is not None or "train" in own):
         rows, task = _task(own, files)
-        used.append(Corpus("--task", rows, task.prompts or task.completions))
+        used.append(Corpus("--task", rows, task.read_texts))
     benchmarks = () if files.evaluate is None else tuple(load_recipe(files.evaluate).evaluate)
     for benchmark in benchmarks:
         refuse_used(used, benchmark)
@@ -106,7 +107,7 @@ def _sections(own: Any, files: Files) -> list[Mapping[str, Any]]:
     return sections
 
 
-def _knowledge(section: Mapping[str, Any], files: Files) -> tuple[list[Row], KnowledgeSet]:
+def _knowledge(section: Mapping[str, Any], files: Files) -> tuple[list[Row], TaskExamples]:
     rows = read_jsonl(section["file"], where="--knowledge")[: files.examples]
     text = _typed(files.text) or section.get("text")
     if text is None and section.get("prompt") is not None:
@@ -114,7 +115,7 @@ def _knowledge(section: Mapping[str, Any], files: Files) -> tuple[list[Row], Kno
     return rows, knowledge_set(rows, text=_template(text, rows, "--text", _TEXT), where="--knowledge")
 
 
-def _task(own: Mapping[str, Any], files: Files) -> tuple[list[Row], KnowledgeSet]:
+def _task(own: Mapping[str, Any], files: Files) -> tuple[list[Row], TaskExamples]:
     everything = read_jsonl(own["train"] if files.task is None else resolve_file(files.task), where="--task")
     rows = [everything[i] for i in draw_rows(len(everything), files.task_examples, seed=0)]
     prompt = _template(_typed(files.prompt) or own.get("prompt") or own.get("text"), rows, "--prompt", _PROMPT)

@@ -12,7 +12,7 @@ from keeptune.data import hub
 
 Fetch = Callable[[str], Path | str]  # from the name of a file on the hub to where it is, or to the name itself
 
-_FILES = (("knowledge", "file"), ("task", "train"), ("evaluate", "file"), ("evaluate", "data"))
+_FILES = (("knowledge", "file"), ("task", "train"), ("task.train", "file"), ("evaluate", "file"), ("evaluate", "data"))
 
 
 def resolve_paths(values: Mapping[str, Any], folder: Path, fetch: Fetch = hub.fetch) -> dict[str, Any]:
@@ -36,8 +36,11 @@ def resolve_paths(values: Mapping[str, Any], folder: Path, fetch: Fetch = hub.fe
 
     paths = dict(values)
     for section, key in _FILES:
-        if section in paths:
-            paths[section] = resolved(paths[section], key)
+        outer, _, inner = section.partition(".")
+        if inner and isinstance(paths.get(outer), Mapping) and inner in paths[outer]:
+            paths[outer] = {**paths[outer], inner: resolved(paths[outer][inner], key)}
+        elif outer in paths and not inner:
+            paths[outer] = resolved(paths[outer], key)
     for key in ("model", "original"):
         if isinstance(paths.get(key), str):
             paths[key] = resolve_model(paths[key], folder)

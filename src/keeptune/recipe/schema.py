@@ -107,6 +107,11 @@ class Recipe(Section):
             return ()
         return tuple(self.knowledge) if isinstance(self.knowledge, list) else (self.knowledge,)
 
+    @property
+    def data_files(self) -> list[str]:
+        """The files of knowledge and task."""
+        return [*(part.file for part in self.knowledge_sets), *(part.file for part in self.task.files)]
+
     def written(self) -> dict[str, Any]:
         """Returns the recipe as plain values that JSON can hold, for the record in the run folder."""
         plain: dict[str, Any] = json.loads(canonical_json(self.model_dump(mode="json")))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from keeptune.adapter.export import Format
 from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError, nearest
+from keeptune.data.examples import Truncate
 from keeptune.data.multiple_choice import LOKI_PROMPT
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.standard.entry import NamedBenchmark
@@ -27,8 +28,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Knowledge(Section):
-    """A set of what to keep: whole texts, or prompts with their completions; data for statistics."""
+class DataSection(Section):
+    """How rows of data become examples, and what of a conversation is learned."""
+
+    format: str | None = None
+    field_messages: str | None = None
+    message_property_mappings: dict[str, str] | None = None
+    roles: dict[str, list[str]] | None = None
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    chat_template: str | None = None
+    roles_to_train: Annotated[list[str], Field(min_length=1)] = ["assistant"]
+    turns: Literal["all", "last"] = "all"
+    train_on_eos: Literal["turn", "all", "last", "none"] = "turn"
+
+
+class Knowledge(DataSection):
+    """A set of what to keep: whole texts, prompts with their completions, or conversations."""
 
     file: str
     text: str | None = None
@@ -119,10 +136,20 @@ class TaskCalibration(Section):
     seed: int = Field(0, ge=0)
 
 
-class Task(Section):
-    """What to learn: prompts and completions, or texts with a label or a score each."""
+class TrainFile(Section):
+    """One of several files of a task, with its share of the whole."""
 
-    train: str
+    file: str
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class Task(DataSection):
+    """What to learn: conversations, prompts and completions, or texts with a label or a score each."""
+
+    train: Annotated[
+        Annotated[str, Tag(_TAGS[0])] | Annotated[list[TrainFile], Field(min_length=1), Tag(_TAGS[1])],
+        Discriminator(_form),
+    ]
     kind: Kind = "completion"
     prompt: str | None = None
     completion: str | None = None
@@ -131,7 +158,13 @@ class Task(Section):
     label: str | None = None
     labels: Annotated[list[str], Field(min_length=2)] | None = None
     examples: int | None = Field(None, ge=1)
+    truncate: Truncate = "right"
     calibration: TaskCalibration = TaskCalibration()
+
+    @property
+    def files(self) -> tuple[TrainFile, ...]:
+        """The files, one or more, with their weights."""
+        return (TrainFile(file=self.train),) if isinstance(self.train, str) else tuple(self.train)
 
     @model_validator(mode="after")
     def _check_kind(self) -> Task:

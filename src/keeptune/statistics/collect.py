@@ -157,7 +157,7 @@ def collect(
         _log.warning(
             "statistics: no token reached %d of %d targets: %s", len(unseen), len(requests), named(sorted(unseen))
         )
-    counts = {name: tokens.learned for name, tokens in used.items()}
+    counts = {name: tokens.learned_tokens for name, tokens in used.items()}
     by_name = {target.name: requested for target, requested in requests.items()}
     return Statistics(store, sources, by_name, unseen, counts=counts)
 

@@ -90,7 +90,7 @@ def trace_texts(
     )
 
     def measure(missing: Sequence[_PromptedText]) -> Iterator[list[tuple[_PromptedText, Tensor]]]:
-        left = Calibration(tuple(ids for ids, _ in missing), data.pad_id, tuple(prompt for _, prompt in missing))
+        left = Calibration.of_answers([ids for ids, _ in missing], data.pad_id, [prompt for _, prompt in missing])
         tracer = Tracer(model, reading=request.reading, kind=request.output, window=request.window, chunk=chunk)
         std = embedding_std(model)
         for batch in left.batches(max(1, chunk // 4)):

@@ -323,7 +323,7 @@ def _heat(model: PreTrainedModel, text: Traced, request: LayerEffect, chunk: int
     if request.reading == "positions":
         return text.heat
     other = replace(request, reading="positions")
-    data = Calibration((text.tokens,), 0, (text.prompt,))
+    data = Calibration.of_answers([text.tokens], 0, [text.prompt])
     return trace_texts(model, data, other, chunk=chunk)[0].heat
 
 

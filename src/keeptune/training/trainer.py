@@ -14,9 +14,9 @@ from trl import SFTConfig, SFTTrainer
 
 from keeptune.adapter.special_layers import biases_are_no_shards
 from keeptune.core.artefact import explain_full_disk
-from keeptune.core.errors import DataError, TrainError
+from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
-from keeptune.data.completions import TaskExamples
+from keeptune.data.examples import LanguageExamples
 from keeptune.data.labelled import LabelledExamples, collator
 from keeptune.model.head import refuse_unknown_tokens, sequence_losses
 from keeptune.training.attach import attach
@@ -30,7 +30,7 @@ def train(
     model: PreTrainedModel | PeftModel,
     plan: Plan,
     tokenizer: PreTrainedTokenizerBase,
-    examples: TaskExamples | LabelledExamples,
+    examples: LanguageExamples | LabelledExamples,
     config: SFTConfig,
 ) -> list[dict[str, float]]:
     """Trains an installed model on a task, from the last checkpoint that is whole if there is one.
@@ -50,7 +50,7 @@ def train(
 
     Raises:
         TrainError: A frozen factor would be trained, the loss is not finite, or the arguments do not fit the trainer.
-        DataError: No example has a completion within ``max_length``.
+        DataError: Of no example anything is learned within ``max_length``.
     """
     folder = Path(config.output_dir)
     resume = last_complete_checkpoint(folder)
@@ -66,12 +66,14 @@ def _trainer(
     model: PreTrainedModel | PeftModel,
     plan: Plan,
     tokenizer: PreTrainedTokenizerBase,
-    examples: TaskExamples | LabelledExamples,
+    examples: LanguageExamples | LabelledExamples,
     config: SFTConfig,
 ) -> Any:
-    dataset, cut = examples.dataset(tokenizer, config.max_length or 0)
-    if cut:
-        _log.warning("training: %d of %d examples are cut to %d tokens", cut, len(examples), config.max_length)
+    split = config.packing and config.packing_strategy != "bfd"  # TRL cuts the packed texts then
+    dataset, lost = examples.dataset(tokenizer, None if split else config.max_length)
+    for reason, numbers in lost.items():
+        some = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+        _log.warning("training: %d of %d examples are %s (rows %s)", len(numbers), len(examples), reason, some)
     kind, parts = _classifier_parts(tokenizer, examples, config) if isinstance(examples, LabelledExamples) else _SFT
     try:
         with explain_full_disk(Path(config.output_dir)):
@@ -86,7 +88,6 @@ def _trainer(
     trainer.add_callback(Checksums())
     if kind is SFTTrainer:
         refuse_unknown_tokens(model, trainer.train_dataset["input_ids"], "task.train")
-        _report_cuts(len(examples), trainer.train_dataset, tokenizer, config)
     return trainer
 
 
@@ -121,32 +122,3 @@ def _point(row: Mapping[str, float]) -> dict[str, float]:
     return {key: row[key] for key in _CURVE if key in row} | {
         key: value for key, value in row.items() if key.startswith(prefixes)
     }
-
-
-def _report_cuts(given: int, rows: Any, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> None:
-    """Logs the examples whose completion ``max_length`` cut off, in part or whole (TRL leaves these out)."""
-    kept = len(rows)
-    if kept == 0:
-        raise DataError(
-            "task.train",
-            got=f"{given} examples, all with prompts of train.max_length ({config.max_length}) tokens or more",
-            wanted="room for completions",
-            next_step="Raise train.max_length or shorten the prompts.",
-        )
-    if config.packing:
-        return
-    cut = sum(len(ids) == config.max_length and ids[-1] != tokenizer.eos_token_id for ids in rows["input_ids"])
-    if cut:
-        _log.warning(
-            "training: the completions of %d of %d examples are cut at train.max_length (%d tokens), ends unlearned",
-            cut,
-            given,
-            config.max_length,
-        )
-    if kept < given:
-        _log.warning(
-            "training: %d of %d examples are left out: their prompts alone fill train.max_length (%d tokens)",
-            given - kept,
-            given,
-            config.max_length,
-        )

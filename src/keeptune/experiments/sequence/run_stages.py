@@ -207,9 +207,8 @@ def _key(course: _Course, stage: Stage, done: Sequence[_Done]) -> str:
     recipe = {key: value for key, value in stage.recipe.written().items() if key not in _NOT_IN_KEY}
     recipe["task"] = stage.recipe.task.model_dump(exclude={"train"})
     recipe["knowledge"] = [part.model_dump(exclude={"file"}) for part in stage.recipe.knowledge_sets]
-    files = [stage.recipe.task.train, *(part.file for part in stage.recipe.knowledge_sets)]
     before = [done[-1].record["key"], done[-1].record["weights"]] if done else [course.base.base_fingerprint]
-    return content_key([before, recipe, [file_fingerprint([Path(file)]) for file in files]])
+    return content_key([before, recipe, [file_fingerprint([Path(file)]) for file in stage.recipe.data_files]])
 
 
 def _stage_recipe(course: _Course, stage: Stage, model: Path | None) -> Recipe:

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.data import hub
-from keeptune.data.completions import TaskExamples
+from keeptune.data.examples import LanguageExamples
 from keeptune.data.sources import read_jsonl
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.items import Item, load_items
@@ -29,9 +29,15 @@ def rows_of(name: str, limit: int | None) -> int | None:
     return limit if name.startswith(hub.PREFIX) else len(read_jsonl(name, where=name)[:limit])
 
 
+def on_the_hub(recipe: Recipe) -> bool:
+    """Returns whether a file of the task is on the hub."""
+    return any(part.file.startswith(hub.PREFIX) for part in recipe.task.files)
+
+
 def data_needs(recipe: Recipe) -> tuple[list[Need], list[Need]]:
     """Returns the data files that a recipe names, and the benchmarks that lm-eval would fetch, each once."""
-    named = [("task", recipe.task.train), *(("knowledge", part.file) for part in recipe.knowledge_sets)]
+    named = [("task", part.file) for part in recipe.task.files]
+    named += [("knowledge", part.file) for part in recipe.knowledge_sets]
     fetched = []
     for one in recipe.evaluate:
         path = one.file if isinstance(one, FileBenchmark) else one.data
@@ -93,29 +99,35 @@ class Lengths:
         return [min(len(ids) + 1, most) for ids in self._tokenizer(list(texts))["input_ids"]]
 
     @cached_property
+    def rows(self) -> int | None:
+        """The training examples; of files on the hub only the limit is known, if there is one."""
+        return self.job.recipe.task.examples if on_the_hub(self.job.recipe) else len(self.job.task_rows)
+
+    @cached_property
     def task(self) -> list[int]:
         """Tokens of the first training examples; empty where they or the tokenizer are not on this machine."""
-        if self.job.recipe.task.train.startswith(hub.PREFIX):
+        if on_the_hub(self.job.recipe):
             return []
         examples = self.job.task
-        if isinstance(examples, TaskExamples):
-            pairs = zip(examples.prompts[:_SAMPLE], examples.completions[:_SAMPLE], strict=True)
-            return self._counts([prompt + completion for prompt, completion in pairs], self.most)
+        if isinstance(examples, LanguageExamples):
+            if self._tokenizer is None:
+                return []
+            rows = examples.token_rows(self._tokenizer, range(min(_SAMPLE, len(examples))))
+            return [min(len(row.ids), self.most) for row in rows]
         return self._counts(examples.texts.whole[:_SAMPLE], self.most)
 
     def calibration(self, role: str) -> Sampled:
         """Returns the texts that the statistics of a role are taken over: as they are, or bounds of them."""
         recipe, parts = self.job.recipe, self.job.recipe.knowledge_sets
-        files = [recipe.task.train] if role == "task" else [part.file for part in parts]
+        files = [part.file for part in (recipe.task.files if role == "task" else parts)]
         if self._tokenizer is not None and files and not any(file.startswith(hub.PREFIX) for file in files):
             found = self.job.task_calibration if role == "task" else self.job.calibration
             counts = [len(ids) for ids in found.sequences] if found is not None else []
             return Sampled(len(counts), sum(counts) / max(len(counts), 1), max(counts, default=0), True)
         if role == "task":
             wanted = recipe.task.calibration
-            rows = rows_of(recipe.task.train, recipe.task.examples)
             most = self._capped(wanted.max_length)
-            return Sampled(min(wanted.examples, rows or wanted.examples), most, most, False)
+            return Sampled(min(wanted.examples, self.rows or wanted.examples), most, most, False)
         most = self._capped(max((part.max_length for part in parts), default=0))
         return Sampled(sum(part.examples for part in parts), most, most, False)
 

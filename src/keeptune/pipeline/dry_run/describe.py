@@ -18,7 +18,7 @@ from keeptune.methods.base import Size
 from keeptune.methods.combined import parts_of, tuned_roles
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import DryRun, Need, Scored, Trained
-from keeptune.pipeline.dry_run.data_sizes import Lengths, data_needs, rows_of
+from keeptune.pipeline.dry_run.data_sizes import Lengths, data_needs, on_the_hub, rows_of
 from keeptune.pipeline.dry_run.memory import Footprint, checkpointing, plan_without_numbers
 from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
 from keeptune.pipeline.job import Job
@@ -82,7 +82,7 @@ def _labels(job: Job) -> int | None:
         return None
     if task.kind == "regression":
         return 1
-    if task.labels is not None or task.train.startswith(hub.PREFIX):
+    if task.labels is not None or on_the_hub(job.recipe):
         return len(task.labels or ("", ""))
     assert job.head is not None
     return len(job.head.labels)
@@ -173,7 +173,7 @@ class _Account:
         recipe = self.job.recipe
         values = check_arguments(recipe.train)
         batch, accumulation, epochs, most = (_value(values, key) for key in _STEP)
-        rows = rows_of(recipe.task.train, recipe.task.examples)
+        rows = self.lengths.rows
         examples = None if rows is None else rows + replayed(rows, recipe.replay)
         steps = None
         if examples is not None or most > 0:
