@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.artefact import file_fingerprint
+from keeptune.core.errors import DataError
 from keeptune.data.disjoint import Corpus, refuse_overlap
 from keeptune.data.sources import read_jsonl
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
@@ -40,11 +41,38 @@ def refuse_used(used: Sequence[Corpus], benchmark: Benchmark, tokenizer: PreTrai
         DataError: They overlap, or the data of the benchmark cannot be read.
         RecipeError: The benchmark cannot be asked through the chat template.
     """
+    check = _overlap_check(benchmark, tokenizer)
+    for corpus in used:
+        check(corpus)
+
+
+def used_rows(corpus: Corpus, benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
+    """Returns the rows of a corpus that hold an item of a benchmark.
+
+    Raises:
+        DataError: The data of the benchmark cannot be read.
+    """
+    check = _overlap_check(benchmark, tokenizer)
+
+    def overlaps(part: Corpus) -> bool:
+        try:
+            check(part)
+        except DataError:
+            return True
+        return False
+
+    if not overlaps(corpus):
+        return set()
+    alone = (Corpus(corpus.where, [row], [text]) for row, text in zip(corpus.rows, corpus.texts, strict=True))
+    return {number for number, part in enumerate(alone) if overlaps(part)}
+
+
+def _overlap_check(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Corpus], None]:
+    """Reads a benchmark's data and returns what raises DataError where a corpus holds an item."""
     if isinstance(benchmark, NamedBenchmark):
-        refuse_documents(used, load_documents(benchmark, tokenizer))
-        return
+        documents = load_documents(benchmark, tokenizer)
+        return lambda corpus: refuse_documents([corpus], documents)
     assert isinstance(benchmark, FileBenchmark)
     rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]
     scored = Corpus(benchmark.where, rows, [item.whole for item in load_items(benchmark, Path())])
-    for corpus in used:
-        refuse_overlap(corpus, scored)
+    return lambda corpus: refuse_overlap(corpus, scored)

@@ -19,7 +19,7 @@ from keeptune.evaluation.metrics import LABELS
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, grouped, label_scores
 from keeptune.evaluation.scored_tokens import longest_first
-from keeptune.model.generation import need_finite
+from keeptune.model.continuation import need_finite
 from keeptune.model.head import Head
 
 _LOG = logging.getLogger(__name__)

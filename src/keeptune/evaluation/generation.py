@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.evaluation.metrics import cut_at
 from keeptune.evaluation.scored_tokens import Passes, ScoredTokens, longest_first
-from keeptune.model.generation import Limits, continued, end_tokens, plain_text
+from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
 
 
 def greedy_texts(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.model_pairs import ModelPair, scoring
 from keeptune.evaluation.scored_tokens import PaddedBatch, Passes, ScoredTokens, padded_batches
-from keeptune.model.generation import need_finite
+from keeptune.model.continuation import need_finite
 
 _CHUNK = 256
 
