@@ -1,0 +1,226 @@
+"""Knowledge that a base supplies itself: texts that it writes from its first token, and its answers in a chat.
+
+Token k of text i is the first whose cumulative probability, at the temperature, is above u_ik: a sample of the model's
+own distribution. The u of a text are drawn for it alone, from the seed and i: what is written beside it in a batch
+changes nothing but the last bits of its logits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keeptune.core.artefact import content_key
+from keeptune.core.errors import DataError, ModelError
+from keeptune.core.eval_mode import in_evaluation
+from keeptune.core.options import Options, Range
+from keeptune.core.out_of_memory import out_of_memory
+from keeptune.data.calibration import pad_id_of
+from keeptune.data.self_written import SelfWritten, Written, useful
+from keeptune.model.blocks import positions
+from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
+from keeptune.statistics.store import StatStore
+
+_log = logging.getLogger(__name__)
+_MARK = "QUESTION"
+
+
+@dataclass(frozen=True)
+class SelfGeneration(Options):
+    """What a base writes.
+
+    Args:
+        texts: How many; 0 is one for each prompt.
+        prompts: Texts to continue, in turn. Without any a text starts at the first token; of a model with a chat
+            template every second one is a question, which the model writes as the user, with its answer.
+        answer: Prompts are what a chat's user says, where the tokenizer has a chat template.
+        temperature: 1 is the model's own distribution, 0 its likeliest token.
+        seed: Of all random numbers.
+        max_length: Tokens of a text or an answer at most; a question has half as many.
+        batch_size: Texts at a time; so many are lost when a run is killed.
+    """
+
+    ranges: ClassVar = {
+        "texts": Range(least=0),
+        "temperature": Range(least=0),
+        "seed": Range(least=0),
+        "max_length": Range(least=2),
+        "batch_size": Range(least=1),
+    }
+    texts: int = 256
+    prompts: Sequence[str] = ()
+    answer: bool = False
+    temperature: float = 1.0
+    seed: int = 0
+    max_length: int = 128
+    batch_size: int = 32
+
+
+@out_of_memory("knowledge")
+def write_texts(
+    model: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    options: SelfGeneration,
+    store: StatStore,
+    *,
+    fingerprint: str,
+    where: str = "knowledge",
+) -> SelfWritten:
+    """Has a model write texts, or those that the store has not, and leaves out those of no use.
+
+    Args:
+        model: Loads the base, quantised or not; not called where the store has all.
+        tokenizer: Its tokenizer.
+        options: What is written.
+        store: Keeps the texts, batch by batch.
+        fingerprint: Of the model's weights.
+        where: The recipe key.
+
+    Raises:
+        DataError: Hardly any text is of use.
+        ModelError: The model has no token to start from, or its logits are not finite.
+    """
+    writer = cache(lambda: _Writer(model(), tokenizer, options, where))
+    wanted = options.texts or len(options.prompts)
+    drawn = content_key([tokenizer.chat_template, len(tokenizer), replace(options, texts=0, batch_size=1)])
+    texts: list[Written] = []
+    with store.turn([drawn]), tqdm(total=wanted, desc=where, delay=2, disable=None, leave=False) as bar:
+        for first in range(0, wanted, options.batch_size):
+            some = range(first, min(first + options.batch_size, wanted))
+            source = {"model": fingerprint, "data": drawn}
+            entry = {"class": "SelfWritten", "source": source, "texts": [some.start, some.stop]}
+            kept = store.get(entry)
+            if kept is None:
+                rows = json.dumps(writer().write(some)).encode()
+                kept = torch.frombuffer(bytearray(rows), dtype=torch.uint8)
+                store.put(entry, kept)
+            texts += [Written(tuple(ids), *rest) for ids, *rest in json.loads(bytes(kept.tolist()))]
+            bar.update(len(some))
+    written = useful(texts, where)
+    if 10 * len(written) < wanted:
+        raise DataError(
+            where,
+            got=f"{wanted} texts of the base's own, of which {wanted - len(written)} are of no use: "
+            + ", ".join(f"{count} {reason}" for reason, count in written.left_out.items()),
+            wanted="texts that differ",
+            next_step="Raise `temperature` (1.0 is the base's own), give other `prompts`, or a `file` of knowledge.",
+        )
+    _log.info("%s: %s", where, written.account)
+    return written
+
+
+class _Writer:
+    """Writes texts by their numbers."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SelfGeneration, where: str
+    ) -> None:
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.most = positions(model)
+        self.new = options.max_length if self.most is None else min(options.max_length, self.most // 2)
+        self.limits = Limits(self.new, end_tokens(model, tokenizer), pad_id_of(tokenizer), where)
+        self.chat = bool(tokenizer.chat_template) and (options.answer or not options.prompts)
+        self.start = [] if options.prompts else [_first_token(model, tokenizer, where)]
+        _log.info(
+            "%s: the base writes %d texts of at most %d tokens", where, options.texts or len(options.prompts), self.new
+        )
+
+    def write(self, numbers: Sequence[int]) -> list[Written]:
+        """Returns the texts of some numbers."""
+        given = self.options.prompts
+        prompts = {number: given[number % len(given)] if given else "" for number in numbers}
+        chats = [number for number in numbers if self.chat and (given or number % 2)]
+        if chats and not given:
+            prompts |= self._questions(chats)
+        reads = {number: self._read(prompts[number], number in chats) for number in numbers}
+        fitting = [number for number in numbers if self.most is None or len(reads[number]) + self.new <= self.most]
+        news = self._continued({number: reads[number] for number in fitting}, self.limits, part=1)
+        return [
+            Written((*reads[n], *news[n]), len(reads[n]), prompts[n], plain_text(self.tokenizer, news[n]))
+            if n in news
+            else Written((), 0, prompts[n], "")
+            for n in numbers
+        ]
+
+    def _questions(self, numbers: Sequence[int]) -> dict[int, str]:
+        """Returns questions that the model writes from the template's user header on, up to the end of the turn."""
+        before, _, rest = self._turn(_MARK).partition(_MARK)
+        closing, known = self._ids(rest)[:1], self.tokenizer.added_tokens_decoder
+        special = any(known[token].special for token in closing if token in known)
+        limits = replace(
+            self.limits,
+            new_tokens=max(self.new // 2, 1),
+            ends=self.limits.ends | frozenset(closing if special else ()),
+            stops=() if special else (rest.strip(),),
+        )
+        news = self._continued(dict.fromkeys(numbers, self._ids(before)), limits, part=0)
+        texts = {number: plain_text(self.tokenizer, new) for number, new in news.items()}
+        return {
+            number: (text if special else text.partition(rest.strip())[0]).strip() for number, text in texts.items()
+        }
+
+    def _continued(self, reads: dict[int, list[int]], limits: Limits, part: int) -> dict[int, list[int]]:
+        """Continues what was read; the parts of a text have random numbers of their own."""
+        if not reads:
+            return {}
+        pick, seed = None, self.options.seed
+        if self.options.temperature:
+            draws = torch.stack([_draws([seed, number, part], limits.new_tokens) for number in reads])
+            pick = _sampler(draws.to(self.model.device), self.options.temperature)
+        with in_evaluation(self.model), torch.no_grad():
+            news = continued(self.model, self.tokenizer, list(reads.values()), limits, pick)
+        return dict(zip(reads, news, strict=True))
+
+    def _read(self, prompt: str, chat: bool) -> list[int]:
+        if chat:
+            return self._ids(self._turn(prompt))
+        ids = list(self.tokenizer(prompt, verbose=False)["input_ids"]) if prompt else self.start
+        # Some tokenizers end every text.
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _turn(self, question: str) -> str:
+        turns = [{"role": "user", "content": question}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> int:
+    """Returns the token that texts start with: the tokenizer's, the model's, or else that which ends them."""
+    named = (tokenizer.bos_token_id, model.config.get_text_config().bos_token_id, tokenizer.eos_token_id)
+    first = next((int(token) for token in named if token is not None), None)
+    if first is None:
+        raise ModelError(
+            f"{where}, the tokenizer",
+            got="no token that texts start or end with",
+            wanted="one to write from",
+            next_step="Give `prompts`: texts that the base continues.",
+        )
+    return first
+
+
+def _draws(names: Sequence[int], count: int) -> Tensor:
+    """Returns the random numbers of one text, ``(count,)`` in [0, 1)."""
+    own = torch.Generator().manual_seed(int(content_key(names)[:15], 16))
+    return torch.rand(count, generator=own, dtype=torch.float64)
+
+
+def _sampler(draws: Tensor, temperature: float) -> Callable[[Tensor, int], Tensor]:
+    """Returns what picks a token of each row by the row's random number of the step."""
+
+    def pick(logits: Tensor, step: int) -> Tensor:
+        bounds = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
+        at = draws[:, step, None] * bounds[:, -1:]
+        return torch.searchsorted(bounds, at, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+    return pick
