@@ -21,6 +21,7 @@ COMMANDS = [
     "stats",
     "plan",
     "train",
+    "check",
     "evaluate",
     "export",
     "merge",

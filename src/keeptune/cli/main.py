@@ -14,6 +14,7 @@ from typer import echo
 
 from keeptune.cli import compare, dry_run, sequence, store_commands, studies, sweeps
 from keeptune.cli import repair as repairing
+from keeptune.cli.check import check
 from keeptune.cli.shared import OVERRIDES, AsJson, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
 from keeptune.core.errors import KeeptuneError
 
@@ -144,7 +145,7 @@ def evaluate(
 
 for _with_recipe in (sweeps.sweep, compare.compare, sweeps.layers, studies.suppress, studies.overlap):
     app.command(context_settings=OVERRIDES)(_with_recipe)
-for _with_options in (studies.change, studies.curvature, studies.energy, repairing.repair, studies.trace):
+for _with_options in (studies.change, studies.curvature, studies.energy, repairing.repair, check, studies.trace):
     app.command()(_with_options)
 
 

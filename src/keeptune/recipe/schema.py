@@ -17,7 +17,7 @@ from keeptune.adapter.anchor import Anchor
 from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError
 from keeptune.data import hub
-from keeptune.evaluation.benchmarks import FileBenchmark
+from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.methods.combined import tuned_roles
 from keeptune.model.pretrained import Dtype, StartFrom
@@ -118,6 +118,12 @@ class Recipe(Section):
         return plain
 
 
+class _Suite(Section):
+    """The part of a recipe that says what is scored."""
+
+    evaluate: list[BenchmarkEntry]
+
+
 def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch) -> Recipe:
     """Reads, completes and checks a recipe.
 
@@ -157,7 +163,38 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
     if recipe.quantization is not None:
         check_quantization(recipe.quantization)
     check_arguments(recipe.train, SFTConfig if recipe.task.kind == "completion" else TrainingArguments)
-    names = [benchmark.name for benchmark in recipe.evaluate]
+    names = _check_names(recipe.evaluate, where)
+    if recipe.published is not None:
+        recipe.published.check_scores(names, where)
+    return recipe
+
+
+def load_suite(path: Path | str) -> tuple[Benchmark, ...]:
+    """Returns the benchmarks of a YAML file with an ``evaluate`` list, a recipe for one; its other keys are not read.
+
+    Raises:
+        RecipeError: The file is missing or not YAML, there are no benchmarks, or an entry does not fit.
+    """
+    path, where = Path(path), f"suite {path}"
+    values = read_values(path)
+    if not isinstance(values.get("evaluate"), list) or not values["evaluate"]:
+        raise RecipeError(
+            f"{where}, key evaluate",
+            got="nothing",
+            wanted="a list of benchmarks",
+            next_step="Add for example `evaluate: [{name: mmlu, examples: 20}]`.",
+        )
+    try:
+        suite = _Suite.model_validate(resolve_paths({"evaluate": values["evaluate"]}, path.parent))
+    except ValidationError as error:
+        raise explain(error, where, _known_keys) from error
+    _check_names(suite.evaluate, where)
+    return tuple(suite.evaluate)
+
+
+def _check_names(benchmarks: Sequence[Benchmark], where: str) -> list[str]:
+    """Returns the names of benchmarks; RecipeError where one is there twice or cannot name a file."""
+    names = [benchmark.name for benchmark in benchmarks]
     for name in names:
         twice = names.count(name) > 1
         if twice or not re.fullmatch(r"[\w.-]+", name):
@@ -167,9 +204,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
                 wanted="different names of letters, digits, '.', '_' and '-': they name files",
                 next_step="Rename it.",
             )
-    if recipe.published is not None:
-        recipe.published.check_scores(names, where)
-    return recipe
+    return names
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:

@@ -80,6 +80,28 @@ def print_scores(summaries: Sequence[Row], console: Console) -> None:
     console.print(table((*left, "items", "before", "after", "95% interval of the change"), rows, left))
 
 
+def print_check(record: Row, console: Console) -> None:
+    """Prints what each benchmark of a check lost, with its interval, its limit and the verdict; and the whole one."""
+    rows = [
+        (
+            str(item["name"]),
+            f"{item['metric']}, chat" if item["chat"] else str(item["metric"]),
+            str(item["n"]),
+            *(number(item[key]) for key in ("before", "after")),
+            f"{item['loss']:+.4f}",
+            "[{:+.4f}, {:+.4f}]".format(*item["loss_interval"]),
+            "–" if item["limit"] is None else f"{item['limit']:g}",
+            "LOST" if item["lost"] else "kept",
+        )
+        for item in record["benchmarks"]
+    ]
+    heads = ("benchmark", "metric", "items", "base", "tuned", "lost", "95% interval", "limit", "verdict")
+    console.print(table(heads, rows, ("benchmark", "metric", "verdict")))
+    lost = [item["name"] for item in record["benchmarks"] if item["lost"]]
+    words = f"lost more than it may: {', '.join(lost)}" if lost else "nothing lost more than it may"
+    say(console, f"{words} (by the {record['estimate']} of the loss)")
+
+
 def _cells(rows: Sequence[Row], write: Callable[[Row], str]) -> dict[tuple[int | None, str], list[str]]:
     cells: dict[tuple[int | None, str], list[str]] = {}
     for row in rows:

@@ -1,0 +1,130 @@
+"""keeptune check: a trained model against its base on a suite of benchmarks, with a limit on what each may lose.
+
+What was lost of a benchmark is before - after for shares and after - before for nats per token, over its items. It is
+too much where the estimate of it is above the limit:
+
+    mean     the loss itself: the default, as a release should not depend on how few items a suite has
+    lower    the lower end of its 95% interval: too much is lost for certain
+    upper    the upper end: it is not certain that so little is lost
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from keeptune.adapter.load import check_base, load_adapter
+from keeptune.core.artefact import canonical_json
+from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.intervals import lower_is_better
+from keeptune.core.out_of_memory import out_of_memory
+from keeptune.evaluation.benchmark_data import data_fingerprint
+from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
+from keeptune.evaluation.harness import evaluate
+from keeptune.evaluation.items import load_items
+from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
+from keeptune.evaluation.results import BenchmarkResult
+from keeptune.model.head import body_fingerprint
+from keeptune.model.pretrained import load_tokenizer
+from keeptune.pipeline.machine import device_named
+from keeptune.pipeline.trained_changes import TrainedModel
+from keeptune.recipe.schema import load_suite
+
+_log = logging.getLogger(__name__)
+Bound = Literal["mean", "lower", "upper"]
+
+
+@out_of_memory("evaluate")
+def check(
+    adapter: str,
+    suite: Path | str,
+    max_loss: float | Mapping[str, float] = 0.01,
+    *,
+    base: str | None = None,
+    estimate: Bound = "mean",
+    device: str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores a trained model and its base on the same items of each benchmark.
+
+    Args:
+        adapter: Any PEFT adapter, a run folder, or with ``base`` a whole model.
+        suite: A YAML file with an ``evaluate`` list as a recipe has it; a recipe is one.
+        max_loss: The most that each benchmark may lose, a share or nats per token; or benchmark to number for some.
+        base: Path or hub id; None takes what the adapter names.
+        estimate: What is held against the limit: ``"mean"``, ``"lower"`` or ``"upper"`` end of the interval.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        seed: Of the bootstrap intervals; nothing else is random.
+
+    Returns:
+        ``passed``, and of each benchmark its summary with ``loss``, ``loss_interval``, ``limit`` and ``lost``.
+
+    Raises:
+        RecipeError: The suite is missing, empty or wrong, or a limit is of none of its benchmarks.
+        ModelError: The adapter or its base cannot be loaded, or do not belong together.
+        DataError: A benchmark cannot be read.
+    """
+    benchmarks = load_suite(suite)
+    limits = _limits(benchmarks, max_loss, estimate)
+    trained = TrainedModel.of(adapter, base=base, device=device_named(device))
+    own = (trained.folder / "tokenizer_config.json").is_file()  # with the template that it was trained with
+    tokenizer = load_tokenizer(str(trained.folder) if own else trained.base)
+    for benchmark in benchmarks:  # before a model is loaded
+        if isinstance(benchmark, FileBenchmark):
+            load_items(benchmark, Path())
+        data_fingerprint(benchmark, tokenizer)
+    pair = _pair(trained)
+    rows = []
+    for benchmark in benchmarks:
+        result = evaluate(pair, tokenizer, benchmark, Path(), seed=seed)
+        rows.append(_judged(result, limits.get(benchmark.name), estimate))
+        _log.info("check %s: %.4f before, %.4f after", result.name, result.before, result.after)
+    record = {
+        "adapter": str(trained.folder),
+        "base": trained.base,
+        "suite": str(suite),
+        "estimate": estimate,
+        "passed": not any(row["lost"] for row in rows),
+        "benchmarks": rows,
+    }
+    plain: dict[str, Any] = json.loads(canonical_json(record))
+    return plain
+
+
+def _limits(
+    benchmarks: Sequence[Benchmark], max_loss: float | Mapping[str, float], estimate: Bound
+) -> Mapping[str, float]:
+    if estimate not in get_args(Bound):
+        raise RecipeError("--estimate", got=estimate, wanted=", ".join(get_args(Bound)), next_step="Pick one.")
+    known = [benchmark.name for benchmark in benchmarks]
+    if not isinstance(max_loss, Mapping):
+        return dict.fromkeys(known, float(max_loss))
+    for name in max_loss:
+        if name not in known:
+            raise RecipeError("--max-loss", got=name, wanted="a benchmark of the suite", next_step=nearest(name, known))
+    return max_loss
+
+
+def _pair(trained: TrainedModel) -> ModelPair:
+    base = trained.load_base()
+    if not trained.is_adapter:
+        return TwoModels(base, trained.load_tuned())
+    check_base(trained.folder, body_fingerprint(base), None if trained.head is None else trained.head.labels)
+    model = load_adapter(base, trained.folder)
+    if getattr(model.active_peft_config, "bias", "none") == "none":
+        return AdapterPair(model)
+    return TwoModels(trained.load_base(), model.get_base_model().eval())  # its biases cannot be switched off
+
+
+def _judged(result: BenchmarkResult, limit: float | None, estimate: Bound) -> dict[str, Any]:
+    """Returns a result with what it lost, and whether that is above the limit; without a limit it never is."""
+    low, high = result.interval
+    sign = 1.0 if lower_is_better(result.metric) else -1.0
+    ends = sorted((sign * low, sign * high))
+    loss = sign * (result.after - result.before)
+    counted = {"mean": loss, "lower": ends[0], "upper": ends[1]}[estimate]
+    lost = limit is not None and counted > limit
+    return result.summary() | {"loss": loss, "loss_interval": ends, "limit": limit, "lost": lost}
