@@ -82,7 +82,7 @@ class Outputs:
     def _base(self, batch: TextBatch) -> Tensor:
         if batch.number in self._kept:
             return self._kept[batch.number]
-        with torch.no_grad(), _at_start(self._model, self._plan):
+        with torch.no_grad(), at_start(self._model, self._plan):
             answers = self._answers(batch)
         size = answers.numel() * answers.element_size()
         if self._bytes + size <= self._penalty.kept_mib * _MIB:
@@ -109,7 +109,7 @@ def _together(value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:
 
 
 @contextmanager
-def _at_start(model: PeftModel, plan: Plan) -> Iterator[None]:
+def at_start(model: PeftModel, plan: Plan) -> Iterator[None]:
     """Puts the plan's first factors in, and then those in training again."""
     starts = starting_values(model, plan)
     now = {parameter: parameter.data for parameter in starts}

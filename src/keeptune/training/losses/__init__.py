@@ -1,0 +1,1 @@
+"""Losses of a task's tokens, a file per paper: `task.loss`."""
