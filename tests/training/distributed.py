@@ -50,7 +50,14 @@ def scenarios(processes: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def trained(
-    plan: Plan, trainer: str, folder: Path, *, penalised: bool = True, resume: Path | None = None, **extra: Any
+    plan: Plan,
+    trainer: str,
+    folder: Path,
+    *,
+    penalised: bool = True,
+    resume: Path | None = None,
+    loss: str = "nll",
+    **extra: Any,
 ) -> Found:
     """Train; the state at the end and what was logged."""
     AcceleratorState._reset_state()
@@ -59,10 +66,10 @@ def trained(
     model = tuned(plan)
     made = TRAINERS[trainer](model, folder, **extra)
     if penalised:
-        attach(made, plan)
+        attach(made, plan, loss)
     made.train(resume_from_checkpoint=None if resume is None else str(resume))
     rows = [row for row in made.state.log_history if "loss" in row]
-    logged = [key for key in rows[0] if key.startswith(("penalty", "drift", "grad_norm"))]
+    logged = [key for key in rows[0] if key.startswith(("penalty", "drift", "grad_norm", "nll"))]
     log = {f"log {key}": torch.tensor([row[key] for row in rows]) for key in logged}
     shards = torch.tensor(sum(isinstance(parameter.data, DTensor) for parameter in model.parameters()))
     return trained_state(model, plan) | log | {"shards": shards}
@@ -99,6 +106,7 @@ def main(plan: Plan, out: Path) -> None:
         )
         if not sharding:
             found["kl"] = trained(Plan.load(out / "kl"), "transformers", out / "unused", **answers(state.num_processes))
+            found |= {loss: trained(plan, "trl", out / "unused", loss=loss, **answers(2)) for loss in ("eaft", "asft")}
         if state.is_main_process:
             flat = {f"{name}|{key}": value for name, states in found.items() for key, value in states.items()}
             save_file(flat, out / f"{backend}.safetensors")

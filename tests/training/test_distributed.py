@@ -147,3 +147,13 @@ def test_two_processes_share_the_texts_of_a_penalty_on_answers(
     assert float(alone["log penalty/kl"][-1]) > 0.01
     name = kl.targets[0].target.name
     assert float((alone[f"{name}.B"] - without[f"{name}.B"]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("loss", ["eaft", "asft"])
+def test_two_processes_share_a_loss_of_the_tasks_tokens(
+    loss: str, plan: Plan, together: Mapping[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    found, alone = part(together["ddp"], loss), trained(plan, "trl", tmp_path, loss=loss, **answers(1))
+    assert "log nll" in alone
+    for key, value in alone.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)

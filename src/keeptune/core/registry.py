@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -10,6 +11,8 @@ from functools import cache
 from importlib import metadata
 from types import ModuleType
 from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from keeptune.core.errors import RecipeError, nearest
 
@@ -47,6 +50,42 @@ def look_up(name: str, known: Mapping[str, T], where: str, kind: str) -> T:
     if name not in known:
         raise RecipeError(where, got=f'"{name}"', wanted=f"the name of a {kind}", next_step=nearest(name, known))
     return known[name]
+
+
+def made(name: str, options: Mapping[str, Any], known: Mapping[str, type[Any]], where: str, kind: str) -> Any:
+    """Returns an object of the class of a name, a dataclass, with options.
+
+    Args:
+        name: Its registered name.
+        options: Its fields.
+        known: The classes by name.
+        where: For error messages.
+        kind: Of what, such as ``"penalty"``.
+
+    Raises:
+        RecipeError: The name or an option is unknown, or a value does not fit.
+    """
+    cls = look_up(name, known, where, kind)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    for key in options:
+        if key not in fields:
+            raise RecipeError(
+                f"{where}, {name}, key {key}",
+                got=f"an option that {name} does not have",
+                wanted="one of its options",
+                next_step=nearest(key, fields),
+            )
+    try:
+        return TypeAdapter(cls).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RecipeError(
+            f"{where}, {name}, key {place}",
+            got=repr(first["input"]),
+            wanted=first["msg"],
+            next_step="Correct the value.",
+        ) from error
 
 
 def _own(package: ModuleType, base: type[Any]) -> list[type[Any]]:

@@ -10,23 +10,20 @@ value and the gradient in closed form.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 import keeptune.penalties
 from keeptune.core.artefact import canonical_json
-from keeptune.core.errors import RecipeError, nearest
 from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Options
 from keeptune.core.plan import PenaltyPlan, Plan, TargetPlan
-from keeptune.core.registry import look_up, registered
+from keeptune.core.registry import made, registered
 from keeptune.core.target import Target, TensorName
 from keeptune.data.calibration import Calibration
 from keeptune.statistics.collect import StatsView
@@ -235,24 +232,4 @@ def penalty_named(name: str, options: Mapping[str, Any]) -> Any:
     Raises:
         RecipeError: The name or an option is unknown, or a value does not fit.
     """
-    cls = look_up(name, penalties(), "penalties", "penalty")
-    fields = [field.name for field in dataclasses.fields(cls)]
-    for key in options:
-        if key not in fields:
-            raise RecipeError(
-                f"penalties, {name}, key {key}",
-                got=f"an option that {name} does not have",
-                wanted="one of its options",
-                next_step=nearest(key, fields),
-            )
-    try:
-        return TypeAdapter(cls).validate_python(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise RecipeError(
-            f"penalties, {name}, key {place}",
-            got=repr(first["input"]),
-            wanted=first["msg"],
-            next_step="Correct the value.",
-        ) from error
+    return made(name, options, penalties(), "penalties", "penalty")

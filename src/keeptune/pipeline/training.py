@@ -48,7 +48,7 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     config = job.config(job.output / "checkpoints" / result.key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
     loss = train(tuned, plan, job.tokenizer, job.trained_examples, config)
-    diverged = divergence([row["loss"] for row in loss])
+    diverged = divergence([row.get("nll", row["loss"]) for row in loss])
     notes = [*([diverged] if diverged else []), *(conclusions(plan, loss[-1]) if loss else [])]
     for note in notes:
         _log.info("train: %s", note)

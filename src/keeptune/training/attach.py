@@ -23,17 +23,21 @@ from keeptune.adapter.install import starting_values
 from keeptune.core.errors import TrainError, nearest
 from keeptune.core.plan import Plan
 from keeptune.training.guard import Guard
+from keeptune.training.losses.base import TaskLoss, loss_named
 from keeptune.training.penalty_engine import add_penalties
+from keeptune.training.task_loss import add_loss
 
 _log = logging.getLogger(__name__)
 
 
-def attach(trainer: Any, plan: Plan) -> None:
+def attach(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
     """Adds the plan's optimiser, penalties and :class:`Guard` to a trainer; a second call changes nothing.
 
     Args:
         trainer: A ``transformers.Trainer`` or any of TRL's, with the installed model, before ``train()``.
         plan: The plan that was installed.
+        loss: What TRL's SFTTrainer learns of each token: ``"nll"``, ``"dft"``, ``"eaft"`` or ``"asft"``, or one of
+            these with options, such as ``Asft(kl_weight=0.05)``.
 
     Raises:
         TrainError: The plan needs something that this version does not have, the trainer has an optimiser of its own
@@ -48,6 +52,9 @@ def attach(trainer: Any, plan: Plan) -> None:
         _PARTS[key](trainer, plan, value)
     if plan.penalties:
         add_penalties(trainer, plan)
+    chosen = loss_named(loss, {}) if isinstance(loss, str) else loss
+    if chosen is not None:
+        add_loss(trainer, plan, chosen)
     guard = guards[0] if guards else Guard(plan)
     if not guards:
         trainer.add_callback(guard)

@@ -21,9 +21,10 @@ from keeptune.data.labelled import LabelledExamples, collator
 from keeptune.model.head import refuse_unknown_tokens, sequence_losses
 from keeptune.training.attach import attach
 from keeptune.training.checkpoints import Checksums, last_complete_checkpoint
+from keeptune.training.losses.base import TaskLoss
 
 _log = logging.getLogger(__name__)
-_CURVE = ("step", "loss", "learning_rate", "penalty", "penalty_grad_norm")
+_CURVE = ("step", "loss", "nll", "learning_rate", "penalty", "penalty_grad_norm")
 
 
 def train(
@@ -32,6 +33,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     examples: LanguageExamples | LabelledExamples,
     config: SFTConfig,
+    loss: str | TaskLoss = "nll",
 ) -> list[dict[str, float]]:
     """Trains an installed model on a task, from the last checkpoint that is whole if there is one.
 
@@ -42,11 +44,12 @@ def train(
         examples: The task: completions for a language model, labels or scores for a classifier.
         config: From :func:`keeptune.training.arguments.sft_config`; its ``output_dir`` holds the checkpoints. A
             classifier uses ``max_length`` and the fields of ``TrainingArguments``.
+        loss: What a language model learns of each token, as of :func:`keeptune.training.attach.attach`.
 
     Returns:
         The loss curve: ``{"step": .., "loss": .., "learning_rate": ..}`` per logged step, without any penalty: nats
         per token, or the mean over examples of the cross-entropy (nats) or the squared error. Penalties and the
-        drift of each layer have keys of their own.
+        drift of each layer have keys of their own, as has ``nll`` where the loss is another.
 
     Raises:
         TrainError: A frozen factor would be trained, the loss is not finite, or the arguments do not fit the trainer.
@@ -56,7 +59,7 @@ def train(
     resume = last_complete_checkpoint(folder)
     if resume is not None:
         _log.info("training: going on from %s", resume)
-    trainer = _trainer(model, plan, tokenizer, examples, config)
+    trainer = _trainer(model, plan, tokenizer, examples, config, loss)
     with explain_full_disk(folder), biases_are_no_shards():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return [_point(row) for row in trainer.state.log_history if "loss" in row]
@@ -68,6 +71,7 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     examples: LanguageExamples | LabelledExamples,
     config: SFTConfig,
+    loss: str | TaskLoss,
 ) -> Any:
     split = config.packing and config.packing_strategy != "bfd"  # TRL cuts the packed texts then
     dataset, lost = examples.dataset(tokenizer, None if split else config.max_length)
@@ -83,7 +87,7 @@ def _trainer(
         raise TrainError(
             "train", got=str(error), wanted=f"arguments that {name} can train with", next_step="Correct them."
         ) from error
-    attach(trainer, plan)
+    attach(trainer, plan, loss)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Checksums())
     if kind is SFTTrainer:

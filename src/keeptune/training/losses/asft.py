@@ -2,8 +2,8 @@
 
     l_t = -sg(p_t) log p_t + kl_weight KL(p_base(. | y_<t) || p(. | y_<t))                                      (1)
 
-DFT (dft.py), held to the base on the task's own tokens. The direction of the KL is that of the released code. The base
-is the model as it starts, in evaluation mode; it costs a forward pass at each step.
+DFT (dft.py), held to the base on the task's own tokens; the direction of the KL is that of the released code. The base
+is the model as it starts, in evaluation mode: a forward pass at each step.
 """
 
 from __future__ import annotations
@@ -32,10 +32,6 @@ class Asft(Dft):
 
     kl_weight: float = 0.1
 
-    def measure(self, answers: Tensor, base: Tensor) -> Tensor:
-        """Computes the KL."""
-        return kl_divergence(base, answers)
-
-    def losses(self, log_probs: Tensor, measured: Tensor) -> Tensor:
+    def losses(self, log_probs: Tensor, answers: Tensor, base: Tensor) -> Tensor:
         """Computes (1)."""
-        return super().losses(log_probs, log_probs) + self.kl_weight * measured
+        return super().losses(log_probs, answers, base) + self.kl_weight * kl_divergence(base, answers)

@@ -3,12 +3,12 @@
     L = (1/N) sum of l_t         over the N learned tokens of an optimiser step;  l_t = -log p_t for "nll"      (1)
 
 A loss is a frozen dataclass whose fields are its options, in one file of this package or of another package under the
-entry-point group ``keeptune.training.losses``. It says l_t; training/task_loss.py runs the model and leaves (1) to TRL:
-gradient accumulation, the count of tokens and the mean over processes are those of plain training.
+entry-point group ``keeptune.training.losses``. It says l_t; training/task_loss.py leaves the sum to TRL.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,60 +16,47 @@ from torch import Tensor
 
 import keeptune.training.losses
 from keeptune.core.options import Options
-from keeptune.core.registry import registered
+from keeptune.core.registry import made, registered
 
 
 @dataclass(frozen=True)
 class TaskLoss(Options):
     """A loss of the task's tokens.
 
-    Laws (``tests/training/test_losses.py``): no padding, prompt or masked token enters; the loss of a batch is the sum
-    of those of its tokens.
-
     Attributes:
         name: Its registered name.
         paper: Its source.
-        reads: What it needs of each token: the log-probability of the data's token, those of all tokens (``answers``),
-            or these and the base's (``base``).
+        reads: Whether it needs the log-probabilities of all tokens (``answers``), and those of the base (``base``).
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     reads: ClassVar[Literal["log_probs", "answers", "base"]] = "log_probs"
 
-    def place(self, option: str) -> str:
-        """Returns ``"task.loss, alpha"`` for ``"alpha"``."""
-        return f"task.loss, {option}"
-
-    def measure(self, answers: Tensor, base: Tensor) -> Tensor:
-        """Computes what the loss takes of whole distributions, for some tokens at a time.
-
-        Args:
-            answers: Log-probabilities, ``(tokens, vocabulary)``, float32.
-            base: Those of the base; of a loss that does not read them, the same as ``answers``.
-
-        Returns:
-            ``(tokens,)``; it has a gradient where the loss reads ``base``.
-        """
-        raise NotImplementedError
-
-    def losses(self, log_probs: Tensor, measured: Tensor) -> Tensor:
-        """Computes l_t.
+    def losses(self, log_probs: Tensor, answers: Tensor, base: Tensor) -> Tensor:
+        """Computes l_t of some tokens, ``(tokens,)``.
 
         Args:
             log_probs: log p_t of the data's tokens, ``(tokens,)``, float32, in nats.
-            measured: From :meth:`measure`; of a loss that reads ``log_probs`` alone, these.
-
-        Returns:
-            ``(tokens,)``.
+            answers: Log-probabilities of all tokens, ``(tokens, vocabulary)``, with a gradient for a loss that reads
+                the base; of a loss that reads none, the same as ``log_probs``.
+            base: Those of the base; of a loss that does not read them, the same as ``answers``.
         """
         raise NotImplementedError
 
 
-def losses() -> dict[str, type[Any]]:
-    """Returns every loss besides nll: the files of this package and the entry points ``keeptune.training.losses``.
+def loss_named(name: str, options: Mapping[str, Any]) -> TaskLoss | None:
+    """Returns the loss of a name with options, its fields; None for ``"nll"``, which is TRL's own.
 
     Raises:
-        RecipeError: Two losses share a name.
+        RecipeError: The name or an option is unknown, or a value does not fit.
     """
+    if name == "nll" and not options:
+        return None
+    loss: TaskLoss = made(name, options, losses(), "task.loss", "loss, or nll")
+    return loss
+
+
+def losses() -> dict[str, type[Any]]:
+    """Returns every loss besides nll by name; a RecipeError says that two share one."""
     return registered(keeptune.training.losses, TaskLoss, "loss")

@@ -1,11 +1,9 @@
 """EAFT: Diao et al., Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting, 2601.02151.
 
-    q = p over its K most likely tokens, divided by their sum                                                   (1)
-    w_t = (H(q) / log K)^alpha                          in [0, 1]; H the entropy, no gradient goes through      (2)
-    l_t = -w_t log p_t                                                                                          (3)
+    l_t = -sg(H(q_t) / log K)^alpha log p_t             q_t = p(. | y_<t) at its K = 20 largest, over their sum (1)
 
 A token of which the model is sure teaches little, whether it is right or wrong: where it is wrong, plain training
-overwrites most. K is 20. The released code divides by 3, where log 20 is 2.996.
+overwrites most. The released code divides by 3, where log 20 is 2.996.
 """
 
 from __future__ import annotations
@@ -19,6 +17,15 @@ from keeptune.core.options import Range
 from keeptune.training.losses.base import TaskLoss
 
 _K = 20
+
+
+def entropy_weight(answers: Tensor) -> Tensor:
+    """Computes the normalised entropy H(q) / log K of rows of log-probabilities or logits, without a gradient.
+
+    Laws: in [0, 1]; 0 for a certain answer, 1 where K tokens are equally likely.
+    """
+    log_q = answers.detach().topk(min(_K, answers.shape[-1]), dim=-1).values.log_softmax(dim=-1)
+    return (-(log_q.exp() * log_q).sum(dim=-1) / math.log(log_q.shape[-1])).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -36,22 +43,6 @@ class Eaft(TaskLoss):
 
     alpha: float = 1.0
 
-    def measure(self, answers: Tensor, base: Tensor) -> Tensor:
-        """Computes (2)."""
-        return entropy_weight(answers).pow(self.alpha)
-
-    def losses(self, log_probs: Tensor, measured: Tensor) -> Tensor:
-        """Computes (3)."""
-        return -log_probs * measured
-
-
-def entropy_weight(answers: Tensor) -> Tensor:
-    """Computes the normalised entropy of the most likely tokens, (2) with alpha 1.
-
-    Laws: 0 for a certain answer, 1 where K tokens are equally likely; a constant added to a row changes nothing.
-
-    Args:
-        answers: Log-probabilities or logits, ``(tokens, vocabulary)``.
-    """
-    log_q = answers.detach().topk(min(_K, answers.shape[-1]), dim=-1).values.log_softmax(dim=-1)
-    return (-(log_q.exp() * log_q).sum(dim=-1) / math.log(log_q.shape[-1])).clamp(0, 1)
+    def losses(self, log_probs: Tensor, answers: Tensor, base: Tensor) -> Tensor:
+        """Computes (1)."""
+        return -log_probs * entropy_weight(answers) ** self.alpha
