@@ -71,7 +71,7 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     examples: LanguageExamples | LabelledExamples,
     config: SFTConfig,
-    loss: str | TaskLoss,
+    loss: str | TaskLoss = "nll",
 ) -> Any:
     split = config.packing and config.packing_strategy != "bfd"  # TRL cuts the packed texts then
     dataset, lost = examples.dataset(tokenizer, None if split else config.max_length)
