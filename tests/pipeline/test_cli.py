@@ -29,6 +29,7 @@ COMMANDS = [
     "sweep",
     "energy",
     "store",
+    "data",
 ]
 HELP = """
 import sys
@@ -68,6 +69,26 @@ def test_a_run_off_a_terminal_is_quiet(recipe_values: Values, tmp_path: Path) ->
     assert done.stdout.rstrip().endswith(f"report: {tmp_path / 'out' / 'report.html'}")
     for line in done.stderr.splitlines():
         assert re.match(r"(stats|statistics|plan|training|train|export|evaluate|report|lora-null)\b", line), line
+
+
+def test_the_data_shown_are_those_trained_on(
+    recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values(replay=0.2, train={"max_length": 40, "max_steps": 1}))
+    rows = tmp_path / "rows.jsonl"
+    said = keeptune("data", recipe, "--show", "1", "--json", rows, capsys=capsys)
+    assert said.code == 0
+    assert "── example 1 ──" in said.out and "⟦" in said.out
+    (counts,) = re.findall(r"^(\d+) of (\d+) examples, (\d+) tokens, (\d+) of them learned", said.out, re.MULTILINE)
+    lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    assert [len(lines), sum(len(line["labels"]) for line in lines)] == [int(counts[0]), int(counts[2])]
+    assert sum(label != -100 for line in lines for label in line["labels"]) == int(counts[3])
+    assert not (tmp_path / "out").exists()
+    assert keeptune("run", recipe, capsys=capsys).code == 0
+    recorded = json.loads((tmp_path / "out" / "trained" / "train.json").read_text())["data"]
+    assert [recorded["kept"], recorded["learned"]] == [int(counts[0]), int(counts[3])]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Training data" in page and "<mark>" in page
 
 
 def test_every_stage_alone_in_order(recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

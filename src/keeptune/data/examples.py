@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -22,6 +22,7 @@ Truncate = Literal["right", "left", "drop"]
 
 # What of the examples is not learned as it stands: what is wrong, to their numbers from 1.
 Lost = Mapping[str, Sequence[int]]
+LEFT_OUT: Final = "left out"  # the beginning of what is wrong with those that are not trained on
 
 
 class TokenRow(NamedTuple):
@@ -201,10 +202,10 @@ def fit(
             cut = TokenRow(row.ids[part], row.learned[part])
         # The first token of a text is never learned: nothing comes before it.
         if not any(row.learned[1:]):
-            lost.setdefault("left out: nothing in them is learned", []).append(number)
+            lost.setdefault(f"{LEFT_OUT}: nothing in them is learned", []).append(number)
         elif not any(cut.learned[1:]) or (long and truncate == "drop"):
             reason = "longer" if truncate == "drop" else "nothing to learn"
-            lost.setdefault(f"left out: {reason} within {max_length} tokens", []).append(number)
+            lost.setdefault(f"{LEFT_OUT}: {reason} within {max_length} tokens", []).append(number)
         else:
             kept.append(cut)
             if long:

@@ -17,9 +17,10 @@ from keeptune.adapter.export import Base
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
 from keeptune.core.weights import refuse_quantised
+from keeptune.data.account import DataAccount, data_account
 from keeptune.data.calibration import Calibration
 from keeptune.data.disjoint import Corpus
-from keeptune.data.examples import LanguageExamples
+from keeptune.data.examples import LanguageExamples, TokenRow
 from keeptune.data.knowledge import joined_knowledge, knowledge_set
 from keeptune.data.labelled import Texts
 from keeptune.data.multiple_choice import choose_rows, lettered_rows
@@ -49,7 +50,7 @@ from keeptune.recipe.sections import Knowledge
 from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
-from keeptune.training.arguments import check_arguments, sft_config
+from keeptune.training.arguments import check_arguments, example_length, sft_config
 
 _PROBE_LENGTH = 256
 _ADD_KNOWLEDGE = 'Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.'
@@ -221,6 +222,23 @@ class Job:
             return self.task
         assert isinstance(self.task, LanguageExamples)
         return with_replay(self.task, self.knowledge, self.recipe.replay, self.seed)
+
+    def data_account(self, show: int = 3) -> tuple[DataAccount, list[TokenRow]]:
+        """Returns what is learned of the data that are trained on, with some examples written out, and their tokens.
+
+        Raises:
+            RecipeError: The task is a classifier's, which learns a label of each text.
+            DataError: Nothing is left to learn.
+        """
+        if not isinstance(self.trained_examples, LanguageExamples):
+            raise RecipeError(
+                "recipe, key task.kind",
+                got=self.recipe.task.kind,
+                wanted="examples of a language model, of which tokens are learned",
+                next_step="Look at the file itself: of each text its label is learned.",
+            )
+        length = example_length(self.config(self.output / "checkpoints", torch.float32))
+        return data_account(self.trained_examples, self.tokenizer, length, show=show)
 
     @property
     def probe(self) -> Tensor:

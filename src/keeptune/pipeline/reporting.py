@@ -121,4 +121,10 @@ def _extras(runs: Sequence[FinishedRun], entries: Sequence[dict[str, Any]], outp
     commands.append(("Load or serve the result", "\n".join(dict.fromkeys(str(entry["serve"]) for entry in entries))))
     texts = [(f"Recipe of {label}, seed {entry['seed']}", run.recipe) for label, run, entry in labelled]
     traces = {label: read_json(run.folder / _TRACE) for label, run, _ in labelled if (run.folder / _TRACE).is_file()}
-    return {"items": lost_and_gained(results), "repeat": repeat(commands, texts), "traces": traces}
+    trained = read_json(runs[0].folder / "trained" / "train.json")
+    return {
+        "data": trained.get("data"),
+        "items": lost_and_gained(results),
+        "repeat": repeat(commands, texts),
+        "traces": traces,
+    }

@@ -13,6 +13,7 @@ from keeptune.core.artefact import atomic_directory, content_key, read_json, rea
 from keeptune.core.errors import TrainError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
+from keeptune.data.examples import LanguageExamples
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import conclusions
 from keeptune.pipeline.cache import Stored
@@ -58,6 +59,7 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
         "arguments": job.recipe.train,
         "labels": None if job.head is None else list(job.head.labels),
         "replay": {"share": job.recipe.replay, "examples": len(job.trained_examples) - len(job.task)},
+        "data": job.data_account()[0].plain() if isinstance(job.trained_examples, LanguageExamples) else None,
         "loss": loss,
         "notes": notes,
         "seconds": time.perf_counter() - started,

@@ -139,6 +139,12 @@ def sft_config(
         ) from error
 
 
+def example_length(config: SFTConfig) -> int | None:
+    """Returns the tokens that an example is cut to; None where TRL cuts the packed examples itself."""
+    split = config.packing and config.packing_strategy != "bfd"
+    return None if split else config.max_length
+
+
 def _check_surroundings(checked: Mapping[str, Any], positions: int | None) -> None:
     """Refuses what the base has no positions for, and what needs a package or a login that is not there."""
     length = checked.get("max_length")

@@ -19,9 +19,11 @@ from keeptune.core.plan import Plan
 from keeptune.data.examples import LanguageExamples
 from keeptune.data.labelled import LabelledExamples, collator
 from keeptune.model.head import refuse_unknown_tokens, sequence_losses
+from keeptune.training.arguments import example_length
 from keeptune.training.attach import attach
 from keeptune.training.checkpoints import Checksums, last_complete_checkpoint
 from keeptune.training.losses.base import TaskLoss
+from keeptune.training.packing import refuse_leaks
 
 _log = logging.getLogger(__name__)
 _CURVE = ("step", "loss", "nll", "learning_rate", "penalty", "penalty_grad_norm")
@@ -73,8 +75,7 @@ def _trainer(
     config: SFTConfig,
     loss: str | TaskLoss = "nll",
 ) -> Any:
-    split = config.packing and config.packing_strategy != "bfd"  # TRL cuts the packed texts then
-    dataset, lost = examples.dataset(tokenizer, None if split else config.max_length)
+    dataset, lost = examples.dataset(tokenizer, example_length(config))
     for reason, numbers in lost.items():
         some = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
         _log.warning("training: %d of %d examples are %s (rows %s)", len(numbers), len(examples), reason, some)
@@ -92,6 +93,8 @@ def _trainer(
     trainer.add_callback(Checksums())
     if kind is SFTTrainer:
         refuse_unknown_tokens(model, trainer.train_dataset["input_ids"], "task.train")
+        if config.packing:
+            refuse_leaks(trainer)
     return trainer
 
 

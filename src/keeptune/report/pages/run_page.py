@@ -43,7 +43,8 @@ def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> 
 
     Args:
         report: The report.
-        extras: What is not in ``report.json``, each if there is any: ``items`` as from
+        extras: What is not in ``report.json``, each if there is any: ``data`` of the first run's ``train.json``,
+            ``items`` as from
             :func:`keeptune.report.pages.item_rows.lost_and_gained`, ``repeat`` as from
             :func:`keeptune.report.pages.repeat.repeat`, and ``traces``, name to what is in ``trace.json``.
 
@@ -73,6 +74,7 @@ def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> 
         divergence=run_tables.divergence(parsed),
         notes=run_tables.notes(parsed),
         runs=run_tables.runs(parsed),
+        data=more.get("data"),
         repeat=more.get("repeat"),
         several_seeds=len(parsed.runs) > count,
     )

@@ -1,0 +1,65 @@
+"""The command that shows training data as the model sees them: data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from keeptune.cli.shared import RecipeFile, load
+
+if TYPE_CHECKING:
+    from keeptune.data.account import DataAccount, Marked
+    from keeptune.data.examples import Lost
+
+
+def show_data(
+    context: typer.Context,
+    recipe: RecipeFile,
+    show: Annotated[int, typer.Option(min=0, help="How many examples are printed.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option("--json", help="Write input_ids, labels and the text of every example, a line each.")
+    ] = None,
+) -> None:
+    """Show what is trained on as the model sees it: [learned] text is marked, what teaches nothing is counted."""
+    from keeptune.core.artefact import write_text
+    from keeptune.data.examples import labels_of
+    from keeptune.pipeline.job import Job
+
+    job = Job(load(recipe, context))
+    account, rows = job.data_account(show)
+    for number, example in enumerate(account.shown, start=1):
+        Console().print(Text(f"── example {number} ──", "dim"))
+        Console().print(_coloured(example), soft_wrap=True)
+    _print_account(account)
+    if out is not None:
+        lines = [
+            {"input_ids": row.ids, "labels": labels_of(row), "text": job.tokenizer.decode(row.ids)} for row in rows
+        ]
+        write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        typer.echo(f"{len(rows)} examples in {out}")
+
+
+def _coloured(example: Marked) -> Text:
+    """Returns an example with what is learned in colour and in brackets, which a file keeps."""
+    text = Text()
+    for part, learned in example:
+        text.append(f"⟦{part}⟧" if learned else part, style="green" if learned else "")
+    return text
+
+
+def _print_account(account: DataAccount) -> None:
+    lengths = account.lengths
+    typer.echo(
+        f"{account.kept} of {account.examples} examples, {account.tokens} tokens, {account.learned} of them learned "
+        f"({account.learned / account.tokens:.0%}); {lengths['shortest']} to {lengths['longest']} tokens, "
+        f"median {lengths['median']:g}"
+    )
+    kinds: list[Lost] = [account.lost, account.noted]
+    for reason, numbers in (item for kind in kinds for item in kind.items()):
+        some = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+        typer.echo(f"{len(numbers)} examples {reason} (numbers {some})")
