@@ -13,7 +13,7 @@ from rich.text import Text
 from keeptune.cli.shared import RecipeFile, load
 
 if TYPE_CHECKING:
-    from keeptune.data.account import DataAccount, Marked
+    from keeptune.data.example_counts import DataAccount, Marked
     from keeptune.data.examples import Lost
 
 

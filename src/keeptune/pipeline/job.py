@@ -17,9 +17,9 @@ from keeptune.adapter.export import Base
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
 from keeptune.core.weights import refuse_quantised
-from keeptune.data.account import DataAccount, data_account
 from keeptune.data.calibration import Calibration
 from keeptune.data.disjoint import Corpus
+from keeptune.data.example_counts import DataAccount, data_account
 from keeptune.data.examples import LanguageExamples, TokenRow
 from keeptune.data.knowledge import joined_knowledge, knowledge_set
 from keeptune.data.labelled import Texts

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.training.support import TOKENIZER
 
-from keeptune.data.account import data_account, marked
 from keeptune.data.completions import TaskExamples
+from keeptune.data.example_counts import data_account, marked
 from keeptune.data.examples import TokenRow
 
 TASK = TaskExamples(("Where?", "Who?", "Who?", "Why? " * 30, "When?"), (" Here.", " Me.", " Me.", " So.", "  "))
