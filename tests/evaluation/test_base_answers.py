@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 EXACT = FileBenchmark(
     name="exact",
-    role="task",
+    role="knowledge",
     file="rows.jsonl",
     metric="exact_match",
     prompt="{question}",

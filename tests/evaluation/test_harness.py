@@ -182,6 +182,31 @@ def test_cross_entropy_against_the_reference(
     assert set(result.groups) == {"cat", "tom"}
 
 
+def _divergence(reference: Any, models: tuple[Any, Any], tokenizer: Any, prompt: str, answer: str) -> tuple[float, int]:
+    whole, start = tokenizer(prompt + answer)["input_ids"], len(tokenizer(prompt)["input_ids"])
+    total = reference.divergence(*models, whole) - reference.divergence(*models, whole[:start])
+    return total, len(whole) - start
+
+
+@pytest.mark.parametrize(("benchmark", "rows"), [(exact(role="task"), QUESTIONS), (multiple(role="task"), CHOICES)])
+def test_a_tasks_divergence_is_that_of_its_right_answers(
+    stories: Any, tiny: Any, tokenizer: Any, write: Any, reference: Any, benchmark: FileBenchmark, rows: Any
+) -> None:
+    result = evaluate(TwoModels(stories, tiny), tokenizer, replace(benchmark, max_length=200), write(rows))
+    right = ["girl named Lily", "his mom", "park"] if rows is QUESTIONS else ["time", "table", "ran"]
+    sums = [
+        _divergence(reference, (stories, tiny), tokenizer, row["question"], f" {answer}")
+        for row, answer in zip(rows, right, strict=True)
+    ]
+    assert [item["kl_tokens"] for item in result.items] == [count for _, count in sums]
+    assert [item["kl"] for item in result.items] == pytest.approx([kl / count for kl, count in sums], rel=1e-4)
+    assert result.kl_to_base == pytest.approx(sum(kl for kl, _ in sums) / sum(count for _, count in sums), rel=1e-4)
+    other_way = evaluate(TwoModels(tiny, stories), tokenizer, benchmark, write(rows)).kl_to_base
+    assert result.kl_to_base != pytest.approx(other_way, rel=1e-2)  # forward: the base's expectation
+    kept = replace(benchmark, role="knowledge")
+    assert evaluate(TwoModels(stories, tiny), tokenizer, kept, write(rows)).kl_to_base is None
+
+
 def test_cuts_are_reported_and_the_models_positions_count(
     stories: Any, tokenizer: Any, write: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

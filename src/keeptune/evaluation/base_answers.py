@@ -2,8 +2,8 @@
 
 Laws: what is read back equals what was computed, bit for bit; a damaged file is computed again, never used.
 
-Only answers that need the base alone are kept: generated texts and log-likelihoods. A cross-entropy benchmark also
-measures KL(base || tuned), which needs the logits of both at every token, so its base is run for each tuned model.
+Only answers that need the base alone are kept: generated texts and log-likelihoods. A benchmark that also measures
+KL(base || tuned), a cross-entropy or one of the task, needs the logits of both: its base is run each time for that.
 A classifier's base has a head drawn with the run's seed and is run each time as well.
 """
 

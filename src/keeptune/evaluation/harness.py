@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.classification import classified, wrong_metric
 from keeptune.evaluation.generation import greedy_texts
 from keeptune.evaluation.items import Item, load_items
-from keeptune.evaluation.likelihood import log_likelihoods, losses_and_divergence
+from keeptune.evaluation.likelihood import add_divergence, log_likelihoods, losses_and_divergence
 from keeptune.evaluation.metrics import LABELS, SCORES, exact_match
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, mean_scores
@@ -70,6 +70,8 @@ def evaluate(
             "multiple_choice": scorer.chosen,
             "cross_entropy": scorer.predicted,
         }[benchmark.metric]()
+        if benchmark.role == "task" and benchmark.metric != "cross_entropy":
+            scorer.add_divergence(records)
     named = [{"index": item.index, "group": item.group} | record for item, record in zip(items, records, strict=True)]
     weights = [float(record.get("tokens", 1.0)) for record in records]  # losses are weighted by tokens
     scores = mean_scores(named, weights, seed)
@@ -134,6 +136,18 @@ class _Scorer:
             means = {name: total / loss.tokens for name, total in sums.items()}
             records.append(means | {"tokens": loss.tokens, "cut": tokens.cut})
         return records
+
+    def add_divergence(self, records: _Records) -> None:
+        """Adds KL(base || tuned) on the right answers, each after exactly one space."""
+        limit = context_limit(self.benchmark.max_length, 0, shared_positions(self.pair), where=self.benchmark.where)
+        encoder = Encoder(self.tokenizer, limit)
+        answers = [item.choices[item.label] if item.label is not None else item.answers[0] for item in self.items]
+        sequences = [
+            encoder.answer(item.prompt.rstrip(" "), f" {answer}")
+            for item, answer in zip(self.items, answers, strict=True)
+        ]
+        passes = replace(self._passes(self.benchmark.where), advance=lambda _: None)
+        add_divergence(self.pair, records, sequences, passes)
 
     def _both_sides(
         self, sequences: Sequence[ScoredTokens], compute: Callable[[PreTrainedModel, Passes], list[T]]

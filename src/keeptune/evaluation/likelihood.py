@@ -7,19 +7,22 @@ for at most ``_CHUNK`` tokens at a time; sums over tokens are float64.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError
-from keeptune.evaluation.model_pairs import ModelPair, scoring
+from keeptune.evaluation.model_pairs import SIDES, ModelPair, scoring
 from keeptune.evaluation.scored_tokens import PaddedBatch, Passes, ScoredTokens, padded_batches
 from keeptune.model.continuation import need_finite
 
 _CHUNK = 256
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,27 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
             results[member] = Losses(len(sequences[member].ids) - sequences[member].start, *values)
         passes.advance(len(batch.members))
     return results
+
+
+def add_divergence(
+    pair: ModelPair, records: Sequence[dict[str, Any]], answers: Sequence[ScoredTokens | None], passes: Passes
+) -> None:
+    """Adds KL(base || tuned) on right answers to items' records: ``kl``, nats per token, and ``kl_tokens``.
+
+    On the task's data it predicts what is forgotten elsewhere (RL's Razor, arXiv 2509.04259): E_{x ~ task}
+    KL(base(x) || tuned(x)), here at each token of the answer given all before it. Items without an answer have none.
+    """
+    sizes = []
+    for side in SIDES:
+        with scoring(pair, side) as model:
+            sizes.append(int(model.config.get_text_config().vocab_size))
+    if sizes[0] != sizes[1]:
+        _LOG.warning("%s: no KL to the base, whose vocabulary is another", passes.where)
+        return
+    placed = [(record, tokens) for record, tokens in zip(records, answers, strict=True) if tokens is not None]
+    losses = losses_and_divergence(pair, [tokens for _, tokens in placed], passes)
+    for (record, _), loss in zip(placed, losses, strict=True):
+        record |= {"kl": loss.divergence / loss.tokens, "kl_tokens": loss.tokens}
 
 
 def _batches(sequences: Sequence[ScoredTokens], passes: Passes, model: PreTrainedModel) -> Iterator[PaddedBatch]:

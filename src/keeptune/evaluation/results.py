@@ -34,7 +34,7 @@ class BenchmarkResult:
     before: float  # the base model's score: the share of right answers, or nats per token
     after: float
     interval: tuple[float, float]  # of after - before, 95%
-    kl_to_base: float | None  # KL(base || tuned), nats per token, for cross-entropies
+    kl_to_base: float | None  # KL(base || tuned), nats per token: of documents, or of a task's right answers
     groups: Mapping[str, Mapping[str, float]]  # name to {"n", "before", "after"}
     items: Sequence[Mapping[str, Any]]  # JSON-ready, with at least index, group, before and after
     chat: bool = False  # asked through the chat template
@@ -153,20 +153,26 @@ def mean_scores(records: Sequence[Mapping[str, Any]], weights: Sequence[float], 
     Returns:
         ``n``, ``before``, ``after``, ``interval``, ``kl_to_base``, ``groups`` and ``items``.
     """
-    before, after, *divergence = (
+    before, after = (
         [record[field] * weight for record, weight in zip(records, weights, strict=True)]
-        for field in ("before", "after", "kl")
-        if field in records[0]
+        for field in ("before", "after")
     )
     return {
         "n": len(records),
         "before": _rate(before, weights),
         "after": _rate(after, weights),
         "interval": paired_interval(before, after, seed, weights=weights),
-        "kl_to_base": _rate(divergence[0], weights) if divergence else None,
+        "kl_to_base": divergence_of(records, weights),
         "groups": grouped([record["group"] for record in records], before, after, weights),
         "items": records,
     }
+
+
+def divergence_of(records: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> float | None:
+    """Returns the mean of the items' KL(base || tuned) over its tokens, their weights elsewhere; None without any."""
+    pairs = zip(records, weights, strict=True)
+    found = [(record["kl"], record.get("kl_tokens", weight)) for record, weight in pairs if "kl" in record]
+    return _rate([kl * tokens for kl, tokens in found], [tokens for _, tokens in found]) if found else None
 
 
 def grouped(

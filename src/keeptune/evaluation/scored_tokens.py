@@ -51,6 +51,7 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     limit: int
+    templated: bool = False  # texts are written by a chat template, which writes special tokens itself
 
     def document(self, text: str, where: str) -> ScoredTokens:
         """Encodes a document, special tokens as the tokenizer adds them; all but the first token are scored."""
@@ -95,14 +96,24 @@ class Encoder:
         kept = self._last(whole)
         return ScoredTokens(tuple(kept), len(kept) - length, len(whole) > self.limit)
 
+    def answer(self, text: str, answer: str) -> ScoredTokens | None:
+        """Encodes a prompt with what follows it directly, which is scored up to the limit; None if nothing is left."""
+        context, whole = self._open_ended(text), self._open_ended(text + answer)
+        whole = whole[: len(context) + self.limit - 2]
+        length = min(len(whole) - len(context), len(whole) - 1)
+        if length < 1:
+            return None
+        kept = self._last(whole)
+        return ScoredTokens(tuple(kept), len(kept) - length, len(whole) > self.limit)
+
     def _encode(self, text: str) -> list[int]:
         # verbose=False: no warning about texts longer than the model, they are cut here.
-        return list(self.tokenizer(text, verbose=False)["input_ids"])
+        return list(self.tokenizer(text, verbose=False, add_special_tokens=not self.templated)["input_ids"])
 
     def _open_ended(self, text: str) -> list[int]:
         """Encodes a text to be continued: without the end token that some tokenizers add."""
         ids = self._encode(text)
-        ends = len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
+        ends = len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and not self.templated
         return ids[:-1] if ends else ids
 
     def _last(self, ids: list[int]) -> list[int]:

@@ -135,6 +135,31 @@ def test_a_task_file_of_lm_eval_on_its_own(pair: AdapterPair, tokenizer: Any, tm
     assert result.before == found["results"]["gsm8k"]["exact_match,flexible-extract"]
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("gsm8k", {"shots": 0}), ("openbookqa", {"role": "task"}), ("ifeval", {}), ("mbpp", {}), ("tinystories", {})],
+)
+def test_a_tasks_divergence_is_that_of_its_right_answers(
+    pair: AdapterPair, tokenizer: Any, reference: Any, name: str, more: dict[str, Any]
+) -> None:
+    result = score_named(pair, tokenizer, local(name, max_length=400, **more), progress=False)
+    if name not in ("gsm8k", "openbookqa"):
+        assert result.kl_to_base is None
+        return
+    total, tokens = 0.0, 0
+    for item in result.items:
+        right = item["answers"][0]
+        whole, start = (tokenizer(item["prompt"] + text)["input_ids"] for text in (f" {right}", ""))
+        places = []
+        for side in ("before", "after"):
+            with pair.before() if side == "before" else pair.after() as model:
+                model.eval()
+                places.append(reference.logits_after(model, whole[:400])[len(start) - 1 : -1].log_softmax(-1))
+        total += float((places[0].exp() * (places[0] - places[1])).sum())
+        tokens += len(whole) - len(start)
+    assert result.kl_to_base == pytest.approx(total / tokens, rel=1e-3)
+
+
 def test_choices_by_hand(pair: AdapterPair, tokenizer: Any) -> None:
     result = score_named(pair, tokenizer, local("openbookqa", examples=3), progress=False)
     for item in result.items:

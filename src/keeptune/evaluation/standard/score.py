@@ -12,12 +12,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import RecipeError
+from keeptune.data.calibration import pad_id_of
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Role
 from keeptune.evaluation.chat import turn_ends
+from keeptune.evaluation.likelihood import add_divergence
 from keeptune.evaluation.metrics import Measure, Metric
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
-from keeptune.evaluation.results import BenchmarkResult, label_scores, mean_scores
+from keeptune.evaluation.results import BenchmarkResult, divergence_of, label_scores, mean_scores
+from keeptune.evaluation.scored_tokens import Encoder, Passes
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.language_model import fit_length, wrapped_model
 from keeptune.evaluation.standard.lm_eval_tasks import SEED, Built, build_tasks, recorded_shots
@@ -107,9 +110,14 @@ def score_named(
         first, second = samples["before"], samples["after"]
         assert [sample.prompt for sample in first] == [sample.prompt for sample in second]
         records = [_record(index, *both, tokenizer) for index, both in enumerate(zip(first, second, strict=True))]
+        if benchmark.role == "task" and (benchmark.how is None or benchmark.how.protocol is None):
+            encoder = Encoder(tokenizer, length, templated=chat)
+            right = [encoder.answer(*_right(sample, chat=chat)) for sample in first]
+            add_divergence(pair, records, right, Passes(benchmark.batch_size, pad_id_of(tokenizer), benchmark.where))
     metric = first[0].metric
     if metric in ("f1", "matthews"):
         scores = _whole_scores(metric, first, second, seed) | {"n": len(records), "items": records}
+        scores["kl_to_base"] = divergence_of(records, [1.0] * len(records))
     else:
         weights = [float(record.get("tokens", record.get("instructions", 1))) for record in records]
         scores = mean_scores(records, weights, seed)
@@ -140,6 +148,18 @@ def _samples(model: Any, benchmark: NamedBenchmark, built: Built, *, chat: bool)
             fewshot_as_multiturn=chat,
         )
     return _read_samples(benchmark, built, results["samples"], shots)
+
+
+def _right(sample: _Sample, *, chat: bool) -> tuple[str, str]:
+    """Returns what the model reads and the right text after it, which is empty where the task has none."""
+    task, right, given = sample.task, sample.row["target"], sample.row["arguments"]
+    right = right[0] if isinstance(right, list) and right else right
+    if task.OUTPUT_TYPE == "multiple_choice":
+        place = task.doc_to_text(sample.row["doc"]) if task.multiple_input else right
+        return (given[place][0], given[place][1]) if isinstance(place, int) else ("", "")
+    if task.OUTPUT_TYPE != "generate_until" or not isinstance(right, str) or sample.stopped is not None:
+        return "", ""  # texts without a prompt, programs, and answers that are checked otherwise
+    return given[0][0], ("" if chat else task.config.target_delimiter) + right
 
 
 def _whole_scores(metric: Metric, first: Sequence[_Sample], second: Sequence[_Sample], seed: int) -> dict[str, Any]:
