@@ -11,14 +11,15 @@ _lazy, _names, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name: one of ``__init__.pyi``, or the class of a method or a penalty."""
+    """Imports a public name: one of ``__init__.pyi``, or the class of a method, a penalty or a loss."""
     if name in __all__:
         return _lazy(name)
     if not name.startswith("_"):
         from keeptune.methods.base import methods
         from keeptune.penalties.base import penalties
+        from keeptune.training.losses.base import losses
 
-        for cls in (*methods().values(), *penalties().values()):
+        for cls in (*methods().values(), *penalties().values(), *losses().values()):
             if cls.__name__ == name:
                 return cls
     raise AttributeError(f"module keeptune has no attribute {name}")

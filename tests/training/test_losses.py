@@ -201,7 +201,9 @@ def test_every_kind_of_method(method: Any, name: str, tmp_path_factory: pytest.T
     plan = planned(method, store=tmp_path / "store", layers=None if method.name == "full" else (0, 1))
     model = install(load_model(MODEL), plan)
     if (method.name, name) == ("full", "asft"):
-        with pytest.raises(TrainError, match="task.loss asft: got full, which overwrites the base.*Take dft or eaft"):
+        with pytest.raises(
+            TrainError, match="task.loss asft: got the method full, which overwrites the base.*Take dft or eaft"
+        ):
             step(plan, name, tmp_path, model)
         return
     _, made = step(plan, name, tmp_path, model, max_steps=3, learning_rate=1e-3)
@@ -228,7 +230,7 @@ def test_packed_texts_have_the_loss_of_texts_alone(name: str, plan: Plan, tmp_pa
     ("arguments", "told"),
     [
         ({"label_smoothing_factor": 0.1}, r"got train\.label_smoothing_factor beside it"),
-        ({"loss_type": "dft"}, r"got a loss of the trainer's own beside it"),
+        ({"loss_type": "dft"}, r"got train\.loss_type beside it"),
     ],
 )
 def test_two_losses_are_refused(arguments: dict[str, Any], told: str, plan: Plan, tmp_path: Path) -> None:

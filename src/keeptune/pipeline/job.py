@@ -44,13 +44,15 @@ from keeptune.pipeline.originals import check_original, original_of, refuse_with
 from keeptune.pipeline.placement import load_base
 from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind
-from keeptune.recipe.construct import make_method, make_penalties
+from keeptune.recipe.construct import make_loss, make_method, make_penalties
 from keeptune.recipe.schema import Recipe
 from keeptune.recipe.sections import Knowledge
 from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.store import StatStore
 from keeptune.training.arguments import check_arguments, example_length, sft_config
+from keeptune.training.losses.base import TaskLoss
+from keeptune.training.task_loss import refuse_loss
 
 _PROBE_LENGTH = 256
 _ADD_KNOWLEDGE = 'Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.'
@@ -91,6 +93,11 @@ class Job:
     def penalties(self) -> tuple[Penalty, ...]:
         """The penalties that the recipe adds to the method's own."""
         return make_penalties(self.recipe.penalties)
+
+    @cached_property
+    def loss(self) -> TaskLoss | None:
+        """What is learned of each token; None for nll."""
+        return make_loss(self.recipe.task.loss)
 
     # The base
 
@@ -349,7 +356,10 @@ class Job:
         for benchmark in recipe.evaluate:
             self.kind.check_benchmark(self.task, benchmark)
             refuse_used(used, benchmark, self.tokenizer)
-        self.config(self.output / "checkpoints", torch.float32)
+        arguments = self.config(self.output / "checkpoints", torch.float32)
+        if self.loss is not None:
+            beside = [*(recipe.modules_to_save or ()), *map(str, recipe.trainable_token_indices or ())]
+            refuse_loss(self.loss, arguments, self.method.name, self.method.scope, beside)
 
     def _refuse_quantised(self, config: Any = None) -> None:
         """Refuses a method or an anchor that would change weights which are quantised, by the recipe or the config."""

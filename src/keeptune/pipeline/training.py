@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -20,7 +21,7 @@ from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import release_memory
 from keeptune.training.guard import divergence
-from keeptune.training.trainer import train
+from keeptune.training.trainer import STM, train
 
 _log = logging.getLogger(__name__)
 _FACTORS = "factors.safetensors"
@@ -30,6 +31,8 @@ def trained_result(job: Job, plan: Plan) -> Stored:
     """Returns where the trained weights are, with the record ``train.json``, under the key of all they depend on."""
     recipe = job.recipe
     inputs = [plan.key, job.base_fingerprint, job.trained_examples.fingerprint, recipe.train, recipe.anchor]
+    if job.loss is not None or recipe.task.stm_threshold is not None:
+        inputs.append([job.loss and job.loss.name, job.loss, recipe.task.stm_threshold])
     return Stored("train", job.output / "trained" / "train.json", content_key(inputs))
 
 
@@ -48,7 +51,9 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     model = job.base()
     config = job.config(job.output / "checkpoints" / result.key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
-    loss = train(tuned, plan, job.tokenizer, job.trained_examples, config)
+    task = job.recipe.task
+    loss = train(tuned, plan, job.tokenizer, job.trained_examples, config, job.loss or "nll", task.stm_threshold)
+    stm = {} if task.stm_threshold is None else read_json(Path(config.output_dir) / STM)
     diverged = divergence([row.get("nll", row["loss"]) for row in loss])
     notes = [*([diverged] if diverged else []), *(conclusions(plan, loss[-1]) if loss else [])]
     for note in notes:
@@ -60,6 +65,8 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
         "labels": None if job.head is None else list(job.head.labels),
         "replay": {"share": job.recipe.replay, "examples": len(job.trained_examples) - len(job.task)},
         "data": job.data_account()[0].plain() if isinstance(job.trained_examples, LanguageExamples) else None,
+        "task_loss": task.loss,
+        "stm": {key: stm[key] for key in ("threshold", "tokens", "masked") if stm},
         "loss": loss,
         "notes": notes,
         "seconds": time.perf_counter() - started,

@@ -14,6 +14,7 @@ from keeptune.methods.base import method_named, methods
 from keeptune.methods.combined import Combined, Part
 from keeptune.penalties.base import Penalty, penalties, penalty_named
 from keeptune.recipe.sections import explain
+from keeptune.training.losses.base import TaskLoss, loss_named, losses
 
 
 def make_method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, seed: int) -> Any:
@@ -81,6 +82,11 @@ def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[Penalty, ...]
         RecipeError: A name or an option is unknown, or a value does not fit.
     """
     return tuple(penalty_named(*_named(section, "penalties", penalties())) for section in sections)
+
+
+def make_loss(section: Mapping[str, Any] | None) -> TaskLoss | None:
+    """Makes the loss of a recipe's task from a section of a ``name`` and its own fields; None for nll."""
+    return None if section is None else loss_named(*_named(section, "task.loss", ["nll", *losses()]))
 
 
 def _named(section: Mapping[str, Any], where: str, known: Iterable[str]) -> tuple[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.methods.combined import tuned_roles
 from keeptune.model.pretrained import Dtype, StartFrom
 from keeptune.model.quantization import check_quantization
-from keeptune.recipe.construct import make_method, make_penalties
+from keeptune.recipe.construct import make_loss, make_method, make_penalties
 from keeptune.recipe.paths import Fetch, resolve_paths
 from keeptune.recipe.published import Published
 from keeptune.recipe.reading import parse_pairs, read_values, spelt_out
@@ -160,6 +160,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
         raise explain(error, where, _known_keys) from error
     tuned_roles(make_method(recipe.method, seed=0), recipe.targets)
     make_penalties(recipe.penalties)
+    make_loss(recipe.task.loss)
     if recipe.quantization is not None:
         check_quantization(recipe.quantization)
     check_arguments(recipe.train, SFTConfig if recipe.task.kind == "completion" else TrainingArguments)

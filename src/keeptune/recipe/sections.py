@@ -121,7 +121,7 @@ BenchmarkEntry = Annotated[
 Kind = Literal["completion", "classification", "regression"]
 # Keys that a kind needs, and those that it may have.
 _KIND_KEYS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "completion": (("prompt", "completion"), ()),
+    "completion": (("prompt", "completion"), ("loss", "stm_threshold")),
     "classification": (("text", "label"), ("text_pair", "labels")),
     "regression": (("text", "label"), ("text_pair",)),
 }
@@ -160,6 +160,8 @@ class Task(DataSection):
     examples: int | None = Field(None, ge=1)
     truncate: Truncate = "right"
     calibration: TaskCalibration = TaskCalibration()
+    loss: Annotated[dict[str, Any], BeforeValidator(spelt_out)] | None = None
+    stm_threshold: float | None = Field(None, ge=1, allow_inf_nan=False)
 
     @property
     def files(self) -> tuple[TrainFile, ...]:

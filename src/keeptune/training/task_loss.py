@@ -7,7 +7,7 @@ that reads whole distributions computes them from the last hidden states, for a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from keeptune.training.losses.base import TaskLoss
 from keeptune.training.output_passes import at_start
 
 _AT_ONCE = 2**25  # logits at a time: 128 MiB in float32
+_ONE = "Leave one of the two out."
 _ALONE = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
 
 
@@ -40,7 +41,8 @@ def add_loss(trainer: Any, plan: Plan, loss: TaskLoss) -> None:
         TrainError: The trainer is not TRL's SFTTrainer or has a loss of its own, or the loss needs a pass through the
             model that the trainer's back-end or the method has no room for.
     """
-    _refuse(trainer, plan, loss)
+    _refuse_trainer(trainer, loss)
+    refuse_loss(loss, trainer.args, plan.method, plan.scope, [*head_names(plan), *token_rows(plan)])
     compute, log, tokens = trainer.compute_loss, trainer.log, _Tokens(trainer, plan, loss)
 
     def with_loss(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,21 +133,43 @@ class _Tokens:
         self._checked = True
 
 
-def _refuse(trainer: Any, plan: Plan, loss: TaskLoss) -> None:
-    args, reads, own = trainer.args, loss.reads, "Leave one of the two out."
+def _refuse_trainer(trainer: Any, loss: TaskLoss) -> None:
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    other = getattr(args, "loss_type", "nll") != "nll" or getattr(trainer, "compute_loss_func", None) is not None
-    sharded = trainer.accelerator.distributed_type not in _ALONE
-    beside = ", ".join([*head_names(plan), *token_rows(plan)])
-    for refused, got, next_step in (
+    sharded = loss.reads != "log_probs" and trainer.accelerator.distributed_type not in _ALONE
+    _refuse(
+        loss,
         (not isinstance(trainer, SFTTrainer), f"a {type(trainer).__name__}", "Use TRL's SFTTrainer."),
-        (args.label_smoothing_factor > 0, "train.label_smoothing_factor beside it", own),
-        (other, "a loss of the trainer's own beside it (train.loss_type or compute_loss_func)", own),
+        (trainer.compute_loss_func is not None, "a compute_loss_func beside it", _ONE),
         (parallel is not None and (parallel.sp_enabled or parallel.cp_enabled), "sequences in parts", "Take nll."),
-        (reads != "log_probs" and sharded, "weights in parts (FSDP, DeepSpeed)", "Take dft, a single process or DDP."),
-        (reads == "base" and plan.scope != "adapter", f"{plan.method}, which overwrites the base", "Take dft or eaft."),
-        (reads == "base" and bool(beside), f"{beside} trained whole or by rows, and no copy", "Take dft or eaft."),
-    ):
+        (sharded, "weights in parts (FSDP, DeepSpeed)", "Take dft, a single process or DDP."),
+    )
+
+
+def refuse_loss(loss: TaskLoss, args: Any, method: str, scope: str, beside: Sequence[str]) -> None:
+    """Refuses a loss that does not fit the trainer's arguments or the method.
+
+    Args:
+        loss: The loss.
+        args: Fields of SFTConfig.
+        method: The method's name.
+        scope: What it trains, as of a plan.
+        beside: What it trains beside targets.
+
+    Raises:
+        TrainError: There is another loss beside it, or no base is left that it could read.
+    """
+    base = loss.reads == "base"
+    _refuse(
+        loss,
+        (args.label_smoothing_factor > 0, "train.label_smoothing_factor beside it", _ONE),
+        (getattr(args, "loss_type", "nll") != "nll", "train.loss_type beside it", _ONE),
+        (base and scope != "adapter", f"the method {method}, which overwrites the base", "Take dft or eaft."),
+        (base and bool(beside), f"{', '.join(beside)} trained beside the factors, in place", "Take dft or eaft."),
+    )
+
+
+def _refuse(loss: TaskLoss, *reasons: tuple[bool, str, str]) -> None:
+    for refused, got, next_step in reasons:
         if refused:
-            wanted = "TRL's sum over the tokens of whole texts" + (" and the base" if reads == "base" else "")
+            wanted = "TRL's sum over the tokens of whole texts" + (" and the base" if loss.reads == "base" else "")
             raise TrainError(f"task.loss {loss.name}", got=got, wanted=wanted, next_step=next_step)

@@ -24,8 +24,10 @@ from keeptune.training.attach import attach
 from keeptune.training.checkpoints import Checksums, last_complete_checkpoint
 from keeptune.training.losses.base import TaskLoss
 from keeptune.training.packing import refuse_leaks
+from keeptune.training.stm import stm
 
 _log = logging.getLogger(__name__)
+STM = "stm.json"  # beside the checkpoints
 _CURVE = ("step", "loss", "nll", "learning_rate", "penalty", "penalty_grad_norm")
 
 
@@ -36,6 +38,7 @@ def train(
     examples: LanguageExamples | LabelledExamples,
     config: SFTConfig,
     loss: str | TaskLoss = "nll",
+    stm_threshold: float | None = None,
 ) -> list[dict[str, float]]:
     """Trains an installed model on a task, from the last checkpoint that is whole if there is one.
 
@@ -47,6 +50,7 @@ def train(
         config: From :func:`keeptune.training.arguments.sft_config`; its ``output_dir`` holds the checkpoints. A
             classifier uses ``max_length`` and the fields of ``TrainingArguments``.
         loss: What a language model learns of each token, as of :func:`keeptune.training.attach.attach`.
+        stm_threshold: The highest perplexity of a token that is learned (:func:`keeptune.training.stm.stm`).
 
     Returns:
         The loss curve: ``{"step": .., "loss": .., "learning_rate": ..}`` per logged step, without any penalty: nats
@@ -61,7 +65,7 @@ def train(
     resume = last_complete_checkpoint(folder)
     if resume is not None:
         _log.info("training: going on from %s", resume)
-    trainer = _trainer(model, plan, tokenizer, examples, config, loss)
+    trainer = _trainer(model, plan, tokenizer, examples, config, loss, stm_threshold)
     with explain_full_disk(folder), biases_are_no_shards():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return [_point(row) for row in trainer.state.log_history if "loss" in row]
@@ -74,11 +78,14 @@ def _trainer(
     examples: LanguageExamples | LabelledExamples,
     config: SFTConfig,
     loss: str | TaskLoss = "nll",
+    stm_threshold: float | None = None,
 ) -> Any:
     dataset, lost = examples.dataset(tokenizer, example_length(config))
     for reason, numbers in lost.items():
         some = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
         _log.warning("training: %d of %d examples are %s (rows %s)", len(numbers), len(examples), reason, some)
+    if stm_threshold is not None:
+        dataset = stm(model, dataset, stm_threshold, kept=Path(config.output_dir) / STM)
     kind, parts = _classifier_parts(tokenizer, examples, config) if isinstance(examples, LabelledExamples) else _SFT
     try:
         with explain_full_disk(Path(config.output_dir)):
