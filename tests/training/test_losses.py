@@ -141,7 +141,7 @@ def test_a_step_is_that_of_the_equations(
     name: str, chunk: int, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The base is not the model without its adapter (PiSSA), nor the model as it is now; some tokens at a time."""
-    monkeypatch.setattr(task_loss, "_AT_ONCE", chunk)
+    monkeypatch.setattr(task_loss, "AT_ONCE", chunk)
     model = moved(plan, "residual")
     wanted, nll = defined(name, model.eval())
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -101,7 +101,10 @@ class FinishedRun:
         method, options = self.plan.method, self.plan.options
         variant = str(options.get("variant") or options.get("mode") or "")
         name = variant if variant.startswith(method) else f"{method}-{variant}" if variant else method
+        task = self.recipe["task"]
+        loss = (task.get("loss") or {"name": "nll"})["name"]
         added = [penalty["name"] for penalty in self.recipe.get("penalties", ())]
+        added += [loss] * (loss != "nll") + ["stm"] * (task.get("stm_threshold") is not None)
         return " + ".join([name, *added, *(["replay"] if self.recipe.get("replay") else [])])
 
     def _check_same(self, stage: str, made_with: str, key: str) -> None:

@@ -56,6 +56,10 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     stm = {} if task.stm_threshold is None else read_json(Path(config.output_dir) / STM)
     diverged = divergence([row.get("nll", row["loss"]) for row in loss])
     notes = [*([diverged] if diverged else []), *(conclusions(plan, loss[-1]) if loss else [])]
+    if stm:
+        notes.append(
+            f"stm: {stm['masked']} of {stm['tokens']} tokens are not learned, {stm['masked'] / stm['tokens']:.0%}"
+        )
     for note in notes:
         _log.info("train: %s", note)
     record = {
@@ -66,7 +70,7 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
         "replay": {"share": job.recipe.replay, "examples": len(job.trained_examples) - len(job.task)},
         "data": job.data_account()[0].plain() if isinstance(job.trained_examples, LanguageExamples) else None,
         "task_loss": task.loss,
-        "stm": {key: stm[key] for key in ("threshold", "tokens", "masked") if stm},
+        "stm": {key: value for key, value in stm.items() if key != "places"},
         "loss": loss,
         "notes": notes,
         "seconds": time.perf_counter() - started,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -224,6 +225,7 @@ def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | 
     else:
         value, wanted, next_step = first["input"], first["msg"].removeprefix("Input should be "), "Correct the value."
         wanted = "a size such as 500MB, 20GB or a number of bytes" if first["type"].startswith("byte_size") else wanted
-        plain = value is None or isinstance(value, str | int | float | bool | list | dict)
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        plain = value is None or (isinstance(value, str | int | float | bool | list | dict) and not infinite)
         got = canonical_json(value) if plain else repr(value)
     return RecipeError(f"{where}, key {place}", got=got, wanted=wanted, next_step=next_step)

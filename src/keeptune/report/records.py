@@ -157,6 +157,7 @@ class Step(_Record):
 
     step: Number
     loss: Number
+    nll: Number | None = None
     penalty: Number | None = None
     layers: dict[int, Number] = {}
 
@@ -198,8 +199,9 @@ class Run(_Record):
 
     @property
     def loss(self) -> tuple[tuple[float, float], ...]:
-        """Steps with their losses, those that are finite."""
-        return tuple((one.step, one.loss) for one in self.steps if math.isfinite(one.step + one.loss))
+        """Steps with their nats per token whatever the loss, of a classifier its loss; those that are finite."""
+        points = ((one.step, one.loss if one.nll is None else one.nll) for one in self.steps)
+        return tuple(point for point in points if math.isfinite(sum(point)))
 
     @property
     def penalised(self) -> tuple[Step, ...]:

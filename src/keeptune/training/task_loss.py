@@ -26,7 +26,7 @@ from keeptune.core.plan import Plan
 from keeptune.training.losses.base import TaskLoss
 from keeptune.training.output_passes import at_start
 
-_AT_ONCE = 2**25  # logits at a time: 128 MiB in float32
+AT_ONCE = 2**25  # logits at a time: 128 MiB in float32
 _ONE = "Leave one of the two out."
 _ALONE = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
 
@@ -100,7 +100,7 @@ class _Tokens:
 
     def _of_states(self, log_probs: Tensor, now: Tensor, start: Tensor, labels: Tensor) -> Tensor:
         """Computes l_t, some tokens at a time; distributions are not kept, but computed again on the way back."""
-        size = max(1, _AT_ONCE // self._inner.get_output_embeddings().weight.shape[0])
+        size = max(1, AT_ONCE // self._inner.get_output_embeddings().weight.shape[0])
         if not self._checked and len(labels):
             self._check(now[:size].detach(), labels[:size, None], log_probs[:size].detach())
 

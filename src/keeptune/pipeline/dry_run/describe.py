@@ -207,6 +207,8 @@ class _Account:
                 whole=self._whole,
                 checkpointing=checkpointing(self.job.recipe.train),
             )
+            if self.job.loss is not None and self.job.loss.reads == "base":
+                training += estimate.forward_flops(self.shape, train.tokens, train.length)
         known = [(one.items, one.length) for one in score if one.items is not None]
         scoring = sum(2 * estimate.forward_flops(self.shape, items * length, length) for items, length in known)
         return {"train": training, "score": scoring if len(known) == len(score) else None}

@@ -18,6 +18,7 @@ import torch
 
 from keeptune.core.target import Target
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
+from keeptune.training.task_loss import AT_ONCE
 
 # The optimisers' states, bytes for each trained number: the first name that the optimiser's contains.
 _STATES = {"lion_8bit": 1, "8bit": 2, "4bit": 1, "ademamix": 12, "adafactor": 0, "sgd": 0}
@@ -80,6 +81,12 @@ def head_bytes(shape: ModelShape, *, batch: int, length: int, device: str, smoot
         return batch * length * shape.vocabulary * (shape.size + 12)
     tokens, words = min(batch * length, _TILE[0]), min(shape.vocabulary, _TILE[1])
     return tokens * words * (2 if device.startswith("cuda") else 31)
+
+
+def token_loss_bytes(shape: ModelShape, reads: str, tokens: int) -> int:
+    """Computes what a loss of whole answers takes beside the activations: as KL, or half of it, for a chunk."""
+    each = {"log_probs": 0, "answers": shape.size + 12, "base": 2 * shape.size + 28}[reads]
+    return min(tokens * shape.vocabulary, AT_ONCE) * each
 
 
 def backward_head_bytes(shape: ModelShape, tokens: int) -> int:

@@ -244,6 +244,8 @@ class Footprint:
             "penalties": sum(self.penalties.values()),
         }
         head = estimate.head_bytes(self.shape, batch=self.batch, length=length, device=self._kind, smoothed=smoothed)
+        if self.job.loss is not None:
+            head = max(head, estimate.token_loss_bytes(self.shape, self.job.loss.reads, self.batch * length))
         passing = {"activations": kept, "logits": head}
         answers = self._answers(saving)
         lasting["kept answers"] = answers.pop("kept", 0)

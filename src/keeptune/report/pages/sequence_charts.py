@@ -93,7 +93,7 @@ def losses(record: Record) -> charts.Chart | None:
     """Returns the training loss of every stage; None without losses."""
     traces = []
     for index, stage in enumerate(record["stages"]):
-        curve = [(float(row["step"]), float(row["loss"])) for row in stage.get("loss") or []]
+        curve = [(float(row["step"]), float(row.get("nll", row["loss"]))) for row in stage.get("loss") or []]
         if len(curve) > 1:
             traces.append(charts.scatter(stage["name"], *charts.thin(curve), charts.mark(index), "lines"))
     if not traces:

@@ -1,0 +1,92 @@
+"""`task.loss` and `task.stm_threshold` in a recipe: what is trained and recorded, and what it cannot be asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tests.pipeline.support import recipe_of
+
+from keeptune.core.artefact import read_json
+from keeptune.core.errors import KeeptuneError, RecipeError, TrainError
+from keeptune.pipeline.dry_run.describe import describe
+from keeptune.pipeline.job import Job
+from keeptune.pipeline.run import run
+from keeptune.pipeline.training import trained_result
+
+Values = Callable[..., dict[str, Any]]
+
+
+def with_task(make: Values, **keys: Any) -> dict[str, Any]:
+    given = make(evaluate=[])
+    return given | {"task": given["task"] | keys}
+
+
+def test_a_run_says_by_what_it_learned(recipe_values: Values) -> None:
+    recipe = recipe_of(with_task(recipe_values, loss={"name": "eaft", "alpha": 0.5}, stm_threshold=2000.0))
+    report = run(recipe)
+    record = read_json(recipe.output / "trained" / "train.json")
+    assert record["task_loss"] == {"name": "eaft", "alpha": 0.5}
+    assert record["stm"]["threshold"] == 2000.0
+    assert 0 < record["stm"]["masked"] < record["stm"]["tokens"]
+    assert all(math.isfinite(row["nll"]) and row["nll"] != row["loss"] for row in record["loss"])
+    (entry,) = report["methods"]
+    assert entry["name"].endswith(" + eaft + stm")
+    assert any(
+        note.startswith(f"stm: {record['stm']['masked']} of {record['stm']['tokens']} tokens")
+        for note in entry["notes"]
+    )
+
+
+def test_what_is_learned_is_part_of_the_key(recipe_values: Values) -> None:
+    weights = [{"loss": {"name": "asft", "kl_weight": weight}} for weight in (0.1, 0.2)]
+    keys = []
+    for task in ({}, {"loss": "nll"}, {"loss": "dft"}, {"loss": "asft"}, *weights, {"stm_threshold": 2.5}):
+        job = Job(recipe_of(with_task(recipe_values, **task)))
+        keys.append(trained_result(job, _Plan()).key)  # type: ignore[arg-type]
+    assert keys[0] == keys[1]
+    assert keys[3] == keys[4]
+    assert len(set(keys)) == 5
+
+
+class _Plan:
+    key = "plan"
+
+
+@pytest.mark.parametrize(
+    ("task", "others", "error", "told"),
+    [
+        ({"loss": "daft"}, {}, RecipeError, 'task.loss: got "daft".*dft'),
+        ({"loss": {"alpha": 1}}, {}, RecipeError, "task.loss: got no name"),
+        ({"loss": {"name": "eaft", "power": 1}}, {}, RecipeError, "task.loss, eaft, key power"),
+        ({"stm_threshold": 0.5}, {}, RecipeError, "task.stm_threshold"),
+        ({"stm_threshold": math.inf}, {}, RecipeError, "task.stm_threshold"),
+        ({"loss": "dft"}, {"train": {"label_smoothing_factor": 0.1}}, TrainError, "label_smoothing_factor beside"),
+        ({"loss": "dft"}, {"train": {"loss_type": "dft"}}, TrainError, r"train\.loss_type beside"),
+        ({"loss": "asft"}, {"method": "full"}, TrainError, "the method full, which overwrites the base"),
+        ({"loss": "asft"}, {"modules_to_save": ["embed_tokens"]}, TrainError, "embed_tokens trained beside"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_refused_before_anything_is_computed(
+    task: dict[str, Any], others: dict[str, Any], error: type[KeeptuneError], told: str, recipe_values: Values
+) -> None:
+    with pytest.raises(error, match=told):
+        Job(recipe_of(with_task(recipe_values, **task) | others)).check()
+
+
+def test_a_classifier_has_no_such_loss(recipe_values: Values) -> None:
+    task = {"train": "x.jsonl", "kind": "classification", "text": "{a}", "label": "{b}", "loss": "dft"}
+    with pytest.raises(RecipeError, match="task.loss: got a key that kind classification does not use"):
+        recipe_of(recipe_values() | {"task": task})
+
+
+def test_the_account_knows_what_each_loss_takes(recipe_values: Values) -> None:
+    found = {}
+    for loss in ("nll", "dft", "eaft", "asft"):
+        account = describe(recipe_of(with_task(recipe_values, loss=loss)))
+        found[loss] = (account.memory["training"].parts["logits"], account.work["train"])
+    assert found["nll"] == found["dft"]
+    assert found["eaft"][1] == found["nll"][1] < found["asft"][1]
+    assert found["nll"][0] <= found["eaft"][0] <= found["asft"][0]
