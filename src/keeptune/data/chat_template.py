@@ -1,0 +1,383 @@
+"""Conversations through a chat template: tokens, and which of them are learned, proved turn by turn.
+
+An answer is learned where training shows it as a server asks for it. With T the template, M the messages, | | the
+tokens of a text, and W = |T(M)| what is trained on, message i is learned if
+
+(1) |T(M[:i], add_generation_prompt)|, what the model is asked, is how W begins, down to the token on the boundary;
+(2) |T(M[:i+1])|, what the model then writes, is how W begins, up to the token that ends the turn.
+
+Learned are the tokens from the end of (1) to the end of (2); of these only what the template marks by
+``{% generation %}``, if it does. A message that breaks (1) or (2) is not learned, and said; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from keeptune.core.errors import DataError, nearest
+from keeptune.data.conversation import Conversation
+
+Messages = Sequence[Mapping[str, Any]]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Templates that print today's date are read as on this day, Llama 3.1's own: no example depends on the day of a run.
+DAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_PROBE = ({"role": "user", "content": "probe"}, {"role": "assistant", "content": "answer"})
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """What is learned of a conversation, and through which template.
+
+    Args:
+        roles_to_train: Messages of these roles are learned.
+        turns: ``all`` of these messages, or the ``last`` one of each conversation; ``each``: a conversation becomes an
+            example for each of them, which ends with it, just as a server would ask for it.
+        train_on_eos: The token that ends a turn is learned in every learned ``turn``, in ``all`` turns, in the
+            ``last`` one of a conversation, or in ``none``.
+        chat_template: A Jinja file, the name of one of TRL's templates, ``chatml``, or None: the tokenizer's own.
+        chat_template_kwargs: Variables of the template, such as ``enable_thinking``.
+    """
+
+    roles_to_train: tuple[str, ...] = ("assistant",)
+    turns: Literal["all", "last", "each"] = "all"
+    train_on_eos: Literal["turn", "all", "last", "none"] = "turn"
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def wanted(self, messages: Messages) -> list[int]:
+        """Returns which messages are to be learned."""
+        own = [n for n, m in enumerate(messages) if m["role"] in self.roles_to_train and m.get("train") is not False]
+        return own[-1:] if self.turns == "last" else own
+
+
+class ChatRow(NamedTuple):
+    """A conversation as tokens.
+
+    Args:
+        ids: The tokens, up to the end of the last message that is to be learned.
+        learned: Which of them are learned.
+        lost: Why a message that is to be learned is not, for each such message.
+        ended: How many messages are learned with the token that ends them.
+    """
+
+    ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+    lost: tuple[str, ...]
+    ended: int
+
+
+class _Span(NamedTuple):
+    """The tokens of one message; the next token, if ``ends``, is the one by which the model ends it."""
+
+    start: int
+    stop: int
+    ends: bool
+
+
+class _NotProvedError(Exception):
+    """A message is not shown as the model is asked for it."""
+
+
+def template_text(name: str, *, where: str) -> str:
+    """Returns the text of a template that is named, or is a Jinja file.
+
+    Raises:
+        DataError: There is no such file or name.
+    """
+    import trl
+
+    if name == "chatml":
+        return CHATML
+    shipped = Path(trl.__file__).parent / "chat_templates"
+    path = Path(name) if name.endswith((".jinja", ".j2")) else shipped / f"{name}.jinja"
+    if not path.is_file():
+        near = nearest(name, ["chatml", *(file.stem for file in shipped.glob("*.jinja"))])
+        raise DataError(where, got=name, wanted="a file.jinja, or the name of a template", next_step=near)
+    return path.read_text(encoding="utf-8")
+
+
+class ChatTemplate:
+    """A chat template with its tokenizer, as a server applies them.
+
+    Laws: (1) and (2) of the module; nothing depends on the day.
+
+    Args:
+        tokenizer: The base's tokenizer.
+        options: What is learned, and through which template.
+        where: The key of the recipe that errors name.
+
+    Raises:
+        DataError: There is no template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: ChatOptions, *, where: str) -> None:
+        self.tokenizer, self.options = tokenizer, options
+        own = template_text(options.chat_template, where=where) if options.chat_template else None
+        if own == CHATML and "<|im_end|>" not in tokenizer.get_vocab():  # the model has an end token of its own
+            own = CHATML.replace("<|im_end|>", str(tokenizer.eos_token))
+        if own is None and not tokenizer.chat_template:
+            new = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_vocab()]
+            told = f" ({' and '.join(new)} would be new to the vocabulary)" if new else ""
+            raise DataError(
+                where,
+                got="conversations, and a tokenizer without a chat template",
+                wanted="a chat template",
+                next_step=f"Set chat_template: chatml{told}, or chat_template: file.jinja.",
+            )
+        self.plain = str(tokenizer.get_chat_template(own))
+        self._with_tools = str(tokenizer.get_chat_template(own, tools=[{}]))
+        self._twin, self._used_twin = _training_twin(tokenizer, self.plain), False
+        self.added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        self._ends: dict[str, int | None] = {}
+        self._parts = False
+        try:
+            self._parts = "probe" not in self.text(_PROBE[:1])
+        except _REFUSALS:
+            self._parts = True
+        self.end = self.end_of_turn(self.plain)
+
+    def apply(self, messages: Messages, tools: Any, template: str | None, **how: Any) -> Any:
+        """Returns what the tokenizer's ``apply_chat_template`` does, for messages as the template reads them."""
+
+        def applied(as_text: bool) -> Any:
+            return self.tokenizer.apply_chat_template(
+                [_plain_message(message, as_text, self._parts) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                chat_template=_TODAY.sub(lambda call: repr(DAY.strftime(call[2])), template or self.template(tools)),
+                **how,
+                **self.options.chat_template_kwargs,
+            )
+
+        try:
+            return applied(as_text=False)
+        except TypeError:  # DeepSeek-V3's template takes the arguments of calls as text only.
+            return applied(as_text=True)
+
+    def template(self, tools: Any) -> str:
+        """Returns the template of conversations with these tools."""
+        return self._with_tools if tools else self.plain
+
+    def text(self, messages: Messages, tools: Any = None, *, ask: bool = False, template: str | None = None) -> str:
+        """Returns the rendering of messages; ``ask``: with the header of the answer that is asked for."""
+        return str(self.apply(messages, tools, template, add_generation_prompt=ask, tokenize=False))
+
+    def tokens(self, text: str) -> list[int]:
+        """Returns the tokens of a rendering; it writes its beginning token itself."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def end_of_turn(self, template: str) -> int | None:
+        """Returns the token that ends an answer whatever follows, if there is one."""
+        if template not in self._ends:
+            try:
+                texts = [self.text(turns, template=template) for turns in (_PROBE, (*_PROBE, _PROBE[0]))]
+            except _REFUSALS:
+                texts = ["", ""]
+            tails = [self.tokens(text.rpartition("answer")[2]) for text in texts]
+            same = (a for a, b in zip(*tails, strict=False) if a == b)
+            self._ends[template] = next((token for token in same if token in self.added), None)
+        return self._ends[template]
+
+    def row(self, conversation: Conversation, *, where: str) -> ChatRow:
+        """Returns a conversation as tokens, with what is learned of it.
+
+        A template that TRL has a training version of is read by that where it proves more.
+
+        Raises:
+            DataError: The template refuses the messages, or does not show one of them.
+        """
+        tools, wanted = conversation.tools, self.options.wanted(conversation.messages)
+        # What follows the last learned message teaches nothing, and may change how a template shows earlier ones.
+        shown = conversation.messages[: wanted[-1] + 1] if wanted else conversation.messages
+        try:
+            served = _Rendering(self, self.template(tools), shown, tools).row(wanted)
+            if self._twin is None or not wanted or (served.ended and not served.lost):
+                return served
+            twin = _Rendering(self, self._twin, shown, tools).row(wanted)
+        except _REFUSALS as error:
+            raise DataError(
+                where,
+                got=f"messages by {', '.join(str(m['role']) for m in shown)}; the chat template: {error}",
+                wanted="messages that the chat template shows",
+                next_step="Change these messages, or set chat_template to one that shows them.",
+            ) from error
+        if (len(served.lost), -served.ended) <= (len(twin.lost), -twin.ended):
+            return served
+        self._used_twin = True
+        return twin
+
+    def notes(self) -> list[str]:
+        """Returns what a user should know of the template."""
+        name = self.tokenizer.convert_ids_to_tokens
+        notes = []
+        if self.end is None:
+            notes.append("no one token ends the template's turns: a model may not stop where its answer ends")
+        elif self.end != self.tokenizer.eos_token_id:
+            notes.append(f"turns end with {name(self.end)}, the tokenizer's texts with {self.tokenizer.eos_token}")
+        if _TODAY.search(self.plain):
+            notes.append(f"the template prints today's date; all is read as on {DAY:%Y-%m-%d}")
+        if self._used_twin:
+            notes.append("some conversations are read by TRL's training version of the chat template")
+        return notes
+
+
+class _Rendering:
+    """A conversation as one template shows it."""
+
+    def __init__(self, chat: ChatTemplate, template: str, messages: Messages, tools: Any) -> None:
+        self.chat, self.template, self.messages, self.tools = chat, template, messages, tools
+        self.marked = bool(_MARKS.search(template)) and chat.options.roles_to_train == ("assistant",)
+        self.text = chat.text(messages, tools, template=template)
+        self.ids = self._ids()
+        for number, message in enumerate(messages, start=1):
+            if missing := _missing(message, self.text):
+                raise ValueError(f"it does not show {missing!r} of message {number} ({message['role']})")
+        if missing := _missing({"tool_calls": tools}, self.text):
+            raise ValueError(f"it does not show the tool {missing!r}")
+        if self.ids[:2] == [chat.tokenizer.bos_token_id] * 2:
+            raise ValueError(f"it begins with {chat.tokenizer.bos_token} twice")
+
+    def row(self, wanted: Sequence[int]) -> ChatRow:
+        """Returns the tokens, with the ``wanted`` messages learned."""
+        marks, learned = self._marks(), [False] * len(self.ids)
+        ends: list[int] = []
+        lost: list[str] = []
+        for i in wanted:
+            try:
+                span = self._span(i)
+            except _NotProvedError as why:
+                lost.append(str(why))
+                continue
+            learned[span.start : span.stop] = marks[span.start : span.stop]
+            ends += [span.stop] if span.ends else []
+        every = [n for n, token in enumerate(self.ids) if token == self.chat.end_of_turn(self.template)]
+        chosen = {"turn": ends, "all": [*ends, *every], "last": ends[-1:], "none": []}
+        for end in chosen[self.chat.options.train_on_eos]:
+            learned[end] = True
+        return ChatRow(tuple(self.ids), tuple(learned), tuple(lost), len(ends))
+
+    def _ids(self) -> list[int]:
+        """Returns the tokens; a last answer is cut from what is asked where one token would span the two."""
+        whole = self.chat.tokens(self.text)
+        if self.marked or len(self.messages) < 2 or self.messages[-1]["role"] != "assistant":
+            return whole
+        prompt = self.chat.text(self.messages[:-1], self.tools, ask=True)
+        asked = self.chat.tokens(prompt)
+        if not self.text.startswith(prompt) or whole[: len(asked)] == asked:
+            return whole
+        line, rest = self.chat.tokens("\n"), self.text[len(prompt) :]
+        after = self.chat.tokens("\n" + rest)  # after a line: SentencePiece puts a space at the beginning of a text
+        apart = asked + (after[len(line) :] if after[: len(line)] == line else self.chat.tokens(rest))
+        return apart if self.chat.tokenizer.decode(apart) == self.chat.tokenizer.decode(whole) else whole
+
+    def _marks(self) -> list[bool]:
+        """Returns what the template marks of answers; all tokens where it has no marks, or answers are not alone."""
+        if not self.marked:
+            return [True] * len(self.ids)
+        found = self.chat.apply(self.messages, self.tools, self.template, return_assistant_tokens_mask=True)
+        return [bool(mark) for mark in found["assistant_masks"]]
+
+    def _span(self, i: int) -> _Span:
+        """Returns the tokens of message ``i``, proved."""
+        text = self.chat.text(self.messages[: i + 1], self.tools, template=self.template)
+        full = self.ids if text == self.text else self.chat.tokens(text)
+        find = self._answer if self.messages[i]["role"] == "assistant" else self._content
+        start, stop = find(i, text, full)
+        if self.ids[:stop] != full[:stop]:
+            raise _NotProvedError("the template shows it otherwise once other messages follow")
+        ended = stop < len(full) and full[stop : stop + 1] == self.ids[stop : stop + 1]
+        return _Span(start, stop, ended and full[stop] in self.chat.added)
+
+    def _answer(self, i: int, text: str, full: list[int]) -> tuple[int, int]:
+        """Returns where an answer begins, which is where (1) ends, and the place of the token that ends it."""
+        if not i:
+            raise _NotProvedError("nothing is asked before it")
+        prompt = self.chat.text(self.messages[:i], self.tools, ask=True)
+        asked = self.chat.tokens(prompt)
+        start = len(asked)
+        if not text.startswith(prompt):
+            same = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), 0)
+            raise _NotProvedError(f"it is asked for by {prompt[same:][:60]!r}, and shown as {text[same:][:60]!r}")
+        if full[:start] != asked:
+            raise _NotProvedError(f"a token spans its beginning and the end of what is asked, {prompt[-20:]!r}")
+        if missing := _missing(self.messages[i], text[len(prompt) :], thought=True):
+            raise _NotProvedError(f"the template does not show {missing!r}")
+        plain = [n for n in range(start, len(full)) if not self._closes(full[n])]
+        after = plain[-1] + 1 if plain else start
+        end = self.chat.end_of_turn(self.template)
+        if end in full[after:]:
+            return start, full.index(end, after)
+        last = max((n for n in range(after, len(full)) if full[n] in self.chat.added), default=len(full))
+        return start, last
+
+    def _closes(self, token: int) -> bool:
+        """Returns whether a token may stand after the last word of an answer: white space, or no text at all."""
+        return token in self.chat.added or not self.chat.tokenizer.decode([token]).strip()
+
+    def _content(self, i: int, text: str, full: list[int]) -> tuple[int, int]:
+        """Returns where the content of another message is: the text that changes with it, and nothing else does."""
+        content = (self.messages[i].get("content") or "").strip()
+        probe = [*self.messages[:i], {**self.messages[i], "content": "probe"}]
+        head, found, tail = text.rpartition(content)
+        if not content or (head, "probe", tail) != self.chat.text(probe, self.tools, template=self.template).rpartition(
+            "probe"
+        ):
+            raise _NotProvedError("the template does not show its content in one place")
+        offsets = self.chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        inside = [n for n, (a, b) in enumerate(offsets) if b > len(head) and a < len(head + found) and b > a]
+        over = text[offsets[inside[0]][0] : len(head)] + text[len(head + found) : offsets[inside[-1]][1]]
+        if over.strip():
+            raise _NotProvedError(f"a token spans its content and {over!r}")
+        return inside[0], inside[-1] + 1
+
+
+def _training_twin(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """Returns TRL's training version of a template, if it has one."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    try:
+        twin = get_training_chat_template(other)
+    except ValueError:
+        return None
+    return None if twin is None else str(twin)
+
+
+def _plain_message(message: Mapping[str, Any], as_text: bool, parts: bool) -> dict[str, Any]:
+    """Returns a message as templates read it: text for null beside calls, whose arguments are objects, or text."""
+    plain = {key: value for key, value in message.items() if value is not None and key != "train"}
+    content = plain.get("content", "")
+    plain["content"] = [{"type": "text", "text": content}] if parts else content
+    if as_text:
+        functions = [dict(call["function"]) for call in plain.get("tool_calls", ())]
+        plain["tool_calls"] = [
+            {"type": "function", "function": {**one, "arguments": json.dumps(one["arguments"], ensure_ascii=False)}}
+            for one in functions
+        ]
+    return plain
+
+
+def _missing(message: Mapping[str, Any], text: str, *, thought: bool = False) -> str:
+    """Returns what a text does not show of a message, or nothing; of thoughts only if asked for."""
+    before, _, after = (message.get("content") or "").rpartition("</think>")
+    wanted = [after, *(one.get("function", one)["name"] for one in message.get("tool_calls") or ())]
+    if thought:
+        wanted += [before.rpartition("<think>")[2], message.get("reasoning_content") or ""]
+    shown = (text, text.replace("\\n", "\n").replace('\\"', '"'))  # Llama 3.1 writes results of tools as JSON
+    return next((part[:60] for part in map(str.strip, wanted) if not any(part in one for one in shown)), "")
