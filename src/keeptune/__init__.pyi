@@ -3,6 +3,7 @@ import typing
 from .adapter.export import ExportOptions as ExportOptions
 from .adapter.install import install as install
 from .api import export as export
+from .api import generate_knowledge as generate_knowledge
 from .api import measure as measure
 from .api import plan as plan
 from .core.errors import KeeptuneError as KeeptuneError
@@ -17,6 +18,7 @@ from .pipeline.planning import PlanOptions as PlanOptions
 from .posthoc.repair import Repair as Repair
 from .posthoc.repair import repair as repair
 from .statistics.layer_effect import LayerEffect as LayerEffect
+from .statistics.self_generated import SelfGeneration as SelfGeneration
 from .studies.trace import trace as trace
 from .training.attach import attach as attach
 from .training.guard import Guard as Guard

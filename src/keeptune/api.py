@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter import export as exporting
 from keeptune.adapter.export import Exported, ExportOptions
+from keeptune.core.errors import ModelError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
@@ -27,13 +28,14 @@ from keeptune.data.completions import TaskExamples
 from keeptune.data.examples import Examples
 from keeptune.data.knowledge import knowledge_of
 from keeptune.data.labelled import LabelledExamples, Texts, label_indices
+from keeptune.data.self_written import SelfWritten
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate as evaluate_one
 from keeptune.evaluation.model_pairs import ModelPair
 from keeptune.evaluation.results import BenchmarkResult
 from keeptune.methods.base import Method
-from keeptune.model.blocks import positions
-from keeptune.model.head import Head
+from keeptune.model.blocks import head_of, positions
+from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.model.quantization import quantised_on_load
@@ -41,9 +43,10 @@ from keeptune.penalties.base import Penalty
 from keeptune.pipeline.machine import check_folder
 from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.request import DataRole
+from keeptune.statistics.self_generated import SelfGeneration, write_texts
 from keeptune.statistics.store import StatStore
 
-_ALL_TARGETS, _PORTABLE = PlanOptions(), ExportOptions()
+_ALL_TARGETS, _PORTABLE, _OWN_TEXTS = PlanOptions(), ExportOptions(), SelfGeneration()
 
 
 def plan(
@@ -90,6 +93,40 @@ def plan(
         store = StatStore(Path(folder), limit)
         check_folder("PlanOptions.store", store.folder)
         return plan_for(model, method, store, data=data, penalties=penalties, options=options)
+
+
+def generate_knowledge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: SelfGeneration = _OWN_TEXTS,
+    *,
+    store: Path | str | None = None,
+) -> SelfWritten:
+    """Has a base write texts to keep, where there is no file of knowledge.
+
+    Args:
+        model: The base, as loaded, quantised or not; it is not changed.
+        tokenizer: Its tokenizer; one with a chat template gets questions and answers too.
+        options: How many texts, from which prompts, such as ``SelfGeneration(generate=64, prompts=questions)``.
+        store: Folder where texts are kept, so that a next call takes or continues them; None keeps none.
+
+    Returns:
+        The texts, for ``plan(knowledge=...)`` and ``repair(knowledge=...)``; what was left out is in ``account``.
+
+    Raises:
+        DataError: Hardly any text is of use, or a file of prompts is wrong.
+        ModelError: A classifier, or a model without a token to start from.
+    """
+    if head_of(model):
+        raise ModelError(
+            "generate_knowledge",
+            got="a classifier",
+            wanted="a model that writes text",
+            next_step="Load the base with AutoModelForCausalLM.",
+        )
+    with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
+        kept = StatStore(Path(store or scratch))
+        return write_texts(lambda: model, tokenizer, options, kept, fingerprint=body_fingerprint(model))
 
 
 def _task_examples(head: Head | None, task: Sequence[tuple[str, Any]]) -> Examples:

@@ -65,7 +65,7 @@ def slow_text(model: Any, tokenizer: Any, ids: list[int], options: SelfGeneratio
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_texts_are_those_of_the_slow_way(stories: Any, tokenizer: Any, tmp_path: Path, temperature: float) -> None:
-    options = replace(OPTIONS, texts=3, temperature=temperature)
+    options = replace(OPTIONS, generate=3, temperature=temperature)
     found = written(stories, tokenizer, tmp_path, options)
     slow = [slow_text(stories, tokenizer, [1], options, number) for number in range(3)]
     assert [list(text.ids[1:]) for text in found.texts] == slow
@@ -76,7 +76,7 @@ def test_texts_are_those_of_the_slow_way(stories: Any, tokenizer: Any, tmp_path:
 def test_a_text_depends_on_seed_and_number_alone(stories: Any, tokenizer: Any, tmp_path: Path, rows: int) -> None:
     base = written(stories, tokenizer, tmp_path / "a")
     assert written(stories, tokenizer, tmp_path / "b", replace(OPTIONS, batch_size=rows)).texts == base.texts
-    more = written(stories, tokenizer, tmp_path / "c", replace(OPTIONS, texts=14))
+    more = written(stories, tokenizer, tmp_path / "c", replace(OPTIONS, generate=14))
     assert more.texts[:10] == base.texts
     other = written(stories, tokenizer, tmp_path / "d", replace(OPTIONS, seed=1))
     assert not set(other.texts) & set(base.texts)
@@ -146,7 +146,12 @@ def test_chat_texts_are_questions_with_answers(stories: Any, chat: Any, tmp_path
 @pytest.mark.parametrize("answer", [True, False])
 def test_prompts_are_answered_or_continued(stories: Any, chat: Any, tmp_path: Path, answer: bool) -> None:
     prompts = ("Lily had a", "One day", "Tom saw")
-    found = written(stories, chat, tmp_path, replace(OPTIONS, texts=0, prompts=prompts, answer=answer))
+    found = written(
+        stories,
+        chat,
+        tmp_path,
+        replace(OPTIONS, generate=None, prompts=prompts, answer_with="base" if answer else None),
+    )
     assert tuple(text.prompt for text in found.texts) == prompts
     reads = [chat.decode(text.ids[: text.start]) for text in found.texts]
     assert [("assistant" in read, prompt in read) for read, prompt in zip(reads, prompts, strict=True)] == [
@@ -156,7 +161,7 @@ def test_prompts_are_answered_or_continued(stories: Any, chat: Any, tmp_path: Pa
 
 
 def test_prompts_longer_than_the_positions_are_left_out(stories: Any, tokenizer: Any, tmp_path: Path) -> None:
-    options = replace(OPTIONS, texts=0, prompts=("Tom " * 600, "Lily"))
+    options = replace(OPTIONS, generate=None, prompts=("Tom " * 600, "Lily"))
     found = written(stories, tokenizer, tmp_path, options)
     assert [text.prompt for text in found.texts] == ["Lily"]
     assert found.left_out == {"with a prompt too long": 1}
@@ -166,7 +171,7 @@ def test_prompts_longer_than_the_positions_are_left_out(stories: Any, tokenizer:
 
 def test_a_base_that_says_one_thing_is_refused(stories: Any, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="11 written before.*Raise `temperature`"):
-        written(stories, tokenizer, tmp_path, replace(OPTIONS, texts=12, temperature=0.0))
+        written(stories, tokenizer, tmp_path, replace(OPTIONS, generate=12, temperature=0.0))
 
 
 def test_a_tokenizer_without_ends_needs_prompts(stories: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -176,7 +181,7 @@ def test_a_tokenizer_without_ends_needs_prompts(stories: Any, tokenizer: Any, tm
         written(stories, tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [{"texts": -1}, {"temperature": -0.1}, {"batch_size": 0}, {"max_length": 1}])
+@pytest.mark.parametrize("wrong", [{"generate": -1}, {"temperature": -0.1}, {"batch_size": 0}, {"max_length": 1}])
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match=next(iter(wrong))):
         SelfGeneration(**wrong)

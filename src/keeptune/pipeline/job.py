@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+import sys
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from keeptune.data.knowledge import joined_knowledge, knowledge_set
 from keeptune.data.labelled import Texts
 from keeptune.data.multiple_choice import choose_rows, lettered_rows
 from keeptune.data.replay import with_replay
+from keeptune.data.self_written import SelfWritten
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import refuse_used
+from keeptune.methods.combined import parts_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import (
@@ -41,6 +44,7 @@ from keeptune.model.quantization import stays_quantised
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.originals import check_original, original_of, refuse_without_original
+from keeptune.pipeline.own_knowledge import generations, placed_knowledge, refuse_without_texts, without_scored
 from keeptune.pipeline.placement import load_base
 from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind
@@ -49,13 +53,13 @@ from keeptune.recipe.schema import Recipe
 from keeptune.recipe.sections import Knowledge
 from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
+from keeptune.statistics.self_generated import SelfGeneration, write_texts
 from keeptune.statistics.store import StatStore
 from keeptune.training.arguments import check_arguments, example_length, sft_config
 from keeptune.training.losses.base import TaskLoss
 from keeptune.training.task_loss import refuse_loss
 
 _PROBE_LENGTH = 256
-_ADD_KNOWLEDGE = 'Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +180,8 @@ class Job:
         return sets
 
     @cached_property
-    def knowledge(self) -> list[LanguageExamples]:
-        """The knowledge sets as texts, or as prompts and completions."""
+    def filed_knowledge(self) -> list[LanguageExamples]:
+        """The knowledge sets of files as texts, or as prompts and completions."""
         sets: list[LanguageExamples] = []
         for (part, where), chosen in zip(self._placed_sets, self.knowledge_rows, strict=True):
             rows = chosen if part.choices is None else lettered_rows(chosen, part.choices, where=where)
@@ -187,17 +191,39 @@ class Job:
 
     @property
     def _placed_sets(self) -> list[tuple[Knowledge, str]]:
-        """The recipe's knowledge sets, each with its place for error messages."""
-        sets, listed = self.recipe.knowledge_sets, isinstance(self.recipe.knowledge, list)
-        return [(part, f"knowledge.{index}" if listed else "knowledge") for index, part in enumerate(sets)]
+        """The recipe's knowledge sets of files, each with its place for error messages."""
+        return [(part, where) for part, where in placed_knowledge(self.recipe) if isinstance(part, Knowledge)]
+
+    @cached_property
+    def generations(self) -> list[tuple[SelfGeneration, str]]:
+        """What the base writes as knowledge, each with its place."""
+        needed = "knowledge" in self.needs or any(part.method.search for part in parts_of(self.method))
+        return generations(self.recipe, needed)
+
+    @cached_property
+    def written_knowledge(self) -> list[SelfWritten]:
+        """What the base wrote itself, or writes now, without texts that are scored."""
+        sets = []
+        for part, where in self.generations:
+            key, base = self.base_fingerprint, cache(self.base)
+            texts = write_texts(base, self.tokenizer, part, self.store, fingerprint=key, where=where)
+            sets.append(without_scored(texts, self.recipe.evaluate, self.tokenizer))
+        return sets
+
+    @property
+    def knowledge(self) -> list[LanguageExamples]:
+        """All knowledge sets: those of files, then those that the base writes."""
+        return [*self.filed_knowledge, *self.written_knowledge]
 
     @cached_property
     def calibration(self) -> Calibration | None:
         """The knowledge data as tokens, those of all sets."""
-        if not self.knowledge:
+        lengths = [self._cut(part.max_length) for part in self.recipe.knowledge_sets]
+        sets = [*zip(self.filed_knowledge, lengths, strict=True)]
+        sets += [(written, self._cut(sys.maxsize)) for written in self.written_knowledge]
+        if not sets:
             return None
-        sets = zip(self.knowledge, self.recipe.knowledge_sets, strict=True)
-        return joined_knowledge([s.calibration(self.tokenizer, max_length=self._cut(p.max_length)) for s, p in sets])
+        return joined_knowledge([part.calibration(self.tokenizer, max_length=length) for part, length in sets])
 
     # What is to be learned
 
@@ -349,8 +375,9 @@ class Job:
         self._refuse_quantised(config)
         check_original(recipe, config, self.float_source(recipe.original or recipe.model))
         quantised_loading(recipe.model, self._source())
+        sum(part.count for part, _ in self.generations)  # which reads the files of prompts
         used = [Corpus("task.train", self.task_rows, self.task.read_texts)]
-        for part, rows in zip(self.knowledge, self.knowledge_rows, strict=True):
+        for part, rows in zip(self.filed_knowledge, self.knowledge_rows, strict=True):
             texts = part.read_texts if self.head is None else Texts(tuple(part.read_texts)).whole
             used.append(Corpus(f"{part.where}.file", rows, texts))
         for benchmark in recipe.evaluate:
@@ -382,22 +409,9 @@ class Job:
                 wanted="none: knowledge has no labels that a classifier could learn",
                 next_step="Leave it out; a penalty on the weight change holds a classifier, such as laplace.",
             )
-        if recipe.replay and recipe.knowledge is None:
-            raise RecipeError(
-                "replay",
-                got=f"{recipe.replay} without a `knowledge` section",
-                wanted="the examples to mix into the task",
-                next_step=_ADD_KNOWLEDGE,
-            )
         self._refuse_quantised()
         refuse_without_original(recipe)
         refuse_layers(self.method, recipe.layers)
         refuse_penalties(self.method, scoped_penalties(self.method, self.penalties))
-        if "knowledge" in self.needs and recipe.knowledge is None:
-            names = [f"method {self.method.name}", *(f"penalty {penalty.name}" for penalty in self.penalties)]
-            raise RecipeError(
-                " and ".join(names),
-                got="no `knowledge` section in the recipe",
-                wanted="data that hold what the model should keep",
-                next_step=_ADD_KNOWLEDGE,
-            )
+        if recipe.task.kind != "completion":
+            refuse_without_texts(recipe, self.method, self.penalties, needed="knowledge" in self.needs)

@@ -25,6 +25,7 @@ from keeptune.pipeline.cache import take
 from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import release_memory
+from keeptune.pipeline.own_knowledge import notes_of
 from keeptune.pipeline.planning import plan_for, statistics_for
 from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.scoring import evaluate_stage
@@ -91,6 +92,7 @@ def plan_stage(job: Job) -> Plan:
     folder = job.output / "plan"
     method, notes = choose_boundary(job)
     inputs = job.plan_inputs | {"method": [method.name, method]}
+    notes = (*notes_of(job.recipe, job.written_knowledge), *notes)
     inputs |= {"notes": list(notes)} if notes else {}
     key = content_key(inputs)
 

@@ -6,13 +6,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from keeptune import atlas
+from keeptune import atlas, data
 from keeptune.core.errors import RecipeError
 from keeptune.data import hub
 
+_HERE = Path(data.__file__).parent / "general"
+_GENERAL = (
+    {"file": str(_HERE / "texts.jsonl"), "text": "{text}"},
+    {"file": str(_HERE / "chats.jsonl"), "prompt": "{prompt}\n", "completion": "{completion}", "chat": True},
+)
 Fetch = Callable[[str], Path | str]  # from the name of a file on the hub to where it is, or to the name itself
 
-_FILES = (("knowledge", "file"), ("task", "train"), ("task.train", "file"), ("evaluate", "file"), ("evaluate", "data"))
+_FILES = (
+    *(("knowledge", "file"), ("knowledge", "prompts"), ("task", "train"), ("task.train", "file")),
+    *(("evaluate", "file"), ("evaluate", "data")),
+)
 
 
 def resolve_paths(values: Mapping[str, Any], folder: Path, fetch: Fetch = hub.fetch) -> dict[str, Any]:
@@ -35,6 +43,8 @@ def resolve_paths(values: Mapping[str, Any], folder: Path, fetch: Fetch = hub.fe
         return section
 
     paths = dict(values)
+    if "knowledge" in paths:
+        paths["knowledge"] = _with_general(paths["knowledge"])
     for section, key in _FILES:
         outer, _, inner = section.partition(".")
         if inner and isinstance(paths.get(outer), Mapping) and inner in paths[outer]:
@@ -45,6 +55,17 @@ def resolve_paths(values: Mapping[str, Any], folder: Path, fetch: Fetch = hub.fe
         if isinstance(paths.get(key), str):
             paths[key] = resolve_model(paths[key], folder)
     return paths
+
+
+def _with_general(knowledge: Any) -> Any:
+    """Puts the two files of the mixture that ships in the place of the word ``general``."""
+    named = knowledge if isinstance(knowledge, list) else [knowledge]
+    if "general" not in named:
+        return knowledge
+    sets: list[Any] = []
+    for part in named:
+        sets += _GENERAL if part == "general" else [part]
+    return sets
 
 
 def resolve_file(name: str, folder: Path = Path(), fetch: Fetch = hub.fetch) -> str:

@@ -27,6 +27,7 @@ from keeptune.recipe.paths import Fetch, resolve_paths
 from keeptune.recipe.published import Published
 from keeptune.recipe.reading import parse_pairs, read_values, spelt_out
 from keeptune.recipe.sections import (
+    BY_BASE,
     NAMED,
     BenchmarkEntry,
     ExportSpec,
@@ -38,6 +39,7 @@ from keeptune.recipe.sections import (
     TaskCalibration,
     explain,
 )
+from keeptune.statistics.self_generated import SelfGeneration
 from keeptune.statistics.store import DEFAULT_LIMIT
 from keeptune.training.arguments import check_arguments
 
@@ -101,16 +103,22 @@ class Recipe(Section):
     published: Published | None = None
 
     @property
-    def knowledge_sets(self) -> tuple[Knowledge, ...]:
-        """The sets of knowledge data, none or more."""
+    def all_knowledge(self) -> tuple[Knowledge | SelfGeneration, ...]:
+        """The sets of knowledge, none or more."""
         if self.knowledge is None:
             return ()
         return tuple(self.knowledge) if isinstance(self.knowledge, list) else (self.knowledge,)
 
     @property
+    def knowledge_sets(self) -> tuple[Knowledge, ...]:
+        """Those that are of files."""
+        return tuple(part for part in self.all_knowledge if isinstance(part, Knowledge))
+
+    @property
     def data_files(self) -> list[str]:
-        """The files of knowledge and task."""
-        return [*(part.file for part in self.knowledge_sets), *(part.file for part in self.task.files)]
+        """The files of knowledge, with those of prompts, and task."""
+        own = [part.file if isinstance(part, Knowledge) else part.prompts for part in self.all_knowledge]
+        return [*(name for name in own if isinstance(name, str)), *(part.file for part in self.task.files)]
 
     def written(self) -> dict[str, Any]:
         """Returns the recipe as plain values that JSON can hold, for the record in the run folder."""
@@ -216,8 +224,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 def _known_keys(location: Sequence[str | int]) -> list[str]:
     sections: dict[str, type[Section]] = {"knowledge": Knowledge, "task": Task, "export": ExportSpec}
     first = str(location[0]) if len(location) > 1 else ""
-    if first == "evaluate":
-        kind = NamedBenchmark if NAMED in location else FileBenchmark
+    if first == "evaluate" or BY_BASE in location:
+        kind = SelfGeneration if BY_BASE in location else NamedBenchmark if NAMED in location else FileBenchmark
         return [field.name for field in dataclasses.fields(kind)]
     section = TaskCalibration if location[:2] == ("task", "calibration") else sections.get(first, Recipe)
     return list(section.model_fields)

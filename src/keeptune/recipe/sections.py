@@ -16,11 +16,14 @@ from keeptune.data.multiple_choice import LOKI_PROMPT
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.recipe.reading import spelt_out
+from keeptune.statistics.self_generated import SelfGeneration
 
 _TEXT = "{text}"
 _FORMS = ("text", "prompt", "completion")
 _TAGS = ("one section", "several sections")
 OWN, NAMED = "of a file", "of a name"
+BY_FILE, BY_BASE = "knowledge of a file", "knowledge of the base"
+_WRITTEN = {"generate", "prompts", "answer_with", "temperature"}
 
 
 class Section(BaseModel):
@@ -93,8 +96,24 @@ def _form(value: Any) -> str:
     return _TAGS[isinstance(value, list | tuple)]
 
 
+def _origin(entry: Any) -> str:
+    """Returns which of the two a set of knowledge is: of a file, or written by the base."""
+    if isinstance(entry, Mapping) and entry.get("file") is not None and not _WRITTEN.isdisjoint(entry):
+        raise RecipeError(
+            "recipe, key knowledge",
+            got=f"`file` beside `{next(key for key in entry if key in _WRITTEN)}`",
+            wanted="a file of texts to keep, or what the base writes: from `prompts`, a file, or without one",
+            next_step="Name questions or beginnings `prompts`, or make a list of two sets of it.",
+        )
+    written = isinstance(entry, SelfGeneration) or (isinstance(entry, Mapping) and not _WRITTEN.isdisjoint(entry))
+    return BY_BASE if written else BY_FILE
+
+
+KnowledgeSet = Annotated[
+    Annotated[Knowledge, Tag(BY_FILE)] | Annotated[SelfGeneration, Tag(BY_BASE)], Discriminator(_origin)
+]
 KnowledgeSets = Annotated[
-    Annotated[Knowledge, Tag(_TAGS[0])] | Annotated[list[Knowledge], Field(min_length=1), Tag(_TAGS[1])],
+    Annotated[KnowledgeSet, Tag(_TAGS[0])] | Annotated[list[KnowledgeSet], Field(min_length=1), Tag(_TAGS[1])],
     Discriminator(_form),
 ]
 
@@ -215,7 +234,9 @@ def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | 
         known: From a place as pydantic names it to the keys that may stand there.
     """
     first = error.errors()[0]
-    location = [part for part in first["loc"] if part not in (*_TAGS, OWN, NAMED)]  # pydantic names alternatives
+    location = [
+        part for part in first["loc"] if part not in (*_TAGS, OWN, NAMED, BY_FILE, BY_BASE)
+    ]  # pydantic names alternatives
     place = ".".join(str(part) for part in location)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         next_step = nearest(str(location[-1]), known(first["loc"]))

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from keeptune.core.options import Options, Range
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.data.calibration import pad_id_of
 from keeptune.data.self_written import SelfWritten, Written, useful
+from keeptune.data.sources import read_jsonl
+from keeptune.data.templates import render_all
 from keeptune.model.blocks import positions
 from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
 from keeptune.statistics.store import StatStore
@@ -39,10 +41,11 @@ class SelfGeneration(Options):
     """What a base writes.
 
     Args:
-        texts: How many; 0 is one for each prompt.
-        prompts: Texts to continue, in turn. Without any a text starts at the first token; of a model with a chat
-            template every second one is a question, which the model writes as the user, with its answer.
-        answer: Prompts are what a chat's user says, where the tokenizer has a chat template.
+        generate: How many texts; None is one for each prompt, or 256 without prompts.
+        prompts: Texts to continue in turn, or a data file of them. Without any a text starts at the first token; of a
+            model with a chat template every second one is a question, written as by the user, with its answer.
+        prompt: Template of a row of the file.
+        answer_with: ``"base"`` answers prompts as what a chat's user says, where the tokenizer has a chat template.
         temperature: 1 is the model's own distribution, 0 its likeliest token.
         seed: Of all random numbers.
         max_length: Tokens of a text or an answer at most; a question has half as many.
@@ -50,19 +53,54 @@ class SelfGeneration(Options):
     """
 
     ranges: ClassVar = {
-        "texts": Range(least=0),
+        "generate": Range(least=1),
         "temperature": Range(least=0),
         "seed": Range(least=0),
         "max_length": Range(least=2),
         "batch_size": Range(least=1),
     }
-    texts: int = 256
-    prompts: Sequence[str] = ()
-    answer: bool = False
+    generate: int | None = None
+    prompts: str | tuple[str, ...] = ()
+    prompt: str = "{prompt}"
+    answer_with: Literal["base"] | None = None
     temperature: float = 1.0
     seed: int = 0
     max_length: int = 128
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Checks the ranges, and that there is something to answer."""
+        super().__post_init__()
+        self.need(bool(self.prompts) or not self.answer_with, "answer_with", "none without `prompts` to answer")
+
+    def place(self, option: str) -> str:
+        """Returns the recipe's key."""
+        return f"knowledge.{option}"
+
+    def with_prompts(self, where: str) -> SelfGeneration:
+        """Returns the same with the prompts of the file; a DataError says that it cannot be used."""
+        if not isinstance(self.prompts, str):
+            return self
+        prompts = render_all(self.prompt, read_jsonl(self.prompts, where=f"{where}.prompts"), where=f"{where}.prompts")
+        for row, prompt in enumerate(prompts, start=1):
+            if not prompt.strip():
+                raise DataError(
+                    f"{where}.prompts row {row}",
+                    got="an empty prompt",
+                    wanted="a text",
+                    next_step="Remove the row, or correct the template `prompt`.",
+                )
+        return replace(self, prompts=prompts)
+
+    @property
+    def count(self) -> int:
+        """How many texts are written."""
+        return self.generate or len(self.prompts) or 256
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are written at most; of a chat model every second text has a question besides."""
+        return self.count * self.max_length * (4 if self.prompts else 5) // 4
 
 
 @out_of_memory("knowledge")
@@ -89,9 +127,10 @@ def write_texts(
         DataError: Hardly any text is of use.
         ModelError: The model has no token to start from, or its logits are not finite.
     """
+    options = options.with_prompts(where)
     writer = cache(lambda: _Writer(model(), tokenizer, options, where))
-    wanted = options.texts or len(options.prompts)
-    drawn = content_key([tokenizer.chat_template, len(tokenizer), replace(options, texts=0, batch_size=1)])
+    wanted = options.count
+    drawn = content_key([tokenizer.chat_template, len(tokenizer), replace(options, generate=1, batch_size=1)])
     texts: list[Written] = []
     with store.turn([drawn]), tqdm(total=wanted, desc=where, delay=2, disable=None, leave=False) as bar:
         for first in range(0, wanted, options.batch_size):
@@ -114,7 +153,6 @@ def write_texts(
             wanted="texts that differ",
             next_step="Raise `temperature` (1.0 is the base's own), give other `prompts`, or a `file` of knowledge.",
         )
-    _log.info("%s: %s", where, written.account)
     return written
 
 
@@ -128,11 +166,9 @@ class _Writer:
         self.most = positions(model)
         self.new = options.max_length if self.most is None else min(options.max_length, self.most // 2)
         self.limits = Limits(self.new, end_tokens(model, tokenizer), pad_id_of(tokenizer), where)
-        self.chat = bool(tokenizer.chat_template) and (options.answer or not options.prompts)
+        self.chat = bool(tokenizer.chat_template) and (options.answer_with is not None or not options.prompts)
         self.start = [] if options.prompts else [_first_token(model, tokenizer, where)]
-        _log.info(
-            "%s: the base writes %d texts of at most %d tokens", where, options.texts or len(options.prompts), self.new
-        )
+        _log.info("%s: the base writes %d texts of at most %d tokens", where, options.count, self.new)
 
     def write(self, numbers: Sequence[int]) -> list[Written]:
         """Returns the texts of some numbers."""

@@ -50,7 +50,7 @@ from keeptune.pipeline.run import plan_stage, start
 from keeptune.pipeline.scoring import evaluate_stage, find_result, result_fingerprint
 from keeptune.pipeline.training import train_stage
 from keeptune.recipe.schema import Recipe
-from keeptune.recipe.sections import ExportSpec
+from keeptune.recipe.sections import ExportSpec, Knowledge
 from keeptune.report.pages.sequence_page import write_sequence
 
 _log = logging.getLogger(__name__)
@@ -206,7 +206,8 @@ def _key(course: _Course, stage: Stage, done: Sequence[_Done]) -> str:
     """Of all that a stage's result depends on: the stages before it, its recipe and its data, wherever they lie."""
     recipe = {key: value for key, value in stage.recipe.written().items() if key not in _NOT_IN_KEY}
     recipe["task"] = stage.recipe.task.model_dump(exclude={"train"})
-    recipe["knowledge"] = [part.model_dump(exclude={"file"}) for part in stage.recipe.knowledge_sets]
+    sets = stage.recipe.all_knowledge
+    recipe["knowledge"] = [part.model_dump(exclude={"file"}) if isinstance(part, Knowledge) else part for part in sets]
     before = [done[-1].record["key"], done[-1].record["weights"]] if done else [course.base.base_fingerprint]
     return content_key([before, recipe, [file_fingerprint([Path(file)]) for file in stage.recipe.data_files]])
 

@@ -86,7 +86,7 @@ class DryRun:
     score: tuple[Scored, ...]
     memory: Mapping[str, Amount]  # bytes at the peak of each stage: ``statistics``, ``plan``, ``training``, ...
     disk: Mapping[str, Amount]  # bytes written: ``store``, ``plan``, ``checkpoints``, ``results``
-    work: Mapping[str, float | None]  # operations of ``statistics``, ``train`` and ``score``
+    work: Mapping[str, float | None]  # operations of ``knowledge`` (writing it), ``statistics``, ``train``, ``score``
     bounds: frozenset[str]  # which of these are upper bounds
     notes: tuple[str, ...]  # what the estimates leave out
 

@@ -101,7 +101,17 @@ class _Account:
         score = tuple(self.lengths.scored(one) for one in recipe.evaluate)
         statistics, notes = self._statistics()
         counted = all(self.lengths.calibration(request.data).measured for request, _ in self._sites)
-        measured = {"train": train.measured, "score": all(one.measured for one in score), "statistics": counted}
+        own = [part for part, _ in self.job.generations]
+        measured = {
+            "knowledge": not own,
+            "train": train.measured,
+            "score": all(one.measured for one in score),
+            "statistics": counted,
+        }
+        written = sum(part.tokens for part in own)
+        if own:
+            texts = f"{sum(part.count for part in own)} texts, at most {written:,} tokens"
+            notes.append(f"the base first writes its own knowledge, {texts}, unless the store has them")
         if train.assumed:
             notes.append("data decide some ranks; counted are those that are planned on average")
         if not self._whole:
@@ -119,7 +129,11 @@ class _Account:
             score=score,
             memory=footprint.memory(),
             disk=footprint.disk(),
-            work={"statistics": statistics, **self._work(train, score)},
+            work={
+                "knowledge": estimate.forward_flops(self.shape, written, max((p.max_length for p in own), default=0)),
+                "statistics": statistics,
+                **self._work(train, score),
+            },
             bounds=frozenset(part for part, known in measured.items() if not known),
             notes=tuple(notes),
         )

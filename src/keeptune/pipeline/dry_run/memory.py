@@ -82,6 +82,7 @@ class Footprint:
     def memory(self) -> dict[str, Amount]:
         """Returns the bytes of each stage by part; stages that the run does not have are left out."""
         stages = {
+            "knowledge": self._knowledge(),
             "statistics": self._statistics(),
             "plan": self._plan(),
             "training": self._training(),
@@ -89,6 +90,15 @@ class Footprint:
             "scoring": self._scoring(),
         }
         return {name: self._with_process(*parts) for name, parts in stages.items() if parts is not None}
+
+    def _knowledge(self) -> tuple[dict[str, int], dict[str, int]] | None:
+        """The base writes knowledge: keys and values of a batch, and 28 bytes for each of its logits (in float64)."""
+        own = [part for part, _ in self.job.generations]
+        if not own:
+            return None
+        rows, length = max(part.batch_size for part in own), max(2 * part.max_length for part in own)
+        cache = estimate.cache_bytes(self.shape, batch=rows, length=length)
+        return {"weights": self._base}, {"cache": cache, "logits": 28 * rows * self.shape.vocabulary}
 
     def _with_process(self, lasting: Mapping[str, int], passing: Mapping[str, int]) -> Amount:
         """Puts together what lasts, what comes and goes, and what the process and its allocator take beside them."""

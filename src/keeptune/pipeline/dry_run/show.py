@@ -15,7 +15,7 @@ from keeptune.pipeline.dry_run.estimate import gemm_rate
 from keeptune.report.numbers import count, duration
 from keeptune.report.tables.terminal import say, table
 
-_WORK = {"statistics": "statistics", "train": "training", "score": "scoring"}
+_WORK = {"knowledge": "writing knowledge", "statistics": "statistics", "train": "training", "score": "scoring"}
 _HEADS = ("run", "trained", "steps", "memory", "store", "time", "runs")
 
 

@@ -1,0 +1,76 @@
+"""Knowledge that a run's base supplies itself: where it is written, and what of it is left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from keeptune.core.errors import RecipeError
+from keeptune.data.disjoint import Corpus
+from keeptune.data.self_written import SelfWritten
+from keeptune.evaluation.benchmark_data import used_rows
+from keeptune.evaluation.benchmarks import Benchmark
+from keeptune.methods.base import Method
+from keeptune.penalties.base import Penalty
+from keeptune.recipe.schema import Recipe
+from keeptune.recipe.sections import Knowledge
+from keeptune.statistics.self_generated import SelfGeneration
+
+_log = logging.getLogger(__name__)
+
+
+def placed_knowledge(recipe: Recipe) -> list[tuple[Knowledge | SelfGeneration, str]]:
+    """Returns the sets that a recipe names, each with its place for messages."""
+    listed = isinstance(recipe.knowledge, list)
+    return [
+        (part, f"knowledge.{number}" if listed else "knowledge") for number, part in enumerate(recipe.all_knowledge)
+    ]
+
+
+def generations(recipe: Recipe, needed: bool) -> list[tuple[SelfGeneration, str]]:
+    """Returns what the base writes, each with its place: also where knowledge is needed and the recipe names none."""
+    if recipe.knowledge is None and recipe.task.kind == "completion" and (needed or recipe.replay):
+        return [(SelfGeneration(), "knowledge")]
+    placed = placed_knowledge(recipe)
+    return [(part.with_prompts(where), where) for part, where in placed if isinstance(part, SelfGeneration)]
+
+
+def without_scored(
+    texts: SelfWritten, benchmarks: Sequence[Benchmark], tokenizer: PreTrainedTokenizerBase
+) -> SelfWritten:
+    """Returns texts without those that hold an item of a benchmark."""
+    for benchmark in benchmarks:
+        rows = [{"prompt": text.prompt, "completion": text.completion} for text in texts.texts]
+        scored = used_rows(Corpus(texts.where, rows, texts.read_texts), benchmark, tokenizer)
+        texts = texts.without(scored, f"with items of {benchmark.name}")
+    return texts
+
+
+def notes_of(recipe: Recipe, sets: Sequence[SelfWritten]) -> list[str]:
+    """Returns, and logs, what a report says of the texts that the base wrote."""
+    named = "" if recipe.knowledge else "; the recipe names no knowledge"
+    notes = [f"{written.where}: {written.account}{named}" for written in sets]
+    for note in notes:
+        _log.info("%s", note)
+    return notes
+
+
+def refuse_without_texts(recipe: Recipe, method: Method, penalties: Sequence[Penalty], *, needed: bool) -> None:
+    """Refuses a classifier's recipe that asks the base for texts, or that needs knowledge and names none.
+
+    Raises:
+        RecipeError: A classifier writes no text.
+    """
+    asked = any(isinstance(part, SelfGeneration) for part in recipe.all_knowledge)
+    if asked or (needed and recipe.knowledge is None):
+        names = [f"method {method.name}", *(f"penalty {penalty.name}" for penalty in penalties)]
+        raise RecipeError(
+            "knowledge" if asked else " and ".join(names),
+            got=f"texts that the base writes, with task.kind {recipe.task.kind}"
+            if asked
+            else "no `knowledge` section in the recipe",
+            wanted="texts that hold what the model should keep: a classifier writes none itself",
+            next_step='Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.',
+        )
