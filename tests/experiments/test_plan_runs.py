@@ -221,8 +221,7 @@ def test_runs_are_checked_with_data_and_targets_before_anything_is_written(load:
     with pytest.raises(KeeptuneError, match=r'entry "other".*q_prj'):
         check_runs(wrong, list_runs(wrong))
     needy = load(methods=["lora-null"], without=("knowledge",), baselines=False)
-    with pytest.raises(KeeptuneError, match=r'entry "lora-null".*no `knowledge` section'):
-        check_runs(needy, list_runs(needy))
+    check_runs(needy, list_runs(needy))  # which writes no texts yet
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.yaml"]
 
 

@@ -24,6 +24,7 @@ from keeptune.methods.lora_null import LoraNull
 from keeptune.pipeline.planning import plan_for
 from keeptune.recipe.schema import Recipe
 from keeptune.recipe.sections import ExportSpec, Knowledge
+from keeptune.statistics.self_generated import SelfGeneration
 from keeptune.statistics.store import StatStore
 
 CUDA = (
@@ -170,7 +171,7 @@ def test_python_users_are_told_too(tmp_path: Path) -> None:
 def test_the_keys_are_keys() -> None:
     sections: dict[str, Any] = {
         "train": {field.name for field in dataclasses.fields(TrainingArguments)} | {"max_length"},
-        "knowledge": Knowledge.model_fields,
+        "knowledge": Knowledge.model_fields.keys() | {field.name for field in dataclasses.fields(SelfGeneration)},
         "export": ExportSpec.model_fields,
         "evaluate": {field.name for field in dataclasses.fields(FileBenchmark)},
         "": Recipe.model_fields.keys() | {field.name for field in dataclasses.fields(Keep)},

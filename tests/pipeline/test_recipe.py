@@ -225,8 +225,7 @@ def test_the_plan_does_not_depend_on_the_order_of_methods(recipe_values: Values)
     other = Job(recipe_of(recipe_values(method=swapped)))
     assert jobs[0].plan_inputs == jobs[1].plan_inputs != other.plan_inputs
     assert jobs[0].needs == {"knowledge"}
-    with pytest.raises(RecipeError, match=r"method lora\+lora-null: got no `knowledge` section"):
-        Job(recipe_of(recipe_values(method=BOTH, knowledge=None))).check()
+    assert len(Job(recipe_of(recipe_values(method=BOTH, knowledge=None))).generations) == 1
 
 
 def test_layers(recipe_values: Values) -> None:

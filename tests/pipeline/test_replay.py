@@ -60,11 +60,6 @@ def test_a_classifier_has_no_replay(recipe_values: Values, tmp_path: Path) -> No
         Job(recipe_of(recipe_values(replay=0.1, task=task, evaluate=[], train={}))).check()
 
 
-def test_replay_needs_knowledge(recipe_values: Values) -> None:
-    with pytest.raises(RecipeError, match="replay: got 0.1 without a `knowledge` section"):
-        Job(recipe_of(recipe_values(replay=0.1, knowledge=None))).check()
-
-
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_shares_out_of_range(share: float, recipe_values: Values) -> None:
     with pytest.raises(RecipeError, match="replay"):

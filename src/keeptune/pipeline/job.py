@@ -44,7 +44,7 @@ from keeptune.model.quantization import stays_quantised
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.originals import check_original, original_of, refuse_without_original
-from keeptune.pipeline.own_knowledge import generations, placed_knowledge, refuse_without_texts, without_scored
+from keeptune.pipeline.own_knowledge import generations, placed_knowledge, refuse_texts, without_scored
 from keeptune.pipeline.placement import load_base
 from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind
@@ -398,20 +398,13 @@ class Job:
         """Checks what shows without the data: that method, penalties and sections fit together.
 
         Raises:
-            RecipeError: Knowledge data are needed and there are none.
+            RecipeError: A classifier's recipe needs texts that it cannot have.
             PlanError: The method cannot be confined to some layers, or takes no penalties.
         """
         recipe = self.recipe
-        if recipe.replay and recipe.task.kind != "completion":
-            raise RecipeError(
-                "replay",
-                got=f"{recipe.replay} with task.kind {recipe.task.kind}",
-                wanted="none: knowledge has no labels that a classifier could learn",
-                next_step="Leave it out; a penalty on the weight change holds a classifier, such as laplace.",
-            )
+        if recipe.task.kind != "completion":
+            refuse_texts(recipe, self.method, self.penalties, needed="knowledge" in self.needs)
         self._refuse_quantised()
         refuse_without_original(recipe)
         refuse_layers(self.method, recipe.layers)
         refuse_penalties(self.method, scoped_penalties(self.method, self.penalties))
-        if recipe.task.kind != "completion":
-            refuse_without_texts(recipe, self.method, self.penalties, needed="knowledge" in self.needs)

@@ -57,20 +57,25 @@ def notes_of(recipe: Recipe, sets: Sequence[SelfWritten]) -> list[str]:
     return notes
 
 
-def refuse_without_texts(recipe: Recipe, method: Method, penalties: Sequence[Penalty], *, needed: bool) -> None:
-    """Refuses a classifier's recipe that asks the base for texts, or that needs knowledge and names none.
+def refuse_texts(recipe: Recipe, method: Method, penalties: Sequence[Penalty], *, needed: bool) -> None:
+    """Refuses a classifier's recipe that asks for texts as only a language model has them.
 
     Raises:
-        RecipeError: A classifier writes no text.
+        RecipeError: It replays knowledge, has the base write it, or needs some and names none.
     """
+    if recipe.replay:
+        raise RecipeError(
+            "replay",
+            got=f"{recipe.replay} with task.kind {recipe.task.kind}",
+            wanted="none: knowledge has no labels that a classifier could learn",
+            next_step="Leave it out; a penalty on the weight change holds a classifier, such as laplace.",
+        )
     asked = any(isinstance(part, SelfGeneration) for part in recipe.all_knowledge)
     if asked or (needed and recipe.knowledge is None):
         names = [f"method {method.name}", *(f"penalty {penalty.name}" for penalty in penalties)]
         raise RecipeError(
             "knowledge" if asked else " and ".join(names),
-            got=f"texts that the base writes, with task.kind {recipe.task.kind}"
-            if asked
-            else "no `knowledge` section in the recipe",
-            wanted="texts that hold what the model should keep: a classifier writes none itself",
+            got="texts that the base writes" if asked else "no `knowledge` section in the recipe",
+            wanted=f"a file of what the model should keep: with task.kind {recipe.task.kind} the base writes no text",
             next_step='Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.',
         )

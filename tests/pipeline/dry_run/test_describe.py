@@ -202,7 +202,6 @@ def test_checkpointing_trades_memory_for_work(dry: Callable[..., DryRun]) -> Non
         ({"targets": ["q_prj"]}, PlanError, "q_proj"),
         ({"layers": [32]}, PlanError, "0 to 31"),
         ({"method": {"name": "lora", "rank": 5000}}, PlanError, "rank 5000"),
-        ({"method": {"name": "corda"}}, RecipeError, "knowledge"),
         ({"method": "lorra"}, RecipeError, "lora"),
         ({"knowledge": {"file": "missing.jsonl"}}, DataError, "no such file"),
         ({"evaluate": ["gsm9k"]}, RecipeError, "gsm8k"),
