@@ -30,7 +30,7 @@ def test_a_run_without_knowledge_writes_its_own(recipe_values: Values, monkeypat
     monkeypatch.setattr("keeptune.pipeline.own_knowledge.SelfGeneration", lambda: SelfGeneration(**OWN))
     values = recipe_values(method={"name": "keep", "rank": 4}, knowledge=None)
     dry = describe(recipe_of(values))
-    assert any("6 texts, at most 96 tokens" in note for note in dry.notes)
+    assert any("6 texts, at most 120 tokens" in note for note in dry.notes)
     assert "knowledge" in dry.memory and dry.work["knowledge"] > 0
     run(recipe_of(values))
     notes = read_json(Path(values["output"]) / "report.json")
@@ -62,7 +62,7 @@ def test_texts_that_are_scored_are_left_out(recipe_values: Values, tmp_path: Pat
     job = Job(recipe_of(recipe_values(method="lora-null", knowledge=OWN)))
     (texts,) = job.written_knowledge
     scored = write_jsonl(
-        tmp_path / "scored.jsonl", [{"text": texts.texts[2].completion}, {"text": "Quite other words."}]
+        tmp_path / "scored.jsonl", [{"text": texts.texts[2].completion}, {"text": "Other words."}]
     )
     benchmark = {"name": "own", "role": "knowledge", "metric": "cross_entropy", "file": str(scored), "text": "{text}"}
     (left,) = Job(recipe_of(recipe_values(method="lora-null", knowledge=OWN, evaluate=[benchmark]))).written_knowledge
