@@ -61,9 +61,7 @@ def test_written_texts_join_those_of_files_and_are_kept(recipe_values: Values, c
 def test_texts_that_are_scored_are_left_out(recipe_values: Values, tmp_path: Path) -> None:
     job = Job(recipe_of(recipe_values(method="lora-null", knowledge=OWN)))
     (texts,) = job.written_knowledge
-    scored = write_jsonl(
-        tmp_path / "scored.jsonl", [{"text": texts.texts[2].completion}, {"text": "Other words."}]
-    )
+    scored = write_jsonl(tmp_path / "scored.jsonl", [{"text": texts.texts[2].completion}, {"text": "Other words."}])
     benchmark = {"name": "own", "role": "knowledge", "metric": "cross_entropy", "file": str(scored), "text": "{text}"}
     (left,) = Job(recipe_of(recipe_values(method="lora-null", knowledge=OWN, evaluate=[benchmark]))).written_knowledge
     assert left.texts == texts.texts[:2] + texts.texts[3:]

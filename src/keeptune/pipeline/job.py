@@ -29,7 +29,6 @@ from keeptune.data.replay import with_replay
 from keeptune.data.self_written import SelfWritten
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import refuse_used
-from keeptune.methods.combined import parts_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import (
@@ -42,15 +41,14 @@ from keeptune.model.pretrained import (
 )
 from keeptune.model.quantization import stays_quantised
 from keeptune.penalties.base import Penalty
+from keeptune.pipeline import own_knowledge
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.originals import check_original, original_of, refuse_without_original
-from keeptune.pipeline.own_knowledge import generations, placed_knowledge, refuse_texts, without_scored
 from keeptune.pipeline.placement import load_base
 from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind
 from keeptune.recipe.construct import make_loss, make_method, make_penalties
 from keeptune.recipe.schema import Recipe
-from keeptune.recipe.sections import Knowledge
 from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.self_generated import SelfGeneration, write_texts
@@ -174,7 +172,7 @@ class Job:
     def knowledge_rows(self) -> list[list[Row]]:
         """The knowledge rows that are used, of each set."""
         sets = []
-        for part, where in self._placed_sets:
+        for part, where in own_knowledge.placed_files(self.recipe):
             rows = read_jsonl(part.file, where=f"{where}.file")
             sets.append(choose_rows(rows, part.examples, by=part.by, seed=part.seed, where=f"{where}.file"))
         return sets
@@ -183,22 +181,16 @@ class Job:
     def filed_knowledge(self) -> list[LanguageExamples]:
         """The knowledge sets of files as texts, or as prompts and completions."""
         sets: list[LanguageExamples] = []
-        for (part, where), chosen in zip(self._placed_sets, self.knowledge_rows, strict=True):
+        for (part, where), chosen in zip(own_knowledge.placed_files(self.recipe), self.knowledge_rows, strict=True):
             rows = chosen if part.choices is None else lettered_rows(chosen, part.choices, where=where)
             form = {"text": part.text, "prompt": part.prompt, "completion": part.completion}
             sets.append(knowledge_set(rows, **form, chat=part.chat, where=where))
         return sets
 
-    @property
-    def _placed_sets(self) -> list[tuple[Knowledge, str]]:
-        """The recipe's knowledge sets of files, each with its place for error messages."""
-        return [(part, where) for part, where in placed_knowledge(self.recipe) if isinstance(part, Knowledge)]
-
     @cached_property
     def generations(self) -> list[tuple[SelfGeneration, str]]:
         """What the base writes as knowledge, each with its place."""
-        needed = "knowledge" in self.needs or any(part.method.search for part in parts_of(self.method))
-        return generations(self.recipe, needed)
+        return own_knowledge.generations(self.recipe, self.method, self.needs)
 
     @cached_property
     def written_knowledge(self) -> list[SelfWritten]:
@@ -207,7 +199,7 @@ class Job:
         for part, where in self.generations:
             key, base = self.base_fingerprint, cache(self.base)
             texts = write_texts(base, self.tokenizer, part, self.store, fingerprint=key, where=where)
-            sets.append(without_scored(texts, self.recipe.evaluate, self.tokenizer))
+            sets.append(own_knowledge.without_scored(texts, self.recipe.evaluate, self.tokenizer))
         return sets
 
     @property
@@ -218,12 +210,10 @@ class Job:
     @cached_property
     def calibration(self) -> Calibration | None:
         """The knowledge data as tokens, those of all sets."""
-        lengths = [self._cut(part.max_length) for part in self.recipe.knowledge_sets]
-        sets = [*zip(self.filed_knowledge, lengths, strict=True)]
-        sets += [(written, self._cut(sys.maxsize)) for written in self.written_knowledge]
-        if not sets:
-            return None
-        return joined_knowledge([part.calibration(self.tokenizer, max_length=length) for part, length in sets])
+        lengths = [part.max_length for part in self.recipe.knowledge_sets] + [sys.maxsize] * len(self.generations)
+        sets = zip(self.knowledge, map(self._cut, lengths), strict=True)
+        tokens = [part.calibration(self.tokenizer, max_length=length) for part, length in sets]
+        return joined_knowledge(tokens) if tokens else None
 
     # What is to be learned
 
@@ -375,7 +365,6 @@ class Job:
         self._refuse_quantised(config)
         check_original(recipe, config, self.float_source(recipe.original or recipe.model))
         quantised_loading(recipe.model, self._source())
-        sum(part.count for part, _ in self.generations)  # which reads the files of prompts
         used = [Corpus("task.train", self.task_rows, self.task.read_texts)]
         for part, rows in zip(self.filed_knowledge, self.knowledge_rows, strict=True):
             texts = part.read_texts if self.head is None else Texts(tuple(part.read_texts)).whole
@@ -402,8 +391,7 @@ class Job:
             PlanError: The method cannot be confined to some layers, or takes no penalties.
         """
         recipe = self.recipe
-        if recipe.task.kind != "completion":
-            refuse_texts(recipe, self.method, self.penalties, needed="knowledge" in self.needs)
+        own_knowledge.check_texts(recipe, self.method, self.penalties, self.needs, self.generations)
         self._refuse_quantised()
         refuse_without_original(recipe)
         refuse_layers(self.method, recipe.layers)

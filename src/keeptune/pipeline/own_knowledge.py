@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,9 +13,11 @@ from keeptune.data.self_written import SelfWritten
 from keeptune.evaluation.benchmark_data import used_rows
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.methods.base import Method
+from keeptune.methods.combined import parts_of
 from keeptune.penalties.base import Penalty
 from keeptune.recipe.schema import Recipe
 from keeptune.recipe.sections import Knowledge
+from keeptune.statistics.request import DataRole
 from keeptune.statistics.self_generated import SelfGeneration
 
 _log = logging.getLogger(__name__)
@@ -29,9 +31,19 @@ def placed_knowledge(recipe: Recipe) -> list[tuple[Knowledge | SelfGeneration, s
     ]
 
 
-def generations(recipe: Recipe, needed: bool) -> list[tuple[SelfGeneration, str]]:
-    """Returns what the base writes, each with its place: also where knowledge is needed and the recipe names none."""
-    if recipe.knowledge is None and recipe.task.kind == "completion" and (needed or recipe.replay):
+def placed_files(recipe: Recipe) -> list[tuple[Knowledge, str]]:
+    """Returns those of the sets that are of files."""
+    return [(part, where) for part, where in placed_knowledge(recipe) if isinstance(part, Knowledge)]
+
+
+def generations(recipe: Recipe, method: Method, needs: Collection[DataRole]) -> list[tuple[SelfGeneration, str]]:
+    """Returns what the base writes, each with its place: also where knowledge is needed and the recipe names none.
+
+    Raises:
+        DataError: A file of prompts cannot be used.
+    """
+    needed = "knowledge" in needs or recipe.replay > 0 or any(part.method.search for part in parts_of(method))
+    if recipe.knowledge is None and recipe.task.kind == "completion" and needed:
         return [(SelfGeneration(), "knowledge")]
     placed = placed_knowledge(recipe)
     return [(part.with_prompts(where), where) for part, where in placed if isinstance(part, SelfGeneration)]
@@ -57,12 +69,20 @@ def notes_of(recipe: Recipe, sets: Sequence[SelfWritten]) -> list[str]:
     return notes
 
 
-def refuse_texts(recipe: Recipe, method: Method, penalties: Sequence[Penalty], *, needed: bool) -> None:
+def check_texts(
+    recipe: Recipe,
+    method: Method,
+    penalties: Sequence[Penalty],
+    needs: Collection[DataRole],
+    asked: Sequence[tuple[SelfGeneration, str]],
+) -> None:
     """Refuses a classifier's recipe that asks for texts as only a language model has them.
 
     Raises:
         RecipeError: It replays knowledge, has the base write it, or needs some and names none.
     """
+    if recipe.task.kind == "completion":
+        return
     if recipe.replay:
         raise RecipeError(
             "replay",
@@ -70,8 +90,7 @@ def refuse_texts(recipe: Recipe, method: Method, penalties: Sequence[Penalty], *
             wanted="none: knowledge has no labels that a classifier could learn",
             next_step="Leave it out; a penalty on the weight change holds a classifier, such as laplace.",
         )
-    asked = any(isinstance(part, SelfGeneration) for part in recipe.all_knowledge)
-    if asked or (needed and recipe.knowledge is None):
+    if asked or ("knowledge" in needs and recipe.knowledge is None):
         names = [f"method {method.name}", *(f"penalty {penalty.name}" for penalty in penalties)]
         raise RecipeError(
             "knowledge" if asked else " and ".join(names),
