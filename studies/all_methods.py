@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import each, run_once, spread
+from drawing import png
 from pictures import tradeoff
 
 from keeptune.core.artefact import read_json, write_bytes, write_json
@@ -32,7 +33,6 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.pipeline.reporting import write_report
 from keeptune.recipe.schema import make_recipe
-from keeptune.report.figures.drawing import png
 from keeptune.statistics.store import StatStore
 
 WANTED = 0.8

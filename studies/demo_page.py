@@ -9,11 +9,11 @@ import json
 import sys
 from pathlib import Path
 
+from drawing import png
 from pictures import tradeoff
 
 from keeptune.core.artefact import write_bytes
 from keeptune.pipeline.demo import LEARNING_RATE, STEPS
-from keeptune.report.figures.drawing import png
 from keeptune.report.pages.verdict import method_sentences, verdict
 from keeptune.report.tables.comparison_table import markdown_comparison
 

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from cells import each, kept, read_rows, spread, write_rows
+from drawing import INK, MUTED, bare, finish, page, png, themed
 from matplotlib.ticker import PercentFormatter
 
 from keeptune import atlas
 from keeptune.core.artefact import read_json, write_bytes
 from keeptune.pipeline.demo import demo_recipe
-from keeptune.report.figures.drawing import INK, MUTED, bare, finish, page, png, themed
 
 SEEDS = (0, 1, 2)
 RATE = 2e-3

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from drawing import INK, bare, finish, page, png, themed
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
@@ -34,8 +35,8 @@ from keeptune.pipeline.demo import demo_recipe
 from keeptune.pipeline.job import Job
 from keeptune.recipe.paths import resolve_file
 from keeptune.recipe.schema import make_recipe
-from keeptune.report.figures.drawing import INK, bare, finish, page, png, themed
-from keeptune.report.figures.node_maps import density_figure
+from keeptune.report.figures import write_figure
+from keeptune.report.pages.study_charts import density_charts
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
 from keeptune.studies.node_selections import PRESETS, Where, attributions_of, chosen_rows, density
 from keeptune.studies.suppress import drawn_rows
@@ -145,7 +146,7 @@ def main(output: Path, docs: Path) -> None:
     beside = _kept(output, "beside", lambda: [besides(facts, output, q) for q in SHARES])
     agreement = _kept(output, "overlaps", lambda: agreements(output))
     where = _kept(output, "where", lambda: _where(Study(output).found()))
-    png(density_figure(where), docs / "results" / "loki-nodes.png")
+    write_figure(density_charts(where), docs / "results" / "loki-nodes.png")
     png(suppression_figure(cells, base), docs / "results" / "loki.png")
     write_bytes(docs / "results" / "loki-tables.md", report(cells, base, beside, agreement, where).encode())
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from cells import each, run_once, spread
+from drawing import png
 from pictures import tradeoff
 
 from keeptune.core.artefact import read_json, write_bytes, write_json
 from keeptune.pipeline.demo import demo_recipe
 from keeptune.pipeline.reporting import write_report
-from keeptune.report.figures.drawing import png
 
 RATE = 2e-3
 WANTED = 0.8

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from drawing import MUTED, finish, frame, look, page, themed
 from matplotlib.figure import Figure
 
 from keeptune.report.estimates import kept, learned, methods, yardstick
-from keeptune.report.figures.drawing import MUTED, finish, frame, look, page, themed
 from keeptune.report.numbers import listing, short
 from keeptune.report.records import as_report
 

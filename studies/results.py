@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from cells import spread
+from drawing import INK, MUTED, bare, finish, page, png, themed
 from matplotlib.ticker import PercentFormatter
 
 from keeptune.core.artefact import read_json, write_bytes
 from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
 from keeptune.experiments.front import Point, families, pareto, points_of
 from keeptune.experiments.matched import matched
-from keeptune.report.figures.drawing import INK, MUTED, bare, finish, page, png, themed
 
 Rows = Sequence[Mapping[str, Any]]
 SCORES = (0.8, 0.85)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from drawing import INK, MUTED, bare, finish, page, png, themed
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -42,7 +43,6 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import find_result, load_pair
 from keeptune.pipeline.trained_changes import Change, TrainedModel
 from keeptune.recipe.schema import make_recipe
-from keeptune.report.figures.drawing import INK, MUTED, bare, finish, page, png, themed
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.fisher import TokenCount, tokens_per_learned

@@ -5,17 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 from rich.console import Console
 
 from keeptune.core.artefact import canonical_json
 from keeptune.experiments.effects import benefits
-from keeptune.report.figures.drawing import png
-from keeptune.report.figures.grid_maps import benefit_figure
+from keeptune.report.pages.sweep_charts import benefit_charts
 from keeptune.report.tables.analyses import print_benefits
 
 AXES = [{"key": "method.strength", "values": [0.1, 10]}, {"key": "method.batches", "values": [1, 2, 3]}]
@@ -113,37 +110,22 @@ def test_grids_of_other_sizes_have_no_table() -> None:
     assert benefits({"rows": grid(), "grid": {"axes": [{"key": "a", "values": [1]}], "cells": {}}}) == []
 
 
-def test_the_figure_shows_numbers_with_their_means(tmp_path: Path) -> None:
-    figure = benefit_figure(record(grid()))
-    assert figure is not None
-    shown = [axes for axes in figure.axes if axes.get_visible()]
-    assert [axes.get_title(loc="left") for axes in shown] == [
-        "facts (keep)",
-        "topics (learn)",
-        "text (keep)",
-        "mean of learned and kept",
-    ]
-    places = {text.get_position(): text.get_text() for text in shown[0].texts}
-    assert places[2, 1] == "+13.0"
-    assert places[3, 1] == "+12.0", "the mean of a row stands at its end"
-    assert places[0, 2] == "+6.0"
-    assert places[3, 2] == "+7.0"
-    assert [tick.get_text() for tick in shown[0].get_xticklabels()] == ["1", "2", "3", "mean"]
-    assert [tick.get_text() for tick in shown[0].get_yticklabels()] == ["0.1", "10", "mean"]
-    assert (shown[0].get_xlabel(), shown[0].get_ylabel()) == ("method.batches", "method.strength")
-    red, _, blue = shown[0].collections[0].to_rgba(numpy.array([13.0]))[0][:3]
-    assert blue > red, "a benefit is blue"
-    png(figure, tmp_path / "benefit.png")
+def test_the_charts_show_numbers_with_their_means() -> None:
+    made = record(grid())
+    for own in (made, json.loads(canonical_json(made))):
+        charts = benefit_charts(own)
+        names = ["facts (keep)", "topics (learn)", "text (keep)", "mean of learned and kept"]
+        assert [chart.alt.partition(":")[0] for chart in charts] == names
+        texts, layout = charts[0].figure.data[0].text, charts[0].figure.layout
+        assert (texts[1][2], texts[1][3], texts[2][0], texts[2][3]) == ("+13.0", "+12.0", "+6.0", "+7.0")
+        assert layout.xaxis.ticktext == ("1", "2", "3", "mean")
+        assert layout.yaxis.ticktext == ("0.1", "10", "mean")
+        assert (layout.xaxis.title.text, layout.yaxis.title.text) == ("method.batches", "method.strength")
+        assert charts[0].figure.data[0].colorscale[-1][1] == "var(--gain)"
 
 
-def test_a_record_read_back_is_drawn_alike() -> None:
-    figure = benefit_figure(json.loads(canonical_json(record(grid()))))
-    assert figure is not None
-    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("method.batches", "method.strength")
-
-
-def test_nothing_to_draw_is_no_figure() -> None:
-    assert benefit_figure(record([run("plain", 0, math.inf, 0.1)])) is None
+def test_nothing_to_draw_is_no_chart() -> None:
+    assert benefit_charts(record([run("plain", 0, math.inf, 0.1)])) == []
 
 
 def test_the_table_has_the_first_axis_downwards() -> None:

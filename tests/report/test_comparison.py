@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.image import imread
 from tests.report.comparing import made_up
 from tests.report.test_html import headings, island, parsed
 
 from keeptune.core.errors import ArtefactError
 from keeptune.experiments.choice import choose
-from keeptune.report.figures.fronts import tradeoff_figure
 from keeptune.report.pages.comparison_charts import Scales, fronts, hypervolumes, ranges
 from keeptune.report.pages.comparison_page import (
     base_score,
@@ -197,11 +195,8 @@ def test_figures_are_saved_beside_the_page(records: tuple[Record, Record], tmp_p
     write_comparison(*records, tmp_path / "report.html")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names == {f"{name}.{kind}" for name in ("tradeoff", "hypervolume") for kind in ("png", "svg")}
-    assert imread(tmp_path / "figures" / "tradeoff.png").shape[1] > 1000
-    figure = tradeoff_figure(*records)
-    assert figure is not None
-    labels = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
-    assert labels == {*records[1]["fronts"], "front over all"}
+    text = (tmp_path / "figures" / "tradeoff.svg").read_text("utf-8")
+    assert all(f">{label}</text>" in text for label in (*records[1]["fronts"], "front over all"))
 
 
 def test_items_of_settings_on_the_front_are_read_from_their_folders(tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import numpy
 import pytest
-from matplotlib.axes import Axes
 from rich.console import Console
 
-from keeptune.report.figures.weight_profiles import curvature_figure
+from keeptune.report.pages.charts import Chart
+from keeptune.report.pages.study_charts import curvature_charts
 from keeptune.report.tables.analyses import print_curvature
 
 
@@ -23,28 +22,24 @@ def record(*sides: dict[str, Any]) -> dict[str, Any]:
     return {"sources": [{"label": f"run {n}", "sides": own} for n, own in enumerate(sides)]}
 
 
-def lines(axes: Axes) -> dict[str, list[float]]:
-    return {str(line.get_label()): numpy.asarray(line.get_ydata()).tolist() for line in axes.lines}
+def lines(chart: Chart) -> dict[str, list[float]]:
+    return {line.name: list(line.y) for line in chart.figure.data}
 
 
-def test_a_row_for_each_kind_of_tenth_and_a_column_for_each_side() -> None:
-    figure = curvature_figure(record({"input": side(0.1, 1), "output": side(0.2, 2)}, {"input": side(0.3, 3)}))
-    assert figure is not None
-    mass, other_mass, count, _ = figure.axes
-    assert lines(mass)["run 0"] == pytest.approx([10] * 10)
-    assert lines(mass)["run 1"][0] == pytest.approx(30)
-    assert lines(mass)["blind to curvature"] == pytest.approx([1] * 9 + [91])
-    assert "run 1" not in lines(other_mass), "it has no output side"
-    assert lines(count)["run 1"][-1] == pytest.approx(30)
-    assert lines(count)["blind to curvature"] == pytest.approx([10] * 10)
-    assert (mass.get_title(loc="left"), other_mass.get_title(loc="left")) == ("input side", "output side")
-
-
-def test_one_side_is_one_column() -> None:
-    figure = curvature_figure(record({"input": side(0.1, 1)}))
-    assert figure is not None
-    assert len(figure.axes) == 2
-    assert curvature_figure(record({})) is None
+def test_each_side_has_a_chart_for_each_kind_of_tenth() -> None:
+    charts = curvature_charts(record({"input": side(0.1, 1), "output": side(0.2, 2)}, {"input": side(0.3, 3)}))
+    assert [chart.name for chart in charts] == [
+        f"{a}-{b}" for a in ("input", "output") for b in ("curvature", "directions")
+    ]
+    mass, count, other_mass, _ = map(lines, charts)
+    assert mass["run 0"] == pytest.approx([10] * 10)
+    assert mass["run 1"][0] == pytest.approx(30)
+    assert mass["blind to curvature"] == pytest.approx([1] * 9 + [91])
+    assert "run 1" not in other_mass, "it has no output side"
+    assert count["run 1"][-1] == pytest.approx(30)
+    assert count["blind to curvature"] == pytest.approx([10] * 10)
+    assert len(curvature_charts(record({"input": side(0.1, 1)}))) == 2
+    assert curvature_charts(record({})) == []
 
 
 def test_the_table_tells_what_is_felt() -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import numpy
 import pytest
 from rich.console import Console
 
 from keeptune.report.estimates import layer_means
-from keeptune.report.figures.weight_profiles import energy_figure
+from keeptune.report.pages.study_charts import energy_charts
 from keeptune.report.tables.terminal import print_grid
 
 
@@ -26,26 +25,16 @@ def test_means_leave_out_what_is_in_no_block_and_what_is_zero() -> None:
 
 
 def test_a_line_for_each_role_and_the_mean() -> None:
-    figure = energy_figure(ROWS, 5, "tiny")
-    assert figure is not None
-    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    (chart,) = energy_charts(ROWS, 5, "tiny")
+    lines = {trace.name: trace for trace in chart.figure.data}
     assert set(lines) == {"q", "v", "mean"}
-    assert numpy.asarray(lines["q"].get_xdata()).tolist() == [0, 1]
-    assert numpy.asarray(lines["q"].get_ydata()).tolist() == [0.4, 0.2]
-    assert numpy.asarray(lines["mean"].get_ydata()).tolist() == pytest.approx([0.3, 0.2])
-    assert "tiny: energy in the top 5" in figure.axes[0].get_title(loc="left")
-
-
-def test_many_roles_stay_in_the_background() -> None:
-    figure = energy_figure([row(0, f"expert {n}", 0.1) for n in range(60)], 5, "tiny")
-    assert figure is not None
-    legend = figure.axes[0].get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["60 roles", "mean"]
+    assert (lines["q"].x, lines["q"].y) == ((0, 1), (0.4, 0.2))
+    assert lines["mean"].y == pytest.approx((0.3, 0.2))
+    assert chart.alt.startswith("tiny: energy in the top 5")
 
 
 def test_no_block_no_figure() -> None:
-    assert energy_figure([row(-1, "head", 0.9)], 5, "tiny") is None
+    assert energy_charts([row(-1, "head", 0.9)], 5, "tiny") == []
 
 
 def printed(cells: dict[tuple[int | None, str], list[str]], width: int) -> str:

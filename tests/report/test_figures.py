@@ -10,18 +10,19 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
-from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from keeptune.report.estimates import methods
-from keeptune.report.figures.drawing import png, save, svg
-from keeptune.report.figures.sweep_lines import sweep_figure
+from keeptune.report.figures import drawn, write_figure, write_figures
 from keeptune.report.pages import layer_charts, run_charts
+from keeptune.report.pages.charts import Chart, heat_map, layer_map, lying_bars
+from keeptune.report.pages.sweep_charts import sweep_charts
 from keeptune.report.records import parse_report
 
 
-def swept(report: dict[str, Any]) -> Figure | None:
+def swept(report: dict[str, Any]) -> list[Chart]:
     """Draw a report's runs as the points of a sweep."""
-    return sweep_figure({"rows": [{**run, "x": None, "method": run["name"]} for run in report["methods"]]})
+    return sweep_charts({"rows": [{**run, "x": None, "method": run["name"]} for run in report["methods"]]})
 
 
 def test_minimal_report_draws_what_it_can(minimal: dict[str, Any]) -> None:
@@ -32,19 +33,38 @@ def test_minimal_report_draws_what_it_can(minimal: dict[str, Any]) -> None:
 
 def test_settings_are_put_back_and_bytes_repeat(full: dict[str, Any], tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    one, two = swept(full), swept(full)
-    assert one is not None and two is not None
-    assert svg(one) == svg(two) == svg(one)
-    png(one, tmp_path / "one.png")
-    assert save({"two": two}, tmp_path / "figures") == [tmp_path / "figures" / f"two.{end}" for end in ("svg", "png")]
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "figures" / "two.png").read_bytes()
+    charts = swept(full)
+    write_figures([charts[0], None], tmp_path / "figures")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"sweep0.svg", "sweep0.png"}
+    for kind in ("png", "svg"):
+        write_figure(charts[:1], tmp_path / f"again.{kind}")
+        assert (tmp_path / f"again.{kind}").read_bytes() == (tmp_path / "figures" / f"sweep0.{kind}").read_bytes()
+    assert imread(tmp_path / "again.png").shape[1] > 1000
     assert dict(matplotlib.rcParams) == before
 
 
-def test_dollar_signs_and_markup_are_plain_text(make: Callable[..., dict[str, Any]]) -> None:
-    figure = swept(make(("$x_1$ <script>", 0.9, 0.8)))
-    assert figure is not None
-    root = ElementTree.XML(svg(figure))
+def test_files_hold_the_numbers_of_the_page(full: dict[str, Any]) -> None:
+    """Lines, intervals, legends, cells, frames and bars stand in the file as Plotly has them."""
+    (chart, *_) = swept(full)
+    (axes,) = drawn([chart]).axes
+    plain = [line for line in axes.lines if line.get_linestyle() == "None" and line.get_markersize() > 4]
+    assert [float(line.get_ydata()[0]) for line in plain][:3] == [y for t in chart.figure.data[1:2] for y in t.y][:3]
+    assert len(axes.containers) == sum(trace.error_y.array is not None for trace in chart.figure.data)
+    values = [[0.1, math.nan], [0.5, 0.9]]
+    texts = [["a", ""], ["b", "c"]]
+    figure = heat_map(values, ("", ["x", "y"]), ("layer", ["0", "1"]), "cool", "share", texts, (0.0, 1.0))
+    figure.add_shape(type="rect", x0=-0.5, x1=0.5, y0=-0.5, y1=0.5, line={"color": "var(--ink)"})
+    bars = lying_bars(["one", "two"], [2.0, 1.0], ["var(--c0)", "var(--c1)"], "points lost")
+    cells, lying = drawn([layer_map("m", "a map", figure, 2), Chart("b", "bars", bars)]).axes
+    assert {text.get_position(): text.get_text() for text in cells.texts} == {(0, 0): "a", (0, 1): "b", (1, 1): "c"}
+    assert (cells.get_ylim(), len(cells.patches)) == ((1.5, -0.5), 1)
+    assert [patch.get_width() for patch in lying.patches] == [2.0, 1.0]
+    assert lying.yaxis.get_inverted() and [tick.get_text() for tick in lying.get_yticklabels()] == ["one", "two"]
+
+
+def test_dollar_signs_and_markup_are_plain_text(make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    write_figure(swept(make(("$x_1$ <script>", 0.9, 0.8))), tmp_path / "x.svg")
+    root = ElementTree.XML((tmp_path / "x.svg").read_text("utf-8"))
     assert "$x_1$ <script>" in " ".join(part.strip() for part in root.itertext() if part.strip())
 
 
@@ -63,7 +83,7 @@ def test_missing_values_leave_gaps(make: Callable[..., dict[str, Any]]) -> None:
     report = make(("a", 0.9, 0.8), ("b", 0.8, 0.7))
     report["methods"][0]["benchmarks"][0].update(after=None, interval=None)
     report["methods"][0]["loss"] = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 1.0}]
-    assert swept(report) is not None
+    assert len(drawn(swept(report)).axes) == 3
     chart = run_charts.tradeoff(parse_report(report))
     assert chart is not None and [trace.name for trace in chart.figure.data] == ["b", "base model"]
     assert run_charts.losses(parse_report(report)) is None

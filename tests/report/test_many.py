@@ -9,8 +9,8 @@ from typing import Any
 import numpy
 import pytest
 
-from keeptune.report.figures.drawing import look
 from keeptune.report.pages import run_charts, run_tables
+from keeptune.report.pages.charts import mark
 from keeptune.report.pages.parts import Grid
 from keeptune.report.pages.run_page import render_html
 from keeptune.report.pages.verdict import verdict
@@ -31,10 +31,10 @@ def many(make: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_every_method_has_a_look_of_its_own() -> None:
-    looks = [look(index) for index in range(136)]
+    looks = [mark(index) for index in range(136)]
     assert len({one.colour for one in looks[: len(NAMES)]}) == len(NAMES)
-    assert len({(one.colour, one.shape) for one in looks}) == 136
-    assert looks[3] == look(3)
+    assert len({(one.colour, one.symbol) for one in looks}) == 136
+    assert looks[3] == mark(3)
 
 
 def test_so_many_losses_have_no_raw_values_behind(many: dict[str, Any]) -> None:

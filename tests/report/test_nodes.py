@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from keeptune.core.evidence import bounded
-from keeptune.report.figures.node_maps import density_figure, overlap_figure
 from keeptune.report.pages.layer_charts import votes
 from keeptune.report.pages.run_page import render_html
+from keeptune.report.pages.study_charts import density_charts, overlap_charts
 from keeptune.report.records import parse_report
 from keeptune.report.tables.analyses import print_overlap, print_suppressed
 
@@ -110,16 +110,14 @@ def test_what_suppression_costs_is_told_beside_the_base() -> None:
 
 
 def test_the_map_has_both_ends_and_the_profile() -> None:
-    figure = density_figure(SUPPRESSED)
-    strips = [axes for axes in figure.axes if axes.get_title(loc="left")]
-    assert [axes.get_title(loc="left") for axes in strips] == ["highest 5% of all nodes", "lowest 5% of all nodes"]
-    assert [numpy.asarray(axes.collections[0].get_array().filled(0.0)).reshape(2, -1).tolist() for axes in strips] == [
-        VOTES,
-        VOTES[::-1],
-    ]
-    assert [text.get_text() for text in strips[0].get_yticklabels()] == ["1", "3"]
-    bars = [[patch.get_width() for patch in axes.patches] for axes in figure.axes if len(axes.patches) == 2]
-    assert bars == [[1.0, 0.5], [1.0, 0.5]]
+    *maps, profile = density_charts(SUPPRESSED)
+    assert [chart.alt for chart in maps] == ["highest 5% of all nodes", "lowest 5% of all nodes"]
+    for chart, shares in zip(maps, (VOTES, VOTES[::-1]), strict=True):
+        assert 10 ** numpy.nan_to_num(numpy.array(chart.figure.data[0].z, float), nan=-99) == pytest.approx(
+            numpy.array(shares)
+        )
+    assert maps[0].figure.layout.yaxis.ticktext == ("1", "3")
+    assert profile.figure.data[0].y == (1.0, 0.5)
 
 
 LAYER = {"first": 4, "second": 4, "common": 3, "share": 0.75, "chance": 0.4}
@@ -142,8 +140,8 @@ def test_overlaps_are_told_layer_by_layer() -> None:
 
 
 def test_overlaps_are_drawn_with_chance() -> None:
-    (axes,) = overlap_figure(OVERLAP).axes
-    assert [patch.get_height() for patch in axes.patches] == [0.75, 0.0]
-    assert numpy.asarray(axes.collections[0].get_offsets()).tolist()[0] == [0.0, 0.4]
-    assert "none" in [text.get_text() for text in axes.texts]
-    assert axes.get_ylim() == (0.0, 1.0)
+    (chart,) = overlap_charts(OVERLAP)
+    bars, chance = chart.figure.data
+    assert (bars.y, chance.y) == ((0.75, 0.0), (0.4, None))
+    assert chart.figure.layout.xaxis.ticktext == ("1", "3: none")
+    assert chart.figure.layout.yaxis.range == (0, 1)

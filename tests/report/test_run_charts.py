@@ -97,21 +97,6 @@ def test_importances_are_coloured_by_logarithm_and_say_the_number(full: dict[str
     assert trace["text"][0] == ["1.0e-02", "2.0e-02"]
 
 
-TRACE: dict[str, Any] = {
-    "models": [
-        {"name": "tiny", "AIE": [0.1, 0.2], "AIE_error": [0.01, None], "heat": [[0.1, 0.2, 0.3], [0.0, 0.1, -0.4]]}
-    ],
-    "example": {"prompt": ["The", "<b>", "is"], "noised": [1], "answer": "blue"},
-}
-
-
-def test_causal_traces_are_drawn_tokens_by_layers() -> None:
-    profile, heat = layer_charts.traces({"run": TRACE})
-    assert heat.figure.to_plotly_json()["data"][0]["z"] == [[0.1, 0.0], [0.2, 0.1], [0.3, -0.4]]
-    assert heat.figure.to_plotly_json()["layout"]["yaxis"]["ticktext"] == ["The", "&lt;b&gt;*", "is"]
-    assert profile.figure.to_plotly_json()["data"][0]["error_y"]["array"] == pytest.approx([0.0196, 0.0])
-
-
 def test_looks_differ_in_more_than_colour() -> None:
     looks = [mark(index) for index in range(16)]
     assert len({look.symbol for look in looks[:8]}) == 8

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
-from matplotlib.axes import Axes
 from rich.console import Console
 
 from keeptune.experiments.effects import study_rows
-from keeptune.report.figures.drawing import png
-from keeptune.report.figures.sweep_lines import study_figure
+from keeptune.report.pages.charts import Chart
+from keeptune.report.pages.sweep_charts import study_charts
 from keeptune.report.tables.analyses import print_study
 
 
@@ -44,14 +41,14 @@ def row_of(record: dict[str, Any], point: str, benchmark: str) -> dict[str, Any]
     return dict(found)
 
 
-def line_of(axes: Axes, label: str) -> tuple[list[float], list[float]]:
-    (line,) = (line for line in axes.lines if str(line.get_label()).startswith(label))
-    return numpy.asarray(line.get_xdata()).tolist(), numpy.asarray(line.get_ydata()).tolist()
+def line_of(chart: Chart, label: str) -> tuple[list[float], list[float]]:
+    (line,) = (line for line in chart.figure.data if line.name.startswith(label))
+    return list(line.x), list(line.y)
 
 
-def bars(axes: Axes) -> list[list[float]]:
-    drawn = [numpy.asarray(line.get_ydata()).tolist() for line in axes.lines if len(line.get_xdata()) == 2]
-    return [ends for ends in drawn if ends[0] != ends[1]]
+def bars(chart: Chart) -> list[list[float]]:
+    drawn = [zip(t.y, t.error_y.arrayminus, t.error_y.array, strict=True) for t in chart.figure.data if t.error_y.array]
+    return [[y - down, y + up] for own in drawn for y, down, up in own if up]
 
 
 def test_gains_and_drops_are_positive_when_something_was_gained_and_lost() -> None:
@@ -78,25 +75,18 @@ def test_seeds_are_averaged_and_widen_the_interval() -> None:
 
 
 def test_single_draws_gains_and_drops_by_layer_and_all_layers_as_a_level() -> None:
-    figure = study_figure(study("single", list(reversed(SINGLE))))
-    assert figure is not None
-    points, nats = figure.axes
+    points, nats = study_charts(study("single", list(reversed(SINGLE))))
     assert line_of(points, "topics: gain") == ([0, 1], pytest.approx([10, 50]))
     assert line_of(points, "facts: drop") == ([0, 1], pytest.approx([40, 10]))
     assert line_of(nats, "text: drop") == ([0, 1], pytest.approx([0.5, 0.5]))
-    levels = {
-        round(float(numpy.asarray(line.get_ydata())[0]), 6) for line in points.lines if line.get_linestyle() == "--"
-    }
-    assert levels == {50.0, 60.0}
+    assert {round(shape.y0, 6) for shape in points.figure.layout.shapes if shape.line.dash == "dash"} == {50.0, 60.0}
     assert pytest.approx([36, 42]) in bars(points)
 
 
 @pytest.mark.parametrize("kind", ["bottom", "top"])
 def test_nested_studies_draw_scores_from_the_base_on(kind: str) -> None:
     rows = [run("a", 1, 0, 0.5, 0.2), run("b", 2, 0, 0.8, 0.6)]
-    figure = study_figure(study(kind, rows))
-    assert figure is not None
-    accuracy, nats = figure.axes
+    accuracy, nats = study_charts(study(kind, rows))
     assert line_of(accuracy, "facts (keep)") == ([0, 1, 2], pytest.approx([90, 50, 80]))
     assert line_of(accuracy, "topics (learn)") == ([0, 1, 2], pytest.approx([10, 20, 60]))
     assert line_of(nats, "text (keep)") == ([0, 1, 2], pytest.approx([2, 2.5, 2.5]))
@@ -128,14 +118,6 @@ def test_a_benchmark_that_a_cell_lacks_is_a_dash() -> None:
     assert printed(study("single", rows))[3].split()[-4:] == ["–"] * 4
 
 
-def test_many_layers_are_drawn(tmp_path: Path) -> None:
-    rows = [run(f"layer {n}", n, s, 0.9 - n / 100, 0.1 + n / 100) for n in range(40) for s in (0, 1, 2)]
-    figure = study_figure(study("single", rows))
-    assert figure is not None
-    png(figure, tmp_path / "layers.png")
-    assert (tmp_path / "layers.png").stat().st_size > 10_000
-
-
-def test_nothing_to_draw_is_no_figure() -> None:
-    assert study_figure(study("single", [SINGLE[0] | {"benchmarks": []}])) is None
-    assert study_figure(study("single", SINGLE[2:])) is None
+def test_nothing_to_draw_is_no_chart() -> None:
+    assert study_charts(study("single", [SINGLE[0] | {"benchmarks": []}])) == []
+    assert study_charts(study("single", SINGLE[2:])) == []

@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import numpy
 import pytest
 from rich.console import Console
 
-from keeptune.report.figures.trace_maps import heat_figure, profile_figure
+from keeptune.report.pages.study_charts import trace_charts
 from keeptune.report.tables.analyses import print_trace
 
 
@@ -42,48 +41,47 @@ def record(*models: dict[str, Any], prompt: tuple[str, ...] = ("The", " sky", " 
     }
 
 
-def test_profiles_have_a_line_and_a_band_for_each_model() -> None:
-    figure = profile_figure(record(model("base", [0.4, 0.2]), model("tuned", [0.1, 0.3])))
-    left, right = figure.axes
-    assert [line.get_label() for line in right.lines] == ["base", "tuned"]
-    assert numpy.asarray(right.lines[1].get_ydata()).tolist() == pytest.approx([1 / 3, 1])
-    assert numpy.asarray(left.lines[0].get_ydata()).tolist() == [0.4, 0.2]
-    assert (len(left.collections), len(right.collections)) == (2, 2)
-    band = left.collections[0].get_paths()[0].vertices
-    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.2 - 0.0196, 0.4 + 0.0196))
+def test_profiles_have_a_line_with_intervals_for_each_model() -> None:
+    (raw, shares), _ = trace_charts(record(model("base", [0.4, 0.2]), model("tuned", [0.1, 0.3])))
+    assert [line.name for line in shares.figure.data] == ["base", "tuned"]
+    assert shares.figure.data[1].y == pytest.approx((1 / 3, 1))
+    assert raw.figure.data[0].y == (0.4, 0.2)
+    assert raw.figure.data[0].error_y.array == pytest.approx((0.0196, 0.0196))
 
 
 @pytest.mark.parametrize("average", [[0.01, 0.02], [-0.1, -0.2]])
 def test_a_profile_that_is_noise_is_not_drawn(average: list[float]) -> None:
-    figure = profile_figure(record(model("base", average, distinct=False)))
-    assert len(figure.axes[0].lines) == 2  # and the line at zero
-    assert not figure.axes[1].lines
-    assert "no effect beyond chance" in figure.axes[1].texts[0].get_text()
+    (raw, shares), _ = trace_charts(record(model("base", average, distinct=False)))
+    assert len(raw.figure.data) == 1 and not shares.figure.data
+    assert "base: no effect beyond chance" in shares.alt
 
 
-def test_one_text_has_no_band() -> None:
+def test_one_text_has_no_interval() -> None:
     nothing = [None, None]
-    figure = profile_figure(record(model("base", [0.4, 0.2], AIE_error=nothing, NAIE_max_error=nothing)))
-    assert not figure.axes[0].collections
+    (raw, _), _ = trace_charts(record(model("base", [0.4, 0.2], AIE_error=nothing, NAIE_max_error=nothing)))
+    assert raw.figure.data[0].error_y.array == (0, 0)
 
 
 def test_a_heat_map_marks_noise_and_shares_its_colours() -> None:
-    figure = heat_figure(record(model("base", [0.4, 0.2, 0.3]), model("tuned", [0.1, 0.3, 0.2])))
-    first, second, _ = figure.axes
-    assert [label.get_text() for label in first.get_yticklabels()] == ["The", "sky*", "is"]
-    assert [axes.get_title(loc="left") for axes in (first, second)] == ["base", "tuned"]
-    mesh = first.collections[0]
-    assert numpy.asarray(mesh.get_array()).reshape(3, 3)[2, 1] == pytest.approx(0.12)  # the last token, layer 1
-    assert mesh.norm.vmax == second.collections[0].norm.vmax == pytest.approx(0.22)
-    assert mesh.norm.vmin == pytest.approx(-0.22)
+    two = record(model("base", [0.4, 0.2, 0.3]), model("tuned", [0.1, 0.3, 0.2]), prompt=("The", "<b>", "is"))
+    (raw, _), maps = trace_charts(two, "key", "run")
+    assert maps[0].figure.layout.yaxis.ticktext == ("The", "&lt;b&gt;*", "is")
+    assert [chart.alt.partition(":")[0] for chart in (raw, *maps)] == [
+        "run, average indirect effect (AIE)",
+        "run, base",
+        "run, tuned",
+    ]
+    assert maps[0].figure.data[0].z[2][1] == pytest.approx(0.12)  # the last token, layer 1
+    for chart in maps:
+        assert (chart.figure.data[0].zmin, chart.figure.data[0].zmax) == pytest.approx((-0.22, 0.22))
 
 
 def test_long_prompts_and_deep_models_fit() -> None:
     words = tuple(f" word{n}" for n in range(300))
     deep = model("a model with a very long name indeed", [0.1] * 80, tokens=300)
-    figure = heat_figure(record(deep, prompt=words))
-    assert figure.get_figheight() < 25
-    assert figure.get_figwidth() < 20
+    _, maps = trace_charts(record(deep, prompt=words))
+    assert maps[0].height < 1000
+    assert len(maps[0].figure.layout.yaxis.ticktext) <= 40
 
 
 def test_a_table_is_printed() -> None:

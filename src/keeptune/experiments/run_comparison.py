@@ -15,10 +15,9 @@ from keeptune.experiments.engine import run_all, variants_of
 from keeptune.experiments.plan_runs import Comparison, list_runs
 from keeptune.experiments.search import run_search
 from keeptune.experiments.single_run import Outcome
-from keeptune.report.figures.drawing import png
-from keeptune.report.figures.grid_maps import benefit_figure
-from keeptune.report.figures.sweep_lines import study_figure, sweep_figure
+from keeptune.report.figures import write_figure
 from keeptune.report.pages.comparison_page import write_comparison
+from keeptune.report.pages.sweep_charts import benefit_charts, study_charts, sweep_charts, sweep_note
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,11 @@ def _summary(runs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _draw(runs: Mapping[str, Any], path: Path) -> Path | None:
-    draw = study_figure if "study" in runs else benefit_figure if "benefit" in runs else sweep_figure
+    draw = study_charts if "study" in runs else benefit_charts if "benefit" in runs else sweep_charts
     series = _series(runs)
-    figure = draw(series) if series["rows"] else None
-    if figure is None:
+    charts = draw(series) if series["rows"] else []
+    if not charts:
         return None
-    png(figure, path)
+    note, across = (sweep_note(series), 1) if draw is sweep_charts else ("", 2 if draw is benefit_charts else 1)
+    write_figure(charts, path, note, across)
     return path

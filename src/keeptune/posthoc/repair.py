@@ -39,8 +39,8 @@ from keeptune.posthoc.factored_model import FactoredModel
 from keeptune.posthoc.repair_equations import mu_for_drift
 from keeptune.posthoc.repair_problem import RepairProblem, repair_problem
 from keeptune.posthoc.repair_scores import score_models
-from keeptune.report.figures.drawing import png
-from keeptune.report.figures.sweep_lines import repair_figure
+from keeptune.report.figures import write_figure
+from keeptune.report.pages.sweep_charts import repair_charts
 from keeptune.statistics.request import DataRole
 
 _log = logging.getLogger(__name__)
@@ -185,8 +185,9 @@ def repair(
         record["scores"] = score_models(trained.load_base(), models, start.tokenizer, benchmarks, seed=options.seed)
         clock.lap("evaluate")
     write_json(output / "repair.json", record)
-    if (figure := repair_figure(record)) is not None:
-        png(figure, output / "repair.png")
+    if charts := repair_charts(record):
+        words = "bars: 95% intervals; dotted: the base model; dashed: the adapter as it was"
+        write_figure(charts, output / "repair.png", words)
     return record
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from keeptune.pipeline.trained_changes import TrainedModel, labels_of, size_of
 from keeptune.report.estimates import totals
-from keeptune.report.figures.weight_profiles import change_figure
+from keeptune.report.pages.study_charts import change_charts
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
 
@@ -45,7 +45,7 @@ def change(
         entry = {"label": label, "folder": source, "base": name, "rows": rows}
         entries.append(entry | {"layers": totals(rows, "layer"), "roles": totals(rows, "role")})
     record = {"sources": entries}
-    write_figure_files(output, record, change_figure(record))
+    write_figure_files(output, record, change_charts(record))
     return record
 
 

@@ -26,12 +26,14 @@ from keeptune.linalg.curvature_profile import Directions, directions, energies, 
 from keeptune.linalg.rescaled import Rescaled
 from keeptune.linalg.symmetric import PsdMatrix, psd_matrix_from
 from keeptune.pipeline.trained_changes import TrainedModel, labels_of, size_of
-from keeptune.report.figures.weight_profiles import curvature_figure
+from keeptune.report.pages.study_charts import curvature_charts
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
 Side = Literal["input", "output"]
 _NAMES: Mapping[Side, str] = {"input": "Omega", "output": "Gamma"}
 _SHARES = ("curvature", "directions", "isotropic")
+
+_NOTE = "1: the stiffest, 10: the most flexible; means over targets"
 
 
 def curvature(
@@ -77,7 +79,7 @@ def curvature(
         entries.append({"label": label, "folder": source, "targets": targets, "sides": _means(targets)})
     named = {"name": penalty.name, "options": dict(penalty.options)}
     record = {"run": str(run), "penalty": named, "sources": entries}
-    write_figure_files(output, record, curvature_figure(record))
+    write_figure_files(output, record, curvature_charts(record), _NOTE, across=2)
     return record
 
 

@@ -15,7 +15,7 @@ from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import LoadOptions, load_model, refuse_not_finite
 from keeptune.recipe.paths import resolve_model
 from keeptune.report.estimates import layer_means
-from keeptune.report.figures.weight_profiles import energy_figure
+from keeptune.report.pages.study_charts import energy_charts
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
 
 
@@ -44,5 +44,5 @@ def energy(
         rows.append(row | {"energy": None if math.isnan(share) else share})
     means = {str(layer): value for layer, value in layer_means(rows).items()}
     record = {"model": model, "top": top, "rows": rows, "mean": means}
-    write_figure_files(output, record, energy_figure(rows, top, Path(model).name))
+    write_figure_files(output, record, energy_charts(rows, top, Path(model).name))
     return record

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from keeptune.core.artefact import write_json
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.pipeline.machine import check_device, check_folder, device_named
-from keeptune.report.figures.drawing import png
+from keeptune.report.figures import write_figure
+from keeptune.report.pages.charts import Chart
 
 
 def check_figure_file(output: Path, example: str, device: str) -> str:
@@ -44,9 +43,11 @@ def check_word(option: str, value: str, known: Sequence[str]) -> None:
         raise RecipeError(option, got=value, wanted=" or ".join(known), next_step=nearest(value, known))
 
 
-def write_figure_files(output: Path, record: Mapping[str, Any], figure: Figure | None) -> None:
-    """Writes a study's figure where there is something to draw, and its numbers beside it into ``.json``."""
+def write_figure_files(
+    output: Path, record: Mapping[str, Any], charts: Sequence[Chart], note: str = "", across: int = 1
+) -> None:
+    """Writes a study's charts where there is something to draw, and its numbers beside it into ``.json``."""
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output.with_suffix(".json"), record)
-    if figure is not None:
-        png(figure, output)
+    if charts:
+        write_figure(charts, output, note, across)

@@ -9,7 +9,7 @@ from keeptune.core.errors import ModelError, RecipeError
 from keeptune.linalg.selections import Overlap, overlap_of, overlaps
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
-from keeptune.report.figures.node_maps import overlap_figure
+from keeptune.report.pages.study_charts import overlap_charts
 from keeptune.studies.figure_files import write_figure_files
 from keeptune.studies.node_selections import Side, attributions_of, check_share, chosen_rows, loki_of, side_of
 
@@ -70,7 +70,7 @@ def overlap(
     }
     what = content_key([q, sides, [job.calibration and job.calibration.fingerprint for job in jobs]])
     folder = recipe.output / "overlap" / what[:12]
-    write_figure_files(folder / "overlap.png", record, overlap_figure(record))
+    write_figure_files(folder / "overlap.png", record, overlap_charts(record))
     return record | {"folder": str(folder)}
 
 

@@ -25,9 +25,9 @@ from keeptune.linalg.selections import Rows
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import score
 from keeptune.recipe.schema import Recipe
-from keeptune.report.figures.drawing import png
-from keeptune.report.figures.node_maps import density_figure
-from keeptune.report.figures.sweep_lines import sweep_figure
+from keeptune.report.figures import write_figure
+from keeptune.report.pages.study_charts import density_charts
+from keeptune.report.pages.sweep_charts import sweep_charts, sweep_note
 from keeptune.statistics.neuron_attribution import layer_profile
 from keeptune.studies.figure_files import check_word, write_figure_files
 from keeptune.studies.node_selections import Where, attributions_of, check_share, chosen_rows, density, loki_of
@@ -93,8 +93,9 @@ def suppress(
         "over": over,
     }
     points = [{**entry, "x": None, "method": entry["name"]} for entry in entries]
-    write_figure_files(folder / "suppress.png", record, sweep_figure({"rows": points, "when": "without the nodes"}))
-    png(density_figure(record), folder / "nodes.png")
+    swept = {"rows": points, "when": "without the nodes"}
+    write_figure_files(folder / "suppress.png", record, sweep_charts(swept), sweep_note(swept))
+    write_figure(density_charts(record), folder / "nodes.png")
     return record | {"folder": str(folder)}
 
 

@@ -34,8 +34,8 @@ from keeptune.model.probes.tracing_passes import OutputKind
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.recipe.paths import resolve_model
-from keeptune.report.figures.drawing import png
-from keeptune.report.figures.trace_maps import heat_figure, profile_figure
+from keeptune.report.figures import write_figure
+from keeptune.report.pages.study_charts import trace_charts
 from keeptune.statistics.layer_effect import (
     LayerEffect,
     Norm,
@@ -218,8 +218,9 @@ def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max")
     }
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "trace.json", record)
-    png(profile_figure(record), options.output / "layers.png")
-    png(heat_figure(record), options.output / "heat.png")
+    profiles, maps = trace_charts(record)
+    write_figure(profiles, options.output / "layers.png", across=2)
+    write_figure(maps, options.output / "heat.png")
     return record
 
 

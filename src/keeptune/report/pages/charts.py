@@ -7,10 +7,11 @@ so that a figure follows the reader's dark or light theme. Fonts, grid and hover
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy
 import plotly.graph_objects as go
 
 from keeptune.report.numbers import number, short
@@ -172,6 +173,36 @@ def heat_map(
     most = 20 if max(map(len, columns), default=0) < 8 else 40
     x = axis(across[0], **categories(columns, most), **bare)
     return figure_of([trace], x, axis(down[0], **categories(rows, 40), **bare, autorange="reversed"))
+
+
+def log_map(
+    values: numpy.ndarray,
+    down: tuple[str, Sequence[str]],
+    across: tuple[str, Sequence[str]],
+    scale: str,
+    said: str,
+    write: Callable[[float], str],
+    least: float = 0.0,
+) -> go.Figure:
+    """Returns a heat map coloured by logarithms; ``write`` prints a number, zero and NaN leave a cell empty.
+
+    Numbers below ``least`` have its colour; the other arguments are those of :func:`heat_map`.
+    """
+    table = numpy.full(values.shape, math.nan)
+    numpy.log10(values, out=table, where=values > 0)
+    low, high = (float(end) for end in (numpy.nanmin(table), numpy.nanmax(table)))
+    low = max(low, math.log10(least)) if least > 0 else low
+    span = (low, high) if high - low > 0.01 else (low - 0.3, high + 0.3)
+    texts = [["" if math.isnan(place) else write(10**place) for place in row] for row in table]
+    figure = heat_map(table.tolist(), down, across, scale, said, texts, span)
+    places = [float(place) for place in numpy.linspace(*span, 4)]
+    figure.update_traces(colorbar={"tickvals": places, "ticktext": [write(10**place) for place in places]})
+    return figure if len(across[1]) <= 12 else figure.update_traces(texttemplate=None)
+
+
+def layer_map(name: str, words: str, figure: go.Figure, rows: int, pixels: int = 26, most: int = 24) -> Chart:
+    """Returns a map as a chart that is as high as its rows need, up to ``most`` of them."""
+    return Chart(name, words, figure, max(130 + pixels * min(rows, most), LEAST))
 
 
 def thin(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

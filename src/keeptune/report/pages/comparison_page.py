@@ -11,8 +11,9 @@ from typing import Any, Final
 
 from keeptune.core.artefact import write_text
 from keeptune.report.comparisons import Scales, cost, labels_of, setting_rows
-from keeptune.report.figures.fronts import write_figures
+from keeptune.report.figures import write_figures
 from keeptune.report.numbers import ends, listing, number
+from keeptune.report.pages.charts import Chart
 from keeptune.report.pages.comparison_charts import fronts, hypervolumes
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render
@@ -30,14 +31,14 @@ def write_comparison(runs: Mapping[str, Any], front: Front, path: str | os.PathL
         ArtefactError: A record lacks something, or a file cannot be written.
     """
     write_text(Path(path), render_comparison(runs, front))
-    write_figures(runs, front, Path(path).parent / "figures")
+    write_figures(_charts(runs["runs"], front).values(), Path(path).parent / "figures")
 
 
 @complete("runs.json or front.json", "Run `keeptune compare` again; it makes them anew from the runs that are there.")
 def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
     """Returns the page, always the same of the same records; an ArtefactError names what a record lacks."""
     rows = runs["runs"]
-    charts = {"tradeoff": fronts(rows, front, base_score(rows, front)), "hypervolume": hypervolumes(rows, front)}
+    charts = _charts(rows, front)
     recipes = [("Recipe", runs["recipe"])] if runs.get("recipe") else []
     commands = [("Do it again", str(runs["command"]))] if runs.get("command") else []
     return render(
@@ -61,6 +62,10 @@ def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
         repeat=repeat(commands, recipes),
         counts=_counts(runs, front),
     )
+
+
+def _charts(rows: Sequence[Mapping[str, Any]], front: Front) -> dict[str, Chart | None]:
+    return {"tradeoff": fronts(rows, front, base_score(rows, front)), "hypervolume": hypervolumes(rows, front)}
 
 
 def base_score(rows: Sequence[Mapping[str, Any]], front: Front) -> float | None:

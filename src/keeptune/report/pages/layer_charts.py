@@ -1,17 +1,28 @@
-"""The figures of a run's page by layer: ranks, evidence, spectra, votes, causal tracing, penalties and drift."""
+"""The figures of a run's page by layer: ranks, evidence, spectra, votes, penalties and drift."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy
-import plotly.graph_objects as go
 
 from keeptune.report.estimates import Method, methods
 from keeptune.report.numbers import gap, listing
-from keeptune.report.pages.charts import LEAST, MANY, Chart, arms, axis, figure_of, heat_map, mark, plain, scatter, thin
+from keeptune.report.pages.charts import (
+    MANY,
+    Chart,
+    axis,
+    figure_of,
+    heat_map,
+    layer_map,
+    log_map,
+    mark,
+    plain,
+    scatter,
+    thin,
+)
 from keeptune.report.records import Curve, PlanRow, Report, Run
 
 _BINS: Final = 64
@@ -73,28 +84,17 @@ def _map(name: str, words: str, rows: Sequence[PlanRow], read: Read, said: str, 
     span = (min(0.0, float(good.min())), float(good.max()))
     shown = texts if len(layers) <= _NUMBERED else None
     figure = heat_map(table.tolist(), ("", roles), ("layer", layers), scale, said, shown, span)
-    return [_layer_map(name, words, figure, len(roles))]
+    return [layer_map(name, words, figure, len(roles))]
 
 
 def _importances(name: str, words: str, rows: Sequence[PlanRow]) -> list[Chart]:
-    """Returns a map of importances above zero, coloured by their logarithms; what is written is the number."""
-    placed = _placed(rows, lambda row: math.log10(row.importance) if (row.importance or 0) > 0 else None)  # type: ignore[arg-type]
+    """Returns a map of importances above zero, coloured by their logarithms."""
+    placed = _placed(rows, lambda row: row.importance if (row.importance or 0) > 0 else None)
     if placed is None:
         return []
     table, roles, layers = placed
-    low, high = float(numpy.nanmin(table)), float(numpy.nanmax(table))
-    span = (low, high) if high - low > 0.01 else (low - 0.3, high + 0.3)
-    texts = [["" if math.isnan(value) else gap(10**value) for value in row] for row in table]
-    figure = heat_map(table.tolist(), ("", roles), ("layer", layers), "warm", "importance", texts, span)
-    places = [float(place) for place in numpy.linspace(*span, 4)]
-    figure.update_traces(colorbar={"tickvals": places, "ticktext": [gap(10**place) for place in places]})
-    if len(layers) > 12:
-        figure.update_traces(texttemplate=None)
-    return [_layer_map(name, words, figure, len(roles))]
-
-
-def _layer_map(name: str, words: str, figure: go.Figure, rows: int, pixels: int = 26, most: int = 24) -> Chart:
-    return Chart(name, words, figure, max(130 + pixels * min(rows, most), LEAST))
+    figure = log_map(table, ("", roles), ("layer", layers), "warm", "importance", gap)
+    return [layer_map(name, words, figure, len(roles))]
 
 
 def votes(report: Report) -> list[Chart]:
@@ -118,7 +118,7 @@ def votes(report: Report) -> list[Chart]:
             table.tolist(), ("layer", names), ("node", columns), "cool", "texts that name the node, mean"
         ).update_traces(zmin=0.0)
         words = f"How many texts name each node, by layer: {method.label}"
-        charts.append(_layer_map(f"votes{place}", words, figure, len(rows)))
+        charts.append(layer_map(f"votes{place}", words, figure, len(rows)))
     return charts
 
 
@@ -216,36 +216,6 @@ def _spectrum(name: str, evidence: str, rows: Sequence[PlanRow], labels: Sequenc
     return [Chart(name, words, figure, 380, tuple(roles))]
 
 
-def traces(records: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """Returns layer profiles, and maps of tokens by layers, of the ``trace.json`` of each run."""
-    charts = []
-    for place, (name, record) in enumerate(records.items()):
-        charts.append(_profile(f"profile{place}", name, record))
-        noised = set(record["example"]["noised"])
-        words = [f"{word}{'*' if i in noised else ''}" for i, word in enumerate(record["example"]["prompt"])]
-        for index, model in enumerate(record["models"]):
-            table = numpy.asarray(model["heat"], dtype=float).T
-            most = float(numpy.abs(table).max()) or 1.0
-            across = ("layer", [str(layer) for layer in range(table.shape[1])])
-            said = "probability brought back"
-            figure = heat_map(table.tolist(), ("token", words), across, "gain", said, span=(-most, most))
-            alt = f"Causal tracing of one prompt, {model['name']}: tokens by layers, * got noise ({name})"
-            charts.append(_layer_map(f"trace{place}-{index}", alt, figure, len(words), 20, 40))
-    return charts
-
-
-def _profile(key: str, name: str, record: Mapping[str, Any]) -> Chart:
-    lines = []
-    for index, model in enumerate(record["models"]):
-        values, drawn = model["AIE"], mark(index)
-        halves = [1.96 * (error or 0.0) for error in model["AIE_error"]]
-        ends = [(value - half, value + half) for value, half in zip(values, halves, strict=True)]
-        bars = arms(values, ends, drawn.colour)
-        lines.append(scatter(model["name"], range(len(values)), values, drawn, error_y=bars))
-    figure = figure_of(lines, axis("layer", dtick=max(len(values) // 12, 1)), axis("average indirect effect (AIE)"))
-    return Chart(key, f"Causal tracing: effect of each layer, 95% intervals over texts ({name})", figure, 360)
-
-
 def penalties(report: Report) -> list[Chart]:
     """Returns task loss and penalty over the steps, and how far each layer moved, for methods with penalties."""
     shown = [(m.label, m.runs[0]) for m in methods(report) if len(m.runs[0].penalised) > 1][:MANY]
@@ -281,4 +251,4 @@ def _drift(key: str, label: str, run: Run) -> list[Chart]:
     figure = heat_map(table, ("layer", [str(layer) for layer in layers]), across, "warm", "‖ΔW‖ / ‖W‖")
     figure.update_traces(xgap=0, zmin=0.0)
     words = f"Drift of each layer while training, ‖ΔW‖ / ‖W‖: {label}"
-    return [_layer_map(key, words, figure, len(layers), 22, 26)]
+    return [layer_map(key, words, figure, len(layers), 22, 26)]

@@ -15,6 +15,7 @@ from keeptune.report.numbers import listing
 from keeptune.report.pages import layer_charts, run_charts, run_tables
 from keeptune.report.pages.charts import MANY, Chart
 from keeptune.report.pages.page import render
+from keeptune.report.pages.study_charts import trace_charts
 from keeptune.report.pages.verdict import method_sentences, verdict
 from keeptune.report.records import Report, ReportLike, as_report
 from keeptune.report.tables.comparison_table import comparison_columns
@@ -122,7 +123,12 @@ def _sections(report: Report, traces: Mapping[str, Mapping[str, Any]]) -> list[S
         Section(
             "Causal tracing",
             "Which layers bring an answer back after noise on the prompt.",
-            tuple(layer_charts.traces(traces)),
+            tuple(
+                chart
+                for place, (name, record) in enumerate(traces.items())
+                for charts in trace_charts(record, f"trace{place}-", name)
+                for chart in charts
+            ),
         ),
     ]
     return [part for part in sections if part.charts or (part.words and part.words == uniform)]

@@ -8,8 +8,7 @@ from typing import Any, Final
 
 from keeptune.core.artefact import write_text
 from keeptune.core.intervals import lower_is_better
-from keeptune.report.figures.drawing import save
-from keeptune.report.figures.stage_matrix import matrix_figure, stages_figure
+from keeptune.report.figures import write_figures
 from keeptune.report.numbers import count, duration, gap, interval_text, number, signed
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render
@@ -28,7 +27,7 @@ def write_sequence(record: Record, path: str | os.PathLike[str]) -> None:
         ArtefactError: The record lacks something, or a file cannot be written.
     """
     write_text(Path(path), render_sequence(record))
-    save({"matrix": matrix_figure(record), "stages": stages_figure(record)}, Path(path).parent / "figures")
+    write_figures([*matrices(record), *lines(record), course(record)], Path(path).parent / "figures")
 
 
 @complete("sequence.json", "Run the sequence again; it makes the record anew from the stages that are there.")
