@@ -99,7 +99,7 @@ def test_each_learns_every_answer_as_a_server_asks_for_it(base: PreTrainedTokeni
     chat = ChatTemplate(base, options, where="")
     rows = examples.token_rows(base)
     for i, row in zip((1, 3), rows, strict=True):
-        asked = chat.tokens(chat.text(talk[:i], ask=True))
+        (asked,) = chat.tokens(chat.text(talk[:i], ask=True))
         assert list(row.ids[: len(asked)]) == asked and row.learned[: len(asked)] == (False,) * len(asked)
         assert bare_learned(chat, row).endswith(("Hm.</think>One." if i == 1 else "Oh.</think>Two.") + end_of(chat))
 

@@ -82,14 +82,6 @@ class ChatRow(NamedTuple):
     ended: int
 
 
-class _Span(NamedTuple):
-    """The tokens of one message; the next token, if ``ends``, is the one by which the model ends it."""
-
-    start: int
-    stop: int
-    ends: bool
-
-
 class _NotProvedError(Exception):
     """A message is not shown as the model is asked for it."""
 
@@ -140,9 +132,8 @@ class ChatTemplate:
                 wanted="a chat template",
                 next_step=f"Set chat_template: chatml{told}, or chat_template: file.jinja.",
             )
-        self.plain = str(tokenizer.get_chat_template(own))
-        self._with_tools = str(tokenizer.get_chat_template(own, tools=[{}]))
-        self._twin, self._used_twin = _training_twin(tokenizer, self.plain), False
+        self._templates = {tools: str(tokenizer.get_chat_template(own, tools=[{}] * tools)) for tools in (0, 1)}
+        self._twin, self._used_twin = _training_twin(tokenizer, self._templates[0]), False
         self.added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
         self._ends: dict[str, int | None] = {}
         self._parts = False
@@ -150,7 +141,7 @@ class ChatTemplate:
             self._parts = "probe" not in self.text(_PROBE[:1])
         except _REFUSALS:
             self._parts = True
-        self.end = self.end_of_turn(self.plain)
+        self.end = self.end_of_turn(self.template(None))
 
     def apply(self, messages: Messages, tools: Any, template: str | None, **how: Any) -> Any:
         """Returns what the tokenizer's ``apply_chat_template`` does, for messages as the template reads them."""
@@ -171,15 +162,15 @@ class ChatTemplate:
 
     def template(self, tools: Any) -> str:
         """Returns the template of conversations with these tools."""
-        return self._with_tools if tools else self.plain
+        return self._templates[bool(tools)]
 
     def text(self, messages: Messages, tools: Any = None, *, ask: bool = False, template: str | None = None) -> str:
         """Returns the rendering of messages; ``ask``: with the header of the answer that is asked for."""
         return str(self.apply(messages, tools, template, add_generation_prompt=ask, tokenize=False))
 
-    def tokens(self, text: str) -> list[int]:
-        """Returns the tokens of a rendering; it writes its beginning token itself."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def tokens(self, *texts: str) -> list[list[int]]:
+        """Returns the tokens of renderings, which write their beginning token themselves."""
+        return list(self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
 
     def end_of_turn(self, template: str) -> int | None:
         """Returns the token that ends an answer whatever follows, if there is one."""
@@ -188,7 +179,7 @@ class ChatTemplate:
                 texts = [self.text(turns, template=template) for turns in (_PROBE, (*_PROBE, _PROBE[0]))]
             except _REFUSALS:
                 texts = ["", ""]
-            tails = [self.tokens(text.rpartition("answer")[2]) for text in texts]
+            tails = self.tokens(*(text.rpartition("answer")[2] for text in texts))
             same = (a for a, b in zip(*tails, strict=False) if a == b)
             self._ends[template] = next((token for token in same if token in self.added), None)
         return self._ends[template]
@@ -205,10 +196,10 @@ class ChatTemplate:
         # What follows the last learned message teaches nothing, and may change how a template shows earlier ones.
         shown = conversation.messages[: wanted[-1] + 1] if wanted else conversation.messages
         try:
-            served = _Rendering(self, self.template(tools), shown, tools).row(wanted)
+            served = _Rendering(self, self.template(tools), shown, tools, wanted).row()
             if self._twin is None or not wanted or (served.ended and not served.lost):
                 return served
-            twin = _Rendering(self, self._twin, shown, tools).row(wanted)
+            twin = _Rendering(self, self._twin, shown, tools, wanted).row()
         except _REFUSALS as error:
             raise DataError(
                 where,
@@ -229,7 +220,7 @@ class ChatTemplate:
             notes.append("no one token ends the template's turns: a model may not stop where its answer ends")
         elif self.end != self.tokenizer.eos_token_id:
             notes.append(f"turns end with {name(self.end)}, the tokenizer's texts with {self.tokenizer.eos_token}")
-        if _TODAY.search(self.plain):
+        if _TODAY.search(self.template(None)):
             notes.append(f"the template prints today's date; all is read as on {DAY:%Y-%m-%d}")
         if self._used_twin:
             notes.append("some conversations are read by TRL's training version of the chat template")
@@ -237,110 +228,97 @@ class ChatTemplate:
 
 
 class _Rendering:
-    """A conversation as one template shows it."""
+    """A conversation as one template shows it, with what the model is asked and then writes for ``wanted`` messages."""
 
-    def __init__(self, chat: ChatTemplate, template: str, messages: Messages, tools: Any) -> None:
+    def __init__(
+        self, chat: ChatTemplate, template: str, messages: Messages, tools: Any, wanted: Sequence[int]
+    ) -> None:
         self.chat, self.template, self.messages, self.tools = chat, template, messages, tools
-        self.marked = bool(_MARKS.search(template)) and chat.options.roles_to_train == ("assistant",)
         self.text = chat.text(messages, tools, template=template)
-        self.ids = self._ids()
+        answers = [i for i in wanted if i and messages[i]["role"] == "assistant"]
+        self.asked = {i: chat.text(messages[:i], tools, ask=True) for i in answers}
+        self.written = {i: chat.text(messages[: i + 1], tools, template=template) for i in wanted}
+        texts = list(dict.fromkeys([self.text, *self.asked.values(), *self.written.values()]))
+        self.tokens = dict(zip(texts, chat.tokens(*texts), strict=True))
         for number, message in enumerate(messages, start=1):
             if missing := _missing(message, self.text):
                 raise ValueError(f"it does not show {missing!r} of message {number} ({message['role']})")
         if missing := _missing({"tool_calls": tools}, self.text):
             raise ValueError(f"it does not show the tool {missing!r}")
-        if self.ids[:2] == [chat.tokenizer.bos_token_id] * 2:
+        if self.tokens[self.text][:2] == [chat.tokenizer.bos_token_id] * 2:
             raise ValueError(f"it begins with {chat.tokenizer.bos_token} twice")
 
-    def row(self, wanted: Sequence[int]) -> ChatRow:
+    def row(self) -> ChatRow:
         """Returns the tokens, with the ``wanted`` messages learned."""
-        marks, learned = self._marks(), [False] * len(self.ids)
-        ends: list[int] = []
-        lost: list[str] = []
-        for i in wanted:
+        marks = None
+        if _MARKS.search(self.template) and self.chat.options.roles_to_train == ("assistant",):
+            marks = self.chat.apply(self.messages, self.tools, self.template, return_assistant_tokens_mask=True)
+        else:
+            self._cut_last_answer()
+        ids, when = self.tokens[self.text], self.chat.options.train_on_eos
+        learned, ends, lost = [False] * len(ids), list[int](), list[str]()
+        for i, text in self.written.items():
             try:
-                span = self._span(i)
+                start, stop = self._answer(i) if self.messages[i]["role"] == "assistant" else self._content(i)
+                full = self.tokens[text]
+                if ids[:stop] != full[:stop]:
+                    raise _NotProvedError("the template shows it otherwise once other messages follow")
             except _NotProvedError as why:
                 lost.append(str(why))
                 continue
-            learned[span.start : span.stop] = marks[span.start : span.stop]
-            ends += [span.stop] if span.ends else []
-        every = [n for n, token in enumerate(self.ids) if token == self.chat.end_of_turn(self.template)]
-        chosen = {"turn": ends, "all": [*ends, *every], "last": ends[-1:], "none": []}
-        for end in chosen[self.chat.options.train_on_eos]:
+            learned[start:stop] = map(bool, marks["assistant_masks"][start:stop]) if marks else [True] * (stop - start)
+            if stop < len(full) and full[stop] in self.chat.added and ids[stop] == full[stop]:
+                ends.append(stop)
+        every = [n for n, token in enumerate(ids) if when == "all" and token == self.chat.end_of_turn(self.template)]
+        for end in {"turn": ends, "all": [*ends, *every], "last": ends[-1:], "none": []}[when]:
             learned[end] = True
-        return ChatRow(tuple(self.ids), tuple(learned), tuple(lost), len(ends))
+        return ChatRow(tuple(ids), tuple(learned), tuple(lost), len(ends))
 
-    def _ids(self) -> list[int]:
-        """Returns the tokens; a last answer is cut from what is asked where one token would span the two."""
-        whole = self.chat.tokens(self.text)
-        if self.marked or len(self.messages) < 2 or self.messages[-1]["role"] != "assistant":
-            return whole
-        prompt = self.chat.text(self.messages[:-1], self.tools, ask=True)
-        asked = self.chat.tokens(prompt)
-        if not self.text.startswith(prompt) or whole[: len(asked)] == asked:
-            return whole
-        line, rest = self.chat.tokens("\n"), self.text[len(prompt) :]
-        after = self.chat.tokens("\n" + rest)  # after a line: SentencePiece puts a space at the beginning of a text
-        apart = asked + (after[len(line) :] if after[: len(line)] == line else self.chat.tokens(rest))
-        return apart if self.chat.tokenizer.decode(apart) == self.chat.tokenizer.decode(whole) else whole
+    def _cut_last_answer(self) -> None:
+        """Cuts the tokens of the whole where the last answer begins, if one would span it and what is asked."""
+        prompt, whole = self.asked.get(len(self.messages) - 1, self.text), self.tokens[self.text]
+        asked = self.tokens[prompt]
+        if self.text.startswith(prompt) and whole[: len(asked)] != asked:
+            rest = self.text[len(prompt) :]
+            line, after, alone = self.chat.tokens("\n", "\n" + rest, rest)
+            # After a line, as SentencePiece puts a space at the beginning of a text.
+            apart = asked + (after[len(line) :] if after[: len(line)] == line else alone)
+            if self.chat.tokenizer.decode(apart) == self.chat.tokenizer.decode(whole):
+                self.tokens[self.text] = apart
 
-    def _marks(self) -> list[bool]:
-        """Returns what the template marks of answers; all tokens where it has no marks, or answers are not alone."""
-        if not self.marked:
-            return [True] * len(self.ids)
-        found = self.chat.apply(self.messages, self.tools, self.template, return_assistant_tokens_mask=True)
-        return [bool(mark) for mark in found["assistant_masks"]]
-
-    def _span(self, i: int) -> _Span:
-        """Returns the tokens of message ``i``, proved."""
-        text = self.chat.text(self.messages[: i + 1], self.tools, template=self.template)
-        full = self.ids if text == self.text else self.chat.tokens(text)
-        find = self._answer if self.messages[i]["role"] == "assistant" else self._content
-        start, stop = find(i, text, full)
-        if self.ids[:stop] != full[:stop]:
-            raise _NotProvedError("the template shows it otherwise once other messages follow")
-        ended = stop < len(full) and full[stop : stop + 1] == self.ids[stop : stop + 1]
-        return _Span(start, stop, ended and full[stop] in self.chat.added)
-
-    def _answer(self, i: int, text: str, full: list[int]) -> tuple[int, int]:
+    def _answer(self, i: int) -> tuple[int, int]:
         """Returns where an answer begins, which is where (1) ends, and the place of the token that ends it."""
-        if not i:
+        if i not in self.asked:
             raise _NotProvedError("nothing is asked before it")
-        prompt = self.chat.text(self.messages[:i], self.tools, ask=True)
-        asked = self.chat.tokens(prompt)
-        start = len(asked)
+        prompt, text = self.asked[i], self.written[i]
+        full, start = self.tokens[text], len(self.tokens[prompt])
         if not text.startswith(prompt):
             same = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), 0)
             raise _NotProvedError(f"it is asked for by {prompt[same:][:60]!r}, and shown as {text[same:][:60]!r}")
-        if full[:start] != asked:
+        if full[:start] != self.tokens[prompt]:
             raise _NotProvedError(f"a token spans its beginning and the end of what is asked, {prompt[-20:]!r}")
         if missing := _missing(self.messages[i], text[len(prompt) :], thought=True):
             raise _NotProvedError(f"the template does not show {missing!r}")
-        plain = [n for n in range(start, len(full)) if not self._closes(full[n])]
-        after = plain[-1] + 1 if plain else start
+        after, decode = len(full), self.chat.tokenizer.decode
+        while after > start and (full[after - 1] in self.chat.added or not decode([full[after - 1]]).strip()):
+            after -= 1
         end = self.chat.end_of_turn(self.template)
         if end in full[after:]:
             return start, full.index(end, after)
-        last = max((n for n in range(after, len(full)) if full[n] in self.chat.added), default=len(full))
-        return start, last
+        return start, max((n for n in range(after, len(full)) if full[n] in self.chat.added), default=len(full))
 
-    def _closes(self, token: int) -> bool:
-        """Returns whether a token may stand after the last word of an answer: white space, or no text at all."""
-        return token in self.chat.added or not self.chat.tokenizer.decode([token]).strip()
-
-    def _content(self, i: int, text: str, full: list[int]) -> tuple[int, int]:
+    def _content(self, i: int) -> tuple[int, int]:
         """Returns where the content of another message is: the text that changes with it, and nothing else does."""
-        content = (self.messages[i].get("content") or "").strip()
+        text, content = self.written[i], (self.messages[i].get("content") or "").strip()
         probe = [*self.messages[:i], {**self.messages[i], "content": "probe"}]
-        head, found, tail = text.rpartition(content)
-        if not content or (head, "probe", tail) != self.chat.text(probe, self.tools, template=self.template).rpartition(
-            "probe"
-        ):
+        other = self.chat.text(probe, self.tools, template=self.template).rpartition("probe")
+        head, _, tail = text.rpartition(content) if content else ("", "", "")
+        if (head, "probe", tail) != other:
             raise _NotProvedError("the template does not show its content in one place")
+        last = len(text) - len(tail)
         offsets = self.chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        inside = [n for n, (a, b) in enumerate(offsets) if b > len(head) and a < len(head + found) and b > a]
-        over = text[offsets[inside[0]][0] : len(head)] + text[len(head + found) : offsets[inside[-1]][1]]
+        inside = [n for n, (a, b) in enumerate(offsets) if max(a, len(head)) < min(b, last)]
+        over = text[offsets[inside[0]][0] : len(head)] + text[last : offsets[inside[-1]][1]]
         if over.strip():
             raise _NotProvedError(f"a token spans its content and {over!r}")
         return inside[0], inside[-1] + 1
@@ -364,12 +342,10 @@ def _plain_message(message: Mapping[str, Any], as_text: bool, parts: bool) -> di
     plain = {key: value for key, value in message.items() if value is not None and key != "train"}
     content = plain.get("content", "")
     plain["content"] = [{"type": "text", "text": content}] if parts else content
-    if as_text:
-        functions = [dict(call["function"]) for call in plain.get("tool_calls", ())]
-        plain["tool_calls"] = [
-            {"type": "function", "function": {**one, "arguments": json.dumps(one["arguments"], ensure_ascii=False)}}
-            for one in functions
-        ]
+    if as_text and "tool_calls" in plain:
+        functions = [call["function"] for call in plain["tool_calls"]]
+        texts = [{**one, "arguments": json.dumps(one["arguments"], ensure_ascii=False)} for one in functions]
+        plain["tool_calls"] = [{"type": "function", "function": one} for one in texts]
     return plain
 
 
