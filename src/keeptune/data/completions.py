@@ -69,7 +69,7 @@ class TaskExamples(LanguageExamples):
         if self.prompts is None:
             return [TokenRow(tuple(ids), after(0, len(ids))) for ids in whole]
         read = tokenizer(prompts, verbose=False)["input_ids"]
-        starts = [_common(start, ids) for start, ids in zip(read, whole, strict=True)]
+        starts = [common_start(start, ids) for start, ids in zip(read, whole, strict=True)]
         return [TokenRow(tuple(ids), after(start, len(ids))) for ids, start in zip(whole, starts, strict=True)]
 
     def _calibration(self, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calibration:
@@ -109,8 +109,8 @@ def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: s
     return TaskExamples(prompts, completions, where=where)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Count equal leading tokens: a token may span the end of the prompt, and then it is learned."""
+def common_start(a: Sequence[int], b: Sequence[int]) -> int:
+    """Returns how many tokens two texts begin with: one may span the end of a prompt, and then it is learned."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from keeptune.core.errors import RecipeError, nearest
-from keeptune.evaluation.metrics import LABELS, SCORES, Metric, Normalisation
+from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, Metric, Normalisation
 
 Role = Literal["knowledge", "task"]
 
-_TEMPLATES = ("prompt", "answer", "choices", "text", "text_pair")
+_TEMPLATES = ("prompt", "answer", "choices", "text", "text_pair", "chosen", "rejected")
 _CLASSIFIER = (*LABELS, *SCORES)
 # Of each metric the templates that it needs, with an example.
 _LABELLED = {"text": "{sentence}", "answer": "{label}"}
@@ -20,7 +20,9 @@ _NEEDED: dict[str, dict[str, str]] = {
     "multiple_choice": {"prompt": "{question}\\nAnswer:", "choices": "{choices}", "answer": "{label}"},
     "cross_entropy": {"text": "{text}"},
     **dict.fromkeys(_CLASSIFIER, _LABELLED),
+    **dict.fromkeys(PAIRS, {}),
 }
+_OPTIONAL = {**dict.fromkeys(_CLASSIFIER, ("text_pair",)), **dict.fromkeys(PAIRS, ("prompt", "chosen", "rejected"))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,10 @@ class FileBenchmark(Benchmark):
     Args:
         file: JSONL file; a relative path is taken from the recipe's folder.
         metric: ``exact_match`` generates an answer; ``multiple_choice`` compares the log-likelihoods of
-            given answers; ``cross_entropy`` is in nats per token. Of a classifier ``accuracy``, ``f1`` (of the second
+            given answers; ``cross_entropy`` is in nats per token. Of pairs of answers, a better and a worse one each,
+            ``preference_accuracy`` is the share of which the model finds the better one likelier, and
+            ``reward_accuracy`` that of which training raised its likelihood by more (the base has 0.5 by definition:
+            equal counts half). Of a classifier ``accuracy``, ``f1`` (of the second
             of two labels, as GLUE has it; of more labels the mean over labels) and ``matthews``; of a regression
             ``pearson`` and ``spearman``.
         prompt: Template of the text before the answer (exact_match, multiple_choice).
@@ -90,6 +95,9 @@ class FileBenchmark(Benchmark):
         choices: Template of the choices: a list, or ``{"text": [...], "label": [...]}``.
         text: Template of a document (cross_entropy), or of what a classifier reads.
         text_pair: Template of the other text, where a classifier reads pairs.
+        chosen: Template of the better answer of a pair; None takes the field ``chosen``. The prompt is the field
+            ``prompt`` then, or what both answers begin with.
+        rejected: Template of the worse one; None takes the field ``rejected``.
         max_length: Tokens. Documents are cut to their first ``max_length`` tokens, prompts to their last;
             a model with fewer positions lowers the limit.
         max_new_tokens: Tokens generated at most (exact_match).
@@ -110,6 +118,8 @@ class FileBenchmark(Benchmark):
     choices: str | None = None
     text: str | None = None
     text_pair: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
     max_length: int = 1024
     max_new_tokens: int = 32
     batch_size: int = 64
@@ -119,12 +129,14 @@ class FileBenchmark(Benchmark):
 
     def __post_init__(self) -> None:
         self._check_words(metric=get_args(Metric), role=get_args(Role), normalise=get_args(Normalisation))
-        if self.role == "knowledge" and self.metric in _CLASSIFIER:
+        if self.role == "knowledge" and self.metric in (*_CLASSIFIER, "reward_accuracy"):
             raise RecipeError(
                 f"{self.where}.role",
                 got=f"knowledge, measured by {self.metric}",
                 wanted="role: task",
-                next_step="A classifier's head answers for its own task only; what the encoder keeps is not measured.",
+                next_step="A reward is relative to the base, which has none to keep: take preference_accuracy."
+                if self.metric in PAIRS
+                else "A classifier's head answers for its own task only; what the encoder keeps is not measured.",
             )
         self._check_templates()
         self._check_numbers(examples=1, max_length=2, max_new_tokens=1, batch_size=1)
@@ -140,8 +152,7 @@ class FileBenchmark(Benchmark):
         needed = _NEEDED[self.metric]
         for field in _TEMPLATES:
             given = getattr(self, field) is not None
-            optional = field == "text_pair" and self.metric in _CLASSIFIER
-            if given == (field in needed) or optional:
+            if given == (field in needed) or field in _OPTIONAL.get(self.metric, ()):
                 continue
             wrong = f'"{field}", which it does not use' if given else f'no "{field}"'
             example = ", ".join(f'{key}: "{value}"' for key, value in needed.items())

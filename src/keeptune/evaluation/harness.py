@@ -18,7 +18,7 @@ from keeptune.evaluation.classification import classified, wrong_metric
 from keeptune.evaluation.generation import greedy_texts
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.likelihood import add_divergence, log_likelihoods, losses_and_divergence
-from keeptune.evaluation.metrics import LABELS, SCORES, exact_match
+from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, exact_match
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, mean_scores
 from keeptune.evaluation.scored_tokens import Encoder, Passes, ScoredTokens, context_limit
@@ -56,7 +56,7 @@ def evaluate(
     assert isinstance(benchmark, FileBenchmark)
     items = load_items(benchmark, folder)
     passes = len(items) if benchmark.metric == "cross_entropy" else 2 * len(items)
-    if benchmark.metric == "multiple_choice":
+    if benchmark.metric in ("multiple_choice", *PAIRS):
         passes = 2 * sum(len(item.choices) for item in items)
     with tqdm(total=passes, desc=benchmark.name, unit="seq", disable=None if progress else True, delay=2) as bar:
         if benchmark.metric in (*LABELS, *SCORES):
@@ -69,6 +69,7 @@ def evaluate(
             "exact_match": scorer.generated,
             "multiple_choice": scorer.chosen,
             "cross_entropy": scorer.predicted,
+            **dict.fromkeys(PAIRS, scorer.chosen),
         }[benchmark.metric]()
         if benchmark.role == "task" and benchmark.metric != "cross_entropy":
             scorer.add_divergence(records)
@@ -111,9 +112,7 @@ class _Scorer:
 
     def chosen(self) -> _Records:
         """Accuracy of the likeliest choice, and of the likeliest per character."""
-        sequences = self._encoded(
-            lambda encoder, item, where: [encoder.choice(item.prompt, text, where) for text in item.choices]
-        )
+        sequences = self._encoded(self._choices)
         sums = self._both_sides(sequences, lambda model, passes: log_likelihoods(model, sequences, passes))
         records, place = [], 0
         for item in self.items:
@@ -122,9 +121,15 @@ class _Scorer:
             for side in SIDES:
                 record |= _accuracies(item, sums[side][place:end], side)
             record["cut"] = any(tokens.cut for tokens in sequences[place:end])
-            records.append(record)
+            records.append(record | (_rewards(record) if self.benchmark.metric == "reward_accuracy" else {}))
             place = end
         return records
+
+    def _choices(self, encoder: Encoder, item: Item, where: str) -> list[ScoredTokens]:
+        if item.pairs is None:
+            return [encoder.choice(item.prompt, text, where) for text in item.choices]
+        rows = item.pairs.tokens(self.tokenizer, item.index)
+        return [encoder.answer(row.ids, row.learned.index(True), "an answer", where) for row in rows]
 
     def predicted(self) -> _Records:
         """Cross-entropy and KL(base || tuned), nats per token of each document."""
@@ -181,9 +186,16 @@ class _Scorer:
         return sequences
 
 
+def _rewards(record: Mapping[str, Any]) -> dict[str, float]:
+    """Compares how much training raised the log-likelihood of a pair's answers: DPO's reward, but for a factor."""
+    better, worse = (a - b for b, a in zip(*(record[f"loglikelihoods_{side}"] for side in SIDES), strict=True))
+    likelier = {f"preference_accuracy_{side}": record[side] for side in SIDES}
+    return {"before": 0.5, "after": 0.5 if better == worse else float(better > worse), **likelier}
+
+
 def _accuracies(item: Item, sums: Sequence[float], side: Side) -> Mapping[str, Any]:
     """Compares one item's log-likelihoods; of equal ones the first counts, as in lm-eval."""
-    rates = [value / len(text) for value, text in zip(sums, item.choices, strict=True)]
+    rates = [value / max(len(text), 1) for value, text in zip(sums, item.choices, strict=True)]
     return {
         side: float(sums.index(max(sums)) == item.label),
         f"acc_norm_{side}": float(rates.index(max(rates)) == item.label),

@@ -10,10 +10,11 @@ from typing import Any
 
 from keeptune.core.errors import DataError
 from keeptune.data.labelled import Texts, label_of, score_of, texts_of
+from keeptune.data.preferences import Preferences, plain, preferences
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.data.templates import pick, render
 from keeptune.evaluation.benchmarks import FileBenchmark
-from keeptune.evaluation.metrics import SCORES
+from keeptune.evaluation.metrics import PAIRS, SCORES
 
 _Choices = tuple[tuple[str, ...], tuple[str, ...]]  # texts, and labels or an empty tuple
 
@@ -30,6 +31,7 @@ class Item:
     text: str = ""  # the document (cross_entropy), or what a classifier reads
     text_pair: str | None = None
     score: float | None = None  # the right one (pearson, spearman)
+    pairs: Preferences | None = None  # of all items, prompts and answers as they are given, the better one first
     group: str | None = None  # value of the benchmark's group field
 
     @property
@@ -53,6 +55,7 @@ def load_items(benchmark: FileBenchmark, folder: Path) -> list[Item]:
         "exact_match": _questions,
         "multiple_choice": _multiple_choices,
         "cross_entropy": _documents,
+        **dict.fromkeys(PAIRS, _pairs),
     }.get(benchmark.metric, _labelled)
     group = benchmark.group or ""
     return [
@@ -103,6 +106,17 @@ def _multiple_choices(benchmark: FileBenchmark, rows: Sequence[Row], places: Seq
         {"prompt": render(benchmark.prompt or "", row, where=place), "choices": choices[0], "label": label}
         for (row, place), choices, label in zip(placed, listed, right, strict=True)
     ]
+
+
+def _pairs(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str]) -> list[dict[str, Any]]:
+    answers = [benchmark.chosen or "{chosen}", benchmark.rejected or "{rejected}"]
+    where = places[0].removesuffix(" row 1")
+    pairs = preferences(rows, prompt=benchmark.prompt, answers=answers, where=where)
+    if len(pairs) < len(rows):
+        number = f"{len(rows) - len(pairs)} pairs with equal answers"
+        raise DataError(where, got=number, wanted="pairs of which one answer is better", next_step="Remove these rows.")
+    texts = [(plain(prompt), tuple(map(plain, own))) for prompt, own in zip(pairs.prompts, pairs.answers, strict=True)]
+    return [{"prompt": prompt, "choices": choices, "label": 0, "pairs": pairs} for prompt, choices in texts]
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:

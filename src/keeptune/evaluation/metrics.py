@@ -42,12 +42,24 @@ from sklearn import metrics
 from keeptune.core.errors import StatisticsError
 from keeptune.core.intervals import lower_is_better
 
-Metric = Literal["exact_match", "multiple_choice", "cross_entropy", "accuracy", "f1", "matthews", "pearson", "spearman"]
+Metric = Literal[
+    "exact_match",
+    "multiple_choice",
+    "cross_entropy",
+    "preference_accuracy",
+    "reward_accuracy",
+    "accuracy",
+    "f1",
+    "matthews",
+    "pearson",
+    "spearman",
+]
 # Metrics of results: those above, and those of standard benchmarks.
 Measure = Metric | Literal["accuracy_norm", "pass_at_1", "prompts_followed", "instructions_followed"]
 Normalisation = Literal["qa", "exact"]
 LABELS = ("accuracy", "f1", "matthews")  # of a classifier's labels
 SCORES = ("pearson", "spearman")  # of a regression's scores
+PAIRS = ("preference_accuracy", "reward_accuracy")  # of a language model's likelihoods of a better and a worse answer
 
 _LOG = logging.getLogger(__name__)
 _ARTICLES = re.compile(r"\b(?:The |the |An |A |a |an )")

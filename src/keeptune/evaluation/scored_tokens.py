@@ -83,13 +83,16 @@ class Encoder:
         """
         context = text.rstrip(" ")
         start = len(self._open_ended(context))
-        whole = self._open_ended(f"{context} {answer.strip()}")
+        return self.answer(self._open_ended(f"{context} {answer.strip()}"), start, f"the choice {answer!r}", where)
+
+    def answer(self, ids: Sequence[int], start: int, name: str, where: str) -> ScoredTokens:
+        """Cuts the tokens of a prompt with an answer, which begins at ``start`` and is scored, as :meth:`choice`."""
+        whole, length = list(ids), len(ids) - start
         _need_context(whole[:start], where)
-        length = len(whole) - start
         if not 0 < length < self.limit - 1:
             raise DataError(
                 where,
-                got=f"the choice {answer!r} of {max(length, 0)} tokens",
+                got=f"{name} of {max(length, 0)} tokens",
                 wanted=f"1 to {self.limit - 2} tokens after the prompt",
                 next_step="Raise max_length if the choice is long; reword the prompt if it swallows the choice.",
             )

@@ -53,7 +53,7 @@ from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.self_generated import SelfGeneration, write_texts
 from keeptune.statistics.store import StatStore
-from keeptune.training.arguments import check_arguments, example_length, sft_config
+from keeptune.training.arguments import CONFIGS, example_length, sft_config
 from keeptune.training.losses.base import TaskLoss
 from keeptune.training.task_loss import refuse_loss
 
@@ -79,7 +79,7 @@ class Job:
     @property
     def seed(self) -> int:
         """The training seed, recorded with every result."""
-        return int(check_arguments(self.recipe.train).get("seed", 0))
+        return int(self.recipe.arguments.get("seed", 0))
 
     @property
     def store(self) -> StatStore:
@@ -268,14 +268,15 @@ class Job:
         """Token ids that the check of an export compares logits on, ``(batch, length)``."""
         return self.kind.probe(self.task, self.tokenizer, self._cut(_PROBE_LENGTH))
 
-    def config(self, checkpoints: Path, dtype: torch.dtype, **changes: Any) -> SFTConfig:
+    def config(self, checkpoints: Path, dtype: torch.dtype, **changes: Any) -> Any:
         """Returns the trainer's config for a base of a dtype, with changed fields; it takes ``train.seed``, else 0.
 
         Raises:
             RecipeError: A field of ``train`` does not exist or has a wrong value.
         """
         arguments = {"seed": 0, **self.recipe.train, **changes}
-        return sft_config(arguments, checkpoints, dtype=dtype, device=self.device, positions=self.positions)
+        kind = CONFIGS.get(self.recipe.task.kind, SFTConfig)  # a classifier's has max_length too
+        return sft_config(arguments, checkpoints, dtype=dtype, device=self.device, positions=self.positions, kind=kind)
 
     # What the plan is made from
 

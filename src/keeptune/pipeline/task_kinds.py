@@ -17,10 +17,11 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.completions import task_examples
 from keeptune.data.examples import Examples
 from keeptune.data.labelled import LabelledExamples, label_indices, labelled_examples
+from keeptune.data.preferences import preferences
 from keeptune.data.sources import Row
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.items import Item, load_items
-from keeptune.evaluation.metrics import LABELS, SCORES
+from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES
 from keeptune.model.head import Head
 from keeptune.recipe.sections import Kind, Task, TaskCalibration
 
@@ -96,6 +97,16 @@ def _read_completions(task: Task, rows: Sequence[Row], where: str) -> Examples:
     return replace(examples, truncate=task.truncate)
 
 
+def _read_judged(task: Task, rows: Sequence[Row], where: str, *, paired: bool) -> Examples:
+    if task.truncate == "left":
+        wanted = "right or drop, as TRL's trainers of preferences cut"
+        raise RecipeError("task.truncate", got="left", wanted=wanted, next_step="Correct the value.")
+    pair = task.chosen or "{chosen}", task.rejected or "{rejected}"
+    answers, label = (pair, None) if paired else ((task.completion or "{completion}",), task.label or "{label}")
+    examples = preferences(rows, prompt=task.prompt, answers=answers, label=label, where=where)
+    return replace(examples, truncate=task.truncate)
+
+
 def _read_labels(task: Task, rows: Sequence[Row], where: str, *, scores: bool) -> LabelledExamples:
     text, label = task.text or "", task.label or ""
     return labelled_examples(
@@ -109,7 +120,7 @@ def _check_labels(examples: LabelledExamples, items: Sequence[Item], where: str)
 
 _COMPLETION = TaskKind(
     name="completion",
-    metrics=("exact_match", "multiple_choice", "cross_entropy"),
+    metrics=("exact_match", "multiple_choice", "cross_entropy", *PAIRS),
     read=_read_completions,
     standard=True,
 )
@@ -126,4 +137,6 @@ _CLASSIFICATION = replace(
     read=partial(_read_labels, scores=False),
     check_items=_check_labels,
 )
-KINDS = {kind.name: kind for kind in (_COMPLETION, _CLASSIFICATION, _REGRESSION)}
+_PREFERENCE = replace(_COMPLETION, name="preference", read=partial(_read_judged, paired=True))
+_UNPAIRED = replace(_COMPLETION, name="unpaired_preference", read=partial(_read_judged, paired=False))
+KINDS = {kind.name: kind for kind in (_COMPLETION, _PREFERENCE, _UNPAIRED, _CLASSIFICATION, _REGRESSION)}

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, StrictInt, ValidationError
 from transformers import TrainingArguments
-from trl import SFTConfig
 
 from keeptune.adapter.anchor import Anchor
 from keeptune.core.artefact import canonical_json
@@ -41,7 +40,7 @@ from keeptune.recipe.sections import (
 )
 from keeptune.statistics.self_generated import SelfGeneration
 from keeptune.statistics.store import DEFAULT_LIMIT
-from keeptune.training.arguments import check_arguments
+from keeptune.training.arguments import CONFIGS, check_arguments
 
 
 def _expanded(folder: Path) -> Path:
@@ -115,6 +114,11 @@ class Recipe(Section):
         return tuple(part for part in self.all_knowledge if isinstance(part, Knowledge))
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """The ``train`` section, checked for the kind of task."""
+        return check_arguments(self.train, CONFIGS.get(self.task.kind, TrainingArguments))
+
+    @property
     def data_files(self) -> list[str]:
         """The files of knowledge, with those of prompts, and task."""
         own = [part.file if isinstance(part, Knowledge) else part.prompts for part in self.all_knowledge]
@@ -171,7 +175,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
     make_loss(recipe.task.loss)
     if recipe.quantization is not None:
         check_quantization(recipe.quantization)
-    check_arguments(recipe.train, SFTConfig if recipe.task.kind == "completion" else TrainingArguments)
+    check_arguments(recipe.train, CONFIGS.get(recipe.task.kind, TrainingArguments))
     names = _check_names(recipe.evaluate, where)
     if recipe.published is not None:
         recipe.published.check_scores(names, where)

@@ -138,10 +138,12 @@ BenchmarkEntry = Annotated[
 ]
 
 
-Kind = Literal["completion", "classification", "regression"]
+Kind = Literal["completion", "preference", "unpaired_preference", "classification", "regression"]
 # Keys that a kind needs, and those that it may have.
 _KIND_KEYS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "completion": (("prompt", "completion"), ("loss", "stm_threshold")),
+    "preference": ((), ("prompt", "chosen", "rejected")),
+    "unpaired_preference": ((), ("prompt", "completion", "label")),
     "classification": (("text", "label"), ("text_pair", "labels")),
     "regression": (("text", "label"), ("text_pair",)),
 }
@@ -164,7 +166,7 @@ class TrainFile(Section):
 
 
 class Task(DataSection):
-    """What to learn: conversations, prompts and completions, or texts with a label or a score each."""
+    """What to learn: conversations, prompts and completions, judged answers, or texts with a label or a score each."""
 
     train: Annotated[
         Annotated[str, Tag(_TAGS[0])] | Annotated[list[TrainFile], Field(min_length=1), Tag(_TAGS[1])],
@@ -173,6 +175,8 @@ class Task(DataSection):
     kind: Kind = "completion"
     prompt: str | None = None
     completion: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import types
 import typing
@@ -16,15 +17,23 @@ from huggingface_hub import get_token
 from pydantic import Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from trl import SFTConfig
+from trl import DPOConfig, KTOConfig, SFTConfig
 
 from keeptune.core.errors import RecipeError, nearest
 
-_OURS = {"output_dir": "output", "resume_from_checkpoint": "output", "completion_only_loss": "task"}
-_WANTED = {
-    True: "a field of TRL's SFTConfig or Transformers' TrainingArguments",
-    False: "a field of Transformers' TrainingArguments, or max_length",
+# Of each kind of task the config of its trainer; of those that are not here TrainingArguments.
+CONFIGS: Mapping[str, type[Any]] = {
+    "completion": SFTConfig,
+    "preference": DPOConfig,
+    "unpaired_preference": KTOConfig,
 }
+_OURS = {
+    "output_dir": "Use `output` instead.",
+    "resume_from_checkpoint": "Use `output` instead.",
+    "completion_only_loss": "Use `task` instead.",
+    **dict.fromkeys(("precompute_ref_log_probs", "sync_ref_model"), "Leave it out: the reference is the base."),
+}
+_PLAIN = "a field of Transformers' TrainingArguments, or max_length"
 _SCALARS = {int, float, bool, str, type(None)}
 _SEEDS = 2**32 - 1  # NumPy's
 _LEAST = {
@@ -35,20 +44,29 @@ _LEAST = {
     "logging_steps": 0,
     "save_steps": 0,
     "max_length": 1,
+    "label_smoothing": 0,
+    "ld_alpha": 0,
 }
+_MOST = {"label_smoothing": 0.5, "ld_alpha": 1}
+_ABOVE = {"beta": 0, "desirable_weight": 0, "undesirable_weight": 0}
+_WORDS = ("loss_type", "f_divergence_type")  # of TRL's preference trainers, which check them at the first step
 
 
 def check_arguments(arguments: Mapping[str, Any], kind: type[TrainingArguments] = SFTConfig) -> dict[str, Any]:
     """Returns the recipe's ``train`` section with numbers as numbers (``"1e-4"`` in quotes is one), checked.
 
     Args:
-        arguments: Any fields of ``SFTConfig`` (all of ``TrainingArguments`` among them).
-        kind: ``TrainingArguments`` allows its own fields and ``max_length`` only, as for a classifier.
+        arguments: Any fields of the config (all of ``TrainingArguments`` among them).
+        kind: The config; ``TrainingArguments`` allows its own fields and ``max_length`` only, as for a classifier.
 
     Raises:
         RecipeError: A field does not exist, is keeptune's own, or has a wrong value.
     """
-    hints = typing.get_type_hints(SFTConfig)
+    pairs_up = kind is KTOConfig and arguments.get("loss_type", "kto") == "kto"  # with the answers of its batch
+    least = {**_LEAST, "per_device_train_batch_size": 2} if pairs_up else _LEAST
+    hints = typing.get_type_hints(SFTConfig) | typing.get_type_hints(kind)
+    own = kind is not TrainingArguments
+    wanted = f"a field of TRL's {kind.__name__} or Transformers' TrainingArguments" if own else _PLAIN
     known = {field.name for field in dataclasses.fields(kind) if field.init} | {"max_length"}
     checked = {}
     for key, value in arguments.items():
@@ -57,8 +75,8 @@ def check_arguments(arguments: Mapping[str, Any], kind: type[TrainingArguments] 
             raise RecipeError(
                 where,
                 got="a key that keeptune sets itself",
-                wanted=_WANTED[kind is SFTConfig],
-                next_step=f"Use `{_OURS[key]}` instead.",
+                wanted=wanted,
+                next_step=_OURS[key],
             )
         if key in ("hub_token", "push_to_hub_token") and value is not None:
             raise RecipeError(
@@ -69,18 +87,30 @@ def check_arguments(arguments: Mapping[str, Any], kind: type[TrainingArguments] 
             )
         if key not in known:
             hint = nearest(str(key), known).split(" Known")[0]
-            raise RecipeError(where, got="an unknown key", wanted=_WANTED[kind is SFTConfig], next_step=hint)
-        checked[key] = _check_value(key, value, hints[key])
+            raise RecipeError(where, got="an unknown key", wanted=wanted, next_step=hint)
+        if key in _WORDS and kind is not SFTConfig:
+            _check_words(where, value, kind)
+        checked[key] = _check_value(key, value, hints[key], least)
     return checked
 
 
-def _check_value(key: str, value: Any, hint: Any) -> Any:
+def _check_words(where: str, value: Any, kind: type[Any]) -> None:
+    """Refuses a word that is none of a field's, which TRL lists in the field's choices or in its help."""
+    field = next(field for field in dataclasses.fields(kind) if where.endswith(f".{field.name}"))
+    listed = field.metadata["help"].partition("Possible values are:")[2].partition(". ")[0]
+    known = field.metadata.get("choices") or re.findall(r"`'?(\w+)'?`", listed)
+    for word in value if isinstance(value, list) else [value]:
+        if word not in known:
+            raise RecipeError(where, got=repr(word), wanted="one that TRL has", next_step=nearest(str(word), known))
+
+
+def _check_value(key: str, value: Any, hint: Any, least: Mapping[str, float]) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if not _SCALARS.issuperset(kinds):
         return value
-    if key in _LEAST:
-        most = _SEEDS if key.endswith("seed") else None
-        hint = Annotated[hint, Field(ge=_LEAST[key], le=most, allow_inf_nan=False)]
+    if key in least or key in _ABOVE:
+        most = _SEEDS if key.endswith("seed") else _MOST.get(key)
+        hint = Annotated[hint, Field(ge=least.get(key), gt=_ABOVE.get(key), le=most, allow_inf_nan=False)]
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
@@ -93,9 +123,15 @@ def _check_value(key: str, value: Any, hint: Any) -> Any:
 
 
 def sft_config(
-    arguments: Mapping[str, Any], folder: Path, *, dtype: torch.dtype, device: str, positions: int | None = None
-) -> SFTConfig:
-    """Returns TRL's config of the recipe's ``train`` section, with ``folder`` for checkpoints.
+    arguments: Mapping[str, Any],
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    positions: int | None = None,
+    kind: type[Any] = SFTConfig,
+) -> Any:
+    """Returns TRL's config of the recipe's ``train`` section, of a ``kind``, with ``folder`` for checkpoints.
 
     Defaults that differ from TRL's: mixed precision follows the base's dtype, no activation checkpointing,
     a checkpoint every tenth of the training (the last two are kept), no tracker; examples are cut to the positions
@@ -104,7 +140,7 @@ def sft_config(
     Raises:
         RecipeError: A field does not exist, is keeptune's own, or has a wrong value.
     """
-    checked = check_arguments(arguments)
+    checked = check_arguments(arguments, kind)
     _check_surroundings(checked, positions)
     defaults = {
         "bf16": dtype == torch.bfloat16 and "fp16" not in checked,
@@ -132,10 +168,10 @@ def sft_config(
     if not {"gradient_checkpointing", "activation_checkpointing"} & checked.keys():
         defaults["activation_checkpointing"] = False
     try:
-        return SFTConfig(**{**defaults, **checked}, output_dir=str(folder))
+        return kind(**{**defaults, **checked}, output_dir=str(folder))
     except (TypeError, ValueError) as error:
         raise RecipeError(
-            "train", got=str(error), wanted="values that SFTConfig takes", next_step="Correct the recipe."
+            "train", got=str(error), wanted=f"values that {kind.__name__} takes", next_step="Correct the recipe."
         ) from error
 
 

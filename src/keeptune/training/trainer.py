@@ -16,14 +16,16 @@ from keeptune.adapter.special_layers import biases_are_no_shards
 from keeptune.core.artefact import explain_full_disk
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
-from keeptune.data.examples import LanguageExamples
+from keeptune.data.examples import LanguageExamples, Mixed
 from keeptune.data.labelled import LabelledExamples, collator
+from keeptune.data.preferences import Preferences
 from keeptune.model.head import refuse_unknown_tokens, sequence_losses
 from keeptune.training.arguments import example_length
 from keeptune.training.attach import attach
 from keeptune.training.checkpoints import Checksums, last_complete_checkpoint
 from keeptune.training.losses.base import TaskLoss
 from keeptune.training.packing import refuse_leaks
+from keeptune.training.preferences import judged_trainer, refer
 from keeptune.training.stm import stm
 
 _log = logging.getLogger(__name__)
@@ -80,22 +82,28 @@ def _trainer(
     loss: str | TaskLoss = "nll",
     stm_threshold: float | None = None,
 ) -> Any:
-    dataset, lost = examples.dataset(tokenizer, example_length(config))
+    task = examples.parts[0] if isinstance(examples, Mixed) else examples
+    judged = isinstance(task, Preferences)
+    dataset, lost = (task if judged else examples).dataset(tokenizer, example_length(config))
     for reason, numbers in lost.items():
         some = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
         _log.warning("training: %d of %d examples are %s (rows %s)", len(numbers), len(examples), reason, some)
     if stm_threshold is not None:
         dataset = stm(model, dataset, stm_threshold, kept=Path(config.output_dir) / STM)
     kind, parts = _classifier_parts(tokenizer, examples, config) if isinstance(examples, LabelledExamples) else _SFT
+    if judged:
+        kind, parts = judged_trainer, {"examples": examples}
     try:
         with explain_full_disk(Path(config.output_dir)):
             trainer = kind(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, **parts)
     except (TypeError, ValueError) as error:
-        name = "TRL's SFTTrainer" if kind is SFTTrainer else "Trainer"
+        name = "Trainer" if kind is Trainer else f"TRL's {type(config).__name__.removesuffix('Config')}Trainer"
         raise TrainError(
             "train", got=str(error), wanted=f"arguments that {name} can train with", next_step="Correct them."
         ) from error
     attach(trainer, plan, loss)
+    if judged:
+        refer(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Checksums())
     if kind is SFTTrainer:
@@ -105,12 +113,12 @@ def _trainer(
     return trainer
 
 
-_SFT: tuple[type[Any], Mapping[str, Any]] = (SFTTrainer, {})
+_SFT: tuple[Callable[..., Any], Mapping[str, Any]] = (SFTTrainer, {})
 
 
 def _classifier_parts(
     tokenizer: PreTrainedTokenizerBase, examples: LabelledExamples, config: SFTConfig
-) -> tuple[type[Any], Mapping[str, Any]]:
+) -> tuple[Callable[..., Any], Mapping[str, Any]]:
     smoothing = config.label_smoothing_factor
     if smoothing and not examples.names:
         raise TrainError(
@@ -132,7 +140,7 @@ def _loss(smoothing: float) -> Callable[..., Tensor]:
 
 
 def _point(row: Mapping[str, float]) -> dict[str, float]:
-    prefixes = ("penalty/", "drift/", "feature_drift", "multiplier")
+    prefixes = ("penalty/", "drift/", "feature_drift", "multiplier", "rewards/", "replay_loss")
     return {key: row[key] for key in _CURVE if key in row} | {
         key: value for key, value in row.items() if key.startswith(prefixes)
     }

@@ -27,7 +27,6 @@ from keeptune.pipeline.planning import scoped_penalties
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.neuron_attribution import NeuronAttribution
 from keeptune.statistics.request import DataRole, ModelRequest, Request, RowRequest
-from keeptune.training.arguments import check_arguments
 
 _STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3, "max_steps": -1}
 
@@ -78,7 +77,7 @@ def _has_weights(folder: Path) -> bool:
 def _labels(job: Job) -> int | None:
     """Returns the number of outputs of a classifier's head; two where only the data could say."""
     task = job.recipe.task
-    if task.kind == "completion":
+    if job.kind.standard:
         return None
     if task.kind == "regression":
         return 1
@@ -185,7 +184,7 @@ class _Account:
 
     def _train(self) -> Trained:
         recipe = self.job.recipe
-        values = check_arguments(recipe.train)
+        values = recipe.arguments
         batch, accumulation, epochs, most = (_value(values, key) for key in _STEP)
         rows = self.lengths.rows
         examples = None if rows is None else rows + replayed(rows, recipe.replay)
