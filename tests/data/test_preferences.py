@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from keeptune.model.pretrained import load_tokenizer
 
 TOKENIZER = load_tokenizer(str(STORIES))
 USER, GOOD, BAD = {"role": "user", "content": "Hi?"}, *({"role": "assistant", "content": c} for c in ("Hello!", "No."))
+
+SAID, TOLD = {"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello!"}  # ShareGPT's names
 
 
 def pairs(*rows: dict[str, Any], prompt: str | None = None) -> Preferences:
@@ -31,11 +34,12 @@ def single(*rows: dict[str, Any], prompt: str | None = None) -> Preferences:
         {"prompt": "Hi?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": "Hi?", "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": json.dumps([SAID, TOLD]), "rejected": [SAID, {"from": "gpt", "value": "No."}]},
         {"prompt": [USER], "chosen": "Hello!", "rejected": "No."},
     ],
 )
 def test_conversations_are_read_in_every_form_that_people_have(row: dict[str, Any]) -> None:
-    assert pairs(row) == Preferences(([USER],), (([GOOD], [BAD]),))
+    assert pairs(row) == Preferences(((USER,),), (((GOOD,), (BAD,)),))
 
 
 def test_texts_without_a_prompt_begin_with_it() -> None:
@@ -47,7 +51,7 @@ def test_texts_without_a_prompt_begin_with_it() -> None:
 
 def test_single_answers_may_be_whole_conversations() -> None:
     found = single({"completion": [USER, GOOD], "label": True}, {"prompt": "Hi?", "completion": [BAD], "label": False})
-    assert found == Preferences(([USER], [USER]), (([GOOD],), ([BAD],)), (True, False))
+    assert found == Preferences(((USER,), (USER,)), (((GOOD,),), ((BAD,),)), (True, False))
 
 
 def test_equal_answers_are_counted_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -64,13 +68,13 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
     [
         ([PAIR | {"rejected": "b"}] * 2, "2 rows, all with equal answers"),
         ([{"prompt": "a", "chosen": "b", "worse": "c"}], "got fields prompt, chosen, worse"),
-        ([PAIR, PAIR | {"chosen": None}], "task.train row 2 {chosen}: got None, wanted a text, or messages"),
-        ([PAIR | {"chosen": ["b"]}], "got ['b']"),
+        ([PAIR, PAIR | {"chosen": None}], "task.train row 2: got null"),
+        ([PAIR | {"chosen": ["b"]}], "wanted an object with role and content"),
         ([PAIR | {"chosen": ""}], "task.train row 1: got an empty answer"),
         ([PAIR | {"prompt": ""}], "got no prompt"),
         ([{"chosen": "x", "rejected": "y"}], "got no prompt"),
         ([{"prompt": "a", "completion": "b", "label": True}] * 2, "2 rows, all labelled true"),
-        ([{"prompt": "a", "completion": "b", "label": 1}], "row 1 label: got 1, wanted true for a good answer"),
+        ([{"prompt": "a", "completion": "b", "label": 1}], "row 1, label: got 1, wanted true for a good answer"),
         ([{"prompt": "a", "completion": "b", "label": "true"}], "got 'true'"),
         ([{"completion": "b", "label": True}], "got no prompt"),
     ],

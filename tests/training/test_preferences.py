@@ -162,8 +162,8 @@ def test_tokens_are_those_of_trls_trainers(
 ) -> None:
     if chat:
         monkeypatch.setattr(TOKENIZER, "chat_template", CHATML)
-        prompts = tuple([{"role": "user", "content": prompt}] for prompt in examples.prompts)
-        said = tuple(tuple([{"role": "assistant", "content": a}] for a in own) for own in examples.answers)
+        prompts = tuple(({"role": "user", "content": prompt},) for prompt in examples.prompts)
+        said = tuple(tuple(({"role": "assistant", "content": a},) for a in own) for own in examples.answers)
         examples = Preferences(prompts, said, examples.good)
     trainer, config = (KTOTrainer, KTOConfig) if examples.good else (DPOTrainer, DPOConfig)
     data, _ = examples.dataset(TOKENIZER, None)

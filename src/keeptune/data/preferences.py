@@ -20,18 +20,17 @@ from keeptune.core.errors import DataError, named
 from keeptune.data.calibration import after
 from keeptune.data.completions import common_start
 from keeptune.data.examples import LanguageExamples, Lost, TokenRow, Truncate, fit
+from keeptune.data.formats import FormatOptions, text_or_messages
 from keeptune.data.sources import Row
 from keeptune.data.templates import pick
 
 _log = logging.getLogger(__name__)
-Text = Any  # a text, or a list of messages
+Text = Any  # a text, or messages in a tuple
 
 
 @dataclass(frozen=True, slots=True)
 class Preferences(LanguageExamples):
-    """Prompts with judged answers.
-
-    Laws: tokens are those of TRL's trainers; statistics see the chosen answer of a pair, and of single ones the good.
+    """Prompts with judged answers; statistics see the chosen answer of a pair, and of single ones the good.
 
     Args:
         prompts: Each a text or messages.
@@ -61,11 +60,7 @@ class Preferences(LanguageExamples):
         return [plain(prompt) + plain(answers[0]) for prompt, answers in zip(self.prompts, self.answers, strict=True)]
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase, row: int) -> list[TokenRow]:
-        """Returns a prompt with each of its answers, which begin at the same place and are learned.
-
-        Raises:
-            DataError: The tokenizer has no chat template for messages, or its template refuses them.
-        """
+        """Returns a prompt with each of its answers as TRL's trainers have them: these begin at one place."""
         prompt, place = self.prompts[row], f"{self.where} row {row + 1}"
         read = _encoded(tokenizer, prompt, place, answered=False)
         whole = [_encoded(tokenizer, prompt + answer, place, answered=True) for answer in self.answers[row]]
@@ -74,14 +69,13 @@ class Preferences(LanguageExamples):
 
     def token_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[int] | None = None) -> list[TokenRow]:
         """Returns each prompt with its chosen or its single answer; of a bad one nothing is learned."""
-        wanted = range(len(self)) if rows is None else rows
-        found = {row: self.tokens(tokenizer, row)[0] for row in wanted}
-        bad = {row for row in wanted if self.good and not self.good[row]}
-        return [TokenRow(one.ids, (False,) * len(one.ids)) if row in bad else one for row, one in found.items()]
+        found = [(self.tokens(tokenizer, row)[0], row) for row in (range(len(self)) if rows is None else rows)]
+        bad = {row for row, good in enumerate(self.good) if not good}
+        return [TokenRow(one.ids, after(len(one.ids), len(one.ids))) if row in bad else one for one, row in found]
 
     def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[Dataset, Lost]:
         """Returns rows as TRL's trainers read and cut them, with the index of each in ``row``, and what is lost."""
-        tokens = [self.tokens(tokenizer, row) for row in range(len(self))]
+        tokens = (self.tokens(tokenizer, row) for row in range(len(self)))
         longest = [max(answers, key=lambda answer: len(answer.ids)) for answers in tokens]
         lost = fit(longest, max_length, self.truncate, where=self.where)[1]
         out = {number for reason, own in lost.items() if reason.startswith("left out") for number in own}
@@ -93,75 +87,68 @@ class Preferences(LanguageExamples):
 
 
 def preferences(
-    rows: Sequence[Row], *, prompt: str | None, answers: Sequence[str], label: str | None = None, where: str
+    rows: Sequence[Row],
+    *,
+    answers: Sequence[str],
+    prompt: str | None = None,
+    label: str | None = None,
+    options: FormatOptions | None = None,
+    where: str,
 ) -> Preferences:
     """Reads rows of judged answers.
 
     Args:
         rows: The rows.
-        prompt: Template of the prompt; None takes the field ``prompt``, or what both answers begin with.
         answers: Templates of the chosen and the rejected answer, or of the single one.
+        prompt: Template of the prompt; None takes the field ``prompt``, or what both answers begin with.
         label: Template of whether the single answer is good, true or false.
+        options: The names in messages.
         where: The recipe key, for error messages.
 
     Raises:
         DataError: A field is missing or of another form, no pair differs, or all labels are the same.
     """
-    read: list[tuple[Text, Sequence[Text]]] = []
-    good, same = [], []
+    read, good, same = [], [], []
     for number, row in enumerate(rows, start=1):
         place = f"{where} row {number}"
-        found = [_text(pick(answer, row, where=place), f"{place} {answer}") for answer in answers]
-        if len(found) == 2 and found[0] == found[1]:
+        asked = prompt or ("{prompt}" if row.get("prompt") is not None else None)
+        given = [
+            template and text_or_messages(pick(template, row, where=place), options or FormatOptions(), where=place)
+            for template in (asked, *answers)
+        ]
+        if len(given) == 3 and given[1] == given[2]:
             same.append(str(number))
             continue
-        template = prompt or ("{prompt}" if row.get("prompt") is not None else None)
-        asked = None if template is None else _text(pick(template, row, where=place), f"{place} {template}")
-        read.append(_split(asked, found, place))
+        read.append(_split(given[0], given[1:], place))
         if label is not None:
-            good.append(_judged(pick(label, row, where=place), place))
-    if not read or (good and len(set(good)) < 2):
+            good.append(pick(label, row, where=place))
+            if not isinstance(good[-1], bool):
+                wanted, next_step = "true for a good answer, false for a bad one", "Write it so, without quotes."
+                raise DataError(f"{place}, label", got=repr(good[-1]), wanted=wanted, next_step=next_step)
+    if not read or (label and len(set(good)) < 2):
         raise DataError(
             where,
             got=f"{len(rows)} rows, all " + (f"labelled {str(good[0]).lower()}" if good else "with equal answers"),
             wanted="good and bad answers" if label else "pairs of which one answer is better",
-            next_step=f"Check {label if label else ' and '.join(answers)} in the rows.",
+            next_step=f"Check {label or ' and '.join(answers)} in the rows.",
         )
     if same:
         counts = where, len(same), len(rows), named(same)
         _log.warning("%s: %d of %d pairs have equal answers and are left out (rows %s)", *counts)
-    prompts, given = zip(*read, strict=True)
-    return Preferences(prompts, tuple(map(tuple, given)), tuple(good), where)
+    prompts, found = zip(*read, strict=True)
+    return Preferences(prompts, tuple(map(tuple, found)), tuple(good), where)
 
 
 def plain(text: Text) -> str:
     """Returns a text, or the contents of messages one below the other."""
-    return text if isinstance(text, str) else "\n".join(str(message.get("content") or "") for message in text)
-
-
-def _text(value: Any, where: str) -> Text:
-    if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_message, value))):
-        return value
-    wanted = 'a text, or messages: [{"role": "user", "content": "..."}, ...]'
-    raise DataError(where, got=repr(value), wanted=wanted, next_step="Correct the row, or name another field.")
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str)
-
-
-def _judged(value: Any, where: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    wanted = "true for a good answer, false for a bad one"
-    raise DataError(f"{where} label", got=repr(value), wanted=wanted, next_step="Write true or false, without quotes.")
+    return text if isinstance(text, str) else "\n".join(message["content"] or "" for message in text)
 
 
 def _split(prompt: Text | None, answers: Sequence[Text], where: str) -> tuple[Text, Sequence[Text]]:
     """Returns prompt and answers, both texts or both messages; answers may be whole conversations."""
-    if any(isinstance(part, list) for part in (prompt, *answers)):
-        answers = [[{"role": "assistant", "content": one}] if isinstance(one, str) else one for one in answers]
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if any(isinstance(part, tuple) for part in (prompt, *answers)):
+        answers = [({"role": "assistant", "content": one},) if isinstance(one, str) else one for one in answers]
+        prompt = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
         if all(answer[0]["role"] != "assistant" for answer in answers):
             prompt = None
             if len(answers) == 1:
@@ -171,25 +158,19 @@ def _split(prompt: Text | None, answers: Sequence[Text], where: str) -> tuple[Te
         prompt, answers = found["prompt"], [found["chosen"], found["rejected"]]
     if prompt and all(answers):
         return prompt, answers
-    raise DataError(
-        where,
-        got="an empty answer" if prompt else "no prompt",
-        wanted="a prompt, in the field `prompt` or as what both answers begin with, and answers after it",
-        next_step="Add the field, name another one with task.prompt, or remove the row.",
-    )
+    got = "an empty answer" if prompt else "no prompt"
+    wanted = "a prompt, in the field `prompt` or as what both answers begin with, and answers after it"
+    raise DataError(where, got=got, wanted=wanted, next_step="Add it, name its field (task.prompt), or remove the row.")
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: Text, where: str, *, answered: bool) -> list[int]:
     if isinstance(text, str):
         end = tokenizer.eos_token or ""
         return list(tokenizer(text + (end if answered and not text.endswith(end) else ""), verbose=False)["input_ids"])
+    turns = {"add_generation_prompt": not answered, "tokenize": True, "return_dict": True}
     try:
-        read = tokenizer.apply_chat_template(text, add_generation_prompt=not answered, tokenize=True, return_dict=True)
+        return list(tokenizer.apply_chat_template(list(text), **turns)["input_ids"])
     except (ValueError, TemplateError) as error:
-        raise DataError(
-            where,
-            got=f"messages that the chat template does not take ({error})",
-            wanted="a tokenizer with a template for them",
-            next_step="Set task.chat_template, such as chatml, or correct the row.",
-        ) from error
-    return list(read["input_ids"])
+        got, wanted = f"messages that the chat template does not take ({error})", "a chat template for them"
+        next_step = "Set task.chat_template, such as chatml, or correct the row."
+        raise DataError(where, got=got, wanted=wanted, next_step=next_step) from error

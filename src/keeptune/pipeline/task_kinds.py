@@ -16,6 +16,7 @@ from keeptune.core.errors import RecipeError
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import task_examples
 from keeptune.data.examples import Examples
+from keeptune.data.formats import FormatOptions
 from keeptune.data.labelled import LabelledExamples, label_indices, labelled_examples
 from keeptune.data.preferences import preferences
 from keeptune.data.sources import Row
@@ -103,7 +104,8 @@ def _read_judged(task: Task, rows: Sequence[Row], where: str, *, paired: bool) -
         raise RecipeError("task.truncate", got="left", wanted=wanted, next_step="Correct the value.")
     pair = task.chosen or "{chosen}", task.rejected or "{rejected}"
     answers, label = (pair, None) if paired else ((task.completion or "{completion}",), task.label or "{label}")
-    examples = preferences(rows, prompt=task.prompt, answers=answers, label=label, where=where)
+    names = FormatOptions(message_property_mappings=task.message_property_mappings or {}, roles=task.roles or {})
+    examples = preferences(rows, prompt=task.prompt, answers=answers, label=label, options=names, where=where)
     return replace(examples, truncate=task.truncate)
 
 

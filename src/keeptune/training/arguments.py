@@ -175,9 +175,9 @@ def sft_config(
         ) from error
 
 
-def example_length(config: SFTConfig) -> int | None:
+def example_length(config: Any) -> int | None:
     """Returns the tokens that an example is cut to; None where TRL cuts the packed examples itself."""
-    split = config.packing and config.packing_strategy != "bfd"
+    split = getattr(config, "packing", False) and config.packing_strategy != "bfd"
     return None if split else config.max_length
 
 

@@ -25,7 +25,7 @@ from keeptune.training.attach import attach
 from keeptune.training.checkpoints import Checksums, last_complete_checkpoint
 from keeptune.training.losses.base import TaskLoss
 from keeptune.training.packing import refuse_leaks
-from keeptune.training.preferences import judged_trainer, refer
+from keeptune.training.preference_trainers import judged_trainer, refer
 from keeptune.training.stm import stm
 
 _log = logging.getLogger(__name__)
@@ -106,10 +106,11 @@ def _trainer(
         refer(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Checksums())
-    if kind is SFTTrainer:
-        refuse_unknown_tokens(model, trainer.train_dataset["input_ids"], "task.train")
-        if config.packing:
-            refuse_leaks(trainer)
+    for column in trainer.train_dataset.column_names if kind is not Trainer else ():
+        if column.endswith("_ids"):
+            refuse_unknown_tokens(model, trainer.train_dataset[column], "task.train")
+    if getattr(config, "packing", False):
+        refuse_leaks(trainer)
     return trainer
 
 
