@@ -129,7 +129,7 @@ class _Scorer:
         if item.pairs is None:
             return [encoder.choice(item.prompt, text, where) for text in item.choices]
         rows = item.pairs.tokens(self.tokenizer, item.index)
-        return [encoder.answer(row.ids, row.learned.index(True), "an answer", where) for row in rows]
+        return [encoder.answered(row.ids, row.learned.index(True), "an answer", where) for row in rows]
 
     def predicted(self) -> _Records:
         """Cross-entropy and KL(base || tuned), nats per token of each document."""
@@ -149,6 +149,8 @@ class _Scorer:
         answers = [item.choices[item.label] if item.label is not None else item.answers[0] for item in self.items]
         sequences = [
             encoder.answer(item.prompt.rstrip(" "), f" {answer}")
+            if item.pairs is None
+            else self._choices(encoder, item, self.benchmark.where)[0]
             for item, answer in zip(self.items, answers, strict=True)
         ]
         passes = replace(self._passes(self.benchmark.where), advance=lambda _: None)

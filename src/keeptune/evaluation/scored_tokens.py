@@ -83,9 +83,9 @@ class Encoder:
         """
         context = text.rstrip(" ")
         start = len(self._open_ended(context))
-        return self.answer(self._open_ended(f"{context} {answer.strip()}"), start, f"the choice {answer!r}", where)
+        return self.answered(self._open_ended(f"{context} {answer.strip()}"), start, f"the choice {answer!r}", where)
 
-    def answer(self, ids: Sequence[int], start: int, name: str, where: str) -> ScoredTokens:
+    def answered(self, ids: Sequence[int], start: int, name: str, where: str) -> ScoredTokens:
         """Cuts the tokens of a prompt with an answer, which begins at ``start`` and is scored, as :meth:`choice`."""
         whole, length = list(ids), len(ids) - start
         _need_context(whole[:start], where)

@@ -43,7 +43,7 @@ def generations(recipe: Recipe, method: Method, needs: Collection[DataRole]) -> 
         DataError: A file of prompts cannot be used.
     """
     needed = "knowledge" in needs or recipe.replay > 0 or any(part.method.search for part in parts_of(method))
-    if recipe.knowledge is None and recipe.task.kind == "completion" and needed:
+    if recipe.knowledge is None and recipe.task.of_language and needed:
         return [(SelfGeneration(), "knowledge")]
     placed = placed_knowledge(recipe)
     return [(part.with_prompts(where), where) for part, where in placed if isinstance(part, SelfGeneration)]
@@ -81,7 +81,7 @@ def check_texts(
     Raises:
         RecipeError: It replays knowledge, has the base write it, or needs some and names none.
     """
-    if recipe.task.kind == "completion":
+    if recipe.task.of_language:
         return
     if recipe.replay:
         raise RecipeError(
