@@ -43,7 +43,7 @@ from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.model.runner import Runner, Sink, Taps
 from keeptune.model.summed_loss import Loss
-from keeptune.pipeline.planning import scoped_penalties, with_penalties
+from keeptune.pipeline.planning import penalties_of, with_penalties
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import Request
 from keeptune.statistics.store import StatStore
@@ -305,7 +305,7 @@ class Bench:
         )
         return with_penalties(
             plan,
-            scoped_penalties(method, penalties),
+            penalties_of(method, penalties),
             runner or Runner(self.model),
             StatStore(self.folder),
             data={"knowledge": self.data, "task": self.task},

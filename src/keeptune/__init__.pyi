@@ -12,8 +12,6 @@ from .core.plan import Plan as Plan
 from .evaluation.benchmarks import FileBenchmark as FileBenchmark
 from .evaluation.model_pairs import AdapterPair as AdapterPair
 from .evaluation.model_pairs import TwoModels as TwoModels
-from .methods.combined import Combined as Combined
-from .methods.combined import Part as Part
 from .pipeline.planning import PlanOptions as PlanOptions
 from .posthoc.repair import Repair as Repair
 from .posthoc.repair import repair as repair

@@ -10,12 +10,11 @@ import pytest
 from tests.pipeline.support import keeptune
 
 from keeptune.core.artefact import read_json
-from keeptune.core.errors import PlanError, RecipeError
-from keeptune.experiments.plan_runs import check_runs, list_runs, load_sweep
+from keeptune.core.errors import RecipeError
+from keeptune.experiments.plan_runs import list_runs, load_sweep
 from keeptune.experiments.sweep_section import point_entries, read_sweep
 
 Write = Callable[..., Path]
-SIDE_BY_SIDE = [{"name": "mica", "rank": 2, "targets": ["down_proj"]}, {"name": "lora", "targets": ["q_proj"]}]
 
 
 def names(section: Any) -> list[str]:
@@ -47,28 +46,8 @@ def test_names_tell_values_apart() -> None:
     assert names({"grid": {"layers": [[0, 1], None]}}) == ["layers 0,1", "layers none"]
     assert names({"grid": {"method": [{"name": "lora", "rank": 2}]}}) == ["method name lora rank 2"]
     assert names({"grid": {"train.learning_rate": [1e-3, 0.00012]}}) == ["learning_rate 0.001", "learning_rate 0.00012"]
-    for axis in (
-        {"method": [SIDE_BY_SIDE, [part | {"rank": 4} for part in SIDE_BY_SIDE]]},
-        {"task.prompt": ["{a}:", "{a}?"]},
-    ):
-        with pytest.raises(RecipeError, match="two entries called"):
-            point_entries(read_sweep({"grid": axis}, "recipe")[0], "recipe")
-
-
-def test_methods_side_by_side_are_one_value_of_an_axis(write_sweep: Write) -> None:
-    points, about = read_sweep({"grid": {"method": ["lora", SIDE_BY_SIDE]}}, "recipe")
-    assert [point["name"] for point in points] == ["method lora", "method mica+lora"]
-    assert about["grid"]["cells"] == {"method lora": [0], "method mica+lora": [1]}
-    grid = {"grid": {"method": ["lora", SIDE_BY_SIDE]}, "points": [{"name": "more", "method.1.rank": 4}]}
-    loaded = load_sweep(write_sweep(method=SIDE_BY_SIDE, sweep=grid))
-    plain, both, more = (spec.recipe for spec in list_runs(loaded))
-    assert plain.method == {"name": "lora"}
-    assert both.method == SIDE_BY_SIDE
-    assert more.method == [SIDE_BY_SIDE[0], SIDE_BY_SIDE[1] | {"rank": 4}]
-    wrong = [{"name": "a", "method.0.targets": ["donw_proj"]}]
-    misspelt = load_sweep(write_sweep(method=SIDE_BY_SIDE, sweep=wrong))
-    with pytest.raises(PlanError, match='sweep point a, targets: donw_proj.*"down_proj"'):
-        check_runs(misspelt, list_runs(misspelt))
+    with pytest.raises(RecipeError, match="two entries called"):
+        point_entries(read_sweep({"grid": {"task.prompt": ["{a}:", "{a}?"]}}, "recipe")[0], "recipe")
 
 
 def test_a_baseline_is_a_point_or_settings() -> None:

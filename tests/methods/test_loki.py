@@ -21,10 +21,8 @@ from keeptune.core.plan import Plan
 from keeptune.core.plan_differences import differences
 from keeptune.core.target import Target
 from keeptune.linalg.selections import Votes, voted
-from keeptune.methods.combined import Combined, Part
 from keeptune.methods.loki import Loki
 from keeptune.methods.lora import Lora
-from keeptune.methods.lora_null import LoraNull
 from keeptune.methods.node_votes import select
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 
@@ -386,7 +384,6 @@ def test_what_is_derived_of_one_attribution_is_kept_apart(tmp_path: Path) -> Non
 
 
 def test_the_votes_are_counted_once_for_all_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside another method too, whose own statistics are looked at between."""
     bench, counted = Bench(MODELS["llama"](), tmp_path), []
 
     def watched(*args: Any, **kwargs: Any) -> Votes:
@@ -396,8 +393,6 @@ def test_the_votes_are_counted_once_for_all_targets(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("keeptune.methods.node_votes.voted", watched)
     bench.plan(Loki())
     assert len(counted) == 1
-    bench.plan(Combined([Part(Loki(), ["down_proj"]), Part(LoraNull(rank=4), ["q_proj", "up_proj"])]))
-    assert len(counted) == 2
 
 
 def test_options_of_the_attribution_are_the_requests() -> None:

@@ -31,19 +31,6 @@ def test_layers_and_targets_of_a_plan() -> None:
         keeptune.plan(model, tokenizer, keeptune.Full(), options=keeptune.PlanOptions(layers=[0]))
 
 
-def test_methods_side_by_side() -> None:
-    model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
-    both = keeptune.Combined(
-        [keeptune.Part(keeptune.Mica(rank=2), ["down_proj"]), keeptune.Part(keeptune.LoraNull(rank=3), ["q_proj"])]
-    )
-    made = keeptune.plan(
-        model, tokenizer, both, knowledge=["Once upon a time."], options=keeptune.PlanOptions(layers=[1])
-    )
-    assert [(t.target.role, t.decision.rank) for t in made.targets] == [("q_proj", 3), ("down_proj", 2)]
-    with pytest.raises(PlanError, match="each method names its roles"):
-        keeptune.plan(model, tokenizer, both, knowledge=["Once upon a time."], options=keeptune.PlanOptions(["q_proj"]))
-
-
 def test_knowledge_as_texts_or_as_pairs() -> None:
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
     pairs = [("Once upon a", " time"), ("There was", " a dog")]

@@ -14,7 +14,6 @@ from tests.pipeline.support import recipe_of
 from keeptune import atlas
 from keeptune.core.errors import DataError, PlanError, RecipeError
 from keeptune.evaluation.benchmarks import FileBenchmark
-from keeptune.methods.combined import Combined, Part
 from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
@@ -179,53 +178,6 @@ def test_a_method_in_short(example: Path) -> None:
     assert load_recipe(example, {"method.variant": "v2"}).method == {"name": "lora-null", "variant": "v2"}
     with pytest.raises(RecipeError, match='Did you mean "lora"'):
         load_recipe(example, {"method": "loar"})
-
-
-BOTH = [{"name": "lora-null", "rank": 4, "targets": ["q_proj", "k_proj"]}, {"name": "lora", "targets": ["down_proj"]}]
-
-
-def test_methods_side_by_side(example: Path) -> None:
-    example.write_text(EXAMPLE.replace("targets: [q_proj, k_proj", "# ["), encoding="utf-8")
-    recipe = load_recipe(example, {"method": BOTH})
-    made = make_method(recipe.method, seed=3)
-    assert made == Combined([Part(LoraNull(rank=4), ["q_proj", "k_proj"]), Part(Lora(seed=3), ["down_proj"])])
-    recipe = load_recipe(example, {"method.1.rank": 3, "method.1.seed": 5, "method": BOTH})
-    assert recipe.method == [BOTH[0], BOTH[1] | {"rank": 3, "seed": 5}]
-    assert make_method(recipe.method, seed=3).parts[0].method == Lora(rank=3, seed=5)
-    assert recipe_of(recipe.written()) == recipe
-    with pytest.raises(PlanError, match=r"^targets: got q_proj, beside methods with `targets` of their own"):
-        load_recipe(example, {"method": BOTH, "targets": ["q_proj"]})
-
-
-@pytest.mark.parametrize(
-    ("index", "change", "error", "message"),
-    [
-        (0, {"rnak": 4}, RecipeError, r'^method\.0\.rnak: .*Did you mean "rank"'),
-        (1, {"name": "loar"}, RecipeError, r'^method\.1\.name: .*Did you mean "lora"'),
-        (1, {"name": None}, RecipeError, r"^method\.1\.name: "),
-        (1, {"rank": 2.5}, RecipeError, r"^method\.1, key rank: got 2\.5"),
-        (1, {"alpha": -1}, PlanError, r"^method\.1\.alpha: got -1"),
-        (1, {"targets": None}, RecipeError, r"^method\.1\.targets: got nothing"),
-        (1, {"targets": "down_proj"}, RecipeError, r"^method\.1\.targets: got 'down_proj'"),
-        (1, {"targets": [1]}, RecipeError, r"^method\.1\.targets: got \[1\]"),
-        (1, {"targets": []}, PlanError, r"^method lora, targets: got none"),
-        (1, {"targets": ["k_proj"]}, PlanError, r"got k_proj, which lora has too"),
-    ],
-)
-def test_what_is_wrong_in_one_of_several_methods_is_said_there(
-    recipe_values: Values, index: int, change: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        recipe_of(recipe_values(method=[part | (change if i == index else {}) for i, part in enumerate(BOTH)]))
-
-
-def test_the_plan_does_not_depend_on_the_order_of_methods(recipe_values: Values) -> None:
-    jobs = [Job(recipe_of(recipe_values(method=method))) for method in (BOTH, BOTH[::-1])]
-    swapped = [one | {"targets": other["targets"]} for one, other in zip(BOTH, BOTH[::-1], strict=True)]
-    other = Job(recipe_of(recipe_values(method=swapped)))
-    assert jobs[0].plan_inputs == jobs[1].plan_inputs != other.plan_inputs
-    assert jobs[0].needs == {"knowledge"}
-    assert len(Job(recipe_of(recipe_values(method=BOTH, knowledge=None))).generations) == 1
 
 
 def test_layers(recipe_values: Values) -> None:

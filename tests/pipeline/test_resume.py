@@ -42,14 +42,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"method": METHODS["full"]},
     "l2-lora": {"method": {"name": "l2-lora", "rank": 4, "strength": 5.0}},
     "v1-delta-act": {"method": METHODS["lora-null-v1"], "anchor": "twin", "penalties": [{"name": "laplace"}]},
-    "side-by-side": {
-        "method": [
-            {"name": "lora-null", "rank": 4, "targets": ["q_proj", "o_proj"]},
-            {"name": "l2-lora", "rank": 4, "strength": 5.0, "targets": ["down_proj"]},
-            {"name": "lora-fa", "rank": 2, "targets": ["up_proj"]},
-        ],
-        "anchor": "twin",
-    },
     "beside-the-head": {"method": METHODS["lora"], "modules_to_save": ["lm_head"]},
     "beside-tokens": {
         "method": METHODS["lora-null-v1"],
@@ -61,13 +53,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "loki-within-delta-kfac": {
         "method": {"name": "loki", "q": 30, "rank": 4, "dropout": 0.1},
         "penalties": [{"name": "laplace", "curvature": "delta-kfac"}],
-    },
-    "loki-beside-lora-null": {
-        "method": [
-            {"name": "loki", "q": 20, "targets": ["down_proj"]},
-            {"name": "lora-null", "rank": 4, "targets": ["q_proj", "up_proj"]},
-        ],
-        "anchor": "twin",
     },
     "lora-delta-kfac": {"method": METHODS["lora"], "penalties": [{"name": "laplace", "curvature": "delta-kfac"}]},
 }

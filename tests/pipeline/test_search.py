@@ -59,31 +59,6 @@ def test_the_best_boundary_by_kt_is_planned_and_noted(
     assert {len([t for t in plan.targets if t.target.layer < best["boundary"]])} == {2 * best["boundary"]}
 
 
-def test_one_of_several_methods_is_searched_beside_the_others(
-    recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[Plan] = []
-    plain = search.train
-
-    def watched(model: Any, plan: Any, *given: Any) -> Any:
-        tried.append(plan)
-        return plain(model, plan, *given)
-
-    monkeypatch.setattr(search, "train", watched)
-    mica = {"name": "mica", "rank": 2, "targets": ["down_proj"]}
-    both = [FARSS | {"targets": ["q_proj", "up_proj"]}, mica]
-    plan = planned(recipe_values, method=both, targets=None)
-    record = json.loads((tmp_path / "out" / "search" / "search.json").read_text())["trials"]
-    best = max(record, key=lambda trial: trial["KT"])["boundary"]
-    assert [trial.options["farss.boundary"] for trial in tried] == [1, 2]
-    assert all({t.target.role for t in trial.targets} == {"q_proj", "up_proj", "down_proj"} for trial in tried)
-    assert (plan.method, plan.options["farss.boundary"], plan.options["mica.rank"]) == ("farss+mica", best, 2)
-    assert planned(recipe_values, method=both, targets=None).key == plan.key
-    assert len(tried) == 2
-    planned(recipe_values, method=[both[0], mica | {"name": "lora"}], targets=None)
-    assert len(tried) == 4, "another method beside it is another trial"
-
-
 def test_a_search_is_done_once_and_goes_on_where_it_was_killed(
     recipe_values: Values, tmp_path: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

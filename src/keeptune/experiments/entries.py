@@ -103,13 +103,9 @@ def as_text(value: Any) -> str:
 
     >>> as_text(0.001), as_text([0, 1]), as_text({"name": "lora", "rank": 8}), as_text(None)
     ('0.001', '0,1', 'name lora rank 8', 'none')
-    >>> as_text([{"name": "mica", "rank": 8, "targets": ["down_proj"]}, {"name": "lora", "targets": ["up_proj"]}])
-    'mica+lora'
     """
     if value is None:
         return "none"
-    if isinstance(value, list) and value and all(isinstance(part, Mapping) and "targets" in part for part in value):
-        return "+".join(as_text(part.get("name")) for part in value)  # methods side by side: all their options are long
     if isinstance(value, Mapping):
         return " ".join(f"{key} {as_text(part)}" for key, part in value.items())
     if isinstance(value, list | tuple):
@@ -199,7 +195,7 @@ def _entry(given: Any, section: CompareSection, rates: Sequence[float], where: s
     strength = None
     if "method" in given:
         strength, method = given.pop("strength", None), given["method"]
-        settings = {**given, "method": [*map(spelt_out, method)] if isinstance(method, list) else spelt_out(method)}
+        settings = {**given, "method": spelt_out(method)}
     elif "name" in given:
         if isinstance(given.get("strength"), list | Mapping):
             strength = given.pop("strength")
@@ -224,19 +220,14 @@ def _entry(given: Any, section: CompareSection, rates: Sequence[float], where: s
     )
 
 
-def _methods_of(settings: Mapping[str, Any]) -> list[Any]:
-    return settings["method"] if isinstance(settings["method"], list) else [settings["method"]]
-
-
 def _default_label(settings: Mapping[str, Any]) -> str:
-    """Names an entry by its methods, their variants, and the other keys that it sets."""
-    names = []
-    for part in _methods_of(settings):
-        name = str(part.get("name", "method"))
-        variant = next((str(part[key]) for key in ("variant", "mode") if isinstance(part.get(key), str)), None)
-        names.append(name if variant is None else variant if variant.startswith(name) else f"{name}-{variant}")
+    """Names an entry by its method, the variant of one that has several, and the other keys that it sets."""
+    method = settings["method"]
+    name = str(method.get("name", "method"))
+    variant = next((str(method[key]) for key in ("variant", "mode") if isinstance(method.get(key), str)), None)
+    name = name if variant is None else variant if variant.startswith(name) else f"{name}-{variant}"
     others = [f"{key} {as_text(value)}" for key, value in settings.items() if key != "method"]
-    return ", ".join(["+".join(names), *others])[:80]
+    return ", ".join([name, *others])[:80]
 
 
 def _variations(method: Any, own: Any, factors: Sequence[float], where: str) -> tuple[Variation, ...]:
@@ -286,8 +277,7 @@ def _is_plain(entry: Entry, values: Mapping[str, Any]) -> bool:
 
 
 def _is_lora(entry: Entry, more: set[str]) -> bool:
-    method = entry.settings["method"]
-    return isinstance(method, Mapping) and method.get("name") == "lora" and set(entry.settings) <= {"method", *more}
+    return entry.settings["method"].get("name") == "lora" and set(entry.settings) <= {"method", *more}
 
 
 def _has(entry: Entry, values: Mapping[str, Any], key: str) -> bool:
@@ -317,6 +307,6 @@ def _with_baselines(
 
 def _usual_lora(entries: Sequence[Entry]) -> dict[str, Any]:
     """Returns LoRA of the rank that most of the others have."""
-    parts = [part for entry in entries for part in _methods_of(entry.settings)]
-    ranks = Counter(p["rank"] for p in parts if isinstance(p, Mapping) and isinstance(p.get("rank"), int))
+    given = [entry.settings["method"].get("rank") for entry in entries]
+    ranks = Counter(rank for rank in given if isinstance(rank, int))
     return {"name": "lora"} | ({"rank": ranks.most_common(1)[0][0]} if ranks else {})

@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import PlanError, RecipeError
 from keeptune.experiments.plan_runs import Comparison, sweep_of
-from keeptune.methods.combined import tuned_roles
 from keeptune.model.blocks import find_targets
 from keeptune.pipeline.job import Job
 from keeptune.recipe.reading import read_values
@@ -53,8 +52,7 @@ def load_layer_study(
     recipe = make_recipe({k: v for k, v in values.items() if k != "seeds"}, folder=path.parent, where=where)
     job = Job(recipe)
     job.check()
-    roles = tuned_roles(job.method, recipe.targets)
-    layers = sorted({t.layer for t in find_targets(job.base(), roles, recipe.layers) if t.layer >= 0})
+    layers = sorted({t.layer for t in find_targets(job.base(), recipe.targets, recipe.layers) if t.layer >= 0})
     if not layers:
         raise PlanError(
             where,

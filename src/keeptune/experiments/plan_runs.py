@@ -17,7 +17,6 @@ from keeptune.experiments.axes import axes_of
 from keeptune.experiments.compare_section import CompareSection, checked, read_section
 from keeptune.experiments.entries import Entry, Variation, read_entries, short, slug, with_settings
 from keeptune.experiments.sweep_section import axis_of, point_entries, read_sweep
-from keeptune.methods.combined import tuned_roles
 from keeptune.model.blocks import find_targets
 from keeptune.pipeline.job import Job
 from keeptune.recipe.construct import make_method, make_penalties
@@ -239,5 +238,4 @@ def check_runs(comparison: Comparison, specs: Sequence[RunSpec], model: PreTrain
         placed(place, job.check)
     for place, job in jobs:
         model = job.base() if model is None else model
-        roles = tuned_roles(job.method, job.recipe.targets)
-        placed(place, partial(find_targets, model, roles, job.recipe.layers))
+        placed(place, partial(find_targets, model, job.recipe.targets, job.recipe.layers))

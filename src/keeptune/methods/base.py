@@ -308,6 +308,42 @@ def allot_rank(target: Target, rank: int, method: str) -> Decision:
     return Decision(rank)
 
 
+def refuse_experts(method: Method, targets: Iterable[Target]) -> None:
+    """Refuses what PEFT cannot do to a parameter that holds several experts: it trains A and B there, and no more.
+
+    Args:
+        method: The method.
+        targets: What is to be tuned.
+
+    Raises:
+        PlanError: The method asks for more, of targets that are such experts.
+    """
+    roles = sorted({target.role for target in targets if target.expert is not None})
+    reason = _more_than_factors(method)
+    if roles and reason:
+        raise PlanError(
+            f"method {method.name}, targets {', '.join(roles)}",
+            got=f"experts of fused weights, and {reason}",
+            wanted="A and B alone: PEFT trains nothing else of a parameter that holds several experts",
+            next_step="List the other roles under `targets`, or take another method or option for these.",
+        )
+
+
+def _more_than_factors(method: Method) -> str:
+    """Names what a method wants besides trained factors; empty for nothing."""
+    if method.scope == "all":
+        return ""
+    special = sorted(method.trains - {"A", "B"})
+    if method.rows_of_downs:
+        return f"{method.name}'s layers, which wrap modules"
+    if special:
+        return f"{', '.join(special)} trained beside A and B"
+    if method.peft():
+        return " and ".join(f"{key} {value}" for key, value in sorted(method.peft().items()))
+    optimizer = method.training().get("optimizer")
+    return f"the optimiser {optimizer}, which takes all experts for one map" if optimizer else ""
+
+
 def dropout_field(dropout: float) -> dict[str, Any]:
     """Returns the ``LoraConfig`` field of a dropout; nothing for 0."""
     return {"lora_dropout": dropout} if dropout else {}

@@ -33,7 +33,6 @@ from keeptune.evaluation.likelihood import log_likelihoods
 from keeptune.evaluation.metrics import harmonic
 from keeptune.evaluation.scored_tokens import Passes, ScoredTokens
 from keeptune.methods.base import Method
-from keeptune.methods.combined import parts_of, replaced
 from keeptune.model.blocks import depth
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
@@ -54,9 +53,9 @@ def choose_boundary(job: Job) -> tuple[Method, tuple[str, ...]]:
             classifier, whose knowledge no head can tell.
         DataError: There are too few task examples to hold some out.
     """
-    method: Method | None = next((part.method for part in parts_of(job.method) if part.method.search), None)
-    if method is None or method.search is None:
-        return job.method, ()
+    method: Method = job.method
+    if method.search is None:
+        return method, ()
     if job.head is not None:
         raise RecipeError(
             "method.boundary",
@@ -65,7 +64,7 @@ def choose_boundary(job: Job) -> tuple[Method, tuple[str, ...]]:
             next_step="Set the boundary, an eighth to a quarter of the depth; of 12 blocks 2 or 3.",
         )
     blocks = depth(job.base())
-    candidates = {one.boundary: replaced(job.method, method, one) for one in method.candidates(blocks)}
+    candidates = {one.boundary: one for one in method.candidates(blocks)}
     if len(candidates) == 1:
         ((boundary, only),) = candidates.items()
         return only, (f"boundary {boundary}: the only one in the range",)

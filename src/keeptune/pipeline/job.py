@@ -45,7 +45,7 @@ from keeptune.pipeline import own_knowledge
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.originals import check_original, original_of, refuse_without_original
 from keeptune.pipeline.placement import load_base
-from keeptune.pipeline.planning import PlanOptions, refuse_layers, refuse_penalties, scoped_penalties
+from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_layers, refuse_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind
 from keeptune.recipe.construct import make_loss, make_method, make_penalties
 from keeptune.recipe.schema import Recipe
@@ -282,7 +282,7 @@ class Job:
 
     @cached_property
     def _penalty_data(self) -> set[DataRole]:
-        return set().union(*(one.penalty.data for one in scoped_penalties(self.method, self.penalties)))
+        return set().union(*(one.data for one in penalties_of(self.method, self.penalties)))
 
     @cached_property
     def needs(self) -> set[DataRole]:
@@ -396,4 +396,4 @@ class Job:
         self._refuse_quantised()
         refuse_without_original(recipe)
         refuse_layers(self.method, recipe.layers)
-        refuse_penalties(self.method, scoped_penalties(self.method, self.penalties))
+        refuse_penalties(self.method, penalties_of(self.method, self.penalties))

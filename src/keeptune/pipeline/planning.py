@@ -18,8 +18,7 @@ from keeptune.core.plan import Decision, PenaltyPlan, Plan, TargetPlan
 from keeptune.core.target import Target
 from keeptune.core.weights import is_quantised, read_weight, refuse_misread, refuse_quantised
 from keeptune.data.calibration import Calibration
-from keeptune.methods.base import Method, make_plan
-from keeptune.methods.combined import parts_of, refuse_experts, tuned_roles
+from keeptune.methods.base import Method, make_plan, refuse_experts
 from keeptune.model.blocks import depth, find_targets, head_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import StartFrom, refuse_not_finite
@@ -37,8 +36,7 @@ class PlanOptions:
     """Which targets are planned, and how their statistics are collected.
 
     Args:
-        targets: Roles, such as ``["q_proj", "down_proj"]``; None is all linear maps but the head, or those that methods
-            side by side name.
+        targets: Roles, such as ``["q_proj", "down_proj"]``; None is all linear maps but the head.
         layers: Indices of the blocks to tune, such as ``[4, 5, 6, 7]``; None is all.
         memory: ``"resident"`` runs the whole model, with as many sums at a time as fit; ``"blockwise"`` has one block
             on the device at a time; ``"auto"`` decides from the memory that is free.
@@ -73,35 +71,18 @@ class PlanOptions:
 _DEFAULTS = PlanOptions()
 
 
-@dataclass(frozen=True)
-class ScopedPenalty:
-    """A penalty of a run, and the roles of the targets that it holds; no roles are all of the plan's."""
-
-    penalty: Penalty
-    roles: Sequence[str] = ()
-
-    def holds(self, target: Target) -> bool:
-        """Returns whether it acts on a target."""
-        return not self.roles or target.role in self.roles
+def penalties_of(method: Method, extra: Sequence[Penalty] = ()) -> tuple[Penalty, ...]:
+    """Lists the penalties of a run: the method's own, then others; those of strength 0 are left out."""
+    return tuple(one for one in (*method.penalties(), *extra) if one.strength > 0)
 
 
-def scoped_penalties(method: Method, extra: Sequence[Penalty] = ()) -> tuple[ScopedPenalty, ...]:
-    """Lists the penalties of a run: the method's own, then others; those of strength 0 are left out.
-
-    Of several methods, each one's own penalties hold the targets of its roles.
-    """
-    own = [ScopedPenalty(penalty, part.targets) for part in parts_of(method) for penalty in part.method.penalties()]
-    return tuple(one for one in (*own, *map(ScopedPenalty, extra)) if one.penalty.strength > 0)
-
-
-def refuse_penalties(method: Method, penalties: Sequence[ScopedPenalty]) -> None:
-    """Refuses penalties that a method cannot have: they act on low-rank factors, and each on those of its own roles.
+def refuse_penalties(method: Method, penalties: Sequence[Penalty]) -> None:
+    """Refuses penalties that a method cannot have.
 
     Raises:
-        PlanError: The method trains no factors; or one of several methods brings a penalty that cannot be confined to
-            its targets, or a second one whose reports would have the same names.
+        PlanError: The method trains no factors, or there are two whose reports would have the same names.
     """
-    names = [one.penalty.name for one in penalties]
+    names = [one.name for one in penalties]
     where = f"method {method.name}"
     if penalties and method.scope != "adapter":
         raise PlanError(
@@ -110,22 +91,14 @@ def refuse_penalties(method: Method, penalties: Sequence[ScopedPenalty]) -> None
             wanted="no `penalties`: it changes whole weights, and penalties act on low-rank factors",
             next_step="Leave `penalties` out, or take a method that trains adapters.",
         )
-    for one in penalties:
-        name = one.penalty.name
-        if one.roles and isinstance(one.penalty, OutputPenalty):
-            raise PlanError(
-                where,
-                got=f"the penalty {name} for {', '.join(one.roles)}",
-                wanted="a penalty on single targets: this one is on the outputs of the whole model",
-                next_step="Take that method alone.",
-            )
-        if one.penalty.once and names.count(name) > 1:
-            raise PlanError(
-                where,
-                got=f"{names.count(name)} penalties {name}",
-                wanted="one: their logs and notes would have the same names",
-                next_step=f"Leave one out; under `penalties`, {name} holds all targets.",
-            )
+    twice = next((one.name for one in penalties if one.once and names.count(one.name) > 1), None)
+    if twice is not None:
+        raise PlanError(
+            where,
+            got=f"{names.count(twice)} penalties {twice}",
+            wanted="one: their logs and notes would have the same names",
+            next_step="Leave one out.",
+        )
 
 
 def refuse_layers(method: Method, layers: Sequence[int] | None) -> None:
@@ -157,7 +130,7 @@ def statistics_for(
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
     refuse_layers(method, options.layers)
-    targets = find_targets(model, tuned_roles(method, options.targets), options.layers)
+    targets = find_targets(model, options.targets, options.layers)
     refuse_experts(method, targets)
     requests = {target: method.requests(target) for target in targets}
     statistics = _collect(Runner(model), requests, data, store, options)
@@ -202,8 +175,8 @@ def plan_for(
         refuse_misread(model)
     refuse_not_finite(model)
     options = replace(options, fingerprint=options.fingerprint or body_fingerprint(model))
-    scoped = scoped_penalties(method, penalties)
-    refuse_penalties(method, scoped)
+    penalties = penalties_of(method, penalties)
+    refuse_penalties(method, penalties)
     weight_of = weight_reader(model, method, options.start_from, options.original)
     targets, statistics = statistics_for(model, method, store, data=data, options=options)
     provenance = {"model": options.fingerprint, **options.provenance}
@@ -214,7 +187,7 @@ def plan_for(
         provenance["notes"] = [*provenance.get("notes", ()), f"no token of the data reached {names}: left alone"]
     plan = make_plan(method, targets, weight_of, statistics.view, head=head_of(model), provenance=provenance)
     plan = _with_modules(plan, model, options)
-    return with_penalties(plan, scoped, Runner(model), store, data=data, options=options)
+    return with_penalties(plan, penalties, Runner(model), store, data=data, options=options)
 
 
 def _with_modules(plan: Plan, model: PreTrainedModel, options: PlanOptions) -> Plan:
@@ -246,7 +219,7 @@ def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> 
 
 def with_penalties(
     plan: Plan,
-    penalties: Sequence[ScopedPenalty],
+    penalties: Sequence[Penalty],
     runner: Runner,
     store: StatStore,
     *,
@@ -259,39 +232,35 @@ def with_penalties(
         PlanError: An option does not fit the model, or no token of the data reached a target.
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
-    held = [(one.penalty, tuple(t for t in plan.targets if one.holds(t.target))) for one in penalties]
-    held = [(penalty, own) for penalty, own in held if own]
-    if not held:
+    if not penalties:
         return plan
     model = runner.model
-    requests: dict[Target, frozenset[Request]] = {t.target: frozenset() for t in plan.targets}
-    for penalty, own in held:
-        requests |= {t.target: requests[t.target] | penalty.requests(t) for t in own}
+    requests = {t.target: frozenset[Request]().union(*(one.requests(t) for one in penalties)) for t in plan.targets}
     statistics = _collect(runner, requests, data, store, options)
-    held, free = _reached(held, statistics)
+    held, free = _reached(penalties, plan.targets, statistics)
     plans = []
     blocks, weight_of = depth(model), partial(read_weight, model)
     for penalty, own in held:
         targets = tuple(t.target for t in own)
         sites = (Site(t, weight_of(t.target), statistics.view(t.target), targets, blocks) for t in own)
         plans.append(_with_texts(penalty, penalty_plan(penalty, sites), model, data))
-    notes = [*plan.provenance.get("notes", ()), *free, *_penalty_notes(plan, penalties, held, plans)]
+    notes = [*plan.provenance.get("notes", ()), *free, *_penalty_notes(plan, held, plans)]
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
     return replace(plan, penalties=tuple(plans), provenance=provenance)
 
 
 def _reached(
-    held: Sequence[tuple[Penalty, tuple[TargetPlan, ...]]], statistics: Statistics
+    penalties: Sequence[Penalty], targets: tuple[TargetPlan, ...], statistics: Statistics
 ) -> tuple[list[tuple[Penalty, tuple[TargetPlan, ...]]], list[str]]:
     """Leaves out experts that no token reached: what they put out on the knowledge is nothing that could be held."""
     reached, notes = [], []
-    for penalty, own in held:
+    for penalty in penalties:
         lost = {
             t.target.name
-            for t in own
+            for t in targets
             if t.target.name in statistics.unseen and penalty.requests(t) & statistics.unseen[t.target.name]
         }
-        if len(lost) == len(own):
+        if len(lost) == len(targets):
             raise PlanError(
                 f"penalty {penalty.name}",
                 got="no token of the knowledge that reached one of its targets",
@@ -301,7 +270,7 @@ def _reached(
         if lost:
             names = named(sorted(lost))
             notes.append(f"penalty {penalty.name}: no token of the knowledge reached {names}: trained, held by nothing")
-        reached.append((penalty, tuple(t for t in own if t.target.name not in lost)))
+        reached.append((penalty, tuple(t for t in targets if t.target.name not in lost)))
     return reached, notes
 
 
@@ -323,11 +292,10 @@ def _with_texts(
 
 def _penalty_notes(
     plan: Plan,
-    penalties: Sequence[ScopedPenalty],
     held: Sequence[tuple[Penalty, Sequence[TargetPlan]]],
     plans: Sequence[PenaltyPlan],
 ) -> list[str]:
-    notes = [f"penalty {one.penalty.name}: {', '.join(one.roles)} only" for one in penalties if one.roles]
+    notes = []
     for (penalty, own), made in zip(held, plans, strict=True):
         notes += penalty.notes(replace(plan, targets=tuple(own)), made.tensors)
     if any("magnitude" in t.trainable for _, own in held for t in own):

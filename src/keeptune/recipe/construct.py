@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from keeptune.core.errors import PlanError, RecipeError, nearest
+from keeptune.core.errors import RecipeError, nearest
 from keeptune.methods.base import method_named, methods
-from keeptune.methods.combined import Combined, Part
 from keeptune.penalties.base import Penalty, penalties, penalty_named
 from keeptune.recipe.sections import explain
 from keeptune.training.losses.base import TaskLoss, loss_named, losses
 
 
-def make_method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, seed: int) -> Any:
-    """Makes a method from its recipe section, or several side by side from theirs, each with ``targets``.
+def make_method(options: Mapping[str, Any], *, seed: int) -> Any:
+    """Makes a method from its recipe section.
 
     Args:
         options: ``name`` and the method's own fields.
@@ -26,30 +24,8 @@ def make_method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, see
 
     Raises:
         RecipeError: The name or an option is unknown, or a value does not fit.
-        PlanError: An option is out of range, or the methods do not fit together.
+        PlanError: An option is out of range.
     """
-    if isinstance(options, Mapping):
-        return _method_of(options, seed)
-    return Combined([_part_of(section, f"method.{index}", seed) for index, section in enumerate(options)])
-
-
-def _part_of(section: Mapping[str, Any], where: str, seed: int) -> Part:
-    roles = section.get("targets")
-    if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
-        raise RecipeError(
-            f"{where}.targets",
-            got="nothing" if roles is None else repr(roles),
-            wanted="the roles that this method is for, since there are several",
-            next_step="Example: targets: [down_proj].",
-        )
-    try:
-        return Part(_method_of({key: value for key, value in section.items() if key != "targets"}, seed), roles)
-    except (PlanError, RecipeError) as error:
-        place = re.sub(r"^method\b", where, error.where)
-        raise type(error)(place, got=error.got, wanted=error.wanted, next_step=error.next_step) from error
-
-
-def _method_of(options: Mapping[str, Any], seed: int) -> Any:
     name, given = _named(options, "method", methods())
     cls = method_named(name)
     _check_names(given, cls, "method", cls.name)

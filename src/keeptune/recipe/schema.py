@@ -18,7 +18,6 @@ from keeptune.core.errors import RecipeError
 from keeptune.data import hub
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.standard.entry import NamedBenchmark
-from keeptune.methods.combined import tuned_roles
 from keeptune.model.pretrained import Dtype, StartFrom
 from keeptune.model.quantization import check_quantization
 from keeptune.recipe.construct import make_loss, make_method, make_penalties
@@ -32,7 +31,7 @@ from keeptune.recipe.sections import (
     ExportSpec,
     Knowledge,
     KnowledgeSets,
-    MethodSections,
+    MethodSection,
     Section,
     Task,
     TaskCalibration,
@@ -73,7 +72,7 @@ class Recipe(Section):
     """
 
     model: str
-    method: MethodSections = Field(default_factory=lambda: {"name": "keep"})  # why: docs/guides/keep.md
+    method: MethodSection = Field(default_factory=lambda: {"name": "keep"})  # why: docs/guides/keep.md
     task: Task
     output: _Folder
     targets: list[str] | None = None
@@ -170,7 +169,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
         recipe = Recipe.model_validate(resolve_paths(values, folder, fetch))
     except ValidationError as error:
         raise explain(error, where, _known_keys) from error
-    tuned_roles(make_method(recipe.method, seed=0), recipe.targets)
+    make_method(recipe.method, seed=0)
     make_penalties(recipe.penalties)
     make_loss(recipe.task.loss)
     if recipe.quantization is not None:

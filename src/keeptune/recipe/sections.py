@@ -118,11 +118,7 @@ KnowledgeSets = Annotated[
 ]
 
 
-MethodSections = Annotated[
-    Annotated[dict[str, Any], Tag(_TAGS[0])] | Annotated[list[dict[str, Any]], Field(min_length=1), Tag(_TAGS[1])],
-    Discriminator(_form),
-    BeforeValidator(spelt_out),
-]
+MethodSection = Annotated[dict[str, Any], BeforeValidator(spelt_out)]
 
 
 def _source(entry: Any) -> str:

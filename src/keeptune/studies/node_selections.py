@@ -11,7 +11,6 @@ import torch
 
 from keeptune.core.errors import RecipeError, StatisticsError, nearest
 from keeptune.linalg.selections import Rows, count_votes, quota, voted
-from keeptune.methods.combined import parts_of
 from keeptune.methods.loki import Loki
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import PlanOptions, statistics_for
@@ -42,7 +41,7 @@ class Side:
 
 def loki_of(job: Job) -> Loki:
     """Returns a recipe's LoKI, or the default one: its attribution, share of nodes and selection are the defaults."""
-    return next((part.method for part in parts_of(job.method) if isinstance(part.method, Loki)), Loki())
+    return job.method if isinstance(job.method, Loki) else Loki()
 
 
 def side_of(words: str, job: Job, option: str) -> Side:

@@ -40,7 +40,6 @@ from keeptune.experiments.sequence.joined_changes import (
 )
 from keeptune.experiments.sequence.sequence_record import write_record
 from keeptune.experiments.sequence.stages_section import Stage, StageSequence
-from keeptune.methods.combined import tuned_roles
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
@@ -144,8 +143,7 @@ def _check(sequence: StageSequence, model: PreTrainedModel) -> None:
     for stage in sequence.stages:
         job = Job(stage.recipe)
         placed(f"stage {stage.name}", job.check)
-        roles = tuned_roles(job.method, stage.recipe.targets)
-        placed(f"stage {stage.name}", partial(find_targets, model, roles, stage.recipe.layers))
+        placed(f"stage {stage.name}", partial(find_targets, model, stage.recipe.targets, stage.recipe.layers))
     models = [f"models/{stage.folder}" for stage in sequence.stages]
     for name in (*models, "adapter", "merged"):
         remove_leftovers(sequence.output / name)

@@ -15,7 +15,6 @@ from keeptune.core.target import Target
 from keeptune.data import hub
 from keeptune.data.replay import replayed
 from keeptune.methods.base import Size
-from keeptune.methods.combined import parts_of, tuned_roles
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import DryRun, Need, Scored, Trained
 from keeptune.pipeline.dry_run.data_sizes import Lengths, data_needs, on_the_hub, rows_of
@@ -23,7 +22,7 @@ from keeptune.pipeline.dry_run.memory import Footprint, checkpointing, plan_with
 from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import check_folder
-from keeptune.pipeline.planning import scoped_penalties
+from keeptune.pipeline.planning import penalties_of
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.neuron_attribution import NeuronAttribution
 from keeptune.statistics.request import DataRole, ModelRequest, Request, RowRequest
@@ -160,9 +159,8 @@ class _Account:
         method, recipe = self.job.method, self.job.recipe
         if self._whole:
             return {}
-        rows_of_downs = any(part.method.rows_of_downs for part in parts_of(method))
-        downs = self.shape.downs if rows_of_downs else frozenset[str]()
-        targets = self.shape.targets(tuned_roles(method, recipe.targets), recipe.layers)
+        downs = self.shape.downs if method.rows_of_downs else frozenset[str]()
+        targets = self.shape.targets(recipe.targets, recipe.layers)
         return {target: method.size(target, downs) for target in targets}
 
     @property
@@ -235,15 +233,11 @@ class _Account:
     def _sites(self) -> dict[tuple[Request, str], Target]:
         """Returns the statistics that method and penalties need, once for each site."""
         needed: dict[tuple[Request, str], Target] = {}
-        penalties = scoped_penalties(self.job.method, self.job.penalties)
+        penalties = penalties_of(self.job.method, self.job.penalties)
         for target, size in self._sizes.items():
-            requests: set[Request] = set()
-            for part in parts_of(self.job.method):
-                if not part.targets or target.role in part.targets:
-                    requests |= part.method.requests(target)
+            requests: set[Request] = set(self.job.method.requests(target))
             for one in penalties if size.rank else ():
-                if one.holds(target):
-                    requests |= one.penalty.requests(plan_without_numbers(target, size))
+                requests |= one.requests(plan_without_numbers(target, size))
             for request in requests:
                 needed.setdefault((request, request.site(target)), target)
         return needed

@@ -18,7 +18,6 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import Size
-from keeptune.methods.combined import parts_of
 from keeptune.model.quantization import stays_quantised
 from keeptune.penalties.base import OutputPenalty
 from keeptune.pipeline.dry_run import estimate
@@ -26,7 +25,7 @@ from keeptune.pipeline.dry_run.account import Amount, Scored
 from keeptune.pipeline.dry_run.data_sizes import Lengths
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
 from keeptune.pipeline.job import Job
-from keeptune.pipeline.planning import ScopedPenalty, scoped_penalties
+from keeptune.pipeline.planning import penalties_of
 from keeptune.statistics.request import ModelRequest, Request, RowRequest
 from keeptune.statistics.store_use import refuse_larger
 
@@ -152,17 +151,12 @@ class Footprint:
     def penalties(self) -> dict[str, int]:
         """Bytes of the tensors of each penalty, which training holds."""
         held: dict[str, int] = {}
-        for one in self._scoped:
+        for one in penalties_of(self.job.method, self.job.penalties):
             tensors: dict[str, int] = {}
             for target in self._used:
-                if one.holds(target):
-                    tensors |= one.penalty.size(plan_without_numbers(target, self.sizes[target]))
-            held[one.penalty.name] = held.get(one.penalty.name, 0) + sum(tensors.values())
+                tensors |= one.size(plan_without_numbers(target, self.sizes[target]))
+            held[one.name] = held.get(one.name, 0) + sum(tensors.values())
         return held
-
-    @cached_property
-    def _scoped(self) -> tuple[ScopedPenalty, ...]:
-        return scoped_penalties(self.job.method, self.job.penalties)
 
     @property
     def _held(self) -> dict[str, int]:
@@ -227,7 +221,7 @@ class Footprint:
         squares = any(
             isinstance(r, RowRequest) and r.numbers(t) == t.in_features**2 for (r, _), t in self.sites.items()
         )
-        own = any(part.method.statistics for part in parts_of(self.job.method))
+        own = bool(self.job.method.statistics)
         work = estimate.decomposition_bytes(self._used if decomposes else [], squares=squares and own)
         return {"weights": self._placed, **self._held}, {"decompositions": work}
 
@@ -265,7 +259,7 @@ class Footprint:
         """Returns what penalties on answers hold: the base's, kept, and a pass of their own after that of the task."""
         held = {"kept": 0, "activations": 0, "logits": 0}
         data = self.lengths.calibration("knowledge")
-        for one in (scoped.penalty for scoped in self._scoped):
+        for one in penalties_of(self.job.method, self.job.penalties):
             if not isinstance(one, OutputPenalty):
                 continue
             batch = min(one.at_once, data.texts)
