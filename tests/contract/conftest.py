@@ -39,7 +39,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lalora": [{"rank": 4, "curvature": "delta-act", "batches": 1}],
     "loki": [{"q": 10.0}, {"q": 30.0, "rank": 4}, {"q": 20.0, "rank": 2, "selection": "global-high"}],
     "lora": [{"rank": 4}, {"rank": 4, "use_rslora": True, "alpha": 6.0}],
-    "lora-fa": [{"rank": 4, "optimizer": "preconditioned", "alpha": 6.0}],
+    "lora-fa": [{"rank": 4, "alpha": 6.0}],
     "lora-null": [
         {"rank": 4, "variant": "v1"},
         {"rank": 4, "variant": "v2"},

@@ -25,7 +25,6 @@ from keeptune.training.penalty_engine import Penalties
 
 # The options a penalty is checked with.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "decay": [{"strength": 0.3}],
     "drift": [{"budget": 0.02}, {"per": "layer", "factor_rank": 8}, {"curvature": "delta-kfac", "rho": 0.2}],
     "ewc": [{"batches": 1, "batch_size": 6}],
     "kl": [{"batch_size": 4}],
@@ -46,7 +45,7 @@ PENALTIES = {
     for options in cases
 }
 # What they hold is not a change, so that there is something to hold at the start.
-ON_FACTORS = {name for name in PENALTIES if "on=factors" in name or "decay" in name}
+ON_FACTORS = {name for name in PENALTIES if "on=factors" in name}
 BY_AUTOGRAD = {name for name in PENALTIES if name.startswith("kl ")}
 BY_LABELS = {name for name in PENALTIES if any(part in name for part in ("kfac", "diag", "ewc", "kl "))}
 PlanOf = Callable[[str, str, str], Plan]

@@ -30,13 +30,6 @@ def test_it_starts_where_lora_starts(tmp_path: Path, options: dict[str, float]) 
         assert target_plan.scale == other.scale
 
 
-def test_the_optimiser_is_asked_for_in_the_plan_and_part_of_its_key(tmp_path: Path) -> None:
-    plain, other = made(tmp_path, LoraFA()), made(tmp_path, LoraFA(optimizer="preconditioned"))
-    assert plain.training == {}
-    assert other.training == {"optimizer": "lora-fa"}
-    assert plain.key != other.key
-
-
 @pytest.mark.parametrize(("options", "where"), [({"alpha": 0.0}, "method.alpha"), ({"dropout": 1.0}, "method.dropout")])
 def test_options_that_make_no_sense_are_refused(options: dict[str, float], where: str) -> None:
     with pytest.raises(PlanError, match=where):

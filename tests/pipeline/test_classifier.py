@@ -123,7 +123,7 @@ def test_the_whole_job(make: Make, method: dict[str, Any], tmp_path: Path) -> No
     [
         ({"name": "dora", "rank": 4}, "portable", "merged"),
         ({"name": "dora", "rank": 4}, "peft", "adapter"),
-        ({"name": "lora-fa", "rank": 4, "optimizer": "preconditioned"}, "portable", "adapter"),
+        ({"name": "lora-fa", "rank": 4}, "portable", "adapter"),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else value,
 )

@@ -35,7 +35,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"method": METHODS["lora"]},
     "dora": {"method": METHODS["dora"]},
     "lora-fa": {"method": METHODS["lora-fa"]},
-    "lora-fa-preconditioned": {"method": METHODS["lora-fa"] | {"optimizer": "preconditioned"}},
     "v1-residual": {"method": METHODS["lora-null-v1"], "anchor": "residual"},
     "v1-twin": {"method": METHODS["lora-null-v1"], "anchor": "twin"},
     "v2-twin": {"method": METHODS["lora-null-v2"], "anchor": "twin"},

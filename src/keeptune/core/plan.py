@@ -118,7 +118,7 @@ class Plan:
         targets: Targets with a rank above 0, in model order.
         scope: ``"adapter"`` trains the targets' factors, ``"all"`` every weight (full fine-tuning).
         peft: Extra ``LoraConfig`` fields, such as ``lora_dropout``.
-        training: What the trainer must have, as plain values: an ``optimizer`` (:mod:`keeptune.training.attach`).
+        training: What the trainer must have, as plain values (:mod:`keeptune.training.attach`).
         penalties: Terms of the loss, the method's own and those of the recipe.
         provenance: Keys of what the plan was made from: model, data, statistics, versions.
 

@@ -338,10 +338,7 @@ def _more_than_factors(method: Method) -> str:
         return f"{method.name}'s layers, which wrap modules"
     if special:
         return f"{', '.join(special)} trained beside A and B"
-    if method.peft():
-        return " and ".join(f"{key} {value}" for key, value in sorted(method.peft().items()))
-    optimizer = method.training().get("optimizer")
-    return f"the optimiser {optimizer}, which takes all experts for one map" if optimizer else ""
+    return " and ".join(f"{key} {value}" for key, value in sorted(method.peft().items()))
 
 
 def dropout_field(dropout: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 A plan says it in plain values (``Plan.training``), which are saved with it and part of its key:
 
-    {"optimizer": "lora-fa"}            PEFT's preconditioned optimiser (methods/lora_fa.py)
     {"learning_rate_factor": 0.4}       times the trainer's learning rate (methods/loki.py)
 
 and in ``Plan.penalties``, terms of the loss (training/penalty_engine.py).
@@ -10,14 +9,11 @@ and in ``Plan.penalties``, terms of the loss (training/penalty_engine.py).
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.optimizers import create_lorafa_optimizer
 
 from keeptune.adapter.install import starting_values
 from keeptune.core.errors import TrainError, nearest
@@ -28,10 +24,11 @@ from keeptune.training.penalty_engine import add_penalties
 from keeptune.training.task_loss import add_loss
 
 _log = logging.getLogger(__name__)
+_FACTOR = "learning_rate_factor"
 
 
 def attach(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
-    """Adds the plan's optimiser, penalties and :class:`Guard` to a trainer; a second call changes nothing.
+    """Adds the plan's learning rate, penalties and :class:`Guard` to a trainer; a second call changes nothing.
 
     Args:
         trainer: A ``transformers.Trainer`` or any of TRL's, with the installed model, before ``train()``.
@@ -41,15 +38,21 @@ def attach(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
 
     Raises:
         TrainError: The plan needs something that this version does not have, the trainer has an optimiser of its own
-            where the plan chooses one or scales the learning rate, or it cannot count a penalty exactly once.
+            where the plan scales the learning rate, or it cannot count a penalty exactly once.
     """
     guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Guard)]
     if any(guard.attached for guard in guards):
         return
     _keep_precise(trainer.model, plan)
-    for key, value in sorted(plan.training.items()):  # an optimiser takes the learning rate as it is then
-        _known(key, _PARTS, "training")
-        _PARTS[key](trainer, plan, value)
+    for key, value in plan.training.items():
+        if key != _FACTOR:
+            raise TrainError(
+                "plan, training",
+                got=f'"{key}"',
+                wanted="one that this version knows",
+                next_step=nearest(key, [_FACTOR]),
+            )
+        _scale_rate(trainer, plan, value)
     if plan.penalties:
         add_penalties(trainer, plan)
     chosen = loss_named(loss, {}) if isinstance(loss, str) else loss
@@ -75,19 +78,6 @@ def _keep_precise(model: Any, plan: Plan) -> None:
             parameter.data = start.clone() if rounded else parameter.data.float()
 
 
-def _attach_optimizer(trainer: Any, plan: Plan, name: str) -> None:
-    _known(name, _OPTIMIZERS, "training.optimizer")
-    default = next(field.default for field in dataclasses.fields(trainer.args) if field.name == "optim")
-    if trainer.args.optim != default:
-        raise TrainError(
-            "train.optim",
-            got=str(getattr(trainer.args.optim, "value", trainer.args.optim)),
-            wanted=f"no optim: the method {plan.method} makes its own ({name})",
-            next_step="Leave `train.optim` out, or choose the method's `optimizer: adamw`.",
-        )
-    trainer.optimizer = _OPTIMIZERS[name](trainer.model, trainer.args)
-
-
 def _scale_rate(trainer: Any, plan: Plan, factor: float) -> None:
     if trainer.optimizer is not None:
         raise TrainError(
@@ -100,37 +90,3 @@ def _scale_rate(trainer: Any, plan: Plan, factor: float) -> None:
     _log.info(
         "train: the method %s takes %.3g of the learning rate: %.3g", plan.method, factor, trainer.args.learning_rate
     )
-
-
-def _lora_fa(model: PeftModel, args: Any) -> Any:
-    """Returns PEFT's optimiser; it reads each layer's own scale, so r and lora_alpha of the config do not matter."""
-    config = model.peft_config["default"]
-    made = create_lorafa_optimizer(
-        model, r=config.r, lora_alpha=config.lora_alpha, lr=args.learning_rate, weight_decay=args.weight_decay
-    )
-    for group in made.param_groups:
-        group["betas"] = (args.adam_beta1, args.adam_beta2)
-    made.register_step_pre_hook(_fill_missing_gradients)
-    return made
-
-
-def _fill_missing_gradients(optimizer: Any, *_: Any) -> None:
-    """Adds zeros for trained parameters without a gradient (experts without tokens), on which PEFT's would fail."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
-
-def _known(name: str, choices: Mapping[str, Any], where: str) -> None:
-    if name not in choices:
-        raise TrainError(
-            f"plan, {where}", got=f'"{name}"', wanted="one that this version knows", next_step=nearest(name, choices)
-        )
-
-
-_PARTS: Mapping[str, Callable[[Any, Plan, Any], None]] = {
-    "learning_rate_factor": _scale_rate,
-    "optimizer": _attach_optimizer,
-}
-_OPTIMIZERS = {"lora-fa": _lora_fa}
