@@ -41,9 +41,9 @@ def scores(row: dict[str, Any], side: str) -> dict[str, float]:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_ends_of_a_scale_are_the_base_and_the_run(job: Jobs, method: str) -> None:
     run = job(method)
-    assert score_variants(run, [Variant("scale", 0), Variant("scale", 0.5), Variant("scale", 1)]) == {}
+    assert score_variants(run, [Variant(0), Variant(0.5), Variant(1)]) == {}
     own = row_for(run)
-    rows = {factor: row_for(run, Variant("scale", factor)) for factor in (0, 0.5, 1)}
+    rows = {factor: row_for(run, Variant(factor)) for factor in (0, 0.5, 1)}
     assert scores(rows[0], "after") == pytest.approx(scores(own, "before"), abs=1e-6)
     assert scores(rows[1], "after") == pytest.approx(scores(own, "after"), abs=1e-6)
     assert {tuple(scores(row, "before").items()) for row in rows.values()} == {tuple(scores(own, "before").items())}
@@ -53,67 +53,66 @@ def test_the_ends_of_a_scale_are_the_base_and_the_run(job: Jobs, method: str) ->
 
 def test_a_variants_row_has_a_name_a_label_and_the_run_it_is_of(job: Jobs) -> None:
     run = job("lora")
-    score_variants(run, [Variant("intruders", 0.5)])
-    row = row_for(run, Variant("intruders", 0.5))
-    assert (row["name"], row["label"], row["of"]) == ("lora-seed0/intruders-0.5", "lora, intruders reduced", "lora")
-    assert (row["variant"], row["seed"]) == ({"intruders": 0.5}, 0)
+    score_variants(run, [Variant(0.5)])
+    row = row_for(run, Variant(0.5))
+    assert (row["name"], row["label"], row["of"]) == ("lora-seed0/scale-0.5", "lora, scaled", "lora")
+    assert (row["variant"], row["seed"]) == ({"scale": 0.5}, 0)
     assert row["seconds"]["evaluate"] > 0
     assert Path(row["folder"], "stories.items.jsonl").is_file()
 
 
 def test_only_what_is_missing_is_scored(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     run = job("lora")
-    score_variants(run, [Variant("scale", 0.5)])
+    score_variants(run, [Variant(0.5)])
     place = run.output / "variants" / "scale-0.5"
     first = read_json(place / "sums.json")["summary"]
     (place / "sums.items.jsonl").unlink()
     asked = []
     evaluate = scoring.evaluate
     monkeypatch.setattr(scoring, "evaluate", lambda *a, **k: asked.append(a[2].name) or evaluate(*a, **k))
-    score_variants(run, [Variant("scale", 0.5)])
+    score_variants(run, [Variant(0.5)])
     assert asked == ["sums"]
     assert read_json(place / "sums.json")["summary"] == first
     monkeypatch.setattr(posthoc_scoring, "load_pair", lambda *_: pytest.fail("the model was loaded"))
-    score_variants(run, [Variant("scale", 0.5)])
+    score_variants(run, [Variant(0.5)])
 
 
 def test_scores_of_weights_that_were_trained_anew_are_missing(job: Jobs) -> None:
     run = job("lora")
-    score_variants(run, [Variant("scale", 0.5)])
+    score_variants(run, [Variant(0.5)])
     weights = find_result(run.output) / "adapter_model.safetensors"
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
-    row = row_for(run, Variant("scale", 0.5))
+    row = row_for(run, Variant(0.5))
     assert row["status"] == "missing"
     assert "other weights" in row["message"]
-    score_variants(run, [Variant("scale", 0.5)])
-    assert row_for(run, Variant("scale", 0.5))["status"] == "done"
+    score_variants(run, [Variant(0.5)])
+    assert row_for(run, Variant(0.5))["status"] == "done"
 
 
 def test_a_variant_that_cannot_be_made_is_a_failed_run(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = job("full")
-    refused = score_variants(run, [Variant("intruders", 0.5)])
-    assert "whole models" in refused["intruders-0.5"]
-    row = row_for(run, Variant("intruders", 0.5))
-    assert (row["status"], row["message"]) == ("failed", refused["intruders-0.5"])
-    with pytest.raises(ModelError, match="whole models"):
-        write_variant(run, Variant("intruders", 0.5), run.output / "best")
+    run = job("lora")
+    monkeypatch.setattr(posthoc_scoring, "refusal", lambda *_: "it sets lengths")
+    refused = score_variants(run, [Variant(0.5)])
+    assert refused == {"scale-0.5": "it sets lengths"}
+    row = row_for(run, Variant(0.5))
+    assert (row["status"], row["message"]) == ("failed", "it sets lengths")
+    with pytest.raises(ModelError, match="it sets lengths"):
+        write_variant(run, Variant(0.5), run.output / "best")
     monkeypatch.setattr(posthoc_scoring, "load_pair", lambda *_: pytest.fail("the model was loaded"))
-    assert score_variants(run, [Variant("intruders", 0.5)]) == refused
+    assert score_variants(run, [Variant(0.5)]) == refused
 
 
 def test_a_run_without_its_variant_scored_is_missing(job: Jobs) -> None:
-    assert row_for(job("lora"), Variant("scale", 0.5))["status"] == "missing"
+    assert row_for(job("lora"), Variant(0.5))["status"] == "missing"
 
 
-@pytest.mark.parametrize("variant", [Variant("scale", 0.25), Variant("intruders", 0.0)])
-def test_the_written_adapter_is_the_variant_on_a_fresh_base(job: Jobs, tmp_path: Path, variant: Any) -> None:
-    run = job("lora")
+def test_the_written_adapter_is_the_variant_on_a_fresh_base(job: Jobs, tmp_path: Path) -> None:
+    run, variant = job("lora"), Variant(0.25)
     best = write_variant(run, variant, tmp_path / "best")
     own = load_file(find_result(run.output) / "adapter_model.safetensors")
     written = load_file(best / "adapter_model.safetensors")
-    if variant.kind == "scale":
-        name = next(name for name in own if "lora_B" in name)
-        assert torch.equal(written[name], 0.25 * own[name])
+    name = next(name for name in own if "lora_B" in name)
+    assert torch.equal(written[name], 0.25 * own[name])
     pair = posthoc_scoring._Loaded(run, find_result(run.output)).make(variant)
     model = PeftModel.from_pretrained(run.base(), str(best))
     probe = random_probe(model)
@@ -128,7 +127,7 @@ def test_the_written_adapter_is_the_variant_on_a_fresh_base(job: Jobs, tmp_path:
 
 def test_a_written_whole_model_lies_between_base_and_tuned(job: Jobs, tmp_path: Path) -> None:
     run = job("full")
-    best = write_variant(run, Variant("scale", 0.5), tmp_path / "best")
+    best = write_variant(run, Variant(0.5), tmp_path / "best")
     name = "model.layers.0.mlp.down_proj.weight"
     tuned = load_file(find_result(run.output) / "model.safetensors")[name]
     base = dict(run.base().named_parameters())[name]
@@ -141,7 +140,7 @@ def test_what_does_not_reproduce_is_not_written(job: Jobs, tmp_path: Path, monke
         posthoc_scoring, "write_tensors", lambda path, t, m: save_file({k: 2 * v for k, v in t.items()}, path)
     )
     with pytest.raises(ExportError, match="differ from the trained model's"):
-        write_variant(run, Variant("scale", 0.5), tmp_path / "best")
+        write_variant(run, Variant(0.5), tmp_path / "best")
     assert not (tmp_path / "best").exists()
 
 
@@ -149,4 +148,4 @@ def test_a_foreign_folder_is_not_replaced(job: Jobs, tmp_path: Path) -> None:
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "thesis.tex").write_text("years of work")
     with pytest.raises(ExportError, match="did not write"):
-        write_variant(job("lora"), Variant("scale", 0.5), tmp_path / "best")
+        write_variant(job("lora"), Variant(0.5), tmp_path / "best")

@@ -48,7 +48,6 @@ class CompareSection(Section):
     strength: Numbers = [1.0]
     seeds: _Seeds = [0, 1, 2]
     scales: _Shares = [0.25, 0.5, 0.75]
-    intruders: _Shares = [0.5]
     search: Search | None = None
     resources: Resources | None = Resources()
     baselines: bool = True

@@ -63,7 +63,7 @@ def row_of(spec: RunSpec, outcome: Outcome, variant: Variant | None = None) -> d
     row: dict[str, Any] = {
         **{key: getattr(spec, key) for key in (*_SETTING, "seed", "x")},
         "name": spec.name if variant is None else f"{spec.name}/{variant.slug}",
-        "label": spec.label if variant is None else f"{spec.label}, {variant.family}",
+        "label": spec.label if variant is None else f"{spec.label}, scaled",
         "variant": None if variant is None else variant.plain(),
         "of": None if variant is None else spec.label,
         "folder": str(folder),

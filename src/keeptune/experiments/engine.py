@@ -59,7 +59,7 @@ def variants_of(comparison: Comparison, label: str) -> Sequence[Variant]:
     """Returns the post-hoc variants of an entry's runs: those of plain LoRA are baselines that need no training."""
     section = comparison.section
     wanted = section.baselines and label == comparison.plain
-    return standard_variants(section.scales, section.intruders) if wanted else ()
+    return standard_variants(section.scales) if wanted else ()
 
 
 def tasks_of(comparison: Comparison, specs: Sequence[RunSpec]) -> tuple[TaskOf, dict[str, RunTask], frozenset[str]]:

@@ -149,7 +149,7 @@ def sweep_of(
     entries, train, seeds = point_entries(points, where), values.get("train"), values.pop("seeds", None)
     if seeds is None:
         seeds = [train.get("seed", 0) if isinstance(train, Mapping) else 0]
-    own = {"seeds": seeds, "scales": [], "intruders": [], "resources": None, "baselines": False}
+    own = {"seeds": seeds, "scales": [], "resources": None, "baselines": False}
     section = checked(CompareSection, {"methods": [entry.label for entry in entries], **own}, where)
     base = make_recipe(values, folder=path.parent, where=where, fetch=fetch)
     about = {"axis": axis_of(entries), **about}

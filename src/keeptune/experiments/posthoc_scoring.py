@@ -22,7 +22,7 @@ from keeptune.core.artefact import atomic_directory, content_key, read_json, wri
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
-from keeptune.experiments.posthoc_scaling import Variant, interpolate, put_adapter, refusal, variant_adapter
+from keeptune.experiments.posthoc_scaling import Variant, interpolate, put_adapter, refusal, scaled_adapter
 from keeptune.model.blocks import head_of
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
@@ -45,20 +45,20 @@ class _Loaded:
             assert isinstance(self.pair, TwoModels)
             self.tensors = {name: weight.detach().clone() for name, weight in self.pair.tuned.named_parameters()}
 
-    def refusal(self, variant: Variant) -> str:
-        """Returns why the result cannot have a variant; empty where it can."""
+    def refusal(self) -> str:
+        """Returns why the result cannot have variants; empty where it can."""
         if isinstance(self.pair, AdapterPair):
-            return refusal(variant, self.tensors, self.pair.peft_model.peft_config["default"])
-        return refusal(variant, None)
+            return refusal(self.tensors, self.pair.peft_model.peft_config["default"])
+        return ""
 
     def make(self, variant: Variant) -> ModelPair:
         """Returns the models before and after, with a variant."""
         if isinstance(self.pair, AdapterPair):
             wrapped = self.pair.peft_model
-            put_adapter(wrapped, variant_adapter(wrapped, self.tensors, variant))
+            put_adapter(wrapped, scaled_adapter(self.tensors, variant))
             return AdapterPair(wrapped)
         assert isinstance(self.pair, TwoModels)
-        interpolate(self.pair.tuned, self.pair.base, self.tensors, variant.value, head_of(self.pair.tuned))
+        interpolate(self.pair.tuned, self.pair.base, self.tensors, variant.scale, head_of(self.pair.tuned))
         return self.pair
 
 
@@ -73,7 +73,7 @@ def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers |
         place = job.output / VARIANTS / variant.slug
         stored = Stored(variant.slug, place / "variant.json", content_key([weights, names, variant.plain()]))
         record = stored.read()
-        why = loaded().refusal(variant) if record is None else record["message"]
+        why = loaded().refusal() if record is None else record["message"]
         if why:
             refused[variant.slug] = why
         pair = cache(lambda variant=variant: loaded().make(variant))
@@ -96,7 +96,7 @@ def write_variant(job: Job, variant: Variant, output: Path) -> Path:
     folder = find_result(job.output)
     refuse_foreign(output)
     loaded = _Loaded(job, folder)
-    if why := loaded.refusal(variant):
+    if why := loaded.refusal():
         raise ModelError(
             f"variant {variant.slug}", got=why, wanted="a result that can have it", next_step="Choose another run."
         )
@@ -128,7 +128,7 @@ def copy_result(folder: Path, fresh: Path, output: Path, *, weights: bool = True
 def _write_weights(job: Job, pair: ModelPair, folder: Path, fresh: Path, variant: Variant) -> Any:
     """Writes a variant's weights, and loads them as a user will."""
     if isinstance(pair, AdapterPair):
-        tensors = variant_adapter(pair.peft_model, load_file(folder / _WEIGHTS), variant)
+        tensors = scaled_adapter(load_file(folder / _WEIGHTS), variant)
         write_tensors(fresh / _WEIGHTS, tensors, {"format": "pt"})
         return load_adapter(job.base(), fresh)
     assert isinstance(pair, TwoModels)
