@@ -93,16 +93,6 @@ def settings() -> list[Setting]:
         Setting("kind", "questions without answers", (drift(),), knowledge={"text": "{question}"}),
         Setting("kind", "web text", (drift(),), knowledge={"file": "web.jsonl", "text": "{text}"}),
         Setting("kind", "stories", (drift(),), knowledge={"file": "stories.jsonl", "text": "{text}"}),
-        Setting("with", "each layer its budget", (drift(per="layer"),)),
-        *(
-            Setting(
-                "with",
-                f"each layer its budget, by {layers.upper()}",
-                (drift(per="layer", layers=layers),),
-                knowledge={"text": None, "prompt": "{question}\nAnswer:", "completion": " {answer}"},
-            )
-            for layers in ("naie", "kva")
-        ),
         Setting("with", "LoRA-Null v1 and drift", (drift(),), {"name": "lora-null", "rank": 8}),
         Setting("with", "kl 3", ({"name": "kl", "strength": 3.0},)),
         Setting("with", "kl 3 and drift", ({"name": "kl", "strength": 3.0}, drift())),

@@ -34,7 +34,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         },
         {"rank": 4, "variant": "farss-init", "labels": "sampled"},
     ],
-    "keep": [{"rank": 4, "drift": 0.005}, {"rank": 4, "nats": 0.01, "per": "layer"}],
+    "keep": [{"rank": 4, "drift": 0.005}, {"rank": 4, "nats": 0.01, "factor_rank": 8}],
     # A classifier has no labels for knowledge, so no Fisher: the other forms are checked in test_penalties.py.
     "lalora": [{"rank": 4, "curvature": "delta-act", "batches": 1}],
     "loki": [{"q": 10.0}, {"q": 30.0, "rank": 4}, {"q": 20.0, "rank": 2, "selection": "global-high"}],

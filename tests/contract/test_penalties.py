@@ -25,7 +25,7 @@ from keeptune.training.penalty_engine import Penalties
 
 # The options a penalty is checked with.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "drift": [{"budget": 0.02}, {"per": "layer", "factor_rank": 8}, {"curvature": "delta-kfac", "rho": 0.2}],
+    "drift": [{"budget": 0.02}, {"factor_rank": 8}, {"curvature": "delta-kfac", "rho": 0.2}],
     "ewc": [{"batches": 1, "batch_size": 6}],
     "kl": [{"batch_size": 4}],
     "l2": [{}, {"layers": (2.0, 0.5), "unit": "absolute"}, {"on": "factors"}],

@@ -1,15 +1,14 @@
-"""The drift budget: dual ascent, groups, and what a checkpoint needs of it."""
+"""The drift budget: dual ascent, and what a checkpoint needs of it."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tests.models import MODELS, Bench, inputs_of, task, train_steps
+from tests.models import MODELS, Bench, inputs_of, train_steps
 
 from keeptune.adapter.install import install, trained_state
 from keeptune.core.errors import KeeptuneError, PlanError
@@ -20,7 +19,6 @@ from keeptune.methods.lora import Lora
 from keeptune.penalties.base import conclusions, penalty_named
 from keeptune.penalties.drift import DriftBudget, ascended, excess
 from keeptune.penalties.laplace import Laplace
-from keeptune.statistics.neuron_attribution import Attributions
 from keeptune.training.penalty_engine import Penalties
 
 
@@ -62,61 +60,14 @@ def test_the_drift_is_the_relative_mean_squared_change_of_the_outputs(tmp_path: 
         assert logs[f"feature_drift/{name}"] == pytest.approx(d, rel=1e-4)
 
 
-def test_each_layer_has_its_own_multiplier(tmp_path: Path) -> None:
-    plan = planned(tmp_path, per="layer", budget=0.01)
-    model = trained(plan)
-    found = drifts(model, plan, tmp_path)
-    penalties = Penalties(model, plan)
-    penalties.step()
-    logs = penalties.read()
-    for layer in (0, 1):
-        of_layer = [found[t.target.name] for t in plan.targets if t.target.layer == layer]
-        assert logs[f"feature_drift/group_{layer}"] == pytest.approx(sum(of_layer) / len(of_layer), rel=1e-4)
-
-
-@pytest.mark.parametrize("layers", ["naie", "kva"])
-def test_budgets_by_effect_are_smaller_where_more_sits_and_have_the_budget_as_their_mean(
-    tmp_path: Path, layers: str
-) -> None:
-    plan = planned(tmp_path, data=task(3), per="layer", layers=layers, budget=0.01, trace_examples=4)
-    budgets = plan.penalties[0].tensors["budget"].tolist()
-    assert sum(budgets) / len(budgets) == pytest.approx(0.01)
-    assert budgets[0] != budgets[1]
-
-
-def test_budgets_follow_the_blocks_that_were_attributed_by_their_numbers() -> None:
-    values = torch.tensor([[[1.0, 1.0], [4.0, 4.0]]])  # of blocks 1 and 3: the profile is 1/4 and 1
-    known = Attributions((1, 3), 2, 1, lambda sample: values[sample])
-    site: Any = SimpleNamespace(stats=SimpleNamespace(derive=lambda request, weigh: weigh(known)))
-    budgets = DriftBudget(per="layer", layers="kva", budget=0.01)._budgets(site, {0: 0, 1: 1, 2: 2, 3: 3})
-    weights = [1.0, 0.25, 1.0, 1.0]  # a block without an MLP is held as the one that holds most
-    assert budgets == pytest.approx([0.01 * (4 / 7) / weight for weight in weights])
-
-
-def test_the_drift_of_each_target_is_logged_whatever_the_groups(tmp_path: Path) -> None:
-    plan = planned(tmp_path, per="layer", budget=0.01)
-    model = trained(plan)
-    penalties = Penalties(model, plan)
-    penalties.step()
-    logs = penalties.read()
-    for name, d in drifts(model, plan, tmp_path).items():
-        assert logs[f"feature_drift/{name}"] == pytest.approx(d, rel=1e-4)
-
-
-@pytest.mark.parametrize("per", ["model", "layer"])
-def test_a_budget_in_nats_holds_the_second_order_of_the_divergence(tmp_path: Path, per: str) -> None:
-    plan = planned(tmp_path, curvature="delta-kfac", rho=0.3, per=per)
+def test_a_budget_in_nats_holds_the_second_order_of_the_divergence(tmp_path: Path) -> None:
+    plan = planned(tmp_path, curvature="delta-kfac", rho=0.3)
     model, bench = trained(plan), Bench(MODELS["llama"](), tmp_path)
     fixed = bench.plan(Lora(rank=4), [Laplace(1.0, "delta-kfac", rho=0.3)])
     wanted = float(Penalties(model, fixed).step())
     penalties = Penalties(model, plan)
     penalties.step()
-    logs = penalties.read()
-    groups = [
-        value for name, value in logs.items() if name == "feature_drift" or name.startswith("feature_drift/group")
-    ]
-    assert len(groups) == (1 if per == "model" else 2)
-    assert sum(groups) / len(groups) == pytest.approx(wanted, rel=1e-4)
+    assert penalties.read()["feature_drift"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_pressure_is_off_while_there_is_room_and_on_at_once_when_there_is_none(tmp_path: Path) -> None:
@@ -184,8 +135,6 @@ def test_at_the_end_it_says_whether_the_budget_was_met(tmp_path: Path) -> None:
     for drift, verdict in ((0.0118, "met"), (0.0125, "overdrawn"), (0.0079, "not used up")):
         (said,) = conclusions(planned(tmp_path, budget=0.01), {"step": 9, "feature_drift": drift})
         assert said.endswith(f"of 0.01 at the end, {verdict}")
-    each = conclusions(planned(tmp_path, per="layer"), {"feature_drift/group_0": 0.1, "feature_drift/group_1": 0.0})
-    assert [note.rpartition(" ")[2] for note in each] == ["overdrawn", "up"]
     assert conclusions(Bench(MODELS["llama"](), tmp_path).plan(Lora(rank=4)), {"step": 9}) == []
 
 
@@ -220,7 +169,6 @@ def test_keep_has_one_budget_in_nats_unless_it_is_one_on_drift() -> None:
         ({"batches": 0}, "batches"),
         ({"gain": -1.0}, "gain"),
         ({"rho": 1.5}, "rho"),
-        ({"layers": "naie"}, "per: layer"),
         ({"strength": 2.0}, "strength"),
     ],
 )

@@ -15,7 +15,6 @@ no strength to tune: a budget of 0.003 nats says by how much the answers to the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from keeptune.core.errors import PlanError
 from keeptune.methods.lora import LoraStart
@@ -34,8 +33,6 @@ class Keep(LoraStart):
     Args:
         nats: The budget in nats per token, to second order (4); 0.003 unless ``drift`` is set.
         drift: In place of it, the mean relative feature drift allowed (3): no backward pass, and a cheaper step.
-        per: ``"model"`` holds all targets together, ``"layer"`` each layer by itself.
-        layers: Of ``per="layer"``: ``"uniform"`` budgets, or by ``"naie"`` or ``"kva"``.
         labels: Of ``nats``: ``"probe"``, ``"sampled"`` or ``"true"``, as of the penalty ``drift``.
         probes: Of ``nats``: how many draws Γ is averaged over.
         label_seed: Of ``nats``: seed of the draws.
@@ -55,8 +52,6 @@ class Keep(LoraStart):
 
     nats: float | None = None
     drift: float | None = None
-    per: Literal["model", "layer"] = "model"
-    layers: Literal["uniform", "naie", "kva"] = "uniform"
     labels: Labels = "probe"
     probes: int = 1
     label_seed: int = 0
