@@ -55,6 +55,7 @@ def test_a_trainer_without_what_the_plan_asks_for_does_not_start(trainer: str, t
     made.add_callback(Guard(plan))
     with pytest.raises(TrainError, match=r"without the plan's learning_rate_factor.*keeptune\.attach"):
         made.train()
+    made = TRAINERS[trainer](tuned(plan), tmp_path, optim=SFTConfig.optim)
     attach(made, plan)
     made.train()
 

@@ -13,7 +13,6 @@ from keeptune.data.self_written import SelfWritten
 from keeptune.evaluation.benchmark_data import used_rows
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.methods.base import Method
-from keeptune.methods.combined import parts_of
 from keeptune.penalties.base import Penalty
 from keeptune.recipe.schema import Recipe
 from keeptune.recipe.sections import Knowledge
@@ -42,7 +41,7 @@ def generations(recipe: Recipe, method: Method, needs: Collection[DataRole]) -> 
     Raises:
         DataError: A file of prompts cannot be used.
     """
-    needed = "knowledge" in needs or recipe.replay > 0 or any(part.method.search for part in parts_of(method))
+    needed = "knowledge" in needs or recipe.replay > 0 or method.search is not None
     if recipe.knowledge is None and recipe.task.of_language and needed:
         return [(SelfGeneration(), "knowledge")]
     placed = placed_knowledge(recipe)
