@@ -345,6 +345,12 @@ def test_repaired_twice_is_the_same(repaired: Repairing, tmp_path: Path) -> None
     assert (tmp_path / "repaired" / "adapter_model.safetensors").read_bytes() == first
 
 
+def test_without_knowledge_the_base_writes_its_own(repaired: Repairing) -> None:
+    record = repaired(knowledge=None)
+    assert 200 < record["examples"]["knowledge"] <= 256
+    assert record["drift"] < record["drift_before"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -463,7 +469,6 @@ def test_errors_of_the_command_line(
         "no such file": [adapter, "--knowledge", tmp_path / "none.jsonl"],
         "no rows": [adapter, "--knowledge", tmp_path / "empty.jsonl"],
         "no such folder": [tmp_path / "nowhere", "--knowledge", data / "knowledge.jsonl"],
-        "a JSONL file of texts": [alone],
         "no template": [alone, "--knowledge", file],
         "another base": [adapter, "--base", "atlas"],
         "wanted numbers": [adapter, "--sweep", "a,b"],

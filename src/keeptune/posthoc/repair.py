@@ -42,6 +42,7 @@ from keeptune.posthoc.repair_scores import score_models
 from keeptune.report.figures import write_figure
 from keeptune.report.pages.sweep_charts import repair_charts
 from keeptune.statistics.request import DataRole
+from keeptune.statistics.self_generated import SelfGeneration, write_texts
 
 _log = logging.getLogger(__name__)
 _DRIFT = 0.005  # the default budget
@@ -121,7 +122,7 @@ def repair(
     output: Path | str,
     options: Repair | None = None,
     *,
-    knowledge: Knowledge,
+    knowledge: Knowledge | None = None,
     task: Examples | LanguageExamples | None = None,
     base: str | None = None,
     benchmarks: Sequence[Benchmark] = (),
@@ -132,7 +133,8 @@ def repair(
         adapter: A PEFT adapter folder, a run folder of keeptune, or a whole model tuned from the base.
         output: Where the repaired adapter goes: a plain LoRA; it appears whole or not at all.
         options: Budget or weight, and the rest; None takes the defaults.
-        knowledge: Texts that hold what the model should keep, or prompts and completions.
+        knowledge: Texts that hold what the model should keep, or prompts and completions; None has the base
+            write its own.
         task: Prompts and completions of the task, or texts; a few hundred are enough. Without them every direction
             counts as equally needed by the task.
         base: The base; None takes what the adapter names.
@@ -155,7 +157,7 @@ def repair(
     check_device(device := device_named(options.device))
     trained = TrainedModel.of(str(adapter), base=base, device=device)
     start = FactoredModel.of(trained)
-    data = _tokens(start, knowledge, task, options.max_length)
+    data = _tokens(start, knowledge, task, options)
     clock.lap("load")
     problem, total, changes, rows = _solved_in_rounds(start, data, options, clock)
     _warn(total, rows, start, options.rank)
@@ -223,10 +225,14 @@ def _solved_in_rounds(
 
 
 def _tokens(
-    start: FactoredModel, knowledge: Knowledge, task: Examples | LanguageExamples | None, max_length: int
+    start: FactoredModel, knowledge: Knowledge | None, task: Examples | LanguageExamples | None, options: Repair
 ) -> dict[DataRole, Calibration]:
-    length = min(max_length, positions(start.model) or max_length)
-    sets: list[Any] = [knowledge] if isinstance(knowledge, LanguageExamples) else list(knowledge)
+    length = min(options.max_length, positions(start.model) or options.max_length)
+    base, store = start.model, statistics_store(options.store)
+    if knowledge is None and not head_of(base):
+        own = SelfGeneration()
+        knowledge = write_texts(lambda: base, start.tokenizer, own, store, fingerprint=start.fingerprint)
+    sets: list[Any] = [knowledge] if isinstance(knowledge, LanguageExamples) else list(knowledge or ())
     if not sets:
         raise DataError("knowledge", got="no texts", wanted="at least one", next_step="Fill the knowledge file.")
     known = [part for part in sets if isinstance(part, LanguageExamples)] or [knowledge_of(sets)]

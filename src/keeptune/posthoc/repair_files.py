@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from keeptune.recipe.paths import resolve_file
 from keeptune.recipe.schema import load_recipe
 
 _NONE = "none"
+_log = logging.getLogger(__name__)
 _TEXT = 'Example: --knowledge facts.jsonl --text "{question}\\nAnswer: {answer}".'
 _PROMPT = 'Example: --prompt "{question}\\nAnswer:" --completion " {answer}".'
 
@@ -64,7 +66,7 @@ def read_files(adapter: str, files: Files) -> RepairData:
     An adapter in a run folder brings the files and templates of its recipe.
 
     Raises:
-        RecipeError: There is no knowledge, or a template is missing.
+        RecipeError: A template is missing.
         DataError: A file is missing or malformed, lacks a field, or overlaps a benchmark.
     """
     run = _recipe_of(Path(adapter).expanduser())
@@ -98,13 +100,8 @@ def _sections(own: Any, files: Files) -> list[Mapping[str, Any]]:
         text = sections[0].get("text") if len(sections) == 1 else None
         return [{"text": text, "file": resolve_file(files.knowledge)}]
     if not sections:
-        raise RecipeError(
-            "--knowledge",
-            got="nothing, and an adapter that is in no run folder with knowledge of its own",
-            wanted="a JSONL file of texts that hold what the model should keep",
-            next_step=_TEXT,
-        )
-    return sections
+        _log.info("repair: no knowledge is named: the base writes its own")
+    return [section for section in sections if "file" in section]  # what a run's base wrote is written or read again
 
 
 def _knowledge(section: Mapping[str, Any], files: Files) -> tuple[list[Row], TaskExamples]:
