@@ -79,6 +79,7 @@ def test_a_file_of_prompts(recipe_values: Values, tmp_path: Path, answer: str | 
 @pytest.mark.parametrize(
     ("section", "kind", "words"),
     [
+        ("generall", RecipeError, "got generall, wanted general"),
         ({"generate": 0}, KeeptuneError, "knowledge.generate.*1 or more"),
         ({"generate": 4, "file": "x.jsonl"}, RecipeError, "`file` beside `generate`"),
         ({"generate": 4, "temprature": 1}, RecipeError, "temperature"),
@@ -91,7 +92,7 @@ def test_a_file_of_prompts(recipe_values: Values, tmp_path: Path, answer: str | 
     ],
 )
 def test_wrong_sections(
-    recipe_values: Values, tmp_path: Path, monkeypatch: Any, section: dict[str, Any], kind: Any, words: str
+    recipe_values: Values, tmp_path: Path, monkeypatch: Any, section: Any, kind: Any, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
@@ -106,6 +107,7 @@ def test_general_ships_and_shares_nothing_with_what_is_scored(recipe_values: Val
     assert sum(path.stat().st_size for path in GENERAL.iterdir()) < 2**20
     job = Job(recipe_of(recipe_values(method="lora-null", knowledge=["general", OWN])))
     texts, chats, own = job.knowledge
+    assert own.where == "knowledge.1"  # as the recipe counts
     assert (len(texts), len(chats), len(own)) == (128, 128, 6)
     used = Corpus("general", [{}] * 256, [*texts.read_texts, *chats.read_texts])
     for name, field in (("webquestions/test", "question"), ("mbpp/mbpp", "text"), ("nq_open/dev", "question")):

@@ -58,14 +58,19 @@ def resolve_paths(values: Mapping[str, Any], folder: Path, fetch: Fetch = hub.fe
 
 
 def _with_general(knowledge: Any) -> Any:
-    """Puts the two files of the mixture that ships in the place of the word ``general``."""
+    """Puts the two files of the mixture that ships in the place of the word ``general``, the second one at the end."""
     named = knowledge if isinstance(knowledge, list) else [knowledge]
+    wrong = next((part for part in named if isinstance(part, str) and part != "general"), None)
+    if wrong is not None:
+        raise RecipeError(
+            "recipe, key knowledge",
+            got=wrong,
+            wanted="general, the one set with a name, or a section such as {generate: 256}",
+            next_step="Write {file: " + wrong + "} for a file.",
+        )
     if "general" not in named:
         return knowledge
-    sets: list[Any] = []
-    for part in named:
-        sets += _GENERAL if part == "general" else [part]
-    return sets
+    return [_GENERAL[0] if part == "general" else part for part in named] + [_GENERAL[1]] * named.count("general")
 
 
 def resolve_file(name: str, folder: Path = Path(), fetch: Fetch = hub.fetch) -> str:
