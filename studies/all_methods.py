@@ -90,8 +90,6 @@ ENTRIES: dict[str, Entry] = {
     "mica": Entry({"name": "mica", "rank": 8}, 8e-3),
     "corda-kpm": Entry({"name": "corda", "mode": "kpm", "rank": 8}, 2e-3),
     "corda-ipm": Entry({"name": "corda", "mode": "ipm", "rank": 8}, 1e-3),
-    "eva": Entry({"name": "eva", "rank": 8}, 1e-3),
-    "lora-ga": Entry({"name": "lora-ga", "rank": 8}, 1e-3),
     "lora-null-v1": Entry({"name": "lora-null", "rank": 8, "variant": "v1"}, 2e-3),
     "lora-null-v2": Entry({"name": "lora-null", "rank": 8, "variant": "v2"}, 3.2e-2),
     "farss": Entry(_FARSS, 2e-3),

@@ -21,7 +21,7 @@ from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
 from keeptune.model.offloaded import load_offloaded
 from keeptune.model.pretrained import LoadOptions, load_model
-from keeptune.statistics.input_mean import InputMean
+from keeptune.statistics.covariance import InputCovariance
 
 # qwen2's head is tied to the embedding, llama's is not.
 CASES: dict[str, tuple[list[str] | None, list[int] | None]] = {
@@ -171,4 +171,4 @@ def test_tokens_without_rows_are_refused_before_anything_is_computed(tmp_path: P
     model = MODELS["llama"]()
     bench = Bench(model, tmp_path, Calibration(((5, 9, 63), (7, 64)), 0))
     with pytest.raises(DataError, match=r"the token 64(.|\n)*ids below 64(.|\n)*resize_token_embeddings"):
-        bench.collect(asking(InputMean("knowledge")))
+        bench.collect(asking(InputCovariance("knowledge")))

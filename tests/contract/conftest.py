@@ -45,7 +45,6 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rank": 4, "variant": "v2"},
         {"rank": 4, "covariance": "released"},
     ],
-    "lora-ga": [{"rank": 4}, {"rank": 4, "factors": "peft", "direction": "A2rBr", "scale": "weight_svd"}],
     "milora": [{"rank": 4, "alpha": 6.0}],
     "olora": [{"rank": 4}, {"rank": 4, "alpha": 6.0}],
     "pissa": [{"rank": 4, "alpha": 6.0}, {"rank": 4, "svd": "fast", "niter": 2}],
@@ -64,7 +63,7 @@ CASES = {
     for options in options_of(cls)
 }
 # Methods whose ranks at one target depend on the others.
-COUPLED = {case for case, method in CASES.items() if method.name in ("farss", "eva")}
+COUPLED = {case for case, method in CASES.items() if method.name == "farss"}
 ADAPTERS = {name: method for name, method in CASES.items() if method.scope == "adapter"}
 # A declared exemption with a law of its own in test_adapters.py: what is no low-rank change, so has no portable form.
 RESCALING = {name: method for name, method in ADAPTERS.items() if method.name == "dora"}

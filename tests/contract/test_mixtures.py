@@ -42,7 +42,7 @@ REFUSED = {"dora", "loki"}
 # Ranks that differ beside an alpha are scales that differ, of which PEFT has one.
 OTHER_SCALES = {case for case in CASES if case.startswith("farss") and "alpha" in case}
 FITTING = [c for c, m in CASES.items() if m.name not in REFUSED | {"full"} and c not in OTHER_SCALES]
-FEW = ["lora rank=4", "lora-null rank=4 variant=v2", "pissa rank=4 alpha=6.0", "eva rank=4"]
+FEW = ["lora rank=4", "lora-null rank=4 variant=v2", "pissa rank=4 alpha=6.0"]
 EVERY = [("qwen3_moe", case) for case in FITTING] + [(name, case) for name in ("gpt_oss", "deepseek") for case in FEW]
 every_case = pytest.mark.parametrize(("architecture", "case"), EVERY)
 BY_TOKEN = {name: one for name, one in PENALTIES.items() if not name.startswith("ewc") and "=diag" not in name}

@@ -19,7 +19,6 @@ from keeptune.model.blocks import find_targets, is_nested
 from keeptune.model.runner import Runner
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.fisher import TokenCount, WeightFisher, tokens_per_learned
-from keeptune.statistics.gradient import WeightGradient
 
 every_mixture = pytest.mark.parametrize("architecture", MIXTURES)
 
@@ -61,12 +60,12 @@ def test_targets_are_found_without_weights(architecture: str) -> None:
 def test_statistics_of_an_expert_are_those_of_its_own_tokens(
     architecture: str, batch_tokens: int, tmp_path: Path
 ) -> None:
-    """Omega, Gamma, the Fisher, the gradient and N, against hand counts on modules."""
+    """Omega, Gamma, the Fisher and N, against hand counts on modules."""
     model = MIXTURES[architecture]()
     bench, count = Bench(model, tmp_path), TokenCount("task")
     omega, gamma = InputCovariance("task"), GradientCovariance("task", "true")
-    fisher, gradient = WeightFisher("task", "true", per="token"), WeightGradient("task", "true")
-    statistics = bench.collect(asking(count, omega, gamma, fisher, gradient), batch_tokens=batch_tokens)
+    fisher = WeightFisher("task", "true", per="token")
+    statistics = bench.collect(asking(count, omega, gamma, fisher), batch_tokens=batch_tokens)
     modules, slots = unfused(model), 0
     for t in [t for t in bench.targets() if t.expert is not None and t.layer == 1]:
         rows, view = rows_of(modules, t.name, bench.task), statistics.view(t)
@@ -76,7 +75,6 @@ def test_statistics_of_an_expert_are_those_of_its_own_tokens(
         assert relative(view[gamma], rows.delta.T @ rows.delta / n) < 1e-5
         wanted = rows.delta.square().T @ rows.h.square() / bench.task.learned_tokens
         assert relative(view[fisher] * tokens_per_learned(view, count), wanted) < 1e-5
-        assert relative(view[gradient] * n, rows.gradient) < 1e-4
         slots += n * (t.role == "experts.down_proj")
     assert slots == 2 * bench.task.tokens  # each token goes to two experts
 

@@ -20,11 +20,11 @@ from keeptune.model.runner import Runner
 from keeptune.model.summed_loss import Loss, drawn_labels, summed_loss
 from keeptune.statistics.collect import Statistics
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
-from keeptune.statistics.gradient import DirectionVariances, WeightGradient
+from keeptune.statistics.gradient import DirectionVariances
 from keeptune.statistics.request import Request
 
 INPUT, GRADIENT = InputCovariance("task"), GradientCovariance("task", "true")
-WEIGHT, DIRECTIONS = WeightGradient("task", "true"), DirectionVariances("task", "true")
+DIRECTIONS = DirectionVariances("task", "true")
 SAMPLED, PROBED = GradientCovariance("task", "sampled"), GradientCovariance("task", "probe", probes=2)
 
 
@@ -35,24 +35,22 @@ def collected(bench: Bench, *wanted: Request, **options: Any) -> Statistics:
 @pytest.mark.parametrize("architecture", MODELS)
 def test_all_statistics_equal_autograd_one_text_at_a_time(architecture: str, tmp_path: Path) -> None:
     bench = Bench(MODELS[architecture](), tmp_path)
-    statistics = collected(bench, INPUT, GRADIENT, WEIGHT, DIRECTIONS)
+    statistics = collected(bench, INPUT, GRADIENT, DIRECTIONS)
     for target in bench.targets():
         view, rows = statistics.view(target), rows_of(bench.model, target.name, bench.task)
         n = rows.h.shape[0]
         assert n == bench.task.tokens
-        gradient = rows.gradient.T if target.transposed else rows.gradient
         U, _, Vh = exact_svd(read_weight(bench.model, target), target.name)
         along = torch.stack([(rows.h @ Vh.T).square().mean(0), (rows.delta @ U).square().mean(0)])
         assert relative(view[INPUT], rows.h.T @ rows.h / n) < 1e-5
         assert relative(view[GRADIENT], rows.delta.T @ rows.delta / n) < 1e-5
-        assert relative(view[WEIGHT], gradient / n) < 1e-5
         assert relative(view[DIRECTIONS][0], along[0]) < 1e-5
         assert relative(view[DIRECTIONS][1], along[1]) < 1e-5
 
 
 @pytest.mark.parametrize("architecture", ["llama", "roberta"])
 def test_batches_and_padding_do_not_matter_and_a_forgotten_mask_does(architecture: str, tmp_path: Path) -> None:
-    model, requests = MODELS[architecture](), (GRADIENT, WEIGHT, DIRECTIONS, SAMPLED, PROBED)
+    model, requests = MODELS[architecture](), (GRADIENT, DIRECTIONS, SAMPLED, PROBED)
     wanted = collected(Bench(model, tmp_path / "a"), *requests)
     alone = collected(Bench(model, tmp_path / "b"), *requests, batch_tokens=1)
     left = collected(Bench(model, tmp_path / "c"), *requests, runner=RepaddingRunner(model, padded_left))
@@ -101,9 +99,9 @@ def test_one_sweep_serves_inputs_and_gradients(tmp_path: Path, monkeypatch: pyte
     for name in ("forward", "backward"):
         plain: Callable[..., None] = getattr(Runner, name)
         monkeypatch.setattr(Runner, name, lambda *a, _n=name, _p=plain, **k: (passes.append(_n), _p(*a, **k))[1])
-    collected(bench, INPUT, GRADIENT, WEIGHT)
+    collected(bench, INPUT, GRADIENT, DIRECTIONS)
     assert passes == ["backward"]
-    collected(bench, INPUT, GRADIENT, WEIGHT)
+    collected(bench, INPUT, GRADIENT, DIRECTIONS)
     assert passes == ["backward"]
     collected(bench, SAMPLED)
     assert passes == ["backward", "backward"]

@@ -17,8 +17,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance, ReleasedCovariance
 from keeptune.statistics.fisher import WeightFisher, lora_fisher
-from keeptune.statistics.gradient import DirectionVariances, WeightGradient
-from keeptune.statistics.input_mean import InputMean
+from keeptune.statistics.gradient import DirectionVariances
 from keeptune.statistics.request import RowRequest
 from keeptune.statistics.running_mean import Accumulator, RunningMean, checked_result
 
@@ -45,9 +44,7 @@ FACTORS = torch.cat(
 # Each request, and its sum over the rows written out in float64.
 MEANS: dict[RowRequest, Tensor] = {
     InputCovariance("task"): h.T @ h,
-    InputMean("task"): h.sum(0),
     GradientCovariance("task", "true"): delta.T @ delta,
-    WeightGradient("task", "true"): delta.T @ h,
     DirectionVariances("task", "true"): torch.stack([(h @ VH.T).square().sum(0), (delta @ U).square().sum(0)]),
     WeightFisher("task", "true", per="token"): delta.square().T @ h.square(),
     lora_fisher("task", "true", LowRank(B, A), S, per="token"): FACTORS,

@@ -1,4 +1,4 @@
-"""Statistics of inputs and output gradients together: the weight's gradient, variances along singular directions."""
+"""Statistics of inputs and output gradients together: variances along singular directions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from keeptune.statistics.running_mean import RunningMean
 
 
 @dataclass(frozen=True, slots=True)
-class _JointRequest(GradientRequest):
-    """A sum over inputs and output gradients together, of about as many numbers as the weight has."""
+class DirectionVariances(GradientRequest):
+    """``λ_i = E[(v_iᵀ h)²]`` and ``γ_i = E[(u_iᵀ δ)²]`` along the singular directions of W = U S Vᵀ, ``(2, k)``.
+
+    What FARSS's scores need (eq. 14), without ``(n, n)`` and ``(m, m)`` matrices in memory or on disk.
+    """
 
     @property
     def kind(self) -> PassKind:
@@ -24,29 +27,8 @@ class _JointRequest(GradientRequest):
         return "joint"
 
     def numbers(self, target: Target) -> int:
-        """Returns ``mn``; of variances, that of the directions that are held beside the sum."""
+        """Returns that of the directions that are held beside the sum."""
         return target.out_features * target.in_features
-
-
-@dataclass(frozen=True, slots=True)
-class WeightGradient(_JointRequest):
-    """``G = E[δ hᵀ]``, ``(m, n)``: the gradient of the summed loss over the number of unmasked tokens."""
-
-    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
-        """Returns a sum of ``δ hᵀ``, products in float32."""
-        return RunningMean((target.out_features, target.in_features), device, _add_products)
-
-
-def _add_products(total: Tensor, h: Tensor, delta: Tensor) -> None:
-    total += delta.float().T @ h.float()
-
-
-@dataclass(frozen=True, slots=True)
-class DirectionVariances(_JointRequest):
-    """``λ_i = E[(v_iᵀ h)²]`` and ``γ_i = E[(u_iᵀ δ)²]`` along the singular directions of W = U S Vᵀ, ``(2, k)``.
-
-    What FARSS's scores need (eq. 14), without ``(n, n)`` and ``(m, m)`` matrices in memory or on disk.
-    """
 
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
         """Decomposes the weight and returns a sum of squares along its directions."""
