@@ -104,13 +104,9 @@ def test_f_is_the_exact_diagonal_per_learned_token(tmp_path: Path) -> None:
     F = text_gradients(bench.model, target.name, used).square().sum(0) / used.learned_tokens
     E = 0.5 * (delta.dense() - init.dense())
     wanted = 1.5 * (F * E.square()).sum()
-    for stored, tolerance in (("float32", 1e-4), ("bfloat16", 1e-2)):
-        kept = Ewc(strength=3.0, labels="true", batches=2, batch_size=3, stored=stored)  # type: ignore[arg-type]
-        tensors = kept.tensors(Site(plan, weight, view, targets=2, blocks=2))
-        assert str(tensors[f"F:{target.name}"].dtype) == f"torch.{stored}"
-        value, grad = kept.bind(plan, tensors)({"B": delta.B, "A": delta.A})
-        assert relative(value, wanted) < tolerance
-        assert grad["B"].dtype == torch.float32
+    tensors = penalty.tensors(Site(plan, weight, view, targets=2, blocks=2))  # type: ignore[arg-type]
+    value, _ = penalty.bind(plan, tensors)({"B": delta.B, "A": delta.A})
+    assert relative(value, wanted) < 1e-4
 
 
 @pytest.mark.parametrize("options", [{"strength": -1.0}, {"batches": 0}, {"batch_size": 0}], ids=str)

@@ -75,7 +75,7 @@ def test_another_kind_of_adapter_is_merged_to_be_measured(base: Saved, tmp_path:
 
 
 def test_no_product_is_formed_for_factors(base: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = drawn_adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    adapter = drawn_adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
 
     def dense(_: LowRank) -> Tensor:
         raise AssertionError("the product was formed")

@@ -4,7 +4,6 @@ Law (``tests/contract``): a factor above 1 always keeps more. With v the option'
 
     multiplied   v f                               a weight on forgetting                                 (1)
     divided      v / f                             a budget for it, or how much is trained                (2)
-    odds         o f of the odds o = v / (1 - v)   a share that is held; it stays between 0 and 1         (3)
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Strength:
     """
 
     options: tuple[str, ...]
-    keeps_more: Literal["multiplied", "divided", "odds"]
+    keeps_more: Literal["multiplied", "divided"]
     default: float | None = None
 
 
@@ -65,6 +64,4 @@ def stronger(method: Any, factor: float) -> tuple[str, float]:
         )
     if known.keeps_more == "multiplied":
         return option, value * factor
-    if known.keeps_more == "divided":
-        return option, value / factor
-    return option, value * factor / (1 - value + value * factor)
+    return option, value / factor

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,8 +30,6 @@ from keeptune.penalties.measured import MeasuredPenalty
 from keeptune.statistics.fisher import Per, WeightFisher
 from keeptune.statistics.request import Request
 
-Stored = Literal["float32", "bfloat16"]
-_DTYPES: dict[Stored, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NUMBERS = 1 << 20  # in a temporary
 
 
@@ -80,7 +77,6 @@ class Ewc(MeasuredPenalty):
     Args:
         strength: λ; at 1 a nat lost on the knowledge costs a nat of task loss, to second order.
         per: ``"text"`` squares the gradient of each text (2), ``"token"`` that of each token.
-        stored: The dtype that F is kept in: ``"bfloat16"`` halves its memory, and rounds it by at most 0.4%.
     """
 
     name = "ewc"
@@ -89,7 +85,6 @@ class Ewc(MeasuredPenalty):
 
     strength: float = 1.0
     per: Per = "text"
-    stored: Stored = "float32"
 
     @property
     def _fisher(self) -> WeightFisher:
@@ -103,14 +98,14 @@ class Ewc(MeasuredPenalty):
         """Returns F over T/N, and ``λ/2 N/T``."""
         name = site.plan.target.name
         return {
-            f"F:{name}": site.stats[self._fisher].to(_DTYPES[self.stored]),
+            f"F:{name}": site.stats[self._fisher],
             f"weight:{name}": torch.tensor(self.strength / 2 * self.tokens_per_learned(site)),
         }
 
     def size(self, target_plan: TargetPlan) -> Mapping[str, int]:
         """Returns that of F."""
         target = target_plan.target
-        return {f"F:{target.name}": _DTYPES[self.stored].itemsize * target.out_features * target.in_features}
+        return {f"F:{target.name}": 4 * target.out_features * target.in_features}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Returns (1) of one target."""

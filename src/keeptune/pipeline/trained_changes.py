@@ -1,7 +1,8 @@
 """The weight changes of any trained model: an adapter, a run folder of keeptune, or a whole model beside its base.
 
-The change of a LoRA or DoRA adapter is given by its factors: the product B A is never formed. What has no such form
-(a whole model, an adapter of another kind, one that rewrites its base when loaded: PiSSA) is compared weight by weight.
+The change of a LoRA is given by its factors: the product B A is never formed. That of DoRA, whose rows get new lengths,
+is formed one target at a time. What has no such form (a whole model, an adapter of another kind, one that rewrites its
+base when loaded: PiSSA) is compared weight by weight.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from keeptune.core.errors import ModelError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.core.weights import is_linear_map, is_quantised, read_weight
-from keeptune.linalg.rescaled import Rescaled
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.offloaded import load_floats
@@ -43,7 +43,7 @@ from keeptune.recipe.paths import resolve_model
 
 _log = logging.getLogger(__name__)
 _TUNED = (BaseTunerLayer, ModulesToSaveWrapper)
-Change = LowRank | Rescaled | Tensor
+Change = LowRank | Tensor
 _Changes = Iterator[tuple[Target, Tensor, Change | None]]
 
 
@@ -119,8 +119,8 @@ class TrainedModel:
             roles: Roles of the targets; None is all linear maps but the head.
 
         Yields:
-            The target, its W and its change (None for one left alone): factors where it has them, with new lengths of
-            rows for DoRA, else the difference of the weights.
+            The target, its W and its change (None for one left alone): factors where it has them, else the
+            difference of the weights.
 
         Raises:
             ModelError: The source or its base cannot be loaded or do not belong together, or a change is not finite.
@@ -160,7 +160,7 @@ def size_of(change: Change) -> float:
     """Computes the Frobenius norm of a change, in float64, from its factors where it has them."""
     if isinstance(change, LowRank):
         return float(change.to(torch.float64).norm_squared().clamp_min(0).sqrt())
-    return change.norm() if isinstance(change, Rescaled) else float(change.double().norm())
+    return float(change.double().norm())
 
 
 def labels_of(sources: Sequence[str]) -> list[str]:
@@ -183,9 +183,7 @@ def labels_of(sources: Sequence[str]) -> list[str]:
 
 
 def _is_finite(change: Change) -> bool:
-    factors = change.change if isinstance(change, Rescaled) else change
-    parts = [factors.B, factors.A] if isinstance(factors, LowRank) else [factors]
-    parts += [change.lengths] if isinstance(change, Rescaled) else []
+    parts = [change.B, change.A] if isinstance(change, LowRank) else [change]
     return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
@@ -211,7 +209,7 @@ def _has_factors(layer: Any) -> bool:
 
 
 def _from_layers(layers: Mapping[str, Any], model: PreTrainedModel, targets: Iterable[Target]) -> _Changes:
-    """Yields the factors of each target that has a layer, and DoRA's magnitudes where it has those."""
+    """Yields the factors of each target that has a layer, and of DoRA the difference of the weights."""
     for target in targets:
         layer = layers.get(target.name)
         if layer is None:
@@ -221,7 +219,9 @@ def _from_layers(layers: Mapping[str, Any], model: PreTrainedModel, targets: Ite
         factors = LowRank(layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach())
         change = factors.to(torch.float64).scaled(layer.scaling["default"])
         if "default" in layer.lora_variant:
-            yield target, W, Rescaled(W, change, layer.lora_magnitude_vector["default"].weight.detach())
+            tuned = W.double() + change.dense()
+            lengths = layer.lora_magnitude_vector["default"].weight.detach().double()
+            yield target, W, tuned * (lengths / tuned.norm(dim=1))[:, None] - W.double()
         else:
             yield target, W, change
 

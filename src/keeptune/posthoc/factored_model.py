@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.core.errors import ModelError
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.rescaled import Rescaled
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import load_tokenizer
@@ -94,7 +93,7 @@ def _factors(change: Change) -> LowRank:
     """Returns a change as a product, float32 on the CPU; one without factors has the identity on its longer side."""
     if isinstance(change, LowRank):
         return change.to(torch.float32, "cpu")
-    whole = (change.dense() if isinstance(change, Rescaled) else change).to("cpu", torch.float32)
+    whole = change.to("cpu", torch.float32)
     m, n = whole.shape
     return LowRank(whole, torch.eye(n)) if m >= n else LowRank(torch.eye(m), whole)
 

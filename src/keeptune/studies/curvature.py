@@ -23,7 +23,6 @@ from keeptune.core.errors import ArtefactError, ModelError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import PenaltyPlan, Plan
 from keeptune.linalg.curvature_profile import Directions, directions, energies, profile
-from keeptune.linalg.rescaled import Rescaled
 from keeptune.linalg.symmetric import PsdMatrix, psd_matrix_from
 from keeptune.pipeline.trained_changes import TrainedModel, labels_of, size_of
 from keeptune.report.pages.study_charts import curvature_charts
@@ -103,7 +102,6 @@ def profiles_of(
         factors = {side: own[target.name] for side, own in curves.items() if target.name in own}
         if change is None or not factors or not size_of(change) > 0:
             continue
-        flat = change.dense() if isinstance(change, Rescaled) else change
         sides: dict[str, Any] = {}
         for side, factor in factors.items():
             if factor.size != (target.in_features if side == "input" else target.out_features):
@@ -117,7 +115,7 @@ def profiles_of(
                 known[id(factor)] = directions(factor.to(torch.float64, W.device))
             along = known[id(factor)]
             if along is not None and float((along.values * along.counts).sum()) > 0:
-                sides[side] = _side(flat if side == "input" else _transposed(flat), along)
+                sides[side] = _side(change if side == "input" else _transposed(change), along)
         if sides:
             row = {"target": target.name, "layer": target.layer, "role": target.role}
             rows.append(row | {"norm": size_of(change), "sides": sides})
