@@ -47,7 +47,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "milora": [{"rank": 4, "alpha": 6.0}],
     "olora": [{"rank": 4}, {"rank": 4, "alpha": 6.0}],
-    "pissa": [{"rank": 4, "alpha": 6.0}, {"rank": 4, "svd": "fast", "niter": 2}],
+    "pissa": [{"rank": 4, "alpha": 6.0}],
 }
 
 

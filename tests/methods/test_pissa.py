@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from tests.methods.support import SHAPES, UNIQUE, WEIGHTS, built, residual, target_of, weight, with_singular_values
+from tests.methods.support import SHAPES, UNIQUE, WEIGHTS, built, residual, target_of, weight
 from tests.models import relative
 from tests.reference.peft_reference import signed_like, start
 
@@ -67,45 +67,10 @@ def test_the_factors_are_balanced(shape: str) -> None:
 
 @shapes
 @weights
-@pytest.mark.parametrize("svd", ["exact", "fast"])
-def test_the_full_rank_takes_all_of_the_weight(shape: str, name: str, svd: str) -> None:
+def test_the_full_rank_takes_all_of_the_weight(shape: str, name: str) -> None:
     W = weight(name, shape)
-    plan = built(Pissa(rank=min(W.shape), svd=svd), W)  # type: ignore[arg-type]
+    plan = built(Pissa(rank=min(W.shape)), W)
     assert relative(plan.init.dense(), W) < 1e-5
-
-
-# The fast SVD
-
-
-@shapes
-def test_many_iterations_make_the_fast_factors_the_exact_ones(shape: str) -> None:
-    W = weight("random", shape)
-    fast, exact = built(Pissa(rank=R, svd="fast", niter=200), W), built(Pissa(rank=R), W)
-    assert relative(fast.init.A, exact.init.A) < 1e-3
-    assert relative(fast.init.B, exact.init.B) < 1e-3
-
-
-def test_the_fast_svd_keeps_most_of_what_the_exact_one_keeps() -> None:
-    W = with_singular_values((96, 64), torch.logspace(0, -1, 64)).float()
-    sizes = [float(built(Pissa(rank=8, svd="fast", niter=n), W).init.norm_squared()) for n in (0, 1, 4)]
-    exact = float(built(Pissa(rank=8), W).init.norm_squared())
-    assert 0.5 * exact < sizes[0] < sizes[1] < sizes[2] <= exact * (1 + 1e-6)
-    assert sizes[2] > 0.995 * exact
-
-
-def test_the_fast_svd_depends_on_its_seed_and_target_alone() -> None:
-    W, method = weight("random"), Pissa(rank=R, svd="fast", niter=0)
-    torch.manual_seed(1)
-    first = built(method, W).init.A
-    torch.manual_seed(2)
-    assert torch.equal(built(method, W).init.A, first)
-    assert not torch.equal(built(Pissa(rank=R, svd="fast", niter=0, seed=1), W).init.A, first)
-    assert not torch.equal(built(method, W, name="h.1.up").init.A, first)
-
-
-def test_the_exact_svd_has_no_seed() -> None:
-    W = weight("random")
-    assert torch.equal(built(Pissa(rank=R, seed=1), W, name="h.1.up").init.A, built(Pissa(rank=R), W).init.A)
 
 
 # What does not fit
@@ -125,7 +90,7 @@ def test_a_weight_of_full_rank_is_not(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(
     ("options", "where"),
-    [({"alpha": 0.0}, "alpha"), ({"alpha": -1.0}, "alpha"), ({"dropout": 1.0}, "dropout"), ({"niter": -1}, "niter")],
+    [({"alpha": 0.0}, "alpha"), ({"alpha": -1.0}, "alpha"), ({"dropout": 1.0}, "dropout")],
 )
 def test_options_out_of_range_are_refused(options: dict[str, float], where: str) -> None:
     with pytest.raises(PlanError, match=rf"method\.{where}"):

@@ -149,23 +149,6 @@ def _end_of_tall(M: Tensor, r: int, end: Literal["top", "bottom"], where: str) -
     return U, S, Vh
 
 
-def random_triplets(M: Tensor, r: int, *, niter: int, generator: torch.Generator, extra: int = 8) -> _Triplets:
-    """Returns estimates of the r largest singular triplets, by subspace iteration from random vectors, in M's dtype.
-
-    Halko, Martinsson and Tropp, SIAM Review 2011, algorithms 4.4 and 5.1, with orthonormalisation at every step. Each
-    of ``niter`` steps multiplies by M and Mᵀ and sharpens the subspace of r + extra vectors by (s_{r+extra+1} / s_r)².
-    Laws: exact for a matrix of rank at most r + extra; ``UᵀU == VᵀV == I``; equal generators (of the CPU) give equal
-    bits; shapes and signs as of :func:`end_triplets`.
-    """
-    columns = min(r + extra, *M.shape)
-    start = torch.randn(M.shape[1], columns, generator=generator, dtype=M.dtype).to(M.device)
-    Q = torch.linalg.qr(M @ start)[0]
-    for _ in range(niter):
-        Q = torch.linalg.qr(M @ torch.linalg.qr(M.T @ Q)[0])[0]
-    U, S, Vh = torch.linalg.svd(Q.T @ M, full_matrices=False)
-    return _signed((Q @ U)[:, :r], S[:r], Vh[:r])
-
-
 def top_energy(W: Tensor, k: int) -> float:
     """Returns the share of the energy of ``W`` in its k largest singular values (FARSS Fig. 1); NaN for zeros.
 

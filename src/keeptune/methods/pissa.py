@@ -10,25 +10,20 @@ NeurIPS 2024.
 
 The paper calls B A and A B, for row vectors. With a scale s = alpha / r other than 1, S_r / s takes the place of S_r,
 so that s B A is still the principal part.
-
-The paper's fast SVD is a randomised one (Halko et al. 2011) of ``niter`` iterations. What it misses stays in W_res,
-so the model's output is unchanged all the same.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.decompositions import end_triplets, random_triplets
-from keeptune.methods.base import ScaledMethod, generator_for
+from keeptune.linalg.decompositions import end_triplets
+from keeptune.methods.base import ScaledMethod
 from keeptune.statistics.collect import StatsView
 
 _log = logging.getLogger(__name__)
@@ -67,26 +62,11 @@ class SplitMethod(ScaledMethod):
 
 @dataclass(frozen=True)
 class Pissa(SplitMethod):
-    """PiSSA.
-
-    Args:
-        svd: ``"exact"``, or ``"fast"``: randomised, for large models.
-        niter: Iterations of the fast SVD; the paper uses 1 to 16.
-        seed: Seed of the fast SVD; the recipe sets the training seed unless its method section has one.
-    """
+    """PiSSA."""
 
     name = "pissa"
     paper = "Meng et al., PiSSA, NeurIPS 2024"
-    ranges = {"niter": Range(least=0)}
-
-    svd: Literal["exact", "fast"] = "exact"
-    niter: int = 4
-    seed: int = 0
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Splits W's principal part into balanced factors (1, 2)."""
-        r = decision.rank
-        if self.svd == "exact":
-            return self.split(target, weight, decision, end_triplets(weight, r, "top", target.name))
-        generator = generator_for(target, self.seed)
-        return self.split(target, weight, decision, random_triplets(weight, r, niter=self.niter, generator=generator))
+        return self.split(target, weight, decision, end_triplets(weight, decision.rank, "top", target.name))
