@@ -1,4 +1,4 @@
-"""Maps of importance, and which part of a spectrum a plan keeps."""
+"""Maps of importance, and spectra behind a plan."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from keeptune.core.errors import ArtefactError
 from keeptune.core.evidence import bounded
 from keeptune.report.pages.charts import Chart
-from keeptune.report.pages.layer_charts import kept_places, ranks, spectra
+from keeptune.report.pages.layer_charts import ranks, spectra
 from keeptune.report.pages.run_page import render_html
-from keeptune.report.records import Curve, as_report
+from keeptune.report.records import as_report
 
 SPECTRUM = [8.0, 4.0, 2.0, 1.0, 0.5]
 
@@ -29,69 +29,24 @@ def report(minimal: dict[str, Any], layers: int, kept: list[float]) -> dict[str,
     return minimal
 
 
-def curve(values: list[float]) -> Curve:
-    return Curve.model_validate({"values": values})
-
-
-@pytest.mark.parametrize(
-    ("kept", "places"),
-    [
-        ([8.0, 4.0], [0, 1]),
-        ([0.5, 2.0], [4, 2]),
-        ([1.0], [3]),
-        ([2.0004], [2]),
-        ([2.1], None),
-        ([2.0, 2.0], None),
-        ([8.0] * 6, None),
-        ([], None),
-        ([float("nan")], None),
-    ],
-)
-def test_kept_places(kept: list[float], places: list[int] | None) -> None:
-    assert kept_places(curve(SPECTRUM), kept) == places
-
-
-def test_equal_values_take_places_of_their_own() -> None:
-    assert sorted(kept_places(curve([3.0, 1.0, 1.0, 1.0]), [1.0, 1.0]) or []) == [1, 2]
-    assert kept_places(curve([float("nan")] * 2), [1.0]) is None
-    assert kept_places(Curve(), [1.0]) is None
-
-
-def chart_of(report: dict[str, Any], kind: str) -> Chart:
-    (chart,) = [chart for chart in spectra(as_report(report)) if chart.name.startswith(kind)]
+def chart_of(report: dict[str, Any]) -> Chart:
+    (chart,) = [chart for chart in spectra(as_report(report)) if chart.alt.startswith("Spectrum: lora")]
     return chart
 
 
-def test_the_kept_part_of_a_spectrum_is_thick_on_a_thin_strip(minimal: dict[str, Any]) -> None:
-    chart = chart_of(report(minimal, 9, [8.0, 4.0, 1.0]), "kept")
-    thin, thick = chart.figure.data[:2]
-    assert (thin.x[:2], thin.y[:2]) == ((0, 4), (0, 0))
-    assert thick.x[:6] == (-0.5, 1.5, None, 2.5, 3.5, None)
-    assert thick.y[:6] == (0, 0, None, 0, 0, None)
-    assert chart.labels == ("q", "v")
-    assert chart.figure.layout.yaxis.ticktext == tuple(map(str, range(9)))
-
-
 def test_the_whole_spectrum_is_drawn_by_its_values(minimal: dict[str, Any]) -> None:
-    chart = chart_of(report(minimal, 2, [2.0, 0.5]), "spectra")
+    chart = chart_of(report(minimal, 2, [2.0, 0.5]))
     assert chart.figure.data[0].y == tuple(SPECTRUM)
     assert chart.figure.layout.yaxis.type == "log"
-    many = chart_of(report(minimal, 32, [2.0]), "spectra")
+    many = chart_of(report(minimal, 32, [2.0]))
     assert len(many.figure.data) == 2 * 6
     assert many.alt == "Spectrum: lora (6 of 32 layers)"
 
 
-def test_what_is_no_part_of_the_spectrum_is_drawn_apart(minimal: dict[str, Any]) -> None:
-    made = report(minimal, 2, [3.0, 0.7])
-    assert [chart.name for chart in spectra(as_report(made))] == ["spectra0", "spectra1"]
-    assert "Singular values: lora" in render_html(made)
-
-
-def test_the_page_shows_importance_and_kept_part_and_notes(minimal: dict[str, Any]) -> None:
+def test_the_page_shows_importance_and_spectra_and_notes(minimal: dict[str, Any]) -> None:
     page = render_html(report(minimal, 2, [2.0, 0.5]))
     assert "Importances behind lora by layer and role" in page
-    assert "Spectra, and what is kept of them (thick): lora" in page
-    assert "Singular values: lora" not in page
+    assert "Singular values: lora" in page and "Spectrum: lora" in page
     assert "<dd>&lt;i&gt;as&lt;/i&gt; it is</dd>" in page
 
 
@@ -129,17 +84,14 @@ def test_maps_of_many_layers_and_experts_stay_small(minimal: dict[str, Any]) -> 
 
 
 def test_a_wide_spectrum_is_drawn_at_the_points_that_the_report_has(minimal: dict[str, Any]) -> None:
-    """Of 1000 numbers; what a method takes lies where it lies in the whole spectrum."""
+    """Of 1000 numbers; what a method takes is among them."""
     whole = torch.linspace(9, 1, 1000).square()
     chosen = [0, 1, 517, 518, 900]
     kept = bounded({"spectrum": whole, "singular_values": whole[chosen]})
     made = report(minimal, 2, [1.0])
     for row in made["methods"][0]["plan"]:
         row["evidence"] = kept
-    thin, thick = chart_of(made, "kept").figure.data[:2]
-    assert thin.x[:2] == (0, 999)
-    assert thick.x[:9] == (-0.5, 1.5, None, 516.5, 518.5, None, 899.5, 900.5, None)
-    drawn = chart_of(made, "spectra").figure.data[0]
+    drawn = chart_of(made).figure.data[0]
     assert {0, 47, 517, 518, 900, 984, 999} <= set(drawn.x)
     assert len(drawn.x) <= 133
     for x, y in zip(drawn.x, drawn.y, strict=True):

@@ -23,13 +23,12 @@ from keeptune.report.pages.charts import (
     scatter,
     thin,
 )
-from keeptune.report.records import Curve, PlanRow, Report, Run
+from keeptune.report.records import PlanRow, Report, Run
 
 _BINS: Final = 64
 _STEPS: Final = 120  # of a drift map
 _MOST_LAYERS: Final = 6  # of which spectra are drawn
 _NUMBERED: Final = 16  # layers up to which cells hold numbers
-_WHOLE, _PART = "spectrum", "singular_values"
 Read = Callable[[PlanRow], float | None]
 
 
@@ -123,72 +122,19 @@ def votes(report: Report) -> list[Chart]:
 
 
 def spectra(report: Report) -> list[Chart]:
-    """Returns what is kept of the weights' spectra, and every kind of spectrum once, also when methods share it."""
-    charts = []
+    """Returns every kind of spectrum behind a plan once, also when methods share it."""
     users: dict[tuple[str, Any], tuple[tuple[PlanRow, ...], list[str]]] = {}
-    for place, method in enumerate(methods(report)):
+    for method in methods(report):
         rows = method.plan
-        kept = [kept_places(row.curve(_WHOLE), row.curve(_PART).values) for row in rows]
-        whole = [places for places in kept if places is not None]
-        if rows and len(whole) == len(rows):
-            charts.append(_kept(f"kept{place}", method.label, rows, whole))
         for name in dict.fromkeys(name for row in rows for name, curve in row.evidence.items() if curve.size > 1):
-            if name != "votes" and not (name == _PART and len(whole) == len(rows)):
+            if name != "votes":
                 evidence = tuple(row.curve(name) for row in rows)
                 users.setdefault((name, evidence), (rows, []))[1].append(method.label)
-    for place, ((name, _), (rows, labels)) in enumerate(users.items()):
-        charts += _spectrum(f"spectra{place}", name, rows, labels)
-    return charts
-
-
-def kept_places(spectrum: Curve, kept: Sequence[float]) -> list[int] | None:
-    """Returns where in a spectrum the kept values stand, each at its own place; None when they are no part of it."""
-    rest = numpy.array(spectrum.values, dtype=float)
-    if not len(kept) or len(kept) > rest.size or not numpy.isfinite(rest).any():
-        return None
-    top = float(numpy.nanmax(rest))
-    places = []
-    for value in kept:
-        distance = numpy.abs(rest - value)
-        if numpy.isnan(distance).all():
-            return None
-        place = int(numpy.nanargmin(distance))
-        if not distance[place] <= 1e-3 * abs(value) + 1e-6 * top:
-            return None
-        places.append(spectrum.at[place])
-        rest[place] = math.nan
-    return places
-
-
-def _kept(name: str, label: str, rows: Sequence[PlanRow], kept: Sequence[Sequence[int]]) -> Chart:
-    """Returns a strip for each target: thin its whole spectrum, thick what is kept of it."""
-    roles = list(dict.fromkeys(row.role for row in rows))
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].layer if rows[i].layer is not None else -1, i))
-    traces = []
-    for index, role in enumerate(roles):
-        whole: list[tuple[float | None, float | None]] = []
-        thick: list[tuple[float | None, float | None]] = []
-        for y, at in enumerate(order):
-            if rows[at].role == role:
-                places = set(kept[at])
-                starts = sorted(place - 0.5 for place in places if place - 1 not in places)
-                stops = sorted(place + 0.5 for place in places if place + 1 not in places)
-                whole += [(0, y), (rows[at].curve(_WHOLE).size - 1, y), (None, None)]
-                for start, stop in zip(starts, stops, strict=True):
-                    thick += [(start, y), (stop, y), (None, None)]
-        faint: dict[str, Any] = {"opacity": 0.35, "showlegend": False, "hoverinfo": "skip"}
-        hovers = f"{plain(role)}: %{{x:.0f}}<extra></extra>"
-        for strips, width, more in ((whole, 1, faint), (thick, 4, {"hovertemplate": hovers})):
-            line = {"dash": "solid", "width": width}
-            xs, ys = [x for x, _ in strips], [y for _, y in strips]
-            traces.append(scatter(role, xs, ys, mark(index), "lines", line=line, **more))
-    firsts = [y for y, at in enumerate(order) if y == 0 or rows[at].layer != rows[order[y - 1]].layer]
-    ticks = {"tickmode": "array", "tickvals": firsts, "ticktext": [str(rows[order[y]].layer) for y in firsts]}
-    figure = figure_of(
-        traces, axis("index of the singular value"), axis("layer", **ticks, range=[len(rows) - 0.3, -0.7])
-    )
-    words = f"Spectra, and what is kept of them (thick): {label}"
-    return Chart(name, words, figure, min(max(150 + 14 * len(rows), 330), 900), tuple(roles))
+    return [
+        chart
+        for place, ((name, _), (rows, labels)) in enumerate(users.items())
+        for chart in _spectrum(f"spectra{place}", name, rows, labels)
+    ]
 
 
 def _spectrum(name: str, evidence: str, rows: Sequence[PlanRow], labels: Sequence[str]) -> list[Chart]:
