@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from keeptune.model.blocks import depth, find_targets, head_of, is_nested, posit
 from keeptune.model.down_projections import down_projections
 from keeptune.model.gguf import check_gguf, gguf_error, place_of
 from keeptune.model.quantization import stored_quantization
-from keeptune.pipeline.dry_run.known_models import MODELS
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # where configs say how many there are
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -146,6 +146,16 @@ def model_shape(
     )
 
 
+def known_models() -> dict[str, dict[str, Any]]:
+    """Returns configs of models that people tune, by hub id, so that their shapes need neither a file nor the network.
+
+    The values are those of each one's config.json, of Gemma 3 without the part that reads images. Where a paper or a
+    model card counts parameters, its count and that of the shape agree (``tests/pipeline/dry_run/test_shapes.py``).
+    """
+    models: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("known_models.json").read_text("utf-8"))
+    return models
+
+
 def _config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str]:
     folder = Path(name).expanduser()
     place, file = place_of(str(folder) if folder.is_dir() else name)
@@ -163,13 +173,14 @@ def _config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[A
     except (OSError, ValueError, ImportError, struct.error) as error:
         if file and not isinstance(error, OSError):
             raise gguf_error(name, error) from error
-        if name in MODELS and not folder.is_dir():
-            values = dict(MODELS[name])
+        models = known_models()
+        if name in models and not folder.is_dir():
+            values = models[name]
             return AutoConfig.for_model(values.pop("model_type"), **values), "known shapes"
         first = str(error).strip().split("\n")[0]
         raise ModelError(
             f"model {name}",
             got=f"no config at hand ({type(error).__name__}: {first})",
             wanted="a model folder, a hub id in the hub's cache, or one whose shape keeptune knows",
-            next_step=f"{nearest(name, MODELS)} `hf download {name} config.json` puts a config into the cache.",
+            next_step=f"{nearest(name, models)} `hf download {name} config.json` puts a config into the cache.",
         ) from error
