@@ -18,7 +18,7 @@ from keeptune.methods.base import Size
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import DryRun, Need, Scored, Trained
 from keeptune.pipeline.dry_run.data_sizes import Lengths, data_needs, on_the_hub, rows_of
-from keeptune.pipeline.dry_run.memory import Footprint, checkpointing, plan_without_numbers
+from keeptune.pipeline.dry_run.memory import JUDGED, Footprint, checkpointing, plan_without_numbers
 from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import check_folder
@@ -185,7 +185,8 @@ class _Account:
         values = recipe.arguments
         batch, accumulation, epochs, most = (_value(values, key) for key in _STEP)
         rows = self.lengths.rows
-        examples = None if rows is None else rows + replayed(rows, recipe.replay)
+        beside = recipe.task.kind in JUDGED  # knowledge, which then takes no place of its own
+        examples = None if rows is None else rows + (0 if beside else replayed(rows, recipe.replay))
         steps = None
         if examples is not None or most > 0:
             steps = estimate.optimizer_steps(
@@ -209,15 +210,17 @@ class _Account:
     def _work(self, train: Trained, score: Sequence[Scored]) -> dict[str, float | None]:
         """Returns the work of training, and of scoring base and adapter."""
         training = None
+        learned, read = JUDGED.get(self.job.recipe.task.kind, (1, 0))
         if train.tokens is not None:
             training = estimate.training_flops(
                 self.shape,
-                train.tokens,
+                train.tokens * learned,
                 train.length,
                 trained=train.numbers,
                 whole=self._whole,
                 checkpointing=checkpointing(self.job.recipe.train),
             )
+            training += read * estimate.forward_flops(self.shape, train.tokens, train.length)
             if self.job.loss is not None and self.job.loss.reads == "base":
                 training += estimate.forward_flops(self.shape, train.tokens, train.length)
         known = [(one.items, one.length) for one in score if one.items is not None]
@@ -227,7 +230,8 @@ class _Account:
     @property
     def _batch(self) -> int:
         """Examples in a forward pass of training."""
-        return int(_value(self.job.recipe.train, "per_device_train_batch_size"))
+        learned = JUDGED.get(self.job.recipe.task.kind, (1, 0))[0]
+        return learned * int(_value(self.job.recipe.train, "per_device_train_batch_size"))
 
     @cached_property
     def _sites(self) -> dict[tuple[Request, str], Target]:

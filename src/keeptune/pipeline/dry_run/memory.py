@@ -37,6 +37,8 @@ _HOLES = {"cpu": 0.33, "cuda": 0.1}
 _BATCH_TOKENS = 1024  # of a pass of statistics
 _PROBE = (4, 256)  # examples and tokens that an export is checked on
 _MIB = 2**20
+# Of judged answers: sequences of an example that are learned, and those that are only read: by the reference, for KL.
+JUDGED = {"preference": (2, 2), "unpaired_preference": (1, 3)}
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 Sites = Mapping[tuple[Request, str], Target]
@@ -242,6 +244,7 @@ class Footprint:
         lasting = {
             "weights": 4 * self.shape.parameters if whole else self._base,
             "adapter": self._factors,
+            "reference": 4 * self.trained if self.job.recipe.task.kind in JUDGED else 0,
             "gradients": 4 * self.trained,
             "optimiser": estimate.optimizer_states(str(train.get("optim") or "adamw")) * self.trained,
             **self._held,
