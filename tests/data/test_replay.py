@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.data.test_calibration import words
 
+from keeptune.core.errors import RecipeError
 from keeptune.data.completions import TaskExamples
-from keeptune.data.replay import replayed, with_replay
+from keeptune.data.replay import mixture, replayed, with_replay
 
 TASK = TaskExamples(prompts=tuple(f"q{n}" for n in range(38)), completions=tuple(f"a{n}" for n in range(38)))
 TEXTS = TaskExamples(None, tuple(f"text {n}" for n in range(20)), end=False)
@@ -71,3 +72,31 @@ def test_little_knowledge_comes_again(caplog: pytest.LogCaptureFixture) -> None:
     counts = [list(mixed.read_texts).count(text) for text in few.completions]
     assert sorted(counts) == [2, 3, 3]
     assert "8 of 3 knowledge examples" in caplog.text
+
+
+# Several files
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=2, max_size=3),
+    weights=st.lists(st.floats(0.1, 9), min_size=3, max_size=3),
+)
+def test_weights_are_the_ratio_of_the_counts_and_no_example_comes_twice(sizes: list[int], weights: list[float]) -> None:
+    parts = [TaskExamples(None, tuple(f"{number}/{row}" for row in range(size))) for number, size in enumerate(sizes)]
+    mixed = mixture(parts, weights[: len(sizes)], seed=1)
+    assert len(set(mixed.order)) == len(mixed.order)
+    counts = [sum(number == part for part, _ in mixed.order) for number in range(len(sizes))]
+    scale = min(size / weight for size, weight in zip(sizes, weights, strict=False))
+    assert any(count == size for count, size in zip(counts, sizes, strict=True))
+    for count, weight in zip(counts, weights, strict=False):
+        assert count == max(round(scale * weight), 1)
+
+
+def test_without_weights_all_files_are_shuffled_whole() -> None:
+    first, same, other = (mixture([TASK, TEXTS], [None, None], seed=seed) for seed in (1, 1, 2))
+    every = [(0, row) for row in range(len(TASK))] + [(1, row) for row in range(len(TEXTS))]
+    assert sorted(first.order) == every
+    assert first.order not in (tuple(every), other.order)
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+    with pytest.raises(RecipeError, match="1 weights for 2 files"):
+        mixture([TASK, TEXTS], [1.0, None], seed=0)

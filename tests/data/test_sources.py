@@ -67,8 +67,8 @@ def test_a_missing_file_is_told_with_its_key(tmp_path: Path) -> None:
         read_jsonl(tmp_path / "absent.jsonl", where="task.train")
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+def test_an_empty_folder_is_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"task\.train .*a dataset: a folder"):
         read_jsonl(tmp_path, where="task.train")
 
 
@@ -199,7 +199,7 @@ def test_a_parquet_table_is_rows(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    rows = [{"a": 1, "turns": [{"text": "x"}]}, {"a": 2, "turns": []}]
+    rows = [{"a": 1, "turns": [{"text": "x"}]}, {"a": None, "turns": [{"other": "x"}]}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert read_jsonl(tmp_path / "rows.parquet", where="x") == rows
     (tmp_path / "rows.parquet").write_bytes(b"no table")

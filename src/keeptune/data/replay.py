@@ -1,4 +1,4 @@
-"""Replay: knowledge examples among those of the task."""
+"""Mixtures: knowledge examples among those of the task (replay), and the examples of several files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+from keeptune.core.errors import RecipeError
 from keeptune.data.completions import TaskExamples
 from keeptune.data.examples import LanguageExamples, Mixed, draw_rows
 
@@ -50,6 +51,38 @@ def with_replay(
     order = tuple(places[place] if place in places else (0, next(rest)) for place in range(total))
     _log.info("replay: %d of %d training examples are knowledge", wanted, total)
     return Mixed((task, *map(_ended, knowledge)), order)
+
+
+def mixture(parts: Sequence[LanguageExamples], weights: Sequence[float | None], seed: int) -> Mixed:
+    """Returns the examples of several files in a drawn order: all of them, or with weights as many as these say.
+
+    Law: with weights the counts are in their ratio, to the nearest example (at least 1), and as large as they can be
+    without an example that comes twice; which of a file are taken is drawn with the seed.
+
+    Args:
+        parts: The examples of each file.
+        weights: The share of each file, relative to the others; all None for all examples.
+        seed: Of the draws and of the order.
+
+    Raises:
+        RecipeError: Some files have weights and some have none.
+    """
+    given = [weight for weight in weights if weight is not None]
+    counts = [len(part) for part in parts]
+    if 0 < len(given) < len(parts):
+        got, wanted = f"{len(given)} weights for {len(parts)} files", "a weight for each file, or none"
+        raise RecipeError("task.train", got=got, wanted=wanted, next_step="Complete the weights, or remove them.")
+    if given:
+        scale = min(count / weight for count, weight in zip(counts, given, strict=True))
+        counts = [max(round(scale * weight), 1) for weight in given]
+    taken = [
+        (number, row)
+        for number, (part, count) in enumerate(zip(parts, counts, strict=True))
+        for row in draw_rows(len(part), count, seed + number)
+    ]
+    told = (f"{count} of {len(part)} from {part.where}" for count, part in zip(counts, parts, strict=True))
+    _log.info("task.train: %s", ", ".join(told))
+    return Mixed(tuple(parts), tuple(taken[place] for place in draw_rows(len(taken), len(taken), seed)))
 
 
 def _ended(part: LanguageExamples) -> LanguageExamples:

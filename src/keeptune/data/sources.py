@@ -1,4 +1,4 @@
-"""Rows from JSONL, JSON, CSV, TSV, Parquet and Arrow files; errors name the row by its number."""
+"""Rows from JSONL, JSON, CSV, TSV, Parquet and Arrow files, and from datasets; errors name the row by its number."""
 
 from __future__ import annotations
 
@@ -10,18 +10,42 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.core.errors import DataError
+from keeptune.data import hub
 
 Row = Mapping[str, Any]
 
 
-def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
+def read_jsonl(path: Path | str, *, where: str, **origin: str | None) -> list[Row]:
     """Returns the rows of a file: JSON lines, one list of JSON objects, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``.
+
+    Of a folder and of the name of a dataset on the hub they are those that ``datasets`` reads.
+
+    Args:
+        path: The file, the folder, or ``hf://datasets/org/name``.
+        where: For error messages.
+        origin: ``split``, ``config`` and ``revision`` of a dataset.
 
     Raises:
         DataError: The file, named by the recipe key ``where``, is missing, is not UTF-8, has a line that is not a JSON
             object, or has no rows.
     """
-    path = Path(path)
+    if str(path).startswith(hub.PREFIX) or Path(path).is_dir():
+        rows: list[Row] = [*hub.load(str(path), where=where, **origin)]
+    else:
+        rows = _read_file(Path(path), where, origin)
+    if not rows:
+        raise DataError(f"{where} {path}", got="no rows", wanted="at least one object", next_step="Fill the file.")
+    return rows
+
+
+def _read_file(path: Path, where: str, origin: Mapping[str, str | None]) -> list[Row]:
+    if given := [f"{key}: {value}" for key, value in origin.items() if value is not None]:
+        raise DataError(
+            f"{where} {path}",
+            got=f"{', '.join(given)} for a file",
+            wanted="a dataset, org/name on the hub or a folder",
+            next_step="Leave it out; a file on the hub at a revision is hf://datasets/org/name@revision/file.jsonl.",
+        )
     if not path.is_file():
         raise DataError(
             f"{where} {path}",
@@ -30,14 +54,11 @@ def read_jsonl(path: Path | str, *, where: str) -> list[Row]:
             next_step="Check the path; relative paths start at the current directory, then at the recipe's folder.",
         )
     try:
-        rows = _READERS.get(path.suffix.lower(), _json)(path, f"{where} {path}")
+        return _READERS.get(path.suffix.lower(), _json)(path, f"{where} {path}")
     except OSError as error:
         raise DataError(
             f"{where} {path}", got=f"{error.strerror}", wanted="a file to read", next_step="Check the file."
         ) from error
-    if not rows:
-        raise DataError(f"{where} {path}", got="no rows", wanted="at least one object", next_step="Fill the file.")
-    return rows
 
 
 def _json(path: Path, where: str) -> list[Row]:
@@ -80,10 +101,10 @@ def _table(path: Path, where: str) -> list[Row]:
 
     try:
         if path.suffix.lower() == ".parquet":
-            return list(parquet.read_table(path).to_pylist())
+            return _unpadded(parquet.read_table(path).to_pylist())
         with path.open("rb") as file:
             reader = ipc.open_file(file) if file.read(6) == b"ARROW1" else ipc.open_stream(path.read_bytes())
-            return list(reader.read_all().to_pylist())
+            return _unpadded(reader.read_all().to_pylist())
     except (ArrowException, OSError) as error:
         raise DataError(
             where,
@@ -91,6 +112,11 @@ def _table(path: Path, where: str) -> list[Row]:
             wanted="a Parquet table or an Arrow file",
             next_step="Get the file again.",
         ) from error
+
+
+def _unpadded(rows: list[dict[str, Any]]) -> list[Row]:
+    """Returns the rows of a table; null in an object there is a key that it does not have."""
+    return [{key: hub.without_nulls(value) for key, value in row.items()} for row in rows]
 
 
 _READERS = {".csv": _separated, ".tsv": _separated, ".parquet": _table, ".arrow": _table}

@@ -46,7 +46,7 @@ from keeptune.pipeline.machine import check_device, check_folder, device_named, 
 from keeptune.pipeline.originals import check_original, original_of, refuse_without_original
 from keeptune.pipeline.placement import load_base
 from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_layers, refuse_penalties
-from keeptune.pipeline.task_kinds import KINDS, TaskKind
+from keeptune.pipeline.task_kinds import KINDS, TaskKind, task_files
 from keeptune.recipe.construct import make_loss, make_method, make_penalties
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.collect import source_name
@@ -173,7 +173,7 @@ class Job:
         """The knowledge rows that are used, of each set."""
         sets = []
         for part, where in own_knowledge.placed_files(self.recipe):
-            rows = read_jsonl(part.file, where=f"{where}.file")
+            rows = read_jsonl(part.file, where=f"{where}.file", **part.origin)
             sets.append(choose_rows(rows, part.examples, by=part.by, seed=part.seed, where=f"{where}.file"))
         return sets
 
@@ -223,15 +223,18 @@ class Job:
         return KINDS[self.recipe.task.kind]
 
     @cached_property
+    def _task_files(self) -> list[list[Row]]:
+        return task_files(self.recipe.task)
+
+    @property
     def task_rows(self) -> list[Row]:
-        """The task rows that are used."""
-        rows = [row for part in self.recipe.task.files for row in read_jsonl(part.file, where="task.train")]
-        return rows[: self.recipe.task.examples]
+        """The task rows, those of all files."""
+        return [row for rows in self._task_files for row in rows]
 
     @cached_property
     def task(self) -> Any:
         """The task's examples."""
-        return self.kind.read(self.recipe.task, self.task_rows, "task.train")
+        return self.kind.examples(self.recipe.task, self._task_files, self.seed)
 
     @cached_property
     def task_calibration(self) -> Calibration:

@@ -19,7 +19,8 @@ from keeptune.data.examples import Examples
 from keeptune.data.formats import FormatOptions
 from keeptune.data.labelled import LabelledExamples, label_indices, labelled_examples
 from keeptune.data.preferences import preferences
-from keeptune.data.sources import Row
+from keeptune.data.replay import mixture
+from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES
@@ -48,6 +49,15 @@ class TaskKind:
     head: Callable[[Any, int], Head | None] = lambda examples, seed: None
     standard: bool = False
     check_items: Callable[[Any, Sequence[Item], str], Any] = lambda examples, items, where: None
+
+    def examples(self, task: Task, files: Sequence[Sequence[Row]], seed: int) -> Any:
+        """Returns the examples of a recipe's task from the rows of its files; those of several are shuffled."""
+        if len(files) == 1:
+            return self.read(task, files[0], "task.train")
+        named = zip(files, task.files, strict=True)
+        parts: list[Any] = [self.read(task, rows, f"task.train {part.file}") for rows, part in named]
+        mixed = mixture(parts, [part.weight for part in task.files], seed)
+        return replace(mixed, order=mixed.order[: task.examples])
 
     def calibration(
         self, examples: Examples, tokenizer: PreTrainedTokenizerBase, wanted: TaskCalibration, positions: int | None
@@ -91,6 +101,12 @@ class TaskKind:
                 next_step="Choose one of these metrics, or another task.kind.",
             )
         self.check_items(examples, items, benchmark.where)
+
+
+def task_files(task: Task) -> list[list[Row]]:
+    """Returns the rows of each file of a task; of a single one those that are used."""
+    rows = [read_jsonl(part.file, where="task.train", **part.origin) for part in task.files]
+    return rows if len(rows) > 1 else [rows[0][: task.examples]]
 
 
 def _read_completions(task: Task, rows: Sequence[Row], where: str) -> Examples:

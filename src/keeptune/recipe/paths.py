@@ -77,7 +77,7 @@ def resolve_file(name: str, folder: Path = Path(), fetch: Fetch = hub.fetch) -> 
     """Returns the path of the data file that a name stands for; there need be no such file.
 
     Args:
-        name: A path, ``atlas:facts.jsonl`` or ``hf://datasets/org/name/file.jsonl``.
+        name: A path, ``atlas:facts.jsonl``, ``hf://datasets/org/name/file.jsonl`` or ``org/name``.
         folder: Where a file is looked for that is not in the current directory.
         fetch: Gets the files of the hub.
 
@@ -91,7 +91,9 @@ def resolve_file(name: str, folder: Path = Path(), fetch: Fetch = hub.fetch) -> 
             raise RecipeError(name, got=str(error), wanted="a file of atlas", next_step="Pick one of them.") from error
     if name.startswith(hub.PREFIX):
         return str(fetch(name))
-    return str(_present(name, folder).absolute())
+    path = _present(name, folder)
+    dataset = None if path.exists() else hub.dataset_named(name)
+    return str(path.absolute()) if dataset is None else str(fetch(dataset))
 
 
 def resolve_model(name: str, folder: Path = Path()) -> str:

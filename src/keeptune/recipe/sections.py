@@ -32,16 +32,26 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataSection(Section):
+class Origin(Section):
+    """Which part of a dataset of the hub, or of a folder, is read."""
+
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
+
+    @property
+    def origin(self) -> dict[str, str | None]:
+        """Its fields by name."""
+        return {name: getattr(self, name) for name in Origin.model_fields}
+
+
+class DataSection(Origin):
     """How rows of data become examples, and what of a conversation is learned."""
 
     format: str | None = None
     field_messages: str | None = None
     message_property_mappings: dict[str, str] | None = None
     roles: dict[str, list[str]] | None = None
-    split: str | None = None
-    config: str | None = None
-    revision: str | None = None
     chat_template: str | None = None
     roles_to_train: Annotated[list[str], Field(min_length=1)] = ["assistant"]
     turns: Literal["all", "last"] = "all"
@@ -154,11 +164,11 @@ class TaskCalibration(Section):
     seed: int = Field(0, ge=0)
 
 
-class TrainFile(Section):
+class TrainFile(Origin):
     """One of several files of a task, with its share of the whole."""
 
     file: str
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class Task(DataSection):
@@ -190,8 +200,10 @@ class Task(DataSection):
 
     @property
     def files(self) -> tuple[TrainFile, ...]:
-        """The files, one or more, with their weights."""
-        return (TrainFile(file=self.train),) if isinstance(self.train, str) else tuple(self.train)
+        """The files, one or more, with their weights; what they do not say of their origin the task says."""
+        entries = (TrainFile(file=self.train),) if isinstance(self.train, str) else tuple(self.train)
+        own = {name: value for name, value in self.origin.items() if value is not None}
+        return tuple(TrainFile(**{**own, **entry.model_dump(exclude_none=True)}) for entry in entries)
 
     @model_validator(mode="after")
     def _check_kind(self) -> Task:
@@ -213,6 +225,13 @@ class Task(DataSection):
                 got="nothing",
                 wanted=f"a value, for kind {self.kind}",
                 next_step=f"Add `{missing[0]}:` to the task, {other_kind}",
+            )
+        if self.kind != "completion" and len(self.files) > 1:
+            raise RecipeError(
+                "recipe, key task.train",
+                got=f"{len(self.files)} files with kind {self.kind}",
+                wanted="one file",
+                next_step="Join the files.",
             )
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise RecipeError(

@@ -103,7 +103,7 @@ class Lengths:
     @cached_property
     def rows(self) -> int | None:
         """The training examples; of files on the hub only the limit is known, if there is one."""
-        return self.job.recipe.task.examples if on_the_hub(self.job.recipe) else len(self.job.task_rows)
+        return self.job.recipe.task.examples if on_the_hub(self.job.recipe) else len(self.job.task)
 
     @cached_property
     def task(self) -> list[int]:
