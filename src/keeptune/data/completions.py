@@ -89,13 +89,19 @@ def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: s
         DataError: A template does not fit the rows, or every completion is empty.
     """
     prompts, completions = (render_all(template, rows, where=where) for template in (prompt, completion))
+    check_answers(completions, where=where)
+    return TaskExamples(prompts, completions, where=where)
+
+
+def check_answers(completions: Sequence[str], *, where: str) -> None:
+    """Counts and logs empty completions; a DataError says that all are empty."""
     empty = [number for number, text in enumerate(completions, start=1) if not text.strip()]
-    if len(empty) == len(rows):
+    if len(empty) == len(completions):
         raise DataError(
             where,
-            got=f"{len(rows)} rows, all with empty completions",
+            got=f"{len(completions)} rows, all with empty completions",
             wanted="completions to learn",
-            next_step="Check the template task.completion and the field that it names.",
+            next_step="Check the field that holds them: the one that the format or task.completion names.",
         )
     if empty:
         some = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
@@ -103,10 +109,9 @@ def task_examples(rows: Sequence[Row], *, prompt: str, completion: str, where: s
             "%s: %d of %d completions are empty: only their end is learned (rows %s)",
             where,
             len(empty),
-            len(rows),
+            len(completions),
             some,
         )
-    return TaskExamples(prompts, completions, where=where)
 
 
 def common_start(a: Sequence[int], b: Sequence[int]) -> int:

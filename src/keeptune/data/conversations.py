@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
 from keeptune.data.chat_template import ChatOptions, ChatTemplate, template_text
+from keeptune.data.completions import TaskExamples
 from keeptune.data.conversation import Conversation
 from keeptune.data.examples import LanguageExamples, TokenRow, Truncate
 
@@ -26,12 +27,14 @@ class Conversations(LanguageExamples):
         options: What is learned, and through which chat template.
         where: The recipe key, for error messages.
         truncate: What examples that are too long lose.
+        plain: What a model without a chat template reads instead; None for conversations that need one.
     """
 
     conversations: tuple[Conversation, ...]
     options: ChatOptions = ChatOptions()
     where: str = "task.train"
     truncate: Truncate = "right"
+    plain: TaskExamples | None = None
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -41,7 +44,8 @@ class Conversations(LanguageExamples):
         """The content key of the messages and the options, with the text of a template that is not the tokenizer's."""
         own = self.options.chat_template
         template = own and template_text(own, where=self.where)
-        return content_key([self.conversations, replace(self.options, chat_template=template)])
+        plain = [] if self.plain is None else [self.plain.fingerprint]
+        return content_key([self.conversations, replace(self.options, chat_template=template), *plain])
 
     @property
     def read_texts(self) -> Sequence[str]:
@@ -54,6 +58,8 @@ class Conversations(LanguageExamples):
         Raises:
             DataError: There is no chat template, it refuses a conversation, or nothing of all of them can be learned.
         """
+        if self.plain is not None and not (tokenizer.chat_template or self.options.chat_template):
+            return self.plain.token_rows(tokenizer, rows)
         chat = ChatTemplate(tokenizer, self.options, where=self.where)
         numbers = range(len(self)) if rows is None else rows
         read = [chat.row(self.conversations[n], where=f"{self.where} row {n + 1}") for n in numbers]

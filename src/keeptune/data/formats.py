@@ -6,12 +6,16 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 
 from keeptune.core.errors import DataError, RecipeError, named, nearest
+from keeptune.data.chat_template import ChatOptions
+from keeptune.data.completions import TaskExamples, check_answers
 from keeptune.data.conversation import Conversation
+from keeptune.data.conversations import conversation_examples
+from keeptune.data.examples import LanguageExamples, Truncate
 from keeptune.data.sources import Row
 from keeptune.data.templates import text_of
 
@@ -126,6 +130,49 @@ def parse_rows(rows: Sequence[Row], options: FormatOptions, *, where: str) -> li
             raise _two_formats(place, f"{name} as {kinds[0]}", f"{name} as {kinds[1]}")
     _log.info("%s: %d rows in the format %s (%s)", where, len(rows), name or "messages", ", ".join(fields))
     return found
+
+
+def read_examples(
+    rows: Sequence[Row],
+    options: FormatOptions,
+    chat: ChatOptions,
+    *,
+    where: str,
+    truncate: Truncate = "right",
+    end: bool = True,
+) -> LanguageExamples:
+    """Returns the examples that rows hold by their format (:func:`parse_rows`).
+
+    Args:
+        rows: As :mod:`keeptune.data.sources` reads them.
+        options: The format, and the names in it.
+        chat: What is learned of conversations.
+        where: The recipe key, for error messages.
+        truncate: What examples that are too long lose.
+        end: Whether the end of text is learned after texts and completions.
+
+    Raises:
+        DataError: The rows are of no format, or of two; one is malformed; or there is nothing to learn in all of them.
+    """
+    found = parse_rows(rows, options, where=where)
+    chats = [one if isinstance(one, Conversation) else one.chat for one in found]
+    talks = [one for one in chats if one is not None]
+    texts = [one for one in found if isinstance(one, Answered)]
+    said = [one.completion for one in texts] or [_said(one, chat.roles_to_train) for one in talks]
+    check_answers(said, where=where)
+    plain = None
+    if texts:
+        prompts = None if texts[0].prompt is None else tuple(str(one.prompt) for one in texts)
+        plain = TaskExamples(prompts, tuple(said), end, where=where, truncate=truncate)
+    if plain is not None and not talks:
+        return plain
+    return replace(conversation_examples(talks, chat, where=where, truncate=truncate), plain=plain)
+
+
+def _said(conversation: Conversation, roles: Sequence[str]) -> str:
+    """Returns what the messages of some roles say or call."""
+    own = (message for message in conversation.messages if message["role"] in roles)
+    return "".join(str(message["content"] or message.get("tool_calls") or "") for message in own)
 
 
 def text_or_messages(value: Any, options: FormatOptions, *, where: str) -> str | Messages:

@@ -22,9 +22,9 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.disjoint import Corpus
 from keeptune.data.example_counts import DataAccount, data_account
 from keeptune.data.examples import LanguageExamples, TokenRow
-from keeptune.data.knowledge import joined_knowledge, knowledge_set
+from keeptune.data.knowledge import joined_knowledge
 from keeptune.data.labelled import Texts
-from keeptune.data.multiple_choice import choose_rows, lettered_rows
+from keeptune.data.multiple_choice import choose_rows
 from keeptune.data.replay import with_replay
 from keeptune.data.self_written import SelfWritten
 from keeptune.data.sources import Row, read_jsonl
@@ -46,7 +46,7 @@ from keeptune.pipeline.machine import check_device, check_folder, device_named, 
 from keeptune.pipeline.originals import check_original, original_of, refuse_without_original
 from keeptune.pipeline.placement import load_base
 from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_layers, refuse_penalties
-from keeptune.pipeline.task_kinds import KINDS, TaskKind, task_files
+from keeptune.pipeline.task_kinds import KINDS, TaskKind, read_knowledge, task_files
 from keeptune.recipe.construct import make_loss, make_method, make_penalties
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.collect import source_name
@@ -180,12 +180,8 @@ class Job:
     @cached_property
     def filed_knowledge(self) -> list[LanguageExamples]:
         """The knowledge sets of files as texts, or as prompts and completions."""
-        sets: list[LanguageExamples] = []
-        for (part, where), chosen in zip(own_knowledge.placed_files(self.recipe), self.knowledge_rows, strict=True):
-            rows = chosen if part.choices is None else lettered_rows(chosen, part.choices, where=where)
-            form = {"text": part.text, "prompt": part.prompt, "completion": part.completion}
-            sets.append(knowledge_set(rows, **form, chat=part.chat, where=where))
-        return sets
+        sets = zip(own_knowledge.placed_files(self.recipe), self.knowledge_rows, strict=True)
+        return [read_knowledge(part, rows, where) for (part, where), rows in sets]
 
     @cached_property
     def generations(self) -> list[tuple[SelfGeneration, str]]:

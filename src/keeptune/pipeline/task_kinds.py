@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.errors import RecipeError
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import task_examples
-from keeptune.data.examples import Examples
-from keeptune.data.formats import FormatOptions
+from keeptune.data.examples import Examples, LanguageExamples
+from keeptune.data.formats import FormatOptions, read_examples
+from keeptune.data.knowledge import knowledge_set
 from keeptune.data.labelled import LabelledExamples, label_indices, labelled_examples
+from keeptune.data.multiple_choice import lettered_rows
 from keeptune.data.preferences import preferences
 from keeptune.data.replay import mixture
 from keeptune.data.sources import Row, read_jsonl
@@ -25,7 +27,7 @@ from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES
 from keeptune.model.head import Head
-from keeptune.recipe.sections import Kind, Task, TaskCalibration
+from keeptune.recipe.sections import Kind, Knowledge, Task, TaskCalibration
 
 _PROBES = 8
 
@@ -110,7 +112,9 @@ def task_files(task: Task) -> list[list[Row]]:
 
 
 def _read_completions(task: Task, rows: Sequence[Row], where: str) -> Examples:
-    examples = task_examples(rows, prompt=task.prompt or "", completion=task.completion or "", where=where)
+    if task.prompt is None:
+        return read_examples(rows, task.formats, task.talk, where=where, truncate=task.truncate)
+    examples = task_examples(rows, prompt=task.prompt, completion=task.completion or "", where=where)
     return replace(examples, truncate=task.truncate)
 
 
@@ -123,6 +127,17 @@ def _read_judged(task: Task, rows: Sequence[Row], where: str, *, paired: bool) -
     names = FormatOptions(message_property_mappings=task.message_property_mappings or {}, roles=task.roles or {})
     examples = preferences(rows, prompt=task.prompt, answers=answers, label=label, options=names, where=where)
     return replace(examples, truncate=task.truncate)
+
+
+def read_knowledge(part: Knowledge, rows: Sequence[Row], where: str) -> LanguageExamples:
+    """Returns the examples of a set of knowledge: by templates, by the field `text` of rows, or by their format."""
+    rows = rows if part.choices is None else lettered_rows(rows, part.choices, where=where)
+    form = {"text": part.text, "prompt": part.prompt, "completion": part.completion}
+    if part.text is None and part.prompt is None:
+        if part.formats != FormatOptions() or rows[0].get("text") is None:
+            return read_examples(rows, part.formats, part.talk, where=where, end=False)
+        form["text"] = "{text}"
+    return knowledge_set(rows, **form, chat=part.chat, where=where)
 
 
 def _read_labels(task: Task, rows: Sequence[Row], where: str, *, scores: bool) -> LabelledExamples:

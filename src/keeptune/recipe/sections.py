@@ -11,14 +11,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from keeptune.adapter.export import Format
 from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import RecipeError, nearest
+from keeptune.data.chat_template import ChatOptions
 from keeptune.data.examples import Truncate
+from keeptune.data.formats import FormatOptions
 from keeptune.data.multiple_choice import LOKI_PROMPT
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.recipe.reading import spelt_out
 from keeptune.statistics.self_generated import SelfGeneration
 
-_TEXT = "{text}"
 _FORMS = ("text", "prompt", "completion")
 _TAGS = ("one section", "several sections")
 OWN, NAMED = "of a file", "of a name"
@@ -54,8 +55,30 @@ class DataSection(Origin):
     roles: dict[str, list[str]] | None = None
     chat_template: str | None = None
     roles_to_train: Annotated[list[str], Field(min_length=1)] = ["assistant"]
-    turns: Literal["all", "last"] = "all"
+    turns: Literal["all", "last", "each"] = "all"
     train_on_eos: Literal["turn", "all", "last", "none"] = "turn"
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def formats(self) -> FormatOptions:
+        """How rows are read."""
+        return FormatOptions(self.format, self.field_messages, self.message_property_mappings or {}, self.roles or {})
+
+    @property
+    def talk(self) -> ChatOptions:
+        """What is learned of a conversation."""
+        kwargs = self.chat_template_kwargs or {}
+        roles = tuple(self.roles_to_train)
+        return ChatOptions(roles, self.turns, self.train_on_eos, self.chat_template, kwargs)
+
+    def _check_formats(self, templates: Sequence[str]) -> None:
+        if self.formats != FormatOptions() and templates:
+            raise RecipeError(
+                f"recipe, key {templates[0]}",
+                got="a template beside keys of a format",
+                wanted="either templates, or a format",
+                next_step="Remove one of them: templates name the fields themselves.",
+            )
 
 
 class Knowledge(DataSection):
@@ -75,21 +98,21 @@ class Knowledge(DataSection):
     @model_validator(mode="before")
     @classmethod
     def _default_form(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and all(values.get(key) is None for key in _FORMS):
-            if values.get("choices") is not None:
-                given = {key: value for key, value in values.items() if key not in _FORMS}
-                return {"prompt": LOKI_PROMPT, "completion": "{letter}", "chat": True, **given}
-            return {**values, "text": _TEXT}
+        lettered = isinstance(values, Mapping) and values.get("choices") is not None
+        if lettered and all(values.get(key) is None for key in _FORMS):
+            given = {key: value for key, value in values.items() if key not in _FORMS}
+            return {"prompt": LOKI_PROMPT, "completion": "{letter}", "chat": True, **given}
         return values
 
     @model_validator(mode="after")
     def _check_form(self) -> Knowledge:
         given = [key for key in _FORMS if getattr(self, key) is not None]
-        if given not in (["text"], ["prompt", "completion"]):
+        self._check_formats(given)
+        if given not in ([], ["text"], ["prompt", "completion"]):
             raise RecipeError(
                 f"recipe, key knowledge, file {self.file}",
                 got=" and ".join(given),
-                wanted="either text, or prompt and completion",
+                wanted="either text, or prompt and completion, or none of them: told by the rows",
                 next_step="Set `text` to keep whole texts, `prompt` and `completion` to keep answers.",
             )
         if self.chat and self.prompt is None:
@@ -147,7 +170,7 @@ BenchmarkEntry = Annotated[
 Kind = Literal["completion", "preference", "unpaired_preference", "classification", "regression"]
 # Keys that a kind needs, and those that it may have.
 _KIND_KEYS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "completion": (("prompt", "completion"), ("loss", "stm_threshold")),
+    "completion": ((), ("prompt", "completion", "loss", "stm_threshold")),
     "preference": ((), ("prompt", "chosen", "rejected")),
     "unpaired_preference": ((), ("prompt", "completion", "label")),
     "classification": (("text", "label"), ("text_pair", "labels")),
@@ -210,7 +233,10 @@ class Task(DataSection):
         needed, optional = _KIND_KEYS[self.kind]
         given = [key for key in _KINDS_KEYS if getattr(self, key) is not None]
         unused = [key for key in given if key not in (*needed, *optional)]
+        if self.kind == "completion" and not {"prompt", "completion"}.isdisjoint(given):
+            needed = ("prompt", "completion")
         missing = [key for key in needed if key not in given]
+        self._check_formats([key for key in given if key in ("prompt", "completion")])
         other_kind = f"or set task.kind: {' or '.join(_KIND_KEYS)}."
         if unused:
             raise RecipeError(

@@ -19,7 +19,7 @@ from keeptune.experiments.entries import check_settings, with_settings
 from keeptune.recipe.paths import Fetch
 from keeptune.recipe.reading import read_values
 from keeptune.recipe.schema import Recipe, make_recipe
-from keeptune.recipe.sections import Section
+from keeptune.recipe.sections import DataSection, Section
 
 _log = logging.getLogger(__name__)
 _EARLIER, _OTHERS = "stages:", "earlier"
@@ -176,9 +176,10 @@ def _earlier(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], w
 
 
 def _as_knowledge(task: Mapping[str, Any], form: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a stage's task as a knowledge set: its prompts and completions, unless another form is given."""
+    """Returns a stage's task as a knowledge set: read as it is, unless another form is given."""
     has_form = any(form.get(key) is not None for key in ("text", "prompt", "completion", "choices"))
-    templates = {} if has_form else {key: task.get(key) for key in ("prompt", "completion")}
+    keys = ("prompt", "completion", *DataSection.model_fields)
+    templates = {} if has_form else {key: task[key] for key in keys if key in task}
     dataset = {"file": task.get("train"), **templates, **form}
     if isinstance(task.get("examples"), int):  # what was not trained on is not replayed
         dataset["examples"] = min(task["examples"], form.get("examples") or 256)
