@@ -233,10 +233,9 @@ class Task(DataSection):
         needed, optional = _KIND_KEYS[self.kind]
         given = [key for key in _KINDS_KEYS if getattr(self, key) is not None]
         unused = [key for key in given if key not in (*needed, *optional)]
-        if self.kind == "completion" and not {"prompt", "completion"}.isdisjoint(given):
-            needed = ("prompt", "completion")
-        missing = [key for key in needed if key not in given]
-        self._check_formats([key for key in given if key in ("prompt", "completion")])
+        templates = [key for key in given if key in ("prompt", "completion") and self.kind == "completion"]
+        self._check_formats(templates)
+        missing = [key for key in (needed if not templates else ("prompt", "completion")) if key not in given]
         other_kind = f"or set task.kind: {' or '.join(_KIND_KEYS)}."
         if unused:
             raise RecipeError(
