@@ -7,11 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from keeptune.core.artefact import file_fingerprint
+from keeptune.core.artefact import content_key, file_fingerprint
 from keeptune.core.errors import DataError
 from keeptune.data.disjoint import Corpus, refuse_overlap
 from keeptune.data.sources import read_jsonl
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
+from keeptune.evaluation.chat import need_template
 from keeptune.evaluation.items import load_items
 from keeptune.evaluation.standard.documents import load_documents, refuse_documents
 from keeptune.evaluation.standard.entry import NamedBenchmark
@@ -24,7 +25,11 @@ def data_fingerprint(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | 
     if isinstance(benchmark, NamedBenchmark):
         return load_documents(benchmark, tokenizer).fingerprint
     assert isinstance(benchmark, FileBenchmark)
-    return file_fingerprint([Path(benchmark.file)])
+    data = file_fingerprint([Path(benchmark.file)])
+    if tokenizer is None or not benchmark.templated:
+        return data
+    need_template(tokenizer, benchmark.where)
+    return content_key([data, str(tokenizer.chat_template)])
 
 
 def engine_of(benchmark: Benchmark) -> dict[str, str | int] | None:
@@ -73,6 +78,8 @@ def _overlap_check(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | No
         documents = load_documents(benchmark, tokenizer)
         return lambda corpus: refuse_documents([corpus], documents)
     assert isinstance(benchmark, FileBenchmark)
+    if benchmark.templated and tokenizer is not None:
+        need_template(tokenizer, benchmark.where)
     rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]
     scored = Corpus(benchmark.where, rows, [item.whole for item in load_items(benchmark, Path())])
     return lambda corpus: refuse_overlap(corpus, scored)

@@ -11,8 +11,9 @@ from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, Metric, Normalisa
 
 Role = Literal["knowledge", "task"]
 
-_TEMPLATES = ("prompt", "answer", "choices", "text", "text_pair", "chosen", "rejected")
+_TEMPLATES = ("messages", "prompt", "answer", "choices", "text", "text_pair", "chosen", "rejected")
 _CLASSIFIER = (*LABELS, *SCORES)
+_ASKED = ("exact_match", "multiple_choice", "cross_entropy")  # those that conversations are scored by
 # Of each metric the templates that it needs, with an example.
 _LABELLED = {"text": "{sentence}", "answer": "{label}"}
 _NEEDED: dict[str, dict[str, str]] = {
@@ -89,6 +90,11 @@ class FileBenchmark(Benchmark):
             of two labels, as GLUE has it; of more labels the mean over labels) and ``matthews``; of a regression
             ``pearson`` and ``spearman``.
         prompt: Template of the text before the answer (exact_match, multiple_choice).
+        messages: Template of a conversation in place of ``prompt`` or ``text``, such as ``{messages}``, which is asked
+            through the chat template. Its last answer is the right one (exact_match), or is scored (cross_entropy).
+        chat: Asks ``prompt`` through the chat template, as the user's turn.
+        enable_thinking: Given to a chat template that has this switch; None is false there.
+        think_end_token: Ends a thought, and the answer follows; None takes ``</think>`` where the template has it.
         answer: Template of the right answer. For exact_match a string or a list of accepted strings; for
             multiple_choice the choice's index from 0, its letter, its own text, or its label where the
             choices have labels. A whole file is read in one of these ways. Of a classifier the label or the score.
@@ -102,7 +108,7 @@ class FileBenchmark(Benchmark):
             a model with fewer positions lowers the limit.
         max_new_tokens: Tokens generated at most (exact_match).
         group: Field that splits the result, where rows have it.
-        stop: A generated text ends before the first of these (exact_match).
+        stop: A generated text ends before the first of these (exact_match); None is a line's end, of chats none.
         normalise: ``"qa"`` compares answers without case, punctuation and articles; ``"exact"`` as they are,
             but for white space at the ends.
 
@@ -114,6 +120,10 @@ class FileBenchmark(Benchmark):
     file: str
     metric: Metric
     prompt: str | None = None
+    messages: str | None = None
+    chat: bool = False
+    enable_thinking: bool | None = None
+    think_end_token: str | None = None
     answer: str | None = None
     choices: str | None = None
     text: str | None = None
@@ -124,7 +134,7 @@ class FileBenchmark(Benchmark):
     max_new_tokens: int = 32
     batch_size: int = 64
     group: str | None = "relation"
-    stop: tuple[str, ...] = ("\n",)
+    stop: tuple[str, ...] | None = None
     normalise: Normalisation = "qa"
 
     def __post_init__(self) -> None:
@@ -140,7 +150,7 @@ class FileBenchmark(Benchmark):
             )
         self._check_templates()
         self._check_numbers(examples=1, max_length=2, max_new_tokens=1, batch_size=1)
-        if "" in self.stop:
+        if "" in self.stops:
             raise RecipeError(
                 f"{self.where}.stop",
                 got='the empty string ""',
@@ -148,11 +158,32 @@ class FileBenchmark(Benchmark):
                 next_step="Leave the empty string out; it would end every answer before it begins.",
             )
 
+    @property
+    def templated(self) -> bool:
+        """Whether the model is asked through the chat template."""
+        return self.chat or self.messages is not None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """What a generated text ends before, besides the token that ends a text or a turn."""
+        return (() if self.templated else ("\n",)) if self.stop is None else self.stop
+
     def _check_templates(self) -> None:
-        needed = _NEEDED[self.metric]
+        needed = dict(_NEEDED[self.metric])
+        if self.chat and (self.messages is not None or "prompt" not in needed):
+            raise RecipeError(
+                f"{self.where}.chat",
+                got=f"true with {'messages' if self.messages is not None else self.metric}",
+                wanted="`prompt`, the user's turn",
+                next_step="Leave `chat` out; whole conversations are named by `messages`.",
+            )
+        if self.messages is not None and self.metric in _ASKED:
+            needed = {"messages": "{messages}"} | {k: v for k, v in needed.items() if k not in ("prompt", "text")}
         for field in _TEMPLATES:
             given = getattr(self, field) is not None
-            if given == (field in needed) or field in _OPTIONAL.get(self.metric, ()):
+            optional = field in _OPTIONAL.get(self.metric, ())
+            optional |= field == "answer" and self.metric == "exact_match" and self.messages is not None
+            if given == (field in needed) or optional:
                 continue
             wrong = f'"{field}", which it does not use' if given else f'no "{field}"'
             example = ", ".join(f'{key}: "{value}"' for key, value in needed.items())

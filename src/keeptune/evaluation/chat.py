@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from keeptune.core.errors import RecipeError
+from keeptune.core.errors import DataError, RecipeError
+from keeptune.data.conversation import Conversation
 
 _TURNS = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 _THOUGHT = "</think>"  # as Qwen, DeepSeek and SmolLM write it
@@ -51,6 +54,33 @@ def end_of_thought(tokenizer: PreTrainedTokenizerBase, given: str | None, *, whe
             next_step=f"Add `think_end_token: {_THOUGHT}` or what this model writes.",
         )
     return given or _THOUGHT
+
+
+def asked_text(
+    tokenizer: PreTrainedTokenizerBase, chat: Conversation, thinking: bool | None, *, answer: str = "", where: str
+) -> tuple[str, str]:
+    """Returns what a model reads before its answer, and an answer as the template ends it, empty without one.
+
+    Raises:
+        DataError: The template refuses the messages, or shows them otherwise once they are answered.
+    """
+    options: dict[str, Any] = {"tokenize": False, "tools": [dict(tool) for tool in chat.tools or ()] or None}
+    options |= template_options(tokenizer, thinking)
+    messages = [dict(message) for message in chat.messages]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options))
+        turn = {"role": "assistant", "content": answer}
+        whole = str(tokenizer.apply_chat_template([*messages, turn], **options)) if answer else text
+    except (TemplateError, TypeError, ValueError) as error:
+        whole, text = "", str(error)
+    if not whole.startswith(text):
+        raise DataError(
+            where,
+            got=f"messages by {', '.join(str(m['role']) for m in chat.messages)}; the chat template: {text[-200:]!r}",
+            wanted="messages that the template shows, answered or not",
+            next_step="Change these messages, or leave the row out.",
+        )
+    return text, whole[len(text) :]
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

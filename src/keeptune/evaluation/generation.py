@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from keeptune.evaluation.chat import turn_ends
 from keeptune.evaluation.metrics import cut_at
 from keeptune.evaluation.scored_tokens import Passes, ScoredTokens, longest_first
 from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
@@ -19,8 +20,11 @@ def greedy_texts(
     *,
     new_tokens: int,
     stops: tuple[str, ...],
+    turns: bool = False,
 ) -> list[str]:
     """Continues each prompt with the likeliest tokens, until an end token, a stop string or the limit.
+
+    In a chat the end of a turn (``turns``) ends a text too.
 
     Returns:
         One text per prompt, without the prompt and without special tokens.
@@ -28,7 +32,7 @@ def greedy_texts(
     Raises:
         ModelError: The model gives logits that are not finite.
     """
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer) | (turn_ends(tokenizer) if turns else frozenset())
     limits = Limits(new_tokens, ends, passes.pad, passes.where, stops)
     texts = [""] * len(prompts)
     order = longest_first([len(prompt.ids) for prompt in prompts])

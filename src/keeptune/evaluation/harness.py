@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keeptune.data.calibration import pad_id_of
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
+from keeptune.evaluation.chat import asked_text, end_of_thought, turn_ends
 from keeptune.evaluation.classification import classified, wrong_metric
 from keeptune.evaluation.generation import greedy_texts
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.likelihood import add_divergence, log_likelihoods, losses_and_divergence
-from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, exact_match
+from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, cut_at, exact_match
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, mean_scores
 from keeptune.evaluation.scored_tokens import Encoder, Passes, ScoredTokens, context_limit
@@ -76,7 +77,8 @@ def evaluate(
     named = [{"index": item.index, "group": item.group} | record for item, record in zip(items, records, strict=True)]
     weights = [float(record.get("tokens", 1.0)) for record in records]  # losses are weighted by tokens
     scores = mean_scores(named, weights, seed)
-    return BenchmarkResult(name=benchmark.name, role=benchmark.role, metric=benchmark.metric, **scores)
+    chat = benchmark.templated
+    return BenchmarkResult(name=benchmark.name, role=benchmark.role, metric=benchmark.metric, chat=chat, **scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +96,29 @@ class _Scorer:
         """Exact match of greedily generated answers."""
         benchmark = self.benchmark
         prompts = self._encoded(
-            lambda encoder, item, where: [encoder.prompt(item.prompt, where)], benchmark.max_new_tokens
+            lambda encoder, item, where: [encoder.prompt(self._asked(item, where)[0], where)], benchmark.max_new_tokens
         )
+        thought = benchmark.think_end_token
+        if benchmark.enable_thinking:
+            thought = end_of_thought(self.tokenizer, thought, where=benchmark.where)
+        stops = () if thought else benchmark.stops  # a thought may hold them
         texts = self._both_sides(
             prompts,
             lambda model, passes: greedy_texts(
-                model, self.tokenizer, prompts, passes, new_tokens=benchmark.max_new_tokens, stops=benchmark.stop
+                model,
+                self.tokenizer,
+                prompts,
+                passes,
+                new_tokens=benchmark.max_new_tokens,
+                stops=stops,
+                turns=benchmark.templated,
             ),
         )
+        if thought:
+            texts = {
+                side: [cut_at(text.split(thought)[-1].lstrip(), benchmark.stops) for text in own]
+                for side, own in texts.items()
+            }
         records: _Records = []
         for at, (item, tokens) in enumerate(zip(self.items, prompts, strict=True)):
             own = {side: texts[side][at] for side in SIDES}
@@ -127,13 +144,13 @@ class _Scorer:
 
     def _choices(self, encoder: Encoder, item: Item, where: str) -> list[ScoredTokens]:
         if item.pairs is None:
-            return [encoder.choice(item.prompt, text, where) for text in item.choices]
+            return [encoder.choice(self._asked(item, where)[0], text, where) for text in item.choices]
         rows = item.pairs.tokens(self.tokenizer, item.index)
         return [encoder.answered(row.ids, row.learned.index(True), "an answer", where) for row in rows]
 
     def predicted(self) -> _Records:
         """Cross-entropy and KL(base || tuned), nats per token of each document."""
-        documents = self._encoded(lambda encoder, item, where: [encoder.document(item.text, where)])
+        documents = self._encoded(lambda encoder, item, where: [self._document(encoder, item, where)])
         losses = losses_and_divergence(self.pair, documents, self._passes(self.benchmark.where))
         records: _Records = []
         for tokens, loss in zip(documents, losses, strict=True):
@@ -145,16 +162,33 @@ class _Scorer:
     def add_divergence(self, records: _Records) -> None:
         """Adds KL(base || tuned) on the right answers, each after exactly one space."""
         limit = context_limit(self.benchmark.max_length, 0, shared_positions(self.pair), where=self.benchmark.where)
-        encoder = Encoder(self.tokenizer, limit)
+        encoder = Encoder(self.tokenizer, limit, self.benchmark.templated)
         answers = [item.choices[item.label] if item.label is not None else item.answers[0] for item in self.items]
         sequences = [
-            encoder.answer(item.prompt.rstrip(" "), f" {answer}")
-            if item.pairs is None
-            else self._choices(encoder, item, self.benchmark.where)[0]
+            self._choices(encoder, item, self.benchmark.where)[0]
+            if item.pairs is not None
+            else encoder.answer(self._asked(item, self.benchmark.where)[0], answer)
+            if item.chat is not None
+            else encoder.answer(item.prompt.rstrip(" "), f" {answer}")
             for item, answer in zip(self.items, answers, strict=True)
         ]
         passes = replace(self._passes(self.benchmark.where), advance=lambda _: None)
         add_divergence(self.pair, records, sequences, passes)
+
+    def _asked(self, item: Item, where: str) -> tuple[str, str]:
+        """Returns what the model reads before the answer, and of a conversation's cross-entropy that answer."""
+        if item.chat is None:
+            return item.prompt, ""
+        return asked_text(self.tokenizer, item.chat, self.benchmark.enable_thinking, answer=item.text, where=where)
+
+    def _document(self, encoder: Encoder, item: Item, where: str) -> ScoredTokens:
+        if item.chat is None:
+            return encoder.document(item.text, where)
+        found = encoder.answer(*self._asked(item, where))
+        assert found is not None  # an answer holds a word
+        ends = turn_ends(self.tokenizer)
+        last = next((n for n in range(found.start, len(found.ids)) if found.ids[n] in ends), len(found.ids))
+        return replace(found, ids=found.ids[: last + 1])  # a template may write a line's end after a turn
 
     def _both_sides(
         self, sequences: Sequence[ScoredTokens], compute: Callable[[PreTrainedModel, Passes], list[T]]
@@ -180,7 +214,7 @@ class _Scorer:
         """Returns the items' sequences, cut to what fits both models, and warns of those that were cut."""
         where = self.benchmark.where
         limit = context_limit(self.benchmark.max_length, new_tokens, shared_positions(self.pair), where=where)
-        encoder = Encoder(self.tokenizer, limit)
+        encoder = Encoder(self.tokenizer, limit, self.benchmark.templated)
         sequences = [one for item in self.items for one in encode(encoder, item, f"{where} row {item.index + 1}")]
         cut = sum(tokens.cut for tokens in sequences)
         if cut:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keeptune.core.errors import DataError
+from keeptune.data.conversation import Conversation
+from keeptune.data.formats import FormatOptions, messages_of
 from keeptune.data.labelled import Texts, label_of, score_of, texts_of
 from keeptune.data.preferences import Preferences, plain, preferences
 from keeptune.data.sources import Row, read_jsonl
@@ -33,6 +35,7 @@ class Item:
     score: float | None = None  # the right one (pearson, spearman)
     pairs: Preferences | None = None  # of all items, prompts and answers as they are given, the better one first
     group: str | None = None  # value of the benchmark's group field
+    chat: Conversation | None = None  # what is asked through the chat template; of a cross-entropy with its answer
 
     @property
     def whole(self) -> str:
@@ -65,16 +68,50 @@ def load_items(benchmark: FileBenchmark, folder: Path) -> list[Item]:
 
 
 def _questions(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": render(benchmark.prompt or "", row, where=place),
-            "answers": _texts(pick(benchmark.answer or "", row, where=place), f"{place} answer"),
-        }
-        for row, place in zip(rows, places, strict=True)
-    ]
+    items = []
+    for row, place in zip(rows, places, strict=True):
+        item = _asked(benchmark, row, place)
+        own = item.pop("own")
+        right = own if benchmark.answer is None else pick(benchmark.answer, row, where=place)
+        items.append(item | {"answers": _texts(right, f"{place} answer")})
+    return items
+
+
+def _asked(benchmark: FileBenchmark, row: Row, place: str) -> dict[str, Any]:
+    """Returns what is asked, and the answer that a conversation ends with, if it does, as ``own``."""
+    if benchmark.messages is None:
+        prompt = render(benchmark.prompt or "", row, where=place)
+        chat = Conversation(({"role": "user", "content": prompt},)) if benchmark.chat else None
+        return {"prompt": prompt, "chat": chat, "own": None}
+    messages = messages_of(pick(benchmark.messages, row, where=place), FormatOptions(), where=place)
+    own = None
+    if messages[-1]["role"] == "assistant":
+        own, messages = messages[-1]["content"], messages[:-1]
+    if not messages or messages[-1]["role"] == "assistant":
+        raise DataError(
+            place,
+            got="messages in which nothing is asked before the last answer",
+            wanted="a turn of the user",
+            next_step="Correct the row.",
+        )
+    return {
+        "prompt": _said(messages),
+        "chat": Conversation(messages, tuple(row.get("tools") or ()) or None),
+        "own": own,
+    }
+
+
+def _said(messages: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(str(message["content"] or "") for message in messages)
 
 
 def _documents(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str]) -> list[dict[str, Any]]:
+    if benchmark.messages is not None:
+        asked = [_asked(benchmark, row, place) for row, place in zip(rows, places, strict=True)]
+        return [
+            {"prompt": item["prompt"], "chat": item["chat"], "text": _texts(item["own"], f"{place} last answer")[0]}
+            for item, place in zip(asked, places, strict=True)
+        ]
     texts = [render(benchmark.text or "", row, where=place) for row, place in zip(rows, places, strict=True)]
     for text, place in zip(texts, places, strict=True):
         if not text.strip():
@@ -103,7 +140,7 @@ def _multiple_choices(benchmark: FileBenchmark, rows: Sequence[Row], places: Seq
     answers = [pick(benchmark.answer or "", row, where=place) for row, place in placed]
     right = _right_choices(answers, listed, places)
     return [
-        {"prompt": render(benchmark.prompt or "", row, where=place), "choices": choices[0], "label": label}
+        {k: v for k, v in _asked(benchmark, row, place).items() if k != "own"} | {"choices": choices[0], "label": label}
         for (row, place), choices, label in zip(placed, listed, right, strict=True)
     ]
 

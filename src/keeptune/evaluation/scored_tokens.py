@@ -73,7 +73,7 @@ class Encoder:
         return ScoredTokens(tuple(kept), len(kept), len(ids) > self.limit)
 
     def choice(self, text: str, answer: str, where: str) -> ScoredTokens:
-        """Encodes a prompt with an answer after exactly one space; the answer's tokens are scored.
+        """Encodes a prompt with an answer after exactly one space, in a chat none; the answer's tokens are scored.
 
         Prompt and answer are encoded together, and the tokens beyond the length of the prompt encoded alone are
         the answer's, as in lm-eval.
@@ -81,9 +81,11 @@ class Encoder:
         Raises:
             DataError: Prompt or answer have no token, or the answer alone is longer than the limit.
         """
-        context = text.rstrip(" ")
+        context, between = (text, "") if self.templated else (text.rstrip(" "), " ")
         start = len(self._open_ended(context))
-        return self.answered(self._open_ended(f"{context} {answer.strip()}"), start, f"the choice {answer!r}", where)
+        return self.answered(
+            self._open_ended(f"{context}{between}{answer.strip()}"), start, f"the choice {answer!r}", where
+        )
 
     def answered(self, ids: Sequence[int], start: int, name: str, where: str) -> ScoredTokens:
         """Cuts the tokens of a prompt with an answer, which begins at ``start`` and is scored, as :meth:`choice`."""
