@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,57 +37,49 @@ def stm(model: Any, dataset: Dataset, threshold: float = 2.5, *, kept: Path | No
 
     Args:
         model: The base, or the model as it starts.
-        dataset: ``input_ids`` and ``labels``, -100 where nothing is learned, of which no text is longer than the model
-            reads; as SFTTrainer takes them.
+        dataset: ``input_ids`` and ``labels``, -100 where nothing is learned, as SFTTrainer takes them.
         threshold: The highest perplexity of a token that is learned, 1 or more.
         kept: A JSON file for the places of the masked tokens, read where it is there.
 
     Raises:
-        DataError: No token is left.
+        DataError: No token is left, or a text is longer than the model's positions.
     """
-    if kept is None or not kept.is_file():
-        longest, most = max(map(len, dataset["input_ids"])), positions(model)
-        if most is not None and longest > most:
-            raise DataError(
-                "task.stm_threshold",
-                got=f"a text of {longest} tokens",
-                wanted=f"at most {most}, the positions of the base",
-                next_step="Cut it, or pack with packing_strategy bfd.",
-            )
-        nats = token_nats(model, Calibration(tuple(map(tuple, dataset["input_ids"])), 0))
-        places = [
-            [i for i, label in enumerate(labels) if label != -100 and nats[tuple(ids)][i] > math.log(threshold)]
-            for ids, labels in zip(dataset["input_ids"], dataset["labels"], strict=True)
-        ]
-    else:
+    learned = [[i for i, label in enumerate(labels) if label != -100] for labels in dataset["labels"]]
+    if kept is not None and kept.is_file():
         places = read_json(kept)["places"]
-    before = sum(label != -100 for labels in dataset["labels"] for label in labels)
-    masked = sum(map(len, places))
+    else:
+        nats, most = _nats(model, dataset["input_ids"]), math.log(threshold)
+        rows = zip(dataset["input_ids"], learned, strict=True)
+        places = [[i for i in own if nats[tuple(ids)][i] > most] for ids, own in rows]
+    masked, before = (sum(map(len, those)) for those in (places, learned))
     _log.info("stm: %d of %d tokens have a perplexity above %g and are not learned", masked, before, threshold)
     if masked == before:
-        raise DataError(
-            "task.stm_threshold",
-            got=f"{threshold:g}, below the perplexity of all {before} tokens that would be learned",
-            wanted="a threshold under which some are",
-            next_step="Raise it.",
+        raise _error(
+            f"{threshold:g}, below the perplexity of all {before} tokens", "one above some of them", "Raise it."
         )
     if kept is not None:
         write_json(kept, {"threshold": threshold, "tokens": before, "masked": masked, "places": places})
-    rows = zip(dataset["labels"], map(set, places), strict=True)
-    left = [[-100 if i in hidden else label for i, label in enumerate(labels)] for labels, hidden in rows]
+    hidden = [frozenset(own) for own in places]
+    both = zip(dataset["labels"], hidden, strict=True)
+    left = [[-100 if i in own else label for i, label in enumerate(labels)] for labels, own in both]
     return dataset.remove_columns("labels").add_column("labels", left)
 
 
-def token_nats(model: Any, data: Calibration) -> dict[tuple[int, ...], Tensor]:
-    """Returns -log p of each token of each text, float32; 0 for the first."""
-    found = {}
+def _nats(model: Any, texts: Sequence[Sequence[int]]) -> dict[tuple[int, ...], Tensor]:
+    """Computes -log p of each token of each text, float32; 0 for the first."""
+    longest, most, found = max(map(len, texts)), positions(model), {}
+    if most is not None and longest > most:
+        raise _error(f"a text of {longest} tokens", f"at most {most}", "Cut it, or pack with packing_strategy bfd.")
     with torch.no_grad(), in_evaluation(model):
-        for batch in tqdm(data.batches(1024), desc="stm", unit="batch", delay=2, disable=None, leave=False):
+        for batch in tqdm(Calibration(tuple(map(tuple, texts)), 0).batches(1024), desc="stm", delay=2, disable=None):
             mask = batch.attention_mask.to(model.device)
             logits = model(**arguments_of(batch, mask)).logits
             for row, ids, length in zip(logits, batch.input_ids, batch.attention_mask.sum(dim=1).tolist(), strict=True):
-                nats = functional.cross_entropy(
-                    row[: length - 1].float(), ids[1:length].to(row.device), reduction="none"
-                )
-                found[tuple(ids[:length].tolist())] = functional.pad(nats.cpu(), (1, 0))
+                wanted = ids[1:length].to(row.device)
+                nats = functional.cross_entropy(row[: length - 1].float(), wanted, reduction="none").cpu()
+                found[tuple(ids[:length].tolist())] = functional.pad(nats, (1, 0))
     return found
+
+
+def _error(got: str, wanted: str, next_step: str) -> DataError:
+    return DataError("task.stm_threshold", got=got, wanted=wanted, next_step=next_step)

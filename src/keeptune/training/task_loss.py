@@ -41,7 +41,15 @@ def add_loss(trainer: Any, plan: Plan, loss: TaskLoss) -> None:
         TrainError: The trainer is not TRL's SFTTrainer or has a loss of its own, or the loss needs a pass through the
             model that the trainer's back-end or the method has no room for.
     """
-    _refuse_trainer(trainer, loss)
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    sharded = loss.reads != "log_probs" and trainer.accelerator.distributed_type not in _ALONE
+    _refuse(
+        loss,
+        (not isinstance(trainer, SFTTrainer), f"a {type(trainer).__name__}", "Use TRL's SFTTrainer."),
+        (trainer.compute_loss_func is not None, "a compute_loss_func beside it", _ONE),
+        (parallel is not None and (parallel.sp_enabled or parallel.cp_enabled), "sequences in parts", "Take nll."),
+        (sharded, "weights in parts (FSDP, DeepSpeed)", "Take dft, a single process or DDP."),
+    )
     refuse_loss(loss, trainer.args, plan.method, plan.scope, [*head_names(plan), *token_rows(plan)])
     compute, log, tokens = trainer.compute_loss, trainer.log, _Tokens(trainer, plan, loss)
 
@@ -133,31 +141,8 @@ class _Tokens:
         self._checked = True
 
 
-def _refuse_trainer(trainer: Any, loss: TaskLoss) -> None:
-    parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    sharded = loss.reads != "log_probs" and trainer.accelerator.distributed_type not in _ALONE
-    _refuse(
-        loss,
-        (not isinstance(trainer, SFTTrainer), f"a {type(trainer).__name__}", "Use TRL's SFTTrainer."),
-        (trainer.compute_loss_func is not None, "a compute_loss_func beside it", _ONE),
-        (parallel is not None and (parallel.sp_enabled or parallel.cp_enabled), "sequences in parts", "Take nll."),
-        (sharded, "weights in parts (FSDP, DeepSpeed)", "Take dft, a single process or DDP."),
-    )
-
-
 def refuse_loss(loss: TaskLoss, args: Any, method: str, scope: str, beside: Sequence[str]) -> None:
-    """Refuses a loss that does not fit the trainer's arguments or the method.
-
-    Args:
-        loss: The loss.
-        args: Fields of SFTConfig.
-        method: The method's name.
-        scope: What it trains, as of a plan.
-        beside: What it trains beside targets.
-
-    Raises:
-        TrainError: There is another loss beside it, or no base is left that it could read.
-    """
+    """Raises TrainError for a loss beside another in the fields of SFTConfig, or where a method leaves it no base."""
     base = loss.reads == "base"
     _refuse(
         loss,
