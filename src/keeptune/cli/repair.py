@@ -15,8 +15,7 @@ from keeptune.cli.shared import Base, Device, Store, numbers_in
 def repair(
     adapter: Annotated[str, typer.Argument(help="An adapter, a run folder or a tuned model.", show_default=False)],
     knowledge: Annotated[
-        str | None,
-        typer.Option(help="What to keep, a JSONL file; default: that of the run, or the base's own texts."),
+        str | None, typer.Option(help="What to keep, a JSONL file; default: as the run, or the base's own texts.")
     ] = None,
     text: Annotated[str | None, typer.Option(help='Its template, such as "{question}\\nAnswer: {answer}".')] = None,
     task: Annotated[
@@ -60,13 +59,7 @@ def repair(
         device=device,
     )
     record = repair_adapter(
-        adapter,
-        output,
-        options,
-        knowledge=data.knowledge or None,
-        task=data.task,
-        base=base,
-        benchmarks=data.benchmarks,
+        adapter, output, options, knowledge=data.knowledge, task=data.task, base=base, benchmarks=data.benchmarks
     )
     print_repair(record, Console())
     seconds = record["seconds"]

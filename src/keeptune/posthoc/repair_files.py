@@ -53,9 +53,9 @@ class Files:
 
 
 class RepairData(NamedTuple):
-    """The examples of those files: sets of knowledge, the task (None for none), and what is scored."""
+    """The examples of those files: sets of knowledge (None for none), the task (None for none), and what is scored."""
 
-    knowledge: tuple[LanguageExamples, ...]
+    knowledge: tuple[LanguageExamples, ...] | None
     task: LanguageExamples | None
     benchmarks: tuple[Benchmark, ...]
 
@@ -82,7 +82,7 @@ def read_files(adapter: str, files: Files) -> RepairData:
     benchmarks = () if files.evaluate is None else tuple(load_recipe(files.evaluate).evaluate)
     for benchmark in benchmarks:
         refuse_used(used, benchmark)
-    return RepairData(tuple(sets), task, benchmarks)
+    return RepairData(tuple(sets) or None, task, benchmarks)
 
 
 def _recipe_of(adapter: Path) -> Mapping[str, Any]:
