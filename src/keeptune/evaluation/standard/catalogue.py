@@ -57,6 +57,7 @@ _WEBQS = {
 _GSM8K = {
     STANDARD: Scoring("exact_match", "exact_match,strict-match"),
     "flexible": Scoring("exact_match", "exact_match,flexible-extract"),
+    "peft": Scoring("exact_match", protocol="peft"),
     **_METAMATH,
 }
 _MATH = {

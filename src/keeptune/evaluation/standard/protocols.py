@@ -10,6 +10,8 @@ r"""How papers prompt and score where they do not use lm-eval: each a prompt, st
 ``bigcode``
     HumanEval and MBPP as bigcode-evaluation-harness prompts them, which LoRA-Null uses; it samples at temperature 0.2,
     here one greedy answer is run. FARSS uses evalplus, whose extra tests are not here.
+``peft``
+    GSM8K as PEFT's method comparison has it: MetaMathQA's question, and what follows the last announced answer counts.
 ``generated``
     WebQS by generation and exact match, as lm-eval has TriviaQA; lm-eval's own WebQS asks whether the likeliest
     tokens are those of an accepted answer, without writing anything.
@@ -34,6 +36,7 @@ _ALPACA = (
 # The scripts stop at the bare words too, wherever they stand in a solution.
 _METAMATH_STOPS = ("Instruction:", "Instruction", "Response:", "Response")
 _PHRASE = "The answer is: "
+_ANNOUNCED = (_PHRASE, "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
 # One separator at most: of "1,234,567" it takes 1,234. So do the scripts.
 _NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 
@@ -77,6 +80,23 @@ def metamath_number(text: str) -> int | None:
 def metamath_gold(answer: str) -> int:
     """Returns the right number of a GSM8K row, whose answer ends in ``#### 1,234``."""
     return int(answer.split("#### ")[1].replace(",", ""))
+
+
+def peft_answer(text: str) -> Fraction | str | None:
+    """Returns what follows the last announcement of an answer in a text, a number where it reads as one.
+
+    >>> peft_answer("3 + 4 = 7. The answer is: 7.00")
+    Fraction(7, 1)
+    """
+    text = text.strip().rstrip(".!?")
+    phrase = next((phrase for phrase in _ANNOUNCED if phrase in text), None)
+    if phrase is None:
+        return None
+    found = text.rpartition(phrase)[2].strip().split("\n", 1)[0].strip(" .!?$%")
+    try:
+        return Fraction(found)
+    except (ValueError, ZeroDivisionError):
+        return found
 
 
 def metamath_math(text: str, same: Callable[[str, str], bool], gold: str) -> float:
@@ -165,6 +185,13 @@ PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
         stops=_METAMATH_STOPS,
         new_tokens=1024,
         right=lambda row, text: float(metamath_number(text) == metamath_gold(row["answer"])),
+    ),
+    ("peft", "gsm8k"): Protocol(
+        prompt=lambda row: f"Question: {row['question']} Think step by step.\nAnswer:",
+        target=lambda row: str(row["answer"]),
+        stops=(),
+        new_tokens=300,
+        right=lambda row, text: float(peft_answer(text) == peft_answer(row["answer"])),
     ),
     ("metamath", "math"): Protocol(
         prompt=lambda row: _ALPACA.format(instruction=row["problem"]),
