@@ -332,9 +332,6 @@ def test_a_budget_that_the_bounds_do_not_allow_is_refused() -> None:
         {"r_avg": 0},
         {"boundary": -1},
         {"alpha": 0.0},
-        {"boundary_range": (0.5, 0.2)},
-        {"search_steps": 0},
-        {"search_examples": 0},
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
@@ -342,26 +339,16 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
         Farss(**options)
 
 
-def test_a_direct_plan_with_a_boundary_to_be_searched_says_what_to_do(bench: Bench) -> None:
-    with pytest.raises(PlanError, match="run a recipe: it searches"):
-        plan(bench, Farss())
+@pytest.mark.parametrize(("blocks", "wanted"), [(2, 1), (4, 1), (12, 3), (30, 7), (32, 8)])
+def test_the_boundary_is_a_quarter_of_the_depth_unless_it_is_given(blocks: int, wanted: int) -> None:
+    assert Farss().fitted(blocks).boundary == wanted
+    assert Farss(boundary=2).fitted(blocks).boundary == 2
 
 
-# The search's candidates
-
-
-@pytest.mark.parametrize(
-    ("blocks", "wanted"),
-    [(4, [1]), (5, [1]), (8, [1, 2]), (12, [2, 3]), (32, [4, 5, 6, 7, 8]), (40, [5, 6, 7, 8, 9, 10])],
-)
-def test_candidates_lie_between_an_eighth_and_a_quarter_of_the_depth(blocks: int, wanted: list[int]) -> None:
-    assert [c.boundary for c in Farss().candidates(blocks)] == wanted
-
-
-def test_a_wider_range_tries_more_and_a_given_boundary_nothing() -> None:
-    assert [c.boundary for c in Farss(boundary_range=(0.2, 0.8)).candidates(4)] == [1, 2, 3]
-    assert Farss(boundary=2).search is None
-    assert Farss(variant="all-high").search is None
+def test_a_direct_plan_takes_its_boundary_from_the_model(bench: Bench) -> None:
+    made, given = plan(bench, Farss(rank=4, r_max=4, r_avg=3)), plan(bench, Farss(rank=4, r_max=4, r_avg=3, boundary=1))
+    assert made.options["boundary"] == 1
+    assert all(torch.equal(a.init.B, b.init.B) for a, b in zip(made.targets, given.targets, strict=True))
 
 
 def test_inverse_weights_do_not_depend_on_the_unit() -> None:

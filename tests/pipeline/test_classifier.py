@@ -139,12 +139,8 @@ def test_what_is_more_than_two_factors_is_trained_with_the_head_and_exported_wit
 
 
 def test_farss_takes_gradients_of_the_classifiers_loss(make: Make, tmp_path: Path) -> None:
-    """And asks for the boundary, which its search could not score."""
-    farss = {"name": "farss", "rank": 4, "boundary": 1}
-    (entry,) = run(recipe_of(make(method=farss)))["methods"]
+    (entry,) = run(recipe_of(make(method={"name": "farss", "rank": 4})))["methods"]
     assert len({row["rank"] for row in entry["plan"]}) > 1
-    with pytest.raises(RecipeError, match=r"method\.boundary.*kind classification"):
-        run(recipe_of(make(method=farss | {"boundary": "auto"}, output=str(tmp_path / "auto"))))
 
 
 def test_the_task_is_learned(make: Make) -> None:

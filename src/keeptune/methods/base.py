@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -32,18 +32,6 @@ from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import Request
 
 SCALING = {"alpha": Range(above=0), "dropout": Range(least=0, below=1)}
-
-
-class Search(NamedTuple):
-    """Short training runs that decide an option.
-
-    Args:
-        steps: Optimiser steps of one run.
-        examples: Examples of the task, and of the knowledge, that a run is scored on.
-    """
-
-    steps: int
-    examples: int
 
 
 @dataclass(frozen=True)
@@ -94,11 +82,6 @@ class Method(Options):
     def trains(self) -> frozenset[TensorName]:
         """The factors that are trained, and the vectors beside them."""
         return frozenset({"A", "B"})
-
-    @property
-    def search(self) -> Search | None:
-        """The short training runs that choose one of ``candidates``; None where nothing is to be chosen."""
-        return None
 
     def place(self, option: str) -> str:
         """Returns ``"method.rank"`` for ``"rank"``."""
@@ -181,13 +164,9 @@ class Method(Options):
         """Returns the options as they are recorded in the plan."""
         return dataclasses.asdict(self)
 
-    def candidates(self, blocks: int) -> tuple[Any, ...]:
-        """Returns the methods that :attr:`search` chooses from.
-
-        Returns:
-            Methods with different values of the option ``boundary``.
-        """
-        return ()
+    def fitted(self, blocks: int) -> Self:
+        """Returns the method with the options decided that follow from how many blocks a model has."""
+        return self
 
     def planned(self, target: Target, decision: Decision, init: LowRank, scale: float, **parts: Any) -> TargetPlan:
         """Returns a target's plan that trains :attr:`trains`; ``parts`` are further fields of ``TargetPlan``."""

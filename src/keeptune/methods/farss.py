@@ -25,7 +25,6 @@ without dividing S by it (``selection="released"``).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -33,13 +32,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.decompositions import exact_svd
-from keeptune.methods.base import ScaledMethod, Search, Size, allot_rank
+from keeptune.methods.base import ScaledMethod, Size, allot_rank
 from keeptune.methods.importance import direction_scores, importance, shallow_ranks
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
@@ -58,8 +56,8 @@ class Farss(ScaledMethod):
         r_min: Least rank in shallow blocks.
         r_max: Largest rank in shallow blocks, and never more than a target can have.
         r_avg: Mean rank in shallow blocks that the budget is made of.
-        boundary: Blocks below it are shallow; ``"auto"`` searches by short runs (Section 3.1 of the paper names a
-            search without an algorithm; :mod:`keeptune.pipeline.boundary_search`).
+        boundary: Blocks below it are shallow; ``"auto"`` is a quarter of the depth, the upper end of the range that
+            Section 3.1 of the paper searches (it gives no algorithm; a sweep over the boundary is one).
         variant: ``"farss"``; ``"farss-init"`` only starts differently: rank R and the smallest scores everywhere
             (Table 4); ``"all-high"``: rank R and the largest scores everywhere (Table 6).
         ranks: ``"paper"`` clips (12), ``"exact-budget"`` shares the budget out to the unit.
@@ -69,16 +67,13 @@ class Farss(ScaledMethod):
             where no importance is needed (deep blocks).
         selection: ``"depth"`` as the paper says; ``"released"``: ranks below 128 take the smallest scores, others
             the largest, and S is not divided by the scale.
-        boundary_range: Shares of the depth that ``boundary="auto"`` searches between.
-        search_steps: Optimiser steps of one trial.
-        search_examples: Examples held out of the task, and knowledge texts, that a trial is scored on.
     """
 
     name = "farss"
     paper = "Chen et al., FARSS, 2025"
     anchored = True
     ranges = {
-        **dict.fromkeys(("r_min", "r_avg", "search_steps", "search_examples"), Range(least=1)),
+        **dict.fromkeys(("r_min", "r_avg"), Range(least=1)),
         "boundary": Range(least=0),
     }
 
@@ -92,15 +87,10 @@ class Farss(ScaledMethod):
     label_seed: int = 0
     scores: Literal["covariance", "streaming"] = "covariance"
     selection: Literal["depth", "released"] = "depth"
-    boundary_range: tuple[float, float] = (1 / 8, 1 / 4)
-    search_steps: int = 50
-    search_examples: int = 64
 
     def __post_init__(self) -> None:
         """Checks the options, also against each other."""
         super().__post_init__()
-        first, last = self.boundary_range
-        self.need(0 < first <= last < 1, "boundary_range", "two shares, 0 < first <= last < 1")
         self.need(self.r_min <= self.r_max, "r_min", f"1 to r_max ({self.r_max})")
 
     @classmethod
@@ -112,19 +102,11 @@ class Farss(ScaledMethod):
         average = min(r_avg, r_max)
         return cls(rank=rank, boundary=boundary, r_max=r_max, r_avg=average, alpha=128.0, selection="released")
 
-    @property
-    def search(self) -> Search | None:
-        """The search for the boundary."""
-        undecided = self.boundary == "auto" and self.variant == "farss"
-        return Search(self.search_steps, self.search_examples) if undecided else None
-
-    def candidates(self, blocks: int) -> tuple[Farss, ...]:
-        """Returns a method for each boundary within the range (Section 3.1)."""
-        first, last = (share * blocks for share in self.boundary_range)
-        boundaries = range(max(math.ceil(first - 1e-9), 1), max(math.floor(last + 1e-9), 1) + 1)
-        # A boundary that was tried under another range is the same trial.
-        default = type(self).boundary_range
-        return tuple(dataclasses.replace(self, boundary=boundary, boundary_range=default) for boundary in boundaries)
+    def fitted(self, blocks: int) -> Farss:
+        """Returns the method with its boundary decided."""
+        if self.boundary != "auto" or self.variant != "farss":
+            return self
+        return dataclasses.replace(self, boundary=max(blocks // 4, 1))
 
     @property
     def _gradient(self) -> GradientCovariance:
@@ -141,8 +123,8 @@ class Farss(ScaledMethod):
         return frozenset(full if self.scores == "covariance" else full | {self._streamed})
 
     def requests(self, target: Target) -> frozenset[Request]:
-        """Returns the covariances of shallow targets and the variances of the others, where the boundary is known."""
-        if self.scores == "covariance" or self.search:
+        """Returns the covariances of shallow targets and the variances of the others."""
+        if self.scores == "covariance":
             return self.statistics
         return frozenset({_INPUT, self._gradient} if self._shallow(target) else {self._streamed})
 
@@ -189,16 +171,13 @@ class Farss(ScaledMethod):
         return self.planned(target, decision, start, scale, evidence=evidence)
 
     def size(self, target: Target, downs: Collection[str]) -> Size:
-        """Counts rank R, or the mean rank in shallow blocks; all are taken for shallow before the search."""
-        if not self.search and not self._shallow(target):
+        """Counts rank R, or the mean rank in shallow blocks."""
+        if not self._shallow(target):
             return super().size(target, downs)
         return self.size_at(target, min(max(self.r_avg, self.r_min), self.r_max, target.max_rank), assumed=True)
 
     def _shallow(self, target: Target) -> bool:
         if self.variant != "farss":
             return False
-        if self.boundary == "auto":
-            wanted = "a number of blocks for a plan made directly"
-            advice = "Set one, or run a recipe: it searches with short runs before it plans."
-            raise PlanError(self.place("boundary"), got="auto", wanted=wanted, next_step=advice)
+        assert self.boundary != "auto", "`fitted` decides it"
         return 0 <= target.layer < self.boundary

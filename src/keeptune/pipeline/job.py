@@ -186,7 +186,7 @@ class Job:
     @cached_property
     def generations(self) -> list[tuple[SelfGeneration, str]]:
         """What the base writes as knowledge, each with its place."""
-        return own_knowledge.generations(self.recipe, self.method, self.needs)
+        return own_knowledge.generations(self.recipe, self.needs)
 
     @cached_property
     def written_knowledge(self) -> list[SelfWritten]:

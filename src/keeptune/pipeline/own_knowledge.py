@@ -35,13 +35,13 @@ def placed_files(recipe: Recipe) -> list[tuple[Knowledge, str]]:
     return [(part, where) for part, where in placed_knowledge(recipe) if isinstance(part, Knowledge)]
 
 
-def generations(recipe: Recipe, method: Method, needs: Collection[DataRole]) -> list[tuple[SelfGeneration, str]]:
+def generations(recipe: Recipe, needs: Collection[DataRole]) -> list[tuple[SelfGeneration, str]]:
     """Returns what the base writes, each with its place: also where knowledge is needed and the recipe names none.
 
     Raises:
         DataError: A file of prompts cannot be used.
     """
-    needed = "knowledge" in needs or recipe.replay > 0 or method.search is not None
+    needed = "knowledge" in needs or recipe.replay > 0
     if recipe.knowledge is None and recipe.task.of_language and needed:
         return [(SelfGeneration(), "knowledge")]
     placed = placed_knowledge(recipe)

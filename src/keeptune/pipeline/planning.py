@@ -130,6 +130,7 @@ def statistics_for(
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
     refuse_layers(method, options.layers)
+    method = method.fitted(depth(model))
     targets = find_targets(model, options.targets, options.layers)
     refuse_experts(method, targets)
     requests = {target: method.requests(target) for target in targets}
@@ -175,6 +176,7 @@ def plan_for(
         refuse_misread(model)
     refuse_not_finite(model)
     options = replace(options, fingerprint=options.fingerprint or body_fingerprint(model))
+    method = method.fitted(depth(model))
     penalties = penalties_of(method, penalties)
     refuse_penalties(method, penalties)
     weight_of = weight_reader(model, method, options.start_from, options.original)

@@ -20,7 +20,6 @@ from keeptune.core.locks import owned
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
-from keeptune.pipeline.boundary_search import choose_boundary
 from keeptune.pipeline.cache import take
 from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.job import Job
@@ -90,10 +89,8 @@ def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
 def plan_stage(job: Job) -> Plan:
     """Makes the plan, or loads the one that is there."""
     folder = job.output / "plan"
-    method, notes = choose_boundary(job)
-    inputs = job.plan_inputs | {"method": [method.name, method]}
-    notes = (*notes_of(job.recipe, job.written_knowledge), *notes)
-    inputs |= {"notes": list(notes)} if notes else {}
+    notes = notes_of(job.recipe, job.written_knowledge)
+    inputs = job.plan_inputs | ({"notes": list(notes)} if notes else {})
     key = content_key(inputs)
 
     def saved() -> tuple[str, Plan]:
@@ -104,7 +101,8 @@ def plan_stage(job: Job) -> Plan:
     if plan is None:
         started = time.perf_counter()
         options = replace(job.plan_options, provenance=inputs | {"key": key, "seed": job.seed})
-        plan = plan_for(job.planning_base(), method, job.store, data=job.data, penalties=job.penalties, options=options)
+        model, extra = job.planning_base(), job.penalties
+        plan = plan_for(model, job.method, job.store, data=job.data, penalties=extra, options=options)
         plan.save(folder)
         _write_recipe(job)
         write_json(folder / "seconds.json", {"plan": time.perf_counter() - started})

@@ -14,7 +14,7 @@ from keeptune.adapter.trained_head import trained_beside
 from keeptune.core.target import Target
 from keeptune.data import hub
 from keeptune.data.replay import replayed
-from keeptune.methods.base import Size
+from keeptune.methods.base import Method, Size
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import DryRun, Need, Scored, Trained
 from keeptune.pipeline.dry_run.data_sizes import Lengths, data_needs, on_the_hub, rows_of
@@ -153,10 +153,15 @@ class _Account:
         cached = self.shape.source == "the hub's cache"
         return Need("model", name, at_hand=cached, size=self.shape.stored, revision=revision)
 
+    @property
+    def _method(self) -> Method:
+        method: Method = self.job.method.fitted(self.shape.blocks)
+        return method
+
     @cached_property
     def _sizes(self) -> dict[Target, Size]:
         """What the method trains of each target; empty where all weights are trained."""
-        method, recipe = self.job.method, self.job.recipe
+        method, recipe = self._method, self.job.recipe
         if self._whole:
             return {}
         downs = self.shape.downs if method.rows_of_downs else frozenset[str]()
@@ -239,7 +244,7 @@ class _Account:
         needed: dict[tuple[Request, str], Target] = {}
         penalties = penalties_of(self.job.method, self.job.penalties)
         for target, size in self._sizes.items():
-            requests: set[Request] = set(self.job.method.requests(target))
+            requests: set[Request] = set(self._method.requests(target))
             for one in penalties if size.rank else ():
                 requests |= one.requests(plan_without_numbers(target, size))
             for request in requests:
