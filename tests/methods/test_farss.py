@@ -26,7 +26,9 @@ from keeptune.methods.farss import Farss
 from keeptune.methods.importance import direction_scores, importance, inverse_weights
 from keeptune.methods.milora import Milora
 from keeptune.methods.pissa import Pissa
+from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
+from keeptune.statistics.store import StatStore
 
 RELEASED = Farss.as_released()
 M, N = 12, 9
@@ -345,8 +347,12 @@ def test_the_boundary_is_a_quarter_of_the_depth_unless_it_is_given(blocks: int, 
     assert Farss(boundary=2).fitted(blocks).boundary == 2
 
 
-def test_a_direct_plan_takes_its_boundary_from_the_model(bench: Bench) -> None:
-    made, given = plan(bench, Farss(rank=4, r_max=4, r_avg=3)), plan(bench, Farss(rank=4, r_max=4, r_avg=3, boundary=1))
+def test_a_plan_in_python_takes_its_boundary_from_the_model(tmp_path: Path) -> None:
+    bench = Bench(MODELS["llama"](), tmp_path)
+    made, given = (
+        plan_for(bench.model, method, StatStore(tmp_path), data={"task": bench.task})
+        for method in (Farss(rank=4, r_max=4, r_avg=3), Farss(rank=4, r_max=4, r_avg=3, boundary=1))
+    )
     assert made.options["boundary"] == 1
     assert all(torch.equal(a.init.B, b.init.B) for a, b in zip(made.targets, given.targets, strict=True))
 
