@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.assets import STORIES
+from transformers import AutoTokenizer
 
 from keeptune.core.errors import DataError, RecipeError
+from keeptune.data.chat_template import ChatOptions
 from keeptune.data.conversation import Conversation
-from keeptune.data.formats import Answered, FormatOptions, parse_rows, text_or_messages
+from keeptune.data.formats import Answered, FormatOptions, parse_rows, read_examples, text_or_messages
 
 Message = dict[str, Any]
 USER, BOT = {"role": "user", "content": "Hi 🌍"}, {"role": "assistant", "content": "Hello"}
@@ -245,3 +248,42 @@ def test_unknown_names_are_refused_with_the_nearest(options: dict[str, Any], tol
 def test_a_field_that_rows_do_not_have_is_refused_with_those_there() -> None:
     with pytest.raises(DataError, match=r'got the fields messages, id, wanted the field "chat" of messages'):
         one({"messages": [USER], "id": 1}, FormatOptions(field_messages="chat"))
+
+
+# Examples
+
+
+@pytest.mark.parametrize("template", [None, "chatml"])
+def test_alpacas_rows_are_turns_through_a_template_and_its_own_prompt_without(template: str | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    rows = [{"instruction": "Add.", "input": "1, 2", "output": "3"}]
+    found = read_examples(rows, PLAIN, ChatOptions(chat_template=template), where="task.train")
+    [row] = found.token_rows(tokenizer)
+    text = tokenizer.decode(row.ids)
+    learned = tokenizer.decode([token for token, own in zip(row.ids, row.learned, strict=True) if own])
+    assert ("### Instruction:\nAdd." in text, "Add.\n1, 2" in text) == ((template is None), (template is not None))
+    assert learned.replace(" ", "") == "3</s>"
+
+
+@pytest.mark.parametrize(
+    ("row", "end", "learned"),
+    [
+        ({"text": "Once upon"}, True, "Once upon</s>"),
+        ({"text": "Once upon"}, False, "Once upon"),
+        ({"prompt": "Once", "completion": " upon"}, True, "upon</s>"),
+    ],
+)
+def test_texts_are_read_without_a_template(row: dict[str, str], end: bool, learned: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    tokenizer.chat_template = "{{ raise_exception('asked') }}"
+    [found] = read_examples([row], PLAIN, ChatOptions(), where="x", end=end).token_rows(tokenizer)
+    ids = [token for token, own in zip(found.ids, found.learned, strict=True) if own]
+    assert tokenizer.decode(ids).removeprefix("<s>").strip() == learned
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "a", "completion": " "}, turn(content=""), {"instruction": "a", "output": ""}], ids=str
+)
+def test_rows_that_all_have_nothing_to_learn_are_refused(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="2 rows, all with empty completions"):
+        read_examples([row, row], PLAIN, ChatOptions(), where="task.train")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from keeptune.adapter.export import Format
 from keeptune.core.artefact import canonical_json
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import RecipeError, nearest, placed
 from keeptune.data.chat_template import ChatOptions
 from keeptune.data.examples import Truncate
 from keeptune.data.formats import FormatOptions
@@ -62,7 +62,12 @@ class DataSection(Origin):
     @property
     def formats(self) -> FormatOptions:
         """How rows are read."""
-        return FormatOptions(self.format, self.field_messages, self.message_property_mappings or {}, self.roles or {})
+        names = self.message_property_mappings or {}, self.roles or {}
+        return placed(self._key, lambda: FormatOptions(self.format, self.field_messages, *names))
+
+    @property
+    def _key(self) -> str:
+        return f"recipe, key {type(self).__name__.lower()}"
 
     @property
     def talk(self) -> ChatOptions:
@@ -74,7 +79,7 @@ class DataSection(Origin):
     def _check_formats(self, templates: Sequence[str]) -> None:
         if self.formats != FormatOptions() and templates:
             raise RecipeError(
-                f"recipe, key {templates[0]}",
+                f"{self._key}.{templates[0]}",
                 got="a template beside keys of a format",
                 wanted="either templates, or a format",
                 next_step="Remove one of them: templates name the fields themselves.",
