@@ -90,8 +90,9 @@ def test_the_account_counts_both_answers_and_the_reference(make: Make) -> None:
     ("changes", "message"),
     [
         ({"task": {"text": "{x}"}}, "task.text: got a key that kind preference does not use"),
+        ({"task": {"turns": "last"}}, "task.turns: got a value, with kind preference"),
         ({"task": {"loss": "dft"}}, "task.loss: got a key that kind preference does not use"),
-        ({"task": {"truncate": "left"}}, "task.truncate: got left"),
+        ({"task": {"truncate": "left"}}, "task.truncate: got a value, with kind preference"),
         ({"task": {"chosen": "{best}"}}, "got fields prompt, chosen, rejected"),
         ({"train": {"packing": True}}, "train.packing: got an unknown key, wanted a field of TRL's DPOConfig"),
         ({"train": {"max_length": 2}}, "Raise max_length (2)"),

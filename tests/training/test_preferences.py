@@ -156,15 +156,16 @@ CHATML = (
 
 
 @pytest.mark.parametrize("examples", [PAIRS, JUDGED], ids=["pairs", "single"])
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", ["", "the tokenizer's", "the recipe's"])
 def test_tokens_are_those_of_trls_trainers(
-    examples: Preferences, chat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examples: Preferences, chat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chat:
-        monkeypatch.setattr(TOKENIZER, "chat_template", CHATML)
+        own = {"chat_template": CHATML} if "recipe" in chat else {}
+        monkeypatch.setattr(TOKENIZER, "chat_template", None if own else CHATML)
         prompts = tuple(({"role": "user", "content": prompt},) for prompt in examples.prompts)
         said = tuple(tuple(({"role": "assistant", "content": a},) for a in own) for own in examples.answers)
-        examples = Preferences(prompts, said, examples.good)
+        examples = Preferences(prompts, said, examples.good, template=own)
     trainer, config = (KTOTrainer, KTOConfig) if examples.good else (DPOTrainer, DPOConfig)
     data, _ = examples.dataset(TOKENIZER, None)
     args = config(str(tmp_path), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)

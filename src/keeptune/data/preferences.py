@@ -6,8 +6,8 @@ Prompts and answers are texts or messages. Where rows have no prompt, it is what
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -38,6 +38,7 @@ class Preferences(LanguageExamples):
         good: Whether the single answer is good; empty for pairs.
         where: The recipe key, for error messages.
         truncate: Whether examples that are too long lose their right end, or are left out.
+        template: A chat template of one's own, ``chat_template``, and its variables.
     """
 
     prompts: tuple[Text, ...]
@@ -45,6 +46,7 @@ class Preferences(LanguageExamples):
     good: tuple[bool, ...] = ()
     where: str = "task.train"
     truncate: Truncate = "right"
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -52,7 +54,7 @@ class Preferences(LanguageExamples):
     @property
     def fingerprint(self) -> str:
         """The content key of prompts, answers and judgements."""
-        return content_key([self.prompts, self.answers, self.good])
+        return content_key([self.prompts, self.answers, self.good, self.template])
 
     @property
     def read_texts(self) -> Sequence[str]:
@@ -62,8 +64,8 @@ class Preferences(LanguageExamples):
     def tokens(self, tokenizer: PreTrainedTokenizerBase, row: int) -> list[TokenRow]:
         """Returns a prompt with each of its answers as TRL's trainers have them: these begin at one place."""
         prompt, place = self.prompts[row], f"{self.where} row {row + 1}"
-        read = _encoded(tokenizer, prompt, place, answered=False)
-        whole = [_encoded(tokenizer, prompt + answer, place, answered=True) for answer in self.answers[row]]
+        read = self._encoded(tokenizer, prompt, place, answered=False)
+        whole = [self._encoded(tokenizer, prompt + answer, place, answered=True) for answer in self.answers[row]]
         start = min(common_start(read, ids) for ids in whole)
         return [TokenRow(tuple(ids), after(start, len(ids))) for ids in whole]
 
@@ -83,7 +85,22 @@ class Preferences(LanguageExamples):
         names = ("completion",) if self.good else ("chosen", "rejected")
         columns = {name: [self.answers[row][at] for row in kept] for at, name in enumerate(names)}
         columns |= {"label": [self.good[row] for row in kept]} if self.good else {}
+        columns |= {"chat_template_kwargs": [dict(self.template)] * len(kept)} if self.template else {}
         return Dataset.from_dict({"row": kept, "prompt": [self.prompts[row] for row in kept], **columns}), lost
+
+    def _encoded(self, tokenizer: PreTrainedTokenizerBase, text: Text, where: str, *, answered: bool) -> list[int]:
+        if isinstance(text, str):
+            end = tokenizer.eos_token or ""
+            return list(
+                tokenizer(text + (end if answered and not text.endswith(end) else ""), verbose=False)["input_ids"]
+            )
+        turns = {"add_generation_prompt": not answered, "tokenize": True, "return_dict": True, **self.template}
+        try:
+            return list(tokenizer.apply_chat_template(list(text), **turns)["input_ids"])
+        except (ValueError, TemplateError) as error:
+            got, wanted = f"messages that the chat template does not take ({error})", "a chat template for them"
+            next_step = "Set task.chat_template, such as chatml, or correct the row."
+            raise DataError(where, got=got, wanted=wanted, next_step=next_step) from error
 
 
 def preferences(
@@ -161,16 +178,3 @@ def _split(prompt: Text | None, answers: Sequence[Text], where: str) -> tuple[Te
     got = "an empty answer" if prompt else "no prompt"
     wanted = "a prompt, in the field `prompt` or as what both answers begin with, and answers after it"
     raise DataError(where, got=got, wanted=wanted, next_step="Add it, name its field (task.prompt), or remove the row.")
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: Text, where: str, *, answered: bool) -> list[int]:
-    if isinstance(text, str):
-        end = tokenizer.eos_token or ""
-        return list(tokenizer(text + (end if answered and not text.endswith(end) else ""), verbose=False)["input_ids"])
-    turns = {"add_generation_prompt": not answered, "tokenize": True, "return_dict": True}
-    try:
-        return list(tokenizer.apply_chat_template(list(text), **turns)["input_ids"])
-    except (ValueError, TemplateError) as error:
-        got, wanted = f"messages that the chat template does not take ({error})", "a chat template for them"
-        next_step = "Set task.chat_template, such as chatml, or correct the row."
-        raise DataError(where, got=got, wanted=wanted, next_step=next_step) from error

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import RecipeError
 from keeptune.data.calibration import Calibration
+from keeptune.data.chat_template import template_text
 from keeptune.data.completions import task_examples
 from keeptune.data.examples import Examples, LanguageExamples
 from keeptune.data.formats import FormatOptions, read_examples
@@ -30,6 +31,7 @@ from keeptune.model.head import Head
 from keeptune.recipe.sections import Kind, Knowledge, Task, TaskCalibration
 
 _PROBES = 8
+_NOT_JUDGED = ("format", "field_messages", "roles_to_train", "turns", "train_on_eos", "truncate")
 
 
 @dataclass(frozen=True)
@@ -119,14 +121,17 @@ def _read_completions(task: Task, rows: Sequence[Row], where: str) -> Examples:
 
 
 def _read_judged(task: Task, rows: Sequence[Row], where: str, *, paired: bool) -> Examples:
-    if task.truncate == "left":
-        wanted = "right or drop, as TRL's trainers of preferences cut"
-        raise RecipeError("task.truncate", got="left", wanted=wanted, next_step="Correct the value.")
+    for key in _NOT_JUDGED:
+        if getattr(task, key) != Task.model_fields[key].default and (key, task.truncate) != ("truncate", "drop"):
+            wanted = "none: whole answers are compared, in the fields of task.chosen and the like, cut at their end"
+            raise RecipeError(
+                f"task.{key}", got=f"a value, with kind {task.kind}", wanted=wanted, next_step="Remove it."
+            )
     pair = task.chosen or "{chosen}", task.rejected or "{rejected}"
     answers, label = (pair, None) if paired else ((task.completion or "{completion}",), task.label or "{label}")
-    names = FormatOptions(message_property_mappings=task.message_property_mappings or {}, roles=task.roles or {})
-    examples = preferences(rows, prompt=task.prompt, answers=answers, label=label, options=names, where=where)
-    return replace(examples, truncate=task.truncate)
+    examples = preferences(rows, prompt=task.prompt, answers=answers, label=label, options=task.formats, where=where)
+    own = {"chat_template": template_text(task.chat_template, where="task.chat_template")} if task.chat_template else {}
+    return replace(examples, truncate=task.truncate, template={**own, **(task.chat_template_kwargs or {})})
 
 
 def read_knowledge(part: Knowledge, rows: Sequence[Row], where: str) -> LanguageExamples:
