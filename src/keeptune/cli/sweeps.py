@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer import echo
 
-from keeptune.cli.compare import interval_text, run_and_show
+from keeptune.cli.compare import run_and_show
 from keeptune.cli.shared import RecipeFile, numbers_in, overrides_of
 
 
@@ -53,9 +52,8 @@ def _run_or_list(loaded: Any, dry_run: bool) -> None:
 
 def _show(compared: Any) -> None:
     """Print the points of a sweep: scores after training, K, T and KT; or its study of layers."""
-    from keeptune.core.intervals import combine, mean_of_seeds
-    from keeptune.experiments.front import as_json
     from keeptune.report.tables.analyses import print_benefits, print_study
+    from keeptune.report.tables.comparison_table import print_comparison
 
     series = compared.series
     if not series["rows"]:  # every run failed
@@ -63,14 +61,7 @@ def _show(compared: Any) -> None:
     if "study" in series:
         print_study(series, Console())
         return
-    names = [b["name"] for b in series["benchmarks"]]
-    table = Table("point", *names, "K", "T", "KT", box=None, header_style="bold")
-    for point in dict.fromkeys(row["name"] for row in series["rows"]):
-        runs = [row for row in series["rows"] if row["name"] == point]
-        scores = [[b for run in runs for b in run["benchmarks"] if b["name"] == name] for name in names]
-        values = [combine([(b["after"], *(b["before"] + end for end in b["interval"])) for b in own]) for own in scores]
-        values += [mean_of_seeds([run[key] for run in runs if run[key] is not None]) for key in ("K", "T", "KT")]
-        table.add_row(point, *("–" if value is None else interval_text(as_json(value)) for value in values))
-    Console().print(table)
+    runs = [row | {"label": row["name"], "adapter": "", "export_gap": None} for row in series["rows"]]
+    print_comparison({"base": "", "methods": runs}, Console())
     if "benefit" in series:
         print_benefits(series, Console())
