@@ -12,7 +12,6 @@ import matplotlib
 import pytest
 from matplotlib.image import imread
 
-from keeptune.report.estimates import methods
 from keeptune.report.figures import drawn, write_figure, write_figures
 from keeptune.report.pages import layer_charts, run_charts
 from keeptune.report.pages.charts import Chart, heat_map, layer_map, lying_bars
@@ -66,11 +65,6 @@ def test_dollar_signs_and_markup_are_plain_text(make: Callable[..., dict[str, An
     write_figure(swept(make(("$x_1$ <script>", 0.9, 0.8))), tmp_path / "x.svg")
     root = ElementTree.XML((tmp_path / "x.svg").read_text("utf-8"))
     assert "$x_1$ <script>" in " ".join(part.strip() for part in root.itertext() if part.strip())
-
-
-def test_uniform_rank(full: dict[str, Any]) -> None:
-    ranks = {method.label: layer_charts.uniform_rank(method) for method in methods(parse_report(full))}
-    assert ranks == {"lora": None, "milora": None, "lora-null-v1": 8}
 
 
 def test_spectra_of_methods_that_share_them_are_drawn_once(full: dict[str, Any]) -> None:

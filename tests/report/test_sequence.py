@@ -18,7 +18,6 @@ from keeptune.report.pages.sequence_charts import course, lines, losses, matrice
 from keeptune.report.pages.sequence_page import (
     final,
     knowledge,
-    matrix,
     render_sequence,
     sentences,
     stages,
@@ -76,7 +75,6 @@ def test_the_matrix_is_annotated_and_a_frame_marks_each_own_stage() -> None:
     assert frames == [pytest.approx(corner) for corner in ((1, 1), (2, 2), (3, 3))]
     assert nats.figure.to_plotly_json()["data"][0]["z"] == [[pytest.approx(2.4 + 0.05 * row)] for row in range(4)]
     assert nats.figure.layout.shapes == ()
-    assert matrix(made_up()).rows[2] == ("after cities", "0.750", "2.500", "0.900", "0.700 *", "0.200")
 
 
 def test_lines_have_the_interval_of_the_change_around_the_score() -> None:

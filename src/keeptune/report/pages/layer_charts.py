@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy
 
-from keeptune.report.estimates import Method, methods
+from keeptune.report.estimates import methods
 from keeptune.report.numbers import gap, listing
 from keeptune.report.pages.charts import (
     MANY,
@@ -32,18 +32,12 @@ _NUMBERED: Final = 16  # layers up to which cells hold numbers
 Read = Callable[[PlanRow], float | None]
 
 
-def uniform_rank(method: Method) -> int | None:
-    """Returns the rank that a method uses everywhere; None where ranks differ or there is no plan."""
-    ranks = {row.rank for row in method.plan}
-    return ranks.pop() if len(ranks) == 1 else None
-
-
 def ranks(report: Report) -> list[Chart]:
     """Returns maps of the ranks of methods whose ranks differ, and of every number that a plan has for each target."""
     charts = []
     for place, method in enumerate(methods(report)):
         rows, about = method.plan, f"{method.label} by layer and role"
-        if uniform_rank(method) is None:
+        if len({row.rank for row in rows}) > 1:
             charts += _map(f"ranks{place}", f"Ranks of {about}", rows, lambda row: row.rank, "rank", "cool")
         charts += _importances(f"importances{place}", f"Importances behind {about}", rows)
         sizes: dict[str, set[int]] = {}

@@ -100,7 +100,6 @@ def _caution(report: Report) -> str:
 def _sections(report: Report, traces: Mapping[str, Mapping[str, Any]]) -> list[Section]:
     """Returns the sections that have something to show."""
     losses = run_charts.losses(report)
-    uniform = _uniform_words(report)
     raw = "" if len(methods(report)) > MANY else " The raw values are faint."
     sections = [
         Section(
@@ -114,7 +113,7 @@ def _sections(report: Report, traces: Mapping[str, Mapping[str, Any]]) -> list[S
             "What they cost while training, and how far each layer moved; of several seeds the first.",
             tuple(layer_charts.penalties(report)),
         ),
-        Section("Plan: ranks", uniform, tuple(layer_charts.ranks(report))),
+        Section("Plan: ranks", "Where ranks differ, and what they rest on.", tuple(layer_charts.ranks(report))),
         Section(
             "Plan: evidence",
             "What the plans were made from, by layer.",
@@ -131,18 +130,4 @@ def _sections(report: Report, traces: Mapping[str, Mapping[str, Any]]) -> list[S
             ),
         ),
     ]
-    return [part for part in sections if part.charts or (part.words and part.words == uniform)]
-
-
-def _uniform_words(report: Report) -> str:
-    """Returns which methods use one rank everywhere; empty when there is no such method."""
-    by_rank: dict[int, list[str]] = {}
-    for method in methods(report):
-        rank = layer_charts.uniform_rank(method)
-        if rank is not None:
-            by_rank.setdefault(rank, []).append(method.label)
-    parts = [
-        f"{listing(labels)} {'uses' if len(labels) == 1 else 'use'} rank {rank} everywhere"
-        for rank, labels in by_rank.items()
-    ]
-    return f"{'; '.join(parts)}." if parts else ""
+    return [part for part in sections if part.charts]

@@ -15,7 +15,7 @@ from keeptune.report.pages.page import complete, render
 from keeptune.report.pages.parts import Bar, Grid, bar
 from keeptune.report.pages.repeat import repeat
 from keeptune.report.pages.sequence_charts import course, lines, losses, matrices
-from keeptune.report.sequences import Record, own_stage, row_names
+from keeptune.report.sequences import Record
 
 _TRANSFERS: Final = {"backward_transfer": "backward transfer", "forward_transfer": "forward transfer"}
 
@@ -50,7 +50,6 @@ def render_sequence(record: Record) -> str:
         over=over,
         progress=progress,
         losses=lost,
-        matrix=matrix(record),
         knowledge=knowledge(record),
         each=_each(record),
         stages=stages(record),
@@ -79,16 +78,6 @@ def sentences(record: Record) -> list[str]:
     if record.get("why"):
         said.append(f"Not every measure could be taken: {record['why']}.")
     return said
-
-
-def matrix(record: Record) -> Grid:
-    """Returns the scores after each stage; a star marks a task's own stage."""
-    own = [own_stage(record, column) for column in range(len(record["benchmarks"]))]
-    rows = [
-        (name, *(number(score) + (" *" if stage == row else "") for score, stage in zip(scores, own, strict=True)))
-        for row, (name, scores) in enumerate(zip(row_names(record), record["scores"], strict=True))
-    ]
-    return Grid(("", *(str(b["name"]) for b in record["benchmarks"])), tuple(rows))
 
 
 def knowledge(record: Record) -> list[tuple[str, str, str, str, Bar]]:
