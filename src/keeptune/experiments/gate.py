@@ -123,8 +123,8 @@ def _judged(result: BenchmarkResult, limit: float | None, estimate: Bound) -> di
     """Returns a result with what it lost, and whether that is above the limit; without a limit it never is."""
     low, high = result.interval
     sign = 1.0 if lower_is_better(result.metric) else -1.0
-    ends = sorted((sign * low, sign * high))
-    loss = sign * (result.after - result.before)
+    ends = sorted((sign * low + 0.0, sign * high + 0.0))  # 0 has no sign
+    loss = sign * (result.after - result.before) + 0.0
     counted = {"mean": loss, "lower": ends[0], "upper": ends[1]}[estimate]
     lost = limit is not None and counted > limit
     return result.summary() | {"loss": loss, "loss_interval": ends, "limit": limit, "lost": lost}

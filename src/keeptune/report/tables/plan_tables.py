@@ -85,7 +85,6 @@ def print_check(record: Row, console: Console) -> None:
     rows = [
         (
             str(item["name"]),
-            f"{item['metric']}, chat" if item["chat"] else str(item["metric"]),
             str(item["n"]),
             *(number(item[key]) for key in ("before", "after")),
             f"{item['loss']:+.4f}",
@@ -95,8 +94,8 @@ def print_check(record: Row, console: Console) -> None:
         )
         for item in record["benchmarks"]
     ]
-    heads = ("benchmark", "metric", "items", "base", "tuned", "lost", "95% interval", "limit", "verdict")
-    console.print(table(heads, rows, ("benchmark", "metric", "verdict")))
+    heads = ("benchmark", "items", "base", "tuned", "lost", "95% interval", "limit", "verdict")
+    console.print(table(heads, rows, ("benchmark", "verdict")))
     lost = [item["name"] for item in record["benchmarks"] if item["lost"]]
     words = f"lost more than it may: {', '.join(lost)}" if lost else "nothing lost more than it may"
     say(console, f"{words} (by the {record['estimate']} of the loss)")
