@@ -13,12 +13,12 @@ import torch
 from peft import PeftModel
 from tests.contract.conftest import ADAPTERS, CASES, RESCALING, WHOLE, World
 from tests.models import train_steps
+from tests.plan_differences import differences
 from torch import Tensor, nn
 
 from keeptune.adapter.install import held_parameters, install
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
-from keeptune.core.plan_differences import differences
 from keeptune.penalties.base import penalties, penalty_named
 from keeptune.pipeline.planning import penalties_of, refuse_penalties
 from keeptune.training.penalty_engine import Penalties

@@ -12,11 +12,11 @@ import pytest
 import torch
 from tests.contract.conftest import ADAPTERS, CASES, COUPLED, WHOLE, World
 from tests.models import Bench, RepaddingRunner, mask_forgotten, padded_left, relative, shard
+from tests.plan_differences import differences
 from torch import Tensor
 
 from keeptune.core.errors import ArtefactError, PlanError, StatisticsError
 from keeptune.core.plan import Plan
-from keeptune.core.plan_differences import differences
 from keeptune.core.target import Target
 from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Calibration

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from tests.models import MODELS
+from tests.plan_differences import differences
 
 from keeptune.core.errors import ArtefactError, PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
-from keeptune.core.plan_differences import differences
 from keeptune.core.target import Target
 from keeptune.core.weights import read_weight
 

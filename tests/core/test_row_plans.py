@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.plan_differences import differences
 
 from keeptune.core.artefact import read_json
 from keeptune.core.low_rank import LowRank, RowSelection
 from keeptune.core.plan import Decision, Plan, TargetPlan
-from keeptune.core.plan_differences import differences
 from keeptune.core.target import Target
 
 ROWS, SHAPE = (0, 3, 4), (6, 5)

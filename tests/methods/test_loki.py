@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models import MODELS, VOCAB, Bench, copies, labels_for, logits, off_by, relative, tokens, train_steps
+from tests.plan_differences import differences
 from tests.reference import loki_reference as reference
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
@@ -18,7 +19,6 @@ from keeptune.adapter.install import check_frozen, install, trained_names
 from keeptune.adapter.trained_change import change_of
 from keeptune.core.errors import ModelError, PlanError
 from keeptune.core.plan import Plan
-from keeptune.core.plan_differences import differences
 from keeptune.core.target import Target
 from keeptune.linalg.selections import Votes, voted
 from keeptune.methods.loki import Loki

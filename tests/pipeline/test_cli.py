@@ -133,22 +133,6 @@ def test_a_method_in_short_and_its_options(
     assert "7 targets, 2,312 trained parameters" in said.out
 
 
-def test_plan_diff(recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe, first = write_recipe(tmp_path / "recipe.yaml", recipe_values()), tmp_path / "first"
-    assert keeptune("plan", recipe, "--output", first, capsys=capsys).code == 0
-    diff = ("--diff", first / "plan")
-    said = keeptune("plan", recipe, *diff, capsys=capsys)
-    assert said.out.rstrip().endswith(f"equal to {first / 'plan'}")
-    said = keeptune("plan", recipe, *diff, "--method.rank", 2, capsys=capsys)
-    told = said.out.partition("this plan | ")[2]
-    assert "method.rank: 2 | 4" in told
-    assert "ranks that differ: 35 of 35 targets" in told
-    assert told.count("2 | 4") == 1 + 35
-    said = keeptune("plan", recipe, "--diff", tmp_path / "nowhere", capsys=capsys)
-    assert said.code == 2
-    assert "nowhere" in said.err
-
-
 def test_an_adapter_of_another_run_is_scored_apart(
     recipe_values: Values, finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,16 +77,10 @@ def stats(context: typer.Context, recipe: RecipeFile) -> None:
 
 
 @app.command(context_settings=OVERRIDES)
-def plan(
-    context: typer.Context,
-    recipe: RecipeFile,
-    diff: Annotated[Path | None, typer.Option(help="A plan folder to compare with.")] = None,
-) -> None:
+def plan(context: typer.Context, recipe: RecipeFile) -> None:
     """Print ranks, trained parameters and start error, without training."""
     from keeptune.adapter.anchor import start_errors
-    from keeptune.core.plan import Plan
     from keeptune.pipeline.run import plan_stage
-    from keeptune.report.tables.plan_diff import print_diff
     from keeptune.report.tables.plan_tables import print_plan
 
     job = _job(recipe, context)
@@ -97,11 +91,6 @@ def plan(
     errors = start_errors(job.base(), made, anchor=job.recipe.anchor)
     rows = [row | {"start_error": errors[row["target"]]} for row in made.summary()]
     print_plan(rows, Console(), made.provenance.get("notes", ()))
-    if diff is not None:
-        other = Plan.load(diff)
-        echo(f"\nthis plan | {diff}")
-        if not print_diff(made, other, Console()):
-            echo(f"equal to {diff}")
 
 
 @app.command(context_settings=OVERRIDES)
