@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from keeptune.core.errors import RecipeError
+from keeptune.core.errors import DataError, RecipeError
 from keeptune.data.conversations import Conversations
 from keeptune.pipeline.job import Job
+from keeptune.posthoc.repair_files import Files, read_files
 from keeptune.recipe.schema import make_recipe
 
 TURNS = [({"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}) for n in range(9)]
@@ -71,3 +72,24 @@ def test_keys_of_formats_are_checked_with_the_recipe(
 ) -> None:
     with pytest.raises(RecipeError, match=told):
         job(recipe_values(task={"train": "x.jsonl", **task}), tmp_path)
+
+
+def test_repair_reads_the_data_of_a_run_as_the_run_did(
+    files: dict[str, str], recipe_values: Values, tmp_path: Path
+) -> None:
+    run = job(recipe_values(task={"train": files["chat"]}, knowledge={"file": files["chat"]}), tmp_path)
+    (tmp_path / "out" / "plan").mkdir(parents=True)
+    (tmp_path / "out" / "recipe.json").write_text(json.dumps(run.recipe.written()), encoding="utf-8")
+    found = read_files(str(tmp_path / "out"), Files(task_examples=4))
+    assert found.task is not None
+    assert found.knowledge is not None
+    assert found.knowledge[0].read_texts == run.knowledge[0].read_texts
+    assert len(found.task) == 4
+    assert set(found.task.read_texts) <= set(run.task.read_texts)
+
+
+def test_conversations_without_a_template_are_refused_before_anything_is_computed(
+    files: dict[str, str], recipe_values: Values, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"task\.train: got conversations.*chat_template: chatml"):
+        job(recipe_values(task={"train": files["chat"]}), tmp_path).check()

@@ -365,6 +365,7 @@ class Job:
         self._refuse_quantised(config)
         check_original(recipe, config, self.float_source(recipe.original or recipe.model))
         quantised_loading(recipe.model, self._source())
+        self.task.first_tokens(1, self.tokenizer, 1)  # what a chat template refuses is refused here
         used = [Corpus("task.train", self.task_rows, self.task.read_texts)]
         for part, rows in zip(self.filed_knowledge, self.knowledge_rows, strict=True):
             texts = part.read_texts if self.head is None else Texts(tuple(part.read_texts)).whole

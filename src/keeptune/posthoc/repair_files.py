@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import RecipeError
-from keeptune.data.completions import TaskExamples
 from keeptune.data.disjoint import Corpus
-from keeptune.data.examples import LanguageExamples, draw_rows
+from keeptune.data.examples import LanguageExamples, Mixed, draw_rows
 from keeptune.data.knowledge import knowledge_set
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import refuse_used
 from keeptune.evaluation.benchmarks import Benchmark
+from keeptune.pipeline.task_kinds import KINDS, read_knowledge, task_files
 from keeptune.recipe.paths import resolve_file
 from keeptune.recipe.schema import load_recipe
+from keeptune.recipe.sections import Knowledge, Origin, Task
 
 _NONE = "none"
 _log = logging.getLogger(__name__)
@@ -104,15 +105,26 @@ def _sections(own: Any, files: Files) -> list[Mapping[str, Any]]:
     return [section for section in sections if "file" in section]  # what a run's base wrote is written or read again
 
 
-def _knowledge(section: Mapping[str, Any], files: Files) -> tuple[list[Row], TaskExamples]:
-    rows = read_jsonl(section["file"], where="--knowledge")[: files.examples]
+def _knowledge(section: Mapping[str, Any], files: Files) -> tuple[list[Row], LanguageExamples]:
+    origin = {name: section.get(name) for name in Origin.model_fields}
+    rows = read_jsonl(section["file"], where="--knowledge", **origin)[: files.examples]
     text = _typed(files.text) or section.get("text")
     if text is None and section.get("prompt") is not None:
         text = section["prompt"] + section["completion"]
+    if text is None and files.knowledge is None:
+        return rows, read_knowledge(Knowledge.model_validate(section), rows, "--knowledge")
     return rows, knowledge_set(rows, text=_template(text, rows, "--text", _TEXT), where="--knowledge")
 
 
-def _task(own: Mapping[str, Any], files: Files) -> tuple[list[Row], TaskExamples]:
+def _task(own: Mapping[str, Any], files: Files) -> tuple[list[Row], LanguageExamples]:
+    if files.task is None and files.prompt is None and own.get("kind") == "completion" and own.get("prompt") is None:
+        task = Task.model_validate(own)
+        parts = task_files(task)
+        found: LanguageExamples = KINDS[task.kind].examples(task, parts, 0)
+        drawn = draw_rows(len(found), files.task_examples, seed=0)
+        return [row for part in parts for row in part], Mixed((found,), tuple((0, row) for row in drawn))
+    if files.task is None and not isinstance(own["train"], str):
+        raise RecipeError("--task", got="nothing, and a run of several files", wanted="one file", next_step="Name it.")
     everything = read_jsonl(own["train"] if files.task is None else resolve_file(files.task), where="--task")
     rows = [everything[i] for i in draw_rows(len(everything), files.task_examples, seed=0)]
     prompt = _template(_typed(files.prompt) or own.get("prompt") or own.get("text"), rows, "--prompt", _PROMPT)
