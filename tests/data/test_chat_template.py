@@ -16,10 +16,13 @@ from tests.reference.chat_reference import assistant, header_of_answers, learned
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from keeptune.core.errors import DataError
+from keeptune.core.errors import DataError, RecipeError
 from keeptune.data.chat_template import CHATML, ChatOptions, ChatRow, ChatTemplate
 from keeptune.data.conversation import Conversation
 from keeptune.data.conversations import Conversations, conversation_examples
+from keeptune.data.formats import FormatOptions, read_examples
+from keeptune.pipeline.task_kinds import KINDS
+from keeptune.recipe.sections import Task
 
 SHIPPED = {file.stem: file.read_text() for file in Path(trl.__file__).parent.glob("chat_templates/*.jinja")}
 SMOLLM2 = (
@@ -301,3 +304,24 @@ def test_the_fingerprint_tells_messages_options_and_the_text_of_a_template(tmp_p
     keys = [one.fingerprint for one in made]
     file.write_text(CHATML + " ")
     assert len({*keys, made[0].fingerprint}) == 4
+
+
+def test_alpaca_is_a_chat_for_a_tokenizer_with_a_template_and_text_for_another(base: PreTrainedTokenizerBase) -> None:
+    rows = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}]
+    examples = read_examples(rows, FormatOptions(), ChatOptions(), where="task.train")
+    plain, chat = copy.copy(base), copy.copy(base)
+    plain.chat_template, chat.chat_template = None, CHATML
+    texts = [str(one.decode(examples.token_rows(one)[0].ids)) for one in (plain, chat)]
+    assert "### Response:" in texts[0] and "### Response:" not in texts[1] and "assistant" in texts[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [({}, Conversations), ({"turns": "each"}, Conversations), ({"format": "messages"}, Conversations)],
+)
+def test_a_recipe_with_a_file_of_conversations_needs_nothing_else(given: dict[str, Any], kind: type) -> None:
+    task = Task(train="chat.jsonl", **given)
+    examples = KINDS["completion"].read(task, [{"messages": list(TWO)}] * 3, "task.train")
+    assert isinstance(examples, kind) and len(examples) == (6 if given.get("turns") == "each" else 3)
+    with pytest.raises(RecipeError, match="task.completion"):
+        Task(train="chat.jsonl", prompt="{q}")
