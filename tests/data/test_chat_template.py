@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from keeptune.core.errors import DataError, RecipeError
-from keeptune.data.chat_template import CHATML, ChatOptions, ChatRow, ChatTemplate
+from keeptune.data.chat_template import CHATML, ChatOptions, ChatRow, ChatTemplate, with_template
 from keeptune.data.conversation import Conversation
 from keeptune.data.conversations import Conversations, conversation_examples
 from keeptune.data.formats import FormatOptions, read_examples
@@ -325,3 +325,9 @@ def test_a_recipe_with_a_file_of_conversations_needs_nothing_else(given: dict[st
     assert isinstance(examples, kind) and len(examples) == (6 if given.get("turns") == "each" else 3)
     with pytest.raises(RecipeError, match="task.completion"):
         Task(train="chat.jsonl", prompt="{q}")
+
+
+def test_a_runs_tokenizer_has_the_tasks_template_and_the_bases_stays_as_it_is(base: PreTrainedTokenizerBase) -> None:
+    assert base.chat_template is None
+    assert with_template(base, "qwen3").chat_template == SHIPPED["qwen3"] and with_template(base, None) is base
+    assert base.chat_template is None

@@ -104,6 +104,19 @@ def template_text(name: str, *, where: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def with_template(
+    tokenizer: PreTrainedTokenizerBase, name: str | None, *, where: str = "task.chat_template"
+) -> PreTrainedTokenizerBase:
+    """Returns a tokenizer with a template (None: its own); ``chatml`` ends turns as it ends texts if it must."""
+    if name is None:
+        return tokenizer
+    text, other = template_text(name, where=where), copy.copy(tokenizer)
+    if text == CHATML and "<|im_end|>" not in tokenizer.get_vocab():
+        text = CHATML.replace("<|im_end|>", str(tokenizer.eos_token))
+    other.chat_template = text
+    return other
+
+
 class ChatTemplate:
     """A chat template with its tokenizer, as a server applies them.
 
@@ -119,11 +132,9 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: ChatOptions, *, where: str) -> None:
+        tokenizer = with_template(tokenizer, options.chat_template, where=where)
         self.tokenizer, self.options = tokenizer, options
-        own = template_text(options.chat_template, where=where) if options.chat_template else None
-        if own == CHATML and "<|im_end|>" not in tokenizer.get_vocab():  # the model has an end token of its own
-            own = CHATML.replace("<|im_end|>", str(tokenizer.eos_token))
-        if own is None and not tokenizer.chat_template:
+        if not tokenizer.chat_template:
             new = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_vocab()]
             told = f" ({' and '.join(new)} would be new to the vocabulary)" if new else ""
             raise DataError(
@@ -132,7 +143,7 @@ class ChatTemplate:
                 wanted="a chat template",
                 next_step=f"Set chat_template: chatml{told}, or chat_template: file.jinja.",
             )
-        self._templates = {tools: str(tokenizer.get_chat_template(own, tools=[{}] * tools)) for tools in (0, 1)}
+        self._templates = {tools: str(tokenizer.get_chat_template(None, tools=[{}] * tools)) for tools in (0, 1)}
         self._twin, self._used_twin = _training_twin(tokenizer, self._templates[0]), False
         self.added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
         self._ends: dict[str, int | None] = {}

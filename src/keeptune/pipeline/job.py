@@ -19,6 +19,7 @@ from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
 from keeptune.core.weights import refuse_quantised
 from keeptune.data.calibration import Calibration
+from keeptune.data.chat_template import with_template
 from keeptune.data.disjoint import Corpus
 from keeptune.data.example_counts import DataAccount, data_account
 from keeptune.data.examples import LanguageExamples, TokenRow
@@ -125,8 +126,8 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer."""
-        return load_tokenizer(self.recipe.model, self._source())
+        """The base's tokenizer; the task's chat template becomes its own, and is exported and scored with it."""
+        return with_template(load_tokenizer(self.recipe.model, self._source()), self.recipe.task.chat_template)
 
     def base(self) -> PreTrainedModel:
         """Returns a freshly loaded base, in evaluation mode."""
