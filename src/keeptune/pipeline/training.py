@@ -58,7 +58,7 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     notes = [*([diverged] if diverged else []), *(conclusions(plan, loss[-1]) if loss else [])]
     if stm:
         notes.append(
-            f"stm: {stm['masked']} of {stm['tokens']} tokens are not learned, {stm['masked'] / stm['tokens']:.0%}"
+            f"stm: {stm['masked']} of {stm['tokens']} tokens are not learned, {stm['masked'] / stm['tokens']:.1%}"
         )
     for note in notes:
         _log.info("train: %s", note)
