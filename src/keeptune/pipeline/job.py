@@ -375,9 +375,8 @@ class Job:
             self.kind.check_benchmark(self.task, benchmark)
             refuse_used(used, benchmark, self.tokenizer)
         arguments = self.config(self.output / "checkpoints", torch.float32)
-        if self.loss is not None:
-            beside = [*(recipe.modules_to_save or ()), *map(str, recipe.trainable_token_indices or ())]
-            refuse_loss(self.loss, arguments, self.method.name, self.method.scope, beside)
+        beside = [*(recipe.modules_to_save or ()), *map(str, recipe.trainable_token_indices or ())]
+        refuse_loss(self.loss, arguments, self.method.name, self.method.scope, beside)
 
     def _refuse_quantised(self, config: Any = None) -> None:
         """Refuses a method or an anchor that would change weights which are quantised, by the recipe or the config."""

@@ -141,8 +141,10 @@ class _Tokens:
         self._checked = True
 
 
-def refuse_loss(loss: TaskLoss, args: Any, method: str, scope: str, beside: Sequence[str]) -> None:
+def refuse_loss(loss: TaskLoss | None, args: Any, method: str, scope: str, beside: Sequence[str]) -> None:
     """Raises TrainError for a loss beside another in the fields of SFTConfig, or where a method leaves it no base."""
+    if loss is None:
+        return
     base = loss.reads == "base"
     _refuse(
         loss,
