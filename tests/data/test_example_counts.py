@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.training.support import TOKENIZER
 
 from keeptune.data.completions import TaskExamples
-from keeptune.data.example_counts import data_account, marked
+from keeptune.data.example_counts import data_account, marked, shortened
 from keeptune.data.examples import TokenRow
 
 TASK = TaskExamples(("Where?", "Who?", "Who?", "Why? " * 30, "When?"), (" Here.", " Me.", " Me.", " So.", "  "))
@@ -26,15 +26,15 @@ def test_marked_stretches_are_the_whole_text(text: str, data: st.DataObject) -> 
 
 def test_what_is_lost_and_what_may_be_a_mistake_are_named() -> None:
     account, rows = data_account(TASK, TOKENIZER, 40, show=1)
-    assert (account.examples, account.kept, len(rows)) == (5, 4, 4)
-    assert account.lost == {"left out: nothing to learn within 40 tokens": [4]}
-    assert account.noted == {
+    assert (account["examples"], account["kept"], len(rows)) == (5, 4, 4)
+    assert account["lost"] == {"left out: nothing to learn within 40 tokens": [4]}
+    assert account["noted"] == {
         "equal to an example before them": [3],
         "answers without a word: only their end is learned": [5],
     }
-    assert account.tokens == sum(len(row.ids) for row in rows)
-    assert account.learned == sum(sum(row.learned) for row in rows)
-    assert account.lengths["longest"] == max(len(row.ids) for row in rows)
-    assert account.shown == [[("<s> Where?", False), (" Here.</s>", True)]]
-    plain = json.loads(json.dumps(account.plain(most=1)))
+    assert account["tokens"] == sum(len(row.ids) for row in rows)
+    assert account["learned"] == sum(sum(row.learned) for row in rows)
+    assert account["lengths"]["longest"] == max(len(row.ids) for row in rows)
+    assert account["shown"] == [[("<s> Where?", False), (" Here.</s>", True)]]
+    plain = json.loads(json.dumps(shortened(account, most=1)))
     assert plain["lost"] == {"left out: nothing to learn within 40 tokens": {"count": 1, "first": [4]}}

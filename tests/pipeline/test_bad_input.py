@@ -139,15 +139,6 @@ def test_layers_that_are_not_there(command: Callable[..., Said], tmp_path: Path)
     assert_nothing_written(tmp_path)
 
 
-def test_a_method_that_needs_knowledge(
-    command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("keeptune.pipeline.job.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    said = command(method=METHODS["lora-null-v1"], knowledge=None)
-    assert_told(said, "lora-null", "knowledge: {file: calibration.jsonl")
-    assert_nothing_written(tmp_path)
-
-
 def spoil_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 

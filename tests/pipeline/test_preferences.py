@@ -95,7 +95,7 @@ def test_the_account_counts_both_answers_and_the_reference(make: Make) -> None:
         ({"task": {"truncate": "left"}}, "task.truncate: got a value, with kind preference"),
         ({"task": {"chosen": "{best}"}}, "got fields prompt, chosen, rejected"),
         ({"train": {"packing": True}}, "train.packing: got an unknown key, wanted a field of TRL's DPOConfig"),
-        ({"train": {"max_length": 2}}, "Raise max_length (2)"),
+        ({"train": {"max_length": 2}}, "Raise train.max_length (2)"),
         ({"evaluate": "pairs.jsonl"}, "12 of 12 items that are in task.train too"),
     ],
 )  # fmt: skip

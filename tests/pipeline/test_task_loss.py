@@ -60,7 +60,7 @@ class _Plan:
     [
         ({"loss": "daft"}, {}, RecipeError, 'task.loss: got "daft".*dft'),
         ({"loss": {"alpha": 1}}, {}, RecipeError, "task.loss: got no name"),
-        ({"loss": {"name": "eaft", "power": 1}}, {}, RecipeError, "task.loss, eaft, key power"),
+        ({"loss": {"name": "eaft", "power": 1}}, {}, RecipeError, "task.loss.power"),
         ({"stm_threshold": 0.5}, {}, RecipeError, "task.stm_threshold"),
         ({"stm_threshold": math.inf}, {}, RecipeError, "task.stm_threshold"),
         ({"loss": "dft"}, {"train": {"label_smoothing_factor": 0.1}}, TrainError, "label_smoothing_factor beside"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,8 +14,7 @@ from rich.text import Text
 from keeptune.cli.shared import RecipeFile, load
 
 if TYPE_CHECKING:
-    from keeptune.data.example_counts import DataAccount, Marked
-    from keeptune.data.examples import Lost
+    from keeptune.data.example_counts import Marked
 
 
 def show_data(
@@ -32,7 +32,7 @@ def show_data(
 
     job = Job(load(recipe, context))
     account, rows = job.data_account(show)
-    for number, example in enumerate(account.shown, start=1):
+    for number, example in enumerate(account["shown"], start=1):
         Console().print(Text(f"── example {number} ──", "dim"))
         Console().print(_coloured(example), soft_wrap=True)
     _print_account(account)
@@ -52,14 +52,12 @@ def _coloured(example: Marked) -> Text:
     return text
 
 
-def _print_account(account: DataAccount) -> None:
-    lengths = account.lengths
+def _print_account(account: Mapping[str, Any]) -> None:
+    share = account["learned"] / account["tokens"]
     typer.echo(
-        f"{account.kept} of {account.examples} examples, {account.tokens} tokens, {account.learned} of them learned "
-        f"({account.learned / account.tokens:.0%}); {lengths['shortest']} to {lengths['longest']} tokens, "
-        f"median {lengths['median']:g}"
+        "{kept} of {examples} examples, {tokens} tokens, {learned} of them learned ({share:.0%}); {lengths[shortest]} "
+        "to {lengths[longest]} tokens, median {lengths[median]:g}".format(share=share, **account)
     )
-    kinds: list[Lost] = [account.lost, account.noted]
-    for reason, numbers in (item for kind in kinds for item in kind.items()):
+    for reason, numbers in {**account["lost"], **account["noted"]}.items():
         some = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
         typer.echo(f"{len(numbers)} examples {reason} (numbers {some})")

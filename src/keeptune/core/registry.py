@@ -66,26 +66,31 @@ def made(name: str, options: Mapping[str, Any], known: Mapping[str, type[Any]], 
         RecipeError: The name or an option is unknown, or a value does not fit.
     """
     cls = look_up(name, known, where, kind)
-    fields = [field.name for field in dataclasses.fields(cls)]
-    for key in options:
-        if key not in fields:
-            raise RecipeError(
-                f"{where}, {name}, key {key}",
-                got=f"an option that {name} does not have",
-                wanted="one of its options",
-                next_step=nearest(key, fields),
-            )
+    _check_names(options, cls, where, name)
     try:
         return TypeAdapter(cls).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
         raise RecipeError(
-            f"{where}, {name}, key {place}",
+            ".".join(map(str, (where, *first["loc"]))),
             got=repr(first["input"]),
-            wanted=first["msg"],
+            wanted=first["msg"].removeprefix("Input should be "),
             next_step="Correct the value.",
         ) from error
+
+
+def _check_names(given: Mapping[str, Any], cls: type[Any], where: str, owner: str) -> None:
+    known = {field.name: field.default for field in dataclasses.fields(cls)}
+    for key, value in given.items():
+        if key not in known:
+            raise RecipeError(
+                f"{where}.{key}",
+                got=f"an option that {owner} does not have",
+                wanted="one of its options",
+                next_step=nearest(key, known) if known else f"{owner} has no options.",
+            )
+        if dataclasses.is_dataclass(known[key]) and isinstance(value, Mapping):  # pydantic takes any key there
+            _check_names(value, type(known[key]), f"{where}.{key}", key)
 
 
 def _own(package: ModuleType, base: type[Any]) -> list[type[Any]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,43 +14,14 @@ Marked = list[tuple[str, bool]]  # stretches of a text, and whether they are lea
 _SHORT = 16  # learned tokens, up to which an answer is looked at for being empty
 
 
-@dataclass(frozen=True, slots=True)
-class DataAccount:
-    """Counts of training data.
-
-    Args:
-        examples: Examples that were given.
-        kept: Those that are trained on.
-        tokens: Their tokens.
-        learned: Those tokens that are learned.
-        lengths: ``shortest``, ``median`` and ``longest``, in tokens.
-        lost: What is not learned as it stands: what is wrong, to numbers of examples from 1.
-        noted: What is learned and may be a mistake, likewise.
-        shown: The first examples, as stretches of text with whether they are learned.
-    """
-
-    examples: int
-    kept: int
-    tokens: int
-    learned: int
-    lengths: Mapping[str, float]
-    lost: Lost
-    noted: Lost
-    shown: Sequence[Marked]
-
-    def plain(self, most: int = 20) -> dict[str, Any]:
-        """Returns it as JSON holds it, with the first ``most`` numbers of each reason and their count."""
-        values = asdict(self)
-        for name in ("lost", "noted"):
-            reasons: Lost = values[name]
-            values[name] = {why: {"count": len(rows), "first": list(rows[:most])} for why, rows in reasons.items()}
-        return values
-
-
 def data_account(
     examples: LanguageExamples, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, show: int = 3
-) -> tuple[DataAccount, list[TokenRow]]:
+) -> tuple[dict[str, Any], list[TokenRow]]:
     """Returns the account of what is trained on, and its tokens.
+
+    The account has the number of ``examples`` given and of those ``kept``, their ``tokens``, those ``learned``, and
+    ``lengths``: ``shortest``, ``median``, ``longest``. ``lost`` names what is not learned as it stands, ``noted`` what
+    may be a mistake: what is wrong, to numbers of examples from 1. ``shown`` are the first examples as :func:`marked`.
 
     Args:
         examples: What is trained on.
@@ -64,13 +34,28 @@ def data_account(
     """
     rows, lost = examples.fitted(tokenizer, max_length)
     lengths = [len(row.ids) for row in rows]
-    learned = sum(label != -100 for row in rows for label in labels_of(row))
-    spread = {"shortest": min(lengths), "median": statistics.median(lengths), "longest": max(lengths)}
-    shown = [marked(row, tokenizer) for row in rows[:show]]
-    counts = (len(examples), len(rows), sum(lengths), learned)
     out = {number for reason, numbers in lost.items() if reason.startswith(LEFT_OUT) for number in numbers}
     numbers = [number for number in range(1, len(examples) + 1) if number not in out]
-    return DataAccount(*counts, spread, lost, _noted(dict(zip(numbers, rows, strict=True)), tokenizer), shown), rows
+    account = {
+        "examples": len(examples),
+        "kept": len(rows),
+        "tokens": sum(lengths),
+        "learned": sum(label != -100 for row in rows for label in labels_of(row)),
+        "lengths": {"shortest": min(lengths), "median": statistics.median(lengths), "longest": max(lengths)},
+        "lost": lost,
+        "noted": _noted(dict(zip(numbers, rows, strict=True)), tokenizer),
+        "shown": [marked(row, tokenizer) for row in rows[:show]],
+    }
+    return account, rows
+
+
+def shortened(account: Mapping[str, Any], most: int = 20) -> dict[str, Any]:
+    """Returns an account with the first ``most`` numbers of each reason, and their count."""
+    reasons = {
+        name: {why: {"count": len(rows), "first": list(rows[:most])} for why, rows in account[name].items()}
+        for name in ("lost", "noted")
+    }
+    return {**account, **reasons}
 
 
 def marked(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> Marked:

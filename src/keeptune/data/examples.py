@@ -109,7 +109,9 @@ class LanguageExamples(Examples):
         return [row.ids[:max_length] for row in self.token_rows(tokenizer, range(min(count, len(self))))]
 
     def _calibration(self, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calibration:
-        found = fit(self.token_rows(tokenizer, rows), max_length, self.truncate, where=self.where)[0]
+        place = "task.calibration" if self.where.startswith("task") else self.where
+        key = "--max-length" if place.startswith("--") else f"{place}.max_length"
+        found = fit(self.token_rows(tokenizer, rows), max_length, self.truncate, where=self.where, key=key)[0]
         if len(found) < len(rows):
             _log.warning(
                 "%s: %d examples have nothing to learn within %d tokens and are left out",
@@ -177,7 +179,7 @@ def labels_of(row: TokenRow) -> list[int]:
 
 
 def fit(
-    rows: Sequence[TokenRow], max_length: int | None, truncate: Truncate, *, where: str
+    rows: Sequence[TokenRow], max_length: int | None, truncate: Truncate, *, where: str, key: str = "train.max_length"
 ) -> tuple[list[TokenRow], Lost]:
     """Cuts examples to a length, and leaves out those of which nothing is learned.
 
@@ -186,6 +188,7 @@ def fit(
         max_length: Tokens; None for any length.
         truncate: Whether an example that is too long loses its right or its left end, or is left out.
         where: The recipe key, for errors.
+        key: That of the length.
 
     Returns:
         The examples that teach, and what is lost.
@@ -215,7 +218,7 @@ def fit(
             where,
             got=f"{len(rows)} examples, all " + "; ".join(f"{reason} ({len(n)})" for reason, n in lost.items()),
             wanted="at least one with something to learn",
-            next_step=f"Raise max_length ({max_length}), shorten the prompts, or check what the rows hold.",
+            next_step=f"Raise {key} ({max_length}), shorten the prompts, or check what the rows hold.",
         )
     return kept, lost
 

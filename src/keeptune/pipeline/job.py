@@ -21,7 +21,7 @@ from keeptune.core.weights import refuse_quantised
 from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import with_template
 from keeptune.data.disjoint import Corpus
-from keeptune.data.example_counts import DataAccount, data_account
+from keeptune.data.example_counts import data_account
 from keeptune.data.examples import LanguageExamples, TokenRow
 from keeptune.data.knowledge import joined_knowledge
 from keeptune.data.labelled import Texts
@@ -246,7 +246,7 @@ class Job:
         assert isinstance(self.task, LanguageExamples)
         return with_replay(self.task, self.knowledge, self.recipe.replay, self.seed)
 
-    def data_account(self, show: int = 3) -> tuple[DataAccount, list[TokenRow]]:
+    def data_account(self, show: int = 3) -> tuple[dict[str, Any], list[TokenRow]]:
         """Returns what is learned of the data that are trained on, with some examples written out, and their tokens.
 
         Raises:

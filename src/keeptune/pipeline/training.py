@@ -14,6 +14,7 @@ from keeptune.core.artefact import atomic_directory, content_key, read_json, rea
 from keeptune.core.errors import TrainError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
+from keeptune.data.example_counts import shortened
 from keeptune.data.examples import LanguageExamples
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import conclusions
@@ -68,7 +69,7 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
         "arguments": job.recipe.train,
         "labels": None if job.head is None else list(job.head.labels),
         "replay": {"share": job.recipe.replay, "examples": len(job.trained_examples) - len(job.task)},
-        "data": job.data_account()[0].plain() if isinstance(job.trained_examples, LanguageExamples) else None,
+        "data": shortened(job.data_account()[0]) if isinstance(job.trained_examples, LanguageExamples) else None,
         "task_loss": task.loss,
         "stm": {key: value for key, value in stm.items() if key != "places"},
         "loss": loss,

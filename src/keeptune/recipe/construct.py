@@ -6,12 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.registry import made
 from keeptune.methods.base import method_named, methods
 from keeptune.penalties.base import Penalty, penalties, penalty_named
-from keeptune.recipe.sections import explain
 from keeptune.training.losses.base import TaskLoss, loss_named, losses
 
 
@@ -27,28 +25,9 @@ def make_method(options: Mapping[str, Any], *, seed: int) -> Any:
         PlanError: An option is out of range.
     """
     name, given = _named(options, "method", methods())
-    cls = method_named(name)
-    _check_names(given, cls, "method", cls.name)
-    if any(field.name == "seed" for field in dataclasses.fields(cls)):
+    if any(field.name == "seed" for field in dataclasses.fields(method_named(name))):
         given = {"seed": seed, **given}
-    try:
-        return TypeAdapter(cls).validate_python(given)
-    except ValidationError as error:
-        raise explain(error, "method", lambda _: [field.name for field in dataclasses.fields(cls)]) from error
-
-
-def _check_names(given: Mapping[str, Any], cls: type[Any], where: str, owner: str) -> None:
-    known = {field.name: field.default for field in dataclasses.fields(cls)}
-    for key, value in given.items():
-        if key not in known:
-            raise RecipeError(
-                f"{where}.{key}",
-                got=f"an option that {owner} does not have",
-                wanted="one of its options",
-                next_step=nearest(key, known) if known else f"{owner} has no options.",
-            )
-        if dataclasses.is_dataclass(known[key]) and isinstance(value, Mapping):  # pydantic takes any key there
-            _check_names(value, type(known[key]), f"{where}.{key}", key)
+    return made(name, given, methods(), "method", "method")
 
 
 def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[Penalty, ...]:
