@@ -40,7 +40,7 @@ unit: $(BIN)/.dev /usr/bin/chromium /usr/bin/bwrap
 	$(BIN)/pytest -n 2 --dist worksteal
 
 bench: $(BIN)/.dev
-	$(BIN)/python benchmarks/run.py
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/run.py
 
 # DATA: a folder with whole data files (assets/SOURCE.md).
 study: $(BIN)/.dev

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,9 +18,9 @@ from keeptune.core.errors import ModelError, RecipeError, StatisticsError
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import blocks_of, parts_of
 from keeptune.model.pretrained import load_model, load_tokenizer
-from keeptune.model.probes import causal_tracing as tracing
 from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, Tracer, embedding_std, noise_of
-from keeptune.model.probes.tracing_passes import OutputKind, RestoredModules, TracedBatch, full_pass, plain_answers
+from keeptune.model.probes.suffix import Suffix
+from keeptune.model.probes.tracing_passes import OutputKind, RestoredModules, Streams, TracedBatch
 
 READINGS: tuple[Reading, ...] = ("diagonal", "positions")
 every_model = pytest.mark.parametrize("make", [llama, qwen2, gpt2])
@@ -54,7 +54,6 @@ def test_fast_equals_one_run_per_state(
     (batch,) = small().batches(padding_side=side)
     tracer = Tracer(model, reading=reading, kind=kind, window=window, chunk=40)
     found = traced(model, batch, tracer)
-    assert tracer.fits
     assert len(found) == 3
     for one in found.values():
         reference = wanted(model, one, reading, kind, window)
@@ -83,7 +82,6 @@ def test_fast_equals_one_run_per_state_on_real_models(name: str, reading: Readin
         reference = wanted(model, one, reading)
         assert reference.abs().max() > 1e-2
         torch.testing.assert_close(one.heat, reference, rtol=0, atol=1e-5)
-    assert tracer.fits
 
 
 @every_reading
@@ -102,7 +100,6 @@ def test_sliding_windows_are_kept(family: str, attention: str, reading: Reading)
     (batch,) = small().batches(padding_side="left")
     tracer = Tracer(model, reading=reading)
     found = traced(model, batch, tracer)
-    assert tracer.fits
     for one in found.values():
         reference = wanted(model, one, reading)
         assert reference.abs().max() > 1e-3
@@ -110,34 +107,29 @@ def test_sliding_windows_are_kept(family: str, attention: str, reading: Reading)
 
 
 @every_reading
-def test_an_architecture_that_does_not_fit_is_traced_plainly(reading: Reading, caplog: Any) -> None:
+def test_an_architecture_that_does_not_fit_is_refused(reading: Reading) -> None:
     config = transformers.BloomConfig(vocab_size=64, hidden_size=HIDDEN, n_layer=3, n_head=4, initializer_range=0.2)
-    torch.manual_seed(0)
     model = transformers.BloomForCausalLM(config).eval()  # its positions are a bias, not an input
     (batch,) = small().batches()
-    tracer = Tracer(model, reading=reading, chunk=40)
-    with caplog.at_level(logging.WARNING, logger="keeptune"):
-        found = traced(model, batch, tracer)
-        again = traced(model, batch, tracer)
-    assert tracer.fits is False
-    assert caplog.text.count("one run per state is done") == 1
-    for one in found.values():
-        torch.testing.assert_close(one.heat, wanted(model, one, reading), rtol=0, atol=1e-6)
-        assert torch.equal(again[one.tokens].heat, one.heat)
+    with pytest.raises(ModelError, match=r"Bloom[^$]*cannot be run on some tokens alone"):
+        traced(model, batch, Tracer(model, reading=reading))
 
 
 @every_reading
-def test_a_wrong_fast_way_is_found_out(reading: Reading, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrong", ["prefix", "positions"])
+def test_streams_that_differ_from_the_kept_run_are_found_out(
+    reading: Reading, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = deep(llama)
     (batch,) = small().batches()
-    right = traced(model, batch, Tracer(model, reading=reading))
-    fast = tracing.Streams.answers
-    monkeypatch.setattr(tracing.Streams, "answers", lambda streams: fast(streams) * 0.9)
-    with caplog.at_level(logging.WARNING, logger="keeptune"):
-        found = traced(model, batch, Tracer(model, reading=reading))
-    assert "differs from one run per state" in caplog.text
-    for text, one in found.items():
-        torch.testing.assert_close(one.heat, right[text].heat, rtol=0, atol=1e-6)
+    if wrong == "prefix":
+        mask = Suffix._mask
+        monkeypatch.setattr(Suffix, "_mask", lambda self, given: mask(self, given) & False)
+    else:
+        cut = Suffix._cut
+        monkeypatch.setattr(Suffix, "_cut", lambda self, value: cut(replace(self, columns=self.columns * 0), value))
+    with pytest.raises(ModelError, match="numbers differ by"):
+        traced(model, batch, Tracer(model, reading=reading))
 
 
 def test_equals_romes_tracing_of_a_subject() -> None:
@@ -174,12 +166,12 @@ def test_restoring_all_positions_at_any_layer_gives_the_clean_answer(make: Facto
     sites, texts = RestoredModules.of(model, "block", 1), TracedBatch.of(batch, model.device)
     noise = noise_of(Noise(), batch, model, embedding_std(model))
     with torch.no_grad():
-        clean = full_pass(sites, texts)
-        corrupted = full_pass(sites, texts, noise=noise)
-        every = [(layer, texts.mask.bool()) for layer in range(4)]
-        found = plain_answers(sites, texts, clean, noise, every, rows=3)
-    assert (clean.answers - corrupted.answers).abs().max() > 1e-2
-    torch.testing.assert_close(found, clean.answers.expand(4, -1, -1), rtol=0, atol=1e-6)
+        clean, corrupted = (sites.keep(batch, sites.outputs, noise=given) for given in (None, noise))
+        columns = torch.arange(texts.mask.shape[1]).expand(len(texts), -1)
+        found = Streams(sites, texts, clean, corrupted, columns, texts.mask.bool()[None], alone=False).answers()
+        wanted, damaged = (sites.answers(texts, run) for run in (clean, corrupted))
+    assert (wanted - damaged).abs().max() > 1e-2
+    torch.testing.assert_close(found, wanted.expand(4, 1, -1, -1), rtol=0, atol=1e-6)
 
 
 @every_reading

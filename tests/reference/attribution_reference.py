@@ -18,14 +18,16 @@ POINTS = {
 
 
 def downs_of(model: Any) -> Sequence[nn.Module]:
-    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
-    return [layer.mlp.c_proj if hasattr(layer.mlp, "c_proj") else layer.mlp.down_proj for layer in layers]
+    ends = ("mlp.c_proj", "mlp.down_proj", "fc2", "mlp.dense_4h_to_h")
+    return [module for name, module in model.named_modules() if name.endswith(ends)]
 
 
 def outputs(model: Any, ids: Sequence[int]) -> tuple[list[Tensor], Tensor]:
     """z of each block, ``(S, D)``, and the last position's logits."""
     found: list[Tensor] = []
-    handles = [m.register_forward_hook(lambda m, i, out: found.append(out[0].detach())) for m in downs_of(model)]
+    handles = [
+        m.register_forward_hook(lambda m, i, out: found.append(out.detach().flatten(0, -2))) for m in downs_of(model)
+    ]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
     for handle in handles:
@@ -35,7 +37,7 @@ def outputs(model: Any, ids: Sequence[int]) -> tuple[list[Tensor], Tensor]:
 
 def scored(model: Any, ids: Sequence[int], layer: int, value: Tensor, token: int, target: str) -> Tensor:
     """F with the down-projection's output at all positions replaced, ``(S, D)``."""
-    handle = downs_of(model)[layer].register_forward_hook(lambda m, i, out: value[None].to(out.dtype))
+    handle = downs_of(model)[layer].register_forward_hook(lambda m, i, out: value.to(out.dtype).reshape(out.shape))
     logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
     handle.remove()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

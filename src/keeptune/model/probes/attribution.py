@@ -14,29 +14,34 @@ last token only and keeps the left end of each step, the second scales all token
 
 Completeness: multiplied, the attributions of a block sum to F(z) - F(z') as steps grow, where the last token alone is
 scaled.
+
+Only what a scaled output can change is run again. The output of a down-projection at the last token changes the last
+token's stream only. So for ``last``, one clean run keeps keys and values; then each (block, point of its path) is one
+token that enters its block beside those of the blocks below, sees the kept keys and values as a prefix and its own as
+the rest, and one way back serves all blocks. For ``all``, a block's scaled outputs change what all tokens see above it:
+the text is run again from the block's kept input, without a graph, for its keys and values; the last token's stream,
+which is all that the gradient passes through, then runs with a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from keeptune.core.errors import ModelError, RecipeError, StatisticsError
 from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, head_of
 from keeptune.model.down_projections import down_projections
-from keeptune.model.probes.attribution_passes import ScaledNodes, last_columns
-from keeptune.model.probes.block_calls import fast_or_none, probabilities, take
-from keeptune.model.runner import arguments_of, still
+from keeptune.model.probes.block_calls import BlockCall, Blocks, KeptRun, probabilities, take
+from keeptune.model.probes.suffix import Suffix
+from keeptune.model.runner import still
 
 Positions = Literal["last", "all"]
 Baseline = Literal["zero", "pad"]
@@ -102,15 +107,38 @@ def quadrature(rule: Rule, steps: int) -> tuple[tuple[float, ...], tuple[float, 
     return tuple((k + first) / steps for k in range(steps)), (1 / steps,) * steps
 
 
+@dataclass
+class _Clean:
+    """Texts as they are, of the last token or of all: its column ``(B, 1)``, and where the paths start."""
+
+    mask: Tensor
+    last: Tensor
+    run: KeptRun
+    starts: list[Tensor]
+
+    def path(self, at: int, alpha: float) -> Tensor:
+        """Returns a point of a down-projection's path, ``(B, C, D)``, float32."""
+        start = self.starts[at].float()
+        return start + alpha * (self.run.outputs[at].float() - start)
+
+    def at_last(self, values: Tensor) -> Tensor:
+        """Returns what belongs to the last token of ``(B, C, ...)``, ``(B, 1, ...)``."""
+        return take(values, self.last) if values.shape[1] == self.mask.shape[1] else values
+
+    def suffix(self, count: int, times: int, cache: DynamicCache) -> Suffix:
+        """Returns the last column, ``count`` times."""
+        columns = self.last.expand(-1, count)
+        return Suffix(self.run, self.mask.shape[1], columns, alone=True, times=times, cache=cache)
+
+
 class Attributor:
     """Attributes batches of texts, with a causal language model without adapters.
 
     Args:
         chunk: Tokens in a pass; it changes speed and memory only.
-        plain: Do one run of the model per point even where the fast way applies.
     """
 
-    def __init__(self, model: PreTrainedModel, integral: Integral, *, chunk: int = 2048, plain: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, integral: Integral, *, chunk: int = 2048) -> None:
         if head_of(model) or not model.can_generate() or model.config.is_encoder_decoder:
             raise ModelError(
                 type(model).__name__,
@@ -121,21 +149,11 @@ class Attributor:
         self.targets = down_projections(model)
         self.integral = integral
         self.points, self.weights = quadrature(integral.rule, integral.steps)
-        self.nodes = ScaledNodes(
-            model,
-            blocks_of(model),
-            tuple(model.get_submodule(target.name) for target in self.targets),
-            tuple(target.layer for target in self.targets),
-            chunk,
-            partial(score, target=integral.target),
-        )
-        # None: not tried yet.
-        self.fits: bool | None = False if plain else None
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The blocks that have a down-projection."""
-        return self.nodes.layers
+        self.blocks = Blocks(model, blocks_of(model))
+        self.modules = tuple(model.get_submodule(target.name) for target in self.targets)
+        self.layers = tuple(target.layer for target in self.targets)
+        self.chunk = chunk
+        self.checked = False
 
     def attribute(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """Attributes the token after the last one of each text: ``(B, layers, nodes)``, signed, float32, on the CPU.
@@ -145,12 +163,21 @@ class Attributor:
             wanted: ``(B,)``, the token ids to score; None for the model's own most likely ones.
 
         Raises:
+            ModelError: The model's blocks cannot be run on the last token alone.
             StatisticsError: An attribution is not finite.
         """
-        with still(self.nodes.model):
-            values = self._try_fast(batch, wanted) if self.fits is None else None
-            if values is None:
-                values = (self._fast if self.fits else self._plain)(batch, wanted)[0]
+        with still(self.blocks.model):
+            clean = self._clean(batch)
+            with torch.no_grad():
+                logits = self.blocks.tail(clean.at_last(clean.run.inputs[-1]))[:, 0]
+            tokens = logits.float().argmax(dim=-1) if wanted is None else wanted.to(logits.device)
+            if not self.checked:
+                # At the end of its path nothing is changed.
+                middle, ends = [(len(self.modules) - 1) // 2], (1.0, 1.0)
+                kept = score(logits, tokens, self.integral.target).expand(2, -1)
+                self.blocks.check(lambda: self._gradients(clean, tokens, middle, ends)[0], kept, "attribution")
+                self.checked = True
+            values = self._integrated(clean, tokens)
         if not bool(torch.isfinite(values).all()):
             raise StatisticsError(
                 "attribution",
@@ -160,77 +187,136 @@ class Attributor:
             )
         return values.cpu()
 
-    @property
-    def _pad(self) -> int | None:
-        return self.integral.pad_token if self.integral.baseline == "pad" else None
+    def _clean(self, batch: Batch) -> _Clean:
+        """Runs texts as they are, without the head."""
+        mask = batch.attention_mask.to(device_of(self.blocks.model))
+        steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        last = (mask * steps).argmax(dim=1, keepdim=True)
 
-    def _fast(self, batch: Batch, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the attributions and ``(states, B)`` scores."""
-        nodes, whole = self.nodes, self.integral.positions == "all"
-        clean = nodes.clean(batch, whole=whole, pad_token=self._pad)
-        tokens = _tokens(clean.logits, wanted)
-        states = [(at, alpha) for at in range(len(nodes.modules)) for alpha in self.points]
-        scores, gradients = (nodes.all if whole else nodes.last)(clean, tokens, states)
-        gradients = gradients.reshape(len(nodes.modules), len(self.points), *gradients.shape[1:])
+        def cut(values: Tensor) -> Tensor:
+            return values if self.integral.positions == "all" else take(values, last)
+
+        run = self.blocks.keep(batch, self.modules, cut)
+        if self.integral.baseline == "zero":
+            return _Clean(mask, last, run, [torch.zeros_like(output) for output in run.outputs])
+        pads = Batch(torch.full_like(batch.input_ids, self.integral.pad_token), batch.attention_mask)
+        return _Clean(mask, last, run, self.blocks.keep(pads, self.modules, cut).outputs)
+
+    def _integrated(self, clean: _Clean, tokens: Tensor) -> Tensor:
+        every = range(len(self.modules))
+        _, gradients = self._gradients(clean, tokens, every, self.points)
+        gradients = gradients.reshape(len(every), len(self.points), *gradients.shape[1:])
         mean = torch.einsum("lkbd,k->bld", gradients, gradients.new_tensor(self.weights))
         if not self.integral.times_activation:
-            return mean, scores
-        spans = [output - start for output, start in zip(clean.outputs, clean.starts, strict=True)]
-        return mean * torch.stack([(take(s, clean.last) if whole else s)[:, 0] for s in spans], dim=1), scores
+            return mean
+        spans = [clean.run.outputs[at].float() - clean.starts[at].float() for at in every]
+        return mean * torch.cat([clean.at_last(span) for span in spans], dim=1)
 
-    def _plain(self, batch: Batch, wanted: Tensor | None, some: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Does one run of the whole model for each point, by hooks on the modules: works on any model."""
-        nodes = self.nodes
-        mask = batch.attention_mask.to(device_of(nodes.model))
-        last = last_columns(mask)
+    def _gradients(
+        self, clean: _Clean, tokens: Tensor, ats: Sequence[int], points: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores tokens ``(B,)`` at each point of the path of each down-projection, a state each.
+
+        Returns:
+            ``(states, B)``, the score; ``(states, B, D)``, its gradient with respect to the last token's scaled output.
+        """
+        parts = []
+        for leaves, cache in self._leaves(clean, ats, points):
+            for part in self._streams(clean, leaves, cache, tokens):
+                # Rows are texts within points.
+                split = part.reshape(-1, len(tokens), *part.shape[1:])
+                parts.append(split.transpose(1, 2).flatten(0, 1))
+        return torch.cat(parts[::2]), torch.cat(parts[1::2])
+
+    def _leaves(
+        self, clean: _Clean, ats: Sequence[int], points: Sequence[float]
+    ) -> Iterator[tuple[dict[int, Tensor], DynamicCache]]:
+        """Yields scaled outputs of the last token, ``(rows, n, D)`` each, and the keys and values that they see."""
+        if self.integral.positions == "last":
+            states = [(at, alpha) for at in ats for alpha in points]
+            for some in _batched(states, self.chunk // 4 // len(clean.mask)):
+                scaled = {at: [clean.path(at, alpha) for other, alpha in some if other == at] for at in dict(some)}
+                yield {at: torch.cat(paths, dim=1) for at, paths in scaled.items()}, clean.run.cache
+            return
+        for at in ats:
+            for some in _batched(points, self.chunk // clean.mask.numel()):
+                path = torch.cat([clean.path(at, alpha) for alpha in some])
+                yield {at: take(path, clean.last.repeat(len(some), 1))}, self._above(clean, at, path, len(some))
+
+    def _above(self, clean: _Clean, at: int, path: Tensor, times: int) -> DynamicCache:
+        """Runs texts from a block on with its output scaled at all tokens, for their keys and values."""
+        width, layer, store = clean.mask.shape[1], self.layers[at], DynamicCache()
+        if layer == len(self.blocks.blocks) - 1:
+            return clean.run.cache
+        columns = torch.arange(width, device=clean.mask.device).expand(len(clean.mask), -1)
+        suffix = Suffix(clean.run, width, columns, alone=False, times=times)
+
+        def enter(number: int, hidden: Tensor) -> BlockCall | None:
+            if number < layer:
+                return None
+            return suffix.call(number, suffix.rows(clean.run.inputs[number]) if number == layer else hidden, store)
+
+        def scaled(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            return path.to(output).reshape(output.shape)
+
         with torch.no_grad():
-            logits, outputs = _watched(nodes, batch, mask)
-            tokens = _tokens(take(logits, last)[:, 0], wanted)
-            starts = [torch.zeros_like(output) for output in outputs]
-            if self._pad is not None:
-                pads = Batch(torch.full_like(batch.input_ids, self._pad), batch.attention_mask)
-                starts = _watched(nodes, pads, mask)[1]
-        here = torch.arange(mask.shape[1], device=mask.device) == last
-        values, scores = [], []
-        for at in range(len(nodes.modules)) if some is None else some:
-            output, start = outputs[at], starts[at]
-            total = torch.zeros_like(output[:, 0])
-            for alpha, weight in zip(self.points, self.weights, strict=True):
-                path = start + alpha * (output - start)
-                leaf = take(path, last).requires_grad_(True)
-                base = output if self.integral.positions == "last" else path
-                handle = nodes.modules[at].register_forward_hook(_replacing(base, here, leaf))
-                with torch.enable_grad():
-                    try:
-                        logits = take(nodes.model(**arguments_of(batch, mask)).logits, last)[:, 0]
-                    finally:
-                        handle.remove()
-                    scored = nodes.score(logits, tokens)
-                    (gradient,) = torch.autograd.grad(scored.sum(), leaf)
-                total += weight * gradient[:, 0]
-                scores.append(scored.detach())
-            values.append(total * take(output - start, last)[:, 0] if self.integral.times_activation else total)
-        return torch.stack(values, dim=1), torch.stack(scores)
+            self.blocks.run(enter, [(self.modules[at], scaled)])
+        return store
 
-    def _try_fast(self, batch: Batch, wanted: Tensor | None) -> Tensor | None:
-        """Attributes the first batch the fast way; compares one block of its most padded text with the plain way."""
+    def _streams(
+        self, clean: _Clean, leaves: dict[int, Tensor], cache: DynamicCache, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the last tokens' streams, entering with leaves ``(rows, n, D)``, and goes back through them.
 
-        def gap(result: tuple[Tensor, Tensor]) -> float:
-            values, scores = result
-            row = int(batch.attention_mask.sum(dim=1).argmin())
-            one = Batch(batch.input_ids[row : row + 1], batch.attention_mask[row : row + 1])
-            at = (len(self.layers) - 1) // 2
-            plain, levels = self._plain(one, None if wanted is None else wanted[row : row + 1], [at])
-            fast = scores.reshape(len(self.layers), len(self.points), -1)[at, :, row]
-            gaps = _gap(values[row, at], plain[0, 0]), _gap(fast, levels[:, 0])
-            return max(gaps)
+        Returns ``(rows, states)`` and ``(rows, states, D)``.
+        """
+        ready = {at: leaf.detach().requires_grad_(True) for at, leaf in leaves.items()}
+        entering = {self.layers[at]: leaf.shape[1] for at, leaf in ready.items()}
+        times = len(next(iter(ready.values()))) // len(tokens)
+        count = 0
 
-        # In half precision the order of a sum shows.
-        tolerance = 1e-3 if torch.finfo(self.nodes.model.dtype).eps < 1e-4 else 0.2
-        probe = "attribution: block and point"
-        result = fast_or_none(self.nodes.model, lambda: self._fast(batch, wanted), gap, tolerance, probe)
-        self.fits = result is not None
-        return None if result is None else result[0]
+        def enter(number: int, hidden: Tensor) -> BlockCall | None:
+            nonlocal count
+            rows, new = [hidden] if count else [], entering.get(number, 0)
+            if new:
+                rows.append(clean.at_last(clean.run.inputs[number]).repeat(times, 1, 1).expand(-1, new, -1))
+            count += new
+            return clean.suffix(count, times, cache).call(number, torch.cat(rows, dim=1)) if rows else None
+
+        def scaling(leaf: Tensor) -> Any:
+            def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+                there = output.reshape(len(leaf), count, -1)[:, : count - leaf.shape[1]]
+                return torch.cat([there, leaf.to(output)], dim=1).reshape(output.shape)
+
+            return hook
+
+        with torch.enable_grad():
+            final = self.blocks.run(enter, [(self.modules[at], scaling(leaf)) for at, leaf in ready.items()])
+        scores, slopes, sizes = self._scored(final, tokens.repeat(times))
+        gradients = torch.autograd.grad(final, list(ready.values()), slopes)
+        return scores, torch.cat(gradients, dim=1) * sizes[..., None]
+
+    def _scored(self, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores the last block's output ``(rows, n, hidden)``, a slice at a time; gradients are over powers of two."""
+        flat = hidden.detach().flatten(0, 1)[:, None]
+        tokens = wanted[:, None].expand(hidden.shape[:2]).flatten()
+        vocabulary = self.blocks.model.config.get_text_config().vocab_size
+        size = max(1, self.chunk * flat.shape[-1] // vocabulary)
+        parts = []
+        for first in range(0, len(flat), size):
+            some = flat[first : first + size].requires_grad_(True)
+            with torch.enable_grad():
+                logits = self.blocks.tail(some)[:, 0]
+                leaf = logits.detach().float().requires_grad_(True)
+                scored = score(leaf, tokens[first : first + size], self.integral.target)
+            (slope,) = torch.autograd.grad(scored.sum(), leaf)
+            # A probability near 0 or 1 has gradients that float16 would take for zero.
+            power = torch.exp2(slope.abs().amax(dim=-1).clamp_min(1e-30).log2().round())
+            (back,) = torch.autograd.grad(logits, some, (slope / power[:, None]).to(logits))
+            parts.append((scored.detach(), back[:, 0], power))
+        scores, slopes, powers = (torch.cat(part) for part in zip(*parts, strict=True))
+        form = hidden.shape[:2]
+        return scores.reshape(form), slopes.reshape(hidden.shape), powers.reshape(form)
 
 
 def score(logits: Tensor, wanted: Tensor, target: Score) -> Tensor:
@@ -241,28 +327,6 @@ def score(logits: Tensor, wanted: Tensor, target: Score) -> Tensor:
     return logits.gather(-1, wanted[..., None]).squeeze(-1)
 
 
-def _tokens(logits: Tensor, wanted: Tensor | None) -> Tensor:
-    return logits.float().argmax(dim=-1) if wanted is None else wanted.to(logits.device)
-
-
-def _gap(values: Tensor, wanted: Tensor) -> float:
-    """Largest difference over the largest value; of values near zero, such as where F is near 1, rounding is all."""
-    return float((values - wanted).abs().max() / wanted.abs().max().clamp_min(1e-2))
-
-
-def _watched(nodes: ScaledNodes, batch: Batch, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
-    outputs: list[Tensor] = []
-    with ExitStack() as stack:
-        for module in nodes.modules:
-            handle = module.register_forward_hook(
-                lambda *seen: outputs.append(seen[2].reshape(*mask.shape, -1).float())
-            )
-            stack.callback(handle.remove)
-        return cast(Tensor, nodes.model(**arguments_of(batch, mask)).logits), outputs
-
-
-def _replacing(base: Tensor, here: Tensor, leaf: Tensor) -> Any:
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return torch.where(here[..., None], leaf, base).to(output.dtype).reshape(output.shape)
-
-    return hook
+def _batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(items), max(1, size)):
+        yield items[first : first + max(1, size)]

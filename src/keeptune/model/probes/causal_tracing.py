@@ -23,6 +23,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,16 +33,7 @@ from transformers import PreTrainedModel
 from keeptune.core.errors import RecipeError, StatisticsError
 from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
-from keeptune.model.probes.block_calls import fast_or_none
-from keeptune.model.probes.tracing_passes import (
-    OutputKind,
-    RestoredModules,
-    RunStates,
-    TracedBatch,
-    full_pass,
-    plain_answers,
-)
-from keeptune.model.probes.tracing_streams import Streams
+from keeptune.model.probes.tracing_passes import OutputKind, RestoredModules, Streams, TracedBatch
 from keeptune.model.runner import still
 
 Reading = Literal["diagonal", "positions"]
@@ -120,7 +112,6 @@ class Tracer:
         kind: What is restored.
         window: Layers restored together, for attention and MLP outputs.
         chunk: Tokens in a pass with restored states; it changes speed and memory only.
-        plain: Do one run per state even where the fast way applies.
     """
 
     def __init__(
@@ -131,13 +122,11 @@ class Tracer:
         kind: OutputKind = "block",
         window: int = 10,
         chunk: int = 2048,
-        plain: bool = False,
     ) -> None:
         self.modules = RestoredModules.of(model, kind, window)
         self.reading = reading
         self.chunk = chunk
-        # None: not tried yet.
-        self.fits: bool | None = False if plain else None
+        self.checked = False
 
     def trace(self, batch: Batch, noise: Tensor) -> list[Traced]:
         """Traces a batch with a loss mask; returns one result for each text, in the batch's order.
@@ -145,16 +134,25 @@ class Tracer:
         Noise ``(B, W, hidden)`` is added to the token embeddings.
 
         Raises:
+            ModelError: The model's blocks cannot be run on some tokens alone.
             StatisticsError: A probability is not finite, or the texts have no answers.
         """
         with still(self.modules.model), torch.no_grad():
             texts = TracedBatch.of(batch, device_of(self.modules.model))
-            clean = full_pass(self.modules, texts)
-            noised = full_pass(self.modules, texts, noise=noise, cached=self.fits is not False)
-            restored = self._try_fast(texts, clean, noised, noise) if self.fits is None else None
-            if restored is None:
-                restored = (self._fast if self.fits else self._plain)(texts, clean, noised, noise)
-        traced = [self._one(texts, row, clean, noised, restored) for row in range(len(texts))]
+            clean, noised = (self.modules.keep(batch, self.modules.outputs, noise=given) for given in (None, noise))
+            before, after = (self.modules.answers(texts, run) for run in (clean, noised))
+            streams = partial(Streams, self.modules, texts, clean, noised, alone=self.reading == "diagonal")
+            if not self.checked:
+                columns = texts.places[:, :2]
+                if self.reading == "positions":
+                    columns = _from(int(texts.places.min()), texts)
+                nothing = torch.zeros_like(columns, dtype=torch.bool)[None]
+                kept = after[:, : columns.shape[1]] if self.reading == "diagonal" else after
+                found = streams(columns=columns, at=nothing).answers
+                self.modules.check(found, kept.expand(len(self.modules.blocks), 1, -1, -1), "trace")
+                self.checked = True
+            restored = (self._diagonal if self.reading == "diagonal" else self._positions)(texts, streams, after, noise)
+        traced = [self._one(texts, row, before, after, restored) for row in range(len(texts))]
         if not all(bool(torch.isfinite(one.restored).all() & torch.isfinite(one.clean).all()) for one in traced):
             raise StatisticsError(
                 "causal tracing",
@@ -164,81 +162,38 @@ class Tracer:
             )
         return traced
 
-    def _one(self, texts: TracedBatch, row: int, clean: RunStates, noised: RunStates, restored: Tensor) -> Traced:
+    def _one(self, texts: TracedBatch, row: int, clean: Tensor, noised: Tensor, restored: Tensor) -> Traced:
         tokens = tuple(texts.batch.input_ids[row][texts.batch.attention_mask[row].bool()].tolist())
         answered, S = texts.answered[row], int(texts.prompts[row])
-        before, after, answers = clean.answers[row][answered], noised.answers[row][answered], restored[:, :, row]
+        before, after, answers = clean[row][answered], noised[row][answered], restored[:, :, row]
         if self.reading == "diagonal":
             return Traced(tokens, S, before.cpu(), after.cpu(), answers[:, : len(before)].cpu())
         sums = answers[:, :S, answered].sum(dim=-1)
         return Traced(tokens, S, before.sum().expand(S).cpu(), after.sum().expand(S).cpu(), sums.cpu())
 
-    def _columns(self, texts: TracedBatch) -> Tensor:
-        """Returns the column of each position to restore, ``(K, B)``; -1 where a text is shorter."""
-        if self.reading == "diagonal":
-            return texts.places.T
-        steps = torch.arange(int(texts.prompts.max()), device=texts.mask.device)[:, None]
-        return torch.where(steps < texts.prompts, texts.start + steps, -1)
+    def _diagonal(self, texts: TracedBatch, streams: partial[Streams], *_: Tensor) -> Tensor:
+        """Returns ``(L, T, B)``."""
+        parts = []
+        for some in torch.split(texts.places, max(1, self.chunk // (len(self.modules.blocks) * len(texts))), dim=1):
+            at = torch.ones_like(some, dtype=torch.bool)[None]
+            parts.append(streams(columns=some, at=at).answers()[:, 0])
+        return torch.cat(parts, dim=2).transpose(1, 2)
 
-    def _fast(self, texts: TracedBatch, clean: RunStates, noised: RunStates, noise: Tensor) -> Tensor:
-        """Returns ``(L, T, B)`` for reading A, ``(L, S, B, T)`` for reading B."""
-        layers, columns = len(self.modules.blocks), self._columns(texts)
-        if self.reading == "diagonal":
-            size = max(1, self.chunk // (layers * len(texts)))
-            parts = []
-            for some in torch.split(columns.T, size, dim=1):
-                at = torch.ones_like(some, dtype=torch.bool)[None]
-                parts.append(Streams(self.modules, texts, clean, noised, some, at, alone=True).answers()[:, 0])
-            return torch.cat(parts, dim=2).transpose(1, 2)
+    def _positions(self, texts: TracedBatch, streams: partial[Streams], noised: Tensor, noise: Tensor) -> Tensor:
+        """Returns ``(L, S, B, T)``."""
+        layers, steps = len(self.modules.blocks), torch.arange(int(texts.prompts.max()), device=texts.mask.device)
+        # The column of each position; -1 where a text is shorter.
+        columns = torch.where(steps[:, None] < texts.prompts, texts.start + steps[:, None], -1)
         # Before the first damaged token both runs are the same: nothing to restore.
         first = _first_damaged(texts, noise)
-        parts = [noised.answers.expand(layers, first, -1, -1)]
+        parts = [noised.expand(layers, first, -1, -1)]
         while first < len(columns):
-            start = int(columns[first][columns[first] >= 0].min())
-            own = torch.arange(start, texts.width, device=columns.device).expand(len(texts), -1)
+            own = _from(int(columns[first][columns[first] >= 0].min()), texts)
             some = columns[first : first + max(1, self.chunk // (layers * own.numel()))]
-            at = some[..., None] == own
-            answers = Streams(self.modules, texts, clean, noised, own, at, alone=False).answers()
-            parts.append(torch.where(some[..., None] >= 0, answers, noised.answers))
+            answers = streams(columns=own, at=some[..., None] == own).answers()
+            parts.append(torch.where(some[..., None] >= 0, answers, noised))
             first += len(some)
         return torch.cat(parts, dim=1)
-
-    def _plain(self, texts: TracedBatch, clean: RunStates, noised: RunStates, noise: Tensor) -> Tensor:
-        columns, layers = self._columns(texts), len(self.modules.blocks)
-        states = [(layer, index) for layer in range(layers) for index in range(len(columns))]
-        answers = self._runs(texts, clean, noise, columns, states).reshape(layers, len(columns), len(texts), -1)
-        return answers.diagonal(dim1=1, dim2=3).transpose(1, 2) if self.reading == "diagonal" else answers
-
-    def _runs(
-        self, texts: TracedBatch, clean: RunStates, noise: Tensor, columns: Tensor, states: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        every = torch.arange(texts.width, device=columns.device)
-        at = every == columns[..., None]
-        rows = max(1, self.chunk // texts.mask.numel())
-        return plain_answers(self.modules, texts, clean, noise, [(layer, at[index]) for layer, index in states], rows)
-
-    def _try_fast(self, texts: TracedBatch, clean: RunStates, noised: RunStates, noise: Tensor) -> Tensor | None:
-        """Traces the first batch the fast way, and compares some of it with the plain way."""
-
-        def gap(answers: Tensor) -> float:
-            columns, layers = self._columns(texts), len(self.modules.blocks)
-            states = [(0, max(len(columns) // 2, _first_damaged(texts, noise))), (layers // 2, len(columns) - 1)]
-            states = [(layer, min(index, len(columns) - 1)) for layer, index in states]
-            plain = self._runs(texts, clean, noise, columns, states)
-            fast = torch.stack([answers[state] for state in states])
-            if self.reading == "diagonal":
-                plain = torch.stack([run[:, index] for run, (_, index) in zip(plain, states, strict=True)])
-            return float((fast - plain).abs().max())
-
-        # In half precision the order of a sum shows.
-        tolerance = 1e-4 if torch.finfo(self.modules.model.dtype).eps < 1e-4 else 2e-2
-        answers = fast_or_none(
-            self.modules.model, lambda: self._fast(texts, clean, noised, noise), gap, tolerance, "trace: state"
-        )
-        self.fits = answers is not None
-        if not self.fits:
-            noised.cache = None
-        return answers
 
 
 def noise_of(noise: Noise, batch: Batch, model: PreTrainedModel, std: float) -> Tensor:
@@ -269,3 +224,8 @@ def _first_damaged(texts: TracedBatch, noise: Tensor) -> int:
     """Returns the first damaged position of any text; 0 where there is none."""
     damaged = noise.ne(0).any(dim=-1).to(texts.mask.device)
     return int((damaged.int().argmax(dim=1) - texts.start).clamp_min(0).min())
+
+
+def _from(start: int, texts: TracedBatch) -> Tensor:
+    """Returns the columns from one on, ``(B, Q)``."""
+    return torch.arange(start, texts.mask.shape[1], device=texts.mask.device).expand(len(texts), -1)

@@ -6,48 +6,42 @@ the columns that run.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from keeptune.model.probes.block_calls import UnfitError, take
+from keeptune.model.probes.block_calls import BlockCall, KeptRun, UnfitError, take
 
 
+@dataclass
 class Suffix:
     """Some columns of each text, as further rows for blocks to run on.
 
     Args:
-        calls: What the kept run gave each block.
-        cache: The kept run's keys and values, of B texts, or already repeated.
-        width: The kept run's columns, W.
+        run: The kept run, of B texts.
+        width: Its columns, W.
         columns: ``(B, Q)``, the columns that run.
         alone: True when each column sees none of the others, only itself and what lies before it in the kept run; a
             column may then be there several times. False when the columns are the end of a text and see each other.
         times: How often the B texts are repeated.
+        cache: Other keys and values than the kept run's, already repeated.
     """
 
-    def __init__(
-        self,
-        calls: Sequence[inspect.BoundArguments],
-        cache: DynamicCache,
-        width: int,
-        columns: Tensor,
-        *,
-        alone: bool,
-        times: int = 1,
-    ) -> None:
-        self.calls = calls
-        self.cache = cache
-        self.width = width
-        self.columns = columns
-        self.alone = alone
-        self.times = times
-        self.prefix = int(columns.max()) if alone else int(columns[0, 0])
-        self._masks: dict[int, Tensor] = {}
+    run: KeptRun
+    width: int
+    columns: Tensor
+    alone: bool
+    times: int = 1
+    cache: DynamicCache | None = None
+    prefix: int = field(init=False)
+    _masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Count the kept run's columns that may be seen."""
+        self.prefix = int(self.columns.max()) if self.alone else int(self.columns[0, 0])
 
     def rows(self, values: Tensor) -> Tensor:
         """Repeats ``(B, ...)`` to ``(times B, ...)``, repeats outside, and ``(1, ...)`` to ``(times, ...)``.
@@ -60,37 +54,27 @@ class Suffix:
             return values
         return values.repeat(self.times, *[1] * (values.ndim - 1))
 
-    def call(self, number: int, hidden: Tensor, cache: DynamicCache | None = None) -> Any:
+    def call(self, number: int, hidden: Tensor, into: DynamicCache | None = None) -> BlockCall:
         """Returns the arguments that a block is called with, for hidden states ``(times B, Q, hidden)``.
 
-        The block writes its keys and values to ``cache``; None puts the kept ones before them.
+        The block writes its keys and values ``into`` a cache; None puts the kept ones before them.
 
         Raises:
             UnfitError: The kept run gave the block something of unforeseen form.
         """
-        given = self.calls[number]
-        call = inspect.BoundArguments(given.signature, type(given.arguments)())
-        main = next(iter(given.arguments))
-        named = dict(given.arguments)
-        extra = next((n for n, p in given.signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
-        flat = {**named, **named.get(extra, {})} if extra else named
-        kept = next((value for value in flat.values() if isinstance(value, DynamicCache)), None)
-        if kept is None or "attention_mask" not in flat:
+        given = self.run.calls[number]
+        kept = next((value for value in given.values() if isinstance(value, DynamicCache)), None)
+        if kept is None or "attention_mask" not in given:
             raise UnfitError("a block takes no key-value cache or no attention mask")
 
         def cut(name: str, value: Any) -> Any:
             if name == "attention_mask":
                 return self.rows(self._mask(value))
             if value is kept:
-                return _Prefix(self) if cache is None else cache
+                return _Prefix(self) if into is None else into
             return self._cut(value)
 
-        for name, value in named.items():
-            if name == extra:
-                call.arguments[name] = {key: cut(key, inner) for key, inner in value.items()}
-            else:
-                call.arguments[name] = hidden if name == main else cut(name, value)
-        return call.args, call.kwargs
+        return (hidden,), {name: cut(name, value) for name, value in given.items()}
 
     def _cut(self, value: Any) -> Any:
         """Takes the columns of whatever runs over the columns of a text, such as rotary angles."""
@@ -115,13 +99,13 @@ class Suffix:
         rows = full.expand(len(columns), -1, -1, -1).take_along_dim(columns[:, None, :, None], dim=2)
         before = torch.arange(self.prefix, device=columns.device) < columns[..., None]
         own = rows.take_along_dim(columns[:, None, None, :], dim=3)
-        rest = torch.eye(columns.shape[1], dtype=torch.bool, device=columns.device) if self.alone else None
         blocked = torch.zeros_like(rows[:1, :1, :1, :1])
         if blocked.dtype != torch.bool:
             blocked = torch.full_like(blocked, torch.finfo(blocked.dtype).min)
-        prefix = torch.where(before[:, None], rows[..., : self.prefix], blocked)
-        own = own if rest is None else torch.where(rest, own, blocked)
-        self._masks[id(given)] = torch.cat([prefix, own], dim=-1)
+        if self.alone:
+            own = torch.where(torch.eye(columns.shape[1], dtype=torch.bool, device=columns.device), own, blocked)
+        seen = torch.where(before[:, None], rows[..., : self.prefix], blocked)
+        self._masks[id(given)] = torch.cat([seen, own], dim=-1)
         return self._masks[id(given)]
 
 
@@ -137,8 +121,6 @@ class _Prefix(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Returns both, the kept ones first."""
         suffix = self.suffix
-        kept: Any = suffix.cache.layers[layer_idx]
-        return (
-            torch.cat([suffix.rows(kept.keys[..., : suffix.prefix, :]), key_states], dim=-2),
-            torch.cat([suffix.rows(kept.values[..., : suffix.prefix, :]), value_states], dim=-2),
-        )
+        kept: Any = (suffix.run.cache if suffix.cache is None else suffix.cache).layers[layer_idx]
+        before = [suffix.rows(part[..., : suffix.prefix, :]) for part in (kept.keys, kept.values)]
+        return torch.cat([before[0], key_states], dim=-2), torch.cat([before[1], value_states], dim=-2)

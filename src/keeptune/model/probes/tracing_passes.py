@@ -1,35 +1,39 @@
-"""Whole passes for causal tracing: the states of a run, and runs in which hidden states of another are restored."""
+"""Restored hidden states: where they are, and the exact way of running what they can change, all layers in one pass.
+
+Causality: restoring position p changes positions p and later only. Whatever lies before them is that of the corrupted
+run, whose keys and values are at hand. So the changed positions run alone, as *streams*: further rows of a batch, whose
+queries see the corrupted run's keys and values as a prefix and their own as the rest. Streams of layer l enter above
+block l, so that one pass serves all layers.
+
+Nothing here names an architecture. The streams go through the model itself; a hook gives each block what it was given
+in the corrupted run (mask, positions), cut to the streams' columns (:mod:`keeptune.model.probes.suffix`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from inspect import BoundArguments
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError, StatisticsError
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, parts_of
-from keeptune.model.probes.block_calls import BlockCalls, hidden_of, probabilities, take, with_hidden
-from keeptune.model.runner import arguments_of
+from keeptune.model.probes.block_calls import BlockCall, Blocks, KeptRun, hidden_of, probabilities, take, with_hidden
+from keeptune.model.probes.suffix import Suffix
 
 OutputKind = Literal["block", "attention", "mlp"]
 
 
 @dataclass(frozen=True)
-class RestoredModules:
+class RestoredModules(Blocks):
     """The modules whose outputs are restored: the blocks, or the attention or MLP of each.
 
     ``window`` neighbouring layers are restored together.
     """
 
-    model: PreTrainedModel
-    blocks: tuple[nn.Module, ...]
     outputs: tuple[nn.Module, ...]
     window: int
 
@@ -56,6 +60,10 @@ class RestoredModules:
     def restored(self, layer: int) -> range:
         """Returns the layers restored together, as ROME counts them: the window's extra layer lies below."""
         return range(max(0, layer - self.window // 2), min(len(self.blocks), layer - (-self.window // 2)))
+
+    def answers(self, texts: TracedBatch, run: KeptRun) -> Tensor:
+        """Computes the probabilities of the answer tokens in a run, ``(B, T)``."""
+        return probabilities(self.tail(take(run.inputs[-1], texts.places)), texts.wanted)
 
 
 @dataclass(frozen=True)
@@ -100,18 +108,8 @@ class TracedBatch:
         wanted = batch.input_ids.to(device).gather(1, places + 1)
         return cls(batch, mask, start, prompts, places, wanted, steps < answers[:, None])
 
-    @property
-    def width(self) -> int:
-        """Columns, padding included."""
-        return self.mask.shape[1]
-
     def __len__(self) -> int:
         return self.mask.shape[0]
-
-    def arguments(self, rows: int = 1) -> dict[str, Any]:
-        """Returns the arguments of the model, for the batch repeated ``rows`` times."""
-        plain = Batch(self.batch.input_ids.repeat(rows, 1), self.batch.attention_mask)
-        return arguments_of(plain, self.mask.repeat(rows, 1))
 
 
 def unanswered(got: str) -> StatisticsError:
@@ -125,100 +123,87 @@ def unanswered(got: str) -> StatisticsError:
 
 
 @dataclass
-class RunStates:
-    """The states of a run.
+class Streams:
+    """Streams of some columns, for all layers.
 
     Args:
-        inputs: ``(B, W, hidden)`` of each block, and the output of the last.
-        outputs: ``(B, W, hidden)`` of each restored module.
-        calls: What else each block was given.
-        cache: Keys and values of the whole text.
-        answers: ``(B, T)``, probabilities of the answer tokens.
+        clean: The clean run.
+        noised: The corrupted run.
+        columns: ``(B, Q)``, the columns that run; the same for all streams of a text.
+        at: ``(n, B, Q)``, True where a state restores a column.
+        alone: True when each column is a stream of its own, and sees no other of ``columns`` as restored; then it
+            sees them as they are in the corrupted run. False when the columns are the end of a text and see each
+            other.
     """
 
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    calls: list[BoundArguments]
-    cache: DynamicCache | None
-    answers: Tensor
+    modules: RestoredModules
+    texts: TracedBatch
+    clean: KeptRun
+    noised: KeptRun
+    columns: Tensor
+    at: Tensor
+    alone: bool
+    entered: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Prepare the arguments of blocks."""
+        self.suffix = Suffix(self.noised, self.texts.mask.shape[1], self.columns, alone=self.alone, times=0)
 
-def full_pass(
-    modules: RestoredModules, texts: TracedBatch, *, noise: Tensor | None = None, cached: bool = False
-) -> RunStates:
-    """Runs the model once and keeps what its blocks were given, and keys and values where ``cached``.
+    def answers(self) -> Tensor:
+        """Runs them.
 
-    Noise ``(B, W, hidden)`` is added to the token embeddings; None is the clean run.
+        Returns:
+            ``(layers, n, B, Q)`` where each column is alone: the probability of the token it predicts. Else
+            ``(layers, n, B, T)``, the probabilities of the answer tokens.
 
-    Raises:
-        ModelError: A restored module's output is no hidden state of each token.
-    """
-    watched, outputs = BlockCalls(), list[Tensor]()
-    cache = DynamicCache() if cached else None
-    with ExitStack() as stack:
-        _add_noise(modules, noise, stack)
-        watched.watch(modules.blocks, stack)
-        for module in modules.outputs:
-            stack.callback(module.register_forward_hook(lambda *seen: outputs.append(hidden_of(seen[2]))).remove)
-        last = modules.blocks[-1].register_forward_hook(lambda *seen: watched.inputs.append(hidden_of(seen[2])))
-        stack.callback(last.remove)
-        extra = {"use_cache": True, "past_key_values": cache} if cached else {}
-        logits = modules.model(**(texts.arguments() | extra)).logits
-    if any(hidden.shape != watched.inputs[0].shape for hidden in (*watched.inputs, *outputs)):
-        raise ModelError(
-            type(modules.model).__name__,
-            got="a module whose output has another form than the hidden states",
-            wanted="one vector per token, as wide as the model",
-            next_step="Trace block outputs.",
-        )
-    answers = probabilities(take(logits, texts.places), texts.wanted)
-    return RunStates(watched.inputs, outputs, watched.calls, cache, answers)
+        Raises:
+            UnfitError: A block's arguments are not of the expected form.
+        """
+        texts, modules = self.texts, self.modules
+        parts = [] if self._block_outputs else list(enumerate(modules.outputs))
+        hidden = modules.run(self._enter, [(part, self._restoring(number)) for number, part in parts])
+        hidden = self._join(len(modules.blocks), hidden)
+        rows, wanted = len(hidden) // len(texts), texts.wanted
+        if self.alone:
+            wanted = texts.batch.input_ids.to(self.columns.device).gather(1, self.columns + 1)
+        else:
+            # A text whose answer lies before the columns has no state here: what it gives is not used.
+            hidden = take(hidden, (texts.places - self.columns[:, :1]).clamp_min(0).repeat(rows, 1))
+        answers = probabilities(modules.tail(hidden), wanted.repeat(rows, 1))
+        return answers.reshape(len(modules.blocks), len(self.at), len(texts), -1)
 
+    @property
+    def _block_outputs(self) -> bool:
+        return self.modules.outputs is self.modules.blocks
 
-def plain_answers(
-    modules: RestoredModules,
-    texts: TracedBatch,
-    clean: RunStates,
-    noise: Tensor,
-    states: Sequence[tuple[int, Tensor]],
-    rows: int,
-) -> Tensor:
-    """Restores states one run each, by hooks on the modules: works on any model, and is the measure of the fast way.
+    def _entry(self, layer: int) -> int:
+        """Returns the block before which a layer's streams enter: the first that sees or restores anything."""
+        return layer + 1 if self._block_outputs else self.modules.restored(layer).start
 
-    A state is a layer and ``(B, W)``, True at the columns where its output is restored; a pass holds ``rows`` runs.
+    def _join(self, number: int, hidden: Tensor) -> Tensor:
+        """Adds the streams that enter before a block to those before it."""
+        new = [layer for layer in range(len(self.modules.blocks)) if self._entry(layer) == number]
+        rows = [hidden] if self.entered else []
+        corrupted = take(self.noised.inputs[number], self.columns)
+        restored = take(self.clean.inputs[number], self.columns) if self._block_outputs else corrupted
+        rows += [torch.where(self.at[..., None], restored, corrupted).flatten(0, 1)] * len(new)
+        self.entered += new
+        self.suffix.times = len(self.entered) * len(self.at)
+        return torch.cat(rows) if rows else hidden
 
-    Returns:
-        ``(states, B, T)``, the probabilities of the answer tokens.
-    """
-    parts = []
-    for first in range(0, len(states), rows):
-        some = states[first : first + rows]
-        with ExitStack() as stack:
-            _add_noise(modules, noise.repeat(len(some), 1, 1), stack)
-            for number, module in enumerate(modules.outputs):
-                chosen = torch.cat([at if number in modules.restored(layer) else at & False for layer, at in some])
-                hook = _restoring(chosen, clean.outputs[number].repeat(len(some), 1, 1))
-                stack.callback(module.register_forward_hook(hook).remove)
-            logits = modules.model(**texts.arguments(len(some))).logits
-        places, wanted = (part.repeat(len(some), 1) for part in (texts.places, texts.wanted))
-        answers = probabilities(take(logits, places), wanted)
-        parts.append(answers.reshape(len(some), len(texts), -1))
-    return torch.cat(parts)
+    def _enter(self, number: int, hidden: Tensor) -> BlockCall | None:
+        joined = self._join(number, hidden)
+        return self.suffix.call(number, joined) if self.entered else None
 
+    def _restoring(self, number: int) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            if not self.entered:
+                return None
+            none = torch.zeros_like(self.at)
+            chosen = [self.at if number in self.modules.restored(layer) else none for layer in self.entered]
+            values = self.suffix.rows(take(self.clean.outputs[number], self.columns))
+            given = hidden_of(output)
+            here = torch.cat(chosen).flatten(0, 1)[..., None]
+            return with_hidden(output, torch.where(here, values, given.reshape(values.shape)).reshape(given.shape))
 
-def _restoring(chosen: Tensor, values: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        return with_hidden(output, torch.where(chosen[..., None], values, hidden_of(output)))
-
-    return hook
-
-
-def _add_noise(modules: RestoredModules, noise: Tensor | None, stack: ExitStack) -> None:
-    if noise is None:
-        return
-    embedding: Any = modules.model.get_input_embeddings()
-
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output + noise.to(output)
-
-    stack.callback(embedding.register_forward_hook(hook).remove)
+        return hook
