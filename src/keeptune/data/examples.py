@@ -71,10 +71,16 @@ class Examples(ABC):
     def _calibration(self, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calibration: ...
 
     def calibration(
-        self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, examples: int | None = None, seed: int = 0
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        examples: int | None = None,
+        seed: int | None = None,
     ) -> Calibration:
-        """Returns a sample of some examples (None: all) as training tokenises it, with what is learned of it."""
-        rows = draw_rows(len(self), len(self) if examples is None else examples, seed)
+        """Returns some examples (None: all) as training tokenises them, drawn; without a seed the first, in order."""
+        order = range(len(self)) if seed is None else draw_rows(len(self), len(self), seed)
+        rows = order[: len(self) if examples is None else examples]
         return self._calibration(rows, tokenizer, max_length)
 
 
