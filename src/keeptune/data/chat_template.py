@@ -73,13 +73,11 @@ class ChatRow(NamedTuple):
         ids: The tokens, up to the end of the last message that is to be learned.
         learned: Which of them are learned.
         lost: Why a message that is to be learned is not, for each such message.
-        ended: How many messages are learned with the token that ends them.
     """
 
     ids: tuple[int, ...]
     learned: tuple[bool, ...]
     lost: tuple[str, ...]
-    ended: int
 
 
 class _NotProvedError(Exception):
@@ -144,24 +142,22 @@ class ChatTemplate:
                 next_step=f"Set chat_template: chatml{told}, or chat_template: file.jinja.",
             )
         self._templates = {tools: str(tokenizer.get_chat_template(None, tools=[{}] * tools)) for tools in (0, 1)}
-        self._twin, self._used_twin = _training_twin(tokenizer, self._templates[0]), False
         self.added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-        self._ends: dict[str, int | None] = {}
         self._parts = False
         try:
             self._parts = "probe" not in self.text(_PROBE[:1])
         except _REFUSALS:
             self._parts = True
-        self.end = self.end_of_turn(self.template(None))
+        self.end = self._end_of_turn()
 
-    def apply(self, messages: Messages, tools: Any, template: str | None, **how: Any) -> Any:
+    def apply(self, messages: Messages, tools: Any, **how: Any) -> Any:
         """Returns what the tokenizer's ``apply_chat_template`` does, for messages as the template reads them."""
 
         def applied(as_text: bool) -> Any:
             return self.tokenizer.apply_chat_template(
                 [_plain_message(message, as_text, self._parts) for message in messages],
                 tools=[dict(tool) for tool in tools] if tools else None,
-                chat_template=_TODAY.sub(lambda call: repr(DAY.strftime(call[2])), template or self.template(tools)),
+                chat_template=_TODAY.sub(lambda call: repr(DAY.strftime(call[2])), self.template(tools)),
                 **how,
                 **self.options.chat_template_kwargs,
             )
@@ -175,30 +171,26 @@ class ChatTemplate:
         """Returns the template of conversations with these tools."""
         return self._templates[bool(tools)]
 
-    def text(self, messages: Messages, tools: Any = None, *, ask: bool = False, template: str | None = None) -> str:
+    def text(self, messages: Messages, tools: Any = None, *, ask: bool = False) -> str:
         """Returns the rendering of messages; ``ask``: with the header of the answer that is asked for."""
-        return str(self.apply(messages, tools, template, add_generation_prompt=ask, tokenize=False))
+        return str(self.apply(messages, tools, add_generation_prompt=ask, tokenize=False))
 
     def tokens(self, *texts: str) -> list[list[int]]:
         """Returns the tokens of renderings, which write their beginning token themselves."""
         return list(self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
 
-    def end_of_turn(self, template: str) -> int | None:
-        """Returns the token that ends an answer whatever follows, if there is one."""
-        if template not in self._ends:
-            try:
-                texts = [self.text(turns, template=template) for turns in (_PROBE, (*_PROBE, _PROBE[0]))]
-            except _REFUSALS:
-                texts = ["", ""]
-            tails = self.tokens(*(text.rpartition("answer")[2] for text in texts))
-            same = (a for a, b in zip(*tails, strict=False) if a == b)
-            self._ends[template] = next((token for token in same if token in self.added), None)
-        return self._ends[template]
+    def _end_of_turn(self) -> int | None:
+        """Returns the token that ends an answer whatever follows, or that begins what follows where none is shown."""
+        try:
+            texts = [self.text(turns) for turns in (_PROBE, (*_PROBE, _PROBE[0]))]
+        except _REFUSALS:
+            return None
+        last, inner = self.tokens(*(text.rpartition("answer")[2] for text in texts))
+        same = [a for a, b in zip(last, inner, strict=False) if a == b] if self.added.intersection(last) else inner[:1]
+        return next((token for token in same if token in self.added), None)
 
     def row(self, conversation: Conversation, *, where: str) -> ChatRow:
         """Returns a conversation as tokens, with what is learned of it.
-
-        A template that TRL has a training version of is read by that where it proves more.
 
         Raises:
             DataError: The template refuses the messages, or does not show one of them.
@@ -207,10 +199,7 @@ class ChatTemplate:
         # What follows the last learned message teaches nothing, and may change how a template shows earlier ones.
         shown = conversation.messages[: wanted[-1] + 1] if wanted else conversation.messages
         try:
-            served = _Rendering(self, self.template(tools), shown, tools, wanted).row()
-            if self._twin is None or not wanted or (served.ended and not served.lost):
-                return served
-            twin = _Rendering(self, self._twin, shown, tools, wanted).row()
+            return _Rendering(self, shown, tools, wanted).row()
         except _REFUSALS as error:
             raise DataError(
                 where,
@@ -218,10 +207,6 @@ class ChatTemplate:
                 wanted="messages that the chat template shows",
                 next_step="Change these messages, or set chat_template to one that shows them.",
             ) from error
-        if (len(served.lost), -served.ended) <= (len(twin.lost), -twin.ended):
-            return served
-        self._used_twin = True
-        return twin
 
     def notes(self) -> list[str]:
         """Returns what a user should know of the template."""
@@ -233,22 +218,18 @@ class ChatTemplate:
             notes.append(f"turns end with {name(self.end)}, the tokenizer's texts with {self.tokenizer.eos_token}")
         if _TODAY.search(self.template(None)):
             notes.append(f"the template prints today's date; all is read as on {DAY:%Y-%m-%d}")
-        if self._used_twin:
-            notes.append("some conversations are read by TRL's training version of the chat template")
         return notes
 
 
 class _Rendering:
     """A conversation as one template shows it, with what the model is asked and then writes for ``wanted`` messages."""
 
-    def __init__(
-        self, chat: ChatTemplate, template: str, messages: Messages, tools: Any, wanted: Sequence[int]
-    ) -> None:
-        self.chat, self.template, self.messages, self.tools = chat, template, messages, tools
-        self.text = chat.text(messages, tools, template=template)
+    def __init__(self, chat: ChatTemplate, messages: Messages, tools: Any, wanted: Sequence[int]) -> None:
+        self.chat, self.messages, self.tools = chat, messages, tools
+        self.text = chat.text(messages, tools)
         answers = [i for i in wanted if i and messages[i]["role"] == "assistant"]
         self.asked = {i: chat.text(messages[:i], tools, ask=True) for i in answers}
-        self.written = {i: chat.text(messages[: i + 1], tools, template=template) for i in wanted}
+        self.written = {i: chat.text(messages[: i + 1], tools) for i in wanted}
         texts = list(dict.fromkeys([self.text, *self.asked.values(), *self.written.values()]))
         self.tokens = dict(zip(texts, chat.tokens(*texts), strict=True))
         for number, message in enumerate(messages, start=1):
@@ -262,8 +243,8 @@ class _Rendering:
     def row(self) -> ChatRow:
         """Returns the tokens, with the ``wanted`` messages learned."""
         marks = None
-        if _MARKS.search(self.template) and self.chat.options.roles_to_train == ("assistant",):
-            marks = self.chat.apply(self.messages, self.tools, self.template, return_assistant_tokens_mask=True)
+        if _MARKS.search(self.chat.template(self.tools)) and self.chat.options.roles_to_train == ("assistant",):
+            marks = self.chat.apply(self.messages, self.tools, return_assistant_tokens_mask=True)
         else:
             self._cut_last_answer()
         ids, when = self.tokens[self.text], self.chat.options.train_on_eos
@@ -278,12 +259,14 @@ class _Rendering:
                 lost.append(str(why))
                 continue
             learned[start:stop] = map(bool, marks["assistant_masks"][start:stop]) if marks else [True] * (stop - start)
-            if stop < len(full) and full[stop] in self.chat.added and ids[stop] == full[stop]:
+            if stop == len(ids) and self.chat.end is not None:  # GLM's template shows it where more follows
+                ids, learned = [*ids, self.chat.end], [*learned, False]
+            if stop < len(ids) and ids[stop] in self.chat.added and ids[stop] in (self.chat.end, *full[stop : stop + 1]):
                 ends.append(stop)
-        every = [n for n, token in enumerate(ids) if when == "all" and token == self.chat.end_of_turn(self.template)]
+        every = [n for n, token in enumerate(ids) if when == "all" and token == self.chat.end]
         for end in {"turn": ends, "all": [*ends, *every], "last": ends[-1:], "none": []}[when]:
             learned[end] = True
-        return ChatRow(tuple(ids), tuple(learned), tuple(lost), len(ends))
+        return ChatRow(tuple(ids), tuple(learned), tuple(lost))
 
     def _cut_last_answer(self) -> None:
         """Cuts the tokens of the whole where the last answer begins, if one would span it and what is asked."""
@@ -313,16 +296,15 @@ class _Rendering:
         after, decode = len(full), self.chat.tokenizer.decode
         while after > start and (full[after - 1] in self.chat.added or not decode([full[after - 1]]).strip()):
             after -= 1
-        end = self.chat.end_of_turn(self.template)
-        if end in full[after:]:
-            return start, full.index(end, after)
+        if self.chat.end in full[after:]:
+            return start, full.index(self.chat.end, after)
         return start, max((n for n in range(after, len(full)) if full[n] in self.chat.added), default=len(full))
 
     def _content(self, i: int) -> tuple[int, int]:
         """Returns where the content of another message is: the text that changes with it, and nothing else does."""
         text, content = self.written[i], (self.messages[i].get("content") or "").strip()
         probe = [*self.messages[:i], {**self.messages[i], "content": "probe"}]
-        other = self.chat.text(probe, self.tools, template=self.template).rpartition("probe")
+        other = self.chat.text(probe, self.tools).rpartition("probe")
         head, _, tail = text.rpartition(content) if content else ("", "", "")
         if (head, "probe", tail) != other:
             raise _NotProvedError("the template does not show its content in one place")
@@ -333,19 +315,6 @@ class _Rendering:
         if over.strip():
             raise _NotProvedError(f"a token spans its content and {over!r}")
         return inside[0], inside[-1] + 1
-
-
-def _training_twin(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
-    """Returns TRL's training version of a template, if it has one."""
-    from trl.chat_template_utils import get_training_chat_template
-
-    other = copy.copy(tokenizer)
-    other.chat_template = template
-    try:
-        twin = get_training_chat_template(other)
-    except ValueError:
-        return None
-    return None if twin is None else str(twin)
 
 
 def _plain_message(message: Mapping[str, Any], as_text: bool, parts: bool) -> dict[str, Any]:
