@@ -88,29 +88,29 @@ def test_what_is_learned_is_part_of_the_key() -> None:
 
 def test_texts_are_read_as_the_tokenizer_joins_and_cuts_them(tokenizer: PreTrainedTokenizerBase) -> None:
     texts = read(ROWS, text_pair="{b}").texts
-    whole, cut = texts.encode(tokenizer, 64), texts.encode(tokenizer, 9)
+    (whole, none), (short, cut) = texts.encode(tokenizer, 64), texts.encode(tokenizer, 9)
     for index, row in enumerate(ROWS):
-        assert whole.columns["input_ids"][index] == tokenizer(row["a"], row["b"])["input_ids"]
-    assert (whole.cut, max(map(len, cut.columns["input_ids"]))) == ((), 9)
-    assert len(cut.cut) == sum(len(ids) > 9 for ids in whole.columns["input_ids"]) > 0
+        assert whole["input_ids"][index] == tokenizer(row["a"], row["b"])["input_ids"]
+    assert (none, max(map(len, short["input_ids"]))) == ((), 9)
+    assert len(cut) == sum(len(ids) > 9 for ids in whole["input_ids"]) > 0
 
 
 def test_a_batch_is_padded_behind_whatever_the_tokenizer_says(tokenizer: PreTrainedTokenizerBase) -> None:
-    encoded = read(ROWS).texts.encode(tokenizer, 64)
+    encoded, _ = read(ROWS).texts.encode(tokenizer, 64)
     tokenizer.padding_side = "left"
     try:
-        batch = collator(tokenizer)(encoded.rows([0, 1, 2]))
+        batch = collator(tokenizer)(encoded.to_list())
         assert tokenizer.padding_side == "left"
     finally:
         tokenizer.padding_side = "right"
     assert bool((batch["input_ids"][:, 0] == tokenizer.bos_token_id).all())
-    assert batch["attention_mask"].sum(1).tolist() == [len(ids) for ids in encoded.columns["input_ids"]]
+    assert batch["attention_mask"].sum(1).tolist() == [len(ids) for ids in encoded["input_ids"]]
 
 
 def test_a_sample_has_the_tokens_and_labels_of_the_drawn_examples(tokenizer: PreTrainedTokenizerBase) -> None:
     task = read(ROWS, text_pair="{b}")
     made = task.calibration(tokenizer, max_length=64, examples=2, seed=1)
-    ids = task.texts.encode(tokenizer, 64).columns["input_ids"]
+    ids = list(task.texts.encode(tokenizer, 64)[0]["input_ids"])
     assert made.labels is not None
     assert len(made.labels) == 2
     for sequence, label in zip(made.sequences, made.labels, strict=True):

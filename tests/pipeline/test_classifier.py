@@ -297,7 +297,7 @@ def refused(given: dict[str, Any], error: type[KeeptuneError], *words: str) -> N
         ({"completion": "x"}, ["task.completion"]),
         ({"label": None}, ["task.label", "nothing"]),
         ({"text": None}, ["task.text", "nothing"]),
-        ({"kind": "completion"}, ["task.text", "kind completion does not use"]),
+        ({"kind": "completion"}, ["task.label", "kind completion does not use"]),
         ({"kind": "classify"}, ["task.kind", "classification"]),
         ({"kind": "regression", "labels": ["a", "b"]}, ["task.labels", "kind regression does not use"]),
         ({"labels": ["a"]}, ["task.labels"]),

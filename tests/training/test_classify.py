@@ -69,7 +69,7 @@ def train(made: tuple[PeftModel, Plan], tokenizer: Any, examples: LabelledExampl
 
 
 def losses(model: PeftModel, tokenizer: Any, examples: LabelledExamples, smoothing: float = 0.0) -> Tensor:
-    batch = collator(tokenizer)(examples.texts.encode(tokenizer, 64).rows(range(len(examples.labels))))
+    batch = collator(tokenizer)(examples.texts.encode(tokenizer, 64)[0].to_list())
     with torch.no_grad():
         return sequence_losses(model(**batch).logits, torch.tensor(examples.labels), smoothing)
 

@@ -261,7 +261,11 @@ class _Rendering:
             learned[start:stop] = map(bool, marks["assistant_masks"][start:stop]) if marks else [True] * (stop - start)
             if stop == len(ids) and self.chat.end is not None:  # GLM's template shows it where more follows
                 ids, learned = [*ids, self.chat.end], [*learned, False]
-            if stop < len(ids) and ids[stop] in self.chat.added and ids[stop] in (self.chat.end, *full[stop : stop + 1]):
+            if (
+                stop < len(ids)
+                and ids[stop] in self.chat.added
+                and ids[stop] in (self.chat.end, *full[stop : stop + 1])
+            ):
                 ends.append(stop)
         every = [n for n, token in enumerate(ids) if when == "all" and token == self.chat.end]
         for end in {"turn": ends, "all": [*ends, *every], "last": ends[-1:], "none": []}[when]:

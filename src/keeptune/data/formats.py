@@ -23,14 +23,6 @@ _log = logging.getLogger(__name__)
 
 Messages = tuple[Mapping[str, Any], ...]
 
-# The fields that tell a format, the first that a row has. Alpaca's own file has a `text` beside its fields.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt-completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
-}
 _OTHER_NAMES = {"openai": "messages", "chat_template": "messages", "sharegpt": "conversations"}
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -118,13 +110,13 @@ def parse_rows(rows: Sequence[Row], options: FormatOptions, *, where: str) -> li
     told = name is None and options.field_messages is None
     if options.field_messages is None or name not in (None, "messages", "conversations"):
         name = name or _format_of(rows[0])
-        fields = FORMATS[name] if name else ()
+        fields = FORMATS[name][0] if name else ()
     found: list[Any] = []
     for number, row in enumerate(rows, start=1):
         place = f"{where} row {number}"
         if not fields or any(row.get(one) is None for one in fields):
             _refuse(row, name or "messages", fields, place, told)
-        found.append(_READERS[name or "messages"](row, fields, options, place))
+        found.append(FORMATS[name or "messages"][1](row, fields, options, place))
         if isinstance(found[-1], Conversation) != isinstance(found[0], Conversation):
             kinds = ("text", "messages")[:: 1 if isinstance(found[0], Conversation) else -1]
             raise _two_formats(place, f"{name} as {kinds[0]}", f"{name} as {kinds[1]}")
@@ -311,19 +303,20 @@ def _conversation(row: Row, messages: Messages, where: str) -> Conversation:
     return Conversation(messages, tuple(tools) or None)
 
 
-_READERS: dict[str, Callable[[Row, Sequence[str], FormatOptions, str], Conversation | Answered]] = {
-    "messages": _read_chat,
-    "conversations": _read_chat,
-    "prompt-completion": _read_answered,
-    "alpaca": _read_alpaca,
-    "text": _read_text,
+# Of each format the fields that tell it, the first that a row has, and its reader. Alpaca's own file has a `text` too.
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[..., Conversation | Answered]]] = {
+    "messages": (("messages",), _read_chat),
+    "conversations": (("conversations",), _read_chat),
+    "prompt-completion": (("prompt", "completion"), _read_answered),
+    "alpaca": (("instruction", "output"), _read_alpaca),
+    "text": (("text",), _read_text),
 }
 
 
 def _format_of(row: Row) -> str | None:
     """Returns the first format whose fields a row has; with nulls in them only where no format has all of its own."""
     for there in ({name for name, value in row.items() if value is not None}, set(row)):
-        for name, fields in FORMATS.items():
+        for name, (fields, _) in FORMATS.items():
             if there.issuperset(fields):
                 return name
     return None
@@ -333,7 +326,7 @@ def _refuse(row: Row, name: str, fields: Sequence[str], where: str, told: bool) 
     """Refuses a row that does not have the fields of a format, which row 1 may have ``told``."""
     other, columns = _format_of(row), f"the fields {named(list(map(str, row)), 20)}"
     if not fields:
-        wanted = "those of a format: " + ", or ".join(" and ".join(fields) for fields in FORMATS.values())
+        wanted = "those of a format: " + ", or ".join(" and ".join(fields) for fields, _ in FORMATS.values())
         next_step = "Set task.kind: preference." if {"chosen", "rejected"}.issubset(row) else _SAY_FIELD
         raise DataError(where, got=columns, wanted=wanted, next_step=next_step)
     missing = next(one for one in fields if row.get(one) is None)

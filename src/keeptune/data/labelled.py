@@ -20,18 +20,6 @@ from keeptune.data.templates import pick, render_all, text_of
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """The columns that a tokenizer gives, a list per example, and which examples it cut, from 1."""
-
-    columns: dict[str, list[list[int]]]
-    cut: tuple[int, ...]
-
-    def rows(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
-        """Returns some examples, one mapping each."""
-        return [{name: column[index] for name, column in self.columns.items()} for index in indices]
-
-
-@dataclass(frozen=True, slots=True)
 class Texts:
     """What a classifier reads: texts, or pairs of texts."""
 
@@ -47,15 +35,16 @@ class Texts:
         """Returns some examples."""
         return Texts(*(tuple(part[i] for i in indices) for part in self._parts()))
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-        """Returns the tokens, with the special ones of the tokenizer; of a pair, the longer text is cut first."""
+    def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, tuple[int, ...]]:
+        """Returns what the tokenizer gives, special tokens with it, and which examples it cuts, from 1.
+
+        Of a pair, the longer text is cut first.
+        """
         parts = [list(part) for part in self._parts()]
         # verbose=False: no warning about texts longer than the model, they are cut.
-        lengths = [len(ids) for ids in tokenizer(*parts, verbose=False)["input_ids"]]
+        whole = tokenizer(*parts, verbose=False)["input_ids"]
         columns = tokenizer(*parts, truncation=True, max_length=max_length)
-        return Encoded(
-            dict(columns), tuple(number for number, length in enumerate(lengths, start=1) if length > max_length)
-        )
+        return Dataset.from_dict(columns), tuple(n for n, ids in enumerate(whole, start=1) if len(ids) > max_length)
 
     def _parts(self) -> list[tuple[str, ...]]:
         return [self.first] if self.second is None else [self.first, self.second]
@@ -90,16 +79,15 @@ class LabelledExamples(Examples):
 
     def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[Dataset, Lost]:
         """Returns the tokens and ``labels``, and which texts are cut."""
-        encoded = self.texts.encode(tokenizer, max_length or 0)
-        lost = {f"cut to {max_length} tokens": encoded.cut} if encoded.cut else {}
-        return Dataset.from_dict({**encoded.columns, "labels": list(self.labels)}), lost
+        data, cut = self.texts.encode(tokenizer, max_length or 0)
+        return data.add_column("labels", list(self.labels)), {f"cut to {max_length} tokens": cut} if cut else {}
 
     def first_tokens(self, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[Sequence[int]]:
         """Returns the token ids of the first texts."""
-        return self.texts.take(range(min(count, len(self)))).encode(tokenizer, max_length).columns["input_ids"]
+        return list(self.texts.take(range(min(count, len(self)))).encode(tokenizer, max_length)[0]["input_ids"])
 
     def _calibration(self, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calibration:
-        columns = self.texts.take(rows).encode(tokenizer, max_length).columns
+        columns = self.texts.take(rows).encode(tokenizer, max_length)[0].to_dict()
         types = columns.get("token_type_ids")
         return Calibration(
             tuple(map(tuple, columns["input_ids"])),

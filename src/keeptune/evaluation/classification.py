@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.core.errors import ModelError, RecipeError
-from keeptune.data.labelled import Encoded, Texts, collator, label_indices
+from keeptune.data.labelled import Texts, collator, label_indices
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.items import Item
 from keeptune.evaluation.metrics import LABELS
@@ -44,13 +44,13 @@ def classified(
     names = _labels(pair, benchmark)
     limit = min(benchmark.max_length, shared_positions(pair) or benchmark.max_length)
     seconds = tuple(item.text_pair for item in items if item.text_pair is not None)
-    encoded = Texts(tuple(item.text for item in items), seconds or None).encode(tokenizer, limit)
-    if encoded.cut:
-        _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", benchmark.where, encoded.cut, len(items), limit)
+    encoded, cut = Texts(tuple(item.text for item in items), seconds or None).encode(tokenizer, limit)
+    if cut:
+        _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", benchmark.where, len(cut), len(items), limit)
     predicted = {}
     for side in SIDES:
         with scoring(pair, side) as model:
-            logits = _logits(model, tokenizer, encoded, benchmark.batch_size, advance)
+            logits = _logits(model, tokenizer, encoded.to_list(), benchmark.batch_size, advance)
         need_finite(logits.isfinite(), f"{benchmark.where} ({side})", "logits")
         predicted[side] = (logits.argmax(-1) if names else logits[:, 0]).numpy()
     if names:
@@ -103,18 +103,18 @@ def wrong_metric(benchmark: FileBenchmark, head: Head | None) -> RecipeError:
 def _logits(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    encoded: Encoded,
+    encoded: Sequence[Mapping[str, Any]],
     rows: int,
     advance: Callable[[int], object],
 ) -> Tensor:
     """Computes (n, outputs) logits, float32 on the CPU, in batches of sequences of about equal length."""
-    lengths = [len(ids) for ids in encoded.columns["input_ids"]]
+    lengths = [len(row["input_ids"]) for row in encoded]
     order = longest_first(lengths)
     pad = collator(tokenizer)
     logits: list[Tensor] = [torch.empty(0)] * len(order)
     for start in range(0, len(order), rows):
         members = order[start : start + rows]
-        batch = {name: value.to(model.device) for name, value in pad(encoded.rows(members)).items()}
+        batch = {name: value.to(model.device) for name, value in pad([encoded[member] for member in members]).items()}
         for member, row in zip(members, model(**batch).logits.float().cpu(), strict=True):
             logits[member] = row
         advance(len(members))
