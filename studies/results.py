@@ -56,7 +56,7 @@ def main(atlas: Path, stories: Path, docs: Path) -> None:
     for score in SCORES:
         parts.append(f"\n### At {score:.0%} of topics learned\n\n{matched_table(cells['runs'], score, 100)}\n")
     parts.append(f"\n### Chosen on seed 0, shown on seeds 1 and 2\n\n{chosen_table(cells['runs'], SCORES[0])}\n")
-    parts.append(f"\n### Hypervolume\n\n{volume_table(front)}\n\n### Every setting\n\n{setting_table(front, 100)}\n")
+    parts.append(f"\n### Every setting\n\n{setting_table(front, 100)}\n")
     if (stories / "runs.json").is_file():
         other, other_front = read_json(stories / RUNS_FILE), read_json(stories / FRONT)
         parts.append(f"\n## stories260K\n\n{facts_of(other)}\n")
@@ -120,14 +120,6 @@ def told(point: Point) -> str:
     words += [f"{key.rpartition('.')[2]} {value:g}" for key, value in rest.items()]
     words += [f"{key} {value:g}" for key, value in (about["variant"] or {}).items() if isinstance(value, int | float)]
     return ", ".join(words)
-
-
-def volume_table(front: Mapping[str, Any]) -> str:
-    """Write each label's hypervolume."""
-    volumes = sorted(front["hypervolume"].items(), key=lambda item: -item[1]["mean"])
-    lines = ["| | hypervolume | settings |", "| --- | ---: | ---: |"]
-    lines += [f"| {label} | {_interval(volume, 1, 3)} | {volume['points']} |" for label, volume in volumes]
-    return "\n".join(lines)
 
 
 def setting_table(front: Mapping[str, Any], unit: float) -> str:

@@ -12,7 +12,6 @@ from keeptune.experiments.axes import (
     Axis,
     Value,
     axes_of,
-    base_score,
     forgotten_of,
     learned_of,
     loss_of,
@@ -35,7 +34,6 @@ def test_learned_is_the_mean_after_and_forgotten_the_mean_drop() -> None:
     axes = axes_of(SHARES)
     assert learned_of(SHARES, axes.learned) == Value(0.7, "", (0.0, 0.25))  # (0.5 + 0.9) / 2
     assert forgotten_of(SHARES, axes.forgotten) == Value(0.25, "", (-0.1, 0.15))  # (0.1 + 0.4) / 2
-    assert base_score(SHARES, axes.learned) == Value(0.15)
     assert learned_of([SHARES[0] | {"interval": None}, SHARES[1]], axes.learned) == Value(0.7), "of all or none"
 
 
@@ -44,7 +42,6 @@ def test_nats_change_sign_so_that_more_learned_is_better() -> None:
     assert (axes.learned.unit, axes.forgotten.unit) == ("nats", "nats")
     assert learned_of(LOSSES, axes.learned).number == -1.5
     assert forgotten_of(LOSSES, axes.forgotten).number == 0.25
-    assert base_score(LOSSES, axes.learned).number == -3.0
 
 
 def test_shares_come_before_nats_and_the_two_are_never_mixed() -> None:

@@ -116,10 +116,6 @@ def test_a_trade_off_by_hand() -> None:
     }
     assert found["points"][0]["forgotten"]["mean"] == 0.2
     assert found["points"][0]["runs"] == ["lora-lr0.001-seed0", "lora-lr0.001-seed1"]
-    assert found["reference_point"] == [0.2, 0.5]  # the base's task score, the most forgotten
-    # seed 0: 0.3 x 0.4 + 0.2 x 0.2; seed 1: 0.3 x 0.2 + 0.2 x 0
-    assert found["hypervolume"]["lora"]["mean"] == pytest.approx((0.16 + 0.06) / 2)
-    assert found["hypervolume"]["keep"]["mean"] == pytest.approx(0.4 * (0.4 + 0.3) / 2)
     assert found["matched"]["score"] == 0.6
     assert [(r["label"], r["how"]) for r in found["matched"]["rows"]] == [("keep", "exact"), ("lora", "interpolated")]
     assert found["matched"]["rows"][0]["difference"]["mean"] == pytest.approx((-0.1 - 0.2) / 2)
@@ -128,10 +124,9 @@ def test_a_trade_off_by_hand() -> None:
     assert found["units"] == {"learned": "share", "forgotten": "share"}
 
 
-def test_the_recipe_can_fix_score_reference_and_baseline() -> None:
-    options = Options(score=0.5, baseline="keep", reference_point=(0.0, 1.0))
+def test_the_recipe_can_fix_score_and_baseline() -> None:
+    options = Options(score=0.5, baseline="keep")
     found = trade_off_of(rows_of_two_labels(), axes_of(SCORES), options)
-    assert found["reference_point"] == [0.0, 1.0]
     assert found["matched"]["baseline"] == "keep"
     assert {r["label"]: r["how"] for r in found["matched"]["rows"]} == {"lora": "exact", "keep": "above"}
     with pytest.raises(RecipeError, match="baseline"):
@@ -144,7 +139,6 @@ def test_points_with_fewer_seeds_are_told() -> None:
     many = [row(seed=0), row(seed=1), *(row(f"m{i}") for i in range(7))]
     note = trade_off_of(many, axes_of(SCORES))["notes"][0]
     assert note.endswith("m3-lr0.001 (1), m4-lr0.001 (1) and 2 more")
-    assert found["hypervolume"]["keep"]["low"] is None
 
 
 def test_the_files_hold_what_is_returned(tmp_path: Path) -> None:

@@ -194,9 +194,6 @@ def test_a_run_is_finished_only_while_its_files_and_all_it_depends_on_are_the_sa
     said = keeptune("compare", tmp_path / "compare.yaml", "--dry-run", capsys=capsys)
     assert said.code == 0
     assert f"4 runs below {tmp_path / 'out/runs'}, 1 done" in said.out
-    lines = [line.split() for line in said.out.splitlines()]
-    assert ["lora", "0.005", "2", "1"] in lines
-    assert ["lora-null-v1", "0.005", "2", "0"] in lines
     assert not (tmp_path / "out/.lock").exists()
 
     (task.recipe.output / "evaluation/sums.json").rename(tmp_path / "sums.json")

@@ -1,27 +1,20 @@
-"""Points, fronts and hypervolumes against slow versions, and their laws."""
+"""Points and fronts against slow versions, and their laws."""
 
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.experiments.support import benchmark, point, row
-from tests.reference.front_reference import hypervolume_by_counting, hypervolume_by_inclusion, pareto_brute
+from tests.experiments.support import row
+from tests.reference.front_reference import pareto_brute
 
-from keeptune.core.errors import KeeptuneError
-from keeptune.experiments.axes import axes_of
 from keeptune.experiments.front import (
     as_json,
-    common_seeds,
     families,
-    hypervolume,
-    hypervolumes,
     pareto,
     points_of,
-    reference_point,
     spread,
 )
 
@@ -73,7 +66,6 @@ def test_the_order_of_places_does_not_matter(places: list[tuple[int, int]], rand
     shuffled = sorted(places, key=lambda _: random.random())  # type: ignore[attr-defined]
     on = dict(zip(places, pareto(places), strict=True))
     assert dict(zip(shuffled, pareto(shuffled), strict=True)) == on
-    assert hypervolume(shuffled, (0, 8)) == pytest.approx(hypervolume(places, (0, 8)), abs=1e-9)
 
 
 @given(PLACES, st.integers(0, 6), st.floats(0, 1), st.floats(0, 1))
@@ -81,31 +73,6 @@ def test_a_dominated_place_changes_nothing(places: list, at: int, less: float, m
     learned, forgotten = places[at % len(places)]
     worse = (learned - less - 0.01, forgotten + more + 0.01)
     assert pareto([*places, worse]) == [*pareto(places), False]
-    assert hypervolume([*places, worse], (-2, 2)) == pytest.approx(hypervolume(places, (-2, 2)), abs=1e-9)
-
-
-@given(WHOLE)
-def test_the_hypervolume_counts_squares(places: list[tuple[int, int]]) -> None:
-    assert hypervolume(places, (1, 6)) == pytest.approx(hypervolume_by_counting(places, (1, 6)), abs=1e-9)
-
-
-@given(PLACES)
-def test_the_hypervolume_is_that_of_inclusion_and_exclusion(places: list[tuple[float, float]]) -> None:
-    assert hypervolume(places, (0.0, 1.0)) == pytest.approx(hypervolume_by_inclusion(places, (0.0, 1.0)), abs=1e-9)
-
-
-@given(PLACES, st.sampled_from([0.25, 2.0, 8.0]), st.sampled_from([0.5, 4.0]))
-def test_scaling_the_axes_scales_the_hypervolume(places: list[tuple[float, float]], a: float, b: float) -> None:
-    scaled = [(a * learned, b * forgotten) for learned, forgotten in places]
-    assert pareto(scaled) == pareto(places)
-    assert hypervolume(scaled, (-2 * a, 2 * b)) == pytest.approx(a * b * hypervolume(places, (-2, 2)), abs=1e-8)
-
-
-def test_a_hypervolume_by_hand() -> None:
-    # [0, 0.5] x [0.1, 0.6] and [0.5, 0.8] x [0.4, 0.6]
-    assert hypervolume([(0.5, 0.1), (0.8, 0.4)], (0.0, 0.6)) == pytest.approx(0.25 + 0.06)
-    assert hypervolume([(-0.1, 0.1), (0.5, 0.7), (0.0, 0.6)], (0.0, 0.6)) == 0.0
-    assert hypervolume([], (0.0, 0.6)) == 0.0
 
 
 def test_seeds_are_gathered_into_points() -> None:
@@ -149,42 +116,3 @@ def test_the_family_of_a_variant_has_the_untouched_points_too() -> None:
         "keep": ["keep-lr0.001"],
         "lora, scaled": ["lora-lr0.001/scale-0.5", "lora-lr0.001"],
     }
-
-
-def test_the_reference_point_is_the_base_and_the_worst_seed() -> None:
-    rows = [row(seed=0, forgotten=0.1), row(seed=1, forgotten=0.3), row("keep", forgotten=0.05)]
-    points, _ = points_of(rows)
-    assert reference_point(rows, axes_of(rows[0]["benchmarks"]), points) == (0.2, 0.3)
-    gained = [row(forgotten=-0.1)]
-    assert reference_point(gained, axes_of(gained[0]["benchmarks"]), points_of(gained)[0]) == (0.2, 0.0)
-    assert reference_point([], axes_of(rows[0]["benchmarks"]), []) is None
-
-
-def test_bases_that_differ_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    other = [benchmark("task", "task", 0.25, 0.6), benchmark("facts", "knowledge", 0.8, 0.7)]
-    rows = [row(), row("keep", benchmarks=other)]
-    assert reference_point(rows, axes_of(other), points_of(rows)[0]) == (0.2, 0.1)
-    assert "0.2 to 0.25" in caplog.text
-
-
-def test_hypervolumes_are_taken_seed_by_seed() -> None:
-    points = [point("a", (0.5, 0.1), (0.7, 0.1)), point("b", (0.8, 0.4), (0.8, 0.2), (0.9, 0.3))]
-    found = hypervolumes({"lora": points}, (0.0, 0.6))["lora"]
-    # seed 0: 0.5 x 0.5 + 0.3 x 0.2; seed 1: 0.7 x 0.5 + 0.1 x 0.4; seed 2 is not common
-    assert found["seeds"] == [0, 1]
-    assert found["mean"] == pytest.approx((0.31 + 0.39) / 2)
-    assert found["high"] - found["mean"] == pytest.approx(12.706205 * 0.04, rel=1e-6)
-    assert found["points"] == 2
-
-
-def test_a_label_without_a_common_seed_has_a_hypervolume_without_an_interval() -> None:
-    points = [point("a", (0.5, 0.1), seeds=(0,)), point("b", (0.8, 0.4), seeds=(1,))]
-    found = hypervolumes({"lora": points}, (0.0, 0.6))["lora"]
-    assert (found["mean"], found["low"], found["seeds"]) == (pytest.approx(0.31), None, [])
-    assert common_seeds([]) == []
-
-
-def test_without_moocore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "moocore", None)
-    with pytest.raises(KeeptuneError, match=r"keeptune\[compare\]"):
-        hypervolume([(0.1, 0.1)], (0.0, 1.0))

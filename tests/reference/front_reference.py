@@ -1,9 +1,8 @@
-"""Slow, obvious versions of dominance, hypervolume and the matched score."""
+"""Slow, obvious versions of dominance and the matched score."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
 Place = tuple[float, float]
 
@@ -16,26 +15,6 @@ def dominates(p: Place, q: Place) -> bool:
 def pareto_brute(places: Sequence[Place]) -> list[bool]:
     """Compare every place with every other."""
     return [not any(dominates(other, place) for other in places) for place in places]
-
-
-def hypervolume_by_counting(places: Sequence[tuple[int, int]], reference: tuple[int, int]) -> int:
-    """Count the unit squares that some place of a whole-number grid dominates."""
-    count = 0
-    for x in range(reference[0], max((p[0] for p in places), default=0)):
-        for y in range(min((p[1] for p in places), default=0), reference[1]):
-            count += any(p[0] >= x + 1 and p[1] <= y for p in places)
-    return count
-
-
-def hypervolume_by_inclusion(places: Sequence[Place], reference: Place) -> float:
-    """Add and subtract the areas of all intersections of rectangles."""
-    total = 0.0
-    for size in range(1, len(places) + 1):
-        for some in combinations(places, size):
-            wide = min(p[0] for p in some) - reference[0]
-            high = reference[1] - max(p[1] for p in some)
-            total += (-1) ** (size + 1) * max(wide, 0.0) * max(high, 0.0)
-    return total
 
 
 def forgotten_by_scan(places: Sequence[Place], score: float) -> float | None:

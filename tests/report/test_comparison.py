@@ -15,7 +15,7 @@ from tests.report.test_html import headings, island, parsed
 
 from keeptune.core.errors import ArtefactError
 from keeptune.experiments.choice import choose
-from keeptune.report.pages.comparison_charts import Scales, fronts, hypervolumes, ranges
+from keeptune.report.pages.comparison_charts import Scales, fronts, ranges
 from keeptune.report.pages.comparison_page import (
     base_score,
     every_run,
@@ -41,13 +41,12 @@ def test_the_page_is_whole(records: tuple[Record, Record]) -> None:
     assert headings(text) == [
         "Learned against forgotten",
         f"At the same task score, {records[1]['matched']['score']:.3g}",
-        "Hypervolume",
         "Failed, missing and left out",
         "Every run",
         "Repeat this",
         "How to read this",
     ]
-    assert set(island(text)["figures"]) == {"tradeoff", "hypervolume"}
+    assert set(island(text)["figures"]) == {"tradeoff"}
     for words in ("5 labels, 30 settings, 3 seeds", "(1 failed, 1 missing)", "keeptune compare recipe.yaml"):
         assert words in text
     assert "OutOfMemoryError: &lt;b&gt;too large&lt;/b&gt;" in text
@@ -95,17 +94,6 @@ def test_intervals_of_two_seeds_do_not_press_the_rest_flat(records: tuple[Record
     done = [row for row in cells["runs"] if row["status"] == "done"]
     assert left < 0.05 and right > max(row["learned"] for row in done)
     assert bottom > 100 * max(row["forgotten"] for row in done)
-
-
-def test_hypervolumes_have_their_intervals(records: tuple[Record, Record]) -> None:
-    cells, front = records
-    chart = hypervolumes(cells["runs"], front)
-    assert chart is not None
-    trace = chart.figure.to_plotly_json()["data"][0]
-    assert trace["x"] == sorted((item["mean"] for item in front["hypervolume"].values()), reverse=True)
-    label = chart.figure.to_plotly_json()["layout"]["yaxis"]["ticktext"][0]
-    own = front["hypervolume"][label]
-    assert trace["error_x"]["array"][0] == pytest.approx(own["high"] - own["mean"])
 
 
 def test_the_matched_table_and_its_bars(records: tuple[Record, Record]) -> None:
@@ -194,7 +182,7 @@ def test_the_choice_is_told_and_ringed(records: tuple[Record, Record]) -> None:
 def test_figures_are_saved_beside_the_page(records: tuple[Record, Record], tmp_path: Path) -> None:
     write_comparison(*records, tmp_path / "report.html")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names == {f"{name}.{kind}" for name in ("tradeoff", "hypervolume") for kind in ("png", "svg")}
+    assert names == {f"{name}.{kind}" for name in ("tradeoff",) for kind in ("png", "svg")}
     text = (tmp_path / "figures" / "tradeoff.svg").read_text("utf-8")
     assert all(f">{label}</text>" in text for label in (*records[1]["fronts"], "front over all"))
 
@@ -216,7 +204,7 @@ def test_items_of_settings_on_the_front_are_read_from_their_folders(tmp_path: Pa
 
 def test_nothing_finished_and_broken_records(records: tuple[Record, Record]) -> None:
     cells, front = records
-    empty = {"points": [], "fronts": {}, "front": [], "hypervolume": {}, "units": None, "axes": None, "choice": None,
+    empty = {"points": [], "fronts": {}, "front": [], "units": None, "axes": None, "choice": None,
              "matched": {"score": None, "baseline": None, "rows": []}, "excluded": [], "notes": []}  # fmt: skip
     failed = [row | {"status": "failed", "benchmarks": [], "learned": None, "forgotten": None} for row in cells["runs"]]
     text = render_comparison(cells | {"runs": failed, "benchmarks": []}, empty)

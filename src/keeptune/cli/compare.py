@@ -39,7 +39,7 @@ def compare(
     if dry_run or as_json:
         listed = load_comparison(recipe, overrides, fetch=hub.cached)
         if not as_json:
-            (_list_runs if listed.section.search is None else _list_search)(listed)
+            _list_runs(listed)
         cli_dry.dry_run(recipe, overrides, flops, dry=dry_run, as_json=as_json)
         return
     run_and_show(load_comparison(recipe, overrides), limits)
@@ -101,32 +101,14 @@ def _list_runs(loaded: Any) -> None:
     from keeptune.experiments.engine import tasks_of
     from keeptune.experiments.plan_runs import RUNS, list_runs
 
+    folder, search = loaded.output / RUNS, loaded.section.search
+    if search is not None:
+        others = len(loaded.section.seeds) - 1
+        then = f", then the settings on the front with {others} more seeds each" if others else ""
+        echo(f"a search of {search.trials} trials below {folder}{then}")
+        echo("what follows counts the listed settings; the search takes as many runs as it has trials")
+        return
     specs = list_runs(loaded)
     # Where no run has a folder nothing is done, and what is done need not be compared with data that are elsewhere.
-    started = (loaded.output / RUNS).is_dir()
-    missing = tasks_of(loaded, specs)[2] if started else {spec.name for spec in specs}
-    table = Table("method", "learning rates", "strengths", "runs", "done", box=None, header_style="bold")
-    for entry in loaded.entries:
-        own = [spec for spec in specs if spec.label == entry.label]
-        rates = ", ".join(f"{rate:g}" for rate in entry.rates)
-        marks = ", ".join(variation.mark or "x1" for variation in entry.variations)
-        done = sum(spec.name not in missing for spec in own)
-        table.add_row(entry.label, rates, marks if len(entry.variations) > 1 else "", str(len(own)), str(done))
-    Console().print(table)
-    echo(f"{len(specs)} runs below {loaded.output / RUNS}, {len(specs) - len(missing)} done")
-
-
-def _list_search(loaded: Any) -> None:
-    from keeptune.experiments.search import count_trials, spans_of
-
-    table = Table("method", "learning rate", "strength", "trials so far", box=None, header_style="bold")
-    counts = count_trials(loaded.output)
-    for entry in loaded.entries:
-        spans = {name.rpartition(".")[2]: span for name, span in spans_of(entry).items()}
-        rate, strength = (str(spans.get(name, "")) for name in ("rate", "strength"))
-        table.add_row(entry.label, rate or f"{entry.rates[0]:g}", strength, str(counts.get(entry.label, 0)))
-    Console().print(table)
-    others = len(loaded.section.seeds) - 1
-    then = f", then the settings on the front with {others} more seeds each" if others else ""
-    echo(f"a search of {loaded.section.search.trials} trials below {loaded.output / 'runs'}{then}")
-    echo("what follows counts the listed settings; the search takes as many runs as it has trials")
+    done = len(specs) - len(tasks_of(loaded, specs)[2]) if folder.is_dir() else 0
+    echo(f"{len(specs)} runs below {folder}, {done} done")

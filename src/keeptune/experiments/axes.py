@@ -115,11 +115,6 @@ def forgotten_of(benchmarks: Sequence[Mapping[str, Any]], axis: Axis) -> Value:
     return _mean(benchmarks, axis, lambda before, after: loss_of(before, after, axis.unit))
 
 
-def base_score(benchmarks: Sequence[Mapping[str, Any]], axis: Axis) -> Value:
-    """Computes the base's place on the axis of what is learned."""
-    return learned_of([{**b, "after": b["before"], "interval": None} for b in benchmarks], axis)
-
-
 def loss_of(before: float, after: float, unit: Unit) -> float:
     """Computes how much of a benchmark was lost from a score before to one after; negative for a gain.
 

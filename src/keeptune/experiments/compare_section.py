@@ -54,7 +54,6 @@ class CompareSection(Section):
     learned: list[str] | None = None
     forgotten: list[str] | None = None
     score: float | None = None
-    reference_point: tuple[float, float] | None = None
     estimate: Literal["mean", "upper"] = "mean"  # of what is lost, for --max-loss
 
 

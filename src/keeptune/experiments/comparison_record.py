@@ -19,7 +19,7 @@ from keeptune.core.artefact import canonical_json, read_json, write_bytes, write
 from keeptune.core.errors import ArtefactError, KeeptuneError
 from keeptune.evaluation.results import BenchmarkResult, references_by_seed, trade_off
 from keeptune.experiments.axes import Axes, axes_of, forgotten_of, learned_of
-from keeptune.experiments.front import Point, as_json, families, hypervolumes, pareto, points_of, reference_point
+from keeptune.experiments.front import Point, as_json, families, pareto, points_of
 from keeptune.experiments.matched import matched
 from keeptune.experiments.plan_runs import RunSpec
 from keeptune.experiments.posthoc_scaling import Variant
@@ -39,17 +39,15 @@ class Options:
     """What a recipe says about a comparison's axes and tables; None leaves each to the data.
 
     ``learned`` and ``forgotten`` name the benchmarks of the axes, ``score`` is where labels are matched, ``baseline``
-    the label that the others are compared with (None takes ``lora`` where it is one), ``reference_point`` the corner of
-    the ``hypervolumes``. ``reference`` is a run folder of full fine-tuning outside the comparison, for T; ``about``
-    has more keys of ``runs.json``: ``base``, ``command``, ``recipe``, a sweep's ``axis`` and ``grid``, ...
+    the label that the others are compared with (None takes ``lora`` where it is one). ``reference`` is a run folder of
+    full fine-tuning outside the comparison, for T; ``about`` has more keys of ``runs.json``: ``base``, ``command``,
+    ``recipe``, a sweep's ``axis`` and ``grid``, ...
     """
 
     learned: Sequence[str] | None = None
     forgotten: Sequence[str] | None = None
     score: float | None = None
     baseline: str | None = None
-    reference_point: tuple[float, float] | None = None
-    hypervolumes: bool = True
     reference: Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -161,7 +159,6 @@ def trade_off_of(rows: Sequence[Mapping[str, Any]], axes: Axes, options: Options
     options = options or Options()
     points, excluded = points_of(rows)
     groups = families(points)
-    reference = options.reference_point or reference_point(rows, axes, points)
     over_all = _names(points)
     baseline = options.baseline or next((label for label in groups if label == "lora"), None)
     return {
@@ -170,8 +167,6 @@ def trade_off_of(rows: Sequence[Mapping[str, Any]], axes: Axes, options: Options
         "points": [_described(point, point.name in over_all) for point in points],
         "fronts": {label: _names(members) for label, members in groups.items()},
         "front": over_all,
-        "hypervolume": {} if reference is None or not options.hypervolumes else hypervolumes(groups, reference),
-        "reference_point": None if reference is None else list(reference),
         "matched": matched(groups, options.score, baseline),
         "excluded": excluded,
         "notes": _notes(points, excluded),
@@ -183,8 +178,8 @@ def _no_trade_off(roles: set[str], excluded: Sequence[Mapping[str, str]]) -> dic
     """Returns ``front.json`` of runs of which nothing is scored yet, or one side alone, as in some published tables."""
     lacking = [role for role in ("task", "knowledge") if roles and role not in roles]
     return {
-        **dict.fromkeys(("units", "axes", "reference_point", "choice")),
-        **{"points": [], "fronts": {}, "front": [], "hypervolume": {}},
+        **dict.fromkeys(("units", "axes", "choice")),
+        **{"points": [], "fronts": {}, "front": []},
         "matched": {"score": None, "baseline": None, "rows": []},
         "excluded": list(excluded),
         "notes": [f"no trade-off: `evaluate` has no benchmark with role: {role}" for role in lacking],

@@ -1,36 +1,23 @@
-"""The trade-off of learning against forgetting: points over seeds, Pareto fronts, hypervolumes.
+"""The trade-off of learning against forgetting: points over seeds and Pareto fronts.
 
 A point is one setting; its place is the mean over its seeds, with intervals by :mod:`keeptune.core.intervals`. With
 (l, f) the learned and forgotten of a point,
 
     p dominates q  iff  l_p >= l_q and f_p <= f_q, and one of them is strict                              (1)
 
-The front is what nothing dominates; equal points are both on it. The hypervolume of points P with the reference point
-(l0, f0) is the area that they dominate and that dominates the reference (Zitzler and Thiele, IEEE TEC 1999):
-
-    HV(P) = area of the union over p in P of [l0, l_p] x [f_p, f0]                                         (2)
-
-computed by moocore. The reference point is one for all labels: the base's own score on the task, and the most that any
-scored run forgot, at least 0; or the one given. The hypervolume of a label is taken seed by seed, over the seeds that
-all its points have; a label with more points has had more tries at a large one.
+The front is what nothing dominates; equal points are both on it.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from keeptune.core.artefact import canonical_json
 from keeptune.core.intervals import Estimate, combine
-from keeptune.experiments.axes import DIGITS, Axes, base_score
-from keeptune.experiments.compare_section import missing_extra
-
-_log = logging.getLogger(__name__)
+from keeptune.experiments.axes import DIGITS
 
 Place = tuple[float, float]
 _NO_INTERVAL = (math.nan, math.nan)
@@ -169,47 +156,6 @@ def pareto(places: Sequence[Place]) -> list[bool]:
         not any(l >= learned and f <= forgotten and (l, f) != (learned, forgotten) for l, f in places)  # noqa: E741
         for learned, forgotten in places
     ]
-
-
-def hypervolume(places: Sequence[Place], reference: Place) -> float:
-    """Computes the area that places dominate up to a reference point, eq. 2.
-
-    Laws: a dominated place adds nothing; the order does not matter; scaling an axis by c scales the area by c; a place
-    that is not better than the reference on both axes adds nothing.
-    """
-    try:
-        import moocore
-    except ImportError as error:
-        raise missing_extra("moocore") from error
-    if not places:
-        return 0.0
-    points = np.array(places, dtype=float)
-    return float(moocore.hypervolume(points, ref=np.array(reference, dtype=float), maximise=[True, False]))
-
-
-def reference_point(rows: Iterable[Mapping[str, Any]], axes: Axes, points: Sequence[Point]) -> Place | None:
-    """Returns the base's score on the task and the most that any run forgot; None without a scored run."""
-    scores = [base_score(row["benchmarks"], axes.learned).number for row in rows if row["status"] == "done"]
-    bases = [score for score in scores if score is not None]
-    if not bases or not points:
-        return None
-    if max(bases) - min(bases) > 1e-6:
-        ends = min(bases), max(bases)
-        _log.warning("compare: the base's score differs between runs, %g to %g; the lowest counts", *ends)
-    worst = max(forgotten for point in points for _, forgotten in point.places.values())
-    return min(bases), max(worst, 0.0)
-
-
-def hypervolumes(groups: Mapping[str, Sequence[Point]], reference: Place) -> dict[str, dict[str, Any]]:
-    """Computes each label's hypervolume, seed by seed.
-
-    Without a seed that all points of a label have, it is that of the points' means, without an interval.
-    """
-    volumes = {}
-    for label, points in groups.items():
-        over = spread([hypervolume(places, reference) for places in places_by_seed(points).values()])
-        volumes[label] = {**as_json(over), "seeds": common_seeds(points), "points": len(points)}
-    return volumes
 
 
 def common_seeds(points: Sequence[Point]) -> list[int]:

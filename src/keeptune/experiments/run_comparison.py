@@ -88,8 +88,6 @@ def _options(comparison: Comparison, command: str) -> Options:
         forgotten=section.forgotten,
         score=section.score,
         baseline=comparison.plain,
-        reference_point=section.reference_point,
-        hypervolumes=comparison.kind == "compare",
         reference=comparison.base.reference,
         about={
             "base": comparison.base.model,

@@ -57,10 +57,6 @@ class Span:
     high: float
     whole: bool = False
 
-    def __str__(self) -> str:
-        """Write it for a table."""
-        return f"{self.low:g} to {self.high:g}"
-
     def suggest(self, trial: Any, name: str) -> None:
         """Draws a parameter of a trial of Optuna."""
         if self.whole:
@@ -82,10 +78,6 @@ class Choices:
     """One of several strengths, each as likely."""
 
     count: int
-
-    def __str__(self) -> str:
-        """Write it for a table."""
-        return f"one of {self.count}"
 
     def suggest(self, trial: Any, name: str) -> None:
         """Draws a parameter of a trial of Optuna."""
@@ -137,12 +129,15 @@ def setting_of(entries: Sequence[Entry], params: Mapping[str, Any]) -> tuple[Ent
 def open_study(output: Path, key: str) -> Any:
     """Opens Optuna's study of a key in the journal of a comparison's folder; trials that did not finish are next."""
     import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
 
     output.mkdir(parents=True, exist_ok=True)
     try:
         with _quiet_optuna():
+            journal = JournalStorage(JournalFileBackend(str(output / JOURNAL)))
             study = optuna.create_study(
-                storage=_storage(output), study_name=key, directions=["maximize", "minimize"], load_if_exists=True
+                storage=journal, study_name=key, directions=["maximize", "minimize"], load_if_exists=True
             )
             trials = study.get_trials(deepcopy=False)
     except (ValueError, KeyError) as error:
@@ -176,26 +171,6 @@ def ask(study: Any, seed: int, entries: Sequence[Entry]) -> Any:
         for name, span in spans_of(next(entry for entry in entries if entry.label == label)).items():
             span.suggest(trial, name)
     return trial
-
-
-def count_trials(output: Path) -> dict[str, int]:
-    """Counts the finished trials of the last search in a folder, by label of the entry."""
-    counts: dict[str, int] = {}
-    if (output / JOURNAL).is_file():
-        storage = _storage(output)
-        for study in storage.get_all_studies()[-1:]:
-            for trial in storage.get_all_trials(study._study_id):
-                if trial.state.name == "COMPLETE":
-                    counts[trial.params[_ENTRY]] = counts.get(trial.params[_ENTRY], 0) + 1
-    return counts
-
-
-def _storage(output: Path) -> Any:
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    with _quiet_optuna():
-        return JournalStorage(JournalFileBackend(str(output / JOURNAL)))
 
 
 def run_search(comparison: Comparison, search: Search) -> tuple[tuple[RunSpec, ...], dict[str, Outcome]]:

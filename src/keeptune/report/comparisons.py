@@ -52,12 +52,6 @@ def labels_of(runs: Runs, front: Mapping[str, Any]) -> dict[str, int]:
     return {label: index for index, label in enumerate(dict.fromkeys(names))}
 
 
-def by_volume(front: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Returns the hypervolumes of the labels that have one, the largest first."""
-    known = {label: item for label, item in front["hypervolume"].items() if item.get("mean") is not None}
-    return dict(sorted(known.items(), key=lambda item: -float(item[1]["mean"])))
-
-
 def setting_rows(row: Mapping[str, Any]) -> list[tuple[str, object]]:
     """Returns how a run or point was set, as names and values; the first four rows are those that all have."""
     rate, strength, variant = row.get("learning_rate"), row.get("strength"), row.get("variant") or {}

@@ -1,17 +1,16 @@
-"""The figures of a comparison's page: settings with their fronts, and hypervolumes."""
+"""The figure of a comparison's page: settings with their fronts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 import plotly.graph_objects as go
 
 from keeptune.core.intervals import Estimate
-from keeptune.report.comparisons import Points, Runs, Scales, by_volume, is_placed, labels_of, ranges, setting_rows
+from keeptune.report.comparisons import Points, Runs, Scales, is_placed, labels_of, ranges, setting_rows
 from keeptune.report.numbers import ends, estimate_text, number
-from keeptune.report.pages.charts import Chart, Mark, arms, axis, figure_of, hover, lying_bars, mark, plain, scatter
+from keeptune.report.pages.charts import Chart, Mark, arms, axis, figure_of, hover, mark, plain, scatter
 from keeptune.report.pages.run_charts import base_star
 
 _CLUTTER: Final = 40  # with more settings only those on a front have bars
@@ -121,28 +120,3 @@ def _scores(point: Mapping[str, Any], scales: Scales) -> list[tuple[str, object]
         ("seeds" if len(point["seeds"]) > 1 else "seed", ", ".join(map(str, point["seeds"]))),
         ("on the front", "yes" if point["on_front"] else None),
     ]
-
-
-def hypervolumes(runs: Runs, front: Mapping[str, Any]) -> Chart | None:
-    """Returns the hypervolume of each label, the largest on top; None without hypervolumes."""
-    volumes = by_volume(front)
-    if not volumes:
-        return None
-    numbered = labels_of(runs, front)
-    hovers, tips = [], []
-    for label, item in volumes.items():
-        low, high = ends(item)
-        tips.append((low, high))
-        rows = [
-            ("hypervolume", number(item["mean"])),
-            ("interval", None if math.isnan(low) else f"{number(low)} to {number(high)}"),
-            ("settings", item.get("points")),
-            ("seeds", ", ".join(map(str, item.get("seeds") or [])) or None),
-        ]
-        hovers.append(hover(label, rows))
-    values = [float(item["mean"]) for item in volumes.values()]
-    more = {"error_x": arms(values, tips, "var(--ink)"), "hovertext": hovers, "hoverinfo": "text"}
-    colours = [mark(numbered[label]).colour for label in volumes]
-    figure = lying_bars(list(volumes), values, colours, "hypervolume", **more)
-    figure.update_xaxes(rangemode="tozero")
-    return Chart("hypervolume", "Hypervolume of each label", figure, 90 + 24 * len(volumes), caption="")

@@ -14,7 +14,7 @@ from keeptune.report.comparisons import Scales, cost, labels_of, setting_rows
 from keeptune.report.figures import write_figures
 from keeptune.report.numbers import ends, listing, number
 from keeptune.report.pages.charts import Chart
-from keeptune.report.pages.comparison_charts import fronts, hypervolumes
+from keeptune.report.pages.comparison_charts import fronts
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render
 from keeptune.report.pages.parts import Bar, Grid, bar
@@ -65,7 +65,7 @@ def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
 
 
 def _charts(rows: Sequence[Mapping[str, Any]], front: Front) -> dict[str, Chart | None]:
-    return {"tradeoff": fronts(rows, front, base_score(rows, front)), "hypervolume": hypervolumes(rows, front)}
+    return {"tradeoff": fronts(rows, front, base_score(rows, front))}
 
 
 def base_score(rows: Sequence[Mapping[str, Any]], front: Front) -> float | None:
