@@ -264,13 +264,6 @@ def test_a_window_is_romes() -> None:
 
 def test_what_cannot_be_traced_is_refused() -> None:
     model = deep(llama)
-    plain = Calibration(small().sequences, 0)
-    with pytest.raises(StatisticsError, match="prompts and completions"):
-        TracedBatch.of(plain.batches()[0], model.device)
-    with pytest.raises(StatisticsError, match="without a prompt"):
-        TracedBatch.of(Calibration.of_answers(((5, 6),), 0, (0,)).batches()[0], model.device)
-    with pytest.raises(StatisticsError, match="without an answer"):
-        TracedBatch.of(Calibration.of_answers(((5, 6),), 0, (2,)).batches()[0], model.device)
     with pytest.raises(RecipeError, match="share"):
         Noise(fraction=0)
     with pytest.raises(RecipeError, match="scale"):

@@ -276,10 +276,10 @@ def test_plain_texts_among_prompts_are_read_whole(tmp_path: Path, caplog: pytest
     assert "1 texts have no completion" in caplog.text
 
 
-def test_the_time_is_projected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_time_of_the_first_texts_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         gathered(llama(), calibration(), tmp_path)
-    assert "10 take at most" in caplog.text
+    assert "of 10 texts took" in caplog.text
 
 
 def test_attributions_at_hand() -> None:

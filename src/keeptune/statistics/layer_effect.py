@@ -16,7 +16,6 @@ from keeptune.data.calibration import Calibration
 from keeptune.model.probes.causal_tracing import Noise, Traced, Tracer, embedding_std, noise_of
 from keeptune.model.probes.causal_tracing import Reading as Reading
 from keeptune.model.probes.tracing_passes import OutputKind as OutputKind
-from keeptune.model.probes.tracing_passes import unanswered
 from keeptune.statistics.request import ModelRequest
 from keeptune.statistics.store import Source, StatStore
 from keeptune.statistics.text_entries import TextEntries
@@ -175,11 +174,20 @@ def layer_weights(effects: Tensor, norm: Norm = "max") -> Tensor:
 
 def _prompted_texts(data: Calibration) -> list[_PromptedText]:
     if data.prompts is None or data.labels is not None:
-        raise unanswered("texts without an answer" if data.labels is None else "texts with labels")
+        raise _unanswered("texts without an answer" if data.labels is None else "texts with labels")
     texts = [(ids, prompt) for ids, prompt in zip(data.sequences, data.prompts, strict=True) if 0 < prompt < len(ids)]
     if not texts:
-        raise unanswered("no text with a prompt and an answer")
+        raise _unanswered("no text with a prompt and an answer")
     # Pooled sets may hold plain texts among the answers.
     if len(texts) < len(data.sequences):
         _log.warning("trace: %d texts have no prompt or no answer and are left out", len(data.sequences) - len(texts))
     return texts
+
+
+def _unanswered(got: str) -> StatisticsError:
+    return StatisticsError(
+        "causal tracing",
+        got=got,
+        wanted="prompts and completions of at least one token each: the probability of the answer is measured",
+        next_step="Use `prompt` and `completion` templates in the data section; raise max_length if it cuts answers.",
+    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Batch, Calibration
-from keeptune.model.probes.attribution import Attributor, Baseline, Integral, Positions, Rule, Score
+from keeptune.model.probes.attribution import Attributor, Integral
 from keeptune.statistics.request import DataRole, ModelRequest
 from keeptune.statistics.store import Source, StatStore
 from keeptune.statistics.text_entries import TextEntries
@@ -31,7 +30,7 @@ _PARTS = ("", "layers", "modules")
 
 
 @dataclass(frozen=True, slots=True)
-class NeuronAttribution(ModelRequest):
+class NeuronAttribution(ModelRequest, Integral):
     """``Attr_lj`` of every text: how much each output of each MLP contributes to the next token.
 
     Defaults are the first release. Of a prompt with a completion the prompt is read, of a whole text all of it; the
@@ -44,21 +43,10 @@ class NeuronAttribution(ModelRequest):
     """
 
     data: DataRole = "knowledge"
-    positions: Positions = "last"
-    baseline: Baseline = "zero"
-    pad_token: int = 0
-    target: Score = "probability"
     answer: Answer = "own"
-    rule: Rule = "left"
-    steps: int = 7
-    times_activation: bool = True
     signed: bool = True
     by_text: ClassVar[bool] = True
     parts: ClassVar[tuple[str, ...]] = _PARTS
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        _ = self.integral
 
     @classmethod
     def as_paper(cls) -> NeuronAttribution:
@@ -73,11 +61,6 @@ class NeuronAttribution(ModelRequest):
         """
         return cls(positions="all", baseline="pad", rule="trapezoid")
 
-    @property
-    def integral(self) -> Integral:
-        """What is integrated."""
-        return Integral(**{option.name: getattr(self, option.name) for option in fields(Integral)})
-
     def measure(
         self, model: PreTrainedModel, data: Calibration, store: StatStore, source: Source, *, chunk: int = 2048
     ) -> Mapping[str, Tensor]:
@@ -87,7 +70,7 @@ class NeuronAttribution(ModelRequest):
             ModelError: The model is no causal language model, or no block has an MLP down-projection.
             StatisticsError: There is no text to read or, where its first token is to be scored, no completion.
         """
-        attributor = Attributor(model, self.integral, chunk=chunk)
+        attributor = Attributor(model, self, chunk=chunk)
         texts = _scored_texts(data, self.answer)
         options = ["positions", "baseline", "target", "rule", "steps", "times_activation"]
         options += ["pad_token"] if self.baseline == "pad" else []
@@ -211,20 +194,8 @@ def _attribute(
 ) -> Iterator[list[tuple[_ScoredText, Tensor]]]:
     tokens = [token for _, token in texts if token is not None]
     left = Calibration(tuple(ids for ids, _ in texts), pad_id, labels=tuple(tokens) or None)
-    batches = left.batches(chunk)
-    for number, batch in enumerate(batches):
-        start = time.monotonic()
+    for batch in left.batches(chunk):
         yield list(zip(_rows(batch), attributor.attribute(batch, batch.labels), strict=True))
-        # The first batch also checks that the fast way applies.
-        if number == min(1, len(batches) - 1):
-            _log_time((time.monotonic() - start) / len(batch.input_ids), len(texts))
-
-
-def _log_time(seconds: float, count: int) -> None:
-    """Projects the time; texts come longest first, so that it is an upper bound."""
-    hours, rest = divmod(round(seconds * count), 3600)
-    spelt = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
-    _log.info("attribution: %.2g s for each of the longest texts: %d take at most %s", seconds, count, spelt)
 
 
 def _rows(batch: Batch) -> list[_ScoredText]:

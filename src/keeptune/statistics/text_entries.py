@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -71,8 +72,12 @@ class TextEntries(Generic[Text]):
             folder = self.store and self.store.folder
             _log.info("%s: %d of %d texts taken from %s", self.title, present, len(unique), folder)
         if missing:
+            start = time.monotonic()
             with tqdm(total=len(missing), desc=self.title, unit="text", delay=2, disable=None, leave=False) as bar:
                 for results in measure(missing):
+                    if not bar.n:
+                        seconds = time.monotonic() - start
+                        _log.info("%s: %d of %d texts took %.2g s", self.title, len(results), len(missing), seconds)
                     for text, value in results:
                         if self.store is not None:
                             self.store.put(self.recipe(text), value.float())

@@ -274,7 +274,7 @@ def _models(options: TraceOptions, name: str, device: str) -> Iterator[tuple[str
     if tuned is not None and not tuned.is_adapter:
         load_positions(tuned.whole)  # checks that it is there
     base = load_model(name, loading)
-    fingerprint, vocabulary = body_fingerprint(base), _vocabulary(base)
+    fingerprint, vocabulary = body_fingerprint(base), base.config.get_text_config().vocab_size
     if tuned is not None and tuned.is_adapter:
         check_base(tuned.folder, fingerprint)
     first = Path(options.model).name
@@ -297,19 +297,15 @@ def _models(options: TraceOptions, name: str, device: str) -> Iterator[tuple[str
     else:
         del base
         other = load_model(tuned.whole, loading)
-        if _vocabulary(other) < vocabulary:
+        own = other.config.get_text_config().vocab_size
+        if own < vocabulary:
             raise ModelError(
                 f"model {tuned.source}",
-                got=f"{_vocabulary(other)} token embeddings",
+                got=f"{own} token embeddings",
                 wanted=f"those of the first model ({vocabulary}): both are traced on the same tokens",
                 next_step="Trace models that share a tokenizer.",
             )
         yield second, other, Source(body_fingerprint(other), "", str(other.dtype))
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
 
 
 def _most_harmed(traced: Trace) -> int:

@@ -49,7 +49,7 @@ Score = Literal["probability", "logit"]
 Rule = Literal["left", "right", "trapezoid", "gauss-legendre"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Integral:
     """What is integrated, from where, and how.
 

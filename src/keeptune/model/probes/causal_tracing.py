@@ -135,7 +135,7 @@ class Tracer:
 
         Raises:
             ModelError: The model's blocks cannot be run on some tokens alone.
-            StatisticsError: A probability is not finite, or the texts have no answers.
+            StatisticsError: A probability is not finite.
         """
         with still(self.modules.model), torch.no_grad():
             texts = TracedBatch.of(batch, device_of(self.modules.model))

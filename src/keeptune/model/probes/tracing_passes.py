@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from keeptune.core.errors import ModelError, StatisticsError
+from keeptune.core.errors import ModelError
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, parts_of
 from keeptune.model.probes.block_calls import BlockCall, Blocks, KeptRun, hidden_of, probabilities, take, with_hidden
@@ -90,19 +90,12 @@ class TracedBatch:
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> TracedBatch:
-        """Prepares a batch with a loss mask.
-
-        Raises:
-            StatisticsError: The answers are not known, or a text has no prompt or no answer.
-        """
-        if batch.loss_mask is None:
-            raise unanswered("texts without an answer")
+        """Prepares a batch with a loss mask; each text has a prompt and an answer."""
+        assert batch.loss_mask is not None
         mask = batch.attention_mask.to(device)
         start, lengths = mask.argmax(dim=1), mask.sum(dim=1)
         answers = batch.loss_mask.to(device).sum(dim=1)
         prompts = lengths - answers
-        if not bool((prompts > 0).all() and (answers > 0).all()):
-            raise unanswered("a text without a prompt" if bool((answers > 0).all()) else "a text without an answer")
         steps = torch.arange(int(answers.max()), device=device)[None]
         places = start[:, None] + prompts[:, None] - 1 + steps.minimum(answers[:, None] - 1)
         wanted = batch.input_ids.to(device).gather(1, places + 1)
@@ -110,16 +103,6 @@ class TracedBatch:
 
     def __len__(self) -> int:
         return self.mask.shape[0]
-
-
-def unanswered(got: str) -> StatisticsError:
-    """Returns the error for texts whose answers cannot be traced."""
-    return StatisticsError(
-        "causal tracing",
-        got=got,
-        wanted="prompts and completions of at least one token each: the probability of the answer is measured",
-        next_step="Use `prompt` and `completion` templates in the data section; raise max_length if it cuts answers.",
-    )
 
 
 @dataclass

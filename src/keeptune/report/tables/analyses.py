@@ -79,13 +79,10 @@ def print_overlap(record: Record, console: Console) -> None:
     """Prints an overlap, layer by layer and in all, from ``overlap.json``."""
     for side in ("first", "second"):
         say(console, f"{side}: {record[side]['name']}, {record[side]['texts']} texts")
-    rows = [
-        (
-            *(str(row[key]) for key in ("layer", "first", "second", "common")),
-            *("–" if row[key] is None else f"{row[key]:.1%}" for key in ("share", "chance")),
-        )
-        for row in [*record["by_layer"], {"layer": "all", **record["all"]}]
-    ]
+    rows = []
+    for row in [*record["by_layer"], {"layer": "all", **record["all"]}]:
+        counts = [str(row[key]) for key in ("layer", "first", "second", "common")]
+        rows.append([*counts, _share(row["share"]), _share(row["chance"])])
     console.print(table(("layer", "first", "second", "common", "share", "by chance"), rows))
 
 
@@ -103,11 +100,7 @@ def print_repair(record: Record, console: Console) -> None:
         say(console, f"kept of what the adapter does on the task: {kept:.1%}, relative error {error:.1%}")
     if "sweep" in record:
         rows = [
-            (
-                f"{row['mu']:g}",
-                f"{row['drift']:.2g}",
-                *("–" if row[key] is None else f"{row[key]:.1%}" for key in ("task_kept", "task_error")),
-            )
+            (f"{row['mu']:g}", f"{row['drift']:.2g}", _share(row["task_kept"]), _share(row["task_error"]))
             for row in record["sweep"]
         ]
         console.print(table(("mu", "drift", "kept", "task error"), rows))
@@ -188,3 +181,7 @@ def _signed(value: float | None, decimals: int) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
