@@ -15,8 +15,7 @@ from keeptune.core.errors import ArtefactError, RecipeError
 from keeptune.experiments.axes import axes_of
 from keeptune.experiments.choice import choose, choose_best, limits_of, parse_max_loss
 from keeptune.experiments.comparison_record import FRONT, Options, row_of, trade_off_of, with_axes, write_records
-from keeptune.experiments.posthoc_scaling import Variant
-from keeptune.experiments.posthoc_scoring import score_variants
+from keeptune.experiments.posthoc_variants import Variant, score_variants
 from keeptune.experiments.single_run import Outcome
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import find_result, result_fingerprint

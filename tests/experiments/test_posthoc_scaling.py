@@ -8,19 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from tests.models import gpt2, llama
 from torch import Tensor
 
 from keeptune.adapter.probe import logits_of, random_probe
-from keeptune.core.errors import RecipeError
-from keeptune.experiments.posthoc_scaling import (
+from keeptune.experiments.posthoc_variants import (
     Variant,
     interpolate,
-    put_adapter,
     refusal,
     scaled_adapter,
-    standard_variants,
 )
 
 
@@ -50,7 +47,7 @@ def changes(model: PeftModel) -> dict[str, Tensor]:
 def test_a_scale_multiplies_every_change() -> None:
     model, tensors = adapted()
     before = changes(model)
-    put_adapter(model, scaled_adapter(tensors, Variant(0.25)))
+    set_peft_model_state_dict(model, scaled_adapter(tensors, Variant(0.25)))
     after = changes(model)
     assert len(before) == 4
     for name, change in before.items():
@@ -62,9 +59,9 @@ def test_a_scale_of_nothing_is_the_base_and_of_one_the_adapter() -> None:
     probe = random_probe(model)
     tuned, base = logits_of(model, probe), logits_of(llama(), probe)
     assert not torch.allclose(tuned, base)
-    put_adapter(model, scaled_adapter(tensors, Variant(0)))
+    set_peft_model_state_dict(model, scaled_adapter(tensors, Variant(0)))
     assert torch.equal(logits_of(model, probe), base)
-    put_adapter(model, scaled_adapter(tensors, Variant(1)))
+    set_peft_model_state_dict(model, scaled_adapter(tensors, Variant(1)))
     assert torch.equal(logits_of(model, probe), tuned)
 
 
@@ -110,10 +107,6 @@ def test_a_head_that_the_base_has_not_stays_as_tuned() -> None:
     assert torch.equal(model.model.norm.weight, base.model.norm.weight)
 
 
-def test_standard_variants_leave_out_the_run_itself() -> None:
-    assert [variant.slug for variant in standard_variants([0.25, 1.0])] == ["scale-0.25"]
-
-
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_a_variant_is_read_back_and_has_a_folder_of_its_own(value: float, other: float) -> None:
     variant = Variant(value)
@@ -121,9 +114,3 @@ def test_a_variant_is_read_back_and_has_a_folder_of_its_own(value: float, other:
     assert len(variant.slug) < 80
     assert (variant.slug == Variant(other).slug) == (value == other)
     assert (Variant(0.5).slug, Variant(1).slug) == ("scale-0.5", "scale-1")
-
-
-@pytest.mark.parametrize("scale", [1.5, float("nan")])
-def test_what_is_no_variant_is_refused(scale: float) -> None:
-    with pytest.raises(RecipeError):
-        Variant(scale)

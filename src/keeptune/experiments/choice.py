@@ -26,8 +26,7 @@ from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.experiments.axes import Axis, forgotten_of, unit_of
 from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
 from keeptune.experiments.front import spread
-from keeptune.experiments.posthoc_scaling import Variant
-from keeptune.experiments.posthoc_scoring import copy_result, write_variant
+from keeptune.experiments.posthoc_variants import Variant, copy_result, write_variant
 from keeptune.pipeline.finished import entry_of
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import find_result, result_fingerprint

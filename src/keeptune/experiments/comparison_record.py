@@ -22,8 +22,7 @@ from keeptune.experiments.axes import Axes, axes_of, forgotten_of, learned_of
 from keeptune.experiments.front import Point, as_json, families, pareto, points_of
 from keeptune.experiments.matched import matched
 from keeptune.experiments.plan_runs import RunSpec
-from keeptune.experiments.posthoc_scaling import Variant
-from keeptune.experiments.posthoc_scoring import VARIANTS
+from keeptune.experiments.posthoc_variants import VARIANTS, Variant
 from keeptune.experiments.single_run import Outcome
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 

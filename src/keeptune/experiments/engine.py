@@ -28,7 +28,7 @@ from keeptune.core.errors import RecipeError
 from keeptune.core.locks import locked
 from keeptune.experiments.compare_section import Resources, missing_extra
 from keeptune.experiments.plan_runs import Comparison, RunSpec, check_runs
-from keeptune.experiments.posthoc_scaling import Variant, standard_variants
+from keeptune.experiments.posthoc_variants import Variant
 from keeptune.experiments.single_run import Outcome, RunTask, attempt, finished, task_key
 from keeptune.model.head import body_fingerprint
 from keeptune.pipeline.job import Job
@@ -59,7 +59,7 @@ def variants_of(comparison: Comparison, label: str) -> Sequence[Variant]:
     """Returns the post-hoc variants of an entry's runs: those of plain LoRA are baselines that need no training."""
     section = comparison.section
     wanted = section.baselines and label == comparison.plain
-    return standard_variants(section.scales) if wanted else ()
+    return [Variant(scale) for scale in section.scales if scale != 1] if wanted else ()
 
 
 def tasks_of(comparison: Comparison, specs: Sequence[RunSpec]) -> tuple[TaskOf, dict[str, RunTask], frozenset[str]]:

@@ -24,8 +24,7 @@ from keeptune.core.artefact import content_key, file_fingerprint, has_key, read_
 from keeptune.core.errors import KeeptuneError
 from keeptune.core.locks import locked
 from keeptune.evaluation.base_answers import KeptAnswers
-from keeptune.experiments.posthoc_scaling import Variant
-from keeptune.experiments.posthoc_scoring import VARIANTS, score_variants
+from keeptune.experiments.posthoc_variants import VARIANTS, Variant, score_variants
 from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.run import plan_stage, start
 from keeptune.pipeline.scoring import evaluate_stage, find_result

@@ -15,10 +15,9 @@ from tests.experiments.support import spec
 from keeptune.adapter.probe import logits_of, random_probe
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ExportError, ModelError
-from keeptune.experiments import posthoc_scoring
+from keeptune.experiments import posthoc_variants
 from keeptune.experiments.comparison_record import row_of
-from keeptune.experiments.posthoc_scaling import Variant
-from keeptune.experiments.posthoc_scoring import score_variants, write_variant
+from keeptune.experiments.posthoc_variants import Variant, score_variants, write_variant
 from keeptune.experiments.single_run import Outcome
 from keeptune.pipeline import scoring
 from keeptune.pipeline.job import Job
@@ -73,7 +72,7 @@ def test_only_what_is_missing_is_scored(job: Jobs, monkeypatch: pytest.MonkeyPat
     score_variants(run, [Variant(0.5)])
     assert asked == ["sums"]
     assert read_json(place / "sums.json")["summary"] == first
-    monkeypatch.setattr(posthoc_scoring, "load_pair", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(posthoc_variants, "load_pair", lambda *_: pytest.fail("the model was loaded"))
     score_variants(run, [Variant(0.5)])
 
 
@@ -91,14 +90,14 @@ def test_scores_of_weights_that_were_trained_anew_are_missing(job: Jobs) -> None
 
 def test_a_variant_that_cannot_be_made_is_a_failed_run(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     run = job("lora")
-    monkeypatch.setattr(posthoc_scoring, "refusal", lambda *_: "it sets lengths")
+    monkeypatch.setattr(posthoc_variants, "refusal", lambda *_: "it sets lengths")
     refused = score_variants(run, [Variant(0.5)])
     assert refused == {"scale-0.5": "it sets lengths"}
     row = row_for(run, Variant(0.5))
     assert (row["status"], row["message"]) == ("failed", "it sets lengths")
     with pytest.raises(ModelError, match="it sets lengths"):
         write_variant(run, Variant(0.5), run.output / "best")
-    monkeypatch.setattr(posthoc_scoring, "load_pair", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(posthoc_variants, "load_pair", lambda *_: pytest.fail("the model was loaded"))
     assert score_variants(run, [Variant(0.5)]) == refused
 
 
@@ -113,7 +112,7 @@ def test_the_written_adapter_is_the_variant_on_a_fresh_base(job: Jobs, tmp_path:
     written = load_file(best / "adapter_model.safetensors")
     name = next(name for name in own if "lora_B" in name)
     assert torch.equal(written[name], 0.25 * own[name])
-    pair = posthoc_scoring._Loaded(run, find_result(run.output)).make(variant)
+    pair = posthoc_variants._Loaded(run, find_result(run.output)).make(variant)
     model = PeftModel.from_pretrained(run.base(), str(best))
     probe = random_probe(model)
     with pair.after() as expected:
@@ -137,7 +136,7 @@ def test_a_written_whole_model_lies_between_base_and_tuned(job: Jobs, tmp_path: 
 def test_what_does_not_reproduce_is_not_written(job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = job("lora")
     monkeypatch.setattr(
-        posthoc_scoring, "write_tensors", lambda path, t, m: save_file({k: 2 * v for k, v in t.items()}, path)
+        posthoc_variants, "write_tensors", lambda path, t, m: save_file({k: 2 * v for k, v in t.items()}, path)
     )
     with pytest.raises(ExportError, match="differ from the trained model's"):
         write_variant(run, Variant(0.5), tmp_path / "best")

@@ -1,4 +1,11 @@
-"""Post-hoc variants of finished runs: scored as runs of their own, and written where one is chosen.
+"""Post-hoc variants of a finished run that need no training: its change, scaled, scored as a run of its own.
+
+With W0 the base's weights and W1 the tuned ones, s in [0, 1],
+
+    W_s = W0 + s (W1 - W0)                                                                                (1)
+
+is the interpolation of WiSE-FT (Wortsman et al., CVPR 2022). For a LoRA, W1 - W0 = (alpha / r) B A, so that s is folded
+into B; the base stays as it is.
 
 Beside the run, ``variants/<variant>/`` has a record and the items of each benchmark, and ``variant.json``: the variant,
 the weights that it was made of, and why the result cannot have it where it cannot. The variant's weights are not kept:
@@ -9,12 +16,16 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.probe import BOUNDS, gap_to, logits_of, random_probe
@@ -22,7 +33,6 @@ from keeptune.core.artefact import atomic_directory, content_key, read_json, wri
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
-from keeptune.experiments.posthoc_scaling import Variant, interpolate, put_adapter, refusal, scaled_adapter
 from keeptune.model.blocks import head_of
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
@@ -32,6 +42,22 @@ from keeptune.pipeline.scoring import find_result, load_pair, result_fingerprint
 _log = logging.getLogger(__name__)
 VARIANTS = "variants"
 _WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A post-hoc variant: the whole change times ``scale`` (eq. 1), from 0 to 1, which leaves the result as it is."""
+
+    scale: float
+
+    @property
+    def slug(self) -> str:
+        """Its name as a folder, in as many digits as separate it from every other value."""
+        return f"scale-{repr(float(self.scale)).removesuffix('.0')}"
+
+    def plain(self) -> dict[str, Any]:
+        """It as JSON: ``{"scale": 0.5}``."""
+        return {"scale": self.scale}
 
 
 class _Loaded:
@@ -54,12 +80,50 @@ class _Loaded:
     def make(self, variant: Variant) -> ModelPair:
         """Returns the models before and after, with a variant."""
         if isinstance(self.pair, AdapterPair):
-            wrapped = self.pair.peft_model
-            put_adapter(wrapped, scaled_adapter(self.tensors, variant))
-            return AdapterPair(wrapped)
-        assert isinstance(self.pair, TwoModels)
-        interpolate(self.pair.tuned, self.pair.base, self.tensors, variant.scale, head_of(self.pair.tuned))
+            set_peft_model_state_dict(self.pair.peft_model, scaled_adapter(self.tensors, variant))
+        else:
+            assert isinstance(self.pair, TwoModels)
+            interpolate(self.pair.tuned, self.pair.base, self.tensors, variant.scale, head_of(self.pair.tuned))
         return self.pair
+
+
+def refusal(tensors: Mapping[str, Tensor], config: Any = None) -> str:
+    """Returns why an adapter, of these tensors, cannot have a variant; empty where it can."""
+    if any("lora_magnitude_vector" in name for name in tensors):
+        return "a DoRA adapter sets the lengths of rows, which no factor on its change takes back; export it merged"
+    if getattr(config, "task_type", None) == "CAUSAL_LM" and not all("lora_" in name for name in tensors):
+        return "modules or rows of tokens were trained in full beside the adapter's factors; export it merged"
+    return ""
+
+
+def scaled_adapter(tensors: Mapping[str, Tensor], variant: Variant) -> dict[str, Tensor]:
+    """Computes the tensors of an adapter's variant, under the same names.
+
+    Laws: with a scale s the adapter's change is s times what it was; with 1 it is the same.
+    """
+    return {
+        # B and its bias hold the factor of a change; A and what is no change stay.
+        name: value * variant.scale if "lora_B" in name or "lora_embedding_B" in name else value.clone()
+        for name, value in tensors.items()
+    }
+
+
+def interpolate(
+    model: nn.Module, base: nn.Module, tuned: Mapping[str, Tensor], factor: float, whole: Collection[str] = ()
+) -> None:
+    """Sets a model's weights between the base's and the ``tuned`` ones, eq. 1, computed in float32 at least.
+
+    Laws: a factor of 0 gives the base's weights, and 1 the tuned ones, bit for bit. Modules in ``whole``, which the
+    base does not have, such as a drawn head, stay as tuned.
+    """
+    heads = tuple(f"{name}." for name in whole)
+    with torch.no_grad():
+        for (name, weight), (_, start) in zip(model.named_parameters(), base.named_parameters(), strict=True):
+            end = tuned[name].to(weight.device)
+            own = 1.0 if name.startswith(heads) else factor
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            # lerp is exact at both ends.
+            weight.copy_(torch.lerp(start.to(exact), end.to(exact), own))
 
 
 def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers | None = None) -> dict[str, str]:
