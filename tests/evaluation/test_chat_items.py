@@ -11,6 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from keeptune.core.errors import DataError, RecipeError
+from keeptune.data.chat_template import ChatOptions
+from keeptune.data.conversation import Conversation
+from keeptune.data.conversations import conversation_examples
 from keeptune.evaluation import FileBenchmark, TwoModels, evaluate
 from keeptune.evaluation.benchmark_data import data_fingerprint
 from keeptune.evaluation.generation import greedy_texts
@@ -103,7 +106,10 @@ def test_of_a_conversation_the_last_answer_is_scored(
     turns = [USER, {"role": "assistant", "content": "ran"}, USER, RIGHT]
     result = evaluate(TwoModels(stories, tiny), chatty, FileBenchmark(**CROSSED), write([{"messages": turns}]))
     text = "<s>user: Tom and</s>\nassistant: ran</s>\nuser: Tom and</s>\nassistant: "
-    start, whole = len(ids_of(chatty, text)), ids_of(chatty, text + "his mom</s>")
+    (trained,) = conversation_examples([Conversation(tuple(turns))], ChatOptions(turns="last")).token_rows(chatty)
+    start, end = trained.learned.index(True), len(trained.ids) - trained.learned[::-1].index(True)
+    whole = list(trained.ids[:end])  # the tokens that training learns, after those that the model is asked by
+    assert whole[:start] == ids_of(chatty, text) and chatty.decode(whole[start:]).strip() == "his mom</s>"
     for model, side in ((stories, "before"), (tiny, "after")):
         loss = -reference.log_likelihood(model, whole, start) / (len(whole) - start)
         assert getattr(result, side) == pytest.approx(loss, rel=1e-5)
@@ -123,7 +129,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (EXACT, {"messages": [RIGHT]}, "nothing is asked"),
     (EXACT, {"messages": [USER]}, "answer: got None"),
     (CROSSED, {"messages": [USER]}, "last answer: got None"),
-    (EXACT, {"messages": [{"role": "system", "content": "x"}, USER, RIGHT]}, "user; the chat template: 'no system'"),
+    (EXACT, {"messages": [{"role": "system", "content": "x"}, USER, RIGHT]}, "user; the chat template: no system"),
 ]
 
 
@@ -155,7 +161,7 @@ def test_wrong_entries(fields: dict[str, Any], words: str) -> None:
 def test_the_template_is_part_of_the_key(tokenizer: Any, chatty: Any, write: Any) -> None:
     path = str(write([{"messages": [USER, RIGHT]}]) / "rows.jsonl")
     benchmark = FileBenchmark(**EXACT | {"file": path})
-    with pytest.raises(RecipeError, match="no chat template"):
+    with pytest.raises(DataError, match="without a chat template"):
         data_fingerprint(benchmark, tokenizer)
     first = data_fingerprint(benchmark, chatty)
     chatty.chat_template = TURNS + " "

@@ -16,7 +16,8 @@ import copy
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -115,6 +116,11 @@ def with_template(
     return other
 
 
+def on_one_day(template: str) -> str:
+    """Returns a template with :data:`DAY` in the place of today's date."""
+    return _TODAY.sub(lambda call: repr(DAY.strftime(call[2])), template)
+
+
 class ChatTemplate:
     """A chat template with its tokenizer, as a server applies them.
 
@@ -157,7 +163,7 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 [_plain_message(message, as_text, self._parts) for message in messages],
                 tools=[dict(tool) for tool in tools] if tools else None,
-                chat_template=_TODAY.sub(lambda call: repr(DAY.strftime(call[2])), self.template(tools)),
+                chat_template=on_one_day(self.template(tools)),
                 **how,
                 **self.options.chat_template_kwargs,
             )
@@ -174,6 +180,11 @@ class ChatTemplate:
     def text(self, messages: Messages, tools: Any = None, *, ask: bool = False) -> str:
         """Returns the rendering of messages; ``ask``: with the header of the answer that is asked for."""
         return str(self.apply(messages, tools, add_generation_prompt=ask, tokenize=False))
+
+    def asked(self, messages: Messages, tools: Any = None, *, where: str) -> str:
+        """Returns what the model reads before its answer; DataError where the template refuses the messages."""
+        with _explained(messages, where):
+            return self.text(messages, tools, ask=True)
 
     def tokens(self, *texts: str) -> list[list[int]]:
         """Returns the tokens of renderings, which write their beginning token themselves."""
@@ -198,15 +209,8 @@ class ChatTemplate:
         tools, wanted = conversation.tools, self.options.wanted(conversation.messages)
         # What follows the last learned message teaches nothing, and may change how a template shows earlier ones.
         shown = conversation.messages[: wanted[-1] + 1] if wanted else conversation.messages
-        try:
+        with _explained(shown, where):
             return _Rendering(self, shown, tools, wanted).row()
-        except _REFUSALS as error:
-            raise DataError(
-                where,
-                got=f"messages by {', '.join(str(m['role']) for m in shown)}; the chat template: {error}",
-                wanted="messages that the chat template shows",
-                next_step="Change these messages, or set chat_template to one that shows them.",
-            ) from error
 
     def notes(self) -> list[str]:
         """Returns what a user should know of the template."""
@@ -219,6 +223,19 @@ class ChatTemplate:
         if _TODAY.search(self.template(None)):
             notes.append(f"the template prints today's date; all is read as on {DAY:%Y-%m-%d}")
         return notes
+
+
+@contextmanager
+def _explained(messages: Messages, where: str) -> Iterator[None]:
+    try:
+        yield
+    except _REFUSALS as error:
+        raise DataError(
+            where,
+            got=f"messages by {', '.join(str(m['role']) for m in messages)}; the chat template: {error}",
+            wanted="messages that the chat template shows",
+            next_step="Change these messages, or set chat_template to one that shows them.",
+        ) from error
 
 
 class _Rendering:

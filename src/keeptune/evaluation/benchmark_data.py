@@ -12,7 +12,7 @@ from keeptune.core.errors import DataError
 from keeptune.data.disjoint import Corpus, refuse_overlap
 from keeptune.data.sources import read_jsonl
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
-from keeptune.evaluation.chat import need_template
+from keeptune.evaluation.chat import asking
 from keeptune.evaluation.items import load_items
 from keeptune.evaluation.standard.documents import load_documents, refuse_documents
 from keeptune.evaluation.standard.entry import NamedBenchmark
@@ -28,8 +28,8 @@ def data_fingerprint(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | 
     data = file_fingerprint([Path(benchmark.file)])
     if tokenizer is None or not benchmark.templated:
         return data
-    need_template(tokenizer, benchmark.where)
-    return content_key([data, str(tokenizer.chat_template)])
+    chat = asking(tokenizer, benchmark.enable_thinking, where=benchmark.where)
+    return content_key([data, chat.template(None)])
 
 
 def engine_of(benchmark: Benchmark) -> dict[str, str | int] | None:
@@ -44,7 +44,7 @@ def refuse_used(used: Sequence[Corpus], benchmark: Benchmark, tokenizer: PreTrai
 
     Raises:
         DataError: They overlap, or the data of the benchmark cannot be read.
-        RecipeError: The benchmark cannot be asked through the chat template.
+        RecipeError: The settings of the benchmark do not fit the chat template.
     """
     check = _overlap_check(benchmark, tokenizer)
     for corpus in used:
@@ -79,7 +79,7 @@ def _overlap_check(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | No
         return lambda corpus: refuse_documents([corpus], documents)
     assert isinstance(benchmark, FileBenchmark)
     if benchmark.templated and tokenizer is not None:
-        need_template(tokenizer, benchmark.where)
+        asking(tokenizer, benchmark.enable_thinking, where=benchmark.where)
     rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]
     scored = Corpus(benchmark.where, rows, [item.whole for item in load_items(benchmark, Path())])
     return lambda corpus: refuse_overlap(corpus, scored)

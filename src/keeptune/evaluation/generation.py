@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.evaluation.chat import turn_ends
 from keeptune.evaluation.metrics import cut_at
 from keeptune.evaluation.scored_tokens import Passes, ScoredTokens, longest_first
 from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
@@ -20,11 +19,11 @@ def greedy_texts(
     *,
     new_tokens: int,
     stops: tuple[str, ...],
-    turns: bool = False,
+    ends: frozenset[int] = frozenset(),
 ) -> list[str]:
     """Continues each prompt with the likeliest tokens, until an end token, a stop string or the limit.
 
-    In a chat the end of a turn (``turns``) ends a text too.
+    In a chat the end of a turn (``ends``) ends a text too.
 
     Returns:
         One text per prompt, without the prompt and without special tokens.
@@ -32,7 +31,7 @@ def greedy_texts(
     Raises:
         ModelError: The model gives logits that are not finite.
     """
-    ends = end_tokens(model, tokenizer) | (turn_ends(tokenizer) if turns else frozenset())
+    ends = ends | end_tokens(model, tokenizer)
     limits = Limits(new_tokens, ends, passes.pad, passes.where, stops)
     texts = [""] * len(prompts)
     order = longest_first([len(prompt.ids) for prompt in prompts])

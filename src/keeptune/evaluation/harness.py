@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from keeptune.core.errors import DataError
 from keeptune.data.calibration import pad_id_of
+from keeptune.data.chat_template import ChatTemplate
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
-from keeptune.evaluation.chat import asked_text, end_of_thought, turn_ends
+from keeptune.evaluation.chat import asking, end_of_thought, ends_of_turns
 from keeptune.evaluation.classification import classified, wrong_metric
 from keeptune.evaluation.generation import greedy_texts
 from keeptune.evaluation.items import Item, load_items
@@ -65,7 +67,8 @@ def evaluate(
         head = head_of_base(pair)
         if head is not None:
             raise wrong_metric(benchmark, head)
-        scorer = _Scorer(pair, tokenizer, benchmark, items, bar.update, kept)
+        chat = asking(tokenizer, benchmark.enable_thinking, where=benchmark.where) if benchmark.templated else None
+        scorer = _Scorer(pair, tokenizer, benchmark, items, bar.update, kept, chat)
         records = {
             "exact_match": scorer.generated,
             "multiple_choice": scorer.chosen,
@@ -77,8 +80,9 @@ def evaluate(
     named = [{"index": item.index, "group": item.group} | record for item, record in zip(items, records, strict=True)]
     weights = [float(record.get("tokens", 1.0)) for record in records]  # losses are weighted by tokens
     scores = mean_scores(named, weights, seed)
-    chat = benchmark.templated
-    return BenchmarkResult(name=benchmark.name, role=benchmark.role, metric=benchmark.metric, chat=chat, **scores)
+    return BenchmarkResult(
+        name=benchmark.name, role=benchmark.role, metric=benchmark.metric, chat=benchmark.templated, **scores
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +95,13 @@ class _Scorer:
     items: Sequence[Item]
     advance: Callable[[int], object]
     kept: KeptAnswers | None
+    chat: ChatTemplate | None
 
     def generated(self) -> _Records:
         """Exact match of greedily generated answers."""
         benchmark = self.benchmark
         prompts = self._encoded(
-            lambda encoder, item, where: [encoder.prompt(self._asked(item, where)[0], where)], benchmark.max_new_tokens
+            lambda encoder, item, where: [encoder.prompt(self._asked(item, where), where)], benchmark.max_new_tokens
         )
         thought = benchmark.think_end_token
         if benchmark.enable_thinking:
@@ -111,7 +116,7 @@ class _Scorer:
                 passes,
                 new_tokens=benchmark.max_new_tokens,
                 stops=stops,
-                turns=benchmark.templated,
+                ends=ends_of_turns(self.chat),
             ),
         )
         if thought:
@@ -144,8 +149,8 @@ class _Scorer:
 
     def _choices(self, encoder: Encoder, item: Item, where: str) -> list[ScoredTokens]:
         if item.pairs is None:
-            return [encoder.choice(self._asked(item, where)[0], text, where) for text in item.choices]
-        rows = item.pairs.tokens(self.tokenizer, item.index)
+            return [encoder.choice(self._asked(item, where), text, where) for text in item.choices]
+        rows = item.pairs.tokens(self.tokenizer if self.chat is None else self.chat.tokenizer, item.index)
         return [encoder.answered(row.ids, row.learned.index(True), "an answer", where) for row in rows]
 
     def predicted(self) -> _Records:
@@ -165,30 +170,34 @@ class _Scorer:
         encoder = Encoder(self.tokenizer, limit, self.benchmark.templated)
         answers = [item.choices[item.label] if item.label is not None else item.answers[0] for item in self.items]
         sequences = [
-            self._choices(encoder, item, self.benchmark.where)[0]
-            if item.pairs is not None
-            else encoder.answer(self._asked(item, self.benchmark.where)[0], answer)
-            if item.chat is not None
-            else encoder.answer(item.prompt.rstrip(" "), f" {answer}")
+            encoder.answer(*encoder.joined(self._asked(item, self.benchmark.where), answer))
+            if item.pairs is None
+            else self._choices(encoder, item, self.benchmark.where)[0]
             for item, answer in zip(self.items, answers, strict=True)
         ]
         passes = replace(self._passes(self.benchmark.where), advance=lambda _: None)
         add_divergence(self.pair, records, sequences, passes)
 
-    def _asked(self, item: Item, where: str) -> tuple[str, str]:
-        """Returns what the model reads before the answer, and of a conversation's cross-entropy that answer."""
-        if item.chat is None:
-            return item.prompt, ""
-        return asked_text(self.tokenizer, item.chat, self.benchmark.enable_thinking, answer=item.text, where=where)
+    def _asked(self, item: Item, where: str) -> str:
+        """Returns what the model reads before the answer."""
+        if item.chat is None or self.chat is None:
+            return item.prompt
+        return self.chat.asked(item.chat.messages, item.chat.tools, where=where)
 
     def _document(self, encoder: Encoder, item: Item, where: str) -> ScoredTokens:
-        if item.chat is None:
+        if item.chat is None or self.chat is None:
             return encoder.document(item.text, where)
-        found = encoder.answer(*self._asked(item, where))
-        assert found is not None  # an answer holds a word
-        ends = turn_ends(self.tokenizer)
-        last = next((n for n in range(found.start, len(found.ids)) if found.ids[n] in ends), len(found.ids))
-        return replace(found, ids=found.ids[: last + 1])  # a template may write a line's end after a turn
+        row = self.chat.row(item.chat, where=where)
+        last = len(row.ids) - row.learned[::-1].index(True) if any(row.learned) else 0
+        found = encoder.followed(row.ids[:last], row.learned.index(True)) if last else None
+        if found is None:
+            raise DataError(
+                where,
+                got=f"a last answer of which nothing can be scored {' '.join(row.lost)}",
+                wanted="one that the chat template shows right after what asks for it",
+                next_step="Change these messages, or leave the row out.",
+            )
+        return found
 
     def _both_sides(
         self, sequences: Sequence[ScoredTokens], compute: Callable[[PreTrainedModel, Passes], list[T]]

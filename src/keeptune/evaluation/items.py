@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def _questions(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[s
     for row, place in zip(rows, places, strict=True):
         item = _asked(benchmark, row, place)
         own = item.pop("own")
-        right = own if benchmark.answer is None else pick(benchmark.answer, row, where=place)
+        right = own.get("content") if benchmark.answer is None else pick(benchmark.answer, row, where=place)
         items.append(item | {"answers": _texts(right, f"{place} answer")})
     return items
 
@@ -82,11 +82,11 @@ def _asked(benchmark: FileBenchmark, row: Row, place: str) -> dict[str, Any]:
     if benchmark.messages is None:
         prompt = render(benchmark.prompt or "", row, where=place)
         chat = Conversation(({"role": "user", "content": prompt},)) if benchmark.chat else None
-        return {"prompt": prompt, "chat": chat, "own": None}
+        return {"prompt": prompt, "chat": chat, "own": {}}
     messages = messages_of(pick(benchmark.messages, row, where=place), FormatOptions(), where=place)
-    own = None
+    own: Mapping[str, Any] = {}
     if messages[-1]["role"] == "assistant":
-        own, messages = messages[-1]["content"], messages[:-1]
+        own, messages = messages[-1], messages[:-1]
     if not messages or messages[-1]["role"] == "assistant":
         raise DataError(
             place,
@@ -107,11 +107,13 @@ def _said(messages: Sequence[Mapping[str, Any]]) -> str:
 
 def _documents(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str]) -> list[dict[str, Any]]:
     if benchmark.messages is not None:
-        asked = [_asked(benchmark, row, place) for row, place in zip(rows, places, strict=True)]
-        return [
-            {"prompt": item["prompt"], "chat": item["chat"], "text": _texts(item["own"], f"{place} last answer")[0]}
-            for item, place in zip(asked, places, strict=True)
-        ]
+        items = [_asked(benchmark, row, place) for row, place in zip(rows, places, strict=True)]
+        for item, place in zip(items, places, strict=True):
+            answer = item.pop("own")
+            if not answer.get("tool_calls"):
+                _texts(answer.get("content"), f"{place} last answer")
+            item["chat"] = replace(item["chat"], messages=(*item["chat"].messages, answer))
+        return items
     texts = [render(benchmark.text or "", row, where=place) for row, place in zip(rows, places, strict=True)]
     for text, place in zip(texts, places, strict=True):
         if not text.strip():

@@ -81,11 +81,13 @@ class Encoder:
         Raises:
             DataError: Prompt or answer have no token, or the answer alone is longer than the limit.
         """
-        context, between = (text, "") if self.templated else (text.rstrip(" "), " ")
+        context, rest = self.joined(text, answer.strip())
         start = len(self._open_ended(context))
-        return self.answered(
-            self._open_ended(f"{context}{between}{answer.strip()}"), start, f"the choice {answer!r}", where
-        )
+        return self.answered(self._open_ended(context + rest), start, f"the choice {answer!r}", where)
+
+    def joined(self, text: str, answer: str) -> tuple[str, str]:
+        """Returns a prompt and what follows it: an answer after exactly one space, in a chat none."""
+        return (text, answer) if self.templated else (text.rstrip(" "), f" {answer}")
 
     def answered(self, ids: Sequence[int], start: int, name: str, where: str) -> ScoredTokens:
         """Cuts the tokens of a prompt with an answer, which begins at ``start`` and is scored, as :meth:`choice`."""
@@ -103,9 +105,12 @@ class Encoder:
 
     def answer(self, text: str, answer: str) -> ScoredTokens | None:
         """Encodes a prompt with what follows it directly, which is scored up to the limit; None if nothing is left."""
-        context, whole = self._open_ended(text), self._open_ended(text + answer)
-        whole = whole[: len(context) + self.limit - 2]
-        length = min(len(whole) - len(context), len(whole) - 1)
+        return self.followed(self._open_ended(text + answer), len(self._open_ended(text)))
+
+    def followed(self, ids: Sequence[int], start: int) -> ScoredTokens | None:
+        """Cuts tokens of which those from ``start`` on are scored, as :meth:`answer`."""
+        whole = list(ids[: start + self.limit - 2])
+        length = min(len(whole) - start, len(whole) - 1)
         if length < 1:
             return None
         kept = self._last(whole)

@@ -16,7 +16,7 @@ from keeptune.core.errors import DataError, RecipeError
 from keeptune.evaluation import AdapterPair, NamedBenchmark, TwoModels
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmark_data import data_fingerprint
-from keeptune.evaluation.chat import turn_ends
+from keeptune.evaluation.chat import asking, ends_of_turns
 from keeptune.evaluation.standard import score_named
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
 from keeptune.evaluation.standard.restore import restored_process
@@ -155,7 +155,7 @@ def test_answers_stand_after_the_thought(pair: AdapterPair, chatty: Any, tmp_pat
 
 
 REFUSED = [
-    ("gsm8k", {"chat": True}, None, "has no chat template"),
+    ("gsm8k", {"chat": True}, None, "evaluate.gsm8k.chat.*without a chat template"),
     ("gsm8k", {"system": "Be brief."}, None, "evaluate.gsm8k.system.*not asked through"),
     ("arc_easy", {"enable_thinking": False}, TURNS, "evaluate.arc_easy.enable_thinking"),
     ("tinystories", {"chat": True}, TURNS, "true for whole texts"),
@@ -171,7 +171,7 @@ def test_what_cannot_be_asked_is_refused_before_training(
 ) -> None:
     own = copy.deepcopy(tokenizer)
     own.chat_template = template
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises((DataError, RecipeError), match=words):
         data_fingerprint(local(name, **more), own)
 
 
@@ -181,16 +181,16 @@ def test_templates_that_refuse_turns(pair: AdapterPair, chatty: Any) -> None:
     with pytest.raises(RecipeError, match="evaluate.gsm8k.system.*does not write"):
         score_named(pair, chatty, local("gsm8k", system="You count.", **more), progress=False)
     chatty.chat_template = "{{ raise_exception('never') }}"
-    with pytest.raises(RecipeError, match=r"evaluate.gsm8k.chat.*refuses a user's turn.*never"):
+    with pytest.raises(DataError, match=r"evaluate.gsm8k.chat.*user; the chat template: never"):
         data_fingerprint(local("gsm8k"), chatty)
     chatty.chat_template = "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}" + TURNS
-    with pytest.raises(DataError, match=r"evaluate.gsm8k.chat.*user, assistant, user: one question"):
+    with pytest.raises(DataError, match=r"evaluate.gsm8k.chat.*user, assistant, user; the chat template: one question"):
         score_named(pair, chatty, local("gsm8k", shots=1, max_length=128), progress=False)
 
 
 def test_what_ends_a_turn_ends_a_text(stories: Any, chatty: Any) -> None:
     """The template's token, where the model's own settings name another."""
-    assert turn_ends(chatty) == {chatty.eos_token_id}
+    assert ends_of_turns(asking(chatty, None, where="x")) == {chatty.eos_token_id}
     stories.generation_config.eos_token_id = None
     benchmark = local("nq_open", max_length=300)
     seen = []

@@ -17,7 +17,7 @@ from keeptune.data.sources import Row
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
 from keeptune.evaluation.standard.restore import engine_version, restored_process
-from keeptune.evaluation.standard.templated import uses_template
+from keeptune.evaluation.standard.templated import template_of
 
 _WORDS = 5  # an item is looked for by its first words
 _SHOWN = 5  # rows named in an error
@@ -48,14 +48,14 @@ def load_documents(benchmark: NamedBenchmark, tokenizer: PreTrainedTokenizerBase
             rows += [dict(row) for row in own]
             parts += [_parts(benchmark, task, row) for row in own]
             pools.append([dict(row) for row in task.sampler.df] if task.config.num_fewshot else [])
-        chat = tokenizer is not None and uses_template(benchmark, tokenizer, built.tasks)
+        chat = None if tokenizer is None else template_of(benchmark, tokenizer, built.tasks)
         for (leaf, task), pool in zip(built.tasks.items(), pools, strict=True):
             _refuse_examples(benchmark, leaf, [_parts(benchmark, task, row) for row in pool], set(parts))
     versions = [[leaf, str(task.VERSION)] for leaf, task in built.tasks.items()]
     plain = json.loads(json.dumps([rows, pools], default=str))  # rows may hold dates
     key = [*plain, versions, engine_version(benchmark.where), built.note]
-    if tokenizer is not None and chat:
-        key.append(str(tokenizer.chat_template))
+    if chat is not None:
+        key.append(chat.template(None))
     return Documents(benchmark.where, parts, content_key(key))
 
 

@@ -15,7 +15,7 @@ from keeptune.core.errors import RecipeError
 from keeptune.data.calibration import pad_id_of
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Role
-from keeptune.evaluation.chat import turn_ends
+from keeptune.evaluation.chat import ends_of_turns
 from keeptune.evaluation.likelihood import add_divergence
 from keeptune.evaluation.metrics import Measure, Metric
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
@@ -25,7 +25,7 @@ from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.language_model import fit_length, wrapped_model
 from keeptune.evaluation.standard.lm_eval_tasks import SEED, Built, build_tasks, recorded_shots
 from keeptune.evaluation.standard.restore import restored_model, restored_process, seeded_langdetect
-from keeptune.evaluation.standard.templated import uses_template
+from keeptune.evaluation.standard.templated import template_of
 
 # lm-eval's metrics of tasks that are not in the table.
 _MEASURES: Mapping[str, Measure] = {
@@ -96,23 +96,22 @@ def score_named(
         )
     with restored_process(benchmark.where):
         built = build_tasks(benchmark)
-        chat = uses_template(benchmark, tokenizer, built.tasks)
+        chat = template_of(benchmark, tokenizer, built.tasks)
         length = fit_length(benchmark, shared_positions(pair), built.tasks)
         samples: dict[Side, list[_Sample]] = {}
         for side in SIDES:
             answers = kept if side == "before" else None
-            ends = turn_ends(tokenizer) if chat else frozenset()
-            with scoring(pair, side) as model, restored_model(model, ends):
+            with scoring(pair, side) as model, restored_model(model, ends_of_turns(chat)):
                 wrapped = wrapped_model(
                     model, tokenizer, benchmark, length=length, progress=progress, kept=answers, chat=chat
                 )
-                samples[side] = _samples(wrapped, benchmark, built, chat=chat)
+                samples[side] = _samples(wrapped, benchmark, built, chat=chat is not None)
         first, second = samples["before"], samples["after"]
         assert [sample.prompt for sample in first] == [sample.prompt for sample in second]
         records = [_record(index, *both, tokenizer) for index, both in enumerate(zip(first, second, strict=True))]
         if benchmark.role == "task" and (benchmark.how is None or benchmark.how.protocol is None):
-            encoder = Encoder(tokenizer, length, templated=chat)
-            right = [encoder.answer(*_right(sample, chat=chat)) for sample in first]
+            encoder = Encoder(tokenizer, length, templated=chat is not None)
+            right = [encoder.answer(*_right(sample, chat=chat is not None)) for sample in first]
             add_divergence(pair, records, right, Passes(benchmark.batch_size, pad_id_of(tokenizer), benchmark.where))
     metric = first[0].metric
     if metric in ("f1", "matthews"):
@@ -121,7 +120,9 @@ def score_named(
     else:
         weights = [float(record.get("tokens", record.get("instructions", 1))) for record in records]
         scores = mean_scores(records, weights, seed)
-    return BenchmarkResult(name=benchmark.name, role=cast(Role, benchmark.role), metric=metric, chat=chat, **scores)
+    return BenchmarkResult(
+        name=benchmark.name, role=cast(Role, benchmark.role), metric=metric, chat=chat is not None, **scores
+    )
 
 
 def _samples(model: Any, benchmark: NamedBenchmark, built: Built, *, chat: bool) -> list[_Sample]:
