@@ -119,25 +119,19 @@ def _misspelt(written: str, column: str, where: str) -> DataError:
 
 
 def _field(name: str, row: Row, where: str) -> Any:
-    if name in row or "." not in name:
-        return _part(row, name, where, name)
     value: Any = row
-    for part in name.split("."):
-        value = _part(value, part, where, name)
+    for part in [name] if name in row or "." not in name else name.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            held = f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
+            held = f"fields {', '.join(map(str, value))}" if isinstance(value, Mapping) else held
+            raise DataError(
+                where,
+                got=held if part == name else f'{held} where "{part}" is looked for',
+                wanted=f'the field "{name}" that the template names',
+                next_step="Rename the field in the template or in the data.",
+            )
     return value
-
-
-def _part(value: Any, part: str, where: str, name: str) -> Any:
-    if isinstance(value, Mapping) and part in value:
-        return value[part]
-    if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-        return value[int(part)]
-    held = f"fields {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
-    if isinstance(value, list):
-        held = f"a list of {len(value)}"
-    raise DataError(
-        where,
-        got=held if part == name else f'{held} where "{part}" is looked for',
-        wanted=f'the field "{name}" that the template names',
-        next_step="Rename the field in the template or in the data.",
-    )

@@ -17,10 +17,7 @@ _GENERAL = (
 )
 Fetch = Callable[[str], Path | str]  # from the name of a file on the hub to where it is, or to the name itself
 
-_FILES = (
-    *(("knowledge", "file"), ("knowledge", "prompts"), ("task", "train"), ("task.train", "file")),
-    *(("evaluate", "file"), ("evaluate", "data")),
-)
+_SECTIONS, _FILES = ("knowledge", "task", "evaluate"), ("file", "prompts", "train", "data")
 
 
 def resolve_paths(values: Mapping[str, Any], folder: Path, fetch: Fetch = hub.fetch) -> dict[str, Any]:
@@ -35,22 +32,19 @@ def resolve_paths(values: Mapping[str, Any], folder: Path, fetch: Fetch = hub.fe
         RecipeError: atlas has no such file.
     """
 
-    def resolved(section: Any, key: str) -> Any:
+    def resolved(section: Any) -> Any:
         if isinstance(section, list):
-            return [resolved(part, key) for part in section]
-        if isinstance(section, Mapping) and isinstance(section.get(key), str):
-            return {**section, key: resolve_file(section[key], folder, fetch)}
-        return section
+            return [resolved(part) for part in section]
+        if not isinstance(section, Mapping):
+            return section
+        files = {key: value for key, value in section.items() if key in _FILES}
+        found = {key: resolve_file(f, folder, fetch) if isinstance(f, str) else resolved(f) for key, f in files.items()}
+        return {**section, **found}
 
     paths = dict(values)
     if "knowledge" in paths:
         paths["knowledge"] = _with_general(paths["knowledge"])
-    for section, key in _FILES:
-        outer, _, inner = section.partition(".")
-        if inner and isinstance(paths.get(outer), Mapping) and inner in paths[outer]:
-            paths[outer] = {**paths[outer], inner: resolved(paths[outer][inner], key)}
-        elif outer in paths and not inner:
-            paths[outer] = resolved(paths[outer], key)
+    paths |= {section: resolved(paths[section]) for section in _SECTIONS if section in paths}
     for key in ("model", "original"):
         if isinstance(paths.get(key), str):
             paths[key] = resolve_model(paths[key], folder)
