@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from keeptune.adapter.anchor import Anchor
 from keeptune.core.artefact import canonical_json
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import RecipeError
 from keeptune.data import hub
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.standard.entry import NamedBenchmark
@@ -25,7 +25,6 @@ from keeptune.recipe.paths import Fetch, resolve_paths
 from keeptune.recipe.published import Published
 from keeptune.recipe.reading import parse_pairs, read_values, spelt_out
 from keeptune.recipe.sections import (
-    ALTERNATIVES,
     BY_BASE,
     NAMED,
     BenchmarkEntry,
@@ -36,6 +35,7 @@ from keeptune.recipe.sections import (
     Section,
     Task,
     TaskCalibration,
+    explain,
 )
 from keeptune.statistics.self_generated import SelfGeneration
 from keeptune.statistics.store import DEFAULT_LIMIT
@@ -168,7 +168,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
     try:
         recipe = Recipe.model_validate(resolve_paths(values, folder, fetch))
     except ValidationError as error:
-        raise _explained(error, where) from error
+        raise explain(error, where, _known_keys) from error
     make_method(recipe.method, seed=0)
     make_penalties(recipe.penalties)
     make_loss(recipe.task.loss)
@@ -199,7 +199,7 @@ def load_suite(path: Path | str) -> tuple[Benchmark, ...]:
     try:
         suite = _Suite.model_validate(resolve_paths({"evaluate": values["evaluate"]}, path.parent))
     except ValidationError as error:
-        raise _explained(error, where) from error
+        raise explain(error, where, _known_keys) from error
     _check_names(suite.evaluate, where)
     return tuple(suite.evaluate)
 
@@ -232,19 +232,3 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
         return [field.name for field in dataclasses.fields(kind)]
     section = TaskCalibration if location[:2] == ("task", "calibration") else sections.get(first, Recipe)
     return list(section.model_fields)
-
-
-def _explained(error: ValidationError, where: str) -> RecipeError:
-    """Returns the error to raise for the first value that pydantic refused."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part not in ALTERNATIVES)
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        next_step = nearest(place.rpartition(".")[2], _known_keys(first["loc"]))
-        got, wanted = "an unknown key", "a key that recipes have"
-    elif first["type"] in ("missing", "missing_argument"):
-        got, wanted, next_step = "nothing", "a value", f"Add `{place}:` to the recipe."
-    else:
-        wanted, next_step = first["msg"].removeprefix("Input should be "), "Correct the value."
-        wanted = "a size such as 500MB, 20GB or a number of bytes" if first["type"].startswith("byte_size") else wanted
-        got = json.dumps(first["input"], ensure_ascii=False, default=repr)
-    return RecipeError(f"{where}, key {place}", got=got, wanted=wanted, next_step=next_step)

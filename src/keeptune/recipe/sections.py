@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from keeptune.adapter.export import Format
-from keeptune.core.errors import RecipeError, placed
+from keeptune.core.errors import RecipeError, nearest, placed
 from keeptune.data.chat_template import ChatOptions
 from keeptune.data.examples import Truncate
 from keeptune.data.formats import FormatOptions
@@ -22,7 +23,6 @@ _FORMS = ("text", "prompt", "completion")
 _TAGS = ("one section", "several sections")
 OWN, NAMED = "of a file", "of a name"
 BY_FILE, BY_BASE = "knowledge of a file", "knowledge of the base"
-ALTERNATIVES = {*_TAGS, OWN, NAMED, BY_FILE, BY_BASE}  # pydantic names them in the place of an error
 _WRITTEN = {"generate", "prompts", "answer_with", "temperature"}
 
 
@@ -276,3 +276,19 @@ class ExportSpec(Section):
     max_gap: float | None = Field(None, gt=0)
     rank: int | None = Field(None, ge=1)
     check_original: bool = False
+
+
+def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | int]], Sequence[str]]) -> RecipeError:
+    """Returns the error to raise for the first value that pydantic refused; ``known`` are the keys of a place."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part not in (*_TAGS, OWN, NAMED, BY_FILE, BY_BASE))
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        next_step = nearest(place.rpartition(".")[2], known(first["loc"]))
+        got, wanted = "an unknown key", "a key that recipes have"
+    elif first["type"] in ("missing", "missing_argument"):
+        got, wanted, next_step = "nothing", "a value", f"Add `{place}:` to the recipe."
+    else:
+        wanted, next_step = first["msg"].removeprefix("Input should be "), "Correct the value."
+        wanted = "a size such as 500MB, 20GB or a number of bytes" if first["type"].startswith("byte_size") else wanted
+        got = json.dumps(first["input"], ensure_ascii=False, default=repr)
+    return RecipeError(f"{where}, key {place}", got=got, wanted=wanted, next_step=next_step)

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 _DEPTH = 32
-_OPEN = (0, 0)  # of a node that is being looked at
 _VALUES = 100_000  # an alias counts as often as it is used: without a limit, 400 bytes can stand for gigabytes
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
 
@@ -25,31 +24,24 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
-        self._spelt_out: dict[int, tuple[int, int]] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.check_event(yaml.AliasEvent)
         self._depth += 1
         if self._depth > _DEPTH:
             raise _Refused(f"more than {_DEPTH} levels", self.peek_event())  # type: ignore[no-untyped-call]
         node = super().compose_node(parent, index)
         self._depth -= 1
-        return node
-
-    def get_single_node(self) -> Any:
-        node = super().get_single_node()
-        if node is not None:
+        if not alias:
             self._check(node)
+        elif not hasattr(node, "size"):
+            raise _Refused("an alias of something that it is part of", node)
         return node
 
-    def _check(self, node: Any) -> tuple[int, int]:
-        """Returns how many values and levels a node has, its aliases spelt out, and refuses what no recipe holds."""
-        if id(node) in self._spelt_out:
-            if self._spelt_out[id(node)] == _OPEN:
-                raise _Refused("an alias of something that it is part of", node)
-            return self._spelt_out[id(node)]
+    def _check(self, node: Any) -> None:
+        """Counts the values and levels of a node, its aliases spelt out, and refuses what no recipe holds."""
         if node.tag not in _PLAIN:
             raise _Refused(f"the tag {node.tag}", node)
-        self._spelt_out[id(node)] = _OPEN
         children = node.value
         if isinstance(node, yaml.MappingNode):
             _check_keys(node)
@@ -57,13 +49,11 @@ class _Loader(yaml.SafeLoader):
         elif isinstance(node, yaml.ScalarNode):
             self._check_scalar(node)
             children = []
-        parts = [self._check(child) for child in children]
-        size, levels = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
-        for found, most, kind in ((size, _VALUES, "values"), (levels, _DEPTH, "levels")):
+        node.size = 1 + sum(child.size for child in children)
+        node.levels = 1 + max((child.levels for child in children), default=0)
+        for found, most, kind in ((node.size, _VALUES, "values"), (node.levels, _DEPTH, "levels")):
             if found > most:
                 raise _Refused(f"more than {most} {kind}", node)
-        self._spelt_out[id(node)] = size, levels
-        return size, levels
 
     def _check_scalar(self, node: yaml.ScalarNode) -> None:
         if "\0" in node.value:
