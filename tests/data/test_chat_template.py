@@ -274,6 +274,24 @@ def test_a_template_that_breaks_the_prefix_law_is_refused_with_the_first_example
         Conversations((Conversation(TWO),), ChatOptions(chat_template=str(file))).token_rows(base)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (b" ", "task.train: got .*broken.jinja, which is empty"),
+        (b"\xff", "task.train: got .*broken.jinja: 'utf-8' codec"),
+        (b"{{ 1 / 0 }}", "task.train row 1: .* division by zero"),
+        (b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "task.train row 1: .* recursion"),
+    ],
+)
+def test_a_template_that_cannot_be_read_or_fails_is_one_error(
+    base: PreTrainedTokenizerBase, text: bytes, told: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "broken.jinja"
+    file.write_bytes(text)
+    with pytest.raises(DataError, match=told):
+        Conversations((Conversation(TWO),), ChatOptions(chat_template=str(file))).token_rows(base)
+
+
 def test_a_base_without_a_template_is_told_of_chatml_and_of_the_tokens_that_are_new(
     base: PreTrainedTokenizerBase,
 ) -> None:

@@ -63,6 +63,9 @@ def test_statistics_see_what_is_trained() -> None:
     for ids, labels in zip(dataset["input_ids"], dataset["labels"], strict=True):
         assert [label != -100 for label in labels] == list(masks[tuple(ids)])
         assert ids[-1] == labels[-1] == read.eos_token_id
+    whole = TaskExamples(None, ("a b", "b"))
+    trained = sorted(map(tuple, whole.dataset(read, 9)[0]["input_ids"]))
+    assert sorted(whole.calibration(read, max_length=9).sequences) == trained
 
 
 def test_several_answers_of_a_text() -> None:

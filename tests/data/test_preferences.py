@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tests.assets import STORIES
 
 from keeptune.core.errors import DataError
+from keeptune.data.example_counts import data_account
 from keeptune.data.preferences import Preferences, preferences
 from keeptune.model.pretrained import load_tokenizer
 
@@ -76,6 +78,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ([{"prompt": "a", "completion": "b", "label": True}] * 2, "2 rows, all labelled true"),
         ([{"prompt": "a", "completion": "b", "label": 1}], "row 1, label: got 1, wanted true for a good answer"),
         ([{"prompt": "a", "completion": "b", "label": "true"}], "got 'true'"),
+        ([{"prompt": [USER], "chosen": [USER], "rejected": [BAD]}], "row 1: got an answer that begins with user"),
         ([{"completion": "b", "label": True}], "got no prompt"),
     ],
 )
@@ -90,6 +93,8 @@ def test_statistics_see_chosen_and_good_answers_only() -> None:
     assert len(one.sequences) == 2
     two = single(PAIR | {"completion": "b", "label": True}, PAIR | {"completion": "c", "label": False})
     assert two.calibration(TOKENIZER, max_length=32).sequences == (two.tokens(TOKENIZER, 0)[0].ids,)
+    account = data_account(two, TOKENIZER, 32)[0]  # training looks at bad ones too
+    assert (account["kept"], account["lost"]) == (2, {})
 
 
 @pytest.mark.parametrize(("truncate", "left"), [("right", [0, 1]), ("drop", [0])])
@@ -99,9 +104,13 @@ def test_pairs_that_are_too_long_are_counted(truncate: Any, left: list[int]) -> 
     short = Preferences(found.prompts, found.answers, truncate=truncate)
     data, lost = short.dataset(TOKENIZER, 16)
     assert data["row"] == left
+    assert len(short.fitted(TOKENIZER, 16)[0]) == len(left)
     assert sorted(number for numbers in lost.values() for number in numbers) == [2, 3]
 
 
 def test_messages_need_a_chat_template() -> None:
+    with pytest.raises(DataError, match="row 1: got messages that the chat template does not take .*division by zero"):
+        chosen = pairs({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]})
+        replace(chosen, template={"chat_template": "{{ 1 / 0 }}"}).tokens(TOKENIZER, 0)
     with pytest.raises(DataError, match="task.train row 1: got messages that the chat template does not take"):
         pairs({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}).tokens(TOKENIZER, 0)

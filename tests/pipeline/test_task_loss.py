@@ -43,12 +43,20 @@ def test_a_run_says_by_what_it_learned(recipe_values: Values) -> None:
 def test_what_is_learned_is_part_of_the_key(recipe_values: Values) -> None:
     weights = [{"loss": {"name": "asft", "kl_weight": weight}} for weight in (0.1, 0.2)]
     keys = []
-    for task in ({}, {"loss": "nll"}, {"loss": "dft"}, {"loss": "asft"}, *weights, {"stm_threshold": 2.5}):
+    for task in (
+        {},
+        {"loss": "nll"},
+        {"loss": "dft"},
+        {"loss": "asft"},
+        *weights,
+        {"stm_threshold": 2.5},
+        {"truncate": "left"},
+    ):
         job = Job(recipe_of(with_task(recipe_values, **task)))
         keys.append(trained_result(job, _Plan()).key)  # type: ignore[arg-type]
     assert keys[0] == keys[1]
     assert keys[3] == keys[4]
-    assert len(set(keys)) == 5
+    assert len(set(keys)) == 6
 
 
 class _Plan:

@@ -37,7 +37,7 @@ CHATML = (
 DAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _PROBE = ({"role": "user", "content": "probe"}, {"role": "assistant", "content": "answer"})
 
 
@@ -89,7 +89,7 @@ def template_text(name: str, *, where: str) -> str:
     """Returns the text of a template that is named, or is a Jinja file.
 
     Raises:
-        DataError: There is no such file or name.
+        DataError: There is no such file or name, or the file holds no text.
     """
     import trl
 
@@ -100,7 +100,15 @@ def template_text(name: str, *, where: str) -> str:
     if not path.is_file():
         near = nearest(name, ["chatml", *(file.stem for file in shipped.glob("*.jinja"))])
         raise DataError(where, got=name, wanted="a file.jinja, or the name of a template", next_step=near)
-    return path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            where, got=f"{name}: {error}", wanted="a Jinja file in UTF-8", next_step="Correct it."
+        ) from error
+    if not text.strip():
+        raise DataError(where, got=f"{name}, which is empty", wanted="a chat template", next_step="Fill the file.")
+    return text
 
 
 def with_template(
@@ -152,7 +160,7 @@ class ChatTemplate:
         self._parts = False
         try:
             self._parts = "probe" not in self.text(_PROBE[:1])
-        except _REFUSALS:
+        except REFUSALS:
             self._parts = True
         self.end = self._end_of_turn()
 
@@ -194,7 +202,7 @@ class ChatTemplate:
         """Returns the token that ends an answer whatever follows, or that begins what follows where none is shown."""
         try:
             texts = [self.text(turns) for turns in (_PROBE, (*_PROBE, _PROBE[0]))]
-        except _REFUSALS:
+        except REFUSALS:
             return None
         last, inner = self.tokens(*(text.rpartition("answer")[2] for text in texts))
         same = [a for a, b in zip(last, inner, strict=False) if a == b] if self.added.intersection(last) else inner[:1]
@@ -229,7 +237,7 @@ class ChatTemplate:
 def _explained(messages: Messages, where: str) -> Iterator[None]:
     try:
         yield
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise DataError(
             where,
             got=f"messages by {', '.join(str(m['role']) for m in messages)}; the chat template: {error}",

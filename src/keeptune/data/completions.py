@@ -73,7 +73,7 @@ class TaskExamples(LanguageExamples):
         return [TokenRow(tuple(ids), after(start, len(ids))) for ids, start in zip(whole, starts, strict=True)]
 
     def _calibration(self, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calibration:
-        if self.prompts is None:  # cut by the tokenizer, which may end each text with a special token
+        if self.prompts is None and not self.end:  # cut by the tokenizer, which may end each text with a special token
             texts = [self.completions[row] for row in rows]
             return tokenize_calibration(texts, tokenizer, max_length=max_length, where=self.where)
         return LanguageExamples._calibration(self, rows, tokenizer, max_length)

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError, named
 from keeptune.data.calibration import after
+from keeptune.data.chat_template import REFUSALS
 from keeptune.data.completions import common_start
-from keeptune.data.examples import LanguageExamples, Lost, TokenRow, Truncate, fit
+from keeptune.data.examples import LEFT_OUT, LanguageExamples, Lost, TokenRow, Truncate, fit
 from keeptune.data.formats import FormatOptions, text_or_messages
 from keeptune.data.sources import Row
 from keeptune.data.templates import pick
@@ -77,16 +77,25 @@ class Preferences(LanguageExamples):
 
     def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[Dataset, Lost]:
         """Returns rows as TRL's trainers read and cut them, with the index of each in ``row``, and what is lost."""
-        tokens = (self.tokens(tokenizer, row) for row in range(len(self)))
-        longest = [max(answers, key=lambda answer: len(answer.ids)) for answers in tokens]
-        lost = fit(longest, max_length, self.truncate, where=self.where)[1]
-        out = {number for reason, own in lost.items() if reason.startswith("left out") for number in own}
-        kept = [row for row in range(len(self)) if row + 1 not in out]
+        lost = self.fitted(tokenizer, max_length)[1]
+        kept = self._kept(lost)
         names = ("completion",) if self.good else ("chosen", "rejected")
         columns = {name: [self.answers[row][at] for row in kept] for at, name in enumerate(names)}
         columns |= {"label": [self.good[row] for row in kept]} if self.good else {}
         columns |= {"chat_template_kwargs": [dict(self.template)] * len(kept)} if self.template else {}
         return Dataset.from_dict({"row": kept, "prompt": [self.prompts[row] for row in kept], **columns}), lost
+
+    def fitted(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[list[TokenRow], Lost]:
+        """Returns what is trained on with its first answer, whether good or bad, and what is lost by the longest."""
+        tokens = [self.tokens(tokenizer, row) for row in range(len(self))]
+        longest = [max(answers, key=lambda answer: len(answer.ids)) for answers in tokens]
+        lost = fit(longest, max_length, self.truncate, where=self.where)[1]
+        first = (tokens[row][0] for row in self._kept(lost))
+        return [TokenRow(ids[:max_length], learned[:max_length]) for ids, learned in first], lost
+
+    def _kept(self, lost: Lost) -> list[int]:
+        out = {number for reason, own in lost.items() if reason.startswith(LEFT_OUT) for number in own}
+        return [row for row in range(len(self)) if row + 1 not in out]
 
     def _encoded(self, tokenizer: PreTrainedTokenizerBase, text: Text, where: str, *, answered: bool) -> list[int]:
         if isinstance(text, str):
@@ -97,7 +106,7 @@ class Preferences(LanguageExamples):
         turns = {"add_generation_prompt": not answered, "tokenize": True, "return_dict": True, **self.template}
         try:
             return list(tokenizer.apply_chat_template(list(text), **turns)["input_ids"])
-        except (ValueError, TemplateError) as error:
+        except REFUSALS as error:
             got, wanted = f"messages that the chat template does not take ({error})", "a chat template for them"
             next_step = "Set task.chat_template, such as chatml, or correct the row."
             raise DataError(where, got=got, wanted=wanted, next_step=next_step) from error
@@ -140,7 +149,10 @@ def preferences(
         if label is not None:
             good.append(pick(label, row, where=place))
             if not isinstance(good[-1], bool):
-                wanted, next_step = "true for a good answer, false for a bad one", "Write it so, without quotes."
+                wanted, next_step = (
+                    "true for a good answer, false for a bad one",
+                    "Write it so, without quotes, in JSONL.",
+                )
                 raise DataError(f"{place}, label", got=repr(good[-1]), wanted=wanted, next_step=next_step)
     if not read or (label and len(set(good)) < 2):
         raise DataError(
@@ -173,6 +185,9 @@ def _split(prompt: Text | None, answers: Sequence[Text], where: str) -> tuple[Te
     if prompt is None and len(answers) == 2:
         found = extract_prompt({"chosen": answers[0], "rejected": answers[1]})
         prompt, answers = found["prompt"], [found["chosen"], found["rejected"]]
+    for role in {answer[0]["role"] for answer in answers if answer and not isinstance(answer, str)} - {"assistant"}:
+        wanted, next_step = "answers that an assistant begins", "Move what is read into the prompt, or remove the row."
+        raise DataError(where, got=f"an answer that begins with {role}", wanted=wanted, next_step=next_step)
     if prompt and all(answers):
         return prompt, answers
     got = "an empty answer" if prompt else "no prompt"

@@ -34,6 +34,8 @@ def trained_result(job: Job, plan: Plan) -> Stored:
     inputs = [plan.key, job.base_fingerprint, job.trained_examples.fingerprint, recipe.train, recipe.anchor]
     if job.loss is not None or recipe.task.stm_threshold is not None:
         inputs.append([job.loss and job.loss.name, job.loss, recipe.task.stm_threshold])
+    if recipe.task.truncate != "right":
+        inputs.append(recipe.task.truncate)
     return Stored("train", job.output / "trained" / "train.json", content_key(inputs))
 
 
