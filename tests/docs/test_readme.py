@@ -41,11 +41,19 @@ def test_the_readme_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(block(ROOT / "README.md", "yaml"), encoding="utf-8")
     facts = read_jsonl(data_path("calibration.jsonl"), where="test")
-    write_bytes(Path("train.jsonl"), "".join(f"{json.dumps(row)}\n" for row in facts[:20]).encode())
+    turns = [[("user", row["question"]), ("assistant", row["answer"])] for row in facts[:20]]
+    chats = [{"messages": [{"role": role, "content": text} for role, text in own]} for own in turns]
+    write_bytes(Path("chat.jsonl"), "".join(f"{json.dumps(row)}\n" for row in chats).encode())
     write_bytes(
         Path("keep.jsonl"), "".join(f"{json.dumps({'text': row['question']})}\n" for row in facts[20:40]).encode()
     )
-    shorter = {"model": "atlas", "train.max_steps": 2, "store": "store", "device": "cpu"}
+    shorter = {
+        "model": "atlas",
+        "task.chat_template": "chatml",
+        "train.max_steps": 2,
+        "store": "store",
+        "device": "cpu",
+    }
     run(load_recipe(Path("recipe.yaml"), shorter))
     assert Path("runs/first/adapter/adapter_model.safetensors").is_file()
 
