@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import content_key, file_fingerprint, write_json
-from keeptune.core.errors import DataError, ModelError, RecipeError, StatisticsError
+from keeptune.core.errors import DataError, ModelError, RecipeError
 from keeptune.data.calibration import Calibration
 from keeptune.data.knowledge import knowledge_of, knowledge_set
 from keeptune.data.sources import read_jsonl
@@ -99,8 +99,10 @@ class Trace:
         """
         answers = {side: [self.answer(getattr(text, side)) for text in self.texts] for side in ("clean", "corrupted")}
         shares: dict[str, Any] = {}
+        # A model that does not know the answers has no profile.
+        known = bool((self.average > 0).any())
         for norm in get_args(Norm):
-            shares[f"NAIE_{norm}"] = _or_none(self, norm)
+            shares[f"NAIE_{norm}"] = self.normalised(norm).tolist() if known else None
             shares[f"NAIE_{norm}_error"] = _numbers(normalised_error(self.effects, norm))
         return {
             **{side: math.fsum(values) / len(values) for side, values in answers.items()},
@@ -211,8 +213,14 @@ def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max")
         heat = _heat(model, traced.texts[chosen], request, options.chunk)
         models.append({"name": title, "embedding_std": embedding_std(model), **traced.summary(), "heat": heat.tolist()})
     assert chosen is not None
+    templates = {"file": str(options.data), "prompt": options.prompt, "completion": options.completion}
     record = {
-        **_head(options, request, norm, data),
+        "data": templates | {"examples": len(data.sequences), "fingerprint": data.fingerprint},
+        "reading": request.reading,
+        "kind": request.output,
+        "window": 1 if request.output == "block" else request.window,
+        "noise": asdict(request.noise),
+        "norm": norm,
         "models": models,
         "example": _example(chosen + 1, data, request, tokenizer),
     }
@@ -235,13 +243,6 @@ def _check_effect(request: LayerEffect) -> None:
 
 def _numbers(values: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
-def _or_none(result: Trace, norm: Norm) -> list[float] | None:
-    try:
-        return result.normalised(norm).tolist()
-    except StatisticsError:  # a model that does not know the answers has no profile
-        return None
 
 
 def _data(options: TraceOptions, name: str, tokenizer: PreTrainedTokenizerBase) -> Calibration:
@@ -322,18 +323,6 @@ def _heat(model: PreTrainedModel, text: Traced, request: LayerEffect, chunk: int
     other = replace(request, reading="positions")
     data = Calibration.of_answers([text.tokens], 0, [text.prompt])
     return trace_texts(model, data, other, chunk=chunk)[0].heat
-
-
-def _head(options: TraceOptions, request: LayerEffect, norm: str, data: Calibration) -> dict[str, Any]:
-    templates = {"file": str(options.data), "prompt": options.prompt, "completion": options.completion}
-    return {
-        "data": templates | {"examples": len(data.sequences), "fingerprint": data.fingerprint},
-        "reading": request.reading,
-        "kind": request.output,
-        "window": 1 if request.output == "block" else request.window,
-        "noise": asdict(request.noise),
-        "norm": norm,
-    }
 
 
 def _example(

@@ -125,11 +125,6 @@ class _Clean:
         """Returns what belongs to the last token of ``(B, C, ...)``, ``(B, 1, ...)``."""
         return take(values, self.last) if values.shape[1] == self.mask.shape[1] else values
 
-    def suffix(self, count: int, times: int, cache: DynamicCache) -> Suffix:
-        """Returns the last column, ``count`` times."""
-        columns = self.last.expand(-1, count)
-        return Suffix(self.run, self.mask.shape[1], columns, alone=True, times=times, cache=cache)
-
 
 class Attributor:
     """Attributes batches of texts, with a causal language model without adapters.
@@ -281,7 +276,11 @@ class Attributor:
             if new:
                 rows.append(clean.at_last(clean.run.inputs[number]).repeat(times, 1, 1).expand(-1, new, -1))
             count += new
-            return clean.suffix(count, times, cache).call(number, torch.cat(rows, dim=1)) if rows else None
+            if not count:
+                return None
+            columns = clean.last.expand(-1, count)
+            suffix = Suffix(clean.run, clean.mask.shape[1], columns, alone=True, times=times, cache=cache)
+            return suffix.call(number, torch.cat(rows, dim=1))
 
         def scaling(leaf: Tensor) -> Any:
             def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
