@@ -39,7 +39,7 @@ def test_a_run_without_knowledge_writes_its_own(recipe_values: Values, monkeypat
 
 def test_methods_that_need_none_write_none(recipe_values: Values) -> None:
     job = Job(recipe_of(recipe_values(method="lora", knowledge=None)))
-    assert job.generations == [] and job.calibration is None
+    assert job.generations == {} and job.calibration is None
     assert len(Job(recipe_of(recipe_values(method="lora", knowledge=None, replay=0.1))).generations) == 1
 
 
@@ -81,13 +81,13 @@ def test_a_file_of_prompts(recipe_values: Values, tmp_path: Path, answer: str | 
     [
         ("generall", RecipeError, "got generall, wanted general"),
         ({"generate": 0}, KeeptuneError, "knowledge.generate.*1 or more"),
-        ({"generate": 4, "file": "x.jsonl"}, RecipeError, "`file` beside `generate`"),
+        ({"prompts": "q.jsonl", "file": "x.jsonl"}, RecipeError, "key knowledge.prompts|unknown"),
         ({"generate": 4, "temprature": 1}, RecipeError, "temperature"),
         ({"answer_with": "base"}, KeeptuneError, "answer_with.*prompts"),
         ({"answer_with": "others", "prompts": "x.jsonl"}, RecipeError, "answer_with"),
         ({"prompts": "missing.jsonl"}, DataError, "no such file"),
         ({"prompts": "empty.jsonl"}, DataError, "empty.jsonl"),
-        ({"prompts": "blank.jsonl"}, DataError, "row 2.*an empty prompt"),
+        ({"prompts": "blank.jsonl"}, DataError, "example 2.*an empty prompt"),
         ({"generate": 12, "temperature": 0}, DataError, "written before.*Raise `temperature`"),
     ],
 )

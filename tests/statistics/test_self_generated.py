@@ -23,7 +23,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-OPTIONS = SelfGeneration(10, max_length=24, batch_size=4)
+OPTIONS = SelfGeneration(10, max_length=24)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,11 @@ def tokenizer() -> Any:
 def chat(tokenizer: Any) -> Any:
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+@pytest.fixture(autouse=True)
+def four_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_generated, "BATCH", 4)
 
 
 def written(model: Any, tokenizer: Any, folder: Path, options: SelfGeneration = OPTIONS) -> SelfWritten:
@@ -73,9 +78,12 @@ def test_texts_are_those_of_the_slow_way(stories: Any, tokenizer: Any, tmp_path:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 10])
-def test_a_text_depends_on_seed_and_number_alone(stories: Any, tokenizer: Any, tmp_path: Path, rows: int) -> None:
+def test_a_text_depends_on_seed_and_number_alone(
+    stories: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
     base = written(stories, tokenizer, tmp_path / "a")
-    assert written(stories, tokenizer, tmp_path / "b", replace(OPTIONS, batch_size=rows)).texts == base.texts
+    monkeypatch.setattr(self_generated, "BATCH", rows)
+    assert written(stories, tokenizer, tmp_path / "b").texts == base.texts
     more = written(stories, tokenizer, tmp_path / "c", replace(OPTIONS, generate=14))
     assert more.texts[:10] == base.texts
     other = written(stories, tokenizer, tmp_path / "d", replace(OPTIONS, seed=1))
@@ -181,7 +189,7 @@ def test_a_tokenizer_without_ends_needs_prompts(stories: Any, tokenizer: Any, tm
         written(stories, tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [{"generate": -1}, {"temperature": -0.1}, {"batch_size": 0}, {"max_length": 1}])
+@pytest.mark.parametrize("wrong", [{"generate": -1}, {"temperature": -0.1}, {"max_length": 1}])
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match=next(iter(wrong))):
         SelfGeneration(**wrong)

@@ -17,7 +17,7 @@ Stage = Literal["knowledge", "statistics", "plan", "train", "export", "evaluate"
 
 # What to turn, that which helps most first.
 KEYS: Final[Mapping[Stage, tuple[str, str, str]]] = {
-    "knowledge": ("knowledge.batch_size", "knowledge.max_length", "quantization"),
+    "knowledge": ("knowledge.max_length", "quantization", "dtype: bfloat16"),
     "statistics": ("memory: blockwise", "factor_rank (of the method or penalty)", "knowledge.max_length"),
     "plan": ("targets (fewer)", "memory: blockwise", "device: cpu"),
     "train": ("train.per_device_train_batch_size", "train.activation_checkpointing: true", "quantization"),

@@ -32,7 +32,7 @@ def knowledge_set(
     if text is not None:
         return TaskExamples(None, render_all(text, rows, where=where), end=False, where=where)
     completions = render_all(completion or "", rows, where=where)
-    _refuse_empty(completions, where)
+    refuse_empty(completions, where)
     return TaskExamples(render_all(prompt or "", rows, where=where), completions, end=False, chat=chat, where=where)
 
 
@@ -52,7 +52,7 @@ def knowledge_of(examples: Knowledge, where: str = "knowledge") -> LanguageExamp
     if not pairs:
         return TaskExamples(None, texts, end=False, where=where)
     prompts, completions = zip(*pairs, strict=True)
-    _refuse_empty(completions, where)
+    refuse_empty(completions, where)
     return TaskExamples(prompts, completions, end=False, where=where)
 
 
@@ -74,12 +74,13 @@ def joined_knowledge(parts: Sequence[Calibration]) -> Calibration:
     return replace(whole, learned=tuple(mask for part in masks for mask in part))
 
 
-def _refuse_empty(completions: Sequence[str], where: str) -> None:
-    for number, completion in enumerate(completions, start=1):
-        if not completion.strip():
+def refuse_empty(texts: Sequence[str], where: str, what: str = "completion") -> None:
+    """Raises DataError where a text is empty."""
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
             raise DataError(
                 f"{where} example {number}",
-                got="an empty completion",
-                wanted="a completion that is not empty",
+                got=f"an empty {what}",
+                wanted=f"a {what} that is not empty",
                 next_step="Remove the row or change the template.",
             )

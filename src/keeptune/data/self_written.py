@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -71,22 +71,23 @@ class SelfWritten(LanguageExamples):
         chosen = self.texts if rows is None else [self.texts[row] for row in rows]
         return [TokenRow(text.ids, after(text.start, len(text.ids))) for text in chosen]
 
-    def without(self, rows: Collection[int], reason: str) -> SelfWritten:
-        """Returns the set without some texts."""
-        kept = tuple(text for row, text in enumerate(self.texts) if row not in rows)
-        return replace(self, texts=kept, left_out={**self.left_out, reason: len(rows)}) if rows else self
+    def without(self, faults: Mapping[int, str]) -> SelfWritten:
+        """Returns the set without some texts, whose reasons are counted."""
+        kept = tuple(text for row, text in enumerate(self.texts) if row not in faults)
+        return replace(self, texts=kept, left_out=Counter(self.left_out) + Counter(faults.values()))
 
 
 def useful(texts: Iterable[Written], where: str) -> SelfWritten:
     """Returns the texts that are of use, in order; of equal ones the first."""
     found = SelfWritten(tuple(texts), where=where)
-    faults = [fault(text) for text in found.texts]
-    seen: dict[str, int] = {}
-    for row, text in enumerate(found.read_texts):
-        if seen.setdefault(" ".join(text.lower().split()), row) != row:
-            faults[row] = faults[row] or "written before"
-    kept = tuple(text for text, reason in zip(found.texts, faults, strict=True) if reason is None)
-    return replace(found, texts=kept, left_out=Counter(reason for reason in faults if reason))
+    seen: set[str] = set()
+    faults: dict[int, str] = {}
+    for row, (text, read) in enumerate(zip(found.texts, found.read_texts, strict=True)):
+        plain = " ".join(read.lower().split())
+        if reason := fault(text) or ("written before" if plain in seen else None):
+            faults[row] = reason
+        seen.add(plain)
+    return found.without(faults)
 
 
 def fault(text: Written) -> str | None:

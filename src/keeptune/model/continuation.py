@@ -10,13 +10,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
@@ -66,12 +65,20 @@ def continued(
     Raises:
         ModelError: The model gives logits that are not finite.
     """
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), limits.pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, limits.pad, "left")
+    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], True, 0, "left")
+    width = ids.shape[1]
+
+    def picked(read: Tensor, logits: Tensor) -> Tensor:
+        need_finite(logits < math.inf, limits.where, "logits")  # -inf forbids a token and is allowed
+        if pick is None:
+            return logits
+        return torch.full_like(logits, -math.inf).scatter(1, pick(logits, read.shape[1] - width)[:, None], 0.0)
+
+    def stopped(read: Tensor, logits: object, **kwargs: object) -> Tensor:
+        texts = [plain_text(tokenizer, new) for new in read[:, width:].tolist()]
+        return torch.tensor([any(stop in text for stop in limits.stops) for text in texts], device=read.device)
+
     make: Any = GenerationConfig  # its constructor is untyped
     config: GenerationConfig = make(
         do_sample=False,
@@ -82,15 +89,14 @@ def continued(
         bos_token_id=tokenizer.bos_token_id,
     )
     generate: Any = model.generate
-    stopped = [_Stopped(tokenizer, width, limits.stops)] if limits.stops else []
     # generate() fills what a given config leaves open from the model's own, and then warns about temperature.
     with mock.patch.object(model, "generation_config", config):
         written: Tensor = generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
-            logits_processor=LogitsProcessorList([_Picked(width, limits.where, pick)]),
-            stopping_criteria=StoppingCriteriaList(stopped),
+            logits_processor=LogitsProcessorList([picked]),
+            stopping_criteria=StoppingCriteriaList([stopped] if limits.stops else []),
         )
     rows: list[list[int]] = written[:, width:].tolist()
     ends = ([place for place, token in enumerate(new, start=1) if token in limits.ends] for new in rows)
@@ -120,33 +126,3 @@ def need_finite(finite: Tensor, where: str, what: str) -> None:
             wanted="finite values",
             next_step="Look at the training loss for a jump, or load the model in float32.",
         )
-
-
-class _Picked(LogitsProcessor):
-    """Leaves what is picked; refuses logits that are NaN or +inf; -inf forbids a token and is allowed."""
-
-    def __init__(self, width: int, where: str, pick: Callable[[Tensor, int], Tensor] | None) -> None:
-        self.width = width
-        self.where = where
-        self.pick = pick
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        need_finite(scores < math.inf, self.where, "logits")
-        if self.pick is None:
-            return scores
-        picked = self.pick(scores, input_ids.shape[1] - self.width)
-        return torch.full_like(scores, -math.inf).scatter(1, picked[:, None], 0.0)
-
-
-class _Stopped(StoppingCriteria):
-    """Ends a row whose new text holds a stop string."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, stops: tuple[str, ...]) -> None:
-        self.tokenizer = tokenizer
-        self.width = width
-        self.stops = stops
-
-    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-        texts = [plain_text(self.tokenizer, ids) for ids in input_ids[:, self.width :].tolist()]
-        done = [any(stop in text for stop in self.stops) for text in texts]
-        return torch.tensor(done, device=input_ids.device)

@@ -173,7 +173,7 @@ class Job:
     def knowledge_rows(self) -> list[list[Row]]:
         """The knowledge rows that are used, of each set."""
         sets = []
-        for part, where in own_knowledge.placed_files(self.recipe):
+        for where, part in self.recipe.knowledge_sets.items():
             rows = read_jsonl(part.file, where=f"{where}.file", **part.origin)
             sets.append(choose_rows(rows, part.examples, by=part.by, seed=part.seed, where=f"{where}.file"))
         return sets
@@ -181,19 +181,19 @@ class Job:
     @cached_property
     def filed_knowledge(self) -> list[LanguageExamples]:
         """The knowledge sets of files as texts, or as prompts and completions."""
-        sets = zip(own_knowledge.placed_files(self.recipe), self.knowledge_rows, strict=True)
-        return [read_knowledge(part, rows, where) for (part, where), rows in sets]
+        sets = zip(self.recipe.knowledge_sets.items(), self.knowledge_rows, strict=True)
+        return [read_knowledge(part, rows, where) for (where, part), rows in sets]
 
     @cached_property
-    def generations(self) -> list[tuple[SelfGeneration, str]]:
-        """What the base writes as knowledge, each with its place."""
+    def generations(self) -> dict[str, SelfGeneration]:
+        """What the base writes as knowledge, by place; a RecipeError says that a classifier cannot."""
         return own_knowledge.generations(self.recipe, self.needs)
 
     @cached_property
     def written_knowledge(self) -> list[SelfWritten]:
         """What the base wrote itself, or writes now, without texts that are scored."""
         sets = []
-        for part, where in self.generations:
+        for where, part in self.generations.items():
             key, base = self.base_fingerprint, cache(self.base)
             texts = write_texts(base, self.tokenizer, part, self.store, fingerprint=key, where=where)
             sets.append(own_knowledge.without_scored(texts, self.recipe.evaluate, self.tokenizer))
@@ -207,7 +207,9 @@ class Job:
     @cached_property
     def calibration(self) -> Calibration | None:
         """The knowledge data as tokens, those of all sets."""
-        lengths = [part.max_length for part in self.recipe.knowledge_sets] + [sys.maxsize] * len(self.generations)
+        lengths = [part.max_length for part in self.recipe.knowledge_sets.values()] + [sys.maxsize] * len(
+            self.generations
+        )
         sets = zip(self.knowledge, map(self._cut, lengths), strict=True)
         tokens = [part.calibration(self.tokenizer, max_length=length) for part, length in sets]
         return joined_knowledge(tokens) if tokens else None
@@ -392,7 +394,7 @@ class Job:
             PlanError: The method cannot be confined to some layers, or takes no penalties.
         """
         recipe = self.recipe
-        own_knowledge.check_texts(recipe, self.method, self.penalties, self.needs, self.generations)
+        own_knowledge.generations(recipe, self.needs)
         self._refuse_quantised()
         refuse_without_original(recipe)
         refuse_layers(self.method, recipe.layers)

@@ -1,4 +1,4 @@
-"""Knowledge that a run's base supplies itself: where it is written, and what of it is left out."""
+"""Knowledge that a run's base supplies itself: what of it is left out, and who cannot have it."""
 
 from __future__ import annotations
 
@@ -12,40 +12,33 @@ from keeptune.data.disjoint import Corpus
 from keeptune.data.self_written import SelfWritten
 from keeptune.evaluation.benchmark_data import used_rows
 from keeptune.evaluation.benchmarks import Benchmark
-from keeptune.methods.base import Method
-from keeptune.penalties.base import Penalty
 from keeptune.recipe.schema import Recipe
-from keeptune.recipe.sections import Knowledge
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.self_generated import SelfGeneration
 
 _log = logging.getLogger(__name__)
 
 
-def placed_knowledge(recipe: Recipe) -> list[tuple[Knowledge | SelfGeneration, str]]:
-    """Returns the sets that a recipe names, each with its place for messages."""
-    listed = isinstance(recipe.knowledge, list)
-    return [
-        (part, f"knowledge.{number}" if listed else "knowledge") for number, part in enumerate(recipe.all_knowledge)
-    ]
-
-
-def placed_files(recipe: Recipe) -> list[tuple[Knowledge, str]]:
-    """Returns those of the sets that are of files."""
-    return [(part, where) for part, where in placed_knowledge(recipe) if isinstance(part, Knowledge)]
-
-
-def generations(recipe: Recipe, needs: Collection[DataRole]) -> list[tuple[SelfGeneration, str]]:
-    """Returns what the base writes, each with its place: also where knowledge is needed and the recipe names none.
+def generations(recipe: Recipe, needs: Collection[DataRole]) -> dict[str, SelfGeneration]:
+    """Returns what the base writes, by place: also where knowledge is needed and the recipe names none.
 
     Raises:
         DataError: A file of prompts cannot be used.
+        RecipeError: A classifier's recipe asks for texts as only a language model has them.
     """
-    needed = "knowledge" in needs or recipe.replay > 0
-    if recipe.knowledge is None and recipe.task.of_language and needed:
-        return [(SelfGeneration(), "knowledge")]
-    placed = placed_knowledge(recipe)
-    return [(part.with_prompts(where), where) for part, where in placed if isinstance(part, SelfGeneration)]
+    asked = {where: part for where, part in recipe.all_knowledge.items() if isinstance(part, SelfGeneration)}
+    if recipe.knowledge is None and ("knowledge" in needs or recipe.replay > 0):
+        asked = {"knowledge": SelfGeneration()}
+    if not recipe.task.of_language and (asked or recipe.replay):
+        raise RecipeError(
+            "replay" if recipe.replay else "knowledge",
+            got=f"{recipe.replay or 'texts that the base writes'} with task.kind {recipe.task.kind}",
+            wanted="a file of what to keep where it is needed, and no replay: a classifier writes no text, and "
+            "knowledge has no labels that it could learn",
+            next_step='Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}; a penalty on '
+            "the weight change, such as laplace, holds a classifier without replay.",
+        )
+    return {where: part.with_prompts(where) for where, part in asked.items()}
 
 
 def without_scored(
@@ -55,7 +48,7 @@ def without_scored(
     for benchmark in benchmarks:
         rows = [{"prompt": text.prompt, "completion": text.completion} for text in texts.texts]
         scored = used_rows(Corpus(texts.where, rows, texts.read_texts), benchmark, tokenizer)
-        texts = texts.without(scored, f"with items of {benchmark.name}")
+        texts = texts.without(dict.fromkeys(scored, f"with items of {benchmark.name}"))
     return texts
 
 
@@ -66,34 +59,3 @@ def notes_of(recipe: Recipe, sets: Sequence[SelfWritten]) -> list[str]:
     for note in notes:
         _log.info("%s", note)
     return notes
-
-
-def check_texts(
-    recipe: Recipe,
-    method: Method,
-    penalties: Sequence[Penalty],
-    needs: Collection[DataRole],
-    asked: Sequence[tuple[SelfGeneration, str]],
-) -> None:
-    """Refuses a classifier's recipe that asks for texts as only a language model has them.
-
-    Raises:
-        RecipeError: It replays knowledge, has the base write it, or needs some and names none.
-    """
-    if recipe.task.of_language:
-        return
-    if recipe.replay:
-        raise RecipeError(
-            "replay",
-            got=f"{recipe.replay} with task.kind {recipe.task.kind}",
-            wanted="none: knowledge has no labels that a classifier could learn",
-            next_step="Leave it out; a penalty on the weight change holds a classifier, such as laplace.",
-        )
-    if asked or ("knowledge" in needs and recipe.knowledge is None):
-        names = [f"method {method.name}", *(f"penalty {penalty.name}" for penalty in penalties)]
-        raise RecipeError(
-            "knowledge" if asked else " and ".join(names),
-            got="texts that the base writes" if asked else "no `knowledge` section in the recipe",
-            wanted=f"a file of what the model should keep: with task.kind {recipe.task.kind} the base writes no text",
-            next_step='Add for example knowledge: {file: calibration.jsonl, text: "{question} {answer}"}.',
-        )

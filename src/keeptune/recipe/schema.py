@@ -101,16 +101,22 @@ class Recipe(Section):
     published: Published | None = None
 
     @property
-    def all_knowledge(self) -> tuple[Knowledge | SelfGeneration, ...]:
-        """The sets of knowledge, none or more."""
-        if self.knowledge is None:
-            return ()
-        return tuple(self.knowledge) if isinstance(self.knowledge, list) else (self.knowledge,)
+    def all_knowledge(self) -> dict[str, Knowledge | SelfGeneration]:
+        """The sets of knowledge by their keys, none or more."""
+        if isinstance(self.knowledge, list):
+            return {f"knowledge.{number}": part for number, part in enumerate(self.knowledge)}
+        return {} if self.knowledge is None else {"knowledge": self.knowledge}
 
     @property
-    def knowledge_sets(self) -> tuple[Knowledge, ...]:
+    def knowledge_sets(self) -> dict[str, Knowledge]:
         """Those that are of files."""
-        return tuple(part for part in self.all_knowledge if isinstance(part, Knowledge))
+        return {where: part for where, part in self.all_knowledge.items() if isinstance(part, Knowledge)}
+
+    @property
+    def knowledge_files(self) -> list[str]:
+        """The files of knowledge, and those of prompts for it."""
+        named = (part.file if isinstance(part, Knowledge) else part.prompts for part in self.all_knowledge.values())
+        return [name for name in named if isinstance(name, str)]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -119,9 +125,8 @@ class Recipe(Section):
 
     @property
     def data_files(self) -> list[str]:
-        """The files of knowledge, with those of prompts, and task."""
-        own = [part.file if isinstance(part, Knowledge) else part.prompts for part in self.all_knowledge]
-        return [*(name for name in own if isinstance(name, str)), *(part.file for part in self.task.files)]
+        """The files of knowledge and task."""
+        return [*self.knowledge_files, *(part.file for part in self.task.files)]
 
     def written(self) -> dict[str, Any]:
         """Returns the recipe as plain values that JSON can hold, for the record in the run folder."""

@@ -135,13 +135,6 @@ def _form(value: Any) -> str:
 
 def _origin(entry: Any) -> str:
     """Returns which of the two a set of knowledge is: of a file, or written by the base."""
-    if isinstance(entry, Mapping) and entry.get("file") is not None and not _WRITTEN.isdisjoint(entry):
-        raise RecipeError(
-            "recipe, key knowledge",
-            got=f"`file` beside `{next(key for key in entry if key in _WRITTEN)}`",
-            wanted="a file of texts to keep, or what the base writes: from `prompts`, a file, or without one",
-            next_step="Name questions or beginnings `prompts`, or make a list of two sets of it.",
-        )
     written = isinstance(entry, SelfGeneration) or (isinstance(entry, Mapping) and not _WRITTEN.isdisjoint(entry))
     return BY_BASE if written else BY_FILE
 

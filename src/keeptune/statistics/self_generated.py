@@ -25,6 +25,7 @@ from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.options import Options, Range
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.data.calibration import pad_id_of
+from keeptune.data.knowledge import refuse_empty
 from keeptune.data.self_written import SelfWritten, Written, useful
 from keeptune.data.sources import read_jsonl
 from keeptune.data.templates import render_all
@@ -34,6 +35,7 @@ from keeptune.statistics.store import StatStore
 
 _log = logging.getLogger(__name__)
 _MARK = "QUESTION"
+BATCH = 32  # texts at a time; so many are lost when a run is killed
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,6 @@ class SelfGeneration(Options):
         temperature: 1 is the model's own distribution, 0 its likeliest token.
         seed: Of all random numbers.
         max_length: Tokens of a text or an answer at most; a question has half as many.
-        batch_size: Texts at a time; so many are lost when a run is killed.
     """
 
     ranges: ClassVar = {
@@ -57,7 +58,6 @@ class SelfGeneration(Options):
         "temperature": Range(least=0),
         "seed": Range(least=0),
         "max_length": Range(least=2),
-        "batch_size": Range(least=1),
     }
     generate: int | None = None
     prompts: str | tuple[str, ...] = ()
@@ -66,7 +66,6 @@ class SelfGeneration(Options):
     temperature: float = 1.0
     seed: int = 0
     max_length: int = 128
-    batch_size: int = 32
 
     def __post_init__(self) -> None:
         """Checks the ranges, and that there is something to answer."""
@@ -82,14 +81,7 @@ class SelfGeneration(Options):
         if not isinstance(self.prompts, str):
             return self
         prompts = render_all(self.prompt, read_jsonl(self.prompts, where=f"{where}.prompts"), where=f"{where}.prompts")
-        for row, prompt in enumerate(prompts, start=1):
-            if not prompt.strip():
-                raise DataError(
-                    f"{where}.prompts row {row}",
-                    got="an empty prompt",
-                    wanted="a text",
-                    next_step="Remove the row, or correct the template `prompt`.",
-                )
+        refuse_empty(prompts, f"{where}.prompts", "prompt")
         return replace(self, prompts=prompts)
 
     @property
@@ -130,11 +122,11 @@ def write_texts(
     options = options.with_prompts(where)
     writer = cache(lambda: _Writer(model(), tokenizer, options, where))
     wanted = options.count
-    drawn = content_key([tokenizer.chat_template, len(tokenizer), replace(options, generate=1, batch_size=1)])
+    drawn = content_key([tokenizer.chat_template, len(tokenizer), replace(options, generate=1)])
     texts: list[Written] = []
     with store.turn([drawn]), tqdm(total=wanted, desc=where, delay=2, disable=None, leave=False) as bar:
-        for first in range(0, wanted, options.batch_size):
-            some = range(first, min(first + options.batch_size, wanted))
+        for first in range(0, wanted, BATCH):
+            some = range(first, min(first + BATCH, wanted))
             source = {"model": fingerprint, "data": drawn}
             entry = {"class": "SelfWritten", "source": source, "texts": [some.start, some.stop]}
             kept = store.get(entry)
@@ -148,8 +140,7 @@ def write_texts(
     if 10 * len(written) < wanted:
         raise DataError(
             where,
-            got=f"{wanted} texts of the base's own, of which {wanted - len(written)} are of no use: "
-            + ", ".join(f"{count} {reason}" for reason, count in written.left_out.items()),
+            got=f"of {wanted} texts {written.account}",
             wanted="texts that differ",
             next_step="Raise `temperature` (1.0 is the base's own), give other `prompts`, or a `file` of knowledge.",
         )
@@ -190,19 +181,13 @@ class _Writer:
     def _questions(self, numbers: Sequence[int]) -> dict[int, str]:
         """Returns questions that the model writes from the template's user header on, up to the end of the turn."""
         before, _, rest = self._turn(_MARK).partition(_MARK)
-        closing, known = self._ids(rest)[:1], self.tokenizer.added_tokens_decoder
-        special = any(known[token].special for token in closing if token in known)
-        limits = replace(
-            self.limits,
-            new_tokens=max(self.new // 2, 1),
-            ends=self.limits.ends | frozenset(closing if special else ()),
-            stops=() if special else (rest.strip(),),
-        )
+        closing, known = rest.strip(), self.tokenizer.added_tokens_decoder
+        # A special token ends the turn, or else a text: that shows no special token.
+        ends = {token for token in self._ids(rest)[:1] if token in known and known[token].special}
+        stops = () if ends else (closing,)
+        limits = replace(self.limits, new_tokens=max(self.new // 2, 1), ends=self.limits.ends | ends, stops=stops)
         news = self._continued(dict.fromkeys(numbers, self._ids(before)), limits, part=0)
-        texts = {number: plain_text(self.tokenizer, new) for number, new in news.items()}
-        return {
-            number: (text if special else text.partition(rest.strip())[0]).strip() for number, text in texts.items()
-        }
+        return {number: plain_text(self.tokenizer, new).partition(closing)[0].strip() for number, new in news.items()}
 
     def _continued(self, reads: dict[int, list[int]], limits: Limits, part: int) -> dict[int, list[int]]:
         """Continues what was read; the parts of a text have random numbers of their own."""

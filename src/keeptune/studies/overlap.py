@@ -95,7 +95,7 @@ def _name(jobs: list[Job], at: int, words: str) -> str:
     """Names a side by what makes it differ."""
     given = [word.strip() for word in words.split(",") if word.strip()]
     if jobs[0].recipe.knowledge != jobs[1].recipe.knowledge:
-        given += [", ".join(part.file.rsplit("/", 1)[-1] for part in jobs[at].recipe.knowledge_sets)]
+        given += [", ".join(part.file.rsplit("/", 1)[-1] for part in jobs[at].recipe.knowledge_sets.values())]
     return ", ".join(given)
 
 

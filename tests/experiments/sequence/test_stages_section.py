@@ -38,7 +38,7 @@ def test_benchmarks_belong_to_the_stage_of_their_name_or_to_the_one_told(make: M
 def test_earlier_stages_as_knowledge(make: Make, data: Path) -> None:
     facts = {"file": str(data / "knowledge.jsonl"), "text": "{text}", "examples": 4}
     sequence = make(knowledge=[facts, {"file": "stages:earlier", "examples": 5}])
-    sets = [stage.recipe.knowledge_sets for stage in sequence.stages]
+    sets = [list(stage.recipe.knowledge_sets.values()) for stage in sequence.stages]
     assert [[Path(part.file).name for part in parts] for parts in sets] == [
         ["knowledge.jsonl"],
         ["knowledge.jsonl", "cats.jsonl"],
@@ -52,7 +52,7 @@ def test_one_earlier_stage_as_texts_of_what_it_trained_on(make: Make, recipe_of_
     values["stages"][0]["task"]["examples"] = 3
     values["stages"][2]["knowledge"] = {"file": "stages:cats", "text": "{question} {answer}"}
     last = make(stages=values["stages"]).stages[-1].recipe
-    (part,) = last.knowledge_sets
+    (part,) = last.knowledge_sets.values()
     assert (Path(part.file).name, part.text, part.prompt, part.examples) == (
         "cats.jsonl",
         "{question} {answer}",
@@ -143,7 +143,7 @@ def test_relative_files_start_at_the_recipe(recipe_of_stages: Any, data: Path, t
     values["stages"][0]["task"]["train"] = "cats.jsonl"
     values["stages"][1]["knowledge"] = {"file": "stages:cats"}
     stages = make_sequence(values, folder=data, where="recipe").stages
-    assert stages[0].recipe.task.train == str(data / "cats.jsonl") == stages[1].recipe.knowledge_sets[0].file
+    assert stages[0].recipe.task.train == str(data / "cats.jsonl") == stages[1].recipe.knowledge_sets["knowledge"].file
 
 
 def test_errors_of_a_stage_name_it_once(make: Make) -> None:

@@ -204,7 +204,7 @@ def _key(course: _Course, stage: Stage, done: Sequence[_Done]) -> str:
     """Of all that a stage's result depends on: the stages before it, its recipe and its data, wherever they lie."""
     recipe = {key: value for key, value in stage.recipe.written().items() if key not in _NOT_IN_KEY}
     recipe["task"] = stage.recipe.task.model_dump(exclude={"train"})
-    sets = stage.recipe.all_knowledge
+    sets = stage.recipe.all_knowledge.values()
     recipe["knowledge"] = [part.model_dump(exclude={"file"}) if isinstance(part, Knowledge) else part for part in sets]
     before = [done[-1].record["key"], done[-1].record["weights"]] if done else [course.base.base_fingerprint]
     return content_key([before, recipe, [file_fingerprint([Path(file)]) for file in stage.recipe.data_files]])

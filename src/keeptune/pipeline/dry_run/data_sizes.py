@@ -19,7 +19,6 @@ from keeptune.model.pretrained import LoadOptions, load_tokenizer
 from keeptune.pipeline.dry_run.account import Need, Scored
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
-from keeptune.recipe.sections import Knowledge
 
 _SAMPLE = 256  # rows whose tokens are counted, to estimate those of all
 _POSITIONS = 2048  # tokens of an item of a benchmark at most, where neither recipe nor model says
@@ -38,8 +37,7 @@ def on_the_hub(recipe: Recipe) -> bool:
 def data_needs(recipe: Recipe) -> tuple[list[Need], list[Need]]:
     """Returns the data files that a recipe names, and the benchmarks that lm-eval would fetch, each once."""
     named = [("task", part.file) for part in recipe.task.files]
-    sets = [part.file if isinstance(part, Knowledge) else part.prompts for part in recipe.all_knowledge]
-    named += [("knowledge", file) for file in sets if isinstance(file, str)]
+    named += [("knowledge", file) for file in recipe.knowledge_files]
     fetched = []
     for one in recipe.evaluate:
         path = one.file if isinstance(one, FileBenchmark) else one.data
@@ -120,8 +118,8 @@ class Lengths:
 
     def calibration(self, role: str) -> Sampled:
         """Returns the texts that the statistics of a role are taken over: as they are, or bounds of them."""
-        recipe, parts = self.job.recipe, self.job.recipe.knowledge_sets
-        own = [part for part, _ in self.job.generations] if role == "knowledge" else []
+        recipe, parts = self.job.recipe, self.job.recipe.knowledge_sets.values()
+        own = self.job.generations.values() if role == "knowledge" else ()
         files = [part.file for part in (recipe.task.files if role == "task" else parts)]
         if self._tokenizer is not None and files and not own and not any(file.startswith(hub.PREFIX) for file in files):
             found = self.job.task_calibration if role == "task" else self.job.calibration

@@ -99,7 +99,7 @@ class _Account:
         score = tuple(self.lengths.scored(one) for one in recipe.evaluate)
         statistics, notes = self._statistics()
         counted = all(self.lengths.calibration(request.data).measured for request, _ in self._sites)
-        own = [part for part, _ in self.job.generations]
+        own = self.job.generations.values()
         measured = {
             "knowledge": not own,
             "train": train.measured,

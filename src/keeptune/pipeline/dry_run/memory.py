@@ -27,6 +27,7 @@ from keeptune.pipeline.dry_run.model_shapes import ModelShape
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import penalties_of
 from keeptune.statistics.request import ModelRequest, Request, RowRequest
+from keeptune.statistics.self_generated import BATCH
 from keeptune.statistics.store_use import refuse_larger
 
 # What Python and the libraries take by themselves; on a GPU their context and the kernels' work space.
@@ -94,10 +95,10 @@ class Footprint:
 
     def _knowledge(self) -> tuple[dict[str, int], dict[str, int]] | None:
         """The base writes knowledge: keys and values of a batch, and 28 bytes for each of its logits (in float64)."""
-        own = [part for part, _ in self.job.generations]
+        own = self.job.generations.values()
         if not own:
             return None
-        rows, length = max(part.batch_size for part in own), max(2 * part.max_length for part in own)
+        rows, length = BATCH, max(2 * part.max_length for part in own)
         cache = estimate.cache_bytes(self.shape, batch=rows, length=length)
         return {"weights": self._base}, {"cache": cache, "logits": 28 * rows * self.shape.vocabulary}
 
