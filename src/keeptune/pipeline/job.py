@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +192,9 @@ class Job:
     @cached_property
     def written_knowledge(self) -> list[SelfWritten]:
         """What the base wrote itself, or writes now, without texts that are scored."""
-        sets = []
+        sets, key = [], self.base_fingerprint if self.generations else ""
         for where, part in self.generations.items():
-            key, base = self.base_fingerprint, cache(self.base)
-            texts = write_texts(base, self.tokenizer, part, self.store, fingerprint=key, where=where)
+            texts = write_texts(self.base, self.tokenizer, part, self.store, fingerprint=key, where=where)
             sets.append(own_knowledge.without_scored(texts, self.recipe.evaluate, self.tokenizer))
         return sets
 
@@ -207,9 +206,8 @@ class Job:
     @cached_property
     def calibration(self) -> Calibration | None:
         """The knowledge data as tokens, those of all sets."""
-        lengths = [part.max_length for part in self.recipe.knowledge_sets.values()] + [sys.maxsize] * len(
-            self.generations
-        )
+        filed = [part.max_length for part in self.recipe.knowledge_sets.values()]
+        lengths = filed + [sys.maxsize] * len(self.generations)
         sets = zip(self.knowledge, map(self._cut, lengths), strict=True)
         tokens = [part.calibration(self.tokenizer, max_length=length) for part, length in sets]
         return joined_knowledge(tokens) if tokens else None
