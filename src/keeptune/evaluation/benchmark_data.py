@@ -28,8 +28,7 @@ def data_fingerprint(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | 
     data = file_fingerprint([Path(benchmark.file)])
     if tokenizer is None or not benchmark.templated:
         return data
-    chat = asking(tokenizer, benchmark.enable_thinking, where=benchmark.where)
-    return content_key([data, chat.template(None)])
+    return content_key([data, asking(benchmark, tokenizer).template(None)])
 
 
 def engine_of(benchmark: Benchmark) -> dict[str, str | int] | None:
@@ -79,7 +78,7 @@ def _overlap_check(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | No
         return lambda corpus: refuse_documents([corpus], documents)
     assert isinstance(benchmark, FileBenchmark)
     if benchmark.templated and tokenizer is not None:
-        asking(tokenizer, benchmark.enable_thinking, where=benchmark.where)
+        asking(benchmark, tokenizer)
     rows = read_jsonl(benchmark.file, where=f"{benchmark.where}.file")[: benchmark.examples]
     scored = Corpus(benchmark.where, rows, [item.whole for item in load_items(benchmark, Path())])
     return lambda corpus: refuse_overlap(corpus, scored)

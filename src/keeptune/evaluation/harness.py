@@ -67,7 +67,7 @@ def evaluate(
         head = head_of_base(pair)
         if head is not None:
             raise wrong_metric(benchmark, head)
-        chat = asking(tokenizer, benchmark.enable_thinking, where=benchmark.where) if benchmark.templated else None
+        chat = asking(benchmark, tokenizer) if benchmark.templated else None
         scorer = _Scorer(pair, tokenizer, benchmark, items, bar.update, kept, chat)
         records = {
             "exact_match": scorer.generated,
@@ -103,9 +103,7 @@ class _Scorer:
         prompts = self._encoded(
             lambda encoder, item, where: [encoder.prompt(self._asked(item, where), where)], benchmark.max_new_tokens
         )
-        thought = benchmark.think_end_token
-        if benchmark.enable_thinking:
-            thought = end_of_thought(self.tokenizer, thought, where=benchmark.where)
+        thought = end_of_thought(benchmark, self.tokenizer)
         stops = () if thought else benchmark.stops  # a thought may hold them
         texts = self._both_sides(
             prompts,

@@ -13,9 +13,9 @@ LoKI's average forgetting, the mean relative drop on the knowledge benchmarks, i
 has accuracies only. For cross-entropies the ratio is that of the inverse perplexities, exp(before - after), so that 1
 is "all kept" and less than 1 is worse here too.
 
-Scores of labels are scikit-learn's and scipy's. A bootstrap needs them for thousands of resamples, so :func:`resampled`
-has them over the last axis of an array, among them the Matthews correlation coefficient for any number of labels
-(Gorodkin 2004),
+Scores of labels are as scikit-learn's, correlations scipy's. A bootstrap needs them for thousands of resamples, so
+:func:`resampled` has them over the last axis of an array, among them the Matthews correlation
+coefficient for any number of labels (Gorodkin 2004),
 
 .. math:: R_K = \frac{c s - \sum_k p_k t_k}{\sqrt{(s^2 - \sum_k p_k^2)(s^2 - \sum_k t_k^2)}}
 
@@ -37,7 +37,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
-from sklearn import metrics
 
 from keeptune.core.errors import StatisticsError
 from keeptune.core.intervals import lower_is_better
@@ -182,15 +181,7 @@ def agreement(metric: Metric, truth: _Values, predicted: _Values, labels: int = 
             return 0.0
         correlate = stats.pearsonr if metric == "pearson" else stats.spearmanr
         return float(correlate(truth, predicted).statistic)
-    with warnings.catch_warnings():
-        # Of a single label, scikit-learn asks whether it is a regression.
-        warnings.simplefilter("ignore", UserWarning)
-        if metric == "accuracy":
-            return float(metrics.accuracy_score(truth, predicted))
-        if metric == "matthews":
-            return float(metrics.matthews_corrcoef(truth, predicted))
-        average = "binary" if labels == 2 else "macro"
-        return float(metrics.f1_score(truth, predicted, average=average, zero_division=0))
+    return float(resampled(metric, labels)(truth, predicted))
 
 
 def agreement_interval(

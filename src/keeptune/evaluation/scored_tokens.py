@@ -91,17 +91,16 @@ class Encoder:
 
     def answered(self, ids: Sequence[int], start: int, name: str, where: str) -> ScoredTokens:
         """Cuts the tokens of a prompt with an answer, which begins at ``start`` and is scored, as :meth:`choice`."""
-        whole, length = list(ids), len(ids) - start
-        _need_context(whole[:start], where)
-        if not 0 < length < self.limit - 1:
+        _need_context(ids[:start], where)
+        found, length = self.followed(ids, start), len(ids) - start
+        if found is None or length > self.limit - 2:
             raise DataError(
                 where,
                 got=f"{name} of {max(length, 0)} tokens",
                 wanted=f"1 to {self.limit - 2} tokens after the prompt",
                 next_step="Raise max_length if the choice is long; reword the prompt if it swallows the choice.",
             )
-        kept = self._last(whole)
-        return ScoredTokens(tuple(kept), len(kept) - length, len(whole) > self.limit)
+        return found
 
     def answer(self, text: str, answer: str) -> ScoredTokens | None:
         """Encodes a prompt with what follows it directly, which is scored up to the limit; None if nothing is left."""

@@ -190,7 +190,7 @@ def test_templates_that_refuse_turns(pair: AdapterPair, chatty: Any) -> None:
 
 def test_what_ends_a_turn_ends_a_text(stories: Any, chatty: Any) -> None:
     """The template's token, where the model's own settings name another."""
-    assert ends_of_turns(asking(chatty, None, where="x")) == {chatty.eos_token_id}
+    assert ends_of_turns(asking(local("nq_open"), chatty)) == {chatty.eos_token_id}
     stories.generation_config.eos_token_id = None
     benchmark = local("nq_open", max_length=300)
     seen = []

@@ -60,11 +60,8 @@ def wrapped_model(
     own.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we say what is cut
     quiet = not (progress and sys.stderr.isatty())
     thoughts: dict[str, Any] = {} if chat is None else dict(chat.options.chat_template_kwargs)
-    end = benchmark.think_end_token
-    if chat is not None and benchmark.enable_thinking:
-        end = end_of_thought(tokenizer, end, where=benchmark.where)
-    if chat is not None and end is not None:
-        thoughts["think_end_token"] = end
+    end = None if chat is None else end_of_thought(benchmark, tokenizer)
+    thoughts |= {} if end is None else {"think_end_token": end}
 
     class Answers(HFLM):
         """Runs requests unless their answers are kept."""

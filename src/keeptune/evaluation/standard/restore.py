@@ -50,7 +50,7 @@ def restored_process(where: str) -> Iterator[None]:
     engine_version(where)
     python, numpy_state = random.getstate(), np.random.get_state()
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers = list(root.handlers)
     levels = {name: logging.getLogger(name).level for name in _NOISY}
     try:
         for name in _NOISY:
@@ -61,7 +61,6 @@ def restored_process(where: str) -> Iterator[None]:
         for name, own in levels.items():
             logging.getLogger(name).setLevel(own)
         root.handlers[:] = handlers
-        root.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy_state)
 

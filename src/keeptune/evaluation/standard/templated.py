@@ -39,7 +39,7 @@ def template_of(
                 next_step = f"Add `chat: true`, or leave {key} out."
                 raise RecipeError(f"{benchmark.where}.{key}", got=got, wanted="chat: true", next_step=next_step)
         return None
-    chat = asking(tokenizer, benchmark.enable_thinking, where=benchmark.where)
+    chat = asking(benchmark, tokenizer)
     if _WHOLE in kinds:
         raise RecipeError(
             f"{benchmark.where}.chat",
@@ -73,7 +73,7 @@ def _check_system(benchmark: NamedBenchmark, chat: ChatTemplate, tasks: Mapping[
 
 
 def _check_thoughts(benchmark: NamedBenchmark, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Any]) -> None:
-    end_of_thought(tokenizer, benchmark.think_end_token, where=benchmark.where)
+    end_of_thought(benchmark, tokenizer)
     for task in tasks.values():
         stops = (task.config.generation_kwargs or {}).get("until") or []
         listed = [stops] if isinstance(stops, str) else stops
