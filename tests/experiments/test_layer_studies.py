@@ -37,13 +37,8 @@ def test_studies_train_the_layers_they_name_and_share_runs(
     record = read_json(out / "single" / "runs.json")
     assert (record["study"], record["layers"]) == ("single", [1, 3])
     assert [row["x"] for row in record["runs"]] == [1.0, 3.0, None]
-    lines = said.out.splitlines()
-    assert [line.split()[:2] for line in lines[2:4]] == [["layer", "1"], ["layer", "3"]]
-    item = record["runs"][0]["benchmarks"][0]
-    (told,) = (r for r in record["summary"] if (r["point"], r["benchmark"]) == ("layer 1", "stories"))
-    assert told["mean"] == pytest.approx(item["after"] - item["before"])
-    assert told["measure"] == "drop"
-    assert f"{told['mean']:+.3f}".replace("-", "−") in lines[2]
+    page = (out / "single" / "report.html").read_text(encoding="utf-8")
+    assert "layers 1+3" in page
 
     trained = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/trained/train.json")}
     said = keeptune("layers", tmp_path / "recipe.yaml", "--study", "bottom", *words, capsys=capsys)
@@ -51,7 +46,6 @@ def test_studies_train_the_layers_they_name_and_share_runs(
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/trained/train.json")} == trained, "all shared"
     record = read_json(out / "bottom" / "runs.json")
     assert [(row["label"], row["x"]) for row in record["runs"]] == [("layer 1", 1.0), ("layers 1+3", 2.0)]
-    assert said.out.splitlines()[2].split()[0] == "none"
     assert (out / "bottom" / "layers.png").stat().st_size > 10_000
 
 

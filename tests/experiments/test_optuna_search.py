@@ -19,7 +19,6 @@ from keeptune.experiments.plan_runs import Comparison, load_comparison
 from keeptune.experiments.run_comparison import run_comparison
 from keeptune.experiments.search import (
     JOURNAL,
-    Choices,
     Span,
     ask,
     open_study,
@@ -52,9 +51,9 @@ def test_strengths_are_spans_where_numbers_are_varied_and_else_the_listed_ones()
     assert of(0.05, 0.4, 0.1) == Span(0.05, 0.4)
     assert of(2, 16, 4) == Span(2, 16, whole=True)
     assert of(2, 16, 4.5) == Span(2, 16)
-    assert of(0, 0.1) == Choices(2)
-    assert of(True, 2) == Choices(2)
-    assert of("a", "b", "c") == Choices(3)
+    assert of(0, 0.1) == 2
+    assert of(True, 2) == 2
+    assert of("a", "b", "c") == 3
     assert of(0.1) is None
     factors = [Variation({}, 1.0), Variation({"method.nats": 0.1}, 10.0), Variation({"method.nats": 2.0}, 0.5)]
     assert strengths_of(factors) == Span(0.5, 10)

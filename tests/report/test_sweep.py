@@ -72,6 +72,13 @@ def test_full_fine_tuning_and_the_baseline_without_x_are_levels(method: str, bas
     assert levels(charts[0]) == [0.25]
 
 
+def test_all_layers_of_a_study_are_a_level() -> None:
+    rows = [row("layer 0", 0, 0, 0.5), row("layer 1", 1, 0, 0.7), row("layers 0-1", None, 0, 0.6)]
+    chart = sweep_charts(sweep(rows, axis="layer") | {"study": "single"})[0]
+    assert list(chart.figure.data[-1].x) == [0, 1]
+    assert 0.6 in levels(chart)
+
+
 def test_other_points_without_x_make_categories() -> None:
     charts = sweep_charts(sweep([row("a", 1, 0, 1.0), row("b", 2, 0, 0.5), row("c", None, 0, 0.25, method="lora")]))
     assert ticks(charts[-1]) == ["a", "b", "c"]

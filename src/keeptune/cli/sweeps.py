@@ -51,15 +51,12 @@ def _run_or_list(loaded: Any, dry_run: bool) -> None:
 
 
 def _show(compared: Any) -> None:
-    """Print the points of a sweep: scores after training, K, T and KT; or its study of layers."""
-    from keeptune.report.tables.analyses import print_benefits, print_study
+    """Print the points of a sweep: scores after training, K, T and KT."""
+    from keeptune.report.tables.analyses import print_benefits
     from keeptune.report.tables.comparison_table import print_comparison
 
     series = compared.series
     if not series["rows"]:  # every run failed
-        return
-    if "study" in series:
-        print_study(series, Console())
         return
     runs = [row | {"label": row["name"], "adapter": "", "export_gap": None} for row in series["rows"]]
     print_comparison({"base": "", "methods": runs}, Console())

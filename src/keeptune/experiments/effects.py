@@ -1,4 +1,4 @@
-"""What the points of a sweep gained and lost: of studies over layers, and of grids over a baseline, seed by seed."""
+"""What the cells of a grid gained over a baseline, seed by seed."""
 
 from __future__ import annotations
 
@@ -6,39 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from keeptune.core.intervals import Estimate, combine, lower_is_better, mean_of_seeds
+from keeptune.core.intervals import Estimate, lower_is_better, mean_of_seeds
 
 _BOTH: Final = "mean of learned and kept"
 Rows = Sequence[Mapping[str, Any]]
 Places = dict[tuple[int, ...], dict[int, float]]
-
-
-def study_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the seeds of each cell of a study put together.
-
-    Args:
-        record: ``rows`` of the study: ``name``, ``x``, ``seed`` and ``benchmarks``.
-
-    Returns:
-        For each cell and benchmark what was gained on the task or dropped of the knowledge (``measure``) with its
-        interval, and the scores ``before`` and ``after``.
-    """
-    rows = []
-    for point in dict.fromkeys(row["name"] for row in record["rows"]):
-        runs = [row for row in record["rows"] if row["name"] == point]
-        for name in dict.fromkeys(item["name"] for run in runs for item in run["benchmarks"]):
-            items = [item for run in runs for item in run["benchmarks"] if item["name"] == name]
-            estimate = combine([_effect(item) for item in items])
-            if estimate is None:
-                continue
-            first = items[0]
-            about = {"point": point, "x": runs[0]["x"], "benchmark": name, "role": first["role"], "unit": _unit(first)}
-            scores = {key: math.fsum(item[key] for item in items) / len(items) for key in ("before", "after")}
-            rows.append(
-                {**about, "seeds": [run["seed"] for run in runs], **scores}
-                | {"measure": "drop" if first["role"] == "knowledge" else "gain", **_interval(estimate)}
-            )
-    return rows
 
 
 def benefits(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -68,13 +40,6 @@ def benefits(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     if all(sides):
         tables.append({"name": _BOTH, "role": "both", "unit": "points", **_table(_balanced(sides), grid)})
     return tables
-
-
-def _effect(item: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Returns the gain on a task or the drop of knowledge, with its interval."""
-    sign = -_sign(item) if item["role"] == "knowledge" else _sign(item)
-    low, high = sorted(sign * end for end in item["interval"])
-    return sign * (item["after"] - item["before"]), low, high
 
 
 def _by_cell(rows: Rows, grid: Mapping[str, Any], name: str, baseline: str | None) -> Places:

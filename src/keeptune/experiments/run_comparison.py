@@ -10,14 +10,14 @@ from typing import Any
 from keeptune.core.artefact import write_json
 from keeptune.experiments.choice import choose_best, limits_of
 from keeptune.experiments.comparison_record import RUNS_FILE, Options, row_of, write_records
-from keeptune.experiments.effects import benefits, study_rows
+from keeptune.experiments.effects import benefits
 from keeptune.experiments.engine import run_all, variants_of
 from keeptune.experiments.plan_runs import Comparison, list_runs
 from keeptune.experiments.search import run_search
 from keeptune.experiments.single_run import Outcome
 from keeptune.report.figures import write_figure
 from keeptune.report.pages.comparison_page import write_comparison
-from keeptune.report.pages.sweep_charts import benefit_charts, study_charts, sweep_charts, sweep_note
+from keeptune.report.pages.sweep_charts import benefit_charts, sweep_charts, sweep_note
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ def run_comparison(
     folder, figure = comparison.records, None
     runs, front = write_records(folder, rows, _options(comparison, command))
     if comparison.kind != "compare":
-        runs |= _summary(runs)
-        write_json(folder / RUNS_FILE, runs)
+        if benefit := benefits(_series(runs)):  # of each cell of a grid
+            runs |= {"benefit": benefit}
+            write_json(folder / RUNS_FILE, runs)
         figure = _draw(runs, folder / f"{comparison.kind}.png")
     try:
         if max_loss is not None:
@@ -103,20 +104,12 @@ def _series(runs: Mapping[str, Any]) -> dict[str, Any]:
     return {**runs, "rows": [{**row, "name": row["label"]} for row in runs["runs"] if row["status"] == "done"]}
 
 
-def _summary(runs: Mapping[str, Any]) -> dict[str, Any]:
-    """Gains and drops per layer, or the benefit of each cell of a grid."""
-    if "study" in runs:
-        return {"summary": study_rows(_series(runs))}
-    benefit = benefits(_series(runs))
-    return {"benefit": benefit} if benefit else {}
-
-
 def _draw(runs: Mapping[str, Any], path: Path) -> Path | None:
-    draw = study_charts if "study" in runs else benefit_charts if "benefit" in runs else sweep_charts
+    draw = benefit_charts if "benefit" in runs else sweep_charts
     series = _series(runs)
     charts = draw(series) if series["rows"] else []
     if not charts:
         return None
-    note, across = (sweep_note(series), 1) if draw is sweep_charts else ("", 2 if draw is benefit_charts else 1)
+    note, across = (sweep_note(series), 1) if draw is sweep_charts else ("", 2)
     write_figure(charts, path, note, across)
     return path

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +73,8 @@ class Span:
         return int(number) if self.whole else min(max(float(f"{number:.{_DIGITS}g}"), self.low), self.high)
 
 
-@dataclass(frozen=True)
-class Choices:
-    """One of several strengths, each as likely."""
-
-    count: int
-
-    def suggest(self, trial: Any, name: str) -> None:
-        """Draws a parameter of a trial of Optuna."""
-        trial.suggest_categorical(name, tuple(range(self.count)))
-
-
-def strengths_of(variations: Sequence[Variation]) -> Span | Choices | None:
-    """Returns what the strengths of an entry are drawn from (eq. 2); None where there is one alone."""
+def strengths_of(variations: Sequence[Variation]) -> Span | int | None:
+    """Returns what the strengths of an entry are drawn from (eq. 2), or how many are listed; None for one alone."""
     if len(variations) == 1:
         return None
     values: list[Any] = [variation.factor for variation in variations]
@@ -94,11 +83,11 @@ def strengths_of(variations: Sequence[Variation]) -> Span | Choices | None:
         values = [next(iter(v.settings.values())) for v in variations] if len(keys) == 1 else []
     positive = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
     if not values or len(positive) < len(values):
-        return Choices(len(variations))
+        return len(variations)
     return Span(min(values), max(values), all(isinstance(value, int) for value in values))
 
 
-def spans_of(entry: Entry) -> dict[str, Span | Choices]:
+def spans_of(entry: Entry) -> dict[str, Span | int]:
     """Returns what is drawn for an entry once it is chosen, by parameter; what has one value is left out."""
     rates = [rate for rate in entry.rates if rate is not None]
     spans = {
@@ -117,7 +106,7 @@ def setting_of(entries: Sequence[Entry], params: Mapping[str, Any]) -> tuple[Ent
         case (Span() as span, drawn):
             rate = span.rounded(drawn)
     match spans.get("strength"):
-        case (Choices(), drawn):
+        case (int(), drawn):
             variation = entry.variations[drawn]
         case (Span() as span, drawn) if variation.factor is None:
             variation = by_value(next(iter(variation.settings)), span.rounded(drawn))
@@ -169,7 +158,10 @@ def ask(study: Any, seed: int, entries: Sequence[Entry]) -> Any:
         trial = study.ask()
         label = trial.suggest_categorical(_ENTRY, tuple(entry.label for entry in entries))
         for name, span in spans_of(next(entry for entry in entries if entry.label == label)).items():
-            span.suggest(trial, name)
+            if isinstance(span, Span):
+                span.suggest(trial, name)
+            else:
+                trial.suggest_categorical(name, tuple(range(span)))
     return trial
 
 
@@ -185,7 +177,7 @@ def run_search(comparison: Comparison, search: Search) -> tuple[tuple[RunSpec, .
         raise missing_extra("Optuna") from error
     ends = [spec for spec in list_runs(comparison) if spec.seed == comparison.section.seeds[0]]
     task_of, tasks, _ = tasks_of(comparison, ends)  # the listed settings are the ends of all spans
-    spans = [{name: asdict(span) for name, span in spans_of(entry).items()} for entry in comparison.entries]
+    spans = [spans_of(entry) for entry in comparison.entries]
     key = content_key([search.seed, spans, [tasks[spec.name].key for spec in ends]])
     with only_one(comparison.output):
         study = open_study(comparison.output, key)

@@ -10,15 +10,10 @@ import numpy
 import plotly.graph_objects as go
 
 from keeptune.core.intervals import Estimate, combine, lower_is_better, mean_of_seeds
-from keeptune.report.numbers import axis_value, ends, signed, unit_words
+from keeptune.report.numbers import axis_value, signed, unit_words
 from keeptune.report.pages.charts import LEAST, Chart, arms, axis, categories, figure_of, heat_map, mark, scatter
 from keeptune.report.tables.analyses import benefit_title
 
-_TITLES: Final = {
-    "single": "tuning one layer at a time",
-    "bottom": "tuning the lowest layers",
-    "top": "tuning the highest layers",
-}
 _SUMMARIES: Final = {"K": "kept (K)", "T": "learned (T)", "KT": "both (KT)"}
 _WORDS: Final = {"knowledge": "keep", "task": "learn"}
 _INTERVALS: Final = "bars: 95% intervals"
@@ -61,8 +56,9 @@ class _Panel:
 def sweep_charts(sweep: Mapping[str, Any]) -> list[Chart]:
     """Returns K, T and KT at the points of a sweep, and the scores of each benchmark by unit; empty without a number.
 
-    The axis is numeric where every point but full fine-tuning and the baseline has an ``x``; these are then dashed
-    levels. Markers are means over seeds, small dots the seeds, bars 95% intervals (:mod:`keeptune.core.intervals`).
+    The axis is numeric where every point but full fine-tuning, the baseline and a study's layers together has an ``x``;
+    these are then dashed levels. Markers are means over seeds, small dots the seeds, bars 95% intervals
+    (:mod:`keeptune.core.intervals`).
     ``sweep`` is as in ``runs.json``: ``rows`` and ``axis``, perhaps ``baseline``; ``when`` says what the scores were
     taken after, where that is not training.
     """
@@ -103,7 +99,8 @@ def _axis(sweep: Mapping[str, Any]) -> tuple[dict[str, float], list[str] | None,
     names = list(dict.fromkeys(row["name"] for row in sweep["rows"]))
     placed = [name for name in names if first[name]["x"] is not None]
     others = [name for name in names if first[name]["x"] is None]
-    if not placed or any(first[name]["method"] != "full" and name != sweep.get("baseline") for name in others):
+    levels = {name for name in others if first[name]["method"] == "full" or name == sweep.get("baseline")}
+    if not placed or ("study" not in sweep and len(levels) < len(others)):
         return {name: float(index) for index, name in enumerate(names)}, None, axis("", **categories(names))
     places = {name: float(first[name]["x"]) for name in sorted(placed, key=lambda name: float(first[name]["x"]))}
     low, high = min(places.values()), max(places.values())
@@ -137,46 +134,6 @@ def _repaired(scores: Rows, label: str, x: float | None) -> dict[str, Any]:
         benchmarks.append({key: row[key] for key in ("name", "role", "metric")} | item)
     point = {"name": label, "x": x, "seed": 0, "method": "repair", "benchmarks": benchmarks}
     return point | dict.fromkeys(_SUMMARIES)
-
-
-def study_charts(record: Mapping[str, Any]) -> list[Chart]:
-    """Returns gains and drops by layer, or scores by the number of trainable layers; empty when no cell has a place."""
-    rows: Rows = record["summary"]
-    single = record["study"] == "single"
-    charts = []
-    for unit in ("points", "nats"):
-        own = [row for row in rows if row["unit"] == unit]
-        if not any(row["x"] is not None for row in own):
-            continue
-        panel = _Panel(f"{_TITLES[record['study']]}; {_INTERVALS}" + ("; dashed: all of them" if single else ""))
-        for name in dict.fromkeys(row["benchmark"] for row in own):
-            cells = sorted((row for row in own if row["benchmark"] == name), key=lambda row: float(row["x"] or 0))
-            placed = {row["x"]: Estimate(row["mean"], *ends(row), ()) for row in cells if row["x"] is not None}
-            if single:
-                levels = [row["mean"] for row in cells if row["x"] is None]
-                panel.add(f"{name}: {cells[0]['measure']}", placed, levels)
-            else:
-                before, placed = _course(cells)
-                panel.add(f"{name} ({_WORDS[cells[0]['role']]})", placed, (), before)
-        measures = " or ".join(sorted({row["measure"] for row in own}, reverse=True))
-        up = f"{measures}, {unit_words(unit)}" if single else "score, %" if unit == "points" else "nats/token"
-        charts.append(panel.chart(unit, axis(str(record["axis"]), dtick=max(len(record["layers"]) // 12, 1)), up))
-    return charts
-
-
-def _course(cells: Rows) -> tuple[float, dict[float, Estimate]]:
-    """Returns the score on a benchmark before training, and the scores from the base model (0) on."""
-    scale = 100.0 if cells[0]["unit"] == "points" else 1.0
-    before = scale * cells[0]["before"]
-    points = {0.0: Estimate(before, math.nan, math.nan, ())}
-    for row in cells:
-        after = scale * row["after"]
-        low, high = (end - row["mean"] for end in ends(row))
-        # Gains and drops are changes in one direction or the other; around the score they are as wide.
-        if (row["measure"] == "gain") != (row["unit"] == "points"):
-            low, high = -high, -low
-        points[row["x"]] = Estimate(after, after + low, after + high, ())
-    return before, points
 
 
 def benefit_charts(record: Mapping[str, Any]) -> list[Chart]:

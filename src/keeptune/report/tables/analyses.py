@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from keeptune.report.estimates import totals
-from keeptune.report.numbers import axis_value, number, short, signed, unit_words
+from keeptune.report.numbers import axis_value, short, signed, unit_words
 from keeptune.report.tables.comparison_table import print_comparison
 from keeptune.report.tables.terminal import print_grid, say, table
 
@@ -144,28 +144,6 @@ def benefit_title(benefit: Record) -> str:
     """Returns the name of a benchmark with what it stands for: to keep, or to learn."""
     word = {"knowledge": "keep", "task": "learn"}.get(benefit["role"])
     return str(benefit["name"]) if word is None else f"{benefit['name']} ({word})"
-
-
-def print_study(record: Record, console: Console) -> None:
-    """Prints a row for each cell of a study over layers in ``runs.json``, ± half the 95% interval.
-
-    For bottom and top, the first row is the base model.
-    """
-    rows = record["summary"]
-    kinds = {row["benchmark"]: row for row in reversed(rows)}
-    names = list(dict.fromkeys(row["benchmark"] for row in rows))
-    heads = [head for name in names for head in (f"{name} after", f"{kinds[name]['measure']}, {kinds[name]['unit']}")]
-    lines = []
-    if record["study"] != "single":
-        lines.append(["none", *(text for name in names for text in (number(kinds[name]["before"]), ""))])
-    for point in dict.fromkeys(row["point"] for row in rows):
-        own = {row["benchmark"]: row for row in rows if row["point"] == point}
-        lines.append([str(point)])
-        for name in names:
-            row = own.get(name)
-            decimals = 3 if kinds[name]["unit"] == "nats" else 1
-            lines[-1] += ["–" if row is None else number(row["after"]), _with_half(row, decimals)]
-    console.print(table(("tuned", *heads), lines, ("tuned",)))
 
 
 def _with_half(cell: Record | None, decimals: int) -> str:
