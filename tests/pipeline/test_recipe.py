@@ -281,9 +281,9 @@ def test_the_limit_of_the_store(example: Path, given: object, limit: int) -> Non
     assert recipe.written()["store_limit"] == limit
 
 
-@pytest.mark.parametrize("key", ["output_dir", "resume_from_checkpoint", "completion_only_loss"])
+@pytest.mark.parametrize("key", ["output_dir", "resume_from_checkpoint", "completion_only_loss", "chat_template_path"])
 def test_arguments_that_are_keeptunes_own(example: Path, key: str) -> None:
-    with pytest.raises(RecipeError, match=r"keeptune sets itself.*Use `(output|task)`"):
+    with pytest.raises(RecipeError, match=r"keeptune sets itself.*Use `(output|task)"):
         load_recipe(example, {f"train.{key}": "x"})
 
 

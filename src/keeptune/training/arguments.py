@@ -31,6 +31,8 @@ _OURS = {
     "output_dir": "Use `output` instead.",
     "resume_from_checkpoint": "Use `output` instead.",
     "completion_only_loss": "Use `task` instead.",
+    "assistant_only_loss": "Use `task.roles_to_train` instead.",
+    "chat_template_path": "Use `task.chat_template` instead.",
     **dict.fromkeys(("precompute_ref_log_probs", "sync_ref_model"), "Leave it out: the reference is the base."),
 }
 _PLAIN = "a field of Transformers' TrainingArguments, or max_length"
