@@ -68,6 +68,13 @@ def test_statistics_see_what_is_trained() -> None:
     assert sorted(whole.calibration(read, max_length=9).sequences) == trained
 
 
+def test_a_text_that_writes_its_end_has_one_end() -> None:
+    read = words()
+    read.add_special_tokens({"eos_token": "</s>"})
+    rows = TaskExamples(("a",) * 3, (" c", " c</s>", " c</s>\n")).token_rows(read)
+    assert [row.ids.count(read.eos_token_id) for row in rows] == [1, 1, 1]
+
+
 def test_several_answers_of_a_text() -> None:
     """The last answer is what is left to say; all count as learned; a text of one answer has the key it always had."""
     data = Calibration((TURNS.ids, (1, 2, 3)), 0, (TURNS.learned, after(1, 3)))

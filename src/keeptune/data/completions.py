@@ -63,7 +63,8 @@ class TaskExamples(LanguageExamples):
         if self.chat:
             prompts = _user_turns(prompts, tokenizer, self.where)
         end = (tokenizer.eos_token or "") if self.end else ""
-        ends = (completion + ("" if completion.endswith(end) else end) for _, completion in pairs)
+        ended = (any(text.endswith(end) for text in (completion, completion.rstrip())) for _, completion in pairs)
+        ends = (completion + ("" if has else end) for (_, completion), has in zip(pairs, ended, strict=True))
         texts = [prompt + text for prompt, text in zip(prompts, ends, strict=True)]
         whole = tokenizer(texts, verbose=False)["input_ids"]
         if self.prompts is None:
