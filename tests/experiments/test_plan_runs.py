@@ -154,7 +154,7 @@ def test_the_recipes_own_rate_is_the_one_rate_where_none_are_listed(load: Load) 
     [
         ({"methds": ["lora"]}, r'key compare\.methds: got an unknown key.*Did you mean "methods"'),
         ({"methods": []}, r"key compare\.methods: got \[\]"),
-        ({"search": {"trails": 3}}, r'key compare\.search\.trails: got an unknown key.*Did you mean "trials"'),
+        ({"resources": {"cpu": 3}}, r'key compare\.resources\.cpu: got an unknown key.*Did you mean "cpus"'),
         ({"resources": {"cpu": 3}}, r'key compare\.resources\.cpu: got an unknown key.*Did you mean "cpus"'),
         ({"seeds": [0, 0]}, r"key compare\.seeds: got \[0,0\], wanted different values"),
         (

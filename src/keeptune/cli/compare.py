@@ -101,13 +101,7 @@ def _list_runs(loaded: Any) -> None:
     from keeptune.experiments.engine import tasks_of
     from keeptune.experiments.plan_runs import RUNS, list_runs
 
-    folder, search = loaded.output / RUNS, loaded.section.search
-    if search is not None:
-        others = len(loaded.section.seeds) - 1
-        then = f", then the settings on the front with {others} more seeds each" if others else ""
-        echo(f"a search of {search.trials} trials below {folder}{then}")
-        echo("what follows counts the listed settings; the search takes as many runs as it has trials")
-        return
+    folder = loaded.output / RUNS
     specs = list_runs(loaded)
     # Where no run has a folder nothing is done, and what is done need not be compared with data that are elsewhere.
     done = len(specs) - len(tasks_of(loaded, specs)[2]) if folder.is_dir() else 0

@@ -33,13 +33,6 @@ class Resources(Section):
     address: str | None = None
 
 
-class Search(Section):
-    """A budgeted search in place of the whole grid."""
-
-    trials: int = Field(40, ge=1)
-    seed: int = Field(0, ge=0)
-
-
 class CompareSection(Section):
     """The section; :mod:`keeptune.experiments.entries` reads ``methods``. Without ``resources`` runs need no Ray."""
 
@@ -48,7 +41,6 @@ class CompareSection(Section):
     strength: Numbers = [1.0]
     seeds: _Seeds = [0, 1, 2]
     scales: _Shares = [0.25, 0.5, 0.75]
-    search: Search | None = None
     resources: Resources | None = Resources()
     baselines: bool = True
     learned: list[str] | None = None

@@ -122,7 +122,7 @@ def load_comparison(
     scored = [
         {"name": b.name, "role": b.role, "metric": getattr(b, "metric", None) or "accuracy"} for b in base.evaluate
     ]
-    if len({b["role"] for b in scored}) == 2 or section.search:  # without a search, one side alone may be scored
+    if len({b["role"] for b in scored}) == 2:  # one side alone may be scored
         placed(where, partial(axes_of, scored, section.learned, section.forgotten))
     return Comparison(path, values, section, entries, plain, base, fetch)
 

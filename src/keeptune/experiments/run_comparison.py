@@ -13,7 +13,6 @@ from keeptune.experiments.comparison_record import RUNS_FILE, Options, row_of, w
 from keeptune.experiments.effects import benefits
 from keeptune.experiments.engine import run_all, variants_of
 from keeptune.experiments.plan_runs import Comparison, list_runs
-from keeptune.experiments.search import run_search
 from keeptune.experiments.single_run import Outcome
 from keeptune.report.figures import write_figure
 from keeptune.report.pages.comparison_page import write_comparison
@@ -50,11 +49,8 @@ def run_comparison(
     """
     if max_loss is not None:
         limits_of([{"name": b.name, "role": b.role} for b in comparison.base.evaluate], [], max_loss)
-    if comparison.section.search is not None:
-        specs, outcomes = run_search(comparison, comparison.section.search)
-    else:
-        specs = list_runs(comparison)
-        outcomes = run_all(comparison, specs)
+    specs = list_runs(comparison)
+    outcomes = run_all(comparison, specs)
     rows = [
         row_of(spec, outcomes.get(spec.name, Outcome("missing", "not run")), variant)
         for spec in specs
