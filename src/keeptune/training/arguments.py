@@ -191,7 +191,7 @@ def _check_surroundings(checked: Mapping[str, Any], positions: int | None) -> No
             "train.max_length",
             got=str(length),
             wanted=f"at most {positions}, the positions that the base has for tokens",
-            next_step="Lower it, or set it to null for as many as there are.",
+            next_step="Lower it, or set it to null (in Python None) for as many as there are.",
         )
     named = checked.get("report_to") or ()
     for tracker in [named] if isinstance(named, str) else named:
