@@ -156,10 +156,10 @@ def test_the_recipes_own_rate_is_the_one_rate_where_none_are_listed(load: Load) 
         ({"methods": []}, r"key compare\.methods: got \[\]"),
         ({"resources": {"cpu": 3}}, r'key compare\.resources\.cpu: got an unknown key.*Did you mean "cpus"'),
         ({"resources": {"cpu": 3}}, r'key compare\.resources\.cpu: got an unknown key.*Did you mean "cpus"'),
-        ({"seeds": [0, 0]}, r"key compare\.seeds: got \[0,0\], wanted different values"),
+        ({"seeds": [0, 0]}, r"key compare\.seeds: got \[0, 0\], wanted different values"),
         (
             {"learning_rate": [1e-3, 0.001]},
-            r"key compare\.learning_rate: got \[0\.001,0\.001\], wanted different values",
+            r"key compare\.learning_rate: got \[0\.001, 0\.001\], wanted different values",
         ),
         ({"learning_rate": [-1.0]}, r"key compare\.learning_rate\.0: got -1"),
         ({"seeds": [0.5]}, r"key compare\.seeds\.0: got 0\.5"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from tests.pipeline.support import METHODS, MODEL, keeptune, recipe_of
+from tests.report.test_tracing import model, record
 
 from keeptune.atlas import model_path
 from keeptune.core.artefact import read_json, write_json
@@ -162,9 +163,7 @@ def test_the_page_has_the_items_and_how_to_repeat_it_and_the_report_has_not(fini
 
 def test_a_causal_trace_in_the_run_folder_is_shown(finished: Finished, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished("lora"), tmp_path / "run"))
-    model = {"name": "tiny", "AIE": [0.1, 0.2], "AIE_error": [0.01, 0.01], "heat": [[0.1, 0.2], [0.0, 0.1]]}
-    example = {"prompt": ["The", "sky"], "noised": [1], "answer": "blue"}
-    write_json(folder / "trace" / "trace.json", {"models": [model], "example": example})
+    write_json(folder / "trace" / "trace.json", record(model("tiny", [0.1, 0.2])))
     write_report([folder], tmp_path / "report")
     text = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "<h2>Causal tracing</h2>" in text

@@ -244,7 +244,7 @@ def test_long_prompts_are_told(
     wordy = TaskExamples(prompts=(*EXAMPLES.prompts, "Tell"), completions=(*EXAMPLES.completions, " word" * 100))
     train(installed(plans["lora"]), plans["lora"], tokenizer, wordy, config(tmp_path / "cut", max_length=60))
     assert "1 of 9 examples are cut to 60 tokens (rows 9)" in caplog.text
-    with pytest.raises(DataError, match=r"Raise max_length \(3\)"):
+    with pytest.raises(DataError, match=r"Raise train\.max_length \(3\)"):
         train(installed(plans["lora"]), plans["lora"], tokenizer, long, config(tmp_path, max_length=3))
 
 

@@ -115,7 +115,7 @@ def test_compare_lists_runs_and_what_they_take(capsys: pytest.CaptureFixture[str
     path = ROOT / "recipes" / "lora-null-table3.yaml"
     said = keeptune("compare", path, "--dry-run", "--flops", "4e14", capsys=capsys)
     assert said.code == 0, said.err
-    for part in ("10 runs below", "lora-null-v2, r 252", "195 M", "10 runs, at most", "Llama-3.2-3B, about 6.4 GB"):
+    for part in ("10 runs below", "lora-null-v2, r", "252", "195 M", "10 runs, at most", "Llama-3.2-3B, about 6.4 GB"):
         assert part in said.out, said.out
 
 
