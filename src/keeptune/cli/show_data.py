@@ -25,7 +25,7 @@ def show_data(
         Path | None, typer.Option("--json", help="Write input_ids, labels and the text of every example, a line each.")
     ] = None,
 ) -> None:
-    """Show what is trained on as the model sees it: [learned] text is marked, what teaches nothing is counted."""
+    """Show what is trained on as the model sees it: ⟦learned⟧ text is marked, what teaches nothing is counted."""
     from keeptune.core.artefact import write_text
     from keeptune.data.examples import labels_of
     from keeptune.pipeline.job import Job

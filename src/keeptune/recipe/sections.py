@@ -233,7 +233,7 @@ class Task(DataSection):
         templates = [key for key in given if key in ("prompt", "completion") and self.kind == "completion"]
         self._check_formats(templates)
         missing = [key for key in (needed if not templates else ("prompt", "completion")) if key not in given]
-        other_kind = f"or set task.kind: {' or '.join(_KIND_KEYS)}."
+        other_kind = f"or set task.kind: {' or '.join(kind for kind in _KIND_KEYS if kind != self.kind)}."
         if unused:
             raise RecipeError(
                 f"recipe, key task.{unused[0]}",
