@@ -59,9 +59,10 @@ def started(recipe: Recipe) -> Iterator[Job]:
     Raises:
         ArtefactError: Another process holds it.
     """
-    Job(recipe).check()
+    job = Job(recipe)
+    job.check()
     with owned(recipe.output):
-        yield start(recipe)
+        yield _opened(job)
 
 
 def start(recipe: Recipe) -> Job:
@@ -72,6 +73,11 @@ def start(recipe: Recipe) -> Job:
     """
     job = Job(recipe)
     job.check()
+    return _opened(job)
+
+
+def _opened(job: Job) -> Job:
+    """Removes what killed stages left in a checked job's run folder."""
     for stage in _STAGE_FOLDERS:
         remove_leftovers(job.output / stage)
     if (job.output / "recipe.json").exists():
