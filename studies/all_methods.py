@@ -86,8 +86,6 @@ ENTRIES: dict[str, Entry] = {
     "lora-fa": Entry({"name": "lora-fa", "rank": 8, "alpha": 16}, 8e-3),
     "pissa": Entry({"name": "pissa", "rank": 8}, 1e-3),
     "milora": Entry({"name": "milora", "rank": 8}, 2e-3),
-    "olora": Entry({"name": "olora", "rank": 8}, 1e-3),
-    "mica": Entry({"name": "mica", "rank": 8}, 8e-3),
     "corda-kpm": Entry({"name": "corda", "mode": "kpm", "rank": 8}, 2e-3),
     "corda-ipm": Entry({"name": "corda", "mode": "ipm", "rank": 8}, 1e-3),
     "lora-null-v1": Entry({"name": "lora-null", "rank": 8, "variant": "v1"}, 2e-3),

@@ -366,7 +366,7 @@ def test_cut_changes_are_the_nearest_and_their_error_is_stated() -> None:
 def test_ranks_are_told_before_training_as_they_are_written(tmp_path: Path) -> None:
     """Of a plan with anchors too: both factors trained double the rank."""
     bench = Bench(MODELS["llama"](), tmp_path, roles=["q_proj", "down_proj"])
-    for name in ("lora", "pissa", "lora-fa", "mica", "lora-null", "milora"):
+    for name in ("lora", "pissa", "lora-fa", "lora-null", "milora"):
         plan = bench.plan(methods()[name](rank=3))
         model: Any = install(MODELS["llama"](), plan, anchor="twin")
         train_steps(model, steps=1)

@@ -46,7 +46,6 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rank": 4, "covariance": "released"},
     ],
     "milora": [{"rank": 4, "alpha": 6.0}],
-    "olora": [{"rank": 4}, {"rank": 4, "alpha": 6.0}],
     "pissa": [{"rank": 4, "alpha": 6.0}],
 }
 

@@ -26,7 +26,6 @@ from keeptune.methods.farss import Farss
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_fa import LoraFA
 from keeptune.methods.lora_null import LoraNull
-from keeptune.methods.mica import Mica
 from keeptune.methods.pissa import Pissa
 from keeptune.model.pretrained import load_model
 from keeptune.penalties.base import penalty_named
@@ -155,7 +154,6 @@ METHODS: dict[str, Any] = {
     "lora-null v2": LoraNull(rank=2, variant="v2"),
     "farss": Farss(rank=2, r_max=4, r_avg=2, boundary=1),
     "lora-fa": LoraFA(rank=2),
-    "mica": Mica(rank=2),
     "dora": Dora(rank=2),
 }
 
