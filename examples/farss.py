@@ -24,7 +24,7 @@ def main(output: Path, steps: int = 20) -> None:
     task = [(f"{row['text']}\nTopic:", f" {row['topic']}") for row in map(json.loads, lines)]
 
     # The first block is shallow: its targets share a budget of 6 ranks each, more to the less important ones.
-    method = keeptune.Farss(rank=8, boundary=1, r_avg=6, r_max=8, ranks="exact-budget")
+    method = keeptune.Farss(rank=8, boundary=1, r_avg=6, r_max=8)
     plan = keeptune.plan(model, tokenizer, method, task=task[:256])
     for note in plan.provenance["notes"]:
         print(note)

@@ -23,15 +23,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "dora": [{"rank": 4, "use_rslora": True, "alpha": 6.0}],
     "farss": [
         {"rank": 4, "boundary": 1, "r_max": 4, "r_avg": 3},
-        {
-            "rank": 4,
-            "boundary": 1,
-            "r_max": 4,
-            "r_avg": 3,
-            "ranks": "exact-budget",
-            "scores": "streaming",
-            "alpha": 6.0,
-        },
+        {"rank": 4, "boundary": 1, "r_max": 4, "r_avg": 3, "scores": "streaming", "alpha": 6.0},
         {"rank": 4, "variant": "farss-init", "labels": "sampled"},
     ],
     "keep": [{"rank": 4, "drift": 0.005}, {"rank": 4, "nats": 0.01, "factor_rank": 8}],

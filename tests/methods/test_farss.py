@@ -20,17 +20,15 @@ from keeptune.core.errors import PlanError
 from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.core.target import Target
 from keeptune.core.weights import read_weight
-from keeptune.linalg.rank_budget import clipped_shares, exact_shares
 from keeptune.methods.corda import Corda
-from keeptune.methods.farss import Farss
-from keeptune.methods.importance import direction_scores, importance, inverse_weights
+from keeptune.methods.farss import Farss, direction_scores, importance, inverse_weights
 from keeptune.methods.milora import Milora
 from keeptune.methods.pissa import Pissa
 from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.store import StatStore
 
-RELEASED = Farss.as_released()
+RELEASED = Farss(rank=128, boundary=7, r_max=64, r_avg=50, alpha=128.0, selection="released")
 M, N = 12, 9
 INPUT, GRADIENT = InputCovariance("task"), GradientCovariance("task", "true")
 
@@ -98,63 +96,29 @@ def test_ranks_are_the_papers(values: list[float]) -> None:
     assert [found[t].rank for t in targets] == reference.paper_ranks(values, 5, 1, 8)
 
 
-def test_the_papers_ranks_lose_budget_and_exact_ranks_do_not() -> None:
+def test_the_papers_ranks_lose_budget() -> None:
     """Log-normal importances, 49 matrices, (1, 50, 64): the mean rank realised falls well below r_avg."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(49, generator=generator).exp().tolist()
     targets = {target(name=f"t{i}", m=128, n=128): value for i, value in enumerate(values)}
-    options = {"boundary": 1, "r_min": 1, "r_max": 64, "r_avg": 50}
-    clipped = Farss(**options).allocate(targets)  # type: ignore[arg-type]
-    exact = Farss(**options, ranks="exact-budget").allocate(targets)  # type: ignore[arg-type]
-    assert sum(d.rank for d in clipped.values()) < 0.75 * 50 * 49
-    assert sum(d.rank for d in exact.values()) == 50 * 49
+    found = Farss(boundary=1, r_min=1, r_max=64, r_avg=50).allocate(targets)
+    assert sum(d.rank for d in found.values()) < 0.75 * 50 * 49
 
 
 # Laws
 
 
-@st.composite
-def budgets(draw: st.DrawFn) -> tuple[list[float], int, list[int], list[int]]:
-    size = draw(st.integers(1, 12))
-    weights = draw(st.lists(st.floats(1e-6, 1e6), min_size=size, max_size=size))
-    low = draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
-    high = [a + draw(st.integers(0, 30)) for a in low]
-    return weights, draw(st.integers(sum(low), sum(high))), low, high
-
-
-@given(budgets())
-def test_exact_shares_sum_to_the_total_within_their_bounds(case: tuple[list[float], int, list[int], list[int]]) -> None:
-    weights, total, low, high = case
-    found = exact_shares(weights, total, low, high)
-    assert sum(found) == total
-    assert all(a <= r <= b for r, a, b in zip(found, low, high, strict=True))
-
-
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=10), st.integers(1, 10))
-def test_a_larger_weight_never_gets_fewer_ranks(weights: list[float], average: int) -> None:
-    low, high = [1] * len(weights), [12] * len(weights)
-    for share in (exact_shares, clipped_shares):
-        found = share(weights, average * len(weights), low, high)
-        order = sorted(range(len(weights)), key=lambda i: weights[i])
-        ranked = [found[i] for i in order]
-        if share is clipped_shares or len(set(weights)) == len(weights):
-            assert ranked == sorted(ranked)
+def test_a_more_important_target_never_gets_more_ranks(values: list[float], average: int) -> None:
+    targets = {target(name=f"t{i}", m=64, n=64): value for i, value in enumerate(sorted(values))}
+    found = Farss(boundary=1, r_max=12, r_avg=average).allocate(targets)
+    allotted = [found[t].rank for t in targets]
+    assert allotted == sorted(allotted, reverse=True)
 
 
-def test_exact_shares_without_bounds_are_proportional() -> None:
-    assert exact_shares([1, 2, 3], 60, [0, 0, 0], [99, 99, 99]) == [10, 20, 30]
-    assert exact_shares([1, 1, 1], 4, [0, 0, 0], [9, 9, 9]) == [2, 1, 1]
-
-
-def test_exact_shares_refuse_what_the_bounds_do_not_allow() -> None:
-    with pytest.raises(ValueError, match="wanted 2 to 6"):
-        exact_shares([1, 1], 7, [1, 1], [3, 3])
-
-
-@pytest.mark.parametrize("ranks", ["paper", "exact-budget"])
-def test_ranks_fall_as_importance_rises(ranks: Any) -> None:
+def test_ranks_fall_as_importance_rises() -> None:
     targets = {target(name=f"t{i}"): value for i, value in enumerate([0.1, 0.2, 0.4, 1.0, 8.0])}
-    found = Farss(boundary=1, ranks=ranks, r_avg=4).allocate(targets)
+    found = Farss(boundary=1, r_avg=4).allocate(targets)
     allotted = [found[t].rank for t in targets]
     assert allotted == sorted(allotted, reverse=True)
     assert allotted[0] > allotted[-1]
@@ -293,10 +257,9 @@ def test_zero_gradients_share_evenly_and_choose_by_singular_value(caplog: pytest
 
 def test_one_target_without_gradients_does_not_take_the_others_least_ranks() -> None:
     targets = {target(name="a"): 0.0, target(name="b"): 1.0, target(name="c"): 1.0}
-    for ranks in ("paper", "exact-budget"):
-        found = Farss(boundary=1, r_avg=4, ranks=ranks).allocate(targets)  # type: ignore[arg-type]
-        assert found[target(name="a")].rank == 8
-        assert found[target(name="b")].rank == found[target(name="c")].rank >= 1
+    found = Farss(boundary=1, r_avg=4).allocate(targets)
+    assert found[target(name="a")].rank == 8
+    assert found[target(name="b")].rank == found[target(name="c")].rank >= 1
 
 
 def test_ties_are_broken_by_order() -> None:
@@ -316,14 +279,9 @@ def test_rank_deficient_covariances_still_give_finite_factors(rank: int) -> None
 
 def test_a_shallow_target_smaller_than_r_max_gets_what_it_can_have() -> None:
     small, large = target(name="a", m=3, n=9), target(name="b", m=64, n=64)
-    found = Farss(boundary=1, r_max=16, r_min=4, r_avg=8, ranks="exact-budget").allocate({small: 1e-6, large: 1.0})
+    found = Farss(boundary=1, r_max=16, r_min=4, r_avg=8).allocate({small: 1e-6, large: 1.0})
     assert found[small].rank == 3
-    assert found[large].rank == 13
-
-
-def test_a_budget_that_the_bounds_do_not_allow_is_refused() -> None:
-    with pytest.raises(PlanError, match="3 to 24, which r_min and r_max allow"):
-        Farss(boundary=1, r_avg=9, ranks="exact-budget").allocate({target(name=f"t{i}"): 1.0 for i in range(3)})
+    assert found[large].rank == 4
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_the_released_covariance_leaks_measurably_more_on_an_ill_conditioned_spe
     X = INPUTS["ill-conditioned"]()
     X[3] *= 30  # an outlier channel, as language models have
     exact = leakage(built(X).init.A, X)
-    released = leakage(built(X, method=LoraNull.as_released(rank=R)).init.A, X)
+    released = leakage(built(X, method=LoraNull(rank=R, covariance="released")).init.A, X)
     assert released > 3 * exact
 
 
@@ -188,7 +188,7 @@ def test_the_leakage_is_that_of_exact_arithmetic_over_four_decades(decades: int,
 def test_the_released_path_agrees_with_the_exact_one_where_the_spectrum_is_easy() -> None:
     values = torch.cat([torch.ones(N_IN - R), torch.full((R,), 0.05)]).double()
     X = with_singular_values(values, 300)
-    exact, released = built(X).init, built(X, method=LoraNull.as_released(rank=R), batch=300).init
+    exact, released = built(X).init, built(X, method=LoraNull(rank=R, covariance="released"), batch=300).init
     assert 0 < relative(released.dense(), exact.dense()) < 0.1
 
 

@@ -17,14 +17,15 @@ h are a target's inputs and δ the gradients of the loss in its outputs, both on
     shallow: the same of the r smallest s                                  (17)
 
 ε is not given in the paper; it is 1e-12 of Σ_E I, as in the released code, so that the loss's unit does not matter.
-(12) does not keep the budget of (10): most of what clipping takes is lost. ``ranks="exact-budget"`` shares it out
-to the unit. The released code decides between (16) and (17) by ``r < 128``, not by depth, and scales by 128 / r
-without dividing S by it (``selection="released"``).
+(12) does not keep the budget of (10): most of what clipping takes is lost. The released code decides between (16) and
+(17) by ``r < 128``, not by depth, and scales by 128 / r without dividing S by it (``selection="released"``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -38,13 +39,57 @@ from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.decompositions import exact_svd
 from keeptune.methods.base import ScaledMethod, Size, allot_rank
-from keeptune.methods.importance import direction_scores, importance, shallow_ranks
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.gradient import DirectionVariances
 from keeptune.statistics.request import Labels, Request
 
+_log = logging.getLogger(__name__)
 _INPUT = InputCovariance("task")
+
+
+def importance(W: Tensor, sigma_h: Tensor, sigma_delta: Tensor) -> float:
+    """Computes what a small relative change of W ``(m, n)`` costs (eq. 8), without the third product and the trace.
+
+    Law: ``I == Tr(Σ_δ W Σ_h Wᵀ) / (m n)``.
+    """
+    return max(float(((sigma_delta @ W).double() * (W @ sigma_h)).sum()) / W.numel(), 0.0)
+
+
+def inverse_weights(I: Mapping[Target, float]) -> list[float]:
+    """Weighs targets by the inverse of their importance (eq. 9); returns ω in their order.
+
+    Laws: scaling every I changes nothing; a larger I never weighs more; all I zero weigh alike.
+    """
+    total = math.fsum(I.values())
+    return [1.0 / (value / total + 1e-12) if total > 0 else 1.0 for value in I.values()]
+
+
+def direction_scores(S: Tensor, variances: Tensor) -> Tensor:
+    """Scores singular directions (eq. 15), by the loss's curvature along ``S_i u_i v_iᵀ``.
+
+    Law: ``s_i == vec(S_i u_i v_iᵀ)ᵀ (Σ_h ⊗ Σ_δ) vec(S_i u_i v_iᵀ)``.
+
+    Args:
+        S: ``(k,)``.
+        variances: λ and γ, ``(2, k)``.
+
+    Returns:
+        s, ``(k,)``, float64: products of small gradients vanish in float32.
+    """
+    s: Tensor = S.double().square() * variances.double().clamp_min(0).prod(dim=0)
+    return s
+
+
+def shallow_ranks(I: Mapping[Target, float], r_avg: int, r_min: int, r_max: int) -> dict[Target, Decision]:
+    """Shares ranks out by the inverse of the importance (eqs. 9-12), never more than a target can have."""
+    if not any(I.values()):
+        _log.warning("farss: every gradient is zero; the shallow targets share their ranks evenly")
+    omega = inverse_weights(I)
+    scale = r_avg * len(I) / math.fsum(omega)
+    most = [min(r_max, target.max_rank) for target in I]
+    ranks = (min(max(round(scale * w), min(r_min, high)), high) for w, high in zip(omega, most, strict=True))
+    return {target: Decision(rank) for target, rank in zip(I, ranks, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +105,6 @@ class Farss(ScaledMethod):
             Section 3.1 of the paper searches (it gives no algorithm; a sweep over the boundary is one).
         variant: ``"farss"``; ``"farss-init"`` only starts differently: rank R and the smallest scores everywhere
             (Table 4); ``"all-high"``: rank R and the largest scores everywhere (Table 6).
-        ranks: ``"paper"`` clips (12), ``"exact-budget"`` shares the budget out to the unit.
         labels: Labels of the gradients: ``"true"`` (empirical Fisher, as released); ``"sampled"`` or ``"probe"``.
         label_seed: Seed of the draws; not the training seed, so that runs share their statistics.
         scores: ``"covariance"`` takes Σ_h and Σ_δ; ``"streaming"`` sums λ and γ directly, without the matrices,
@@ -82,7 +126,6 @@ class Farss(ScaledMethod):
     r_avg: int = 6
     boundary: Literal["auto"] | int = "auto"
     variant: Literal["farss", "farss-init", "all-high"] = "farss"
-    ranks: Literal["paper", "exact-budget"] = "paper"
     labels: Labels = "true"
     label_seed: int = 0
     scores: Literal["covariance", "streaming"] = "covariance"
@@ -92,15 +135,6 @@ class Farss(ScaledMethod):
         """Checks the options, also against each other."""
         super().__post_init__()
         self.need(self.r_min <= self.r_max, "r_min", f"1 to r_max ({self.r_max})")
-
-    @classmethod
-    def as_released(cls, rank: int = 128, boundary: int = 7, r_max: int = 64, r_avg: int = 50) -> Farss:
-        """Returns what the authors' repository does; its data are 16 examples whose padding enters the covariances.
-
-        Its ``--layer_split_start k`` is a boundary of k + 1, and it lowers ``r_avg`` to ``r_max``.
-        """
-        average = min(r_avg, r_max)
-        return cls(rank=rank, boundary=boundary, r_max=r_max, r_avg=average, alpha=128.0, selection="released")
 
     def fitted(self, blocks: int) -> Farss:
         """Returns the method with its boundary decided."""
@@ -137,7 +171,7 @@ class Farss(ScaledMethod):
         I = {target: value for target, value in scores.items() if value is not None}
         decisions = {target: allot_rank(target, self.rank, self.name) for target in scores if target not in I}
         if I:
-            decisions |= shallow_ranks(I, self.r_avg, self.r_min, self.r_max, exact=self.ranks == "exact-budget")
+            decisions |= shallow_ranks(I, self.r_avg, self.r_min, self.r_max)
         return {target: decisions[target] for target in scores}
 
     def notes(self, decisions: Mapping[Target, Decision]) -> list[str]:
