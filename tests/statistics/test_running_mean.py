@@ -16,10 +16,10 @@ from keeptune.core.errors import StatisticsError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance, ReleasedCovariance
-from keeptune.statistics.fisher import WeightFisher, lora_fisher
+from keeptune.statistics.fisher import TokenCount, WeightFisher, lora_fisher
 from keeptune.statistics.gradient import DirectionVariances
 from keeptune.statistics.request import RowRequest
-from keeptune.statistics.running_mean import Accumulator, RunningMean, checked_result
+from keeptune.statistics.running_mean import Accumulator, checked_result
 
 CPU = torch.device("cpu")
 TARGET = Target("h.0.up", 0, "up", 5, 4, "h.0.up")
@@ -55,10 +55,9 @@ def empty(request: RowRequest) -> Accumulator:
     return request.accumulator(TARGET, CPU, lambda: W)
 
 
-def summed(request: RowRequest, *indices: Tensor) -> RunningMean:
+def summed(request: RowRequest, *indices: Tensor) -> Accumulator:
     """The sum over some rows, one call for each index."""
     total = empty(request)
-    assert isinstance(total, RunningMean)
     for index in indices:
         rows = {"forward": (H,), "backward": (DELTA,), "joint": (H, DELTA)}[request.kind]
         total.add(*(part[index] for part in rows))
@@ -82,7 +81,6 @@ def test_the_mean_depends_neither_on_how_rows_are_split_nor_on_the_order_of_merg
         back.merge(other)
         assert torch.equal(back.result().nan_to_num(), left.nan_to_num())  # commutative, to the last bit
         tail = empty(request_)
-        assert isinstance(tail, RunningMean)
         for part in others:  # (first + second) + (others), against one after the other
             tail.merge(part)
         first.merge(tail)
@@ -90,6 +88,17 @@ def test_the_mean_depends_neither_on_how_rows_are_split_nor_on_the_order_of_merg
         assert relative(first.result(), wanted) < 1e-6
 
     check()
+
+
+@pytest.mark.parametrize("request_", [*MEANS, TokenCount("task")], ids=str)
+def test_sums_of_processes_are_added_in_place(request_: RowRequest) -> None:
+    """As an all-reduce does: the sums of each, in float64, and the tokens; nothing else holds rows."""
+    first, other, whole = (summed(request_, torch.arange(a, b)) for a, b in ((0, 11), (11, 30), (0, 30)))
+    for mine, others in zip(first.sums, other.sums, strict=True):
+        assert mine.dtype == torch.float64
+        mine += others
+    first.tokens += other.tokens
+    assert relative(first.result(), whole.result()) < 1e-6
 
 
 def test_a_shard_without_tokens_changes_nothing() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from keeptune.core.target import Target
 from keeptune.linalg.gram import add_gram, symmetric
 from keeptune.statistics.request import ADDED, GradientRequest, RowRequest, WeightReader
-from keeptune.statistics.running_mean import RunningMean
+from keeptune.statistics.running_mean import Accumulator, RunningMean
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,11 @@ class ReleasedCovariance(RowRequest):
 
 
 @dataclass
-class _ReleasedSum:
-    """Sums ``x̂ᵀ x̂ / 256`` in float16, ``x̂ = x / |max x|`` per example, as the released code does; no mean."""
+class _ReleasedSum(Accumulator):
+    """Sums ``x̂ᵀ x̂ / 256`` in float16, ``x̂ = x / |max x|`` per example, as the released code does; no mean.
+
+    float16 rounds each addition, so its ``sums`` are none: every process makes all of it.
+    """
 
     in_features: int
     device: torch.device

@@ -35,7 +35,7 @@ from keeptune.core.target import Target
 from keeptune.model.summed_loss import Labels
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import DataRole, GradientRequest, PassKind, RowRequest, WeightReader
-from keeptune.statistics.running_mean import RunningMean
+from keeptune.statistics.running_mean import Accumulator, RunningMean
 
 Per = Literal["text", "token"]
 
@@ -59,7 +59,7 @@ class TokenCount(RowRequest):
 
 
 @dataclass
-class _Count:
+class _Count(Accumulator):
     """Counts rows."""
 
     tokens: int = 0

@@ -14,6 +14,7 @@ from keeptune.linalg.symmetric import Dense, LowRankDiagonal, PsdMatrix
 from keeptune.model.summed_loss import Labels
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.request import DataRole, GradientRequest, RowRequest, WeightReader
+from keeptune.statistics.running_mean import Accumulator
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ Covariance = InputCovariance | GradientCovariance | InputFactor | GradientFactor
 
 
 @dataclass
-class _TopSum:
+class _TopSum(Accumulator):
     """The top directions of rows as an accumulator."""
 
     top: TopDirections

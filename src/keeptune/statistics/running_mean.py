@@ -34,6 +34,17 @@ class Accumulator(Protocol):
         """Returns the statistic, on the CPU."""
         ...
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """What is summed beside ``tokens``, float64: sums over other rows are added to it in place."""
+        return []
+
+    def merge(self, other: Accumulator) -> None:
+        """Adds the rows of another sum of the same statistic, such as that of another shard of the data."""
+        for mine, others in zip(self.sums, other.sums, strict=True):
+            mine += others.to(mine.device)
+        self.tokens += other.tokens
+
 
 def checked_result(total: Accumulator, module: str) -> Tensor:
     """Returns the result of a sum of a module, on the CPU.
@@ -61,7 +72,7 @@ def checked_result(total: Accumulator, module: str) -> Tensor:
 
 
 @dataclass
-class RunningMean:
+class RunningMean(Accumulator):
     """The mean over tokens of what rows contribute, summed in float64.
 
     Laws: the result does not depend on how rows are split over calls or over sums that are merged, nor on their order
@@ -93,10 +104,10 @@ class RunningMean:
         self.add_terms(self.total, *batch)
         self.tokens += rows.shape[0]
 
-    def merge(self, other: RunningMean) -> None:
-        """Adds the rows of another sum of the same statistic, such as that of another shard of the data."""
-        self.total += other.total.to(self.device)
-        self.tokens += other.tokens
+    @property
+    def sums(self) -> list[Tensor]:
+        """The sum over tokens."""
+        return [self.total]
 
     def result(self) -> Tensor:
         """Returns the mean on the CPU."""
