@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -17,10 +18,13 @@ from keeptune.cli import repair as repairing
 from keeptune.cli.check import check
 from keeptune.cli.shared import OVERRIDES, AsJson, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
 from keeptune.core.errors import KeeptuneError
+from keeptune.core.processes import joined, launched
 
 if TYPE_CHECKING:
     from keeptune.pipeline.job import Job
 
+# Commands that several processes share; of the others the first process does all.
+_DIVIDED = {"run", "stats", "plan", "train", "export", "evaluate", "compare", "sweep"}
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -32,9 +36,13 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs a command; an error that the user can correct is one message and exit code 2."""
-    _quiet_libraries()
+    divided = not _DIVIDED.isdisjoint(sys.argv[1:2])
+    if launched() > 1 and not divided and os.environ.get("RANK", "0") != "0":
+        return  # the first process does it alone
     try:
-        app(standalone_mode=True)
+        with joined() if divided else contextlib.nullcontext():
+            _quiet_libraries()
+            app(standalone_mode=True)
     except KeeptuneError as error:
         echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -65,6 +65,10 @@ class ExportError(KeeptuneError):
     """An export does not reproduce the trained model."""
 
 
+class ProcessError(KeeptuneError):
+    """Processes that work together cannot start or go on."""
+
+
 class ArtefactError(KeeptuneError):
     """A file of keeptune's own is damaged or cannot be written."""
 

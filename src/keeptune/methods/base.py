@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import keeptune.methods
 from keeptune.core.artefact import canonical_json
@@ -24,6 +23,7 @@ from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Options, Range
 from keeptune.core.plan import Decision, Plan, Scope, TargetPlan
+from keeptune.core.processes import divided_in_groups
 from keeptune.core.registry import look_up, registered
 from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
 from keeptune.methods.strength import Strength
@@ -238,7 +238,8 @@ def make_plan(
     Args:
         method: The method.
         targets: From :func:`keeptune.model.blocks.find_targets`.
-        weight_of: Reads a target's weight, ``(m, n)`` float32; called once per target and phase.
+        weight_of: Reads a target's weight, ``(m, n)`` float32; called once per target and phase. Several processes
+            divide the targets.
         stats_of: Reads a target's statistics.
         head: Modules of a classifier that are trained in full beside the factors.
         provenance: Keys of what the plan was made from.
@@ -246,16 +247,18 @@ def make_plan(
     Raises:
         PlanError: An option does not fit a target, or no target is left.
     """
-    scores = {
-        target: method.score(target, weight_of(target), stats_of(target)) for target in _shown(targets, "plan: scores")
-    }
-    decisions = method.allocate(scores)
+
+    def score(target: Target) -> Any:
+        return method.score(target, weight_of(target), stats_of(target))
+
+    def build(target: Target) -> TargetPlan:
+        return method.build(target, weight_of(target), stats_of(target), decisions[target])
+
+    scores = divided_in_groups(targets, _input_group, score, title="plan: scores")
+    decisions = method.allocate(dict(zip(targets, scores, strict=True)))
     notes = [*(provenance or {}).get("notes", ()), *method.notes(decisions)]
     chosen = [target for target in targets if decisions[target].rank > 0]
-    built = [
-        method.build(target, weight_of(target), stats_of(target), decisions[target])
-        for target in _shown(chosen, "plan: factors")
-    ]
+    built = divided_in_groups(chosen, _input_group, build, title="plan: factors")
     return Plan(
         method=method.name,
         options=json.loads(canonical_json(method.options())),  # as a saved plan has them: tuples are lists
@@ -267,8 +270,8 @@ def make_plan(
     )
 
 
-def _shown(targets: Sequence[Target], title: str) -> Iterable[Target]:
-    return tqdm(targets, desc=title, delay=2, disable=None, leave=False)
+def _input_group(target: Target) -> str:
+    return target.input_group
 
 
 def allot_rank(target: Target, rank: int, method: str) -> Decision:

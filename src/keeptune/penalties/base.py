@@ -11,7 +11,7 @@ value and the gradient in closed form.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from keeptune.core.artefact import canonical_json
 from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Options
 from keeptune.core.plan import PenaltyPlan, Plan, TargetPlan
+from keeptune.core.processes import divided_in_groups
 from keeptune.core.registry import made, registered
 from keeptune.core.target import Target, TensorName
 from keeptune.data.calibration import Calibration
@@ -192,12 +193,17 @@ class OutputPenalty(Penalty):
         raise NotImplementedError
 
 
-def penalty_plan(penalty: Penalty, sites: Iterable[Site]) -> PenaltyPlan:
-    """Returns a penalty's part of a plan."""
-    tensors: dict[str, Tensor] = {}
-    for site in sites:
-        tensors |= penalty.tensors(site)
-        tensors[f"{NORM}:{site.plan.target.name}"] = torch.linalg.norm(site.weight).cpu()
+def penalty_plan(penalty: Penalty, targets: Sequence[TargetPlan], site_of: Callable[[TargetPlan], Site]) -> PenaltyPlan:
+    """Returns a penalty's part of a plan; several processes divide the targets."""
+
+    def tensors_of(target_plan: TargetPlan) -> Mapping[str, Tensor]:
+        site = site_of(target_plan)
+        norm = torch.linalg.norm(site.weight).cpu()
+        return {**penalty.tensors(site), f"{NORM}:{target_plan.target.name}": norm}
+
+    title = f"plan: {penalty.name}"
+    parts = divided_in_groups(targets, lambda t: t.target.input_group, tensors_of, title=title)
+    tensors = {name: value for part in parts for name, value in part.items()}
     return PenaltyPlan(penalty.name, json.loads(canonical_json(penalty)), tensors)
 
 

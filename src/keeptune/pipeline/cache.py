@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from keeptune.core.artefact import file_checksum, read_json, write_json
 from keeptune.core.errors import ArtefactError
+from keeptune.core.processes import by_first
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -68,12 +69,14 @@ class Stored:
 
     def read(self) -> dict[str, Any] | None:
         """Returns the record; None where it is missing, of another key, or it or one of its files is damaged."""
-        return take(self.stage, self.path, self.key, self._read)
+        return by_first(lambda: take(self.stage, self.path, self.key, self._read))
 
     def write(
         self, record: Mapping[str, Any], *, files: Iterable[str] = (), folder: Path | None = None
     ) -> dict[str, Any]:
         """Writes the record, after the files that belong to it: only a record makes a result; returns it as it is read.
+
+        Of several processes all call it, and the first one writes.
 
         Args:
             record: Its fields.
@@ -84,7 +87,9 @@ class Stored:
         Raises:
             ArtefactError: The disk is full or cannot be written.
         """
-        path = self.path if folder is None else folder / self.path.name
+        return by_first(lambda: self._write(record, files, self.path if folder is None else folder / self.path.name))
+
+    def _write(self, record: Mapping[str, Any], files: Iterable[str], path: Path) -> dict[str, Any]:
         paths = sorted({file for pattern in files for file in path.parent.glob(pattern)})
         sums = {str(file.relative_to(path.parent)): file_checksum(file) for file in paths}
         write_json(path, {"key": self.key, **record} | ({"files": sums} if sums else {}))

@@ -11,6 +11,7 @@ from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import content_key, read_json
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
+from keeptune.core.processes import by_first
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import release_memory
@@ -46,10 +47,13 @@ def export_stage(job: Job, plan: Plan) -> Exported:
         )
         return {"train": trained, **asdict(done)}
 
-    result.get(write, files=["*.safetensors", "*config.json", SIDECAR])
+    def exported() -> None:
+        result.get(write, files=["*.safetensors", "*config.json", SIDECAR])
+        if find_result(job.output) != folder:
+            result.path.touch()  # the newer of `adapter` and `merged` is the run's result
+
+    by_first(exported)
     release_memory()
-    if find_result(job.output) != folder:
-        result.path.touch()  # the newer of `adapter` and `merged` is the run's result
     done = Exported(**read_json(folder / SIDECAR)["export"])
     if done.original_gap is not None:
         way = "the adapter on the original" if format == "merged" else "training on the quantised base"

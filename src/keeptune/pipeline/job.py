@@ -17,6 +17,7 @@ from keeptune.adapter.anchor import resolve
 from keeptune.adapter.export import Base
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError
+from keeptune.core.processes import same_everywhere, world
 from keeptune.core.weights import refuse_quantised
 from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import with_template
@@ -54,7 +55,7 @@ from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.self_generated import SelfGeneration, write_texts
 from keeptune.statistics.store import StatStore
-from keeptune.training.arguments import CONFIGS, example_length, sft_config
+from keeptune.training.arguments import CONFIGS, divide_step, example_length, sft_config
 from keeptune.training.losses.base import TaskLoss
 from keeptune.training.task_loss import refuse_loss
 
@@ -160,7 +161,9 @@ class Job:
     @cached_property
     def base_fingerprint(self) -> str:
         """Fingerprint of the base's weights."""
-        return body_fingerprint(self.planning_base())
+        fingerprint = body_fingerprint(self.planning_base())
+        same_everywhere(f"model {self.recipe.model}", fingerprint)
+        return fingerprint
 
     @cached_property
     def head(self) -> Head | None:
@@ -271,12 +274,17 @@ class Job:
     def config(self, checkpoints: Path, dtype: torch.dtype, **changes: Any) -> Any:
         """Returns the trainer's config for a base of a dtype, with changed fields; it takes ``train.seed``, else 0.
 
+        A step has the examples that the recipe gives one process, whatever the number of processes.
+
         Raises:
-            RecipeError: A field of ``train`` does not exist or has a wrong value.
+            RecipeError: A field of ``train`` does not exist or has a wrong value, or a step cannot be divided.
         """
         arguments = {"seed": 0, **self.recipe.train, **changes}
         kind = CONFIGS.get(self.recipe.task.kind, SFTConfig)  # a classifier's has max_length too
-        return sft_config(arguments, checkpoints, dtype=dtype, device=self.device, positions=self.positions, kind=kind)
+        config = sft_config(
+            arguments, checkpoints, dtype=dtype, device=self.device, positions=self.positions, kind=kind
+        )
+        return divide_step(config, world())
 
     # What the plan is made from
 

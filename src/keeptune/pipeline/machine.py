@@ -10,6 +10,7 @@ import platformdirs
 import torch
 
 from keeptune.core.errors import RecipeError
+from keeptune.core.processes import on_machine, world
 from keeptune.statistics.store import DEFAULT_LIMIT, StatStore
 from keeptune.statistics.store_use import recorded
 
@@ -39,10 +40,12 @@ def check_folder(where: str, folder: Path) -> None:
 
 
 def device_named(name: str) -> str:
-    """Returns the device that a name stands for; ``auto`` is CUDA where there is a GPU."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Returns the device that a name stands for; ``auto`` is CUDA where there is a GPU.
+
+    Of several processes on a machine each has a GPU of its own.
+    """
+    device = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{on_machine()[0]}" if device == "cuda" and world() > 1 else device
 
 
 def check_device(name: str) -> None:

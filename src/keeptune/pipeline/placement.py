@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.core.offload import is_offloaded
+from keeptune.core.processes import gathered, on_machine
 from keeptune.core.target import Target
 from keeptune.model.blocks import blocks_of
 from keeptune.model.blockwise import BlockwiseRunner
@@ -29,11 +30,16 @@ _SHARE = 0.8  # of the free memory: the rest is for activations
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns how much memory of a device is free; of the CPU, the host's."""
+    """Returns how much memory of a device is free; of the CPU, the host's, which its processes share.
+
+    Of several processes it is the least, so that all decide alike.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    return int(psutil.virtual_memory().available)
+        free = int(torch.cuda.mem_get_info(device)[0]) + cached
+    else:
+        free = int(psutil.virtual_memory().available) // on_machine()[1]
+    return min(gathered(free))
 
 
 def load_base(name: str, options: LoadOptions, memory: Memory) -> PreTrainedModel:

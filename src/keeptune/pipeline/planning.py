@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.trained_head import TokenIndices, trained_beside
@@ -244,11 +245,22 @@ def with_penalties(
     blocks, weight_of = depth(model), partial(read_weight, model)
     for penalty, own in held:
         targets = tuple(t.target for t in own)
-        sites = (Site(t, weight_of(t.target), statistics.view(t.target), targets, blocks) for t in own)
-        plans.append(_with_texts(penalty, penalty_plan(penalty, sites), model, data))
+        site_of = partial(_site, weight_of, statistics, targets, blocks)
+        plans.append(_with_texts(penalty, penalty_plan(penalty, own, site_of), model, data))
     notes = [*plan.provenance.get("notes", ()), *free, *_penalty_notes(plan, held, plans)]
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
     return replace(plan, penalties=tuple(plans), provenance=provenance)
+
+
+def _site(
+    weight_of: Callable[[Target], Tensor],
+    statistics: Statistics,
+    targets: tuple[Target, ...],
+    blocks: int,
+    target_plan: TargetPlan,
+) -> Site:
+    target = target_plan.target
+    return Site(target_plan, weight_of(target), statistics.view(target), targets, blocks)
 
 
 def _reached(

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 from keeptune.core.artefact import content_key, read_json, remove_leftovers, write_json
@@ -19,6 +20,7 @@ from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import owned
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
+from keeptune.core.processes import by_first, is_first, refuse_unshared, same_everywhere
 from keeptune.core.target import Target
 from keeptune.pipeline.cache import take
 from keeptune.pipeline.export import export_stage
@@ -49,7 +51,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         train_stage(job, plan)
         export_stage(job, plan)
         evaluate_stage(job)
-        return write_report([job.output], job.output, reference=recipe.reference, keep=True)
+        return by_first(lambda: write_report([job.output], job.output, reference=recipe.reference, keep=True))
 
 
 @contextlib.contextmanager
@@ -59,9 +61,8 @@ def started(recipe: Recipe) -> Iterator[Job]:
     Raises:
         ArtefactError: Another process holds it.
     """
-    job = Job(recipe)
-    job.check()
-    with owned(recipe.output):
+    job = _checked(recipe)
+    with owned(recipe.output) if is_first() else contextlib.nullcontext():
         yield _opened(job)
 
 
@@ -71,17 +72,28 @@ def start(recipe: Recipe) -> Job:
     Raises:
         KeeptuneError: An input is wrong; nothing was written then.
     """
+    return _opened(_checked(recipe))
+
+
+def _checked(recipe: Recipe) -> Job:
+    same_everywhere("recipe", content_key([recipe.written(), version("keeptune")]))
     job = Job(recipe)
     job.check()
-    return _opened(job)
+    refuse_unshared("output", job.output)
+    refuse_unshared("store", job.store.folder)
+    return job
 
 
 def _opened(job: Job) -> Job:
     """Removes what killed stages left in a checked job's run folder."""
-    for stage in _STAGE_FOLDERS:
-        remove_leftovers(job.output / stage)
-    if (job.output / "recipe.json").exists():
-        _write_recipe(job)
+
+    def tidy() -> None:
+        for stage in _STAGE_FOLDERS:
+            remove_leftovers(job.output / stage)
+        if (job.output / "recipe.json").exists():
+            _write_recipe(job)
+
+    by_first(tidy)
     return job
 
 
@@ -103,17 +115,22 @@ def plan_stage(job: Job) -> Plan:
         plan = Plan.load(folder)
         return plan.provenance["key"], plan
 
-    plan = take("plan", folder, key, saved)
-    if plan is None:
-        started = time.perf_counter()
-        options = replace(job.plan_options, provenance=inputs | {"key": key, "seed": job.seed})
-        model, extra = job.planning_base(), job.penalties
-        plan = plan_for(model, job.method, job.store, data=job.data, penalties=extra, options=options)
-        plan.save(folder)
+    plan = take("plan", folder, key, saved) if is_first() else None
+    if by_first(lambda: plan is not None):
+        return plan or saved()[1]
+    started = time.perf_counter()
+    options = replace(job.plan_options, provenance=inputs | {"key": key, "seed": job.seed})
+    model, extra = job.planning_base(), job.penalties
+    made = plan_for(model, job.method, job.store, data=job.data, penalties=extra, options=options)
+
+    def save() -> None:
+        made.save(folder)
         _write_recipe(job)
         write_json(folder / "seconds.json", {"plan": time.perf_counter() - started})
-        release_memory()
-    return plan
+
+    by_first(save)
+    release_memory()
+    return made
 
 
 def _write_recipe(job: Job) -> None:

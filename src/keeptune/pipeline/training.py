@@ -14,6 +14,7 @@ from keeptune.core.artefact import atomic_directory, content_key, read_json, rea
 from keeptune.core.errors import TrainError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
+from keeptune.core.processes import by_first
 from keeptune.data.example_counts import shortened
 from keeptune.data.examples import LanguageExamples
 from keeptune.model.pretrained import LoadOptions, load_model
@@ -79,14 +80,17 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
         "seconds": time.perf_counter() - started,
         "trained_parameters": _trained_parameters(tuned, plan),
     }
-    with atomic_directory(result.path.parent) as fresh:
-        if plan.scope == "all":
-            assert isinstance(tuned, PreTrainedModel)
-            tuned.save_pretrained(fresh / "model")
-        else:
-            assert isinstance(tuned, PeftModel)
-            write_tensors(fresh / _FACTORS, trained_state(tuned, plan))
-        result.write(record, files=[_FACTORS, "model/*.safetensors"], folder=fresh)
+    factors = trained_state(tuned, plan) if isinstance(tuned, PeftModel) else None
+
+    def write() -> None:
+        with atomic_directory(result.path.parent) as fresh:
+            if factors is None:
+                tuned.save_pretrained(fresh / "model")
+            else:
+                write_tensors(fresh / _FACTORS, factors)
+            result.write(record, files=[_FACTORS, "model/*.safetensors"], folder=fresh)
+
+    by_first(write)
     return sum(p.nbytes for p in tuned.parameters())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError, named
+from keeptune.core.processes import by_first, gathered, is_first
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import is_nested
@@ -176,21 +178,24 @@ class _Collection:
 
     def run(self) -> dict[str, frozenset[Request]]:
         """Computes what is missing; returns the names of experts that no token reached, and what has no value."""
-        missing = self._missing()
-        entries = self._absent(missing)
-        with self.store.turn({content_key({**entry, "site": None}) for entry in entries.values()}):
-            # Another process may have stored some meanwhile.
-            missing = [one for one in missing if one not in entries or not self.store.holds(entries[one])]
+        every, entries = by_first(self._missing)
+        names = {content_key({**entry, "site": None}) for entry in entries.values()}
+        with self.store.turn(names) if is_first() else contextlib.nullcontext():
+            # Another run may have stored some meanwhile.
+            left = by_first(lambda: [one not in entries or not self.store.holds(entries[one]) for one in every])
+            missing = [one for one, wanted in zip(every, left, strict=True) if wanted]
             for request, target in missing:
                 if isinstance(request, ModelRequest):
                     self._measure(request, target)
-            return self._sum([(request, target) for request, target in missing if isinstance(request, RowRequest)])
+            unseen = self._sum([(request, target) for request, target in missing if isinstance(request, RowRequest)])
+            gathered(None)  # what the first has stored is there for all
+            return unseen
 
     def _entry(self, request: Request, target: Target) -> dict[str, Any]:
         return request.entry(target, self.sources[source_name(request)])
 
-    def _missing(self) -> list[tuple[Request, Target]]:
-        """Lists what the store lacks, once for each site."""
+    def _missing(self) -> tuple[list[tuple[Request, Target]], dict[tuple[Request, Target], dict[str, Any]]]:
+        """Lists what the store lacks, once for each site; and the entries that are not there at all, damaged or not."""
         missing: list[tuple[Request, Target]] = []
         seen: set[tuple[Request, str]] = set()
         kept: Counter[str] = Counter()
@@ -214,17 +219,13 @@ class _Collection:
         every = Counter(str(request) for request, _ in seen)
         for name, count in kept.items():
             _log.info("statistics: %d of %d %s taken from %s", count, every[name], name, self.store.folder)
-        return missing
-
-    def _absent(self, missing: Sequence[tuple[Request, Target]]) -> dict[tuple[Request, Target], dict[str, Any]]:
-        """Returns the entries that are not there at all, damaged or not."""
         entries = {one: self._entry(*one) for one in missing}
-        return {one: entry for one, entry in entries.items() if not self.store.holds(entry)}
+        return missing, {one: entry for one, entry in entries.items() if not self.store.holds(entry)}
 
     def _measure(self, request: ModelRequest, target: Target) -> None:
         name, entry = source_name(request), self._entry(request, target)
         parts = request.measure(self.runner.model, self.data[name], self.store, self.sources[name])
-        for part, value in parts.items():
+        for part, value in parts.items() if is_first() else ():
             self.store.put(_part(entry, part), value)
 
     def _sum(self, missing: Sequence[Measured]) -> dict[str, frozenset[Request]]:
@@ -253,11 +254,13 @@ class _Collection:
     def _keep(self, request: RowRequest, target: Target, total: Accumulator) -> bool:
         """Stores a finished sum; returns False when it is an expert's that no token reached."""
         try:
-            self.store.put(self._entry(request, target), checked_result(total, request.site(target)))
+            value = checked_result(total, request.site(target))
         except UnseenError:
             if not is_nested(target.name):
                 raise
             return False
+        if is_first():
+            self.store.put(self._entry(request, target), value)
         return True
 
     def _sharing(self, request: Request, site: str) -> set[str]:

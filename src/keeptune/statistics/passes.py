@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
+from keeptune.core.processes import add_up, share, world
 from keeptune.core.target import Target
 from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch
@@ -66,22 +69,43 @@ def run_pass(
     *,
     title: str,
 ) -> None:
-    """Sums statistics in one pass over the data; each sum is delivered and freed once its module is done."""
+    """Sums statistics in one pass over the data; each sum is delivered and freed once its module is done.
+
+    Several processes divide the batches, and all deliver the sums over all of them.
+    """
     taps, sums = Taps(), dict[Measured, _Sum]()
+    divided = not need.examples_alone  # such a sum rounds each addition: every process makes all of it
+    own = share(batches) if divided else batches
     for request, target in measured:
         weight = partial(read_weight, runner.model, target)
         total = sums[request, target] = _Sum(partial(request.accumulator, target, runner.device, weight))
-        taps.sinks(request.kind).setdefault(request.site(target), []).append(total.add)
+        # A process without a batch passes one all the same, so that modules are done in one order on all.
+        taps.sinks(request.kind).setdefault(request.site(target), []).append(total.add if own else _ignore)
 
     def done(names: set[str]) -> None:
         for request, target in [one for one in sums if one[0].site(one[1]) in names]:
-            deliver(request, target, sums.pop((request, target)).begun())
+            total = sums.pop((request, target)).begun()
+            if divided and world() > 1:
+                _add_up(total)
+            deliver(request, target, total)
         # The sinks hold their sums too.
         for kind in (taps.forward, taps.backward, taps.joint, taps.texts):
             for name in names & set(kind):
                 kind[name].clear()
 
     if need.loss is None or not taps.with_gradients:
-        runner.forward(batches, taps.forward, title=title, done=done)
+        runner.forward(own or batches[:1], taps.forward, title=title, done=done)
     else:
-        runner.backward(batches, taps, need.loss, title=title, done=done)
+        runner.backward(own or batches[:1], taps, need.loss, title=title, done=done)
+
+
+def _ignore(*_: Any) -> None:
+    """Adds no rows."""
+
+
+def _add_up(total: Accumulator) -> None:
+    """Merges the sums of all processes."""
+    tokens = torch.tensor(float(total.tokens), dtype=torch.float64)
+    for part in (*total.sums, tokens):
+        add_up(part)
+    total.tokens = int(tokens)

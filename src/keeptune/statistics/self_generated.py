@@ -7,6 +7,7 @@ changes nothing but the last bits of its logits.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from keeptune.core.errors import DataError, ModelError
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.options import Options, Range
 from keeptune.core.out_of_memory import out_of_memory
+from keeptune.core.processes import divided, is_first
 from keeptune.data.calibration import pad_id_of
 from keeptune.data.knowledge import refuse_empty
 from keeptune.data.self_written import SelfWritten, Written, useful
@@ -123,10 +125,11 @@ def write_texts(
     writer = cache(lambda: _Writer(model(), tokenizer, options, where))
     wanted = options.count
     drawn = content_key([tokenizer.chat_template, len(tokenizer), replace(options, generate=1)])
-    texts: list[Written] = []
-    with store.turn([drawn]), tqdm(total=wanted, desc=where, delay=2, disable=None, leave=False) as bar:
-        for first in range(0, wanted, BATCH):
-            some = range(first, min(first + BATCH, wanted))
+    bar = tqdm(total=wanted, desc=where, delay=2, disable=None, leave=False)
+
+    def written_or_kept(batches: Sequence[range]) -> list[list[Written]]:
+        texts = []
+        for some in batches:
             source = {"model": fingerprint, "data": drawn}
             entry = {"class": "SelfWritten", "source": source, "texts": [some.start, some.stop]}
             kept = store.get(entry)
@@ -134,8 +137,13 @@ def write_texts(
                 rows = json.dumps(writer().write(some)).encode()
                 kept = torch.frombuffer(bytearray(rows), dtype=torch.uint8)
                 store.put(entry, kept)
-            texts += [Written(tuple(ids), *rest) for ids, *rest in json.loads(bytes(kept.tolist()))]
+            texts.append([Written(tuple(ids), *rest) for ids, *rest in json.loads(bytes(kept.tolist()))])
             bar.update(len(some))
+        return texts
+
+    batches = [range(first, min(first + BATCH, wanted)) for first in range(0, wanted, BATCH)]
+    with store.turn([drawn]) if is_first() else contextlib.nullcontext(), bar:
+        texts = [text for batch in divided(batches, written_or_kept) for text in batch]
     written = useful(texts, where)
     if 10 * len(written) < wanted:
         raise DataError(

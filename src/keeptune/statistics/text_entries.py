@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from keeptune.core.processes import by_first, gathered, share
 from keeptune.statistics.store import Source, StatStore
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class TextEntries(Generic[Text]):
     ) -> dict[Text, Tensor]:
         """Measures the texts that have no entry yet, each once, and stores them as soon as they are measured.
 
+        Several processes divide them; without a store each measures all.
         ``measure`` yields the results of the texts it is given, batch by batch.
 
         Returns:
@@ -71,17 +73,20 @@ class TextEntries(Generic[Text]):
             present = len(unique) - len(missing)
             folder = self.store and self.store.folder
             _log.info("%s: %d of %d texts taken from %s", self.title, present, len(unique), folder)
-        if missing:
+        own = missing if self.store is None else share(by_first(lambda: missing))
+        if own:
             start = time.monotonic()
-            with tqdm(total=len(missing), desc=self.title, unit="text", delay=2, disable=None, leave=False) as bar:
-                for results in measure(missing):
+            with tqdm(total=len(own), desc=self.title, unit="text", delay=2, disable=None, leave=False) as bar:
+                for results in measure(own):
                     if not bar.n:
                         seconds = time.monotonic() - start
-                        _log.info("%s: %d of %d texts took %.2g s", self.title, len(results), len(missing), seconds)
+                        _log.info("%s: %d of %d texts took %.2g s", self.title, len(results), len(own), seconds)
                     for text, value in results:
                         if self.store is not None:
                             self.store.put(self.recipe(text), value.float())
                         if keep:
                             values[text] = value
                     bar.update(len(results))
+        for part in gathered({text: values[text] for text in own if keep}):
+            values |= part
         return values

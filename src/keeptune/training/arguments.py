@@ -177,6 +177,28 @@ def sft_config(
         ) from error
 
 
+def divide_step(config: Any, processes: int) -> Any:
+    """Returns a config of one process for each of several, so that a step has the same examples: fewer micro-batches
+    for each, or smaller ones.
+
+    Raises:
+        RecipeError: The examples of a step are no multiple of the processes.
+    """
+    rows = config.per_device_train_batch_size
+    step = rows * config.gradient_accumulation_steps
+    if step % processes:
+        raise RecipeError(
+            "train.per_device_train_batch_size, train.gradient_accumulation_steps",
+            got=f"steps of {step} examples for {processes} processes",
+            wanted="a multiple of the processes: a step is that of one process, divided",
+            next_step="Change one of the two, or the number of processes.",
+        )
+    each = step // processes
+    config.per_device_train_batch_size = max(n for n in range(1, min(rows, each) + 1) if each % n == 0)
+    config.gradient_accumulation_steps = each // config.per_device_train_batch_size
+    return config
+
+
 def example_length(config: Any) -> int | None:
     """Returns the tokens that an example is cut to; None where TRL cuts the packed examples itself."""
     split = getattr(config, "packing", False) and config.packing_strategy != "bfd"

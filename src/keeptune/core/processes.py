@@ -1,0 +1,250 @@
+"""The processes of one job: which of them this is, and the few ways in which they work together.
+
+Under a launcher (torchrun, accelerate) every process runs the same stages on shared folders, and the first one writes.
+What takes long is divided and joined here, through the CPU. With one process, outside of :func:`joined` and inside
+:func:`by_first` all of this costs nothing and talks to nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import itertools
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+from tqdm.auto import tqdm
+
+from keeptune.core.artefact import explain_full_disk
+from keeptune.core.errors import KeeptuneError, ProcessError, RecipeError, named
+
+T = TypeVar("T")
+R = TypeVar("R")
+TIMEOUT = "KEEPTUNE_TIMEOUT"  # minutes
+_MINUTES = 60
+_JOINED: ContextVar[bool] = ContextVar("joined", default=False)
+_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
+
+
+def launched() -> int:
+    """Returns how many processes a launcher started, this one among them."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def world() -> int:
+    """Returns how many processes work together."""
+    return dist.get_world_size() if _JOINED.get() else 1
+
+
+def rank() -> int:
+    """Returns the number of this process, from 0."""
+    return dist.get_rank() if _JOINED.get() else 0
+
+
+def is_first() -> bool:
+    """Returns whether this process is the one that writes and is heard."""
+    return rank() == 0
+
+
+def on_machine() -> tuple[int, int]:
+    """Returns the number of this process among those of its machine, and how many these are."""
+    return (int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if _JOINED.get() else (0, 1)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Joins the processes that a launcher started, and ends them together.
+
+    An error of one ends all: the first to meet one raises it, the others leave with exit code 2 and say nothing. One
+    that waits for another longer than ``KEEPTUNE_TIMEOUT`` minutes (60) takes it for hung. All end with the launcher.
+
+    Raises:
+        ProcessError: Another process ended or hung.
+    """
+    if launched() == 1 or dist.is_initialized():
+        yield
+        return
+    _end_with_launcher()
+    waits = datetime.timedelta(minutes=float(os.environ.get(TIMEOUT, _MINUTES)))
+    store, number, size = next(rendezvous("env://", timeout=waits))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    group = PrefixStore("group", store)
+    dist.init_process_group(backend, store=group, rank=number, world_size=size, timeout=waits)
+    token = _JOINED.set(True)
+    try:
+        with _quiet() if number else contextlib.nullcontext():
+            yield
+    except Exception as error:
+        if not _is_first_to_end(PrefixStore("keeptune", store)):
+            time.sleep(1)  # the launcher ends all as soon as one has left: let the other be heard
+            raise SystemExit(2) from None
+        explained = _explained(error)
+        if explained is error:
+            raise
+        raise explained from error
+    finally:
+        _JOINED.reset(token)
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    to = contextlib.redirect_stdout, contextlib.redirect_stderr
+    with Path(os.devnull).open("w") as nowhere, to[0](nowhere), to[1](nowhere):
+        yield
+
+
+def _end_with_launcher() -> None:
+    """Has the system end this process with the one that started it, which nothing else does where that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_WITH_PARENT, signal.SIGKILL)
+
+
+def _is_first_to_end(store: Store) -> bool:
+    try:
+        return bool(store.add("ended", 1) == 1)
+    except RuntimeError:  # it is gone, with the process that held it
+        return False
+
+
+def _explained(error: Exception) -> Exception:
+    """Returns the error, or what it means where another process did not answer."""
+    if isinstance(error, KeeptuneError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return error
+    return ProcessError(
+        f"process {rank()} of {world()}",
+        got=f"no answer of another process ({str(error).splitlines()[0]})",
+        wanted="all of them at work",
+        next_step="See why the other one ended (killed, out of memory) or hung; the same command goes on from here.",
+    )
+
+
+def gathered(value: T) -> list[T]:
+    """Returns the value of each process, in their order."""
+    if world() == 1:
+        return [value]
+    every: list[Any] = [None] * world()
+    dist.all_gather_object(every, value)
+    return every
+
+
+def by_first(make: Callable[[], T]) -> T:
+    """Has the first process alone make something, while the others wait; all return it."""
+    if world() == 1:
+        return make()
+    made: list[Any] = [None]
+    if is_first():
+        token = _JOINED.set(False)
+        try:
+            made = [make()]
+        finally:
+            _JOINED.reset(token)
+    dist.broadcast_object_list(made)
+    value: T = made[0]
+    return value
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Returns this process's part of some items: every ``world()``-th."""
+    return items[rank() :: world()]
+
+
+def divided(items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+    """Divides items among the processes.
+
+    Args:
+        items: The same on all.
+        compute: Returns one result for each of the items that it is given.
+
+    Returns:
+        The results of all items in their order, on each process.
+    """
+    joined_results: list[Any] = [None] * len(items)
+    for number, part in enumerate(gathered(list(compute(share(items))))):
+        joined_results[number :: world()] = part
+    return joined_results
+
+
+def divided_in_groups(
+    items: Sequence[T], group_of: Callable[[T], Any], compute: Callable[[T], R], *, title: str
+) -> list[R]:
+    """Divides items as :func:`divided`, those that follow each other in one group together; ``title`` shows a bar."""
+    groups = [list(own) for _, own in itertools.groupby(items, key=group_of)]
+
+    def some(own: Sequence[list[T]]) -> list[list[R]]:
+        with tqdm(total=sum(map(len, own)), desc=title, delay=2, disable=None, leave=False) as bar:
+            return [[_counted(compute(one), bar) for one in group] for group in own]
+
+    return [one for group in divided(groups, some) for one in group]
+
+
+def _counted(value: R, bar: Any) -> R:
+    bar.update()
+    return value
+
+
+def add_up(total: Tensor) -> None:
+    """Adds up a tensor over the processes, in float64 and in place; each has the sum, equal to the last bit."""
+    if world() > 1:
+        whole = total.detach().to("cpu", torch.float64).contiguous()
+        dist.all_reduce(whole)
+        total.copy_(whole)
+
+
+def same_everywhere(where: str, value: str) -> None:
+    """Refuses what is not the same on all processes, such as the key of a recipe; says which differ.
+
+    Raises:
+        RecipeError: It differs.
+    """
+    every = gathered(value)
+    others = [str(number) for number, one in enumerate(every) if one != every[0]]
+    if others:
+        raise RecipeError(
+            where,
+            got=f"another on process {named(others)} of {world()} than on the first",
+            wanted="the same on all",
+            next_step="Start all machines with the same command, on the same files.",
+        )
+
+
+def refuse_unshared(where: str, folder: Path) -> None:
+    """Refuses a folder that not all processes see.
+
+    Raises:
+        RecipeError: What the first one writes there is not seen by another.
+    """
+    if world() == 1:
+        return
+    made = by_first(lambda: not folder.exists())
+    mark = folder / f".seen-{by_first(lambda: secrets.token_hex(8))}"
+    if is_first():
+        with explain_full_disk(mark):
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    gathered(None)
+    blind = [str(number) for number, seen in enumerate(gathered(mark.exists())) if not seen]
+    if is_first():
+        mark.unlink()
+        if made and blind:
+            folder.rmdir()
+    if blind:
+        raise RecipeError(
+            where,
+            got=f"{folder}, which process {named(blind)} of {world()} does not share with the first",
+            wanted="a folder that all machines see",
+            next_step=f"Put `{where}` on a shared file system.",
+        )
