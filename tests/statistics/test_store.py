@@ -305,14 +305,14 @@ def test_weights_that_are_no_numbers_are_told_with_the_first_module_after_them(
 def test_what_two_collect_at_the_same_time_is_collected_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have seen that it is not there; the second waits, and takes what the first has stored."""
     both = threading.Barrier(2)
-    seen = collecting._Collection._absent
+    seen = collecting._Collection._missing
 
     def together(*arguments: Any) -> Any:
         found = seen(*arguments)
         both.wait(timeout=60)
         return found
 
-    monkeypatch.setattr(collecting._Collection, "_absent", together)
+    monkeypatch.setattr(collecting._Collection, "_missing", together)
     models = [MODELS["llama"]() for _ in range(2)]
 
     def passes(model: PreTrainedModel) -> int:
@@ -322,5 +322,5 @@ def test_what_two_collect_at_the_same_time_is_collected_once(tmp_path: Path, mon
 
     with ThreadPoolExecutor(2) as pool:
         counts = list(pool.map(passes, models))
-    monkeypatch.setattr(collecting._Collection, "_absent", seen)
+    monkeypatch.setattr(collecting._Collection, "_missing", seen)
     assert min(counts) == passes(models[0]) < max(counts)
