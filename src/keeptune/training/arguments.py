@@ -178,8 +178,7 @@ def sft_config(
 
 
 def divide_step(config: Any, processes: int) -> Any:
-    """Returns a config of one process for each of several, so that a step has the same examples: fewer micro-batches
-    for each, or smaller ones.
+    """Returns a config for each of several processes: fewer micro-batches or smaller ones, and the same step in all.
 
     Raises:
         RecipeError: The examples of a step are no multiple of the processes.
