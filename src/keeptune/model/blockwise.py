@@ -23,7 +23,7 @@ from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, body
 from keeptune.model.expert_taps import expert_names
 from keeptune.model.fused_experts import one_expert_at_a_time
-from keeptune.model.row_hooks import PassEnd, RealRows, Sink, Taps, watched_inputs, watched_taps
+from keeptune.model.row_hooks import PassEnd, RealRows, Sink, Taps, watched
 from keeptune.model.runner import Done, Runner, arguments_of, no_done, still
 from keeptune.model.shelf import Shelf
 from keeptune.model.summed_loss import Loss, summed_loss
@@ -58,10 +58,10 @@ class BlockwiseRunner(Runner):
             ModelError: The model is no single stack of blocks that hand on hidden states alone.
             StatisticsError: A row is NaN or infinite.
         """
+        taps = Taps(forward={name: list(own) for name, own in sinks.items()})
 
         def watch(names: set[str], *, end: bool = False) -> _Watch:
-            own = {name: sinks[name] for name in names}
-            return lambda real: watched_inputs(self.model, own, real, end=end)
+            return lambda real: watched(self.model, taps, names, real, end=end)
 
         with torch.no_grad(), self._walk(batches, set(sinks), body(self.model), title) as walk:
             walk.start(watch(walk.outside))
@@ -85,7 +85,7 @@ class BlockwiseRunner(Runner):
         """
 
         def watch(names: set[str]) -> _Watch:
-            return lambda real: watched_taps(self.model, taps, names, real)
+            return lambda real: watched(self.model, taps, names, real)
 
         def differentiate(number: int, hidden: Tensor, run: Callable[[Tensor], Any]) -> None:
             with torch.enable_grad():
@@ -95,7 +95,7 @@ class BlockwiseRunner(Runner):
 
         with torch.no_grad(), self._walk(batches, taps.names, self.model, title) as walk:
             forth = Taps(forward={name: taps.forward.get(name, []) for name in walk.outside})
-            walk.start(lambda real: watched_taps(self.model, forth, walk.outside, real))
+            walk.start(lambda real: watched(self.model, forth, walk.outside, real))
             _refuse_gradients_before(walk.before & taps.with_gradients)
             done(walk.before)
             for index in range(len(walk.blocks)):

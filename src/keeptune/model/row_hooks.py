@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -106,42 +106,18 @@ class RealRows:
 
 
 @contextmanager
-def watched_inputs(
-    model: PreTrainedModel, sinks: Mapping[str, Sequence[Sink]], real: RealRows, *, end: bool
+def watched(
+    model: PreTrainedModel, taps: Taps, names: set[str], real: RealRows, *, end: bool = False
 ) -> Iterator[None]:
-    """Hands the input rows of modules to sinks; with ``end``, raises PassEnd once all modules have been reached."""
-    waiting = set(sinks)
+    """Hands the input rows and output gradients of modules to sinks; ``end`` raises PassEnd once all were reached."""
+    waiting = set(names)
 
     def passed(name: str) -> None:
         waiting.discard(name)
         if end and not waiting:
             raise PassEnd
 
-    def reached(name: str, inputs: Tensor, _: object = None) -> None:
-        rows = real.rows(inputs, name, "inputs")
-        for sink in sinks[name]:
-            sink(rows)
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            reached(name, inputs[0])
-            passed(name)
-
-        return hook
-
-    experts = expert_names(model, sinks)
-    with ExitStack() as stack:
-        stack.enter_context(watched_experts(model, experts, reached, passed))
-        for name in [name for name in sinks if name not in experts]:
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(watch(name)).remove)
-        yield
-
-
-@contextmanager
-def watched_taps(model: PreTrainedModel, taps: Taps, names: set[str], real: RealRows) -> Iterator[None]:
-    """Hands the input rows and output gradients of some modules to the sinks of a backward pass."""
-
-    def reached(name: str, inputs: Tensor, output: Tensor) -> None:
+    def reached(name: str, inputs: Tensor, output: Tensor | None = None) -> None:
         h = real.rows(inputs.detach(), name, "inputs")
         for sink in taps.forward.get(name, []):
             sink(h)
@@ -155,18 +131,22 @@ def watched_taps(model: PreTrainedModel, taps: Taps, names: set[str], real: Real
             for sink in taps.texts.get(name, []):
                 sink(h, delta, real.lengths(h, name))
 
-        if name in taps.with_gradients:
+        if output is not None and name in taps.with_gradients:
             output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
             reached(name, inputs[0], output)
+            passed(name)
 
         return hook
 
     experts = expert_names(model, names)
     with ExitStack() as stack:
-        stack.enter_context(watched_experts(model, experts, reached, lambda _: None))
+        stack.enter_context(watched_experts(model, experts, reached, passed))
         for name in names - experts:
-            stack.callback(model.get_submodule(name).register_forward_hook(watch(name)).remove)
+            module = model.get_submodule(name)
+            # Where inputs are enough, a pass that ends there need not compute the module.
+            add = module.register_forward_hook if name in taps.with_gradients else module.register_forward_pre_hook
+            stack.callback(add(watch(name)).remove)
         yield

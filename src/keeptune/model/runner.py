@@ -17,7 +17,7 @@ from keeptune.data.calibration import Batch
 from keeptune.model.blocks import body, head_of
 from keeptune.model.row_hooks import PassEnd as PassEnd
 from keeptune.model.row_hooks import PassKind as PassKind
-from keeptune.model.row_hooks import RealRows, watched_inputs, watched_taps
+from keeptune.model.row_hooks import RealRows, watched
 from keeptune.model.row_hooks import Sink as Sink
 from keeptune.model.row_hooks import Taps as Taps
 from keeptune.model.summed_loss import Loss, summed_loss
@@ -54,10 +54,10 @@ class Runner:
         Raises:
             StatisticsError: A row is NaN or infinite.
         """
-        inner = body(self.model)
+        inner, taps = body(self.model), Taps(forward={name: list(own) for name, own in sinks.items()})
         with still(self.model), torch.no_grad():
             for number, batch in enumerate(_shown(batches, title), start=1):
-                self._forth(inner, self._ready(batch), sinks).check(f"batch {number} of {len(batches)}")
+                self._forth(inner, self._ready(batch), taps).check(f"batch {number} of {len(batches)}")
         done(set(sinks))
 
     def backward(self, batches: Sequence[Batch], taps: Taps, loss: Loss, *, title: str, done: Done = no_done) -> None:
@@ -87,10 +87,10 @@ class Runner:
             token_type_ids=None if types is None else types.gather(1, order),
         )
 
-    def _forth(self, inner: nn.Module, batch: Batch, sinks: Mapping[str, Sequence[Sink]]) -> RealRows:
+    def _forth(self, inner: nn.Module, batch: Batch, taps: Taps) -> RealRows:
         mask = batch.attention_mask.to(self.device)
         real = RealRows(mask)
-        with suppress(PassEnd), watched_inputs(self.model, sinks, real, end=True):
+        with suppress(PassEnd), watched(self.model, taps, taps.names, real, end=True):
             inner(**arguments_of(batch, mask))
         return real
 
@@ -103,7 +103,7 @@ class Runner:
 
         with ExitStack() as stack:
             stack.callback(self.model.get_input_embeddings().register_forward_hook(start).remove)
-            stack.enter_context(watched_taps(self.model, taps, taps.names, real))
+            stack.enter_context(watched(self.model, taps, taps.names, real))
             logits = self.model(**arguments_of(batch, mask)).logits
             for draw in range(loss.probes):
                 last = draw + 1 == loss.probes
