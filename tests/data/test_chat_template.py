@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from keeptune.core.errors import DataError, RecipeError
-from keeptune.data.chat_template import CHATML, ChatOptions, ChatRow, ChatTemplate, with_template
-from keeptune.data.conversation import Conversation
+from keeptune.data.chat_template import CHATML, ChatOptions, ChatTemplate, with_template
 from keeptune.data.conversations import Conversations, conversation_examples
+from keeptune.data.examples import Conversation, TokenRow
 from keeptune.data.formats import FormatOptions, read_examples
 from keeptune.pipeline.task_kinds import KINDS
 from keeptune.recipe.sections import Task
@@ -59,7 +59,7 @@ def chat_of(base: PreTrainedTokenizerBase, template: str, **options: Any) -> Cha
     return ChatTemplate(tokenizer, ChatOptions(**options), where="task.train")
 
 
-def read(chat: ChatTemplate, *messages: Any, tools: Any = None) -> tuple[ChatRow, list[str]]:
+def read(chat: ChatTemplate, *messages: Any, tools: Any = None) -> tuple[TokenRow, list[str]]:
     """A conversation read, and the texts that are learned of it."""
     row = chat.row(Conversation(messages, tools), where="task.train row 1")
     return row, spans(chat, row.ids, row.learned)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.data.chat_template import ChatOptions
-from keeptune.data.conversation import Conversation
+from keeptune.data.examples import Conversation
 from keeptune.data.formats import Answered, FormatOptions, parse_rows, read_examples, text_or_messages
 
 Message = dict[str, Any]

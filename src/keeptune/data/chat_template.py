@@ -20,13 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError, nearest
-from keeptune.data.conversation import Conversation
+from keeptune.data.examples import Conversation, TokenRow
 
 Messages = Sequence[Mapping[str, Any]]
 CHATML = (
@@ -65,20 +65,6 @@ class ChatOptions:
         """Returns which messages are to be learned."""
         own = [n for n, m in enumerate(messages) if m["role"] in self.roles_to_train and m.get("train") is not False]
         return own[-1:] if self.turns == "last" else own
-
-
-class ChatRow(NamedTuple):
-    """A conversation as tokens.
-
-    Args:
-        ids: The tokens, up to the end of the last message that is to be learned.
-        learned: Which of them are learned.
-        lost: Why a message that is to be learned is not, for each such message.
-    """
-
-    ids: tuple[int, ...]
-    learned: tuple[bool, ...]
-    lost: tuple[str, ...]
 
 
 class _NotProvedError(Exception):
@@ -208,8 +194,8 @@ class ChatTemplate:
         same = [a for a, b in zip(last, inner, strict=False) if a == b] if self.added.intersection(last) else inner[:1]
         return next((token for token in same if token in self.added), None)
 
-    def row(self, conversation: Conversation, *, where: str) -> ChatRow:
-        """Returns a conversation as tokens, with what is learned of it.
+    def row(self, conversation: Conversation, *, where: str) -> TokenRow:
+        """Returns a conversation as tokens, up to the end of the last message that is to be learned.
 
         Raises:
             DataError: The template refuses the messages, or does not show one of them.
@@ -265,7 +251,7 @@ class _Rendering:
         if self.tokens[self.text][:2] == [chat.tokenizer.bos_token_id] * 2:
             raise ValueError(f"it begins with {chat.tokenizer.bos_token} twice")
 
-    def row(self) -> ChatRow:
+    def row(self) -> TokenRow:
         """Returns the tokens, with the ``wanted`` messages learned."""
         marks = None
         if _MARKS.search(self.chat.template(self.tools)) and self.chat.options.roles_to_train == ("assistant",):
@@ -295,7 +281,7 @@ class _Rendering:
         every = [n for n, token in enumerate(ids) if when == "all" and token == self.chat.end]
         for end in {"turn": ends, "all": [*ends, *every], "last": ends[-1:], "none": []}[when]:
             learned[end] = True
-        return ChatRow(tuple(ids), tuple(learned), tuple(lost))
+        return TokenRow(tuple(ids), tuple(learned), tuple(lost))
 
     def _cut_last_answer(self) -> None:
         """Cuts the tokens of the whole where the last answer begins, if one would span it and what is asked."""

@@ -12,8 +12,7 @@ from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
 from keeptune.data.chat_template import ChatOptions, ChatTemplate, template_text
 from keeptune.data.completions import TaskExamples
-from keeptune.data.conversation import Conversation
-from keeptune.data.examples import LanguageExamples, TokenRow, Truncate
+from keeptune.data.examples import Conversation, LanguageExamples, TokenRow, Truncate
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class Conversations(LanguageExamples):
         after = sum(self.conversations[n].messages[-1]["role"] not in self.options.roles_to_train for n in numbers)
         if after:
             _log.warning("%s: %d conversations go on after what is learned: the rest is left out", self.where, after)
-        return [TokenRow(row.ids, row.learned) for row in read]
+        return [row._replace(lost=()) for row in read]
 
 
 def conversation_examples(

@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -31,10 +31,26 @@ class TokenRow(NamedTuple):
     Args:
         ids: Its tokens.
         learned: Which of them are learned.
+        lost: Of a conversation, why a message that is to be learned is not, for each such message.
     """
 
     ids: tuple[int, ...]
     learned: Learned
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as chat templates take them, plain JSON objects.
+
+    Args:
+        messages: Each with ``role`` and ``content`` (text, or None beside ``tool_calls``); optional are ``tool_calls``,
+            ``name``, ``tool_call_id``, ``reasoning_content``, and ``train``: False where a message is not learned.
+        tools: JSON schemas of the functions that the model may call.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
 
 
 class Examples(ABC):

@@ -91,7 +91,7 @@ class Preferences(LanguageExamples):
         longest = [max(answers, key=lambda answer: len(answer.ids)) for answers in tokens]
         lost = fit(longest, max_length, self.truncate, where=self.where)[1]
         first = (tokens[row][0] for row in self._kept(lost))
-        return [TokenRow(ids[:max_length], learned[:max_length]) for ids, learned in first], lost
+        return [TokenRow(one.ids[:max_length], one.learned[:max_length]) for one in first], lost
 
     def _kept(self, lost: Lost) -> list[int]:
         out = {number for reason, own in lost.items() if reason.startswith(LEFT_OUT) for number in own}

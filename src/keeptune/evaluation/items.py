@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.core.errors import DataError
-from keeptune.data.conversation import Conversation
+from keeptune.data.examples import Conversation
 from keeptune.data.formats import FormatOptions, messages_of
 from keeptune.data.labelled import Texts, label_of, score_of, texts_of
 from keeptune.data.preferences import Preferences, plain, preferences
