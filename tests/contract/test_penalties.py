@@ -33,7 +33,6 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"curvature": "delta-act", "batches": 1, "batch_size": 6},
         {"curvature": "delta-kfac", "rho": 0.1, "strength": 30.0},
         {"curvature": "delta-kfac", "factor_rank": 6, "labels": "true"},
-        {"curvature": "l2"},
         {"curvature": "diag"},
         {"curvature": "b-kfac"},
         {"curvature": "b-tri-kfac", "factor_rank": 8},

@@ -20,6 +20,7 @@ from keeptune.linalg.symmetric import LowRankDiagonal
 from keeptune.methods.keep import Keep
 from keeptune.model.blocks import find_targets
 from keeptune.penalties.base import Site
+from keeptune.penalties.measured import read_covariance
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.low_rank_covariance import GradientFactor, InputFactor, packed
 from keeptune.statistics.request import Request, RowRequest
@@ -88,7 +89,7 @@ def account(method: Keep) -> dict[str, float]:
     held = sum(value.nbytes for name, value in tensors.items() if name.startswith(("Omega:", "Gamma:")))
     told: dict[str, int] = {}
     for target in targets:
-        told |= penalty.factor_sizes(target, inputs=True, gradients=True)
+        told |= penalty.size(planned(target))
     assert sum(told.values()) == held, "what the account of a run takes them for"
     assert sum(request.kept(target) for (request, _), target in requests.items()) == store
     return {"resident": BLOCKS * sums, "block": sums, "store": BLOCKS * store, "training": BLOCKS * held}
@@ -139,7 +140,7 @@ def test_training_gets_the_stored_matrix_with_its_trace() -> None:
     factor = LowRankDiagonal(U, torch.rand(12, generator=draw) + 1, torch.rand(1500, generator=draw) * 0.01)
     stats: Any = {penalty.gradients(target): packed(SimpleNamespace(factor=factor, error=0.1))}  # type: ignore[arg-type]
     site = Site(planned(target), torch.zeros(1500, 40), stats, (target,), 1)
-    read = penalty.read(penalty.gradients(target), site)
+    read = read_covariance(penalty.gradients(target), site)
     assert isinstance(read, LowRankDiagonal)
     assert read.U.dtype == torch.bfloat16
     assert float(read.trace()) == pytest.approx(float(factor.trace()), rel=1e-6)

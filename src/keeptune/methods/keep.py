@@ -20,27 +20,20 @@ from keeptune.core.errors import PlanError
 from keeptune.methods.lora import LoraStart
 from keeptune.methods.strength import Strength
 from keeptune.penalties.drift import DriftBudget
-from keeptune.statistics.low_rank_covariance import FactorRank
-from keeptune.statistics.request import Labels
+from keeptune.penalties.measured import FactorOptions
 
 _NATS = 0.003
 
 
 @dataclass(frozen=True)
-class Keep(LoraStart):
+class Keep(FactorOptions, LoraStart):
     """LoRA under a budget.
 
     Args:
         nats: The budget in nats per token, to second order (4); 0.003 unless ``drift`` is set.
         drift: In place of it, the mean relative feature drift allowed (3): no backward pass, and a cheaper step.
-        labels: Of ``nats``: ``"probe"``, ``"sampled"`` or ``"true"``, as of the penalty ``drift``.
-        probes: Of ``nats``: how many draws Γ is averaged over.
-        label_seed: Of ``nats``: seed of the draws.
-        rho: Of ``nats``: damping of Γ towards the identity of its trace.
         rate: The largest step of the multiplier's logarithm.
         gain: The largest difference between the logarithms of the pressure and of the multiplier.
-        factor_rank: How many directions of Ω and of Γ are kept beside their diagonal; ``"auto"`` keeps matrices of up
-            to 1,024 wide whole, of wider ones 288 directions of Ω and 64 of Γ; None keeps all whole.
 
     Raises:
         PlanError: An option is out of range, or there are two budgets.
@@ -52,13 +45,9 @@ class Keep(LoraStart):
 
     nats: float | None = None
     drift: float | None = None
-    labels: Labels = "probe"
-    probes: int = 1
-    label_seed: int = 0
     rho: float = 0.5
     rate: float = 0.1
     gain: float = 2.0
-    factor_rank: FactorRank = "auto"
 
     def __post_init__(self) -> None:
         """Checks the options.

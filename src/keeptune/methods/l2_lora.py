@@ -17,56 +17,21 @@ every model; ``unit="absolute"`` at rank 32 is (7) as written.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from keeptune.methods.lora import LoraStart
 from keeptune.methods.strength import Strength
-from keeptune.penalties.l2 import L2, Layers
-from keeptune.statistics.layer_effect import Reading
+from keeptune.penalties.l2 import L2, L2Options, Layers
 
 
 @dataclass(frozen=True)
-class L2Lora(LoraStart):
-    """L2-LoRA.
-
-    Args:
-        strength: eta. With the relative unit, what a change as large as W itself costs, in nats.
-        layers: Weight of each block: ``"cubic"`` (eq. 8), ``"naie"`` (eqs. 2 and 3, measured on the knowledge),
-            ``"uniform"``, or a list, from block 0.
-        on: ``"change"`` takes ``s B A`` (eq. 7), ``"factors"`` A and B (eq. 5).
-        unit: ``"relative"`` measures each change against its W, ``"absolute"`` takes eq. 7 as it is.
-        first: l_i as a share of the depth.
-        last: l_f as a share of the depth.
-        floor: tau, the least weight of the schedule.
-        reading: Which reading of eq. 2 (naie).
-        noise_fraction: Share of a prompt's tokens that get noise (naie).
-        noise_scale: Its standard deviation, in units of that of the token embeddings (naie).
-        trace_examples: How many examples of each knowledge set are traced (naie).
-
-    Raises:
-        PlanError: An option is out of range.
-    """
+class L2Lora(L2Options, LoraStart):
+    """L2-LoRA."""
 
     name = "l2-lora"
     paper = "Zhang et al., L2-LoRA"
     strength_option = Strength(("strength",), "multiplied")
 
-    strength: float = 100.0
     layers: Layers = "cubic"
-    on: Literal["change", "factors"] = "change"
-    unit: Literal["relative", "absolute"] = "relative"
-    first: float = 1 / 3
-    last: float = 2 / 3
-    floor: float = 0.0
-    reading: Reading = "positions"
-    noise_fraction: float = 0.5
-    noise_scale: float = 3.0
-    trace_examples: int | None = 32
-
-    def __post_init__(self) -> None:
-        """Checks the options, also those of the penalty."""
-        super().__post_init__()
-        self.penalties()
 
     def penalties(self) -> tuple[L2]:
         """Returns (7)."""

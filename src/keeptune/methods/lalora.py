@@ -9,8 +9,8 @@ Sliwa, Schneider, Hennig, Hernandez-Lobato, "Mitigating Forgetting in Low Rank A
 F is diagonal (``diag``), Kronecker-factored per weight (``b-kfac``), or with A and B of one adapter coupled
 (``b-tri-kfac``): equations (1) to (3) of ``penalties/laplace.py``. Not known to us: the flavour of the Fisher (here the
 model's own, sums over tokens), damping (here none), the grid of λ, and what is done about A: **at B_0 = 0 the
-Fisher of A is zero in all three forms, and b-tri-kfac is b-kfac**. The forms on the weight change, ``delta-kfac``,
-``delta-act`` and ``l2``, have no such blind spot; they are ours (and that of EWC-LoRA and TAK in spirit).
+Fisher of A is zero in all three forms, and b-tri-kfac is b-kfac**. The forms on the weight change, ``delta-kfac``
+and ``delta-act``, have no such blind spot; they are ours (and that of EWC-LoRA and TAK in spirit).
 
 The paper finds two batches per set best; ``batches`` times ``batch_size`` examples are taken of each set of the
 recipe's ``knowledge``.
@@ -23,29 +23,21 @@ from dataclasses import dataclass
 from keeptune.methods.lora import LoraStart
 from keeptune.methods.strength import Strength
 from keeptune.penalties.laplace import Curvature, Laplace
-from keeptune.statistics.low_rank_covariance import FactorRank
-from keeptune.statistics.request import Labels
+from keeptune.penalties.measured import FactorOptions
 
 
 @dataclass(frozen=True)
-class Lalora(LoraStart):
+class Lalora(FactorOptions, LoraStart):
     """LaLoRA, our reading.
 
     Args:
         dropout: Dropout before A, during training; the curvature is taken without.
-        strength: λ: how much a nat lost on the knowledge weighs; for ``delta-act`` and ``l2`` what a relative drift
-            of 1 costs.
-        curvature: ``diag``, ``b-kfac``, ``b-tri-kfac`` as in the paper; ``delta-kfac``, ``delta-act``, ``l2`` on the
-            weight change.
-        labels: ``"probe"`` and ``"sampled"`` are the Fisher, ``"true"`` the empirical one.
-        probes: How many draws of signs or labels are averaged.
-        label_seed: Seed of the draws.
+        strength: λ: how much a nat lost on the knowledge weighs; for ``delta-act`` what a relative drift of 1 costs.
+        curvature: ``diag``, ``b-kfac``, ``b-tri-kfac`` as in the paper; ``delta-kfac``, ``delta-act`` on the weight
+            change.
         batches: Batches of each knowledge set; None is all of it.
         batch_size: Examples per batch.
-        rho: Damping of the output factor towards the identity.
-        rho_input: The same of the input factor.
-        factor_rank: How many directions of Ω and of Γ are kept beside their diagonal; ``"auto"`` keeps matrices of up
-            to 1,024 wide whole, of wider ones 288 directions of Ω and 64 of Γ; None keeps all whole.
+        rho_input: Damping of Ω, as ``rho`` is of Γ.
 
     Raises:
         PlanError: An option is out of range.
@@ -57,14 +49,9 @@ class Lalora(LoraStart):
 
     strength: float = 100.0
     curvature: Curvature = "b-kfac"
-    labels: Labels = "probe"
-    probes: int = 1
-    label_seed: int = 0
     batches: int | None = 2
     batch_size: int = 8
-    rho: float = 0.0
     rho_input: float = 0.0
-    factor_rank: FactorRank = "auto"
 
     def __post_init__(self) -> None:
         """Checks the options, also those of the penalty."""

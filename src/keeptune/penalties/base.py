@@ -26,7 +26,6 @@ from keeptune.core.plan import PenaltyPlan, Plan, TargetPlan
 from keeptune.core.processes import divided_in_groups
 from keeptune.core.registry import made, registered
 from keeptune.core.target import Target, TensorName
-from keeptune.data.calibration import Calibration
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import DataRole, Request
 
@@ -143,54 +142,6 @@ class Penalty(Options):
     def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
         """Returns sentences about the finished training for the report, given the last row of its log."""
         return []
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TextBatch:
-    """Texts that the model is run on in a step.
-
-    Args:
-        number: Equal numbers are equal batches, throughout a training.
-        input_ids: ``(texts, length)``.
-        attention_mask: 1 for a token, 0 for padding.
-        learned: True for a token that is predicted, which the first of a text never is.
-    """
-
-    number: int
-    input_ids: Tensor
-    attention_mask: Tensor
-    learned: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputPenalty(Penalty):
-    """A penalty on how far the model's answers are from the base's, (1) of kl.py, on batches of its own.
-
-    The engine runs the model (training/output_passes.py); the gradient is autograd's.
-
-    Args:
-        kept_mib: How much memory the base's answers may take, so that they are computed once; 0 computes them at
-            every step.
-    """
-
-    kept_mib: int = 256
-
-    @property
-    def at_once(self) -> int:
-        """How many texts the model is run on in a step."""
-        raise NotImplementedError
-
-    def texts(self, data: Mapping[DataRole, Calibration]) -> Mapping[str, Tensor]:
-        """Returns the tensors of the texts, saved with the plan.
-
-        Args:
-            data: Tokens per data role.
-        """
-        raise NotImplementedError
-
-    def batch(self, tensors: Mapping[str, Tensor]) -> TextBatch:
-        """Returns the texts of the next step."""
-        raise NotImplementedError
 
 
 def penalty_plan(penalty: Penalty, targets: Sequence[TargetPlan], site_of: Callable[[TargetPlan], Site]) -> PenaltyPlan:

@@ -26,11 +26,9 @@ from torch import Tensor
 
 from keeptune.core.options import Range
 from keeptune.core.plan import TargetPlan
-from keeptune.linalg.symmetric import Identity, PsdMatrix, psd_matrix_from
 from keeptune.penalties.base import Factors, Site, Term, on_factors, start_of
-from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
+from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.penalties.measured import CovariancePenalty
-from keeptune.statistics.request import Request
 
 _MET = 0.2  # of the budget
 
@@ -80,52 +78,34 @@ class DriftBudget(CovariancePenalty):
     gain: float = 2.0
     start: float = 1.0
 
-    def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
-        """Returns Ω, and Γ for nats."""
-        outputs = {self.gradients(target_plan.target), self.count} if self.curvature == "delta-kfac" else set()
-        return frozenset({self.inputs(target_plan.target), *outputs})
+    @property
+    def by_loss(self) -> bool:
+        """Whether the budget is in nats."""
+        return self.curvature == "delta-kfac"
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
         """Returns Ω per input group, Γ, what makes a form a target's part of D, and the controller's state."""
-        target = site.plan.target
-        Omega = self.read(self.inputs(target), site)
-        tensors = dict(Omega.tensors(f"Omega:{target.input_group}:"))
-        if self.curvature == "delta-kfac":
-            Gamma = self.read(self.gradients(target), site)
-            tensors |= Gamma.damped(self.rho).tensors(f"Gamma:{target.name}:")
+        tensors = self.measured(site)
+        if self.by_loss:
             share = self.tokens_per_learned(site) / 2
         else:
-            identity = Identity(target.out_features, torch.ones((), device=site.weight.device))
-            whole = float(quadratic_form(site.weight.double(), Omega.to(torch.float64), identity))
-            share = 1 / (whole * len(site.targets)) if whole > 0 else 0.0
+            cost = self.cost_of_weights(site, tensors)
+            share = 1 / cost if cost > 0 else 0.0
         budget = torch.tensor([self.budget], dtype=torch.float64)
         return {
             **tensors,
-            f"share:{target.name}": torch.tensor(share),
+            f"share:{site.plan.target.name}": torch.tensor(share),
             "budget": budget,
             "log multiplier": torch.full_like(budget, self.start).log(),
             "log pressure": torch.full_like(budget, self.start).log() - self.gain,
         }
 
-    def size(self, target_plan: TargetPlan) -> Mapping[str, int]:
-        """Returns that of Ω, which an input group shares, and of Γ."""
-        target = target_plan.target
-        return self.factor_sizes(target, inputs=True, gradients=self.curvature == "delta-kfac")
-
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Returns a target's part of (3): of D, times p over the budget."""
-        target, share = target_plan.target, tensors[f"share:{target_plan.target.name}"]
-        Gamma: PsdMatrix = Identity(target.out_features, torch.ones_like(share))
-        if self.curvature == "delta-kfac":
-            Gamma = psd_matrix_from(tensors, f"Gamma:{target.name}:")
-        change = KroneckerChange(
-            Omega=psd_matrix_from(tensors, f"Omega:{target.input_group}:"),
-            Gamma=Gamma,
-            scale=target_plan.scale,
-            weight=share,
-            start=start_of(target_plan, share.device),
-        )
-        drift = on_factors(change.value_and_grad)
+        share = tensors[f"share:{target_plan.target.name}"]
+        Omega, Gamma = self.factors(target_plan.target, tensors, torch.ones_like(share))
+        start = start_of(target_plan, share.device)
+        drift = on_factors(KroneckerChange(Omega, Gamma, target_plan.scale, share, start).value_and_grad)
         log_pressure, budget = tensors["log pressure"], tensors["budget"]  # log p is changed in place by `update`
 
         def term(factors: Factors) -> tuple[Tensor, Factors]:
@@ -140,7 +120,7 @@ class DriftBudget(CovariancePenalty):
         log_multiplier, log_pressure, budget = (tensors[k] for k in ("log multiplier", "log pressure", "budget"))
         value = torch.stack([part.to(budget) for part in values.values()]) * (budget / log_pressure.exp())
         drift = torch.zeros_like(budget).index_add_(0, torch.zeros_like(value, dtype=torch.long), value)
-        own = value if self.curvature == "delta-kfac" else value * len(value)
+        own = value if self.by_loss else value * len(value)
         logs = {"feature_drift": drift[0], "multiplier": log_pressure[0].exp()}
         logs |= {f"feature_drift/{name}": own[index] for index, name in enumerate(values)}
         log_multiplier.copy_(ascended(log_multiplier, drift, budget, self.rate))

@@ -24,10 +24,27 @@ from torch import Tensor
 from keeptune.core.errors import PlanError
 from keeptune.core.options import Range
 from keeptune.data.calibration import Calibration
-from keeptune.penalties.base import OutputPenalty, TextBatch
+from keeptune.penalties.base import Penalty
 from keeptune.statistics.request import DataRole
 
 _IDS, _LENGTHS, _LEARNED, _STEP = "ids", "lengths", "learned", "step"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextBatch:
+    """Texts that the model is run on in a step.
+
+    Args:
+        number: Equal numbers are equal batches, throughout a training.
+        input_ids: ``(texts, length)``.
+        attention_mask: 1 for a token, 0 for padding.
+        learned: True for a token that is predicted, which the first of a text never is.
+    """
+
+    number: int
+    input_ids: Tensor
+    attention_mask: Tensor
+    learned: Tensor
 
 
 def kl_divergence(base: Tensor, now: Tensor) -> Tensor:
@@ -68,10 +85,14 @@ def text_batch(ids: Tensor, lengths: Tensor, learned: Tensor, *, size: int, seed
 
 
 @dataclass(frozen=True)
-class Kl(OutputPenalty):
+class Kl(Penalty):
     """KL to the base on knowledge data, a batch per optimiser step.
 
+    The engine runs the model (training/output_passes.py); the gradient is autograd's.
+
     Args:
+        kept_mib: How much memory the base's answers may take, so that they are computed once; 0 computes them at
+            every step.
         strength: What a nat per token weighs against a nat of the task's loss.
         batch_size: Texts per step.
         seed: Seed of their order.
@@ -87,6 +108,7 @@ class Kl(OutputPenalty):
         "seed": Range(least=0),
     }
 
+    kept_mib: int = 256
     strength: float = 1.0
     batch_size: int = 8
     seed: int = 0
@@ -96,13 +118,8 @@ class Kl(OutputPenalty):
         """The knowledge: the tokens themselves, without statistics."""
         return frozenset({"knowledge"})
 
-    @property
-    def at_once(self) -> int:
-        """The batch."""
-        return self.batch_size
-
     def texts(self, data: Mapping[DataRole, Calibration]) -> Mapping[str, Tensor]:
-        """Returns the tokens of the knowledge, in their order.
+        """Returns the tokens of the knowledge, in their order, saved with the plan.
 
         Raises:
             PlanError: There is no knowledge, or no text of it has two tokens.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.options import Range
+from keeptune.core.options import Options, Range
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.linalg.symmetric import Identity
 from keeptune.penalties.base import Penalty, Site, Term, on_factors, start_of
@@ -66,8 +66,8 @@ def cubic_weights(blocks: int, start: float = 1 / 3, end: float = 2 / 3, floor: 
 
 
 @dataclass(frozen=True)
-class L2(Penalty):
-    """The squared size of the change, weighted by layer.
+class L2Options(Options):
+    """Options of what is squared, and of how layers weigh.
 
     Args:
         strength: eta. With the relative unit, what a change as large as W itself costs, in nats.
@@ -82,15 +82,12 @@ class L2(Penalty):
         reading: Which reading of eq. 2 (naie).
         noise_fraction: Share of a prompt's tokens that get noise (naie).
         noise_scale: Its standard deviation, in units of that of the token embeddings (naie).
-        noise_seed: Its seed (naie).
         trace_examples: How many examples of each knowledge set are traced, the first ones (naie).
 
     Raises:
         PlanError: An option is out of range.
     """
 
-    name = "l2"
-    paper = "Zhang et al., L2-LoRA"
     ranges = {
         "strength": Range(least=0),
         "floor": Range(least=0, most=1),
@@ -108,7 +105,6 @@ class L2(Penalty):
     reading: Reading = "positions"
     noise_fraction: float = 0.5
     noise_scale: float = 3.0
-    noise_seed: int = 0
     trace_examples: int | None = 32
 
     def __post_init__(self) -> None:
@@ -118,6 +114,20 @@ class L2(Penalty):
             right = len(self.layers) > 0 and all(weight in Range(least=0) for weight in self.layers)
             self.need(right, "layers", "one weight of 0 or more per block", "Correct the list.")
         self.need(0 <= self.first < self.last <= 1, "first", f"0 <= first < last <= 1, with last {self.last}")
+
+
+@dataclass(frozen=True)
+class L2(L2Options, Penalty):
+    """The squared size of the change, weighted by layer.
+
+    Args:
+        noise_seed: Seed of the noise (naie).
+    """
+
+    name = "l2"
+    paper = "Zhang et al., L2-LoRA"
+
+    noise_seed: int = 0
 
     @property
     def data(self) -> frozenset[DataRole]:

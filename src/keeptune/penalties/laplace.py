@@ -17,14 +17,13 @@ On the weight change itself (penalties/kronecker.py), E = s (B A - B_0 A_0):
 
     delta-kfac  P = λ/2 c tr(Γ E Ω Eᵀ)                                                        (4)
     delta-act   P = λ mean_t tr(E Ω Eᵀ) / tr(W Ω Wᵀ)                                          (5)
-    l2          P = λ mean_t ‖E‖² / ‖W‖²                                                      (6)
 
 Scale. (1) to (4) are the second order of the KL divergence from the base, in nats per token, if layers do not
 interact: with λ = 1 a nat lost on the knowledge weighs as much as a nat of task loss. (5) is the mean relative feature
-drift, (6) the mean relative change: what a change as large as W would cost is λ.
+drift: what a change as large as W would cost is λ. (The penalty ``l2`` takes the mean relative change, without data.)
 
 **At B_0 = 0, where LoRA starts, (1) to (3) cannot see A**: δ reaches A through B_0, so that F_AA = 0 and (3) is (2)
-without its first term. A turns freely into what the knowledge uses, and only then does B move. (4) to (6) see B A.
+without its first term. A turns freely into what the knowledge uses, and only then does B move. (4) and (5) see B A.
 """
 
 from __future__ import annotations
@@ -38,20 +37,17 @@ from torch import Tensor
 
 from keeptune.core.options import Range
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.linalg.symmetric import Identity, LowRankDiagonal, PsdMatrix, psd_matrix_from
+from keeptune.linalg.symmetric import LowRankDiagonal, psd_matrix_from
 from keeptune.penalties.base import Site, Term, on_factors, start_of
-from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
+from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.penalties.measured import CovariancePenalty
 from keeptune.penalties.tangent import block_kronecker, coupled_kronecker, diagonal
 from keeptune.statistics.fisher import LoraFisher, lora_fisher, split_diagonals
 from keeptune.statistics.low_rank_covariance import GradientFactor, InputFactor, unpacked
-from keeptune.statistics.request import DataRole, Request
+from keeptune.statistics.request import Request
 
-Curvature = Literal["diag", "b-kfac", "b-tri-kfac", "delta-kfac", "delta-act", "l2"]
+Curvature = Literal["diag", "b-kfac", "b-tri-kfac", "delta-kfac", "delta-act"]
 _TANGENT = ("diag", "b-kfac", "b-tri-kfac")
-_OMEGA = ("b-kfac", "b-tri-kfac", "delta-kfac", "delta-act")
-_GAMMA = ("b-kfac", "b-tri-kfac", "delta-kfac")
-_FISHER = ("diag", *_GAMMA)
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Laplace(CovariancePenalty):
 
     Args:
         strength: λ.
-        curvature: Which form, (1) to (6).
+        curvature: Which form, (1) to (5).
         rho_input: Damping of Ω, as ``rho`` is of Γ.
     """
 
@@ -73,49 +69,36 @@ class Laplace(CovariancePenalty):
     rho_input: float = 0.0
 
     @property
-    def data(self) -> frozenset[DataRole]:
-        """The knowledge, but for the plain size of the change."""
-        return frozenset() if self.curvature == "l2" else frozenset({"knowledge"})
+    def by_loss(self) -> bool:
+        """Whether the form is a Fisher."""
+        return self.curvature != "delta-act"
 
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
         """Returns the covariances that the form is made of, or the diagonals at the start."""
-        requests: set[Request] = {self.count} if self.curvature in _FISHER else set()
-        if self.curvature in _OMEGA:
-            requests.add(self.inputs(target_plan.target))
-        if self.curvature in _GAMMA:
-            requests.add(self.gradients(target_plan.target))
         if self.curvature == "diag":
-            requests.add(self._diagonals(target_plan))
-        return frozenset(requests)
+            return frozenset({self.count, self._diagonals(target_plan)})
+        return super().requests(target_plan)
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
         """Returns Ω per input group, Γ or the diagonals per target, and what the form is multiplied by."""
-        target, one = site.plan.target, torch.ones((), device=site.weight.device)
-        Omega: PsdMatrix = Identity(target.in_features, one)
-        Gamma: PsdMatrix = Identity(target.out_features, one)
-        tensors: dict[str, Tensor] = {}
-        if self.curvature in _OMEGA:
-            Omega = self.read(self.inputs(target), site).damped(self.rho_input)
-            tensors |= Omega.tensors(f"Omega:{target.input_group}:")
-        if self.curvature in _GAMMA:
-            Gamma = self.read(self.gradients(target), site).damped(self.rho)
-            tensors |= Gamma.tensors(f"Gamma:{target.name}:")
+        name = site.plan.target.name
         if self.curvature == "diag":
-            tensors[f"diagonals:{target.name}"] = site.stats[self._diagonals(site.plan)]
-        if self.curvature in _FISHER:
+            tensors = {f"diagonals:{name}": site.stats[self._diagonals(site.plan)]}
+        else:
+            tensors = self.measured(site, self.rho_input) | self._errors(site)
+        if self.by_loss:
             weight = self.strength / 2 * self.tokens_per_learned(site)
         else:
-            cost = float(quadratic_form(site.weight.double(), Omega.to(torch.float64), Gamma.to(torch.float64)))
-            weight = self.strength / (len(site.targets) * cost) if cost > 0 else 0.0
-        return tensors | self._errors(site) | {f"weight:{target.name}": torch.tensor(weight)}
+            cost = self.cost_of_weights(site, tensors)
+            weight = self.strength / cost if cost > 0 else 0.0
+        return tensors | {f"weight:{name}": torch.tensor(weight)}
 
     def size(self, target_plan: TargetPlan) -> Mapping[str, int]:
-        """Returns that of Ω, which an input group shares, of Γ, and of the diagonals."""
-        target, rank = target_plan.target, target_plan.decision.rank
-        factors = self.factor_sizes(target, inputs=self.curvature in _OMEGA, gradients=self.curvature in _GAMMA)
+        """Returns that of Ω, which an input group shares, and of Γ, or that of the diagonals."""
         if self.curvature != "diag":
-            return factors
-        return {f"diagonals:{target.name}": 4 * rank * (target.out_features + target.in_features)}
+            return super().size(target_plan)
+        target = target_plan.target
+        return {f"diagonals:{target.name}": 4 * target_plan.decision.rank * (target.out_features + target.in_features)}
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Returns the form of one target."""
@@ -125,17 +108,10 @@ class Laplace(CovariancePenalty):
         if self.curvature == "diag":
             fisher = split_diagonals(tensors[f"diagonals:{target.name}"], target.out_features)
             return on_factors(diagonal(fisher, weight, first))
-        one = torch.ones_like(weight)
-        Omega: PsdMatrix = Identity(target.in_features, one)
-        Gamma: PsdMatrix = Identity(target.out_features, one)
-        if self.curvature in _OMEGA:
-            Omega = psd_matrix_from(tensors, f"Omega:{target.input_group}:")
-        if self.curvature in _GAMMA:
-            Gamma = psd_matrix_from(tensors, f"Gamma:{target.name}:")
-        if self.curvature == "b-kfac":
-            return on_factors(block_kronecker(Omega, Gamma, scale=scale, weight=weight, start=first))
-        if self.curvature == "b-tri-kfac":
-            return on_factors(coupled_kronecker(Omega, Gamma, scale=scale, weight=weight, start=first))
+        Omega, Gamma = self.factors(target, tensors, torch.ones_like(weight))
+        if self.curvature in _TANGENT:
+            form = block_kronecker if self.curvature == "b-kfac" else coupled_kronecker
+            return on_factors(form(Omega, Gamma, scale=scale, weight=weight, start=first))
         change = KroneckerChange(Omega, Gamma, scale, weight, start_of(target_plan, weight.device))
         return on_factors(change.value_and_grad)
 
@@ -176,11 +152,11 @@ class Laplace(CovariancePenalty):
     def _errors(self, site: Site) -> dict[str, Tensor]:
         """Returns what factors of low rank miss, relative, in Frobenius' norm."""
         target, errors = site.plan.target, dict[str, Tensor]()
-        for name, request, forms in (
-            (f"Omega:{target.input_group}", self.inputs(target), _OMEGA),
-            (f"Gamma:{target.name}", self.gradients(target), _GAMMA),
-        ):
-            if self.curvature in forms and isinstance(request, InputFactor | GradientFactor):
+        made = {f"Omega:{target.input_group}": self.inputs(target)}
+        if self.by_loss:
+            made[f"Gamma:{target.name}"] = self.gradients(target)
+        for name, request in made.items():
+            if isinstance(request, InputFactor | GradientFactor):
                 errors[f"error:{name}"] = torch.tensor(unpacked(site.stats[request]).error)
         return errors
 

@@ -24,7 +24,8 @@ from keeptune.model.blocks import depth, find_targets, head_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import StartFrom, refuse_not_finite
 from keeptune.model.runner import Runner
-from keeptune.penalties.base import OutputPenalty, Penalty, Site, penalty_plan
+from keeptune.penalties.base import Penalty, Site, penalty_plan
+from keeptune.penalties.kl import Kl
 from keeptune.pipeline.placement import Memory, placed_runner
 from keeptune.pipeline.starts import weight_reader
 from keeptune.statistics.collect import Statistics, collect
@@ -292,7 +293,7 @@ def _with_texts(
     penalty: Penalty, made: PenaltyPlan, model: PreTrainedModel, data: Mapping[DataRole, Calibration]
 ) -> PenaltyPlan:
     """Adds the texts that a penalty on answers runs the model on."""
-    if not isinstance(penalty, OutputPenalty):
+    if not isinstance(penalty, Kl):
         return made
     if head_of(model):
         raise PlanError(

@@ -8,7 +8,8 @@ from accelerate.utils import DistributedType
 
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
-from keeptune.penalties.base import OutputPenalty, penalty_named
+from keeptune.penalties.base import penalty_named
+from keeptune.penalties.kl import Kl
 
 # Optimisers that change weights inside the backward pass leave no gradient to add to.
 _STEP_IN_BACKWARD = ("lomo", "layerwise")
@@ -27,7 +28,7 @@ def refuse_trainer(trainer: Any, plan: Plan) -> None:
     where = f"penalties {', '.join(penalty.name for penalty in plan.penalties)}"
     kind = trainer.accelerator.distributed_type
     sharding = trainer.accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
-    outputs = [p.name for p in plan.penalties if isinstance(penalty_named(p.name, p.options), OutputPenalty)]
+    outputs = [p.name for p in plan.penalties if isinstance(penalty_named(p.name, p.options), Kl)]
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     for refused, place, got, wanted, next_step in (
         (

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from keeptune.adapter.install import starting_values
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.plan import Plan
-from keeptune.penalties.base import OutputPenalty, TextBatch
-from keeptune.penalties.kl import kl_divergence
+from keeptune.penalties.kl import Kl, TextBatch, kl_divergence
 
 _MIB = 2**20
 Gradients = dict[nn.Parameter, Tensor]  # float32; parameters are keys by identity
@@ -42,7 +41,7 @@ def gradient_norm(gradients: Gradients) -> Tensor:
 class Outputs:
     """A penalty on answers, on the installed model in training (not what wraps it)."""
 
-    def __init__(self, penalty: OutputPenalty, model: PeftModel, plan: Plan) -> None:
+    def __init__(self, penalty: Kl, model: PeftModel, plan: Plan) -> None:
         """Keeps the base's answers as far as they fit."""
         self.name = penalty.name
         self._penalty, self._model, self._plan = penalty, model, plan

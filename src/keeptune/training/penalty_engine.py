@@ -33,7 +33,8 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.target import TensorName
 from keeptune.linalg.symmetric import Identity
-from keeptune.penalties.base import NORM, OutputPenalty, Penalty, Term, penalty_named, start_of
+from keeptune.penalties.base import NORM, Penalty, Term, penalty_named, start_of
+from keeptune.penalties.kl import Kl
 from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.training.compatibility import refuse_trainer
 from keeptune.training.output_passes import Gradients, Outputs, add_gradients, gradient_norm
@@ -50,9 +51,7 @@ class Penalties:
             {name: made.tensors[name].clone() for name in penalty.state}
             for penalty, made in zip(self._penalties, plan.penalties, strict=True)
         ]
-        self._outputs = [
-            Outputs(one, model, plan) if isinstance(one, OutputPenalty) else None for one in self._penalties
-        ]
+        self._outputs = [Outputs(one, model, plan) if isinstance(one, Kl) else None for one in self._penalties]
         self._terms: list[dict[int, Term]] = []
         self._sums: dict[str, Tensor] = {}
         self._steps = 0

@@ -19,7 +19,7 @@ from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.methods.base import Size
 from keeptune.model.quantization import stays_quantised
-from keeptune.penalties.base import OutputPenalty
+from keeptune.penalties.kl import Kl
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import Amount, Scored
 from keeptune.pipeline.dry_run.data_sizes import Lengths
@@ -264,9 +264,9 @@ class Footprint:
         held = {"kept": 0, "activations": 0, "logits": 0}
         data = self.lengths.calibration("knowledge")
         for one in penalties_of(self.job.method, self.job.penalties):
-            if not isinstance(one, OutputPenalty):
+            if not isinstance(one, Kl):
                 continue
-            batch = min(one.at_once, data.texts)
+            batch = min(one.batch_size, data.texts)
             ranks = sum(size.rank for size in self.sizes.values())
             every = int(4 * data.texts * data.mean) * self.shape.vocabulary
             held["kept"] += min(one.kept_mib * _MIB, every)
