@@ -300,7 +300,7 @@ def test_a_base_without_a_template_is_told_of_chatml_and_of_the_tokens_that_are_
     with pytest.raises(DataError, match=r"chat_template: chatml \(<\|im_start\|> and <\|im_end\|> would be new"):
         Conversations(talks).token_rows(bare)
     row = Conversations(talks, ChatOptions(chat_template="chatml")).token_rows(bare)[0]
-    assert sum(own and token == bare.eos_token_id for token, own in zip(*row, strict=True)) == 2
+    assert sum(own and token == bare.eos_token_id for token, own in zip(*row[:2], strict=True)) == 2
     with pytest.raises(DataError, match='Did you mean "qwen3"'):
         Conversations(talks, ChatOptions(chat_template="qwen-3")).token_rows(bare)
 

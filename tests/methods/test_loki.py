@@ -20,10 +20,9 @@ from keeptune.adapter.trained_change import change_of
 from keeptune.core.errors import ModelError, PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
-from keeptune.linalg.selections import Votes, voted
-from keeptune.methods.loki import Loki
+from keeptune.linalg.selections import voted
+from keeptune.methods.loki import Loki, select
 from keeptune.methods.lora import Lora
-from keeptune.methods.node_votes import select
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 
 DOWN = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj", "neox": "dense_4h_to_h", "opt": "fc2"}
@@ -386,11 +385,11 @@ def test_what_is_derived_of_one_attribution_is_kept_apart(tmp_path: Path) -> Non
 def test_the_votes_are_counted_once_for_all_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, counted = Bench(MODELS["llama"](), tmp_path), []
 
-    def watched(*args: Any, **kwargs: Any) -> Votes:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         counted.append(1)
         return voted(*args, **kwargs)
 
-    monkeypatch.setattr("keeptune.methods.node_votes.voted", watched)
+    monkeypatch.setattr("keeptune.methods.loki.voted", watched)
     bench.plan(Loki())
     assert len(counted) == 1
 

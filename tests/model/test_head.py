@@ -32,7 +32,7 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import find_targets, head_of, positions
 from keeptune.model.head import Head, body_fingerprint, head_fingerprint, sequence_losses
 from keeptune.model.pretrained import LoadOptions, load_model, load_positions
-from keeptune.model.summed_loss import Loss, drawn_classes, summed_loss
+from keeptune.model.summed_loss import Loss, drawn_labels, summed_loss
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -79,6 +79,8 @@ OTHERS: dict[str, tuple[Callable[[], PreTrainedModel], tuple[str, ...], set[str]
         {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     ),
 }
+
+ONE = torch.ones(1, 1, dtype=torch.long)
 
 
 @pytest.fixture(scope="module")
@@ -193,11 +195,11 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_texts() -> None:
 
 def test_drawn_classes_follow_the_model_and_their_seed() -> None:
     logits, batch = torch.tensor([[0.0, 1.0, -1.0]]), batch_of((0,))
-    found = torch.cat([drawn_classes(logits, batch, seed) for seed in range(4000)])
+    found = torch.cat([drawn_labels(logits, batch, ONE, seed) for seed in range(4000)])
     assert (torch.bincount(found, minlength=3) / 4000 - logits[0].softmax(0)).abs().max() < 0.03
-    scores = torch.cat([drawn_classes(logits[:, 1:2], batch, seed) for seed in range(4000)])
+    scores = torch.cat([drawn_labels(logits[:, 1:2], batch, ONE, seed) for seed in range(4000)])
     assert scores.mean() == pytest.approx(1.0, abs=0.05)
     # exp(-(s - y)^2), the density that the squared error is the logarithm of, has the variance 1/2.
     assert scores.var() == pytest.approx(0.5, abs=0.05)
     other = dataclasses.replace(batch, labels=torch.tensor([1]))
-    assert drawn_classes(logits, batch, 3).equal(drawn_classes(logits, other, 3))
+    assert drawn_labels(logits, batch, ONE, 3).equal(drawn_labels(logits, other, ONE, 3))

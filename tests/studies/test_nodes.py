@@ -14,7 +14,7 @@ from tests.pipeline.support import keeptune, recipe_of, write_jsonl, write_recip
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import KeeptuneError
 from keeptune.linalg.selections import quota
-from keeptune.methods.node_votes import select
+from keeptune.methods.loki import select
 from keeptune.model.pretrained import load_model
 from keeptune.model.probes.suppression import without_nodes
 from keeptune.pipeline import scoring

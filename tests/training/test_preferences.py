@@ -72,7 +72,7 @@ def log_ratios(model: Any, base: Any, examples: Preferences) -> Tensor:
     """``log pi(y|x) / pi_ref(y|x)`` of each answer of each example, one by one from the logits."""
     rows = []
     for row in range(len(examples)):
-        for ids, learned in examples.tokens(TOKENIZER, row):
+        for ids, learned, _ in examples.tokens(TOKENIZER, row):
             sums = []
             for one in (model, base):
                 with torch.no_grad():

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from keeptune.core.errors import PlanError
+from keeptune.core.errors import KeeptuneError, PlanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,11 @@ class Range:
 class Options:
     """Base class of methods and penalties; ``ranges`` of a class are checked besides those of its bases.
 
-    Numbers out of their ranges raise PlanError; None and words are not checked.
+    Numbers out of their ranges raise PlanError, or ``refusal``; None and words are not checked.
     """
 
     ranges: ClassVar[Mapping[str, Range]] = {}
+    refusal: ClassVar[type[KeeptuneError]] = PlanError
 
     def __post_init__(self) -> None:
         known: dict[str, Range] = {}
@@ -61,9 +62,9 @@ class Options:
                 self.need(value in allowed, option, str(allowed), allowed.advice)
 
     def need(self, right: bool, option: str, wanted: str, advice: str = "Correct the value.") -> None:
-        """Raises PlanError unless the value of an option is right."""
+        """Raises ``refusal`` unless the value of an option is right."""
         if not right:
-            raise PlanError(self.place(option), got=str(getattr(self, option)), wanted=wanted, next_step=advice)
+            raise self.refusal(self.place(option), got=str(getattr(self, option)), wanted=wanted, next_step=advice)
 
     def place(self, option: str) -> str:
         """Returns how error messages name an option: as a recipe does, or nearly so."""

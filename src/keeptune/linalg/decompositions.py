@@ -59,8 +59,8 @@ def bottom_eigenvectors(C: Tensor, r: int) -> tuple[Tensor, Tensor]:
 def exact_svd(W: Tensor, where: str) -> _Triplets:
     """Returns ``U (m, k)``, ``S (k,)`` descending and ``Vᵀ (k, n)``, k = min(m, n), in W's dtype, float32 or float64.
 
-    LAPACK's divide and conquer can fail to converge; then float64 is tried, then the Gram matrix of the shorter
-    side (which resolves singular values down to 1e-8 of the largest), and the log says so.
+    LAPACK's divide and conquer can fail to converge; then float64 is tried, then LAPACK's slower solver, and the log
+    says so.
     Laws: ``U diag(S) Vᵀ == W``; ``UᵀU == V Vᵀ == I``; S descends; the largest entry of each ``u_i`` is positive.
 
     Raises:
@@ -95,21 +95,10 @@ def _patient_svd(W: Tensor, where: str) -> _Triplets:
             _log.warning("%s: the SVD did not converge in %s", where, str(dtype).removeprefix("torch."))
         else:
             return U, S, Vh
-    _log.warning("%s: taking the eigenvectors of its Gram matrix instead", where)
-    W = W.double()
-    if W.shape[0] <= W.shape[1]:
-        return _gram_svd(W)
-    V, S, Uh = _gram_svd(W.T)
-    return Uh.T, S, V.T
-
-
-def _gram_svd(W: Tensor) -> _Triplets:
-    """Decompose a wide matrix by ``W Wᵀ = U S² Uᵀ``; QR makes V orthonormal where S is zero."""
-    U = torch.linalg.eigh(W @ W.T)[1].flip(1)
-    Q, R = torch.linalg.qr(W.T @ U)
-    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R.dtype)
-    S, order = R.diagonal().abs().sort(descending=True, stable=True)
-    return U[:, order], S, (Q * signs)[:, order].T
+    _log.warning("%s: taking LAPACK's slower solver instead", where)
+    parts = scipy.linalg.svd(W.double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+    U, S, Vh = (torch.from_numpy(part).to(W.device) for part in parts)
+    return U, S, Vh
 
 
 def end_triplets(M: Tensor, r: int, end: Literal["top", "bottom"], where: str) -> _Triplets:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,17 +88,10 @@ def most_voted(counts: Tensor, k: int, *, whole: bool = False) -> Rows:
     return tuple(tuple(row.nonzero().flatten().tolist()) for row in marked)
 
 
-class Votes(NamedTuple):
-    """The rows with most votes of each layer, ascending, and the votes of each node, ``(L, D)``."""
-
-    rows: Rows
-    counts: Tensor
-
-
-def voted(chunks: Iterable[Tensor], k: int, *, whole: bool = False, highest: bool = False) -> Votes:
-    """Returns the k nodes with most votes where each sample has k (LoKI, eqs. 7 to 9); arguments of count_votes."""
+def voted(chunks: Iterable[Tensor], k: int, *, whole: bool = False, highest: bool = False) -> tuple[Rows, Tensor]:
+    """Returns the k nodes with most votes where each sample has k, and the votes ``(L, D)`` (LoKI, eqs. 7 to 9)."""
     counts = count_votes(chunks, k, whole=whole, highest=highest)
-    return Votes(most_voted(counts, k, whole=whole), counts)
+    return most_voted(counts, k, whole=whole), counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,13 +39,42 @@ from keeptune.core.low_rank import RowSelection
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
+from keeptune.linalg.selections import quota, voted
 from keeptune.methods.base import SCALING, Method, Size, dropout_field
 from keeptune.methods.lora import draw_start
-from keeptune.methods.node_votes import Selected, Selection, select
 from keeptune.methods.strength import Strength
 from keeptune.statistics.collect import StatsView
-from keeptune.statistics.neuron_attribution import NeuronAttribution
+from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 from keeptune.statistics.request import Request
+
+Selection = Literal["layer-balanced", "global-low", "global-high"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selected:
+    """The rows that were selected of one down-projection.
+
+    Args:
+        rows: S_l, ascending.
+        votes: Share of the texts that named each node, c_l,i / N, ``(D,)``.
+    """
+
+    rows: tuple[int, ...]
+    votes: Tensor
+
+
+def select(attributions: Attributions, q: float, selection: Selection) -> dict[str, Selected]:
+    """Selects rows of all down-projections (eqs. 6-9).
+
+    Laws: ``layer-balanced`` gives each the same floor(q D / 100), the others floor(q L D / 100) in all; no row twice;
+    neither the order of texts nor a positive affine map of a text's scores in a block (of all blocks together, for the
+    others) changes anything; of equal counts the lowest block and row come first.
+    """
+    whole = selection != "layer-balanced"
+    k = quota(q, attributions.nodes * (len(attributions.modules) if whole else 1))
+    rows, counts = voted(attributions.chunks(), k, whole=whole, highest=selection == "global-high")
+    votes = counts.float() / attributions.samples
+    return {name: Selected(own, share) for name, own, share in zip(attributions.modules, rows, votes, strict=True)}
 
 
 @dataclass(frozen=True)

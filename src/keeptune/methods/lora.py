@@ -23,21 +23,13 @@ from keeptune.methods.base import ScaledMethod, generator_for
 from keeptune.statistics.collect import StatsView
 
 
-def draw_A(r: int, n: int, generator: torch.Generator) -> Tensor:
-    """Draws the down-projection (eq. 2).
-
-    Returns:
-        ``(r, n)``, uniform in ±1/sqrt(n).
-    """
-    return (torch.rand(r, n, generator=generator) * 2 - 1) / math.sqrt(n)
-
-
 def draw_start(target: Target, r: int, seed: int) -> LowRank:
     """Draws A and sets B to zero (eq. 2), with one stream per target.
 
     Law: a target's factors do not depend on which others are tuned.
     """
-    return LowRank(B=torch.zeros(target.out_features, r), A=draw_A(r, target.in_features, generator_for(target, seed)))
+    A = torch.rand(r, target.in_features, generator=generator_for(target, seed)) * 2 - 1
+    return LowRank(B=torch.zeros(target.out_features, r), A=A / math.sqrt(target.in_features))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from keeptune.core.errors import ModelError, PlanError, nearest
+from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.offload import device_of
 from keeptune.core.target import Target
 from keeptune.core.weights import is_linear_map, keep_layout, weight_shape
 from keeptune.model.fused_experts import (
-    FusedWeight,
     fused_weights,
     one_expert_at_a_time,
     taken_for_experts,
@@ -70,10 +71,24 @@ def find_targets(
             )
     kept = None if layers is None else _known_layers(layers, [*modules, *(weight.name(0) for weight in fused)])
     groups = _input_groups(model, modules)
-    maps = [_target(name, module, role_of[name], groups[name]) for name, module in modules.items()]
+    maps = [
+        _target(
+            name,
+            role_of[name],
+            weight_shape(module),
+            groups[name],
+            transposed=isinstance(module, Conv1D),
+            bias=getattr(module, "bias", None) is not None,
+        )
+        for name, module in modules.items()
+    ]
     if fused:
         place = {name: index for index, (name, _) in enumerate(model.named_modules())}
-        maps += [_expert(weight, index) for weight in fused for index in range(weight.experts)]
+        for weight in fused:
+            shape = weight.out_features, weight.in_features
+            kind: dict[str, Any] = {name: getattr(weight, name) for name in ("transposed", "bias", "experts")}
+            for index, name in enumerate(map(weight.name, range(weight.experts))):
+                maps.append(_target(name, weight.role, shape, name, expert=index, **kind))
         maps.sort(key=lambda target: place[target.module])
     return [t for t in maps if (wanted is None or t.role in wanted) and (kept is None or t.layer in kept)]
 
@@ -200,34 +215,10 @@ def _known_layers(layers: Iterable[int], names: Iterable[str]) -> frozenset[int]
     return wanted
 
 
-def _target(name: str, module: nn.Module, role: str, group: str) -> Target:
-    out_features, in_features = weight_shape(module)
-    return Target(
-        name=name,
-        layer=_block_of(name)[1],
-        role=role,
-        out_features=out_features,
-        in_features=in_features,
-        input_group=group,
-        transposed=isinstance(module, Conv1D),
-        bias=getattr(module, "bias", None) is not None,
-    )
-
-
-def _expert(weight: FusedWeight, index: int) -> Target:
-    name = weight.name(index)
-    return Target(
-        name=name,
-        layer=_block_of(name)[1],
-        role=weight.role,
-        out_features=weight.out_features,
-        in_features=weight.in_features,
-        input_group=name,
-        transposed=weight.transposed,
-        bias=weight.bias,
-        expert=index,
-        experts=weight.experts,
-    )
+def _target(name: str, role: str, shape: tuple[int, int], group: str, **more: Any) -> Target:
+    out_features, in_features = shape
+    layer = _block_of(name)[1]
+    return Target(name, layer, role, out_features, in_features, group, **more)
 
 
 def _block_of(name: str) -> tuple[str, int]:
@@ -260,17 +251,18 @@ def _input_groups(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict
 
         return modules[name].register_forward_pre_hook(hook)
 
-    handles = [watch(name) for name in modules]
-    training = model.training
-    model.eval()
+    run_two_tokens(model, [watch(name) for name in modules])
+    return groups
+
+
+def run_two_tokens(model: PreTrainedModel, handles: Iterable[torch.utils.hooks.RemovableHandle]) -> None:
+    """Runs two tokens through a model, which may be on the meta device, for hooks that are removed then."""
     try:
-        with torch.no_grad(), one_expert_at_a_time(model):
+        with in_evaluation(model), torch.no_grad(), one_expert_at_a_time(model):
             probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
-            # A mask's values are looked at, and on the meta device there are none.
-            mask = None if probe.is_meta else torch.ones_like(probe)
-            model(input_ids=probe, attention_mask=mask)
+            # A mask's values, and positions' without a cache, are looked at: on the meta device there are none.
+            options = {} if probe.is_meta else {"attention_mask": torch.ones_like(probe), "use_cache": False}
+            model(input_ids=probe, **options)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
-    return groups

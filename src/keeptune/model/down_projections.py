@@ -6,16 +6,12 @@ import inspect
 import logging
 from collections.abc import Sequence
 
-import torch
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError
-from keeptune.core.offload import device_of
 from keeptune.core.target import Target
 from keeptune.core.weights import is_linear_map
-from keeptune.model.blocks import blocks_of, find_targets, is_nested
-from keeptune.model.fused_experts import one_expert_at_a_time
-from keeptune.model.runner import still
+from keeptune.model.blocks import blocks_of, find_targets, is_nested, run_two_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -84,13 +80,5 @@ def _called(model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, int]
         )
         for target in targets
     ]
-    try:
-        with still(model), torch.no_grad(), one_expert_at_a_time(model):
-            probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
-            # A mask's values, and positions' without a cache, are looked at: on the meta device there are none.
-            options = {} if probe.is_meta else {"attention_mask": torch.ones_like(probe), "use_cache": False}
-            model(input_ids=probe, **options)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_two_tokens(model, handles)
     return order

@@ -72,7 +72,11 @@ def summed_loss(logits: Tensor, batch: Batch, loss: Loss, draw: int = 0) -> Tens
     if batch.labels is not None and logits.ndim == 2:
         if loss.labels == "probe":
             return _probed(logits.float(), ((stream, 1) for stream in streams))
-        wanted = batch.labels if loss.labels == "true" else drawn_classes(logits, batch, loss.seed, draw)
+        wanted = batch.labels
+        if loss.labels == "sampled":
+            wanted = drawn_labels(
+                logits, batch, torch.ones_like(batch.labels, dtype=torch.long)[:, None], loss.seed, draw
+            )
         return sequence_losses(logits, wanted.to(logits.device)).sum()
     whole = batch.attention_mask if batch.loss_mask is None else batch.loss_mask
     # The first token of a text is never predicted.
@@ -118,22 +122,20 @@ def _probed(logits: Tensor, streams: Iterable[tuple[torch.Generator, int]]) -> T
 
 
 def drawn_labels(logits: Tensor, batch: Batch, learned: Tensor, seed: int, draw: int = 0) -> Tensor:
-    """Draws ``(labels,)`` from logits ``(labels, vocabulary)``; a text has its own stream, whatever batch it is in."""
-    streams = zip(_streams(batch, seed, draw), learned, strict=True)
-    parts = [torch.rand(int(wanted.sum()), generator=stream) for stream, wanted in streams]
-    return _drawn(logits, torch.cat(parts))
+    """Draws ``(labels,)`` from logits ``(labels, classes)``; a text has its own stream, whatever batch it is in.
 
-
-def drawn_classes(logits: Tensor, batch: Batch, seed: int, draw: int = 0) -> Tensor:
-    """Draws ``(batch,)`` labels or scores from a classifier's logits ``(batch, labels)``; one column is a score.
-
-    The squared error is, but for a constant, the negative log-density of a normal distribution of variance 1/2.
+    Of one column, a score, it is the score with noise: the squared error is, but for a constant, the negative
+    log-density of a normal distribution of variance 1/2.
     """
-    streams = _streams(batch, seed, draw)
+    counts = learned.sum(1).tolist()
+    streams = zip(counts, _streams(batch, seed, draw), strict=True)
     if logits.shape[-1] == 1:
-        noise = torch.cat([torch.randn(1, generator=stream) for stream in streams])
+        noise = torch.cat([torch.randn(count, generator=stream) for count, stream in streams])
         return logits.detach()[:, 0].float() + noise.to(logits.device) / math.sqrt(2)
-    return _drawn(logits, torch.cat([torch.rand(1, generator=stream) for stream in streams]))
+    uniform = torch.cat([torch.rand(count, generator=stream) for count, stream in streams])
+    edges = logits.detach().double().softmax(dim=-1).cumsum(dim=-1)
+    labels = torch.searchsorted(edges, uniform.to(edges)[:, None]).squeeze(1)
+    return labels.clamp_max(logits.shape[-1] - 1)
 
 
 def _streams(batch: Batch, seed: int, draw: int) -> Iterator[torch.Generator]:
@@ -141,9 +143,3 @@ def _streams(batch: Batch, seed: int, draw: int) -> Iterator[torch.Generator]:
         text = f"{seed}{f'.{draw}' if draw else ''}:{ids[mask.bool()].tolist()}"
         stream = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         yield torch.Generator().manual_seed(stream)
-
-
-def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
-    edges = logits.detach().double().softmax(dim=-1).cumsum(dim=-1)
-    labels = torch.searchsorted(edges, uniform.to(edges)[:, None]).squeeze(1)
-    return labels.clamp_max(logits.shape[-1] - 1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.export import export
 from keeptune.adapter.install import install, restore_state
@@ -24,13 +24,16 @@ from keeptune.adapter.trained_head import put_head, trained_head
 from keeptune.core.artefact import remove_leftovers, write_json
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.options import Range
+from keeptune.core.options import Options, Range
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples
 from keeptune.data.examples import LanguageExamples
 from keeptune.data.knowledge import joined_knowledge, knowledge_of
 from keeptune.evaluation.benchmarks import Benchmark
+from keeptune.evaluation.harness import evaluate
+from keeptune.evaluation.model_pairs import TwoModels
+from keeptune.evaluation.results import interval_between
 from keeptune.model.blocks import head_of, positions
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.planning import starting_from
@@ -38,7 +41,6 @@ from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.posthoc.factored_model import FactoredModel
 from keeptune.posthoc.repair_equations import mu_for_drift
 from keeptune.posthoc.repair_problem import RepairProblem, repair_problem
-from keeptune.posthoc.repair_scores import score_models
 from keeptune.report.figures import write_figure
 from keeptune.report.pages.sweep_charts import repair_charts
 from keeptune.statistics.request import DataRole
@@ -46,21 +48,14 @@ from keeptune.statistics.self_generated import SelfGeneration, write_texts
 
 _log = logging.getLogger(__name__)
 _DRIFT = 0.005  # the default budget
-_NONE_OR_MORE, _SOME, _ONE_OR_MORE = Range(least=0), Range(above=0), Range(least=1)
-_RANGES = {
-    "drift": _SOME,
-    "mu": _NONE_OR_MORE,
-    "rank": _ONE_OR_MORE,
-    "rounds": _ONE_OR_MORE,
-    "damping": _SOME,
-    "sweep": _NONE_OR_MORE,
-}
+# Metrics that are no means over items, or whose items have several answers.
+_OF_THE_WHOLE = ("f1", "matthews", "pearson", "spearman", "instructions_followed")
 Examples = Sequence[str] | Sequence[tuple[str, str]]
 Knowledge = Examples | LanguageExamples | Sequence[LanguageExamples]
 
 
 @dataclass(frozen=True)
-class Repair:
+class Repair(Options):
     """The options of :func:`repair`.
 
     Args:
@@ -80,6 +75,13 @@ class Repair:
         RecipeError: Both ``drift`` and ``mu`` are given, or a value is out of range.
     """
 
+    refusal = RecipeError
+    ranges = {
+        **dict.fromkeys(("drift", "damping"), Range(above=0)),
+        **dict.fromkeys(("rank", "rounds"), Range(least=1)),
+        "mu": Range(least=0),
+    }
+
     drift: float | None = None
     mu: float | None = None
     rank: int = 64
@@ -92,7 +94,9 @@ class Repair:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        """Checks the options."""
+        """Checks the options, also against each other."""
+        super().__post_init__()
+        self.need(all(mu in Range(least=0) for mu in self.sweep), "sweep", "numbers of 0 or more")
         if self.drift is not None and self.mu is not None:
             raise RecipeError(
                 "repair",
@@ -100,16 +104,10 @@ class Repair:
                 wanted="one of them: mu is the weight, or drift is the budget that the weight is computed for",
                 next_step="Leave one out.",
             )
-        for name, allowed in _RANGES.items():
-            value = getattr(self, name)
-            for number in value if name == "sweep" else (value,):
-                if number is not None and number not in allowed:
-                    raise RecipeError(
-                        f"repair, {name}",
-                        got=str(number),
-                        wanted=str(allowed),
-                        next_step="Example: --drift 0.005, or --mu 0.3.",
-                    )
+
+    def place(self, option: str) -> str:
+        """Returns ``"repair, drift"`` for ``"drift"``."""
+        return f"repair, {option}"
 
     @property
     def budget(self) -> float | None:
@@ -184,7 +182,7 @@ def repair(
         models: dict[str, Callable[[], PreTrainedModel]] = {"adapter": trained.load_tuned}
         models["repaired"] = lambda: load_adapter(trained.load_base(), output).get_base_model()
         models |= {f"mu {mu:g}": partial(_with, tuned, plan, problem, mu, options.rank) for mu in mus}
-        record["scores"] = score_models(trained.load_base(), models, start.tokenizer, benchmarks, seed=options.seed)
+        record["scores"] = _score_models(trained.load_base(), models, start.tokenizer, benchmarks, options.seed)
         clock.lap("evaluate")
     write_json(output / "repair.json", record)
     if charts := repair_charts(record):
@@ -304,3 +302,36 @@ def _with(tuned: PeftModel, plan: Plan, problem: RepairProblem, mu: float, rank:
     restore_state(tuned, plan, factors | trained_head(tuned, plan))
     inner: PreTrainedModel = tuned.get_base_model()
     return inner
+
+
+def _score_models(
+    base: PreTrainedModel,
+    models: Mapping[str, Callable[[], PreTrainedModel]],
+    tokenizer: PreTrainedTokenizerBase,
+    benchmarks: Sequence[Benchmark],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Scores benchmarks with each model tuned from a base, one held at a time, against the base and the first model."""
+    results = {}
+    for label, load in models.items():
+        pair = TwoModels(base, load())
+        results[label] = [evaluate(pair, tokenizer, benchmark, Path(), seed=seed) for benchmark in benchmarks]
+    rows = []
+    for scored in zip(*results.values(), strict=True):
+        first = scored[0]
+        of_items = first.metric not in _OF_THE_WHOLE
+        entries = [
+            {
+                "label": label,
+                "score": result.after,
+                "interval": list(result.interval),
+                "kl_to_base": result.kl_to_base,
+                "interval_to_first": list(interval_between(first, result, seed))
+                if of_items and result is not first
+                else None,
+            }
+            for label, result in zip(results, scored, strict=True)
+        ]
+        row = {"name": first.name, "role": first.role, "metric": first.metric, "n": first.n}
+        rows.append(row | {"base": first.before, "models": entries})
+    return rows

@@ -131,7 +131,7 @@ def chosen_rows(attributions: Attributions, q: float, where: Where) -> Rows:
             wanted=f"{100 / attributions.nodes:.2g} or more",
             next_step="Raise it, or take nodes of all blocks together.",
         )
-    return voted(attributions.chunks(), k, whole=whole, highest=highest).rows
+    return voted(attributions.chunks(), k, whole=whole, highest=highest)[0]
 
 
 def density(attributions: Attributions, q: float = 5.0) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from keeptune.core.errors import ModelError, RecipeError, StatisticsError
 from keeptune.core.offload import device_of
+from keeptune.core.options import Options, Range
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, head_of
 from keeptune.model.down_projections import down_projections
@@ -50,7 +51,7 @@ Rule = Literal["left", "right", "trapezoid", "gauss-legendre"]
 
 
 @dataclass(frozen=True)
-class Integral:
+class Integral(Options):
     """What is integrated, from where, and how.
 
     Args:
@@ -63,6 +64,9 @@ class Integral:
         times_activation: Multiply by z - z'.
     """
 
+    refusal = RecipeError
+    ranges = {"steps": Range(least=1), "pad_token": Range(least=0)}
+
     positions: Positions = "last"
     baseline: Baseline = "zero"
     pad_token: int = 0
@@ -72,17 +76,13 @@ class Integral:
     times_activation: bool = True
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        least = 2 if self.rule == "trapezoid" else 1
-        if self.steps < least:
-            raise RecipeError(
-                "attribution.steps",
-                got=f"{self.steps} with rule {self.rule}",
-                wanted=f"{least} or more",
-                next_step="The paper takes 7.",
-            )
-        if self.pad_token < 0:
-            raise RecipeError("attribution.pad_token", got=f"{self.pad_token}", wanted="a token id", next_step="Try 0.")
+        """Checks the options."""
+        super().__post_init__()
+        self.need(self.rule != "trapezoid" or self.steps > 1, "steps", "2 or more with rule trapezoid")
+
+    def place(self, option: str) -> str:
+        """Returns ``"attribution.steps"`` for ``"steps"``."""
+        return f"attribution.{option}"
 
 
 def quadrature(rule: Rule, steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
