@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from drawing import png
 from pictures import tradeoff
 
 from keeptune.core.artefact import write_bytes
 from keeptune.pipeline.demo import LEARNING_RATE, STEPS
+from keeptune.report.numbers import markdown
 from keeptune.report.pages.verdict import method_sentences, verdict
-from keeptune.report.tables.comparison_table import markdown_comparison
+from keeptune.report.tables.comparison_table import comparison_columns
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 MARKER = "<!-- written by hand below this line -->"
@@ -36,12 +38,21 @@ def main(run: Path) -> None:
         f"maps, {STEPS} steps of 32 examples, a peak learning rate of {LEARNING_RATE:g}.",
         verdict(report),
         "![Learned against kept](demo.png)",
-        markdown_comparison(report),
+        table(report),
         "\n".join(f"- {sentence}" for sentence in method_sentences(report)),
         MARKER,
     ]
     notes = old.partition(MARKER)[2].strip()
     write_bytes(page, ("\n\n".join(parts) + "\n" + (f"\n{notes}\n" if notes else "")).encode())
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the comparison as a Markdown table."""
+    columns = comparison_columns(report)
+    lines = [[markdown(", ".join((item.head, *item.sub))) for item in columns], ["---", *["---:"] * (len(columns) - 1)]]
+    for row in zip(*(column.cells for column in columns), strict=True):
+        lines.append([markdown(" ".join(part for part in (cell.main, cell.note) if part)) for cell in row])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from rich.console import Console
 from keeptune.report.tables.comparison_table import (
     comparison_columns,
     comparison_rows,
-    markdown_comparison,
     print_comparison,
 )
 from keeptune.report.tables.plan_tables import print_plan, print_scores
@@ -95,14 +94,6 @@ def test_a_method_that_lacks_a_benchmark_shows_a_dash(full: dict[str, Any]) -> N
     for run in full["methods"][:2]:
         del run["benchmarks"][1]
     assert comparison_columns(full)[2].cells[0].main == "–"
-
-
-def test_markdown_escapes_and_aligns(minimal: dict[str, Any]) -> None:
-    minimal["methods"][0]["name"] = "a|b<c"
-    lines = markdown_comparison(minimal).splitlines()
-    assert lines[0] == "| method | facts, knowledge, accuracy | K | forgetting, average | export, gap |"
-    assert lines[1] == "| --- | ---: | ---: | ---: | ---: |"
-    assert lines[2] == "| a\\|b&lt;c | 0.900 → 0.600 [−40.0, −20.0] | 0.700 | 30.0% | 0 |"
 
 
 def test_plan_table() -> None:

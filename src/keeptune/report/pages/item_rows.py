@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -45,23 +46,11 @@ def lost_and_gained(results: Iterable[Mapping[str, Any]], most: int = ROWS) -> d
                 changed.append((abs(change), _row(result, item, "gained" if change > 0 else "lost")))
         changes.append(sorted(changed, key=lambda pair: -pair[0]))
     kinds = [row["kind"] for changed in changes for _, row in changed]
-    kept = _share_out([len(changed) for changed in changes], most)
-    rows = [row for changed, count in zip(changes, kept, strict=True) for _, row in changed[:count]]
+    # One of each in turn, as long as there is room.
+    places = sorted((place, index) for index, changed in enumerate(changes) for place in range(len(changed)))[:most]
+    kept = Counter(index for _, index in places)
+    rows = [row for index, changed in enumerate(changes) for _, row in changed[: kept[index]]]
     return {"rows": rows, "lost": kinds.count("lost"), "gained": kinds.count("gained"), "measured": measured}
-
-
-def _share_out(sizes: Sequence[int], most: int) -> list[int]:
-    """Returns each size where all fit; else equal shares until nothing is left."""
-    kept = [0] * len(sizes)
-    left = most
-    while left > 0 and any(size > have for size, have in zip(sizes, kept, strict=True)):
-        open_ones = [index for index, size in enumerate(sizes) if size > kept[index]]
-        share = max(left // len(open_ones), 1)
-        for index in open_ones[: max(left // share, 1)]:
-            more = min(share, sizes[index] - kept[index], left)
-            kept[index] += more
-            left -= more
-    return kept
 
 
 def _row(result: Mapping[str, Any], item: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
-import json
-import math
-import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from plotly.offline import get_plotlyjs as plotly_source
+from plotly.utils import PlotlyJSONEncoder
 
 from keeptune.core.errors import ArtefactError
 from keeptune.report.pages.charts import Chart
@@ -43,7 +43,7 @@ def render(template: str, charts: Sequence[Chart | None], base: object, changed:
         scripts=scripts,
         style=_source("page.css"),
         policy=_policy(scripts),
-        island=island(data),
+        island=htmlsafe_json_dumps(data, cls=PlotlyJSONEncoder),
         base=base,
         base_name=_base_name(str(base)),
         changed=changed,
@@ -62,37 +62,8 @@ def complete(record: str, again: str) -> Iterator[None]:
         ) from error
 
 
-def island(value: Any) -> str:
-    """Returns JSON that may stand in a ``script`` element: no character in it can end the element.
-
-    It has no ``<``, ``>``, ``&``, U+2028 and U+2029; numbers that are not finite become null.
-    """
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for sign in "<>&\u2028\u2029":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text
-
-
-@functools.cache
-def plotly_source() -> str:
-    """Returns plotly.js from the installed Python package."""
-    return _script(pkgutil.get_data("plotly", "package_data/plotly.min.js"), "plotly.js")
-
-
 def _source(name: str) -> str:
-    return _script(pkgutil.get_data("keeptune.report.pages", f"templates/{name}"), name)
-
-
-def _script(content: bytes | None, name: str) -> str:
-    text = "" if content is None else content.decode().replace("\r\n", "\n")
-    if not text or "</script" in text.lower() or "<!--" in text:
-        raise ArtefactError(
-            name,
-            got="no such file" if not text else "a text that would end the element it stands in",
-            wanted="the file of the installed package",
-            next_step="Install keeptune and plotly again.",
-        )
-    return text
+    return files("keeptune.report.pages").joinpath("templates", name).read_text("utf-8")
 
 
 def _policy(scripts: Sequence[str]) -> str:
@@ -103,14 +74,6 @@ def _policy(scripts: Sequence[str]) -> str:
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _base_name(base: str) -> str:

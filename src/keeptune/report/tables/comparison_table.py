@@ -12,7 +12,7 @@ from rich.text import Text
 
 from keeptune.core.intervals import mean_of_seeds
 from keeptune.report.estimates import Method, Series, change, mean_of, methods, series
-from keeptune.report.numbers import count, gap, interval_text, markdown, number
+from keeptune.report.numbers import count, gap, interval_text, number
 from keeptune.report.records import ReportLike, Run, as_report
 from keeptune.report.tables.terminal import fitting, table_frame
 
@@ -103,15 +103,6 @@ def print_comparison(report: ReportLike, console: Console) -> None:
     if any(cell.note for column in others for cell in column.cells):
         note = "In brackets: 95% interval of the change (points, or nats/token); ±: half the 95% interval over seeds."
         console.print(_plain(Text(note, style="dim"), console.encoding))
-
-
-def markdown_comparison(report: ReportLike) -> str:
-    """Returns the comparison as a Markdown table."""
-    columns = comparison_columns(report)
-    lines = [[markdown(", ".join((item.head, *item.sub))) for item in columns], ["---", *["---:"] * (len(columns) - 1)]]
-    for row in zip(*(column.cells for column in columns), strict=True):
-        lines.append([markdown(" ".join(part for part in (cell.main, cell.note) if part)) for cell in row])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _largest(method: Method, read: Callable[[Run], float | None]) -> float | None:
