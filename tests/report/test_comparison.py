@@ -15,6 +15,7 @@ from tests.report.test_html import headings, island, parsed
 
 from keeptune.core.errors import ArtefactError
 from keeptune.experiments.choice import choose
+from keeptune.report.grids import Cell
 from keeptune.report.pages.comparison_charts import Scales, fronts, ranges
 from keeptune.report.pages.comparison_page import (
     base_score,
@@ -98,13 +99,16 @@ def test_intervals_of_two_seeds_do_not_press_the_rest_flat(records: tuple[Record
 
 def test_the_matched_table_and_its_bars(records: tuple[Record, Record]) -> None:
     cells, front = records
-    rows = {row.label: row for row in matched_rows(cells, front)}
+    grid = matched_rows(cells, front)
+    assert grid is not None
+    rows = {row[0].main: (row[1], row[2]) for row in grid.rows if isinstance(row[0], Cell)}
+    (lost, keep), (_, lora) = rows["keep"], rows["lora"]
+    assert isinstance(keep, Cell) and isinstance(lora, Cell)
     own = next(row for row in front["matched"]["rows"] if row["label"] == "keep")
     assert own["difference"]["high"] < 0
-    assert rows["keep"].bar is not None and rows["keep"].bar.kind == "gain"
-    assert rows["keep"].difference.startswith("−")
-    assert rows["keep"].forgotten.startswith(Scales(front).lost(own["forgotten"]["mean"]))
-    assert rows["lora"].bar is None and rows["lora"].difference == "–"
+    assert keep.bar is not None and keep.bar.kind == "gain" and keep.main.startswith("−")
+    assert str(lost).startswith(Scales(front).lost(own["forgotten"]["mean"]))
+    assert lora.bar is None and lora.main == "–"
 
 
 def test_sentences_say_only_what_intervals_support() -> None:
@@ -142,7 +146,7 @@ def test_every_run_is_in_the_table_and_failures_have_reasons(records: tuple[Reco
     rows = every_run(cells).rows
     assert len(rows) == len(cells["runs"]) == 90
     first = dict(zip(every_run(cells).heads, rows[0], strict=True))
-    assert first["topics"].key == cells["runs"][0]["benchmarks"][1]["after"]
+    assert isinstance(first["topics"], Cell) and first["topics"].key == cells["runs"][0]["benchmarks"][1]["after"]
     told = failures(cells, front)
     assert [(state, why) for _, state, why in told] == [
         ("failed", "OutOfMemoryError: <b>too large</b>"),
@@ -160,7 +164,7 @@ def test_published_numbers_stand_beside_ours(records: tuple[Record, Record]) -> 
     assert grid is not None
     best = max((p for p in front["points"] if p["label"] == "keep"), key=lambda p: p["learned"]["mean"])
     ours = [c["benchmarks"][0]["after"] for c in cells["runs"] if c["name"] in best["runs"]]
-    assert grid.rows[0] == ("keep", "facts", "0.900", f"{sum(ours) / 3:.3f}", "Table 3")
+    assert grid.rows[0] == ("keep", "facts", "0.900", f"{sum(ours) / 3:.3f}", Cell("Table 3", kind="path"))
     assert grid.rows[1][3] == "–"
     assert "Published beside ours" in render_comparison(cells | {"published": [entry]}, front)
 

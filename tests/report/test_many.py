@@ -9,9 +9,9 @@ from typing import Any
 import numpy
 import pytest
 
+from keeptune.report.grids import Cell, Grid
 from keeptune.report.pages import run_charts, run_tables
 from keeptune.report.pages.charts import mark
-from keeptune.report.pages.parts import Grid
 from keeptune.report.pages.run_page import render_html
 from keeptune.report.pages.verdict import verdict
 from keeptune.report.records import parse_report
@@ -61,8 +61,8 @@ def test_options_tell_the_common_from_the_rare(many: dict[str, Any]) -> None:
     assert common == "rank 8"
     assert grid is not None
     assert grid.heads == ("method", "train.learning rate", "its own")
-    assert grid.rows[0] == ("method-a", "0.0001", "–")
-    assert grid.rows[3] == ("method-d", "0.001", "beta 2")
+    assert grid.rows[0] == ("method-a", "0.0001", Cell("–", kind="path"))
+    assert grid.rows[3] == ("method-d", "0.001", Cell("beta 2", kind="path"))
     text = render_html(many)
     assert "The same for all: rank 8." in text
     assert re.search(r'<td class="path">beta 2</td>', text)

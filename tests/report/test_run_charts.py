@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from keeptune.report.grids import Cell, bar
 from keeptune.report.pages import layer_charts, run_charts
 from keeptune.report.pages.charts import heat_map, hover, mark, plain
-from keeptune.report.pages.parts import bar
 from keeptune.report.pages.run_tables import benchmark_tables
 from keeptune.report.records import parse_report
 
@@ -121,6 +121,6 @@ def test_bars_point_to_the_better_side() -> None:
 def test_a_rising_loss_points_to_the_worse_side(full: dict[str, Any]) -> None:
     tables = {table.name: table for table in benchmark_tables(parse_report(full))}
     assert list(tables) == ["facts", "wiki", "tools"]
-    row = tables["wiki"].rows[0]
-    assert (row.change, row.bar.kind, tables["wiki"].unit) == ("+0.135", "loss", "nats/token")
-    assert tables["tools"].rows[0].bar.kind == "gain"
+    (_, _, change), (_, _, task) = (tables[name].grid.rows[0] for name in ("wiki", "tools"))
+    assert isinstance(change, Cell) and isinstance(task, Cell) and change.bar and task.bar
+    assert (change.main, change.bar.kind, task.bar.kind) == ("+0.135 nats/token", "loss", "gain")

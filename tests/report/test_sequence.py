@@ -14,6 +14,7 @@ from tests.report.test_html import headings, island, parsed
 
 from keeptune.core.errors import ArtefactError
 from keeptune.experiments.sequence.sequence_record import measures
+from keeptune.report.grids import Cell
 from keeptune.report.pages.sequence_charts import course, lines, losses, matrices
 from keeptune.report.pages.sequence_page import (
     final,
@@ -103,9 +104,13 @@ def test_what_is_missing_is_left_out() -> None:
 
 
 def test_the_knowledge_points_to_the_worse_side_in_both_units() -> None:
-    facts, wiki = knowledge(made_up())
-    assert (facts[0], facts[1], facts[2], facts[4].kind) == ("facts", "0.950 → 0.650", "−30.0 points", "loss")
-    assert (wiki[2], wiki[3], wiki[4].kind) == ("+0.150 nats/token", "[+0.120, +0.180]", "loss")
+    grid = knowledge(made_up())
+    assert grid is not None
+    told = [
+        (name, scores, c.main, c.note, c.bar and c.bar.kind) for name, scores, c in grid.rows if isinstance(c, Cell)
+    ]
+    assert told[0] == ("facts", "0.950 → 0.650", "−30.0 points", "[−33.0, −27.0]", "loss")
+    assert told[1][2:] == ("+0.150 nats/token", "[+0.120, +0.180]", "loss")
 
 
 def test_stages_and_product_are_told() -> None:

@@ -40,15 +40,15 @@ def test_average_forgetting_is_what_k_leaves(full: dict[str, Any]) -> None:
     rows = comparison_rows(full)
     for row in rows:
         assert row["average_forgetting"]["mean"] == pytest.approx(1 - row["K"]["mean"])
-    column = next(column for column in comparison_columns(full) if column.head == "forgetting")
+    column = next(own for own in comparison_columns(full) if own[0].main == "forgetting")
     kept = rows[0]["K"]
-    assert column.cells[0].main == f"{100 * (1 - kept['mean']):.1f}%"
-    assert column.cells[0].note == f"±{100 * (kept['high'] - kept['mean']):.2f}"
+    assert column[1].main == f"{100 * (1 - kept['mean']):.1f}%"
+    assert column[1].note == f"±{100 * (kept['high'] - kept['mean']):.2f}"
 
 
 def test_without_knowledge_there_is_no_forgetting(minimal: dict[str, Any]) -> None:
     minimal["methods"][0]["K"] = None
-    assert "forgetting" not in [column.head for column in comparison_columns(minimal)]
+    assert "forgetting" not in [column[0].main for column in comparison_columns(minimal)]
 
 
 def test_one_seed_has_no_interval_for_scores(minimal: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ def test_one_seed_has_no_interval_for_scores(minimal: dict[str, Any]) -> None:
 
 def test_cells_are_short_and_empty_columns_go(full: dict[str, Any]) -> None:
     columns = comparison_columns(full)
-    assert [column.head for column in columns] == [
+    assert [column[0].main for column in columns] == [
         "method",
         "facts",
         "wiki",
@@ -71,10 +71,10 @@ def test_cells_are_short_and_empty_columns_go(full: dict[str, Any]) -> None:
         "trained",
         "export",
     ]
-    assert columns[1].cells[1].main == "1.000 → 0.951"
-    assert columns[2].cells[0].note.startswith("[+0.1")
-    assert columns[7].cells[0].main == "1.23 M"
-    assert columns[8].cells[0].main == "1.0e-06"
+    assert columns[1][2].main == "1.000 → 0.951"
+    assert columns[2][1].note.startswith("[+0.1")
+    assert columns[7][1].main == "1.23 M"
+    assert columns[8][1].main == "1.0e-06"
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140])
@@ -93,7 +93,7 @@ def test_markup_in_a_name_is_printed_as_it_is(minimal: dict[str, Any]) -> None:
 def test_a_method_that_lacks_a_benchmark_shows_a_dash(full: dict[str, Any]) -> None:
     for run in full["methods"][:2]:
         del run["benchmarks"][1]
-    assert comparison_columns(full)[2].cells[0].main == "–"
+    assert comparison_columns(full)[2][1].main == "–"
 
 
 def test_plan_table() -> None:

@@ -73,6 +73,11 @@ def loss_text(value: float, nats: bool) -> str:
     return f"{number(value)} nats/token" if nats else f"{points(value)} points"
 
 
+def change_text(value: float, nats: bool) -> str:
+    """Returns the change of a score with its sign and unit: nats per token, or points."""
+    return f"{signed(value, 3)} nats/token" if nats else f"{signed(100 * value, 1)} points"
+
+
 def estimate_text(estimate: Estimate) -> str:
     """Returns a mean, and in brackets its interval where there is one."""
     if not estimate.has_interval:

@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 
+from keeptune.core.intervals import lower_is_better
 from keeptune.core.versions import versions
-from keeptune.report.numbers import count, duration, markdown
+from keeptune.report.numbers import change_text, count, duration, interval_text, markdown, number
 from keeptune.report.pages.repeat import recipe_text
-from keeptune.report.pages.run_tables import benchmark_tables
 from keeptune.report.pages.verdict import verdict
 from keeptune.report.records import as_report
+from keeptune.report.tables.comparison_table import comparison_rows
 
 _VERSIONS = "Versions when this card was written: "
 _LOAD = {
@@ -99,10 +100,12 @@ def _table(entry: Mapping[str, Any]) -> str:
         "| benchmark | role | items | base | tuned | change | 95% interval |",
         "| --- | --- " + "| ---: " * 5 + "|",
     ]
-    for table in benchmark_tables(report):
-        for row in table.rows:
-            cells = (table.name, table.role, str(table.n), row.before, row.after, f"{row.change} {table.unit}")
-            lines.append(f"| {' | '.join(map(markdown, cells))} | {row.interval or '–'} |")
+    for role in ("knowledge", "task"):
+        for name, own in comparison_rows(report)[0][role].items():
+            nats = lower_is_better(own["metric"])
+            scores = (number(own["before"]), number(own["after"]), change_text(own["change"], nats))
+            cells = (name, role, str(own["n"]), *scores, interval_text(own["low"], own["high"], nats) or "–")
+            lines.append(f"| {' | '.join(map(markdown, cells))} |")
     note = "Both models on the same items; intervals of the change are bootstrapped over items."
     kept = report.runs[0].K
     share = "" if kept is None else f" Knowledge kept (K): {kept:.3f}."

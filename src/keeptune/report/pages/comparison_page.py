@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from keeptune.core.artefact import write_text
 from keeptune.report.comparisons import Scales, cost, labels_of, setting_rows
 from keeptune.report.figures import write_figures
+from keeptune.report.grids import Cell, Grid, bar
 from keeptune.report.numbers import ends, listing, number
 from keeptune.report.pages.charts import Chart
 from keeptune.report.pages.comparison_charts import fronts
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render
-from keeptune.report.pages.parts import Bar, Grid, bar
 from keeptune.report.pages.repeat import repeat
 
 _MOST_NAMED: Final = 6
@@ -53,7 +52,6 @@ def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
         score=front["matched"].get("score"),
         baseline=front["matched"].get("baseline"),
         matched=matched_rows(runs, front),
-        unit=Scales(front).unit,
         choice=_choice(front),
         notes=front.get("notes") or [],
         failures=failures(runs, front),
@@ -127,84 +125,57 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(labels[:_MOST_NAMED])} and {len(labels) - _MOST_NAMED} more"
 
 
-@dataclass(frozen=True)
-class MatchedRow:
-    """A label at the matched task score."""
-
-    label: str
-    index: int
-    forgotten: str
-    how: str
-    difference: str
-    bar: Bar | None
-    points: str
-
-
-def matched_rows(runs: Mapping[str, Any], front: Front) -> list[MatchedRow]:
+def matched_rows(runs: Mapping[str, Any], front: Front) -> Grid | None:
     """Returns the table at matched task score; bars to the right forget less than the baseline."""
-    scales, numbered = Scales(front), labels_of(runs["runs"], front)
+    scales, numbered, baseline = Scales(front), labels_of(runs["runs"], front), front["matched"].get("baseline")
     rows = front["matched"]["rows"]
     differences = [row.get("difference") or {} for row in rows]
     reach = [abs(d[key]) for d in differences for key in ("mean", "low", "high") if d.get(key) is not None]
     top = max(reach, default=1.0) or 1.0
     matched = []
     for row, difference in zip(rows, differences, strict=True):
-        mean, (low, high) = difference.get("mean"), ends(difference)
+        mean, (low, high), label = difference.get("mean"), ends(difference), str(row["label"])
+        text = scales.spread(difference, signed=True) if difference else "–"
+        strip = None if mean is None else bar(-mean, -high, -low, top, f"{label}: {text} {scales.unit}")
+        points = ", ".join(map(str, row.get("points") or []))
         matched.append(
-            MatchedRow(
-                label=str(row["label"]),
-                index=numbered.get(str(row["label"]), 0),
-                forgotten=scales.spread(row["forgotten"]),
-                how=str(row["how"]),
-                difference=scales.spread(difference, signed=True) if difference else "–",
-                bar=None if mean is None else bar(-mean, -high, -low, top),
-                points=", ".join(map(str, row.get("points") or [])),
+            (
+                Cell(label, index=numbered.get(label, 0)),
+                scales.spread(row["forgotten"]),
+                Cell(text, bar=strip, kind="bar narrow"),
+                Cell(f"{row['how']}: {points}" if points else str(row["how"]), kind="path"),
             )
         )
-    return matched
+    against = f"against {baseline}" if baseline else "difference"
+    heads = ("label", Cell("forgotten", scales.unit), against, "how, and from which settings")
+    return Grid(heads, tuple(matched)) if matched else None
 
 
-@dataclass(frozen=True)
-class TableCell:
-    """A cell of a table that can be sorted: its text, and the number to sort by if it is one."""
-
-    text: str
-    key: float | None = None
-    wide: bool = False
-
-
-@dataclass(frozen=True)
-class SortedTable:
-    """A table that can be sorted and searched."""
-
-    heads: tuple[str, ...]
-    rows: tuple[tuple[TableCell, ...], ...]
-
-
-def every_run(runs: Mapping[str, Any]) -> SortedTable:
+def every_run(runs: Mapping[str, Any]) -> Grid:
     """Returns a table of all runs."""
     names = [b["name"] for b in runs["benchmarks"]]
     relative = [key for key in ("K", "T", "KT") if any(row.get(key) is not None for row in runs["runs"])]
     first = ("run", "label", "rate", "strength", "seed", "status", "learned", "forgotten")
-    rows: list[tuple[TableCell, ...]] = []
+    rows: list[tuple[str | Cell, ...]] = []
     for row in runs["runs"]:
         after = {b["name"]: b["after"] for b in row["benchmarks"]}
         setting = "; ".join(f"{key} {value}" for key, value in setting_rows(row)[4:])
         numbers = [row.get("learning_rate"), row.get("strength"), row["seed"]]
         scores = [row.get("learned"), row.get("forgotten"), *(after.get(name) for name in names)]
         scores += [row.get(key) for key in relative]
+        status = str(row["status"]) + (f": {row['message']}" if row.get("message") else "")
         rows.append(
             (
-                TableCell(str(row["name"])),
-                TableCell(str(row["label"])),
-                *(TableCell("–" if n is None else f"{n:g}", n) for n in numbers),
-                TableCell(str(row["status"]) + (f": {row['message']}" if row.get("message") else ""), wide=True),
-                *(TableCell(number(n), n) for n in scores),
-                TableCell(cost(row), (row.get("seconds") or {}).get("train")),
-                TableCell(setting or "–", wide=True),
+                str(row["name"]),
+                str(row["label"]),
+                *(Cell("–" if n is None else f"{n:g}", key=n) for n in numbers),
+                Cell(status, kind="path"),
+                *(Cell(number(n), key=n) for n in scores),
+                Cell(cost(row), key=(row.get("seconds") or {}).get("train")),
+                Cell(setting or "–", kind="path"),
             )
         )
-    return SortedTable((*first, *names, *relative, "trained", "setting"), tuple(rows))
+    return Grid((*first, *names, *relative, "trained", "setting"), tuple(rows))
 
 
 def failures(runs: Mapping[str, Any], front: Front) -> list[tuple[str, str, str]]:
@@ -226,7 +197,7 @@ def published(runs: Mapping[str, Any], front: Front) -> Grid | None:
         label, name = str(entry["label"]), str(entry["benchmark"])
         ours = _ours(runs["runs"], front, label, name)
         source = " ".join(str(entry[key]) for key in ("source", "note") if entry.get(key))
-        rows.append((label, name, number(entry["score"]), number(ours), source or "–"))
+        rows.append((label, name, number(entry["score"]), number(ours), Cell(source or "–", kind="path")))
     return Grid(("label", "benchmark", "published", "ours", "source"), tuple(rows)) if rows else None
 
 

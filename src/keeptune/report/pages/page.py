@@ -43,7 +43,7 @@ def render(template: str, charts: Sequence[Chart | None], base: object, changed:
         scripts=scripts,
         style=_source("page.css"),
         policy=_policy(scripts),
-        island=htmlsafe_json_dumps(data, cls=PlotlyJSONEncoder),
+        island=htmlsafe_json_dumps(data, cls=PlotlyJSONEncoder, separators=(",", ":")),
         base=base,
         base_name=_base_name(str(base)),
         changed=changed,

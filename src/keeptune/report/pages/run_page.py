@@ -11,6 +11,7 @@ from typing import Any
 
 from keeptune.core.artefact import write_text
 from keeptune.report.estimates import methods
+from keeptune.report.grids import Grid
 from keeptune.report.numbers import listing
 from keeptune.report.pages import layer_charts, run_charts, run_tables
 from keeptune.report.pages.charts import MANY, Chart
@@ -66,7 +67,7 @@ def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> 
         verdict=verdict(parsed),
         sentences=method_sentences(parsed) if 1 < count <= MANY else [],
         caution=_caution(parsed),
-        columns=comparison_columns(parsed),
+        scores=_scores(parsed),
         benchmarks=run_tables.benchmark_tables(parsed),
         tradeoff=tradeoff,
         sections=sections,
@@ -79,6 +80,11 @@ def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> 
         repeat=more.get("repeat"),
         several_seeds=len(parsed.runs) > count,
     )
+
+
+def _scores(report: Report) -> Grid:
+    heads, *rows = zip(*comparison_columns(report), strict=True)
+    return Grid(heads, tuple(rows))
 
 
 def _caution(report: Report) -> str:

@@ -9,23 +9,10 @@ from typing import Any
 
 from keeptune.core.intervals import mean_of_seeds
 from keeptune.report.estimates import Series, methods, series
-from keeptune.report.numbers import duration, gap, interval_text, number, option_text, signed, unit_of, unit_words
-from keeptune.report.pages.parts import Bar, Grid, bar
+from keeptune.report.grids import Cell, Grid, bar
+from keeptune.report.numbers import change_text, duration, gap, interval_text, number, option_text
 from keeptune.report.records import Report
 from keeptune.report.tables.comparison_table import comparison_rows
-
-
-@dataclass(frozen=True)
-class BenchmarkRow:
-    """One method on one benchmark."""
-
-    label: str
-    index: int
-    before: str
-    after: str
-    change: str
-    interval: str
-    bar: Bar
 
 
 @dataclass(frozen=True)
@@ -35,9 +22,8 @@ class BenchmarkTable:
     name: str
     role: str
     metric: str
-    unit: str
     n: int
-    rows: tuple[BenchmarkRow, ...]
+    grid: Grid
 
 
 def benchmark_tables(report: Report) -> list[BenchmarkTable]:
@@ -59,24 +45,20 @@ def benchmark_tables(report: Report) -> list[BenchmarkTable]:
         entries = tuple(_entry(str(rows[i]["method"]), i, numbers, kind, scale) for i, numbers in own[kind.name])
         if entries:
             n = max(numbers["n"] for _, numbers in own[kind.name])
-            words = unit_words(unit_of(kind.metric))
             metric = f"{kind.metric}, through the chat template" if kind.chat else kind.metric
-            tables.append(BenchmarkTable(kind.name, kind.role, metric, words, n, entries))
+            grid = Grid(("method", "before → after", "change"), entries)
+            tables.append(BenchmarkTable(kind.name, kind.role, metric, n, grid))
     return tables
 
 
-def _entry(label: str, index: int, numbers: Mapping[str, Any], kind: Series, scale: float) -> BenchmarkRow:
+def _entry(label: str, index: int, numbers: Mapping[str, Any], kind: Series, scale: float) -> tuple[str | Cell, ...]:
     change, low, high = (float(numbers[key]) for key in ("change", "low", "high"))
     nats = kind.lower_is_better
-    return BenchmarkRow(
-        label,
-        index,
-        number(numbers["before"]),
-        number(numbers["after"]),
-        signed(change, 3) if nats else signed(100 * change, 1),
-        interval_text(low, high, nats),
-        bar(-change, -high, -low, scale) if nats else bar(change, low, high, scale),
-    )
+    text = change_text(change, nats)
+    better = (-change, -high, -low) if nats else (change, low, high)
+    strip = bar(*better, scale, f"{label} on {kind.name}: {text}")
+    scores = f"{number(numbers['before'])} → {number(numbers['after'])}"
+    return Cell(label, index=index), scores, Cell(text, interval_text(low, high, nats), bar=strip, kind="bar")
 
 
 def notes(report: Report) -> list[tuple[str, tuple[str, ...]]]:
@@ -109,10 +91,11 @@ def options(report: Report) -> tuple[str, Grid | None]:
     common = ", ".join(f"{words[key]} {texts[known[0].label, key]}" for key in same)
     if not shown and not rare:
         return common, None
-    rows = []
+    rows: list[tuple[str | Cell, ...]] = []
     for method in known:
         own = "; ".join(f"{words[key]} {texts[method.label, key]}" for key in rare if method.label in having[key])
-        rows.append((method.label, *(texts[method.label, key] for key in shown), *([own or "–"] if rare else [])))
+        rest = [Cell(own or "–", kind="path")] if rare else []
+        rows.append((method.label, *(texts[method.label, key] for key in shown), *rest))
     return common, Grid(("method", *(words[key] for key in shown), *(["its own"] if rare else [])), tuple(rows))
 
 
@@ -134,7 +117,7 @@ def divergence(report: Report) -> Grid | None:
 def runs(report: Report) -> Grid:
     """Returns a row for each run."""
     stages = list(dict.fromkeys(key for run in report.runs for key in run.seconds))
-    rows = tuple(
+    rows: list[tuple[str | Cell, ...]] = [
         (
             run.label,
             str(run.seed),
@@ -142,8 +125,9 @@ def runs(report: Report) -> Grid:
             "–" if run.average_forgetting is None else f"{number(100 * run.average_forgetting, 2)}%",
             *(duration(run.seconds[key]) if key in run.seconds else "–" for key in stages),
             gap(run.export_gap),
-            run.adapter,
+            Cell(run.adapter, kind="path"),
         )
         for run in report.runs
-    )
-    return Grid(("method", "seed", "K", "T", "KT", "average forgetting", *stages, "export gap", "adapter"), rows)
+    ]
+    heads = ("method", "seed", "K", "T", "KT", "average forgetting", *stages, "export gap", "adapter")
+    return Grid(heads, tuple(rows))

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from keeptune.core.artefact import write_text
-from keeptune.core.intervals import lower_is_better
 from keeptune.report.figures import write_figures
-from keeptune.report.numbers import count, duration, gap, interval_text, number, signed
+from keeptune.report.grids import Cell, Grid
+from keeptune.report.numbers import count, duration, gap, number, signed
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render
-from keeptune.report.pages.parts import Bar, Grid, bar
 from keeptune.report.pages.repeat import repeat
+from keeptune.report.pages.run_tables import benchmark_tables
 from keeptune.report.pages.sequence_charts import course, lines, losses, matrices
+from keeptune.report.records import as_report
 from keeptune.report.sequences import Record
 
 _TRANSFERS: Final = {"backward_transfer": "backward transfer", "forward_transfer": "forward transfer"}
@@ -80,24 +81,18 @@ def sentences(record: Record) -> list[str]:
     return said
 
 
-def knowledge(record: Record) -> list[tuple[str, str, str, str, Bar]]:
-    """Returns what the whole sequence did to the knowledge: benchmark, scores, change, its interval, and a bar."""
-    rows = []
-    for index, benchmark in enumerate(record["benchmarks"]):
-        before, after = record["scores"][0][index], record["scores"][-1][index]
-        if benchmark["role"] == "knowledge" and before is not None and after is not None:
-            pair = record["intervals"][-1][index] if record.get("intervals") else None
-            low, high = pair or (float("nan"), float("nan"))
-            rows.append((str(benchmark["name"]), lower_is_better(benchmark["metric"]), before, after, low, high))
-    table = []
-    for name, nats, before, after, low, high in rows:
-        same = [row for row in rows if row[1] == nats]
-        sizes = [abs(v) for row in same for v in (row[3] - row[2], row[4], row[5]) if v == v]
-        change, scale = after - before, max(sizes) or 1.0
-        strip = bar(-change, -high, -low, scale) if nats else bar(change, low, high, scale)
-        words = f"{signed(change, 3)} nats/token" if nats else f"{signed(100 * change, 1)} points"
-        table.append((name, f"{number(before)} → {number(after)}", words, interval_text(low, high, nats), strip))
-    return table
+def knowledge(record: Record) -> Grid | None:
+    """Returns what the whole sequence did to the knowledge, a row with a bar for each benchmark."""
+    known = zip(record["benchmarks"], record["scores"][0], record["scores"][-1], record["intervals"][-1], strict=True)
+    items = [
+        benchmark | {"before": before, "after": after, "interval": pair}
+        for benchmark, before, after, pair in known
+        if benchmark["role"] == "knowledge" and before is not None and after is not None
+    ]
+    run = dict.fromkeys(("K", "T", "KT", "export_gap")) | {"name": "the last stage", "seed": 0, "adapter": ""}
+    tables = benchmark_tables(as_report({"base": "", "methods": [run | {"benchmarks": items}]}))
+    rows = tuple((one.name, *one.grid.rows[0][1:]) for one in tables)
+    return Grid(("benchmark", "before → after", "change"), rows) if rows else None
 
 
 def _each(record: Record) -> Grid | None:
@@ -109,7 +104,7 @@ def _each(record: Record) -> Grid | None:
 def stages(record: Record) -> Grid:
     """Returns how each stage was made."""
     heads = ("stage", "method", "seed", "options", "rank so far", "trained", "time", "export gap", "adapter")
-    rows = []
+    rows: list[tuple[str | Cell, ...]] = []
     for stage in record["stages"]:
         options = [f"{key} {value}" for key, value in (stage.get("options") or {}).items() if value is not None]
         seconds = stage.get("seconds")
@@ -121,7 +116,7 @@ def stages(record: Record) -> Grid:
                 count(stage.get("trained_parameters")),
                 "–" if seconds is None else duration(float(seconds)),
                 gap(stage.get("gap")),
-                str(stage.get("adapter") or stage.get("folder") or "–"),
+                Cell(str(stage.get("adapter") or stage.get("folder") or "–"), kind="path"),
             )
         )
     return Grid(heads, tuple(rows))

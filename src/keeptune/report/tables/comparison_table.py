@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from keeptune.core.intervals import mean_of_seeds
 from keeptune.report.estimates import Method, Series, change, mean_of, methods, series
+from keeptune.report.grids import Cell
 from keeptune.report.numbers import count, gap, interval_text, number
 from keeptune.report.records import ReportLike, Run, as_report
 from keeptune.report.tables.terminal import fitting, table_frame
@@ -22,23 +22,6 @@ _TOGETHER: Final = {"K": "scores", "T": "scores", "KT": "scores", "forgetting": 
     "trained": "costs",
     "export": "costs",
 }
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A table cell: a value and, below it, its interval (may be empty)."""
-
-    main: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A table column: heading, the lines below the heading, and one cell for each method."""
-
-    head: str
-    sub: tuple[str, ...]
-    cells: tuple[Cell, ...]
 
 
 def comparison_rows(report: ReportLike) -> list[dict[str, Any]]:
@@ -65,19 +48,22 @@ def comparison_rows(report: ReportLike) -> list[dict[str, Any]]:
     return rows
 
 
-def comparison_columns(report: ReportLike) -> list[Column]:
-    """Returns the comparison as texts: first the methods, then a column for each quantity that any method has."""
+def comparison_columns(report: ReportLike) -> list[tuple[Cell, ...]]:
+    """Returns the comparison as texts: the methods, then each quantity that any has; columns begin with their head."""
     parsed = as_report(report)
     rows = comparison_rows(parsed)
-    names = (Cell(row["method"], f"({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else "") for row in rows)
+    names = (
+        Cell(row["method"], f"({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else "", place)
+        for place, row in enumerate(rows)
+    )
     columns = [_benchmark_column(item, rows) for role in ("knowledge", "task") for item in series(parsed, role)]
-    columns += [Column(key, (), tuple(_score_cell(row[key]) for row in rows)) for key in ("K", "T", "KT")]
-    drops = tuple(_score_cell(row["average_forgetting"], percent=True) for row in rows)
-    trained = tuple(Cell(count(row["trained_parameters"])) for row in rows)
-    gaps = tuple(Cell(gap(row["export_gap"])) for row in rows)
-    columns += [Column("forgetting", ("average",), drops)]
-    columns += [Column("trained", ("params",), trained), Column("export", ("gap",), gaps)]
-    return [Column("method", (), tuple(names)), *(c for c in columns if any(cell.main != "–" for cell in c.cells))]
+    columns += [(Cell(key), *(_score_cell(row[key]) for row in rows)) for key in ("K", "T", "KT")]
+    columns += [
+        (Cell("forgetting", "average"), *(_score_cell(row["average_forgetting"], percent=True) for row in rows)),
+        (Cell("trained", "params"), *(Cell(count(row["trained_parameters"])) for row in rows)),
+        (Cell("export", "gap"), *(Cell(gap(row["export_gap"])) for row in rows)),
+    ]
+    return [(Cell("method"), *names), *(own for own in columns if any(cell.main != "–" for cell in own[1:]))]
 
 
 def print_comparison(report: ReportLike, console: Console) -> None:
@@ -88,21 +74,23 @@ def print_comparison(report: ReportLike, console: Console) -> None:
     for part, group in enumerate(fitting(blocks, widths, console.width - min(_width(first), _METHOD_WIDTH)) or [[]]):
         if part:
             console.print()
-        columns = [first, *(column for block in group for column in block)]
         table = table_frame()
-        for column in columns:
-            head = Text(column.head).append("".join(f"\n{line}" for line in column.sub), style="dim")
-            if column is first:
-                table.add_column(head, max_width=_METHOD_WIDTH, overflow="fold")
+        heads, *rows = zip(first, *(column for block in group for column in block), strict=True)
+        for place, head in enumerate(heads):
+            if place:
+                table.add_column(_lines(head), justify="right", no_wrap=True)
             else:
-                table.add_column(head, justify="right", no_wrap=True)
-        for row in zip(*(column.cells for column in columns), strict=True):
-            texts = [Text(cell.main).append(f"\n{cell.note}" if cell.note else "", style="dim") for cell in row]
-            table.add_row(*(_plain(text, console.encoding) for text in texts))
+                table.add_column(_lines(head), max_width=_METHOD_WIDTH, overflow="fold")
+        for row in rows:
+            table.add_row(*(_plain(_lines(cell), console.encoding) for cell in row))
         console.print(table)
-    if any(cell.note for column in others for cell in column.cells):
+    if any(cell.note for column in others for cell in column[1:]):
         note = "In brackets: 95% interval of the change (points, or nats/token); ±: half the 95% interval over seeds."
         console.print(_plain(Text(note, style="dim"), console.encoding))
+
+
+def _lines(cell: Cell) -> Text:
+    return Text(cell.main).append(f"\n{cell.note}" if cell.note else "", style="dim")
 
 
 def _largest(method: Method, read: Callable[[Run], float | None]) -> float | None:
@@ -119,13 +107,13 @@ def _benchmark_numbers(method: Method, kind: Series) -> dict[str, Any] | None:
     return {"metric": kind.metric, "n": max(item.n for item in rows), **numbers}
 
 
-def _benchmark_column(kind: Series, rows: Sequence[Mapping[str, Any]]) -> Column:
-    cells = []
+def _benchmark_column(kind: Series, rows: Sequence[Mapping[str, Any]]) -> tuple[Cell, ...]:
+    cells = [Cell(kind.name, f"{kind.role}\n{'nats/token' if kind.lower_is_better else 'accuracy'}")]
     for row in rows:
         own = row[kind.role].get(kind.name)
         scores = "–" if own is None else f"{number(own['before'])} → {number(own['after'])}"
         cells.append(Cell(scores, "" if own is None else interval_text(own["low"], own["high"], kind.lower_is_better)))
-    return Column(kind.name, (kind.role, "nats/token" if kind.lower_is_better else "accuracy"), tuple(cells))
+    return tuple(cells)
 
 
 def _score_cell(score: Mapping[str, float] | None, *, percent: bool = False) -> Cell:
@@ -136,17 +124,16 @@ def _score_cell(score: Mapping[str, float] | None, *, percent: bool = False) -> 
     return Cell(f"{number(factor * score['mean'], digits)}{'%' if percent else ''}", note)
 
 
-def _blocks(columns: Sequence[Column]) -> list[list[Column]]:
+def _blocks(columns: Sequence[tuple[Cell, ...]]) -> list[list[tuple[Cell, ...]]]:
     """Returns the columns in groups that stay together: the scores, and what training cost."""
-    blocks: dict[str, list[Column]] = {}
-    for index, column in enumerate(columns):
-        blocks.setdefault(str(index) if len(column.sub) == 2 else _TOGETHER[column.head], []).append(column)
+    blocks: dict[str, list[tuple[Cell, ...]]] = {}
+    for index, (head, *cells) in enumerate(columns):
+        blocks.setdefault(str(index) if "\n" in head.note else _TOGETHER[head.main], []).append((head, *cells))
     return list(blocks.values())
 
 
-def _width(column: Column) -> int:
-    texts = [column.head, *column.sub, *(part for cell in column.cells for part in (cell.main, cell.note))]
-    return max(Text(text).cell_len for text in texts)
+def _width(column: tuple[Cell, ...]) -> int:
+    return max(Text(line).cell_len for cell in column for line in (cell.main, *cell.note.split("\n")))
 
 
 def _plain(text: Text, encoding: str) -> Text:
