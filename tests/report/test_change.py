@@ -49,7 +49,7 @@ def test_maps_share_their_scale_and_profiles_their_plot() -> None:
     charts = change_charts({"sources": [source("a", ROWS), source("b", [row(0, "q", 2.0), row(1, "q", 8.0)])]})
     first, second, relative, norm = (chart.figure.data for chart in charts)
     assert list(first[0].text) == [["30.0", "10.0"], ["40.0", ""]], "no share of a weight of zeros"
-    assert list(second[0].text) == [["20.0", "80.0"], ["", ""]]
+    assert list(second[0].text) == [["20.0", "80.0"]]
     assert [(own[0].zmin, own[0].zmax) for own in (first, second)] == [pytest.approx((0, 80))] * 2
     assert charts[0].alt.startswith("a:")
     assert {line.name: line.y for line in relative} == {

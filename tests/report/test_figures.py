@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from keeptune.report.figures import drawn, write_figure, write_figures
 from keeptune.report.pages import layer_charts, run_charts
-from keeptune.report.pages.charts import Chart, heat_map, layer_map, lying_bars
+from keeptune.report.pages.charts import Chart, heat_map, lying_bars, map_chart
 from keeptune.report.pages.sweep_charts import sweep_charts
 from keeptune.report.records import parse_report
 
@@ -50,12 +50,15 @@ def test_files_hold_the_numbers_of_the_page(full: dict[str, Any]) -> None:
     assert [float(line.get_ydata()[0]) for line in plain][:3] == [y for t in chart.figure.data[1:2] for y in t.y][:3]
     assert len(axes.containers) == sum(trace.error_y.array is not None for trace in chart.figure.data)
     values = [[0.1, math.nan], [0.5, 0.9]]
-    texts = [["a", ""], ["b", "c"]]
-    figure = heat_map(values, ("", ["x", "y"]), ("layer", ["0", "1"]), "cool", "share", texts, (0.0, 1.0))
+    figure = heat_map(values, (("", ["x", "y"]), ("layer", ["0", "1"])), "cool", "share", "{:g}".format, (0.0, 1.0))
     figure.add_shape(type="rect", x0=-0.5, x1=0.5, y0=-0.5, y1=0.5, line={"color": "var(--ink)"})
     bars = lying_bars(["one", "two"], [2.0, 1.0], ["var(--c0)", "var(--c1)"], "points lost")
-    cells, lying = drawn([layer_map("m", "a map", figure, 2), Chart("b", "bars", bars)]).axes
-    assert {text.get_position(): text.get_text() for text in cells.texts} == {(0, 0): "a", (0, 1): "b", (1, 1): "c"}
+    cells, lying = drawn([map_chart("m", "a map", figure), Chart("b", "bars", bars)]).axes
+    assert {text.get_position(): text.get_text() for text in cells.texts} == {
+        (0, 0): "0.1",
+        (0, 1): "0.5",
+        (1, 1): "0.9",
+    }
     assert (cells.get_ylim(), len(cells.patches)) == ((1.5, -0.5), 1)
     assert [patch.get_width() for patch in lying.patches] == [2.0, 1.0]
     assert lying.yaxis.get_inverted() and [tick.get_text() for tick in lying.get_yticklabels()] == ["one", "two"]

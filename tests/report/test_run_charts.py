@@ -107,7 +107,7 @@ def test_looks_differ_in_more_than_colour() -> None:
 def test_texts_for_plotly_hold_no_markup() -> None:
     assert plain("<a href='x'>&\n") == "&lt;a href='x'&gt;&amp;"
     assert hover("<i>", [("a", None), ("<u>", "<script>")]) == "<b>&lt;i&gt;</b><br>&lt;u&gt;: &lt;script&gt;"
-    figure = heat_map([[1.0]], ("y", ["<b>"]), ("x", ["<i>"]), "cool", "<s>")
+    figure = heat_map([[1.0]], (("y", ["<b>"]), ("x", ["<i>"])), "cool", "<s>")
     assert "<b>" not in str(figure) and "<i>" not in str(figure) and "<s>" not in str(figure)
 
 

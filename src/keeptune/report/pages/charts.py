@@ -19,6 +19,7 @@ from keeptune.report.numbers import number, short
 MANY: Final = 8  # with more methods, what is drawn stands back so that means and labels can be read
 LEAST: Final = 270  # pixels below which plotly.js has no room for the key of colours
 _COLOURS: Final = 17
+_NUMBERED: Final = 16  # columns up to which cells hold numbers
 # The numbers of colours and shapes have no common divisor: pairs repeat only after 136 labels.
 _SYMBOLS: Final = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "hexagon")
 _DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -130,79 +131,95 @@ def lying_bars(
 
 
 def heat_map(
-    values: Sequence[Sequence[float]],
-    down: tuple[str, Sequence[str]],
-    across: tuple[str, Sequence[str]],
+    values: Any,
+    axes: tuple[tuple[str, Sequence[str]], tuple[str, Sequence[str]]],
     scale: str,
     said: str,
-    texts: Sequence[Sequence[str]] | None = None,
+    write: Callable[[float], str] | None = None,
     span: tuple[float, float] | None = None,
+    least: float | None = None,
 ) -> go.Figure:
     """Returns a heat map, the first row on top; NaN leaves a cell empty.
 
     Args:
         values: Rows of numbers.
-        down: What the rows are, and their names.
-        across: What the columns are, and their names.
+        axes: What the rows are, and their names; the same of the columns.
         scale: ``"loss"`` or ``"gain"`` (two-sided), ``"cool"`` or ``"warm"``.
         said: What the numbers are.
-        texts: What stands in a cell; None prints its number when hovered, and nothing in the cell.
+        write: Prints a number in its cell, where the columns are few; None prints it when hovered.
         span: The ends of the colours; None takes those of the numbers.
+        least: Makes colours logarithmic: numbers below it have its colour, zero leaves a cell empty.
     """
-    (rows, columns), good = (down[1], across[1]), [value for row in values for value in row if math.isfinite(value)]
-    low, high = span or (min(good, default=0.0), max(good, default=1.0))
-    printed = texts or [[number(value) for value in row] for row in values]
-    place = [f"{plain(name)} %{{customdata[{part}]}}" for part, (name, _) in enumerate((down, across))]
+    (down, rows), (across, columns) = axes
+    table, told = numpy.array(values, dtype=float), write or number
+    texts = [["" if math.isnan(value) else plain(told(value)) for value in row] for row in table]
+    shown, ticks = write is not None and len(columns) <= _NUMBERED, {}
+    if least is not None:
+        table = numpy.log10(table, out=numpy.full(table.shape, math.nan), where=table > 0)
+        low, high = float(numpy.nanmin(table)), float(numpy.nanmax(table))
+        low = max(low, math.log10(least)) if least > 0 else low
+        span = (low, high) if high - low > 0.01 else (low - 0.3, high + 0.3)
+        places = [float(place) for place in numpy.linspace(*span, 4)]
+        ticks = {"tickvals": places, "ticktext": [told(10**place) for place in places]}
+    good = table[numpy.isfinite(table)]
+    low, high = span or (float(good.min(initial=math.inf)), float(good.max(initial=-math.inf))) if good.size else (0, 1)
+    place = [f"{plain(name)} %{{customdata[{part}]}}" for part, name in enumerate((down, across))]
     trace = go.Heatmap(
-        z=[list(row) for row in values],
+        z=table.tolist(),
         x=list(range(len(columns))),
         y=list(range(len(rows))),
         zmin=low,
         zmax=high if high > low else low + 1,
         colorscale=[[part / 2, f"var({name})"] for part, name in enumerate(_SCALES[scale])],
-        colorbar={"title": {"text": plain(said), "side": "right"}, "thickness": 12, "outlinewidth": 0},
+        colorbar={"title": {"text": plain(said), "side": "right"}, "thickness": 12, "outlinewidth": 0, **ticks},
         xgap=1,
         ygap=1,
         hoverongaps=False,
-        text=[[plain(text) for text in row] for row in printed],
+        text=texts,
         customdata=[[[plain(row), plain(column)] for column in columns] for row in rows],
         hovertemplate=f"{place[0]}<br>{place[1]}<br>{plain(said)}: %{{text}}<extra></extra>",
-        **({"texttemplate": "%{text}"} if texts is not None else {}),
+        **({"texttemplate": "%{text}"} if shown else {}),
     )
     bare = {"showgrid": False, "zeroline": False}
     most = 20 if max(map(len, columns), default=0) < 8 else 40
-    x = axis(across[0], **categories(columns, most), **bare)
-    return figure_of([trace], x, axis(down[0], **categories(rows, 40), **bare, autorange="reversed"))
+    x = axis(across, **categories(columns, most), **bare)
+    return figure_of([trace], x, axis(down, **categories(rows, 40), **bare, autorange="reversed"))
 
 
-def log_map(
-    values: numpy.ndarray,
-    down: tuple[str, Sequence[str]],
-    across: tuple[str, Sequence[str]],
-    scale: str,
-    said: str,
-    write: Callable[[float], str],
-    least: float = 0.0,
-) -> go.Figure:
-    """Returns a heat map coloured by logarithms; ``write`` prints a number, zero and NaN leave a cell empty.
-
-    Numbers below ``least`` have its colour; the other arguments are those of :func:`heat_map`.
-    """
-    table = numpy.full(values.shape, math.nan)
-    numpy.log10(values, out=table, where=values > 0)
-    low, high = (float(end) for end in (numpy.nanmin(table), numpy.nanmax(table)))
-    low = max(low, math.log10(least)) if least > 0 else low
-    span = (low, high) if high - low > 0.01 else (low - 0.3, high + 0.3)
-    texts = [["" if math.isnan(place) else write(10**place) for place in row] for row in table]
-    figure = heat_map(table.tolist(), down, across, scale, said, texts, span)
-    places = [float(place) for place in numpy.linspace(*span, 4)]
-    figure.update_traces(colorbar={"tickvals": places, "ticktext": [write(10**place) for place in places]})
-    return figure if len(across[1]) <= 12 else figure.update_traces(texttemplate=None)
-
-
-def layer_map(name: str, words: str, figure: go.Figure, rows: int, pixels: int = 26, most: int = 24) -> Chart:
+def map_chart(name: str, words: str, figure: go.Figure, pixels: int = 26, most: int = 24) -> Chart:
     """Returns a map as a chart that is as high as its rows need, up to ``most`` of them."""
-    return Chart(name, words, figure, max(130 + pixels * min(rows, most), LEAST))
+    return Chart(name, words, figure, max(130 + pixels * min(len(figure.data[0].z), most), LEAST))
+
+
+Placed = Sequence[tuple[int | None, str, float | None]]
+
+
+def role_map(name: str, words: str, cells: Placed, scale: str, said: str, **more: Any) -> list[Chart]:
+    """Returns a map of roles by layers; empty where no block has a number.
+
+    Args:
+        name: The chart's name.
+        words: What it shows.
+        cells: Layer (None is outside any block), role and number.
+        scale: As in :func:`heat_map`.
+        said: What the numbers are.
+        more: The other arguments of :func:`heat_map`; colours are from zero to the largest by default.
+    """
+    placed = [(layer, role, math.nan if value is None else value) for layer, role, value in cells if layer is not None]
+    # All layers, so that maps of one plan stand in line.
+    layers = sorted({layer for layer, _, _ in placed})
+    roles = list(dict.fromkeys(role for _, role, value in placed if math.isfinite(value)))
+    table = numpy.full((len(roles), len(layers)), math.nan)
+    for layer, role, value in placed:
+        if role in roles:
+            table[roles.index(role), layers.index(layer)] = value
+    good = table[numpy.isfinite(table)]
+    if not good.size:
+        return []
+    form = ".0f" if (good == good.astype(int)).all() else ".2g"
+    given: dict[str, Any] = {"write": lambda value: f"{value:{form}}", "span": (min(0.0, good.min()), good.max())}
+    axes = ("", roles), ("layer", [str(layer) for layer in layers])
+    return [map_chart(name, words, heat_map(table, axes, scale, said, **(given | more)))]
 
 
 def thin(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy
@@ -13,13 +13,14 @@ from keeptune.report.numbers import gap, listing
 from keeptune.report.pages.charts import (
     MANY,
     Chart,
+    Placed,
     axis,
     figure_of,
     heat_map,
-    layer_map,
-    log_map,
+    map_chart,
     mark,
     plain,
+    role_map,
     scatter,
     thin,
 )
@@ -28,8 +29,6 @@ from keeptune.report.records import PlanRow, Report, Run
 _BINS: Final = 64
 _STEPS: Final = 120  # of a drift map
 _MOST_LAYERS: Final = 6  # of which spectra are drawn
-_NUMBERED: Final = 16  # layers up to which cells hold numbers
-Read = Callable[[PlanRow], float | None]
 
 
 def ranks(report: Report) -> list[Chart]:
@@ -38,56 +37,17 @@ def ranks(report: Report) -> list[Chart]:
     for place, method in enumerate(methods(report)):
         rows, about = method.plan, f"{method.label} by layer and role"
         if len({row.rank for row in rows}) > 1:
-            charts += _map(f"ranks{place}", f"Ranks of {about}", rows, lambda row: row.rank, "rank", "cool")
-        charts += _importances(f"importances{place}", f"Importances behind {about}", rows)
-        sizes: dict[str, set[int]] = {}
-        for row in rows:
-            for name, curve in row.evidence.items():
-                sizes.setdefault(name, set()).add(curve.size)
-        single = [name for name, lengths in sizes.items() if lengths == {1} and name != "importance"]
-        for index, name in enumerate(single):
+            cells = [(row.layer, row.role, row.rank) for row in rows]
+            charts += role_map(f"ranks{place}", f"Ranks of {about}", cells, "cool", "rank")
+        weights: Placed = [(row.layer, row.role, row.importance if (row.importance or 0) > 0 else None) for row in rows]
+        words = f"Importances behind {about}"
+        charts += role_map(f"importances{place}", words, weights, "warm", "importance", write=gap, least=0.0)
+        names = dict.fromkeys(name for row in rows for name in row.evidence if name != "importance")
+        for index, name in enumerate(n for n in names if all(row.curve(n).size < 2 for row in rows)):
             said = name.replace("_", " ")
-            read: Read = lambda row, name=name: next(iter(row.curve(name).values), None)  # type: ignore[misc] # noqa: E731
-            charts += _map(f"evidence{place}-{index}", f"{said.capitalize()} of {about}", rows, read, said, "warm")
+            numbers: Placed = [(row.layer, row.role, next(iter(row.curve(name).values), None)) for row in rows]
+            charts += role_map(f"evidence{place}-{index}", f"{said.capitalize()} of {about}", numbers, "warm", said)
     return charts
-
-
-def _placed(rows: Sequence[PlanRow], read: Read) -> tuple[numpy.ndarray, list[str], list[str]] | None:
-    """Returns a table of roles by layers, NaN where there is no number, with the names of its rows and columns."""
-    cells = [(row.layer, row.role, value) for row in rows if row.layer is not None and (value := read(row)) is not None]
-    if not any(math.isfinite(value) for _, _, value in cells):
-        return None
-    # All layers of the plan, so that maps of one plan stand in line.
-    layers = sorted({row.layer for row in rows if row.layer is not None})
-    roles = list(dict.fromkeys(role for _, role, _ in cells))
-    table = numpy.full((len(roles), len(layers)), math.nan)
-    for layer, role, value in cells:
-        table[roles.index(role), layers.index(layer)] = value
-    return table, roles, [str(layer) for layer in layers]
-
-
-def _map(name: str, words: str, rows: Sequence[PlanRow], read: Read, said: str, scale: str) -> list[Chart]:
-    placed = _placed(rows, read)
-    if placed is None:
-        return []
-    table, roles, layers = placed
-    good = table[numpy.isfinite(table)]
-    form = ".0f" if (good == good.astype(int)).all() else ".2g"
-    texts = [["" if math.isnan(value) else f"{value:{form}}" for value in row] for row in table]
-    span = (min(0.0, float(good.min())), float(good.max()))
-    shown = texts if len(layers) <= _NUMBERED else None
-    figure = heat_map(table.tolist(), ("", roles), ("layer", layers), scale, said, shown, span)
-    return [layer_map(name, words, figure, len(roles))]
-
-
-def _importances(name: str, words: str, rows: Sequence[PlanRow]) -> list[Chart]:
-    """Returns a map of importances above zero, coloured by their logarithms."""
-    placed = _placed(rows, lambda row: row.importance if (row.importance or 0) > 0 else None)
-    if placed is None:
-        return []
-    table, roles, layers = placed
-    figure = log_map(table, ("", roles), ("layer", layers), "warm", "importance", gap)
-    return [layer_map(name, words, figure, len(roles))]
 
 
 def votes(report: Report) -> list[Chart]:
@@ -107,11 +67,9 @@ def votes(report: Report) -> list[Chart]:
             continue
         columns = [f"{a}" if b - a == 1 else f"{a}–{b - 1}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
         names = [str(row.target if row.layer is None else row.layer) for row in rows]
-        figure = heat_map(
-            table.tolist(), ("layer", names), ("node", columns), "cool", "texts that name the node, mean"
-        ).update_traces(zmin=0.0)
-        words = f"How many texts name each node, by layer: {method.label}"
-        charts.append(layer_map(f"votes{place}", words, figure, len(rows)))
+        span, said = (0.0, float(table.max())), "texts that name the node, mean"
+        figure = heat_map(table, (("layer", names), ("node", columns)), "cool", said, span=span)
+        charts.append(map_chart(f"votes{place}", f"How many texts name each node, by layer: {method.label}", figure))
     return charts
 
 
@@ -187,8 +145,6 @@ def _drift(key: str, label: str, run: Run) -> list[Chart]:
         return []
     rows = run.penalised[:: max(math.ceil(len(run.penalised) / _STEPS), 1)]
     table = [[row.layers.get(layer, math.nan) for row in rows] for layer in layers]
-    across = ("training step", [f"{row.step:g}" for row in rows])
-    figure = heat_map(table, ("layer", [str(layer) for layer in layers]), across, "warm", "‖ΔW‖ / ‖W‖")
-    figure.update_traces(xgap=0, zmin=0.0)
-    words = f"Drift of each layer while training, ‖ΔW‖ / ‖W‖: {label}"
-    return [layer_map(key, words, figure, len(layers), 22, 26)]
+    axes = ("layer", [str(layer) for layer in layers]), ("training step", [f"{row.step:g}" for row in rows])
+    figure = heat_map(table, axes, "warm", "‖ΔW‖ / ‖W‖").update_traces(xgap=0, zmin=0.0)
+    return [map_chart(key, f"Drift of each layer while training, ‖ΔW‖ / ‖W‖: {label}", figure, 22, 26)]

@@ -118,19 +118,22 @@ def relations(report: Report) -> list[charts.Chart]:
         names = [f"{short(name, 28)} (n={size})" for name, (size, _) in shown.items()]
         values = [losses for _, losses in shown.values()]
         unit, decimals = ("nats/token lost", 3) if kind.lower_is_better else ("points lost", 0)
-        texts = [[signed(v, decimals).lstrip("+") if math.isfinite(v) else "" for v in row] for row in values]
+
+        def write(value: float, decimals: int = decimals) -> str:
+            return signed(value, decimals).lstrip("+")
+
         if len(labels) == 1:
             colours = [f"var(--{'loss' if row[0] > 0 else 'gain'})" for row in values]
             hovers: dict[str, Any] = {
                 "customdata": [charts.plain(name) for name in names],
                 "hovertemplate": "%{customdata}: %{text}<extra></extra>",
             }
-            written = {"text": [row[0] for row in texts], "textposition": "outside", "cliponaxis": False}
+            texts = [write(row[0]) if math.isfinite(row[0]) else "" for row in values]
+            written = {"text": texts, "textposition": "outside", "cliponaxis": False}
             figure = charts.lying_bars(names, [row[0] for row in values], colours, unit, **written, **hovers)
         else:
             top = max((abs(v) for row in values for v in row if math.isfinite(v)), default=1.0) or 1.0
-            shown_texts = texts if len(labels) <= charts.MANY else None
-            figure = charts.heat_map(values, ("", names), ("", labels), "loss", unit, shown_texts, (-top, top))
+            figure = charts.heat_map(values, (("", names), ("", labels)), "loss", unit, write, (-top, top))
             figure.update_xaxes(side="top", tickangle=-40 if len(labels) > 3 else 0)
         caption = f"{kind.name}: {unit}, mean over seeds"
         if len(shown) < len(table):

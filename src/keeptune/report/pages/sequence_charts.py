@@ -19,17 +19,16 @@ def matrices(record: Record) -> list[charts.Chart]:
     for place, (unit, columns) in enumerate(split(record)):
         table = score_table(record, columns)
         accuracy = unit == "accuracy"
-        across = ("benchmark", [record["benchmarks"][i]["name"] for i in columns])
-        texts = [[number(value) for value in row] for row in table]
+        axes = ("", row_names(record)), ("benchmark", [record["benchmarks"][i]["name"] for i in columns])
         scale, span = ("cool", (0.0, 1.0)) if accuracy else ("warm", None)
-        figure = charts.heat_map(table, ("", row_names(record)), across, scale, unit, texts, span)
+        figure = charts.heat_map(table, axes, scale, unit, number, span)
         figure.update_xaxes(side="top", title={"text": ""})
         for x, y in ((x, own_stage(record, column)) for x, column in enumerate(columns)):
             if y is not None:
                 corners = {"x0": x - 0.49, "x1": x + 0.49, "y0": y - 0.48, "y1": y + 0.48}
                 figure.add_shape(type="rect", **corners, line={"color": "var(--ink)", "width": 2.5})
         words = f"Scores after each stage, {unit}" + ("" if accuracy else ", lower is better")
-        panels.append(charts.Chart(f"matrix{place}", words, figure, max(110 + 38 * len(table), charts.LEAST)))
+        panels.append(charts.map_chart(f"matrix{place}", words, figure, 38))
     return panels
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final
@@ -13,18 +12,18 @@ import plotly.graph_objects as go
 from keeptune.report.estimates import layer_means, totals
 from keeptune.report.pages.charts import (
     Chart,
+    Placed,
     arms,
     axis,
     categories,
     figure_of,
     heat_map,
-    layer_map,
-    log_map,
+    map_chart,
     mark,
+    role_map,
     scatter,
 )
 
-_NUMBERED: Final = 16  # layers up to which cells hold numbers
 _KINDS: Final = {"block": "block outputs", "attention": "attention outputs", "mlp": "MLP outputs"}
 _READINGS: Final = {
     "positions": "each prompt token restored",
@@ -54,22 +53,17 @@ def energy_charts(rows: Sequence[Record], top: int, name: str) -> list[Chart]:
 def change_charts(record: Record) -> list[Chart]:
     """Returns maps of roles and layers of ``change.json``, and their profiles; empty when no target is in a layer."""
     sources = [source for source in record["sources"] if source["layers"]]
-    layers = sorted({int(layer) for source in sources for layer in source["layers"]})
-    roles = list(dict.fromkeys(row["role"] for source in sources for row in source["rows"] if row["layer"] >= 0))
-    tables = []
+    layers = {int(layer) for source in sources for layer in source["layers"]}
+    tables: list[Placed] = []
     for source in sources:
-        table = numpy.full((len(roles), len(layers)), math.nan)
-        for (layer, role), total in totals(source["rows"], "layer", "role").items():
-            if layer in layers and total["relative"] is not None:
-                table[roles.index(role), layers.index(layer)] = 100 * total["relative"]
-        tables.append(table)
-    top = max((float(numpy.nanmax(table, initial=0.0)) for table in tables), default=0.0) or 1.0
-    charts = []
+        shares = {place: total["relative"] for place, total in totals(source["rows"], "layer", "role").items()}
+        tables.append([(*at, None if share is None else 100 * share) for at, share in shares.items() if at[0] >= 0])
+    top = max((value for table in tables for *_, value in table if value is not None), default=0.0) or 1.0
+    charts: list[Chart] = []
     for place, (source, table) in enumerate(zip(sources, tables, strict=True)):
-        texts = [["" if math.isnan(value) else f"{value:.{int(top < 100)}f}" for value in row] for row in table]
-        across, shown = ("layer", [str(layer) for layer in layers]), texts if len(layers) <= _NUMBERED else None
-        figure = heat_map(table.tolist(), ("", roles), across, "warm", "%", shown, (0.0, top))
-        charts.append(layer_map(f"change{place}", f"{source['label']}: change, % of the weight", figure, len(roles)))
+        words, form = f"{source['label']}: change, % of the weight", f".{int(top < 100)}f"
+        more = {"write": lambda value, form=form: f"{value:{form}}", "span": (0.0, top)}
+        charts += role_map(f"change{place}", words, table, "warm", "%", **more)
     for measure, scale, words in (("relative", 100, "% of the weights"), ("norm", 1, "norm of the change")):
         lines = []
         for index, source in enumerate(sources):
@@ -145,11 +139,10 @@ def trace_charts(record: Record, key: str = "", run: str = "") -> tuple[list[Cha
     most = max(float(numpy.abs(table).max()) for table in tables) or 1.0
     maps = []
     for index, (model, table) in enumerate(zip(record["models"], tables, strict=True)):
-        layers = ("layer", [str(layer) for layer in range(table.shape[1])])
-        said = "probability brought back"
-        figure = heat_map(table.tolist(), ("token", tokens), layers, "gain", said, span=(-most, most))
+        axes = ("token", tokens), ("layer", [str(layer) for layer in range(table.shape[1])])
+        figure = heat_map(table, axes, "gain", "probability brought back", span=(-most, most))
         words = f"{run}{model['name']}: example {example['number']}, answer “{example['answer'].strip()}”, * got noise"
-        maps.append(layer_map(f"{key}heat{index}", words, figure, len(tokens), 20, 40))
+        maps.append(map_chart(f"{key}heat{index}", words, figure, 20, 40))
     return profiles, maps
 
 
@@ -162,9 +155,11 @@ def density_charts(record: Record) -> list[Chart]:
     # A single text among thousands would take most of the scale.
     least = float(numpy.concatenate(tables).max()) / 1e3
     for name, table, scale in zip(("highest", "lowest"), tables, ("warm", "cool"), strict=True):
-        said = "texts that name a node"
-        figure = log_map(table, ("layer", layers), ("node", columns), scale, said, _per_cent, least)
-        charts.append(layer_map(name, f"{name} {density['q']:g}% of all nodes", figure, len(layers)))
+        axes = ("layer", layers), ("node", columns)
+        figure = heat_map(
+            table, axes, scale, "texts that name a node", lambda share: f"{100 * share:.3g}%", least=least
+        )
+        charts.append(map_chart(name, f"{name} {density['q']:g}% of all nodes", figure))
     bars = go.Bar(x=list(range(len(layers))), y=record["profile"], marker={"color": "var(--cool1)"})
     figure = figure_of([bars], axis("layer", **categories(layers, 30)), axis("∑|attribution|, largest = 1"))
     return [*charts, Chart("profile", "How much each MLP carries", figure, 240)]
@@ -182,10 +177,6 @@ def overlap_charts(record: Record) -> list[Chart]:
     figure = figure_of([bars, chance], axis("layer", **categories(names, 30)), up)
     words = f"Common rows of {record['first']['name']} and {record['second']['name']}; dots: by chance"
     return [Chart("overlap", words, figure, 300)]
-
-
-def _per_cent(value: float) -> str:
-    return f"{100 * value:.3g}%"
 
 
 def _line(label: str, places: Sequence[tuple[float, float]], index: int, **more: Any) -> go.Scatter:

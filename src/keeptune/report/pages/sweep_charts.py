@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -11,7 +12,7 @@ import plotly.graph_objects as go
 
 from keeptune.core.intervals import Estimate, combine, lower_is_better, mean_of_seeds
 from keeptune.report.numbers import axis_value, signed, unit_words
-from keeptune.report.pages.charts import LEAST, Chart, arms, axis, categories, figure_of, heat_map, mark, scatter
+from keeptune.report.pages.charts import Chart, arms, axis, categories, figure_of, heat_map, map_chart, mark, scatter
 from keeptune.report.tables.analyses import benefit_title
 
 _SUMMARIES: Final = {"K": "kept (K)", "T": "learned (T)", "KT": "both (KT)"}
@@ -149,13 +150,12 @@ def benefit_charts(record: Mapping[str, Any]) -> list[Chart]:
     for place, (table, numbers) in enumerate(tables):
         same = [abs(own) for other, own in tables if other["unit"] == table["unit"]]
         top = max(float(numpy.nanmax(own)) for own in same) or 1.0
-        decimals = 3 if table["unit"] == "nats" else 1
-        texts = [["" if math.isnan(value) else signed(value, decimals) for value in row] for row in numbers]
-        figure = heat_map(numbers.tolist(), down, across, "gain", table["unit"], texts, (-top, top))
+        write = functools.partial(signed, decimals=3 if table["unit"] == "nats" else 1)
+        figure = heat_map(numbers, (down, across), "gain", table["unit"], write, (-top, top))
         line = {"color": "var(--paper)", "width": 5}
         figure.add_hline(len(numbers) - 1.5, line=line).add_vline(len(numbers[0]) - 1.5, line=line)
         words = f"{benefit_title(table)}: {unit_words(table['unit'])} {over}; more is better"
-        charts.append(Chart(f"benefit{place}", words, figure, max(130 + 30 * len(numbers), LEAST)))
+        charts.append(map_chart(f"benefit{place}", words, figure, 30))
     return charts
 
 
