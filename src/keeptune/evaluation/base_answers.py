@@ -9,6 +9,7 @@ A classifier's base has a head drawn with the run's seed and is run each time as
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from keeptune.core.artefact import content_key, read_json, write_json
 from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import locked
+from keeptune.core.processes import by_first, is_first
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -31,7 +33,7 @@ class KeptAnswers:
     base: str  # names all that the answers depend on besides benchmark and tokens: weights and device
 
     def get(self, name: str, parts: Any, count: int, compute: Callable[[], list[T]]) -> list[T]:
-        """Reads the base's answers, or computes and writes them; several processes compute them once.
+        """Reads the base's answers, or computes and writes them; several runs compute them once.
 
         Args:
             name: The benchmark.
@@ -41,11 +43,12 @@ class KeptAnswers:
         """
         key = content_key([self.base, parts])
         path = self.folder / f"{name}-{key[:16]}.json"
-        with locked(path.with_suffix(".lock")):
-            answers: list[T] | None = _read(path, key, count)
+        with locked(path.with_suffix(".lock")) if is_first() else contextlib.nullcontext():
+            answers: list[T] | None = by_first(lambda: _read(path, key, count))
             if answers is None:
                 answers = compute()
-                write_json(path, {"key": key, "answers": answers, "check": content_key(answers)})
+                if is_first():
+                    write_json(path, {"key": key, "answers": answers, "check": content_key(answers)})
             return answers
 
 

@@ -18,7 +18,7 @@ from keeptune.evaluation.items import Item
 from keeptune.evaluation.metrics import LABELS
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, grouped, label_scores
-from keeptune.evaluation.scored_tokens import longest_first
+from keeptune.evaluation.scored_tokens import in_batches
 from keeptune.model.continuation import need_finite
 from keeptune.model.head import Head
 
@@ -108,17 +108,15 @@ def _logits(
     advance: Callable[[int], object],
 ) -> Tensor:
     """Computes (n, outputs) logits, float32 on the CPU, in batches of sequences of about equal length."""
-    lengths = [len(row["input_ids"]) for row in encoded]
-    order = longest_first(lengths)
     pad = collator(tokenizer)
-    logits: list[Tensor] = [torch.empty(0)] * len(order)
-    for start in range(0, len(order), rows):
-        members = order[start : start + rows]
-        batch = {name: value.to(model.device) for name, value in pad([encoded[member] for member in members]).items()}
-        for member, row in zip(members, model(**batch).logits.float().cpu(), strict=True):
-            logits[member] = row
+
+    def logits_of(members: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        batch = {name: value.to(model.device) for name, value in pad(members).items()}
+        logits: list[list[float]] = model(**batch).logits.float().tolist()
         advance(len(members))
-    return torch.stack(logits)
+        return logits
+
+    return torch.tensor(in_batches(encoded, [len(row["input_ids"]) for row in encoded], rows, logits_of))
 
 
 def _record(item: Item, names: Sequence[str], truth: Any, predicted: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.evaluation.metrics import cut_at
-from keeptune.evaluation.scored_tokens import Passes, ScoredTokens, longest_first
+from keeptune.evaluation.scored_tokens import Passes, ScoredTokens, in_batches
 from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
 
 
@@ -33,13 +33,11 @@ def greedy_texts(
     """
     ends = ends | end_tokens(model, tokenizer)
     limits = Limits(new_tokens, ends, passes.pad, passes.where, stops)
-    texts = [""] * len(prompts)
-    order = longest_first([len(prompt.ids) for prompt in prompts])
-    for start in range(0, len(order), passes.rows):
-        members = order[start : start + passes.rows]
-        written = continued(model, tokenizer, [prompts[member].ids for member in members], limits)
-        for member, new in zip(members, written, strict=True):
-            own = new[:-1] if new and new[-1] in ends else new
-            texts[member] = cut_at(plain_text(tokenizer, own), stops)
-        passes.advance(len(members))
-    return texts
+
+    def texts_of(batch: Sequence[ScoredTokens]) -> list[str]:
+        written = continued(model, tokenizer, [prompt.ids for prompt in batch], limits)
+        passes.advance(len(batch))
+        kept = (new[:-1] if new and new[-1] in ends else new for new in written)
+        return [cut_at(plain_text(tokenizer, own), stops) for own in kept]
+
+    return in_batches(prompts, [len(prompt.ids) for prompt in prompts], passes.rows, texts_of)

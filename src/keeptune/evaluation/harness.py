@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError
+from keeptune.core.processes import world
 from keeptune.data.calibration import pad_id_of
 from keeptune.data.chat_template import ChatTemplate
 from keeptune.evaluation.base_answers import KeptAnswers
@@ -61,6 +62,7 @@ def evaluate(
     passes = len(items) if benchmark.metric == "cross_entropy" else 2 * len(items)
     if benchmark.metric in ("multiple_choice", *PAIRS):
         passes = 2 * sum(len(item.choices) for item in items)
+    passes = -(-passes // world())  # of the first process, whose bar is seen
     with tqdm(total=passes, desc=benchmark.name, unit="seq", disable=None if progress else True, delay=2) as bar:
         if benchmark.metric in (*LABELS, *SCORES):
             return classified(pair, tokenizer, benchmark, items, seed=seed, advance=bar.update)

@@ -8,9 +8,9 @@ for at most ``_CHUNK`` tokens at a time; sums over tokens are float64.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, scoring
-from keeptune.evaluation.scored_tokens import PaddedBatch, Passes, ScoredTokens, padded_batches
+from keeptune.evaluation.scored_tokens import PaddedBatch, Passes, ScoredTokens, divided_by_length, padded_batches
 from keeptune.model.continuation import need_finite
 
 _CHUNK = 256
+T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
@@ -41,6 +42,14 @@ def log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], p
     Raises:
         ModelError: The model gives values that are not finite.
     """
+    return _divided(sequences, lambda own: _log_likelihoods(model, own, passes))
+
+
+def _divided(sequences: Sequence[ScoredTokens], compute: Callable[[Sequence[ScoredTokens]], list[T]]) -> list[T]:
+    return divided_by_length(sequences, [len(tokens.ids) for tokens in sequences], compute)
+
+
+def _log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], passes: Passes) -> list[float]:
     results = [0.0] * len(sequences)
     for batch in _batches(sequences, passes, model):
         logits = _logits(model, batch)
@@ -62,6 +71,10 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
     Raises:
         ModelError: A model gives values that are not finite, or the vocabularies differ.
     """
+    return _divided(sequences, lambda own: _losses(pair, own, passes))
+
+
+def _losses(pair: ModelPair, sequences: Sequence[ScoredTokens], passes: Passes) -> list[Losses]:
     results = [Losses(0, 0.0, 0.0, 0.0)] * len(sequences)
     with scoring(pair, "before") as model:
         batched = _batches(sequences, passes, model)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError, RecipeError
+from keeptune.core.processes import divided
 
 _LOGITS_AT_ONCE = 2**28  # elements of one batch of logits: 1 GiB in float32
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,25 @@ def context_limit(max_length: int, new_tokens: int, model_limit: int | None, *, 
 def longest_first(lengths: Sequence[int]) -> list[int]:
     """Returns the order in which sequences are batched: longest first, equal ones as they came."""
     return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+
+
+def divided_by_length(items: Sequence[T], lengths: Sequence[int], compute: Callable[[Sequence[T]], list[R]]) -> list[R]:
+    """Divides items among the processes, long and short ones alike; returns the results of all in their order.
+
+    ``compute`` gets a process's items, longest first, and returns one result for each.
+    """
+    order = longest_first(lengths)
+    results = dict(zip(order, divided([items[place] for place in order], compute), strict=True))
+    return [results[place] for place in range(len(items))]
+
+
+def in_batches(items: Sequence[T], lengths: Sequence[int], rows: int, compute: Callable[..., list[R]]) -> list[R]:
+    """Computes as :func:`divided_by_length`, with at most ``rows`` items of about equal length at a time."""
+
+    def own(part: Sequence[T]) -> list[R]:
+        return [result for start in range(0, len(part), rows) for result in compute(part[start : start + rows])]
+
+    return divided_by_length(items, lengths, own)
 
 
 def padded_batches(sequences: Sequence[ScoredTokens], *, rows: int, pad: int, vocabulary: int) -> Iterator[PaddedBatch]:

@@ -26,6 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from keeptune.core.artefact import write_bytes
 from keeptune.core.errors import RecipeError
 from keeptune.core.locks import locked
+from keeptune.core.processes import by_first, is_first, world
 from keeptune.experiments.compare_section import Resources, missing_extra
 from keeptune.experiments.plan_runs import Comparison, RunSpec, check_runs
 from keeptune.experiments.posthoc_variants import Variant
@@ -44,7 +45,7 @@ TaskOf = Callable[[RunSpec], RunTask]
 def _task_maker(comparison: Comparison, base: str) -> TaskOf:
     """Returns what makes tasks of a comparison's runs; ``base`` is the base's fingerprint."""
     known: dict[str, str] = {}  # fingerprints of data files by path
-    resources = comparison.section.resources
+    resources = _resources(comparison)
     threads = None if resources is None else max(1, int(resources.cpus))
     shared = comparison.output.absolute()
 
@@ -53,6 +54,21 @@ def _task_maker(comparison: Comparison, base: str) -> TaskOf:
         return RunTask(spec.name, spec.recipe, key, base, shared, threads, variants)
 
     return make
+
+
+def _resources(comparison: Comparison) -> Resources | None:
+    """Returns what each run gets on Ray; None runs it in this process, or in all that a launcher started."""
+    section = comparison.section
+    if world() == 1:
+        return section.resources
+    if section.resources is not None and "resources" in section.model_fields_set:
+        raise RecipeError(
+            "compare.resources",
+            got=f"Ray, in {world()} processes of a launcher",
+            wanted="one of the two",
+            next_step="Leave resources out, or start the comparison without a launcher.",
+        )
+    return None
 
 
 def variants_of(comparison: Comparison, label: str) -> Sequence[Variant]:
@@ -71,7 +87,7 @@ def tasks_of(comparison: Comparison, specs: Sequence[RunSpec]) -> tuple[TaskOf, 
     model = Job(specs[0].recipe).base()
     task_of = _task_maker(comparison, body_fingerprint(model))
     tasks = {spec.name: task_of(spec) for spec in specs}
-    missing = frozenset(name for name, task in tasks.items() if not finished(task))
+    missing = by_first(lambda: frozenset(name for name, task in tasks.items() if not finished(task)))
     check_runs(comparison, [spec for spec in specs if spec.name in missing], model)
     del model  # on a GPU the runs need its memory
     gc.collect()
@@ -93,7 +109,7 @@ def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outco
 
 def run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Outcome]:
     """Does the tasks that are not finished, in their order, while :func:`only_one` is held."""
-    outcomes = {task.name: Outcome("done") for task in tasks if finished(task)}
+    outcomes = by_first(lambda: {task.name: Outcome("done") for task in tasks if finished(task)})
     waiting = [task for task in tasks if task.name not in outcomes]
     if outcomes:
         _log.info("%s: %d of %d runs are done", comparison.kind, len(outcomes), len(tasks))
@@ -110,7 +126,10 @@ def run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Out
 
 @contextlib.contextmanager
 def only_one(output: Path) -> Iterator[None]:
-    """Holds the lock of a comparison's or sequence's folder; raises RecipeError where another process holds it."""
+    """Holds the lock of a comparison's or sequence's folder; raises RecipeError where another command holds it."""
+    if not is_first():
+        yield
+        return
     with locked(output / ".lock", wait=False) as ours:
         if not ours:
             raise RecipeError(
@@ -132,7 +151,7 @@ def run_each(
     Raises:
         RecipeError: Ray is not installed, there is no such cluster, or no node has the resources of one run.
     """
-    resources = comparison.section.resources
+    resources = _resources(comparison)
     if resources is not None:
         yield from _on_ray(iter(tasks), resources, comparison.output, lazily)
         return

@@ -31,6 +31,7 @@ from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.probe import BOUNDS, gap_to, logits_of, random_probe
 from keeptune.core.artefact import atomic_directory, content_key, read_json, write_json, write_tensors, write_text
 from keeptune.core.errors import ModelError
+from keeptune.core.processes import by_first
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.model.blocks import head_of
@@ -128,8 +129,8 @@ def interpolate(
 
 def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers | None = None) -> dict[str, str]:
     """Scores the variants of a finished run that are not scored yet; returns why it lacks some, by folder name."""
-    folder = find_result(job.output)
-    weights = result_fingerprint(folder)
+    folder = by_first(lambda: find_result(job.output))
+    weights = by_first(lambda: result_fingerprint(folder))
     loaded = cache(lambda: _Loaded(job, folder))  # not loaded where every variant is scored
     names = [benchmark.name for benchmark in job.recipe.evaluate]
     refused = {}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keeptune.core.artefact import write_json
+from keeptune.core.processes import by_first
 from keeptune.experiments.choice import choose_best, limits_of
 from keeptune.experiments.comparison_record import RUNS_FILE, Options, row_of, write_records
 from keeptune.experiments.effects import benefits
 from keeptune.experiments.engine import run_all, variants_of
-from keeptune.experiments.plan_runs import Comparison, list_runs
+from keeptune.experiments.plan_runs import Comparison, RunSpec, list_runs
 from keeptune.experiments.single_run import Outcome
 from keeptune.report.figures import write_figure
 from keeptune.report.pages.comparison_page import write_comparison
@@ -51,6 +52,16 @@ def run_comparison(
         limits_of([{"name": b.name, "role": b.role} for b in comparison.base.evaluate], [], max_loss)
     specs = list_runs(comparison)
     outcomes = run_all(comparison, specs)
+    return by_first(lambda: _written(comparison, command, max_loss, specs, outcomes))
+
+
+def _written(
+    comparison: Comparison,
+    command: str,
+    max_loss: float | Mapping[str, float] | None,
+    specs: Sequence[RunSpec],
+    outcomes: Mapping[str, Outcome],
+) -> Compared:
     rows = [
         row_of(spec, outcomes.get(spec.name, Outcome("missing", "not run")), variant)
         for spec in specs

@@ -23,6 +23,7 @@ import torch
 from keeptune.core.artefact import content_key, file_fingerprint, has_key, read_json, write_json
 from keeptune.core.errors import KeeptuneError
 from keeptune.core.locks import locked
+from keeptune.core.processes import by_first, is_first, world
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.experiments.posthoc_variants import VARIANTS, Variant, score_variants
 from keeptune.pipeline.export import export_stage
@@ -100,7 +101,10 @@ def finished(task: RunTask) -> bool:
 
 
 def attempt(task: RunTask) -> Outcome:
-    """Does a run, or what is left of it; a failure is recorded in its folder until the next try."""
+    """Does a run, or what is left of it; a failure is recorded in its folder until the next try.
+
+    A failure ends all of several processes: one alone cannot tell that the others meet it too.
+    """
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     started = time.perf_counter()
@@ -108,19 +112,23 @@ def attempt(task: RunTask) -> Outcome:
     message = ""
     warned: list[str] = []
     try:
-        with locked(folder / ".lock"), _logged(folder / "log.txt", warned):
-            if finished(task):  # by another worker that had an equal run
+        with _held(folder, warned) if is_first() else contextlib.nullcontext():
+            if by_first(lambda: finished(task)):  # by another worker that had an equal run
                 return Outcome("done")
             try:
                 _stages(task)
-            except KeeptuneError as error:
+            except (KeeptuneError, RuntimeError, ValueError, OSError) as error:
+                if world() > 1:
+                    raise
                 message = str(error)
-            except (RuntimeError, ValueError, OSError) as error:  # a library's: out of memory, no convergence
-                _log.warning("%s: %s", task.name, error, exc_info=True)
-                message = f"{type(error).__name__}: {error}"
+                if not isinstance(error, KeeptuneError):  # a library's: out of memory, no convergence
+                    _log.warning("%s: %s", task.name, error, exc_info=True)
+                    message = f"{type(error).__name__}: {error}"
             mark = {"key": task.key, "status": "failed" if message else "done", "message": message}
-            write_json(folder / _MARK, mark)
+            by_first(lambda: write_json(folder / _MARK, mark))
     except (KeeptuneError, OSError) as error:  # the folder cannot be written: the message has no place there
+        if world() > 1:
+            raise
         message = message or str(error)
     finally:
         gc.collect()  # give back the models' memory, for the next run of this process and for those of others
@@ -139,6 +147,12 @@ def _stages(task: RunTask) -> None:
     evaluate_stage(job, kept=kept)
     if task.variants:
         score_variants(job, task.variants, kept=kept)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, warned: list[str]) -> Iterator[None]:
+    with locked(folder / ".lock"), _logged(folder / "log.txt", warned):
+        yield
 
 
 @contextlib.contextmanager

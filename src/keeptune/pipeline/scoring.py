@@ -13,6 +13,7 @@ from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import content_key, file_fingerprint, write_bytes
 from keeptune.core.errors import ModelError
 from keeptune.core.out_of_memory import out_of_memory
+from keeptune.core.processes import by_first, is_first
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmark_data import data_fingerprint, engine_of
 from keeptune.evaluation.benchmarks import Benchmark
@@ -38,8 +39,8 @@ def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers |
     Returns:
         One summary per benchmark.
     """
-    folder = find_result(job.output) if adapter is None else adapter
-    weights = result_fingerprint(folder)
+    folder = adapter or by_first(lambda: find_result(job.output))
+    weights = by_first(lambda: result_fingerprint(folder))
     results = job.output / ("evaluation" if adapter is None else f"evaluation-{weights[:12]}")
     pair = cache(lambda: load_pair(job, folder))  # not loaded where every benchmark is scored
     merged = _is_into_original(job, folder)
@@ -98,7 +99,8 @@ def score(
         models = pair()
         started = time.perf_counter()
         result = evaluate(models, job.tokenizer, benchmark, Path(), seed=job.seed, kept=kept)
-        write_bytes(items, result.to_jsonl().encode())
+        if is_first():
+            write_bytes(items, result.to_jsonl().encode())
         return {
             "weights": weights,
             "benchmark": benchmark,

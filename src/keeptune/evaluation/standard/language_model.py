@@ -11,12 +11,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError
+from keeptune.core.processes import divided, world
 from keeptune.data.chat_template import ChatTemplate
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.chat import end_of_thought
 from keeptune.evaluation.standard.entry import NamedBenchmark
 
 _LOG = logging.getLogger(__name__)
+_Run = Callable[[Sequence[Any]], list[Any]]  # from lm-eval's requests to their answers
 _LONGEST = 2048  # of a model that names no limit, lm-eval's own
 _NEW_TOKENS = 256  # lm-eval's own, of a task that names no limit
 
@@ -69,14 +71,12 @@ def wrapped_model(
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
             _check_choices(self, benchmark, requests, length)
             run = super().loglikelihood
-            pairs = self._kept(
-                "loglikelihood", requests, lambda: [[float(a), bool(b)] for a, b in run(requests, quiet)]
-            )
+            pairs = self._kept("loglikelihood", requests, lambda own: [[float(a), bool(b)] for a, b in run(own, quiet)])
             return [(total, greedy) for total, greedy in pairs]
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
             run = super().loglikelihood_rolling
-            return self._kept("rolling", requests, lambda: list(map(float, run(requests, quiet))))
+            return self._kept("rolling", requests, lambda own: list(map(float, run(own, quiet))))
 
         def _loglikelihood_tokens(self, requests: Any, **given: Any) -> Any:
             # lm-eval draws a bar for each batch of windows, whatever its argument.
@@ -88,16 +88,34 @@ def wrapped_model(
             cut = sum(tokens > room for tokens, room in zip(lengths, rooms, strict=True))
             _warn_of_cuts(benchmark, cut, len(requests), length)
             run = super().generate_until
-            return self._kept("generate", requests, lambda: list(run(requests, quiet)))
+            return self._kept("generate", requests, lambda own: list(run(own, quiet)))
 
-        def _kept(self, kind: str, requests: Sequence[Any], run: Callable[[], list[Any]]) -> list[Any]:
+        def _kept(self, kind: str, requests: Sequence[Any], run: _Run) -> list[Any]:
             if kept is None:
-                return run()
+                return _divided(requests, run)
             key = [kind, length, [list(request.args) for request in requests], *([thoughts] if thoughts else [])]
-            return kept.get(benchmark.name, key, len(requests), run)
+            return kept.get(benchmark.name, key, len(requests), lambda: _divided(requests, run))
 
     size = benchmark.batch_size
     return Answers(pretrained=model, tokenizer=own, backend="causal", batch_size=size, max_length=length, **thoughts)
+
+
+def _divided(requests: Sequence[Any], run: _Run) -> list[Any]:
+    """Divides requests among the processes, those of one prompt together: lm-eval runs it once for short choices."""
+    if world() == 1:
+        return run(requests)
+    prompts: dict[str, list[int]] = {}
+    for place, request in enumerate(requests):
+        prompts.setdefault(request.args[0], []).append(place)
+
+    def some(own: Sequence[list[int]]) -> list[list[Any]]:
+        answers = iter(run([requests[place] for places in own for place in places]) if own else ())
+        return [[next(answers) for _ in places] for places in own]
+
+    longest = sorted(prompts.values(), key=lambda places: -sum(len(requests[place].args[0]) for place in places))
+    found = zip(longest, divided(longest, some), strict=True)
+    answered = {place: answer for places, answers in found for place, answer in zip(places, answers, strict=True)}
+    return [answered[place] for place in range(len(requests))]
 
 
 def _check_choices(inner: Any, benchmark: NamedBenchmark, requests: Sequence[Any], length: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 from keeptune.core.errors import DataError, ModelError, RecipeError, nearest
+from keeptune.core.processes import by_first
 from keeptune.data.sources import Row
 from keeptune.evaluation.standard import programs
 from keeptune.evaluation.standard.entry import NamedBenchmark
@@ -57,7 +58,7 @@ def build_tasks(benchmark: NamedBenchmark, *, run: bool = True) -> Built:
     protocol = None if how is None or how.protocol is None else PROTOCOLS[how.protocol, name]
     task, folders = benchmark.lm_eval_task, () if row is None else row.folders
     code = row is not None and row.code
-    runs = programs.Runs(name, open_sandbox(benchmark.where)) if code and run else None
+    runs = programs.Runs(name, by_first(lambda: open_sandbox(benchmark.where))) if code and run else None
     overrides: _Config = {}
     if code:
         overrides |= programs.task_overrides(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from keeptune.core.processes import by_first
 from keeptune.data.sources import Row
 from keeptune.evaluation.standard.sandbox import Sandbox
 
@@ -34,7 +35,8 @@ class Runs:
 
     def process(self, row: Row, results: Sequence[str]) -> dict[str, float]:
         """Runs the one answer to an item: lm-eval's ``process_results``."""
-        self.stopped.append(self.sandbox.run(program_of(self.name, row, results[0])))
+        program = program_of(self.name, row, results[0])
+        self.stopped.append(by_first(lambda: self.sandbox.run(program)))
         return {METRIC: float(not self.stopped[-1])}
 
 

@@ -28,6 +28,7 @@ from keeptune.adapter.load import load_adapter
 from keeptune.adapter.probe import Gap, gap_to, logits_of
 from keeptune.core.artefact import content_key, file_fingerprint, read_json, remove_leftovers, write_json
 from keeptune.core.errors import ExportError, ModelError, placed
+from keeptune.core.processes import by_first, is_first
 from keeptune.core.weights import is_quantised
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.experiments.engine import only_one
@@ -115,20 +116,19 @@ def _run(course: _Course) -> dict[str, Any]:
     for stage in sequence.stages:
         done.append(placed(f"stage {stage.name}", partial(_stage, course, stage, tuple(done))))
         scores.append(placed(f"stage {stage.name}", partial(_scores, course, done[-1].product.parent)))
-    final, exported = _final(course, done[-1])
+    final, exported = by_first(lambda: _final(course, done[-1]))
     cut = exported is not None and (exported["error"] > 0 or exported["format"] == "merged")
-    record = write_record(
-        sequence,
-        [one.record | {"run": str(one.result.parent), "product": str(one.product)} for one in done],
-        scores,
-        adapter=final,
-        export=exported,
-        final=_scores(course, sequence.output) if cut else None,
-    )
-    page, numbers = sequence.output / "report.html", sequence.output / "sequence.json"
-    if not page.is_file() or page.stat().st_mtime < numbers.stat().st_mtime:
-        write_sequence(record, page)
-    return record
+    final_scores = _scores(course, sequence.output) if cut else None
+
+    def write() -> dict[str, Any]:
+        stages = [one.record | {"run": str(one.result.parent), "product": str(one.product)} for one in done]
+        record = write_record(sequence, stages, scores, adapter=final, export=exported, final=final_scores)
+        page, numbers = sequence.output / "report.html", sequence.output / "sequence.json"
+        if not page.is_file() or page.stat().st_mtime < numbers.stat().st_mtime:
+            write_sequence(record, page)
+        return record
+
+    return by_first(write)
 
 
 def _check(sequence: StageSequence, model: PreTrainedModel) -> None:
@@ -145,7 +145,7 @@ def _check(sequence: StageSequence, model: PreTrainedModel) -> None:
         placed(f"stage {stage.name}", job.check)
         placed(f"stage {stage.name}", partial(find_targets, model, stage.recipe.targets, stage.recipe.layers))
     models = [f"models/{stage.folder}" for stage in sequence.stages]
-    for name in (*models, "adapter", "merged"):
+    for name in (*models, "adapter", "merged") if is_first() else ():
         remove_leftovers(sequence.output / name)
 
 
@@ -154,13 +154,19 @@ def _stage(course: _Course, stage: Stage, done: Sequence[_Done]) -> _Done:
     after, run = course.output / "after" / stage.folder, course.output / "stages" / stage.folder
     stored = Stored(f"stage {stage.name}", after / "stage.json", _key(course, stage, done))
     record = stored.read()
-    if record is None or not any((run / record["result"]).glob("*.safetensors")):
-        start_from = _start_model(course, done)
+    if record is not None and not by_first(partial(_has_weights, run / record["result"])):
+        record = None
+    if record is None:
+        start_from = by_first(lambda: _start_model(course, done))
         made = _run_stage(course, stage, done, start_from)
         record = stored.write(made, files=[f"{made['product']}/*.safetensors"])
         if start_from is not None and not course.sequence.keep_models:
-            _remove_model(start_from)
+            by_first(lambda: _remove_model(start_from))
     return _Done(run / record["result"], after / record["product"], record)
+
+
+def _has_weights(result: Path) -> bool:
+    return any(result.glob("*.safetensors"))
 
 
 def _run_stage(course: _Course, stage: Stage, done: Sequence[_Done], start_from: Path | None) -> dict[str, Any]:
@@ -174,6 +180,19 @@ def _run_stage(course: _Course, stage: Stage, done: Sequence[_Done], start_from:
         _refuse_rank(course.wanted, stage, note or "A stage before it left a whole model")
     train_stage(job, plan)
     export_stage(job, plan)
+    record = by_first(lambda: _record_product(course, stage, done, job, whole))
+    return record | {
+        "name": stage.name,
+        "method": plan.method,
+        "options": dict(plan.options),
+        "seed": job.seed,
+        "note": note,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _record_product(course: _Course, stage: Stage, done: Sequence[_Done], job: Job, whole: bool) -> dict[str, Any]:
+    """Adds what a finished run changed to the product, checks it, and returns its part of the stage's record."""
     result = find_result(job.output)
     product = course.output / "after" / stage.folder / ("merged" if whole else "adapter")
     remove_leftovers(product)
@@ -182,10 +201,6 @@ def _run_stage(course: _Course, stage: Stage, done: Sequence[_Done], start_from:
     _log.info("stage %s: gap to what was trained on a fresh base %.1e, rank %d", stage.name, gap.gap, rank)
     trained = read_json(job.output / "trained" / "train.json")
     return {
-        "name": stage.name,
-        "method": plan.method,
-        "options": dict(plan.options),
-        "seed": job.seed,
         "result": result.name,
         "product": product.name,
         "weights": result_fingerprint(product),
@@ -193,10 +208,8 @@ def _run_stage(course: _Course, stage: Stage, done: Sequence[_Done], start_from:
         "gap": gap.gap,
         "relative_gap": gap.relative,
         "rank": rank,
-        "note": note,
         "trained_parameters": trained["trained_parameters"],
         "loss": trained["loss"],
-        "seconds": time.perf_counter() - started,
     }
 
 
