@@ -1,0 +1,136 @@
+"""Two processes of a launcher score, compare and go from stage to stage as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.assets import DATA
+from tests.experiments.processes import work
+from tests.pipeline.support import values, write_data, write_recipe
+
+from keeptune.core.artefact import read_json
+from keeptune.core.errors import TrainError
+from keeptune.experiments import single_run
+from keeptune.experiments.engine import tasks_of
+from keeptune.experiments.plan_runs import list_runs, load_comparison
+from keeptune.experiments.single_run import RunTask, attempt
+
+pytest.importorskip("lm_eval")
+ROOT = Path(__file__).parents[2]
+LORA = {"name": "lora", "rank": 4}  # without dropout, which each process draws for its own texts
+NAMED = {"name": "arc_easy", "data": str(DATA / "commonsense"), "examples": 3}
+BOUND = 1e-4  # of scores after training that agrees to rounding
+BENCHMARKS = ("stories", "sums", "animals", "arc_easy")
+
+
+def _write(folder: Path, data: Path) -> Path:
+    """Writes the recipes of a run, of a comparison of two cells with a variant, and of two stages."""
+    given = values(data, folder / "run", folder / "store", method=LORA)
+    given["evaluate"][0]["examples"] = 1  # fewer than the processes
+    stories, sums, _ = given["evaluate"]
+    folder.mkdir()
+    write_recipe(folder / "run.yaml", given | {"evaluate": [*given["evaluate"], NAMED]})
+    brief = given | {"evaluate": [stories, sums]}
+    del brief["method"]
+    compare = {"methods": [LORA, {"name": "full"}], "seeds": [0], "scales": [0.5], "learning_rate": [5e-3]}
+    train = {key: value for key, value in given["train"].items() if key != "seed"} | {"save_strategy": "no"}
+    cells = {"output": str(folder / "cells"), "train": train, "compare": compare | {"resources": None}}
+    write_recipe(folder / "compare.yaml", brief | cells)
+    task = brief.pop("task")
+    stages = [{"name": name, "task": task, "method": LORA} for name in ("first", "second")]
+    write_recipe(folder / "stages.yaml", brief | {"output": str(folder / "stages"), "stages": stages})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of one process and of two; the adapter that both score is that of the one."""
+    folder = tmp_path_factory.mktemp("processes")
+    data = write_data(folder / "data")
+    one, two = (_write(folder / name, data) for name in ("one", "two"))
+    work(one, one / "run" / "adapter")
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.experiments.processes"]
+    env = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    command = [sys.executable, "-m", *words, str(two), str(one / "run" / "adapter")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return one, two
+
+
+def _same(found: Any, wanted: Any, bound: float) -> bool:
+    """Whether two records have equal texts and whole numbers, and others within a bound."""
+    if isinstance(wanted, Mapping):
+        return found.keys() == wanted.keys() and all(_same(found[key], wanted[key], bound) for key in wanted)
+    if isinstance(wanted, list):
+        return len(found) == len(wanted) and all(_same(*pair, bound) for pair in zip(found, wanted, strict=True))
+    return abs(found - wanted) <= bound if isinstance(wanted, float) else bool(found == wanted)
+
+
+def _items(folder: Path, name: str) -> list[Any]:
+    (path,) = folder.glob(f"run/evaluation-*/{name}.items.jsonl")
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_two_processes_score_one_adapter_as_one_does(name: str, both: tuple[Path, Path]) -> None:
+    wanted, found = (_items(folder, name) for folder in both)
+    assert _same(found, wanted, 1e-5)  # log-likelihoods are sums of float32 in other batches
+    for side in ("before", "after"):
+        assert [item[side] for item in found] == pytest.approx([item[side] for item in wanted], abs=1e-6)
+    assert len(found) == 1 or not _same(found[::-1], wanted, 1e-5)  # the order is that of the items
+
+
+def test_each_process_scores_a_part(both: tuple[Path, Path]) -> None:
+    """Without a division each would score all, twice what one process does."""
+    (wanted,), found = (read_json(folder / "texts.json") for folder in both)
+    assert sum(found) == wanted
+    assert max(found) <= 0.7 * wanted
+
+
+def test_two_processes_make_the_run_the_cells_and_the_stages_of_one(both: tuple[Path, Path]) -> None:
+    one, two = both
+    for name in BENCHMARKS:
+        summaries = [read_json(folder / "run" / "evaluation" / f"{name}.json")["summary"] for folder in both]
+        assert _same(*summaries, BOUND), name
+    rows = [read_json(folder / "cells" / "runs.json")["runs"] for folder in both]
+    kept = ("name", "status", "trained_parameters", "benchmarks", "learned", "forgotten")
+    wanted, found = ([{key: row[key] for key in kept} for row in own] for own in rows)
+    assert _same(found, wanted, BOUND)
+    assert {row["status"] for row in found} == {"done"}
+    assert any("scale-0.5" in row["name"] for row in found)
+    answers = [{path.name: read_json(path)["answers"] for path in (f / "cells" / "base").glob("*.json")} for f in both]
+    assert _same(answers[1], answers[0], 1e-5)
+    assert answers[0]
+    wanted, found = (read_json(folder / "stages" / "sequence.json") for folder in (one, two))
+    assert _same(found["scores"], wanted["scores"], BOUND)
+    assert (two / "stages" / "report.html").is_file()
+    assert (two / "cells" / "report.html").is_file()
+
+
+def test_one_process_takes_what_two_have_done(both: tuple[Path, Path]) -> None:
+    comparison = load_comparison(both[1] / "compare.yaml")
+    assert not tasks_of(comparison, list_runs(comparison))[2]
+
+
+def test_a_failed_run_of_several_processes_ends_them(
+    both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With one process it is recorded, and the next goes on."""
+
+    def fails(task: RunTask) -> None:
+        raise TrainError("run", got="a loss of nan", wanted="a number", next_step="Lower the rate.")
+
+    monkeypatch.setattr(single_run, "_stages", fails)
+    spec = list_runs(load_comparison(both[1] / "compare.yaml"))[0]
+    task = RunTask("cell", spec.recipe.model_copy(update={"output": tmp_path / "cell"}), "key", "base", tmp_path)
+    assert attempt(task).status == "failed"
+    monkeypatch.setattr(single_run, "world", lambda: 2)
+    with pytest.raises(TrainError):
+        attempt(task)
