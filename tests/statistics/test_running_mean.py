@@ -15,11 +15,16 @@ from torch import Tensor
 from keeptune.core.errors import StatisticsError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
+from keeptune.model.blocks import find_targets
+from keeptune.model.runner import Runner
+from keeptune.statistics import passes
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance, ReleasedCovariance
 from keeptune.statistics.fisher import TokenCount, WeightFisher, lora_fisher
 from keeptune.statistics.gradient import DirectionVariances
+from keeptune.statistics.low_rank_covariance import InputFactor
+from keeptune.statistics.passes import Pass, run_pass
 from keeptune.statistics.request import RowRequest
-from keeptune.statistics.running_mean import Accumulator, checked_result
+from keeptune.statistics.running_mean import Accumulator, RunningMean, checked_result
 
 CPU = torch.device("cpu")
 TARGET = Target("h.0.up", 0, "up", 5, 4, "h.0.up")
@@ -64,6 +69,12 @@ def summed(request: RowRequest, *indices: Tensor) -> Accumulator:
     return total
 
 
+def mean(request: RowRequest, *indices: Tensor) -> RunningMean:
+    total = summed(request, *indices)
+    assert isinstance(total, RunningMean)
+    return total
+
+
 @pytest.mark.parametrize("request_", MEANS, ids=str)
 def test_the_mean_depends_neither_on_how_rows_are_split_nor_on_the_order_of_merging(request_: RowRequest) -> None:
     wanted = MEANS[request_] / len(H)
@@ -74,13 +85,13 @@ def test_the_mean_depends_neither_on_how_rows_are_split_nor_on_the_order_of_merg
         edges = [0, *sorted(cuts), 30]
         parts = [torch.tensor(order[a:b], dtype=torch.long) for a, b in zip(edges, edges[1:], strict=False)]
         assert relative(summed(request_, *parts).result(), wanted) < 1e-6
-        first, second, *others = (summed(request_, part) for part in parts)
+        first, second, *others = (mean(request_, part) for part in parts)
         first.merge(second)
         left = first.result()
-        back, other = (summed(request_, part) for part in (parts[1], parts[0]))
+        back, other = (mean(request_, part) for part in (parts[1], parts[0]))
         back.merge(other)
         assert torch.equal(back.result().nan_to_num(), left.nan_to_num())  # commutative, to the last bit
-        tail = empty(request_)
+        tail = mean(request_)
         for part in others:  # (first + second) + (others), against one after the other
             tail.merge(part)
         first.merge(tail)
@@ -102,8 +113,8 @@ def test_sums_of_processes_are_added_in_place(request_: RowRequest) -> None:
 
 
 def test_a_shard_without_tokens_changes_nothing() -> None:
-    one, other = (summed(InputCovariance("task"), torch.arange(5)) for _ in range(2))
-    other.merge(summed(InputCovariance("task")))
+    one, other = (mean(InputCovariance("task"), torch.arange(5)) for _ in range(2))
+    other.merge(mean(InputCovariance("task")))
     assert torch.equal(one.result(), other.result())
 
 
@@ -120,6 +131,35 @@ def test_what_is_no_number_is_refused_with_the_module(request_: RowRequest) -> N
             total.add(*{"forward": rows[:1], "backward": rows[1:], "joint": rows}[request_.kind])
             with pytest.raises(StatisticsError, match=r"h\.0\.up: got NaN or infinite"):
                 checked_result(total, "h.0.up")
+
+
+@pytest.mark.parametrize("request_", [InputCovariance("task"), TokenCount("task"), InputFactor("task", 3)], ids=str)
+def test_the_second_of_two_processes_divides_the_pass_but_for_ordered_sums(
+    request_: RowRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ordered sum is the very sum of one process; it cannot be added up, and of its own rows it would be half."""
+    model = MODELS["llama"]()
+    data = calibration(lengths=(3, 9, 6, 12))
+    batches, measured = data.batches(12), [(request_, find_targets(model)[0])]
+    found: list[Accumulator] = []
+
+    def run() -> Accumulator:
+        deliver = lambda request, target, total: found.append(total)  # noqa: E731
+        run_pass(Runner(model), batches, Pass("task", False, None), measured, deliver, title="")
+        return found[-1]
+
+    alone = run()
+    added: list[Tensor] = []
+    monkeypatch.setattr(passes, "world", lambda: 2)
+    monkeypatch.setattr(passes, "share", lambda every: every[1::2])
+    monkeypatch.setattr(passes, "add_up", added.append)
+    second = run()
+    if request_.ordered:
+        assert torch.equal(second.result(), alone.result())
+        assert not added
+    else:
+        assert second.tokens == sum(int(batch.attention_mask.sum()) for batch in batches[1::2]) < alone.tokens == 30
+        assert len(added) == len(second.sums) + 1
 
 
 @pytest.mark.parametrize("architecture", MODELS)

@@ -65,6 +65,7 @@ class ReleasedCovariance(RowRequest):
     """
 
     examples_alone: ClassVar[bool] = True
+    ordered: ClassVar[bool] = True
 
     def numbers(self, target: Target) -> int:
         """Returns ``n²``."""
@@ -77,10 +78,7 @@ class ReleasedCovariance(RowRequest):
 
 @dataclass
 class _ReleasedSum(Accumulator):
-    """Sums ``x̂ᵀ x̂ / 256`` in float16, ``x̂ = x / |max x|`` per example, as the released code does; no mean.
-
-    float16 rounds each addition, so its ``sums`` are none: every process makes all of it.
-    """
+    """Sums ``x̂ᵀ x̂ / 256`` in float16, ``x̂ = x / |max x|`` per example, as the released code does; no mean."""
 
     in_features: int
     device: torch.device

@@ -25,6 +25,7 @@ class InputFactor(RowRequest):
     """
 
     version: ClassVar[int] = 2
+    ordered: ClassVar[bool] = True
 
     rank: int
     seed: int = 0
@@ -50,6 +51,7 @@ class GradientFactor(GradientRequest):
     """
 
     version: ClassVar[int] = 2
+    ordered: ClassVar[bool] = True
 
     rank: int
 

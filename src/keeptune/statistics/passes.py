@@ -71,10 +71,10 @@ def run_pass(
 ) -> None:
     """Sums statistics in one pass over the data; each sum is delivered and freed once its module is done.
 
-    Several processes divide the batches, and all deliver the sums over all of them.
+    Several processes divide the batches, but for sums that are ordered; all deliver the sums over all of them.
     """
     taps, sums = Taps(), dict[Measured, _Sum]()
-    divided = not need.examples_alone  # such a sum rounds each addition: every process makes all of it
+    divided = not any(request.ordered for request, _ in measured)
     own = share(batches) if divided else batches
     for request, target in measured:
         weight = partial(read_weight, runner.model, target)

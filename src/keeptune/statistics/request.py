@@ -63,9 +63,14 @@ class Request(ABC):
 
 @dataclass(frozen=True, slots=True)
 class RowRequest(Request):
-    """A sum over the rows of tokens; by default over the inputs of an input group, in a forward pass."""
+    """A sum over the rows of tokens; by default over the inputs of an input group, in a forward pass.
+
+    Attributes:
+        ordered: The sum depends on the order of rows, so that every process makes all of it.
+    """
 
     examples_alone: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
 
     @property
     def kind(self) -> PassKind:

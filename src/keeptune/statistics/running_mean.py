@@ -39,12 +39,6 @@ class Accumulator(Protocol):
         """What is summed beside ``tokens``, float64: sums over other rows are added to it in place."""
         return []
 
-    def merge(self, other: Accumulator) -> None:
-        """Adds the rows of another sum of the same statistic, such as that of another shard of the data."""
-        for mine, others in zip(self.sums, other.sums, strict=True):
-            mine += others.to(mine.device)
-        self.tokens += other.tokens
-
 
 def checked_result(total: Accumulator, module: str) -> Tensor:
     """Returns the result of a sum of a module, on the CPU.
@@ -108,6 +102,11 @@ class RunningMean(Accumulator):
     def sums(self) -> list[Tensor]:
         """The sum over tokens."""
         return [self.total]
+
+    def merge(self, other: RunningMean) -> None:
+        """Adds the rows of another sum of the same statistic, such as that of another shard of the data."""
+        self.total += other.total.to(self.device)
+        self.tokens += other.tokens
 
     def result(self) -> Tensor:
         """Returns the mean on the CPU."""
