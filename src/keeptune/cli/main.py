@@ -13,12 +13,11 @@ import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli import compare, dry_run, sequence, show_data, store_commands, studies, sweeps
+from keeptune.cli import compare, dry_run, launch, sequence, show_data, store_commands, studies, sweeps
 from keeptune.cli import repair as repairing
 from keeptune.cli.check import check
 from keeptune.cli.shared import OVERRIDES, AsJson, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
 from keeptune.core.errors import KeeptuneError
-from keeptune.core.processes import joined, launched
 
 if TYPE_CHECKING:
     from keeptune.pipeline.job import Job
@@ -36,11 +35,12 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs a command; an error that the user can correct is one message and exit code 2."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     divided = not _DIVIDED.isdisjoint(sys.argv[1:2])
-    if launched() > 1 and not divided and os.environ.get("RANK", "0") != "0":
+    if several and not divided and os.environ.get("RANK", "0") != "0":
         return  # the first process does it alone
     try:
-        with joined() if divided else contextlib.nullcontext():
+        with _joined() if several and divided else contextlib.nullcontext():
             _quiet_libraries()
             app(standalone_mode=True)
     except KeeptuneError as error:
@@ -48,6 +48,12 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _joined() -> contextlib.AbstractContextManager[None]:
+    from keeptune.core.processes import joined  # loads torch
+
+    return joined()
 
 
 @app.command(context_settings=OVERRIDES)
@@ -141,7 +147,7 @@ def evaluate(
 
 
 app.command("data", context_settings=OVERRIDES)(show_data.show_data)
-for _with_recipe in (sweeps.sweep, compare.compare, sweeps.layers, studies.suppress, studies.overlap):
+for _with_recipe in (launch.launch, sweeps.sweep, compare.compare, sweeps.layers, studies.suppress, studies.overlap):
     app.command(context_settings=OVERRIDES)(_with_recipe)
 for _with_options in (studies.change, studies.curvature, studies.energy, repairing.repair, check, studies.trace):
     app.command()(_with_options)

@@ -34,8 +34,11 @@ from keeptune.core.errors import KeeptuneError, ProcessError, RecipeError, named
 T = TypeVar("T")
 R = TypeVar("R")
 TIMEOUT = "KEEPTUNE_TIMEOUT"  # minutes
+LAUNCHER = "KEEPTUNE_LAUNCHER"  # number of the process that started this one
 _MINUTES = 60
+_TO_MEET = datetime.timedelta(minutes=5)  # that started processes have to find each other
 _JOINED: ContextVar[bool] = ContextVar("joined", default=False)
+_OUTPUTS = (1, 2)  # stdout and stderr
 _WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
 
 
@@ -78,46 +81,70 @@ def joined() -> Iterator[None]:
         yield
         return
     _end_with_launcher()
-    waits = datetime.timedelta(minutes=float(os.environ.get(TIMEOUT, _MINUTES)))
-    store, number, size = next(rendezvous("env://", timeout=waits))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    group = PrefixStore("group", store)
-    dist.init_process_group(backend, store=group, rank=number, world_size=size, timeout=waits)
-    token = _JOINED.set(True)
+    number, token, store = int(os.environ["RANK"]), None, None
     try:
         with _quiet() if number else contextlib.nullcontext():
+            store, _, size = next(rendezvous("env://", timeout=_TO_MEET))
+            waits = _waits()
+            store.set_timeout(waits)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            group = PrefixStore("group", store)
+            dist.init_process_group(backend, store=group, rank=number, world_size=size, timeout=waits)
+            token = _JOINED.set(True)
             yield
     except Exception as error:
-        if not _is_first_to_end(PrefixStore("keeptune", store)):
-            time.sleep(1)  # the launcher ends all as soon as one has left: let the other be heard
-            raise SystemExit(2) from None
         explained = _explained(error)
+        if isinstance(explained, ProcessError):
+            time.sleep(1)  # the launcher ends all as soon as one has left, which may have said why
+        if not _is_first_to_end(store):
+            time.sleep(1)  # let the other be heard
+            raise SystemExit(2) from None
         if explained is error:
             raise
         raise explained from error
     finally:
-        _JOINED.reset(token)
+        if token is not None:
+            _JOINED.reset(token)
     dist.destroy_process_group()
+
+
+def _waits() -> datetime.timedelta:
+    given = os.environ.get(TIMEOUT, str(_MINUTES))
+    with contextlib.suppress(ValueError, OverflowError):
+        if (waits := datetime.timedelta(minutes=float(given))) > datetime.timedelta():
+            return waits
+    raise RecipeError(TIMEOUT, got=given, wanted="minutes, more than 0", next_step=f"Leave it out for {_MINUTES}.")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    to = contextlib.redirect_stdout, contextlib.redirect_stderr
-    with Path(os.devnull).open("w") as nowhere, to[0](nowhere), to[1](nowhere):
+    """Sends what this process prints to nowhere, that of libraries in C++ included."""
+    kept = [os.dup(number) for number in _OUTPUTS]
+    with Path(os.devnull).open("w") as nowhere:
+        for number in _OUTPUTS:
+            os.dup2(nowhere.fileno(), number)
+    try:
         yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for copy, number in zip(kept, _OUTPUTS, strict=True):
+            os.dup2(copy, number)
 
 
 def _end_with_launcher() -> None:
     """Has the system end this process with the one that started it, which nothing else does where that is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_WITH_PARENT, signal.SIGKILL)
+    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):  # it was killed before
+        raise SystemExit(2)
 
 
-def _is_first_to_end(store: Store) -> bool:
-    try:
-        return bool(store.add("ended", 1) == 1)
-    except RuntimeError:  # it is gone, with the process that held it
-        return False
+def _is_first_to_end(store: Store | None) -> bool:
+    with contextlib.suppress(RuntimeError):  # it is gone, with the machine that held it
+        if store is not None:
+            return bool(PrefixStore("keeptune", store).add("ended", 1) == 1)
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _explained(error: Exception) -> Exception:
@@ -125,7 +152,7 @@ def _explained(error: Exception) -> Exception:
     if isinstance(error, KeeptuneError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return error
     return ProcessError(
-        f"process {rank()} of {world()}",
+        f"process {os.environ['RANK']} of {launched()}",
         got=f"no answer of another process ({str(error).splitlines()[0]})",
         wanted="all of them at work",
         next_step="See why the other one ended (killed, out of memory) or hung; the same command goes on from here.",

@@ -1,0 +1,129 @@
+"""Commands in forks of one process that has loaded all libraries: a launch of three processes then takes seconds.
+
+python -m tests.pipeline.forks; on stdin a line of JSON for each command, on stdout one for each answer.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class Forks:
+    """The process that forks, as tests see it."""
+
+    def __init__(self) -> None:
+        words = [sys.executable, "-m", "tests.pipeline.forks"]
+        self.process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(
+        self, *words: object, folder: Path, out: Path, env: Mapping[str, str] | None = None, before: str = ""
+    ) -> int:
+        """Starts ``keeptune WORDS``, with what it prints in a file; returns its number.
+
+        Args:
+            words: The command.
+            folder: Where it runs.
+            out: What it prints goes here, stdout and stderr of all of its processes.
+            env: Variables that it gets.
+            before: Python that each process of a launcher runs first.
+        """
+        question = {"words": [*map(str, words)], "folder": str(folder), "out": str(out), "env": dict(env or {})}
+        return int(self._ask(question | {"before": before}))
+
+    def code(self, pid: int) -> int | None:
+        """Returns how a command ended, if it has."""
+        code: int | None = self._ask({"pid": pid})
+        return code
+
+    def wait(self, pid: int, seconds: float = 120) -> int:
+        """Returns how a command ends."""
+        until = time.monotonic() + seconds
+        while (code := self.code(pid)) is None:
+            assert time.monotonic() < until, "it hangs"
+            time.sleep(0.02)
+        return code
+
+    def _ask(self, question: Mapping[str, Any]) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(question), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process; commands that run are ended by their tests."""
+        self.process.communicate()
+
+
+def _command(question: Mapping[str, Any]) -> None:
+    """Is a command from here on; a launcher's processes are forks too."""
+    import torch.distributed.run as launcher
+    from torch.multiprocessing.spawn import ProcessContext
+
+    from keeptune.cli.main import main
+
+    os.setsid()
+    os.chdir(question["folder"])
+    file = os.open(question["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(file, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(question["env"])
+    waits = ProcessContext._join_procs_with_timeout  # for 30 seconds, until what does not end by SIGTERM is killed
+    ProcessContext._join_procs_with_timeout = lambda self, _: waits(self, 2)  # type: ignore[method-assign]
+    real = launcher.elastic_launch
+
+    def forked(config: Any, entrypoint: str) -> Any:
+        assert entrypoint == sys.executable
+        config.start_method = "fork"
+
+        def process(*words: str) -> None:
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # as a new program has them
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            sys.argv = [*words[words.index("-m") + 1 :]]
+            exec(question["before"], {"rank": int(os.environ["RANK"])})  # noqa: S102
+            try:
+                main()
+            except Exception:  # noqa: BLE001 - as Python itself does with what is not caught
+                traceback.print_exc()
+                sys.exit(1)
+
+        return real(config, process)
+
+    launcher.elastic_launch = forked
+    sys.argv = ["keeptune", *question["words"]]
+    main()
+
+
+def _serve() -> None:
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "pid" in question:
+            pid, status = os.waitpid(question["pid"], os.WNOHANG)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        elif (pid := os.fork()) == 0:
+            _command(question)
+            return
+        else:
+            print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    import torch
+
+    import keeptune.pipeline.run  # noqa: F401
+
+    torch.set_num_threads(1)
+    gc.freeze()
+    _serve()

@@ -1,0 +1,173 @@
+"""keeptune launch: what starts, one message for what is wrong on any process, and nothing left of what was killed."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tests.pipeline.forks import Forks
+from tests.pipeline.support import keeptune, write_recipe
+
+from keeptune.core.errors import RecipeError
+from keeptune.core.locks import owned
+from keeptune.pipeline.launching import SHARDINGS, Launch, configured
+
+Values = Callable[..., dict[str, Any]]
+AT = """
+import os, signal
+from keeptune.core.errors import DataError
+import keeptune.pipeline.run as run
+def now(job, plan):
+    if rank in {ranks}:
+        {do}
+    whole(job, plan)
+whole, run.train_stage = run.train_stage, now
+"""
+WRONG = 'raise DataError("train", got=f"process {rank}", wanted="none", next_step="Go on.")'
+ELSEWHERE = "import os\nif rank == 1: os.chdir('elsewhere')"
+BLIND = """
+from pathlib import Path
+stat = Path.stat
+def without(self, **how):
+    if rank == 1 and "stories260k" in str(self).lower():
+        raise FileNotFoundError(2, "No such file", str(self))
+    return stat(self, **how)
+Path.stat = without
+"""
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    made = Forks()
+    yield made
+    made.close()
+
+
+def at_training(do: str, *ranks: int) -> str:
+    return AT.format(ranks=set(ranks), do=do)
+
+
+def left(folder: Path) -> list[int]:
+    """Processes that work in a folder."""
+    at = str(folder)
+    return [p.pid for p in psutil.process_iter(["cwd"]) if (p.info["cwd"] or "").startswith(at)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "before", "code", "said"),
+    [
+        ({}, at_training(WRONG, 1), 2, "error: train: got process 1, wanted none. Go on."),
+        ({}, at_training(WRONG, 0), 2, "error: train: got process 0, wanted none. Go on."),
+        ({}, at_training(WRONG, 0, 1), 2, r"error: train: got process \d, wanted none. Go on."),
+        ({"method": {"name": "lora", "rank": 4000}}, "", 2, "error: method lora, target .* rank 4000.*"),
+        ({}, at_training('raise LookupError("of a library")', 1), 1, "Traceback .*LookupError: of a library"),
+        ({}, at_training("os.kill(os.getpid(), signal.SIGKILL)", 1), 2, "error: process 1 of 2: got .* SIGKILL.*"),
+        ({}, at_training("os.kill(os.getpid(), signal.SIGKILL)", 0), 2, "error: process 0 of 2: got .* SIGKILL.*"),
+        ({}, at_training("os.kill(os.getpid(), signal.SIGSTOP)", 1), 2, "error: process 0 of 2: got no answer.*"),
+        ({}, "import sys\nif rank: sys.argv += ['--train.seed', '5']", 2, "error: recipe: got another on process 1.*"),
+        ({"output": "out"}, ELSEWHERE, 2, "error: output: got out, which process 1 of 2 does not share .*"),
+        ({}, BLIND, 2, "error: model .*"),
+        ({"train": {"per_device_train_batch_size": 3}}, "", 2, "error: train.* 3 .*2 processes.*"),
+        ({"device": "cuda"}, "", 2, "error: .*device.*"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_on_any_process_is_said_once(
+    forks: Forks,
+    recipe_values: Values,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    before: str,
+    code: int,
+    said: str,
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values(**changes))
+    started = time.monotonic()
+    pid = forks.start(
+        "launch", recipe, "--processes", 2, "--timeout", 0.1 if "STOP" in before else 2,
+        out=tmp_path / "said.txt", folder=tmp_path, before=before,
+    )  # fmt: skip
+    assert forks.wait(pid) == code
+    assert time.monotonic() - started < 40
+    config, _, rest = (tmp_path / "said.txt").read_text(encoding="utf-8").partition("\n")
+    assert re.fullmatch(r"accelerate launch --config_file .*multi_gpu.yaml -m keeptune run .*recipe.yaml", config)
+    lines = [line for line in rest.splitlines() if not re.match(r"(stats|statistics|plan|train)\b", line)]
+    assert re.fullmatch(said, "\n".join(lines), re.DOTALL), rest
+    assert not left(tmp_path)
+    written = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} - {"multi_gpu.yaml"}
+    assert bool(written) == ("train_stage" in before), "what is wrong at the start leaves nothing"
+    assert (tmp_path / "out").exists() == bool(written)
+    with owned(tmp_path / "out"):  # the lock is free
+        pass
+
+
+@pytest.mark.parametrize(
+    ("launch", "said"),
+    [
+        (Launch(2, "fsdp3"), '--sharding: got fsdp3, .* Did you mean "fsdp2"?'),
+        (Launch(2, "single_gpu"), "--sharding: got single_gpu for 2 on 1 machine, "),
+        (Launch(1, "fsdp2"), "--sharding: got fsdp2 for 1 on 1 machine, "),
+        (Launch(0), "--processes: got 0 on 1 machine, wanted as many on each"),
+        (Launch(3, machines=2, address="a:1"), "--processes: got 3 on 2 machines"),
+        (Launch(2, machines=0), "--processes: got 2 on 0 machine"),
+        (Launch(4, machines=2, machine=2, address="a:1"), "--machine-rank: got 2, wanted its number, from 0"),
+        (Launch(4, machines=2), "--address: got None, wanted host:port"),
+        (Launch(4, machines=2, address="host"), "--address: got host, wanted host:port"),
+        (Launch(4, machines=2, address="host:70000"), "--address: got host:70000, wanted host:port"),
+    ],
+)
+def test_a_launch_that_is_none_is_refused(launch: Launch, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        launch.checked()
+
+
+def test_a_launch_fits_the_gpus_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Launch().checked() == Launch(1, "single_gpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert Launch().checked() == Launch(4, "multi_gpu")
+    assert Launch(machines=2, machine=1, address="a:1").checked().processes == 8
+    assert Launch(8, cpu=True).checked().processes == 8
+    with pytest.raises(RecipeError, match="--processes: got 5 on 1 machine with 4 GPUs"):
+        Launch(5).checked()
+
+
+@pytest.mark.parametrize("name", SHARDINGS[1:])
+def test_accelerate_reads_every_configuration(name: str, tmp_path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    with configured(Launch(4, name, 2, address="10.0.0.1:29500"), tmp_path) as path:
+        (tmp_path / "result").touch()
+    assert path == tmp_path / f"{name}.yaml"
+    read = load_config_from_file(str(path))
+    assert (read.num_processes, read.num_machines, read.main_process_ip) == (4, 2, "10.0.0.1")
+    assert (read.main_process_port, read.mixed_precision, read.use_cpu) == (29500, "no", True)
+    assert read.distributed_type == {"multi_gpu": "MULTI_GPU", "fsdp2": "FSDP"}.get(name, "DEEPSPEED")
+    with configured(Launch(4, name), tmp_path / "new" / "one") as path:
+        assert path.is_file()
+    assert not (tmp_path / "new" / "one").exists(), "an error left nothing"
+
+
+def test_a_port_in_use_is_refused_where_it_would_be_opened() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        given = Launch(2, machines=2, address=f"127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(RecipeError, match=f"--address: got {taken.getsockname()[1]}, in use"):
+            given.checked()
+        assert replace(given, machine=1).checked().processes == 2
+
+
+def test_one_process_is_this_one(recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values())
+    said = keeptune("launch", recipe, "--processes", 1, "--command", "plan", "--method.rank", 2, capsys=capsys)
+    assert (said.code, said.err) == (0, f"keeptune plan {recipe} --method.rank 2\n")
+    assert "35 targets" in said.out
+    assert not (tmp_path / "out" / "single_gpu.yaml").exists()
