@@ -46,6 +46,7 @@ from keeptune.model.summed_loss import Loss
 from keeptune.pipeline.planning import penalties_of, with_penalties
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import Request
+from keeptune.statistics.running_mean import Accumulator
 from keeptune.statistics.store import StatStore
 
 VOCAB = 64
@@ -475,3 +476,10 @@ def trained_factors(model: Any, plan: Plan) -> dict[str, LowRank]:
     state = trained_state(model, plan)
     names = [target_plan.target.name for target_plan in plan.targets]
     return {name: LowRank(B=state[f"{name}.B"], A=state[f"{name}.A"]) for name in names}
+
+
+def add_up(total: Accumulator, other: Accumulator) -> None:
+    """Adds the rows of another sum, as processes do."""
+    for mine, others in zip(total.sums, other.sums, strict=True):
+        mine += others
+    total.tokens += other.tokens

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.contract.conftest import ADAPTERS, CASES, COUPLED, WHOLE, World
-from tests.models import Bench, RepaddingRunner, mask_forgotten, padded_left, relative, shard
+from tests.models import Bench, RepaddingRunner, add_up, mask_forgotten, padded_left, relative, shard
 from tests.plan_differences import differences
 from torch import Tensor
 
@@ -36,16 +36,8 @@ ANY = Target("h.0.up", 0, "up", 8, 8, input_group="h.0.up")
 ASKING = [case for case, method in ADAPTERS.items() if method.requests(ANY)]
 # Attributions are no sums over batches: their laws of padding, batches and shards are in tests/model and tests/stats.
 TRACING = {case for case in ASKING if all(isinstance(r, ModelRequest) for r in ADAPTERS[case].requests(ANY))}
-# A float16 sum in the order of the examples, as the released code's, cannot be merged.
-MERGING = [
-    case
-    for case in ASKING
-    if case not in TRACING
-    and all(
-        hasattr(r.accumulator(ANY, torch.device("cpu"), lambda: torch.eye(8)), "merge")
-        for r in ADAPTERS[case].requests(ANY)
-    )
-]
+# A float16 sum in the order of the examples, as the released code's, has no parts that add up.
+ADDING = [c for c in ASKING if c not in TRACING and not any(r.ordered for r in ADAPTERS[c].requests(ANY))]
 asking = pytest.mark.parametrize("case", ASKING)
 PlanOf = Callable[[str], Plan]
 TOLERANCE = 5e-4  # of B A, where other batches round otherwise in float32; directions of an encoder are close
@@ -208,7 +200,7 @@ def test_one_sum_at_a_time_gives_a_bit_equal_plan(case: str, world: World, plan_
     assert world.bench(tmp_path).plan(CASES[case], sum_bytes=0).key == plan_of(case).key
 
 
-@pytest.mark.parametrize("case", MERGING)
+@pytest.mark.parametrize("case", ADDING)
 def test_the_plan_does_not_depend_on_the_number_of_shards(
     case: str, world: World, plan_of: PlanOf, tmp_path: Path, shards: int = 3
 ) -> None:
@@ -227,7 +219,7 @@ def test_the_plan_does_not_depend_on_the_number_of_shards(
                 Runner(bench.model).backward(part, Taps(**{request.kind: sinks}), request.loss, title="")
             parts.append(total)
         for other in parts[:-1]:
-            parts[-1].merge(other)
+            add_up(parts[-1], other)
         StatStore(bench.folder).put(request.entry(target, source), parts[-1].result())
     forbidden = RepaddingRunner(bench.model, _never)
     assert largest_difference(bench.plan(method, runner=forbidden), plan_of(case)) < TOLERANCE

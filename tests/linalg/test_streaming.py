@@ -25,7 +25,7 @@ def found(X: Tensor, rank: int, split: int = 10_000, seed: int = 0) -> Truncated
     top = TopDirections(X.shape[1], rank, CPU, seed)
     for part in X.split(split):
         top.add(part)
-    return top.result()
+    return top.truncated()
 
 
 def top_and_diagonal(F: Tensor, rank: int) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models import MODELS, Bench, asking, calibration, relative
+from tests.models import MODELS, Bench, add_up, asking, calibration, relative
 from tests.reference.statistics_reference import covariance
 from torch import Tensor
 
@@ -22,9 +23,9 @@ from keeptune.statistics.covariance import GradientCovariance, InputCovariance, 
 from keeptune.statistics.fisher import TokenCount, WeightFisher, lora_fisher
 from keeptune.statistics.gradient import DirectionVariances
 from keeptune.statistics.low_rank_covariance import InputFactor
-from keeptune.statistics.passes import Pass, run_pass
+from keeptune.statistics.passes import Measured, Pass, run_pass
 from keeptune.statistics.request import RowRequest
-from keeptune.statistics.running_mean import Accumulator, RunningMean, checked_result
+from keeptune.statistics.running_mean import Accumulator, checked_result
 
 CPU = torch.device("cpu")
 TARGET = Target("h.0.up", 0, "up", 5, 4, "h.0.up")
@@ -69,14 +70,8 @@ def summed(request: RowRequest, *indices: Tensor) -> Accumulator:
     return total
 
 
-def mean(request: RowRequest, *indices: Tensor) -> RunningMean:
-    total = summed(request, *indices)
-    assert isinstance(total, RunningMean)
-    return total
-
-
 @pytest.mark.parametrize("request_", MEANS, ids=str)
-def test_the_mean_depends_neither_on_how_rows_are_split_nor_on_the_order_of_merging(request_: RowRequest) -> None:
+def test_the_mean_depends_neither_on_how_rows_are_split_nor_on_the_order_of_adding_up(request_: RowRequest) -> None:
     wanted = MEANS[request_] / len(H)
 
     @quick
@@ -85,36 +80,25 @@ def test_the_mean_depends_neither_on_how_rows_are_split_nor_on_the_order_of_merg
         edges = [0, *sorted(cuts), 30]
         parts = [torch.tensor(order[a:b], dtype=torch.long) for a, b in zip(edges, edges[1:], strict=False)]
         assert relative(summed(request_, *parts).result(), wanted) < 1e-6
-        first, second, *others = (mean(request_, part) for part in parts)
-        first.merge(second)
+        first, second, *others = (summed(request_, part) for part in parts)
+        add_up(first, second)
         left = first.result()
-        back, other = (mean(request_, part) for part in (parts[1], parts[0]))
-        back.merge(other)
+        back, other = (summed(request_, part) for part in (parts[1], parts[0]))
+        add_up(back, other)
         assert torch.equal(back.result().nan_to_num(), left.nan_to_num())  # commutative, to the last bit
-        tail = mean(request_)
+        tail = summed(request_)
         for part in others:  # (first + second) + (others), against one after the other
-            tail.merge(part)
-        first.merge(tail)
+            add_up(tail, part)
+        add_up(first, tail)
         assert first.tokens == 30
         assert relative(first.result(), wanted) < 1e-6
 
     check()
 
 
-@pytest.mark.parametrize("request_", [*MEANS, TokenCount("task")], ids=str)
-def test_sums_of_processes_are_added_in_place(request_: RowRequest) -> None:
-    """As an all-reduce does: the sums of each, in float64, and the tokens; nothing else holds rows."""
-    first, other, whole = (summed(request_, torch.arange(a, b)) for a, b in ((0, 11), (11, 30), (0, 30)))
-    for mine, others in zip(first.sums, other.sums, strict=True):
-        assert mine.dtype == torch.float64
-        mine += others
-    first.tokens += other.tokens
-    assert relative(first.result(), whole.result()) < 1e-6
-
-
 def test_a_shard_without_tokens_changes_nothing() -> None:
-    one, other = (mean(InputCovariance("task"), torch.arange(5)) for _ in range(2))
-    other.merge(mean(InputCovariance("task")))
+    one, other = (summed(InputCovariance("task"), torch.arange(5)) for _ in range(2))
+    add_up(other, summed(InputCovariance("task")))
     assert torch.equal(one.result(), other.result())
 
 
@@ -133,33 +117,46 @@ def test_what_is_no_number_is_refused_with_the_module(request_: RowRequest) -> N
                 checked_result(total, "h.0.up")
 
 
-@pytest.mark.parametrize("request_", [InputCovariance("task"), TokenCount("task"), InputFactor("task", 3)], ids=str)
-def test_the_second_of_two_processes_divides_the_pass_but_for_ordered_sums(
-    request_: RowRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An ordered sum is the very sum of one process; it cannot be added up, and of its own rows it would be half."""
-    model = MODELS["llama"]()
-    data = calibration(lengths=(3, 9, 6, 12))
-    batches, measured = data.batches(12), [(request_, find_targets(model)[0])]
-    found: list[Accumulator] = []
-
-    def run() -> Accumulator:
-        deliver = lambda request, target, total: found.append(total)  # noqa: E731
+def of_two_processes(
+    requests: list[RowRequest], patch: pytest.MonkeyPatch
+) -> Iterator[tuple[Accumulator, Accumulator, Accumulator]]:
+    """The sums of one process alone, and of the first and the second of two before they are added up."""
+    model, found = MODELS["llama"](), []
+    batches = calibration(lengths=(3, 9, 6, 12)).batches(12)
+    measured = [(request, target) for target in find_targets(model)[:7:3] for request in requests]
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        found.append(dict[Measured, Accumulator]())
+        patch.setattr(passes, "world", lambda world=world: world)
+        patch.setattr(passes, "share", lambda every, rank=rank, world=world: every[rank::world])
+        patch.setattr(passes, "add_up", lambda part: None)
+        deliver = lambda request, target, total: found[-1].update({(request, target): total})  # noqa: E731
         run_pass(Runner(model), batches, Pass("task", False, None), measured, deliver, title="")
-        return found[-1]
+    for one in measured:
+        alone, first, second = (each[one] for each in found)
+        yield alone, first, second
 
-    alone = run()
-    added: list[Tensor] = []
-    monkeypatch.setattr(passes, "world", lambda: 2)
-    monkeypatch.setattr(passes, "share", lambda every: every[1::2])
-    monkeypatch.setattr(passes, "add_up", added.append)
-    second = run()
-    if request_.ordered:
-        assert torch.equal(second.result(), alone.result())
-        assert not added
-    else:
-        assert second.tokens == sum(int(batch.attention_mask.sum()) for batch in batches[1::2]) < alone.tokens == 30
-        assert len(added) == len(second.sums) + 1
+
+def test_processes_divide_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for alone, first, second in of_two_processes([InputCovariance("task"), TokenCount("task")], monkeypatch):
+        assert (first.tokens, second.tokens, alone.tokens) == (21, 9, 30)
+        add_up(first, second)
+        assert relative(first.result(), alone.result()) < 1e-6
+
+
+@pytest.mark.parametrize("ordered", [InputFactor("task", 3), ReleasedCovariance("task")], ids=str)
+def test_where_a_sum_is_ordered_processes_divide_the_sums(ordered: RowRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = []
+    for alone, first, second in of_two_processes([InputCovariance("task"), ordered], monkeypatch):
+        tokens.append((first.tokens, second.tokens))
+        add_up(first, second)
+        assert torch.equal(first.result(), alone.result())  # to the last bit
+    assert set(tokens) == {(30, 0), (0, 30)}
+    # Negative control: of parts of the batches an ordered sum does not add up.
+    monkeypatch.setattr(type(ordered), "ordered", False)
+    *_, (alone, first, second) = of_two_processes([ordered], monkeypatch)
+    add_up(first, second)
+    assert first.tokens == alone.tokens
+    assert not torch.equal(first.result(), alone.result())
 
 
 @pytest.mark.parametrize("architecture", MODELS)

@@ -60,7 +60,6 @@ class TopDirections:
     probes: Tensor = field(init=False)
     buffer: Tensor = field(init=False)
     start: Tensor = field(init=False)
-    filled: int = 0
 
     def __post_init__(self) -> None:
         self.rank = min(self.rank, self.features)
@@ -77,47 +76,47 @@ class TopDirections:
     def add(self, rows: Tensor) -> None:
         """Adds the rows of one batch, ``(tokens, n)``."""
         X = rows.to(self.device, torch.float32)
-        self.tokens += X.shape[0]
         self.squares += X.square().sum(0, dtype=torch.float64)
         self.probed += X.T @ (X @ self.probes.float())
+        rows_held, kept = self.start.shape
         while X.shape[0]:
-            room = self.buffer.shape[0] - self.filled
-            part, X = X[:room], X[room:]
-            self.buffer[self.filled : self.filled + part.shape[0]] = part
-            self.filled += part.shape[0]
-            if self.filled == self.buffer.shape[0]:
-                self._compress()
+            filled = self.filled
+            part, X = X[: rows_held - filled], X[rows_held - filled :]
+            self.buffer[filled : filled + part.shape[0]] = part
+            self.tokens += part.shape[0]
+            if filled + part.shape[0] == rows_held:
+                self.buffer[:kept] = self._compressed(self.buffer)
 
-    def result(self) -> Truncated:
+    @property
+    def filled(self) -> int:
+        """How many rows the buffer has: as many as were added, then the kept ones and those after a compression."""
+        rows_held, kept = self.start.shape
+        return self.tokens if self.tokens < rows_held else kept + self.tokens % kept
+
+    def truncated(self) -> Truncated:
         """Returns the top directions, on the buffer's device, float64."""
-        if self.filled > self.start.shape[1]:
-            self._compress()
-        S = self.buffer[: self.filled].double()
-        if self.filled < self.rank:  # fewer tokens than directions: the others have the value 0
-            S = torch.cat([S, S.new_zeros(self.rank - self.filled, self.features)])
+        S = self.buffer[: self.filled]
+        S = (self._compressed(S) if len(S) > self.start.shape[1] else S).double()
+        if len(S) < self.rank:  # fewer tokens than directions: the others have the value 0
+            S = torch.cat([S, S.new_zeros(self.rank - len(S), self.features)])
         squares, W = torch.linalg.eigh(S @ S.T)
         values = squares.flip(0)[: self.rank].clamp_min(0) / self.tokens
         U = _orthonormal(S.T @ W.flip(1)[:, : self.rank])
         rest = (self.squares / self.tokens - U.square() @ values).clamp_min(0)
         factor = LowRankDiagonal(canonical_signs(U), values, rest)
-        return Truncated(factor, self._error(factor))
+        probes, probed = self.probes.double(), self.probed / self.tokens
+        error = (probed - factor.apply(probes)).norm() / probed.norm().clamp_min(math.ulp(0.0))  # (4)
+        return Truncated(factor, float(error))
 
-    def _compress(self) -> None:
-        """Replace the buffer's rows by ``Qᵀ S`` (1)."""
-        S, kept = self.buffer[: self.filled], self.start.shape[1]
-        upper = torch.zeros(self.filled, self.filled, dtype=torch.float64, device=self.device)
+    def _compressed(self, S: Tensor) -> Tensor:
+        """Return ``Qᵀ S`` (1)."""
+        upper = torch.zeros(len(S), len(S), dtype=torch.float64, device=self.device)
         add_gram(upper, S.T)
         gram = symmetric(upper).float()
-        Q = self.start[: self.filled]
+        Q = self.start[: len(S)]
         for _ in range(_STEPS):
             Q = _contraction(gram @ Q)
-        self.buffer[:kept] = Q.T @ S
-        self.filled = kept
-
-    def _error(self, factor: LowRankDiagonal) -> float:
-        """Estimate (4), relative."""
-        probes, probed = self.probes.double(), self.probed / self.tokens
-        return float((probed - factor.apply(probes)).norm() / probed.norm().clamp_min(math.ulp(0.0)))
+        return Q.T @ S
 
 
 def sum_size(rank: int, features: int) -> int:
@@ -127,7 +126,6 @@ def sum_size(rank: int, features: int) -> int:
 
 
 def _buffer_rows(rank: int, features: int) -> int:
-    rank = min(rank, features)
     return 2 * min(rank + max(rank // _MORE, _LEAST), features)
 
 

@@ -17,55 +17,53 @@ from keeptune.statistics.request import DataRole, GradientRequest, RowRequest, W
 from keeptune.statistics.running_mean import Accumulator
 
 
+class _Factor:
+    """What both factors are; ``side`` is that of a target's weight."""
+
+    __slots__ = ()
+    version: ClassVar[int] = 2
+    ordered: ClassVar[bool] = True
+    side: ClassVar[str]
+    rank: int
+    seed: int
+
+    def numbers(self, target: Target) -> int:
+        """Returns about ``1.1 k n``: a float32 counts half."""
+        return sum_size(self.rank, getattr(target, self.side))
+
+    def kept(self, target: Target) -> int:
+        """Returns the bytes of ``(k + 1, n + 1)``."""
+        n: int = getattr(target, self.side)
+        return 4 * (min(self.rank, n) + 1) * (n + 1)
+
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _TopSum:
+        """Returns an empty buffer."""
+        return _TopSum(getattr(target, self.side), self.rank, device, self.seed)
+
+
 @dataclass(frozen=True, slots=True)
-class InputFactor(RowRequest):
+class InputFactor(_Factor, RowRequest):
     """``Ω = E[h hᵀ]`` as its top directions and a diagonal, ``(k + 1, n + 1)``; read it with :func:`read_factor`.
 
     The seed is that of the search for directions and of the error's estimate.
     """
 
-    version: ClassVar[int] = 2
-    ordered: ClassVar[bool] = True
+    side: ClassVar[str] = "in_features"
 
     rank: int
     seed: int = 0
 
-    def numbers(self, target: Target) -> int:
-        """Returns about ``1.1 k n``: a float32 counts half."""
-        return sum_size(self.rank, target.in_features)
-
-    def kept(self, target: Target) -> int:
-        """Returns the bytes of ``(k + 1, n + 1)``."""
-        return 4 * (min(self.rank, target.in_features) + 1) * (target.in_features + 1)
-
-    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _TopSum:
-        """Returns an empty buffer."""
-        return _TopSum(TopDirections(target.in_features, self.rank, device, self.seed))
-
 
 @dataclass(frozen=True, slots=True)
-class GradientFactor(GradientRequest):
+class GradientFactor(_Factor, GradientRequest):
     """``Γ = E[δ δᵀ]`` as its top directions and a diagonal, ``(k + 1, m + 1)``; read it with :func:`read_factor`.
 
     The seed is that of the draws, of the search and of the error's estimate.
     """
 
-    version: ClassVar[int] = 2
-    ordered: ClassVar[bool] = True
+    side: ClassVar[str] = "out_features"
 
     rank: int
-
-    def numbers(self, target: Target) -> int:
-        """Returns about ``1.1 k m``: a float32 counts half."""
-        return sum_size(self.rank, target.out_features)
-
-    def kept(self, target: Target) -> int:
-        """Returns the bytes of ``(k + 1, m + 1)``."""
-        return 4 * (min(self.rank, target.out_features) + 1) * (target.out_features + 1)
-
-    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _TopSum:
-        """Returns an empty buffer."""
-        return _TopSum(TopDirections(target.out_features, self.rank, device, self.seed))
 
 
 FactorRank = int | Literal["auto"] | None  # what an option may say, :func:`chosen_rank`
@@ -73,23 +71,19 @@ DENSE_WIDTH, INPUT_RANK, GRADIENT_RANK = 1024, 288, 64  # of "auto"; why: docs/r
 Covariance = InputCovariance | GradientCovariance | InputFactor | GradientFactor
 
 
-@dataclass
-class _TopSum(Accumulator):
+class _TopSum(TopDirections, Accumulator):
     """The top directions of rows as an accumulator."""
 
-    top: TopDirections
-    tokens: int = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Adds the rows of one batch."""
-        self.top.add(rows)
-        self.tokens += rows.shape[0]
+    @property
+    def sums(self) -> list[Tensor]:
+        """What rows change."""
+        return [self.squares, self.probed, self.buffer]
 
     def result(self) -> Tensor:
         """Returns ``(k + 1, n + 1)``; the squares where they are not finite: no eigenvectors exist then."""
-        if not bool(self.top.squares.isfinite().all()):
-            return self.top.squares.cpu()
-        return packed(self.top.result()).float().cpu()
+        if not bool(self.squares.isfinite().all()):
+            return self.squares.cpu()
+        return packed(self.truncated()).float().cpu()
 
 
 def chosen_rank(asked: FactorRank, width: int, auto: int) -> int | None:

@@ -71,21 +71,24 @@ def run_pass(
 ) -> None:
     """Sums statistics in one pass over the data; each sum is delivered and freed once its module is done.
 
-    Several processes divide the batches, but for sums that are ordered; all deliver the sums over all of them.
+    Several processes divide the batches, or where a sum is ordered the sums; all deliver all sums over all batches.
     """
     taps, sums = Taps(), dict[Measured, _Sum]()
     divided = not any(request.ordered for request, _ in measured)
     own = share(batches) if divided else batches
+    by_size = sorted(measured, key=lambda one: one[0].numbers(one[1]))
+    fed = set(share(by_size) if not divided else measured if own else ())
     for request, target in measured:
         weight = partial(read_weight, runner.model, target)
         total = sums[request, target] = _Sum(partial(request.accumulator, target, runner.device, weight))
-        # A process without a batch passes one all the same, so that modules are done in one order on all.
-        taps.sinks(request.kind).setdefault(request.site(target), []).append(total.add if own else _ignore)
+        # A process without a batch or a sum passes one all the same, so that modules are done in one order on all.
+        add = total.add if (request, target) in fed else _ignore
+        taps.sinks(request.kind).setdefault(request.site(target), []).append(add)
 
     def done(names: set[str]) -> None:
         for request, target in [one for one in sums if one[0].site(one[1]) in names]:
             total = sums.pop((request, target)).begun()
-            if divided and world() > 1:
+            if world() > 1:
                 _add_up(total)
             deliver(request, target, total)
         # The sinks hold their sums too.

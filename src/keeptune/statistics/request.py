@@ -63,14 +63,10 @@ class Request(ABC):
 
 @dataclass(frozen=True, slots=True)
 class RowRequest(Request):
-    """A sum over the rows of tokens; by default over the inputs of an input group, in a forward pass.
-
-    Attributes:
-        ordered: The sum depends on the order of rows, so that every process makes all of it.
-    """
+    """A sum over the rows of tokens; by default over the inputs of an input group, in a forward pass."""
 
     examples_alone: ClassVar[bool] = False
-    ordered: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False  # whether the order of rows matters: one process makes all of such a sum
 
     @property
     def kind(self) -> PassKind:

@@ -36,8 +36,8 @@ class Accumulator(Protocol):
 
     @property
     def sums(self) -> list[Tensor]:
-        """What is summed beside ``tokens``, float64: sums over other rows are added to it in place."""
-        return []
+        """The tensors that rows change, zero before: with those of other rows, and ``tokens``, they add up in place."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
 
 def checked_result(total: Accumulator, module: str) -> Tensor:
@@ -69,8 +69,8 @@ def checked_result(total: Accumulator, module: str) -> Tensor:
 class RunningMean(Accumulator):
     """The mean over tokens of what rows contribute, summed in float64.
 
-    Laws: the result does not depend on how rows are split over calls or over sums that are merged, nor on their order
-    (to float64 rounding of the sum); merging is associative and commutative.
+    Laws: the result does not depend on how rows are split over calls or over sums that are added up, nor on their
+    order (to float64 rounding of the sum).
 
     Args:
         shape: Shape of the mean.
@@ -97,16 +97,6 @@ class RunningMean(Accumulator):
         batch = (part.to(self.device) if isinstance(part, Tensor) else part for part in (rows, *more))
         self.add_terms(self.total, *batch)
         self.tokens += rows.shape[0]
-
-    @property
-    def sums(self) -> list[Tensor]:
-        """The sum over tokens."""
-        return [self.total]
-
-    def merge(self, other: RunningMean) -> None:
-        """Adds the rows of another sum of the same statistic, such as that of another shard of the data."""
-        self.total += other.total.to(self.device)
-        self.tokens += other.tokens
 
     def result(self) -> Tensor:
         """Returns the mean on the CPU."""
