@@ -30,7 +30,7 @@ from keeptune.core.artefact import content_key, read_json, write_bytes, write_js
 from keeptune.data.sources import read_jsonl
 from keeptune.evaluation.metrics import paired_interval
 from keeptune.linalg.selections import Rows, overlap_of, overlaps
-from keeptune.model.probes.suppression import without_nodes
+from keeptune.model.probes.block_calls import without_nodes
 from keeptune.pipeline.demo import demo_recipe
 from keeptune.pipeline.job import Job
 from keeptune.recipe.paths import resolve_file

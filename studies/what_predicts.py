@@ -37,7 +37,7 @@ from keeptune.evaluation.scored_tokens import Passes, ScoredTokens
 from keeptune.linalg.symmetric import Dense
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import Runner
-from keeptune.penalties.tangent import block_kronecker
+from keeptune.penalties.laplace import block_kronecker
 from keeptune.pipeline.demo import demo_recipe
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.scoring import find_result, load_pair

@@ -24,9 +24,8 @@ from keeptune.core.errors import ModelError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
-from keeptune.data.completions import TaskExamples
+from keeptune.data.completions import TaskExamples, knowledge_of
 from keeptune.data.examples import Examples
-from keeptune.data.knowledge import knowledge_of
 from keeptune.data.labelled import LabelledExamples, Texts, label_indices
 from keeptune.data.self_written import SelfWritten
 from keeptune.evaluation.benchmarks import Benchmark

@@ -10,7 +10,7 @@ from tests.models import calibration, task
 
 from keeptune.core.errors import DataError
 from keeptune.data.calibration import Calibration
-from keeptune.data.knowledge import joined_knowledge, knowledge_of, knowledge_set
+from keeptune.data.completions import joined_knowledge, knowledge_of, knowledge_set
 
 TEXTS = Calibration(((5, 6, 7), (8, 9), (4, 4, 4, 4)), 0)
 PAIRS = Calibration.of_answers(((1, 2, 3, 4), (3, 2, 1)), 0, (2, 1))

@@ -20,7 +20,7 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import blocks_of
 from keeptune.model.pretrained import load_model, load_tokenizer
 from keeptune.model.probes.attribution import Attributor, Integral, quadrature
-from keeptune.model.probes.suffix import Suffix
+from keeptune.model.probes.block_calls import Suffix
 
 SHORT: dict[str, Any] = {"steps": 3}
 every_model = pytest.mark.parametrize("make", [llama, qwen2, gpt2])

@@ -17,8 +17,7 @@ from keeptune.adapter.install import install
 from keeptune.core.errors import ModelError, StatisticsError
 from keeptune.methods.farss import Farss
 from keeptune.methods.lora_null import LoraNull
-from keeptune.model.blocks import find_targets, is_nested
-from keeptune.model.down_projections import down_projections
+from keeptune.model.blocks import down_projections, find_targets, is_nested
 from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.fisher import TokenCount, WeightFisher, tokens_per_learned

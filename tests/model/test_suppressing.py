@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.core.target import Target
-from keeptune.model.down_projections import down_projections
-from keeptune.model.probes.suppression import without_nodes
+from keeptune.model.blocks import down_projections
+from keeptune.model.probes.block_calls import without_nodes
 
 IDS = torch.tensor([[1, 5, 9, 14]])
 

@@ -16,16 +16,15 @@ from torch import Tensor
 from keeptune.atlas import model_path
 from keeptune.core.errors import ModelError, RecipeError, StatisticsError
 from keeptune.data.calibration import Batch, Calibration
-from keeptune.model.blocks import blocks_of, parts_of
+from keeptune.model.blocks import blocks_of
 from keeptune.model.pretrained import load_model, load_tokenizer
+from keeptune.model.probes.block_calls import Blocks, Suffix
 from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, Tracer, embedding_std, noise_of
-from keeptune.model.probes.suffix import Suffix
-from keeptune.model.probes.tracing_passes import OutputKind, RestoredModules, Streams, TracedBatch
+from keeptune.model.probes.tracing_passes import Streams, TracedBatch
 
 READINGS: tuple[Reading, ...] = ("diagonal", "positions")
 every_model = pytest.mark.parametrize("make", [llama, qwen2, gpt2])
 every_reading = pytest.mark.parametrize("reading", READINGS)
-KINDS: tuple[tuple[OutputKind, int], ...] = (("block", 1), ("attention", 2), ("mlp", 3))
 
 
 def small(lengths: tuple[int, ...] = (9, 7, 12), prompts: tuple[int, ...] = (4, 5, 5)) -> Calibration:
@@ -38,25 +37,22 @@ def traced(model: Any, batch: Batch, tracer: Tracer, noise: Noise | None = None)
     return {one.tokens: one for one in tracer.trace(batch, drawn)}
 
 
-def wanted(model: Any, one: Traced, reading: str, kind: OutputKind = "block", window: int = 1) -> Tensor:
+def wanted(model: Any, one: Traced, reading: str) -> Tensor:
     noise = Noise().values(one.tokens, one.prompt, model.get_input_embeddings().weight.shape[1], embedding_std(model))
-    return heat(model, one.tokens, one.prompt, noise, reading, kind, window)
+    return heat(model, one.tokens, one.prompt, noise, reading)
 
 
-@pytest.mark.parametrize(("kind", "window"), KINDS)
 @every_reading
 @pytest.mark.parametrize("side", ["right", "left"])
 @every_model
-def test_fast_equals_one_run_per_state(
-    make: Factory, side: str, reading: Reading, kind: OutputKind, window: int
-) -> None:
+def test_fast_equals_one_run_per_state(make: Factory, side: str, reading: Reading) -> None:
     model = deep(make)
     (batch,) = small().batches(padding_side=side)
-    tracer = Tracer(model, reading=reading, kind=kind, window=window, chunk=40)
+    tracer = Tracer(model, reading=reading, chunk=40)
     found = traced(model, batch, tracer)
     assert len(found) == 3
     for one in found.values():
-        reference = wanted(model, one, reading, kind, window)
+        reference = wanted(model, one, reading)
         assert reference.abs().max() > 1e-3
         torch.testing.assert_close(one.heat, reference, rtol=0, atol=1e-6)
         torch.testing.assert_close(one.effect, reference.sum(dim=1), rtol=0, atol=1e-5)
@@ -163,13 +159,13 @@ def test_the_last_block_at_its_own_position_gives_the_clean_answer(make: Factory
 def test_restoring_all_positions_at_any_layer_gives_the_clean_answer(make: Factory) -> None:
     model = deep(make)
     (batch,) = small().batches(padding_side="left")
-    sites, texts = RestoredModules.of(model, "block", 1), TracedBatch.of(batch, model.device)
+    sites, texts = Blocks(model, blocks_of(model)), TracedBatch.of(batch, model.device)
     noise = noise_of(Noise(), batch, model, embedding_std(model))
     with torch.no_grad():
-        clean, corrupted = (sites.keep(batch, sites.outputs, noise=given) for given in (None, noise))
+        clean, corrupted = (sites.keep(batch, (), noise=given) for given in (None, noise))
         columns = torch.arange(texts.mask.shape[1]).expand(len(texts), -1)
         found = Streams(sites, texts, clean, corrupted, columns, texts.mask.bool()[None], alone=False).answers()
-        wanted, damaged = (sites.answers(texts, run) for run in (clean, corrupted))
+        wanted, damaged = (texts.answers(sites, run) for run in (clean, corrupted))
     assert (wanted - damaged).abs().max() > 1e-2
     torch.testing.assert_close(found, wanted.expand(4, 1, -1, -1), rtol=0, atol=1e-6)
 
@@ -244,40 +240,12 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(one.heat, second[text].heat) for text, one in first.items())
 
 
-def test_blocks_and_their_parts_are_found() -> None:
-    for make, names in ((llama, ("self_attn", "mlp")), (gpt2, ("attn", "mlp"))):
-        model = make()
-        blocks = blocks_of(model)
-        assert len(blocks) == 2
-        assert parts_of(blocks[1]) == {
-            "attention": blocks[1].get_submodule(names[0]),
-            "mlp": blocks[1].get_submodule(names[1]),
-        }
-
-
-def test_a_window_is_romes() -> None:
-    sites = RestoredModules.of(deep(llama), "mlp", 3)
-    assert [list(sites.restored(layer)) for layer in range(4)] == [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3]]
-    assert list(RestoredModules.of(deep(llama), "mlp", 2).restored(2)) == [1, 2]
-    assert list(RestoredModules.of(deep(llama), "block", 10).restored(2)) == [2]
-
-
 def test_what_cannot_be_traced_is_refused() -> None:
     model = deep(llama)
     with pytest.raises(RecipeError, match="share"):
         Noise(fraction=0)
     with pytest.raises(RecipeError, match="scale"):
         Noise(scale=-1)
-    config = transformers.OPTConfig(
-        vocab_size=64,
-        hidden_size=HIDDEN,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        word_embed_proj_dim=32,
-    )
-    with pytest.raises(ModelError, match="their mlp"):
-        Tracer(transformers.OPTForCausalLM(config), reading="diagonal", kind="mlp")
     with torch.no_grad():
         model.lm_head.weight[0] = torch.nan
     (batch,) = small().batches()

@@ -14,7 +14,7 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.linalg.symmetric import Dense, Identity, PsdMatrix
 from keeptune.penalties.base import Form
-from keeptune.penalties.tangent import block_kronecker, coupled_kronecker, diagonal
+from keeptune.penalties.laplace import block_kronecker, coupled_kronecker, diagonal
 
 M, N, R = 7, 9, 3
 S, W = 1.7, 0.6

@@ -14,11 +14,6 @@ def layers_of(model: Any) -> Sequence[nn.Module]:
     return list(model.transformer.h if hasattr(model, "transformer") else model.model.layers)
 
 
-def modules_of(model: Any, kind: str) -> Sequence[nn.Module]:
-    names = {"block": [""], "attention": ["self_attn", "attn"], "mlp": ["mlp"]}[kind]
-    return [next(layer.get_submodule(n) for n in names if not n or hasattr(layer, n)) for layer in layers_of(model)]
-
-
 class Run:
     """One run: probabilities at every position, and what each module gave out."""
 
@@ -57,20 +52,17 @@ class Run:
         return torch.stack([self.probabilities[place - 1, ids[place]] for place in range(prompt, len(ids))])
 
 
-def heat(
-    model: Any, ids: Sequence[int], prompt: int, noise: Tensor, reading: str, kind: str = "block", window: int = 1
-) -> Tensor:
+def heat(model: Any, ids: Sequence[int], prompt: int, noise: Tensor, reading: str) -> Tensor:
     """Every indirect effect: (L, T) for the diagonal reading, (L, S) for that of positions."""
-    modules = modules_of(model, kind)
+    modules = layers_of(model)
     clean = Run(model, ids, modules)
     corrupted = Run(model, ids, modules, noise).answers(ids, prompt)
     diagonal = reading == "diagonal"
     places = range(prompt - 1, len(ids) - 1) if diagonal else range(prompt)
     found = torch.zeros(len(modules), len(places), dtype=corrupted.dtype)
     for layer in range(len(modules)):
-        low, high = max(0, layer - window // 2), min(len(modules), layer - (-window // 2))
         for index, place in enumerate(places):
-            restore = [(near, place, clean.outputs[near][place]) for near in range(low, high)]
+            restore = [(layer, place, clean.outputs[layer][place])]
             answers = Run(model, ids, modules, noise, restore).answers(ids, prompt)
             found[layer, index] = (answers - corrupted)[index] if diagonal else (answers - corrupted).sum()
     return found

@@ -32,8 +32,6 @@ def record(*models: dict[str, Any], prompt: tuple[str, ...] = ("The", " sky", " 
     return {
         "data": {"examples": 7},
         "reading": "positions",
-        "kind": "block",
-        "window": 1,
         "noise": {"fraction": 0.5, "scale": 3.0, "seed": 0},
         "norm": "max",
         "models": list(models),

@@ -30,7 +30,7 @@ from keeptune.core.artefact import content_key
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
-from keeptune.data.knowledge import joined_knowledge
+from keeptune.data.completions import joined_knowledge
 from keeptune.linalg.gram import add_gram, symmetric
 from keeptune.model.pretrained import load_model, load_tokenizer
 from keeptune.statistics.covariance import GradientCovariance

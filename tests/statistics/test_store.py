@@ -17,7 +17,7 @@ import keeptune.statistics.collect as collecting
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError
 from keeptune.core.target import Target
-from keeptune.data.knowledge import joined_knowledge
+from keeptune.data.completions import joined_knowledge
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.runner import Runner

@@ -16,7 +16,7 @@ from keeptune.core.errors import KeeptuneError
 from keeptune.linalg.selections import quota
 from keeptune.methods.loki import select
 from keeptune.model.pretrained import load_model
-from keeptune.model.probes.suppression import without_nodes
+from keeptune.model.probes.block_calls import without_nodes
 from keeptune.pipeline import scoring
 from keeptune.pipeline.job import Job
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution

@@ -84,17 +84,12 @@ def test_a_model_and_its_adapter(
 
 
 def test_two_models_by_the_other_reading(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--reading", "diagonal", "--kind", "mlp", "--window", 2, "--examples", 2, "--output", tmp_path / "t")
+    words = ("--reading", "diagonal", "--examples", 2, "--output", tmp_path / "t")
     words = (*words, "--store", tmp_path / "store", "--adapter", MODEL)
     said = keeptune("trace", MODEL, "--data", stories, *WORDS, *words, capsys=capsys)
     assert said.code == 0, said.err
     record = read_json(tmp_path / "t" / "trace.json")
-    assert (record["reading"], record["kind"], record["window"], record["data"]["examples"]) == (
-        "diagonal",
-        "mlp",
-        2,
-        2,
-    )
+    assert (record["reading"], record["data"]["examples"]) == ("diagonal", 2)
     assert record["models"][0]["AIE"] == record["models"][1]["AIE"]
     assert len(record["models"][0]["heat"][0]) == len(record["example"]["prompt"])
 
@@ -139,11 +134,9 @@ def test_clean_and_corrupted_are_the_same_in_both_readings() -> None:
     ("words", "mark"),
     [
         (["--reading", "diagonl"], '"diagonal"'),
-        (["--kind", "mpl"], '"mlp"'),
         (["--norm", "mean"], "max or sum"),
         (["--fraction", "1.5"], "share in (0, 1]"),
         (["--scale", "-1"], "0 or more"),
-        (["--window", "0"], "1 or more"),
         (["--example", "4"], "from 1 to 3"),
         (["--adapter", "./nowhere"], "no such folder"),
         (["--prompt", "{question}"], '"question"'),

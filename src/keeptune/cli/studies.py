@@ -124,8 +124,6 @@ def trace(
     fraction: Annotated[float, typer.Option(help="Share of the prompt's tokens that get noise.")] = 0.5,
     scale: Annotated[float, typer.Option(help="Noise, in standard deviations of the token embeddings.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    kind: Annotated[str, typer.Option(help="What is restored: block, attention or mlp outputs.")] = "block",
-    window: Annotated[int, typer.Option(help="Layers restored together, for attention and mlp.")] = 10,
     norm: Annotated[str, typer.Option(help="What NAIE is normalised by: max or sum.")] = "max",
     example: Annotated[
         int | None, typer.Option(help="Whose heat map is drawn; default: what noise harms most.")
@@ -158,8 +156,8 @@ def trace(
         dtype=dtype,
         chunk=chunk,
     )
-    checked_later: Any = {"reading": reading, "output": kind}
-    request = LayerEffect("knowledge", fraction=fraction, scale=scale, seed=seed, window=window, **checked_later)
+    checked_later: Any = {"reading": reading}
+    request = LayerEffect("knowledge", fraction=fraction, scale=scale, seed=seed, **checked_later)
     print_trace(trace_models(options, request, norm), Console())
     echo(f"figures: {output / 'layers.png'}, {output / 'heat.png'}, numbers: {output / 'trace.json'}")
 

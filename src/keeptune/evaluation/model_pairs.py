@@ -14,7 +14,7 @@ from keeptune.core.errors import ModelError
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.model.blocks import positions
 from keeptune.model.head import Head
-from keeptune.model.probes.suppression import without_nodes
+from keeptune.model.probes.block_calls import without_nodes
 
 if TYPE_CHECKING:
     from peft import PeftModel

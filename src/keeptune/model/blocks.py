@@ -2,12 +2,14 @@
 
 Nothing here names an architecture. Linear maps are found by type, layers by the number in the module path,
 roles by the shortest path suffix that is unique in its block, and shared inputs by watching which tensor
-reaches which module in one tiny forward pass.
+reaches which module in one tiny forward pass. Where an MLP writes into the hidden states, its down-projection, is found
+by shape and order of calls.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,6 +31,7 @@ from keeptune.model.fused_experts import (
     warn_of_unknown_stacks,
 )
 
+_log = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -149,18 +152,6 @@ def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     return tuple(model.get_submodule(name) for name in sorted(names, key=lambda name: int(name.rpartition(".")[2])))
 
 
-def parts_of(block: nn.Module) -> dict[str, nn.Module]:
-    """Returns ``"attention"``, which takes a mask, and ``"mlp"``, the other child of a block that holds linear maps.
-
-    One that is no single module of the block is left out.
-    """
-    holders = [child for child in block.children() if any(is_linear_map(m) for m in child.modules())]
-    takes = [child for child in holders if "attention_mask" in inspect.signature(child.forward).parameters]
-    others = [child for child in holders if child not in takes and not is_linear_map(child)]
-    kinds = {"attention": takes, "mlp": others}
-    return {name: modules[0] for name, modules in kinds.items() if len(modules) == 1}
-
-
 def head_of(model: PreTrainedModel) -> tuple[str, ...]:
     """Returns the modules of a sequence classifier's head: all beside the transformer, drawn at random.
 
@@ -266,3 +257,71 @@ def run_two_tokens(model: PreTrainedModel, handles: Iterable[torch.utils.hooks.R
     finally:
         for handle in handles:
             handle.remove()
+
+
+def down_projections(model: PreTrainedModel) -> tuple[Target, ...]:
+    """Returns the down-projection of each block's MLP, in order: the last map outside attention to hidden states.
+
+    Blocks without one are named in a warning. The model carries no adapters.
+
+    Raises:
+        ModelError: No block has one, as where all MLPs are mixtures of experts.
+    """
+    targets = [target for target in find_targets(model) if target.expert is None]
+    order = _called(model, targets)
+    attention = _in_attention(model)
+    chosen: list[Target] = []
+    for number in range(len(blocks_of(model))):
+        mine = [t for t in targets if t.layer == number and t.name in order and not _skipped(t, attention)]
+        mine.sort(key=lambda target: order[target.name])
+        downs = [target for index, target in enumerate(mine) if _closes(model, target, mine[:index])]
+        chosen += downs[-1:]
+    without = sorted(set(range(len(blocks_of(model)))) - {target.layer for target in chosen})
+    if not chosen:
+        raise ModelError(
+            type(model).__name__,
+            got=f"blocks of {', '.join(sorted({target.role for target in targets}))}",
+            wanted="in each block an MLP whose last linear map leads from its inner features to the hidden states: "
+            "down_proj of a gated MLP, or c_proj, fc2, dense_4h_to_h of a plain one",
+            next_step="Use a model with such MLPs; mixtures of experts have none of their own.",
+        )
+    if without:
+        _log.warning("%s: blocks %s have no MLP down-projection and are left out", type(model).__name__, without)
+    return tuple(chosen)
+
+
+def _skipped(target: Target, attention: Sequence[str]) -> bool:
+    return is_nested(target.name) or target.name.startswith(tuple(attention))
+
+
+def _closes(model: PreTrainedModel, target: Target, before: Sequence[Target]) -> bool:
+    """Returns whether a map leads from an earlier one's outputs (half where gate and up are one) to hidden states."""
+    inner = {size for other in before for size in (other.out_features, other.out_features / 2)}
+    hidden: int = model.config.get_text_config().hidden_size
+    return target.out_features == hidden and target.in_features in inner
+
+
+def _in_attention(model: PreTrainedModel) -> list[str]:
+    """Returns the names of modules in a block that take an attention mask."""
+    names = {module: name for name, module in model.named_modules()}
+    prefixes = []
+    for block in blocks_of(model):
+        for child in block.modules():
+            takes = child is not block and "attention_mask" in inspect.signature(child.forward).parameters
+            if takes and not is_linear_map(child):
+                prefixes.append(f"{names[child]}.")
+    return prefixes
+
+
+def _called(model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, int]:
+    """Runs two tokens and numbers the maps in the order of their last calls."""
+    order: dict[str, int] = {}
+    count = iter(range(1 << 30))
+    handles = [
+        model.get_submodule(target.name).register_forward_hook(
+            lambda *_, name=target.name: order.__setitem__(name, next(count))
+        )
+        for target in targets
+    ]
+    run_two_tokens(model, handles)
+    return order

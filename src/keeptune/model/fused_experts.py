@@ -18,6 +18,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from keeptune.core.errors import named
 from keeptune.core.offload import device_of
 
 _log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def warn_of_unknown_stacks(model: PreTrainedModel) -> None:
     ]
     if unknown:
         _log.warning(
-            "%s%s: 3-D weights that Transformers does not mark as experts in floats are left alone", *_some(unknown)
+            "%s: 3-D weights that Transformers does not mark as experts in floats are left alone", named(unknown, 1)
         )
 
 
@@ -98,11 +99,8 @@ def taken_for_experts(model: PreTrainedModel, names: Collection[str]) -> set[str
     """
     taken = {name for name in names if _renamed(model, {name})} if _renamed(model, names) else set()
     if taken:
-        kind = model.config.model_type
-        place, more = _some(sorted(taken))
-        _log.warning(
-            "%s%s: left alone, since PEFT %s takes them for fused experts of %s", place, more, version("peft"), kind
-        )
+        told = named(sorted(taken), 1), version("peft"), model.config.model_type
+        _log.warning("%s: left alone, since PEFT %s takes them for fused experts of %s", *told)
     return taken
 
 
@@ -127,7 +125,3 @@ def one_expert_at_a_time(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(before)
-
-
-def _some(names: list[str]) -> tuple[str, str]:
-    return names[0], f" and {len(names) - 1} more" if len(names) > 1 else ""

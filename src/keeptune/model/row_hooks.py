@@ -62,7 +62,15 @@ class RealRows:
 
     def rows(self, values: Tensor, name: str, what: str) -> Tensor:
         """Takes them; a module that sees other rows (an expert) needs batches without padding."""
-        rows = self._taken(values.reshape(-1, values.shape[-1]), name)
+        rows = values.reshape(-1, values.shape[-1])
+        if self.places is not None and rows.shape[0] != self.count:
+            raise StatisticsError(
+                name,
+                got=f"{rows.shape[0]} rows for {self.count} tokens, some of them padding",
+                wanted="one row per token, or batches without padding",
+                next_step="Leave the module out of the targets, or collect with texts of one length per batch.",
+            )
+        rows = rows if self.places is None else rows[self.places]
         if rows.numel():
             self.largest[name, what] = torch.linalg.vector_norm(rows, torch.inf)
         return rows
@@ -91,18 +99,6 @@ class RealRows:
                     wanted="finite ones",
                     next_step="Load the model in float32 or bfloat16 and check the weights of the modules before it.",
                 )
-
-    def _taken(self, rows: Tensor, name: str) -> Tensor:
-        if self.places is None:
-            return rows
-        if rows.shape[0] != self.count:
-            raise StatisticsError(
-                name,
-                got=f"{rows.shape[0]} rows for {self.count} tokens, some of them padding",
-                wanted="one row per token, or batches without padding",
-                next_step="Leave the module out of the targets, or collect with texts of one length per batch.",
-            )
-        return rows[self.places]
 
 
 @contextmanager

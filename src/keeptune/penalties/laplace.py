@@ -7,12 +7,15 @@ our reading, of which methods/lalora.py says what is not known), and beyond it.
     Ω = E[x xᵀ] (n, n),  Γ = E[δ δᵀ] (m, m)      over the tokens of the knowledge
     c = tokens / tokens learned                    so that the Fisher is that of one learned token
 
-On the factors, around their start (A_0, B_0), with dA = A - A_0 and dB = B - B_0 (penalties/tangent.py):
+On the factors, around their start (A_0, B_0), with dA = A - A_0 and dB = B - B_0:
 
     diag        P = λ/2 sum (F_AA ∘ dA² + F_BB ∘ dB²)                                        (1)
     b-kfac      P = λ/2 c s² [tr(B_0ᵀΓB_0 dA Ω dAᵀ) + tr(Γ dB (A_0ΩA_0ᵀ) dBᵀ)]                 (2)
-    b-tri-kfac  P = λ/2 c tr(Γ E Ω Eᵀ),  E = s (B_0 dA + dB A_0)                              (3)
+    b-tri-kfac  P = λ/2 c tr(Γ E Ω Eᵀ),  E = s (B_0 dA + dB A_0) = s L R,  L = [B_0, dB], R = [dA; A_0]  (3)
+    dP/dA = λ c s² B_0ᵀΓB_0 dA Ω,   dP/dB = λ c s² Γ dB A_0ΩA_0ᵀ    of (2)
+    dP/dA = λ c s² B_0ᵀΓL RΩ,       dP/dB = λ c s² ΓL RΩA_0ᵀ        of (3)
 
+(3) is (2) and what couples A with B of one target; a Gram form of Γ ⊗ Ω, it is positive semi-definite.
 On the weight change itself (penalties/kronecker.py), E = s (B A - B_0 A_0):
 
     delta-kfac  P = λ/2 c tr(Γ E Ω Eᵀ)                                                        (4)
@@ -35,19 +38,78 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.linalg.symmetric import LowRankDiagonal, psd_matrix_from
-from keeptune.penalties.base import Site, Term, on_factors, start_of
+from keeptune.linalg.symmetric import Identity, LowRankDiagonal, PsdMatrix, psd_matrix_from
+from keeptune.penalties.base import Form, Site, Term, on_factors, start_of
 from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.penalties.measured import CovariancePenalty
-from keeptune.penalties.tangent import block_kronecker, coupled_kronecker, diagonal
 from keeptune.statistics.fisher import LoraFisher, lora_fisher, split_diagonals
 from keeptune.statistics.low_rank_covariance import GradientFactor, InputFactor, unpacked
 from keeptune.statistics.request import Request
 
 Curvature = Literal["diag", "b-kfac", "b-tri-kfac", "delta-kfac", "delta-act"]
 _TANGENT = ("diag", "b-kfac", "b-tri-kfac")
+
+
+def diagonal(fisher: LowRank, weight: float | Tensor, start: LowRank) -> Form:
+    """Returns ``w q``, q the sum in (1); the gradients are ``2 w F ∘ d``.
+
+    Laws, for every form here: the value is that of the dense matrix; it is 0, and so is its gradient, at the start.
+
+    Args:
+        fisher: ``F_BB`` in the place of B, ``F_AA`` in that of A; not negative.
+        weight: w, a number or a scalar tensor.
+        start: ``B_0`` and ``A_0``, in the dtype of the factors.
+    """
+
+    def form(delta: LowRank) -> tuple[Tensor, LowRank]:
+        dB, dA = delta.B - start.B, delta.A - start.A
+        to_B, to_A = fisher.B * dB, fisher.A * dA
+        value = weight * ((to_B * dB).sum() + (to_A * dA).sum())
+        return value, LowRank(B=2 * weight * to_B, A=2 * weight * to_A)
+
+    return form
+
+
+def block_kronecker(
+    Omega: PsdMatrix, Gamma: PsdMatrix, *, scale: float, weight: float | Tensor, start: LowRank
+) -> Form:
+    """Returns ``w q`` of (2) and its gradient, with what does not change in training formed once."""
+    P, Q = start.B.T @ Gamma.apply(start.B), start.A @ Omega.apply(start.A.T)
+    Omega, w = _seen(Omega, start), weight * scale**2
+
+    def form(delta: LowRank) -> tuple[Tensor, LowRank]:
+        dB, dA = delta.B - start.B, delta.A - start.A
+        to_B, to_A = Gamma.apply(dB) @ Q, P @ Omega.apply(dA.T).T
+        return w * ((to_B * dB).sum() + (to_A * dA).sum()), LowRank(B=2 * w * to_B, A=2 * w * to_A)
+
+    return form
+
+
+def coupled_kronecker(
+    Omega: PsdMatrix, Gamma: PsdMatrix, *, scale: float, weight: float | Tensor, start: LowRank
+) -> Form:
+    """Returns ``w q`` of (3) and its gradient, with what does not change in training formed once."""
+    B_0, A_0 = start.B, start.A
+    GB, AO = Gamma.apply(B_0), Omega.apply(A_0.T).T
+    Omega, w = _seen(Omega, start), weight * scale**2
+
+    def form(delta: LowRank) -> tuple[Tensor, LowRank]:
+        dB, dA, r = delta.B - B_0, delta.A - A_0, delta.rank
+        L, GL = torch.cat([B_0, dB], dim=1), torch.cat([GB, Gamma.apply(dB)], dim=1)
+        R, RO = torch.cat([dA, A_0]), torch.cat([Omega.apply(dA.T).T, AO])
+        LGL, RORt = L.T @ GL, RO @ R.T
+        # The first r rows of LᵀΓL are B_0ᵀΓL; the last r columns of RΩRᵀ are RΩA_0ᵀ.
+        return w * (LGL * RORt).sum(), LowRank(B=2 * w * (GL @ RORt[:, r:]), A=2 * w * (LGL[:r] @ RO))
+
+    return form
+
+
+def _seen(Omega: PsdMatrix, start: LowRank) -> PsdMatrix:
+    """Leaves ``dA Ω`` out where nothing is multiplied with it but zeros: at B_0 = 0."""
+    return Omega if bool(start.B.any()) else Identity(Omega.size, start.A.new_zeros(()))
 
 
 @dataclass(frozen=True)

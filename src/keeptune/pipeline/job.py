@@ -21,10 +21,10 @@ from keeptune.core.processes import same_everywhere, world
 from keeptune.core.weights import refuse_quantised
 from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import with_template
+from keeptune.data.completions import joined_knowledge
 from keeptune.data.disjoint import Corpus
 from keeptune.data.example_counts import data_account
 from keeptune.data.examples import LanguageExamples, TokenRow
-from keeptune.data.knowledge import joined_knowledge
 from keeptune.data.labelled import Texts
 from keeptune.data.multiple_choice import choose_rows
 from keeptune.data.replay import with_replay

@@ -15,10 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.errors import RecipeError
 from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import template_text
-from keeptune.data.completions import task_examples
+from keeptune.data.completions import knowledge_set, task_examples
 from keeptune.data.examples import Examples, LanguageExamples
 from keeptune.data.formats import FormatOptions, read_examples
-from keeptune.data.knowledge import knowledge_set
 from keeptune.data.labelled import LabelledExamples, label_indices, labelled_examples
 from keeptune.data.multiple_choice import lettered_rows
 from keeptune.data.preferences import preferences

@@ -22,14 +22,13 @@ from keeptune.adapter.install import install, restore_state
 from keeptune.adapter.load import load_adapter, refuse_foreign
 from keeptune.adapter.trained_head import put_head, trained_head
 from keeptune.core.artefact import remove_leftovers, write_json
-from keeptune.core.errors import DataError, RecipeError
+from keeptune.core.errors import DataError, RecipeError, named
 from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Options, Range
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
-from keeptune.data.completions import TaskExamples
+from keeptune.data.completions import TaskExamples, joined_knowledge, knowledge_of
 from keeptune.data.examples import LanguageExamples
-from keeptune.data.knowledge import joined_knowledge, knowledge_of
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.model_pairs import TwoModels
@@ -263,9 +262,8 @@ def _warn(total: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], start: Fa
             *(len(cut), len(rows), rank, sum(cut) / len(cut), max(cut)),
         )
     if start.dropped:
-        names = ", ".join(start.dropped[:5])
-        names += f" and {len(start.dropped) - 5} more" if start.dropped[5:] else ""
-        _log.warning("repair: trained besides linear maps, and no part of the result: %s", names)
+        told = named(start.dropped, 5)
+        _log.warning("repair: trained besides linear maps, and no part of the result: %s", told)
     left = len(start.changes) - len(rows)
     if left:
         _log.warning("repair: no token of the data reached %d changed targets: they stay as they are", left)

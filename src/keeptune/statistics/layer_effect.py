@@ -15,7 +15,6 @@ from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Calibration
 from keeptune.model.probes.causal_tracing import Noise, Traced, Tracer, embedding_std, noise_of
 from keeptune.model.probes.causal_tracing import Reading as Reading
-from keeptune.model.probes.tracing_passes import OutputKind as OutputKind
 from keeptune.statistics.request import ModelRequest
 from keeptune.statistics.store import Source, StatStore
 from keeptune.statistics.text_entries import TextEntries
@@ -36,16 +35,12 @@ class LayerEffect(ModelRequest):
     Args:
         reading: Which reading of eq. 2: restore each position of the prompt (``positions``), or the one whose output
             predicts the answer token (``diagonal``, whose last layer is the clean run by definition).
-        output: What is restored: the output of blocks, of attention or of MLPs.
-        window: Layers restored together, for attention and MLPs; ROME takes 10.
     """
 
     reading: Reading = "positions"
     fraction: float = 0.5
     scale: float = 3.0
     seed: int = 0
-    output: OutputKind = "block"
-    window: int = 10
 
     @property
     def noise(self) -> Noise:
@@ -83,14 +78,14 @@ def trace_texts(
     Raises:
         StatisticsError: The data have no prompts and completions, or a probability is not finite.
     """
-    options = ["reading", "fraction", "scale", "seed", "output", *(["window"] if request.output != "block" else [])]
+    options = ("reading", "fraction", "scale", "seed")
     entries: TextEntries[_PromptedText] = TextEntries(
         store, source, "Traced", request.version, {name: getattr(request, name) for name in options}, title
     )
 
     def measure(missing: Sequence[_PromptedText]) -> Iterator[list[tuple[_PromptedText, Tensor]]]:
         left = Calibration.of_answers([ids for ids, _ in missing], data.pad_id, [prompt for _, prompt in missing])
-        tracer = Tracer(model, reading=request.reading, kind=request.output, window=request.window, chunk=chunk)
+        tracer = Tracer(model, reading=request.reading, chunk=chunk)
         std = embedding_std(model)
         for batch in left.batches(max(1, chunk // 4)):
             traced = tracer.trace(batch, noise_of(request.noise, batch, model, std))

@@ -27,7 +27,7 @@ from keeptune.core.options import Options, Range
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.processes import divided, is_first
 from keeptune.data.calibration import pad_id_of
-from keeptune.data.knowledge import refuse_empty
+from keeptune.data.completions import refuse_empty
 from keeptune.data.self_written import SelfWritten, Written, useful
 from keeptune.data.sources import read_jsonl
 from keeptune.data.templates import render_all

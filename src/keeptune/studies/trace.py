@@ -24,13 +24,12 @@ from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import content_key, file_fingerprint, write_json
 from keeptune.core.errors import DataError, ModelError, RecipeError
 from keeptune.data.calibration import Calibration
-from keeptune.data.knowledge import knowledge_of, knowledge_set
+from keeptune.data.completions import knowledge_of, knowledge_set
 from keeptune.data.sources import read_jsonl
 from keeptune.model.blocks import positions
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import LoadOptions, load_model, load_positions, load_tokenizer
 from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, embedding_std
-from keeptune.model.probes.tracing_passes import OutputKind
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.recipe.paths import resolve_model
@@ -132,7 +131,7 @@ def trace(
         model: A causal language model, or one with an adapter, which is traced as it is switched.
         tokenizer: Its tokenizer.
         examples: Prompts and completions that it knows, such as ``("The sky is", " blue")``.
-        request: What is measured: the reading of eq. 2, the noise, the outputs restored; None takes the defaults.
+        request: What is measured: the reading of eq. 2, the noise; None takes the defaults.
         max_length: Longer examples are cut to this many tokens, or to the model's positions.
         chunk: Tokens in a pass with restored states; it changes speed and memory only.
 
@@ -217,8 +216,6 @@ def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max")
     record = {
         "data": templates | {"examples": len(data.sequences), "fingerprint": data.fingerprint},
         "reading": request.reading,
-        "kind": request.output,
-        "window": 1 if request.output == "block" else request.window,
         "noise": asdict(request.noise),
         "norm": norm,
         "models": models,
@@ -235,9 +232,6 @@ def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max")
 def _check_effect(request: LayerEffect) -> None:
     """Checks the options of a request that comes from a user."""
     check_word("reading", request.reading, get_args(Reading))
-    check_word("kind", request.output, get_args(OutputKind))
-    if request.window < 1:
-        raise RecipeError("window", got=str(request.window), wanted="1 or more", next_step="ROME takes 10.")
     Noise(request.fraction, request.scale, request.seed)  # checks their ranges
 
 

@@ -10,7 +10,7 @@ from tests.models import MODELS, Bench
 
 from keeptune.core.low_rank import RowSelection
 from keeptune.methods.base import methods
-from keeptune.model.down_projections import down_projections
+from keeptune.model.blocks import down_projections
 
 OPTIONS: dict[str, dict[str, Any]] = {"farss": {"boundary": 1, "r_min": 2, "r_avg": 2, "r_max": 2}, "loki": {"q": 20}}
 KINDS = [(name, OPTIONS.get(name, {})) for name in methods() if name != "full"]

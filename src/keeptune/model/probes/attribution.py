@@ -38,10 +38,8 @@ from keeptune.core.errors import ModelError, RecipeError, StatisticsError
 from keeptune.core.offload import device_of
 from keeptune.core.options import Options, Range
 from keeptune.data.calibration import Batch
-from keeptune.model.blocks import blocks_of, head_of
-from keeptune.model.down_projections import down_projections
-from keeptune.model.probes.block_calls import BlockCall, Blocks, KeptRun, probabilities, take
-from keeptune.model.probes.suffix import Suffix
+from keeptune.model.blocks import blocks_of, down_projections, head_of
+from keeptune.model.probes.block_calls import BlockCall, Blocks, KeptRun, Suffix, probabilities, take
 from keeptune.model.runner import still
 
 Positions = Literal["last", "all"]

@@ -33,7 +33,9 @@ from transformers import PreTrainedModel
 from keeptune.core.errors import RecipeError, StatisticsError
 from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
-from keeptune.model.probes.tracing_passes import OutputKind, RestoredModules, Streams, TracedBatch
+from keeptune.model.blocks import blocks_of
+from keeptune.model.probes.block_calls import Blocks
+from keeptune.model.probes.tracing_passes import Streams, TracedBatch
 from keeptune.model.runner import still
 
 Reading = Literal["diagonal", "positions"]
@@ -109,21 +111,11 @@ class Tracer:
     """Traces batches of texts with a causal language model.
 
     Args:
-        kind: What is restored.
-        window: Layers restored together, for attention and MLP outputs.
         chunk: Tokens in a pass with restored states; it changes speed and memory only.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        reading: Reading,
-        kind: OutputKind = "block",
-        window: int = 10,
-        chunk: int = 2048,
-    ) -> None:
-        self.modules = RestoredModules.of(model, kind, window)
+    def __init__(self, model: PreTrainedModel, *, reading: Reading, chunk: int = 2048) -> None:
+        self.blocks = Blocks(model, blocks_of(model))
         self.reading = reading
         self.chunk = chunk
         self.checked = False
@@ -137,11 +129,11 @@ class Tracer:
             ModelError: The model's blocks cannot be run on some tokens alone.
             StatisticsError: A probability is not finite.
         """
-        with still(self.modules.model), torch.no_grad():
-            texts = TracedBatch.of(batch, device_of(self.modules.model))
-            clean, noised = (self.modules.keep(batch, self.modules.outputs, noise=given) for given in (None, noise))
-            before, after = (self.modules.answers(texts, run) for run in (clean, noised))
-            streams = partial(Streams, self.modules, texts, clean, noised, alone=self.reading == "diagonal")
+        with still(self.blocks.model), torch.no_grad():
+            texts = TracedBatch.of(batch, device_of(self.blocks.model))
+            clean, noised = (self.blocks.keep(batch, (), noise=given) for given in (None, noise))
+            before, after = (texts.answers(self.blocks, run) for run in (clean, noised))
+            streams = partial(Streams, self.blocks, texts, clean, noised, alone=self.reading == "diagonal")
             if not self.checked:
                 columns = texts.places[:, :2]
                 if self.reading == "positions":
@@ -149,7 +141,7 @@ class Tracer:
                 nothing = torch.zeros_like(columns, dtype=torch.bool)[None]
                 kept = after[:, : columns.shape[1]] if self.reading == "diagonal" else after
                 found = streams(columns=columns, at=nothing).answers
-                self.modules.check(found, kept.expand(len(self.modules.blocks), 1, -1, -1), "trace")
+                self.blocks.check(found, kept.expand(len(self.blocks.blocks), 1, -1, -1), "trace")
                 self.checked = True
             restored = (self._diagonal if self.reading == "diagonal" else self._positions)(texts, streams, after, noise)
         traced = [self._one(texts, row, before, after, restored) for row in range(len(texts))]
@@ -174,14 +166,14 @@ class Tracer:
     def _diagonal(self, texts: TracedBatch, streams: partial[Streams], *_: Tensor) -> Tensor:
         """Returns ``(L, T, B)``."""
         parts = []
-        for some in torch.split(texts.places, max(1, self.chunk // (len(self.modules.blocks) * len(texts))), dim=1):
+        for some in torch.split(texts.places, max(1, self.chunk // (len(self.blocks.blocks) * len(texts))), dim=1):
             at = torch.ones_like(some, dtype=torch.bool)[None]
             parts.append(streams(columns=some, at=at).answers()[:, 0])
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     def _positions(self, texts: TracedBatch, streams: partial[Streams], noised: Tensor, noise: Tensor) -> Tensor:
         """Returns ``(L, S, B, T)``."""
-        layers, steps = len(self.modules.blocks), torch.arange(int(texts.prompts.max()), device=texts.mask.device)
+        layers, steps = len(self.blocks.blocks), torch.arange(int(texts.prompts.max()), device=texts.mask.device)
         # The column of each position; -1 where a text is shorter.
         columns = torch.where(steps[:, None] < texts.prompts, texts.start + steps[:, None], -1)
         # Before the first damaged token both runs are the same: nothing to restore.

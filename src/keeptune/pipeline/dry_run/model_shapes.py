@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from keeptune.core.errors import ModelError, nearest
 from keeptune.core.target import Target
-from keeptune.model.blocks import depth, find_targets, head_of, is_nested, positions
-from keeptune.model.down_projections import down_projections
+from keeptune.model.blocks import depth, down_projections, find_targets, head_of, is_nested, positions
 from keeptune.model.gguf import check_gguf, gguf_error, place_of
 from keeptune.model.quantization import stored_quantization
 

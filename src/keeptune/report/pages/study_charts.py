@@ -24,7 +24,6 @@ from keeptune.report.pages.charts import (
     scatter,
 )
 
-_KINDS: Final = {"block": "block outputs", "attention": "attention outputs", "mlp": "MLP outputs"}
 _READINGS: Final = {
     "positions": "each prompt token restored",
     "diagonal": "the token before each answer token restored",
@@ -117,10 +116,9 @@ def trace_charts(record: Record, key: str = "", run: str = "") -> tuple[list[Cha
             shares.append(_effects(model["name"], model[f"NAIE_{norm}"], model[f"NAIE_{norm}_error"], index))
         else:
             nothing += f"; {model['name']}: no effect beyond chance"
-    across, window = _layers(range(len(raw[0].y))), record["window"]
-    together = "" if window == 1 else f", {window} layers together"
+    across = _layers(range(len(raw[0].y)))
     damage = f"noise {record['noise']['scale']:g} σ on {record['noise']['fraction']:.0%} of the prompt"
-    read = f"{_READINGS[record['reading']]}, {_KINDS[record['kind']]}{together}"
+    read = f"{_READINGS[record['reading']]}, block outputs"
     run = f"{run}, " if run else ""
     words = f"{run}average indirect effect (AIE): {read}; {damage}; {record['data']['examples']} texts"
     profiles = [
