@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.data.chat_template import CHATML, ChatOptions, ChatTemplate, with_template
-from keeptune.data.conversations import Conversations, conversation_examples
+from keeptune.data.completions import Conversations, conversation_examples
 from keeptune.data.examples import Conversation, TokenRow
 from keeptune.data.formats import FormatOptions, read_examples
 from keeptune.pipeline.task_kinds import KINDS

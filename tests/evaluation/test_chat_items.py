@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.data.chat_template import ChatOptions
-from keeptune.data.conversations import conversation_examples
+from keeptune.data.completions import conversation_examples
 from keeptune.data.examples import Conversation
 from keeptune.evaluation import FileBenchmark, TwoModels, evaluate
 from keeptune.evaluation.benchmark_data import data_fingerprint

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from keeptune.core.errors import DataError, RecipeError
-from keeptune.data.conversations import Conversations
+from keeptune.data.completions import Conversations
 from keeptune.pipeline.job import Job
 from keeptune.posthoc.repair_files import Files, read_files
 from keeptune.recipe.schema import make_recipe

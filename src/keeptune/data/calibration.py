@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.artefact import content_key
@@ -133,21 +134,17 @@ class Calibration:
         return list(zip(self.sequences, *parts, strict=True))
 
     def _pad(self, rows: Sequence[_Row], side: str) -> Batch:
-        length = max(len(row[0]) for row in rows)
-        ids = torch.full((len(rows), length), self.pad_id)
-        mask, learned, types = torch.zeros(3, len(rows), length, dtype=torch.long)
-        for index, (row, answer, _, kinds) in enumerate(rows):
-            start = 0 if side == "right" else length - len(row)
-            ids[index, start : start + len(row)] = torch.tensor(row)
-            mask[index, start : start + len(row)] = 1
-            learned[index, start : start + len(row)] = torch.tensor(answer)
-            types[index, start : start + len(kinds)] = torch.tensor(kinds, dtype=torch.long)
+        texts, learned, labels, types = zip(*rows, strict=True)
+
+        def padded(parts: Iterable[Sequence[int]], fill: int = 0) -> Tensor:
+            return pad_sequence([torch.tensor(part, dtype=torch.long) for part in parts], True, fill, side)
+
         return Batch(
-            ids,
-            mask,
-            loss_mask=None if self.learned is None else learned,
-            labels=None if self.labels is None else torch.tensor([label for _, _, label, _ in rows]),
-            token_type_ids=None if self.types is None else types,
+            padded(texts, self.pad_id),
+            padded([1] * len(ids) for ids in texts),
+            loss_mask=None if self.learned is None else padded(learned),
+            labels=None if self.labels is None else torch.tensor(labels),
+            token_type_ids=None if self.types is None else padded(types),
         )
 
 

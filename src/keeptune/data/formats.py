@@ -12,8 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from keeptune.core.errors import DataError, RecipeError, named, nearest
 from keeptune.data.chat_template import ChatOptions
-from keeptune.data.completions import TaskExamples, check_answers
-from keeptune.data.conversations import conversation_examples
+from keeptune.data.completions import TaskExamples, check_answers, conversation_examples
 from keeptune.data.examples import Conversation, LanguageExamples, Truncate
 from keeptune.data.sources import Row
 from keeptune.data.templates import text_of

@@ -15,17 +15,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from keeptune.core.plan import Decision, TargetPlan
-from keeptune.core.target import Target
-from keeptune.linalg.decompositions import end_triplets
-from keeptune.methods.pissa import SplitMethod
-from keeptune.statistics.collect import StatsView
+from keeptune.methods.pissa import Pissa
 
 
 @dataclass(frozen=True)
-class Milora(SplitMethod):
+class Milora(Pissa):
     """MiLoRA.
 
     Args:
@@ -35,7 +29,4 @@ class Milora(SplitMethod):
 
     name = "milora"
     paper = "Wang et al., MiLoRA, NAACL 2025"
-
-    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Splits W's minor part into balanced factors (1)."""
-        return self.split(target, weight, decision, end_triplets(weight, decision.rank, "bottom", target.name))
+    end = "bottom"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -30,23 +31,17 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SplitMethod(ScaledMethod):
-    """A method that starts from singular triplets of W, split into balanced factors and frozen in W without them."""
+class Pissa(ScaledMethod):
+    """PiSSA: starts from singular triplets of W, split into balanced factors and frozen in W without them."""
 
+    name = "pissa"
+    paper = "Meng et al., PiSSA, NeurIPS 2024"
     anchored = True
+    end: ClassVar[Literal["top", "bottom"]] = "top"
 
-    def split(
-        self, target: Target, weight: Tensor, decision: Decision, triplets: tuple[Tensor, Tensor, Tensor]
-    ) -> TargetPlan:
-        """Plans a target that starts from triplets.
-
-        Args:
-            target: The target.
-            weight: W ``(m, n)``.
-            decision: Its rank.
-            triplets: U ``(m, r)``, S ``(r,)``, V transposed ``(r, n)``.
-        """
-        U, S, Vh = triplets
+    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
+        """Splits one end of W's spectrum into balanced factors (1, 2)."""
+        U, S, Vh = end_triplets(weight, decision.rank, self.end, target.name)
         zeros = int((1e-7 * weight.norm() >= S).sum())
         if zeros:  # both factors are zero there, and so are their gradients
             _log.warning(
@@ -58,15 +53,3 @@ class SplitMethod(ScaledMethod):
         scale = self.scale_at(decision.rank)
         start = LowRank.from_triplets(U, S / scale, Vh)
         return self.planned(target, decision, start, scale, evidence={"singular_values": S.float()})
-
-
-@dataclass(frozen=True)
-class Pissa(SplitMethod):
-    """PiSSA."""
-
-    name = "pissa"
-    paper = "Meng et al., PiSSA, NeurIPS 2024"
-
-    def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Splits W's principal part into balanced factors (1, 2)."""
-        return self.split(target, weight, decision, end_triplets(weight, decision.rank, "top", target.name))

@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from keeptune.core.errors import PlanError
 from keeptune.core.options import Range
@@ -140,13 +141,12 @@ class Kl(Penalty):
                 wanted="texts of two tokens or more",
                 next_step="Take longer texts.",
             )
-        lengths = torch.tensor([len(knowledge.sequences[index]) for index in long])
-        ids = torch.full((len(long), int(lengths.max())), knowledge.pad_id, dtype=torch.int32)
+        texts = [torch.tensor(knowledge.sequences[index], dtype=torch.int32) for index in long]
+        ids = pad_sequence(texts, True, knowledge.pad_id)
         learned = torch.ones_like(ids, dtype=torch.bool)
-        for row, index in enumerate(long):
-            ids[row, : lengths[row]] = torch.tensor(knowledge.sequences[index], dtype=torch.int32)
-            if knowledge.learned:
-                learned[row, : lengths[row]] = torch.tensor(knowledge.learned[index])
+        if knowledge.learned:
+            learned = pad_sequence([torch.tensor(knowledge.learned[index]) for index in long], True, True)
+        lengths = torch.tensor(list(map(len, texts)))
         return {_IDS: ids, _LENGTHS: lengths, _LEARNED: learned, _STEP: torch.zeros(1, dtype=torch.float64)}
 
     def batch(self, tensors: Mapping[str, Tensor]) -> TextBatch:
