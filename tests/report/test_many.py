@@ -60,12 +60,11 @@ def test_options_tell_the_common_from_the_rare(many: dict[str, Any]) -> None:
     common, grid = run_tables.options(parse_report(many))
     assert common == "rank 8"
     assert grid is not None
-    assert grid.heads == ("method", "train.learning rate", "its own")
-    assert grid.rows[0] == ("method-a", "0.0001", Cell("–", kind="path"))
-    assert grid.rows[3] == ("method-d", "0.001", Cell("beta 2", kind="path"))
+    assert grid.rows[0] == ("method-a", Cell("train.learning rate 0.0001", kind="path"))
+    assert grid.rows[3] == ("method-d", Cell("train.learning rate 0.001; beta 2", kind="path"))
     text = render_html(many)
     assert "The same for all: rank 8." in text
-    assert re.search(r'<td class="path">beta 2</td>', text)
+    assert re.search(r'<td class="path">train.learning rate 0.001; beta 2</td>', text)
 
 
 def test_lists_among_options_are_told_in_words(many: dict[str, Any]) -> None:
@@ -81,7 +80,7 @@ def test_options_of_one_method_and_of_none(minimal: dict[str, Any]) -> None:
     minimal["methods"][0]["options"] = {"rank": 8, "alpha": None}
     common, grid = run_tables.options(parse_report(minimal))
     assert common == ""
-    assert grid == Grid(("method", "rank", "alpha"), (("lora", "8", "–"),))
+    assert grid == Grid(("method", "options"), (("lora", Cell("rank 8; alpha –", kind="path")),))
 
 
 def test_options_that_are_all_the_same_need_no_table(many: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ def _draw(figure: Figure, axes: Axes, chart: Chart) -> None:
         if trace.type == "heatmap":
             _heat_map(figure, axes, trace)
         elif trace.type == "bar":
-            _bars(axes, trace)
+            axes.bar(trace.x, trace.y, 0.7, color=_colour(trace.marker.color))
         else:
             handles += _scatter(axes, trace)
     for shape in layout.shapes:
@@ -160,18 +160,6 @@ def _scatter(axes: Axes, trace: Any) -> list[Line2D]:
         return []
     sign = _SYMBOLS[symbols[0].removesuffix("-open")] if marked else ""
     return [Line2D([], [], label=textwrap.shorten(label, 36, placeholder="…"), marker=sign, mec="white", **style)]
-
-
-def _bars(axes: Axes, trace: Any) -> None:
-    lying = trace.orientation == "h"
-    lengths, places = (trace.x, trace.y) if lying else (trace.y, trace.x)
-    colours = [_colour(one) for one in _each(trace.marker.color, len(places))]
-    drawn_bars = (axes.barh if lying else axes.bar)(places, lengths, 0.7, color=colours)
-    if trace.text is not None:
-        axes.bar_label(drawn_bars, [html.unescape(text) for text in trace.text], padding=3, fontsize=8)
-    if trace.error_x.array is not None:
-        ends = numpy.array([trace.error_x.arrayminus, trace.error_x.array], dtype=float)
-        axes.errorbar(lengths, places, xerr=ends, fmt="none", ecolor=_colour(trace.error_x.color), elinewidth=1)
 
 
 def _heat_map(figure: Figure, axes: Axes, trace: Any) -> None:

@@ -178,14 +178,9 @@ def training_flops(
     return passes * forward_flops(shape, tokens, length) + (0 if whole else 6 * trained * tokens)
 
 
-def statistics_flops(
-    shape: ModelShape, tokens: float, length: float, *, numbers: int, backward: bool, passes: int = 1
-) -> float:
-    """Computes the work of sums of products: a pass forward, one backward for gradients, and 2 for each number.
-
-    With several ``passes`` over the data, each is for a share of the sums.
-    """
-    return passes * (2 if backward else 1) * forward_flops(shape, tokens, length) + 2.0 * numbers * tokens
+def statistics_flops(shape: ModelShape, tokens: float, length: float, *, numbers: int, backward: bool) -> float:
+    """Computes the work of sums of products: a pass forward, one backward for gradients, and 2 for each number."""
+    return (2 if backward else 1) * forward_flops(shape, tokens, length) + 2.0 * numbers * tokens
 
 
 def attribution_flops(shape: ModelShape, texts: int, length: float, steps: int) -> float:

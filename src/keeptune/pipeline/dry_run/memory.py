@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from keeptune.adapter.anchor import resolve
+from keeptune.adapter.trained_head import trained_beside
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
-from keeptune.methods.base import Size
+from keeptune.methods.base import Method, Size
 from keeptune.model.quantization import stays_quantised
+from keeptune.penalties.base import Penalty
 from keeptune.penalties.kl import Kl
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import Amount, Scored
@@ -40,9 +43,14 @@ _PROBE = (4, 256)  # examples and tokens that an export is checked on
 _MIB = 2**20
 # Of judged answers: sequences of an example that are learned, and those that are only read: by the reference, for KL.
 JUDGED = {"preference": (2, 2), "unpaired_preference": (1, 3)}
+_STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3, "max_steps": -1}
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
-Sites = Mapping[tuple[Request, str], Target]
+
+def value(values: Mapping[str, Any], key: str) -> float:
+    """Returns an argument of training, or its default."""
+    given = values.get(key)
+    return float(_STEP[key] if given is None else given)
 
 
 def plan_without_numbers(target: Target, size: Size) -> TargetPlan:
@@ -59,27 +67,89 @@ def checkpointing(train: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a run holds in memory and on disk.
+    """What a run trains, measures and scores, and what it holds for that in memory and on disk.
 
     Args:
         job: The run.
         shape: Of its base.
         lengths: Of its data.
-        sizes: What the method trains of each target; empty where all weights are trained.
-        sites: The statistics that are needed, once for each site.
-        score: What is scored.
-        trained: Numbers that are trained.
-        batch: Examples in a forward pass.
     """
 
     job: Job
     shape: ModelShape
     lengths: Lengths
-    sizes: Mapping[Target, Size]
-    sites: Sites
-    score: Sequence[Scored]
-    trained: int
-    batch: int
+
+    @property
+    def method(self) -> Method:
+        """The method, fitted to the base."""
+        method: Method = self.job.method.fitted(self.shape.blocks)
+        return method
+
+    @property
+    def whole(self) -> bool:
+        """Whether all weights are trained."""
+        return bool(self.job.method.scope == "all")
+
+    @cached_property
+    def sizes(self) -> dict[Target, Size]:
+        """What the method trains of each target; empty where all weights are trained."""
+        if self.whole:
+            return {}
+        downs = self.shape.downs if self.method.rows_of_downs else frozenset[str]()
+        targets = self.shape.targets(self.job.recipe.targets, self.job.recipe.layers)
+        return {target: self.method.size(target, downs) for target in targets}
+
+    @property
+    def used(self) -> list[Target]:
+        """The targets that are trained."""
+        return [target for target, size in self.sizes.items() if size.rank]
+
+    @cached_property
+    def sites(self) -> dict[tuple[Request, str], Target]:
+        """The statistics that method and penalties need, once for each site."""
+        needed: dict[tuple[Request, str], Target] = {}
+        for target, size in self.sizes.items():
+            requests: set[Request] = set(self.method.requests(target))
+            for one in self._penalties if size.rank else ():
+                requests |= one.requests(plan_without_numbers(target, size))
+            for request in requests:
+                needed.setdefault((request, request.site(target)), target)
+        return needed
+
+    @cached_property
+    def score(self) -> tuple[Scored, ...]:
+        """What is scored."""
+        return tuple(self.lengths.scored(one) for one in self.job.recipe.evaluate)
+
+    @cached_property
+    def trained(self) -> int:
+        """Numbers that are trained, those beside the factors among them."""
+        if self.whole:
+            return self.shape.parameters
+        return sum(size.trained for size in self.sizes.values()) + self.shape.head_parameters + self._beside()
+
+    def _beside(self) -> int:
+        """Counts what is trained beside the factors, and refuses what is not there."""
+        recipe, model = self.job.recipe, self.shape.model
+        if not recipe.modules_to_save and not recipe.trainable_token_indices:
+            return 0
+        targets = [target.name for target in self.used]
+        fields = trained_beside(model, recipe.modules_to_save, recipe.trainable_token_indices, targets)
+        whole = (model.get_submodule(name).parameters() for name in fields.get("modules_to_save", ()))
+        count: int = sum(parameter.numel() for own in whole for parameter in own)
+        for name, ids in fields.get("trainable_token_indices", {}).items():
+            count += len(ids) * cast(Tensor, model.get_submodule(name).weight).shape[1]
+        return count
+
+    @property
+    def _penalties(self) -> Sequence[Penalty]:
+        return penalties_of(self.job.method, self.job.penalties)
+
+    @property
+    def _batch(self) -> int:
+        """Examples in a forward pass of training."""
+        learned = JUDGED.get(self.job.recipe.task.kind, (1, 0))[0]
+        return learned * int(value(self.job.recipe.train, "per_device_train_batch_size"))
 
     def memory(self) -> dict[str, Amount]:
         """Returns the bytes of each stage by part; stages that the run does not have are left out."""
@@ -113,17 +183,9 @@ class Footprint:
         return "cuda" if self.job.device.startswith("cuda") else "cpu"
 
     @property
-    def _whole(self) -> bool:
-        return bool(self.job.method.scope == "all")
-
-    @property
     def _merges(self) -> bool:
         """Whether the result is a whole model."""
-        return self._whole or bool(self.job.recipe.export.format == "merged")
-
-    @property
-    def _used(self) -> list[Target]:
-        return [target for target, size in self.sizes.items() if size.rank]
+        return self.whole or bool(self.job.recipe.export.format == "merged")
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -143,7 +205,7 @@ class Footprint:
         if resolve(self.job.recipe.anchor, getattr(torch, self.shape.dtype), quantised=quantised) == "twin":
             anchored = [(target, size.rank) for target, size in self.sizes.items() if size.anchored]
             frozen += sum(rank * (target.out_features + target.in_features) for target, rank in anchored)
-        return 0 if self._whole else 4 * (self.trained + frozen)
+        return 0 if self.whole else 4 * (self.trained + frozen)
 
     @property
     def _planned(self) -> int:
@@ -154,9 +216,9 @@ class Footprint:
     def penalties(self) -> dict[str, int]:
         """Bytes of the tensors of each penalty, which training holds."""
         held: dict[str, int] = {}
-        for one in penalties_of(self.job.method, self.job.penalties):
+        for one in self._penalties:
             tensors: dict[str, int] = {}
-            for target in self._used:
+            for target in self.used:
                 tensors |= one.size(plan_without_numbers(target, self.sizes[target]))
             held[one.name] = held.get(one.name, 0) + sum(tensors.values())
         return held
@@ -218,25 +280,25 @@ class Footprint:
         return parts
 
     def _plan(self) -> tuple[dict[str, int], dict[str, int]] | None:
-        if self._whole:
+        if self.whole:
             return None
         decomposes = any(size.anchored for size in self.sizes.values()) or bool(self.sites)
         squares = any(
             isinstance(r, RowRequest) and r.numbers(t) == t.in_features**2 for (r, _), t in self.sites.items()
         )
         own = bool(self.job.method.statistics)
-        work = estimate.decomposition_bytes(self._used if decomposes else [], squares=squares and own)
+        work = estimate.decomposition_bytes(self.used if decomposes else [], squares=squares and own)
         return {"weights": self._placed, **self._held}, {"decompositions": work}
 
     def _training(self) -> tuple[dict[str, int], dict[str, int]]:
-        train, whole = self.job.recipe.train, self._whole
+        train, whole = self.job.recipe.train, self.whole
         length = max(self.lengths.task, default=self.lengths.most)  # a batch is padded to its longest
         saving = checkpointing(train)
         kept = estimate.activation_bytes(
             self.shape,
-            self.shape.linear if whole else self._used,
+            self.shape.linear if whole else self.used,
             ranks=sum(size.rank for size in self.sizes.values()),
-            batch=self.batch,
+            batch=self._batch,
             length=length,
             checkpointing=saving,
             whole=whole,
@@ -251,9 +313,9 @@ class Footprint:
             **self._held,
             "penalties": sum(self.penalties.values()),
         }
-        head = estimate.head_bytes(self.shape, batch=self.batch, length=length, device=self._kind, smoothed=smoothed)
+        head = estimate.head_bytes(self.shape, batch=self._batch, length=length, device=self._kind, smoothed=smoothed)
         if self.job.loss is not None:
-            head = max(head, estimate.token_loss_bytes(self.shape, self.job.loss.reads, self.batch * length))
+            head = max(head, estimate.token_loss_bytes(self.shape, self.job.loss.reads, self._batch * length))
         passing = {"activations": kept, "logits": head}
         answers = self._answers(saving)
         lasting["kept answers"] = answers.pop("kept", 0)
@@ -263,7 +325,7 @@ class Footprint:
         """Returns what penalties on answers hold: the base's, kept, and a pass of their own after that of the task."""
         held = {"kept": 0, "activations": 0, "logits": 0}
         data = self.lengths.calibration("knowledge")
-        for one in penalties_of(self.job.method, self.job.penalties):
+        for one in self._penalties:
             if not isinstance(one, Kl):
                 continue
             batch = min(one.batch_size, data.texts)
@@ -271,7 +333,7 @@ class Footprint:
             every = int(4 * data.texts * data.mean) * self.shape.vocabulary
             held["kept"] += min(one.kept_mib * _MIB, every)
             held["activations"] = estimate.activation_bytes(
-                self.shape, self._used, ranks=ranks, batch=batch, length=data.longest, checkpointing=saving
+                self.shape, self.used, ranks=ranks, batch=batch, length=data.longest, checkpointing=saving
             )
             held["logits"] = estimate.answers_bytes(self.shape, batch=batch, length=data.longest)
         return held
@@ -311,7 +373,7 @@ class Footprint:
             kept = request.kept(target) if isinstance(request, RowRequest) else 4 * texts * self._nodes
             refuse_larger(kept if isinstance(request, RowRequest) else 0, self.job.store.limit)
             store[type(request).__name__] = store.get(type(request).__name__, 0) + kept
-        whole = 4 * self.shape.parameters if self._whole else 0
+        whole = 4 * self.shape.parameters if self.whole else 0
         states = estimate.optimizer_states(str(self.job.recipe.train.get("optim") or "adamw")) * self.trained
         exported = self.shape.stored if self._merges else 4 * self.trained
         copies = int(self.job.recipe.train.get("save_total_limit") or 2)

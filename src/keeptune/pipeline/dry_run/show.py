@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -17,20 +16,6 @@ from keeptune.report.tables.terminal import say, table
 
 _WORK = {"knowledge": "writing knowledge", "statistics": "statistics", "train": "training", "score": "scoring"}
 _HEADS = ("run", "trained", "steps", "memory", "store", "time", "runs")
-
-
-@dataclass(frozen=True)
-class _Rate:
-    """Operations a second that times rest on, with the origin of the number."""
-
-    flops: float
-    source: str
-
-    def __str__(self) -> str:
-        return f"at {self.flops:.1e} operations a second ({self.source})"
-
-    def time(self, work: float) -> str:
-        return duration(work / self.flops)
 
 
 def print_accounts(
@@ -48,6 +33,8 @@ def print_accounts(
         RecipeError: The given rate is not above 0.
     """
     rate = _rate(flops, device)
+    measured = f"matrix products of this machine, {device}" if flops is None else "given"
+    source = f"at {rate:.1e} operations a second ({measured})"
     accounts = [dry for _, dry in runs.values()]
     first, one = accounts[0], len(accounts) == 1
     needs = dict.fromkeys(need for dry in accounts for need in dry.needs)
@@ -60,14 +47,14 @@ def print_accounts(
     if one:
         _section(console, "memory", _amounts(first.memory, first.peak))
         _section(console, "disk", _amounts(first.disk))
-        _section(console, "time", [*_times(first, rate), f"{rate}; a run reaches a part of that"])
+        _section(console, "time", [*_times(first, rate), f"{source}; a run reaches a part of that"])
     else:
-        say(console, _whole_time(runs, rate))
+        say(console, f"{_whole_time(runs, rate)} {source}")
     for note in dict.fromkeys(note for dry in accounts for note in dry.notes):
         say(console, f"note: {note}")
 
 
-def _rate(flops: float | None, device: str) -> _Rate:
+def _rate(flops: float | None, device: str) -> float:
     if flops is None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(
             "device",
@@ -75,13 +62,11 @@ def _rate(flops: float | None, device: str) -> _Rate:
             wanted="a device whose rate can be measured",
             next_step="Give the rate of that device in operations a second, such as --flops 4e14.",
         )
-    if flops is None:
-        return _Rate(gemm_rate(device), f"matrix products of this machine, {device}")
-    if not 0 < flops < math.inf:
+    if flops is not None and not 0 < flops < math.inf:
         raise RecipeError(
             "--flops", got=str(flops), wanted="a number above 0", next_step="Give the machine's rate, such as 4e14."
         )
-    return _Rate(flops, "given")
+    return gemm_rate(device) if flops is None else flops
 
 
 def _section(console: Console, title: str, lines: Sequence[str]) -> None:
@@ -100,7 +85,7 @@ def _model(dry: DryRun) -> str:
     return f"{shape.name}, {count(shape.parameters)} parameters, {shape.dtype}{packed}; shape from {shape.source}"
 
 
-def _row(name: str, times: int, dry: DryRun, rate: _Rate) -> tuple[str, ...]:
+def _row(name: str, times: int, dry: DryRun, rate: float) -> tuple[str, ...]:
     train, work = dry.train, dry.whole_work
     return (
         name,
@@ -108,7 +93,7 @@ def _row(name: str, times: int, dry: DryRun, rate: _Rate) -> tuple[str, ...]:
         "?" if train.steps is None else f"{train.steps:,}",
         f"{_size(dry.memory[dry.peak].total)} ({dry.peak})",
         _size(dry.disk["store"].total) if dry.disk["store"].total else "",
-        "?" if work is None else ("<" if dry.bounds else "") + rate.time(work),
+        "?" if work is None else ("<" if dry.bounds else "") + duration(work / rate),
         str(times),
     )
 
@@ -145,24 +130,24 @@ def _amounts(amounts: Mapping[str, Amount], peak: str = "") -> list[str]:
     return lines
 
 
-def _times(dry: DryRun, rate: _Rate) -> list[str]:
+def _times(dry: DryRun, rate: float) -> list[str]:
     lines = []
     for part, name in _WORK.items():
         work, most = dry.work[part], "at most " if part in dry.bounds else ""
         if work is None:
             lines.append(f"{name}: not known")
         elif work:
-            lines.append(f"{name} {most}{rate.time(work)} ({most}{work:.1e} operations)")
+            lines.append(f"{name} {most}{duration(work / rate)} ({most}{work:.1e} operations)")
     return lines
 
 
-def _whole_time(runs: Mapping[str, tuple[int, DryRun]], rate: _Rate) -> str:
+def _whole_time(runs: Mapping[str, tuple[int, DryRun]], rate: float) -> str:
     number = sum(times for times, _ in runs.values())
     work = [times * dry.whole_work for times, dry in runs.values() if dry.whole_work is not None]
     if len(work) < len(runs):
         return f"{number} runs; how long is not known"
     most = "at most " if any(dry.bounds for _, dry in runs.values()) else ""
-    return f"{number} runs, {most}{rate.time(sum(work))} {rate}"
+    return f"{number} runs, {most}{duration(sum(work) / rate)}"
 
 
 def _size(number: int) -> str:

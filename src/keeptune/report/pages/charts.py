@@ -121,15 +121,6 @@ def arms(middles: Sequence[float], ends: Ends, colour: str, **more: Any) -> dict
     return {"type": "data", "array": up, "arrayminus": down, "color": colour, "thickness": 1, "width": 3, **more}
 
 
-def lying_bars(
-    names: Sequence[str], values: Sequence[float], colours: Sequence[str], title: str, **more: Any
-) -> go.Figure:
-    """Returns a bar to the right for each name, the first on top; ``more`` is anything of Plotly's ``Bar``."""
-    bars = go.Bar(orientation="h", x=list(values), y=list(range(len(names))), marker={"color": list(colours)}, **more)
-    down = {"autorange": "reversed", "showgrid": False, **categories(names)}
-    return figure_of([bars], axis(title), down, bargap=0.28)
-
-
 def heat_map(
     values: Any,
     axes: tuple[tuple[str, Sequence[str]], tuple[str, Sequence[str]]],

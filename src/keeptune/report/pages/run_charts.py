@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Final
@@ -107,7 +108,7 @@ def _names(chosen: Sequence[Series], role: str) -> str:
 
 
 def relations(report: Report) -> list[charts.Chart]:
-    """Returns what was lost on each relation: bars for one method, a heat map for several."""
+    """Returns a map of what each method lost on each relation."""
     labels = [method.label for method in methods(report)]
     panels = []
     for place, kind in enumerate(series(report, "knowledge")):
@@ -119,22 +120,10 @@ def relations(report: Report) -> list[charts.Chart]:
         values = [losses for _, losses in shown.values()]
         unit, decimals = ("nats/token lost", 3) if kind.lower_is_better else ("points lost", 0)
 
-        def write(value: float, decimals: int = decimals) -> str:
-            return signed(value, decimals).lstrip("+")
-
-        if len(labels) == 1:
-            colours = [f"var(--{'loss' if row[0] > 0 else 'gain'})" for row in values]
-            hovers: dict[str, Any] = {
-                "customdata": [charts.plain(name) for name in names],
-                "hovertemplate": "%{customdata}: %{text}<extra></extra>",
-            }
-            texts = [write(row[0]) if math.isfinite(row[0]) else "" for row in values]
-            written = {"text": texts, "textposition": "outside", "cliponaxis": False}
-            figure = charts.lying_bars(names, [row[0] for row in values], colours, unit, **written, **hovers)
-        else:
-            top = max((abs(v) for row in values for v in row if math.isfinite(v)), default=1.0) or 1.0
-            figure = charts.heat_map(values, (("", names), ("", labels)), "loss", unit, write, (-top, top))
-            figure.update_xaxes(side="top", tickangle=-40 if len(labels) > 3 else 0)
+        top = max((abs(v) for row in values for v in row if math.isfinite(v)), default=1.0) or 1.0
+        write = functools.partial(signed, decimals=decimals)
+        figure = charts.heat_map(values, (("", names), ("", labels)), "loss", unit, write, (-top, top))
+        figure.update_xaxes(side="top", tickangle=-40 if len(labels) > 3 else 0)
         caption = f"{kind.name}: {unit}, mean over seeds"
         if len(shown) < len(table):
             caption = f"the {len(shown)} most forgotten of {len(table)} relations of {kind.name}, {unit}"

@@ -68,35 +68,20 @@ def notes(report: Report) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def options(report: Report) -> tuple[str, Grid | None]:
-    """Returns what all methods have in common, as text (empty for one method), and a row of options for each method.
+    """Returns what all methods have in common, as text (empty for one method), and each method's other options.
 
-    Options that few methods have share the last column; None without options.
+    None where there are no others.
     """
     known = methods(report)
-    keys = list(dict.fromkeys(key for run in report.runs for key in run.options))
-    texts = {
-        (m.label, key): ", ".join(dict.fromkeys(option_text(run.options.get(key)) for run in m.runs))
-        for m in known
-        for key in keys
-    }
-    having = {key: [m.label for m in known if any(key in run.options for run in m.runs)] for key in keys}
-    same = [
-        key
-        for key in keys
-        if len(known) > 1 and len(having[key]) == len(known) and len({texts[m.label, key] for m in known}) == 1
-    ]
-    rare = [key for key in keys if key not in same and len(known) > 4 and 3 * len(having[key]) <= len(known)]
-    shown = [key for key in keys if key not in same and key not in rare]
-    words = {key: key.replace("_", " ") for key in keys}
-    common = ", ".join(f"{words[key]} {texts[known[0].label, key]}" for key in same)
-    if not shown and not rare:
-        return common, None
-    rows: list[tuple[str | Cell, ...]] = []
+    each = []
     for method in known:
-        own = "; ".join(f"{words[key]} {texts[method.label, key]}" for key in rare if method.label in having[key])
-        rest = [Cell(own or "–", kind="path")] if rare else []
-        rows.append((method.label, *(texts[method.label, key] for key in shown), *rest))
-    return common, Grid(("method", *(words[key] for key in shown), *(["its own"] if rare else [])), tuple(rows))
+        keys = dict.fromkeys(key for run in method.runs for key in run.options)
+        values = {key: dict.fromkeys(option_text(run.options.get(key)) for run in method.runs) for key in keys}
+        each.append([f"{key.replace('_', ' ')} {', '.join(texts)}" for key, texts in values.items()])
+    same = [text for text in each[0] if all(text in own for own in each)] if len(each) > 1 else []
+    rows = [(m.label, "; ".join(t for t in own if t not in same)) for m, own in zip(known, each, strict=True)]
+    grid = Grid(("method", "options"), tuple((label, Cell(own or "–", kind="path")) for label, own in rows))
+    return ", ".join(same), grid if any(own for _, own in rows) else None
 
 
 def divergence(report: Report) -> Grid | None:

@@ -82,11 +82,11 @@ def print_comparison(report: ReportLike, console: Console) -> None:
             else:
                 table.add_column(_lines(head), max_width=_METHOD_WIDTH, overflow="fold")
         for row in rows:
-            table.add_row(*(_plain(_lines(cell), console.encoding) for cell in row))
+            table.add_row(*(_lines(cell) for cell in row))
         console.print(table)
     if any(cell.note for column in others for cell in column[1:]):
         note = "In brackets: 95% interval of the change (points, or nats/token); ±: half the 95% interval over seeds."
-        console.print(_plain(Text(note, style="dim"), console.encoding))
+        console.print(Text(note, style="dim"))
 
 
 def _lines(cell: Cell) -> Text:
@@ -134,10 +134,3 @@ def _blocks(columns: Sequence[tuple[Cell, ...]]) -> list[list[tuple[Cell, ...]]]
 
 def _width(column: tuple[Cell, ...]) -> int:
     return max(Text(line).cell_len for cell in column for line in (cell.main, *cell.note.split("\n")))
-
-
-def _plain(text: Text, encoding: str) -> Text:
-    """Returns the text with plain characters for signs, for terminals without Unicode."""
-    if encoding.lower().startswith("utf"):
-        return text
-    return Text(text.plain.replace("→", "->").replace("−", "-").replace("–", "-").replace("±", "+-"))

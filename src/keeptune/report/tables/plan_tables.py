@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from keeptune.report.numbers import count, gap, number
-from keeptune.report.tables.terminal import print_grid, say, table, table_frame
+from keeptune.report.tables.terminal import print_grid, say, table
 
 Row = Mapping[str, Any]
-_COLUMNS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
-    "layer": ("layer", str),
-    "role": ("role", str),
-    "rank": ("rank", str),
-    "trained_parameters": ("trained params", lambda value: f"{value:,}"),
-    "start_error": ("start error", gap),
-}
 
 
 def print_plan(rows: Sequence[Row], console: Console, notes: Sequence[str] = ()) -> None:
-    """Prints ``plan`` of ``report.json``: a line for each target, or ranks by layer and role, and the importances."""
+    """Prints ``plan`` of ``report.json``: ranks and importances by layer and role, and the largest start error."""
     if not rows:
         console.print("The plan is empty.")
         return
-    ranks = {row.get("rank") for row in rows}
-    if len(ranks) > 1:
-        say(console, "rank")
-        print_grid(_cells(rows, lambda row: str(row.get("rank"))), console)
-    else:
-        console.print(_target_table(rows))
+    say(console, "rank")
+    print_grid(_cells(rows, lambda row: str(row.get("rank"))), console)
     weighed = [row for row in rows if _importance(row) is not None]
     if weighed:
         say(console, "\nimportance")
@@ -40,7 +27,7 @@ def print_plan(rows: Sequence[Row], console: Console, notes: Sequence[str] = ())
     for index, note in enumerate(notes):
         say(console, f"\n{note}" if index == 0 else note)
     errors = [row["start_error"] for row in rows if row.get("start_error") is not None]
-    if errors and len(ranks) > 1:
+    if errors:
         say(console, f"start error: at most {gap(max(errors))}")
     total = sum(row.get("trained_parameters") or 0 for row in rows)
     ending = f", {total:,} trained parameters ({count(total)})" if total else ""
@@ -111,15 +98,3 @@ def _cells(rows: Sequence[Row], write: Callable[[Row], str]) -> dict[tuple[int |
 def _importance(row: Row) -> float | None:
     values = (row.get("evidence") or {}).get("importance")
     return float(values[0]) if isinstance(values, list | tuple) and len(values) == 1 else None
-
-
-def _target_table(rows: Sequence[Row]) -> Table:
-    frame = table_frame()
-    shown = {key: column for key, column in _COLUMNS.items() if any(row.get(key) is not None for row in rows)}
-    for key, (head, _) in shown.items():
-        frame.add_column(head, justify="left" if key == "role" else "right")
-    for index, row in enumerate(rows):
-        last = index + 1 == len(rows) or rows[index + 1].get("layer") != row.get("layer")
-        cells = ["–" if row.get(key) is None else write(row[key]) for key, (_, write) in shown.items()]
-        frame.add_row(*map(Text, cells), end_section=last)
-    return frame
