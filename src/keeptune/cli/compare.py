@@ -1,4 +1,4 @@
-"""The command that compares methods, rates, strengths and seeds: compare; and what the commands of many runs share."""
+"""The commands of many runs: compare; and sweep and layers, which run one recipe at several points."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer import echo
 
 from keeptune.cli import dry_run as cli_dry
-from keeptune.cli.shared import AsJson, Flops, RecipeFile, overrides_of
+from keeptune.cli.shared import AsJson, Flops, RecipeFile, numbers_in, overrides_of
 
 
 def compare(
@@ -73,26 +72,27 @@ def run_and_show(loaded: Any, limits: Any = None, show: Callable[[Any], None] | 
 
 def _show_trade_off(compared: Any) -> None:
     """Print what each label learned and forgot at its best point, and at matched score."""
+    from keeptune.report.tables.terminal import table
+
     front = compared.front
-    rows = {row["label"]: row for row in front["matched"]["rows"]}
+    matched = {row["label"]: row for row in front["matched"]["rows"]}
     score = front["matched"]["score"]
-    table = Table("method", "learned most", "forgotten there", box=None, header_style="bold")
-    table.add_column("forgotten" if score is None else f"forgotten at {score:.3g}", justify="right")
-    table.add_column("how")
-    for label in rows or front["fronts"]:  # those that forget least at the same score first
+    rows = []
+    for label in matched or front["fronts"]:  # those that forget least at the same score first
         points = [point for point in front["points"] if point["label"] == label]
         best = max(points, key=lambda point: (point["learned"]["mean"], -point["forgotten"]["mean"]))
-        row = rows.get(label, {})
-        at = row.get("forgotten")
-        last = "-" if at is None else interval_text(at)
-        table.add_row(
-            label, interval_text(best["learned"]), interval_text(best["forgotten"]), last, str(row.get("how", ""))
-        )
-    Console().print(table)
+        row = matched.get(label, {})
+        values = (best["learned"], best["forgotten"], row.get("forgotten"))
+        rows.append((label, *map(interval_text, values), str(row.get("how", ""))))
+    at = "forgotten" if score is None else f"forgotten at {score:.3g}"
+    heads = ("method", "learned most", "forgotten there", at, "how")
+    Console().print(table(heads, rows, (*heads[:3], "how")))
 
 
 def interval_text(value: Any) -> str:
     """Returns a mean with its interval, of ``mean``, ``low`` and ``high``."""
+    if value is None:
+        return "-"
     text = f"{value['mean']:.3f}"
     return text if value.get("low") is None else f"{text} [{value['low']:.3f}, {value['high']:.3f}]"
 
@@ -106,3 +106,55 @@ def _list_runs(loaded: Any) -> None:
     # Where no run has a folder nothing is done, and what is done need not be compared with data that are elsewhere.
     done = len(specs) - len(tasks_of(loaded, specs)[2]) if folder.is_dir() else 0
     echo(f"{len(specs)} runs below {folder}, {done} done")
+
+
+def sweep(
+    context: typer.Context,
+    recipe: RecipeFile,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the points; run nothing.")] = False,
+) -> None:
+    """Run a recipe at several points and seeds (its keys `sweep` and `seeds`), and compare them on one page."""
+    from keeptune.experiments.plan_runs import load_sweep
+
+    _run_or_list(load_sweep(recipe, overrides_of(context)), dry_run)
+
+
+def layers(
+    context: typer.Context,
+    recipe: RecipeFile,
+    study: Annotated[str, typer.Option(help="single: one at a time; bottom or top: the lowest or highest few.")],
+    numbers: Annotated[str | None, typer.Option(help="How many layers, such as 2,4,6; for bottom and top.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs; run nothing.")] = False,
+) -> None:
+    """Study what tuning each layer gains and costs (L2-LoRA Fig. 4, Tables 5 and 6), as runs of one recipe."""
+    from keeptune.experiments.layer_studies import load_layer_study
+
+    counts = numbers_in("--numbers", numbers, int, "2,4,6") or None
+    _run_or_list(load_layer_study(recipe, study, overrides_of(context), counts), dry_run)
+
+
+def _run_or_list(loaded: Any, dry_run: bool) -> None:
+    from keeptune.experiments.plan_runs import check_runs, list_runs
+    from keeptune.report.tables.plan_tables import print_points
+
+    if not dry_run:
+        run_and_show(loaded, show=_show)
+        return
+    specs = list_runs(loaded)
+    check_runs(loaded, specs)
+    print_points([(e.label, e.x, e.settings, loaded.section.seeds) for e in loaded.entries], Console())
+    echo(f"{len(specs)} runs below {loaded.output / 'runs'}")
+
+
+def _show(compared: Any) -> None:
+    """Print the points of a sweep: scores after training, K, T and KT."""
+    from keeptune.report.tables.analyses import print_benefits
+    from keeptune.report.tables.comparison_table import print_comparison
+
+    series = compared.series
+    if not series["rows"]:  # every run failed
+        return
+    runs = [row | {"label": row["name"], "adapter": "", "export_gap": None} for row in series["rows"]]
+    print_comparison({"base": "", "methods": runs}, Console())
+    if "benefit" in series:
+        print_benefits(series, Console())

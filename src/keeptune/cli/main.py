@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli import compare, dry_run, launch, sequence, show_data, store_commands, studies, sweeps
+from keeptune.cli import compare, dry_run, launch, sequence, show_data, store_commands, studies
 from keeptune.cli import repair as repairing
 from keeptune.cli.check import check
 from keeptune.cli.shared import OVERRIDES, AsJson, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
@@ -147,7 +147,7 @@ def evaluate(
 
 
 app.command("data", context_settings=OVERRIDES)(show_data.show_data)
-for _with_recipe in (launch.launch, sweeps.sweep, compare.compare, sweeps.layers, studies.suppress, studies.overlap):
+for _with_recipe in (launch.launch, compare.sweep, compare.compare, compare.layers, studies.suppress, studies.overlap):
     app.command(context_settings=OVERRIDES)(_with_recipe)
 for _with_options in (studies.change, studies.curvature, studies.energy, repairing.repair, check, studies.trace):
     app.command()(_with_options)

@@ -42,18 +42,18 @@ def run_stages(recipe: Path, overrides: Mapping[str, Any]) -> None:
 
 
 def _show(record: Mapping[str, Any], console: Console) -> None:
-    from keeptune.report.tables.terminal import table_frame
+    from keeptune.report.tables.terminal import table
 
-    table = table_frame()
-    table.add_column("after")
+    heads = ["after"]
     for benchmark in record["benchmarks"]:
         about = benchmark["stage"] or ("keep" if benchmark["role"] == "knowledge" else "learn")
-        table.add_column(f"{benchmark['name']}\n({about})", justify="right")
+        heads.append(f"{benchmark['name']}\n({about})")
     names = ["base", *(f"{stage['name']} ({stage['method']})" for stage in record["stages"])]
+    rows = []
     for name, row, intervals in zip(names, record["scores"], record["intervals"], strict=True):
         ends = ["" if pair is None else f"\n{pair[0]:+.2f} {pair[1]:+.2f}" for pair in intervals]
-        table.add_row(name, *(_text(score) + pair for score, pair in zip(row, ends, strict=True)))
-    console.print(table)
+        rows.append((name, *(_text(score) + pair for score, pair in zip(row, ends, strict=True))))
+    console.print(table(heads, rows, heads[:1]))
     echo("below a score: ends of the 95% interval of its difference to the base's, on the same items")
     echo(", ".join(f"{name.replace('_', ' ')} {_text(record[name])}" for name in _MEASURES))
     if record["why"]:

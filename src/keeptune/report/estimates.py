@@ -83,6 +83,11 @@ def learned(method: Method, chosen: Sequence[Series]) -> Estimate | None:
     return _over(method, chosen, lambda item: (item.after, item.before + item.low, item.before + item.high))
 
 
+def gained(method: Method, chosen: Sequence[Series]) -> Estimate | None:
+    """Returns the mean improvement over several benchmarks; None when every run lacks one of them."""
+    return _over(method, chosen, _gain_of)
+
+
 def kept(method: Method, chosen: Sequence[Series]) -> Estimate | None:
     """Returns the mean share of the scores that is left, in percent; None when every run lacks one of them."""
     return _over(method, chosen, _share_of)
@@ -161,10 +166,15 @@ def _over(method: Method, chosen: Sequence[Series], read: Callable[[Benchmark], 
     return combine(runs)
 
 
+def _gain_of(item: Benchmark) -> Triple:
+    gain = (item.after - item.before, item.low, item.high)
+    return (-gain[0], -gain[2], -gain[1]) if item.lower_is_better else gain
+
+
 def _loss_of(item: Benchmark) -> Triple:
-    if item.lower_is_better:
-        return item.after - item.before, item.low, item.high
-    return 100 * (item.before - item.after), -100 * item.high, -100 * item.low
+    gain, low, high = _gain_of(item)
+    scale = -1 if item.lower_is_better else -100
+    return scale * gain, scale * high, scale * low
 
 
 def _share_of(item: Benchmark) -> Triple:

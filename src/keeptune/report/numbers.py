@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keeptune.core.intervals import Estimate, lower_is_better
+from keeptune.core.intervals import Estimate
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -56,11 +56,6 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def unit_of(metric: str) -> str:
-    """Returns the unit of a change of a metric: "nats" per token or percentage "points"."""
-    return "nats" if lower_is_better(metric) else "points"
 
 
 def unit_words(unit: str) -> str:

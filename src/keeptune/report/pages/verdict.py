@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from keeptune.core.intervals import Estimate, clearly_above, combine
-from keeptune.report.estimates import Method, Series, change, learned, lost, methods, yardstick
+from keeptune.core.intervals import Estimate, clearly_above
+from keeptune.report.estimates import Series, gained, learned, lost, methods, yardstick
 from keeptune.report.numbers import listing, loss_text, number, points
 from keeptune.report.records import Report, ReportLike, as_report
 
@@ -54,19 +54,10 @@ def _standings(report: Report) -> list[_Standing]:
             label=method.label,
             loss=lost(method, knowledge) if knowledge else None,
             score=learned(method, task) if task else None,
-            gain=_gain(method, task),
+            gain=gained(method, task) if task else None,
         )
         for method in methods(report)
     ]
-
-
-def _gain(method: Method, task: Sequence[Series]) -> Estimate | None:
-    """Returns the improvement on the task, positive when it got better."""
-    if len(task) == 1:
-        gain = change(method, task[0].name)
-        return _negative(gain) if gain is not None and task[0].lower_is_better else gain
-    loss = lost(method, task) if task else None
-    return None if loss is None else combine([(-loss.mean / 100, -loss.high / 100, -loss.low / 100)])
 
 
 def _negative(one: Estimate) -> Estimate:
