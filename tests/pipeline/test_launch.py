@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,9 +18,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.pipeline.forks import Forks
-from tests.pipeline.support import keeptune, write_recipe
+from tests.pipeline.support import METHODS, keeptune, values, write_recipe
 
+from keeptune.core.artefact import read_json
 from keeptune.core.errors import RecipeError
 from keeptune.core.locks import owned
 from keeptune.pipeline.launching import SHARDINGS, Launch, configured
@@ -109,6 +116,112 @@ def test_what_is_wrong_on_any_process_is_said_once(
         pass
 
 
+# Where a launch is killed: by which of its processes, after how many calls of what.
+AFTER = """
+import os, signal
+from {module} import {name} as place
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if rank == {rank} and calls == {calls}:
+        os.kill({whom}, signal.SIGKILL)
+    return whole(*args, **kwargs)
+calls, whole = 0, place.{function}
+place.{function} = counted
+"""
+
+
+def killed_at(rank: int, whom: str, module: str, name: str, function: str, calls: int) -> str:
+    return AFTER.format(**locals())
+
+
+class Launched:
+    """A recipe's run on one machine, or on two that are this one."""
+
+    def __init__(self, forks: Forks, folder: Path, given: dict[str, Any], machines: int) -> None:
+        self.forks, self.folder, self.machines = forks, folder, machines
+        self.output = folder / "out"
+        self.recipe = write_recipe(folder / "recipe.yaml", given)
+
+    def start(self, before: str = "") -> list[int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            words = ["--machines", self.machines, "--address", f"127.0.0.1:{free.getsockname()[1]}"]
+        return [
+            self.forks.start(
+                "launch", self.recipe, "--processes", 2, *(words if self.machines > 1 else ()), "--machine-rank", rank,
+                folder=self.folder, out=self.folder / f"said-{rank}.txt", before=before,
+            )
+            for rank in range(self.machines)
+        ]  # fmt: skip
+
+    def codes(self, before: str = "") -> list[int]:
+        return [self.forks.wait(pid) for pid in self.start(before)]
+
+    def said(self) -> str:
+        return "".join(path.read_text(encoding="utf-8") for path in sorted(self.folder.glob("said-*.txt")))
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        return load_file(self.output / "adapter" / "adapter_model.safetensors")
+
+    def scores(self) -> list[Any]:
+        return [read_json(path)["summary"] for path in sorted((self.output / "evaluation").glob("*.json"))]
+
+
+@pytest.fixture(scope="module")
+def whole(forks: Forks, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """A run that was never killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    train = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "seed": 0}
+    given = values(data, folder / "out", folder / "store", method=METHODS["lora-null-v1"], train=train)
+    launched = Launched(forks, folder, given, 1)
+    assert launched.codes() == [0], launched.said()
+    return launched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("machines", "before"),
+    [
+        (1, killed_at(0, "os.getppid()", "torch", "distributed", "all_reduce", 5)),  # the launcher, in statistics
+        (1, killed_at(1, "os.getpid()", "transformers", "Trainer", "training_step", 3)),
+        (2, killed_at(1, "os.getppid()", "transformers", "Trainer", "training_step", 4)),  # the second machine
+        (2, killed_at(0, "os.getppid()", "transformers.generation", "GenerationMixin", "generate", 1)),
+    ],
+)
+def test_killed_it_leaves_nothing_and_goes_on(whole: Launched, tmp_path: Path, machines: int, before: str) -> None:
+    given = read_json(whole.recipe) | {"output": str(tmp_path / "out"), "store": str(tmp_path / "store")}
+    launched = Launched(whole.forks, tmp_path, given, machines)
+    codes = launched.codes(before)
+    assert all(codes), launched.said()
+    if machines == 2:
+        assert sorted(codes) == [-signal.SIGKILL, 2]
+        assert launched.said().count("error: ") == 1
+    until = time.monotonic() + 10
+    while left(tmp_path):
+        assert time.monotonic() < until, launched.said()
+    assert not (launched.output / "report.json").exists()
+    assert launched.codes() == [0] * machines, launched.said()
+    wanted, found = whole.adapter(), launched.adapter()
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+    assert launched.scores() == whole.scores()
+
+
+def test_control_c_ends_all(whole: Launched, tmp_path: Path) -> None:
+    launched = Launched(whole.forks, tmp_path, read_json(whole.recipe) | {"output": str(tmp_path / "out")}, 1)
+    (pid,) = launched.start(at_training("import time; time.sleep(60)", 0, 1))
+    until = time.monotonic() + 60
+    while not (launched.output / "plan").is_dir():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGINT)
+    assert launched.forks.wait(pid, 20) == 130
+    assert not left(tmp_path)
+    assert "Traceback" not in launched.said()
+
+
 @pytest.mark.parametrize(
     ("launch", "said"),
     [
@@ -163,6 +276,25 @@ def test_a_port_in_use_is_refused_where_it_would_be_opened() -> None:
         with pytest.raises(RecipeError, match=f"--address: got {taken.getsockname()[1]}, in use"):
             given.checked()
         assert replace(given, machine=1).checked().processes == 2
+
+
+@pytest.mark.slow
+def test_the_command_that_is_printed_does_what_was_started(recipe_values: Values, tmp_path: Path) -> None:
+    """Without forks: the installed command, and accelerate's own with the configuration."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values(store=str(tmp_path / "store")))
+    words = ["keeptune", "launch", str(recipe), "--processes", "2", "--command", "plan"]
+    said = []
+    for _ in range(2):
+        program = Path(sys.executable).with_name(words[0])
+        done = subprocess.run([program, *words[1:]], capture_output=True, text=True, check=True, cwd=tmp_path)
+        said.append(done.stdout)
+        if words[0] == "keeptune":
+            first, *more = done.stderr.splitlines()
+            assert all(re.match(r"(stats|statistics|plan)\b", line) for line in more), done.stderr
+            words = shlex.split(first)
+            assert words[0] == "accelerate"
+    assert said[0] == said[1]
+    assert said[0].count("35 targets") == 1
 
 
 def test_one_process_is_this_one(recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

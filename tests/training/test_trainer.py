@@ -84,7 +84,10 @@ def test_defaults(tmp_path: Path) -> None:
     assert sft_config({}, tmp_path, dtype=torch.float32, device="cpu", positions=9999).max_length == 1024
 
 
-def test_mixed_precision_follows_the_base_unless_told(tmp_path: Path) -> None:
+def test_mixed_precision_follows_the_base_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as in the configurations that TRL ships
+    for dtype, mixed in ((torch.float32, "no"), (torch.bfloat16, "bf16")):
+        assert sft_config({}, tmp_path, dtype=dtype, device="cpu").mixed_precision == mixed
     assert sft_config({}, tmp_path, dtype=torch.bfloat16, device="cpu").bf16 is True
     assert sft_config({"bf16": False}, tmp_path, dtype=torch.bfloat16, device="cpu").bf16 is False
     made = sft_config({"fp16": True, "use_cpu": True}, tmp_path, dtype=torch.bfloat16, device="cuda")

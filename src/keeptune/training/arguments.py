@@ -170,11 +170,13 @@ def sft_config(
     if not {"gradient_checkpointing", "activation_checkpointing"} & checked.keys():
         defaults["activation_checkpointing"] = False
     try:
-        return kind(**{**defaults, **checked}, output_dir=str(folder))
+        made = kind(**{**defaults, **checked}, output_dir=str(folder))
     except (TypeError, ValueError) as error:
         raise RecipeError(
             "train", got=str(error), wanted=f"values that {kind.__name__} takes", next_step="Correct the recipe."
         ) from error
+    made.mixed_precision = "bf16" if made.bf16 else "fp16" if made.fp16 else "no"  # not a launcher's
+    return made
 
 
 def divide_step(config: Any, processes: int) -> Any:
