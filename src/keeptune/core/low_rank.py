@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,6 +121,10 @@ class RowSelection(LowRank):
         """Hold the rows."""
         object.__setattr__(self, "rows", tuple(rows))
         object.__setattr__(self, "_shape", shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Returns what a copy for another process is made of."""
+        return type(self), (self.rows, self._shape)
 
     @property
     def B(self) -> Tensor:  # noqa: N802
