@@ -29,6 +29,7 @@ MODELS = {
 CARDS = {16: ("RTX 4080", 97e12), 24: ("RTX 4090", 165e12), 48: ("L40S", 362e12), 80: ("A100", 312e12)}
 SHARE = 0.35  # of a card's rate that a run is taken to reach
 FREE = 0.95  # of a card's memory
+SHARDS = (2, 4, 8, 16)  # cards that a base is shared out over
 LENGTH, TOKENS = 2048, 10_000_000
 METHODS: Mapping[str, dict[str, Any]] = {
     "lora": {"method": {"name": "lora", "rank": 16}},
@@ -96,7 +97,8 @@ def page() -> str:
         for method in METHODS
         for setting in SETTINGS
     }
-    return "\n".join([_INTRODUCTION, *_fitting(runs), *_peaks(runs), *_stages(runs), *_times(runs)]) + "\n"
+    parts = [*_fitting(runs), *_peaks(runs), *_stages(runs), *_times(runs), *_sharded(runs), *_moved(runs)]
+    return "\n".join([_INTRODUCTION, *parts]) + "\n"
 
 
 _INTRODUCTION = f"""# What fits
@@ -178,6 +180,49 @@ def _times(runs: Mapping[Any, DryRun]) -> Iterator[str]:
             row.append(f"{sum(known) / rate / SHARE / 3600:.1f}" if known else "-")
         rows.append(row)
     yield from _table(["", *(f"{name} ({card} GB)" for card, (name, _) in CARDS.items())], rows)
+
+
+def _on_each(run: DryRun, cards: int) -> float:
+    """Returns the GB of training on each of some cards: weights, factors and their states in equal shards.
+
+    Whole are a block while it runs, and the next one, which is fetched meanwhile; what penalties hold; and activations.
+    """
+    parts = dict(run.memory["training"].parts)
+    block = parts["weights"] / run.shape.blocks
+    sharded = sum(parts.pop(name, 0) for name in ("weights", "adapter", "gradients", "optimiser"))
+    return (sharded / cards + 2 * block + sum(parts.values())) / 1e9
+
+
+def _sharded(runs: Mapping[Any, DryRun]) -> Iterator[str]:
+    setting = "bf16, checkpointing, 1 text"
+    yield "## Several cards: training with FSDP2, GB on each\n"
+    yield f"Of a step of 16 texts each card has its share ({setting}). Statistics and plan are made `blockwise` then, as"
+    yield "above; exporting and scoring need the base whole: on one card, or on several with `device_map: auto`.\n"
+    rows = [
+        [f"{size}, {method}", *(f"{_on_each(runs[size, method, setting], cards):.1f}" for cards in SHARDS)]
+        for size in ("8B", "14B", "32B", "70B")
+        for method in METHODS
+    ]
+    yield from _table(["", *(f"{cards} cards" for cards in SHARDS)], rows)
+
+
+def _moved(runs: Mapping[Any, DryRun]) -> Iterator[str]:
+    setting = "bf16, checkpointing, 1 text"
+    yield "## What several processes send, 70B, GB on each\n"
+    yield "A step of one micro-batch under DDP (a base in 4 bits on each card) and under FSDP2, which fetches each weight"
+    yield "forth and back. The budget of keep sends nothing in either: each process computes its value from equal factors,"
+    yield "which FSDP2 gathers for it. `tests/training/test_distributed.py` counts what is sent.\n"
+    rows = []
+    for method in METHODS:
+        run = runs["70B", method, setting]
+        gradient, weights = 4 * run.train.numbers / 1e9, run.memory["training"].parts["weights"] / 1e9
+        answers = method == "kl"
+        held = method == "keep"
+        sums = run.memory["statistics"].parts["sums"] / 1e9 if "statistics" in run.memory else 0
+        sent = [sums, gradient, gradient * answers, 2 * weights + gradient, gradient * held + 2 * weights * answers]
+        rows.append([method, *(f"{number:.2f}" for number in sent)])
+    heads = ["statistics, once", "DDP: gradients", "penalties", "FSDP2: weights and gradients", "penalties"]
+    yield from _table(["", *heads], rows)
 
 
 def main() -> None:
