@@ -196,8 +196,9 @@ def _on_each(run: DryRun, cards: int) -> float:
 def _sharded(runs: Mapping[Any, DryRun]) -> Iterator[str]:
     setting = "bf16, checkpointing, 1 text"
     yield "## Several cards: training with FSDP2, GB on each\n"
-    yield f"Of a step of 16 texts each card has its share ({setting}). Statistics and plan are made `blockwise` then, as"
-    yield "above; exporting and scoring need the base whole: on one card, or on several with `device_map: auto`.\n"
+    yield f"Of a step of 16 texts each card has its share ({setting}). Statistics and plan are made"
+    yield "`blockwise` then, as above; exporting and scoring need the base whole: on one card, or on several with"
+    yield "`device_map: auto`.\n"
     rows = [
         [f"{size}, {method}", *(f"{_on_each(runs[size, method, setting], cards):.1f}" for cards in SHARDS)]
         for size in ("8B", "14B", "32B", "70B")
@@ -209,9 +210,9 @@ def _sharded(runs: Mapping[Any, DryRun]) -> Iterator[str]:
 def _moved(runs: Mapping[Any, DryRun]) -> Iterator[str]:
     setting = "bf16, checkpointing, 1 text"
     yield "## What several processes send, 70B, GB on each\n"
-    yield "A step of one micro-batch under DDP (a base in 4 bits on each card) and under FSDP2, which fetches each weight"
-    yield "forth and back. The budget of keep sends nothing in either: each process computes its value from equal factors,"
-    yield "which FSDP2 gathers for it. `tests/training/test_distributed.py` counts what is sent.\n"
+    yield "A step of one micro-batch under DDP (a base in 4 bits on each card) and under FSDP2, which fetches each"
+    yield "weight forth and back. The budget of keep sends nothing in either: each process computes its value from equal"
+    yield "factors, which FSDP2 gathers for it. `tests/training/test_distributed.py` counts what is sent.\n"
     rows = []
     for method in METHODS:
         run = runs["70B", method, setting]
