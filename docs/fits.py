@@ -211,7 +211,7 @@ def _moved(runs: Mapping[Any, DryRun]) -> Iterator[str]:
     setting = "bf16, checkpointing, 1 text"
     yield "## What several processes send, 70B, GB on each\n"
     yield "A step of one micro-batch under DDP (a base in 4 bits on each card) and under FSDP2, which fetches each"
-    yield "weight forth and back. The budget of keep sends nothing in either: each process computes its value from equal"
+    yield "weight forth and back. The budget of keep sends nothing in either: each process has its value from equal"
     yield "factors, which FSDP2 gathers for it. `tests/training/test_distributed.py` counts what is sent.\n"
     rows = []
     for method in METHODS:
