@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,31 +9,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keeptune.core.errors import DataError, RecipeError
-from keeptune.evaluation.scored_tokens import Encoder, ScoredTokens, context_limit, padded_batches
+from keeptune.evaluation.scored_tokens import Encoder, ScoredTokens, context_limit, in_batches, padded
+
+
+def _of(length: int) -> ScoredTokens:
+    return ScoredTokens(tuple(range(1, length + 1)), 1, False)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 7))
 def test_batches_hold_every_sequence_once(lengths: list[int], rows: int) -> None:
-    sequences = [ScoredTokens(tuple(range(1, length + 1)), 1, False) for length in lengths]
-    seen = {}
-    for batch in padded_batches(sequences, rows=rows, pad=0, vocabulary=1):
-        assert len(batch.members) <= rows
-        assert batch.mask.dtype == batch.ids.dtype == torch.long
-        for row, member in enumerate(batch.members):
-            seen[member] = batch.ids[row][batch.mask[row].bool()].tolist()
-            assert batch.mask[row].sum() == lengths[member]
-            assert batch.mask[row][0] == 1
-    assert seen == {index: list(sequence.ids) for index, sequence in enumerate(sequences)}
+    seen: list[int] = []
+
+    def compute(batch: Sequence[ScoredTokens]) -> list[list[int]]:
+        ids, mask = padded(batch, pad=0)
+        assert len(batch) <= rows
+        assert mask.dtype == ids.dtype == torch.long
+        assert mask[:, 0].all()
+        seen.extend(mask.sum(dim=1).tolist())
+        return [row[own.bool()].tolist() for row, own in zip(ids, mask, strict=True)]
+
+    sequences = [_of(length) for length in lengths]
+    assert in_batches(sequences, lambda tokens: len(tokens.ids), rows, compute) == [list(s.ids) for s in sequences]
+    assert seen == sorted(lengths, reverse=True)
 
 
-def test_batches_bound_the_logits() -> None:
-    sequences = [ScoredTokens(tuple(range(1000)), 1, False)] * 5
-    sizes = [len(b.members) for b in padded_batches(sequences, rows=64, pad=0, vocabulary=2**17)]
-    assert sizes == [2, 2, 1]
-    assert [len(b.members) for b in padded_batches(sequences, rows=64, pad=0, vocabulary=1)] == [5]
-    huge = padded_batches(sequences, rows=64, pad=0, vocabulary=2**30)
-    assert [len(b.members) for b in huge] == [1] * 5
+@pytest.mark.parametrize(("vocabulary", "wanted"), [(2**17, [2, 2, 1]), (1, [5]), (2**30, [1] * 5)])
+def test_batches_bound_the_logits(vocabulary: int, wanted: list[int]) -> None:
+    sizes: list[int] = []
+
+    def compute(batch: Sequence[ScoredTokens]) -> list[int]:
+        sizes.append(len(batch))
+        return [0] * len(batch)
+
+    in_batches([_of(1000)] * 5, lambda tokens: len(tokens.ids), 64, compute, vocabulary=vocabulary)
+    assert sizes == wanted
 
 
 def test_document_is_cut_at_the_end(tokenizer: Any) -> None:

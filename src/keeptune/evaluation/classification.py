@@ -116,7 +116,7 @@ def _logits(
         advance(len(members))
         return logits
 
-    return torch.tensor(in_batches(encoded, [len(row["input_ids"]) for row in encoded], rows, logits_of))
+    return torch.tensor(in_batches(encoded, lambda row: len(row["input_ids"]), rows, logits_of))
 
 
 def _record(item: Item, names: Sequence[str], truth: Any, predicted: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,4 +40,4 @@ def greedy_texts(
         kept = (new[:-1] if new and new[-1] in ends else new for new in written)
         return [cut_at(plain_text(tokenizer, own), stops) for own in kept]
 
-    return in_batches(prompts, [len(prompt.ids) for prompt in prompts], passes.rows, texts_of)
+    return in_batches(prompts, lambda prompt: len(prompt.ids), passes.rows, texts_of)

@@ -8,9 +8,9 @@ for at most ``_CHUNK`` tokens at a time; sums over tokens are float64.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, scoring
-from keeptune.evaluation.scored_tokens import PaddedBatch, Passes, ScoredTokens, divided_by_length, padded_batches
+from keeptune.evaluation.scored_tokens import Passes, ScoredTokens, in_batches, padded
 from keeptune.model.continuation import need_finite
 
 _CHUNK = 256
-T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
@@ -42,25 +41,17 @@ def log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], p
     Raises:
         ModelError: The model gives values that are not finite.
     """
-    return _divided(sequences, lambda own: _log_likelihoods(model, own, passes))
 
-
-def _divided(sequences: Sequence[ScoredTokens], compute: Callable[[Sequence[ScoredTokens]], list[T]]) -> list[T]:
-    return divided_by_length(sequences, [len(tokens.ids) for tokens in sequences], compute)
-
-
-def _log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], passes: Passes) -> list[float]:
-    results = [0.0] * len(sequences)
-    for batch in _batches(sequences, passes, model):
-        logits = _logits(model, batch)
-        sums = torch.zeros(len(batch.members), dtype=torch.float64)
-        for row, column, target in _chunks(batch, sequences):
+    def sums_of(batch: Sequence[ScoredTokens]) -> list[float]:
+        logits = _logits(model, batch, passes)
+        sums = torch.zeros(len(batch), dtype=torch.float64)
+        for row, column, target in _chunks(batch):
             sums.index_add_(0, row, _at(_log_probabilities(logits, row, column), target))
         need_finite(sums.isfinite(), passes.where, "log-probabilities")
-        for member, value in zip(batch.members, sums.tolist(), strict=True):
-            results[member] = value
-        passes.advance(len(batch.members))
-    return results
+        passes.advance(len(batch))
+        return sums.tolist()
+
+    return in_batches(sequences, _length, passes.rows, sums_of, vocabulary=_vocabulary(model))
 
 
 def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], passes: Passes) -> list[Losses]:
@@ -71,18 +62,12 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
     Raises:
         ModelError: A model gives values that are not finite, or the vocabularies differ.
     """
-    return _divided(sequences, lambda own: _losses(pair, own, passes))
 
-
-def _losses(pair: ModelPair, sequences: Sequence[ScoredTokens], passes: Passes) -> list[Losses]:
-    results = [Losses(0, 0.0, 0.0, 0.0)] * len(sequences)
-    with scoring(pair, "before") as model:
-        batched = _batches(sequences, passes, model)
-    for batch in batched:
+    def losses_of(batch: Sequence[ScoredTokens]) -> list[Losses]:
         with scoring(pair, "before") as model:
-            base = _logits(model, batch)
+            base = _logits(model, batch, passes)
         with scoring(pair, "after") as model:
-            tuned = _logits(model, batch)
+            tuned = _logits(model, batch, passes)
         if base.shape != tuned.shape:
             raise ModelError(
                 passes.where,
@@ -90,18 +75,20 @@ def _losses(pair: ModelPair, sequences: Sequence[ScoredTokens], passes: Passes) 
                 wanted="one vocabulary, so that the predictions can be compared",
                 next_step="Add the tuned model's new tokens to the base model, or drop this benchmark.",
             )
-        sums = torch.zeros(3, len(batch.members), dtype=torch.float64)
-        for row, column, target in _chunks(batch, sequences):
+        sums = torch.zeros(3, len(batch), dtype=torch.float64)
+        for row, column, target in _chunks(batch):
             first, second = (_log_probabilities(logits, row, column) for logits in (base, tuned))
             sums[0].index_add_(0, row, -_at(first, target))
             sums[1].index_add_(0, row, -_at(second, target))
             sums[2].index_add_(0, row, _divergence(first, second.to(first.device)))
         for side, values in zip(("before", "after", "KL divergence"), sums, strict=True):
             need_finite(values.isfinite(), f"{passes.where} ({side})", "log-probabilities")
-        for member, values in zip(batch.members, sums.T.tolist(), strict=True):
-            results[member] = Losses(len(sequences[member].ids) - sequences[member].start, *values)
-        passes.advance(len(batch.members))
-    return results
+        passes.advance(len(batch))
+        return [Losses(len(s.ids) - s.start, *own) for s, own in zip(batch, sums.T.tolist(), strict=True)]
+
+    with scoring(pair, "before") as model:
+        vocabulary = _vocabulary(model)
+    return in_batches(sequences, _length, passes.rows, losses_of, vocabulary=vocabulary)
 
 
 def add_divergence(
@@ -115,7 +102,7 @@ def add_divergence(
     sizes = []
     for side in SIDES:
         with scoring(pair, side) as model:
-            sizes.append(int(model.config.get_text_config().vocab_size))
+            sizes.append(_vocabulary(model))
     if sizes[0] != sizes[1]:
         _LOG.warning("%s: no KL to the base, whose vocabulary is another", passes.where)
         return
@@ -125,24 +112,26 @@ def add_divergence(
         record |= {"kl": loss.divergence / loss.tokens, "kl_tokens": loss.tokens}
 
 
-def _batches(sequences: Sequence[ScoredTokens], passes: Passes, model: PreTrainedModel) -> Iterator[PaddedBatch]:
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return padded_batches(sequences, rows=passes.rows, pad=passes.pad, vocabulary=vocabulary)
+def _length(tokens: ScoredTokens) -> int:
+    return len(tokens.ids)
 
 
-def _logits(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _logits(model: PreTrainedModel, batch: Sequence[ScoredTokens], passes: Passes) -> Tensor:
     """Computes (R, L, V) logits in the model's dtype."""
-    ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    ids, mask = padded(batch, passes.pad)
+    logits: Tensor = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
     return logits
 
 
-def _chunks(batch: PaddedBatch, sequences: Sequence[ScoredTokens]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _chunks(batch: Sequence[ScoredTokens]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields the scored tokens of a batch as (row, column of the logits that predict it, token id)."""
-    spans = [(sequences[member].start, len(sequences[member].ids)) for member in batch.members]
-    row = torch.cat([torch.full((end - start,), index) for index, (start, end) in enumerate(spans)])
-    column = torch.cat([torch.arange(start - 1, end - 1) for start, end in spans])
-    target = batch.ids[row, column + 1]
+    row = torch.cat([torch.full((len(tokens.ids) - tokens.start,), index) for index, tokens in enumerate(batch)])
+    column = torch.cat([torch.arange(tokens.start - 1, len(tokens.ids) - 1) for tokens in batch])
+    target = torch.cat([torch.tensor(tokens.ids[tokens.start :]) for tokens in batch])
     yield from zip(*(torch.split(part, _CHUNK) for part in (row, column, target)), strict=True)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError, RecipeError
@@ -25,15 +26,6 @@ class ScoredTokens:
     ids: tuple[int, ...]
     start: int
     cut: bool  # tokens were left out to keep to a limit
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedBatch:
-    """R padded sequences: their places in the list that was batched, (R, L) ids, and an (R, L) mask, 0 at padding."""
-
-    members: tuple[int, ...]
-    ids: Tensor
-    mask: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,39 +162,41 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
 
 
-def divided_by_length(items: Sequence[T], lengths: Sequence[int], compute: Callable[[Sequence[T]], list[R]]) -> list[R]:
-    """Divides items among the processes, long and short ones alike; returns the results of all in their order.
+def in_batches(
+    items: Sequence[T],
+    length: Callable[[T], int],
+    rows: int,
+    compute: Callable[[Sequence[T]], list[R]],
+    *,
+    vocabulary: int = 1,
+) -> list[R]:
+    """Computes a result for each item in batches of about equal length; processes divide long and short ones alike.
 
-    ``compute`` gets a process's items, longest first, and returns one result for each.
+    Args:
+        items: The same on all processes.
+        length: Tokens of an item.
+        rows: Items of a batch at most.
+        compute: Returns the results of a batch, whose items are longest first.
+        vocabulary: Logits per token; those of a batch of several rows stay below 2**28 elements.
+
+    Returns:
+        The results in the order of the items.
     """
-    order = longest_first(lengths)
-    results = dict(zip(order, divided([items[place] for place in order], compute), strict=True))
+
+    def computed(own: Sequence[T]) -> list[R]:
+        results: list[R] = []
+        while len(results) < len(own):
+            fitting = min(rows, max(1, _LOGITS_AT_ONCE // (length(own[len(results)]) * vocabulary)))
+            results += compute(own[len(results) : len(results) + fitting])
+        return results
+
+    order = sorted(range(len(items)), key=lambda place: -length(items[place]))  # equal ones as they came
+    results = dict(zip(order, divided([items[place] for place in order], computed), strict=True))
     return [results[place] for place in range(len(items))]
 
 
-def in_batches(items: Sequence[T], lengths: Sequence[int], rows: int, compute: Callable[..., list[R]]) -> list[R]:
-    """Computes as :func:`divided_by_length`, with at most ``rows`` items of about equal length at a time."""
-
-    def own(part: Sequence[T]) -> list[R]:
-        return [result for start in range(0, len(part), rows) for result in compute(part[start : start + rows])]
-
-    return divided_by_length(items, lengths, own)
-
-
-def padded_batches(sequences: Sequence[ScoredTokens], *, rows: int, pad: int, vocabulary: int) -> Iterator[PaddedBatch]:
-    """Yields sequences sorted by length, longest first, in padded batches on the CPU; every sequence is in exactly one.
-
-    With ``vocabulary`` logits per token, the logits of a batch of several rows stay below 2**28 elements.
-    """
-    order = longest_first([len(tokens.ids) for tokens in sequences])
-    while order:
-        width = len(sequences[order[0]].ids)
-        fitting = min(rows, max(1, _LOGITS_AT_ONCE // (width * vocabulary)))
-        members, order = order[:fitting], order[fitting:]
-        ids = torch.full((len(members), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, member in enumerate(members):
-            tokens = torch.tensor(sequences[member].ids)
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
-        yield PaddedBatch(tuple(members), ids, mask)
+def padded(sequences: Sequence[ScoredTokens], pad: int) -> tuple[Tensor, Tensor]:
+    """Pads R sequences to (R, L) ids and an (R, L) mask, 0 at padding, on the CPU."""
+    rows = [torch.tensor(tokens.ids) for tokens in sequences]
+    masks = [torch.ones_like(row) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=pad), pad_sequence(masks, batch_first=True)

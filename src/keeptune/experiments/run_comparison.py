@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from keeptune.experiments.choice import choose_best, limits_of
 from keeptune.experiments.comparison_record import RUNS_FILE, Options, row_of, write_records
 from keeptune.experiments.effects import benefits
 from keeptune.experiments.engine import run_all, variants_of
-from keeptune.experiments.plan_runs import Comparison, RunSpec, list_runs
+from keeptune.experiments.plan_runs import Comparison, list_runs
 from keeptune.experiments.single_run import Outcome
 from keeptune.report.figures import write_figure
 from keeptune.report.pages.comparison_page import write_comparison
@@ -52,35 +52,29 @@ def run_comparison(
         limits_of([{"name": b.name, "role": b.role} for b in comparison.base.evaluate], [], max_loss)
     specs = list_runs(comparison)
     outcomes = run_all(comparison, specs)
-    return by_first(lambda: _written(comparison, command, max_loss, specs, outcomes))
 
+    def write() -> Compared:
+        rows = [
+            row_of(spec, outcomes.get(spec.name, Outcome("missing", "not run")), variant)
+            for spec in specs
+            for variant in (None, *variants_of(comparison, spec.label))
+        ]
+        folder, figure = comparison.records, None
+        runs, front = write_records(folder, rows, _options(comparison, command))
+        if comparison.kind != "compare":
+            if benefit := benefits(_series(runs)):  # of each cell of a grid
+                runs |= {"benefit": benefit}
+                write_json(folder / RUNS_FILE, runs)
+            figure = _draw(runs, folder / f"{comparison.kind}.png")
+        try:
+            if max_loss is not None:
+                front |= {"choice": choose_best(folder, max_loss, estimate=comparison.section.estimate)}
+        finally:
+            write_comparison(runs, front, folder / "report.html")
+        failed = {name: outcome.message for name, outcome in outcomes.items() if outcome.status == "failed"}
+        return Compared(runs, front, failed, figure)
 
-def _written(
-    comparison: Comparison,
-    command: str,
-    max_loss: float | Mapping[str, float] | None,
-    specs: Sequence[RunSpec],
-    outcomes: Mapping[str, Outcome],
-) -> Compared:
-    rows = [
-        row_of(spec, outcomes.get(spec.name, Outcome("missing", "not run")), variant)
-        for spec in specs
-        for variant in (None, *variants_of(comparison, spec.label))
-    ]
-    folder, figure = comparison.records, None
-    runs, front = write_records(folder, rows, _options(comparison, command))
-    if comparison.kind != "compare":
-        if benefit := benefits(_series(runs)):  # of each cell of a grid
-            runs |= {"benefit": benefit}
-            write_json(folder / RUNS_FILE, runs)
-        figure = _draw(runs, folder / f"{comparison.kind}.png")
-    try:
-        if max_loss is not None:
-            front = front | {"choice": choose_best(folder, max_loss, estimate=comparison.section.estimate)}
-    finally:
-        write_comparison(runs, front, folder / "report.html")
-    failed = {name: outcome.message for name, outcome in outcomes.items() if outcome.status == "failed"}
-    return Compared(runs, front, failed, figure)
+    return by_first(write)
 
 
 def _options(comparison: Comparison, command: str) -> Options:

@@ -151,28 +151,23 @@ def _stages(task: RunTask) -> None:
 
 @contextlib.contextmanager
 def _held(folder: Path, warned: list[str]) -> Iterator[None]:
-    with locked(folder / ".lock"), _logged(folder / "log.txt", warned):
-        yield
-
-
-@contextlib.contextmanager
-def _logged(path: Path, warned: list[str]) -> Iterator[None]:
-    """Writes the log of a run into its folder, warnings of libraries included, and collects the warnings in a list."""
+    """Locks a run's folder and writes its log there, warnings of libraries included; the warnings go to a list too."""
     logger = logging.getLogger("keeptune")
-    file, buffer = logging.FileHandler(path, encoding="utf-8"), logging.handlers.BufferingHandler(10**6)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    buffer.setLevel(logging.WARNING)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(file)
-    logger.addHandler(buffer)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with locked(folder / ".lock"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        buffer = logging.handlers.BufferingHandler(10**6)
+        buffer.setLevel(logging.WARNING)
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(file)
+        logger.addHandler(buffer)
+        try:
             yield
-    finally:
-        warned += [record.getMessage() for record in buffer.buffer]
-        logger.setLevel(level)
-        logger.removeHandler(file)
-        logger.removeHandler(buffer)
-        file.close()
+        finally:
+            warned += [record.getMessage() for record in buffer.buffer]
+            logger.setLevel(level)
+            logger.removeHandler(file)
+            logger.removeHandler(buffer)
+            file.close()

@@ -154,9 +154,7 @@ def _stage(course: _Course, stage: Stage, done: Sequence[_Done]) -> _Done:
     after, run = course.output / "after" / stage.folder, course.output / "stages" / stage.folder
     stored = Stored(f"stage {stage.name}", after / "stage.json", _key(course, stage, done))
     record = stored.read()
-    if record is not None and not by_first(partial(_has_weights, run / record["result"])):
-        record = None
-    if record is None:
+    if record is None or not by_first(partial(_has_weights, run / record["result"])):
         start_from = by_first(lambda: _start_model(course, done))
         made = _run_stage(course, stage, done, start_from)
         record = stored.write(made, files=[f"{made['product']}/*.safetensors"])
