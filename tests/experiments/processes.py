@@ -10,7 +10,9 @@ from unittest import mock
 
 from transformers import LlamaForCausalLM
 
-from keeptune.core.processes import gathered, is_first, joined
+from keeptune.core import processes
+from keeptune.core.errors import DataError
+from keeptune.core.processes import by_first, gathered, is_first, joined, met_by_all, rank
 from keeptune.experiments.plan_runs import load_comparison
 from keeptune.experiments.run_comparison import run_comparison
 from keeptune.experiments.sequence.run_stages import run_sequence
@@ -34,16 +36,33 @@ def scored(recipe: Path, adapter: Path) -> list[int]:
     return gathered(texts[0])
 
 
+def error_of_first() -> DataError:
+    return DataError("here", got="nothing", wanted="a row", next_step="Add one.")
+
+
+def _raised() -> str:
+    def fails() -> None:
+        raise error_of_first()
+
+    try:
+        by_first(fails)
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
 def work(folder: Path, adapter: Path) -> None:
     """Does the run, the comparison and the stages of a folder, and scores an adapter as the run scores its own."""
     run(load_recipe(folder / "run.yaml"))
     texts = scored(folder / "run.yaml", adapter)
-    if is_first():
-        (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    found = {"texts": texts, "errors": gathered(_raised()), "met": gathered(met_by_all(f"on {rank()}"))}
+    for name, value in found.items() if is_first() else ():
+        (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     run_comparison(load_comparison(folder / "compare.yaml"), "keeptune compare")
     run_sequence(load_sequence(folder / "stages.yaml"))
 
 
 if __name__ == "__main__":
+    processes._ALIKE = 3  # seconds
     with joined():
         work(*map(Path, sys.argv[1:]))

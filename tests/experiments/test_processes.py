@@ -12,15 +12,12 @@ from typing import Any
 
 import pytest
 from tests.assets import DATA
-from tests.experiments.processes import work
+from tests.experiments.processes import error_of_first, work
 from tests.pipeline.support import values, write_data, write_recipe
 
 from keeptune.core.artefact import read_json
-from keeptune.core.errors import TrainError
-from keeptune.experiments import single_run
 from keeptune.experiments.engine import tasks_of
 from keeptune.experiments.plan_runs import list_runs, load_comparison
-from keeptune.experiments.single_run import RunTask, attempt
 
 pytest.importorskip("lm_eval")
 ROOT = Path(__file__).parents[2]
@@ -31,7 +28,7 @@ BENCHMARKS = ("stories", "sums", "animals", "arc_easy")
 
 
 def _write(folder: Path, data: Path) -> Path:
-    """Writes the recipes of a run, of a comparison of two cells with a variant, and of two stages."""
+    """Writes the recipes of a run, of a comparison with a variant, and of two stages."""
     given = values(data, folder / "run", folder / "store", method=LORA)
     given["evaluate"][0]["examples"] = 1  # fewer than the processes
     stories, sums, _ = given["evaluate"]
@@ -39,7 +36,8 @@ def _write(folder: Path, data: Path) -> Path:
     write_recipe(folder / "run.yaml", given | {"evaluate": [*given["evaluate"], NAMED]})
     brief = given | {"evaluate": [stories, sums]}
     del brief["method"]
-    compare = {"methods": [LORA, {"name": "full"}], "seeds": [0], "scales": [0.5], "learning_rate": [5e-3]}
+    mad = {"label": "mad", "method": "full", "learning_rate": [1e30]}  # fails, and the next cell goes on
+    compare = {"methods": [LORA, mad, {"name": "full"}], "seeds": [0], "scales": [0.5], "learning_rate": [5e-3]}
     train = {key: value for key, value in given["train"].items() if key != "seed"} | {"save_strategy": "no"}
     cells = {"output": str(folder / "cells"), "train": train, "compare": compare | {"resources": None}}
     write_recipe(folder / "compare.yaml", brief | cells)
@@ -100,10 +98,10 @@ def test_two_processes_make_the_run_the_cells_and_the_stages_of_one(both: tuple[
         summaries = [read_json(folder / "run" / "evaluation" / f"{name}.json")["summary"] for folder in both]
         assert _same(*summaries, BOUND), name
     rows = [read_json(folder / "cells" / "runs.json")["runs"] for folder in both]
-    kept = ("name", "status", "trained_parameters", "benchmarks", "learned", "forgotten")
+    kept = ("name", "status", "message", "trained_parameters", "benchmarks", "learned", "forgotten")
     wanted, found = ([{key: row[key] for key in kept} for row in own] for own in rows)
     assert _same(found, wanted, BOUND)
-    assert {row["status"] for row in found} == {"done"}
+    assert {row["name"]: row["status"] for row in found if row["status"] != "done"} == {"mad-lr1e+30-seed0": "failed"}
     assert any("scale-0.5" in row["name"] for row in found)
     answers = [{path.name: read_json(path)["answers"] for path in (f / "cells" / "base").glob("*.json")} for f in both]
     assert _same(answers[1], answers[0], 1e-5)
@@ -116,21 +114,13 @@ def test_two_processes_make_the_run_the_cells_and_the_stages_of_one(both: tuple[
 
 def test_one_process_takes_what_two_have_done(both: tuple[Path, Path]) -> None:
     comparison = load_comparison(both[1] / "compare.yaml")
-    assert not tasks_of(comparison, list_runs(comparison))[2]
+    assert tasks_of(comparison, list_runs(comparison))[2] == {"mad-lr1e+30-seed0"}
 
 
-def test_a_failed_run_of_several_processes_ends_them(
-    both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """With one process it is recorded, and the next goes on."""
+def test_an_error_of_the_first_is_raised_on_all(both: tuple[Path, Path]) -> None:
+    assert read_json(both[1] / "errors.json") == [str(error_of_first())] * 2
 
-    def fails(task: RunTask) -> None:
-        raise TrainError("run", got="a loss of nan", wanted="a number", next_step="Lower the rate.")
 
-    monkeypatch.setattr(single_run, "_stages", fails)
-    spec = list_runs(load_comparison(both[1] / "compare.yaml"))[0]
-    task = RunTask("cell", spec.recipe.model_copy(update={"output": tmp_path / "cell"}), "key", "base", tmp_path)
-    assert attempt(task).status == "failed"
-    monkeypatch.setattr(single_run, "world", lambda: 2)
-    with pytest.raises(TrainError):
-        attempt(task)
+def test_what_one_process_alone_meets_ends_all(both: tuple[Path, Path]) -> None:
+    """What all meet is recorded, as the cell "mad" is, and the next goes on."""
+    assert read_json(both[1] / "met.json") == [False, False]

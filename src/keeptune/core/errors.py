@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 _LONGEST = 1000
@@ -26,6 +27,9 @@ class KeeptuneError(Exception):
         self.wanted = wanted
         self.next_step = next_step
         super().__init__(f"{_short(where)}: got {_short(got)}, wanted {_short(wanted)}. {next_step}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), got=self.got, wanted=self.wanted, next_step=self.next_step), (self.where,)
 
 
 def _short(text: str) -> str:

@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 from tqdm.auto import tqdm
 
-from keeptune.core.artefact import explain_full_disk
+from keeptune.core.artefact import content_key, explain_full_disk
 from keeptune.core.errors import KeeptuneError, ProcessError, RecipeError, named
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ TIMEOUT = "KEEPTUNE_TIMEOUT"  # minutes
 LAUNCHER = "KEEPTUNE_LAUNCHER"  # number of the process that started this one
 _MINUTES = 60
 _TO_MEET = datetime.timedelta(minutes=5)  # that started processes have to find each other
+_ALIKE = 20  # seconds that processes have to meet the same error
 _JOINED: ContextVar[bool] = ContextVar("joined", default=False)
 _OUTPUTS = (1, 2)  # stdout and stderr
 _WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
@@ -169,19 +170,40 @@ def gathered(value: T) -> list[T]:
 
 
 def by_first(make: Callable[[], T]) -> T:
-    """Has the first process alone make something, while the others wait; all return it."""
+    """Has the first process alone make something, while the others wait; all return it, or raise its KeeptuneError."""
     if world() == 1:
         return make()
-    made: list[Any] = [None]
+    made: list[Any] = [None, None]
     if is_first():
         token = _JOINED.set(False)
         try:
-            made = [make()]
+            made[0] = make()
+        except KeeptuneError as error:
+            made[1] = error
         finally:
             _JOINED.reset(token)
     dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
     value: T = made[0]
     return value
+
+
+def met_by_all(what: str) -> bool:
+    """Returns whether all processes come here with the same words, such as an error's, within some seconds.
+
+    Those that wait for this one elsewhere do not: it alone has met the error.
+    """
+    if world() == 1:
+        return True
+    store, key = _get_default_store(), content_key(what)
+    met = store.add(key, 1)
+    for _ in range(10 * _ALIKE):
+        if met == world():
+            return True
+        time.sleep(0.1)
+        met = store.add(key, 0)
+    return False
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

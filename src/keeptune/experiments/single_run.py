@@ -23,7 +23,7 @@ import torch
 from keeptune.core.artefact import content_key, file_fingerprint, has_key, read_json, write_json
 from keeptune.core.errors import KeeptuneError
 from keeptune.core.locks import locked
-from keeptune.core.processes import by_first, is_first, world
+from keeptune.core.processes import by_first, is_first, met_by_all, world
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.experiments.posthoc_variants import VARIANTS, Variant, score_variants
 from keeptune.pipeline.export import export_stage
@@ -103,7 +103,7 @@ def finished(task: RunTask) -> bool:
 def attempt(task: RunTask) -> Outcome:
     """Does a run, or what is left of it; a failure is recorded in its folder until the next try.
 
-    A failure ends all of several processes: one alone cannot tell that the others meet it too.
+    Of several processes all have to meet it: that of one ends all.
     """
     if task.threads is not None:
         torch.set_num_threads(task.threads)
@@ -118,9 +118,9 @@ def attempt(task: RunTask) -> Outcome:
             try:
                 _stages(task)
             except (KeeptuneError, RuntimeError, ValueError, OSError) as error:
-                if world() > 1:
-                    raise
                 message = str(error)
+                if not met_by_all(f"{task.name}: {message}"):
+                    raise
                 if not isinstance(error, KeeptuneError):  # a library's: out of memory, no convergence
                     _log.warning("%s: %s", task.name, error, exc_info=True)
                     message = f"{type(error).__name__}: {error}"
