@@ -13,7 +13,7 @@ from tests.report.conftest import full_report
 from tests.report.test_run_charts import with_everything
 
 from keeptune.report.pages.item_rows import lost_and_gained
-from keeptune.report.pages.repeat import repeat
+from keeptune.report.pages.page import repeat
 from keeptune.report.pages.run_page import write_html
 
 HOSTILE = (

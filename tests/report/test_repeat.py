@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 
 from keeptune.core.versions import versions
-from keeptune.report.pages.repeat import recipe_text, repeat
+from keeptune.report.pages.page import recipe_text, repeat
 
 
 def test_recipes_are_yaml_and_texts_stay() -> None:

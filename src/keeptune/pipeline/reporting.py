@@ -16,7 +16,7 @@ from keeptune.evaluation.results import references_by_seed, trade_off
 from keeptune.pipeline.finished import FinishedRun
 from keeptune.report.pages.card import model_card, same_but_versions
 from keeptune.report.pages.item_rows import lost_and_gained
-from keeptune.report.pages.repeat import repeat
+from keeptune.report.pages.page import repeat
 from keeptune.report.pages.run_page import write_html
 
 _FULL = "full"

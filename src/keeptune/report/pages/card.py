@@ -13,7 +13,7 @@ import yaml
 from keeptune.core.intervals import lower_is_better
 from keeptune.core.versions import versions
 from keeptune.report.numbers import change_text, count, duration, interval_text, markdown, number
-from keeptune.report.pages.repeat import recipe_text
+from keeptune.report.pages.page import recipe_text
 from keeptune.report.pages.verdict import verdict
 from keeptune.report.records import as_report
 from keeptune.report.tables.comparison_table import comparison_rows

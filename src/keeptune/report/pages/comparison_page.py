@@ -16,8 +16,7 @@ from keeptune.report.numbers import ends, listing, number
 from keeptune.report.pages.charts import Chart
 from keeptune.report.pages.comparison_charts import fronts
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
-from keeptune.report.pages.page import complete, render
-from keeptune.report.pages.repeat import repeat
+from keeptune.report.pages.page import complete, render, repeat
 
 _MOST_NAMED: Final = 6
 Front = Mapping[str, Any]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from plotly.offline import get_plotlyjs as plotly_source
 from plotly.utils import PlotlyJSONEncoder
 
 from keeptune.core.errors import ArtefactError
+from keeptune.core.versions import versions
 from keeptune.report.pages.charts import Chart
 
 
@@ -80,3 +82,22 @@ def _base_name(base: str) -> str:
     """Returns the name of a base's folder, or that of its parent where it is called ``model``, as in atlas."""
     path = Path(base)
     return (path.parent.name if path.name == "model" else path.name) or base
+
+
+def repeat(commands: Sequence[tuple[str, str]], recipes: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns ``commands``, ``recipes`` (``name`` and ``text`` each) and ``versions``: how to repeat a run.
+
+    Commands come with what they do, recipes as mappings or as YAML.
+    """
+    return {
+        "commands": [{"words": words, "line": line} for words, line in commands],
+        "recipes": [{"name": name, "text": recipe_text(recipe)} for name, recipe in recipes],
+        "versions": versions(),
+    }
+
+
+def recipe_text(recipe: Mapping[str, Any] | str) -> str:
+    """Returns a recipe as YAML that ends with a line feed; a text is taken as it is."""
+    if isinstance(recipe, str):
+        return recipe if recipe.endswith("\n") else f"{recipe}\n"
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)

@@ -48,7 +48,7 @@ def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> 
         extras: What is not in ``report.json``, each if there is any: ``data`` of the first run's ``train.json``,
             ``items`` as from
             :func:`keeptune.report.pages.item_rows.lost_and_gained`, ``repeat`` as from
-            :func:`keeptune.report.pages.repeat.repeat`, and ``traces``, name to what is in ``trace.json``.
+            :func:`keeptune.report.pages.page.repeat`, and ``traces``, name to what is in ``trace.json``.
 
     Raises:
         ArtefactError: The report is malformed.

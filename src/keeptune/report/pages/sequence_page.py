@@ -11,12 +11,10 @@ from keeptune.report.figures import write_figures
 from keeptune.report.grids import Cell, Grid
 from keeptune.report.numbers import count, duration, gap, number, signed
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
-from keeptune.report.pages.page import complete, render
-from keeptune.report.pages.repeat import repeat
+from keeptune.report.pages.page import complete, render, repeat
 from keeptune.report.pages.run_tables import benchmark_tables
-from keeptune.report.pages.sequence_charts import course, lines, losses, matrices
+from keeptune.report.pages.sequence_charts import Record, course, lines, losses, matrices
 from keeptune.report.records import as_report
-from keeptune.report.sequences import Record
 
 _TRANSFERS: Final = {"backward_transfer": "backward transfer", "forward_transfer": "forward transfer"}
 

@@ -18,10 +18,6 @@ from keeptune.report.tables.terminal import fitting, table_frame
 
 _METHOD_WIDTH: Final = 22
 _SCORES: Final = ("K", "average_forgetting", "T", "KT")
-_TOGETHER: Final = {"K": "scores", "T": "scores", "KT": "scores", "forgetting": "scores"} | {
-    "trained": "costs",
-    "export": "costs",
-}
 
 
 def comparison_rows(report: ReportLike) -> list[dict[str, Any]]:
@@ -69,13 +65,12 @@ def comparison_columns(report: ReportLike) -> list[tuple[Cell, ...]]:
 def print_comparison(report: ReportLike, console: Console) -> None:
     """Prints the comparison; columns that do not fit go into further tables below."""
     first, *others = comparison_columns(report)
-    blocks = _blocks(others)
-    widths = [sum(_width(column) + 2 for column in block) for block in blocks]
-    for part, group in enumerate(fitting(blocks, widths, console.width - min(_width(first), _METHOD_WIDTH)) or [[]]):
+    widths = [_width(column) + 2 for column in others]
+    for part, group in enumerate(fitting(others, widths, console.width - min(_width(first), _METHOD_WIDTH)) or [[]]):
         if part:
             console.print()
         table = table_frame()
-        heads, *rows = zip(first, *(column for block in group for column in block), strict=True)
+        heads, *rows = zip(first, *group, strict=True)
         for place, head in enumerate(heads):
             if place:
                 table.add_column(_lines(head), justify="right", no_wrap=True)
@@ -122,14 +117,6 @@ def _score_cell(score: Mapping[str, float] | None, *, percent: bool = False) -> 
     half, factor, digits = (score["high"] - score["low"]) / 2, 100 if percent else 1, 2 if percent else 3
     note = f"±{number(factor * half, digits)}" if math.isfinite(half) else ""
     return Cell(f"{number(factor * score['mean'], digits)}{'%' if percent else ''}", note)
-
-
-def _blocks(columns: Sequence[tuple[Cell, ...]]) -> list[list[tuple[Cell, ...]]]:
-    """Returns the columns in groups that stay together: the scores, and what training cost."""
-    blocks: dict[str, list[tuple[Cell, ...]]] = {}
-    for index, (head, *cells) in enumerate(columns):
-        blocks.setdefault(str(index) if "\n" in head.note else _TOGETHER[head.main], []).append((head, *cells))
-    return list(blocks.values())
 
 
 def _width(column: tuple[Cell, ...]) -> int:
