@@ -106,12 +106,7 @@ class DryRun:
         peak = {"stage": self.peak, "total": self.memory[self.peak].total}
         return {
             "device": self.device,
-            "model": {
-                "name": self.shape.name,
-                "source": self.shape.source,
-                "dtype": self.shape.dtype,
-                "parameters": self.shape.parameters,
-            },
+            "model": {key: getattr(self.shape, key) for key in ("name", "source", "dtype", "parameters")},
             "needs": [asdict(need) for need in self.needs],
             "train": asdict(self.train) | {"tokens": self.train.tokens},
             "score": [asdict(one) for one in self.score],

@@ -13,6 +13,7 @@ from keeptune.pipeline.dry_run.account import Amount, DryRun, Need, Scored
 from keeptune.pipeline.dry_run.estimate import gemm_rate
 from keeptune.report.numbers import count, duration
 from keeptune.report.tables.terminal import say, table
+from keeptune.statistics.store_use import size_text
 
 _WORK = {"knowledge": "writing knowledge", "statistics": "statistics", "train": "training", "score": "scoring"}
 _HEADS = ("run", "trained", "steps", "memory", "store", "time", "runs")
@@ -76,7 +77,7 @@ def _section(console: Console, title: str, lines: Sequence[str]) -> None:
 
 def _fetch(need: Need) -> str:
     revision = f", revision {need.revision}" if need.revision else ""
-    return f"{need.what} {need.name}{revision}" + (f", about {_size(need.size)}" if need.size else "")
+    return f"{need.what} {need.name}{revision}" + (f", about {size_text(need.size)}" if need.size else "")
 
 
 def _model(dry: DryRun) -> str:
@@ -91,8 +92,8 @@ def _row(name: str, times: int, dry: DryRun, rate: float) -> tuple[str, ...]:
         name,
         f"{'~' if train.assumed else ''}{count(train.numbers)}",
         "?" if train.steps is None else f"{train.steps:,}",
-        f"{_size(dry.memory[dry.peak].total)} ({dry.peak})",
-        _size(dry.disk["store"].total) if dry.disk["store"].total else "",
+        f"{size_text(dry.memory[dry.peak].total)} ({dry.peak})",
+        size_text(dry.disk["store"].total) if dry.disk["store"].total else "",
         "?" if work is None else ("<" if dry.bounds else "") + duration(work / rate),
         str(times),
     )
@@ -124,9 +125,9 @@ def _scored(one: Scored) -> str:
 def _amounts(amounts: Mapping[str, Amount], peak: str = "") -> list[str]:
     lines = []
     for name, amount in amounts.items():
-        parts = ", ".join(f"{part} {_size(number)}" for part, number in amount.parts.items() if number)
+        parts = ", ".join(f"{part} {size_text(number)}" for part, number in amount.parts.items() if number)
         most = " (the peak)" if name == peak else ""
-        lines.append(f"{name} {_size(amount.total)}{most}{': ' if parts else ''}{parts}")
+        lines.append(f"{name} {size_text(amount.total)}{most}{': ' if parts else ''}{parts}")
     return lines
 
 
@@ -148,17 +149,3 @@ def _whole_time(runs: Mapping[str, tuple[int, DryRun]], rate: float) -> str:
         return f"{number} runs; how long is not known"
     most = "at most " if any(dry.bounds for _, dry in runs.values()) else ""
     return f"{number} runs, {most}{duration(sum(work) / rate)}"
-
-
-def _size(number: int) -> str:
-    """Returns bytes with a unit.
-
-    >>> _size(13_476_831_232), _size(1500), _size(0)
-    ('13.5 GB', '1.5 kB', '0 B')
-    """
-    value, unit = float(number), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if value >= 99.5 or unit == "B" else f"{value:.1f} {unit}"

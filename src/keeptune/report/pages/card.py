@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,11 @@ import yaml
 from keeptune.core.intervals import lower_is_better
 from keeptune.core.versions import versions
 from keeptune.report.numbers import change_text, count, duration, interval_text, markdown, number
-from keeptune.report.pages.page import recipe_text
+from keeptune.report.pages.page import environment, recipe_text
 from keeptune.report.pages.verdict import verdict
-from keeptune.report.records import as_report
 from keeptune.report.tables.comparison_table import comparison_rows
 
 _VERSIONS = "Versions when this card was written: "
-_LOAD = {
-    "adapter": """from peft import PeftModel
-from transformers import {auto}
-
-model = {auto}.from_pretrained({base!r}{more})
-model = PeftModel.from_pretrained(model, {folder!r})""",
-    "model": """from transformers import {auto}
-
-model = {auto}.from_pretrained({folder!r})""",
-}
 
 
 def model_card(entry: Mapping[str, Any], sidecar: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> str:
@@ -37,27 +26,33 @@ def model_card(entry: Mapping[str, Any], sidecar: Mapping[str, Any], recipe: Map
     There is no license in it: keeptune does not know it. ``entry`` is one of the ``methods`` in ``report.json``, the
     sidecar the ``keeptune.json`` of the result; a recipe of None is left out.
     """
-    export = sidecar["export"]
-    base, name = str(sidecar["base"]), f"{entry['name']} on {Path(str(sidecar['base'])).name}"
-    parts = [
-        f"---\n{yaml.safe_dump(_front_matter(entry, sidecar, name), sort_keys=False, allow_unicode=True)}---",
-        f"# {name}",
-        f"Tuned from `{base}` by keeptune with the method `{entry['name']}`. " + _verdict(entry),
-        "## What was kept and lost",
-        _table(entry),
-        "## Method",
-        _method(entry, sidecar),
-        *_notes(entry, export, sidecar.get("labels")),
-        "## Load",
-        _fenced(_loading(sidecar), "python"),
-    ]
-    if sidecar.get("labels") is None:
-        parts += ["Serve it:", _fenced(str(export["serve"]), "sh")]
-    if recipe is not None:
-        text = _fenced(recipe_text(recipe).rstrip("\n"), "yaml")
-        parts += ["## Recipe", f"Repeat it by `keeptune run recipe.yaml` with:\n\n{text}"]
+    export, labels = sidecar["export"], sidecar.get("labels")
+    name = f"{entry['name']} on {Path(str(sidecar['base'])).name}"
+    given: dict[str, Any] = {} if labels is None else {"num_labels": max(1, len(labels))}
+    given |= {"quantization_config": dict(sidecar["quantization"])} if sidecar.get("quantization") else {}
+    shown = environment(autoescape=False)
+    shown.filters |= {"markdown": markdown, "code": _code, "fenced": _fenced, "repr": repr}
+    text = shown.get_template("card.md.j2").render(
+        matter=yaml.safe_dump(_front_matter(entry, sidecar, name), sort_keys=False, allow_unicode=True),
+        name=name,
+        base=str(sidecar["base"]),
+        method=entry["name"],
+        said=markdown(verdict({"base": "", "methods": [dict(entry) | {"label": "It"}]})) if entry["benchmarks"] else "",
+        rows=list(_rows(entry)),
+        kept=entry["K"],
+        options={key: value for key, value in entry.get("options", {}).items() if value is not None},
+        trained=None if entry.get("trained_parameters") is None else count(entry["trained_parameters"]),
+        seconds=duration(entry["seconds"]["train"]) if "train" in (entry.get("seconds") or {}) else None,
+        export=export,
+        merged=export["format"] == "merged",
+        notes=_notes(entry, export, labels),
+        auto="AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification",
+        more="".join(f", {key}={value!r}" for key, value in given.items()),
+        classifier=labels is not None,
+        recipe=None if recipe is None else recipe_text(recipe).rstrip("\n"),
+    )
     written = ", ".join(f"{key} {value}" for key, value in versions().items() if key != "platform")
-    return "\n\n".join([*parts, f"{_VERSIONS}{written}."]) + "\n"
+    return f"{text}\n{_VERSIONS}{written}.\n"
 
 
 def same_but_versions(one: str, other: str) -> bool:
@@ -86,44 +81,13 @@ def _front_matter(entry: Mapping[str, Any], sidecar: Mapping[str, Any], name: st
     return matter | ({"model-index": [{"name": name, "results": results}]} if results else {})
 
 
-def _verdict(entry: Mapping[str, Any]) -> str:
-    if not entry["benchmarks"]:
-        return ""
-    return markdown(verdict({"base": "", "methods": [dict(entry) | {"label": "It"}]}))
-
-
-def _table(entry: Mapping[str, Any]) -> str:
-    report = as_report({"base": "", "methods": [entry]})
-    if not report.runs[0].benchmarks:
-        return "Nothing was measured: the recipe lists no benchmarks."
-    lines = [
-        "| benchmark | role | items | base | tuned | change | 95% interval |",
-        "| --- | --- " + "| ---: " * 5 + "|",
-    ]
+def _rows(entry: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    (found,) = comparison_rows({"base": "", "methods": [entry]})
     for role in ("knowledge", "task"):
-        for name, own in comparison_rows(report)[0][role].items():
+        for name, own in found[role].items():
             nats = lower_is_better(own["metric"])
             scores = (number(own["before"]), number(own["after"]), change_text(own["change"], nats))
-            cells = (name, role, str(own["n"]), *scores, interval_text(own["low"], own["high"], nats) or "–")
-            lines.append(f"| {' | '.join(map(markdown, cells))} |")
-    note = "Both models on the same items; intervals of the change are bootstrapped over items."
-    kept = report.runs[0].K
-    share = "" if kept is None else f" Knowledge kept (K): {kept:.3f}."
-    return "\n".join(lines) + f"\n\n{note}{share}"
-
-
-def _method(entry: Mapping[str, Any], sidecar: Mapping[str, Any]) -> str:
-    seconds = (entry.get("seconds") or {}).get("train")
-    rows = [
-        f"- {markdown(key)}: `{_code(value)}`" for key, value in entry.get("options", {}).items() if value is not None
-    ]
-    trained = entry.get("trained_parameters")
-    rows += [] if trained is None else [f"- trained parameters: {count(trained)}"]
-    rows += [] if seconds is None else [f"- training time: {duration(seconds)}"]
-    export = sidecar["export"]
-    rank = "" if export["format"] == "merged" else f", rank {export['rank']}"
-    rows.append(f"- written as: {export['format']}{rank}")
-    return "\n".join(rows)
+            yield name, role, str(own["n"]), *scores, interval_text(own["low"], own["high"], nats) or "–"
 
 
 def _notes(entry: Mapping[str, Any], export: Mapping[str, Any], labels: Sequence[str] | None) -> list[str]:
@@ -140,17 +104,7 @@ def _notes(entry: Mapping[str, Any], export: Mapping[str, Any], labels: Sequence
         notes.append(f"Cut to a smaller rank: {export['error']:.2%} of the trained change (Frobenius) is left out.")
     if labels:
         notes.append(f"Labels, in the order of the outputs: {', '.join(labels)}.")
-    return [markdown(note) for note in (*notes, *map(str, entry.get("notes") or []))]
-
-
-def _loading(sidecar: Mapping[str, Any]) -> str:
-    labels, export = sidecar.get("labels"), sidecar["export"]
-    auto = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
-    more = "" if labels is None else f", num_labels={max(1, len(labels))}"
-    if sidecar.get("quantization"):
-        more += f", quantization_config={dict(sidecar['quantization'])!r}"
-    kind = "model" if export["format"] == "merged" else "adapter"
-    return _LOAD[kind].format(auto=auto, base=str(sidecar["base"]), more=more, folder=str(export["folder"]))
+    return [*notes, *map(str, entry.get("notes") or [])]
 
 
 def _fenced(text: str, language: str) -> str:

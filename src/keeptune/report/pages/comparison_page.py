@@ -12,13 +12,18 @@ from keeptune.core.artefact import write_text
 from keeptune.report.comparisons import Scales, cost, labels_of, setting_rows
 from keeptune.report.figures import write_figures
 from keeptune.report.grids import Cell, Grid, bar
-from keeptune.report.numbers import ends, listing, number
+from keeptune.report.numbers import ends, listing, number, option_text
 from keeptune.report.pages.charts import Chart
 from keeptune.report.pages.comparison_charts import fronts
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render, repeat
 
 _MOST_NAMED: Final = 6
+_CHOICE: Final = {
+    **{"max_loss": "may lose", "point": "setting", "estimate": "by", "loss": "loses", "learned": "task score"},
+    **{"run": "its run", "run_loss": "the run loses", "run_learned": "the run's task score"},
+    **{"unbound": "without a limit", "adapter": "adapter"},
+}
 Front = Mapping[str, Any]
 
 
@@ -213,28 +218,14 @@ def _ours(rows: Sequence[Mapping[str, Any]], front: Front, label: str, name: str
 
 def _choice(front: Front) -> list[tuple[str, str]]:
     """Returns what was chosen, as names and values; losses are in the unit of each benchmark."""
-    chosen = front.get("choice")
-    if not chosen:
-        return []
-    over = "upper end of the interval" if chosen.get("estimate") == "upper" else "mean over seeds"
-    rows = [
-        ("may lose", _by_benchmark(chosen["max_loss"])),
-        ("setting", chosen.get("point")),
-        (f"loses, {over}", _by_benchmark(chosen.get("loss"))),
-        ("task score", _by_benchmark(chosen.get("learned"))),
-        ("its run", chosen["run"]),
-        ("the run loses", _by_benchmark(chosen.get("run_loss"))),
-        ("the run's task score", _by_benchmark(chosen.get("run_learned"))),
-        ("without a limit", ", ".join(chosen.get("unbound") or []) or None),
-        ("adapter", chosen.get("adapter")),
-    ]
-    return [(name, str(value)) for name, value in rows if value is not None]
+    values = {key: _told(value) for key, value in (front.get("choice") or {}).items()}
+    return [(words, values[key]) for key, words in _CHOICE.items() if values.get(key)]
 
 
-def _by_benchmark(values: Mapping[str, float] | float | None) -> str | None:
-    if isinstance(values, Mapping):
-        return ", ".join(f"{name} {number(value)}" for name, value in values.items()) or None
-    return None if values is None else number(values)
+def _told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {number(own)}" for name, own in value.items())
+    return number(value) if isinstance(value, float) else option_text(value).replace("–", "")
 
 
 def _counts(runs: Mapping[str, Any], front: Front) -> str:

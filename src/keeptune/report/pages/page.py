@@ -21,6 +21,17 @@ from keeptune.core.versions import versions
 from keeptune.report.pages.charts import Chart
 
 
+def environment(autoescape: bool = True) -> Environment:
+    """Returns Jinja with the templates of the pages and of the card."""
+    return Environment(
+        loader=PackageLoader("keeptune.report.pages", "templates"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def render(template: str, charts: Sequence[Chart | None], base: object, changed: Any = None, **values: Any) -> str:
     """Returns a page; the same values always give the same text.
 
@@ -31,25 +42,22 @@ def render(template: str, charts: Sequence[Chart | None], base: object, changed:
         changed: The items to search, as from :func:`keeptune.report.pages.item_rows.lost_and_gained`.
         values: What the template prints besides; everything is escaped.
     """
-    environment = Environment(
-        loader=PackageLoader("keeptune.report.pages", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     figures = {chart.name: chart.figure.to_plotly_json() for chart in charts if chart is not None}
     data = {"figures": figures} | ({"items": changed["rows"]} if changed else {})
     scripts = [plotly_source(), _source("page.js")]
-    return environment.get_template(template).render(
-        scripts=scripts,
-        style=_source("page.css"),
-        policy=_policy(scripts),
-        island=htmlsafe_json_dumps(data, cls=PlotlyJSONEncoder, separators=(",", ":")),
-        base=base,
-        base_name=_base_name(str(base)),
-        changed=changed,
-        **values,
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            scripts=scripts,
+            style=_source("page.css"),
+            policy=_policy(scripts),
+            island=htmlsafe_json_dumps(data, cls=PlotlyJSONEncoder, separators=(",", ":")),
+            base=base,
+            base_name=_base_name(str(base)),
+            changed=changed,
+            **values,
+        )
     )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,6 @@ from keeptune.report.pages.study_charts import trace_charts
 from keeptune.report.pages.verdict import method_sentences, verdict
 from keeptune.report.records import Report, ReportLike, as_report
 from keeptune.report.tables.comparison_table import comparison_columns
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page."""
-
-    heading: str
-    words: str
-    charts: tuple[Chart, ...] = ()
 
 
 def write_html(report: ReportLike, path: str | os.PathLike[str], extras: Mapping[str, Any] | None = None) -> None:
@@ -59,7 +49,7 @@ def render_html(report: ReportLike, extras: Mapping[str, Any] | None = None) -> 
     tradeoff, sections = run_charts.tradeoff(parsed), _sections(parsed, more.get("traces") or {})
     return render(
         "run.html.j2",
-        [tradeoff, *(chart for section in sections for chart in section.charts)],
+        [tradeoff, *(chart for *_, charts in sections for chart in charts)],
         parsed.base,
         more.get("items"),
         created=parsed.created,
@@ -103,37 +93,33 @@ def _caution(report: Report) -> str:
     )
 
 
-def _sections(report: Report, traces: Mapping[str, Mapping[str, Any]]) -> list[Section]:
-    """Returns the sections that have something to show."""
+def _sections(report: Report, traces: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, Sequence[Chart]]]:
+    """Returns the sections that have something to show: heading, words and charts."""
     losses = run_charts.losses(report)
     raw = "" if len(methods(report)) > MANY else " The raw values are faint."
+    traced = [trace_charts(record, f"trace{at}-", name) for at, (name, record) in enumerate(traces.items())]
     sections = [
-        Section(
+        (
             "Forgetting by relation",
             "The relation most forgotten on average comes first. Rows with few questions (n) are noisy.",
-            tuple(run_charts.relations(report)),
+            run_charts.relations(report),
         ),
-        Section("Training loss", f"Smoothed, averaged over seeds.{raw}", () if losses is None else (losses,)),
-        Section(
+        ("Training loss", f"Smoothed, averaged over seeds.{raw}", [] if losses is None else [losses]),
+        (
             "Penalties",
             "What they cost while training, and how far each layer moved; of several seeds the first.",
-            tuple(layer_charts.penalties(report)),
+            layer_charts.penalties(report),
         ),
-        Section("Plan: ranks", "Where ranks differ, and what they rest on.", tuple(layer_charts.ranks(report))),
-        Section(
+        ("Plan: ranks", "Where ranks differ, and what they rest on.", layer_charts.ranks(report)),
+        (
             "Plan: evidence",
             "What the plans were made from, by layer.",
-            (*layer_charts.votes(report), *layer_charts.spectra(report)),
+            [*layer_charts.votes(report), *layer_charts.spectra(report)],
         ),
-        Section(
+        (
             "Causal tracing",
             "Which layers bring an answer back after noise on the prompt.",
-            tuple(
-                chart
-                for place, (name, record) in enumerate(traces.items())
-                for charts in trace_charts(record, f"trace{place}-", name)
-                for chart in charts
-            ),
+            [chart for groups in traced for charts in groups for chart in charts],
         ),
     ]
-    return [part for part in sections if part.charts]
+    return [section for section in sections if section[2]]
