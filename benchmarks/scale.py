@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 DATA = Path(__file__).parent.parent / "assets" / "data"
-LENGTHS = {"stats": (16, 80), "train": (2, 18)}  # texts of knowledge, and steps of 8 examples
+LENGTHS = {"stats": (8, 56), "train": (2, 14)}  # texts of knowledge, and steps of 8 examples
 
 
 def seconds(command: str, recipe: Path, processes: int) -> float:

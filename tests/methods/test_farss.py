@@ -28,7 +28,7 @@ from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.store import StatStore
 
-RELEASED = Farss(rank=128, boundary=7, r_max=64, r_avg=50, alpha=128.0, selection="released")
+RELEASED = Farss.as_released()
 M, N = 12, 9
 INPUT, GRADIENT = InputCovariance("task"), GradientCovariance("task", "true")
 
@@ -337,3 +337,8 @@ def test_the_parts_equal_the_reference_on_a_model(architecture: str, tmp_path: P
             read(t.target), view[INPUT], view[GRADIENT], t.decision.rank, shallow=t.target.layer == 0
         )
         assert relative(t.init.dense(), wanted) < 1e-3
+
+
+def test_the_release_caps_the_largest_rank_by_the_rank_and_the_mean_by_that() -> None:
+    small = Farss.as_released(rank=32)
+    assert (small.r_max, small.r_avg, RELEASED.r_max, RELEASED.r_avg) == (32, 32, 64, 50)

@@ -83,3 +83,8 @@ def test_a_weight_that_cannot_use_all_null_directions_is_warned_about(caplog: py
     with caplog.at_level(logging.WARNING):
         built()
     assert caplog.records == []
+
+
+def test_as_released_is_the_released_covariance_at_the_papers_rank() -> None:
+    assert LoraNull.as_released() == LoraNull(rank=128, variant="v1", covariance="released")
+    assert LoraNull.as_released(4, "v2") == LoraNull(rank=4, variant="v2", covariance="released")

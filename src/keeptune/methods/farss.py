@@ -136,6 +136,16 @@ class Farss(ScaledMethod):
         super().__post_init__()
         self.need(self.r_min <= self.r_max, "r_min", f"1 to r_max ({self.r_max})")
 
+    @classmethod
+    def as_released(cls, rank: int = 128, boundary: int = 7, r_max: int = 64, r_avg: int = 50) -> Farss:
+        """Returns what the authors' repository does; its data are 16 examples whose padding enters the covariances.
+
+        Its ``--layer_split_start k`` is a boundary of k + 1. It lowers ``r_max`` to the rank, and ``r_avg`` to that.
+        """
+        most = min(r_max, rank)
+        average = min(r_avg, most)
+        return cls(rank=rank, boundary=boundary, r_max=most, r_avg=average, alpha=128.0, selection="released")
+
     def fitted(self, blocks: int) -> Farss:
         """Returns the method with its boundary decided."""
         if self.boundary != "auto" or self.variant != "farss":

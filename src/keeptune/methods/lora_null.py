@@ -91,6 +91,11 @@ class LoraNull(RankMethod):
     variant: Literal["v1", "v2"] = "v1"
     covariance: Literal["exact", "released"] = "exact"
 
+    @classmethod
+    def as_released(cls, rank: int = 128, variant: Literal["v1", "v2"] = "v1") -> LoraNull:
+        """Returns what the authors' repository does; its data are packed random windows of 2,048 tokens of NQ-open."""
+        return cls(rank=rank, variant=variant, covariance="released")
+
     @property
     def trains(self) -> frozenset[str]:
         """A and B, or B only."""
