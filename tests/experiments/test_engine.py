@@ -5,6 +5,7 @@ Every worker loads torch and Transformers once, which is what the time goes on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tests.pipeline.support import keeptune
 
@@ -130,6 +132,55 @@ def test_a_run_whose_worker_is_killed_is_tried_once_more_and_again_the_next_time
     assert (outcomes[first].status, outcomes[other].status) == ("failed", "done")
     assert "its worker process died 2 times" in outcomes[first].message
     assert run_every(comparison)[first].status == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_runs_of_two_processes_each_on_both_nodes(load: Load, tmp_path: Path) -> None:
+    comparison = load(TOO_MUCH, NULL, resources={"cpus": 1, "processes": 2})
+    failed, done = (spec.name for spec in list_runs(comparison))
+    stop, ranks = threading.Event(), dict[int, str]()
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            for process in psutil.process_iter(["cmdline"]):
+                if "keeptune.experiments.cell" in (process.info["cmdline"] or ()) and process.pid not in ranks:
+                    with contextlib.suppress(psutil.Error, KeyError):
+                        ranks[process.pid] = process.environ()["RANK"]
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        outcomes = run_every(comparison)
+    finally:
+        stop.set()
+        watcher.join()
+    assert sorted(ranks.values()) == ["0", "0", "1", "1"]
+    assert not any(psutil.pid_exists(pid) for pid in ranks)
+    assert len({outcome.node for outcome in outcomes.values()}) == 2
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {failed: "failed", done: "done"}
+    assert outcomes[failed].message.startswith("method lora, target") and "rank 4000" in outcomes[failed].message
+    assert read_json(tmp_path / "out/runs" / failed / "run.json")["message"] == outcomes[failed].message
+    one = list_runs(comparison)[1].recipe
+    alone = run(one.model_copy(update={"output": tmp_path / "alone", "store": tmp_path / "other"}))
+    for b in alone["methods"][0]["benchmarks"]:
+        found = read_json(one.output / "evaluation" / f"{b['name']}.json")["summary"]
+        assert (found["before"], found["after"]) == pytest.approx((b["before"], b["after"]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "sharding"),
+    [({}, 1, None), ({"gpus": 0.5}, 1, None), ({"gpus": 4}, 4, None), ({"gpus": 4, "processes": 1}, 1, None)]
+    + [({"processes": 2, "sharding": "fsdp2"}, 2, "fsdp2")],
+)
+def test_a_run_has_a_process_for_each_whole_gpu(
+    load: Load, given: dict[str, Any], processes: int, sharding: str | None
+) -> None:
+    resources = load(SMALL, resources=given).section.resources
+    assert resources is not None
+    assert (resources.launch.processes, resources.launch.sharding) == (processes, sharding)
+    with pytest.raises(RecipeError, match=r"compare.resources.sharding: got \"fsdp3\""):
+        load(SMALL, resources=given | {"sharding": "fsdp3"})
 
 
 def holders(path: Path) -> list[int]:

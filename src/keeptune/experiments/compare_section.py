@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, StrictInt, ValidationError
 from pydantic_core import PydanticCustomError
 
 from keeptune.core.errors import RecipeError, nearest
+from keeptune.pipeline.launching import Launch, Sharding
 from keeptune.recipe.sections import Section, explain
 
 
@@ -26,11 +27,21 @@ S = TypeVar("S", bound=Section)
 
 
 class Resources(Section):
-    """What each run gets on Ray, and the address of the cluster; without one, Ray starts on this machine."""
+    """What each run gets on Ray, and the address of the cluster; without one, Ray starts on this machine.
+
+    It has a process for each whole GPU unless ``processes`` says how many; ``sharding`` is that of `keeptune launch`.
+    """
 
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
+    processes: StrictInt | None = Field(None, ge=1)
+    sharding: Sharding | None = None
     address: str | None = None
+
+    @property
+    def launch(self) -> Launch:
+        """The processes of a run."""
+        return Launch(self.processes or max(1, int(self.gpus)), self.sharding)
 
 
 class CompareSection(Section):

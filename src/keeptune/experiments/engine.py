@@ -27,12 +27,14 @@ from keeptune.core.artefact import write_bytes
 from keeptune.core.errors import RecipeError
 from keeptune.core.locks import locked
 from keeptune.core.processes import by_first, is_first, world
+from keeptune.experiments.cell import attempt_together
 from keeptune.experiments.compare_section import Resources, missing_extra
 from keeptune.experiments.plan_runs import Comparison, RunSpec, check_runs
 from keeptune.experiments.posthoc_variants import Variant
 from keeptune.experiments.single_run import Outcome, RunTask, attempt, finished, task_key
 from keeptune.model.head import body_fingerprint
 from keeptune.pipeline.job import Job
+from keeptune.pipeline.launching import Launch
 
 _log = logging.getLogger(__name__)
 _MARKER = ".shared-folder"
@@ -46,7 +48,7 @@ def _task_maker(comparison: Comparison, base: str) -> TaskOf:
     """Returns what makes tasks of a comparison's runs; ``base`` is the base's fingerprint."""
     known: dict[str, str] = {}  # fingerprints of data files by path
     resources = _resources(comparison)
-    threads = None if resources is None else max(1, int(resources.cpus))
+    threads = None if resources is None else max(1, int(resources.cpus // (resources.launch.processes or 1)))
     shared = comparison.output.absolute()
 
     def make(spec: RunSpec) -> RunTask:
@@ -168,11 +170,12 @@ def _on_ray(
         # Ray takes a new process for each task with a GPU unless it is configured otherwise.
         share = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
         remote = ray.remote(**share, max_retries=_RETRIES, max_calls=0)(_on_worker)
+        launch = resources.launch
         running: dict[Any, RunTask] = {}
         while True:
             room = max(1, sum(_fits(node, resources) for node in ray.nodes()))
             for task in itertools.islice(tasks, max(0, room - len(running)) if lazily else None):
-                running[remote.remote(task, token)] = task
+                running[remote.remote(task, token, launch)] = task
             if not running:
                 return
             (ready,), _ = ray.wait(list(running), num_returns=1)
@@ -200,8 +203,8 @@ def _fits(node: Mapping[str, Any], resources: Resources) -> int:
     return int(min(rooms)) if node["Alive"] else 0
 
 
-def _on_worker(task: RunTask, token: str) -> Outcome:
-    """Does a run on a worker, if the worker sees the comparison's folder."""
+def _on_worker(task: RunTask, token: str, launch: Launch) -> Outcome:
+    """Does a run on a worker, or in several processes that it starts, if it sees the comparison's folder."""
     import datasets
     import ray
     from transformers.utils import logging as transformers_logging
@@ -218,7 +221,8 @@ def _on_worker(task: RunTask, token: str) -> Outcome:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return replace(attempt(task), node=node)
+    own = replace(launch, cpu=task.recipe.device == "cpu")
+    return replace(attempt(task) if launch.processes == 1 else attempt_together(task, own), node=node)
 
 
 @contextlib.contextmanager

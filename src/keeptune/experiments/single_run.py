@@ -33,7 +33,7 @@ from keeptune.pipeline.training import train_stage
 from keeptune.recipe.schema import Recipe
 
 _log = logging.getLogger(__name__)
-_MARK = "run.json"
+MARK = "run.json"
 _CHANGE_NO_RESULT = ("output", "store", "store_limit", "device", "memory")
 
 
@@ -91,7 +91,7 @@ def finished(task: RunTask) -> bool:
     """Returns whether a run is done and its result and scores are there."""
     folder = task.recipe.output
     try:
-        if not has_key(folder / _MARK, task.key) or read_json(folder / _MARK)["status"] != "done":
+        if not has_key(folder / MARK, task.key) or read_json(folder / MARK)["status"] != "done":
             return False
         scores = [folder / "evaluation" / f"{benchmark.name}.json" for benchmark in task.recipe.evaluate]
         scores += [folder / VARIANTS / variant.slug / "variant.json" for variant in task.variants]
@@ -125,7 +125,7 @@ def attempt(task: RunTask) -> Outcome:
                     _log.warning("%s: %s", task.name, error, exc_info=True)
                     message = f"{type(error).__name__}: {error}"
             mark = {"key": task.key, "status": "failed" if message else "done", "message": message}
-            by_first(lambda: write_json(folder / _MARK, mark))
+            by_first(lambda: write_json(folder / MARK, mark))
     except (KeeptuneError, OSError) as error:  # the folder cannot be written: the message has no place there
         if world() > 1:
             raise

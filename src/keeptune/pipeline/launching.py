@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -19,7 +20,9 @@ from keeptune.core.artefact import explain_full_disk, write_text
 from keeptune.core.errors import ProcessError, RecipeError, nearest
 from keeptune.core.processes import LAUNCHER, TIMEOUT
 
-SHARDINGS = ("single_gpu", "multi_gpu", "fsdp2", "zero1", "zero2", "zero3")  # of TRL's `accelerate_configs`
+Sharding = Literal["single_gpu", "multi_gpu", "fsdp2", "zero1", "zero2", "zero3"]  # of TRL's `accelerate_configs`
+SHARDINGS: tuple[str, ...] = get_args(Sharding)
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by the launcher, which leaves it at that
 _IN_ALL = "--processes counts those of all machines together."
 _NO_GPU = "Start fewer, or set `device: cpu`."
 _TWO = "Example of the second of two machines: --machines 2 --machine-rank 1 --address 10.0.0.1:29500"
@@ -129,7 +132,7 @@ def start(launch: Launch, config: Path, command: Sequence[str]) -> int:
     environment = {key: os.environ.get(key, value) for key, value in environment.items()}
     environment |= {LAUNCHER: str(os.getpid())} | ({TIMEOUT: str(launch.minutes)} if launch.minutes is not None else {})
     wait = ["--rdzv_conf", f"timeout={max(1, round(launch.minutes * 60))}"] if launch.minutes else []
-    before = logging.root.manager.disable
+    before, handlers = logging.root.manager.disable, {number: signal.getsignal(number) for number in _HANDLED}
     logging.disable()  # the launcher's own reports: the process has said what it was
     try:
         with tempfile.TemporaryDirectory() as logs, patch_environment(**environment):
@@ -148,6 +151,8 @@ def start(launch: Launch, config: Path, command: Sequence[str]) -> int:
         ) from error
     finally:
         logging.disable(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
 
 
