@@ -24,8 +24,10 @@ class Forks:
     """The process that forks, as tests see it."""
 
     def __init__(self) -> None:
-        words = [sys.executable, "-m", "tests.pipeline.forks"]
-        self.process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.pipeline.forks"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=os.environ | {"TORCH_CPP_LOG_LEVEL": "FATAL"},
+        )  # fmt: skip
 
     def start(
         self, *words: object, folder: Path, out: Path, env: Mapping[str, str] | None = None, before: str = ""

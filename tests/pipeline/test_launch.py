@@ -209,6 +209,28 @@ def test_killed_it_leaves_nothing_and_goes_on(whole: Launched, tmp_path: Path, m
     assert launched.scores() == whole.scores()
 
 
+def test_an_error_on_the_second_machine_ends_the_first(whole: Launched, tmp_path: Path) -> None:
+    launched = Launched(whole.forks, tmp_path, read_json(whole.recipe) | {"output": str(tmp_path / "out")}, 2)
+    assert launched.codes(at_training(WRONG, 1)) == [2, 2]
+    assert launched.said().count("error: ") == 1
+    assert "error: train: got process 1" in (tmp_path / "said-1.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("machine", [0, 1])
+def test_a_machine_that_is_alone_says_so_in_time(forks: Forks, tmp_path: Path, machine: int) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", {"output": "out"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--machines", 2, "--machine-rank", machine, "--address", f"127.0.0.1:{port}", "--timeout", 0.03]
+    pid = forks.start("launch", recipe, "--processes", 2, *words, folder=tmp_path, out=tmp_path / "said.txt")
+    assert forks.wait(pid, 30) == 2
+    _, *said = (tmp_path / "said.txt").read_text(encoding="utf-8").splitlines()
+    assert len(said) == 1 and said[0].startswith(f"error: --address 127.0.0.1:{port}: got "), said
+    assert "wanted all 2 machines there" in said[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_control_c_ends_all(whole: Launched, tmp_path: Path) -> None:
     launched = Launched(whole.forks, tmp_path, read_json(whole.recipe) | {"output": str(tmp_path / "out")}, 1)
     (pid,) = launched.start(at_training("import time; time.sleep(60)", 0, 1))

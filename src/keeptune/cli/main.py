@@ -35,6 +35,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs a command; an error that the user can correct is one message and exit code 2."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read as torch is loaded; what is wrong is raised too
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     divided = not _DIVIDED.isdisjoint(sys.argv[1:2])
     if several and not divided and os.environ.get("RANK", "0") != "0":

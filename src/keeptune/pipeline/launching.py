@@ -128,8 +128,7 @@ def start(launch: Launch, config: Path, command: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     threads = len(os.sched_getaffinity(0)) * launch.machines // (launch.processes or 1)
-    environment = {"OMP_NUM_THREADS": str(max(1, threads)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    environment = {key: os.environ.get(key, value) for key, value in environment.items()}
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, threads)))}
     environment |= {LAUNCHER: str(os.getpid())} | ({TIMEOUT: str(launch.minutes)} if launch.minutes is not None else {})
     wait = ["--rdzv_conf", f"timeout={max(1, round(launch.minutes * 60))}"] if launch.minutes else []
     before, handlers = logging.root.manager.disable, {number: signal.getsignal(number) for number in _HANDLED}
