@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from keeptune.report.tables.analyses import print_plan, print_scores
 from keeptune.report.tables.comparison_table import (
     comparison_columns,
     comparison_rows,
     print_comparison,
 )
-from keeptune.report.tables.plan_tables import print_plan, print_scores
 
 
 def printed(report: dict[str, Any], width: int) -> str:

@@ -1,10 +1,11 @@
-"""The commands of many runs: compare; and sweep and layers, which run one recipe at several points."""
+"""The commands of many runs: compare; sweep and layers, of one recipe at several points; run, of stages."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,8 @@ from typer import echo
 
 from keeptune.cli import dry_run as cli_dry
 from keeptune.cli.shared import AsJson, Flops, RecipeFile, numbers_in, overrides_of
+
+_MEASURES = ("average_accuracy", "backward_transfer", "forward_transfer", "forgetting")
 
 
 def compare(
@@ -135,7 +138,7 @@ def layers(
 
 def _run_or_list(loaded: Any, dry_run: bool) -> None:
     from keeptune.experiments.plan_runs import check_runs, list_runs
-    from keeptune.report.tables.plan_tables import print_points
+    from keeptune.report.tables.analyses import print_points
 
     if not dry_run:
         run_and_show(loaded, show=_show)
@@ -158,3 +161,55 @@ def _show(compared: Any) -> None:
     print_comparison({"base": "", "methods": runs}, Console())
     if "benefit" in series:
         print_benefits(series, Console())
+
+
+def has_stages(recipe: Path, overrides: Mapping[str, Any]) -> bool:
+    """Returns whether a recipe, a YAML file with overrides, is that of a sequence."""
+    from keeptune.recipe.reading import read_values
+
+    return "stages" in read_values(recipe, overrides)
+
+
+def run_stages(recipe: Path, overrides: Mapping[str, Any]) -> None:
+    """Run a sequence and print its record.
+
+    Args:
+        recipe: The YAML file.
+        overrides: Dotted key to value.
+    """
+    from keeptune.experiments.sequence.run_stages import run_sequence
+    from keeptune.experiments.sequence.stages_section import load_sequence
+
+    sequence = load_sequence(recipe, overrides)
+    record = run_sequence(sequence)
+    _show_stages(record, Console())
+    written = record["export"]
+    if written is not None and written["error"]:
+        echo(f"cut to rank {written['rank']}: {written['error']:.2%} of the change (Frobenius) is left out")
+    for stage in record["stages"]:
+        echo(f"after {stage['name']}: {stage['adapter']}, gap {stage['gap']:.1e} in logits to what was trained")
+    echo(f"for the original base: {record['adapter']}")
+    echo(f"report: {sequence.output / 'report.html'}, numbers: {sequence.output / 'sequence.json'}")
+
+
+def _show_stages(record: Mapping[str, Any], console: Console) -> None:
+    from keeptune.report.tables.terminal import table
+
+    heads = ["after"]
+    for benchmark in record["benchmarks"]:
+        about = benchmark["stage"] or ("keep" if benchmark["role"] == "knowledge" else "learn")
+        heads.append(f"{benchmark['name']}\n({about})")
+    names = ["base", *(f"{stage['name']} ({stage['method']})" for stage in record["stages"])]
+    rows = []
+    for name, row, intervals in zip(names, record["scores"], record["intervals"], strict=True):
+        ends = ["" if pair is None else f"\n{pair[0]:+.2f} {pair[1]:+.2f}" for pair in intervals]
+        rows.append((name, *(_score_text(score) + pair for score, pair in zip(row, ends, strict=True))))
+    console.print(table(heads, rows, heads[:1]))
+    echo("below a score: ends of the 95% interval of its difference to the base's, on the same items")
+    echo(", ".join(f"{name.replace('_', ' ')} {_score_text(record[name])}" for name in _MEASURES))
+    if record["why"]:
+        echo(record["why"])
+
+
+def _score_text(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

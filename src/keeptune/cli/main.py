@@ -13,9 +13,8 @@ import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli import compare, dry_run, launch, sequence, show_data, store_commands, studies
+from keeptune.cli import compare, dry_run, launch, show_data, store_commands, studies
 from keeptune.cli import repair as repairing
-from keeptune.cli.check import check
 from keeptune.cli.shared import OVERRIDES, AsJson, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
 from keeptune.core.errors import KeeptuneError
 
@@ -73,8 +72,8 @@ def run(
     overrides = overrides_of(context)
     if dry or as_json:
         dry_run.dry_run(recipe, overrides, flops, dry=dry, as_json=as_json)
-    elif sequence.has_stages(recipe, overrides):
-        sequence.run_stages(recipe, overrides)
+    elif compare.has_stages(recipe, overrides):
+        compare.run_stages(recipe, overrides)
     else:
         loaded = load(recipe, context)
         print_report(run_job(loaded), loaded.output)
@@ -96,7 +95,7 @@ def plan(context: typer.Context, recipe: RecipeFile) -> None:
     """Print ranks, trained parameters and start error, without training."""
     from keeptune.adapter.anchor import start_errors
     from keeptune.pipeline.run import plan_stage
-    from keeptune.report.tables.plan_tables import print_plan
+    from keeptune.report.tables.analyses import print_plan
 
     job = _job(recipe, context)
     made = plan_stage(job)
@@ -142,7 +141,7 @@ def evaluate(
 ) -> None:
     """Score the exported adapter and the base on the same items."""
     from keeptune.pipeline.scoring import evaluate_stage
-    from keeptune.report.tables.plan_tables import print_scores
+    from keeptune.report.tables.analyses import print_scores
 
     print_scores(evaluate_stage(_job(recipe, context), adapter), Console())
 
@@ -150,7 +149,14 @@ def evaluate(
 app.command("data", context_settings=OVERRIDES)(show_data.show_data)
 for _with_recipe in (launch.launch, compare.sweep, compare.compare, compare.layers, studies.suppress, studies.overlap):
     app.command(context_settings=OVERRIDES)(_with_recipe)
-for _with_options in (studies.change, studies.curvature, studies.energy, repairing.repair, check, studies.trace):
+for _with_options in (
+    studies.change,
+    studies.curvature,
+    studies.energy,
+    repairing.repair,
+    repairing.check,
+    studies.trace,
+):
     app.command()(_with_options)
 
 

@@ -52,7 +52,7 @@ def model_card(entry: Mapping[str, Any], sidecar: Mapping[str, Any], recipe: Map
         recipe=None if recipe is None else recipe_text(recipe).rstrip("\n"),
     )
     written = ", ".join(f"{key} {value}" for key, value in versions().items() if key != "platform")
-    return f"{text}\n{_VERSIONS}{written}.\n"
+    return f"{text}{_VERSIONS}{written}.\n"
 
 
 def same_but_versions(one: str, other: str) -> bool:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from keeptune.core.artefact import write_text
-from keeptune.report.comparisons import Scales, cost, labels_of, setting_rows
 from keeptune.report.figures import write_figures
 from keeptune.report.grids import Cell, Grid, bar
 from keeptune.report.numbers import ends, listing, number, option_text
 from keeptune.report.pages.charts import Chart
-from keeptune.report.pages.comparison_charts import fronts
+from keeptune.report.pages.comparison_charts import Scales, cost, fronts, labels_of, setting_rows
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render, repeat
 
