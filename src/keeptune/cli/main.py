@@ -148,14 +148,7 @@ def evaluate(
 app.command("data", context_settings=OVERRIDES)(show_data.show_data)
 for _with_recipe in (launch.launch, compare.sweep, compare.compare, compare.layers, studies.suppress, studies.overlap):
     app.command(context_settings=OVERRIDES)(_with_recipe)
-for _with_options in (
-    studies.change,
-    studies.curvature,
-    studies.energy,
-    repairing.repair,
-    repairing.check,
-    studies.trace,
-):
+for _with_options in (studies.change, studies.curvature, studies.energy, repair, check, studies.trace):
     app.command()(_with_options)
 
 
