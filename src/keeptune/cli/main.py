@@ -14,6 +14,7 @@ from rich.console import Console
 from typer import echo
 
 from keeptune.cli import compare, dry_run, launch, show_data, store_commands, studies
+from keeptune.cli.repair import check, repair
 from keeptune.cli.shared import OVERRIDES, AsJson, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
 from keeptune.core.errors import KeeptuneError
 
