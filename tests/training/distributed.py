@@ -105,7 +105,6 @@ def main(plan: Plan, out: Path) -> None:
             Plan.load(out / "rows"), "transformers", out / "unused", **rows(state.num_processes), **sharding
         )
         if not sharding:
-            found["kl"] = trained(Plan.load(out / "kl"), "transformers", out / "unused", **answers(state.num_processes))
             found |= {loss: trained(plan, "trl", out / "unused", loss=loss, **answers(2)) for loss in ("eaft", "asft")}
         if state.is_main_process:
             flat = {f"{name}|{key}": value for name, states in found.items() for key, value in states.items()}

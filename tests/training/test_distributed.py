@@ -19,7 +19,6 @@ from torch import Tensor
 from keeptune.core.plan import Plan
 from keeptune.methods.loki import Loki
 from keeptune.methods.pissa import Pissa
-from keeptune.penalties.kl import Kl
 from keeptune.penalties.l2 import L2
 from keeptune.penalties.laplace import Laplace
 
@@ -35,11 +34,6 @@ def plan() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def kl(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    return planned(Pissa(rank=2), [Kl(strength=5.0, batch_size=3)], store=tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
 def confined(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """LoKI* under curvature that ties every row of B to every other."""
     kfac = Laplace(curvature="delta-kfac", strength=300.0)
@@ -47,13 +41,10 @@ def confined(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def together(
-    plan: Plan, kl: Plan, confined: Plan, tmp_path_factory: pytest.TempPathFactory
-) -> Mapping[str, dict[str, Tensor]]:
+def together(plan: Plan, confined: Plan, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, Tensor]]:
     """What two processes leave, by back-end."""
     folder = tmp_path_factory.mktemp("together")
     plan.save(folder / "plan")
-    kl.save(folder / "kl")
     confined.save(folder / "rows")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -132,21 +123,6 @@ def test_rows_that_are_not_trained_stay_under_every_back_end(
         B = found[f"{t.target.name}.B"]
         assert B.any(dim=1).nonzero().flatten().tolist() == list(t.decision.rows or ())
         torch.testing.assert_close(B, alone[f"{t.target.name}.B"], rtol=1e-3, atol=1e-5)
-
-
-def test_two_processes_share_the_texts_of_a_penalty_on_answers(
-    kl: Plan, together: Mapping[str, dict[str, Tensor]], tmp_path: Path
-) -> None:
-    """Batches of three texts, two of them for the first process, one for the second."""
-    found = part(together["ddp"], "kl")
-    alone, without = (
-        trained(kl, "transformers", tmp_path, penalised=penalised, **answers(1)) for penalised in (True, False)
-    )
-    for key in [key for key in alone if key != "shards"]:
-        torch.testing.assert_close(found[key], alone[key], rtol=1e-3, atol=1e-5)
-    assert float(alone["log penalty/kl"][-1]) > 0.01
-    name = kl.targets[0].target.name
-    assert float((alone[f"{name}.B"] - without[f"{name}.B"]).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("loss", ["eaft", "asft"])

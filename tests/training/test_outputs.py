@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from tests.models import relative
 from tests.training.support import MODEL, TRAINERS, knowledge, largest_gap, plain_trainer, planned, tuned
-from tests.training.test_refusals import pretend
 from torch import Tensor
 
 from keeptune.adapter.install import install, trained_state
-from keeptune.core.errors import PlanError, TrainError
+from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
 from keeptune.methods.lora import Lora
@@ -196,13 +194,6 @@ def test_it_adds_to_others(store: Path) -> None:
     assert found[0][0] == pytest.approx(found[1][0] + found[2][0], rel=1e-5)
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(gradient, found[1][1][name] + found[2][1][name], rtol=1e-4, atol=1e-7)
-
-
-def test_fsdp_is_refused_with_the_reason(plan: Plan, tmp_path: Path) -> None:
-    trainer = plain_trainer(tuned(plan), tmp_path)
-    pretend(trainer, DistributedType.FSDP)
-    with pytest.raises(TrainError, match=r"penalty kl: got FSDP, .*delta-kfac is the second order"):
-        attach(trainer, plan)
 
 
 def test_knowledge_is_needed() -> None:

@@ -11,13 +11,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import get_bnb_param_type
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor, apply_anchor, keep_active, resolve
 from keeptune.adapter.expert_layers import Held, clear, held_in, layer_path, patterns_of_parameters
 from keeptune.adapter.special_layers import prepare
-from keeptune.adapter.trained_head import keep_precise, put_head, task_type, trained_head, trained_head_names
+from keeptune.adapter.trained_head import full, keep_precise, put_head, task_type, trained_head, trained_head_names
 from keeptune.core.errors import PlanError, TrainError
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
@@ -136,8 +136,15 @@ def starting_values(model: PeftModel, plan: Plan) -> dict[nn.Parameter, Tensor]:
 
 def whole(parameter: nn.Parameter) -> Tensor:
     """Returns a parameter's value; one that is sharded is gathered, which for a low-rank factor is little."""
-    value = parameter.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return full(parameter.detach())
+
+
+def sharded_like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Returns this process's shard of a tensor that all have, as of a parameter; all of it where that is whole."""
+    like = parameter.data
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def check_frozen(model: PeftModel, plan: Plan) -> None:

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import PlanError, nearest
@@ -200,7 +201,7 @@ def trained_head(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
         for key, value in module.state_dict().items()
     }
     values |= {f"{name}.{_SAVED}": p for name, p in _token_parameters(model, plan).items()}
-    return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in values.items()}
+    return {name: full(value.detach()).to("cpu", torch.float32, copy=True) for name, value in values.items()}
 
 
 def tied_head(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
@@ -219,6 +220,11 @@ def put_head(model: PeftModel, plan: Plan, values: Mapping[str, Tensor]) -> None
     with torch.no_grad():
         for name, parameter in _token_parameters(model, plan).items():
             parameter.copy_(values[f"{name}.{_SAVED}"])
+
+
+def full(value: Tensor) -> Tensor:
+    """Returns a tensor of which each process may hold a shard (FSDP2); all call it then."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def head_edits(base: PreTrainedModel, plan: Plan, values: Mapping[str, Tensor]) -> dict[str, Edit]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from keeptune.model.head import Head
 from keeptune.model.quantization import loading, with_precise
 
 _log = logging.getLogger(__name__)
+_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StartFrom = Literal["quantised", "original"]  # which weights of a quantised base starts and scores are read from
@@ -95,7 +98,7 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
     kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     place, file = place_of(name)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _read_by_all():
             torch.manual_seed(0 if head is None else head.seed)
             model, info = kind.from_pretrained(
                 place,
@@ -121,6 +124,20 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
     refuse_misread(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+@contextlib.contextmanager
+def _read_by_all() -> Iterator[None]:
+    """Hides FSDP's CPU-RAM-efficient loading from Transformers, which would draw no head on some processes.
+
+    Weights are read by every process either way; the trainer's back-end sees it, and sends those of the first to all.
+    """
+    asked = os.environ.pop(_EFFICIENT, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_EFFICIENT] = asked
 
 
 def quantised_loading(name: str, options: LoadOptions) -> dict[str, Any]:

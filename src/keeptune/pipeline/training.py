@@ -7,14 +7,17 @@ import time
 from pathlib import Path
 
 from peft import PeftModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.install import install, restore_state, trained_state
+from keeptune.adapter.trained_head import full
 from keeptune.core.artefact import atomic_directory, content_key, read_json, read_tensors, write_tensors
 from keeptune.core.errors import TrainError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
-from keeptune.core.processes import by_first
+from keeptune.core.processes import by_first, is_first
 from keeptune.data.example_counts import shortened
 from keeptune.data.examples import LanguageExamples
 from keeptune.model.pretrained import LoadOptions, load_model
@@ -81,17 +84,30 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
         "trained_parameters": _trained_parameters(tuned, plan),
     }
     factors = trained_state(tuned, plan) if isinstance(tuned, PeftModel) else None
+    weights = _gathered(tuned) if factors is None else None
 
     def write() -> None:
         with atomic_directory(result.path.parent) as fresh:
             if factors is None:
-                tuned.save_pretrained(fresh / "model")
+                tuned.save_pretrained(fresh / "model", state_dict=weights)
             else:
                 write_tensors(fresh / _FACTORS, factors)
             result.write(record, files=[_FACTORS, "model/*.safetensors"], folder=fresh)
 
     by_first(write)
     return sum(p.nbytes for p in tuned.parameters())
+
+
+def _gathered(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Gathers the weights of a model in shards, one after the other, for the first process; None where it is whole."""
+    shards, whole = model.state_dict(keep_vars=True), dict[int, Tensor]()
+    if not any(isinstance(value, DTensor) for value in shards.values()):
+        return None
+    for value in shards.values():
+        if id(value) not in whole:  # tied weights stay one
+            gathered = full(value.detach()).cpu()
+            whole[id(value)] = gathered if is_first() else gathered.new_empty(0)
+    return {name: whole[id(value)] for name, value in shards.items()}
 
 
 def _trained_parameters(tuned: PreTrainedModel | PeftModel, plan: Plan) -> int:

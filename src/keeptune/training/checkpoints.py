@@ -1,13 +1,21 @@
-"""Checkpoints that training goes on from: the checksum of every file is written last, and checked first."""
+"""Checkpoints that training goes on from: the checksum of every file is written last, and checked first.
+
+They are as the launcher divides the training: whole (adapter and ``optimizer.pt``), or in FSDP2's shards. Shards fit
+any number of processes; where a training is divided otherwise than its checkpoint, :func:`go_on` reads it for that.
+"""
 
 from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, set_peft_model_state_dict
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,6 +25,11 @@ from keeptune.core.errors import ArtefactError
 
 _log = logging.getLogger(__name__)
 _CHECKSUMS = "checksums.json"
+# Where FSDP2 keeps the weights and the optimiser's states, by the form that it is told to write.
+_FILES = {
+    "SHARDED_STATE_DICT": ("pytorch_model_fsdp_0", "optimizer_0"),
+    "FULL_STATE_DICT": ("pytorch_model_fsdp.bin", "optimizer.bin"),
+}
 
 
 class Checksums(TrainerCallback):
@@ -43,6 +56,61 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
         _log.warning("training: %s is not as it was written, or not to its end: it is removed", path)
         shutil.rmtree(path)
     return None
+
+
+def go_on(trainer: Any, checkpoint: Path) -> None:
+    """Trains from a checkpoint, whole or in shards; the trainer's own weights may be either."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    kind = None if plugin is None else plugin.state_dict_type.name
+    written = next((one for one, files in _FILES.items() if (checkpoint / files[0]).exists()), None)
+    if written != kind:
+        _log.info("training: the checkpoint is %s: it is read for this training", written or "whole")
+        _load_weights(trainer, checkpoint, written)
+        trainer._load_from_checkpoint = lambda *_: None
+        trainer._load_optimizer_and_scheduler = lambda _: _load_optimizer(trainer, checkpoint, written)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def _load_weights(trainer: Any, checkpoint: Path, written: str | None) -> None:
+    """Loads what was trained into a model that is not divided yet."""
+    if written is None:
+        sharded, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.is_fsdp_enabled = sharded
+        return
+    weights = _read(checkpoint / _FILES[written][0], "model")
+    if written == "SHARDED_STATE_DICT" and isinstance(trainer.model, PeftModel):
+        set_peft_model_state_dict(trainer.model, weights)
+    else:
+        trainer.model.load_state_dict(weights, strict=False)
+
+
+def _load_optimizer(trainer: Any, checkpoint: Path, written: str | None) -> None:
+    """Loads the states of optimiser and schedule into a trainer whose model is divided."""
+    if written is None:
+        names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+        order = [names[parameter] for group in trainer.optimizer.param_groups for parameter in group["params"]]
+        kept = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        kept = {
+            "state": {order[number]: state for number, state in kept["state"].items()},
+            "param_groups": [{**g, "params": [order[number] for number in g["params"]]} for g in kept["param_groups"]],
+        }
+    else:
+        kept = _read(checkpoint / _FILES[written][1], "optimizer")
+    whole = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(trainer.model, trainer.optimizer, kept, options=whole)
+    trainer.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
+
+
+def _read(path: Path, key: str) -> dict[str, Any]:
+    """Reads a file of FSDP2's, or joins a folder of its shards."""
+    if path.is_file():
+        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return found
+    with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
+        dcp_to_torch_save(path, Path(scratch) / "whole.bin")
+        found = torch.load(Path(scratch) / "whole.bin", weights_only=True)[key]
+        return found
 
 
 def _is_whole(checkpoint: Path) -> bool:

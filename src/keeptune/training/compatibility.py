@@ -8,8 +8,6 @@ from accelerate.utils import DistributedType
 
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
-from keeptune.penalties.base import penalty_named
-from keeptune.penalties.kl import Kl
 
 # Optimisers that change weights inside the backward pass leave no gradient to add to.
 _STEP_IN_BACKWARD = ("lomo", "layerwise")
@@ -28,7 +26,6 @@ def refuse_trainer(trainer: Any, plan: Plan) -> None:
     where = f"penalties {', '.join(penalty.name for penalty in plan.penalties)}"
     kind = trainer.accelerator.distributed_type
     sharding = trainer.accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
-    outputs = [p.name for p in plan.penalties if isinstance(penalty_named(p.name, p.options), Kl)]
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     for refused, place, got, wanted, next_step in (
         (
@@ -51,13 +48,6 @@ def refuse_trainer(trainer: Any, plan: Plan) -> None:
             "FSDP 1, which flattens the factors of several modules into one tensor",
             "FSDP2",
             "Set `fsdp_version: 2` in the config of accelerate.",
-        ),
-        (
-            sharding is not None and bool(outputs),
-            f"penalty {''.join(outputs[:1])}",
-            "FSDP, where a second pass through the model would gather and free its weights amid the trainer's own",
-            "a single process or DDP",
-            "Take a penalty on the weight change: laplace with delta-kfac is the second order of this one.",
         ),
         (kind not in _KNOWN, where, f"the back-end {kind.value}", _BACK_ENDS, "Train with one of these."),
         (

@@ -1,20 +1,24 @@
 """Penalties on the model's answers: the passes they need, beside those of the trainer.
 
 Gradients are taken with respect to the trained parameters by ``torch.autograd.grad``, which fires none of the hooks
-that DDP averages gradients with. Under DDP each process runs its share of the texts, and the sums are added up here.
+that DDP averages gradients with. Each process runs its share of the texts, and the sums are added up here. Under FSDP2
+gradients are had from a backward pass alone, as means over processes; all run as many passes as the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from keeptune.adapter.install import starting_values
+from keeptune.adapter.install import sharded_like, starting_values, whole
+from keeptune.adapter.trained_head import full
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.plan import Plan
 from keeptune.penalties.kl import Kl, TextBatch, kl_divergence
@@ -56,21 +60,24 @@ class Outputs:
         """
         batch = self._penalty.batch(tensors)
         count = int(batch.learned.sum())
-        own = _share(batch)
         trained = [p for p in self._model.parameters() if p.requires_grad]
+        sharded = _is_sharded(trained)
+        own = _share(batch, keep_one=sharded)
         value = torch.zeros((), device=batch.input_ids.device)
         gradients: list[Tensor | None] = [None] * len(trained)
         with in_evaluation(self._model):
             if len(own.input_ids):
-                base = self._base(own)
+                base = self._base(own, sharded)
                 with torch.enable_grad():
                     loss = self._penalty.strength / max(count, 1) * kl_divergence(base, self._answers(own)).sum()
-                    gradients = list(torch.autograd.grad(loss * scale, trained, allow_unused=True))
+                    gradients = (_by_backward if sharded else _by_autograd)(loss * scale, trained)
                 value = loss.detach()
         own_gradients = {
-            p: torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale
+            p: torch.zeros_like(whole(p), dtype=torch.float32) if g is None else g.float() / scale
             for p, g in zip(trained, gradients, strict=True)
         }
+        if sharded:  # they are whole already
+            return _together(value, {})[0], own_gradients
         return _together(value, own_gradients)
 
     def _answers(self, batch: TextBatch) -> Tensor:
@@ -78,24 +85,51 @@ class Outputs:
         logits: Tensor = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return logits[:, :-1][batch.learned[:, 1:]].float().log_softmax(dim=-1)
 
-    def _base(self, batch: TextBatch) -> Tensor:
+    def _base(self, batch: TextBatch, sharded: bool) -> Tensor:
         if batch.number in self._kept:
             return self._kept[batch.number]
         with torch.no_grad(), at_start(self._model, self._plan):
             answers = self._answers(batch)
         size = answers.numel() * answers.element_size()
+        if sharded:  # all keep them, or none
+            largest = torch.tensor(size, device=answers.device)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            size = int(largest)
         if self._bytes + size <= self._penalty.kept_mib * _MIB:
             self._kept[batch.number] = answers
             self._bytes += size
         return answers
 
 
-def _share(batch: TextBatch) -> TextBatch:
-    """Returns this process's texts of a batch."""
+def _is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(isinstance(parameter.data, DTensor) for parameter in parameters)
+
+
+def _by_autograd(loss: Tensor, trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    return list(torch.autograd.grad(loss, trained, allow_unused=True))
+
+
+def _by_backward(loss: Tensor, trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Returns the gradients of the sum of all processes' losses, whole, and leaves ``.grad`` as it is."""
+    before = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    torch.autograd.backward(loss)
+    means = [parameter.grad for parameter in trained]
+    for parameter, gradient in zip(trained, before, strict=True):
+        parameter.grad = gradient
+    return [g if g is None else full(g) * dist.get_world_size() for g in means]
+
+
+def _share(batch: TextBatch, *, keep_one: bool) -> TextBatch:
+    """Returns this process's texts of a batch; where it has none, on demand one of which nothing counts."""
     if not dist.is_initialized():
         return batch
     rows = slice(dist.get_rank(), None, dist.get_world_size())
-    return TextBatch(batch.number, batch.input_ids[rows], batch.attention_mask[rows], batch.learned[rows])
+    learned = batch.learned
+    if keep_one and dist.get_rank() >= len(learned):
+        rows, learned = slice(1), torch.zeros_like(learned)
+    return TextBatch(batch.number, batch.input_ids[rows], batch.attention_mask[rows], learned[rows])
 
 
 def _together(value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:
@@ -111,11 +145,23 @@ def _together(value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:
 def at_start(model: PeftModel, plan: Plan) -> Iterator[None]:
     """Puts the plan's first factors in, and then those in training again."""
     starts = starting_values(model, plan)
-    now = {parameter: parameter.data for parameter in starts}
+    sharded = _is_sharded(starts)
+    now = {parameter: parameter.detach().clone() if sharded else parameter.data for parameter in starts}
     try:
-        for parameter, start in starts.items():
-            parameter.data = start.to(parameter.device, parameter.dtype)
+        _put(model, {p: start.to(p.device, p.dtype) for p, start in starts.items()}, sharded)
         yield
     finally:
-        for parameter, value in now.items():
+        _put(model, now, sharded)
+
+
+def _put(model: PeftModel, values: Mapping[nn.Parameter, Tensor], sharded: bool) -> None:
+    """Gives parameters other values; shards get them in place, and what FSDP2 gathered of the old ones is freed."""
+    for parameter, value in values.items():
+        if sharded:
+            with torch.no_grad():
+                parameter.copy_(value if isinstance(value, DTensor) else sharded_like(value, parameter))
+        else:
             parameter.data = value
+    for module in model.modules() if sharded else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()

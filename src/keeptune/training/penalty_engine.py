@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from keeptune.adapter.expert_layers import Held
-from keeptune.adapter.install import held_parameters, whole
+from keeptune.adapter.install import held_parameters, sharded_like, whole
 from keeptune.adapter.special_layers import within_rows
 from keeptune.core.errors import TrainError
 from keeptune.core.low_rank import LowRank
@@ -265,10 +264,7 @@ def _values(held: Mapping[TensorName, Held]) -> dict[TensorName, Tensor]:
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
     """Adds to ``.grad``; every process has the whole gradient, and keeps its shard."""
     gradient = gradient.to(parameter.dtype if parameter.grad is None else parameter.grad.dtype)
-    if isinstance(parameter.data, DTensor):
-        mesh = parameter.data.device_mesh
-        same = DTensor.from_local(gradient, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        gradient = same.redistribute(placements=parameter.data.placements)
+    gradient = sharded_like(gradient, parameter)
     if parameter.grad is None:
         parameter.grad = gradient.contiguous()
     else:

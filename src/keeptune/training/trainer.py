@@ -16,16 +16,19 @@ from keeptune.adapter.special_layers import biases_are_no_shards
 from keeptune.core.artefact import explain_full_disk
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
+from keeptune.core.processes import by_first
 from keeptune.data.examples import LanguageExamples, Mixed
 from keeptune.data.labelled import LabelledExamples, collator
 from keeptune.data.preferences import Preferences
 from keeptune.model.head import refuse_unknown_tokens, sequence_losses
 from keeptune.training.arguments import example_length
 from keeptune.training.attach import attach
-from keeptune.training.checkpoints import Checksums, last_complete_checkpoint
+from keeptune.training.checkpoints import Checksums, go_on, last_complete_checkpoint
+from keeptune.training.last_steps import fill_last_steps
 from keeptune.training.losses.base import TaskLoss
 from keeptune.training.packing import refuse_leaks
 from keeptune.training.preference_trainers import judged_trainer, refer
+from keeptune.training.sharding import shard_anywhere
 from keeptune.training.stm import stm
 
 _log = logging.getLogger(__name__)
@@ -64,12 +67,12 @@ def train(
         DataError: Of no example anything is learned within ``max_length``.
     """
     folder = Path(config.output_dir)
-    resume = last_complete_checkpoint(folder)
+    resume = by_first(lambda: last_complete_checkpoint(folder))
     if resume is not None:
         _log.info("training: going on from %s", resume)
     trainer = _trainer(model, plan, tokenizer, examples, config, loss, stm_threshold)
     with explain_full_disk(folder), biases_are_no_shards():
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        trainer.train() if resume is None else go_on(trainer, resume)
     return [_point(row) for row in trainer.state.log_history if "loss" in row]
 
 
@@ -93,6 +96,7 @@ def _trainer(
     kind, parts = _classifier_parts(tokenizer, examples, config) if isinstance(examples, LabelledExamples) else _SFT
     if judged:
         kind, parts = judged_trainer, {"examples": examples}
+    shard_anywhere(config)
     try:
         with explain_full_disk(Path(config.output_dir)):
             trainer = kind(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, **parts)
@@ -111,6 +115,7 @@ def _trainer(
             refuse_unknown_tokens(model, trainer.train_dataset[column], "task.train")
     if getattr(config, "packing", False):
         refuse_leaks(trainer)
+    fill_last_steps(trainer, by_token=kind is SFTTrainer)
     return trainer
 
 

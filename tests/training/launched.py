@@ -1,0 +1,170 @@
+"""What a launcher's processes train, each as the job does; test_launched.py starts them and compares with one process.
+
+WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=.. MASTER_PORT=..
+python -m tests.training.launched FOLDER "CASE;CASE from CHECKPOINT"
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from tests.training.support import MODEL, TOKENIZER, planned
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from keeptune.adapter.anchor import Anchor
+from keeptune.adapter.install import install, trained_state
+from keeptune.adapter.trained_head import full
+from keeptune.core.plan import Plan
+from keeptune.core.processes import by_first, gathered, is_first, joined, world
+from keeptune.data.completions import TaskExamples
+from keeptune.data.replay import with_replay
+from keeptune.methods.dora import Dora
+from keeptune.methods.farss import Farss
+from keeptune.methods.full import Full
+from keeptune.methods.keep import Keep
+from keeptune.methods.loki import Loki
+from keeptune.methods.lora import Lora
+from keeptune.methods.lora_fa import LoraFA
+from keeptune.methods.lora_null import LoraNull
+from keeptune.model.pretrained import load_model
+from keeptune.penalties.ewc import Ewc
+from keeptune.penalties.kl import Kl
+from keeptune.penalties.l2 import L2
+from keeptune.penalties.laplace import Laplace
+from keeptune.training.arguments import divide_step, sft_config
+from keeptune.training.trainer import train
+
+__all__ = ["BACKENDS", "CASES", "SHARD", "Case", "Found", "learned", "resumed"]
+
+SHARD = "the shard of the first process"
+STEPS, SAVED, STEP = 12, 6, 6  # of 20 examples: every fourth step has two of them
+Found = dict[str, Tensor]
+BACKENDS = {
+    "ddp": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how."""
+
+    method: Any
+    penalties: tuple[Any, ...] = ()
+    anchor: Anchor = "auto"
+    replay: float = 0.0
+
+    def plan(self, store: Path) -> Plan:
+        """The plan, which one process makes for all."""
+        layers = None if self.method.scope == "all" else (0, 1)
+        return planned(self.method, self.penalties, store=store, layers=layers)
+
+
+LORA = Lora(rank=2)
+CASES = {
+    "keep": Case(Keep(rank=2, drift=1e-4)),
+    "l2": Case(LORA, (L2(strength=300.0),)),
+    "laplace": Case(LORA, (Laplace(curvature="delta-kfac", strength=300.0),)),
+    "kl": Case(LORA, (Kl(strength=5.0, batch_size=2),)),
+    "ewc": Case(LORA, (Ewc(strength=1e3),)),
+    "replay": Case(LORA, replay=0.2),
+    "lora-null v1, twin": Case(LoraNull(rank=2), anchor="twin"),
+    "lora-null v2, residual": Case(LoraNull(rank=2, variant="v2"), anchor="residual"),
+    "loki": Case(Loki(q=20, rank=2)),
+    "farss": Case(Farss(r_avg=2, r_max=4)),
+    "dora": Case(Dora(rank=2)),
+    "lora-fa": Case(LoraFA(rank=2)),
+    "full": Case(Full()),
+}
+
+
+def _examples(share: float) -> Any:
+    prompts = tuple(f"Q: what is {n} plus {n}?\nA:" for n in range(20))
+    answers = tuple(f" {2 * n} because it is twice {n}"[: 3 + n] for n in range(20))
+    task = TaskExamples(prompts=prompts, completions=answers)
+    texts = TaskExamples(prompts=None, completions=tuple(f"Once there were {n} birds." for n in range(9)))
+    return with_replay(task, [texts], share, seed=0)
+
+
+def learned(case: Case, plan: Plan, folder: Path) -> Found:
+    """Trains as the job does, from a checkpoint that is there; what was trained, whole, and the loss of each step."""
+    arguments = {
+        "max_steps": STEPS, "per_device_train_batch_size": STEP, "logging_steps": 1, "seed": 3,
+        "learning_rate": 1e-4 if plan.scope == "all" else 1e-2,
+        "save_strategy": "steps" if plan.method == "keep" else "no", "save_steps": SAVED,
+    }  # fmt: skip
+    config = divide_step(sft_config(arguments, folder, dtype=torch.float32, device="cpu"), world())
+    model = install(load_model(MODEL), plan, anchor=case.anchor)
+    rows = train(model, plan, TOKENIZER, _examples(case.replay), config)
+    if isinstance(model, PeftModel):
+        state = trained_state(model, plan)
+        for t in plan.targets:
+            for factor in t.start.keys() - t.trainable:  # on every process
+                assert torch.equal(state[f"{t.target.name}.{factor}"], t.start[factor].float())
+    else:
+        state = {name: full(p.detach()) for name, p in model.named_parameters()}
+    if plan.method == "keep":
+        assert rows[0]["multiplier"] != rows[-1]["multiplier"]
+        assert len({str([row["multiplier"] for row in own]) for own in gathered(rows)}) == 1
+    shards = [p.data.to_local() for p in model.parameters() if p.requires_grad and isinstance(p.data, DTensor)]
+    own = {SHARD: shards[-1].clone()} if shards else {}
+    return state | {"loss": torch.tensor([row["loss"] for row in rows])} | own
+
+
+def resumed(plan: Plan, folder: Path, source: str) -> Found:
+    """Goes on from the checkpoint that another training left half way."""
+    here = folder / by_first(lambda: secrets.token_hex(4))
+    by_first(lambda: shutil.copytree(folder / source / f"checkpoint-{SAVED}", here / f"checkpoint-{SAVED}"))
+    return learned(CASES["keep"], plan, here)
+
+
+@contextmanager
+def asked(backend: str) -> Iterator[None]:
+    """Says by the environment what a launcher says."""
+    os.environ.update(BACKENDS[backend])
+    try:
+        yield
+    finally:
+        for name in BACKENDS[backend]:
+            del os.environ[name]
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Trains cases, and then goes on from checkpoints, under every back-end; the first process writes what it has."""
+    with joined():
+        for name in names:
+            case, _, source = name.partition(" from ")
+            for backend in BACKENDS:
+                plan = Plan.load(folder / case)
+                with asked(backend):
+                    if source:
+                        found = resumed(plan, folder, source)
+                    else:
+                        place = folder / (f"{backend} {world()}" if case == "keep" else "unused")
+                        found = learned(CASES[case], plan, place)
+                if is_first():
+                    save_file(found, folder / f"{name}, {backend} {world()}.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    gc.freeze()  # as in tests/conftest.py
+    main(Path(sys.argv[1]), sys.argv[2].split(";"))

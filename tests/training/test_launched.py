@@ -1,0 +1,109 @@
+"""Two and three processes that a launcher started train what one does, under DDP and FSDP2, also from checkpoints."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.training.launched import BACKENDS, CASES, SHARD, Found, learned, resumed
+
+from keeptune.core.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+OF_THREE = ("keep", "kl", "lora-null v2, residual")
+FROM = {"one": (2,), "ddp 2": (1, 2, 3), "fsdp2 2": (1, 2, 3)}  # who wrote a checkpoint, and who goes on from it
+PAIRS = [(name, size) for size in (2, 3) for name in (CASES if size == 2 else OF_THREE)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("launched")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Found]:
+    """What one process trains, by case."""
+    found = {}
+    for name, case in CASES.items():
+        plan = case.plan(folder / "store")
+        plan.save(folder / name)
+        found[name] = learned(case, plan, folder / ("one" if name == "keep" else "unused"))
+    return found
+
+
+def start(size: int, names: list[str], folder: Path) -> None:
+    """Starts processes and waits for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = [sys.executable, "-m", "tests.training.launched", str(folder), ";".join(names)]
+    env = dict(os.environ, WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+    running = [
+        subprocess.Popen(
+            words, cwd=ROOT, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=900)[1] for process in running]
+    assert {process.returncode for process in running} == {0}, "\n".join(text[-3000:] for text in errors)
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path, alone: Mapping[str, Found]) -> dict[str, Found]:
+    """What several processes train: ``"keep, ddp 2"``, ``"keep from one, ddp 2"`` and the like."""
+    for size, names in ((2, list(CASES)), (3, list(OF_THREE))):
+        start(size, [*names, *(f"keep from {source}" for source, sizes in FROM.items() if size in sizes)], folder)
+    return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+
+
+def check(found: Found, wanted: Found) -> None:
+    """Compares what was trained, and the losses of the steps that were taken."""
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=0, atol=2e-5 if name != "loss" else 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "size"), PAIRS)
+def test_processes_train_what_one_does(
+    name: str, size: int, backend: str, alone: Mapping[str, Found], together: Mapping[str, Found]
+) -> None:
+    """Losses of all steps, the ends of epochs among them, where examples are left for some processes only."""
+    found, wanted = dict(together[f"{name}, {backend} {size}"]), alone[name]
+    shard = found.pop(SHARD, None)
+    check(found, wanted)
+    assert (shard is None) == (backend == "ddp")
+    if shard is not None:  # a state of the first process's shards only would not pass
+        assert all(shard.shape != value.shape or not torch.equal(shard, value) for value in wanted.values())
+
+
+@pytest.mark.parametrize(("name", "other"), [("kl", "replay"), ("keep", "l2"), ("laplace", "ewc")])
+def test_what_is_compared_tells_penalties_apart(name: str, other: str, alone: Mapping[str, Found]) -> None:
+    with pytest.raises(AssertionError):
+        check(alone[name], alone[other])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("source", "size"), [(one, size) for one, sizes in FROM.items() for size in sizes if size > 1])
+def test_another_number_of_processes_goes_on_from_a_checkpoint(
+    source: str, size: int, backend: str, alone: Mapping[str, Found], together: Mapping[str, Found]
+) -> None:
+    found = dict(together[f"keep from {source}, {backend} {size}"])
+    found.pop(SHARD, None)
+    check(found, alone["keep"])
+
+
+@pytest.mark.parametrize("source", [one for one, sizes in FROM.items() if 1 in sizes])
+def test_one_process_goes_on_from_the_checkpoint_of_two(
+    source: str, folder: Path, alone: Mapping[str, Found], together: Mapping[str, Found]
+) -> None:
+    assert together
+    check(resumed(Plan.load(folder / "keep"), folder, source), alone["keep"])
