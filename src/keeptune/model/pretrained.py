@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 _EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceMap = Literal["auto"] | dict[str, int | str]
 StartFrom = Literal["quantised", "original"]  # which weights of a quantised base starts and scores are read from
 
 
@@ -54,6 +55,7 @@ class LoadOptions:
             language model.
         quantization: Fields of Transformers' quantisation config, checked (:func:`check_quantization`); None loads the
             weights as they are stored.
+        device_map: Which modules go to which device, ``"auto"`` to leave it to accelerate; None: all to ``device``.
     """
 
     dtype: Dtype = "auto"
@@ -63,6 +65,7 @@ class LoadOptions:
     allow_pickle: bool = False
     head: Head | None = None
     quantization: Mapping[str, Any] | None = None
+    device_map: DeviceMap | None = None
 
     @property
     def source(self) -> dict[str, Any]:
@@ -85,6 +88,10 @@ def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
         ModelError: There is no such model, its safetensors weights are missing, incomplete or damaged, or it
             brings code that was not allowed; or its quantisation cannot run here.
     """
+    if options.device_map is not None:
+        model = load_weights(name, options, device_map=options.device_map).eval()
+        _refuse_offloaded(name, model)
+        return model
     model = load_weights(name, options)
     # Quantised weights are where they were quantised; of eight bits Transformers moves none.
     loaded: PreTrainedModel = (model if is_quantised(model) else model.to(options.device)).eval()
@@ -124,6 +131,19 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
     refuse_misread(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _refuse_offloaded(name: str, model: PreTrainedModel) -> None:
+    """Refuses a model of which accelerate left a part where it cannot be trained."""
+    apart = getattr(model, "hf_device_map", {})
+    away = sorted(place for place, device in apart.items() if device in ("cpu", "disk"))
+    if away and len(away) < len(apart):
+        raise ModelError(
+            f"model {name}, device_map",
+            got=f"{away[0]} on the {apart[away[0]]}: the devices have no memory for it",
+            wanted="all of the model on devices",
+            next_step="Take more devices, `dtype: bfloat16` or `quantization`, or FSDP2 (`keeptune launch`).",
+        )
 
 
 @contextlib.contextmanager

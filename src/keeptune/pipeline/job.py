@@ -22,10 +22,8 @@ from keeptune.core.weights import refuse_quantised
 from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import with_template
 from keeptune.data.completions import joined_knowledge
-from keeptune.data.disjoint import Corpus
 from keeptune.data.example_counts import data_account
 from keeptune.data.examples import LanguageExamples, TokenRow
-from keeptune.data.labelled import Texts
 from keeptune.data.multiple_choice import choose_rows
 from keeptune.data.replay import with_replay
 from keeptune.data.self_written import SelfWritten
@@ -48,7 +46,7 @@ from keeptune.pipeline.machine import check_device, check_folder, device_named, 
 from keeptune.pipeline.originals import check_original, original_of, refuse_without_original
 from keeptune.pipeline.placement import load_base
 from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_layers, refuse_penalties
-from keeptune.pipeline.task_kinds import KINDS, TaskKind, read_knowledge, task_files
+from keeptune.pipeline.task_kinds import KINDS, TaskKind, read_knowledge, task_files, used_texts
 from keeptune.recipe.construct import make_loss, make_method, make_penalties
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.collect import source_name
@@ -57,9 +55,11 @@ from keeptune.statistics.self_generated import SelfGeneration, write_texts
 from keeptune.statistics.store import StatStore
 from keeptune.training.arguments import CONFIGS, divide_step, example_length, sft_config
 from keeptune.training.losses.base import TaskLoss
+from keeptune.training.sharding import refuse_launcher
 from keeptune.training.task_loss import refuse_loss
 
 _PROBE_LENGTH = 256
+_BESIDE = ("modules_to_save", "trainable_token_indices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +131,9 @@ class Job:
         return with_template(load_tokenizer(self.recipe.model, self._source()), self.recipe.task.chat_template)
 
     def base(self) -> PreTrainedModel:
-        """Returns a freshly loaded base, in evaluation mode."""
-        return load_model(self.recipe.model, self._source(self.head))
+        """Returns a freshly loaded base, in evaluation mode, on one device or several (``device_map``)."""
+        source = dataclasses.replace(self._source(self.head), device_map=self.recipe.device_map)
+        return load_model(self.recipe.model, source)
 
     def planning_base(self) -> PreTrainedModel:
         """Returns the base for statistics and plans: whole, or block by block (``memory``)."""
@@ -175,11 +176,9 @@ class Job:
     @cached_property
     def knowledge_rows(self) -> list[list[Row]]:
         """The knowledge rows that are used, of each set."""
-        sets = []
-        for where, part in self.recipe.knowledge_sets.items():
-            rows = read_jsonl(part.file, where=f"{where}.file", **part.origin)
-            sets.append(choose_rows(rows, part.examples, by=part.by, seed=part.seed, where=f"{where}.file"))
-        return sets
+        sets = [(f"{where}.file", part) for where, part in self.recipe.knowledge_sets.items()]
+        rows = [(where, part, read_jsonl(part.file, where=where, **part.origin)) for where, part in sets]
+        return [choose_rows(own, part.examples, by=part.by, seed=part.seed, where=at) for at, part, own in rows]
 
     @cached_property
     def filed_knowledge(self) -> list[LanguageExamples]:
@@ -311,11 +310,8 @@ class Job:
     def plan_options(self) -> PlanOptions:
         """Which targets are planned, and how."""
         recipe = self.recipe
-        options = PlanOptions(
-            recipe.targets, recipe.layers, recipe.memory, self.device, fingerprint=self.base_fingerprint
-        )
-        modules, tokens = recipe.modules_to_save, recipe.trainable_token_indices
-        options = dataclasses.replace(options, modules_to_save=modules, trainable_token_indices=tokens)
+        key, beside = self.base_fingerprint, {name: getattr(recipe, name) for name in _BESIDE}
+        options = PlanOptions(recipe.targets, recipe.layers, recipe.memory, self.device, fingerprint=key, **beside)
         if recipe.start_from != "original":
             return options
         assert self.original is not None
@@ -342,9 +338,7 @@ class Job:
             inputs["start_from"] = body_fingerprint(self.load_floats(self.original))
         if self.head is not None:
             inputs["head"] = self.head
-        for name in ("modules_to_save", "trainable_token_indices"):
-            if getattr(recipe, name) is not None:
-                inputs[name] = getattr(recipe, name)
+        inputs |= {name: value for name in _BESIDE if (value := getattr(recipe, name)) is not None}
         # Which examples come first depends on sets and order; all together do not.
         for request in self.method.statistics:
             if request.examples is not None and request.data in self.data:
@@ -354,8 +348,6 @@ class Job:
         if calibration is not None and "knowledge" in self._penalty_data:
             inputs["knowledge in order"] = content_key([calibration.sequences, calibration.sets])
         return inputs
-
-    # Checks
 
     def check(self) -> None:
         """Checks all there is to check before anything is computed or written.
@@ -370,15 +362,13 @@ class Job:
         check_folder("store", self.store.folder)
         check_device(self.device)
         self.check_needs()
+        refuse_launcher(recipe.task.kind, len(self.task), self.loss, self.device, recipe.device_map)
         config = load_config(recipe.model, self._source())
         self._refuse_quantised(config)
         check_original(recipe, config, self.float_source(recipe.original or recipe.model))
         quantised_loading(recipe.model, self._source())
         self.task.first_tokens(1, self.tokenizer, 1)  # what a chat template refuses is refused here
-        used = [Corpus("task.train", self.task_rows, self.task.read_texts)]
-        for part, rows in zip(self.filed_knowledge, self.knowledge_rows, strict=True):
-            texts = part.read_texts if self.head is None else Texts(tuple(part.read_texts)).whole
-            used.append(Corpus(f"{part.where}.file", rows, texts))
+        used = used_texts(self.task, self.task_rows, self.filed_knowledge, self.knowledge_rows)
         for benchmark in recipe.evaluate:
             self.kind.check_benchmark(self.task, benchmark)
             refuse_used(used, benchmark, self.tokenizer)

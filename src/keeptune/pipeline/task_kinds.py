@@ -16,9 +16,10 @@ from keeptune.core.errors import RecipeError
 from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import template_text
 from keeptune.data.completions import knowledge_set, task_examples
+from keeptune.data.disjoint import Corpus
 from keeptune.data.examples import Examples, LanguageExamples
 from keeptune.data.formats import FormatOptions, read_examples
-from keeptune.data.labelled import LabelledExamples, label_indices, labelled_examples
+from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_examples
 from keeptune.data.multiple_choice import lettered_rows
 from keeptune.data.preferences import preferences
 from keeptune.data.replay import mixture
@@ -177,3 +178,14 @@ _CLASSIFICATION = replace(
 _PREFERENCE = replace(_COMPLETION, name="preference", read=partial(_read_judged, paired=True))
 _UNPAIRED = replace(_COMPLETION, name="unpaired_preference", read=partial(_read_judged, paired=False))
 KINDS = {kind.name: kind for kind in (_COMPLETION, _PREFERENCE, _UNPAIRED, _CLASSIFICATION, _REGRESSION)}
+
+
+def used_texts(
+    task: Any, rows: Sequence[Row], sets: Sequence[LanguageExamples], set_rows: Sequence[Sequence[Row]]
+) -> list[Corpus]:
+    """Returns what is trained on and kept, which no benchmark may hold: the task, and the knowledge sets of files."""
+    used = [Corpus("task.train", rows, task.read_texts)]
+    for part, own in zip(sets, set_rows, strict=True):
+        texts = Texts(tuple(part.read_texts)).whole if isinstance(task, LabelledExamples) else part.read_texts
+        used.append(Corpus(f"{part.where}.file", own, texts))
+    return used

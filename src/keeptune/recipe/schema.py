@@ -18,7 +18,7 @@ from keeptune.core.errors import RecipeError
 from keeptune.data import hub
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.standard.entry import NamedBenchmark
-from keeptune.model.pretrained import Dtype, StartFrom
+from keeptune.model.pretrained import DeviceMap, Dtype, StartFrom
 from keeptune.model.quantization import check_quantization
 from keeptune.recipe.construct import make_loss, make_method, make_penalties
 from keeptune.recipe.paths import Fetch, resolve_paths
@@ -91,6 +91,7 @@ class Recipe(Section):
     original: str | None = None
     start_from: StartFrom = "quantised"
     device: str = "auto"
+    device_map: DeviceMap | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False

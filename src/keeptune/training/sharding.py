@@ -12,7 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from keeptune.core.errors import RecipeError
-from keeptune.core.processes import launched
+from keeptune.core.processes import world
+from keeptune.training.losses.base import TaskLoss
 
 _BOTH = "DDP, FSDP2, or DeepSpeed's ZeRO-1 and ZeRO-2"
 _FSDP2 = "Set `fsdp_version: 2` and no DeepSpeed in the configuration of accelerate."
@@ -29,20 +30,24 @@ def shard_anywhere(config: Any) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def refuse_launcher(examples: int, device: str, *, reads_start: str | None, quantised: bool) -> None:
+def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device: str, device_map: Any) -> None:
     """Refuses what a launcher asks for and cannot be trained exactly, before anything is loaded.
 
     Args:
-        examples: How many the task has.
+        task: Its kind.
+        examples: How many it has.
+        loss: What is learned of each token; None for nll.
         device: Where it is trained.
-        reads_start: What of the task runs the model as it started beside the one in training, if anything.
-        quantised: Whether the base stays quantised.
+        device_map: The recipe's, which divides the layers among devices itself; else None.
 
     Raises:
         RecipeError: It is refused, with the reason and what to do.
     """
-    if launched() == 1:
+    if world() == 1:
         return
+    reads_start = f"task.loss {loss.name}" if loss is not None and loss.reads != "log_probs" else None
+    if task.endswith("preference"):
+        reads_start = f"task.kind {task}"
     fsdp, stage = _asks("FSDP"), _stage() if _asks("DEEPSPEED") else None
     for refused, got, wanted, next_step in (
         (
@@ -76,14 +81,14 @@ def refuse_launcher(examples: int, device: str, *, reads_start: str | None, quan
             "Launch it without FSDP and DeepSpeed (`multi_gpu`), or take another loss.",
         ),
         (
-            fsdp and quantised,
-            "a quantised base under FSDP2, of which accelerate shards no packed weights",
-            "DDP, where each process holds the base",
-            "Launch it without FSDP (`multi_gpu`), or leave `quantization` out.",
+            device_map is not None,
+            "several processes, and `device_map`, by which one process divides the layers among all devices",
+            "one of the two",
+            "Leave `device_map` out, or start one process.",
         ),
         (
-            launched() > examples,
-            f"{launched()} processes for {examples} examples of the task",
+            world() > examples,
+            f"{world()} processes for {examples} examples of the task",
             "at least one example for each process",
             f"Start at most {examples} processes.",
         ),
