@@ -135,14 +135,13 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
 
 def _refuse_offloaded(name: str, model: PreTrainedModel) -> None:
     """Refuses a model of which accelerate left a part where it cannot be trained."""
-    apart = getattr(model, "hf_device_map", {})
-    away = sorted(place for place, device in apart.items() if device in ("cpu", "disk"))
-    if away and len(away) < len(apart):
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1 and places & {"cpu", "disk"}:
         raise ModelError(
             f"model {name}, device_map",
-            got=f"{away[0]} on the {apart[away[0]]}: the devices have no memory for it",
+            got=f"parts on {', '.join(sorted(places))}: the devices have no memory for all of it",
             wanted="all of the model on devices",
-            next_step="Take more devices, `dtype: bfloat16` or `quantization`, or FSDP2 (`keeptune launch`).",
+            next_step="Take more devices, `quantization`, or FSDP2 (`keeptune launch`).",
         )
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from keeptune.core.artefact import file_checksum, read_json, write_json
-from keeptune.core.errors import ArtefactError
+from keeptune.core.errors import ArtefactError, TrainError
 
 _log = logging.getLogger(__name__)
 _CHECKSUMS = "checksums.json"
@@ -59,30 +59,48 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 
 def go_on(trainer: Any, checkpoint: Path) -> None:
-    """Trains from a checkpoint, whole or in shards; the trainer's own weights may be either."""
+    """Trains from a checkpoint, whole or in shards; the trainer's own weights may be either.
+
+    Raises:
+        TrainError: It is DeepSpeed's, or is to be, and only the same processes can go on from it.
+    """
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    kind = None if plugin is None else plugin.state_dict_type.name
+    form = None if plugin is None else plugin.state_dict_type.name
     written = next((one for one, files in _FILES.items() if (checkpoint / files[0]).exists()), None)
-    if written != kind:
-        _log.info("training: the checkpoint is %s: it is read for this training", written or "whole")
+    _refuse_other_engine(trainer, checkpoint)
+    if written != form:
+        _log.info("training: %s is read for weights that are divided otherwise", checkpoint)
         _load_weights(trainer, checkpoint, written)
         trainer._load_from_checkpoint = lambda *_: None
         trainer._load_optimizer_and_scheduler = lambda _: _load_optimizer(trainer, checkpoint, written)
     trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
+def _refuse_other_engine(trainer: Any, checkpoint: Path) -> None:
+    """Refuses what Trainer would go on from without the optimiser's states, and without a word."""
+    deepspeed, processes = any(checkpoint.glob("global_step*")), len([*checkpoint.glob("rng_state*.pth")])
+    if deepspeed != trainer.is_deepspeed_enabled or (deepspeed and processes != trainer.args.world_size):
+        raise TrainError(
+            f"checkpoint {checkpoint}",
+            got=f"one of {processes} processes with{'' if deepspeed else 'out'} DeepSpeed",
+            wanted="the same: its optimiser's states fit no other",
+            next_step="Launch the run as before, or remove the folder of checkpoints to train from the start.",
+        )
+
+
 def _load_weights(trainer: Any, checkpoint: Path, written: str | None) -> None:
     """Loads what was trained into a model that is not divided yet."""
+    model = trainer.model
     if written is None:
         sharded, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.is_fsdp_enabled = sharded
         return
     weights = _read(checkpoint / _FILES[written][0], "model")
-    if written == "SHARDED_STATE_DICT" and isinstance(trainer.model, PeftModel):
-        set_peft_model_state_dict(trainer.model, weights)
+    if written == "SHARDED_STATE_DICT" and isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, weights)
     else:
-        trainer.model.load_state_dict(weights, strict=False)
+        model.load_state_dict(weights, strict=False)
 
 
 def _load_optimizer(trainer: Any, checkpoint: Path, written: str | None) -> None:
@@ -91,26 +109,21 @@ def _load_optimizer(trainer: Any, checkpoint: Path, written: str | None) -> None
         names = {parameter: name for name, parameter in trainer.model.named_parameters()}
         order = [names[parameter] for group in trainer.optimizer.param_groups for parameter in group["params"]]
         kept = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-        kept = {
-            "state": {order[number]: state for number, state in kept["state"].items()},
-            "param_groups": [{**g, "params": [order[number] for number in g["params"]]} for g in kept["param_groups"]],
-        }
+        groups = [{**group, "params": [order[n] for n in group["params"]]} for group in kept["param_groups"]]
+        kept = {"state": {order[n]: state for n, state in kept["state"].items()}, "param_groups": groups}
     else:
         kept = _read(checkpoint / _FILES[written][1], "optimizer")
-    whole = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(trainer.model, trainer.optimizer, kept, options=whole)
+    set_optimizer_state_dict(trainer.model, trainer.optimizer, kept, options=StateDictOptions(full_state_dict=True))
     trainer.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
 
 
-def _read(path: Path, key: str) -> dict[str, Any]:
+def _read(path: Path, key: str) -> Any:
     """Reads a file of FSDP2's, or joins a folder of its shards."""
     if path.is_file():
-        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return found
+        return torch.load(path, map_location="cpu", weights_only=True)
     with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
         dcp_to_torch_save(path, Path(scratch) / "whole.bin")
-        found = torch.load(Path(scratch) / "whole.bin", weights_only=True)[key]
-        return found
+        return torch.load(Path(scratch) / "whole.bin", weights_only=True)[key]
 
 
 def _is_whole(checkpoint: Path) -> bool:

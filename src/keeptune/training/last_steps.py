@@ -29,14 +29,8 @@ def fill_last_steps(trainer: Any, *, by_token: bool) -> None:
     if args.world_size == 1 or len(rows) % at_once == 0:
         return
     if not by_token or args.dataloader_drop_last or args.train_sampling_strategy != "random":
-        _log.warning(
-            "training: %d examples are no multiple of %d: at the end of an epoch %s",
-            len(rows),
-            at_once,
-            "more are left out than by one process"
-            if args.dataloader_drop_last
-            else "the first ones are learned once more, unlike with one process",
-        )
+        known = "the last step of an epoch has other examples than with one process"
+        _log.warning("training: %d examples are no multiple of %d: %s", len(rows), at_once, known)
         return
     first = rows[0]
     blank = Dataset.from_list([first | {"labels": [_NOTHING] * len(first["labels"])}], features=rows.features)

@@ -15,8 +15,8 @@ from keeptune.core.errors import RecipeError
 from keeptune.core.processes import world
 from keeptune.training.losses.base import TaskLoss
 
-_BOTH = "DDP, FSDP2, or DeepSpeed's ZeRO-1 and ZeRO-2"
-_FSDP2 = "Set `fsdp_version: 2` and no DeepSpeed in the configuration of accelerate."
+_FSDP2 = "Launch it by `keeptune launch --sharding fsdp2` (in accelerate's configuration: `fsdp_version: 2`)."
+_DDP = "Launch it by `keeptune launch --sharding multi_gpu`, or take another loss."
 
 
 def shards(config: Any) -> bool:
@@ -45,55 +45,23 @@ def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device: str
     """
     if world() == 1:
         return
-    reads_start = f"task.loss {loss.name}" if loss is not None and loss.reads != "log_probs" else None
-    if task.endswith("preference"):
-        reads_start = f"task.kind {task}"
-    fsdp, stage = _asks("FSDP"), _stage() if _asks("DEEPSPEED") else None
-    for refused, got, wanted, next_step in (
-        (
-            fsdp and os.environ.get("FSDP_VERSION", "1") != "2",
-            "FSDP 1, which flattens the factors of several modules into one tensor",
-            "FSDP2",
-            "Set `fsdp_version: 2` in the configuration of accelerate.",
-        ),
-        (
-            stage not in (None, 1, 2),
-            f"DeepSpeed's ZeRO-{stage}, where no process holds the factors that penalties and exports are of",
-            _BOTH,
-            _FSDP2,
-        ),
-        (
-            stage is not None and device == "cpu",
-            "DeepSpeed on a CPU, where accelerate leaves it out without a word",
-            "DDP or FSDP2",
-            _FSDP2,
-        ),
-        (
-            stage is not None and not find_spec("deepspeed"),
-            "DeepSpeed, which is not installed",
-            _BOTH,
-            "Run `pip install deepspeed`, or use FSDP2.",
-        ),
-        (
-            (fsdp or stage is not None) and reads_start is not None,
-            f"{reads_start}, which runs the model as it started, with weights in shards or DeepSpeed's engine",
-            "DDP or a single process",
-            "Launch it without FSDP and DeepSpeed (`multi_gpu`), or take another loss.",
-        ),
-        (
-            device_map is not None,
-            "several processes, and `device_map`, by which one process divides the layers among all devices",
-            "one of the two",
-            "Leave `device_map` out, or start one process.",
-        ),
-        (
-            world() > examples,
-            f"{world()} processes for {examples} examples of the task",
-            "at least one example for each process",
-            f"Start at most {examples} processes.",
-        ),
+    fsdp, zero = _asks("FSDP"), _stage() if _asks("DEEPSPEED") else None
+    engine = "FSDP2" if fsdp else f"DeepSpeed's ZeRO-{zero}"
+    judged = task.endswith("preference")
+    both = judged or (loss is not None and loss.reads != "log_probs")
+    old = fsdp and os.environ.get("FSDP_VERSION", "1") != "2"
+    what = f"task.kind {task}" if judged else f"task.loss {loss and loss.name}"
+    for refused, got, next_step in (
+        (old, "FSDP 1, which flattens the factors of several modules into one tensor", _FSDP2),
+        (zero not in (None, 1, 2), f"{engine}, where no process holds the factors that penalties are of", _FSDP2),
+        (zero and device == "cpu", "DeepSpeed on a CPU, where accelerate leaves it out without a word", _FSDP2),
+        (zero and not find_spec("deepspeed"), "DeepSpeed, which is not installed", "Run `pip install deepspeed`."),
+        ((fsdp or zero) and both, f"{what} under {engine}: it runs the model as it started too", _DDP),
+        (device_map is not None, f"`device_map` with {world()} processes", "Leave it out, or start one process."),
+        (world() > examples, f"{world()} processes for {examples} examples", f"Start at most {examples}."),
     ):
         if refused:
+            wanted = "what takes the steps of one process: DDP, FSDP2, ZeRO-1 or ZeRO-2 on whole examples"
             raise RecipeError("launcher", got=got, wanted=wanted, next_step=next_step)
 
 

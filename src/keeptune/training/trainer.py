@@ -97,6 +97,7 @@ def _trainer(
     if judged:
         kind, parts = judged_trainer, {"examples": examples}
     shard_anywhere(config)
+    config._n_gpu = min(config.n_gpu, 1)  # else Trainer copies the model to all GPUs that it sees (nn.DataParallel)
     try:
         with explain_full_disk(Path(config.output_dir)):
             trainer = kind(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, **parts)

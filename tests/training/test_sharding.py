@@ -1,0 +1,108 @@
+"""What a launcher asks for and is refused, one process on several devices, and checkpoints of another engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tests.training.support import EXAMPLES, MODEL, TOKENIZER, planned, tuned
+
+from keeptune.core.errors import KeeptuneError, ModelError, RecipeError, TrainError
+from keeptune.methods.lora import Lora
+from keeptune.model import pretrained
+from keeptune.model.pretrained import LoadOptions, load_model
+from keeptune.training import sharding
+from keeptune.training.arguments import sft_config
+from keeptune.training.checkpoints import go_on
+from keeptune.training.losses.asft import Asft
+from keeptune.training.losses.dft import Dft
+from keeptune.training.sharding import refuse_launcher
+from keeptune.training.trainer import train
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+TASK: dict[str, Any] = {"task": "completion", "examples": 8, "loss": None, "device": "cuda", "device_map": None}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Two processes, by what they say of themselves."""
+    monkeypatch.setattr(sharding, "world", lambda: 2)
+    monkeypatch.setattr(sharding, "find_spec", lambda name: name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("said", "changes", "told"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "got FSDP 1, .*fsdp_version: 2"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {}, "got DeepSpeed's ZeRO-3, where no process holds"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, {"device": "cpu"}, "got DeepSpeed on a CPU"),
+        (FSDP, {"loss": Asft()}, "got task.loss asft under FSDP2: .*multi_gpu"),
+        (FSDP, {"task": "unpaired_preference"}, "got task.kind unpaired_preference under FSDP2"),
+        ({}, {"device_map": "auto"}, "got `device_map` with 2 processes.*start one process"),
+        ({}, {"examples": 1}, "got 2 processes for 1 examples.*Start at most 1"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused_with_the_way_out(
+    said: dict[str, str], changes: dict[str, Any], told: str, launched: pytest.MonkeyPatch
+) -> None:
+    for name, value in said.items():
+        launched.setenv(name, value)
+    with pytest.raises(RecipeError, match=f"launcher: {told}"):
+        refuse_launcher(**(TASK | changes))
+    launched.setattr(sharding, "world", lambda: 1)
+    refuse_launcher(**(TASK | changes))
+
+
+def test_a_file_of_deepspeeds_says_the_stage(launched: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "zero3.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    launched.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    launched.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    with pytest.raises(RecipeError, match="ZeRO-3"):
+        refuse_launcher(**TASK)
+
+
+@pytest.mark.parametrize(
+    ("said", "changes"),
+    [({}, {"loss": Asft()}), ({}, {"task": "preference"}), (FSDP, {"loss": Dft()}), (FSDP, {}), (DEEPSPEED, {})],
+)
+def test_others_are_taken(said: dict[str, str], changes: dict[str, Any], launched: pytest.MonkeyPatch) -> None:
+    for name, value in said.items():
+        launched.setenv(name, value)
+    refuse_launcher(**(TASK | changes))
+
+
+def test_one_process_trains_on_one_device_unless_it_is_told_of_several(tmp_path: Path) -> None:
+    plan = planned(Lora(rank=2))
+    config = sft_config({"max_steps": 1, "save_strategy": "no"}, tmp_path, dtype=torch.float32, device="cpu")
+    config._n_gpu = 2
+    train(tuned(plan), plan, TOKENIZER, EXAMPLES, config)
+    assert config.n_gpu == 1
+
+
+def test_a_device_map_places_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = load_model(MODEL, LoadOptions(device_map={"": "cpu"}))
+    assert all(torch.equal(a, b) for a, b in zip(placed.parameters(), load_model(MODEL).parameters(), strict=True))
+    asked: list[Any] = []
+    own = SimpleNamespace(hf_device_map={"model.layers.0": 0, "model.layers.1": "disk"})
+    own.eval = lambda: own
+    monkeypatch.setattr(pretrained, "load_weights", lambda *_, **places: asked.append(places) or own)
+    with pytest.raises(ModelError, match="device_map: got parts on 0, disk: .*quantization"):
+        load_model(MODEL, LoadOptions(device_map="auto"))
+    assert asked == [{"device_map": "auto"}]
+
+
+@pytest.mark.parametrize(("engine", "file"), [(True, "optimizer.pt"), (False, "global_step2")])
+def test_a_checkpoint_of_another_engine_is_refused(engine: bool, file: str, tmp_path: Path) -> None:
+    """Trainer would begin with an optimiser of its own, without a word."""
+    (tmp_path / file).mkdir()
+    (tmp_path / "rng_state_0.pth").touch()
+    trainer = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=engine, args=SimpleNamespace(world_size=1))
+    with pytest.raises(TrainError, match="Launch the run as before") as caught:
+        go_on(trainer, tmp_path)
+    assert isinstance(caught.value, KeeptuneError)
