@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from keeptune.core.artefact import read_json, write_json
 from keeptune.core.errors import DataError
 from keeptune.core.eval_mode import in_evaluation
+from keeptune.core.processes import by_first, is_first
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import positions
 from keeptune.model.runner import arguments_of
@@ -45,19 +46,23 @@ def stm(model: Any, dataset: Dataset, threshold: float = 2.5, *, kept: Path | No
         DataError: No token is left, or a text is longer than the model's positions.
     """
     learned = [[i for i, label in enumerate(labels) if label != -100] for labels in dataset["labels"]]
-    if kept is not None and kept.is_file():
-        places = read_json(kept)["places"]
-    else:
+
+    def chosen() -> list[list[int]]:
+        if kept is not None and kept.is_file():
+            found: list[list[int]] = read_json(kept)["places"]
+            return found
         nats, most = _nats(model, dataset["input_ids"]), math.log(threshold)
         rows = zip(dataset["input_ids"], learned, strict=True)
-        places = [[i for i in own if nats[tuple(ids)][i] > most] for ids, own in rows]
+        return [[i for i in own if nats[tuple(ids)][i] > most] for ids, own in rows]
+
+    places = by_first(chosen)
     masked, before = (sum(map(len, those)) for those in (places, learned))
     _log.info("stm: %d of %d tokens have a perplexity above %g and are not learned", masked, before, threshold)
     if masked == before:
         raise _error(
             f"{threshold:g}, below the perplexity of all {before} tokens", "one above some of them", "Raise it."
         )
-    if kept is not None:
+    if kept is not None and is_first():
         write_json(kept, {"threshold": threshold, "tokens": before, "masked": masked, "places": places})
     hidden = [frozenset(own) for own in places]
     both = zip(dataset["labels"], hidden, strict=True)
