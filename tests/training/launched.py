@@ -7,17 +7,16 @@ python -m tests.training.launched FOLDER "CASE;CASE from CHECKPOINT"
 from __future__ import annotations
 
 import gc
-import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from peft import PeftModel
 from safetensors.torch import save_file
 from tests.training.support import MODEL, TOKENIZER, planned
@@ -71,11 +70,12 @@ class Case:
     penalties: tuple[Any, ...] = ()
     anchor: Anchor = "auto"
     replay: float = 0.0
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     def plan(self, store: Path) -> Plan:
         """The plan, which one process makes for all."""
         layers = None if self.method.scope == "all" else (0, 1)
-        return planned(self.method, self.penalties, store=store, layers=layers)
+        return planned(self.method, self.penalties, store=store, layers=layers, **self.beside)
 
 
 LORA = Lora(rank=2)
@@ -136,17 +136,6 @@ def resumed(plan: Plan, folder: Path, source: str) -> Found:
     return learned(CASES["keep"], plan, here)
 
 
-@contextmanager
-def asked(backend: str) -> Iterator[None]:
-    """Says by the environment what a launcher says."""
-    os.environ.update(BACKENDS[backend])
-    try:
-        yield
-    finally:
-        for name in BACKENDS[backend]:
-            del os.environ[name]
-
-
 def main(folder: Path, names: list[str]) -> None:
     """Trains cases, and then goes on from checkpoints, under every back-end; the first process writes what it has."""
     with joined():
@@ -154,7 +143,7 @@ def main(folder: Path, names: list[str]) -> None:
             case, _, source = name.partition(" from ")
             for backend in BACKENDS:
                 plan = Plan.load(folder / case)
-                with asked(backend):
+                with patch_environment(**BACKENDS[backend]):
                     if source:
                         found = resumed(plan, folder, source)
                     else:

@@ -37,10 +37,12 @@ def task() -> Calibration:
     return Calibration.of_answers(data.sequences, data.pad_id, tuple(len(ids) // 2 for ids in data.sequences))
 
 
-def planned(method: Any, penalties: Sequence[Any] = (), *, store: Path = Path("unused"), layers: Any = (0, 1)) -> Plan:
+def planned(
+    method: Any, penalties: Sequence[Any] = (), *, store: Path = Path("unused"), layers: Any = (0, 1), **extra: Any
+) -> Plan:
     """A plan for the first two of five blocks unless told; penalties that need statistics need a store of their own."""
     data: Any = {"knowledge": knowledge(), "task": task()} if store != Path("unused") else {}
-    options = PlanOptions(layers=layers)
+    options = PlanOptions(layers=layers, **extra)
     return plan_for(load_model(MODEL), method, StatStore(store), data=data, penalties=penalties, options=options)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import patch_environment
 from peft.utils.integrations import get_bnb_param_type
 from safetensors import SafetensorError
 from torch import Tensor
@@ -34,7 +33,8 @@ from keeptune.model.head import Head
 from keeptune.model.quantization import loading, with_precise
 
 _log = logging.getLogger(__name__)
-_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+# FSDP's CPU-RAM-efficient loading, with which Transformers would draw no head on some processes; all read all weights.
+_BY_ALL = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | dict[str, int | str]
@@ -105,7 +105,7 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
     kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     place, file = place_of(name)
     try:
-        with torch.random.fork_rng(), _read_by_all():
+        with torch.random.fork_rng(), patch_environment(**_BY_ALL):
             torch.manual_seed(0 if head is None else head.seed)
             model, info = kind.from_pretrained(
                 place,
@@ -143,20 +143,6 @@ def _refuse_offloaded(name: str, model: PreTrainedModel) -> None:
             wanted="all of the model on devices",
             next_step="Take more devices, `quantization`, or FSDP2 (`keeptune launch`).",
         )
-
-
-@contextlib.contextmanager
-def _read_by_all() -> Iterator[None]:
-    """Hides FSDP's CPU-RAM-efficient loading from Transformers, which would draw no head on some processes.
-
-    Weights are read by every process either way; the trainer's back-end sees it, and sends those of the first to all.
-    """
-    asked = os.environ.pop(_EFFICIENT, None)
-    try:
-        yield
-    finally:
-        if asked is not None:
-            os.environ[_EFFICIENT] = asked
 
 
 def quantised_loading(name: str, options: LoadOptions) -> dict[str, Any]:

@@ -76,8 +76,6 @@ class Outputs:
             p: torch.zeros_like(whole(p), dtype=torch.float32) if g is None else g.float() / scale
             for p, g in zip(trained, gradients, strict=True)
         }
-        if sharded:  # they are whole already
-            return _together(value, {})[0], own_gradients
         return _together(value, own_gradients)
 
     def _answers(self, batch: TextBatch) -> Tensor:
@@ -110,7 +108,7 @@ def _by_autograd(loss: Tensor, trained: Sequence[nn.Parameter]) -> list[Tensor |
 
 
 def _by_backward(loss: Tensor, trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Returns the gradients of the sum of all processes' losses, whole, and leaves ``.grad`` as it is."""
+    """Returns the mean gradients of all processes' losses, whole, and leaves ``.grad`` as it is."""
     before = [parameter.grad for parameter in trained]
     for parameter in trained:
         parameter.grad = None
@@ -118,7 +116,7 @@ def _by_backward(loss: Tensor, trained: Sequence[nn.Parameter]) -> list[Tensor |
     means = [parameter.grad for parameter in trained]
     for parameter, gradient in zip(trained, before, strict=True):
         parameter.grad = gradient
-    return [g if g is None else full(g) * dist.get_world_size() for g in means]
+    return [g if g is None else full(g) for g in means]
 
 
 def _share(batch: TextBatch, *, keep_one: bool) -> TextBatch:
@@ -133,7 +131,7 @@ def _share(batch: TextBatch, *, keep_one: bool) -> TextBatch:
 
 
 def _together(value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:
-    """Adds up the shares of all processes."""
+    """Adds up the shares of all processes; means that all have are as many equal shares."""
     flat = torch.cat([value.float().reshape(1), *(gradient.reshape(-1) for gradient in gradients.values())])
     if dist.is_initialized():
         dist.all_reduce(flat)

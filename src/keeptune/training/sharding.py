@@ -19,14 +19,9 @@ _FSDP2 = "Launch it by `keeptune launch --sharding fsdp2` (in accelerate's confi
 _DDP = "Launch it by `keeptune launch --sharding multi_gpu`, or take another loss."
 
 
-def shards(config: Any) -> bool:
-    """Returns whether a training divides the model's weights among the processes, by the launcher or the config."""
-    return _asks("FSDP") or bool(config.fsdp)
-
-
 def shard_anywhere(config: Any) -> None:
     """Has accelerate shard on the CPU too: it does so on accelerators only, of which FSDP2 itself needs none."""
-    if shards(config) and PartialState().distributed_type == DistributedType.MULTI_CPU:
+    if (_asks("FSDP") or config.fsdp) and PartialState().distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
