@@ -362,7 +362,7 @@ class Job:
         check_folder("store", self.store.folder)
         check_device(self.device)
         self.check_needs()
-        refuse_launcher(recipe.task.kind, len(self.task), self.loss, self.device, recipe.device_map)
+        refuse_launcher(recipe.task.kind, len(self.task), self.loss, recipe.device_map)
         config = load_config(recipe.model, self._source())
         self._refuse_quantised(config)
         check_original(recipe, config, self.float_source(recipe.original or recipe.model))

@@ -21,7 +21,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from keeptune.core.artefact import file_checksum, read_json, write_json
-from keeptune.core.errors import ArtefactError, TrainError
+from keeptune.core.errors import ArtefactError
 
 _log = logging.getLogger(__name__)
 _CHECKSUMS = "checksums.json"
@@ -59,33 +59,16 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 
 def go_on(trainer: Any, checkpoint: Path) -> None:
-    """Trains from a checkpoint, whole or in shards; the trainer's own weights may be either.
-
-    Raises:
-        TrainError: It is DeepSpeed's, or is to be, and only the same processes can go on from it.
-    """
+    """Trains from a checkpoint, whole or in shards; the trainer's own weights may be either."""
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     form = None if plugin is None else plugin.state_dict_type.name
     written = next((one for one, files in _FILES.items() if (checkpoint / files[0]).exists()), None)
-    _refuse_other_engine(trainer, checkpoint)
     if written != form:
         _log.info("training: %s is read for weights that are divided otherwise", checkpoint)
         _load_weights(trainer, checkpoint, written)
         trainer._load_from_checkpoint = lambda *_: None
         trainer._load_optimizer_and_scheduler = lambda _: _load_optimizer(trainer, checkpoint, written)
     trainer.train(resume_from_checkpoint=str(checkpoint))
-
-
-def _refuse_other_engine(trainer: Any, checkpoint: Path) -> None:
-    """Refuses what Trainer would go on from without the optimiser's states, and without a word."""
-    deepspeed, processes = any(checkpoint.glob("global_step*")), len([*checkpoint.glob("rng_state*.pth")])
-    if deepspeed != trainer.is_deepspeed_enabled or (deepspeed and processes != trainer.args.world_size):
-        raise TrainError(
-            f"checkpoint {checkpoint}",
-            got=f"one of {processes} processes with{'' if deepspeed else 'out'} DeepSpeed",
-            wanted="the same: its optimiser's states fit no other",
-            next_step="Launch the run as before, or remove the folder of checkpoints to train from the start.",
-        )
 
 
 def _load_weights(trainer: Any, checkpoint: Path, written: str | None) -> None:

@@ -11,14 +11,13 @@ from keeptune.core.plan import Plan
 
 # Optimisers that change weights inside the backward pass leave no gradient to add to.
 _STEP_IN_BACKWARD = ("lomo", "layerwise")
-_BACK_ENDS = "a single process, DDP, FSDP2 or ZeRO-1/2"
+_BACK_ENDS = "a single process, DDP or FSDP2"
 _KNOWN = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_XPU,
     DistributedType.FSDP,
-    DistributedType.DEEPSPEED,
 }
 
 
@@ -27,7 +26,6 @@ def refuse_trainer(trainer: Any, plan: Plan) -> None:
     where = f"penalties {', '.join(penalty.name for penalty in plan.penalties)}"
     kind = trainer.accelerator.distributed_type
     sharding = trainer.accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
-    stage = trainer.accelerator.deepspeed_plugin.zero_stage if kind == DistributedType.DEEPSPEED else None
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     for refused, place, got, wanted, next_step in (
         (
@@ -38,9 +36,9 @@ def refuse_trainer(trainer: Any, plan: Plan) -> None:
             "Leave `penalties` out, or take another method.",
         ),
         (
-            stage not in (None, 1, 2),
+            kind == DistributedType.DEEPSPEED,
             where,
-            f"ZeRO-{stage}, where a process does not hold the factors that a penalty is of",
+            "DeepSpeed, whose engine steps inside the backward pass and keeps the gradients to itself",
             _BACK_ENDS,
             "Use FSDP2 (`fsdp_version: 2`) where the model does not fit one device.",
         ),

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
@@ -63,23 +62,6 @@ class Penalties:
 
         ``scale`` is that of gradients at this moment: ``scaler.get_scale()`` under a ``GradScaler``.
         """
-        total, summed = self._gradients(scale)
-        for parameter, gradient in summed.items():
-            _add(parameter, gradient if scale == 1 else gradient * scale)
-        return total
-
-    def term(self) -> Tensor:
-        """Returns a term of the last micro-batch's loss that gives all penalties' gradients, which :meth:`step` adds.
-
-        For a back-end that averages, clips and steps inside its backward pass. The term is the same on all processes,
-        so that its average is itself; its value, sum of <g, p>, is not that of the penalties.
-        """
-        _, summed = self._gradients(1.0)
-        with torch.enable_grad():
-            return torch.stack([(gradient.to(p.dtype) * p).sum() for p, gradient in summed.items()]).sum()
-
-    @torch.no_grad()
-    def _gradients(self, scale: float) -> tuple[Tensor, Gradients]:
         held = [held_parameters(self._model, target_plan) for target_plan in self._plan.targets]
         if not self._terms:
             self._bind([next(iter(of_target.values())).parameter.device for of_target in held])
@@ -94,6 +76,8 @@ class Penalties:
                 parts[""], gradients = outputs.value_and_grad(own, scale)
                 logs[f"penalty_grad_norm/{outputs.name}"] = gradient_norm(gradients)
                 add_gradients(summed, gradients)
+        for parameter, gradient in summed.items():
+            _add(parameter, gradient if scale == 1 else gradient * scale)
         home = self._home
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=home))
         for penalty, own, parts in zip(self._penalties, self._own, values, strict=True):
@@ -105,7 +89,7 @@ class Penalties:
         self._sums = {name: value + self._sums.get(name, 0.0) for name, value in logs.items()}
         self._steps += 1
         self.taken += 1
-        return total, summed
+        return total
 
     def read(self) -> dict[str, float]:
         """Returns the means over the steps since the last reading, and how far each layer is from its start now.
@@ -184,31 +168,21 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
     """
     refuse_trainer(trainer, plan)
     penalties = Penalties(trainer.model, plan)
-    training_step, log, accelerator = trainer.training_step, trainer.log, trainer.accelerator
-    backward = accelerator.backward
+    training_step, log = trainer.training_step, trainer.log
 
     def with_penalties(*args: Any, **kwargs: Any) -> Any:
         loss = training_step(*args, **kwargs)
-        if accelerator.sync_gradients:
-            scaler = accelerator.scaler
+        if trainer.accelerator.sync_gradients:
+            scaler = trainer.accelerator.scaler
             penalties.step(1.0 if scaler is None else scaler.get_scale())
         return loss
-
-    def with_term(loss: Tensor, scale_wrt_gas: bool = True, **kwargs: Any) -> None:
-        if accelerator.sync_gradients:
-            loss = loss + penalties.term() * (accelerator.gradient_accumulation_steps if scale_wrt_gas else 1)
-        backward(loss, scale_wrt_gas=scale_wrt_gas, **kwargs)
 
     def with_parts(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs |= penalties.read()
         log(logs, *args, **kwargs)
 
-    trainer.log = with_parts
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.backward = with_term
-    else:
-        trainer.training_step = with_penalties
+    trainer.training_step, trainer.log = with_penalties, with_parts
     trainer.add_callback(_Count(penalties, plan))
     if any(penalties.state()):
         trainer.add_callback(PenaltyState(penalties))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -25,14 +22,13 @@ def shard_anywhere(config: Any) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device: str, device_map: Any) -> None:
+def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device_map: Any) -> None:
     """Refuses what a launcher asks for and cannot be trained exactly, before anything is loaded.
 
     Args:
         task: Its kind.
         examples: How many it has.
         loss: What is learned of each token; None for nll.
-        device: Where it is trained.
         device_map: The recipe's, which divides the layers among devices itself; else None.
 
     Raises:
@@ -40,33 +36,21 @@ def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device: str
     """
     if world() == 1:
         return
-    fsdp, zero = _asks("FSDP"), _stage() if _asks("DEEPSPEED") else None
-    engine = "FSDP2" if fsdp else f"DeepSpeed's ZeRO-{zero}"
-    judged = task.endswith("preference")
+    fsdp, judged = _asks("FSDP"), task.endswith("preference")
     both = judged or (loss is not None and loss.reads != "log_probs")
-    old = fsdp and os.environ.get("FSDP_VERSION", "1") != "2"
     what = f"task.kind {task}" if judged else f"task.loss {loss and loss.name}"
+    old = fsdp and os.environ.get("FSDP_VERSION", "1") != "2"
+    apart = both and (fsdp or _asks("DEEPSPEED"))
     for refused, got, next_step in (
         (old, "FSDP 1, which flattens the factors of several modules into one tensor", _FSDP2),
-        (zero not in (None, 1, 2), f"{engine}, where no process holds the factors that penalties are of", _FSDP2),
-        (zero and device == "cpu", "DeepSpeed on a CPU, where accelerate leaves it out without a word", _FSDP2),
-        (zero and not find_spec("deepspeed"), "DeepSpeed, which is not installed", "Run `pip install deepspeed`."),
-        ((fsdp or zero) and both, f"{what} under {engine}: it runs the model as it started too", _DDP),
+        (apart, f"{what} under {'FSDP2' if fsdp else 'DeepSpeed'}: it runs the model as it started too", _DDP),
         (device_map is not None, f"`device_map` with {world()} processes", "Leave it out, or start one process."),
         (world() > examples, f"{world()} processes for {examples} examples", f"Start at most {examples}."),
     ):
         if refused:
-            wanted = "what takes the steps of one process: DDP, FSDP2, ZeRO-1 or ZeRO-2 on whole examples"
+            wanted = "what takes the steps of one process: DDP, FSDP2 or ZeRO-1 or 2 on whole examples"
             raise RecipeError("launcher", got=got, wanted=wanted, next_step=next_step)
 
 
 def _asks(engine: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
-
-
-def _stage() -> int:
-    """Returns the stage of ZeRO that accelerate was told of, in its own configuration or in a file of DeepSpeed's."""
-    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if file and Path(file).is_file():
-        return int(json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage", 0))
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
