@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import typer
 from transformers import LlamaForCausalLM
 
+from keeptune.cli.compare import run_and_show
 from keeptune.core import processes
 from keeptune.core.errors import DataError
 from keeptune.core.processes import by_first, gathered, is_first, joined, met_by_all, rank
 from keeptune.experiments.plan_runs import load_comparison
-from keeptune.experiments.run_comparison import run_comparison
 from keeptune.experiments.sequence.run_stages import run_sequence
 from keeptune.experiments.sequence.stages_section import load_sequence
 from keeptune.pipeline.job import Job
@@ -51,14 +52,22 @@ def _raised() -> str:
     return "no error"
 
 
+def _code(recipe: Path) -> int:
+    try:
+        run_and_show(load_comparison(recipe))
+    except typer.Exit as ended:
+        return ended.exit_code
+    return 0
+
+
 def work(folder: Path, adapter: Path) -> None:
     """Does the run, the comparison and the stages of a folder, and scores an adapter as the run scores its own."""
     run(load_recipe(folder / "run.yaml"))
     texts = scored(folder / "run.yaml", adapter)
     found = {"texts": texts, "errors": gathered(_raised()), "met": gathered(met_by_all(f"on {rank()}"))}
+    found["codes"] = gathered(_code(folder / "compare.yaml"))
     for name, value in found.items() if is_first() else ():
         (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
-    run_comparison(load_comparison(folder / "compare.yaml"), "keeptune compare")
     run_sequence(load_sequence(folder / "stages.yaml"))
 
 

@@ -124,3 +124,8 @@ def test_an_error_of_the_first_is_raised_on_all(both: tuple[Path, Path]) -> None
 def test_what_one_process_alone_meets_ends_all(both: tuple[Path, Path]) -> None:
     """What all meet is recorded, as the cell "mad" is, and the next goes on."""
     assert read_json(both[1] / "met.json") == [False, False]
+
+
+def test_the_first_process_alone_ends_with_the_code_of_a_failed_cell(both: tuple[Path, Path]) -> None:
+    """A launcher ends all as soon as one has left with a code; the first has to say what failed."""
+    assert [read_json(folder / "codes.json") for folder in both] == [[1], [1, 0]]
