@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Final
@@ -121,7 +120,10 @@ def relations(report: Report) -> list[charts.Chart]:
         unit, decimals = ("nats/token lost", 3) if kind.lower_is_better else ("points lost", 0)
 
         top = max((abs(v) for row in values for v in row if math.isfinite(v)), default=1.0) or 1.0
-        write = functools.partial(signed, decimals=decimals)
+
+        def write(value: float, decimals: int = decimals) -> str:
+            return signed(value, decimals).lstrip("+")
+
         figure = charts.heat_map(values, (("", names), ("", labels)), "loss", unit, write, (-top, top))
         figure.update_xaxes(side="top", tickangle=-40 if len(labels) > 3 else 0)
         caption = f"{kind.name}: {unit}, mean over seeds"
