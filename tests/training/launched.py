@@ -93,6 +93,7 @@ CASES = {
     "dora": Case(Dora(rank=2)),
     "lora-fa": Case(LoraFA(rank=2)),
     "full": Case(Full()),
+    "head": Case(LORA, beside={"modules_to_save": ["lm_head"]}),
 }
 
 

@@ -23,7 +23,7 @@ from keeptune.training.trainer import train
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
-TASK: dict[str, Any] = {"task": "completion", "examples": 8, "loss": None, "device_map": None}
+TASK: dict[str, Any] = {"task": "completion", "examples": 8, "loss": None, "device_map": None, "rows": None}
 
 
 @pytest.fixture
@@ -39,6 +39,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "got FSDP 1, .*fsdp_version: 2"),
         (FSDP, {"loss": Asft()}, "got task.loss asft under FSDP2: .*multi_gpu"),
         (DEEPSPEED, {"task": "unpaired_preference"}, "got task.kind unpaired_preference under DeepSpeed"),
+        (FSDP, {"rows": [5]}, "got `trainable_token_indices` under FSDP2: .*multi_gpu"),
         ({}, {"device_map": "auto"}, "got `device_map` with 2 processes.*start one process"),
         ({}, {"examples": 1}, "got 2 processes for 1 examples.*Start at most 1"),
     ],
@@ -56,7 +57,13 @@ def test_what_cannot_be_exact_is_refused_with_the_way_out(
 
 @pytest.mark.parametrize(
     ("said", "changes"),
-    [({}, {"loss": Asft()}), ({}, {"task": "preference"}), (FSDP, {"loss": Dft()}), (FSDP, {}), (DEEPSPEED, {})],
+    [
+        ({}, {"loss": Asft()}),
+        ({}, {"task": "preference"}),
+        (FSDP, {"loss": Dft()}),
+        (FSDP, {}),
+        ({}, {"rows": [5]}),
+    ],
 )
 def test_others_are_taken(said: dict[str, str], changes: dict[str, Any], launched: pytest.MonkeyPatch) -> None:
     for name, value in said.items():

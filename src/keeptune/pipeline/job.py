@@ -362,7 +362,8 @@ class Job:
         check_folder("store", self.store.folder)
         check_device(self.device)
         self.check_needs()
-        refuse_launcher(recipe.task.kind, len(self.task), self.loss, recipe.device_map)
+        rows = recipe.trainable_token_indices
+        refuse_launcher(recipe.task.kind, len(self.task), self.loss, recipe.device_map, rows)
         config = load_config(recipe.model, self._source())
         self._refuse_quantised(config)
         check_original(recipe, config, self.float_source(recipe.original or recipe.model))

@@ -14,6 +14,7 @@ from keeptune.training.losses.base import TaskLoss
 
 _FSDP2 = "Launch it by `keeptune launch --sharding fsdp2` (in accelerate's configuration: `fsdp_version: 2`)."
 _DDP = "Launch it by `keeptune launch --sharding multi_gpu`, or take another loss."
+_ROWS = "Launch it by `keeptune launch --sharding multi_gpu`, or train the whole module (`modules_to_save`)."
 
 
 def shard_anywhere(config: Any) -> None:
@@ -22,7 +23,7 @@ def shard_anywhere(config: Any) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device_map: Any) -> None:
+def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device_map: Any, rows: Any) -> None:
     """Refuses what a launcher asks for and cannot be trained exactly, before anything is loaded.
 
     Args:
@@ -30,6 +31,7 @@ def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device_map:
         examples: How many it has.
         loss: What is learned of each token; None for nll.
         device_map: The recipe's, which divides the layers among devices itself; else None.
+        rows: The tokens whose rows are trained, of modules; else None.
 
     Raises:
         RecipeError: It is refused, with the reason and what to do.
@@ -44,6 +46,7 @@ def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device_map:
     for refused, got, next_step in (
         (old, "FSDP 1, which flattens the factors of several modules into one tensor", _FSDP2),
         (apart, f"{what} under {'FSDP2' if fsdp else 'DeepSpeed'}: it runs the model as it started too", _DDP),
+        (fsdp and rows, "`trainable_token_indices` under FSDP2: accelerate cannot shard PEFT's wrapper", _ROWS),
         (device_map is not None, f"`device_map` with {world()} processes", "Leave it out, or start one process."),
         (world() > examples, f"{world()} processes for {examples} examples", f"Start at most {examples}."),
     ):

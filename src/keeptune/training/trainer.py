@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from keeptune.adapter.special_layers import biases_are_no_shards
+from keeptune.adapter.trained_head import head_names
 from keeptune.core.artefact import explain_full_disk
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
@@ -106,6 +107,8 @@ def _trainer(
         raise TrainError(
             "train", got=str(error), wanted=f"arguments that {name} can train with", next_step="Correct them."
         ) from error
+    if trainer.is_fsdp_enabled and head_names(plan):  # on the meta device PEFT's wrappers cannot be tied again
+        trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     attach(trainer, plan, loss)
     if judged:
         refer(trainer)
