@@ -144,7 +144,8 @@ def main(folder: Path, names: list[str]) -> None:
             case, _, source = name.partition(" from ")
             for backend in BACKENDS:
                 plan = Plan.load(folder / case)
-                with patch_environment(**BACKENDS[backend]):
+                form = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"} if world() == 3 else {}
+                with patch_environment(**BACKENDS[backend], **form):
                     if source:
                         found = resumed(plan, folder, source)
                     else:

@@ -18,7 +18,8 @@ from keeptune.core.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 OF_THREE = ("keep", "kl", "lora-null v2, residual")
-FROM = {"one": (2,), "ddp 2": (1, 2, 3), "fsdp2 2": (1, 2, 3)}  # who wrote a checkpoint, and who goes on from it
+# Who wrote a checkpoint, and who goes on from it; three processes write theirs as whole files, two in shards.
+FROM = {"one": (2,), "ddp 2": (1, 2, 3), "fsdp2 2": (1, 2, 3), "fsdp2 3": (1,)}
 PAIRS = [(name, size) for size in (2, 3) for name in (CASES if size == 2 else OF_THREE)]
 
 
@@ -102,7 +103,7 @@ def test_another_number_of_processes_goes_on_from_a_checkpoint(
 
 
 @pytest.mark.parametrize("source", [one for one, sizes in FROM.items() if 1 in sizes])
-def test_one_process_goes_on_from_the_checkpoint_of_two(
+def test_one_process_goes_on_from_the_checkpoint_of_several(
     source: str, folder: Path, alone: Mapping[str, Found], together: Mapping[str, Found]
 ) -> None:
     assert together

@@ -37,7 +37,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ("said", "changes", "told"),
     [
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "got FSDP 1, .*fsdp_version: 2"),
-        (FSDP, {"loss": Asft()}, "got task.loss asft under FSDP2: .*multi_gpu"),
+        (FSDP, {"loss": Asft()}, "got task.loss asft under FSDP2, .*multi_gpu"),
         (DEEPSPEED, {"task": "unpaired_preference"}, "got task.kind unpaired_preference under DeepSpeed"),
         (FSDP, {"rows": [5]}, "got `trainable_token_indices` under FSDP2: .*multi_gpu"),
         ({}, {"device_map": "auto"}, "got `device_map` with 2 processes.*start one process"),

@@ -45,7 +45,11 @@ def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device_map:
     apart = both and (fsdp or _asks("DEEPSPEED"))
     for refused, got, next_step in (
         (old, "FSDP 1, which flattens the factors of several modules into one tensor", _FSDP2),
-        (apart, f"{what} under {'FSDP2' if fsdp else 'DeepSpeed'}: it runs the model as it started too", _DDP),
+        (
+            apart,
+            f"{what} under {'FSDP2' if fsdp else 'DeepSpeed'}, which reads whole weights beside the trainer's pass",
+            _DDP,
+        ),
         (fsdp and rows, "`trainable_token_indices` under FSDP2: accelerate cannot shard PEFT's wrapper", _ROWS),
         (device_map is not None, f"`device_map` with {world()} processes", "Leave it out, or start one process."),
         (world() > examples, f"{world()} processes for {examples} examples", f"Start at most {examples}."),
