@@ -80,6 +80,7 @@ def left(folder: Path) -> list[int]:
         ({}, at_training("os.kill(os.getpid(), signal.SIGKILL)", 0), 2, "error: process 0 of 2: got .* SIGKILL.*"),
         ({}, at_training("os.kill(os.getpid(), signal.SIGSTOP)", 1), 2, "error: process 0 of 2: got no answer.*"),
         ({}, "import sys\nif rank: sys.argv += ['--train.seed', '5']", 2, "error: recipe: got another on process 1.*"),
+        ({}, "import os; os.environ['KEEPTUNE_TIMEOUT'] = 'soon'", 2, "error: KEEPTUNE_TIMEOUT: got soon, .*"),
         ({"output": "out"}, ELSEWHERE, 2, "error: output: got out, which process 1 of 2 does not share .*"),
         ({}, BLIND, 2, "error: model .*"),
         ({"train": {"per_device_train_batch_size": 3}}, "", 2, "error: train.* 3 .*2 processes.*"),
@@ -301,22 +302,29 @@ def test_a_port_in_use_is_refused_where_it_would_be_opened() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_that_is_printed_does_what_was_started(recipe_values: Values, tmp_path: Path) -> None:
-    """Without forks: the installed command, and accelerate's own with the configuration."""
-    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values(store=str(tmp_path / "store")))
-    words = ["keeptune", "launch", str(recipe), "--processes", "2", "--command", "plan"]
-    said = []
-    for _ in range(2):
-        program = Path(sys.executable).with_name(words[0])
-        done = subprocess.run([program, *words[1:]], capture_output=True, text=True, check=True, cwd=tmp_path)
-        said.append(done.stdout)
-        if words[0] == "keeptune":
-            first, *more = done.stderr.splitlines()
-            assert all(re.match(r"(stats|statistics|plan)\b", line) for line in more), done.stderr
-            words = shlex.split(first)
-            assert words[0] == "accelerate"
-    assert said[0] == said[1]
-    assert said[0].count("35 targets") == 1
+def test_the_command_that_is_printed_does_what_was_started(forks: Forks, recipe_values: Values, tmp_path: Path) -> None:
+    """It is accelerate's own, with the configuration that was written."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values())
+    words = ["launch", recipe, "--processes", 2, "--command", "plan"]
+    assert forks.wait(forks.start(*words, folder=tmp_path, out=tmp_path / "said.txt")) == 0
+    printed, said = (tmp_path / "said.txt").read_text(encoding="utf-8").split("\n", 1)
+    first, *more = shlex.split(printed)
+    program = [str(Path(sys.executable).with_name(first)), *more]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.count("35 targets") == 1
+    assert said.endswith(done.stdout)
+
+
+def test_zero_without_deepspeed_says_what_to_do(
+    recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: False)
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values())
+    said = keeptune("launch", recipe, "--processes", 2, "--sharding", "zero2", capsys=capsys)
+    assert said.code == 2
+    _, message = said.err.splitlines()
+    assert message.startswith("error: --sharding zero2: got DeepSpeed is not installed, wanted the library")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_is_this_one(recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,13 +121,14 @@ def start(launch: Launch, config: Path, command: Sequence[str]) -> int:
 
     Raises:
         ProcessError: One was killed, or the machines did not find each other.
+        RecipeError: What the sharding needs is not installed.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    threads = len(os.sched_getaffinity(0)) * launch.machines // (launch.processes or 1)
+    threads = torch.get_num_threads() * launch.machines // (launch.processes or 1)
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, threads)))}
     environment |= {LAUNCHER: str(os.getpid())} | ({TIMEOUT: str(launch.minutes)} if launch.minutes is not None else {})
     wait = ["--rdzv_conf", f"timeout={max(1, round(launch.minutes * 60))}"] if launch.minutes else []
@@ -141,6 +142,13 @@ def start(launch: Launch, config: Path, command: Sequence[str]) -> int:
         return _code(error.failures, launch)
     except SignalException as error:
         return 128 + int(error.sigval)
+    except ImportError as error:
+        raise RecipeError(
+            f"--sharding {launch.sharding}",
+            got=str(error).partition(" =>")[0],
+            wanted="the library that it needs",
+            next_step="Install it, or take fsdp2.",
+        ) from error
     except (torch.distributed.DistError, TimeoutError) as error:
         raise ProcessError(
             f"--address {launch.address}",
