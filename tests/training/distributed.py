@@ -6,6 +6,7 @@ RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=.. MASTER_PORT=.. python -m tests.t
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from tests.training.support import TRAINERS, tuned
+from tests.training.support import TRAINERS, here, tuned
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -28,10 +29,20 @@ __all__ = ["BACKENDS", "answers", "interrupted", "rows", "scenarios", "trained"]
 
 EXAMPLES = 8  # all of them are in each step, so that the order does not matter
 Found = dict[str, Tensor]
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, as accelerate writes it."""
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return dict.fromkeys(auto, "auto") | {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+
+
 # accelerate shards on accelerators only; FSDP2 itself asks for none, so that it is told of one that is not there.
 BACKENDS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}, "accelerator_config": {"use_configured_state": True}},
+    "zero1": {"deepspeed": _zero(1)},
+    "zero2": {"deepspeed": _zero(2)},
 }
 
 
@@ -61,6 +72,7 @@ def trained(
 ) -> Found:
     """Train; the state at the end and what was logged."""
     AcceleratorState._reset_state()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate sets it, and leaves it to the next
     if extra.get("fsdp"):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = tuned(plan)
@@ -68,6 +80,7 @@ def trained(
     if penalised:
         attach(made, plan, loss)
     made.train(resume_from_checkpoint=None if resume is None else str(resume))
+    assert (type(made.model_wrapped).__name__ == "DeepSpeedEngine") == ("deepspeed" in extra)
     rows = [row for row in made.state.log_history if "loss" in row]
     logged = [key for key in rows[0] if key.startswith(("penalty", "drift", "grad_norm", "nll"))]
     log = {f"log {key}": torch.tensor([row[key] for row in rows]) for key in logged}
@@ -96,7 +109,7 @@ def rows(processes: int) -> dict[str, Any]:
 def main(plan: Plan, out: Path) -> None:
     """Run every scenario under every back-end; the first process writes what it has."""
     state = PartialState(cpu=True)
-    for backend, sharding in BACKENDS.items():
+    for backend, sharding in here(BACKENDS).items():
         found = {
             name: trained(plan, trainer, out / "unused", **extra, **sharding)
             for name, trainer, extra in scenarios(state.num_processes)

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import patch_environment
 from peft import PeftModel
 from safetensors.torch import save_file
-from tests.training.support import MODEL, TOKENIZER, planned
+from tests.training.support import MODEL, TOKENIZER, here, planned
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -46,7 +46,7 @@ from keeptune.penalties.laplace import Laplace
 from keeptune.training.arguments import divide_step, sft_config
 from keeptune.training.trainer import train
 
-__all__ = ["BACKENDS", "CASES", "SHARD", "Case", "Found", "learned", "resumed"]
+__all__ = ["BACKENDS", "CASES", "SHARD", "Case", "Found", "goes_on", "learned", "resumed"]
 
 SHARD = "the shard of the first process"
 STEPS, SAVED, STEP = 12, 6, 6  # of 20 examples: every fourth step has two of them
@@ -59,6 +59,8 @@ BACKENDS = {
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     },
+    "zero1": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
 }
 
 
@@ -137,12 +139,19 @@ def resumed(plan: Plan, folder: Path, source: str) -> Found:
     return learned(CASES["keep"], plan, here)
 
 
+def goes_on(source: str, backend: str, size: int) -> bool:
+    """Whether processes can go on from a checkpoint: under ZeRO from that of the same ones."""
+    return "zero" not in source + backend or source == f"{backend} {size}"
+
+
 def main(folder: Path, names: list[str]) -> None:
     """Trains cases, and then goes on from checkpoints, under every back-end; the first process writes what it has."""
     with joined():
         for name in names:
             case, _, source = name.partition(" from ")
-            for backend in BACKENDS:
+            for backend in here(BACKENDS):
+                if source and not goes_on(source, backend, world()):
+                    continue
                 plan = Plan.load(folder / case)
                 form = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"} if world() == 3 else {}
                 with patch_environment(**BACKENDS[backend], **form):

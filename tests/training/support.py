@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 from peft import PeftModel
 from tests.assets import STORIES
 from torch import Tensor
@@ -21,6 +23,7 @@ from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.store import StatStore
 
 MODEL = str(STORIES)
+DEEPSPEED = find_spec("deepspeed") is not None
 TOKENIZER = load_tokenizer(MODEL)
 EXAMPLES = TaskExamples(
     prompts=tuple(f"Q: what is {n} plus {n}?\nA:" for n in range(8)), completions=tuple(f" {2 * n}" for n in range(8))
@@ -78,3 +81,14 @@ def tuned(plan: Plan) -> PeftModel:
 
 def largest_gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((value - b[name]).abs().max()) for name, value in a.items())
+
+
+def here(backends: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some back-ends that are installed."""
+    return {name: said for name, said in backends.items() if DEEPSPEED or not name.startswith("zero")}
+
+
+def every(backends: Iterable[str]) -> list[Any]:
+    """Parameters of a test, those skipped that are not installed."""
+    missing = pytest.mark.skipif(not DEEPSPEED, reason="pip install deepspeed==0.19.8 hjson py-cpuinfo")
+    return [pytest.param(name, marks=missing) if name.startswith("zero") else name for name in backends]

@@ -1,4 +1,4 @@
-"""Two processes under DDP and under FSDP2 take the steps of one, with penalties, accumulation and clipping."""
+"""Two processes under DDP, FSDP2 and ZeRO take the steps of one, with penalties, accumulation and clipping."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.training.distributed import BACKENDS, answers, interrupted, rows, scenarios, trained
-from tests.training.support import planned
+from tests.training.support import every, here, planned
 from torch import Tensor
 
 from keeptune.core.plan import Plan
@@ -60,7 +60,7 @@ def together(plan: Plan, confined: Plan, tmp_path_factory: pytest.TempPathFactor
     ]  # fmt: skip
     errors = [process.communicate(timeout=900)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(text[-3000:] for text in errors)
-    return {backend: load_file(folder / f"{backend}.safetensors") for backend in BACKENDS}
+    return {backend: load_file(folder / f"{backend}.safetensors") for backend in here(BACKENDS)}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def part(found: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.partition("|")[2]: value for key, value in found.items() if key.partition("|")[0] == name}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", every(BACKENDS))
 @pytest.mark.parametrize("name", [name for name, *_ in SCENARIOS])
 def test_two_processes_take_the_steps_of_one(
     backend: str,
@@ -97,7 +97,7 @@ def test_two_processes_take_the_steps_of_one(
     assert gap > 1e-4
 
 
-@pytest.mark.parametrize("backend", ["one process", *BACKENDS])
+@pytest.mark.parametrize("backend", ["one process", *every(BACKENDS)])
 def test_a_resumed_run_takes_the_steps_of_one_that_was_not_stopped(
     backend: str, plan: Plan, together: Mapping[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_resumed_run_takes_the_steps_of_one_that_was_not_stopped(
         assert both["whole"][key][-1] == both["resumed"][key][-1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", every(BACKENDS))
 def test_rows_that_are_not_trained_stay_under_every_back_end(
     backend: str, confined: Plan, together: Mapping[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:

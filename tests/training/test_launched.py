@@ -1,4 +1,4 @@
-"""Two and three processes that a launcher started train what one does, under DDP and FSDP2, also from checkpoints."""
+"""Processes that a launcher started train what one does, under DDP, FSDP2 and ZeRO, also from checkpoints."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.launched import BACKENDS, CASES, SHARD, Found, learned, resumed
+from tests.training.launched import BACKENDS, CASES, SHARD, Found, goes_on, learned, resumed
+from tests.training.support import every, here
 
 from keeptune.core.plan import Plan
 
 ROOT = Path(__file__).parents[2]
+ZERO = [f"{name} 2" for name in here(BACKENDS) if name.startswith("zero")]
 OF_THREE = ("keep", "kl", "lora-null v2, residual")
 # Who wrote a checkpoint, and who goes on from it; three processes write theirs as whole files, two in shards.
-FROM = {"one": (2,), "ddp 2": (1, 2, 3), "fsdp2 2": (1, 2, 3), "fsdp2 3": (1,)}
+FROM = {"one": (2,), "ddp 2": (1, 2, 3), "fsdp2 2": (1, 2, 3), "fsdp2 3": (1,), **dict.fromkeys(ZERO, (2,))}
 PAIRS = [(name, size) for size in (2, 3) for name in (CASES if size == 2 else OF_THREE)]
 
 
@@ -72,7 +74,7 @@ def check(found: Found, wanted: Found) -> None:
         torch.testing.assert_close(value, wanted[name], rtol=0, atol=2e-5 if name != "loss" else 1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", every(BACKENDS))
 @pytest.mark.parametrize(("name", "size"), PAIRS)
 def test_processes_train_what_one_does(
     name: str, size: int, backend: str, alone: Mapping[str, Found], together: Mapping[str, Found]
@@ -81,7 +83,7 @@ def test_processes_train_what_one_does(
     found, wanted = dict(together[f"{name}, {backend} {size}"]), alone[name]
     shard = found.pop(SHARD, None)
     check(found, wanted)
-    assert (shard is None) == (backend == "ddp")
+    assert (shard is not None) == (backend == "fsdp2")
     if shard is not None:  # a state of the first process's shards only would not pass
         assert all(shard.shape != value.shape or not torch.equal(shard, value) for value in wanted.values())
 
@@ -92,8 +94,16 @@ def test_what_is_compared_tells_penalties_apart(name: str, other: str, alone: Ma
         check(alone[name], alone[other])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("source", "size"), [(one, size) for one, sizes in FROM.items() for size in sizes if size > 1])
+@pytest.mark.parametrize(
+    ("source", "size", "backend"),
+    [
+        (one, size, backend)
+        for one, sizes in FROM.items()
+        for size in sizes
+        for backend in here(BACKENDS)
+        if size > 1 and goes_on(one, backend, size)
+    ],
+)
 def test_another_number_of_processes_goes_on_from_a_checkpoint(
     source: str, size: int, backend: str, alone: Mapping[str, Found], together: Mapping[str, Found]
 ) -> None:

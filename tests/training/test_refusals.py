@@ -40,9 +40,8 @@ def pretend(trainer: Any, kind: DistributedType, version: int = 2) -> None:
 @pytest.mark.parametrize(
     ("kind", "version", "told"),
     [
-        (DistributedType.DEEPSPEED, 2, r"penalties l2: got DeepSpeed, .*wanted a single process, DDP or FSDP2"),
         (DistributedType.FSDP, 1, r"penalties l2: got FSDP 1, .*Set `fsdp_version: 2`"),
-        (DistributedType.MEGATRON_LM, 2, r"penalties l2: got the back-end MEGATRON_LM"),
+        (DistributedType.MEGATRON_LM, 2, r"penalties l2: got the back-end MEGATRON_LM, wanted .*FSDP2 or ZeRO-1/2"),
         (DistributedType.XLA, 2, r"penalties l2: got the back-end XLA"),
     ],
 )  # fmt: skip

@@ -373,7 +373,8 @@ class Job:
         for benchmark in recipe.evaluate:
             self.kind.check_benchmark(self.task, benchmark)
             refuse_used(used, benchmark, self.tokenizer)
-        arguments = self.config(self.output / "checkpoints", torch.float32)
+        dtype = config.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+        arguments = self.config(self.output / "checkpoints", dtype or torch.float32)
         beside = [*(recipe.modules_to_save or ()), *map(str, recipe.trainable_token_indices or ())]
         refuse_loss(self.loss, arguments, self.method.name, self.method.scope, beside)
 

@@ -8,11 +8,13 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from accelerate.utils import patch_environment
 from huggingface_hub import get_token
 from pydantic import Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
@@ -20,6 +22,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import DPOConfig, KTOConfig, SFTConfig
 
 from keeptune.core.errors import RecipeError, nearest
+from keeptune.training.zero import refuse_zero
 
 # Of each kind of task the config of its trainer; of those that are not here TrainingArguments.
 CONFIGS: Mapping[str, type[Any]] = {
@@ -141,6 +144,7 @@ def sft_config(
 
     Raises:
         RecipeError: A field does not exist, is keeptune's own, or has a wrong value.
+        TrainError: DeepSpeed cannot be exact with it, as of :func:`keeptune.training.zero.refuse_zero`.
     """
     checked = check_arguments(arguments, kind)
     _check_surroundings(checked, positions)
@@ -170,12 +174,15 @@ def sft_config(
     if not {"gradient_checkpointing", "activation_checkpointing"} & checked.keys():
         defaults["activation_checkpointing"] = False
     try:
-        made = kind(**{**defaults, **checked}, output_dir=str(folder))
+        with patch_environment(ACCELERATE_MIXED_PRECISION="no"):  # the recipe says it, not a launcher
+            made = kind(**{**defaults, **checked}, output_dir=str(folder))
+    except PackageNotFoundError as error:
+        raise _missing("deepspeed", "what a launcher or the recipe asks for", "deepspeed") from error
     except (TypeError, ValueError) as error:
         raise RecipeError(
             "train", got=str(error), wanted=f"values that {kind.__name__} takes", next_step="Correct the recipe."
         ) from error
-    made.mixed_precision = "bf16" if made.bf16 else "fp16" if made.fp16 else "no"  # not a launcher's
+    refuse_zero(made)
     return made
 
 

@@ -22,6 +22,7 @@ from keeptune.training.guard import Guard
 from keeptune.training.losses.base import TaskLoss, loss_named
 from keeptune.training.penalty_engine import add_penalties
 from keeptune.training.task_loss import add_loss
+from keeptune.training.zero import refuse_zero
 
 _log = logging.getLogger(__name__)
 _FACTOR = "learning_rate_factor"
@@ -43,6 +44,7 @@ def attach(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
     guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Guard)]
     if any(guard.attached for guard in guards):
         return
+    refuse_zero(trainer.args)
     _keep_precise(trainer.model, plan)
     for key, value in plan.training.items():
         if key != _FACTOR:

@@ -11,13 +11,14 @@ from keeptune.core.plan import Plan
 
 # Optimisers that change weights inside the backward pass leave no gradient to add to.
 _STEP_IN_BACKWARD = ("lomo", "layerwise")
-_BACK_ENDS = "a single process, DDP or FSDP2"
+_BACK_ENDS = "a single process, DDP, FSDP2 or ZeRO-1/2"
 _KNOWN = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_XPU,
     DistributedType.FSDP,
+    DistributedType.DEEPSPEED,  # refuse_zero has seen its stage
 }
 
 
@@ -34,13 +35,6 @@ def refuse_trainer(trainer: Any, plan: Plan) -> None:
             f"the method {plan.method}, which changes whole weights",
             "a method that trains low-rank factors",
             "Leave `penalties` out, or take another method.",
-        ),
-        (
-            kind == DistributedType.DEEPSPEED,
-            where,
-            "DeepSpeed, whose engine steps inside the backward pass and keeps the gradients to itself",
-            _BACK_ENDS,
-            "Use FSDP2 (`fsdp_version: 2`) where the model does not fit one device.",
         ),
         (
             sharding is not None and sharding.fsdp_version != 2,

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
@@ -62,6 +63,22 @@ class Penalties:
 
         ``scale`` is that of gradients at this moment: ``scaler.get_scale()`` under a ``GradScaler``.
         """
+        total, summed = self._gradients(scale)
+        for parameter, gradient in summed.items():
+            _add(parameter, gradient if scale == 1 else gradient * scale)
+        return total
+
+    def term(self) -> Tensor:
+        """Returns a term of the last micro-batch's loss whose gradients are those that :meth:`step` adds (DeepSpeed).
+
+        It is the same on all processes, and so its own average; its value is the sum of <g, p>, not the penalties'.
+        """
+        _, summed = self._gradients(1.0)
+        with torch.enable_grad():
+            return torch.stack([(gradient.to(p.dtype) * p).sum() for p, gradient in summed.items()]).sum()
+
+    @torch.no_grad()
+    def _gradients(self, scale: float) -> tuple[Tensor, Gradients]:
         held = [held_parameters(self._model, target_plan) for target_plan in self._plan.targets]
         if not self._terms:
             self._bind([next(iter(of_target.values())).parameter.device for of_target in held])
@@ -76,8 +93,6 @@ class Penalties:
                 parts[""], gradients = outputs.value_and_grad(own, scale)
                 logs[f"penalty_grad_norm/{outputs.name}"] = gradient_norm(gradients)
                 add_gradients(summed, gradients)
-        for parameter, gradient in summed.items():
-            _add(parameter, gradient if scale == 1 else gradient * scale)
         home = self._home
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=home))
         for penalty, own, parts in zip(self._penalties, self._own, values, strict=True):
@@ -89,7 +104,7 @@ class Penalties:
         self._sums = {name: value + self._sums.get(name, 0.0) for name, value in logs.items()}
         self._steps += 1
         self.taken += 1
-        return total
+        return total, summed
 
     def read(self) -> dict[str, float]:
         """Returns the means over the steps since the last reading, and how far each layer is from its start now.
@@ -177,12 +192,21 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
             penalties.step(1.0 if scaler is None else scaler.get_scale())
         return loss
 
+    def with_term(loss: Tensor, scale_wrt_gas: bool = True, **kwargs: Any) -> None:
+        if trainer.accelerator.sync_gradients:  # the engine divides by the micro-batches, or Trainer has
+            loss = loss + penalties.term() * (trainer.accelerator.gradient_accumulation_steps if scale_wrt_gas else 1)
+        backward(loss, scale_wrt_gas=scale_wrt_gas, **kwargs)
+
     def with_parts(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs |= penalties.read()
         log(logs, *args, **kwargs)
 
-    trainer.training_step, trainer.log = with_penalties, with_parts
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        backward, trainer.accelerator.backward = trainer.accelerator.backward, with_term
+    else:
+        trainer.training_step = with_penalties
+    trainer.log = with_parts
     trainer.add_callback(_Count(penalties, plan))
     if any(penalties.state()):
         trainer.add_callback(PenaltyState(penalties))

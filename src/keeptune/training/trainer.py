@@ -31,6 +31,7 @@ from keeptune.training.packing import refuse_leaks
 from keeptune.training.preference_trainers import judged_trainer, refer
 from keeptune.training.sharding import shard_anywhere
 from keeptune.training.stm import stm
+from keeptune.training.zero import refuse_other_states
 
 _log = logging.getLogger(__name__)
 STM = "stm.json"  # beside the checkpoints
@@ -72,6 +73,8 @@ def train(
     if resume is not None:
         _log.info("training: going on from %s", resume)
     trainer = _trainer(model, plan, tokenizer, examples, config, loss, stm_threshold)
+    if resume is not None:
+        refuse_other_states(trainer, resume)
     with explain_full_disk(folder), biases_are_no_shards():
         trainer.train() if resume is None else go_on(trainer, resume)
     return [_point(row) for row in trainer.state.log_history if "loss" in row]
