@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -59,12 +58,10 @@ class Launch:
         count = max(1, gpus) * self.machines if self.processes is None else self.processes
         name = self.sharding or ("multi_gpu" if count > 1 else "single_gpu")
         host, _, port = (self.address or "").rpartition(":")
-        missing = name.startswith("zero") and not find_spec("deepspeed")
         several, known = self.machines > 1, bool(host) and port.isdecimal() and int(port) < 2**16
         here = f"{count} on {self.machines} machine{'s' * several}"
         for wrong, where, got, wanted, next_step in (
             (name not in SHARDINGS, "--sharding", name, "a configuration that TRL ships", nearest(name, SHARDINGS)),
-            (missing, "--sharding", name, "deepspeed installed", "Run `pip install deepspeed`, or take fsdp2."),
             (self.machines < 1 or count < 1 or count % self.machines, "--processes", here, "as many on each", _IN_ALL),
             (0 < gpus * self.machines < count, "--processes", f"{here} with {gpus} GPUs", "a GPU for each", _NO_GPU),
             ((count > 1) == (name == "single_gpu"), "--sharding", f"{name} for {here}", "single_gpu for one", _IN_ALL),
