@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DeepSpeedPlugin
 from tests.pipeline.support import recipe_of, values, write_data
 from tests.training.support import EXAMPLES, TOKENIZER, planned, tuned
-from transformers.integrations import deepspeed
 
 from keeptune.core.errors import KeeptuneError, RecipeError, TrainError
 from keeptune.methods.lora import Lora
@@ -26,7 +26,7 @@ from keeptune.training.zero import refuse_other_states
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """What `accelerate launch` says of DeepSpeed, as if it were installed."""
-    monkeypatch.setattr(deepspeed, "dep_version_check", lambda _: None)
+    monkeypatch.setattr(DeepSpeedPlugin, "set_deepspeed_weakref", lambda _: None)  # it asks for the package
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as TRL's configurations have it: the recipe says it
     return monkeypatch
