@@ -116,7 +116,7 @@ def trial(kind: str, share: float, folder: Path, seconds: float, drawn: random.R
     if not ended:
         kill(kind, agents, drawn)
     killed, at = time.monotonic(), reached(folder / "out")
-    codes = [agent.wait(timeout=120) for agent in agents]
+    codes = [agent.wait(timeout=400) for agent in agents]  # an agent waits 300 s for one that is gone at the end
     while (left(folder) or is_held(folder / "out")) and time.monotonic() < killed + 60:
         time.sleep(0.02)
     gone, orphans = time.monotonic() - killed, len(left(folder)) + is_held(folder / "out")

@@ -106,7 +106,10 @@ def test_what_is_wrong_on_any_process_is_said_once(
     assert forks.wait(pid) == code
     assert time.monotonic() - started < 40
     config, _, rest = (tmp_path / "said.txt").read_text(encoding="utf-8").partition("\n")
-    assert re.fullmatch(r"accelerate launch --config_file .*multi_gpu.yaml -m keeptune run .*recipe.yaml", config)
+    assert re.fullmatch(
+        r"KEEPTUNE_TIMEOUT=[\d.]+ accelerate launch --config_file .*multi_gpu.yaml -m keeptune run .*recipe.yaml",
+        config,
+    )
     lines = [line for line in rest.splitlines() if not re.match(r"(stats|statistics|plan|train)\b", line)]
     assert re.fullmatch(said, "\n".join(lines), re.DOTALL), rest
     assert not left(tmp_path)

@@ -48,6 +48,7 @@ def launch(
         sys.argv = words
         return main()
     with configured(asked, Path(values["output"]).expanduser()) as config:
-        echo(shlex.join(asked.words(config, words)), err=True)
+        waits = "" if timeout is None else f"KEEPTUNE_TIMEOUT={timeout:g} "
+        echo(waits + shlex.join(asked.words(config, words)), err=True)
         code = start(asked, config, words)
     raise typer.Exit(code)

@@ -1,14 +1,10 @@
-"""A run of a comparison in several processes: what starts them, and what each of them does.
-
-python -m keeptune.experiments.cell TASK, as :func:`attempt_together` starts it.
-"""
+"""A run of a comparison in several processes: what starts them, and what each does (python -m ... TASK)."""
 
 from __future__ import annotations
 
 import pickle
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from keeptune.core.artefact import write_json
@@ -17,41 +13,38 @@ from keeptune.core.processes import is_first, joined
 from keeptune.experiments.single_run import MARK, Outcome, RunTask, attempt
 from keeptune.pipeline.launching import Launch, configured, start
 
-_OUTCOME, _MESSAGE = "outcome", "message"
-
 
 def attempt_together(task: RunTask, launch: Launch) -> Outcome:
     """Does a run in processes of its own on this machine; a failure is recorded in its folder until the next try."""
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as name:
-        own = Path(name)
-        (own / "task").write_bytes(pickle.dumps(task))
+    with tempfile.TemporaryDirectory() as own:
+        path, ended = Path(own, "task"), Path(own, "outcome")
+        path.write_bytes(pickle.dumps(task))
         try:
             checked = launch.checked()
-            with configured(checked, own) as config:
-                code = start(checked, config, [__name__, str(own / "task")])
-            if (own / _OUTCOME).is_file():
-                outcome: Outcome = pickle.loads((own / _OUTCOME).read_bytes())  # noqa: S301 - of our own process
-                return outcome
-            said = own / _MESSAGE
-            message = said.read_text(encoding="utf-8") if said.is_file() else f"its processes ended with code {code}"
+            with configured(checked, path.parent) as config:
+                code = start(checked, config, [__name__, str(path)])
+            outcome = Outcome("failed", f"its processes ended with exit code {code}")
         except KeeptuneError as error:
-            message = str(error)
-    write_json(task.recipe.output / MARK, {"key": task.key, "status": "failed", "message": message})
-    return Outcome("failed", message, time.perf_counter() - started)
+            outcome = Outcome("failed", str(error))
+        if ended.is_file():
+            outcome = pickle.loads(ended.read_bytes())  # noqa: S301 - of our own process
+    if outcome.status == "failed":
+        write_json(task.recipe.output / MARK, {"key": task.key, "status": "failed", "message": outcome.message})
+    return outcome
 
 
 def main(path: Path) -> None:
-    """Does a run as one of its processes; the first writes its outcome, the one that ends all why it did."""
+    """Does a run as one of its processes; the first writes its outcome, or the one that ends all."""
     task: RunTask = pickle.loads(path.read_bytes())  # noqa: S301 - of our own process
+    ended = path.with_name("outcome")
     try:
         with joined():
             outcome = attempt(task)
             if is_first():
-                path.with_name(_OUTCOME).write_bytes(pickle.dumps(outcome))
+                ended.write_bytes(pickle.dumps(outcome))
     except (KeeptuneError, RuntimeError, ValueError, OSError) as error:
         kind = "" if isinstance(error, KeeptuneError) else f"{type(error).__name__}: "
-        path.with_name(_MESSAGE).write_text(f"{kind}{error}", encoding="utf-8")
+        ended.write_bytes(pickle.dumps(Outcome("failed", f"{kind}{error}")))
         raise SystemExit(2) from error
 
 

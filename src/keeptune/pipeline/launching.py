@@ -96,11 +96,7 @@ class Launch:
 
 @contextlib.contextmanager
 def configured(launch: Launch, folder: Path) -> Iterator[Path]:
-    """Writes the configuration of checked processes into a folder, where it stays beside what a command writes there.
-
-    Yields:
-        Its path.
-    """
+    """Yields the configuration of checked processes in a folder, where it stays beside what a command writes there."""
     path = folder / f"{launch.sharding}.yaml"
     with explain_full_disk(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,19 +139,13 @@ def start(launch: Launch, config: Path, command: Sequence[str]) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     except ImportError as error:
-        raise RecipeError(
-            f"--sharding {launch.sharding}",
-            got=str(error).partition(" =>")[0],
-            wanted="the library that it needs",
-            next_step="Install it, or take fsdp2.",
-        ) from error
+        where, got = f"--sharding {launch.sharding}", str(error).partition(" =>")[0]
+        next_step = "Install it, or take fsdp2."
+        raise RecipeError(where, got=got, wanted="the library that it needs", next_step=next_step) from error
     except (torch.distributed.DistError, TimeoutError) as error:
-        raise ProcessError(
-            f"--address {launch.address}",
-            got=str(error).splitlines()[0],
-            wanted=f"all {launch.machines} machines there",
-            next_step="Start the same command on each, with a --machine-rank of its own; see that the port is open.",
-        ) from error
+        where, wanted = f"--address {launch.address}", f"all {launch.machines} machines there"
+        next_step = "Start the same command on each, with its own --machine-rank; see that the port is open."
+        raise ProcessError(where, got=str(error).splitlines()[0], wanted=wanted, next_step=next_step) from error
     finally:
         logging.disable(before)
         for number, handler in handlers.items():
@@ -168,10 +158,7 @@ def _code(failures: dict[int, Any], launch: Launch) -> int:
     codes = [failure.exitcode for failure in failures.values()]
     for rank, failure in failures.items():
         if failure.exitcode < 0 and 2 not in codes:
-            raise ProcessError(
-                f"process {rank} of {launch.processes}",
-                got=f"ended by {failure.signal_name()}",
-                wanted="its own end",
-                next_step="SIGKILL is often the system's, out of memory. The same command goes on where it was.",
-            )
+            where, got = f"process {rank} of {launch.processes}", f"ended by {failure.signal_name()}"
+            next_step = "SIGKILL is often the system's, out of memory. The same command goes on where it was."
+            raise ProcessError(where, got=got, wanted="its own end", next_step=next_step)
     return 2 if 2 in codes else int(codes[0])
