@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from examples.encoder import make_encoder
 from tests.training.support import EXAMPLES, MODEL, TOKENIZER, planned, tuned
+from transformers import AutoModelForSequenceClassification
 
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.methods.lora import Lora
@@ -18,7 +20,7 @@ from keeptune.training import sharding
 from keeptune.training.arguments import sft_config
 from keeptune.training.losses.asft import Asft
 from keeptune.training.losses.dft import Dft
-from keeptune.training.sharding import refuse_launcher
+from keeptune.training.sharding import refuse_launcher, shard_blocks
 from keeptune.training.trainer import train
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -89,3 +91,20 @@ def test_a_device_map_places_the_layers(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ModelError, match="device_map: got parts on 0, disk: .*quantization"):
         load_model(MODEL, LoadOptions(device_map="auto"))
     assert asked == [{"device_map": "auto"}]
+
+
+def test_blocks_are_sharded_and_what_the_launcher_names(tmp_path: Path) -> None:
+    """An encoder names its embeddings too, which accelerate would shard twice."""
+    make_encoder(tmp_path, ["a text"])
+    encoder = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None, cpu_ram_efficient_loading=True)
+    state = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=True, accelerator=state.accelerator, model=encoder)
+    shard_blocks(trainer, planned(Lora(rank=2)))
+    assert plugin.transformer_cls_names_to_wrap == ["RobertaLayer"]
+    assert plugin.transformer_cls_names_to_wrap != encoder._no_split_modules
+    assert plugin.cpu_ram_efficient_loading
+    plugin.transformer_cls_names_to_wrap = ["RobertaSelfAttention"]
+    shard_blocks(trainer, planned(Lora(rank=2), modules_to_save=["lm_head"]))
+    assert plugin.transformer_cls_names_to_wrap == ["RobertaSelfAttention"]
+    assert not plugin.cpu_ram_efficient_loading

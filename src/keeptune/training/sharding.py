@@ -7,9 +7,13 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from peft import PeftModel
 
+from keeptune.adapter.trained_head import head_names
 from keeptune.core.errors import RecipeError
+from keeptune.core.plan import Plan
 from keeptune.core.processes import world
+from keeptune.model.blocks import blocks_of
 from keeptune.training.losses.base import TaskLoss
 
 _FSDP2 = "Launch it by `keeptune launch --sharding fsdp2` (in accelerate's configuration: `fsdp_version: 2`)."
@@ -21,6 +25,21 @@ def shard_anywhere(config: Any) -> None:
     """Has accelerate shard on the CPU too: it does so on accelerators only, of which FSDP2 itself needs none."""
     if (_asks("FSDP") or config.fsdp) and PartialState().distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def shard_blocks(trainer: Any, plan: Plan) -> None:
+    """Has FSDP2 shard by blocks, unless the launcher names other modules, and leaves PEFT's wrappers in memory.
+
+    Encoders name their embeddings beside their blocks, and accelerate shards those by itself: twice, which fails.
+    """
+    if not trainer.is_fsdp_enabled:
+        return
+    plugin, model = trainer.accelerator.state.fsdp_plugin, trainer.model
+    if plugin.transformer_cls_names_to_wrap is None:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks_of(base)})
+    if head_names(plan):  # on the meta device these cannot be tied again
+        plugin.cpu_ram_efficient_loading = False
 
 
 def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device_map: Any, rows: Any) -> None:

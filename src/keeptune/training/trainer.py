@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from keeptune.adapter.special_layers import biases_are_no_shards
-from keeptune.adapter.trained_head import head_names
 from keeptune.core.artefact import explain_full_disk
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
@@ -29,7 +28,7 @@ from keeptune.training.last_steps import fill_last_steps
 from keeptune.training.losses.base import TaskLoss
 from keeptune.training.packing import refuse_leaks
 from keeptune.training.preference_trainers import judged_trainer, refer
-from keeptune.training.sharding import shard_anywhere
+from keeptune.training.sharding import shard_anywhere, shard_blocks
 from keeptune.training.stm import stm
 from keeptune.training.zero import refuse_other_states
 
@@ -110,8 +109,7 @@ def _trainer(
         raise TrainError(
             "train", got=str(error), wanted=f"arguments that {name} can train with", next_step="Correct them."
         ) from error
-    if trainer.is_fsdp_enabled and head_names(plan):  # on the meta device PEFT's wrappers cannot be tied again
-        trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    shard_blocks(trainer, plan)
     attach(trainer, plan, loss)
     if judged:
         refer(trainer)
