@@ -16,6 +16,7 @@ from keeptune.core.errors import ModelError, RecipeError
 from keeptune.methods.lora import Lora
 from keeptune.model import pretrained
 from keeptune.model.pretrained import LoadOptions, load_model
+from keeptune.model.quantization import goes_with_shards
 from keeptune.training import sharding
 from keeptune.training.arguments import sft_config
 from keeptune.training.losses.asft import Asft
@@ -25,7 +26,14 @@ from keeptune.training.trainer import train
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
-TASK: dict[str, Any] = {"task": "completion", "examples": 8, "loss": None, "device_map": None, "rows": None}
+TASK: dict[str, Any] = {
+    "task": "completion",
+    "examples": 8,
+    "loss": None,
+    "device_map": None,
+    "rows": None,
+    "shards": True,
+}
 
 
 @pytest.fixture
@@ -42,6 +50,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         (FSDP, {"loss": Asft()}, "got task.loss asft under FSDP2, .*multi_gpu"),
         (DEEPSPEED, {"task": "unpaired_preference"}, "got task.kind unpaired_preference under DeepSpeed"),
         (FSDP, {"rows": [5]}, "got `trainable_token_indices` under FSDP2: .*multi_gpu"),
+        (FSDP, {"shards": False}, "got a base that is quantised otherwise than in four bits"),
         ({}, {"device_map": "auto"}, "got `device_map` with 2 processes.*start one process"),
         ({}, {"examples": 1}, "got 2 processes for 1 examples.*Start at most 1"),
     ],
@@ -64,7 +73,7 @@ def test_what_cannot_be_exact_is_refused_with_the_way_out(
         ({}, {"task": "preference"}),
         (FSDP, {"loss": Dft()}),
         (FSDP, {}),
-        ({}, {"rows": [5]}),
+        ({}, {"rows": [5], "shards": False}),
     ],
 )
 def test_others_are_taken(said: dict[str, str], changes: dict[str, Any], launched: pytest.MonkeyPatch) -> None:
@@ -108,3 +117,11 @@ def test_blocks_are_sharded_and_what_the_launcher_names(tmp_path: Path) -> None:
     shard_blocks(trainer, planned(Lora(rank=2), modules_to_save=["lm_head"]))
     assert plugin.transformer_cls_names_to_wrap == ["RobertaSelfAttention"]
     assert not plugin.cpu_ram_efficient_loading
+
+
+@pytest.mark.parametrize(
+    ("fields", "taken"), [(None, True), ({"load_in_4bit": True}, True), ({"load_in_8bit": True}, False)]
+)
+def test_four_bits_go_with_shards(fields: dict[str, Any] | None, taken: bool) -> None:
+    assert goes_with_shards(fields, SimpleNamespace()) == taken
+    assert goes_with_shards(None, SimpleNamespace(quantization_config=fields)) == taken

@@ -123,6 +123,12 @@ def stays_quantised(fields: Mapping[str, Any] | None, config: Any = None) -> boo
     return bool(values) and not values.get("dequantize") and values.get("quant_method") != "gguf"
 
 
+def goes_with_shards(fields: Mapping[str, Any] | None, config: Any) -> bool:
+    """Returns whether FSDP2 takes a model: floats, or bitsandbytes' four bits, which accelerate leaves whole."""
+    values = {**(stored_quantization(config) or {}), **(fields or {})}
+    return bool(values.get("load_in_4bit")) or not stays_quantised(fields, config)
+
+
 def quantised_on_load(model: Any) -> dict[str, Any] | None:
     """Returns the fields of the quantisation that a model was loaded with; None for one that is stored as it is."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -39,7 +39,7 @@ from keeptune.model.pretrained import (
     load_tokenizer,
     quantised_loading,
 )
-from keeptune.model.quantization import stays_quantised
+from keeptune.model.quantization import goes_with_shards, stays_quantised
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline import own_knowledge
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
@@ -362,9 +362,9 @@ class Job:
         check_folder("store", self.store.folder)
         check_device(self.device)
         self.check_needs()
-        rows = recipe.trainable_token_indices
-        refuse_launcher(recipe.task.kind, len(self.task), self.loss, recipe.device_map, rows)
         config = load_config(recipe.model, self._source())
+        rows, shards = recipe.trainable_token_indices, goes_with_shards(recipe.quantization, config)
+        refuse_launcher(recipe.task.kind, len(self.task), self.loss, recipe.device_map, rows, shards=shards)
         self._refuse_quantised(config)
         check_original(recipe, config, self.float_source(recipe.original or recipe.model))
         quantised_loading(recipe.model, self._source())

@@ -18,6 +18,7 @@ from keeptune.training.losses.base import TaskLoss
 
 _FSDP2 = "Launch it by `keeptune launch --sharding fsdp2` (in accelerate's configuration: `fsdp_version: 2`)."
 _DDP = "Launch it by `keeptune launch --sharding multi_gpu`, or take another loss."
+_PACKED = "Launch it by `keeptune launch --sharding multi_gpu`, or set `quantization: {load_in_4bit: true}`."
 _ROWS = "Launch it by `keeptune launch --sharding multi_gpu`, or train the whole module (`modules_to_save`)."
 
 
@@ -42,7 +43,9 @@ def shard_blocks(trainer: Any, plan: Plan) -> None:
         plugin.cpu_ram_efficient_loading = False
 
 
-def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device_map: Any, rows: Any) -> None:
+def refuse_launcher(
+    task: str, examples: int, loss: TaskLoss | None, device_map: Any, rows: Any, *, shards: bool
+) -> None:
     """Refuses what a launcher asks for and cannot be trained exactly, before anything is loaded.
 
     Args:
@@ -51,6 +54,7 @@ def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device_map:
         loss: What is learned of each token; None for nll.
         device_map: The recipe's, which divides the layers among devices itself; else None.
         rows: The tokens whose rows are trained, of modules; else None.
+        shards: Whether FSDP2 takes the base as it is quantised.
 
     Raises:
         RecipeError: It is refused, with the reason and what to do.
@@ -70,6 +74,7 @@ def refuse_launcher(task: str, examples: int, loss: TaskLoss | None, device_map:
             _DDP,
         ),
         (fsdp and rows, "`trainable_token_indices` under FSDP2: accelerate cannot shard PEFT's wrapper", _ROWS),
+        (fsdp and not shards, "a base that is quantised otherwise than in four bits under FSDP2", _PACKED),
         (device_map is not None, f"`device_map` with {world()} processes", "Leave it out, or start one process."),
         (world() > examples, f"{world()} processes for {examples} examples", f"Start at most {examples}."),
     ):
