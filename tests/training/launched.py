@@ -38,12 +38,13 @@ from keeptune.methods.loki import Loki
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_fa import LoraFA
 from keeptune.methods.lora_null import LoraNull
-from keeptune.model.pretrained import load_model
+from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.ewc import Ewc
 from keeptune.penalties.kl import Kl
 from keeptune.penalties.l2 import L2
 from keeptune.penalties.laplace import Laplace
 from keeptune.training.arguments import divide_step, sft_config
+from keeptune.training.sharding import asks
 from keeptune.training.trainer import train
 
 __all__ = ["BACKENDS", "CASES", "SHARD", "Case", "Found", "goes_on", "learned", "resumed"]
@@ -115,7 +116,8 @@ def learned(case: Case, plan: Plan, folder: Path) -> Found:
         "save_strategy": "steps" if plan.method == "keep" else "no", "save_steps": SAVED,
     }  # fmt: skip
     config = divide_step(sft_config(arguments, folder, dtype=torch.float32, device="cpu"), world())
-    model = install(load_model(MODEL), plan, anchor=case.anchor)
+    source = LoadOptions(to_share=asks("FSDP") and not case.beside)  # as Job.base_to_train
+    model = install(load_model(MODEL, source), plan, anchor=case.anchor)
     rows = train(model, plan, TOKENIZER, _examples(case.replay), config)
     if isinstance(model, PeftModel):
         state = trained_state(model, plan)

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import patch_environment
 from peft.utils.integrations import get_bnb_param_type
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,8 +33,7 @@ from keeptune.model.head import Head
 from keeptune.model.quantization import loading, with_precise
 
 _log = logging.getLogger(__name__)
-# FSDP's CPU-RAM-efficient loading, with which Transformers would draw no head on some processes; all read all weights.
-_BY_ALL = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+_BY_FIRST = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # by which one process of a machine reads the weights of all
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | dict[str, int | str]
@@ -55,6 +54,8 @@ class LoadOptions:
             language model.
         quantization: Fields of Transformers' quantisation config, checked (:func:`check_quantization`); None loads the
             weights as they are stored.
+        to_share: Whether FSDP2 shares the weights out, so that they stay on the CPU, where the first process of a
+            machine alone reads them if the launcher says so; those of the others are not set.
         device_map: Which modules go to which device, ``"auto"`` to leave it to accelerate; None: all to ``device``.
     """
 
@@ -66,6 +67,7 @@ class LoadOptions:
     head: Head | None = None
     quantization: Mapping[str, Any] | None = None
     device_map: DeviceMap | None = None
+    to_share: bool = False
 
     @property
     def source(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
     kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     place, file = place_of(name)
     try:
-        with torch.random.fork_rng(), patch_environment(**_BY_ALL):
+        with torch.random.fork_rng(), patch_environment(**({} if options.to_share else {_BY_FIRST: "false"})):
             torch.manual_seed(0 if head is None else head.seed)
             model, info = kind.from_pretrained(
                 place,
@@ -124,6 +126,8 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
         _log.info(
             "model %s: dequantised from GGUF to %s, %.2g GB", name, model.dtype, model.get_memory_footprint() / 1e9
         )
+    if options.to_share:
+        _hold_places(model)
     _check_missing(name, info["missing_keys"], model, head)
     if head is not None and not info["missing_keys"]:
         _check_labels(name, head, load_config(name, options))
@@ -131,6 +135,12 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
     refuse_misread(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _hold_places(model: PreTrainedModel) -> None:
+    """Gives weights that another process reads a place of their own, which takes no memory until it is written to."""
+    for parameter in [p for p in model.parameters() if p.is_meta]:
+        torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty_like(parameter, device="cpu")))
 
 
 def _refuse_offloaded(name: str, model: PreTrainedModel) -> None:

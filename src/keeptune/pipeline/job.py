@@ -55,7 +55,7 @@ from keeptune.statistics.self_generated import SelfGeneration, write_texts
 from keeptune.statistics.store import StatStore
 from keeptune.training.arguments import CONFIGS, divide_step, example_length, sft_config
 from keeptune.training.losses.base import TaskLoss
-from keeptune.training.sharding import refuse_launcher
+from keeptune.training.sharding import asks, refuse_launcher
 from keeptune.training.task_loss import refuse_loss
 
 _PROBE_LENGTH = 256
@@ -134,6 +134,13 @@ class Job:
         """Returns a freshly loaded base, in evaluation mode, on one device or several (``device_map``)."""
         source = dataclasses.replace(self._source(self.head), device_map=self.recipe.device_map)
         return load_model(self.recipe.model, source)
+
+    def base_to_train(self) -> PreTrainedModel:
+        """Returns the base, on the CPU where FSDP2 shares it out."""
+        whole = [self.head, self.recipe.quantization, self.recipe.modules_to_save]  # read by every process
+        if not asks("FSDP") or any(part is not None for part in whole):
+            return self.base()
+        return load_model(self.recipe.model, dataclasses.replace(self._source(), device="cpu", to_share=True))
 
     def planning_base(self) -> PreTrainedModel:
         """Returns the base for statistics and plans: whole, or block by block (``memory``)."""

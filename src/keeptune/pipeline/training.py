@@ -55,7 +55,7 @@ def train_stage(job: Job, plan: Plan) -> None:
 def _train(job: Job, plan: Plan, result: Stored) -> int:
     """Trains and writes what was trained; returns the bytes of the model, which is free after it."""
     started = time.perf_counter()
-    model = job.base()
+    model = job.base_to_train()
     config = job.config(job.output / "checkpoints" / result.key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
     task = job.recipe.task

@@ -24,7 +24,7 @@ _ROWS = "Launch it by `keeptune launch --sharding multi_gpu`, or train the whole
 
 def shard_anywhere(config: Any) -> None:
     """Has accelerate shard on the CPU too: it does so on accelerators only, of which FSDP2 itself needs none."""
-    if (_asks("FSDP") or config.fsdp) and PartialState().distributed_type == DistributedType.MULTI_CPU:
+    if (asks("FSDP") or config.fsdp) and PartialState().distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
@@ -61,11 +61,11 @@ def refuse_launcher(
     """
     if world() == 1:
         return
-    fsdp, judged = _asks("FSDP"), task.endswith("preference")
+    fsdp, judged = asks("FSDP"), task.endswith("preference")
     both = judged or (loss is not None and loss.reads != "log_probs")
     what = f"task.kind {task}" if judged else f"task.loss {loss and loss.name}"
     old = fsdp and os.environ.get("FSDP_VERSION", "1") != "2"
-    apart = both and (fsdp or _asks("DEEPSPEED"))
+    apart = both and (fsdp or asks("DEEPSPEED"))
     for refused, got, next_step in (
         (old, "FSDP 1, which flattens the factors of several modules into one tensor", _FSDP2),
         (
@@ -83,5 +83,6 @@ def refuse_launcher(
             raise RecipeError("launcher", got=got, wanted=wanted, next_step=next_step)
 
 
-def _asks(engine: str) -> bool:
+def asks(engine: str) -> bool:
+    """Returns whether the launcher asks for an engine of accelerate's: ``"FSDP"``, ``"DEEPSPEED"``."""
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"

@@ -119,7 +119,7 @@ def _trainer(
         if column.endswith("_ids"):
             refuse_unknown_tokens(model, trainer.train_dataset[column], "task.train")
     if getattr(config, "packing", False):
-        refuse_leaks(trainer)
+        by_first(lambda: refuse_leaks(trainer))  # under FSDP2 the others may have no weights yet
     fill_last_steps(trainer, by_token=kind is SFTTrainer)
     return trainer
 
