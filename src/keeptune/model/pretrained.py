@@ -140,7 +140,8 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
 def _hold_places(model: PreTrainedModel) -> None:
     """Gives weights that another process reads a place of their own, which takes no memory until it is written to."""
     for parameter in [p for p in model.parameters() if p.is_meta]:
-        torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+        held = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+        torch.utils.swap_tensors(parameter, held)  # type: ignore[no-untyped-call]
 
 
 def _refuse_offloaded(name: str, model: PreTrainedModel) -> None:
