@@ -35,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.parametrize(
     ("name", "value", "dtype", "said"),
     [
-        ("ZERO_STAGE", "3", "float32", "got ZeRO-3, .*Use DDP, or FSDP2"),
+        ("ZERO_STAGE", "3", "float32", "got ZeRO-3, wanted ZeRO-1 or 2, .*Use DDP, or FSDP2"),
         ("ZERO_STAGE", "0", "float32", "got ZeRO-0, "),
         ("CONFIG_FILE", {"zero_optimization": {"stage": 3}}, "float32", "got ZeRO-3, "),
         ("CONFIG_FILE", {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "float32", "got bf16, .*false"),
@@ -106,5 +106,5 @@ def test_a_run_without_zero_does_not_go_on_from_its_checkpoint(tmp_path: Path) -
     states.parent.mkdir()
     (tmp_path / "checkpoint-2" / "optimizer.pt").rename(states)
     (tmp_path / "checkpoint-2" / "checksums.json").write_text(json.dumps(checkpoints._sums(states.parents[1])))
-    with pytest.raises(TrainError, match="got 1 processes with ZeRO, wanted no ZeRO"):
+    with pytest.raises(TrainError, match="got 1 process with ZeRO, wanted no ZeRO"):
         train(tuned(plan), plan, TOKENIZER, EXAMPLES, config)

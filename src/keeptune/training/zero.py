@@ -25,7 +25,7 @@ def refuse_zero(config: Any) -> None:
     kinds = ("bf16", "fp16", "torch_autocast")
     rounds = [kind for kind in kinds if getattr(config, kind, False) or asked.get_value(f"{kind}.enabled") is True]
     for refused, got, wanted, next_step in (
-        (stage not in (1, 2), f"ZeRO-{stage}, whose processes do not hold the trained factors", "ZeRO-1 or 2", _OTHERS),
+        (stage not in (1, 2), f"ZeRO-{stage}", "ZeRO-1 or 2, whose processes hold the trained factors", _OTHERS),
         (asked.is_offload(), "an optimiser or weights that are offloaded", "both on the device", _OTHERS),
         (rounds, f"{' and '.join(rounds)}, for which DeepSpeed rounds the trained factors", "float32", _FLOATS),
     ):
@@ -38,5 +38,7 @@ def refuse_other_states(trainer: Any, checkpoint: Path) -> None:
     written = len([*checkpoint.glob("global_step*/*_optim_states.pt")])  # one of each process
     here = trainer.args.world_size if trainer.is_deepspeed_enabled else 0
     if written != here:
-        got, wanted = (f"{number} processes with ZeRO" if number else "no ZeRO" for number in (written, here))
+        got, wanted = (
+            f"{number} process{'es' * (number > 1)} with ZeRO" if number else "no ZeRO" for number in (written, here)
+        )
         raise TrainError(f"checkpoint {checkpoint}", got=got, wanted=wanted, next_step=_AS_BEFORE)
