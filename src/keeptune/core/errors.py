@@ -33,7 +33,6 @@ class KeeptuneError(Exception):
 
 
 def _short(text: str) -> str:
-    """Cuts a value that somebody put into a message whole."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
 
 

@@ -90,8 +90,6 @@ def save_model(model: PreTrainedModel, folder: Path, shard: str = "2GB") -> None
 
 
 class _Edited(Mapping[str, Tensor]):
-    """The stored weights of a module, one of them changed when it is read."""
-
     def __init__(self, stored: Mapping[str, Tensor], name: str, edits: Sequence[Callable[[Tensor], object]]) -> None:
         self._stored, self._name, self._edits = stored, name, edits
 

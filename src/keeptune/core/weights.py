@@ -134,7 +134,6 @@ def refuse_misread(model: nn.Module) -> None:
 
 
 def _four_bits(weight: Any, state: Any) -> Tensor:
-    """Returns packed weights as their state, or another, reads them."""
     other = copy.copy(weight)
     other.quant_state = state
     read: Tensor = dequantize_bnb_weight(other)
@@ -161,7 +160,6 @@ def _is_plain(model: nn.Module, module: Any) -> bool:
 
 
 def _dequantised(module: Any, target: Target, dtype: torch.dtype) -> Tensor:
-    """Returns the weight of a quantised module in the layout of ``module.weight``, checked."""
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     keep_layout(module)
     shape = weight_shape(module)

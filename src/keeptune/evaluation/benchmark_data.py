@@ -72,7 +72,6 @@ def used_rows(corpus: Corpus, benchmark: Benchmark, tokenizer: PreTrainedTokeniz
 
 
 def _overlap_check(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Corpus], None]:
-    """Reads a benchmark's data and returns what raises DataError where a corpus holds an item."""
     if isinstance(benchmark, NamedBenchmark):
         documents = load_documents(benchmark, tokenizer)
         return lambda corpus: refuse_documents([corpus], documents)

@@ -64,7 +64,6 @@ class Benchmark:
                 )
 
     def _check_numbers(self, **smallest: int) -> None:
-        """Raises RecipeError where a field is below its smallest value."""
         for field, least in smallest.items():
             value = getattr(self, field)
             if value is not None and value < least:

@@ -16,7 +16,7 @@ from keeptune.data.labelled import Texts, collator, label_indices
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.items import Item
 from keeptune.evaluation.metrics import LABELS
-from keeptune.evaluation.model_pairs import SIDES, ModelPair, scoring, shared_positions
+from keeptune.evaluation.model_pairs import SIDES, ModelPair, of_both, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, grouped, label_scores
 from keeptune.evaluation.scored_tokens import in_batches
 from keeptune.model.continuation import need_finite
@@ -70,15 +70,10 @@ def classified(
 
 
 def _labels(pair: ModelPair, benchmark: FileBenchmark) -> tuple[str, ...]:
-    """Returns the labels, the same before and after."""
-    heads = []
-    for side in SIDES:
-        with scoring(pair, side) as model:
-            heads.append(Head.of(model))
-    head = heads[0]
+    head, after = of_both(pair, Head.of)
     if head is None or bool(head.labels) != (benchmark.metric in LABELS):
         raise wrong_metric(benchmark, head)
-    if heads[1] is None or heads[1].labels != head.labels:
+    if after is None or after.labels != head.labels:
         raise ModelError(
             benchmark.where,
             got=f"other labels after tuning than before ({', '.join(head.labels)})",
@@ -120,7 +115,6 @@ def _logits(
 
 
 def _record(item: Item, names: Sequence[str], truth: Any, predicted: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an item's record: right or wrong with the labels, or the scores."""
     record: dict[str, Any] = {"index": item.index, "group": item.group}
     if not names:
         return record | {side: float(value) for side, value in predicted.items()} | {"answer": float(truth)}

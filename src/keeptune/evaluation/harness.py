@@ -89,8 +89,6 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class _Scorer:
-    """The records of a benchmark's items, one method per metric."""
-
     pair: ModelPair
     tokenizer: PreTrainedTokenizerBase
     benchmark: FileBenchmark
@@ -179,7 +177,6 @@ class _Scorer:
         add_divergence(self.pair, records, sequences, passes)
 
     def _asked(self, item: Item, where: str) -> str:
-        """Returns what the model reads before the answer."""
         if item.chat is None or self.chat is None:
             return item.prompt
         return self.chat.asked(item.chat.messages, item.chat.tools, where=where)
@@ -202,8 +199,6 @@ class _Scorer:
     def _both_sides(
         self, sequences: Sequence[ScoredTokens], compute: Callable[[PreTrainedModel, Passes], list[T]]
     ) -> dict[Side, list[T]]:
-        """Runs both models, the base only where its answers are not kept."""
-
         def run(side: Side) -> list[T]:
             with scoring(self.pair, side) as model:
                 return compute(model, self._passes(f"{self.benchmark.where} ({side})"))
@@ -220,7 +215,6 @@ class _Scorer:
     def _encoded(
         self, encode: Callable[[Encoder, Item, str], list[ScoredTokens]], new_tokens: int = 0
     ) -> list[ScoredTokens]:
-        """Returns the items' sequences, cut to what fits both models, and warns of those that were cut."""
         where = self.benchmark.where
         limit = context_limit(self.benchmark.max_length, new_tokens, shared_positions(self.pair), where=where)
         encoder = Encoder(self.tokenizer, limit, self.benchmark.templated)

@@ -159,7 +159,6 @@ def _pairs(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str])
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
-    """Reads a string, a number or a list of them as texts without white space at the ends."""
     values = value if isinstance(value, list) else [value]
     texts = tuple(str(entry).strip() for entry in values if _is_word(entry))
     if not texts or len(texts) < len(values) or not all(texts):
@@ -173,7 +172,6 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _listed(value: Any, where: str) -> _Choices:
-    """Reads the choices of one row."""
     labelled = isinstance(value, dict) and set(value) == {"text", "label"}
     entries = value["text"] if labelled else value
     texts = _texts(entries, where) if isinstance(entries, list) else ()
@@ -193,7 +191,6 @@ def _is_word(value: Any) -> bool:
 
 
 def _readings(answer: Any, texts: Sequence[str], labels: Sequence[str]) -> dict[str, int | None]:
-    """Returns which choice an answer names, in each way of reading it."""
     word = str(answer).strip() if _is_word(answer) else ""
     # A JSON number is an index, so [4, 2, 1, 0] with the answer 1 means the choice 2.
     text = answer.strip() if isinstance(answer, str) else ""

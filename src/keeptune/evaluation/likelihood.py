@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import ModelError
-from keeptune.evaluation.model_pairs import SIDES, ModelPair, scoring
+from keeptune.evaluation.model_pairs import ModelPair, of_both
 from keeptune.evaluation.scored_tokens import Passes, ScoredTokens, in_batches, padded
 from keeptune.model.continuation import need_finite
 
@@ -64,10 +64,7 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
     """
 
     def losses_of(batch: Sequence[ScoredTokens]) -> list[Losses]:
-        with scoring(pair, "before") as model:
-            base = _logits(model, batch, passes)
-        with scoring(pair, "after") as model:
-            tuned = _logits(model, batch, passes)
+        base, tuned = of_both(pair, lambda model: _logits(model, batch, passes))
         if base.shape != tuned.shape:
             raise ModelError(
                 passes.where,
@@ -86,8 +83,7 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
         passes.advance(len(batch))
         return [Losses(len(s.ids) - s.start, *own) for s, own in zip(batch, sums.T.tolist(), strict=True)]
 
-    with scoring(pair, "before") as model:
-        vocabulary = _vocabulary(model)
+    vocabulary, _ = of_both(pair, _vocabulary)
     return in_batches(sequences, _length, passes.rows, losses_of, vocabulary=vocabulary)
 
 
@@ -99,11 +95,8 @@ def add_divergence(
     On the task's data it predicts what is forgotten elsewhere (RL's Razor, arXiv 2509.04259): E_{x ~ task}
     KL(base(x) || tuned(x)), here at each token of the answer given all before it. Items without an answer have none.
     """
-    sizes = []
-    for side in SIDES:
-        with scoring(pair, side) as model:
-            sizes.append(_vocabulary(model))
-    if sizes[0] != sizes[1]:
+    before, after = of_both(pair, _vocabulary)
+    if before != after:
         _LOG.warning("%s: no KL to the base, whose vocabulary is another", passes.where)
         return
     placed = [(record, tokens) for record, tokens in zip(records, answers, strict=True) if tokens is not None]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Side = Literal["before", "after"]
 SIDES: tuple[Side, Side] = ("before", "after")
+T = TypeVar("T")
 
 
 class ModelPair(Protocol):
@@ -120,13 +121,17 @@ def scoring(pair: ModelPair, side: Side) -> Iterator[PreTrainedModel]:
         yield model
 
 
+def of_both(pair: ModelPair, ask: Callable[[PreTrainedModel], T]) -> tuple[T, T]:
+    """Returns what a function says of the model before, and of the one after."""
+    with scoring(pair, "before") as model:
+        before = ask(model)
+    with scoring(pair, "after") as model:
+        return before, ask(model)
+
+
 def shared_positions(pair: ModelPair) -> int | None:
     """Returns how many tokens both models have positions for; None where neither has a limit."""
-    limits = []
-    for side in SIDES:
-        with scoring(pair, side) as model:
-            limits.append(positions(model))
-    return min((limit for limit in limits if limit is not None), default=None)
+    return min((limit for limit in of_both(pair, positions) if limit is not None), default=None)
 
 
 def head_of_base(pair: ModelPair) -> Head | None:

@@ -157,11 +157,6 @@ def context_limit(max_length: int, new_tokens: int, model_limit: int | None, *, 
     return min(max_length, model_limit - new_tokens)
 
 
-def longest_first(lengths: Sequence[int]) -> list[int]:
-    """Returns the order in which sequences are batched: longest first, equal ones as they came."""
-    return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-
-
 def in_batches(
     items: Sequence[T],
     length: Callable[[T], int],

@@ -205,7 +205,6 @@ def choose_best(output: Path, max_loss: float | Mapping[str, float], *, estimate
 
 
 def _export(record: Row, choice: Choice, best: Path) -> None:
-    """Writes the chosen run's result: copied, or, of a variant, made and checked on a fresh base."""
     row = next(row for row in record["runs"] if row["name"] == choice.run)
     folder, trained = Path(row["folder"]), row["variant"] is None
     scored, run = (folder / "evaluation", folder) if trained else (folder, folder.parent.parent)

@@ -205,7 +205,6 @@ def _described(point: Point, on_front: bool) -> dict[str, Any]:
 
 
 def _notes(points: Sequence[Point], excluded: Sequence[Mapping[str, str]]) -> list[str]:
-    """Notes for a reader of means: points with fewer seeds, and how many runs are left out."""
     most = max((len(point.places) for point in points), default=0)
     fewer = [f"{point.name} ({len(point.places)})" for point in points if len(point.places) < most]
     more = f" and {len(fewer) - _NAMED} more" if len(fewer) > _NAMED else ""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from keeptune.core.intervals import Estimate, lower_is_better, mean_of_seeds
+from keeptune.core.intervals import lower_is_better, mean_of_seeds
 
 _BOTH: Final = "mean of learned and kept"
 Rows = Sequence[Mapping[str, Any]]
@@ -43,7 +43,6 @@ def benefits(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _by_cell(rows: Rows, grid: Mapping[str, Any], name: str, baseline: str | None) -> Places:
-    """Returns the benefit of each cell and seed on one benchmark."""
     scores: dict[tuple[str, int], Mapping[str, Any]] = {
         (row["name"], row["seed"]): item for row in rows for item in row["benchmarks"] if item["name"] == name
     }
@@ -51,7 +50,8 @@ def _by_cell(rows: Rows, grid: Mapping[str, Any], name: str, baseline: str | Non
     for (point, seed), item in scores.items():
         rival = item["before"] if baseline is None else scores.get((baseline, seed), {}).get("after")
         if point in grid["cells"] and rival is not None:
-            places.setdefault(tuple(grid["cells"][point]), {})[seed] = _sign(item) * (item["after"] - rival)
+            better = -1.0 if _unit(item) == "nats" else 100.0
+            places.setdefault(tuple(grid["cells"][point]), {})[seed] = better * (item["after"] - rival)
     return places
 
 
@@ -82,23 +82,14 @@ def _cell(seeds: Mapping[int, float]) -> dict[str, Any] | None:
     estimate = mean_of_seeds(list(seeds.values()))
     if estimate is None:
         return None
-    return {**_interval(estimate), "seeds": {str(seed): value for seed, value in seeds.items()}}
+    ends = {key: getattr(estimate, key) if estimate.has_interval else None for key in ("low", "high")}
+    return {"mean": estimate.mean, **ends, "seeds": {str(seed): value for seed, value in seeds.items()}}
 
 
 def _mean(line: Sequence[Mapping[str, Any] | None]) -> float | None:
     """Returns the mean over cells; one without some of them would not compare with the others."""
     values = [cell["mean"] for cell in line if cell is not None]
     return math.fsum(values) / len(values) if values and len(values) == len(line) else None
-
-
-def _interval(estimate: Estimate) -> dict[str, float | None]:
-    ends = {key: getattr(estimate, key) if estimate.has_interval else None for key in ("low", "high")}
-    return {"mean": estimate.mean, **ends}
-
-
-def _sign(benchmark: Mapping[str, Any]) -> float:
-    """Returns what turns a difference into points, or nats per token, that are better."""
-    return -1.0 if lower_is_better(benchmark["metric"]) else 100.0
 
 
 def _unit(benchmark: Mapping[str, Any]) -> str:

@@ -45,7 +45,6 @@ TaskOf = Callable[[RunSpec], RunTask]
 
 
 def _task_maker(comparison: Comparison, base: str) -> TaskOf:
-    """Returns what makes tasks of a comparison's runs; ``base`` is the base's fingerprint."""
     known: dict[str, str] = {}  # fingerprints of data files by path
     resources = _resources(comparison)
     threads = None if resources is None else max(1, int(resources.cpus // (resources.launch.processes or 1)))
@@ -196,7 +195,6 @@ def _outcome(ray: Any, ready: Any) -> Outcome:
 
 
 def _fits(node: Mapping[str, Any], resources: Resources) -> int:
-    """How many runs a node has room for at once."""
     have = node["Resources"]
     rooms = [have.get("CPU", 0) // resources.cpus]
     rooms += [have.get("GPU", 0) // resources.gpus] if resources.gpus else []
@@ -204,7 +202,6 @@ def _fits(node: Mapping[str, Any], resources: Resources) -> int:
 
 
 def _on_worker(task: RunTask, token: str, launch: Launch) -> Outcome:
-    """Does a run on a worker, or in several processes that it starts, if it sees the comparison's folder."""
     import datasets
     import ray
     from transformers.utils import logging as transformers_logging

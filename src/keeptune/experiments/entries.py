@@ -221,7 +221,6 @@ def _entry(given: Any, section: CompareSection, rates: Sequence[float], where: s
 
 
 def _default_label(settings: Mapping[str, Any]) -> str:
-    """Names an entry by its method, the variant of one that has several, and the other keys that it sets."""
     method = settings["method"]
     name = str(method.get("name", "method"))
     variant = next((str(method[key]) for key in ("variant", "mode") if isinstance(method.get(key), str)), None)
@@ -272,7 +271,6 @@ def by_value(key: str, value: Any) -> Variation:
 
 
 def _is_plain(entry: Entry, values: Mapping[str, Any]) -> bool:
-    """Whether an entry is LoRA and nothing else."""
     return _is_lora(entry, {"replay", "penalties"}) and not any(_has(entry, values, k) for k in ("replay", "penalties"))
 
 
@@ -306,7 +304,6 @@ def _with_baselines(
 
 
 def _usual_lora(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Returns LoRA of the rank that most of the others have."""
     given = [entry.settings["method"].get("rank") for entry in entries]
     ranks = Counter(rank for rank in given if isinstance(rank, int))
     return {"name": "lora"} | ({"rank": ranks.most_common(1)[0][0]} if ranks else {})

@@ -120,7 +120,6 @@ def _pair(trained: TrainedModel) -> ModelPair:
 
 
 def _judged(result: BenchmarkResult, limit: float | None, estimate: Bound) -> dict[str, Any]:
-    """Returns a result with what it lost, and whether that is above the limit; without a limit it never is."""
     low, high = result.interval
     sign = 1.0 if lower_is_better(result.metric) else -1.0
     ends = sorted((sign * low + 0.0, sign * high + 0.0))  # 0 has no sign

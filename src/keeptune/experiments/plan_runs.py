@@ -202,7 +202,6 @@ def run_spec(comparison: Comparison, entry: Entry, variation: Variation, rate: f
 
 
 def _refuse_equal(specs: Iterable[RunSpec], where: str) -> None:
-    """Refuses two runs that are the same, however they are written."""
     seen: dict[str, RunSpec] = {}
     for spec in specs:
         plain = spec.recipe.written()

@@ -62,8 +62,6 @@ class Variant:
 
 
 class _Loaded:
-    """A loaded result and its variants: of an adapter, or of a whole model."""
-
     def __init__(self, job: Job, folder: Path) -> None:
         self.pair = load_pair(job, folder)
         if isinstance(self.pair, AdapterPair):
@@ -191,7 +189,6 @@ def copy_result(folder: Path, fresh: Path, output: Path, *, weights: bool = True
 
 
 def _write_weights(job: Job, pair: ModelPair, folder: Path, fresh: Path, variant: Variant) -> Any:
-    """Writes a variant's weights, and loads them as a user will."""
     if isinstance(pair, AdapterPair):
         tensors = scaled_adapter(load_file(folder / _WEIGHTS), variant)
         write_tensors(fresh / _WEIGHTS, tensors, {"format": "pt"})

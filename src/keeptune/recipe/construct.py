@@ -45,7 +45,6 @@ def make_loss(section: Mapping[str, Any] | None) -> TaskLoss | None:
 
 
 def _named(section: Mapping[str, Any], where: str, known: Iterable[str]) -> tuple[str, dict[str, Any]]:
-    """Returns the name in a section, and its other keys."""
     if "name" not in section:
         raise RecipeError(where, got="no name", wanted="a known name", next_step=f"Add `name:`. {nearest('', known)}")
     return str(section["name"]), {key: value for key, value in section.items() if key != "name"}

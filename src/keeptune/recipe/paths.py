@@ -99,7 +99,6 @@ def resolve_model(name: str, folder: Path = Path()) -> str:
 
 
 def _present(name: str, folder: Path) -> Path:
-    """Returns a path as it is, or in a folder where it is only there."""
     try:
         path = Path(name).expanduser()
         return folder / path if not path.exists() and (folder / path).exists() else path

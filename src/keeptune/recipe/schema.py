@@ -136,8 +136,6 @@ class Recipe(Section):
 
 
 class _Suite(Section):
-    """The part of a recipe that says what is scored."""
-
     evaluate: list[BenchmarkEntry]
 
 

@@ -114,7 +114,6 @@ def refuse_documents(used: Sequence[Corpus], scored: Documents) -> None:
 
 
 def _common(corpus: Corpus, items: Sequence[_Parts]) -> list[int]:
-    """Returns the items that one used row holds."""
     starts: dict[_Parts, list[int]] = {}
     for number, parts in enumerate(items):
         if parts and parts[0]:
@@ -140,6 +139,5 @@ def _holds(fields: Sequence[str], parts: Sequence[str]) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Returns a text in lower case with single spaces, words without punctuation at their ends."""
     words = (re.sub(r"^\W+|\W+$", "", word) for word in text.lower().split())
     return " ".join(word for word in words if word)

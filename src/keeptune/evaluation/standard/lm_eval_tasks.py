@@ -103,7 +103,6 @@ def _need_sentences(benchmark: NamedBenchmark, task: Any) -> None:
 
 
 def _configs(benchmark: NamedBenchmark, task: str, folders: Sequence[str], *, resolve: bool) -> dict[str, _Config]:
-    """Reads lm-eval's task files: one for each leaf of a group."""
     from lm_eval import tasks as shipped
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -191,7 +190,6 @@ def _with_data(benchmark: NamedBenchmark, name: str, configs: Mapping[str, _Conf
 def _by_subject(
     benchmark: NamedBenchmark, rows: Mapping[str, list[Row]], configs: Mapping[str, Any]
 ) -> dict[str, dict[str, list[Row]]]:
-    """Sorts MMLU's rows: task to split to rows, in the order of the file."""
     parts: dict[str, dict[str, list[Row]]] = {}
     for at, (split, own) in enumerate(rows.items()):
         for row in own:
@@ -224,7 +222,6 @@ def _local(config: Mapping[str, Any], rows: Mapping[str, list[Row]], where: str)
 
 
 def _task(benchmark: NamedBenchmark, config: _Config) -> Any:
-    """Builds one task; this is where lm-eval fetches its data."""
     from lm_eval.api.task import ConfigurableTask
 
     shots, scored, source = config["num_fewshot"], _scored_split(config), _shot_split(config)
@@ -278,7 +275,6 @@ def _noting(sampler: Any, noted: list[tuple[int, ...]]) -> Any:
 
 @contextmanager
 def _explained(benchmark: NamedBenchmark) -> Iterator[None]:
-    """Turns failures to fetch or import into errors that name what to do."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 

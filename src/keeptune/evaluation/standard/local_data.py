@@ -121,8 +121,6 @@ def _mmlu(row: Row) -> Row:
 
 
 def _multiple_choice(question: str) -> Callable[[Row], Row]:
-    """Returns a reader of the hub's fields, the question's name among them, or of LLM-Adapters' instruction."""
-
     def read(row: Row) -> Row:
         if "instruction" not in row:
             return {field: row[field] for field in (question, "choices", "answerKey")}

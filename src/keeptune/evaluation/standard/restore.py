@@ -67,7 +67,6 @@ def restored_process(where: str) -> Iterator[None]:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Draws no bars for the building of prompts and data; those of the model stay."""
     import datasets
     import lm_eval.api.task
 

@@ -59,7 +59,6 @@ class Sandbox:
         return "" if report.get("word") == word else str(report.get("error", "ended by itself"))
 
     def _output(self, command: list[str], folder: str, given: bytes) -> bytes:
-        """Runs the process and returns its output, at the latest when its time is over."""
         with tempfile.TemporaryFile() as output:
             with subprocess.Popen(
                 command,

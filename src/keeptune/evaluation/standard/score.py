@@ -39,8 +39,6 @@ _MEASURES: Mapping[str, Measure] = {
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """One item, as lm-eval ran and scored it with one model."""
-
     task: Any  # lm-eval's
     row: Mapping[str, Any]  # what lm-eval logged
     metric: Measure
@@ -126,7 +124,6 @@ def score_named(
 
 
 def _samples(model: Any, benchmark: NamedBenchmark, built: Built, *, chat: bool) -> list[_Sample]:
-    """Runs lm-eval with one model."""
     from lm_eval.evaluator import evaluate
 
     # For tasks that sample their answers, and for checks that draw (IFEval's).
@@ -164,7 +161,6 @@ def _right(sample: _Sample, *, chat: bool) -> tuple[str, str]:
 
 
 def _whole_scores(metric: Metric, first: Sequence[_Sample], second: Sequence[_Sample], seed: int) -> dict[str, Any]:
-    """Scores the labels of all items together."""
     truth, before = np.array([sample.value for sample in first]).T
     after = np.array([sample.value for sample in second])[:, 1]
     labels = max(2, int(max(truth.max(), before.max(), after.max())) + 1)
@@ -177,7 +173,6 @@ def _read_samples(
     logged: Mapping[str, Sequence[Mapping[str, Any]]],
     shots: Mapping[str, Sequence[tuple[int, ...]]],
 ) -> list[_Sample]:
-    """Returns one sample per item, task after task, from what lm-eval logged for each item and filter."""
     samples = []
     for leaf, task in built.tasks.items():
         metric, key, filtered = _measured(benchmark, leaf, logged[leaf][0])
@@ -208,7 +203,6 @@ def _measured(benchmark: NamedBenchmark, leaf: str, first: Mapping[str, Any]) ->
 
 
 def _record(index: int, one: _Sample, two: _Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Puts both models' samples of an item side by side, ready for JSON."""
     record: dict[str, Any] = {"index": index, "group": one.group}
     if one.metric == "cross_entropy":
         # As lm-eval scores it: a start token that the tokenizer adds is predicted like any other.

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from keeptune.adapter.export import format_for
 from keeptune.adapter.load import load_adapter
-from keeptune.adapter.probe import Gap, gap_to, logits_of
+from keeptune.adapter.probe import gap_to, logits_of
 from keeptune.core.artefact import content_key, file_fingerprint, read_json, remove_leftovers, write_json
 from keeptune.core.errors import ExportError, ModelError, placed
 from keeptune.core.processes import by_first, is_first
@@ -132,7 +132,6 @@ def _run(course: _Course) -> dict[str, Any]:
 
 
 def _check(sequence: StageSequence, model: PreTrainedModel) -> None:
-    """Checks all stages, with their data and the model's targets, before the first begins."""
     if is_quantised(model):
         raise ModelError(
             f"model {sequence.whole.model}",
@@ -150,21 +149,16 @@ def _check(sequence: StageSequence, model: PreTrainedModel) -> None:
 
 
 def _stage(course: _Course, stage: Stage, done: Sequence[_Done]) -> _Done:
-    """Runs a stage on the model as it stands, and adds what it changed to the product."""
     after, run = course.output / "after" / stage.folder, course.output / "stages" / stage.folder
     stored = Stored(f"stage {stage.name}", after / "stage.json", _key(course, stage, done))
     record = stored.read()
-    if record is None or not by_first(partial(_has_weights, run / record["result"])):
+    if record is None or not by_first(lambda at=run / record["result"]: any(at.glob("*.safetensors"))):
         start_from = by_first(lambda: _start_model(course, done))
         made = _run_stage(course, stage, done, start_from)
         record = stored.write(made, files=[f"{made['product']}/*.safetensors"])
         if start_from is not None and not course.sequence.keep_models:
             by_first(lambda: _remove_model(start_from))
     return _Done(run / record["result"], after / record["product"], record)
-
-
-def _has_weights(result: Path) -> bool:
-    return any(result.glob("*.safetensors"))
 
 
 def _run_stage(course: _Course, stage: Stage, done: Sequence[_Done], start_from: Path | None) -> dict[str, Any]:
@@ -190,12 +184,12 @@ def _run_stage(course: _Course, stage: Stage, done: Sequence[_Done], start_from:
 
 
 def _record_product(course: _Course, stage: Stage, done: Sequence[_Done], job: Job, whole: bool) -> dict[str, Any]:
-    """Adds what a finished run changed to the product, checks it, and returns its part of the stage's record."""
     result = find_result(job.output)
     product = course.output / "after" / stage.folder / ("merged" if whole else "adapter")
     remove_leftovers(product)
     rank = _write_product(course, stage, done, result, product)
-    gap = _gap(course, job, result, product)
+    logits, wanted = (logits_of(_load(of, folder), job.probe) for of, folder in ((course.base, product), (job, result)))
+    gap = gap_to(logits, wanted, course.dtype, course.wanted.max_gap, "product")
     _log.info("stage %s: gap to what was trained on a fresh base %.1e, rank %d", stage.name, gap.gap, rank)
     trained = read_json(job.output / "trained" / "train.json")
     return {
@@ -260,7 +254,6 @@ def _start_model(course: _Course, done: Sequence[_Done]) -> Path | None:
 
 
 def _model_after(base: Job, done: Sequence[_Done]) -> PreTrainedModel:
-    """Forms the model after some stages in float32, from what is on disk."""
     if not done:
         return Job(base.recipe.model_copy(update={"dtype": "float32"})).base()
     last = done[-1]
@@ -303,14 +296,7 @@ def _write_product(course: _Course, stage: Stage, done: Sequence[_Done], result:
     return max(change.rank for change in changes.values())
 
 
-def _gap(course: _Course, job: Job, result: Path, product: Path) -> Gap:
-    """Compares the product on a fresh base with what the stage trained, on the model it started from."""
-    logits, wanted = (logits_of(_load(of, folder), job.probe) for of, folder in ((course.base, product), (job, result)))
-    return gap_to(logits, wanted, course.dtype, course.wanted.max_gap, "product")
-
-
 def _load(job: Job, result: Path) -> PreTrainedModel | PeftModel:
-    """Loads the result of a run or a sequence: an adapter on its base, or a whole model."""
     if (result / "adapter_config.json").is_file():
         return load_adapter(job.base(), result)
     return load_model(str(result), LoadOptions(dtype=job.recipe.dtype, device=job.device))
@@ -329,14 +315,12 @@ def _refuse_rank(wanted: ExportSpec, stage: Stage, reason: str) -> None:
 
 
 def _scores(course: _Course, folder: Path) -> list[dict[str, Any]]:
-    """Scores everything against the original base, on the same items."""
     job = Job(course.sequence.whole.model_copy(update={"output": folder}))
     key = content_key([course.base.base_fingerprint, course.base.device])
     return evaluate_stage(job, kept=KeptAnswers(course.output / "base-answers", key))
 
 
 def _final(course: _Course, last: _Done) -> tuple[Path, dict[str, Any] | None]:
-    """Writes the product as the recipe wants it."""
     if last.whole:
         return last.product, None
     folder = course.output / ("merged" if course.wanted.format == "merged" else "adapter")

@@ -176,7 +176,6 @@ def _earlier(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], w
 
 
 def _as_knowledge(task: Mapping[str, Any], form: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a stage's task as a knowledge set: read as it is, unless another form is given."""
     has_form = any(form.get(key) is not None for key in ("text", "prompt", "completion", "choices"))
     keys = ("prompt", "completion", *DataSection.model_fields)
     templates = {} if has_form else {key: task[key] for key in keys if key in task}
@@ -204,7 +203,6 @@ def _refuse(recipe: Recipe, where: str) -> None:
 
 
 def _owners(stages: Sequence[Stage], options: _Options, where: str) -> dict[str, str]:
-    """Returns the stage whose task each benchmark measures: by the recipe's mapping, or by its name."""
     roles = {benchmark.name: benchmark.role for benchmark in stages[0].recipe.evaluate}
     tasks, names = [name for name, role in roles.items() if role == "task"], [stage.name for stage in stages]
     for name, stage in options.benchmarks.items():

@@ -24,6 +24,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 Matrix = Sequence[Sequence[float]]
 
 
@@ -66,7 +68,7 @@ def forgetting_of_each(R: Matrix) -> list[float]:  # noqa: N803
     >>> [round(f, 3) for f in forgetting_of_each([[0.8, 0.1, 0], [0.9, 0.7, 0], [0.6, 0.75, 1]])]
     [0.3, -0.05]
     """
-    return [_largest([row[j] for row in R[:-1]]) - R[-1][j] for j in range(len(R) - 1)]
+    return [float(np.max([row[j] for row in R[:-1]])) - R[-1][j] for j in range(len(R) - 1)]  # NaN stays
 
 
 def forgetting(R: Matrix) -> float | None:  # noqa: N803
@@ -76,10 +78,6 @@ def forgetting(R: Matrix) -> float | None:  # noqa: N803
     0.125
     """
     return _mean(forgetting_of_each(R))
-
-
-def _largest(values: Sequence[float]) -> float:
-    return math.nan if any(math.isnan(value) for value in values) else max(values)
 
 
 def _mean(values: Sequence[float]) -> float | None:
