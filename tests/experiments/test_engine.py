@@ -60,7 +60,7 @@ def run_every(comparison: Comparison) -> dict[str, Any]:
 
 
 def only_task(comparison: Comparison) -> RunTask:
-    (task,) = tasks_of(comparison, list_runs(comparison))[1].values()
+    (task,) = tasks_of(comparison, list_runs(comparison))[0].values()
     return task
 
 

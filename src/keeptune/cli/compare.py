@@ -108,7 +108,7 @@ def _list_runs(loaded: Any) -> None:
     folder = loaded.output / RUNS
     specs = list_runs(loaded)
     # Where no run has a folder nothing is done, and what is done need not be compared with data that are elsewhere.
-    done = len(specs) - len(tasks_of(loaded, specs)[2]) if folder.is_dir() else 0
+    done = len(specs) - len(tasks_of(loaded, specs)[1]) if folder.is_dir() else 0
     echo(f"{len(specs)} runs below {folder}, {done} done")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -92,6 +92,12 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     listing = f"Known: {', '.join(known)}."
     return f'Did you mean "{close[0]}"? {listing}' if close else listing
+
+
+def need_known(name: str, known: Collection[str], where: str, wanted: str) -> None:
+    """Raises RecipeError where a name is not among those known; the message shows the nearest."""
+    if name not in known:
+        raise RecipeError(where, got=f'"{name}"', wanted=wanted, next_step=nearest(name, known))
 
 
 def placed(where: str, do: Callable[[], T]) -> T:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import RecipeError, nearest, need_known
 
 T = TypeVar("T")
 
@@ -47,8 +47,7 @@ def entry_points(group: str) -> metadata.EntryPoints:
 
 def look_up(name: str, known: Mapping[str, T], where: str, kind: str) -> T:
     """Returns the class of a name among those registered; a RecipeError shows the nearest name where there is none."""
-    if name not in known:
-        raise RecipeError(where, got=f'"{name}"', wanted=f"the name of a {kind}", next_step=nearest(name, known))
+    need_known(name, known, where, f"the name of a {kind}")
     return known[name]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import RecipeError, need_known
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, Metric, Normalisation
 
 Role = Literal["knowledge", "task"]
@@ -52,16 +52,8 @@ class Benchmark:
         return f"evaluate.{self.name}"
 
     def _check_words(self, **known: Sequence[str]) -> None:
-        """Raises RecipeError where a field is none of its words."""
         for field, words in known.items():
-            value = getattr(self, field)
-            if value not in words:
-                raise RecipeError(
-                    f"{self.where}.{field}",
-                    got=repr(value),
-                    wanted=" or ".join(words),
-                    next_step=nearest(str(value), words),
-                )
+            need_known(str(getattr(self, field)), words, f"{self.where}.{field}", " or ".join(words))
 
     def _check_numbers(self, **smallest: int) -> None:
         for field, least in smallest.items():

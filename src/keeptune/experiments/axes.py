@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import RecipeError, need_known
 from keeptune.core.intervals import lower_is_better
 
 Unit = Literal["share", "nats"]
@@ -81,14 +81,8 @@ def _axis(benchmarks: Sequence[Mapping[str, Any]], role: Role, named: Sequence[s
     if named is None:
         unit: Unit = "share" if "share" in units.values() else "nats"
         return Axis(role, tuple(name for name in units if units[name] == unit), unit)
-    unknown = [name for name in named if name not in units]
-    if unknown or not named:
-        raise RecipeError(
-            _KEYS[role],
-            got=", ".join(unknown) or "an empty list",
-            wanted=f"names of {role} benchmarks in `evaluate`",
-            next_step=nearest(unknown[0] if unknown else "", units),
-        )
+    for name in named or ("",):
+        need_known(name, units, _KEYS[role], f"names of {role} benchmarks in `evaluate`")
     if len({units[name] for name in named}) > 1:
         raise RecipeError(
             _KEYS[role],

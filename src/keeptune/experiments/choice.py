@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.core.artefact import atomic_directory, canonical_json, read_json, write_json, write_text
-from keeptune.core.errors import ArtefactError, RecipeError, nearest
+from keeptune.core.errors import ArtefactError, RecipeError, need_known
 from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.experiments.axes import Axis, forgotten_of, unit_of
 from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
@@ -89,10 +89,7 @@ def limits_of(
         return {name: float(max_loss) for name in axis}
     known = [b["name"] for b in benchmarks if b["role"] == "knowledge"]
     for name in max_loss:
-        if name not in known:
-            raise RecipeError(
-                _OPTION, got=name, wanted="a knowledge benchmark of the comparison", next_step=nearest(name, known)
-            )
+        need_known(name, known, _OPTION, "a knowledge benchmark of the comparison")
     return {name: float(value) for name, value in max_loss.items()}
 
 

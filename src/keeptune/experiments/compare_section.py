@@ -95,13 +95,3 @@ def checked(model: type[S], given: Any, where: str, key: str = "") -> S:
             wanted=explained.wanted,
             next_step=explained.next_step,
         ) from error
-
-
-def missing_extra(library: str) -> RecipeError:
-    """Returns the error that says how to install what comparisons need."""
-    return RecipeError(
-        "compare",
-        got=f"no {library} in this Python",
-        wanted="the libraries of comparisons",
-        next_step='Install them: pip install "keeptune[compare]".',
-    )

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import logging
 import os
 import platform
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from keeptune.core.errors import RecipeError
 from keeptune.core.locks import locked
 from keeptune.core.processes import by_first, is_first, world
 from keeptune.experiments.cell import attempt_together
-from keeptune.experiments.compare_section import Resources, missing_extra
+from keeptune.experiments.compare_section import Resources
 from keeptune.experiments.plan_runs import Comparison, RunSpec, check_runs
 from keeptune.experiments.posthoc_variants import Variant
 from keeptune.experiments.single_run import Outcome, RunTask, attempt, finished, task_key
@@ -39,22 +38,6 @@ from keeptune.pipeline.launching import Launch
 _log = logging.getLogger(__name__)
 _MARKER = ".shared-folder"
 _RETRIES = 1
-
-
-TaskOf = Callable[[RunSpec], RunTask]
-
-
-def _task_maker(comparison: Comparison, base: str) -> TaskOf:
-    known: dict[str, str] = {}  # fingerprints of data files by path
-    resources = _resources(comparison)
-    threads = None if resources is None else max(1, int(resources.cpus // (resources.launch.processes or 1)))
-    shared = comparison.output.absolute()
-
-    def make(spec: RunSpec) -> RunTask:
-        key, variants = task_key(spec.recipe, base, known), variants_of(comparison, spec.label)
-        return RunTask(spec.name, spec.recipe, key, base, shared, threads, variants)
-
-    return make
 
 
 def _resources(comparison: Comparison) -> Resources | None:
@@ -79,20 +62,25 @@ def variants_of(comparison: Comparison, label: str) -> Sequence[Variant]:
     return [Variant(scale) for scale in section.scales if scale != 1] if wanted else ()
 
 
-def tasks_of(comparison: Comparison, specs: Sequence[RunSpec]) -> tuple[TaskOf, dict[str, RunTask], frozenset[str]]:
+def tasks_of(comparison: Comparison, specs: Sequence[RunSpec]) -> tuple[dict[str, RunTask], frozenset[str]]:
     """Checks the runs that are not finished; KeeptuneError where one is not possible.
 
     Returns:
-        What makes tasks, name to task, and the names of those that are not finished.
+        Name to task, and the names of those that are not finished.
     """
     model = Job(specs[0].recipe).base()
-    task_of = _task_maker(comparison, body_fingerprint(model))
-    tasks = {spec.name: task_of(spec) for spec in specs}
+    base, resources = body_fingerprint(model), _resources(comparison)
+    threads = None if resources is None else max(1, int(resources.cpus // (resources.launch.processes or 1)))
+    known: dict[str, str] = {}  # fingerprints of data files by path
+    tasks = {}
+    for spec in specs:
+        key, variants = task_key(spec.recipe, base, known), variants_of(comparison, spec.label)
+        tasks[spec.name] = RunTask(spec.name, spec.recipe, key, base, comparison.output.absolute(), threads, variants)
     missing = by_first(lambda: frozenset(name for name, task in tasks.items() if not finished(task)))
     check_runs(comparison, [spec for spec in specs if spec.name in missing], model)
     del model  # on a GPU the runs need its memory
     gc.collect()
-    return task_of, tasks, missing
+    return tasks, missing
 
 
 def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outcome]:
@@ -101,27 +89,31 @@ def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outco
     Raises:
         KeeptuneError: Nothing could be run.
     """
-    _, tasks, _ = tasks_of(comparison, specs)
+    tasks, _ = tasks_of(comparison, specs)
     with only_one(comparison.output):
         ordered = sorted(specs, key=lambda spec: comparison.section.seeds.index(spec.seed))
-        outcomes = run_tasks(comparison, [tasks[spec.name] for spec in ordered])
+        outcomes = _run_tasks(comparison, [tasks[spec.name] for spec in ordered])
     return {spec.name: outcomes[spec.name] for spec in specs}
 
 
-def run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Outcome]:
-    """Does the tasks that are not finished, in their order, while :func:`only_one` is held."""
+def _run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Outcome]:
     outcomes = by_first(lambda: {task.name: Outcome("done") for task in tasks if finished(task)})
     waiting = [task for task in tasks if task.name not in outcomes]
     if outcomes:
         _log.info("%s: %d of %d runs are done", comparison.kind, len(outcomes), len(tasks))
     if not waiting:
         return outcomes
-    ended = run_each(comparison, waiting)
     with logging_redirect_tqdm():
+        ended = run_each(comparison, waiting)
         bar = tqdm(ended, total=len(waiting), desc="runs", unit="run", disable=None, smoothing=0)
         for number, (task, outcome) in enumerate(bar, start=1):
             outcomes[task.name] = outcome
-            log_outcome(task.name, outcome, number, len(waiting))
+            for text in dict.fromkeys(outcome.warnings):
+                _log.warning("%s: %s", task.name, text)
+            if outcome.status == "failed":
+                _log.warning("%s failed: %s", task.name, outcome.message)
+            else:
+                _log.info("%s done in %.0f s (%d of %d)", task.name, outcome.seconds, number, len(waiting))
     return outcomes
 
 
@@ -142,41 +134,29 @@ def only_one(output: Path) -> Iterator[None]:
         yield
 
 
-def run_each(
-    comparison: Comparison, tasks: Iterable[RunTask], *, lazily: bool = False
-) -> Iterator[tuple[RunTask, Outcome]]:
+def run_each(comparison: Comparison, tasks: Sequence[RunTask]) -> Iterator[tuple[RunTask, Outcome]]:
     """Does tasks on Ray, or in this process where the section has no ``resources``; yields each as it ends.
-
-    With ``lazily`` a task is drawn when there is room for it, else all at the start.
 
     Raises:
         RecipeError: Ray is not installed, there is no such cluster, or no node has the resources of one run.
     """
     resources = _resources(comparison)
     if resources is not None:
-        yield from _on_ray(iter(tasks), resources, comparison.output, lazily)
+        yield from _on_ray(tasks, resources, comparison.output)
         return
     for task in tasks:
         yield task, replace(attempt(task), warnings=())  # they were logged here as they came
 
 
-def _on_ray(
-    tasks: Iterator[RunTask], resources: Resources, output: Path, lazily: bool
-) -> Iterator[tuple[RunTask, Outcome]]:
+def _on_ray(tasks: Sequence[RunTask], resources: Resources, output: Path) -> Iterator[tuple[RunTask, Outcome]]:
     with _started_ray(resources) as ray:
         token = secrets.token_hex(16)
         write_bytes(output / _MARKER, token.encode())  # by which workers see that the folder is theirs
         # Ray takes a new process for each task with a GPU unless it is configured otherwise.
         share = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
         remote = ray.remote(**share, max_retries=_RETRIES, max_calls=0)(_on_worker)
-        launch = resources.launch
-        running: dict[Any, RunTask] = {}
-        while True:
-            room = max(1, sum(_fits(node, resources) for node in ray.nodes()))
-            for task in itertools.islice(tasks, max(0, room - len(running)) if lazily else None):
-                running[remote.remote(task, token, launch)] = task
-            if not running:
-                return
+        running = {remote.remote(task, token, resources.launch): task for task in tasks}
+        while running:
             (ready,), _ = ray.wait(list(running), num_returns=1)
             yield running.pop(ready), _outcome(ray, ready)
 
@@ -192,13 +172,6 @@ def _outcome(ray: Any, ready: Any) -> Outcome:
     except ray.exceptions.RayError as error:
         message = f"{type(error).__name__}: {error}"
     return Outcome("failed", message)
-
-
-def _fits(node: Mapping[str, Any], resources: Resources) -> int:
-    have = node["Resources"]
-    rooms = [have.get("CPU", 0) // resources.cpus]
-    rooms += [have.get("GPU", 0) // resources.gpus] if resources.gpus else []
-    return int(min(rooms)) if node["Alive"] else 0
 
 
 def _on_worker(task: RunTask, token: str, launch: Launch) -> Outcome:
@@ -229,7 +202,12 @@ def _started_ray(resources: Resources) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise missing_extra("Ray") from error
+        raise RecipeError(
+            "compare",
+            got="no Ray in this Python",
+            wanted="the libraries of comparisons",
+            next_step='Install them: pip install "keeptune[compare]".',
+        ) from error
     ours = not ray.is_initialized()
     if ours:
         try:
@@ -256,21 +234,11 @@ def _started_ray(resources: Resources) -> Iterator[Any]:
 
 def _need_room(nodes: Sequence[Mapping[str, Any]], resources: Resources) -> None:
     """Refuses what no node has: Ray would wait for ever."""
-    if not any(_fits(node, resources) for node in nodes):
-        have = [(n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)) for n in nodes if n["Alive"]]
+    have = [(n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)) for n in nodes if n["Alive"]]
+    if not any(cpus >= resources.cpus and gpus >= resources.gpus for cpus, gpus in have):
         raise RecipeError(
             "compare.resources",
             got=f"{resources.cpus:g} CPUs and {resources.gpus:g} GPUs for each run",
             wanted="what one node has: " + "; ".join(f"{cpus:g} CPUs and {gpus:g} GPUs" for cpus, gpus in have),
             next_step="Lower resources.cpus or resources.gpus, or set `resources: null` to run in this process.",
         )
-
-
-def log_outcome(name: str, outcome: Outcome, done: int, total: int) -> None:
-    """Logs how a run ended, the number ``done`` of a total."""
-    for text in dict.fromkeys(outcome.warnings):
-        _log.warning("%s: %s", name, text)
-    if outcome.status == "failed":
-        _log.warning("%s failed: %s", name, outcome.message)
-    else:
-        _log.info("%s done in %.0f s (%d of %d)", name, outcome.seconds, done, total)

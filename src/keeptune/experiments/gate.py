@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import canonical_json
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import need_known
 from keeptune.core.intervals import lower_is_better
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.evaluation.benchmark_data import data_fingerprint
@@ -97,14 +97,12 @@ def check(
 def _limits(
     benchmarks: Sequence[Benchmark], max_loss: float | Mapping[str, float], estimate: Bound
 ) -> Mapping[str, float]:
-    if estimate not in get_args(Bound):
-        raise RecipeError("--estimate", got=estimate, wanted=", ".join(get_args(Bound)), next_step="Pick one.")
+    need_known(estimate, get_args(Bound), "--estimate", "one of them")
     known = [benchmark.name for benchmark in benchmarks]
     if not isinstance(max_loss, Mapping):
         return dict.fromkeys(known, float(max_loss))
     for name in max_loss:
-        if name not in known:
-            raise RecipeError("--max-loss", got=name, wanted="a benchmark of the suite", next_step=nearest(name, known))
+        need_known(name, known, "--max-loss", "a benchmark of the suite")
     return max_loss
 
 

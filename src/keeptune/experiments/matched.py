@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import need_known
 from keeptune.experiments.front import Place, Point, as_json, common_seeds, pareto, places_by_seed, spread
 
 How = Literal["exact", "interpolated", "above", "not reached"]
@@ -82,8 +82,8 @@ def matched(groups: Mapping[str, Sequence[Point]], score: float | None, baseline
         ``score``, ``baseline`` and ``rows``: per label what was ``forgotten`` (None where the score is not reached),
         ``how``, the ``points`` it is read off, ``values`` by seed, and the paired ``difference`` to the baseline.
     """
-    if baseline is not None and baseline not in groups:
-        raise RecipeError("compare.baseline", got=baseline, wanted="a label", next_step=nearest(baseline, groups))
+    if baseline is not None:
+        need_known(baseline, groups, "compare.baseline", "a label")
     score = default_score(groups) if score is None else score
     if score is None:
         return {"score": None, "baseline": baseline, "rows": []}

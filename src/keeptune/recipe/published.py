@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import Field
 
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import need_known
 from keeptune.recipe.sections import Section
 
 
@@ -39,14 +39,16 @@ class Published(Section):
         known, wanted = list(benchmarks), "a benchmark in `evaluate`; other columns go under `others`"
         for number, row in enumerate(self.rows):
             for name in row.scores:
-                _check(name, known, f"{where}, key published.rows.{number}.scores.{name}", wanted)
+                need_known(name, known, f"{where}, key published.rows.{number}.scores.{name}", wanted)
 
     def check_labels(self, labels: Iterable[str], where: str) -> None:
         """Raises RecipeError where a label is that of no entry of the comparison."""
         known = list(labels)
         for number, row in enumerate(self.rows):
             if row.label is not None:
-                _check(row.label, known, f"{where}, key published.rows.{number}.label", "a label in compare.methods")
+                need_known(
+                    row.label, known, f"{where}, key published.rows.{number}.label", "a label in compare.methods"
+                )
 
     def scores(self) -> list[dict[str, Any]]:
         """Returns the scores of lines that have a label, as shares where the table is in per cent."""
@@ -63,8 +65,3 @@ class Published(Section):
             if row.label is not None
             for name, score in row.scores.items()
         ]
-
-
-def _check(name: str, known: Sequence[str], where: str, wanted: str) -> None:
-    if name not in known:
-        raise RecipeError(where, got=f'"{name}"', wanted=wanted, next_step=nearest(name, known))

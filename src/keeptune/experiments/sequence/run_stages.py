@@ -152,7 +152,7 @@ def _stage(course: _Course, stage: Stage, done: Sequence[_Done]) -> _Done:
     after, run = course.output / "after" / stage.folder, course.output / "stages" / stage.folder
     stored = Stored(f"stage {stage.name}", after / "stage.json", _key(course, stage, done))
     record = stored.read()
-    if record is None or not by_first(lambda at=run / record["result"]: any(at.glob("*.safetensors"))):
+    if record is None or not by_first(partial(list, (run / record["result"]).glob("*.safetensors"))):
         start_from = by_first(lambda: _start_model(course, done))
         made = _run_stage(course, stage, done, start_from)
         record = stored.write(made, files=[f"{made['product']}/*.safetensors"])
