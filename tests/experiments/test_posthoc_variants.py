@@ -118,7 +118,7 @@ def test_the_written_adapter_is_the_variant_on_a_fresh_base(job: Jobs, tmp_path:
     with pair.after() as expected:
         torch.testing.assert_close(logits_of(model, probe), logits_of(expected, probe))
     sidecar = read_json(best / "keeptune.json")
-    assert sidecar["variant"] == variant.plain()
+    assert sidecar["variant"] == {"scale": 0.25}
     assert sidecar["export"]["folder"] == str(best)
     assert sidecar["export"]["relative_gap"] <= sidecar["export"]["bound"]
     assert str(run.output) not in (best / "README.md").read_text()

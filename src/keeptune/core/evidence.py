@@ -48,5 +48,4 @@ def _bounded(values: Tensor, taken: Tensor) -> list[float] | dict[str, Any]:
 
 
 def _short(values: Tensor) -> list[float]:
-    """Returns float32 numbers in as few digits as tell them apart from all others."""
     return [float(f"{value:.9g}") for value in values.tolist()]

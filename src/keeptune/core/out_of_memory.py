@@ -60,6 +60,5 @@ def _is_memory(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Returns what the library says, without its advice."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.partition(" If reserved")[0][:300]

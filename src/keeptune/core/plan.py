@@ -161,7 +161,7 @@ class Plan:
         factors = {
             f"{t.target.name}{name}": tensor_fingerprint(value)
             for t in self.targets  # one at a time: what is implied is made here
-            for name, value in _tensors(t).items()
+            for name, value in _tensors(t, implied=True).items()
         }
         factors |= {name: tensor_fingerprint(value) for name, value in self._penalty_tensors().items()}
         return content_key(self._record() | {"factors": factors})
@@ -194,8 +194,9 @@ class Plan:
     def save(self, folder: Path | str) -> None:
         """Writes ``plan.json`` and the tensors of factors, evidence and penalties, whole or not at all."""
         implied = any(isinstance(t.init, RowSelection) for t in self.targets)
+        factors = {f"{t.target.name}{k}": v for t in self.targets for k, v in _tensors(t, implied=False).items()}
         tensors = {
-            "factors.safetensors": {f"{t.target.name}{k}": v for t in self.targets for k, v in _stored(t).items()},
+            "factors.safetensors": factors,
             "evidence.safetensors": {f"{t.target.name}:{k}": v for t in self.targets for k, v in t.evidence.items()},
         }
         if self.penalties:
@@ -222,8 +223,23 @@ class Plan:
                 wanted=f"format {_FORMAT} or {_WITH_IMPLIED}",
                 next_step="Make the plan again with this version of keeptune.",
             )
+        penalties = record.get("penalties", [])
+        parts = ("factors", "evidence", *(["penalties"] if penalties else []))
         try:
-            return cls._read(folder, record)
+            files = {p: read_tensors(folder / f"{p}.safetensors", record["files"][f"{p}.safetensors"]) for p in parts}
+            return cls(
+                method=record["method"],
+                options=record["options"],
+                targets=tuple(_read_target(row, files["factors"], files["evidence"]) for row in record["targets"]),
+                scope=record["scope"],
+                peft=record["peft"],
+                training=record["training"],
+                penalties=tuple(
+                    PenaltyPlan(row["name"], row["options"], _under(files["penalties"], f"{i}:"))
+                    for i, row in enumerate(penalties)
+                ),
+                provenance=record["provenance"],
+            )
         except (KeyError, TypeError) as error:
             raise ArtefactError(
                 str(folder / "plan.json"),
@@ -231,27 +247,6 @@ class Plan:
                 wanted="a plan as it was saved",
                 next_step="Remove the folder and make the plan again.",
             ) from error
-
-    @classmethod
-    def _read(cls, folder: Path, record: Mapping[str, Any]) -> Plan:
-        penalties = record.get("penalties", [])
-        parts = ("factors", "evidence", *(["penalties"] if penalties else []))
-        files = {
-            part: read_tensors(folder / f"{part}.safetensors", record["files"][f"{part}.safetensors"]) for part in parts
-        }
-        return cls(
-            method=record["method"],
-            options=record["options"],
-            targets=tuple(_read_target(row, files["factors"], files["evidence"]) for row in record["targets"]),
-            scope=record["scope"],
-            peft=record["peft"],
-            training=record["training"],
-            penalties=tuple(
-                PenaltyPlan(row["name"], row["options"], _under(files["penalties"], f"{i}:"))
-                for i, row in enumerate(penalties)
-            ),
-            provenance=record["provenance"],
-        )
 
     def _record(self) -> dict[str, Any]:
         rows = [
@@ -304,16 +299,9 @@ def _check_alike(parameter: str, experts: Sequence[TargetPlan]) -> None:
         )
 
 
-def _tensors(t: TargetPlan) -> dict[str, Tensor]:
-    return {".B": t.init.B, ".A": t.init.A} | _beside_start(t)
-
-
-def _stored(t: TargetPlan) -> dict[str, Tensor]:
-    return _beside_start(t) if isinstance(t.init, RowSelection) else _tensors(t)
-
-
-def _beside_start(t: TargetPlan) -> dict[str, Tensor]:
-    return {f":{name}": value for name, value in t.vectors.items()}
+def _tensors(t: TargetPlan, *, implied: bool) -> dict[str, Tensor]:
+    factors = {} if isinstance(t.init, RowSelection) and not implied else {".B": t.init.B, ".A": t.init.A}
+    return factors | {f":{name}": value for name, value in t.vectors.items()}
 
 
 def _read_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence: Mapping[str, Tensor]) -> TargetPlan:

@@ -183,7 +183,6 @@ def _dequantised(module: Any, target: Target, dtype: torch.dtype) -> Tensor:
 
 
 def _by_peft(module: Any, shape: tuple[int, int]) -> Tensor | None:
-    """Returns the weight as PEFT's helper gives it, or None where that is no float weight of the module's shape."""
     if not hasattr(module, "weight") and not hasattr(module, "W_q"):
         return None
     weight: Any

@@ -102,7 +102,6 @@ def _logits(
     rows: int,
     advance: Callable[[int], object],
 ) -> Tensor:
-    """Computes (n, outputs) logits, float32 on the CPU, in batches of sequences of about equal length."""
     pad = collator(tokenizer)
 
     def logits_of(members: Sequence[Mapping[str, Any]]) -> list[list[float]]:

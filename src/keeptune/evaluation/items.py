@@ -78,7 +78,6 @@ def _questions(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[s
 
 
 def _asked(benchmark: FileBenchmark, row: Row, place: str) -> dict[str, Any]:
-    """Returns what is asked, and the answer that a conversation ends with, if it does, as ``own``."""
     if benchmark.messages is None:
         prompt = render(benchmark.prompt or "", row, where=place)
         chat = Conversation(({"role": "user", "content": prompt},)) if benchmark.chat else None

@@ -114,7 +114,6 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _logits(model: PreTrainedModel, batch: Sequence[ScoredTokens], passes: Passes) -> Tensor:
-    """Computes (R, L, V) logits in the model's dtype."""
     ids, mask = padded(batch, passes.pad)
     logits: Tensor = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
     return logits
@@ -129,7 +128,6 @@ def _chunks(batch: Sequence[ScoredTokens]) -> Iterator[tuple[Tensor, Tensor, Ten
 
 
 def _log_probabilities(logits: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Returns (N, V) log-probabilities in float32 of (R, L, V) logits."""
     picked = logits[row.to(logits.device), column.to(logits.device)]
     return torch.log_softmax(picked.float(), dim=-1)
 

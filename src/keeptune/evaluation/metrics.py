@@ -147,7 +147,6 @@ def paired_interval(
 
 
 def _bootstrap(data: tuple[_Values, ...], statistic: Callable[..., _Values], seed: int) -> tuple[float, float]:
-    """Returns the BCa interval of a statistic of paired arrays, or that of percentiles where it is not finite."""
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
             # Both warn of the NaN that the check below looks for.

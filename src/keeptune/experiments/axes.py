@@ -81,7 +81,7 @@ def _axis(benchmarks: Sequence[Mapping[str, Any]], role: Role, named: Sequence[s
     if named is None:
         unit: Unit = "share" if "share" in units.values() else "nats"
         return Axis(role, tuple(name for name in units if units[name] == unit), unit)
-    for name in named or ("",):
+    for name in named or ("an empty list",):
         need_known(name, units, _KEYS[role], f"names of {role} benchmarks in `evaluate`")
     if len({units[name] for name in named}) > 1:
         raise RecipeError(

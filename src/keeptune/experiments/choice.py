@@ -229,7 +229,6 @@ def _check_weights(result: Path, scored: set[str]) -> None:
 
 
 def _write_card(best: Path, run: Path, row: Row, choice: Choice) -> None:
-    """Writes the model card of what was chosen, with its own scores: those of a variant, not of the run beneath."""
     entry, folder = entry_of(run), Path(row["folder"])
     limits = ", ".join(f"{name} {limit:g}" for name, limit in choice.max_loss.items())
     notes = [f"Chosen by keeptune compare: it learned most of what loses at most {limits}; run {choice.run}."]

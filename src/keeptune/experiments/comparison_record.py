@@ -10,7 +10,7 @@ import datetime
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def row_of(spec: RunSpec, outcome: Outcome, variant: Variant | None = None) -> d
         **{key: getattr(spec, key) for key in (*_SETTING, "seed", "x")},
         "name": spec.name if variant is None else f"{spec.name}/{variant.slug}",
         "label": spec.label if variant is None else f"{spec.label}, scaled",
-        "variant": None if variant is None else variant.plain(),
+        "variant": None if variant is None else asdict(variant),
         "of": None if variant is None else spec.label,
         "folder": str(folder),
         "status": outcome.status,
@@ -174,7 +174,6 @@ def trade_off_of(rows: Sequence[Mapping[str, Any]], axes: Axes, options: Options
 
 
 def _no_trade_off(roles: set[str], excluded: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """Returns ``front.json`` of runs of which nothing is scored yet, or one side alone, as in some published tables."""
     lacking = [role for role in ("task", "knowledge") if roles and role not in roles]
     return {
         **dict.fromkeys(("units", "axes", "choice")),
@@ -260,7 +259,6 @@ def write_records(
 
 
 def _finite(value: Any) -> Any:
-    """Replaces NaN and infinities, which JSON has not, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

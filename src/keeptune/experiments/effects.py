@@ -56,7 +56,6 @@ def _by_cell(rows: Rows, grid: Mapping[str, Any], name: str, baseline: str | Non
 
 
 def _balanced(sides: Sequence[Sequence[Places]]) -> Places:
-    """Returns the mean over the benchmarks of each role, then over the two roles, where a run has them all."""
     every = [benchmark for side in sides for benchmark in side]
     places: Places = {}
     for place, seeds in every[0].items():
@@ -87,7 +86,6 @@ def _cell(seeds: Mapping[int, float]) -> dict[str, Any] | None:
 
 
 def _mean(line: Sequence[Mapping[str, Any] | None]) -> float | None:
-    """Returns the mean over cells; one without some of them would not compare with the others."""
     values = [cell["mean"] for cell in line if cell is not None]
     return math.fsum(values) / len(values) if values and len(values) == len(line) else None
 

@@ -87,7 +87,7 @@ def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outco
     """Does what is missing of runs, one seed after the other; returns how each ended, by name.
 
     Raises:
-        KeeptuneError: Nothing could be run.
+        KeeptuneError: Nothing could be run, as where Ray is missing or has no room for one run.
     """
     tasks, _ = tasks_of(comparison, specs)
     with only_one(comparison.output):
@@ -104,7 +104,7 @@ def _run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Ou
     if not waiting:
         return outcomes
     with logging_redirect_tqdm():
-        ended = run_each(comparison, waiting)
+        ended = _run_each(comparison, waiting)
         bar = tqdm(ended, total=len(waiting), desc="runs", unit="run", disable=None, smoothing=0)
         for number, (task, outcome) in enumerate(bar, start=1):
             outcomes[task.name] = outcome
@@ -134,12 +134,7 @@ def only_one(output: Path) -> Iterator[None]:
         yield
 
 
-def run_each(comparison: Comparison, tasks: Sequence[RunTask]) -> Iterator[tuple[RunTask, Outcome]]:
-    """Does tasks on Ray, or in this process where the section has no ``resources``; yields each as it ends.
-
-    Raises:
-        RecipeError: Ray is not installed, there is no such cluster, or no node has the resources of one run.
-    """
+def _run_each(comparison: Comparison, tasks: Sequence[RunTask]) -> Iterator[tuple[RunTask, Outcome]]:
     resources = _resources(comparison)
     if resources is not None:
         yield from _on_ray(tasks, resources, comparison.output)

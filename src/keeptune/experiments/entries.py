@@ -239,10 +239,10 @@ def _variations(method: Any, own: Any, factors: Sequence[float], where: str) -> 
             "strength: {penalties.0.strength: [3, 30]}",
         ).items()
         check_settings(own, where, _FIXED_IN_METHODS)
-        return tuple(by_value(key, value) for value in values)
+        return tuple(Variation({key: value}, None, f"x{slug(as_text(value))}") for value in values)
     if own is None and getattr(make_method(method, seed=0), "strength_option", None) is None:
         return (Variation(),)
-    return tuple(by_factor(method, factor) for factor in (factors if own is None else _read_numbers(own, where)))
+    return tuple(_by_factor(method, factor) for factor in (factors if own is None else _read_numbers(own, where)))
 
 
 def _read_numbers(given: Any, where: str) -> list[float]:
@@ -258,16 +258,10 @@ def _read(kind: TypeAdapter[Any], given: Any, where: str, wanted: str, example: 
         raise RecipeError(where, got=repr(given), wanted=wanted, next_step=f"Example: {example}.") from error
 
 
-def by_factor(method: Any, factor: float) -> Variation:
-    """Returns a method's own strength times a factor; above 1 keeps more."""
+def _by_factor(method: Any, factor: float) -> Variation:
     option, value = stronger(make_method(method, seed=0), factor)
     changed = {} if factor == 1 else {f"method.{option}": float(f"{value:.10g}")}
     return Variation(changed, factor, "" if factor == 1 else f"x{short(factor)}")
-
-
-def by_value(key: str, value: Any) -> Variation:
-    """Returns the variation that sets a dotted key of the recipe to a value."""
-    return Variation({key: value}, None, f"x{slug(as_text(value))}")
 
 
 def _is_plain(entry: Entry, values: Mapping[str, Any]) -> bool:

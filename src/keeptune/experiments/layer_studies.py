@@ -92,7 +92,6 @@ def _numbers(layers: Sequence[int], numbers: Iterable[int] | None) -> list[int]:
 
 
 def _point(layers: Sequence[int]) -> dict[str, Any]:
-    """Names a set of layers by what it holds, so that studies find each other's runs."""
     spans: list[list[int]] = []
     for layer in layers:
         if spans and layer == spans[-1][1] + 1:

@@ -172,7 +172,7 @@ def _own_rate(values: Mapping[str, Any], where: str) -> list[float]:
 def list_runs(comparison: Comparison) -> tuple[RunSpec, ...]:
     """Returns every run, entry by entry; RecipeError where a setting does not fit, or two runs would be the same."""
     specs = tuple(
-        run_spec(comparison, entry, variation, rate, seed)
+        _run_spec(comparison, entry, variation, rate, seed)
         for entry in comparison.entries
         for variation in entry.variations
         for rate in entry.rates
@@ -183,8 +183,7 @@ def list_runs(comparison: Comparison) -> tuple[RunSpec, ...]:
     return specs
 
 
-def run_spec(comparison: Comparison, entry: Entry, variation: Variation, rate: float | None, seed: int) -> RunSpec:
-    """Returns one run of an entry (rate None: the recipe's own); KeeptuneError where a setting does not fit."""
+def _run_spec(comparison: Comparison, entry: Entry, variation: Variation, rate: float | None, seed: int) -> RunSpec:
     where = comparison.place(entry.label)
     settings = {**entry.settings, **variation.settings, **({} if rate is None else {"train.learning_rate": rate})}
     parts = [slug(entry.label), *([] if rate is None else [f"lr{short(rate)}"]), variation.mark, f"seed{seed}"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from keeptune.core.artefact import atomic_directory, content_key, read_json, wri
 from keeptune.core.errors import ModelError
 from keeptune.core.processes import by_first
 from keeptune.evaluation.base_answers import KeptAnswers
-from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
+from keeptune.evaluation.model_pairs import AdapterPair, TwoModels
 from keeptune.model.blocks import head_of
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
@@ -56,10 +56,6 @@ class Variant:
         """Its name as a folder, in as many digits as separate it from every other value."""
         return f"scale-{repr(float(self.scale)).removesuffix('.0')}"
 
-    def plain(self) -> dict[str, Any]:
-        """It as JSON: ``{"scale": 0.5}``."""
-        return {"scale": self.scale}
-
 
 class _Loaded:
     def __init__(self, job: Job, folder: Path) -> None:
@@ -67,7 +63,6 @@ class _Loaded:
         if isinstance(self.pair, AdapterPair):
             self.tensors = load_file(folder / _WEIGHTS)
         else:
-            assert isinstance(self.pair, TwoModels)
             self.tensors = {name: weight.detach().clone() for name, weight in self.pair.tuned.named_parameters()}
 
     def refusal(self) -> str:
@@ -76,12 +71,11 @@ class _Loaded:
             return refusal(self.tensors, self.pair.peft_model.peft_config["default"])
         return ""
 
-    def make(self, variant: Variant) -> ModelPair:
+    def make(self, variant: Variant) -> AdapterPair | TwoModels:
         """Returns the models before and after, with a variant."""
         if isinstance(self.pair, AdapterPair):
             set_peft_model_state_dict(self.pair.peft_model, scaled_adapter(self.tensors, variant))
         else:
-            assert isinstance(self.pair, TwoModels)
             interpolate(self.pair.tuned, self.pair.base, self.tensors, variant.scale, head_of(self.pair.tuned))
         return self.pair
 
@@ -134,18 +128,18 @@ def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers |
     refused = {}
     for variant in variants:
         place = job.output / VARIANTS / variant.slug
-        stored = Stored(variant.slug, place / "variant.json", content_key([weights, names, variant.plain()]))
+        stored = Stored(variant.slug, place / "variant.json", content_key([weights, names, variant]))
         record = stored.read()
         why = loaded().refusal() if record is None else record["message"]
         if why:
             refused[variant.slug] = why
         pair = cache(lambda variant=variant: loaded().make(variant))
         for benchmark in () if why else job.recipe.evaluate:
-            score(job, benchmark, pair, place, weights, kept, variant.plain())
+            score(job, benchmark, pair, place, weights, kept, asdict(variant))
         if record is None:  # last: it is the mark of what is finished
             if why:
                 _log.warning("%s: %s is left out: %s", job.output.name, variant.slug, why)
-            stored.write({"variant": variant.plain(), "weights": weights, "benchmarks": names, "message": why})
+            stored.write({"variant": asdict(variant), "weights": weights, "benchmarks": names, "message": why})
     return refused
 
 
@@ -174,7 +168,7 @@ def write_variant(job: Job, variant: Variant, output: Path) -> Path:
         sidecar = read_json(fresh / SIDECAR)
         checked = {"gap": gap.gap, "relative_gap": gap.relative, "bound": BOUNDS[written.dtype]}
         export = sidecar["export"] | checked
-        write_json(fresh / SIDECAR, sidecar | {"export": export, "variant": variant.plain()})
+        write_json(fresh / SIDECAR, sidecar | {"export": export, "variant": variant})
     return output
 
 
@@ -188,11 +182,10 @@ def copy_result(folder: Path, fresh: Path, output: Path, *, weights: bool = True
         write_text(fresh / name, text.replace(was, str(output)))
 
 
-def _write_weights(job: Job, pair: ModelPair, folder: Path, fresh: Path, variant: Variant) -> Any:
+def _write_weights(job: Job, pair: AdapterPair | TwoModels, folder: Path, fresh: Path, variant: Variant) -> Any:
     if isinstance(pair, AdapterPair):
         tensors = scaled_adapter(load_file(folder / _WEIGHTS), variant)
         write_tensors(fresh / _WEIGHTS, tensors, {"format": "pt"})
         return load_adapter(job.base(), fresh)
-    assert isinstance(pair, TwoModels)
     pair.tuned.save_pretrained(fresh)
     return load_model(str(fresh), LoadOptions(dtype=job.recipe.dtype, device=job.device, head=job.head))

@@ -91,7 +91,6 @@ def axis_of(entries: Sequence[Entry]) -> str | None:
 
 
 def _grid_points(axes: Mapping[str, Sequence[Any]]) -> tuple[list[Any], list[list[int]]]:
-    """Returns a point for each combination of values; a grid of one axis of numbers gives them an x."""
     last = [key.rpartition(".")[2] for key in axes]
     words = {key: word if last.count(word) == 1 else key for key, word in zip(axes, last, strict=True)}
     numeric = len(axes) == 1 and all(type(value) in (int, float) for value in next(iter(axes.values())))

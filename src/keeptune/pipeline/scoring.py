@@ -113,7 +113,7 @@ def score(
     return stored.get(compute, files=[items.name])
 
 
-def load_pair(job: Job, folder: Path) -> ModelPair:
+def load_pair(job: Job, folder: Path) -> AdapterPair | TwoModels:
     """Loads a result, an adapter or a merged model, with a fresh base: the model before and after."""
     if (folder / "adapter_config.json").is_file():
         check_base(folder, job.base_fingerprint, None if job.head is None else job.head.labels)

@@ -209,7 +209,6 @@ def load_suite(path: Path | str) -> tuple[Benchmark, ...]:
 
 
 def _check_names(benchmarks: Sequence[Benchmark], where: str) -> list[str]:
-    """Returns the names of benchmarks; RecipeError where one is there twice or cannot name a file."""
     names = [benchmark.name for benchmark in benchmarks]
     for name in names:
         twice = names.count(name) > 1

@@ -134,7 +134,6 @@ def _form(value: Any) -> str:
 
 
 def _origin(entry: Any) -> str:
-    """Returns which of the two a set of knowledge is: of a file, or written by the base."""
     written = isinstance(entry, SelfGeneration) or (isinstance(entry, Mapping) and not _WRITTEN.isdisjoint(entry))
     return BY_BASE if written else BY_FILE
 
@@ -152,7 +151,6 @@ MethodSection = Annotated[dict[str, Any], BeforeValidator(spelt_out)]
 
 
 def _source(entry: Any) -> str:
-    """Returns which of the two an entry of ``evaluate`` is: a file with a metric, or a standard benchmark's name."""
     own = isinstance(entry, FileBenchmark) or (isinstance(entry, Mapping) and not {"metric", "file"}.isdisjoint(entry))
     return OWN if own else NAMED
 

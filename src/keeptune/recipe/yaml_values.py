@@ -39,7 +39,6 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _check(self, node: Any) -> None:
-        """Counts the values and levels of a node, its aliases spelt out, and refuses what no recipe holds."""
         if node.tag not in _PLAIN:
             raise _Refused(f"the tag {node.tag}", node)
         children = node.value

@@ -74,15 +74,15 @@ _IFEVAL = {
 
 
 def _row(
-    task: str, items: int, scorings: Mapping[str, Scoring], *content: str, folder: str = "", **more: Any
+    task: str, items: int, scorings: Mapping[str, Scoring], *content: str, folders: tuple[str, ...] = (), **more: Any
 ) -> TableRow:
     content = content or ("question",)
-    return TableRow(task=task, folders=(folder or task,), items=items, scorings=scorings, content=content, **more)
+    return TableRow(task=task, folders=folders or (task,), items=items, scorings=scorings, content=content, **more)
 
 
 def _glue(task: str, items: int, *content: str, standard: Scoring = _ACCURACY, f1: bool = False) -> TableRow:
     scorings = {STANDARD: standard} | ({"f1": _F1} if f1 else {})
-    return _row(task, items, scorings, *content, folder=f"glue/{task.partition('_')[0]}", role="task")
+    return _row(task, items, scorings, *content, folders=(f"glue/{task.partition('_')[0]}",), role="task")
 
 
 def _texts(task: str) -> TableRow:
@@ -94,23 +94,16 @@ NAMES: Mapping[str, TableRow] = {
     "nq_open": _row("nq_open", 3_610, _ANSWERS),
     "efficientqa": TableRow(task="nq_open", folders=("nq_open",), scorings=_ANSWERS, hub=False),
     "webqs": _row("webqs", 2_032, _WEBQS),
-    "mmlu": _row("mmlu", 14_042, _CHOICES, *_QUESTION, folder="mmlu/default"),
+    "mmlu": _row("mmlu", 14_042, _CHOICES, *_QUESTION, folders=("mmlu/default",)),
     "hellaswag": _row("hellaswag", 10_042, _NORMED, "ctx", "endings"),
     "winogrande": _row("winogrande", 1_267, _CHOICES | _ADAPTERS, "sentence", "option1", "option2"),
-    "arc_easy": _row("arc_easy", 2_376, _NORMED, *_QUESTION, folder="arc"),
-    "arc_challenge": _row("arc_challenge", 1_172, _NORMED, *_QUESTION, folder="arc"),
+    "arc_easy": _row("arc_easy", 2_376, _NORMED, *_QUESTION, folders=("arc",)),
+    "arc_challenge": _row("arc_challenge", 1_172, _NORMED, *_QUESTION, folders=("arc",)),
     "piqa": _row("piqa", 1_838, _NORMED, "goal", "sol1", "sol2"),
-    "boolq": _row("boolq", 3_270, _CHOICES | _ADAPTERS, folder="super_glue/boolq"),
+    "boolq": _row("boolq", 3_270, _CHOICES | _ADAPTERS, folders=("super_glue/boolq",)),
     "openbookqa": _row("openbookqa", 500, _NORMED, "question_stem", "choices"),
     "gsm8k": _row("gsm8k", 1_319, _GSM8K, role="task"),
-    "math": TableRow(
-        task="minerva_math",
-        folders=("minerva_math", "benchmarks"),
-        role="task",
-        items=5_000,
-        scorings=_MATH,
-        content=("problem",),
-    ),
+    "math": _row("minerva_math", 5_000, _MATH, "problem", folders=("minerva_math", "benchmarks"), role="task"),
     "humaneval": _row("humaneval", 164, _PROGRAMS, "prompt", role="task", code=True),
     "mbpp": _row("mbpp", 500, _PROGRAMS, "text", "code", role="task", code=True),
     "ifeval": _row("ifeval", 541, _IFEVAL, "prompt", role="task"),

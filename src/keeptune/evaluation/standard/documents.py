@@ -78,7 +78,6 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _refuse_examples(benchmark: NamedBenchmark, leaf: str, pool: Sequence[_Parts], scored: set[_Parts]) -> None:
-    """Refuses examples for the prompts that are scored themselves: the prompt would hold the answer."""
     common = [parts for parts in pool if parts in scored]
     if common:
         raise DataError(

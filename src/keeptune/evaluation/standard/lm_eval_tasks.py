@@ -160,7 +160,6 @@ def _shot_split(config: Mapping[str, Any]) -> str | None:
 
 
 def _with_data(benchmark: NamedBenchmark, name: str, configs: Mapping[str, _Config]) -> tuple[dict[str, _Config], str]:
-    """Puts rows of local files in the place of the hub's data; returns the departure from lm-eval's task as well."""
     first = next(iter(configs.values()))
     if name == "math":
         # lm-eval has a task for each subject of the hub's data, alike but for their names.

@@ -50,9 +50,7 @@ class Protocol:
     stops: tuple[str, ...]  # texts before which an answer ends
     new_tokens: int  # generated at most
     right: Callable[[Row, str], float] | None  # row and generated text to 1 or 0; None: the text is a program to run
-    task: tuple[str, tuple[str, ...]] | None = (
-        None  # lm-eval's task of the rows and its folders, if not the standard one
-    )
+    task: tuple[str, tuple[str, ...]] | None = None  # lm-eval's and its folders, if not the standard one
 
 
 def metamath_number(text: str) -> int | None:

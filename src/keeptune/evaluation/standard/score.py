@@ -186,7 +186,6 @@ def _read_samples(
 
 
 def _measured(benchmark: NamedBenchmark, leaf: str, first: Mapping[str, Any]) -> tuple[Measure, str, str]:
-    """Returns the metric as results name it, its name in lm-eval, and the filter under which it counts."""
     how = benchmark.how
     if how is not None:
         key, _, filtered = (how.key or f"{how.metric},none").partition(",")

@@ -54,7 +54,6 @@ def template_of(
 
 
 def _check_system(benchmark: NamedBenchmark, chat: ChatTemplate, tasks: Mapping[str, Any]) -> None:
-    """Checks examples as turns, and what the system says; lm-eval leaves it out where the template refuses it."""
     turns = [*TURNS * any(task.config.num_fewshot for task in tasks.values()), TURNS[0]]
     chat.asked(turns, where=f"{benchmark.where}.chat")
     try:

@@ -59,8 +59,6 @@ _NOT_IN_KEY = ("model", "output", "store", "store_limit", "device", "evaluate", 
 
 @dataclass(frozen=True)
 class _Course:
-    """What all stages have in common: the sequence, a job on the original base, and the dtype it is loaded in."""
-
     sequence: StageSequence
     base: Job
     dtype: torch.dtype
@@ -206,7 +204,6 @@ def _record_product(course: _Course, stage: Stage, done: Sequence[_Done], job: J
 
 
 def _key(course: _Course, stage: Stage, done: Sequence[_Done]) -> str:
-    """Of all that a stage's result depends on: the stages before it, its recipe and its data, wherever they lie."""
     recipe = {key: value for key, value in stage.recipe.written().items() if key not in _NOT_IN_KEY}
     recipe["task"] = stage.recipe.task.model_dump(exclude={"train"})
     sets = stage.recipe.all_knowledge.values()

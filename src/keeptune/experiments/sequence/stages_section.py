@@ -142,7 +142,6 @@ def _entries(raw: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _with_earlier(values: dict[str, Any], tasks: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Any]:
-    """Puts the task data of stages before in the place of ``stages:name``, and of all of them of ``stages:earlier``."""
     given = values.get("knowledge")
     sets = given if isinstance(given, list) else [given]
     if not any(_names_stages(entry) for entry in sets):
