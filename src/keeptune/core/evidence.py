@@ -41,11 +41,7 @@ def _bounded(values: Tensor, taken: Tensor) -> list[float] | dict[str, Any]:
         own = torch.isin(values, taken.to(values)).nonzero().flatten()
         ends = [*range(_FIRST), *range(size - _LAST, size)]
         at = sorted({*ends, *between.tolist(), *own.tolist()})
-        return {"size": size, "at": at, "values": _short(values[at])}
+        return {"size": size, "at": at, "values": [float(f"{value:.9g}") for value in values[at].tolist()]}
     edges = torch.linspace(0, size, POINTS + 1, dtype=torch.float64).round().long().tolist()
     means = [float(values[start:stop].double().mean()) for start, stop in pairwise(edges)]
     return {"size": size, "at": edges[:-1], "means": means}
-
-
-def _short(values: Tensor) -> list[float]:
-    return [float(f"{value:.9g}") for value in values.tolist()]

@@ -38,8 +38,10 @@ def out_of_memory(stage: Stage) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        if not _is_memory(error):
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not (known or should_reduce_batch_size(error) or _ALLOCATOR.search(str(error))):
             raise
+        said = " ".join(str(error).split()) or type(error).__name__
         asked = _ASKED.search(str(error))
         # What the frames hold would stay on the device as long as the error is there, and the next run has to fit.
         traceback.clear_frames(error.__traceback__)
@@ -47,18 +49,7 @@ def out_of_memory(stage: Stage) -> Iterator[None]:
         raise DeviceMemoryError(
             f"stage {stage}",
             got=f"no memory for {asked[1]}" if asked else "no memory",
-            wanted=f"room on the device ({_reason(error)})",
+            wanted=f"room on the device ({said.partition(' If reserved')[0][:300]})",
             next_step=f"Turn `{first}`, `{second}` or `{third}`; `keeptune run --dry-run` says what each takes. "
             "The same command goes on from here.",
         ) from error
-
-
-def _is_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return should_reduce_batch_size(error) or bool(_ALLOCATOR.search(str(error)))
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.partition(" If reserved")[0][:300]

@@ -94,14 +94,10 @@ def _asked(benchmark: FileBenchmark, row: Row, place: str) -> dict[str, Any]:
             next_step="Correct the row.",
         )
     return {
-        "prompt": _said(messages),
+        "prompt": "\n".join(str(message["content"] or "") for message in messages),
         "chat": Conversation(messages, tuple(row.get("tools") or ()) or None),
         "own": own,
     }
-
-
-def _said(messages: Sequence[Mapping[str, Any]]) -> str:
-    return "\n".join(str(message["content"] or "") for message in messages)
 
 
 def _documents(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str]) -> list[dict[str, Any]]:

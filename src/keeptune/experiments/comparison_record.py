@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.core.artefact import canonical_json, read_json, write_bytes, write_json
-from keeptune.core.errors import ArtefactError, KeeptuneError
+from keeptune.core.errors import ArtefactError, KeeptuneError, named
 from keeptune.evaluation.results import BenchmarkResult, references_by_seed, trade_off
 from keeptune.experiments.axes import Axes, axes_of, forgotten_of, learned_of
 from keeptune.experiments.front import Point, as_json, families, pareto, points_of
@@ -27,7 +27,6 @@ from keeptune.experiments.single_run import Outcome
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 
 RUNS_FILE, FRONT = "runs.json", "front.json"
-_NAMED = 5
 _BENCHMARK = ("name", "role", "metric", "n", "before", "after", "interval")
 _SETTING = ("method", "settings", "learning_rate", "strength")
 _NO_AXES = {"learned": None, "forgotten": None, "why": "", "learned_interval": None, "forgotten_interval": None}
@@ -206,8 +205,7 @@ def _described(point: Point, on_front: bool) -> dict[str, Any]:
 def _notes(points: Sequence[Point], excluded: Sequence[Mapping[str, str]]) -> list[str]:
     most = max((len(point.places) for point in points), default=0)
     fewer = [f"{point.name} ({len(point.places)})" for point in points if len(point.places) < most]
-    more = f" and {len(fewer) - _NAMED} more" if len(fewer) > _NAMED else ""
-    notes = [f"with fewer than {most} seeds: {', '.join(fewer[:_NAMED])}{more}"] if fewer else []
+    notes = [f"with fewer than {most} seeds: {named(fewer, 5)}"] if fewer else []
     if excluded:
         count = "1 run is" if len(excluded) == 1 else f"{len(excluded)} runs are"
         notes.append(f"{count} left out; `excluded` says why")

@@ -31,20 +31,15 @@ from keeptune.recipe.reading import set_value, spelt_out
 FIXED = {
     "output": "each run has its own folder below the comparison's",
     "compare": "an entry is a part of it",
-    "seeds": "`seeds` lists the seeds of all runs",
-    "train.seed": "`seeds` lists the seeds of all runs",
+    **dict.fromkeys(("seeds", "train.seed"), "`seeds` lists the seeds of all runs"),
     "evaluate": "runs are compared on the same benchmarks",
     "reference": "T has one reference for all runs",
-    "model": "runs are compared on one base",
-    "revision": "runs are compared on one base",
-    "dtype": "runs are compared on one base",
-    "quantization": "runs are compared on one base",
+    **dict.fromkeys(("model", "revision", "dtype", "quantization"), "runs are compared on one base"),
 }
 _FIXED_IN_METHODS = {
     **FIXED,
     "train.learning_rate": "an entry's rates are its `learning_rate` list",
-    "task.train": "runs learn the same task",
-    "task.kind": "runs learn the same task",
+    **dict.fromkeys(("task.train", "task.kind"), "runs learn the same task"),
 }
 _REPLAY = 0.1
 _NUMBERS = TypeAdapter(Numbers)

@@ -127,11 +127,11 @@ def load_comparison(
     return Comparison(path, values, section, entries, plain, base, fetch)
 
 
-def load_sweep(path: Path | str, overrides: Mapping[str, Any] | None = None, *, fetch: Fetch = hub.fetch) -> Comparison:
+def load_sweep(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Comparison:
     """Reads a recipe with a ``sweep`` section and ``seeds``, as :func:`load_comparison` does: points, run here."""
     values = read_values(Path(path), overrides)
     points, about = read_sweep(values.pop("sweep", None), f"recipe {path}")
-    return sweep_of(Path(path), values, points, about, fetch=fetch)
+    return sweep_of(Path(path), values, points, about)
 
 
 def sweep_of(
@@ -142,7 +142,6 @@ def sweep_of(
     *,
     kind: str = "sweep",
     below: str = "",
-    fetch: Fetch = hub.fetch,
 ) -> Comparison:
     """Returns the comparison of a recipe's values, which have ``seeds``, at points; ``about`` goes to its record."""
     where = f"recipe {path}"
@@ -151,9 +150,9 @@ def sweep_of(
         seeds = [train.get("seed", 0) if isinstance(train, Mapping) else 0]
     own = {"seeds": seeds, "scales": [], "resources": None, "baselines": False}
     section = checked(CompareSection, {"methods": [entry.label for entry in entries], **own}, where)
-    base = make_recipe(values, folder=path.parent, where=where, fetch=fetch)
+    base = make_recipe(values, folder=path.parent, where=where)
     about = {"axis": axis_of(entries), **about}
-    return Comparison(path, values, section, entries, about.get("baseline"), base, fetch, kind, about, below)
+    return Comparison(path, values, section, entries, about.get("baseline"), base, hub.fetch, kind, about, below)
 
 
 def _own_rate(values: Mapping[str, Any], where: str) -> list[float]:

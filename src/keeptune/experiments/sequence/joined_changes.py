@@ -69,6 +69,18 @@ def add_changes(model: PreTrainedModel, changes: Mapping[str, LowRank]) -> PreTr
     return model
 
 
+def plan_of(
+    model: PreTrainedModel, changes: Mapping[str, LowRank], options: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> Plan:
+    """Returns the plan whose installation gives the model with some changes."""
+    return Plan(
+        method="sequence",
+        options=options,
+        targets=starting_from([target for target in find_targets(model) if target.name in changes], changes),
+        provenance=provenance,
+    )
+
+
 def write_adapter(
     base: Job, changes: Mapping[str, LowRank], folder: Path, wanted: ExportSpec, options: Mapping[str, Any]
 ) -> Exported:
@@ -81,8 +93,7 @@ def write_adapter(
     """
     model = base.base()
     made_of = {"model": base.base_fingerprint, "dtype": base.recipe.dtype, "seed": base.seed}
-    targets = starting_from([target for target in find_targets(model) if target.name in changes], changes)
-    plan = Plan(method="sequence", options=options, targets=targets, provenance=made_of)
+    plan = plan_of(model, changes, options, made_of)
     rank = max(change.rank for change in changes.values())
     too_large = wanted.rank is None and rank > max(SERVED_RANKS)
     tuned = install(model, plan)

@@ -24,14 +24,11 @@ from keeptune.recipe.sections import DataSection, Section
 _log = logging.getLogger(__name__)
 _EARLIER, _OTHERS = "stages:", "earlier"
 _NAME = re.compile(r"\w[\w.-]{0,60}")
-_ONE_BASE = "the first stage starts from the base, every other from the model after the stages before it"
 _FIXED = {
-    "model": _ONE_BASE,
-    "revision": _ONE_BASE,
-    "dtype": _ONE_BASE,
-    "quantization": _ONE_BASE,
-    "trust_remote_code": _ONE_BASE,
-    "allow_pickle": _ONE_BASE,
+    **dict.fromkeys(
+        ("model", "revision", "dtype", "quantization", "trust_remote_code", "allow_pickle"),
+        "the first stage starts from the base, every other from the model after the stages before it",
+    ),
     "output": "each stage has its own folder below the sequence's",
     "evaluate": "everything is scored after each stage",
     "export": "there is one product, for the original base",
