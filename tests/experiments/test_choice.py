@@ -51,17 +51,17 @@ TIMID = ("timid", [(0.3, 0.0), (0.3, 0.0)])
 
 def test_the_one_that_learns_most_within_the_limit_is_chosen() -> None:
     found = choose(*comparison(GREEDY, CAREFUL, TIMID), 0.01)
-    assert found.point == "careful-lr0.001"
-    assert found.loss == {"facts": 0.01}  # the mean of 0, 0.02 and 0.01: the limit itself is within it
-    assert found.learned == pytest.approx(1.9 / 3)
-    assert (found.max_loss, found.estimate, found.unbound) == ({"facts": 0.01}, "mean", ["text"])
+    assert found["point"] == "careful-lr0.001"
+    assert found["loss"] == {"facts": 0.01}  # the mean of 0, 0.02 and 0.01: the limit itself is within it
+    assert found["learned"] == pytest.approx(1.9 / 3)
+    assert (found["max_loss"], found["estimate"], found["unbound"]) == ({"facts": 0.01}, "mean", ["text"])
 
 
 def test_of_its_runs_the_median_of_those_within_the_limit_is_taken() -> None:
     found = choose(*comparison(CAREFUL), 0.01)
     # seed 1 loses 0.02; of seeds 0 and 2 the lower of the two in the middle
-    assert (found.run, found.run_learned, found.run_loss) == ("careful-lr0.001-seed0", 0.5, {"facts": 0.0})
-    assert choose(*comparison(CAREFUL), 0.02).run == "careful-lr0.001-seed1"
+    assert (found["run"], found["run_learned"], found["run_loss"]) == ("careful-lr0.001-seed0", 0.5, {"facts": 0.0})
+    assert choose(*comparison(CAREFUL), 0.02)["run"] == "careful-lr0.001-seed1"
 
 
 def test_where_only_the_mean_keeps_the_limit_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -69,40 +69,40 @@ def test_where_only_the_mean_keeps_the_limit_that_is_said(caplog: pytest.LogCapt
     rows = records[0]["runs"]
     rows[0]["benchmarks"][2]["after"] = 2.4  # seed 0 loses text, seed 1 facts
     found = choose(*records, {"facts": 0.1, "text": 0.2})
-    assert (found.loss, found.run) == ({"facts": 0.1, "text": 0.2}, "a-lr0.001-seed0")
+    assert (found["loss"], found["run"]) == ({"facts": 0.1, "text": 0.2}, "a-lr0.001-seed0")
     assert "no single seed" in caplog.text
 
 
 def test_the_upper_end_is_stricter_than_the_mean() -> None:
     records = comparison(("wide", [(0.9, -0.1), (0.9, 0.1)]), ("narrow", [(0.5, 0.0), (0.5, 0.0)]))
-    assert choose(*records, 0.01).point == "wide-lr0.001"
+    assert choose(*records, 0.01)["point"] == "wide-lr0.001"
     found = choose(*records, 0.15, estimate="upper")
     # seeds that are equal by chance leave the interval over items: after - before is within -0.15 and 0.1
-    assert (found.point, found.loss) == ("narrow-lr0.001", {"facts": 0.15})
+    assert (found["point"], found["loss"]) == ("narrow-lr0.001", {"facts": 0.15})
     # Student's interval of two seeds: 12.706205 x 0.1
-    assert choose(*records, 1.3, estimate="upper").loss["facts"] == pytest.approx(1.2706205)
+    assert choose(*records, 1.3, estimate="upper")["loss"]["facts"] == pytest.approx(1.2706205)
 
 
 def test_ends_over_items_are_a_mean_over_runs() -> None:
     records = comparison(("a", [(0.5, 0.0), (0.5, 0.0)]))
     records[0]["runs"][1]["benchmarks"][1]["interval"] = [-0.05, 0.0]
-    assert choose(*records, 0.2, estimate="upper").loss == {"facts": 0.1}
+    assert choose(*records, 0.2, estimate="upper")["loss"] == {"facts": 0.1}
     records[0]["runs"][1]["benchmarks"][1]["interval"] = None
-    assert choose(*records, 0.2, estimate="upper").loss == {"facts": 0.0}  # the seeds' alone
+    assert choose(*records, 0.2, estimate="upper")["loss"] == {"facts": 0.0}  # the seeds' alone
 
 
 def test_with_one_seed_the_upper_end_is_that_of_the_items() -> None:
     records = comparison(("a", [(0.9, 0.0)]))
-    assert choose(*records, 0.2, estimate="upper").loss == {"facts": 0.15}
-    assert choose(*records, {"text": 0.1}, estimate="upper").loss == {"text": 0.1}
+    assert choose(*records, 0.2, estimate="upper")["loss"] == {"facts": 0.15}
+    assert choose(*records, {"text": 0.1}, estimate="upper")["loss"] == {"text": 0.1}
     with pytest.raises(RecipeError, match="upper end"):
         choose(*records, 0.14, estimate="upper")
 
 
 def test_each_benchmark_can_have_a_limit_of_its_own() -> None:
     records = comparison(GREEDY, TIMID, text=2.3)
-    assert choose(*records, {"text": 0.3}).point == "greedy-lr0.001"
-    assert choose(*records, {"text": 0.3, "facts": 0.1}).point == "timid-lr0.001"
+    assert choose(*records, {"text": 0.3})["point"] == "greedy-lr0.001"
+    assert choose(*records, {"text": 0.3, "facts": 0.1})["point"] == "timid-lr0.001"
     with pytest.raises(RecipeError, match=r"text 0\.2\).*0\.3 of text"):
         choose(*records, {"text": 0.2})
     with pytest.raises(RecipeError, match='Did you mean "facts"'):
@@ -120,17 +120,17 @@ def test_nothing_within_the_limit_names_the_nearest() -> None:
 
 
 def test_of_equal_learners_the_one_that_forgets_less_is_chosen() -> None:
-    assert choose(*comparison(("a", [(0.5, 0.02)]), ("b", [(0.5, 0.01)])), 0.1).point == "b-lr0.001"
+    assert choose(*comparison(("a", [(0.5, 0.02)]), ("b", [(0.5, 0.01)])), 0.1)["point"] == "b-lr0.001"
 
 
 def test_a_gain_keeps_a_limit_of_nothing() -> None:
-    assert choose(*comparison(("a", [(0.5, -0.02)])), 0.0).loss == {"facts": -0.02}
+    assert choose(*comparison(("a", [(0.5, -0.02)])), 0.0)["loss"] == {"facts": -0.02}
 
 
 def test_a_point_without_a_score_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     records = comparison(("a", [(0.9, 0.0)]), TIMID)
     records[0]["runs"][0]["benchmarks"][2]["after"] = None
-    assert choose(*records, {"text": 0.1}).point == "timid-lr0.001"
+    assert choose(*records, {"text": 0.1})["point"] == "timid-lr0.001"
     assert "a-lr0.001 is left out: no score of text" in caplog.text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -172,14 +171,14 @@ def test_published_numbers_stand_beside_ours(records: tuple[Record, Record]) -> 
 def test_the_choice_is_told_and_ringed(records: tuple[Record, Record]) -> None:
     cells, front = records
     chosen = choose(cells, front, {"facts": 0.2})
-    text = render_comparison(cells, front | {"choice": dataclasses.asdict(chosen) | {"adapter": "best"}})
+    text = render_comparison(cells, front | {"choice": chosen | {"adapter": "best"}})
     told = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text[text.index("<h2>The choice</h2>") :]))
     assert told["may lose"] == "facts 0.200"
-    assert told["setting"] == chosen.point and told["its run"] == chosen.run
-    assert told["loses"] == f"facts {chosen.loss['facts']:.3f}"
-    assert (told["task score"], told["adapter"]) == (f"{chosen.learned:.3f}", "best")
+    assert told["setting"] == chosen["point"] and told["its run"] == chosen["run"]
+    assert told["loses"] == f"facts {chosen['loss']['facts']:.3f}"
+    assert (told["task score"], told["adapter"]) == (f"{chosen['learned']:.3f}", "best")
     ring = next(t for t in island(text)["figures"]["tradeoff"]["data"] if t["name"] == "choice")
-    assert (ring["x"], ring["y"]) == ([chosen.learned], [100 * chosen.forgotten])
+    assert (ring["x"], ring["y"]) == ([chosen["learned"]], [100 * chosen["forgotten"]])
     assert "<h2>The choice</h2>" not in render_comparison(cells, front)
 
 

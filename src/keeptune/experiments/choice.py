@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,25 +37,6 @@ BEST = "best"
 Bound = Literal["mean", "upper"]
 _OPTION = "--max-loss"
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen: a point and one run of it, with what they learned and lost of each limited benchmark.
-
-    ``loss`` is the point's ``estimate``, ``run_loss`` the run's own; ``unbound`` are the benchmarks without a limit.
-    """
-
-    point: str
-    run: str
-    learned: float
-    forgotten: float
-    loss: Mapping[str, float]
-    run_learned: float
-    run_loss: Mapping[str, float]
-    max_loss: Mapping[str, float]
-    estimate: Bound
-    unbound: Sequence[str] = ()
 
 
 def parse_max_loss(words: Sequence[str]) -> float | dict[str, float]:
@@ -93,7 +73,9 @@ def limits_of(
     return {name: float(value) for name, value in max_loss.items()}
 
 
-def choose(record: Row, front: Row, max_loss: float | Mapping[str, float], *, estimate: Bound = "mean") -> Choice:
+def choose(
+    record: Row, front: Row, max_loss: float | Mapping[str, float], *, estimate: Bound = "mean"
+) -> dict[str, Any]:
     """Chooses the point that learns most within the limits, and one run of it, eq. 1; of equals that forgetting less.
 
     Args:
@@ -101,6 +83,10 @@ def choose(record: Row, front: Row, max_loss: float | Mapping[str, float], *, es
         front: ``front.json``.
         max_loss: One number for the benchmarks of the axis of what is forgotten, or benchmark to number.
         estimate: ``"mean"`` or ``"upper"``.
+
+    Returns:
+        ``point`` and ``run``, what they ``learned``, ``forgotten`` and ``run_learned``, what was lost of each limited
+        benchmark (``loss``, the point's ``estimate``, and ``run_loss``), ``max_loss``, and the ``unbound`` benchmarks.
 
     Raises:
         RecipeError: No point keeps within the limits; the message names the one that comes nearest.
@@ -125,18 +111,18 @@ def choose(record: Row, front: Row, max_loss: float | Mapping[str, float], *, es
         within, key=lambda entry: (entry[0]["learned"]["mean"], -entry[0]["forgotten"]["mean"], entry[0]["name"])
     )
     run, own = _median(members, axes, limits)
-    return Choice(
-        point=point["name"],
-        run=run["name"],
-        learned=point["learned"]["mean"],
-        forgotten=point["forgotten"]["mean"],
-        loss=losses,
-        run_learned=run["learned"],
-        run_loss=own,
-        max_loss=limits,
-        estimate=estimate,
-        unbound=[b["name"] for b in record["benchmarks"] if b["role"] == "knowledge" and b["name"] not in limits],
-    )
+    return {
+        "point": point["name"],
+        "run": run["name"],
+        "learned": point["learned"]["mean"],
+        "forgotten": point["forgotten"]["mean"],
+        "loss": losses,
+        "run_learned": run["learned"],
+        "run_loss": own,
+        "max_loss": limits,
+        "estimate": estimate,
+        "unbound": [b["name"] for b in record["benchmarks"] if b["role"] == "knowledge" and b["name"] not in limits],
+    }
 
 
 def _estimate(rows: Sequence[Row], axis: Axis, estimate: Bound) -> float | None:
@@ -196,13 +182,13 @@ def choose_best(output: Path, max_loss: float | Mapping[str, float], *, estimate
     choice = choose(record, front, max_loss, estimate=estimate)
     best = output / BEST
     _export(record, choice, best)
-    plain = {**asdict(choice), "adapter": str(best), "weights": result_fingerprint(best)}
-    write_json(output / FRONT, front | {"choice": plain})
-    return plain
+    choice |= {"adapter": str(best), "weights": result_fingerprint(best)}
+    write_json(output / FRONT, front | {"choice": choice})
+    return choice
 
 
-def _export(record: Row, choice: Choice, best: Path) -> None:
-    row = next(row for row in record["runs"] if row["name"] == choice.run)
+def _export(record: Row, choice: Row, best: Path) -> None:
+    row = next(row for row in record["runs"] if row["name"] == choice["run"])
     folder, trained = Path(row["folder"]), row["variant"] is None
     scored, run = (folder / "evaluation", folder) if trained else (folder, folder.parent.parent)
     weights = {read_json(scored / f"{b['name']}.json")["weights"] for b in row["benchmarks"]}
@@ -228,10 +214,10 @@ def _check_weights(result: Path, scored: set[str]) -> None:
         )
 
 
-def _write_card(best: Path, run: Path, row: Row, choice: Choice) -> None:
+def _write_card(best: Path, run: Path, row: Row, choice: Row) -> None:
     entry, folder = entry_of(run), Path(row["folder"])
-    limits = ", ".join(f"{name} {limit:g}" for name, limit in choice.max_loss.items())
-    notes = [f"Chosen by keeptune compare: it learned most of what loses at most {limits}; run {choice.run}."]
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in choice["max_loss"].items())
+    notes = [f"Chosen by keeptune compare: it learned most of what loses at most {limits}; run {choice['run']}."]
     if row["variant"] is not None:
         names = [b["name"] for b in row["benchmarks"]]
         read = [(folder / f"{name}.json", folder / f"{name}.items.jsonl") for name in names]
