@@ -90,8 +90,7 @@ def check(
         "passed": not any(row["lost"] for row in rows),
         "benchmarks": rows,
     }
-    plain: dict[str, Any] = json.loads(canonical_json(record))
-    return plain
+    return dict(json.loads(canonical_json(record)))
 
 
 def _limits(

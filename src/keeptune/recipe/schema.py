@@ -131,8 +131,7 @@ class Recipe(Section):
 
     def written(self) -> dict[str, Any]:
         """Returns the recipe as plain values that JSON can hold, for the record in the run folder."""
-        plain: dict[str, Any] = json.loads(canonical_json(self.model_dump(mode="json")))
-        return plain
+        return dict(json.loads(canonical_json(self.model_dump(mode="json"))))
 
 
 class _Suite(Section):

@@ -17,7 +17,7 @@ from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Role
 from keeptune.evaluation.chat import ends_of_turns
 from keeptune.evaluation.likelihood import add_divergence
-from keeptune.evaluation.metrics import Measure, Metric
+from keeptune.evaluation.metrics import Measure
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, divergence_of, label_scores, mean_scores
 from keeptune.evaluation.scored_tokens import Encoder, Passes
@@ -113,7 +113,10 @@ def score_named(
             add_divergence(pair, records, right, Passes(benchmark.batch_size, pad_id_of(tokenizer), benchmark.where))
     metric = first[0].metric
     if metric in ("f1", "matthews"):
-        scores = _whole_scores(metric, first, second, seed) | {"n": len(records), "items": records}
+        truth, before = np.array([sample.value for sample in first]).T
+        after = np.array([sample.value for sample in second])[:, 1]
+        labels = max(2, int(max(truth.max(), before.max(), after.max())) + 1)
+        scores = label_scores(metric, truth, before, after, labels, seed) | {"n": len(records), "items": records}
         scores["kl_to_base"] = divergence_of(records, [1.0] * len(records))
     else:
         weights = [float(record.get("tokens", record.get("instructions", 1))) for record in records]
@@ -158,13 +161,6 @@ def _right(sample: _Sample, *, chat: bool) -> tuple[str, str]:
     if task.OUTPUT_TYPE != "generate_until" or not isinstance(right, str) or sample.stopped is not None:
         return "", ""  # texts without a prompt, programs, and answers that are checked otherwise
     return given[0][0], ("" if chat else task.config.target_delimiter) + right
-
-
-def _whole_scores(metric: Metric, first: Sequence[_Sample], second: Sequence[_Sample], seed: int) -> dict[str, Any]:
-    truth, before = np.array([sample.value for sample in first]).T
-    after = np.array([sample.value for sample in second])[:, 1]
-    labels = max(2, int(max(truth.max(), before.max(), after.max())) + 1)
-    return label_scores(metric, truth, before, after, labels, seed)
 
 
 def _read_samples(
