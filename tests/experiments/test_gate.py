@@ -82,8 +82,8 @@ WRONG: list[tuple[str, str, dict[str, Any], str]] = [
     ("idle", SUITE.replace("stories.jsonl", "none.jsonl"), {}, "none.jsonl"),
     ("idle", SUITE.replace("max_length", "max_lenth"), {}, "max_lenth: got an unknown key"),
     ("idle", SUITE.replace("{label}", "{lable}"), {}, "lable"),
-    ("idle", SUITE, {"max_loss": {"storys": 1}}, "--max-loss: got storys.*stories"),
-    ("idle", SUITE, {"estimate": "median"}, "--estimate: got median"),
+    ("idle", SUITE, {"max_loss": {"storys": 1}}, '--max-loss: got "storys".*stories'),
+    ("idle", SUITE, {"estimate": "median"}, '--estimate: got "median"'),
 ]
 
 

@@ -226,7 +226,7 @@ def test_runs_are_checked_with_data_and_targets_before_anything_is_written(load:
 
 
 def test_axes_are_checked_before_anything_is_run(load: Load) -> None:
-    with pytest.raises(RecipeError, match=r'compare\.forgotten: got storis.*Did you mean "stories"'):
+    with pytest.raises(RecipeError, match=r'compare\.forgotten: got "storis".*Did you mean "stories"'):
         load(forgotten=["storis"])
     assert load(forgotten=["stories"]).section.forgotten == ["stories"]
     assert list_runs(load(["--evaluate.1.role", "knowledge"])), (
