@@ -44,7 +44,7 @@ from keeptune.penalties.kl import Kl
 from keeptune.penalties.l2 import L2
 from keeptune.penalties.laplace import Laplace
 from keeptune.training.arguments import divide_step, sft_config
-from keeptune.training.sharding import asks
+from keeptune.training.sharding import asks, load_to_share
 from keeptune.training.trainer import train
 
 __all__ = ["BACKENDS", "CASES", "SHARD", "Case", "Found", "goes_on", "learned", "resumed"]
@@ -116,8 +116,8 @@ def learned(case: Case, plan: Plan, folder: Path) -> Found:
         "save_strategy": "steps" if plan.method == "keep" else "no", "save_steps": SAVED,
     }  # fmt: skip
     config = divide_step(sft_config(arguments, folder, dtype=torch.float32, device="cpu"), world())
-    source = LoadOptions(to_share=asks("FSDP") and not case.beside)  # as Job.base_to_train
-    model = install(load_model(MODEL, source), plan, anchor=case.anchor)
+    shares = asks("FSDP") and not case.beside  # as Job.base_to_train
+    model = install(load_to_share(MODEL, LoadOptions()) if shares else load_model(MODEL), plan, anchor=case.anchor)
     rows = train(model, plan, TOKENIZER, _examples(case.replay), config)
     if isinstance(model, PeftModel):
         state = trained_state(model, plan)

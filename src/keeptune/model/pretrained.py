@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.utils import patch_environment
 from peft.utils.integrations import get_bnb_param_type
 from safetensors import SafetensorError
@@ -33,7 +34,7 @@ from keeptune.model.head import Head
 from keeptune.model.quantization import loading, with_precise
 
 _log = logging.getLogger(__name__)
-_BY_FIRST = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # by which one process of a machine reads the weights of all
+_BY_ALL = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}  # else Transformers draws no head on some processes
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | dict[str, int | str]
@@ -54,8 +55,6 @@ class LoadOptions:
             language model.
         quantization: Fields of Transformers' quantisation config, checked (:func:`check_quantization`); None loads the
             weights as they are stored.
-        to_share: Whether FSDP2 shares the weights out, so that they stay on the CPU, where the first process of a
-            machine alone reads them if the launcher says so; those of the others are not set.
         device_map: Which modules go to which device, ``"auto"`` to leave it to accelerate; None: all to ``device``.
     """
 
@@ -67,7 +66,6 @@ class LoadOptions:
     head: Head | None = None
     quantization: Mapping[str, Any] | None = None
     device_map: DeviceMap | None = None
-    to_share: bool = False
 
     @property
     def source(self) -> dict[str, Any]:
@@ -107,7 +105,7 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
     kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     place, file = place_of(name)
     try:
-        with torch.random.fork_rng(), patch_environment(**({} if options.to_share else {_BY_FIRST: "false"})):
+        with torch.random.fork_rng(), patch_environment(**_BY_ALL):
             torch.manual_seed(0 if head is None else head.seed)
             model, info = kind.from_pretrained(
                 place,
@@ -126,8 +124,6 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
         _log.info(
             "model %s: dequantised from GGUF to %s, %.2g GB", name, model.dtype, model.get_memory_footprint() / 1e9
         )
-    if options.to_share:
-        _hold_places(model)
     _check_missing(name, info["missing_keys"], model, head)
     if head is not None and not info["missing_keys"]:
         _check_labels(name, head, load_config(name, options))
@@ -135,13 +131,6 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
     refuse_misread(model)
     loaded: PreTrainedModel = model
     return loaded
-
-
-def _hold_places(model: PreTrainedModel) -> None:
-    """Gives weights that another process reads a place of their own, which takes no memory until it is written to."""
-    for parameter in [p for p in model.parameters() if p.is_meta]:
-        held = nn.Parameter(torch.empty_like(parameter, device="cpu"))
-        torch.utils.swap_tensors(parameter, held)  # type: ignore[no-untyped-call]
 
 
 def _refuse_offloaded(name: str, model: PreTrainedModel) -> None:
@@ -236,15 +225,33 @@ def load_shapes(name: str, options: LoadOptions) -> PreTrainedModel:
     Raises:
         ModelError: There is no such model, or it brings code that was not allowed.
     """
+    with torch.device("meta"):
+        return _from_config(name, options)
+
+
+def load_places(name: str, options: LoadOptions, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a model whose weights are not set, for a process that gets them from another one; buffers are.
+
+    Weights have a place of a dtype on the CPU, which takes no memory until it is written to.
+
+    Raises:
+        ModelError: As of :func:`load_shapes`.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = _from_config(name, options, dtype=dtype)
+    for parameter in model.parameters():
+        held = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+        torch.utils.swap_tensors(parameter, held)  # type: ignore[no-untyped-call]
+    return model.eval()
+
+
+def _from_config(name: str, options: LoadOptions, **fields: Any) -> PreTrainedModel:
     config = load_config(name, options)
+    kind: Any = AutoModelForCausalLM if options.head is None else AutoModelForSequenceClassification
     try:
-        with torch.device("meta"):
-            trusted = options.trust_remote_code
-            kind: Any = AutoModelForCausalLM if options.head is None else AutoModelForSequenceClassification
-            shapes: Any = kind.from_config(config, trust_remote_code=trusted)
+        model: PreTrainedModel = kind.from_config(config, trust_remote_code=options.trust_remote_code, **fields)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(name, error) from error
-    model: PreTrainedModel = shapes
     return model
 
 

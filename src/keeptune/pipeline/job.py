@@ -55,7 +55,7 @@ from keeptune.statistics.self_generated import SelfGeneration, write_texts
 from keeptune.statistics.store import StatStore
 from keeptune.training.arguments import CONFIGS, divide_step, example_length, sft_config
 from keeptune.training.losses.base import TaskLoss
-from keeptune.training.sharding import asks, refuse_launcher
+from keeptune.training.sharding import asks, load_to_share, refuse_launcher
 from keeptune.training.task_loss import refuse_loss
 
 _PROBE_LENGTH = 256
@@ -136,11 +136,11 @@ class Job:
         return load_model(self.recipe.model, source)
 
     def base_to_train(self) -> PreTrainedModel:
-        """Returns the base, on the CPU where FSDP2 shares it out."""
+        """Returns the base as training takes it: on the CPU where FSDP2 shares its weights out."""
         whole = [self.head, self.recipe.quantization, self.recipe.modules_to_save]  # read by every process
         if not asks("FSDP") or any(part is not None for part in whole):
             return self.base()
-        return load_model(self.recipe.model, dataclasses.replace(self._source(), device="cpu", to_share=True))
+        return load_to_share(self.recipe.model, self._source())
 
     def planning_base(self) -> PreTrainedModel:
         """Returns the base for statistics and plans: whole, or block by block (``memory``)."""

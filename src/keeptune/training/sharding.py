@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from keeptune.adapter.trained_head import head_names
 from keeptune.core.errors import RecipeError
 from keeptune.core.plan import Plan
-from keeptune.core.processes import world
+from keeptune.core.processes import gathered, on_machine, world
 from keeptune.model.blocks import blocks_of
+from keeptune.model.pretrained import LoadOptions, load_model, load_places
 from keeptune.training.losses.base import TaskLoss
 
 _FSDP2 = "Launch it by `keeptune launch --sharding fsdp2` (in accelerate's configuration: `fsdp_version: 2`)."
@@ -81,6 +84,25 @@ def refuse_launcher(
         if refused:
             wanted = "what takes the steps of one process: DDP, FSDP2 or ZeRO-1 or 2 on whole examples"
             raise RecipeError("launcher", got=got, wanted=wanted, next_step=next_step)
+
+
+def load_to_share(name: str, options: LoadOptions) -> PreTrainedModel:
+    """Loads a base whose weights FSDP2 shares out, on the CPU: no device may have room for all of it.
+
+    Where the launcher says so (``FSDP_CPU_RAM_EFFICIENT_LOADING``) the first process of a machine alone reads weights,
+    and accelerate sends them to the others, whose own are not set.
+
+    Raises:
+        ModelError: As of ``load_model``.
+    """
+    source = replace(options, device="cpu")
+    reads = on_machine()[0] == 0 or os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() != "true"
+    model = load_model(name, source) if reads else None
+    dtype = gathered(model and model.dtype)[0]
+    if model is not None:
+        return model
+    assert dtype is not None  # the first process is the first of its machine
+    return load_places(name, source, dtype)
 
 
 def asks(engine: str) -> bool:
