@@ -242,6 +242,7 @@ def load_places(name: str, options: LoadOptions, dtype: torch.dtype) -> PreTrain
     for parameter in model.parameters():
         held = nn.Parameter(torch.empty_like(parameter, device="cpu"))
         torch.utils.swap_tensors(parameter, held)  # type: ignore[no-untyped-call]
+    model.tie_weights()  # which every parameter of its own undid
     return model.eval()
 
 
