@@ -177,7 +177,8 @@ def test_published_scores_stand_in_the_record_and_on_the_page(tmp_path: Path) ->
     assert read_json(tmp_path / RUNS_FILE)["published"] == record["published"] == scores
     grid = published(record, front)
     assert grid is not None
-    assert grid.rows == (("lora", "facts", "0.713", "0.700", "Table 9 (LoRA, 320M)"),)
+    ((*numbers, source),) = grid.rows
+    assert (numbers, source.main) == (["lora", "facts", "0.713", "0.700"], "Table 9 (LoRA, 320M)")
 
 
 def test_a_comparison_of_which_nothing_finished_has_records(tmp_path: Path) -> None:

@@ -27,10 +27,18 @@ def show_data(
 ) -> None:
     """Show what is trained on as the model sees it: ⟦learned⟧ text is marked, what teaches nothing is counted."""
     from keeptune.core.artefact import write_text
-    from keeptune.data.examples import labels_of
+    from keeptune.core.errors import RecipeError
+    from keeptune.data.examples import LanguageExamples, labels_of
     from keeptune.pipeline.job import Job
 
     job = Job(load(recipe, context))
+    if not isinstance(job.trained_examples, LanguageExamples):
+        raise RecipeError(
+            "recipe, key task.kind",
+            got=job.recipe.task.kind,
+            wanted="examples of a language model, of which tokens are learned",
+            next_step="Look at the file itself: of each text its label is learned.",
+        )
     account, rows = job.data_account(show)
     for number, example in enumerate(account["shown"], start=1):
         Console().print(Text(f"── example {number} ──", "dim"))

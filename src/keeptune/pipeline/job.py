@@ -16,7 +16,6 @@ from trl import SFTConfig
 from keeptune.adapter.anchor import resolve
 from keeptune.adapter.export import Base
 from keeptune.core.artefact import content_key
-from keeptune.core.errors import RecipeError
 from keeptune.core.processes import same_everywhere, world
 from keeptune.core.weights import refuse_quantised
 from keeptune.data.calibration import Calibration
@@ -256,19 +255,11 @@ class Job:
         return with_replay(self.task, self.knowledge, self.recipe.replay, self.seed)
 
     def data_account(self, show: int = 3) -> tuple[dict[str, Any], list[TokenRow]]:
-        """Returns what is learned of the data that are trained on, with some examples written out, and their tokens.
+        """Returns what a language model learns of the data, with some examples written out, and their tokens.
 
         Raises:
-            RecipeError: The task is a classifier's, which learns a label of each text.
             DataError: Nothing is left to learn.
         """
-        if not isinstance(self.trained_examples, LanguageExamples):
-            raise RecipeError(
-                "recipe, key task.kind",
-                got=self.recipe.task.kind,
-                wanted="examples of a language model, of which tokens are learned",
-                next_step="Look at the file itself: of each text its label is learned.",
-            )
         length = example_length(self.config(self.output / "checkpoints", torch.float32))
         return data_account(self.trained_examples, self.tokenizer, length, show=show)
 
