@@ -67,12 +67,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class _TensorKind:
-    """A kind of trained tensor.
-
-    Args:
-        axes: Its shape, of m (``out_features``), n (``in_features``) and r (the rank).
-        parameter: Its name in the PEFT layer, for the adapter ``"default"``.
-    """
+    """Its shape, of m (``out_features``), n (``in_features``) and r (the rank), and its name in the PEFT layer."""
 
     axes: str
     parameter: str

@@ -233,7 +233,6 @@ def _rewards(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _accuracies(item: Item, sums: Sequence[float], side: Side) -> Mapping[str, Any]:
-    """Compares one item's log-likelihoods; of equal ones the first counts, as in lm-eval."""
     rates = [value / max(len(text), 1) for value, text in zip(sums, item.choices, strict=True)]
     return {
         side: float(sums.index(max(sums)) == item.label),

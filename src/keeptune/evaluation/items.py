@@ -200,10 +200,7 @@ def _readings(answer: Any, texts: Sequence[str], labels: Sequence[str]) -> dict[
 
 
 def _right_choices(answers: Sequence[Any], listed: Sequence[_Choices], places: Sequence[str]) -> list[int]:
-    """Returns the right choices by the one reading of the answers that fits every row of the file.
-
-    A row alone can be unclear (the letter "B" among the choices A, B, AB, O); the file as a whole rarely is.
-    """
+    """Reads all rows in one way: a row alone can be unclear (the letter "B" among A, B, AB, O), a file rarely is."""
     rows = [_readings(answer, *choices) for answer, choices in zip(answers, listed, strict=True)]
     readings = {name: [row[name] for row in rows] for name in ("label", "index from 0", "letter", "text")}
     fitting: dict[str, list[int]] = {}

@@ -76,8 +76,6 @@ _Loader.add_implicit_resolver(
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """Valid YAML that no recipe holds."""
-
     def __init__(self, problem: str, at: Any) -> None:
         super().__init__(problem=problem, problem_mark=at.start_mark)
 

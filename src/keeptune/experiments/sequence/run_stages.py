@@ -74,10 +74,7 @@ class _Course:
 
 @dataclass(frozen=True)
 class _Done:
-    """A finished stage, with what ``stage.json`` holds.
-
-    ``result`` is of its run: an adapter for the model it started from, or a whole model. ``product`` is for the base.
-    """
+    """The ``result`` of its run, for the model it started from, the ``product`` for the base, and the record."""
 
     result: Path
     product: Path
@@ -213,10 +210,7 @@ def _key(course: _Course, stage: Stage, done: Sequence[_Done]) -> str:
 
 
 def _stage_recipe(course: _Course, stage: Stage, model: Path | None) -> Recipe:
-    """The recipe of a stage's own run, on the model as it stands.
-
-    What earlier stages changed would round away in 16 bits: from the second stage on, models are float32.
-    """
+    """What earlier stages changed would round away in 16 bits: from the second stage on, models are float32."""
     changes: dict[str, Any] = {
         "output": course.output / "stages" / stage.folder,
         "evaluate": [],
@@ -228,7 +222,6 @@ def _stage_recipe(course: _Course, stage: Stage, model: Path | None) -> Recipe:
 
 
 def _start_model(course: _Course, done: Sequence[_Done]) -> Path | None:
-    """Finds or writes the model that the next stage starts from; None is the base itself."""
     if not done:
         return None
     last, stage = done[-1], course.sequence.stages[len(done) - 1]
