@@ -10,10 +10,12 @@ import gc
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.utils import patch_environment
@@ -22,10 +24,12 @@ from safetensors.torch import save_file
 from tests.training.support import MODEL, TOKENIZER, here, planned
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keeptune.adapter.anchor import Anchor
 from keeptune.adapter.install import install, trained_state
 from keeptune.adapter.trained_head import full
+from keeptune.core.artefact import write_json
 from keeptune.core.plan import Plan
 from keeptune.core.processes import by_first, gathered, is_first, joined, world
 from keeptune.data.completions import TaskExamples
@@ -44,6 +48,7 @@ from keeptune.penalties.kl import Kl
 from keeptune.penalties.l2 import L2
 from keeptune.penalties.laplace import Laplace
 from keeptune.training.arguments import divide_step, sft_config
+from keeptune.training.penalty_engine import Penalties
 from keeptune.training.sharding import asks, load_to_share
 from keeptune.training.trainer import train
 
@@ -146,6 +151,34 @@ def goes_on(source: str, backend: str, size: int) -> bool:
     return "zero" not in source + backend or source == f"{backend} {size}"
 
 
+class Sent(TorchDispatchMode):
+    """Counts collectives; those of shards are seen once the shards are taken apart."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        name = func.name()
+        self.count += "c10d" in func.namespace and "_wrap_" not in name and "wait_" not in name
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted(counts: list[int]) -> Iterator[None]:
+    """Counts what penalties send at each step, their own passes through the model included."""
+    step = Penalties.step
+
+    def with_count(self: Penalties, scale: float = 1.0) -> Tensor:
+        with Sent() as sent:
+            total = step(self, scale)
+        counts.append(sent.count)
+        return total
+
+    with mock.patch.object(Penalties, "step", with_count):
+        yield
+
+
 def main(folder: Path, names: list[str]) -> None:
     """Trains cases, and then goes on from checkpoints, under every back-end; the first process writes what it has."""
     with joined():
@@ -156,7 +189,8 @@ def main(folder: Path, names: list[str]) -> None:
                     continue
                 plan = Plan.load(folder / case)
                 form = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"} if world() == 3 else {}
-                with patch_environment(**BACKENDS[backend], **form):
+                counts: list[int] = []
+                with patch_environment(**BACKENDS[backend], **form), counted(counts):
                     if source:
                         found = resumed(plan, folder, source)
                     else:
@@ -164,6 +198,7 @@ def main(folder: Path, names: list[str]) -> None:
                         found = learned(CASES[case], plan, place)
                 if is_first():
                     save_file(found, folder / f"{name}, {backend} {world()}.safetensors")
+                    write_json(folder / f"{name}, {backend} {world()}.json", counts)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.training.launched import BACKENDS, CASES, SHARD, Found, goes_on, learned, resumed
 from tests.training.support import every, here
 
+from keeptune.core.artefact import read_json
 from keeptune.core.plan import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,21 @@ def test_processes_train_what_one_does(
     assert (shard is not None) == (backend == "fsdp2")
     if shard is not None:  # a state of the first process's shards only would not pass
         assert all(shard.shape != value.shape or not torch.equal(shard, value) for value in wanted.values())
+
+
+@pytest.mark.parametrize("name", ["keep", "l2", "laplace", "ewc", "kl"])
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_what_a_step_of_penalties_sends(name: str, backend: str, folder: Path, together: Mapping[str, Found]) -> None:
+    """DDP: nothing, for KL one sum of gradients; FSDP2: each factor once. A budget sends nothing of its own."""
+    assert together
+    plan, counts = Plan.load(folder / name), read_json(folder / f"{name}, {backend} 2.json")
+    factors = 2 * len(plan.targets)
+    if backend == "ddp":
+        assert {*counts} == {int(name == "kl")}
+    elif name == "kl":
+        assert min(counts) > factors  # and blocks, for its own pass
+    else:
+        assert {*counts} == {factors}
 
 
 @pytest.mark.parametrize(("name", "other"), [("kl", "replay"), ("keep", "l2"), ("laplace", "ewc")])
