@@ -252,6 +252,7 @@ def test_control_c_ends_all(whole: Launched, tmp_path: Path) -> None:
     ("launch", "said"),
     [
         (Launch(2, "fsdp3"), '--sharding: got fsdp3, .* Did you mean "fsdp2"?'),
+        (Launch(2, "zero3"), "--sharding: got zero3, .* Take fsdp2"),
         (Launch(2, "single_gpu"), "--sharding: got single_gpu for 2 on 1 machine, "),
         (Launch(1, "fsdp2"), "--sharding: got fsdp2 for 1 on 1 machine, "),
         (Launch(0), "--processes: got 0 on 1 machine, wanted as many on each"),

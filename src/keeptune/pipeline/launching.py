@@ -62,6 +62,7 @@ class Launch:
         here = f"{count} on {self.machines} machine{'s' * several}"
         for wrong, where, got, wanted, next_step in (
             (name not in SHARDINGS, "--sharding", name, "a configuration that TRL ships", nearest(name, SHARDINGS)),
+            (name == "zero3", "--sharding", "zero3, whose processes hold no factor whole", "fsdp2", "Take fsdp2."),
             (self.machines < 1 or count < 1 or count % self.machines, "--processes", here, "as many on each", _IN_ALL),
             (0 < gpus * self.machines < count, "--processes", f"{here} with {gpus} GPUs", "a GPU for each", _NO_GPU),
             ((count > 1) == (name == "single_gpu"), "--sharding", f"{name} for {here}", "single_gpu for one", _IN_ALL),
