@@ -59,6 +59,20 @@ def test_a_checkpoint_that_is_stored_quantised_refuses_full_too(recipe_values: V
         run(recipe_of(recipe_values(model=str(tmp_path / "packed"), method={"name": "full"})))
 
 
+def test_only_a_base_of_floats_is_read_by_one_process_for_all(
+    recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that is stored quantised has no weights of floats that another process could get a place for."""
+    recipe = recipe_of(recipe_values(quantization=PACKED))
+    Job(recipe).base().save_pretrained(tmp_path / "packed")
+    shared: list[str] = []
+    monkeypatch.setattr("keeptune.pipeline.job.load_to_share", lambda name, _: shared.append(name))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for values in (recipe_values(model=str(tmp_path / "packed")), recipe_values(quantization=PACKED), recipe_values()):
+        Job(recipe_of(values)).base_to_train()
+    assert shared == [str(MODEL)]
+
+
 def test_a_quantisation_is_part_of_what_a_plan_is_made_from(recipe_values: Values) -> None:
     plain, packed = (Job(recipe_of(recipe_values(quantization=fields))) for fields in (None, PACKED))
     assert packed.plan_inputs["quantization"] == PACKED

@@ -43,7 +43,7 @@ from keeptune.penalties.base import Penalty
 from keeptune.pipeline import own_knowledge
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.originals import check_original, original_of, refuse_without_original
-from keeptune.pipeline.placement import load_base
+from keeptune.pipeline.placement import is_packed, load_base
 from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_layers, refuse_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind, read_knowledge, task_files, used_texts
 from keeptune.recipe.construct import make_loss, make_method, make_penalties
@@ -136,10 +136,10 @@ class Job:
 
     def base_to_train(self) -> PreTrainedModel:
         """Returns the base as training takes it: on the CPU where FSDP2 shares its weights out."""
-        whole = [self.head, self.recipe.quantization, self.recipe.modules_to_save]  # read by every process
-        if not asks("FSDP") or any(part is not None for part in whole):
+        source, beside = self._source(), self.recipe.modules_to_save or self.head
+        if not asks("FSDP") or beside or is_packed(self.recipe.model, source):  # read by every process
             return self.base()
-        return load_to_share(self.recipe.model, self._source())
+        return load_to_share(self.recipe.model, source)
 
     def planning_base(self) -> PreTrainedModel:
         """Returns the base for statistics and plans: whole, or block by block (``memory``)."""

@@ -42,6 +42,11 @@ def free_bytes(device: torch.device) -> int:
     return min(gathered(free))
 
 
+def is_packed(name: str, options: LoadOptions) -> bool:
+    """Returns whether a base is quantised, by the recipe or as it is stored, or a GGUF file."""
+    return bool(options.quantization) or is_gguf(name) or stored_quantization(load_config(name, options)) is not None
+
+
 def load_base(name: str, options: LoadOptions, memory: Memory) -> PreTrainedModel:
     """Loads a base for statistics and plans: whole, or with its weights on disk until a block needs them.
 
@@ -50,9 +55,7 @@ def load_base(name: str, options: LoadOptions, memory: Memory) -> PreTrainedMode
     Raises:
         ModelError: As of ``load_model``.
     """
-    packed = bool(options.quantization) or is_gguf(name)
-    packed = packed or stored_quantization(load_config(name, options)) is not None
-    if packed:
+    if is_packed(name, options):
         return load_model(name, replace(options, device="cpu") if memory == "blockwise" else options)
     if memory == "auto":
         device = torch.device(options.device)
