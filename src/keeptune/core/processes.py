@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
@@ -204,6 +205,11 @@ def met_by_all(what: str) -> bool:
         time.sleep(0.1)
         met = store.add(key, 0)
     return False
+
+
+def held_by_first(lock: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
+    """Returns a lock as the processes of a job hold it: the first one for all."""
+    return lock if is_first() else contextlib.nullcontext()
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -9,7 +9,6 @@ A classifier's base has a head drawn with the run's seed and is run each time as
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 from keeptune.core.artefact import content_key, read_json, write_json
 from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import locked
-from keeptune.core.processes import by_first, is_first
+from keeptune.core.processes import by_first, held_by_first, is_first
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,7 +42,7 @@ class KeptAnswers:
         """
         key = content_key([self.base, parts])
         path = self.folder / f"{name}-{key[:16]}.json"
-        with locked(path.with_suffix(".lock")) if is_first() else contextlib.nullcontext():
+        with held_by_first(locked(path.with_suffix(".lock"))):
             answers: list[T] | None = by_first(lambda: _read(path, key, count))
             if answers is None:
                 answers = compute()

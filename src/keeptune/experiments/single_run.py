@@ -23,7 +23,7 @@ import torch
 from keeptune.core.artefact import content_key, file_fingerprint, has_key, read_json, write_json
 from keeptune.core.errors import KeeptuneError
 from keeptune.core.locks import locked
-from keeptune.core.processes import by_first, is_first, met_by_all, world
+from keeptune.core.processes import by_first, held_by_first, met_by_all, world
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.experiments.posthoc_variants import VARIANTS, Variant, score_variants
 from keeptune.pipeline.export import export_stage
@@ -112,7 +112,7 @@ def attempt(task: RunTask) -> Outcome:
     message = ""
     warned: list[str] = []
     try:
-        with _held(folder, warned) if is_first() else contextlib.nullcontext():
+        with held_by_first(_held(folder, warned)):
             if by_first(lambda: finished(task)):  # by another worker that had an equal run
                 return Outcome("done")
             try:

@@ -20,7 +20,7 @@ from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import owned
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
-from keeptune.core.processes import by_first, is_first, refuse_unshared, same_everywhere
+from keeptune.core.processes import by_first, held_by_first, is_first, refuse_unshared, same_everywhere
 from keeptune.core.target import Target
 from keeptune.pipeline.cache import take
 from keeptune.pipeline.export import export_stage
@@ -62,7 +62,7 @@ def started(recipe: Recipe) -> Iterator[Job]:
         ArtefactError: Another process holds it.
     """
     job = _checked(recipe)
-    with owned(recipe.output) if is_first() else contextlib.nullcontext():
+    with held_by_first(owned(recipe.output)):
         yield _opened(job)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError, named
-from keeptune.core.processes import by_first, gathered, is_first
+from keeptune.core.processes import by_first, gathered, held_by_first, is_first
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import is_nested
@@ -180,7 +179,7 @@ class _Collection:
         """Computes what is missing; returns the names of experts that no token reached, and what has no value."""
         every, entries = by_first(self._missing)
         names = {content_key({**entry, "site": None}) for entry in entries.values()}
-        with self.store.turn(names) if is_first() else contextlib.nullcontext():
+        with held_by_first(self.store.turn(names)):
             # Another run may have stored some meanwhile.
             left = by_first(lambda: [one not in entries or not self.store.holds(entries[one]) for one in every])
             missing = [one for one, wanted in zip(every, left, strict=True) if wanted]

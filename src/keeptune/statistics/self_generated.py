@@ -7,7 +7,6 @@ changes nothing but the last bits of its logits.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from keeptune.core.errors import DataError, ModelError
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.options import Options, Range
 from keeptune.core.out_of_memory import out_of_memory
-from keeptune.core.processes import divided, is_first
+from keeptune.core.processes import divided, held_by_first
 from keeptune.data.calibration import pad_id_of
 from keeptune.data.completions import refuse_empty
 from keeptune.data.self_written import SelfWritten, Written, useful
@@ -142,7 +141,7 @@ def write_texts(
         return texts
 
     batches = [range(first, min(first + BATCH, wanted)) for first in range(0, wanted, BATCH)]
-    with store.turn([drawn]) if is_first() else contextlib.nullcontext(), bar:
+    with held_by_first(store.turn([drawn])), bar:
         texts = [text for batch in divided(batches, written_or_kept) for text in batch]
     written = useful(texts, where)
     if 10 * len(written) < wanted:
