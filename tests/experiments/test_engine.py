@@ -55,6 +55,19 @@ SMALL = {"name": "lora", "rank": 4}
 TOO_MUCH = {"label": "too much", "method": {"name": "lora", "rank": 4000}}
 
 
+@contextlib.contextmanager
+def meanwhile(act: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Acts beside the block, until it ends."""
+    stop = threading.Event()
+    beside = threading.Thread(target=act, args=(stop,))
+    beside.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beside.join()
+
+
 def run_every(comparison: Comparison) -> dict[str, Any]:
     return run_all(comparison, list_runs(comparison))
 
@@ -111,23 +124,17 @@ def test_a_run_whose_worker_is_killed_is_tried_once_more_and_again_the_next_time
     comparison = load(SMALL, {"name": "pissa", "rank": 4})
     first, other = (spec.name for spec in list_runs(comparison))
     log = tmp_path / "out/runs" / first / "log.txt"
-    stop = threading.Event()
     killed: list[int] = []
 
-    def kill() -> None:
+    def kill(stop: threading.Event) -> None:
         while len(killed) < 2 and not stop.wait(0.02):
             for pid in holders(log):
                 if pid not in killed:
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
+    with meanwhile(kill):
         outcomes = run_every(comparison)
-    finally:
-        stop.set()
-        killer.join()
     assert len(killed) == 2
     assert (outcomes[first].status, outcomes[other].status) == ("failed", "done")
     assert "its worker process died 2 times" in outcomes[first].message
@@ -139,22 +146,17 @@ def test_a_run_whose_worker_is_killed_is_tried_once_more_and_again_the_next_time
 def test_runs_of_two_processes_each_on_both_nodes(load: Load, tmp_path: Path) -> None:
     comparison = load(TOO_MUCH, NULL, resources={"cpus": 1, "processes": 2})
     failed, done = (spec.name for spec in list_runs(comparison))
-    stop, ranks = threading.Event(), dict[int, str]()
+    ranks: dict[int, str] = {}
 
-    def watch() -> None:
+    def watch(stop: threading.Event) -> None:
         while not stop.wait(0.05):
             for process in psutil.process_iter(["cmdline"]):
                 if "keeptune.experiments.cell" in (process.info["cmdline"] or ()) and process.pid not in ranks:
                     with contextlib.suppress(psutil.Error, KeyError):
                         ranks[process.pid] = process.environ()["RANK"]
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with meanwhile(watch):
         outcomes = run_every(comparison)
-    finally:
-        stop.set()
-        watcher.join()
     assert sorted(ranks.values()) == ["0", "0", "1", "1"]
     assert not any(psutil.pid_exists(pid) for pid in ranks)
     assert len({outcome.node for outcome in outcomes.values()}) == 2
