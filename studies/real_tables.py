@@ -1,0 +1,172 @@
+"""The page and the picture of the study of real models, from its records alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from keeptune.core.artefact import write_bytes
+from keeptune.evaluation.metrics import paired_interval
+from studies.cells import read_rows
+from studies.drawing import Figure, finish, frame, look, page, png, themed
+
+Row = Mapping[str, Any]
+KEPT = {"arc_easy": "ARC-Easy", "openbookqa": "OpenBookQA", "facts": "facts", "web": "C4, nats"}
+TASKS = {
+    "labels": "labels of statements, exact match",
+    "calls": "function calls in JSON through the chat template, exact match",
+    "gsm8k": "word problems (GSM8K) as text, nats per token",
+}
+NAMES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
+NEAR = 0.02
+_HEAD = """# Real language models: what methods forget
+
+Made by `python -m studies.real` from [the records](real/cells.jsonl): {cells} cells, {seeds}. bfloat16, one thread of a
+CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps and a peak rate of 1e-3 unless a row says otherwise.
+*generated*: the base wrote what is to be kept itself, nobody gave a file; *general*: the mixture that ships.
+
+**Forgotten** is (before - after) / before of an accuracy (chance is not taken off), and 1 - exp(before - after) of nats
+per token, the share that a token's probability has lost; negative where a score rose. *On average*: over the four kept
+benchmarks. Brackets are 95% intervals over items, paired with the base; ± is half of the average's, which takes the
+benchmarks as independent. *KL*: nats per token from the base to the tuned model on texts that the base wrote with a
+seed of their own, the mean of plain texts and chats. *Plan*: its processor seconds; *time*: those of training over
+LoRA's. Few hundred items each: differences within the intervals are noise.
+
+![Forgotten against learned](real/real.png)
+"""
+
+
+def write_page(out: Path) -> None:
+    """Writes the page beside the folder of the records, and the picture in it; the records are of the last version."""
+    rows = read_rows(out / "cells.jsonl")
+    rows = [row for row in rows if row["v"] == max(row["v"] for row in rows)]
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    steps = max(row["recipe"]["train"]["max_steps"] for row in rows)
+    parts = [_HEAD.format(cells=len(rows), seeds=f"seed {seeds}", steps=steps)]
+    for (model, task), some in groups(rows).items():
+        parts.append(f"\n## {NAMES.get(model, model)}: {TASKS[task]}\n\n{table(some)}\n{matched(some)}")
+    png(picture(rows), out / "real.png")
+    write_bytes(out.with_suffix(".md"), "".join(parts).encode())
+
+
+def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each model and task, those that forgot least first."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["task"]), []).append(row)
+    return {key: sorted(some, key=lambda row: forgotten(row)[0]) for key, some in found.items()}
+
+
+def is_nats(score: Row) -> bool:
+    """Whether lower is better: a loss has no right answers."""
+    return "bits" not in score
+
+
+def lost(score: Row) -> tuple[float, float]:
+    """The share of a benchmark that was forgotten, and half of its interval's width."""
+    low, high = score["interval"]
+    if is_nats(score):
+        return 1 - math.exp(score["before"] - score["after"]), (math.exp(-low) - math.exp(-high)) / 2
+    return (score["before"] - score["after"]) / score["before"], (high - low) / 2 / score["before"]
+
+
+def forgotten(row: Row) -> tuple[float, float]:
+    """What was forgotten on average over the kept benchmarks, and half of its interval's width."""
+    shares, halves = zip(*(lost(row["scores"][name]) for name in KEPT), strict=True)
+    return mean(shares), math.hypot(*halves) / len(halves)
+
+
+def learned(row: Row) -> float:
+    """The task's score, higher is better."""
+    score = row["scores"][row["task"]]
+    return -score["after"] if is_nats(score) else score["after"]
+
+
+def is_lora(row: Row) -> bool:
+    """Whether this is plain LoRA at one of its rates."""
+    return row["entry"].startswith("lora, ")
+
+
+def line(*cells: str) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All cells of a model and a task."""
+    task, own = rows[0]["task"], rows[0]["scores"]
+    heads = [f"{name} ({own[key]['before']:.3f}, n {own[key]['n']})" for key, name in KEPT.items()]
+    first = ["", f"task ({own[task]['before']:.3f}, n {own[task]['n']})", *heads, "forgotten on average", "KL"]
+    lines = [line(*first, "plan, time"), line("---", *["---:"] * (len(first)))]
+    plain = [row["seconds"]["train"] for row in rows if is_lora(row)]
+    for row in rows:
+        share, half = forgotten(row)
+        scores, seconds = row["scores"], row["seconds"]
+        kl = mean(scores[name]["kl"] for name in ("own-texts", "own-chats") if name in scores)
+        time = f"{seconds['plan']:.0f} s, {seconds['train'] / mean(plain):.2f}" if plain else ""
+        if row["entry"].startswith(("lora scaled", "repair")):
+            time = f"+{seconds.get('repair', 0):.0f} s"
+        label = row["entry"] + (f" (seed {row['seed']})" if row["seed"] else "")
+        changes = [difference(scores[name]) for name in KEPT]
+        numbers = [f"{scores[task]['after']:.3f}", *changes, f"{share:.1%} ± {half:.1%}", f"{kl:.4f}", time]
+        lines.append(line(label, *numbers))
+    return "\n".join(lines) + "\n"
+
+
+def difference(score: Row) -> str:
+    """The difference to the base with its interval: points of an accuracy, or nats."""
+    unit, digits = (1, 3) if is_nats(score) else (100, 1)
+    numbers = [unit * value for value in (score["after"] - score["before"], *score["interval"])]
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*numbers, d=digits)
+
+
+def matched(rows: Sequence[Row]) -> str:
+    """What learned as much as LoRA at its best rate, nearly, beside its loss; and what learned less."""
+    if not any(is_lora(row) for row in rows):
+        return ""
+    best = max((row for row in rows if is_lora(row)), key=learned)
+    near = [row for row in rows if learned(row) >= learned(best) - NEAR]
+    lines = [
+        f"\nAt the task score of LoRA's best rate ({best['entry']}), at most {NEAR} below it; losses over LoRA's:\n",
+        line("", "task, less LoRA's", "on average", *KEPT.values()),
+        line("---", *["---:"] * (len(KEPT) + 2)),
+    ]
+    for row in near:
+        losses = [(forgotten(row)[0], forgotten(best)[0])]
+        losses += [(lost(row["scores"][name])[0], lost(best["scores"][name])[0]) for name in KEPT]
+        shares = [f"{part / whole:.0%}" if whole > 0.005 else "-" for part, whole in losses]
+        lines.append(line(row["entry"], against(*(one["scores"][one["task"]] for one in (row, best))), *shares))
+    if less := [f"{row['entry']} ({abs(learned(row)):.3f})" for row in rows if row not in near]:
+        lines.append(f"\nThese learned less: {', '.join(less)}.")
+    return "\n".join(lines) + "\n"
+
+
+def against(score: Row, best: Row) -> str:
+    """The difference of two scores of the task, with its paired interval where the right answers are known."""
+    if is_nats(score):
+        return f"{score['after'] - best['after']:+.3f}"
+    right, wanted = ([float(bit) for bit in f"{int(one['bits'], 16):0{one['n']}b}"] for one in (score, best))
+    low, high = paired_interval(wanted, right, 0)
+    return f"{100 * (score['after'] - best['after']):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def picture(rows: Sequence[Row]) -> Figure:
+    """What was forgotten on average against the task's score, a plot for each model and task."""
+    families = list(dict.fromkeys(row["entry"].partition(",")[0] for row in rows))
+    with themed():
+        made = page(1.5 + 4.6 * len(groups(rows)), 5.4)
+        plots = made.subplots(1, len(groups(rows)), squeeze=False)[0]
+        for axes, ((model, task), some) in zip(plots, groups(rows).items(), strict=True):
+            for index, family in enumerate(families):
+                own = sorted((row for row in some if row["entry"].partition(",")[0] == family), key=learned)
+                x, y = [learned(row) for row in own], [100 * forgotten(row)[0] for row in own]
+                drawn = look(index)
+                axes.plot(x, y, marker=drawn.shape, lw=0.8, ms=6, color=drawn.colour, label=family)
+            unit = "minus nats per token" if task == "gsm8k" else "exact match"
+            frame(axes, f"learned: {task} ({unit})", "forgotten on average, %")
+            axes.set_title(NAMES.get(model, model))
+        made.axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        return finish(made)

@@ -1,0 +1,106 @@
+"""The study of real models runs cells once each, goes on where it stopped, and its page is made from the records."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.assets import DATA, STORIES
+
+from keeptune.atlas import data_path
+from keeptune.core.artefact import read_json
+from studies import real, real_tables
+from studies.cells import read_rows, write_rows
+from studies.real_data import Sizes, call_rows, fact_rows
+
+ENTRIES = ("lora, 0.001", "lora scaled, 0.5", "kl generated, 1")
+LORA, SCALED, KL = (("stories260K", "gsm8k", name, 0) for name in ENTRIES)
+
+
+def data_with_templates(folder: Path) -> Path:
+    """The slices, with templates that those of the relations lack."""
+    shutil.copytree(DATA, folder, dirs_exist_ok=True)
+    rows = read_rows(DATA / "relations" / "relations.jsonl")
+    write_rows(folder / "relations" / "relations.jsonl", [row | {"template": row["relation"] + ": {}"} for row in rows])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> real.Study:
+    folder = tmp_path_factory.mktemp("study")
+    data = data_with_templates(folder / "data")
+    sizes = Sizes(items=2, facts=4, tokens=24, knowledge=6, held_out=6, steps=2)
+    return real.Study(data, STORIES.parent, folder / "work", folder / "real", sizes)
+
+
+def test_cells_run_once_and_a_stop_is_gone_on_from(study: real.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [LORA, ("no such model", *LORA[1:]), SCALED, KL]
+    assert real.run_study(study, cells, limit=1) == 1
+    first = read_rows(study.out / "cells.jsonl")
+    assert real.run_study(study, cells) == 2
+    rows = read_rows(study.out / "cells.jsonl")
+    assert rows[:1] == first and [row["entry"] for row in rows] == [LORA[2], SCALED[2], KL[2]]
+    assert real.run_study(study, cells) == 0
+    monkeypatch.setattr(real, "VERSION", real.VERSION + 1)
+    assert study.done == set(), "records of another version are not this study's"
+
+
+def test_a_record_has_what_the_run_says(study: real.Study) -> None:
+    real.run_study(study, [LORA, SCALED])
+    whole, part = read_rows(study.out / "cells.jsonl")[:2]
+    run = Path(study.recipe(LORA)["output"])
+    for name, score in whole["scores"].items():
+        found = read_json(run / "evaluation" / f"{name}.json")["summary"]
+        assert (score["n"], score["before"], score["after"]) == (found["n"], found["before"], found["after"])
+    assert whole["scores"]["own-texts"]["kl"] > part["scores"]["own-texts"]["kl"] > 0, "half of the change"
+    assert whole["seconds"]["train"] > 0 and set(real_tables.KEPT) < set(whole["scores"])
+
+
+def test_a_cell_that_fails_leaves_no_record_and_the_others_go_on(
+    study: real.Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = real.Entry(real.lora(10**6))
+    monkeypatch.setattr(real, "entries", lambda known=real.entries: {**known(), "too much": entry})
+    assert real.run_study(study, [(*LORA[:2], "too much", 0), LORA, (*LORA[:2], "lora rank 2", 0)]) == 2
+    assert "too much" in capsys.readouterr().out
+    assert (*LORA[:2], "lora rank 2", 0) in study.done and (*LORA[:2], "too much", 0) not in study.done
+
+
+def test_the_schedule_names_entries_once() -> None:
+    cells = list(real.schedule())
+    assert len(set(cells)) == len(cells) and {name for _, _, name, _ in cells} <= set(real.entries())
+    assert all(entry.parent in real.entries() for entry in real.entries().values() if entry.parent)
+
+
+def test_data_are_disjoint(tmp_path: Path) -> None:
+    asked = [{row["messages"][0]["content"] for row in call_rows(split)} for split in ("train", "test")]
+    assert not asked[0] & asked[1]
+    facts = fact_rows(data_with_templates(tmp_path))
+    assert len({row["prompt"] for row in facts}) == len(facts) > 100
+    told = {row["subject"] for row in read_rows(data_path("topics.train.jsonl"))}
+    assert not told & {row["prompt"].partition(": ")[2] for row in facts}
+
+
+def record(entry: str, task: float, facts: float, web: float) -> dict[str, Any]:
+    right = {"n": 10, "interval": [-0.3, 0.1], "bits": f"{2 ** round(10 * task) - 1:x}"}
+    kept = {name: {**right, "before": 0.5, "after": 0.5} for name in ("arc_easy", "openbookqa")}
+    scores = {**kept, "facts": {**right, "before": 0.4, "after": facts}}
+    scores["web"] = {"n": 10, "before": 3.0, "after": web, "interval": [0.0, 0.2]}
+    scores |= {"labels": {**right, "before": 0.0, "after": task}, "own-texts": {"kl": 0.5}}
+    about = {"v": 1, "model": "smollm2", "task": "labels", "entry": entry, "seed": 0}
+    return {**about, "scores": scores, "seconds": {"plan": 1.0, "train": 10.0}, "recipe": {"train": {"max_steps": 100}}}
+
+
+def test_the_page_is_made_from_records(tmp_path: Path) -> None:
+    rows = [record("lora, 0.001", 0.8, 0.2, 3.5), record("keep", 0.8, 0.4, 3.0), record("weak", 0.5, 0.4, 3.0)]
+    assert real_tables.forgotten(rows[0])[0] == pytest.approx((0.5 + 1 - 2.718281828**-0.5) / 4)
+    out = tmp_path / "real"
+    out.mkdir()
+    (out / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    real_tables.write_page(out)
+    said = (tmp_path / "real.md").read_text(encoding="utf-8")
+    assert "22.3%" in said and "-20.0 [-30.0, +10.0]" in said and "+0.500 [+0.000, +0.200]" in said
+    assert "These learned less: weak (0.500)." in said and (out / "real.png").stat().st_size > 10_000
