@@ -230,6 +230,13 @@ def scores_of(folder: Path, name: str) -> Row:
     return scores
 
 
+def append(path: Path, row: Row) -> None:
+    """Writes a line at a file's end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def head() -> str:
     """The commit that is checked out here."""
     words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -239,9 +246,10 @@ def head() -> str:
 def run_study(study: Study, cells: Iterable[Cell], limit: int | None = None) -> int:
     """Runs the cells that have no record, ``limit`` at most, and writes a line for each at once; returns how many.
 
-    A cell that fails is told and tried again the next time. Cells of models and methods that are not here are left out.
+    A cell that fails is told, and tried again with another commit. Those of models and methods not here are left out.
     """
-    done, run = study.done, 0
+    done, run, failed = study.done, 0, study.work / "failed.jsonl"
+    done |= {tuple(row["cell"]) for row in read_rows(failed) if row["git"] == head()} if failed.is_file() else set()
     write_data(study.data, study.work / "data", study.sizes)
     for cell in cells:
         here = (study.models / cell[0]).is_dir() and entries()[cell[2]].method["name"] in methods()
@@ -253,10 +261,9 @@ def run_study(study: Study, cells: Iterable[Cell], limit: int | None = None) -> 
             record = run_cell(study, cell)
         except KeeptuneError as error:
             print(f"{cell}: {error}", flush=True)
+            append(failed, {"cell": cell, "git": head(), "error": str(error)})
             continue
-        study.out.mkdir(parents=True, exist_ok=True)
-        with (study.out / "cells.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        append(study.out / "cells.jsonl", record)
         told = ", ".join(f"{name} {one['before']:.3f} > {one['after']:.3f}" for name, one in record["scores"].items())
         print(f"{cell}: {told}; {record['seconds']}", flush=True)
         gc.collect()

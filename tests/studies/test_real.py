@@ -67,6 +67,7 @@ def test_a_cell_that_fails_leaves_no_record_and_the_others_go_on(
     assert real.run_study(study, [(*LORA[:2], "too much", 0), LORA, (*LORA[:2], "lora rank 2", 0)]) == 2
     assert "too much" in capsys.readouterr().out
     assert (*LORA[:2], "lora rank 2", 0) in study.done and (*LORA[:2], "too much", 0) not in study.done
+    assert real.run_study(study, [(*LORA[:2], "too much", 0)]) == 0, "until another commit"
 
 
 def test_the_schedule_names_entries_once() -> None:
