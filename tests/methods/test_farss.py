@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from tests.models import MODELS, Bench, GivenStats, RepaddingRunner, relative
 from tests.reference import farss_reference as reference
 from torch import Tensor
 
+import keeptune
+from keeptune import atlas
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.core.target import Target
@@ -24,6 +27,7 @@ from keeptune.methods.corda import Corda
 from keeptune.methods.farss import Farss, direction_scores, importance, inverse_weights
 from keeptune.methods.milora import Milora
 from keeptune.methods.pissa import Pissa
+from keeptune.model.pretrained import load_model, load_tokenizer
 from keeptune.pipeline.planning import plan_for
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.store import StatStore
@@ -222,7 +226,7 @@ def test_the_released_options_take_out_more_than_w_has() -> None:
 def test_the_plan_notes_the_budget_that_was_realised(bench: Bench) -> None:
     found = plan(bench, Farss(rank=4, boundary=1, r_avg=6, r_max=8))
     shallow = [t for t in found.targets if t.target.layer == 0]
-    assert f"{sum(t.decision.rank for t in shallow)} of {6 * 7} ranks" in found.provenance["notes"][0]
+    assert f"{sum(t.decision.rank for t in shallow)} of {4 * 7} ranks" in found.provenance["notes"][0]
     assert all("importance" in t.evidence for t in shallow)
     assert not any("importance" in t.evidence for t in found.targets if t.target.layer == 1)
 
@@ -330,7 +334,7 @@ def test_the_parts_equal_the_reference_on_a_model(architecture: str, tmp_path: P
     I = [  # noqa: E741
         reference.importance(read(t), statistics.view(t)[INPUT], statistics.view(t)[GRADIENT]) for t in shallow
     ]
-    assert [made[t.name].decision.rank for t in shallow] == reference.paper_ranks(I, 4, 1, 8)
+    assert [made[t.name].decision.rank for t in shallow] == reference.paper_ranks(I, 4, 1, 4)
     for t in made.targets:
         view = statistics.view(t.target)
         wanted = reference.factors(
@@ -342,3 +346,27 @@ def test_the_parts_equal_the_reference_on_a_model(architecture: str, tmp_path: P
 def test_the_release_caps_the_largest_rank_by_the_rank_and_the_mean_by_that() -> None:
     small = Farss.as_released(rank=32)
     assert (small.r_max, small.r_avg, RELEASED.r_max, RELEASED.r_avg) == (32, 32, 64, 50)
+
+
+@pytest.mark.parametrize(
+    ("method", "shares", "uncapped"),
+    [
+        (Farss(), (6, 1, 8), (8, 1, 8)),
+        (Farss(rank=2), (2, 1, 2), (6, 1, 8)),
+        (Farss(rank=2, r_min=4), (2, 2, 2), (6, 4, 8)),
+        (Farss.as_released(rank=32), (32, 1, 32), (50, 1, 64)),
+    ],
+)
+def test_no_shallow_target_gets_more_than_the_rank(method: Farss, shares: Any, uncapped: Any) -> None:
+    """On the first block of atlas, at the defaults too; as the released code caps them."""
+    tokenizer, model = load_tokenizer(str(atlas.model_path())), load_model(str(atlas.model_path()))
+    rows = map(json.loads, atlas.data_path("topics.train.jsonl").read_text().splitlines()[:16])
+    task = [(f"{row['text']}\nTopic:", f" {row['topic']}") for row in rows]
+    method, options = dataclasses.replace(method, boundary=1), keeptune.PlanOptions(layers=[0])
+    made = keeptune.plan(model, tokenizer, method, task=task, options=options)
+    I = [float(t.evidence["importance"]) for t in made.targets]  # noqa: E741
+    ranks = [t.decision.rank for t in made.targets]
+    assert ranks == reference.paper_ranks(I, *shares)
+    assert ranks != reference.paper_ranks(I, *uncapped)
+    assert max(ranks) <= method.rank
+    assert method.size(made.targets[0].target, ()).rank == shares[0]

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.models import GivenStats
+from tests.models import MODELS, Bench, GivenStats, logits, off_by, tokens, train_steps
 from torch import Tensor
 
+from keeptune.adapter.install import install
+from keeptune.adapter.trained_change import change_of
 from keeptune.core.plan import Decision
 from keeptune.core.target import Target
 from keeptune.methods.lora_null import LoraNull, released_null_space
@@ -86,5 +90,31 @@ def test_a_weight_that_cannot_use_all_null_directions_is_warned_about(caplog: py
 
 
 def test_as_released_is_the_released_covariance_at_the_papers_rank() -> None:
-    assert LoraNull.as_released() == LoraNull(rank=128, variant="v1", covariance="released")
-    assert LoraNull.as_released(4, "v2") == LoraNull(rank=4, variant="v2", covariance="released")
+    assert LoraNull.as_released() == LoraNull(rank=128, variant="v1", covariance="released", biases=True)
+    assert LoraNull.as_released(4, "v2") == LoraNull(rank=4, variant="v2", covariance="released", biases=True)
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_the_release_trains_the_biases_that_there_are(variant: Any, tmp_path: Path) -> None:
+    bench = Bench(MODELS["gpt2"](), tmp_path)
+    method = LoraNull.as_released(4, variant)
+    plan = bench.plan(method)
+    base, ids = copy.deepcopy(bench.model), tokens(7)
+    tuned = install(bench.model, plan)
+    assert off_by(logits(tuned, ids), logits(base, ids)) < 1e-4
+    train_steps(tuned)
+    found = change_of(tuned, plan)
+    assert all(found.biases[t.target.name].any() for t in plan.targets)
+    size = sum(method.size(t.target, ()).trained for t in plan.targets)
+    assert size == sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    assert size > sum(LoraNull(4, variant).size(t.target, ()).trained for t in plan.targets)
+    with torch.no_grad():  # what was trained, in the base's own weights
+        for name, change in found.weights.items():
+            module = base.get_submodule(name)
+            dense = change.dense()
+            module.weight += dense.T if plan[name].target.transposed else dense  # type: ignore[operator]
+            module.bias += found.biases[name]  # type: ignore[operator]
+    assert off_by(logits(tuned, ids), logits(base, ids)) < 1e-4
+    assert all("bias" not in t.trainable for t in Bench(base, tmp_path).plan(LoraNull(4)).targets), (
+        "the paper trains none"
+    )

@@ -99,8 +99,8 @@ class Farss(ScaledMethod):
     Args:
         rank: R, at the targets of deep blocks.
         r_min: Least rank in shallow blocks.
-        r_max: Largest rank in shallow blocks, and never more than a target can have.
-        r_avg: Mean rank in shallow blocks that the budget is made of.
+        r_max: Largest rank in shallow blocks, and never more than R or than a target can have.
+        r_avg: Mean rank in shallow blocks that the budget is made of, R at most.
         boundary: Blocks below it are shallow; ``"auto"`` is a quarter of the depth, the upper end of the range that
             Section 3.1 of the paper searches (it gives no algorithm; a sweep over the boundary is one).
         variant: ``"farss"``; ``"farss-init"`` only starts differently: rank R and the smallest scores everywhere
@@ -181,7 +181,7 @@ class Farss(ScaledMethod):
         I = {target: value for target, value in scores.items() if value is not None}
         decisions = {target: allot_rank(target, self.rank, self.name) for target in scores if target not in I}
         if I:
-            decisions |= shallow_ranks(I, self.r_avg, self.r_min, self.r_max)
+            decisions |= shallow_ranks(I, *self._shares)
         return {target: decisions[target] for target in scores}
 
     def notes(self, decisions: Mapping[Target, Decision]) -> list[str]:
@@ -190,8 +190,9 @@ class Farss(ScaledMethod):
         count, total = len(shallow), sum(shallow)
         if not count:
             return []
-        ranks = f"{total} of {self.r_avg * count} ranks of their budget allotted, mean {total / count:.1f}"
-        return [f"{count} targets in blocks below {self.boundary} are shallow: {ranks} (r_avg {self.r_avg})"]
+        average = self._shares[0]
+        ranks = f"{total} of {average * count} ranks of their budget allotted, mean {total / count:.1f}"
+        return [f"{count} targets in blocks below {self.boundary} are shallow: {ranks} (r_avg {average})"]
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
         """Starts from the chosen singular directions (eqs. 13-17)."""
@@ -218,7 +219,13 @@ class Farss(ScaledMethod):
         """Counts rank R, or the mean rank in shallow blocks."""
         if not self._shallow(target):
             return super().size(target, downs)
-        return self.size_at(target, min(max(self.r_avg, self.r_min), self.r_max, target.max_rank), assumed=True)
+        r_avg, r_min, r_max = self._shares
+        return self.size_at(target, min(max(r_avg, r_min), r_max, target.max_rank), assumed=True)
+
+    @property
+    def _shares(self) -> tuple[int, int, int]:
+        """r_avg, r_min and r_max, none above R: no shallow target gets more than a deep one."""
+        return min(self.r_avg, self.rank), min(self.r_min, self.rank), min(self.r_max, self.rank)
 
     def _shallow(self, target: Target) -> bool:
         if self.variant != "farss":

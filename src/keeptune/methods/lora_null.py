@@ -21,7 +21,8 @@ The paper has no alpha: the scale is 1. The paper says "column space" of A in Th
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,7 +32,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.decompositions import bottom_eigenvectors, projected_svd
-from keeptune.methods.base import RankMethod
+from keeptune.methods.base import RankMethod, Size
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.covariance import InputCovariance, ReleasedCovariance
 from keeptune.statistics.request import Request
@@ -82,6 +83,7 @@ class LoraNull(RankMethod):
         variant: ``"v1"`` trains A and B, ``"v2"`` trains B only.
         covariance: ``"exact"``, or ``"released"``: the released code's float16 sums of rescaled inputs, its
             float32 SVD that ranks eigenvalues by size whatever their sign, and factors rounded to float16.
+        biases: Train the biases of targets that have one too (not those of fused experts), as the released code does.
     """
 
     name = "lora-null"
@@ -90,11 +92,12 @@ class LoraNull(RankMethod):
 
     variant: Literal["v1", "v2"] = "v1"
     covariance: Literal["exact", "released"] = "exact"
+    biases: bool = False
 
     @classmethod
     def as_released(cls, rank: int = 128, variant: Literal["v1", "v2"] = "v1") -> LoraNull:
         """Returns what the authors' repository does; its data are packed random windows of 2,048 tokens of NQ-open."""
-        return cls(rank=rank, variant=variant, covariance="released")
+        return cls(rank=rank, variant=variant, covariance="released", biases=True)
 
     @property
     def trains(self) -> frozenset[str]:
@@ -124,4 +127,15 @@ class LoraNull(RankMethod):
             used = int((1e-6 * S[0] < S).sum())
             _log.warning("%s: W reads only %d of the %d null directions", target.name, used, len(S))
         evidence = {"null_variance": variance.clone(), "singular_values": S}  # safetensors shares no memory
-        return self.planned(target, decision, init, 1.0, evidence=evidence)
+        own = ["bias"] if self._bias_of(target) else []
+        vectors = {name: torch.zeros(target.out_features) for name in own}
+        trainable = self.trains.union(own)
+        return self.planned(target, decision, init, 1.0, evidence=evidence, trainable=trainable, vectors=vectors)
+
+    def size(self, target: Target, downs: Collection[str]) -> Size:
+        """Counts the factors, and a trained bias."""
+        size = super().size(target, downs)
+        return replace(size, trained=size.trained + target.out_features) if self._bias_of(target) else size
+
+    def _bias_of(self, target: Target) -> bool:
+        return self.biases and target.bias and target.expert is None
