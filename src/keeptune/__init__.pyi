@@ -2,6 +2,8 @@ import typing
 
 from .adapter.export import ExportOptions as ExportOptions
 from .adapter.install import install as install
+from .api import attribute as attribute
+from .api import collect as collect
 from .api import export as export
 from .api import generate_knowledge as generate_knowledge
 from .api import measure as measure
@@ -15,8 +17,12 @@ from .evaluation.model_pairs import TwoModels as TwoModels
 from .pipeline.planning import PlanOptions as PlanOptions
 from .posthoc.repair import Repair as Repair
 from .posthoc.repair import repair as repair
+from .statistics.covariance import GradientCovariance as GradientCovariance
+from .statistics.covariance import InputCovariance as InputCovariance
 from .statistics.layer_effect import LayerEffect as LayerEffect
+from .statistics.neuron_attribution import NeuronAttribution as NeuronAttribution
 from .statistics.self_generated import SelfGeneration as SelfGeneration
+from .studies.node_selections import chosen_rows as chosen_rows
 from .studies.trace import trace as trace
 from .training.attach import attach as attach
 from .training.guard import Guard as Guard

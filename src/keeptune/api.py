@@ -7,15 +7,19 @@ keeptune.export(tuned, plan, "adapter", base=path)
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter import export as exporting
@@ -33,18 +37,22 @@ from keeptune.evaluation.harness import evaluate as evaluate_one
 from keeptune.evaluation.model_pairs import ModelPair
 from keeptune.evaluation.results import BenchmarkResult
 from keeptune.methods.base import Method
-from keeptune.model.blocks import head_of, positions
+from keeptune.methods.loki import Loki
+from keeptune.model.blocks import find_targets, head_of, positions
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.model.quantization import quantised_on_load
+from keeptune.model.runner import Runner
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.machine import check_folder
-from keeptune.pipeline.planning import PlanOptions, plan_for
-from keeptune.statistics.request import DataRole
+from keeptune.pipeline.planning import PlanOptions, collect_for, plan_for, statistics_for
+from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
+from keeptune.statistics.request import DataRole, RowRequest
 from keeptune.statistics.self_generated import SelfGeneration, write_texts
 from keeptune.statistics.store import StatStore
 
+_log = logging.getLogger(__name__)
 _ALL_TARGETS, _PORTABLE, _OWN_TEXTS = PlanOptions(), ExportOptions(), SelfGeneration()
 
 
@@ -79,19 +87,73 @@ def plan(
         DataError: A text has no tokens, or a label is not one of the classifier's.
         RecipeError: The store is no folder.
     """
-    length = min(options.max_length, positions(model) or options.max_length)
-    data: dict[DataRole, Calibration] = {}
-    if knowledge is not None:
-        data["knowledge"] = knowledge_of(knowledge).calibration(tokenizer, max_length=length)
-    if task is not None:
-        data["task"] = _task_examples(Head.of(model), task).calibration(tokenizer, max_length=length)
+    data, notes = _tokens(model, tokenizer, {"knowledge": knowledge, "task": task}, options)
     provenance = {"knowledge": None} | {role: tokens.fingerprint for role, tokens in data.items()}
-    options = replace(options, provenance=provenance | dict(options.provenance))
-    with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
-        folder, limit = (options.store, options.store_limit) if options.store else (scratch, sys.maxsize)
-        store = StatStore(Path(folder), limit)
-        check_folder("PlanOptions.store", store.folder)
+    noted = {"notes": [*options.provenance.get("notes", ()), *notes]} if notes else {}
+    options = replace(options, provenance={**provenance, **options.provenance, **noted})
+    with _store_of(options) as store:
         return plan_for(model, method, store, data=data, penalties=penalties, options=options)
+
+
+def collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: RowRequest,
+    data: Sequence[str] | Sequence[tuple[str, Any]],
+    *,
+    options: PlanOptions = _ALL_TARGETS,
+) -> dict[str, Tensor]:
+    """Collects a statistic of a model's linear maps.
+
+    Args:
+        model: The base model, as loaded; it is not changed.
+        tokenizer: Its tokenizer.
+        request: ``InputCovariance("knowledge")`` for Ω, ``(n, n)``, ``GradientCovariance("knowledge", "sampled")`` for
+            Γ, ``(m, m)``, or another one; ``"knowledge"`` or ``"task"`` says how the data are read.
+        data: As :func:`plan` takes them.
+        options: Which targets are measured; the store, the memory and the device.
+
+    Returns:
+        The statistic by the target's name, in memory; experts that no token reached are left out.
+
+    Raises:
+        StatisticsError: Activations are not finite.
+    """
+    calibration, _ = _tokens(model, tokenizer, {request.data: data}, options)
+    targets = find_targets(model, options.targets, options.layers)
+    with _store_of(options) as store:
+        found = collect_for(Runner(model), dict.fromkeys(targets, frozenset({request})), calibration, store, options)
+        return {target.name: found.view(target)[request] for target in targets if target.name not in found.unseen}
+
+
+def attribute(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: NeuronAttribution,
+    data: Sequence[str] | Sequence[tuple[str, str]],
+    *,
+    options: PlanOptions = _ALL_TARGETS,
+) -> Attributions:
+    """Attributes the next token of every text, or prompt, to the outputs of the MLPs, as LoKI does.
+
+    Args:
+        model: The base model, as loaded; it is not changed.
+        tokenizer: Its tokenizer.
+        request: ``NeuronAttribution()``, or ``NeuronAttribution.as_paper()``.
+        data: As :func:`plan` takes knowledge.
+        options: The store, the memory and the device.
+
+    Returns:
+        The attributions, in memory, in the order of the texts' tokens; :func:`keeptune.chosen_rows` selects from them.
+
+    Raises:
+        ModelError: The model is no causal language model, or no block has an MLP down-projection.
+    """
+    calibration, _ = _tokens(model, tokenizer, {request.data: data}, options)
+    with _store_of(options) as store:
+        targets, found = statistics_for(model, Loki(attribution=request), store, data=calibration, options=options)
+        opened = found.view(targets[0]).attributions(request)
+        return replace(opened, read=torch.cat(list(opened.chunks())).__getitem__)
 
 
 def generate_knowledge(
@@ -128,10 +190,41 @@ def generate_knowledge(
         return write_texts(lambda: model, tokenizer, options, kept, fingerprint=body_fingerprint(model))
 
 
-def _task_examples(head: Head | None, task: Sequence[tuple[str, Any]]) -> Examples:
+@contextmanager
+def _store_of(options: PlanOptions) -> Iterator[StatStore]:
+    """The store that is named, or one for this call."""
+    with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
+        folder, limit = (options.store, options.store_limit) if options.store else (scratch, sys.maxsize)
+        store = StatStore(Path(folder), limit)
+        check_folder("PlanOptions.store", store.folder)
+        yield store
+
+
+def _tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Mapping[DataRole, Sequence[Any] | None],
+    options: PlanOptions,
+) -> tuple[dict[DataRole, Calibration], list[str]]:
+    """Returns the data as tokens, and what is to be said of them."""
+    length = min(options.max_length, positions(model) or options.max_length)
+    data: dict[DataRole, Calibration] = {}
+    notes = []
+    for role, own in given.items():
+        if own is None:
+            continue
+        examples = _task_examples(Head.of(model), own, options.end_token) if role == "task" else knowledge_of(own)
+        data[role] = examples.calibration(tokenizer, max_length=length)
+        if isinstance(examples, TaskExamples) and (end := examples.end_of(tokenizer)):
+            notes.append(f"each completion of the task ends with {end} (end_token=False leaves it out)")
+            _log.info("task: %s", notes[0])
+    return data, notes
+
+
+def _task_examples(head: Head | None, task: Sequence[tuple[str, Any]], end: bool) -> Examples:
     prompts, answers = (tuple(part) for part in zip(*task, strict=True))
     if head is None:
-        return TaskExamples(prompts, answers)
+        return TaskExamples(prompts, answers, end)
     labels = label_indices(answers, head.labels, where="task") if head.labels else tuple(map(float, answers))
     return LabelledExamples(Texts(prompts), labels, head.labels)
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from keeptune.atlas import data_path
+import keeptune
+from keeptune.atlas import data_path, model_path
 from keeptune.core.artefact import write_bytes
 from keeptune.data.sources import read_jsonl
+from keeptune.model.pretrained import load_model, load_tokenizer
 from keeptune.pipeline.run import run
 from keeptune.recipe.schema import load_recipe
 
@@ -21,9 +23,9 @@ GUIDE = ROOT / "docs/guides/python.md"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("recipes/*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def block(page: Path, language: str) -> str:
-    """The first block of code in a language."""
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[0]
+def block(page: Path, language: str, number: int = 0) -> str:
+    """A block of code in a language, the first by default."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[number]
 
 
 @pytest.mark.filterwarnings("default")  # as where it is run on its own
@@ -34,6 +36,14 @@ def test_the_python_guide_runs(
     exec(compile(block(GUIDE, "python"), GUIDE.name, "exec"), {"__name__": "guide"})
     assert "Exported(" in capsys.readouterr().out
     assert (tmp_path / "runs/guide/adapter/adapter_model.safetensors").is_file()
+
+
+def test_the_guides_statistics_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_model(str(model_path())), load_tokenizer(str(model_path()))
+    names = {"keeptune": keeptune, "model": model, "tokenizer": tokenizer, "knowledge": ["A dog is a pet."]}
+    exec(compile(block(GUIDE, "python", 1), GUIDE.name, "exec"), names)
+    assert names["traced"].average.shape == (4,)
 
 
 @pytest.mark.filterwarnings("default")

@@ -119,19 +119,28 @@ def rows_of(base: Saved, texts: list[str], names: list[str], *, end: bool = Fals
     return {name: torch.cat([inputs[name] for inputs in alone]) for name in names}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama with biases", "gpt2"])
-def test_the_repaired_adapter_is_the_least_squares_solution_on_rows_of_real_tokens(
-    architecture: str, bases: Callable[[str], Saved], repaired: Repairing, tmp_path: Path
+@pytest.mark.parametrize(
+    ("architecture", "end"), [("llama", True), ("llama", False), ("llama with biases", True), ("gpt2", True)]
+)
+def test_the_repaired_adapter_is_the_least_squares_solution_on_rows_of_real_tokens(  # noqa: PLR0913
+    architecture: str,
+    end: bool,
+    bases: Callable[[str], Saved],
+    repaired: Repairing,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     base = bases(architecture)
+    caplog.set_level(logging.INFO, logger="keeptune")
     roles = ["c_attn", "mlp.c_proj"] if architecture == "gpt2" else ROLES
     adapter = adapter_of(base, tmp_path / "own", roles=roles, fan_in_fan_out=architecture == "gpt2")
-    record = repaired(adapter, base=str(base.folder), mu=0.3)
+    record = repaired(adapter, base=str(base.folder), mu=0.3, end_token=end)
+    assert record["end_token"] == ("each completion of the task ends with" in caplog.text) == end
     before, after = merged_changes(base, adapter), merged_changes(base, tmp_path / "repaired")
     names = [name for name, change in before.items() if change.norm() > 0]
     assert {row["target"] for row in record["targets"]} == set(names)
     known = rows_of(base, KNOWLEDGE, names)
-    task = rows_of(base, [read + said for read, said in TASK], names, end=True)
+    task = rows_of(base, [read + said for read, said in TASK], names, end=end)
     for row in record["targets"]:
         name = row["target"]
         wanted = repaired_by_least_squares(before[name], task[name], known[name], 0.3, DAMP)
@@ -448,11 +457,24 @@ def test_other_files_and_templates(
     adapter = finished("lora") / "adapter"
     file = write_jsonl(tmp_path / "own.jsonl", [{"a": "Once there was", "b": "a dog"}, {"a": "The cat", "b": "ran"}])
     words: list[object] = ["repair", adapter, "--output", tmp_path / "out", "--store", store]
-    said = keeptune(*words, "--knowledge", file, "--text", r"{a}\n{b}", "--task", "none", "--mu", "1", capsys=capsys)
+    said = keeptune(
+        *words,
+        "--knowledge",
+        file,
+        "--text",
+        r"{a}\n{b}",
+        "--task",
+        "none",
+        "--mu",
+        "1",
+        "--no-end-token",
+        capsys=capsys,
+    )
     assert said.code == 0, said.err
     record = read_json(tmp_path / "out" / "repair.json")
     assert record["examples"] == {"knowledge": 2}
     assert record["task_kept"] is None
+    assert record["end_token"] is False
 
 
 def test_errors_of_the_command_line(

@@ -41,6 +41,7 @@ def repair(
     examples: Annotated[int, typer.Option(min=1, help="Knowledge rows used, the first ones.")] = 256,
     task_examples: Annotated[int, typer.Option(min=1, help="Task rows used, drawn.")] = 256,
     max_length: Annotated[int, typer.Option(min=1, help="Longer texts are cut to this many tokens.")] = 1024,
+    end_token: Annotated[bool, typer.Option(help="Whether completions of the task end with the end of text.")] = True,
     store: Store = None,
     device: Device = "auto",
 ) -> None:
@@ -58,6 +59,7 @@ def repair(
         damping=damping,
         rounds=rounds,
         max_length=max_length,
+        end_token=end_token,
         sweep=numbers_in("--sweep", sweep, float, "0.1,0.3,1"),
         store=store,
         device=device,

@@ -55,6 +55,10 @@ class TaskExamples(LanguageExamples):
         """Each example as one text."""
         return [prompt + completion for prompt, completion in self._pairs(range(len(self)))]
 
+    def end_of(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Returns what is learned after each example; empty for nothing."""
+        return (tokenizer.eos_token or "") if self.end else ""
+
     def token_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[int] | None = None) -> list[TokenRow]:
         """Returns each prompt with its completion as one text; a token that spans the end of the prompt is learned."""
         wanted = range(len(self)) if rows is None else rows
@@ -64,7 +68,7 @@ class TaskExamples(LanguageExamples):
         prompts = [prompt for prompt, _ in pairs]
         if self.chat:
             prompts = _user_turns(prompts, tokenizer, self.where)
-        end = (tokenizer.eos_token or "") if self.end else ""
+        end = self.end_of(tokenizer)
         ended = (any(text.endswith(end) for text in (completion, completion.rstrip())) for _, completion in pairs)
         ends = (completion + ("" if has else end) for (_, completion), has in zip(pairs, ended, strict=True))
         texts = [prompt + text for prompt, text in zip(prompts, ends, strict=True)]

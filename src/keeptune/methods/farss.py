@@ -142,8 +142,7 @@ class Farss(ScaledMethod):
 
         Its ``--layer_split_start k`` is a boundary of k + 1. It lowers ``r_max`` to the rank, and ``r_avg`` to that.
         """
-        most = min(r_max, rank)
-        average = min(r_avg, most)
+        most, average = min(r_max, rank), min(r_avg, r_max, rank)
         return cls(rank=rank, boundary=boundary, r_max=most, r_avg=average, alpha=128.0, selection="released")
 
     def fitted(self, blocks: int) -> Farss:

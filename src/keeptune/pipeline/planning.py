@@ -44,6 +44,8 @@ class PlanOptions:
             on the device at a time; ``"auto"`` decides from the memory that is free.
         device: Where blocks run under ``"blockwise"``; None is where the model is.
         max_length: Texts given to :func:`keeptune.plan` are cut to this many tokens, or to the model's positions.
+        end_token: Whether the end-of-text token is learned after each completion of the ``task`` that
+            :func:`keeptune.plan` is given, where it does not end so already; a trainer usually adds it.
         store: Folder where :func:`keeptune.plan` keeps statistics for later plans; None keeps them for one call.
         store_limit: Bytes of that folder; the least recently used statistics go first.
         fingerprint: Of the model's weights, where it is known already.
@@ -60,6 +62,7 @@ class PlanOptions:
     memory: Memory = "auto"
     device: str | None = None
     max_length: int = 1024
+    end_token: bool = True
     store: Path | str | None = None
     store_limit: int = DEFAULT_LIMIT
     fingerprint: str | None = None
@@ -136,18 +139,23 @@ def statistics_for(
     targets = find_targets(model, options.targets, options.layers)
     refuse_experts(method, targets)
     requests = {target: method.requests(target) for target in targets}
-    statistics = _collect(Runner(model), requests, data, store, options)
+    statistics = collect_for(Runner(model), requests, data, store, options)
     return [target for target in targets if target.name not in statistics.unseen], statistics
 
 
 @out_of_memory("statistics")
-def _collect(
+def collect_for(
     runner: Runner,
     requests: Mapping[Target, frozenset[Request]],
     data: Mapping[DataRole, Calibration],
     store: StatStore,
     options: PlanOptions,
 ) -> Statistics:
+    """Collects what targets request; what the store has is not computed again.
+
+    Raises:
+        StatisticsError: Data that are requested are not given, or activations are not finite.
+    """
     fingerprint = options.fingerprint or body_fingerprint(runner.model)
     runner, sum_bytes = placed_runner(runner, requests, options.memory, options.device)
     found = collect(runner, requests, data, store, model_fingerprint=fingerprint, sum_bytes=sum_bytes)
@@ -240,7 +248,7 @@ def with_penalties(
         return plan
     model = runner.model
     requests = {t.target: frozenset[Request]().union(*(one.requests(t) for one in penalties)) for t in plan.targets}
-    statistics = _collect(runner, requests, data, store, options)
+    statistics = collect_for(runner, requests, data, store, options)
     held, free = _reached(penalties, plan.targets, statistics)
     plans = []
     blocks, weight_of = depth(model), partial(read_weight, model)

@@ -65,6 +65,7 @@ class Repair(Options):
         rounds: 2 repairs once more with the inputs that the repaired model sees, in place of the base's: one more pass
             over the data, for a little more of the task (``docs/guides/repair.md``).
         max_length: Texts are cut to this many tokens, or to the model's positions.
+        end_token: Whether the end-of-text token counts as the end of each completion of the task.
         sweep: Further values of μ that the record reports drift, what is kept of the task, and scores of.
         seed: Of the bootstrap intervals; nothing else is random.
         store: Folder where covariances are kept; None takes the user's own store.
@@ -87,6 +88,7 @@ class Repair(Options):
     damping: float = 1e-3
     rounds: int = 1
     max_length: int = 1024
+    end_token: bool = True
     sweep: Sequence[float] = ()
     seed: int = 0
     store: Path | str | None = None
@@ -139,7 +141,7 @@ def repair(
 
     Returns:
         The record that lies beside the adapter as ``repair.json``: ``mu``, ``drift_before``, ``drift``, ``task_kept``,
-        ``task_error``, ``targets``, ``dropped``, ``seconds``, ``export``, ``scores``, ``sweep``.
+        ``task_error``, ``targets``, ``dropped``, ``end_token``, ``seconds``, ``export``, ``scores``, ``sweep``.
 
     Raises:
         RecipeError: There is no such device, or the output cannot be written.
@@ -158,7 +160,7 @@ def repair(
     clock.lap("load")
     problem, total, changes, rows = _solved_in_rounds(start, data, options, clock)
     _warn(total, rows, start, options.rank)
-    record = total | {"targets": rows, "dropped": list(start.dropped)}
+    record = total | {"targets": rows, "dropped": list(start.dropped), "end_token": options.end_token}
     examples = {role: len(tokens.sequences) for role, tokens in data.items()}
     made_from = {
         "model": start.fingerprint,
@@ -238,7 +240,9 @@ def _tokens(
     if task is not None:
         examples = knowledge_of(task, "task")
         if isinstance(examples, TaskExamples) and examples.prompts is not None:
-            examples = replace(examples, end=True)
+            examples = replace(examples, end=options.end_token)
+            if end := examples.end_of(start.tokenizer):
+                _log.info("repair: each completion of the task ends with %s (end_token=False leaves it out)", end)
         data["task"] = examples.calibration(start.tokenizer, max_length=length)
     return data
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Calibration
 from keeptune.model.probes.causal_tracing import Noise, Traced, Tracer, embedding_std, noise_of
 from keeptune.model.probes.causal_tracing import Reading as Reading
-from keeptune.statistics.request import ModelRequest
+from keeptune.statistics.request import ADDED, ModelRequest
 from keeptune.statistics.store import Source, StatStore
 from keeptune.statistics.text_entries import TextEntries
 
@@ -35,12 +35,15 @@ class LayerEffect(ModelRequest):
     Args:
         reading: Which reading of eq. 2: restore each position of the prompt (``positions``), or the one whose output
             predicts the answer token (``diagonal``, whose last layer is the clean run by definition).
+        noised: Positions among the prompt's tokens that get noise, of each text in the data's order, such as those of
+            its subject; None draws ``fraction`` of them.
     """
 
     reading: Reading = "positions"
     fraction: float = 0.5
     scale: float = 3.0
     seed: int = 0
+    noised: tuple[tuple[int, ...], ...] | None = field(default=None, metadata=ADDED)
 
     @property
     def noise(self) -> Noise:
@@ -78,7 +81,8 @@ def trace_texts(
     Raises:
         StatisticsError: The data have no prompts and completions, or a probability is not finite.
     """
-    options = ("reading", "fraction", "scale", "seed")
+    options = ("reading", "fraction", "scale", "seed", *(() if request.noised is None else ("noised",)))
+    noise = replace(request.noise, given=_given(request, data))
     entries: TextEntries[_PromptedText] = TextEntries(
         store, source, "Traced", request.version, {name: getattr(request, name) for name in options}, title
     )
@@ -88,7 +92,7 @@ def trace_texts(
         tracer = Tracer(model, reading=request.reading, chunk=chunk)
         std = embedding_std(model)
         for batch in left.batches(max(1, chunk // 4)):
-            traced = tracer.trace(batch, noise_of(request.noise, batch, model, std))
+            traced = tracer.trace(batch, noise_of(noise, batch, model, std))
             rows = [torch.cat([one.clean[None], one.corrupted[None], one.restored]) for one in traced]
             yield [((one.tokens, one.prompt), value) for one, value in zip(traced, rows, strict=True)]
 
@@ -165,6 +169,23 @@ def layer_weights(effects: Tensor, norm: Norm = "max") -> Tensor:
     if not is_distinct(effects):
         _log.warning("trace: no layer's effect is larger than the spread over %d texts: NAIE is noise", len(effects))
     return weights
+
+
+def _given(request: LayerEffect, data: Calibration) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Returns the positions that get noise, by the tokens of the text."""
+    each = list(zip(data.sequences, data.prompts or (), request.noised or (), strict=False))
+    given = {ids: places for ids, _, places in each}
+    fit = all(places and set(places) <= set(range(start)) and given[ids] == places for ids, start, places in each)
+    if request.noised is not None and not (fit and len(data.sequences) == len(each) == len(request.noised)):
+        raise StatisticsError(
+            "causal tracing, noised",
+            got=f"{len(request.noised)} lists of positions for {len(data.sequences)} texts"
+            if fit
+            else "wrong positions",
+            wanted="for each text one or more of its prompt's tokens, counted from 0; for equal texts the same",
+            next_step="Count the tokens that the tokenizer makes of the prompt, a start token among them.",
+        )
+    return given
 
 
 def _prompted_texts(data: Calibration) -> list[_PromptedText]:

@@ -111,7 +111,7 @@ def attributions_of(job: Job, request: NeuronAttribution) -> Attributions:
     return statistics.view(targets[0]).attributions(request)
 
 
-def chosen_rows(attributions: Attributions, q: float, where: Where) -> Rows:
+def chosen_rows(attributions: Attributions, q: float = 10.0, where: Where = "layer-balanced") -> Rows:
     """Selects the rows of each down-projection by the votes of all texts, as LoKI does (eqs. 6-9) and its controls.
 
     Args:

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -49,11 +49,13 @@ class Noise:
         fraction: Share of the prompt's tokens, at least one of them; the paper names none.
         scale: Standard deviation, in units of that of the model's token embeddings; ROME takes 3.
         seed: Each text has its own stream of random numbers, whatever batch it is in.
+        given: Positions by the text's tokens, where none are drawn.
     """
 
     fraction: float = 0.5
     scale: float = 3.0
     seed: int = 0
+    given: Mapping[tuple[int, ...], Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -63,7 +65,9 @@ class Noise:
             raise RecipeError("noise scale", got=f"{self.scale}", wanted="0 or more", next_step="ROME takes 3.")
 
     def positions(self, tokens: Sequence[int], prompt: int) -> list[int]:
-        """Draws the positions of the damaged tokens of a text with ``prompt`` tokens of prompt, in order."""
+        """Returns the positions of the damaged tokens of a text with ``prompt`` tokens of prompt, in order."""
+        if tuple(tokens) in self.given:
+            return sorted(set(self.given[tuple(tokens)]))
         count = max(1, round(self.fraction * prompt))
         order: list[int] = torch.randperm(prompt, generator=self._stream("positions", tokens)).tolist()
         return sorted(order[:count])
