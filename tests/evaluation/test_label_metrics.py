@@ -10,13 +10,13 @@ import pytest
 from scipy import stats
 from sklearn import metrics
 
+from keeptune.core.bootstrap import paired_interval
 from keeptune.evaluation.metrics import (
     LABELS,
     SCORES,
     Metric,
     agreement,
     agreement_interval,
-    paired_interval,
     resampled,
 )
 

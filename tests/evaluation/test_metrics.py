@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from keeptune.core.bootstrap import paired_interval
 from keeptune.core.errors import StatisticsError
 from keeptune.evaluation.metrics import (
     Metric,
@@ -18,7 +19,6 @@ from keeptune.evaluation.metrics import (
     harmonic,
     mean_ratio,
     normalise_qa,
-    paired_interval,
 )
 
 ARTICLES = r"\b(?:The |the |An |A |The |a |an )"  # as in lm-eval's nq_open.yaml

@@ -10,6 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from keeptune.core.bootstrap import paired_interval
 from keeptune.core.errors import ArtefactError, StatisticsError
 from keeptune.evaluation.benchmarks import Role
 from keeptune.evaluation.metrics import (
@@ -19,7 +20,6 @@ from keeptune.evaluation.metrics import (
     agreement_interval,
     harmonic,
     mean_ratio,
-    paired_interval,
 )
 
 

@@ -18,11 +18,11 @@ import torch
 from tests.assets import DATA
 from tests.evaluation.standard.conftest import local
 
+from keeptune.core.bootstrap import paired_interval
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.evaluation import AdapterPair, BenchmarkResult, NamedBenchmark, TwoModels
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.harness import evaluate
-from keeptune.evaluation.metrics import paired_interval
 from keeptune.evaluation.standard import score_named
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
 from keeptune.evaluation.standard.restore import restored_process
