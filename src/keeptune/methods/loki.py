@@ -98,7 +98,7 @@ class Loki(Method):
 
     name = "loki"
     paper = "Wang et al., LoKI, AAAI 2026"
-    strength_option = Strength(("q",), "divided")
+    strength_option = Strength("q", "divided")
     rows_of_downs = True
     ranges = {
         **SCALING,

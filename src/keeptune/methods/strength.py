@@ -19,14 +19,12 @@ class Strength:
     """The strength of a method: a ``ClassVar`` named ``strength_option``, None where there is none.
 
     Args:
-        options: Its name; of several that exclude each other the one that is set counts, else the last.
+        option: Its name.
         keeps_more: What a factor does to it.
-        default: Its value where the option is None.
     """
 
-    options: tuple[str, ...]
+    option: str
     keeps_more: Literal["multiplied", "divided"]
-    default: float | None = None
 
 
 def stronger(method: Any, factor: float) -> tuple[str, float]:
@@ -51,10 +49,8 @@ def stronger(method: Any, factor: float) -> tuple[str, float]:
             wanted="no factor: this method has no option for how much it keeps",
             next_step="Vary an option by name, such as strength: {method.rank: [4, 8]}.",
         )
-    option = next((name for name in known.options if getattr(method, name) is not None), known.options[-1])
+    option = known.option
     value = getattr(method, option)
-    value = known.default if value is None else value
-    assert value is not None, "a strength that may be None has a default"
     if value == 0:
         raise RecipeError(
             f"method.{option}",

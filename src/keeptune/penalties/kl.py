@@ -1,10 +1,13 @@
 """KL to the base on knowledge data: hold what the model says, not the weights it says it with.
 
-    P = strength mean_i KL(p_base(. | x_<i) || p(. | x_<i))          over the learned tokens i of a batch      (1)
+    D = mean_i KL(p_base(. | x_<i) || p(. | x_<i))           over the learned tokens i of a batch of texts       (1)
+    P = k strength D                                         at every k-th optimiser step                        (2)
+    P = k p D / budget                                       p by the controller of penalties/budget.py          (3)
 
-in nats per token, the measure of forgetting itself where penalties on the weights are its second order. The batch is
-another one at every optimiser step; it costs a forward and backward pass of ``batch_size`` texts, and a forward pass
-of the base where its answer is not kept from an earlier round.
+D is in nats per token, the measure of forgetting itself where penalties on the weights are its second order. A batch
+costs a forward and backward pass of ``batch_size`` texts, and a forward pass of the base; with ``every`` k it is taken
+at every k-th step, and counts k times. With a budget there is no strength to choose: the controller meets it in what
+is measured, D. An eighth of the texts is never trained on; the verdict at the end is the KL on these.
 
 The base is the model as it starts: its factors are put in for the pass, whatever the anchor. (Without its adapter a
 model with a residual anchor is not the base.) Padding, prompts, the
@@ -14,7 +17,7 @@ the step, which is in every checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,23 +29,25 @@ from keeptune.core.errors import PlanError
 from keeptune.core.options import Range
 from keeptune.data.calibration import Calibration
 from keeptune.penalties.base import Penalty
+from keeptune.penalties.budget import GAIN, ascended, excess, verdict
 from keeptune.statistics.request import DataRole
 
 _IDS, _LENGTHS, _LEARNED, _STEP = "ids", "lengths", "learned", "step"
+_MULTIPLIER, _PRESSURE, _MEAN = "log multiplier", "log pressure", "mean"
+_SMOOTHING = 0.5  # how much the last batch counts in what the controller sees
+_HELD_OUT, _MOST_HELD_OUT = 8, 32  # one text of so many, up to so many
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextBatch:
-    """Texts that the model is run on in a step.
+    """Texts that the model is run on.
 
     Args:
-        number: Equal numbers are equal batches, throughout a training.
         input_ids: ``(texts, length)``.
         attention_mask: 1 for a token, 0 for padding.
         learned: True for a token that is predicted, which the first of a text never is.
     """
 
-    number: int
     input_ids: Tensor
     attention_mask: Tensor
     learned: Tensor
@@ -57,60 +62,64 @@ def kl_divergence(base: Tensor, now: Tensor) -> Tensor:
     return (base.exp() * (base - now)).sum(dim=-1)
 
 
-def text_batch(ids: Tensor, lengths: Tensor, learned: Tensor, *, size: int, seed: int, step: int) -> TextBatch:
-    """Returns the texts of a step: all texts in an order drawn once, ``size`` at a time, over and over.
+def kl_and_slope(base: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the KL of each row and its derivative by the logits, ``p - p_base``, without autograd.
 
-    Laws: equal steps give equal batches; every text comes once in ``ceil(texts / size)`` steps.
+    Law: they are autograd's.
 
     Args:
-        ids: Token ids of all texts, ``(texts, length)``, filled up at the right.
-        lengths: Tokens of each text.
-        learned: Which tokens the model is held on, as ``ids``.
-        size: Texts in a batch.
-        seed: Seed of the order.
-        step: Number of the step, from 0.
+        base: Log-probabilities of the base, ``(rows, classes)``.
+        logits: Of the model now, ``(rows, classes)``, of any floating dtype.
     """
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-    number = step % -(-len(ids) // size)
-    rows = order[number * size : (number + 1) * size].to(ids.device)
-    longest = int(lengths[rows].max())
-    mask = torch.arange(longest, device=ids.device) < lengths[rows, None]
-    held = mask & learned[rows, :longest]
-    held[:, 0] = False
-    return TextBatch(
-        number=number,
-        input_ids=ids[rows, :longest].long(),
-        attention_mask=mask.long(),
-        learned=held,
-    )
+    now = logits.float().log_softmax(dim=-1)
+    return kl_divergence(base, now), now.exp_().sub_(base.exp())
+
+
+def held_out(texts: int) -> list[int]:
+    """Returns which texts are only measured at the end: every eighth, 32 at most; none of fewer than eight."""
+    return list(range(_HELD_OUT - 1, texts, _HELD_OUT))[:_MOST_HELD_OUT]
+
+
+def trained_on(texts: int, *, size: int, seed: int, number: int) -> list[int]:
+    """Returns the texts of a batch: all that are not held out, in an order drawn once, ``size`` at a time.
+
+    Laws: equal numbers give equal batches; every such text comes once in a round of batches.
+    """
+    left = sorted({*range(texts)} - {*held_out(texts)})
+    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed)).tolist()
+    first = number % -(-len(left) // size) * size
+    return [left[index] for index in order[first : first + size]]
 
 
 @dataclass(frozen=True)
 class Kl(Penalty):
-    """KL to the base on knowledge data, a batch per optimiser step.
+    """KL to the base on knowledge data, with a strength or a budget.
 
-    The engine runs the model (training/output_passes.py); the gradient is autograd's.
+    The engine runs the model (training/output_passes.py).
 
     Args:
-        kept_mib: How much memory the base's answers may take, so that they are computed once; 0 computes them at
-            every step.
         strength: What a nat per token weighs against a nat of the task's loss.
-        batch_size: Texts per step.
+        budget: In its place, the nats per token that may be lost on the knowledge.
+        every: At which optimiser steps: 4 is every fourth, weighed fourfold.
+        batch_size: Texts of such a step.
         seed: Seed of their order.
     """
 
     name = "kl"
     paper = "Li and Hoiem, Learning without Forgetting, 1606.09282 (in spirit)"
-    state: ClassVar[tuple[str, ...]] = (_STEP,)
+    state: ClassVar[tuple[str, ...]] = (_STEP, _MULTIPLIER, _PRESSURE, _MEAN)
+    once = True
     ranges = {
         "strength": Range(least=0),
+        "budget": Range(above=0),
+        "every": Range(least=1),
         "batch_size": Range(least=1),
-        "kept_mib": Range(least=0),
         "seed": Range(least=0),
     }
 
-    kept_mib: int = 256
     strength: float = 1.0
+    budget: float | None = None
+    every: int = 1
     batch_size: int = 8
     seed: int = 0
 
@@ -120,47 +129,78 @@ class Kl(Penalty):
         return frozenset({"knowledge"})
 
     def texts(self, data: Mapping[DataRole, Calibration]) -> Mapping[str, Tensor]:
-        """Returns the tokens of the knowledge, in their order, saved with the plan.
+        """Returns the tokens of the knowledge, in their order, saved with the plan, and the controller's state.
 
         Raises:
             PlanError: There is no knowledge, or no text of it has two tokens.
         """
-        if "knowledge" not in data:
+        knowledge = data.get("knowledge")
+        long = [] if knowledge is None else [i for i, ids in enumerate(knowledge.sequences) if len(ids) > 1]
+        if knowledge is None or not long:
             raise PlanError(
                 "penalty kl",
-                got="no knowledge",
-                wanted="texts on which the model is held to the base",
+                got="no knowledge" if knowledge is None else "knowledge of single tokens",
+                wanted="texts of two tokens or more, on which the model is held to the base",
                 next_step="Add `knowledge`.",
-            )
-        knowledge = data["knowledge"]
-        long = [index for index, ids in enumerate(knowledge.sequences) if len(ids) > 1]
-        if not long:
-            raise PlanError(
-                "penalty kl",
-                got="knowledge of single tokens",
-                wanted="texts of two tokens or more",
-                next_step="Take longer texts.",
             )
         texts = [torch.tensor(knowledge.sequences[index], dtype=torch.int32) for index in long]
         ids = pad_sequence(texts, True, knowledge.pad_id)
         learned = torch.ones_like(ids, dtype=torch.bool)
         if knowledge.learned:
             learned = pad_sequence([torch.tensor(knowledge.learned[index]) for index in long], True, True)
+        zero = torch.zeros(1, dtype=torch.float64)
         lengths = torch.tensor(list(map(len, texts)))
-        return {_IDS: ids, _LENGTHS: lengths, _LEARNED: learned, _STEP: torch.zeros(1, dtype=torch.float64)}
+        state = {_STEP: zero, _MULTIPLIER: zero, _PRESSURE: zero - GAIN, _MEAN: zero - 1}
+        return {_IDS: ids, _LENGTHS: lengths, _LEARNED: learned, **state}
+
+    def weight(self, tensors: Mapping[str, Tensor]) -> float:
+        """Returns what D counts in this step, of (2) or (3); 0 at a step that has none."""
+        if int(tensors[_STEP]) % self.every:
+            return 0.0
+        return self.every * (self.strength if self.budget is None else float(tensors[_PRESSURE].exp()) / self.budget)
 
     def batch(self, tensors: Mapping[str, Tensor]) -> TextBatch:
         """Returns the texts of this step."""
-        return text_batch(
-            tensors[_IDS],
-            tensors[_LENGTHS],
-            tensors[_LEARNED],
-            size=self.batch_size,
-            seed=self.seed,
-            step=int(tensors[_STEP]),
-        )
+        number = int(tensors[_STEP]) // self.every
+        return _rows(tensors, trained_on(len(tensors[_IDS]), size=self.batch_size, seed=self.seed, number=number))
+
+    def held_out(self, tensors: Mapping[str, Tensor]) -> Iterator[TextBatch]:
+        """Yields the texts of the verdict; where none is held out, those of training."""
+        rows = held_out(len(tensors[_IDS])) or [*range(len(tensors[_IDS]))]
+        for first in range(0, len(rows), self.batch_size):
+            yield _rows(tensors, rows[first : first + self.batch_size])
 
     def update(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Goes on to the next batch."""
+        """Goes on to the next step, and after a measurement takes that of the controller."""
+        weight = self.weight(tensors)
         tensors[_STEP].add_(1)
-        return {}
+        if not weight:
+            return {}
+        logs = {"kl_to_base": values[""] / weight}
+        if self.budget is None:
+            return logs
+        logs["multiplier"] = tensors[_PRESSURE][0].exp()
+        mean, measured = tensors[_MEAN], (values[""] / weight).to(tensors[_MEAN])
+        mean.copy_(measured if float(mean) < 0 else mean + _SMOOTHING * (measured - mean))
+        c = excess(mean, self.budget)
+        tensors[_MULTIPLIER].copy_(ascended(tensors[_MULTIPLIER], c, self.every))
+        tensors[_PRESSURE].copy_(tensors[_MULTIPLIER] + GAIN * c)
+        return logs
+
+    def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
+        """Returns the KL on the texts that were held out, with the verdict on the budget."""
+        if "held_out/kl" not in last:
+            return []
+        measured, low, high, texts = (last[f"held_out/{key}"] for key in ("kl", "low", "high", "texts"))
+        held = "held-out texts" if held_out(len(tensors[_IDS])) else "texts, which are those it was held on"
+        said = f"penalty kl: {measured:.2g} nats per token ({low:.2g} to {high:.2g}) lost on {texts:.0f} {held}"
+        return [said if self.budget is None else f"{said}, of {self.budget:g}: {verdict(measured, self.budget)}"]
+
+
+def _rows(tensors: Mapping[str, Tensor], rows: list[int]) -> TextBatch:
+    longest = int(tensors[_LENGTHS][rows].max())
+    ids, learned = tensors[_IDS][rows, :longest].long(), tensors[_LEARNED][rows, :longest]
+    mask = torch.arange(longest, device=ids.device) < tensors[_LENGTHS][rows, None]
+    held = mask & learned
+    held[:, 0] = False
+    return TextBatch(input_ids=ids, attention_mask=mask.long(), learned=held)

@@ -62,13 +62,15 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     loss = train(tuned, plan, job.tokenizer, job.trained_examples, config, job.loss or "nll", task.stm_threshold)
     stm = {} if task.stm_threshold is None else read_json(Path(config.output_dir) / STM)
     diverged = divergence([row.get("nll", row["loss"]) for row in loss])
-    notes = [*([diverged] if diverged else []), *(conclusions(plan, loss[-1]) if loss else [])]
+    verdicts = conclusions(plan, loss[-1]) if loss else []
+    notes = [*([diverged] if diverged else []), *verdicts]
     if stm:
         notes.append(
             f"stm: {stm['masked']} of {stm['tokens']} tokens are not learned, {stm['masked'] / stm['tokens']:.1%}"
         )
     for note in notes:
-        _log.info("train: %s", note)
+        if note not in verdicts:  # which training has said
+            _log.info("train: %s", note)
     record = {
         "plan": plan.key,
         "base": job.recipe.model,

@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from keeptune.adapter.install import sharded_like, starting_values, whole
 from keeptune.adapter.trained_head import full
+from keeptune.core.bootstrap import paired_interval
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.plan import Plan
-from keeptune.penalties.kl import Kl, TextBatch, kl_divergence
+from keeptune.penalties.kl import Kl, TextBatch, kl_and_slope
 
-_MIB = 2**20
 Gradients = dict[nn.Parameter, Tensor]  # float32; parameters are keys by identity
 
 
@@ -46,11 +46,8 @@ class Outputs:
     """A penalty on answers, on the installed model in training (not what wraps it)."""
 
     def __init__(self, penalty: Kl, model: PeftModel, plan: Plan) -> None:
-        """Keeps the base's answers as far as they fit."""
-        self.name = penalty.name
-        self._penalty, self._model, self._plan = penalty, model, plan
-        self._kept: dict[int, Tensor] = {}
-        self._bytes = 0
+        """Looks parameters up at each pass."""
+        self.penalty, self._model, self._plan = penalty, model, plan
 
     def value_and_grad(self, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Gradients]:
         """Returns the value on the texts of this step and its gradient, given the penalty's own tensors.
@@ -58,8 +55,8 @@ class Outputs:
         ``scale`` is what a ``GradScaler`` multiplies losses by, so that 16-bit gradients do not vanish on the way; the
         gradient is returned without it.
         """
-        batch = self._penalty.batch(tensors)
-        count = int(batch.learned.sum())
+        batch, weight = self.penalty.batch(tensors), self.penalty.weight(tensors)
+        count = max(int(batch.learned.sum()), 1)
         trained = [p for p in self._model.parameters() if p.requires_grad]
         sharded = _is_sharded(trained)
         own = _share(batch, keep_one=sharded)
@@ -67,67 +64,83 @@ class Outputs:
         gradients: list[Tensor | None] = [None] * len(trained)
         with in_evaluation(self._model):
             if len(own.input_ids):
-                base = self._base(own, sharded)
+                base = self._base(own)
                 with torch.enable_grad():
-                    loss = self._penalty.strength / max(count, 1) * kl_divergence(base, self._answers(own)).sum()
-                    gradients = (_by_backward if sharded else _by_autograd)(loss * scale, trained)
-                value = loss.detach()
+                    logits = self._logits(own)
+                    nats, slope = kl_and_slope(base, logits.detach())
+                    slope = slope.mul_(scale / count).to(logits.dtype)
+                    gradients = (_by_backward if sharded else _by_autograd)(logits, slope, trained)
+                value = nats.sum() * (weight / count)
         own_gradients = {
-            p: torch.zeros_like(whole(p), dtype=torch.float32) if g is None else g.float() / scale
+            p: torch.zeros_like(whole(p), dtype=torch.float32) if g is None else g.float() * (weight / scale)
             for p, g in zip(trained, gradients, strict=True)
         }
         return _together(value, own_gradients)
 
-    def _answers(self, batch: TextBatch) -> Tensor:
-        """Returns the log-probabilities at each learned place, ``(learned tokens, vocabulary)``."""
-        logits: Tensor = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        return logits[:, :-1][batch.learned[:, 1:]].float().log_softmax(dim=-1)
+    @torch.no_grad()
+    def measured(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        """Returns the KL on the texts that were held out, nats per token, with its interval over the texts."""
+        sharded = _is_sharded(self._model.parameters())
+        (rank, world), rows = _process(), list[Tensor]()
+        with in_evaluation(self._model):
+            for batch in self.penalty.held_out(tensors):
+                own, sums = _share(batch, keep_one=sharded), batch.input_ids.new_zeros(len(batch.learned), 2).double()
+                if len(own.input_ids):
+                    nats, _ = kl_and_slope(self._base(own), self._logits(own))
+                    parts = torch.split(nats.double(), own.learned.sum(dim=1).tolist())
+                    for row, part in zip(range(rank, len(sums), world), parts, strict=False):
+                        sums[row, 0], sums[row, 1] = part.sum(), len(part)
+                rows.append(sums)
+        every = torch.cat(rows)
+        if world > 1:
+            dist.all_reduce(every)
+        total, tokens = every[every[:, 1] > 0].cpu().T.numpy()
+        low, high = paired_interval(0 * total, total, 0, weights=tokens)
+        return {"kl": float(total.sum() / tokens.sum()), "low": low, "high": high, "texts": float(len(tokens))}
 
-    def _base(self, batch: TextBatch, sharded: bool) -> Tensor:
-        if batch.number in self._kept:
-            return self._kept[batch.number]
+    def _logits(self, batch: TextBatch) -> Tensor:
+        """Returns the logits at each learned place, ``(learned tokens, vocabulary)``."""
+        logits: Tensor = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return logits[:, :-1][batch.learned[:, 1:]]
+
+    def _base(self, batch: TextBatch) -> Tensor:
+        """Returns the log-probabilities of the base there."""
         with torch.no_grad(), at_start(self._model, self._plan):
-            answers = self._answers(batch)
-        size = answers.numel() * answers.element_size()
-        if sharded:  # all keep them, or none
-            largest = torch.tensor(size, device=answers.device)
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-            size = int(largest)
-        if self._bytes + size <= self._penalty.kept_mib * _MIB:
-            self._kept[batch.number] = answers
-            self._bytes += size
-        return answers
+            return self._logits(batch).float().log_softmax(dim=-1)
 
 
 def _is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
     return any(isinstance(parameter.data, DTensor) for parameter in parameters)
 
 
-def _by_autograd(loss: Tensor, trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    return list(torch.autograd.grad(loss, trained, allow_unused=True))
+def _by_autograd(outputs: Tensor, slope: Tensor, trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    return list(torch.autograd.grad(outputs, trained, slope, allow_unused=True))
 
 
-def _by_backward(loss: Tensor, trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Returns the mean gradients of all processes' losses, whole, and leaves ``.grad`` as it is."""
+def _by_backward(outputs: Tensor, slope: Tensor, trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Returns the mean gradients of all processes, whole, and leaves ``.grad`` as it is."""
     before = [parameter.grad for parameter in trained]
     for parameter in trained:
         parameter.grad = None
-    torch.autograd.backward(loss)
+    torch.autograd.backward(outputs, slope)
     means = [parameter.grad for parameter in trained]
     for parameter, gradient in zip(trained, before, strict=True):
         parameter.grad = gradient
     return [g if g is None else full(g) for g in means]
 
 
+def _process() -> tuple[int, int]:
+    """Returns this process's number, and how many there are, also under a launcher of the user's own."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def _share(batch: TextBatch, *, keep_one: bool) -> TextBatch:
     """Returns this process's texts of a batch; where it has none, on demand one of which nothing counts."""
-    if not dist.is_initialized():
-        return batch
-    rows = slice(dist.get_rank(), None, dist.get_world_size())
-    learned = batch.learned
-    if keep_one and dist.get_rank() >= len(learned):
+    rank, world = _process()
+    rows, learned = slice(rank, None, world), batch.learned
+    if keep_one and rank >= len(learned):
         rows, learned = slice(1), torch.zeros_like(learned)
-    return TextBatch(batch.number, batch.input_ids[rows], batch.attention_mask[rows], learned[rows])
+    return TextBatch(batch.input_ids[rows], batch.attention_mask[rows], learned[rows])
 
 
 def _together(value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:

@@ -14,8 +14,9 @@ processes (gradients are averaged before), and take part in clipping. A hand-wri
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +34,13 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.target import TensorName
 from keeptune.linalg.symmetric import Identity
-from keeptune.penalties.base import NORM, Penalty, Term, penalty_named, start_of
+from keeptune.penalties.base import NORM, Penalty, Term, conclusions, penalty_named, start_of
 from keeptune.penalties.kl import Kl
 from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.training.compatibility import refuse_trainer
 from keeptune.training.output_passes import Gradients, Outputs, add_gradients, gradient_norm
+
+_log = logging.getLogger(__name__)
 
 
 class Penalties:
@@ -53,8 +56,7 @@ class Penalties:
         ]
         self._outputs = [Outputs(one, model, plan) if isinstance(one, Kl) else None for one in self._penalties]
         self._terms: list[dict[int, Term]] = []
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._logs: dict[str, list[Tensor]] = defaultdict(list)  # since the last reading
         self.taken = 0
 
     @torch.no_grad()
@@ -74,14 +76,13 @@ class Penalties:
         It is the same on all processes, and so its own average; its value is the sum of <g, p>, not the penalties'.
         """
         _, summed = self._gradients(1.0)
+        zero = torch.zeros((), device=self._home)
         with torch.enable_grad():
-            return torch.stack([(gradient.to(p.dtype) * p).sum() for p, gradient in summed.items()]).sum()
+            return sum(((gradient.to(p.dtype) * p).sum() for p, gradient in summed.items()), zero)
 
     @torch.no_grad()
     def _gradients(self, scale: float) -> tuple[Tensor, Gradients]:
-        held = [held_parameters(self._model, target_plan) for target_plan in self._plan.targets]
-        if not self._terms:
-            self._bind([next(iter(of_target.values())).parameter.device for of_target in held])
+        held = self._held()
         values: list[dict[str, Tensor]] = [{} for _ in self._penalties]
         summed: Gradients = {}
         for target_plan, of_target, terms in zip(self._plan.targets, held, self._terms, strict=True):
@@ -89,20 +90,17 @@ class Penalties:
                 of_target[factor].add(summed, gradient)
         logs: dict[str, Tensor] = {}
         for outputs, own, parts in zip(self._outputs, self._own, values, strict=True):
-            if outputs is not None:
+            if outputs is not None and outputs.penalty.weight(own):
                 parts[""], gradients = outputs.value_and_grad(own, scale)
-                logs[f"penalty_grad_norm/{outputs.name}"] = gradient_norm(gradients)
+                logs[f"penalty_grad_norm/{outputs.penalty.name}"] = gradient_norm(gradients)
                 add_gradients(summed, gradients)
-        home = self._home
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=home))
         for penalty, own, parts in zip(self._penalties, self._own, values, strict=True):
-            name = f"penalty/{penalty.name}"
-            sums[name] = sums[name] + torch.stack([value.to(home) for value in parts.values()]).sum()
             logs |= penalty.update(own, parts)
+        sums = self._by_penalty(values)
         total = torch.stack(list(sums.values())).sum()
-        logs |= {"penalty": total, "penalty_grad_norm": gradient_norm(summed).to(home), **sums}
-        self._sums = {name: value + self._sums.get(name, 0.0) for name, value in logs.items()}
-        self._steps += 1
+        logs |= {"penalty": total, "penalty_grad_norm": gradient_norm(summed).to(self._home), **sums}
+        for name, value in logs.items():
+            self._logs[name].append(value)
         self.taken += 1
         return total, summed
 
@@ -113,11 +111,30 @@ class Penalties:
             ``penalty``, the sum; ``penalty/l2`` and the like; ``penalty_grad_norm``; ``drift/layer_0`` and the
             like, ``‖ΔW‖ / ‖W‖``, the mean over the layer's targets that a penalty holds. Empty where there was no step.
         """
-        if not self._steps:
+        if not self._logs:
             return {}
-        means = {name: float(value) / self._steps for name, value in self._sums.items()}
-        self._sums, self._steps = {}, 0
+        means = {name: float(torch.stack(values).mean()) for name, values in self._logs.items()}
+        self._logs.clear()
         return means | self._drift()
+
+    @torch.no_grad()
+    def value(self) -> dict[str, float]:
+        """Returns each penalty at the weights as they are; takes no step.
+
+        Returns:
+            ``penalty/l2`` and the like; of ``kl`` instead ``held_out/kl``, the nats per token lost on the texts that
+            are not trained on, with the ends ``held_out/low`` and ``held_out/high`` of its 95% interval over
+            ``held_out/texts`` texts.
+        """
+        values: list[dict[str, Tensor]] = [{} for _ in self._penalties]
+        for target_plan, of_target, terms in zip(self._plan.targets, self._held(), self._terms, strict=True):
+            _gradients(target_plan, of_target, terms, values)
+        found = {name: float(value) for name, value in self._by_penalty(values).items()}
+        for outputs, own in zip(self._outputs, self._own, strict=True):
+            if outputs is not None:
+                del found[f"penalty/{outputs.penalty.name}"]
+                found |= {f"held_out/{name}": value for name, value in outputs.measured(own).items()}
+        return found
 
     def state(self) -> dict[str, list[float]]:
         """Returns what changes while training, such as multipliers: a checkpoint needs it."""
@@ -132,6 +149,20 @@ class Penalties:
         for index, held in enumerate(self._state):
             for name, value in held.items():
                 value.copy_(torch.tensor(state[f"{index}:{name}"], dtype=torch.float64))
+
+    def _held(self) -> list[Mapping[TensorName, Held]]:
+        """Returns what is trained of each target, and binds the terms to it at first."""
+        held: list[Mapping[TensorName, Held]] = [held_parameters(self._model, t) for t in self._plan.targets]
+        if not self._terms:
+            self._bind([next(iter(of_target.values())).parameter.device for of_target in held])
+        return held
+
+    def _by_penalty(self, values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self._home))
+        for penalty, parts in zip(self._penalties, values, strict=True):
+            name = f"penalty/{penalty.name}"
+            sums[name] = sums[name] + sum(value.to(self._home) for value in parts.values())
+        return sums
 
     def _bind(self, devices: list[torch.device]) -> None:
         self._home = devices[0]
@@ -210,6 +241,7 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
     trainer.add_callback(_Count(penalties, plan))
     if any(penalties.state()):
         trainer.add_callback(PenaltyState(penalties))
+    trainer.add_callback(_Verdict(penalties, plan))
     return penalties
 
 
@@ -230,6 +262,19 @@ class _Count(TrainerCallback):
                 wanted="a trainer whose loop calls training_step and ends each step at its last micro-batch",
                 next_step="Use another trainer, or call keeptune.Penalties.step in a loop of your own.",
             )
+
+
+class _Verdict(TrainerCallback):
+    """Says at the end of training what penalties hold: a row of the log with their values, and their conclusions."""
+
+    def __init__(self, penalties: Penalties, plan: Plan) -> None:
+        self._penalties, self._plan = penalties, plan
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        row = self._penalties.value()
+        state.log_history.append({**row, "step": state.global_step})
+        for sentence in conclusions(self._plan, row):
+            _log.info("train: %s", sentence)
 
 
 class PenaltyState(TrainerCallback, ExportableState):

@@ -76,7 +76,10 @@ def train(
         refuse_other_states(trainer, resume)
     with explain_full_disk(folder), biases_are_no_shards():
         trainer.train() if resume is None else go_on(trainer, resume)
-    return [_point(row) for row in trainer.state.log_history if "loss" in row]
+    rows = [_point(row) for row in trainer.state.log_history if "loss" in row]
+    if rows and plan.penalties:  # the last row is that of the verdict
+        rows[-1] |= {key: value for key, value in trainer.state.log_history[-1].items() if key.startswith("held_out/")}
+    return rows
 
 
 def _trainer(
@@ -151,7 +154,7 @@ def _loss(smoothing: float) -> Callable[..., Tensor]:
 
 
 def _point(row: Mapping[str, float]) -> dict[str, float]:
-    prefixes = ("penalty/", "drift/", "feature_drift", "multiplier", "rewards/", "replay_loss")
+    prefixes = ("penalty/", "drift/", "kl_to_base", "multiplier", "rewards/", "replay_loss")
     return {key: row[key] for key in _CURVE if key in row} | {
         key: value for key, value in row.items() if key.startswith(prefixes)
     }

@@ -318,20 +318,17 @@ class Footprint:
             head = max(head, estimate.token_loss_bytes(self.shape, self.job.loss.reads, self._batch * length))
         passing = {"activations": kept, "logits": head}
         answers = self._answers(saving)
-        lasting["kept answers"] = answers.pop("kept", 0)
         return lasting, max(passing, answers, key=lambda parts: sum(parts.values()))
 
     def _answers(self, saving: bool) -> dict[str, int]:
-        """Returns what penalties on answers hold: the base's, kept, and a pass of their own after that of the task."""
-        held = {"kept": 0, "activations": 0, "logits": 0}
+        """Returns what penalties on answers hold in a pass of their own, after that of the task."""
+        held = {"activations": 0, "logits": 0}
         data = self.lengths.calibration("knowledge")
         for one in self._penalties:
             if not isinstance(one, Kl):
                 continue
             batch = min(one.batch_size, data.texts)
             ranks = sum(size.rank for size in self.sizes.values())
-            every = int(4 * data.texts * data.mean) * self.shape.vocabulary
-            held["kept"] += min(one.kept_mib * _MIB, every)
             held["activations"] = estimate.activation_bytes(
                 self.shape, self.used, ranks=ranks, batch=batch, length=data.longest, checkpointing=saving
             )
