@@ -26,7 +26,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rank": 4, "boundary": 1, "r_max": 4, "r_avg": 3, "scores": "streaming", "alpha": 6.0},
         {"rank": 4, "variant": "farss-init", "labels": "sampled"},
     ],
-    "keep": [{"rank": 4, "drift": 0.005}, {"rank": 4, "nats": 0.01, "factor_rank": 8}],
+    "keep": [{"rank": 4}],
     # A classifier has no labels for knowledge, so no Fisher: the other forms are checked in test_penalties.py.
     "lalora": [{"rank": 4, "curvature": "delta-act", "batches": 1}],
     "loki": [{"q": 10.0}, {"q": 30.0, "rank": 4}, {"q": 20.0, "rank": 2, "selection": "global-high"}],

@@ -28,7 +28,7 @@ from keeptune.adapter.trained_change import change_of
 from keeptune.core.errors import ModelError, PlanError, StatisticsError
 from keeptune.core.plan import Plan
 from keeptune.core.weights import read_weight
-from keeptune.methods.keep import Keep
+from keeptune.methods.lalora import Lalora
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.pretrained import load_model
@@ -205,7 +205,9 @@ def test_an_expert_without_statistics_is_left_alone_to_the_last_bit(tmp_path: Pa
 
 def test_an_expert_that_the_knowledge_does_not_reach_is_trained_and_held_by_nothing(tmp_path: Path) -> None:
     bench = Bench(unreached(), tmp_path)
-    plan = plan_for(bench.model, Keep(rank=2), StatStore(tmp_path), data={"knowledge": bench.data})
+    plan = plan_for(
+        bench.model, Lalora(rank=2, curvature="delta-kfac"), StatStore(tmp_path), data={"knowledge": bench.data}
+    )
     assert {t.target.name for t in plan.targets} == {t.name for t in bench.targets()}
     noted = " ".join(plan.provenance["notes"])
     assert all(name in noted for name in LOST) and "trained, held by nothing" in noted

@@ -33,7 +33,7 @@ def test_factors_move_the_option_in_the_stated_direction_and_it_stays_valid(case
     method, known = WITH[case], WITH[case].strength_option
     found = [stronger(moved(method, factor), 1.0) for factor in FACTORS]
     option, value = stronger(method, 1.0)
-    assert {name for name, _ in found} == {option} <= set(known.options)
+    assert {name for name, _ in found} == {option} == {known.option}
     assert getattr(method, option) in (None, pytest.approx(value))
     assert found[1][1] == pytest.approx(value)
     values = [number for _, number in found]

@@ -1,4 +1,4 @@
-"""What keep holds of a model of 8 billion parameters at its defaults, from shapes: sums, store, training."""
+"""What factors hold of a model of 8 billion parameters at their defaults, from shapes: sums, store, training."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.symmetric import LowRankDiagonal
-from keeptune.methods.keep import Keep
 from keeptune.model.blocks import find_targets
 from keeptune.penalties.base import Site
+from keeptune.penalties.laplace import Laplace
 from keeptune.penalties.measured import read_covariance
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.low_rank_covariance import GradientFactor, InputFactor, packed
@@ -70,9 +70,9 @@ class Values(SimpleNamespace):
         return 1
 
 
-def account(method: Keep) -> dict[str, float]:
+def account(**options: Any) -> dict[str, float]:
     """Bytes over all blocks: the sums held at a time, without and with one block at a time; store; training."""
-    targets, (penalty,) = block_of_an_8b(), method.penalties()
+    targets, penalty = block_of_an_8b(), Laplace(curvature="delta-kfac", **options)
     requests = {
         (request, request.site(target)): target
         for target in targets
@@ -95,8 +95,8 @@ def account(method: Keep) -> dict[str, float]:
     return {"resident": BLOCKS * sums, "block": sums, "store": BLOCKS * store, "training": BLOCKS * held}
 
 
-def test_keep_of_an_8b_stays_within_its_memory() -> None:
-    found = account(Keep())
+def test_the_factors_of_an_8b_stay_within_its_memory() -> None:
+    found = account()
     assert found["resident"] <= 4 * GB
     assert found["block"] <= 0.2 * GB
     assert found["store"] <= 2 * GB
@@ -104,13 +104,13 @@ def test_keep_of_an_8b_stays_within_its_memory() -> None:
 
 
 def test_forced_ranks_are_counted_too() -> None:
-    few, many = account(Keep(factor_rank=64)), account(Keep(factor_rank=512))
+    few, many = account(factor_rank=64), account(factor_rank=512)
     assert few["training"] < 0.5 * GB
     assert many["training"] > 2 * GB
 
 
 def ranks(target: Target, **options: Any) -> Mapping[str, int | None]:
-    (penalty,) = Keep(**options).penalties()
+    penalty = Laplace(curvature="delta-kfac", **options)
     return {
         "in": getattr(penalty.inputs(target), "rank", None),
         "out": getattr(penalty.gradients(target), "rank", None),
@@ -128,13 +128,13 @@ def test_auto_is_whole_up_to_a_width_and_few_directions_beyond() -> None:
 @pytest.mark.parametrize("rank", ["many", 2.5, 0])
 def test_ranks_that_make_no_sense_are_refused(rank: Any) -> None:
     with pytest.raises(PlanError, match=r"factor_rank: got .*, wanted .*1 or more"):
-        Keep(factor_rank=rank)
+        Laplace(factor_rank=rank)
 
 
 def test_training_gets_the_stored_matrix_with_its_trace() -> None:
     """Directions in bfloat16; the diagonal, and with it what the budget is counted in, is that of the sum."""
     target = Target("up", 0, "up", 1500, 40, "up")
-    (penalty,) = Keep(factor_rank=12).penalties()
+    penalty = Laplace(curvature="delta-kfac", factor_rank=12)
     draw = torch.Generator().manual_seed(0)
     U = torch.linalg.qr(torch.randn(1500, 12, generator=draw))[0]
     factor = LowRankDiagonal(U, torch.rand(12, generator=draw) + 1, torch.rand(1500, generator=draw) * 0.01)

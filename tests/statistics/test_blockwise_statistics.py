@@ -11,7 +11,7 @@ import torch
 from tests.models import Bench, asking, deep, llama, save
 
 from keeptune.core.errors import RecipeError
-from keeptune.methods.keep import Keep
+from keeptune.methods.lalora import Lalora
 from keeptune.model.blocks import find_targets
 from keeptune.model.blockwise import BlockwiseRunner
 from keeptune.model.offloaded import load_offloaded
@@ -54,9 +54,17 @@ def test_plans_are_equal_whole_and_block_by_block_from_disk(memory: Any, tmp_pat
     model = deep(llama)
     bench = Bench(model, tmp_path / "a")
     data = {"knowledge": bench.data, "task": bench.task}
-    wanted = plan_for(model, Keep(), StatStore(tmp_path / "a"), data=data, options=PlanOptions(memory="resident"))
+    wanted = plan_for(
+        model,
+        Lalora(curvature="delta-kfac"),
+        StatStore(tmp_path / "a"),
+        data=data,
+        options=PlanOptions(memory="resident"),
+    )
     held = load_offloaded(str(save(model, tmp_path / "base").folder), LoadOptions())
-    found = plan_for(held, Keep(), StatStore(tmp_path / "b"), data=data, options=PlanOptions(memory=memory))
+    found = plan_for(
+        held, Lalora(curvature="delta-kfac"), StatStore(tmp_path / "b"), data=data, options=PlanOptions(memory=memory)
+    )
     assert found.key == wanted.key
 
 

@@ -21,7 +21,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.methods.lora import Lora
 from keeptune.methods.pissa import Pissa
 from keeptune.model.pretrained import load_model
-from keeptune.penalties.kl import Kl, kl_divergence, text_batch
+from keeptune.penalties.kl import Kl, held_out, kl_and_slope, kl_divergence, trained_on
 from keeptune.penalties.l2 import L2
 from keeptune.training.attach import attach
 from keeptune.training.penalty_engine import Penalties
@@ -101,33 +101,71 @@ def test_dropout_does_not_enter(store: Path) -> None:
     assert values[0] == values[1] > 0
 
 
-def test_kept_answers_of_the_base_change_nothing(plan: Plan) -> None:
-    found = []
-    for kept_mib in (256, 0):
-        options = {**plan.penalties[0].options, "kept_mib": kept_mib}
-        made = dataclasses.replace(plan, penalties=(dataclasses.replace(plan.penalties[0], options=options),))
-        model = moved(made)
-        penalties = Penalties(model, made)
-        found.append([float(penalties.step()) for _ in range(7)])
-        kept = [outputs._bytes for outputs in penalties._outputs if outputs is not None]
-        assert (kept[0] > 0) == (kept_mib > 0)
-    assert found[0] == found[1]
-    assert found[0][:3] == found[0][3:6]
-    assert len(set(found[0][:3])) == 3
+@pytest.mark.parametrize("texts", [5, 7, 8, 40, 400])
+def test_every_text_that_is_not_held_out_comes_once_in_a_round(texts: int) -> None:
+    kept, size = held_out(texts), 3
+    assert len(kept) == min(texts // 8, 32)
+    rounds = -(-(texts - len(kept)) // size)
+    batches = [trained_on(texts, size=size, seed=1, number=number) for number in range(2 * rounds)]
+    seen = sum(batches[:rounds], [])
+    assert sorted(seen + kept) == list(range(texts)) and seen != sorted(seen)
+    assert batches[rounds:] == batches[:rounds]
 
 
-def test_every_text_comes_once_in_a_round() -> None:
-    ids = torch.arange(3, 10)[:, None].expand(7, 4)
-    lengths, learned = torch.tensor([4, 3, 2, 4, 3, 2, 4]), torch.ones(7, 4, dtype=torch.bool)
-    batches = [text_batch(ids, lengths, learned, size=3, seed=1, step=step) for step in range(6)]
-    assert [batch.number for batch in batches] == [0, 1, 2, 0, 1, 2]
-    seen = [int(row[0]) for batch in batches[:3] for row in batch.input_ids]
-    assert sorted(seen) == list(range(3, 10))
-    assert seen != sorted(seen)
-    for a, b in zip(batches[:3], batches[3:], strict=True):
-        assert torch.equal(a.input_ids, b.input_ids)
-        assert not a.learned[:, 0].any()
-        assert torch.equal(a.learned[:, 1:], a.attention_mask[:, 1:].bool())
+def test_lengths_and_first_tokens_of_a_batch(plan: Plan) -> None:
+    batch = Kl(batch_size=3).batch(plan.penalties[0].tensors)
+    assert not batch.learned[:, 0].any()
+    assert torch.equal(batch.learned[:, 1:], batch.attention_mask[:, 1:].bool())
+
+
+def test_the_slope_is_autograds() -> None:
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(5, 9, generator=draw).log_softmax(-1)
+    logits = torch.randn(5, 9, generator=draw, requires_grad=True)
+    wanted = kl_divergence(base, logits.log_softmax(-1))
+    (gradient,) = torch.autograd.grad(wanted.sum(), logits)
+    value, slope = kl_and_slope(base, logits.detach())
+    torch.testing.assert_close(value, wanted.detach())
+    torch.testing.assert_close(slope, gradient)
+
+
+def test_every_second_step_counts_twice(store: Path) -> None:
+    every, single = (planned(Lora(rank=2), [Kl(batch_size=3, every=k)], store=store) for k in (2, 1))
+    model, other = moved(every), moved(single)
+    penalties = Penalties(model, every)
+    found = [float(penalties.step()) for _ in range(4)]
+    once = Penalties(other, single)
+    wanted = [float(once.step()) for _ in range(2)]
+    assert found == [2 * wanted[0], 0.0, 2 * wanted[1], 0.0] and wanted[0] != wanted[1]
+    assert penalties.read()["kl_to_base"] == pytest.approx(sum(wanted) / 2)  # of the steps that have one
+    assert once.read()["penalty/kl"] == pytest.approx(sum(found) / 4)
+
+
+def test_what_is_measured_at_the_end_is_the_definition_on_the_texts_held_out(store: Path) -> None:
+    plan = planned(Lora(rank=2), [Kl(batch_size=3), L2(strength=30.0)], store=store)
+    model = moved(plan).eval()
+    penalties = Penalties(model, plan)
+    found = penalties.value()
+    data = knowledge()
+    wanted = float(defined(model, [data.sequences[7]], [0]).detach())
+    assert found["held_out/kl"] == pytest.approx(wanted, rel=1e-4)
+    assert (found["held_out/low"], found["held_out/high"], found["held_out/texts"]) == (*[found["held_out/kl"]] * 2, 1)
+    assert penalties.value() == found and penalties.taken == 0
+    penalties.step()
+    assert found["penalty/l2"] == pytest.approx(penalties.read()["penalty/l2"])
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_trainer_says_at_its_end_what_was_lost(
+    trainer: str, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = TRAINERS[trainer](tuned(plan), tmp_path, max_steps=2)
+    attach(made, plan)
+    with caplog.at_level("INFO"):
+        made.train()
+    row = made.state.log_history[-1]
+    assert row["held_out/kl"] > 0 and row["step"] == 2
+    assert f"penalty kl: {row['held_out/kl']:.2g} nats per token" in caplog.text
 
 
 def test_the_divergence_of_two_coins() -> None:
@@ -167,7 +205,7 @@ def test_a_resumed_run_goes_on_with_the_same_batches(plan: Plan, tmp_path: Path)
         made = plain_trainer(model, tmp_path, **extra)
         attach(made, plan)
         made.train(resume_from_checkpoint=resume)
-        found.append((trained_state(model, plan), made.state.log_history[-2]["penalty/kl"]))
+        found.append((trained_state(model, plan), made.state.log_history[-3]["penalty/kl"]))
     assert largest_gap(found[0][0], found[1][0]) == 0
     assert found[0][1] == found[1][1] > 0
 
@@ -201,7 +239,7 @@ def test_knowledge_is_needed() -> None:
         planned(Lora(rank=2), [Kl()])
 
 
-@pytest.mark.parametrize("options", [{"strength": -1.0}, {"batch_size": 0}, {"kept_mib": -1}])
+@pytest.mark.parametrize("options", [{"strength": -1.0}, {"batch_size": 0}, {"budget": 0.0}, {"every": 0}])
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="penalty kl"):
         Kl(**options)

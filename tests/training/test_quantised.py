@@ -18,6 +18,7 @@ from keeptune.core.plan import Plan
 from keeptune.data.calibration import tokenize_calibration
 from keeptune.methods.base import Method
 from keeptune.methods.keep import Keep
+from keeptune.methods.lalora import Lalora
 from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.head import body_fingerprint
@@ -73,7 +74,7 @@ def test_factors_that_moved_before_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["trl", "transformers"])
 def test_a_checkpointed_step_is_the_step_without(kind: str, tmp_path: Path) -> None:
-    plan = planned(Keep(rank=4), tmp_path / "store", base(), [Kl(batch_size=4)])
+    plan = planned(Lalora(rank=4, curvature="delta-kfac"), tmp_path / "store", base(), [Kl(batch_size=4)])
     found = []
     for checkpointing in (False, True):
         model = tuned(plan, base())
@@ -116,7 +117,7 @@ def test_optimisers_of_bitsandbytes(optim: str, tmp_path: Path) -> None:
 def test_smollm2_in_four_bits_takes_the_penalised_step_with_and_without_checkpointing(
     smollm2: Path, tmp_path: Path
 ) -> None:
-    """On real weights, and in bfloat16, as people train: keep's drift, and KL beside it."""
+    """On real weights, and in bfloat16, as people train: a Fisher's factors, and KL beside them."""
     quantization = NF4 | {"bnb_4bit_compute_dtype": "bfloat16"}
     model, tokenizer = load_model(str(smollm2), LoadOptions(quantization=quantization)), load_tokenizer(str(smollm2))
     texts = ["Paris is the capital of France.", "Water boils at 100 degrees.", "The moon orbits the earth."]
@@ -124,7 +125,7 @@ def test_smollm2_in_four_bits_takes_the_penalised_step_with_and_without_checkpoi
     before = body_fingerprint(model)
     plan = plan_for(
         model,
-        Keep(rank=4),
+        Lalora(rank=4, curvature="delta-kfac"),
         StatStore(tmp_path),
         data=data,
         penalties=[Kl(batch_size=3)],

@@ -66,7 +66,7 @@ def summed_loss(logits: Tensor, batch: Batch, loss: Loss, draw: int = 0) -> Tens
             "statistics",
             got="texts without labels for a classifier, whose gradients are requested",
             wanted="labels",
-            next_step="Pass task data; of knowledge, take a form without gradients (keep: drift, laplace: delta-act).",
+            next_step="Pass task data; of knowledge, take a form without gradients (laplace: delta-act).",
         )
     streams = _streams(batch, loss.seed, draw)
     if batch.labels is not None and logits.ndim == 2:

@@ -1,7 +1,7 @@
 """The controller of a budget: the multiplier that holds a measured quantity D at it.
 
     L     = L_task + p D / budget                                                               (1)
-    c     = clip(log(D / budget), -1, 1)
+    c     = clip(D / budget - 1, -1, 1)
     log λ <- clip(log λ + rate · c, log LEAST, log MOST)                                        (2)
     log p = log λ + gain · c                                        after each measurement      (3)
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 RATE = 0.1  # for each optimiser step
@@ -25,8 +24,8 @@ _MET = 0.2  # of the budget
 
 
 def excess(measured: Tensor, budget: float) -> Tensor:
-    """Computes c, from -1 to 1: above 0 where the budget is overdrawn."""
-    return (measured.clamp_min(torch.finfo(measured.dtype).tiny) / budget).log().clamp(-1, 1)
+    """Computes c, from -1 to 1: above 0 where the budget is overdrawn; linear, so that noise in D is no bias."""
+    return (measured / budget - 1).clamp(-1, 1)
 
 
 def ascended(log_multiplier: Tensor, c: Tensor, steps: int = 1) -> Tensor:

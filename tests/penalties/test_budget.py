@@ -1,0 +1,112 @@
+"""The budget: its controller, its verdict, what a checkpoint needs of it, and that it is met."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.models import MODELS, Bench, train_steps
+
+from keeptune.adapter.install import install
+from keeptune.core.plan import Plan
+from keeptune.methods.keep import Keep
+from keeptune.methods.lora import Lora
+from keeptune.penalties.base import conclusions, penalty_named
+from keeptune.penalties.budget import GAIN, LEAST, MOST, ascended, excess, verdict
+from keeptune.training.penalty_engine import Penalties
+
+
+def planned(folder: Path, **options: Any) -> Plan:
+    return Bench(MODELS["llama"](), folder).plan(Keep(rank=4, **options))
+
+
+def moved(plan: Plan, steps: int = 2) -> Any:
+    model = install(MODELS["llama"](), plan)
+    train_steps(model, steps=steps)
+    return model
+
+
+def test_the_excess_is_zero_at_the_budget_and_bounded() -> None:
+    found = excess(torch.tensor([0.0, 0.005, 0.01, 0.2], dtype=torch.float64), 0.01)
+    assert found.tolist() == pytest.approx([-1.0, -0.5, 0.0, 1.0])
+
+
+def test_the_multiplier_falls_within_the_budget_rises_above_and_stays_in_bounds() -> None:
+    c = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)
+    assert ascended(torch.zeros(3), c, 4).tolist() == pytest.approx([-0.4, 0.0, 0.2])
+    value = torch.zeros(1)
+    for _ in range(1000):  # no wind-up
+        value = ascended(value, torch.ones(1))
+    assert float(value) == pytest.approx(math.log(MOST))
+    assert float(ascended(torch.tensor([-50.0]), -torch.ones(1))) == pytest.approx(math.log(LEAST))
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.79, "not used up"), (0.81, "met"), (1.19, "met"), (1.21, "overdrawn")])
+def test_a_budget_is_met_within_a_fifth(share: float, said: str, tmp_path: Path) -> None:
+    assert verdict(share * 0.01, 0.01) == said
+    row = {"held_out/kl": share * 0.01, "held_out/low": 0.0, "held_out/high": 1.0, "held_out/texts": 4}
+    (sentence,) = conclusions(planned(tmp_path, nats=0.01), row)
+    assert sentence.endswith(f"of 0.01: {said}")
+    assert conclusions(Bench(MODELS["llama"](), tmp_path).plan(Lora(rank=4)), row) == []
+
+
+def test_the_pressure_is_off_while_there_is_room_and_on_at_once_when_there_is_none(tmp_path: Path) -> None:
+    plan = planned(tmp_path, nats=1e-9, every=1)
+    penalties, found = Penalties(moved(plan), plan), []
+    for _ in range(2):
+        penalties.step()
+        found.append(penalties.read()["multiplier"])
+    assert found == pytest.approx([math.exp(-GAIN), math.exp(0.1 + GAIN)])
+
+
+def test_a_budget_that_binds_is_met_and_one_that_does_not_costs_nothing(tmp_path: Path) -> None:
+    """Training on a loss that pulls away for ever; one step in three is measured."""
+    ends = {}
+    for nats in (0.02, 1e6):
+        plan = planned(tmp_path, nats=nats, every=3, batch_size=4)
+        model = install(MODELS["llama"](), plan)
+        penalties = Penalties(model, plan)
+        ids = torch.randint(3, 64, (4, 20), generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        for step in range(240):
+            if step == 160:
+                optimizer.param_groups[0]["lr"] = 3e-4
+            if step == 180:
+                penalties.read()
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            penalties.step()
+            optimizer.step()
+        logs = penalties.read()  # of the last 60 steps
+        ends[nats] = logs["kl_to_base"]
+    assert ends[0.02] == pytest.approx(0.02, rel=0.2)
+    assert ends[1e6] > 0.1
+    assert logs["multiplier"] < 0.05
+
+
+def test_the_plan_is_not_changed_by_training_and_the_state_goes_on(tmp_path: Path) -> None:
+    plan = planned(tmp_path, nats=0.001, every=2)
+    key, model = plan.key, moved(plan)
+    first = Penalties(model, plan)
+    for _ in range(3):
+        first.step()
+    assert plan.key == key
+    again = Penalties(model, plan)
+    again.restore(first.state())
+    assert again.state() == first.state() != Penalties(model, plan).state()
+    assert [float(again.step()) for _ in range(2)] == [float(first.step()) for _ in range(2)]
+    again.restore(first.state())  # after the tensors are bound too
+    assert again.state() == first.state()
+
+
+def test_keep_is_lora_under_a_budget(tmp_path: Path) -> None:
+    plan = planned(tmp_path, nats=0.003)
+    (made,) = plan.penalties
+    assert (made.name, penalty_named(made.name, made.options).budget) == ("kl", 0.003)
+    plain = Bench(MODELS["llama"](), tmp_path).plan(Lora(rank=4))
+    for a, b in zip(plan.targets, plain.targets, strict=True):
+        assert torch.equal(a.init.A, b.init.A)
+        assert a.scale == b.scale
