@@ -148,10 +148,9 @@ class Kl(Penalty):
         learned = torch.ones_like(ids, dtype=torch.bool)
         if knowledge.learned:
             learned = pad_sequence([torch.tensor(knowledge.learned[index]) for index in long], True, True)
-        zero = torch.zeros(1, dtype=torch.float64)
-        lengths = torch.tensor(list(map(len, texts)))
-        state = {_STEP: zero, _MULTIPLIER: zero, _PRESSURE: zero - GAIN, _MEAN: zero - 1}
-        return {_IDS: ids, _LENGTHS: lengths, _LEARNED: learned, **state}
+        state = {_STEP: 0.0, _MULTIPLIER: 0.0, _PRESSURE: -GAIN, _MEAN: -1.0}  # a mean below 0 is none yet
+        held = {name: torch.tensor([value], dtype=torch.float64) for name, value in state.items()}
+        return {_IDS: ids, _LENGTHS: torch.tensor(list(map(len, texts))), _LEARNED: learned, **held}
 
     def weight(self, tensors: Mapping[str, Tensor]) -> float:
         """Returns what D counts in this step, of (2) or (3); 0 at a step that has none."""
