@@ -60,7 +60,7 @@ ADAPTERS = {name: method for name, method in CASES.items() if method.scope == "a
 RESCALING = {name: method for name, method in ADAPTERS.items() if method.name == "dora"}
 LOW_RANK = {name: method for name, method in ADAPTERS.items() if name not in RESCALING}
 # What is measured on the next token, which a classifier has none of.
-CAUSAL = {name for name in CASES if name.startswith("loki") or "nats=" in name}
+CAUSAL = {name for name in CASES if name.startswith(("loki", "keep"))}
 WHOLE = {name: method for name, method in CASES.items() if method.scope == "all"}
 
 

@@ -308,7 +308,7 @@ def _with_texts(
             f"penalty {penalty.name}",
             got="a classifier, whose head is drawn anew: its base has no answers that could be kept",
             wanted="a model that writes text",
-            next_step="Take a penalty on the weight change: l2, or laplace with delta-act.",
+            next_step="Take a penalty on the weight change, with `method: lora`: l2, or laplace with delta-act.",
         )
     return replace(made, tensors={**made.tensors, **penalty.texts(data)})
 
