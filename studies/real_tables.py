@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from keeptune.core.artefact import write_bytes
-from keeptune.evaluation.metrics import paired_interval
+from keeptune.core.bootstrap import paired_interval
 from studies.cells import read_rows
 from studies.drawing import Figure, finish, frame, look, page, png, themed
 
