@@ -12,12 +12,14 @@ import torch
 from tests.models import MODELS, Bench, asking, relative
 from tests.penalties.test_kronecker import draw
 from tests.reference.curvature_reference import text_gradients
+from tests.reference.penalty_reference import ewc_lora
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, TargetPlan
+from keeptune.data.calibration import Calibration
 from keeptune.penalties.base import Site
 from keeptune.penalties.ewc import Ewc, diagonal_change
 
@@ -89,24 +91,42 @@ def test_nothing_as_large_as_the_weight_is_formed(dtype: torch.dtype) -> None:
     assert found.numbers <= 4 * n
 
 
-def test_f_is_the_exact_diagonal_per_learned_token(tmp_path: Path) -> None:
-    """From the model to the bound penalty, against the gradients of the texts one by one."""
-    bench = Bench(MODELS["llama"](), tmp_path, roles=["o_proj"])
+def of_texts(folder: Path, one_token: bool, scale: float, init: LowRank, delta: LowRank) -> tuple[Tensor, Tensor, int]:
+    """From the model to the value of the bound penalty; the gradients of its texts one by one, and its tokens."""
+    bench = Bench(MODELS["llama"](), folder, roles=["o_proj"])
     bench.data = bench.task  # with prompts
+    if one_token:
+        bench.data = Calibration.of_answers(*_but_last(bench.task))
     penalty = Ewc(strength=3.0, labels="true", batches=2, batch_size=3)
     target = bench.targets()[1]
     weight = bench.model.get_submodule(target.name).weight.detach()
-    init = LowRank(0.1 * draw(32, 2).float(), 0.1 * draw(2, 32, seed=1).float())
-    plan = TargetPlan(target, Decision(2), init, trainable=frozenset({"A", "B"}), scale=0.5)
+    plan = TargetPlan(target, Decision(2), init, trainable=frozenset({"A", "B"}), scale=scale)
     view = bench.collect(asking(*penalty.requests(plan))).view(target)
-    delta = LowRank(draw(32, 2, seed=2).float(), draw(2, 32, seed=3).float())
     used = bench.data.first(6)
-    F = text_gradients(bench.model, target.name, used).square().sum(0) / used.learned_tokens
-    E = 0.5 * (delta.dense() - init.dense())
-    wanted = 1.5 * (F * E.square()).sum()
     tensors = penalty.tensors(Site(plan, weight, view, targets=2, blocks=2))  # type: ignore[arg-type]
     value, _ = penalty.bind(plan, tensors)({"B": delta.B, "A": delta.A})
-    assert relative(value, wanted) < 1e-4
+    return value, text_gradients(bench.model, target.name, used), used.learned_tokens
+
+
+def _but_last(data: Calibration) -> tuple[Any, int, tuple[int, ...]]:
+    return data.sequences, data.pad_id, tuple(len(ids) - 1 for ids in data.sequences)
+
+
+INIT = LowRank(0.1 * draw(32, 2).float(), 0.1 * draw(2, 32, seed=1).float())
+MOVED = LowRank(draw(32, 2, seed=2).float(), draw(2, 32, seed=3).float())
+
+
+def test_f_is_the_exact_diagonal_per_learned_token(tmp_path: Path) -> None:
+    value, gradients, tokens = of_texts(tmp_path, False, 0.5, INIT, MOVED)
+    E = 0.5 * (MOVED.dense() - INIT.dense())
+    assert relative(value, 1.5 * (gradients.square().sum(0) / tokens * E.square()).sum()) < 1e-4
+
+
+def test_it_is_ewc_lora_as_released_at_a_text_a_batch(tmp_path: Path) -> None:
+    """Of texts with a label each; batches of three, whose texts cancel each other, are another penalty."""
+    value, gradients, _ = of_texts(tmp_path, True, 1.0, LowRank(torch.zeros(32, 2), INIT.A), MOVED)
+    alone, together = (ewc_lora(gradients, batch, MOVED.B, MOVED.A, 3.0) for batch in (1, 3))
+    assert relative(value, alone) < 1e-4 and relative(together, alone) > 0.1
 
 
 @pytest.mark.parametrize("options", [{"strength": -1.0}, {"batches": 0}, {"batch_size": 0}], ids=str)

@@ -17,6 +17,12 @@ def quadratic(E: Tensor, Omega: Tensor, Gamma: Tensor) -> Tensor:
     return e @ torch.kron(Gamma, Omega) @ e
 
 
+def ewc_lora(gradients: Tensor, batch: int, B: Tensor, A: Tensor, strength: float) -> Tensor:
+    """EWC-LoRA (2602.17559) as released: of each batch the square of the mean gradient in B A, times its size."""
+    squares = torch.stack([part.mean(0).square() * len(part) for part in gradients.split(batch)])
+    return strength / 2 * (squares.sum(0) / len(gradients) * (B @ A).square()).sum()
+
+
 def gradients(value: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
     """What autograd gives."""
     return torch.autograd.grad(value, leaves)

@@ -9,8 +9,11 @@ EWC-LoRA (2602.17559): the Fisher is that of the whole weight, not of A and B.
 
 With T the number of learned tokens, (1) is in nats per token, as the other forms of the Fisher are (laplace). F is
 m x n and stays in memory: as much as the weight. (1) and (3) go through it some rows at a time, so that no other m x n
-matrix is formed. Departure from EWC-LoRA's code: that squares the mean gradient of a batch, in which texts cancel each
-other, times the batch size; (2) is what Fisher information is.
+matrix is formed. EWC-LoRA's F is no smaller: the gradient in B A is that in W, and its code keeps m x n numbers of each
+target (k and v of a ViT). With s = 1, B_0 = 0, one text a batch and a label each, its code computes this P to the last
+digits (``labels: true``). Departures: it squares the mean gradient of a batch, in which texts cancel each other,
+times the batch size; takes F once a task is learned, not at the base, and sums tasks, F <- γ F + F_new; and adds the A
+and the B of a learned task up apart, (A + A')(B + B'), which is not the change that (1) held.
 """
 
 from __future__ import annotations
