@@ -53,6 +53,21 @@ def test_a_run_is_what_its_settings_make_of_the_recipe(load: Load, data: Path, t
     }
 
 
+def test_losses_are_entries_beside_methods(load: Load) -> None:
+    losses: list[Any] = ["dft", {"name": "eaft", "alpha": 0.5}, "asft", {"name": "sdft", "max_completion_length": 8}]
+    entries: list[Any] = [{"method": "lora", "task.loss": loss} for loss in losses]
+    entries.append({"method": "lora", "task.loss": {"name": "asft"}, "strength": {"task.loss.kl_weight": [0.2]}})
+    comparison = load(methods=[*entries, {"label": "stm", "method": "lora", "task.stm_threshold": 2.5}, "keep"])
+    specs = list_runs(comparison)
+    check_runs(comparison, specs)
+    found = {run.label: run.recipe.task for run in specs}
+    assert {"keep", "lora", "lora, task.loss dft", "lora, task.loss asft"} < set(found)  # the baseline is nll
+    assert found["lora, task.loss name eaft alpha 0.5"].loss == losses[1]
+    assert found["lora, task.loss name sdft max_completion_length 8"].loss == losses[3]
+    assert found["lora, task.loss name asft"].loss == {"name": "asft", "kl_weight": 0.2}
+    assert (found["stm"].stm_threshold, found["stm"].loss, found["lora"].loss) == (2.5, None, None)
+
+
 def test_factors_move_the_methods_own_strength_and_methods_without_one_run_once(load: Load) -> None:
     methods = ["pissa", {"name": "keep", "nats": 0.001}, {"name": "lalora", "strength": 50}]
     found = runs_of(load(methods=methods, strength=[0.5, 1, 2], baselines=False))

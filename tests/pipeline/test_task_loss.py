@@ -40,6 +40,20 @@ def test_a_run_says_by_what_it_learned(recipe_values: Values) -> None:
     )
 
 
+def test_sdft_goes_through_the_whole_job(recipe_values: Values) -> None:
+    given = recipe_values(evaluate=recipe_values()["evaluate"][:1])
+    given["task"] |= {"loss": {"name": "sdft", "max_completion_length": 4}}
+    given["train"] = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "logging_steps": 1}
+    recipe = recipe_of(given)
+    report = run(recipe)
+    record = read_json(recipe.output / "trained" / "train.json")
+    assert len(record["loss"]) == describe(recipe).train.steps == 4  # the last 4 of 20 examples make no step
+    assert all(0 < row["loss"] < math.inf and 0 < row["completions/mean_length"] <= 4 for row in record["loss"])
+    (entry,) = report["methods"]
+    assert entry["name"].endswith(" + sdft") and entry["benchmarks"][0]["n"] == 3
+    assert (recipe.output / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_what_is_learned_is_part_of_the_key(recipe_values: Values) -> None:
     weights = [{"loss": {"name": "asft", "kl_weight": weight}} for weight in (0.1, 0.2)]
     keys = []
@@ -73,6 +87,8 @@ class _Plan:
         ({"stm_threshold": math.inf}, {}, RecipeError, "task.stm_threshold"),
         ({"loss": "dft"}, {"train": {"label_smoothing_factor": 0.1}}, TrainError, "label_smoothing_factor beside"),
         ({"loss": "dft"}, {"train": {"loss_type": "dft"}}, TrainError, r"train\.loss_type beside"),
+        ({"loss": "sdft"}, {"replay": 0.1}, TrainError, "task.loss sdft: got whole texts, several files or replay"),
+        ({"loss": "sdft"}, {"train": {"packing": True}}, TrainError, r"train\.packing"),
         ({"loss": "asft"}, {"method": "full"}, TrainError, "the method full, which overwrites the base"),
         ({"loss": "asft"}, {"modules_to_save": ["embed_tokens"]}, TrainError, "embed_tokens trained beside"),
     ],
@@ -92,9 +108,9 @@ def test_a_classifier_has_no_such_loss(recipe_values: Values) -> None:
 
 def test_the_account_knows_what_each_loss_takes(recipe_values: Values) -> None:
     found = {}
-    for loss in ("nll", "dft", "eaft", "asft"):
+    for loss in ("nll", "dft", "eaft", "asft", "sdft"):
         account = describe(recipe_of(with_task(recipe_values, loss=loss)))
         found[loss] = (account.memory["training"].parts["logits"], account.work["train"])
     assert found["nll"] == found["dft"]
-    assert found["eaft"][1] == found["nll"][1] < found["asft"][1]
+    assert found["eaft"][1] == found["nll"][1] < found["asft"][1] < found["sdft"][1]
     assert found["nll"][0] <= found["eaft"][0] <= found["asft"][0]

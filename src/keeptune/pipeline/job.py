@@ -54,6 +54,7 @@ from keeptune.statistics.self_generated import SelfGeneration, write_texts
 from keeptune.statistics.store import StatStore
 from keeptune.training.arguments import CONFIGS, divide_step, example_length, sft_config
 from keeptune.training.losses.base import TaskLoss
+from keeptune.training.self_distillation import refuse_sdft
 from keeptune.training.sharding import asks, load_to_share, refuse_launcher
 from keeptune.training.task_loss import refuse_loss
 
@@ -375,6 +376,7 @@ class Job:
         arguments = self.config(self.output / "checkpoints", dtype or torch.float32)
         beside = [*(recipe.modules_to_save or ()), *map(str, recipe.trainable_token_indices or ())]
         refuse_loss(self.loss, arguments, self.method.name, self.method.scope, beside)
+        refuse_sdft(self.loss, None if recipe.replay else self.task, arguments, recipe.task.stm_threshold)
 
     def _refuse_quantised(self, config: Any = None) -> None:
         """Refuses a method or an anchor that would change weights which are quantised, by the recipe or the config."""

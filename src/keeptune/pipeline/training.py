@@ -71,13 +71,15 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     for note in notes:
         if note not in verdicts:  # which training has said
             _log.info("train: %s", note)
+    own = job.loss is not None and job.loss.reads == "own texts"
+    given = isinstance(job.trained_examples, LanguageExamples) and not own  # what is learned stands in the data
     record = {
         "plan": plan.key,
         "base": job.recipe.model,
         "arguments": job.recipe.train,
         "labels": None if job.head is None else list(job.head.labels),
         "replay": {"share": job.recipe.replay, "examples": len(job.trained_examples) - len(job.task)},
-        "data": shortened(job.data_account()[0]) if isinstance(job.trained_examples, LanguageExamples) else None,
+        "data": shortened(job.data_account()[0]) if given else None,
         "task_loss": task.loss,
         "stm": {key: value for key, value in stm.items() if key != "places"},
         "loss": loss,

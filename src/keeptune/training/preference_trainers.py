@@ -21,18 +21,18 @@ from keeptune.data.examples import LanguageExamples, Mixed, TokenRow
 from keeptune.data.preferences import Preferences
 
 
-class _Start(nn.Module):
+class Start(nn.Module):
     """The model with its trained parameters as they are now: they are put in for the time of a pass."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.config, self._of = model.config, (model,)  # in a tuple, the model is no part of this one
-        self._start = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+        self.values = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
 
     def forward(self, **inputs: Any) -> Any:
         """Runs the model as it was."""
         now = {p: p.data for p in self._of[0].parameters() if p.requires_grad}
-        if now.keys() != self._start.keys():
+        if now.keys() != self.values.keys():
             raise TrainError(
                 "task.kind",
                 got="a back-end that replaces parameters",
@@ -40,7 +40,7 @@ class _Start(nn.Module):
                 next_step="Train without FSDP and DeepSpeed.",
             )
         try:
-            for parameter, value in self._start.items():
+            for parameter, value in self.values.items():
                 parameter.data = value
             return self._of[0](**inputs)
         finally:
@@ -63,7 +63,7 @@ def judged_trainer(examples: LanguageExamples, *, model: Any, args: Any, **parts
 
 def refer(trainer: Any) -> None:
     """Makes the model as it is now the reference of a trainer, once its parameters are what training starts from."""
-    trainer.ref_model = _Start(trainer.model)
+    trainer.ref_model = Start(trainer.model)
 
 
 def _beside(mixed: Mixed, tokenizer: PreTrainedTokenizerBase, length: int | None) -> dict[int, list[TokenRow]]:

@@ -45,6 +45,7 @@ def add_loss(trainer: Any, plan: Plan, loss: TaskLoss) -> None:
     sharded = loss.reads != "log_probs" and trainer.accelerator.distributed_type not in _ALONE
     _refuse(
         loss,
+        (loss.reads == "own texts", "a trainer that is made already", "Set it in a recipe, which takes SDFTTrainer."),
         (not isinstance(trainer, SFTTrainer), f"a {type(trainer).__name__}", "Use TRL's SFTTrainer."),
         (trainer.compute_loss_func is not None, "a compute_loss_func beside it", _ONE),
         (parallel is not None and (parallel.sp_enabled or parallel.cp_enabled), "sequences in parts", "Take nll."),

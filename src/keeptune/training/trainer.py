@@ -17,7 +17,7 @@ from keeptune.core.artefact import explain_full_disk
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
 from keeptune.core.processes import by_first
-from keeptune.data.examples import LanguageExamples, Mixed
+from keeptune.data.examples import LanguageExamples, Lost, Mixed
 from keeptune.data.labelled import LabelledExamples, collator
 from keeptune.data.preferences import Preferences
 from keeptune.model.head import refuse_unknown_tokens, sequence_losses
@@ -25,9 +25,11 @@ from keeptune.training.arguments import example_length
 from keeptune.training.attach import attach
 from keeptune.training.checkpoints import Checksums, go_on, last_complete_checkpoint
 from keeptune.training.last_steps import fill_last_steps
-from keeptune.training.losses.base import TaskLoss
+from keeptune.training.losses.base import TaskLoss, loss_named
+from keeptune.training.losses.sdft import Sdft
 from keeptune.training.packing import refuse_leaks
 from keeptune.training.preference_trainers import judged_trainer, refer
+from keeptune.training.self_distillation import refuse_sdft, sdft_trainer, teach
 from keeptune.training.sharding import shard_anywhere, shard_blocks
 from keeptune.training.stm import stm
 from keeptune.training.zero import refuse_other_states
@@ -93,7 +95,12 @@ def _trainer(
 ) -> Any:
     task = examples.parts[0] if isinstance(examples, Mixed) else examples
     judged = isinstance(task, Preferences)
-    dataset, lost = (task if judged else examples).dataset(tokenizer, example_length(config))
+    loss = loss_named(loss, {}) or "nll" if isinstance(loss, str) else loss
+    refuse_sdft(loss, examples, config, stm_threshold)
+    dataset: Any = None
+    lost: Lost = {}
+    if not isinstance(loss, Sdft):
+        dataset, lost = (task if judged else examples).dataset(tokenizer, example_length(config))
     for reason, numbers in lost.items():
         some = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
         _log.warning("training: %d of %d examples are %s (rows %s)", len(numbers), len(examples), reason, some)
@@ -102,6 +109,8 @@ def _trainer(
     kind, parts = _classifier_parts(tokenizer, examples, config) if isinstance(examples, LabelledExamples) else _SFT
     if judged:
         kind, parts = judged_trainer, {"examples": examples}
+    if isinstance(loss, Sdft):
+        kind, parts = sdft_trainer, {"loss": loss, "examples": examples}
     shard_anywhere(config)
     config._n_gpu = min(config.n_gpu, 1)  # else Trainer copies the model to all GPUs that it sees (nn.DataParallel)
     try:
@@ -113,9 +122,11 @@ def _trainer(
             "train", got=str(error), wanted=f"arguments that {name} can train with", next_step="Correct them."
         ) from error
     shard_blocks(trainer, plan)
-    attach(trainer, plan, loss)
+    attach(trainer, plan, "nll" if isinstance(loss, Sdft) else loss)
     if judged:
         refer(trainer)
+    if isinstance(loss, Sdft):
+        teach(trainer, loss)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Checksums())
     for column in trainer.train_dataset.column_names if kind is not Trainer else ():
@@ -154,7 +165,7 @@ def _loss(smoothing: float) -> Callable[..., Tensor]:
 
 
 def _point(row: Mapping[str, float]) -> dict[str, float]:
-    prefixes = ("penalty/", "drift/", "kl_to_base", "multiplier", "rewards/", "replay_loss")
+    prefixes = ("penalty/", "drift/", "kl_to_base", "multiplier", "rewards/", "replay_loss", "completions/mean_l")
     return {key: row[key] for key in _CURVE if key in row} | {
         key: value for key, value in row.items() if key.startswith(prefixes)
     }

@@ -139,8 +139,14 @@ def _trained(held: Footprint) -> Trained:
     examples = None if rows is None else rows + (0 if beside else replayed(rows, recipe.replay))
     steps = None
     if examples is not None or most > 0:
+        loss, step = held.job.loss, int(batch * accumulation)
+        fewer = (examples or 0) % step if loss is not None and loss.reads == "own texts" else 0  # no smaller step
         steps = estimate.optimizer_steps(
-            examples or 0, batch=int(batch), accumulation=int(accumulation), epochs=epochs, max_steps=int(most)
+            (examples or 0) - fewer,
+            batch=int(batch),
+            accumulation=int(accumulation),
+            epochs=epochs,
+            max_steps=int(most),
         )
     counts = held.lengths.task
     return Trained(
@@ -163,7 +169,8 @@ def _training(held: Footprint, train: Trained) -> float | None:
         return None
     job, shape = held.job, held.shape
     learned, read = JUDGED.get(job.recipe.task.kind, (1, 0))
-    read += job.loss is not None and job.loss.reads == "base"
+    if job.loss is not None:  # SDFT writes, and the teacher reads that with the answer before it
+        read += {"base": 1, "own texts": 3}.get(job.loss.reads, 0)
     training = estimate.training_flops(
         shape,
         train.tokens * learned,

@@ -293,7 +293,9 @@ class Footprint:
     def _training(self) -> tuple[dict[str, int], dict[str, int]]:
         train, whole = self.job.recipe.train, self.whole
         length = max(self.lengths.task, default=self.lengths.most)  # a batch is padded to its longest
-        saving = checkpointing(train)
+        saving, loss = checkpointing(train), self.job.loss
+        written = getattr(loss, "max_completion_length", 0)  # of SDFT, after the prompt
+        length += written
         kept = estimate.activation_bytes(
             self.shape,
             self.shape.linear if whole else self.used,
@@ -307,15 +309,17 @@ class Footprint:
         lasting = {
             "weights": 4 * self.shape.parameters if whole else self._base,
             "adapter": self._factors,
-            "reference": 4 * self.trained if self.job.recipe.task.kind in JUDGED else 0,
+            "reference": 4 * self.trained if written or self.job.recipe.task.kind in JUDGED else 0,
             "gradients": 4 * self.trained,
             "optimiser": estimate.optimizer_states(str(train.get("optim") or "adamw")) * self.trained,
             **self._held,
             "penalties": sum(self.penalties.values()),
         }
         head = estimate.head_bytes(self.shape, batch=self._batch, length=length, device=self._kind, smoothed=smoothed)
-        if self.job.loss is not None:
-            head = max(head, estimate.token_loss_bytes(self.shape, self.job.loss.reads, self._batch * length))
+        if written:
+            head = estimate.answers_bytes(self.shape, batch=self._batch, length=written)
+        elif loss is not None:
+            head = max(head, estimate.token_loss_bytes(self.shape, loss.reads, self._batch * length))
         passing = {"activations": kept, "logits": head}
         answers = self._answers(saving)
         return lasting, max(passing, answers, key=lambda parts: sum(parts.values()))

@@ -26,12 +26,13 @@ class TaskLoss(Options):
     Attributes:
         name: Its registered name.
         paper: Its source.
-        reads: Whether it needs the log-probabilities of all tokens (``answers``), and those of the base (``base``).
+        reads: Whether it needs the log-probabilities of all tokens (``answers``), and those of the base (``base``); or
+            texts that the model writes (``own texts``), with which TRL's SDFTTrainer takes the place of ``losses``.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    reads: ClassVar[Literal["log_probs", "answers", "base"]] = "log_probs"
+    reads: ClassVar[Literal["log_probs", "answers", "base", "own texts"]] = "log_probs"
 
     def losses(self, log_probs: Tensor, answers: Tensor, base: Tensor) -> Tensor:
         """Computes l_t of some tokens, ``(tokens,)``.
