@@ -86,15 +86,19 @@ def entries() -> dict[str, Entry]:
         **{f"repair, {mu:g}": Entry(parent=base, repair={"mu": mu}) for mu in (0.3, 1.0)},
         **{f"full, {rate:g}": Entry({"name": "full"}, rate=rate) for rate in (1e-5, 5e-5)},
         **{f"loss {loss}": Entry(changes={"task": {"loss": loss}}) for loss in ("dft", "eaft", "asft")},
+        "loss sdft": Entry(
+            changes={"task": {"loss": {"name": "sdft", "temperature": 0.0, "max_completion_length": 32}}}
+        ),
         "loss stm": Entry(changes={"task": {"stm_threshold": 2.5}}),
         "keep": Entry({"name": "keep"}, knowledge=own),
         **{f"keep, {nats:g}": Entry(lora(name="keep", nats=nats), knowledge=own) for nats in (0.003, 0.01, 0.03)},
         "keep general": Entry({"name": "keep"}, knowledge="general"),
+        "ewc-lora": Entry(changes={"penalties": [{"name": "ewc"}]}, knowledge=own),
         "loki": Entry({"name": "loki"}, knowledge=own),
     }
     for name in ("milora", "pissa", "dora", "l2-lora", "farss", "oplora"):
         found[name] = Entry(lora(name=name))
-    for name in ("corda", "lalora", "ewc-lora"):
+    for name in ("corda", "lalora"):
         found[name] = Entry(lora(name=name), knowledge=own)
     for variant in ("v1", "v2"):
         found[f"lora-null {variant}"] = Entry(lora(name="lora-null", variant=variant), knowledge=own)

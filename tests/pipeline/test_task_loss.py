@@ -15,6 +15,7 @@ from keeptune.pipeline.dry_run.describe import describe
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.run import run
 from keeptune.pipeline.training import trained_result
+from keeptune.training.guard import divergence
 
 Values = Callable[..., dict[str, Any]]
 
@@ -43,12 +44,18 @@ def test_a_run_says_by_what_it_learned(recipe_values: Values) -> None:
 def test_sdft_goes_through_the_whole_job(recipe_values: Values) -> None:
     given = recipe_values(evaluate=recipe_values()["evaluate"][:1])
     given["task"] |= {"loss": {"name": "sdft", "max_completion_length": 4}}
-    given["train"] = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "logging_steps": 1}
+    given["train"] = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "learning_rate": 0.05,
+    }
     recipe = recipe_of(given)
     report = run(recipe)
     record = read_json(recipe.output / "trained" / "train.json")
     assert len(record["loss"]) == describe(recipe).train.steps == 4  # the last 4 of 20 examples make no step
     assert all(0 < row["loss"] < math.inf and 0 < row["completions/mean_length"] <= 4 for row in record["loss"])
+    assert divergence([row["loss"] for row in record["loss"]]) and not record["notes"]  # its texts are others each time
     (entry,) = report["methods"]
     assert entry["name"].endswith(" + sdft") and entry["benchmarks"][0]["n"] == 3
     assert (recipe.output / "adapter" / "adapter_model.safetensors").is_file()

@@ -61,7 +61,8 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     task = job.recipe.task
     loss = train(tuned, plan, job.tokenizer, job.trained_examples, config, job.loss or "nll", task.stm_threshold)
     stm = {} if task.stm_threshold is None else read_json(Path(config.output_dir) / STM)
-    diverged = divergence([row.get("nll", row["loss"]) for row in loss])
+    own = job.loss is not None and job.loss.reads == "own texts"  # which change: so may the loss, which is none of data
+    diverged = None if own else divergence([row.get("nll", row["loss"]) for row in loss])
     verdicts = conclusions(plan, loss[-1]) if loss else []
     notes = [*([diverged] if diverged else []), *verdicts]
     if stm:
@@ -71,8 +72,7 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     for note in notes:
         if note not in verdicts:  # which training has said
             _log.info("train: %s", note)
-    own = job.loss is not None and job.loss.reads == "own texts"
-    given = isinstance(job.trained_examples, LanguageExamples) and not own  # what is learned stands in the data
+    given = isinstance(job.trained_examples, LanguageExamples) and not own
     record = {
         "plan": plan.key,
         "base": job.recipe.model,

