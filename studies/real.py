@@ -113,14 +113,16 @@ def entries() -> dict[str, Entry]:
 
 def schedule() -> Iterator[Cell]:
     """The cells in an order in which wherever it stops, what is there is a table."""
-    plain = [f"lora, {rate:g}" for rate in (1e-3, 3e-4, 3e-3)]
+    rates = [f"lora, {rate:g}" for rate in (1e-3, 3e-4, 3e-3)]
     held = ["kl generated, 1", "replay generated, 0.3", "lora-null v1"]
-    first = [*plain, *held, "lora scaled, 0.5", "kl generated, 3", "corda", "milora", "kl general, 1"]
-    yield from (("smollm2", "labels", name, 0) for name in first)
-    for task in ("calls", "gsm8k"):
-        yield from (("smollm2", task, name, 0) for name in [*plain, *held])
-    yield from (("smollm2", "labels", name, 0) for name in entries() if name not in first)
-    yield from (("gemma3", "labels", name, 0) for name in [*plain, *held[:2]])
+    starts = ["oplora", "corda", "milora", "l2-lora", "lalora", "farss", "ewc-lora"]
+    cells = [("smollm2", "labels", name) for name in [*rates, *held, "lora scaled, 0.5"]]
+    for names in (held[:1], held[1:]):
+        cells += [("smollm2", task, name) for task in ("calls", "gsm8k") for name in [rates[0], *names]]
+        cells += [("gemma3", "labels", name) for name in [*rates, *names[:1]]]
+        cells += [("smollm2", "labels", name) for name in starts]
+    cells += [("smollm2", "labels", name) for name in entries() if not name.startswith("keep")]
+    yield from ((*cell, 0) for cell in dict.fromkeys(cells))
 
 
 @dataclass(frozen=True)
