@@ -52,17 +52,9 @@ def lora(rank: int = 8, name: str = "lora", **options: Any) -> Row:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the tables.
+    """A row of the tables: what it adds to a recipe, or the entry ``parent`` whose result it scales or repairs.
 
-    Args:
-        method: The recipe's.
-        changes: Other keys of the recipe.
-        rate: Peak learning rate.
-        knowledge: ``"generated"`` by the base, ``"general"``, or none.
-        steps: Share of the steps.
-        parent: The entry whose result this one starts from, without training.
-        scale: What of its change is applied.
-        repair: Options of its repair.
+    ``rate`` is the peak learning rate, ``knowledge`` is ``"generated"``, ``"general"`` or none, ``steps`` a share.
     """
 
     method: Row = field(default_factory=lora)
@@ -119,9 +111,10 @@ def schedule() -> Iterator[Cell]:
     cells = [("smollm2", "labels", name) for name in [*rates, *held, "lora scaled, 0.5"]]
     for names in (held[:1], held[1:]):
         cells += [("smollm2", task, name) for task in ("calls", "gsm8k") for name in [rates[0], *names]]
-        cells += [("gemma3", "labels", name) for name in [*rates, *names[:1]]]
+        cells += [("gemma3", "labels", name) for name in rates]
         cells += [("smollm2", "labels", name) for name in starts]
     cells += [("smollm2", "labels", name) for name in entries() if not name.startswith("keep")]
+    cells += [("gemma3", "labels", name) for name in held]
     yield from ((*cell, 0) for cell in dict.fromkeys(cells))
 
 
