@@ -53,6 +53,8 @@ study: $(BIN)/.dev
 	$(BIN)/python studies/repair.py
 	$(BIN)/python studies/loki.py
 	$(BIN)/python studies/sequence.py
+	$(BIN)/python studies/models.py smollm2 && $(BIN)/python studies/models.py gemma3
+	$(BIN)/python -m studies.real $(DATA) && $(BIN)/python -m studies.real --tables
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,8 +17,7 @@ from studies.cells import read_rows, write_rows
 
 Row = dict[str, Any]
 GENERAL = Path(data_module).parent / "general" / "texts.jsonl"
-ENDS = ["\n", ".", ","]
-FACTS_OF_A_RELATION = 12
+LONGEST = 30  # characters of an answer
 
 
 @dataclass(frozen=True)
@@ -55,18 +54,25 @@ def write_data(data: Path, folder: Path, sizes: Sizes) -> None:
 
 
 def fact_rows(data: Path) -> list[Row]:
-    """Facts to be completed, of all relations and of subjects that no task's files name, in drawn order."""
-    files = [name for task in ("topics", "formats") for name in (f"{task}.train.jsonl", f"{task}.test.jsonl")]
-    taken = {row["subject"] for name in files for row in read_rows(atlas.data_path(name))}
-    draws, found, relations = random.Random(0), list[Row](), dict[str, dict[str, Row]]()
-    for row in read_rows(data / "relations" / "relations.jsonl"):
-        if row["subject"] not in taken and not any(end in row["object"] for end in ENDS):
-            relations.setdefault(row["relation"], {})[row["subject"]] = row
-    for _, free in sorted(relations.items()):
-        for row in draws.sample(list(free.values()), min(FACTS_OF_A_RELATION, len(free))):
-            found.append({"prompt": row["template"].format(row["subject"]), "answer": row["object"]})
-    draws.shuffle(found)
-    return found
+    """Questions of NQ-open, to be told which of four is the answer: three answer others that begin with the same words.
+
+    No task is about such facts: the statements and questions that the tasks learn from are those of the relations data.
+    """
+    draws, alike = random.Random(0), dict[str, list[Row]]()
+    for row in read_rows(data / "nq_open" / "dev.jsonl"):
+        if len(row["answer"][0]) < LONGEST:
+            alike.setdefault(" ".join(row["question"].split()[:2]), []).append(row)
+    found = []
+    for rows in alike.values():
+        answers = sorted({row["answer"][0] for row in rows})
+        for row in rows:
+            others = [answer for answer in answers if answer not in row["answer"]]
+            if len(others) >= 3:
+                choices = draws.sample(others, 3)
+                place = draws.randrange(4)
+                choices.insert(place, row["answer"][0])
+                found.append({"question": row["question"], "choices": choices, "answer": place})
+    return draws.sample(found, len(found))
 
 
 def web_rows(data: Path) -> list[Row]:
@@ -128,11 +134,17 @@ def task_of(name: str, folder: Path, sizes: Sizes) -> tuple[Row, int, Row]:
 def kept_benchmarks(data: Path, folder: Path, own: Path, sizes: Sizes) -> list[Row]:
     """What is to be kept, as a recipe's section ``evaluate``; ``own`` is the folder of :func:`held_out_texts`."""
     nats = {"role": "knowledge", "metric": "cross_entropy", "max_length": sizes.tokens, "group": None}
-    facts = {"prompt": "{prompt}", "answer": "{answer}", "metric": "exact_match", "max_new_tokens": 8, "stop": ENDS}
+    facts = {"prompt": "Question: {question}?\nAnswer:", "choices": "{choices}", "answer": "{answer}"}
     choices = {"data": str(data / "commonsense"), "examples": sizes.items}
     found = [
         *({"name": name, **choices} for name in ("arc_easy", "openbookqa")),
-        {"name": "facts", "role": "knowledge", "file": str(folder / "facts.jsonl"), "group": None, **facts},
+        {
+            "name": "facts",
+            "role": "knowledge",
+            "metric": "multiple_choice",
+            "file": str(folder / "facts.jsonl"),
+            **facts,
+        },
         {"name": "web", "file": str(folder / "web.jsonl"), "text": "{text}", **nats},
         {"name": "own-texts", "file": str(own / "own-texts.jsonl"), "text": "{text}", **nats},
     ]
