@@ -26,7 +26,7 @@ class Sizes:
 
     items: int = 200
     facts: int = 250
-    tokens: int = 96
+    tokens: int = 64
     knowledge: int = 256
     held_out: int = 48
     steps: int = 100
@@ -128,14 +128,18 @@ def task_of(name: str, folder: Path, sizes: Sizes) -> tuple[Row, int, Row]:
         scored = {"file": files[1], "messages": "{messages}", "normalise": "exact", "max_new_tokens": 40}
         return {"train": files[0]}, 4, exact | scored
     scored = {"name": name, "role": "task", "file": files[1], "text": "Problem: {text}", "metric": "cross_entropy"}
-    return {"train": files[0], "prompt": "Problem:", "completion": " {text}"}, 2, scored | {"max_length": sizes.tokens}
+    return (
+        {"train": files[0], "prompt": "Problem:", "completion": " {text}"},
+        2,
+        scored | {"max_length": 2 * sizes.tokens},
+    )
 
 
 def kept_benchmarks(data: Path, folder: Path, own: Path, sizes: Sizes) -> list[Row]:
     """What is to be kept, as a recipe's section ``evaluate``; ``own`` is the folder of :func:`held_out_texts`."""
     nats = {"role": "knowledge", "metric": "cross_entropy", "max_length": sizes.tokens, "group": None}
     facts = {"prompt": "Question: {question}?\nAnswer:", "choices": "{choices}", "answer": "{answer}"}
-    choices = {"data": str(data / "commonsense"), "examples": sizes.items}
+    choices = {"data": str(data / "commonsense"), "examples": sizes.items, "batch_size": 32}
     found = [
         *({"name": name, **choices} for name in ("arc_easy", "openbookqa")),
         {
