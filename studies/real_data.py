@@ -49,8 +49,7 @@ def write_data(data: Path, folder: Path, sizes: Sizes) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in makers.items():
-        if not (folder / f"{name}.jsonl").is_file():
-            write_rows(folder / f"{name}.jsonl", make())
+        write_rows(folder / f"{name}.jsonl", make())
 
 
 def fact_rows(data: Path) -> list[Row]:
