@@ -27,6 +27,7 @@ from .studies.trace import trace as trace
 from .training.attach import attach as attach
 from .training.guard import Guard as Guard
 from .training.penalty_engine import Penalties as Penalties
+from .training.projection import Projection as Projection
 from .training.stm import stm as stm
 
 def __getattr__(name: str) -> typing.Any: ...  # the classes of methods and penalties

@@ -38,6 +38,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rank": 4, "covariance": "released"},
     ],
     "milora": [{"rank": 4, "alpha": 6.0}],
+    "oplora": [{"rank": 4, "k": 3, "alpha": 6.0}],
     "pissa": [{"rank": 4, "alpha": 6.0}],
 }
 

@@ -81,8 +81,9 @@ def test_save_and_load_is_the_identity(case: str, plan_of: PlanOf, tmp_path: Pat
     assert found.summary() == made.summary()
     for a, b in zip(found.targets, made.targets, strict=True):
         assert all(torch.equal(a.evidence[name], value) for name, value in b.evidence.items())
-        assert a.vectors.keys() == b.vectors.keys()
-        assert all(torch.equal(a.vectors[name], value) for name, value in b.vectors.items())
+        for found_in, given in ((a.vectors, b.vectors), (a.kept, b.kept)):
+            assert found_in.keys() == given.keys()
+            assert all(torch.equal(found_in[name], value) for name, value in given.items())
 
 
 @every_adapter

@@ -114,9 +114,9 @@ def main(plan: Plan, out: Path) -> None:
             name: trained(plan, trainer, out / "unused", **extra, **sharding)
             for name, trainer, extra in scenarios(state.num_processes)
         } | interrupted(plan, out / backend, state.num_processes, **sharding)
-        found["rows"] = trained(
-            Plan.load(out / "rows"), "transformers", out / "unused", **rows(state.num_processes), **sharding
-        )
+        for name in ("rows", *(["off"] if "deepspeed" not in sharding else [])):
+            own, arguments = Plan.load(out / name), rows(state.num_processes)
+            found[name] = trained(own, "transformers", out / "unused", **arguments, **sharding)
         if not sharding:
             found |= {loss: trained(plan, "trl", out / "unused", loss=loss, **answers(2)) for loss in ("eaft", "asft")}
         if state.is_main_process:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keeptune.core.plan import Plan
 from keeptune.methods.loki import Loki
+from keeptune.methods.oplora import Oplora
 from keeptune.methods.pissa import Pissa
 from keeptune.penalties.l2 import L2
 from keeptune.penalties.laplace import Laplace
@@ -46,6 +47,7 @@ def together(plan: Plan, confined: Plan, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("together")
     plan.save(folder / "plan")
     confined.save(folder / "rows")
+    planned(Oplora(rank=2, k=6), [SQUARES]).save(folder / "off")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -123,6 +125,19 @@ def test_rows_that_are_not_trained_stay_under_every_back_end(
         B = found[f"{t.target.name}.B"]
         assert B.any(dim=1).nonzero().flatten().tolist() == list(t.decision.rows or ())
         torch.testing.assert_close(B, alone[f"{t.target.name}.B"], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_two_processes_stay_off_the_directions_as_one_does(
+    backend: str, together: Mapping[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    plan = planned(Oplora(rank=2, k=6), [SQUARES])
+    found, alone = part(together[backend], "off"), trained(plan, "transformers", tmp_path, **rows(1))
+    assert bool(found.pop("shards")) == (backend == "fsdp2")
+    for t in plan.targets:
+        A, B = found[f"{t.target.name}.A"], found[f"{t.target.name}.B"]
+        assert float((A @ t.kept["V"]).abs().max()) + float((t.kept["U"].T @ B).abs().max()) < 1e-6
+        torch.testing.assert_close(B, alone[f"{t.target.name}.B"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["eaft", "asft"])

@@ -56,6 +56,8 @@ class TargetPlan:
         added: ``init`` is added to W at the start, not taken out of it.
         vectors: What a method trains besides A and B, at the first step, float32: ``magnitude`` ``(m,)``, the
             lengths of W's rows (DoRA), or ``bias`` ``(m,)``, with which the change of b is ``scale * bias`` (LoKI).
+        kept: Directions of W that stay, orthonormal: ``U`` ``(m, k)`` with ``Uᵀ ΔW = 0``, ``V`` ``(n, k)`` with
+            ``ΔW V = 0`` (OPLoRA).
     """
 
     target: Target
@@ -66,6 +68,7 @@ class TargetPlan:
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
     added: bool = False
     vectors: Mapping[TensorName, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def start(self) -> dict[TensorName, Tensor]:
@@ -301,7 +304,8 @@ def _check_alike(parameter: str, experts: Sequence[TargetPlan]) -> None:
 
 def _tensors(t: TargetPlan, *, implied: bool) -> dict[str, Tensor]:
     factors = {} if isinstance(t.init, RowSelection) and not implied else {".B": t.init.B, ".A": t.init.A}
-    return factors | {f":{name}": value for name, value in t.vectors.items()}
+    kept = {f"/{name}": value for name, value in t.kept.items()}
+    return factors | kept | {f":{name}": value for name, value in t.vectors.items()}
 
 
 def _read_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence: Mapping[str, Tensor]) -> TargetPlan:
@@ -317,6 +321,7 @@ def _read_target(row: Mapping[str, Any], factors: Mapping[str, Tensor], evidence
         trainable=frozenset(row["trainable"]),
         evidence=_under(evidence, f"{target.name}:"),
         vectors=_under(factors, f"{target.name}:"),
+        kept=_under(factors, f"{target.name}/"),
         added=row.get("added", False),
     )
 

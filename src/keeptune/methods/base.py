@@ -45,6 +45,7 @@ class Size:
         anchored: A part of W is taken out at the start, which needs a frozen twin of the same size on a 16-bit base.
         assumed: Data decide the rank; this is the average.
         implied: Of all these, numbers that a plan does not hold, for its rows say them.
+        kept: Numbers of the directions that the plan holds besides, for training to stay off them.
     """
 
     rank: int
@@ -53,6 +54,7 @@ class Size:
     anchored: bool = False
     assumed: bool = False
     implied: int = 0
+    kept: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 A plan says it in plain values (``Plan.training``), which are saved with it and part of its key:
 
     {"learning_rate_factor": 0.4}       times the trainer's learning rate (methods/loki.py)
+    {"kept_directions": 16}             steps stay off directions of W (methods/oplora.py, training/projection.py)
 
 and in ``Plan.penalties``, terms of the loss (training/penalty_engine.py).
 """
@@ -21,11 +22,12 @@ from keeptune.core.plan import Plan
 from keeptune.training.guard import Guard
 from keeptune.training.losses.base import TaskLoss, loss_named
 from keeptune.training.penalty_engine import add_penalties
+from keeptune.training.projection import add_projection
 from keeptune.training.task_loss import add_loss
 from keeptune.training.zero import refuse_zero
 
 _log = logging.getLogger(__name__)
-_FACTOR = "learning_rate_factor"
+_FACTOR, _KEPT = "learning_rate_factor", "kept_directions"
 
 
 def attach(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
@@ -47,16 +49,19 @@ def attach(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
     refuse_zero(trainer.args)
     _keep_precise(trainer.model, plan)
     for key, value in plan.training.items():
-        if key != _FACTOR:
+        if key not in (_FACTOR, _KEPT):
             raise TrainError(
                 "plan, training",
                 got=f'"{key}"',
                 wanted="one that this version knows",
-                next_step=nearest(key, [_FACTOR]),
+                next_step=nearest(key, [_FACTOR, _KEPT]),
             )
-        _scale_rate(trainer, plan, value)
+        if key == _FACTOR:
+            _scale_rate(trainer, plan, value)
     if plan.penalties:
         add_penalties(trainer, plan)
+    if _KEPT in plan.training:  # after the penalties, whose gradients are projected too
+        add_projection(trainer, plan)
     chosen = loss_named(loss, {}) if isinstance(loss, str) else loss
     if chosen is not None:
         add_loss(trainer, plan, chosen)

@@ -24,7 +24,8 @@ _KNOWN = {
 
 def refuse_trainer(trainer: Any, plan: Plan) -> None:
     """Raises TrainError for a back-end, an optimiser or a method that cannot count a penalty exactly once."""
-    where = f"penalties {', '.join(penalty.name for penalty in plan.penalties)}"
+    names = ", ".join(penalty.name for penalty in plan.penalties)
+    where = f"penalties {names}" if names else f"method {plan.method}"
     kind = trainer.accelerator.distributed_type
     sharding = trainer.accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))

@@ -13,6 +13,7 @@ from keeptune.methods.base import methods
 from keeptune.model.blocks import down_projections
 
 OPTIONS: dict[str, dict[str, Any]] = {"farss": {"boundary": 1, "r_min": 2, "r_avg": 2, "r_max": 2}, "loki": {"q": 20}}
+OPTIONS["oplora"] = {"k": 2}
 KINDS = [(name, OPTIONS.get(name, {})) for name in methods() if name != "full"]
 KINDS += [("loki", {"q": 20, "rank": 2}), ("lora-null", {"variant": "v2"}), ("farss", {"variant": "all-high"})]
 
@@ -36,6 +37,7 @@ def test_the_count_is_that_of_the_plan(name: str, options: dict[str, Any], archi
         size = sizes[t.target.name]
         assert size.rank == t.decision.rank
         assert size.anchored == t.anchored
+        assert size.kept == sum(value.numel() for value in t.kept.values())
         held = {factor: t.start[factor].numel() for factor in ("A", "B")}
         assert size.frozen == sum(held[f] for f in held if f not in t.trainable) + t.held_back
         assert size.implied == (sum(held.values()) if isinstance(t.init, RowSelection) else 0)

@@ -210,7 +210,12 @@ class Footprint:
     @property
     def _planned(self) -> int:
         """Bytes of the factors that the plan holds."""
-        return self._factors - 4 * sum(size.implied for size in self.sizes.values())
+        return self._factors + self._kept - 4 * sum(size.implied for size in self.sizes.values())
+
+    @property
+    def _kept(self) -> int:
+        """Bytes of the directions that training stays off."""
+        return 4 * sum(size.kept for size in self.sizes.values())
 
     @cached_property
     def penalties(self) -> dict[str, int]:
@@ -282,7 +287,7 @@ class Footprint:
     def _plan(self) -> tuple[dict[str, int], dict[str, int]] | None:
         if self.whole:
             return None
-        decomposes = any(size.anchored for size in self.sizes.values()) or bool(self.sites)
+        decomposes = any(size.anchored or size.kept for size in self.sizes.values()) or bool(self.sites)
         squares = any(
             isinstance(r, RowRequest) and r.numbers(t) == t.in_features**2 for (r, _), t in self.sites.items()
         )
@@ -309,6 +314,7 @@ class Footprint:
         lasting = {
             "weights": 4 * self.shape.parameters if whole else self._base,
             "adapter": self._factors,
+            "directions": self._kept if self._kind == "cuda" else 0,  # on the CPU those of the plan
             "reference": 4 * self.trained if written or self.job.recipe.task.kind in JUDGED else 0,
             "gradients": 4 * self.trained,
             "optimiser": estimate.optimizer_states(str(train.get("optim") or "adamw")) * self.trained,

@@ -1,0 +1,112 @@
+"""Projection: training stays off the directions of W that a plan keeps (``TargetPlan.kept``; methods/oplora.py).
+
+    g_B <- (I - U Uᵀ) g_B,   g_A <- g_A (I - V Vᵀ)       after the backward pass, before clipping           (1)
+    B <- (I - U Uᵀ) B,       A <- A (I - V Vᵀ)           after the optimiser's step                         (2)
+
+Law: the steps are those of factors that the forward pass projects, for every optimiser that reads gradients and decays
+weights. (1) alone would not hold: Adam divides element by element. A hand-written loop does the same:
+
+    projection = keeptune.Projection(model, plan)
+    loss.backward()                                  # as often as the step has micro-batches
+    projection.gradients()                           # after Penalties.step(), where there are penalties
+    clip_grad_norm_(...); optimizer.step(); projection.factors(); optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerState
+
+from keeptune.adapter.install import held_parameters, sharded_like
+from keeptune.adapter.trained_head import full
+from keeptune.core.errors import TrainError
+from keeptune.core.plan import Plan
+from keeptune.training.compatibility import refuse_trainer
+
+
+class Projection:
+    """The projections of a plan on the installed model in training; what wraps it (DDP, FSDP2) does not matter."""
+
+    def __init__(self, model: PeftModel, plan: Plan) -> None:
+        self._model, self._plan = model, plan
+        self._moved: dict[tuple[str, str, torch.device], Tensor] = {}
+        self.taken = [0, 0]
+
+    def gradients(self) -> None:
+        """Projects ``.grad`` of both factors (eq. 1): after the backward pass and penalties, before clipping."""
+        self._project(lambda parameter: parameter.grad)
+        self.taken[0] += 1
+
+    def factors(self) -> None:
+        """Projects both factors (eq. 2): after the optimiser's step."""
+        self._project(lambda parameter: parameter.data)
+        self.taken[1] += 1
+
+    @torch.no_grad()
+    def _project(self, of: Callable[[nn.Parameter], Tensor | None]) -> None:
+        for t in self._plan.targets:
+            for factor, held in held_parameters(self._model, t).items():
+                tensor, side = of(held.parameter), {"B": "U", "A": "V"}.get(factor, "")
+                if tensor is None or side not in t.kept:
+                    continue
+                whole = full(tensor)
+                part = held.of(whole)
+                key = (t.target.name, side, part.device)
+                if key not in self._moved:
+                    self._moved[key] = t.kept[side].to(part.device)
+                Q = self._moved[key].to(part.dtype)
+                part.sub_(Q @ (Q.T @ part) if factor == "B" else (part @ Q) @ Q.T)
+                if whole is not tensor:
+                    tensor.copy_(sharded_like(whole, held.parameter))
+
+
+def add_projection(trainer: Any, plan: Plan) -> None:
+    """Adds the projections of a plan to a trainer, once per optimiser step.
+
+    Raises:
+        TrainError: The trainer's back-end or optimiser leaves no moment for them.
+    """
+    refuse_trainer(trainer, plan)
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise TrainError(
+            f"method {plan.method}",
+            got="DeepSpeed, whose optimiser holds the factors and their gradients in a form of its own",
+            wanted="a single process, DDP or FSDP2",
+            next_step="Train with one of these.",
+        )
+    projection, training_step = Projection(trainer.model, plan), trainer.training_step
+
+    def projected(*args: Any, **kwargs: Any) -> Any:
+        loss = training_step(*args, **kwargs)
+        if trainer.accelerator.sync_gradients:
+            projection.gradients()
+        return loss
+
+    trainer.training_step = projected
+    trainer.add_callback(_AfterSteps(projection))
+
+
+class _AfterSteps(TrainerCallback):
+    """Projects the factors after each step, and stops a trainer whose loop has no ``training_step``."""
+
+    def __init__(self, projection: Projection) -> None:
+        self._projection, self._seen = projection, 0
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._projection.factors()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._seen += 1
+        if self._projection.taken != [self._seen, self._seen]:
+            raise TrainError(
+                f"step {state.global_step}",
+                got="an optimiser step whose gradients or factors were not projected once",
+                wanted="a trainer whose loop calls training_step and on_optimizer_step once a step",
+                next_step="Use another trainer, or keeptune.Projection in a loop of your own.",
+            )
