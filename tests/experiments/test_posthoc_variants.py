@@ -17,16 +17,17 @@ from keeptune.core.artefact import read_json
 from keeptune.core.errors import ExportError, ModelError
 from keeptune.experiments import posthoc_variants
 from keeptune.experiments.comparison_record import row_of
-from keeptune.experiments.posthoc_variants import Variant, score_variants, write_variant
+from keeptune.experiments.posthoc_variants import Pruned, Variant, score_variants, write_variant
 from keeptune.experiments.single_run import Outcome
+from keeptune.model.pretrained import load_model
 from keeptune.pipeline import scoring
 from keeptune.pipeline.job import Job
-from keeptune.pipeline.scoring import find_result
+from keeptune.pipeline.scoring import find_result, load_pair
 
 Jobs = Callable[[str], Job]
 
 
-def row_for(job: Job, variant: Variant | None = None) -> dict[str, Any]:
+def row_for(job: Job, variant: Variant | Pruned | None = None) -> dict[str, Any]:
     """The row of the finished run, or of a variant of it."""
     return row_of(spec(job.output, name=job.output.name), Outcome("done"), variant)
 
@@ -40,8 +41,11 @@ def scores(row: dict[str, Any], side: str) -> dict[str, float]:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_ends_of_a_scale_are_the_base_and_the_run(job: Jobs, method: str) -> None:
     run = job(method)
-    assert score_variants(run, [Variant(0), Variant(0.5), Variant(1)]) == {}
-    own = row_for(run)
+    assert score_variants(run, [Variant(0), Variant(0.5), Variant(1), Pruned(0), Pruned(0.9), Pruned(1)]) == {}
+    own, base = row_for(run), scores(row_for(run), "before")
+    ends = [scores(row_for(run, Pruned(share)), "after") for share in (0, 0.9, 1)]
+    assert [ends[0], ends[2]] == [pytest.approx(scores(own, "after"), abs=1e-5), pytest.approx(base, abs=1e-6)]
+    assert len({end["stories"] for end in ends}) == 3
     rows = {factor: row_for(run, Variant(factor)) for factor in (0, 0.5, 1)}
     assert scores(rows[0], "after") == pytest.approx(scores(own, "before"), abs=1e-6)
     assert scores(rows[1], "after") == pytest.approx(scores(own, "after"), abs=1e-6)
@@ -131,6 +135,31 @@ def test_a_written_whole_model_lies_between_base_and_tuned(job: Jobs, tmp_path: 
     tuned = load_file(find_result(run.output) / "model.safetensors")[name]
     base = dict(run.base().named_parameters())[name]
     torch.testing.assert_close(load_file(best / "model.safetensors")[name], (base.detach() + tuned) / 2)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_written_pruned_result_is_a_whole_model_with_a_tenth_of_the_change(
+    job: Jobs, method: str, tmp_path: Path
+) -> None:
+    run = job(method)
+    best = write_variant(run, Pruned(0.9), tmp_path / "best")
+    assert not (best / "adapter_config.json").exists()
+    found, base = load_model(str(best)), dict(run.base().named_parameters())
+    whole = load_pair(run, find_result(run.output))
+    with whole.after() as model:
+        tuned = model if method == "full" else whole.peft_model.merge_and_unload()
+    changed = 0
+    for (name, weight), end in zip(found.named_parameters(), tuned.parameters(), strict=True):
+        moved = weight != base[name]
+        torch.testing.assert_close(weight[moved], end[moved], rtol=1e-5, atol=1e-7)
+        if not torch.equal(end, base[name]):
+            changed += 1
+            assert 0 < int(moved.sum()) <= round(0.1 * weight.numel()) + 1, name
+    assert changed > 5
+    export = read_json(best / "keeptune.json")["export"]
+    assert (export["format"], export["rank"], export["serve"]) == ("merged", 0, f"vllm serve {best}")
+    row = row_of(spec(run.output, name="run"), Outcome("done"), Pruned(0.9))
+    assert (row["name"], row["label"], row["variant"]) == ("run/pruned-0.9", f"{row['of']}, pruned", {"pruned": 0.9})
 
 
 def test_what_does_not_reproduce_is_not_written(job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ def write(load: Callable[..., Comparison], tmp_path: Path) -> Callable[..., Path
     """Write a comparison with baselines that needs no Ray."""
 
     def make(**section: Any) -> Path:
-        load({"name": "lora", "rank": 4}, scales=[0.5], baselines=True, resources=None, **section)
+        load({"name": "lora", "rank": 4}, scales=[0.5], pruned=[0.9], baselines=True, resources=None, **section)
         return tmp_path / "compare.yaml"
 
     return make
@@ -35,17 +35,17 @@ def test_records_page_and_best_result_of_finished_runs(
     assert said.code == 0, said.err
     out = tmp_path / "out"
     plain = [name for name in trained if "replay" not in name]
-    variants = [f"{name}/scale-0.5" for name in plain]
+    variants = [f"{name}/{kind}" for name in plain for kind in ("scale-0.5", "pruned-0.9")]
     rows = {row["name"]: row for row in read_json(out / "runs.json")["runs"]}
     assert set(rows) == {*trained, *variants}
     assert {row["status"] for row in rows.values()} == {"done"}
-    assert rows[variants[0]]["label"] == "lora, scaled"
+    assert [rows[name]["label"] for name in variants[:2]] == ["lora, scaled", "lora, pruned"]
     front = read_json(out / "front.json")
     assert {point["label"] for point in front["points"]} == {row["label"] for row in rows.values()}
     assert front["choice"]["run"] in rows
     assert front["choice"]["max_loss"] == {"stories": 9.0}
     assert f"best: {front['choice']['run']} in {out / 'best'}" in said.out
-    assert (out / "best/adapter_config.json").is_file()
+    assert (out / "best/adapter_config.json").is_file() == ("pruned" not in front["choice"]["run"])
     assert f"report: {out / 'report.html'}" in said.out
     assert (out / "report.html").stat().st_size > 1000
 

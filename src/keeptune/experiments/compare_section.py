@@ -52,6 +52,7 @@ class CompareSection(Section):
     strength: Numbers = [1.0]
     seeds: _Seeds = [0, 1, 2]
     scales: _Shares = [0.25, 0.5, 0.75]
+    pruned: _Shares = []
     resources: Resources | None = Resources()
     baselines: bool = True
     learned: list[str] | None = None

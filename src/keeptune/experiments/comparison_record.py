@@ -22,7 +22,7 @@ from keeptune.experiments.axes import Axes, axes_of, forgotten_of, learned_of
 from keeptune.experiments.front import Point, as_json, families, pareto, points_of
 from keeptune.experiments.matched import matched
 from keeptune.experiments.plan_runs import RunSpec
-from keeptune.experiments.posthoc_variants import VARIANTS, Variant
+from keeptune.experiments.posthoc_variants import VARIANTS, Variants
 from keeptune.experiments.single_run import Outcome
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 
@@ -50,7 +50,7 @@ class Options:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def row_of(spec: RunSpec, outcome: Outcome, variant: Variant | None = None) -> dict[str, Any]:
+def row_of(spec: RunSpec, outcome: Outcome, variant: Variants | None = None) -> dict[str, Any]:
     """Reads the folder of a run, or of a post-hoc variant of its result, into a row of ``runs.json``, without its axes.
 
     Of a run that is done but whose scores are missing, or are of other weights, the status is ``"missing"``.
@@ -59,7 +59,7 @@ def row_of(spec: RunSpec, outcome: Outcome, variant: Variant | None = None) -> d
     row: dict[str, Any] = {
         **{key: getattr(spec, key) for key in (*_SETTING, "seed", "x")},
         "name": spec.name if variant is None else f"{spec.name}/{variant.slug}",
-        "label": spec.label if variant is None else f"{spec.label}, scaled",
+        "label": spec.label if variant is None else f"{spec.label}, {variant.said}",
         "variant": None if variant is None else asdict(variant),
         "of": None if variant is None else spec.label,
         "folder": str(folder),

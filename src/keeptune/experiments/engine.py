@@ -29,7 +29,7 @@ from keeptune.core.processes import by_first, is_first, world
 from keeptune.experiments.cell import attempt_together
 from keeptune.experiments.compare_section import Resources
 from keeptune.experiments.plan_runs import Comparison, RunSpec, check_runs
-from keeptune.experiments.posthoc_variants import Variant
+from keeptune.experiments.posthoc_variants import Pruned, Variant, Variants
 from keeptune.experiments.single_run import Outcome, RunTask, attempt, finished, task_key
 from keeptune.model.head import body_fingerprint
 from keeptune.pipeline.job import Job
@@ -55,11 +55,12 @@ def _resources(comparison: Comparison) -> Resources | None:
     return None
 
 
-def variants_of(comparison: Comparison, label: str) -> Sequence[Variant]:
+def variants_of(comparison: Comparison, label: str) -> Sequence[Variants]:
     """Returns the post-hoc variants of an entry's runs: those of plain LoRA are baselines that need no training."""
     section = comparison.section
-    wanted = section.baselines and label == comparison.plain
-    return [Variant(scale) for scale in section.scales if scale != 1] if wanted else ()
+    if not section.baselines or label != comparison.plain:
+        return ()
+    return [*(Variant(scale) for scale in section.scales if scale != 1), *map(Pruned, section.pruned)]
 
 
 def tasks_of(comparison: Comparison, specs: Sequence[RunSpec]) -> tuple[dict[str, RunTask], frozenset[str]]:

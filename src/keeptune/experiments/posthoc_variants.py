@@ -1,11 +1,12 @@
-"""Post-hoc variants of a finished run that need no training: its change, scaled, scored as a run of its own.
+"""Post-hoc variants of a finished run that need no training: its change scaled, or pruned, scored as a run of its own.
 
 With W0 the base's weights and W1 the tuned ones, s in [0, 1],
 
     W_s = W0 + s (W1 - W0)                                                                                (1)
 
-is the interpolation of WiSE-FT (Wortsman et al., CVPR 2022). For a LoRA, W1 - W0 = (alpha / r) B A, so that s is folded
-into B; the base stays as it is.
+is the interpolation of WiSE-FT (Wortsman et al., CVPR 2022), averaging with the base (LM-Cocktail, 2311.13534). For a
+LoRA, W1 - W0 = (alpha / r) B A, so that s is folded into B; the base stays as it is. A pruned change (``fapm.py``) is
+of no low rank: the result is a whole model, with an adapter merged in float32.
 
 Beside the run, ``variants/<variant>/`` has a record and the items of each benchmark, and ``variant.json``: the variant,
 the weights that it was made of, and why the result cannot have it where it cannot. The variant's weights are not kept:
@@ -15,12 +16,13 @@ they follow from the run's, and :func:`write_variant` writes those that are chos
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import set_peft_model_state_dict
@@ -32,8 +34,10 @@ from keeptune.adapter.probe import BOUNDS, gap_to, logits_of, random_probe
 from keeptune.core.artefact import atomic_directory, content_key, read_json, write_json, write_tensors, write_text
 from keeptune.core.errors import ModelError
 from keeptune.core.processes import by_first
+from keeptune.core.weights import is_quantised
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.model_pairs import AdapterPair, TwoModels
+from keeptune.experiments.fapm import kept
 from keeptune.model.blocks import head_of
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
@@ -50,34 +54,70 @@ class Variant:
     """A post-hoc variant: the whole change times ``scale`` (eq. 1), from 0 to 1, which leaves the result as it is."""
 
     scale: float
+    said: ClassVar[str] = "scaled"
 
     @property
     def slug(self) -> str:
         """Its name as a folder, in as many digits as separate it from every other value."""
         return f"scale-{repr(float(self.scale)).removesuffix('.0')}"
 
+    def between(self, start: Tensor, end: Tensor) -> Tensor:
+        """Returns a weight of the variant, given the base's and the tuned one; exact at both ends."""
+        return torch.lerp(start, end, self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A post-hoc variant: the change without a share of its numbers, from 0, which leaves the result, to 1."""
+
+    pruned: float
+    said: ClassVar[str] = "pruned"
+
+    @property
+    def slug(self) -> str:
+        """Its name as a folder."""
+        return f"pruned-{repr(float(self.pruned)).removesuffix('.0')}"
+
+    def between(self, start: Tensor, end: Tensor) -> Tensor:
+        """Returns a weight of the variant, given the base's and the tuned one; exact at both ends."""
+        return torch.where(kept(start, end - start, self.pruned), end, start)
+
+
+Variants = Variant | Pruned
+
+
+def variant_of(record: Mapping[str, float]) -> Variants:
+    """Returns the variant that a record tells of."""
+    return Pruned(**record) if "pruned" in record else Variant(**record)
+
 
 class _Loaded:
     def __init__(self, job: Job, folder: Path) -> None:
-        self.pair = load_pair(job, folder)
+        self.job, self.folder, self.pair = job, folder, load_pair(job, folder)
         if isinstance(self.pair, AdapterPair):
             self.tensors = load_file(folder / _WEIGHTS)
         else:
             self.tensors = {name: weight.detach().clone() for name, weight in self.pair.tuned.named_parameters()}
 
-    def refusal(self) -> str:
-        """Returns why the result cannot have variants; empty where it can."""
-        if isinstance(self.pair, AdapterPair):
-            return refusal(self.tensors, self.pair.peft_model.peft_config["default"])
-        return ""
+    def refusal(self, variant: Variants) -> str:
+        """Returns why the result cannot have a variant; empty where it can."""
+        if not isinstance(self.pair, AdapterPair):
+            return ""
+        if isinstance(variant, Pruned) and is_quantised(self.pair.peft_model):
+            return "its base is quantised, and a pruned change has no other form than a whole model"
+        return refusal(self.tensors, self.pair.peft_model.peft_config["default"])
 
-    def make(self, variant: Variant) -> AdapterPair | TwoModels:
+    def make(self, variant: Variants) -> AdapterPair | TwoModels:
         """Returns the models before and after, with a variant."""
-        if isinstance(self.pair, AdapterPair):
-            set_peft_model_state_dict(self.pair.peft_model, scaled_adapter(self.tensors, variant))
-        else:
-            interpolate(self.pair.tuned, self.pair.base, self.tensors, variant.scale, head_of(self.pair.tuned))
-        return self.pair
+        pair, tensors = self.pair, self.tensors
+        if isinstance(pair, AdapterPair) and isinstance(variant, Variant):
+            set_peft_model_state_dict(pair.peft_model, scaled_adapter(tensors, variant))
+            return pair
+        if isinstance(pair, AdapterPair):
+            merged = load_adapter(self.job.base().float(), self.folder).merge_and_unload()
+            pair, tensors = TwoModels(self.job.base(), self.job.base()), dict(merged.named_parameters())
+        put_between(pair.tuned, pair.base, tensors, variant.between, head_of(pair.tuned))
+        return pair
 
 
 def refusal(tensors: Mapping[str, Tensor], config: Any = None) -> str:
@@ -101,25 +141,26 @@ def scaled_adapter(tensors: Mapping[str, Tensor], variant: Variant) -> dict[str,
     }
 
 
-def interpolate(
-    model: nn.Module, base: nn.Module, tuned: Mapping[str, Tensor], factor: float, whole: Collection[str] = ()
+@torch.no_grad()
+def put_between(
+    model: nn.Module,
+    base: nn.Module,
+    tuned: Mapping[str, Tensor],
+    between: Callable[[Tensor, Tensor], Tensor],
+    whole: Collection[str] = (),
 ) -> None:
-    """Sets a model's weights between the base's and the ``tuned`` ones, eq. 1, computed in float32 at least.
+    """Sets each weight of a model to what is ``between`` the base's and the ``tuned`` one, in float32 at least.
 
-    Laws: a factor of 0 gives the base's weights, and 1 the tuned ones, bit for bit. Modules in ``whole``, which the
-    base does not have, such as a drawn head, stay as tuned.
+    Modules in ``whole``, which the base does not have, such as a drawn head, stay as tuned.
     """
     heads = tuple(f"{name}." for name in whole)
-    with torch.no_grad():
-        for (name, weight), (_, start) in zip(model.named_parameters(), base.named_parameters(), strict=True):
-            end = tuned[name].to(weight.device)
-            own = 1.0 if name.startswith(heads) else factor
-            exact = torch.promote_types(weight.dtype, torch.float32)
-            # lerp is exact at both ends.
-            weight.copy_(torch.lerp(start.to(exact), end.to(exact), own))
+    for (name, weight), (_, start) in zip(model.named_parameters(), base.named_parameters(), strict=True):
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        end = tuned[name].to(weight.device, exact)
+        weight.copy_(end if name.startswith(heads) else between(start.to(exact), end))
 
 
-def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers | None = None) -> dict[str, str]:
+def score_variants(job: Job, variants: Sequence[Variants], *, kept: KeptAnswers | None = None) -> dict[str, str]:
     """Scores the variants of a finished run that are not scored yet; returns why it lacks some, by folder name."""
     folder = by_first(lambda: find_result(job.output))
     weights = by_first(lambda: result_fingerprint(folder))
@@ -130,7 +171,7 @@ def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers |
         place = job.output / VARIANTS / variant.slug
         stored = Stored(variant.slug, place / "variant.json", content_key([weights, names, variant]))
         record = stored.read()
-        why = loaded().refusal() if record is None else record["message"]
+        why = loaded().refusal(variant) if record is None else record["message"]
         if why:
             refused[variant.slug] = why
         pair = cache(lambda variant=variant: loaded().make(variant))
@@ -143,7 +184,7 @@ def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers |
     return refused
 
 
-def write_variant(job: Job, variant: Variant, output: Path) -> Path:
+def write_variant(job: Job, variant: Variants, output: Path) -> Path:
     """Writes a variant of a run's result, whole or not at all, and checks it on a freshly loaded base.
 
     Raises:
@@ -153,7 +194,7 @@ def write_variant(job: Job, variant: Variant, output: Path) -> Path:
     folder = find_result(job.output)
     refuse_foreign(output)
     loaded = _Loaded(job, folder)
-    if why := loaded.refusal():
+    if why := loaded.refusal(variant):
         raise ModelError(
             f"variant {variant.slug}", got=why, wanted="a result that can have it", next_step="Choose another run."
         )
@@ -162,30 +203,35 @@ def write_variant(job: Job, variant: Variant, output: Path) -> Path:
         probe = random_probe(model)
         wanted = logits_of(model, probe)
     with atomic_directory(output) as fresh:
-        copy_result(folder, fresh, output, weights=False)
+        adapter = ["adapter_config.json"] if isinstance(pair, TwoModels) else []
+        copy_result(folder, fresh, output, "*.safetensors", "*.safetensors.index.json", *adapter)
         written = _write_weights(job, pair, folder, fresh, variant)
         gap = gap_to(logits_of(written, probe), wanted, written.dtype, None, f"export {output}")
         sidecar = read_json(fresh / SIDECAR)
         checked = {"gap": gap.gap, "relative_gap": gap.relative, "bound": BOUNDS[written.dtype]}
         export = sidecar["export"] | checked
+        if isinstance(pair, TwoModels):
+            load = f'AutoModelForSequenceClassification.from_pretrained("{output}")'
+            serve = load if job.head else shlex.join(["vllm", "serve", str(output)])
+            export |= {"format": "merged", "rank": 0, "serve": serve}
         write_json(fresh / SIDECAR, sidecar | {"export": export, "variant": variant})
     return output
 
 
-def copy_result(folder: Path, fresh: Path, output: Path, *, weights: bool = True) -> None:
+def copy_result(folder: Path, fresh: Path, output: Path, *without: str) -> None:
     """Copies an exported result; the folder that its texts name becomes ``output``, where it will be in the end."""
-    skipped = ["export.json", *([] if weights else ["*.safetensors", "*.safetensors.index.json"])]
-    shutil.copytree(folder, fresh, ignore=shutil.ignore_patterns(*skipped), dirs_exist_ok=True)
+    shutil.copytree(folder, fresh, ignore=shutil.ignore_patterns("export.json", *without), dirs_exist_ok=True)
     was = read_json(folder / SIDECAR)["export"]["folder"]
     for name in (SIDECAR, "README.md"):
         text = (fresh / name).read_text(encoding="utf-8")
         write_text(fresh / name, text.replace(was, str(output)))
 
 
-def _write_weights(job: Job, pair: AdapterPair | TwoModels, folder: Path, fresh: Path, variant: Variant) -> Any:
-    if isinstance(pair, AdapterPair):
+def _write_weights(job: Job, pair: AdapterPair | TwoModels, folder: Path, fresh: Path, variant: Variants) -> Any:
+    if isinstance(pair, AdapterPair) and isinstance(variant, Variant):
         tensors = scaled_adapter(load_file(folder / _WEIGHTS), variant)
         write_tensors(fresh / _WEIGHTS, tensors, {"format": "pt"})
         return load_adapter(job.base(), fresh)
+    assert isinstance(pair, TwoModels)
     pair.tuned.save_pretrained(fresh)
     return load_model(str(fresh), LoadOptions(dtype=job.recipe.dtype, device=job.device, head=job.head))

@@ -60,7 +60,7 @@ def attach(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
             _scale_rate(trainer, plan, value)
     if plan.penalties:
         add_penalties(trainer, plan)
-    if _KEPT in plan.training:  # after the penalties, whose gradients are projected too
+    if _KEPT in plan.training:  # penalties' gradients too
         add_projection(trainer, plan)
     chosen = loss_named(loss, {}) if isinstance(loss, str) else loss
     if chosen is not None:

@@ -44,6 +44,13 @@ def refuse_trainer(trainer: Any, plan: Plan) -> None:
             "FSDP2",
             "Set `fsdp_version: 2` in the config of accelerate.",
         ),
+        (
+            kind == DistributedType.DEEPSPEED and "kept_directions" in plan.training,
+            f"method {plan.method}",
+            "DeepSpeed, whose optimiser holds the factors and their gradients in a form of its own",
+            "a single process, DDP or FSDP2",
+            "Train with one of these.",
+        ),
         (kind not in _KNOWN, where, f"the back-end {kind.value}", _BACK_ENDS, "Train with one of these."),
         (
             any(part in optimizer for part in _STEP_IN_BACKWARD),

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
@@ -36,50 +35,45 @@ class Projection:
     def __init__(self, model: PeftModel, plan: Plan) -> None:
         self._model, self._plan = model, plan
         self._moved: dict[tuple[str, str, torch.device], Tensor] = {}
-        self.taken = [0, 0]
+        self.taken = 0
 
     def gradients(self) -> None:
         """Projects ``.grad`` of both factors (eq. 1): after the backward pass and penalties, before clipping."""
-        self._project(lambda parameter: parameter.grad)
-        self.taken[0] += 1
+        self._project(0, lambda parameter: parameter.grad)
 
     def factors(self) -> None:
         """Projects both factors (eq. 2): after the optimiser's step."""
-        self._project(lambda parameter: parameter.data)
-        self.taken[1] += 1
+        self._project(1, lambda parameter: parameter.data)
 
     @torch.no_grad()
-    def _project(self, of: Callable[[nn.Parameter], Tensor | None]) -> None:
+    def _project(self, step: int, of: Callable[[nn.Parameter], Tensor | None]) -> None:
+        if self.taken % 2 != step:
+            raise TrainError(
+                f"method {self._plan.method}, step {self.taken // 2 + 1}",
+                got="an optimiser step whose gradients or factors were not projected",
+                wanted="gradients() and factors() once a step; a trainer's loop that calls training_step",
+                next_step="Use another trainer, or keeptune.Projection in a loop of your own.",
+            )
+        self.taken += 1
         for t in self._plan.targets:
             for factor, held in held_parameters(self._model, t).items():
-                tensor, side = of(held.parameter), {"B": "U", "A": "V"}.get(factor, "")
-                if tensor is None or side not in t.kept:
+                tensor = of(held.parameter)
+                if tensor is None or not t.kept:
                     continue
                 whole = full(tensor)
                 part = held.of(whole)
-                key = (t.target.name, side, part.device)
+                key = (t.target.name, factor, part.device)
                 if key not in self._moved:
-                    self._moved[key] = t.kept[side].to(part.device)
-                Q = self._moved[key].to(part.dtype)
+                    self._moved[key] = t.kept["U" if factor == "B" else "V"].to(part.device, part.dtype)
+                Q = self._moved[key]
                 part.sub_(Q @ (Q.T @ part) if factor == "B" else (part @ Q) @ Q.T)
                 if whole is not tensor:
                     tensor.copy_(sharded_like(whole, held.parameter))
 
 
 def add_projection(trainer: Any, plan: Plan) -> None:
-    """Adds the projections of a plan to a trainer, once per optimiser step.
-
-    Raises:
-        TrainError: The trainer's back-end or optimiser leaves no moment for them.
-    """
+    """Adds the projections of a plan to a trainer, once per optimiser step; TrainError where there is no moment."""
     refuse_trainer(trainer, plan)
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise TrainError(
-            f"method {plan.method}",
-            got="DeepSpeed, whose optimiser holds the factors and their gradients in a form of its own",
-            wanted="a single process, DDP or FSDP2",
-            next_step="Train with one of these.",
-        )
     projection, training_step = Projection(trainer.model, plan), trainer.training_step
 
     def projected(*args: Any, **kwargs: Any) -> Any:
@@ -93,20 +87,13 @@ def add_projection(trainer: Any, plan: Plan) -> None:
 
 
 class _AfterSteps(TrainerCallback):
-    """Projects the factors after each step, and stops a trainer whose loop has no ``training_step``."""
+    """Projects the factors after each step."""
 
     def __init__(self, projection: Projection) -> None:
-        self._projection, self._seen = projection, 0
+        self._projection = projection
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._projection.taken = 0  # a step may have been interrupted
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._projection.factors()
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._seen += 1
-        if self._projection.taken != [self._seen, self._seen]:
-            raise TrainError(
-                f"step {state.global_step}",
-                got="an optimiser step whose gradients or factors were not projected once",
-                wanted="a trainer whose loop calls training_step and on_optimizer_step once a step",
-                next_step="Use another trainer, or keeptune.Projection in a loop of your own.",
-            )

@@ -210,12 +210,7 @@ class Footprint:
     @property
     def _planned(self) -> int:
         """Bytes of the factors that the plan holds."""
-        return self._factors + self._kept - 4 * sum(size.implied for size in self.sizes.values())
-
-    @property
-    def _kept(self) -> int:
-        """Bytes of the directions that training stays off."""
-        return 4 * sum(size.kept for size in self.sizes.values())
+        return self._factors + 4 * sum(size.kept - size.implied for size in self.sizes.values())
 
     @cached_property
     def penalties(self) -> dict[str, int]:
@@ -314,7 +309,8 @@ class Footprint:
         lasting = {
             "weights": 4 * self.shape.parameters if whole else self._base,
             "adapter": self._factors,
-            "directions": self._kept if self._kind == "cuda" else 0,  # on the CPU those of the plan
+            # On the CPU those of the plan.
+            "directions": 4 * sum(size.kept for size in self.sizes.values()) if self._kind == "cuda" else 0,
             "reference": 4 * self.trained if written or self.job.recipe.task.kind in JUDGED else 0,
             "gradients": 4 * self.trained,
             "optimiser": estimate.optimizer_states(str(train.get("optim") or "adamw")) * self.trained,
