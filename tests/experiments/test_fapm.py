@@ -4,55 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.reference.fapm_reference import kept
-from torch import Tensor
 
-from keeptune.experiments.fapm import forgetting, pruned
+from keeptune.experiments.fapm import forgetting, kept
 
-SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
+W, CHANGE = (torch.randn(20, 30, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1))
 
 
-@pytest.fixture
-def pair() -> tuple[Tensor, Tensor]:
-    """W and a change of it, with zeros in each and in both."""
-    generator = torch.Generator().manual_seed(0)
-    W, change = torch.randn(20, 30, generator=generator), 0.01 * torch.randn(20, 30, generator=generator)
-    W[0, :5], change[0, 3:8] = 0, 0
-    return W, change
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_what_is_pruned_is_the_order_of_the_criterion_whatever_signs_and_scales(share: float) -> None:
+    """As in the authors' code: the largest scores are kept."""
+    stays = kept(W, CHANGE, share)
+    scores = CHANGE.abs() - W.abs().mean() * (CHANGE.abs() / W.abs())
+    wanted = torch.zeros(600, dtype=torch.bool)
+    wanted[scores.flatten().argsort(descending=True)[: round(600 * (1 - share))]] = True
+    assert torch.equal(stays.flatten(), wanted)
+    assert torch.equal(kept(-4 * W, CHANGE / 8, share), stays)
+    assert torch.equal(kept(W.T, CHANGE.T, share).T, stays)
+    assert not (kept(W, CHANGE, min(share + 0.1, 1)) & ~stays).any()  # a larger share prunes these and more
+    assert torch.equal(kept(torch.ones_like(W), CHANGE, share), stays) == (share in (0, 1))  # not by size alone
 
 
-@pytest.mark.parametrize("share", SHARES)
-def test_what_is_pruned_is_the_order_of_the_criterion(pair: tuple[Tensor, Tensor], share: float) -> None:
-    W, change = pair
-    found, scores = pruned(W, change, share), forgetting(W, change)
-    gone = (found == 0) & (change != 0)
-    assert torch.equal(found[~gone], change[~gone])
-    assert abs(int(gone.sum()) - round(share * change.numel())) <= int((change == 0).sum())
-    if gone.any() and not gone.all():
-        assert scores[gone].max() <= scores[~gone & (change != 0)].min() if share < 1 else True
-    assert not scores.isnan().any()
-
-
-def test_nothing_is_pruned_at_0_everything_at_1_and_more_at_a_larger_share(pair: tuple[Tensor, Tensor]) -> None:
-    W, change = pair
-    assert torch.equal(pruned(W, change, 0), change)
-    assert not pruned(W, change, 1).any()
-    left = [pruned(W, change, share) != 0 for share in SHARES]
-    assert all(bool((few <= many).all()) for many, few in zip(left, left[1:], strict=False))
-    assert not torch.equal(pruned(W, change, 0.5), pruned(torch.ones_like(W), change, 0.5))  # by size alone
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_neither_scales_nor_signs_move_it(pair: tuple[Tensor, Tensor], share: float) -> None:
-    W, change = pair
-    wanted = pruned(W, change, share) != 0
-    assert torch.equal(pruned(4 * W, change, share) != 0, wanted)
-    assert torch.equal(pruned(W, -change / 8, share) != 0, wanted)
-    assert torch.equal(pruned(W.abs(), change, share) != 0, wanted)
-    assert torch.equal(pruned(W.T, change.T, share).T != 0, wanted)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_it_is_the_authors(share: float) -> None:
-    W, change = (torch.randn(50, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (1, 2))
-    assert pruned(W, change, share).tolist() == kept(W.tolist(), change.tolist(), round(50 * (1 - share)))
+def test_zeros_of_the_weight_go_first_and_no_change_has_no_score() -> None:
+    scores = forgetting(torch.tensor([0.0, 0.0, 0.1, 1.0]), torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    assert scores.tolist() == [0, -torch.inf, pytest.approx(1 - 0.275 / 0.1), 0]
+    assert not forgetting(torch.zeros(2), torch.tensor([0.0, 1.0])).isnan().any()

@@ -14,12 +14,7 @@ from tests.models import gpt2, llama
 from torch import Tensor
 
 from keeptune.adapter.probe import logits_of, random_probe
-from keeptune.experiments.posthoc_variants import (
-    Variant,
-    interpolate,
-    refusal,
-    scaled_adapter,
-)
+from keeptune.experiments.posthoc_variants import Variant, put_between, refusal, scaled_adapter, variant_of
 
 
 def adapted(base: Any = None, size: float = 0.5, **config: Any) -> tuple[PeftModel, dict[str, Tensor]]:
@@ -91,9 +86,9 @@ def test_a_whole_model_lies_between_base_and_tuned(dtype: torch.dtype) -> None:
     base, tuned, model = llama(0, dtype), llama(1, dtype), llama(2, dtype)
     end = {name: weight.detach().clone() for name, weight in tuned.named_parameters()}
     for factor, same in ((0, base), (1, tuned)):
-        interpolate(model, base, end, factor)
+        put_between(model, base, end, Variant(factor).between)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
-    interpolate(model, base, end, 0.25, whole=["model.norm"])
+    put_between(model, base, end, Variant(0.25).between, ["model.norm"])
     for (name, weight), start in zip(model.named_parameters(), base.parameters(), strict=True):
         factor = 1.0 if name == "model.norm.weight" else 0.25
         expected = (start.float() + factor * (end[name].float() - start.float())).to(dtype)
@@ -103,7 +98,7 @@ def test_a_whole_model_lies_between_base_and_tuned(dtype: torch.dtype) -> None:
 def test_a_head_that_the_base_has_not_stays_as_tuned() -> None:
     base, tuned, model = llama(0), llama(1), llama(2)
     end = {name: weight.detach().clone() for name, weight in tuned.named_parameters()}
-    interpolate(model, base, end, 0, whole=["lm_head"])
+    put_between(model, base, end, Variant(0).between, ["lm_head"])
     assert torch.equal(model.lm_head.weight, tuned.lm_head.weight)
     assert torch.equal(model.model.norm.weight, base.model.norm.weight)
 
@@ -111,7 +106,7 @@ def test_a_head_that_the_base_has_not_stays_as_tuned() -> None:
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_a_variant_is_read_back_and_has_a_folder_of_its_own(value: float, other: float) -> None:
     variant = Variant(value)
-    assert Variant(**asdict(variant)) == variant
+    assert variant_of(asdict(variant)) == variant
     assert len(variant.slug) < 80
     assert (variant.slug == Variant(other).slug) == (value == other)
     assert (Variant(0.5).slug, Variant(1).slug) == ("scale-0.5", "scale-1")

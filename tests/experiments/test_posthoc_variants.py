@@ -15,6 +15,7 @@ from tests.experiments.support import spec
 from keeptune.adapter.probe import logits_of, random_probe
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ExportError, ModelError
+from keeptune.evaluation.model_pairs import AdapterPair
 from keeptune.experiments import posthoc_variants
 from keeptune.experiments.comparison_record import row_of
 from keeptune.experiments.posthoc_variants import Pruned, Variant, score_variants, write_variant
@@ -144,22 +145,14 @@ def test_a_written_pruned_result_is_a_whole_model_with_a_tenth_of_the_change(
     run = job(method)
     best = write_variant(run, Pruned(0.9), tmp_path / "best")
     assert not (best / "adapter_config.json").exists()
-    found, base = load_model(str(best)), dict(run.base().named_parameters())
-    whole = load_pair(run, find_result(run.output))
-    with whole.after() as model:
-        tuned = model if method == "full" else whole.peft_model.merge_and_unload()
-    changed = 0
-    for (name, weight), end in zip(found.named_parameters(), tuned.parameters(), strict=True):
-        moved = weight != base[name]
+    found, base, whole = load_model(str(best)), run.base(), load_pair(run, find_result(run.output))
+    tuned = whole.peft_model.merge_and_unload() if isinstance(whole, AdapterPair) else whole.tuned
+    for start, weight, end in zip(base.parameters(), found.parameters(), tuned.parameters(), strict=True):
+        moved = weight != start
         torch.testing.assert_close(weight[moved], end[moved], rtol=1e-5, atol=1e-7)
-        if not torch.equal(end, base[name]):
-            changed += 1
-            assert 0 < int(moved.sum()) <= round(0.1 * weight.numel()) + 1, name
-    assert changed > 5
+        assert (0 < int(moved.sum()) <= round(0.1 * weight.numel()) + 1) != torch.equal(end, start)
     export = read_json(best / "keeptune.json")["export"]
     assert (export["format"], export["rank"], export["serve"]) == ("merged", 0, f"vllm serve {best}")
-    row = row_of(spec(run.output, name="run"), Outcome("done"), Pruned(0.9))
-    assert (row["name"], row["label"], row["variant"]) == ("run/pruned-0.9", f"{row['of']}, pruned", {"pruned": 0.9})
 
 
 def test_what_does_not_reproduce_is_not_written(job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,9 @@ from keeptune.adapter.install import lora_layer
 
 
 class _Off(nn.Module):
-    """Multiplies by ``P = I - Q Qᵀ``, from the left or from the right."""
-
     def __init__(self, Q: Tensor, left: bool) -> None:
         super().__init__()
-        self.register_buffer("P", (torch.eye(len(Q), dtype=Q.dtype) - Q @ Q.T).float())
+        self.register_buffer("P", (torch.eye(len(Q)) - Q @ Q.T).float())
         self.left = left
 
     def forward(self, free: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 
-from keeptune.core.errors import DataError, RecipeError, named, nearest
+from keeptune.core.errors import DataError, named, need_known
 from keeptune.data.chat_template import ChatOptions
 from keeptune.data.completions import TaskExamples, check_answers, conversation_examples
 from keeptune.data.examples import Conversation, LanguageExamples, Truncate
@@ -60,8 +60,8 @@ class FormatOptions:
         mapped = "message_property_mappings"
         given = {"format": [self.format] if self.format else [], mapped: self.message_property_mappings}
         for key, known in (("format", (*FORMATS, *_OTHER_NAMES)), (mapped, (*_KEYS, *_PROPERTIES))):
-            for name in set(given[key]) - set(known):
-                raise RecipeError(key, got=f'"{name}"', wanted="a name that is known", next_step=nearest(name, known))
+            for name in given[key]:
+                need_known(name, known, key, "a name that is known")
 
     @cached_property
     def role_of(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from keeptune.core.artefact import content_key
-from keeptune.core.errors import PlanError, RecipeError
+from keeptune.core.errors import PlanError, RecipeError, need_known
 from keeptune.experiments.plan_runs import Comparison, sweep_of
 from keeptune.model.blocks import find_targets
 from keeptune.pipeline.job import Job
@@ -38,8 +38,7 @@ def load_layer_study(
         KeeptuneError: What the user can correct; nothing was written then.
     """
     path = Path(path)
-    if study not in get_args(Study):
-        raise RecipeError("--study", got=study, wanted=", ".join(get_args(Study)), next_step="Pick one.")
+    need_known(study, get_args(Study), "--study", ", ".join(get_args(Study)))
     if study == "single" and numbers is not None:
         raise RecipeError(
             "--numbers",

@@ -49,34 +49,32 @@ VARIANTS = "variants"
 _WEIGHTS = "adapter_model.safetensors"
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
+class _Slug:
+    @property
+    def slug(self) -> str:
+        """Its name as a folder, in as many digits as separate it from every other value."""
+        ((name, value),) = asdict(self).items()  # type: ignore[call-overload]  # of a dataclass
+        return f"{name}-{repr(float(value)).removesuffix('.0')}"
+
+
+@dataclass(frozen=True)
+class Variant(_Slug):
     """A post-hoc variant: the whole change times ``scale`` (eq. 1), from 0 to 1, which leaves the result as it is."""
 
     scale: float
     said: ClassVar[str] = "scaled"
-
-    @property
-    def slug(self) -> str:
-        """Its name as a folder, in as many digits as separate it from every other value."""
-        return f"scale-{repr(float(self.scale)).removesuffix('.0')}"
 
     def between(self, start: Tensor, end: Tensor) -> Tensor:
         """Returns a weight of the variant, given the base's and the tuned one; exact at both ends."""
         return torch.lerp(start, end, self.scale)
 
 
-@dataclass(frozen=True, slots=True)
-class Pruned:
+@dataclass(frozen=True)
+class Pruned(_Slug):
     """A post-hoc variant: the change without a share of its numbers, from 0, which leaves the result, to 1."""
 
     pruned: float
     said: ClassVar[str] = "pruned"
-
-    @property
-    def slug(self) -> str:
-        """Its name as a folder."""
-        return f"pruned-{repr(float(self.pruned)).removesuffix('.0')}"
 
     def between(self, start: Tensor, end: Tensor) -> Tensor:
         """Returns a weight of the variant, given the base's and the tuned one; exact at both ends."""

@@ -8,9 +8,9 @@ Fine-Tuning", AAAI 2026, 2510.13003.
     ΔW = s P_L B A P_R                                                   (2)
     U_kᵀ ΔW = 0,  ΔW V_k = 0:   (W + ΔW) v_i = s_i u_i,  (W + ΔW)ᵀ u_i = s_i v_i   for i = 1..k     (3)
 
-The factors themselves are kept projected, B = P_L B and A = A P_R, and so is every step (``training/projection.py``):
-the same training as of (2), without its products at each token, and any checkpoint or merge holds (3). They stay the
-largest triplets of W + ΔW as long as the rest of W with ΔW has no singular value above s_k.
+Factors are kept projected, B = P_L B and A = A P_R, by every step (``training/projection.py``): the training of (2),
+without its products at each token, and any checkpoint or merge holds (3). The triplets stay the largest ones as long as
+the rest of W with ΔW has no singular value above s_k.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Oplora(LoraStart):
     def allocate(self, scores: Mapping[Target, Any]) -> Mapping[Target, Decision]:
         """Decides on the same rank for all targets; PlanError where the k triplets leave no room for it."""
         decisions = super().allocate(scores)
-        for target, decision in decisions.items():
-            if decision.rank + self.k > target.max_rank:
+        for target in scores:
+            if self.rank + self.k > target.max_rank:
                 raise PlanError(
                     f"method {self.name}, target {target.name}",
-                    got=f"k {self.k} and rank {decision.rank}",
-                    wanted=f"at most {target.max_rank} together for a {target.out_features} x {target.in_features} map",
+                    got=f"k {self.k} and rank {self.rank}",
+                    wanted=f"at most {target.max_rank} together",
                     next_step=f"Lower `method.k`, or leave the role {target.role} out of `targets`.",
                 )
         return decisions

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 from keeptune.adapter.load import SIDECAR, check_base
 from keeptune.adapter.merging import is_streamed, merge
 from keeptune.core.artefact import read_json
-from keeptune.core.errors import ModelError, RecipeError
+from keeptune.core.errors import ModelError, need_known
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import Dtype, LoadOptions, load_config, load_model, load_tokenizer
@@ -42,8 +42,7 @@ def merge_adapter(
         ExportError: The output holds something else, or the logits of the merged model are not finite.
         RecipeError: The dtype is unknown.
     """
-    if dtype not in get_args(Dtype):
-        raise RecipeError("--dtype", got=dtype, wanted=", ".join(get_args(Dtype)), next_step="Pick one.")
+    need_known(dtype, get_args(Dtype), "--dtype", ", ".join(get_args(Dtype)))
     name, head = base or base_of(adapter), head_of_adapter(adapter)
     options = LoadOptions(dtype=cast(Dtype, dtype), head=head)
     load = load_floats if is_streamed(adapter) else load_model

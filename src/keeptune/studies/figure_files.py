@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.core.artefact import write_json
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import RecipeError
 from keeptune.pipeline.machine import check_device, check_folder, device_named
 from keeptune.report.figures import write_figure
 from keeptune.report.pages.charts import Chart
@@ -31,16 +31,6 @@ def check_figure_file(output: Path, example: str, device: str) -> str:
     check_folder("--output", output.parent)
     check_device(device := device_named(device))
     return device
-
-
-def check_word(option: str, value: str, known: Sequence[str]) -> None:
-    """Checks an option that is one of a few words.
-
-    Raises:
-        RecipeError: It is none of them.
-    """
-    if value not in known:
-        raise RecipeError(option, got=value, wanted=" or ".join(known), next_step=nearest(value, known))
 
 
 def write_figure_files(

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from keeptune.core.errors import RecipeError, StatisticsError, nearest
+from keeptune.core.errors import RecipeError, StatisticsError, need_known
 from keeptune.linalg.selections import Rows, count_votes, quota, voted
 from keeptune.methods.loki import Loki
 from keeptune.pipeline.job import Job
@@ -69,8 +69,7 @@ def side_of(words: str, job: Job, option: str) -> Side:
             examples = int(word)
         else:
             known = [*PRESETS, *get_args(Where), "all"]
-            wanted = f"{', '.join(known)}, or a number of examples"
-            raise RecipeError(option, got=f'"{word}"', wanted=wanted, next_step=nearest(word, known))
+            need_known(word, known, option, f"{', '.join(known)}, or a number of examples")
     return Side(dataclasses.replace(attribution, examples=examples), where)
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key
-from keeptune.core.errors import RecipeError
+from keeptune.core.errors import RecipeError, need_known
 from keeptune.evaluation.model_pairs import SuppressedNodes
 from keeptune.evaluation.results import BenchmarkResult, interval_between, trade_off
 from keeptune.linalg.selections import Rows
@@ -29,7 +29,7 @@ from keeptune.report.figures import write_figure
 from keeptune.report.pages.study_charts import density_charts
 from keeptune.report.pages.sweep_charts import sweep_charts, sweep_note
 from keeptune.statistics.neuron_attribution import layer_profile
-from keeptune.studies.figure_files import check_word, write_figure_files
+from keeptune.studies.figure_files import write_figure_files
 from keeptune.studies.node_selections import Where, attributions_of, check_share, chosen_rows, density, loki_of
 
 Over = Literal["layer-balanced", "global"]
@@ -100,7 +100,7 @@ def suppress(
 
 
 def _check(job: Job, q: float, over: str, draws: int) -> None:
-    check_word("--over", over, get_args(Over))
+    need_known(over, get_args(Over), "--over", " or ".join(get_args(Over)))
     check_share(q)
     if draws < 0:
         raise RecipeError("--draws", got=str(draws), wanted="0 or more", next_step="Example: --draws 3")

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import content_key, file_fingerprint, write_json
-from keeptune.core.errors import DataError, ModelError, RecipeError
+from keeptune.core.errors import DataError, ModelError, RecipeError, need_known
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import knowledge_of, knowledge_set
 from keeptune.data.sources import read_jsonl
@@ -45,7 +45,6 @@ from keeptune.statistics.layer_effect import (
     trace_texts,
 )
 from keeptune.statistics.store import Source
-from keeptune.studies.figure_files import check_word
 
 _SHORT = 32  # tokens of a prompt whose heat map is read with ease
 
@@ -196,7 +195,7 @@ def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max")
     """
     store, device = statistics_store(options.store), device_named(options.device)
     _check_effect(request)
-    check_word("--norm", norm, get_args(Norm))
+    need_known(norm, get_args(Norm), "--norm", " or ".join(get_args(Norm)))
     check_folder("--output", options.output)
     check_folder("--store", store.folder)
     check_device(device)
@@ -231,7 +230,7 @@ def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max")
 
 def _check_effect(request: LayerEffect) -> None:
     """Checks the options of a request that comes from a user."""
-    check_word("reading", request.reading, get_args(Reading))
+    need_known(request.reading, get_args(Reading), "reading", " or ".join(get_args(Reading)))
     Noise(request.fraction, request.scale, request.seed)  # checks their ranges
 
 

@@ -60,15 +60,14 @@ def attach(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
             _scale_rate(trainer, plan, value)
     if plan.penalties:
         add_penalties(trainer, plan)
-    if _KEPT in plan.training:  # penalties' gradients too
-        add_projection(trainer, plan)
+    projection = add_projection(trainer, plan) if _KEPT in plan.training else None  # of penalties' gradients too
     chosen = loss_named(loss, {}) if isinstance(loss, str) else loss
     if chosen is not None:
         add_loss(trainer, plan, chosen)
     guard = guards[0] if guards else Guard(plan)
     if not guards:
         trainer.add_callback(guard)
-    guard.attached = True
+    guard.attached, guard.projection = True, projection
 
 
 def _keep_precise(model: Any, plan: Plan) -> None:

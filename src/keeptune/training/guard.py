@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerState
 from keeptune.adapter.install import check_frozen
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
+from keeptune.training.projection import Projection
 
 
 class Guard(TrainerCallback):
@@ -25,6 +26,7 @@ class Guard(TrainerCallback):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.attached = False
+        self.projection: Projection | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Checks the frozen factors, after any checkpoint was loaded."""
@@ -38,6 +40,13 @@ class Guard(TrainerCallback):
             )
         if isinstance(kwargs["model"], PeftModel):
             check_frozen(kwargs["model"], self.plan)
+        if self.projection is not None:
+            self.projection.taken = 0  # training may have been interrupted within a step
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Keeps the factors off the directions that the plan keeps."""
+        if self.projection is not None:
+            self.projection.factors()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Stops at a loss that is not finite."""

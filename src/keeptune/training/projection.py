@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerState
 
 from keeptune.adapter.install import held_parameters, sharded_like
 from keeptune.adapter.trained_head import full
@@ -71,8 +70,8 @@ class Projection:
                     tensor.copy_(sharded_like(whole, held.parameter))
 
 
-def add_projection(trainer: Any, plan: Plan) -> None:
-    """Adds the projections of a plan to a trainer, once per optimiser step; TrainError where there is no moment."""
+def add_projection(trainer: Any, plan: Plan) -> Projection:
+    """Has a trainer project gradients once a step; TrainError where there is no moment for it. Guard does (2)."""
     refuse_trainer(trainer, plan)
     projection, training_step = Projection(trainer.model, plan), trainer.training_step
 
@@ -83,17 +82,4 @@ def add_projection(trainer: Any, plan: Plan) -> None:
         return loss
 
     trainer.training_step = projected
-    trainer.add_callback(_AfterSteps(projection))
-
-
-class _AfterSteps(TrainerCallback):
-    """Projects the factors after each step."""
-
-    def __init__(self, projection: Projection) -> None:
-        self._projection = projection
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._projection.taken = 0  # a step may have been interrupted
-
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._projection.factors()
+    return projection
