@@ -33,14 +33,14 @@ def refuse_sdft(loss: Any, examples: Any, args: Any, stm_threshold: float | None
     if not isinstance(loss, Sdft):
         return
     asked = isinstance(examples, Conversations) or (isinstance(examples, TaskExamples) and examples.prompts is not None)
-    for refused, got, next_step in (
-        (args.world_size > 1, f"{args.world_size} processes", "Start one."),
-        (args.packing, "train.packing", "Leave it out."),
-        (stm_threshold is not None, "task.stm_threshold, which masks tokens of answers", "Leave one of the two out."),
-        (not asked, "whole texts, several files or replay", "Leave `replay` out, give one file, or take nll."),
-    ):
+    for got, refused in {
+        "several processes": args.world_size > 1,
+        "train.packing": args.packing,
+        "task.stm_threshold, which masks tokens of answers": stm_threshold is not None,
+        "whole texts, several files or replay": not asked,
+    }.items():
         if refused:
-            wanted = "one process, and prompts with answers of one file"
+            wanted, next_step = "prompts with answers of one file, in one process", "Change it, or take another loss."
             raise TrainError("task.loss sdft", got=got, wanted=wanted, next_step=next_step)
 
 
@@ -92,7 +92,7 @@ def sdft_trainer(loss: Sdft, examples: Any, *, model: Any, args: Any, processing
 
 
 def _asked(one: Conversation) -> tuple[list[dict[str, str]], str]:
-    """Returns what comes before the last answer, and that; nothing where a template would need more than texts."""
+    """Returns what comes before the last answer, and that; nothing where a template needs more than texts."""
     said = [{"role": m["role"], "content": m.get("content")} for m in one.messages]
     fits = all(m["content"] for m in said) and [m["role"] for m in said[-2:]] == ["user", "assistant"]
     return (said[:-1], said[-1]["content"]) if fits and not one.tools else ([], "")
