@@ -26,5 +26,5 @@ def test_it_starts_as_lora_off_the_largest_triplets(shape: str, k: int) -> None:
 def test_directions_that_leave_no_room_for_the_rank_are_refused() -> None:
     target = target_of(weight("random"))  # 16 x 40
     assert Oplora(rank=4, k=12).allocate({target: None})[target].rank == 4
-    with pytest.raises(PlanError, match=r"target h\.0\.up: got k 13 and rank 4, wanted at most 16 .*Lower `method\.k`"):
+    with pytest.raises(PlanError, match=r"method\.k: got 13, wanted at most 12 beside rank 4 at h\.0\.up\. .*role up"):
         Oplora(rank=4, k=13).allocate({target: None})

@@ -21,7 +21,6 @@ from typing import Any
 
 from torch import Tensor
 
-from keeptune.core.errors import PlanError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
@@ -37,8 +36,7 @@ class Oplora(LoraStart):
     """OPLoRA.
 
     Args:
-        k: How many singular triplets of each W stay as they are; 0 is plain LoRA. Others report 16 and 128 as the
-            paper's.
+        k: How many singular triplets of each W stay as they are; 0 is plain LoRA.
     """
 
     name = "oplora"
@@ -51,13 +49,9 @@ class Oplora(LoraStart):
         """Decides on the same rank for all targets; PlanError where the k triplets leave no room for it."""
         decisions = super().allocate(scores)
         for target in scores:
-            if self.rank + self.k > target.max_rank:
-                raise PlanError(
-                    f"method {self.name}, target {target.name}",
-                    got=f"k {self.k} and rank {self.rank}",
-                    wanted=f"at most {target.max_rank} together",
-                    next_step=f"Lower `method.k`, or leave the role {target.role} out of `targets`.",
-                )
+            room = target.max_rank - self.rank
+            wanted = f"at most {room} beside rank {self.rank} at {target.name}"
+            self.need(self.k <= room, "k", wanted, f"Lower it, or leave the role {target.role} out of `targets`.")
         return decisions
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
@@ -65,10 +59,10 @@ class Oplora(LoraStart):
         plan = super().build(target, weight, stats, decision)
         if not self.k:
             return plan
-        U, S, Vh = end_triplets(weight, self.k, "top", target.name)
-        A = plan.init.A.to(Vh)
-        start = LowRank(B=plan.init.B, A=(A - A @ Vh.T @ Vh).float().cpu())
-        kept = {"U": U.float().contiguous(), "V": Vh.T.float().contiguous()}
+        U, S, Vh = (part.cpu() for part in end_triplets(weight, self.k, "top", target.name))
+        A = plan.init.A.double()
+        start = LowRank(B=plan.init.B, A=(A - A @ Vh.T @ Vh).float())
+        kept = {"U": U.float(), "V": Vh.T.float().contiguous()}
         return replace(plan, init=start, kept=kept, evidence={"kept_singular_values": S.float()})
 
     def size(self, target: Target, downs: Collection[str]) -> Size:
