@@ -28,7 +28,7 @@ import keeptune
 from keeptune.core.artefact import content_key, read_json
 from keeptune.core.errors import KeeptuneError
 from keeptune.evaluation.base_answers import KeptAnswers
-from keeptune.experiments.posthoc_variants import VARIANTS, Variant, score_variants
+from keeptune.experiments.posthoc_variants import VARIANTS, Pruned, Variant, Variants, score_variants
 from keeptune.methods.base import methods
 from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.run import plan_stage, start
@@ -50,6 +50,11 @@ def lora(rank: int = 8, name: str = "lora", **options: Any) -> Row:
     return {"name": name, "rank": rank, **({"alpha": 2 * rank} if name == "lora" else {}), **options}
 
 
+def keep(nats: float) -> Row:
+    """The section ``method`` of keep at a budget."""
+    return {"name": "keep", "rank": 8, "nats": nats, "every": 4, "batch_size": 2}
+
+
 @dataclass(frozen=True)
 class Entry:
     """A row of the tables: what it adds to a recipe, or the entry ``parent`` whose result it scales or repairs.
@@ -63,7 +68,7 @@ class Entry:
     knowledge: str | None = None
     steps: float = 1.0
     parent: str | None = None
-    scale: float | None = None
+    variant: Variants | None = None
     repair: Row | None = None
 
 
@@ -72,7 +77,8 @@ def entries() -> dict[str, Entry]:
     base, own = f"lora, {RATE:g}", "generated"
     found = {
         **{f"lora, {rate:g}": Entry(rate=rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)},
-        **{f"lora scaled, {s:g}": Entry(parent=base, scale=s) for s in (0.25, 0.5, 0.75)},
+        **{f"lora scaled, {s:g}": Entry(parent=base, variant=Variant(s)) for s in (0.25, 0.5, 0.75)},
+        **{f"fapm, {s:g}": Entry(parent=base, variant=Pruned(s)) for s in (0.5, 0.9)},
         "lora rank 2": Entry(lora(2)),
         "lora half the steps": Entry(steps=0.5),
         **{f"repair, {mu:g}": Entry(parent=base, repair={"mu": mu}) for mu in (0.3, 1.0)},
@@ -82,10 +88,8 @@ def entries() -> dict[str, Entry]:
             changes={"task": {"loss": {"name": "sdft", "temperature": 0.0, "max_completion_length": 32}}}
         ),
         "loss stm": Entry(changes={"task": {"stm_threshold": 2.5}}),
-        "keep": Entry({"name": "keep"}, knowledge=own),
-        **{f"keep, {nats:g}": Entry(lora(name="keep", nats=nats), knowledge=own) for nats in (0.003, 0.01, 0.03)},
-        "keep general": Entry({"name": "keep"}, knowledge="general"),
-        "ewc-lora": Entry(changes={"penalties": [{"name": "ewc"}]}, knowledge=own),
+        **{f"keep, {n:g}": Entry(keep(n), knowledge=own) for n in (0.0025, 0.005, 0.01, 0.02)},
+        "keep general, 0.005": Entry(keep(0.005), knowledge="general"),
         "loki": Entry({"name": "loki"}, knowledge=own),
     }
     for name in ("milora", "pissa", "dora", "l2-lora", "farss", "oplora"):
@@ -106,15 +110,14 @@ def entries() -> dict[str, Entry]:
 def schedule() -> Iterator[Cell]:
     """The cells in an order in which wherever it stops, what is there is a table."""
     rates = [f"lora, {rate:g}" for rate in (1e-3, 3e-4, 3e-3)]
-    held = ["kl generated, 1", "replay generated, 0.3", "lora-null v1"]
+    held = ["keep, 0.005", "kl generated, 1", "replay generated, 0.3", "lora-null v1"]
     starts = ["oplora", "corda", "milora", "l2-lora", "lalora", "farss", "ewc-lora"]
     cells = [("smollm2", "labels", name) for name in [*rates, *held, "lora scaled, 0.5"]]
-    for names in (held[:1], held[1:]):
+    for names in (held[:2], held[2:]):
         cells += [("smollm2", task, name) for task in ("calls", "gsm8k") for name in [rates[0], *names]]
         cells += [("gemma3", "labels", name) for name in rates]
         cells += [("smollm2", "labels", name) for name in starts]
-    cells += [("smollm2", "labels", name) for name in entries() if not name.startswith("keep")]
-    cells += [("gemma3", "labels", name) for name in held]
+    cells += [("smollm2", "labels", name) for name in entries()]
     yield from ((*cell, 0) for cell in dict.fromkeys(cells))
 
 
@@ -177,9 +180,9 @@ def run_cell(study: Study, cell: Cell) -> Row:
             repaired = repaired_adapter(job.output, entry.repair, study.work / "store")
         folder = job.output / f"evaluation-{result_fingerprint(repaired)[:12]}"
     with timed(seconds, "score"):
-        if entry.scale is not None:
-            score_variants(job, [Variant(entry.scale)], kept=kept)
-            folder = job.output / VARIANTS / Variant(entry.scale).slug
+        if entry.variant is not None:
+            score_variants(job, [entry.variant], kept=kept)
+            folder = job.output / VARIANTS / entry.variant.slug
         else:
             evaluate_stage(job, None if entry.repair is None else repaired, kept=kept)
     if (job.output / "merged").is_dir():  # a whole model; no cell starts from one

@@ -107,7 +107,7 @@ def table(rows: Sequence[Row]) -> str:
         scores, seconds = row["scores"], row["seconds"]
         kl = mean(scores[name]["kl"] for name in ("own-texts", "own-chats") if name in scores)
         time = f"{seconds['plan']:.0f} s, {seconds['train'] / mean(plain):.2f}" if plain else ""
-        if row["entry"].startswith(("lora scaled", "repair")):
+        if row["entry"].startswith(("lora scaled", "repair", "fapm")):
             time = f"+{seconds.get('repair', 0):.0f} s"
         label = row["entry"] + (f" (seed {row['seed']})" if row["seed"] else "")
         changes = [difference(scores[name]) for name in KEPT]
