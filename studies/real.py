@@ -90,6 +90,7 @@ def entries() -> dict[str, Entry]:
         "loss stm": Entry(changes={"task": {"stm_threshold": 2.5}}),
         **{f"keep, {n:g}": Entry(keep(n), knowledge=own) for n in (0.0025, 0.005, 0.01, 0.02)},
         "keep general, 0.005": Entry(keep(0.005), knowledge="general"),
+        "ewc-lora": Entry(changes={"penalties": [{"name": "ewc"}]}, knowledge=own),
         "loki": Entry({"name": "loki"}, knowledge=own),
     }
     for name in ("milora", "pissa", "dora", "l2-lora", "farss", "oplora"):
