@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests.experiments.support import spec
+from tests.pipeline.support import recipe_of
 
 from keeptune.adapter.probe import logits_of, random_probe
 from keeptune.core.artefact import read_json
@@ -23,6 +24,7 @@ from keeptune.experiments.single_run import Outcome
 from keeptune.model.pretrained import load_model
 from keeptune.pipeline import scoring
 from keeptune.pipeline.job import Job
+from keeptune.pipeline.run import run
 from keeptune.pipeline.scoring import find_result, load_pair
 
 Jobs = Callable[[str], Job]
@@ -153,6 +155,23 @@ def test_a_written_pruned_result_is_a_whole_model_with_a_tenth_of_the_change(
         assert (0 < int(moved.sum()) <= round(0.1 * weight.numel()) + 1) != torch.equal(end, start)
     export = read_json(best / "keeptune.json")["export"]
     assert (export["format"], export["rank"], export["serve"]) == ("merged", 0, f"vllm serve {best}")
+
+
+def test_what_16_bits_would_round_away_stays_in_a_pruned_result(trained: Any, tmp_path: Path) -> None:
+    given = {**trained("lora")[0], "dtype": "bfloat16", "output": str(tmp_path / "run")}
+    run(recipe_of(given))
+    job = Job(recipe_of(given))
+    place = find_result(job.output)
+    pair = posthoc_variants._Loaded(job, place).make(Pruned(0))
+    best = load_model(str(write_variant(job, Pruned(0), tmp_path / "best")))
+    adapter = load_pair(job, place).peft_model
+    name = "model.layers.0.mlp.down_proj"
+    change = adapter.base_model.model.get_submodule(name).get_delta_weight("default")
+    for model in (pair.tuned, best):
+        moved = model.get_parameter(f"{name}.weight") - pair.base.get_parameter(f"{name}.weight")
+        torch.testing.assert_close(moved, change, rtol=1e-3, atol=1e-7)
+    rounded = (pair.base.get_parameter(f"{name}.weight").float() + change).bfloat16()
+    assert float((rounded == pair.base.get_parameter(f"{name}.weight")).float().mean()) > 0.1
 
 
 def test_what_does_not_reproduce_is_not_written(job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

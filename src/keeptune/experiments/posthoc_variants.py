@@ -6,7 +6,8 @@ With W0 the base's weights and W1 the tuned ones, s in [0, 1],
 
 is the interpolation of WiSE-FT (Wortsman et al., CVPR 2022), averaging with the base (LM-Cocktail, 2311.13534). For a
 LoRA, W1 - W0 = (alpha / r) B A, so that s is folded into B; the base stays as it is. A pruned change (``fapm.py``) is
-of no low rank: the result is a whole model, with an adapter merged in float32.
+of no low rank: the result is a whole model, of an adapter in float32. In 16 bits what is kept, on W's large numbers,
+would be rounded away: relative steps are 0.004 there, and a LoRA's change can be smaller.
 
 Beside the run, ``variants/<variant>/`` has a record and the items of each benchmark, and ``variant.json``: the variant,
 the weights that it was made of, and why the result cannot have it where it cannot. The variant's weights are not kept:
@@ -112,8 +113,8 @@ class _Loaded:
             set_peft_model_state_dict(pair.peft_model, scaled_adapter(tensors, variant))
             return pair
         if isinstance(pair, AdapterPair):
-            merged = load_adapter(self.job.base().float(), self.folder).merge_and_unload()
-            pair, tensors = TwoModels(self.job.base(), self.job.base()), dict(merged.named_parameters())
+            pair = TwoModels(self.job.base(), load_adapter(self.job.base().float(), self.folder).merge_and_unload())
+            tensors = dict(pair.tuned.named_parameters())
         put_between(pair.tuned, pair.base, tensors, variant.between, head_of(pair.tuned))
         return pair
 
@@ -232,4 +233,5 @@ def _write_weights(job: Job, pair: AdapterPair | TwoModels, folder: Path, fresh:
         return load_adapter(job.base(), fresh)
     assert isinstance(pair, TwoModels)
     pair.tuned.save_pretrained(fresh)
-    return load_model(str(fresh), LoadOptions(dtype=job.recipe.dtype, device=job.device, head=job.head))
+    dtype: Any = str(pair.tuned.dtype).removeprefix("torch.")
+    return load_model(str(fresh), LoadOptions(dtype=dtype, device=job.device, head=job.head))
