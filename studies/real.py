@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import keeptune
-from keeptune.core.artefact import content_key, read_json
+from keeptune.core.artefact import content_key, read_json, write_json
 from keeptune.core.errors import KeeptuneError
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.experiments.posthoc_variants import VARIANTS, Pruned, Variant, Variants, score_variants
@@ -172,6 +172,9 @@ def run_cell(study: Study, cell: Cell) -> Row:
         plan = plan_stage(job)
     with timed(seconds, "train"):
         train_stage(job, plan)
+    took = job.output / "seconds.json"  # of the first time, where a killed cell is gone on with
+    seconds = read_json(took) if took.is_file() else seconds
+    write_json(took, {key: seconds[key] for key in ("plan", "train")})
     export_stage(job, plan)
     trained = read_json(job.output / "trained" / "train.json")
     kept = KeptAnswers(study.work / "base", content_key([job.base_fingerprint, "cpu"]))

@@ -101,12 +101,12 @@ def table(rows: Sequence[Row]) -> str:
     heads = [f"{name} ({own[key]['before']:.3f}, n {own[key]['n']})" for key, name in KEPT.items()]
     first = ["", f"task ({own[task]['before']:.3f}, n {own[task]['n']})", *heads, "forgotten on average", "KL"]
     lines = [line(*first, "plan, time"), line("---", *["---:"] * (len(first)))]
-    plain = [row["seconds"]["train"] for row in rows if is_lora(row)]
+    plain = [row["seconds"]["train"] for row in rows if is_lora(row) and "train" in row["seconds"]]
     for row in rows:
         share, half = forgotten(row)
         scores, seconds = row["scores"], row["seconds"]
         kl = mean(scores[name]["kl"] for name in ("own-texts", "own-chats") if name in scores)
-        time = f"{seconds['plan']:.0f} s, {seconds['train'] / mean(plain):.2f}" if plain else ""
+        time = f"{seconds['plan']:.0f} s, {seconds['train'] / mean(plain):.2f}" if plain and "train" in seconds else ""
         if row["entry"].startswith(("lora scaled", "repair", "fapm")):
             time = f"+{seconds.get('repair', 0):.0f} s"
         label = row["entry"] + (f" (seed {row['seed']})" if row["seed"] else "")
