@@ -25,15 +25,20 @@ NEAR = 0.02
 _HEAD = """# Real language models: what methods forget
 
 Made by `python -m studies.real` from [the records](real/cells.jsonl): {cells} cells, {seeds}. bfloat16, one thread of a
-CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps and a peak rate of 1e-3 unless a row says otherwise.
-*generated*: the base wrote what is to be kept itself, nobody gave a file; *general*: the mixture that ships.
+CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps of a few short examples (8 of labels, 4 of calls, 2 of
+word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*: the base wrote the 256 texts that are
+to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so.
+
+Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
+three answers to questions that begin alike, by log-likelihood; web text (C4). What a row shows is the difference to the
+base, of accuracies in points, with its 95% interval over items, paired.
 
 **Forgotten** is (before - after) / before of an accuracy (chance is not taken off), and 1 - exp(before - after) of nats
 per token, the share that a token's probability has lost; negative where a score rose. *On average*: over the four kept
-benchmarks. Brackets are 95% intervals over items, paired with the base; ± is half of the average's, which takes the
-benchmarks as independent. *KL*: nats per token from the base to the tuned model on texts that the base wrote with a
-seed of their own, the mean of plain texts and chats. *Plan*: its processor seconds; *time*: those of training over
-LoRA's. Few hundred items each: differences within the intervals are noise.
+benchmarks; ± is half of its interval, which takes the benchmarks as independent. *KL*: nats per token from the base to
+the tuned model on texts that the base wrote with another seed, the mean of plain texts and chats. *Plan*: its processor
+seconds (the base's texts were written before); *time*: those of training over the mean of LoRA's; a machine that others
+use made both vary. One seed, few hundred items: differences within the intervals are noise.
 
 ![Forgotten against learned](real/real.png)
 """
@@ -130,14 +135,15 @@ def matched(rows: Sequence[Row]) -> str:
     best = max((row for row in rows if is_lora(row)), key=learned)
     near = [row for row in rows if learned(row) >= learned(best) - NEAR]
     lines = [
-        f"\nAt the task score of LoRA's best rate ({best['entry']}), at most {NEAR} below it; losses over LoRA's:\n",
+        f"\nAt the task score of LoRA's best rate ({best['entry']}), at most {NEAR} below it; losses over LoRA's, where"
+        " LoRA's is more than noise:\n",
         line("", "task, less LoRA's", "on average", *KEPT.values()),
         line("---", *["---:"] * (len(KEPT) + 2)),
     ]
     for row in near:
-        losses = [(forgotten(row)[0], forgotten(best)[0])]
-        losses += [(lost(row["scores"][name])[0], lost(best["scores"][name])[0]) for name in KEPT]
-        shares = [f"{part / whole:.0%}" if whole > 0.005 else "-" for part, whole in losses]
+        losses = [(forgotten(row)[0], *forgotten(best))]
+        losses += [(lost(row["scores"][name])[0], *lost(best["scores"][name])) for name in KEPT]
+        shares = [f"{part / whole:.0%}" if whole > half else "-" for part, whole, half in losses]
         lines.append(line(row["entry"], against(*(one["scores"][one["task"]] for one in (row, best))), *shares))
     if less := [f"{row['entry']} ({abs(learned(row)):.3f})" for row in rows if row not in near]:
         lines.append(f"\nThese learned less: {', '.join(less)}.")
