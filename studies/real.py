@@ -113,10 +113,12 @@ def schedule() -> Iterator[Cell]:
     rates = [f"lora, {rate:g}" for rate in (1e-3, 3e-4, 3e-3)]
     held = ["keep, 0.005", "kl generated, 1", "replay generated, 0.3", "lora-null v1"]
     starts = ["oplora", "corda", "milora", "l2-lora", "lalora", "farss", "ewc-lora"]
-    cells = [("smollm2", "labels", name) for name in [*rates[:2], *held[:2]]]
-    cells += [("smollm2", task, name) for task in ("calls", "gsm8k") for name in (rates[0], held[0])]
+    cells = [("smollm2", "labels", name) for name in [*rates[:2], held[0]]]
+    cells += [("smollm2", "gsm8k", name) for name in (rates[0], held[0])]
+    cells += [("smollm2", "labels", name) for name in ["lora scaled, 0.5", *held[1:]]]
+    cells += [("smollm2", "calls", name) for name in (rates[0], held[0])]
     cells += [("gemma3", "labels", name) for name in rates[:2]]
-    cells += [("smollm2", "labels", name) for name in [rates[2], *held[2:], "lora scaled, 0.5", *starts]]
+    cells += [("smollm2", "labels", name) for name in [rates[2], *starts]]
     cells += [("smollm2", task, name) for task in ("calls", "gsm8k") for name in held[1:]]
     cells += [("smollm2", "labels", name) for name in entries()]
     yield from ((*cell, 0) for cell in dict.fromkeys(cells))
@@ -193,7 +195,7 @@ def run_cell(study: Study, cell: Cell) -> Row:
         for name in ("merged", "trained", "plan"):
             shutil.rmtree(job.output / name, ignore_errors=True)
     about = {key: values[key] for key in ("method", "penalties", "replay", "knowledge", "train") if key in values}
-    last = {key: value for key, value in trained["loss"][-1].items() if key not in ("epoch", "learning_rate")}
+    last = {key: value for key, value in trained["loss"][-1].items() if key.startswith(("loss", "held_out", "step"))}
     return {
         **{"v": VERSION, "model": cell[0], "task": cell[1], "entry": cell[2], "seed": cell[3]},
         "scores": {one.name: scores_of(folder, one.name) for one in job.recipe.evaluate},
