@@ -27,8 +27,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
 from keeptune.core.artefact import content_key, read_json, write_bytes, write_json
+from keeptune.core.bootstrap import paired_interval
 from keeptune.data.sources import read_jsonl
-from keeptune.evaluation.metrics import paired_interval
 from keeptune.linalg.selections import Rows, overlap_of, overlaps
 from keeptune.model.probes.block_calls import without_nodes
 from keeptune.pipeline.demo import demo_recipe

@@ -4,7 +4,7 @@
     min L_task   subject to   D <= nats                      by a controlled multiplier               (2)
     D = mean_i KL(p_base(. | x_<i) || p(. | x_<i))           nats per token, measured                 (3)
 
-D is measured on a few knowledge texts at every k-th optimiser step, with its gradient (penalties/kl.py), and the
+D is measured on a knowledge text or more at every k-th optimiser step, with its gradient (penalties/kl.py), and the
 multiplier follows what is measured (penalties/budget.py). Without knowledge of the user's the base writes the texts
 itself. No statistics are taken: the plan costs nothing.
 """
@@ -25,8 +25,9 @@ class Keep(LoraStart):
 
     Args:
         nats: The budget: how many nats per token may be lost on the knowledge.
-        every: At which optimiser steps it is measured and held: 4 is every fourth.
-        batch_size: Knowledge texts of such a step.
+        every: At which optimiser steps it is measured and held: 4 is every fourth; None chooses it so that knowledge
+            adds a quarter to a step at most.
+        batch_size: Knowledge texts of such a step; None takes as many as have 128 tokens.
 
     Raises:
         PlanError: An option is out of range.
@@ -37,9 +38,9 @@ class Keep(LoraStart):
     strength_option = Strength("nats", "divided")
     ranges = {"nats": Range(above=0), **dict.fromkeys(("every", "batch_size"), Range(least=1))}
 
-    nats: float = 0.005
-    every: int = 4
-    batch_size: int = 2
+    nats: float = 0.01
+    every: int | None = None
+    batch_size: int | None = None
 
     def penalties(self) -> tuple[Kl]:
         """Returns the budget."""

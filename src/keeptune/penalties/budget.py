@@ -19,7 +19,7 @@ from torch import Tensor
 
 RATE = 0.1  # for each optimiser step
 GAIN = 2.0
-LEAST, MOST = 0.01, 10.0
+LEAST, MOST = 0.01, 1.0
 _MET = 0.2  # of the budget
 
 

@@ -5,9 +5,14 @@
     P = k p D / budget                                       p by the controller of penalties/budget.py          (3)
 
 D is in nats per token, the measure of forgetting itself where penalties on the weights are its second order. A batch
-costs a forward and backward pass of ``batch_size`` texts, and a forward pass of the base; with ``every`` k it is taken
-at every k-th step, and counts k times. With a budget there is no strength to choose: the controller meets it in what
-is measured, D. An eighth of the texts is never trained on; the verdict at the end is the KL on these.
+costs a forward and backward pass of ``batch_size`` texts, and a forward pass of the base; taken at every k-th step, it
+counts k times. An eighth of the texts, 32 at most, is never trained on. With a budget there is no strength to choose:
+the controller meets it in what is measured, D on the batch times the ratio of what held-out texts lose to what those of
+training do. The verdict at the end is the KL on all that are held out.
+
+The chosen k is the smallest at which (1) adds a quarter to a step at most, by tokens: a pass back counts as two, so
+that a text of knowledge takes 4.5 passes (with a check of held-out ones) and one of the task 3. Where gradients are
+clipped, a batch at every k-th step has a k-th of the say at most: where a budget is overdrawn, ``every: 1`` holds it.
 
 The base is the model as it starts: its factors are put in for the pass, whatever the anchor. (Without its adapter a
 model with a residual anchor is not the base.) Padding, prompts, the
@@ -17,6 +22,7 @@ the step, which is in every checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -33,8 +39,11 @@ from keeptune.penalties.budget import GAIN, ascended, excess, verdict
 from keeptune.statistics.request import DataRole
 
 _IDS, _LENGTHS, _LEARNED, _STEP = "ids", "lengths", "learned", "step"
-_MULTIPLIER, _PRESSURE, _MEAN = "log multiplier", "log pressure", "mean"
-_SMOOTHING = 0.5  # how much the last batch counts in what the controller sees
+_MULTIPLIER, _PRESSURE = "log multiplier", "log pressure"
+_EVERY, _LAST, _HELD, _TRAINED = "every", "last", "mean held out", "mean trained on"
+_QUICK, _SLOW = 0.25, 0.2  # how much the last batch counts in means of D
+_TOKENS = 128  # of a batch whose size is chosen
+_COST, _SHARE, _RAREST = 4.5 / 3, 0.25, 8
 _HELD_OUT, _MOST_HELD_OUT = 8, 32  # one text of so many, up to so many
 
 
@@ -100,14 +109,15 @@ class Kl(Penalty):
     Args:
         strength: What a nat per token weighs against a nat of the task's loss.
         budget: In its place, the nats per token that may be lost on the knowledge.
-        every: At which optimiser steps: 4 is every fourth, weighed fourfold.
-        batch_size: Texts of such a step.
+        every: At which optimiser steps: 4 is every fourth, weighed fourfold; None chooses it at the first step, so that
+            knowledge adds a quarter to the task's tokens at most (8 at most).
+        batch_size: Texts of such a step; None takes as many as have 128 tokens.
         seed: Seed of their order.
     """
 
     name = "kl"
     paper = "Li and Hoiem, Learning without Forgetting, 1606.09282 (in spirit)"
-    state: ClassVar[tuple[str, ...]] = (_STEP, _MULTIPLIER, _PRESSURE, _MEAN)
+    state: ClassVar[tuple[str, ...]] = (_STEP, _EVERY, _MULTIPLIER, _PRESSURE, _LAST, _HELD, _TRAINED)
     once = True
     ranges = {
         "strength": Range(least=0),
@@ -119,8 +129,8 @@ class Kl(Penalty):
 
     strength: float = 1.0
     budget: float | None = None
-    every: int = 1
-    batch_size: int = 8
+    every: int | None = 1
+    batch_size: int | None = 8
     seed: int = 0
 
     @property
@@ -148,30 +158,56 @@ class Kl(Penalty):
         learned = torch.ones_like(ids, dtype=torch.bool)
         if knowledge.learned:
             learned = pad_sequence([torch.tensor(knowledge.learned[index]) for index in long], True, True)
-        state = {_STEP: 0.0, _MULTIPLIER: 0.0, _PRESSURE: -GAIN, _MEAN: -1.0}  # a mean below 0 is none yet
+        state = dict.fromkeys(self.state, 0.0) | {_EVERY: float(self.every or 0), _PRESSURE: -GAIN}
         held = {name: torch.tensor([value], dtype=torch.float64) for name, value in state.items()}
         return {_IDS: ids, _LENGTHS: torch.tensor(list(map(len, texts))), _LEARNED: learned, **held}
 
     def weight(self, tensors: Mapping[str, Tensor]) -> float:
         """Returns what D counts in this step, of (2) or (3); 0 at a step that has none."""
-        if int(tensors[_STEP]) % self.every:
+        every = int(tensors[_EVERY])
+        if int(tensors[_STEP]) % every:
             return 0.0
-        return self.every * (self.strength if self.budget is None else float(tensors[_PRESSURE].exp()) / self.budget)
+        return every * (self.strength if self.budget is None else float(tensors[_PRESSURE].exp()) / self.budget)
+
+    def choose(self, tensors: Mapping[str, Tensor], tokens: int) -> None:
+        """Chooses k from how many tokens of the task a step has; where that is not known, 0, every step is taken."""
+        own = self._size(tensors) * float(tensors[_LENGTHS].double().mean())
+        k = math.ceil(_COST * own / (_SHARE * tokens)) if tokens else 1
+        tensors[_EVERY].fill_(min(k, _RAREST))
+
+    def undecided(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Returns whether k is still to be chosen."""
+        return int(tensors[_EVERY]) == 0
+
+    def size_of(self, mean: float) -> int:
+        """Returns the texts of a batch, given their mean length in tokens."""
+        return max(round(_TOKENS / mean), 1) if self.batch_size is None else self.batch_size
+
+    def _size(self, tensors: Mapping[str, Tensor]) -> int:
+        return self.size_of(float(tensors[_LENGTHS].double().mean()))
 
     def batch(self, tensors: Mapping[str, Tensor]) -> TextBatch:
         """Returns the texts of this step."""
-        number = int(tensors[_STEP]) // self.every
-        return _rows(tensors, trained_on(len(tensors[_IDS]), size=self.batch_size, seed=self.seed, number=number))
+        number = int(tensors[_STEP]) // int(tensors[_EVERY])
+        return _rows(tensors, trained_on(len(tensors[_IDS]), size=self._size(tensors), seed=self.seed, number=number))
+
+    def check(self, tensors: Mapping[str, Tensor]) -> TextBatch | None:
+        """Returns the held-out texts that a budget is measured on in this step, a quarter of a batch; None without."""
+        rows, size = held_out(len(tensors[_IDS])), max(self._size(tensors) // 4, 1)
+        if self.budget is None or not rows:
+            return None
+        first = int(tensors[_STEP]) // int(tensors[_EVERY]) * size
+        return _rows(tensors, [rows[(first + index) % len(rows)] for index in range(min(size, len(rows)))])
 
     def held_out(self, tensors: Mapping[str, Tensor]) -> Iterator[TextBatch]:
         """Yields the texts of the verdict; where none is held out, those of training."""
         rows = held_out(len(tensors[_IDS])) or [*range(len(tensors[_IDS]))]
-        for first in range(0, len(rows), self.batch_size):
-            yield _rows(tensors, rows[first : first + self.batch_size])
+        for first in range(0, len(rows), size := self._size(tensors)):
+            yield _rows(tensors, rows[first : first + size])
 
     def update(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Goes on to the next step, and after a measurement takes that of the controller."""
-        weight = self.weight(tensors)
+        weight = self.weight(tensors) if "" in values else 0.0
         tensors[_STEP].add_(1)
         if not weight:
             return {}
@@ -179,10 +215,14 @@ class Kl(Penalty):
         if self.budget is None:
             return logs
         logs["multiplier"] = tensors[_PRESSURE][0].exp()
-        mean, measured = tensors[_MEAN], (values[""] / weight).to(tensors[_MEAN])
-        mean.copy_(measured if float(mean) < 0 else mean + _SMOOTHING * (measured - mean))
-        c = excess(mean, self.budget)
-        tensors[_MULTIPLIER].copy_(ascended(tensors[_MULTIPLIER], c, self.every))
+        trained = (values[""] / weight).to(tensors[_LAST])
+        held = values.get("held_out", trained).to(trained)
+        for name, measured, rate in ((_LAST, trained, _QUICK), (_TRAINED, trained, _SLOW), (_HELD, held, _SLOW)):
+            tensors[name].lerp_(measured.expand(1), rate)
+        ratio = tensors[_HELD] / tensors[_TRAINED] if float(tensors[_TRAINED]) > 0 else 1.0
+        c = excess(tensors[_LAST] * ratio, self.budget)
+        logs["kl_held_out"] = held
+        tensors[_MULTIPLIER].copy_(ascended(tensors[_MULTIPLIER], c, int(tensors[_EVERY])))
         tensors[_PRESSURE].copy_(tensors[_MULTIPLIER] + GAIN * c)
         return logs
 

@@ -77,26 +77,44 @@ class Outputs:
         }
         return _together(value, own_gradients)
 
-    @torch.no_grad()
     def measured(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-        """Returns the KL on the texts that were held out, nats per token, with its interval over the texts."""
-        sharded = _is_sharded(self._model.parameters())
-        (rank, world), rows = _process(), list[Tensor]()
-        with in_evaluation(self._model):
-            for batch in self.penalty.held_out(tensors):
-                own, sums = _share(batch, keep_one=sharded), batch.input_ids.new_zeros(len(batch.learned), 2).double()
-                if len(own.input_ids):
-                    nats, _ = kl_and_slope(self._base(own), self._logits(own))
-                    parts = torch.split(nats.double(), own.learned.sum(dim=1).tolist())
-                    for row, part in zip(range(rank, len(sums), world), parts, strict=False):
-                        sums[row, 0], sums[row, 1] = part.sum(), len(part)
-                rows.append(sums)
-        every = torch.cat(rows)
-        if world > 1:
-            dist.all_reduce(every)
+        """Returns the KL on all texts that are held out, nats per token, with its interval over the texts."""
+        every = torch.cat([self._sums(batch) for batch in self.penalty.held_out(tensors)])
         total, tokens = every[every[:, 1] > 0].cpu().T.numpy()
         low, high = paired_interval(0 * total, total, 0, weights=tokens)
         return {"kl": float(total.sum() / tokens.sum()), "low": low, "high": high, "texts": float(len(tokens))}
+
+    def due(self, tensors: Mapping[str, Tensor], tokens: int) -> bool:
+        """Returns whether this step has a batch, given how many tokens of the task this process has passed in it."""
+        if self.penalty.undecided(tensors):
+            every = torch.tensor(tokens, device=next(self._model.parameters()).device)
+            if dist.is_initialized():
+                dist.all_reduce(every)
+            self.penalty.choose(tensors, int(every))
+        return self.penalty.weight(tensors) > 0
+
+    def checked(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the KL on some of the texts that are held out, where a budget asks for it."""
+        batch = self.penalty.check(tensors)
+        if batch is None:
+            return {}
+        nats, tokens = self._sums(batch).sum(dim=0)
+        return {"held_out": nats / tokens.clamp_min(1)}
+
+    @torch.no_grad()
+    def _sums(self, batch: TextBatch) -> Tensor:
+        """Returns the nats lost on each text, and its learned tokens, ``(texts, 2)``; processes divide the texts."""
+        own = _share(batch, keep_one=_is_sharded(self._model.parameters()))
+        (rank, world), sums = _process(), batch.input_ids.new_zeros(len(batch.learned), 2).double()
+        if len(own.input_ids):
+            with in_evaluation(self._model):
+                nats, _ = kl_and_slope(self._base(own), self._logits(own))
+            parts = torch.split(nats.double(), own.learned.sum(dim=1).tolist())
+            for row, part in zip(range(rank, len(sums), world), parts, strict=False):
+                sums[row, 0], sums[row, 1] = part.sum(), len(part)
+        if world > 1:
+            dist.all_reduce(sums)
+        return sums
 
     def _logits(self, batch: TextBatch) -> Tensor:
         """Returns the logits at each learned place, ``(learned tokens, vocabulary)``."""

@@ -60,28 +60,29 @@ class Penalties:
         self.taken = 0
 
     @torch.no_grad()
-    def step(self, scale: float = 1.0) -> Tensor:
+    def step(self, scale: float = 1.0, tokens: int = 0) -> Tensor:
         """Adds the gradients of all penalties to ``.grad``: after the backward pass, before clipping.
 
-        ``scale`` is that of gradients at this moment: ``scaler.get_scale()`` under a ``GradScaler``.
+        ``scale`` is that of gradients at this moment: ``scaler.get_scale()`` under a ``GradScaler``; ``tokens`` how
+        many tokens of the task this process has passed in this step, by which ``kl`` chooses how often it measures.
         """
-        total, summed = self._gradients(scale)
+        total, summed = self._gradients(scale, tokens)
         for parameter, gradient in summed.items():
             _add(parameter, gradient if scale == 1 else gradient * scale)
         return total
 
-    def term(self) -> Tensor:
+    def term(self, tokens: int = 0) -> Tensor:
         """Returns a term of the last micro-batch's loss whose gradients are those that :meth:`step` adds (DeepSpeed).
 
         It is the same on all processes, and so its own average; its value is the sum of <g, p>, not the penalties'.
         """
-        _, summed = self._gradients(1.0)
+        _, summed = self._gradients(1.0, tokens)
         zero = torch.zeros((), device=self._home)
         with torch.enable_grad():
             return sum(((gradient.to(p.dtype) * p).sum() for p, gradient in summed.items()), zero)
 
     @torch.no_grad()
-    def _gradients(self, scale: float) -> tuple[Tensor, Gradients]:
+    def _gradients(self, scale: float, tokens: int) -> tuple[Tensor, Gradients]:
         held = self._held()
         values: list[dict[str, Tensor]] = [{} for _ in self._penalties]
         summed: Gradients = {}
@@ -89,13 +90,15 @@ class Penalties:
             for factor, gradient in _gradients(target_plan, of_target, terms, values).items():
                 of_target[factor].add(summed, gradient)
         logs: dict[str, Tensor] = {}
-        for outputs, own, parts in zip(self._outputs, self._own, values, strict=True):
-            if outputs is not None and outputs.penalty.weight(own):
+        checked: list[Mapping[str, Tensor]] = [{} for _ in values]
+        for index, (outputs, own, parts) in enumerate(zip(self._outputs, self._own, values, strict=True)):
+            if outputs is not None and outputs.due(own, tokens):
                 parts[""], gradients = outputs.value_and_grad(own, scale)
+                checked[index] = outputs.checked(own)
                 logs[f"penalty_grad_norm/{outputs.penalty.name}"] = gradient_norm(gradients)
                 add_gradients(summed, gradients)
-        for penalty, own, parts in zip(self._penalties, self._own, values, strict=True):
-            logs |= penalty.update(own, parts)
+        for penalty, own, parts, more in zip(self._penalties, self._own, values, checked, strict=True):
+            logs |= penalty.update(own, {**parts, **more})
         sums = self._by_penalty(values)
         total = torch.stack(list(sums.values())).sum()
         logs |= {"penalty": total, "penalty_grad_norm": gradient_norm(summed).to(self._home), **sums}
@@ -215,17 +218,23 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
     refuse_trainer(trainer, plan)
     penalties = Penalties(trainer.model, plan)
     training_step, log = trainer.training_step, trainer.log
+    counted = 0  # tokens of the micro-batches of a step
 
-    def with_penalties(*args: Any, **kwargs: Any) -> Any:
-        loss = training_step(*args, **kwargs)
+    def counting(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal counted
+        counted += sum(value.numel() for name, value in inputs.items() if name.endswith("input_ids"))
+        loss = training_step(model, inputs, *args, **kwargs)
         if trainer.accelerator.sync_gradients:
-            scaler = trainer.accelerator.scaler
-            penalties.step(1.0 if scaler is None else scaler.get_scale())
+            if not zero:
+                scaler = trainer.accelerator.scaler
+                penalties.step(1.0 if scaler is None else scaler.get_scale(), counted)
+            counted = 0
         return loss
 
     def with_term(loss: Tensor, scale_wrt_gas: bool = True, **kwargs: Any) -> None:
         if trainer.accelerator.sync_gradients:  # the engine divides by the micro-batches, or Trainer has
-            loss = loss + penalties.term() * (trainer.accelerator.gradient_accumulation_steps if scale_wrt_gas else 1)
+            steps = trainer.accelerator.gradient_accumulation_steps if scale_wrt_gas else 1
+            loss = loss + penalties.term(counted) * steps
         backward(loss, scale_wrt_gas=scale_wrt_gas, **kwargs)
 
     def with_parts(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -233,10 +242,9 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
             logs |= penalties.read()
         log(logs, *args, **kwargs)
 
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if zero := trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         backward, trainer.accelerator.backward = trainer.accelerator.backward, with_term
-    else:
-        trainer.training_step = with_penalties
+    trainer.training_step = counting
     trainer.log = with_parts
     trainer.add_callback(_Count(penalties, plan))
     if any(penalties.state()):

@@ -333,7 +333,7 @@ class Footprint:
         for one in self._penalties:
             if not isinstance(one, Kl):
                 continue
-            batch = min(one.batch_size, data.texts)
+            batch = min(one.size_of(data.mean), data.texts)
             ranks = sum(size.rank for size in self.sizes.values())
             held["activations"] = estimate.activation_bytes(
                 self.shape, self.used, ranks=ranks, batch=batch, length=data.longest, checkpointing=saving
