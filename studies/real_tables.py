@@ -11,7 +11,7 @@ from typing import Any
 from keeptune.core.artefact import write_bytes
 from keeptune.core.bootstrap import paired_interval
 from studies.cells import read_rows
-from studies.drawing import Figure, finish, frame, look, page, png, themed
+from studies.drawing import MUTED, Figure, finish, frame, look, page, png, themed
 
 Row = Mapping[str, Any]
 KEPT = {"arc_easy": "ARC-Easy", "openbookqa": "OpenBookQA", "facts": "facts", "web": "C4, nats"}
@@ -164,15 +164,17 @@ def picture(rows: Sequence[Row]) -> Figure:
     families = list(dict.fromkeys(row["entry"].partition(",")[0] for row in rows))
     with themed():
         made = page(1.5 + 4.6 * len(groups(rows)), 5.4)
-        plots = made.subplots(1, len(groups(rows)), squeeze=False)[0]
+        plots = made.subplots(1, len(groups(rows)), squeeze=False, sharey=True)[0]
         for axes, ((model, task), some) in zip(plots, groups(rows).items(), strict=True):
             for index, family in enumerate(families):
                 own = sorted((row for row in some if row["entry"].partition(",")[0] == family), key=learned)
-                x, y = [learned(row) for row in own], [100 * forgotten(row)[0] for row in own]
-                drawn = look(index)
-                axes.plot(x, y, marker=drawn.shape, lw=0.8, ms=6, color=drawn.colour, label=family)
+                x, y = [learned(row) for row in own], [[100 * part for part in forgotten(row)] for row in own]
+                drawn, (share, half) = look(index), zip(*y, strict=True) if y else ((), ())
+                style = {"color": drawn.colour, "lw": 0.8, "marker": drawn.shape, "ms": 6, "elinewidth": 0.6}
+                axes.errorbar(x, share, half, label=family, **style)
+            axes.axhline(0, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
             unit = "minus nats per token" if task == "gsm8k" else "exact match"
-            frame(axes, f"learned: {task} ({unit})", "forgotten on average, %")
+            frame(axes, f"learned: {task} ({unit})", "forgotten on average, %" if axes is plots[0] else "")
             axes.set_title(NAMES.get(model, model))
         made.axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
         return finish(made)
