@@ -31,6 +31,7 @@ def test_a_line_for_each_role_and_the_mean() -> None:
     assert (lines["q"].x, lines["q"].y) == ((0, 1), (0.4, 0.2))
     assert lines["mean"].y == pytest.approx((0.3, 0.2))
     assert chart.alt.startswith("tiny: energy in the top 5")
+    assert chart.figure.layout.xaxis.range == (-0.5, 1.5), "no tick where there is no layer"
 
 
 def test_no_block_no_figure() -> None:

@@ -44,8 +44,9 @@ def energy_charts(rows: Sequence[Record], top: int, name: str) -> list[Chart]:
         return []
     traces = [_line(role, sorted(places), index) for index, (role, places) in enumerate(lines.items())]
     bold = {"line": {"color": "var(--ink)", "width": 4}, "marker": {"color": "var(--ink)", "size": 9}}
-    traces.append(_line("mean", list(layer_means(rows).items()), 0, **bold))
-    figure = figure_of(traces, _layers(lines), axis("share of the sum of squares", rangemode="tozero"))
+    means = layer_means(rows)
+    traces.append(_line("mean", list(means.items()), 0, **bold))
+    figure = figure_of(traces, _layers(means), axis("share of the sum of squares", rangemode="tozero"))
     return [Chart("energy", f"{name}: energy in the top {top} singular values", figure, 360)]
 
 
@@ -188,4 +189,4 @@ def _effects(name: str, values: Sequence[float], errors: Sequence[float | None],
 
 
 def _layers(layers: Any) -> dict[str, Any]:
-    return axis("layer", dtick=max(len(layers) // 12, 1))
+    return axis("layer", dtick=max(len(layers) // 12, 1), range=[min(layers) - 0.5, max(layers) + 0.5])
