@@ -36,7 +36,6 @@ def collect_all(store: Path) -> None:
         bench.plan(LORA, [penalty])
     mixture = Bench(qwen3_moe(), store / "experts")
     mixture.collect(CORDA, batch_tokens=60)
-    mixture.collect(CASES["keep rank=4 nats=0.01 factor_rank=8"])
     blocks = Bench(MODELS["llama"](), store / "blocks")
     blocks.collect(CORDA, runner=BlockwiseRunner(blocks.model))
 

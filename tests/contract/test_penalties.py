@@ -31,10 +31,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "laplace": [
         {"curvature": "delta-act", "batches": 1, "batch_size": 6},
         {"curvature": "delta-kfac", "rho": 0.1, "strength": 30.0},
-        {"curvature": "delta-kfac", "factor_rank": 6, "labels": "true"},
+        {"curvature": "delta-kfac", "labels": "true"},
         {"curvature": "diag"},
         {"curvature": "b-kfac"},
-        {"curvature": "b-tri-kfac", "factor_rank": 8},
+        {"curvature": "b-tri-kfac"},
     ],
 }
 PENALTIES = {

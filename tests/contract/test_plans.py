@@ -37,7 +37,7 @@ ASKING = [case for case, method in ADAPTERS.items() if method.requests(ANY)]
 # Attributions are no sums over batches: their laws of padding, batches and shards are in tests/model and tests/stats.
 TRACING = {case for case in ASKING if all(isinstance(r, ModelRequest) for r in ADAPTERS[case].requests(ANY))}
 # A float16 sum in the order of the examples, as the released code's, has no parts that add up.
-ADDING = [c for c in ASKING if c not in TRACING and not any(r.ordered for r in ADAPTERS[c].requests(ANY))]
+ADDING = [c for c in ASKING if c not in TRACING and not any(r.examples_alone for r in ADAPTERS[c].requests(ANY))]
 asking = pytest.mark.parametrize("case", ASKING)
 PlanOf = Callable[[str], Plan]
 TOLERANCE = 5e-4  # of B A, where other batches round otherwise in float32; directions of an encoder are close

@@ -8,8 +8,8 @@ from tests.reference import penalty_reference as reference
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.symmetric import Dense, Identity, LowRankDiagonal, PsdMatrix
-from keeptune.penalties.kronecker import KroneckerChange, quadratic_form
+from keeptune.linalg.symmetric import Identity, PsdMatrix, damped
+from keeptune.penalties.kronecker import KroneckerChange
 
 M, N, R = 7, 9, 3
 
@@ -23,11 +23,8 @@ def symmetric(size: int, seed: int) -> Tensor:
     return X.T @ X / (2 * size)
 
 
-def low_rank_plus(size: int, seed: int) -> LowRankDiagonal:
-    U = torch.linalg.qr(draw(size, 2, seed=seed))[0]
-    return LowRankDiagonal(
-        U, torch.tensor([3.0, 2.0], dtype=torch.float64), torch.full((size,), 0.25, dtype=torch.float64)
-    )
+def dense(F: PsdMatrix) -> Tensor:
+    return F if isinstance(F, Tensor) else torch.eye(F.size, dtype=torch.float64) * F.scale
 
 
 def factors(kind: str) -> tuple[PsdMatrix, PsdMatrix]:
@@ -35,14 +32,13 @@ def factors(kind: str) -> tuple[PsdMatrix, PsdMatrix]:
     one = torch.ones((), dtype=torch.float64)
     return {
         "identity": (Identity(N, one), Identity(M, one)),
-        "act": (Dense(symmetric(N, 1)), Identity(M, 2 * one)),
-        "dense": (Dense(symmetric(N, 1)), Dense(symmetric(M, 2))),
-        "low rank": (low_rank_plus(N, 3), low_rank_plus(M, 4)),
-        "damped": (Dense(symmetric(N, 1)).damped(0.2), low_rank_plus(M, 4).damped(0.7)),
-    }[kind]  # type: ignore[return-value]
+        "act": (symmetric(N, 1), Identity(M, 2 * one)),
+        "dense": (symmetric(N, 1), symmetric(M, 2)),
+        "damped": (damped(symmetric(N, 1), 0.2), damped(symmetric(M, 4), 0.7)),
+    }[kind]
 
 
-every_kind = pytest.mark.parametrize("kind", ["identity", "act", "dense", "low rank", "damped"])
+every_kind = pytest.mark.parametrize("kind", ["identity", "act", "dense", "damped"])
 every_start = pytest.mark.parametrize("started", [False, True], ids=["B_0 = 0", "B_0 A_0"])
 
 
@@ -55,7 +51,7 @@ def case(kind: str, started: bool) -> tuple[KroneckerChange, LowRank]:
 def dense_value(penalty: KroneckerChange, B: Tensor, A: Tensor) -> Tensor:
     start = () if penalty.start is None else (penalty.start.B, penalty.start.A)
     E = reference.change(B, A, penalty.scale, *start)
-    return penalty.weight * reference.quadratic(E, penalty.Omega.dense(), penalty.Gamma.dense())
+    return penalty.weight * reference.quadratic(E, dense(penalty.Omega), dense(penalty.Gamma))
 
 
 @every_kind
@@ -111,29 +107,21 @@ def test_a_small_step_from_a_large_start_keeps_its_digits_in_float32() -> None:
     B, A = penalty.start.B + 1e-5 * draw(M, R, seed=1), penalty.start.A + 1e-5 * draw(R, N, seed=2)
     B, A = B.float(), A.float()
     single = KroneckerChange(
-        penalty.Omega.to(torch.float32), penalty.Gamma.to(torch.float32), 1.7, 0.6, penalty.start.to(torch.float32)
+        dense(penalty.Omega).float(), dense(penalty.Gamma).float(), 1.7, 0.6, penalty.start.to(torch.float32)
     )
     start = single.start
     assert start is not None
     E = reference.change(B.double(), A.double(), 1.7, start.B.double(), start.A.double())
-    wanted = 0.6 * reference.quadratic(E, penalty.Omega.dense(), penalty.Gamma.dense())
+    wanted = 0.6 * reference.quadratic(E, dense(penalty.Omega), dense(penalty.Gamma))
     assert float(single.value(LowRank(B, A))) == pytest.approx(float(wanted), rel=1e-4)
     plain = 0.6 * 1.7**2 * (B @ A - start.B @ start.A).double()
     assert abs(float((plain - 0.6 * 1.7 * E).norm() / (0.6 * 1.7 * E).norm())) > 1e-3
 
 
-@every_kind
-def test_what_a_weight_would_cost_is_the_value_of_the_weight_as_a_change(kind: str) -> None:
-    Omega, Gamma = factors(kind)
-    W = draw(M, N, seed=3)
-    wanted = reference.quadratic(W, Omega.dense(), Gamma.dense())
-    torch.testing.assert_close(quadratic_form(W, Omega, Gamma), wanted, rtol=1e-12, atol=0)
-
-
 def test_feature_drift_is_the_mean_squared_change_of_the_output() -> None:
     """tr(E Ω Eᵀ) = E‖E h‖² with Ω = E[h hᵀ]."""
     h = draw(50, N, seed=11)
-    penalty = KroneckerChange(Dense(h.T @ h / 50), Identity(M, torch.ones((), dtype=torch.float64)), 2.0, 1.0, None)
+    penalty = KroneckerChange(h.T @ h / 50, Identity(M, torch.ones((), dtype=torch.float64)), 2.0, 1.0, None)
     delta = LowRank(draw(M, R, seed=5), draw(R, N, seed=6))
     wanted = (h @ (2.0 * delta.dense()).T).square().sum(dim=1).mean()
     torch.testing.assert_close(penalty.value(delta), wanted, rtol=1e-12, atol=0)

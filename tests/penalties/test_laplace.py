@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +113,6 @@ def test_damping_the_output_factor_wholly_leaves_the_inputs_alone(tmp_path: Path
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_all_directions_are_the_whole_factor_and_few_are_told(tmp_path: Path) -> None:
-    values, notes = [], []
-    for rank in (None, 48, 3):
-        plan = planned(tmp_path, curvature="delta-kfac", factor_rank=rank)
-        model = turned(plan, also_B=True)
-        values.append(value(model, plan))
-        notes.append(" ".join(plan.provenance.get("notes", [])))
-    assert values[1] == pytest.approx(values[0], rel=1e-3)
-    assert values[2] != pytest.approx(values[0], rel=1e-3)
-    assert notes[0] == ""
-    for name in ("Omega", "Gamma"):
-        assert re.search(rf"{name} of \d+ in 3 directions and a diagonal", notes[2])
-
-
 def test_batches_take_the_first_examples_of_the_knowledge(tmp_path: Path) -> None:
     whole, part = (planned(tmp_path, batches=batches, batch_size=2) for batches in (None, 2))
     few = Bench(MODELS["llama"](), tmp_path)
@@ -156,8 +141,6 @@ def test_lalora_is_lora_with_the_penalty(tmp_path: Path) -> None:
         ({"rho": 1.5}, "rho"),
         ({"rho_input": -0.1}, "rho_input"),
         ({"batches": 0}, "batches"),
-        ({"factor_rank": 0}, "factor_rank"),
-        ({"factor_rank": "many"}, "factor_rank"),
         ({"curvature": "kfac"}, "curvature"),
         ({"labels": "drawn"}, "labels"),
     ],

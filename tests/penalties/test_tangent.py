@@ -7,22 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from tests.penalties.test_kronecker import draw, low_rank_plus, symmetric
+from tests.penalties.test_kronecker import dense, draw, symmetric
 from tests.reference.curvature_reference import block_matrix, coupled_matrix
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.symmetric import Dense, Identity, PsdMatrix
+from keeptune.linalg.symmetric import Identity, PsdMatrix, damped
 from keeptune.penalties.base import Form
 from keeptune.penalties.laplace import block_kronecker, coupled_kronecker, diagonal
 
 M, N, R = 7, 9, 3
 S, W = 1.7, 0.6
 FACTORS: dict[str, tuple[PsdMatrix, PsdMatrix]] = {
-    "dense": (Dense(symmetric(N, 1)), Dense(symmetric(M, 2))),
-    "low rank": (low_rank_plus(N, 3), low_rank_plus(M, 4)),
-    "damped": (Dense(symmetric(N, 1)).damped(0.2), low_rank_plus(M, 4).damped(0.7)),
-    "act": (Dense(symmetric(N, 1)), Identity(M, torch.tensor(2.0, dtype=torch.float64))),
+    "dense": (symmetric(N, 1), symmetric(M, 2)),
+    "damped": (damped(symmetric(N, 1), 0.2), damped(symmetric(M, 4), 0.7)),
+    "act": (symmetric(N, 1), Identity(M, torch.tensor(2.0, dtype=torch.float64))),
 }
 FORMS = ["diag", "b-kfac", "b-tri-kfac"]
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -42,7 +41,7 @@ def matrix(form: str, kind: str, zero: bool) -> Tensor:
     if form == "diag":
         fisher = fishers(zero)
         return torch.diag(torch.cat([fisher.A.reshape(-1), fisher.B.reshape(-1)]))
-    Omega, Gamma = (factor.dense() for factor in FACTORS[kind])
+    Omega, Gamma = (dense(factor) for factor in FACTORS[kind])
     return MATRICES[form](Omega, Gamma, start(zero).B, start(zero).A, S)
 
 
@@ -90,16 +89,16 @@ def test_the_gradient_is_that_of_autograd(form: str, kind: str, zero: bool) -> N
 @every_start
 def test_the_whole_form_is_positive_semi_definite(form: str, kind: str, zero: bool) -> None:
     """The coupled one too: it is a Gram form. Its definition, and what the closed form says of unit steps."""
-    dense = matrix(form, kind, zero)
-    assert torch.linalg.eigvalsh(dense).min() > -1e-12 * dense.trace()
+    whole = matrix(form, kind, zero)
+    assert torch.linalg.eigvalsh(whole).min() > -1e-12 * whole.trace()
     penalty, base = made(form, kind, zero), start(zero)
-    steps = torch.eye(dense.shape[0], dtype=torch.float64)
+    steps = torch.eye(whole.shape[0], dtype=torch.float64)
     columns = []
     for step in steps:
         delta = LowRank(base.B + step[R * N :].reshape(M, R), base.A + step[: R * N].reshape(R, N))
         _, grad = penalty(delta)
         columns.append(torch.cat([grad.A.reshape(-1), grad.B.reshape(-1)]) / (2 * W))
-    torch.testing.assert_close(torch.stack(columns), dense, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(torch.stack(columns), whole, rtol=1e-10, atol=1e-11)
 
 
 @every_form

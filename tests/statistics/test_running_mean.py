@@ -22,7 +22,6 @@ from keeptune.statistics import passes
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance, ReleasedCovariance
 from keeptune.statistics.fisher import TokenCount, WeightFisher, lora_fisher
 from keeptune.statistics.gradient import DirectionVariances
-from keeptune.statistics.low_rank_covariance import InputFactor
 from keeptune.statistics.passes import Measured, Pass, run_pass
 from keeptune.statistics.request import RowRequest
 from keeptune.statistics.running_mean import Accumulator, checked_result
@@ -118,7 +117,7 @@ def test_what_is_no_number_is_refused_with_the_module(request_: RowRequest) -> N
 
 
 def of_two_processes(
-    requests: list[RowRequest], patch: pytest.MonkeyPatch
+    requests: list[RowRequest], patch: pytest.MonkeyPatch, *, examples_alone: bool
 ) -> Iterator[tuple[Accumulator, Accumulator, Accumulator]]:
     """The sums of one process alone, and of the first and the second of two before they are added up."""
     model, found = MODELS["llama"](), []
@@ -130,30 +129,30 @@ def of_two_processes(
         patch.setattr(passes, "share", lambda every, rank=rank, world=world: every[rank::world])
         patch.setattr(passes, "add_up", lambda part: None)
         deliver = lambda request, target, total: found[-1].update({(request, target): total})  # noqa: E731
-        run_pass(Runner(model), batches, Pass("task", False, None), measured, deliver, title="")
+        run_pass(Runner(model), batches, Pass("task", examples_alone, None), measured, deliver, title="")
     for one in measured:
         alone, first, second = (each[one] for each in found)
         yield alone, first, second
 
 
 def test_processes_divide_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    for alone, first, second in of_two_processes([InputCovariance("task"), TokenCount("task")], monkeypatch):
+    for alone, first, second in of_two_processes(
+        [InputCovariance("task"), TokenCount("task")], monkeypatch, examples_alone=False
+    ):
         assert (first.tokens, second.tokens, alone.tokens) == (21, 9, 30)
         add_up(first, second)
         assert relative(first.result(), alone.result()) < 1e-6
 
 
-@pytest.mark.parametrize("ordered", [InputFactor("task", 3), ReleasedCovariance("task")], ids=str)
-def test_where_a_sum_is_ordered_processes_divide_the_sums(ordered: RowRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = []
-    for alone, first, second in of_two_processes([InputCovariance("task"), ordered], monkeypatch):
+def test_where_examples_are_alone_processes_divide_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    released, tokens = [ReleasedCovariance("task")], []
+    for alone, first, second in of_two_processes(released, monkeypatch, examples_alone=True):
         tokens.append((first.tokens, second.tokens))
         add_up(first, second)
         assert torch.equal(first.result(), alone.result())  # to the last bit
     assert set(tokens) == {(30, 0), (0, 30)}
-    # Negative control: of parts of the batches an ordered sum does not add up.
-    monkeypatch.setattr(type(ordered), "ordered", False)
-    *_, (alone, first, second) = of_two_processes([ordered], monkeypatch)
+    # Negative control: of parts of the batches a sum in float16 does not add up.
+    *_, (alone, first, second) = of_two_processes(released, monkeypatch, examples_alone=False)
     add_up(first, second)
     assert first.tokens == alone.tokens
     assert not torch.equal(first.result(), alone.result())

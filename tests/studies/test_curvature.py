@@ -16,8 +16,6 @@ from torch import Tensor
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ArtefactError, ModelError, RecipeError
 from keeptune.core.plan import Plan
-from keeptune.core.weights import read_weight
-from keeptune.linalg.symmetric import Dense, Identity, PsdMatrix, psd_matrix_from
 from keeptune.model.pretrained import load_model
 from keeptune.pipeline.run import run
 from keeptune.studies.curvature import curvature, profiles_of
@@ -62,11 +60,11 @@ def test_shares_and_curvature_felt_are_those_of_the_dense_change(make: Make, tmp
             group = row["target"].replace("k_proj", "q_proj")
             assert row["norm"] == pytest.approx(float(E.norm()), rel=1e-4)
             factors = {
-                "input": (E, psd_matrix_from(tensors, f"Omega:{group}:")),
-                "output": (E.T, psd_matrix_from(tensors, f"Gamma:{row['target']}:")),
+                "input": (E, tensors[f"Omega:{group}:matrix"]),
+                "output": (E.T, tensors[f"Gamma:{row['target']}:matrix"]),
             }
             for side, (transposed, factor) in factors.items():
-                F = factor.dense().double()
+                F = factor.double()
                 felt = float((transposed @ F @ transposed.T).trace() / transposed.square().sum() / (F.trace() / len(F)))
                 measured = row["sides"][side]
                 assert measured["felt"] == pytest.approx(felt, rel=1e-3)
@@ -95,7 +93,7 @@ def test_the_command_prints_and_draws(make: Make, tmp_path: Path, capsys: pytest
 
 
 def test_a_form_with_inputs_only_has_one_side(make: Make, tmp_path: Path) -> None:
-    held = make("inputs", **HELD | {"curvature": "delta-act", "factor_rank": 3})
+    held = make("inputs", **HELD | {"curvature": "delta-act"})
     record = curvature(held, [], tmp_path / "c.png")
     assert list(record["sources"][0]["sides"]) == ["input"]
 
@@ -112,23 +110,14 @@ def test_a_change_along_the_stiffest_direction_lies_there(make: Make) -> None:
     base = read_json(plain / "recipe.json")["model"]
     target = "model.layers.0.self_attn.q_proj"
     E = changed(plain, target, base)
-    curves: dict[Any, dict[str, PsdMatrix]] = {"input": {target: Dense(E.T @ E)}, "output": {target: Dense(E @ E.T)}}
+    curves: dict[Any, dict[str, Tensor]] = {"input": {target: E.T @ E}, "output": {target: E @ E.T}}
     (row,) = profiles_of(str(plain), curves, base=base)
     for side in ("input", "output"):
         # Its own second moment as curvature: in proportion to it, each tenth the same.
         assert row["sides"][side]["curvature"] == pytest.approx([0.1] * 10, abs=1e-3)
         assert row["sides"][side]["directions"][0] > 0.99 or side == "output"
-    size = read_weight_shape(base, target)
-    flat: dict[Any, dict[str, PsdMatrix]] = {"input": {target: Identity(size, torch.tensor(1.0))}}
-    assert profiles_of(str(plain), flat, base=base) == []
-
-
-def read_weight_shape(base: str, name: str) -> int:
-    from keeptune.model.blocks import find_targets
-
-    model = load_model(base)
-    (target,) = (t for t in find_targets(model) if t.name == name)
-    return read_weight(model, target).shape[1]
+    none: dict[Any, dict[str, Tensor]] = {"input": {target: torch.zeros_like(E.T @ E)}}
+    assert profiles_of(str(plain), none, base=base) == []
 
 
 def test_wrong_runs(make: Make, tmp_path: Path, finished: Callable[[str], Path]) -> None:
@@ -139,7 +128,7 @@ def test_wrong_runs(make: Make, tmp_path: Path, finished: Callable[[str], Path])
     refused(lambda: curvature(held, [], tmp_path / "c.pdf"), RecipeError, ".png")
     refused(lambda: curvature(held, [], out, device="cuda:99"), RecipeError, "cuda:99")
     target = "model.layers.0.self_attn.q_proj"
-    wrong: dict[Any, dict[str, PsdMatrix]] = {"input": {target: Dense(torch.eye(3))}}
+    wrong: dict[Any, dict[str, Tensor]] = {"input": {target: torch.eye(3)}}
     base = read_json(plain / "recipe.json")["model"]
     refused(lambda: profiles_of(str(plain), wrong, base=base), ModelError, target, "shape")
     assert not out.exists()

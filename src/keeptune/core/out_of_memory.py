@@ -18,7 +18,7 @@ Stage = Literal["knowledge", "statistics", "plan", "train", "export", "evaluate"
 # What to turn, that which helps most first.
 KEYS: Final[Mapping[Stage, tuple[str, str, str]]] = {
     "knowledge": ("knowledge.max_length", "quantization", "dtype: bfloat16"),
-    "statistics": ("memory: blockwise", "factor_rank (of the method or penalty)", "knowledge.max_length"),
+    "statistics": ("memory: blockwise", "knowledge.max_length", "targets (fewer)"),
     "plan": ("targets (fewer)", "memory: blockwise", "device: cpu"),
     "train": ("train.per_device_train_batch_size", "train.activation_checkpointing: true", "quantization"),
     "export": ("device: cpu", "dtype: bfloat16", "export.rank"),

@@ -8,63 +8,41 @@ import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.symmetric import Dense, LowRankDiagonal, PsdMatrix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Directions:
-    """The eigenvectors of F, ``(n, n)``, from the largest eigenvalue on; the last may stand for many of one eigenvalue.
+    """The eigenvectors of F, ``(n, n)``, from the largest eigenvalue on.
 
     Args:
-        U: ``(n, k)``, orthonormal columns.
-        values: ``(k,)`` eigenvalues, or ``(k + 1,)`` where the last is that of all directions outside U.
-        counts: How many directions each eigenvalue stands for; they sum to n.
+        U: ``(n, n)``, orthonormal columns.
+        values: ``(n,)`` eigenvalues, not negative.
     """
 
     U: Tensor
     values: Tensor
-    counts: Tensor
 
 
-def directions(factor: PsdMatrix) -> Directions | None:
-    """Returns the eigenvectors of a matrix in float64; None for a multiple of the identity, which has no own ones.
+def directions(F: Tensor) -> Directions:
+    """Returns the eigenvectors of a symmetric positive semi-definite matrix in float64.
 
-    Of low rank plus a diagonal they are the Ritz vectors of F within U, and what is outside has its mean.
-    Laws: ``counts.sum() == n``; ``(values * counts).sum() == F.trace()``; ``values == diag(Uᵀ F U)``, falling.
+    Laws: ``values.sum() == F.trace()``; ``values == diag(Uᵀ F U)``, falling.
     """
-    if isinstance(factor, Dense):
-        values, U = torch.linalg.eigh(factor.matrix.double())
-        return Directions(U.flip(1), values.flip(0).clamp_min(0), torch.ones_like(values))
-    if not isinstance(factor, LowRankDiagonal):
-        return None
-    F = factor.to(torch.float64)
-    basis = torch.linalg.qr(F.U)[0]
-    values, Q = torch.linalg.eigh(basis.T @ F.apply(basis))
-    values, rest = values.flip(0), F.size - F.rank
-    counts = torch.ones_like(values)
-    if rest:
-        values = torch.cat([values, ((F.trace() - values.sum()).clamp_min(0) / rest).reshape(1)])
-        counts = torch.cat([counts, counts.new_tensor([float(rest)])])
-    return Directions(basis @ Q.flip(1), values, counts)
+    values, U = torch.linalg.eigh(F.double())
+    return Directions(U.flip(1), values.flip(0).clamp_min(0))
 
 
 def energies(change: LowRank | Tensor, along: Directions) -> Tensor:
-    """Returns the energy of a change E, ``(m, n)``, along each direction, ``||E u_i||²``, one per eigenvalue, float64.
+    """Returns the energy of a change E, ``(m, n)``, along each direction, ``||E u_i||²``, ``(n,)``, float64.
 
-    Laws: they sum to ``||E||²``; of the whole complement of U it is what is left.
+    Law: they sum to ``||E||²``.
     """
     U = along.U
     if isinstance(change, LowRank):
         factors = change.to(torch.float64, U.device)
         C = factors.A @ U
-        energy, total = (C * ((factors.B.T @ factors.B) @ C)).sum(0), factors.norm_squared()
-    else:
-        E = change.to(U)
-        energy, total = (E @ U).square().sum(0), E.square().sum()
-    energy = energy.clamp_min(0)
-    if len(along.values) > len(energy):
-        energy = torch.cat([energy, (total - energy.sum()).clamp_min(0).reshape(1)])
-    return energy
+        return (C * ((factors.B.T @ factors.B) @ C)).sum(0).clamp_min(0)
+    return (change.to(U) @ U).square().sum(0)
 
 
 def profile(widths: Tensor, energy: Tensor, bins: int = 10) -> Tensor:

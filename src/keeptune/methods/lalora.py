@@ -37,7 +37,6 @@ class Lalora(FactorOptions, LoraStart):
             change.
         batches: Batches of each knowledge set; None is all of it.
         batch_size: Examples per batch.
-        rho_input: Damping of Ω, as ``rho`` is of Γ.
 
     Raises:
         PlanError: An option is out of range.
@@ -51,7 +50,6 @@ class Lalora(FactorOptions, LoraStart):
     curvature: Curvature = "b-kfac"
     batches: int | None = 2
     batch_size: int = 8
-    rho_input: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the options, also those of the penalty."""

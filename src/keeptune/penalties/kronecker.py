@@ -46,12 +46,12 @@ class KroneckerChange:
     def value(self, delta: LowRank) -> Tensor:
         """Computes (4)."""
         L, R = change_since(delta, self.start)
-        return self.weight * self.scale**2 * ((L.T @ self.Gamma.apply(L)) * (self.Omega.apply(R.T).T @ R.T)).sum()
+        return self.weight * self.scale**2 * ((L.T @ (self.Gamma @ L)) * ((self.Omega @ R.T).T @ R.T)).sum()
 
     def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
         """Computes (4) and (5)."""
         L, R = change_since(delta, self.start)
-        GL, RO = self.Gamma.apply(L), self.Omega.apply(R.T).T
+        GL, RO = self.Gamma @ L, (self.Omega @ R.T).T
         LGL, RORt = L.T @ GL, RO @ R.T
         w, r = 2 * self.weight * self.scale**2, delta.rank
         if self.start is None:  # L = B and R = A: the products are there already
@@ -66,8 +66,3 @@ def change_since(delta: LowRank, start: LowRank | None) -> tuple[Tensor, Tensor]
     if start is None:
         return delta.B, delta.A
     return torch.cat([delta.B - start.B, start.B], dim=1), torch.cat([delta.A, delta.A - start.A])
-
-
-def quadratic_form(weight: Tensor, Omega: PsdMatrix, Gamma: PsdMatrix) -> Tensor:
-    """Computes ``tr(Γ W Ω Wᵀ)`` of a whole weight ``(m, n)``: what a change is measured against."""
-    return (Gamma.apply(weight) * Omega.apply(weight.T).T).sum()

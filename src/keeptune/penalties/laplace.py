@@ -41,12 +41,13 @@ from torch import Tensor
 from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Plan, TargetPlan
-from keeptune.linalg.symmetric import Identity, LowRankDiagonal, PsdMatrix, psd_matrix_from
+from keeptune.core.target import Target
+from keeptune.linalg.symmetric import Identity, PsdMatrix, damped
 from keeptune.penalties.base import Form, Site, Term, on_factors, start_of
 from keeptune.penalties.kronecker import KroneckerChange
-from keeptune.penalties.measured import CovariancePenalty
+from keeptune.penalties.measured import FactorOptions, MeasuredPenalty
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.fisher import LoraFisher, lora_fisher, split_diagonals
-from keeptune.statistics.low_rank_covariance import GradientFactor, InputFactor, unpacked
 from keeptune.statistics.request import Request
 
 Curvature = Literal["diag", "b-kfac", "b-tri-kfac", "delta-kfac", "delta-act"]
@@ -77,12 +78,12 @@ def block_kronecker(
     Omega: PsdMatrix, Gamma: PsdMatrix, *, scale: float, weight: float | Tensor, start: LowRank
 ) -> Form:
     """Returns ``w q`` of (2) and its gradient, with what does not change in training formed once."""
-    P, Q = start.B.T @ Gamma.apply(start.B), start.A @ Omega.apply(start.A.T)
+    P, Q = start.B.T @ (Gamma @ start.B), start.A @ (Omega @ start.A.T)
     Omega, w = _seen(Omega, start), weight * scale**2
 
     def form(delta: LowRank) -> tuple[Tensor, LowRank]:
         dB, dA = delta.B - start.B, delta.A - start.A
-        to_B, to_A = Gamma.apply(dB) @ Q, P @ Omega.apply(dA.T).T
+        to_B, to_A = Gamma @ dB @ Q, P @ (Omega @ dA.T).T
         return w * ((to_B * dB).sum() + (to_A * dA).sum()), LowRank(B=2 * w * to_B, A=2 * w * to_A)
 
     return form
@@ -93,13 +94,13 @@ def coupled_kronecker(
 ) -> Form:
     """Returns ``w q`` of (3) and its gradient, with what does not change in training formed once."""
     B_0, A_0 = start.B, start.A
-    GB, AO = Gamma.apply(B_0), Omega.apply(A_0.T).T
+    GB, AO = Gamma @ B_0, (Omega @ A_0.T).T
     Omega, w = _seen(Omega, start), weight * scale**2
 
     def form(delta: LowRank) -> tuple[Tensor, LowRank]:
         dB, dA, r = delta.B - B_0, delta.A - A_0, delta.rank
-        L, GL = torch.cat([B_0, dB], dim=1), torch.cat([GB, Gamma.apply(dB)], dim=1)
-        R, RO = torch.cat([dA, A_0]), torch.cat([Omega.apply(dA.T).T, AO])
+        L, GL = torch.cat([B_0, dB], dim=1), torch.cat([GB, Gamma @ dB], dim=1)
+        R, RO = torch.cat([dA, A_0]), torch.cat([(Omega @ dA.T).T, AO])
         LGL, RORt = L.T @ GL, RO @ R.T
         # The first r rows of LᵀΓL are B_0ᵀΓL; the last r columns of RΩRᵀ are RΩA_0ᵀ.
         return w * (LGL * RORt).sum(), LowRank(B=2 * w * (GL @ RORt[:, r:]), A=2 * w * (LGL[:r] @ RO))
@@ -109,58 +110,70 @@ def coupled_kronecker(
 
 def _seen(Omega: PsdMatrix, start: LowRank) -> PsdMatrix:
     """Leaves ``dA Ω`` out where nothing is multiplied with it but zeros: at B_0 = 0."""
-    return Omega if bool(start.B.any()) else Identity(Omega.size, start.A.new_zeros(()))
+    return Omega if bool(start.B.any()) else Identity(start.shape[1], start.A.new_zeros(()))
 
 
 @dataclass(frozen=True)
-class Laplace(CovariancePenalty):
+class Laplace(FactorOptions, MeasuredPenalty):
     """A quadratic penalty by the curvature of the loss on knowledge data.
 
     Args:
         strength: λ.
         curvature: Which form, (1) to (5).
-        rho_input: Damping of Ω, as ``rho`` is of Γ.
     """
 
     name = "laplace"
     paper = "Sliwa et al., LaLoRA, 2512.17720 (our reading)"
-    ranges = {"strength": Range(least=0), "rho_input": Range(least=0, most=1)}
+    ranges = {"strength": Range(least=0)}
 
     strength: float = 100.0
     curvature: Curvature = "delta-act"
-    rho_input: float = 0.0
 
     @property
     def by_loss(self) -> bool:
         """Whether the form is a Fisher."""
         return self.curvature != "delta-act"
 
+    @property
+    def inputs(self) -> InputCovariance:
+        """The request for Ω."""
+        return InputCovariance("knowledge", examples=self.examples)
+
+    @property
+    def gradients(self) -> GradientCovariance:
+        """The request for Γ."""
+        return GradientCovariance("knowledge", self.labels, **self.draws)
+
     def requests(self, target_plan: TargetPlan) -> frozenset[Request]:
         """Returns the covariances that the form is made of, or the diagonals at the start."""
         if self.curvature == "diag":
             return frozenset({self.count, self._diagonals(target_plan)})
-        return super().requests(target_plan)
+        return frozenset({self.inputs, self.gradients, self.count} if self.by_loss else {self.inputs})
 
     def tensors(self, site: Site) -> Mapping[str, Tensor]:
         """Returns Ω per input group, Γ or the diagonals per target, and what the form is multiplied by."""
-        name = site.plan.target.name
+        target, device = site.plan.target, site.weight.device
         if self.curvature == "diag":
-            tensors = {f"diagonals:{name}": site.stats[self._diagonals(site.plan)]}
+            tensors = {f"diagonals:{target.name}": site.stats[self._diagonals(site.plan)]}
         else:
-            tensors = self.measured(site, self.rho_input) | self._errors(site)
+            tensors = {_omega(target): damped(site.stats[self.inputs].to(device), self.rho_input)}
+        if self.curvature not in ("diag", "delta-act"):
+            tensors[_gamma(target)] = damped(site.stats[self.gradients].to(device), self.rho)
         if self.by_loss:
             weight = self.strength / 2 * self.tokens_per_learned(site)
         else:
-            cost = self.cost_of_weights(site, tensors)
+            W = site.weight.double()
+            cost = len(site.targets) * float((W * (tensors[_omega(target)].double() @ W.T).T).sum())
             weight = self.strength / cost if cost > 0 else 0.0
-        return tensors | {f"weight:{name}": torch.tensor(weight)}
+        return tensors | {f"weight:{target.name}": torch.tensor(weight)}
 
     def size(self, target_plan: TargetPlan) -> Mapping[str, int]:
         """Returns that of Ω, which an input group shares, and of Γ, or that of the diagonals."""
-        if self.curvature != "diag":
-            return super().size(target_plan)
-        target = target_plan.target
-        return {f"diagonals:{target.name}": 4 * target_plan.decision.rank * (target.out_features + target.in_features)}
+        target, rank = target_plan.target, target_plan.decision.rank
+        if self.curvature == "diag":
+            return {f"diagonals:{target.name}": 4 * rank * (target.out_features + target.in_features)}
+        gamma = {_gamma(target): 4 * target.out_features**2} if self.by_loss else {}
+        return {_omega(target): 4 * target.in_features**2} | gamma
 
     def bind(self, target_plan: TargetPlan, tensors: Mapping[str, Tensor]) -> Term:
         """Returns the form of one target."""
@@ -170,7 +183,8 @@ class Laplace(CovariancePenalty):
         if self.curvature == "diag":
             fisher = split_diagonals(tensors[f"diagonals:{target.name}"], target.out_features)
             return on_factors(diagonal(fisher, weight, first))
-        Omega, Gamma = self.factors(target, tensors, torch.ones_like(weight))
+        Omega = tensors[_omega(target)]
+        Gamma = tensors[_gamma(target)] if self.by_loss else Identity(target.out_features, torch.ones_like(weight))
         if self.curvature in _TANGENT:
             form = block_kronecker if self.curvature == "b-kfac" else coupled_kronecker
             return on_factors(form(Omega, Gamma, scale=scale, weight=weight, start=first))
@@ -178,10 +192,7 @@ class Laplace(CovariancePenalty):
         return on_factors(change.value_and_grad)
 
     def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Returns what the form cannot see from where the plan starts, and what factors of low rank leave out."""
-        return [*self._blindness(plan), *self._remainders(tensors)]
-
-    def _blindness(self, plan: Plan) -> list[str]:
+        """Returns what the form cannot see from where the plan starts."""
         if self.curvature not in _TANGENT:
             return []
         blind = [t for t in plan.targets if not bool(t.init.B.any()) and "A" in t.trainable]
@@ -193,34 +204,13 @@ class Laplace(CovariancePenalty):
             "zero: A moves free of cost. delta-kfac and delta-act hold the weight change itself."
         ]
 
-    def _remainders(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        notes = []
-        for factor in ("Omega", "Gamma"):
-            prefix = f"error:{factor}:"
-            errors = {k.removeprefix("error:"): float(v) for k, v in tensors.items() if k.startswith(prefix)}
-            if not errors:
-                continue
-            made = [psd_matrix_from(tensors, f"{name}:") for name in errors]
-            cut = [one for one in made if isinstance(one, LowRankDiagonal)]
-            kept = [float(one.share()) for one in cut]
-            worst = max(errors, key=lambda name: errors[name])
-            notes.append(
-                f"penalty laplace, {factor} of {len(cut)} in {cut[0].rank} directions and a diagonal: {min(kept):.1%} "
-                f"to {max(kept):.1%} of the trace in the directions, relative error at most {errors[worst]:.2g} "
-                f"({worst.partition(':')[2]})"
-            )
-        return notes
-
-    def _errors(self, site: Site) -> dict[str, Tensor]:
-        """Returns what factors of low rank miss, relative, in Frobenius' norm."""
-        target, errors = site.plan.target, dict[str, Tensor]()
-        made = {f"Omega:{target.input_group}": self.inputs(target)}
-        if self.by_loss:
-            made[f"Gamma:{target.name}"] = self.gradients(target)
-        for name, request in made.items():
-            if isinstance(request, InputFactor | GradientFactor):
-                errors[f"error:{name}"] = torch.tensor(unpacked(site.stats[request]).error)
-        return errors
-
     def _diagonals(self, target_plan: TargetPlan) -> LoraFisher:
         return lora_fisher("knowledge", self.labels, target_plan.init, target_plan.scale, **self.draws)
+
+
+def _omega(target: Target) -> str:
+    return f"Omega:{target.input_group}:matrix"
+
+
+def _gamma(target: Target) -> str:
+    return f"Gamma:{target.name}:matrix"

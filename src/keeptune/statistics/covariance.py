@@ -65,7 +65,6 @@ class ReleasedCovariance(RowRequest):
     """
 
     examples_alone: ClassVar[bool] = True
-    ordered: ClassVar[bool] = True
 
     def numbers(self, target: Target) -> int:
         """Returns ``n²``."""

@@ -71,13 +71,12 @@ def run_pass(
 ) -> None:
     """Sums statistics in one pass over the data; each sum is delivered and freed once its module is done.
 
-    Several processes divide the batches, or where a sum is ordered the sums; all deliver all sums over all batches.
+    Several processes divide the batches, or the sums of examples that are alone; all deliver all sums of all batches.
     """
     taps, sums = Taps(), dict[Measured, _Sum]()
-    divided = not any(request.ordered for request, _ in measured)
-    own = share(batches) if divided else batches
+    own = batches if need.examples_alone else share(batches)
     by_size = sorted(measured, key=lambda one: one[0].numbers(one[1]))
-    fed = set(share(by_size) if not divided else measured if own else ())
+    fed = set(share(by_size) if need.examples_alone else measured if own else ())
     for request, target in measured:
         weight = partial(read_weight, runner.model, target)
         total = sums[request, target] = _Sum(partial(request.accumulator, target, runner.device, weight))

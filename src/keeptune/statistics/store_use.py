@@ -79,7 +79,7 @@ def refuse_larger(size: int, limit: int) -> None:
             "store_limit",
             got=f"{size_text(limit)} ({limit} bytes)",
             wanted=f"room for one entry of {size_text(size)} ({size} bytes), the statistics of one target",
-            next_step="Raise `store_limit`, or take smaller statistics (`method.factor_rank`, fewer `targets`).",
+            next_step="Raise `store_limit`, or name fewer `targets`.",
         )
 
 

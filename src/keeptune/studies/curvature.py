@@ -23,7 +23,6 @@ from keeptune.core.errors import ArtefactError, ModelError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import PenaltyPlan, Plan
 from keeptune.linalg.curvature_profile import Directions, directions, energies, profile
-from keeptune.linalg.symmetric import PsdMatrix, psd_matrix_from
 from keeptune.pipeline.trained_changes import TrainedModel, labels_of, size_of
 from keeptune.report.pages.study_charts import curvature_charts
 from keeptune.studies.figure_files import check_figure_file, write_figure_files
@@ -83,7 +82,7 @@ def curvature(
 
 
 def profiles_of(
-    source: str, curves: Mapping[Side, Mapping[str, PsdMatrix]], *, base: str | None, device: str = "cpu"
+    source: str, curves: Mapping[Side, Mapping[str, Tensor]], *, base: str | None, device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """Measures where the change of each target of a trained model lies.
 
@@ -93,7 +92,7 @@ def profiles_of(
     Returns:
         For each target that changed ``target``, ``layer``, ``role``, ``norm`` and ``sides`` (:func:`curvature`).
     """
-    known: dict[int, Directions | None] = {}  # one decomposition for the targets of a block that share a factor
+    known: dict[int, Directions] = {}  # one decomposition for the targets of a block that share a factor
     rows: list[dict[str, Any]] = []
     layer = -1
     for target, W, change in TrainedModel.of(source, base=base, device=device).changes():
@@ -104,7 +103,7 @@ def profiles_of(
             continue
         sides: dict[str, Any] = {}
         for side, factor in factors.items():
-            if factor.size != (target.in_features if side == "input" else target.out_features):
+            if len(factor) != (target.in_features if side == "input" else target.out_features):
                 raise ModelError(
                     f"{source}, {target.name}",
                     got=f"a weight of shape {tuple(W.shape)}",
@@ -112,9 +111,9 @@ def profiles_of(
                     next_step="Compare trainings of one base.",
                 )
             if id(factor) not in known:
-                known[id(factor)] = directions(factor.to(torch.float64, W.device))
+                known[id(factor)] = directions(factor.to(W.device))
             along = known[id(factor)]
-            if along is not None and float((along.values * along.counts).sum()) > 0:
+            if float(along.values.sum()) > 0:
                 sides[side] = _side(change if side == "input" else _transposed(change), along)
         if sides:
             row = {"target": target.name, "layer": target.layer, "role": target.role}
@@ -123,10 +122,10 @@ def profiles_of(
 
 
 def _side(change: LowRank | Tensor, along: Directions) -> dict[str, Any]:
-    energy, mass = energies(change, along), along.values * along.counts
-    mean = float(mass.sum() / along.counts.sum())
-    shares = (profile(mass, energy), profile(along.counts, energy), profile(mass, along.counts))
-    felt = float((energy * along.values).sum() / energy.sum()) / mean
+    energy, values = energies(change, along), along.values
+    each = torch.ones_like(values)
+    shares = (profile(values, energy), profile(each, energy), profile(values, each))
+    felt = float((energy * values).sum() / energy.sum()) / float(values.mean())
     return {name: share.tolist() for name, share in zip(_SHARES, shares, strict=True)} | {"felt": felt}
 
 
@@ -159,14 +158,8 @@ def _penalty_with_curvature(plan: Plan, run: Path) -> PenaltyPlan:
     )
 
 
-def _factors(tensors: Mapping[str, Tensor], side: Side, plan: Plan) -> dict[str, PsdMatrix]:
+def _factors(tensors: Mapping[str, Tensor], side: Side, plan: Plan) -> dict[str, Tensor]:
     """Returns the curvature of each target that has one; targets fed by one tensor share that of their inputs."""
-    read: dict[str, PsdMatrix] = {}
-    factors = {}
-    for target in (planned.target for planned in plan.targets):
-        prefix = f"{_NAMES[side]}:{target.input_group if side == 'input' else target.name}:"
-        if prefix not in read and any(name.startswith(prefix) for name in tensors):
-            read[prefix] = psd_matrix_from(tensors, prefix)
-        if prefix in read:
-            factors[target.name] = read[prefix]
-    return factors
+    targets = [planned.target for planned in plan.targets]
+    names = {t.name: f"{_NAMES[side]}:{t.input_group if side == 'input' else t.name}:matrix" for t in targets}
+    return {name: tensors[at] for name, at in names.items() if at in tensors}
