@@ -14,7 +14,7 @@ def test_damping_mixes_with_the_identity_of_the_same_trace(rho):
     F = ROOT @ ROOT.T
     before = F.clone()
     found = damped(F, rho)
-    assert torch.allclose(found, (1 - rho) * F + rho * F.trace() / N * torch.eye(N), rtol=0, atol=1e-12)
+    assert torch.allclose(found, (1 - rho) * F + rho * F.trace() / N * torch.eye(N).double(), rtol=0, atol=1e-12)
     assert torch.allclose(found.trace(), F.trace(), rtol=1e-12)
     assert torch.equal(F, before), "damping changed the matrix it was asked of"
 
