@@ -49,7 +49,6 @@ study: $(BIN)/.dev
 	$(BIN)/python studies/all_methods.py
 	$(BIN)/python studies/penalties.py
 	$(BIN)/python studies/keep.py $(DATA)
-	$(BIN)/python studies/keep_stories.py $(DATA)
 	$(BIN)/python studies/repair.py
 	$(BIN)/python studies/loki.py
 	$(BIN)/python studies/sequence.py
