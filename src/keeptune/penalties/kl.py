@@ -192,11 +192,15 @@ class Kl(Penalty):
         return _rows(tensors, trained_on(len(tensors[_IDS]), size=self._size(tensors), seed=self.seed, number=number))
 
     def check(self, tensors: Mapping[str, Tensor]) -> TextBatch | None:
-        """Returns the held-out texts that a budget is measured on in this step, a quarter of a batch; None without."""
-        rows, size = held_out(len(tensors[_IDS])), max(self._size(tensors) // 4, 1)
-        if self.budget is None or not rows:
+        """Returns the held-out texts that a budget is measured on in this step, a quarter of a batch.
+
+        None in the first round, where no text of a batch has been trained on yet, and where none is held out.
+        """
+        texts, batch, number = len(tensors[_IDS]), self._size(tensors), int(tensors[_STEP]) // int(tensors[_EVERY])
+        rows, size = held_out(texts), max(batch // 4, 1)
+        if self.budget is None or not rows or number * batch < texts - len(rows):
             return None
-        first = int(tensors[_STEP]) // int(tensors[_EVERY]) * size
+        first = number * size
         return _rows(tensors, [rows[(first + index) % len(rows)] for index in range(min(size, len(rows)))])
 
     def held_out(self, tensors: Mapping[str, Tensor]) -> Iterator[TextBatch]:
@@ -216,12 +220,15 @@ class Kl(Penalty):
             return logs
         logs["multiplier"] = tensors[_PRESSURE][0].exp()
         trained = (values[""] / weight).to(tensors[_LAST])
-        held = values.get("held_out", trained).to(trained)
-        for name, measured, rate in ((_LAST, trained, _QUICK), (_TRAINED, trained, _SLOW), (_HELD, held, _SLOW)):
-            tensors[name].lerp_(measured.expand(1), rate)
-        ratio = tensors[_HELD] / tensors[_TRAINED] if float(tensors[_TRAINED]) > 0 else 1.0
+        tensors[_LAST].lerp_(trained.expand(1), _QUICK)
+        ratio = 1.0
+        if "held_out" in values:
+            logs["kl_held_out"] = held = values["held_out"]
+            first = not float(tensors[_TRAINED])
+            for name, measured in ((_TRAINED, trained), (_HELD, held)):
+                tensors[name].lerp_(measured.to(trained).expand(1), 1.0 if first else _SLOW)
+            ratio = float(tensors[_HELD] / tensors[_TRAINED].clamp_min(torch.finfo(torch.float64).tiny))
         c = excess(tensors[_LAST] * ratio, self.budget)
-        logs["kl_held_out"] = held
         tensors[_MULTIPLIER].copy_(ascended(tensors[_MULTIPLIER], c, int(tensors[_EVERY])))
         tensors[_PRESSURE].copy_(tensors[_MULTIPLIER] + GAIN * c)
         return logs
