@@ -6,7 +6,7 @@
 
 D is in nats per token, the measure of forgetting itself where penalties on the weights are its second order. A batch
 costs a forward and backward pass of ``batch_size`` texts, and a forward pass of the base; taken at every k-th step, it
-counts k times. An eighth of the texts, 32 at most, is never trained on. With a budget there is no strength to choose:
+counts k times. An eighth of the texts, 16 at most, is never trained on. With a budget there is no strength to choose:
 the controller meets it in what is measured, D on the batch times the ratio of what held-out texts lose to what those of
 training do. The verdict at the end is the KL on all that are held out.
 
@@ -44,7 +44,7 @@ _EVERY, _LAST, _HELD, _TRAINED = "every", "last", "mean held out", "mean trained
 _QUICK, _SLOW = 0.25, 0.2  # how much the last batch counts in means of D
 _TOKENS = 128  # of a batch whose size is chosen
 _COST, _SHARE, _RAREST = 4.5 / 3, 0.25, 8
-_HELD_OUT, _MOST_HELD_OUT = 8, 32  # one text of so many, up to so many
+_HELD_OUT, _MOST_HELD_OUT = 8, 16  # one text of so many, up to so many
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +85,7 @@ def kl_and_slope(base: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def held_out(texts: int) -> list[int]:
-    """Returns which texts are only measured at the end: every eighth, 32 at most; none of fewer than eight."""
+    """Returns which texts are only measured at the end: every eighth, 16 at most; none of fewer than eight."""
     return list(range(_HELD_OUT - 1, texts, _HELD_OUT))[:_MOST_HELD_OUT]
 
 

@@ -324,7 +324,7 @@ def _gradients(
     values: list[dict[str, Tensor]],
 ) -> dict[TensorName, Tensor]:
     """Sums the gradients of a target's terms, within its rows, and records their values."""
-    factors = _values(held)
+    factors = _values(held) if terms else {}
     summed: dict[TensorName, Tensor] = {}
     for index, term in terms.items():
         values[index][target_plan.target.name], gradients = term(factors)
