@@ -92,7 +92,7 @@ def test_processes_train_what_one_does(
 @pytest.mark.parametrize("name", ["keep", "l2", "laplace", "ewc", "kl"])
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
 def test_what_a_step_of_penalties_sends(name: str, backend: str, folder: Path, together: Mapping[str, Found]) -> None:
-    """DDP: nothing, for KL one sum of gradients, for keep at every second step, and one of checks; FSDP2: each factor once."""
+    """DDP: nothing, for KL one sum of gradients (keep: at every second step, and one of checks); FSDP2: each factor."""
     assert together
     plan, counts = Plan.load(folder / name), read_json(folder / f"{name}, {backend} 2.json")
     factors = 2 * len(plan.targets)
