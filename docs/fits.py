@@ -211,16 +211,15 @@ def _moved(runs: Mapping[Any, DryRun]) -> Iterator[str]:
     setting = "bf16, checkpointing, 1 text"
     yield "## What several processes send, 70B, GB on each\n"
     yield "A step of one micro-batch under DDP (a base in 4 bits on each card) and under FSDP2, which fetches each"
-    yield "weight forth and back. The budget of keep sends nothing in either: each process has its value from equal"
-    yield "factors, which FSDP2 gathers for it. `tests/training/test_distributed.py` counts what is sent.\n"
+    yield "weight forth and back. What keep sends is that of the steps at which it measures, every k-th one, and a few"
+    yield "numbers more for its budget. `tests/training/test_launched.py` counts what is sent.\n"
     rows = []
     for method in METHODS:
         run = runs["70B", method, setting]
         gradient, weights = 4 * run.train.numbers / 1e9, run.memory["training"].parts["weights"] / 1e9
-        answers = method == "kl"
-        held = method == "keep"
+        answers = method in ("kl", "keep")
         sums = run.memory["statistics"].parts["sums"] / 1e9 if "statistics" in run.memory else 0
-        sent = [sums, gradient, gradient * answers, 2 * weights + gradient, gradient * held + 2 * weights * answers]
+        sent = [sums, gradient, gradient * answers, 2 * weights + gradient, 2 * weights * answers]
         rows.append([method, *(f"{number:.2f}" for number in sent)])
     heads = ["statistics, once", "DDP: gradients", "penalties", "FSDP2: weights and gradients", "penalties"]
     yield from _table(["", *heads], rows)

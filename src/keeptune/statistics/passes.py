@@ -71,23 +71,21 @@ def run_pass(
 ) -> None:
     """Sums statistics in one pass over the data; each sum is delivered and freed once its module is done.
 
-    Several processes divide the batches, or the sums of examples that are alone; all deliver all sums of all batches.
+    Several processes divide the batches, but for examples that are alone; all deliver all sums of all batches.
     """
     taps, sums = Taps(), dict[Measured, _Sum]()
     own = batches if need.examples_alone else share(batches)
-    by_size = sorted(measured, key=lambda one: one[0].numbers(one[1]))
-    fed = set(share(by_size) if need.examples_alone else measured if own else ())
     for request, target in measured:
         weight = partial(read_weight, runner.model, target)
         total = sums[request, target] = _Sum(partial(request.accumulator, target, runner.device, weight))
-        # A process without a batch or a sum passes one all the same, so that modules are done in one order on all.
-        add = total.add if (request, target) in fed else _ignore
+        # A process without a batch passes one all the same, so that modules are done in one order on all.
+        add = total.add if own else _ignore
         taps.sinks(request.kind).setdefault(request.site(target), []).append(add)
 
     def done(names: set[str]) -> None:
         for request, target in [one for one in sums if one[0].site(one[1]) in names]:
             total = sums.pop((request, target)).begun()
-            if world() > 1:
+            if world() > 1 and not need.examples_alone:
                 _add_up(total)
             deliver(request, target, total)
         # The sinks hold their sums too.

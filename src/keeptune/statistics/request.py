@@ -65,7 +65,7 @@ class Request(ABC):
 class RowRequest(Request):
     """A sum over the rows of tokens; by default over the inputs of an input group, in a forward pass."""
 
-    examples_alone: ClassVar[bool] = False  # one by one, in their order: one process makes all of such a sum
+    examples_alone: ClassVar[bool] = False  # in their order: each process makes all of such a sum
 
     @property
     def kind(self) -> PassKind:
