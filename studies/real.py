@@ -111,7 +111,7 @@ def entries() -> dict[str, Entry]:
 def schedule() -> Iterator[Cell]:
     """The cells in an order in which wherever it stops, what is there is a table."""
     rates = [f"lora, {rate:g}" for rate in (1e-3, 3e-4, 3e-3)]
-    held = ["keep, 0.005", "kl generated, 1", "replay generated, 0.3", "lora-null v1"]
+    held = ["keep, 0.005", "kl generated, 1", "lora-null v1", "replay generated, 0.3"]
     starts = ["oplora", "corda", "milora", "l2-lora", "lalora", "farss", "ewc-lora"]
     cells = [("smollm2", "labels", name) for name in [*rates[:2], held[0]]]
     cells += [("smollm2", "gsm8k", name) for name in (rates[0], held[0])]
