@@ -89,6 +89,7 @@ def entries() -> dict[str, Entry]:
         ),
         "loss stm": Entry(changes={"task": {"stm_threshold": 2.5}}),
         **{f"keep, {n:g}": Entry(keep(n), knowledge=own) for n in (0.0025, 0.005, 0.01, 0.02)},
+        "keep, defaults": Entry({"name": "keep"}, knowledge=own),
         "keep general, 0.005": Entry(keep(0.005), knowledge="general"),
         "ewc-lora": Entry(changes={"penalties": [{"name": "ewc"}]}, knowledge=own),
         "loki": Entry({"name": "loki"}, knowledge=own),
@@ -111,14 +112,12 @@ def entries() -> dict[str, Entry]:
 def schedule() -> Iterator[Cell]:
     """The cells in an order in which wherever it stops, what is there is a table."""
     rates = [f"lora, {rate:g}" for rate in (1e-3, 3e-4, 3e-3)]
-    held = ["keep, 0.005", "kl generated, 1", "lora-null v1", "replay generated, 0.3"]
+    held = ["keep, defaults", "kl generated, 1", "lora-null v1", "replay generated, 0.3"]
     starts = ["oplora", "corda", "milora", "l2-lora", "lalora", "farss", "ewc-lora"]
-    cells = [("smollm2", "labels", name) for name in [*rates[:2], held[0]]]
-    cells += [("smollm2", "gsm8k", name) for name in (rates[0], held[0])]
-    cells += [("smollm2", "labels", name) for name in ["lora scaled, 0.5", *held[1:]]]
-    cells += [("smollm2", "calls", name) for name in (rates[0], held[0])]
-    cells += [("gemma3", "labels", name) for name in rates[:2]]
-    cells += [("smollm2", "labels", name) for name in [rates[2], *starts]]
+    cells = [("smollm2", "labels", name) for name in [*rates[:2], *held]]
+    cells += [("gemma3", "labels", name) for name in (rates[0], *held[:2])]
+    cells += [("smollm2", task, name) for task in ("gsm8k", "calls") for name in (rates[0], held[0])]
+    cells += [("smollm2", "labels", name) for name in ["lora scaled, 0.5", rates[2], *starts]]
     cells += [("smollm2", task, name) for task in ("calls", "gsm8k") for name in held[1:]]
     cells += [("smollm2", "labels", name) for name in entries()]
     yield from ((*cell, 0) for cell in dict.fromkeys(cells))
