@@ -30,7 +30,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "l2": [{}, {"layers": (2.0, 0.5), "unit": "absolute"}, {"on": "factors"}],
     "laplace": [
         {"curvature": "delta-act", "batches": 1, "batch_size": 6},
-        {"curvature": "delta-kfac", "rho": 0.1, "strength": 30.0},
+        {"curvature": "delta-kfac", "strength": 30.0},
         {"curvature": "delta-kfac", "labels": "true"},
         {"curvature": "diag"},
         {"curvature": "b-kfac"},

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import MODELS, Bench, train_steps
+from tests.models import MODELS, Bench
 
 from keeptune.adapter.install import held_parameters, install
 from keeptune.core.errors import KeeptuneError
@@ -98,21 +98,6 @@ def test_the_relative_form_costs_the_strength_where_the_change_is_as_large_as_th
     assert value(model, plan) == pytest.approx(3.0, rel=1e-3)
 
 
-def test_damping_the_output_factor_wholly_leaves_the_inputs_alone(tmp_path: Path) -> None:
-    """rho 1: Γ = tr(Γ)/m I, so that gradients point as those of delta-act do, target by target."""
-    found = []
-    for options in ({"curvature": "delta-kfac", "rho": 1.0}, {"curvature": "delta-act"}):
-        plan = planned(tmp_path, **options)
-        model = install(MODELS["llama"](), plan)
-        train_steps(model, steps=2)
-        model.zero_grad()
-        Penalties(model, plan).step()
-        gradients = [held_parameters(model, t)["B"].parameter.grad for t in plan.targets]
-        found.append([g / g.norm() for g in gradients if g is not None])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
 def test_batches_take_the_first_examples_of_the_knowledge(tmp_path: Path) -> None:
     whole, part = (planned(tmp_path, batches=batches, batch_size=2) for batches in (None, 2))
     few = Bench(MODELS["llama"](), tmp_path)
@@ -124,13 +109,12 @@ def test_batches_take_the_first_examples_of_the_knowledge(tmp_path: Path) -> Non
 
 
 def test_lalora_is_lora_with_the_penalty(tmp_path: Path) -> None:
-    plan = Bench(MODELS["llama"](), tmp_path).plan(Lalora(rank=4, curvature="delta-kfac", batches=1, rho=0.1))
+    plan = Bench(MODELS["llama"](), tmp_path).plan(Lalora(rank=4, curvature="delta-kfac", batches=1))
     (penalty,) = plan.penalties
     assert penalty.name == "laplace"
-    assert {k: penalty.options[k] for k in ("curvature", "batches", "rho")} == {
+    assert {k: penalty.options[k] for k in ("curvature", "batches")} == {
         "curvature": "delta-kfac",
         "batches": 1,
-        "rho": 0.1,
     }
 
 
@@ -138,8 +122,6 @@ def test_lalora_is_lora_with_the_penalty(tmp_path: Path) -> None:
     ("options", "told"),
     [
         ({"strength": -1.0}, "strength"),
-        ({"rho": 1.5}, "rho"),
-        ({"rho_input": -0.1}, "rho_input"),
         ({"batches": 0}, "batches"),
         ({"curvature": "kfac"}, "curvature"),
         ({"labels": "drawn"}, "labels"),

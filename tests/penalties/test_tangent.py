@@ -12,7 +12,7 @@ from tests.reference.curvature_reference import block_matrix, coupled_matrix
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
-from keeptune.linalg.symmetric import Identity, PsdMatrix, damped
+from keeptune.linalg.symmetric import Identity, PsdMatrix
 from keeptune.penalties.base import Form
 from keeptune.penalties.laplace import block_kronecker, coupled_kronecker, diagonal
 
@@ -20,7 +20,6 @@ M, N, R = 7, 9, 3
 S, W = 1.7, 0.6
 FACTORS: dict[str, tuple[PsdMatrix, PsdMatrix]] = {
     "dense": (symmetric(N, 1), symmetric(M, 2)),
-    "damped": (damped(symmetric(N, 1), 0.2), damped(symmetric(M, 4), 0.7)),
     "act": (symmetric(N, 1), Identity(M, torch.tensor(2.0, dtype=torch.float64))),
 }
 FORMS = ["diag", "b-kfac", "b-tri-kfac"]

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from keeptune.methods.lora import LoraStart
 from keeptune.methods.strength import Strength
 from keeptune.penalties.laplace import Curvature, Laplace
-from keeptune.penalties.measured import FactorOptions
+from keeptune.penalties.measured import Draws
 
 
 @dataclass(frozen=True)
-class Lalora(FactorOptions, LoraStart):
+class Lalora(Draws, LoraStart):
     """LaLoRA, our reading.
 
     Args:

@@ -42,10 +42,10 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Range
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.target import Target
-from keeptune.linalg.symmetric import Identity, PsdMatrix, damped
+from keeptune.linalg.symmetric import Identity, PsdMatrix
 from keeptune.penalties.base import Form, Site, Term, on_factors, start_of
 from keeptune.penalties.kronecker import KroneckerChange
-from keeptune.penalties.measured import FactorOptions, MeasuredPenalty
+from keeptune.penalties.measured import MeasuredPenalty
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.fisher import LoraFisher, lora_fisher, split_diagonals
 from keeptune.statistics.request import Request
@@ -114,7 +114,7 @@ def _seen(Omega: PsdMatrix, start: LowRank) -> PsdMatrix:
 
 
 @dataclass(frozen=True)
-class Laplace(FactorOptions, MeasuredPenalty):
+class Laplace(MeasuredPenalty):
     """A quadratic penalty by the curvature of the loss on knowledge data.
 
     Args:
@@ -156,9 +156,9 @@ class Laplace(FactorOptions, MeasuredPenalty):
         if self.curvature == "diag":
             tensors = {f"diagonals:{target.name}": site.stats[self._diagonals(site.plan)]}
         else:
-            tensors = {_omega(target): damped(site.stats[self.inputs].to(device), self.rho_input)}
+            tensors = {_omega(target): site.stats[self.inputs].to(device)}
         if self.curvature not in ("diag", "delta-act"):
-            tensors[_gamma(target)] = damped(site.stats[self.gradients].to(device), self.rho)
+            tensors[_gamma(target)] = site.stats[self.gradients].to(device)
         if self.by_loss:
             weight = self.strength / 2 * self.tokens_per_learned(site)
         else:

@@ -1,4 +1,4 @@
-"""What penalties have in common that are measured on the knowledge: how much of it, which labels, which damping."""
+"""What penalties have in common that are measured on the knowledge: how much of it, which labels."""
 
 from __future__ import annotations
 
@@ -32,21 +32,6 @@ class Draws(Options):
         """Checks the options, also against each other."""
         super().__post_init__()
         self.need(self.labels != "true" or self.probes == 1, "probes", "1 with `labels: true`, which are not drawn")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactorOptions(Draws):
-    """Options of Ω = E[x xᵀ] of a target's inputs and Γ = E[δ δᵀ] of the gradients at its outputs.
-
-    Args:
-        rho: Damping of Γ towards the identity of its trace: 0 none, 1 leaves the trace only.
-        rho_input: Damping of Ω, as ``rho`` is of Γ.
-    """
-
-    ranges = dict.fromkeys(("rho", "rho_input"), Range(least=0, most=1))
-
-    rho: float = 0.0
-    rho_input: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
