@@ -18,6 +18,7 @@ ALL = (
     "blockwise",
     "training_step",
     "penalty_step",
+    "keep_step",
     "plan_memory",
     "tracing",
     "attribution",
