@@ -37,7 +37,7 @@ _HEAD = """# Three tasks one after the other on atlas: all figures
 Made by `python studies/sequence.py` (in `make study`); [sequence.md](../guides/sequence.md) says what they mean. The
 recipe is [atlas-sequence.yaml](../../recipes/atlas-sequence.yaml): rank 8 at every target, 120 steps of 32 examples
 in each stage, a peak rate of 4e-3. Scores and measures in per cent{spread}. Replay: 30% of the training examples are
-knowledge, drawn from 256 facts and 128 examples of each stage before. keep: 0.003 nats on the same data.
+knowledge, drawn from 256 facts and 128 examples of each stage before. keep: its default budget on the same data.
 """
 
 
