@@ -14,13 +14,12 @@ from tests.reference.statistics_reference import covariance
 from torch import Tensor
 
 from keeptune.core.errors import StatisticsError
-from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import Runner
 from keeptune.statistics import passes
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance, ReleasedCovariance
-from keeptune.statistics.fisher import TokenCount, WeightFisher, lora_fisher
+from keeptune.statistics.fisher import TokenCount, WeightFisher
 from keeptune.statistics.gradient import DirectionVariances
 from keeptune.statistics.passes import Measured, Pass, run_pass
 from keeptune.statistics.request import RowRequest
@@ -37,22 +36,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 W, H, DELTA = normal(5, 4, seed=1), normal(30, 4, seed=2), normal(30, 5, seed=3)
 U, _, VH = torch.linalg.svd(W.double(), full_matrices=False)
-B, A, S = normal(5, 2, seed=4), normal(2, 4, seed=5), 0.7
 h, delta = H.double(), DELTA.double()
-FACTORS = torch.cat(
-    [
-        (S * (h @ A.double().T)).square().T @ delta.square(),
-        (S * (delta @ B.double())).square().T @ h.square(),
-    ],
-    dim=1,
-)
 # Each request, and its sum over the rows written out in float64.
 MEANS: dict[RowRequest, Tensor] = {
     InputCovariance("task"): h.T @ h,
     GradientCovariance("task", "true"): delta.T @ delta,
     DirectionVariances("task", "true"): torch.stack([(h @ VH.T).square().sum(0), (delta @ U).square().sum(0)]),
     WeightFisher("task", "true", per="token"): delta.square().T @ h.square(),
-    lora_fisher("task", "true", LowRank(B, A), S, per="token"): FACTORS,
 }
 
 

@@ -74,8 +74,11 @@ class _Count(Accumulator):
 
 
 @dataclass(frozen=True, slots=True)
-class _Fisher(GradientRequest):
-    """The mean over tokens of squared gradients.
+class WeightFisher(GradientRequest):
+    """``diag F`` of the whole weight, over T/N: ``(m, n)``, the mean over tokens of squared gradients (4) or (5).
+
+    EWC's Fisher is (4): the squared gradient of each text, not the square of a batch's mean gradient, which EWC-LoRA's
+    code takes and in which texts cancel each other.
 
     Args:
         per: ``"text"`` squares the gradient of each text, ``"token"`` that of each token.
@@ -87,15 +90,6 @@ class _Fisher(GradientRequest):
     def kind(self) -> PassKind:
         """Which row is of which text too, where texts are squared."""
         return "texts" if self.per == "text" else "joint"
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFisher(_Fisher):
-    """``diag F`` of the whole weight, over T/N: ``(m, n)``, the mean over tokens of squared gradients (4) or (5).
-
-    EWC's Fisher is (4): the squared gradient of each text, not the square of a batch's mean gradient, which EWC-LoRA's
-    code takes and in which texts cancel each other.
-    """
 
     def numbers(self, target: Target) -> int:
         """Returns ``mn``."""
@@ -116,8 +110,8 @@ def _add_squares(total: Tensor, h: Tensor, delta: Tensor, lengths: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class LoraFisher(_Fisher):
-    """``diag F`` of the factors of y = W_0 x + s B A x, over T/N: ``(r, m + n)``, of Bᵀ and of A; (4) or (5).
+class LoraFisher(GradientRequest):
+    """``diag F`` of the factors of y = W_0 x + s B A x, over T/N: ``(r, m + n)``, of Bᵀ and of A (4).
 
     ``g_B = sum_t s δ_t (A x_t)ᵀ`` and ``g_A = sum_t s (Bᵀ δ_t) x_tᵀ``, at the start, where the model is the base.
     Make it with :func:`lora_fisher`; ``scale`` is s, and the fingerprint that of the factors.
@@ -126,6 +120,11 @@ class LoraFisher(_Fisher):
     scale: float
     fingerprint: str
     factors: LowRank = field(compare=False, repr=False)
+
+    @property
+    def kind(self) -> PassKind:
+        """Which row is of which text too."""
+        return "texts"
 
     def numbers(self, target: Target) -> int:
         """Returns ``r (m + n)``."""
@@ -142,7 +141,7 @@ def _add_factor_squares(
     total: Tensor,
     h: Tensor,
     delta: Tensor,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int],
     *,
     factors: LowRank,
     scale: float,
@@ -151,31 +150,19 @@ def _add_factor_squares(
     of_B, of_A = total[:, : len(B)], total[:, len(B) :]
     h, delta = h.to(A), scale * delta.to(B)
     a, b = h @ A.T, delta @ B
-    if lengths is None:
-        of_B += a.square().T @ delta.square()
-        of_A += b.square().T @ h.square()
-        return
     texts = (torch.split(rows, list(lengths)) for rows in (h, delta, a, b))
     for x, d, u, v in zip(*texts, strict=True):
         of_B += (u.T @ d).square_()
         of_A += (v.T @ x).square_()
 
 
-def lora_fisher(
-    data: DataRole,
-    labels: Labels,
-    factors: LowRank,
-    scale: float,
-    *,
-    per: Per = "text",
-    **draws: Any,
-) -> LoraFisher:
+def lora_fisher(data: DataRole, labels: Labels, factors: LowRank, scale: float, **draws: Any) -> LoraFisher:
     """Returns the request for the diagonals at factors ``B`` and ``A`` with scale s; their content is in the key.
 
     ``draws`` are the request's ``seed``, ``probes`` and ``examples``.
     """
     fingerprint = content_key([tensor_fingerprint(factors.B), tensor_fingerprint(factors.A)])
-    return LoraFisher(data, labels, scale, fingerprint, factors, per=per, **draws)
+    return LoraFisher(data, labels, scale, fingerprint, factors, **draws)
 
 
 def split_diagonals(value: Tensor, out_features: int) -> LowRank:
