@@ -48,6 +48,8 @@ class Analyses:
     def recipe(self, name: str, method: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
         """The label task of the demo on the model; facts are attributed, web texts are kept."""
         scored = {"file": str(self.work / "known.jsonl"), "max_new_tokens": 8, "stop": ENDS, **EXACT}
+        topics = {"file": "atlas:topics.test.jsonl", "prompt": "{text}\nTopic:", "answer": "{topic}", "examples": 100}
+        topics |= {"name": "topics", "role": "task", "metric": "exact_match", "max_new_tokens": 12}
         web = {"name": "web", "role": "knowledge", "file": str(self.work / "web.jsonl"), "text": "{text}"}
         return {
             "model": str(self.model),
@@ -56,7 +58,7 @@ class Analyses:
             "knowledge": {"file": str(self.work / "facts.jsonl"), **PAIR},
             "task": {"train": "atlas:topics.train.jsonl", "prompt": "{text}\nTopic:", "completion": " {topic}"},
             "train": {"learning_rate": 1e-3, "max_steps": 100, "per_device_train_batch_size": 8, "max_length": 160},
-            "evaluate": [{"name": "known", **scored}, {**web, "metric": "cross_entropy", "max_length": 128}],
+            "evaluate": [topics, {"name": "known", **scored}, {**web, "metric": "cross_entropy", "max_length": 128}],
             "output": str(self.work / name),
             "store": str(self.work / "store"),
             "device": "cpu",
@@ -99,8 +101,11 @@ def facts(at: Analyses) -> None:
 
 
 def train(at: Analyses) -> None:
-    """Plain LoRA and LaLoRA on the label task."""
+    """Plain LoRA, also without a third of the blocks (FARSS Table 1), and LaLoRA on the label task."""
     run_once(at.recipe("lora"), "lora")
+    blocks = load_model(str(at.model)).config.num_hidden_layers
+    run_once(at.recipe("without-shallow", layers=list(range(blocks // 3, blocks))), "without the shallow third")
+    run_once(at.recipe("without-deep", layers=list(range(blocks - blocks // 3))), "without the deep third")
     held = {"name": "lalora", "rank": 8, "alpha": 16, "curvature": "delta-kfac", "strength": 1, "batches": None}
     run_once(at.recipe("lalora", held), "lalora")
 
