@@ -27,7 +27,9 @@ _HEAD = """# Real language models: what methods forget
 Made by `python -m studies.real` from [the records](real/cells.jsonl): {cells} cells, {seeds}. bfloat16, one thread of a
 CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps of a few short examples (8 of labels, 4 of calls, 2 of
 word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*: the base wrote the 256 texts that are
-to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so.
+to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so;
+a budget in nats stands for keep with that budget, held at every 4th step on 2 texts, *defaults* for keep as it is.
+Records name the commit: keep, 0.005 was run before the defaults were chosen (0.01, and how often it is held).
 
 Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
 three answers to questions that begin alike, by log-likelihood; web text (C4). What a row shows is the difference to the
@@ -136,14 +138,14 @@ def matched(rows: Sequence[Row]) -> str:
     near = [row for row in rows if learned(row) >= learned(best) - NEAR]
     lines = [
         f"\nAt the task score of LoRA's best rate ({best['entry']}), at most {NEAR} below it; losses over LoRA's, where"
-        " LoRA's is more than noise:\n",
+        " LoRA's is more than noise, ± what the row's own interval makes of it:\n",
         line("", "task, less LoRA's", "on average", *KEPT.values()),
         line("---", *["---:"] * (len(KEPT) + 2)),
     ]
     for row in near:
-        losses = [(forgotten(row)[0], *forgotten(best))]
-        losses += [(lost(row["scores"][name])[0], *lost(best["scores"][name])) for name in KEPT]
-        shares = [f"{part / whole:.0%}" if whole > half else "-" for part, whole, half in losses]
+        losses = [(*forgotten(row), *forgotten(best))]
+        losses += [(*lost(row["scores"][name]), *lost(best["scores"][name])) for name in KEPT]
+        shares = [f"{own / all_:.0%} ± {half / all_:.0%}" if all_ > noise else "-" for own, half, all_, noise in losses]
         lines.append(line(row["entry"], against(*(one["scores"][one["task"]] for one in (row, best))), *shares))
     if less := [f"{row['entry']} ({abs(learned(row)):.3f})" for row in rows if row not in near]:
         lines.append(f"\nThese learned less: {', '.join(less)}.")
