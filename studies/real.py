@@ -114,10 +114,10 @@ def schedule() -> Iterator[Cell]:
     rates = [f"lora, {rate:g}" for rate in (1e-3, 3e-4, 3e-3)]
     held = ["keep, defaults", "kl generated, 1", "lora-null v1", "replay generated, 0.3"]
     starts = ["oplora", "corda", "milora", "l2-lora", "lalora", "farss", "ewc-lora"]
-    cells = [("smollm2", "labels", name) for name in [*rates[:2], *held]]
+    cells = [("smollm2", "labels", name) for name in [*rates[:2], *held[:2], "lora scaled, 0.5", *held[2:]]]
     cells += [("gemma3", "labels", name) for name in (rates[0], *held[:2])]
     cells += [("smollm2", task, name) for task in ("gsm8k", "calls") for name in (rates[0], held[0])]
-    cells += [("smollm2", "labels", name) for name in ["lora scaled, 0.5", rates[2], *starts]]
+    cells += [("smollm2", "labels", name) for name in [rates[2], *starts]]
     cells += [("smollm2", task, name) for task in ("calls", "gsm8k") for name in held[1:]]
     cells += [("smollm2", "labels", name) for name in entries()]
     yield from ((*cell, 0) for cell in dict.fromkeys(cells))
