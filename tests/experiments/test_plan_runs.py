@@ -98,7 +98,7 @@ def test_an_entry_may_have_its_own_rates_and_strengths_or_vary_a_key(load: Load)
         "rank-lr0.25-x2-seed0",
         "rank-lr0.25-x4-seed0",
     ]
-    assert found["keep-lr0.5-x3-seed0"].recipe.method == {"name": "keep", "nats": 0.01 / 3}
+    assert found["keep-lr0.5-x3-seed0"].recipe.method == {"name": "keep", "nats": 0.003333333333}
     assert found["kl-lr0.001-x30-seed0"].recipe.penalties == [{"name": "kl", "strength": 30}]
     assert found["rank-lr0.25-x4-seed0"].recipe.method == {"name": "lora", "rank": 4}
     assert [run.strength for run in found.values()] == [3, None, None, None, None]
