@@ -16,6 +16,7 @@ from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora
 from keeptune.penalties.base import conclusions, penalty_named
 from keeptune.penalties.budget import GAIN, LEAST, MOST, ascended, excess, verdict
+from keeptune.penalties.kl import Kl
 from keeptune.training.penalty_engine import Penalties
 
 
@@ -52,6 +53,19 @@ def test_a_budget_is_met_within_a_fifth(share: float, said: str, tmp_path: Path)
     (sentence,) = conclusions(planned(tmp_path, nats=0.01), row)
     assert sentence.endswith(f"of 0.01: {said}")
     assert conclusions(Bench(MODELS["llama"](), tmp_path).plan(Lora(rank=4)), row) == []
+
+
+@pytest.mark.parametrize(
+    ("mean", "tokens", "size", "every"),
+    [(120, 160, 1, 5), (120, 320, 1, 3), (120, 800, 1, 1), (120, 3200, 4, 1), (120, 10**6, 4, 1), (12, 544, 11, 2)]
+    + [(120, 1, 1, 8), (1000, 10**6, 1, 1), (120, 0, 1, 1)],
+)
+def test_what_is_chosen_adds_a_quarter_to_a_step(mean: int, tokens: int, size: int, every: int) -> None:
+    assert Keep().penalties()[0].chosen(mean, tokens) == (size, every)
+    if 160 <= tokens <= 3200:  # neither the rarest nor the largest
+        assert 1.5 * size * mean / every <= 0.26 * tokens
+    assert Kl(batch_size=3, every=None).chosen(mean, tokens)[0] == 3
+    assert Kl(batch_size=None, every=2).chosen(mean, tokens)[1] == 2
 
 
 def test_the_pressure_is_off_while_there_is_room_and_on_at_once_when_there_is_none(tmp_path: Path) -> None:

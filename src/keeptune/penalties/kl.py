@@ -10,9 +10,10 @@ counts k times. An eighth of the texts, 16 at most, is never trained on. With a 
 the controller meets it in what is measured, D on the batch times the ratio of what held-out texts lose to what those of
 training do. The verdict at the end is the KL on all that are held out.
 
-The chosen k is the smallest at which (1) adds a quarter to a step at most, by tokens: a pass back counts as two, so
-that a text of knowledge takes 4.5 passes (with a check of held-out ones) and one of the task 3. Where gradients are
-clipped, a batch at every k-th step has a k-th of the say at most: where a budget is overdrawn, ``every: 1`` holds it.
+What is chosen adds a quarter to a step, by tokens: a pass back counts as two, so that a text of knowledge takes 4.5
+passes (with a check of held-out ones) and one of the task 3. Batches have 128 to 512 tokens; where the least are too
+many, they come at every k-th step, 8 at most. Where gradients are clipped, these have a k-th of the say at most: where
+a budget is overdrawn, ``every: 1`` holds it.
 
 The base is the model as it starts: its factors are put in for the pass, whatever the anchor. (Without its adapter a
 model with a residual anchor is not the base.) Padding, prompts, the
@@ -40,9 +41,9 @@ from keeptune.statistics.request import DataRole
 
 _IDS, _LENGTHS, _LEARNED, _STEP = "ids", "lengths", "learned", "step"
 _MULTIPLIER, _PRESSURE = "log multiplier", "log pressure"
-_EVERY, _LAST, _HELD, _TRAINED = "every", "last", "mean held out", "mean trained on"
+_SIZE, _EVERY, _LAST, _HELD, _TRAINED = "size", "every", "last", "mean held out", "mean trained on"
 _QUICK, _SLOW = 0.25, 0.2  # how much the last batch counts in means of D
-_TOKENS = 128  # of a batch whose size is chosen
+_LEAST, _MOST = 128, 512  # tokens of a batch whose size is chosen
 _COST, _SHARE, _RAREST = 4.5 / 3, 0.25, 8
 _HELD_OUT, _MOST_HELD_OUT = 8, 16  # one text of so many, up to so many
 
@@ -109,15 +110,14 @@ class Kl(Penalty):
     Args:
         strength: What a nat per token weighs against a nat of the task's loss.
         budget: In its place, the nats per token that may be lost on the knowledge.
-        every: At which optimiser steps: 4 is every fourth, weighed fourfold; None chooses it at the first step, so that
-            knowledge adds a quarter to the task's tokens at most (8 at most).
-        batch_size: Texts of such a step; None takes as many as have 128 tokens.
+        every: At which optimiser steps: 4 is every fourth, weighed fourfold; None chooses it at the first step.
+        batch_size: Texts of such a step; None chooses: as many as add a quarter to a step, of 128 to 512 tokens.
         seed: Seed of their order.
     """
 
     name = "kl"
     paper = "Li and Hoiem, Learning without Forgetting, 1606.09282 (in spirit)"
-    state: ClassVar[tuple[str, ...]] = (_STEP, _EVERY, _MULTIPLIER, _PRESSURE, _LAST, _HELD, _TRAINED)
+    state: ClassVar[tuple[str, ...]] = (_STEP, _SIZE, _EVERY, _MULTIPLIER, _PRESSURE, _LAST, _HELD, _TRAINED)
     once = True
     ranges = {
         "strength": Range(least=0),
@@ -158,7 +158,8 @@ class Kl(Penalty):
         learned = torch.ones_like(ids, dtype=torch.bool)
         if knowledge.learned:
             learned = pad_sequence([torch.tensor(knowledge.learned[index]) for index in long], True, True)
-        state = dict.fromkeys(self.state, 0.0) | {_EVERY: float(self.every or 0), _PRESSURE: -GAIN}
+        state = dict.fromkeys(self.state, 0.0) | {_PRESSURE: -GAIN}
+        state |= {_SIZE: float(self.batch_size or 0), _EVERY: float(self.every or 0)}
         held = {name: torch.tensor([value], dtype=torch.float64) for name, value in state.items()}
         return {_IDS: ids, _LENGTHS: torch.tensor(list(map(len, texts))), _LEARNED: learned, **held}
 
@@ -169,34 +170,38 @@ class Kl(Penalty):
             return 0.0
         return every * (self.strength if self.budget is None else float(tensors[_PRESSURE].exp()) / self.budget)
 
+    def chosen(self, mean: float, tokens: float) -> tuple[int, int]:
+        """Returns the texts of a batch, and k.
+
+        Args:
+            mean: Mean length of the texts, in tokens.
+            tokens: Tokens of the task in a step; 0 where that is not known, and every step is taken.
+        """
+        room = _SHARE / _COST * tokens * (self.every or 1)
+        size = self.batch_size or max(round(max(min(room, _MOST), _LEAST) / mean), 1)
+        return size, self.every or (min(math.ceil(size * mean / room), _RAREST) if tokens else 1)
+
     def choose(self, tensors: Mapping[str, Tensor], tokens: int) -> None:
-        """Chooses k from how many tokens of the task a step has; where that is not known, 0, every step is taken."""
-        own = self._size(tensors) * float(tensors[_LENGTHS].double().mean())
-        k = math.ceil(_COST * own / (_SHARE * tokens)) if tokens else 1
-        tensors[_EVERY].fill_(min(k, _RAREST))
+        """Chooses the texts of a batch and k at the first step, from how many tokens of the task it has."""
+        size, every = self.chosen(float(tensors[_LENGTHS].double().mean()), tokens)
+        tensors[_SIZE].fill_(size)
+        tensors[_EVERY].fill_(every)
 
     def undecided(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Returns whether k is still to be chosen."""
-        return int(tensors[_EVERY]) == 0
-
-    def size_of(self, mean: float) -> int:
-        """Returns the texts of a batch, given their mean length in tokens."""
-        return max(round(_TOKENS / mean), 1) if self.batch_size is None else self.batch_size
-
-    def _size(self, tensors: Mapping[str, Tensor]) -> int:
-        return self.size_of(float(tensors[_LENGTHS].double().mean()))
+        """Returns whether these are still to be chosen."""
+        return not (int(tensors[_SIZE]) and int(tensors[_EVERY]))
 
     def batch(self, tensors: Mapping[str, Tensor]) -> TextBatch:
         """Returns the texts of this step."""
         number = int(tensors[_STEP]) // int(tensors[_EVERY])
-        return _rows(tensors, trained_on(len(tensors[_IDS]), size=self._size(tensors), seed=self.seed, number=number))
+        return _rows(tensors, trained_on(len(tensors[_IDS]), size=int(tensors[_SIZE]), seed=self.seed, number=number))
 
     def check(self, tensors: Mapping[str, Tensor]) -> TextBatch | None:
         """Returns the held-out texts that a budget is measured on in this step, a quarter of a batch.
 
         None in the first round, where no text of a batch has been trained on yet, and where none is held out.
         """
-        texts, batch, number = len(tensors[_IDS]), self._size(tensors), int(tensors[_STEP]) // int(tensors[_EVERY])
+        texts, batch, number = len(tensors[_IDS]), int(tensors[_SIZE]), int(tensors[_STEP]) // int(tensors[_EVERY])
         rows, size = held_out(texts), max(batch // 4, 1)
         if self.budget is None or not rows or number * batch < texts - len(rows):
             return None
@@ -206,7 +211,7 @@ class Kl(Penalty):
     def held_out(self, tensors: Mapping[str, Tensor]) -> Iterator[TextBatch]:
         """Yields the texts of the verdict; where none is held out, those of training."""
         rows = held_out(len(tensors[_IDS])) or [*range(len(tensors[_IDS]))]
-        for first in range(0, len(rows), size := self._size(tensors)):
+        for first in range(0, len(rows), size := max(int(tensors[_SIZE]), 1)):
             yield _rows(tensors, rows[first : first + size])
 
     def update(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -323,17 +323,18 @@ class Footprint:
         elif loss is not None:
             head = max(head, estimate.token_loss_bytes(self.shape, loss.reads, self._batch * length))
         passing = {"activations": kept, "logits": head}
-        answers = self._answers(saving)
+        steps = int(value(train, "gradient_accumulation_steps"))
+        answers = self._answers(saving, steps * self._batch * length)
         return lasting, max(passing, answers, key=lambda parts: sum(parts.values()))
 
-    def _answers(self, saving: bool) -> dict[str, int]:
+    def _answers(self, saving: bool, tokens: int) -> dict[str, int]:
         """Returns what penalties on answers hold in a pass of their own, after that of the task."""
         held = {"activations": 0, "logits": 0}
         data = self.lengths.calibration("knowledge")
         for one in self._penalties:
             if not isinstance(one, Kl):
                 continue
-            batch = min(one.size_of(data.mean), data.texts)
+            batch = min(one.chosen(data.mean, tokens)[0], data.texts)
             ranks = sum(size.rank for size in self.sizes.values())
             held["activations"] = estimate.activation_bytes(
                 self.shape, self.used, ranks=ranks, batch=batch, length=data.longest, checkpointing=saving
