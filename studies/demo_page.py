@@ -48,9 +48,10 @@ def main(run: Path) -> None:
 
 def table(report: dict[str, Any]) -> str:
     """Return the comparison as a Markdown table."""
-    columns = comparison_columns(report)
-    lines = [[markdown(", ".join((item.head, *item.sub))) for item in columns], ["---", *["---:"] * (len(columns) - 1)]]
-    for row in zip(*(column.cells for column in columns), strict=True):
+    heads, *rows = zip(*comparison_columns(report), strict=True)
+    lines = [[markdown(", ".join(part for part in (head.main, head.note) if part)) for head in heads]]
+    lines.append(["---", *["---:"] * (len(heads) - 1)])
+    for row in rows:
         lines.append([markdown(" ".join(part for part in (cell.main, cell.note) if part)) for cell in row])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
