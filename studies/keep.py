@@ -245,7 +245,13 @@ def shown(base: Base, values: Sequence[float | None]) -> str:
     return spread([100 * value for value in known]) if base == "atlas" else spread(known, 3)
 
 
-_COLOURS = {"LoRA": "#999999", "keep": "#d55e00", "KL": "#222222", "replay": "#0072b2"}
+# Colour, where labels stand, and from which side.
+_FAMILIES: dict[str, tuple[str, tuple[int, int], str]] = {
+    "LoRA": ("#999999", (-8, -12), "right"),
+    "keep": ("#d55e00", (-8, -14), "right"),
+    "KL": ("#222222", (8, 5), "left"),
+    "replay": ("#0072b2", (8, -12), "left"),
+}
 
 
 def figure(asked: Sequence[Setting], rows: Sequence[Sequence[dict[str, float]]]) -> Any:
@@ -253,22 +259,30 @@ def figure(asked: Sequence[Setting], rows: Sequence[Sequence[dict[str, float]]])
     with themed():
         made = page(7.0, 4.6)
         axes = made.subplots()
-        for family, colour in _COLOURS.items():
+        for family, (colour, place, side) in _FAMILIES.items():
             points = sorted(
                 (statistics.mean(s["topics"] for s in scores), statistics.mean(s["facts"] for s in scores), one.label)
                 for one, scores in zip(asked, rows, strict=True)
                 if scores and one.base == "atlas" and one.question in ("atlas", "rate") and one.label.startswith(family)
                 if family != "keep" or one.question == "atlas"
             )
-            axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=colour, label=family)
+            axes.plot(
+                [p[0] for p in points],
+                [p[1] for p in points],
+                "o-",
+                color=colour,
+                label={"LoRA": "LoRA, four rates"}.get(family, family),
+            )
             for x, y, label in points:
-                axes.annotate(label, (x, y), (6, -10), textcoords="offset points", fontsize=8, color=colour)
+                text = label.removeprefix(f"{family}, ").replace("LoRA", "0.002")
+                axes.annotate(text, (x, y), place, textcoords="offset points", fontsize=8, color=colour, ha=side)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel("topics learned", color=MUTED)
         axes.set_ylabel("facts kept", color=MUTED)
         axes.set_title("What a budget keeps at what it lets atlas learn", color=INK)
         axes.grid(visible=True)
+        axes.legend(frameon=False, fontsize=9, labelcolor="linecolor", loc="lower left")
         bare(axes, ("left", "bottom"))
         return finish(made)
 
