@@ -278,6 +278,7 @@ def figure(asked: Sequence[Setting], rows: Sequence[Sequence[dict[str, float]]])
                 axes.annotate(text, (x, y), place, textcoords="offset points", fontsize=8, color=colour, ha=side)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.margins(x=0.15)
         axes.set_xlabel("topics learned", color=MUTED)
         axes.set_ylabel("facts kept", color=MUTED)
         axes.set_title("What a budget keeps at what it lets atlas learn", color=INK)
