@@ -17,7 +17,7 @@ from keeptune.methods.lora import Lora
 from keeptune.penalties.base import conclusions, penalty_named
 from keeptune.penalties.budget import GAIN, LEAST, MOST, ascended, excess, verdict
 from keeptune.penalties.kl import Kl
-from keeptune.training.penalty_engine import Penalties
+from keeptune.training.penalty_engine import Penalties, tokens_of
 
 
 def planned(folder: Path, **options: Any) -> Plan:
@@ -66,6 +66,13 @@ def test_what_is_chosen_adds_a_quarter_to_a_step(mean: int, tokens: int, size: i
         assert 1.5 * size * mean / every <= 0.26 * tokens
     assert Kl(batch_size=3, every=None).chosen(mean, tokens)[0] == 3
     assert Kl(batch_size=None, every=2).chosen(mean, tokens)[1] == 2
+
+
+def test_tokens_of_a_batch_are_counted_without_padding() -> None:
+    ids, mask = torch.ones(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert tokens_of({"input_ids": ids, "attention_mask": mask, "labels": ids}) == 8
+    assert tokens_of({"chosen_input_ids": ids, "rejected_input_ids": ids}) == 20
+    assert tokens_of({"text": ["a"]}) == 0
 
 
 def test_the_pressure_is_off_while_there_is_room_and_on_at_once_when_there_is_none(tmp_path: Path) -> None:

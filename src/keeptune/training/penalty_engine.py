@@ -218,17 +218,16 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
     refuse_trainer(trainer, plan)
     penalties = Penalties(trainer.model, plan)
     training_step, log = trainer.training_step, trainer.log
-    counted = 0  # tokens of the micro-batches of a step
+    counted = 0  # tokens of the micro-batches of the first step
 
     def counting(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal counted
-        counted += sum(value.numel() for name, value in inputs.items() if name.endswith("input_ids"))
+        if not penalties.taken:
+            counted += tokens_of(inputs)
         loss = training_step(model, inputs, *args, **kwargs)
-        if trainer.accelerator.sync_gradients:
-            if not zero:
-                scaler = trainer.accelerator.scaler
-                penalties.step(1.0 if scaler is None else scaler.get_scale(), counted)
-            counted = 0
+        if trainer.accelerator.sync_gradients and not zero:
+            scaler = trainer.accelerator.scaler
+            penalties.step(1.0 if scaler is None else scaler.get_scale(), counted)
         return loss
 
     def with_term(loss: Tensor, scale_wrt_gas: bool = True, **kwargs: Any) -> None:
@@ -251,6 +250,12 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
         trainer.add_callback(PenaltyState(penalties))
     trainer.add_callback(_Verdict(penalties, plan))
     return penalties
+
+
+def tokens_of(inputs: Mapping[str, Any]) -> int:
+    """Returns how many tokens a trainer's batch has; padding is left out, so that processes have what one has."""
+    masks = [int(value.sum()) for name, value in inputs.items() if name.endswith("attention_mask")]
+    return sum(masks) or sum(value.numel() for name, value in inputs.items() if name.endswith("input_ids"))
 
 
 class _Count(TrainerCallback):
