@@ -72,7 +72,7 @@ def test_tokens_of_a_batch_are_counted_without_padding() -> None:
     ids, mask = torch.ones(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     assert tokens_of({"input_ids": ids, "attention_mask": mask, "labels": ids}) == 8
     assert tokens_of({"chosen_input_ids": ids, "rejected_input_ids": ids}) == 20
-    assert tokens_of({"text": ["a"]}) == 0
+    assert tokens_of({"text": ["a"]}) == tokens_of([{"prompt": "a"}]) == 0
 
 
 def test_the_pressure_is_off_while_there_is_room_and_on_at_once_when_there_is_none(tmp_path: Path) -> None:

@@ -84,9 +84,7 @@ def test_a_run_on_four_bits_ends_in_an_adapter_for_that_base_which_can_be_repair
     recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
-    values = recipe_values(
-        quantization=PACKED, method={"name": "keep", "rank": 4}, penalties=[{"name": "kl", "batch_size": 4}], replay=0.2
-    )
+    values = recipe_values(quantization=PACKED, method={"name": "keep", "rank": 4}, penalties=["l2"], replay=0.2)
     path = write_recipe(tmp_path / "recipe.yaml", values)
     said = keeptune("run", path, capsys=capsys)
     assert said.code == 0, said.err

@@ -252,8 +252,13 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
     return penalties
 
 
-def tokens_of(inputs: Mapping[str, Any]) -> int:
-    """Returns how many tokens a trainer's batch has; padding is left out, so that processes have what one has."""
+def tokens_of(inputs: Any) -> int:
+    """Returns how many tokens a trainer's batch has; padding is left out, so that processes have what one has.
+
+    Where the batch is of rows that are still to be written (GRPO) that is not known: 0.
+    """
+    if not isinstance(inputs, Mapping):
+        return 0
     masks = [int(value.sum()) for name, value in inputs.items() if name.endswith("attention_mask")]
     return sum(masks) or sum(value.numel() for name, value in inputs.items() if name.endswith("input_ids"))
 
