@@ -33,10 +33,9 @@ from keeptune.core.errors import TrainError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.target import TensorName
-from keeptune.linalg.symmetric import Identity
 from keeptune.penalties.base import NORM, Penalty, Term, conclusions, penalty_named, start_of
 from keeptune.penalties.kl import Kl
-from keeptune.penalties.kronecker import KroneckerChange
+from keeptune.penalties.kronecker import change_since
 from keeptune.training.compatibility import refuse_trainer
 from keeptune.training.output_passes import Gradients, Outputs, add_gradients, gradient_norm
 
@@ -193,15 +192,9 @@ class Penalties:
             if not norms:
                 continue
             factors = _values(held_parameters(self._model, target_plan))
-            B, one = factors["B"], torch.ones((), device=factors["B"].device)
-            change = KroneckerChange(
-                Omega=Identity(target.in_features, one),
-                Gamma=Identity(target.out_features, one),
-                scale=target_plan.scale,
-                weight=1.0,
-                start=start_of(target_plan, B.device),
-            )
-            moved = float(change.value(LowRank(B, factors["A"])).clamp_min(0).sqrt())
+            start = start_of(target_plan, factors["B"].device)
+            change = LowRank(*change_since(LowRank(factors["B"], factors["A"]), start))
+            moved = target_plan.scale * float(change.norm_squared().clamp_min(0).sqrt())
             by_layer[target.layer].append(moved / norms[0] if norms[0] else 0.0)
         return {f"drift/layer_{layer}": sum(shares) / len(shares) for layer, shares in sorted(by_layer.items())}
 
