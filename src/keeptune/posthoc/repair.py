@@ -40,8 +40,6 @@ from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.posthoc.factored_model import FactoredModel
 from keeptune.posthoc.repair_equations import mu_for_drift
 from keeptune.posthoc.repair_problem import RepairProblem, repair_problem
-from keeptune.report.figures import write_figure
-from keeptune.report.pages.sweep_charts import repair_charts
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.self_generated import SelfGeneration, write_texts
 
@@ -186,6 +184,9 @@ def repair(
         record["scores"] = _score_models(trained.load_base(), models, start.tokenizer, benchmarks, options.seed)
         clock.lap("evaluate")
     write_json(output / "repair.json", record)
+    from keeptune.report.figures import write_figure  # loads matplotlib and plotly
+    from keeptune.report.pages.sweep_charts import repair_charts
+
     if charts := repair_charts(record):
         words = "bars: 95% intervals; dotted: the base model; dashed: the adapter as it was"
         write_figure(charts, output / "repair.png", words)

@@ -33,8 +33,6 @@ from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, embeddi
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.recipe.paths import resolve_model
-from keeptune.report.figures import write_figure
-from keeptune.report.pages.study_charts import trace_charts
 from keeptune.statistics.layer_effect import (
     LayerEffect,
     Norm,
@@ -222,6 +220,9 @@ def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max")
     }
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "trace.json", record)
+    from keeptune.report.figures import write_figure  # loads matplotlib and plotly
+    from keeptune.report.pages.study_charts import trace_charts
+
     profiles, maps = trace_charts(record)
     write_figure(profiles, options.output / "layers.png", across=2)
     write_figure(maps, options.output / "heat.png")
