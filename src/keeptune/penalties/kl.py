@@ -223,6 +223,7 @@ class Kl(Penalty):
         logs = {"kl_to_base": values[""] / weight}
         if self.budget is None:
             return logs
+        logs["kl_budget"] = tensors[_PRESSURE].new_tensor(self.budget)
         logs["multiplier"] = tensors[_PRESSURE][0].exp()
         trained = (values[""] / weight).to(tensors[_LAST])
         tensors[_LAST].lerp_(trained.expand(1), _QUICK)

@@ -19,9 +19,10 @@ from huggingface_hub import get_token
 from pydantic import Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DPOConfig, KTOConfig, SFTConfig
 
-from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.errors import RecipeError, nearest, need_known
 from keeptune.training.zero import refuse_zero
 
 # Of each kind of task the config of its trainer; of those that are not here TrainingArguments.
@@ -225,6 +226,7 @@ def _check_surroundings(checked: Mapping[str, Any], positions: int | None) -> No
         )
     named = checked.get("report_to") or ()
     for tracker in [named] if isinstance(named, str) else named:
+        need_known(tracker, ["none", "all", *INTEGRATION_TO_CALLBACK], "train.report_to", "trackers of Transformers")
         if tracker not in ("none", "all", *get_available_reporting_integrations()):
             raise _missing("report_to", tracker, tracker)
     optimizer = str(checked.get("optim", ""))

@@ -241,7 +241,7 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
     trainer.add_callback(_Count(penalties, plan))
     if any(penalties.state()):
         trainer.add_callback(PenaltyState(penalties))
-    trainer.add_callback(_Verdict(penalties, plan))
+    trainer.callback_handler.callbacks.insert(0, _Verdict(trainer, penalties, plan))  # trackers end with training
     return penalties
 
 
@@ -278,12 +278,12 @@ class _Count(TrainerCallback):
 class _Verdict(TrainerCallback):
     """Says at the end of training what penalties hold: a row of the log with their values, and their conclusions."""
 
-    def __init__(self, penalties: Penalties, plan: Plan) -> None:
-        self._penalties, self._plan = penalties, plan
+    def __init__(self, trainer: Any, penalties: Penalties, plan: Plan) -> None:
+        self._trainer, self._penalties, self._plan = trainer, penalties, plan
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         row = self._penalties.value()
-        state.log_history.append({**row, "step": state.global_step})
+        self._trainer.log(dict(row))
         for sentence in conclusions(self._plan, row):
             _log.info("train: %s", sentence)
 
