@@ -76,7 +76,7 @@ def test_the_data_shown_are_those_trained_on(
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values(replay=0.2, train={"max_length": 40, "max_steps": 1}))
     rows = tmp_path / "rows.jsonl"
-    said = keeptune("data", recipe, "--show", "1", "--json", rows, capsys=capsys)
+    said = keeptune("data", recipe, "--show", "1", "--rows", rows, capsys=capsys)
     assert said.code == 0
     assert "── example 1 ──" in said.out and "⟦" in said.out
     (counts,) = re.findall(r"^(\d+) of (\d+) examples, (\d+) tokens, (\d+) of them learned", said.out, re.MULTILINE)

@@ -98,7 +98,7 @@ def test_a_part_is_cleared(words: list[str], left: int, folder: Path, capsys: py
 def test_clearing_asks_first(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
     said = keeptune("store", "clear", "--store", folder, capsys=capsys)
-    assert (said.code, "Remove 4 entries" in said.out) == (1, True)
+    assert (said.code, "Remove 4 entries" in said.err) == (1, True)
     assert len(entries(folder)) == 4
 
 

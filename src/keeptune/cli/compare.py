@@ -13,7 +13,7 @@ from rich.console import Console
 from typer import echo
 
 from keeptune.cli import dry_run as cli_dry
-from keeptune.cli.shared import AsJson, Flops, RecipeFile, numbers_in, overrides_of
+from keeptune.cli.shared import AsJson, Ended, ExitCode, Flops, RecipeFile, numbers_in, overrides_of
 
 _MEASURES = ("average_accuracy", "backward_transfer", "forward_transfer", "forgetting")
 
@@ -30,7 +30,7 @@ def compare(
     ] = False,
     flops: Flops = None,
     as_json: AsJson = False,
-) -> None:
+) -> Any:
     """Run methods x rates x strengths x seeds (the recipe's `compare` section). Started again, it goes on."""
     from keeptune.data import hub
     from keeptune.experiments.choice import parse_max_loss
@@ -38,17 +38,15 @@ def compare(
 
     limits = parse_max_loss(max_loss) if max_loss else None
     overrides = overrides_of(context)
-    if dry_run or as_json:
+    if dry_run:
         listed = load_comparison(recipe, overrides, fetch=hub.cached)
-        if not as_json:
-            _list_runs(listed)
-        cli_dry.dry_run(recipe, overrides, flops, dry=dry_run, as_json=as_json)
-        return
-    run_and_show(load_comparison(recipe, overrides), limits)
+        _list_runs(listed)
+        return cli_dry.dry_run(recipe, overrides, flops, as_json=as_json)
+    return run_and_show(load_comparison(recipe, overrides), limits)
 
 
-def run_and_show(loaded: Any, limits: Any = None, show: Callable[[Any], None] | None = None) -> None:
-    """Runs a comparison and prints its results; the exit code is 1 where a run failed.
+def run_and_show(loaded: Any, limits: Any = None, show: Callable[[Any], None] | None = None) -> Any:
+    """Runs a comparison, prints its results and returns them; the exit code is 1 where a run failed.
 
     Args:
         loaded: The comparison.
@@ -70,8 +68,9 @@ def run_and_show(loaded: Any, limits: Any = None, show: Callable[[Any], None] | 
         echo(f"best: {choice['run']} in {choice['adapter']}: learned {choice['learned']:.3f}, lost {lost}")
     for name, message in compared.failed.items():
         echo(f"failed: {name}: {message}", err=True)
-    if compared.failed and is_first():  # a launcher ends all as soon as one has left with a code
-        raise typer.Exit(1)
+    found = {"runs": compared.runs, "front": compared.front, "failed": compared.failed}
+    # A launcher ends all as soon as one has left with a code.
+    return Ended(found, ExitCode.FAILED) if compared.failed and is_first() else found
 
 
 def _show_trade_off(compared: Any) -> None:
@@ -116,11 +115,11 @@ def sweep(
     context: typer.Context,
     recipe: RecipeFile,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the points; run nothing.")] = False,
-) -> None:
+) -> Any:
     """Run a recipe at several points and seeds (its keys `sweep` and `seeds`), and compare them on one page."""
     from keeptune.experiments.plan_runs import load_sweep
 
-    _run_or_list(load_sweep(recipe, overrides_of(context)), dry_run)
+    return _run_or_list(load_sweep(recipe, overrides_of(context)), dry_run)
 
 
 def layers(
@@ -129,25 +128,26 @@ def layers(
     study: Annotated[str, typer.Option(help="single: one at a time; bottom or top: the lowest or highest few.")],
     numbers: Annotated[str | None, typer.Option(help="How many layers, such as 2,4,6; for bottom and top.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs; run nothing.")] = False,
-) -> None:
+) -> Any:
     """Study what tuning each layer gains and costs (L2-LoRA Fig. 4, Tables 5 and 6), as runs of one recipe."""
     from keeptune.experiments.layer_studies import load_layer_study
 
     counts = numbers_in("--numbers", numbers, int, "2,4,6") or None
-    _run_or_list(load_layer_study(recipe, study, overrides_of(context), counts), dry_run)
+    return _run_or_list(load_layer_study(recipe, study, overrides_of(context), counts), dry_run)
 
 
-def _run_or_list(loaded: Any, dry_run: bool) -> None:
+def _run_or_list(loaded: Any, dry_run: bool) -> Any:
     from keeptune.experiments.plan_runs import check_runs, list_runs
     from keeptune.report.tables.analyses import print_points
 
     if not dry_run:
-        run_and_show(loaded, show=_show)
-        return
+        return run_and_show(loaded, show=_show)
     specs = list_runs(loaded)
     check_runs(loaded, specs)
     print_points([(e.label, e.x, e.settings, loaded.section.seeds) for e in loaded.entries], Console())
     echo(f"{len(specs)} runs below {loaded.output / 'runs'}")
+    points = [{"label": e.label, "x": e.x, "settings": e.settings} for e in loaded.entries]
+    return {"points": points, "seeds": loaded.section.seeds, "runs": len(specs), "folder": loaded.output / "runs"}
 
 
 def _show(compared: Any) -> None:
@@ -171,8 +171,8 @@ def has_stages(recipe: Path, overrides: Mapping[str, Any]) -> bool:
     return "stages" in read_values(recipe, overrides)
 
 
-def run_stages(recipe: Path, overrides: Mapping[str, Any]) -> None:
-    """Run a sequence and print its record.
+def run_stages(recipe: Path, overrides: Mapping[str, Any]) -> Any:
+    """Run a sequence, print its record and return it.
 
     Args:
         recipe: The YAML file.
@@ -191,6 +191,7 @@ def run_stages(recipe: Path, overrides: Mapping[str, Any]) -> None:
         echo(f"after {stage['name']}: {stage['adapter']}, gap {stage['gap']:.1e} in logits to what was trained")
     echo(f"for the original base: {record['adapter']}")
     echo(f"report: {sequence.output / 'report.html'}, numbers: {sequence.output / 'sequence.json'}")
+    return record
 
 
 def _show_stages(record: Mapping[str, Any], console: Console) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -18,35 +16,31 @@ if TYPE_CHECKING:
 
 
 def dry_run(
-    recipe: Path, overrides: Mapping[str, Any], flops: float | None, *, dry: bool = True, as_json: bool = False
-) -> None:
+    recipe: Path, overrides: Mapping[str, Any], flops: float | None, *, as_json: bool = False
+) -> dict[str, Any]:
     """Prints the account of a recipe; nothing is fetched and nothing is written.
 
     Args:
         recipe: The YAML file, with or without ``compare`` or ``stages``.
         overrides: Dotted key to value.
         flops: Operations a second that times rest on; None measures this machine's matrix products.
-        dry: Whether ``--dry-run`` is given; ``--json`` alone would be taken for a run.
-        as_json: Print bytes and operations as JSON: of one run, or ``runs`` by name, each with how often it runs.
+        as_json: Nothing is printed, and so this machine not measured.
+
+    Returns:
+        Bytes and operations: of one run, or ``runs`` by name, each with how often it runs.
 
     Raises:
         KeeptuneError: The recipe could not run, as far as that shows without the data.
     """
-    from keeptune.core.errors import RecipeError
     from keeptune.pipeline.dry_run.show import print_accounts
     from keeptune.pipeline.machine import device_named
 
-    if not dry:
-        raise RecipeError(
-            "--json", got="no --dry-run beside it", wanted="both", next_step="A run's numbers are in its report.json."
-        )
     runs = describe_file(recipe, overrides)
-    if as_json:
-        accounts = {name: {"times": times, **account.plain()} for name, (times, account) in runs.items()}
-        typer.echo(json.dumps(runs[""][1].plain() if "" in runs else {"runs": accounts}, indent=2))
-        return
-    device = next(iter(runs.values()))[1].device
-    print_accounts(runs, Console(), flops=flops, device=device_named(device))
+    if not as_json:
+        device = next(iter(runs.values()))[1].device
+        print_accounts(runs, Console(), flops=flops, device=device_named(device))
+    accounts = {name: {"times": times, **account.plain()} for name, (times, account) in runs.items()}
+    return runs[""][1].plain() if "" in runs else {"runs": accounts}
 
 
 def describe_file(path: Path | str, overrides: Mapping[str, Any] | None = None) -> dict[str, tuple[int, DryRun]]:

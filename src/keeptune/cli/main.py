@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,17 +15,35 @@ from typer import echo
 
 from keeptune.cli import compare, dry_run, launch, show_data, store_commands, studies
 from keeptune.cli.repair import check, repair
-from keeptune.cli.shared import OVERRIDES, AsJson, Base, Dtype, Flops, RecipeFile, load, overrides_of, print_report
+from keeptune.cli.shared import (
+    OVERRIDES,
+    AsJson,
+    Base,
+    Commands,
+    Dtype,
+    ExitCode,
+    Flops,
+    RecipeFile,
+    load,
+    overrides_of,
+    print_report,
+)
 from keeptune.core.errors import KeeptuneError
 
 if TYPE_CHECKING:
     from keeptune.pipeline.job import Job
 
+_NO_TELEMETRY = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",  # trackio's pages
+}
 # Commands that several processes share; of the others the first process does all.
 _DIVIDED = {"run", "stats", "plan", "train", "export", "evaluate", "compare", "sweep"}
-app = typer.Typer(
+app = Commands(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tune a language model without destroying what it already knows.",
     epilog="Any key of the recipe can be set: keeptune run recipe.yaml --train.learning_rate 1e-3 --method.rank 4",
@@ -35,6 +53,8 @@ app = typer.Typer(
 def main() -> None:
     """Runs a command; an error that the user can correct is one message and exit code 2."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read as torch is loaded; what is wrong is raised too
+    for name, value in _NO_TELEMETRY.items():
+        os.environ.setdefault(name, value)
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     divided = not _DIVIDED.isdisjoint(sys.argv[1:2])
     if several and not divided and os.environ.get("RANK", "0") != "0":
@@ -42,12 +62,12 @@ def main() -> None:
     try:
         with _joined() if several and divided else contextlib.nullcontext():
             _quiet_libraries()
-            app(standalone_mode=True)
+            app(standalone_mode=True, prog_name="keeptune")
     except KeeptuneError as error:
         echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(ExitCode.WRONG)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(ExitCode.INTERRUPTED)
 
 
 def _joined() -> contextlib.AbstractContextManager[None]:
@@ -65,22 +85,21 @@ def run(
     ] = False,
     flops: Flops = None,
     as_json: AsJson = False,
-) -> None:
+) -> Any:
     """Run the whole job: statistics, plan, train, export, evaluate, report; or each of the recipe's `stages`."""
     from keeptune.pipeline.run import run as run_job
 
     overrides = overrides_of(context)
-    if dry or as_json:
-        dry_run.dry_run(recipe, overrides, flops, dry=dry, as_json=as_json)
-    elif compare.has_stages(recipe, overrides):
-        compare.run_stages(recipe, overrides)
-    else:
-        loaded = load(recipe, context)
-        print_report(run_job(loaded), loaded.output)
+    if dry:
+        return dry_run.dry_run(recipe, overrides, flops, as_json=as_json)
+    if compare.has_stages(recipe, overrides):
+        return compare.run_stages(recipe, overrides)
+    loaded = load(recipe, context)
+    return print_report(run_job(loaded), loaded.output)
 
 
 @app.command(context_settings=OVERRIDES)
-def stats(context: typer.Context, recipe: RecipeFile) -> None:
+def stats(context: typer.Context, recipe: RecipeFile) -> dict[str, Any]:
     """Collect the statistics that the method needs into the store."""
     from keeptune.pipeline.run import stats_stage
 
@@ -88,10 +107,11 @@ def stats(context: typer.Context, recipe: RecipeFile) -> None:
     targets, statistics = stats_stage(job)
     sites = {request.site(t) for t in targets for request in statistics.requests[t.name]}
     echo(f"{len(sites)} statistics for {len(targets)} targets in {job.store.folder}")
+    return {"statistics": len(sites), "targets": len(targets), "store": job.store.folder}
 
 
 @app.command(context_settings=OVERRIDES)
-def plan(context: typer.Context, recipe: RecipeFile) -> None:
+def plan(context: typer.Context, recipe: RecipeFile) -> dict[str, Any]:
     """Print ranks, trained parameters and start error, without training."""
     from keeptune.adapter.anchor import start_errors
     from keeptune.pipeline.run import plan_stage
@@ -99,16 +119,18 @@ def plan(context: typer.Context, recipe: RecipeFile) -> None:
 
     job = _job(recipe, context)
     made = plan_stage(job)
+    notes = made.provenance.get("notes", ())
     if made.scope == "all":
         echo("full fine-tuning: every weight is trained, no adapter is planned")
-        return
+        return {"targets": [], "notes": notes}
     errors = start_errors(job.base(), made, anchor=job.recipe.anchor)
     rows = [row | {"start_error": errors[row["target"]]} for row in made.summary()]
-    print_plan(rows, Console(), made.provenance.get("notes", ()))
+    print_plan(rows, Console(), notes)
+    return {"targets": rows, "notes": notes}
 
 
 @app.command(context_settings=OVERRIDES)
-def train(context: typer.Context, recipe: RecipeFile) -> None:
+def train(context: typer.Context, recipe: RecipeFile) -> dict[str, Any]:
     """Train by the plan (made if it is not there), going on from the last checkpoint."""
     from keeptune.pipeline.run import plan_stage
     from keeptune.pipeline.training import train_stage
@@ -116,10 +138,11 @@ def train(context: typer.Context, recipe: RecipeFile) -> None:
     job = _job(recipe, context)
     train_stage(job, plan_stage(job))
     echo(f"trained factors in {job.output / 'trained'}")
+    return {"trained": job.output / "trained"}
 
 
 @app.command(context_settings=OVERRIDES)
-def export(context: typer.Context, recipe: RecipeFile) -> None:
+def export(context: typer.Context, recipe: RecipeFile) -> Any:
     """Write the trained adapter and check it on a freshly loaded base."""
     from keeptune.pipeline.export import export_stage
     from keeptune.pipeline.run import plan_stage
@@ -131,6 +154,7 @@ def export(context: typer.Context, recipe: RecipeFile) -> None:
     if done.error:
         echo(f"cut to a smaller rank: {done.error:.2%} of the trained change (Frobenius) is left out")
     echo(f"serve: {done.serve}")
+    return done
 
 
 @app.command(context_settings=OVERRIDES)
@@ -138,16 +162,19 @@ def evaluate(
     context: typer.Context,
     recipe: RecipeFile,
     adapter: Annotated[Path | None, typer.Option(help="Any PEFT adapter for the same base.")] = None,
-) -> None:
+) -> list[dict[str, Any]]:
     """Score the exported adapter and the base on the same items."""
     from keeptune.pipeline.scoring import evaluate_stage
     from keeptune.report.tables.analyses import print_scores
 
-    print_scores(evaluate_stage(_job(recipe, context), adapter), Console())
+    scores = evaluate_stage(_job(recipe, context), adapter)
+    print_scores(scores, Console())
+    return scores
 
 
 app.command("data", context_settings=OVERRIDES)(show_data.show_data)
-for _with_recipe in (launch.launch, compare.sweep, compare.compare, compare.layers, studies.suppress, studies.overlap):
+typer.Typer.command(app, context_settings=OVERRIDES)(launch.launch)  # its --json is that of what it starts
+for _with_recipe in (compare.sweep, compare.compare, compare.layers, studies.suppress, studies.overlap):
     app.command(context_settings=OVERRIDES)(_with_recipe)
 for _with_options in (studies.change, studies.curvature, studies.energy, repair, check, studies.trace):
     app.command()(_with_options)
@@ -163,12 +190,13 @@ def merge(
     base: Base = None,
     dtype: Dtype = "auto",
     original: Annotated[str | None, typer.Option(help="What a quantised base was before; merged into it.")] = None,
-) -> None:
+) -> dict[str, Any]:
     """Merge an adapter into its base, or the original of a quantised one, and check the merged model."""
     from keeptune.pipeline.merge import merge_adapter
 
     gap = merge_adapter(adapter, output, base=base, dtype=dtype, original=original)
     echo(f"merged model in {output}; largest difference in logits {gap:.1e}")
+    return {"folder": output, "gap": gap}
 
 
 @app.command()
@@ -176,23 +204,23 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
     output: Annotated[Path | None, typer.Option(help="Where the report goes; default: the first run.")] = None,
     reference: Annotated[Path | None, typer.Option(help="A run of full fine-tuning that T is relative to.")] = None,
-) -> None:
+) -> dict[str, Any]:
     """Join finished runs into one report.json and report.html."""
     from keeptune.pipeline.reporting import write_report
 
     folder = output or runs[0]
-    print_report(write_report(runs, folder, reference=reference), folder)
+    return print_report(write_report(runs, folder, reference=reference), folder)
 
 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="How many training seeds.")] = 1,
-) -> None:
+) -> dict[str, Any]:
     """Compare plain LoRA, replay, KL to the base and keep on the embedded model, in about three minutes."""
     from keeptune.pipeline.demo import demo as run_demo
 
-    print_report(run_demo(output, seeds=range(seeds)), output)
+    return print_report(run_demo(output, seeds=range(seeds)), output)
 
 
 def _job(recipe: Path, context: typer.Context) -> Job:
@@ -208,7 +236,7 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that is not needed
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # weights that are left on disk on purpose
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "--help" in sys.argv or len(sys.argv) == 1:
+    if "--help" in sys.argv or len(sys.argv) == 1 or "_KEEPTUNE_COMPLETE" in os.environ:
         return
     import warnings
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli.shared import Base, Device, Store, numbers_in
-
-LOST = 3  # exit code
+from keeptune.cli.shared import Base, Device, Ended, ExitCode, Store, numbers_in
 
 
 def repair(
@@ -44,7 +40,7 @@ def repair(
     end_token: Annotated[bool, typer.Option(help="Whether completions of the task end with the end of text.")] = True,
     store: Store = None,
     device: Device = "auto",
-) -> None:
+) -> Any:
     """Repair an adapter that has forgotten: keep what it does on the task, undo what it does to the knowledge."""
     from keeptune.posthoc.repair import Repair
     from keeptune.posthoc.repair import repair as repair_adapter
@@ -74,6 +70,7 @@ def repair(
         echo(f"figure: {output / 'repair.png'}")
     echo(f"repaired adapter in {output}, gap {record['export']['relative_gap']:.1e}; numbers: repair.json")
     echo(f"serve: {record['export']['serve']}")
+    return record
 
 
 def check(
@@ -88,8 +85,7 @@ def check(
         str, typer.Option(help="What counts: mean, or the lower or upper end of its 95% interval.")
     ] = "mean",
     device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
-) -> None:
+) -> Any:
     """Score an adapter against its base; exit code 3 where it lost more of a benchmark than it may."""
     from keeptune.experiments.choice import parse_max_loss
     from keeptune.experiments.gate import check as check_adapter
@@ -97,9 +93,5 @@ def check(
 
     limits = parse_max_loss(max_loss) if max_loss else 0.01
     record = check_adapter(adapter, suite, limits, base=base, estimate=estimate, device=device)  # type: ignore[arg-type]
-    if as_json:
-        echo(json.dumps(record, indent=2, ensure_ascii=False))
-    else:
-        print_check(record, Console())
-    if not record["passed"]:
-        sys.exit(LOST)
+    print_check(record, Console())
+    return record if record["passed"] else Ended(record, ExitCode.LOST)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+import io
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -16,6 +23,17 @@ if TYPE_CHECKING:
 
 N = TypeVar("N", int, float)
 
+
+class ExitCode(IntEnum):
+    """What a command ends with (docs/guides/commands.md)."""
+
+    DONE = 0
+    FAILED = 1  # a run of several, or a check of the machine
+    WRONG = 2  # what the user can correct; nothing was done, or what was done stays
+    LOST = 3  # an adapter lost more than it may
+    INTERRUPTED = 130
+
+
 # Commands that take a recipe: every key of it is an option.
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -28,18 +46,57 @@ Flops = Annotated[
     float | None,
     typer.Option(help="With --dry-run: operations per second that times are computed from; default: measured here."),
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="With --dry-run: print the account as JSON, bytes and operations by part.")
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and nothing else.")]
 Roles = Annotated[str | None, typer.Option(help="Roles, such as q_proj,down_proj; default: all.")]
 Store = Annotated[Path | None, typer.Option(help="Store of statistics; default: the user's cache.")]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command found, where its exit code is not 0."""
+
+    record: Any
+    code: ExitCode
+
+
+class Commands(typer.Typer):
+    """Commands that print for a person and return the same numbers, which ``--json`` prints in place of it."""
+
+    def command(self, *names: Any, **options: Any) -> Callable[[Any], Any]:
+        """Registers a command; one with ``as_json`` among its arguments is told of the option."""
+        register = super().command(*names, **options)
+        return lambda function: register(with_json(function))
+
+
+def with_json(function: Callable[..., Any]) -> Callable[..., None]:
+    """Gives a command the option ``--json``, which prints what it returns, and its exit code."""
+    signature = inspect.signature(function, eval_str=True)
+    told = "as_json" in signature.parameters
+    option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
+
+    @functools.wraps(function)
+    def answered(*given: Any, as_json: bool = False, **options: Any) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
+            found = function(*given, **options, **({"as_json": as_json} if told else {}))
+        ended = found if isinstance(found, Ended) else Ended(found, ExitCode.DONE)
+        if as_json and ended.record is not None:
+            from keeptune.core.artefact import canonical_json  # loads torch
+
+            typer.echo(json.dumps(json.loads(canonical_json(ended.record)), indent=2, ensure_ascii=False))
+        if ended.code:
+            raise typer.Exit(ended.code)
+
+    answered.__annotations__ = function.__annotations__ | {"as_json": AsJson}
+    parameters = [*signature.parameters.values(), *([] if told else [option])]
+    answered.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return answered
 
 
 def overrides_of(context: typer.Context) -> dict[str, Any]:
     """Returns the recipe's keys that are set on the command line, dotted key to value."""
     from keeptune.recipe.schema import parse_overrides
 
-    return parse_overrides(context.args)
+    return parse_overrides([word for word in context.args if word != "--json"])  # launch passes that on
 
 
 def load(recipe: Path, context: typer.Context) -> Recipe:
@@ -49,12 +106,13 @@ def load(recipe: Path, context: typer.Context) -> Recipe:
     return load_recipe(recipe, overrides_of(context))
 
 
-def print_report(report: dict[str, Any], folder: Path) -> None:
-    """Prints a report's table and where its page is."""
+def print_report(report: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Prints a report's table and where its page is, and returns it."""
     from keeptune.report.tables.comparison_table import print_comparison
 
     print_comparison(report, Console())
     typer.echo(f"report: {folder / 'report.html'}")
+    return report
 
 
 def names_in(text: str | None) -> list[str] | None:

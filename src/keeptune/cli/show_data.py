@@ -21,10 +21,10 @@ def show_data(
     context: typer.Context,
     recipe: RecipeFile,
     show: Annotated[int, typer.Option(min=0, help="How many examples are printed.")] = 3,
-    out: Annotated[
-        Path | None, typer.Option("--json", help="Write input_ids, labels and the text of every example, a line each.")
+    rows_file: Annotated[
+        Path | None, typer.Option("--rows", help="Write input_ids, labels and the text of every example, a line each.")
     ] = None,
-) -> None:
+) -> Any:
     """Show what is trained on as the model sees it: ⟦learned⟧ text is marked, what teaches nothing is counted."""
     from keeptune.core.artefact import write_text
     from keeptune.core.errors import RecipeError
@@ -44,12 +44,13 @@ def show_data(
         Console().print(Text(f"── example {number} ──", "dim"))
         Console().print(_coloured(example), soft_wrap=True)
     _print_account(account)
-    if out is not None:
+    if rows_file is not None:
         lines = [
             {"input_ids": row.ids, "labels": labels_of(row), "text": job.tokenizer.decode(row.ids)} for row in rows
         ]
-        write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        typer.echo(f"{len(rows)} examples in {out}")
+        write_text(rows_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        typer.echo(f"{len(rows)} examples in {rows_file}")
+    return account
 
 
 def _coloured(example: Marked) -> Text:

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli.shared import Store
+from keeptune.cli.shared import Commands, Store, with_json
 from keeptune.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from keeptune.statistics.store import StatStore
 
-app = typer.Typer(invoke_without_command=True)
+app = Commands(invoke_without_command=True)
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 @app.callback()
-def show(
-    context: typer.Context,
-    store: Store = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-) -> None:
+@with_json
+def show(context: typer.Context, store: Store = None) -> Any:
     """List the store of statistics: sizes by model, data and kind, and when each was last used."""
     if context.invoked_subcommand is not None:
         context.obj = store
-        return
+        return None
     from keeptune.report.tables.terminal import table
     from keeptune.statistics.store_listing import listing
     from keeptune.statistics.store_use import size_text
@@ -41,10 +37,6 @@ def show(
     at = _store_at(store)
     rows = listing(at.folder)
     total = sum(row.bytes for row in rows)
-    if as_json:
-        parts = [asdict(row) | {"used": _moment(row.used).isoformat() if row.used else None} for row in rows]
-        echo(json.dumps({"folder": str(at.folder), "bytes": total, "limit": at.limit, "parts": parts}, indent=2))
-        return
     if rows:
         cells = [
             (Path(row.name).name or "–", row.model[:8], row.data[:8] or "–", row.kind)
@@ -54,6 +46,8 @@ def show(
         heads = ("model", "key", "data", "statistic", "entries", "size", "last used")
         Console().print(table(heads, cells, ("model", "key", "data", "statistic", "last used")))
     echo(f"{size_text(total)} of {size_text(at.limit)} in {at.folder}")
+    parts = [asdict(row) | {"used": _moment(row.used).isoformat() if row.used else None} for row in rows]
+    return {"folder": at.folder, "bytes": total, "limit": at.limit, "parts": parts}
 
 
 @app.command()
@@ -65,7 +59,7 @@ def clear(
     ] = None,
     store: Store = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-) -> None:
+) -> dict[str, int]:
     """Remove what the store holds, or a part of it; what a running command uses stays."""
     from keeptune.statistics.store_listing import is_of
     from keeptune.statistics.store_use import Entry, entries, model_names, size_text
@@ -82,13 +76,15 @@ def clear(
     chosen = [entry for entry in entries(at.folder) if wanted(entry)]
     if not chosen:
         echo(f"nothing to remove in {at.folder}")
-        return
+        return {"removed": 0, "bytes": 0, "in_use": 0}
     size = size_text(sum(entry.bytes for entry in chosen))
     if not yes:
-        typer.confirm(f"Remove {len(chosen)} entries ({size}) from {at.folder}?", abort=True)
+        typer.confirm(f"Remove {len(chosen)} entries ({size}) from {at.folder}?", abort=True, err=True)
     gone, kept = at.use.remove(wanted)
-    freed = size_text(sum(entry.bytes for entry in gone))
-    echo(f"{len(gone)} entries removed, {freed}" + (f"; {len(kept)} are in use and stay" if kept else ""))
+    freed = sum(entry.bytes for entry in gone)
+    in_use = f"; {len(kept)} are in use and stay" if kept else ""
+    echo(f"{len(gone)} entries removed, {size_text(freed)}{in_use}")
+    return {"removed": len(gone), "bytes": freed, "in_use": len(kept)}
 
 
 def _store_at(folder: Path | None) -> StatStore:

@@ -18,7 +18,7 @@ def energy(
     output: FigureFile = Path("energy.png"),
     targets: Roles = None,
     device: Device = "auto",
-) -> None:
+) -> Any:
     """Show how much of each weight's energy its largest singular values hold, layer by layer (FARSS Fig. 1)."""
     from keeptune.report.tables.terminal import print_grid
     from keeptune.studies.energy import energy as measure_energy
@@ -32,6 +32,7 @@ def energy(
     print_grid(cells, Console())
     echo(f"share of the squared singular values in the top {top}")
     _echo_files(output)
+    return record
 
 
 def change(
@@ -40,7 +41,7 @@ def change(
     output: FigureFile = Path("change.png"),
     targets: Roles = None,
     device: Device = "auto",
-) -> None:
+) -> Any:
     """Show how far training moved each weight, by layer and module, of one or more adapters (L2-LoRA Fig. 6)."""
     from keeptune.report.tables.analyses import print_change
     from keeptune.studies.change import change as measure_change
@@ -48,6 +49,7 @@ def change(
     record = measure_change(trained, output, base=base, roles=names_in(targets), device=device)
     print_change(record, Console())
     _echo_files(output)
+    return record
 
 
 def curvature(
@@ -56,13 +58,15 @@ def curvature(
     base: Base = None,
     output: FigureFile = Path("curvature.png"),
     device: Device = "auto",
-) -> None:
+) -> Any:
     """Show where updates go against the curvature of the knowledge, a run's and others' (after LaLoRA Fig. 3a)."""
     from keeptune.report.tables.analyses import print_curvature
     from keeptune.studies.curvature import curvature as measure_curvature
 
-    print_curvature(measure_curvature(run, others or [], output, base=base, device=device), Console())
+    record = measure_curvature(run, others or [], output, base=base, device=device)
+    print_curvature(record, Console())
     _echo_files(output)
+    return record
 
 
 def suppress(
@@ -74,7 +78,7 @@ def suppress(
     ] = "layer-balanced",
     draws: Annotated[int, typer.Option(help="How many random selections of the same size, the control.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the first random selection.")] = 0,
-) -> None:
+) -> Any:
     """Score the base without the nodes that attribution finds highest, or lowest, or as many others (LoKI Table 5a)."""
     from keeptune.report.tables.analyses import print_suppressed
     from keeptune.studies.suppress import suppress as measure
@@ -82,6 +86,7 @@ def suppress(
     record = measure(load(recipe, context), q=q, over=over, draws=draws, seed=seed)
     print_suppressed(record, Console())
     echo(f"figures and numbers in {record['folder']}")
+    return record
 
 
 def overlap(
@@ -98,7 +103,7 @@ def overlap(
     ] = "",
     second: Annotated[str, typer.Option(help="The same for what it is compared with, such as current,50.")] = "",
     q: Annotated[float | None, typer.Option(help="Per cent of the nodes; default: the recipe's, or 10.")] = None,
-) -> None:
+) -> Any:
     """Compare the rows that two presets, selections, numbers of examples or data sets select (LoKI's 97.57%)."""
     from keeptune.report.tables.analyses import print_overlap
     from keeptune.studies.overlap import overlap as measure
@@ -107,6 +112,7 @@ def overlap(
     record = measure(load(recipe, context), other, first=first, second=second, q=q)
     print_overlap(record, Console())
     echo(f"figure and numbers in {record['folder']}")
+    return record
 
 
 def trace(
@@ -134,7 +140,7 @@ def trace(
     device: Device = "auto",
     dtype: Dtype = "auto",
     chunk: Annotated[int, typer.Option(min=1, help="Tokens in a pass: memory against speed.")] = 2048,
-) -> None:
+) -> Any:
     """Trace which layers bring known answers back after noise (L2-LoRA Figs. 2 and 3), in one model or in two."""
     from keeptune.report.tables.analyses import print_trace
     from keeptune.statistics.layer_effect import LayerEffect
@@ -158,8 +164,10 @@ def trace(
     )
     checked_later: Any = {"reading": reading}
     request = LayerEffect("knowledge", fraction=fraction, scale=scale, seed=seed, **checked_later)
-    print_trace(trace_models(options, request, norm), Console())
+    record = trace_models(options, request, norm)
+    print_trace(record, Console())
     echo(f"figures: {output / 'layers.png'}, {output / 'heat.png'}, numbers: {output / 'trace.json'}")
+    return record
 
 
 def _echo_files(figure: Path) -> None:
