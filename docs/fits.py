@@ -118,7 +118,7 @@ keeptune run recipe.yaml --dry-run          # by stage and part; with --json as 
 
 
 def _largest(run: DryRun) -> float:
-    return run.memory[run.peak].total / 1e9
+    return sum(run.memory[run.peak].values()) / 1e9
 
 
 def _table(heads: list[str], rows: Iterator[list[str]] | list[list[str]]) -> Iterator[str]:
@@ -160,8 +160,8 @@ def _stages(runs: Mapping[Any, DryRun]) -> Iterator[str]:
     for size in MODELS:
         for method in METHODS:
             run = runs[size, method, thrifty]
-            memory = [run.memory[stage].total if stage in run.memory else 0 for stage in stages]
-            disk = [run.disk["store"].total, run.disk["plan"].total]
+            memory = [sum(run.memory.get(stage, {}).values()) for stage in stages]
+            disk = [sum(run.disk[part].values()) for part in ("store", "plan")]
             rows.append([f"{size}, {method}", *(f"{number / 1e9:.1f}" for number in [*memory, *disk])])
     yield from _table(["", *stages, "store (disk)", "plan (disk)"], rows)
 
@@ -187,7 +187,7 @@ def _on_each(run: DryRun, cards: int) -> float:
 
     Whole are a block while it runs, and the next one, which is fetched meanwhile; what penalties hold; and activations.
     """
-    parts = dict(run.memory["training"].parts)
+    parts = dict(run.memory["training"])
     block = parts["weights"] / run.shape.blocks
     sharded = sum(parts.pop(name, 0) for name in ("weights", "adapter", "gradients", "optimiser"))
     return (sharded / cards + 2 * block + sum(parts.values())) / 1e9
@@ -216,9 +216,9 @@ def _moved(runs: Mapping[Any, DryRun]) -> Iterator[str]:
     rows = []
     for method in METHODS:
         run = runs["70B", method, setting]
-        gradient, weights = 4 * run.train.numbers / 1e9, run.memory["training"].parts["weights"] / 1e9
+        gradient, weights = 4 * run.train.numbers / 1e9, run.memory["training"]["weights"] / 1e9
         answers = method in ("kl", "keep")
-        sums = run.memory["statistics"].parts["sums"] / 1e9 if "statistics" in run.memory else 0
+        sums = run.memory["statistics"]["sums"] / 1e9 if "statistics" in run.memory else 0
         sent = [sums, gradient, gradient * answers, 2 * weights + gradient, 2 * weights * answers]
         rows.append([method, *(f"{number:.2f}" for number in sent)])
     heads = ["statistics, once", "DDP: gradients", "penalties", "FSDP2: weights and gradients", "penalties"]

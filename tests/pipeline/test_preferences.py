@@ -81,8 +81,8 @@ def test_the_account_counts_both_answers_and_the_reference(make: Make) -> None:
         recipe_of(make(task={**make()["task"], "kind": "completion", "prompt": "{prompt}", "completion": "{chosen}"}))
     )
     assert account.train.examples == 12
-    assert account.memory["training"].parts["reference"] == 4 * account.train.numbers
-    assert account.memory["training"].parts["activations"] == 2 * plain.memory["training"].parts["activations"]
+    assert account.memory["training"]["reference"] == 4 * account.train.numbers
+    assert account.memory["training"]["activations"] == 2 * plain.memory["training"]["activations"]
     assert 2 * (plain.work["train"] or 0) < (account.work["train"] or 0) < 4 * (plain.work["train"] or 0)
 
 

@@ -117,7 +117,7 @@ def test_the_account_knows_what_each_loss_takes(recipe_values: Values) -> None:
     found = {}
     for loss in ("nll", "dft", "eaft", "asft", "sdft"):
         account = describe(recipe_of(with_task(recipe_values, loss=loss)))
-        found[loss] = (account.memory["training"].parts["logits"], account.work["train"])
+        found[loss] = (account.memory["training"]["logits"], account.work["train"])
     assert found["nll"] == found["dft"]
     assert found["eaft"][1] == found["nll"][1] < found["asft"][1] < found["sdft"][1]
     assert found["nll"][0] <= found["eaft"][0] <= found["asft"][0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from keeptune.experiments.plan_runs import RunSpec
     from keeptune.pipeline.dry_run.account import DryRun
     from keeptune.recipe.schema import Recipe
 
@@ -55,18 +54,24 @@ def describe_file(path: Path | str, overrides: Mapping[str, Any] | None = None) 
     """
     from keeptune.core.errors import placed
     from keeptune.data import hub
-    from keeptune.experiments.plan_runs import list_runs, load_comparison
+    from keeptune.experiments.plan_runs import by_setting, list_runs, load_comparison
     from keeptune.experiments.sequence.stages_section import load_sequence
     from keeptune.pipeline.dry_run.describe import describe
     from keeptune.recipe.reading import read_values
     from keeptune.recipe.schema import load_recipe
 
     values = read_values(Path(path), overrides)
+    recipes: dict[str, tuple[int, Recipe]] = {}
     if "compare" in values:
-        recipes = _settings(list_runs(load_comparison(path, overrides, fetch=hub.cached)))
+        # Runs that differ in rate and seed alone take the same.
+        groups = by_setting(list_runs(load_comparison(path, overrides, fetch=hub.cached)))
+        labels = [specs[0].label for specs in groups]
+        for specs, label in zip(groups, labels, strict=True):
+            name = f"{label}, {specs[0].name}" if labels.count(label) > 1 else label
+            recipes[name] = len(specs), specs[0].recipe
     elif "stages" in values:
         stages = load_sequence(path, overrides, fetch=hub.cached).stages
-        recipes = {f"stage {stage.name}": (1, stage.recipe) for stage in stages}
+        recipes |= {f"stage {stage.name}": (1, stage.recipe) for stage in stages}
     else:
         return {"": (1, describe(load_recipe(path, overrides, fetch=hub.cached)))}
     runs: dict[str, tuple[int, DryRun]] = {}
@@ -74,15 +79,3 @@ def describe_file(path: Path | str, overrides: Mapping[str, Any] | None = None) 
         shape = next(iter(runs.values()))[1].shape if runs else None
         runs[name] = times, placed(name, partial(describe, recipe, shape))
     return runs
-
-
-def _settings(specs: Iterable[RunSpec]) -> dict[str, tuple[int, Recipe]]:
-    """Groups runs that differ in rate and seed alone: they take the same."""
-    from keeptune.experiments.plan_runs import by_setting
-
-    groups = by_setting(specs)
-    labels = [own[0].label for own in groups]
-    return {
-        f"{own[0].label}, {own[0].name}" if labels.count(own[0].label) > 1 else own[0].label: (len(own), own[0].recipe)
-        for own in groups
-    }

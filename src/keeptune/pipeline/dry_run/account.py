@@ -13,22 +13,6 @@ from keeptune.pipeline.dry_run.model_shapes import ModelShape
 
 
 @dataclass(frozen=True)
-class Amount:
-    """An amount and what it is made of: bytes, or operations."""
-
-    parts: Mapping[str, int]
-
-    @property
-    def total(self) -> int:
-        """The sum of the parts."""
-        return sum(self.parts.values())
-
-    def plain(self) -> dict[str, Any]:
-        """Returns the total and the parts as plain values."""
-        return {"total": self.total, "parts": dict(self.parts)}
-
-
-@dataclass(frozen=True)
 class Need:
     """A model, data file or benchmark that a run needs; what is not ``at_hand`` is fetched."""
 
@@ -84,8 +68,8 @@ class DryRun:
     needs: tuple[Need, ...]
     train: Trained
     score: tuple[Scored, ...]
-    memory: Mapping[str, Amount]  # bytes at the peak of each stage: ``statistics``, ``plan``, ``training``, ...
-    disk: Mapping[str, Amount]  # bytes written: ``store``, ``plan``, ``checkpoints``, ``results``
+    memory: Mapping[str, Mapping[str, int]]  # bytes by part at the peak of each stage: ``plan``, ``training``, ...
+    disk: Mapping[str, Mapping[str, int]]  # bytes written by part: ``store``, ``plan``, ``checkpoints``, ``results``
     work: Mapping[str, float | None]  # operations of ``knowledge`` (writing it), ``statistics``, ``train``, ``score``
     bounds: frozenset[str]  # which of these are upper bounds
     notes: tuple[str, ...]  # what the estimates leave out
@@ -93,7 +77,7 @@ class DryRun:
     @property
     def peak(self) -> str:
         """The stage that takes most memory, and so what the run needs."""
-        return max(self.memory, key=lambda stage: self.memory[stage].total)
+        return max(self.memory, key=lambda stage: sum(self.memory[stage].values()))
 
     @property
     def whole_work(self) -> float | None:
@@ -103,15 +87,18 @@ class DryRun:
 
     def plain(self) -> dict[str, Any]:
         """Returns the account as plain values, for ``--json``: bytes and operations."""
-        peak = {"stage": self.peak, "total": self.memory[self.peak].total}
+        memory, disk = (
+            {name: {"total": sum(parts.values()), "parts": dict(parts)} for name, parts in amounts.items()}
+            for amounts in (self.memory, self.disk)
+        )
         return {
             "device": self.device,
             "model": {key: getattr(self.shape, key) for key in ("name", "source", "dtype", "parameters")},
             "needs": [asdict(need) for need in self.needs],
             "train": asdict(self.train) | {"tokens": self.train.tokens},
             "score": [asdict(one) for one in self.score],
-            "memory": {stage: amount.plain() for stage, amount in self.memory.items()} | {"peak": peak},
-            "disk": {what: amount.plain() for what, amount in self.disk.items()},
+            "memory": memory | {"peak": {"stage": self.peak, "total": memory[self.peak]["total"]}},
+            "disk": disk,
             "operations": {"total": self.whole_work, "parts": dict(self.work), "bounds": sorted(self.bounds)},
             "notes": list(self.notes),
         }

@@ -136,22 +136,20 @@ class Lengths:
     def _capped(self, length: int) -> int:
         return min(length, self.positions or length)
 
-    def longest(self, benchmark: FileBenchmark | NamedBenchmark) -> int:
-        """Returns how many tokens an item of a benchmark has at most."""
-        return self._capped(benchmark.max_length or _POSITIONS)
-
     def scored(self, benchmark: FileBenchmark | NamedBenchmark) -> Scored:
-        """Returns the account of a benchmark."""
-        counts: list[list[int]] = []
-        items = benchmark.examples
+        """Returns the account of a benchmark; of items that are at hand the first ones are counted."""
+        most = self._capped(benchmark.max_length or _POSITIONS)
+        counts: list[list[int]] = []  # of an item each of its sequences: a choice is one of its own
+        items, new = benchmark.examples, 0
         if isinstance(benchmark, FileBenchmark):
             items = rows_of(benchmark.file, benchmark.examples)
-            counts = self._counted(benchmark)
+            # A generated answer is counted at its longest.
+            new = benchmark.max_new_tokens if benchmark.metric == "exact_match" else 0
+            if not benchmark.file.startswith(hub.PREFIX) and self._tokenizer is not None:
+                first = load_items(benchmark, Path())[:_SAMPLE]
+                counts = [self._counts(_texts_of(item), most) for item in first]
         elif benchmark.data is None and benchmark.row is not None and benchmark.row.items is not None:
             items = min(benchmark.row.items, benchmark.examples or benchmark.row.items)
-        # A generated answer is counted at its longest.
-        new = benchmark.max_new_tokens if isinstance(benchmark, FileBenchmark) and self._generates(benchmark) else 0
-        most = self.longest(benchmark)
         return Scored(
             name=benchmark.name,
             role=str(benchmark.role),
@@ -162,17 +160,6 @@ class Lengths:
             batch=benchmark.batch_size,
             measured=bool(counts),
         )
-
-    @staticmethod
-    def _generates(benchmark: FileBenchmark | NamedBenchmark) -> bool:
-        return bool(benchmark.metric == "exact_match")
-
-    def _counted(self, benchmark: FileBenchmark) -> list[list[int]]:
-        """Returns the tokens of the sequences of the first items: a choice is a sequence of its own."""
-        if benchmark.file.startswith(hub.PREFIX) or self._tokenizer is None:
-            return []
-        items = load_items(benchmark, Path())[:_SAMPLE]
-        return [self._counts(_texts_of(item), self.longest(benchmark)) for item in items]
 
 
 def _texts_of(item: Item) -> list[str]:

@@ -9,7 +9,7 @@ from keeptune.data.replay import replayed
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import DryRun, Need, Trained
 from keeptune.pipeline.dry_run.data_sizes import Lengths, data_needs, on_the_hub, rows_of
-from keeptune.pipeline.dry_run.memory import JUDGED, Footprint, checkpointing, value
+from keeptune.pipeline.dry_run.memory import JUDGED, Footprint
 from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import check_folder
@@ -131,23 +131,16 @@ def _base(job: Job, shape: ModelShape) -> Need:
 
 def _trained(held: Footprint) -> Trained:
     recipe, rows = held.job.recipe, held.lengths.rows
-    batch, accumulation, epochs, most = (
-        value(recipe.arguments, key)
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
-    )
+    keys = "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"
+    batch, accumulation, most = (int(held.argument(key)) for key in keys)
     beside = recipe.task.kind in JUDGED  # knowledge, which then takes no place of its own
     examples = None if rows is None else rows + (0 if beside else replayed(rows, recipe.replay))
-    steps = None
+    steps, loss, step = None, held.job.loss, batch * accumulation
     if examples is not None or most > 0:
-        loss, step = held.job.loss, int(batch * accumulation)
         fewer = (examples or 0) % step if loss is not None and loss.reads == "own texts" else 0  # no smaller step
-        steps = estimate.optimizer_steps(
-            (examples or 0) - fewer,
-            batch=int(batch),
-            accumulation=int(accumulation),
-            epochs=epochs,
-            max_steps=int(most),
-        )
+        whole = (examples or 0) - fewer
+        epochs = held.argument("num_train_epochs")
+        steps = estimate.optimizer_steps(whole, batch=batch, accumulation=accumulation, epochs=epochs, max_steps=most)
     counts = held.lengths.task
     return Trained(
         method=held.job.method.name,
@@ -156,7 +149,7 @@ def _trained(held: Footprint) -> Trained:
         numbers=held.trained,
         assumed=any(size.assumed for size in held.sizes.values()),
         examples=examples,
-        batch=int(batch * accumulation),
+        batch=step,
         steps=steps,
         length=sum(counts) / len(counts) if counts else float(held.lengths.most),
         measured=bool(counts),
@@ -177,13 +170,17 @@ def _training(held: Footprint, train: Trained) -> float | None:
         train.length,
         trained=train.numbers,
         whole=held.whole,
-        checkpointing=checkpointing(job.recipe.train),
+        checkpointing=held.checkpointing,
     )
     return training + read * estimate.forward_flops(shape, train.tokens, train.length)
 
 
 def _statistics(held: Footprint) -> tuple[float, list[str]]:
-    """Returns the work of the statistics, and notes of what is left out."""
+    """Returns the work of the statistics, and notes of what is left out.
+
+    Sums of products take a pass forward, one backward for gradients, and 2 operations for each number and token. An
+    attribution takes a pass, then a token at each of its steps through half of the blocks, forth and back, for each.
+    """
     sums: dict[tuple[DataRole, bool], int] = {}
     traces: set[ModelRequest] = set()
     for (request, _), target in held.sites.items():
@@ -192,15 +189,16 @@ def _statistics(held: Footprint) -> tuple[float, list[str]]:
         elif isinstance(request, RowRequest):
             key = request.data, request.kind != "forward"
             sums[key] = sums.get(key, 0) + request.numbers(target)
-    work, notes = 0.0, []
+    work, notes, shape = 0.0, [], held.shape
     for (role, backward), numbers in sums.items():
         data = held.lengths.calibration(role)
         tokens = data.texts * data.mean
-        work += estimate.statistics_flops(held.shape, tokens, data.mean, numbers=numbers, backward=backward)
+        work += (2 if backward else 1) * estimate.forward_flops(shape, tokens, data.mean) + 2.0 * numbers * tokens
     for trace in traces:
         data = held.lengths.calibration(trace.data)
         if isinstance(trace, NeuronAttribution):
-            work += estimate.attribution_flops(held.shape, trace.examples or data.texts, data.mean, trace.steps)
+            tokens = (trace.examples or data.texts) * (data.mean + trace.steps * shape.blocks)
+            work += estimate.forward_flops(shape, tokens, data.mean)
         else:
             notes.append("the time of causal tracing is not estimated")
     return work, notes

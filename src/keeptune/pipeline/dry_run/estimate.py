@@ -10,15 +10,14 @@ autocast where the base has 16 bits. Memory is in bytes, work in floating-point 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from keeptune.core.target import Target
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
-from keeptune.training.task_loss import AT_ONCE
 
 # The optimisers' states, bytes for each trained number: the first name that the optimiser's contains.
 _STATES = {"lion_8bit": 1, "8bit": 2, "4bit": 1, "ademamix": 12, "adafactor": 0, "sgd": 0}
@@ -26,6 +25,9 @@ _STATES |= {"lion": 4, "adagrad": 4, "rmsprop": 4, "": 8}
 _TILE = (4096, 32768)  # tokens and words of the tiles in which TRL takes the loss: the logits are never there at once
 _ONCE = 2**28  # logits at once while scoring (evaluation/scored_tokens.py)
 _CHUNK = 256  # tokens whose logarithms are taken at once while scoring
+# Bytes of a logit by what is done with it, a e + b: nothing but the tiles above, losses of whole answers, KL to the
+# base (both answers in float32, their terms, their gradients), statistics and writing (drawn in float64).
+_LOGITS = {"log_probs": (0, 0), "answers": (1, 12), "base": (2, 28), "statistics": (1, 20), "writing": (0, 28)}
 
 
 def weight_bytes(shape: ModelShape, packed: Mapping[str, Any] | None = None) -> int:
@@ -75,28 +77,18 @@ def head_bytes(shape: ModelShape, *, batch: int, length: int, device: str, smoot
     """Computes what the loss takes beside the activations, at the end of the forward pass.
 
     TRL projects tiles of at most 4,096 tokens and 32,768 words: 2 for each of a tile's numbers where Triton folds them
-    (CUDA), 31 where torch does, in float32. Label smoothing forms all logits: ``B S V (e + 12)``.
+    (CUDA), 31 where torch does, in float32. Label smoothing forms all logits.
     """
     if smoothed:
-        return batch * length * shape.vocabulary * (shape.size + 12)
+        return logit_bytes(shape, batch * length, "answers")
     tokens, words = min(batch * length, _TILE[0]), min(shape.vocabulary, _TILE[1])
     return tokens * words * (2 if device.startswith("cuda") else 31)
 
 
-def token_loss_bytes(shape: ModelShape, reads: str, tokens: int) -> int:
-    """Computes what a loss of whole answers takes beside the activations: as KL, or half of it, for a chunk."""
-    each = {"log_probs": 0, "answers": shape.size + 12, "base": 2 * shape.size + 28}[reads]
-    return min(tokens * shape.vocabulary, AT_ONCE) * each
-
-
-def backward_head_bytes(shape: ModelShape, tokens: int) -> int:
-    """Computes what the loss of a pass of statistics takes: the logits of its tokens, and drawn labels in float64."""
-    return tokens * shape.vocabulary * (shape.size + 20)
-
-
-def answers_bytes(shape: ModelShape, *, batch: int, length: int) -> int:
-    """Computes what KL to the base takes of a batch: both answers in float32, their terms, and their gradients."""
-    return batch * length * shape.vocabulary * (2 * shape.size + 28)
+def logit_bytes(shape: ModelShape, tokens: int, use: str, most: float = math.inf) -> int:
+    """Computes what all logits of some tokens take for a use, at most ``most`` of them at once: ``B S V (a e + b)``."""
+    a, b = _LOGITS[use]
+    return int(min(tokens * shape.vocabulary, most)) * (a * shape.size + b)
 
 
 def scoring_bytes(shape: ModelShape, *, rows: int, length: int, models: int) -> int:
@@ -112,15 +104,6 @@ def scoring_bytes(shape: ModelShape, *, rows: int, length: int, models: int) -> 
 def inference_bytes(shape: ModelShape, tokens: int) -> int:
     """Computes what a forward pass without gradients holds at its widest block: ``e (wide + a + 2 k + 4 h)``."""
     return tokens * shape.size * (shape.wide + shape.attention + 2 * shape.cached + 4 * shape.hidden)
-
-
-def decomposition_bytes(maps: Sequence[Target], *, squares: bool) -> int:
-    """Computes the work space of the largest decomposition: an SVD of W, or eigenvectors of Ω in float64.
-
-    LAPACK's divide and conquer takes ``16 m n`` of an SVD in float32, and ``8 · 4 n²`` of eigenvectors in float64.
-    """
-    widest = max((t.in_features for t in maps), default=0)
-    return max([16 * t.in_features * t.out_features for t in maps] + [32 * widest**2 if squares else 0], default=0)
 
 
 def activation_bytes(
@@ -178,19 +161,6 @@ def training_flops(
     return passes * forward_flops(shape, tokens, length) + (0 if whole else 6 * trained * tokens)
 
 
-def statistics_flops(shape: ModelShape, tokens: float, length: float, *, numbers: int, backward: bool) -> float:
-    """Computes the work of sums of products: a pass forward, one backward for gradients, and 2 for each number."""
-    return (2 if backward else 1) * forward_flops(shape, tokens, length) + 2.0 * numbers * tokens
-
-
-def attribution_flops(shape: ModelShape, texts: int, length: float, steps: int) -> float:
-    """Computes the work of attributing answers to neurons: a pass, then ``steps L`` tokens through half of the blocks.
-
-    N texts and ``steps`` points on the path make ``N (S + 2 steps L / 2)`` tokens of a forward pass.
-    """
-    return forward_flops(shape, texts * (length + steps * shape.blocks), length)
-
-
 def optimizer_steps(examples: int, *, batch: int, accumulation: int, epochs: float, max_steps: int = -1) -> int:
     """Computes optimiser steps of N examples as the trainer does: ``⌈epochs ⌈⌈N / B⌉ / accumulation⌉⌉``.
 
@@ -205,14 +175,9 @@ def optimizer_steps(examples: int, *, batch: int, accumulation: int, epochs: flo
 def gemm_rate(device: str = "cpu", size: int = 1024, repeats: int = 4) -> float:
     """Measures this machine's matrix products, in operations a second, in the dtype that it trains in.
 
-    The fastest of some products of ``size x size`` matrices counts. Training reaches a part of the rate, so that times
-    estimated with it are lower bounds of the work's own.
+    Training reaches a part of the rate, so that times estimated with it are lower bounds of the work's own.
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     x = torch.ones(size, size, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(repeats):
-        started = time.perf_counter()
-        float((x @ x)[0, 0])  # the read waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    timer = Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.timeit(repeats).median

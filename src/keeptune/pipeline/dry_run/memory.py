@@ -6,6 +6,7 @@ of the process (``VmHWM``), on a GPU that of the device. ``benchmarks/account.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
 from keeptune.adapter.anchor import resolve
 from keeptune.adapter.trained_head import trained_beside
@@ -24,7 +26,7 @@ from keeptune.model.quantization import stays_quantised
 from keeptune.penalties.base import Penalty
 from keeptune.penalties.kl import Kl
 from keeptune.pipeline.dry_run import estimate
-from keeptune.pipeline.dry_run.account import Amount, Scored
+from keeptune.pipeline.dry_run.account import Scored
 from keeptune.pipeline.dry_run.data_sizes import Lengths
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
 from keeptune.pipeline.job import Job
@@ -32,6 +34,7 @@ from keeptune.pipeline.planning import penalties_of
 from keeptune.statistics.request import ModelRequest, Request, RowRequest
 from keeptune.statistics.self_generated import BATCH
 from keeptune.statistics.store_use import refuse_larger
+from keeptune.training.task_loss import AT_ONCE
 
 # What Python and the libraries take by themselves; on a GPU their context and the kernels' work space.
 _PROCESS = {"cpu": 650 * 10**6, "cuda": 700 * 10**6}
@@ -40,17 +43,10 @@ _PROCESS = {"cpu": 650 * 10**6, "cuda": 700 * 10**6}
 _HOLES = {"cpu": 0.33, "cuda": 0.1}
 _BATCH_TOKENS = 1024  # of a pass of statistics
 _PROBE = (4, 256)  # examples and tokens that an export is checked on
-_MIB = 2**20
 # Of judged answers: sequences of an example that are learned, and those that are only read: by the reference, for KL.
 JUDGED = {"preference": (2, 2), "unpaired_preference": (1, 3)}
-_STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3, "max_steps": -1}
+_Stage = tuple[dict[str, int], dict[str, int]]  # bytes by part: of what lasts, and of what comes and goes
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
-
-
-def value(values: Mapping[str, Any], key: str) -> float:
-    """Returns an argument of training, or its default."""
-    given = values.get(key)
-    return float(_STEP[key] if given is None else given)
 
 
 def plan_without_numbers(target: Target, size: Size) -> TargetPlan:
@@ -58,11 +54,6 @@ def plan_without_numbers(target: Target, size: Size) -> TargetPlan:
     with torch.device("meta"):
         init = LowRank(B=torch.zeros(target.out_features, size.rank), A=torch.zeros(size.rank, target.in_features))
     return TargetPlan(target, Decision(size.rank), init, 1.0, frozenset({"A", "B"}))
-
-
-def checkpointing(train: Mapping[str, Any]) -> bool:
-    """Returns whether activations are computed again in the backward pass."""
-    return any(train.get(key) for key in _CHECKPOINTING)
 
 
 @dataclass(frozen=True)
@@ -79,11 +70,9 @@ class Footprint:
     shape: ModelShape
     lengths: Lengths
 
-    @property
-    def method(self) -> Method:
-        """The method, fitted to the base."""
-        method: Method = self.job.method.fitted(self.shape.blocks)
-        return method
+    @cached_property
+    def _method(self) -> Method:
+        return cast(Method, self.job.method.fitted(self.shape.blocks))
 
     @property
     def whole(self) -> bool:
@@ -95,9 +84,19 @@ class Footprint:
         """What the method trains of each target; empty where all weights are trained."""
         if self.whole:
             return {}
-        downs = self.shape.downs if self.method.rows_of_downs else frozenset[str]()
+        downs = self.shape.downs if self._method.rows_of_downs else frozenset[str]()
         targets = self.shape.targets(self.job.recipe.targets, self.job.recipe.layers)
-        return {target: self.method.size(target, downs) for target in targets}
+        return {target: self._method.size(target, downs) for target in targets}
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are computed again in the backward pass."""
+        return any(self.job.recipe.train.get(key) for key in _CHECKPOINTING)
+
+    def argument(self, key: str) -> float:
+        """Returns an argument of training, or its default."""
+        given = self.job.recipe.arguments.get(key)
+        return float(TrainingArguments.__dataclass_fields__[key].default if given is None else given)
 
     @property
     def used(self) -> list[Target]:
@@ -109,7 +108,7 @@ class Footprint:
         """The statistics that method and penalties need, once for each site."""
         needed: dict[tuple[Request, str], Target] = {}
         for target, size in self.sizes.items():
-            requests: set[Request] = set(self.method.requests(target))
+            requests: set[Request] = set(self._method.requests(target))
             for one in self._penalties if size.rank else ():
                 requests |= one.requests(plan_without_numbers(target, size))
             for request in requests:
@@ -131,28 +130,20 @@ class Footprint:
     def _beside(self) -> int:
         """Counts what is trained beside the factors, and refuses what is not there."""
         recipe, model = self.job.recipe, self.shape.model
-        if not recipe.modules_to_save and not recipe.trainable_token_indices:
-            return 0
-        targets = [target.name for target in self.used]
-        fields = trained_beside(model, recipe.modules_to_save, recipe.trainable_token_indices, targets)
-        whole = (model.get_submodule(name).parameters() for name in fields.get("modules_to_save", ()))
-        count: int = sum(parameter.numel() for own in whole for parameter in own)
-        for name, ids in fields.get("trainable_token_indices", {}).items():
-            count += len(ids) * cast(Tensor, model.get_submodule(name).weight).shape[1]
-        return count
+        names = recipe.modules_to_save, recipe.trainable_token_indices
+        fields = trained_beside(model, *names, [target.name for target in self.used]) if any(names) else {}
+        modules = [model.get_submodule(name) for name in fields.get("modules_to_save", ())]
+        tokens = fields.get("trainable_token_indices", {}).items()
+        rows: int = sum(len(ids) * cast(Tensor, model.get_submodule(name).weight).shape[1] for name, ids in tokens)
+        whole: int = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        return rows + whole
 
     @property
     def _penalties(self) -> Sequence[Penalty]:
         return penalties_of(self.job.method, self.job.penalties)
 
-    @property
-    def _batch(self) -> int:
-        """Examples in a forward pass of training."""
-        learned = JUDGED.get(self.job.recipe.task.kind, (1, 0))[0]
-        return learned * int(value(self.job.recipe.train, "per_device_train_batch_size"))
-
-    def memory(self) -> dict[str, Amount]:
-        """Returns the bytes of each stage by part; stages that the run does not have are left out."""
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Returns the bytes of each stage by part, with what the process takes; stages that are not there are out."""
         stages = {
             "knowledge": self._knowledge(),
             "statistics": self._statistics(),
@@ -161,22 +152,24 @@ class Footprint:
             "export": self._export(),
             "scoring": self._scoring(),
         }
-        return {name: self._with_process(*parts) for name, parts in stages.items() if parts is not None}
+        found = {}
+        for name, stage in stages.items():
+            if stage is not None:
+                lasting, passing = stage
+                holes = int(_HOLES[self._kind] * sum(passing.values()))
+                parts = {"process": _PROCESS[self._kind], **lasting, **passing, "allocator": holes}
+                found[name] = {part: number for part, number in parts.items() if number}
+        return found
 
-    def _knowledge(self) -> tuple[dict[str, int], dict[str, int]] | None:
-        """The base writes knowledge: keys and values of a batch, and 28 bytes for each of its logits (in float64)."""
+    def _knowledge(self) -> _Stage | None:
         own = self.job.generations.values()
         if not own:
             return None
-        rows, length = BATCH, max(2 * part.max_length for part in own)
-        cache = estimate.cache_bytes(self.shape, batch=rows, length=length)
-        return {"weights": self._base}, {"cache": cache, "logits": 28 * rows * self.shape.vocabulary}
+        cache = estimate.cache_bytes(self.shape, batch=BATCH, length=max(2 * part.max_length for part in own))
+        return {"weights": self._base}, {"cache": cache, "logits": self._logits(BATCH, "writing")}
 
-    def _with_process(self, lasting: Mapping[str, int], passing: Mapping[str, int]) -> Amount:
-        """Puts together what lasts, what comes and goes, and what the process and its allocator take beside them."""
-        holes = int(_HOLES[self._kind] * sum(passing.values()))
-        parts = {"process": _PROCESS[self._kind], **lasting, **passing, "allocator": holes}
-        return Amount({name: number for name, number in parts.items() if number})
+    def _logits(self, tokens: int, use: str, most: float = math.inf) -> int:
+        return estimate.logit_bytes(self.shape, tokens, use, most)
 
     @property
     def _kind(self) -> str:
@@ -190,8 +183,7 @@ class Footprint:
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """How the base's weights are packed: by the recipe, or as its checkpoint is."""
-        packed: Mapping[str, Any] | None = self.job.recipe.quantization or self.shape.quantization
-        return packed
+        return self.job.recipe.quantization or self.shape.quantization
 
     @cached_property
     def _base(self) -> int:
@@ -228,13 +220,6 @@ class Footprint:
         """What the plan holds from when it is made to the end of the run: on the CPU, where it is kept."""
         return {} if self._kind == "cuda" else {"plan": self._planned, "penalties": sum(self.penalties.values())}
 
-    # The stages: what lasts, and what comes and goes
-
-    def _statistics(self) -> tuple[dict[str, int], dict[str, int]] | None:
-        if not self.sites:
-            return None
-        return {"weights": self._placed, "sums": self.sums}, self._passes()
-
     @property
     def _blockwise(self) -> bool:
         return bool(self.job.recipe.memory == "blockwise")
@@ -261,96 +246,93 @@ class Footprint:
                 passes.setdefault((request.data, request.examples, block), []).append(request.numbers(target))
         return max((8 * sum(numbers) for numbers in passes.values()), default=0)
 
-    def _passes(self) -> dict[str, int]:
-        """Returns what the forward and backward passes of statistics hold."""
+    def _statistics(self) -> _Stage | None:
+        if not self.sites:
+            return None
         roles = {request.data for request, _ in self.sites}
         tokens = max(_BATCH_TOKENS, *(self.lengths.calibration(role).longest for role in roles))
-        rows = [request for request, _ in self.sites if isinstance(request, RowRequest)]
-        backward = any(request.kind != "forward" for request in rows)
+        rows = dict.fromkeys(target for (r, _), target in self.sites.items() if isinstance(r, RowRequest))
         widest = max((max(t.in_features, t.out_features) for t in self.shape.linear), default=0)
-        parts = {"activations": estimate.inference_bytes(self.shape, tokens), "rows": 8 * tokens * widest}
+        passing = {"activations": estimate.inference_bytes(self.shape, tokens), "rows": 8 * tokens * widest}
         through = any(isinstance(request, ModelRequest) for request, _ in self.sites)  # all blocks in one pass, always
-        if through:
-            tokens, backward = 2 * tokens, True
-        if backward:
-            seen = tuple(dict.fromkeys(target for (r, _), target in self.sites.items() if isinstance(r, RowRequest)))
-            kept = estimate.activation_bytes(self.shape, seen, ranks=0, batch=1, length=tokens)
-            parts["activations"] = kept // self.shape.blocks if self._blockwise and not through else kept
-            parts["logits"] = estimate.backward_head_bytes(self.shape, tokens if rows else 0)
-        return parts
+        backward = any(isinstance(r, RowRequest) and r.kind != "forward" for r, _ in self.sites)
+        if through or backward:
+            tokens *= 2 if through else 1
+            kept = estimate.activation_bytes(self.shape, tuple(rows), ranks=0, batch=1, length=tokens)
+            passing["activations"] = kept // self.shape.blocks if self._blockwise and not through else kept
+            passing["logits"] = self._logits(tokens if rows else 0, "statistics")
+        return {"weights": self._placed, "sums": self.sums}, passing
 
-    def _plan(self) -> tuple[dict[str, int], dict[str, int]] | None:
+    def _plan(self) -> _Stage | None:
+        """The largest decomposition: ``16 m n`` of an SVD of W in float32, ``8 · 4 n²`` of eigenvectors in float64."""
         if self.whole:
             return None
         decomposes = any(size.anchored or size.kept for size in self.sizes.values()) or bool(self.sites)
-        squares = any(
-            isinstance(r, RowRequest) and r.numbers(t) == t.in_features**2 for (r, _), t in self.sites.items()
-        )
-        own = bool(self.job.method.statistics)
-        work = estimate.decomposition_bytes(self.used if decomposes else [], squares=squares and own)
-        return {"weights": self._placed, **self._held}, {"decompositions": work}
+        maps = self.used if decomposes else []
+        work = [16 * t.in_features * t.out_features for t in maps]
+        sums = [(r.numbers(t), t.in_features) for (r, _), t in self.sites.items() if isinstance(r, RowRequest)]
+        if self.job.method.statistics and any(numbers == n**2 for numbers, n in sums):
+            work += [32 * t.in_features**2 for t in maps]
+        return {"weights": self._placed, **self._held}, {"decompositions": max(work, default=0)}
 
-    def _training(self) -> tuple[dict[str, int], dict[str, int]]:
-        train, whole = self.job.recipe.train, self.whole
-        length = max(self.lengths.task, default=self.lengths.most)  # a batch is padded to its longest
-        saving, loss = checkpointing(train), self.job.loss
-        written = getattr(loss, "max_completion_length", 0)  # of SDFT, after the prompt
-        length += written
-        kept = estimate.activation_bytes(
+    def _activations(self, batch: int, length: int) -> int:
+        return estimate.activation_bytes(
             self.shape,
-            self.shape.linear if whole else self.used,
+            self.shape.linear if self.whole else self.used,
             ranks=sum(size.rank for size in self.sizes.values()),
-            batch=self._batch,
+            batch=batch,
             length=length,
-            checkpointing=saving,
-            whole=whole,
+            checkpointing=self.checkpointing,
+            whole=self.whole,
         )
-        smoothed = bool(train.get("label_smoothing_factor"))
+
+    def _training(self) -> _Stage:
+        recipe, loss = self.job.recipe, self.job.loss
+        written = getattr(loss, "max_completion_length", 0)  # of SDFT, after the prompt
+        batch = JUDGED.get(recipe.task.kind, (1, 0))[0] * int(self.argument("per_device_train_batch_size"))
+        # A batch is padded to its longest.
+        length = max(self.lengths.task, default=self.lengths.most) + written
         lasting = {
-            "weights": 4 * self.shape.parameters if whole else self._base,
+            "weights": 4 * self.shape.parameters if self.whole else self._base,
             "adapter": self._factors,
             # On the CPU those of the plan.
             "directions": 4 * sum(size.kept for size in self.sizes.values()) if self._kind == "cuda" else 0,
-            "reference": 4 * self.trained if written or self.job.recipe.task.kind in JUDGED else 0,
+            "reference": 4 * self.trained if written or recipe.task.kind in JUDGED else 0,
             "gradients": 4 * self.trained,
-            "optimiser": estimate.optimizer_states(str(train.get("optim") or "adamw")) * self.trained,
+            "optimiser": self._states,
             **self._held,
             "penalties": sum(self.penalties.values()),
         }
-        head = estimate.head_bytes(self.shape, batch=self._batch, length=length, device=self._kind, smoothed=smoothed)
+        smoothed = bool(recipe.train.get("label_smoothing_factor"))
+        head = estimate.head_bytes(self.shape, batch=batch, length=length, device=self._kind, smoothed=smoothed)
         if written:
-            head = estimate.answers_bytes(self.shape, batch=self._batch, length=written)
+            head = self._logits(batch * written, "base")
         elif loss is not None:
-            head = max(head, estimate.token_loss_bytes(self.shape, loss.reads, self._batch * length))
-        passing = {"activations": kept, "logits": head}
-        steps = int(value(train, "gradient_accumulation_steps"))
-        answers = self._answers(saving, steps * self._batch * length)
+            head = max(head, self._logits(batch * length, loss.reads, AT_ONCE))
+        passing = {"activations": self._activations(batch, length), "logits": head}
+        answers = self._answers(int(self.argument("gradient_accumulation_steps")) * batch * length)
         return lasting, max(passing, answers, key=lambda parts: sum(parts.values()))
 
-    def _answers(self, saving: bool, tokens: int) -> dict[str, int]:
+    def _answers(self, tokens: int) -> dict[str, int]:
         """Returns what penalties on answers hold in a pass of their own, after that of the task."""
         held = {"activations": 0, "logits": 0}
         data = self.lengths.calibration("knowledge")
         for one in self._penalties:
-            if not isinstance(one, Kl):
-                continue
-            batch = min(one.chosen(data.mean, tokens)[0], data.texts)
-            ranks = sum(size.rank for size in self.sizes.values())
-            held["activations"] = estimate.activation_bytes(
-                self.shape, self.used, ranks=ranks, batch=batch, length=data.longest, checkpointing=saving
-            )
-            held["logits"] = estimate.answers_bytes(self.shape, batch=batch, length=data.longest)
+            if isinstance(one, Kl):
+                batch = min(one.chosen(data.mean, tokens)[0], data.texts)
+                held["activations"] = self._activations(batch, data.longest)
+                held["logits"] = self._logits(batch * data.longest, "base")
         return held
 
-    def _export(self) -> tuple[dict[str, int], dict[str, int]]:
+    def _export(self) -> _Stage:
         # A merged model is held as it was written and as it is loaded; else the trained one is free by then.
         merged = self._base if self._merges else 0
         tokens = _PROBE[0] * min(_PROBE[1], self.lengths.most)
-        lasting = {"weights": self._base, "merged": merged, "adapter": 2 * self._factors}
-        logits = tokens * self.shape.vocabulary * (self.shape.size + 12)
-        return lasting | self._held, {"logits": logits, "activations": estimate.inference_bytes(self.shape, tokens)}
+        lasting = {"weights": self._base, "merged": merged, "adapter": 2 * self._factors, **self._held}
+        activations = estimate.inference_bytes(self.shape, tokens)
+        return lasting, {"logits": self._logits(tokens, "answers"), "activations": activations}
 
-    def _scoring(self) -> tuple[dict[str, int], dict[str, int]] | None:
+    def _scoring(self) -> _Stage | None:
         found = []
         for one in self.score:
             batch = min(one.batch, one.items or one.batch)
@@ -367,28 +349,29 @@ class Footprint:
         lasting = {"weights": models * self._base, "adapter": self._factors, **self._held}
         return lasting, max(found, key=lambda passing: sum(passing.values()))
 
-    # What is written
+    @property
+    def _states(self) -> int:
+        return estimate.optimizer_states(str(self.job.recipe.train.get("optim") or "adamw")) * self.trained
 
-    def disk(self) -> dict[str, Amount]:
+    def disk(self) -> dict[str, dict[str, int]]:
         """Returns the bytes of what the run writes, by part."""
         store: dict[str, int] = {}
         for (request, _), target in self.sites.items():
-            texts = self.lengths.calibration(request.data).texts
-            kept = request.kept(target) if isinstance(request, RowRequest) else 4 * texts * self._nodes
-            refuse_larger(kept if isinstance(request, RowRequest) else 0, self.job.store.limit)
+            if isinstance(request, RowRequest):
+                kept = request.kept(target)
+                refuse_larger(kept, self.job.store.limit)
+            else:  # an attribution has a number for each output of a down-projection
+                nodes = sum(target.out_features for target in self.shape.linear if target.name in self.shape.downs)
+                kept = 4 * self.lengths.calibration(request.data).texts * nodes
             store[type(request).__name__] = store.get(type(request).__name__, 0) + kept
-        whole = 4 * self.shape.parameters if self.whole else 0
-        states = estimate.optimizer_states(str(self.job.recipe.train.get("optim") or "adamw")) * self.trained
-        exported = self.shape.stored if self._merges else 4 * self.trained
+        trained = 4 * self.trained
         copies = int(self.job.recipe.train.get("save_total_limit") or 2)
         return {
-            "store": Amount(store),
-            "plan": Amount({"factors": self._planned, **self.penalties}),
-            "checkpoints": Amount({"weights": copies * (whole or self._factors), "optimiser": copies * states}),
-            "results": Amount({"trained": whole or 4 * self.trained, "exported": exported}),
+            "store": dict(sorted(store.items())),
+            "plan": {"factors": self._planned, **self.penalties},
+            "checkpoints": {
+                "weights": copies * (trained if self.whole else self._factors),
+                "optimiser": copies * self._states,
+            },
+            "results": {"trained": trained, "exported": self.shape.stored if self._merges else trained},
         }
-
-    @property
-    def _nodes(self) -> int:
-        """Outputs of all down-projections, which an attribution has a number for."""
-        return sum(target.out_features for target in self.shape.linear if target.name in self.shape.downs)

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from keeptune.core.errors import RecipeError
-from keeptune.pipeline.dry_run.account import Amount, DryRun, Need, Scored
+from keeptune.pipeline.dry_run.account import DryRun, Need, Scored
 from keeptune.pipeline.dry_run.estimate import gemm_rate
 from keeptune.report.numbers import count, duration
 from keeptune.report.tables.terminal import say, table
@@ -87,13 +87,13 @@ def _model(dry: DryRun) -> str:
 
 
 def _row(name: str, times: int, dry: DryRun, rate: float) -> tuple[str, ...]:
-    train, work = dry.train, dry.whole_work
+    train, work, store = dry.train, dry.whole_work, sum(dry.disk["store"].values())
     return (
         name,
         f"{'~' if train.assumed else ''}{count(train.numbers)}",
         "?" if train.steps is None else f"{train.steps:,}",
-        f"{size_text(dry.memory[dry.peak].total)} ({dry.peak})",
-        size_text(dry.disk["store"].total) if dry.disk["store"].total else "",
+        f"{size_text(sum(dry.memory[dry.peak].values()))} ({dry.peak})",
+        size_text(store) if store else "",
         "?" if work is None else ("<" if dry.bounds else "") + duration(work / rate),
         str(times),
     )
@@ -122,12 +122,12 @@ def _scored(one: Scored) -> str:
     return f"{one.name} ({one.role}, {one.metric}): {items}"
 
 
-def _amounts(amounts: Mapping[str, Amount], peak: str = "") -> list[str]:
+def _amounts(amounts: Mapping[str, Mapping[str, int]], peak: str = "") -> list[str]:
     lines = []
-    for name, amount in amounts.items():
-        parts = ", ".join(f"{part} {size_text(number)}" for part, number in amount.parts.items() if number)
+    for name, numbers in amounts.items():
+        parts = ", ".join(f"{part} {size_text(number)}" for part, number in numbers.items() if number)
         most = " (the peak)" if name == peak else ""
-        lines.append(f"{name} {size_text(amount.total)}{most}{': ' if parts else ''}{parts}")
+        lines.append(f"{name} {size_text(sum(numbers.values()))}{most}{': ' if parts else ''}{parts}")
     return lines
 
 
