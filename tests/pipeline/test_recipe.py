@@ -178,6 +178,8 @@ def test_a_method_in_short(example: Path) -> None:
     assert load_recipe(example, {"method.variant": "v2"}).method == {"name": "lora-null", "variant": "v2"}
     with pytest.raises(RecipeError, match='Did you mean "lora"'):
         load_recipe(example, {"method": "loar"})
+    example.write_text(EXAMPLE.replace("method: {name: lora-null, rank: 8, variant: v1}\n", ""), encoding="utf-8")
+    assert load_recipe(example, {"method.nats": 0.02}).method == {"name": "keep", "nats": 0.02}
 
 
 def test_layers(recipe_values: Values) -> None:

@@ -58,6 +58,18 @@ def test_lines_are_the_numbers_of_the_record(full: dict[str, Any]) -> None:
     assert [row[-1] for row in layers.z] == pytest.approx([0.38, 0.76])
 
 
+def test_a_penalty_that_is_measured_is_drawn_in_nats_beside_its_budget(full: dict[str, Any]) -> None:
+    for row in penalised(full)["methods"][2]["loss"]:
+        if row["step"] % 2 == 0:
+            row |= {"kl_to_base": 0.001 * row["step"], "kl_held_out": 0.002 * row["step"], "kl_budget": 0.01}
+    drawn, _ = penalties(parse_report(full))
+    lines = {trace.name: (list(trace.x), list(trace.y)) for trace in drawn.figure.data}
+    steps = list(range(0, 20, 2))
+    assert lines["texts trained on"] == (steps, pytest.approx([0.001 * step for step in steps]))
+    assert lines["held-out texts"] == (steps, pytest.approx([0.002 * step for step in steps]))
+    assert lines["budget"] == (steps, [0.01] * 10)
+
+
 def test_the_page_has_a_section_for_it(full: dict[str, Any]) -> None:
     assert "<h2>Penalties</h2>" not in render_html(full)
     assert "<h2>Penalties</h2>" in render_html(penalised(full))

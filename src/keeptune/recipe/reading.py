@@ -11,6 +11,8 @@ import yaml
 from keeptune.core.errors import RecipeError
 from keeptune.recipe.yaml_values import parse_yaml
 
+DEFAULT_METHOD = "keep"  # why: docs/guides/keep.md
+
 
 def read_values(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Reads the values of a recipe without checking them.
@@ -52,8 +54,8 @@ def set_value(values: dict[str, Any], key: str, value: Any, *, where: str) -> No
     """
     *path, last = key.split(".")
     place: Any = values
-    if path and "method" in values:
-        values["method"] = spelt_out(values["method"])
+    if path and ("method" in values or path[0] == "method"):
+        values["method"] = spelt_out(values.get("method", DEFAULT_METHOD))
     if len(path) > 1 and isinstance(values.get("evaluate"), list):
         values["evaluate"] = [spelt_out(entry) for entry in values["evaluate"]]
     try:

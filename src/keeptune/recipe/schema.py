@@ -23,7 +23,7 @@ from keeptune.model.quantization import check_quantization
 from keeptune.recipe.construct import make_loss, make_method, make_penalties
 from keeptune.recipe.paths import Fetch, resolve_paths
 from keeptune.recipe.published import Published
-from keeptune.recipe.reading import parse_pairs, read_values, spelt_out
+from keeptune.recipe.reading import DEFAULT_METHOD, parse_pairs, read_values, spelt_out
 from keeptune.recipe.sections import (
     BY_BASE,
     NAMED,
@@ -72,7 +72,7 @@ class Recipe(Section):
     """
 
     model: str
-    method: MethodSection = Field(default_factory=lambda: {"name": "keep"})  # why: docs/guides/keep.md
+    method: MethodSection = Field(default_factory=lambda: {"name": DEFAULT_METHOD})
     task: Task
     output: _Folder
     targets: list[str] | None = None

@@ -159,6 +159,9 @@ class Step(_Record):
     loss: Number
     nll: Number | None = None
     penalty: Number | None = None
+    kl_to_base: Number | None = None
+    kl_held_out: Number | None = None
+    kl_budget: Number | None = None
     layers: dict[int, Number] = {}
 
     @model_validator(mode="before")

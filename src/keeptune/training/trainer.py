@@ -165,7 +165,7 @@ def _loss(smoothing: float) -> Callable[..., Tensor]:
 
 
 def _point(row: Mapping[str, float]) -> dict[str, float]:
-    prefixes = ("penalty/", "drift/", "kl_to_base", "multiplier", "rewards/", "replay_loss", "completions/mean_l")
+    prefixes = ("penalty/", "drift/", "kl_", "multiplier", "rewards/", "replay_loss", "completions/mean_l")
     return {key: row[key] for key in _CURVE if key in row} | {
         key: value for key, value in row.items() if key.startswith(prefixes)
     }

@@ -115,11 +115,12 @@ def _spectrum(name: str, evidence: str, rows: Sequence[PlanRow], labels: Sequenc
 
 
 def penalties(report: Report) -> list[Chart]:
-    """Returns task loss and penalty over the steps, and how far each layer moved, for methods with penalties."""
+    """Returns the KL to the base, or task loss and penalty, and how far each layer moved, for methods with penalties."""
     shown = [(m.label, m.runs[0]) for m in methods(report) if len(m.runs[0].penalised) > 1][:MANY]
     charts = []
     for place, (label, run) in enumerate(shown):
-        charts.append(_costs(f"penalty{place}", label, run))
+        measured = any(row.kl_to_base is not None for row in run.penalised)
+        charts.append((_measured if measured else _costs)(f"penalty{place}", label, run))
         charts += _drift(f"drift{place}", label, run)
     return charts
 
@@ -137,6 +138,18 @@ def _costs(key: str, label: str, run: Run) -> Chart:
     top = 1.1 * max([value for value in late if math.isfinite(value)], default=1.0)
     figure = figure_of(lines, axis("training step"), axis("nats", range=[0, top or 1.0]))
     return Chart(key, f"Task loss and penalty: {label}", figure, 330)
+
+
+def _measured(key: str, label: str, run: Run) -> Chart:
+    """Returns what the knowledge texts lose; its gradient is what costs, the penalty has no scale of its own."""
+    names = {"kl_to_base": "texts trained on", "kl_held_out": "held-out texts", "kl_budget": "budget"}
+    lines = []
+    for index, (field, name) in enumerate(names.items()):
+        points = [(row.step, value) for row in run.penalised if (value := getattr(row, field)) is not None]
+        mode = "markers" if field == "kl_held_out" else "lines"
+        lines += [scatter(name, *thin(points), mark(index), mode)] if points else []
+    figure = figure_of(lines, axis("training step"), axis("KL to the base, nats per token", rangemode="tozero"))
+    return Chart(key, f"What the texts to be kept lose while training: {label}", figure, 330)
 
 
 def _drift(key: str, label: str, run: Run) -> list[Chart]:
