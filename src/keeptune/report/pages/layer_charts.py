@@ -115,7 +115,7 @@ def _spectrum(name: str, evidence: str, rows: Sequence[PlanRow], labels: Sequenc
 
 
 def penalties(report: Report) -> list[Chart]:
-    """Returns the KL to the base, or task loss and penalty, and how far each layer moved, for methods with penalties."""
+    """Returns the KL to the base or task loss and penalty, and how far each layer moved, of methods with penalties."""
     shown = [(m.label, m.runs[0]) for m in methods(report) if len(m.runs[0].penalised) > 1][:MANY]
     charts = []
     for place, (label, run) in enumerate(shown):
