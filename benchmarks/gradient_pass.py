@@ -14,8 +14,7 @@ from keeptune.model.blocks import find_targets
 from keeptune.model.runner import Runner, Taps
 from keeptune.model.summed_loss import Loss, summed_loss
 from keeptune.statistics.collect import collect
-from keeptune.statistics.covariance import GradientCovariance, InputCovariance
-from keeptune.statistics.gradient import DirectionVariances
+from keeptune.statistics.covariance import DirectionVariances, GradientCovariance, InputCovariance
 from keeptune.statistics.store import StatStore
 
 WIDTH, LAYERS, VOCABULARY, TOKENS = 512, 4, 32000, 2048

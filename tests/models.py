@@ -45,8 +45,7 @@ from keeptune.model.runner import Runner, Sink, Taps
 from keeptune.model.summed_loss import Loss
 from keeptune.pipeline.planning import penalties_of, with_penalties
 from keeptune.statistics.collect import Statistics, collect
-from keeptune.statistics.request import Request
-from keeptune.statistics.running_mean import Accumulator
+from keeptune.statistics.request import Accumulator, Request
 from keeptune.statistics.store import StatStore
 
 VOCAB = 64

@@ -31,7 +31,6 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.completions import TaskExamples, knowledge_of
 from keeptune.data.examples import Examples
 from keeptune.data.labelled import LabelledExamples, Texts, label_indices
-from keeptune.data.self_written import SelfWritten
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate as evaluate_one
 from keeptune.evaluation.model_pairs import ModelPair
@@ -49,7 +48,7 @@ from keeptune.pipeline.machine import check_folder
 from keeptune.pipeline.planning import PlanOptions, collect_for, plan_for, statistics_for
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 from keeptune.statistics.request import DataRole, RowRequest
-from keeptune.statistics.self_generated import SelfGeneration, write_texts
+from keeptune.statistics.self_generated import SelfGeneration, SelfWritten, write_texts
 from keeptune.statistics.store import StatStore
 
 _log = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from tests.training.support import TOKENIZER
 
 from keeptune.data.completions import TaskExamples
-from keeptune.data.example_counts import data_account, marked, shortened
-from keeptune.data.examples import TokenRow
+from keeptune.data.examples import TokenRow, data_account, marked, shortened
 
 TASK = TaskExamples(("Where?", "Who?", "Who?", "Why? " * 30, "When?"), (" Here.", " Me.", " Me.", " So.", "  "))
 

@@ -10,7 +10,7 @@ import pytest
 from tests.assets import STORIES
 
 from keeptune.core.errors import DataError
-from keeptune.data.example_counts import data_account
+from keeptune.data.examples import data_account
 from keeptune.data.preferences import Preferences, preferences
 from keeptune.model.pretrained import load_tokenizer
 

@@ -19,8 +19,16 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import blocks_of
 from keeptune.model.pretrained import load_model, load_tokenizer
 from keeptune.model.probes.block_calls import Blocks, Suffix
-from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, Tracer, embedding_std, noise_of
-from keeptune.model.probes.tracing_passes import Streams, TracedBatch
+from keeptune.model.probes.causal_tracing import (
+    Noise,
+    Reading,
+    Streams,
+    Traced,
+    TracedBatch,
+    Tracer,
+    embedding_std,
+    noise_of,
+)
 
 READINGS: tuple[Reading, ...] = ("diagonal", "positions")
 every_model = pytest.mark.parametrize("make", [llama, qwen2, gpt2])

@@ -42,8 +42,7 @@ from keeptune.statistics.fisher import (
     split_diagonals,
     tokens_per_learned,
 )
-from keeptune.statistics.request import Labels
-from keeptune.statistics.running_mean import RunningMean
+from keeptune.statistics.request import Labels, RunningMean
 from keeptune.statistics.store import Source
 
 CPU = torch.device("cpu")

@@ -19,8 +19,7 @@ from keeptune.linalg.decompositions import exact_svd
 from keeptune.model.runner import Runner
 from keeptune.model.summed_loss import Loss, drawn_labels, summed_loss
 from keeptune.statistics.collect import Statistics
-from keeptune.statistics.covariance import GradientCovariance, InputCovariance
-from keeptune.statistics.gradient import DirectionVariances
+from keeptune.statistics.covariance import DirectionVariances, GradientCovariance, InputCovariance
 from keeptune.statistics.request import Request
 
 INPUT, GRADIENT = InputCovariance("task"), GradientCovariance("task", "true")

@@ -18,12 +18,10 @@ from keeptune.core.target import Target
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import Runner
 from keeptune.statistics import passes
-from keeptune.statistics.covariance import GradientCovariance, InputCovariance, ReleasedCovariance
+from keeptune.statistics.covariance import DirectionVariances, GradientCovariance, InputCovariance, ReleasedCovariance
 from keeptune.statistics.fisher import TokenCount, WeightFisher
-from keeptune.statistics.gradient import DirectionVariances
 from keeptune.statistics.passes import Measured, Pass, run_pass
-from keeptune.statistics.request import RowRequest
-from keeptune.statistics.running_mean import Accumulator, checked_result
+from keeptune.statistics.request import Accumulator, RowRequest, checked_result
 
 CPU = torch.device("cpu")
 TARGET = Target("h.0.up", 0, "up", 5, 4, "h.0.up")

@@ -13,11 +13,10 @@ from tests.assets import DATA, STORIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from keeptune.core.errors import DataError, ModelError, PlanError
-from keeptune.data.self_written import SelfWritten, Written, fault, useful
 from keeptune.statistics import self_generated
-from keeptune.statistics.self_generated import SelfGeneration, write_texts
+from keeptune.statistics.self_generated import SelfGeneration, SelfWritten, Written, fault, useful, write_texts
 from keeptune.statistics.store import StatStore
-from keeptune.statistics.store_listing import listing
+from keeptune.statistics.store_use import listing
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -14,7 +14,7 @@ from rich.text import Text
 from keeptune.cli.shared import RecipeFile, load
 
 if TYPE_CHECKING:
-    from keeptune.data.example_counts import Marked
+    from keeptune.data.examples import Marked
 
 
 def show_data(

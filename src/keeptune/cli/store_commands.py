@@ -31,8 +31,7 @@ def show(context: typer.Context, store: Store = None) -> Any:
         context.obj = store
         return None
     from keeptune.report.tables.terminal import table
-    from keeptune.statistics.store_listing import listing
-    from keeptune.statistics.store_use import size_text
+    from keeptune.statistics.store_use import listing, size_text
 
     at = _store_at(store)
     rows = listing(at.folder)
@@ -61,8 +60,7 @@ def clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> dict[str, int]:
     """Remove what the store holds, or a part of it; what a running command uses stays."""
-    from keeptune.statistics.store_listing import is_of
-    from keeptune.statistics.store_use import Entry, entries, model_names, size_text
+    from keeptune.statistics.store_use import Entry, entries, is_of, model_names, size_text
 
     at = _store_at(store or context.obj)
     if model is not None and not model.strip():

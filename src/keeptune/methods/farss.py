@@ -40,8 +40,7 @@ from keeptune.core.target import Target
 from keeptune.linalg.decompositions import exact_svd
 from keeptune.methods.base import ScaledMethod, Size, allot_rank
 from keeptune.statistics.collect import StatsView
-from keeptune.statistics.covariance import GradientCovariance, InputCovariance
-from keeptune.statistics.gradient import DirectionVariances
+from keeptune.statistics.covariance import DirectionVariances, GradientCovariance, InputCovariance
 from keeptune.statistics.request import Labels, Request
 
 _log = logging.getLogger(__name__)

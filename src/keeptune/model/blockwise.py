@@ -21,10 +21,8 @@ from keeptune.core.errors import ModelError, StatisticsError
 from keeptune.core.offload import aligned
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, body
-from keeptune.model.expert_taps import expert_names
-from keeptune.model.fused_experts import one_expert_at_a_time
-from keeptune.model.row_hooks import PassEnd, RealRows, Sink, Taps, watched
-from keeptune.model.runner import Done, Runner, arguments_of, no_done, still
+from keeptune.model.fused_experts import expert_names, one_expert_at_a_time
+from keeptune.model.runner import Done, PassEnd, RealRows, Runner, Sink, Taps, arguments_of, no_done, still, watched
 from keeptune.model.shelf import Shelf
 from keeptune.model.summed_loss import Loss, summed_loss
 

@@ -21,11 +21,9 @@ from keeptune.core.weights import refuse_quantised
 from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import with_template
 from keeptune.data.completions import joined_knowledge
-from keeptune.data.example_counts import data_account
-from keeptune.data.examples import LanguageExamples, TokenRow
+from keeptune.data.examples import LanguageExamples, TokenRow, data_account
 from keeptune.data.multiple_choice import choose_rows
 from keeptune.data.replay import with_replay
-from keeptune.data.self_written import SelfWritten
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import refuse_used
 from keeptune.model.head import Head, body_fingerprint
@@ -50,7 +48,7 @@ from keeptune.recipe.construct import make_loss, make_method, make_penalties
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
-from keeptune.statistics.self_generated import SelfGeneration, write_texts
+from keeptune.statistics.self_generated import SelfGeneration, SelfWritten, write_texts
 from keeptune.statistics.store import StatStore
 from keeptune.training.arguments import CONFIGS, divide_step, example_length, sft_config
 from keeptune.training.losses.base import TaskLoss

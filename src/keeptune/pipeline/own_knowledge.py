@@ -9,12 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import RecipeError
 from keeptune.data.disjoint import Corpus
-from keeptune.data.self_written import SelfWritten
 from keeptune.evaluation.benchmark_data import used_rows
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.request import DataRole
-from keeptune.statistics.self_generated import SelfGeneration
+from keeptune.statistics.self_generated import SelfGeneration, SelfWritten
 
 _log = logging.getLogger(__name__)
 

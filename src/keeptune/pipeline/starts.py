@@ -14,7 +14,7 @@ from keeptune.core.weights import is_quantised, read_weight
 from keeptune.methods.base import Method
 from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import LoadOptions, StartFrom
-from keeptune.statistics.gradient import DirectionVariances
+from keeptune.statistics.covariance import DirectionVariances
 
 # Weights quantised to two bits are off by up to 0.5, those of another model by 1.4 (relative, Frobenius).
 _UNRELATED = 0.7

@@ -18,8 +18,7 @@ from keeptune.core.errors import TrainError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.core.processes import by_first, is_first
-from keeptune.data.example_counts import shortened
-from keeptune.data.examples import LanguageExamples
+from keeptune.data.examples import LanguageExamples, shortened
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import conclusions
 from keeptune.pipeline.cache import Stored

@@ -22,8 +22,15 @@ from keeptune.model.head import head_fingerprint, refuse_unknown_tokens
 from keeptune.model.runner import Runner
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 from keeptune.statistics.passes import Measured, Pass, run_pass, shares
-from keeptune.statistics.request import DataRole, ModelRequest, Request, RowRequest
-from keeptune.statistics.running_mean import Accumulator, UnseenError, checked_result
+from keeptune.statistics.request import (
+    Accumulator,
+    DataRole,
+    ModelRequest,
+    Request,
+    RowRequest,
+    UnseenError,
+    checked_result,
+)
 from keeptune.statistics.store import Source, StatStore
 from keeptune.statistics.store_use import refuse_larger
 

@@ -34,8 +34,15 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.model.summed_loss import Labels
 from keeptune.statistics.collect import StatsView
-from keeptune.statistics.request import DataRole, GradientRequest, PassKind, RowRequest, WeightReader
-from keeptune.statistics.running_mean import Accumulator, RunningMean
+from keeptune.statistics.request import (
+    Accumulator,
+    DataRole,
+    GradientRequest,
+    PassKind,
+    RowRequest,
+    RunningMean,
+    WeightReader,
+)
 
 Per = Literal["text", "token"]
 

@@ -16,8 +16,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.model.probes.causal_tracing import Noise, Traced, Tracer, embedding_std, noise_of
 from keeptune.model.probes.causal_tracing import Reading as Reading
 from keeptune.statistics.request import ADDED, ModelRequest
-from keeptune.statistics.store import Source, StatStore
-from keeptune.statistics.text_entries import TextEntries
+from keeptune.statistics.store import Source, StatStore, TextEntries
 
 _log = logging.getLogger(__name__)
 Norm = Literal["max", "sum"]

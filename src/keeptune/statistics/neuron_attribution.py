@@ -17,8 +17,7 @@ from keeptune.core.errors import StatisticsError
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.probes.attribution import Attributor, Integral
 from keeptune.statistics.request import DataRole, ModelRequest
-from keeptune.statistics.store import Source, StatStore
-from keeptune.statistics.text_entries import TextEntries
+from keeptune.statistics.store import Source, StatStore, TextEntries
 
 _log = logging.getLogger(__name__)
 Answer = Literal["own", "gold"]

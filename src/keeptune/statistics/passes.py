@@ -15,8 +15,7 @@ from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch
 from keeptune.model.runner import Runner, Taps
 from keeptune.model.summed_loss import Loss
-from keeptune.statistics.request import RowRequest
-from keeptune.statistics.running_mean import Accumulator
+from keeptune.statistics.request import Accumulator, RowRequest
 
 # A statistic and a target of the site where it is measured.
 Measured = tuple[RowRequest, Target]

@@ -12,9 +12,8 @@ from tests.evaluation.standard.conftest import local
 
 from keeptune.core.errors import DataError
 from keeptune.data.disjoint import Corpus
-from keeptune.evaluation.benchmark_data import data_fingerprint, refuse_used
-from keeptune.evaluation.standard.documents import Documents, _parts, refuse_documents
-from keeptune.evaluation.standard.documents import _plain as plain
+from keeptune.evaluation.benchmark_data import Documents, _parts, data_fingerprint, refuse_documents, refuse_used
+from keeptune.evaluation.benchmark_data import _plain as plain
 from keeptune.recipe.schema import make_recipe
 
 

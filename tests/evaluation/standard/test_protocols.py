@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.assets import DATA
 
-from keeptune.evaluation.standard.catalogue import NAMES
+from keeptune.evaluation.standard.entry import NAMES
 from keeptune.evaluation.standard.local_data import local_rows
 from keeptune.evaluation.standard.protocols import (
     PROTOCOLS,

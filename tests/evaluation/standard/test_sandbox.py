@@ -13,8 +13,7 @@ import pytest
 from tests.assets import DATA
 
 from keeptune.evaluation.standard import sandbox
-from keeptune.evaluation.standard.programs import Runs, program_of
-from keeptune.evaluation.standard.sandbox import Sandbox, open_sandbox
+from keeptune.evaluation.standard.sandbox import Runs, Sandbox, open_sandbox, program_of
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,11 @@ from unittest import mock
 from keeptune.core.errors import DataError, ModelError, RecipeError, nearest
 from keeptune.core.processes import by_first
 from keeptune.data.sources import Row
-from keeptune.evaluation.standard import programs
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.local_data import files_of, local_rows
 from keeptune.evaluation.standard.protocols import PROTOCOLS, overrides_of
 from keeptune.evaluation.standard.restore import INSTALL
-from keeptune.evaluation.standard.sandbox import open_sandbox
+from keeptune.evaluation.standard.sandbox import METRIC, Runs, open_sandbox, task_overrides
 
 _LOG = logging.getLogger(__name__)
 SEED = 1234  # lm-eval's own for drawing examples: prompts do not depend on the run's seed
@@ -42,7 +41,7 @@ class Built:
     """The tasks of one benchmark."""
 
     tasks: Mapping[str, Any]  # lm-eval's name to its task object
-    runs: programs.Runs | None  # runs answers that are programs
+    runs: Runs | None  # runs answers that are programs
     note: str = ""  # departure from lm-eval's task, for the record
 
 
@@ -58,15 +57,13 @@ def build_tasks(benchmark: NamedBenchmark, *, run: bool = True) -> Built:
     protocol = None if how is None or how.protocol is None else PROTOCOLS[how.protocol, name]
     task, folders = benchmark.lm_eval_task, () if row is None else row.folders
     code = row is not None and row.code
-    runs = programs.Runs(name, by_first(lambda: open_sandbox(benchmark.where))) if code and run else None
+    runs = Runs(name, by_first(lambda: open_sandbox(benchmark.where))) if code and run else None
     overrides: _Config = {}
     if code:
-        overrides |= programs.task_overrides(
-            name, (lambda *_: {programs.METRIC: 0.0}) if runs is None else runs.process
-        )
+        overrides |= task_overrides(name, (lambda *_: {METRIC: 0.0}) if runs is None else runs.process)
     if protocol is not None:
         task, folders = protocol.task or (task, folders)
-        overrides |= overrides_of(protocol, programs.METRIC, overrides.get("process_results"))
+        overrides |= overrides_of(protocol, METRIC, overrides.get("process_results"))
     if row is not None and not folders:
         configs: dict[str, _Config] = {task: {"task": task, **_ROLLING}}
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from keeptune.core.errors import DataError
 from keeptune.data.sources import Row, read_jsonl
-from keeptune.evaluation.standard.programs import MBPP_EXAMPLES
+from keeptune.evaluation.standard.sandbox import MBPP_EXAMPLES
 
 _LETTERS = "ABCDEFGH"
 _QUESTION = re.compile(

@@ -34,8 +34,7 @@ from keeptune.core.errors import RecipeError, StatisticsError
 from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of
-from keeptune.model.probes.block_calls import Blocks
-from keeptune.model.probes.tracing_passes import Streams, TracedBatch
+from keeptune.model.probes.block_calls import BlockCall, Blocks, KeptRun, Suffix, probabilities, take
 from keeptune.model.runner import still
 
 Reading = Literal["diagonal", "positions"]
@@ -225,3 +224,109 @@ def _first_damaged(texts: TracedBatch, noise: Tensor) -> int:
 def _from(start: int, texts: TracedBatch) -> Tensor:
     """Returns the columns from one on, ``(B, Q)``."""
     return torch.arange(start, texts.mask.shape[1], device=texts.mask.device).expand(len(texts), -1)
+
+
+@dataclass(frozen=True)
+class TracedBatch:
+    """A batch of prompts with their answers, the padding on either side.
+
+    Args:
+        batch: The tokens.
+        mask: The attention mask, on the model's device.
+        start: ``(B,)``, the column of the first token.
+        prompts: ``(B,)``, tokens of the prompt, S.
+        places: ``(B, T)``, the columns whose outputs predict the answer tokens; a shorter answer repeats its last.
+        wanted: ``(B, T)``, the answer tokens.
+        answered: ``(B, T)``, False for the repeats.
+    """
+
+    batch: Batch
+    mask: Tensor
+    start: Tensor
+    prompts: Tensor
+    places: Tensor
+    wanted: Tensor
+    answered: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> TracedBatch:
+        """Prepares a batch with a loss mask; each text has a prompt and an answer."""
+        assert batch.loss_mask is not None
+        mask = batch.attention_mask.to(device)
+        start, lengths = mask.argmax(dim=1), mask.sum(dim=1)
+        answers = batch.loss_mask.to(device).sum(dim=1)
+        prompts = lengths - answers
+        steps = torch.arange(int(answers.max()), device=device)[None]
+        places = start[:, None] + prompts[:, None] - 1 + steps.minimum(answers[:, None] - 1)
+        wanted = batch.input_ids.to(device).gather(1, places + 1)
+        return cls(batch, mask, start, prompts, places, wanted, steps < answers[:, None])
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def answers(self, blocks: Blocks, run: KeptRun) -> Tensor:
+        """Computes the probabilities of the answer tokens in a run, ``(B, T)``."""
+        return probabilities(blocks.tail(take(run.inputs[-1], self.places)), self.wanted)
+
+
+@dataclass
+class Streams:
+    """Streams of some columns, for all layers: that of a layer has its output restored.
+
+    Args:
+        clean: The clean run.
+        noised: The corrupted run.
+        columns: ``(B, Q)``, the columns that run; the same for all streams of a text.
+        at: ``(n, B, Q)``, True where a state restores a column.
+        alone: True when each column is a stream of its own, and sees no other of ``columns`` as restored; then it
+            sees them as they are in the corrupted run. False when the columns are the end of a text and see each
+            other.
+    """
+
+    blocks: Blocks
+    texts: TracedBatch
+    clean: KeptRun
+    noised: KeptRun
+    columns: Tensor
+    at: Tensor
+    alone: bool
+    entered: int = 0
+
+    def __post_init__(self) -> None:
+        """Prepare the arguments of blocks."""
+        self.suffix = Suffix(self.noised, self.texts.mask.shape[1], self.columns, alone=self.alone, times=0)
+
+    def answers(self) -> Tensor:
+        """Runs them.
+
+        Returns:
+            ``(layers, n, B, Q)`` where each column is alone: the probability of the token it predicts. Else
+            ``(layers, n, B, T)``, the probabilities of the answer tokens.
+
+        Raises:
+            UnfitError: A block's arguments are not of the expected form.
+        """
+        texts, layers = self.texts, len(self.blocks.blocks)
+        hidden = self._join(layers, self.blocks.run(self._enter))
+        rows, wanted = len(hidden) // len(texts), texts.wanted
+        if self.alone:
+            wanted = texts.batch.input_ids.to(self.columns.device).gather(1, self.columns + 1)
+        else:
+            # A text whose answer lies before the columns has no state here: what it gives is not used.
+            hidden = take(hidden, (texts.places - self.columns[:, :1]).clamp_min(0).repeat(rows, 1))
+        answers = probabilities(self.blocks.tail(hidden), wanted.repeat(rows, 1))
+        return answers.reshape(layers, len(self.at), len(texts), -1)
+
+    def _join(self, number: int, hidden: Tensor) -> Tensor:
+        """Adds the streams that enter before a block, which are those of the layer below it, to those before it."""
+        rows = [hidden] if self.entered else []
+        if number:
+            clean, corrupted = (take(run.inputs[number], self.columns) for run in (self.clean, self.noised))
+            rows.append(torch.where(self.at[..., None], clean, corrupted).flatten(0, 1))
+            self.entered += 1
+        self.suffix.times = self.entered * len(self.at)
+        return torch.cat(rows) if rows else hidden
+
+    def _enter(self, number: int, hidden: Tensor) -> BlockCall | None:
+        joined = self._join(number, hidden)
+        return self.suffix.call(number, joined) if self.entered else None
