@@ -16,8 +16,7 @@ from keeptune.data.completions import conversation_examples
 from keeptune.data.examples import Conversation
 from keeptune.evaluation import FileBenchmark, TwoModels, evaluate
 from keeptune.evaluation.benchmark_data import data_fingerprint
-from keeptune.evaluation.generation import greedy_texts
-from keeptune.evaluation.scored_tokens import Passes, ScoredTokens
+from keeptune.evaluation.scored_tokens import Passes, ScoredTokens, greedy_texts
 
 TURNS = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
@@ -80,7 +79,7 @@ def test_the_end_of_a_turn_ends_an_answer(stories: Any, chatty: Any, write: Any,
         ends.append(limits.ends)
         return [[7, chatty.eos_token_id] for _ in prompts]
 
-    monkeypatch.setattr("keeptune.evaluation.generation.continued", write_nothing)
+    monkeypatch.setattr("keeptune.evaluation.scored_tokens.continued", write_nothing)
     for fields in (EXACT, BASE | {"metric": "exact_match", "prompt": "{q}", "answer": "a"}):
         folder = write([{"messages": [USER, RIGHT], "q": "Tom and"}])
         evaluate(TwoModels(stories, stories), chatty, FileBenchmark(**fields), folder)

@@ -8,8 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from keeptune.core.errors import ModelError
-from keeptune.evaluation.generation import greedy_texts
-from keeptune.evaluation.scored_tokens import Encoder, Passes
+from keeptune.evaluation.scored_tokens import Encoder, Passes, greedy_texts
 
 PROMPTS = [
     "Once upon a time",

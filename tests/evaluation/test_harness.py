@@ -96,7 +96,7 @@ def test_batch_size_does_not_matter(
 def test_results_are_json_and_round_trip(
     pair: AdapterPair, tokenizer: Any, write: Any, benchmark: FileBenchmark, rows: Any
 ) -> None:
-    result = evaluate(pair, tokenizer, benchmark, write(rows), progress=False)
+    result = evaluate(pair, tokenizer, benchmark, write(rows))
     summary = json.loads(json.dumps(result.summary(), allow_nan=False))
     assert BenchmarkResult.from_jsonl(summary, result.to_jsonl()) == result
     assert [item["index"] for item in result.items] == list(range(len(rows)))

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
+from keeptune.data.templates import refuse_empty
 
 Learned = tuple[bool, ...]  # of each token of a text, whether it is learned
 _Row = tuple[tuple[int, ...], Learned, float, tuple[int, ...]]
@@ -169,14 +170,8 @@ def tokenize_calibration(
     if not texts:
         raise DataError(where, got="no texts", wanted="at least one", next_step="Fill the knowledge file.")
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    for number, (text, ids) in enumerate(zip(texts, encoded, strict=True), start=1):
-        if not ids or not text.strip():  # some tokenizers make a start token of nothing
-            raise DataError(
-                f"{where} example {number}",
-                got="an empty text" if ids else "no tokens",
-                wanted="a text that is not empty",
-                next_step="Remove the row or change the template.",
-            )
+    # Some tokenizers make a start token of nothing, and some no token of a text.
+    refuse_empty((text if ids else "" for text, ids in zip(texts, encoded, strict=True)), where, unit="example")
     return Calibration(tuple(tuple(ids) for ids in encoded), pad_id_of(tokenizer))
 
 

@@ -14,7 +14,7 @@ from keeptune.data.calibration import Calibration, after, tokenize_calibration
 from keeptune.data.chat_template import ChatOptions, ChatTemplate, template_text
 from keeptune.data.examples import Conversation, LanguageExamples, TokenRow, Truncate
 from keeptune.data.sources import Row
-from keeptune.data.templates import render_all
+from keeptune.data.templates import refuse_empty, render_all
 
 _log = logging.getLogger(__name__)
 Knowledge = LanguageExamples | Sequence[str] | Sequence[tuple[str, str]]
@@ -117,7 +117,7 @@ def knowledge_set(
     if text is not None:
         return TaskExamples(None, render_all(text, rows, where=where), end=False, where=where)
     completions = render_all(completion or "", rows, where=where)
-    refuse_empty(completions, where)
+    refuse_empty(completions, where, "completion", "example")
     return TaskExamples(render_all(prompt or "", rows, where=where), completions, end=False, chat=chat, where=where)
 
 
@@ -137,7 +137,7 @@ def knowledge_of(examples: Knowledge, where: str = "knowledge") -> LanguageExamp
     if not pairs:
         return TaskExamples(None, texts, end=False, where=where)
     prompts, completions = zip(*pairs, strict=True)
-    refuse_empty(completions, where)
+    refuse_empty(completions, where, "completion", "example")
     return TaskExamples(prompts, completions, end=False, where=where)
 
 
@@ -157,18 +157,6 @@ def joined_knowledge(parts: Sequence[Calibration]) -> Calibration:
         return whole
     masks = (part.learned or tuple(after(0, len(ids)) for ids in part.sequences) for part in parts)
     return replace(whole, learned=tuple(mask for part in masks for mask in part))
-
-
-def refuse_empty(texts: Sequence[str], where: str, what: str = "completion") -> None:
-    """Raises DataError where a text is empty."""
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            raise DataError(
-                f"{where} example {number}",
-                got=f"an empty {what}",
-                wanted=f"a {what} that is not empty",
-                next_step="Remove the row or change the template.",
-            )
 
 
 @dataclass(frozen=True, slots=True)

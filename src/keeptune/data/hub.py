@@ -58,12 +58,7 @@ def load(
         else:
             found = load_dataset(repo, config, split=wanted, revision=revision or at or None)
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{where} {name}",
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-            wanted="a dataset: a folder, or org/name on the hub",
-            next_step="Check the name, `split`, `config`, `revision`, the network and your access (`hf auth login`).",
-        ) from error
+        raise _not_given(f"{where} {name}", error, "a dataset: a folder, or org/name on the hub") from error
     # Arrow gives all objects of a column the same keys; columns of JSON keep their own.
     padded = {name for name, feature in found.features.items() if "Json(" not in str(feature)}
     rows: list[dict[str, Any]] = found.to_list()
@@ -88,13 +83,7 @@ def fetch(name: str) -> Path | str:
     try:
         return Path(hf_hub_download(match["repo"], match["file"], repo_type="dataset", revision=match["revision"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise DataError(
-            name,
-            got=f"{type(error).__name__}: {first}",
-            wanted="a file that the hub gives",
-            next_step="Check the name, the network and your access (`hf auth login`).",
-        ) from error
+        raise _not_given(name, error, "a file that the hub gives") from error
 
 
 def cached(name: str) -> Path | str:
@@ -104,6 +93,12 @@ def cached(name: str) -> Path | str:
         return name
     path = try_to_load_from_cache(match["repo"], match["file"], repo_type="dataset", revision=match["revision"])
     return Path(path) if isinstance(path, str) else name
+
+
+def _not_given(where: str, error: Exception, wanted: str) -> DataError:
+    first = str(error).strip().split("\n")[0]
+    next_step = "Check the name, `split`, `config`, `revision`, the network and your access (`hf auth login`)."
+    return DataError(where, got=f"{type(error).__name__}: {first}", wanted=wanted, next_step=next_step)
 
 
 def _parsed(name: str) -> re.Match[str]:

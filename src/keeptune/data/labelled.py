@@ -16,7 +16,7 @@ from keeptune.core.errors import DataError
 from keeptune.data.calibration import Calibration, pad_id_of
 from keeptune.data.examples import Examples, Lost
 from keeptune.data.sources import Row
-from keeptune.data.templates import pick, render_all, text_of
+from keeptune.data.templates import pick, refuse_empty, render_all, text_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +107,8 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Any:
 def texts_of(rows: Sequence[Row], *, text: str, text_pair: str | None, where: str) -> Texts:
     """Renders the texts of rows, or their pairs; an empty one raises DataError."""
     texts = Texts(*(render_all(template, rows, where=where) for template in (text, text_pair) if template is not None))
-    for number, example in enumerate(zip(*texts._parts(), strict=True), start=1):
-        if not all(part.strip() for part in example):
-            raise DataError(
-                f"{where} row {number}", got="an empty text", wanted="text", next_step="Fill the row or remove it."
-            )
+    for part in texts._parts():
+        refuse_empty(part, where)
     return texts
 
 
@@ -169,9 +166,8 @@ def label_of(row: Row, template: str, *, where: str) -> str:
     """Returns the label of a row, without white space at its ends; a DataError says that it holds none."""
     label = text_of(pick(template, row, where=where), where=f"{where}, label").strip()
     if not label:
-        raise DataError(
-            where, got="an empty label", wanted="a word or a number", next_step="Fill the row or remove it."
-        )
+        next_step = "Fill the row or remove it."
+        raise DataError(where, got="an empty label", wanted="a word or a number", next_step=next_step)
     return label
 
 

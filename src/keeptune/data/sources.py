@@ -67,7 +67,9 @@ def _json(path: Path, where: str) -> list[Row]:
         if not file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             file.seek(0)
             return [
-                _object(line, f"{where} line {number}") for number, line in enumerate(file, start=1) if line.strip()
+                _checked(_parse(line, place := f"{where} line {number}", "one JSON object in UTF-8"), place)
+                for number, line in enumerate(file, start=1)
+                if line.strip()
             ]
     values = _parse(path.read_bytes(), where, "a list of JSON objects in UTF-8")
     return [_checked(value, f"{where} row {number}") for number, value in enumerate(values, start=1)]
@@ -79,12 +81,7 @@ def _separated(path: Path, where: str) -> list[Row]:
             table = csv.reader(file, csv.excel_tab if path.suffix.lower() == ".tsv" else csv.excel, strict=True)
             names, *lines = [line for line in table if line] or [[]]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(
-            where,
-            got=str(error),
-            wanted="comma-separated text in UTF-8",
-            next_step="Write it again as UTF-8, or as JSONL.",
-        ) from error
+        raise _damaged(where, error, "comma-separated text in UTF-8") from error
     for number, line in enumerate(lines, start=1):
         if len(line) != len(names) or len(set(names)) < len(names):
             raise DataError(
@@ -106,12 +103,7 @@ def _table(path: Path, where: str) -> list[Row]:
             reader = ipc.open_file(file) if file.read(6) == b"ARROW1" else ipc.open_stream(path.read_bytes())
             return _unpadded(reader.read_all().to_pylist())
     except (ArrowException, OSError) as error:
-        raise DataError(
-            where,
-            got=str(error).split("\n")[0],
-            wanted="a Parquet table or an Arrow file",
-            next_step="Get the file again.",
-        ) from error
+        raise _damaged(where, error, "a Parquet table or an Arrow file") from error
 
 
 def _unpadded(rows: list[dict[str, Any]]) -> list[Row]:
@@ -122,18 +114,18 @@ def _unpadded(rows: list[dict[str, Any]]) -> list[Row]:
 _READERS = {".csv": _separated, ".tsv": _separated, ".parquet": _table, ".arrow": _table}
 
 
-def _object(line: bytes, where: str) -> Row:
-    return _checked(_parse(line, where, "one JSON object in UTF-8"), where)
-
-
 def _parse(text: bytes, where: str, wanted: str) -> Any:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
         if rb"\ud" in text.lower():  # half of a surrogate pair is valid JSON but no text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
-        raise DataError(where, got=f"{error}", wanted=wanted, next_step="Correct or remove it.") from error
+        raise _damaged(where, error, wanted) from error
     return value
+
+
+def _damaged(where: str, error: Exception, wanted: str) -> DataError:
+    return DataError(where, got=str(error).split("\n")[0], wanted=wanted, next_step="Correct it, or get it again.")
 
 
 def _checked(value: Any, where: str) -> Row:

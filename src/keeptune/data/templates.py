@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from keeptune.core.errors import DataError
@@ -92,6 +92,18 @@ def text_of(value: Any, *, where: str) -> str:
         if inside
         else 'Fill the field, write "" for an empty text, or remove the row.',
     )
+
+
+def refuse_empty(texts: Iterable[str], where: str, what: str = "text", unit: str = "row") -> None:
+    """Raises DataError where a text is empty; ``what`` it is and its ``unit`` are for the message."""
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise DataError(
+                f"{where} {unit} {number}",
+                got=f"an empty {what}",
+                wanted=f"a {what} that is not empty",
+                next_step="Fill the row, remove it, or change the template.",
+            )
 
 
 def _is_place(name: str, row: Row, where: str) -> bool:

@@ -19,13 +19,12 @@ from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.chat import asking, end_of_thought, ends_of_turns
 from keeptune.evaluation.classification import classified, wrong_metric
-from keeptune.evaluation.generation import greedy_texts
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.likelihood import add_divergence, log_likelihoods, losses_and_divergence
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, cut_at, exact_match
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, mean_scores
-from keeptune.evaluation.scored_tokens import Encoder, Passes, ScoredTokens, context_limit
+from keeptune.evaluation.scored_tokens import Encoder, Passes, ScoredTokens, context_limit, greedy_texts
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.score import score_named
 
@@ -41,7 +40,6 @@ def evaluate(
     folder: Path,
     *,
     seed: int = 0,
-    progress: bool = True,
     kept: KeptAnswers | None = None,
 ) -> BenchmarkResult:
     """Scores a benchmark before and after fine-tuning.
@@ -52,18 +50,17 @@ def evaluate(
         benchmark: What to score.
         folder: The folder that the benchmark's relative path starts from.
         seed: Seed of the bootstrap interval; nothing else is random.
-        progress: Show a bar where stderr is a terminal and the work takes more than two seconds.
         kept: The base's answers on disk; None runs the base.
     """
     if isinstance(benchmark, NamedBenchmark):
-        return score_named(pair, tokenizer, benchmark, seed=seed, progress=progress, kept=kept)
+        return score_named(pair, tokenizer, benchmark, seed=seed, kept=kept)
     assert isinstance(benchmark, FileBenchmark)
     items = load_items(benchmark, folder)
     passes = len(items) if benchmark.metric == "cross_entropy" else 2 * len(items)
     if benchmark.metric in ("multiple_choice", *PAIRS):
         passes = 2 * sum(len(item.choices) for item in items)
     passes = -(-passes // world())  # of the first process, whose bar is seen
-    with tqdm(total=passes, desc=benchmark.name, unit="seq", disable=None if progress else True, delay=2) as bar:
+    with tqdm(total=passes, desc=benchmark.name, unit="seq", disable=None, delay=2) as bar:
         if benchmark.metric in (*LABELS, *SCORES):
             return classified(pair, tokenizer, benchmark, items, seed=seed, advance=bar.update)
         head = head_of_base(pair)

@@ -14,7 +14,7 @@ from keeptune.data.formats import FormatOptions, messages_of
 from keeptune.data.labelled import Texts, label_of, score_of, texts_of
 from keeptune.data.preferences import Preferences, plain, preferences
 from keeptune.data.sources import Row, read_jsonl
-from keeptune.data.templates import pick, render
+from keeptune.data.templates import pick, refuse_empty, render
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.metrics import PAIRS, SCORES
 
@@ -110,9 +110,7 @@ def _documents(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[s
             item["chat"] = replace(item["chat"], messages=(*item["chat"].messages, answer))
         return items
     texts = [render(benchmark.text or "", row, where=place) for row, place in zip(rows, places, strict=True)]
-    for text, place in zip(texts, places, strict=True):
-        if not text.strip():
-            raise DataError(place, got="an empty document", wanted="text", next_step="Fill the row or remove it.")
+    refuse_empty(texts, places[0].removesuffix(" row 1"), "document")
     return [{"text": text} for text in texts]
 
 

@@ -1,4 +1,4 @@
-"""Items as tokens: which of them are scored, how they are cut, sorted, batched and padded."""
+"""Items as tokens: which of them are scored, how they are cut, sorted, batched and padded; and greedy answers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.core.processes import divided
+from keeptune.evaluation.metrics import cut_at
+from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
 
 _LOGITS_AT_ONCE = 2**28  # elements of one batch of logits: 1 GiB in float32
 T = TypeVar("T")
@@ -195,3 +197,35 @@ def padded(sequences: Sequence[ScoredTokens], pad: int) -> tuple[Tensor, Tensor]
     rows = [torch.tensor(tokens.ids) for tokens in sequences]
     masks = [torch.ones_like(row) for row in rows]
     return pad_sequence(rows, batch_first=True, padding_value=pad), pad_sequence(masks, batch_first=True)
+
+
+def greedy_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[ScoredTokens],
+    passes: Passes,
+    *,
+    new_tokens: int,
+    stops: tuple[str, ...],
+    ends: frozenset[int] = frozenset(),
+) -> list[str]:
+    """Continues each prompt with the likeliest tokens, until an end token, a stop string or the limit.
+
+    In a chat the end of a turn (``ends``) ends a text too.
+
+    Returns:
+        One text per prompt, without the prompt and without special tokens.
+
+    Raises:
+        ModelError: The model gives logits that are not finite.
+    """
+    ends = ends | end_tokens(model, tokenizer)
+    limits = Limits(new_tokens, ends, passes.pad, passes.where, stops)
+
+    def texts_of(batch: Sequence[ScoredTokens]) -> list[str]:
+        written = continued(model, tokenizer, [prompt.ids for prompt in batch], limits)
+        passes.advance(len(batch))
+        kept = (new[:-1] if new and new[-1] in ends else new for new in written)
+        return [cut_at(plain_text(tokenizer, own), stops) for own in kept]
+
+    return in_batches(prompts, lambda prompt: len(prompt.ids), passes.rows, texts_of)

@@ -12,6 +12,7 @@ import inspect
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,18 +165,16 @@ def head_of(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(name for name, module in beside if any(True for _ in module.parameters()))
 
 
-def _first_position(model: PreTrainedModel) -> int:
-    """Returns the position of the first token: 0, but in RoBERTa and its kin those up to the padding id are taken."""
-    for name, module in body(model).named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-            return 0 if module.padding_idx is None else module.padding_idx + 1
-    return 0
-
-
 def positions(model: PreTrainedModel) -> int | None:
     """Returns how many positions a model has for tokens, or None for a model that names no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None else limit - _first_position(model)
+    if limit is None:
+        return None
+    for name, module in body(model).named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            # In RoBERTa and its kin those up to the padding id are taken.
+            return limit if module.padding_idx is None else limit - module.padding_idx - 1
+    return limit
 
 
 def _linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -272,7 +271,8 @@ def down_projections(model: PreTrainedModel) -> tuple[Target, ...]:
     attention = _in_attention(model)
     chosen: list[Target] = []
     for number in range(len(blocks_of(model))):
-        mine = [t for t in targets if t.layer == number and t.name in order and not _skipped(t, attention)]
+        mine = [t for t in targets if t.layer == number and t.name in order and not is_nested(t.name)]
+        mine = [target for target in mine if not target.name.startswith(attention)]
         mine.sort(key=lambda target: order[target.name])
         downs = [target for index, target in enumerate(mine) if _closes(model, target, mine[:index])]
         chosen += downs[-1:]
@@ -290,10 +290,6 @@ def down_projections(model: PreTrainedModel) -> tuple[Target, ...]:
     return tuple(chosen)
 
 
-def _skipped(target: Target, attention: Sequence[str]) -> bool:
-    return is_nested(target.name) or target.name.startswith(tuple(attention))
-
-
 def _closes(model: PreTrainedModel, target: Target, before: Sequence[Target]) -> bool:
     """Returns whether a map leads from an earlier one's outputs (half where gate and up are one) to hidden states."""
     inner = {size for other in before for size in (other.out_features, other.out_features / 2)}
@@ -301,7 +297,7 @@ def _closes(model: PreTrainedModel, target: Target, before: Sequence[Target]) ->
     return target.out_features == hidden and target.in_features in inner
 
 
-def _in_attention(model: PreTrainedModel) -> list[str]:
+def _in_attention(model: PreTrainedModel) -> tuple[str, ...]:
     """Returns the names of modules in a block that take an attention mask."""
     names = {module: name for name, module in model.named_modules()}
     prefixes = []
@@ -310,18 +306,13 @@ def _in_attention(model: PreTrainedModel) -> list[str]:
             takes = child is not block and "attention_mask" in inspect.signature(child.forward).parameters
             if takes and not is_linear_map(child):
                 prefixes.append(f"{names[child]}.")
-    return prefixes
+    return tuple(prefixes)
 
 
 def _called(model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, int]:
     """Runs two tokens and numbers the maps in the order of their last calls."""
-    order: dict[str, int] = {}
-    count = iter(range(1 << 30))
-    handles = [
-        model.get_submodule(target.name).register_forward_hook(
-            lambda *_, name=target.name: order.__setitem__(name, next(count))
-        )
-        for target in targets
-    ]
-    run_two_tokens(model, handles)
-    return order
+    called: list[str] = []
+    hooks = [partial(lambda name, *_: called.append(name), target.name) for target in targets]
+    places = (model.get_submodule(target.name) for target in targets)
+    run_two_tokens(model, [place.register_forward_hook(hook) for place, hook in zip(places, hooks, strict=True)])
+    return {name: place for place, name in enumerate(called)}

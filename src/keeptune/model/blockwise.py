@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -22,6 +25,7 @@ from keeptune.core.offload import aligned
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, body
 from keeptune.model.fused_experts import expert_names, one_expert_at_a_time
+from keeptune.model.probes.block_calls import hidden_of
 from keeptune.model.runner import Done, PassEnd, RealRows, Runner, Sink, Taps, arguments_of, no_done, still, watched
 from keeptune.model.shelf import Shelf
 from keeptune.model.summed_loss import Loss, summed_loss
@@ -94,7 +98,13 @@ class BlockwiseRunner(Runner):
         with torch.no_grad(), self._walk(batches, taps.names, self.model, title) as walk:
             forth = Taps(forward={name: taps.forward.get(name, []) for name in walk.outside})
             walk.start(lambda real: watched(self.model, forth, walk.outside, real))
-            _refuse_gradients_before(walk.before & taps.with_gradients)
+            if early := walk.before & taps.with_gradients:
+                raise StatisticsError(
+                    min(early),
+                    got="gradients of a module before the first block, one block at a time",
+                    wanted="modules inside the blocks or after them",
+                    next_step="Leave it out of the targets, or set memory: resident.",
+                )
             done(walk.before)
             for index in range(len(walk.blocks)):
                 walk.forth(index)
@@ -117,16 +127,6 @@ class BlockwiseRunner(Runner):
         finally:
             bar.close()
             shelf.close()
-
-
-def _refuse_gradients_before(names: set[str]) -> None:
-    if names:
-        raise StatisticsError(
-            min(names),
-            got="gradients of a module before the first block, one block at a time",
-            wanted="modules inside the blocks or after them",
-            next_step="Leave it out of the targets, or set memory: resident.",
-        )
 
 
 class _Walk:
@@ -157,7 +157,9 @@ class _Walk:
         """Runs what is before the first block; ``watch`` is asked for the modules reached there."""
         head = self.model.get_output_embeddings()
         around = [module for module in self._around if module is not head]
-        with aligned(around, self.device), nullcontext() if head is None else _ending_at(head):
+        with aligned(around, self.device), ExitStack() as stack:
+            if head is not None:
+                stack.callback(head.register_forward_pre_hook(_end_pass).remove)
             for number, batch in enumerate(self.batches):
                 if number == 0:
                     self._output = self._output_of_a_block(batch)
@@ -226,8 +228,7 @@ class _Walk:
     def _through(self, index: int, number: int, hidden: Tensor) -> Tensor:
         """Calls a block as the model does."""
         args, kwargs = self._taken(self._calls[number][index], hidden)
-        output: Tensor = _hidden_in(self.blocks[index](*args, **kwargs))
-        return output
+        return hidden_of(self.blocks[index](*args, **kwargs))
 
     def _output_of_a_block(self, batch: Batch) -> Any:
         """Runs the first block once, for what it returns besides hidden states: nothing, or a tuple of None."""
@@ -243,7 +244,7 @@ class _Walk:
         with aligned(self.blocks[0].modules(), self.device):
             output = self.blocks[0](*args, **kwargs)
         more = output[1:] if isinstance(output, tuple) else ()
-        if not isinstance(_hidden_in(output), Tensor) or any(part is not None for part in more):
+        if not isinstance(hidden_of(output), Tensor) or any(part is not None for part in more):
             raise self._refusal("blocks that return more than hidden states")
         return more if isinstance(output, tuple) else None
 
@@ -291,9 +292,8 @@ class _Walk:
     def _replaced(self, block: Callable[[int, Any, Any], Any], batch: Batch) -> Any:
         with ExitStack() as stack:
             for index, module in enumerate(self.blocks):
-                before = module.__dict__.get("forward")
-                stack.callback(_put_back, module, before)
-                module.forward = lambda *args, _index=index, **kwargs: block(_index, args, kwargs)
+                own = partial(lambda index, *args, **kwargs: block(index, args, kwargs), index)
+                stack.enter_context(mock.patch.object(module, "forward", own))
             return self.run(**arguments_of(batch, batch.attention_mask.to(self.device)))
 
     def _keeper(self, number: int, hidden: Tensor, names: dict[int, tuple[str, Tensor]]) -> Callable[[Any], Any]:
@@ -307,27 +307,19 @@ class _Walk:
                     names[id(value)] = (f"{number}-argument-{len(names)}", value)  # alive, so that its id is its own
                     self.shelf.put(names[id(value)][0], value)
                 return _Kept(names[id(value)][0])
-            if isinstance(value, tuple | list):
-                return type(value)(keep(part) for part in value)
-            if type(value) is dict:
-                return {key: keep(part) for key, part in value.items()}
             if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
                 return value
             raise self._refusal(f"blocks that take a {type(value).__name__}")
 
-        return keep
+        return partial(recursively_apply, keep, test_type=lambda _: True)
 
     def _taken(self, value: Any, hidden: Tensor) -> Any:
         """Returns arguments as the model passed them, with other hidden states."""
-        if value is _HIDDEN:
-            return hidden
-        if isinstance(value, _Kept):
-            return self.shelf.get(value.name, self.device)
-        if isinstance(value, tuple | list):
-            return type(value)(self._taken(part, hidden) for part in value)
-        if type(value) is dict:
-            return {key: self._taken(part, hidden) for key, part in value.items()}
-        return value
+
+        def take(kept: _Kept) -> Tensor:
+            return hidden if kept is _HIDDEN else self.shelf.get(kept.name, self.device)
+
+        return recursively_apply(take, value, test_type=lambda part: isinstance(part, _Kept))
 
     def _refusal(self, got: str) -> ModelError:
         return ModelError(
@@ -348,26 +340,5 @@ class _Kept:
 _HIDDEN = _Kept("hidden")
 
 
-@contextmanager
-def _ending_at(module: nn.Module) -> Iterator[None]:
-    """Ends passes before they reach a module."""
-
-    def stop(*_: Any) -> None:
-        raise PassEnd
-
-    handle = module.register_forward_pre_hook(stop)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _hidden_in(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _put_back(module: nn.Module, before: Any) -> None:
-    if before is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = before
+def _end_pass(*_: Any) -> None:
+    raise PassEnd

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import patch_environment
 from peft.utils.integrations import get_bnb_param_type
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -90,7 +90,14 @@ def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
     """
     if options.device_map is not None:
         model = load_weights(name, options, device_map=options.device_map).eval()
-        _refuse_offloaded(name, model)
+        places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+        if len(places) > 1 and places & {"cpu", "disk"}:
+            raise ModelError(
+                f"model {name}, device_map",
+                got=f"parts on {', '.join(sorted(places))}: the devices have no memory for all of it",
+                wanted="all of the model on devices",
+                next_step="Take more devices, `quantization`, or FSDP2 (`keeptune launch`).",
+            )
         return model
     model = load_weights(name, options)
     # Quantised weights are where they were quantised; of eight bits Transformers moves none.
@@ -131,18 +138,6 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
     refuse_misread(model)
     loaded: PreTrainedModel = model
     return loaded
-
-
-def _refuse_offloaded(name: str, model: PreTrainedModel) -> None:
-    """Refuses a model of which accelerate left a part where it cannot be trained."""
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if len(places) > 1 and places & {"cpu", "disk"}:
-        raise ModelError(
-            f"model {name}, device_map",
-            got=f"parts on {', '.join(sorted(places))}: the devices have no memory for all of it",
-            wanted="all of the model on devices",
-            next_step="Take more devices, `quantization`, or FSDP2 (`keeptune launch`).",
-        )
 
 
 def quantised_loading(name: str, options: LoadOptions) -> dict[str, Any]:
@@ -262,7 +257,12 @@ def refuse_not_finite(model: PreTrainedModel) -> None:
     Raises:
         ModelError: A weight is NaN or infinite; the message names the parameter.
     """
-    for name, parameter in _floats(model):
+    # Of packed weights, which may claim to be floats, the scales that they are multiplied by.
+    packed = {name for name, parameter in model.named_parameters() if get_bnb_param_type(parameter)}
+    quantised = is_quantised(model)
+    for name, parameter in (model.state_dict() if quantised else dict(model.named_parameters())).items():
+        if quantised and (name in packed or not parameter.is_floating_point() or parameter.itemsize == 1):
+            continue
         if not bool(torch.isfinite(stored_value(model, name, parameter)).all()):
             raise ModelError(
                 f"model {model.name_or_path or type(model).__name__}, parameter {name}",
@@ -270,17 +270,6 @@ def refuse_not_finite(model: PreTrainedModel) -> None:
                 wanted="finite weights",
                 next_step="Get the model's files again, or load it in the dtype it was saved in.",
             )
-
-
-def _floats(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yields what a model multiplies by in floats: of packed weights, which may claim to be floats, their scales."""
-    if not is_quantised(model):
-        yield from model.named_parameters()
-        return
-    packed = {name for name, parameter in model.named_parameters() if get_bnb_param_type(parameter)}
-    for name, tensor in model.state_dict().items():
-        if name not in packed and tensor.is_floating_point() and tensor.itemsize > 1:
-            yield name, tensor
 
 
 def load_tokenizer(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedTokenizerBase:
@@ -317,9 +306,8 @@ def _check_folder(name: str, allow_pickle: bool) -> None:
         check_gguf(name)
         return
     folder = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if not folder.is_dir():
-        if looks_local and not _is_plain_hub_name(name):
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ModelError(
                 f"model {name}",
                 got="no such folder",
@@ -344,10 +332,6 @@ def _check_folder(name: str, allow_pickle: bool) -> None:
             if pickled
             else "Copy the weights into the folder.",
         )
-
-
-def _is_plain_hub_name(name: str) -> bool:
-    return "/" not in name and not name.startswith((".", "~"))
 
 
 def _cannot_load(name: str, error: Exception) -> ModelError:

@@ -22,12 +22,11 @@ _KEY, _TYPE = "quantization", "bnb_4bit_quant_type"
 _SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # what configs call it
 
 
-def check_quantization(fields: Mapping[str, Any], where: str = _KEY) -> None:
+def check_quantization(fields: Mapping[str, Any]) -> None:
     """Checks the fields of a quantisation; that its package is installed shows when a model is loaded.
 
     Args:
         fields: Of Transformers' config: ``load_in_4bit`` and the like, or a ``quant_method`` with its own.
-        where: For error messages.
 
     Raises:
         RecipeError: The method or a field is unknown, or a value does not fit.
@@ -35,7 +34,7 @@ def check_quantization(fields: Mapping[str, Any], where: str = _KEY) -> None:
     kind = _kind(fields)
     if kind not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise RecipeError(
-            f"{where}.quant_method",
+            f"{_KEY}.quant_method",
             got="nothing" if kind is None else str(kind),
             wanted="load_in_4bit: true, load_in_8bit: true, or a quant_method that Transformers knows",
             next_step=nearest(str(kind or ""), AUTO_QUANTIZATION_CONFIG_MAPPING),
@@ -43,21 +42,21 @@ def check_quantization(fields: Mapping[str, Any], where: str = _KEY) -> None:
     known = _known(kind)
     for key in sorted(fields.keys() - known - {"quant_method"}):
         raise RecipeError(
-            f"{where}.{key}",
+            f"{_KEY}.{key}",
             got="an unknown key",
             wanted=f"a field of Transformers' {AUTO_QUANTIZATION_CONFIG_MAPPING[kind].__name__}",
             next_step=nearest(key, sorted(known)),
         )
     if fields.get(_TYPE, "nf4") not in ("nf4", "fp4"):
         got = str(fields[_TYPE])
-        raise RecipeError(f"{where}.{_TYPE}", got=got, wanted="nf4 or fp4", next_step="Correct the value.")
+        raise RecipeError(f"{_KEY}.{_TYPE}", got=got, wanted="nf4 or fp4", next_step="Correct the value.")
     try:
         quantization_config(fields)
     except ImportError:
         pass  # the package is looked for where the model is loaded
     except (TypeError, ValueError, AttributeError, AssertionError, NotImplementedError) as error:
         raise RecipeError(
-            where,
+            _KEY,
             got=" ".join(str(error).split()),
             wanted="values that Transformers takes",
             next_step="Correct the value.",

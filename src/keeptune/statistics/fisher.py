@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from keeptune.core.artefact import content_key, tensor_fingerprint
-from keeptune.core.errors import StatisticsError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.model.summed_loss import Labels
@@ -173,19 +172,5 @@ def lora_fisher(data: DataRole, labels: Labels, factors: LowRank, scale: float, 
 
 
 def split_diagonals(value: Tensor, out_features: int) -> LowRank:
-    """Splits the value of :class:`LoraFisher`, ``(r, m + n)``.
-
-    Returns:
-        ``diag F_BB`` in the place of B, ``(m, r)``, and ``diag F_AA`` in that of A, ``(r, n)``.
-
-    Raises:
-        StatisticsError: The table has no columns for A.
-    """
-    if value.shape[1] <= out_features:
-        raise StatisticsError(
-            "LoraFisher",
-            got=f"{value.shape[1]} columns",
-            wanted=f"more than the {out_features} of the output",
-            next_step="Pass the number of outputs of the target that was measured.",
-        )
+    """Splits a :class:`LoraFisher`: ``diag F_BB`` in the place of B, ``(m, r)``, ``diag F_AA`` in A's, ``(r, n)``."""
     return LowRank(B=value[:, :out_features].T.contiguous(), A=value[:, out_features:].contiguous())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -43,22 +43,6 @@ def shares(measured: Sequence[Measured], sum_bytes: int) -> list[list[Measured]]
     return [part for part in parts if part]
 
 
-@dataclass
-class _Sum:
-    """A sum that takes memory from its first rows on."""
-
-    make: Callable[[], Accumulator]
-    total: Accumulator | None = None
-
-    def begun(self) -> Accumulator:
-        if self.total is None:
-            self.total = self.make()
-        return self.total
-
-    def add(self, *rows: Any) -> None:
-        self.begun().add(*rows)
-
-
 def run_pass(
     runner: Runner,
     batches: Sequence[Batch],
@@ -72,18 +56,19 @@ def run_pass(
 
     Several processes divide the batches, but for examples that are alone; all deliver all sums of all batches.
     """
-    taps, sums = Taps(), dict[Measured, _Sum]()
+    taps, sums = Taps(), dict[Measured, Callable[[], Accumulator]]()
     own = batches if need.examples_alone else share(batches)
     for request, target in measured:
         weight = partial(read_weight, runner.model, target)
-        total = sums[request, target] = _Sum(partial(request.accumulator, target, runner.device, weight))
+        # A sum takes memory from its first rows on.
+        sums[request, target] = cache(partial(request.accumulator, target, runner.device, weight))
         # A process without a batch passes one all the same, so that modules are done in one order on all.
-        add = total.add if own else _ignore
+        add = partial(_add, sums[request, target]) if own else _ignore
         taps.sinks(request.kind).setdefault(request.site(target), []).append(add)
 
     def done(names: set[str]) -> None:
         for request, target in [one for one in sums if one[0].site(one[1]) in names]:
-            total = sums.pop((request, target)).begun()
+            total = sums.pop((request, target))()
             if world() > 1 and not need.examples_alone:
                 _add_up(total)
             deliver(request, target, total)
@@ -96,6 +81,10 @@ def run_pass(
         runner.forward(own or batches[:1], taps.forward, title=title, done=done)
     else:
         runner.backward(own or batches[:1], taps, need.loss, title=title, done=done)
+
+
+def _add(total: Callable[[], Accumulator], *rows: Any) -> None:
+    total().add(*rows)
 
 
 def _ignore(*_: Any) -> None:

@@ -28,10 +28,9 @@ from keeptune.core.options import Options, Range
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.processes import divided, held_by_first
 from keeptune.data.calibration import after, pad_id_of
-from keeptune.data.completions import refuse_empty
 from keeptune.data.examples import LanguageExamples, TokenRow, Truncate
 from keeptune.data.sources import read_jsonl
-from keeptune.data.templates import render_all
+from keeptune.data.templates import refuse_empty, render_all
 from keeptune.model.blocks import positions
 from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
 from keeptune.statistics.store import StatStore
@@ -84,7 +83,7 @@ class SelfGeneration(Options):
         if not isinstance(self.prompts, str):
             return self
         prompts = render_all(self.prompt, read_jsonl(self.prompts, where=f"{where}.prompts"), where=f"{where}.prompts")
-        refuse_empty(prompts, f"{where}.prompts", "prompt")
+        refuse_empty(prompts, f"{where}.prompts", "prompt", "example")
         return replace(self, prompts=prompts)
 
     @property

@@ -79,7 +79,7 @@ def ours(pair: Any, tokenizer: Any, benchmark: NamedBenchmark) -> tuple[Any, lis
         return noted
 
     with mock.patch.multiple(huggingface.HFLM, **{name: noting(name) for name in kinds}):
-        return score_named(pair, tokenizer, benchmark, progress=False), texts
+        return score_named(pair, tokenizer, benchmark), texts
 
 
 COMPARED = [
@@ -132,7 +132,7 @@ def test_only_generative_tasks_are_chats_by_themselves(
     assert result.summary()["chat"] is used
     assert (data_fingerprint(benchmark, chatty) != data_fingerprint(benchmark)) is used
     if not used:
-        assert result == score_named(pair, tokenizer, benchmark, progress=False)
+        assert result == score_named(pair, tokenizer, benchmark)
 
 
 def test_answers_stand_after_the_thought(pair: AdapterPair, chatty: Any, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_answers_stand_after_the_thought(pair: AdapterPair, chatty: Any, tmp_pat
     more: dict[str, Any] = {"shots": 0, "max_length": 300, "max_new_tokens": 40}
     benchmark = local("gsm8k", enable_thinking=True, think_end_token="a", **more)
     kept = KeptAnswers(tmp_path, "base")
-    plain = score_named(pair, chatty, local("gsm8k", **more), progress=False, kept=kept)
+    plain = score_named(pair, chatty, local("gsm8k", **more), kept=kept)
     result, texts = ours(pair, chatty, benchmark)
     assert all(text[0].endswith("Let me think.") for text in texts)
     with pair.after() as model:
@@ -150,7 +150,7 @@ def test_answers_stand_after_the_thought(pair: AdapterPair, chatty: Any, tmp_pat
     assert answers == [row["resps"][0][0] for row in rows]
     assert not any("a" in text for text in answers)
     assert any("a" in item["text_after"] for item in plain.items)  # else nothing was shown
-    again = score_named(pair, chatty, benchmark, progress=False, kept=kept)
+    again = score_named(pair, chatty, benchmark, kept=kept)
     assert again.items == result.items  # kept answers without a thought are others
 
 
@@ -179,13 +179,13 @@ def test_templates_that_refuse_turns(pair: AdapterPair, chatty: Any) -> None:
     chatty.chat_template = NO_SYSTEM
     more: dict[str, Any] = {"shots": 0, "max_length": 128, "examples": 1}
     with pytest.raises(RecipeError, match="evaluate.gsm8k.system.*does not write"):
-        score_named(pair, chatty, local("gsm8k", system="You count.", **more), progress=False)
+        score_named(pair, chatty, local("gsm8k", system="You count.", **more))
     chatty.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(DataError, match=r"evaluate.gsm8k.chat.*user; the chat template: never"):
         data_fingerprint(local("gsm8k"), chatty)
     chatty.chat_template = "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}" + TURNS
     with pytest.raises(DataError, match=r"evaluate.gsm8k.chat.*user, assistant, user; the chat template: one question"):
-        score_named(pair, chatty, local("gsm8k", shots=1, max_length=128), progress=False)
+        score_named(pair, chatty, local("gsm8k", shots=1, max_length=128))
 
 
 def test_what_ends_a_turn_ends_a_text(stories: Any, chatty: Any) -> None:
@@ -201,7 +201,7 @@ def test_what_ends_a_turn_ends_a_text(stories: Any, chatty: Any) -> None:
 
     for entry in (benchmark, local("nq_open", max_length=300, chat=False)):
         with mock.patch.object(type(stories), "generate", generate), pytest.raises(ArithmeticError):
-            score_named(TwoModels(stories, stories), chatty, entry, progress=False)
+            score_named(TwoModels(stories, stories), chatty, entry)
     assert seen == [[chatty.eos_token_id], None]
     assert stories.generation_config.eos_token_id is None
 

@@ -62,7 +62,7 @@ def written(folder: Path, name: str, **more: Any) -> NamedBenchmark:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_in_the_form_of_the_hub(pair: AdapterPair, tokenizer: Any, tmp_path: Path, name: str) -> None:
-    result = score_named(pair, tokenizer, written(tmp_path, name), progress=False)
+    result = score_named(pair, tokenizer, written(tmp_path, name))
     assert (result.n, result.metric) == (len(ROWS[name][1]), METRICS.get(name, "accuracy"))
     for item, row in zip(result.items, ROWS[name][1], strict=True):
         if name == "triviaqa":
@@ -94,7 +94,7 @@ def test_scores_of_the_whole_set(pair: AdapterPair, tokenizer: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["winogrande", "hellaswag"])
 def test_other_scorings(pair: AdapterPair, tokenizer: Any, tmp_path: Path, name: str) -> None:
-    result = score_named(pair, tokenizer, written(tmp_path, name, scoring=SCORINGS[name]), progress=False)
+    result = score_named(pair, tokenizer, written(tmp_path, name, scoring=SCORINGS[name]))
     assert result.metric == {"winogrande": "exact_match", "hellaswag": "accuracy"}[name]
     if name == "winogrande":
         assert result.items[1]["answers"] == ["option2"]
@@ -138,7 +138,7 @@ def test_math(
     answers = iter([texts, [texts[0], right]])
     monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, quiet: next(answers))
     benchmark = NamedBenchmark(name="math", data=str(tmp_path), scoring=scoring)
-    result = score_named(pair, tokenizer, benchmark, progress=False)
+    result = score_named(pair, tokenizer, benchmark)
     assert (result.before, result.after) == (before, after)
     assert result.items[0]["prompt"].startswith("Problem:\nWhat is" if scoring != "metamath" else "Below is")
     assert len(result.items[0].get("shots", ())) == (0 if scoring == "metamath" else 4)

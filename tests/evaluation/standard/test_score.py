@@ -52,7 +52,7 @@ def test_local_data_run_by_lm_eval(pair: AdapterPair, tokenizer: Any, name: str)
     if name == "ifeval":
         pytest.importorskip("langdetect")
     benchmark = local(name, **SHORT[name])
-    result = evaluate(pair, tokenizer, benchmark, Path(), progress=False)
+    result = evaluate(pair, tokenizer, benchmark, Path())
     assert (result.name, result.metric, result.role) == (name, benchmark.metric, benchmark.role)
     assert result.n == (57 if name == "mmlu" else benchmark.examples)
     assert len(result.groups) == (57 if name == "mmlu" else 0)
@@ -100,7 +100,7 @@ def test_scores_are_those_of_simple_evaluate(
     pair: AdapterPair, tokenizer: Any, name: str, more: dict[str, Any], key: str
 ) -> None:
     benchmark = local(name, **more)
-    result = score_named(pair, tokenizer, benchmark, progress=False)
+    result = score_named(pair, tokenizer, benchmark)
     for side, score in (("before", result.before), ("after", result.after)):
         with restored_process("test"):
             tasks = list(build_tasks(benchmark).tasks.values())
@@ -121,7 +121,7 @@ def test_a_task_file_of_lm_eval_on_its_own(pair: AdapterPair, tokenizer: Any, tm
     config["generation_kwargs"] |= {"max_gen_toks": 48}
     del config["tag"]
     benchmark = local("gsm8k", shots=1, max_length=96, scoring="flexible")
-    result = score_named(pair, tokenizer, benchmark, progress=False)
+    result = score_named(pair, tokenizer, benchmark)
     with pair.before() as model, restored_process("test"), mock.patch("lm_eval.evaluator.add_env_info"):
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -142,7 +142,7 @@ def test_a_task_file_of_lm_eval_on_its_own(pair: AdapterPair, tokenizer: Any, tm
 def test_a_tasks_divergence_is_that_of_its_right_answers(
     pair: AdapterPair, tokenizer: Any, reference: Any, name: str, more: dict[str, Any]
 ) -> None:
-    result = score_named(pair, tokenizer, local(name, max_length=400, **more), progress=False)
+    result = score_named(pair, tokenizer, local(name, max_length=400, **more))
     if name not in ("gsm8k", "openbookqa"):
         assert result.kl_to_base is None
         return
@@ -161,7 +161,7 @@ def test_a_tasks_divergence_is_that_of_its_right_answers(
 
 
 def test_choices_by_hand(pair: AdapterPair, tokenizer: Any) -> None:
-    result = score_named(pair, tokenizer, local("openbookqa", examples=3), progress=False)
+    result = score_named(pair, tokenizer, local("openbookqa", examples=3))
     for item in result.items:
         for side in ("before", "after"):
             with pair.before() if side == "before" else pair.after() as model, torch.no_grad():
@@ -183,7 +183,7 @@ def _sum(model: Any, tokenizer: Any, context: str, answer: str) -> float:
 
 def test_documents_by_hand(pair: AdapterPair, tokenizer: Any) -> None:
     benchmark = local("tinystories", examples=2)
-    result = score_named(pair, tokenizer, benchmark, progress=False)
+    result = score_named(pair, tokenizer, benchmark)
     rows = [json.loads(line) for line in (DATA / "tinystories/stories.jsonl").read_text("utf-8").split("\n")[:2]]
     # lm-eval predicts every token that the tokenizer gives, its start token too, after one more start token.
     sums, counts = [], []
@@ -211,7 +211,7 @@ def test_documents_by_hand(pair: AdapterPair, tokenizer: Any) -> None:
     [("arc_easy", {"examples": 4}), ("nq_open", {"examples": 3, "max_length": 60}), ("tinystories", {})],
 )
 def test_batch_size_does_not_matter(pair: AdapterPair, tokenizer: Any, name: str, more: dict[str, Any]) -> None:
-    results = [score_named(pair, tokenizer, local(name, batch_size=size, **more), progress=False) for size in (1, 3)]
+    results = [score_named(pair, tokenizer, local(name, batch_size=size, **more)) for size in (1, 3)]
     for other in results[1:]:
         assert other.before == pytest.approx(results[0].before, abs=1e-5)
         assert other.after == pytest.approx(results[0].after, abs=1e-5)
@@ -222,18 +222,18 @@ def test_batch_size_does_not_matter(pair: AdapterPair, tokenizer: Any, name: str
 
 
 def test_a_model_beside_itself_does_not_change(stories: Any, tokenizer: Any) -> None:
-    result = score_named(TwoModels(stories, stories), tokenizer, local("arc_easy", shots=0), progress=False)
+    result = score_named(TwoModels(stories, stories), tokenizer, local("arc_easy", shots=0))
     assert result.before == result.after
     assert result.interval == (0.0, 0.0)
 
 
 def test_two_models_equal_the_adapter(pair: AdapterPair, stories: Any, tokenizer: Any) -> None:
     benchmark = local("openbookqa")
-    adapted = score_named(pair, tokenizer, benchmark, progress=False)
+    adapted = score_named(pair, tokenizer, benchmark)
     merged = copy.deepcopy(pair.peft_model).merge_and_unload()
     with pair.before() as model:
         base = copy.deepcopy(model)
-    found = score_named(TwoModels(base, merged), tokenizer, benchmark, progress=False)
+    found = score_named(TwoModels(base, merged), tokenizer, benchmark)
     for one, two in zip(adapted.items, found.items, strict=True):
         assert one["loglikelihoods_after"] == pytest.approx(two["loglikelihoods_after"], abs=1e-3)
     assert adapted.items[0]["loglikelihoods_before"] != adapted.items[0]["loglikelihoods_after"]
@@ -270,7 +270,7 @@ def test_everything_is_restored(pair: AdapterPair, tokenizer: Any, name: str) ->
     own = copy.deepcopy(tokenizer)
     own.padding_side = "right"
     before = state(pair, own)
-    score_named(pair, own, local(name, max_length=80, examples=1), progress=False)
+    score_named(pair, own, local(name, max_length=80, examples=1))
     after = state(pair, own)
     for key, value in before.items():
         same = all(map(torch.equal, value, after[key])) if key == "weights" else None
@@ -293,7 +293,7 @@ def test_everything_is_restored_after_an_error(
 
     monkeypatch.setattr("lm_eval.evaluator.evaluate", fail)
     with pytest.raises(ArithmeticError):
-        score_named(pair, tokenizer, local("arc_easy"), progress=False)
+        score_named(pair, tokenizer, local("arc_easy"))
     after = state(pair, tokenizer)
     for key in ("modes", "grads", "generation", "tokenizer", "python", "environment", "loggers", "bars", "methods"):
         assert before[key] == after[key], key
@@ -314,18 +314,18 @@ def test_nothing_is_written_to_the_terminal(
 def test_prompts_that_do_not_fit_are_logged(
     pair: AdapterPair, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    score_named(pair, tokenizer, local("gsm8k", shots=0, max_length=60), progress=False)
+    score_named(pair, tokenizer, local("gsm8k", shots=0, max_length=60))
     assert "evaluate.gsm8k: 30 new tokens at most, not 256" in caplog.text
     assert "evaluate.gsm8k: 2 of 2 prompts were cut to their ends, to fit 60 tokens" in caplog.text
 
 
 def test_a_choice_longer_than_the_model_is_refused(pair: AdapterPair, tokenizer: Any) -> None:
     with pytest.raises(DataError, match="evaluate.arc_easy request.*a choice of"):
-        score_named(pair, tokenizer, local("arc_easy", max_length=8), progress=False)
+        score_named(pair, tokenizer, local("arc_easy", max_length=8))
 
 
 def test_the_seed_of_the_run_changes_neither_prompts_nor_answers(pair: AdapterPair, tokenizer: Any) -> None:
-    first, second = (score_named(pair, tokenizer, local("arc_easy", shots=2), seed=s, progress=False) for s in (0, 7))
+    first, second = (score_named(pair, tokenizer, local("arc_easy", shots=2), seed=s) for s in (0, 7))
     assert [item["shots"] for item in first.items] == [item["shots"] for item in second.items]
     assert first.items == second.items
     assert len({tuple(item["shots"]) for item in first.items}) == 2
@@ -346,13 +346,13 @@ def test_the_base_is_run_once_where_its_answers_are_kept(
     monkeypatch.setattr(HFLM, "_loglikelihood_tokens", counted)
     kept = KeptAnswers(tmp_path, "base")
     benchmark = local("arc_easy", shots=1)
-    plain = score_named(pair, tokenizer, benchmark, progress=False)
-    first = score_named(pair, tokenizer, benchmark, progress=False, kept=kept)
+    plain = score_named(pair, tokenizer, benchmark)
+    first = score_named(pair, tokenizer, benchmark, kept=kept)
     assert len(asked) == 4
-    second = evaluate(pair, tokenizer, benchmark, Path(), progress=False, kept=kept)
+    second = evaluate(pair, tokenizer, benchmark, Path(), kept=kept)
     assert len(asked) == 5
     assert plain == first == second
-    score_named(pair, tokenizer, local("arc_easy", shots=2), progress=False, kept=kept)
+    score_named(pair, tokenizer, local("arc_easy", shots=2), kept=kept)
     assert len(asked) == 7
 
 
@@ -365,7 +365,7 @@ def test_a_classifier_is_refused(tokenizer: Any) -> None:
     if Head.of(model) is None:
         pytest.skip("the tiny encoder has no head")
     with pytest.raises(RecipeError, match="a standard benchmark for a classifier"):
-        score_named(TwoModels(model, model), tokenizer, local("arc_easy"), progress=False)
+        score_named(TwoModels(model, model), tokenizer, local("arc_easy"))
 
 
 def test_answers_of_programs_are_run_and_recorded(
@@ -377,7 +377,7 @@ def test_answers_of_programs_are_run_and_recorded(
     rows = [json.loads(line) for line in (DATA / "humaneval/HumanEval.jsonl").read_text("utf-8").split("\n")[:2]]
     written = iter([["    pass\n"] * 2, [row["canonical_solution"] for row in rows]])
     monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, quiet: next(written))
-    result = score_named(pair, tokenizer, local("humaneval", max_length=64), progress=False)
+    result = score_named(pair, tokenizer, local("humaneval", max_length=64))
     assert (result.before, result.after, result.metric) == (0.0, 1.0, "pass_at_1")
     assert [item["program_after"] for item in result.items] == ["", ""]
     assert all(item["program_before"].startswith("AssertionError") for item in result.items)
@@ -396,7 +396,7 @@ def test_tasks_outside_the_table(pair: AdapterPair, tokenizer: Any, tmp_path: Pa
     ]  # fmt: skip
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     benchmark = NamedBenchmark(name="science", task="sciq", role="task", data=str(tmp_path))
-    result = score_named(pair, tokenizer, benchmark, progress=False)
+    result = score_named(pair, tokenizer, benchmark)
     assert (result.name, result.metric, result.role, result.n) == ("science", "accuracy", "task", 1)
     assert result.items[0]["choices"] == ["a", "b", "c", "water"]
 
@@ -408,14 +408,14 @@ def test_filters_and_instructions_are_kept_apart(
 
     written = ["She makes 18 dollars.", "The answer: 3\n#### 3"]  # right are 18 and 3
     monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, quiet: written)
-    strict = score_named(pair, tokenizer, local("gsm8k", shots=0), progress=False)
-    flexible = score_named(pair, tokenizer, local("gsm8k", shots=0, scoring="flexible"), progress=False)
+    strict = score_named(pair, tokenizer, local("gsm8k", shots=0))
+    flexible = score_named(pair, tokenizer, local("gsm8k", shots=0, scoring="flexible"))
     assert [item["after"] for item in strict.items] == [0.0, 1.0]
     assert [item["after"] for item in flexible.items] == [1.0, 1.0]
 
     pytest.importorskip("langdetect")
     written = ["no comma here", ""]  # of three instructions the first, then of one none
-    result = score_named(pair, tokenizer, local("ifeval", scoring="instruction-strict"), progress=False)
+    result = score_named(pair, tokenizer, local("ifeval", scoring="instruction-strict"))
     counts = [item["instructions"] for item in result.items]
     assert result.items[0]["after"] == pytest.approx(1 / counts[0])
     assert result.after == pytest.approx(1 / sum(counts))
@@ -424,6 +424,6 @@ def test_filters_and_instructions_are_kept_apart(
 def test_weights_that_were_trained_apart_are_not_tied(stories: Any, tokenizer: Any) -> None:
     tuned = copy.deepcopy(stories)
     tuned.lm_head.weight = torch.nn.Parameter(tuned.lm_head.weight.detach() * 2)
-    result = score_named(TwoModels(stories, tuned), tokenizer, local("openbookqa"), progress=False)
+    result = score_named(TwoModels(stories, tuned), tokenizer, local("openbookqa"))
     assert tuned.lm_head.weight is not tuned.get_input_embeddings().weight
     assert result.items[0]["loglikelihoods_before"] != result.items[0]["loglikelihoods_after"]

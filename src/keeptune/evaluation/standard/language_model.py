@@ -48,7 +48,6 @@ def wrapped_model(
     benchmark: NamedBenchmark,
     *,
     length: int,
-    progress: bool,
     kept: KeptAnswers | None,
     chat: ChatTemplate | None = None,
 ) -> Any:
@@ -60,7 +59,7 @@ def wrapped_model(
 
     own = copy.deepcopy(tokenizer if chat is None else chat.tokenizer)  # lm-eval chooses padding for it
     own.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we say what is cut
-    quiet = not (progress and sys.stderr.isatty())
+    quiet = not sys.stderr.isatty()
     thoughts: dict[str, Any] = {} if chat is None else dict(chat.options.chat_template_kwargs)
     end = None if chat is None else end_of_thought(benchmark, tokenizer)
     thoughts |= {} if end is None else {"think_end_token": end}

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -253,20 +254,16 @@ def recorded_shots(built: Built) -> Iterator[dict[str, list[tuple[int, ...]]]]:
         for leaf, task in built.tasks.items():
             if task.config.num_fewshot:
                 noted[leaf] = []
-                stack.enter_context(mock.patch.object(task.sampler, "sample", _noting(task.sampler, noted[leaf])))
+                places = {id(row): place for place, row in enumerate(task.sampler.df)}
+                sample = partial(_noted, noted[leaf], places, task.sampler.sample)
+                stack.enter_context(mock.patch.object(task.sampler, "sample", sample))
         yield noted
 
 
-def _noting(sampler: Any, noted: list[tuple[int, ...]]) -> Any:
-    places = {id(row): place for place, row in enumerate(sampler.df)}
-    draw = sampler.sample
-
-    def sample(*given: Any, **options: Any) -> Any:
-        rows = draw(*given, **options)
-        noted.append(tuple(places[id(row)] for row in rows))
-        return rows
-
-    return sample
+def _noted(noted: list[tuple[int, ...]], places: Mapping[int, int], draw: Any, *given: Any, **options: Any) -> Any:
+    rows = draw(*given, **options)
+    noted.append(tuple(places[id(row)] for row in rows))
+    return rows
 
 
 @contextmanager

@@ -97,21 +97,16 @@ def peft_answer(text: str) -> Fraction | str | None:
         return found
 
 
-def metamath_math(text: str, same: Callable[[str, str], bool], gold: str) -> float:
-    """Returns 1 if what follows the last ``The answer is: `` is the answer in a MATH solution's box; else 0.
+def metamath_math(row: Row, text: str) -> float:
+    """Returns 1 if what follows the last ``The answer is: `` is the answer in a MATH solution's box, else 0.
 
-    ``same`` compares two answers but for notation (Hendrycks et al., NeurIPS 2021).
+    They are compared but for notation (Hendrycks et al., NeurIPS 2021).
     """
-    parts = text.split(_PHRASE)
-    if len(parts) < 2:
-        return 0.0
-    return float(same(parts[-1].split(".\n")[0].strip().removesuffix(".").strip(), gold))
-
-
-def _math(row: Row, text: str) -> float:
     from lm_eval.tasks.hendrycks_math.utils import is_equiv
 
-    return metamath_math(text, is_equiv, row["answer"])
+    parts = text.split(_PHRASE)
+    said = parts[-1].split(".\n")[0].strip().removesuffix(".").strip()
+    return float(len(parts) > 1 and is_equiv(said, row["answer"]))
 
 
 _WORDS: Mapping[str, str] = {
@@ -196,7 +191,7 @@ PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
         target=lambda row: str(row["answer"]),
         stops=_METAMATH_STOPS,
         new_tokens=2048,
-        right=_math,
+        right=metamath_math,
         task=("hendrycks_math", ("hendrycks_math",)),
     ),
     ("generated", "webqs"): Protocol(

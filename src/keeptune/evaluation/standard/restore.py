@@ -48,36 +48,28 @@ def restored_process(where: str) -> Iterator[None]:
         RecipeError: lm-eval is not installed.
     """
     engine_version(where)
+    import datasets
+    import lm_eval.api.task
+
     python, numpy_state = random.getstate(), np.random.get_state()
     root = logging.getLogger()
     handlers = list(root.handlers)
     levels = {name: logging.getLogger(name).level for name in _NOISY}
+    shown, no_bar = datasets.is_progress_bar_enabled(), mock.patch.object(lm_eval.api.task, "tqdm", lambda i, **_: i)
+    datasets.disable_progress_bars()
     try:
         for name in _NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
-        with mock.patch.dict(os.environ), torch.random.fork_rng(range(torch.cuda.device_count())), _without_bars():
+        with mock.patch.dict(os.environ), torch.random.fork_rng(range(torch.cuda.device_count())), no_bar:
             yield
     finally:
+        if shown:
+            datasets.enable_progress_bars()
         for name, own in levels.items():
             logging.getLogger(name).setLevel(own)
         root.handlers[:] = handlers
         random.setstate(python)
         np.random.set_state(numpy_state)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    import datasets
-    import lm_eval.api.task
-
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        with mock.patch.object(lm_eval.api.task, "tqdm", lambda items, **_: items):
-            yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 @contextmanager

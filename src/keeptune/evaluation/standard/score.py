@@ -72,7 +72,6 @@ def score_named(
     benchmark: NamedBenchmark,
     *,
     seed: int = 0,
-    progress: bool = True,
     kept: KeptAnswers | None = None,
 ) -> BenchmarkResult:
     """Scores a standard benchmark before and after fine-tuning.
@@ -99,9 +98,7 @@ def score_named(
         for side in SIDES:
             answers = kept if side == "before" else None
             with scoring(pair, side) as model, restored_model(model, ends_of_turns(chat)):
-                wrapped = wrapped_model(
-                    model, tokenizer, benchmark, length=length, progress=progress, kept=answers, chat=chat
-                )
+                wrapped = wrapped_model(model, tokenizer, benchmark, length=length, kept=answers, chat=chat)
                 samples[side] = _samples(wrapped, benchmark, built, chat=chat is not None)
         first, second = samples["before"], samples["after"]
         assert [sample.prompt for sample in first] == [sample.prompt for sample in second]

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -269,17 +270,13 @@ class Suffix:
                 return self.rows(self._mask(value))
             if value is kept:
                 return _Prefix(self) if into is None else into
-            return self._cut(value)
+            return recursively_apply(self._cut, value)
 
         return (hidden,), {name: cut(name, value) for name, value in given.items()}
 
-    def _cut(self, value: Any) -> Any:
+    def _cut(self, value: Tensor) -> Tensor:
         """Takes the columns of whatever runs over the columns of a text, such as rotary angles."""
-        if isinstance(value, tuple | list):
-            return type(value)(self._cut(inner) for inner in value)
-        if isinstance(value, dict):
-            return {key: self._cut(inner) for key, inner in value.items()}
-        if not isinstance(value, Tensor) or value.ndim < 2:
+        if value.ndim < 2:
             return value
         if value.shape[0] in (1, len(self.columns)) and value.shape[1] == self.width:
             return self.rows(take(value, self.columns))
@@ -334,8 +331,7 @@ def without_nodes(model: PreTrainedModel, rows: Mapping[str, Sequence[int]]) -> 
         for name, own in rows.items():
             if own:
                 hook = partial(_silence, rows=torch.tensor(list(own)))
-                handle = model.get_submodule(name).register_forward_hook(hook)
-                stack.callback(handle.remove)
+                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield model
 
 
