@@ -62,7 +62,7 @@ def rows() -> list[dict[str, str]]:
     times = compare(
         {
             "training": training,
-            "frozen": lambda: runner.backward(batches, Taps(), Loss("probe"), title=""),
+            "frozen": lambda: runner.run(batches, Taps(), Loss("probe"), title=""),
             **{name: lambda name=name: sweep(name) for name in forms},  # type: ignore[misc]
         },
         rounds=3,

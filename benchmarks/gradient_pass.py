@@ -43,7 +43,7 @@ def rows() -> list[dict[str, str]]:
     full = (InputCovariance("task"), GradientCovariance("task", "true"))
     rivals = {
         "training": training,
-        "frozen": lambda: runner.backward(batches, Taps(), Loss("true"), title=""),
+        "frozen": lambda: runner.run(batches, Taps(), Loss("true"), title=""),
         "covariances": lambda: sweep(*full),
         "streaming": lambda: sweep(DirectionVariances("task", "true")),
     }

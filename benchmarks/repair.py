@@ -10,7 +10,7 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
-from keeptune.model.runner import Runner
+from keeptune.model.runner import Runner, Taps
 from keeptune.posthoc.repair_equations import Curve, damped, directions, mu_for_drift, solution
 from keeptune.statistics.covariance import InputCovariance
 
@@ -31,7 +31,7 @@ def rows() -> list[dict[str, str]]:
     def collected() -> dict[str, torch.Tensor]:
         request = InputCovariance("knowledge")
         sums = {name: request.accumulator(group[0], model.device, torch.Tensor) for name, group in groups.items()}
-        Runner(model).forward(batches, {name: [total.add] for name, total in sums.items()}, title="")
+        Runner(model).run(batches, Taps({name: [total.add] for name, total in sums.items()}), title="")
         return {name: total.result().double() for name, total in sums.items()}
 
     def forward() -> None:

@@ -10,7 +10,7 @@ from timing import compare
 
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
-from keeptune.model.runner import Runner
+from keeptune.model.runner import Runner, Taps
 from keeptune.statistics.covariance import InputCovariance
 
 WIDTH, LAYERS, VOCABULARY = 512, 4, 8192
@@ -36,7 +36,7 @@ def rows() -> list[dict[str, str]]:
             site = target.name if per_target else request.site(target)
             if site not in sums:
                 sums[site] = request.accumulator(target, model.device, torch.Tensor)
-        runner.forward(batches, {site: [total.add] for site, total in sums.items()}, title="")
+        runner.run(batches, Taps({site: [total.add] for site, total in sums.items()}), title="")
         for total in sums.values():
             total.result()
 

@@ -332,11 +332,8 @@ class RepaddingRunner(Runner):
 
     change: Callable[[Batch], Batch] = lambda batch: batch
 
-    def forward(self, batches: Sequence[Batch], sinks: Any, **more: Any) -> None:
-        super().forward([self.change(batch) for batch in batches], sinks, **more)
-
-    def backward(self, batches: Sequence[Batch], taps: Taps, loss: Loss, **more: Any) -> None:
-        super().backward([self.change(batch) for batch in batches], taps, loss, **more)
+    def run(self, batches: Sequence[Batch], taps: Taps, loss: Loss | None = None, **more: Any) -> None:
+        super().run([self.change(batch) for batch in batches], taps, loss, **more)
 
 
 def padded_left(batch: Batch) -> Batch:
@@ -376,7 +373,7 @@ def inputs_of(model: PreTrainedModel, names: Sequence[str], data: Calibration) -
     """Every real token's input row at the named modules, ``(N, n)``, by the library's runner."""
     kept = {name: Rows() for name in names}
     sinks: dict[str, list[Sink]] = {name: [rows] for name, rows in kept.items()}
-    Runner(model).forward(data.batches(), sinks, title="")
+    Runner(model).run(data.batches(), Taps(sinks), title="")
     return {name: rows.stacked for name, rows in kept.items()}
 
 

@@ -55,8 +55,8 @@ def test_unknown_keys_are_errors() -> None:
         (DOCUMENTS | {"answer": "{a}"}, '"answer", which it does not use'),
         (QUESTIONS | {"metric": "exact_mach"}, 'Did you mean "exact_match"'),
         (QUESTIONS | {"role": "skill"}, "knowledge or task"),
-        (QUESTIONS | {"examples": 0}, "at least 1"),
-        (QUESTIONS | {"max_length": 1}, "at least 2"),
+        (QUESTIONS | {"examples": 0}, "1 or more"),
+        (QUESTIONS | {"max_length": 1}, "2 or more"),
         (QUESTIONS | {"stop": ("",)}, "empty string"),
     ],
 )

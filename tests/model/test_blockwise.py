@@ -95,13 +95,13 @@ def batches_of(model: PreTrainedModel, tokens: int = 64, side: str = "right") ->
 
 def forth(runner: Runner, names: Sequence[str], batches: Sequence[Batch]) -> Rows:
     rows = Rows()
-    runner.forward(batches, {name: [rows.sink("forward", name)] for name in names}, title="")
+    runner.run(batches, Taps({name: [rows.sink("forward", name)] for name in names}), title="")
     return rows
 
 
 def back(runner: Runner, names: Sequence[str], batches: Sequence[Batch], loss: Loss, kinds: Sequence[str]) -> Rows:
     rows = Rows()
-    runner.backward(batches, rows.taps(names, kinds), loss, title="")
+    runner.run(batches, rows.taps(names, kinds), loss, title="")
     return rows
 
 
@@ -170,7 +170,7 @@ def test_inputs_on_disk_give_the_same_and_leave_nothing(tmp_path: Path, monkeypa
         written.append(len(list(tmp_path.glob("keeptune-inputs-*/*.safetensors"))))
 
     rows = Rows()
-    BlockwiseRunner(model).backward(batches, rows.taps(names, ["joint"]), loss, title="", done=done)
+    BlockwiseRunner(model).run(batches, rows.taps(names, ["joint"]), loss, title="", done=done)
     assert_same(rows, back(Runner(model), names, batches, loss, ["joint"]))
     assert max(written) > len(batches)
     assert not list(tmp_path.iterdir())
@@ -185,13 +185,13 @@ def test_modules_are_done_block_by_block() -> None:
     def done(finished: set[str]) -> None:
         layers.append({int(name.split(".")[2]) for name in finished})
 
-    BlockwiseRunner(model).forward(batches, {name: [] for name in names}, title="", done=done)
+    BlockwiseRunner(model).run(batches, Taps({name: [] for name in names}), title="", done=done)
     assert [one for one in layers if one] == [{0}, {1}, {2}, {3}]
     layers.clear()
-    BlockwiseRunner(model).backward(batches, Rows().taps(names, ["joint"]), Loss("true"), title="", done=done)
+    BlockwiseRunner(model).run(batches, Rows().taps(names, ["joint"]), Loss("true"), title="", done=done)
     assert [one for one in layers if one] == [{3}, {2}, {1}, {0}]
     layers.clear()
-    Runner(model).forward(batches, {name: [] for name in names}, title="", done=done)
+    Runner(model).run(batches, Taps({name: [] for name in names}), title="", done=done)
     assert layers == [{0, 1, 2, 3}]
 
 

@@ -16,7 +16,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Llama4ForCausa
 from keeptune.core.errors import PlanError, StatisticsError
 from keeptune.core.weights import read_weight
 from keeptune.model.blocks import find_targets, is_nested
-from keeptune.model.runner import Runner
+from keeptune.model.runner import Runner, Taps
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.fisher import TokenCount, WeightFisher, tokens_per_learned
 
@@ -103,7 +103,7 @@ def inputs_of_all(bench: Bench, module: str) -> dict[str, torch.Tensor]:
     found: dict[str, list[torch.Tensor]] = {}
     names = [t.name for t in bench.targets() if t.module == module and t.name.endswith("down_proj")]
     sinks = {name: [found.setdefault(name, []).append] for name in names}
-    Runner(bench.model).forward(bench.data.batches(padded=False), sinks, title="")
+    Runner(bench.model).run(bench.data.batches(padded=False), Taps(sinks), title="")
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
-from keeptune.model.runner import Runner
+from keeptune.model.runner import Runner, Taps
 
 SITES = {
     "llama": "model.layers.1.mlp.down_proj",
@@ -31,7 +31,7 @@ def sorted_rows(X: Tensor) -> Tensor:
 @pytest.mark.parametrize("architecture", MODELS)
 def test_a_sink_sees_each_real_token_once_and_padding_never(architecture: str, side: str) -> None:
     model, site, rows = MODELS[architecture](), SITES[architecture], Rows()
-    Runner(model).forward(DATA.batches(padding_side=side), {site: [rows]}, title="")
+    Runner(model).run(DATA.batches(padding_side=side), Taps({site: [rows]}), title="")
     wanted = stacked_inputs(model, site, DATA).T.float()
     assert rows.stacked.shape == wanted.shape == (DATA.tokens, 48)
     torch.testing.assert_close(sorted_rows(rows.stacked), sorted_rows(wanted), rtol=1e-3, atol=1e-4)
@@ -46,7 +46,7 @@ def test_what_the_padding_holds_reaches_no_row(architecture: str) -> None:
 
 def test_a_sink_is_called_once_per_batch() -> None:
     model, rows = MODELS["llama"](), Rows()
-    Runner(model).forward(DATA.batches(1), {SITES["llama"]: [rows, rows]}, title="")
+    Runner(model).run(DATA.batches(1), Taps({SITES["llama"]: [rows, rows]}), title="")
     assert [len(x) for x in rows.seen] == [11, 11, 7, 7, 3, 3]
 
 
@@ -61,9 +61,9 @@ def test_all_modules_are_watched_in_one_pass() -> None:
 def test_the_pass_ends_when_every_watched_module_was_reached() -> None:
     model, later = MODELS["llama"](), []
     model.model.layers[1].register_forward_pre_hook(lambda *_: later.append(1))
-    Runner(model).forward(DATA.batches(), {"model.layers.0.mlp.up_proj": [Rows()]}, title="")
+    Runner(model).run(DATA.batches(), Taps({"model.layers.0.mlp.up_proj": [Rows()]}), title="")
     assert later == []
-    Runner(model).forward(DATA.batches(), {"model.layers.1.mlp.up_proj": [Rows()]}, title="")
+    Runner(model).run(DATA.batches(), Taps({"model.layers.1.mlp.up_proj": [Rows()]}), title="")
     assert later == [1]
 
 
@@ -79,7 +79,7 @@ def test_hooks_are_gone_and_the_mode_restored_even_after_an_exception(
 ) -> None:
     model = MODELS[architecture]().train(training)
     with pytest.raises(ZeroDivisionError, match="mine") if sink is fails else nullcontext():
-        Runner(model).forward(DATA.batches(), {SITES[architecture]: [sink]}, title="")  # type: ignore[list-item]
+        Runner(model).run(DATA.batches(), Taps({SITES[architecture]: [sink]}), title="")  # type: ignore[list-item]
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert model.training is training
 
@@ -109,7 +109,7 @@ def test_the_two_texts_of_a_pair_are_told_apart() -> None:
     assert pairs.fingerprint != Calibration(DATA.sequences, 0, labels=(0, 1, 1)).fingerprint
     for side in ("right", "left"):
         rows = Rows()
-        Runner(model).forward(pairs.batches(padding_side=side), {site: [rows]}, title="")
+        Runner(model).run(pairs.batches(padding_side=side), Taps({site: [rows]}), title="")
         torch.testing.assert_close(sorted_rows(rows.stacked), sorted_rows(torch.cat(wanted)), rtol=1e-4, atol=1e-5)
     plain = inputs_of(model, [site], DATA)[site]
     assert (sorted_rows(plain) - sorted_rows(torch.cat(wanted))).abs().max() > 1e-3

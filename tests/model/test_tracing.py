@@ -250,7 +250,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_what_cannot_be_traced_is_refused() -> None:
     model = deep(llama)
-    with pytest.raises(RecipeError, match="share"):
+    with pytest.raises(RecipeError, match="fraction"):
         Noise(fraction=0)
     with pytest.raises(RecipeError, match="scale"):
         Noise(scale=-1)

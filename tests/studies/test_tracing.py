@@ -135,7 +135,7 @@ def test_clean_and_corrupted_are_the_same_in_both_readings() -> None:
     [
         (["--reading", "diagonl"], '"diagonal"'),
         (["--norm", "mean"], "max or sum"),
-        (["--fraction", "1.5"], "share in (0, 1]"),
+        (["--fraction", "1.5"], "above 0 and at most 1"),
         (["--scale", "-1"], "0 or more"),
         (["--example", "4"], "from 1 to 3"),
         (["--adapter", "./nowhere"], "no such folder"),

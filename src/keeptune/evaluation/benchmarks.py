@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from keeptune.core.errors import RecipeError, need_known
+from keeptune.core.options import Options, Range
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, Metric, Normalisation
 
 Role = Literal["knowledge", "task"]
@@ -27,7 +28,7 @@ _OPTIONAL = {**dict.fromkeys(_CLASSIFIER, ("text_pair",)), **dict.fromkeys(PAIRS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark:
+class Benchmark(Options):
     """An entry of ``evaluate``: :class:`FileBenchmark`, or :class:`keeptune.evaluation.standard.NamedBenchmark`.
 
     Args:
@@ -39,6 +40,8 @@ class Benchmark:
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    refusal = RecipeError
+    ranges = dict.fromkeys(("examples", "batch_size", "max_new_tokens"), Range(least=1))
 
     name: str
     role: Role | None
@@ -55,16 +58,9 @@ class Benchmark:
         for field, words in known.items():
             need_known(str(getattr(self, field)), words, f"{self.where}.{field}", " or ".join(words))
 
-    def _check_numbers(self, **smallest: int) -> None:
-        for field, least in smallest.items():
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise RecipeError(
-                    f"{self.where}.{field}",
-                    got=str(value),
-                    wanted=f"at least {least}",
-                    next_step=f"Raise {field}, or leave it out.",
-                )
+    def place(self, option: str) -> str:
+        """Returns the recipe's key."""
+        return f"{self.where}.{option}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +103,8 @@ class FileBenchmark(Benchmark):
         RecipeError: The fields do not fit the metric, or a value is out of range.
     """
 
+    ranges = {"max_length": Range(least=2)}
+
     role: Role
     file: str
     metric: Metric
@@ -130,24 +128,18 @@ class FileBenchmark(Benchmark):
 
     def __post_init__(self) -> None:
         self._check_words(metric=get_args(Metric), role=get_args(Role), normalise=get_args(Normalisation))
-        if self.role == "knowledge" and self.metric in (*_CLASSIFIER, "reward_accuracy"):
-            raise RecipeError(
-                f"{self.where}.role",
-                got=f"knowledge, measured by {self.metric}",
-                wanted="role: task",
-                next_step="A reward is relative to the base, which has none to keep: take preference_accuracy."
-                if self.metric in PAIRS
-                else "A classifier's head answers for its own task only; what the encoder keeps is not measured.",
-            )
+        self.need(
+            self.role == "task" or self.metric not in (*_CLASSIFIER, "reward_accuracy"),
+            "role",
+            f"task for {self.metric}",
+            "A reward is relative to the base, which has none to keep: take preference_accuracy."
+            if self.metric in PAIRS
+            else "A classifier's head answers for its own task only; what the encoder keeps is not measured.",
+        )
         self._check_templates()
-        self._check_numbers(examples=1, max_length=2, max_new_tokens=1, batch_size=1)
-        if "" in self.stops:
-            raise RecipeError(
-                f"{self.where}.stop",
-                got='the empty string ""',
-                wanted="texts of one character or more",
-                next_step="Leave the empty string out; it would end every answer before it begins.",
-            )
+        super().__post_init__()
+        advice = "Leave the empty string out; it would end every answer before it begins."
+        self.need("" not in self.stops, "stop", "texts of one character or more", advice)
 
     @property
     def templated(self) -> bool:

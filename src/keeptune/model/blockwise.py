@@ -7,7 +7,7 @@ other than hidden states, or that computes something between them, is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, body
 from keeptune.model.fused_experts import expert_names, one_expert_at_a_time
 from keeptune.model.probes.block_calls import hidden_of
-from keeptune.model.runner import Done, PassEnd, RealRows, Runner, Sink, Taps, arguments_of, no_done, still, watched
+from keeptune.model.runner import Done, PassEnd, RealRows, Runner, Taps, arguments_of, no_done, still, watched
 from keeptune.model.shelf import Shelf
 from keeptune.model.summed_loss import Loss, summed_loss
 
@@ -51,41 +51,39 @@ class BlockwiseRunner(Runner):
         """Where blocks run."""
         return self.place or super().device
 
-    def forward(
-        self, batches: Sequence[Batch], sinks: Mapping[str, Sequence[Sink]], *, title: str, done: Done = no_done
+    def run(
+        self, batches: Sequence[Batch], taps: Taps, loss: Loss | None = None, *, title: str, done: Done = no_done
     ) -> None:
-        """Passes all batches once without the head, as :meth:`Runner.forward`, up to the last watched block.
-
-        Raises:
-            ModelError: The model is no single stack of blocks that hand on hidden states alone.
-            StatisticsError: A row is NaN or infinite.
-        """
-        taps = Taps(forward={name: list(own) for name, own in sinks.items()})
-
-        def watch(names: set[str], *, end: bool = False) -> _Watch:
-            return lambda real: watched(self.model, taps, names, real, end=end)
-
-        with torch.no_grad(), self._walk(batches, set(sinks), body(self.model), title) as walk:
-            walk.start(watch(walk.outside))
-            done(walk.before)
-            after = walk.outside - walk.before
-            last = max((index for index, names in enumerate(walk.sites) if names), default=-1)
-            for index in range(len(walk.blocks) if after else last + 1):
-                walk.forth(index, watch(walk.sites[index], end=index == last and not after))
-                done(walk.sites[index])
-            if after:
-                walk.end(watch(after), lambda number, hidden, run: run(hidden))
-                done(after)
-
-    def backward(self, batches: Sequence[Batch], taps: Taps, loss: Loss, *, title: str, done: Done = no_done) -> None:
-        """Passes all batches forth, and back from the loss to the first watched block, as :meth:`Runner.backward`.
+        """Passes all batches forth, and with a loss back from it to the first watched block, as :meth:`Runner.run`.
 
         Raises:
             ModelError: The model is no single stack of blocks that hand on hidden states alone.
             StatisticsError: A row is NaN or infinite, the rows of texts are not known, or gradients are wanted of a
                 module before the first block.
         """
+        whole = body(self.model) if loss is None else self.model
+        with torch.no_grad(), self._walk(batches, taps.names, whole, title) as walk:
+            if loss is None:
+                self._forth(walk, taps, done)
+            else:
+                self._forth_and_back_through(walk, taps, loss, done)
 
+    def _forth(self, walk: _Walk, taps: Taps, done: Done) -> None:
+        def watch(names: set[str], *, end: bool = False) -> _Watch:
+            return lambda real: watched(self.model, taps, names, real, end=end)
+
+        walk.start(watch(walk.outside))
+        done(walk.before)
+        after = walk.outside - walk.before
+        last = max((index for index, names in enumerate(walk.sites) if names), default=-1)
+        for index in range(len(walk.blocks) if after else last + 1):
+            walk.forth(index, watch(walk.sites[index], end=index == last and not after))
+            done(walk.sites[index])
+        if after:
+            walk.end(watch(after), lambda number, hidden, run: run(hidden))
+            done(after)
+
+    def _forth_and_back_through(self, walk: _Walk, taps: Taps, loss: Loss, done: Done) -> None:
         def watch(names: set[str]) -> _Watch:
             return lambda real: watched(self.model, taps, names, real)
 
@@ -95,25 +93,24 @@ class BlockwiseRunner(Runner):
                 losses = [summed_loss(logits, walk.batches[number], loss, draw) for draw in range(loss.probes)]
                 walk.back(number, hidden, losses, [None] * loss.probes)
 
-        with torch.no_grad(), self._walk(batches, taps.names, self.model, title) as walk:
-            forth = Taps(forward={name: taps.forward.get(name, []) for name in walk.outside})
-            walk.start(lambda real: watched(self.model, forth, walk.outside, real))
-            if early := walk.before & taps.with_gradients:
-                raise StatisticsError(
-                    min(early),
-                    got="gradients of a module before the first block, one block at a time",
-                    wanted="modules inside the blocks or after them",
-                    next_step="Leave it out of the targets, or set memory: resident.",
-                )
-            done(walk.before)
-            for index in range(len(walk.blocks)):
-                walk.forth(index)
-            walk.end(watch(walk.outside - walk.before), differentiate)
-            done(walk.outside - walk.before)
-            first = next((index for index, names in enumerate(walk.sites) if names), len(walk.blocks))
-            for index in reversed(range(first, len(walk.blocks))):
-                walk.back_through(index, watch(walk.sites[index]), loss.probes)
-                done(walk.sites[index])
+        forth = Taps(forward={name: taps.forward.get(name, []) for name in walk.outside})
+        walk.start(lambda real: watched(self.model, forth, walk.outside, real))
+        if early := walk.before & taps.with_gradients:
+            raise StatisticsError(
+                min(early),
+                got="gradients of a module before the first block, one block at a time",
+                wanted="modules inside the blocks or after them",
+                next_step="Leave it out of the targets, or set memory: resident.",
+            )
+        done(walk.before)
+        for index in range(len(walk.blocks)):
+            walk.forth(index)
+        walk.end(watch(walk.outside - walk.before), differentiate)
+        done(walk.outside - walk.before)
+        first = next((index for index, names in enumerate(walk.sites) if names), len(walk.blocks))
+        for index in reversed(range(first, len(walk.blocks))):
+            walk.back_through(index, watch(walk.sites[index]), loss.probes)
+            done(walk.sites[index])
 
     @contextmanager
     def _walk(self, batches: Sequence[Batch], names: set[str], run: nn.Module, title: str) -> Iterator[_Walk]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -32,7 +32,7 @@ class PassEnd(Exception):
 
 @dataclass(frozen=True)
 class Taps:
-    """The sinks of a backward pass, by the kind of what they get and the module's name."""
+    """The sinks of a pass, by the kind of what they get and the module's name."""
 
     forward: _Sinks = field(default_factory=dict)
     backward: _Sinks = field(default_factory=dict)
@@ -174,34 +174,29 @@ class Runner:
         """Where the model runs."""
         return device_of(self.model)
 
-    def forward(
-        self, batches: Sequence[Batch], sinks: Mapping[str, Sequence[Sink]], *, title: str, done: Done = no_done
+    def run(
+        self, batches: Sequence[Batch], taps: Taps, loss: Loss | None = None, *, title: str, done: Done = no_done
     ) -> None:
-        """Passes all batches once without the head; sinks get a module's input rows ``(tokens, in_features)``.
+        """Passes all batches once forth, and once back for each draw of a loss; only activations get gradients.
 
-        The pass of a batch ends as soon as every watched module has been reached.
-
-        Raises:
-            StatisticsError: A row is NaN or infinite.
-        """
-        inner, taps = body(self.model), Taps(forward={name: list(own) for name, own in sinks.items()})
-        with still(self.model), torch.no_grad():
-            for number, batch in enumerate(_shown(batches, title), start=1):
-                self._forth(inner, self._ready(batch), taps).check(f"batch {number} of {len(batches)}")
-        done(set(sinks))
-
-    def backward(self, batches: Sequence[Batch], taps: Taps, loss: Loss, *, title: str, done: Done = no_done) -> None:
-        """Passes all batches forth once, and back once for each draw of the loss; only activations get gradients.
-
-        The loss is the sum over the tokens to be learned (:func:`summed_loss`), so that gradients do not depend
-        on what else is in a batch. Sinks of gradients are called once per draw.
+        Without a loss the head does not run, and the pass of a batch ends as soon as every watched module has been
+        reached. The loss is the sum over the tokens to be learned (:func:`summed_loss`), so that gradients do not
+        depend on what else is in a batch. Sinks of gradients are called once per draw.
 
         Raises:
             StatisticsError: A row is NaN or infinite, or the rows of texts are not known.
         """
-        with still(self.model), torch.enable_grad():
-            for number, batch in enumerate(_shown(batches, title), start=1):
-                self._forth_and_back(self._ready(batch), taps, loss).check(f"batch {number} of {len(batches)}")
+        shown = tqdm(batches, desc=title, delay=2, disable=None if title else True, leave=False)
+        with still(self.model), torch.set_grad_enabled(loss is not None):
+            for number, batch in enumerate(map(self._ready, shown), start=1):
+                mask = batch.attention_mask.to(self.device)
+                real = RealRows(mask)
+                if loss is None:
+                    with suppress(PassEnd), watched(self.model, taps, taps.names, real, end=True):
+                        body(self.model)(**arguments_of(batch, mask))
+                else:
+                    self._forth_and_back(batch, taps, loss, real)
+                real.check(f"batch {number} of {len(batches)}")
         done(taps.names)
 
     def _ready(self, batch: Batch) -> Batch:
@@ -217,16 +212,8 @@ class Runner:
             token_type_ids=None if types is None else types.gather(1, order),
         )
 
-    def _forth(self, inner: nn.Module, batch: Batch, taps: Taps) -> RealRows:
+    def _forth_and_back(self, batch: Batch, taps: Taps, loss: Loss, real: RealRows) -> None:
         mask = batch.attention_mask.to(self.device)
-        real = RealRows(mask)
-        with suppress(PassEnd), watched(self.model, taps, taps.names, real, end=True):
-            inner(**arguments_of(batch, mask))
-        return real
-
-    def _forth_and_back(self, batch: Batch, taps: Taps, loss: Loss) -> RealRows:
-        mask = batch.attention_mask.to(self.device)
-        real = RealRows(mask)
 
         def start(_: nn.Module, __: Any, output: Tensor) -> None:
             output.requires_grad_(True)  # weights are frozen; the graph begins at the embedding
@@ -238,7 +225,6 @@ class Runner:
             for draw in range(loss.probes):
                 last = draw + 1 == loss.probes
                 torch.autograd.backward(summed_loss(logits, batch, loss, draw), retain_graph=not last)
-        return real
 
 
 @contextmanager
@@ -253,10 +239,6 @@ def still(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def _shown(batches: Sequence[Batch], title: str) -> Any:
-    return tqdm(batches, desc=title, delay=2, disable=None if title else True, leave=False)
 
 
 def arguments_of(batch: Batch, mask: Tensor) -> dict[str, Any]:

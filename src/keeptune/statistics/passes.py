@@ -77,10 +77,7 @@ def run_pass(
             for name in names & set(kind):
                 kind[name].clear()
 
-    if need.loss is None or not taps.with_gradients:
-        runner.forward(own or batches[:1], taps.forward, title=title, done=done)
-    else:
-        runner.backward(own or batches[:1], taps, need.loss, title=title, done=done)
+    runner.run(own or batches[:1], taps, need.loss if taps.with_gradients else None, title=title, done=done)
 
 
 def _add(total: Callable[[], Accumulator], *rows: Any) -> None:

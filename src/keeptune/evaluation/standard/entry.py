@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.options import Range
 from keeptune.evaluation.benchmarks import Benchmark, Role
 from keeptune.evaluation.metrics import Measure
 
@@ -163,6 +164,8 @@ class NamedBenchmark(Benchmark):
         RecipeError: The name is not known, or a value is out of range.
     """
 
+    ranges = {"shots": Range(least=0), "max_length": Range(least=8)}
+
     role: Role | None = None
     task: str | None = None
     data: str | None = None
@@ -183,21 +186,19 @@ class NamedBenchmark(Benchmark):
             # A frozen field is set once, here, so that every reader has a role.
             object.__setattr__(self, "role", "knowledge" if row is None else row.role)
         self._check_words(role=get_args(Role), scoring=(STANDARD,) if row is None else tuple(row.scorings))
-        self._check_numbers(examples=1, shots=0, batch_size=1, max_length=8, max_new_tokens=1)
-        if row is not None and not row.hub and self.data is None:
-            raise RecipeError(
-                f"{self.where}.data",
-                got="nothing",
-                wanted="the folder or file that holds it: lm-eval cannot fetch this one",
-                next_step="Add `data: path`.",
-            )
-        if row is not None and row.code and not self.run_code:
-            raise RecipeError(
-                f"{self.where}.run_code",
-                got="false",
-                wanted="leave to run the programs that the model writes: that is how this benchmark is scored",
-                next_step="Add `run_code: true`; docs/guides/benchmarks.md says what the programs can and cannot do.",
-            )
+        super().__post_init__()
+        self.need(
+            row is None or row.hub or self.data is not None,
+            "data",
+            "the folder or file that holds it: lm-eval cannot fetch this one",
+            "Add `data: path`.",
+        )
+        self.need(
+            row is None or not row.code or self.run_code,
+            "run_code",
+            "leave to run the programs that the model writes: that is how this benchmark is scored",
+            "Add `run_code: true`; docs/guides/benchmarks.md says what the programs can and cannot do.",
+        )
 
     @property
     def row(self) -> TableRow | None:

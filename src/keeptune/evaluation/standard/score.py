@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -134,7 +134,7 @@ def _samples(model: Any, benchmark: NamedBenchmark, built: Built, *, chat: bool)
     for task in built.tasks.values():
         task.set_fewshot_seed(SEED)
     with recorded_shots(built) as shots, seeded_langdetect():
-        results = evaluate(
+        logged = evaluate(
             lm=model,
             task_dict={"tasks": dict(built.tasks), "groups": {}, "group_map": {}},
             limit=benchmark.examples,
@@ -143,8 +143,17 @@ def _samples(model: Any, benchmark: NamedBenchmark, built: Built, *, chat: bool)
             system_instruction=benchmark.system,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
-        )
-    return _read_samples(benchmark, built, results["samples"], shots)
+        )["samples"]
+    samples = []
+    for leaf, task in built.tasks.items():
+        metric, key, filtered = _measured(benchmark, leaf, logged[leaf][0])
+        rows = sorted((row for row in logged[leaf] if row["filter"] == filtered), key=lambda row: row["doc_id"])
+        group = None if len(built.tasks) == 1 else leaf.removeprefix(f"{benchmark.lm_eval_task}_")
+        drawn = shots.get(leaf) or [()] * len(rows)
+        stopped = [None] * len(rows) if built.runs is None else built.runs.stopped
+        for row, examples, reason in zip(rows, drawn, stopped, strict=True):
+            samples.append(_Sample(task, row, metric, row[key], group, examples, reason))
+    return samples
 
 
 def _right(sample: _Sample, *, chat: bool) -> tuple[str, str]:
@@ -157,24 +166,6 @@ def _right(sample: _Sample, *, chat: bool) -> tuple[str, str]:
     if task.OUTPUT_TYPE != "generate_until" or not isinstance(right, str) or sample.stopped is not None:
         return "", ""  # texts without a prompt, programs, and answers that are checked otherwise
     return given[0][0], ("" if chat else task.config.target_delimiter) + right
-
-
-def _read_samples(
-    benchmark: NamedBenchmark,
-    built: Built,
-    logged: Mapping[str, Sequence[Mapping[str, Any]]],
-    shots: Mapping[str, Sequence[tuple[int, ...]]],
-) -> list[_Sample]:
-    samples = []
-    for leaf, task in built.tasks.items():
-        metric, key, filtered = _measured(benchmark, leaf, logged[leaf][0])
-        rows = sorted((row for row in logged[leaf] if row["filter"] == filtered), key=lambda row: row["doc_id"])
-        group = None if len(built.tasks) == 1 else leaf.removeprefix(f"{benchmark.lm_eval_task}_")
-        drawn = shots.get(leaf) or [()] * len(rows)
-        stopped = [None] * len(rows) if built.runs is None else built.runs.stopped
-        for row, examples, reason in zip(rows, drawn, stopped, strict=True):
-            samples.append(_Sample(task, row, metric, row[key], group, examples, reason))
-    return samples
 
 
 def _measured(benchmark: NamedBenchmark, leaf: str, first: Mapping[str, Any]) -> tuple[Measure, str, str]:

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import RecipeError, StatisticsError
 from keeptune.core.offload import device_of
+from keeptune.core.options import Options, Range
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of
 from keeptune.model.probes.block_calls import BlockCall, Blocks, KeptRun, Suffix, probabilities, take
@@ -40,8 +41,8 @@ from keeptune.model.runner import still
 Reading = Literal["diagonal", "positions"]
 
 
-@dataclass(frozen=True, slots=True)
-class Noise:
+@dataclass(frozen=True)
+class Noise(Options):
     """Which token embeddings are damaged, and how much.
 
     Args:
@@ -51,17 +52,16 @@ class Noise:
         given: Positions by the text's tokens, where none are drawn.
     """
 
+    refusal = RecipeError
+    ranges = {
+        "fraction": Range(above=0, most=1, advice="Try 0.5."),
+        "scale": Range(least=0, advice="ROME takes 3."),
+    }
+
     fraction: float = 0.5
     scale: float = 3.0
     seed: int = 0
     given: Mapping[tuple[int, ...], Sequence[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if not 0 < self.fraction <= 1:
-            raise RecipeError("noise", got=f"{self.fraction}", wanted="a share in (0, 1]", next_step="Try 0.5.")
-        if not self.scale >= 0:
-            raise RecipeError("noise scale", got=f"{self.scale}", wanted="0 or more", next_step="ROME takes 3.")
 
     def positions(self, tokens: Sequence[int], prompt: int) -> list[int]:
         """Returns the positions of the damaged tokens of a text with ``prompt`` tokens of prompt, in order."""
