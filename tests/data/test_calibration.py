@@ -107,7 +107,7 @@ def test_a_tokenizer_without_padding_pads_with_zero() -> None:
 
 @pytest.mark.parametrize("text", ["", "  \n"], ids=["empty", "blank"])
 def test_a_text_without_tokens_is_named(text: str) -> None:
-    with pytest.raises(DataError, match="knowledge example 2: got no tokens"):
+    with pytest.raises(DataError, match="knowledge example 2: got an empty text"):
         tokenized(["a", text])
 
 
