@@ -23,7 +23,7 @@ import sys, tempfile, time, torch
 from pathlib import Path
 from processes import peak
 from keeptune.data.calibration import Calibration
-from keeptune.model.offloaded import load_offloaded
+from keeptune.model.pretrained import load_offloaded
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.model.blockwise import BlockwiseRunner
 from keeptune.model.blocks import find_targets

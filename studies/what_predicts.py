@@ -32,8 +32,7 @@ from keeptune.core.errors import ArtefactError, ModelError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration, tokenize_calibration
-from keeptune.evaluation.likelihood import losses_and_divergence
-from keeptune.evaluation.scored_tokens import Passes, ScoredTokens
+from keeptune.evaluation.scored_tokens import Passes, ScoredTokens, losses_and_divergence
 from keeptune.linalg.symmetric import Dense
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import Runner

@@ -39,8 +39,7 @@ from keeptune.methods.base import Method
 from keeptune.methods.loki import Loki
 from keeptune.model.blocks import find_targets, head_of, positions
 from keeptune.model.head import Head, body_fingerprint
-from keeptune.model.offloaded import load_floats
-from keeptune.model.pretrained import LoadOptions, load_model
+from keeptune.model.pretrained import LoadOptions, load_floats, load_model
 from keeptune.model.quantization import quantised_on_load
 from keeptune.model.runner import Runner
 from keeptune.penalties.base import Penalty

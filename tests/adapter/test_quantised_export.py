@@ -22,8 +22,7 @@ from keeptune.core.errors import ExportError, ModelError, PlanError
 from keeptune.core.plan import Plan
 from keeptune.core.weights import is_quantised, read_weight
 from keeptune.methods.lora import Lora
-from keeptune.model.offloaded import load_floats
-from keeptune.model.pretrained import LoadOptions, load_model
+from keeptune.model.pretrained import LoadOptions, load_floats, load_model
 from keeptune.pipeline.merge import merge_adapter
 from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.pipeline.starts import weight_reader

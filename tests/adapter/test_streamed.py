@@ -21,8 +21,7 @@ from keeptune.adapter.probe import logits_of
 from keeptune.core.artefact import file_fingerprint
 from keeptune.core.offload import edit_values, is_offloaded, save_model
 from keeptune.core.plan import Plan
-from keeptune.model.offloaded import load_floats, load_offloaded
-from keeptune.model.pretrained import LoadOptions, load_model
+from keeptune.model.pretrained import LoadOptions, load_floats, load_model, load_offloaded
 
 LANGUAGE = ["llama", "qwen2", "gpt2"]
 Trained = tuple[PeftModel, Plan, Saved]
@@ -146,7 +145,7 @@ def test_the_memory_of_a_streamed_merge_does_not_grow_with_depth(tmp_path: Path)
         from transformers import LlamaConfig, LlamaForCausalLM
         from keeptune.adapter import merging
         from keeptune.core.offload import save_model
-        from keeptune.model.offloaded import load_floats
+        from keeptune.model.pretrained import load_floats
         from keeptune.model.pretrained import LoadOptions, load_model
 
         def make(depth):

@@ -19,8 +19,7 @@ from keeptune.adapter.trained_head import is_tied, trained_beside
 from keeptune.core.errors import DataError, PlanError, TrainError
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
-from keeptune.model.offloaded import load_offloaded
-from keeptune.model.pretrained import LoadOptions, load_model
+from keeptune.model.pretrained import LoadOptions, load_model, load_offloaded
 from keeptune.statistics.covariance import InputCovariance
 
 # qwen2's head is tied to the embedding, llama's is not.

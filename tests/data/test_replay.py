@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from tests.data.test_calibration import words
 
 from keeptune.core.errors import RecipeError
-from keeptune.data.completions import TaskExamples
-from keeptune.data.replay import mixture, replayed, with_replay
+from keeptune.data.completions import TaskExamples, mixture, replayed, with_replay
 
 TASK = TaskExamples(prompts=tuple(f"q{n}" for n in range(38)), completions=tuple(f"a{n}" for n in range(38)))
 TEXTS = TaskExamples(None, tuple(f"text {n}" for n in range(20)), end=False)

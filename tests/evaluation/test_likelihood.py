@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from keeptune.core.errors import ModelError
-from keeptune.evaluation import likelihood
-from keeptune.evaluation.likelihood import log_likelihoods, losses_and_divergence
+from keeptune.evaluation import scored_tokens
 from keeptune.evaluation.model_pairs import TwoModels
-from keeptune.evaluation.scored_tokens import Encoder, Passes
+from keeptune.evaluation.scored_tokens import Encoder, Passes, log_likelihoods, losses_and_divergence
 
 TEXTS = [
     "Once upon a time there was a big red cat.",
@@ -33,7 +32,7 @@ def test_batch_size_and_padding_do_not_matter(model: Any, tokenizer: Any, rows: 
 def test_chunks_do_not_matter(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = [Encoder(tokenizer, 99).document(text, "x") for text in TEXTS]
     whole = sums_of(model, sequences)
-    monkeypatch.setattr(likelihood, "_CHUNK", 5)
+    monkeypatch.setattr(scored_tokens, "_CHUNK", 5)
     assert sums_of(model, sequences) == pytest.approx(whole, abs=1e-6)
 
 
@@ -72,7 +71,7 @@ def test_forbidden_tokens_do_not_spoil_the_divergence() -> None:
     base = torch.tensor([[0.0, 1.0, -torch.inf]]).log_softmax(-1)
     tuned = torch.tensor([[1.0, 1.0, -torch.inf]]).log_softmax(-1)
     expected = sum(float(p.exp() * (p - q)) for p, q in zip(base[0, :2], tuned[0, :2], strict=True))
-    assert float(likelihood._divergence(base, tuned)) == pytest.approx(expected)
+    assert float(scored_tokens._divergence(base, tuned)) == pytest.approx(expected)
 
 
 def test_nan_names_the_side(tiny: Any, other: Any, tokenizer: Any) -> None:

@@ -26,8 +26,7 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.model import shelf
 from keeptune.model.blocks import find_targets
 from keeptune.model.blockwise import BlockwiseRunner
-from keeptune.model.offloaded import load_offloaded
-from keeptune.model.pretrained import LoadOptions
+from keeptune.model.pretrained import LoadOptions, load_offloaded
 from keeptune.model.runner import Runner, Taps
 from keeptune.model.summed_loss import Loss
 

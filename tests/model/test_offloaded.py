@@ -17,8 +17,7 @@ from keeptune.core.offload import aligned, device_of, is_offloaded
 from keeptune.core.weights import read_weight
 from keeptune.model.blocks import find_targets
 from keeptune.model.head import body_fingerprint, head_fingerprint
-from keeptune.model.offloaded import load_offloaded
-from keeptune.model.pretrained import LoadOptions, load_model, refuse_not_finite
+from keeptune.model.pretrained import LoadOptions, load_model, load_offloaded, refuse_not_finite
 
 CPU = torch.device("cpu")
 

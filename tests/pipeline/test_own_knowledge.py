@@ -15,7 +15,7 @@ import keeptune
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import DataError, KeeptuneError, ModelError, RecipeError
 from keeptune.data import __file__ as data_module
-from keeptune.data.disjoint import Corpus, refuse_overlap
+from keeptune.evaluation.benchmark_data import Corpus, refuse_overlap
 from keeptune.pipeline.dry_run.describe import describe
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.run import plan_stage, run

@@ -14,8 +14,7 @@ from keeptune.core.errors import RecipeError
 from keeptune.methods.lalora import Lalora
 from keeptune.model.blocks import find_targets
 from keeptune.model.blockwise import BlockwiseRunner
-from keeptune.model.offloaded import load_offloaded
-from keeptune.model.pretrained import LoadOptions
+from keeptune.model.pretrained import LoadOptions, load_offloaded
 from keeptune.pipeline import placement
 from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance

@@ -17,10 +17,10 @@ from keeptune.core.errors import StatisticsError
 from keeptune.core.target import Target
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import Runner
-from keeptune.statistics import passes
+from keeptune.statistics import collect
+from keeptune.statistics.collect import Measured, Pass, run_pass
 from keeptune.statistics.covariance import DirectionVariances, GradientCovariance, InputCovariance, ReleasedCovariance
 from keeptune.statistics.fisher import TokenCount, WeightFisher
-from keeptune.statistics.passes import Measured, Pass, run_pass
 from keeptune.statistics.request import Accumulator, RowRequest, checked_result
 
 CPU = torch.device("cpu")
@@ -113,9 +113,9 @@ def of_two_processes(
     measured = [(request, target) for target in find_targets(model)[:7:3] for request in requests]
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         found.append(dict[Measured, Accumulator]())
-        patch.setattr(passes, "world", lambda world=world: world)
-        patch.setattr(passes, "share", lambda every, rank=rank, world=world: every[rank::world])
-        patch.setattr(passes, "add_up", lambda part: None)
+        patch.setattr(collect, "world", lambda world=world: world)
+        patch.setattr(collect, "share", lambda every, rank=rank, world=world: every[rank::world])
+        patch.setattr(collect, "add_up", lambda part: None)
         deliver = lambda request, target, total: found[-1].update({(request, target): total})  # noqa: E731
         run_pass(Runner(model), batches, Pass("task", examples_alone, None), measured, deliver, title="")
     for one in measured:
@@ -134,7 +134,7 @@ def test_processes_divide_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_of_examples_that_are_alone_each_process_sums_all(monkeypatch: pytest.MonkeyPatch) -> None:
     released = [ReleasedCovariance("task")]
-    monkeypatch.setattr(passes, "_add_up", lambda total: pytest.fail("sums in float16 are not added up"))
+    monkeypatch.setattr(collect, "_add_up", lambda total: pytest.fail("sums in float16 are not added up"))
     for alone, *others in of_two_processes(released, monkeypatch, examples_alone=True):
         assert [total.tokens for total in others] == [30, 30]
         assert all(torch.equal(total.result(), alone.result()) for total in others)  # to the last bit

@@ -32,8 +32,7 @@ from keeptune.adapter.trained_head import full
 from keeptune.core.artefact import write_json
 from keeptune.core.plan import Plan
 from keeptune.core.processes import by_first, gathered, is_first, joined, world
-from keeptune.data.completions import TaskExamples
-from keeptune.data.replay import with_replay
+from keeptune.data.completions import TaskExamples, with_replay
 from keeptune.methods.dora import Dora
 from keeptune.methods.farss import Farss
 from keeptune.methods.full import Full

@@ -17,10 +17,9 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from keeptune.adapter.install import install, trained_state
 from keeptune.core.errors import RecipeError
 from keeptune.core.plan import Plan
-from keeptune.data.completions import TaskExamples
+from keeptune.data.completions import TaskExamples, with_replay
 from keeptune.data.examples import LanguageExamples, Mixed
 from keeptune.data.preferences import Preferences, preferences
-from keeptune.data.replay import with_replay
 from keeptune.methods.full import Full
 from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora

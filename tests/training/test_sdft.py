@@ -16,9 +16,8 @@ from tests.training.test_preferences import CHATML, METHODS
 from keeptune.adapter.install import install, trained_state
 from keeptune.core.errors import DataError, PlanError, TrainError
 from keeptune.core.plan import Plan
-from keeptune.data.completions import Conversations, TaskExamples
+from keeptune.data.completions import Conversations, TaskExamples, with_replay
 from keeptune.data.examples import Conversation
-from keeptune.data.replay import with_replay
 from keeptune.methods.lora import Lora
 from keeptune.model.pretrained import load_model
 from keeptune.penalties.l2 import L2

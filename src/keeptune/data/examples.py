@@ -74,7 +74,7 @@ class Examples(ABC):
     @property
     @abstractmethod
     def read_texts(self) -> Sequence[str]:
-        """What the model reads of each example, to compare with what is scored (:mod:`keeptune.data.disjoint`)."""
+        """What the model reads of each example, to compare with what is scored."""
 
     @abstractmethod
     def dataset(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[Dataset, Lost]:

@@ -11,16 +11,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from keeptune.core.artefact import content_key, file_fingerprint
+from keeptune.core.artefact import canonical_json, content_key, file_fingerprint
 from keeptune.core.errors import DataError
-from keeptune.data.disjoint import Corpus, refuse_overlap
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.chat import asking, template_of
 from keeptune.evaluation.items import load_items
 from keeptune.evaluation.standard.entry import NamedBenchmark
+from keeptune.evaluation.standard.language_model import engine_version, restored_process
 from keeptune.evaluation.standard.lm_eval_tasks import SEED, build_tasks
-from keeptune.evaluation.standard.restore import engine_version, restored_process
 
 
 def data_fingerprint(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
@@ -166,17 +165,21 @@ def refuse_documents(used: Sequence[Corpus], scored: Documents) -> None:
         DataError: Some were; their numbers and the first of them are shown.
     """
     for corpus in used:
-        common = _common(corpus, scored.parts)
-        if common:
-            numbers = ", ".join(str(number + 1) for number in common[:_SHOWN])
-            more = "..." if len(common) > _SHOWN else ""
-            raise DataError(
-                scored.where,
-                got=f"{len(common)} of {len(scored.parts)} items that are in {corpus.where} too "
-                f"(items {numbers}{more}; {scored.parts[common[0]][0][:60]!r})",
-                wanted="disjoint data",
-                next_step="Take these rows out of the data: what is measured may be neither calibrated nor trained on.",
-            )
+        questions = [parts[0] if parts else "" for parts in scored.parts]
+        _refuse(_common(corpus, scored.parts), questions, scored.where, corpus.where)
+
+
+def _refuse(common: Sequence[int], texts: Sequence[str], scored: str, used: str) -> None:
+    """Raises DataError where there are items, by their numbers from 0, that are in data that were used too."""
+    if common:
+        numbers = ", ".join(str(number + 1) for number in common[:_SHOWN]) + "..." * (len(common) > _SHOWN)
+        first = texts[common[0]].strip("\0")[:60]
+        raise DataError(
+            scored,
+            got=f"{len(common)} of {len(texts)} items that are in {used} too (items {numbers}; {first!r})",
+            wanted="disjoint data",
+            next_step="Take these rows out of the data: what is measured may be neither calibrated nor trained on.",
+        )
 
 
 def _common(corpus: Corpus, items: Sequence[_Parts]) -> list[int]:
@@ -207,3 +210,33 @@ def _holds(fields: Sequence[str], parts: Sequence[str]) -> bool:
 def _plain(text: str) -> str:
     words = (re.sub(r"^\W+|\W+$", "", word) for word in text.lower().split())
     return " ".join(word for word in words if word)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Rows of a data file, named by the recipe key ``where``, and the text that the model reads of each.
+
+    That is the whole text, or the prompt of an evaluation item; with a NUL at its end it overlaps an equal text only.
+    """
+
+    where: str
+    rows: Sequence[Row]
+    texts: Sequence[str]
+
+
+def refuse_overlap(used: Corpus, scored: Corpus) -> None:
+    """Raises DataError where an evaluation item is among the data that were used, and shows the first.
+
+    An item overlaps when its row is one of the used rows, or a used text starts with the item's prompt
+    (case and white space aside).
+    """
+    rows = {canonical_json(row) for row in used.rows}
+    lengths = {len(_folded(text)) for text in scored.texts}
+    starts = {text[:length] for text in map(_folded, used.texts) for length in lengths if length <= len(text)}
+    pairs = enumerate(zip(scored.rows, scored.texts, strict=True))
+    common = [at for at, (row, text) in pairs if canonical_json(row) in rows or _folded(text) in starts]
+    _refuse(common, scored.texts, scored.where, used.where)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())

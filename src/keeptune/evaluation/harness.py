@@ -1,4 +1,4 @@
-"""Scoring a pair of models, before and after fine-tuning, on the same items."""
+"""Scoring a pair of models, language models or classifiers, before and after fine-tuning, on the same items."""
 
 from __future__ import annotations
 
@@ -8,25 +8,39 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.core.errors import DataError
+from keeptune.core.errors import DataError, ModelError, RecipeError
 from keeptune.core.processes import world
 from keeptune.data.calibration import pad_id_of
 from keeptune.data.chat_template import ChatTemplate
+from keeptune.data.labelled import Texts, collator, label_indices
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.chat import asking, end_of_thought, ends_of_turns
-from keeptune.evaluation.classification import classified, wrong_metric
 from keeptune.evaluation.items import Item, load_items
-from keeptune.evaluation.likelihood import add_divergence, log_likelihoods, losses_and_divergence
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, cut_at, exact_match
-from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
-from keeptune.evaluation.results import BenchmarkResult, mean_scores
-from keeptune.evaluation.scored_tokens import Encoder, Passes, ScoredTokens, context_limit, greedy_texts
+from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, of_both, scoring, shared_positions
+from keeptune.evaluation.results import BenchmarkResult, grouped, label_scores, mean_scores
+from keeptune.evaluation.scored_tokens import (
+    Encoder,
+    Passes,
+    ScoredTokens,
+    add_divergence,
+    context_limit,
+    greedy_texts,
+    in_batches,
+    log_likelihoods,
+    losses_and_divergence,
+)
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.score import score_named
+from keeptune.model.continuation import need_finite
+from keeptune.model.head import Head
 
 _LOG = logging.getLogger(__name__)
 _Records = list[dict[str, Any]]
@@ -236,3 +250,99 @@ def _accuracies(item: Item, sums: Sequence[float], side: Side) -> Mapping[str, A
         f"acc_norm_{side}": float(rates.index(max(rates)) == item.label),
         f"loglikelihoods_{side}": list(sums),
     }
+
+
+def classified(
+    pair: ModelPair,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: FileBenchmark,
+    items: Sequence[Item],
+    *,
+    seed: int,
+    advance: Callable[[int], object],
+) -> BenchmarkResult:
+    """Scores the labels or scores that both models predict; groups are scored where the score is a mean (accuracy).
+
+    Raises:
+        RecipeError: The model has no head for this metric.
+        DataError: An item's label is not one of the model's.
+        ModelError: A model gives values that are not finite, or the two have different labels.
+    """
+    names = _labels(pair, benchmark)
+    limit = min(benchmark.max_length, shared_positions(pair) or benchmark.max_length)
+    seconds = tuple(item.text_pair for item in items if item.text_pair is not None)
+    encoded, cut = Texts(tuple(item.text for item in items), seconds or None).encode(tokenizer, limit)
+    if cut:
+        _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", benchmark.where, len(cut), len(items), limit)
+    predicted = {}
+    for side in SIDES:
+        with scoring(pair, side) as model:
+            logits = _logits(model, tokenizer, encoded.to_list(), benchmark.batch_size, advance)
+        need_finite(logits.isfinite(), f"{benchmark.where} ({side})", "logits")
+        predicted[side] = (logits.argmax(-1) if names else logits[:, 0]).numpy()
+    if names:
+        truth = np.array(label_indices([item.answers[0] for item in items], names, where=benchmark.where))
+    else:
+        truth = np.array([item.score for item in items], dtype=np.float64)
+    records = [
+        _record(item, names, truth[at], {s: v[at] for s, v in predicted.items()}) for at, item in enumerate(items)
+    ]
+    scores = label_scores(benchmark.metric, truth, predicted["before"], predicted["after"], len(names), seed)
+    if benchmark.metric == "accuracy":
+        before, after = ([float(record[side]) for record in records] for side in SIDES)
+        scores["groups"] = grouped([item.group for item in items], before, after, [1.0] * len(items))
+    return BenchmarkResult(
+        name=benchmark.name, role=benchmark.role, metric=benchmark.metric, n=len(items), items=records, **scores
+    )
+
+
+def _labels(pair: ModelPair, benchmark: FileBenchmark) -> tuple[str, ...]:
+    head, after = of_both(pair, Head.of)
+    if head is None or bool(head.labels) != (benchmark.metric in LABELS):
+        raise wrong_metric(benchmark, head)
+    if after is None or after.labels != head.labels:
+        raise ModelError(
+            benchmark.where,
+            got=f"other labels after tuning than before ({', '.join(head.labels)})",
+            wanted="the same labels in the same order",
+            next_step="Load both models with the labels that the tuned one learned.",
+        )
+    return head.labels
+
+
+def wrong_metric(benchmark: FileBenchmark, head: Head | None) -> RecipeError:
+    """Returns the error of a metric that is not of this kind of model."""
+    kind = "language model" if head is None else "classifier" if head.labels else "regression"
+    return RecipeError(
+        f"{benchmark.where}.metric",
+        got=f"{benchmark.metric} for a {kind}",
+        wanted="exact_match, multiple_choice or cross_entropy for a language model; accuracy, f1 or matthews for a "
+        "classifier; pearson or spearman for a regression",
+        next_step="Choose a metric for this kind of model.",
+    )
+
+
+def _logits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Mapping[str, Any]],
+    rows: int,
+    advance: Callable[[int], object],
+) -> Tensor:
+    pad = collator(tokenizer)
+
+    def logits_of(members: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        batch = {name: value.to(model.device) for name, value in pad(members).items()}
+        logits: list[list[float]] = model(**batch).logits.float().tolist()
+        advance(len(members))
+        return logits
+
+    return torch.tensor(in_batches(encoded, lambda row: len(row["input_ids"]), rows, logits_of))
+
+
+def _record(item: Item, names: Sequence[str], truth: Any, predicted: Mapping[str, Any]) -> dict[str, Any]:
+    record: dict[str, Any] = {"index": item.index, "group": item.group}
+    if not names:
+        return record | {side: float(value) for side, value in predicted.items()} | {"answer": float(truth)}
+    record |= {side: float(value == truth) for side, value in predicted.items()} | {"answer": names[truth]}
+    return record | {f"label_{side}": names[value] for side, value in predicted.items()}

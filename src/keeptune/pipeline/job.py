@@ -20,17 +20,16 @@ from keeptune.core.processes import same_everywhere, world
 from keeptune.core.weights import refuse_quantised
 from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import with_template
-from keeptune.data.completions import joined_knowledge
+from keeptune.data.completions import joined_knowledge, with_replay
 from keeptune.data.examples import LanguageExamples, TokenRow, data_account
 from keeptune.data.multiple_choice import choose_rows
-from keeptune.data.replay import with_replay
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import refuse_used
 from keeptune.model.head import Head, body_fingerprint
-from keeptune.model.offloaded import load_floats
 from keeptune.model.pretrained import (
     LoadOptions,
     load_config,
+    load_floats,
     load_model,
     load_positions,
     load_tokenizer,

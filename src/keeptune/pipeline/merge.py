@@ -12,8 +12,7 @@ from keeptune.adapter.merging import is_streamed, merge
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ModelError, need_known
 from keeptune.model.head import Head, body_fingerprint
-from keeptune.model.offloaded import load_floats
-from keeptune.model.pretrained import Dtype, LoadOptions, load_config, load_model, load_tokenizer
+from keeptune.model.pretrained import Dtype, LoadOptions, load_config, load_floats, load_model, load_tokenizer
 from keeptune.model.quantization import stays_quantised
 from keeptune.pipeline.machine import device_named
 

@@ -8,8 +8,7 @@ from collections.abc import Collection, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import RecipeError
-from keeptune.data.disjoint import Corpus
-from keeptune.evaluation.benchmark_data import used_rows
+from keeptune.evaluation.benchmark_data import Corpus, used_rows
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.request import DataRole

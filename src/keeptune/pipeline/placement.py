@@ -18,8 +18,7 @@ from keeptune.core.target import Target
 from keeptune.model.blocks import blocks_of
 from keeptune.model.blockwise import BlockwiseRunner
 from keeptune.model.gguf import is_gguf
-from keeptune.model.offloaded import load_offloaded
-from keeptune.model.pretrained import LoadOptions, load_config, load_model, load_shapes
+from keeptune.model.pretrained import LoadOptions, load_config, load_model, load_offloaded, load_shapes
 from keeptune.model.quantization import stored_quantization
 from keeptune.model.runner import Runner
 from keeptune.statistics.request import Request, RowRequest

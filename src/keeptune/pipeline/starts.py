@@ -12,8 +12,7 @@ from keeptune.core.errors import PlanError
 from keeptune.core.target import Target
 from keeptune.core.weights import is_quantised, read_weight
 from keeptune.methods.base import Method
-from keeptune.model.offloaded import load_floats
-from keeptune.model.pretrained import LoadOptions, StartFrom
+from keeptune.model.pretrained import LoadOptions, StartFrom, load_floats
 from keeptune.statistics.covariance import DirectionVariances
 
 # Weights quantised to two bits are off by up to 0.5, those of another model by 1.4 (relative, Frobenius).

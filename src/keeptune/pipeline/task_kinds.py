@@ -15,15 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.errors import RecipeError
 from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import template_text
-from keeptune.data.completions import knowledge_set, task_examples
-from keeptune.data.disjoint import Corpus
+from keeptune.data.completions import knowledge_set, mixture, task_examples
 from keeptune.data.examples import Examples, LanguageExamples
 from keeptune.data.formats import FormatOptions, read_examples
 from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_examples
 from keeptune.data.multiple_choice import lettered_rows
 from keeptune.data.preferences import preferences
-from keeptune.data.replay import mixture
 from keeptune.data.sources import Row, read_jsonl
+from keeptune.evaluation.benchmark_data import Corpus
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES

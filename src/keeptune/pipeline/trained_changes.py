@@ -35,8 +35,7 @@ from keeptune.core.target import Target
 from keeptune.core.weights import is_linear_map, is_quantised, read_weight
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
-from keeptune.model.offloaded import load_floats
-from keeptune.model.pretrained import Dtype, LoadOptions, load_model
+from keeptune.model.pretrained import Dtype, LoadOptions, load_floats, load_model
 from keeptune.pipeline.merge import base_of, head_of_adapter, original_in, quantised_in, trained_in
 from keeptune.pipeline.scoring import find_result
 from keeptune.recipe.paths import resolve_model

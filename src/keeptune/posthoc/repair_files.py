@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import RecipeError
 from keeptune.data.completions import knowledge_set
-from keeptune.data.disjoint import Corpus
 from keeptune.data.examples import LanguageExamples, Mixed, draw_rows
 from keeptune.data.sources import Row, read_jsonl
-from keeptune.evaluation.benchmark_data import refuse_used
+from keeptune.evaluation.benchmark_data import Corpus, refuse_used
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.pipeline.task_kinds import KINDS, read_knowledge, task_files
 from keeptune.recipe.paths import resolve_file

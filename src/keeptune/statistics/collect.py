@@ -1,4 +1,4 @@
-"""Collects what methods request, once: what the store has is not computed again."""
+"""Collects what methods request, once, in passes over the data: what the store has is not computed again."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError, named
-from keeptune.core.processes import by_first, gathered, held_by_first, is_first
+from keeptune.core.processes import add_up, by_first, gathered, held_by_first, is_first, share, world
 from keeptune.core.target import Target
-from keeptune.data.calibration import Calibration
+from keeptune.core.weights import read_weight
+from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import is_nested
 from keeptune.model.head import head_fingerprint, refuse_unknown_tokens
-from keeptune.model.runner import Runner
+from keeptune.model.runner import Runner, Taps
+from keeptune.model.summed_loss import Loss
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
-from keeptune.statistics.passes import Measured, Pass, run_pass, shares
 from keeptune.statistics.request import (
     Accumulator,
     DataRole,
@@ -248,8 +251,9 @@ class _Collection:
 
         def finished(request: RowRequest, target: Target, total: Accumulator) -> None:
             if not self._keep(request, target, total):
-                for name in self._sharing(request, request.site(target)):
-                    unseen[name] = unseen.get(name, frozenset()) | {request}
+                for other, requested in self.requests.items():
+                    if request in requested and request.site(other) == request.site(target):
+                        unseen[other.name] = unseen.get(other.name, frozenset()) | {request}
 
         for need, wave in tqdm(waves, desc="statistics", delay=2, disable=None if several else True, leave=False):
             tokens = 1 if need.examples_alone else self.batch_tokens
@@ -268,10 +272,6 @@ class _Collection:
         if is_first():
             self.store.put(self._entry(request, target), value)
         return True
-
-    def _sharing(self, request: Request, site: str) -> set[str]:
-        """Returns the names of targets that share an entry."""
-        return {t.name for t, requested in self.requests.items() if request in requested and request.site(t) == site}
 
 
 def _part(entry: dict[str, Any], part: str) -> dict[str, Any]:
@@ -316,3 +316,78 @@ def _by_pass(missing: Sequence[Measured]) -> dict[Pass, list[Measured]]:
         if host is not None:
             passes[host] += passes.pop(need)
     return passes
+
+
+# A statistic and a target of the site where it is measured.
+Measured = tuple[RowRequest, Target]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A pass over the data: statistics with equal passes are measured together."""
+
+    source: str
+    examples_alone: bool
+    loss: Loss | None
+
+
+def shares(measured: Sequence[Measured], sum_bytes: int) -> list[list[Measured]]:
+    """Splits statistics into shares whose sums take no more memory than given, or than the largest one (first fit)."""
+    sizes = [8 * request.numbers(target) for request, target in measured]
+    most = max([sum_bytes, *sizes])
+    room = [0] * len(measured)
+    parts: list[list[Measured]] = [[] for _ in measured]
+    for one, size in zip(measured, sizes, strict=True):
+        place = next(i for i, used in enumerate(room) if used + size <= most)
+        room[place] += size
+        parts[place].append(one)
+    return [part for part in parts if part]
+
+
+def run_pass(
+    runner: Runner,
+    batches: Sequence[Batch],
+    need: Pass,
+    measured: Sequence[Measured],
+    deliver: Callable[[RowRequest, Target, Accumulator], None],
+    *,
+    title: str,
+) -> None:
+    """Sums statistics in one pass over the data; each sum is delivered and freed once its module is done.
+
+    Several processes divide the batches, but for examples that are alone; all deliver all sums of all batches.
+    """
+    taps, sums = Taps(), dict[Measured, Callable[[], Accumulator]]()
+    own = batches if need.examples_alone else share(batches)
+    for request, target in measured:
+        weight = partial(read_weight, runner.model, target)
+        # A sum takes memory from its first rows on.
+        sums[request, target] = cache(partial(request.accumulator, target, runner.device, weight))
+        # A process without a batch passes one all the same, so that modules are done in one order on all.
+        add = partial(_add, sums[request, target]) if own else lambda *_: None
+        taps.sinks(request.kind).setdefault(request.site(target), []).append(add)
+
+    def done(names: set[str]) -> None:
+        for request, target in [one for one in sums if one[0].site(one[1]) in names]:
+            total = sums.pop((request, target))()
+            if world() > 1 and not need.examples_alone:
+                _add_up(total)
+            deliver(request, target, total)
+        # The sinks hold their sums too.
+        for kind in (taps.forward, taps.backward, taps.joint, taps.texts):
+            for name in names & set(kind):
+                kind[name].clear()
+
+    runner.run(own or batches[:1], taps, need.loss if taps.with_gradients else None, title=title, done=done)
+
+
+def _add(total: Callable[[], Accumulator], *rows: Any) -> None:
+    total().add(*rows)
+
+
+def _add_up(total: Accumulator) -> None:
+    """Merges the sums of all processes."""
+    tokens = torch.tensor(float(total.tokens), dtype=torch.float64)
+    for part in (*total.sums, tokens):
+        add_up(part)
+    total.tokens = int(tokens)

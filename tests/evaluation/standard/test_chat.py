@@ -18,8 +18,8 @@ from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmark_data import data_fingerprint
 from keeptune.evaluation.chat import asking, ends_of_turns
 from keeptune.evaluation.standard import score_named
+from keeptune.evaluation.standard.language_model import restored_process
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
-from keeptune.evaluation.standard.restore import restored_process
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

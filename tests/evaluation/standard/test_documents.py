@@ -11,8 +11,14 @@ from tests.assets import DATA
 from tests.evaluation.standard.conftest import local
 
 from keeptune.core.errors import DataError
-from keeptune.data.disjoint import Corpus
-from keeptune.evaluation.benchmark_data import Documents, _parts, data_fingerprint, refuse_documents, refuse_used
+from keeptune.evaluation.benchmark_data import (
+    Corpus,
+    Documents,
+    _parts,
+    data_fingerprint,
+    refuse_documents,
+    refuse_used,
+)
 from keeptune.evaluation.benchmark_data import _plain as plain
 from keeptune.recipe.schema import make_recipe
 

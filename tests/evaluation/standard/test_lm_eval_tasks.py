@@ -15,9 +15,9 @@ from tests.evaluation.standard.conftest import local
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.evaluation.benchmark_data import load_documents
 from keeptune.evaluation.standard import NAMES, NamedBenchmark
+from keeptune.evaluation.standard.language_model import restored_process
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
 from keeptune.evaluation.standard.local_data import files_of, local_rows
-from keeptune.evaluation.standard.restore import restored_process
 
 
 def engine_folder() -> Path:

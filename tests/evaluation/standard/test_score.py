@@ -24,8 +24,8 @@ from keeptune.evaluation import AdapterPair, BenchmarkResult, NamedBenchmark, Tw
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.standard import score_named
+from keeptune.evaluation.standard.language_model import restored_process
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
-from keeptune.evaluation.standard.restore import restored_process
 
 # PEFT 0.21 asks transformers 5.23 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -16,9 +16,9 @@ from keeptune.core.errors import DataError, ModelError, RecipeError, nearest
 from keeptune.core.processes import by_first
 from keeptune.data.sources import Row
 from keeptune.evaluation.standard.entry import NamedBenchmark
+from keeptune.evaluation.standard.language_model import INSTALL
 from keeptune.evaluation.standard.local_data import files_of, local_rows
 from keeptune.evaluation.standard.protocols import PROTOCOLS, overrides_of
-from keeptune.evaluation.standard.restore import INSTALL
 from keeptune.evaluation.standard.sandbox import METRIC, Runs, open_sandbox, task_overrides
 
 _LOG = logging.getLogger(__name__)

@@ -16,15 +16,19 @@ from keeptune.data.calibration import pad_id_of
 from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Role
 from keeptune.evaluation.chat import ends_of_turns, template_of
-from keeptune.evaluation.likelihood import add_divergence
 from keeptune.evaluation.metrics import Measure
 from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, divergence_of, label_scores, mean_scores
-from keeptune.evaluation.scored_tokens import Encoder, Passes
+from keeptune.evaluation.scored_tokens import Encoder, Passes, add_divergence
 from keeptune.evaluation.standard.entry import NamedBenchmark
-from keeptune.evaluation.standard.language_model import fit_length, wrapped_model
+from keeptune.evaluation.standard.language_model import (
+    fit_length,
+    restored_model,
+    restored_process,
+    seeded_langdetect,
+    wrapped_model,
+)
 from keeptune.evaluation.standard.lm_eval_tasks import SEED, Built, build_tasks, recorded_shots
-from keeptune.evaluation.standard.restore import restored_model, restored_process, seeded_langdetect
 
 # lm-eval's metrics of tasks that are not in the table.
 _MEASURES: Mapping[str, Measure] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from keeptune.data import hub
-from keeptune.data.replay import replayed
+from keeptune.data.completions import replayed
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.account import DryRun, Need, Trained
 from keeptune.pipeline.dry_run.data_sizes import Lengths, data_needs, on_the_hub, rows_of

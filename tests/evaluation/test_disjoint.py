@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from keeptune.core.errors import DataError
-from keeptune.data.disjoint import Corpus, refuse_overlap
+from keeptune.evaluation.benchmark_data import Corpus, refuse_overlap
 
 
 def corpus(where: str, *texts: str, rows: list[dict[str, object]] | None = None) -> Corpus:
@@ -26,7 +26,7 @@ def test_the_same_row_overlaps_whatever_its_template_makes_of_it() -> None:
     scored = corpus("test", "fresh", "another way", rows=[{"q": "B"}, {"a": 1, "q": "A"}])
     error = refused(used, scored)
     assert error.where == "test"
-    assert "1 of 2 items that are in train too (row 2: 'another way')" in error.got
+    assert "1 of 2 items that are in train too (items 2; 'another way')" in error.got
 
 
 @pytest.mark.parametrize("prompt", ["where is the TOWER?", "  Where is\nthe  tower? "], ids=["case", "spaces"])
