@@ -45,6 +45,7 @@ from keeptune.model.runner import Runner, Sink, Taps
 from keeptune.model.summed_loss import Loss
 from keeptune.pipeline.planning import penalties_of, with_penalties
 from keeptune.statistics.collect import Statistics, collect
+from keeptune.statistics.neuron_attribution import Attributions
 from keeptune.statistics.request import Accumulator, Request
 from keeptune.statistics.store import StatStore
 
@@ -479,3 +480,8 @@ def add_up(total: Accumulator, other: Accumulator) -> None:
     for mine, others in zip(total.sums, other.sums, strict=True):
         mine += others
     total.tokens += other.tokens
+
+
+def in_memory(values: Tensor) -> Attributions:
+    """Attributions ``(N, L, D)`` that are in memory, of blocks 0 to L - 1."""
+    return Attributions(tuple(range(values.shape[1])), values.shape[2], values.shape[0], lambda sample: values[sample])

@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import MODELS, VOCAB, Bench, copies, labels_for, logits, off_by, relative, tokens, train_steps
+from tests.models import (
+    MODELS,
+    VOCAB,
+    Bench,
+    copies,
+    in_memory,
+    labels_for,
+    logits,
+    off_by,
+    relative,
+    tokens,
+    train_steps,
+)
 from tests.plan_differences import differences
 from tests.reference import loki_reference as reference
 from torch import Tensor
@@ -23,7 +35,7 @@ from keeptune.core.target import Target
 from keeptune.linalg.selections import voted
 from keeptune.methods.loki import Loki, select
 from keeptune.methods.lora import Lora
-from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
+from keeptune.statistics.neuron_attribution import NeuronAttribution
 
 DOWN = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj", "neox": "dense_4h_to_h", "opt": "fc2"}
 MODES = {"rows": Loki(q=20), "within": Loki(q=30, rank=3)}
@@ -114,14 +126,14 @@ def merged(model: Any, plan: Plan, base: PreTrainedModel) -> dict[str, tuple[Ten
 @pytest.mark.parametrize("q", [5, 10.5, 29, 60])
 def test_the_rows_are_those_of_the_paper(selection: Any, q: float) -> None:
     values = torch.randn(40, 3, 30, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 4.0, 0.3])[:, None]
-    given = dataclasses.replace(Attributions.of(values), modules=("a", "b", "c"))
+    given = dataclasses.replace(in_memory(values), modules=("a", "b", "c"))
     found = select(given, q, selection)
     assert [list(found[name].rows) for name in "abc"] == reference.selected(values, str(q), selection)
 
 
 def test_the_votes_are_shares_of_the_texts() -> None:
     values = torch.randn(9, 2, 10, generator=torch.Generator().manual_seed(1))
-    found = select(dataclasses.replace(Attributions.of(values), modules=("a", "b")), 30, "layer-balanced")
+    found = select(dataclasses.replace(in_memory(values), modules=("a", "b")), 30, "layer-balanced")
     for one in found.values():
         assert float(one.votes.sum()) == pytest.approx(3)
         assert float(one.votes[list(one.rows)].min()) >= float(

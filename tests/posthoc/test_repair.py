@@ -340,7 +340,7 @@ def test_started_again_it_takes_its_statistics_from_the_store(
         with pytest.raises(KeyboardInterrupt):
             repaired(mu=0.5)
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="keeptune"):
-        patch.setattr(repair_problem.Runner, "forward", killed)
+        patch.setattr(repair_problem.Runner, "run", killed)
         repaired(mu=0.5)
     assert "taken from" in caplog.text
     assert ".repaired.left" not in names_in(tmp_path)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.models import calibration, llama, shard, task
+from tests.models import calibration, in_memory, llama, shard, task
 from tests.reference.attribution_reference import attribution
 from torch import Tensor
 
@@ -65,9 +65,9 @@ def test_functions_of_a_statistic_get_attributions(tmp_path: Path) -> None:
 
 def test_the_profile_is_the_mean_size_of_each_layer_relative_to_the_largest() -> None:
     values = torch.tensor([[[1.0, -2.0], [3.0, 3.0]], [[1.0, 0.0], [-6.0, 0.0]]])  # two texts, two layers, two nodes
-    assert layer_profile(Attributions.of(values)).tolist() == pytest.approx([4 / 12, 1.0])
+    assert layer_profile(in_memory(values)).tolist() == pytest.approx([4 / 12, 1.0])
     with pytest.raises(StatisticsError, match="no attribution above zero"):
-        layer_profile(Attributions.of(torch.zeros(1, 2, 2)))
+        layer_profile(in_memory(torch.zeros(1, 2, 2)))
 
 
 def folders(store: Path) -> list[Path]:
@@ -284,6 +284,6 @@ def test_the_time_of_the_first_texts_is_told(tmp_path: Path, caplog: pytest.LogC
 
 def test_attributions_at_hand() -> None:
     values = torch.randn(5, 3, 4)
-    found = Attributions.of(values)
+    found = in_memory(values)
     assert (found.layers, found.nodes, found.samples) == ((0, 1, 2), 4, 5)
     assert torch.equal(torch.cat(list(found.chunks(2))), values)

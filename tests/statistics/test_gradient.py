@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from keeptune.core.errors import StatisticsError
 from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.linalg.decompositions import exact_svd
-from keeptune.model.runner import Runner
+from keeptune.model.runner import Runner, Taps
 from keeptune.model.summed_loss import Loss, drawn_labels, summed_loss
 from keeptune.statistics.collect import Statistics
 from keeptune.statistics.covariance import DirectionVariances, GradientCovariance, InputCovariance
@@ -95,15 +94,19 @@ def test_a_classifier_needs_labels(tmp_path: Path) -> None:
 
 def test_one_sweep_serves_inputs_and_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, passes = Bench(MODELS["llama"](), tmp_path), []
-    for name in ("forward", "backward"):
-        plain: Callable[..., None] = getattr(Runner, name)
-        monkeypatch.setattr(Runner, name, lambda *a, _n=name, _p=plain, **k: (passes.append(_n), _p(*a, **k))[1])
+    plain = Runner.run
+
+    def run(self: Runner, batches: Any, taps: Taps, loss: Loss | None = None, **more: Any) -> None:
+        passes.append(loss is not None)
+        plain(self, batches, taps, loss, **more)
+
+    monkeypatch.setattr(Runner, "run", run)
     collected(bench, INPUT, GRADIENT, DIRECTIONS)
-    assert passes == ["backward"]
+    assert passes == [True]
     collected(bench, INPUT, GRADIENT, DIRECTIONS)
-    assert passes == ["backward"]
+    assert passes == [True]
     collected(bench, SAMPLED)
-    assert passes == ["backward", "backward"]
+    assert passes == [True, True]
 
 
 def test_the_model_is_given_back_as_it_was(tmp_path: Path) -> None:

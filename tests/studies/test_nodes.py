@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models import in_memory
 from tests.pipeline.support import keeptune, recipe_of, write_jsonl, write_recipe
 
 from keeptune.core.artefact import read_json
@@ -27,7 +28,7 @@ from keeptune.studies.suppress import drawn_rows, suppress
 Values = Callable[..., dict[str, Any]]
 LOKI = {"name": "loki", "q": 20, "attribution": {"steps": 3}}
 NODES, LAYERS = 64, 5
-RANDOM = Attributions.of(torch.randn(6, 3, 16, generator=torch.Generator().manual_seed(3)))
+RANDOM = in_memory(torch.randn(6, 3, 16, generator=torch.Generator().manual_seed(3)))
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_selections_are_those_of_the_method() -> None:
     for where in ("layer-balanced", "global-low", "global-high"):
         rows = tuple(selected.rows for selected in select(RANDOM_NAMED, 25, where).values())  # type: ignore[arg-type]
         assert chosen_rows(RANDOM_NAMED, 25, where) == rows  # type: ignore[arg-type]
-    flipped = Attributions.of(-torch.stack([RANDOM.read(at) for at in range(6)]))
+    flipped = in_memory(-torch.stack([RANDOM.read(at) for at in range(6)]))
     assert chosen_rows(RANDOM, 25, "layer-high") == chosen_rows(flipped, 25, "layer-balanced")
 
 
@@ -231,7 +232,7 @@ def test_a_map_counts_every_vote() -> None:
     assert mapped["edges"] == list(range(17))
     for name in ("highest", "lowest"):
         assert torch.tensor(mapped[name]).sum() == pytest.approx(quota(25, 48))
-    wide = density(Attributions.of(torch.randn(2, 2, 200)), 5)
+    wide = density(in_memory(torch.randn(2, 2, 200)), 5)
     sizes = torch.tensor(wide["edges"]).diff()
     assert len(sizes) == 64
     assert (torch.tensor(wide["lowest"]) * sizes).sum() == pytest.approx(quota(5, 400))

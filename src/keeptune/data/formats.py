@@ -148,7 +148,10 @@ def read_examples(
     chats = [one if isinstance(one, Conversation) else one.chat for one in found]
     talks = [one for one in chats if one is not None]
     texts = [one for one in found if isinstance(one, Answered)]
-    said = [one.completion for one in texts] or [_said(one, chat.roles_to_train) for one in talks]
+    said = [one.completion for one in texts]
+    for one in talks if not texts else ():
+        own = [message for message in one.messages if message["role"] in chat.roles_to_train]
+        said.append("".join(str(message["content"] or message.get("tool_calls") or "") for message in own))
     check_answers(said, where=where)
     plain = None
     if texts:
@@ -157,12 +160,6 @@ def read_examples(
     if plain is not None and not talks:
         return plain
     return replace(conversation_examples(talks, chat, where=where, truncate=truncate), plain=plain)
-
-
-def _said(conversation: Conversation, roles: Sequence[str]) -> str:
-    """Returns what the messages of some roles say or call."""
-    own = (message for message in conversation.messages if message["role"] in roles)
-    return "".join(str(message["content"] or message.get("tool_calls") or "") for message in own)
 
 
 def text_or_messages(value: Any, options: FormatOptions, *, where: str) -> str | Messages:
@@ -197,7 +194,12 @@ def _message(value: Any, options: FormatOptions, where: str) -> Mapping[str, Any
     if role == _CALL:
         role, content, call = "assistant", None, content
     if not isinstance(role, str) or role not in options.role_of:
-        raise _unknown_role(value, role, options, where)
+        got, next_step = f'the role "{role}"', f'Say what it is by `roles`, as in roles: {{assistant: ["{role}"]}}.'
+        if role is None:
+            got = f"no role (keys {named(list(map(str, value)))})"
+            next_step = "Name its key by `message_property_mappings`, as in {role: speaker, content: text}."
+        wanted = f"under {' or '.join(options.keys('role'))} one of {', '.join((*options.role_of, _CALL))}"
+        raise DataError(where, got=got, wanted=wanted, next_step=next_step)
     calls = _calls(held.pop("tool_calls") if call is None else call, where)
     train = weight if held["train"] is None else held["train"]
     if train not in (None, 0, 1):
@@ -338,12 +340,3 @@ def _refuse(row: Row, name: str, fields: Sequence[str], where: str, told: bool) 
 def _two_formats(where: str, other: str, name: str) -> DataError:
     next_step = "Put them into a file each; `train` takes a list of files."
     return DataError(where, got=f"the format {other}", wanted=f"{name}, as in row 1", next_step=next_step)
-
-
-def _unknown_role(message: Mapping[str, Any], role: Any, options: FormatOptions, where: str) -> DataError:
-    got = f'the role "{role}"' if role is not None else f"no role (keys {named(list(map(str, message)))})"
-    next_step = f'Say what it is by `roles`, as in roles: {{assistant: ["{role}"]}}.'
-    if role is None:
-        next_step = "Name its key by `message_property_mappings`, as in {role: speaker, content: text}."
-    wanted = f"under {' or '.join(options.keys('role'))} one of {', '.join((*options.role_of, _CALL))}"
-    return DataError(where, got=got, wanted=wanted, next_step=next_step)

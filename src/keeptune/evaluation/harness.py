@@ -150,7 +150,11 @@ class _Scorer:
             end = place + len(item.choices)
             record: dict[str, Any] = {"label": item.label, "choices": list(item.choices)}
             for side in SIDES:
-                record |= _accuracies(item, sums[side][place:end], side)
+                own = sums[side][place:end]
+                rates = [value / max(len(text), 1) for value, text in zip(own, item.choices, strict=True)]
+                record[side] = float(own.index(max(own)) == item.label)
+                record[f"acc_norm_{side}"] = float(rates.index(max(rates)) == item.label)
+                record[f"loglikelihoods_{side}"] = list(own)
             record["cut"] = any(tokens.cut for tokens in sequences[place:end])
             records.append(record | (_rewards(record) if self.benchmark.metric == "reward_accuracy" else {}))
             place = end
@@ -241,15 +245,6 @@ def _rewards(record: Mapping[str, Any]) -> dict[str, float]:
     better, worse = (a - b for b, a in zip(*(record[f"loglikelihoods_{side}"] for side in SIDES), strict=True))
     likelier = {f"preference_accuracy_{side}": record[side] for side in SIDES}
     return {"before": 0.5, "after": 0.5 if better == worse else float(better > worse), **likelier}
-
-
-def _accuracies(item: Item, sums: Sequence[float], side: Side) -> Mapping[str, Any]:
-    rates = [value / max(len(text), 1) for value, text in zip(sums, item.choices, strict=True)]
-    return {
-        side: float(sums.index(max(sums)) == item.label),
-        f"acc_norm_{side}": float(rates.index(max(rates)) == item.label),
-        f"loglikelihoods_{side}": list(sums),
-    }
 
 
 def classified(

@@ -134,9 +134,7 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
         _log.info(
             "model %s: dequantised from GGUF to %s, %.2g GB", name, model.dtype, model.get_memory_footprint() / 1e9
         )
-    _check_missing(name, info["missing_keys"], model, head)
-    if head is not None and not info["missing_keys"]:
-        _check_labels(name, head, load_config(name, options))
+    _check_head(name, info["missing_keys"], model, options)
     keep_layout(model)
     refuse_misread(model)
     loaded: PreTrainedModel = model
@@ -178,8 +176,9 @@ def load_config(name: str, options: LoadOptions = _DEFAULTS) -> Any:
         raise _cannot_load(name, error) from error
 
 
-def _check_missing(name: str, missing_keys: Iterable[str], model: Any, head: Head | None) -> None:
-    """Refuses weights without some parameter, a drawn head's aside."""
+def _check_head(name: str, missing_keys: Iterable[str], model: Any, options: LoadOptions) -> None:
+    """Refuses weights without some parameter, a drawn head's aside, and a head with the labels in another order."""
+    head = options.head
     drawn = () if head is None else tuple(f"{module}." for module in head_of(model))
     missing = sorted(key for key in missing_keys if not key.startswith(drawn))
     if missing:
@@ -192,9 +191,9 @@ def _check_missing(name: str, missing_keys: Iterable[str], model: Any, head: Hea
             else "Copy the whole model; only the head may be missing.",
         )
 
-
-def _check_labels(name: str, head: Head, config: Any) -> None:
-    """Refuses a head that the base brings, with the same labels in another order."""
+    if head is None or missing_keys:
+        return
+    config = load_config(name, options)
     brought = [config.id2label[index] for index in sorted(config.id2label)]
     if sorted(brought) == sorted(head.labels) and brought != list(head.labels):
         raise ModelError(
@@ -365,10 +364,14 @@ def load_offloaded(name: str, options: LoadOptions) -> PreTrainedModel:
     Raises:
         ModelError: As ``load_model``, or the model cannot be read in parts, as one quantised by bitsandbytes.
     """
+    places: dict[str, Any] = {"": "disk"}
+    if options.head is not None:  # which may have been drawn
+        shapes = load_shapes(name, options)
+        places = {part: options.device if part in head_of(shapes) else "disk" for part, _ in shapes.named_children()}
     folder = tempfile.TemporaryDirectory(prefix="keeptune-offload-")
     with ExitStack() as failed:
         failed.callback(folder.cleanup)
-        model = load_weights(name, options, device_map=_places(name, options), offload_folder=folder.name)
+        model = load_weights(name, options, device_map=places, offload_folder=folder.name)
         weakref.finalize(model, failed.pop_all().close)
     for module in model.modules():
         hook = hook_of(module)
@@ -382,12 +385,3 @@ def load_offloaded(name: str, options: LoadOptions) -> PreTrainedModel:
 def load_floats(name: str, options: LoadOptions) -> PreTrainedModel:
     """Loads a model of floats to read its weights: left on disk, but for a GGUF file's, which is not read in parts."""
     return load_model(name, options) if is_gguf(name) else load_offloaded(name, options)
-
-
-def _places(name: str, options: LoadOptions) -> dict[str, Any]:
-    """Returns what is on disk: all, but for a classifier's head, which may have been drawn."""
-    if options.head is None:
-        return {"": "disk"}
-    shapes = load_shapes(name, options)
-    heads = head_of(shapes)
-    return {part: options.device if part in heads else "disk" for part, _ in shapes.named_children()}

@@ -96,7 +96,9 @@ def loading(
         # A copy: Transformers completes some configs in place.
         own = None if stored is None else quantization_config(stored)
         asked = None if fields is None else quantization_config(fields)
-        if own is not None and asked is not None and not _completes(asked, own):
+        # A recipe's config may only say how a quantised checkpoint is loaded, such as ``dequantize``.
+        says_how = isinstance(asked, LOADING_ATTRIBUTES_CONFIG_TYPES)
+        if own is not None and asked is not None and not (says_how and asked.quant_method == own.quant_method):
             raise ModelError(
                 where,
                 got=f"{_KEY} for a checkpoint that is quantised already ({own.quant_method.value})",
@@ -159,8 +161,3 @@ def _known(kind: str) -> frozenset[str]:
     """Returns the fields of a quantisation's config."""
     parameters = inspect.signature(AUTO_QUANTIZATION_CONFIG_MAPPING[kind].__init__).parameters
     return frozenset(parameters) - {"self", "kwargs"}
-
-
-def _completes(asked: Any, own: Any) -> bool:
-    """Whether a recipe's config only says how a quantised checkpoint is loaded, such as ``dequantize``."""
-    return isinstance(asked, LOADING_ATTRIBUTES_CONFIG_TYPES) and asked.quant_method == own.quant_method

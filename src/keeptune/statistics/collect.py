@@ -195,7 +195,10 @@ class _Collection:
             missing = [one for one, wanted in zip(every, left, strict=True) if wanted]
             for request, target in missing:
                 if isinstance(request, ModelRequest):
-                    self._measure(request, target)
+                    name, entry = source_name(request), self._entry(request, target)
+                    parts = request.measure(self.runner.model, self.data[name], self.store, self.sources[name])
+                    for part, value in parts.items() if is_first() else ():
+                        self.store.put(_part(entry, part), value)
             unseen = self._sum([(request, target) for request, target in missing if isinstance(request, RowRequest)])
             gathered(None)  # what the first has stored is there for all
             return unseen
@@ -230,12 +233,6 @@ class _Collection:
             _log.info("statistics: %d of %d %s taken from %s", count, every[name], name, self.store.folder)
         entries = {one: self._entry(*one) for one in missing}
         return missing, {one: entry for one, entry in entries.items() if not self.store.holds(entry)}
-
-    def _measure(self, request: ModelRequest, target: Target) -> None:
-        name, entry = source_name(request), self._entry(request, target)
-        parts = request.measure(self.runner.model, self.data[name], self.store, self.sources[name])
-        for part, value in parts.items() if is_first() else ():
-            self.store.put(_part(entry, part), value)
 
     def _sum(self, missing: Sequence[Measured]) -> dict[str, frozenset[Request]]:
         refuse_larger(max((request.kept(target) for request, target in missing), default=0), self.store.limit)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import StatisticsError
-from keeptune.data.calibration import Batch, Calibration
+from keeptune.data.calibration import Calibration
 from keeptune.model.probes.attribution import Attributor, Integral
 from keeptune.statistics.request import DataRole, ModelRequest
 from keeptune.statistics.store import Source, StatStore, TextEntries
@@ -127,11 +127,6 @@ class Attributions:
     read: Callable[[int], Tensor]
     modules: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, values: Tensor) -> Attributions:
-        """Returns attributions ``(N, L, D)`` that are in memory, of blocks 0 to L - 1."""
-        return cls(tuple(range(values.shape[1])), values.shape[2], values.shape[0], lambda sample: values[sample])
-
     def chunks(self, size: int = 64) -> Iterator[Tensor]:
         """Reads them ``(<= size, L, D)``, float32, at a time, in the order of their tokens."""
         for first in range(0, self.samples, size):
@@ -194,10 +189,7 @@ def _attribute(
     tokens = [token for _, token in texts if token is not None]
     left = Calibration(tuple(ids for ids, _ in texts), pad_id, labels=tuple(tokens) or None)
     for batch in left.batches(chunk):
-        yield list(zip(_rows(batch), attributor.attribute(batch, batch.labels), strict=True))
-
-
-def _rows(batch: Batch) -> list[_ScoredText]:
-    labels: Sequence[Any] = [None] * len(batch.input_ids) if batch.labels is None else batch.labels.tolist()
-    masked = zip(batch.input_ids, batch.attention_mask.bool(), labels, strict=True)
-    return [(tuple(ids[mask].tolist()), token) for ids, mask, token in masked]
+        labels: Sequence[Any] = [None] * len(batch.input_ids) if batch.labels is None else batch.labels.tolist()
+        masked = zip(batch.input_ids, batch.attention_mask.bool(), labels, strict=True)
+        rows = [(tuple(ids[mask].tolist()), token) for ids, mask, token in masked]
+        yield list(zip(rows, attributor.attribute(batch, batch.labels), strict=True))

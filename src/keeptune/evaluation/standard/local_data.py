@@ -150,14 +150,12 @@ def _boolq(row: Row) -> Row:
     return {"question": question, "label": ["false", "true"].index(row["answer"])}
 
 
-def _triviaqa(row: Row) -> Row:
-    aliases = row["answer"]["aliases"] if "answer" in row else row["answers"]
-    return {"question": row["question"], "answer": {"aliases": list(aliases)}}
-
-
 # Fields that are kept, all of which must exist, or a reader of several forms.
 _READERS: Mapping[str, tuple[str, ...] | Callable[[Row], Row]] = {
-    "triviaqa": _triviaqa,
+    "triviaqa": lambda row: {
+        "question": row["question"],
+        "answer": {"aliases": list(row["answer"]["aliases"] if "answer" in row else row["answers"])},
+    },
     "nq_open": ("question", "answer"),
     "efficientqa": ("question", "answer"),
     "webqs": ("question", "answers"),

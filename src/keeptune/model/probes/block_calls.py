@@ -330,11 +330,8 @@ def without_nodes(model: PreTrainedModel, rows: Mapping[str, Sequence[int]]) -> 
     with ExitStack() as stack:
         for name, own in rows.items():
             if own:
-                hook = partial(_silence, rows=torch.tensor(list(own)))
+                silenced = torch.tensor(list(own))
+                # Not a product with a mask: zero times infinity is none.
+                hook = partial(lambda rows, *seen: seen[2].index_fill(-1, rows.to(seen[2].device), 0), silenced)
                 stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield model
-
-
-def _silence(module: nn.Module, given: object, output: Tensor, *, rows: Tensor) -> Tensor:
-    """Not a product with a mask: zero times infinity is none."""
-    return output.index_fill(-1, rows.to(output.device), 0)

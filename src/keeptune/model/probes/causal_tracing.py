@@ -179,8 +179,9 @@ class Tracer:
         layers, steps = len(self.blocks.blocks), torch.arange(int(texts.prompts.max()), device=texts.mask.device)
         # The column of each position; -1 where a text is shorter.
         columns = torch.where(steps[:, None] < texts.prompts, texts.start + steps[:, None], -1)
-        # Before the first damaged token both runs are the same: nothing to restore.
-        first = _first_damaged(texts, noise)
+        # Before the first damaged token of any text both runs are the same: nothing to restore.
+        damaged = noise.ne(0).any(dim=-1).to(texts.mask.device)
+        first = int((damaged.int().argmax(dim=1) - texts.start).clamp_min(0).min())
         parts = [noised.expand(layers, first, -1, -1)]
         while first < len(columns):
             own = _from(int(columns[first][columns[first] >= 0].min()), texts)
@@ -213,12 +214,6 @@ def embedding_std(model: PreTrainedModel) -> float:
             total += float(values.sum())
             squares += float((values**2).sum())
     return math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
-
-
-def _first_damaged(texts: TracedBatch, noise: Tensor) -> int:
-    """Returns the first damaged position of any text; 0 where there is none."""
-    damaged = noise.ne(0).any(dim=-1).to(texts.mask.device)
-    return int((damaged.int().argmax(dim=1) - texts.start).clamp_min(0).min())
 
 
 def _from(start: int, texts: TracedBatch) -> Tensor:
