@@ -85,11 +85,11 @@ def plan(
         DataError: A text has no tokens, or a label is not one of the classifier's.
         RecipeError: The store is no folder.
     """
-    data, notes = _tokens(model, tokenizer, {"knowledge": knowledge, "task": task}, options)
+    data, notes = tokens_of(model, tokenizer, {"knowledge": knowledge, "task": task}, options)
     provenance = {"knowledge": None} | {role: tokens.fingerprint for role, tokens in data.items()}
     noted = {"notes": [*options.provenance.get("notes", ()), *notes]} if notes else {}
     options = replace(options, provenance={**provenance, **options.provenance, **noted})
-    with _store_of(options) as store:
+    with store_of(options) as store:
         return plan_for(model, method, store, data=data, penalties=penalties, options=options)
 
 
@@ -117,9 +117,9 @@ def collect(
     Raises:
         StatisticsError: Activations are not finite.
     """
-    calibration, _ = _tokens(model, tokenizer, {request.data: data}, options)
+    calibration, _ = tokens_of(model, tokenizer, {request.data: data}, options)
     targets = find_targets(model, options.targets, options.layers)
-    with _store_of(options) as store:
+    with store_of(options) as store:
         found = collect_for(Runner(model), dict.fromkeys(targets, frozenset({request})), calibration, store, options)
         return {target.name: found.view(target)[request] for target in targets if target.name not in found.unseen}
 
@@ -147,8 +147,8 @@ def attribute(
     Raises:
         ModelError: The model is no causal language model, or no block has an MLP down-projection.
     """
-    calibration, _ = _tokens(model, tokenizer, {request.data: data}, options)
-    with _store_of(options) as store:
+    calibration, _ = tokens_of(model, tokenizer, {request.data: data}, options)
+    with store_of(options) as store:
         targets, found = statistics_for(model, Loki(attribution=request), store, data=calibration, options=options)
         opened = found.view(targets[0]).attributions(request)
         return replace(opened, read=torch.cat(list(opened.chunks())).__getitem__)
@@ -189,7 +189,7 @@ def generate_knowledge(
 
 
 @contextmanager
-def _store_of(options: PlanOptions) -> Iterator[StatStore]:
+def store_of(options: PlanOptions) -> Iterator[StatStore]:
     """The store that is named, or one for this call."""
     with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
         folder, limit = (options.store, options.store_limit) if options.store else (scratch, sys.maxsize)
@@ -198,7 +198,7 @@ def _store_of(options: PlanOptions) -> Iterator[StatStore]:
         yield store
 
 
-def _tokens(
+def tokens_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     given: Mapping[DataRole, Sequence[Any] | None],
@@ -253,14 +253,19 @@ def export(
     Raises:
         ExportError: The gap is above the bound, or the format does not fit the plan.
     """
+    source = base_of(model, base, options.original)
+    return exporting.export(model, plan, folder, options, base=source, tokenizer=tokenizer)
+
+
+def base_of(model: PreTrainedModel | PeftModel, name: str, original: str | None = None) -> exporting.Base:
+    """Returns the base of a model in training, to be loaded afresh: in its dtype, and quantised again if it was."""
     head = Head.of(model.get_base_model() if isinstance(model, PeftModel) else model)
     dtype: Any = str(model.dtype).removeprefix("torch.")
     floats = LoadOptions(dtype=dtype, device=model.device, head=head)
     fields = quantised_on_load(model)
-    load = partial(load_model, base, replace(floats, quantization=fields))
-    original = options.original or (None if fields is None else base)
-    source = exporting.Base(base, load, partial(load_floats, options=floats), original, fields)
-    return exporting.export(model, plan, folder, options, base=source, tokenizer=tokenizer)
+    load = partial(load_model, name, replace(floats, quantization=fields))
+    original = original or (None if fields is None else name)
+    return exporting.Base(name, load, partial(load_floats, options=floats), original, fields)
 
 
 @out_of_memory("evaluate")

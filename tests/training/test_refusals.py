@@ -33,6 +33,7 @@ def pretend(trainer: Any, kind: DistributedType, version: int = 2) -> None:
         distributed_type=kind,
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version)),
         scaler=None,
+        clip_grad_norm_=None,
         sync_gradients=True,
     )
 

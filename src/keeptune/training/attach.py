@@ -46,6 +46,19 @@ def attach(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
     guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Guard)]
     if any(guard.attached for guard in guards):
         return
+    if trainer.is_in_train:
+        raise TrainError(
+            "attach",
+            got="a trainer that has started",
+            wanted="one before train(): the first steps would go without the penalties",
+            next_step="Make the trainer anew, and call keeptune.attach(trainer, plan) before trainer.train().",
+        )
+    add_plan(trainer, plan, loss)
+
+
+def add_plan(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
+    """Adds the same, of a plan that may be made only as training begins (:class:`keeptune.Callback`)."""
+    guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Guard)]
     refuse_zero(trainer.args)
     _keep_precise(trainer.model, plan)
     for key, value in plan.training.items():

@@ -234,13 +234,17 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
             logs |= penalties.read()
         log(logs, *args, **kwargs)
 
+    def clipping(*args: Any, **kwargs: Any) -> Any:
+        state.refuse_unless_due("gradients clipped")  # both are clipped together
+        return clip(*args, **kwargs)
+
+    state = PenaltyState(penalties, plan)
+    clip, trainer.accelerator.clip_grad_norm_ = trainer.accelerator.clip_grad_norm_, clipping
     if zero := trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         backward, trainer.accelerator.backward = trainer.accelerator.backward, with_term
     trainer.training_step = counting
     trainer.log = with_parts
-    trainer.add_callback(_Count(penalties, plan))
-    if any(penalties.state()):
-        trainer.add_callback(PenaltyState(penalties))
+    trainer.add_callback(state)
     trainer.callback_handler.callbacks.insert(0, _Verdict(trainer, penalties, plan))  # trackers end with training
     return penalties
 
@@ -254,25 +258,6 @@ def tokens_of(inputs: Any) -> int:
         return 0
     masks = [int(value.sum()) for name, value in inputs.items() if name.endswith("attention_mask")]
     return sum(masks) or sum(value.numel() for name, value in inputs.items() if name.endswith("input_ids"))
-
-
-class _Count(TrainerCallback):
-    """Stops a trainer that takes steps without penalties, since its loop has no ``training_step``."""
-
-    def __init__(self, penalties: Penalties, plan: Plan) -> None:
-        self._penalties, self._plan, self._seen = penalties, plan, 0
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._seen += 1
-        if self._penalties.taken != self._seen:
-            raise TrainError(
-                f"step {state.global_step}",
-                got=f"an optimiser step without the penalties {', '.join(p.name for p in self._plan.penalties)}"
-                if self._penalties.taken < self._seen
-                else f"{self._penalties.taken} penalties in {self._seen} optimiser steps",
-                wanted="a trainer whose loop calls training_step and ends each step at its last micro-batch",
-                next_step="Use another trainer, or call keeptune.Penalties.step in a loop of your own.",
-            )
 
 
 class _Verdict(TrainerCallback):
@@ -289,14 +274,19 @@ class _Verdict(TrainerCallback):
 
 
 class PenaltyState(TrainerCallback, ExportableState):
-    """Keeps what penalties change while training in the trainer's checkpoints."""
+    """Keeps what penalties change while training in the trainer's checkpoints, and sees that they count once a step.
 
-    def __init__(self, penalties: Penalties | None = None) -> None:
-        self.penalties = penalties
+    A step without them is refused before the optimiser takes it.
+    """
+
+    def __init__(self, penalties: Penalties | None = None, plan: Plan | None = None) -> None:
+        self.penalties, self._plan, self._seen, self._stepped = penalties, plan, 0, False
+        self._key = None if plan is None else plan.key
+        self._hook: Any = None
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps."""
-        return {"args": {}, "attributes": {"kept": self.penalties.state() if self.penalties else {}}}
+        return {"args": {}, "attributes": {"kept": self.penalties.state() if self.penalties else {}, "plan": self._key}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Restores the state of the checkpoint that training goes on from; a TrainError says that it has none."""
@@ -307,17 +297,54 @@ class PenaltyState(TrainerCallback, ExportableState):
                 wanted="false: keeptune's callbacks restore themselves",
                 next_step="Leave it out.",
             )
+        optimizer = getattr(kwargs.get("optimizer"), "optimizer", kwargs.get("optimizer"))
+        self._seen, self._stepped = self.penalties.taken, False  # training may have been interrupted within a step
+        self._release()
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self._hook = optimizer.register_step_pre_hook(lambda *_: self._before_step())
         if state.global_step == 0:
             return
-        kept = state.stateful_callbacks.get(type(self).__name__)
-        if kept is None:
+        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes")
+        if kept is None or kept.get("plan", self._key) != self._key:
             raise TrainError(
                 f"checkpoint of step {state.global_step}",
-                got="no state of the penalties",
+                got="no state of the penalties" if kept is None else "the state of another plan's penalties",
                 wanted="a checkpoint of a run with these penalties",
                 next_step="Train from the start, in another output folder.",
             )
-        self.penalties.restore(kept["attributes"]["kept"])
+        self.penalties.restore(kept["kept"])
+
+    def refuse_unless_due(self, what: str) -> None:
+        """Raises TrainError unless the penalties were added to this step's gradients, once, and it is to be taken."""
+        assert self.penalties is not None
+        assert self._plan is not None
+        if self.penalties.taken != self._seen + 1 or self._stepped:
+            names = ", ".join(p.name for p in self._plan.penalties)
+            counted = self.penalties.taken - self._seen
+            raise TrainError(
+                f"training step {self._seen + 1}",
+                got=f"{what} {f'with {counted} times' if counted > 1 else 'without'} the penalties {names}",
+                wanted="a trainer whose loop calls training_step and ends each step at its last micro-batch",
+                next_step="Use another trainer, or call keeptune.Penalties.step in a loop of your own.",
+            )
+
+    def _release(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _before_step(self) -> None:
+        self.refuse_unless_due("an optimiser step")
+        self._stepped = True
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Counts the step, which an optimiser may have left out, as under a ``GradScaler``."""
+        self._stepped = False
+        self.refuse_unless_due("an optimiser step")
+        self._seen += 1
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Leaves the optimiser alone."""
+        self._release()
 
 
 def _gradients(
