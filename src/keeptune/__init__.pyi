@@ -14,6 +14,8 @@ from .core.plan import Plan as Plan
 from .evaluation.benchmarks import FileBenchmark as FileBenchmark
 from .evaluation.model_pairs import AdapterPair as AdapterPair
 from .evaluation.model_pairs import TwoModels as TwoModels
+from .hosts.callback import Callback as Callback
+from .hosts.callback import CallbackOptions as CallbackOptions
 from .pipeline.planning import PlanOptions as PlanOptions
 from .posthoc.repair import Repair as Repair
 from .posthoc.repair import repair as repair

@@ -113,8 +113,9 @@ def _extras(runs: Sequence[FinishedRun], entries: Sequence[dict[str, Any]], outp
         for result in run.results
     )
     folders = [run.folder for run in runs]
-    again = [shlex.join(["keeptune", "run", str(folder / "recipe.json")]) for folder in folders]
-    commands = [("Run it again", "\n".join(again))]
+    recipes = [run.folder / "recipe.json" for run in runs if "trainer" not in run.recipe]  # else it is a script's
+    again = [shlex.join(["keeptune", "run", str(path)]) for path in recipes]
+    commands = [("Run it again", "\n".join(again))] if again else []
     if folders != [output]:
         line = shlex.join(["keeptune", "report", *map(str, folders), "--output", str(output)])
         commands.append(("Join the runs", line))

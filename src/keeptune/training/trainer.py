@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,14 @@ def train(
         refuse_other_states(trainer, resume)
     with explain_full_disk(folder), biases_are_no_shards():
         trainer.train() if resume is None else go_on(trainer, resume)
-    rows = [_point(row) for row in trainer.state.log_history if "loss" in row]
+    return loss_curve(trainer.state.log_history, plan)
+
+
+def loss_curve(log: Sequence[Mapping[str, float]], plan: Plan) -> list[dict[str, float]]:
+    """Returns what :func:`train` does, given the log of a trainer that has ended."""
+    rows = [_point(row) for row in log if "loss" in row]
     if rows and plan.penalties:  # the last row is that of the verdict
-        rows[-1] |= {key: value for key, value in trainer.state.log_history[-1].items() if key.startswith("held_out/")}
+        rows[-1] |= {key: value for key, value in log[-1].items() if key.startswith("held_out/")}
     return rows
 
 

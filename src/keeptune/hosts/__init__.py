@@ -1,0 +1,1 @@
+"""keeptune inside the trainers that users already have."""

@@ -1,0 +1,170 @@
+"""The plan of a LoRA that is there already: a plain one, not trained yet, as PEFT or a trainer made it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from keeptune.core.artefact import canonical_json
+from keeptune.core.errors import TrainError, named
+from keeptune.core.low_rank import LowRank
+from keeptune.core.plan import Decision, Plan, TargetPlan
+from keeptune.core.target import Target
+from keeptune.data.calibration import Calibration
+from keeptune.methods.base import Method, dropout_field
+from keeptune.methods.lora import LoraStart
+from keeptune.model.blocks import find_targets, head_of
+from keeptune.model.head import body_fingerprint
+from keeptune.model.runner import Runner
+from keeptune.penalties.base import Penalty
+from keeptune.pipeline.planning import PlanOptions, with_penalties
+from keeptune.statistics.request import DataRole
+from keeptune.statistics.store import StatStore
+
+# Fields of LoraConfig that say which modules, and of which size; any other makes more of it than A and B.
+_FREE = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+    *("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version"),
+    *("auto_mapping", "runtime_config"),
+}
+_BOTH = frozenset({"A", "B"})
+_BEFOREHAND = (
+    "Make it beforehand: plan = keeptune.plan(model, tokenizer, {}, knowledge=texts), then "
+    "tuned = keeptune.install(model, plan) for the trainer, and callbacks=[keeptune.Callback(plan=plan)]."
+)
+_LORA = "Pass peft_config=LoraConfig(...) to the trainer, or get_peft_model(model, LoraConfig(...))."
+
+
+def refuse_start(method: Method, penalties: Sequence[Penalty], knowledge: Any) -> None:
+    """Raises TrainError for a method that has another start than a plain LoRA, or where there is no knowledge."""
+    if not isinstance(method, LoraStart) or method.trains != _BOTH or method.training():
+        raise TrainError(
+            f"keeptune.Callback, method {method.name}",
+            got="a method that chooses what is trained, and from where, before there is an adapter",
+            wanted="its plan, or a method that starts as LoRA does, such as keep",
+            next_step=_BEFOREHAND.format(f"keeptune.{type(method).__name__}(...)"),
+        )
+    if knowledge is None and any("knowledge" in one.data for one in penalties):
+        raise TrainError(
+            "keeptune.Callback, knowledge",
+            got="none",
+            wanted=f"texts that hold what the model should keep, for {named([one.name for one in penalties])}",
+            next_step="Pass knowledge=texts; keeptune.generate_knowledge(model, tokenizer) has the base write some.",
+        )
+
+
+@contextmanager
+def without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+    """Takes the layers of an adapter out for a while: yields the base as it was, not a copy, and them by their names.
+
+    Raises:
+        TrainError: There is no adapter that could be adopted.
+    """
+    refuse_adapter(model)
+    base: Any = model.get_base_model()
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    wrapped: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, kinds)}
+    layers = {name: module for name, module in wrapped.items() if isinstance(module, BaseTunerLayer)}
+
+    def put(name: str, module: Any) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, module)
+
+    try:
+        for name, module in wrapped.items():
+            put(name, module.get_base_layer() if name in layers else module.original_module)
+        yield base, layers
+    finally:
+        for name, module in wrapped.items():
+            put(name, module)
+
+
+def refuse_adapter(model: PreTrainedModel | PeftModel) -> None:
+    """Raises TrainError for a model without an adapter, or with one that is more than a plain LoRA."""
+    if not isinstance(model, PeftModel):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        raise _refused(f"{type(model).__name__} without an adapter, in which {trained:,} numbers are trained", _LORA)
+    if model.active_adapters != ["default"]:
+        raise _refused(f"the active adapters {named(model.active_adapters)}", "Have one active, and name it default.")
+    config, plain = model.peft_config["default"], LoraConfig()
+    if not isinstance(config, LoraConfig):
+        raise _refused(f"an adapter of the kind {config.peft_type}", _LORA)
+    head = bool(head_of(model.get_base_model()))
+    special = [
+        f"{field}={value!r}"
+        for field, value in vars(config).items()
+        if field not in _FREE and value != getattr(plain, field, None) and not (head and field == "modules_to_save")
+    ]
+    if config.init_lora_weights not in (True, "gaussian"):
+        special.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if special:
+        raise _refused(f"a LoRA with {named(special)}", f"Leave it out. {_BEFOREHAND.format('method')}")
+    if any(isinstance(parameter.data, DTensor) for parameter in model.parameters()):
+        raise _refused("a model in shards (FSDP2), of which no plan can be made", _BEFOREHAND.format("method"))
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """An adapter that was taken out of its base: its layers by the names of their modules, and PEFT's config."""
+
+    layers: Mapping[str, Any]
+    config: LoraConfig
+
+    def plan(
+        self,
+        base: PreTrainedModel,
+        method: Method,
+        penalties: Sequence[Penalty],
+        store: StatStore,
+        *,
+        data: Mapping[DataRole, Calibration],
+        options: PlanOptions,
+    ) -> Plan:
+        """Makes its plan: the factors as they are, and penalties on them.
+
+        Raises:
+            TrainError: It tunes what is no linear map, or has been trained already.
+        """
+        fingerprint = body_fingerprint(base)
+        known = {target.name: target for target in find_targets(base)}
+        for name, layer in self.layers.items():
+            if name not in known:
+                raise _refused(f"a LoRA on {name}, no linear map of a block", "Leave it out of target_modules.")
+            if bool(layer.lora_B["default"].weight.any()):
+                raise _refused(
+                    f"a LoRA that has been trained already: B of {name} is not zero",
+                    "Merge it into the base (merge_and_unload, save_pretrained) and start from that, or go on from a "
+                    "checkpoint by trainer.train(resume_from_checkpoint=...).",
+                )
+        chosen = [target for name, target in known.items() if name in self.layers]
+        head = head_of(base)
+        given = {"rank": self.config.r, "alpha": self.config.lora_alpha, "dropout": self.config.lora_dropout}
+        plan = Plan(
+            method=method.name,
+            options=json.loads(canonical_json(method.options())) | given,
+            targets=tuple(_adopted(target, self.layers[target.name]) for target in chosen),
+            peft=dropout_field(self.config.lora_dropout) | ({"modules_to_save": list(head)} if head else {}),
+            provenance={"model": fingerprint} | {role: tokens.fingerprint for role, tokens in data.items()},
+        )
+        options = replace(options, fingerprint=fingerprint)
+        return with_penalties(plan, penalties, Runner(base), store, data=data, options=options)
+
+
+def _adopted(target: Target, layer: Any) -> TargetPlan:
+    A, B = (getattr(layer, name)["default"].weight.detach().float().cpu().clone() for name in ("lora_A", "lora_B"))
+    return TargetPlan(target, Decision(len(A)), LowRank(B=B, A=A), layer.scaling["default"], _BOTH)
+
+
+def _refused(got: str, next_step: str) -> TrainError:
+    wanted = "a plain LoRA of PEFT's, not trained yet"
+    return TrainError("keeptune.Callback, model", got=got, wanted=wanted, next_step=next_step)
