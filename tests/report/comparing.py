@@ -88,6 +88,7 @@ def row(
         "folder": f"/runs/{name}",
         "seconds": {"plan": 1.0, "train": 20.0, "evaluate": 4.0},
         "trained_parameters": 109056,
+        **dict.fromkeys(("x", "K", "T", "KT")),
         "benchmarks": [
             benchmark | {"before": before, "after": after, "interval": [after - before - 0.03, after - before + 0.03]}
             for benchmark, (before, after) in zip(BENCHMARKS, scores, strict=True)

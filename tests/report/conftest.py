@@ -47,7 +47,7 @@ def _plan(varied: bool) -> list[dict[str, Any]]:
             "layer": layer,
             "role": role,
             "rank": 8 + layer * varied,
-            "evidence": {"spectrum": [*spectrum, 0.0], "energy": 0.9},
+            "evidence": {"spectrum": [*spectrum, 0.0]},
         }
         for layer in range(2)
         for role in ("q_proj", "v_proj")

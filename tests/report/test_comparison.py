@@ -119,7 +119,7 @@ def test_sentences_say_only_what_intervals_support() -> None:
     rows = [row("a", 0.1, -0.2, -0.1), row("b", 0.15, -0.1, 0.1), row("c", 0.5, 0.1, 0.2), row("d", 0.16)]
     matched = {"score": 0.8, "baseline": "lora", "rows": [*rows, row("lora", 0.2), row("e, rank 2", None)]}
     front = {"units": {"learned": "share", "forgotten": "share"}, "matched": matched}
-    assert sentences({}, front) == [
+    assert sentences(front) == [
         "Where the task score is 0.800, a forgets least: 10 points.",
         "lora, the baseline, forgets 20 there.",
         "Clearly less than lora (paired over seeds, 95%): a.",
@@ -129,7 +129,7 @@ def test_sentences_say_only_what_intervals_support() -> None:
         "“e, rank 2” does not reach it with every seed.",
     ]
     nothing = front | {"matched": {"score": 0.9, "baseline": "lora", "rows": [row("e", None)]}}
-    assert sentences({}, nothing) == ["No label reaches the task score 0.900 with every seed."]
+    assert sentences(nothing) == ["No label reaches the task score 0.900 with every seed."]
 
 
 def test_nats_are_not_points(records: tuple[Record, Record]) -> None:

@@ -17,7 +17,7 @@ from keeptune.report.figures import drawn, write_figure, write_figures
 from keeptune.report.pages import layer_charts, run_charts
 from keeptune.report.pages.charts import Chart, heat_map, map_chart
 from keeptune.report.pages.sweep_charts import sweep_charts
-from keeptune.report.records import parse_report
+from keeptune.report.records import as_report
 
 
 def swept(report: dict[str, Any]) -> list[Chart]:
@@ -26,7 +26,7 @@ def swept(report: dict[str, Any]) -> list[Chart]:
 
 
 def test_minimal_report_draws_what_it_can(minimal: dict[str, Any]) -> None:
-    parsed = parse_report(minimal)
+    parsed = as_report(minimal)
     assert run_charts.tradeoff(parsed) is run_charts.losses(parsed) is None
     assert run_charts.relations(parsed) == layer_charts.ranks(parsed) == layer_charts.spectra(parsed) == []
 
@@ -71,7 +71,7 @@ def test_dollar_signs_and_markup_are_plain_text(make: Callable[..., dict[str, An
 
 
 def test_spectra_of_methods_that_share_them_are_drawn_once(full: dict[str, Any]) -> None:
-    (chart,) = layer_charts.spectra(parse_report(full))
+    (chart,) = layer_charts.spectra(as_report(full))
     assert chart.alt == "Spectrum: lora-null-v1 and milora"
     assert chart.labels == ("q_proj", "v_proj")
 
@@ -81,9 +81,9 @@ def test_missing_values_leave_gaps(make: Callable[..., dict[str, Any]]) -> None:
     report["methods"][0]["benchmarks"][0].update(after=None, interval=None)
     report["methods"][0]["loss"] = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 1.0}]
     assert len(drawn(swept(report)).axes) == 3
-    chart = run_charts.tradeoff(parse_report(report))
+    chart = run_charts.tradeoff(as_report(report))
     assert chart is not None and [trace.name for trace in chart.figure.data] == ["b", "base model"]
-    assert run_charts.losses(parse_report(report)) is None
+    assert run_charts.losses(as_report(report)) is None
 
 
 @pytest.mark.parametrize("count", [3, 50])
@@ -91,7 +91,7 @@ def test_relations_are_sorted_and_limited(make: Callable[..., dict[str, Any]], c
     report = make(("a", 0.9, 0.8))
     groups = {f"r{n}": {"n": 5, "before": 1.0, "after": 1.0 - 0.01 * n} for n in range(count)}
     report["methods"][0]["benchmarks"][0]["groups"] = groups
-    (chart,) = run_charts.relations(parse_report(report))
+    (chart,) = run_charts.relations(as_report(report))
     names = chart.figure.layout.yaxis.ticktext
     assert names[0] == f"r{count - 1} (n=5)"
     assert len(names) == min(count, 40)

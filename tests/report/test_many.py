@@ -14,7 +14,7 @@ from keeptune.report.pages import run_charts, run_tables
 from keeptune.report.pages.charts import mark
 from keeptune.report.pages.run_page import render_html
 from keeptune.report.pages.verdict import verdict
-from keeptune.report.records import parse_report
+from keeptune.report.records import as_report
 
 NAMES = [f"method-{letter}" for letter in "abcdefghijklmnop"]
 
@@ -38,7 +38,7 @@ def test_every_method_has_a_look_of_its_own() -> None:
 
 
 def test_so_many_losses_have_no_raw_values_behind(many: dict[str, Any]) -> None:
-    chart = run_charts.losses(parse_report(many))
+    chart = run_charts.losses(as_report(many))
     assert chart is not None
     assert [trace.name for trace in chart.figure.data] == NAMES
 
@@ -57,7 +57,7 @@ def test_the_verdict_counts_what_it_cannot_name(make: Callable[..., dict[str, An
 
 
 def test_options_tell_the_common_from_the_rare(many: dict[str, Any]) -> None:
-    common, grid = run_tables.options(parse_report(many))
+    common, grid = run_tables.options(as_report(many))
     assert common == "rank 8"
     assert grid is not None
     assert grid.rows[0] == ("method-a", Cell("train.learning rate 0.0001", kind="path"))
@@ -70,15 +70,15 @@ def test_options_tell_the_common_from_the_rare(many: dict[str, Any]) -> None:
 def test_lists_among_options_are_told_in_words(many: dict[str, Any]) -> None:
     for run in many["methods"]:
         run["options"]["lora.targets"] = ["q_proj", "up_proj"]
-    common, _ = run_tables.options(parse_report(many))
+    common, _ = run_tables.options(as_report(many))
     assert "q_proj up_proj" in common
     assert "[" not in common
 
 
 def test_options_of_one_method_and_of_none(minimal: dict[str, Any]) -> None:
-    assert run_tables.options(parse_report(minimal)) == ("", None)
+    assert run_tables.options(as_report(minimal)) == ("", None)
     minimal["methods"][0]["options"] = {"rank": 8, "alpha": None}
-    common, grid = run_tables.options(parse_report(minimal))
+    common, grid = run_tables.options(as_report(minimal))
     assert common == ""
     assert grid == Grid(("method", "options"), (("lora", Cell("rank 8; alpha –", kind="path")),))
 
@@ -86,5 +86,5 @@ def test_options_of_one_method_and_of_none(minimal: dict[str, Any]) -> None:
 def test_options_that_are_all_the_same_need_no_table(many: dict[str, Any]) -> None:
     for run in many["methods"]:
         run["options"] = {"rank": 8}
-    assert run_tables.options(parse_report(many)) == ("rank 8", None)
+    assert run_tables.options(as_report(many)) == ("rank 8", None)
     assert "The same for all: rank 8." in render_html(many)

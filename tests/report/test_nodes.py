@@ -14,7 +14,7 @@ from keeptune.core.evidence import bounded
 from keeptune.report.pages.layer_charts import votes
 from keeptune.report.pages.run_page import render_html
 from keeptune.report.pages.study_charts import density_charts, overlap_charts
-from keeptune.report.records import parse_report
+from keeptune.report.records import as_report
 from keeptune.report.tables.analyses import print_overlap, print_suppressed
 
 VOTES = [[0.0, 0.5, 1.0, 0.0], [0.25, 0.25, 0.0, 0.5]]
@@ -37,7 +37,7 @@ def test_many_votes_are_drawn_as_they_were(minimal: dict[str, Any]) -> None:
         made = voted(minimal)
         for row, own in zip(made["methods"][0]["plan"], evidence, strict=True):
             row["evidence"] = own
-        (chart,) = votes(parse_report(made))
+        (chart,) = votes(as_report(made))
         drawn.append(numpy.asarray(chart.figure.data[0].z, dtype=float))
     assert drawn[0].shape == (2, 64)
     numpy.testing.assert_allclose(drawn[1], drawn[0], rtol=1e-12)
@@ -45,7 +45,7 @@ def test_many_votes_are_drawn_as_they_were(minimal: dict[str, Any]) -> None:
 
 def test_a_plan_with_votes_gets_a_row_for_each_block(minimal: dict[str, Any]) -> None:
     report = voted(minimal)
-    (chart,) = votes(parse_report(report))
+    (chart,) = votes(as_report(report))
     assert [list(row) for row in chart.figure.data[0].z] == VOTES
     text = render_html(report)
     assert "How many texts name each node" in text
@@ -56,18 +56,18 @@ def test_many_nodes_are_averaged_in_bins(minimal: dict[str, Any]) -> None:
     report = voted(minimal)
     for row, share in zip(report["methods"][0]["plan"], (0.2, 0.4), strict=True):
         row["evidence"]["votes"] = [share, 0.0] * 100
-    (chart,) = votes(parse_report(report))
+    (chart,) = votes(as_report(report))
     table = numpy.array(chart.figure.data[0].z)
     assert table.shape == (2, 64)
     assert table.mean(axis=1) == pytest.approx([0.1, 0.2], rel=0.02)
 
 
 def test_without_votes_there_is_no_picture(minimal: dict[str, Any]) -> None:
-    assert votes(parse_report(minimal)) == []
+    assert votes(as_report(minimal)) == []
     report = voted(minimal)
     for row in report["methods"][0]["plan"]:
         row["evidence"]["votes"] = [0.0] * 4
-    assert votes(parse_report(report)) == []
+    assert votes(as_report(report)) == []
 
 
 def benchmark(after: float) -> dict[str, Any]:

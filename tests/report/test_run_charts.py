@@ -11,7 +11,7 @@ from keeptune.report.grids import Cell, bar
 from keeptune.report.pages import layer_charts, run_charts
 from keeptune.report.pages.charts import heat_map, hover, mark, plain
 from keeptune.report.pages.run_tables import benchmark_tables
-from keeptune.report.records import parse_report
+from keeptune.report.records import as_report
 
 
 def with_everything(full: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def with_everything(full: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_kind_of_figure_is_drawn(full: dict[str, Any]) -> None:
-    report = parse_report(with_everything(full))
+    report = as_report(with_everything(full))
     charts = [
         run_charts.tradeoff(report),
         run_charts.losses(report),
@@ -43,7 +43,7 @@ def test_every_kind_of_figure_is_drawn(full: dict[str, Any]) -> None:
 
 
 def test_a_point_tells_its_setting_and_scores(full: dict[str, Any]) -> None:
-    chart = run_charts.tradeoff(parse_report(full))
+    chart = run_charts.tradeoff(as_report(full))
     assert chart is not None
     means = [trace for trace in chart.figure.to_plotly_json()["data"] if trace["name"] == "lora"]
     assert means[0]["x"] == [pytest.approx(0.831)]
@@ -67,7 +67,7 @@ def test_a_point_tells_its_setting_and_scores(full: dict[str, Any]) -> None:
 
 
 def test_error_bars_end_at_the_interval(make: Any) -> None:
-    chart = run_charts.tradeoff(parse_report(make(("lora", 0.7, 0.8))))
+    chart = run_charts.tradeoff(as_report(make(("lora", 0.7, 0.8))))
     assert chart is not None
     trace = chart.figure.to_plotly_json()["data"][0]
     assert trace["error_x"]["array"] == [pytest.approx(0.04)]
@@ -75,22 +75,22 @@ def test_error_bars_end_at_the_interval(make: Any) -> None:
 
 
 def test_relations_of_one_method_are_bars_and_of_several_a_map(full: dict[str, Any], make: Any) -> None:
-    (several,) = run_charts.relations(parse_report(full))
+    (several,) = run_charts.relations(as_report(full))
     assert several.figure.to_plotly_json()["data"][0]["type"] == "heatmap"
     assert several.figure.to_plotly_json()["data"][0]["z"][0] == pytest.approx([29.9, 7.9, 22.9])
-    (single,) = run_charts.relations(parse_report(make(("lora", 0.7, 0.8))))
+    (single,) = run_charts.relations(as_report(make(("lora", 0.7, 0.8))))
     assert [row[0] for row in single.figure.data[0].z] == pytest.approx([33.0, 32.0, 31.0, 30.0])
 
 
 def test_drift_is_a_map_of_layers_by_steps(full: dict[str, Any]) -> None:
-    chart = next(c for c in layer_charts.penalties(parse_report(with_everything(full))) if c.name == "drift0")
+    chart = next(c for c in layer_charts.penalties(as_report(with_everything(full))) if c.name == "drift0")
     trace = chart.figure.to_plotly_json()["data"][0]
     assert [row[0] for row in trace["z"]] == [0.01, 0.02]
     assert chart.figure.to_plotly_json()["layout"]["yaxis"]["autorange"] == "reversed"
 
 
 def test_importances_are_coloured_by_logarithm_and_say_the_number(full: dict[str, Any]) -> None:
-    charts = layer_charts.ranks(parse_report(with_everything(full)))
+    charts = layer_charts.ranks(as_report(with_everything(full)))
     trace = next(chart for chart in charts if chart.name.startswith("importances")).figure.to_plotly_json()["data"][0]
     assert trace["z"][0] == pytest.approx([-2.0, math.log10(0.02)])
     assert trace["text"][0] == ["1.0e-02", "2.0e-02"]
@@ -118,7 +118,7 @@ def test_bars_point_to_the_better_side() -> None:
 
 
 def test_a_rising_loss_points_to_the_worse_side(full: dict[str, Any]) -> None:
-    tables = {table.name: table for table in benchmark_tables(parse_report(full))}
+    tables = {table.name: table for table in benchmark_tables(as_report(full))}
     assert list(tables) == ["facts", "wiki", "tools"]
     (_, _, change), (_, _, task) = (tables[name].grid.rows[0] for name in ("wiki", "tools"))
     assert isinstance(change, Cell) and isinstance(task, Cell) and change.bar and task.bar

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     Strict,
+    StrictInt,
     ValidationError,
     model_validator,
 )
@@ -21,35 +24,19 @@ from keeptune.core.errors import ArtefactError
 from keeptune.core.intervals import lower_is_better
 
 _LAYER: Final = "drift/layer_"
-T = TypeVar("T")
 
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _not_text(value: object) -> object:
-    if isinstance(value, bool | str):
-        raise ValueError("Input should be a whole number")
-    return value
+def _known(times: Mapping[str, float | None]) -> dict[str, float]:
+    return {stage: seconds for stage, seconds in times.items() if seconds is not None}
 
 
-def _curves(value: object) -> object:
-    """Keeps lists of numbers, and curves of which there are some points; drops the rest."""
-    if not isinstance(value, Mapping):
-        return value or {}
-    lists = {str(key): {"values": own} for key, own in value.items() if isinstance(own, list | tuple) and own}
-    whole = {key: own for key, own in lists.items() if not isinstance(own["values"][0], list | tuple | str | Mapping)}
-    return whole | {str(key): own for key, own in value.items() if isinstance(own, Mapping) and "at" in own}
-
-
-# Null is NaN in a number, None in a score, empty in a list or a mapping.
+# Null is NaN in a number, None in a score.
 Number = Annotated[float, Strict(), BeforeValidator(lambda value: math.nan if value is None else value)]
 Score = Annotated[Annotated[float, Strict()] | None, AfterValidator(_finite)]
-Whole = Annotated[int, BeforeValidator(_not_text)]
-Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
-Many = Annotated[tuple[T, ...], BeforeValidator(lambda value: () if value is None else value)]
-Named = Annotated[dict[str, T], BeforeValidator(lambda value: {} if value is None else value)]
 
 
 class _Record(BaseModel):
@@ -59,7 +46,7 @@ class _Record(BaseModel):
 class Group(_Record):
     """The scores on one group (relation) of a benchmark."""
 
-    n: Whole
+    n: StrictInt
     before: Number
     after: Number
 
@@ -67,15 +54,15 @@ class Group(_Record):
 class Benchmark(_Record):
     """One benchmark of one run, before and after training; the interval is of after - before."""
 
-    name: Text
+    name: str
     role: Literal["knowledge", "task"]
-    metric: Text = "exact_match"
-    n: Whole
+    metric: str = "exact_match"
+    n: StrictInt
     before: Number
     after: Number
     interval: Annotated[tuple[Number, Number], BeforeValidator(lambda value: (None, None) if value is None else value)]
     kl: Score = Field(default=None, alias="kl_to_base")
-    groups: Named[Group] = {}
+    groups: dict[str, Group] = {}
     chat: bool = False
 
     @property
@@ -101,45 +88,32 @@ class Curve(_Record):
         values: The numbers.
         at: Their places; of means, where each range begins.
         size: How many numbers the whole has.
-        ranges: Whether the numbers are means.
     """
 
-    values: tuple[Number, ...] = ()
+    values: tuple[Number, ...] = Field(default=(), validation_alias=AliasChoices("values", "means"))
     at: tuple[int, ...] = ()
-    size: Whole = 0
-    ranges: bool = False
+    size: StrictInt = 0
 
     @model_validator(mode="before")
     @classmethod
-    def _complete(cls, value: Any) -> Any:
-        """Numbers the values of a whole curve, and takes means for values."""
-        if not isinstance(value, Mapping):
-            return value
-        if "at" not in value:
-            size = len(value.get("values", ()))
-            return {**value, "at": range(size), "size": size}
-        return {**value, "values": value["means"], "ranges": True} if "means" in value else value
+    def _whole(cls, value: Any) -> Any:
+        """Numbers the values of a whole curve, which is a list."""
+        return {"values": value, "at": range(len(value)), "size": len(value)} if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _fits(self) -> Curve:
-        if len(self.at) != len(self.values) or any(place >= self.size for place in self.at[-1:]):
-            raise ValueError(f"a curve of {self.size} with {len(self.at)} places and {len(self.values)} values")
+        if len(self.at) != len(self.values):
+            raise ValueError(f"a curve with {len(self.at)} places and {len(self.values)} values")
         return self
 
 
 class PlanRow(_Record):
-    """What a method decided for one weight matrix; evidence that holds no numbers is left out."""
+    """What a method decided for one weight matrix."""
 
-    target: Text = ""
-    layer: Whole | None = None
-    given_role: Text = Field(default="", alias="role")
-    rank: Whole | None = None
-    evidence: Annotated[dict[str, Curve], BeforeValidator(_curves)] = {}
-
-    @property
-    def role(self) -> str:
-        """The role, else the last part of the target's name."""
-        return self.given_role or self.target.rsplit(".", 1)[-1] or "?"
+    layer: StrictInt
+    role: str
+    rank: StrictInt | None = None
+    evidence: dict[str, Curve] = {}
 
     @property
     def importance(self) -> float | None:
@@ -162,37 +136,32 @@ class Step(_Record):
     kl_to_base: Number | None = None
     kl_held_out: Number | None = None
     kl_budget: Number | None = None
-    layers: dict[int, Number] = {}
+    model_config = ConfigDict(frozen=True, extra="allow")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _gather_layers(cls, value: Any) -> Any:
-        """Gathers the layers' drifts; what is outside any block has layer -1 and is left out."""
-        if not isinstance(value, Mapping):
-            return value
-        drifts = {key.removeprefix(_LAYER): one for key, one in value.items() if key.startswith(_LAYER)}
-        return {**value, "layers": {int(key): one for key, one in drifts.items() if key.isdecimal()}}
+    @property
+    def layers(self) -> dict[int, float]:
+        """How far each layer was from its start, without what is outside any block (layer -1)."""
+        drifts = {key.removeprefix(_LAYER): one for key, one in (self.model_extra or {}).items() if _LAYER in key}
+        return {int(key): one for key, one in drifts.items() if key.isdecimal()}
 
 
 class Run(_Record):
     """One method trained with one seed."""
 
-    name: Text
-    given_label: Text = Field(default="", alias="label")
-    seed: Whole
+    name: str
+    given_label: str | None = Field(default=None, alias="label")
+    seed: StrictInt
     K: Score
     T: Score
     KT: Score
-    adapter: Text
+    adapter: str
     export_gap: Score
-    options: Named[Any] = {}
-    trained_parameters: Whole | None = None
-    seconds: Annotated[
-        Named[Number], AfterValidator(lambda times: {key: one for key, one in times.items() if math.isfinite(one)})
-    ] = {}
-    steps: Many[Step] = Field(default=(), alias="loss")
-    plan: Many[PlanRow] = ()
-    notes: Many[Text] = ()
+    options: dict[str, Any] = {}
+    trained_parameters: StrictInt | None = None
+    seconds: Annotated[dict[str, float], BeforeValidator(_known)] = {}
+    steps: tuple[Step, ...] = Field(default=(), alias="loss")
+    plan: tuple[PlanRow, ...] = ()
+    notes: tuple[str, ...] = ()
     benchmarks: tuple[Benchmark, ...]
 
     @property
@@ -220,7 +189,7 @@ class Run(_Record):
 class Report(_Record):
     """A whole report: the base model and every run."""
 
-    base: Text
+    base: str
     runs: tuple[Run, ...] = Field(alias="methods")
     version: str | None = None
     created: str | None = None
@@ -230,39 +199,29 @@ ReportLike = Mapping[str, Any] | Report
 
 
 def as_report(report: ReportLike) -> Report:
-    """Returns a report as it is, or parsed from the mapping read from ``report.json``."""
-    return report if isinstance(report, Report) else parse_report(report)
-
-
-def parse_report(raw: Mapping[str, Any]) -> Report:
-    """Returns the content of a ``report.json``, checked and typed.
+    """Returns a report as it is, or the content of a ``report.json``, checked and typed.
 
     Runs that repeat a label and a seed get a numbered label, such as "lora (2)".
 
     Raises:
         ArtefactError: A required key is missing or has the wrong kind of value.
     """
+    if isinstance(report, Report):
+        return report
     try:
-        report = Report.model_validate(raw)
+        parsed = Report.model_validate(report)
     except ValidationError as error:
-        raise _refused(error) from error
-    seen: dict[tuple[str, int], int] = {}
+        first = error.errors(include_url=False)[0]
+        raise ArtefactError(
+            f"report.json, {'.'.join(map(str, first['loc']))}",
+            got="nothing" if first["type"] == "missing" else repr(first["input"])[:80],
+            wanted=first["msg"],
+            next_step="Run the comparison again, or correct the file by hand.",
+        ) from error
+    seen: Counter[tuple[str, int]] = Counter()
     runs = []
-    for run in report.runs:
-        count = seen[run.label, run.seed] = seen.get((run.label, run.seed), 0) + 1
+    for run in parsed.runs:
+        seen[run.label, run.seed] += 1
+        count = seen[run.label, run.seed]
         runs.append(run if count == 1 else run.model_copy(update={"given_label": f"{run.label} ({count})"}))
-    return report.model_copy(update={"runs": tuple(runs)})
-
-
-def _refused(error: ValidationError) -> ArtefactError:
-    first = error.errors(include_url=False)[0]
-    *path, last = first["loc"] or ("",)
-    missing = first["type"] == "missing" and isinstance(last, str)
-    names = path if missing else [*path, last]
-    place = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
-    return ArtefactError(
-        f"report.json: {place}" if place else "report.json",
-        got=f'no key "{last}"' if missing else repr(first["input"])[:80],
-        wanted=f'the key "{last}"' if missing else first["msg"],
-        next_step="Run the comparison again, or correct the file by hand.",
-    )
+    return parsed.model_copy(update={"runs": tuple(runs)})

@@ -23,26 +23,23 @@ class Scales:
     """How the two axes of a comparison are printed: shares forgotten as points, everything else as it is."""
 
     def __init__(self, front: Mapping[str, Any]) -> None:
-        units = front.get("units") or {}
-        units = units if isinstance(units, Mapping) else {"learned": units, "forgotten": units}
-        axes = front.get("axes") or {}
-        self.nats = units.get("forgotten") == "nats"
-        self.factor = 1.0 if self.nats else 100.0
-        self.unit = "nats/token" if self.nats else "points"
-        score = "minus nats/token" if units.get("learned") == "nats" else "accuracy"
-        self.across = f"learned: {_named(axes.get('learned') or [], 'the task')} ({score} after training)"
-        self.up = f"forgotten: {_named(axes.get('forgotten') or [], 'knowledge')} ({self.unit})"
+        units, axes = front["units"] or {"learned": "share", "forgotten": "share"}, front.get("axes") or {}
+        self.nats = units["forgotten"] == "nats"
+        self.factor, self.unit = (1.0, "nats/token") if self.nats else (100.0, "points")
+        score = "minus nats/token" if units["learned"] == "nats" else "accuracy"
+        self.across = f"learned: {_named(axes.get('learned', ()))} ({score} after training)"
+        self.up = f"forgotten: {_named(axes.get('forgotten', ()))} ({self.unit})"
 
     def lost(self, value: float | None, signed: bool = False) -> str:
         """Returns what was forgotten as text, without its unit."""
-        if value is None or not math.isfinite(value):
+        if value is None:
             return "–"
         text = number(value) if self.nats else points(100 * value)
         return f"+{text}" if signed and value > 0 and float(text.replace("−", "-")) else text
 
     def spread(self, numbers: Mapping[str, Any] | None, signed: bool = False) -> str:
         """Returns a mean with its interval as text."""
-        if numbers is None or numbers.get("mean") is None:
+        if numbers is None:
             return "–"
         low, high = ends(numbers)
         text = self.lost(numbers["mean"], signed)
@@ -61,28 +58,27 @@ def labels_of(runs: Runs, front: Mapping[str, Any]) -> dict[str, int]:
 
 def setting_rows(row: Mapping[str, Any]) -> list[tuple[str, object]]:
     """Returns how a run or point was set, as names and values; the first four rows are those that all have."""
-    rate, strength, variant = row.get("learning_rate"), row.get("strength"), row.get("variant") or {}
-    rows: list[tuple[str, object]] = [
-        ("method", row.get("method")),
-        ("variant of", row.get("of")),
+    rate, strength = row["learning_rate"], row["strength"]
+    return [
+        ("method", row["method"]),
+        ("variant of", row["of"]),
         ("learning rate", None if rate is None else f"{rate:g}"),
         ("strength", None if strength is None else f"× {strength:g}"),
+        *((key, f"{value:g}") for key, value in (row["variant"] or {}).items()),
+        *((key, value) for key, value in row["settings"].items() if key != "train.learning_rate"),
     ]
-    rows += [(key, f"{value:g}" if isinstance(value, float) else value) for key, value in variant.items()]
-    named = {"learning_rate", "train.learning_rate"}
-    return [*rows, *((key, value) for key, value in (row.get("settings") or {}).items() if key not in named)]
 
 
 def cost(row: Mapping[str, Any]) -> str:
     """Returns what a run trained and how long it took, such as "109 k in 21 s"."""
-    seconds, trained = (row.get("seconds") or {}).get("train"), row.get("trained_parameters")
+    seconds, trained = row["seconds"]["train"], row["trained_parameters"]
     parts = [*([] if trained is None else [count(trained)]), *([] if seconds is None else [duration(seconds)])]
     return " in ".join(parts) or "–"
 
 
 def is_placed(row: Mapping[str, Any]) -> bool:
     """Returns whether a run is finished and has a place on both axes."""
-    return row["status"] == "done" and row.get("learned") is not None and row.get("forgotten") is not None
+    return row["status"] == "done" and row["learned"] is not None and row["forgotten"] is not None
 
 
 def ranges(runs: Runs, front: Mapping[str, Any], base: float | None) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -91,17 +87,16 @@ def ranges(runs: Runs, front: Mapping[str, Any], base: float | None) -> tuple[tu
     The intervals of two seeds reach far beyond and are cut off; ``base`` is the base's task score where it is known.
     """
     factor = Scales(front).factor
-    rows = [row for row in runs if is_placed(row)]
-    xs = [p["learned"]["mean"] for p in front["points"]] + [row["learned"] for row in rows]
-    ys = [p["forgotten"]["mean"] for p in front["points"]] + [row["forgotten"] for row in rows]
-    xs, ys = ([*xs, base], [*ys, 0.0]) if base is not None else (xs, ys)
+    places = [(row["learned"], row["forgotten"]) for row in runs if is_placed(row)]
+    places += [(point["learned"]["mean"], point["forgotten"]["mean"]) for point in front["points"]]
+    xs, ys = zip(*places, *([] if base is None else [(base, 0.0)]), strict=True)
     wide, high = max(max(xs) - min(xs), 0.01), max(max(ys) - min(ys), 0.01)
     across = (min(xs) - 0.05 * wide, max(xs) + 0.05 * wide)
     return across, (factor * (max(ys) + 0.06 * high), factor * (min(ys) - 0.06 * high))
 
 
-def _named(names: Sequence[str], other: str) -> str:
-    return " and ".join(names) if 0 < len(names) < 3 else f"mean of {len(names)} benchmarks" if names else other
+def _named(names: Sequence[str]) -> str:
+    return " and ".join(names) if len(names) < 3 else f"mean of {len(names)} benchmarks"
 
 
 def fronts(runs: Runs, front: Mapping[str, Any], base: float | None) -> Chart | None:
@@ -112,23 +107,24 @@ def fronts(runs: Runs, front: Mapping[str, Any], base: float | None) -> Chart | 
     scales = Scales(front)
     crowded = len(points) > _CLUTTER
     by_name = {point["name"]: point for point in points}
-    traces = [_best([by_name[name] for name in front["front"] if name in by_name], scales, barred=crowded)]
+    traces = [_best([by_name[name] for name in front["front"]], scales, barred=crowded)]
     shown = []
     for label, index in labels_of(runs, front).items():
         members = [point for point in points if point["label"] == label]
         if not members:
             continue
         shown.append(label)
-        on = [by_name[name] for name in front["fronts"].get(label, []) if name in by_name]
+        on = [by_name[name] for name in front["fronts"][label]]
         if len(on) > 1:
             traces.append(_front(label, mark(index), on, scales))
         if len(runs) <= _SEEDS and any(len(point["seeds"]) > 1 for point in members):
             rows = [row for row in runs if row["label"] == label and is_placed(row)]
             traces.append(_singles(label, mark(index), rows, scales))
         traces.append(_settings(label, mark(index), members, scales, shown=not crowded))
-    chosen = front.get("choice") or {}
-    if chosen.get("learned") is not None and chosen.get("forgotten") is not None:
-        traces.append(_ring(chosen["learned"], scales.factor * chosen["forgotten"]))
+    if chosen := front["choice"]:
+        marker = {"symbol": "circle-open", "size": 24, "color": "var(--ink)", "line": {"width": 2.5}}
+        place = {"x": [chosen["learned"]], "y": [scales.factor * chosen["forgotten"]]}
+        traces.append(go.Scatter(mode="markers", name="choice", marker=marker, hoverinfo="skip", **place))
     if base is not None:
         traces.append(base_star(base, 0.0))
     across, down = ranges(runs, front, base)
@@ -152,15 +148,10 @@ def _front(label: str, drawn: Mark, points: Points, scales: Scales) -> go.Scatte
 def _best(points: Points, scales: Scales, barred: bool) -> go.Scatter:
     ordered = sorted(points, key=scales.place)
     bars = _bars(ordered, "var(--muted)", scales, shown=True) if barred else {}
-    xs, ys = zip(*map(scales.place, ordered), strict=True) if ordered else ((), ())
+    xs, ys = zip(*map(scales.place, ordered), strict=True)
     line = {"color": "var(--front)", "width": 7}
     about = {"name": "front over all", "mode": "lines", "opacity": 0.5, "hoverinfo": "skip"}
     return go.Scatter(x=list(xs), y=list(ys), line=line, **about, **bars)
-
-
-def _ring(x: float, y: float) -> go.Scatter:
-    marker = {"symbol": "circle-open", "size": 24, "color": "var(--ink)", "line": {"width": 2.5}}
-    return go.Scatter(mode="markers", name="choice", x=[x], y=[y], marker=marker, hoverinfo="skip")
 
 
 def _singles(label: str, drawn: Mark, rows: Runs, scales: Scales) -> go.Scatter:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from keeptune.core.artefact import write_text
+from keeptune.core.intervals import mean_of_seeds
 from keeptune.report.figures import write_figures
 from keeptune.report.grids import Cell, Grid, bar
 from keeptune.report.numbers import ends, listing, number, option_text
@@ -41,26 +42,24 @@ def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
     """Returns the page, always the same of the same records; an ArtefactError names what a record lacks."""
     rows = runs["runs"]
     charts = _charts(rows, front)
-    recipes = [("Recipe", runs["recipe"])] if runs.get("recipe") else []
-    commands = [("Do it again", str(runs["command"]))] if runs.get("command") else []
     return render(
         "comparison.html.j2",
         list(charts.values()),
         runs["base"],
         _items(rows, front),
         **charts,
-        created=runs.get("created"),
-        version=runs.get("version"),
-        said=sentences(runs, front),
-        score=front["matched"].get("score"),
-        baseline=front["matched"].get("baseline"),
+        created=runs["created"],
+        version=runs["version"],
+        said=sentences(front),
+        score=front["matched"]["score"],
+        baseline=front["matched"]["baseline"],
         matched=matched_rows(runs, front),
         choice=_choice(front),
-        notes=front.get("notes") or [],
+        notes=front["notes"],
         failures=failures(runs, front),
         everything=every_run(runs),
         published=published(runs, front),
-        repeat=repeat(commands, recipes),
+        repeat=repeat([("Do it again", runs["command"])], [("Recipe", runs["recipe"])]),
         counts=_counts(runs, front),
     )
 
@@ -71,17 +70,16 @@ def _charts(rows: Sequence[Mapping[str, Any]], front: Front) -> dict[str, Chart 
 
 def base_score(rows: Sequence[Mapping[str, Any]], front: Front) -> float | None:
     """Returns the base's own score on the axis of learning; None where no run has it."""
-    axes = front.get("axes") or {}
-    for row in rows:
+    names = front["axes"]["learned"] if front["axes"] else ()
+    for row in rows if names else ():
         before = {b["name"]: b["before"] for b in row["benchmarks"] if b["before"] is not None}
-        names = axes.get("learned") or [b["name"] for b in row["benchmarks"] if b["role"] == "task"]
-        if names and all(name in before for name in names):
-            sign = -1.0 if (front.get("units") or {}).get("learned") == "nats" else 1.0
+        if all(name in before for name in names):
+            sign = -1.0 if front["units"]["learned"] == "nats" else 1.0
             return sign * math.fsum(before[name] for name in names) / len(names)
     return None
 
 
-def sentences(runs: Mapping[str, Any], front: Front) -> list[str]:
+def sentences(front: Front) -> list[str]:
     """Returns what the comparison shows, and no more than its intervals support."""
     scales, table = Scales(front), front["matched"]
     reached = [row for row in table["rows"] if row["forgotten"] is not None]
@@ -92,7 +90,7 @@ def sentences(runs: Mapping[str, Any], front: Front) -> list[str]:
     best = min(reached, key=lambda row: float(row["forgotten"]["mean"]))
     lost = f"{scales.spread(best['forgotten'])} {scales.unit}"
     said = [f"Where the task score is {number(table['score'])}, {best['label']} forgets least: {lost}."]
-    baseline = table.get("baseline")
+    baseline = table["baseline"]
     own = next((row for row in reached if row["label"] == baseline), None)
     if baseline is not None and own is None:
         said.append(f"{baseline}, the baseline, does not reach this score.")
@@ -115,7 +113,7 @@ def _against(reached: Sequence[Mapping[str, Any]], baseline: str) -> list[str]:
     less, more, same, unknown = groups.values()
     for row in reached:
         if row["label"] != baseline:
-            low, high = ends(row.get("difference"))
+            low, high = ends(row["difference"])
             (unknown if math.isnan(low) else less if high < 0 else more if low > 0 else same).append(row["label"])
     return [f"{words} {_some(labels)}." for words, labels in groups.items() if labels]
 
@@ -130,23 +128,25 @@ def _some(names: Sequence[str]) -> str:
 
 def matched_rows(runs: Mapping[str, Any], front: Front) -> Grid | None:
     """Returns the table at matched task score; bars to the right forget less than the baseline."""
-    scales, numbered, baseline = Scales(front), labels_of(runs["runs"], front), front["matched"].get("baseline")
-    rows = front["matched"]["rows"]
-    differences = [row.get("difference") or {} for row in rows]
-    reach = [abs(d[key]) for d in differences for key in ("mean", "low", "high") if d.get(key) is not None]
+    scales, numbered, baseline = Scales(front), labels_of(runs["runs"], front), front["matched"]["baseline"]
+    differences = [row["difference"] for row in front["matched"]["rows"] if row["difference"]]
+    reach = [abs(d[key]) for d in differences for key in ("mean", "low", "high") if d[key] is not None]
     top = max(reach, default=1.0) or 1.0
     matched = []
-    for row, difference in zip(rows, differences, strict=True):
-        mean, (low, high), label = difference.get("mean"), ends(difference), str(row["label"])
-        text = scales.spread(difference, signed=True) if difference else "–"
-        strip = None if mean is None else bar(-mean, -high, -low, top, f"{label}: {text} {scales.unit}")
-        points = ", ".join(map(str, row.get("points") or []))
+    for row in front["matched"]["rows"]:
+        difference, label = row["difference"], row["label"]
+        text, (low, high) = scales.spread(difference, signed=True), ends(difference)
+        said = f"{label}: {text} {scales.unit}"
         matched.append(
             (
-                Cell(label, index=numbered.get(label, 0)),
+                Cell(label, index=numbered[label]),
                 scales.spread(row["forgotten"]),
-                Cell(text, bar=strip, kind="bar narrow"),
-                Cell(f"{row['how']}: {points}" if points else str(row["how"]), kind="path"),
+                Cell(
+                    text,
+                    bar=bar(-difference["mean"], -high, -low, top, said) if difference else None,
+                    kind="bar narrow",
+                ),
+                Cell(": ".join([row["how"], *([", ".join(row["points"])] if row["points"] else [])]), kind="path"),
             )
         )
     against = f"against {baseline}" if baseline else "difference"
@@ -157,24 +157,23 @@ def matched_rows(runs: Mapping[str, Any], front: Front) -> Grid | None:
 def every_run(runs: Mapping[str, Any]) -> Grid:
     """Returns a table of all runs."""
     names = [b["name"] for b in runs["benchmarks"]]
-    relative = [key for key in ("K", "T", "KT") if any(row.get(key) is not None for row in runs["runs"])]
+    relative = [key for key in ("K", "T", "KT") if any(row[key] is not None for row in runs["runs"])]
     first = ("run", "label", "rate", "strength", "seed", "status", "learned", "forgotten")
     rows: list[tuple[str | Cell, ...]] = []
     for row in runs["runs"]:
         after = {b["name"]: b["after"] for b in row["benchmarks"]}
         setting = "; ".join(f"{key} {value}" for key, value in setting_rows(row)[4:])
-        numbers = [row.get("learning_rate"), row.get("strength"), row["seed"]]
-        scores = [row.get("learned"), row.get("forgotten"), *(after.get(name) for name in names)]
-        scores += [row.get(key) for key in relative]
-        status = str(row["status"]) + (f": {row['message']}" if row.get("message") else "")
+        numbers = [row[key] for key in ("learning_rate", "strength", "seed")]
+        scores = [row["learned"], row["forgotten"], *map(after.get, names), *(row[key] for key in relative)]
+        status = row["status"] + (f": {row['message']}" if row["message"] else "")
         rows.append(
             (
-                str(row["name"]),
-                str(row["label"]),
+                row["name"],
+                row["label"],
                 *(Cell("–" if n is None else f"{n:g}", key=n) for n in numbers),
                 Cell(status, kind="path"),
                 *(Cell(number(n), key=n) for n in scores),
-                Cell(cost(row), key=(row.get("seconds") or {}).get("train")),
+                Cell(cost(row), key=row["seconds"]["train"]),
                 Cell(setting or "–", kind="path"),
             )
         )
@@ -184,20 +183,20 @@ def every_run(runs: Mapping[str, Any]) -> Grid:
 def failures(runs: Mapping[str, Any], front: Front) -> list[tuple[str, str, str]]:
     """Returns the runs that failed, are missing, or are left out of the front, with the reason."""
     known = {
-        row["name"]: (str(row["name"]), str(row["status"]), str(row.get("message") or "no reason is known"))
+        row["name"]: (row["name"], row["status"], row["message"] or "no reason is known")
         for row in runs["runs"]
         if row["status"] != "done"
     }
-    for entry in front.get("excluded") or []:
-        known.setdefault(entry["run"], (str(entry["run"]), "left out", str(entry["why"])))
+    for entry in front["excluded"]:
+        known.setdefault(entry["run"], (entry["run"], "left out", entry["why"]))
     return list(known.values())
 
 
 def published(runs: Mapping[str, Any], front: Front) -> Grid | None:
     """Returns published numbers beside ours, of each label those of the setting that learned most; None without any."""
     rows = []
-    for entry in runs.get("published") or []:
-        label, name = str(entry["label"]), str(entry["benchmark"])
+    for entry in runs.get("published", ()):
+        label, name = entry["label"], entry["benchmark"]
         ours = _ours(runs["runs"], front, label, name)
         source = " ".join(str(entry[key]) for key in ("source", "note") if entry.get(key))
         rows.append((label, name, number(entry["score"]), number(ours), Cell(source or "–", kind="path")))
@@ -209,15 +208,14 @@ def _ours(rows: Sequence[Mapping[str, Any]], front: Front, label: str, name: str
     if not members:
         return None
     best = max(members, key=lambda point: float(point["learned"]["mean"]))
-    own = set(best.get("runs") or [f"{best['name']}-seed{seed}" for seed in best["seeds"]])
-    scores = [b["after"] for row in rows if row["name"] in own for b in row["benchmarks"] if b["name"] == name]
-    good = [score for score in scores if score is not None]
-    return math.fsum(good) / len(good) if good else None
+    scored = [b for row in rows if row["name"] in best["runs"] for b in row["benchmarks"] if b["name"] == name]
+    mean = mean_of_seeds([b["after"] for b in scored if b["after"] is not None])
+    return None if mean is None else mean.mean
 
 
 def _choice(front: Front) -> list[tuple[str, str]]:
     """Returns what was chosen, as names and values; losses are in the unit of each benchmark."""
-    values = {key: _told(value) for key, value in (front.get("choice") or {}).items()}
+    values = {key: _told(value) for key, value in (front["choice"] or {}).items()}
     return [(words, values[key]) for key, words in _CHOICE.items() if values.get(key)]
 
 
@@ -240,7 +238,7 @@ def _counts(runs: Mapping[str, Any], front: Front) -> str:
 def _items(rows: Sequence[Mapping[str, Any]], front: Front) -> dict[str, Any] | None:
     """Returns the items of the settings on the front, of each its first trained run."""
     points = {point["name"]: point for point in front["points"]}
-    by_name = {row["name"]: row for row in rows if not row.get("variant")}
-    firsts = [(points.get(name, {}).get("runs") or [None])[0] for name in front["front"]]
+    by_name = {row["name"]: row for row in rows if not row["variant"]}
+    firsts = [points[name]["runs"][0] for name in front["front"]]
     results = [result for name in firsts if name in by_name for result in read_items(by_name[name])]
     return lost_and_gained(results) if results else None

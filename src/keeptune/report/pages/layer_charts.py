@@ -66,7 +66,7 @@ def votes(report: Report) -> list[Chart]:
         if not table.max() > 0:
             continue
         columns = [f"{a}" if b - a == 1 else f"{a}–{b - 1}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
-        names = [str(row.target if row.layer is None else row.layer) for row in rows]
+        names = [str(row.layer) for row in rows]
         span, said = (0.0, float(table.max())), "texts that name the node, mean"
         figure = heat_map(table, (("layer", names), ("node", columns)), "cool", said, span=span)
         charts.append(map_chart(f"votes{place}", f"How many texts name each node, by layer: {method.label}", figure))
@@ -91,13 +91,13 @@ def spectra(report: Report) -> list[Chart]:
 
 def _spectrum(name: str, evidence: str, rows: Sequence[PlanRow], labels: Sequence[str]) -> list[Chart]:
     """Returns spectra on a logarithmic axis, a line for each target of at most six layers."""
-    layers = sorted({row.layer for row in rows if row.layer is not None})
+    layers = sorted({row.layer for row in rows if row.layer >= 0})
     chosen = {layers[i] for i in numpy.linspace(0, len(layers) - 1, min(len(layers), _MOST_LAYERS)).round().astype(int)}
     roles = list(dict.fromkeys(row.role for row in rows))
     traces: list[Any] = []
     for row in rows:
         curve = row.curve(evidence)
-        if not any(value > 0 for value in curve.values) or (row.layer is not None and row.layer not in chosen):
+        if not any(value > 0 for value in curve.values) or (row.layer >= 0 and row.layer not in chosen):
             continue
         xs, ys = thin([(x, y if y > 0 else math.nan) for x, y in zip(curve.at, curve.values, strict=True)])
         first = not any(trace.legendgroup == row.role for trace in traces)
