@@ -49,9 +49,8 @@ def row(label: str = "lora", rate: float = 1e-3, seed: int = 0, **more: Any) -> 
 
 def point(name: str, *places: Place, label: str = "lora", seeds: tuple[int, ...] | None = None) -> Point:
     """A point with the places of seeds 0, 1, ..., unless told."""
-    about = {"method": label, "settings": {}, "variant": None, "learning_rate": None, "strength": None}
-    numbered = range(len(places)) if seeds is None else seeds
-    return Point(name, label, about, dict(zip(numbered, places, strict=True)), {s: f"{name}-{s}" for s in numbered})
+    numbered = zip(range(len(places)) if seeds is None else seeds, places, strict=True)
+    return Point(name, tuple(row(label, seed=seed, learned=l, forgotten=f) for seed, (l, f) in numbered))  # noqa: E741
 
 
 def spec(folder: Path, **more: Any) -> RunSpec:

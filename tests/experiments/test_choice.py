@@ -14,7 +14,8 @@ from keeptune.core.artefact import read_json
 from keeptune.core.errors import ArtefactError, RecipeError
 from keeptune.experiments.axes import axes_of
 from keeptune.experiments.choice import choose, choose_best, limits_of, parse_max_loss
-from keeptune.experiments.comparison_record import FRONT, Options, row_of, trade_off_of, with_axes, write_records
+from keeptune.experiments.compare_section import CompareSection
+from keeptune.experiments.comparison_record import FRONT, row_of, trade_off_of, with_axes, write_records
 from keeptune.experiments.posthoc_variants import Variant, score_variants
 from keeptune.experiments.single_run import Outcome
 from keeptune.pipeline.job import Job
@@ -108,7 +109,7 @@ def test_each_benchmark_can_have_a_limit_of_its_own() -> None:
     with pytest.raises(RecipeError, match='Did you mean "facts"'):
         choose(*records, {"fact": 0.2})
     with pytest.raises(RecipeError, match="knowledge benchmark"):
-        limits_of(records[0]["benchmarks"], ["facts"], {"task": 0.1})
+        limits_of({"task": 0.1}, ["facts"], ["facts", "text"])
 
 
 def test_nothing_within_the_limit_names_the_nearest() -> None:
@@ -154,7 +155,7 @@ def written(job: Job, output: Path, scale: float | None = None) -> dict[str, Any
     if variant is not None:
         score_variants(job, [variant])
     found = row_of(spec(job.output, name=job.output.name), Outcome("done"), variant)
-    write_records(output, [found], Options())
+    write_records(output, [found], CompareSection(methods=["lora"]))
     return found
 
 

@@ -15,10 +15,10 @@ from tests.models import full_disk
 from keeptune.core.artefact import file_fingerprint, read_json, write_json
 from keeptune.core.errors import ArtefactError, RecipeError
 from keeptune.experiments.axes import axes_of
+from keeptune.experiments.compare_section import CompareSection
 from keeptune.experiments.comparison_record import (
     FRONT,
     RUNS_FILE,
-    Options,
     row_of,
     table_of,
     trade_off_of,
@@ -30,6 +30,7 @@ from keeptune.experiments.single_run import Outcome
 from keeptune.recipe.published import Published, PublishedRow
 from keeptune.report.pages.comparison_page import published
 
+SECTION = CompareSection(methods=["lora"])
 SCORES = [benchmark("task", "task", 0.2, 0.6), benchmark("facts", "knowledge", 0.8, 0.7)]
 
 
@@ -125,12 +126,11 @@ def test_a_trade_off_by_hand() -> None:
 
 
 def test_the_recipe_can_fix_score_and_baseline() -> None:
-    options = Options(score=0.5, baseline="keep")
-    found = trade_off_of(rows_of_two_labels(), axes_of(SCORES), options)
+    found = trade_off_of(rows_of_two_labels(), axes_of(SCORES), 0.5, "keep")
     assert found["matched"]["baseline"] == "keep"
     assert {r["label"]: r["how"] for r in found["matched"]["rows"]} == {"lora": "exact", "keep": "above"}
     with pytest.raises(RecipeError, match="baseline"):
-        trade_off_of(rows_of_two_labels(), axes_of(SCORES), Options(baseline="full"))
+        trade_off_of(rows_of_two_labels(), axes_of(SCORES), baseline="full")
 
 
 def test_points_with_fewer_seeds_are_told() -> None:
@@ -148,7 +148,7 @@ def test_the_files_hold_what_is_returned(tmp_path: Path) -> None:
         made(write_run(tmp_path / "b", nan), seed=1, name="lora-lr0.001-seed1"),
         made(tmp_path / "c", seed=2, name="lora-lr0.001-seed2", status="failed", message="no room"),
     ]
-    record, front = write_records(tmp_path, rows, Options(about={"base": "atlas", "recipe": {"a": 1}}))
+    record, front = write_records(tmp_path, rows, SECTION, about={"base": "atlas", "recipe": {"a": 1}})
     assert read_json(tmp_path / RUNS_FILE) == record
     assert read_json(tmp_path / FRONT) == json.loads(json.dumps(front)) == front
     assert (record["base"], record["recipe"]) == ("atlas", {"a": 1})
@@ -173,7 +173,7 @@ def test_published_scores_stand_in_the_record_and_on_the_page(tmp_path: Path) ->
     ]
     assert Published(source="Table 9", unit="nats", rows=table).scores()[0]["score"] == 71.25
     rows = [made(write_run(tmp_path / "a", SCORES))]
-    record, front = write_records(tmp_path, rows, Options(about={"published": scores}))
+    record, front = write_records(tmp_path, rows, SECTION, about={"published": scores})
     assert read_json(tmp_path / RUNS_FILE)["published"] == record["published"] == scores
     grid = published(record, front)
     assert grid is not None
@@ -183,7 +183,7 @@ def test_published_scores_stand_in_the_record_and_on_the_page(tmp_path: Path) ->
 
 def test_a_comparison_of_which_nothing_finished_has_records(tmp_path: Path) -> None:
     rows = [made(tmp_path / "a", status="failed", message="no room")]
-    record, front = write_records(tmp_path, rows, Options())
+    record, front = write_records(tmp_path, rows, SECTION)
     assert (record["benchmarks"], front["points"]) == ([], [])
     assert front["excluded"] == [{"run": "lora-lr0.001-seed0", "why": "failed: no room"}]
     assert pq.read_table(tmp_path / "runs.parquet").num_rows == 1
@@ -191,11 +191,11 @@ def test_a_comparison_of_which_nothing_finished_has_records(tmp_path: Path) -> N
 
 def test_a_full_disk_leaves_the_old_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [made(write_run(tmp_path / "a", SCORES))]
-    write_records(tmp_path, rows, Options())
+    write_records(tmp_path, rows, SECTION)
     before = (tmp_path / "runs.json").read_bytes()
     monkeypatch.setattr("keeptune.core.artefact.os.fsync", full_disk)
     with pytest.raises(ArtefactError, match="No space"):
-        write_records(tmp_path, rows, Options())
+        write_records(tmp_path, rows, SECTION)
     assert (tmp_path / "runs.json").read_bytes() == before
     assert not list(tmp_path.glob(".runs*"))
 
@@ -211,7 +211,7 @@ def test_a_table_of_columns_of_mixed_settings() -> None:
 def test_one_side_alone_has_rows_and_no_trade_off(side: int, lacking: str, tmp_path: Path) -> None:
     """As some published tables: what is scored is told, and that there is nothing to set it against."""
     rows = [made(write_run(tmp_path / "a", [SCORES[side]]))]
-    record, front = write_records(tmp_path, rows, Options())
+    record, front = write_records(tmp_path, rows, SECTION)
     assert [b["after"] for b in record["runs"][0]["benchmarks"]] == [SCORES[side]["after"]]
     assert (front["points"], front["excluded"]) == ([], [])
     assert front["notes"] == [f"no trade-off: `evaluate` has no benchmark with role: {lacking}"]

@@ -42,10 +42,11 @@ def test_points_have_the_interval_that_every_page_has() -> None:
         row(seed=s, learned=0.6, forgotten=0.1 * s, forgotten_interval=(0.1 * s - 0.3, 0.1 * s + 0.2)) for s in (0, 1)
     ]
     one, both = points_of(rows[:1])[0][0], points_of(rows)[0][0]
-    assert as_json(one.forgotten) == {"mean": 0.0, "low": -0.3, "high": 0.2, "sd": None}
-    assert (one.learned.has_interval, both.learned.low) == (False, 0.6)
+    assert as_json(one.over_seeds("forgotten")) == {"mean": 0.0, "low": -0.3, "high": 0.2, "sd": None}
+    assert (one.over_seeds("learned").has_interval, both.over_seeds("learned").low) == (False, 0.6)
+    forgotten = both.over_seeds("forgotten")
     half = 12.706205 * 0.1 / 2  # wider than the items' [-0.25, 0.25]
-    assert (both.forgotten.low, both.forgotten.high) == pytest.approx((0.05 - half, 0.05 + half))
+    assert (forgotten.low, forgotten.high) == pytest.approx((0.05 - half, 0.05 + half))
 
 
 def test_a_front_by_hand() -> None:
@@ -82,7 +83,7 @@ def test_seeds_are_gathered_into_points() -> None:
     assert [p.name for p in points] == ["lora-lr0.001", "lora-lr0.002", "keep-lr0.001", "keep-lr0.001 (2)"]
     assert points[0].places == {0: (0.5, 0.0), 1: (0.6, 0.1), 2: (0.7, 0.2)}
     assert points[0].place == (0.6, 0.1)
-    assert points[0].runs[2] == "lora-lr0.001-seed2"
+    assert points[0].rows[2]["name"] == "lora-lr0.001-seed2"
     assert excluded == []
 
 

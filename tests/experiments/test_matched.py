@@ -63,7 +63,6 @@ def test_the_default_is_the_highest_score_that_more_than_half_reach() -> None:
     assert [reach(points) for points in groups.values()] == [0.7, 0.8, 0.5]
     assert default_score(groups) == 0.7
     assert default_score({**groups, "d": [point("d", (0.4, 0.0))]}) == 0.5
-    assert default_score({}) is None
 
 
 def test_seeds_are_read_off_one_by_one_and_set_against_the_baseline() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from keeptune.experiments.axes import axes_of
-from keeptune.experiments.comparison_record import Options, trade_off_of, with_axes
+from keeptune.experiments.comparison_record import trade_off_of, with_axes
 
 BENCHMARKS = [
     {"name": "facts", "role": "knowledge", "metric": "exact_match", "n": 360},
@@ -55,7 +55,7 @@ def made_up(seeds: int = 3, names: Sequence[str] | None = None) -> tuple[dict[st
     rows[7] |= {"status": "missing", "message": "", "benchmarks": []}
     axes = axes_of(BENCHMARKS, None, None)
     placed = with_axes(rows, axes)
-    front = trade_off_of(placed, axes, Options(baseline=called["lora"], score=0.7))
+    front = trade_off_of(placed, axes, 0.7, called["lora"])
     cells = {
         "base": "/models/tiny",
         "version": "0.1.0",

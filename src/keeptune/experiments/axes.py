@@ -14,7 +14,7 @@ value on the axis, never one over the benchmarks left.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -25,7 +25,7 @@ Unit = Literal["share", "nats"]
 Role = Literal["task", "knowledge"]
 # Differences of shares that are equal (0.8 - 0.7 and 0.5 - 0.4) differ in their last bits; a tie must stay one.
 DIGITS: Final = 12
-_KEYS: Final = {"task": "compare.learned", "knowledge": "compare.forgotten"}
+SIDES: Final[Mapping[str, Role]] = {"learned": "task", "forgotten": "knowledge"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,6 @@ class Axis:
     role: Role
     names: tuple[str, ...]
     unit: Unit
-
-
-@dataclass(frozen=True, slots=True)
-class Axes:
-    """Both axes of a comparison."""
-
-    learned: Axis
-    forgotten: Axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +50,19 @@ def axes_of(
     benchmarks: Sequence[Mapping[str, Any]],
     learned: Sequence[str] | None = None,
     forgotten: Sequence[str] | None = None,
-) -> Axes:
-    """Returns the axes of a comparison, of benchmarks with ``name``, ``role`` and ``metric``.
+) -> dict[str, Axis]:
+    """Returns the axes of a comparison by side, of benchmarks with ``name``, ``role`` and ``metric``.
 
     Unless named, an axis has the benchmarks of its role that are shares; where there are none, those in nats.
 
     Raises:
         RecipeError: A role has no benchmark, a name is unknown or of another role, or those named have two units.
     """
-    return Axes(_axis(benchmarks, "task", learned), _axis(benchmarks, "knowledge", forgotten))
+    return {side: _axis(benchmarks, side, named) for side, named in (("learned", learned), ("forgotten", forgotten))}
 
 
-def _axis(benchmarks: Sequence[Mapping[str, Any]], role: Role, named: Sequence[str] | None) -> Axis:
+def _axis(benchmarks: Sequence[Mapping[str, Any]], side: str, named: Sequence[str] | None) -> Axis:
+    role, key = SIDES[side], f"compare.{side}"
     units = {b["name"]: unit_of(b["metric"]) for b in benchmarks if b["role"] == role}
     if not units:
         raise RecipeError(
@@ -82,10 +75,10 @@ def _axis(benchmarks: Sequence[Mapping[str, Any]], role: Role, named: Sequence[s
         unit: Unit = "share" if "share" in units.values() else "nats"
         return Axis(role, tuple(name for name in units if units[name] == unit), unit)
     for name in named or ("an empty list",):
-        need_known(name, units, _KEYS[role], f"names of {role} benchmarks in `evaluate`")
+        need_known(name, units, key, f"names of {role} benchmarks in `evaluate`")
     if len({units[name] for name in named}) > 1:
         raise RecipeError(
-            _KEYS[role],
+            key,
             got=", ".join(f"{name} in {units[name]}" for name in named),
             wanted="benchmarks of one unit: a share and nats have no mean",
             next_step="Keep those of one unit.",
@@ -98,17 +91,6 @@ def unit_of(metric: str) -> Unit:
     return "nats" if lower_is_better(metric) else "share"
 
 
-def learned_of(benchmarks: Sequence[Mapping[str, Any]], axis: Axis) -> Value:
-    """Computes what a run learned, eq. 1, from benchmarks with ``before``, ``after`` and perhaps ``interval``."""
-    sign = 1.0 if axis.unit == "share" else -1.0
-    return _mean(benchmarks, axis, lambda before, after: sign * after)
-
-
-def forgotten_of(benchmarks: Sequence[Mapping[str, Any]], axis: Axis) -> Value:
-    """Computes what a run forgot, eq. 2; negative where it gained."""
-    return _mean(benchmarks, axis, lambda before, after: loss_of(before, after, axis.unit))
-
-
 def loss_of(before: float, after: float, unit: Unit) -> float:
     """Computes how much of a benchmark was lost from a score before to one after; negative for a gain.
 
@@ -118,26 +100,31 @@ def loss_of(before: float, after: float, unit: Unit) -> float:
     return round(before - after if unit == "share" else after - before, DIGITS)
 
 
-def _mean(benchmarks: Sequence[Mapping[str, Any]], axis: Axis, part: Callable[[float, float], float]) -> Value:
+def value_of(benchmarks: Sequence[Mapping[str, Any]], axis: Axis) -> Value:
+    """Computes what a run learned, eq. 1, or forgot, eq. 2 (negative where it gained), by the role of the axis.
+
+    ``benchmarks`` have ``before``, ``after`` and perhaps ``interval``.
+    """
+
+    def part(before: float, after: float) -> float:
+        learned = after if axis.unit == "share" else -after
+        return learned if axis.role == "task" else loss_of(before, after, axis.unit)
+
     by_name = {b["name"]: b for b in benchmarks}
-    parts, lows, highs = [], [], []
+    parts, ends = [], []
     for name in axis.names:
         if name not in by_name:
             return Value(None, f"no score of {name}")
-        before: Any = by_name[name].get("before")
-        after: Any = by_name[name].get("after")
+        before, after = (by_name[name][side] for side in ("before", "after"))
         for side, score in (("before", before), ("after", after)):
             if score is None or not math.isfinite(score):
-                what = "missing" if score is None else "NaN" if math.isnan(score) else "infinite"
-                return Value(None, f"the score of {name} {side} training is {what}")
+                return Value(None, f"the score of {name} {side} training is missing")
         parts.append(part(before, after))
-        changes = by_name[name].get("interval") or (None, None)
-        ends = sorted(part(before, before + change) for change in changes if change is not None)
-        if len(ends) == 2:
-            lows.append(ends[0])
-            highs.append(ends[1])
-    complete = len(lows) == len(parts)
-    return Value(_average(parts), "", (_average(lows), _average(highs)) if complete else None)
+        changes = by_name[name].get("interval") or ()
+        ends.append(sorted(part(before, before + change) for change in changes if change is not None))
+    complete = all(len(pair) == 2 for pair in ends)
+    low, high = map(_average, zip(*ends, strict=True)) if complete else (math.nan, math.nan)
+    return Value(_average(parts), "", (low, high) if complete else None)
 
 
 def _average(values: Sequence[float]) -> float:

@@ -22,7 +22,7 @@ from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.core.artefact import atomic_directory, canonical_json, read_json, write_json, write_text
 from keeptune.core.errors import ArtefactError, RecipeError, need_known
 from keeptune.evaluation.results import BenchmarkResult, trade_off
-from keeptune.experiments.axes import Axis, forgotten_of, unit_of
+from keeptune.experiments.axes import Axis, unit_of, value_of
 from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
 from keeptune.experiments.front import spread
 from keeptune.experiments.posthoc_variants import copy_result, variant_of, write_variant
@@ -59,17 +59,16 @@ def parse_max_loss(words: Sequence[str]) -> float | dict[str, float]:
 
 
 def limits_of(
-    benchmarks: Sequence[Row], axis: Sequence[str], max_loss: float | Mapping[str, float]
+    max_loss: float | Mapping[str, float],
+    names: Sequence[str],
+    known: Sequence[str],
+    wanted: str = "a knowledge benchmark of the comparison",
 ) -> dict[str, float]:
-    """Returns how much may be lost of each benchmark; RecipeError where one is no knowledge benchmark.
-
-    One number holds for the benchmarks of the ``axis`` of what is forgotten.
-    """
+    """Returns how much may be lost of each benchmark: one number of all ``names``, or of some that are ``known``."""
     if not isinstance(max_loss, Mapping):
-        return {name: float(max_loss) for name in axis}
-    known = [b["name"] for b in benchmarks if b["role"] == "knowledge"]
+        return dict.fromkeys(names, float(max_loss))
     for name in max_loss:
-        need_known(name, known, _OPTION, "a knowledge benchmark of the comparison")
+        need_known(name, known, _OPTION, wanted)
     return {name: float(value) for name, value in max_loss.items()}
 
 
@@ -91,9 +90,9 @@ def choose(
     Raises:
         RecipeError: No point keeps within the limits; the message names the one that comes nearest.
     """
-    limits = limits_of(record["benchmarks"], front["axes"]["forgotten"] if front["axes"] else [], max_loss)
+    metrics = {b["name"]: b["metric"] for b in record["benchmarks"] if b["role"] == "knowledge"}
+    limits = limits_of(max_loss, front["axes"]["forgotten"] if front["axes"] else [], list(metrics))
     rows = {row["name"]: row for row in record["runs"]}
-    metrics = {b["name"]: b["metric"] for b in record["benchmarks"]}
     axes = {name: Axis("knowledge", (name,), unit_of(metrics[name])) for name in limits}
     judged = []
     for point in front["points"]:
@@ -121,12 +120,12 @@ def choose(
         "run_loss": own,
         "max_loss": limits,
         "estimate": estimate,
-        "unbound": [b["name"] for b in record["benchmarks"] if b["role"] == "knowledge" and b["name"] not in limits],
+        "unbound": [name for name in metrics if name not in limits],
     }
 
 
 def _estimate(rows: Sequence[Row], axis: Axis, estimate: Bound) -> float | None:
-    losses = [forgotten_of(row["benchmarks"], axis) for row in rows]
+    losses = [value_of(row["benchmarks"], axis) for row in rows]
     numbers = [loss.number for loss in losses if loss.number is not None]
     if len(numbers) < len(losses):
         return None
@@ -140,7 +139,7 @@ def _median(
 ) -> tuple[Row, dict[str, float]]:
     runs = []
     for row in members:
-        losses = {name: forgotten_of(row["benchmarks"], axis).number for name, axis in axes.items()}
+        losses = {name: value_of(row["benchmarks"], axis).number for name, axis in axes.items()}
         runs.append((row, {name: math.inf if loss is None else loss for name, loss in losses.items()}))
     keeping = [run for run in runs if all(run[1][name] <= limit for name, limit in limits.items())]
     if not keeping:

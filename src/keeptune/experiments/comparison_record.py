@@ -10,7 +10,7 @@ import datetime
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 from keeptune.core.artefact import canonical_json, read_json, write_bytes, write_json
 from keeptune.core.errors import ArtefactError, KeeptuneError, named
 from keeptune.evaluation.results import BenchmarkResult, references_by_seed, trade_off
-from keeptune.experiments.axes import Axes, axes_of, forgotten_of, learned_of
-from keeptune.experiments.front import Point, as_json, families, pareto, points_of
+from keeptune.experiments.axes import SIDES, Axis, Value, axes_of, value_of
+from keeptune.experiments.compare_section import CompareSection
+from keeptune.experiments.front import SETTING, Point, as_json, families, pareto, points_of
 from keeptune.experiments.matched import matched
 from keeptune.experiments.plan_runs import RunSpec
 from keeptune.experiments.posthoc_variants import VARIANTS, Variants
@@ -29,25 +30,6 @@ from keeptune.pipeline.scoring import find_result, result_fingerprint
 RUNS_FILE, FRONT = "runs.json", "front.json"
 _BENCHMARK = ("name", "role", "metric", "n", "before", "after", "interval")
 _SETTING = ("method", "settings", "learning_rate", "strength")
-_NO_AXES = {"learned": None, "forgotten": None, "why": "", "learned_interval": None, "forgotten_interval": None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a recipe says about a comparison's axes and tables; None leaves each to the data.
-
-    ``learned`` and ``forgotten`` name the benchmarks of the axes, ``score`` is where labels are matched, ``baseline``
-    the label that the others are compared with (None takes ``lora`` where it is one). ``reference`` is a run folder of
-    full fine-tuning outside the comparison, for T; ``about`` has more keys of ``runs.json``: ``base``, ``command``,
-    ``recipe``, a sweep's ``axis`` and ``grid``, ...
-    """
-
-    learned: Sequence[str] | None = None
-    forgotten: Sequence[str] | None = None
-    score: float | None = None
-    baseline: str | None = None
-    reference: Path | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def row_of(spec: RunSpec, outcome: Outcome, variant: Variants | None = None) -> dict[str, Any]:
@@ -135,51 +117,45 @@ def _results(row: Mapping[str, Any]) -> list[BenchmarkResult]:
     return [BenchmarkResult(**b, kl_to_base=None, groups={}, items=()) for b in row["benchmarks"]]
 
 
-def with_axes(rows: Sequence[Mapping[str, Any]], axes: Axes) -> list[dict[str, Any]]:
+def with_axes(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Axis]) -> list[dict[str, Any]]:
     """Adds ``learned`` and ``forgotten`` to rows, with their item intervals, or ``why`` there are none."""
     placed = []
     for row in rows:
-        learned = learned_of(row["benchmarks"], axes.learned)
-        forgotten = forgotten_of(row["benchmarks"], axes.forgotten)
-        own = {
-            "learned": learned.number,
-            "forgotten": forgotten.number,
-            "why": learned.why or forgotten.why,
-            "learned_interval": learned.interval and list(learned.interval),
-            "forgotten_interval": forgotten.interval and list(forgotten.interval),
+        scored = axes if row["status"] == "done" else {}
+        values = dict.fromkeys(SIDES, Value(None)) | {
+            s: value_of(row["benchmarks"], axis) for s, axis in scored.items()
         }
-        placed.append({**row, **(own if row["status"] == "done" else _NO_AXES)})
+        numbers = {side: value.number for side, value in values.items()}
+        ends = {f"{side}_interval": value.interval and list(value.interval) for side, value in values.items()}
+        why = next((value.why for value in values.values() if value.why), "")
+        placed.append({**row, **numbers, **ends, "why": why})
     return placed
 
 
-def trade_off_of(rows: Sequence[Mapping[str, Any]], axes: Axes, options: Options | None = None) -> dict[str, Any]:
-    """Returns what ``front.json`` holds of rows with axes; its ``choice`` is None."""
-    options = options or Options()
+def trade_off_of(
+    rows: Sequence[Mapping[str, Any]],
+    axes: Mapping[str, Axis],
+    score: float | None = None,
+    baseline: str | None = None,
+) -> dict[str, Any]:
+    """Returns what ``front.json`` holds of rows with axes; its ``choice`` is None.
+
+    ``score`` is where labels are matched, ``baseline`` the label that the others are compared with; None leaves them to
+    the data, and takes ``lora`` where it is a label.
+    """
     points, excluded = points_of(rows)
     groups = families(points)
     over_all = _names(points)
-    baseline = options.baseline or next((label for label in groups if label == "lora"), None)
     return {
-        "units": {"learned": axes.learned.unit, "forgotten": axes.forgotten.unit},
-        "axes": {"learned": list(axes.learned.names), "forgotten": list(axes.forgotten.names)},
+        "units": {side: axis.unit for side, axis in axes.items()} or None,
+        "axes": {side: list(axis.names) for side, axis in axes.items()} or None,
         "points": [_described(point, point.name in over_all) for point in points],
         "fronts": {label: _names(members) for label, members in groups.items()},
         "front": over_all,
-        "matched": matched(groups, options.score, baseline),
+        "matched": matched(groups, score, baseline or next((label for label in groups if label == "lora"), None)),
         "excluded": excluded,
         "notes": _notes(points, excluded),
         "choice": None,
-    }
-
-
-def _no_trade_off(roles: set[str], excluded: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    lacking = [role for role in ("task", "knowledge") if roles and role not in roles]
-    return {
-        **dict.fromkeys(("units", "axes", "choice")),
-        **{"points": [], "fronts": {}, "front": []},
-        "matched": {"score": None, "baseline": None, "rows": []},
-        "excluded": list(excluded),
-        "notes": [f"no trade-off: `evaluate` has no benchmark with role: {role}" for role in lacking],
     }
 
 
@@ -192,12 +168,10 @@ def _described(point: Point, on_front: bool) -> dict[str, Any]:
     return {
         "name": point.name,
         "label": point.label,
-        **point.about,
-        "of": point.of,
-        "seeds": sorted(point.places),
-        "runs": [point.runs[seed] for seed in sorted(point.runs)],
-        "learned": as_json(point.learned),
-        "forgotten": as_json(point.forgotten),
+        **{key: point.rows[0][key] for key in (*SETTING, "of")},
+        "seeds": list(point.places),
+        "runs": [row["name"] for row in point.rows],
+        **{side: as_json(point.over_seeds(side)) for side in SIDES},
         "on_front": on_front,
     }
 
@@ -215,36 +189,42 @@ def _notes(points: Sequence[Point], excluded: Sequence[Mapping[str, str]]) -> li
 
 
 def write_records(
-    output: Path, rows: Sequence[Mapping[str, Any]], options: Options
+    output: Path,
+    rows: Sequence[Mapping[str, Any]],
+    section: CompareSection,
+    *,
+    baseline: str | None = None,
+    reference: Path | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Writes ``runs.json``, ``runs.parquet`` and ``front.json``, each whole or not at all, and returns both JSONs.
 
     Args:
         output: The comparison's folder.
         rows: From :func:`row_of`, of every run, finished or not, in the order to show them.
-        options: What the recipe says.
+        section: What the recipe says.
+        baseline: The label that the others are compared with; None takes ``lora`` where it is one.
+        reference: Run folder of full fine-tuning outside the comparison, for T.
+        about: More keys of ``runs.json``: ``base``, ``command``, ``recipe``, a sweep's ``axis`` and ``grid``, ...
 
     Raises:
         RecipeError: The axes or the baseline that the recipe names do not exist.
     """
     import pyarrow.parquet as pq
 
-    rows = [_finite(row) for row in with_relative_scores(rows, options.reference)]
-    benchmarks = list(
-        {b["name"]: {key: b[key] for key in _BENCHMARK[:4]} for row in rows for b in row["benchmarks"]}.values()
-    )
-    roles = {b["role"] for b in benchmarks}
-    if len(roles) == 2:
-        axes = axes_of(benchmarks, options.learned, options.forgotten)
-        rows = with_axes(rows, axes)
-        front = trade_off_of(rows, axes, options)
-    else:
-        rows = [{**row, **_NO_AXES} for row in rows]
-        front = _no_trade_off(roles, points_of(rows)[1] if not roles else [])
+    rows = [_finite(row) for row in with_relative_scores(rows, reference)]
+    named = {b["name"]: {key: b[key] for key in _BENCHMARK[:4]} for row in rows for b in row["benchmarks"]}
+    benchmarks = list(named.values())
+    lacking = set(SIDES.values()) - {b["role"] for b in benchmarks}
+    axes = {} if lacking else axes_of(benchmarks, section.learned, section.forgotten)
+    rows = with_axes(rows, axes)
+    one_side = len(lacking) == 1  # as some published tables: told, and set against nothing
+    front = trade_off_of([] if one_side else rows, axes, section.score, baseline)
+    front["notes"] += [f"no trade-off: `evaluate` has no benchmark with role: {role}" for role in lacking if one_side]
     record = {
         "version": version("keeptune"),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **options.about,
+        **(about or {}),
         "benchmarks": benchmarks,
         "runs": rows,
     }

@@ -12,59 +12,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from keeptune.core.artefact import canonical_json
 from keeptune.core.intervals import Estimate, combine
-from keeptune.experiments.axes import DIGITS
+from keeptune.experiments.axes import DIGITS, SIDES
 
 Place = tuple[float, float]
 _NO_INTERVAL = (math.nan, math.nan)
-_SIDES = ("learned", "forgotten")
-_SETTING = ("method", "settings", "variant", "learning_rate", "strength")
+SETTING = ("method", "settings", "variant", "learning_rate", "strength")
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One setting with its seeds.
-
-    Args:
-        name: Its runs' name without the seed.
-        label: What it is compared as.
-        about: ``method``, ``settings``, ``variant``, ``learning_rate`` and ``strength``.
-        places: Seed to ``(learned, forgotten)``.
-        runs: Seed to the run's name.
-        of: The label of the runs that it is a post-hoc variant of; None of trained runs.
-        intervals: Seed to the item intervals of learned and forgotten; seeds without one are not in it.
-    """
+    """One setting: its runs' name without the seed, and their rows of ``runs.json`` by seed."""
 
     name: str
-    label: str
-    about: Mapping[str, Any]
-    places: Mapping[int, Place]
-    runs: Mapping[int, str] = field(default_factory=dict)
-    of: str | None = None
-    intervals: Mapping[int, tuple[tuple[float, float], tuple[float, float]]] = field(default_factory=dict)
+    rows: tuple[Mapping[str, Any], ...]
 
     @property
-    def learned(self) -> Estimate:
-        """What it learned, over its seeds."""
-        return self._over_seeds(0)
+    def label(self) -> str:
+        """What it is compared as."""
+        return str(self.rows[0]["label"])
 
     @property
-    def forgotten(self) -> Estimate:
-        """What it forgot, over its seeds."""
-        return self._over_seeds(1)
+    def places(self) -> dict[int, Place]:
+        """Seed to ``(learned, forgotten)``."""
+        return {row["seed"]: (row["learned"], row["forgotten"]) for row in self.rows}
 
     @property
     def place(self) -> Place:
         """Its means."""
-        return self.learned.mean, self.forgotten.mean
+        return self.over_seeds("learned").mean, self.over_seeds("forgotten").mean
 
-    def _over_seeds(self, side: int) -> Estimate:
-        ends = {seed: pair[side] for seed, pair in self.intervals.items()}
-        return spread([place[side] for place in self.places.values()], [ends.get(seed) for seed in self.places])
+    def over_seeds(self, side: str) -> Estimate:
+        """Combines what it ``"learned"`` or ``"forgotten"`` over its seeds."""
+        return spread([row[side] for row in self.rows], [row.get(f"{side}_interval") for row in self.rows])
 
 
 def spread(values: Sequence[float], intervals: Sequence[tuple[float, float] | None] | None = None) -> Estimate:
@@ -95,7 +79,7 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Point], list[dict
     groups: dict[str, list[Mapping[str, Any]]] = {}
     excluded = []
     for row in rows:
-        setting = canonical_json([row[key] for key in ("label", *_SETTING)])
+        setting = canonical_json([row[key] for key in ("label", *SETTING)])
         twin = next((other for other in groups.get(setting, ()) if other["seed"] == row["seed"]), None)
         why = _unusable(row) or ("" if twin is None else f"the same setting and seed as {twin['name']}")
         if why:
@@ -109,31 +93,20 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Point], list[dict
 def _unusable(row: Mapping[str, Any]) -> str:
     if row["status"] != "done":
         return f"{row['status']}: {row.get('message') or 'no message'}"
-    for key in _SIDES:
+    for key in SIDES:
         value = row.get(key)
         if value is None or not math.isfinite(value):
-            return str(row.get("why") or f"{key} is {'missing' if value is None else 'not a finite number'}")
+            return str(row.get("why") or f"{key} is not a finite number")
     return ""
 
 
 def _point(members: Sequence[Mapping[str, Any]], taken: set[str]) -> Point:
-    first = members[0]
-    plain = str(first["name"]).replace(f"-seed{first['seed']}", "")
+    plain = str(members[0]["name"]).replace(f"-seed{members[0]['seed']}", "")
     name, number = plain, 2
     while name in taken:
         name, number = f"{plain} ({number})", number + 1
     taken.add(name)
-    rows = sorted(members, key=lambda row: row["seed"])
-    ends = {row["seed"]: tuple(tuple(row.get(f"{side}_interval") or _NO_INTERVAL) for side in _SIDES) for row in rows}
-    return Point(
-        name=name,
-        label=first["label"],
-        about={key: first[key] for key in _SETTING},
-        places={row["seed"]: (row["learned"], row["forgotten"]) for row in rows},
-        runs={row["seed"]: row["name"] for row in rows},
-        of=first.get("of"),
-        intervals=ends,  # type: ignore[arg-type]  # two sides, two ends
-    )
+    return Point(name, tuple(sorted(members, key=lambda row: row["seed"])))
 
 
 def families(points: Sequence[Point]) -> dict[str, list[Point]]:
@@ -142,7 +115,7 @@ def families(points: Sequence[Point]) -> dict[str, list[Point]]:
     for point in points:
         groups.setdefault(point.label, []).append(point)
     for members in groups.values():
-        sources = {point.of for point in members} - {None}
+        sources = {point.rows[0]["of"] for point in members} - {None}
         members += [point for point in points if point.label in sources and point not in members]
     return groups
 
@@ -160,7 +133,7 @@ def pareto(places: Sequence[Place]) -> list[bool]:
 
 def common_seeds(points: Sequence[Point]) -> list[int]:
     """Returns the seeds that all points have, sorted."""
-    return sorted(set.intersection(*(set(point.places) for point in points))) if points else []
+    return sorted(set.intersection(*(set(point.places) for point in points)))
 
 
 def places_by_seed(points: Sequence[Point]) -> dict[int | None, list[Place]]:

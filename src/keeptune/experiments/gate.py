@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,11 +22,12 @@ from keeptune.core.errors import need_known
 from keeptune.core.intervals import lower_is_better
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.evaluation.benchmark_data import data_fingerprint
-from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
+from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.items import load_items
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.evaluation.results import BenchmarkResult
+from keeptune.experiments.choice import limits_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import load_tokenizer
 from keeptune.pipeline.machine import device_named
@@ -68,7 +69,9 @@ def check(
         DataError: A benchmark cannot be read.
     """
     benchmarks = load_suite(suite)
-    limits = _limits(benchmarks, max_loss, estimate)
+    need_known(estimate, get_args(Bound), "--estimate", "one of them")
+    names = [benchmark.name for benchmark in benchmarks]
+    limits = limits_of(max_loss, names, names, "a benchmark of the suite")
     trained = TrainedModel.of(adapter, base=base, device=device_named(device))
     own = (trained.folder / "tokenizer_config.json").is_file()  # with the template that it was trained with
     tokenizer = load_tokenizer(str(trained.folder) if own else trained.base)
@@ -91,18 +94,6 @@ def check(
         "benchmarks": rows,
     }
     return dict(json.loads(canonical_json(record)))
-
-
-def _limits(
-    benchmarks: Sequence[Benchmark], max_loss: float | Mapping[str, float], estimate: Bound
-) -> Mapping[str, float]:
-    need_known(estimate, get_args(Bound), "--estimate", "one of them")
-    known = [benchmark.name for benchmark in benchmarks]
-    if not isinstance(max_loss, Mapping):
-        return dict.fromkeys(known, float(max_loss))
-    for name in max_loss:
-        need_known(name, known, "--max-loss", "a benchmark of the suite")
-    return max_loss
 
 
 def _pair(trained: TrainedModel) -> ModelPair:

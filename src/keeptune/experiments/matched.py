@@ -64,10 +64,9 @@ def reach(points: Sequence[Point]) -> float:
     return min(max(learned for learned, _ in places) for places in places_by_seed(points).values())
 
 
-def default_score(groups: Mapping[str, Sequence[Point]]) -> float | None:
-    """Returns the highest score that more than half of the labels reach; None without labels."""
-    reached = sorted((reach(points) for points in groups.values()), reverse=True)
-    return reached[len(reached) // 2] if reached else None
+def default_score(groups: Mapping[str, Sequence[Point]]) -> float:
+    """Returns the highest score that more than half of the labels reach."""
+    return sorted((reach(points) for points in groups.values()), reverse=True)[len(groups) // 2]
 
 
 def matched(groups: Mapping[str, Sequence[Point]], score: float | None, baseline: str | None) -> dict[str, Any]:
@@ -82,11 +81,11 @@ def matched(groups: Mapping[str, Sequence[Point]], score: float | None, baseline
         ``score``, ``baseline`` and ``rows``: per label what was ``forgotten`` (None where the score is not reached),
         ``how``, the ``points`` it is read off, ``values`` by seed, and the paired ``difference`` to the baseline.
     """
+    if not groups:
+        return {"score": None, "baseline": baseline, "rows": []}
     if baseline is not None:
         need_known(baseline, groups, "compare.baseline", "a label")
     score = default_score(groups) if score is None else score
-    if score is None:
-        return {"score": None, "baseline": baseline, "rows": []}
     rows = [_row(label, points, score) for label, points in groups.items()]
     own = next((row for row in rows if row["label"] == baseline), None)
     for row in rows:

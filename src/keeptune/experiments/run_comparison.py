@@ -10,7 +10,7 @@ from typing import Any
 from keeptune.core.artefact import write_json
 from keeptune.core.processes import by_first
 from keeptune.experiments.choice import choose_best, limits_of
-from keeptune.experiments.comparison_record import RUNS_FILE, Options, row_of, write_records
+from keeptune.experiments.comparison_record import RUNS_FILE, row_of, write_records
 from keeptune.experiments.effects import benefits
 from keeptune.experiments.engine import run_all, variants_of
 from keeptune.experiments.plan_runs import Comparison, list_runs
@@ -49,7 +49,7 @@ def run_comparison(
         KeeptuneError: What the user can correct; where no run keeps to ``max_loss``, all else is written.
     """
     if max_loss is not None:
-        limits_of([{"name": b.name, "role": b.role} for b in comparison.base.evaluate], [], max_loss)
+        limits_of(max_loss, [], [b.name for b in comparison.base.evaluate if b.role == "knowledge"])
     specs = list_runs(comparison)
     outcomes = run_all(comparison, specs)
 
@@ -60,7 +60,11 @@ def run_comparison(
             for variant in (None, *variants_of(comparison, spec.label))
         ]
         folder, figure = comparison.records, None
-        runs, front = write_records(folder, rows, _options(comparison, command))
+        base, section = comparison.base, comparison.section
+        about = _about(comparison, command)
+        runs, front = write_records(
+            folder, rows, section, baseline=comparison.plain, reference=base.reference, about=about
+        )
         if comparison.kind != "compare":
             if benefit := benefits(_series(runs)):  # of each cell of a grid
                 runs |= {"benefit": benefit}
@@ -68,7 +72,7 @@ def run_comparison(
             figure = _draw(runs, folder / f"{comparison.kind}.png")
         try:
             if max_loss is not None:
-                front |= {"choice": choose_best(folder, max_loss, estimate=comparison.section.estimate)}
+                front |= {"choice": choose_best(folder, max_loss, estimate=section.estimate)}
         finally:
             write_comparison(runs, front, folder / "report.html")
         failed = {name: outcome.message for name, outcome in outcomes.items() if outcome.status == "failed"}
@@ -77,7 +81,7 @@ def run_comparison(
     return by_first(write)
 
 
-def _options(comparison: Comparison, command: str) -> Options:
+def _about(comparison: Comparison, command: str) -> dict[str, Any]:
     section, published = comparison.section, comparison.base.published
     own: dict[str, Any] = {"seeds": section.seeds}
     if comparison.kind == "compare":
@@ -85,20 +89,13 @@ def _options(comparison: Comparison, command: str) -> Options:
     elif comparison.kind == "sweep":
         points = [{"name": e.label, **({} if e.x is None else {"x": e.x}), **e.settings} for e in comparison.entries]
         own |= {"sweep": points}
-    return Options(
-        learned=section.learned,
-        forgotten=section.forgotten,
-        score=section.score,
-        baseline=comparison.plain,
-        reference=comparison.base.reference,
-        about={
-            "base": comparison.base.model,
-            "command": command,
-            "recipe": {**comparison.values, **own},
-            **comparison.about,
-            **({} if published is None else {"published": published.scores()}),
-        },
-    )
+    return {
+        "base": comparison.base.model,
+        "command": command,
+        "recipe": {**comparison.values, **own},
+        **comparison.about,
+        **({} if published is None else {"published": published.scores()}),
+    }
 
 
 def _series(runs: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,14 +62,8 @@ class _Course:
     sequence: StageSequence
     base: Job
     dtype: torch.dtype
-
-    @property
-    def output(self) -> Path:
-        return self.sequence.output
-
-    @property
-    def wanted(self) -> ExportSpec:
-        return self.sequence.whole.export
+    output: Path
+    wanted: ExportSpec
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ def run_sequence(sequence: StageSequence) -> dict[str, Any]:
     base = Job(sequence.whole)
     model = base.base()
     _check(sequence, model)
-    course = _Course(sequence, base, model.dtype)
+    course = _Course(sequence, base, model.dtype, sequence.output, sequence.whole.export)
     del model
     with only_one(sequence.output):
         return _run(course)

@@ -34,9 +34,8 @@ def score_table(record: Record, columns: Sequence[int]) -> list[list[float]]:
 
 def own_stage(record: Record, column: int) -> int | None:
     """Returns the row after the stage that taught a benchmark's task; None for other benchmarks."""
-    names = [stage["name"] for stage in record["stages"]]
-    stage = record["benchmarks"][column].get("stage")
-    return 1 + names.index(stage) if stage in names else None
+    stage = record["benchmarks"][column]["stage"]
+    return None if stage is None else 1 + [one["name"] for one in record["stages"]].index(stage)
 
 
 def matrices(record: Record) -> list[charts.Chart]:
@@ -79,15 +78,13 @@ def _line(record: Record, column: int, index: int) -> go.Scatter:
     scores = [row[0] for row in score_table(record, [column])]
     tips, hovers = [], []
     for row, (name, score) in enumerate(zip(row_names(record), scores, strict=True)):
-        pair = record["intervals"][row][column] if record.get("intervals") else None
-        low, high = (math.nan, math.nan) if pair is None else (scores[0] + pair[0], scores[0] + pair[1])
+        low, high = (scores[0] + end for end in record["intervals"][row][column] or (math.nan, math.nan))
         tips.append((low, high))
         rows: list[tuple[str, object]] = [("score", number(score))]
-        rows.append(("interval", None if pair is None else f"{number(low)} to {number(high)}"))
+        rows.append(("interval", None if math.isnan(low) else f"{number(low)} to {number(high)}"))
         if row > 0:
             stage = record["stages"][row - 1]
-            options = [(key, value) for key, value in (stage.get("options") or {}).items() if value is not None]
-            rows += [("method", stage["method"]), ("seed", stage["seed"]), *options]
+            rows += [("method", stage["method"]), ("seed", stage["seed"]), *stage["options"].items()]
         hovers.append(charts.hover(f"{benchmark['name']}, {name}", rows))
     own = own_stage(record, column)
     marker = {"size": [15 if row == own else 8 for row in range(len(scores))]}
@@ -99,17 +96,14 @@ def _line(record: Record, column: int, index: int) -> go.Scatter:
 
 def course(record: Record) -> charts.Chart | None:
     """Returns average accuracy and forgetting over the tasks seen so far; None for fewer than two stages."""
-    steps = record.get("course") or []
+    steps, names, traces = record["course"], row_names(record)[1:], []
     if len(steps) < 2:
         return None
-    names = row_names(record)[1:]
-    traces = []
-    for index, (key, words) in enumerate((("average_accuracy", "average accuracy"), ("forgetting", "forgetting"))):
-        hovers = [charts.hover(name, [(words, number(step[key]))]) for name, step in zip(names, steps, strict=True)]
-        values = [step[key] for step in steps]
-        traces.append(
-            charts.scatter(words, range(len(steps)), values, charts.mark(index), hovertext=hovers, marker={"size": 9})
-        )
+    for index, key in enumerate(("average_accuracy", "forgetting")):
+        words, values = key.replace("_", " "), [step[key] for step in steps]
+        hovers = [charts.hover(name, [(words, number(value))]) for name, value in zip(names, values, strict=True)]
+        more: dict[str, Any] = {"hovertext": hovers, "marker": {"size": 9}}
+        traces.append(charts.scatter(words, range(len(steps)), values, charts.mark(index), **more))
     figure = charts.figure_of(traces, _stage_axis(names), charts.axis("share"), margin={"r": 36})
     return charts.Chart("course", "Average accuracy and forgetting over the tasks seen so far", figure, 340)
 
@@ -118,7 +112,7 @@ def losses(record: Record) -> charts.Chart | None:
     """Returns the training loss of every stage; None without losses."""
     traces = []
     for index, stage in enumerate(record["stages"]):
-        curve = [(float(row["step"]), float(row.get("nll", row["loss"]))) for row in stage.get("loss") or []]
+        curve = [(float(row["step"]), float(row.get("nll", row["loss"]))) for row in stage["loss"]]
         if len(curve) > 1:
             traces.append(charts.scatter(stage["name"], *charts.thin(curve), charts.mark(index), "lines"))
     if not traces:

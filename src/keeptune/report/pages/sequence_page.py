@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from keeptune.core.artefact import write_text
 from keeptune.report.figures import write_figures
@@ -15,8 +15,6 @@ from keeptune.report.pages.page import complete, render, repeat
 from keeptune.report.pages.run_tables import benchmark_tables
 from keeptune.report.pages.sequence_charts import Record, course, lines, losses, matrices
 from keeptune.report.records import as_report
-
-_TRANSFERS: Final = {"backward_transfer": "backward transfer", "forward_transfer": "forward transfer"}
 
 
 def write_sequence(record: Record, path: str | os.PathLike[str]) -> None:
@@ -33,17 +31,15 @@ def write_sequence(record: Record, path: str | os.PathLike[str]) -> None:
 def render_sequence(record: Record) -> str:
     """Returns the page, always the same of the same record; an ArtefactError names what the record lacks."""
     maps, over, progress, lost = matrices(record), lines(record), course(record), losses(record)
-    commands = [("Do it again", str(record["command"]))] if record.get("command") else []
-    serve = (record.get("export") or {}).get("serve")
-    commands += [("Serve the adapter", str(serve))] if serve else []
-    recipes = [(f"Recipe of stage {name}", recipe) for name, recipe in (record.get("recipes") or {}).items()]
+    commands = [("Serve the adapter", record["export"]["serve"])] if record["export"] else []
+    recipes = [(f"Recipe of stage {name}", recipe) for name, recipe in record["recipes"].items()]
     return render(
         "sequence.html.j2",
         [*maps, *over, progress, lost],
         record["base"],
         _items(record),
-        created=record.get("created"),
-        version=record.get("version"),
+        created=record["created"],
+        version=record["version"],
         said=sentences(record),
         maps=maps,
         over=over,
@@ -53,28 +49,27 @@ def render_sequence(record: Record) -> str:
         each=_each(record),
         stages=stages(record),
         final=final(record),
-        adapter=record.get("adapter"),
+        adapter=record["adapter"],
         repeat=repeat(commands, recipes),
     )
 
 
 def sentences(record: Record) -> list[str]:
     """Returns what the sequence learned and forgot."""
-    names = [str(stage["name"]) for stage in record["stages"]]
+    names = [stage["name"] for stage in record["stages"]]
     said = [f"{len(names)} stage{'s' * (len(names) > 1)}, one after the other: {', '.join(names)}."]
-    if record.get("average_accuracy") is not None:
+    if record["average_accuracy"] is not None:
         said.append(f"At the end the tasks have an average accuracy of {number(record['average_accuracy'])}.")
-    if record.get("forgetting") is not None:
+    if record["forgetting"] is not None:
         amount = 100 * record["forgetting"]
         verb = "lost" if amount >= 0 else "gained"
         words = f"Of what each earlier task had reached at its best, {abs(amount):.1f} points were {verb} on average"
         said.append(f"{words} (forgetting {number(record['forgetting'])}).")
-    transfers = [
-        f"{words} {signed(float(record[key]), 3)}" for key, words in _TRANSFERS.items() if record.get(key) is not None
-    ]
-    if transfers:
+    known = [key for key in ("backward_transfer", "forward_transfer") if record[key] is not None]
+    if known:
+        transfers = [f"{key.replace('_', ' ')} {signed(record[key], 3)}" for key in known]
         said.append(f"{' and '.join(transfers).capitalize()}; negative is worse.")
-    if record.get("why"):
+    if record["why"]:
         said.append(f"Not every measure could be taken: {record['why']}.")
     return said
 
@@ -94,38 +89,34 @@ def knowledge(record: Record) -> Grid | None:
 
 
 def _each(record: Record) -> Grid | None:
-    each = record.get("forgetting_of_each") or {}
-    rows = tuple((str(name), number(value)) for name, value in each.items())
+    rows = tuple((name, number(value)) for name, value in record["forgetting_of_each"].items())
     return Grid(("task", "best before, less the end"), rows) if rows else None
 
 
 def stages(record: Record) -> Grid:
     """Returns how each stage was made."""
     heads = ("stage", "method", "seed", "options", "rank so far", "trained", "time", "export gap", "adapter")
-    rows: list[tuple[str | Cell, ...]] = []
-    for stage in record["stages"]:
-        options = [f"{key} {value}" for key, value in (stage.get("options") or {}).items() if value is not None]
-        seconds = stage.get("seconds")
-        rows.append(
-            (
-                *(str(stage[key]) for key in ("name", "method", "seed")),
-                "; ".join(options) or "–",
-                str(stage.get("rank") or "–"),
-                count(stage.get("trained_parameters")),
-                "–" if seconds is None else duration(float(seconds)),
-                gap(stage.get("gap")),
-                Cell(str(stage.get("adapter") or stage.get("folder") or "–"), kind="path"),
-            )
+    rows = tuple(
+        (
+            *(str(stage[key]) for key in ("name", "method", "seed")),
+            "; ".join(f"{key} {value}" for key, value in stage["options"].items() if value is not None) or "–",
+            str(stage["rank"] or "–"),
+            count(stage["trained_parameters"]),
+            duration(stage["seconds"]),
+            gap(stage["gap"]),
+            Cell(stage["adapter"], kind="path"),
         )
-    return Grid(heads, tuple(rows))
+        for stage in record["stages"]
+    )
+    return Grid(heads, rows)
 
 
 def final(record: Record) -> Grid | None:
     """Returns the scores of the product where it is not what the last stage left, else None."""
-    if not record.get("final"):
+    if not record["final"]:
         return None
     last = {b["name"]: score for b, score in zip(record["benchmarks"], record["scores"][-1], strict=True)}
-    rows = [(str(row["name"]), number(last.get(row["name"])), number(row["after"])) for row in record["final"]]
+    rows = [(row["name"], number(last[row["name"]]), number(row["after"])) for row in record["final"]]
     return Grid(("benchmark", "after the last stage", "the product"), tuple(rows))
 
 
@@ -133,8 +124,6 @@ def _items(record: Record) -> dict[str, Any] | None:
     """Returns the items of each stage, which are beside its adapter."""
     results = []
     for stage in record["stages"]:
-        folder = stage.get("adapter") or stage.get("folder")
-        if folder:
-            row = {"name": f"after {stage['name']}", "seed": stage["seed"], "folder": Path(str(folder)).parent}
-            results += read_items(row | {"benchmarks": record["benchmarks"]})
+        row = {"name": f"after {stage['name']}", "seed": stage["seed"], "folder": Path(stage["adapter"]).parent}
+        results += read_items(row | {"benchmarks": record["benchmarks"]})
     return lost_and_gained(results) if results else None
