@@ -112,7 +112,7 @@ def chosen_table(rows: Rows, score: float) -> str:
 
 def told(point: Point) -> str:
     """Say a setting in a few words."""
-    about = point.about
+    about = point.rows[0]
     rest = {
         key: value for key, value in about["settings"].items() if key.endswith(("strength", "nats", ".q", "replay"))
     }

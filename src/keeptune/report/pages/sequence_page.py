@@ -96,7 +96,7 @@ def _each(record: Record) -> Grid | None:
 def stages(record: Record) -> Grid:
     """Returns how each stage was made."""
     heads = ("stage", "method", "seed", "options", "rank so far", "trained", "time", "export gap", "adapter")
-    rows = tuple(
+    rows: tuple[tuple[str | Cell, ...], ...] = tuple(
         (
             *(str(stage[key]) for key in ("name", "method", "seed")),
             "; ".join(f"{key} {value}" for key, value in stage["options"].items() if value is not None) or "–",
