@@ -14,6 +14,7 @@ four bits. What the same change computes on the original differs by ``W - dequan
 from __future__ import annotations
 
 import logging
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,7 +33,6 @@ from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.adapter.probe import BOUNDS, Gap, logits_of, random_probe
 from keeptune.adapter.sidecar import About
 from keeptune.adapter.trained_change import (
-    SERVED_RANKS,
     change_of,
     hold_change,
     put_change,
@@ -40,7 +41,8 @@ from keeptune.adapter.trained_change import (
     written_rank,
 )
 from keeptune.adapter.trained_head import head_names, labels_of, task_type, token_rows
-from keeptune.core.artefact import atomic_directory, write_json, write_text
+from keeptune.adapter.vllm_rules import SERVED_RANKS, VllmVerdict, vllm_verdict
+from keeptune.core.artefact import atomic_directory, read_json, write_json, write_text
 from keeptune.core.errors import ExportError
 from keeptune.core.offload import aligned, device_of, save_model
 from keeptune.core.plan import Plan
@@ -116,6 +118,7 @@ class Exported:
         original_gap: Largest difference in logits between the trained model and its change on that original; None
             without one.
         original_relative_gap: The same over the largest logit.
+        vllm: Whether vLLM's loader takes the adapter, by its rules; empty for a merged model.
     """
 
     folder: str
@@ -130,6 +133,7 @@ class Exported:
     original: str | None = None
     original_gap: float | None = None
     original_relative_gap: float | None = None
+    vllm: str = ""
 
 
 def format_for(plan: Plan, wanted: Format, rank: int | None = None) -> tuple[Format, str]:
@@ -234,14 +238,24 @@ def export(
 
 def _describe(fresh: Path, plan: Plan, base: Base, done: Exported, labels: Sequence[str] | None) -> Exported:
     """Writes the record and the README of an export, and returns it with the line that serves it."""
-    merged, served = done.format == "merged", not _no_lora(plan, done.rank)
+    merged = done.format == "merged"
     about = About(plan, base.name, labels, base.quantization)
     if merged and base.original is not None:
         about = replace(about, base=base.original, trained_on=base.name)
-    done = replace(done, serve=about.serve_line(done.folder, done.rank, merged=merged, served=served))
+    verdict = None if merged else about.judged(verdict_on(fresh))
+    done = replace(done, serve=about.serve_line(done.folder, verdict))
+    if verdict is not None:
+        done = replace(done, vllm=verdict.line(shlex.join(["keeptune", "merge", done.folder, "merged"])))
+        _log.info("export: %s", done.vllm)
     write_json(fresh / SIDECAR, about.record(asdict(done)))
     write_text(fresh / "README.md", about.readme(asdict(done)))
     return done
+
+
+def verdict_on(adapter: Path) -> VllmVerdict:
+    """Returns what vLLM's loader makes of an adapter's files."""
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
+        return vllm_verdict(read_json(adapter / "adapter_config.json"), tensors.keys())
 
 
 def _no_original(folder: Path | str, name: str, note: str) -> ExportError:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from keeptune.adapter.vllm_rules import VllmVerdict
 from keeptune.core.plan import Plan
 
 
@@ -30,29 +31,33 @@ class About:
     quantization: Mapping[str, Any] | None
     trained_on: str | None = None
 
-    def serve_line(self, folder: Path | str, rank: int, *, merged: bool, served: bool) -> str:
+    def serve_line(self, folder: Path | str, verdict: VllmVerdict | None) -> str:
         """Returns the command that serves an export, or the call that loads a classifier.
 
         Args:
             folder: The export.
-            rank: Of the adapter.
-            merged: It is a whole model.
-            served: Servers take such adapters.
+            verdict: What vLLM makes of the adapter; None for a whole model.
         """
         if self.labels is not None:  # vLLM serves no classifier with an adapter
             load = "AutoModelForSequenceClassification.from_pretrained"
             whole = f'{load}("{self.base}", num_labels={max(1, len(self.labels))})'
-            return f'{load}("{folder}")' if merged else f'PeftModel.from_pretrained({whole}, "{folder}")'
-        if merged:
+            return f'{load}("{folder}")' if verdict is None else f'PeftModel.from_pretrained({whole}, "{folder}")'
+        if verdict is None:
             return shlex.join(["vllm", "serve", str(folder)])
-        bits = self.quantization or {}
-        # vLLM quantises a base as it loads it only to bitsandbytes' nf4.
-        loads = not bits or (bits.get("load_in_4bit") and bits.get("bnb_4bit_quant_type") == "nf4")
-        if not served or not loads or self.base.endswith(".gguf"):
+        if verdict.refused:
             return f"{shlex.join(['keeptune', 'merge', str(folder), 'merged'])} && vllm serve merged"
-        how = ["--quantization", "bitsandbytes"] if bits else []
-        options = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"tuned={folder}"]
+        how = ["--quantization", "bitsandbytes"] if self.quantization else []
+        options = ["--enable-lora", "--max-lora-rank", str(verdict.max_lora_rank), "--lora-modules", f"tuned={folder}"]
         return shlex.join(["vllm", "serve", self.base, *how, *options])
+
+    def judged(self, verdict: VllmVerdict) -> VllmVerdict:
+        """Returns what vLLM makes of an adapter on this base: it quantises one only to bitsandbytes' nf4."""
+        bits, reason = self.quantization or {}, ""
+        if bits and not (bits.get("load_in_4bit") and bits.get("bnb_4bit_quant_type") == "nf4"):
+            reason = "a base that is quantised as it is loaded, otherwise than vLLM does (nf4)"
+        elif self.base.endswith(".gguf"):
+            reason = "a base in a GGUF file"
+        return replace(verdict, refused=(*verdict.refused, reason)) if reason else verdict
 
     def record(self, export: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what keeptune reads again of an export."""
@@ -88,6 +93,7 @@ class About:
                 f"\nOn the original `{export['original']}` the same change computes other logits than in training: by "
                 f"{export['original_gap']:.1e}, relative {export['original_relative_gap']:.1e}.\n"
             )
+        note += f"\n{export['vllm']}.\n" if export["vllm"] else ""
         checked = "against the adapter on the original" if self.trained_on else "on a freshly loaded base"
         gap, relative = export["gap"], export["relative_gap"]
         return f"""---

@@ -22,13 +22,12 @@ from keeptune.adapter.trained_head import (
     token_rows,
     trained_head,
 )
+from keeptune.adapter.vllm_rules import SERVED_RANKS
 from keeptune.core.artefact import write_tensors
 from keeptune.core.low_rank import LowRank
 from keeptune.core.offload import edit_values
 from keeptune.core.plan import Plan
 from keeptune.core.target import Target
-
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM accepts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -91,7 +91,7 @@ class FinishedRun:
             },
             "loss": trained["loss"],
             "plan": plan.summary(),
-            "notes": [*_of_base(exported), *plan.provenance.get("notes", []), *trained.get("notes", [])],
+            "notes": [*_of_export(exported), *plan.provenance.get("notes", []), *trained.get("notes", [])],
             "benchmarks": [result.summary() for result in self.results],
         }
 
@@ -117,13 +117,14 @@ class FinishedRun:
             )
 
 
-def _of_base(exported: Mapping[str, Any]) -> list[str]:
-    """Returns a sentence on a quantised base, and how far the adapter is from training on the original."""
-    gap = exported.get("original_relative_gap")
+def _of_export(exported: Mapping[str, Any]) -> list[str]:
+    """Returns what vLLM makes of the adapter, and on a quantised base how far it is from training on the original."""
+    vllm, gap = filter(None, [exported.get("vllm")]), exported.get("original_relative_gap")
     if gap is None or exported["format"] == "merged":
-        return []
+        return [*vllm]
     return [
-        f"the adapter is for the quantised base; on {exported['original']} its logits are off by {gap:.0%} (relative)"
+        *vllm,
+        f"the adapter is for the quantised base; on {exported['original']} its logits are off by {gap:.0%} (relative)",
     ]
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from keeptune.adapter.export import Exported, ExportOptions, export
 from keeptune.adapter.install import install
 from keeptune.adapter.load import SIDECAR
-from keeptune.adapter.trained_change import SERVED_RANKS
+from keeptune.adapter.vllm_rules import SERVED_RANKS
 from keeptune.core.artefact import atomic_directory, write_json
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan
