@@ -19,6 +19,8 @@ from .hosts.callback import CallbackOptions as CallbackOptions
 from .pipeline.planning import PlanOptions as PlanOptions
 from .posthoc.repair import Repair as Repair
 from .posthoc.repair import repair as repair
+from .posthoc.weighted_merge import Merging as Merging
+from .posthoc.weighted_merge import merge as merge
 from .statistics.covariance import GradientCovariance as GradientCovariance
 from .statistics.covariance import InputCovariance as InputCovariance
 from .statistics.layer_effect import LayerEffect as LayerEffect

@@ -15,12 +15,11 @@ from typer import echo
 
 from keeptune.cli import compare, dry_run, launch, show_data, store_commands, studies
 from keeptune.cli.repair import check, repair
+from keeptune.cli.share import merge
 from keeptune.cli.shared import (
     OVERRIDES,
     AsJson,
-    Base,
     Commands,
-    Dtype,
     ExitCode,
     Flops,
     RecipeFile,
@@ -176,27 +175,11 @@ app.command("data", context_settings=OVERRIDES)(show_data.show_data)
 typer.Typer.command(app, context_settings=OVERRIDES)(launch.launch)  # its --json is that of what it starts
 for _with_recipe in (compare.sweep, compare.compare, compare.layers, studies.suppress, studies.overlap):
     app.command(context_settings=OVERRIDES)(_with_recipe)
-for _with_options in (studies.change, studies.curvature, studies.energy, repair, check, studies.trace):
+for _with_options in (studies.change, studies.curvature, studies.energy, repair, check, merge, studies.trace):
     app.command()(_with_options)
 
 
 app.add_typer(store_commands.app, name="store")
-
-
-@app.command()
-def merge(
-    adapter: Annotated[Path, typer.Argument(help="A LoRA adapter folder.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Where the merged model goes.", show_default=False)],
-    base: Base = None,
-    dtype: Dtype = "auto",
-    original: Annotated[str | None, typer.Option(help="What a quantised base was before; merged into it.")] = None,
-) -> dict[str, Any]:
-    """Merge an adapter into its base, or the original of a quantised one, and check the merged model."""
-    from keeptune.pipeline.merge import merge_adapter
-
-    gap = merge_adapter(adapter, output, base=base, dtype=dtype, original=original)
-    echo(f"merged model in {output}; largest difference in logits {gap:.1e}")
-    return {"folder": output, "gap": gap}
 
 
 @app.command()
