@@ -13,14 +13,7 @@ from typing import Any
 
 VLLM = "vLLM 0.33.0"
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
-_REFUSED_FIELDS = (
-    "use_dora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "use_bdlora",
-    "use_qalora",
-)
+_REFUSED = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # others rewrite the base when PEFT loads them
 _HEADS = ("classifier", "score")
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte")  # all that a class of a model names as `embedding_modules`
@@ -78,7 +71,7 @@ def vllm_verdict(config: Mapping[str, Any], names: Iterable[str]) -> VllmVerdict
 
 
 def _refused_fields(config: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"{key}: {config[key]}" for key in _REFUSED_FIELDS if config.get(key))
+    yield from (f"{key}: {config[key]}" for key in _REFUSED if config.get(key))
     if config.get("bias", "none") != "none":
         yield f"bias: {config['bias']}"
     modules = [name for name in config.get("modules_to_save") or () if name not in _HEADS]

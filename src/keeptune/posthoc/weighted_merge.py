@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from peft import PeftModel
 
-from keeptune.adapter.export import ExportOptions, export
+from keeptune.adapter.export import export
 from keeptune.adapter.install import install
 from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
 from keeptune.core.errors import ModelError, RecipeError, need_known
@@ -57,10 +57,7 @@ class Merging:
     def __post_init__(self) -> None:
         need_known(self.scheme, get_args(Scheme), "--scheme", "a way to join adapters")
         if not 0 < self.density <= 1 or (self.rank is not None and self.rank < 1):
-            got, wanted = (
-                f"density {self.density}, rank {self.rank}",
-                "a density above 0 and at most 1, a rank of at least 1",
-            )
+            got, wanted = f"{self.density} and {self.rank}", "a density in (0, 1], a rank of at least 1"
             raise RecipeError("--density, --rank", got=got, wanted=wanted, next_step="Change it.")
 
 
@@ -76,8 +73,7 @@ def merge(
         base: Path or hub id of the base; None takes what the first one names.
 
     Returns:
-        ``distance`` (relative, Frobenius, to the weighted sum of the changes), ``scheme`` as PEFT names it, and
-        ``export``.
+        ``distance`` (relative, Frobenius, to the weighted sum of the changes), PEFT's ``scheme``, and ``export``.
 
     Raises:
         RecipeError: There is not one weight for each of at least two adapters.
@@ -94,25 +90,23 @@ def merge(
     refuse_foreign(output := Path(output))
     check_folder("--output", output)
     found = [TrainedModel.of(str(source), base=base) for source in adapters]
-    starts = [_start(one, found[0]) for one in found]
-    scheme, changes = _joined([one.folder for one in found], found[0], options)
+    first, starts = found[0], list[FactoredModel]()
+    for one in found:
+        start = _start(one, first)
+        starts.append(replace(start, model=starts[0].model) if starts else start)  # one base is held
+    scheme, changes = _joined([one.folder for one in found], first, options)
     distance = _distance(changes, starts, options.weights)
-    first, weights = starts[0], [float(weight) for weight in options.weights]
+    made_from = [{"folder": str(one.trained.folder), "weights": one.weights} for one in starts]
+    made_of = {"model": starts[0].fingerprint, "dtype": first.dtype, "seed": options.seed, "adapters": made_from}
     plan = Plan(
         method="merge",
-        options={**asdict(options), "weights": weights, "scheme": scheme},
-        targets=starting_from([t for t in find_targets(first.model) if t.name in changes], changes),
-        provenance={
-            "model": first.fingerprint,
-            "dtype": found[0].dtype,
-            "seed": options.seed,
-            "adapters": [{"folder": str(one.trained.folder), "weights": one.weights} for one in starts],
-            "distance": distance,
-        },
+        options=asdict(options) | {"weights": list(map(float, options.weights)), "scheme": scheme},
+        targets=starting_from([t for t in find_targets(starts[0].model) if t.name in changes], changes),
+        provenance=made_of | {"distance": distance},
     )
-    tuned = install(found[0].load_base(), plan)
+    tuned = install(first.load_base(), plan)
     assert isinstance(tuned, PeftModel)
-    done = export(tuned.eval(), plan, output, ExportOptions(), base=found[0].export_base, tokenizer=first.tokenizer)
+    done = export(tuned.eval(), plan, output, base=first.export_base, tokenizer=starts[0].tokenizer)
     return {"scheme": scheme, "distance": distance, "export": asdict(done)}
 
 
@@ -138,17 +132,11 @@ def _joined(folders: Sequence[Path], first: TrainedModel, options: Merging) -> t
         ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
         if options.rank or len(set(ranks)) > 1 or any(config.rank_pattern for config in configs):
             scheme = "svd" if scheme in ("svd", "linear") else f"{scheme}_svd"
+        how = {"combination_type": scheme, "svd_rank": options.rank or sum(ranks), "density": options.density}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            model.base_model.add_weighted_adapter(
-                names,
-                [float(weight) for weight in options.weights],
-                "joined",
-                combination_type=scheme,
-                svd_rank=options.rank or sum(ranks),
-                svd_full_matrices=False,
-                density=options.density,
-            )
+            weights = list(map(float, options.weights))
+            model.base_model.add_weighted_adapter(names, weights, "joined", svd_full_matrices=False, **how)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:  # what PEFT does not join
         got, where = " ".join(str(error).split())[:300], ", ".join(map(str, folders))
         raise ModelError(where, got=got, wanted="adapters that PEFT joins", next_step="Leave one out.") from error
