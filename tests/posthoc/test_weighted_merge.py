@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.pipeline.support import MODEL, keeptune
 from transformers import AutoModelForCausalLM
 
-from keeptune import Merging, merge, repair
+from keeptune import Merging, Repair, merge, repair
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ModelError
 
@@ -126,7 +126,10 @@ def test_a_joined_adapter_can_be_scored_and_repaired(
     assert (said.code, "distance to the weighted sum" in said.out) == (0, True), said.err
     scored = keeptune("evaluate", a / "recipe.json", "--adapter", joined, capsys=capsys)
     assert scored.code == 0, scored.err
-    record = repair(joined, tmp_path / "repaired", knowledge=["Once upon a time there was a dog.", "The sun is hot."])
+    little = Repair(drift=1e-4, store=tmp_path / "store")
+    record = repair(
+        joined, tmp_path / "repaired", little, knowledge=["Once upon a time there was a dog.", "The sun is hot."]
+    )
     assert record["drift"] < record["drift_before"]
 
 
