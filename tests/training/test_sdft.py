@@ -24,7 +24,7 @@ from keeptune.penalties.l2 import L2
 from keeptune.training.arguments import sft_config
 from keeptune.training.losses.sdft import Sdft
 from keeptune.training.self_distillation import sdft_trainer
-from keeptune.training.trainer import train
+from keeptune.training.trainer import Beside, train
 
 GREEDY: dict[str, Any] = {"max_completion_length": 6, "temperature": 0.0}
 OTHER = "A: {privileged_context} Q: {prompt}"
@@ -38,7 +38,7 @@ def config(folder: Path, **own: Any) -> Any:
 def run(plan: Plan, folder: Path, loss: Any, examples: Any = EXAMPLES, **own: Any) -> tuple[Any, Any]:
     anchor, stm = own.pop("anchor", "auto"), own.pop("stm_threshold", None)
     model = install(load_model(MODEL), plan, anchor=anchor)
-    return train(model, plan, TOKENIZER, examples, config(folder, **own), loss, stm), model
+    return train(model, plan, TOKENIZER, examples, config(folder, **own), loss, Beside(stm)), model
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ class Job:
         Raises:
             RecipeError: A field of ``train`` does not exist or has a wrong value, or a step cannot be divided.
         """
-        arguments = {"seed": 0, **self.recipe.train, **changes}
+        arguments = {"seed": 0, **self.recipe.training, **changes}
         kind = CONFIGS.get(self.recipe.task.kind, SFTConfig)  # a classifier's has max_length too
         config = sft_config(
             arguments, checkpoints, dtype=dtype, device=self.device, positions=self.positions, kind=kind

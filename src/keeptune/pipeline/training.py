@@ -19,13 +19,16 @@ from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.core.processes import by_first, is_first
 from keeptune.data.examples import LanguageExamples, shortened
+from keeptune.evaluation.benchmark_data import data_fingerprint
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import conclusions
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import release_memory
+from keeptune.pipeline.while_training import evaluations_of
+from keeptune.training.evaluations import evaluated
 from keeptune.training.guard import divergence
-from keeptune.training.trainer import STM, train
+from keeptune.training.trainer import STM, Beside, train
 
 _log = logging.getLogger(__name__)
 _FACTORS = "factors.safetensors"
@@ -39,6 +42,9 @@ def trained_result(job: Job, plan: Plan) -> Stored:
         inputs.append([job.loss and job.loss.name, job.loss, recipe.task.stm_threshold])
     if recipe.task.truncate != "right":
         inputs.append(recipe.task.truncate)
+    if recipe.stop_at_loss is not None:
+        scored = [[one, data_fingerprint(one, job.tokenizer)] for one in recipe.evaluate]
+        inputs.append({"stop_at_loss": recipe.stop_at_loss, "evaluate": scored})
     return Stored("train", job.output / "trained" / "train.json", content_key(inputs))
 
 
@@ -58,7 +64,11 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     config = job.config(job.output / "checkpoints" / result.key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
     task = job.recipe.task
-    loss = train(tuned, plan, job.tokenizer, job.trained_examples, config, job.loss or "nll", task.stm_threshold)
+    evaluations = evaluations_of(job, plan, tuned)
+    beside = Beside(task.stm_threshold, evaluations)
+    rows = train(tuned, plan, job.tokenizer, job.trained_examples, config, job.loss or "nll", beside)
+    loss, scored = [row for row in rows if "loss" in row], evaluated(rows)
+    best = None if evaluations is None else evaluations.best(scored)
     stm = {} if task.stm_threshold is None else read_json(Path(config.output_dir) / STM)
     own = job.loss is not None and job.loss.reads == "own texts"  # which change: so may the loss, which is none of data
     diverged = None if own else divergence([row.get("nll", row["loss"]) for row in loss])
@@ -67,6 +77,11 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     if stm:
         notes.append(
             f"stm: {stm['masked']} of {stm['tokens']} tokens are not learned, {stm['masked'] / stm['tokens']:.1%}"
+        )
+    if best is not None:
+        notes.append(
+            f"stop_at_loss {job.recipe.stop_at_loss:g}: the state of step {best['step']:.0f} is kept, at which "
+            f"{best['eval_forgetting']:.2g} was lost; it was chosen by the benchmarks' own scores"
         )
     for note in notes:
         if note not in verdicts:  # which training has said
@@ -82,6 +97,7 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
         "task_loss": task.loss,
         "stm": {key: value for key, value in stm.items() if key != "places"},
         "loss": loss,
+        **({"evaluations": scored} if scored else {}),
         "notes": notes,
         "seconds": time.perf_counter() - started,
         "trained_parameters": _trained_parameters(tuned, plan),

@@ -84,6 +84,7 @@ class Recipe(Section):
     replay: float = Field(0.0, ge=0, lt=1)
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate: list[BenchmarkEntry] = Field(default_factory=list)
+    stop_at_loss: float | None = Field(None, ge=0, allow_inf_nan=False)
     anchor: Anchor = "auto"
     export: ExportSpec = ExportSpec()
     dtype: Dtype = "auto"
@@ -125,6 +126,11 @@ class Recipe(Section):
         return check_arguments(self.train, CONFIGS.get(self.task.kind, TrainingArguments))
 
     @property
+    def training(self) -> dict[str, Any]:
+        """The ``train`` section as it is meant: a stop needs evaluations."""
+        return ({} if self.stop_at_loss is None else {"eval_strategy": "steps"}) | self.train
+
+    @property
     def data_files(self) -> list[str]:
         """The files of knowledge and task."""
         return [*self.knowledge_files, *(part.file for part in self.task.files)]
@@ -132,6 +138,26 @@ class Recipe(Section):
     def written(self) -> dict[str, Any]:
         """Returns the recipe as plain values that JSON can hold, for the record in the run folder."""
         return dict(json.loads(canonical_json(self.model_dump(mode="json"))))
+
+
+def _check_evaluations(recipe: Recipe, where: str) -> None:
+    """Refuses evaluations while training that have nothing to evaluate."""
+    stop, evaluated = recipe.stop_at_loss is not None, recipe.training.get("eval_strategy", "no") != "no"
+    known = [one for one in recipe.evaluate if one.role == "knowledge" or not stop]
+    if evaluated and not known:
+        raise RecipeError(
+            f"{where}, key {'stop_at_loss' if stop else 'train.eval_strategy'}",
+            got=f"no benchmark{' of role knowledge' * stop} in `evaluate`",
+            wanted="one at least, which is scored while training",
+            next_step="Add for example `evaluate: [{name: triviaqa, examples: 100}]`.",
+        )
+    if stop and not evaluated:
+        raise RecipeError(
+            f"{where}, key stop_at_loss",
+            got="train.eval_strategy: no",
+            wanted="steps or epoch: when benchmarks are scored",
+            next_step="Leave eval_strategy out.",
+        )
 
 
 class _Suite(Section):
@@ -179,6 +205,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
         check_quantization(recipe.quantization)
     check_arguments(recipe.train, CONFIGS.get(recipe.task.kind, TrainingArguments))
     names = _check_names(recipe.evaluate, where)
+    _check_evaluations(recipe, where)
     if recipe.published is not None:
         recipe.published.check_scores(names, where)
     return recipe

@@ -23,6 +23,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DPOConfig, KTOConfig, SFTConfig
 
 from keeptune.core.errors import RecipeError, nearest, need_known
+from keeptune.training.sharding import asks
 from keeptune.training.zero import refuse_zero
 
 # Of each kind of task the config of its trainer; of those that are not here TrainingArguments.
@@ -157,6 +158,7 @@ def sft_config(
         "save_strategy": "steps",
         "save_steps": 0.1,
         "save_total_limit": 2,
+        "eval_steps": 0.1,
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": device == "cpu",
@@ -184,6 +186,13 @@ def sft_config(
             "train", got=str(error), wanted=f"values that {kind.__name__} takes", next_step="Correct the recipe."
         ) from error
     refuse_zero(made)
+    if made.eval_strategy != "no" and (asks("FSDP") or asks("DEEPSPEED")):
+        raise RecipeError(
+            "train.eval_strategy",
+            got=f"{made.eval_strategy.value} with a model in shards",
+            wanted="a whole model on each device: benchmarks are divided among processes",
+            next_step="Leave it out (and stop_at_loss), or launch without FSDP and DeepSpeed.",
+        )
     return made
 
 

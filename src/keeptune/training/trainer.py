@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from keeptune.model.head import refuse_unknown_tokens, sequence_losses
 from keeptune.training.arguments import example_length
 from keeptune.training.attach import attach
 from keeptune.training.checkpoints import Checksums, go_on, last_complete_checkpoint
+from keeptune.training.evaluations import Evaluations, add_evaluations, evaluated, without_data
 from keeptune.training.last_steps import fill_last_steps
 from keeptune.training.losses.base import TaskLoss, loss_named
 from keeptune.training.losses.sdft import Sdft
@@ -39,6 +41,22 @@ STM = "stm.json"  # beside the checkpoints
 _CURVE = ("step", "loss", "nll", "learning_rate", "penalty", "penalty_grad_norm")
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What training has beside a task and its loss.
+
+    Args:
+        stm_threshold: The highest perplexity of a token that is learned (:func:`keeptune.training.stm.stm`).
+        evaluations: What is scored while training; None leaves evaluations to the trainer.
+    """
+
+    stm_threshold: float | None = None
+    evaluations: Evaluations | None = None
+
+
+_NOTHING = Beside()
+
+
 def train(
     model: PreTrainedModel | PeftModel,
     plan: Plan,
@@ -46,7 +64,7 @@ def train(
     examples: LanguageExamples | LabelledExamples,
     config: SFTConfig,
     loss: str | TaskLoss = "nll",
-    stm_threshold: float | None = None,
+    beside: Beside = _NOTHING,
 ) -> list[dict[str, float]]:
     """Trains an installed model on a task, from the last checkpoint that is whole if there is one.
 
@@ -58,12 +76,13 @@ def train(
         config: From :func:`keeptune.training.arguments.sft_config`; its ``output_dir`` holds the checkpoints. A
             classifier uses ``max_length`` and the fields of ``TrainingArguments``.
         loss: What a language model learns of each token, as of :func:`keeptune.training.attach.attach`.
-        stm_threshold: The highest perplexity of a token that is learned (:func:`keeptune.training.stm.stm`).
+        beside: What training has beside these.
 
     Returns:
         The loss curve: ``{"step": .., "loss": .., "learning_rate": ..}`` per logged step, without any penalty: nats
         per token, or the mean over examples of the cross-entropy (nats) or the squared error. Penalties and the
-        drift of each layer have keys of their own, as has ``nll`` where the loss is another.
+        drift of each layer have keys of their own, as has ``nll`` where the loss is another. After it the evaluations,
+        ``{"step": .., "eval_forgetting": ..}``.
 
     Raises:
         TrainError: A frozen factor would be trained, the loss is not finite, or the arguments do not fit the trainer.
@@ -73,16 +92,17 @@ def train(
     resume = by_first(lambda: last_complete_checkpoint(folder))
     if resume is not None:
         _log.info("training: going on from %s", resume)
-    trainer = _trainer(model, plan, tokenizer, examples, config, loss, stm_threshold)
+    trainer = _trainer(model, plan, tokenizer, examples, config, loss, beside)
     if resume is not None:
         refuse_other_states(trainer, resume)
     with explain_full_disk(folder), biases_are_no_shards():
         trainer.train() if resume is None else go_on(trainer, resume)
-    return loss_curve(trainer.state.log_history, plan)
+    log = trainer.state.log_history
+    return loss_curve(log, plan) + evaluated(log)
 
 
 def loss_curve(log: Sequence[Mapping[str, float]], plan: Plan) -> list[dict[str, float]]:
-    """Returns what :func:`train` does, given the log of a trainer that has ended."""
+    """Returns the loss curve of :func:`train`, given the log of a trainer that has ended."""
     rows = [_point(row) for row in log if "loss" in row]
     if rows and plan.penalties:  # the last row is that of the verdict
         rows[-1] |= {key: value for key, value in log[-1].items() if key.startswith("held_out/")}
@@ -96,12 +116,12 @@ def _trainer(
     examples: LanguageExamples | LabelledExamples,
     config: SFTConfig,
     loss: str | TaskLoss = "nll",
-    stm_threshold: float | None = None,
+    beside: Beside = _NOTHING,
 ) -> Any:
     task = examples.parts[0] if isinstance(examples, Mixed) else examples
     judged = isinstance(task, Preferences)
     loss = loss_named(loss, {}) or "nll" if isinstance(loss, str) else loss
-    refuse_sdft(loss, examples, config, stm_threshold)
+    refuse_sdft(loss, examples, config, beside.stm_threshold)
     dataset: Any = None
     lost: Lost = {}
     if not isinstance(loss, Sdft):
@@ -109,8 +129,8 @@ def _trainer(
     for reason, numbers in lost.items():
         some = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
         _log.warning("training: %d of %d examples are %s (rows %s)", len(numbers), len(examples), reason, some)
-    if stm_threshold is not None:
-        dataset = stm(model, dataset, stm_threshold, kept=Path(config.output_dir) / STM)
+    if beside.stm_threshold is not None:
+        dataset = stm(model, dataset, beside.stm_threshold, kept=Path(config.output_dir) / STM)
     kind, parts = _classifier_parts(tokenizer, examples, config) if isinstance(examples, LabelledExamples) else _SFT
     if judged:
         kind, parts = judged_trainer, {"examples": examples}
@@ -119,7 +139,7 @@ def _trainer(
     shard_anywhere(config)
     config._n_gpu = min(config.n_gpu, 1)  # else Trainer copies the model to all GPUs that it sees (nn.DataParallel)
     try:
-        with explain_full_disk(Path(config.output_dir)):
+        with explain_full_disk(Path(config.output_dir)), without_data(config):
             trainer = kind(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, **parts)
     except (TypeError, ValueError) as error:
         name = "Trainer" if kind is Trainer else f"TRL's {type(config).__name__.removesuffix('Config')}Trainer"
@@ -128,6 +148,8 @@ def _trainer(
         ) from error
     shard_blocks(trainer, plan)
     attach(trainer, plan, "nll" if isinstance(loss, Sdft) else loss)
+    if beside.evaluations is not None:
+        add_evaluations(trainer, beside.evaluations)
     if judged:
         refer(trainer)
     if isinstance(loss, Sdft):
