@@ -55,7 +55,7 @@ from keeptune.training.self_distillation import refuse_sdft
 from keeptune.training.sharding import asks, load_to_share, refuse_launcher
 from keeptune.training.task_loss import refuse_loss
 
-_PROBE_LENGTH = 256
+_PROBES, _PROBE_LENGTH = 8, 256
 _BESIDE = ("modules_to_save", "trainable_token_indices")
 
 
@@ -146,13 +146,17 @@ class Job:
     @property
     def export_base(self) -> Base:
         """The base as exports take it."""
-        recipe = self.recipe
-        return Base(recipe.model, self.base, self.load_floats, self.original, recipe.quantization)
+        return Base(self.recipe.model, self.base, self.load_floats, self.original, self.recipe.quantization)
 
     @cached_property
     def original(self) -> str | None:
         """What a quantised base was before, by path or hub id; None where it is not quantised or not at hand."""
         return original_of(self.recipe, load_config(self.recipe.model, self._source()))
+
+    def load_original(self) -> PreTrainedModel:
+        """Loads the original of a quantised base whole."""
+        assert self.original is not None
+        return load_model(self.original, self.float_source(self.original, self.head))
 
     def load_floats(self, name: str) -> PreTrainedModel:
         """Loads a model of floats as the base is loaded, with its weights left on disk."""
@@ -229,11 +233,6 @@ class Job:
     def _task_files(self) -> list[list[Row]]:
         return task_files(self.recipe.task)
 
-    @property
-    def task_rows(self) -> list[Row]:
-        """The task rows, those of all files."""
-        return [row for rows in self._task_files for row in rows]
-
     @cached_property
     def task(self) -> Any:
         """The task's examples."""
@@ -242,7 +241,12 @@ class Job:
     @cached_property
     def task_calibration(self) -> Calibration:
         """A sample of the task as tokens, for statistics of inputs and gradients."""
-        return self.kind.calibration(self.task, self.tokenizer, self.recipe.task.calibration, self.positions)
+        wanted = self.recipe.task.calibration
+        length = self._cut(wanted.max_length)
+        sample: Calibration = self.task.calibration(
+            self.tokenizer, max_length=length, examples=wanted.examples, seed=wanted.seed
+        )
+        return sample
 
     @cached_property
     def trained_examples(self) -> Any:
@@ -264,7 +268,9 @@ class Job:
     @property
     def probe(self) -> Tensor:
         """Token ids that the check of an export compares logits on, ``(batch, length)``."""
-        return self.kind.probe(self.task, self.tokenizer, self._cut(_PROBE_LENGTH))
+        rows = self.task.first_tokens(_PROBES, self.tokenizer, self._cut(_PROBE_LENGTH))
+        length = min(map(len, rows))
+        return torch.tensor([row[:length] for row in rows])
 
     def config(self, checkpoints: Path, dtype: torch.dtype, **changes: Any) -> Any:
         """Returns the trainer's config for a base of a dtype, with changed fields; it takes ``train.seed``, else 0.
@@ -305,13 +311,11 @@ class Job:
     @property
     def plan_options(self) -> PlanOptions:
         """Which targets are planned, and how."""
-        recipe = self.recipe
-        key, beside = self.base_fingerprint, {name: getattr(recipe, name) for name in _BESIDE}
-        options = PlanOptions(recipe.targets, recipe.layers, recipe.memory, self.device, fingerprint=key, **beside)
-        if recipe.start_from != "original":
-            return options
-        assert self.original is not None
-        return dataclasses.replace(options, start_from="original", original=self.load_floats(self.original))
+        recipe, original = self.recipe, self.original if self.recipe.start_from == "original" else None
+        options = PlanOptions(recipe.targets, recipe.layers, recipe.memory, self.device, start_from=recipe.start_from)
+        floats = None if original is None else self.load_floats(original)
+        beside = {name: getattr(recipe, name) for name in _BESIDE}
+        return dataclasses.replace(options, fingerprint=self.base_fingerprint, original=floats, **beside)
 
     @cached_property
     def plan_inputs(self) -> dict[str, Any]:
@@ -327,14 +331,12 @@ class Job:
         }
         if "task" in self.needs:
             inputs["task"] = self.task_calibration.fingerprint
-        if recipe.quantization is not None:
-            inputs["quantization"] = recipe.quantization
         if recipe.start_from == "original":
             assert self.original is not None
             inputs["start_from"] = body_fingerprint(self.load_floats(self.original))
         if self.head is not None:
             inputs["head"] = self.head
-        inputs |= {name: value for name in _BESIDE if (value := getattr(recipe, name)) is not None}
+        inputs |= {name: value for name in ("quantization", *_BESIDE) if (value := getattr(recipe, name)) is not None}
         # Which examples come first depends on sets and order; all together do not.
         for request in self.method.statistics:
             if request.examples is not None and request.data in self.data:
@@ -357,15 +359,14 @@ class Job:
         check_folder("output", self.output)
         check_folder("store", self.store.folder)
         check_device(self.device)
-        self.check_needs()
         config = load_config(recipe.model, self._source())
+        self.check_needs(config)
         rows, shards = recipe.trainable_token_indices, goes_with_shards(recipe.quantization, config)
         refuse_launcher(recipe.task.kind, len(self.task), self.loss, recipe.device_map, rows, shards=shards)
-        self._refuse_quantised(config)
         check_original(recipe, config, self.float_source(recipe.original or recipe.model))
         quantised_loading(recipe.model, self._source())
         self.task.first_tokens(1, self.tokenizer, 1)  # what a chat template refuses is refused here
-        used = used_texts(self.task, self.task_rows, self.filed_knowledge, self.knowledge_rows)
+        used = used_texts(self.task, self._task_files, self.filed_knowledge, self.knowledge_rows)
         for benchmark in recipe.evaluate:
             self.kind.check_benchmark(self.task, benchmark)
             refuse_used(used, benchmark, self.tokenizer)
@@ -375,14 +376,8 @@ class Job:
         refuse_loss(self.loss, arguments, self.method.name, self.method.scope, beside)
         refuse_sdft(self.loss, None if recipe.replay else self.task, arguments, recipe.task.stm_threshold)
 
-    def _refuse_quantised(self, config: Any = None) -> None:
-        """Refuses a method or an anchor that would change weights which are quantised, by the recipe or the config."""
-        if stays_quantised(self.recipe.quantization, config):
-            refuse_quantised(self.method.scope, self.method.name)
-            resolve(self.recipe.anchor, torch.bfloat16, quantised=True)
-
-    def check_needs(self) -> None:
-        """Checks what shows without the data: that method, penalties and sections fit together.
+    def check_needs(self, config: Any = None) -> None:
+        """Checks what shows without the data: that method, penalties, sections and the base's config fit together.
 
         Raises:
             RecipeError: A classifier's recipe needs texts that it cannot have.
@@ -390,7 +385,9 @@ class Job:
         """
         recipe = self.recipe
         own_knowledge.generations(recipe, self.needs)
-        self._refuse_quantised()
+        if stays_quantised(recipe.quantization, config):  # whose weights no method and no anchor changes
+            refuse_quantised(self.method.scope, self.method.name)
+            resolve(recipe.anchor, torch.bfloat16, quantised=True)
         refuse_without_original(recipe)
         refuse_layers(self.method, recipe.layers)
         refuse_penalties(self.method, penalties_of(self.method, self.penalties))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.trained_head import TokenIndices, trained_beside
@@ -251,25 +249,18 @@ def with_penalties(
     statistics = collect_for(runner, requests, data, store, options)
     held, free = _reached(penalties, plan.targets, statistics)
     plans = []
-    blocks, weight_of = depth(model), partial(read_weight, model)
+    blocks = depth(model)
     for penalty, own in held:
         targets = tuple(t.target for t in own)
-        site_of = partial(_site, weight_of, statistics, targets, blocks)
+
+        def site_of(planned: TargetPlan, targets: tuple[Target, ...] = targets) -> Site:
+            target = planned.target
+            return Site(planned, read_weight(model, target), statistics.view(target), targets, blocks)
+
         plans.append(_with_texts(penalty, penalty_plan(penalty, own, site_of), model, data))
     notes = [*plan.provenance.get("notes", ()), *free, *_penalty_notes(plan, held, plans)]
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
     return replace(plan, penalties=tuple(plans), provenance=provenance)
-
-
-def _site(
-    weight_of: Callable[[Target], Tensor],
-    statistics: Statistics,
-    targets: tuple[Target, ...],
-    blocks: int,
-    target_plan: TargetPlan,
-) -> Site:
-    target = target_plan.target
-    return Site(target_plan, weight_of(target), statistics.view(target), targets, blocks)
 
 
 def _reached(
@@ -278,11 +269,8 @@ def _reached(
     """Leaves out experts that no token reached: what they put out on the knowledge is nothing that could be held."""
     reached, notes = [], []
     for penalty in penalties:
-        lost = {
-            t.target.name
-            for t in targets
-            if t.target.name in statistics.unseen and penalty.requests(t) & statistics.unseen[t.target.name]
-        }
+        unseen = statistics.unseen
+        lost = {t.target.name for t in targets if penalty.requests(t) & unseen.get(t.target.name, frozenset())}
         if len(lost) == len(targets):
             raise PlanError(
                 f"penalty {penalty.name}",

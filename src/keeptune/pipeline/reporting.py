@@ -45,7 +45,14 @@ def write_report(
     entries = [run.entry for run in runs]
     _label(entries)
     outside = [] if reference is None else [FinishedRun(reference)]
-    _check_one_base([*runs, *outside])
+    bases = {run.plan.provenance.get("model") for run in (*runs, *outside)}
+    if len(bases) > 1:
+        raise ArtefactError(
+            ", ".join(str(run.folder) for run in (*runs, *outside)),
+            got=f"runs on {len(bases)} different bases",
+            wanted="runs on one base",
+            next_step="Write one report for each base.",
+        )
     full = references_by_seed((run.entry["seed"], run.results) for run in runs if run.plan.method == _FULL)
     for run, entry in zip(runs, entries, strict=True):
         entry |= trade_off(run.results, full.get(entry["seed"], outside[0].results if outside else None))
@@ -76,17 +83,6 @@ def _label(entries: Sequence[dict[str, Any]]) -> None:
             entry["label"] = f"{name}, {', '.join(options)}"
 
 
-def _check_one_base(runs: Sequence[FinishedRun]) -> None:
-    bases = {run.plan.provenance.get("model") for run in runs}
-    if len(bases) > 1:
-        raise ArtefactError(
-            ", ".join(str(run.folder) for run in runs),
-            got=f"runs on {len(bases)} different bases",
-            wanted="runs on one base",
-            next_step="Write one report for each base.",
-        )
-
-
 def _write_card(run: FinishedRun, entry: Mapping[str, Any]) -> None:
     """Puts what was kept and lost into the model card of the result; the card of the export knew no scores."""
     text = model_card(entry, read_json(run.result / SIDECAR), run.recipe)
@@ -97,18 +93,11 @@ def _write_card(run: FinishedRun, entry: Mapping[str, Any]) -> None:
 
 def _extras(runs: Sequence[FinishedRun], entries: Sequence[dict[str, Any]], output: Path) -> dict[str, Any]:
     """Collects what the page shows beside the report: items lost and gained, how to repeat it, causal traces."""
-    labelled = [
-        (str(entry.get("label") or entry["name"]), run, entry) for run, entry in zip(runs, entries, strict=True)
-    ]
+    labels = [str(entry.get("label") or entry["name"]) for entry in entries]
+    labelled = list(zip(labels, runs, entries, strict=True))
     results = (
-        {
-            "label": label,
-            "seed": entry["seed"],
-            "benchmark": result.name,
-            "role": result.role,
-            "metric": result.metric,
-            "items": result.items,
-        }
+        {"label": label, "seed": entry["seed"], "benchmark": result.name}
+        | {key: getattr(result, key) for key in ("role", "metric", "items")}
         for label, run, entry in labelled
         for result in run.results
     )

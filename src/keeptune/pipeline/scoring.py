@@ -60,12 +60,10 @@ def _is_into_original(job: Job, folder: Path) -> bool:
 
 def _score_on_original(job: Job, folder: Path, results: Path, weights: str) -> None:
     """Scores an adapter on the original of its quantised base too, in memory as whole models are scored."""
-    original = job.original
-    assert original is not None
-    pair = cache(lambda: AdapterPair(load_adapter(load_model(original, job.float_source(original, job.head)), folder)))
+    original, adapted = job.original, cache(lambda: AdapterPair(load_adapter(job.load_original(), folder)))
     for one in job.recipe.evaluate:
         place = results.with_name(f"{results.name}-original")
-        found = score(job, one, pair, place, weights, None, {"on": original})["summary"]
+        found = score(job, one, adapted, place, weights, None, {"on": original})["summary"]
         _log.info("%s on the original %s: %.3f before, %.3f after", one.name, original, found["before"], found["after"])
 
 
@@ -120,9 +118,7 @@ def load_pair(job: Job, folder: Path) -> AdapterPair | TwoModels:
         return AdapterPair(load_adapter(job.base(), folder))
     options = LoadOptions(dtype=job.recipe.dtype, device=job.device, head=job.head)
     if _is_into_original(job, folder):
-        original = job.original
-        assert original is not None
-        return TwoModels(load_model(original, job.float_source(original, job.head)), load_model(str(folder), options))
+        return TwoModels(job.load_original(), load_model(str(folder), options))
     return TwoModels(job.base(), load_model(str(folder), options))
 
 

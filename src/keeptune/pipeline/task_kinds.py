@@ -8,12 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
 from keeptune.core.errors import RecipeError
-from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import template_text
 from keeptune.data.completions import knowledge_set, mixture, task_examples
 from keeptune.data.examples import Examples, LanguageExamples
@@ -27,9 +22,8 @@ from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES
 from keeptune.model.head import Head
-from keeptune.recipe.sections import Kind, Knowledge, Task, TaskCalibration
+from keeptune.recipe.sections import Kind, Knowledge, Task
 
-_PROBES = 8
 _NOT_JUDGED = ("format", "field_messages", "roles_to_train", "turns", "train_on_eos", "truncate")
 
 
@@ -61,23 +55,6 @@ class TaskKind:
         parts: list[Any] = [self.read(task, rows, f"task.train {part.file}") for rows, part in named]
         mixed = mixture(parts, [part.weight for part in task.files], seed)
         return replace(mixed, order=mixed.order[: task.examples])
-
-    def calibration(
-        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, wanted: TaskCalibration, positions: int | None
-    ) -> Calibration:
-        """Returns the sample that a recipe's ``task.calibration`` describes, cut to the base's positions.
-
-        Raises:
-            DataError: No example has room for what is learned.
-        """
-        length = min(wanted.max_length, positions or wanted.max_length)
-        return examples.calibration(tokenizer, max_length=length, examples=wanted.examples, seed=wanted.seed)
-
-    def probe(self, examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
-        """Returns token ids ``(batch, length)`` of the first examples, cut to one length, to check an export on."""
-        rows = examples.first_tokens(_PROBES, tokenizer, max_length)
-        length = min(map(len, rows))
-        return torch.tensor([row[:length] for row in rows])
 
     def check_benchmark(self, examples: Any, benchmark: Benchmark) -> None:
         """Checks that a benchmark can be scored by the model that the task makes.
@@ -180,10 +157,10 @@ KINDS = {kind.name: kind for kind in (_COMPLETION, _PREFERENCE, _UNPAIRED, _CLAS
 
 
 def used_texts(
-    task: Any, rows: Sequence[Row], sets: Sequence[LanguageExamples], set_rows: Sequence[Sequence[Row]]
+    task: Any, files: Sequence[Sequence[Row]], sets: Sequence[LanguageExamples], set_rows: Sequence[Sequence[Row]]
 ) -> list[Corpus]:
     """Returns what is trained on and kept, which no benchmark may hold: the task, and the knowledge sets of files."""
-    used = [Corpus("task.train", rows, task.read_texts)]
+    used = [Corpus("task.train", [row for rows in files for row in rows], task.read_texts)]
     for part, own in zip(sets, set_rows, strict=True):
         texts = Texts(tuple(part.read_texts)).whole if isinstance(task, LabelledExamples) else part.read_texts
         used.append(Corpus(f"{part.where}.file", own, texts))
