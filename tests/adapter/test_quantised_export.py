@@ -24,8 +24,8 @@ from keeptune.core.weights import is_quantised, read_weight
 from keeptune.methods.lora import Lora
 from keeptune.model.pretrained import LoadOptions, load_floats, load_model
 from keeptune.pipeline.merge import merge_adapter
+from keeptune.pipeline.originals import weight_reader
 from keeptune.pipeline.planning import PlanOptions, plan_for
-from keeptune.pipeline.starts import weight_reader
 from keeptune.statistics.store import StatStore
 
 Trained = tuple[PeftModel, Plan, Saved, Base]

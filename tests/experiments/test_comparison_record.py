@@ -27,7 +27,7 @@ from keeptune.experiments.comparison_record import (
     write_records,
 )
 from keeptune.experiments.single_run import Outcome
-from keeptune.recipe.published import Published, PublishedRow
+from keeptune.recipe.sections import Published, PublishedRow
 from keeptune.report.pages.comparison_page import published
 
 SECTION = CompareSection(methods=["lora"])

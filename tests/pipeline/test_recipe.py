@@ -19,8 +19,7 @@ from keeptune.methods.lora import Lora
 from keeptune.methods.lora_null import LoraNull
 from keeptune.pipeline.demo import LEARNING_RATE, WAYS, demo_recipe
 from keeptune.pipeline.job import Job
-from keeptune.recipe.construct import make_method
-from keeptune.recipe.schema import ExportSpec, Knowledge, Task, load_recipe, make_recipe, parse_overrides
+from keeptune.recipe.schema import ExportSpec, Knowledge, Task, load_recipe, make_method, make_recipe, parse_overrides
 
 Values = Callable[..., dict[str, Any]]
 

@@ -44,8 +44,8 @@ from keeptune.model.pretrained import load_model
 from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.posthoc import repair as repair_module
 from keeptune.posthoc import repair_problem
-from keeptune.posthoc.factored_model import FactoredModel
 from keeptune.posthoc.repair import Repair, repair
+from keeptune.posthoc.repair_problem import FactoredModel
 
 DAMP = Repair().damping
 ROLES = ["q_proj", "k_proj", "v_proj", "down_proj"]

@@ -26,8 +26,8 @@ from keeptune.experiments.axes import Axis, unit_of, value_of
 from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
 from keeptune.experiments.front import spread
 from keeptune.experiments.posthoc_variants import copy_result, variant_of, write_variant
-from keeptune.pipeline.finished import entry_of
 from keeptune.pipeline.job import Job
+from keeptune.pipeline.reporting import entry_of
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 from keeptune.recipe.schema import make_recipe
 from keeptune.report.pages.card import model_card

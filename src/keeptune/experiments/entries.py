@@ -25,8 +25,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from keeptune.core.errors import RecipeError, placed
 from keeptune.experiments.compare_section import CompareSection, Different, Numbers
 from keeptune.methods.strength import stronger
-from keeptune.recipe.construct import make_method
 from keeptune.recipe.reading import set_value, spelt_out
+from keeptune.recipe.schema import make_method
 
 FIXED = {
     "output": "each run has its own folder below the comparison's",

@@ -19,10 +19,9 @@ from keeptune.experiments.entries import Entry, Variation, read_entries, short, 
 from keeptune.experiments.sweep_section import axis_of, point_entries, read_sweep
 from keeptune.model.blocks import find_targets
 from keeptune.pipeline.job import Job
-from keeptune.recipe.construct import make_method, make_penalties
 from keeptune.recipe.paths import Fetch
 from keeptune.recipe.reading import read_values
-from keeptune.recipe.schema import Recipe, make_recipe
+from keeptune.recipe.schema import Recipe, make_method, make_penalties, make_recipe
 
 RUNS = "runs"
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar, Self
 
 import torch
@@ -256,11 +257,11 @@ def make_plan(
     def build(target: Target) -> TargetPlan:
         return method.build(target, weight_of(target), stats_of(target), decisions[target])
 
-    scores = divided_in_groups(targets, _input_group, score, title="plan: scores")
+    scores = divided_in_groups(targets, attrgetter("input_group"), score, title="plan: scores")
     decisions = method.allocate(dict(zip(targets, scores, strict=True)))
     notes = [*(provenance or {}).get("notes", ()), *method.notes(decisions)]
     chosen = [target for target in targets if decisions[target].rank > 0]
-    built = divided_in_groups(chosen, _input_group, build, title="plan: factors")
+    built = divided_in_groups(chosen, attrgetter("input_group"), build, title="plan: factors")
     return Plan(
         method=method.name,
         options=json.loads(canonical_json(method.options())),  # as a saved plan has them: tuples are lists
@@ -270,10 +271,6 @@ def make_plan(
         training=method.training(),
         provenance=dict(provenance or {}) | ({"notes": notes} if notes else {}),
     )
-
-
-def _input_group(target: Target) -> str:
-    return target.input_group
 
 
 def allot_rank(target: Target, rank: int, method: str) -> Decision:

@@ -43,8 +43,7 @@ from keeptune.pipeline.originals import check_original, original_of, refuse_with
 from keeptune.pipeline.placement import is_packed, load_base
 from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_layers, refuse_penalties
 from keeptune.pipeline.task_kinds import KINDS, TaskKind, read_knowledge, task_files, used_texts
-from keeptune.recipe.construct import make_loss, make_method, make_penalties
-from keeptune.recipe.schema import Recipe
+from keeptune.recipe.schema import Recipe, make_loss, make_method, make_penalties
 from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.self_generated import SelfGeneration, SelfWritten, write_texts

@@ -37,9 +37,8 @@ from keeptune.model.blocks import head_of, positions
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.planning import starting_from
 from keeptune.pipeline.trained_changes import TrainedModel
-from keeptune.posthoc.factored_model import FactoredModel
 from keeptune.posthoc.repair_equations import mu_for_drift
-from keeptune.posthoc.repair_problem import RepairProblem, repair_problem
+from keeptune.posthoc.repair_problem import FactoredModel, RepairProblem, repair_problem
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.self_generated import SelfGeneration, write_texts
 

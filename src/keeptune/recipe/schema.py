@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,15 +14,16 @@ from transformers import TrainingArguments
 
 from keeptune.adapter.anchor import Anchor
 from keeptune.core.artefact import canonical_json
-from keeptune.core.errors import RecipeError
+from keeptune.core.errors import RecipeError, nearest
+from keeptune.core.registry import made
 from keeptune.data import hub
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.standard.entry import NamedBenchmark
+from keeptune.methods.base import method_named, methods
 from keeptune.model.pretrained import DeviceMap, Dtype, StartFrom
 from keeptune.model.quantization import check_quantization
-from keeptune.recipe.construct import make_loss, make_method, make_penalties
+from keeptune.penalties.base import Penalty, penalties, penalty_named
 from keeptune.recipe.paths import Fetch, resolve_paths
-from keeptune.recipe.published import Published
 from keeptune.recipe.reading import DEFAULT_METHOD, parse_pairs, read_values, spelt_out
 from keeptune.recipe.sections import (
     BY_BASE,
@@ -32,6 +33,7 @@ from keeptune.recipe.sections import (
     Knowledge,
     KnowledgeSets,
     MethodSection,
+    Published,
     Section,
     Task,
     TaskCalibration,
@@ -40,6 +42,7 @@ from keeptune.recipe.sections import (
 from keeptune.statistics.self_generated import SelfGeneration
 from keeptune.statistics.store import DEFAULT_LIMIT
 from keeptune.training.arguments import CONFIGS, check_arguments
+from keeptune.training.losses.base import TaskLoss, loss_named, losses
 
 
 def _expanded(folder: Path) -> Path:
@@ -246,6 +249,43 @@ def _check_names(benchmarks: Sequence[Benchmark], where: str) -> list[str]:
                 next_step="Rename it.",
             )
     return names
+
+
+def make_method(options: Mapping[str, Any], *, seed: int) -> Any:
+    """Makes a method from its recipe section.
+
+    Args:
+        options: ``name`` and the method's own fields.
+        seed: For a method that draws numbers, unless the section has a ``seed`` of its own.
+
+    Raises:
+        RecipeError: The name or an option is unknown, or a value does not fit.
+        PlanError: An option is out of range.
+    """
+    name, given = _named(options, "method", methods())
+    if any(field.name == "seed" for field in dataclasses.fields(method_named(name))):
+        given = {"seed": seed, **given}
+    return made(name, given, methods(), "method", "method")
+
+
+def make_penalties(sections: Sequence[Mapping[str, Any]]) -> tuple[Penalty, ...]:
+    """Makes the penalties of a recipe from sections of a ``name`` and the penalty's own fields.
+
+    Raises:
+        RecipeError: A name or an option is unknown, or a value does not fit.
+    """
+    return tuple(penalty_named(*_named(section, "penalties", penalties())) for section in sections)
+
+
+def make_loss(section: Mapping[str, Any] | None) -> TaskLoss | None:
+    """Makes the loss of a recipe's task from a section of a ``name`` and its own fields; None for nll."""
+    return None if section is None else loss_named(*_named(section, "task.loss", ["nll", *losses()]))
+
+
+def _named(section: Mapping[str, Any], where: str, known: Iterable[str]) -> tuple[str, dict[str, Any]]:
+    if "name" not in section:
+        raise RecipeError(where, got="no name", wanted="a known name", next_step=f"Add `name:`. {nearest('', known)}")
+    return str(section["name"]), {key: value for key, value in section.items() if key != "name"}
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""The sections of a recipe: what to keep, what to learn, how the result is written."""
+"""The sections of a recipe: what to keep, what to learn, how the result is written, what a paper published."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from keeptune.adapter.export import Format
-from keeptune.core.errors import RecipeError, nearest, placed
+from keeptune.core.errors import RecipeError, nearest, need_known, placed
 from keeptune.data.chat_template import ChatOptions
 from keeptune.data.examples import Truncate
 from keeptune.data.formats import FormatOptions
@@ -231,32 +231,17 @@ class Task(DataSection):
         templates = [key for key in given if key in ("prompt", "completion") and self.kind == "completion"]
         self._check_formats(templates)
         missing = [key for key in (needed if not templates else ("prompt", "completion")) if key not in given]
-        other_kind = f"or set task.kind: {' or '.join(kind for kind in _KIND_KEYS if kind != self.kind)}."
-        if unused:
-            raise RecipeError(
-                f"recipe, key task.{unused[0]}",
-                got=f"a key that kind {self.kind} does not use",
-                wanted=f"the keys {', '.join((*needed, *optional))}",
-                next_step=f"Remove it, {other_kind}",
-            )
-        if missing:
-            raise RecipeError(
-                f"recipe, key task.{missing[0]}",
-                got="nothing",
-                wanted=f"a value, for kind {self.kind}",
-                next_step=f"Add `{missing[0]}:` to the task, {other_kind}",
-            )
-        if self.kind != "completion" and len(self.files) > 1:
-            raise RecipeError(
-                "recipe, key task.train",
-                got=f"{len(self.files)} files with kind {self.kind}",
-                wanted="one file",
-                next_step="Join the files.",
-            )
-        if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            raise RecipeError(
-                "recipe, key task.labels", got=str(self.labels), wanted="different labels", next_step="Name each once."
-            )
+        other = f"or set task.kind: {' or '.join(kind for kind in _KIND_KEYS if kind != self.kind)}."
+        several, labels = self.kind != "completion" and len(self.files) > 1, self.labels or ()
+        used, kind = f"the keys {', '.join((*needed, *optional))}", f"kind {self.kind}"
+        for keys, got, wanted, next_step in (
+            (unused, f"a key that {kind} does not use", used, f"Remove it, {other}"),
+            (missing, "nothing", f"a value, for {kind}", f"Add it to the task, {other}"),
+            (["train"] * several, f"{len(self.files)} files with {kind}", "one file", "Join the files."),
+            (["labels"] * (len(set(labels)) < len(labels)), str(labels), "different labels", "Name each once."),
+        ):
+            if keys:
+                raise RecipeError(f"recipe, key task.{keys[0]}", got=got, wanted=wanted, next_step=next_step)
         return self
 
 
@@ -267,6 +252,62 @@ class ExportSpec(Section):
     max_gap: float | None = Field(None, gt=0)
     rank: int | None = Field(None, ge=1)
     check_original: bool = False
+
+
+class PublishedRow(Section):
+    """One line of a table.
+
+    ``method`` is the name in the paper and ``label`` the entry of ``compare.methods`` that stands for it, if one
+    does; ``scores`` are by benchmark of the recipe, ``others`` are columns that no benchmark of ours measures.
+    """
+
+    method: str
+    label: str | None = None
+    parameters: str | None = None
+    scores: dict[str, float] = Field(default_factory=dict)
+    others: dict[str, float] = Field(default_factory=dict)
+
+
+class Published(Section):
+    """A table: where it stands, its unit, its lines, and what is known to differ from our run or is not known."""
+
+    source: str
+    unit: str = "percent"
+    rows: list[PublishedRow] = Field(min_length=1)
+    differs: list[str] = Field(default_factory=list)
+    unknown: list[str] = Field(default_factory=list)
+
+    def check_scores(self, benchmarks: Iterable[str], where: str) -> None:
+        """Raises RecipeError where a score is of no benchmark in ``evaluate``."""
+        known, wanted = list(benchmarks), "a benchmark in `evaluate`; other columns go under `others`"
+        for number, row in enumerate(self.rows):
+            for name in row.scores:
+                need_known(name, known, f"{where}, key published.rows.{number}.scores.{name}", wanted)
+
+    def check_labels(self, labels: Iterable[str], where: str) -> None:
+        """Raises RecipeError where a label is that of no entry of the comparison."""
+        known = list(labels)
+        for number, row in enumerate(self.rows):
+            if row.label is not None:
+                need_known(
+                    row.label, known, f"{where}, key published.rows.{number}.label", "a label in compare.methods"
+                )
+
+    def scores(self) -> list[dict[str, Any]]:
+        """Returns the scores of lines that have a label, as shares where the table is in per cent."""
+        scale = 100 if self.unit == "percent" else 1
+        return [
+            {
+                "label": row.label,
+                "benchmark": name,
+                "score": score / scale,
+                "source": self.source,
+                "note": f"({row.method}{', ' + row.parameters if row.parameters else ''})",
+            }
+            for row in self.rows
+            if row.label is not None
+            for name, score in row.scores.items()
+        ]
 
 
 def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | int]], Sequence[str]]) -> RecipeError:

@@ -14,9 +14,9 @@ from keeptune.core.errors import RecipeError
 from keeptune.data import hub
 from keeptune.pipeline.dry_run import describe as describing
 from keeptune.pipeline.dry_run import model_shapes as shapes
-from keeptune.recipe.published import Published
 from keeptune.recipe.reading import read_values
 from keeptune.recipe.schema import make_recipe
+from keeptune.recipe.sections import Published
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "recipes").glob("*-table*.yaml"))
