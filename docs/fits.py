@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.data import hub
-from keeptune.pipeline.dry_run.account import DryRun
-from keeptune.pipeline.dry_run.describe import describe
+from keeptune.pipeline.dry_run.describe import DryRun, describe
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
 from keeptune.recipe.schema import make_recipe
 

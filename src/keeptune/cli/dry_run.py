@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from keeptune.pipeline.dry_run.account import DryRun
+    from keeptune.pipeline.dry_run.describe import DryRun
     from keeptune.recipe.schema import Recipe
 
 
@@ -36,7 +36,7 @@ def dry_run(
 
     runs = describe_file(recipe, overrides)
     if not as_json:
-        device = next(iter(runs.values()))[1].device
+        device = next(iter(runs.values()))[1].job.recipe.device
         print_accounts(runs, Console(), flops=flops, device=device_named(device))
     accounts = {name: {"times": times, **account.plain()} for name, (times, account) in runs.items()}
     return runs[""][1].plain() if "" in runs else {"runs": accounts}

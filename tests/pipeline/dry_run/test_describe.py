@@ -15,8 +15,7 @@ from tests.pipeline.support import keeptune
 from keeptune import atlas
 from keeptune.core.errors import DataError, KeeptuneError, ModelError, PlanError, RecipeError, StatisticsError
 from keeptune.data import hub
-from keeptune.pipeline.dry_run.account import DryRun
-from keeptune.pipeline.dry_run.describe import describe
+from keeptune.pipeline.dry_run.describe import DryRun, describe
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
 from keeptune.pipeline.run import run
 from keeptune.recipe.schema import make_recipe
@@ -74,7 +73,7 @@ def test_runs_that_share_a_shape_are_counted_in_their_own_quantisation(dry: Call
     """As in a comparison: the account of the first run gives the shape to the others."""
     packed = dry(LLAMA, quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
     beside, alone = dry(LLAMA, shape=packed.shape), dry(LLAMA)
-    assert packed.quantised and not beside.quantised and not alone.quantised
+    assert packed.quantization and not beside.quantization and not alone.quantization
     assert beside.plain() == alone.plain()
     assert packed.memory["training"]["weights"] < 0.4 * alone.memory["training"]["weights"]
 

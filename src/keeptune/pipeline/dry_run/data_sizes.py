@@ -1,4 +1,4 @@
-"""Rows and tokens of the data that a recipe names, as far as they are on this machine."""
+"""Files, rows and tokens of the data that a recipe names, as far as they are on this machine; None is not known."""
 
 from __future__ import annotations
 
@@ -16,12 +16,36 @@ from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.model.pretrained import LoadOptions, load_tokenizer
-from keeptune.pipeline.dry_run.account import Need, Scored
 from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
 
 _SAMPLE = 256  # rows whose tokens are counted, to estimate those of all
 _POSITIONS = 2048  # tokens of an item of a benchmark at most, where neither recipe nor model says
+
+
+@dataclass(frozen=True)
+class Need:
+    """A model, data file or benchmark that a run needs; what is not ``at_hand`` is fetched."""
+
+    what: str  # model, task, knowledge or benchmark
+    name: str  # its path, or its name on the hub
+    at_hand: bool
+    size: int | None = None  # bytes
+    revision: str | None = None  # on the hub; None is the newest
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A benchmark that would be scored."""
+
+    name: str
+    role: str
+    items: int | None
+    metric: str
+    length: float  # tokens of an item, all its choices together: a mean where ``measured``, else the most
+    longest: int  # tokens of the longest sequence
+    batch: int  # sequences in a forward pass, at most
+    measured: bool
 
 
 def rows_of(name: str, limit: int | None) -> int | None:

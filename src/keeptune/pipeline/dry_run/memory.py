@@ -26,8 +26,7 @@ from keeptune.model.quantization import stays_quantised
 from keeptune.penalties.base import Penalty
 from keeptune.penalties.kl import Kl
 from keeptune.pipeline.dry_run import estimate
-from keeptune.pipeline.dry_run.account import Scored
-from keeptune.pipeline.dry_run.data_sizes import Lengths
+from keeptune.pipeline.dry_run.data_sizes import Lengths, Scored
 from keeptune.pipeline.dry_run.model_shapes import ModelShape
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import penalties_of
@@ -142,6 +141,7 @@ class Footprint:
     def _penalties(self) -> Sequence[Penalty]:
         return penalties_of(self.job.method, self.job.penalties)
 
+    @cached_property
     def memory(self) -> dict[str, dict[str, int]]:
         """Returns the bytes of each stage by part, with what the process takes; stages that are not there are out."""
         stages = {
@@ -353,6 +353,7 @@ class Footprint:
     def _states(self) -> int:
         return estimate.optimizer_states(str(self.job.recipe.train.get("optim") or "adamw")) * self.trained
 
+    @cached_property
     def disk(self) -> dict[str, dict[str, int]]:
         """Returns the bytes of what the run writes, by part."""
         store: dict[str, int] = {}

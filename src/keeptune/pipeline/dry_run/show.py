@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from keeptune.core.errors import RecipeError
-from keeptune.pipeline.dry_run.account import DryRun, Need, Scored
+from keeptune.pipeline.dry_run.data_sizes import Need, Scored
+from keeptune.pipeline.dry_run.describe import DryRun
 from keeptune.pipeline.dry_run.estimate import gemm_rate
 from keeptune.report.numbers import count, duration
 from keeptune.report.tables.terminal import say, table
@@ -82,7 +83,7 @@ def _fetch(need: Need) -> str:
 
 def _model(dry: DryRun) -> str:
     shape = dry.shape
-    packed = ", quantised" if dry.quantised else ""
+    packed = ", quantised" if dry.quantization else ""
     return f"{shape.name}, {count(shape.parameters)} parameters, {shape.dtype}{packed}; shape from {shape.source}"
 
 
