@@ -20,7 +20,7 @@ from keeptune.adapter.install import held_parameters, install
 from keeptune.core.errors import PlanError
 from keeptune.core.plan import Plan
 from keeptune.penalties.base import penalties, penalty_named
-from keeptune.pipeline.planning import penalties_of, refuse_penalties
+from keeptune.pipeline.planning import penalties_of, refuse_scope
 from keeptune.training.penalty_engine import Penalties
 
 # The options a penalty is checked with.
@@ -225,7 +225,7 @@ def test_two_penalties_add_up(penalty: str, worlds: Callable[[str], World], pena
 @pytest.mark.parametrize("case", WHOLE)
 def test_methods_that_change_whole_weights_take_no_penalty(case: str, worlds: Callable[[str], World]) -> None:
     with pytest.raises(PlanError, match="changes whole weights"):
-        refuse_penalties(CASES[case], penalties_of(CASES[case], [penalty_named("l2", {})]))
+        refuse_scope(CASES[case], penalties_of(CASES[case], [penalty_named("l2", {})]), None)
 
 
 def test_of_dora_the_plan_says_what_is_not_held(worlds: Callable[[str], World], penalised: PlanOf) -> None:

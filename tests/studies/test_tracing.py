@@ -76,11 +76,10 @@ def test_a_model_and_its_adapter(
     assert (output / "layers.png").stat().st_size > 10_000
     assert (output / "heat.png").stat().st_size > 10_000
 
-    again = keeptune(*words, "--output", tmp_path / "again", "--norm", "sum", "--example", 2, capsys=capsys)
+    again = keeptune(*words, "--output", tmp_path / "again", "--norm", "sum", capsys=capsys)
     assert again.code == 0
     other = read_json(tmp_path / "again" / "trace.json")
     assert [model["AIE"] for model in other["models"]] == [base["AIE"], tuned["AIE"]]
-    assert other["example"]["number"] == 2
 
 
 def test_two_models_by_the_other_reading(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +136,6 @@ def test_clean_and_corrupted_are_the_same_in_both_readings() -> None:
         (["--norm", "mean"], "max or sum"),
         (["--fraction", "1.5"], "above 0 and at most 1"),
         (["--scale", "-1"], "0 or more"),
-        (["--example", "4"], "from 1 to 3"),
         (["--adapter", "./nowhere"], "no such folder"),
         (["--prompt", "{question}"], '"question"'),
         (["--prompt", ""], "an empty prompt"),

@@ -131,9 +131,6 @@ def trace(
     scale: Annotated[float, typer.Option(help="Noise, in standard deviations of the token embeddings.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     norm: Annotated[str, typer.Option(help="What NAIE is normalised by: max or sum.")] = "max",
-    example: Annotated[
-        int | None, typer.Option(help="Whose heat map is drawn; default: what noise harms most.")
-    ] = None,
     output: Annotated[Path, typer.Option(help="Where trace.json, layers.png and heat.png go.")] = Path("trace"),
     max_length: Annotated[int, typer.Option(min=2, help="Longer examples are cut to this many tokens.")] = 512,
     store: Store = None,
@@ -156,7 +153,6 @@ def trace(
         adapter=adapter,
         examples=examples,
         max_length=max_length,
-        example=example,
         store=store,
         device=device,
         dtype=dtype,

@@ -39,9 +39,9 @@ from keeptune.model.quantization import goes_with_shards, stays_quantised
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline import own_knowledge
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
-from keeptune.pipeline.originals import check_original, original_of, refuse_without_original
+from keeptune.pipeline.originals import check_original, original_of
 from keeptune.pipeline.placement import is_packed, load_base
-from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_layers, refuse_penalties
+from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_scope
 from keeptune.pipeline.task_kinds import KINDS, TaskKind, read_knowledge, task_files, used_texts
 from keeptune.recipe.schema import Recipe, make_loss, make_method, make_penalties
 from keeptune.statistics.collect import source_name
@@ -362,7 +362,6 @@ class Job:
         self.check_needs(config)
         rows, shards = recipe.trainable_token_indices, goes_with_shards(recipe.quantization, config)
         refuse_launcher(recipe.task.kind, len(self.task), self.loss, recipe.device_map, rows, shards=shards)
-        check_original(recipe, config, self.float_source(recipe.original or recipe.model))
         quantised_loading(recipe.model, self._source())
         self.task.first_tokens(1, self.tokenizer, 1)  # what a chat template refuses is refused here
         used = used_texts(self.task, self._task_files, self.filed_knowledge, self.knowledge_rows)
@@ -387,6 +386,5 @@ class Job:
         if stays_quantised(recipe.quantization, config):  # whose weights no method and no anchor changes
             refuse_quantised(self.method.scope, self.method.name)
             resolve(recipe.anchor, torch.bfloat16, quantised=True)
-        refuse_without_original(recipe)
-        refuse_layers(self.method, recipe.layers)
-        refuse_penalties(self.method, penalties_of(self.method, self.penalties))
+        check_original(recipe, config, self.float_source(recipe.original or recipe.model))
+        refuse_scope(self.method, penalties_of(self.method, self.penalties), recipe.layers)

@@ -39,19 +39,12 @@ def original_of(recipe: Recipe, config: Any) -> str | None:
     return recipe.model if stored_quantization(config) is None and stays_quantised(recipe.quantization) else None
 
 
-def refuse_without_original(recipe: Recipe) -> None:
-    """Raises RecipeError for a recipe that asks for an original and names none, whatever its base is."""
-    asked = _asked(recipe)
-    if asked and recipe.original is None and not stays_quantised(recipe.quantization):
-        raise _not_at_hand(asked[0], recipe)
-
-
 def check_original(recipe: Recipe, config: Any, options: LoadOptions) -> None:
     """Checks the original of a base.
 
     Args:
         recipe: The recipe.
-        config: The base's config.
+        config: The base's config; None checks what shows without it.
         options: How the original is loaded.
 
     Raises:
@@ -59,13 +52,20 @@ def check_original(recipe: Recipe, config: Any, options: LoadOptions) -> None:
         ModelError: There is no such model.
     """
     quantised = stays_quantised(recipe.quantization, config)
-    original = original_of(recipe, config)
-    asked = _asked(recipe)
-    if quantised and recipe.export.format == "merged":
-        asked.append("export.format")
-    if asked and original is None:
-        raise _not_at_hand(asked[0], recipe)
-    if recipe.original is None:
+    asked = {
+        "start_from": "original" if recipe.start_from == "original" else "",
+        "export.check_original": "true" if recipe.export.check_original else "",
+        "export.format": "merged" if quantised and recipe.export.format == "merged" else "",
+    }
+    key = next((key for key, value in asked.items() if value), None)
+    if key is not None and original_of(recipe, config) is None:
+        raise RecipeError(
+            f"recipe, key {key}",
+            got=f"{asked[key]} without the original weights of {recipe.model}",
+            wanted="a base that is quantised as it is loaded, or `original:`, the model that was quantised",
+            next_step="Add `original: org/name`, or leave the key out.",
+        )
+    if recipe.original is None or config is None:
         return
     if not quantised and not is_gguf(recipe.model):
         raise RecipeError(
@@ -85,24 +85,9 @@ def check_original(recipe: Recipe, config: Any, options: LoadOptions) -> None:
         )
 
 
-def _asked(recipe: Recipe) -> list[str]:
-    keys = {"start_from": recipe.start_from == "original", "export.check_original": recipe.export.check_original}
-    return [key for key, asked in keys.items() if asked]
-
-
 def _of(config: Any, key: str) -> Any:
     value = getattr(config.get_text_config(), key, None)
     return value.removesuffix("_text") if isinstance(value, str) else value
-
-
-def _not_at_hand(key: str, recipe: Recipe) -> RecipeError:
-    value = {"start_from": "original", "export.format": "merged"}.get(key, "true")
-    return RecipeError(
-        f"recipe, key {key}",
-        got=f"{value} without the original weights of {recipe.model}",
-        wanted="a base that is quantised as it is loaded, or `original:`, the model that was quantised",
-        next_step="Add `original: org/name`, or leave the key out.",
-    )
 
 
 def weight_reader(

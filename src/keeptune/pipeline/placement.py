@@ -60,13 +60,7 @@ def load_base(name: str, options: LoadOptions, memory: Memory) -> PreTrainedMode
         device = torch.device(options.device)
         needed, free = sum(p.nbytes for p in load_shapes(name, options).parameters()), free_bytes(device)
         memory = "resident" if needed <= _SHARE * free else "blockwise"
-        _log.info(
-            "plan: memory auto takes %s: weights of %.3g GB, %.3g GB free on %s",
-            memory,
-            needed / 1e9,
-            free / 1e9,
-            device,
-        )
+        _tell("plan", memory, "weights", needed, free, device)
     return load_model(name, options) if memory == "resident" else load_offloaded(name, options)
 
 
@@ -87,17 +81,16 @@ def placed_runner(
     room = int(_SHARE * free)
     if memory == "auto" and sites:
         memory = "blockwise" if (is_offloaded(runner.model) or sums > room) and _is_stack(runner.model) else "resident"
-        _log.info(
-            "statistics: memory auto takes %s: sums of %.3g GB, %.3g GB free on %s",
-            memory,
-            sums / 1e9,
-            free / 1e9,
-            runner.device,
-        )
+        _tell("statistics", memory, "sums", sums, free, runner.device)
     if memory != "blockwise":
         return runner, room if sums > room else None
     place = None if device is None else torch.device(device)
     return (runner if isinstance(runner, BlockwiseRunner) else BlockwiseRunner(runner.model, place)), None
+
+
+def _tell(stage: str, memory: Memory, what: str, needed: int, free: int, device: torch.device) -> None:
+    sizes = f"{what} of {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB free"
+    _log.info("%s: memory auto takes %s: %s on %s", stage, memory, sizes, device)
 
 
 def _is_stack(model: PreTrainedModel) -> bool:

@@ -79,40 +79,37 @@ def penalties_of(method: Method, extra: Sequence[Penalty] = ()) -> tuple[Penalty
     return tuple(one for one in (*method.penalties(), *extra) if one.strength > 0)
 
 
-def refuse_penalties(method: Method, penalties: Sequence[Penalty]) -> None:
-    """Refuses penalties that a method cannot have.
+def refuse_scope(method: Method, penalties: Sequence[Penalty], layers: Sequence[int] | None) -> None:
+    """Refuses penalties and layers that a method cannot have.
 
     Raises:
-        PlanError: The method trains no factors, or there are two whose reports would have the same names.
+        PlanError: The method trains no factors, or every weight; or there are two penalties of one name in reports.
     """
     names = [one.name for one in penalties]
-    where = f"method {method.name}"
-    if penalties and method.scope != "adapter":
-        raise PlanError(
-            where,
-            got=f"the penalties {', '.join(names)}",
-            wanted="no `penalties`: it changes whole weights, and penalties act on low-rank factors",
-            next_step="Leave `penalties` out, or take a method that trains adapters.",
-        )
-    twice = next((one.name for one in penalties if one.once and names.count(one.name) > 1), None)
-    if twice is not None:
-        raise PlanError(
-            where,
-            got=f"{names.count(twice)} penalties {twice}",
-            wanted="one: their logs and notes would have the same names",
-            next_step="Leave one out.",
-        )
-
-
-def refuse_layers(method: Method, layers: Sequence[int] | None) -> None:
-    """Raises PlanError where a method that trains every weight is confined to blocks."""
-    if layers is not None and method.scope == "all":
-        raise PlanError(
-            f"method {method.name}",
-            got=f"layers {list(layers)}",
-            wanted="no `layers`: it trains every weight of the model",
-            next_step="Leave `layers` out (or set it to null), or take a method that trains adapters.",
-        )
+    twice = next((one.name for one in penalties if one.once and names.count(one.name) > 1), "")
+    adapters = "or take a method that trains adapters."
+    for wrong, got, wanted, next_step in (
+        (
+            penalties and method.scope != "adapter",
+            f"the penalties {', '.join(names)}",
+            "no `penalties`: it changes whole weights, and penalties act on low-rank factors",
+            f"Leave `penalties` out, {adapters}",
+        ),
+        (
+            twice,
+            f"{names.count(twice)} penalties {twice}",
+            "one: their logs and notes would have the same names",
+            "Leave one out.",
+        ),
+        (
+            layers is not None and method.scope == "all",
+            f"layers {list(layers or ())}",
+            "no `layers`: it trains every weight of the model",
+            f"Leave `layers` out (or set it to null), {adapters}",
+        ),
+    ):
+        if wrong:
+            raise PlanError(f"method {method.name}", got=got, wanted=wanted, next_step=next_step)
 
 
 def statistics_for(
@@ -132,7 +129,7 @@ def statistics_for(
         PlanError: A role or a block does not exist, or the method cannot be confined to blocks, or not tune experts.
         StatisticsError: Data that are requested are not given, or activations are not finite.
     """
-    refuse_layers(method, options.layers)
+    refuse_scope(method, (), options.layers)
     method = method.fitted(depth(model))
     targets = find_targets(model, options.targets, options.layers)
     refuse_experts(method, targets)
@@ -186,7 +183,7 @@ def plan_for(
     options = replace(options, fingerprint=options.fingerprint or body_fingerprint(model))
     method = method.fitted(depth(model))
     penalties = penalties_of(method, penalties)
-    refuse_penalties(method, penalties)
+    refuse_scope(method, penalties, options.layers)
     weight_of = weight_reader(model, method, options.start_from, options.original)
     targets, statistics = statistics_for(model, method, store, data=data, options=options)
     provenance = {"model": options.fingerprint, **options.provenance}

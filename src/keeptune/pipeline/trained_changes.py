@@ -126,7 +126,8 @@ class TrainedModel:
             PlanError: A role does not exist.
         """
         for target, W, change in self._compared(roles):
-            if change is not None and not _is_finite(change):
+            parts = [change.B, change.A] if isinstance(change, LowRank) else [] if change is None else [change]
+            if not all(bool(torch.isfinite(part).all()) for part in parts):
                 raise ModelError(
                     f"{self.source}, {target.name}",
                     got="a change that is NaN or infinite",
@@ -179,11 +180,6 @@ def labels_of(sources: Sequence[str]) -> list[str]:
         )
     short = [path.parent.name if path.name in ("adapter", "merged") else path.name for path in paths]
     return [label if short.count(label) == 1 else source for label, source in zip(short, sources, strict=True)]
-
-
-def _is_finite(change: Change) -> bool:
-    parts = [change.B, change.A] if isinstance(change, LowRank) else [change]
-    return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
 def _layers_of(wrapped: PeftModel, folder: Path, known: Set[str]) -> dict[str, Any] | None:

@@ -122,8 +122,7 @@ def _trained_besides(folder: Path, base: PreTrainedModel) -> tuple[str, ...]:
     targets = {name for target in find_targets(base) for name in (target.name, target.module)}
     heads = tuple(f"{name}." for name in head_of(base))
     besides = set()
-    with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
-        keys = [key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in tensors.keys()]  # noqa: SIM118 - not a mapping
+    keys = [key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key, _ in _tensors_in(folder)]
     for name in keys:
         match = _KEY.match(name)
         if not name.startswith(heads) and not (match and match[1] in targets):

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import content_key, file_fingerprint, write_json
-from keeptune.core.errors import DataError, ModelError, RecipeError, need_known
+from keeptune.core.errors import DataError, ModelError, need_known
 from keeptune.data.calibration import Calibration
 from keeptune.data.completions import knowledge_of, knowledge_set
 from keeptune.data.sources import read_jsonl
@@ -157,7 +157,6 @@ class TraceOptions:
         completion: Template of the answer.
         adapter: An adapter of the model, a run's folder, or another model.
         max_length: Longer examples are cut to this many tokens.
-        example: Number of the example whose heat map is drawn, from 1; None takes the one that noise harms most.
         store: Folder where each text's result is kept; None is the user's cache.
         chunk: Tokens in a pass with restored states.
     """
@@ -170,7 +169,6 @@ class TraceOptions:
     adapter: str | None = None
     examples: int = 100
     max_length: int = 512
-    example: int | None = None
     store: Path | None = None
     device: str = "auto"
     dtype: Any = "auto"
@@ -200,7 +198,8 @@ def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max")
     name = resolve_model(options.model)
     tokenizer = load_tokenizer(name)
     data = _data(options, name, tokenizer)
-    chosen, models = None if options.example is None else options.example - 1, []
+    chosen: int | None = None  # whose heat map is drawn, of each model
+    models = []
     for title, model, source in _models(options, name, device):
         texts = trace_texts(model, data, request, store=store, source=source, chunk=options.chunk, title=title)
         store.note_model(source.model, model.name_or_path)
@@ -251,15 +250,7 @@ def _data(options: TraceOptions, name: str, tokenizer: PreTrainedTokenizerBase) 
             next_step="Change --prompt, or remove the row.",
         )
     length = min(options.max_length, load_positions(name) or options.max_length)
-    data = known.calibration(tokenizer, max_length=length)
-    if options.example is not None and not 1 <= options.example <= len(data.sequences):
-        raise RecipeError(
-            "--example",
-            got=str(options.example),
-            wanted=f"a number from 1 to {len(data.sequences)}",
-            next_step="Count the examples from 1.",
-        )
-    return data
+    return known.calibration(tokenizer, max_length=length)
 
 
 def _models(options: TraceOptions, name: str, device: str) -> Iterator[tuple[str, PreTrainedModel, Source]]:
