@@ -43,7 +43,6 @@ class Size:
         rank: The rank, or the number of rows that are trained.
         trained: Numbers that are trained.
         frozen: Numbers of frozen factors beside them.
-        anchored: A part of W is taken out at the start, which needs a frozen twin of the same size on a 16-bit base.
         assumed: Data decide the rank; this is the average.
         implied: Of all these, numbers that a plan does not hold, for its rows say them.
         kept: Numbers of the directions that the plan holds besides, for training to stay off them.
@@ -52,7 +51,6 @@ class Size:
     rank: int
     trained: int
     frozen: int = 0
-    anchored: bool = False
     assumed: bool = False
     implied: int = 0
     kept: int = 0
@@ -70,7 +68,7 @@ class Method(Options):
         paper: Its source.
         scope: ``"adapter"`` for low-rank factors; see :class:`keeptune.core.plan.Plan`.
         strength_option: Which option sets how much it keeps; None where there is none.
-        anchored: Whether a part of W is taken out at the start.
+        anchored: Whether a part of W is taken out at the start: on a 16-bit base by a frozen twin of the same size.
         rows_of_downs: Whether it trains rows of the MLPs' down-projections (LoKI); ``size`` needs to know them.
     """
 
@@ -200,7 +198,7 @@ class RankMethod(Method):
         sizes = {name: kind.numel(target, r) for name, kind in TRAINED_TENSORS.items()}
         trained = sum(sizes[name] for name in self.trains)
         frozen = sum(sizes[name] for name in ("A", "B") if name not in self.trains)
-        return Size(r, trained, frozen, self.anchored, assumed)
+        return Size(r, trained, frozen, assumed)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -188,7 +188,10 @@ def write_report(
     for run, entry in zip(runs, entries, strict=True):
         entry |= trade_off(run.results, full.get(entry["seed"], outside[0].results if outside else None))
         if run.folder == output:
-            _write_card(run, entry)
+            # What was kept and lost; the card of the export knew no scores.
+            text, card = model_card(entry, read_json(run.result / SIDECAR), run.recipe), run.result / "README.md"
+            if not card.is_file() or not same_but_versions(card.read_text(encoding="utf-8"), text):
+                write_text(card, text)
     report = {"base": entries[0]["base"], "version": version("keeptune"), "methods": entries}
     record, page = output / "report.json", output / "report.html"
     if keep and record.is_file() and page.is_file():
@@ -212,14 +215,6 @@ def _label(entries: Sequence[dict[str, Any]]) -> None:
         for entry in same if differing else []:
             options = [f"{key.removeprefix('train.')} {entry['options'].get(key)}" for key in differing]
             entry["label"] = f"{name}, {', '.join(options)}"
-
-
-def _write_card(run: FinishedRun, entry: Mapping[str, Any]) -> None:
-    """Puts what was kept and lost into the model card of the result; the card of the export knew no scores."""
-    text = model_card(entry, read_json(run.result / SIDECAR), run.recipe)
-    card = run.result / "README.md"
-    if not card.is_file() or not same_but_versions(card.read_text(encoding="utf-8"), text):
-        write_text(card, text)
 
 
 def _extras(runs: Sequence[FinishedRun], entries: Sequence[dict[str, Any]], output: Path) -> dict[str, Any]:

@@ -128,10 +128,6 @@ def _read_labels(task: Task, rows: Sequence[Row], where: str, *, scores: bool) -
     )
 
 
-def _check_labels(examples: LabelledExamples, items: Sequence[Item], where: str) -> None:
-    label_indices([item.answers[0] for item in items], examples.names, where=where)
-
-
 _COMPLETION = TaskKind(
     name="completion",
     metrics=("exact_match", "multiple_choice", "cross_entropy", *PAIRS),
@@ -149,7 +145,9 @@ _CLASSIFICATION = replace(
     name="classification",
     metrics=LABELS,
     read=partial(_read_labels, scores=False),
-    check_items=_check_labels,
+    check_items=lambda examples, items, where: label_indices(
+        [item.answers[0] for item in items], examples.names, where=where
+    ),
 )
 _PREFERENCE = replace(_COMPLETION, name="preference", read=partial(_read_judged, paired=True))
 _UNPAIRED = replace(_COMPLETION, name="unpaired_preference", read=partial(_read_judged, paired=False))

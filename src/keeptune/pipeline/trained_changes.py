@@ -191,34 +191,27 @@ def _layers_of(wrapped: PeftModel, folder: Path, known: Set[str]) -> dict[str, A
     outside = sorted(tuned.keys() - known - set(head_of(inner)))
     if outside:
         _log.warning("%s: %s is no linear map of the model's body; left out", folder, ", ".join(outside))
-    layers = {name: layer for name, layer in tuned.items() if name in known}
-    plain = config.peft_type == "LORA" and config.init_lora_weights in PLAIN_STARTS
-    return layers if plain and all(_has_factors(layer) for layer in layers.values()) else None
-
-
-def _has_factors(layer: Any) -> bool:
-    """Whether a layer is LoRA's or DoRA's over a linear map."""
-    variant = getattr(layer, "lora_variant", {}).get("default")
-    is_lora = isinstance(layer, LoraLayer) and is_linear_map(layer.get_base_layer())
-    return is_lora and (variant is None or isinstance(variant, DoraLinearVariant))
+    layers: dict[str, Any] = {name: layer for name, layer in tuned.items() if name in known}
+    for layer in layers.values():  # LoRA's or DoRA's, over a linear map
+        variant = getattr(layer, "lora_variant", {}).get("default")
+        is_lora = isinstance(layer, LoraLayer) and is_linear_map(layer.get_base_layer())
+        if not is_lora or not isinstance(variant, DoraLinearVariant | None):
+            return None
+    return layers if config.peft_type == "LORA" and config.init_lora_weights in PLAIN_STARTS else None
 
 
 def _from_layers(layers: Mapping[str, Any], model: PreTrainedModel, targets: Iterable[Target]) -> _Changes:
     """Yields the factors of each target that has a layer, and of DoRA the difference of the weights."""
     for target in targets:
-        layer = layers.get(target.name)
-        if layer is None:
-            yield target, read_weight(model, target), None
-            continue
-        W = read_weight(model, target)
-        factors = LowRank(layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach())
-        change = factors.to(torch.float64).scaled(layer.scaling["default"])
-        if "default" in layer.lora_variant:
-            tuned = W.double() + change.dense()
-            lengths = layer.lora_magnitude_vector["default"].weight.detach().double()
-            yield target, W, tuned * (lengths / tuned.norm(dim=1))[:, None] - W.double()
-        else:
-            yield target, W, change
+        W, layer, change = read_weight(model, target), layers.get(target.name), None
+        if layer is not None:
+            factors = LowRank(layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach())
+            change = factors.to(torch.float64).scaled(layer.scaling["default"])
+            if "default" in layer.lora_variant:
+                tuned = W.double() + change.dense()
+                lengths = layer.lora_magnitude_vector["default"].weight.detach().double()
+                change = tuned * (lengths / tuned.norm(dim=1))[:, None] - W.double()
+        yield target, W, change
 
 
 def _between(base: PreTrainedModel, tuned: PreTrainedModel, targets: Iterable[Target], where: str) -> _Changes:

@@ -86,6 +86,7 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     for note in notes:
         if note not in verdicts:  # which training has said
             _log.info("train: %s", note)
+    free = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     given = isinstance(job.trained_examples, LanguageExamples) and not own
     record = {
         "plan": plan.key,
@@ -100,7 +101,8 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
         **({"evaluations": scored} if scored else {}),
         "notes": notes,
         "seconds": time.perf_counter() - started,
-        "trained_parameters": _trained_parameters(tuned, plan),
+        # Of a change confined to some rows, those alone.
+        "trained_parameters": free - sum(target.held_back for target in plan.targets),
     }
     factors = trained_state(tuned, plan) if isinstance(tuned, PeftModel) else None
     weights = _gathered(tuned) if factors is None else None
@@ -127,12 +129,6 @@ def _gathered(model: PreTrainedModel) -> dict[str, Tensor] | None:
             gathered = full(value.detach()).cpu()
             whole[id(value)] = gathered if is_first() else gathered.new_empty(0)
     return {name: whole[id(value)] for name, value in shards.items()}
-
-
-def _trained_parameters(tuned: PreTrainedModel | PeftModel, plan: Plan) -> int:
-    """Counts what is trained: of a change confined to some rows, those alone."""
-    free: int = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-    return free - sum(t.held_back for t in plan.targets)
 
 
 def load_trained(job: Job, plan: Plan) -> PreTrainedModel | PeftModel:

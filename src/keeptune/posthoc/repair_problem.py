@@ -189,8 +189,12 @@ class RepairProblem:
             for target in members:
                 change, exact = self._change(target), target.name in self.start.exact
                 new = repaired.of(change) if exact else repaired.of_rank(change, rank)
-                row = {"target": target.name, "layer": target.layer, "role": target.role, "rank": new.rank}
-                row |= {"truncation": 0.0 if exact else _cut(change, min(rank, new.rank))}
+                row: dict[str, Any] = {"target": target.name, "layer": target.layer, "role": target.role}
+                row["rank"] = new.rank
+                row["truncation"] = 0.0
+                if not exact:  # what no change of this rank can hold, relative to its size
+                    values = torch.linalg.svdvals(change.B.double() @ change.A.double()).square()
+                    row["truncation"] = float((values[min(rank, new.rank) :].sum() / values.sum()).sqrt())
                 rows.append(row | self._account(target, change, new, omega_t, omega_k))
                 solved[target.name] = new.to(torch.float32, "cpu")
         return solved, rows
@@ -277,9 +281,3 @@ def repair_problem(
 
 def _in_float64(omega: Tensor) -> Tensor:
     return omega.double()
-
-
-def _cut(change: LowRank, rank: int) -> float:
-    """Returns how much of a change no change of this rank can hold, relative to its size."""
-    values = torch.linalg.svdvals(change.B.double() @ change.A.double()).square()
-    return float((values[rank:].sum() / values.sum()).sqrt())

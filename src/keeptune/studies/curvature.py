@@ -113,8 +113,9 @@ def profiles_of(
             if id(factor) not in known:
                 known[id(factor)] = directions(factor.to(W.device))
             along = known[id(factor)]
+            turned = LowRank(change.A.T, change.B.T) if isinstance(change, LowRank) else change.T
             if float(along.values.sum()) > 0:
-                sides[side] = _side(change if side == "input" else _transposed(change), along)
+                sides[side] = _side(change if side == "input" else turned, along)
         if sides:
             row = {"target": target.name, "layer": target.layer, "role": target.role}
             rows.append(row | {"norm": size_of(change), "sides": sides})
@@ -127,10 +128,6 @@ def _side(change: LowRank | Tensor, along: Directions) -> dict[str, Any]:
     shares = (profile(values, energy), profile(each, energy), profile(values, each))
     felt = float((energy * values).sum() / energy.sum()) / float(values.mean())
     return {name: share.tolist() for name, share in zip(_SHARES, shares, strict=True)} | {"felt": felt}
-
-
-def _transposed(change: LowRank | Tensor) -> LowRank | Tensor:
-    return LowRank(change.A.T, change.B.T) if isinstance(change, LowRank) else change.T
 
 
 def _means(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

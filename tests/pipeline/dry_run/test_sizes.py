@@ -36,7 +36,7 @@ def test_the_count_is_that_of_the_plan(name: str, options: dict[str, Any], archi
     for t in plan.targets:
         size = sizes[t.target.name]
         assert size.rank == t.decision.rank
-        assert size.anchored == t.anchored
+        assert method.anchored == t.anchored
         assert size.kept == sum(value.numel() for value in t.kept.values())
         held = {factor: t.start[factor].numel() for factor in ("A", "B")}
         assert size.frozen == sum(held[f] for f in held if f not in t.trainable) + t.held_back

@@ -13,7 +13,7 @@ from keeptune.data import hub
 from keeptune.data.examples import LanguageExamples
 from keeptune.data.sources import read_jsonl
 from keeptune.evaluation.benchmarks import FileBenchmark
-from keeptune.evaluation.items import Item, load_items
+from keeptune.evaluation.items import load_items
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.model.pretrained import LoadOptions, load_tokenizer
 from keeptune.pipeline.job import Job
@@ -170,8 +170,10 @@ class Lengths:
             # A generated answer is counted at its longest.
             new = benchmark.max_new_tokens if benchmark.metric == "exact_match" else 0
             if not benchmark.file.startswith(hub.PREFIX) and self._tokenizer is not None:
-                first = load_items(benchmark, Path())[:_SAMPLE]
-                counts = [self._counts(_texts_of(item), most) for item in first]
+                for item in load_items(benchmark, Path())[:_SAMPLE]:
+                    plain = item.prompt or item.text + (item.text_pair or "")
+                    texts = [item.prompt + choice for choice in item.choices] or [plain]
+                    counts.append(self._counts(texts, most))
         elif benchmark.data is None and benchmark.row is not None and benchmark.row.items is not None:
             items = min(benchmark.row.items, benchmark.examples or benchmark.row.items)
         return Scored(
@@ -184,9 +186,3 @@ class Lengths:
             batch=benchmark.batch_size,
             measured=bool(counts),
         )
-
-
-def _texts_of(item: Item) -> list[str]:
-    if item.choices:
-        return [item.prompt + choice for choice in item.choices]
-    return [item.prompt or item.text + (item.text_pair or "")]

@@ -195,8 +195,8 @@ class Footprint:
         frozen = sum(size.frozen for size in self.sizes.values())
         quantised = stays_quantised(self.quantization)
         if resolve(self.job.recipe.anchor, getattr(torch, self.shape.dtype), quantised=quantised) == "twin":
-            anchored = [(target, size.rank) for target, size in self.sizes.items() if size.anchored]
-            frozen += sum(rank * (target.out_features + target.in_features) for target, rank in anchored)
+            sizes = self.sizes.items() if self._method.anchored else ()
+            frozen += sum(size.rank * (target.out_features + target.in_features) for target, size in sizes)
         return 0 if self.whole else 4 * (self.trained + frozen)
 
     @property
@@ -267,7 +267,7 @@ class Footprint:
         """The largest decomposition: ``16 m n`` of an SVD of W in float32, ``8 · 4 n²`` of eigenvectors in float64."""
         if self.whole:
             return None
-        decomposes = any(size.anchored or size.kept for size in self.sizes.values()) or bool(self.sites)
+        decomposes = self._method.anchored or any(size.kept for size in self.sizes.values()) or bool(self.sites)
         maps = self.used if decomposes else []
         work = [16 * t.in_features * t.out_features for t in maps]
         sums = [(r.numbers(t), t.in_features) for (r, _), t in self.sites.items() if isinstance(r, RowRequest)]

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from keeptune.core.errors import RecipeError
-from keeptune.pipeline.dry_run.data_sizes import Need, Scored
+from keeptune.pipeline.dry_run.data_sizes import Need
 from keeptune.pipeline.dry_run.describe import DryRun
 from keeptune.pipeline.dry_run.estimate import gemm_rate
 from keeptune.report.numbers import count, duration
@@ -45,7 +45,11 @@ def print_accounts(
     if not one:
         rows = [_row(name, times, dry, rate) for name, (times, dry) in runs.items()]
         console.print(table(_HEADS, rows, left=_HEADS[:1]))
-    _section(console, "score", [_scored(benchmark) for benchmark in first.score])
+    scored = []
+    for entry in first.score:
+        items = "items not known" if entry.items is None else f"{entry.items:,} items, before and after"
+        scored.append(f"{entry.name} ({entry.role}, {entry.metric}): {items}")
+    _section(console, "score", scored)
     if one:
         _section(console, "memory", _amounts(first.memory, first.peak))
         _section(console, "disk", _amounts(first.disk))
@@ -116,11 +120,6 @@ def _train(dry: DryRun) -> list[str]:
         tokens = f"{'' if train.measured else 'at most '}{train.tokens:,.0f} tokens ({train.length:.0f} each)"
         lines.append(f"{train.steps:,} steps of {train.batch}{over}, {tokens}")
     return lines
-
-
-def _scored(one: Scored) -> str:
-    items = "items not known" if one.items is None else f"{one.items:,} items, before and after"
-    return f"{one.name} ({one.role}, {one.metric}): {items}"
 
 
 def _amounts(amounts: Mapping[str, Mapping[str, int]], peak: str = "") -> list[str]:
