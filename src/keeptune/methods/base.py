@@ -298,26 +298,18 @@ def refuse_experts(method: Method, targets: Iterable[Target]) -> None:
         PlanError: The method asks for more, of targets that are such experts.
     """
     roles = sorted({target.role for target in targets if target.expert is not None})
-    reason = _more_than_factors(method)
-    if roles and reason:
+    reason = " and ".join(f"{key} {value}" for key, value in sorted(method.peft().items()))
+    if method.rows_of_downs:
+        reason = f"{method.name}'s layers, which wrap modules"
+    elif special := sorted(method.trains - {"A", "B"}):
+        reason = f"{', '.join(special)} trained beside A and B"
+    if roles and reason and method.scope != "all":
         raise PlanError(
             f"method {method.name}, targets {', '.join(roles)}",
             got=f"experts of fused weights, and {reason}",
             wanted="A and B alone: PEFT trains nothing else of a parameter that holds several experts",
             next_step="List the other roles under `targets`, or take another method or option for these.",
         )
-
-
-def _more_than_factors(method: Method) -> str:
-    """Names what a method wants besides trained factors; empty for nothing."""
-    if method.scope == "all":
-        return ""
-    special = sorted(method.trains - {"A", "B"})
-    if method.rows_of_downs:
-        return f"{method.name}'s layers, which wrap modules"
-    if special:
-        return f"{', '.join(special)} trained beside A and B"
-    return " and ".join(f"{key} {value}" for key, value in sorted(method.peft().items()))
 
 
 def dropout_field(dropout: float) -> dict[str, Any]:

@@ -63,16 +63,16 @@ class Selected:
     votes: Tensor
 
 
-def select(attributions: Attributions, q: float, selection: Selection) -> dict[str, Selected]:
-    """Selects rows of all down-projections (eqs. 6-9).
+def select(attributions: Attributions, q: float, selection: str) -> dict[str, Selected]:
+    """Selects rows of all down-projections (eqs. 6-9), or those of the controls, ``layer-high`` among them.
 
     Laws: ``layer-balanced`` gives each the same floor(q D / 100), the others floor(q L D / 100) in all; no row twice;
     neither the order of texts nor a positive affine map of a text's scores in a block (of all blocks together, for the
     others) changes anything; of equal counts the lowest block and row come first.
     """
-    whole = selection != "layer-balanced"
+    whole = selection.startswith("global")
     k = quota(q, attributions.nodes * (len(attributions.modules) if whole else 1))
-    rows, counts = voted(attributions.chunks(), k, whole=whole, highest=selection == "global-high")
+    rows, counts = voted(attributions.chunks(), k, whole=whole, highest=selection.endswith("high"))
     votes = counts.float() / attributions.samples
     return {name: Selected(own, share) for name, own, share in zip(attributions.modules, rows, votes, strict=True)}
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from keeptune.core.errors import RecipeError, StatisticsError, need_known
-from keeptune.linalg.selections import Rows, count_votes, quota, voted
-from keeptune.methods.loki import Loki
+from keeptune.linalg.selections import Rows, count_votes, quota
+from keeptune.methods.loki import Loki, select
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import PlanOptions, statistics_for
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
@@ -121,16 +121,15 @@ def chosen_rows(attributions: Attributions, q: float = 10.0, where: Where = "lay
     Raises:
         StatisticsError: So small a share leaves no row.
     """
-    whole, highest = where.startswith("global"), where.endswith("high")
-    k = quota(q, attributions.nodes * (len(attributions.layers) if whole else 1))
-    if k == 0:
+    rows = tuple(selected.rows for selected in select(attributions, q, where).values())
+    if not any(rows):
         raise StatisticsError(
             "--q",
             got=f"{q:g} per cent of {attributions.nodes} nodes, which leaves no row",
             wanted=f"{100 / attributions.nodes:.2g} or more",
             next_step="Raise it, or take nodes of all blocks together.",
         )
-    return voted(attributions.chunks(), k, whole=whole, highest=highest)[0]
+    return rows
 
 
 def density(attributions: Attributions, q: float = 5.0) -> dict[str, Any]:
