@@ -27,7 +27,7 @@ def generations(recipe: Recipe, needs: Collection[DataRole]) -> dict[str, SelfGe
     asked = {where: part for where, part in recipe.all_knowledge.items() if isinstance(part, SelfGeneration)}
     if recipe.knowledge is None and ("knowledge" in needs or recipe.replay > 0):
         asked = {"knowledge": SelfGeneration()}
-    if not recipe.task.of_language and (asked or recipe.replay):
+    if recipe.task.kind in ("classification", "regression") and (asked or recipe.replay):
         raise RecipeError(
             "replay" if recipe.replay else "knowledge",
             got=f"{recipe.replay or 'texts that the base writes'} with task.kind {recipe.task.kind}",

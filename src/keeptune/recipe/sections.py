@@ -212,11 +212,6 @@ class Task(DataSection):
     stm_threshold: float | None = Field(None, ge=1, allow_inf_nan=False)
 
     @property
-    def of_language(self) -> bool:
-        """Whether a language model is trained, not a classifier."""
-        return self.kind not in ("classification", "regression")
-
-    @property
     def files(self) -> tuple[TrainFile, ...]:
         """The files, one or more, with their weights; what they do not say of their origin the task says."""
         entries = (TrainFile(file=self.train),) if isinstance(self.train, str) else tuple(self.train)

@@ -49,9 +49,12 @@ def overlap(
     known = [attributions_of(job, side.attribution) for job, side in zip(jobs, sides, strict=True)]
     rows = [chosen_rows(attributions, q, side.where) for attributions, side in zip(known, sides, strict=True)]
     layers = overlaps(rows[0], rows[1], known[0].nodes)
+    data = [[part.file.rsplit("/", 1)[-1] for part in job.recipe.knowledge_sets.values()] for job in jobs]
+    differ = data if jobs[0].recipe.knowledge != jobs[1].recipe.knowledge else ([], [])
     described = [
         {
-            "name": _name(jobs, at, words) or f"{side.where}, {known[at].samples} texts",
+            "name": ", ".join([*filter(None, map(str.strip, words.split(","))), *differ[at]])
+            or f"{side.where}, {known[at].samples} texts",
             "attribution": side.attribution,
             "selection": side.where,
             "texts": known[at].samples,
@@ -89,14 +92,6 @@ def _check_sides(jobs: list[Job], sides: list[Side], *, same_recipe: bool) -> No
             wanted="the same: nodes are compared one by one",
             next_step="Use the same `model` in both recipes.",
         )
-
-
-def _name(jobs: list[Job], at: int, words: str) -> str:
-    """Names a side by what makes it differ."""
-    given = [word.strip() for word in words.split(",") if word.strip()]
-    if jobs[0].recipe.knowledge != jobs[1].recipe.knowledge:
-        given += [", ".join(part.file.rsplit("/", 1)[-1] for part in jobs[at].recipe.knowledge_sets.values())]
-    return ", ".join(given)
 
 
 def _counts(overlap: Overlap) -> dict[str, Any]:
