@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from keeptune.core.artefact import canonical_json
 from keeptune.core.errors import TrainError, named
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Decision, Plan, TargetPlan
@@ -151,7 +149,7 @@ class Adopted:
         given = {"rank": self.config.r, "alpha": self.config.lora_alpha, "dropout": self.config.lora_dropout}
         plan = Plan(
             method=method.name,
-            options=json.loads(canonical_json(method.options())) | given,
+            options=method.options() | given,
             targets=tuple(_adopted(target, self.layers[target.name]) for target in chosen),
             peft=dropout_field(self.config.lora_dropout) | ({"modules_to_save": list(head)} if head else {}),
             provenance={"model": fingerprint} | {role: tokens.fingerprint for role, tokens in data.items()},

@@ -23,7 +23,7 @@ from keeptune.hosts.result import Result
 from keeptune.methods.base import Method
 from keeptune.methods.keep import Keep
 from keeptune.penalties.base import Penalty
-from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_penalties
+from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_scope
 from keeptune.training.attach import add_plan
 
 
@@ -93,7 +93,7 @@ class Callback(TrainerCallback):
         self._trainer: Any = None
         if plan is None:
             refuse_start(self._method, self._penalties, knowledge)
-            refuse_penalties(self._method, self._penalties)
+            refuse_scope(self._method, self._penalties, None)
 
     def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Puts factors that the trainer has rounded to bfloat16 (TRL, on a quantised base) back to float32."""

@@ -161,6 +161,10 @@ class Method(Options):
         """
         return []
 
+    def options(self) -> dict[str, Any]:
+        """Returns the options as a saved plan has them: tuples are lists."""
+        return dict(json.loads(canonical_json(dataclasses.asdict(self))))
+
     def fitted(self, blocks: int) -> Self:
         """Returns the method with the options decided that follow from how many blocks a model has."""
         return self
@@ -258,7 +262,7 @@ def make_plan(
     built = divided_in_groups(chosen, attrgetter("input_group"), build, title="plan: factors")
     return Plan(
         method=method.name,
-        options=json.loads(canonical_json(dataclasses.asdict(method))),  # as a saved plan has them: tuples are lists
+        options=method.options(),
         targets=tuple(built),
         scope=method.scope,
         peft=dict(method.peft()) | ({"modules_to_save": list(head)} if head and method.scope != "all" else {}),
