@@ -12,7 +12,7 @@ from typing import Any
 
 from keeptune.data import hub
 from keeptune.pipeline.dry_run.describe import DryRun, describe
-from keeptune.pipeline.dry_run.model_shapes import ModelShape
+from keeptune.pipeline.dry_run.estimate import ModelShape
 from keeptune.recipe.schema import make_recipe
 
 PAGE = Path(__file__).parent / "fits.md"

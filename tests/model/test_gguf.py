@@ -13,7 +13,7 @@ from keeptune.model import gguf as module
 from keeptune.model.gguf import place_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import LoadOptions, load_model, load_positions, load_tokenizer
-from keeptune.pipeline.dry_run.model_shapes import model_shape
+from keeptune.pipeline.dry_run.estimate import model_shape
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ GENERAL = Path(data_module).parent / "general"
 
 
 def test_a_run_without_knowledge_writes_its_own(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keeptune.pipeline.own_knowledge.SelfGeneration", lambda: SelfGeneration(**OWN))
+    monkeypatch.setattr("keeptune.pipeline.task_kinds.SelfGeneration", lambda: SelfGeneration(**OWN))
     values = recipe_values(method={"name": "keep", "rank": 4}, knowledge=None)
     dry = describe(recipe_of(values))
     assert any("6 texts, at most 120 tokens" in note for note in dry.notes)

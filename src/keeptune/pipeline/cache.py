@@ -93,8 +93,7 @@ class Stored:
         paths = sorted({file for pattern in files for file in path.parent.glob(pattern)})
         sums = {str(file.relative_to(path.parent)): file_checksum(file) for file in paths}
         write_json(path, {"key": self.key, **record} | ({"files": sums} if sums else {}))
-        written: dict[str, Any] = read_json(path)
-        return written
+        return dict(read_json(path))
 
     def _read(self) -> tuple[str, dict[str, Any]]:
         record: dict[str, Any] = read_json(self.path)

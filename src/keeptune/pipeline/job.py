@@ -37,12 +37,10 @@ from keeptune.model.pretrained import (
 )
 from keeptune.model.quantization import goes_with_shards, stays_quantised
 from keeptune.penalties.base import Penalty
-from keeptune.pipeline import own_knowledge
-from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
+from keeptune.pipeline import task_kinds
+from keeptune.pipeline.machine import check_device, check_folder, device_named, is_packed, load_base, statistics_store
 from keeptune.pipeline.originals import check_original, original_of
-from keeptune.pipeline.placement import is_packed, load_base
 from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_scope
-from keeptune.pipeline.task_kinds import KINDS, TaskKind, read_knowledge, task_files, used_texts
 from keeptune.recipe.schema import Recipe, make_loss, make_method, make_penalties
 from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
@@ -191,12 +189,12 @@ class Job:
     def filed_knowledge(self) -> list[LanguageExamples]:
         """The knowledge sets of files as texts, or as prompts and completions."""
         sets = zip(self.recipe.knowledge_sets.items(), self.knowledge_rows, strict=True)
-        return [read_knowledge(part, rows, where) for (where, part), rows in sets]
+        return [task_kinds.read_knowledge(part, rows, where) for (where, part), rows in sets]
 
     @cached_property
     def generations(self) -> dict[str, SelfGeneration]:
         """What the base writes as knowledge, by place; a RecipeError says that a classifier cannot."""
-        return own_knowledge.generations(self.recipe, self.needs)
+        return task_kinds.own_generations(self.recipe, self.needs)
 
     @cached_property
     def written_knowledge(self) -> list[SelfWritten]:
@@ -204,7 +202,7 @@ class Job:
         sets, key = [], self.base_fingerprint if self.generations else ""
         for where, part in self.generations.items():
             texts = write_texts(self.base, self.tokenizer, part, self.store, fingerprint=key, where=where)
-            sets.append(own_knowledge.without_scored(texts, self.recipe.evaluate, self.tokenizer))
+            sets.append(task_kinds.without_scored(texts, self.recipe.evaluate, self.tokenizer))
         return sets
 
     @property
@@ -224,13 +222,13 @@ class Job:
     # What is to be learned
 
     @property
-    def kind(self) -> TaskKind:
+    def kind(self) -> task_kinds.TaskKind:
         """What the task's rows mean."""
-        return KINDS[self.recipe.task.kind]
+        return task_kinds.KINDS[self.recipe.task.kind]
 
     @cached_property
     def _task_files(self) -> list[list[Row]]:
-        return task_files(self.recipe.task)
+        return task_kinds.task_files(self.recipe.task)
 
     @cached_property
     def task(self) -> Any:
@@ -364,7 +362,7 @@ class Job:
         refuse_launcher(recipe.task.kind, len(self.task), self.loss, recipe.device_map, rows, shards=shards)
         quantised_loading(recipe.model, self._source())
         self.task.first_tokens(1, self.tokenizer, 1)  # what a chat template refuses is refused here
-        used = used_texts(self.task, self._task_files, self.filed_knowledge, self.knowledge_rows)
+        used = task_kinds.used_texts(self.task, self._task_files, self.filed_knowledge, self.knowledge_rows)
         for benchmark in recipe.evaluate:
             self.kind.check_benchmark(self.task, benchmark)
             refuse_used(used, benchmark, self.tokenizer)
@@ -382,7 +380,7 @@ class Job:
             PlanError: The method cannot be confined to some layers, or takes no penalties.
         """
         recipe = self.recipe
-        own_knowledge.generations(recipe, self.needs)
+        task_kinds.own_generations(recipe, self.needs)
         if stays_quantised(recipe.quantization, config):  # whose weights no method and no anchor changes
             refuse_quantised(self.method.scope, self.method.name)
             resolve(recipe.anchor, torch.bfloat16, quantised=True)

@@ -40,8 +40,7 @@ class FinishedRun:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The recipe as it was run."""
-        recipe: dict[str, Any] = _read(self.folder / "recipe.json", "run")
-        return recipe
+        return dict(_read(self.folder / "recipe.json", "run"))
 
     @cached_property
     def result(self) -> Path:

@@ -26,10 +26,10 @@ from keeptune.pipeline.cache import take
 from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import release_memory
-from keeptune.pipeline.own_knowledge import notes_of
 from keeptune.pipeline.planning import plan_for, statistics_for
 from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.scoring import evaluate_stage
+from keeptune.pipeline.task_kinds import notes_of
 from keeptune.pipeline.training import train_stage
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.collect import Statistics

@@ -89,8 +89,7 @@ def _recipe_of(adapter: Path) -> Mapping[str, Any]:
     """Reads the recipe of a run folder, or of the one that an adapter is in."""
     for folder in (adapter, adapter.parent):
         if (folder / "recipe.json").is_file() and (folder / "plan").is_dir():
-            recipe: Mapping[str, Any] = read_json(folder / "recipe.json")
-            return recipe
+            return dict(read_json(folder / "recipe.json"))
     return {}
 
 

@@ -16,7 +16,7 @@ from keeptune import atlas
 from keeptune.core.errors import DataError, KeeptuneError, ModelError, PlanError, RecipeError, StatisticsError
 from keeptune.data import hub
 from keeptune.pipeline.dry_run.describe import DryRun, describe
-from keeptune.pipeline.dry_run.model_shapes import ModelShape
+from keeptune.pipeline.dry_run.estimate import ModelShape
 from keeptune.pipeline.run import run
 from keeptune.recipe.schema import make_recipe
 

@@ -21,7 +21,7 @@ from keeptune.methods.lora import Lora
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.dry_run import estimate
-from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
+from keeptune.pipeline.dry_run.estimate import ModelShape, model_shape
 
 BATCH, LENGTH, RANK = 4, 96, 8
 

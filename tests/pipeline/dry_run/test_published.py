@@ -13,7 +13,7 @@ from keeptune.cli.dry_run import describe_file
 from keeptune.core.errors import RecipeError
 from keeptune.data import hub
 from keeptune.pipeline.dry_run import describe as describing
-from keeptune.pipeline.dry_run import model_shapes as shapes
+from keeptune.pipeline.dry_run import estimate as shapes
 from keeptune.recipe.reading import read_values
 from keeptune.recipe.schema import make_recipe
 from keeptune.recipe.sections import Published

@@ -11,7 +11,7 @@ from keeptune import atlas
 from keeptune.model.blocks import find_targets
 from keeptune.model.pretrained import load_model
 from keeptune.pipeline.dry_run import estimate
-from keeptune.pipeline.dry_run.model_shapes import known_models, model_shape
+from keeptune.pipeline.dry_run.estimate import known_models, model_shape
 
 # In millions, as papers, model cards and the hub count them; held to three digits. FARSS Tables 2, 3, 10 and 11,
 # LoKI Table 4; Llama-3 from its checkpoint's index (16,060,522,496 bytes); Llama-3.2-3B is 3,407M with an adapter of

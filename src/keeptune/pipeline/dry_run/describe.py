@@ -11,8 +11,8 @@ from keeptune.data import hub
 from keeptune.data.completions import replayed
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.data_sizes import Lengths, Need, data_needs, on_the_hub, rows_of
+from keeptune.pipeline.dry_run.estimate import ModelShape, model_shape
 from keeptune.pipeline.dry_run.memory import JUDGED, Footprint
-from keeptune.pipeline.dry_run.model_shapes import ModelShape, model_shape
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import check_folder
 from keeptune.recipe.schema import Recipe

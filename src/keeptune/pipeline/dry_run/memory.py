@@ -27,7 +27,7 @@ from keeptune.penalties.base import Penalty
 from keeptune.penalties.kl import Kl
 from keeptune.pipeline.dry_run import estimate
 from keeptune.pipeline.dry_run.data_sizes import Lengths, Scored
-from keeptune.pipeline.dry_run.model_shapes import ModelShape
+from keeptune.pipeline.dry_run.estimate import ModelShape
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import penalties_of
 from keeptune.statistics.request import ModelRequest, Request, RowRequest
