@@ -44,7 +44,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 FigureFile = Annotated[Path, typer.Option(help="The figure; its numbers are written beside it as .json.")]
 Flops = Annotated[
     float | None,
-    typer.Option(help="With --dry-run: operations per second that times are computed from; default: measured here."),
+    typer.Option(min=1, help="With --dry-run: operations per second that times rest on; default: measured here."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and nothing else.")]
 Roles = Annotated[str | None, typer.Option(help="Roles, such as q_proj,down_proj; default: all.")]
