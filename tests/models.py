@@ -484,4 +484,6 @@ def add_up(total: Accumulator, other: Accumulator) -> None:
 
 def in_memory(values: Tensor) -> Attributions:
     """Attributions ``(N, L, D)`` that are in memory, of blocks 0 to L - 1."""
-    return Attributions(tuple(range(values.shape[1])), values.shape[2], values.shape[0], lambda sample: values[sample])
+    samples, blocks, nodes = values.shape
+    names = tuple(f"block {layer}" for layer in range(blocks))
+    return Attributions(tuple(range(blocks)), nodes, samples, lambda sample: values[sample], names)

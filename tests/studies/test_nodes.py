@@ -15,12 +15,11 @@ from tests.pipeline.support import keeptune, recipe_of, write_jsonl, write_recip
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import KeeptuneError
 from keeptune.linalg.selections import quota
-from keeptune.methods.loki import select
 from keeptune.model.pretrained import load_model
 from keeptune.model.probes.block_calls import without_nodes
 from keeptune.pipeline import scoring
 from keeptune.pipeline.job import Job
-from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
+from keeptune.statistics.neuron_attribution import NeuronAttribution
 from keeptune.studies.node_selections import attributions_of, chosen_rows, density, side_of
 from keeptune.studies.overlap import overlap
 from keeptune.studies.suppress import drawn_rows, suppress
@@ -216,15 +215,10 @@ def test_two_bases_are_refused(recipe_values: Values, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_selections_are_those_of_the_method() -> None:
-    for where in ("layer-balanced", "global-low", "global-high"):
-        rows = tuple(selected.rows for selected in select(RANDOM_NAMED, 25, where).values())  # type: ignore[arg-type]
-        assert chosen_rows(RANDOM_NAMED, 25, where) == rows  # type: ignore[arg-type]
+def test_the_highest_are_the_lowest_of_what_is_turned_round() -> None:
     flipped = in_memory(-torch.stack([RANDOM.read(at) for at in range(6)]))
     assert chosen_rows(RANDOM, 25, "layer-high") == chosen_rows(flipped, 25, "layer-balanced")
-
-
-RANDOM_NAMED = Attributions(RANDOM.layers, RANDOM.nodes, RANDOM.samples, RANDOM.read, ("a", "b", "c"))
+    assert chosen_rows(RANDOM, 25, "global-high") == chosen_rows(flipped, 25, "global-low")
 
 
 def test_a_map_counts_every_vote() -> None:
