@@ -31,7 +31,7 @@ from keeptune.model.blocks import find_targets
 from keeptune.pipeline.machine import check_folder
 from keeptune.pipeline.planning import starting_from
 from keeptune.pipeline.trained_changes import TrainedModel
-from keeptune.posthoc.factored_model import FactoredModel
+from keeptune.posthoc.repair_problem import FactoredModel
 
 Scheme = Literal["svd", "linear", "ties", "dare_linear", "dare_ties"]
 
