@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli import compare, dry_run, launch, show_data, store_commands, studies
+from keeptune.cli import compare, dry_run, launch, serving, show_data, store_commands, studies
 from keeptune.cli.repair import check, repair
 from keeptune.cli.share import merge
 from keeptune.cli.shared import (
@@ -141,22 +141,6 @@ def train(context: typer.Context, recipe: RecipeFile) -> dict[str, Any]:
 
 
 @app.command(context_settings=OVERRIDES)
-def export(context: typer.Context, recipe: RecipeFile) -> Any:
-    """Write the trained adapter and check it on a freshly loaded base."""
-    from keeptune.pipeline.export import export_stage
-    from keeptune.pipeline.run import plan_stage
-
-    job = _job(recipe, context)
-    done = export_stage(job, plan_stage(job))
-    echo(f"{done.format} in {done.folder}, rank {done.rank}")
-    echo(f"gap to the trained model on a fresh base: {done.gap:.1e} in logits, {done.relative_gap:.1e} relative")
-    if done.error:
-        echo(f"cut to a smaller rank: {done.error:.2%} of the trained change (Frobenius) is left out")
-    echo(f"serve: {done.serve}")
-    return done
-
-
-@app.command(context_settings=OVERRIDES)
 def evaluate(
     context: typer.Context,
     recipe: RecipeFile,
@@ -173,7 +157,15 @@ def evaluate(
 
 app.command("data", context_settings=OVERRIDES)(show_data.show_data)
 typer.Typer.command(app, context_settings=OVERRIDES)(launch.launch)  # its --json is that of what it starts
-for _with_recipe in (compare.sweep, compare.compare, compare.layers, studies.suppress, studies.overlap):
+for _with_recipe in (
+    serving.export,
+    serving.serve,
+    compare.sweep,
+    compare.compare,
+    compare.layers,
+    studies.suppress,
+    studies.overlap,
+):
     app.command(context_settings=OVERRIDES)(_with_recipe)
 for _with_options in (studies.change, studies.curvature, studies.energy, repair, check, merge, studies.trace):
     app.command()(_with_options)

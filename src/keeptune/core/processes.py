@@ -134,10 +134,14 @@ def _quiet() -> Iterator[None]:
             os.dup2(copy, number)
 
 
-def _end_with_launcher() -> None:
-    """Has the system end this process with the one that started it, which nothing else does where that is killed."""
+def end_with_parent() -> None:
+    """Has Linux end this process with the one that started it, which nothing else does if it is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_WITH_PARENT, signal.SIGKILL)
+
+
+def _end_with_launcher() -> None:
+    end_with_parent()
     if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):  # it was killed before
         raise SystemExit(2)
 

@@ -1,20 +1,30 @@
-"""keeptune export --to gguf: what a run exported, as files for llama.cpp, checked and with a Modelfile beside."""
+"""keeptune export --to gguf: what a run exported as files for llama.cpp, checked, with Ollama's Modelfile beside."""
 
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import Tensor
+from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
-from keeptune.adapter.gguf_layout import check_file, check_values, field_of, layout_of, open_gguf, values_of
-from keeptune.adapter.gguf_write import Entry, Quantise, no_lora, read_lora, write_lora_file, write_whole_file
+from keeptune.adapter.gguf_files import (
+    Entry,
+    Quantise,
+    check_base,
+    field_of,
+    layout_of,
+    no_lora,
+    open_gguf,
+    write_lora_file,
+    write_whole_file,
+)
 from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.adapter.merging import is_streamed
 from keeptune.adapter.probe import Gap, logits_of, random_probe
@@ -23,16 +33,16 @@ from keeptune.core.errors import ExportError, need_known
 from keeptune.core.offload import stored_value
 from keeptune.model.gguf import check_gguf, is_gguf
 from keeptune.model.offloaded import load_floats
-from keeptune.model.pretrained import LoadOptions, load_config, load_model, load_shapes, load_tokenizer
+from keeptune.model.pretrained import LoadOptions, load_config, load_model, load_tokenizer
 from keeptune.pipeline.merge import merge_adapter
-from keeptune.pipeline.ollama import modelfile
 from keeptune.pipeline.scoring import result_fingerprint
 from keeptune.pipeline.trained_changes import TrainedModel
 
 _log = logging.getLogger(__name__)
 _BOUNDS = {"f32": 1e-4, "f16": 2e-2, "q8_0": 3e-1}  # of logits on random tokens, relative
-_TEMPLATE = "tokenizer.chat_template"
+_CONFIG = "adapter_config.json"
 _FLOATS = LoadOptions(dtype="float32")
+_SAID = ("<<1>>", "<<2>>", "<<3>>")  # marks in place of what is said
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +65,50 @@ class GgufOptions:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What was written.
+    """What is written: the file, of which base's file (None: unchecked), and the command that serves it.
 
-    Args:
-        file: The file.
-        base: The GGUF file of the base; None where none was at hand, so that nothing was checked against it.
-        merged: It is a whole model.
-        quantise: Of its matrices.
-        error: Of an adapter: how far its change is from the trained one, relative (Frobenius). Of a whole model: the
-            largest difference of logits, as Transformers reads the file, to the merged model, over the largest logit.
-        weights: Fingerprint of the export it is made from.
-        serve: The command that serves it.
-        note: Why it is a whole model although an adapter was asked for; empty otherwise.
+    ``error`` is that of the file's numbers, relative (Frobenius); of a whole model the largest difference of logits, as
+    Transformers reads the file, to the merged model, over the largest logit. ``weights`` is the fingerprint of the
+    export it is made from; ``note`` says why it is a whole model although an adapter was asked for.
     """
 
-    file: str
+    file: Path
     base: str | None
     merged: bool
     quantise: Quantise
-    error: float
-    weights: str
     serve: str
+    weights: str
     note: str = ""
+    error: float = 0.0
 
 
 _DEFAULTS = GgufOptions()
+
+
+def planned(run: Path | str, options: GgufOptions = _DEFAULTS) -> GgufFile:
+    """Returns what :func:`export_gguf` would write, as far as that shows without reading weights; raises as it does."""
+    trained = TrainedModel.of(str(run))
+    need_known(options.quantise or "f32", get_args(Quantise), "--quantise", "f32, f16 or q8_0")
+    if trained.head is not None:
+        raise no_lora(trained.folder, "a classifier", "a language model")
+    note = "" if trained.is_adapter else "What was trained has no adapter form"
+    if not note and not is_streamed(trained.folder):
+        note = "Beside plain factors the adapter has other parts, which llama.cpp does not read"
+    merged, note = options.merged or bool(note), "" if options.merged else note
+    base = options.base or (trained.base if is_gguf(trained.base) and Path(trained.base).is_file() else None)
+    if base is None and merged:
+        got = "no GGUF file of the base" + (f" ({note[0].lower()}{note[1:]})" if note else "")
+        wanted = "one, whose tokenizer and other metadata the whole model takes"
+        next_step = "Name it with --base: a file of the same base in any quantisation."
+        raise ExportError(f"export of {run} to GGUF", got=got, wanted=wanted, next_step=next_step)
+    if base is not None:
+        check_gguf(base)
+    folder = options.output or Path(run) / ("gguf-merged" if merged else "gguf")
+    file = folder / ("model.gguf" if merged else "adapter.gguf")
+    words = ["-m", str(file)] if merged else ["-m", base or "base.gguf", "--lora", str(file)]
+    serve = shlex.join(["llama-server", *words, "--alias", "tuned"])
+    quantise = options.quantise or ("f16" if merged else "f32")
+    return GgufFile(file, base, merged, quantise, serve, result_fingerprint(trained.folder), note)
 
 
 def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> GgufFile:
@@ -95,128 +124,107 @@ def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> GgufFile:
         ModelError: Nothing was exported, or the base cannot be loaded.
         RecipeError: There is no such quantisation.
     """
-    trained = TrainedModel.of(str(run))
-    if trained.head is not None:
-        raise no_lora(trained.folder, "a classifier", "a language model")
-    need_known(options.quantise or "f32", get_args(Quantise), "--quantise", "f32, f16 or q8_0")
-    note = "" if options.merged else _no_lora(trained)
-    merged = options.merged or bool(note)
-    if note:
-        _log.warning("export %s: written as a whole model. %s", run, note)
-    base = options.base or (trained.base if is_gguf(trained.base) and Path(trained.base).is_file() else None)
-    if base is None and merged:
-        raise ExportError(
-            f"export of {run} to GGUF",
-            got="no GGUF file of the base" + (f" ({note[0].lower()}{note[1:]})" if note else ""),
-            wanted="one, whose tokenizer and other metadata the whole model takes",
-            next_step="Name it with --base: a file of the same base in any quantisation.",
-        )
-    folder = output_of(Path(run), merged) if options.output is None else options.output
+    done, trained = planned(run, options), TrainedModel.of(str(run))
+    if done.note:
+        _log.warning("export %s: written as a whole model. %s", run, done.note)
+    folder, reader = done.file.parent, None if done.base is None else open_gguf(done.base)
     refuse_foreign(folder)
-    file = None if base is None else _open(base)
-    quantise = options.quantise or ("f16" if merged else "f32")
-    tokenizer = None if file is None else _own_template(trained, file.reader)
-    template = None if tokenizer is None else str(tokenizer.chat_template)
-    name = "model.gguf" if merged else "adapter.gguf"
+    own = (trained.folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(trained.folder) if own else trained.base)
+    new = reader is not None and tokenizer.chat_template != field_of(reader, "tokenizer.chat_template")
+    template = tokenizer.chat_template if new else None
     with atomic_directory(folder) as fresh:
-        if merged:
-            assert file is not None
-            error = _write_whole(trained, fresh / name, file, quantise, template)
-        else:
-            error = _write_adapter(trained, fresh / name, file, quantise)
-        serve = _serve_line(folder / name, base, merged, template=template)
-        weights = result_fingerprint(trained.folder)
-        done = GgufFile(str(folder / name), base, merged, quantise, error, weights, serve, note)
+        write = _write_whole if done.merged else _write_adapter
+        error = write(trained, replace(done, file=fresh / done.file.name), reader, template)
+        if template is not None and not done.merged:
+            done = replace(done, serve=f"{done.serve} --chat-template-file {folder / 'chat_template.jinja'}")
+        done = replace(done, error=error)
         write_json(fresh / SIDECAR, {"base": trained.base, "gguf": asdict(done)})
-        bos = "" if file is None or tokenizer is None else _added_first(file.reader, tokenizer)
-        write_text(fresh / "Modelfile", modelfile(name, None if merged else base or "base.gguf", tokenizer, bos))
+        lines = [f"FROM ./{done.file.name}"]
+        if not done.merged:
+            lines = [f"FROM {Path(done.base).absolute() if done.base else 'base.gguf'}", f"ADAPTER ./{done.file.name}"]
         if template is not None:
             write_text(fresh / "chat_template.jinja", template)
+            bos = tokenizer.bos_token if field_of(reader, "tokenizer.ggml.add_bos_token") else ""
+            lines.append(f'TEMPLATE """{go_template(tokenizer, bos)}"""')
+        write_text(fresh / "Modelfile", "\n".join(lines) + "\n")
     return done
 
 
-def output_of(run: Path, merged: bool) -> Path:
-    """Returns where the files of a run go."""
-    return run / ("gguf-merged" if merged else "gguf")
+def written(run: Path | str, base: str | None) -> GgufFile | None:
+    """Returns what was written of a run as it is now and for a base's file (None: any); None where that is not done."""
+    weights = result_fingerprint(TrainedModel.of(str(run)).folder)
+    for record in (Path(run) / name / SIDECAR for name in ("gguf", "gguf-merged")):
+        done = GgufFile(**read_json(record)["gguf"]) if record.is_file() else None
+        if done is not None and done.weights == weights and done.base and base in {None, done.base}:
+            return done
+    return None
 
 
-def written(folder: Path) -> GgufFile | None:
-    """Returns what an earlier export wrote to a folder; None where there is nothing."""
-    return GgufFile(**read_json(folder / SIDECAR)["gguf"]) if (folder / SIDECAR).is_file() else None
-
-
-def _no_lora(trained: TrainedModel) -> str:
-    if not trained.is_adapter:
-        return "What was trained has no adapter form"
-    if not is_streamed(trained.folder):
-        return "Beside plain factors the adapter has other parts, which llama.cpp does not read"
-    return ""
-
-
-def _serve_line(file: Path, base: str | None, merged: bool, *, template: str | None) -> str:
-    words = ["-m", str(file)] if merged else ["-m", base or "base.gguf", "--lora", str(file)]
-    chat = [] if template is None or merged else ["--chat-template-file", str(file.with_name("chat_template.jinja"))]
-    return shlex.join(["llama-server", *words, "--alias", "tuned", *chat])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Base:
-    """The GGUF file of the base, and the same, open."""
-
-    path: Path
-    reader: Any
-
-
-def _open(name: str) -> _Base:
-    check_gguf(name)
-    return _Base(Path(name), open_gguf(Path(name)))
-
-
-def _own_template(trained: TrainedModel, reader: Any) -> Any:
-    """Returns the tokenizer that was trained with where its chat template is not that of the base's file, else None."""
-    own = (trained.folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(trained.folder) if own else trained.base)
-    template = tokenizer.chat_template
-    return tokenizer if isinstance(template, str) and template != field_of(reader, _TEMPLATE) else None
-
-
-def _added_first(reader: Any, tokenizer: Any) -> str:
-    return str(tokenizer.bos_token) if field_of(reader, "tokenizer.ggml.add_bos_token") else ""
-
-
-def _write_adapter(trained: TrainedModel, file: Path, base: _Base | None, quantise: Quantise) -> float:
+def _write_adapter(trained: TrainedModel, done: GgufFile, reader: Any, template: str | None) -> float:
     layout = layout_of(load_config(trained.base), f"base {trained.base}")
-    error = write_lora_file(file, trained.folder, layout, quantise)
-    if base is not None and str(base.path) != trained.base:
-        shapes = {key: value.shape for key, value in load_shapes(trained.base, LoadOptions()).state_dict().items()}
-        check_file(base.path, base.reader, layout, shapes)
-        first = {name.split(".")[-1]: f"{name}.weight" for name in reversed(read_lora(trained.folder))}
-        model = load_floats(trained.base, LoadOptions())
-        check_values(base.path, base.reader, layout, {key: _value(model, key) for key in first.values()})
+    error = write_lora_file(done.file, trained.folder, layout, done.quantise)
+    if done.base not in {None, trained.base}:
+        entries, config = _entries(load_floats(trained.base, LoadOptions())), read_json(trained.folder / _CONFIG)
+        targets = {name.split(".")[-1]: f"{name}.weight" for name in sorted(config["target_modules"], reverse=True)}
+        values = [entry for entry in entries if entry[0] in targets.values()]  # one of each role
+        check_base(str(done.base), reader, layout, entries, values)
     return error
 
 
-def _write_whole(trained: TrainedModel, file: Path, base: _Base, quantise: Quantise, template: str | None) -> float:
-    with tempfile.TemporaryDirectory(prefix="keeptune-", dir=file.parent) as scratch:
+def _write_whole(trained: TrainedModel, done: GgufFile, reader: Any, template: str | None) -> float:
+    with tempfile.TemporaryDirectory(prefix="keeptune-", dir=done.file.parent) as scratch:
         whole = trained.folder
         if trained.is_adapter:
             whole = Path(scratch) / "merged"
             merge_adapter(trained.folder, whole, dtype="float32")  # in 16 bits a small change would be rounded away
-        layout = layout_of(load_config(str(whole)), f"model {trained.folder}")
-        model = load_floats(str(whole), _FLOATS)
-        tied = model.all_tied_weights_keys
-        shapes = {key: value.shape for key, value in model.state_dict().items() if key not in tied}
-        beside = check_file(base.path, base.reader, layout, shapes)
-        entries = [Entry(key, shape, partial(_value, model, key)) for key, shape in shapes.items()]
-        entries += [Entry(one.name, one.shape.tolist(), partial(values_of, one)) for one in beside]
-        write_whole_file(file, layout, base.reader, entries, template=template, quantise=quantise)
+        layout, model = layout_of(load_config(str(whole)), f"model {whole}"), load_floats(str(whole), _FLOATS)
+        entries = _entries(model)
+        check_base(str(done.base), reader, layout, entries, [])
+        write_whole_file(done.file, layout, reader, entries, done.quantise, template)
         probe = random_probe(model)
         wanted = logits_of(model, probe)
-        del model
-        gap = Gap.between(logits_of(load_model(str(file), _FLOATS), probe), wanted)
-        gap.refuse_above(_BOUNDS[quantise], f"export {file}", "the merged model", "Export with --quantise f16 or f32.")
+        del model, entries
+        gap = Gap.between(logits_of(load_model(str(done.file), _FLOATS), probe), wanted)
+        step = "Export with --quantise f16 or f32."
+        gap.refuse_above(_BOUNDS[done.quantise], f"export {done.file}", "the merged model", step)
         return gap.relative
 
 
-def _value(model: PreTrainedModel, key: str) -> Tensor:
-    return stored_value(model, key, model.state_dict()[key])
+def _entries(model: PreTrainedModel) -> list[Entry]:
+    """Returns a model's parameters, without those that are tied to others."""
+    state = {key: value for key, value in model.state_dict().items() if key not in model.all_tied_weights_keys}
+    return [(key, value.shape, partial(stored_value, model, key, value)) for key, value in state.items()]
+
+
+def go_template(tokenizer: Any, bos: str = "") -> str:
+    """Returns a chat template in Ollama's language (Go's), read off conversations that the tokenizer renders.
+
+    Law: with or without a system prompt, of users and answers in turn, it writes what the chat template writes, but for
+    ``bos``, which the server writes itself.
+    """
+    turns = [{"role": role, "content": said} for role, said in zip(("user", "assistant", "user"), _SAID, strict=True)]
+    start, to_answer, to_next, to_end = _between(tokenizer, turns, bos)
+    user, system = _if('eq $last "assistant"', to_next, start), [{"role": "system", "content": _SAID[1]}, turns[0]]
+    try:
+        before, after, _ = _between(tokenizer, system, bos)
+    except TemplateError:  # it takes no system prompt
+        said = _if('eq .Role "user"', user, to_answer)
+    else:
+        user = _if('eq $last "system"', after, user)
+        said = _if('eq .Role "system"', before, _if('eq .Role "user"', user, to_answer))
+    return '{{ $last := "" }}{{ range .Messages }}' + said + "{{ .Content }}{{ $last = .Role }}{{ end }}" + to_end
+
+
+def _if(condition: str, then: str, otherwise: str) -> str:
+    return f"{{{{ if {condition} }}}}{then}{{{{ else }}}}{otherwise}{{{{ end }}}}"
+
+
+def _between(tokenizer: Any, turns: list[dict[str, str]], bos: str) -> list[str]:
+    """Returns what a chat template writes before, between and after what is said."""
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    parts = re.split("<<[123]>>", text.removeprefix(bos))
+    if len(parts) != len(turns) + 1:
+        got, wanted = "a template that repeats or leaves out what is said", "one that writes each message once"
+        raise ExportError("the chat template", got=got, wanted=wanted, next_step="Serve with llama.cpp, not Ollama.")
+    return parts

@@ -1,45 +1,39 @@
-"""llama.cpp's server from the package xllamacpp, with the options of ``llama-server`` that keeptune serve uses.
-
-python -m keeptune.pipeline.llama_server -m base.gguf --lora adapter.gguf --port 8080
-"""
+"""llama.cpp's server in the package xllamacpp, with those options of ``llama-server`` that keeptune serve uses."""
 
 from __future__ import annotations
 
 import argparse
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Serves until the process is ended."""
     parser = argparse.ArgumentParser(prog="keeptune.pipeline.llama_server")
+    for option in ("--lora", "--host", "--alias", "--chat-template-file"):
+        parser.add_argument(option, default="")
     parser.add_argument("-m", "--model", required=True)
-    parser.add_argument("--lora", action="append", default=[])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--alias", default="tuned")
-    parser.add_argument("-c", "--ctx-size", type=int, default=0, help="0: as the model was trained")
-    parser.add_argument("-t", "--threads", type=int, default=0, help="0: all")
-    parser.add_argument("--cache-type", choices=["f16", "f32"], default="f16", help="of keys and values")
-    parser.add_argument("--chat-template-file", type=Path)
-    chosen = parser.parse_args(arguments)
+    for option in ("--port", "-c", "-t"):  # 0: a free port, the context of the model, all threads
+        parser.add_argument(option, type=int, default=0)
+    parser.add_argument("--exact", action="store_true", help="attention and its cache in float32")
+    chosen = parser.parse_args()
 
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.model_alias = chosen.model, {chosen.alias}
-    params.hostnames, params.port, params.n_ctx, params.verbosity = [chosen.host], chosen.port, chosen.ctx_size, 0
-    if chosen.threads:
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = chosen.threads
-    if chosen.cache_type == "f32":
+    params.model.path, params.model_alias, params.verbosity = chosen.model, {chosen.alias}, 0
+    params.hostnames, params.port, params.n_ctx = [chosen.host or "127.0.0.1"], chosen.port, chosen.c
+    if chosen.t:
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = chosen.t
+    if chosen.exact:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if chosen.chat_template_file:
-        params.chat_template = chosen.chat_template_file.read_text(encoding="utf-8")
-    adapters = [xllamacpp.CommonAdapterLoraInfo() for _ in chosen.lora]
-    for adapter, file in zip(adapters, chosen.lora, strict=True):
-        adapter.path, adapter.scale = file, 1.0
-    params.lora_adapters = adapters
+        params.chat_template = Path(chosen.chat_template_file).read_text(encoding="utf-8")
+    if chosen.lora:
+        adapter = xllamacpp.CommonAdapterLoraInfo()
+        adapter.path, adapter.scale = chosen.lora, 1.0
+        params.lora_adapters = [adapter]
     server = xllamacpp.Server(params)
     print(f"serving on {server.listening_address}", flush=True)  # noqa: T201
     threading.Event().wait()

@@ -1,0 +1,93 @@
+"""The commands that give results to servers: export, serve."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import echo
+
+from keeptune.cli.shared import load
+from keeptune.core.errors import RecipeError
+
+BaseFile = Annotated[
+    str | None, typer.Option(help="The GGUF file of the base, in any quantisation; default: the one trained on.")
+]
+Run = Annotated[Path, typer.Argument(help="A run folder, or what it exported.", show_default=False)]
+
+
+def export(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="The recipe; with --to a run folder.", show_default=False)],
+    to: Annotated[str | None, typer.Option(help="gguf: for llama.cpp, Ollama and LM Studio.")] = None,
+    base: BaseFile = None,
+    merged: Annotated[bool, typer.Option("--merged", help="With --to: the whole model.")] = False,
+    quantise: Annotated[
+        str | None, typer.Option(help="With --to: f32, f16 or q8_0; default: f32, of a whole model f16.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="With --to: where it goes; default: gguf in the run.")] = None,
+) -> Any:
+    """Write the trained adapter and check it on a freshly loaded base; or one that is written for another server."""
+    if to is not None:
+        return _to(to, recipe if recipe.is_dir() else load(recipe, context).output, base, merged, quantise, folder)
+    given = {"--base": base, "--merged": merged, "--quantise": quantise, "--folder": folder}
+    for option in (name for name, value in given.items() if value):
+        raise RecipeError(
+            option, got="no --to", wanted="--to gguf with it", next_step="Add --to gguf, or leave it out."
+        )
+    from keeptune.pipeline.export import export_stage
+    from keeptune.pipeline.run import plan_stage, started
+
+    job = context.with_resource(started(load(recipe, context)))
+    done = export_stage(job, plan_stage(job))
+    echo(f"{done.format} in {done.folder}, rank {done.rank}")
+    echo(f"gap to the trained model on a fresh base: {done.gap:.1e} in logits, {done.relative_gap:.1e} relative")
+    if done.error:
+        echo(f"cut to a smaller rank: {done.error:.2%} of the trained change (Frobenius) is left out")
+    echo(f"serve: {done.serve}")
+    return done
+
+
+def _to(to: str, run: Path, base: str | None, merged: bool, quantise: Any, folder: Path | None) -> Any:
+    from keeptune.core.errors import need_known
+    from keeptune.pipeline.gguf_export import GgufOptions, export_gguf
+
+    need_known(to, ["gguf"], "--to", "gguf")
+    done = export_gguf(run, GgufOptions(base, merged, quantise, folder))
+    echo(f"{'whole model' if done.merged else 'adapter'} in {done.file} ({done.quantise}), with a Modelfile for Ollama")
+    if done.merged:
+        echo(f"largest difference in logits to the merged model, read again: {done.error:.1e} relative")
+    else:
+        echo(f"rounding of the change: {done.error:.1e} relative; " + _checked(done.base))
+    echo(f"serve: {done.serve}")
+    return done
+
+
+def _checked(base: str | None) -> str:
+    return "not checked against a file of the base (--base)" if base is None else f"checked against {base}"
+
+
+def serve(
+    context: typer.Context,
+    run: Run,
+    using: Annotated[str, typer.Option(help="vllm or llama.cpp; auto: the first that is installed.")] = "auto",
+    base: BaseFile = None,
+    host: Annotated[str, typer.Option(help="Address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 8000,
+    wait: Annotated[float, typer.Option(help="Seconds until a server that does not answer is given up.")] = 600.0,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Print the server's command; write and start nothing.")
+    ] = False,
+) -> dict[str, Any]:
+    """Serve a run, OpenAI-compatible, under the name `tuned`; further options go to the server as they are."""
+    from keeptune.pipeline.serving import ServeOptions, server_line
+    from keeptune.pipeline.serving import serve as serve_until_ended
+
+    options = ServeOptions(using, base, host, port, wait, context.args)  # type: ignore[arg-type]
+    words = server_line(run, options, write=not dry)
+    echo(shlex.join(words))
+    if not dry:
+        serve_until_ended(words, options, lambda: echo(f"ready: {options.url}/v1, model `tuned`"))
+    return {"command": words, "url": f"{options.url}/v1"}
