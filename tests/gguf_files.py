@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from keeptune.adapter.gguf_files import layout_of, open_gguf, write_whole_file
 
 _NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -62,6 +65,50 @@ def _tokens(size: int) -> list[str]:
     return (letters + [f"word{index}" for index in range(size)])[:size]
 
 
+def _describe(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Write what llama.cpp reads of a config, and a tokenizer of characters."""
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(width)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(config.sliding_window)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(_tokens(config.vocab_size))
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    writer.add_token_merges(["Ġ a"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+
+
+def write_base(model: PreTrainedModel, path: Path, architecture: str) -> Path:
+    """Write a model of any architecture that keeptune exports, by its own layout, with a tokenizer of characters."""
+    empty = path.with_suffix(".empty")
+    writer = gguf.GGUFWriter(empty, architecture)
+    _describe(writer, model.config)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    state = {name: value for name, value in model.state_dict().items() if name not in tied}
+    entries = [(name, value.shape, value.clone) for name, value in state.items()]
+    write_whole_file(path, layout_of(model.config, "test"), open_gguf(empty), entries, "f32", None)
+    return path
+
+
 def write_gguf(
     model: PreTrainedModel, path: Path, *, q8: bool = False, architecture: str = "llama"
 ) -> dict[str, Tensor]:
@@ -75,22 +122,7 @@ def write_gguf(
     """
     config, kept = model.config, {}
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(_tokens(config.vocab_size))
-    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
-    writer.add_token_merges(["Ġ a"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    _describe(writer, config)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue

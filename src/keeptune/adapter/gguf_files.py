@@ -8,6 +8,7 @@ the inputs, is not changed. Gemma's files hold 1 + w for the weights w of norms.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -155,13 +156,15 @@ def read_lora(folder: Path) -> dict[str, LowRank]:
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         tensors = {key.removeprefix("base_model.model."): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
     modules = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
-    for key in sorted(tensors.keys() - {f"{name}.lora_{part}.weight" for name in modules for part in "AB"}):
-        raise no_lora(folder, f"the tensor {key}", "factors of linear maps")
+    factors = {f"{name}.lora_{part}.weight" for name in modules for part in "AB"}
+    for key in sorted(tensors.keys() - factors):
+        if not key.endswith(".base_layer.weight"):  # the base's own, that PEFT saves beside
+            raise no_lora(folder, f"the tensor {key}", "factors of linear maps")
     changes = {}
     for name in modules:
-        factors = LowRank(B=tensors[f"{name}.lora_B.weight"], A=tensors[f"{name}.lora_A.weight"])
+        change = LowRank(B=tensors[f"{name}.lora_B.weight"], A=tensors[f"{name}.lora_A.weight"])
         alpha = alphas.get(get_pattern_key(alphas.keys(), name), config["lora_alpha"])
-        changes[name] = factors.scaled(alpha / factors.rank**power)
+        changes[name] = change.scaled(alpha / change.rank**power)
     return changes
 
 
@@ -232,7 +235,7 @@ def write_file(
         stored[name] = kind = kinds.F32 if len(shape) == 1 else wanted if whole else kinds.F16
         block, size = gguf.GGML_QUANT_SIZES[kind]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(shape)) // block * size, raw_dtype=kind)
-    with explain_full_disk(path), np.errstate(over="ignore"):
+    with explain_full_disk(path), np.errstate(over="ignore"), closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -243,7 +246,6 @@ def write_file(
                 step = "Export with --quantise f32."
                 raise ExportError(f"{path}, {name}", got=wrong, wanted="below 65504 for float16", next_step=step)
             writer.write_tensor_data(data)
-        writer.close()
     lost = whole_norm = 0.0
     again = {tensor.name: tensor for tensor in open_gguf(path).tensors}
     for name, _, read in entries:

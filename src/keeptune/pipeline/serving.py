@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import shutil
@@ -15,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Literal, get_args
@@ -70,7 +70,7 @@ def server_line(run: Path | str, options: ServeOptions, *, write: bool = True) -
         ExportError: The export has no form that the server takes, or llama.cpp has no file of the base.
     """
     need_known(options.using, get_args(Server), "--using", "auto, vllm or llama.cpp")
-    own = _XLLAMACPP if importlib.util.find_spec("xllamacpp") else None
+    own = _XLLAMACPP if find_spec("xllamacpp") else None
     found = {"vllm": _command("vllm"), "llama.cpp": _command("llama-server") or own}
     installed = {name: words for name, words in found.items() if words and options.using in {"auto", name}}
     place = ["--host", options.host, "--port", str(options.port), *options.more]
