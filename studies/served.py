@@ -15,13 +15,12 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from keeptune.adapter.gguf_files import open_gguf, values_of, write_file
+from keeptune.adapter.gguf_files import entry_of, open_gguf, write_file
 from keeptune.adapter.load import load_adapter
 from keeptune.model.pretrained import LoadOptions, load_model, load_tokenizer
 from keeptune.pipeline.gguf_export import GgufOptions, export_gguf
@@ -120,7 +119,7 @@ def float_copy(file: Path, copy: Path) -> Path:
     fields = {
         field.name: field for field in reader.fields.values() if not field.name.startswith(("GGUF.", "general.arch"))
     }
-    entries = [(one.name, one.shape.tolist()[::-1], partial(values_of, one)) for one in reader.tensors]
+    entries = [entry_of(tensor) for tensor in reader.tensors]
     write_file(copy, reader.fields["general.architecture"].contents(), fields, entries, "f32")
     return copy
 

@@ -170,7 +170,7 @@ def test_a_base_of_other_weights_is_named(change: Any, says: str | None, tmp_pat
     change(state)
     entries = [(name, value.shape, value.clone) for name, value in state.items()]
     values = [entry for entry in entries if entry[0] == "model.layers.0.self_attn.q_proj.weight"]
-    arguments = file, open_gguf(file), layout_of(model.config, "test"), entries, values
+    arguments = str(file), open_gguf(file), layout_of(model.config, "test"), entries, values
     if says is None:
         check_base(*arguments)
         return
@@ -184,7 +184,7 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
         layout_of(config, "base")
     file = write_base(model_of("qwen2"), tmp_path / "base.gguf", "qwen2")
     with pytest.raises(ExportError, match=r'the architecture "qwen2", wanted "llama"'):
-        check_base(file, open_gguf(file), layout_of(model_of("llama").config, "test"), [], [])
+        check_base(str(file), open_gguf(file), layout_of(model_of("llama").config, "test"), [])
     (tmp_path / "no.gguf").write_bytes(b"GGUF")
     with pytest.raises(ExportError, match="wanted a whole GGUF file"):
         open_gguf(tmp_path / "no.gguf")
@@ -194,7 +194,7 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "tied", "says"),
     [
-        ({"target_modules": ["embed_tokens"]}, False, r"the tensor model.embed_tokens.lora_embedding_A"),
+        ({"target_modules": ["embed_tokens"]}, False, r"got model.embed_tokens.lora_embedding_A"),
         ({"target_modules": ["lm_head"]}, True, r"a LoRA of lm_head, which is tied"),
         ({"target_modules": ["lm_head"]}, False, None),
     ],

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from keeptune.adapter.gguf_files import field_of, open_gguf, values_of
 from keeptune.adapter.load import load_adapter
 from keeptune.model.pretrained import load_model, load_tokenizer
+from keeptune.pipeline import gguf_export
 from keeptune.pipeline.gguf_export import GgufOptions, export_gguf, go_template
 from keeptune.pipeline.run import run
 
@@ -167,10 +168,14 @@ NO_SYSTEM = (
 
 
 @pytest.mark.parametrize(("template", "system"), [(CHATML, True), (NO_SYSTEM, False)])
-def test_ollama_s_template_writes_what_the_chat_template_does(template: str, system: bool, base: Path) -> None:
+def test_ollama_s_template_writes_what_the_chat_template_does(
+    template: str, system: bool, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer: PreTrainedTokenizerFast = load_tokenizer(str(base))
-    tokenizer.chat_template, bos = template, "<s>"
-    text = go_template(tokenizer, bos)
+    tokenizer.chat_template = template
+    bos = "" if system else "<s>"  # which the server writes itself
+    monkeypatch.setattr(gguf_export, "field_of", lambda *_: not system)
+    text = go_template(tokenizer, None)
     for go, jinja in (  # the few words of Go's language that are used, in Jinja's
         (r'{{ \$last := "" }}', "{% set ns = namespace(last='') %}"),
         (r"{{ range \.Messages }}", "{% for m in messages %}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ from tests.pipeline.forks import Forks
 from tests.pipeline.support import METHODS, keeptune, recipe_of
 from tests.pipeline.test_gguf_export import needs_server
 
+from keeptune.core.errors import ExportError
 from keeptune.model.pretrained import load_model
 from keeptune.pipeline import serving
 from keeptune.pipeline.run import run
@@ -124,17 +126,20 @@ def test_llama_cpp_gets_the_files_that_are_written_once(
         f"{folder}/llama-server -m {base} --lora {output}/gguf/adapter.gguf --alias tuned --host 127.0.0.1 --port 8000"
     )
     said = keeptune("serve", output, "--base", base, "--dry-run", capsys=capsys)
-    assert said.out.split("\n")[0] == line
-    assert not (output / "gguf").exists()
+    assert (said.code, "keeptune export" in said.err, (output / "gguf").exists()) == (2, True, False)
     options = serving.ServeOptions(base=str(base))
     assert " ".join(serving.server_line(output, options)) == line
+    assert keeptune("serve", output, "--base", base, "--dry-run", capsys=capsys).out.split("\n")[0] == line
     before = (output / "gguf" / "adapter.gguf").stat().st_mtime_ns
     assert " ".join(serving.server_line(output, serving.ServeOptions())) == line  # its base is known now
     assert (output / "gguf" / "adapter.gguf").stat().st_mtime_ns == before
 
 
 def test_what_is_missing_is_said(
-    servers: Callable[[str], Path], finished: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    servers: Callable[[str], Path],
+    finished: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = finished("lora")
     for words, says in (
@@ -147,7 +152,8 @@ def test_what_is_missing_is_said(
         assert says in said.err
     assert "pip install vllm" in keeptune("serve", output, capsys=capsys).err
     servers("llama-server")
-    assert "got no GGUF file of the base" in keeptune("serve", output, "--dry-run", capsys=capsys).err
+    with pytest.raises(ExportError, match=r"no GGUF file of the base.*--base"):
+        serving.server_line(shutil.copytree(output, tmp_path / "run"), serving.ServeOptions())
     servers("vllm")
     assert keeptune("serve", output / "adapter", "--dry-run", capsys=capsys).code == 0
 

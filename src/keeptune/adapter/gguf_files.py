@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: how it names and lays out weights, whether a file has those of a base, how they are written.
+"""GGUF files for llama.cpp: names and layout of weights, whether a file has those of a base, and how files are written.
 
 Names are those of gguf's own map. llama.cpp rotates neighbouring pairs of a head's rows where Transformers rotates its
 halves: in ``llama`` files the rows of q and k are in another order. So are the rows of a LoRA's B; its A, which reads
@@ -22,23 +22,15 @@ from torch import Tensor
 
 from keeptune.core.artefact import explain_full_disk, read_json
 from keeptune.core.errors import ExportError, named
-from keeptune.core.low_rank import LowRank
 
 Quantise = Literal["f32", "f16", "q8_0"]
 Entry = tuple[str, Sequence[int], Callable[[], Tensor]]  # name, shape, and what reads the values
 # Transformers' model type to gguf's architecture, whether q and k are in llama.cpp's order, and what norms are off by.
-_KNOWN = {
-    "llama": ("llama", True, 0),
-    "mistral": ("llama", True, 0),
-    "qwen2": ("qwen2", False, 0),
-    "qwen3": ("qwen3", False, 0),
-    "phi3": ("phi3", False, 0),
-    "gemma3_text": ("gemma3", False, 1),
-}
+_KNOWN = {"llama": ("llama", True, 0), "mistral": ("llama", True, 0), "gemma3_text": ("gemma3", False, 1)}
+_KNOWN |= {name: (name, False, 0) for name in ("qwen2", "qwen3", "phi3")}
 _FROM_CONFIG = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}  # no weights of the model
-_ANEW = ("GGUF.", "split.", "general.architecture", "general.alignment", "general.file_type", "general.quantization")
+_ANEW = ("GGUF.", "split.", "general.architecture", "general.alignment")
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's
-_QUANTIZATION = 2  # the version of blocks such as q8_0's
 _OTHER = 0.5  # a relative difference that no quantisation makes; of other weights, or rows in another order, it is 1.4
 _MERGE = "Export the whole model: `keeptune export RUN --to gguf --merged --base base.gguf`."
 
@@ -53,17 +45,15 @@ class Layout:
     shift: int
     tied: bool
 
-    def name(self, parameter: str) -> str | None:
-        """Returns llama.cpp's name of a parameter such as ``model.norm.weight``; None for one it does not know."""
-        found: str | None = self.names.get_name(parameter, try_suffixes=(".weight", ".bias"))
-        return found
+    def name(self, parameter: str) -> str:
+        """Returns llama.cpp's name of a parameter such as ``model.norm.weight``; empty for one it does not know."""
+        return self.names.get_name(parameter, try_suffixes=(".weight", ".bias")) or ""
 
-    def stored(self, parameter: str, value: Tensor) -> Tensor:
+    def stored(self, parameter: str, read: Callable[[], Tensor]) -> Tensor:
         """Returns a parameter, or the B of its change, as files hold it."""
-        role = parameter.split(".")[-2]
+        role, value = parameter.split(".")[-2], read().float()
         if role in self.heads:
-            split = value.reshape(self.heads[role], 2, -1, *value.shape[1:])
-            return split.transpose(1, 2).reshape(value.shape)
+            return value.reshape(self.heads[role], 2, -1, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
         return value + self.shift if self.shift and role.endswith("norm") else value
 
 
@@ -105,35 +95,32 @@ def values_of(tensor: Any) -> Tensor:
     return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
 
 
-def check_base(
-    file: Path | str, reader: Any, layout: Layout, weights: Sequence[Entry], values: Sequence[Entry]
-) -> None:
-    """Raises ExportError where a file is not of a model: other names, shapes, or values than quantisation makes.
+def entry_of(tensor: Any) -> Entry:
+    """Returns a tensor of an open file as :func:`write_file` takes it."""
+    return tensor.name, tensor.shape.tolist()[::-1], partial(values_of, tensor)
 
-    Args:
-        file: The file.
-        reader: The same, open.
-        layout: Of the model.
-        weights: Its parameters, whose names and shapes are compared.
-        values: Those whose values are.
+
+def check_base(file: str, reader: Any, layout: Layout, weights: Sequence[Entry], values: Sequence[Entry] = ()) -> None:
+    """Raises ExportError where an open file is not of a model: other names or shapes of its weights, or other values.
+
+    Other values are some that no quantisation explains.
     """
-    of, names = field_of(reader, "general.architecture"), {key: layout.name(key) or "" for key, _, _ in weights}
+    of, names = field_of(reader, "general.architecture"), {key: layout.name(key) for key, _, _ in weights}
     if of != layout.architecture:
         raise _other(file, f'the architecture "{of}"', f'"{layout.architecture}"')
     found, wanted = {tensor.name: tensor for tensor in reader.tensors}, set(names.values())
     # The file of a tied model may hold its embedding a second time, and a merged model may have got a head of its own.
-    beside = _FROM_CONFIG | {"output.weight"}
+    beside = _FROM_CONFIG | {"output.weight", ""}
     unknown = [key for key, name in names.items() if not name]
-    lacks, more = sorted(wanted - found.keys() - beside - {""}), sorted(found.keys() - wanted - beside)
+    lacks, more = sorted(wanted - found.keys() - beside), sorted(found.keys() - wanted - beside)
     for what, wrong in (("no name for", unknown), ("no", lacks), ("tensors that the model has not:", more)):
         if wrong:
             raise _other(file, f"{what} {named(wrong, 3)}", f"the {len(weights)} weights of the model")
     for key, shape, _ in weights:
-        stored = found.get(names[key])
-        if stored is not None and (held := stored.shape.tolist()[::-1]) != list(shape):
+        if names[key] in found and (held := found[names[key]].shape.tolist()[::-1]) != list(shape):
             raise _other(file, f"{names[key]} of shape {held}", f"{list(shape)}, as the model has it")
     for key, _, read in values:
-        own = layout.stored(key, read().float())
+        own = layout.stored(key, read)
         apart = float((values_of(found[names[key]]) - own).norm() / own.norm())
         if not apart < _OTHER:
             raise _other(file, f"{names[key]} that differs from {key} by {apart:.0%}", "weights of the same base")
@@ -149,45 +136,35 @@ def no_lora(folder: Path, got: str, wanted: str) -> ExportError:
     return ExportError(f"adapter {folder}", got=got, wanted=f"{wanted}, which llama.cpp takes", next_step=_MERGE)
 
 
-def read_lora(folder: Path) -> dict[str, LowRank]:
-    """Reads a plain LoRA, with PEFT's scale in B, by module; ExportError for tensors that are no factors of it."""
-    config = read_json(folder / "adapter_config.json")
-    alphas, power = config.get("alpha_pattern") or {}, 0.5 if config.get("use_rslora") else 1
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        tensors = {key.removeprefix("base_model.model."): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    modules = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
-    factors = {f"{name}.lora_{part}.weight" for name in modules for part in "AB"}
-    for key in sorted(tensors.keys() - factors):
-        if not key.endswith(".base_layer.weight"):  # the base's own, that PEFT saves beside
-            raise no_lora(folder, f"the tensor {key}", "factors of linear maps")
-    changes = {}
-    for name in modules:
-        change = LowRank(B=tensors[f"{name}.lora_B.weight"], A=tensors[f"{name}.lora_A.weight"])
-        alpha = alphas.get(get_pattern_key(alphas.keys(), name), config["lora_alpha"])
-        changes[name] = change.scaled(alpha / change.rank**power)
-    return changes
-
-
 def write_lora_file(path: Path, folder: Path, layout: Layout, quantise: Quantise) -> float:
-    """Writes an adapter as a GGUF LoRA, and returns :func:`write_file`'s error.
+    """Writes an adapter that only adds to linear maps as a GGUF LoRA, and returns :func:`write_file`'s error.
 
     llama.cpp computes ``alpha / r B A`` with one alpha for all: B holds what PEFT's own scale differs by.
 
     Raises:
         ExportError: A target is a module that llama.cpp does not know, or a head that is tied.
     """
-    changes, entries = read_lora(folder), []
-    alpha = max(change.rank for change in changes.values())
-    for module, change in changes.items():
-        key = f"{module}.weight"
-        name = layout.name(key) or ""
-        if not name.startswith("blk.") and name != "output.weight":
-            raise no_lora(folder, f"a LoRA of {module}", f"one of modules of {layout.architecture}'s blocks")
+    config, entries = read_json(folder / "adapter_config.json"), []
+    alphas, power = config.get("alpha_pattern") or {}, 0.5 if config.get("use_rslora") else 1
+    most = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        tensors = {key.removeprefix("base_model.model."): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+    for key in sorted(tensors):
+        module, _, part = key.partition(".lora_")
+        if key.endswith(".base_layer.weight"):  # the base's own, that PEFT saves beside
+            continue
+        name = layout.name(f"{module}.weight")
+        if part not in {"A.weight", "B.weight"} or not name.startswith(("blk.", "output.")):
+            raise no_lora(folder, key, f"factors of modules of {layout.architecture}'s blocks")
         if name == "output.weight" and layout.tied:
             raise no_lora(folder, f"a LoRA of {module}, which is tied to the embedding", "one of a head of its own")
-        B = layout.stored(key, change.B) * (change.rank / alpha)
-        entries += [(f"{name}.lora_a", change.A.shape, change.A.clone), (f"{name}.lora_b", B.shape, B.clone)]
-    fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
+        value = tensors[key]
+        if part == "B.weight":
+            alpha = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
+            scale = alpha / value.shape[1] ** power * value.shape[1] / most
+            value = layout.stored(f"{module}.weight", value.clone) * scale
+        entries.append((f"{name}.lora_{part[0].lower()}", value.shape, value.clone))
+    fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(most)}
     return write_file(path, layout.architecture, fields, entries, quantise)
 
 
@@ -195,17 +172,12 @@ def write_whole_file(
     path: Path, layout: Layout, base: Any, weights: Sequence[Entry], quantise: Quantise, template: str | None
 ) -> float:
     """Writes a whole model with the metadata of its base's open file, but for a chat template that is given."""
-    own = [tensor for tensor in base.tensors if tensor.name in _FROM_CONFIG]
-    entries: list[Entry] = [(one.name, one.shape.tolist()[::-1], partial(values_of, one)) for one in own]
-    entries += [(str(layout.name(key)), shape, partial(_stored, layout, key, read)) for key, shape, read in weights]
+    entries = [entry_of(tensor) for tensor in base.tensors if tensor.name in _FROM_CONFIG]
+    entries += [(layout.name(key), shape, partial(layout.stored, key, read)) for key, shape, read in weights]
     fields = {field.name: field for field in base.fields.values() if not field.name.startswith(_ANEW)}
-    fields |= {"general.file_type": _FILE_TYPES[quantise], "general.quantization_version": _QUANTIZATION}
+    fields |= {"general.file_type": _FILE_TYPES[quantise], "general.quantization_version": 2}
     fields |= {"tokenizer.chat_template": template} if template else {}
     return write_file(path, layout.architecture, fields, entries, quantise)
-
-
-def _stored(layout: Layout, key: str, read: Callable[[], Tensor]) -> Tensor:
-    return layout.stored(key, read())
 
 
 def write_file(
@@ -223,16 +195,13 @@ def write_file(
 
     kinds, number, writer = gguf.GGMLQuantizationType, gguf.GGUFValueType.UINT32, gguf.GGUFWriter(path, architecture)
     for key, value in fields.items():
-        types = getattr(value, "types", None) or [
-            number if isinstance(value, int) else gguf.GGUFValueType.get_type(value)
-        ]
+        types = getattr(value, "types", None) or [number if isinstance(value, int) else number.get_type(value)]
         given = value.contents() if hasattr(value, "contents") else value
         writer.add_key_value(key, given, types[0], types[-1] if len(types) > 1 else None)
-    wanted = {"f32": kinds.F32, "f16": kinds.F16, "q8_0": kinds.Q8_0}[quantise]
-    stored = {}
+    stored, lost, total = {}, 0.0, 0.0
     for name, shape, _ in entries:
-        whole = wanted != kinds.Q8_0 or shape[-1] % 32 == 0
-        stored[name] = kind = kinds.F32 if len(shape) == 1 else wanted if whole else kinds.F16
+        blocks = quantise != "q8_0" or shape[-1] % 32 == 0
+        stored[name] = kind = kinds.F32 if len(shape) == 1 else kinds[quantise.upper()] if blocks else kinds.F16
         block, size = gguf.GGML_QUANT_SIZES[kind]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(shape)) // block * size, raw_dtype=kind)
     with explain_full_disk(path), np.errstate(over="ignore"), closing(writer):
@@ -242,14 +211,12 @@ def write_file(
         for name, _, read in entries:
             data = gguf.quantize(read().float().contiguous().numpy(), stored[name])
             if data.dtype != np.uint8 and not np.isfinite(data).all():
-                wrong = f"weights up to {float(read().abs().max()):.1e}"
-                step = "Export with --quantise f32."
-                raise ExportError(f"{path}, {name}", got=wrong, wanted="below 65504 for float16", next_step=step)
+                got, step = f"weights up to {float(read().abs().max()):.1e}", "Export with --quantise f32."
+                raise ExportError(f"{path}, {name}", got=got, wanted="below 65504 for float16", next_step=step)
             writer.write_tensor_data(data)
-    lost = whole_norm = 0.0
     again = {tensor.name: tensor for tensor in open_gguf(path).tensors}
     for name, _, read in entries:
         exact = read().double()
         lost += float((values_of(again[name]).double() - exact).square().sum())
-        whole_norm += float(exact.square().sum())
-    return (lost / whole_norm) ** 0.5 if whole_norm else 0.0
+        total += float(exact.square().sum())
+    return (lost / total) ** 0.5 if total else 0.0

@@ -57,16 +57,11 @@ def _to(to: str, run: Path, base: str | None, merged: bool, quantise: Any, folde
     need_known(to, ["gguf"], "--to", "gguf")
     done = export_gguf(run, GgufOptions(base, merged, quantise, folder))
     echo(f"{'whole model' if done.merged else 'adapter'} in {done.file} ({done.quantise}), with a Modelfile for Ollama")
-    if done.merged:
-        echo(f"largest difference in logits to the merged model, read again: {done.error:.1e} relative")
-    else:
-        echo(f"rounding of the change: {done.error:.1e} relative; " + _checked(done.base))
+    what = "difference in logits to the merged model" if done.merged else "rounding of the factors"
+    checked = f"checked against {done.base}" if done.base else "not checked against a file of the base (--base)"
+    echo(f"{what}: {done.error:.1e} relative; {checked}")
     echo(f"serve: {done.serve}")
     return done
-
-
-def _checked(base: str | None) -> str:
-    return "not checked against a file of the base (--base)" if base is None else f"checked against {base}"
 
 
 def serve(
@@ -89,5 +84,5 @@ def serve(
     words = server_line(run, options, write=not dry)
     echo(shlex.join(words))
     if not dry:
-        serve_until_ended(words, options, lambda: echo(f"ready: {options.url}/v1, model `tuned`"))
-    return {"command": words, "url": f"{options.url}/v1"}
+        serve_until_ended(words, options, lambda url: echo(f"ready: {url}/v1, model `tuned`"))
+    return {"command": words, "url": f"http://{host}:{port}/v1"}

@@ -14,17 +14,8 @@ from typing import Any, get_args
 from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
-from keeptune.adapter.gguf_files import (
-    Entry,
-    Quantise,
-    check_base,
-    field_of,
-    layout_of,
-    no_lora,
-    open_gguf,
-    write_lora_file,
-    write_whole_file,
-)
+from keeptune.adapter import gguf_files as files
+from keeptune.adapter.gguf_files import Entry, Quantise, field_of, no_lora, open_gguf
 from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.adapter.merging import is_streamed
 from keeptune.adapter.probe import Gap, logits_of, random_probe
@@ -40,9 +31,8 @@ from keeptune.pipeline.trained_changes import TrainedModel
 
 _log = logging.getLogger(__name__)
 _BOUNDS = {"f32": 1e-4, "f16": 2e-2, "q8_0": 3e-1}  # of logits on random tokens, relative
-_CONFIG = "adapter_config.json"
 _FLOATS = LoadOptions(dtype="float32")
-_SAID = ("<<1>>", "<<2>>", "<<3>>")  # marks in place of what is said
+NAME_IT = "Name it with --base: a file of the same base in any quantisation."
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +55,7 @@ class GgufOptions:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What is written: the file, of which base's file (None: unchecked), and the command that serves it.
+    """What was written: the file, of which base's file (None: unchecked), and the command that serves it.
 
     ``error`` is that of the file's numbers, relative (Frobenius); of a whole model the largest difference of logits, as
     Transformers reads the file, to the merged model, over the largest logit. ``weights`` is the fingerprint of the
@@ -85,32 +75,6 @@ class GgufFile:
 _DEFAULTS = GgufOptions()
 
 
-def planned(run: Path | str, options: GgufOptions = _DEFAULTS) -> GgufFile:
-    """Returns what :func:`export_gguf` would write, as far as that shows without reading weights; raises as it does."""
-    trained = TrainedModel.of(str(run))
-    need_known(options.quantise or "f32", get_args(Quantise), "--quantise", "f32, f16 or q8_0")
-    if trained.head is not None:
-        raise no_lora(trained.folder, "a classifier", "a language model")
-    note = "" if trained.is_adapter else "What was trained has no adapter form"
-    if not note and not is_streamed(trained.folder):
-        note = "Beside plain factors the adapter has other parts, which llama.cpp does not read"
-    merged, note = options.merged or bool(note), "" if options.merged else note
-    base = options.base or (trained.base if is_gguf(trained.base) and Path(trained.base).is_file() else None)
-    if base is None and merged:
-        got = "no GGUF file of the base" + (f" ({note[0].lower()}{note[1:]})" if note else "")
-        wanted = "one, whose tokenizer and other metadata the whole model takes"
-        next_step = "Name it with --base: a file of the same base in any quantisation."
-        raise ExportError(f"export of {run} to GGUF", got=got, wanted=wanted, next_step=next_step)
-    if base is not None:
-        check_gguf(base)
-    folder = options.output or Path(run) / ("gguf-merged" if merged else "gguf")
-    file = folder / ("model.gguf" if merged else "adapter.gguf")
-    words = ["-m", str(file)] if merged else ["-m", base or "base.gguf", "--lora", str(file)]
-    serve = shlex.join(["llama-server", *words, "--alias", "tuned"])
-    quantise = options.quantise or ("f16" if merged else "f32")
-    return GgufFile(file, base, merged, quantise, serve, result_fingerprint(trained.folder), note)
-
-
 def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> GgufFile:
     """Writes what a run exported as a GGUF LoRA, or as a whole model where it has no such form or ``merged`` is set.
 
@@ -124,31 +88,52 @@ def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> GgufFile:
         ModelError: Nothing was exported, or the base cannot be loaded.
         RecipeError: There is no such quantisation.
     """
-    done, trained = planned(run, options), TrainedModel.of(str(run))
+    trained = TrainedModel.of(str(run))
+    done = _planned(run, trained, options)
     if done.note:
         _log.warning("export %s: written as a whole model. %s", run, done.note)
-    folder, reader = done.file.parent, None if done.base is None else open_gguf(done.base)
+    folder, reader, name = done.file.parent, open_gguf(done.base) if done.base else None, done.file.name
     refuse_foreign(folder)
     own = (trained.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(trained.folder) if own else trained.base)
     new = reader is not None and tokenizer.chat_template != field_of(reader, "tokenizer.chat_template")
     template = tokenizer.chat_template if new else None
     with atomic_directory(folder) as fresh:
-        write = _write_whole if done.merged else _write_adapter
-        error = write(trained, replace(done, file=fresh / done.file.name), reader, template)
-        if template is not None and not done.merged:
-            done = replace(done, serve=f"{done.serve} --chat-template-file {folder / 'chat_template.jinja'}")
-        done = replace(done, error=error)
-        write_json(fresh / SIDECAR, {"base": trained.base, "gguf": asdict(done)})
-        lines = [f"FROM ./{done.file.name}"]
-        if not done.merged:
-            lines = [f"FROM {Path(done.base).absolute() if done.base else 'base.gguf'}", f"ADAPTER ./{done.file.name}"]
+        write = partial(_write_whole, template=template) if done.merged else _write_adapter
+        done = replace(done, error=write(trained, replace(done, file=fresh / name), reader))
+        lines = [f"FROM ./{name}"] if done.merged else [f"FROM {Path(done.base or 'base.gguf').absolute()}"]
+        lines += [] if done.merged else [f"ADAPTER ./{name}"]
         if template is not None:
             write_text(fresh / "chat_template.jinja", template)
-            bos = tokenizer.bos_token if field_of(reader, "tokenizer.ggml.add_bos_token") else ""
-            lines.append(f'TEMPLATE """{go_template(tokenizer, bos)}"""')
+            lines.append(f'TEMPLATE """{go_template(tokenizer, reader)}"""')
+            chat = shlex.join(["--chat-template-file", str(folder / "chat_template.jinja")])
+            done = done if done.merged else replace(done, serve=f"{done.serve} {chat}")
         write_text(fresh / "Modelfile", "\n".join(lines) + "\n")
+        write_json(fresh / SIDECAR, {"base": trained.base, "gguf": asdict(done)})
     return done
+
+
+def _planned(run: Path | str, trained: TrainedModel, options: GgufOptions) -> GgufFile:
+    need_known(options.quantise or "f32", get_args(Quantise), "--quantise", "f32, f16 or q8_0")
+    if trained.head is not None:
+        raise no_lora(trained.folder, "a classifier", "a language model")
+    note = "" if trained.is_adapter else "What was trained has no adapter form"
+    if not note and not is_streamed(trained.folder):
+        note = "Beside plain factors the adapter has other parts, which llama.cpp does not read"
+    merged, note = options.merged or bool(note), "" if options.merged else note
+    base = options.base or (trained.base if is_gguf(trained.base) and Path(trained.base).is_file() else None)
+    if base is None and merged:
+        got = "no GGUF file of the base" + (f" ({note[0].lower()}{note[1:]})" if note else "")
+        wanted = "one, whose tokenizer and other metadata the whole model takes"
+        raise ExportError(f"export of {run} to GGUF", got=got, wanted=wanted, next_step=NAME_IT)
+    if base is not None:
+        check_gguf(base)
+    folder = options.output or Path(run) / ("gguf-merged" if merged else "gguf")
+    file = folder / ("model.gguf" if merged else "adapter.gguf")
+    words = ["-m", str(file)] if merged else ["-m", base or "base.gguf", "--lora", str(file)]
+    serve = shlex.join(["llama-server", *words, "--alias", "tuned"])
+    quantise = options.quantise or ("f16" if merged else "f32")
+    return GgufFile(file, base, merged, quantise, serve, result_fingerprint(trained.folder), note)
 
 
 def written(run: Path | str, base: str | None) -> GgufFile | None:
@@ -161,14 +146,14 @@ def written(run: Path | str, base: str | None) -> GgufFile | None:
     return None
 
 
-def _write_adapter(trained: TrainedModel, done: GgufFile, reader: Any, template: str | None) -> float:
-    layout = layout_of(load_config(trained.base), f"base {trained.base}")
-    error = write_lora_file(done.file, trained.folder, layout, done.quantise)
+def _write_adapter(trained: TrainedModel, done: GgufFile, reader: Any) -> float:
+    layout = files.layout_of(load_config(trained.base), f"base {trained.base}")
+    error = files.write_lora_file(done.file, trained.folder, layout, done.quantise)
     if done.base not in {None, trained.base}:
-        entries, config = _entries(load_floats(trained.base, LoadOptions())), read_json(trained.folder / _CONFIG)
-        targets = {name.split(".")[-1]: f"{name}.weight" for name in sorted(config["target_modules"], reverse=True)}
-        values = [entry for entry in entries if entry[0] in targets.values()]  # one of each role
-        check_base(str(done.base), reader, layout, entries, values)
+        names = sorted(read_json(trained.folder / "adapter_config.json")["target_modules"], reverse=True)
+        first = {name.split(".")[-1]: f"{name}.weight" for name in names}.values()  # of each role
+        entries = _entries(load_floats(trained.base, LoadOptions()))
+        files.check_base(str(done.base), reader, layout, entries, [entry for entry in entries if entry[0] in first])
     return error
 
 
@@ -178,15 +163,13 @@ def _write_whole(trained: TrainedModel, done: GgufFile, reader: Any, template: s
         if trained.is_adapter:
             whole = Path(scratch) / "merged"
             merge_adapter(trained.folder, whole, dtype="float32")  # in 16 bits a small change would be rounded away
-        layout, model = layout_of(load_config(str(whole)), f"model {whole}"), load_floats(str(whole), _FLOATS)
-        entries = _entries(model)
-        check_base(str(done.base), reader, layout, entries, [])
-        write_whole_file(done.file, layout, reader, entries, done.quantise, template)
-        probe = random_probe(model)
+        layout, model = files.layout_of(load_config(str(whole)), f"model {whole}"), load_floats(str(whole), _FLOATS)
+        entries, probe = _entries(model), random_probe(model)
+        files.check_base(str(done.base), reader, layout, entries)
+        files.write_whole_file(done.file, layout, reader, entries, done.quantise, template)
         wanted = logits_of(model, probe)
         del model, entries
-        gap = Gap.between(logits_of(load_model(str(done.file), _FLOATS), probe), wanted)
-        step = "Export with --quantise f16 or f32."
+        gap, step = Gap.between(logits_of(load_model(str(done.file), _FLOATS), probe), wanted), "Take --quantise f32."
         gap.refuse_above(_BOUNDS[done.quantise], f"export {done.file}", "the merged model", step)
         return gap.relative
 
@@ -197,34 +180,35 @@ def _entries(model: PreTrainedModel) -> list[Entry]:
     return [(key, value.shape, partial(stored_value, model, key, value)) for key, value in state.items()]
 
 
-def go_template(tokenizer: Any, bos: str = "") -> str:
+def go_template(tokenizer: Any, reader: Any) -> str:
     """Returns a chat template in Ollama's language (Go's), read off conversations that the tokenizer renders.
 
     Law: with or without a system prompt, of users and answers in turn, it writes what the chat template writes, but for
-    ``bos``, which the server writes itself.
+    the first token where the server adds it, as the base's open file says.
     """
-    turns = [{"role": role, "content": said} for role, said in zip(("user", "assistant", "user"), _SAID, strict=True)]
-    start, to_answer, to_next, to_end = _between(tokenizer, turns, bos)
-    user, system = _if('eq $last "assistant"', to_next, start), [{"role": "system", "content": _SAID[1]}, turns[0]]
+    bos = tokenizer.bos_token if field_of(reader, "tokenizer.ggml.add_bos_token") else ""
+
+    def between(*roles: str) -> list[str]:
+        turns = [{"role": role, "content": "<<said>>"} for role in roles]
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        parts = re.split("<<said>>", text.removeprefix(bos))
+        if len(parts) != len(turns) + 1:
+            got, wanted = "a template that repeats or leaves out what is said", "one that writes each message once"
+            raise ExportError(
+                "the chat template", got=got, wanted=wanted, next_step="Serve with llama.cpp, not Ollama."
+            )
+        return parts
+
+    def chosen(condition: str, then: str, otherwise: str) -> str:
+        return f"{{{{ if {condition} }}}}{then}{{{{ else }}}}{otherwise}{{{{ end }}}}"
+
+    start, to_answer, to_next, to_end = between("user", "assistant", "user")
+    user = chosen('eq $last "assistant"', to_next, start)
     try:
-        before, after, _ = _between(tokenizer, system, bos)
+        before, after, _ = between("system", "user")
     except TemplateError:  # it takes no system prompt
-        said = _if('eq .Role "user"', user, to_answer)
+        said = chosen('eq .Role "user"', user, to_answer)
     else:
-        user = _if('eq $last "system"', after, user)
-        said = _if('eq .Role "system"', before, _if('eq .Role "user"', user, to_answer))
+        user = chosen('eq $last "system"', after, user)
+        said = chosen('eq .Role "system"', before, chosen('eq .Role "user"', user, to_answer))
     return '{{ $last := "" }}{{ range .Messages }}' + said + "{{ .Content }}{{ $last = .Role }}{{ end }}" + to_end
-
-
-def _if(condition: str, then: str, otherwise: str) -> str:
-    return f"{{{{ if {condition} }}}}{then}{{{{ else }}}}{otherwise}{{{{ end }}}}"
-
-
-def _between(tokenizer: Any, turns: list[dict[str, str]], bos: str) -> list[str]:
-    """Returns what a chat template writes before, between and after what is said."""
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    parts = re.split("<<[123]>>", text.removeprefix(bos))
-    if len(parts) != len(turns) + 1:
-        got, wanted = "a template that repeats or leaves out what is said", "one that writes each message once"
-        raise ExportError("the chat template", got=got, wanted=wanted, next_step="Serve with llama.cpp, not Ollama.")
-    return parts

@@ -10,9 +10,8 @@ from pathlib import Path
 def main() -> None:
     """Serves until the process is ended."""
     parser = argparse.ArgumentParser(prog="keeptune.pipeline.llama_server")
-    for option in ("--lora", "--host", "--alias", "--chat-template-file"):
+    for option in ("-m", "--lora", "--host", "--alias", "--chat-template-file"):
         parser.add_argument(option, default="")
-    parser.add_argument("-m", "--model", required=True)
     for option in ("--port", "-c", "-t"):  # 0: a free port, the context of the model, all threads
         parser.add_argument(option, type=int, default=0)
     parser.add_argument("--exact", action="store_true", help="attention and its cache in float32")
@@ -21,7 +20,7 @@ def main() -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.model_alias, params.verbosity = chosen.model, {chosen.alias}, 0
+    params.model.path, params.model_alias, params.verbosity = chosen.m, {chosen.alias}, 0
     params.hostnames, params.port, params.n_ctx = [chosen.host or "127.0.0.1"], chosen.port, chosen.c
     if chosen.t:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = chosen.t

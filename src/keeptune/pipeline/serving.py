@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -16,18 +17,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import ExportError, ProcessError, RecipeError, need_known
 from keeptune.core.processes import end_with_parent
-from keeptune.pipeline.gguf_export import GgufOptions, export_gguf, planned, written
+from keeptune.pipeline.gguf_export import NAME_IT, GgufOptions, export_gguf, written
 from keeptune.pipeline.trained_changes import TrainedModel
 
 Server = Literal["auto", "vllm", "llama.cpp"]
-_XLLAMACPP = [sys.executable, "-m", "keeptune.pipeline.llama_server"]
 _INSTALL = "pip install vllm (a GPU), pip install 'keeptune[serve]' (llama.cpp), or put llama-server on the PATH."
 
 
@@ -51,31 +50,26 @@ class ServeOptions:
     wait: float = 600.0
     more: Sequence[str] = ()
 
-    @property
-    def url(self) -> str:
-        """Where the server is."""
-        return f"http://{self.host}:{self.port}"
-
 
 def server_line(run: Path | str, options: ServeOptions, *, write: bool = True) -> list[str]:
-    """Returns the command that serves a run under the name ``tuned``; it is exported as GGUF first where needed.
+    """Returns the command that serves a run under the name ``tuned``.
 
     Args:
         run: A run folder, or what it exported.
         options: How.
-        write: False exports nothing: the command is that after the export.
+        write: Export it as GGUF where llama.cpp needs that and it is not done; False raises then.
 
     Raises:
         RecipeError: No server is installed, or not the one asked for.
         ExportError: The export has no form that the server takes, or llama.cpp has no file of the base.
     """
     need_known(options.using, get_args(Server), "--using", "auto, vllm or llama.cpp")
-    own = _XLLAMACPP if find_spec("xllamacpp") else None
+    own = [sys.executable, "-m", "keeptune.pipeline.llama_server"] if find_spec("xllamacpp") else None
     found = {"vllm": _command("vllm"), "llama.cpp": _command("llama-server") or own}
-    installed = {name: words for name, words in found.items() if words and options.using in {"auto", name}}
     place = ["--host", options.host, "--port", str(options.port), *options.more]
-    for name, words in installed.items():
-        return [*words, *(_vllm_words(run) if name == "vllm" else _llama_words(run, options.base, write)), *place]
+    for name, words in found.items():
+        if words and options.using in {"auto", name}:
+            return [*words, *(_vllm_words(run) if name == "vllm" else _llama_words(run, options.base, write)), *place]
     got = "no vllm, no llama-server and no package xllamacpp" if options.using == "auto" else "no such server"
     raise RecipeError(f"serve --using {options.using}", got=got, wanted="a server", next_step=_INSTALL)
 
@@ -92,56 +86,58 @@ def _vllm_words(run: Path | str) -> list[str]:
     record = read_json(folder / SIDECAR).get("export", {}) if (folder / SIDECAR).is_file() else {}
     line = str(record.get("serve", ""))
     if not line.startswith("vllm serve "):
-        next_step = "Merge it (`keeptune merge`) and serve the folder, or take --using llama.cpp."
-        raise ExportError(f"serve {run}", got=line or "no export of ours", wanted="one for vLLM", next_step=next_step)
+        step = "Merge it (`keeptune merge`) and serve the folder, or take --using llama.cpp."
+        raise ExportError(f"serve {run}", got=line or "no export of ours", wanted="one for vLLM", next_step=step)
     words = [word.replace(record["folder"], str(folder)) for word in shlex.split(line)[1:]]
     return words if "--enable-lora" in words else [*words, "--served-model-name", "tuned"]
 
 
 def _llama_words(run: Path | str, base: str | None, write: bool) -> list[str]:
-    done = written(run, base) or (export_gguf if write else planned)(run, GgufOptions(base=base))
+    done = written(run, base) or (export_gguf(run, GgufOptions(base)) if write else None)
+    if done is None:
+        step = f"Run `keeptune export {run} --to gguf --base base.gguf`, or serve without --dry-run."
+        raise ExportError(f"serve {run}", got="no GGUF file of it", wanted="one for llama.cpp", next_step=step)
     if done.base is None:
-        next_step = "Name it with --base: a file of the same base in any quantisation."
-        wanted = "one for llama.cpp to serve the adapter on"
-        raise ExportError(f"serve {run}", got="no GGUF file of the base", wanted=wanted, next_step=next_step)
+        raise ExportError(f"serve {run}", got="no GGUF file of the base", wanted="one to serve on", next_step=NAME_IT)
     return shlex.split(done.serve)[1:]
 
 
-def serve(words: Sequence[str], options: ServeOptions, ready: Callable[[], object]) -> None:
-    """Starts a server, says when it answers, and waits for its end; it ends with this process.
-
-    Args:
-        words: Of :func:`server_line`.
-        options: Where it answers.
-        ready: Called once it does.
+def serve(words: Sequence[str], options: ServeOptions, ready: Callable[[str], object]) -> None:
+    """Starts a server, calls a function with its address when it answers, and waits for its end; it ends with this one.
 
     Raises:
         ProcessError: The port is taken, or the server ended by itself or does not answer.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((options.host, options.port))
-        except OSError as error:
-            where, wanted, step = f"--port {options.port}", f"a free port on {options.host}", "Take another one."
-            raise ProcessError(where, got=str(error.strerror), wanted=wanted, next_step=step) from error
-    before = signal.signal(signal.SIGTERM, _ended)
-    server = subprocess.Popen(words, start_new_session=True, preexec_fn=end_with_parent)
+    url, until, server = f"http://{options.host}:{options.port}", time.monotonic() + options.wait, None
+
+    def refuse(where: str, got: str, wanted: str, next_step: str) -> NoReturn:
+        raise ProcessError(where, got=got, wanted=wanted, next_step=next_step)
+
+    def gone(got: str) -> NoReturn:
+        wanted, step = (
+            f"a server that answers: {shlex.join(words)}",
+            "Its messages are above; --wait gives more time.",
+        )
+        refuse(f"server {Path(words[0]).name}", got, wanted, step)
+
     try:
-        until = time.monotonic() + options.wait
-        while not _answers(options.url):
-            if server.poll() is not None or time.monotonic() > until:
-                code = server.returncode
-                raise _gone(words, f"no answer in {options.wait:.0f} s" if code is None else f"exit code {code}")
-        ready()
-        raise _gone(words, f"exit code {server.wait()}")
+        socket.create_server((options.host, options.port)).close()
+    except OSError as error:
+        refuse(f"--port {options.port}", str(error.strerror), f"a free port on {options.host}", "Take another one.")
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        server = subprocess.Popen(words, start_new_session=True, preexec_fn=end_with_parent)
+        while not _answers(url):
+            if server.poll() is not None:
+                gone(f"exit code {server.returncode}")
+            if time.monotonic() > until:
+                gone(f"no answer in {options.wait:.0f} s")
+        ready(url)
+        gone(f"exit code {server.wait()}")
     finally:
-        _end(server)
         signal.signal(signal.SIGTERM, before)
-
-
-def _ended(number: int, _: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+        if server is not None:
+            _end(server)
 
 
 def _answers(url: str) -> bool:
@@ -153,20 +149,11 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _gone(words: Sequence[str], got: str) -> ProcessError:
-    wanted, step = f"a server that answers: {shlex.join(words)}", "Its messages are above. --wait gives it more time."
-    return ProcessError(f"server {Path(words[0]).name}", got=got, wanted=wanted, next_step=step)
-
-
 def _end(server: subprocess.Popen[bytes]) -> None:
     """Ends a server, and with force what is left of its processes."""
-    if server.poll() is None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-    try:
+        server.wait(10)
+    with contextlib.suppress(ProcessLookupError):  # all have ended
         os.killpg(server.pid, signal.SIGKILL)
-    except ProcessLookupError:  # all have ended
-        return
+    server.wait()
