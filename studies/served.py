@@ -1,6 +1,6 @@
 """What llama.cpp's server answers with our exports, beside PEFT on the same weights (docs/guides/serve.md).
 
-    python studies/served.py keep        # or lora-null-v1, loki, full: 8 steps on SmolLM2's own GGUF file, some minutes
+    python studies/served.py keep        # or lora-null-v1, loki, full: 4 steps on SmolLM2's own GGUF file, some minutes
 
 Needs the packages gguf and xllamacpp. Prompts go over HTTP as token ids, so that no tokenizer is between.
 """
@@ -125,7 +125,7 @@ def float_copy(file: Path, copy: Path) -> Path:
 
 
 def recipe_values(method: str, file: Path, folder: Path) -> dict[str, Any]:
-    """Returns a recipe: the atlas's questions about topics, for eight steps."""
+    """Returns a recipe: the atlas's questions about topics, for four steps."""
     return {
         "model": str(file),
         "method": METHODS[method],

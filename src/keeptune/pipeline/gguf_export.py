@@ -23,8 +23,7 @@ from keeptune.core.artefact import atomic_directory, read_json, write_json, writ
 from keeptune.core.errors import ExportError, need_known
 from keeptune.core.offload import stored_value
 from keeptune.model.gguf import check_gguf, is_gguf
-from keeptune.model.offloaded import load_floats
-from keeptune.model.pretrained import LoadOptions, load_config, load_model, load_tokenizer
+from keeptune.model.pretrained import LoadOptions, load_config, load_floats, load_model, load_tokenizer
 from keeptune.pipeline.merge import merge_adapter
 from keeptune.pipeline.scoring import result_fingerprint
 from keeptune.pipeline.trained_changes import TrainedModel
