@@ -31,7 +31,7 @@ def test_the_same_row_overlaps_whatever_its_template_makes_of_it() -> None:
 
 @pytest.mark.parametrize("prompt", ["where is the TOWER?", "  Where is\nthe  tower? "], ids=["case", "spaces"])
 def test_the_same_prompt_overlaps_in_other_case_and_spacing(prompt: str) -> None:
-    assert "(row 1:" in refused(corpus("train", "Where is the Tower?"), corpus("test", prompt)).got
+    assert "(items 1;" in refused(corpus("train", "Where is the Tower?"), corpus("test", prompt)).got
 
 
 def test_a_used_text_that_starts_with_the_prompt_overlaps() -> None:
