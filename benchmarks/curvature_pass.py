@@ -13,8 +13,8 @@ from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
+from keeptune.model.head import Loss, summed_loss
 from keeptune.model.runner import Runner, Taps
-from keeptune.model.summed_loss import Loss, summed_loss
 from keeptune.statistics.collect import collect
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.fisher import TokenCount, WeightFisher, lora_fisher

@@ -11,8 +11,8 @@ from timing import compare
 
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
+from keeptune.model.head import Loss, summed_loss
 from keeptune.model.runner import Runner, Taps
-from keeptune.model.summed_loss import Loss, summed_loss
 from keeptune.statistics.collect import collect
 from keeptune.statistics.covariance import DirectionVariances, GradientCovariance, InputCovariance
 from keeptune.statistics.store import StatStore

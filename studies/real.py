@@ -27,7 +27,7 @@ import torch
 import keeptune
 from keeptune.core.artefact import content_key, read_json, write_json
 from keeptune.core.errors import KeeptuneError
-from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.experiments.posthoc_variants import VARIANTS, Pruned, Variant, Variants, score_variants
 from keeptune.methods.base import methods
 from keeptune.pipeline.export import export_stage

@@ -39,10 +39,9 @@ from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.methods.base import Method, make_plan
 from keeptune.model.blocks import body, find_targets, head_of
-from keeptune.model.head import Head, body_fingerprint
+from keeptune.model.head import Head, Loss, body_fingerprint
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.model.runner import Runner, Sink, Taps
-from keeptune.model.summed_loss import Loss
 from keeptune.pipeline.planning import penalties_of, with_penalties
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.neuron_attribution import Attributions

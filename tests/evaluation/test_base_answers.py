@@ -16,7 +16,7 @@ from tests.models import counted_passes
 from tests.pipeline.support import write_jsonl
 
 from keeptune.evaluation import AdapterPair, FileBenchmark, evaluate
-from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.evaluation.model_pairs import KeptAnswers
 
 # PEFT 0.21 asks transformers 5.23 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -26,9 +26,9 @@ from keeptune.data.calibration import Batch, Calibration
 from keeptune.model import shelf
 from keeptune.model.blocks import find_targets
 from keeptune.model.blockwise import BlockwiseRunner
+from keeptune.model.head import Loss
 from keeptune.model.pretrained import LoadOptions, load_offloaded
 from keeptune.model.runner import Runner, Taps
-from keeptune.model.summed_loss import Loss
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 

@@ -30,9 +30,16 @@ from keeptune.core.artefact import model_fingerprint
 from keeptune.core.errors import ModelError
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import find_targets, head_of, positions
-from keeptune.model.head import Head, body_fingerprint, head_fingerprint, sequence_losses
+from keeptune.model.head import (
+    Head,
+    Loss,
+    body_fingerprint,
+    drawn_labels,
+    head_fingerprint,
+    sequence_losses,
+    summed_loss,
+)
 from keeptune.model.pretrained import LoadOptions, load_model, load_positions
-from keeptune.model.summed_loss import Loss, drawn_labels, summed_loss
 
 SIZES = {
     "vocab_size": VOCAB,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keeptune.data.calibration import Batch, Calibration
-from keeptune.model.summed_loss import Labels, Loss, probe, summed_loss
+from keeptune.model.head import Labels, Loss, probe, summed_loss
 
 LOGITS = torch.tensor([[0.0, 1.0, -1.0, 2.0, 9.0, -torch.inf], [3.0, 0.0, 0.0, 0.0, -2.0, 1.0]], dtype=torch.float64)
 

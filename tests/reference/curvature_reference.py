@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from keeptune.data.calibration import Calibration
-from keeptune.model.summed_loss import Labels, drawn_labels
+from keeptune.model.head import Labels, drawn_labels
 
 
 def text_gradients(

@@ -15,8 +15,8 @@ from keeptune.core.errors import StatisticsError
 from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.linalg.decompositions import exact_svd
+from keeptune.model.head import Loss, drawn_labels, summed_loss
 from keeptune.model.runner import Runner, Taps
-from keeptune.model.summed_loss import Loss, drawn_labels, summed_loss
 from keeptune.statistics.collect import Statistics
 from keeptune.statistics.covariance import DirectionVariances, GradientCovariance, InputCovariance
 from keeptune.statistics.request import Request

@@ -286,10 +286,6 @@ def _read_alpaca(row: Row, fields: Sequence[str], options: FormatOptions, where:
     return Answered(output, prompt, _conversation(row, (*turns, {"role": "assistant", "content": output}), where))
 
 
-def _read_text(row: Row, fields: Sequence[str], options: FormatOptions, where: str) -> Answered:
-    return Answered(text_of(row[fields[0]], where=f"{where}, {fields[0]}"))
-
-
 def _conversation(row: Row, messages: Messages, where: str) -> Conversation:
     """Returns messages with the row's tools, after its `system` where they do not begin with such a turn."""
     if row.get("system") and messages[0]["role"] not in ("system", "developer"):
@@ -309,7 +305,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[..., Conversation | Answered]
     "conversations": (("conversations",), _read_chat),
     "prompt-completion": (("prompt", "completion"), _read_answered),
     "alpaca": (("instruction", "output"), _read_alpaca),
-    "text": (("text",), _read_text),
+    "text": (("text",), lambda row, _, __, where: Answered(text_of(row["text"], where=f"{where}, text"))),
 }
 
 

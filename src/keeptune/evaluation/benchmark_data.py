@@ -115,8 +115,18 @@ def load_documents(benchmark: NamedBenchmark, tokenizer: PreTrainedTokenizerBase
             parts += [_parts(benchmark, task, row) for row in own]
             pools.append([dict(row) for row in task.sampler.df] if task.config.num_fewshot else [])
         chat = None if tokenizer is None else template_of(benchmark, tokenizer, built.tasks)
+        scored = set(parts)
         for (leaf, task), pool in zip(built.tasks.items(), pools, strict=True):
-            _refuse_examples(benchmark, leaf, [_parts(benchmark, task, row) for row in pool], set(parts))
+            examples = [_parts(benchmark, task, row) for row in pool]
+            common = [example for example in examples if example in scored]
+            if common:
+                first = common[0][0][:60]
+                raise DataError(
+                    f"{benchmark.where}.shots",
+                    got=f"{len(common)} of the {len(pool)} examples of {leaf} that are scored too ({first!r})",
+                    wanted="examples from other data",
+                    next_step="Set `shots: 0`, or take the items out of the training split.",
+                )
     versions = [[leaf, str(task.VERSION)] for leaf, task in built.tasks.items()]
     plain = json.loads(json.dumps([rows, pools], default=str))  # rows may hold dates
     key = [*plain, versions, engine_version(benchmark.where), built.note]
@@ -141,17 +151,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Sequence):
         for part in value:
             yield from _texts(part)
-
-
-def _refuse_examples(benchmark: NamedBenchmark, leaf: str, pool: Sequence[_Parts], scored: set[_Parts]) -> None:
-    common = [parts for parts in pool if parts in scored]
-    if common:
-        raise DataError(
-            f"{benchmark.where}.shots",
-            got=f"{len(common)} of the {len(pool)} examples of {leaf} that are scored too ({common[0][0][:60]!r})",
-            wanted="examples from other data",
-            next_step="Set `shots: 0`, or take the items out of the training split.",
-        )
 
 
 def refuse_documents(used: Sequence[Corpus], scored: Documents) -> None:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,12 +18,20 @@ from keeptune.core.processes import world
 from keeptune.data.calibration import pad_id_of
 from keeptune.data.chat_template import ChatTemplate
 from keeptune.data.labelled import Texts, collator, label_indices
-from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.chat import asking, end_of_thought, ends_of_turns
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, cut_at, exact_match
-from keeptune.evaluation.model_pairs import SIDES, ModelPair, Side, head_of_base, of_both, scoring, shared_positions
+from keeptune.evaluation.model_pairs import (
+    SIDES,
+    KeptAnswers,
+    ModelPair,
+    Side,
+    head_of_base,
+    of_both,
+    scoring,
+    shared_positions,
+)
 from keeptune.evaluation.results import BenchmarkResult, grouped, label_scores, mean_scores
 from keeptune.evaluation.scored_tokens import (
     Encoder,
@@ -269,10 +276,18 @@ def classified(
     encoded, cut = Texts(tuple(item.text for item in items), seconds or None).encode(tokenizer, limit)
     if cut:
         _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", benchmark.where, len(cut), len(items), limit)
-    predicted = {}
+    predicted, pad, sequences = {}, collator(tokenizer), encoded.to_list()
+
+    def logits_of(members: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        batch = {name: value.to(model.device) for name, value in pad(members).items()}
+        found: list[list[float]] = model(**batch).logits.float().tolist()
+        advance(len(members))
+        return found
+
     for side in SIDES:
         with scoring(pair, side) as model:
-            logits = _logits(model, tokenizer, encoded.to_list(), benchmark.batch_size, advance)
+            rows = in_batches(sequences, lambda row: len(row["input_ids"]), benchmark.batch_size, logits_of)
+            logits = torch.tensor(rows)
         need_finite(logits.isfinite(), f"{benchmark.where} ({side})", "logits")
         predicted[side] = (logits.argmax(-1) if names else logits[:, 0]).numpy()
     if names:
@@ -315,24 +330,6 @@ def wrong_metric(benchmark: FileBenchmark, head: Head | None) -> RecipeError:
         "classifier; pearson or spearman for a regression",
         next_step="Choose a metric for this kind of model.",
     )
-
-
-def _logits(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: Sequence[Mapping[str, Any]],
-    rows: int,
-    advance: Callable[[int], object],
-) -> Tensor:
-    pad = collator(tokenizer)
-
-    def logits_of(members: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-        batch = {name: value.to(model.device) for name, value in pad(members).items()}
-        logits: list[list[float]] = model(**batch).logits.float().tolist()
-        advance(len(members))
-        return logits
-
-    return torch.tensor(in_batches(encoded, lambda row: len(row["input_ids"]), rows, logits_of))
 
 
 def _record(item: Item, names: Sequence[str], truth: Any, predicted: Mapping[str, Any]) -> dict[str, Any]:

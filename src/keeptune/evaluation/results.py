@@ -60,20 +60,15 @@ class BenchmarkResult:
             # Not splitlines: it also splits at U+2028, which may stand inside a JSON string.
             items = [json.loads(line) for line in text.split("\n") if line]
             values = {field: ({"chat": False} | dict(summary))[field] for field in _SUMMARY}
-        except (KeyError, json.JSONDecodeError) as error:
+            if len(items) != values["n"]:
+                raise ValueError(f"{len(items)} items of {values['name']}, not {values['n']}")
+        except (KeyError, ValueError) as error:
             raise ArtefactError(
                 "evaluation result",
                 got=f"{type(error).__name__}: {error}",
                 wanted="the files that keeptune evaluate wrote",
                 next_step="Evaluate again.",
             ) from error
-        if len(items) != values["n"]:
-            raise ArtefactError(
-                f"evaluation result {values['name']}",
-                got=f"{len(items)} items",
-                wanted=str(values["n"]),
-                next_step="Evaluate again.",
-            )
         low, high = values.pop("interval")
         return cls(**values, interval=(low, high), items=items)
 

@@ -36,8 +36,7 @@ from keeptune.core.artefact import atomic_directory, content_key, read_json, wri
 from keeptune.core.errors import ModelError
 from keeptune.core.processes import by_first
 from keeptune.core.weights import is_quantised
-from keeptune.evaluation.base_answers import KeptAnswers
-from keeptune.evaluation.model_pairs import AdapterPair, TwoModels
+from keeptune.evaluation.model_pairs import AdapterPair, KeptAnswers, TwoModels
 from keeptune.experiments.fapm import kept
 from keeptune.model.blocks import head_of
 from keeptune.model.pretrained import LoadOptions, load_model

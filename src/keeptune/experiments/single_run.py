@@ -24,7 +24,7 @@ from keeptune.core.artefact import content_key, file_fingerprint, has_key, read_
 from keeptune.core.errors import KeeptuneError
 from keeptune.core.locks import locked
 from keeptune.core.processes import by_first, held_by_first, met_by_all, world
-from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.experiments.posthoc_variants import VARIANTS, Variants, score_variants
 from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.run import plan_stage, start

@@ -76,11 +76,8 @@ def find_targets(
     kept = None if layers is None else _known_layers(layers, [*modules, *(weight.name(0) for weight in fused)])
     groups = _input_groups(model, modules)
     maps = [
-        _target(
-            name,
-            role_of[name],
-            weight_shape(module),
-            groups[name],
+        Target(
+            *(name, _block_of(name)[1], role_of[name], *weight_shape(module), groups[name]),
             transposed=isinstance(module, Conv1D),
             bias=getattr(module, "bias", None) is not None,
         )
@@ -89,10 +86,10 @@ def find_targets(
     if fused:
         place = {name: index for index, (name, _) in enumerate(model.named_modules())}
         for weight in fused:
-            shape = weight.out_features, weight.in_features
             kind: dict[str, Any] = {name: getattr(weight, name) for name in ("transposed", "bias", "experts")}
             for index, name in enumerate(map(weight.name, range(weight.experts))):
-                maps.append(_target(name, weight.role, shape, name, expert=index, **kind))
+                of = name, _block_of(name)[1], weight.role, weight.out_features, weight.in_features, name
+                maps.append(Target(*of, expert=index, **kind))
         maps.sort(key=lambda target: place[target.module])
     return [t for t in maps if (wanted is None or t.role in wanted) and (kept is None or t.layer in kept)]
 
@@ -203,12 +200,6 @@ def _known_layers(layers: Iterable[int], names: Iterable[str]) -> frozenset[int]
             next_step="List the blocks to tune, such as layers: [0, 1]; leave the key out to tune all.",
         )
     return wanted
-
-
-def _target(name: str, role: str, shape: tuple[int, int], group: str, **more: Any) -> Target:
-    out_features, in_features = shape
-    layer = _block_of(name)[1]
-    return Target(name, layer, role, out_features, in_features, group, **more)
 
 
 def _block_of(name: str) -> tuple[str, int]:

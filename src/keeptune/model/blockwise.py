@@ -25,10 +25,10 @@ from keeptune.core.offload import aligned
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import blocks_of, body
 from keeptune.model.fused_experts import expert_names, one_expert_at_a_time
+from keeptune.model.head import Loss, summed_loss
 from keeptune.model.probes.block_calls import hidden_of
-from keeptune.model.runner import Done, PassEnd, RealRows, Runner, Taps, arguments_of, no_done, still, watched
+from keeptune.model.runner import Done, PassEnd, RealRows, Runner, Taps, arguments_of, still, watched
 from keeptune.model.shelf import Shelf
-from keeptune.model.summed_loss import Loss, summed_loss
 
 _Watch = Callable[[RealRows], AbstractContextManager[None]]
 
@@ -52,7 +52,7 @@ class BlockwiseRunner(Runner):
         return self.place or super().device
 
     def run(
-        self, batches: Sequence[Batch], taps: Taps, loss: Loss | None = None, *, title: str, done: Done = no_done
+        self, batches: Sequence[Batch], taps: Taps, loss: Loss | None = None, *, title: str, done: Done = lambda _: None
     ) -> None:
         """Passes all batches forth, and with a loss back from it to the first watched block, as :meth:`Runner.run`.
 

@@ -63,18 +63,13 @@ def check_gguf(name: str) -> None:
 
 def gguf_error(name: str, error: Exception) -> ModelError:
     """Returns the error to raise for a GGUF file that Transformers could not load."""
-    text = str(error).strip().split("\n")[0]
+    text, wanted = str(error).strip().split("\n")[0], "a whole GGUF file of a causal language model"
     if "architecture" in text:
-        return ModelError(
-            f"model {name}",
-            got=text,
-            wanted=f"an architecture that Transformers reads from GGUF: {', '.join(_ARCHITECTURES)}",
-            next_step="Take the model's folder of safetensors in its place.",
-        )
+        wanted = f"an architecture that Transformers reads from GGUF: {', '.join(_ARCHITECTURES)}"
     return ModelError(
         f"model {name}",
         got=f"{type(error).__name__}: {text}",
-        wanted="a whole GGUF file of a causal language model",
+        wanted=wanted,
         next_step="The file is cut or damaged, or of a type that Transformers cannot read: get it again, or take the "
         "model's folder of safetensors.",
     )

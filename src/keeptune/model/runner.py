@@ -17,7 +17,7 @@ from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import body, head_of, is_nested
 from keeptune.model.fused_experts import expert_names, watched_experts
-from keeptune.model.summed_loss import Loss, summed_loss
+from keeptune.model.head import Loss, summed_loss
 
 # What a sink gets of a module: inputs h (tokens, n), output gradients δ = d loss / d y (tokens, m), both at once, or
 # both and the number of rows of each text.
@@ -155,10 +155,6 @@ def watched(
 Done = Callable[[set[str]], None]
 
 
-def no_done(_: set[str]) -> None:
-    """What is done with finished modules by default."""
-
-
 @dataclass(frozen=True)
 class Runner:
     """Passes batches through a model in evaluation mode, with frozen weights and no caches.
@@ -175,7 +171,7 @@ class Runner:
         return device_of(self.model)
 
     def run(
-        self, batches: Sequence[Batch], taps: Taps, loss: Loss | None = None, *, title: str, done: Done = no_done
+        self, batches: Sequence[Batch], taps: Taps, loss: Loss | None = None, *, title: str, done: Done = lambda _: None
     ) -> None:
         """Passes all batches once forth, and once back for each draw of a loss; only activations get gradients.
 

@@ -14,11 +14,10 @@ from keeptune.core.artefact import content_key, file_fingerprint, write_bytes
 from keeptune.core.errors import ModelError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.processes import by_first, is_first
-from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.benchmark_data import data_fingerprint, engine_of
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate
-from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
+from keeptune.evaluation.model_pairs import AdapterPair, KeptAnswers, ModelPair, TwoModels
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job

@@ -21,9 +21,8 @@ from keeptune.core.target import Target
 from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Batch, Calibration
 from keeptune.model.blocks import is_nested
-from keeptune.model.head import head_fingerprint, refuse_unknown_tokens
+from keeptune.model.head import Loss, head_fingerprint, refuse_unknown_tokens
 from keeptune.model.runner import Runner, Taps
-from keeptune.model.summed_loss import Loss
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 from keeptune.statistics.request import (
     Accumulator,
@@ -247,7 +246,13 @@ class _Collection:
         unseen: dict[str, frozenset[Request]] = {}
 
         def finished(request: RowRequest, target: Target, total: Accumulator) -> None:
-            if not self._keep(request, target, total):
+            try:
+                value = checked_result(total, request.site(target))
+                if is_first():
+                    self.store.put(self._entry(request, target), value)
+            except UnseenError:
+                if not is_nested(target.name):
+                    raise
                 for other, requested in self.requests.items():
                     if request in requested and request.site(other) == request.site(target):
                         unseen[other.name] = unseen.get(other.name, frozenset()) | {request}
@@ -257,18 +262,6 @@ class _Collection:
             batches = self.data[need.source].batches(tokens, padded=padded)
             run_pass(self.runner, batches, need, wave, finished, title="" if several else "statistics")
         return unseen
-
-    def _keep(self, request: RowRequest, target: Target, total: Accumulator) -> bool:
-        """Stores a finished sum; returns False when it is an expert's that no token reached."""
-        try:
-            value = checked_result(total, request.site(target))
-        except UnseenError:
-            if not is_nested(target.name):
-                raise
-            return False
-        if is_first():
-            self.store.put(self._entry(request, target), value)
-        return True
 
 
 def _part(entry: dict[str, Any], part: str) -> dict[str, Any]:

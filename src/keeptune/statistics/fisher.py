@@ -31,7 +31,7 @@ from torch import Tensor
 from keeptune.core.artefact import content_key, tensor_fingerprint
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
-from keeptune.model.summed_loss import Labels
+from keeptune.model.head import Labels
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import (
     Accumulator,

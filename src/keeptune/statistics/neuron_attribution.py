@@ -23,9 +23,6 @@ _log = logging.getLogger(__name__)
 Answer = Literal["own", "gold"]
 # The tokens read, and the token to score; None for the model's own.
 _ScoredText = tuple[tuple[int, ...], int | None]
-# Of the entry: the store's key of each text, (N, 32) bytes in the order of their tokens; numbers of the blocks, (L,);
-# names of the down-projections as bytes, a line each.
-_PARTS = ("", "layers", "modules")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,9 @@ class NeuronAttribution(ModelRequest, Integral):
     answer: Answer = "own"
     signed: bool = True
     by_text: ClassVar[bool] = True
-    parts: ClassVar[tuple[str, ...]] = _PARTS
+    # The store's key of each text, (N, 32) bytes in the order of their tokens; numbers of the blocks, (L,); names of
+    # the down-projections as bytes, a line each.
+    parts: ClassVar[tuple[str, ...]] = ("", "layers", "modules")
 
     @classmethod
     def as_paper(cls) -> NeuronAttribution:

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from keeptune.core.errors import StatisticsError
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
+from keeptune.model.head import Labels as Labels
+from keeptune.model.head import Loss
 from keeptune.model.runner import PassKind as PassKind
-from keeptune.model.summed_loss import Labels as Labels
-from keeptune.model.summed_loss import Loss
 from keeptune.statistics.store import Source, StatStore
 
 DataRole = Literal["knowledge", "task"]

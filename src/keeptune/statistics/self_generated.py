@@ -166,7 +166,16 @@ class _Writer:
         self.new = options.max_length if self.most is None else min(options.max_length, self.most // 2)
         self.limits = Limits(self.new, end_tokens(model, tokenizer), pad_id_of(tokenizer), where)
         self.chat = bool(tokenizer.chat_template) and (options.answer_with is not None or not options.prompts)
-        self.start = [] if options.prompts else [_first_token(model, tokenizer, where)]
+        # Texts start with the tokenizer's token, the model's, or else that which ends them.
+        named = (tokenizer.bos_token_id, model.config.get_text_config().bos_token_id, tokenizer.eos_token_id)
+        self.start = [] if options.prompts else [int(token) for token in named if token is not None][:1]
+        if not self.start and not options.prompts:
+            raise ModelError(
+                f"{where}, the tokenizer",
+                got="no token that texts start or end with",
+                wanted="one to write from",
+                next_step="Give `prompts`: texts that the base continues.",
+            )
         _log.info("%s: the base writes %d texts of at most %d tokens", where, options.count, self.new)
 
     def write(self, numbers: Sequence[int]) -> list[Written]:
@@ -222,20 +231,6 @@ class _Writer:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> int:
-    """Returns the token that texts start with: the tokenizer's, the model's, or else that which ends them."""
-    named = (tokenizer.bos_token_id, model.config.get_text_config().bos_token_id, tokenizer.eos_token_id)
-    first = next((int(token) for token in named if token is not None), None)
-    if first is None:
-        raise ModelError(
-            f"{where}, the tokenizer",
-            got="no token that texts start or end with",
-            wanted="one to write from",
-            next_step="Give `prompts`: texts that the base continues.",
-        )
-    return first
 
 
 def _draws(names: Sequence[int], count: int) -> Tensor:

@@ -152,8 +152,16 @@ class StoreUse:
         return total
 
     def _held(self) -> tuple[dict[str, int], list[Entry], int]:
-        """Returns what living users name, the entries that are there, and the bytes of both together."""
-        named, present = self._named_by_all(), entries(self.folder)
+        """Returns what living users name, the entries that are there, and the bytes of both; forgets dead users."""
+        named, present = dict[str, int](), entries(self.folder)
+        for file in (self.folder / "use" / "users").glob("*.user"):
+            with locked(file, wait=False) as dead:
+                if dead:
+                    file.unlink()
+                    continue
+            for line in file.read_text(encoding="utf-8").splitlines():
+                key, size = line.split()
+                named[key] = max(named.get(key, 0), int(size))
         return named, present, sum({**named, **{entry.key: entry.bytes for entry in present}}.values())
 
     def _note(self, total: int, limit: int | None = None) -> None:
@@ -188,19 +196,6 @@ class StoreUse:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(f"{key} {size}\n")
         self._named.add(key)
-
-    def _named_by_all(self) -> dict[str, int]:
-        """Returns the keys that living users name, with the bytes they are about to write; forgets dead users."""
-        named: dict[str, int] = {}
-        for file in (self.folder / "use" / "users").glob("*.user"):
-            with locked(file, wait=False) as dead:
-                if dead:
-                    file.unlink()
-                    continue
-            for line in file.read_text(encoding="utf-8").splitlines():
-                key, size = line.split()
-                named[key] = max(named.get(key, 0), int(size))
-        return named
 
 
 def recorded(folder: Path) -> tuple[int, int | None]:

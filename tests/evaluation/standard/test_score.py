@@ -21,8 +21,8 @@ from tests.evaluation.standard.conftest import local
 from keeptune.core.bootstrap import paired_interval
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.evaluation import AdapterPair, BenchmarkResult, NamedBenchmark, TwoModels
-from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.harness import evaluate
+from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.evaluation.standard import score_named
 from keeptune.evaluation.standard.language_model import restored_process
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks

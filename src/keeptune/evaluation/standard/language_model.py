@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.core.processes import divided, world
 from keeptune.data.chat_template import ChatTemplate
-from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.chat import end_of_thought
+from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.evaluation.standard.entry import NamedBenchmark
 
 _LOG = logging.getLogger(__name__)

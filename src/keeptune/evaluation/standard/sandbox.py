@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,12 @@ def open_sandbox(where: str) -> Sandbox:
     Raises:
         ModelError: Not even an empty program runs.
     """
-    for prefix, holds in _prefixes():
+    bwrap, unshare = shutil.which("bwrap"), shutil.which("unshare")
+    more = "by Python's audit hooks alone (install bubblewrap for more)"
+    tight = "bubblewrap: no network, and no changes outside an empty folder"
+    ways: list[tuple[tuple[str, ...], str]] = [((bwrap, "--ro-bind", "/", "/", *_BWRAP), tight)] if bwrap else []
+    ways += [((unshare, *own), f"no network; files are kept {more}") for own in (_UNSHARE, ("--net",)) if unshare]
+    for prefix, holds in [*ways, ((), f"network and files are kept {more}")]:
         sandbox = Sandbox(prefix)
         if not sandbox.run(""):
             level = logging.INFO if holds.startswith("bubblewrap") else logging.WARNING
@@ -105,17 +110,6 @@ def open_sandbox(where: str) -> Sandbox:
         wanted="a machine where Python can be started with limits",
         next_step="Leave this benchmark out here, or raise the limits of the container.",
     )
-
-
-def _prefixes() -> Iterator[tuple[tuple[str, ...], str]]:
-    bwrap, unshare = shutil.which("bwrap"), shutil.which("unshare")
-    if bwrap:
-        yield (bwrap, "--ro-bind", "/", "/", *_BWRAP), "bubblewrap: no network, and no changes outside an empty folder"
-    if unshare:
-        held = "no network; files are kept by Python's audit hooks alone (install bubblewrap for more)"
-        yield (unshare, *_UNSHARE), held
-        yield (unshare, "--net"), held
-    yield (), "network and files are kept by Python's audit hooks alone (install bubblewrap for more)"
 
 
 METRIC = "pass_at_1"

@@ -30,7 +30,7 @@ from keeptune.core.artefact import content_key, file_fingerprint, read_json, rem
 from keeptune.core.errors import ExportError, ModelError, placed
 from keeptune.core.processes import by_first, is_first
 from keeptune.core.weights import is_quantised
-from keeptune.evaluation.base_answers import KeptAnswers
+from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.experiments.engine import only_one
 from keeptune.experiments.sequence.joined_changes import (
     add_changes,

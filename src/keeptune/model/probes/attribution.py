@@ -170,7 +170,13 @@ class Attributor:
                 kept = score(logits, tokens, self.integral.target).expand(2, -1)
                 self.blocks.check(lambda: self._gradients(clean, tokens, middle, ends)[0], kept, "attribution")
                 self.checked = True
-            values = self._integrated(clean, tokens)
+            every = range(len(self.modules))
+            _, gradients = self._gradients(clean, tokens, every, self.points)
+            gradients = gradients.reshape(len(every), len(self.points), *gradients.shape[1:])
+            values = torch.einsum("lkbd,k->bld", gradients, gradients.new_tensor(self.weights))
+            if self.integral.times_activation:
+                spans = [clean.run.outputs[at].float() - clean.starts[at].float() for at in every]
+                values = values * torch.cat([clean.at_last(span) for span in spans], dim=1)
         if not bool(torch.isfinite(values).all()):
             raise StatisticsError(
                 "attribution",
@@ -194,16 +200,6 @@ class Attributor:
             return _Clean(mask, last, run, [torch.zeros_like(output) for output in run.outputs])
         pads = Batch(torch.full_like(batch.input_ids, self.integral.pad_token), batch.attention_mask)
         return _Clean(mask, last, run, self.blocks.keep(pads, self.modules, cut).outputs)
-
-    def _integrated(self, clean: _Clean, tokens: Tensor) -> Tensor:
-        every = range(len(self.modules))
-        _, gradients = self._gradients(clean, tokens, every, self.points)
-        gradients = gradients.reshape(len(every), len(self.points), *gradients.shape[1:])
-        mean = torch.einsum("lkbd,k->bld", gradients, gradients.new_tensor(self.weights))
-        if not self.integral.times_activation:
-            return mean
-        spans = [clean.run.outputs[at].float() - clean.starts[at].float() for at in every]
-        return mean * torch.cat([clean.at_last(span) for span in spans], dim=1)
 
     def _gradients(
         self, clean: _Clean, tokens: Tensor, ats: Sequence[int], points: Sequence[float]
