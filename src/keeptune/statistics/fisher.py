@@ -1,7 +1,7 @@
 """The Fisher matrix per learned token: exact diagonals, and what turns Kronecker factors into it.
 
 A map y = W x, texts with T learned tokens among N, δ_t = d loss / d y_t of the loss summed over the learned tokens,
-labels drawn from the model ("sampled"), random signs in their place ("probe", model/summed_loss.py), or the data's own
+labels drawn from the model ("sampled"), random signs in their place ("probe", model/head.py), or the data's own
 labels ("true", the empirical Fisher).
 
     g = sum_t δ_t x_tᵀ                        a text's gradient of W; all its N_text tokens, prompt or not  (1)
