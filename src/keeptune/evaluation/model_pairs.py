@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -36,19 +36,6 @@ Side = Literal["before", "after"]
 _log = logging.getLogger(__name__)
 SIDES: tuple[Side, Side] = ("before", "after")
 T = TypeVar("T")
-
-
-class ModelPair(Protocol):
-    """Two models of one vocabulary.
-
-    Law: contexts are entered one at a time, many times, and leave the models as they were.
-    """
-
-    def before(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model as it was before fine-tuning."""
-
-    def after(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model as it is after fine-tuning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +85,11 @@ class AdapterPair:
 
 @dataclass(frozen=True, slots=True)
 class TwoModels:
-    """Two models in memory: full fine-tuning, merged models."""
+    """Two models in memory: full fine-tuning, merged models; or one, with and without some rows of its linear maps."""
 
     base: PreTrainedModel
     tuned: PreTrainedModel
+    silenced: Mapping[str, Sequence[int]] = field(default_factory=dict)  # of the tuned one, rows of maps that give zero
 
     def before(self) -> AbstractContextManager[PreTrainedModel]:
         """The base model."""
@@ -109,23 +97,11 @@ class TwoModels:
 
     def after(self) -> AbstractContextManager[PreTrainedModel]:
         """The tuned model."""
-        return nullcontext(self.tuned)
+        return without_nodes(self.tuned, self.silenced)
 
 
-@dataclass(frozen=True, slots=True)
-class SuppressedNodes:
-    """One model, with and without some rows of its linear maps; its weights stay as they are."""
-
-    model: PreTrainedModel
-    rows: Mapping[str, Sequence[int]]  # name of a linear map to its rows that give zero
-
-    def before(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model as it is."""
-        return nullcontext(self.model)
-
-    def after(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model without the rows."""
-        return without_nodes(self.model, self.rows)
+# Two models of one vocabulary. Law: contexts are entered one at a time, many times, and leave the models as they were.
+ModelPair = AdapterPair | TwoModels
 
 
 @contextmanager

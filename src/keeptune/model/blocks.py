@@ -265,7 +265,12 @@ def down_projections(model: PreTrainedModel) -> tuple[Target, ...]:
         mine = [t for t in targets if t.layer == number and t.name in order and not is_nested(t.name)]
         mine = [target for target in mine if not target.name.startswith(attention)]
         mine.sort(key=lambda target: order[target.name])
-        downs = [target for index, target in enumerate(mine) if _closes(model, target, mine[:index])]
+        downs = []
+        inner: set[float] = set()  # outputs of earlier maps, and half of them where gate and up are one
+        for target in mine:
+            if target.out_features == model.config.get_text_config().hidden_size and target.in_features in inner:
+                downs.append(target)
+            inner |= {target.out_features, target.out_features / 2}
         chosen += downs[-1:]
     without = sorted(set(range(len(blocks_of(model)))) - {target.layer for target in chosen})
     if not chosen:
@@ -279,13 +284,6 @@ def down_projections(model: PreTrainedModel) -> tuple[Target, ...]:
     if without:
         _log.warning("%s: blocks %s have no MLP down-projection and are left out", type(model).__name__, without)
     return tuple(chosen)
-
-
-def _closes(model: PreTrainedModel, target: Target, before: Sequence[Target]) -> bool:
-    """Returns whether a map leads from an earlier one's outputs (half where gate and up are one) to hidden states."""
-    inner = {size for other in before for size in (other.out_features, other.out_features / 2)}
-    hidden: int = model.config.get_text_config().hidden_size
-    return target.out_features == hidden and target.in_features in inner
 
 
 def _in_attention(model: PreTrainedModel) -> tuple[str, ...]:

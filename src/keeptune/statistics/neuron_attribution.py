@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -75,7 +74,17 @@ class NeuronAttribution(ModelRequest, Integral):
         entries: TextEntries[_ScoredText] = TextEntries(
             store, source, "Attribution", self.version, {name: getattr(self, name) for name in options}, "attribution"
         )
-        entries.fill(texts, partial(_attribute, attributor, data.pad_id, chunk), keep=False)
+
+        def attribute(texts: Sequence[_ScoredText]) -> Iterator[list[tuple[_ScoredText, Tensor]]]:
+            tokens = [token for _, token in texts if token is not None]
+            left = Calibration(tuple(ids for ids, _ in texts), data.pad_id, labels=tuple(tokens) or None)
+            for batch in left.batches(chunk):
+                labels: Sequence[Any] = [None] * len(batch.input_ids) if batch.labels is None else batch.labels.tolist()
+                masked = zip(batch.input_ids, batch.attention_mask.bool(), labels, strict=True)
+                rows = [(tuple(ids[mask].tolist()), token) for ids, mask, token in masked]
+                yield list(zip(rows, attributor.attribute(batch, batch.labels), strict=True))
+
+        entries.fill(texts, attribute, keep=False)
         keys = [list(bytes.fromhex(content_key(entries.recipe(text)))) for text in texts]
         names = "\n".join(target.name for target in attributor.targets).encode()
         return {
@@ -180,15 +189,3 @@ def _scored_texts(data: Calibration, answer: Answer) -> list[_ScoredText]:
     if len(texts) < len(data.sequences):
         _log.warning("attribution: %d texts have no completion and are left out", len(data.sequences) - len(texts))
     return sorted(texts, key=lambda text: (text[0], text[1] or 0))
-
-
-def _attribute(
-    attributor: Attributor, pad_id: int, chunk: int, texts: Sequence[_ScoredText]
-) -> Iterator[list[tuple[_ScoredText, Tensor]]]:
-    tokens = [token for _, token in texts if token is not None]
-    left = Calibration(tuple(ids for ids, _ in texts), pad_id, labels=tuple(tokens) or None)
-    for batch in left.batches(chunk):
-        labels: Sequence[Any] = [None] * len(batch.input_ids) if batch.labels is None else batch.labels.tolist()
-        masked = zip(batch.input_ids, batch.attention_mask.bool(), labels, strict=True)
-        rows = [(tuple(ids[mask].tolist()), token) for ids, mask, token in masked]
-        yield list(zip(rows, attributor.attribute(batch, batch.labels), strict=True))

@@ -118,8 +118,18 @@ class StoreUse:
         with self._alone():
             total = recorded(self.folder)[0]
             if total + size > limit:
-                # A hundredth more than is needed, so that not every put looks at every entry.
-                total = self._evict(key, limit - limit // 100 - size)
+                named, present, total = self._held()
+                gone = []
+                for entry in present:
+                    # A hundredth more than is needed, so that not every put looks at every entry.
+                    if total <= limit - limit // 100 - size:
+                        break
+                    if entry.key not in named and entry.key != key and _remove(entry):
+                        gone.append(entry.bytes)
+                        total -= entry.bytes
+                if gone:
+                    told = len(gone), size_text(sum(gone)), self.folder
+                    _log.info("statistics: %d least recently used entries (%s) evicted from %s", *told)
                 if total + size > limit and not self._warned:
                     self._warned = True
                     _log.warning(_OVER, size_text(total + size), size_text(limit), self.folder)
@@ -135,21 +145,6 @@ class StoreUse:
             gone = [entry for entry in chosen if entry not in kept]
             self._note(total - sum(entry.bytes for entry in gone))
         return gone, kept
-
-    def _evict(self, key: str, room: int) -> int:
-        """Evicts entries until at most some bytes are left, and returns how many are."""
-        named, present, total = self._held()
-        gone = []
-        for entry in present:
-            if total <= room:
-                break
-            if entry.key not in named and entry.key != key and _remove(entry):
-                gone.append(entry)
-                total -= entry.bytes
-        if gone:
-            freed = size_text(sum(entry.bytes for entry in gone))
-            _log.info("statistics: %d least recently used entries (%s) evicted from %s", len(gone), freed, self.folder)
-        return total
 
     def _held(self) -> tuple[dict[str, int], list[Entry], int]:
         """Returns what living users name, the entries that are there, and the bytes of both; forgets dead users."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import RecipeError, need_known
-from keeptune.evaluation.model_pairs import SuppressedNodes
+from keeptune.evaluation.model_pairs import TwoModels
 from keeptune.evaluation.results import BenchmarkResult, interval_between, trade_off
 from keeptune.linalg.selections import Rows
 from keeptune.pipeline.job import Job
@@ -135,7 +135,7 @@ def drawn_rows(like: Rows, nodes: int, seed: int, *, whole: bool) -> Rows:
 def _scored(job: Job, model: PreTrainedModel, rows: Mapping[str, Sequence[int]], folder: Path) -> list[BenchmarkResult]:
     """Scores each knowledge benchmark that has no result yet without some rows; results are kept one by one."""
     rows = {name: own for name, own in rows.items() if own}
-    pair = SuppressedNodes(model, rows)
+    pair = TwoModels(model, model, rows)
     results = []
     for benchmark in job.recipe.evaluate:
         if benchmark.role == "knowledge":

@@ -79,25 +79,21 @@ def build_tasks(benchmark: NamedBenchmark, *, run: bool = True) -> Built:
         configs, note = _with_data(benchmark, name, configs)
     tasks = {leaf: _task(benchmark, config) for leaf, config in configs.items()}
     if name == "ifeval":
-        _need_sentences(benchmark, tasks[task])
+        import nltk
+
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+        except LookupError as error:
+            rows = list(tasks[task].eval_docs)[: benchmark.examples]
+            needing = sum(any(check in _BY_SENTENCE for check in row["instruction_id_list"]) for row in rows)
+            if needing:
+                raise DataError(
+                    benchmark.where,
+                    got=f"no punkt_tab, nltk's data, which {needing} of {len(rows)} items need",
+                    wanted="nltk's punkt_tab",
+                    next_step="Run `python -m nltk.downloader punkt_tab` where there is a network, or set NLTK_DATA.",
+                ) from error
     return Built(tasks, runs, note)
-
-
-def _need_sentences(benchmark: NamedBenchmark, task: Any) -> None:
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError as error:
-        rows = list(task.eval_docs)[: benchmark.examples]
-        needing = sum(any(check in _BY_SENTENCE for check in row["instruction_id_list"]) for row in rows)
-        if needing:
-            raise DataError(
-                benchmark.where,
-                got=f"no punkt_tab, nltk's data, which {needing} of {len(rows)} items need",
-                wanted="nltk's punkt_tab",
-                next_step="Run `python -m nltk.downloader punkt_tab` where there is a network, or set NLTK_DATA.",
-            ) from error
 
 
 def _configs(benchmark: NamedBenchmark, task: str, folders: Sequence[str], *, resolve: bool) -> dict[str, _Config]:
