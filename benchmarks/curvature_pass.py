@@ -16,8 +16,7 @@ from keeptune.model.blocks import find_targets
 from keeptune.model.head import Loss, summed_loss
 from keeptune.model.runner import Runner, Taps
 from keeptune.statistics.collect import collect
-from keeptune.statistics.covariance import GradientCovariance, InputCovariance
-from keeptune.statistics.fisher import TokenCount, WeightFisher, lora_fisher
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance, TokenCount, WeightFisher, lora_fisher
 from keeptune.statistics.request import Request
 from keeptune.statistics.store import StatStore
 

@@ -43,8 +43,7 @@ from keeptune.pipeline.scoring import find_result, load_pair
 from keeptune.pipeline.trained_changes import Change, TrainedModel
 from keeptune.recipe.schema import make_recipe
 from keeptune.statistics.collect import Statistics, collect
-from keeptune.statistics.covariance import GradientCovariance, InputCovariance
-from keeptune.statistics.fisher import TokenCount, tokens_per_learned
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance, TokenCount, tokens_per_learned
 from keeptune.statistics.store import StatStore
 
 OMEGA, GAMMA = InputCovariance("knowledge"), GradientCovariance("knowledge", "sampled")

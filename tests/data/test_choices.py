@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.data.completions import TaskExamples, knowledge_set
-from keeptune.data.multiple_choice import LOKI_PROMPT, choose_rows, lettered_rows
+from keeptune.data.labelled import LOKI_PROMPT, choose_rows, lettered_rows
 from keeptune.data.sources import read_jsonl
 from keeptune.recipe.sections import Knowledge
 

@@ -19,8 +19,13 @@ from keeptune.methods.farss import Farss
 from keeptune.methods.lora_null import LoraNull
 from keeptune.model.blocks import down_projections, find_targets, is_nested
 from keeptune.pipeline.planning import plan_for
-from keeptune.statistics.covariance import GradientCovariance, InputCovariance
-from keeptune.statistics.fisher import TokenCount, WeightFisher, tokens_per_learned
+from keeptune.statistics.covariance import (
+    GradientCovariance,
+    InputCovariance,
+    TokenCount,
+    WeightFisher,
+    tokens_per_learned,
+)
 from keeptune.statistics.store import StatStore
 
 

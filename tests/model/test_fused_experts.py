@@ -17,8 +17,13 @@ from keeptune.core.errors import PlanError, StatisticsError
 from keeptune.core.weights import read_weight
 from keeptune.model.blocks import find_targets, is_nested
 from keeptune.model.runner import Runner, Taps
-from keeptune.statistics.covariance import GradientCovariance, InputCovariance
-from keeptune.statistics.fisher import TokenCount, WeightFisher, tokens_per_learned
+from keeptune.statistics.covariance import (
+    GradientCovariance,
+    InputCovariance,
+    TokenCount,
+    WeightFisher,
+    tokens_per_learned,
+)
 
 every_mixture = pytest.mark.parametrize("architecture", MIXTURES)
 

@@ -33,8 +33,8 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.completions import joined_knowledge
 from keeptune.linalg.gram import add_gram, symmetric
 from keeptune.model.pretrained import load_model, load_tokenizer
-from keeptune.statistics.covariance import GradientCovariance
-from keeptune.statistics.fisher import (
+from keeptune.statistics.covariance import (
+    GradientCovariance,
     LoraFisher,
     TokenCount,
     WeightFisher,

@@ -12,8 +12,7 @@ from tests.models import MODELS, Bench, asking, calibration, relative
 from torch import Tensor, nn
 
 from keeptune.data.calibration import Calibration
-from keeptune.statistics.covariance import GradientCovariance, InputCovariance
-from keeptune.statistics.fisher import TokenCount, tokens_per_learned
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance, TokenCount, tokens_per_learned
 from keeptune.statistics.request import Labels
 
 TEXTS = calibration(lengths=(9,) * 12).sequences

@@ -19,8 +19,14 @@ from keeptune.model.blocks import find_targets
 from keeptune.model.runner import Runner
 from keeptune.statistics import collect
 from keeptune.statistics.collect import Measured, Pass, run_pass
-from keeptune.statistics.covariance import DirectionVariances, GradientCovariance, InputCovariance, ReleasedCovariance
-from keeptune.statistics.fisher import TokenCount, WeightFisher
+from keeptune.statistics.covariance import (
+    DirectionVariances,
+    GradientCovariance,
+    InputCovariance,
+    ReleasedCovariance,
+    TokenCount,
+    WeightFisher,
+)
 from keeptune.statistics.request import Accumulator, RowRequest, checked_result
 
 CPU = torch.device("cpu")

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.artefact import canonical_json, content_key, file_fingerprint
 from keeptune.core.errors import DataError
 from keeptune.data.sources import Row, read_jsonl
-from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
-from keeptune.evaluation.chat import asking, template_of
+from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark, asking, template_of
 from keeptune.evaluation.items import load_items
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.language_model import engine_version, restored_process

@@ -18,8 +18,7 @@ from keeptune.core.processes import world
 from keeptune.data.calibration import pad_id_of
 from keeptune.data.chat_template import ChatTemplate
 from keeptune.data.labelled import Texts, collator, label_indices
-from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
-from keeptune.evaluation.chat import asking, end_of_thought, ends_of_turns
+from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark, asking, end_of_thought, ends_of_turns
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, cut_at, exact_match
 from keeptune.evaluation.model_pairs import (
@@ -82,13 +81,13 @@ def evaluate(
         passes = 2 * sum(len(item.choices) for item in items)
     passes = -(-passes // world())  # of the first process, whose bar is seen
     with tqdm(total=passes, desc=benchmark.name, unit="seq", disable=None, delay=2) as bar:
+        chat = asking(benchmark, tokenizer) if benchmark.templated else None
+        scorer = _Scorer(pair, tokenizer, benchmark, items, bar.update, kept, chat)
         if benchmark.metric in (*LABELS, *SCORES):
-            return classified(pair, tokenizer, benchmark, items, seed=seed, advance=bar.update)
+            return scorer.labelled(seed)
         head = head_of_base(pair)
         if head is not None:
             raise wrong_metric(benchmark, head)
-        chat = asking(benchmark, tokenizer) if benchmark.templated else None
-        scorer = _Scorer(pair, tokenizer, benchmark, items, bar.update, kept, chat)
         records = {
             "exact_match": scorer.generated,
             "multiple_choice": scorer.chosen,
@@ -184,6 +183,53 @@ class _Scorer:
             records.append(means | {"tokens": loss.tokens, "cut": tokens.cut})
         return records
 
+    def labelled(self, seed: int) -> BenchmarkResult:
+        """Scores labels or scores that both models predict; groups are scored where the score is a mean (accuracy)."""
+        benchmark, items = self.benchmark, self.items
+        head, tuned = of_both(self.pair, Head.of)
+        if head is None or bool(head.labels) != (benchmark.metric in LABELS):
+            raise wrong_metric(benchmark, head)
+        if tuned is None or tuned.labels != head.labels:
+            raise ModelError(
+                benchmark.where,
+                got=f"other labels after tuning than before ({', '.join(head.labels)})",
+                wanted="the same labels in the same order",
+                next_step="Load both models with the labels that the tuned one learned.",
+            )
+        names, limit = head.labels, min(benchmark.max_length, shared_positions(self.pair) or benchmark.max_length)
+        seconds = tuple(item.text_pair for item in items if item.text_pair is not None)
+        encoded, cut = Texts(tuple(item.text for item in items), seconds or None).encode(self.tokenizer, limit)
+        if cut:
+            _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", benchmark.where, len(cut), len(items), limit)
+        predicted, pad, sequences = {}, collator(self.tokenizer), encoded.to_list()
+
+        def logits_of(members: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+            batch = {name: value.to(model.device) for name, value in pad(members).items()}
+            found: list[list[float]] = model(**batch).logits.float().tolist()
+            self.advance(len(members))
+            return found
+
+        for side in SIDES:
+            with scoring(self.pair, side) as model:
+                rows = in_batches(sequences, lambda row: len(row["input_ids"]), benchmark.batch_size, logits_of)
+                logits = torch.tensor(rows)
+            need_finite(logits.isfinite(), f"{benchmark.where} ({side})", "logits")
+            predicted[side] = (logits.argmax(-1) if names else logits[:, 0]).numpy()
+        if names:
+            truth = np.array(label_indices([item.answers[0] for item in items], names, where=benchmark.where))
+        else:
+            truth = np.array([item.score for item in items], dtype=np.float64)
+        records = [
+            _record(item, names, truth[at], {s: v[at] for s, v in predicted.items()}) for at, item in enumerate(items)
+        ]
+        scores = label_scores(benchmark.metric, truth, predicted["before"], predicted["after"], len(names), seed)
+        if benchmark.metric == "accuracy":
+            before, after = ([float(record[side]) for record in records] for side in SIDES)
+            scores["groups"] = grouped([item.group for item in items], before, after, [1.0] * len(items))
+        return BenchmarkResult(
+            name=benchmark.name, role=benchmark.role, metric=benchmark.metric, n=len(items), items=records, **scores
+        )
+
     def add_divergence(self, records: _Records) -> None:
         """Adds KL(base || tuned) on the right answers, each after exactly one space."""
         limit = context_limit(self.benchmark.max_length, 0, shared_positions(self.pair), where=self.benchmark.where)
@@ -252,72 +298,6 @@ def _rewards(record: Mapping[str, Any]) -> dict[str, float]:
     better, worse = (a - b for b, a in zip(*(record[f"loglikelihoods_{side}"] for side in SIDES), strict=True))
     likelier = {f"preference_accuracy_{side}": record[side] for side in SIDES}
     return {"before": 0.5, "after": 0.5 if better == worse else float(better > worse), **likelier}
-
-
-def classified(
-    pair: ModelPair,
-    tokenizer: PreTrainedTokenizerBase,
-    benchmark: FileBenchmark,
-    items: Sequence[Item],
-    *,
-    seed: int,
-    advance: Callable[[int], object],
-) -> BenchmarkResult:
-    """Scores the labels or scores that both models predict; groups are scored where the score is a mean (accuracy).
-
-    Raises:
-        RecipeError: The model has no head for this metric.
-        DataError: An item's label is not one of the model's.
-        ModelError: A model gives values that are not finite, or the two have different labels.
-    """
-    names = _labels(pair, benchmark)
-    limit = min(benchmark.max_length, shared_positions(pair) or benchmark.max_length)
-    seconds = tuple(item.text_pair for item in items if item.text_pair is not None)
-    encoded, cut = Texts(tuple(item.text for item in items), seconds or None).encode(tokenizer, limit)
-    if cut:
-        _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", benchmark.where, len(cut), len(items), limit)
-    predicted, pad, sequences = {}, collator(tokenizer), encoded.to_list()
-
-    def logits_of(members: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-        batch = {name: value.to(model.device) for name, value in pad(members).items()}
-        found: list[list[float]] = model(**batch).logits.float().tolist()
-        advance(len(members))
-        return found
-
-    for side in SIDES:
-        with scoring(pair, side) as model:
-            rows = in_batches(sequences, lambda row: len(row["input_ids"]), benchmark.batch_size, logits_of)
-            logits = torch.tensor(rows)
-        need_finite(logits.isfinite(), f"{benchmark.where} ({side})", "logits")
-        predicted[side] = (logits.argmax(-1) if names else logits[:, 0]).numpy()
-    if names:
-        truth = np.array(label_indices([item.answers[0] for item in items], names, where=benchmark.where))
-    else:
-        truth = np.array([item.score for item in items], dtype=np.float64)
-    records = [
-        _record(item, names, truth[at], {s: v[at] for s, v in predicted.items()}) for at, item in enumerate(items)
-    ]
-    scores = label_scores(benchmark.metric, truth, predicted["before"], predicted["after"], len(names), seed)
-    if benchmark.metric == "accuracy":
-        before, after = ([float(record[side]) for record in records] for side in SIDES)
-        scores["groups"] = grouped([item.group for item in items], before, after, [1.0] * len(items))
-    return BenchmarkResult(
-        name=benchmark.name, role=benchmark.role, metric=benchmark.metric, n=len(items), items=records, **scores
-    )
-
-
-def _labels(pair: ModelPair, benchmark: FileBenchmark) -> tuple[str, ...]:
-    head, after = of_both(pair, Head.of)
-    if head is None or bool(head.labels) != (benchmark.metric in LABELS):
-        raise wrong_metric(benchmark, head)
-    if after is None or after.labels != head.labels:
-        raise ModelError(
-            benchmark.where,
-            got=f"other labels after tuning than before ({', '.join(head.labels)})",
-            wanted="the same labels in the same order",
-            next_step="Load both models with the labels that the tuned one learned.",
-        )
-    return head.labels
 
 
 def wrong_metric(benchmark: FileBenchmark, head: Head | None) -> RecipeError:

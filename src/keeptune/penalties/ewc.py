@@ -30,7 +30,7 @@ from keeptune.core.plan import TargetPlan
 from keeptune.penalties.base import Form, Site, Term, on_factors, start_of
 from keeptune.penalties.kronecker import change_since
 from keeptune.penalties.measured import MeasuredPenalty
-from keeptune.statistics.fisher import Per, WeightFisher
+from keeptune.statistics.covariance import Per, WeightFisher
 from keeptune.statistics.request import Request
 
 _NUMBERS = 1 << 20  # in a temporary

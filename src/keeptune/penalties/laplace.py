@@ -46,8 +46,7 @@ from keeptune.linalg.symmetric import Identity, PsdMatrix
 from keeptune.penalties.base import Form, Site, Term, on_factors, start_of
 from keeptune.penalties.kronecker import KroneckerChange
 from keeptune.penalties.measured import MeasuredPenalty
-from keeptune.statistics.covariance import GradientCovariance, InputCovariance
-from keeptune.statistics.fisher import LoraFisher, lora_fisher, split_diagonals
+from keeptune.statistics.covariance import GradientCovariance, InputCovariance, LoraFisher, lora_fisher, split_diagonals
 from keeptune.statistics.request import Request
 
 Curvature = Literal["diag", "b-kfac", "b-tri-kfac", "delta-kfac", "delta-act"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from keeptune.core.options import Options, Range
 from keeptune.penalties.base import Penalty, Site
-from keeptune.statistics.fisher import TokenCount, tokens_per_learned
+from keeptune.statistics.covariance import TokenCount, tokens_per_learned
 from keeptune.statistics.request import DataRole, Labels
 
 

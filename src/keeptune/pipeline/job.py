@@ -22,7 +22,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import with_template
 from keeptune.data.completions import joined_knowledge, with_replay
 from keeptune.data.examples import LanguageExamples, TokenRow, data_account
-from keeptune.data.multiple_choice import choose_rows
+from keeptune.data.labelled import choose_rows
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import refuse_used
 from keeptune.model.head import Head, body_fingerprint

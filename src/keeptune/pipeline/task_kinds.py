@@ -16,8 +16,7 @@ from keeptune.data.chat_template import template_text
 from keeptune.data.completions import knowledge_set, mixture, task_examples
 from keeptune.data.examples import Examples, LanguageExamples
 from keeptune.data.formats import FormatOptions, read_examples
-from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_examples
-from keeptune.data.multiple_choice import lettered_rows
+from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_examples, lettered_rows
 from keeptune.data.preferences import preferences
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import Corpus, used_rows

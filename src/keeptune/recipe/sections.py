@@ -13,7 +13,7 @@ from keeptune.core.errors import RecipeError, nearest, need_known, placed
 from keeptune.data.chat_template import ChatOptions
 from keeptune.data.examples import Truncate
 from keeptune.data.formats import FormatOptions
-from keeptune.data.multiple_choice import LOKI_PROMPT
+from keeptune.data.labelled import LOKI_PROMPT
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.recipe.reading import spelt_out

@@ -1,20 +1,46 @@
-"""Covariances ``E[h hᵀ]`` of inputs and ``E[δ δᵀ]`` of gradients, whole or along the singular directions of W."""
+"""Covariances ``E[h hᵀ]`` of inputs and ``E[δ δᵀ]`` of gradients, whole or along directions of W; and the Fisher.
+
+The Fisher matrix per learned token: exact diagonals, and what turns Kronecker factors into it.
+
+A map y = W x, texts with T learned tokens among N, δ_t = d loss / d y_t of the loss summed over the learned tokens,
+labels drawn from the model ("sampled"), random signs in their place ("probe", model/head.py), or the data's own
+labels ("true", the empirical Fisher).
+
+    g = sum_t δ_t x_tᵀ                        a text's gradient of W; all its N_text tokens, prompt or not  (1)
+    F = (1/T) sum_texts E[vec(g) vec(g)ᵀ]     per learned token                                             (2)
+    (1/T) sum KL(base, base + E) = 1/2 vec(E)ᵀ F vec(E) + O(E³), not of "true" labels: nats per token       (3)
+    diag F = (1/T) sum_texts g ∘ g            ``per="text"``: exact                                         (4)
+    F ~ (1/T) sum_t (δ_t δ_tᵀ) ⊗ (x_t x_tᵀ)   ``per="token"``: as if tokens were texts (K-FAC's "expand")   (5)
+    F ~ (N/T) Γ ⊗ Ω                           K-FAC: as if δ and x were independent; Γ = E[δ δᵀ] and        (6)
+                                              Ω = E[x xᵀ] are means over all N tokens
+
+Draws for the tokens of a text, labels or signs, are independent with gradients of mean zero, so that the mean over
+draws of vec(g) vec(g)ᵀ is the sum over tokens that (3) needs. Statistics are means over all N unmasked tokens, as
+everywhere; :func:`tokens_per_learned` is N/T. (6) drops the T: a factor N/T belongs to the product, not to either of
+its factors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from keeptune.core.artefact import content_key, tensor_fingerprint
+from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.linalg.decompositions import exact_svd
 from keeptune.linalg.gram import add_gram, symmetric
+from keeptune.model.head import Labels
+from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import (
     ADDED,
     Accumulator,
+    DataRole,
     GradientRequest,
     PassKind,
     RowRequest,
@@ -128,9 +154,142 @@ class DirectionVariances(GradientRequest):
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
         """Decomposes the weight and returns a sum of squares along its directions."""
         U, _, Vh = exact_svd(weight(), target.name)
-        return RunningMean((2, U.shape[1]), device, partial(_add_squares, U=U.to(device), Vh=Vh.to(device)))
+        return RunningMean((2, U.shape[1]), device, partial(_add_along, U=U.to(device), Vh=Vh.to(device)))
 
 
-def _add_squares(total: Tensor, h: Tensor, delta: Tensor, *, U: Tensor, Vh: Tensor) -> None:
+def _add_along(total: Tensor, h: Tensor, delta: Tensor, *, U: Tensor, Vh: Tensor) -> None:
     total[0] += (h.to(Vh) @ Vh.T).square().sum(0)
     total[1] += (delta.to(U) @ U).square().sum(0)
+
+
+Per = Literal["text", "token"]
+
+
+def tokens_per_learned(stats: StatsView, count: TokenCount) -> float:
+    """Computes N/T, which turns a target's means over tokens into the Fisher per learned token."""
+    return float(stats[count]) / stats.learned(count)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount(RowRequest):
+    """``N``, the number of unmasked tokens that reach a target: all of them, but for experts. A scalar."""
+
+    def numbers(self, target: Target) -> int:
+        """Returns one."""
+        return 1
+
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _Count:
+        """Returns a counter."""
+        return _Count()
+
+
+@dataclass
+class _Count(Accumulator):
+    """Counts rows."""
+
+    tokens: int = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Counts the rows of one batch, ``(tokens, n)``."""
+        self.tokens += rows.shape[0]
+
+    def result(self) -> Tensor:
+        """Returns a scalar, float64: float32 cannot count beyond 2^24."""
+        return torch.tensor(self.tokens, dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFisher(GradientRequest):
+    """``diag F`` of the whole weight, over T/N: ``(m, n)``, the mean over tokens of squared gradients (4) or (5).
+
+    EWC's Fisher is (4): the squared gradient of each text, not the square of a batch's mean gradient, which EWC-LoRA's
+    code takes and in which texts cancel each other.
+
+    Args:
+        per: ``"text"`` squares the gradient of each text, ``"token"`` that of each token.
+    """
+
+    per: Per = field(default="text", kw_only=True)
+
+    @property
+    def kind(self) -> PassKind:
+        """Which row is of which text too, where texts are squared."""
+        return "texts" if self.per == "text" else "joint"
+
+    def numbers(self, target: Target) -> int:
+        """Returns ``mn``."""
+        return target.out_features * target.in_features
+
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
+        """Returns a sum of squares, products in float32."""
+        return RunningMean((target.out_features, target.in_features), device, _add_squares)
+
+
+def _add_squares(total: Tensor, h: Tensor, delta: Tensor, lengths: Sequence[int] | None = None) -> None:
+    h, delta = h.float(), delta.float()
+    if lengths is None:
+        total += delta.square().T @ h.square()
+        return
+    for x, d in zip(torch.split(h, list(lengths)), torch.split(delta, list(lengths)), strict=True):
+        total += (d.T @ x).square_()
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFisher(GradientRequest):
+    """``diag F`` of the factors of y = W_0 x + s B A x, over T/N: ``(r, m + n)``, of Bᵀ and of A (4).
+
+    ``g_B = sum_t s δ_t (A x_t)ᵀ`` and ``g_A = sum_t s (Bᵀ δ_t) x_tᵀ``, at the start, where the model is the base.
+    Make it with :func:`lora_fisher`; ``scale`` is s, and the fingerprint that of the factors.
+    """
+
+    scale: float
+    fingerprint: str
+    factors: LowRank = field(compare=False, repr=False)
+
+    @property
+    def kind(self) -> PassKind:
+        """Which row is of which text too."""
+        return "texts"
+
+    def numbers(self, target: Target) -> int:
+        """Returns ``r (m + n)``."""
+        return self.factors.rank * (target.out_features + target.in_features)
+
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
+        """Returns sums of squares of Bᵀ and of A side by side, products in float32."""
+        shape = (self.factors.rank, target.out_features + target.in_features)
+        factors = self.factors.to(torch.float32, device)
+        return RunningMean(shape, device, partial(_add_factor_squares, factors=factors, scale=self.scale))
+
+
+def _add_factor_squares(
+    total: Tensor,
+    h: Tensor,
+    delta: Tensor,
+    lengths: Sequence[int],
+    *,
+    factors: LowRank,
+    scale: float,
+) -> None:
+    B, A = factors.B, factors.A
+    of_B, of_A = total[:, : len(B)], total[:, len(B) :]
+    h, delta = h.to(A), scale * delta.to(B)
+    a, b = h @ A.T, delta @ B
+    texts = (torch.split(rows, list(lengths)) for rows in (h, delta, a, b))
+    for x, d, u, v in zip(*texts, strict=True):
+        of_B += (u.T @ d).square_()
+        of_A += (v.T @ x).square_()
+
+
+def lora_fisher(data: DataRole, labels: Labels, factors: LowRank, scale: float, **draws: Any) -> LoraFisher:
+    """Returns the request for the diagonals at factors ``B`` and ``A`` with scale s; their content is in the key.
+
+    ``draws`` are the request's ``seed``, ``probes`` and ``examples``.
+    """
+    fingerprint = content_key([tensor_fingerprint(factors.B), tensor_fingerprint(factors.A)])
+    return LoraFisher(data, labels, scale, fingerprint, factors, **draws)
+
+
+def split_diagonals(value: Tensor, out_features: int) -> LowRank:
+    """Splits a :class:`LoraFisher`: ``diag F_BB`` in the place of B, ``(m, r)``, ``diag F_AA`` in A's, ``(r, n)``."""
+    return LowRank(B=value[:, :out_features].T.contiguous(), A=value[:, out_features:].contiguous())

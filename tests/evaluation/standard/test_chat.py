@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.evaluation import AdapterPair, NamedBenchmark, TwoModels
 from keeptune.evaluation.benchmark_data import data_fingerprint
-from keeptune.evaluation.chat import asking, ends_of_turns
+from keeptune.evaluation.benchmarks import asking, ends_of_turns
 from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.evaluation.standard import score_named
 from keeptune.evaluation.standard.language_model import restored_process

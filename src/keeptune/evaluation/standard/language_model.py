@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keeptune.core.errors import DataError, RecipeError
 from keeptune.core.processes import divided, world
 from keeptune.data.chat_template import ChatTemplate
-from keeptune.evaluation.chat import end_of_thought
+from keeptune.evaluation.benchmarks import end_of_thought
 from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.evaluation.standard.entry import NamedBenchmark
 

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import RecipeError
 from keeptune.data.calibration import pad_id_of
-from keeptune.evaluation.benchmarks import Role
-from keeptune.evaluation.chat import ends_of_turns, template_of
+from keeptune.evaluation.benchmarks import Role, ends_of_turns, template_of
 from keeptune.evaluation.metrics import Measure
 from keeptune.evaluation.model_pairs import SIDES, KeptAnswers, ModelPair, Side, head_of_base, scoring, shared_positions
 from keeptune.evaluation.results import BenchmarkResult, divergence_of, label_scores, mean_scores
