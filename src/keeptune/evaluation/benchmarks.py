@@ -264,8 +264,19 @@ def template_of(
             next_step="Leave `chat` out.",
         )
     _check_system(benchmark, chat, tasks)
-    if benchmark.enable_thinking:
-        _check_thoughts(benchmark, tokenizer, tasks)
+    end = end_of_thought(benchmark, tokenizer) if benchmark.enable_thinking else None
+    for task in tasks.values() if end is not None else ():
+        stops = (task.config.generation_kwargs or {}).get("until") or []
+        listed = [stops] if isinstance(stops, str) else stops
+        cutting = [stop for stop in listed if 0 < len(stop) <= 2 and not any(map(str.isalnum, stop))]
+        if task.OUTPUT_TYPE != _GENERATED or cutting:
+            got = f"answers that end at {cutting[0]!r}" if cutting else "a task of log-likelihoods"
+            raise RecipeError(
+                f"{benchmark.where}.enable_thinking",
+                got=f"{got}, for a model that thinks first",
+                wanted="a generative task whose answers end by words, such as gsm8k",
+                next_step="Set `enable_thinking: false`, or choose another task.",
+            )
     return chat
 
 
@@ -285,19 +296,3 @@ def _check_system(benchmark: NamedBenchmark, chat: ChatTemplate, tasks: Mapping[
         )
     if not shown and any(task.config.description for task in tasks.values()):
         _LOG.warning("%s: the template has no system's turn; the task's description is left out.", benchmark.where)
-
-
-def _check_thoughts(benchmark: NamedBenchmark, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Any]) -> None:
-    end_of_thought(benchmark, tokenizer)
-    for task in tasks.values():
-        stops = (task.config.generation_kwargs or {}).get("until") or []
-        listed = [stops] if isinstance(stops, str) else stops
-        cutting = [stop for stop in listed if 0 < len(stop) <= 2 and not any(map(str.isalnum, stop))]
-        if task.OUTPUT_TYPE != _GENERATED or cutting:
-            got = f"answers that end at {cutting[0]!r}" if cutting else "a task of log-likelihoods"
-            raise RecipeError(
-                f"{benchmark.where}.enable_thinking",
-                got=f"{got}, for a model that thinks first",
-                wanted="a generative task whose answers end by words, such as gsm8k",
-                next_step="Set `enable_thinking: false`, or choose another task.",
-            )

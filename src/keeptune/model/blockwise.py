@@ -114,32 +114,25 @@ class BlockwiseRunner(Runner):
 
     @contextmanager
     def _walk(self, batches: Sequence[Batch], names: set[str], run: nn.Module, title: str) -> Iterator[_Walk]:
-        shelf = Shelf.beside(self.device)
-        bar = tqdm(desc=title, delay=2, disable=None if title else True, leave=False, unit="batch")
         experts = one_expert_at_a_time(self.model) if expert_names(self.model, names) else nullcontext()
-        ready = [self._ready(batch) for batch in batches]
+        walk = _Walk(self.model, self.device, [self._ready(batch) for batch in batches], names, run, title)
         try:
             with still(self.model), experts:
-                yield _Walk(self.model, self.device, ready, names, run, shelf, bar)
+                yield walk
         finally:
-            bar.close()
-            shelf.close()
+            walk.bar.close()
+            walk.shelf.close()
 
 
 class _Walk:
     """One walk through the blocks of a model, all batches at each."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        device: torch.device,
-        batches: Sequence[Batch],
-        names: set[str],
-        run: nn.Module,
-        shelf: Shelf,
-        bar: Any,
+        self, model: PreTrainedModel, device: torch.device, batches: list[Batch], names: set[str], run: Any, title: str
     ) -> None:
-        self.model, self.device, self.batches, self.run, self.shelf, self.bar = model, device, batches, run, shelf, bar
+        self.model, self.device, self.batches, self.run = model, device, batches, run
+        self.shelf = Shelf.beside(device)
+        self.bar = tqdm(desc=title, delay=2, disable=None if title else True, leave=False, unit="batch")
         self.blocks = blocks_of(model)
         paths = {module: f"{name}." for name, module in model.named_modules()}
         self.sites = [{name for name in names if name.startswith(paths[block])} for block in self.blocks]

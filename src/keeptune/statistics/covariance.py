@@ -106,33 +106,26 @@ class ReleasedCovariance(RowRequest):
 
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _ReleasedSum:
         """Returns a sum over examples."""
-        return _ReleasedSum(target.in_features, device)
+        return _ReleasedSum((target.in_features, target.in_features), device, _add_released)
 
 
-@dataclass
-class _ReleasedSum(Accumulator):
-    """Sums ``x̂ᵀ x̂ / 256`` in float16, ``x̂ = x / |max x|`` per example, as the released code does; no mean."""
-
-    in_features: int
-    device: torch.device
-    tokens: int = 0
-    total: Tensor = field(init=False)
+class _ReleasedSum(RunningMean):
+    """Sums in float16 all through, no mean."""
 
     def __post_init__(self) -> None:
-        shape = (self.in_features, self.in_features)
-        self.total = torch.zeros(shape, dtype=torch.float16, device=self.device)
-
-    def add(self, rows: Tensor) -> None:
-        """Adds one example, ``(tokens, n)``."""
-        x = rows.to(self.device, torch.float16)
-        # The largest signed value, then its size: the released code's order, not the largest size.
-        x = x / x.max().abs()
-        self.tokens += rows.shape[0]
-        self.total += (x.T @ x) / 256
+        self.total = torch.zeros(self.shape, dtype=torch.float16, device=self.device)
 
     def result(self) -> Tensor:
         """Returns the sum, float32 holding float16 values."""
         return self.total.float().cpu()
+
+
+def _add_released(total: Tensor, rows: Tensor) -> None:
+    """Adds ``x̂ᵀ x̂ / 256`` of one example, ``(tokens, n)``, where ``x̂ = x / |max x|``, as the released code does."""
+    x = rows.half()
+    # The largest signed value, then its size: the released code's order, not the largest size.
+    x = x / x.max().abs()
+    total += (x.T @ x) / 256
 
 
 @dataclass(frozen=True, slots=True)

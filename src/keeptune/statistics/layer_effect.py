@@ -81,7 +81,19 @@ def trace_texts(
         StatisticsError: The data have no prompts and completions, or a probability is not finite.
     """
     options = ("reading", "fraction", "scale", "seed", *(() if request.noised is None else ("noised",)))
-    noise = replace(request.noise, given=_given(request, data))
+    each = list(zip(data.sequences, data.prompts or (), request.noised or (), strict=False))
+    given = {ids: places for ids, _, places in each}
+    fit = all(places and set(places) <= set(range(start)) and given[ids] == places for ids, start, places in each)
+    if request.noised is not None and not (fit and len(data.sequences) == len(each) == len(request.noised)):
+        raise StatisticsError(
+            "causal tracing, noised",
+            got=f"{len(request.noised)} lists of positions for {len(data.sequences)} texts"
+            if fit
+            else "wrong positions",
+            wanted="for each text one or more of its prompt's tokens, counted from 0; for equal texts the same",
+            next_step="Count the tokens that the tokenizer makes of the prompt, a start token among them.",
+        )
+    noise = replace(request.noise, given=given)
     entries: TextEntries[_PromptedText] = TextEntries(
         store, source, "Traced", request.version, {name: getattr(request, name) for name in options}, title
     )
@@ -168,23 +180,6 @@ def layer_weights(effects: Tensor, norm: Norm = "max") -> Tensor:
     if not is_distinct(effects):
         _log.warning("trace: no layer's effect is larger than the spread over %d texts: NAIE is noise", len(effects))
     return weights
-
-
-def _given(request: LayerEffect, data: Calibration) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Returns the positions that get noise, by the tokens of the text."""
-    each = list(zip(data.sequences, data.prompts or (), request.noised or (), strict=False))
-    given = {ids: places for ids, _, places in each}
-    fit = all(places and set(places) <= set(range(start)) and given[ids] == places for ids, start, places in each)
-    if request.noised is not None and not (fit and len(data.sequences) == len(each) == len(request.noised)):
-        raise StatisticsError(
-            "causal tracing, noised",
-            got=f"{len(request.noised)} lists of positions for {len(data.sequences)} texts"
-            if fit
-            else "wrong positions",
-            wanted="for each text one or more of its prompt's tokens, counted from 0; for equal texts the same",
-            next_step="Count the tokens that the tokenizer makes of the prompt, a start token among them.",
-        )
-    return given
 
 
 def _prompted_texts(data: Calibration) -> list[_PromptedText]:

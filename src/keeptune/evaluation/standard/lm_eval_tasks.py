@@ -164,7 +164,22 @@ def _with_data(benchmark: NamedBenchmark, name: str, configs: Mapping[str, _Conf
         splits.append(shot_split)
     paths = files_of(name, Path(str(benchmark.data)), splits, where=benchmark.where)
     rows = {split: local_rows(name, split, path, where=benchmark.where) for split, path in paths.items()}
-    parts = _by_subject(benchmark, rows, configs) if name == "mmlu" else dict.fromkeys(configs, rows)
+    parts = dict.fromkeys(configs, rows)
+    if name == "mmlu":
+        parts = {}
+        for split, row in ((split, row) for split in splits for row in rows.get(split, ())):
+            leaf = f"mmlu_{row['subject']}"
+            if split == splits[0] and leaf not in configs:
+                raise DataError(
+                    f"{benchmark.where}.data",
+                    got=f'the subject "{row["subject"]}"',
+                    wanted="a subject of MMLU",
+                    next_step=nearest(row["subject"], [known.removeprefix("mmlu_") for known in configs]),
+                )
+            if split == splits[0] or leaf in parts:
+                parts.setdefault(leaf, {}).setdefault(split, []).append(row)
+        if len(parts) < len(configs):
+            _LOG.warning("%s: %d of %d subjects are in the data.", benchmark.where, len(parts), len(configs))
     if len(parts) > 1 and name != "mmlu":
         raise RecipeError(
             f"{benchmark.where}.data",
@@ -178,27 +193,6 @@ def _with_data(benchmark: NamedBenchmark, name: str, configs: Mapping[str, _Conf
         extra = {"doc_to_text": "Question: {{question}}?\nAnswer:"}
         _LOG.warning("%s: %s.", benchmark.where, note)
     return {leaf: _local(configs[leaf] | extra, own, benchmark.where) for leaf, own in parts.items()}, note
-
-
-def _by_subject(
-    benchmark: NamedBenchmark, rows: Mapping[str, list[Row]], configs: Mapping[str, Any]
-) -> dict[str, dict[str, list[Row]]]:
-    parts: dict[str, dict[str, list[Row]]] = {}
-    for at, (split, own) in enumerate(rows.items()):
-        for row in own:
-            leaf = f"mmlu_{row['subject']}"
-            if at == 0 and leaf not in configs:
-                raise DataError(
-                    f"{benchmark.where}.data",
-                    got=f'the subject "{row["subject"]}"',
-                    wanted="a subject of MMLU",
-                    next_step=nearest(row["subject"], [known.removeprefix("mmlu_") for known in configs]),
-                )
-            if at == 0 or leaf in parts:
-                parts.setdefault(leaf, {}).setdefault(split, []).append(row)
-    if len(parts) < len(configs):
-        _LOG.warning("%s: %d of %d subjects are in the data.", benchmark.where, len(parts), len(configs))
-    return parts
 
 
 def _local(config: Mapping[str, Any], rows: Mapping[str, list[Row]], where: str) -> _Config:
