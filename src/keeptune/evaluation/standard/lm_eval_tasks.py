@@ -167,7 +167,7 @@ def _with_data(benchmark: NamedBenchmark, name: str, configs: Mapping[str, _Conf
     parts = dict.fromkeys(configs, rows)
     if name == "mmlu":
         parts = {}
-        for split, row in ((split, row) for split in splits for row in rows.get(split, ())):
+        for split, row in ((part, one) for part in splits for one in rows.get(part, ())):
             leaf = f"mmlu_{row['subject']}"
             if split == splits[0] and leaf not in configs:
                 raise DataError(
