@@ -116,17 +116,14 @@ def _documents(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[s
 
 def _labelled(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str]) -> list[dict[str, Any]]:
     texts = texts_of(rows, text=benchmark.text or "", text_pair=benchmark.text_pair, where=benchmark.where)
-    seconds = texts.second or [None] * len(rows)
-    answer = benchmark.answer or ""
-    items: list[dict[str, Any]] = []
-    for first, second, row, place in zip(texts.first, seconds, rows, places, strict=True):
-        item: dict[str, Any] = {"text": first, "text_pair": second}
-        if benchmark.metric in SCORES:
-            item["score"] = score_of(row, answer, where=f"{place} answer")
-        else:
-            item["answers"] = (label_of(row, answer, where=f"{place} answer"),)
-        items.append(item)
-    return items
+    placed = zip(texts.first, texts.second or [None] * len(rows), rows, places, strict=True)
+    answer, scored = benchmark.answer or "", benchmark.metric in SCORES
+    return [
+        {"text": first, "text_pair": second}
+        | ({"score": score_of(row, answer, where=f"{place} answer")} if scored else {})
+        | ({} if scored else {"answers": (label_of(row, answer, where=f"{place} answer"),)})
+        for first, second, row, place in placed
+    ]
 
 
 def _multiple_choices(benchmark: FileBenchmark, rows: Sequence[Row], places: Sequence[str]) -> list[dict[str, Any]]:
