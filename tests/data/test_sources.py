@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from keeptune.core.errors import DataError
 from keeptune.data.completions import task_examples
-from keeptune.data.sources import read_jsonl
-from keeptune.data.templates import pick, render
+from keeptune.data.sources import pick, read_jsonl, render
 
 
 def written(folder: Path, data: bytes) -> Path:

@@ -23,7 +23,7 @@ from transformers import (
 from keeptune.core.errors import ModelError, StatisticsError
 from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch, Calibration
-from keeptune.model import shelf
+from keeptune.model import blockwise
 from keeptune.model.blocks import find_targets
 from keeptune.model.blockwise import BlockwiseRunner
 from keeptune.model.head import Loss
@@ -159,7 +159,7 @@ def test_some_modules_alone_and_padding_change_nothing(side: str) -> None:
 
 def test_inputs_on_disk_give_the_same_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(shelf, "_ON_CPU", 1 << 12)
+    monkeypatch.setattr(blockwise, "_ON_CPU", 1 << 12)
     model = deep(gpt2)
     names = [target.name for target in find_targets(model)]
     batches, loss = batches_of(model), Loss("probe", probes=2)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
-from keeptune.data.templates import refuse_empty
+from keeptune.data.sources import refuse_empty
 
 Learned = tuple[bool, ...]  # of each token of a text, whether it is learned
 _Row = tuple[tuple[int, ...], Learned, float, tuple[int, ...]]

@@ -13,8 +13,7 @@ from keeptune.core.errors import DataError, RecipeError, named
 from keeptune.data.calibration import Calibration, after, tokenize_calibration
 from keeptune.data.chat_template import ChatOptions, ChatTemplate, template_text
 from keeptune.data.examples import Conversation, LanguageExamples, Mixed, TokenRow, Truncate, draw_rows
-from keeptune.data.sources import Row
-from keeptune.data.templates import refuse_empty, render_all
+from keeptune.data.sources import Row, refuse_empty, render_all
 
 _log = logging.getLogger(__name__)
 Knowledge = LanguageExamples | Sequence[str] | Sequence[tuple[str, str]]

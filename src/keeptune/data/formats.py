@@ -14,8 +14,7 @@ from keeptune.core.errors import DataError, named, need_known
 from keeptune.data.chat_template import ChatOptions
 from keeptune.data.completions import TaskExamples, check_answers, conversation_examples
 from keeptune.data.examples import Conversation, LanguageExamples, Truncate
-from keeptune.data.sources import Row
-from keeptune.data.templates import text_of
+from keeptune.data.sources import Row, text_of
 
 _log = logging.getLogger(__name__)
 

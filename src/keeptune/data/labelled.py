@@ -15,8 +15,7 @@ from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError
 from keeptune.data.calibration import Calibration, pad_id_of
 from keeptune.data.examples import Examples, Lost, draw_rows
-from keeptune.data.sources import Row
-from keeptune.data.templates import pick, refuse_empty, render_all, text_of
+from keeptune.data.sources import Row, pick, refuse_empty, render_all, text_of
 
 
 @dataclass(frozen=True, slots=True)

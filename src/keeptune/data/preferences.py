@@ -21,8 +21,7 @@ from keeptune.data.chat_template import REFUSALS
 from keeptune.data.completions import common_start
 from keeptune.data.examples import LEFT_OUT, LanguageExamples, Lost, TokenRow, Truncate, fit
 from keeptune.data.formats import FormatOptions, text_or_messages
-from keeptune.data.sources import Row
-from keeptune.data.templates import pick
+from keeptune.data.sources import Row, pick
 
 _log = logging.getLogger(__name__)
 Text = Any  # a text, or messages in a tuple

@@ -13,8 +13,7 @@ from keeptune.data.examples import Conversation
 from keeptune.data.formats import FormatOptions, messages_of
 from keeptune.data.labelled import Texts, label_of, score_of, texts_of
 from keeptune.data.preferences import Preferences, plain, preferences
-from keeptune.data.sources import Row, read_jsonl
-from keeptune.data.templates import pick, refuse_empty, render
+from keeptune.data.sources import Row, pick, read_jsonl, refuse_empty, render
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.metrics import PAIRS, SCORES
 

@@ -7,19 +7,25 @@ other than hidden states, or that computes something between them, is refused.
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate.utils import recursively_apply
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from keeptune.core.artefact import explain_full_disk
 from keeptune.core.errors import ModelError, StatisticsError
 from keeptune.core.offload import aligned
 from keeptune.data.calibration import Batch
@@ -28,8 +34,10 @@ from keeptune.model.fused_experts import expert_names, one_expert_at_a_time
 from keeptune.model.head import Loss, summed_loss
 from keeptune.model.probes.block_calls import hidden_of
 from keeptune.model.runner import Done, PassEnd, RealRows, Runner, Taps, arguments_of, still, watched
-from keeptune.model.shelf import Shelf
 
+_log = logging.getLogger(__name__)
+# A model that runs on the CPU shares its memory with what is kept: hardly anything is kept there.
+_ON_CPU = 64 << 20
 _Watch = Callable[[RealRows], AbstractContextManager[None]]
 
 
@@ -61,56 +69,47 @@ class BlockwiseRunner(Runner):
             StatisticsError: A row is NaN or infinite, the rows of texts are not known, or gradients are wanted of a
                 module before the first block.
         """
-        whole = body(self.model) if loss is None else self.model
-        with torch.no_grad(), self._walk(batches, taps.names, whole, title) as walk:
-            if loss is None:
-                self._forth(walk, taps, done)
-            else:
-                self._forth_and_back_through(walk, taps, loss, done)
 
-    def _forth(self, walk: _Walk, taps: Taps, done: Done) -> None:
         def watch(names: set[str], *, end: bool = False) -> _Watch:
             return lambda real: watched(self.model, taps, names, real, end=end)
 
-        walk.start(watch(walk.outside))
-        done(walk.before)
-        after = walk.outside - walk.before
-        last = max((index for index, names in enumerate(walk.sites) if names), default=-1)
-        for index in range(len(walk.blocks) if after else last + 1):
-            walk.forth(index, watch(walk.sites[index], end=index == last and not after))
-            done(walk.sites[index])
-        if after:
-            walk.end(watch(after), lambda number, hidden, run: run(hidden))
+        whole = body(self.model) if loss is None else self.model
+        with torch.no_grad(), self._walk(batches, taps.names, whole, title) as walk:
+            forth = Taps(forward={name: taps.forward.get(name, []) for name in walk.outside})
+            walk.start(lambda real: watched(self.model, forth, walk.outside, real))
+            if early := walk.before & taps.with_gradients:
+                raise StatisticsError(
+                    min(early),
+                    got="gradients of a module before the first block, one block at a time",
+                    wanted="modules inside the blocks or after them",
+                    next_step="Leave it out of the targets, or set memory: resident.",
+                )
+            done(walk.before)
+            after = walk.outside - walk.before
+            sites, count = [index for index, names in enumerate(walk.sites) if names], len(walk.blocks)
+            last = max(sites, default=-1)
+            if loss is None:
+                for index in range(count if after else last + 1):
+                    walk.forth(index, watch(walk.sites[index], end=index == last and not after))
+                    done(walk.sites[index])
+                if after:
+                    walk.end(watch(after), lambda number, hidden, run: run(hidden))
+                    done(after)
+                return
+
+            def differentiate(number: int, hidden: Tensor, run: Callable[[Tensor], Any]) -> None:
+                with torch.enable_grad():
+                    logits = run(hidden.requires_grad_()).logits
+                    losses = [summed_loss(logits, walk.batches[number], loss, draw) for draw in range(loss.probes)]
+                    walk.back(number, hidden, losses, [None] * loss.probes)
+
+            for index in range(count):
+                walk.forth(index)
+            walk.end(watch(after), differentiate)
             done(after)
-
-    def _forth_and_back_through(self, walk: _Walk, taps: Taps, loss: Loss, done: Done) -> None:
-        def watch(names: set[str]) -> _Watch:
-            return lambda real: watched(self.model, taps, names, real)
-
-        def differentiate(number: int, hidden: Tensor, run: Callable[[Tensor], Any]) -> None:
-            with torch.enable_grad():
-                logits = run(hidden.requires_grad_()).logits
-                losses = [summed_loss(logits, walk.batches[number], loss, draw) for draw in range(loss.probes)]
-                walk.back(number, hidden, losses, [None] * loss.probes)
-
-        forth = Taps(forward={name: taps.forward.get(name, []) for name in walk.outside})
-        walk.start(lambda real: watched(self.model, forth, walk.outside, real))
-        if early := walk.before & taps.with_gradients:
-            raise StatisticsError(
-                min(early),
-                got="gradients of a module before the first block, one block at a time",
-                wanted="modules inside the blocks or after them",
-                next_step="Leave it out of the targets, or set memory: resident.",
-            )
-        done(walk.before)
-        for index in range(len(walk.blocks)):
-            walk.forth(index)
-        walk.end(watch(walk.outside - walk.before), differentiate)
-        done(walk.outside - walk.before)
-        first = next((index for index, names in enumerate(walk.sites) if names), len(walk.blocks))
-        for index in reversed(range(first, len(walk.blocks))):
-            walk.back_through(index, watch(walk.sites[index]), loss.probes)
-            done(walk.sites[index])
+            for index in reversed(range(min(sites, default=count), count)):
+                walk.back_through(index, watch(walk.sites[index]), loss.probes)
+                done(walk.sites[index])
 
     @contextmanager
     def _walk(self, batches: Sequence[Batch], names: set[str], run: nn.Module, title: str) -> Iterator[_Walk]:
@@ -160,11 +159,9 @@ class _Walk:
         """Runs a block on all batches; its inputs are kept where no rows are watched, for the way back."""
         with aligned(self.blocks[index].modules(), self.device):
             for number in range(len(self.batches)):
-                real = self._real(number)
                 hidden = self.shelf.get(f"{number}-{index}", self.device)
-                with suppress(PassEnd), watch(real) if watch else nullcontext():
+                with self._real(number) as real, suppress(PassEnd), watch(real) if watch else nullcontext():
                     self.shelf.put(f"{number}-{index + 1}", self._through(index, number, hidden))
-                real.check(self._place(number))
                 if watch:
                     self.shelf.drop(f"{number}-{index}")
                 self.bar.update()
@@ -173,8 +170,7 @@ class _Walk:
         """Calls ``finish(batch, hidden, run)``; ``run(hidden)`` runs what is after the last block."""
         with aligned(self._around, self.device):
             for number, batch in enumerate(self.batches):
-                real = self._real(number)
-                with ExitStack() as watched:
+                with self._real(number) as real, ExitStack() as watched:
 
                     def run(hidden: Tensor, batch: Batch = batch, real: Any = real, watched: Any = watched) -> Any:
                         def leave(_: Tensor) -> Tensor:
@@ -184,20 +180,17 @@ class _Walk:
                         return self._run_around(batch, leave)
 
                     finish(number, self.shelf.get(f"{number}-{len(self.blocks)}", self.device), run)
-                real.check(self._place(number))
                 self.bar.update()
 
     def back_through(self, index: int, watch: _Watch, draws: int) -> None:
         """Runs a block on all batches again, with gradients, and back."""
         with aligned(self.blocks[index].modules(), self.device):
             for number in range(len(self.batches)):
-                real = self._real(number)
                 hidden = self.shelf.get(f"{number}-{index}", self.device).requires_grad_()
-                with torch.enable_grad(), watch(real):
+                with self._real(number) as real, torch.enable_grad(), watch(real):
                     output = self._through(index, number, hidden)
                     gradients = [self.shelf.get(f"{number}-gradient-{draw}", self.device) for draw in range(draws)]
                     self.back(number, hidden, [output] * draws, gradients)
-                real.check(self._place(number))
                 self.shelf.drop(f"{number}-{index}")
                 self.bar.update()
 
@@ -209,11 +202,12 @@ class _Walk:
             found = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
             self.shelf.put(f"{number}-gradient-{draw}", found)
 
-    def _real(self, number: int) -> RealRows:
-        return RealRows(self.batches[number].attention_mask.to(self.device))
-
-    def _place(self, number: int) -> str:
-        return f"batch {number + 1} of {len(self.batches)}"
+    @contextmanager
+    def _real(self, number: int) -> Iterator[RealRows]:
+        """Checks the rows of a batch once they were seen."""
+        real = RealRows(self.batches[number].attention_mask.to(self.device))
+        yield real
+        real.check(f"batch {number + 1} of {len(self.batches)}")
 
     def _through(self, index: int, number: int, hidden: Tensor) -> Tensor:
         """Calls a block as the model does."""
@@ -251,12 +245,10 @@ class _Walk:
             keep = self._keeper(number, hidden, names)
             calls.append((keep(args), keep(kwargs)))
 
-        real = self._real(number)
-        with watched:
+        with self._real(number) as real, watched:
             watched.enter_context(watch(real))
             with suppress(PassEnd):
                 self._run_around(batch, lambda hidden: hidden, enter)
-        real.check(self._place(number))
         self.before |= {name for name, _ in real.largest}
         return calls
 
@@ -332,3 +324,66 @@ _HIDDEN = _Kept("hidden")
 
 def _end_pass(*_: Any) -> None:
     raise PassEnd
+
+
+class Shelf:
+    """Tensors by name, on the CPU; the folder, in that of ``TMPDIR``, is removed by :meth:`close`.
+
+    Args:
+        limit: Bytes that are held in memory.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._bytes = limit, 0
+        self._held: dict[str, Tensor] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def beside(cls, device: torch.device) -> Shelf:
+        """Returns one for a model that runs on a device: it takes a quarter of the free memory, beside the CPU less."""
+        quarter = psutil.virtual_memory().available // 4
+        return cls(min(quarter, _ON_CPU) if device.type == "cpu" else quarter)
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Keeps a tensor in the place of one of the same name.
+
+        Raises:
+            ArtefactError: The disk is full.
+        """
+        self.drop(name)
+        value = value.detach().cpu()
+        if self._bytes + value.nbytes <= self._limit:
+            self._held[name] = value
+            self._bytes += value.nbytes
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="keeptune-inputs-")
+            _log.info("blockwise: inputs of blocks beyond %d MB are kept in %s", self._limit >> 20, self._folder.name)
+        path = self._path(name)
+        with explain_full_disk(path):
+            save_file({"value": value.contiguous()}, path)
+
+    def get(self, name: str, device: torch.device) -> Tensor:
+        """Returns a tensor on a device: a copy, which may be changed."""
+        held = self._held.get(name)
+        if held is not None:
+            return held.to(device, copy=True)
+        return load_file(self._path(name))["value"].to(device)
+
+    def drop(self, name: str) -> None:
+        """Forgets a tensor, if it is there."""
+        held = self._held.pop(name, None)
+        if held is not None:
+            self._bytes -= held.nbytes
+        elif self._folder is not None:
+            self._path(name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Forgets all."""
+        self._held.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _path(self, name: str) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / f"{name}.safetensors"

@@ -29,8 +29,7 @@ from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.processes import divided, held_by_first
 from keeptune.data.calibration import after, pad_id_of
 from keeptune.data.examples import LanguageExamples, TokenRow, Truncate
-from keeptune.data.sources import read_jsonl
-from keeptune.data.templates import refuse_empty, render_all
+from keeptune.data.sources import read_jsonl, refuse_empty, render_all
 from keeptune.model.blocks import positions
 from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
 from keeptune.statistics.store import StatStore
