@@ -47,7 +47,7 @@ def test_items_survive_the_round_trip() -> None:
 
 def test_damaged_files_are_named() -> None:
     text = RESULT.to_jsonl()
-    with pytest.raises(ArtefactError, match="facts: got 1 items, wanted 2"):
+    with pytest.raises(ArtefactError, match="1 items of facts, not 2"):
         BenchmarkResult.from_jsonl(RESULT.summary(), text.split("\n")[0])
     with pytest.raises(ArtefactError, match="JSONDecodeError"):
         BenchmarkResult.from_jsonl(RESULT.summary(), text[:-4])
