@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -36,6 +36,19 @@ Side = Literal["before", "after"]
 _log = logging.getLogger(__name__)
 SIDES: tuple[Side, Side] = ("before", "after")
 T = TypeVar("T")
+
+
+class ModelPair(Protocol):
+    """Two models of one vocabulary.
+
+    Law: contexts are entered one at a time, many times, and leave the models as they were.
+    """
+
+    def before(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model as it was before fine-tuning."""
+
+    def after(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model as it is after fine-tuning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +111,6 @@ class TwoModels:
     def after(self) -> AbstractContextManager[PreTrainedModel]:
         """The tuned model."""
         return without_nodes(self.tuned, self.silenced)
-
-
-# Two models of one vocabulary. Law: contexts are entered one at a time, many times, and leave the models as they were.
-ModelPair = AdapterPair | TwoModels
 
 
 @contextmanager

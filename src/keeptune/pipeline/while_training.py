@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from keeptune.core.artefact import content_key
 from keeptune.core.intervals import lower_is_better
 from keeptune.core.plan import Plan
-from keeptune.evaluation.base_answers import KeptAnswers
 from keeptune.evaluation.harness import evaluate
-from keeptune.evaluation.model_pairs import ModelPair, TwoModels
+from keeptune.evaluation.model_pairs import KeptAnswers, ModelPair, TwoModels
 from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.pipeline.job import Job
 from keeptune.training.evaluations import FORGETTING, LEARNED, Evaluations
