@@ -196,12 +196,8 @@ def _readings(answer: Any, texts: Sequence[str], labels: Sequence[str]) -> dict[
 def _right_choices(answers: Sequence[Any], listed: Sequence[_Choices], places: Sequence[str]) -> list[int]:
     """Reads all rows in one way: a row alone can be unclear (the letter "B" among A, B, AB, O), a file rarely is."""
     rows = [_readings(answer, *choices) for answer, choices in zip(answers, listed, strict=True)]
-    readings = {name: [row[name] for row in rows] for name in ("label", "index from 0", "letter", "text")}
-    fitting: dict[str, list[int]] = {}
-    for name, labels in readings.items():
-        known = [label for label in labels if label is not None]
-        if len(known) == len(answers):
-            fitting[name] = known
+    readings: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
+    fitting = {name: labels for name, labels in readings.items() if None not in labels}
     if not fitting:
         best = max(readings.values(), key=lambda labels: sum(label is not None for label in labels))
         row = best.index(None)
