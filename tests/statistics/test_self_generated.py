@@ -133,7 +133,7 @@ def test_other_options_prompts_and_models_are_other_texts(stories: Any, tokenize
     tokenizer.chat_template = CHATML
     written(stories, tokenizer, tmp_path)
     rows = listing(tmp_path)
-    assert [(row.kind, row.entries) for row in rows] == [("SelfWritten", 3)] * 5
+    assert [(row["kind"], row["entries"]) for row in rows] == [("SelfWritten", 3)] * 5
 
 
 def test_chat_texts_are_questions_with_answers(stories: Any, chat: Any, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,17 +34,17 @@ def show(context: typer.Context, store: Store = None) -> Any:
 
     at = _store_at(store)
     rows = listing(at.folder)
-    total = sum(row.bytes for row in rows)
+    total = sum(row["bytes"] for row in rows)
     if rows:
         cells = [
-            (Path(row.name).name or "–", row.model[:8], row.data[:8] or "–", row.kind)
-            + (str(row.entries), size_text(row.bytes), f"{_moment(row.used):%Y-%m-%d}" if row.used else "–")
+            (Path(row["name"]).name or "–", row["model"][:8], row["data"][:8] or "–", row["kind"], str(row["entries"]))
+            + (size_text(row["bytes"]), f"{_moment(row['used']):%Y-%m-%d}" if row["used"] else "–")
             for row in rows
         ]
         heads = ("model", "key", "data", "statistic", "entries", "size", "last used")
         Console().print(table(heads, cells, ("model", "key", "data", "statistic", "last used")))
     echo(f"{size_text(total)} of {size_text(at.limit)} in {at.folder}")
-    parts = [asdict(row) | {"used": _moment(row.used).isoformat() if row.used else None} for row in rows]
+    parts = [row | {"used": _moment(row["used"]).isoformat() if row["used"] else None} for row in rows]
     return {"folder": at.folder, "bytes": total, "limit": at.limit, "parts": parts}
 
 

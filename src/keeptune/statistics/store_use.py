@@ -219,31 +219,12 @@ def _remove(entry: Entry) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class StoredKind:
-    """Entries of one kind of statistic, of one model and data.
+def listing(folder: Path) -> list[dict[str, Any]]:
+    """Returns what a store holds by model, data and kind of statistic, the largest first.
 
-    Args:
-        model: Fingerprint of the model; empty for damaged entries.
-        name: The model's path or hub id as it was last used; empty where it is not known.
-        data: Fingerprint of the data; empty where each text has an entry of its own.
-        kind: The statistic's class.
-        entries: How many.
-        bytes: Of them all.
-        used: When one of them was last used, seconds since 1970.
+    ``model`` and ``data`` are fingerprints, empty for damaged entries and where each text has an entry of its own;
+    ``name`` is the model's path or hub id as it was last used; ``used`` is in seconds since 1970.
     """
-
-    model: str
-    name: str
-    data: str
-    kind: str
-    entries: int
-    bytes: int
-    used: float
-
-
-def listing(folder: Path) -> list[StoredKind]:
-    """Returns what a store holds, the largest first."""
     groups: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in entries(folder):
         recipe = _recipe(entry)
@@ -251,19 +232,11 @@ def listing(folder: Path) -> list[StoredKind]:
         place = (str(source.get("model", "")), str(source.get("data", "")), str(recipe.get("class", "damaged")))
         groups.setdefault(place, []).append(entry)
     names = model_names(folder)
-    rows = [
-        StoredKind(
-            model=model,
-            name=names.get(model, ""),
-            data=data,
-            kind=kind,
-            entries=len(own),
-            bytes=sum(entry.bytes for entry in own),
-            used=max(entry.used for entry in own),
-        )
-        for (model, data, kind), own in groups.items()
-    ]
-    return sorted(rows, key=lambda row: (-row.bytes, row.model, row.data, row.kind))
+    rows: list[dict[str, Any]] = []
+    for (model, data, kind), own in groups.items():
+        known = {"model": model, "name": names.get(model, ""), "data": data, "kind": kind, "entries": len(own)}
+        rows.append(known | {"bytes": sum(one.bytes for one in own), "used": max(one.used for one in own)})
+    return sorted(rows, key=lambda row: (-row["bytes"], row["model"], row["data"], row["kind"]))
 
 
 def is_of(entry: Entry, model: str, names: Mapping[str, str]) -> bool:
