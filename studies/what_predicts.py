@@ -152,7 +152,7 @@ def measured(folder: Path, job: Job, statistics: Statistics, texts: list[ScoredT
         "change": sum(parts["change"]) / len(parts["change"]),
         "drift": sum(parts["drift"]) / len(parts["drift"]),
         "curvature": sum(parts["curvature"]),
-        "kl": sum(one.divergence for one in found) / sum(one.tokens for one in found),
+        "kl": sum(one["kl"] * one["tokens"] for one in found) / sum(one["tokens"] for one in found),
         "b-kfac": blind if started else None,
     }
 

@@ -176,12 +176,7 @@ class _Scorer:
         """Cross-entropy and KL(base || tuned), nats per token of each document."""
         documents = self._encoded(lambda encoder, item, where: [self._document(encoder, item, where)])
         losses = losses_and_divergence(self.pair, documents, self._passes(self.benchmark.where))
-        records: _Records = []
-        for tokens, loss in zip(documents, losses, strict=True):
-            sums = {"before": loss.before, "after": loss.after, "kl": loss.divergence}
-            means = {name: total / loss.tokens for name, total in sums.items()}
-            records.append(means | {"tokens": loss.tokens, "cut": tokens.cut})
-        return records
+        return [loss | {"cut": tokens.cut} for tokens, loss in zip(documents, losses, strict=True)]
 
     def labelled(self, seed: int) -> BenchmarkResult:
         """Scores labels or scores that both models predict; groups are scored where the score is a mean (accuracy)."""

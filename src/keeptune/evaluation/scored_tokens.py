@@ -242,16 +242,6 @@ _CHUNK = 256
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """Sums over the scored tokens of one sequence, losses and KL(base || tuned) in nats."""
-
-    tokens: int
-    before: float
-    after: float
-    divergence: float
-
-
 def log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], passes: Passes) -> list[float]:
     """Returns the log-likelihood of each sequence's scored tokens, nats.
 
@@ -271,16 +261,16 @@ def log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], p
     return in_batches(sequences, _length, passes.rows, sums_of, vocabulary=_vocabulary(model))
 
 
-def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], passes: Passes) -> list[Losses]:
-    """Computes each sequence's loss before and after, and KL(base || tuned) on the same tokens.
+def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], passes: Passes) -> list[dict[str, Any]]:
+    """Computes each sequence's loss ``before`` and ``after``, ``kl``, KL(base || tuned), and the ``tokens`` scored.
 
-    Both models see one batch after the other, so that only one batch of logits of each is held.
+    All are nats per token. Both models see one batch after the other, so that only one batch of logits is held.
 
     Raises:
         ModelError: A model gives values that are not finite, or the vocabularies differ.
     """
 
-    def losses_of(batch: Sequence[ScoredTokens]) -> list[Losses]:
+    def losses_of(batch: Sequence[ScoredTokens]) -> list[dict[str, Any]]:
         base, tuned = of_both(pair, lambda model: _logits(model, batch, passes))
         if base.shape != tuned.shape:
             raise ModelError(
@@ -298,7 +288,8 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
         for side, values in zip(("before", "after", "KL divergence"), sums, strict=True):
             need_finite(values.isfinite(), f"{passes.where} ({side})", "log-probabilities")
         passes.advance(len(batch))
-        return [Losses(len(s.ids) - s.start, *own) for s, own in zip(batch, sums.T.tolist(), strict=True)]
+        scored = zip(sums.T.tolist(), (len(tokens.ids) - tokens.start for tokens in batch), strict=True)
+        return [{"before": b / n, "after": a / n, "kl": kl / n, "tokens": n} for (b, a, kl), n in scored]
 
     vocabulary, _ = of_both(pair, _vocabulary)
     return in_batches(sequences, _length, passes.rows, losses_of, vocabulary=vocabulary)
@@ -319,7 +310,7 @@ def add_divergence(
     placed = [(record, tokens) for record, tokens in zip(records, answers, strict=True) if tokens is not None]
     losses = losses_and_divergence(pair, [tokens for _, tokens in placed], passes)
     for (record, _), loss in zip(placed, losses, strict=True):
-        record |= {"kl": loss.divergence / loss.tokens, "kl_tokens": loss.tokens}
+        record |= {"kl": loss["kl"], "kl_tokens": loss["tokens"]}
 
 
 def _length(tokens: ScoredTokens) -> int:
