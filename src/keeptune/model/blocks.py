@@ -13,7 +13,6 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ def find_targets(
         ModelError: The model has no linear maps.
     """
     keep_layout(model)
-    modules, fused = _linear_modules(model), fused_weights(model)
+    modules, fused = _linear_modules(model), _expert_targets(model)
     if not modules and not fused:
         raise ModelError(
             type(model).__name__,
@@ -64,7 +63,7 @@ def find_targets(
     modules = {name: module for name, module in modules.items() if name not in taken}
     role_of = roles_of(modules)
     wanted = None if roles is None else list(roles)
-    known = sorted({*role_of.values(), *(weight.role for weight in fused)})
+    known = sorted({*role_of.values(), *(target.role for target in fused)})
     for role in wanted or ():
         if role not in known:
             raise PlanError(
@@ -73,7 +72,7 @@ def find_targets(
                 wanted="a role of this model",
                 next_step=nearest(role, known),
             )
-    kept = None if layers is None else _known_layers(layers, [*modules, *(weight.name(0) for weight in fused)])
+    kept = None if layers is None else _known_layers(layers, [*modules, *(target.name for target in fused)])
     groups = _input_groups(model, modules)
     maps = [
         Target(
@@ -83,15 +82,22 @@ def find_targets(
         )
         for name, module in modules.items()
     ]
-    if fused:
-        place = {name: index for index, (name, _) in enumerate(model.named_modules())}
-        for weight in fused:
-            kind: dict[str, Any] = {name: getattr(weight, name) for name in ("transposed", "bias", "experts")}
-            for index, name in enumerate(map(weight.name, range(weight.experts))):
-                of = name, _block_of(name)[1], weight.role, weight.out_features, weight.in_features, name
-                maps.append(Target(*of, expert=index, **kind))
-        maps.sort(key=lambda target: place[target.module])
+    place = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    maps = sorted([*maps, *fused], key=lambda target: place[target.module])
     return [t for t in maps if (wanted is None or t.role in wanted) and (kept is None or t.layer in kept)]
+
+
+def _expert_targets(model: PreTrainedModel) -> list[Target]:
+    """Returns the W of each expert in fused weights, named as if experts were modules."""
+    found = []
+    for path, module in model.named_modules():
+        for leaf, weight in fused_weights(module).items():
+            transposed, bias = bool(module.is_transposed), hasattr(module, f"{leaf}_bias")
+            m, n = weight.shape[:0:-1] if transposed else weight.shape[1:]
+            role = f"{path.rpartition('.')[2]}.{leaf}"  # not that of a dense map of the same name
+            for index, name in enumerate(f"{path}.{index}.{leaf}" for index in range(len(weight))):
+                found.append(Target(name, _block_of(name)[1], role, m, n, name, transposed, bias, index, len(weight)))
+    return found
 
 
 def roles_of(names: Iterable[str]) -> dict[str, str]:

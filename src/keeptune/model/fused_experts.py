@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -27,52 +26,8 @@ from keeptune.core.offload import device_of
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class FusedWeight:
-    """A parameter that holds the W of all experts of a block.
-
-    Args:
-        module: The path of the module that has it.
-        leaf: Its name there, ``"gate_up_proj"``.
-        experts: How many.
-        out_features: m of one expert.
-        in_features: n of one expert.
-        transposed: W is stored as ``(n, m)``.
-        bias: There is a b.
-    """
-
-    module: str
-    leaf: str
-    experts: int
-    out_features: int
-    in_features: int
-    transposed: bool
-    bias: bool
-
-    @property
-    def role(self) -> str:
-        """What it does in its block, ``"experts.gate_up_proj"``; not the role of a dense map of the same name."""
-        return f"{self.module.rpartition('.')[2]}.{self.leaf}"
-
-    def name(self, expert: int) -> str:
-        """Returns the name of one expert's W, as if experts were modules."""
-        return f"{self.module}.{expert}.{self.leaf}"
-
-
-def fused_weights(model: PreTrainedModel) -> list[FusedWeight]:
-    """Returns the parameters that hold the W of several experts, in model order."""
-    found = []
-    for name, module in model.named_modules():
-        for leaf, weight in _stacks(module).items():
-            transposed = bool(module.is_transposed)
-            first, second = weight.shape[1:]
-            shape = (second, first) if transposed else (first, second)
-            found.append(FusedWeight(name, leaf, len(weight), *shape, transposed, hasattr(module, f"{leaf}_bias")))
-    return found
-
-
-def _stacks(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the fused weights of a module, by name; packed ones (fp8, mxfp4) are not read."""
+def fused_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Returns a module's parameters that hold the W of all experts of a block, none if packed (fp8, mxfp4)."""
     if not hasattr(module, "is_transposed"):
         return {}
     parameters = module.named_parameters(recurse=False)
@@ -86,7 +41,7 @@ def warn_of_unknown_stacks(model: PreTrainedModel) -> None:
         for name, module in model.named_modules()
         if any(p.ndim == 3 for p in module.parameters(recurse=False))
         and not isinstance(module, nn.Conv1d)
-        and not _stacks(module)
+        and not fused_weights(module)
     ]
     if unknown:
         _log.warning(
@@ -119,7 +74,7 @@ def _renamed(model: PreTrainedModel, names: Collection[str]) -> bool:
 @contextmanager
 def one_expert_at_a_time(model: PreTrainedModel) -> Iterator[None]:
     """Computes experts one after the other, or where there are no values (meta) in a way that needs none."""
-    if not any(_stacks(module) for module in model.modules()):
+    if not any(fused_weights(module) for module in model.modules()):
         yield
         return
     before: Any = model.get_experts_implementation()
@@ -138,13 +93,9 @@ _SAME = {Tensor.float, Tensor.to, Tensor.t, Tensor.transpose, Tensor.T.__get__, 
 
 def expert_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
     """Returns those of some names that are experts of a fused weight."""
-    numbered = {name for name in names if name.split(".")[-2:-1] and name.split(".")[-2].isdigit()}
-    if not numbered:
-        return numbered
-    modules = {name.rsplit(".", 2)[0] for name in numbered}
-    weights = [weight for weight in fused_weights(model) if weight.module in modules]
-    known = {weight.name(index) for weight in weights for index in range(weight.experts)}
-    return numbered & known
+    numbered = [name for name in names if name.split(".")[-2:-1] and name.split(".")[-2].isdigit()]
+    parts = ((name, *name.rsplit(".", 2)) for name in numbered if name.count(".") > 1)
+    return {name for name, path, _, leaf in parts if leaf in fused_weights(model.get_submodule(path))}
 
 
 @contextmanager
