@@ -22,12 +22,12 @@ from keeptune.model.probes.block_calls import Blocks, Suffix
 from keeptune.model.probes.causal_tracing import (
     Noise,
     Reading,
-    Streams,
     Traced,
     TracedBatch,
     Tracer,
     embedding_std,
     noise_of,
+    restored_answers,
 )
 
 READINGS: tuple[Reading, ...] = ("diagonal", "positions")
@@ -167,12 +167,12 @@ def test_the_last_block_at_its_own_position_gives_the_clean_answer(make: Factory
 def test_restoring_all_positions_at_any_layer_gives_the_clean_answer(make: Factory) -> None:
     model = deep(make)
     (batch,) = small().batches(padding_side="left")
-    sites, texts = Blocks(model, blocks_of(model)), TracedBatch.of(batch, model.device)
+    sites, texts = Blocks(model, blocks_of(model)), TracedBatch(batch, model.device)
     noise = noise_of(Noise(), batch, model, embedding_std(model))
     with torch.no_grad():
         clean, corrupted = (sites.keep(batch, (), noise=given) for given in (None, noise))
         columns = torch.arange(texts.mask.shape[1]).expand(len(texts), -1)
-        found = Streams(sites, texts, clean, corrupted, columns, texts.mask.bool()[None], alone=False).answers()
+        found = restored_answers(sites, texts, clean, corrupted, columns, texts.mask.bool()[None], alone=False)
         wanted, damaged = (texts.answers(sites, run) for run in (clean, corrupted))
     assert (wanted - damaged).abs().max() > 1e-2
     torch.testing.assert_close(found, wanted.expand(4, 1, -1, -1), rtol=0, atol=1e-6)

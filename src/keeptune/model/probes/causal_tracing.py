@@ -15,6 +15,10 @@ the model knows.
 
 B, ``positions``: restore each position of the prompt, measure Σ_t p(y_t), and sum over positions: the heat map of the
 paper's Fig. 2, summed up.
+
+Restoring position p changes positions p and later only: they run alone, as *streams*, further rows of a batch whose
+queries see the corrupted run's keys and values as a prefix and their own as the rest. Streams of layer l enter above
+block l, so that one pass serves all layers.
 """
 
 from __future__ import annotations
@@ -133,18 +137,21 @@ class Tracer:
             StatisticsError: A probability is not finite.
         """
         with still(self.blocks.model), torch.no_grad():
-            texts = TracedBatch.of(batch, device_of(self.blocks.model))
+            texts = TracedBatch(batch, device_of(self.blocks.model))
             clean, noised = (self.blocks.keep(batch, (), noise=given) for given in (None, noise))
             before, after = (texts.answers(self.blocks, run) for run in (clean, noised))
-            streams = partial(Streams, self.blocks, texts, clean, noised, alone=self.reading == "diagonal")
+            streams = partial(restored_answers, self.blocks, texts, clean, noised, alone=self.reading == "diagonal")
             if not self.checked:
                 columns = texts.places[:, :2]
                 if self.reading == "positions":
                     columns = _from(int(texts.places.min()), texts)
                 nothing = torch.zeros_like(columns, dtype=torch.bool)[None]
                 kept = after[:, : columns.shape[1]] if self.reading == "diagonal" else after
-                found = streams(columns=columns, at=nothing).answers
-                self.blocks.check(found, kept.expand(len(self.blocks.blocks), 1, -1, -1), "trace")
+                self.blocks.check(
+                    partial(streams, columns=columns, at=nothing),
+                    kept.expand(len(self.blocks.blocks), 1, -1, -1),
+                    "trace",
+                )
                 self.checked = True
             restored = (self._diagonal if self.reading == "diagonal" else self._positions)(texts, streams, after, noise)
         traced = [self._one(texts, row, before, after, restored) for row in range(len(texts))]
@@ -166,15 +173,15 @@ class Tracer:
         sums = answers[:, :S, answered].sum(dim=-1)
         return Traced(tokens, S, before.sum().expand(S).cpu(), after.sum().expand(S).cpu(), sums.cpu())
 
-    def _diagonal(self, texts: TracedBatch, streams: partial[Streams], *_: Tensor) -> Tensor:
+    def _diagonal(self, texts: TracedBatch, streams: partial[Tensor], *_: Tensor) -> Tensor:
         """Returns ``(L, T, B)``."""
         parts = []
         for some in torch.split(texts.places, max(1, self.chunk // (len(self.blocks.blocks) * len(texts))), dim=1):
             at = torch.ones_like(some, dtype=torch.bool)[None]
-            parts.append(streams(columns=some, at=at).answers()[:, 0])
+            parts.append(streams(columns=some, at=at)[:, 0])
         return torch.cat(parts, dim=2).transpose(1, 2)
 
-    def _positions(self, texts: TracedBatch, streams: partial[Streams], noised: Tensor, noise: Tensor) -> Tensor:
+    def _positions(self, texts: TracedBatch, streams: partial[Tensor], noised: Tensor, noise: Tensor) -> Tensor:
         """Returns ``(L, S, B, T)``."""
         layers, steps = len(self.blocks.blocks), torch.arange(int(texts.prompts.max()), device=texts.mask.device)
         # The column of each position; -1 where a text is shorter.
@@ -186,7 +193,7 @@ class Tracer:
         while first < len(columns):
             own = _from(int(columns[first][columns[first] >= 0].min()), texts)
             some = columns[first : first + max(1, self.chunk // (layers * own.numel()))]
-            answers = streams(columns=own, at=some[..., None] == own).answers()
+            answers = streams(columns=own, at=some[..., None] == own)
             parts.append(torch.where(some[..., None] >= 0, answers, noised))
             first += len(some)
         return torch.cat(parts, dim=1)
@@ -194,7 +201,7 @@ class Tracer:
 
 def noise_of(noise: Noise, batch: Batch, model: PreTrainedModel, std: float) -> Tensor:
     """Draws the noise of a batch with a loss mask, ``(B, W, hidden)``, float32, on the model's device."""
-    texts = TracedBatch.of(batch, torch.device("cpu"))
+    texts = TracedBatch(batch, torch.device("cpu"))
     embedding: Any = model.get_input_embeddings()
     values = torch.zeros(*batch.input_ids.shape, embedding.weight.shape[-1])
     for row, real in enumerate(texts.mask.bool()):
@@ -221,11 +228,10 @@ def _from(start: int, texts: TracedBatch) -> Tensor:
     return torch.arange(start, texts.mask.shape[1], device=texts.mask.device).expand(len(texts), -1)
 
 
-@dataclass(frozen=True)
 class TracedBatch:
-    """A batch of prompts with their answers, the padding on either side.
+    """A batch of prompts with their answers, the padding on either side; it has a loss mask.
 
-    Args:
+    Attributes:
         batch: The tokens.
         mask: The attention mask, on the model's device.
         start: ``(B,)``, the column of the first token.
@@ -235,26 +241,16 @@ class TracedBatch:
         answered: ``(B, T)``, False for the repeats.
     """
 
-    batch: Batch
-    mask: Tensor
-    start: Tensor
-    prompts: Tensor
-    places: Tensor
-    wanted: Tensor
-    answered: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> TracedBatch:
-        """Prepares a batch with a loss mask; each text has a prompt and an answer."""
+    def __init__(self, batch: Batch, device: torch.device) -> None:
         assert batch.loss_mask is not None
-        mask = batch.attention_mask.to(device)
-        start, lengths = mask.argmax(dim=1), mask.sum(dim=1)
+        self.batch, self.mask = batch, batch.attention_mask.to(device)
+        self.start, lengths = self.mask.argmax(dim=1), self.mask.sum(dim=1)
         answers = batch.loss_mask.to(device).sum(dim=1)
-        prompts = lengths - answers
+        self.prompts = lengths - answers
         steps = torch.arange(int(answers.max()), device=device)[None]
-        places = start[:, None] + prompts[:, None] - 1 + steps.minimum(answers[:, None] - 1)
-        wanted = batch.input_ids.to(device).gather(1, places + 1)
-        return cls(batch, mask, start, prompts, places, wanted, steps < answers[:, None])
+        self.places = self.start[:, None] + self.prompts[:, None] - 1 + steps.minimum(answers[:, None] - 1)
+        self.wanted = batch.input_ids.to(device).gather(1, self.places + 1)
+        self.answered = steps < answers[:, None]
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -264,11 +260,14 @@ class TracedBatch:
         return probabilities(blocks.tail(take(run.inputs[-1], self.places)), self.wanted)
 
 
-@dataclass
-class Streams:
-    """Streams of some columns, for all layers: that of a layer has its output restored.
+def restored_answers(
+    blocks: Blocks, texts: TracedBatch, clean: KeptRun, noised: KeptRun, columns: Tensor, at: Tensor, *, alone: bool
+) -> Tensor:
+    """Runs streams of some columns, for all layers: that of a layer has its output restored.
 
     Args:
+        blocks: Of the model.
+        texts: The batch.
         clean: The clean run.
         noised: The corrupted run.
         columns: ``(B, Q)``, the columns that run; the same for all streams of a text.
@@ -276,52 +275,36 @@ class Streams:
         alone: True when each column is a stream of its own, and sees no other of ``columns`` as restored; then it
             sees them as they are in the corrupted run. False when the columns are the end of a text and see each
             other.
+
+    Returns:
+        ``(layers, n, B, Q)`` where each column is alone: the probability of the token it predicts. Else
+        ``(layers, n, B, T)``, the probabilities of the answer tokens.
+
+    Raises:
+        UnfitError: A block's arguments are not of the expected form.
     """
+    suffix = Suffix(noised, texts.mask.shape[1], columns, alone=alone, times=0)
 
-    blocks: Blocks
-    texts: TracedBatch
-    clean: KeptRun
-    noised: KeptRun
-    columns: Tensor
-    at: Tensor
-    alone: bool
-    entered: int = 0
-
-    def __post_init__(self) -> None:
-        """Prepare the arguments of blocks."""
-        self.suffix = Suffix(self.noised, self.texts.mask.shape[1], self.columns, alone=self.alone, times=0)
-
-    def answers(self) -> Tensor:
-        """Runs them.
-
-        Returns:
-            ``(layers, n, B, Q)`` where each column is alone: the probability of the token it predicts. Else
-            ``(layers, n, B, T)``, the probabilities of the answer tokens.
-
-        Raises:
-            UnfitError: A block's arguments are not of the expected form.
-        """
-        texts, layers = self.texts, len(self.blocks.blocks)
-        hidden = self._join(layers, self.blocks.run(self._enter))
-        rows, wanted = len(hidden) // len(texts), texts.wanted
-        if self.alone:
-            wanted = texts.batch.input_ids.to(self.columns.device).gather(1, self.columns + 1)
-        else:
-            # A text whose answer lies before the columns has no state here: what it gives is not used.
-            hidden = take(hidden, (texts.places - self.columns[:, :1]).clamp_min(0).repeat(rows, 1))
-        answers = probabilities(self.blocks.tail(hidden), wanted.repeat(rows, 1))
-        return answers.reshape(layers, len(self.at), len(texts), -1)
-
-    def _join(self, number: int, hidden: Tensor) -> Tensor:
+    def join(number: int, hidden: Tensor) -> Tensor:
         """Adds the streams that enter before a block, which are those of the layer below it, to those before it."""
-        rows = [hidden] if self.entered else []
+        rows = [hidden] if suffix.times else []
         if number:
-            clean, corrupted = (take(run.inputs[number], self.columns) for run in (self.clean, self.noised))
-            rows.append(torch.where(self.at[..., None], clean, corrupted).flatten(0, 1))
-            self.entered += 1
-        self.suffix.times = self.entered * len(self.at)
+            restored, corrupted = (take(run.inputs[number], columns) for run in (clean, noised))
+            rows.append(torch.where(at[..., None], restored, corrupted).flatten(0, 1))
+            suffix.times += len(at)
         return torch.cat(rows) if rows else hidden
 
-    def _enter(self, number: int, hidden: Tensor) -> BlockCall | None:
-        joined = self._join(number, hidden)
-        return self.suffix.call(number, joined) if self.entered else None
+    def enter(number: int, hidden: Tensor) -> BlockCall | None:
+        joined = join(number, hidden)
+        return suffix.call(number, joined) if suffix.times else None
+
+    layers = len(blocks.blocks)
+    hidden = join(layers, blocks.run(enter))
+    rows, wanted = len(hidden) // len(texts), texts.wanted
+    if alone:
+        wanted = texts.batch.input_ids.to(columns.device).gather(1, columns + 1)
+    else:
+        # A text whose answer lies before the columns has no state here: what it gives is not used.
+        hidden = take(hidden, (texts.places - columns[:, :1]).clamp_min(0).repeat(rows, 1))
+    answers = probabilities(blocks.tail(hidden), wanted.repeat(rows, 1))
+    return answers.reshape(layers, len(at), len(texts), -1)
