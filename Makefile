@@ -1,7 +1,8 @@
 # make demo    install and run the demo            make test   everything the gate checks
 # make bench   speed and memory as ratios          make study  slow studies: sweeps, three seeds
 # make lint    style, types, import layers         make unit   the tests alone
-.PHONY: demo test lint unit bench study clean
+# make site    the documentation in build/site     make wheel  what an index takes, in dist
+.PHONY: demo test lint unit bench study site wheel clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -54,6 +55,13 @@ study: $(BIN)/.dev
 	$(BIN)/python studies/sequence.py
 	$(BIN)/python studies/models.py smollm2 && $(BIN)/python studies/models.py gemma3
 	$(BIN)/python -m studies.real $(DATA) && $(BIN)/python -m studies.real --tables
+
+site: $(BIN)/.dev
+	$(BIN)/mkdocs build --strict
+
+wheel: $(BIN)/.dev
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
