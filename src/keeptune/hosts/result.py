@@ -24,7 +24,6 @@ from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.model.pretrained import LoadOptions, load_model
 from keeptune.penalties.base import conclusions
-from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.scoring import result_fingerprint
 from keeptune.training.guard import divergence
 from keeptune.training.trainer import loss_curve
@@ -84,6 +83,8 @@ class Result:
         if self.benchmarks:
             self._score(folder, base, tokenizer, trainer.args.seed)
         write_json(self.folder / "recipe.json", self._recipe(trainer, plan))
+        from keeptune.pipeline.reporting import write_report  # loads plotly
+
         write_report([self.folder], self.folder)
         _log.info("keeptune: %s, checked on a fresh base; report in %s", folder, self.folder / "report.html")
 
